@@ -181,8 +181,17 @@ class SafetensorsFile:
         return data
 
     def read(self, key: str) -> Tensor:
-        """Read one tensor; its bytes were checked to lie inside the file."""
+        """Read one tensor; its bytes were checked to lie inside the file.
+
+        Raises:
+            ValueError: for a tensor of a dtype that is none of ours.
+        """
         shape, dtype = self.infos[key]
+        if isinstance(dtype, str):
+            known = ", ".join(_DTYPES)
+            raise ValueError(
+                f"{self.where}: {key:.200}: dtype: expected {known}, found {dtype!r:.80}"
+            )
         begin, end = self._spans[key]
         self._file.seek(self._data + begin)
         data = self._exactly(end - begin)

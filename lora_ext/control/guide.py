@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext._checks import require
+from lora_ext._checks import renamed, require
 from lora_ext._files import SafetensorsFile, parse_json, write_files
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
@@ -131,17 +132,17 @@ class Guide:
             if _PRIOR in found:
                 wanted[_PRIOR] = (states, *found[_PRIOR][1:2])
             require(found == wanted, file.where, "shapes", f"{wanted!r:.200}", f"{found!r:.200}")
-            kept = parse_json(file.metadata.get(_METADATA, "{}").encode(), file.where)
-            guide = cls(*(file.read(name) for name in _NAMES))
+            told = file.metadata.get(_METADATA, "{}").encode(errors="surrogatepass")
+            kept = parse_json(told, file.where)
+            with renamed(file.where):
+                guide = cls(*(file.read(name) for name in _NAMES))
             if _PRIOR in found:
                 guide.prior = _checked_prior(guide, file.read(_PRIOR), file.where)
         finally:
             file.close()
         measures = kept.get("measures", {}) if isinstance(kept, dict) else {}
         if isinstance(measures, dict):
-            guide.measures = {
-                str(k): float(v) for k, v in measures.items() if isinstance(v, (int, float))
-            }
+            guide.measures = {str(k): float(v) for k, v in measures.items() if _finite(v)}
         return guide
 
     @property
@@ -232,6 +233,10 @@ class Guide:
         """``vectors (R, H)`` times the emission, ``(R, V)``; in float32 on the CPU a row's bits are
         its own."""
         return _product(vectors, self._packed_emission, self.emission)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _checked_prior(guide: Guide, weight: Tensor, where: str) -> Tensor:

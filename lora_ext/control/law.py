@@ -326,13 +326,24 @@ def draw(
     Raises:
         ValueError: where all tokens that may come have a score of ``-inf``, and for NaN and inf.
     """
-    tokens, drawn = [-1] * len(rows), 0
-    waiting = list(range(len(rows)))
-    heat = scores if temperature == 1 else heated(rows, scores, temperature)
-    bound = envelope = _proposed(rows, heat)
+    heat, envelope = proposed(rows, scores, temperature)
     finite = bool(envelope.amax(-1).isfinite().all())
     expected = "a largest one, that is finite, of the tokens that each row's constraint allows"
     require(finite, "draw", "scores", expected, "a row without")
+    return decided(rows, heat, envelope, uniforms, tries, rounds)
+
+
+def decided(
+    rows: Sequence[Row | None],
+    heat: Tensor,
+    envelope: Tensor,
+    uniforms: Callable[[list[int], int], Tensor],
+    tries: int = _AT_ONCE,
+    rounds: int = 3,
+) -> tuple[list[int], int]:
+    """As :func:`draw`, of what :func:`proposed` has made of the scores."""
+    tokens, drawn = [-1] * len(rows), 0
+    waiting, bound = list(range(len(rows))), envelope
     for turn in range(rounds):
         # What is not guided is always kept, and most rows keep one of the first few.
         count = tries if turn else max(1, tries // 4) if _some_guided(rows) else 1
@@ -368,18 +379,33 @@ def _some_guided(rows: Sequence[Row | None]) -> bool:
     return any(row is not None and row.plan.guide is not None for row in rows)
 
 
-def _proposed(rows: Sequence[Row | None], heat: Tensor) -> Tensor:
-    """``log p b (B, V)``; what is added is laid together first, as passes over a vocabulary are few
-    then."""
-    wide = heat.to(torch.promote_types(heat.dtype, torch.float32))
-    bounds = [None if row is None or row.lost else _log_bound(row) for row in rows]
-    if all(bound is None for bound in bounds):
-        return wide
-    added = wide.new_zeros(wide.shape)
-    for row, bound in zip(added, bounds, strict=True):
-        if bound is not None:
-            row.copy_(bound)
-    return added.add_(wide)
+def proposed(
+    rows: Sequence[Row | None], scores: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores by which tokens are drawn, and ``log p b``, both ``(B, V)``; the bounds of a row are
+    looked up once.
+
+    Args:
+        rows, scores: as :func:`apply` takes them.
+        temperature: one, or ``(B, 1)``.
+
+    Returns:
+        ``scores`` at the temperature 1, else :func:`_heated`; and that with the bounds, in float32
+        or wider.
+    """
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    found = [None if row is None or row.lost else _log_bound(row) for row in rows]
+    # What is added is laid together first, as passes over a vocabulary are few then.
+    added = None
+    if any(bound is not None for bound in found):
+        added = wide.new_zeros(wide.shape)
+        for row, bound in zip(added, found, strict=True):
+            if bound is not None:
+                row.copy_(bound)
+    as_they_are = not isinstance(temperature, Tensor) and temperature == 1
+    heat = scores if as_they_are else _heated(wide, added, temperature)
+    wide = wide if as_they_are else heat
+    return heat, wide if added is None else added.add_(wide)
 
 
 def _tightened(envelope: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
@@ -389,24 +415,23 @@ def _tightened(envelope: Tensor, tokens: Tensor, keep: Tensor) -> Tensor:
     return envelope.scatter(1, at, envelope.gather(1, at) + keep.log().to(envelope))
 
 
-def heated(rows: Sequence[Row | None], scores: Tensor, temperature: float | Tensor) -> Tensor:
-    """``scores / temperature`` of rows, ``(B, V)`` float32 or wider, less a number for each: the
-    largest of a token that may come becomes 0 first, so that no quotient overflows.
+def _heated(scores: Tensor, bounds: Tensor | None, temperature: float | Tensor) -> Tensor:
+    """``scores / temperature`` of rows, ``(B, V)``, less a number for each: the largest of a token
+    that may come becomes 0 first, so that no quotient overflows.
 
     Args:
-        rows, scores: as :func:`apply` takes them.
+        scores: ``(B, V)`` float32 or wider. bounds: ``(B, V)``, ``-inf`` on what must not come.
         temperature: one, or ``(B, 1)``.
 
     Returns:
         Rows that have no largest such score, or one that is not finite, are NaN.
     """
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    live = moved(
-        [Block(p, ratio.masked_fill(ratio > -torch.inf, 0)) for p, ratio in bounds(rows)], wide
-    )
+    live = scores
+    if bounds is not None:
+        live = scores + bounds.masked_fill(bounds > -torch.inf, 0)
     top = live.amax(-1, keepdim=True)
-    heat = ((wide - top).double() / temperature).clamp(max=0)  # what may not come may be above 0
-    return heat.masked_fill(~top.isfinite(), torch.nan).to(wide)
+    heat = ((scores - top).double() / temperature).clamp(max=0)  # what may not come may be above 0
+    return heat.masked_fill(~top.isfinite(), torch.nan).to(scores)
 
 
 def likeliest(rows: Sequence[Row | None], scores: Tensor, tries: int = 256) -> list[int]:

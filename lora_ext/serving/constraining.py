@@ -146,9 +146,10 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
     if not apart:
         return {}, list(rows)
     warm = torch.tensor([[each.temperature] for each in apart], dtype=torch.float64)
-    heat = control.heated([e.row for e in apart], scores[0, [e.place for e in apart]], warm)
+    own = scores[0, [e.place for e in apart]]
+    heat, envelope = control.proposed([e.row for e in apart], own, warm)
     fine = heat.amax(-1) == 0
-    apart, heat = [e for e, own in zip(apart, fine.tolist(), strict=True) if own], heat[fine]
+    apart = [e for e, good in zip(apart, fine.tolist(), strict=True) if good]
     if not apart:
         return {}, list(rows)
 
@@ -156,7 +157,7 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
         return torch.stack([torch.rand(count, 2, generator=apart[i].generator) for i in which])
 
     places = [each.place for each in apart]
-    tokens, _ = control.draw([e.row for e in apart], heat, 1.0, numbers)
+    tokens, _ = control.decided([e.row for e in apart], heat[fine], envelope[fine], numbers)
     left = [each for each in rows if each.place not in places]
     return dict(zip(places, tokens, strict=True)), left
 

@@ -6,12 +6,13 @@ checked and measured as it comes in; the constraint is built later, in another t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_ext._checks import instance, require
+from lora_ext._checks import instance, renamed, require
 
 if TYPE_CHECKING:
     from lora_ext.control import Constraint
@@ -37,10 +38,12 @@ class Format:
     Attributes:
         kind: "json" with a schema, "regex", "choice", or "json_object".
         content: the schema as JSON, the expression, or the choices.
+        field: of the request, which errors name.
     """
 
     kind: str
     content: str | tuple[str, ...] = ""
+    field: str = dataclasses.field(default="format", compare=False, repr=False)
 
     def constraint(self, vocabulary: Any) -> Constraint:
         """Build it, within the limits of ``lora_ext.control``; kept by its content.
@@ -52,6 +55,10 @@ class Format:
             ValueError: for what is no schema or expression, or is above the limits.
             NotImplementedError: for what no automaton holds to, and without outlines-core.
         """
+        with renamed(f"constraint: {self.field}"):
+            return self._built(vocabulary)
+
+    def _built(self, vocabulary: Any) -> Constraint:
         from lora_ext.control import Constraint
 
         try:
@@ -104,7 +111,7 @@ def _of_openai(given: Mapping[str, Any]) -> Format | None:
     if kind in ("text", "json_object"):
         more = sorted(set(given) - {"type"})
         require(not more, where, str(kind), "nothing beside its type", more[:3])
-        return None if kind == "text" else Format("json_object")
+        return None if kind == "text" else Format("json_object", field=where)
     expected = 'one of "text", "json_object", "json_schema"'
     require(kind == "json_schema", where, "type", expected, repr(kind)[:80])
     inner = given.get("json_schema")
@@ -113,7 +120,8 @@ def _of_openai(given: Mapping[str, Any]) -> Format | None:
     more = sorted({*given} - {"type", "json_schema"} | {*inner} - _SCHEMA_FIELDS)
     require(not more, where, "json_schema", f"fields {sorted(_SCHEMA_FIELDS)}", more[:3])
     instance(where, "json_schema.schema", inner.get("schema"), Mapping)
-    return Format("json", _measured(f"{where}.json_schema", json.dumps(inner["schema"])))
+    field = f"{where}.json_schema"
+    return Format("json", _measured(field, json.dumps(inner["schema"])), field)
 
 
 _SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
@@ -130,19 +138,20 @@ def _of_vllm(given: Mapping[str, Any]) -> Format:
     require(len(named) == 1, where, "fields", f"one of {_KINDS}", sorted(named)[:5])
     ((kind, content),) = named.items()
     require(kind in _KINDS, where, "fields", f"one of {_KINDS}", repr(kind)[:80])
+    field = f"{where}.{kind}"
     if kind == "json_object":
         require(content is True, where, kind, "true", repr(content)[:80])
-        return Format(kind)
+        return Format(kind, field=field)
     if kind == "choice":
         good = isinstance(content, list) and bool(content)
         good = good and all(isinstance(text, str) for text in content)
         require(good, where, kind, "a list of at least one text", repr(content)[:80])
-        _measured(f"{where}.{kind}", "".join(content))
-        return Format(kind, tuple(content))
+        _measured(field, "".join(content))
+        return Format(kind, tuple(content), field)
     if kind == "json" and isinstance(content, Mapping):
         content = json.dumps(content)
     instance(where, kind, content, str)
-    return Format(kind, _measured(f"{where}.{kind}", content))
+    return Format(kind, _measured(field, content), field)
 
 
 def _measured(where: str, text: str) -> str:

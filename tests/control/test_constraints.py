@@ -212,7 +212,7 @@ def test_token_sequences_are_accepted_where_their_text_matches(pattern: str) -> 
     for length in range(5 if pattern[0] not in "[1" else 4):
         for places in itertools.product(range(len(names)), repeat=length):
             text = "".join(names[p] for p in places)
-            wanted = re.fullmatch(pattern, text) is not None
+            wanted = re.fullmatch(pattern.replace(r"\z", r"\Z"), text) is not None
             assert one.accepts([ids[p] for p in places]) == wanted, text
 
 
@@ -227,6 +227,49 @@ def test_letters_of_several_bytes_match_as_one() -> None:
 def test_what_is_no_regular_expression_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="regex: pattern: expected one that outlines-core reads"):
         Constraint.regex(pattern, tokenizer())
+
+
+@outlines
+@pytest.mark.parametrize(
+    "place", ["a$b", "a^b", "a($|b)", "(^a)", "a$?", "(?x)[a#]\n$|b]", r"a\Ab"]
+)
+def test_ends_in_the_middle_of_an_expression_are_refused_by_name(place: str) -> None:
+    expected = (
+        r"pattern: expected \^ and \$ at the beginning and end of the whole text alone, found "
+    )
+    with pytest.raises(ValueError, match=f"regex: {expected}"):
+        Constraint.regex(place, tokenizer())
+    with pytest.raises(ValueError, match=f"json_schema: #/items/{expected}"):
+        items = {"type": "string", "pattern": place}
+        Constraint.json_schema({"type": "array", "items": items}, tokenizer())
+
+
+@outlines
+def test_a_dollar_that_stands_for_itself_stays() -> None:
+    assert accepts(Constraint.regex(r"[$]\$", tokenizer()), "$$")
+    assert not accepts(Constraint.regex(r"[$]\$", tokenizer()), "$")
+    one = Constraint.json_schema({"type": "string", "pattern": r"^a\$$|^\$"}, tokenizer())
+    assert accepts(one, '"a$"') and accepts(one, '"$"') and not accepts(one, '"a"')
+
+
+@outlines
+@pytest.mark.parametrize(
+    ("what", "content", "argument"),
+    [
+        ("regex", "a\ud800", "regex: pattern"),
+        ("choice", ["b", "a\udfff"], "choice: texts"),
+        ("json_schema", {"enum": ["a\ud800"]}, "json_schema: schema"),
+        ("json_schema", '{"const": "\\ud800"}', "json_schema: schema"),
+        ("json_schema", {"type": "object", "properties": {"\ud800": {"type": "null"}}}, "schema"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_told_as_what_it_is(
+    what: str, content: Any, argument: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{argument}: expected no half of a surrogate pair"):
+        getattr(Constraint, what)(content, tokenizer())
+    with pytest.raises(ValueError, match=r"none_of: .* surrogate pair, found '.ud800' at place 1"):
+        Constraint.keywords(tokenizer(), none_of=["a\ud800"])
 
 
 @outlines
@@ -320,6 +363,44 @@ def test_words_that_the_automaton_would_ignore_are_refused_by_name(schema: Any, 
 def test_what_is_no_schema_is_refused(schema: Any) -> None:
     with pytest.raises(ValueError, match="json_schema"):
         Constraint.json_schema(schema, tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": [["integer"]]}, "#/type: expected one of"),
+        ({"type": 1}, "#/type: expected one of"),
+        ({"enum": [1], "type": [[1]]}, "#/type: expected one of"),
+        ({"enum": [1], "type": {"x": []}}, "#/type: expected one of"),
+        ({"type": "array", "prefixItems": 3}, "#/prefixItems: expected a list of schemas"),
+        ({"type": "object", "properties": {}, "required": [[]]}, "required: expected a list of na"),
+        ({"type": "string", "minLength": 2**64}, "#/minLength: expected a whole number from 0 to"),
+        ({"type": "array", "items": {"type": "null"}, "minItems": 2**70}, "#/minItems: expected"),
+        ({"enum": [9373.711634780513]}, "9373.711634780513, a number of more digits than are kept"),
+        ({"const": {"a": [2**64 + 1]}}, "18446744073709551617, a number of more digits"),
+        ({"const": {"a.b": 1}}, "the name 'a.b' in a value"),  # any letter came for the point
+        ({"enum": [1, [{"a|b": 1}]]}, r"the name 'a\|b' in a value"),
+    ],
+)
+def test_what_outlines_core_would_pass_over_or_read_as_another_is_refused(
+    schema: Any, message: str
+) -> None:
+    """A length that no machine word holds was none, the last digit of a number another, and a name
+    inside a value an expression."""
+    with pytest.raises((ValueError, NotImplementedError), match=message) as error:
+        Constraint.json_schema(schema, tokenizer())
+    assert not isinstance(error.value, ConstraintTooLarge)
+
+
+@outlines
+def test_numbers_and_names_of_properties_are_written_as_they_are() -> None:
+    dotted = {"type": "object", "properties": {"a.b|$": {"type": "null"}}, "required": ["a.b|$"]}
+    for text in random_texts(Constraint.json_schema(dotted, tokenizer()), 9, 40):
+        assert json.loads(text) == {"a.b|$": None}
+    for number in (0.1, -1e22, 1e-22, 2**53 / 1e4, 2**64 - 1, -(2**63), 1.5e300 / 1e290):
+        one = Constraint.json_schema({"const": number}, tokenizer())
+        (text,) = set(random_texts(one, 3, 40))
+        assert json.loads(text) == number
 
 
 def test_schemas_inside_each_other_without_end_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,30 @@ def test_files_that_are_no_guide_are_refused(tmp_path: Path) -> None:
         save_file(bad, tmp_path / "guide.safetensors")
         with pytest.raises(ValueError, match="expected"):
             Guide.load(tmp_path)
+
+
+def test_every_damage_of_a_file_is_told_with_its_name(tmp_path: Path) -> None:
+    """Bytes are changed at random, and lengths; most of them leave no guide."""
+    one, rng, refused = guide(), random.Random(4), 0
+    one.measures = {"abcdef": 2.5, "more": 10**400}  # above every float
+    one.save(tmp_path)
+    path = tmp_path / "guide.safetensors"
+    whole = path.read_bytes()
+    dtype = b'"F64","shape":[3]'
+    damaged = [whole, whole.replace(b"abcdef", b"\\ud800")]  # half of a surrogate pair
+    damaged += [whole.replace(dtype, b'"U64","shape":[3]')]  # a dtype that nothing here reads
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.randrange(700)] = rng.randrange(32, 127)
+        damaged.append(bytes(data[: rng.choice([len(data)] * 9 + [rng.randrange(len(data))])]))
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            Guide.load(tmp_path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 200
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,58 @@ def test_stop_strings_beside_a_constraint_are_refused() -> None:
         decoder().generate(ids, mask, max_new_tokens=BUDGET, eos_token_id=EOS, **settings)
 
 
+@pytest.mark.parametrize("mode", ["sample", "greedy"])
+@pytest.mark.parametrize("options", [{}, {"bridge": 8, "n_token": 2}])
+def test_a_model_that_holds_impossible_what_must_come_is_told_and_not_followed(
+    options: dict[str, Any], mode: str
+) -> None:
+    """Here the 2 that every text contains; rows without a constraint go on."""
+    ids, mask = prompts(2)
+    settings: dict[str, Any] = {"max_new_tokens": BUDGET, "eos_token_id": EOS, "seed": 1}
+
+    def banned(module: Any, given: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor([2]), -torch.inf)
+
+    one = decoder("cp", mode, **options)
+    one.model.lm_head.register_forward_hook(banned)
+    with pytest.raises(ValueError, match="logits: expected a finite one for a token that the con"):
+        one.generate(ids, mask, **settings)
+    free = decoder("cp", mode, constraint=[None, None], **options)
+    free.model.lm_head.register_forward_hook(banned)
+    assert 2 not in free.generate(ids, mask, **settings).sequences[:, ids.shape[1] :]
+
+
+class Short:
+    """A matcher of any text whose third token may not come."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def fill_next_token_bitmask(self, bits: torch.Tensor, index: int) -> None:
+        bits[index, 0] = 0b1111 if self.read < 2 else 0
+
+    def accept_token(self, token: int) -> bool:
+        self.read += 1
+        return True
+
+    def rollback(self, count: int) -> None:
+        self.read -= count
+
+
+@pytest.mark.parametrize("mode", ["sample", "greedy"])
+@pytest.mark.parametrize("options", [{}, {"bridge": 8, "n_token": 2}])
+def test_a_matcher_that_allows_nothing_more_is_told_unless_the_budget_ends_before(
+    options: dict[str, Any], mode: str
+) -> None:
+    ids, mask = prompts(2)
+    given = {"constraint": [Constraint.from_matcher(Short(), V, EOS), None], "guided": False}
+    one = decoder("cp", mode, **options, **given)
+    found = one.generate(ids, mask, max_new_tokens=2, eos_token_id=EOS, seed=1)
+    assert EOS not in found.sequences[0, ids.shape[1] :]
+    with pytest.raises(ValueError, match="logits: expected a finite one for a token that the con"):
+        one.generate(ids, mask, max_new_tokens=3, eos_token_id=EOS, seed=1)
+
+
 def test_masked_drafts_emit_at_least_what_plain_drafts_would() -> None:
     """A plain draft of the masked target is one whose tokens outside the mask are rejected."""
     torch.manual_seed(0)

@@ -73,7 +73,7 @@ def main():
             if any(table[256 * s + b] >= 0 for s in range(len(final)) for b in UNSAFE):
                 raise ValueError(f"unsafe: {inner}")
         table, final = automaton(lambda rx: Index(rx, every), pattern)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return
     print(json.dumps({"states": len(final)}), flush=True)

@@ -10,6 +10,7 @@ from lora_ext._checks import require
 
 from .algebra import Automaton
 from .limits import Clock
+from .vocabulary import utf8
 
 #: A text that must occur, or several of which one must.
 Group = str | Sequence[str]
@@ -22,7 +23,7 @@ def choice(texts: Sequence[str], clock: Clock) -> Automaton:
     good = bool(listed) and all(isinstance(t, str) for t in listed)
     require(good, "choice", "texts", expected, repr(texts)[:80])
     tree = _Tree(clock, "the letters of all texts")
-    ends = {tree.add(text.encode()) for text in listed}
+    ends = {tree.add(utf8("choice", "texts", text)) for text in listed}
     final = np.zeros(len(tree.below), bool)
     final[sorted(ends)] = True
     table = np.full((len(tree.below), 256), -1, np.int32)
@@ -132,4 +133,4 @@ def _word(argument: str, word: object) -> bytes:
         repr(word)[:80],
     )
     assert isinstance(word, str)
-    return word.encode()
+    return utf8("keywords", argument, word)

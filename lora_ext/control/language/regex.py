@@ -19,7 +19,9 @@ from lora_ext._checks import require
 
 from . import schema as schemas
 from .algebra import Automaton
+from .anchors import unanchored
 from .limits import Clock
+from .vocabulary import utf8
 
 _CHILD = Path(__file__).with_name("_byte_automaton.py")
 _MEMORY = 2 << 30
@@ -34,10 +36,8 @@ def pattern(text: str, clock: Clock) -> Automaton:
     where = "regex: pattern"
     require(isinstance(text, str), "regex", "pattern", "a text", repr(text)[:80])
     _measure(where, text, clock)
-    # The whole text matches anyhow, and outlines-core has no start state for these.
-    bare = text.removeprefix("^")
-    if bare.endswith("$") and (len(bare) - len(bare[:-1].rstrip("\\"))) % 2:
-        bare = bare[:-1]
+    utf8("regex", "pattern", text)
+    bare = unanchored("regex", "pattern", text)
     return _built(where, {"pattern": bare}, clock, repr(text)[:80])
 
 
@@ -60,6 +60,7 @@ def json_schema(schema: dict[str, Any] | str, clock: Clock) -> Automaton:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected what JSON can say, found {error!s:.120}") from None
     _measure(where, text, clock)
+    utf8("json_schema", "schema", json.dumps(schema, ensure_ascii=False))
     schema = json.loads(text)  # a copy, which check may change
     inner = schemas.check(schema)
     return _built(where, {"schema": json.dumps(schema), "inner": inner}, clock, text[:80])

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple, NoReturn
 
 from lora_ext._checks import require
+
+from .anchors import unanchored
 
 _SAID = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs"}
 _SAID |= {"definitions", "deprecated", "readOnly", "writeOnly"}
@@ -28,8 +31,11 @@ _WORDS = {
 _FORMATS = ("date", "date-time", "uuid")
 # outlines-core takes the digits of any script for those of a date.
 _DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
+_LETTERS = "\\.+*?()|[]{}^$"
+_MEANT = set(_LETTERS)  # in an expression
 _WHERE = "json_schema"
 _MOST_DEPTH = 32
+_MOST_LENGTH = (1 << 31) - 1  # outlines-core passes over a length that no machine word holds
 
 
 def check(schema: Any) -> list[str]:
@@ -85,10 +91,11 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], seen: _Found)
             values = words["enum"] if choice == "enum" else [words["const"]]
             listed = isinstance(values, list) and bool(values)
             require(listed, _WHERE, f"{at}/enum", "a list of values", repr(values)[:80])
-            kinds = words.get("type")
-            wrong = [v for v in values if kinds is not None and _kind(v) not in _wide(kinds)]
-            require(not wrong, _WHERE, f"{at}/{choice}", f"values of type {kinds}", wrong[:1])
-            _plain_names(values, at)
+            if "type" in words:
+                kinds = _kinds(words["type"], at)
+                wrong = [v for v in values if _kind(v) not in _wide(kinds)]
+                require(not wrong, _WHERE, f"{at}/{choice}", f"values of type {kinds}", wrong[:1])
+            _plain(values, at)
         else:
             parts = words[choice]
             listed = isinstance(parts, list) and bool(parts)
@@ -105,10 +112,7 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], seen: _Found)
         _refuse(
             at, "no type (any value at all)" if not words else f"{sorted(words)[0]} without type"
         )
-    require(bool(kinds), _WHERE, f"{at}/type", f"one of {sorted(_WORDS)}", repr(kinds)[:80])
-    for kind in [kinds] if isinstance(kinds, str) else list(kinds):
-        require(kind in _WORDS, _WHERE, f"{at}/type", f"one of {sorted(_WORDS)}", repr(kind)[:80])
-    allowed = {w for k in ([kinds] if isinstance(kinds, str) else kinds) for w in _WORDS[k]}
+    allowed = {w for k in _kinds(kinds, at) for w in _WORDS[k]}
     if others := sorted(set(words) - allowed):
         _refuse(at, others[0])
     if not isinstance(kinds, str):
@@ -138,35 +142,65 @@ def _string(schema: dict[str, Any], words: Mapping[str, Any], at: str, patterns:
     if "pattern" in words:
         pattern = words["pattern"]
         require(isinstance(pattern, str), _WHERE, f"{at}/pattern", "a text", repr(pattern))
-        patterns.append(pattern.removeprefix("^").removesuffix("$"))
+        patterns.append(unanchored(_WHERE, f"{at}/pattern", pattern))
         schema["pattern"] = f"^(?:{patterns[-1]})$"
 
 
-def _plain_names(value: Any, at: str) -> None:
-    """Refuse names that JSON escapes: outlines-core writes them as they are."""
+def _kinds(kinds: Any, at: str) -> list[str]:
+    """The types that a schema names, one or several."""
+    listed = kinds if isinstance(kinds, list) else [kinds]
+    wrong = [k for k in listed if not isinstance(k, str) or k not in _WORDS]
+    expected = f"one of {sorted(_WORDS)}"
+    require(listed and not wrong, _WHERE, f"{at}/type", expected, repr((*wrong, kinds)[0])[:80])
+    return listed
+
+
+def _plain(value: Any, at: str) -> None:
+    """Refuse values that outlines-core writes as others: names come as they are, also where they
+    mean something in an expression, and numbers that take more than one step are rounded twice."""
     if isinstance(value, list):
         for part in value:
-            _plain_names(part, at)
+            _plain(part, at)
+    elif isinstance(value, (int, float)) and not _exact(value):
+        _refuse(at, f"{value!r:.40}, a number of more digits than are kept")
     elif isinstance(value, Mapping):
         for name, part in value.items():
-            if json.dumps(name, ensure_ascii=False) != f'"{name}"':
-                _refuse(at, f"the name {name!r:.40}, of which JSON escapes a letter")
-            _plain_names(part, at)
+            _unescaped(name, at)
+            if _MEANT & set(name):
+                _refuse(at, f"the name {name!r:.40} in a value, with a letter of {_LETTERS}")
+            _plain(part, at)
+
+
+def _unescaped(name: str, at: str) -> None:
+    """Refuse a name that JSON escapes, which outlines-core does not."""
+    if json.dumps(name, ensure_ascii=False) != f'"{name}"':
+        _refuse(at, f"the name {name!r:.40}, of which JSON escapes a letter")
+
+
+def _exact(number: float) -> bool:
+    if isinstance(number, int):
+        return -(1 << 63) <= number < 1 << 64
+    _, digits, exponent = Decimal(repr(number)).as_tuple()
+    # A double holds these digits and these powers of ten, so that one product rounds once.
+    return int("".join(map(str, digits))) <= 1 << 53 and abs(int(exponent)) <= 22
 
 
 def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[Any, str]]:
     """Schemas inside an object or array, after the words of the value itself were looked at."""
     for name in ("minLength", "maxLength", "minItems", "maxItems"):
         value = words.get(name, 0)
-        whole = type(value) is int and value >= 0
-        require(whole, _WHERE, f"{at}/{name}", "a whole number from 0 on", repr(value)[:80])
+        whole = type(value) is int and 0 <= value <= _MOST_LENGTH
+        expected = f"a whole number from 0 to {_MOST_LENGTH}"
+        require(whole, _WHERE, f"{at}/{name}", expected, repr(value)[:80])
     if kind == "object":
         inside = words.get("properties", {})
         good = isinstance(inside, Mapping)
         require(good, _WHERE, f"{at}/properties", "an object", repr(inside)[:80])
-        _plain_names(dict.fromkeys(inside), at)
+        for name in inside:
+            _unescaped(name, at)
         required = words.get("required", [])
-        require(isinstance(required, list), _WHERE, f"{at}/required", "a list of names", required)
+        listed = isinstance(required, list) and all(isinstance(name, str) for name in required)
+        require(listed, _WHERE, f"{at}/required", "a list of names", repr(required)[:80])
         if missing := [name for name in required if name not in inside]:
             _refuse(at, f"required {missing[0]!r}, which is no property")
         more = words.get("additionalProperties", True)
@@ -182,7 +216,10 @@ def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[An
             _refuse(at, "an array with neither or both of items and prefixItems")
         if fixed and {"minItems", "maxItems"} & set(words):
             _refuse(at, "minItems or maxItems beside prefixItems")
-        for i, child in enumerate(words["prefixItems"] if fixed else [words["items"]]):
+        parts = words["prefixItems"] if fixed else [words["items"]]
+        listed = isinstance(parts, list)
+        require(listed, _WHERE, f"{at}/prefixItems", "a list of schemas", repr(parts)[:80])
+        for i, child in enumerate(parts):
             yield child, f"{at}/prefixItems/{i}" if fixed else f"{at}/items"
 
 

@@ -20,6 +20,19 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 _SPACE = "\u2581"
 
 
+def utf8(where: str, argument: str, text: str) -> bytes:
+    """The bytes of a text.
+
+    Raises:
+        ValueError: for one with half of a surrogate pair, which has none.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        found = f"{text[error.start]!r} at place {error.start}"
+    raise ValueError(f"{where}: {argument}: expected no half of a surrogate pair, found {found}")
+
+
 def end_tokens(where: str, eos: int | Sequence[int], vocab_size: int) -> tuple[int, ...]:
     """The tokens that end a text, ascending and checked."""
     ends = (eos,) if isinstance(eos, int) else tuple(eos)

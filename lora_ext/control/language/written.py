@@ -109,7 +109,8 @@ class Written:
     ) -> Self:
         r"""Texts that match a regular expression from end to end, however tokens spell them.
 
-        The syntax is that of Rust's regex crate, without ``\b`` and without ``^`` and ``$`` inside.
+        The syntax is that of Rust's regex crate, without ``\b``, and with ``^`` and ``$`` at the
+        beginning and end of the whole text alone, where they say nothing.
         A text with a NUL byte matches nothing. Needs the extra ``control``.
 
         Args:
@@ -144,7 +145,9 @@ class Written:
 
         Raises:
             NotImplementedError: for a word that the automaton would not hold to, by its name, such
-                as ``minimum`` or ``uniqueItems``.
+                as ``minimum`` or ``uniqueItems``; and for values of ``enum`` and ``const`` that
+                would be written as others: numbers of more digits than a double's product keeps,
+                names with a letter that means something in an expression.
             ValueError: for something that is no schema.
         """
         return cls._spelled(

@@ -83,8 +83,14 @@ class Constrained:
         return cls(decoder.constraint, decoder.guide, request, batch, size, temperature)
 
     def first(self, logits: Tensor) -> Tensor:
-        """Logits of the first token ``(B, V)`` under the constraints."""
-        return control.moved(control.log_ratios(self.rows), logits, self.temperature)
+        """Logits of the first token ``(B, V)`` under the constraints.
+
+        Raises:
+            ValueError: as :meth:`take`.
+        """
+        law = control.moved(control.log_ratios(self.rows), logits, self.temperature)
+        _possible(self.rows, law)
+        return law
 
     def start(self, token: Tensor) -> None:
         """Take the first token of every row, which no call has decided."""
@@ -146,6 +152,8 @@ class Constrained:
                 nothing = (law == -torch.inf).all(1, keepdim=True)
                 if bool(nothing.any()):
                     law = torch.where(nothing, control.moved(blocks, torch.zeros_like(q)), law)
+                    # A matcher may allow no token at all: any will do, for it is not kept.
+                    law = torch.where((law == -torch.inf).all(1, keepdim=True), 0.0, law)
                 law = log_softmax(law)
                 token = law.argmax(-1) if greedy else draw(law, uniforms[:, k, 1])
                 if free is not None:
@@ -189,7 +197,8 @@ class Constrained:
             control.moved(position.blocks, behind if k == n else target[:, k], self.temperature)
             for k, position in enumerate(self._window)
         ]
-        return torch.stack(places, 1)
+        self._law = torch.stack(places, 1)
+        return self._law
 
     def take(self, accepted: Tensor, token: Tensor) -> Tensor:
         """Go on behind the tokens that were kept and the one that the verifier drew.
@@ -197,8 +206,14 @@ class Constrained:
         Returns:
             how many tokens of :meth:`with_forced` are kept, ``(B,)``: with the whole window its run
             is.
+
+        Raises:
+            ValueError: where the model has no finite score for a token that may come: then nothing
+                says which one does.
         """
+        every = torch.arange(len(accepted), device=accepted.device)
         rows = [self._window[a].rows[i] for i, a in enumerate(accepted.tolist())]
+        _possible(rows, self._law[every, accepted])
         self.rows = control.advance(rows, token.tolist())
         whole = accepted == len(self._window) - 1
         return accepted + whole * self._runs.to(accepted.device)
@@ -206,6 +221,16 @@ class Constrained:
     def select(self, stay: list[int]) -> None:
         """Go on with these rows alone."""
         self.rows = [self.rows[i] for i in stay]
+
+
+def _possible(rows: list[Row | None], law: Tensor) -> None:
+    """Refuse to go on where nothing may come, before a token of the rows with these logits
+    ``(B, V)``. Behind the end and the budget nothing has to."""
+    waits = [row is not None and not row.ended and row.left > 0 for row in rows]
+    lost = any(row is not None and row.lost and row.left >= 0 for row in rows)
+    none = bool((~law.amax(-1).isfinite() & torch.tensor(waits, device=law.device)).any())
+    expected = "a finite one for a token that the constraint allows"
+    require(not (lost or none), _WHERE, "logits", expected, "none")
 
 
 def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> DraftedWindow:
