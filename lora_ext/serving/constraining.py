@@ -165,7 +165,9 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
 def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:
     """Scores ``(1, N, V)`` of a step in which some rows have constraints, all changed in one call.
 
-    The others keep their bits, and so do ``scores`` themselves.
+    The others keep their bits, and so do ``scores`` themselves. A row of which no token is left,
+    because its model or its matcher allows none, ends with what it has: an error would end the
+    steps of all other requests.
     """
     if not rows:
         return scores
@@ -179,5 +181,9 @@ def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:
     ]
     places = [each.place for each in rows]
     changed = scores.clone()
-    changed[0, places] = control.moved(blocks, scores[0, places])
+    own = control.moved(blocks, scores[0, places])
+    for i in (own.amax(-1) == -torch.inf).nonzero()[:, 0].tolist():
+        row = rows[i].row
+        own[i, list(row.plan.constraint.eos) if row else []] = 0
+    changed[0, places] = own
     return changed

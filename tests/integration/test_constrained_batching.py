@@ -175,6 +175,9 @@ def test_scores_that_leave_no_token_and_a_tiny_temperature_are_no_error() -> Non
     ]
     tokens, left = drawn(scores, rows)
     assert tokens[1] == 20 and tokens[2] in (5, 20, 21) and left == rows[:1]
+    ended = constrained(scores, rows)[0]  # the request ends there: no other token may stand there
+    assert ended[0].isfinite().nonzero()[:, 0].tolist() == [EOS]
+    assert not ended[1:, EOS].isfinite().any() and not ended.isnan().any()
 
 
 def test_the_bounds_of_each_row_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
