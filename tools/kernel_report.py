@@ -135,34 +135,54 @@ DECODE = {
     "D7": (256, 1, 4096, 4096, 16),
     "D8": (256, 32, 4096, 4096, 8),
 }
+# Of an 8B model, a block: in-features, and the outputs of those that share them.
+BLOCK = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
+LAYERS = 32
+STEP_SAID = "a captured step of an 8B model, its updates alone: 64 rows, rank 16, adapters: "
 BF16 = "__nv_bfloat16"
 
 
+def decode_pair(
+    rows: int, slots: int, i: int, outputs: Sequence[int], rank: int, said: str
+) -> tuple[Case, Case]:
+    """Shrink and expand up to 256 rows, of one module or of siblings that read one x."""
+    tiles = slots * ceil(rows / slots / 16)
+    splits = min(16, max(1, ceil(i / 512)))
+    v = 4 * rows * rank * splits * len(outputs)
+    launched = (rows // 16 + min(rows, slots)) * len(outputs)  # chunks that there could be
+    each = 128 if launched * ceil(max(outputs) / 256) < 2 * SMS else 256
+    modules = 1 if len(outputs) == 1 else 8
+    shrink = Case(
+        f"lora_shrink_decode_kernel<{BF16}, true, {modules}>",
+        said,
+        2 * slots * rank * i * len(outputs) + 2 * rows * i + v,
+        tiles * splits * ceil(rank / 32) * len(outputs),
+        128,
+        flops=2 * 16 * tiles * max(8, rank) * i * len(outputs),
+    )
+    expand = Case(
+        f"lora_expand_kernel<{BF16}, true, 1, 4, {modules}>",
+        said,
+        sum(2 * slots * rank * o + 4 * rows * o for o in outputs) + v,
+        tiles * sum(ceil(o / each) for o in outputs),
+        128,
+        flops=2 * 2 * 16 * tiles * max(32, rank) * sum(outputs),
+    )
+    return shrink, expand
+
+
 def decode_cases() -> Iterator[Case]:
-    """Shrink and expand of `lora_apply_` up to 256 rows."""
+    """Shrink and expand of `lora_apply_` up to 256 rows, and all of them in a captured step."""
     for name, (rows, slots, i, o, rank) in DECODE.items():
-        tiles = slots * ceil(rows / slots / 16)
-        splits = min(16, max(1, ceil(i / 512)))
         said = f"{name}: {rows} rows, {slots} adapters, {i} to {o}, rank {rank}"
-        v = 4 * rows * rank * splits
-        launched = rows // 16 + min(rows, slots)  # chunks that there could be
-        outputs = 128 if launched * ceil(o / 256) < 2 * SMS else 256
-        yield Case(
-            f"lora_shrink_decode_kernel<{BF16}, true, 1>",
-            said,
-            2 * slots * rank * i + 2 * rows * i + v,
-            tiles * splits * ceil(rank / 32),
-            128,
-            flops=2 * 16 * tiles * max(8, rank) * i,
+        yield from decode_pair(rows, slots, i, (o,), rank, said)
+    for slots in (1, 64):
+        first, *others = (
+            case
+            for i, outputs in BLOCK
+            for case in decode_pair(64, slots, i, outputs, 16, f"{STEP_SAID}{slots}")
         )
-        yield Case(
-            f"lora_expand_kernel<{BF16}, true, 1, 4, 1>",
-            said,
-            2 * slots * rank * o + 4 * rows * o + v,
-            tiles * ceil(o / outputs),
-            128,
-            flops=2 * 2 * 16 * tiles * max(32, rank) * o,
-        )
+        yield replace(first, repeat=LAYERS, beside=tuple(others))
 
 
 def large_cases() -> Iterator[Case]:

@@ -3,7 +3,8 @@
 //
 //   T <= 256   chunks of 16 rows     shrink_decode, expand with four warps along the outputs
 //   T >  256   chunks of 64 or 128   shrink, expand with a warp per 16 rows
-//   bank of rank > 256, T > 256      run_gemm_* (lora_gemm.cuh) for shrink, reduce and expand
+//   bank of rank > 256               run_gemm_* (lora_gemm.cuh) for reduce and expand, and for
+//                                    shrink where T > 256
 #include "lora_train.cuh"
 
 namespace lora_ext {

@@ -139,9 +139,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     for (int i = lx::thread_rank(); i < tile.rows * kRanks; i += kWarps * lx::kWarpSize) {
         const int row = i / kRanks, rank = i % kRanks;
         if (rank >= ranks) continue;
-        float sum = sums[i];
+        float sum = 0;
 #pragma unroll
-        for (int w = 1; w < kWarps; ++w) sum += sums[w * kTileRows * kRanks + i];
+        for (int w = 0; w < kWarps; ++w) sum += sums[w * kTileRows * kRanks + i];
         v.data[blockIdx.y * v.split_stride + row_of[row] * v.row_stride + first_page * kPageRanks +
                rank] = scale * sum;
     }

@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (s < steps) fill(s);
         lx::cp_async_commit();
     }
+    const bool has_rows = warp * kWarpTiles * kTileRows < tile.rows;
     const int per_slice = slices.width / kWidth, per_segment = per_slice / kSliceSegments;
     for (int step = 0; step < steps; ++step) {
         lx::cp_async_wait_group<kStages - 2>();
@@ -121,6 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         lx::syncthreads();  // this stage is complete, and the previous one has been read by all
         if (step + kStages - 1 < steps) fill(step + kStages - 1);
         lx::cp_async_commit();
+        if (!has_rows) continue;
         const unsigned char* const x_rows = ring + step % kStages * stage_bytes;
         const unsigned char* const a_rows = x_rows + kRows * kStageRow;
         const auto words = [&](const unsigned char* rows, int row, int half) {
@@ -154,6 +156,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const float factor = slices.finished ? projection_factor(args, tile.slot) : 1.0f;
     const Sums& sums = kWalk ? total : slice_sum;
     const bool paired = ranks_paired(args.out, args.out_row_stride);
+    bool here[kGroupPages];  // an absent page counts as zero, even beside an x that is not finite
+#pragma unroll
+    for (int p = 0; p < kGroupPages; ++p) here[p] = p < pages && page_of[p];
 #pragma unroll
     for (int m = 0; m < kWarpTiles; ++m) {
 #pragma unroll
@@ -165,8 +170,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
             for (int p = 0; p < kGroupPages; ++p) {
                 const int rank = p * kPageRanks + 2 * (lane % 4);
-                store_ranks(out + rank, ranks - rank, paired, factor * sums[m][p][2 * h],
-                            factor * sums[m][p][2 * h + 1]);
+                const float first = here[p] ? factor * sums[m][p][2 * h] : 0.0f;
+                const float second = here[p] ? factor * sums[m][p][2 * h + 1] : 0.0f;
+                store_ranks(out + rank, ranks - rank, paired, first, second);
             }
         }
     }

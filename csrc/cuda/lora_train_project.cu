@@ -205,7 +205,12 @@ Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass) {
     if (!side_b && !large_rank(bank)) s.width = sum_order(features).width;
     s.count = static_cast<int>(lx::max<int64_t>(1, ceil_div(features, s.width)));
     int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens));
-    if (takes_gemm(args)) tiles *= ceil_div(bank.max_rank, kGemmColumns);
+    if (takes_gemm(args)) {
+        tiles *= ceil_div(bank.max_rank, kGemmColumns);
+    } else if (!side_b) {  // whose walk takes tiles of 64 rows
+        tiles *= lx::max(1, lora_chunk_rows(args.num_tokens) / kTrainRows) *
+                 ceil_div(bank.max_rank, kProjectedRanks);
+    }
     // Two blocks for each of the 132 multiprocessors of an H100 come from them alone?
     const bool walk = s.count == 1 || (!in_pass && tiles >= 264);
     s.per_block = walk ? s.count : 1;

