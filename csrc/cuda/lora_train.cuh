@@ -43,8 +43,8 @@ __host__ __device__ constexpr int pass_slice(int ranks) {
 inline bool pass_sliced(const LoraArgs& args, bool side_b) {
     return side_b && args.dtype != DType::kFloat32 && args.bank.max_rank <= kPassRanks;
 }
-// in_pass: every slice has a block, and partial sums where there are several.
 constexpr int kProjectedRanks = 64;  // of a block
+// in_pass: every slice has a block, and partial sums where there are several.
 Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass = false);
 int64_t slices_bytes(const Slices& slices);
 int64_t projection_workspace(const LoraArgs& args, bool side_b);
