@@ -5,7 +5,7 @@
 every round. `--full` adds the other patterns, importance, Dirichlet's partition, strong clients
 that are drawn as seldom as all others, which is what the authors' logs compare with, and peers:
 those of claims/peers.py on all clients and all layers, HetLoRA and FlexLoRA with ranks by
-capability.
+capability, and FedAvg with differential privacy (claims/private.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import federated_digits
 import numpy as np
 import study
 import torch
-from claims import peers, section_texts
+from claims import peers, private, section_texts
 from federated_digits import Run, World, federate
 from study import Claim, Criterion, Interval, Row, Rows
 from torch import Tensor
@@ -77,6 +77,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 def more(seeds: Sequence[int], quick: bool) -> list[Row]:
     """All patterns, importance, and a third kind of data."""
     others = [*(name for name in PATTERNS if name != OURS), FIM, DRAWN, *peers.NAMES, *RANKED]
+    others += private.NOISE
     return [
         {"seed": seed, "partition": partition, "arm": arm}
         for seed in seeds
@@ -91,7 +92,11 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     world = _world(arm["seed"], section_texts.sizes_of(arm, rows, _sizes(quick)), quick)
     shares = world.shares(arm["partition"])
     peer = peers.Peer(arm["arm"], world) if arm["arm"] in peers.NAMES else None
-    run = peer.run(shares) if peer else one(world, shares, arm["arm"])
+    noise = private.NOISE.get(arm["arm"])
+    if noise is not None:
+        run, hides = private.run(world, shares, noise), {"epsilon": private.epsilon(world, noise)}
+    else:
+        run, hides = peer.run(shares) if peer else one(world, shares, arm["arm"]), {}
     right = [run.right[run.accuracy.index(run.best)]] * len(shares)
     if peer and peer.own:  # each client has a B of its own, at the end
         right = [peer.accuracy_of(client) for client in range(len(shares))]
@@ -105,6 +110,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
         "strong_have": len(set(labels[strong])),
         "accuracies": " ".join(f"{a:.4f}" for a in run.accuracy),
         "devices": " ".join(f"{a:.4f}" for a in by_device(world, shares, right)),
+        **hides,
     }
 
 

@@ -89,12 +89,13 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
             for step in range(steps)
         )
         trained = [p for p in model.parameters() if p.requires_grad]
-        language.train(model, batches, [{"params": trained, "lr": RATE}])
+        groups = [{"params": trained, "lr": RATE}]
+        language.train(model, batches, groups, loss=language.answer_loss)
         report = rank_report(model, kinds=("entropy", "threshold"), taus=(0.1, 0.01))
         found = {name: sum(r[name] for r in report) / len(report) for name in FIGURES}
     with torch.no_grad():
         losses = [
-            model(**collate(own.tokenizer, tested[i : i + 4]), use_cache=False).loss.item()
+            language.answer_loss(model, collate(own.tokenizer, tested[i : i + 4])).item()
             for i in range(0, held, 4)
         ]
     yield {"loss": sum(losses) / len(losses), **found}

@@ -22,7 +22,7 @@ _RUN = re.compile(r'(?:run_quickly\(\w+, |"examples", )"(\w+)"')
 def sources() -> Iterator[tuple[str, str]]:
     """The path of each place with code that tests run, pages first, and that code."""
     docs = ROOT / "docs"
-    for page in (*sorted(docs.glob("*.md")), ROOT / "README.md"):
+    for page in (*sorted(docs.rglob("*.md")), ROOT / "README.md"):
         if blocks := _BLOCK.findall(page.read_text()):
             yield str(page.relative_to(ROOT)), "\n".join(blocks)
     for path in sorted((docs / "tutorials").glob("*.ipynb")):

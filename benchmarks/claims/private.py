@@ -1,0 +1,92 @@
+"""FedAvg with differential privacy of clients, by Flower's own parts: its mod clips what a client
+changed to a norm, its strategy adds noise to the mean, and opacus' accountant says what that hides.
+
+The accountant takes it that each client joins a round by a coin of its own. Here a fixed number of
+them is drawn, as Flower does it, so that its epsilon is an estimate.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from federated_digits import Run, World, client_spec, right, shared_state, trimmed
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.clientapp.mod import fixedclipping_mod
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping
+
+from lora_ext.federated import LayerPlan, LocalGrid, LoraLayerManager, LoraStrategy, make_client_app
+from lora_ext.federated.flower import from_arrays, to_arrays
+
+#: Arms, with their noise as a multiple of the norm that changes are clipped to.
+NOISE = {"private, no noise": 0.0, "private, noise 0.01": 0.01, "private, noise 1": 1.0}
+CLIP = 8.0  # about what three steps of Adam at a rate of 0.01 change in 81,000 parameters
+DELTA = 1e-5
+
+
+class Whole:
+    """All layers for every client."""
+
+    def __init__(self, layers: int):
+        self.layers = layers
+
+    def plan(self, round: int, client: int | str, capability: int) -> LayerPlan:
+        """The same in every round."""
+        return LayerPlan(tuple(range(self.layers)))
+
+
+def run(world: World, shares: Sequence[Any], noise: float) -> Run:
+    """All rounds, all layers on every client."""
+    sizes, found, rounds = world.sizes, Run(), Counter[int]()
+    model = world.adapted()
+    manager, head = LoraLayerManager(model), shared_state(world, model)
+
+    def batches(client: int) -> list[Any]:
+        rounds[client] += 1
+        spec = client_spec(world, shares[client], client, rounds[client])
+        return [(trimmed(x), y) for x, y in spec.batches]
+
+    def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord:
+        state = from_arrays(arrays)
+        manager.load_slice({name: t for name, t in state.items() if name not in head})
+        with torch.no_grad():
+            for name in head:
+                model.get_parameter(name).copy_(state[name])
+        if round:
+            found.right.append(right(model, world.testing))
+            found.accuracy.append(found.right[-1].float().mean().item())
+        return MetricRecord({})
+
+    strategy = LoraStrategy(
+        Whole(sizes.blocks),
+        upload="value",
+        send_frozen=False,
+        weighted_by=None,
+        shared=tuple(head),
+        fraction_train=sizes.per_round / sizes.clients,
+        seed=world.seed,
+    )
+    private = DifferentialPrivacyClientSideFixedClipping(strategy, noise, CLIP, sizes.per_round)
+    app = make_client_app(world.adapted, batches, mods=[fixedclipping_mod])
+    start = to_arrays({**manager.state_slice(), **head})
+    grid, config = LocalGrid(app, sizes.clients), ConfigRecord({"lr": sizes.lr})
+    np.random.seed(world.seed)  # Flower draws the noise from NumPy's own generator
+    private.start(grid, start, sizes.rounds, train_config=config, evaluate_fn=evaluate)
+    found.comm = strategy.comm
+    return found
+
+
+def epsilon(world: World, noise: float) -> float:
+    """What an outsider learns at most about whether a client took part, at delta 1e-5."""
+    from opacus.accountants import RDPAccountant
+
+    if not noise:
+        return float("inf")
+    accountant, sizes = RDPAccountant(), world.sizes
+    for _ in range(sizes.rounds):
+        rate = sizes.per_round / sizes.clients
+        accountant.step(noise_multiplier=noise, sample_rate=rate)
+    return accountant.get_epsilon(DELTA)
