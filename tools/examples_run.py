@@ -38,25 +38,31 @@ def sources() -> Iterator[tuple[str, str]]:
 def used(code: str) -> set[str]:
     """The places that define what the code takes from lora_ext."""
     tree = ast.parse(code)
-    known: dict[str, str] = {}  # a name of the code, and what it stands for
+    known: dict[str, list[str]] = {}  # a name of the code, and what it stands for
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 first = alias.name.partition(".")[0]
-                known[alias.asname or first] = alias.name if alias.asname else first
+                known[alias.asname or first] = [alias.name if alias.asname else first]
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
-                known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-    found = {path for path in known.values() if path.startswith("lora_ext.")}
+                known[alias.asname or alias.name] = [f"{node.module}.{alias.name}"]
+    found = {path for paths in known.values() for path in paths if path.startswith("lora_ext.")}
+    for node in ast.walk(tree):  # one block for several packages: `for each in (ops, reference):`
+        if isinstance(node, ast.For) and isinstance(node.target, ast.Name):
+            several = node.iter.elts if isinstance(node.iter, ast.Tuple) else []
+            paths = [p for e in several if isinstance(e, ast.Name) for p in known.get(e.id, [])]
+            known.setdefault(node.target.id, []).extend(paths)
     for node in ast.walk(tree):
         chain, inner = [], node
         while isinstance(inner, ast.Attribute):
             chain.append(inner.attr)
             inner = inner.value
         if chain and isinstance(inner, ast.Name) and inner.id in known:
-            path = ".".join([known[inner.id], *reversed(chain)])
-            if path.startswith("lora_ext."):
-                found.add(path)
+            for first in known[inner.id]:
+                path = ".".join([first, *reversed(chain)])
+                if path.startswith("lora_ext."):
+                    found.add(path)
     return {_defined(path) for path in found}
 
 

@@ -22,7 +22,8 @@ _FLOATS = (torch.float32, torch.float64)
 
 
 class Program(NamedTuple):
-    """What :func:`circuit_layers` computes; ``circuits.program`` makes it of a graph.
+    """What :func:`circuit_layers` computes: of a region graph, what
+    ``lora_ext.circuits.program.compile_program(graph, compile_graph(graph))`` makes.
 
     Attributes:
         numbers: int32, on the device of the values; ``csrc/include/lora_ext/circuit_layers.h`` has
