@@ -175,7 +175,13 @@ def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
 def unpack(
     a_pages: Tensor, b_pages: Tensor, pages: Sequence[int], rank: int
 ) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`pack`: ``lora_A`` (r, I) and ``lora_B`` (O, r)."""
+    """The factors that lie in pages, ``lora_A`` (r, I) and ``lora_B`` (O, r): copies.
+
+    Args:
+        a_pages, b_pages: of a :class:`ModuleSlab`.
+        pages: the numbers in a row of its ``page_table`` that are not -1.
+        rank: of the adapter, from ``ranks``.
+    """
     index = torch.as_tensor(pages, dtype=torch.int64, device=a_pages.device)
     a = a_pages[index].flatten(0, 1)  # (8n, I)
     b = b_pages[index].permute(1, 0, 2).flatten(1)  # (O, 8n)

@@ -76,7 +76,8 @@ def _full(store: PageStore, name: str, wanted: list[str]) -> str:
     names = sorted({r.name for r in pinned})
     held = in_words(sum(r.nbytes for r in pinned))
     limit = "no max_bytes" if store.max_bytes is None else f"max_bytes={store.max_bytes}"
-    others = f"the rest is pinned, by {len(names)} adapters: {names[:8]}"
+    count = f"{len(names)} adapter{'s' * (len(names) != 1)}"
+    others = f"the rest is pinned, by {count}: {names[:8]}"
     return (
         f"AdapterPool: {name!r} needs {' and '.join(wanted)}, but "
         f"{others if names else 'no adapter is there to make way'}. "
