@@ -55,8 +55,14 @@ from .rows import (
 from .traced import NOBODY, batch_of, block_of_graph, layer_rows, no_rows, noted, pool_rows
 
 __all__ = [
-    "BASE", "Activated", "Assignment", "Batch", "Block", "LayerNames", "NamedRows", "Names",
-    "Places", "Pool", "PoolLayer", "Rows", "UnknownAdapterError", "adapters", "all_rows",
-    "attachments", "current", "group", "layer_names", "rows_of", "several_processes", "subset",
-    "together",
-]  # fmt: skip
+    "BASE",
+    "Block",
+    "Names",
+    "PoolLayer",
+    "Rows",
+    "UnknownAdapterError",
+    "adapters",
+    "current",
+    "layer_names",
+    "rows_of",
+]
