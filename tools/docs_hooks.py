@@ -25,6 +25,7 @@ from faces import ASKED, ROOT, face, face_file, places, shown
 
 _ROLE = re.compile(r":(?:mod|class|func|meth|attr|data):`(?P<short>~?)(?P<name>[\w.]+)`")
 _OUTSIDE = re.compile(r"\[(?P<words>[^\]]*)\]\((?P<path>\.\./[^)#\s]+)\)")
+_EXAMPLES = "\n## By example\n"
 #: Packages whose pages are elsewhere: a strict build is offline.
 _OTHERS = {"torch", "transformers", "peft", "flwr", "vllm", "numpy"}
 
@@ -45,6 +46,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def written(asked: re.Match[str]) -> str:
         return _written_out(asked["name"], here)
 
+    head, examples, rest = markdown.partition(_EXAMPLES)
+    if examples:  # the names below are no part of that section
+        markdown = head + examples + rest.replace("\n::: ", "\n## Names\n\n::: ", 1)
     return _OUTSIDE.sub(path_of, ASKED.sub(written, markdown))
 
 
@@ -63,12 +67,16 @@ def _written_out(package: str, here: str) -> str:
 
 
 def _example(place: str, here: str) -> str:
-    """The line that leads from a name to a page, a tutorial or a script that uses it."""
+    """The line that leads from a name to a page, a tutorial or a script that uses it: to the
+    examples of the reference where no other page does."""
     if place not in in_use():
         return ""
-    path = in_use()[place][0]
-    stem = posixpath.splitext(posixpath.basename(path))[0]
-    link = f"[{stem}]({posixpath.relpath(path, here)})" if path.startswith("docs/") else f"`{path}`"
+    path = min(in_use()[place], key=lambda path: path.startswith("docs/reference/"))
+    link = f"`{path}`"
+    if path.startswith("docs/"):
+        stem = posixpath.splitext(posixpath.basename(path))[0]
+        there = "#by-example" if _EXAMPLES in (ROOT / path).read_text() else ""
+        link = f"[{stem}]({posixpath.relpath(path, here)}{there})"
     return f"*In use, as a test runs it:* {link}\n\n"
 
 
