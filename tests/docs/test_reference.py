@@ -14,7 +14,7 @@ from examples_run import in_use, used, without  # noqa: E402  # tools is no pack
 
 #: Public names that no example uses which a test runs. It only goes down: write an example for a
 #: new name, as docs/ops.md does, and lower this when you write one for an old name.
-MOST_WITHOUT = 155
+MOST_WITHOUT = 89
 PAGES = sorted((ROOT / "docs/reference").rglob("*.md"))
 ASKED = {name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
 ROOMS = [f"lora_ext.{p.parent.name}" for p in sorted((ROOT / "lora_ext").glob("*/__init__.py"))]
