@@ -7,6 +7,7 @@ them is drawn, as Flower does it, so that its epsilon is an estimate.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -81,6 +82,7 @@ def run(
     app = make_client_app(world.adapted, batches, mods=[fixedclipping_mod])
     start = to_arrays({**manager.state_slice(), **head})
     grid, config = LocalGrid(app, sizes.clients), ConfigRecord({"lr": sizes.lr})
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # it tells of every round
     np.random.seed(world.seed)  # Flower draws the noise from NumPy's own generator
     private.start(grid, start, sizes.rounds, train_config=config, evaluate_fn=evaluate)
     found.comm = strategy.comm
