@@ -47,7 +47,8 @@ CLAIM = Claim(
     "revision 9d8c245): direction only",
 )
 SKEWED, IID, UNEVEN = "4 classes", "iid", "dirichlet 0.1"
-OURS, STRONG, DRAWN, FIM = "RGD bottleneck", "strong only", "strong, drawn from all", "FIM"
+OURS, STRONG, DRAWN = "RGD bottleneck", "strong only", "strong, drawn from all"
+FIM = {"FIM": 1.0, "FIM, mix 0.5": 0.5}  # how much of a layer's weight is its importance
 PATTERNS = [f"RGD {pattern}" for pattern in Pattern]
 RANKED = {"HetLoRA": "zero_pad", "FlexLoRA": "svd"}  # how ranks of 1/3, 2/3 and all are averaged
 PROXY = 100  # texts of the server's, with FIM
@@ -76,12 +77,12 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 def more(seeds: Sequence[int], quick: bool) -> list[Row]:
     """All patterns, importance, and a third kind of data."""
-    others = [*(name for name in PATTERNS if name != OURS), FIM, DRAWN, *peers.NAMES, *RANKED]
-    others += private.NOISE
+    others = [*(name for name in PATTERNS if name != OURS), *FIM, DRAWN, *peers.NAMES, *RANKED]
+    iid = [*others, *private.NOISE]
     return [
         {"seed": seed, "partition": partition, "arm": arm}
         for seed in seeds
-        for partition, names in ((SKEWED, others), (IID, others), (UNEVEN, [OURS, STRONG, *others]))
+        for partition, names in ((SKEWED, others), (IID, iid), (UNEVEN, [OURS, STRONG, *others]))
         for arm in names
     ]
 
@@ -157,8 +158,8 @@ def one(world: World, shares: Sequence[Any], arm: str) -> Run:
 
         more: dict[str, Any] = {"scaling": sizes.scaling} if arm == "FlexLoRA" else {}
         return federate(world, shares, ranked, rank_agg=RANKED[arm], **more)
-    if arm == FIM:
-        return by_importance(world, shares)
+    if arm in FIM:
+        return by_importance(world, shares, FIM[arm])
     hla = HLA(arm.removeprefix("RGD "), sizes.blocks, kind="rgd", seed=world.seed)
     return federate(world, shares, planner_of(hla, world))
 
@@ -168,7 +169,7 @@ def planner_of(hla: HLA, world: World) -> federated_digits.Planner:
     return lambda round, drawn: {c: hla.plan(round, c, world.sizes.capability(c)) for c in drawn}
 
 
-def by_importance(world: World, shares: Sequence[Any]) -> Run:
+def by_importance(world: World, shares: Sequence[Any], mix: float) -> Run:
     """The bottleneck for a third of the rounds, then importance, computed anew every third from
     texts that the clients give up."""
     x, y = world.training
@@ -182,6 +183,7 @@ def by_importance(world: World, shares: Sequence[Any]) -> Run:
         seed=world.seed,
         prior_rounds=third,
         every=third,
+        mix=mix,
     )
     manager = LoraLayerManager(world.adapted())
 

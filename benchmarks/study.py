@@ -25,6 +25,7 @@ arm is there; as long as these are fewer than the claim asks for, there is no ve
         --quick           smallest sizes, shows only that it works: writes no rows without --out
         --from-results    judges what is there instead of measuring
         --full            also measures what no criterion asks for, where a study has `more`
+        --also WORDS ...  of that, the arms that have these values, as in "FIM:4 classes"
         --out FOLDER      of the csv file          --picture PATH    draws the panels there
 
 Criteria are written down before the run: neither seeds nor thresholds follow what comes out.
@@ -192,6 +193,10 @@ def _has(rows: Rows, arm: Row) -> bool:
     return any(all(_same(row.get(k, ""), value) for k, value in arm.items()) for row in rows)
 
 
+def _words(arm: Row) -> set[str]:
+    return {str(value) for value in arm.values()}
+
+
 def _same(found: object, asked: object) -> bool:
     return found == (_number(asked) if isinstance(asked, str) else asked)
 
@@ -259,8 +264,10 @@ def measure_missing(study: ModuleType, store: Store, seeds: Sequence[int], args:
     from tqdm import tqdm
 
     arms = arms_of(study, seeds, args.quick)
-    if getattr(args, "full", False):
-        arms += study.more(seeds, args.quick)
+    if hasattr(study, "more"):
+        asked = [set()] if args.full else [set(words.split(":")) for words in args.also]
+        more = study.more(seeds, args.quick)
+        arms += [arm for arm in more if any(each <= _words(arm) for each in asked)]
     rows = store.rows()
     left = missing(arms, rows)
     if store.others():
@@ -313,6 +320,7 @@ def _arguments(study: ModuleType, arguments: list[str] | None) -> argparse.Names
     parser.add_argument("--quick", action="store_true", help="shows only that it works")
     if hasattr(study, "more"):
         parser.add_argument("--full", action="store_true", help="also what no criterion asks for")
+        parser.add_argument("--also", nargs="+", default=(), metavar="WORDS", help="of that")
     parser.add_argument("--from-results", action="store_true", help="judge what is there instead")
     parser.add_argument("--out", type=Path, help="folder of the csv file")
     parser.add_argument("--picture", type=Path, help="draw the panels here")

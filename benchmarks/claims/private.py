@@ -7,8 +7,9 @@ them is drawn, as Flower does it, so that its epsilon is an estimate.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from federated_digits import Run, World, client_spec, right, shared_state, trimm
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping
+from torch import Tensor
 
 from lora_ext.federated import LayerPlan, LocalGrid, LoraLayerManager, LoraStrategy, make_client_app
 from lora_ext.federated.flower import from_arrays, to_arrays
@@ -38,8 +40,14 @@ class Whole:
         return LayerPlan(tuple(range(self.layers)))
 
 
-def run(world: World, shares: Sequence[Any], noise: float) -> Run:
-    """All rounds, all layers on every client."""
+def run(
+    world: World,
+    shares: Sequence[Any],
+    noise: float,
+    clip: float = CLIP,
+    seen: Callable[[Mapping[str, Tensor]], object] = lambda state: None,
+) -> Run:
+    """All rounds, all layers on every client; `seen` gets the state before and after each."""
     sizes, found, rounds = world.sizes, Run(), Counter[int]()
     model = world.adapted()
     manager, head = LoraLayerManager(model), shared_state(world, model)
@@ -51,6 +59,7 @@ def run(world: World, shares: Sequence[Any], noise: float) -> Run:
 
     def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord:
         state = from_arrays(arrays)
+        seen(state)
         manager.load_slice({name: t for name, t in state.items() if name not in head})
         with torch.no_grad():
             for name in head:
@@ -69,10 +78,11 @@ def run(world: World, shares: Sequence[Any], noise: float) -> Run:
         fraction_train=sizes.per_round / sizes.clients,
         seed=world.seed,
     )
-    private = DifferentialPrivacyClientSideFixedClipping(strategy, noise, CLIP, sizes.per_round)
+    private = DifferentialPrivacyClientSideFixedClipping(strategy, noise, clip, sizes.per_round)
     app = make_client_app(world.adapted, batches, mods=[fixedclipping_mod])
     start = to_arrays({**manager.state_slice(), **head})
     grid, config = LocalGrid(app, sizes.clients), ConfigRecord({"lr": sizes.lr})
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # it tells of every round
     np.random.seed(world.seed)  # Flower draws the noise from NumPy's own generator
     private.start(grid, start, sizes.rounds, train_config=config, evaluate_fn=evaluate)
     found.comm = strategy.comm

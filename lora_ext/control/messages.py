@@ -42,7 +42,8 @@ class Plan:
 
     Args:
         constraint: of the text.
-        budget: ``n``, tokens that may come, the one that ends the text included.
+        budget: ``n``, tokens that may come, the one that ends the text included. Messages call it
+            max_new_tokens, and the next one min_new_tokens, as ``generate`` does.
         least: ``lo``, tokens that must come before it.
         guide: None: the mask law.
         limits: of the guide's tables.

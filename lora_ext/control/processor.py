@@ -240,6 +240,11 @@ def plans_of(
 ) -> list[Plan | MatchedPlan | None]:
     """The plan of each constraint of a list, or of the one that all rows have.
 
+    Args:
+        where: opens the message of an error.
+        constraints, guide, limits: as :class:`ConstraintProcessor` takes them.
+        budget, least: as :class:`Plan` does; a matcher's plan has no least length.
+
     Raises:
         ValueError: for what is no constraint, and as :class:`Plan`. NotImplementedError: for a
             guide or a least length beside a matcher.

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers", reason="the models are transformers'")
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from claims import language, material, peers, section_texts
+from claims import language, material, peers, private, section_texts
 from federated_digits import federate, shared_state
 
 from lora_ext.federated import LayerPlan
@@ -133,3 +133,30 @@ def test_peers_train_and_keep_what_they_say():
         "FedSA-LoRA": (True, False),
         "FedEx-LoRA": (True, True),
     }
+
+
+def test_private_changes_are_clipped_and_noise_is_what_the_accountant_hears():
+    world = section_texts.make_world(0, section_texts.QUICK, quick=True)
+    clip, noise = 1e-3, 200.0
+    found: dict[float, list[torch.Tensor]] = {}
+    for each in (0.0, noise):
+        states = found[each] = []
+        private.run(
+            world,
+            world.shares("iid"),
+            each,
+            clip,
+            lambda state, states=states: states.append(
+                torch.cat([tensor.flatten() for tensor in state.values()])
+            ),
+        )
+    start, first, second = found[0.0]
+    assert 0 < (first - start).norm() <= clip * 1.001 and (second - first).norm() <= clip * 1.001
+    spread = (found[noise][1] - first).std().item()
+    assert abs(spread / (noise * clip / world.sizes.per_round) - 1) < 0.1
+    assert private.epsilon(world, 0.0) == float("inf")
+    pytest.importorskip("opacus", reason="opacus is not installed: pip install 'lora_ext[claims]'")
+    # Known: the subsampled Gaussian's bound falls with noise, and grows with rounds.
+    whole = section_texts.make_world(0, section_texts.SIZES, quick=True)
+    assert private.epsilon(world, 1.0) < private.epsilon(whole, 1.0) < 20
+    assert private.epsilon(whole, 2.0) < private.epsilon(whole, 1.0) / 2

@@ -161,6 +161,9 @@ def test_what_makes_no_sense_is_named(coin, capsys):
 
 
 def test_a_study_may_measure_more_than_is_judged(coin, tmp_path):
-    coin.more = lambda seeds, quick: [{"seed": 0, "side": "edge"}]
-    study.run(coin, ["--full"])
+    coin.more = lambda seeds, quick: [{"seed": 0, "side": side} for side in ("rim", "edge")]
+    study.run(coin, ["--also", "edge:0", "rim:1"])
+    assert [row["side"] for row in rows_of(tmp_path / "coin.csv")].count("rim") == 0
     assert rows_of(tmp_path / "coin.csv")[-1]["side"] == "edge"
+    study.run(coin, ["--full"])
+    assert rows_of(tmp_path / "coin.csv")[-1]["side"] == "rim"

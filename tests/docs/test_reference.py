@@ -12,9 +12,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
 from examples_run import in_use, used, without  # noqa: E402  # tools is no package
 
-#: Public names that no example uses which a test runs. It only goes down: write an example for a
-#: new name, as docs/ops.md does, and lower this when you write one for an old name.
-MOST_WITHOUT = 109
 PAGES = sorted((ROOT / "docs/reference").rglob("*.md"))
 ASKED = {name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
 ROOMS = [f"lora_ext.{p.parent.name}" for p in sorted((ROOT / "lora_ext").glob("*/__init__.py"))]
@@ -38,9 +35,7 @@ def test_the_navigation_has_every_page_of_the_reference_the_tutorials_and_the_no
 
 
 def test_no_public_name_comes_without_an_example_that_runs() -> None:
-    found = without()
-    assert len(found) <= MOST_WITHOUT, f"python tools/examples_run.py lists {len(found)}: {found}"
-    assert len(found) >= MOST_WITHOUT, f"lower MOST_WITHOUT to {len(found)}"
+    assert not without(), "write one as docs/ops.md and docs/reference/pool.md do"
 
 
 def test_a_name_is_known_however_the_code_comes_by_it() -> None:

@@ -34,7 +34,7 @@ class HLA:
     clients nor the order of the calls.
 
     Args:
-        pattern: P, one of :class:`Pattern` or its name.
+        pattern: P, one of :class:`Pattern` or its name; :meth:`of` takes a configuration instead.
         L: the number of layers.
         kind: "gd", "rgd" or "fim".
         seed, weights, prior_rounds, every, hold, mix, k, levels: of :class:`FedHelloConfig`.
