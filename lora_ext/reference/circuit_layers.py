@@ -39,7 +39,8 @@ def circuit_layers(
     Args:
         leaf: ``(B, N)``.
         w: ``(W,)``.
-        program: int32, as ``csrc/include/lora_ext/circuit_layers.h`` lays it out.
+        program: int32, the ``numbers`` of what the op takes; the layout is that of
+            ``csrc/include/lora_ext/circuit_layers.h``.
         norm: of the weights, as :func:`log_einsum_exp` takes it.
         semiring: ``"max"`` takes the largest term in place of their sum.
 
