@@ -40,6 +40,7 @@ def test_four_nodes_with_ray_do_what_they_do_here_and_leave_nothing(tmp_path):
         # Ray listens on all interfaces of Linux, unless it is told that this is no cluster.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # at its 15 beside other tests this one takes minutes
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     log = tmp_path / "log"
