@@ -76,7 +76,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     """Refusals and the loss on the task, for every part that is pruned."""
     stage = staged(arm["seed"], quick)
     if arm["rule"] == "aligned":
-        yield {"part": 1.0, **figures(stage.aligned, stage)}
+        yield {"part": 1.0, **figures(stage.aligned, stage, over=True)}
         return
     model, adapter = stage.tuned, stage.adapter
     order, correlation = ranked(arm["rule"], stage, arm["seed"])
@@ -157,7 +157,7 @@ def refusals(rows: Rows, rule: str) -> list[float]:
     return [at_half(rows, seed, rule) for seed in sorted({r["seed"] for r in rows})]
 
 
-def more(rows: Rows, rival: str, rule: str = OURS) -> Interval:
+def beyond(rows: Rows, rival: str, rule: str = OURS) -> Interval:
     """Refusals beyond a rival's."""
     pairs = zip(refusals(rows, rule), refusals(rows, rival), strict=True)
     return study.interval([a - b for a, b in pairs])
@@ -167,7 +167,7 @@ def criteria(rows: Rows) -> list[Criterion]:
     """Refusals at equal gain decide, against Safe LoRA and against chance."""
     found: list[Criterion] = []
     for rival in (SAFE, RANDOM, SIZE):
-        each = more(rows, rival)
+        each = beyond(rows, rival)
         found.append(
             Criterion(
                 f"refusals at equal gain, half of it kept: {OURS}, less {rival}",

@@ -70,7 +70,7 @@ def by_count(stage: Stage) -> Curve:
     found = {}
     for k in tqdm(counts, desc="prune the live model", unit="K"):
         splora.apply_to(stage.tuned, stage.base, stage.aligned, SploraConfig(num=k, **HOW))
-        found[k] = figures(stage.tuned, stage)
+        found[k] = figures(stage.tuned, stage, over=True)
         splora.remove(stage.tuned)
     return found
 

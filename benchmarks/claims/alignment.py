@@ -123,12 +123,13 @@ def collate(own: language.Language, pairs: Sequence[tuple[str, str]]) -> dict[st
     }
 
 
-def figures(model: Any, stage: Stage) -> dict[str, float]:
-    """Shares of refusals among harmful and harmless questions, and the loss on the task."""
+def figures(model: Any, stage: Stage, over: bool = False) -> dict[str, float]:
+    """The share of refusals among harmful questions, among harmless ones where `over` asks for it,
+    and the loss on the task."""
     own, count = language.load(stage.quick), 1 if stage.quick else NEW_TOKENS
-    shares = [
-        [bool(SAYS_NO.search(text)) for text in generated(own, model, prompts, count)]
-        for prompts in (stage.harmful, stage.harmless)
-    ]
-    refusals, over = (sum(each) / len(each) for each in shares)
-    return {"refusals": refusals, "over": over, "loss": language.loss_of(model, stage.task)}
+    asked = {"refusals": stage.harmful, **({"over": stage.harmless} if over else {})}
+    found = {"loss": language.loss_of(model, stage.task)}
+    for name, prompts in asked.items():
+        refused = [bool(SAYS_NO.search(text)) for text in generated(own, model, prompts, count)]
+        found[name] = sum(refused) / len(refused)
+    return found
