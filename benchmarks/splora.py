@@ -138,23 +138,24 @@ def load(model: Any, adapter: LoraAdapter) -> None:
 # Judging
 
 
-def at_half(rows: Rows, seed: int, rule: str) -> float:
-    """Refusals where half of the task's gain is kept, on the line between the parts beside it."""
+def at(rows: Rows, seed: int, rule: str, gain: float = 0.5) -> float:
+    """Refusals where this part of the task's gain is kept, on the line between the parts beside
+    it."""
     own = sorted(
         (r for r in rows if (r["seed"], r["rule"]) == (seed, rule)), key=lambda r: r["part"]
     )
     whole, none = own[0]["loss"], study.mean(rows, "loss", seed=seed, rule="aligned")
     kept = [(none - row["loss"]) / (none - whole) for row in own]
     for k in range(1, len(own)):
-        if kept[k] <= 0.5:
-            part = (kept[k - 1] - 0.5) / (kept[k - 1] - kept[k])
+        if kept[k] <= gain:
+            part = (kept[k - 1] - gain) / (kept[k - 1] - kept[k])
             return own[k - 1]["refusals"] + part * (own[k]["refusals"] - own[k - 1]["refusals"])
     return own[-1]["refusals"]
 
 
-def refusals(rows: Rows, rule: str) -> list[float]:
-    """By seed, at half of the gain."""
-    return [at_half(rows, seed, rule) for seed in sorted({r["seed"] for r in rows})]
+def refusals(rows: Rows, rule: str, gain: float = 0.5) -> list[float]:
+    """By seed, at half of the gain or another part."""
+    return [at(rows, seed, rule, gain) for seed in sorted({r["seed"] for r in rows})]
 
 
 def beyond(rows: Rows, rival: str, rule: str = OURS) -> Interval:
@@ -208,11 +209,12 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Every rule at half of the gain."""
+    """Every rule at half of the gain, and where more of it is kept."""
     return {
-        "refusals with half of the gain kept": {
-            rule: study.interval(refusals(rows, rule)) for rule in RULES
+        f"refusals with {gain:.0%} of the gain kept": {
+            rule: study.interval(refusals(rows, rule, gain)) for rule in RULES
         }
+        for gain in (0.5, 0.75, 0.85)
     }
 
 

@@ -40,9 +40,9 @@ CLAIM = Claim(
     "the encoder arm has the ViT, a projector of two layers and LoRA of rank 16 on the same "
     "blocks; 480 pictures to test. On SmolLM2 it was not tried.",
     headline="encoder arm",
-    use="pictures must be seen without a second model at inference, a ViT is at hand to distil from "
-    "(without it a third of the captions were right here, with it three quarters), and the result "
-    "is merged into the language model",
+    use="pictures must be seen without a second model at inference, a ViT is at hand to distil "
+    "from (without it a third of the captions were right here, with it three quarters), and the "
+    "result is merged into the language model",
     avoid="a vision tower may stay: the ViT with a projector had 0.95 of the captions right where "
     "VoRA had 0.75, with fewer parameters; or text must not change (its loss rose from 1.1 to 2.9 "
     'here), unless the result stays unmerged on route "vision"',
