@@ -34,10 +34,12 @@ CLAIM = Claim(
     "either; 0, 15, 30, 45 or 60 of 60 modules pruned; 100 harmful requests and 100 harmless ones "
     "to test on. Refusals where half of the task's gain is kept.",
     headline="refusals at equal gain",
-    use="an adapter may be cut without data or training, and its task can lose some of its gain: "
-    "look at the curve of refusals over gain, and at `size_correlation`",
-    avoid="you want safety for free: every score lies near one curve of trade-off; with E-DIEM's "
-    "distance you prune by the size of the update",
+    use="an adapter may be cut without data or training, and a seventh of its task's gain may "
+    "go: E-DIEM's distance, smallest first, which prunes the smallest updates, had 0.95 of "
+    "the refusals back where 85 % of the gain was kept, random modules 0.79, Safe LoRA 0.51",
+    avoid="half of the gain may go: then every rule, random too, refuses nearly all; or harmless "
+    "questions must be answered: on the way some rules refused those as well, up to 0.64 of "
+    "them, random modules 0.96",
     seeds=3,
     earlier="a toy that learned to refuse: 0.07 of the answers to the harmful task refusals with 4 "
     "of 16 modules pruned, 0.00 at random, 0.07 of the new task right (3 seeds, revision 44c67d3): "
