@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -270,10 +270,7 @@ def federate(
             down = full if others == "frozen" else up
             run.comm.record(round, client, up=up, down=down, full=2 * full)
         state = result.state
-        manager.load_slice({name: state[name] for name in state if name not in head})
-        with torch.no_grad():
-            for name in head:
-                model.get_parameter(name).copy_(state[name])
+        load_state(manager, head, state)
         run.history.append(RoundLog.of(round, plans, result, manager.num_layers))
         run.right.append(right(model, world.testing))
         run.accuracy.append(run.right[-1].float().mean().item())
@@ -287,6 +284,16 @@ def shared_state(world: World, model: nn.Module) -> dict[str, Tensor]:
         return {}
     named = model.named_parameters()
     return {name: p.detach().clone() for name, p in named if re.search(world.shared, name)}
+
+
+@torch.no_grad()
+def load_state(
+    manager: LoraLayerManager, head: Collection[str], state: Mapping[str, Tensor]
+) -> None:
+    """Give the manager's model the values of a state, those of what is shared besides."""
+    manager.load_slice({name: t for name, t in state.items() if name not in head})
+    for name in head:
+        manager.model.get_parameter(name).copy_(state[name])
 
 
 def client_spec(world: World, share: np.ndarray, client: int, round: int) -> ClientSpec:

@@ -36,7 +36,8 @@ CLAIM = Claim(
     headline="refusals at equal gain",
     use="an adapter may be cut without data or training, and a seventh of its task's gain may "
     "go: E-DIEM's distance, smallest first, which prunes the smallest updates, had 0.95 of "
-    "the refusals back where 85 % of the gain was kept, random modules 0.79, Safe LoRA 0.51",
+    "the refusals back where 85 % of the gain was kept, random modules 0.79, Safe LoRA 0.51 "
+    "(a place that was chosen after one seed had been seen)",
     avoid="half of the gain may go: then every rule, random too, refuses nearly all; or harmless "
     "questions must be answered: on the way some rules refused those as well, up to 0.64 of "
     "them, random modules 0.96",

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from federated_digits import Run, World, client_spec, right, shared_state, trimmed
+from federated_digits import Run, World, client_spec, load_state, right, shared_state, trimmed
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -57,7 +57,7 @@ class Peer:
             if self.name == "FedEx-LoRA":
                 self.add_residual(updates)
             self.state = aggregate(self.state, updates, shared=tuple(self.head)).state
-            self.load(self.state)
+            load_state(self.manager, self.head, self.state)
             found.right.append(right(self.model, self.world.testing))
             found.accuracy.append(found.right[-1].float().mean().item())
             for client in drawn:
@@ -68,7 +68,7 @@ class Peer:
     def trained(self, client: int, share: Any, round: int) -> Update:
         """What a client's training changed, zero for what it does not send."""
         start = {**self.state, **self.own.get(client, {})}
-        self.load(start)
+        load_state(self.manager, self.head, start)
         parameters = {name: self.model.get_parameter(in_model(name)) for name in start}
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in self.head or self.trains(name, round))
@@ -121,16 +121,9 @@ class Peer:
             residual = exact - means[1] @ means[0]
             layer.base_layer.weight += layer.scaling["default"] * residual  # pyright: ignore
 
-    @torch.no_grad()
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        """Give the model the values of a state."""
-        self.manager.load_slice({n: t for n, t in values.items() if n not in self.head})
-        for name in self.head:
-            self.model.get_parameter(name).copy_(values[name])
-
     def accuracy_of(self, client: int) -> Tensor:
         """Which samples of the test a client's own model has right, ``(n,)`` bool."""
-        self.load({**self.state, **self.own.get(client, {})})
+        load_state(self.manager, self.head, {**self.state, **self.own.get(client, {})})
         return right(self.model, self.world.testing)
 
 

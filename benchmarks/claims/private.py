@@ -13,31 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from federated_digits import Run, World, client_spec, right, shared_state, trimmed
+from federated_digits import Run, World, client_spec, load_state, right, shared_state, trimmed
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping
 from torch import Tensor
 
-from lora_ext.federated import LayerPlan, LocalGrid, LoraLayerManager, LoraStrategy, make_client_app
+from lora_ext.federated import LocalGrid, LoraLayerManager, LoraStrategy, make_client_app
 from lora_ext.federated.flower import from_arrays, to_arrays
+from lora_ext.methods.fed_hello import HLA
 
 #: Arms, with their noise as a multiple of the norm that changes are clipped to.
 NOISE = {"private, no noise": 0.0, "private, noise 0.01": 0.01, "private, noise 1": 1.0}
 CLIP = 8.0  # about what three steps of Adam at a rate of 0.01 change in 81,000 parameters
 DELTA = 1e-5
-
-
-class Whole:
-    """All layers for every client."""
-
-    def __init__(self, layers: int):
-        self.layers = layers
-
-    def plan(self, round: int, client: int | str, capability: int) -> LayerPlan:
-        """The same in every round."""
-        return LayerPlan(tuple(range(self.layers)))
 
 
 def run(
@@ -60,17 +49,14 @@ def run(
     def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord:
         state = from_arrays(arrays)
         seen(state)
-        manager.load_slice({name: t for name, t in state.items() if name not in head})
-        with torch.no_grad():
-            for name in head:
-                model.get_parameter(name).copy_(state[name])
+        load_state(manager, head, state)
         if round:
             found.right.append(right(model, world.testing))
             found.accuracy.append(found.right[-1].float().mean().item())
         return MetricRecord({})
 
     strategy = LoraStrategy(
-        Whole(sizes.blocks),
+        HLA("uniform", sizes.blocks, kind="gd"),  # all layers, as no capability is given
         upload="value",
         send_frozen=False,
         weighted_by=None,
