@@ -77,10 +77,10 @@ def run(
 
 def epsilon(world: World, noise: float) -> float:
     """What an outsider learns at most about whether a client took part, at delta 1e-5."""
-    from opacus.accountants import RDPAccountant
-
     if not noise:
         return float("inf")
+    from opacus.accountants import RDPAccountant
+
     accountant, sizes = RDPAccountant(), world.sizes
     for _ in range(sizes.rounds):
         rate = sizes.per_round / sizes.clients
