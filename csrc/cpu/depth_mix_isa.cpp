@@ -216,7 +216,7 @@ struct Rows {
         for (int64_t begin = 0; begin < width; begin += kTile) {
             const int64_t columns = min(kTile, width - begin);
             for (int i = 0; i < kRows; ++i)
-                for (int64_t c = 0; c < columns; c += kLanes<T>) put(tile[i] + c, V{});
+                for (int64_t c = 0; c < columns; c += kLanes<T>) store(tile[i] + c, V{});
             for (int e = 0; e < depths; ++e) add_depth(e, begin, columns, tile);
             for (int i = 0; i < kRows; ++i) {
                 T* const out = static_cast<T*>(args.mixed) + (first + i) * width + begin;
@@ -246,7 +246,7 @@ struct Rows {
             for (int i = 0; i < kRows; ++i) {
                 __builtin_prefetch(h.ahead[i] + begin + c, 0, 2);
                 const V x = (take(h.row[i] + begin + c, n) - h.mean[i]) * factor[i];
-                put(tile[i] + c, fma(x, scale, load_bits<V>(tile[i] + c)));
+                store(tile[i] + c, fma(x, scale, load_bits<V>(tile[i] + c)));
             }
         });
         if (!beta(e)) return;
@@ -254,10 +254,9 @@ struct Rows {
         for_vectors<T>(columns, [&](int64_t c, auto n) __attribute__((always_inline)) {
             const V shift = take(shifts + c, n);
             for (int i = 0; i < kRows; ++i)
-                put(tile[i] + c, fma(weight[i], shift, load_bits<V>(tile[i] + c)));
+                store(tile[i] + c, fma(weight[i], shift, load_bits<V>(tile[i] + c)));
         });
     }
-    static LX_INLINE void put(A* to, V v) { __builtin_memcpy(to, &v, sizeof(v)); }
 
     // --------------------------------------------------------------------------------------------
     // Backward. g is a gradient, rows g_row elements apart: dmixed, or that of n_e itself.

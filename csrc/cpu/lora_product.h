@@ -72,32 +72,26 @@ void add_product(const Acc<T>* left, int64_t left_row, int64_t left_step, const 
         multiply_add<T>(left + row * left_row, left_row, left_step, right + c, right_row, depth,
                         sum);
         for (int i = 0; i < count.value; ++i)
-            for (int j = 0; j < vecs.value; ++j)
-                __builtin_memcpy(a + i * acc_row + j * L, &sum[i][j], sizeof(Vec<T>));
+            for (int j = 0; j < vecs.value; ++j) store(a + i * acc_row + j * L, sum[i][j]);
     });
 }
 
 // ------------------------------------------------------------------------------------------------
 // Packing
 
-template <typename T>
-LX_INLINE void put(Acc<T>* to, Vec<T> v) {
-    __builtin_memcpy(to, &v, sizeof(v));
-}
-
 // The masks of rows x columns: word(i, c) is that of the 64 columns from c on.
 template <int64_t kWidth, int64_t kRows = kRowBlock>
 struct Masks {
     uint64_t words[kRows][kWidth / kMaskColumns];
 
-    // Of the key's rows from `first` on.
+    // Draws the masks of the key's rows from `first` on.
     void fill(const DropoutKey& key, int64_t first, int64_t num_rows, int64_t begin,
               int64_t width) {
         for (int64_t i = 0; i < num_rows; ++i)
             for (int64_t c = 0; c < width; c += kMaskColumns)
                 words[i][c / kMaskColumns] = keep_bits(key, key.row(first + i), begin + c);
     }
-    // From column c on.
+    // The mask of row i, shifted so that bit 0 is that of column c.
     LX_INLINE uint64_t bits(int64_t i, int64_t c) const {
         return words[i][c / kMaskColumns] >> c % kMaskColumns;
     }
@@ -113,7 +107,7 @@ void pack_rows(const Rows<E>& from, int64_t rows, int64_t begin, int64_t width, 
         Acc<T>* q = to + i * to_row;
         for (int64_t c = 0; c < width; c += L) {
             const auto v = c + L <= width ? load(p + c) : load_n(p + c, width - c);
-            put<T>(q + c, masks ? keep_lanes<T>(v, masks->bits(i, c)) : v);
+            store(q + c, masks ? keep_lanes<T>(v, masks->bits(i, c)) : v);
         }
     }
 }
@@ -138,7 +132,7 @@ void pack_a(const Slot<T>& slot, int64_t begin, int64_t depth, int64_t first, in
             Vec<T> columns[8];
             load_transposed(rows + k, kDepth, columns);
             const int64_t count = min(8, depth - k);
-            for (int64_t j = 0; j < count; ++j) put<T>(to + (k + j) * to_row + r, columns[j]);
+            for (int64_t j = 0; j < count; ++j) store(to + (k + j) * to_row + r, columns[j]);
         }
     }
 }
@@ -158,27 +152,27 @@ void pack_b_turned(const Slot<T>& slot, int64_t first, int64_t ranks, int64_t o,
                 load_transposed(b + c * slot.b_row, slot.b_row, t);
             else
                 load_transposed_part(b + c * slot.b_row, slot.b_row, min(L, width - c), count, t);
-            for (int j = 0; j < count; ++j) put<T>(to + (r + j) * to_row + c, t[j]);
+            for (int j = 0; j < count; ++j) store(to + (r + j) * to_row + c, t[j]);
         }
     }
 }
 
 // ------------------------------------------------------------------------------------------------
 // sums = left * right for up to kSumRows rows and kRankSpan columns, of any depth; sums has rows of
-// `wide`, the columns up to a whole vector. pack_left(k, n, to) packs left[:, k : k + n] into rows
+// `sums_row`, the columns up to a whole vector. pack_left(k, n, to) packs left[:, k : k + n] into rows
 // of kDepth, pack_right(k, n, first, count, to, row) packs right[k : k + n, first : first + count].
 template <typename T, typename PackLeft, typename PackRight>
-void sum_products(int64_t rows, int64_t depth, int64_t columns, Acc<T>* sums, int64_t wide,
+void sum_products(int64_t rows, int64_t depth, int64_t columns, Acc<T>* sums, int64_t sums_row,
                   PackLeft&& pack_left, PackRight&& pack_right) {
     alignas(64) Acc<T> left[kSumRows * kDepth], right[kDepth * kColumns];
-    for (int64_t i = 0; i < rows * wide; ++i) sums[i] = 0;
+    for (int64_t i = 0; i < rows * sums_row; ++i) sums[i] = 0;
     for (int64_t k = 0; k < depth; k += kDepth) {
         const int64_t n = min(kDepth, depth - k);
         pack_left(k, n, left);
         for (int64_t first = 0; first < columns; first += kColumns) {
             const int64_t count = min(kColumns, columns - first), row = whole_vectors<T>(count);
             pack_right(k, n, first, count, right, row);
-            add_product<T>(left, kDepth, 1, right, row, n, sums + first, wide, rows, row);
+            add_product<T>(left, kDepth, 1, right, row, n, sums + first, sums_row, rows, row);
         }
     }
 }
@@ -202,12 +196,12 @@ void project(const Rows<const T>& left, int64_t rows, int64_t features, const Dr
     if (span.ranks == 0) return;  // or left would be packed for nothing
     alignas(64) Acc<T> sums[kSumRows * kRankSpan];
     Masks<kDepth, kSumRows> masks;
-    const int64_t wide = whole_vectors<T>(span.ranks);
+    const int64_t sums_row = whole_vectors<T>(span.ranks);
     for (int64_t row = 0; row < rows; row += kSumRows) {
         const int64_t count = min(kSumRows, rows - row);
         const Rows<const T> block = left.from(row);
         sum_products<T>(
-            count, features, span.ranks, sums, wide,
+            count, features, span.ranks, sums, sums_row,
             [&](int64_t k, int64_t n, Acc<T>* to) {
                 if (key) masks.fill(*key, row, count, k, n);
                 pack_rows<T>(block, count, k, n, to, kDepth, key ? &masks : nullptr);
@@ -217,7 +211,7 @@ void project(const Rows<const T>& left, int64_t rows, int64_t features, const Dr
             });
         for (int64_t i = 0; i < count; ++i) {
             Acc<T>* to = out[row + i] + span.first;
-            for (int64_t r = 0; r < span.ranks; ++r) to[r] = factor * sums[i * wide + r];
+            for (int64_t r = 0; r < span.ranks; ++r) to[r] = factor * sums[i * sums_row + r];
         }
     }
 }
@@ -229,15 +223,15 @@ void add_update(const Rows<Acc<T>>& v, int64_t rows, int64_t rank, const Rows<T>
                 int64_t width, Pack&& pack_right, Keep&& keep) {
     constexpr int L = kLanes<T>;
     alignas(64) Acc<T> sums[kSumRows * kRankSpan];
-    const int64_t wide = whole_vectors<T>(width);
+    const int64_t sums_row = whole_vectors<T>(width);
     sum_products<T>(
-        rows, rank, width, sums, wide,
+        rows, rank, width, sums, sums_row,
         [&](int64_t k, int64_t n, Acc<T>* to) { pack_rows<T>(v, rows, k, n, to, kDepth); },
         pack_right);
     for (int64_t i = 0; i < rows; ++i) {
         T* to = y[i] + begin;
         for (int64_t c = 0; c < width; c += L) {
-            const Vec<T> sum = keep(i, c, load_bits<Vec<T>>(sums + i * wide + c));
+            const Vec<T> sum = keep(i, c, load_bits<Vec<T>>(sums + i * sums_row + c));
             const int64_t n = width - c;
             if (n >= L)
                 store(to + c, load(to + c) + sum);

@@ -258,10 +258,13 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     none.matrix = -1;
     RunNode now(args.program, run.begin, none);
     for (int s = run.begin; s < run.end; ++s) {
-        if (s > run.begin && now.own) lx::syncthreads();
-        if (s > run.begin && !now.own) {
-            block.arrive();
-            block.wait();
+        if (s > run.begin) {
+            if (now.own) {
+                lx::syncthreads();
+            } else {
+                block.arrive();
+                block.wait();
+            }
         }
         block.load_weights(now);
         block.make_terms(now.node, s);
@@ -276,7 +279,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     }
 }
 
-// f.template operator()<kParts>()
+// Calls f with the number of parts as a constant.
 template <class F>
 auto with_parts(int parts, F&& f) {
     return parts == 1   ? f.template operator()<1>()
@@ -284,7 +287,7 @@ auto with_parts(int parts, F&& f) {
                         : f.template operator()<3>();
 }
 
-// Blocks of the same lanes, and bytes of shared memory of each.
+// How many blocks share lanes, and the bytes of shared memory that each takes.
 struct RunSize {
     int64_t rows = 0, width = 0;
 

@@ -20,18 +20,17 @@ bool fits_grid(int64_t items) {
     return ceil_div(items, kWarps) <= kMaxGridX;
 }
 
-// w -> weight and its shift; values are log-weights of their own.
+// Writes the weight of each row of w and its shift. Values come here as weights of norm kLog.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
-    log_sum_scale_kernel(const __grid_constant__ LogSumArgs args, bool aligned, float* scaled,
-                         float* shifts) {
+    log_sum_scale_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
     const int64_t item = warp_item();
     if (item >= args.groups * args.sums) return;
     const int n = static_cast<int>(args.terms);
     WarpWeights<T> row(args, weights_of<T>(args, item / args.sums, 0, item % args.sums), n,
                        aligned);
     row.find_top();
-    float* to = scaled + item * n;
+    float* to = static_cast<float*>(args.weight) + item * n;
     float total = 0;
     row.for_own([&](int i, const float (&v)[kPiece<T>]) {
         float e[kPiece<T>];
@@ -51,10 +50,10 @@ __global__ void __launch_bounds__(kThreads, 4)
         }
     });
     total = WarpTeam(nullptr).reduce(total, add);
-    if (lx::lane_id() == 0) shifts[item] = row.shift(total);
+    if (lx::lane_id() == 0) static_cast<float*>(args.weight_shift)[item] = row.shift(total);
 }
 
-// s -> out, in place.
+// Turns the sums that lie in out into their logarithms.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_finish_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
@@ -213,7 +212,7 @@ int64_t weight_items(const LogSumArgs& args) {
 int64_t value_items(const LogSumArgs& args) {
     return args.groups * args.rows;
 }
-// What backward and finish read of the shared regime.
+// Declares what backward and finish read.
 void declare_shifts(const LogSumArgs& args) {
     declare_weights(args);
     declare_values(args);
@@ -234,8 +233,7 @@ LaunchStatus launch_log_sum_weights(const LogSumArgs& args, void* stream) {
     declare_floats(args.weight_shift, weight_items(args), lx::Access::kWrite);
     return with_dtype(args.dtype, [&]<class T>() {
         return LX_LAUNCH(log_sum_scale_kernel<T>, grid_of(weight_items(args)), kThreads, 0, stream,
-                         args, weights_aligned(args), static_cast<float*>(args.weight),
-                         static_cast<float*>(args.weight_shift));
+                         args, weights_aligned(args));
     });
 }
 

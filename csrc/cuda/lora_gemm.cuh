@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
                                   : nullptr;
         rank_of[thread] = page ? page + thread % kPageRanks * bank.a_row_stride : nullptr;
     }
-    // left_of, rank_of
+    // After it left_of and rank_of are written.
     const bool all_ranks = lx::syncthreads_and(kProduct != Product::kShrink || rank_of[thread]);
 
-    // k of this block.
+    // This block sums k from begin to end.
     int begin = 0, end = tile.rank;
     if constexpr (!G::kUpdate) {
         const int64_t range = int64_t{args.slice_width} * args.slice_count;
@@ -343,7 +343,8 @@ LaunchStatus launch_tile(Gemm args, int64_t splits, bool dependent, void* stream
                                  G::kRingBytes, stream, args, tiling(args.lora, kRows));
 }
 
-// Up to 256 rows expand has a tile of 16; training's shrink, the only other one, takes that of 64.
+// Up to 256 rows expand has a tile of 16; training's shrink, the only other product of so few, takes
+// that of 64.
 template <Product kProduct>
 LaunchStatus launch_gemm(const Gemm& args, int64_t splits, bool dependent, void* stream) {
     return with_dtype(args.lora.dtype, [&]<class T>() {

@@ -75,7 +75,7 @@ inline bool expand_aligned(const LoraArgs& args) {
 // The order of a row's sum over the in-features, up to rank 256: slices of `width`, each of four
 // segments, in order. It follows from the in-features alone, so that a row's v has the same bits in
 // any batch, in serving and in training: slices of 512 or more, since few rows must still fill the
-// machine; their quarters are whole stages of lora_shrink.cu and whole steps of lora_decode.cu.
+// machine; their quarters are whole stages of lora_shrink.cu, whole steps of lora_shrink_decode.cu.
 constexpr int kSliceSegments = 4;
 struct SumOrder {
     int count, width;

@@ -7,7 +7,7 @@
 // in-features past the row are filled with zeros and never read. Four warps part the rows. Bound:
 // bytes of x, streamed once per 64 ranks.
 //
-// A row has the bits that lora_decode.cu gives it, whatever the batch (sum_order):
+// A row has the bits that lora_shrink_decode.cu gives it, whatever the batch (sum_order):
 //   * a lane reads 16 bytes of a row of x or of A and feeds them to mma as they are, as decode does
 //     from global memory. The pieces of odd rows have changed places with those four further on, so
 //     that the eight lanes of a phase, which read two rows, meet no bank twice;
