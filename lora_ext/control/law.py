@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_ext._checks import require
 
 from .guide import Guide
-from .messages import MatchedPlan, Plan, Step
+from .messages import MatchedPlan, NextTokens, Plan
 
 _AT_ONCE = 32  # tokens whose r is found together
 _FAR = 50.0  # how far below the others what the guide holds impossible stands, in nats
@@ -186,7 +186,7 @@ def moved(blocks: Sequence[Block], scores: Tensor, temperature: float = 1.0) -> 
     return scores
 
 
-def _floored(scale: Tensor, step: Step) -> Tensor:
+def _floored(scale: Tensor, step: NextTokens) -> Tensor:
     """Scales in which a live state that the guide holds impossible stands below all others."""
     known = scale[step.states.to(scale.device)]
     if bool((known > -torch.inf).all()):

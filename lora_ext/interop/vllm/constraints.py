@@ -169,7 +169,7 @@ class _Following:
     seen: int = field(default=0)
 
 
-class Rows:
+class ConstrainedRows:
     """The rows of vLLM's batch that have constraints: what its logits processors are asked.
 
     vLLM divides by the temperature afterwards, so what is returned makes its law the stated one
