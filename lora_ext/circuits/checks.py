@@ -97,9 +97,9 @@ def is_deterministic(graph: RegionGraph) -> Truth:
         for p in region.partitions:
             children = [units[c] for c in p.children]
             if p.kind == "hadamard":
-                terms += [_both(*parts) for parts in zip(*children, strict=True)]
+                terms += [_jointly(*parts) for parts in zip(*children, strict=True)]
             else:
-                terms += [_both(a, b) for a in children[0] for b in children[1]]
+                terms += [_jointly(a, b) for a in children[0] for b in children[1]]
         if len(terms) > 1:
             if sum(not t for t in terms) > 1:
                 return False
@@ -115,7 +115,7 @@ def is_deterministic(graph: RegionGraph) -> Truth:
     return verdict
 
 
-def _both(*parts: dict[int, int]) -> dict[int, int]:
+def _jointly(*parts: dict[int, int]) -> dict[int, int]:
     joint: dict[int, int] = {}
     for part in parts:
         for v, values in part.items():

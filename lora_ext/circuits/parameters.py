@@ -228,9 +228,10 @@ class Parameters(nn.Module):
                 expected = f"finite numbers, whose squares are finite in {self.weights.dtype}"
             if wrong.any():
                 row, column = wrong.nonzero()[0].tolist()
-                found = f"{known[row, column].item()} in row {row}"
-                which = f"{argument}: variable {names[column]}"
-                require(False, where, which, expected, found)
+                raise ValueError(
+                    f"{where}: {argument}: variable {names[column]}: expected {expected}, found "
+                    f"{known[row, column].item()} in row {row}"
+                )
         return torch.where(missing, 0, x) if missing.any() else x, missing
 
     @staticmethod
