@@ -221,10 +221,10 @@ def _places(tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[seen], behind[seen]
 
 
-def _clusters(points: Tensor, count: int, progress: Progress | None, rounds: int = 15) -> Tensor:
-    """k-means: which cluster each point belongs to, ``(n,)``."""
+def _clusters(points: Tensor, count: int, progress: Progress | None) -> Tensor:
+    """k-means in 15 rounds: which cluster each point belongs to, ``(n,)``."""
     centres = points[torch.randperm(len(points))[:count]].clone()
-    for _ in _shown(range(rounds), progress, "clusters"):
+    for _ in _shown(range(15), progress, "clusters"):
         nearest = _nearest(points, centres)
         size = torch.bincount(nearest, minlength=count)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)

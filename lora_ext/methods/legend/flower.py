@@ -48,7 +48,8 @@ class Legend(LoraStrategy):
         self._settings = {name: settings.pop(name) for name in _OF_ALLOCATOR if name in settings}
         self._pattern: str = settings.get("pattern", PATTERN)
         self._restored: Mapping[str, Any] | None = None
-        super().__init__(**{"send_frozen": self.config.send_frozen, **settings})
+        settings.setdefault("send_frozen", self.config.send_frozen)
+        super().__init__(**settings)
 
     def before_round(self, round: int, state: Mapping[str, Tensor]) -> None:
         """Make the allocator before the first round, from the ranks and bytes of the adapter."""
