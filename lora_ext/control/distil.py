@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_ext._checks import require
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
-from .guide import Guide
+from .guide import Guide, regions_of_hmm
 from .prior import PriorHead
 
 #: Wraps an iterable to show how far it is; ``tqdm.tqdm``, say.
@@ -268,16 +268,11 @@ def _with_transitions(
     rank, vocab = guide.emission.shape
     graph = RegionGraph.hmm(train.shape[1], rank, Categorical(vocab), homogeneous=True)
     circuit = Circuit(graph)
-    latents = {
-        "initial": graph.roots[0],
-        "transition": next(i for i, r in enumerate(graph.regions) if r.tie == "transition"),
-    }
-    table = circuit.region_leaves(
-        next(i for i, r in enumerate(graph.regions) if r.leaf is not None)
-    )["logits"]
+    root, latent, inputs = regions_of_hmm(graph)
+    table = circuit.region_leaves(inputs)["logits"]
     table.copy_(guide.emission.log())
-    circuit.region_weights(latents["initial"]).copy_(guide.initial.log()[None])
-    circuit.region_weights(latents["transition"]).copy_(guide.transition.log())
+    circuit.region_weights(root).copy_(guide.initial.log()[None])
+    circuit.region_weights(latent).copy_(guide.transition.log())
     for _ in _shown(range(steps), progress, "EM steps"):
         circuit.em_step(train, pseudocount=1.0)
         table.copy_(guide.emission.log())
