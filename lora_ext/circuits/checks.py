@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from lora_ext.circuits.leaves import Indicator
-from lora_ext.circuits.region_graph import RegionGraph
-from lora_ext.circuits.scopes import PCStructureError, bits, braces
+from .leaves import Indicator
+from .region_graph import RegionGraph
+from .scopes import PCStructureError, bits, braces
 
 Truth = Literal[True, False, "unknown"]
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.circuits import checks
-from lora_ext.circuits._sums import add_columns, last_sum, mean
-from lora_ext.circuits.leaves import External, Indicator, Joint
-from lora_ext.circuits.parameters import Parameters
-from lora_ext.circuits.program import FIRST_LEAF, Weights
-from lora_ext.circuits.scopes import variables
+
+from . import checks
+from ._sums import add_columns, last_sum, mean
+from .leaves import External, Indicator, Joint
+from .parameters import Parameters
+from .program import FIRST_LEAF, Weights
+from .scopes import variables
 
 
 class Flows(NamedTuple):

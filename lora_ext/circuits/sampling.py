@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import integer, require
-from lora_ext.circuits import checks
-from lora_ext.circuits.leaves import COUNT, Indicator, Joint
-from lora_ext.circuits.parameters import Parameters, require_tensor
-from lora_ext.circuits.program import FIRST_LEAF
-from lora_ext.circuits.scopes import variables
 from lora_ext.reference import log_weights
+
+from . import checks
+from .leaves import COUNT, Indicator, Joint
+from .parameters import Parameters, require_tensor
+from .program import FIRST_LEAF
+from .scopes import variables
 
 
 class MapResult(NamedTuple):

@@ -21,8 +21,9 @@ from torch.nn.functional import pad
 
 from lora_ext._checks import require
 from lora_ext._torch import compiles
-from lora_ext.ops._registration import fake
 from lora_ext.reference import accumulator
+
+from ._registration import fake
 
 _c = torch.ops.lora_ext
 _LINEAR = "lora_linear"

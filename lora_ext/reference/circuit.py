@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext.reference.lora import accumulator
+from .lora import accumulator
 
 KINDS = ("ff", "cp", "hmm", "btree")
 

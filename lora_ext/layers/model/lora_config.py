@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lora_ext._checks import WrongKind, check_fields, flag, integer, number, require, within
-from lora_ext.layers.init import known_scheme
-from lora_ext.layers.lora_layer import checked_invocation
 
+from ..init import known_scheme
+from ..lora_layer import checked_invocation
 from .patterns import match_names
 
 ALL_LINEAR = "all-linear"

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require, require_flags
-from lora_ext.layers.base.modules import READS_WEIGHTS, head_names, linear_size
-from lora_ext.layers.labels import IGNORE
-from lora_ext.layers.lora_conv import LoraConv
-from lora_ext.layers.lora_embedding import LoraEmbedding
-from lora_ext.layers.lora_layer import LoraLayer
-from lora_ext.layers.lora_linear import LoraLinear
 from lora_ext.rows import PoolLayer, activated_in, layer_names, layouts
 
+from ..base.modules import READS_WEIGHTS, head_names, linear_size
+from ..labels import IGNORE
+from ..lora_conv import LoraConv
+from ..lora_embedding import LoraEmbedding
+from ..lora_layer import LoraLayer
+from ..lora_linear import LoraLinear
 from .lora_config import LoraConfig
 from .swap import Swap
 

@@ -14,7 +14,8 @@ from lora_ext._checks import require
 from lora_ext.federated import PATTERN, Client, LoraLayerManager, check_layers, layer_pairs
 from lora_ext.federated.flower import LoraStrategy
 from lora_ext.layers import block_index
-from lora_ext.methods.fed_hello import HLA, EmptyProxySet, FedHelloConfig, fim_scores
+
+from . import HLA, EmptyProxySet, FedHelloConfig, fim_scores
 
 WHERE = "FedHello"
 _log = logging.getLogger("flwr")

@@ -10,7 +10,8 @@ from torch import Tensor
 from lora_ext._checks import require
 from lora_ext.federated import PATTERN, Client, LayerPlan
 from lora_ext.federated.flower import LoraStrategy
-from lora_ext.methods.legend import LegendAllocator, LegendConfig
+
+from . import LegendAllocator, LegendConfig
 
 _OF_ALLOCATOR = ("draw", "prior", "memory", "mem", "shares", "rank_caps")
 
