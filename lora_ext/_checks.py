@@ -53,7 +53,8 @@ def instance(where: str, argument: str, value: object, kind: type | tuple[type, 
         kinds = kind if isinstance(kind, tuple) else (kind,)
         name = " or ".join(each.__name__ for each in kinds)
         article = "an" if name[0] in "AEIOUaeiou" else "a"
-        require(False, where, argument, f"{article} {name}", type(value).__name__, WrongKind)
+        found = type(value).__name__
+        raise WrongKind(f"{where}: {argument}: expected {article} {name}, found {found}")
 
 
 def integer(

@@ -1,4 +1,4 @@
-"""The circuit ops of the training path under every law, on every backend that is open here."""
+"""What the circuit ops of training promise beside the laws of ``test_contract.py``."""
 
 from __future__ import annotations
 

@@ -99,6 +99,20 @@ def imports_of(
     return found
 
 
+def imports_in_full(module: str, path: Path) -> list[str]:
+    """Imports from the file's own room that are not relative, and so begin with the package."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        own = f"{PACKAGE}.{room_of(module)}"
+        found += [f"{module} -> {name}" for name in names if f"{name}.".startswith(f"{own}.")]
+    return found
+
+
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
     """Groups of files that import each other: strongly connected components above one file."""
     index: dict[str, int] = {}
@@ -196,6 +210,7 @@ def survey(root: Path = ROOT) -> dict[str, object]:
         "circles": circles(edges),
         "arrows_up": sorted(up),
         "past_the_face": sorted(past),
+        "in_full": [found for m, path in known.items() for found in imports_in_full(m, path)],
         "methods_that_meet": methods_that_meet(imports),
         "full_folders": full_folders(root),
         "rooms": {name: rooms[name] for name in sorted(rooms)},
@@ -209,6 +224,7 @@ def faults(house: dict) -> dict[str, list]:
         "circles of imports": [" <-> ".join(group) for group in house["circles"]],
         "imports that run up": house["arrows_up"],
         "imports past the face of a room": house["past_the_face"],
+        "imports inside a room that are not relative": house["in_full"],
         "methods that import a method": house["methods_that_meet"],
         f"folders with more than {MOST_FILES} files": [
             f"{folder}: {n}" for folder, n in house["full_folders"].items()

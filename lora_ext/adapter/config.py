@@ -206,9 +206,7 @@ class AdapterConfig(LoraConfig):
         parameters = self.targeted_parameters(index) & index.experts.keys()
         if self.target_modules is None:
             return parameters or None
-        head = index.output_head
-        if head is None and self.task_type == "SEQ_CLS":
-            head = index.classifier
+        head = self.head_of(index.output_head, index.classifier)
         found = self.targeted(
             (*index.modules, *index.unsupported), (name for name in index.linear if name != head)
         )
@@ -249,18 +247,18 @@ class AdapterConfig(LoraConfig):
 
 def _token_rows(where: str, given: Any) -> dict[str, tuple[int, ...]] | tuple[int, ...] | None:
     """``trainable_token_indices``, checked: tokens, each once."""
-    field = "trainable_token_indices"
+    argument = "trainable_token_indices"
     if not given:
         return None
     if isinstance(given, Mapping):
         named = all(isinstance(name, str) and name for name in given)
-        require(named, where, field, "names with lists of tokens", f"{given!r:.200}")
+        require(named, where, argument, "names with lists of tokens", f"{given!r:.200}")
         each: Any = {name: _token_rows(where, rows) for name, rows in given.items() if rows}
         return each or None
     listed = isinstance(given, list | tuple)
-    require(listed, where, field, "a list of tokens", f"{given!r:.200}", WrongKind)
-    tokens = tuple(integer(where, field, token, 0) for token in given)
-    require(len(set(tokens)) == len(tokens), where, field, "each token once", f"{given!r:.200}")
+    require(listed, where, argument, "a list of tokens", f"{given!r:.200}", WrongKind)
+    tokens = tuple(integer(where, argument, token, 0) for token in given)
+    require(len(set(tokens)) == len(tokens), where, argument, "each token once", f"{given!r:.200}")
     return tokens
 
 

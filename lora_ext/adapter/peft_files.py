@@ -34,7 +34,6 @@ from .replaced import Replaced, find_replaced, find_rows, read_replaced
 AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
 
 CONFIG = "adapter config"  # what errors call a config that is no file
-_REFUSED_KEYS = {"modules_to_save": "replaced modules (modules_to_save)"}
 
 
 class Factors(NamedTuple):
@@ -150,7 +149,7 @@ def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorS
 def check_adapter(
     config: AdapterConfig, tensors: TensorSource, index: ModelIndex, max_rank: int, strict: bool
 ) -> CheckedAdapter:
-    """:func:`read_adapter` of what :func:`open_adapter` opened."""
+    """Check what :func:`open_adapter` opened; arguments and errors are :func:`read_adapter`'s."""
     if index.shared:
         config.check_shared()
     elif config.target_parameters:
@@ -193,7 +192,7 @@ def check_adapter(
         require(rank <= max_rank, config.where, f"rank of {module}", expected, rank)
         _check_headers(tensors, keys, rank, module, index, config)
     whole = find_replaced(config, tensors, index, saved, grouped) if index.shared else {}
-    for key, name in base.items():
+    for key, name in base.items():  # all headers before the first byte, here too
         index.weights.check_header(tensors, key, name)
     for key, name in base.items():
         index.weights.check(tensors, key, name)
@@ -205,15 +204,12 @@ def check_adapter(
 
 def _check_activated(config: AdapterConfig, index: ModelIndex, grouped: Iterable[str]) -> None:
     """Refuse an invocation that no prompt has, and factors that would reach the tokens before."""
-    known, field = index.vocabulary, "alora_invocation_tokens"
-    if known is not None and max(config.invocation) >= known:
-        expected = f"token ids below the vocabulary, {known}"
-        require(False, config.where, field, expected, max(config.invocation))
+    config.check_vocabulary(config.where, index.vocabulary)
     embedded = sorted(name for name in grouped if name in index.embedding)
     if embedded:
         raise NotImplementedError(
-            f"{config.where}: {field}: expected adapters on linear layers, found one on the "
-            f"embedding {embedded[0]!r}, which PEFT refuses too"
+            f"{config.where}: alora_invocation_tokens: expected adapters on linear layers, found "
+            f"one on the embedding {embedded[0]!r}, which PEFT refuses too"
         )
 
 
@@ -250,9 +246,10 @@ def _group_keys(
     base: dict[str, str] = {}
     leftover: list[str] = []
     for key in tensors.infos:
-        for part, what in _REFUSED_KEYS.items():
-            if part in key:
-                raise NotImplementedError(f"{tensors.where}: {key}: {what} are not supported")
+        if "modules_to_save" in key:
+            raise NotImplementedError(
+                f"{tensors.where}: {key}: replaced modules (modules_to_save) are not supported"
+            )
         parsed = parse_key(key)
         if parsed is None:
             name = base_name(key)
@@ -325,10 +322,10 @@ def _check_headers(
         require(info.shape == shape, where, "shape", shape, info.shape)
 
 
-def _some(items: Iterable[str], limit: int = 4) -> str:
-    items = list(items)
-    shown = ", ".join(item[:200] for item in items[:limit])
-    return shown + (f" and {len(items) - limit} more" if len(items) > limit else "")
+def _some(items: Iterable[str]) -> str:
+    shown = [item[:200] for item in items]
+    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    return ", ".join(shown[:4]) + more
 
 
 def save_adapter(

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.circuits.leaves import Leaf
-from lora_ext.circuits.regions import MAX_VARIABLE, Input, Kind, Partition, Region
-from lora_ext.circuits.scopes import PCStructureError, bits
 from lora_ext.reference import left_size
+
+from .leaves import Leaf
+from .regions import MAX_VARIABLE, Input, Kind, Partition, Region
+from .scopes import PCStructureError, bits
 
 Regions = tuple[Region, ...]
 # One family for all variables, or one for each.

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from lora_ext.circuits.leaves import Indicator
-from lora_ext.circuits.region_graph import RegionGraph
-from lora_ext.circuits.scopes import PCStructureError, bits, braces
+from .leaves import Indicator
+from .region_graph import RegionGraph
+from .scopes import PCStructureError, bits, braces
 
 Truth = Literal[True, False, "unknown"]
 
@@ -97,9 +97,9 @@ def is_deterministic(graph: RegionGraph) -> Truth:
         for p in region.partitions:
             children = [units[c] for c in p.children]
             if p.kind == "hadamard":
-                terms += [_both(*parts) for parts in zip(*children, strict=True)]
+                terms += [_jointly(*parts) for parts in zip(*children, strict=True)]
             else:
-                terms += [_both(a, b) for a in children[0] for b in children[1]]
+                terms += [_jointly(a, b) for a in children[0] for b in children[1]]
         if len(terms) > 1:
             if sum(not t for t in terms) > 1:
                 return False
@@ -115,7 +115,7 @@ def is_deterministic(graph: RegionGraph) -> Truth:
     return verdict
 
 
-def _both(*parts: dict[int, int]) -> dict[int, int]:
+def _jointly(*parts: dict[int, int]) -> dict[int, int]:
     joint: dict[int, int] = {}
     for part in parts:
         for v, values in part.items():

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.circuits import checks, flows, sampling
-from lora_ext.circuits.flows import Flows, Marginals
-from lora_ext.circuits.parameters import Parameters, read_file, require_tensor, signed
-from lora_ext.circuits.program import Evaluate, Weights
-from lora_ext.circuits.region_graph import RegionGraph
-from lora_ext.circuits.sampling import KBest, MapResult
 from lora_ext.reference import log_weights
+
+from . import checks, flows, sampling
+from .flows import Flows, Marginals
+from .parameters import Parameters, read_file, require_tensor, signed
+from .program import Evaluate, Weights
+from .region_graph import RegionGraph
+from .sampling import KBest, MapResult
 
 
 class Report(NamedTuple):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.circuits import checks
-from lora_ext.circuits._sums import add_columns, last_sum, mean
-from lora_ext.circuits.leaves import External, Indicator, Joint
-from lora_ext.circuits.parameters import Parameters
-from lora_ext.circuits.program import FIRST_LEAF, Weights
-from lora_ext.circuits.scopes import variables
+
+from . import checks
+from ._sums import add_columns, last_sum, mean
+from .leaves import External, Indicator, Joint
+from .parameters import Parameters
+from .program import FIRST_LEAF, Weights
+from .scopes import variables
 
 
 class Flows(NamedTuple):
@@ -56,8 +58,8 @@ def em_step(
     root: int | Tensor | None,
 ) -> Tensor:
     """``Circuit.em_step``."""
-    norm, finite = circuit.norm, 0 <= pseudocount < math.inf
-    require(norm == "logits", "em_step", "norm", "a circuit of 'logits'", repr(norm))
+    finite = 0 <= pseudocount < math.inf
+    _require_logits(circuit, "em_step")
     require(0 < step <= 1, "em_step", "step", "a number in (0, 1]", step)
     require(finite, "em_step", "pseudocount", "a number, at least 0", pseudocount)
     filled, missing = circuit._read("em_step", x)
@@ -84,7 +86,7 @@ def em_step(
 
 
 def _seen(
-    circuit: Parameters, log_weights: Tensor, units: Tensor, flows: Tensor, missing: Tensor
+    circuit: Parameters, log_weights: Tensor, units: Tensor, weight_flows: Tensor, missing: Tensor
 ) -> Tensor:
     """Flows of the weights without those of rows in which a region sees nothing at all.
 
@@ -96,7 +98,7 @@ def _seen(
     for i, scope in enumerate(graph.scopes):
         scopes[variables(scope), i] = 1
     blind = (~missing).to(units.dtype) @ scopes.to(units.device) == 0  # (B, regions)
-    unseen = torch.zeros_like(flows)
+    unseen = torch.zeros_like(weight_flows)
     for i in blind.any(0).nonzero()[:, 0].tolist():
         region, first = graph.regions[i], circuit.layered.weight_off[i]
         if region.leaf is None:
@@ -104,21 +106,21 @@ def _seen(
             used = torch.where(blind[:, i, None], units[:, circuit.columns(i)], 0)
             weight = log_weights[own].view(region.units, -1).exp()
             unseen[own] += (weight * last_sum(used.T)[:, None]).flatten()
-    # Both have rounded: what is left of their difference there is no count.
-    seen = flows - unseen
-    return torch.where(seen > 1e3 * torch.finfo(flows.dtype).eps * flows, seen, 0)
+    # Both are rounded: a difference below 1e3 eps of `weight_flows` is rounding, not a count.
+    seen, eps = weight_flows - unseen, torch.finfo(weight_flows.dtype).eps
+    return torch.where(seen > 1e3 * eps * weight_flows, seen, 0)
 
 
 def _move_sums(
     circuit: Parameters,
     log_weights: Tensor,
-    flows: Tensor,
+    weight_flows: Tensor,
     step: float,
     pseudocount: float,
     keep_zero: bool,
 ) -> None:
     """``W <- (1 - step) W + step W'`` of every sum that has a flow, in place."""
-    rows = (circuit._rows(t) for t in (flows, log_weights, circuit.weights.data))
+    rows = (circuit._rows(t) for t in (weight_flows, log_weights, circuit.weights.data))
     for flow, old, target in zip(*rows, strict=True):
         extra = pseudocount / flow.shape[1]
         if keep_zero:
@@ -223,13 +225,8 @@ def entropy(circuit: Parameters, root: int | None) -> Tensor:
     """``Circuit.entropy``: a deterministic circuit has one tree per assignment, so ``log p`` is a
     sum over what the tree uses, and its expectation a sum over the flows."""
     _require_deterministic(circuit, "entropy")
-    log_weights, flows = _usage(circuit, "entropy", root)
-    total = _expectation(flows.weights, -log_weights)
-    for family, parameters, span in circuit._families():
-        if not isinstance(family, Indicator):
-            each = family.entropy(parameters)[circuit._row[span]]
-            total = total + _expectation(flows.units[0, FIRST_LEAF:][span], each)
-    return total
+    log_weights, used = _usage(circuit, "entropy", root)
+    return _total(used, -log_weights, lambda family, table: family.entropy(table), circuit)
 
 
 def kl_divergence(circuit: Parameters, other: Parameters, root: int | None) -> Tensor:
@@ -240,21 +237,19 @@ def kl_divergence(circuit: Parameters, other: Parameters, root: int | None) -> T
     require(same, name, "other", "a circuit of the same graph", found)
     for each in (circuit, other):
         _require_deterministic(each, name)
-    log_weights, flows = _usage(circuit, name, root)
-    total = _expectation(flows.weights, log_weights - other._log_weights())
-    for (family, mine, span), (_, theirs, _) in zip(
-        circuit._families(), other._families(), strict=True
-    ):
-        if not isinstance(family, Indicator):
-            each = family.divergence(mine, theirs)[circuit._row[span]]
-            total = total + _expectation(flows.units[0, FIRST_LEAF:][span], each)
-    return total
+    log_weights, used = _usage(circuit, name, root)
+    ratios = log_weights - other._log_weights()
+    return _total(used, ratios, lambda family, *tables: family.divergence(*tables), circuit, other)
+
+
+def _require_logits(circuit: Parameters, name: str) -> None:
+    norm = circuit.norm
+    require(norm == "logits", name, "norm", "a circuit of 'logits'", repr(norm))
 
 
 def _require_deterministic(circuit: Parameters, name: str) -> None:
     """Refuse circuits in which several trees may share an assignment."""
-    norm = circuit.norm
-    require(norm == "logits", name, "norm", "a circuit of 'logits'", repr(norm))
+    _require_logits(circuit, name)
     circuit._refuse_external(name)
     known = checks.is_deterministic(circuit.graph)
     found = "one that is not" if known is False else "one of which that is unknown"
@@ -267,6 +262,20 @@ def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Fl
     filled, missing = circuit._read(name, circuit._nothing())
     leaf, log_weights = circuit._leaf_values_of(name, filled, missing), circuit._log_weights()
     return log_weights, flows(circuit, name, leaf, log_weights, root)
+
+
+def _total(
+    used: Flows, of_weights: Tensor, of_family: Callable[..., Tensor], *circuits: Parameters
+) -> Tensor:
+    """The expectation of a sum over the weights and leaves that a sample uses. ``of_family`` takes
+    a family and its table in each of the circuits."""
+    total = _expectation(used.weights, of_weights)
+    for parts in zip(*(circuit._families() for circuit in circuits), strict=True):
+        family, _, span = parts[0]
+        if not isinstance(family, Indicator):
+            each = of_family(family, *(table for _, table, _ in parts))[circuits[0]._row[span]]
+            total = total + _expectation(used.units[0, FIRST_LEAF:][span], each)
+    return total
 
 
 def _expectation(flow: Tensor, value: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lora_ext import ops
 from lora_ext._checks import integer, require
-from lora_ext.circuits._sums import sums_at
 from lora_ext.reference import log_softmax
+
+from ._sums import sums_at
 
 Table = dict[str, Tensor]
 LOG_TAU = math.log(2 * math.pi)

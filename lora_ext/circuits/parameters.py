@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from lora_ext import ops
 from lora_ext._checks import integer, require
 from lora_ext._files import SafetensorsFile, parse_json
-from lora_ext.circuits import checks
-from lora_ext.circuits._sums import in_rows
-from lora_ext.circuits.leaves import External, Finite, Indicator, Joint, Leaf, fresh_table
-from lora_ext.circuits.program import (
+from lora_ext.reference import log_weights
+
+from . import checks
+from ._sums import in_rows
+from .leaves import External, Finite, Indicator, Joint, Leaf, fresh_table
+from .program import (
     FIRST_LEAF,
     Execution,
     Weights,
@@ -28,9 +30,8 @@ from lora_ext.circuits.program import (
     root_columns,
     rows_of_one_width,
 )
-from lora_ext.circuits.region_graph import RegionGraph
-from lora_ext.circuits.scopes import variables
-from lora_ext.reference import log_weights
+from .region_graph import RegionGraph
+from .scopes import variables
 
 _METADATA = "lora_ext.circuit"
 _MAX_UNITS = 1 << 24  # leaf, sum and product units: a small file may describe many
@@ -228,9 +229,10 @@ class Parameters(nn.Module):
                 expected = f"finite numbers, whose squares are finite in {self.weights.dtype}"
             if wrong.any():
                 row, column = wrong.nonzero()[0].tolist()
-                found = f"{known[row, column].item()} in row {row}"
-                which = f"{argument}: variable {names[column]}"
-                require(False, where, which, expected, found)
+                raise ValueError(
+                    f"{where}: {argument}: variable {names[column]}: expected {expected}, found "
+                    f"{known[row, column].item()} in row {row}"
+                )
         return torch.where(missing, 0, x) if missing.any() else x, missing
 
     @staticmethod

@@ -35,10 +35,11 @@ from torch import Tensor
 
 from lora_ext import ops
 from lora_ext._checks import require
-from lora_ext.circuits.leaves import Indicator, Joint, Leaf
-from lora_ext.circuits.region_graph import RegionGraph
-from lora_ext.circuits.scopes import PCStructureError, variables
 from lora_ext.ops import Program
+
+from .leaves import Indicator, Joint, Leaf
+from .region_graph import RegionGraph
+from .scopes import PCStructureError, variables
 
 FIRST_LEAF = 2  # columns 0 and 1 are constants
 _MAX_BINS = 4

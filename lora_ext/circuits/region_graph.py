@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_ext._checks import require
-from lora_ext.circuits import builders, regions
-from lora_ext.circuits.builders import Leaves
-from lora_ext.circuits.leaves import Indicator
-from lora_ext.circuits.regions import Input, Kind, Partition, Region
-from lora_ext.circuits.scopes import PCStructureError, variables
+
+from . import builders, regions
+from .builders import Leaves
+from .leaves import Indicator
+from .regions import Input, Kind, Partition, Region
+from .scopes import PCStructureError, variables
 
 
 @dataclass(frozen=True, repr=False)

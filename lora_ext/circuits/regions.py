@@ -9,17 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora_ext._checks import require
-from lora_ext.circuits.leaves import (
-    Bernoulli,
-    Binomial,
-    Categorical,
-    External,
-    Gaussian,
-    Indicator,
-    Leaf,
-)
-from lora_ext.circuits.multivariate import MultivariateGaussian
-from lora_ext.circuits.scopes import variables
+
+from .leaves import Bernoulli, Binomial, Categorical, External, Gaussian, Indicator, Leaf
+from .multivariate import MultivariateGaussian
+from .scopes import variables
 
 Kind = Literal["hadamard", "kronecker"]
 _FAMILIES = (Categorical, Bernoulli, Binomial, Gaussian, MultivariateGaussian, Indicator, External)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import integer, require
-from lora_ext.circuits import checks
-from lora_ext.circuits.leaves import COUNT, Indicator, Joint
-from lora_ext.circuits.parameters import Parameters, require_tensor
-from lora_ext.circuits.program import FIRST_LEAF
-from lora_ext.circuits.scopes import variables
 from lora_ext.reference import log_weights
+
+from . import checks
+from .leaves import COUNT, Indicator, Joint
+from .parameters import Parameters, require_tensor
+from .program import FIRST_LEAF
+from .scopes import variables
 
 
 class MapResult(NamedTuple):
@@ -57,8 +58,10 @@ def sample(
     top = execution.root_values(val).gather(1, start[:, None])[:, 0]
     impossible = (top == -torch.inf).nonzero()
     if len(impossible):
-        found = "an impossible row"
-        require(False, "sample: evidence", f"row {int(impossible[0])}", "a possible row", found)
+        raise ValueError(
+            f"sample: evidence: row {int(impossible[0])}: expected a possible row, found an "
+            "impossible row"
+        )
     u = uniforms.flatten(0, 1)
     chosen = execution.walk(val, weights, start, u[:, :inner])
     row = torch.arange(len(evidence), device=device).repeat_interleave(num_samples)
@@ -77,7 +80,7 @@ def _check_uniforms(uniforms: Tensor, shape: tuple[int, ...], device: torch.devi
         return  # the host would wait for it
     outside = uniforms[~((uniforms >= 0) & (uniforms <= 1))]
     if len(outside):
-        require(False, where, name, "numbers in [0, 1]", float(outside[0]))
+        raise ValueError(f"{where}: {name}: expected numbers in [0, 1], found {float(outside[0])}")
 
 
 def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None) -> MapResult:

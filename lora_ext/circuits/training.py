@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import integer, require
-from lora_ext.circuits.circuit import Circuit
-from lora_ext.circuits.leaves import COUNT
-from lora_ext.circuits.parameters import require_tensor
+
+from .circuit import Circuit
+from .leaves import COUNT
+from .parameters import require_tensor
 
 # Batches as a DataLoader gives them: rows, or rows and the root of each.
 Batches = Tensor | Iterable[Any]

@@ -25,11 +25,13 @@ _REMEDIES = {
 
 def merge(arguments: Namespace) -> int:
     """``lora-ext merge``."""
+    _check_out(arguments.out)
     adapters = [LoraAdapter.load(folder) for folder in arguments.adapters]
-    weights = [w for group in arguments.weights or () for w in group]
     if arguments.weights is None:
-        whole = arguments.mode in ("ties", "dare")  # which sum, as their papers do
-        weights = [1.0 if whole else 1 / len(adapters)] * len(adapters)
+        sums = arguments.mode in ("ties", "dare")  # they add updates; the others average them
+        weights = [1.0 if sums else 1 / len(adapters)] * len(adapters)
+    else:
+        weights = [w for group in arguments.weights for w in group]
     options = {name: getattr(arguments, name) for name in ("mode", "rank", "density", "seed")}
     merged = merge_adapters(adapters, weights, progress=progress, **options)
     _save(merged, arguments.out)
@@ -49,6 +51,7 @@ def merge(arguments: Namespace) -> int:
 
 def resize(arguments: Namespace) -> int:
     """``lora-ext resize``."""
+    _check_out(arguments.out)
     if arguments.rank < 1:
         raise ValueError(f"--rank: expected at least 1, found {arguments.rank}")
     adapter = LoraAdapter.load(arguments.adapter)
@@ -86,6 +89,7 @@ def prune(arguments: Namespace) -> int:
     """``lora-ext prune``: SPLoRA, or with ``--project`` Safe LoRA."""
     from lora_ext.methods import splora
 
+    _check_out(arguments.out)
     adapter = LoraAdapter.load(arguments.adapter)
     fields = splora.SploraConfig.__dataclass_fields__  # those that have an option of their name
     config = splora.SploraConfig(**{k: v for k, v in vars(arguments).items() if k in fields})
@@ -128,11 +132,14 @@ def prune(arguments: Namespace) -> int:
     return 0
 
 
+def _check_out(out: str) -> None:
+    if not out:  # which would be the current folder
+        raise ValueError("--out: expected a folder, found ''")
+
+
 def _save(adapter: LoraAdapter, out: str) -> None:
     if not adapter.modules:
         raise ValueError(f"{out}: expected an adapter with modules, found none left to write")
-    if not out:  # which would be the current folder
-        raise ValueError("--out: expected a folder, found ''")
     try:
         adapter.save(out)
     except OSError as error:

@@ -1,14 +1,14 @@
 """Constraints on generation that always hold, and guides that look ahead for them."""
 
-from lora_ext.control.distil import distil
-from lora_ext.control.guide import Guide
-from lora_ext.control.language import Constraint, ConstraintTooLarge, Limits, Matched, vocabulary_of
-from lora_ext.control.law import Block, Row, advance, apply, draw, likeliest, log_ratios, moved
-from lora_ext.control.law import decided as decided  # for the package's own rooms
-from lora_ext.control.law import proposed as proposed
-from lora_ext.control.messages import MatchedPlan, Plan
-from lora_ext.control.prior import PriorHead
-from lora_ext.control.processor import ConstraintProcessor, Constraints, plans_of
+from .distil import distil
+from .guide import Guide
+from .language import Constraint, ConstraintTooLarge, Limits, Matched, vocabulary_of
+from .law import Block, Row, advance, apply, draw, likeliest, log_ratios, moved
+from .law import decided as decided  # for the package's own rooms
+from .law import proposed as proposed
+from .messages import MatchedPlan, Plan
+from .prior import PriorHead
+from .processor import ConstraintProcessor, Constraints, plans_of
 
 __all__ = [
     "Block",

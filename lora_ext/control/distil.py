@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_ext._checks import require
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
-from .guide import Guide
+from .guide import Guide, regions_of_hmm
 from .prior import PriorHead
 
 #: Wraps an iterable to show how far it is; ``tqdm.tqdm``, say.
@@ -221,10 +221,10 @@ def _places(tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[seen], behind[seen]
 
 
-def _clusters(points: Tensor, count: int, progress: Progress | None, rounds: int = 15) -> Tensor:
-    """k-means: which cluster each point belongs to, ``(n,)``."""
+def _clusters(points: Tensor, count: int, progress: Progress | None) -> Tensor:
+    """k-means in 15 rounds: which cluster each point belongs to, ``(n,)``."""
     centres = points[torch.randperm(len(points))[:count]].clone()
-    for _ in _shown(range(rounds), progress, "clusters"):
+    for _ in _shown(range(15), progress, "clusters"):
         nearest = _nearest(points, centres)
         size = torch.bincount(nearest, minlength=count)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
@@ -268,16 +268,11 @@ def _with_transitions(
     rank, vocab = guide.emission.shape
     graph = RegionGraph.hmm(train.shape[1], rank, Categorical(vocab), homogeneous=True)
     circuit = Circuit(graph)
-    latents = {
-        "initial": graph.roots[0],
-        "transition": next(i for i, r in enumerate(graph.regions) if r.tie == "transition"),
-    }
-    table = circuit.region_leaves(
-        next(i for i, r in enumerate(graph.regions) if r.leaf is not None)
-    )["logits"]
+    root, latent, inputs = regions_of_hmm(graph)
+    table = circuit.region_leaves(inputs)["logits"]
     table.copy_(guide.emission.log())
-    circuit.region_weights(latents["initial"]).copy_(guide.initial.log()[None])
-    circuit.region_weights(latents["transition"]).copy_(guide.transition.log())
+    circuit.region_weights(root).copy_(guide.initial.log()[None])
+    circuit.region_weights(latent).copy_(guide.transition.log())
     for _ in _shown(range(steps), progress, "EM steps"):
         circuit.em_step(train, pseudocount=1.0)
         table.copy_(guide.emission.log())

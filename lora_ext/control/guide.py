@@ -92,10 +92,7 @@ class Guide:
         rank = next(r.units for r in graph.regions if r.leaf is not None)
         wanted = RegionGraph.hmm(graph.num_variables, rank, leaf, homogeneous=True)
         require(graph.regions == wanted.regions, *where, expected, _graph_told(graph))
-        # z0 is the root; every other latent shares the transitions, every input the leaves.
-        root = graph.roots[0]
-        latent = next(i for i, r in enumerate(graph.regions) if r.tie == "transition")
-        inputs = next(i for i, r in enumerate(graph.regions) if r.leaf is not None)
+        root, latent, inputs = regions_of_hmm(graph)
         norm = (lambda w: w.softmax(-1)) if circuit.norm == "logits" else torch.exp
         emission = leaf.log_table(circuit.region_leaves(inputs)).exp()
         tensors = norm(circuit.region_weights(root))[0], norm(circuit.region_weights(latent))
@@ -255,6 +252,14 @@ def _product(rows: Tensor, packed: Tensor | None, matrix: Tensor) -> Tensor:
     if packed is None:
         return rows @ matrix
     return ops.packed_linear(rows.contiguous(), packed, None, matrix.shape[1])
+
+
+def regions_of_hmm(graph: RegionGraph) -> tuple[int, int, int]:
+    """In ``RegionGraph.hmm(..., homogeneous=True)`` the root, which is z0; a latent, with whose
+    transitions all others go on; and an input, whose leaves all others share."""
+    latent = next(i for i, r in enumerate(graph.regions) if r.tie == "transition")
+    inputs = next(i for i, r in enumerate(graph.regions) if r.leaf is not None)
+    return graph.roots[0], latent, inputs
 
 
 def _graph_told(graph: RegionGraph) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_ext._checks import require
 
 from .guide import Guide
-from .messages import MatchedPlan, Plan, Step
+from .messages import MatchedPlan, NextTokens, Plan
 
 _AT_ONCE = 32  # tokens whose r is found together
 _FAR = 50.0  # how far below the others what the guide holds impossible stands, in nats
@@ -186,7 +186,7 @@ def moved(blocks: Sequence[Block], scores: Tensor, temperature: float = 1.0) -> 
     return scores
 
 
-def _floored(scale: Tensor, step: Step) -> Tensor:
+def _floored(scale: Tensor, step: NextTokens) -> Tensor:
     """Scales in which a live state that the guide holds impossible stands below all others."""
     known = scale[step.states.to(scale.device)]
     if bool((known > -torch.inf).all()):
@@ -344,15 +344,17 @@ def decided(
     """As :func:`draw`, of what :func:`proposed` has made of the scores."""
     tokens, drawn = [-1] * len(rows), 0
     waiting, bound = list(range(len(rows))), envelope
+    # What is not guided is always kept, and most rows keep one of the first few.
+    guided = any(row is not None and row.plan.guide is not None for row in rows)
+    few = max(1, tries // 4) if guided else 1
     for turn in range(rounds):
-        # What is not guided is always kept, and most rows keep one of the first few.
-        count = tries if turn else max(1, tries // 4) if _some_guided(rows) else 1
+        count = tries if turn else few
         numbers = uniforms(waiting, count).double().cpu()
         found = _at(envelope, numbers[..., 0])
         some = [j for j, i in enumerate(waiting) if (row := rows[i]) and not row.lost]
         keep = torch.ones(found.shape, dtype=torch.float64)
-        guided = [row for j in some if (row := rows[waiting[j]]) is not None]
-        keep[some] = keep_probabilities(guided, found[some])
+        asked = [row for j in some if (row := rows[waiting[j]]) is not None]
+        keep[some] = keep_probabilities(asked, found[some])
         if turn:  # the envelope is p r itself where it was tightened, and what it gives is kept
             at = found.to(bound.device)
             ratio = (bound.gather(1, at) - envelope.gather(1, at)).exp().cpu()
@@ -373,10 +375,6 @@ def decided(
     for i, token in zip(waiting, found[:, 0].tolist(), strict=True):
         tokens[i] = token
     return tokens, drawn + len(waiting)
-
-
-def _some_guided(rows: Sequence[Row | None]) -> bool:
-    return any(row is not None and row.plan.guide is not None for row in rows)
 
 
 def proposed(

@@ -79,7 +79,7 @@ class Plan:
         self.least = least
         self.guide = guide
         self.limits = limits
-        self._steps: dict[tuple[int, int], Step] = {}
+        self._steps: dict[tuple[int, int], NextTokens] = {}
         fewest = int(constraint.distance[0])
         require(
             fewest <= budget,
@@ -121,7 +121,7 @@ class Plan:
             return 0 <= int(self.constraint.distance[state]) <= k
         return bool(self._alive[k, state])
 
-    def step(self, state: int, k: int) -> Step:
+    def step(self, state: int, k: int) -> NextTokens:
         """What may come in a state if ``k`` tokens may, that one included."""
         if self.least == 0:  # more tokens than the longest way to the end make no difference
             k = min(k, self._longest + 1)
@@ -129,7 +129,7 @@ class Plan:
         if known is None:
             if len(self._steps) >= _KEPT_STEPS:
                 self._steps.clear()
-            known = self._steps[state, k] = Step(self, state, k)
+            known = self._steps[state, k] = NextTokens(self, state, k)
         return known
 
     def after(self, state: int, k: int, token: int) -> int:
@@ -224,7 +224,7 @@ class MatchedPlan:
         return int(live) if len(live) == 1 else None
 
 
-class Step:
+class NextTokens:
     """The tokens that may come in a state, by where they lead.
 
     Attributes:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import integer, require
+from lora_ext._checks import integer, number, require
 
 from .guide import Guide
 
@@ -45,8 +45,11 @@ class PriorHead(nn.Module):
         size = known if hidden_size is None else hidden_size
         expected = "a size, for the guide has no head" if known is None else f"{known}, the guide's"
         require(size is not None and known in (None, size), _WHERE, "hidden_size", expected, size)
-        weight = guide.initial.new_zeros(guide.num_states, size or 0)
-        self.weight = nn.Parameter(weight if guide.prior is None else guide.prior.clone())
+        if guide.prior is not None:
+            self.weight = nn.Parameter(guide.prior.clone())
+        else:
+            assert size is not None
+            self.weight = nn.Parameter(guide.initial.new_zeros(guide.num_states, size))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Laws ``(B, H)`` of hidden states ``(B, D)``, in the dtype of the guide."""
@@ -100,6 +103,8 @@ class PriorHead(nn.Module):
             ValueError: for fewer than two places, or numbers out of range.
         """
         integer(_WHERE, "steps", steps, 0)
+        integer(_WHERE, "batch", batch, 1)
+        number(_WHERE, "learning_rate", learning_rate, above=0)
         fits = len(hidden) == len(following) >= 2 and hidden.shape[1:] == self.weight.shape[1:]
         shapes = f"{tuple(hidden.shape)} and {tuple(following.shape)}"
         expected = f"(N, {self.weight.shape[1]}) and (N, m) with N at least 2"

@@ -221,16 +221,14 @@ class LoraLayerManager:
 
     def _check_plan(self, where: str, plan: LayerPlan) -> None:
         instance(where, "plan", plan, LayerPlan)
-        expected = f"below {self.num_layers}"
         for layer in plan.layers:
+            expected = f"below {self.num_layers}"
             require(layer < self.num_layers, where, "plan.layers", expected, layer)
         for pair in self._pairs:
             if pair.layer in plan.layers:
                 full = self._factors(pair)[0].shape[0]
-                rank, expected = (
-                    plan.rank_of(pair.layer, full),
-                    f"at most {full}, as {pair.module} has",
-                )
+                rank = plan.rank_of(pair.layer, full)
+                expected = f"at most {full}, as {pair.module} has"
                 require(rank <= full, where, "plan.ranks", expected, rank)
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext.layers.base.weight import ConvWeight
 from lora_ext.rows import Names
 
 from .base.dense import DenseParameters, is_plain
+from .base.weight import ConvWeight
 from .lora_forward import LoraFactors
 from .lora_layer import LoraLayer
 

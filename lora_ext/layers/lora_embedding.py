@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import require
-from lora_ext.layers.base.weight import EmbeddingWeight
 from lora_ext.rows import Names
 
+from .base.weight import EmbeddingWeight
 from .lora_layer import LoraLayer
 
 

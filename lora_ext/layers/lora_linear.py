@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext._torch import parameter
-from lora_ext.layers.base.weight import LinearWeight
 from lora_ext.rows import Names
 
+from .base.weight import LinearWeight
 from .lora_forward import lora_forward
 from .lora_layer import LoraLayer
 

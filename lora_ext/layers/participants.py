@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lora_ext._torch import compiles
-from lora_ext.layers.base.merging import Merging
 from lora_ext.rows import (
     NOBODY,
     Assignment,
@@ -23,6 +22,8 @@ from lora_ext.rows import (
     several_processes,
     together,
 )
+
+from .base.merging import Merging
 
 
 class Participants(Merging):

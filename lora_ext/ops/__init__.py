@@ -2,8 +2,7 @@
 
 # pyright: reportUnusedImport=false
 
-from lora_ext.ops import _registration
-
+from . import _registration
 from ._registration import routed as routed
 from .circuit import CircuitScan, circuit_scan, emission_gather
 from .circuit_decode import (

@@ -20,8 +20,9 @@ from lora_ext._checks import (
     require_shape,
     require_tensor,
 )
-from lora_ext.ops._registration import fake
 from lora_ext.reference import KINDS, CircuitScan, accumulator, num_transitions
+
+from ._registration import fake
 
 _c = torch.ops.lora_ext
 

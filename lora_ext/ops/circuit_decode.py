@@ -26,9 +26,10 @@ from lora_ext._checks import (
     require_shape,
     require_tensor,
 )
-from lora_ext.ops._registration import fake
-from lora_ext.ops.circuit import check_circuit
 from lora_ext.reference import CircuitSample, accumulator
+
+from ._registration import fake
+from .circuit import check_circuit
 
 _c = torch.ops.lora_ext
 

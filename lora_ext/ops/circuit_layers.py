@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require_dtype, require_tensor
-from lora_ext.ops._registration import fake
+
+from ._registration import fake
 
 _c = torch.ops.lora_ext
 _FLOATS = (torch.float32, torch.float64)

@@ -13,8 +13,9 @@ from torch import Tensor
 from lora_ext import reference
 from lora_ext._checks import choice, require
 from lora_ext._torch import refuse_tangents
-from lora_ext.ops._registration import backward, fake
 from lora_ext.reference import NORMS, LogMax, accumulator, log_weights
+
+from ._registration import backward, fake
 
 _c = torch.ops.lora_ext
 

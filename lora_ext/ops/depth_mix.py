@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import FLOATS, choice, number, require, require_dtype, require_shape
-from lora_ext.ops._registration import fake
 from lora_ext.reference import accumulator
+
+from ._registration import fake
 
 _c = torch.ops.lora_ext
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lora_ext._torch import refuse_tangents
-from lora_ext.ops._registration import backward, fake
 from lora_ext.reference import accumulator
+
+from ._registration import backward, fake
 
 _c = torch.ops.lora_ext
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from lora_ext._checks import FLOATS, require, require_shape
 from lora_ext._torch import exactly
-from lora_ext.ops._registration import fake
 from lora_ext.reference import accumulator
+
+from ._registration import fake
 
 _c = torch.ops.lora_ext
 

@@ -21,8 +21,9 @@ from torch.nn.functional import pad
 
 from lora_ext._checks import require
 from lora_ext._torch import compiles
-from lora_ext.ops._registration import fake
 from lora_ext.reference import accumulator
+
+from ._registration import fake
 
 _c = torch.ops.lora_ext
 _LINEAR = "lora_linear"
@@ -101,8 +102,7 @@ def _fake_linear(
 
 def _check_seed(seed: Tensor | None, adapters: int) -> None:
     if seed is None:
-        require(False, _LINEAR, "seed", "one Long with dropout_p > 0", None)
-        return
+        raise ValueError(f"{_LINEAR}: seed: expected one Long with dropout_p > 0, found None")
     require(seed.dtype == torch.int64, _LINEAR, "seed", "Long", seed.dtype)
     holds = seed.numel() == 1 or seed.shape == (adapters,)
     expected = f"one Long, or one for each of {adapters} adapters"

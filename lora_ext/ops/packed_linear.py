@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require, require_dim, require_shape
-from lora_ext.ops._registration import fake
+
+from ._registration import fake
 
 _c = torch.ops.lora_ext
 

@@ -16,8 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lora_ext._checks import FLOATS, require, require_dim, require_shape, require_tensor
 from lora_ext._torch import refuse_tangents
-from lora_ext.ops._registration import backward, fake
 from lora_ext.reference import seen_keys
+
+from ._registration import backward, fake
 
 _c = torch.ops.lora_ext
 

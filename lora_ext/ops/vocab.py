@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lora_ext._checks import FLOATS, integer, number, require, require_dim, require_tensor
 from lora_ext._torch import AUTOCASTS, refuse_tangents
-from lora_ext.ops._registration import backward, fake
 from lora_ext.reference import accumulator
+
+from ._registration import backward, fake
 
 _c = torch.ops.lora_ext
 

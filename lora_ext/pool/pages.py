@@ -129,9 +129,9 @@ def read_packed(
         for spec, whole in adapter.replaced():
             weight, bias = (_host(spec, t, spec.dtype) for t in (whole.weight, whole.bias))
             assert weight is not None
-            field = "modules_to_save" if whole.rows is None else "trainable_token_indices"
+            argument = "modules_to_save" if whole.rows is None else "trainable_token_indices"
             for values in (weight, bias):
-                _check_finite(values, f"AdapterPool: {field}: {spec.name}")
+                _check_finite(values, f"AdapterPool: {argument}: {spec.name}")
             rows = _host(spec, whole.rows, torch.int64)
             replaced[spec.name] = PackedReplaced(weight, bias, rows)
     return PackedAdapter(adapter.config, modules, replaced, adapter.leftover)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext.reference.lora import accumulator
+from .lora import accumulator
 
 KINDS = ("ff", "cp", "hmm", "btree")
 
@@ -128,9 +128,7 @@ def _walk(
         cur = cur + observe(k, cur)
 
 
-def _normalised(
-    kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _normalised(leaf: Tensor, prior: Tensor | None, trans: Tensor | None) -> tuple[Tensor, Tensor]:
     """Log-probabilities of prior and transitions, in the accumulator's dtype."""
     dtype = accumulator(leaf.dtype)
     rows, components = leaf.shape[0], leaf.shape[2]
@@ -165,7 +163,7 @@ def circuit_scan(
     if x is not None:
         e = _observe(log_softmax(e), x)
     n_token = e.shape[1]
-    log_prior, log_trans = _normalised(kind, e, prior, trans)
+    log_prior, log_trans = _normalised(e, prior, trans)
     prefix: list[Tensor] = []
     conditional: list[Tensor] = []
     posterior: list[Tensor] = []
@@ -254,7 +252,7 @@ def circuit_sample(
         conditional.append(logsumexp(state + e))
         return e
 
-    _walk(kind, n_token, *_normalised(kind, log_leaf, prior, trans), observe)
+    _walk(kind, n_token, *_normalised(log_leaf, prior, trans), observe)
     return CircuitSample(tokens, torch.stack(conditional, 1), torch.stack(posterior, 1))
 
 
@@ -276,7 +274,7 @@ def circuit_argmax(
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
     row = torch.arange(rows, device=leaf.device)
-    prior, trans = _normalised(kind, log_leaf, prior, trans)
+    prior, trans = _normalised(log_leaf, prior, trans)
     best, mode = log_leaf.max(-1)  # (B, K, C)
     if evidence is not None:
         given = evidence[..., None] >= 0

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from lora_ext.reference.circuit import log_softmax, logsumexp
-from lora_ext.reference.lora import accumulator
+from .circuit import log_softmax, logsumexp
+from .lora import accumulator
 
 NORMS = ("logits", "logprobs", "probs", "none")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext.reference.lora import accumulator
+from .lora import accumulator
 
 
 def lora_gram(

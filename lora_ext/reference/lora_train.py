@@ -6,7 +6,7 @@ Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters.
 import torch
 from torch import Tensor
 
-from lora_ext.reference.lora import accumulator, rows_of_adapters
+from .lora import accumulator, rows_of_adapters
 
 _WORD = 0xFFFFFFFF  # words of 32 bits are kept in int64: torch has no unsigned arithmetic on them
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lora_ext.reference.lora import accumulator
+from .lora import accumulator
 
 
 def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:

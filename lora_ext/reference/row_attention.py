@@ -7,7 +7,7 @@ keys, ``D`` and ``E`` features.
 import torch
 from torch import Tensor
 
-from lora_ext.reference.lora import accumulator
+from .lora import accumulator
 
 
 def seen_keys(

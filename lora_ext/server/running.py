@@ -81,9 +81,10 @@ class Settings:
             try:
                 torch.empty(0, device=self.device)
             except (RuntimeError, AssertionError) as error:
-                words = str(error).splitlines()[0]
-                found = f"{self.device!r} ({words})"
-                require(False, _WHERE, "--device", "one that torch has here", found)
+                raise ValueError(
+                    f"{_WHERE}: --device: expected one that torch has here, found "
+                    f"{self.device!r} ({str(error).splitlines()[0]})"
+                ) from error
 
     def listen(self) -> socket.socket:
         """A socket at host and port.
@@ -98,8 +99,10 @@ class Settings:
             listening.bind((self.host, self.port))
         except OSError as error:
             listening.close()
-            where = f"{self.host}:{self.port} ({error.strerror or error})"
-            require(False, _WHERE, "--host, --port", "an address that is free", where)
+            raise ValueError(
+                f"{_WHERE}: --host, --port: expected an address that is free, found "
+                f"{self.host}:{self.port} ({error.strerror or error})"
+            ) from error
         return listening
 
     def engine(self, say: Callable[[str], None] = print) -> Engine | Embedder:

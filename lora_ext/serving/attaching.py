@@ -15,14 +15,14 @@ from lora_ext.adapter import ModelIndex, model_name
 from lora_ext.layers import Swap, find_module, pack_linears, packed_layers, unpack
 from lora_ext.pool import AdapterPool
 from lora_ext.rows import BASE, ERROR, PoolLayer, UnknownAdapterError, attachments, layouts
-from lora_ext.serving.layers.multi_lora import MultiLoraLinear
-from lora_ext.serving.layers.multi_lora_embedding import MultiLoraEmbedding
-from lora_ext.serving.layers.multi_lora_experts import MultiLoraExperts
-from lora_ext.serving.layers.overlap import begin_early
-from lora_ext.serving.layers.siblings import introduce
 
 from .continuous import requests_of
 from .hooks import Hooks, is_hook, take_away
+from .layers.multi_lora import MultiLoraLinear
+from .layers.multi_lora_embedding import MultiLoraEmbedding
+from .layers.multi_lora_experts import MultiLoraExperts
+from .layers.overlap import begin_early
+from .layers.siblings import introduce
 from .names import CallNames
 from .pipelines import watch_pipelines
 

@@ -85,7 +85,7 @@ class Part:
         return [self.call.data[i].length for i in self.rows]
 
 
-class Step:
+class BatchStep:
     """Steps over one model.
 
     Args:
@@ -295,8 +295,4 @@ def _together(
 
 
 def _not_finite(what: str, found: object) -> ValueError:
-    try:
-        require(False, "forward_backward", what, "a finite number", found)
-    except ValueError as error:
-        return error
-    raise AssertionError("require has raised")
+    return ValueError(f"forward_backward: {what}: expected a finite number, found {found}")

@@ -96,19 +96,19 @@ def _checked(
         require(key in known, where, f"{name}.inputs", f"one of {known}", repr(key))
     for key in (_TARGETS, *loss.needs):
         require(key in inputs, where, f"{name}.inputs", f"{key!r}", f"only {sorted(inputs)}")
-    field = f"{name}.inputs[{_TARGETS!r}]"
-    targets = _tensor(where, field, inputs.pop(_TARGETS))
+    argument = f"{name}.inputs[{_TARGETS!r}]"
+    targets = _tensor(where, argument, inputs.pop(_TARGETS))
     many = not loss.needs and targets.dim() == 2 and targets.shape[1] > 0
     expected = f"shape ({length},)" + ("" if loss.needs else f" or ({length}, K)")
     fits = (targets.dim() == 1 or many) and targets.shape[0] == length
-    require(fits, where, field, expected, list(targets.shape))
-    targets = _ids(where, field, targets, vocabulary)
+    require(fits, where, argument, expected, list(targets.shape))
+    targets = _ids(where, argument, targets, vocabulary)
     floats = {}
     for key, value in inputs.items():
-        field = f"{name}.inputs[{key!r}]"
-        given = _tensor(where, field, value)
+        argument = f"{name}.inputs[{key!r}]"
+        given = _tensor(where, argument, value)
         fits = given.shape == targets.shape
-        require(fits, where, field, f"shape {list(targets.shape)}", list(given.shape))
+        require(fits, where, argument, f"shape {list(targets.shape)}", list(given.shape))
         # A copy: the caller may go on with the tensor. Values are not looked at: what is not
         # finite makes a loss that is not, and fails the call then.
         floats[key] = torch.empty(targets.shape).copy_(given)

@@ -13,7 +13,7 @@ import torch
 
 from lora_ext.serving import QueueFullError
 
-from .batch import Call, Part, Step
+from .batch import BatchStep, Call, Part
 
 #: Tokens that a tenant gains with each step in which it has to wait.
 QUANTUM = 1024
@@ -84,7 +84,7 @@ class Scheduler:
         step: over the model. max_tokens: of one step, padding counted. size: of each queue.
     """
 
-    def __init__(self, step: Step, max_tokens: int, size: int):
+    def __init__(self, step: BatchStep, max_tokens: int, size: int):
         self.step, self.max_tokens, self.size = step, max_tokens, size
         #: Steps so far, parts in them, and the most in one.
         self.counts = {"steps": 0, "parts": 0, "most": 0}

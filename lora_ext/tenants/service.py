@@ -17,7 +17,7 @@ from lora_ext._checks import choice, instance, integer, renamed, require, requir
 from lora_ext.adapter import LoraAdapter, check_base
 from lora_ext.layers import LoraConfig, LoraLayer, unwrap
 
-from .batch import CAUSAL, Call, Step
+from .batch import CAUSAL, BatchStep, Call
 from .data import Datum, Result, checked_data
 from .live import LiveAdapter, Targets
 from .losses import checked_options
@@ -74,7 +74,7 @@ class Service:
         self._was = model.training
         model.eval()
         try:
-            self._step = Step(model)
+            self._step = BatchStep(model)
         except BaseException:
             model.train(self._was)
             raise

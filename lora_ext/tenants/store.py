@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,16 @@ class Store:
         if root is not None:
             instance("Service", "store", root, (str, os.PathLike))
             text = os.fspath(root)
-            named = isinstance(text, str) and text != "" and "\0" not in text
-            require(named, "Service", "store", "a folder, or None", repr(root))
+            usable = isinstance(text, str) and text != "" and "\0" not in text
+            require(usable, "Service", "store", "a folder, or None", repr(root))
             self.root = Path(text).absolute()
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                found = f"{str(root)!r:.200} ({error.strerror})"
-                require(False, "Service", "store", "a folder that can be made", found)
+                raise ValueError(
+                    "Service: store: expected a folder that can be made, found "
+                    f"{str(root)!r:.200} ({error.strerror})"
+                ) from error
 
     def folder(self, where: str, path: Any, argument: str = "path") -> Path:
         """The folder of a save.
@@ -53,8 +56,8 @@ class Store:
             raise ValueError(f"{where}: store: expected a folder, found None; make Service(store=)")
         expected = "a path inside the store, relative to it"
         text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
-        named = isinstance(text, str) and text.strip("/.") != "" and "\0" not in text
-        require(named, where, argument, expected, f"{path!r:.200}")
+        usable = isinstance(text, str) and text.strip("/.") != "" and "\0" not in text
+        require(usable, where, argument, expected, f"{path!r:.200}")
         inner = Path(text)
         plain = not inner.is_absolute() and ".." not in inner.parts
         require(plain, where, argument, expected, f"{path!r:.200}")
@@ -90,19 +93,15 @@ class Store:
         tensors: dict[str, Tensor] = {}
         if path.exists():
             shapes = optimizer.shapes()
-            file = SafetensorsFile(path)
-            try:
+            expected = "the state of an optimizer of this adapter"
+            with contextlib.closing(SafetensorsFile(path)) as file:
                 for key, info in file.infos.items():
-                    right = info.shape == tuple(shapes.get(key, (-1,)))
-                    expected = "the state of an optimizer of this adapter"
-                    require(
-                        right and info.dtype in (torch.float32, torch.float64),
-                        str(path), key, expected, f"{info.dtype} {list(info.shape)}",
-                    )  # fmt: skip
+                    fits = info.shape == tuple(shapes.get(key, (-1,)))
+                    fits &= info.dtype in (torch.float32, torch.float64)
+                    found = f"{info.dtype} {list(info.shape)}"
+                    require(fits, str(path), key, expected, found)
                     if with_state or key.endswith(":weight"):
                         tensors[key] = file.read(key)
-            finally:
-                file.close()
         moments = [name.removesuffix(":step") for name in tensors if name.endswith(":step")]
         for name in moments:
             for key in ("exp_avg", "exp_avg_sq"):

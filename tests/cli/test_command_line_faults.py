@@ -100,7 +100,6 @@ def test_what_cannot_be_done_is_one_sentence(run, folders, tmp_path):
         "rank: expected None": ("merge", one, two, "--rank", 3, *out),
         "--rank: expected at least 1, found 0": ("resize", one, "--rank", 0, *out),
         "--rank: expected at most 20": ("resize", one, "--rank", 10**30, *out),
-        "--out: expected a folder, found ''": ("merge", one, two, "--out", ""),
         "expected finite": ("resize", tmp_path / "bad", "--rank", 2, *out),
         "tau": ("inspect", one, "--tau", 2),
     }.items():
@@ -109,6 +108,19 @@ def test_what_cannot_be_done_is_one_sentence(run, folders, tmp_path):
     (tmp_path / "file").write_text("")
     assert_refused(run("merge", one, two, "--out", tmp_path / "file"), "file: cannot be written: ")
     assert_refused(run("merge", one, two, "--out", tmp_path / "file" / "x"), "cannot be written")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("merge", "x", "y"),
+        ("resize", "x", "--rank", 2),
+        ("prune", "x", "--base", "b", "--aligned", "a", "--num", 1, "--direction", "smallest"),
+    ],
+)
+def test_a_folder_without_a_name_is_refused_before_anything_is_read(arguments, run):
+    words = f"lora-ext {arguments[0]}: --out: expected a folder, found ''"
+    assert_refused(run(*arguments, "--out", ""), words)
 
 
 @pytest.mark.parametrize(

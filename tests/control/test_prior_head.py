@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from control_toys import BUDGET, H, V, constraint, guide
@@ -53,6 +55,23 @@ def test_places_that_do_not_fit_are_refused() -> None:
     for bad in ((hidden[:3], following), (hidden[:, :2], following), (hidden[:1], following[:1])):
         with pytest.raises(ValueError, match="PriorHead: hidden and following: expected"):
             head.fit(*bad)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"steps": -1}, "steps: expected an integer from 0"),
+        ({"batch": 0}, "batch: expected an integer from 1"),
+        ({"learning_rate": 0.0}, "learning_rate: expected a number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a number above 0"),
+        ({"apart": 4}, "apart: expected an integer from 1 to 3"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(wrong: dict[str, Any], expected: str) -> None:
+    head = PriorHead(guide(), H)
+    with pytest.raises(ValueError, match=f"PriorHead: {expected}"):
+        head.fit(*places(4), **wrong)
+    assert not head.weight.any()
 
 
 def test_a_guide_brings_its_own_head() -> None:

@@ -22,7 +22,7 @@ from lora_ext.interop.vllm.constraints import (
     GUIDE,
     KEY,
     PROCESSOR,
-    Rows,
+    ConstrainedRows,
     build_at_door,
     in_front,
 )
@@ -122,7 +122,7 @@ def told(tokens):
 
 
 def test_each_row_keeps_its_constraint_where_it_comes_leaves_and_changes_place():
-    rows = Rows(settings())
+    rows = ConstrainedRows(settings())
     date = built(sampling({"choice": ["2024-10", "1999-12"]}, temperature=0.5))
     dog = built(sampling({"keywords": {"all_of": [" dog"], "none_of": ["b"]}}, max_tokens=12))
     answer = built(sampling('{"choice": ["yes", "no"]}', max_tokens=9))
@@ -151,7 +151,7 @@ def test_the_law_of_a_row_is_that_of_generate(warm, tmp_path):
     """The same scores as ConstraintProcessor's, at the row's temperature; greedy is 1."""
     save_guide(tmp_path)
     params = built(sampling({"choice": ["aba", "abab", "babba", "bbaa"]}, 8, warm, min_tokens=4))
-    rows, tokens, one = Rows(settings(folder=tmp_path)), [], params.extra_args[KEY]
+    rows, tokens, one = ConstrainedRows(settings(folder=tmp_path)), [], params.extra_args[KEY]
     how = control.ConstraintProcessor(
         one, control.Guide.load(tmp_path), max_new_tokens=8, min_new_tokens=4,
         temperature=warm or 1.0,
@@ -170,7 +170,7 @@ def test_the_law_of_a_row_is_that_of_generate(warm, tmp_path):
 def test_the_budget_ends_where_the_model_does():
     word = {"keywords": {"all_of": ["a"]}}
     params = built(sampling(word, max_tokens=None), prompt=range(LENGTH - 3))
-    batch, tokens = Batch(Rows(settings(max_model_len=6))), []  # a prompt of three
+    batch, tokens = Batch(ConstrainedRows(settings(max_model_len=6))), []  # a prompt of three
     batch.update(added=[(0, params, tokens)])
     for seed in range(3):
         batch.step(seed)
@@ -234,7 +234,7 @@ def test_an_engine_of_ones_own_refuses_before_it_waits():
 )
 def test_what_is_no_constraint_is_refused_before_the_engine_sees_it(given, more, message):
     with pytest.raises(ValueError, match=message):
-        Rows.validate_params(sampling(given, **more))
+        ConstrainedRows.validate_params(sampling(given, **more))
 
 
 def test_vllm_is_given_a_class_of_its_own_kind(monkeypatch, tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_ext import ops, reference
 from lora_ext.interop import vllm as plugin
 from lora_ext.interop.vllm import owners, updates
+from lora_ext.interop.vllm import stacks as true_ranks
 from lora_ext.interop.vllm.activation import follow_activations
 from lora_ext.interop.vllm.updates import Updates
 
@@ -266,7 +267,7 @@ def test_rows_of_the_base_keep_every_bit_beside_stacks_of_another_dtype(dtype):
 def test_a_captured_graph_reads_ids_and_ranks_where_they_lie(backend, monkeypatch):
     """Without a plan, and without what the host knows of a step: all rows of the base, no adapter
     anywhere, and the kernels run all the same."""
-    for module in (owners, updates):
+    for module in (owners, true_ranks):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     wrapper, x, (a, b) = wrapper_for((0,) * 6), integers(6, IN), stacks(ranks=(0, 0, 0))
     ids, ranks = wrapper._tokens.rows(6).ids, wrapper._stacks.of_a(a).ranks

@@ -47,7 +47,7 @@ def test_circles_are_found_in_annotations_and_functions_too(tmp_path: Path) -> N
     files = {
         "rows/__init__.py": "",
         "rows/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .b import B\n",
-        "rows/b.py": "def f():\n    from lora_ext.rows import a\n",
+        "rows/b.py": "def f():\n    from . import a\n",
     }
     assert planted(tmp_path, files) == {
         "circles of imports": ["lora_ext.rows.a <-> lora_ext.rows.b"]
@@ -71,9 +71,25 @@ def test_arrows_up_and_past_a_face_are_found(tmp_path: Path) -> None:
     }
 
 
+def test_imports_inside_a_room_that_begin_with_the_package_are_found(tmp_path: Path) -> None:
+    files = {
+        "rows/__init__.py": "from .b import g\n",
+        "rows/a.py": "import lora_ext.rows.b\ndef f():\n    from lora_ext.rows.b import g\n",
+        "rows/b.py": "from lora_ext import rows\nfrom lora_ext.rows_of import h\n",
+    }
+    assert planted(tmp_path, files) == {
+        "circles of imports": ["lora_ext.rows <-> lora_ext.rows.b"],
+        "imports inside a room that are not relative": [
+            "lora_ext.rows.a -> lora_ext.rows.b",
+            "lora_ext.rows.a -> lora_ext.rows.b.g",
+            "lora_ext.rows.b -> lora_ext.rows",
+        ],
+    }
+
+
 def test_a_method_that_imports_a_method_is_found(tmp_path: Path) -> None:
     files = {f"methods/{m}/__init__.py": "" for m in ("one", "two")}
-    files["methods/one/a.py"] = "from lora_ext.methods import two\n"
+    files["methods/one/a.py"] = "from .. import two\n"
     assert planted(tmp_path, files) == {
         "methods that import a method": ["lora_ext.methods.one.a -> lora_ext.methods.two"]
     }

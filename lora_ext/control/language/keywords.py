@@ -42,14 +42,13 @@ def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> A
     groups = [_group(f"all_of[{i}]", g) for i, g in enumerate(_listed("all_of", all_of))]
     banned = [_word("none_of", w) for w in _listed("none_of", none_of)]
     tree = _Tree(clock, "the letters of all words")
-    bits = [0] * (len(groups) + 1)  # the last one is what must not occur
-    marks: dict[int, int] = {}
+    marks: dict[int, int] = {}  # a bit for each group; the highest is what must not occur
     for i, words in enumerate([*groups, banned]):
-        bits[i] = 1 << i
         for word in words:
             node = tree.add(word)
-            marks[node] = marks.get(node, 0) | bits[i]
-    every, never = sum(bits[:-1]), bits[-1]
+            marks[node] = marks.get(node, 0) | 1 << i
+    never = 1 << len(groups)
+    every = never - 1
     letters = sorted({b for g in [*groups, banned] for w in g for b in w})
     moves, seen = tree.moves(letters, marks)
     part = f"the words times 2^{len(groups)} sets of them that have occurred"
@@ -103,12 +102,12 @@ class _Tree:
         moves: list[list[int]] = [[] for _ in self.below]
         seen = [marks.get(node, 0) for node in range(len(self.below))]
         moves[0] = [self.below[0].get(b, 0) for b in letters]
+        place_of = {b: i for i, b in enumerate(letters)}
         queue = [(child, 0) for child in self.below[0].values()]
         for node, back in queue:  # by depth: what is shorter is known
             seen[node] |= seen[back]
             moves[node] = [self.below[node].get(b, moves[back][i]) for i, b in enumerate(letters)]
-            where = {b: i for i, b in enumerate(letters)}
-            queue += [(child, moves[back][where[b]]) for b, child in self.below[node].items()]
+            queue += [(child, moves[back][place_of[b]]) for b, child in self.below[node].items()]
         return moves, seen
 
 

@@ -29,14 +29,16 @@ class Bank:
         pair: names the module. clients: in the order of their places; those with the first places
             have the most steps.
         start: the global factors, ``(r, I)`` and ``(O, r)``, where the module is.
-        shared: rows of clients that do not train the module have the global factors, not none.
+        others_use_global: rows of clients that do not train the module have the global factors, not
+            none.
         scaling: of the adapter, one for all. p: its dropout.
 
     Attributes:
         a, b: ``(A, R, I)`` and ``(A, O, R)``, zero beyond a client's rank. members: the places of
-            the clients that train the module, rising. shared: how many of A are the global ones: 1,
-            or with dropout one for each client that needs them, whose masks are its own. table: for
-            each place its client's index in the bank, -1 for none. seeds: ``(A,)``, of the dropout.
+            the clients that train the module, rising. num_global: how many of A are the global
+            ones: 1, or with dropout one for each client that needs them, whose masks are its own.
+            table: for each place its client's index in the bank, -1 for none. seeds: ``(A,)``, of
+            the dropout.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Bank:
         pair: Pair,
         clients: Sequence[ClientRound],
         start: tuple[Tensor, Tensor],
-        shared: bool,
+        others_use_global: bool,
         scaling: float,
         p: float = 0.0,
     ):
@@ -54,26 +56,24 @@ class Bank:
         self.p = p
         self.seeds: Tensor | None = None
         self.members = [place for place, c in enumerate(clients) if pair.a in c.shapes]
-        others = [place for place, c in enumerate(clients) if shared and pair.a not in c.shapes]
+        others = [place for place, c in enumerate(clients) if pair.a not in c.shapes]
+        others = others if others_use_global else []
         self._places = [*(others if p else others[:1]), *self.members]
-        self.shared = len(self._places) - len(self.members)
-        self.ranks = [start[0].shape[0]] * self.shared
+        self.num_global = len(self._places) - len(self.members)
+        self.ranks = [start[0].shape[0]] * self.num_global
         self.ranks += [clients[place].shapes[pair.a][0] for place in self.members]
         index = dict.fromkeys(others, 0) | {own: i for i, own in enumerate(self._places)}
         self.table = tuple(index.get(place, -1) for place in range(len(clients)))
         largest = max(self.ranks, default=0)
         a, b = (t[..., :largest] if axis else t[:largest] for axis, t in enumerate(start))
         self.a, self.b = (t.expand(len(self.ranks), *t.shape).clone() for t in (a, b))
-        self._uneven = min(self.ranks, default=0) < largest
         self._ranks = self._scale = None
-        if self._uneven:
-            beyond = self._beyond(0)
-            self.a.masked_fill_(beyond[:, :, None], 0)
-            self.b.masked_fill_(beyond[:, None, :], 0)
+        if min(self.ranks, default=0) < largest:
+            self._cut(self.a, self.b)
             self._ranks = torch.tensor(self.ranks, dtype=torch.int32, device=a.device)
         if scaling != 1:
             self._scale = a.new_full((len(self.ranks),), scaling, dtype=torch.float32)
-        own = self.a[self.shared :], self.b[self.shared :]
+        own = self.a[self.num_global :], self.b[self.num_global :]
         self.moments = [torch.zeros_like(t) for t in own for _ in range(2)]
         self.activate(len(clients))
 
@@ -85,7 +85,7 @@ class Bank:
     def activate(self, places: int) -> None:
         """Take the clients at the first places into the calls from now on, and no others."""
         self.trained = sum(place < places for place in self.members)
-        self.size = self.shared + self.trained
+        self.size = self.num_global + self.trained
         # Leaves over the bank's own memory: the optimizer writes there, and no graph sees it.
         self.leaves = [t[: self.size].detach() for t in (self.a, self.b)]
         for leaf in self.leaves:
@@ -102,24 +102,24 @@ class Bank:
         """Tell every client what training changed of its factors, each in memory of its own."""
         found: list[Tensor] = []
         for values, start in zip((self.a, self.b), self.start, strict=True):
-            own = values[self.shared :].cpu()
+            own = values[self.num_global :].cpu()
             found.append(own - start.cpu()[: own.shape[1], : own.shape[2]])
         a, b = found
-        if self._uneven:
-            beyond = self._beyond(self.shared).cpu()
-            a.masked_fill_(beyond[:, :, None], 0)
-            b.masked_fill_(beyond[:, None, :], 0)
+        if self._ranks is not None:
+            self._cut(a, b)
         finite = (a.isfinite().flatten(1).all(1) & b.isfinite().flatten(1).all(1)).tolist()
         for i, place in enumerate(self.members):
-            client, rank = clients[place], self.ranks[self.shared + i]
+            client, rank = clients[place], self.ranks[self.num_global + i]
             client.finite &= finite[i]
             for key, own in ((self.pair.a, a[i, :rank]), (self.pair.b, b[i, :, :rank])):
                 client.changes[key] = own.clone(memory_format=torch.contiguous_format)
 
-    def _beyond(self, first: int) -> Tensor:
-        """``(A - first, R)``: what is beyond the rank of its adapter."""
-        ranks = torch.tensor(self.ranks[first:], device=self.a.device)
-        return torch.arange(self.a.shape[1], device=self.a.device) >= ranks[:, None]
+    def _cut(self, a: Tensor, b: Tensor) -> None:
+        """Zero, in factors of the last adapters of the bank, what is beyond the rank of each."""
+        ranks = torch.tensor(self.ranks[-len(a) :], device=a.device)
+        beyond = torch.arange(a.shape[1], device=a.device) >= ranks[:, None]  # (adapters, R)
+        a.masked_fill_(beyond[:, :, None], 0)
+        b.masked_fill_(beyond[:, None, :], 0)
 
 
 class SharedBank:
@@ -130,10 +130,11 @@ class SharedBank:
         count: how many clients there are.
 
     Attributes:
-        values: ``(A, ...)`` alone. members, shared, moments, trained, leaves: as of :class:`Bank`.
+        values: ``(A, ...)`` alone. members, num_global, moments, trained, leaves: as of
+            :class:`Bank`.
     """
 
-    shared = 0
+    num_global = 0
 
     def __init__(self, name: str, start: Tensor, count: int):
         self.name = name
@@ -194,9 +195,9 @@ class ClientsAdamW:
         self._runs = []
         first = 0
         for _, group in itertools.groupby(self.clients[:places], lambda c: c.settings):
-            members = [*group]
-            self._runs.append((members[0].spec, self._runs_of(first, first + len(members))))
-            first += len(members)
+            alike = [*group]
+            self._runs.append((alike[0].spec, self._runs_of(first, first + len(alike))))
+            first += len(alike)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -238,7 +239,7 @@ class ClientsAdamW:
             begin, end = (bisect.bisect_left(bank.members, p) for p in (first, last))
             if begin == end:
                 continue
-            at = slice(bank.shared + begin, bank.shared + end)
+            at = slice(bank.num_global + begin, bank.num_global + end)
             for axis, (place, values) in enumerate(zip(places, bank.values, strict=True)):
                 average, square = (t[begin:end] for t in bank.moments[2 * axis :][:2])
                 steps = torch.full((), float(self._done), device=values.device)
@@ -250,18 +251,18 @@ class ClientsAdamW:
         owners = [bank for bank in self._trained for _ in bank.values]
         home = owners[0].values[0].device if owners else torch.device("cpu")
         parts = [
-            (g[bank.shared :], torch.tensor(bank.members[: bank.trained], device=home))
+            (g[bank.num_global :], torch.tensor(bank.members[: bank.trained], device=home))
             for bank, g in zip(owners, gradients, strict=True)
             if g is not None
         ]
         total = torch.zeros(len(self.clients), dtype=torch.float64, device=home)
-        for g, members in parts:
+        for g, places in parts:
             norms = torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1).to(home, torch.float64)
-            total.index_add_(0, members, norms.square())
+            total.index_add_(0, places, norms.square())
         bounds = [c.spec.max_grad_norm for c in self.clients]
         most = total.new_tensor([math.inf if bound is None else bound for bound in bounds])
         factors = (most / (total.sqrt() + _CLIP_EPS)).clamp(max=1)
         factors = torch.where(most.isinf(), 1.0, factors)
-        for g, members in parts:
-            own = factors[members].to(g.device, g.dtype)
+        for g, places in parts:
+            own = factors[places].to(g.device, g.dtype)
             g.mul_(own.view(-1, *[1] * (g.dim() - 1)))

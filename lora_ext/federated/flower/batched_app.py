@@ -11,9 +11,9 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.federated import BatchedClients, ClientSpec, LayerPlan, LoraLayerManager, Update
-from lora_ext.federated.update import Client
 
+from .. import BatchedClients, ClientSpec, LayerPlan, LoraLayerManager, Update
+from ..update import Client
 from .model import Model, SharedTensors, check_scaling
 from .records import read_config
 from .tasks import Settings, Task, failed, shared_names, who

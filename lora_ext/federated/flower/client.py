@@ -13,9 +13,9 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from lora_ext._checks import require
-from lora_ext.federated.batched import rows_in
-from lora_ext.federated.plan import PATTERN
 
+from ..batched import rows_in
+from ..plan import PATTERN
 from .batched_app import in_one_batch
 from .model import Model, SharedTensors, check_scaling
 from .records import read_config

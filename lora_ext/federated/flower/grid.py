@@ -14,8 +14,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from lora_ext._checks import require
-from lora_ext.federated import BatchedClients
 
+from .. import BatchedClients
 from .batched_app import BatchedApp, of_clients
 from .tasks import failed
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.federated import Aggregate, Update, aggregate_masked
-from lora_ext.federated.masked import masked_shapes, weights_key
-from lora_ext.federated.plan import layer_pairs
-from lora_ext.federated.update import Client, Rejected, same, weight_of
+
+from .. import Aggregate, Update, aggregate_masked
+from ..masked import masked_shapes, weights_key
+from ..plan import layer_pairs
+from ..update import Client, Rejected, same, weight_of
 
 
 def aggregate_replies(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext.federated import LoraLayerManager
 from lora_ext.layers import adapted_layers
+
+from .. import LoraLayerManager
 
 _kept: dict[str, LoraLayerManager] = {}  # one at most, in a worker of a simulation
 

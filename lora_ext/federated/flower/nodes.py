@@ -13,9 +13,9 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from lora_ext._checks import require
-from lora_ext.federated.logs import CommLog
-from lora_ext.federated.update import Client
 
+from ..logs import CommLog
+from ..update import Client
 from .records import message_bytes
 
 NODE = "node"  # the record of what a node says of itself

@@ -21,8 +21,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.federated.payload import Payload, pack_tensors, read_npy, unpack_tensors
-from lora_ext.federated.plan import LayerPlan
+
+from ..payload import Payload, pack_tensors, read_npy, unpack_tensors
+from ..plan import LayerPlan
 
 LORA, CONFIG, METRICS, ECHO = "lora", "config", "metrics", "echo"
 PROTOCOL = 1

@@ -12,10 +12,10 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext.federated import CommLog, LayerPlan, Update, plan_bytes, plan_shapes
-from lora_ext.federated.masked import masked_shapes
-from lora_ext.federated.update import Client
 
+from .. import CommLog, LayerPlan, Update, plan_bytes, plan_shapes
+from ..masked import masked_shapes
+from ..update import Client
 from . import records
 
 # What the server says of a message or a node that it has lost.

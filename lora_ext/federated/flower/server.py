@@ -10,9 +10,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 from torch import nn
 
-from lora_ext.federated import LayerPlan
-from lora_ext.federated.plan import PATTERN
-
+from .. import LayerPlan
+from ..plan import PATTERN
 from .model import Model, SharedTensors
 from .records import from_arrays, to_arrays
 from .strategy import LoraStrategy

@@ -14,11 +14,11 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from lora_ext._checks import integer, require
-from lora_ext.federated import Aggregate, CommLog, LayerPlan, RoundLog, Update, aggregate
-from lora_ext.federated.aggregation import RankAgg, check_settings
-from lora_ext.federated.plan import PATTERN, Allocator, check_layers, layer_pairs
-from lora_ext.federated.update import Client, NanPolicy, Upload
 
+from .. import Aggregate, CommLog, LayerPlan, RoundLog, Update, aggregate
+from ..aggregation import RankAgg, check_settings
+from ..plan import PATTERN, Allocator, check_layers, layer_pairs
+from ..update import Client, NanPolicy, Upload
 from . import records
 from .masked_replies import aggregate_replies
 from .nodes import Capability, Nodes, connected, drawn

@@ -21,10 +21,10 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from lora_ext._checks import integer, number, require
-from lora_ext.federated import LayerPlan, Update, masked_payload, plan_shapes
-from lora_ext.federated.layers import Others
-from lora_ext.federated.plan import layer_pairs
 
+from .. import LayerPlan, Update, masked_payload, plan_shapes
+from ..layers import Others
+from ..plan import layer_pairs
 from . import records
 from .nodes import CAPABILITY, NODE, PARTITION
 

@@ -29,8 +29,14 @@ _MARK = "_lora_ext_constrains"
 _KEPT_VOCABULARIES, _KEPT_PLANS = 4, 256
 _GREEDY = 1e-5  # vLLM takes the likeliest token below this temperature
 #: Fields of SamplingParams that would cut a text or take away what a constraint needs.
-_NONE_OF = ("stop", "bad_words", "allowed_token_ids", "structured_outputs", "ignore_eos")
-_NONE_OF += ("thinking_token_budget",)
+_NONE_OF = (
+    "stop",
+    "bad_words",
+    "allowed_token_ids",
+    "structured_outputs",
+    "ignore_eos",
+    "thinking_token_budget",
+)
 _doors: list[type] = []  # engines of this process that build what their requests ask for
 
 
@@ -169,7 +175,7 @@ class _Following:
     seen: int = field(default=0)
 
 
-class Rows:
+class ConstrainedRows:
     """The rows of vLLM's batch that have constraints: what its logits processors are asked.
 
     vLLM divides by the temperature afterwards, so what is returned makes its law the stated one

@@ -13,7 +13,7 @@ from lora_ext.rows import Kept, capturing
 _PLANS = 64  # pieces of a step: of tokens, of samples, of a prompt
 
 
-class Rows(NamedTuple):
+class OwnedRows(NamedTuple):
     """Slots of the rows of one matrix, -1 for the base model, and the rows grouped by slot."""
 
     ids: Tensor  # (T,)
@@ -41,7 +41,7 @@ class Owners:
         self.count, self._names = len(names), frozenset(names)
         self._buffer[self.count :] = -1  # rows that pad a batch are the base model's
 
-    def rows(self, count: int, begin: int = 0) -> Rows | None:
+    def rows(self, count: int, begin: int = 0) -> OwnedRows | None:
         """Rows ``begin`` to ``begin + count`` of the step; None where all are the base model's."""
         device = self._buffer.device
         if not (any(self._names) or capturing(device)):
@@ -49,15 +49,15 @@ class Owners:
         # A graph groups the rows of each step once, with its first op.
         return self._kept.get((begin, count), device, self._part, begin, count)
 
-    def _part(self, begin: int, count: int) -> Rows:
+    def _part(self, begin: int, count: int) -> OwnedRows:
         return self._group(self._buffer[begin : begin + count])
 
-    def as_first(self, count: int) -> Rows | None:
+    def as_first(self, count: int) -> OwnedRows | None:
         """``count`` rows of whoever has the first row of the step; None where that is the base."""
         return self._group(self._buffer[:1].repeat(count)) if any(self._names) else None
 
-    def _group(self, ids: Tensor) -> Rows:
-        return Rows(ids, ops.lora_plan(ids, self._slots))
+    def _group(self, ids: Tensor) -> OwnedRows:
+        return OwnedRows(ids, ops.lora_plan(ids, self._slots))
 
     def all_alike(self) -> bool:
         """Whether all rows of the step have the same adapter, or none."""

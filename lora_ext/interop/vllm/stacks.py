@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_ext.rows import capturing
+
 
 class Stack:
     """One stack, seen as a bank, and the rank of each slot in it.
@@ -26,10 +28,10 @@ class Stack:
         for slot in range(self.bank.shape[0]):
             self.read(slot)
 
-    @property
-    def empty(self) -> bool:
-        """Whether no slot has an adapter that touches this layer."""
-        return not any(self._on_host)
+    def idle(self) -> bool:
+        """Whether no slot has an adapter that touches this layer, nor will have one in the replays
+        of a graph that is being captured."""
+        return not any(self._on_host) and not capturing(self.bank.device)
 
     def read(self, slot: int) -> None:
         """Note the rank of a slot; on a device this waits for it."""

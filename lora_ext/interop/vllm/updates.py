@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.rows import capturing
 
 from .graph import in_graph, known
-from .owners import Owners, Rows
+from .owners import OwnedRows, Owners
 from .stacks import Stack, Stacks
 
 
@@ -103,7 +102,7 @@ class Updates:
     @in_graph("Tensor(a!) y, Tensor x, Tensor a, Tensor b, float scale")
     def _logits(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
         stack = self._stacks.of_a(a)
-        if stack.empty and not capturing(x.device):
+        if stack.idle():
             return
         rows = self._rows_of_hidden_states(x)
         if rows is not None:
@@ -136,10 +135,10 @@ class Updates:
     @in_graph("Tensor(a!) v, Tensor x, Tensor a, float scale")
     def _shrink(self, v: Tensor, x: Tensor, a: Tensor, scale: float) -> None:
         rows = self._rows_of_tokens(x)
-        stack = self._stacks.of_a(a)
         if rows is None:
             v.zero_()
             return
+        stack = self._stacks.of_a(a)
         found = ops.lora_shrink(
             x.to(a.dtype), stack.bank, rows.ids, _scales(scale, stack), stack.ranks, plan=rows.plan
         )
@@ -167,7 +166,7 @@ class Updates:
         if rows is None:
             return
         stack = self._stacks.of_b(b)
-        if stack.empty and not capturing(v.device):
+        if stack.idle():
             return
         if part.dtype == b.dtype:
             ops.lora_expand_(part, v.float(), stack.bank, rows.ids, stack.ranks, plan=rows.plan)
@@ -201,12 +200,12 @@ class Updates:
         """``y += b @ x`` with ``x (T, R)``, the columns of ``a`` that vLLM has picked."""
         self._expand(y, x, lora_b_stacked, 0, y.shape[1], add_inputs)
 
-    def _rows_of_tokens(self, x: Tensor) -> Rows | None:
+    def _rows_of_tokens(self, x: Tensor) -> OwnedRows | None:
         if x.shape[0] < self._tokens.count and not self._tokens.all_alike():
             raise self._tokens.mismatch(x.shape[0])
         return self._tokens.rows(x.shape[0])
 
-    def _rows_of_hidden_states(self, x: Tensor) -> Rows | None:
+    def _rows_of_hidden_states(self, x: Tensor) -> OwnedRows | None:
         """Rows of ``x``, hidden states of samples, or, where log-probabilities of prompts are asked
         for, a part of those of all tokens. How many rows its memory has tells which."""
         held, begin = x.shape[0], 0
@@ -231,10 +230,10 @@ def _scales(scale: float, stack: Stack) -> Tensor | None:
     return None if scale == 1 else torch.full_like(stack.ranks, scale, dtype=torch.float32)
 
 
-def _add(y: Tensor, x: Tensor, a: Stack, b: Tensor, scale: float, rows: Rows) -> None:
+def _add(y: Tensor, x: Tensor, a: Stack, b: Tensor, scale: float, rows: OwnedRows) -> None:
     """``y += scale * b (a x)``. Where dtypes differ, the update is rounded to that of the stacks,
     and the sum to that of ``y``."""
-    if a.empty and not capturing(x.device):
+    if a.idle():
         return
     if y.shape[1] != b.shape[1]:  # vLLM pads the vocabulary, on either side
         width = min(y.shape[1], b.shape[1])
@@ -246,6 +245,6 @@ def _add(y: Tensor, x: Tensor, a: Stack, b: Tensor, scale: float, rows: Rows) ->
         y += _exact(ops.lora_apply(x.to(b.dtype), *rest), rows)
 
 
-def _exact(update: Tensor, rows: Rows) -> Tensor:
+def _exact(update: Tensor, rows: OwnedRows) -> Tensor:
     """Updates to be added: rows of the base model get -0.0, which leaves 0.0 and -0.0 alike."""
     return update.masked_fill_((rows.ids < 0)[:, None], -0.0)

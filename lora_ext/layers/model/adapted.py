@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext.layers.lora_layer import LoraLayer
+
+from ..lora_layer import LoraLayer
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.Module]:

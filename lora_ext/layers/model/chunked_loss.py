@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext._torch import evaluating
-from lora_ext.layers.labels import IGNORE
-from lora_ext.layers.labels import shift_labels as shifted
 
+from ..labels import IGNORE
+from ..labels import shift_labels as shifted
 from .forwards import Forward
 from .head import Head, causal_lm, measured_head, softcap_of
 

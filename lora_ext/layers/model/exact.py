@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import flag, instance, require
-from lora_ext.layers.base.packed_linear import PackedLinear, linears_of, pack_linears, unpack
 
+from ..base.packed_linear import PackedLinear, linears_of, pack_linears, unpack
 from .attention import ask_first
 
 Model = TypeVar("Model", bound=nn.Module)

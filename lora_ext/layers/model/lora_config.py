@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lora_ext._checks import WrongKind, check_fields, flag, integer, number, require, within
-from lora_ext.layers.init import known_scheme
-from lora_ext.layers.lora_layer import checked_invocation
 
+from ..init import known_scheme
+from ..lora_layer import checked_invocation
 from .patterns import match_names
 
 ALL_LINEAR = "all-linear"
@@ -118,6 +118,12 @@ class LoraConfig:
         """The tokens with which an activated adapter begins; none for one that serves all."""
         return tuple(self.alora_invocation_tokens or ())
 
+    def check_vocabulary(self, where: str, size: int | None) -> None:
+        """Refuse an invocation that no prompt has; a size that is None is not known."""
+        if self.invocation and size is not None:
+            expected, most = f"token ids below the vocabulary, {size}", max(self.invocation)
+            require(most < size, where, "alora_invocation_tokens", expected, most)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as PEFT's ``adapter_config.json`` has them."""
         found: dict[str, Any] = {"peft_type": "LORA"}
@@ -129,6 +135,11 @@ class LoraConfig:
 
     # ---------------------------------------------------------------------------------------------
     # Rules
+
+    def head_of(self, output_head: str | None, classifier: str | None) -> str | None:
+        """The layer that "all-linear" leaves out: of a "SEQ_CLS" task without an output head, the
+        classifier."""
+        return classifier if output_head is None and self.task_type == "SEQ_CLS" else output_head
 
     def targeted(self, names: Iterable[str], linear: Iterable[str]) -> set[str]:
         """The modules that PEFT would adapt.
@@ -226,12 +237,13 @@ def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
     return any(".".join(parts[i:]) in patterns for i in range(len(parts)))
 
 
-def checked_names(where: str, field: str, value: Any) -> str | tuple[str, ...] | None:
+def checked_names(where: str, argument: str, value: Any) -> str | tuple[str, ...] | None:
     """A field that holds a string, a list of strings or nothing."""
     if value is None or isinstance(value, str):
         return value
     strings = isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)
-    require(strings, where, field, "a string or a list of strings", f"{value!r:.200}", WrongKind)
+    expected = "a string or a list of strings"
+    require(strings, where, argument, expected, f"{value!r:.200}", WrongKind)
     return tuple(sorted(value)) if isinstance(value, set) else tuple(value)
 
 

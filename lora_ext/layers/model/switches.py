@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require, require_flags
-from lora_ext.layers.lora_layer import LoraLayer
 from lora_ext.rows import layouts
 
+from ..lora_layer import LoraLayer
 from .adapted import adapted_layers, adapters_of
 from .blocks import block_name
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require, require_flags
-from lora_ext.layers.base.modules import READS_WEIGHTS, head_names, linear_size
-from lora_ext.layers.labels import IGNORE
-from lora_ext.layers.lora_conv import LoraConv
-from lora_ext.layers.lora_embedding import LoraEmbedding
-from lora_ext.layers.lora_layer import LoraLayer
-from lora_ext.layers.lora_linear import LoraLinear
 from lora_ext.rows import PoolLayer, activated_in, layer_names, layouts
 
+from ..base.modules import READS_WEIGHTS, head_names, linear_size
+from ..labels import IGNORE
+from ..lora_conv import LoraConv
+from ..lora_embedding import LoraEmbedding
+from ..lora_layer import LoraLayer
+from ..lora_linear import LoraLinear
 from .lora_config import LoraConfig
 from .swap import Swap
 
@@ -25,8 +25,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _KEY = "_lora_ext_wrap"
 #: What an adapter's configuration and ``add_adapter`` call by one name.
-_SETTINGS = ("lora_dropout", "init_lora_weights", "preserve_base_output")
-_SETTINGS += ("use_rslora", "use_dora", "lora_bias")
+_SETTINGS = (
+    "lora_dropout",
+    "init_lora_weights",
+    "preserve_base_output",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+)
 
 
 @dataclass(eq=False)
@@ -80,21 +86,22 @@ def wrap(
     require_flags("wrap", autocast_adapter_dtype=autocast_adapter_dtype)
     state: _Wrap | None = model.__dict__.get(_KEY)
     modules = _modules(model, {} if state is None else state.swap.placed)
-    _check_vocabulary(model, config)
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    config.check_vocabulary("wrap", getattr(embeddings, "num_embeddings", None))
     targets = _targets(model, modules, config)
     sizes, unused = config.ranks_and_alphas(targets)
     if unused:
         warnings.warn(f"wrap: config: {', '.join(unused)} matches no adapted module", stacklevel=2)
-    done: dict[str, LoraLayer] = {}
+    adapted: dict[str, LoraLayer] = {}
     try:
         for name in targets:
             settings = _settings(config, *sizes[name], modules[name], autocast_adapter_dtype)
-            done[name] = _adapt(name, modules[name], adapter_name, settings)
+            adapted[name] = _adapt(name, modules[name], adapter_name, settings)
     except BaseException:
-        for layer in done.values():
+        for layer in adapted.values():
             layer.delete_adapter(adapter_name)  # and put back the base weight, if it changed
         raise
-    new = {name: layer for name, layer in done.items() if layer is not modules[name]}
+    new = {name: layer for name, layer in adapted.items() if layer is not modules[name]}
     if state is None:
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         for parameter in model.parameters():
@@ -150,12 +157,16 @@ def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> Non
     labels, found = given.get("labels"), activated_in(layer_names.handle)
     if not isinstance(labels, Tensor) or found is None or found.starts is None:
         return
-    each = zip(found.entries, found.starts, strict=True)
-    begins = [s for p, s in each if p >= 0 and found.invocations[p] for _ in range(found.repeat)]
+    starts = [
+        start
+        for place, start in zip(found.entries, found.starts, strict=True)
+        if place >= 0 and found.invocations[place]
+        for _ in range(found.repeat)
+    ]
     # The label under a token is what the token before it is to predict.
-    if begins and not any(
-        s is not None and bool((row[s + 1 :] != IGNORE).any())
-        for s, row in zip(begins, labels, strict=False)
+    if starts and not any(
+        start is not None and bool((row[start + 1 :] != IGNORE).any())
+        for start, row in zip(starts, labels, strict=False)
     ):
         warnings.warn(
             "wrap: labels: expected some behind the place where an adapter begins "
@@ -163,14 +174,6 @@ def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> Non
             "nothing from this batch",
             stacklevel=4,
         )
-
-
-def _check_vocabulary(model: Any, config: LoraConfig) -> None:
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    known = getattr(embeddings, "num_embeddings", None)
-    if config.invocation and known is not None:
-        expected, most = f"token ids below the vocabulary, {known}", max(config.invocation)
-        require(most < known, "wrap", "alora_invocation_tokens", expected, most)
 
 
 def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -183,10 +186,10 @@ def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Mo
             continue
         ours = wrapped.get(name) is module
         peft = any(base.__module__.startswith("peft.") for base in type(module).__mro__)
-        others = peft or isinstance(module, PoolLayer)
-        others |= isinstance(module, LoraLayer) and not ours
-        expected, other = "a model without adapters of somebody else's", type(module).__name__
-        require(not others, "wrap", "model", expected, f"{other} at {name!r}", RuntimeError)
+        foreign = peft or isinstance(module, PoolLayer)
+        foreign |= isinstance(module, LoraLayer) and not ours
+        expected, kind = "a model without adapters of somebody else's", type(module).__name__
+        require(not foreign, "wrap", "model", expected, f"{kind} at {name!r}", RuntimeError)
         if ours:
             inside.update(module.modules())
         if name:
@@ -202,18 +205,15 @@ def _targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig
         for name in linear
         if isinstance(modules.get(name.rpartition(".")[0], model), READS_WEIGHTS)
     }
-    head, classifier = head_names(model)
-    if head is None and config.task_type == "SEQ_CLS":
-        head = classifier
+    head = config.head_of(*head_names(model))
     linear = [name for name in linear if name != head and name not in uncalled]
     found = config.targeted(modules, linear)
     expected = f"a module of {type(model).__name__} to match {config.target_modules!r}"
     require(found, "wrap", "target_modules", expected, "none")
-    for name in sorted(found & uncalled):
-        reads = "whose weight the module around it reads: its adapter would be ignored"
-        expected = "layers that are called"
-        require(
-            False, "wrap", "target_modules", expected, f"{name!r}, {reads}", NotImplementedError
+    if ignored := sorted(found & uncalled):
+        raise NotImplementedError(
+            f"wrap: target_modules: expected layers that are called, found {ignored[0]!r}, whose "
+            "weight the module around it reads: its adapter would be ignored"
         )
     return [name for name in modules if name in found]
 
@@ -229,7 +229,9 @@ def _settings(
     wide = autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16)
     return {
         **{name: getattr(config, name) for name in _SETTINGS},
-        **{"r": r, "lora_alpha": alpha, "alora_invocation_tokens": config.invocation},
+        "r": r,
+        "lora_alpha": alpha,
+        "alora_invocation_tokens": config.invocation,
         "adapter_dtype": torch.float32 if wide else None,
     }
 

@@ -14,7 +14,8 @@ from lora_ext._checks import require
 from lora_ext.federated import PATTERN, Client, LoraLayerManager, check_layers, layer_pairs
 from lora_ext.federated.flower import LoraStrategy
 from lora_ext.layers import block_index
-from lora_ext.methods.fed_hello import HLA, EmptyProxySet, FedHelloConfig, fim_scores
+
+from . import HLA, EmptyProxySet, FedHelloConfig, fim_scores
 
 WHERE = "FedHello"
 _log = logging.getLogger("flwr")
@@ -56,8 +57,8 @@ class FedHello(LoraStrategy):
         adapter: str = "default",
         **strategy: Any,
     ):
-        known, kind = isinstance(allocator, HLA | FedHelloConfig), type(allocator).__name__
-        require(known, WHERE, "allocator", "HLA or FedHelloConfig", kind, TypeError)
+        fits, kind = isinstance(allocator, HLA | FedHelloConfig), type(allocator).__name__
+        require(fits, WHERE, "allocator", "HLA or FedHelloConfig", kind, TypeError)
         self.config = allocator.config if isinstance(allocator, HLA) else allocator
         if self.config.kind == "fim":
             require(model_fn is not None, WHERE, "model_fn", "a model for kind 'fim'", None)
@@ -68,10 +69,11 @@ class FedHello(LoraStrategy):
         self._proxy = proxy
         self._adapter = adapter
         self._pattern: str = strategy.get("pattern", PATTERN)
-        self._scored: LoraLayerManager | None = None
-        self._told = self._warned = False
-        known = strategy.get("capability")
-        self._capabilities = set(known.values()) if isinstance(known, Mapping) else set()
+        self._scoring_model: LoraLayerManager | None = None
+        self._logged = self._warned = False
+        capability = strategy.get("capability")
+        told = capability.values() if isinstance(capability, Mapping) else ()
+        self._capabilities = set(told)
         if isinstance(allocator, HLA) and self._capabilities:
             self._warn_uncovered(allocator, self._capabilities)
 
@@ -81,9 +83,9 @@ class FedHello(LoraStrategy):
         num_layers = check_layers(WHERE, {pair.layer for pair in pairs})
         hla = self._allocation(num_layers)
         require(hla.L == num_layers, WHERE, "allocator", f"one of {num_layers} layers", hla.L)
-        if not self._told:
+        if not self._logged:
             _log.info("%s: %s", WHERE, hla)
-            self._told = True
+            self._logged = True
         if hla.wants_scores(round):
             self._score(hla, round, state)
 
@@ -105,12 +107,12 @@ class FedHello(LoraStrategy):
         return self.allocator
 
     def _score(self, hla: HLA, round: int, state: Mapping[str, Tensor]) -> None:
-        if self._scored is None:
-            assert self._model_fn is not None
-            self._scored = LoraLayerManager(self._model_fn(), self._pattern, self._adapter)
-        manager, config = self._scored, self.config
+        assert self._model_fn is not None and self._proxy is not None  # of the kind "fim"
+        if self._scoring_model is None:
+            self._scoring_model = LoraLayerManager(self._model_fn(), self._pattern, self._adapter)
+        manager, config = self._scoring_model, self.config
         manager.load_slice({key: value for key, value in state.items() if key not in self.shared})
-        batches = self._proxy() if callable(self._proxy) else self._proxy or ()
+        batches = self._proxy() if callable(self._proxy) else self._proxy
         how: Any = {name: getattr(config, name) for name in ("score", "reduce", "chunk")}
         layer_of = partial(block_index, pattern=self._pattern)
         scores = fim_scores(manager.model, batches, layer_of, **how)

@@ -273,8 +273,10 @@ class _Device:
     rests_until: int = -1
 
     def add(self, depth: int, seconds: float, forgetting: float) -> None:
-        for name, value in (("count", 1), ("k", depth), ("kk", depth**2), ("t", seconds)):
-            setattr(self, name, forgetting * getattr(self, name) + value)
+        self.count = forgetting * self.count + 1
+        self.k = forgetting * self.k + depth
+        self.kk = forgetting * self.kk + depth**2
+        self.t = forgetting * self.t + seconds
         self.kt = forgetting * self.kt + depth * seconds
         self.repeats = self.repeats + 1 if depth == self.last else 1
         self.last = depth

@@ -10,7 +10,8 @@ from torch import Tensor
 from lora_ext._checks import require
 from lora_ext.federated import PATTERN, Client, LayerPlan
 from lora_ext.federated.flower import LoraStrategy
-from lora_ext.methods.legend import LegendAllocator, LegendConfig
+
+from . import LegendAllocator, LegendConfig
 
 _OF_ALLOCATOR = ("draw", "prior", "memory", "mem", "shares", "rank_caps")
 
@@ -48,7 +49,8 @@ class Legend(LoraStrategy):
         self._settings = {name: settings.pop(name) for name in _OF_ALLOCATOR if name in settings}
         self._pattern: str = settings.get("pattern", PATTERN)
         self._restored: Mapping[str, Any] | None = None
-        super().__init__(**{"send_frozen": self.config.send_frozen, **settings})
+        settings.setdefault("send_frozen", self.config.send_frozen)
+        super().__init__(**settings)
 
     def before_round(self, round: int, state: Mapping[str, Tensor]) -> None:
         """Make the allocator before the first round, from the ranks and bytes of the adapter."""

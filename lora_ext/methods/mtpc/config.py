@@ -28,9 +28,9 @@ def check_structure(
     if emission is not None:
         choice(where, "emission", emission, tuple(EMISSIONS))
     least = 2 if kind in ("hmm", "btree") else 1
-    few = "an int", f"at least {least} for {kind!r}"
-    integer(where, "n_token", n_token, least, expected=few)
-    integer(where, "rank", rank, least, expected=few)
+    words = "an int", f"at least {least} for {kind!r}"
+    integer(where, "n_token", n_token, least, expected=words)
+    integer(where, "rank", rank, least, expected=words)
     require(kind != "ff" or rank == 1, where, "rank", "1 for 'ff'", rank)
     integer(where, "adapter_rank", adapter_rank, 1, expected=("an int", "at least 1"))
 
@@ -94,10 +94,12 @@ class MtpcConfig:
     draft_alpha: float = 16.0
 
     def __post_init__(self) -> None:
-        size = {"expected": "an int"}
+        an_int = {"expected": "an int"}
         from_0 = within(0, expected=("an int", "at least 0"))
         table = {
-            **{"n_token": size, "rank": size, "adapter_rank": size},
+            "n_token": an_int,
+            "rank": an_int,
+            "adapter_rank": an_int,
             "gamma": within(above=0, maximum=1),
             "beta": within(0, 1),
             "bridge": from_0,
@@ -108,7 +110,9 @@ class MtpcConfig:
             "draft_alpha": within(above=0),
         }
         check_fields(self, table)
-        check_structure("MtpcConfig", *self.of_head()[:5])
+        check_structure(
+            "MtpcConfig", self.n_token, self.rank, self.kind, self.emission, self.adapter_rank
+        )
         fits = self.chain == 1 or (self.chain > 1 and self.bridge > 0)
         require(fits, "MtpcConfig", "chain", "1, or more with a bridge", self.chain)
 

@@ -9,8 +9,9 @@ The way of a window, one turn of the loop in :meth:`SpeculativeDecoder.generate`
    verifier's logits and new hidden states;
 3. :meth:`SpeculativeDecoder.verify` accepts a prefix and draws one token of the verifier's law;
 4. :meth:`Trunk.keep <lora_ext.methods.mtpc.trunk.Trunk.keep>` makes the cache forget the rest, and
-   :meth:`Rows.take <lora_ext.methods.mtpc.request.Rows.take>` applies the stop rules; rows that
-   ended leave with :meth:`Trunk.select <lora_ext.methods.mtpc.trunk.Trunk.select>`.
+   :meth:`GeneratedRows.take <lora_ext.methods.mtpc.request.GeneratedRows.take>` applies the stop
+   rules; rows that ended leave with
+   :meth:`Trunk.select <lora_ext.methods.mtpc.trunk.Trunk.select>`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from lora_ext.rows import Names, generation_scope, of_call, pool_of, prompt_know
 from .constrained import Constrained
 from .drafting import Chain, DraftedWindow, TokenBridge, draw, nucleus
 from .layers import Circuit, CircuitHead
-from .request import Rows, read_request
+from .request import GeneratedRows, read_request
 from .tail import DraftTail
 from .trunk import Trunk
 
@@ -212,9 +213,9 @@ class SpeculativeDecoder:
             prompt_known(input_ids)
             control = Constrained.of(decoder, request, len(input_ids))
             trunk = Trunk(self.model, self.tail, input_ids, mask, request.budget)
-            return decoder._decode(trunk, Rows(input_ids, request, streamer), control)
+            return decoder._decode(trunk, GeneratedRows(input_ids, request, streamer), control)
 
-    def _decode(self, trunk: Trunk, rows: Rows, control: Constrained | None) -> Generation:
+    def _decode(self, trunk: Trunk, rows: GeneratedRows, control: Constrained | None) -> Generation:
         n, seeds = self.drafted, rows.request.seeds
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         first, hidden, passes = trunk.first_logits, trunk.first_hidden, 0

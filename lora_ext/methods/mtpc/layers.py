@@ -302,8 +302,8 @@ class CircuitHead(nn.Module):
         k = k.expand(h.shape[:-1]).reshape(-1)
         wrong = (k < 0) | (k >= self.n_token)
         if looked_at(k) and bool(wrong.any()):
-            expected = f"positions in [0, {self.n_token})"
-            require(False, "CircuitHead", "k", expected, int(k[wrong][0]))
+            expected, found = f"positions in [0, {self.n_token})", int(k[wrong][0])
+            raise ValueError(f"CircuitHead: k: expected {expected}, found {found}")
         dist = ops.circuit_conditional_dist(self.kind, *self.circuit(rows), tokens, k)
         return dist.view(*h.shape[:-1], self.vocab_size)
 
@@ -381,8 +381,8 @@ class CircuitHead(nn.Module):
         if looked_at(x):
             wrong = ((x < 0) | (x >= self.vocab_size)) & (x != IGNORE)
             if bool(wrong.any()):
-                expected = f"ids in [0, {self.vocab_size}) or {IGNORE}"
-                require(False, "CircuitHead", "tokens", expected, int(x[wrong][0]))
+                expected, found = f"ids in [0, {self.vocab_size}) or {IGNORE}", int(x[wrong][0])
+                raise ValueError(f"CircuitHead: tokens: expected {expected}, found {found}")
         return torch.where(x == IGNORE, -1, x).reshape(-1, self.n_token)
 
     def scan(self, h: Tensor, x: Tensor) -> reference.CircuitScan:

@@ -4,7 +4,7 @@ Arguments of the call win over its ``generation_config``. Where neither names th
 padding, the model's own configuration does; the sampling settings in there are not read, for the
 decoder has its own. The decoder's output follows the model's law, so a setting that would change
 that law, or that asks for something the decoder does not do, is refused by its name instead of
-being left out silently. :class:`Rows` carries the request out, row by row.
+being left out silently. :class:`GeneratedRows` carries the request out, row by row.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
     return stops
 
 
-class Rows:
+class GeneratedRows:
     """Tokens, stop rules and statistics of every row, on the host.
 
     Args:

@@ -239,13 +239,15 @@ def _permuted(
 def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor | None:
     """``|X - Y|`` of each of the caller's pairs, ``(N,)`` float64; None for other references."""
     if config.reference != "pairs":
-        expected = f"None with reference={config.reference!r}"
-        require(pairs is None, where, "pairs", expected, f"{len(pairs or ())} pairs")
+        if pairs is not None:
+            expected = f"None with reference={config.reference!r}"
+            raise ValueError(f"{where}: pairs: expected {expected}, found {len(pairs)} pairs")
         return None
-    expected = "pairs of matrices with reference='pairs'"
-    require(pairs, where, "pairs", expected, repr(pairs))
+    if not pairs:
+        expected = "pairs of matrices with reference='pairs'"
+        raise ValueError(f"{where}: pairs: expected {expected}, found {pairs!r}")
     distances = []
-    for i, (x, y) in enumerate(pairs or ()):
+    for i, (x, y) in enumerate(pairs):
         name = f"pairs[{i}]"
         for t in (x, y):
             check_floating(where, name, t)

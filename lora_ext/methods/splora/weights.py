@@ -70,8 +70,10 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
     roles = {role for _, role, _ in keys.values()}
     config = {
         "peft_type": "LORA",
-        **{"r": r, "rank_pattern": rank_pattern},
-        **{"lora_alpha": r, "alpha_pattern": rank_pattern},
+        "r": r,
+        "rank_pattern": rank_pattern,
+        "lora_alpha": r,
+        "alpha_pattern": rank_pattern,
         "target_modules": sorted(ranks),
         "use_dora": "magnitude_vector" in roles,
         "lora_bias": "B.bias" in roles,

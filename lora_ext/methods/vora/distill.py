@@ -94,12 +94,12 @@ def block_distill_loss(
     require(len(set(tokens)) == 1, "block_distill_loss", "hiddens", expected, tokens)
     predictions = list(hiddens) if heads is None else heads(hiddens)
     predictions = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in predictions]
-    if teachers is None and tokens[0] == 0:
-        teachers = predictions
-    _check_count("block_distill_loss", "teachers", teachers or (), blocks)
+    if teachers is None:
+        teachers = () if tokens[0] else predictions
+    _check_count("block_distill_loss", "teachers", teachers, blocks)
     pairs = [
         (p, _aligned(u, p, student_grids, teacher_grids))
-        for p, u in zip(predictions, teachers or (), strict=True)
+        for p, u in zip(predictions, teachers, strict=True)
     ]
     if tokens[0] == 0:  # a mean over nothing is not a number
         return torch.stack([p.sum() for p in predictions]).sum()

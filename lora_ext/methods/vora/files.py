@@ -113,9 +113,10 @@ def load_state_dict(
         elif owner is not None and (allow_extra_bias or name in has_bias):
             biases[name] = owner, _fitting(key, value, owner.B.new_empty(owner.out_features))
         elif owner is not None and strict:
-            expected = "no bias, as the layer of the language model has none"
-            found = "one; allow_extra_bias=True honours it, strict=False leaves it out"
-            require(False, where, key, expected, found)
+            raise ValueError(
+                f"{where}: {key}: expected no bias, as the layer of the language model has none, "
+                "found one; allow_extra_bias=True honours it, strict=False leaves it out"
+            )
         else:
             unexpected.append(key)
     for name, (owner, _) in biases.items():
@@ -127,8 +128,10 @@ def load_state_dict(
     ):
         if strict and keys:
             more = f", nor for {len(keys) - 1} more" if len(keys) > 1 else ""
-            found += f"{more} (strict=False lets that pass)"
-            require(False, where, keys[0], expected, found)
+            raise ValueError(
+                f"{where}: {keys[0]}: expected {expected}, found {found}{more} (strict=False lets "
+                "that pass)"
+            )
     with torch.no_grad():
         for value, place in copies.values():
             place.copy_(value)

@@ -244,10 +244,11 @@ class VoraForCausalLM(nn.Module):
         text = self.config.get_text_config()
         sliding, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
         windows = {"full_attention": None, "sliding_attention": sliding}
-        without = "(bidirectional=False does without a mask for each pair of tokens)"
-        for kind in sorted({*(kinds or ())} - {*windows}):
-            expected = f"layers of {list(windows)}"
-            require(False, "VoraForCausalLM", "layer_types", expected, f"{kind!r} {without}")
+        if others := sorted({*(kinds or ())} - {*windows}):
+            raise ValueError(
+                f"VoraForCausalLM: layer_types: expected layers of {list(windows)}, found "
+                f"{others[0]!r} (bidirectional=False does without a mask for each pair of tokens)"
+            )
 
         def mask(window: int | None) -> Tensor:
             # Additive: eager attention adds bools as 0 and 1, and masks nothing.

@@ -87,9 +87,9 @@ class VoraImageProcessor(BaseImageProcessor):
         number(where, "rescale_factor", rescale_factor)
         known = type(resample) is not bool and resample in FILTERS
         require(known, where, "resample", f"one of {FILTERS}", repr(resample))
-        fits, expected = _are_numbers(image_mean, 3), "a number for each of 3 channels"
+        fits, expected = _are_three_numbers(image_mean), "a number for each of 3 channels"
         require(fits, where, "image_mean", expected, repr(image_mean))
-        fits = _are_numbers(image_std, 3) and all(image_std)
+        fits = _are_three_numbers(image_std) and all(image_std)
         require(fits, where, "image_std", "3 numbers, none 0", repr(image_std))
         flags = {"do_resize": do_resize, "do_rescale": do_rescale, "do_normalize": do_normalize}
         for name, value in flags.items():
@@ -194,11 +194,11 @@ class VoraImageProcessor(BaseImageProcessor):
 FIELDS = tuple(inspect.signature(VoraImageProcessor).parameters)[:-1]
 
 
-def _are_numbers(values: Any, count: int) -> bool:
-    """Whether it is a sequence of so many finite numbers."""
+def _are_three_numbers(values: Any) -> bool:
+    """Whether it is a sequence of three finite numbers."""
     return (
         isinstance(values, Sequence | np.ndarray)
-        and len(values) == count
+        and len(values) == 3
         and all(isinstance(v, numbers.Real) and math.isfinite(v) for v in values)
     )
 

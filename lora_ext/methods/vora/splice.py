@@ -76,7 +76,7 @@ def splice_images(
             require(given.shape == input_ids.shape, "splice_images", name, expected, found)
     valid = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
-        valid = as_bool("splice_images", "attention_mask", attention_mask)
+        valid = _as_bool("splice_images", attention_mask)
     images = _images(input_ids, valid, image_tokens, placeholder)
     is_text = valid & (input_ids != placeholder)
     text = embed(input_ids[is_text])  # (all text, d)
@@ -116,11 +116,11 @@ def splice_images(
     )
 
 
-def as_bool(where: str, name: str, mask: Tensor) -> Tensor:
+def _as_bool(where: str, mask: Tensor) -> Tensor:
     """A mask of bools, or of numbers that are all 0 or 1, as bools."""
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         other = mask[(mask != 0) & (mask != 1)][0].item()
-        raise ValueError(f"{where}: {name}: expected bools, or 0 and 1, found {other}")
+        raise ValueError(f"{where}: attention_mask: expected bools, or 0 and 1, found {other}")
     return mask.bool()
 
 
@@ -216,7 +216,7 @@ def build_vision_mask(
     require(0 <= past_length <= length, "build_vision_mask", "past_length", expected, past_length)
     sees = window is None or window >= 1
     require(sees, "build_vision_mask", "window", "at least 1 or None", window)
-    valid = as_bool("build_vision_mask", "attention_mask", attention_mask)
+    valid = _as_bool("build_vision_mask", attention_mask)
     _check_images(image_ids, past_length if bidirectional else 0)
 
     place = torch.arange(length, device=valid.device)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import uvicorn
 
-from lora_ext.server.running import Settings, run
 from lora_ext.tenants import Service
 
+from ..running import Settings, run
 from .app import make_app
 
 

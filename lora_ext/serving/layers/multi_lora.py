@@ -15,7 +15,7 @@ from .pool_dora import DoraFactors, Rescale, rescaled
 from .pool_replaced import traced_replaced, with_replaced
 
 
-class Siblings(Protocol):
+class SiblingsProtocol(Protocol):
     """What a layer asks of :mod:`lora_ext.serving.layers.siblings`, which builds on this file."""
 
     def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
@@ -25,7 +25,7 @@ class Siblings(Protocol):
         """The layer's output, computed with those of its followers."""
 
 
-class Overlap(Protocol):
+class OverlapProtocol(Protocol):
     """What a layer asks of :mod:`lora_ext.serving.layers.overlap`, which builds on this file."""
 
     def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
@@ -47,9 +47,9 @@ class MultiLoraLinear(PoolLayer):
     """
 
     #: The layers of its parent that may see the same rows, where they share ops.
-    siblings: Siblings | None = None
+    siblings: SiblingsProtocol | None = None
     #: Streams, where the update may begin beside the base product.
-    overlap: Overlap | None = None
+    overlap: OverlapProtocol | None = None
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__(base, pool, name)
@@ -109,7 +109,7 @@ class MultiLoraLinear(PoolLayer):
             y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
         return y
 
-    def _overlapped(self, overlap: Overlap, x: Tensor) -> Tensor | None:
+    def _overlapped(self, overlap: OverlapProtocol, x: Tensor) -> Tensor | None:
         try:
             return overlap.output(self, x)
         except ValueError as error:
