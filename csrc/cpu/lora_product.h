@@ -158,9 +158,9 @@ void pack_b_turned(const Slot<T>& slot, int64_t first, int64_t ranks, int64_t o,
 }
 
 // ------------------------------------------------------------------------------------------------
-// sums = left * right for up to kSumRows rows and kRankSpan columns, of any depth; sums has rows of
-// `sums_row`, the columns up to a whole vector. pack_left(k, n, to) packs left[:, k : k + n] into rows
-// of kDepth, pack_right(k, n, first, count, to, row) packs right[k : k + n, first : first + count].
+// sums = left * right for up to kSumRows rows and kRankSpan columns, of any depth; a row of sums has
+// `sums_row` columns, up to a whole vector. pack_left(k, n, to) packs left[:, k : k + n] into rows of
+// kDepth, pack_right(k, n, first, count, to, row) packs right[k : k + n, first : first + count].
 template <typename T, typename PackLeft, typename PackRight>
 void sum_products(int64_t rows, int64_t depth, int64_t columns, Acc<T>* sums, int64_t sums_row,
                   PackLeft&& pack_left, PackRight&& pack_right) {

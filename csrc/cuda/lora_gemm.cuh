@@ -343,8 +343,8 @@ LaunchStatus launch_tile(Gemm args, int64_t splits, bool dependent, void* stream
                                  G::kRingBytes, stream, args, tiling(args.lora, kRows));
 }
 
-// Up to 256 rows expand has a tile of 16; training's shrink, the only other product of so few, takes
-// that of 64.
+// Up to 256 rows expand has a tile of 16; training's shrink, the only other product of so few rows,
+// takes that of 64.
 template <Product kProduct>
 LaunchStatus launch_gemm(const Gemm& args, int64_t splits, bool dependent, void* stream) {
     return with_dtype(args.lora.dtype, [&]<class T>() {
