@@ -158,7 +158,7 @@ void pack_b_turned(const Slot<T>& slot, int64_t first, int64_t ranks, int64_t o,
 }
 
 // ------------------------------------------------------------------------------------------------
-// sums = left * right for up to kSumRows rows and kRankSpan columns, of any depth; rows of sums have
+// sums = left * right for up to kSumRows rows and kRankSpan columns, of any depth; its rows have
 // `sums_row` columns, whole vectors. pack_left(k, n, to) packs left[:, k : k + n] into rows of
 // kDepth, pack_right(k, n, first, count, to, row) packs right[k : k + n, first : first + count].
 template <typename T, typename PackLeft, typename PackRight>
