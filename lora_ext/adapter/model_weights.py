@@ -28,8 +28,13 @@ _INDEX = "model.safetensors.index.json"
 
 # What stands before a module's name where a model was saved with another class, or wrapped.
 _PREFIXES = (
-    *(PREFIX, "module."),
-    *("model.", "transformer.", "language_model.", "gpt_neox.", "backbone."),
+    PREFIX,
+    "module.",
+    "model.",
+    "transformer.",
+    "language_model.",
+    "gpt_neox.",
+    "backbone.",
 )
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 

@@ -57,8 +57,15 @@ def make_parser() -> argparse.ArgumentParser:
     kind: Any = {"title": "commands", "dest": "command", "metavar": "COMMAND"}
     commands = parser.add_subparsers(required=True, **kind)
     for add in (
-        *(_add_doctor, _add_gpu_report, _add_inspect, _add_merge, _add_resize),
-        *(_add_prune, _add_diff, _add_serve, _add_distil_guide),
+        _add_doctor,
+        _add_gpu_report,
+        _add_inspect,
+        _add_merge,
+        _add_resize,
+        _add_prune,
+        _add_diff,
+        _add_serve,
+        _add_distil_guide,
     ):
         add(commands)
     return parser

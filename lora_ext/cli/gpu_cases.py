@@ -172,9 +172,10 @@ def lora_cases() -> list[Case]:
     return [
         Case("lora_plan", ("lora_plan",), prefill, _plan, lambda i: [i["ids"].cpu()], exact=True),
         _pair(
-            *("lora_segment_ids", _segments),
+            "lora_segment_ids",
+            _segments,
             lambda i: (i["indptr"], i["adapter"], int(i["indptr"][-1])),
-            *("lora_segment_ids",),
+            "lora_segment_ids",
             exact=True,
         ),
         _pair("lora_shrink", decode, lambda i: (i["x"], i["a"], i["ids"]), *halves[:1], **BF16),
@@ -184,20 +185,25 @@ def lora_cases() -> list[Case]:
         _pair("lora_apply", wide, _bank, "lora_apply", op="lora_apply, large rank", **BF16),
         _pair("lora_apply_siblings_", decode, _siblings, "lora_apply", **BF16),
         Case(
-            *("lora_linear", train, prefill),
+            "lora_linear",
+            train,
+            prefill,
             lambda i: _train(ops.lora_linear, i),
             lambda i: _train(reference.lora_linear, i),
             **BF16,
         ),
         Case(
-            *("lora_dropout", ("lora_dropout",), prefill),
+            "lora_dropout",
+            ("lora_dropout",),
+            prefill,
             lambda i: _dropout(ops.lora_dropout, i),
             lambda i: _dropout(reference.lora_dropout, i),
             **BF16,
         ),
         _pair("lora_gram", _grams, lambda i: (i["a"], i["b"]), "lora_gram"),
         _pair(
-            *("lora_pair_stats", _grams),
+            "lora_pair_stats",
+            _grams,
             lambda i: (i["a"], i["b"], [t / 2 for t in i["b"]], [1.0] * len(i["a"])),
             "lora_pair_stats",
         ),
@@ -352,23 +358,22 @@ def circuit_cases() -> list[Case]:
     sums = tuple(
         f"log_sum_{part}" for part in "weights values finish ratios dvalues dweights fused".split()
     )
+    by_row = ("log_sum_per_row", "log_sum_per_row_backward")
     layers = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
 
     return [
         _both("circuit_scan", scan, _circuit, _scan),
         _both("circuit_sample", ("circuit_sample",), _circuit, _scored),
         _pair(
-            *("circuit_conditional_dist", _circuit),
+            "circuit_conditional_dist",
+            _circuit,
             lambda i: (*_head(i), i["x"], i["k"]),
             "circuit_conditional_dist",
         ),
         _pair("circuit_argmax", _circuit, _head, "circuit_argmax"),
         _pair("spec_verify", _circuit, _verify, "spec_verify", exact=True),
         _both("log_einsum_exp", sums, _sums, _sum),
-        _both(
-            *("log_einsum_exp", ("log_sum_per_row", "log_sum_per_row_backward")),
-            *(_sums_of_rows, _sum, "log_einsum_exp, of rows"),
-        ),
+        _both("log_einsum_exp", by_row, _sums_of_rows, _sum, "log_einsum_exp, of rows"),
         _pair("log_einsum_exp", _sums, _max, "log_max", op="log_einsum_exp, max"),
         _both("circuit_table", ("circuit_table", "circuit_table_backward"), _tables, _table),
         Case("circuit_layers", layers, _program, _layers, _layers_formula),

@@ -379,7 +379,8 @@ class LoraLayer(Participants):
         """An adapter as :func:`lora_forward` takes it, its parameters themselves."""
         a, b, bias = self._raw_factors(adapter_name)
         scaling, seed = self.scaling[adapter_name], self.dropout_seed.get(adapter_name)
-        return LoraFactors(a, b, scaling, self._dropout_of(adapter_name), bias, seed)
+        dropout: Any = self._modules["lora_dropout"]._modules[adapter_name]  # pyright: ignore[reportOptionalMemberAccess]
+        return LoraFactors(a, b, scaling, dropout_now(dropout), bias, seed)
 
     def _adapted(
         self, x: Tensor, base: BaseLayer, names: Sequence[str], rows: Rows | None
@@ -395,9 +396,10 @@ class LoraLayer(Participants):
 
         return dora_forward(x, base, dense, factors, magnitudes, rows)
 
-    def _dropout_of(self, name: str) -> float:
-        dropout = self._modules["lora_dropout"]._modules[name]  # pyright: ignore[reportOptionalMemberAccess]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+def dropout_now(dropout: nn.Module) -> float:
+    """The probability with which the dropout of an adapter drops now: 0 outside training."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:

@@ -54,8 +54,9 @@ class BatchRows:
     def check_below(self, module: str) -> None:
         """Refuse a layer that follows a shared module. What lies below the layers would take the
         gradient of the rows that leave the graph in them."""
-        if self.above is not None and not self._backward:
-            supported(False, self.above, "shared parameters above the layers", f"{module} after it")
+        if self.above is not None:
+            expected = "shared parameters above the layers"
+            supported(self._backward, self.above, expected, f"{module} after it")
 
     def owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """How many sequences each client has, and for each sequence which of them has it."""
@@ -93,10 +94,8 @@ class BatchRows:
         With dropout, what is padding for the sake of other clients has no adapter: a mask counts
         the rows of its adapter, and is to count those that the client has alone.
         """
-        key = (
-            *(bank.table, bank.size, bank.p > 0),
-            *(leading, tokens_first, self._part.start, self._part.stop),
-        )
+        of_bank, part = (bank.table, bank.size, bank.p > 0), (self._part.start, self._part.stop)
+        key = of_bank, part, leading, tokens_first
         return self._kept.get(key, device, self._ids, bank, leading, device, tokens_first)
 
     def _ids(
@@ -205,12 +204,6 @@ def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
         supported({*active} <= {adapter}, name, f"no adapter active but {adapter!r}", active)
         merged_in = list(layer.merged_adapters)
         supported(not merged_in, name, "adapters apart from the weight", merged_in)
-
-
-def dropout_of(layer: Any, adapter: str) -> float:
-    """The probability with which a layer drops the input of an adapter, 0 outside training."""
-    dropout = layer.lora_dropout[adapter]
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _layers(model: nn.Module, adapter: str, pattern: str) -> list[tuple[str, Any]]:

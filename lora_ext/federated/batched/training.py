@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_ext._checks import require
 from lora_ext.adapter import PREFIX
-from lora_ext.layers import Swap, adapted_layers, block_index, block_name
+from lora_ext.layers import Swap, adapted_layers, block_index, block_name, dropout_now
 from lora_ext.rows import layouts
 
 from ..layers import Others
@@ -27,14 +27,7 @@ from ..plan import PATTERN, Client, LayerPlan, Pair, layer_pairs
 from ..update import Update
 from .banks import Bank, ClientsAdamW, SharedBank
 from .batches import LossFn, cross_entropies, logits_of, merged, own_losses, own_outputs
-from .client_layers import (
-    WHERE,
-    BatchRows,
-    ClientsLayer,
-    UnsupportedModule,
-    check_model,
-    dropout_of,
-)
+from .client_layers import WHERE, BatchRows, ClientsLayer, UnsupportedModule, check_model
 from .clients import ClientRound, ClientSpec, step_seeds
 from .shared import SharedModules, shared_names, start_of
 from .staircase import Staircase, Unfit
@@ -178,7 +171,7 @@ class BatchedClients:
             device = layer.lora_A[self.adapter].weight.device
             a, b = (global_lora[k].detach().to(device, self.dtype) for k in (pair.a, pair.b))
             scaling = float(layer.scaling[self.adapter])
-            p = dropout_of(layer, self.adapter)
+            p = dropout_now(layer.lora_dropout[self.adapter])
             banks.append(Bank(pair, clients, (a, b), self.others == "frozen", scaling, p))
             base = layer.get_base_layer()
             replacements[name] = ClientsLayer(base, banks[-1], rows, name in turned)

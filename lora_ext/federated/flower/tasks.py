@@ -55,8 +55,8 @@ class Settings:
         for name, default in (("lr", 1e-2), ("weight-decay", 0.0), ("epochs", 1)):
             value, expected = config.get(name, default), "a finite number from 0"
             found[name] = number("message", name, value, 0, expected=expected)
-        epochs, seed = _integer({"epochs": found["epochs"]}, "epochs"), _integer(config, "seed")
-        return cls(found["lr"], found["weight-decay"], epochs, seed)
+        epochs = integer("message", "epochs", found["epochs"])
+        return cls(found["lr"], found["weight-decay"], epochs, _integer(config, "seed"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +146,13 @@ class Task:
             sent = self._masked(changes, metrics["num-examples"], state)
         record, manifest = records.pack(sent, bool(self.config.get("pack")))
         echo = {name: self.config[name] for name in _PLAN if name in self.config}
-        said = MetricRecord(dict(metrics)), ConfigRecord({**echo, **manifest})
-        names = records.LORA, records.METRICS, records.ECHO
-        content = RecordDict(dict(zip(names, (record, *said), strict=True)))
+        content = RecordDict(
+            {
+                records.LORA: record,
+                records.METRICS: MetricRecord(dict(metrics)),
+                records.ECHO: ConfigRecord({**echo, **manifest}),
+            }
+        )
         return Message(content, reply_to=self.message)
 
     def _masked(

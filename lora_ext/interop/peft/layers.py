@@ -20,6 +20,7 @@ from lora_ext.layers import (
     LoraFactors,
     dense_parameters,
     dora_forward,
+    dropout_now,
     forward_of_the_rest,
     is_plain,
     lora_forward,
@@ -140,8 +141,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         return forward_of_the_rest(self.of_peft.forward, self, x, *args, **kwargs)
 
     def _factors(self, name: str) -> LoraFactors:
-        dropout = self.lora_dropout[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        p = dropout_now(self.lora_dropout[name])
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]
         return LoraFactors(a.weight, b.weight, self.scaling[name], p, b.bias)

@@ -141,8 +141,7 @@ class CopraController:
         require(state.keys() == {"step", *fixed}, where, "state", expected, list(state))
         for name, value in fixed.items():
             require(state[name] == value, where, name, repr(value), repr(state[name]))
-        step = state["step"]
-        step = integer(where, "step", step, 0, expected="an int, at least 0")
+        step = integer(where, "step", state["step"], 0, expected="an int, at least 0")
         if step:
             self.step(step - 1)
         self._next = step

@@ -62,8 +62,13 @@ class MultiLoraExperts(PoolLayer):
         index, weights = (*args, *kwargs.values())
         if compiles():
             slots = torch.ops.lora_ext.active_adapter_ids(
-                *(self.handle, x.shape[:-1], x.device, self.tokens_first, False),
-                *(noted.batch, self.default),
+                self.handle,
+                x.shape[:-1],
+                x.device,
+                self.tokens_first,
+                False,
+                noted.batch,
+                self.default,
             )
         else:
             block = current(self.handle)
