@@ -204,7 +204,6 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 below the target")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/server_cpu.csv")
     args = parser.parse_args()
-    found: dict[str, list[Round]] = {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         adapters = Path(scratch, "adapters")
         names = save_adapters(adapters)
@@ -213,13 +212,14 @@ def main() -> int:
             port = free_port()
             log = Path(scratch, f"{len(servers)}.log")
             servers[name] = stack.enter_context(started([*command, str(port)], port, log))
+        found: dict[str, list[Round]] = {name: [] for name in servers}
         for number in range(-1, args.rounds):  # the first is a warm-up
             for name in list(servers)[:: 1 if number % 2 else -1]:
                 with guest_comes_and_goes(servers[name], adapters) as guests:
                     result = one_round(servers[name], names, number, args.each)
                 print(f"{name}: {result.per_second:.1f} tokens a second, {guests[0]} guests")
                 if number >= 0:
-                    found.setdefault(name, []).append(result)
+                    found[name].append(result)
     rounds = list(zip(*found.values(), strict=True))
     pairs = [pair for a, b in rounds for pair in zip(a.texts, b.texts, strict=True)]
     equal = statistics.fmean(a == b for a, b in pairs)
