@@ -32,8 +32,14 @@ from .init import FREE, init_lora_, known_scheme
 from .labels import IGNORE, shift_labels
 from .lora_conv import LoraConv
 from .lora_embedding import LoraEmbedding
-from .lora_forward import LoraFactors, autocast_dtype, lora_forward, lora_update
-from .lora_layer import LoraLayer, dropout_now
+from .lora_forward import (
+    LoraFactors,
+    autocast_dtype,
+    dropout_now,
+    lora_forward,
+    lora_update,
+)
+from .lora_layer import LoraLayer
 from .lora_linear import LoraLinear
 from .model.adapted import (
     adapted_layers,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._torch import AUTOCASTS
@@ -46,6 +46,11 @@ class LoraFactors(NamedTuple):
     p: float = 0.0  # the dropout in effect: 0 outside training
     bias: Tensor | None = None  # (O,): PEFT's lora_bias
     seed: Tensor | None = None  # of the dropout: one int64 beside x; None: it is drawn
+
+
+def dropout_now(dropout: nn.Module) -> float:
+    """The probability with which the dropout of an adapter drops now: 0 outside training."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def lora_forward(

@@ -16,7 +16,7 @@ from lora_ext.rows import LayerNames, Rows, layer_names
 from .base.dense import BaseLayer, DenseParameters
 from .dora import Magnitude, dora_forward
 from .init import FREE, decompose, init_lora_, known_scheme
-from .lora_forward import LoraFactors, lora_forward
+from .lora_forward import LoraFactors, dropout_now, lora_forward
 from .participants import Participants
 
 
@@ -395,11 +395,6 @@ class LoraLayer(Participants):
             return self.base_weight.matrix(), self.bias
 
         return dora_forward(x, base, dense, factors, magnitudes, rows)
-
-
-def dropout_now(dropout: nn.Module) -> float:
-    """The probability with which the dropout of an adapter drops now: 0 outside training."""
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
