@@ -33,7 +33,7 @@ CLAIM = Claim(
     use="you want to know how much rank a task needs: sweep, and read the smallest rank that "
     "reaches 95 % of the gain",
     avoid="to choose ranks for planning and for reasoning from the ratio alone: it did not come "
-    "out here, planning has 0.95 of reasoning's",
+    "out here, where planning's effective rank was 0.95 of reasoning's on the second MLP matrices",
     seeds=3,
     earlier="a transformer of 4 blocks from nothing, three quarters of whose training was "
     "planning, so that headroom differed; no criterion read the ratio: 0.76 by entropy (3 seeds, "

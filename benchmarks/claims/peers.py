@@ -8,7 +8,7 @@ what the server makes of it. Clients train one after the other, all layers at on
 * FedEx-LoRA (arXiv 2410.09432): FedAvg, and what the mean of products has beyond the product of
   means goes into the base weights.
 
-HetLoRA and FlexLoRA need no page: they are ranks by client, with ``aggregate(rank_agg=...)``.
+HetLoRA and FlexLoRA need nothing here: they are ranks by client, with ``aggregate(rank_agg=...)``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ class Peer:
         self.own: dict[int, State] = {}
 
     def run(self, shares: Sequence[Any]) -> Run:
-        """All rounds; the accuracy is that of the global values, a client's B aside."""
+        """All rounds; the accuracy is that of the global values, a client's B aside.
+
+        What comes down is counted as what goes up: without FedEx's residual, and without the factor
+        that changed in a round of RoLoRA's for which a client was not drawn.
+        """
         sizes, found = self.world.sizes, Run()
         for round in range(1, sizes.rounds + 1):
             draw = np.random.default_rng([self.world.seed, round])
