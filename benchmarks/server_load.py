@@ -41,7 +41,7 @@ GUEST = "guest"  # the adapter that comes and goes
 OURS, THEIRS = "lora_ext", "vLLM with lora_ext"
 LEAST = 0.9  # of the other's tokens for a second of processor
 EQUAL = 0.9  # of the answers, at least
-IDLE = 0.05  # seconds of processor for a second in which the other server is asked, at most
+IDLE = 0.1  # seconds of processor for a second in which the other server is asked, at most
 TICKS = os.sysconf("SC_CLK_TCK")
 SUBJECTS = "the sea,a fox,two trains,my bread,her garden,old maps,an engine,the choir".split(",")
 
