@@ -271,9 +271,10 @@ void argmax_row(const CircuitArgmaxArgs& args, int64_t row, Scratch scratch) {
                 sum += best[(latent.first_leaf + k) * C + z];
             value[z] = sum;
         }
+        if (m < 0) break;  // no matrix leads to the root
         const P* const matrix =
             static_cast<const P*>(circuit.trans) + row * circuit.trans_stride + m * C * C;
-        for (int64_t z = 0; m >= 0 && z < C; ++z) {
+        for (int64_t z = 0; z < C; ++z) {
             const int64_t choice = best_step(matrix + z * C, value, C, sums);
             choices[m * C + z] = static_cast<int32_t>(choice);
             stepped[m * C + z] = sums[choice];
