@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,6 +21,16 @@ class Replaced(NamedTuple):
     weight: Tensor  # (O, I); of an embedding (tokens, O); of n rows (n, ...)
     bias: Tensor | None = None  # (O,)
     rows: Tensor | None = None  # (n,) int64: which they are; None is all
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all three."""
+        return sum(tensor.nbytes for tensor in self if tensor is not None)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Replaced:
+        """The same of other tensors, which ``change`` makes of these."""
+        bias, rows = (None if t is None else change(t) for t in (self.bias, self.rows))
+        return Replaced(change(self.weight), bias, rows)
 
 
 def find_replaced(

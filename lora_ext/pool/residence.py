@@ -3,6 +3,7 @@ way."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import threading
 import time
@@ -16,7 +17,7 @@ from lora_ext._checks import require
 from lora_ext.rows import UnknownAdapterError
 
 from .pages import PackedAdapter
-from .placement import backed_bytes, find_place, resize, set_sizes
+from .placement import find_place, resize, set_sizes
 from .store import PageStore, Placement, Resident
 
 BASE = "__base__"  # PEFT's name for "no adapter"
@@ -62,14 +63,14 @@ class HostCache(Mapping[str, PackedAdapter]):
         limit: bytes of pages above which :meth:`put` lets adapters go.
 
     Attributes:
-        nbytes: of all that is here. dropped: how many were let go so far.
+        nbytes: of all that is here. dropped: how many were let go so far. let_go: the last of them.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
         self.nbytes = self.dropped = 0
         self._adapters: OrderedDict[str, PackedAdapter] = OrderedDict()
-        self._let_go: OrderedDict[str, None] = OrderedDict()
+        self.let_go: OrderedDict[str, None] = OrderedDict()
 
     def __getitem__(self, name: str) -> PackedAdapter:
         return self._adapters[name]
@@ -87,9 +88,9 @@ class HostCache(Mapping[str, PackedAdapter]):
             gone = next(iter(self._adapters))
             self.pop(gone)
             self.dropped += 1
-            self._let_go[gone] = None
-            while len(self._let_go) > _REMEMBERED:
-                self._let_go.popitem(last=False)
+            self.let_go[gone] = None
+            while len(self.let_go) > _REMEMBERED:
+                self.let_go.popitem(last=False)
 
     def keep(self, name: str, adapter: PackedAdapter) -> None:
         """Keep an adapter, even above the limit: after a failure nothing is lost."""
@@ -105,13 +106,9 @@ class HostCache(Mapping[str, PackedAdapter]):
     def forget(self, name: str) -> None:
         """Take an adapter out, if it is here, and no longer tell that one of that name was let
         go."""
-        self._let_go.pop(name, None)
+        self.let_go.pop(name, None)
         if name in self:
             self.pop(name)
-
-    def was_dropped(self, name: str) -> bool:
-        """Whether the limit had no room for an adapter of that name, not long ago."""
-        return name in self._let_go
 
 
 class Residence:
@@ -157,7 +154,7 @@ class Residence:
             known = self.names
             close = difflib.get_close_matches(str(name), known)
             hint = f"; close matches: {close}" if close else f"; {len(known)} are loaded"
-            if self.cache.was_dropped(name):
+            if name in self.cache.let_go:
                 hint = "; it was evicted, and host_cache_bytes had no room for it: load it again"
             raise UnknownAdapterError(f"AdapterPool: adapter {name!r} is not loaded{hint}")
 
@@ -198,24 +195,15 @@ class Residence:
         order = [*([old] if old else []), *(r for r in self.by_name.values() if r is not old)]
         place = find_place(self._store, name, packed, order)
         saved = [self._store.download(victim) for victim in place.victims]
-        sizes = backed_bytes(self._store, place)
         try:
             resize(self._store, place)
-            written = self._store.upload(place.slot, place.pages, packed, place)
+            written = self._store.upload(packed, place)
         except BaseException:
-            self._undo(place, sizes, saved)
+            self._undo(place, saved)
             raise
         # Python assignments only from here on: nothing fails half-way.
-        resident = Resident(
-            name,
-            place.slot,
-            packed.config,
-            place.pages,
-            packed.rank,
-            packed.nbytes,
-            written,
-            invocation=packed.config.invocation,
-        )
+        own = packed.config, place.pages, packed.rank, packed.nbytes, written
+        resident = Resident(name, place.slot, *own)
         self._store.commit(place, resident)
         for victim in place.victims:
             del self.by_name[victim.name]
@@ -230,24 +218,22 @@ class Residence:
                 self.counts["evictions"] += 1
                 self.cache.put(victim.name, adapter)
 
-    def _undo(self, place: Placement, sizes: dict[str, int], saved: list[PackedAdapter]) -> None:
+    def _undo(self, place: Placement, saved: list[PackedAdapter]) -> None:
         """After a failed copy: put the victims' bytes back, or keep what the device refuses."""
+        backed = True
         try:
-            set_sizes(self._store, place, sizes)
+            set_sizes(self._store, place, {m: before for m, (before, _) in place.sizes.items()})
         except RuntimeError:
-            for victim, adapter in zip(place.victims, saved, strict=True):
-                self._give_up(victim, adapter)
-            return
+            backed = False
         for victim, adapter in zip(place.victims, saved, strict=True):
-            try:
-                victim.written = self._store.upload(victim.slot, victim.pages, adapter)
-            except BaseException:
-                self._give_up(victim, adapter)
-
-    def _give_up(self, victim: Resident, saved: PackedAdapter) -> None:
-        del self.by_name[victim.name]
-        self._store.vacate(victim)
-        self.cache.keep(victim.name, saved)
+            with contextlib.suppress(BaseException):
+                if backed:
+                    there = Placement(victim.slot, victim.pages)
+                    victim.written = self._store.upload(adapter, there)
+                    continue
+            del self.by_name[victim.name]
+            self._store.vacate(victim)
+            self.cache.keep(victim.name, adapter)
 
     def _retire(self, resident: Resident) -> None:
         resident.retired = True

@@ -49,6 +49,9 @@ class Transfer:
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Copies to this memory may still be queued when it is given back."""
 
+    def check_outside_capture(self) -> None:
+        """Refuse a pin that begins inside the capture of a graph."""
+
 
 class StreamTransfer(Transfer):
     """Ordered copies to one CUDA device, which the host does not wait for.
@@ -110,11 +113,8 @@ class StreamTransfer(Transfer):
                 tensor.record_stream(self._side)
 
     def check_outside_capture(self) -> None:
-        """Refuse a pin that begins inside the capture of a graph.
-
-        The graph cannot wait for an event from outside, and its replays would not be covered by a
-        pin that ends with the capture.
-        """
+        """The graph cannot wait for an event from outside, and its replays would not be covered by
+        a pin that ends with the capture."""
         if self._cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "AdapterPool.acquire: expected a stream that is not capturing a graph, found one "
