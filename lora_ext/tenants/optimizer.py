@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ext._checks import number, require
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Settings(NamedTuple):
@@ -57,10 +57,12 @@ class Optimizer:
             step: steps smaller than their last place would be lost otherwise.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
+    def __init__(self, parameters: Mapping[str, nn.Parameter]):
         self._parameters = dict(parameters)
         self._trained = {
-            name: p if p.dtype in (torch.float32, torch.float64) else _copy(p)
+            name: p
+            if p.dtype in (torch.float32, torch.float64)
+            else nn.Parameter(p.detach().float())
             for name, p in parameters.items()
         }
         self._adamw = torch.optim.AdamW(self._trained.values(), fused=True)
@@ -110,7 +112,7 @@ class Optimizer:
         """Of everything that :meth:`tensors` may hold."""
         found: dict[str, torch.Size] = {}
         for name, trained in self._trained.items():
-            found |= {f"{name}:{key}": trained.shape for key in ("weight", *_MOMENTS)}
+            found |= {f"{name}:{key}": trained.shape for key in ("weight", *MOMENTS)}
             found[f"{name}:step"] = torch.Size()
         return found
 
@@ -118,18 +120,11 @@ class Optimizer:
         """Go on from what :meth:`tensors` gave, an empty one for a fresh start."""
         with torch.no_grad():
             for name, trained in self._trained.items():
-                kept = tensors.get(f"{name}:weight", self._parameters[name])
-                trained.copy_(kept)
+                trained.copy_(tensors.get(f"{name}:weight", self._parameters[name]))
                 self._adamw.state.pop(trained, None)
                 if f"{name}:step" in tensors:
+                    state = {k: tensors[f"{name}:{k}"].to(trained, copy=True) for k in MOMENTS}
                     # The fused step reads it where the weights are, and does not ask.
                     step = tensors[f"{name}:step"].to(trained.device, torch.float32, copy=True)
-                    state = {"step": step}
-                    for key in _MOMENTS:
-                        state[key] = tensors[f"{name}:{key}"].to(trained, copy=True)
-                    self._adamw.state[trained] = state
+                    self._adamw.state[trained] = {"step": step, **state}
         self.round()
-
-
-def _copy(parameter: Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(parameter.detach().float())

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lora_ext._checks import require
 from lora_ext.serving import QueueFullError
 
 from .batch import BatchStep, Call, Part
@@ -59,18 +60,13 @@ class Queue:
         """Raise QueueFullError where an item has none."""
         if self.size is None or not self.items:
             return
-        if len(self.items) >= self.size:
-            most, what = self.size, "calls"
-        elif isinstance(item, Call):
+        expected, fits = f"at most {self.size} calls that wait", len(self.items) < self.size
+        require(fits, where, "queue", expected, "more", QueueFullError)
+        if isinstance(item, Call):
             held = sum(each.tokens for each in self.items if isinstance(each, Call))
-            if held + item.tokens <= self.tokens:
-                return
-            most, what = self.tokens, "tokens of calls"
-        else:
-            return
-        raise QueueFullError(
-            f"{where}: queue: expected at most {most} {what} that wait, found more"
-        )
+            expected = f"at most {self.tokens} tokens of calls that wait"
+            fits = held + item.tokens <= self.tokens
+            require(fits, where, "queue", expected, "more", QueueFullError)
 
 
 class Scheduler:

@@ -15,7 +15,7 @@ from lora_ext._files import SafetensorsFile
 from lora_ext.adapter import LoraAdapter, save_adapter
 
 from .live import LiveAdapter
-from .optimizer import Optimizer
+from .optimizer import MOMENTS, Optimizer
 
 _OPTIMIZER = "optimizer.safetensors"
 
@@ -84,7 +84,7 @@ class Store:
             ValueError: no such save, or one that is not well-formed.
         """
         folder = self.folder(where, path)
-        require(_is_folder(folder), where, "path", "a save in the store", f"{path!r:.200}")
+        require(os.path.isdir(folder), where, "path", "a save in the store", f"{path!r:.200}")
         return folder, LoraAdapter.load(folder)
 
     def restore(self, folder: Path, optimizer: Optimizer, with_state: bool) -> None:
@@ -102,15 +102,8 @@ class Store:
                     require(fits, str(path), key, expected, found)
                     if with_state or key.endswith(":weight"):
                         tensors[key] = file.read(key)
-        moments = [name.removesuffix(":step") for name in tensors if name.endswith(":step")]
-        for name in moments:
-            for key in ("exp_avg", "exp_avg_sq"):
-                require(f"{name}:{key}" in tensors, str(path), f"{name}:{key}", "a tensor", "none")
+        for name in tensors:
+            for moment in MOMENTS if name.endswith(":step") else ():
+                key = name.removesuffix("step") + moment
+                require(key in tensors, str(path), key, "a tensor", "none")
         optimizer.restore(tensors)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that is too long
-        return False
