@@ -19,10 +19,15 @@ def wide(factor: Tensor) -> Tensor:
     return factor.detach().flatten(1).to("cpu", torch.float64)
 
 
+def core(a: Tensor, b: Tensor) -> Tensor:
+    """A matrix of the size of the rank that has the singular values of ``b @ a``."""
+    r_a, r_b = (torch.linalg.qr(t, mode="r").R for t in (a.T, b))
+    return r_b @ r_a.T
+
+
 def norm_of(a: Tensor, b: Tensor) -> float:
     """The Frobenius norm of ``b @ a``; both are float64 matrices."""
-    r_a, r_b = (torch.linalg.qr(t, mode="r").R for t in (a.T, b))
-    return float((r_b @ r_a.T).norm())
+    return float(core(a, b).norm())
 
 
 def product_norm(factors: Factors) -> float | None:

@@ -101,8 +101,7 @@ def merge_adapters(
         density = number(where, "density", density, above=0, maximum=1)
     seed = integer(where, "seed", seed, 0, expected=("an int", "at least 0"))
     thinned = _Thinned(mode, density, seed) if mode in DENSITIES else None
-    _warn_of_other_bases(where, values)
-    _check_invocations(where, values)
+    _check_bases(where, values)
     return _merged(where, values, weights, mode, rank, progress, thinned)
 
 
@@ -134,8 +133,7 @@ def interpolate_adapters(
     choice(where, "space", space, get_args(Space))
     lam = float(number(where, "lam", lam))
     values = {"first": LoraAdapter.of(first), "second": LoraAdapter.of(second)}
-    _warn_of_other_bases(where, values)
-    _check_invocations(where, values)
+    _check_bases(where, values)
     if lam in (0.0, 1.0):
         _check_shapes(where, values, equal=space == "factors")
         return values["second" if lam else "first"]
@@ -199,7 +197,7 @@ def _merged(
             for w, value in zip(weights, values, strict=True)
             if name in value.modules
         ]
-        a, b, bias, scaling = _summed(parts) if mode == "factors" else _stacked(parts)
+        a, b, bias, scaling = _summed(parts, stacked=mode != "factors")
         if thinned is not None:
             a, b, scaling = thinned(parts), torch.eye(len(b), dtype=torch.float64), 1.0
             bias = _bias([w * f.scaling for w, f in parts], parts)
@@ -229,26 +227,18 @@ def _merged(
     )
 
 
-def _scaled(parts: Parts) -> tuple[list[float], float]:
-    """What each B is multiplied by, and the scale that is left: the common one, or 1."""
-    common = parts[0][1].scaling
-    if all(f.scaling == common for _, f in parts):
-        return [w for w, _ in parts], common
-    return [w * f.scaling for w, f in parts], 1.0
-
-
-def _stacked(parts: Parts) -> tuple[Tensor, Tensor, Tensor, float]:
-    factors, scaling = _scaled(parts)
-    a = torch.cat([wide(f.a) for _, f in parts])  # (sum of r, I)
-    b = torch.cat([c * wide(f.b) for c, (_, f) in zip(factors, parts, strict=True)], 1)
-    return a, b, _bias(factors, parts), scaling
-
-
-def _summed(parts: Parts) -> tuple[Tensor, Tensor, Tensor, float]:
-    factors, scaling = _scaled(parts)
-    a = torch.stack([w * wide(f.a) for w, f in parts]).sum(0)  # (r, I)
-    b = torch.stack([c * wide(f.b) for c, (_, f) in zip(factors, parts, strict=True)]).sum(0)
-    return a, b, _bias(factors, parts), scaling
+def _summed(parts: Parts, stacked: bool) -> tuple[Tensor, Tensor, Tensor, float]:
+    """A, B, bias, and the scale that is left: the common one, or 1."""
+    scaling = parts[0][1].scaling
+    factors = [w for w, _ in parts]  # what each B is multiplied by
+    if any(f.scaling != scaling for _, f in parts):
+        factors, scaling = [w * f.scaling for w, f in parts], 1.0
+    b = [c * wide(f.b) for c, (_, f) in zip(factors, parts, strict=True)]
+    bias = _bias(factors, parts)
+    if stacked:
+        return torch.cat([wide(f.a) for _, f in parts]), torch.cat(b, 1), bias, scaling
+    a = [w * wide(f.a) for w, f in parts]
+    return torch.stack(a).sum(0), torch.stack(b).sum(0), bias, scaling
 
 
 def _bias(factors: list[float], parts: Parts) -> Tensor:
@@ -263,20 +253,16 @@ def _bias(factors: list[float], parts: Parts) -> Tensor:
 # Refusals
 
 
-def _warn_of_other_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
+def _check_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
+    """Warn of other base models, and refuse adapters that begin at different tokens: their sum
+    would begin at none."""
     bases = BaseModels()
+    (first, value), *_ = adapters.items()
+    expected = f"{list(value.config.invocation)!r:.200}, as {first} has"
     for label, adapter in adapters.items():
         # The caller of the public function, which torch.no_grad wraps.
         bases.meet(f"{where}: {label}", adapter.config.base_model, stacklevel=4)
-
-
-def _check_invocations(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
-    """Refuse adapters that begin at different tokens: their sum would begin at none."""
-    (first, value), *others = adapters.items()
-    expected = f"{list(value.config.invocation)!r:.200}, as {first} has"
-    for name, other in others:
-        field = f"{name}: alora_invocation_tokens"
-        found = other.config.invocation
+        found, field = adapter.config.invocation, f"{label}: alora_invocation_tokens"
         require(found == value.config.invocation, where, field, expected, list(found))
 
 

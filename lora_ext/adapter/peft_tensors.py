@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lora_ext._files import SafetensorsFile, TensorInfo, open_regular, read_json
+from lora_ext._files import SafetensorsFile, TensorInfo, open_regular
 
 PREFIX = "base_model.model."
 MAGNITUDE = "magnitude_vector"
@@ -33,7 +33,6 @@ _KEY = re.compile(
     re.DOTALL,
 )
 
-MAX_JSON_BYTES = 4 << 20
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
@@ -150,12 +149,6 @@ def directory_names(path: Path, expected: str) -> set[str]:
             )
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: cannot be opened: {expected}, found {reason}{remedy}") from None
-
-
-def read_config(directory: Path) -> tuple[Any, str]:
-    """The parsed ``adapter_config.json`` and its path."""
-    path = directory / "adapter_config.json"
-    return read_json(path, MAX_JSON_BYTES), str(path)
 
 
 def open_tensors(directory: Path) -> TensorSource:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_ext._checks import choice, integer, number, require
 from lora_ext.ops import lora_gram
 
+from .low_rank import core
 from .matrices import Source, check_floating, factor_matrices
 
 METHODS = ("qr", "gram")
@@ -255,9 +256,7 @@ def rank_report(
 
 
 def _spectrum(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    r_a = torch.linalg.qr(a.T, mode="r").R  # (min(n, r), r)
-    r_b = torch.linalg.qr(b, mode="r").R  # (min(m, r), r)
-    return torch.linalg.svdvals(r_b @ r_a.T) * scale
+    return torch.linalg.svdvals(core(a, b)) * scale
 
 
 def _gram_spectrum(gram_a: Tensor, gram_b: Tensor) -> Tensor:
