@@ -146,15 +146,19 @@ def _need(holds: bool, name: str, expected: object, found: object) -> None:
 
 def _accepted(update: Update, rules: Rules) -> Reply:
     _need(not update.failed, "reply", "a trained update", "one that says it failed")
-    _check_plan(update.plan, rules)
+    plan: Any = update.plan
+    _need(isinstance(plan, LayerPlan), "plan", "a LayerPlan", type(plan).__name__)
+    known = sorted(set(rules.layers.values()))
+    for layer in plan.layers:
+        _need(layer in known, "plan.layers", f"layers of {known}", layer)
     weight = weight_of(update.num_examples)
-    tensors = _checked(update.tensors, update.plan, rules)
+    tensors = _checked(update.tensors, plan, rules)
     for pair in rules.pairs:
         present = [key for key in (pair.a, pair.b) if key in tensors]
         for key in (pair.a, pair.b):
             if present and key not in present:
                 _need(False, key, f"it beside {present[0]}", "none")
-            if pair.layer in update.plan.layers and not rules.partial_ok:
+            if pair.layer in plan.layers and not rules.partial_ok:
                 _need(key in present, key, "a tensor of the plan", "none")
     for key in rules.shared:
         _need(key in tensors or rules.partial_ok, key, "a tensor of every client", "none")
@@ -167,13 +171,6 @@ def _accepted(update: Update, rules: Rules) -> Reply:
         holds = bool(reply.value(key, rules).to(dtype).isfinite().all())
         _need(holds, key, f"values that {dtype} can hold", "larger ones")
     return reply
-
-
-def _check_plan(plan: Any, rules: Rules) -> None:
-    _need(isinstance(plan, LayerPlan), "plan", "a LayerPlan", type(plan).__name__)
-    known = sorted(set(rules.layers.values()))
-    for layer in plan.layers:
-        _need(layer in known, "plan.layers", f"layers of {known}", layer)
 
 
 def weight_of(examples: Any) -> float:

@@ -91,14 +91,9 @@ class ClientRound:
         return spec.lr, *spec.betas, spec.eps, spec.weight_decay
 
     @property
-    def steps(self) -> int:
-        """How many steps it has to do."""
-        return len(self.spec.batches)
-
-    @property
     def has_batch(self) -> bool:
         """Whether it has a step to do."""
-        return not self.failed and len(self.losses) < self.steps
+        return not self.failed and len(self.losses) < len(self.spec.batches)
 
     @property
     def batch(self) -> Any:

@@ -57,9 +57,8 @@ class LocalGrid(Grid):
             found = len(client_app.clients)
             require(num_nodes == found, where, "num_nodes", f"{found}, as clients", num_nodes)
             client_app = of_clients(client_app)
-        if not callable(client_app):
-            kind = type(client_app).__name__
-            raise TypeError(f"{where}: client_app: expected a ClientApp, found {kind}")
+        kind = type(client_app).__name__
+        require(callable(client_app), where, "client_app", "a ClientApp", kind, TypeError)
         require(num_nodes > 0, where, "num_nodes", "from 1", num_nodes)
         self._app = client_app
         self._clock = clock
@@ -162,9 +161,8 @@ class LocalGrid(Grid):
     def _one(self, message: Message, context: Context) -> Message:
         try:
             reply = self._app(message, context)
-            fits = isinstance(reply, Message)
+            fits, found = isinstance(reply, Message), f"one that returns {type(reply).__name__}"
             expected = "an app that returns a Message"
-            found = f"one that returns {type(reply).__name__}"
             require(fits, "LocalGrid", "client_app", expected, found, TypeError)
             return reply
         except Exception as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_ext._checks import require
 
-from .. import CommLog, LayerPlan, Update, plan_bytes, plan_shapes
+from .. import CommLog, LayerPlan, Update, plan_shapes
 from ..masked import masked_shapes
 from ..update import Client
 from . import records
@@ -177,10 +177,6 @@ class Round:
         examples = content.metric_records[records.METRICS].get("num-examples")
         return Update(client, examples, tensors, self.plans[client])
 
-    def slice_bytes(self, client: Client) -> int:
-        """Bytes of the tensors of a client's plan, one way."""
-        return plan_bytes(self.state, self.plans[client], self.sending.pattern)
-
     def node(self, client: Client) -> int:
         """The node that a client is."""
         return next(node for node, asked in self.nodes.items() if asked == client)
@@ -203,7 +199,7 @@ class Round:
         round = echo.get("server-round")
         require(round == self.number, where, "echo", f"round {self.number}", f"{round!r:.50}")
         try:
-            said = records.plan_of(echo)
+            said = LayerPlan.from_config(echo)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: echo: expected {plan}, found {error!s:.200}") from None
         require(said == plan, where, "echo", plan, f"{said!s:.200}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_ext._checks import integer, require
 
-from .. import Aggregate, CommLog, LayerPlan, RoundLog, Update, aggregate
+from .. import Aggregate, CommLog, LayerPlan, RoundLog, aggregate, plan_bytes
 from ..aggregation import RankAgg, check_settings
 from ..plan import PATTERN, Allocator, check_layers, layer_pairs
 from ..update import Client, NanPolicy, Upload
@@ -285,9 +285,16 @@ class LoraStrategy(FedAvg):
             raise ValueError(f"{WHERE}: round: expected {under_way}, under way, found {number}")
         replies = list(replies)
         updates, contents, reasons, silent = current.collect(replies)
-        for reply in replies:
-            self._learn(current, reply)
-        result = self._aggregate(current.state, updates)
+        for reply in replies:  # who a node is, where its echo says it, for the rounds to come
+            node = reply.metadata.src_node_id
+            if node in current.nodes and reply.has_content():
+                self._nodes.learn(node, reply.content.config_records.get(records.ECHO, {}))
+        if self._sending.payload == "sliced":
+            result = aggregate(current.state, updates, **self._rules)
+        else:
+            names = ("weighted_by", "server_lr", "min_replies", "pattern")
+            rules = {name: self._rules[name] for name in names}
+            result = aggregate_replies(current.state, updates, **rules)
         waited = float(self._timeout or time.monotonic() - current.sent)
         for client in silent:
             node = current.node(client)
@@ -297,8 +304,9 @@ class LoraStrategy(FedAvg):
         self._write(current, result, reasons)
         for client in result.accepted:
             reported = records.numbers(contents[client].metric_records[records.METRICS])
-            metrics = {**reported, "bytes": float(current.slice_bytes(client))}
-            self.observe(number, client, current.plans[client], metrics)
+            plan = current.plans[client]
+            sent = plan_bytes(current.state, plan, self._sending.pattern)
+            self.observe(number, client, plan, {**reported, "bytes": float(sent)})
         for client in silent:
             self.timed_out(number, client, current.plans[client], waited)
         if result.skipped:
@@ -371,19 +379,6 @@ class LoraStrategy(FedAvg):
 
     # --- inside ------------------------------------------------------------------------------
 
-    def _aggregate(self, state: Mapping[str, Tensor], updates: list[Update]) -> Aggregate:
-        if self._sending.payload == "sliced":
-            return aggregate(state, updates, **self._rules)
-        names = ("weighted_by", "server_lr", "min_replies", "pattern")
-        return aggregate_replies(state, updates, **{name: self._rules[name] for name in names})
-
-    def _learn(self, current: Round, reply: Message) -> None:
-        """Take up who a node is where its echo says it, for the rounds to come."""
-        node = reply.metadata.src_node_id
-        if node in current.nodes and reply.has_content():
-            echo = reply.content.config_records.get(records.ECHO, {})
-            self._nodes.learn(node, echo)
-
     def _write(self, current: Round, result: Aggregate, reasons: dict[Client, str]) -> None:
         """Write the round down."""
         number = current.number
@@ -403,7 +398,7 @@ class LoraStrategy(FedAvg):
 
 
 def _check_rules(rules: Mapping[str, Any], payload: Any) -> None:
-    check_settings(**rules)
+    check_settings(rules)
     rank_agg, shared = rules["rank_agg"], [*rules["shared"]]
     require(rank_agg != "stack", WHERE, "rank_agg", "one whose result is an adapter", rank_agg)
     require(payload in get_args(Payload), WHERE, "payload", get_args(Payload), repr(payload))

@@ -89,7 +89,7 @@ class Task:
         """Read a message, for a client whose model has this state; what is not the strategy's, or
         not for this model, is a ValueError or a TypeError."""
         config = records.read_config(message)
-        plan, shared = records.plan_of(config), shared_names(config)
+        plan, shared = LayerPlan.from_config(config), shared_names(config)
         others = _one_of(config, "others", ("frozen", "disabled"))
         arrays = message.content.array_records
         require(records.LORA in arrays, "message", "records", f"{records.LORA!r}", sorted(arrays))
