@@ -35,15 +35,8 @@ _PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB]
 def factor_matrices(
     where: str, source: Source, adapter_name: str, layout: str
 ) -> dict[str, FactorMatrices]:
-    """The factors of an adapter by the names of its modules in the base model.
-
-    Source and layout are as :func:`lora_ext.adapter.rank_report` takes them; ``adapter_name`` is
-    one of a model's adapters, or of those in a state dict that names them.
-
-    Raises:
-        KeyError: a factor without the other. ValueError: no adapter, or not this one.
-        TypeError: factors that are not floating tensors.
-    """
+    """The factors of an adapter by the names of its modules in the base model; arguments and errors
+    are :func:`lora_ext.adapter.rank_report`'s."""
     allowed = LAYOUTS if isinstance(source, Mapping) else LAYOUTS[:1]
     require(layout in allowed, where, "layout", f"one of {allowed}", repr(layout))
     if isinstance(source, Mapping):
@@ -90,8 +83,10 @@ def factor_keys(
     halves: dict[str, dict[str, str]] = {}
     for key in keys:
         read = _read_key(key)
-        if read is not None and (adapter_name is None or read.adapter in (None, adapter_name)):
-            halves.setdefault(read.module, {})[read.factor] = key
+        if read is not None:
+            module, factor, adapter = read
+            if adapter_name is None or adapter in (None, adapter_name):
+                halves.setdefault(module, {})[factor] = key
     for module, half in halves.items():
         if len(half) < 2:
             ((factor, key),) = half.items()
@@ -103,22 +98,15 @@ def factor_keys(
     return {module: (half["A"], half["B"]) for module, half in halves.items()}
 
 
-class _FactorKey(NamedTuple):
-    module: str
-    factor: str  # A or B
-    adapter: str | None
-
-
-def _read_key(key: str) -> _FactorKey | None:
-    """What the name of a factor says; None: it names something else."""
+def _read_key(key: str) -> tuple[str, str, str | None] | None:
+    """Module, factor (A or B) and adapter that a name says; None: it names something else."""
     parsed = parse_key(key)
     if parsed is not None:
         a, b, *_ = roles_of(parsed.role.startswith("embedding")).values()
-        if parsed.role not in (a, b):
-            return None
-        return _FactorKey(parsed.module, "A" if parsed.role == a else "B", parsed.adapter)
+        factor = {a: "A", b: "B"}.get(parsed.role)
+        return None if factor is None else (parsed.module, factor, parsed.adapter)
     match = _PUBLISHED.fullmatch(key.removeprefix(PREFIX))
-    return None if match is None else _FactorKey(match["module"], match["factor"], None)
+    return None if match is None else (match["module"], match["factor"], None)
 
 
 def check_floating(where: str, name: str, t: Any) -> None:

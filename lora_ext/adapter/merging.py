@@ -249,10 +249,6 @@ def _bias(factors: list[float], parts: Parts) -> Tensor:
     return total
 
 
-# -------------------------------------------------------------------------------------------------
-# Refusals
-
-
 def _check_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
     """Warn of other base models, and refuse adapters that begin at different tokens: their sum
     would begin at none."""

@@ -99,11 +99,10 @@ class ModelIndex:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> ModelIndex:
-        """Walk ``model.named_modules()``.
+        """Find ``nn.Linear``, its subclasses, transformers' ``Conv1D`` and ``nn.Embedding`` (no
+        subclass: it may scale or shift) in a model.
 
         Args:
-            model: ``nn.Linear``, its subclasses, transformers' ``Conv1D`` and ``nn.Embedding`` (no
-                subclass: it may scale or shift) are found in it.
             targets: a regular expression for whole names, or names and suffixes; None is all.
             dtype: of the pages; default is the base weight's, or torch's default dtype where the
                 base weight is stored in another format (quantised).
@@ -241,10 +240,6 @@ def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torc
     found = f"{name}'s weight on meta; pass device=, or load the model's weights first"
     require(not weight.is_meta, "AdapterPool", "device", "a device for the pages", found)
     return weight.device
-
-
-# -------------------------------------------------------------------------------------------------
-# The base model's own weights
 
 
 class BaseWeights:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -54,25 +54,17 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """An adapter whose names, shapes and dtypes fit the base model; no factor is read yet.
-
-    Attributes:
-        config: parsed. leftover: what ``strict=False`` skipped.
-        tensors: the file or state dict, open. index: the base model's modules.
-        keys: of each adapted module, its keys by role. scalings: of each.
-        whole: of each module that is replaced, its keys by ``weight`` and ``bias``.
-        rows: of each module of whose weight some rows are replaced, their key; tokens: which.
-    """
+    """An adapter whose names, shapes and dtypes fit the base model; no factor is read yet."""
 
     config: AdapterConfig
-    leftover: tuple[str, ...]
-    tensors: TensorSource
-    index: ModelIndex
-    keys: dict[str, dict[str, str]]
+    leftover: tuple[str, ...]  # what strict=False skipped
+    tensors: TensorSource  # the file or state dict, open
+    index: ModelIndex  # the base model's modules
+    keys: dict[str, dict[str, str]]  # of each adapted module, by role
     scalings: dict[str, float]
-    whole: dict[str, dict[str, str]]
-    rows: dict[str, str] = field(default_factory=dict)
-    tokens: tuple[int, ...] = ()
+    whole: dict[str, dict[str, str]]  # keys of each module that is replaced, by weight and bias
+    rows: dict[str, str]  # of each module of whose weight some rows are replaced, their key
+    tokens: tuple[int, ...]  # which rows
 
     def modules(self) -> Iterator[tuple[LinearSpec, Factors]]:
         """Read one adapted module after the other, so that whoever converts each has no more than
@@ -118,13 +110,12 @@ def read_adapter(
     Args:
         source: a directory with ``adapter_config.json`` and ``adapter_model.safetensors`` (or
             ``.bin``), or ``(config, state_dict)`` with a dict or a ``peft.LoraConfig``.
-        index: the base model's modules.
-        max_rank: the largest rank that is accepted.
+        index: the base model's modules. max_rank: the largest rank that is accepted.
         strict: refuse keys, config fields and patterns that nothing uses, instead of listing them.
 
     Raises:
-        ValueError: naming file, key, expected and found.
-        NotImplementedError: convolutions and other things that are legal in PEFT and not here.
+        ValueError: naming file, key, expected and found. NotImplementedError: what is legal in PEFT
+            and not here, such as convolutions.
     """
     with open_adapter(source) as (config, tensors):
         yield check_adapter(config, tensors, index, max_rank, strict)

@@ -1,9 +1,5 @@
 """PEFT's tensors: what their names say, and their values out of a safetensors file, a ``.bin`` file
-or a state dict, none of them trusted.
-
-Shapes and dtypes are known before any tensor is read, so the caller can refuse a file without
-allocating for it.
-"""
+or a state dict, none of them trusted: shapes and dtypes are known before any tensor is read."""
 
 from __future__ import annotations
 
@@ -36,10 +32,6 @@ _KEY = re.compile(
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
-# -------------------------------------------------------------------------------------------------
-# Names
-
-
 class Key(NamedTuple):
     """What the name of a tensor says."""
 
@@ -64,11 +56,11 @@ def parse_key(name: str) -> Key | None:
 
 
 def wrapped_names(parameters: Mapping[str, Sequence[str]], targeted: Set[str]) -> dict[str, str]:
-    """Expert parameters by the module under whose name PEFT keeps their factors.
+    """Expert parameters, given by their modules, by the name under which PEFT keeps their factors.
 
     A module with two adapted parameters is wrapped twice, in the order in which it has them: the
     last one's factors are found under the module's own name, those before it one ``base_layer``
-    deeper each. ``parameters`` has those of each experts module in its order.
+    deeper each.
     """
     return {
         module + ".base_layer" * depth: name
@@ -92,10 +84,6 @@ def roles_of(embedding: bool) -> dict[str, str]:
     :class:`lora_ext.adapter.Factors`."""
     a, b = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
     return {"a": a, "b": b, "bias": "B.bias", "magnitude": MAGNITUDE}
-
-
-# -------------------------------------------------------------------------------------------------
-# Values
 
 
 class TensorSource(Protocol):

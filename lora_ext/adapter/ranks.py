@@ -251,10 +251,6 @@ def rank_report(
     return RankReport(tuple(rows))
 
 
-# -------------------------------------------------------------------------------------------------
-# Spectra
-
-
 def _spectrum(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.linalg.svdvals(core(a, b)) * scale
 
@@ -281,17 +277,12 @@ def _participation(squares: Tensor) -> Tensor:
     return squares.sum().square() / squares.square().sum()
 
 
-# -------------------------------------------------------------------------------------------------
-# Checks
-
-
 def _factors(where: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     for name, t in (("a", a), ("b", b)):
         check_floating(where, name, t)
-    shapes = tuple(a.shape), tuple(b.shape)
     fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] and a.numel() and b.numel()
-    expected = "shapes (r, n) and (m, r), neither empty"
-    require(bool(fits), where, "a and b", expected, f"{shapes[0]} and {shapes[1]}")
+    expected, found = "shapes (r, n) and (m, r), neither empty", map(tuple, (a.shape, b.shape))
+    require(fits, where, "a and b", expected, " and ".join(map(str, found)))
     return _factor(where, "a", a), _factor(where, "b", b)
 
 

@@ -44,9 +44,8 @@ def find_replaced(
     headers are checked, and no tensor is read.
 
     Args:
-        config: names modules in ``modules_to_save``, by the ends of their names as PEFT does.
-        tensors: the adapter's. saved: their keys that lie in such modules, with the weights' names
-            in the base model. adapted: modules that have LoRA factors.
+        saved: keys that lie in modules of ``modules_to_save``, with the weights' names in the base
+            model. adapted: modules that have LoRA factors.
     """
     lacking = [w for w in index.weights if config.saves_whole(w) and w not in saved.values()]
     if lacking:

@@ -265,11 +265,11 @@ def _check_carried(name: str, layer: Any, adapter: str) -> None:
 def _check_fits(
     where: str, key: str, role: str, value: Any, factors: tuple[Tensor, Tensor]
 ) -> None:
-    a, b = factors
-    expected, axis = (a.shape, 0) if role == "A.weight" else (b.shape, 1)
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{where}: {key}: expected a floating tensor, found {found}")
+    axis = 0 if role == "A.weight" else 1
+    expected = factors[axis].shape
+    found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    require(floating, where, key, "a floating tensor", found)
     fits = value.dim() == len(expected) and 0 < value.shape[axis] <= expected[axis]
     fits = fits and all(value.shape[i] == size for i, size in enumerate(expected) if i != axis)
     expected = f"shape {list(expected)} or one of a smaller rank"

@@ -99,11 +99,8 @@ class PackedAdapter:
 def read_packed(
     source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool = True
 ) -> PackedAdapter:
-    """:func:`lora_ext.adapter.read_adapter` into pages, one module after the other.
-
-    Raises:
-        ValueError: also for values that the dtype of the pages cannot hold.
-    """
+    """:func:`lora_ext.adapter.read_adapter` into pages, one module after the other; a ValueError
+    also for values that the dtype of the pages cannot hold."""
     modules: dict[str, PackedModule] = {}
     replaced: dict[str, Replaced] = {}
     with read_adapter(source, index, max_rank, strict) as adapter:
@@ -292,11 +289,8 @@ class Slab:
         )
 
     def bytes_for(self, free: Sequence[int], round_up: int = 1) -> int:
-        """Bytes of memory without which a page is missing, where these are free.
-
-        Args:
-            free: the highest first. round_up: to a multiple of so many pages.
-        """
+        """Bytes of memory without which a page is missing, where these are free, the highest
+        first, and the rest is rounded up to a multiple of so many pages."""
         # The pages at the end that are free: entry i is the page P - 1 - i, up to the first gap.
         used = self.pages - bisect(
             range(len(free)), False, key=lambda i: free[i] != self.pages - 1 - i

@@ -29,12 +29,7 @@ class PoolFullError(RuntimeError):
 def find_place(
     store: PageStore, name: str, packed: PackedAdapter, order: Iterable[Resident]
 ) -> Placement:
-    """Choose slot, pages and victims.
-
-    Args:
-        store: where to. name: for the message.
-        packed: the adapter to place.
-        order: residents, the first to be evicted first; pinned ones are passed over.
+    """Choose slot, pages and victims for an adapter: residents in this order, but for pinned ones.
 
     Raises:
         PoolFullError: says what would be needed, who holds it, and what to do.
@@ -87,14 +82,10 @@ def _full(store: PageStore, name: str, wanted: list[str]) -> str:
 
 
 class _Search:
-    """Free pages and bytes as they would be, while victims are chosen.
-
-    Args:
-        store: as it is. need: pages by module. packed: the adapter that needs them.
-    """
+    """Free pages and bytes as they would be, while victims are chosen."""
 
     def __init__(self, store: PageStore, need: dict[str, int], packed: PackedAdapter):
-        self.store, self.need = store, need
+        self.store, self.need = store, need  # pages by module
         specs = store.index.specs
         self.new = {
             m: Slab(specs[m], store.pages * specs[m].experts) for m in need.keys() - store.slabs
@@ -193,10 +184,7 @@ def _new_vectors(
 
 def resize(store: PageStore, place: Placement) -> None:
     """Give pages the bytes that it needs there. What is taken away has belonged to its victims.
-
-    Raises:
-        MemoryError: the device has no room; what was changed by then is for :func:`set_sizes`.
-    """
+    After a MemoryError what was changed by then is for :func:`set_sizes`."""
     try:
         set_sizes(store, place, {module: after for module, (_, after) in place.sizes.items()})
     except RuntimeError as error:
@@ -209,11 +197,8 @@ def resize(store: PageStore, place: Placement) -> None:
 
 
 def set_sizes(store: PageStore, place: Placement, sizes: dict[str, int]) -> None:
-    """Back the pages of each module by so many bytes; with those of before, undo a resize.
-
-    Raises:
-        RuntimeError: the device has no room.
-    """
+    """Back the pages of each module by so many bytes, or raise RuntimeError; with those of before,
+    undo a resize."""
     slabs = store.slabs | place.slabs
     # What is given back comes first, for what is taken.
     for module, size in sorted(sizes.items(), key=lambda s: s[1] - slabs[s[0]].memory.backed):

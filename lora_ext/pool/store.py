@@ -86,7 +86,7 @@ class PageStore:
         max_slots: int,
         max_rank: int,
         pages: int,
-        max_bytes: int | None = None,
+        max_bytes: int | None,
     ):
         self.max_bytes = max_bytes
         self.index = index

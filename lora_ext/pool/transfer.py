@@ -27,14 +27,11 @@ class Transfer:
         """A pin is released: the step that used it has been queued on the current stream."""
 
     def run(self, jobs: Iterable[tuple[Tensor, Tensor]], wait: bool) -> Any:
-        """Copy source to destination, pair by pair.
+        """Copy to destinations from sources, which are in pinned memory where they go to a device;
+        return what :meth:`before_reading` and :meth:`finish` are to be given.
 
         Args:
-            jobs: destinations and sources, the latter in pinned memory where they go to a device.
             wait: return when the bytes are there. Otherwise they are queued.
-
-        Returns:
-            what :meth:`before_reading` and :meth:`finish` are to be given.
         """
         for destination, source in jobs:
             copy_(destination, source)
@@ -61,8 +58,7 @@ class StreamTransfer(Transfer):
     marks their end; a stream that will read them waits for it. This half has not run on a device
     yet: its order is tested on streams that are queues.
 
-    Args:
-        device: where the slabs are. cuda: ``torch.cuda``, or what stands for it in a test.
+    ``cuda`` is ``torch.cuda``, or what stands for it in a test.
     """
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda):

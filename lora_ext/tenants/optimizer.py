@@ -27,11 +27,7 @@ class Settings(NamedTuple):
 def checked_settings(
     lr: Any, betas: Any, eps: Any, weight_decay: Any, max_grad_norm: Any
 ) -> Settings:
-    """The arguments of ``optim_step``.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """The arguments of ``optim_step``; a ValueError names one that does not fit."""
     where = "optim_step"
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     require(pair, where, "betas", "two numbers in [0, 1)", repr(betas))
@@ -50,12 +46,8 @@ def checked_settings(
 
 
 class Optimizer:
-    """Torch's AdamW over the factors of one adapter.
-
-    Args:
-        parameters: by name. Those of 16 bits are trained as float32 copies and rounded after each
-            step: steps smaller than their last place would be lost otherwise.
-    """
+    """Torch's AdamW over the factors of one adapter. Those of 16 bits are trained as float32 copies
+    and rounded after each step: steps smaller than their last place would be lost otherwise."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]):
         self._parameters = dict(parameters)
@@ -68,11 +60,8 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(self._trained.values(), fused=True)
 
     def step(self, gradients: list[Tensor] | None, settings: Settings) -> float:
-        """Clip, step, and return the norm that the gradients had; without any nothing moves.
-
-        Raises:
-            ValueError: the norm of finite gradients is not finite. Nothing has moved then.
-        """
+        """Clip, step, and return the norm that the gradients had. Without any nothing moves; nor
+        does it where the norm is not finite, which is a ValueError."""
         if gradients is None:
             return 0.0
         norm = float(torch.nn.utils.get_total_norm(gradients))

@@ -58,12 +58,7 @@ class _Asked:
 
 class SamplingModel:
     """The base model once more as modules, over the very same weights, attached to a pool, under
-    transformers' continuous batching.
-
-    Args:
-        model: wrapped or not; it is left as it is. context: most tokens of prompt and answer.
-        max_adapters: that may be in use at once. tokenizer: for stops that are texts, or None.
-    """
+    transformers' continuous batching. ``context``: most tokens of prompt and answer."""
 
     def __init__(self, model: Any, context: int, max_adapters: int, tokenizer: Any):
         from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -173,7 +168,7 @@ class Sampler:
     """Draws from one adapter, or from the base model.
 
     Args:
-        models: what it runs on. adapter: its name in the pool, None for the base model.
+        adapter: its name in the pool, None for the base model.
         load: puts it there again, where others have filled the pool meanwhile.
         kept: whether the adapter stays when the sampler goes.
 

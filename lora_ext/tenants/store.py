@@ -21,11 +21,7 @@ _OPTIMIZER = "optimizer.safetensors"
 
 
 class Store:
-    """The folder of all saves.
-
-    Args:
-        root: made if it is not there; None: saving and loading are refused.
-    """
+    """The folder of all saves, made if it is not there; without one, all calls are refused."""
 
     def __init__(self, root: str | os.PathLike[str] | None):
         self.root: Path | None = None
@@ -44,14 +40,8 @@ class Store:
                 ) from error
 
     def folder(self, where: str, path: Any, argument: str = "path") -> Path:
-        """The folder of a save.
-
-        Args:
-            where, argument: what errors name.
-
-        Raises:
-            ValueError: there is no store, or the path leads out of it.
-        """
+        """The folder of a save; a ValueError where there is no store, or the path leads out of
+        it."""
         if self.root is None:
             raise ValueError(f"{where}: store: expected a folder, found None; make Service(store=)")
         expected = "a path inside the store, relative to it"
@@ -78,11 +68,8 @@ class Store:
         save_adapter(folder, config, state, beside={_OPTIMIZER: save(tensors)})
 
     def read(self, where: str, path: Any) -> tuple[Path, LoraAdapter]:
-        """A save's folder and its adapter; :meth:`restore` reads the rest.
-
-        Raises:
-            ValueError: no such save, or one that is not well-formed.
-        """
+        """A save's folder and its adapter; :meth:`restore` reads the rest. No such save, or one
+        that is not well-formed, is a ValueError."""
         folder = self.folder(where, path)
         require(os.path.isdir(folder), where, "path", "a save in the store", f"{path!r:.200}")
         return folder, LoraAdapter.load(folder)

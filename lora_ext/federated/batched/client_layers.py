@@ -30,12 +30,11 @@ class BatchRows:
     have no graph.
 
     Attributes:
-        above: the shared module that the forward has come to, if any; no layer may follow it.
         step: the places of the clients of the step, and their segments.
     """
 
     def __init__(self) -> None:
-        self.above: str | None = None
+        self.above: str | None = None  # the shared module that the forward has come to
         self.step: tuple[Sequence[int], Sequence[Segment]] = (), ()
         self._part = slice(0, 0)
         self._backward = False
@@ -166,10 +165,6 @@ class ClientsLayer(nn.Module):
             return y
         base = self.base_layer(x)
         return (base + y).to(base.dtype)
-
-
-# -------------------------------------------------------------------------------------------------
-# What is refused
 
 
 class UnsupportedModule(ValueError):

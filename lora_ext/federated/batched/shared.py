@@ -28,11 +28,8 @@ from .client_layers import WHERE, BatchRows, supported
 def shared_names(
     model: nn.Module, shared: str | Sequence[str] | None, pattern: str
 ) -> tuple[str, ...]:
-    """The names that a pattern finds among the parameters outside the adapters, in their order.
-
-    Args:
-        shared: searched for in each name; or the names themselves.
-        pattern: finds the index of a layer in a name.
+    """The names that ``shared``, a pattern or names, finds among the parameters outside the
+    adapters, in their order.
 
     Raises:
         ValueError: a pattern that finds nothing, or is none; a name that the model lacks.
@@ -73,11 +70,7 @@ def shared_names(
 
 
 class SharedModules:
-    """The modules that have shared parameters, each client's rows going through its own copies.
-
-    Args:
-        banks: by the name of the parameter. rows: of the step.
-    """
+    """The modules that have shared parameters, each client's rows going through its own copies."""
 
     def __init__(self, model: nn.Module, banks: Sequence[SharedBank], rows: BatchRows):
         self.rows = rows

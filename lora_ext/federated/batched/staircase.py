@@ -34,8 +34,7 @@ class Staircase:
     all rows. Whatever contradicts this raises :class:`Unfit`.
 
     Args:
-        model: holds the blocks. blocks: their names by index.
-        rows: is told which of the sequences a block's call has.
+        blocks: names by index. rows: is told which of the sequences a block's call has.
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[int, str], rows: BatchRows):
@@ -113,15 +112,11 @@ def _run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 class _Division:
-    """The arguments of a block's call divided between its first rows and the others.
-
-    Attributes:
-        shapes: of the tensors that were divided, the hidden state's first.
-    """
+    """The arguments of a block's call divided between its first rows and the others."""
 
     def __init__(self, first: int, count: int):
         self.first, self.count = first, count
-        self.shapes: list[torch.Size] = []
+        self.shapes: list[torch.Size] = []  # of what was divided, the hidden state's first
         self._versions: list[tuple[Tensor, int]] = []
 
     def of(self, value: Any) -> tuple[Any, Any]:

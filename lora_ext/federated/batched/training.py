@@ -11,7 +11,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class BatchedClients:
         self.dtype = dtype
         self.pattern = pattern
         self.adapter = adapter
-        self.others: Literal["frozen", "disabled"] = others
+        self.others: Others = others
         self.staircase = staircase
         check_model(model, adapter, pattern)
         self.shared = shared_names(model, shared, pattern)
@@ -306,10 +306,8 @@ class BatchedClients:
 
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """A model of transformers keeps no keys and values meanwhile: nothing here reads them.
-
-    Its parts may have configurations of their own, as T5's decoder has.
-    """
+    """A model of transformers keeps no keys and values meanwhile: nothing here reads them."""
+    # Its parts may have configurations of their own, as T5's decoder has.
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs += [getattr(config, "text_config", None) for config in configs]
     caching = [c for c in configs if getattr(c, "use_cache", False)]

@@ -30,9 +30,7 @@ class BatchedApp(ClientApp):
     Args:
         prepare: what ``train`` needs of a task, such as its data; called for each by itself.
         train: gives the updates in the order of the tasks.
-        state: gives the adapter of the model and the shared parameters of these names, for names
-            and shapes.
-        pattern: finds the index of a layer in a name.
+        state: gives the adapter of the model and the shared parameters of these names.
     """
 
     def __init__(

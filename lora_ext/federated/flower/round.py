@@ -31,18 +31,12 @@ class _Unanswered(ValueError):
 
 
 class Collected(NamedTuple):
-    """The replies of a round, sorted.
+    """The replies of a round, sorted."""
 
-    Attributes:
-        updates: what can be aggregated. contents: by client what the updates came with.
-        reasons: by client why a reply cannot; of a stranger by its node.
-        silent: the clients that gave no answer.
-    """
-
-    updates: list[Update]
-    contents: dict[Client, RecordDict]
-    reasons: dict[Client, str]
-    silent: list[Client]
+    updates: list[Update]  # what can be aggregated
+    contents: dict[Client, RecordDict]  # what the updates came with
+    reasons: dict[Client, str]  # why a reply cannot; of a stranger by its node
+    silent: list[Client]  # who gave no answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +56,8 @@ class Sending:
 
     @classmethod
     def of(cls, rules: Mapping[str, Any], scaling: Any, **own: Any) -> Sending:
-        """What goes beside the arguments of :func:`lora_ext.federated.aggregate`, ``rules``.
-
-        Args:
-            scaling: as the strategy got it; only one number can be told to clients.
-        """
+        """What goes beside the arguments of :func:`lora_ext.federated.aggregate`, ``rules``. Of
+        ``scaling``, as the strategy got it, only one number can be told to clients."""
         shown = {name: rules[name] for name in ("pattern", "shared", "upload", "max_update_norm")}
         scaling = scaling if isinstance(scaling, int | float) else None
         return cls(**shown, **own, scaling=scaling, weighted=rules["weighted_by"] is not None)
@@ -93,22 +84,16 @@ class Sending:
 
 @dataclasses.dataclass
 class Round:
-    """A round under way.
-
-    Attributes:
-        number: of the round. record, state: the global adapter, as Flower has it and decoded.
-        nodes: those that are asked, and the client that each is. plans: by client.
-        comm: takes the bytes of the messages.
-        sent: when, by the monotonic clock.
-    """
+    """A round under way."""
 
     number: int
-    record: ArrayRecord
-    state: dict[str, Tensor]
-    nodes: dict[int, Client]
+    record: ArrayRecord  # the global adapter
+    state: dict[str, Tensor]  # likewise, decoded
+    nodes: dict[int, Client]  # those that are asked, and the client that each is
     plans: dict[Client, LayerPlan]
     sending: Sending
-    comm: CommLog
+    comm: CommLog  # takes the bytes of the messages
+    #: When, by the monotonic clock.
     sent: float = dataclasses.field(default_factory=time.monotonic)
     _asked: list[Metadata] = dataclasses.field(default_factory=list)
 

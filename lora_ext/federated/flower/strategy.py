@@ -228,11 +228,7 @@ class LoraStrategy(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Write one message for each selected client, with its own plan.
-
-        Args:
-            server_round: Flower's number. arrays: the global adapter. config: for the clients.
-            grid: knows which nodes are connected.
+        """Write one message for each selected client, with its own plan. Flower calls it.
 
         Raises:
             ValueError, TypeError: a state without layers, a plan that does not fit it, a capability
@@ -268,12 +264,8 @@ class LoraStrategy(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Make the new global adapter of the replies, and the means of what the accepted clients
-        report.
-
-        Where the round is skipped, the adapter is the very record of before.
-
-        Args:
-            server_round: Flower's number. replies: error messages are among them.
+        report. Where the round is skipped, the adapter is the very record of before. Flower calls
+        it, with error messages among the replies.
 
         Raises:
             ValueError: no round is under way; with ``nan_policy="raise"`` what it says.
