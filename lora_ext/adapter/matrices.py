@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,13 +20,8 @@ Source = LoraAdapter | nn.Module | Mapping[str, Tensor] | AdapterSource
 LAYOUTS = ("r_in", "in_r")
 
 
-class FactorMatrices(NamedTuple):
-    """One module's update, ``scaling * b @ a``."""
-
-    a: Tensor  # (r, n)
-    b: Tensor  # (m, r)
-    scaling: float
-
+#: One module's update, ``scaling * b @ a``: a ``(r, n)``, b ``(m, r)`` and scaling.
+Matrices = tuple[Tensor, Tensor, float]
 
 # The published code has bare parameters, in a module of their own beside the base layer.
 _PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB])", re.DOTALL)
@@ -34,7 +29,7 @@ _PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB]
 
 def factor_matrices(
     where: str, source: Source, adapter_name: str, layout: str
-) -> dict[str, FactorMatrices]:
+) -> dict[str, Matrices]:
     """The factors of an adapter by the names of its modules in the base model; arguments and errors
     are :func:`lora_ext.adapter.rank_report`'s."""
     allowed = LAYOUTS if isinstance(source, Mapping) else LAYOUTS[:1]
@@ -42,35 +37,33 @@ def factor_matrices(
     if isinstance(source, Mapping):
         return _bare(where, source, adapter_name, layout)
     if isinstance(source, nn.Module):
+        layers: dict[str, Any] = dict(adapted_layers(source, adapter_name))
         return {
-            name.removeprefix(PREFIX): FactorMatrices(
+            name.removeprefix(PREFIX): (
                 *adapter_factors(layer, adapter_name),
-                layer.scaling[adapter_name],  # pyright: ignore[reportIndexIssue, reportArgumentType]
+                layer.scaling[adapter_name],
             )
-            for name, layer in adapted_layers(source, adapter_name).items()
+            for name, layer in layers.items()
         }
     if not isinstance(source, LoraAdapter):
         with open_adapter(source) as (_, tensors):
             factor_keys(where, tensors.infos)
         source = LoraAdapter.load(source)
-    return {
-        name: FactorMatrices(f.a.flatten(1), f.b.flatten(1), f.scaling)
-        for name, f in source.modules.items()
-    }
+    return {name: (f.a.flatten(1), f.b.flatten(1), f.scaling) for name, f in source.modules.items()}
 
 
 def _bare(
     where: str, state: Mapping[str, Tensor], adapter_name: str, layout: str
-) -> dict[str, FactorMatrices]:
-    found: dict[str, FactorMatrices] = {}
+) -> dict[str, Matrices]:
+    found: dict[str, Matrices] = {}
     for name, keys in factor_keys(where, state, adapter_name).items():
-        factors: list[Tensor] = []
+        factors: list[Any] = []
         for key in keys:
             t = state[key]
             check_floating(f"{where}: {key}", "tensor", t)
             t = t.flatten(1) if t.dim() > 2 else t  # of a convolution
             factors.append(t.T if layout == "in_r" and t.dim() == 2 else t)
-        found[name] = FactorMatrices(*factors, scaling=1.0)
+        found[name] = (*factors, 1.0)
     require(bool(found), where, "source", f"factors of an adapter {adapter_name!r}", "none")
     return found
 

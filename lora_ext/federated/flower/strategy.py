@@ -129,8 +129,7 @@ class LoraStrategy(FedAvg):
             "shared": self.shared,
         }
         _check_rules(self._rules, payload)
-        own = {"send_frozen": send_frozen, "pack": pack, "payload": payload, "seed": self.seed}
-        self._sending = Sending.of(self._rules, scaling, **own)
+        self._sending = Sending(self._rules, send_frozen, pack, self.seed, payload, scaling)
         self.comm = CommLog()
         self.history: list[RoundLog] = []
         self.round = 0
@@ -239,7 +238,7 @@ class LoraStrategy(FedAvg):
         changed = self.before_round(number, state)
         if changed is not None:
             state, arrays = dict(changed), records.to_arrays(changed)
-        pairs = layer_pairs(f"{WHERE}: arrays", state, self._sending.pattern)
+        pairs = layer_pairs(f"{WHERE}: arrays", state, self._rules["pattern"])
         num_layers = check_layers(WHERE, {pair.layer for pair in pairs})
         first = server_round == 1
         nodes = connected(grid, self.min_available_nodes if first else 1, self._timeout)
@@ -297,7 +296,7 @@ class LoraStrategy(FedAvg):
         for client in result.accepted:
             reported = records.numbers(contents[client].metric_records[records.METRICS])
             plan = current.plans[client]
-            sent = plan_bytes(current.state, plan, self._sending.pattern)
+            sent = plan_bytes(current.state, plan, self._rules["pattern"])
             self.observe(number, client, plan, {**reported, "bytes": float(sent)})
         for client in silent:
             self.timed_out(number, client, current.plans[client], waited)
@@ -382,7 +381,7 @@ class LoraStrategy(FedAvg):
             _log.info("round %d: client %s: clipped by %.3g", number, client, factor)
         if result.skipped:
             _log.warning("round %d: skipped: %s", number, result.reason)
-        pairs = layer_pairs(WHERE, current.state, self._sending.pattern)
+        pairs = layer_pairs(WHERE, current.state, self._rules["pattern"])
         entry = RoundLog.of(number, current.plans, result, 1 + max(pair.layer for pair in pairs))
         rejected = {c: why for c, why in reasons.items() if c not in result.accepted}
         self.history.append(dataclasses.replace(entry, rejected=rejected))
