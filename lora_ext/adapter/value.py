@@ -126,7 +126,8 @@ class LoraAdapter:
         config = self.config.fitted(ranks, scalings, self.modules, **changes)
         meant, _ = config.ranks_and_scales(ranks)
         modules = {
-            name: factors._replace(scaling=meant[name][1]) for name, factors in modules.items()
+            name: f if f.scaling == meant[name][1] else f._replace(scaling=meant[name][1])
+            for name, f in modules.items()
         }
         replacements: dict[str, Tensor] = {}
         for key, value in self.replacements.items():
