@@ -141,11 +141,6 @@ class AdapterConfig(LoraConfig):
         """``base_model_name_or_path`` as it was read: a record that nobody has checked."""
         return self.raw.get("base_model_name_or_path")
 
-    def check_shared(self) -> None:
-        """Refuse what changes the base model, which many adapters share: trained biases."""
-        expected = "'none' (the base model's biases are shared)"
-        require(self.base_bias == "none", self.where, "bias", expected, repr(self.base_bias))
-
     def saves_whole(self, weight: str) -> bool:
         """Whether this weight of the base model lies in a module of ``modules_to_save``.
 

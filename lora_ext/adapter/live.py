@@ -21,19 +21,13 @@ _SAVED_WHOLE = ("embed_tokens", "lm_head")
 def live_adapter(
     model: nn.Module, adapter: str | None, where: str
 ) -> tuple[Any, dict[str, Tensor]]:
-    """The configuration and state dict that saving the adapter would write.
-
-    Args:
-        model: PEFT's, or one with layers of :mod:`lora_ext.nn`.
-        adapter: its name; None is the one that is active.
-        where: opens the message of an error: caller and argument.
-
-    Returns:
-        a ``peft.LoraConfig`` or a dict of its fields, and tensors that share the model's memory.
+    """What saving an adapter, the active one if it is None, would write: a ``peft.LoraConfig`` or a
+    dict of its fields, and tensors that share the model's memory.
 
     Raises:
         ValueError: the model has no such adapter, or several are active; settings that layers of
-            ours have and PEFT's configuration cannot say.
+            ours have and PEFT's configuration cannot say. ``where``, caller and argument, opens the
+            message.
     """
     configs = getattr(model, "peft_config", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}

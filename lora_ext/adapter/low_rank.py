@@ -19,10 +19,15 @@ def wide(factor: Tensor) -> Tensor:
     return factor.detach().flatten(1).to("cpu", torch.float64)
 
 
+def core(a: Tensor, b: Tensor) -> Tensor:
+    """A matrix of the size of the rank that has the singular values of ``b @ a``."""
+    r_a, r_b = (torch.linalg.qr(t, mode="r").R for t in (a.T, b))
+    return r_b @ r_a.T
+
+
 def norm_of(a: Tensor, b: Tensor) -> float:
     """The Frobenius norm of ``b @ a``; both are float64 matrices."""
-    r_a, r_b = (torch.linalg.qr(t, mode="r").R for t in (a.T, b))
-    return float((r_b @ r_a.T).norm())
+    return float(core(a, b).norm())
 
 
 def product_norm(factors: Factors) -> float | None:
@@ -33,18 +38,12 @@ def product_norm(factors: Factors) -> float | None:
 
 
 def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The nearest product of a rank.
+    """The nearest product of a rank, or of the largest that it can have, and the Frobenius norm of
+    what was dropped. All are float64.
 
     ``b = Q_b R_b``, ``a^T = Q_a R_a`` and ``R_b R_a^T = U S V^T``, an r x r matrix, give the
     singular values of ``b @ a``. The largest stay, ``sqrt(S)`` in either factor; one that is no
     more than rounding is 0 in both, for :func:`able_to_learn` to see.
-
-    Args:
-        a: ``(r, I)`` float64. b: ``(O, r)`` float64.
-        rank: how many to keep; where ``b @ a`` can have no more than q, q are kept.
-
-    Returns:
-        a, b, and the Frobenius norm of what was dropped.
 
     Source: Eckart and Young, 1936.
     """
@@ -85,12 +84,9 @@ def able_to_learn(a: Tensor, b: Tensor, generator: torch.Generator | None = None
     choice.
 
     Args:
-        a: ``(r, I)``, or a convolution's kernel. b: ``(O, r)``, likewise. Both as they are stored:
-            rounding can make zeros.
+        a, b: ``(r, I)`` and ``(O, r)``, or a convolution's kernels, as they are stored: rounding
+            can make zeros. Where nothing is drawn, the very ``a`` comes back.
         generator: on the CPU; default is one of seed 0.
-
-    Returns:
-        ``a`` itself where nothing is drawn.
     """
     lost = asleep(a, b)
     count = int(lost.sum())
@@ -110,15 +106,13 @@ def resized(
 
     Args:
         where: opens the message of an error.
-        a: ``(r, I)``. b: ``(O, r)``. Finite.
+        a, b: ``(r, I)`` and ``(O, r)``, finite.
         rank: above r, every bit stays, and the new ranks are those of a new adapter.
         generator: as for :func:`able_to_learn`.
 
     Returns:
-        a and b in their dtypes, and the Frobenius norm of the change of the product.
-
-    Raises:
-        ValueError: a value that is finite is not so in its dtype.
+        a and b in their dtypes, a value that they cannot hold being a ValueError, and the Frobenius
+        norm of the change of the product.
     """
     error = 0.0
     if rank < len(a):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,13 +20,8 @@ Source = LoraAdapter | nn.Module | Mapping[str, Tensor] | AdapterSource
 LAYOUTS = ("r_in", "in_r")
 
 
-class FactorMatrices(NamedTuple):
-    """One module's update, ``scaling * b @ a``."""
-
-    a: Tensor  # (r, n)
-    b: Tensor  # (m, r)
-    scaling: float
-
+#: One module's update, ``scaling * b @ a``: a ``(r, n)``, b ``(m, r)`` and scaling.
+Matrices = tuple[Tensor, Tensor, float]
 
 # The published code has bare parameters, in a module of their own beside the base layer.
 _PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB])", re.DOTALL)
@@ -34,50 +29,41 @@ _PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB]
 
 def factor_matrices(
     where: str, source: Source, adapter_name: str, layout: str
-) -> dict[str, FactorMatrices]:
-    """The factors of an adapter by the names of its modules in the base model.
-
-    Source and layout are as :func:`lora_ext.adapter.rank_report` takes them; ``adapter_name`` is
-    one of a model's adapters, or of those in a state dict that names them.
-
-    Raises:
-        KeyError: a factor without the other. ValueError: no adapter, or not this one.
-        TypeError: factors that are not floating tensors.
-    """
+) -> dict[str, Matrices]:
+    """The factors of an adapter by the names of its modules in the base model; arguments and errors
+    are :func:`lora_ext.adapter.rank_report`'s."""
     allowed = LAYOUTS if isinstance(source, Mapping) else LAYOUTS[:1]
     require(layout in allowed, where, "layout", f"one of {allowed}", repr(layout))
     if isinstance(source, Mapping):
         return _bare(where, source, adapter_name, layout)
     if isinstance(source, nn.Module):
+        layers: dict[str, Any] = dict(adapted_layers(source, adapter_name))
         return {
-            name.removeprefix(PREFIX): FactorMatrices(
+            name.removeprefix(PREFIX): (
                 *adapter_factors(layer, adapter_name),
-                layer.scaling[adapter_name],  # pyright: ignore[reportIndexIssue, reportArgumentType]
+                layer.scaling[adapter_name],
             )
-            for name, layer in adapted_layers(source, adapter_name).items()
+            for name, layer in layers.items()
         }
     if not isinstance(source, LoraAdapter):
         with open_adapter(source) as (_, tensors):
             factor_keys(where, tensors.infos)
         source = LoraAdapter.load(source)
-    return {
-        name: FactorMatrices(f.a.flatten(1), f.b.flatten(1), f.scaling)
-        for name, f in source.modules.items()
-    }
+    return {name: (f.a.flatten(1), f.b.flatten(1), f.scaling) for name, f in source.modules.items()}
 
 
 def _bare(
     where: str, state: Mapping[str, Tensor], adapter_name: str, layout: str
-) -> dict[str, FactorMatrices]:
-    found: dict[str, FactorMatrices] = {}
+) -> dict[str, Matrices]:
+    found: dict[str, Matrices] = {}
     for name, keys in factor_keys(where, state, adapter_name).items():
-        factors: list[Tensor] = []
+        factors: list[Any] = []
         for key in keys:
             t = state[key]
             check_floating(f"{where}: {key}", "tensor", t)
             t = t.flatten(1) if t.dim() > 2 else t  # of a convolution
             factors.append(t.T if layout == "in_r" and t.dim() == 2 else t)
-        found[name] = FactorMatrices(*factors, scaling=1.0)
+        found[name] = (*factors, 1.0)
     require(bool(found), where, "source", f"factors of an adapter {adapter_name!r}", "none")
     return found
 
@@ -90,8 +76,10 @@ def factor_keys(
     halves: dict[str, dict[str, str]] = {}
     for key in keys:
         read = _read_key(key)
-        if read is not None and (adapter_name is None or read.adapter in (None, adapter_name)):
-            halves.setdefault(read.module, {})[read.factor] = key
+        if read is not None:
+            module, factor, adapter = read
+            if adapter_name is None or adapter in (None, adapter_name):
+                halves.setdefault(module, {})[factor] = key
     for module, half in halves.items():
         if len(half) < 2:
             ((factor, key),) = half.items()
@@ -103,22 +91,15 @@ def factor_keys(
     return {module: (half["A"], half["B"]) for module, half in halves.items()}
 
 
-class _FactorKey(NamedTuple):
-    module: str
-    factor: str  # A or B
-    adapter: str | None
-
-
-def _read_key(key: str) -> _FactorKey | None:
-    """What the name of a factor says; None: it names something else."""
+def _read_key(key: str) -> tuple[str, str, str | None] | None:
+    """Module, factor (A or B) and adapter that a name says; None: it names something else."""
     parsed = parse_key(key)
     if parsed is not None:
         a, b, *_ = roles_of(parsed.role.startswith("embedding")).values()
-        if parsed.role not in (a, b):
-            return None
-        return _FactorKey(parsed.module, "A" if parsed.role == a else "B", parsed.adapter)
+        factor = {a: "A", b: "B"}.get(parsed.role)
+        return None if factor is None else (parsed.module, factor, parsed.adapter)
     match = _PUBLISHED.fullmatch(key.removeprefix(PREFIX))
-    return None if match is None else _FactorKey(match["module"], match["factor"], None)
+    return None if match is None else (match["module"], match["factor"], None)
 
 
 def check_floating(where: str, name: str, t: Any) -> None:

@@ -96,14 +96,14 @@ def merge_adapters(
         fits = mode not in ("delta", "factors")
         require(fits, where, "rank", f"None beside mode={mode!r}", repr(rank))
         rank = integer(where, "rank", rank, 1, expected="a positive integer")
-    if density is not None:
+    if density is None:
+        density = DENSITIES.get(mode)
+    else:
         require(mode in DENSITIES, where, "density", f"None beside mode={mode!r}", repr(density))
         density = number(where, "density", density, above=0, maximum=1)
     seed = integer(where, "seed", seed, 0, expected=("an int", "at least 0"))
-    thinned = _Thinned(mode, density, seed) if mode in DENSITIES else None
-    _warn_of_other_bases(where, values)
-    _check_invocations(where, values)
-    return _merged(where, values, weights, mode, rank, progress, thinned)
+    _check_bases(where, values)
+    return _merged(where, values, weights, mode, rank, progress, density, seed)
 
 
 @torch.no_grad()
@@ -134,42 +134,30 @@ def interpolate_adapters(
     choice(where, "space", space, get_args(Space))
     lam = float(number(where, "lam", lam))
     values = {"first": LoraAdapter.of(first), "second": LoraAdapter.of(second)}
-    _warn_of_other_bases(where, values)
-    _check_invocations(where, values)
+    _check_bases(where, values)
     if lam in (0.0, 1.0):
         _check_shapes(where, values, equal=space == "factors")
         return values["second" if lam else "first"]
     return _merged(where, values, [1 - lam, lam], space, None)
 
 
-class _Thinned:
-    """Updates that are thinned out before they are summed, a module after the other.
-
-    Args:
-        mode: "ties" or "dare". density: the share that stays; None is the paper's.
-    """
-
-    def __init__(self, mode: MergeMode, density: float | None, seed: int):
-        self.mode, self.density = mode, DENSITIES[mode] if density is None else density
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, parts: Parts) -> Tensor:
-        """The update of a module, ``(O, I)`` float64."""
-        updates = torch.stack([f.scaling * wide(f.b) @ wide(f.a) for _, f in parts])
-        weights = torch.tensor([w for w, _ in parts], dtype=torch.float64)[:, None, None]
-        if self.mode == "dare":
-            # A mask a piece, in float32: the draws of PEFT's.
-            kept = torch.full(updates.shape[1:], self.density)
-            masks = [torch.bernoulli(kept, generator=self._generator) for _ in parts]
-            return (weights * updates * torch.stack(masks)).sum(0) / self.density
-        flat = updates.flatten(1)
-        count = int(self.density * flat.shape[1])
-        largest = flat.abs().topk(count, dim=1).indices
-        trimmed = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest))
-        trimmed = trimmed.view_as(updates)
-        sign = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)  # elected
-        agree = trimmed.sign() == sign
-        return (weights * trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
+def _thinned(parts: Parts, mode: MergeMode, density: float, masks: torch.Generator) -> Tensor:
+    """The update of a module, ``(O, I)`` float64, from updates of which a share stays."""
+    updates = torch.stack([f.scaling * wide(f.b) @ wide(f.a) for _, f in parts])
+    weights = torch.tensor([w for w, _ in parts], dtype=torch.float64)[:, None, None]
+    if mode == "dare":
+        # A mask a piece, in float32: the draws of PEFT's.
+        kept = torch.full(updates.shape[1:], density)
+        drawn = [torch.bernoulli(kept, generator=masks) for _ in parts]
+        return (weights * updates * torch.stack(drawn)).sum(0) / density
+    flat = updates.flatten(1)
+    count = int(density * flat.shape[1])
+    largest = flat.abs().topk(count, dim=1).indices
+    trimmed = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest))
+    trimmed = trimmed.view_as(updates)
+    sign = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)  # elected
+    agree = trimmed.sign() == sign
+    return (weights * trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
 def _merged(
@@ -179,12 +167,14 @@ def _merged(
     mode: MergeMode,
     rank: int | None,
     progress: Callable[[list[str]], Iterable[str]] = iter,
-    thinned: _Thinned | None = None,
+    density: float | None = None,
+    seed: int = 0,
 ) -> LoraAdapter:
+    """The sum of adapters; with a density, of thinned updates."""
     values = list(adapters.values())
     first = values[0]
     whole = all(f.a.shape[0] <= (rank or math.inf) for f in first.modules.values())
-    if weights == [1.0] and whole and thinned is None:
+    if weights == [1.0] and whole and density is None:
         return first
     _check_shapes(where, adapters, equal=mode == "factors")
     _check_sums(where, adapters)
@@ -192,18 +182,19 @@ def _merged(
     dtype = widest(*(t for v in values for f in v.modules.values() for t in (f.a, f.b)))
     has_bias = any(f.bias is not None for v in values for f in v.modules.values())
     modules: dict[str, Factors] = {}
-    generator = torch.Generator().manual_seed(0)
+    generator, masks = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     for name in progress(names):
         parts = [
             (w, value.modules[name])
             for w, value in zip(weights, values, strict=True)
             if name in value.modules
         ]
-        a, b, bias, scaling = _summed(parts) if mode == "factors" else _stacked(parts)
-        if thinned is not None:
-            a, b, scaling = thinned(parts), torch.eye(len(b), dtype=torch.float64), 1.0
+        a, b, bias, scaling = _summed(parts, stacked=mode != "factors")
+        if density is not None:
+            a, scaling = _thinned(parts, mode, density, masks), 1.0
+            b = torch.eye(len(b), dtype=torch.float64)
             bias = _bias([w * f.scaling for w, f in parts], parts)
-        if thinned is not None or mode == "delta_svd":
+        if density is not None or mode == "delta_svd":
             a, b, _ = truncated(a, b, rank or max(f.a.shape[0] for _, f in parts))
         like = parts[0][1]
         a = rounded(a, like.a, dtype, f"{where}: {name}: a")
@@ -229,26 +220,18 @@ def _merged(
     )
 
 
-def _scaled(parts: Parts) -> tuple[list[float], float]:
-    """What each B is multiplied by, and the scale that is left: the common one, or 1."""
-    common = parts[0][1].scaling
-    if all(f.scaling == common for _, f in parts):
-        return [w for w, _ in parts], common
-    return [w * f.scaling for w, f in parts], 1.0
-
-
-def _stacked(parts: Parts) -> tuple[Tensor, Tensor, Tensor, float]:
-    factors, scaling = _scaled(parts)
-    a = torch.cat([wide(f.a) for _, f in parts])  # (sum of r, I)
-    b = torch.cat([c * wide(f.b) for c, (_, f) in zip(factors, parts, strict=True)], 1)
-    return a, b, _bias(factors, parts), scaling
-
-
-def _summed(parts: Parts) -> tuple[Tensor, Tensor, Tensor, float]:
-    factors, scaling = _scaled(parts)
-    a = torch.stack([w * wide(f.a) for w, f in parts]).sum(0)  # (r, I)
-    b = torch.stack([c * wide(f.b) for c, (_, f) in zip(factors, parts, strict=True)]).sum(0)
-    return a, b, _bias(factors, parts), scaling
+def _summed(parts: Parts, stacked: bool) -> tuple[Tensor, Tensor, Tensor, float]:
+    """A, B, bias, and the scale that is left: the common one, or 1."""
+    scaling = parts[0][1].scaling
+    factors = [w for w, _ in parts]  # what each B is multiplied by
+    if any(f.scaling != scaling for _, f in parts):
+        factors, scaling = [w * f.scaling for w, f in parts], 1.0
+    b = [c * wide(f.b) for c, (_, f) in zip(factors, parts, strict=True)]
+    bias = _bias(factors, parts)
+    if stacked:
+        return torch.cat([wide(f.a) for _, f in parts]), torch.cat(b, 1), bias, scaling
+    a = [w * wide(f.a) for w, f in parts]
+    return torch.stack(a).sum(0), torch.stack(b).sum(0), bias, scaling
 
 
 def _bias(factors: list[float], parts: Parts) -> Tensor:
@@ -259,24 +242,16 @@ def _bias(factors: list[float], parts: Parts) -> Tensor:
     return total
 
 
-# -------------------------------------------------------------------------------------------------
-# Refusals
-
-
-def _warn_of_other_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
+def _check_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
+    """Warn of other base models, and refuse adapters that begin at different tokens: their sum
+    would begin at none."""
     bases = BaseModels()
+    (first, value), *_ = adapters.items()
+    expected = f"{list(value.config.invocation)!r:.200}, as {first} has"
     for label, adapter in adapters.items():
         # The caller of the public function, which torch.no_grad wraps.
         bases.meet(f"{where}: {label}", adapter.config.base_model, stacklevel=4)
-
-
-def _check_invocations(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
-    """Refuse adapters that begin at different tokens: their sum would begin at none."""
-    (first, value), *others = adapters.items()
-    expected = f"{list(value.config.invocation)!r:.200}, as {first} has"
-    for name, other in others:
-        field = f"{name}: alora_invocation_tokens"
-        found = other.config.invocation
+        found, field = adapter.config.invocation, f"{label}: alora_invocation_tokens"
         require(found == value.config.invocation, where, field, expected, list(found))
 
 

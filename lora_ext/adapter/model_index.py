@@ -12,7 +12,7 @@ import itertools
 import re
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
-from lora_ext._files import TensorInfo
 from lora_ext.layers import (
     READS_WEIGHTS,
     LoraLayer,
@@ -66,11 +65,10 @@ class ModelIndex:
 
     linear: dict[str, LinearSpec]
     embedding: dict[str, LinearSpec]
-    unsupported: dict[str, str]  # name -> class name
-    output_head: str | None  # PEFT's "all-linear" leaves it out
-    classifier: str | None  # left out as well when the task is SEQ_CLS and there is no output head
     weights: BaseWeights
-    shared: bool = True  # by many adapters: what changes the model itself is refused
+    unsupported: dict[str, str] = field(default_factory=dict)  # name -> class name
+    output_head: str | None = None  # PEFT's "all-linear" leaves it out
+    classifier: str | None = None  # likewise, of a SEQ_CLS task where there is no output head
     experts: dict[str, LinearSpec] = field(default_factory=dict)  # by the parameter's name
     #: The expert matrices of each experts module, in its order, whether adapters may touch them.
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -81,6 +79,7 @@ class ModelIndex:
     #: Names of the input embedding, and of an output head that shares its weight.
     input_embedding: str | None = None
     tied_head: str | None = None
+    shared: bool = True  # by many adapters: what changes the model itself is refused
 
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:
@@ -100,11 +99,10 @@ class ModelIndex:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> ModelIndex:
-        """Walk ``model.named_modules()``.
+        """Find ``nn.Linear``, its subclasses, transformers' ``Conv1D`` and ``nn.Embedding`` (no
+        subclass: it may scale or shift) in a model.
 
         Args:
-            model: ``nn.Linear``, its subclasses, transformers' ``Conv1D`` and ``nn.Embedding`` (no
-                subclass: it may scale or shift) are found in it.
             targets: a regular expression for whole names, or names and suffixes; None is all.
             dtype: of the pages; default is the base weight's, or torch's default dtype where the
                 base weight is stored in another format (quantised).
@@ -165,32 +163,29 @@ class ModelIndex:
         expected = "at least one Linear, Conv1D or Embedding module matching targets="
         some = linear or embedding or experts
         require(some, "AdapterPool", "model", f"{expected}{targets!r}", "none")
-        heads, own = head_names(model), BaseWeights(model)
-        index = cls(linear, embedding, unsupported, *heads, own, experts=experts)
-        known: Any = {"vocabulary": vocabulary_of(model), **_input_embedding(model, heads[0])}
-        return replace(index, parameters=parameters, bypassed=skipped, **known)
+        own, heads = BaseWeights(model), head_names(model)
+        more = _input_embedding(model, heads[0])
+        return cls(
+            linear, embedding, own, unsupported, *heads, experts, parameters, skipped, **more
+        )
 
 
-def vocabulary_of(model: Any) -> int | None:
-    """How many tokens a model of transformers has embeddings for; None where it is no such one."""
+def _input_embedding(model: Any, head: str | None) -> dict[str, Any]:
+    """Of a model of transformers: how many tokens it knows, and the names of its input embedding
+    and of a head with that weight, unless others have it too, as encoder and decoder may."""
     try:
-        return int(model.get_input_embeddings().num_embeddings)
+        embedding = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # another module, or one that embeds no tokens
-        return None
-
-
-def _input_embedding(model: Any, head: str | None) -> dict[str, str | None]:
-    """Names of the input embedding of a model of transformers, and of a head with its weight; none
-    where others have that weight too, as encoder and decoder may."""
-    try:
-        weight = model.get_input_embeddings().weight
-    except (AttributeError, NotImplementedError):
         return {}
-    found = model.named_modules(remove_duplicate=False)
-    names = [name for name, module in found if getattr(module, "weight", None) is weight]
+    found = {"vocabulary": getattr(embedding, "num_embeddings", None)}
+    weight = getattr(embedding, "weight", None)
+    modules = model.named_modules(remove_duplicate=False) if weight is not None else ()
+    names = [name for name, module in modules if getattr(module, "weight", None) is weight]
     tied = head if head in names else None
     others = [name for name in names if name != tied]
-    return {"input_embedding": others[0], "tied_head": tied} if len(others) == 1 else {}
+    if len(others) == 1:
+        found |= {"input_embedding": others[0], "tied_head": tied}
+    return found
 
 
 def _wanted(name: str, targets: str | tuple[str, ...] | None) -> bool:
@@ -247,10 +242,6 @@ def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torc
     return weight.device
 
 
-# -------------------------------------------------------------------------------------------------
-# The base model's own weights
-
-
 class BaseWeights:
     """Names and shapes of a model's parameters and floating buffers, and a weak reference to it;
     once it is gone, weights can no longer be compared."""
@@ -286,7 +277,10 @@ class BaseWeights:
         if it were loaded there."""
         where = f"{tensors.where}: {key}"
         own = self._values(where, name)
-        _check_dtype(where, tensors.infos[key], own.dtype)
+        dtype = tensors.infos[key].dtype
+        fits = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        fits = fits and own.dtype.is_floating_point
+        require(fits, where, "dtype", f"{own.dtype} as in the base model", dtype)
         if own.shape != tensors.infos[key].shape:  # the model was changed after the pool was made
             self._shapes[name] = tuple(own.shape)
             self.check_header(tensors, key, name)
@@ -338,10 +332,15 @@ def offloaded_values(model: nn.Module, name: str) -> Tensor | None:
     return None
 
 
-def _check_dtype(where: str, info: TensorInfo, expected: torch.dtype) -> None:
-    floating = isinstance(info.dtype, torch.dtype) and info.dtype.is_floating_point
-    fits = floating and expected.is_floating_point
-    require(fits, where, "dtype", f"{expected} as in the base model", info.dtype)
+def check_header(
+    tensors: TensorSource, key: str, shape: tuple[int, ...], of: str = "", more: str = ""
+) -> None:
+    """Refuse a tensor that no page could hold, or of another shape, before it is read; ``of`` says
+    whose the shape is, and ``more`` what helps."""
+    info, where = tensors.infos[key], f"{tensors.where}: {key}"
+    known = "float16, bfloat16, float32 or float64"
+    require(info.dtype in PAGE_DTYPES, where, "dtype", known, info.dtype)
+    require(info.shape == shape, where, "shape", f"{shape}{of}", f"{info.shape}{more}")
 
 
 def _equal(found: Tensor, own: Tensor) -> bool:

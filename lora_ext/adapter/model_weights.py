@@ -40,6 +40,7 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 
 # Beside a module's name in files of quantised models, where its weight should be.
 _PACKED = ("qweight", "weight_packed")
+_REMEDY = "dequantise the model first (transformers: model.dequantize())"
 
 
 class ModelWeights:
@@ -110,8 +111,11 @@ class ModelWeights:
                 f"{self.where}: expected a weight for each adapted module, found none{folder} for "
                 f"{', '.join(missing[:5])}{more}"
             )
+        expected = "a weight in float16, bfloat16, float32 or float64"
         for key in found.values():
-            self._check_dtype(key)
+            dtype = self._tensors.infos[key].dtype
+            known = dtype in PAGE_DTYPES
+            require(known, self.where, key, expected, f"{dtype}; {_REMEDY}", TypeError)
         return found
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -128,12 +132,6 @@ class ModelWeights:
         the CPU: of a model or a mapping the very memory, of a file a new tensor."""
         return self._tensors.read(key)
 
-    def _check_dtype(self, key: str) -> None:
-        dtype = self._tensors.infos[key].dtype
-        expected = "a weight in float16, bfloat16, float32 or float64"
-        found = f"{dtype}; dequantise the model first (transformers: model.dequantize())"
-        require(dtype in PAGE_DTYPES, self.where, key, expected, found, TypeError)
-
     def _refuse_packed(self, modules: Iterable[str]) -> None:
         """Refuse a quantised layer that has no ``weight`` at all, instead of calling it absent."""
         packed = {
@@ -144,12 +142,8 @@ class ModelWeights:
         }
         for module in modules:
             key = packed.get(_plain(module))
-            if key is not None:
-                raise TypeError(
-                    f"{self.where}: {module}: expected a floating weight, found {key} of a "
-                    "quantised model; dequantise the model first (transformers: "
-                    "model.dequantize())"
-                )
+            found = f"{key} of a quantised model; {_REMEDY}"
+            require(key is None, self.where, module, "a floating weight", found, TypeError)
 
 
 def _plain(name: str) -> str:
@@ -201,7 +195,11 @@ class _Live:
     def read(self, key: str) -> Tensor:
         name = key.removesuffix(".weight")
         module: Any = self._model.get_submodule(name)
-        self._refuse_merged(name)
+        if name.endswith(".base_layer"):
+            layer = self._model.get_submodule(name.removesuffix(".base_layer"))
+            merged = list(getattr(layer, "merged_adapters", ()))
+            found = f"{merged} merged into it; unmerge them first"
+            require(not merged, self.where, name, "a weight without adapters", found)
         weight: Tensor = module.weight
         values = offloaded_values(self._model, key) if weight.is_meta else weight
         if values is None:
@@ -210,14 +208,6 @@ class _Live:
                 "weights first"
             )
         return values.detach()
-
-    def _refuse_merged(self, name: str) -> None:
-        if not name.endswith(".base_layer"):
-            return
-        layer: Any = self._model.get_submodule(name.removesuffix(".base_layer"))
-        merged = list(getattr(layer, "merged_adapters", ()))
-        found = f"{merged} merged into it; unmerge them first"
-        require(not merged, self.where, name, "a weight without adapters", found)
 
     def close(self) -> None:
         """Nothing to close."""

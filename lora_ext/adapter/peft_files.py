@@ -6,17 +6,17 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext._files import write_files
+from lora_ext._files import read_json, write_files
 
 from .config import AdapterConfig
-from .model_index import PAGE_DTYPES, ROUTED, LinearSpec, ModelIndex, in_routed_experts
+from .model_index import ROUTED, LinearSpec, ModelIndex, check_header, in_routed_experts
 from .peft_tensors import (
     StateDict,
     TensorSource,
@@ -24,16 +24,16 @@ from .peft_tensors import (
     base_name,
     open_tensors,
     parse_key,
-    read_config,
     roles_of,
     wrapped_names,
 )
-from .replaced import Replaced, find_replaced, find_rows, read_replaced
+from .replaced import Replaced, find_replaced, find_rows
 
 # A directory, or (config, state dict).
 AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
 
 CONFIG = "adapter config"  # what errors call a config that is no file
+_MAX_JSON_BYTES = 4 << 20
 
 
 class Factors(NamedTuple):
@@ -54,25 +54,17 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """An adapter whose names, shapes and dtypes fit the base model; no factor is read yet.
-
-    Attributes:
-        config: parsed. leftover: what ``strict=False`` skipped.
-        tensors: the file or state dict, open. index: the base model's modules.
-        keys: of each adapted module, its keys by role. scalings: of each.
-        whole: of each module that is replaced, its keys by ``weight`` and ``bias``.
-        rows: of each module of whose weight some rows are replaced, their key; tokens: which.
-    """
+    """An adapter whose names, shapes and dtypes fit the base model; no factor is read yet."""
 
     config: AdapterConfig
-    leftover: tuple[str, ...]
-    tensors: TensorSource
-    index: ModelIndex
-    keys: dict[str, dict[str, str]]
+    leftover: tuple[str, ...]  # what strict=False skipped
+    tensors: TensorSource  # the file or state dict, open
+    index: ModelIndex  # the base model's modules
+    keys: dict[str, dict[str, str]]  # of each adapted module, by role
     scalings: dict[str, float]
-    whole: dict[str, dict[str, str]]
-    rows: dict[str, str] = field(default_factory=dict)
-    tokens: tuple[int, ...] = ()
+    whole: dict[str, dict[str, str]]  # keys of each module that is replaced, by weight and bias
+    rows: dict[str, str]  # of each module of whose weight some rows are replaced, their key
+    tokens: tuple[int, ...]  # which rows
 
     def modules(self) -> Iterator[tuple[LinearSpec, Factors]]:
         """Read one adapted module after the other, so that whoever converts each has no more than
@@ -97,7 +89,8 @@ class CheckedAdapter:
     def replaced(self) -> Iterator[tuple[LinearSpec, Replaced]]:
         """Read one module after the other that the adapter brings along."""
         for module, keys in self.whole.items():
-            yield self.index.modules[module], read_replaced(self.tensors, keys)
+            whole = {role: self.tensors.read(key) for role, key in keys.items()}
+            yield self.index.modules[module], Replaced(**whole)
         for module, key in self.rows.items():
             rows = Replaced(self.tensors.read(key), rows=torch.tensor(self.tokens))
             yield self.index.modules[module], rows
@@ -117,13 +110,12 @@ def read_adapter(
     Args:
         source: a directory with ``adapter_config.json`` and ``adapter_model.safetensors`` (or
             ``.bin``), or ``(config, state_dict)`` with a dict or a ``peft.LoraConfig``.
-        index: the base model's modules.
-        max_rank: the largest rank that is accepted.
+        index: the base model's modules. max_rank: the largest rank that is accepted.
         strict: refuse keys, config fields and patterns that nothing uses, instead of listing them.
 
     Raises:
-        ValueError: naming file, key, expected and found.
-        NotImplementedError: convolutions and other things that are legal in PEFT and not here.
+        ValueError: naming file, key, expected and found. NotImplementedError: what is legal in PEFT
+            and not here, such as convolutions.
     """
     with open_adapter(source) as (config, tensors):
         yield check_adapter(config, tensors, index, max_rank, strict)
@@ -138,7 +130,8 @@ def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorS
         tensors: TensorSource = StateDict(state, "state dict")
     else:
         directory = adapter_directory(source)
-        config = AdapterConfig.parse(*read_config(directory))
+        path = directory / "adapter_config.json"
+        config = AdapterConfig.parse(read_json(path, _MAX_JSON_BYTES), str(path))
         tensors = open_tensors(directory)
     try:
         yield config, tensors
@@ -151,17 +144,14 @@ def check_adapter(
 ) -> CheckedAdapter:
     """Check what :func:`open_adapter` opened; arguments and errors are :func:`read_adapter`'s."""
     if index.shared:
-        config.check_shared()
-    elif config.target_parameters:
-        raise NotImplementedError(
-            f"{config.where}: target_parameters is not supported apart from a model: AdapterPool "
-            "serves adapters on experts, and from_peft trains them"
-        )
-    if config.trainable_token_indices and not index.shared:
-        raise NotImplementedError(
-            f"{config.where}: trainable_token_indices is not supported apart from a model: "
-            "AdapterPool serves them, and from_peft trains them"
-        )
+        expected = "'none' (the base model's biases are shared)"
+        require(config.base_bias == "none", config.where, "bias", expected, repr(config.base_bias))
+    for name in () if index.shared else ("target_parameters", "trainable_token_indices"):
+        if getattr(config, name):
+            raise NotImplementedError(
+                f"{config.where}: {name} is not supported apart from a model: AdapterPool serves "
+                "such adapters, and from_peft trains them"
+            )
     experts = wrapped_names(index.parameters, config.targeted_parameters(index))
     grouped, base, leftover = _group_keys(tensors, index, experts)
     rows, tokens = find_rows(config, tensors, index, grouped)
@@ -316,10 +306,7 @@ def _check_headers(
     found = f"lora_{{{', '.join(keys)}}} (lora_bias={config.lora_bias}, use_dora={config.use_dora})"
     require(keys.keys() == expected.keys(), tensors.where, module, wanted, found)
     for role, shape in expected.items():
-        info = tensors.infos[keys[role]]
-        where, known = f"{tensors.where}: {keys[role]}", "float16, bfloat16, float32 or float64"
-        require(info.dtype in PAGE_DTYPES, where, "dtype", known, info.dtype)
-        require(info.shape == shape, where, "shape", shape, info.shape)
+        check_header(tensors, keys[role], shape)
 
 
 def _some(items: Iterable[str]) -> str:

@@ -1,9 +1,5 @@
 """PEFT's tensors: what their names say, and their values out of a safetensors file, a ``.bin`` file
-or a state dict, none of them trusted.
-
-Shapes and dtypes are known before any tensor is read, so the caller can refuse a file without
-allocating for it.
-"""
+or a state dict, none of them trusted: shapes and dtypes are known before any tensor is read."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lora_ext._files import SafetensorsFile, TensorInfo, open_regular, read_json
+from lora_ext._files import SafetensorsFile, TensorInfo, open_regular
 
 PREFIX = "base_model.model."
 MAGNITUDE = "magnitude_vector"
@@ -33,12 +29,7 @@ _KEY = re.compile(
     re.DOTALL,
 )
 
-MAX_JSON_BYTES = 4 << 20
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
-
-
-# -------------------------------------------------------------------------------------------------
-# Names
 
 
 class Key(NamedTuple):
@@ -65,11 +56,11 @@ def parse_key(name: str) -> Key | None:
 
 
 def wrapped_names(parameters: Mapping[str, Sequence[str]], targeted: Set[str]) -> dict[str, str]:
-    """Expert parameters by the module under whose name PEFT keeps their factors.
+    """Expert parameters, given by their modules, by the name under which PEFT keeps their factors.
 
     A module with two adapted parameters is wrapped twice, in the order in which it has them: the
     last one's factors are found under the module's own name, those before it one ``base_layer``
-    deeper each. ``parameters`` has those of each experts module in its order.
+    deeper each.
     """
     return {
         module + ".base_layer" * depth: name
@@ -93,10 +84,6 @@ def roles_of(embedding: bool) -> dict[str, str]:
     :class:`lora_ext.adapter.Factors`."""
     a, b = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
     return {"a": a, "b": b, "bias": "B.bias", "magnitude": MAGNITUDE}
-
-
-# -------------------------------------------------------------------------------------------------
-# Values
 
 
 class TensorSource(Protocol):
@@ -150,12 +137,6 @@ def directory_names(path: Path, expected: str) -> set[str]:
             )
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: cannot be opened: {expected}, found {reason}{remedy}") from None
-
-
-def read_config(directory: Path) -> tuple[Any, str]:
-    """The parsed ``adapter_config.json`` and its path."""
-    path = directory / "adapter_config.json"
-    return read_json(path, MAX_JSON_BYTES), str(path)
 
 
 def open_tensors(directory: Path) -> TensorSource:

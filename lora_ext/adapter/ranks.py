@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_ext._checks import choice, integer, number, require
 from lora_ext.ops import lora_gram
 
+from .low_rank import core
 from .matrices import Source, check_floating, factor_matrices
 
 METHODS = ("qr", "gram")
@@ -250,14 +251,8 @@ def rank_report(
     return RankReport(tuple(rows))
 
 
-# -------------------------------------------------------------------------------------------------
-# Spectra
-
-
 def _spectrum(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    r_a = torch.linalg.qr(a.T, mode="r").R  # (min(n, r), r)
-    r_b = torch.linalg.qr(b, mode="r").R  # (min(m, r), r)
-    return torch.linalg.svdvals(r_b @ r_a.T) * scale
+    return torch.linalg.svdvals(core(a, b)) * scale
 
 
 def _gram_spectrum(gram_a: Tensor, gram_b: Tensor) -> Tensor:
@@ -282,17 +277,12 @@ def _participation(squares: Tensor) -> Tensor:
     return squares.sum().square() / squares.square().sum()
 
 
-# -------------------------------------------------------------------------------------------------
-# Checks
-
-
 def _factors(where: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     for name, t in (("a", a), ("b", b)):
         check_floating(where, name, t)
-    shapes = tuple(a.shape), tuple(b.shape)
     fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] and a.numel() and b.numel()
-    expected = "shapes (r, n) and (m, r), neither empty"
-    require(bool(fits), where, "a and b", expected, f"{shapes[0]} and {shapes[1]}")
+    expected, found = "shapes (r, n) and (m, r), neither empty", map(tuple, (a.shape, b.shape))
+    require(fits, where, "a and b", expected, " and ".join(map(str, found)))
     return _factor(where, "a", a), _factor(where, "b", b)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_ext._checks import require
 
 from .config import AdapterConfig
-from .model_index import PAGE_DTYPES, ModelIndex
+from .model_index import ModelIndex, check_header
 from .peft_tensors import PREFIX, TensorSource
 
 
@@ -21,6 +21,16 @@ class Replaced(NamedTuple):
     weight: Tensor  # (O, I); of an embedding (tokens, O); of n rows (n, ...)
     bias: Tensor | None = None  # (O,)
     rows: Tensor | None = None  # (n,) int64: which they are; None is all
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all three."""
+        return sum(tensor.nbytes for tensor in self if tensor is not None)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Replaced:
+        """The same of other tensors, which ``change`` makes of these."""
+        bias, rows = (None if t is None else change(t) for t in (self.bias, self.rows))
+        return Replaced(change(self.weight), bias, rows)
 
 
 def find_replaced(
@@ -34,9 +44,8 @@ def find_replaced(
     headers are checked, and no tensor is read.
 
     Args:
-        config: names modules in ``modules_to_save``, by the ends of their names as PEFT does.
-        tensors: the adapter's. saved: their keys that lie in such modules, with the weights' names
-            in the base model. adapted: modules that have LoRA factors.
+        saved: keys that lie in modules of ``modules_to_save``, with the weights' names in the base
+            model. adapted: modules that have LoRA factors.
     """
     lacking = [w for w in index.weights if config.saves_whole(w) and w not in saved.values()]
     if lacking:
@@ -48,30 +57,23 @@ def find_replaced(
     for key, name in saved.items():
         module, _, role = name.rpartition(".")
         spec = index.modules.get(module)
+        refusal = f"{tensors.where}: {key}: modules_to_save is not supported"
         if spec is None or not spec.plain or role not in ("weight", "bias"):
             raise NotImplementedError(
-                f"{tensors.where}: {key}: modules_to_save is not supported here: expected whole "
-                "Linear and Embedding modules that the pool serves (targets=), found a part of "
-                "another one"
+                f"{refusal} here: expected whole Linear and Embedding modules that the pool serves "
+                "(targets=), found a part of another one"
             )
         if module in index.bypassed:
             raise NotImplementedError(
-                f"{tensors.where}: {key}: modules_to_save is not supported on {module}, whose "
-                f"weight {index.bypassed[module]} reads without calling it"
+                f"{refusal} on {module}, whose weight {index.bypassed[module]} reads without "
+                "calling it"
             )
         if module in adapted:
-            raise NotImplementedError(
-                f"{tensors.where}: {key}: modules_to_save is not supported on {module}, which has "
-                "LoRA factors as well"
-            )
+            raise NotImplementedError(f"{refusal} on {module}, which has LoRA factors as well")
         expected = "weights that the base model has"
         require(name in index.weights, tensors.where, key, expected, "another")
-        info, shape = tensors.infos[key], index.weights.shape(name)
-        expected = "float16, bfloat16, float32 or float64"
-        require(info.dtype in PAGE_DTYPES, f"{tensors.where}: {key}", "dtype", expected, info.dtype)
-        expected = f"{shape} as in the base model"
-        other = f"{info.shape}; a head with another number of labels needs a model of its own"
-        require(info.shape == shape, f"{tensors.where}: {key}", "shape", expected, other)
+        remedy = "; a head with another number of labels needs a model of its own"
+        check_header(tensors, key, index.weights.shape(name), " as in the base model", remedy)
         found.setdefault(module, {})[role] = key
     return found
 
@@ -113,14 +115,5 @@ def find_rows(
     require(key in tensors.infos, tensors.where, key, "the rows of trainable_token_indices", "none")
     most = spec.in_features - 1
     require(max(tokens) <= most, config.where, field, f"tokens up to {most}", max(tokens))
-    info, shape = tensors.infos[key], (len(tokens), spec.out_features)
-    known = "float16, bfloat16, float32 or float64"
-    require(info.dtype in PAGE_DTYPES, f"{tensors.where}: {key}", "dtype", known, info.dtype)
-    require(info.shape == shape, f"{tensors.where}: {key}", "shape", shape, info.shape)
+    check_header(tensors, key, (len(tokens), spec.out_features))
     return dict.fromkeys(with_head, key), tuple(tokens)
-
-
-def read_replaced(tensors: TensorSource, keys: Mapping[str, str]) -> Replaced:
-    """One module's tensors."""
-    bias = tensors.read(keys["bias"]) if "bias" in keys else None
-    return Replaced(tensors.read(keys["weight"]), bias)

@@ -59,21 +59,17 @@ def resize_adapter(
         product = factors.a.shape[0] == factors.b.shape[1]  # else a grouped convolution
         asks = ranks[name] != factors.a.shape[0]
         if asks or (product and bool(asleep(factors.a, factors.b).any())):
-            found, errors[name] = _resized(name, factors, ranks[name], generator)
+            where = f"resize_adapter: {name}"
+            check_matrices(factors, where)
+            matrices = factors.a.flatten(1), factors.b.flatten(1)
+            a, b, error = resized(where, *matrices, ranks[name], generator)
+            errors[name] = abs(factors.scaling) * error
+            a = a.unflatten(1, factors.a.shape[1:])
+            b = b.reshape(len(b), ranks[name], *factors.b.shape[2:])
+            found = factors._replace(a=a, b=b)
         if ranks[name]:
             modules[name] = found
     return adapter.with_modules(modules), errors
-
-
-def _resized(
-    name: str, factors: Factors, rank: int, generator: torch.Generator
-) -> tuple[Factors, float]:
-    where = f"resize_adapter: {name}"
-    check_matrices(factors, where)
-    a, b, error = resized(where, factors.a.flatten(1), factors.b.flatten(1), rank, generator)
-    a = a.unflatten(1, factors.a.shape[1:])
-    b = b.reshape(len(b), rank, *factors.b.shape[2:])
-    return factors._replace(a=a, b=b), abs(factors.scaling) * error
 
 
 def _ranks(adapter: LoraAdapter, rank: int | Mapping[str, int]) -> dict[str, int]:

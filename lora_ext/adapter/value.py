@@ -197,7 +197,10 @@ class LoraAdapter:
             return False
         if self.replacements.keys() != other.replacements.keys():
             return False
-        return all(_same(f, other.modules[name]) for name, f in self.modules.items()) and all(
+        return all(
+            all(map(same_values, factors, other.modules[name]))
+            for name, factors in self.modules.items()
+        ) and all(
             same_values(value, other.replacements[key]) for key, value in self.replacements.items()
         )
 
@@ -212,23 +215,11 @@ class LoraAdapter:
         return LoraAdapter, (self.config, *map(dict, parts))
 
 
-def _same(first: Factors, second: Factors) -> bool:
-    if (first.scaling, first.embedding) != (second.scaling, second.embedding):
-        return False
-    return all(
-        left is right if left is None or right is None else same_values(left, right)
-        for left, right in (
-            (first.a, second.a),
-            (first.b, second.b),
-            (first.bias, second.bias),
-            (first.magnitude, second.magnitude),
-        )
-    )
-
-
-def same_values(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have one shape and equal values, wherever they lie."""
-    return left.shape == right.shape and bool((left == right.to(left.device)).all())
+def same_values(left: Any, right: Any) -> bool:
+    """Whether two values are equal; of tensors the shapes and values, wherever they lie."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.shape == right.shape and bool((left == right.to(left.device)).all())
+    return bool(left == right)  # one of them may be None
 
 
 def _copied(factors: Factors) -> Factors:
@@ -287,12 +278,4 @@ def _implied_index(config: AdapterConfig, tensors: TensorSource) -> ModelIndex:
         (embedding if is_embedding else linear)[name] = LinearSpec(
             name, inputs, out, torch.float32, torch.device("cpu"), tuple(kernel), groups
         )
-    return ModelIndex(
-        linear=linear,
-        embedding=embedding,
-        unsupported={},
-        output_head=None,
-        classifier=None,
-        weights=_Unknown(config),
-        shared=False,
-    )
+    return ModelIndex(linear, embedding, _Unknown(config), shared=False)

@@ -13,13 +13,12 @@ from torch import Tensor
 from lora_ext._checks import choice, integer, number, require
 from lora_ext.adapter import PREFIX, able_to_learn, norm_of, padded, truncated
 
-from .means import PairPart, Part, by_norm, mean_of, noise_of, normalised, stack_of
+from .means import PairPart, Part, by_norm, mean, mean_of, noise_of, normalised, stack_of
 from .plan import PATTERN, Pair, layer_pairs
 from .update import Client, NanPolicy, Reply, Rules, Update, Upload, accept
 
 RankAgg = Literal["covered", "zero_pad", "fro", "svd", "stack"]
 WHERE = "aggregate"
-_POSITIVE = "a finite number above 0"
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,15 @@ def aggregate(
     "stack".
     """
     check_settings(
-        rank_agg=rank_agg,
-        upload=upload,
-        weighted_by=weighted_by,
-        nan_policy=nan_policy,
-        server_lr=server_lr,
-        max_update_norm=max_update_norm,
-        min_replies=min_replies,
+        {
+            "rank_agg": rank_agg,
+            "upload": upload,
+            "weighted_by": weighted_by,
+            "nan_policy": nan_policy,
+            "server_lr": server_lr,
+            "max_update_norm": max_update_norm,
+            "min_replies": min_replies,
+        }
     )
     pairs = layer_pairs(f"{WHERE}: state", state, pattern)
     for key in shared:
@@ -188,9 +189,8 @@ class _Round:
 
     def add_shared(self, key: str) -> None:
         """Average a tensor that is no factor."""
-        parts = self._parts(key)
-        if parts:
-            self._write(key, mean_of(self._start(key), parts, None, zero_pad=False))
+        if parts := self._parts(key):
+            self._write(key, mean(parts))
 
     def noise(self) -> dict[int, float]:
         """By layer, the root of the sums of squares over its modules."""
@@ -277,32 +277,23 @@ def _scales(scaling: float | Mapping[str, float], pairs: Sequence[Pair]) -> dict
     given: dict[str, Any] = {pair.module: scaling for pair in pairs}
     if isinstance(scaling, Mapping):
         named = {str(name).removeprefix(PREFIX): value for name, value in scaling.items()}
-        for pair in pairs:
-            require(pair.module in named, WHERE, "scaling", f"one of {pair.module}", sorted(named))
-        given = {pair.module: named[pair.module] for pair in pairs}
-    for module, value in given.items():
-        real = isinstance(value, int | float) and math.isfinite(value)
-        require(real, WHERE, f"scaling: {module}", "a finite number", repr(value))
-    return {module: float(value) for module, value in given.items()}
+        for module in given:
+            require(module in named, WHERE, "scaling", f"one of {module}", sorted(named))
+        given = {module: named[module] for module in given}
+    return {m: float(number(WHERE, f"scaling: {m}", value)) for m, value in given.items()}
 
 
-def check_settings(
-    *,
-    rank_agg: Any,
-    upload: Any,
-    weighted_by: Any,
-    nan_policy: Any,
-    server_lr: Any,
-    max_update_norm: Any,
-    min_replies: Any,
-    **_: Any,
-) -> None:
+def check_settings(given: Mapping[str, Any]) -> None:
     """Check the arguments of :func:`aggregate` of these names, which raises for them."""
-    choice(WHERE, "rank_agg", rank_agg, get_args(RankAgg))
-    choice(WHERE, "upload", upload, get_args(Upload))
-    choice(WHERE, "weighted_by", weighted_by, ("num-examples", None))
-    choice(WHERE, "nan_policy", nan_policy, get_args(NanPolicy))
-    number(WHERE, "server_lr", server_lr, above=0, expected=_POSITIVE)
-    if max_update_norm is not None:
-        number(WHERE, "max_update_norm", max_update_norm, above=0, expected=_POSITIVE)
-    integer(WHERE, "min_replies", min_replies, 1)
+    choices: dict[str, tuple[Any, ...]] = {
+        "rank_agg": get_args(RankAgg),
+        "upload": get_args(Upload),
+        "weighted_by": ("num-examples", None),
+        "nan_policy": get_args(NanPolicy),
+    }
+    for name, known in choices.items():
+        choice(WHERE, name, given[name], known)
+    for name in ("server_lr", "max_update_norm"):
+        if name == "server_lr" or given[name] is not None:
+            number(WHERE, name, given[name], above=0, expected="a finite number above 0")
+    integer(WHERE, "min_replies", given["min_replies"], 1)

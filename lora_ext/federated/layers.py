@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
 import torch
@@ -127,8 +127,7 @@ class LoraLayerManager:
                 layer.lora_dropout[self.adapter].p = p if keeps else 0.0
         self.lowest_trainable = min(trained, default=None)
 
-    @contextlib.contextmanager
-    def boundary(self) -> Iterator[None]:
+    def boundary(self) -> AbstractContextManager[None]:
         """A block in which no autograd graph is built below the lowest layer that trains.
 
         The forward of each block below it runs without gradients, so that activations and backward
@@ -138,14 +137,8 @@ class LoraLayerManager:
         nothing where its inputs require no gradients.
         """
         lowest = self.num_layers if self.lowest_trainable is None else self.lowest_trainable
-        without = _WithoutGraph()
-        with contextlib.ExitStack() as hooks:
-            for block in map(self.model.get_submodule, self.blocks[:lowest]):
-                hooks.enter_context(block.register_forward_pre_hook(without.enter))
-                # Called where the forward raises too: else gradients would stay off.
-                leave = block.register_forward_hook(without.leave, always_call=True)
-                hooks.enter_context(leave)
-            yield
+        blocks = map(self.model.get_submodule, self.blocks[:lowest])
+        return forwards({block: torch.no_grad()(block.forward) for block in blocks})
 
     def state_slice(
         self, layers: Sequence[int] | None = None, ranks: Sequence[int] | None = None
@@ -232,20 +225,20 @@ class LoraLayerManager:
                 require(rank <= full, where, "plan.ranks", expected, rank)
 
 
-class _WithoutGraph:
-    """Hooks around a block that switch gradients off for it, and back to what they were."""
-
-    def __init__(self) -> None:
-        self._before = threading.local()  # two threads may run one model
-
-    def enter(self, *_: Any) -> None:
-        # A stack, as a checkpoint runs a block again within the forward of another.
-        stack: list[bool] = self._before.__dict__.setdefault("stack", [])
-        stack.append(torch.is_grad_enabled())
-        torch.set_grad_enabled(False)
-
-    def leave(self, *_: Any) -> None:
-        torch.set_grad_enabled(self._before.stack.pop())
+@contextlib.contextmanager
+def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """A block in which modules have other forwards."""
+    # Forwards of the objects themselves, as accelerate puts them there; the class's is no entry.
+    before = {module: module.__dict__.get("forward") for module in replaced}
+    try:
+        for module, forward in replaced.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before.items():
+            module.__dict__.pop("forward", None)
+            if own is not None:
+                module.forward = own
 
 
 def _one_block(layer: int, names: set[str]) -> str:
@@ -272,11 +265,11 @@ def _check_carried(name: str, layer: Any, adapter: str) -> None:
 def _check_fits(
     where: str, key: str, role: str, value: Any, factors: tuple[Tensor, Tensor]
 ) -> None:
-    a, b = factors
-    expected, axis = (a.shape, 0) if role == "A.weight" else (b.shape, 1)
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{where}: {key}: expected a floating tensor, found {found}")
+    axis = 0 if role == "A.weight" else 1
+    expected = factors[axis].shape
+    found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    require(floating, where, key, "a floating tensor", found)
     fits = value.dim() == len(expected) and 0 < value.shape[axis] <= expected[axis]
     fits = fits and all(value.shape[i] == size for i, size in enumerate(expected) if i != axis)
     expected = f"shape {list(expected)} or one of a smaller rank"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -60,10 +61,10 @@ class CommLog:
             ValueError: a number below 0. TypeError: one that is no int.
         """
         row = self._rows.get((round, client), CommRow(round, client))
-        sums: dict[str, int] = {}
-        for name, value in {"up": up, "down": down, "frames": frames, "full": full}.items():
+        more = {"up": up, "down": down, "frames": frames, "full": full}
+        for name, value in more.items():
             integer("CommLog.record", name, value, 0, expected=("an int", "bytes from 0"))
-            sums[name] = getattr(row, name) + value
+        sums = {name: getattr(row, name) + value for name, value in more.items()}
         self._rows[round, client] = row._replace(**sums)
 
     def total(self, name: str = "up", round: int | None = None) -> int:
@@ -81,12 +82,9 @@ class CommLog:
     def cumulative(self, name: str = "up") -> dict[int, int]:
         """Add up one column round by round: by round, its bytes up to and with that one. ``name``
         as for :meth:`total`."""
-        found: dict[int, int] = {}
-        total = 0
-        for round in sorted({row.round for row in self.rows}):
-            total += self.total(name, round)
-            found[round] = total
-        return found
+        rounds = sorted({row.round for row in self.rows})
+        totals = itertools.accumulate(self.total(name, round) for round in rounds)
+        return dict(zip(rounds, totals, strict=True))
 
     @property
     def share(self) -> float:
@@ -154,8 +152,6 @@ class RoundLog:
         found["plans"] = [[client, plan.to_config()] for client, plan in self.plans.items()]
         for name in ("rejected", "clipped", "noise"):
             found[name] = [list(entry) for entry in getattr(self, name).items()]
-        for name in ("accepted", "heights", "uncovered"):
-            found[name] = list(found[name])
         return found
 
     @classmethod

@@ -99,9 +99,8 @@ def aggregate_masked(
     pairs = layer_pairs(f"{where}: state", state, pattern)
     shapes = masked_shapes(state, pattern)
     odd = sorted(shapes.keys() ^ sums.keys())
-    require(
-        not odd, where, "sums", f"the names of {len(shapes)} tensors", f"a difference: {odd[:3]}"
-    )
+    expected = f"the names of {len(shapes)} tensors"
+    require(not odd, where, "sums", expected, f"a difference: {odd[:3]}")
     for key, shape in shapes.items():
         value = sums[key]
         require(tuple(value.shape) == shape, where, key, f"shape {shape}", tuple(value.shape))

@@ -34,16 +34,13 @@ class PairPart(NamedTuple):
     b: Tensor  # (O, r)
 
 
-def mean_of(start: Tensor, parts: Sequence[Part], axis: int | None, zero_pad: bool) -> Tensor:
+def mean_of(start: Tensor, parts: Sequence[Part], axis: int, zero_pad: bool) -> Tensor:
     """The weighted mean, rank by rank over the clients that have the rank; shaped like ``start``.
 
     Args:
         start: the global value, which ranks that nobody has keep. parts: at least one.
-        axis: of the ranks; None for a tensor without.
-        zero_pad: whether a client's missing ranks count as zeros.
+        axis: of the ranks. zero_pad: whether a client's missing ranks count as zeros.
     """
-    if axis is None:
-        return _mean(parts)
     result = start.clone()
     bounds = {0, start.shape[axis], *(part.value.shape[axis] for part in parts)}
     for low, high in itertools.pairwise(sorted(bounds)):
@@ -55,12 +52,12 @@ def mean_of(start: Tensor, parts: Sequence[Part], axis: int | None, zero_pad: bo
             elif zero_pad:
                 having.append(part._replace(value=torch.zeros_like(ranks)))
         if having:
-            ranks.copy_(_mean(having))
+            ranks.copy_(mean(having))
     return result
 
 
-def _mean(parts: Sequence[Part]) -> Tensor:
-    """Around the first value, so that equal values have exactly themselves as their mean."""
+def mean(parts: Sequence[Part]) -> Tensor:
+    """The weighted mean, around the first value: that of equal values is exactly what they are."""
     weights = [part.weight for part in parts]
     if not any(weights):
         weights = [part.otherwise for part in parts]

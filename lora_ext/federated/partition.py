@@ -44,16 +44,10 @@ def partition_pathological(
     integer(where, "min_per_share", min_per_share, 0)
     integer(where, "seed", seed, 0)
     most = len(classes)
-    require(
-        classes_per_client <= most,
-        where,
-        "classes_per_client",
-        f"at most {most}",
-        classes_per_client,
-    )
-    slots = n_clients * classes_per_client
+    name, count = "classes_per_client", classes_per_client
+    require(count <= most, where, name, f"at most {most}", count)
     least = math.ceil(most / n_clients)
-    require(slots >= most, where, "classes_per_client", f"at least {least}", classes_per_client)
+    require(count >= least, where, name, f"at least {least}", count)
     generator = np.random.default_rng(seed)
     owners: list[list[int]] = [[] for _ in classes]
     for client in range(n_clients):

@@ -174,9 +174,8 @@ def _name_of(key: str, array: Any, brain: bool, where: str) -> str:
 
 
 def _flat_entries(payload: Payload, where: str) -> dict[str, tuple[str, np.ndarray]]:
-    require(
-        [*payload.arrays] == [_PACKED], where, "arrays", f"{_PACKED!r} alone", [*payload.arrays][:3]
-    )
+    keys = [*payload.arrays]
+    require(keys == [_PACKED], where, "arrays", f"{_PACKED!r} alone", keys[:3])
     packed = payload.arrays[_PACKED]
     require(isinstance(packed, np.ndarray), where, _PACKED, "an array", type(packed).__name__)
     plain = packed.dtype == np.uint8 and packed.ndim == 1
@@ -236,9 +235,8 @@ def read_npy(data: bytes, where: str = "read_npy") -> np.ndarray:
         }[version]
         shape, fortran, dtype = read(file, max_header_size=_MOST_HEADER)
     except Exception as error:  # numpy's parser raises whatever the bytes provoke
-        raise ValueError(
-            f"{where}: expected the bytes of a .npy file, found {error!s:.200}"
-        ) from None
+        found = f"{error!s:.200}"
+        raise ValueError(f"{where}: expected the bytes of a .npy file, found {found}") from None
     plain = all(type(size) is int and size >= 0 for size in shape)  # True is none of numpy's
     require(plain, where, "shape", "sizes from 0", shape)
     require(dtype.kind in "fu", where, "dtype", "numbers", dtype)

@@ -92,10 +92,6 @@ def _integers(name: str, values: Any, least: int) -> tuple[int, ...]:
     return tuple(integer("LayerPlan", name, v, least, expected=words) for v in values)
 
 
-# -------------------------------------------------------------------------------------------------
-# Names
-
-
 class LayerNotFound(ValueError):
     """A pattern that finds no layer, or layers whose indices have gaps."""
 
@@ -118,8 +114,8 @@ def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[P
         pattern: a regular expression whose first group is the index of the layer.
 
     Raises:
-        KeyError: a factor without the other. LayerNotFound: no name has an index.
-        ValueError: factors that do not share a rank, or are no floating matrices.
+        KeyError: a factor without the other. LayerNotFound: no name has an index. ValueError:
+            factors that do not share a rank, or are no floating matrices.
     """
     found: list[Pair] = []
     for module, (a, b) in factor_keys(where, state).items():

@@ -106,12 +106,8 @@ def accept(
     updates: Iterable[Update], rules: Rules
 ) -> tuple[list[Reply], dict[Client, str], dict[Client, float]]:
     """Sort replies into those that count, in the order of the clients, and the reasons of the rest;
-    and tell by client the factor of an update that was too long.
-
-    Raises:
-        ValueError: a value that is not finite, with ``nan_policy="raise"``. TypeError: what is no
-            :class:`Update`.
-    """
+    and tell by client the factor of an update that was too long. A value that is not finite is a
+    ValueError with ``nan_policy="raise"``, and what is no :class:`Update` a TypeError."""
     by_client: dict[Client, list[Update]] = {}
     for update in updates:
         found, known = type(update).__name__, isinstance(update, Update)
@@ -126,12 +122,10 @@ def accept(
             for other in others:
                 _need(same(first, other), "reply", "one, or equal ones", "two that differ")
             replies.append(_accepted(first, rules))
-        except _NotFinite as error:
-            if rules.nan_policy == "raise":
-                raise ValueError(f"aggregate: client {client}: {error}") from None
-            reasons[client] = f"client {client}: {error}"
         except Rejected as error:
             reasons[client] = f"client {client}: {error}"
+            if isinstance(error, _NotFinite) and rules.nan_policy == "raise":
+                raise ValueError(f"aggregate: {reasons[client]}") from None
     return replies, reasons, {r.client: r.factor for r in replies if r.factor != 1}
 
 
@@ -146,15 +140,19 @@ def _need(holds: bool, name: str, expected: object, found: object) -> None:
 
 def _accepted(update: Update, rules: Rules) -> Reply:
     _need(not update.failed, "reply", "a trained update", "one that says it failed")
-    _check_plan(update.plan, rules)
+    plan: Any = update.plan
+    _need(isinstance(plan, LayerPlan), "plan", "a LayerPlan", type(plan).__name__)
+    known = sorted(set(rules.layers.values()))
+    for layer in plan.layers:
+        _need(layer in known, "plan.layers", f"layers of {known}", layer)
     weight = weight_of(update.num_examples)
-    tensors = _checked(update.tensors, update.plan, rules)
+    tensors = _checked(update.tensors, plan, rules)
     for pair in rules.pairs:
         present = [key for key in (pair.a, pair.b) if key in tensors]
         for key in (pair.a, pair.b):
             if present and key not in present:
                 _need(False, key, f"it beside {present[0]}", "none")
-            if pair.layer in update.plan.layers and not rules.partial_ok:
+            if pair.layer in plan.layers and not rules.partial_ok:
                 _need(key in present, key, "a tensor of the plan", "none")
     for key in rules.shared:
         _need(key in tensors or rules.partial_ok, key, "a tensor of every client", "none")
@@ -167,13 +165,6 @@ def _accepted(update: Update, rules: Rules) -> Reply:
         holds = bool(reply.value(key, rules).to(dtype).isfinite().all())
         _need(holds, key, f"values that {dtype} can hold", "larger ones")
     return reply
-
-
-def _check_plan(plan: Any, rules: Rules) -> None:
-    _need(isinstance(plan, LayerPlan), "plan", "a LayerPlan", type(plan).__name__)
-    known = sorted(set(rules.layers.values()))
-    for layer in plan.layers:
-        _need(layer in known, "plan.layers", f"layers of {known}", layer)
 
 
 def weight_of(examples: Any) -> float:
@@ -211,14 +202,11 @@ def _checked(tensors: Any, plan: LayerPlan, rules: Rules) -> dict[str, Tensor]:
 
 
 def _finite(tensors: dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        if bool(value.isfinite().all()):
-            found[key] = value
-        elif rules.nan_policy != "drop_tensor":
-            bad = int((~value.isfinite()).sum())
-            raise _NotFinite(f"{key}: expected finite values, found {bad} that are not")
-    return found
+    bad = {key: int((~value.isfinite()).sum()) for key, value in tensors.items()}
+    for key, count in bad.items():
+        if count and rules.nan_policy != "drop_tensor":
+            raise _NotFinite(f"{key}: expected finite values, found {count} that are not")
+    return {key: value for key, value in tensors.items() if not bad[key]}
 
 
 def _clip_factor(tensors: dict[str, Tensor], rules: Rules) -> float:

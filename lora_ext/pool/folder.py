@@ -63,8 +63,14 @@ class AdapterFolder:
             UnknownAdapterError: there is none. And what :meth:`load` raises for what is in it.
         """
         with self._lock:
-            if name not in self.pool:
-                self._load(name, self._paths.get(name) or self._folder_of(name))
+            if name in self.pool:
+                return
+            if name not in self._paths and not self._has(name):
+                raise UnknownAdapterError(
+                    f"AdapterFolder: adapter {name!r:.200} is not loaded; {self.root.name!r} has "
+                    "no folder of that name"
+                )
+            self._load(name, self._paths.get(name) or self._checked(name))
 
     def unload(self, name: str) -> None:
         """Forget a name. Whoever has pinned the adapter keeps it.
@@ -95,14 +101,6 @@ class AdapterFolder:
             return bool(self._checked(name))
         except (ValueError, FileNotFoundError):
             return False
-
-    def _folder_of(self, name: str) -> Path:
-        if self._has(name):
-            return self._checked(name)
-        raise UnknownAdapterError(
-            f"AdapterFolder: adapter {name!r:.200} is not loaded; {self.root.name!r} has no folder "
-            "of that name"
-        )
 
     def _checked(self, path: str | os.PathLike[str]) -> Path:
         """A folder below the root; with links followed, all its files are there too."""

@@ -102,11 +102,7 @@ class CudaMemory(Memory):
 
 
 def memory_on(device: torch.device, nbytes: int) -> Memory:
-    """Memory that grows, where the device can.
-
-    Raises:
-        RuntimeError, OSError: there is no room.
-    """
+    """Memory that grows, where the device can; a RuntimeError or OSError where there is no room."""
     if device.type == "cpu":
         return HostMemory(nbytes)
     if device.type == "cuda":
@@ -207,12 +203,8 @@ def _properties(index: int) -> _Properties:
 
 
 class Reservation:
-    """Addresses of ``size`` bytes, whose front is backed piece by piece. When neither this object
-    nor a tensor on it is held any more, :func:`give_back` may have all of it.
-
-    Args:
-        driver: the functions. index: of the device. size: a multiple of ``piece``, the granularity.
-    """
+    """Addresses of ``size`` bytes, a multiple of ``piece``, whose front is backed piece by piece.
+    When neither this object nor a tensor on it is held any more, :func:`give_back` may have it."""
 
     def __init__(self, driver: Driver, index: int, size: int, piece: int):
         give_back()

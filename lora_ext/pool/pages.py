@@ -10,6 +10,7 @@ A page holds 8 consecutive ranks of one module, the last one of an adapter fille
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,27 +77,12 @@ class PackedModule:
 
 
 @dataclass(frozen=True)
-class PackedReplaced:
-    """A module that an adapter replaces, or rows of it, in host memory."""
-
-    weight: Tensor  # (O, I); of an embedding (tokens, O); of n rows (n, ...)
-    bias: Tensor | None  # (O,)
-    rows: Tensor | None = None  # (n,) int64
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all three."""
-        tensors = (self.weight, self.bias, self.rows)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-@dataclass(frozen=True)
 class PackedAdapter:
     """A whole adapter in host memory, checked and packed."""
 
     config: AdapterConfig
     modules: dict[str, PackedModule]
-    replaced: dict[str, PackedReplaced] = field(default_factory=dict)
+    replaced: dict[str, Replaced] = field(default_factory=dict)
     leftover: tuple[str, ...] = ()  # what strict=False skipped
 
     @property
@@ -113,13 +99,10 @@ class PackedAdapter:
 def read_packed(
     source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool = True
 ) -> PackedAdapter:
-    """:func:`lora_ext.adapter.read_adapter` into pages, one module after the other.
-
-    Raises:
-        ValueError: also for values that the dtype of the pages cannot hold.
-    """
+    """:func:`lora_ext.adapter.read_adapter` into pages, one module after the other; a ValueError
+    also for values that the dtype of the pages cannot hold."""
     modules: dict[str, PackedModule] = {}
-    replaced: dict[str, PackedReplaced] = {}
+    replaced: dict[str, Replaced] = {}
     with read_adapter(source, index, max_rank, strict) as adapter:
         for spec, factors in adapter.modules():
             packed = modules[spec.name] = pack(spec, factors)
@@ -127,13 +110,11 @@ def read_packed(
                 # After the conversion, so that what float16 cannot hold is found as well.
                 _check_finite(getattr(packed, part), adapter.where_is(spec.name, part))
         for spec, whole in adapter.replaced():
-            weight, bias = (_host(spec, t, spec.dtype) for t in (whole.weight, whole.bias))
-            assert weight is not None
+            kept = whole.each(functools.partial(_host, spec))
             argument = "modules_to_save" if whole.rows is None else "trainable_token_indices"
-            for values in (weight, bias):
+            for values in kept:
                 _check_finite(values, f"AdapterPool: {argument}: {spec.name}")
-            rows = _host(spec, whole.rows, torch.int64)
-            replaced[spec.name] = PackedReplaced(weight, bias, rows)
+            replaced[spec.name] = kept
     return PackedAdapter(adapter.config, modules, replaced, adapter.leftover)
 
 
@@ -142,10 +123,11 @@ def _check_finite(values: Tensor | None, where: str) -> None:
         raise ValueError(f"{where}: expected finite values in {values.dtype}, found NaN or inf")
 
 
-def _host(spec: LinearSpec, values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A copy in host memory, pinned where it goes on to a CUDA device."""
-    if values is None:
-        return None
+def _host(spec: LinearSpec, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy in host memory, pinned where it goes on to a CUDA device; floating values have the
+    dtype of the pages unless another one is given."""
+    if dtype is None:
+        dtype = spec.dtype if values.is_floating_point() else values.dtype
     pin = spec.device.type == "cuda"
     return torch.empty(values.shape, dtype=dtype, pin_memory=pin).copy_(values)
 
@@ -167,8 +149,11 @@ def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
     for p in range(n):
         ranks = each_b[..., p * PAGE : (p + 1) * PAGE]  # (E, O, <= 8)
         b_pages.view(experts, n, -1, PAGE)[:, p, :, : ranks.shape[2]].copy_(ranks)
-    bias = _host(spec, factors.bias, spec.dtype)
-    magnitude = _host(spec, factors.magnitude, magnitude_dtype(spec.dtype))
+    bias, magnitude = factors.bias, factors.magnitude
+    if bias is not None:
+        bias = _host(spec, bias)
+    if magnitude is not None:
+        magnitude = _host(spec, magnitude, magnitude_dtype(spec.dtype))
     return PackedModule(a_pages, b_pages, bias, rank, factors.scaling, magnitude)
 
 
@@ -222,35 +207,23 @@ class ModuleSlab:
     experts: int = 1  # E
 
 
-@dataclass
 class TableBlock:
     """Tables of the modules, all of so many experts, that one load targets first: to publish a
-    slot is three copies."""
+    slot is three copies. All slots are empty at first."""
 
-    names: tuple[str, ...]
-    page_table: Tensor  # (M, S, ceil(max_rank / 8))
-    ranks: Tensor  # (M, S)
-    scale: Tensor  # (M, S)
-    experts: int = 1
-
-    @classmethod
-    def allocate(
-        cls,
+    def __init__(
+        self,
         names: Sequence[str],
         slots: int,
         max_pages: int,
         device: torch.device,
-        experts: int = 1,
-    ) -> TableBlock:
-        """All slots empty."""
+        experts: int,
+    ):
         m, slots = len(names), slots * experts
-        return cls(
-            tuple(names),
-            torch.full((m, slots, max_pages), -1, dtype=torch.int32, device=device),
-            torch.zeros(m, slots, dtype=torch.int32, device=device),
-            torch.zeros(m, slots, dtype=torch.float32, device=device),
-            experts,
-        )
+        self.names, self.experts = names, experts
+        self.page_table = torch.full((m, slots, max_pages), -1, dtype=torch.int32, device=device)
+        self.ranks = torch.zeros(m, slots, dtype=torch.int32, device=device)
+        self.scale = torch.zeros(m, slots, dtype=torch.float32, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -316,11 +289,8 @@ class Slab:
         )
 
     def bytes_for(self, free: Sequence[int], round_up: int = 1) -> int:
-        """Bytes of memory without which a page is missing, where these are free.
-
-        Args:
-            free: the highest first. round_up: to a multiple of so many pages.
-        """
+        """Bytes of memory without which a page is missing, where these are free, the highest
+        first, and the rest is rounded up to a multiple of so many pages."""
         # The pages at the end that are free: entry i is the page P - 1 - i, up to the first gap.
         used = self.pages - bisect(
             range(len(free)), False, key=lambda i: free[i] != self.pages - 1 - i

@@ -11,7 +11,6 @@ from lora_ext.adapter import Replaced
 
 from .pages import (
     PackedAdapter,
-    PackedReplaced,
     Slab,
     TableBlock,
     descending,
@@ -30,12 +29,7 @@ class PoolFullError(RuntimeError):
 def find_place(
     store: PageStore, name: str, packed: PackedAdapter, order: Iterable[Resident]
 ) -> Placement:
-    """Choose slot, pages and victims.
-
-    Args:
-        store: where to. name: for the message.
-        packed: the adapter to place.
-        order: residents, the first to be evicted first; pinned ones are passed over.
+    """Choose slot, pages and victims for an adapter: residents in this order, but for pinned ones.
 
     Raises:
         PoolFullError: says what would be needed, who holds it, and what to do.
@@ -88,14 +82,10 @@ def _full(store: PageStore, name: str, wanted: list[str]) -> str:
 
 
 class _Search:
-    """Free pages and bytes as they would be, while victims are chosen.
-
-    Args:
-        store: as it is. need: pages by module. packed: the adapter that needs them.
-    """
+    """Free pages and bytes as they would be, while victims are chosen."""
 
     def __init__(self, store: PageStore, need: dict[str, int], packed: PackedAdapter):
-        self.store, self.need = store, need
+        self.store, self.need = store, need  # pages by module
         specs = store.index.specs
         self.new = {
             m: Slab(specs[m], store.pages * specs[m].experts) for m in need.keys() - store.slabs
@@ -103,9 +93,9 @@ class _Search:
         self.slabs = store.slabs | self.new
         self.free = {module: list(self.slabs[module].free) for module in need}
         self.tables = _new_blocks(store, self.new), *_new_vectors(store, self.slabs, packed)
-        new_tables = Placement(-1, {}, {}, [], {}, *self.tables).table_bytes
-        whole = sum(each.nbytes for each in packed.replaced.values())
-        self.others = store.table_bytes + store.replaced_bytes + new_tables + whole
+        blocks, biases, magnitudes = self.tables
+        new = (*blocks, *biases.values(), *magnitudes.values(), *packed.replaced.values())
+        self.others = store.table_bytes + store.replaced_bytes + sum(each.nbytes for each in new)
 
     def lacking(self) -> set[str]:
         """Modules with too few free pages."""
@@ -137,9 +127,9 @@ class _Search:
         rooms = {m: _room_for(self.store, m, whole) for m, whole in packed.replaced.items()}
         return Placement(slot, pages, self.free, victims, self.new, *self.tables, rooms, sizes)
 
-    def _sizes(self) -> dict[str, int]:
-        """Bytes behind the pages of each module whose bytes change: in steps of some pages where
-        that fits, else as many as are needed, else nowhere more than are needed."""
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        """Bytes behind the pages of each module whose bytes change, now and then: in steps of some
+        pages where that fits, else as many as are needed, else nowhere more than are needed."""
         kept = {module: slab.memory.backed for module, slab in self.slabs.items()}
         ahead, exact = (
             kept | {module: max(kept[module], self._least(module, step)) for module in self.need}
@@ -151,17 +141,13 @@ class _Search:
             s for s in (ahead, exact) if limit is None or sum(s.values()) + self.others <= limit
         )
         sizes = next(fits, trimmed)
-        return {module: size for module, size in sizes.items() if size != kept[module]}
+        return {m: (kept[m], size) for m, size in sizes.items() if size != kept[m]}
 
 
-def _room_for(store: PageStore, module: str, whole: PackedReplaced) -> Replaced:
+def _room_for(store: PageStore, module: str, whole: Replaced) -> Replaced:
     device = store.index.modules[module].device
     try:
-        bias, rows = (
-            None if t is None else torch.empty_like(t, device=device)
-            for t in (whole.bias, whole.rows)
-        )
-        return Replaced(torch.empty_like(whole.weight, device=device), bias, rows)
+        return whole.each(lambda t: torch.empty_like(t, device=device))
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         raise MemoryError(
             f"AdapterPool: expected room for {module} of an adapter that replaces it "
@@ -175,7 +161,7 @@ def _new_blocks(store: PageStore, new: Iterable[str]) -> list[TableBlock]:
         spec = store.index.specs[module]
         together.setdefault((spec.device, spec.experts), []).append(module)
     return [
-        TableBlock.allocate(names, store.max_slots, store.max_pages, device, experts)
+        TableBlock(names, store.max_slots, store.max_pages, device, experts)
         for (device, experts), names in together.items()
     ]
 
@@ -196,23 +182,13 @@ def _new_vectors(
     return biases, magnitudes
 
 
-def backed_bytes(store: PageStore, place: Placement) -> dict[str, int]:
-    """Bytes behind the pages of each module whose bytes change, as they are."""
-    slabs = store.slabs | place.slabs
-    return {module: slabs[module].memory.backed for module in place.sizes}
-
-
 def resize(store: PageStore, place: Placement) -> None:
     """Give pages the bytes that it needs there. What is taken away has belonged to its victims.
-
-    Raises:
-        MemoryError: the device has no room; what was changed by then is for :func:`set_sizes`.
-    """
-    before = sum(backed_bytes(store, place).values())
+    After a MemoryError what was changed by then is for :func:`set_sizes`."""
     try:
-        set_sizes(store, place, place.sizes)
+        set_sizes(store, place, {module: after for module, (_, after) in place.sizes.items()})
     except RuntimeError as error:
-        more = in_words(sum(place.sizes.values()) - before)
+        more = in_words(sum(after - before for before, after in place.sizes.values()))
         raise MemoryError(
             f"AdapterPool: expected room for {more} of pages beside the "
             f"{in_words(store.reserved_bytes)} that are reserved, found less ({error}); unload "
@@ -221,11 +197,8 @@ def resize(store: PageStore, place: Placement) -> None:
 
 
 def set_sizes(store: PageStore, place: Placement, sizes: dict[str, int]) -> None:
-    """Back the pages of each module by so many bytes; with :func:`backed_bytes`, undo a resize.
-
-    Raises:
-        RuntimeError: the device has no room.
-    """
+    """Back the pages of each module by so many bytes, or raise RuntimeError; with those of before,
+    undo a resize."""
     slabs = store.slabs | place.slabs
     # What is given back comes first, for what is taken.
     for module, size in sorted(sizes.items(), key=lambda s: s[1] - slabs[s[0]].memory.backed):

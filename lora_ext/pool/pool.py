@@ -42,7 +42,7 @@ class Lease(list[int]):
     @property
     def invocations(self) -> list[tuple[int, ...]]:
         """Of each adapter that is pinned, the tokens that it begins with; none for all tokens."""
-        return [resident.invocation for resident in self.residents]
+        return [resident.config.invocation for resident in self.residents]
 
     def renew(self) -> None:
         """Pin the same again after the release: a backward may compute layers once more.
@@ -94,10 +94,10 @@ class AdapterPool:
         *,
         max_bytes: int | None = None,
     ):
-        counts = {"max_slots": max_slots, "max_rank": max_rank, "pages": pages}
-        for argument, value in {**counts, "max_bytes": max_bytes}.items():
-            if value is not None or argument in ("max_slots", "max_rank"):
-                integer("AdapterPool", argument, value, 1, expected=("an integer", "at least 1"))
+        optional = {"pages": pages, "max_bytes": max_bytes}
+        given = {name: value for name, value in optional.items() if value is not None}
+        for argument, value in {"max_slots": max_slots, "max_rank": max_rank, **given}.items():
+            integer("AdapterPool", argument, value, 1, expected=("an integer", "at least 1"))
         _check_host_cache_bytes(host_cache_bytes)
         if device is not None:
             device = torch.empty(0, device=device).device  # a device that is not there says so now

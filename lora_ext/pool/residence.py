@@ -3,11 +3,12 @@ way."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict, UserDict, deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lora_ext._checks import require
 from lora_ext.rows import UnknownAdapterError
 
 from .pages import PackedAdapter
-from .placement import backed_bytes, find_place, resize, set_sizes
+from .placement import find_place, resize, set_sizes
 from .store import PageStore, Placement, Resident
 
 BASE = "__base__"  # PEFT's name for "no adapter"
@@ -55,80 +56,51 @@ class PoolLock:
         self._jobs.append(job)
 
 
-class HostCache(Mapping[str, PackedAdapter]):
-    """Adapters by name, the least recently used first.
-
-    Args:
-        limit: bytes of pages above which :meth:`put` lets adapters go.
-
-    Attributes:
-        nbytes: of all that is here. dropped: how many were let go so far.
-    """
+class HostCache(UserDict[str, PackedAdapter]):
+    """Adapters by name, the least recently used first. Above ``limit`` bytes of pages :meth:`put`
+    lets them go."""
 
     def __init__(self, limit: int):
+        super().__init__()
         self.limit = limit
-        self.nbytes = self.dropped = 0
-        self._adapters: OrderedDict[str, PackedAdapter] = OrderedDict()
-        self._let_go: OrderedDict[str, None] = OrderedDict()
+        self.nbytes = 0  # of all that is here
+        self.dropped = 0  # how many were let go so far
+        self.let_go: OrderedDict[str, None] = OrderedDict()  # the last of them
 
-    def __getitem__(self, name: str) -> PackedAdapter:
-        return self._adapters[name]
+    def __setitem__(self, name: str, adapter: PackedAdapter) -> None:
+        super().__setitem__(name, adapter)
+        self.nbytes += adapter.nbytes
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._adapters)
-
-    def __len__(self) -> int:
-        return len(self._adapters)
+    def __delitem__(self, name: str) -> None:
+        self.nbytes -= self[name].nbytes
+        super().__delitem__(name)
 
     def put(self, name: str, adapter: PackedAdapter) -> None:
         """Keep an adapter; let the least recently used go until all fits, itself at last."""
-        self.keep(name, adapter)
+        self[name] = adapter
         while self.nbytes > self.limit:
-            gone = next(iter(self._adapters))
-            self.pop(gone)
+            gone = next(iter(self))
+            del self[gone]
             self.dropped += 1
-            self._let_go[gone] = None
-            while len(self._let_go) > _REMEMBERED:
-                self._let_go.popitem(last=False)
-
-    def keep(self, name: str, adapter: PackedAdapter) -> None:
-        """Keep an adapter, even above the limit: after a failure nothing is lost."""
-        self._adapters[name] = adapter
-        self.nbytes += adapter.nbytes
-
-    def pop(self, name: str) -> PackedAdapter:
-        """Take an adapter out."""
-        adapter = self._adapters.pop(name)
-        self.nbytes -= adapter.nbytes
-        return adapter
+            self.let_go[gone] = None
+            while len(self.let_go) > _REMEMBERED:
+                self.let_go.popitem(last=False)
 
     def forget(self, name: str) -> None:
         """Take an adapter out, if it is here, and no longer tell that one of that name was let
         go."""
-        self._let_go.pop(name, None)
-        if name in self:
-            self.pop(name)
-
-    def was_dropped(self, name: str) -> bool:
-        """Whether the limit had no room for an adapter of that name, not long ago."""
-        return name in self._let_go
+        self.let_go.pop(name, None)
+        self.pop(name, None)
 
 
 class Residence:
-    """Adapters by name. Its lock is held around every method.
-
-    Args:
-        store: slots and pages. host_cache_bytes: how much of what is evicted is kept.
-
-    Attributes:
-        lock: of all that the pool has. by_name: what is in a slot, the least recently used first.
-        cache: what is not. counts: of loads, of evictions and of returns from the cache.
-    """
+    """Adapters by name. Its lock, that of all that the pool has, is held around every method."""
 
     def __init__(self, store: PageStore, host_cache_bytes: int):
         self.lock = PoolLock()
+        #: What is in a slot, the least recently used first.
         self.by_name: OrderedDict[str, Resident] = OrderedDict()
-        self.cache = HostCache(host_cache_bytes)
+        self.cache = HostCache(host_cache_bytes)  # what is not
         self.counts = Counter(loads=0, evictions=0, cache_hits=0)
         self._store = store
 
@@ -157,7 +129,7 @@ class Residence:
             known = self.names
             close = difflib.get_close_matches(str(name), known)
             hint = f"; close matches: {close}" if close else f"; {len(known)} are loaded"
-            if self.cache.was_dropped(name):
+            if name in self.cache.let_go:
                 hint = "; it was evicted, and host_cache_bytes had no room for it: load it again"
             raise UnknownAdapterError(f"AdapterPool: adapter {name!r} is not loaded{hint}")
 
@@ -185,8 +157,8 @@ class Residence:
         finally:
             for resident in held:
                 resident.pins -= 1
-            for name, adapter in wanted.items():
-                self.cache.keep(name, adapter)
+            for name, adapter in wanted.items():  # even above the limit: nothing is lost
+                self.cache[name] = adapter
 
     # A pool that is first filled inside inference mode is updated outside of it, too, and its pages
     # are saved for backward.
@@ -198,31 +170,21 @@ class Residence:
         order = [*([old] if old else []), *(r for r in self.by_name.values() if r is not old)]
         place = find_place(self._store, name, packed, order)
         saved = [self._store.download(victim) for victim in place.victims]
-        sizes = backed_bytes(self._store, place)
         try:
             resize(self._store, place)
-            written = self._store.upload(place.slot, place.pages, packed, place)
+            written = self._store.upload(packed, place)
         except BaseException:
-            self._undo(place, sizes, saved)
+            self._undo(place, saved)
             raise
         # Python assignments only from here on: nothing fails half-way.
-        resident = Resident(
-            name,
-            place.slot,
-            packed.config,
-            place.pages,
-            packed.rank,
-            packed.nbytes,
-            written,
-            invocation=packed.config.invocation,
-        )
+        own = packed.config, place.pages, packed.rank, packed.nbytes, written
+        resident = Resident(name, place.slot, *own)
         self._store.commit(place, resident)
         for victim in place.victims:
             del self.by_name[victim.name]
         if old is not None and old not in place.victims:
             self._retire(old)
-        if name in self.cache:
-            self.cache.pop(name)
+        self.cache.pop(name, None)
         self.by_name[name] = resident
         self.by_name.move_to_end(name)
         for victim, adapter in zip(place.victims, saved, strict=True):
@@ -230,24 +192,22 @@ class Residence:
                 self.counts["evictions"] += 1
                 self.cache.put(victim.name, adapter)
 
-    def _undo(self, place: Placement, sizes: dict[str, int], saved: list[PackedAdapter]) -> None:
+    def _undo(self, place: Placement, saved: list[PackedAdapter]) -> None:
         """After a failed copy: put the victims' bytes back, or keep what the device refuses."""
+        backed = True
         try:
-            set_sizes(self._store, place, sizes)
+            set_sizes(self._store, place, {m: before for m, (before, _) in place.sizes.items()})
         except RuntimeError:
-            for victim, adapter in zip(place.victims, saved, strict=True):
-                self._give_up(victim, adapter)
-            return
+            backed = False
         for victim, adapter in zip(place.victims, saved, strict=True):
-            try:
-                victim.written = self._store.upload(victim.slot, victim.pages, adapter)
-            except BaseException:
-                self._give_up(victim, adapter)
-
-    def _give_up(self, victim: Resident, saved: PackedAdapter) -> None:
-        del self.by_name[victim.name]
-        self._store.vacate(victim)
-        self.cache.keep(victim.name, saved)
+            with contextlib.suppress(BaseException):
+                if backed:
+                    there = Placement(victim.slot, victim.pages)
+                    victim.written = self._store.upload(adapter, there)
+                    continue
+            del self.by_name[victim.name]
+            self._store.vacate(victim)
+            self.cache[victim.name] = adapter
 
     def _retire(self, resident: Resident) -> None:
         resident.retired = True

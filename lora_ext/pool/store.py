@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,14 +21,13 @@ from .pages import (
     ModuleSlab,
     PackedAdapter,
     PackedModule,
-    PackedReplaced,
     Slab,
     TableBlock,
     descending,
     page_bytes,
     page_count,
 )
-from .transfer import StreamTransfer, Transfer, to_host, transfer_to
+from .transfer import Transfer, to_host, transfer_to
 
 Written = list[tuple[Transfer, Any]]  # copies that may still be queued
 
@@ -47,7 +45,6 @@ class Resident:
     written: Written = field(default_factory=list)  # empty once every stream may read it
     last_use: float = field(default_factory=time.time)  # of the load or the last acquire
     pins: int = 0
-    invocation: tuple[int, ...] = ()  # with which an activated adapter begins
     retired: bool = False  # the name is gone or means another slot; freed with the last pin
     #: No other adapter of the process has it, nor a later version of this one.
     serial: int = field(default_factory=itertools.count(1).__next__)
@@ -55,18 +52,19 @@ class Resident:
 
 @dataclass
 class Placement:
-    """Where a new adapter goes, made without touching anything."""
+    """Where an adapter goes, made without touching anything."""
 
     slot: int
     pages: dict[str, list[int]]
-    free: dict[str, list[int]]  # free pages afterwards, of the modules that change
-    victims: list[Resident]
-    slabs: dict[str, Slab]  # new ones, unknown to the store until commit
-    blocks: list[TableBlock]
-    biases: dict[str, Tensor]  # as are these
-    magnitudes: dict[str, Tensor]
+    free: dict[str, list[int]] = field(default_factory=dict)  # afterwards, where that changes
+    victims: list[Resident] = field(default_factory=list)
+    slabs: dict[str, Slab] = field(default_factory=dict)  # new, unknown to the store until commit
+    blocks: list[TableBlock] = field(default_factory=list)  # as are these
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
     replaced: dict[str, Replaced] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)  # bytes behind pages, where they change
+    #: Bytes behind pages before and after, of the modules where they change.
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def memory(self) -> list[Tensor]:
@@ -74,12 +72,6 @@ class Placement:
         pages = [t for slab in self.slabs.values() for t in (slab.a, slab.b)]
         tables = [t for b in self.blocks for t in (b.page_table, b.ranks, b.scale)]
         return [*pages, *tables, *self.biases.values(), *self.magnitudes.values()]
-
-    @property
-    def table_bytes(self) -> int:
-        """Bytes of tables, biases and magnitudes."""
-        vectors = (*self.biases.values(), *self.magnitudes.values())
-        return sum(block.nbytes for block in self.blocks) + sum(v.nbytes for v in vectors)
 
 
 class PageStore:
@@ -94,7 +86,7 @@ class PageStore:
         max_slots: int,
         max_rank: int,
         pages: int,
-        max_bytes: int | None = None,
+        max_bytes: int | None,
     ):
         self.max_bytes = max_bytes
         self.index = index
@@ -109,18 +101,18 @@ class PageStore:
         self.blocks: list[TableBlock] = []
         self._replacing: set[str] = set()  # modules that an adapter has replaced
         self.max_pages = page_count(max_rank)
-        self._free_slots = list(range(max_slots - 1, -1, -1))
+        self.free_slots = list(range(max_slots - 1, -1, -1))  # the next one last
         devices = {spec.device for spec in index.specs.values()}
         self.transfers = {device: transfer_to(device) for device in devices}
 
     def mark_use(self) -> None:
         """Steps queued so far may read pages that are about to become free (CUDA only)."""
-        for transfer in self._on_streams:
+        for transfer in self.transfers.values():
             transfer.mark_use()
 
     def check_outside_capture(self) -> None:
         """Refuse to pin inside the capture of a graph (CUDA only)."""
-        for transfer in self._on_streams:
+        for transfer in self.transfers.values():
             transfer.check_outside_capture()
 
     def before_reading(self, resident: Resident) -> None:
@@ -128,10 +120,6 @@ class PageStore:
         done = [transfer.before_reading(written) for transfer, written in resident.written]
         if all(done):
             resident.written = []
-
-    @cached_property
-    def _on_streams(self) -> list[StreamTransfer]:
-        return [t for t in self.transfers.values() if isinstance(t, StreamTransfer)]
 
     # ---------------------------------------------------------------------------------------------
     # Numbers
@@ -156,7 +144,7 @@ class PageStore:
     def replaced_bytes_of(self, slot: int) -> int:
         """Of those of one slot."""
         wholes = [self.modules[name].replaced.get(slot) for name in self._replacing]
-        return sum(t.nbytes for whole in wholes if whole for t in whole if t is not None)
+        return sum(whole.nbytes for whole in wholes if whole)
 
     @property
     def reserved_bytes(self) -> int:
@@ -170,11 +158,6 @@ class PageStore:
         pages = sum(self.pages * spec.experts * page_bytes(spec) for spec in specs)
         return pages if self.max_bytes is None else min(pages, self.max_bytes)
 
-    @property
-    def free_slots(self) -> list[int]:
-        """Slots without an adapter, the next one last."""
-        return list(self._free_slots)
-
     def trim(self) -> int:
         """Give back the bytes behind pages that lie beyond the last one in use; how many."""
         give_back()
@@ -186,53 +169,40 @@ class PageStore:
     # ---------------------------------------------------------------------------------------------
     # Copies
 
-    def upload(
-        self,
-        slot: int,
-        pages: dict[str, list[int]],
-        packed: PackedAdapter,
-        place: Placement | None = None,
-    ) -> Written:
+    def upload(self, packed: PackedAdapter, place: Placement) -> Written:
         """Write pages, and the slot's rows of every table: no row of an earlier owner survives.
-        Without one, what the adapter replaces is where it was.
+        What the adapter replaces stays where it was, unless the placement has room for it.
 
         Returns:
             the copies, which may still be queued; :attr:`Resident.written`. They are done where the
             placement brings new memory: whoever has pinned another slot reads it without waiting.
         """
-        modules, replaced = packed.modules, packed.replaced
-        slabs = self.slabs | place.slabs if place else self.slabs
-        blocks = self.blocks + place.blocks if place else self.blocks
+        slot, slabs = place.slot, self.slabs | place.slabs
         jobs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {d: [] for d in self.transfers}
-        for module, part in modules.items():
+        for module, part in packed.modules.items():
             slab = slabs[module]
-            for i, page in enumerate(pages[module]):
+            for i, page in enumerate(place.pages[module]):
                 jobs[slab.a.device] += [(slab.a[page], part.a[i]), (slab.b[page], part.b[i])]
         for module, slab in slabs.items():
-            part = modules.get(module)
-            bias = place.biases.get(module, slab.bias) if place else slab.bias
-            magnitude = place.magnitudes.get(module, slab.magnitude) if place else slab.magnitude
+            part = packed.modules.get(module)
             for table, own in (
-                (bias, part.bias if part else None),
-                (magnitude, part.magnitude if part else None),
+                (place.biases.get(module, slab.bias), part and part.bias),
+                (place.magnitudes.get(module, slab.magnitude), part and part.magnitude),
             ):
                 if table is not None:
                     jobs[table.device].append((table[slot], _row(table[slot], own)))
-        for block in blocks:
-            jobs[block.ranks.device] += block.rows(slot, pages, modules)
-        for module, room in (place.replaced if place else {}).items():
-            whole = replaced[module]
-            jobs[room.weight.device].append((room.weight, whole.weight))
-            for to, own in ((room.bias, whole.bias), (room.rows, whole.rows)):
+        for block in (*self.blocks, *place.blocks):
+            jobs[block.ranks.device] += block.rows(slot, place.pages, packed.modules)
+        new, rooms = place.memory, []
+        for module, room in place.replaced.items():
+            for to, own in zip(room, packed.replaced[module], strict=True):
                 if to is not None and own is not None:
                     jobs[to.device].append((to, own))
-        new = place.memory if place else []
+                    rooms.append(to)
         written: Written = []
         for device, transfer in self.transfers.items():
             written.append((transfer, transfer.run(jobs[device], wait=bool(new))))
-            whole = [t for each in (place.replaced.values() if place else ()) for t in each]
-            own = [tensor for tensor in (*new, *whole) if tensor is not None]
-            transfer.keep(tensor for tensor in own if tensor.device == device)
+            transfer.keep(t for t in (*new, *rooms) if t.device == device)
         return written
 
     def download(self, resident: Resident) -> PackedAdapter:
@@ -256,11 +226,7 @@ class PageStore:
                 else None,
             )
         replaced = {
-            module: PackedReplaced(
-                to_host(whole.weight),
-                None if whole.bias is None else to_host(whole.bias),
-                None if whole.rows is None else to_host(whole.rows),
-            )
+            module: whole.each(to_host)
             for module in self._replacing
             if (whole := self.modules[module].replaced.get(resident.slot)) is not None
         }
@@ -276,10 +242,8 @@ class PageStore:
         for module, free in place.free.items():
             self.slabs[module].free = free
         for victim in place.victims:
-            self.residents[victim.slot] = None
-            self._free_slots.append(victim.slot)
-            self._forget_replaced(victim.slot)
-        self._free_slots.remove(place.slot)
+            self._free(victim.slot)
+        self.free_slots.remove(place.slot)
         self.residents[place.slot] = resident
         for block in place.blocks:
             for i, name in enumerate(block.names):
@@ -310,14 +274,14 @@ class PageStore:
 
     def vacate(self, resident: Resident) -> None:
         """Free slot and pages. The rows stay: the slot's next owner writes all of them."""
-        self.residents[resident.slot] = None
-        self._free_slots.append(resident.slot)
-        self._forget_replaced(resident.slot)
+        self._free(resident.slot)
         for module, pages in resident.pages.items():
             slab = self.slabs[module]
             slab.free = descending([*slab.free, *pages])
 
-    def _forget_replaced(self, slot: int) -> None:
+    def _free(self, slot: int) -> None:
+        self.residents[slot] = None
+        self.free_slots.append(slot)
         for name in self._replacing:
             view = self.modules[name]
             view.replaced = {s: whole for s, whole in view.replaced.items() if s != slot}

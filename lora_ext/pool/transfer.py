@@ -27,14 +27,11 @@ class Transfer:
         """A pin is released: the step that used it has been queued on the current stream."""
 
     def run(self, jobs: Iterable[tuple[Tensor, Tensor]], wait: bool) -> Any:
-        """Copy source to destination, pair by pair.
+        """Copy to destinations from sources, which are in pinned memory where they go to a device;
+        return what :meth:`before_reading` and :meth:`finish` are to be given.
 
         Args:
-            jobs: destinations and sources, the latter in pinned memory where they go to a device.
             wait: return when the bytes are there. Otherwise they are queued.
-
-        Returns:
-            what :meth:`before_reading` and :meth:`finish` are to be given.
         """
         for destination, source in jobs:
             copy_(destination, source)
@@ -49,6 +46,9 @@ class Transfer:
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Copies to this memory may still be queued when it is given back."""
 
+    def check_outside_capture(self) -> None:
+        """Refuse a pin that begins inside the capture of a graph."""
+
 
 class StreamTransfer(Transfer):
     """Ordered copies to one CUDA device, which the host does not wait for.
@@ -58,8 +58,7 @@ class StreamTransfer(Transfer):
     marks their end; a stream that will read them waits for it. This half has not run on a device
     yet: its order is tested on streams that are queues.
 
-    Args:
-        device: where the slabs are. cuda: ``torch.cuda``, or what stands for it in a test.
+    ``cuda`` is ``torch.cuda``, or what stands for it in a test.
     """
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda):
@@ -110,11 +109,8 @@ class StreamTransfer(Transfer):
                 tensor.record_stream(self._side)
 
     def check_outside_capture(self) -> None:
-        """Refuse a pin that begins inside the capture of a graph.
-
-        The graph cannot wait for an event from outside, and its replays would not be covered by a
-        pin that ends with the capture.
-        """
+        """The graph cannot wait for an event from outside, and its replays would not be covered by
+        a pin that ends with the capture."""
         if self._cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "AdapterPool.acquire: expected a stream that is not capturing a graph, found one "

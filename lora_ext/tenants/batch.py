@@ -86,11 +86,7 @@ class Part:
 
 
 class BatchStep:
-    """Steps over one model.
-
-    Args:
-        model: of transformers, with a head for the next token, in evaluation mode.
-    """
+    """Steps over one model of transformers with a head for the next token, in evaluation mode."""
 
     def __init__(self, model: Any):
         self.model, self.head = model, model.get_output_embeddings()

@@ -69,11 +69,7 @@ def checked_tokens(where: str, argument: str, tokens: Any, vocabulary: int) -> T
 def checked_data(
     where: str, data: Sequence[Datum], loss: str, vocabulary: int, max_tokens: int
 ) -> list[Checked]:
-    """The data of a call, each as the loss wants it.
-
-    Raises:
-        ValueError: naming the field, what was expected and what was found.
-    """
+    """The data of a call, each as the loss wants it; what does not fit is a ValueError."""
     instance(where, "data", data, (list, tuple))
     require(len(data) > 0, where, "data", "at least one Datum", "none")
     found = []

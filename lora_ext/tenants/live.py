@@ -17,14 +17,8 @@ Targets = str | Iterable[str] | None
 
 
 class LiveAdapter:
-    """One tenant's adapter, under a name of its own in every layer that it reaches.
-
-    Args:
-        model: the base; its layers are wrapped where they are not yet.
-        name: new to the model.
-        config: as :func:`lora_ext.nn.wrap` takes it.
-        seed: of the initial values, which depend on nothing else.
-    """
+    """One tenant's adapter, under a name of its own in every layer that it reaches; layers are
+    wrapped where they are not yet. The initial values depend on the seed and nothing else."""
 
     def __init__(self, model: nn.Module, name: str, config: LoraConfig, seed: int):
         self.model, self.name, self.config = model, name, config

@@ -69,11 +69,8 @@ LOSSES: dict[str, Loss] = {
 
 
 def checked_options(where: str, loss: Any, config: Mapping[str, Any] | None) -> dict[str, float]:
-    """The options of a loss, those that are not given at their defaults.
-
-    Raises:
-        ValueError: naming ``loss`` or ``config``.
-    """
+    """The options of a loss, those that are not given at their defaults; a ValueError names the
+    argument that does not fit."""
     known = LOSSES[choice(where, "loss", loss, tuple(LOSSES))].options
     options = dict(known)
     if config is not None:

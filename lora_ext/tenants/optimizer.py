@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ext._checks import number, require
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Settings(NamedTuple):
@@ -27,11 +27,7 @@ class Settings(NamedTuple):
 def checked_settings(
     lr: Any, betas: Any, eps: Any, weight_decay: Any, max_grad_norm: Any
 ) -> Settings:
-    """The arguments of ``optim_step``.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """The arguments of ``optim_step``; a ValueError names one that does not fit."""
     where = "optim_step"
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     require(pair, where, "betas", "two numbers in [0, 1)", repr(betas))
@@ -50,27 +46,22 @@ def checked_settings(
 
 
 class Optimizer:
-    """Torch's AdamW over the factors of one adapter.
+    """Torch's AdamW over the factors of one adapter. Those of 16 bits are trained as float32 copies
+    and rounded after each step: steps smaller than their last place would be lost otherwise."""
 
-    Args:
-        parameters: by name. Those of 16 bits are trained as float32 copies and rounded after each
-            step: steps smaller than their last place would be lost otherwise.
-    """
-
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
+    def __init__(self, parameters: Mapping[str, nn.Parameter]):
         self._parameters = dict(parameters)
         self._trained = {
-            name: p if p.dtype in (torch.float32, torch.float64) else _copy(p)
+            name: p
+            if p.dtype in (torch.float32, torch.float64)
+            else nn.Parameter(p.detach().float())
             for name, p in parameters.items()
         }
         self._adamw = torch.optim.AdamW(self._trained.values(), fused=True)
 
     def step(self, gradients: list[Tensor] | None, settings: Settings) -> float:
-        """Clip, step, and return the norm that the gradients had; without any nothing moves.
-
-        Raises:
-            ValueError: the norm of finite gradients is not finite. Nothing has moved then.
-        """
+        """Clip, step, and return the norm that the gradients had. Without any nothing moves; nor
+        does it where the norm is not finite, which is a ValueError."""
         if gradients is None:
             return 0.0
         norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -110,7 +101,7 @@ class Optimizer:
         """Of everything that :meth:`tensors` may hold."""
         found: dict[str, torch.Size] = {}
         for name, trained in self._trained.items():
-            found |= {f"{name}:{key}": trained.shape for key in ("weight", *_MOMENTS)}
+            found |= {f"{name}:{key}": trained.shape for key in ("weight", *MOMENTS)}
             found[f"{name}:step"] = torch.Size()
         return found
 
@@ -118,18 +109,11 @@ class Optimizer:
         """Go on from what :meth:`tensors` gave, an empty one for a fresh start."""
         with torch.no_grad():
             for name, trained in self._trained.items():
-                kept = tensors.get(f"{name}:weight", self._parameters[name])
-                trained.copy_(kept)
+                trained.copy_(tensors.get(f"{name}:weight", self._parameters[name]))
                 self._adamw.state.pop(trained, None)
                 if f"{name}:step" in tensors:
+                    state = {k: tensors[f"{name}:{k}"].to(trained, copy=True) for k in MOMENTS}
                     # The fused step reads it where the weights are, and does not ask.
                     step = tensors[f"{name}:step"].to(trained.device, torch.float32, copy=True)
-                    state = {"step": step}
-                    for key in _MOMENTS:
-                        state[key] = tensors[f"{name}:{key}"].to(trained, copy=True)
-                    self._adamw.state[trained] = state
+                    self._adamw.state[trained] = {"step": step, **state}
         self.round()
-
-
-def _copy(parameter: Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(parameter.detach().float())

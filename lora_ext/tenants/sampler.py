@@ -58,12 +58,7 @@ class _Asked:
 
 class SamplingModel:
     """The base model once more as modules, over the very same weights, attached to a pool, under
-    transformers' continuous batching.
-
-    Args:
-        model: wrapped or not; it is left as it is. context: most tokens of prompt and answer.
-        max_adapters: that may be in use at once. tokenizer: for stops that are texts, or None.
-    """
+    transformers' continuous batching. ``context``: most tokens of prompt and answer."""
 
     def __init__(self, model: Any, context: int, max_adapters: int, tokenizer: Any):
         from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -87,7 +82,7 @@ class SamplingModel:
             ),
         )
         self._asked: dict[str, _Asked] = {}
-        self._threads, self._closed = torch.get_num_threads(), False
+        self._closed = False
         with torch.inference_mode():  # the manager's thread takes it over
             self.manager.start()
         self._thread = threading.Thread(target=self._deliver, daemon=True)
@@ -173,7 +168,7 @@ class Sampler:
     """Draws from one adapter, or from the base model.
 
     Args:
-        models: what it runs on. adapter: its name in the pool, None for the base model.
+        adapter: its name in the pool, None for the base model.
         load: puts it there again, where others have filled the pool meanwhile.
         kept: whether the adapter stays when the sampler goes.
 
@@ -246,20 +241,13 @@ class Sampler:
         ends, texts = self._stops(stop)
         first = secrets.randbits(62) if seed is None else integer(_ERROR, "seed", seed)
         models.check_room(self.adapter, num_samples)
+        of_all = prompt, self.adapter, max_tokens
         begun = []
         for i in range(num_samples):
             mine = (first + i + (1 << 63)) % (1 << 64) - (1 << 63)
             how = Sampling(temperature, top_p, mine, top_k)
-            asked = self._there(
-                functools.partial(
-                    models.ask,
-                    prompt,
-                    self.adapter,
-                    max_tokens,
-                    sampling=how,
-                    eos_token_id=ends or -1,
-                )
-            )
+            more = {"sampling": how, "eos_token_id": ends or -1}
+            asked = self._there(functools.partial(models.ask, *of_all, **more))
             begun.append(self._told(asked, ends, texts))
         return begun
 
@@ -309,9 +297,8 @@ class Sampler:
                 expected = "finite ones of the drawn tokens"
                 require(finite, _ERROR, "logprobs", expected, "NaN: the adapter overflows")
                 cut = self._cut(tokens, texts)
-                stopped = cut is not None or tokens[-1] in ends
                 kept = tokens[:cut]
-                reason = "stop" if stopped else "length"
+                reason = "length" if cut is None and tokens[-1] not in ends else "stop"
                 future.set_result(Sample(kept, asked.logprobs[: len(kept)], reason))
             except BaseException as error:
                 future.set_exception(error)

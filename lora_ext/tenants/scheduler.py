@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lora_ext._checks import require
 from lora_ext.serving import QueueFullError
 
 from .batch import BatchStep, Call, Part
@@ -32,15 +33,11 @@ def settle(future: Future[Any], action: Callable[[], Any]) -> None:
 
 
 class Queue:
-    """What one tenant wants, in order.
-
-    Args:
-        size: most items that wait, None: any number. tokens: most of the calls among them, but for
-            a call that waits alone.
-    """
+    """What one tenant wants, in order."""
 
     def __init__(self, size: int | None = None, tokens: int = 0) -> None:
-        self.size, self.tokens = size, tokens
+        self.size = size  # most items that wait; None: any number
+        self.tokens = tokens  # most of the calls among them, but for a call that waits alone
         self.items: deque[Call | tuple[Future[Any], Callable[[], Any]]] = deque()
         self.credit = 0
         self.closed: str | None = None  # why nothing more is taken
@@ -59,18 +56,13 @@ class Queue:
         """Raise QueueFullError where an item has none."""
         if self.size is None or not self.items:
             return
-        if len(self.items) >= self.size:
-            most, what = self.size, "calls"
-        elif isinstance(item, Call):
+        expected, fits = f"at most {self.size} calls that wait", len(self.items) < self.size
+        require(fits, where, "queue", expected, "more", QueueFullError)
+        if isinstance(item, Call):
             held = sum(each.tokens for each in self.items if isinstance(each, Call))
-            if held + item.tokens <= self.tokens:
-                return
-            most, what = self.tokens, "tokens of calls"
-        else:
-            return
-        raise QueueFullError(
-            f"{where}: queue: expected at most {most} {what} that wait, found more"
-        )
+            expected = f"at most {self.tokens} tokens of calls that wait"
+            fits = held + item.tokens <= self.tokens
+            require(fits, where, "queue", expected, "more", QueueFullError)
 
 
 class Scheduler:
@@ -78,10 +70,7 @@ class Scheduler:
 
     Saving, stepping and the like run at once; parts of calls join a step by deficit round robin in
     tokens. A step waits a little for tenants that were in one of the last two: those that were late
-    once would alternate with the others for ever.
-
-    Args:
-        step: over the model. max_tokens: of one step, padding counted. size: of each queue.
+    once would alternate with the others for ever. ``max_tokens`` of a step count its padding.
     """
 
     def __init__(self, step: BatchStep, max_tokens: int, size: int):

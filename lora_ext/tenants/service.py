@@ -272,13 +272,14 @@ class Tenant:
             A future whose metrics have ``grad_norm:mean``, from before the clipping.
         """
         settings = checked_settings(lr, betas, eps, weight_decay, max_grad_norm)
-        return self._put("optim_step", functools.partial(self._optim_step, settings))
 
-    def _optim_step(self, settings: Any) -> Result:
-        norm = self.adapter.optimizer.step(self.adapter.take(), settings)
-        if self._inflight is not None:
-            self._follow(self._inflight)
-        return Result([], {"grad_norm:mean": norm})
+        def step() -> Result:
+            norm = self.adapter.optimizer.step(self.adapter.take(), settings)
+            if self._inflight is not None:
+                self._follow(self._inflight)
+            return Result([], {"grad_norm:mean": norm})
+
+        return self._done("optim_step", step, wait=False)
 
     def save(self, path: str | os.PathLike[str], wait: bool = True) -> Any:
         """Write the adapter, in PEFT's format, and the optimizer, after the calls before this one.
@@ -308,12 +309,12 @@ class Tenant:
         """
         require_flags("restore", optimizer=optimizer, wait=wait)
         self.service.store.folder("restore", path)
-        return self._done("restore", functools.partial(self._restore, path, optimizer), wait)
 
-    def _restore(self, path: Any, optimizer: bool) -> str:
-        folder, saved = self.service.store.read("restore", path)
-        self.take(folder, saved, optimizer)
-        return os.fspath(path)
+        def restore() -> str:
+            self.take(*self.service.store.read("restore", path), optimizer)
+            return os.fspath(path)
+
+        return self._done("restore", restore, wait)
 
     def take(self, folder: Any, saved: LoraAdapter, optimizer: bool) -> None:
         """The values of a save; on the service's thread."""
@@ -387,18 +388,12 @@ class Tenant:
             if save_as is not None:
                 self._save(save_as)
         finally:
-            self._delete()
-
-    def _delete(self) -> None:
-        self.adapter.delete()
-        if self._inflight is not None:
-            forget(self.service.sampling().pool, self._inflight)
-
-    def _put(self, where: str, action: Callable[[], Any]) -> Future[Any]:
-        return self.service._scheduler.put(where, self._queue, action)
+            self.adapter.delete()
+            if self._inflight is not None:
+                forget(self.service.sampling().pool, self._inflight)
 
     def _done(self, where: str, action: Callable[[], Any], wait: bool) -> Any:
-        future = self._put(where, action)
+        future = self.service._scheduler.put(where, self._queue, action)
         return future.result() if wait else future
 
 

@@ -15,17 +15,13 @@ from lora_ext._files import SafetensorsFile
 from lora_ext.adapter import LoraAdapter, save_adapter
 
 from .live import LiveAdapter
-from .optimizer import Optimizer
+from .optimizer import MOMENTS, Optimizer
 
 _OPTIMIZER = "optimizer.safetensors"
 
 
 class Store:
-    """The folder of all saves.
-
-    Args:
-        root: made if it is not there; None: saving and loading are refused.
-    """
+    """The folder of all saves, made if it is not there; without one, all calls are refused."""
 
     def __init__(self, root: str | os.PathLike[str] | None):
         self.root: Path | None = None
@@ -44,14 +40,8 @@ class Store:
                 ) from error
 
     def folder(self, where: str, path: Any, argument: str = "path") -> Path:
-        """The folder of a save.
-
-        Args:
-            where, argument: what errors name.
-
-        Raises:
-            ValueError: there is no store, or the path leads out of it.
-        """
+        """The folder of a save; a ValueError where there is no store, or the path leads out of
+        it."""
         if self.root is None:
             raise ValueError(f"{where}: store: expected a folder, found None; make Service(store=)")
         expected = "a path inside the store, relative to it"
@@ -78,13 +68,10 @@ class Store:
         save_adapter(folder, config, state, beside={_OPTIMIZER: save(tensors)})
 
     def read(self, where: str, path: Any) -> tuple[Path, LoraAdapter]:
-        """A save's folder and its adapter; :meth:`restore` reads the rest.
-
-        Raises:
-            ValueError: no such save, or one that is not well-formed.
-        """
+        """A save's folder and its adapter; :meth:`restore` reads the rest. No such save, or one
+        that is not well-formed, is a ValueError."""
         folder = self.folder(where, path)
-        require(_is_folder(folder), where, "path", "a save in the store", f"{path!r:.200}")
+        require(os.path.isdir(folder), where, "path", "a save in the store", f"{path!r:.200}")
         return folder, LoraAdapter.load(folder)
 
     def restore(self, folder: Path, optimizer: Optimizer, with_state: bool) -> None:
@@ -102,15 +89,8 @@ class Store:
                     require(fits, str(path), key, expected, found)
                     if with_state or key.endswith(":weight"):
                         tensors[key] = file.read(key)
-        moments = [name.removesuffix(":step") for name in tensors if name.endswith(":step")]
-        for name in moments:
-            for key in ("exp_avg", "exp_avg_sq"):
-                require(f"{name}:{key}" in tensors, str(path), f"{name}:{key}", "a tensor", "none")
+        for name in tensors:
+            for moment in MOMENTS if name.endswith(":step") else ():
+                key = name.removesuffix("step") + moment
+                require(key in tensors, str(path), key, "a tensor", "none")
         optimizer.restore(tensors)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that is too long
-        return False

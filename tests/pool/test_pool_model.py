@@ -110,7 +110,7 @@ class PoolMachine(RuleBasedStateMachine):
         for module, slab in store.slabs.items():
             owned = [p for r in live for p in r.pages.get(module, ())]
             assert sorted([*owned, *slab.free]) == list(range(pool.pages))
-        assert sorted([*store._free_slots, *(r.slot for r in live)]) == list(range(pool.max_slots))
+        assert sorted([*store.free_slots, *(r.slot for r in live)]) == list(range(pool.max_slots))
         pins = sum(slot >= 0 for lease, _ in self.leases for slot in lease)
         assert pool.stats()["pins"] == pins
         assert pool.stats()["cache_bytes"] == sum(a.nbytes for a in pool._residence.cache.values())

@@ -26,19 +26,17 @@ class Bank:
     """One module's factors: the global ones first where a client needs them, then each client's.
 
     Args:
-        pair: names the module. clients: in the order of their places; those with the first places
-            have the most steps.
+        clients: in the order of their places; those with the first places have the most steps.
         start: the global factors, ``(r, I)`` and ``(O, r)``, where the module is.
         others_use_global: rows of clients that do not train the module have the global factors, not
             none.
-        scaling: of the adapter, one for all. p: its dropout.
+        p: of the adapter's dropout.
 
     Attributes:
         a, b: ``(A, R, I)`` and ``(A, O, R)``, zero beyond a client's rank. members: the places of
             the clients that train the module, rising. num_global: how many of A are the global
             ones: 1, or with dropout one for each client that needs them, whose masks are its own.
-            table: for each place its client's index in the bank, -1 for none. seeds: ``(A,)``, of
-            the dropout.
+            table: for each place its client's index in the bank, -1 for none.
     """
 
     def __init__(
@@ -54,7 +52,7 @@ class Bank:
         self.start = start
         self.scaling = scaling
         self.p = p
-        self.seeds: Tensor | None = None
+        self.seeds: Tensor | None = None  # (A,), of the dropout
         self.members = [place for place, c in enumerate(clients) if pair.a in c.shapes]
         others = [place for place, c in enumerate(clients) if pair.a not in c.shapes]
         others = others if others_use_global else []
@@ -123,16 +121,8 @@ class Bank:
 
 
 class SharedBank:
-    """The copies of one parameter outside the adapters, each client's at its place.
-
-    Args:
-        name: of the parameter. start: its global value, where the parameter is.
-        count: how many clients there are.
-
-    Attributes:
-        values: ``(A, ...)`` alone. members, num_global, moments, trained, leaves: as of
-            :class:`Bank`.
-    """
+    """The copies ``(A, ...)`` of one parameter outside the adapters, each client's at its place,
+    with what an optimizer needs of :class:`Bank`. ``start`` is the global value, where it is."""
 
     num_global = 0
 

@@ -28,8 +28,7 @@ class Segment(NamedTuple):
 
 def rows_in(batch: Any, where: str) -> int:
     """How many rows a client's batch has."""
-    first = next(iter(_inputs(batch, where).values()))
-    return first.shape[0]
+    return next(iter(_inputs(batch, where).values())).shape[0]
 
 
 def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tensor, list[Segment]]:
@@ -84,11 +83,8 @@ def logits_of(output: Any, segments: Sequence[Segment], where: str) -> Tensor:
 
 
 def own_outputs(logits: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
-    """Each client's rows of the logits, cut to the length of its sequences.
-
-    They are split at once: the gradient of the whole is then put together once, and not made as
-    often as there are clients.
-    """
+    """Each client's rows of the logits, cut to the length of its sequences. They are split at once:
+    the gradient of the whole is then put together once, not as often as there are clients."""
     return [
         own if segment.length is None or own.dim() < 3 else own[:, : segment.length]
         for own, segment in zip(logits.split([s.rows for s in segments]), segments, strict=True)
@@ -112,10 +108,6 @@ def _padded(t: Tensor, length: int | None, longest: int) -> Tensor:
     if length is None or t.dim() < 2 or t.shape[1] != length:
         return t
     return F.pad(t, [0, 0] * (t.dim() - 2) + [0, longest - length])
-
-
-# -------------------------------------------------------------------------------------------------
-# Losses
 
 
 class Losses(NamedTuple):

@@ -30,12 +30,12 @@ class BatchRows:
     have no graph.
 
     Attributes:
-        above: the shared module that the forward has come to, if any; no layer may follow it.
+        step: the places of the clients of the step, and their segments.
     """
 
     def __init__(self) -> None:
-        self.above: str | None = None
-        self._step: tuple[Sequence[int], Sequence[Segment]] = (), ()
+        self.above: str | None = None  # the shared module that the forward has come to
+        self.step: tuple[Sequence[int], Sequence[Segment]] = (), ()
         self._part = slice(0, 0)
         self._backward = False
         self._kept = Kept(_KEPT)
@@ -43,13 +43,8 @@ class BatchRows:
     def set(self, places: Sequence[int], segments: Sequence[Segment]) -> None:
         """Begin a step: the client at ``places[i]`` has ``segments[i]``."""
         self._part = slice(0, sum(segment.rows for segment in segments))
-        if (places, segments) != self._step:  # ids and plans that were kept are of other rows
-            self._step, self._kept = (places, segments), Kept(_KEPT)
-
-    @property
-    def step(self) -> tuple[Sequence[int], Sequence[Segment]]:
-        """The places of the clients of the step, and their segments."""
-        return self._step
+        if (places, segments) != self.step:  # ids and plans that were kept are of other rows
+            self.step, self._kept = (places, segments), Kept(_KEPT)
 
     def check_below(self, module: str) -> None:
         """Refuse a layer that follows a shared module. What lies below the layers would take the
@@ -63,7 +58,7 @@ class BatchRows:
         return self._kept.get("owners", device, self._owners, device)
 
     def _owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        sizes = torch.tensor([segment.rows for segment in self._step[1]])
+        sizes = torch.tensor([segment.rows for segment in self.step[1]])
         owners = torch.arange(len(sizes)).repeat_interleave(sizes)
         return sizes.to(device), owners.to(device)
 
@@ -106,7 +101,7 @@ class BatchRows:
             ids, _ = self._ids(bank, upright, device, False)
             ids = ids.view(upright).transpose(0, 1).flatten()
             return ids, ops.lora_plan(ids, bank.size)
-        places, segments = self._step
+        places, segments = self.step
         sizes = torch.tensor([segment.rows for segment in segments])
         own = torch.tensor([bank.table[place] for place in places], dtype=torch.int32)
         own = own.repeat_interleave(sizes)[self._part]
@@ -170,10 +165,6 @@ class ClientsLayer(nn.Module):
             return y
         base = self.base_layer(x)
         return (base + y).to(base.dtype)
-
-
-# -------------------------------------------------------------------------------------------------
-# What is refused
 
 
 class UnsupportedModule(ValueError):

@@ -60,15 +60,8 @@ class ClientSpec:
 
 
 class ClientRound:
-    """One client in one round: what it trains, and where it is in its data.
-
-    Args:
-        spec: who it is. plan: what it trains. shapes: of the factors that it trains, by name.
-
-    Attributes:
-        lowest: the lowest layer that it trains, infinity where it trains none.
-        changes: what its training changed, by name, once the round is over.
-    """
+    """One client in one round: its plan, the shapes of the factors that it trains, by name, and
+    where it is in its data."""
 
     def __init__(
         self, spec: ClientSpec, plan: LayerPlan, shapes: Mapping[str, tuple[int, ...]], round: int
@@ -77,12 +70,12 @@ class ClientRound:
         self.plan = plan
         self.shapes = shapes
         self.seed = client_seed(spec.seed, round, spec.client)
-        self.lowest = plan.layers[0] if plan.layers else math.inf
+        self.lowest = plan.layers[0] if plan.layers else math.inf  # the lowest that it trains
         self.failed = False
         self.finite = True
         self.examples = 0
         self.losses: list[float] = []
-        self.changes: dict[str, Tensor] = {}
+        self.changes: dict[str, Tensor] = {}  # once the round is over
 
     @property
     def settings(self) -> tuple[Any, ...]:
@@ -91,14 +84,9 @@ class ClientRound:
         return spec.lr, *spec.betas, spec.eps, spec.weight_decay
 
     @property
-    def steps(self) -> int:
-        """How many steps it has to do."""
-        return len(self.spec.batches)
-
-    @property
     def has_batch(self) -> bool:
         """Whether it has a step to do."""
-        return not self.failed and len(self.losses) < self.steps
+        return not self.failed and len(self.losses) < len(self.spec.batches)
 
     @property
     def batch(self) -> Any:
@@ -119,13 +107,9 @@ class ClientRound:
         return Update(self.spec.client, self.examples, sent, self.plan, loss, failed)
 
 
-# -------------------------------------------------------------------------------------------------
-# Seeds of dropout: a client's know of no other client, nor of the order of clients.
-
-
 def client_seed(seed: int, round: int, client: Client) -> int:
     """Hash what a client draws from in a round: 64 bits of ``seed``, ``round`` and ``client``
-    alone, the same on every machine."""
+    alone, whatever others there are, the same on every machine."""
     named = repr(client) if isinstance(client, str) else operator.index(client)
     text = f"{operator.index(seed)}:{operator.index(round)}:{named}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

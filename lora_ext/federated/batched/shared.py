@@ -6,10 +6,10 @@ is small, and a product of one client's rows is the very one that it has alone.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lora_ext._checks import require
 from lora_ext.adapter import parse_key
 from lora_ext.layers import block_index
 
+from ..layers import forwards
 from .banks import SharedBank
 from .client_layers import WHERE, BatchRows, supported
 
@@ -27,11 +28,8 @@ from .client_layers import WHERE, BatchRows, supported
 def shared_names(
     model: nn.Module, shared: str | Sequence[str] | None, pattern: str
 ) -> tuple[str, ...]:
-    """The names that a pattern finds among the parameters outside the adapters, in their order.
-
-    Args:
-        shared: searched for in each name; or the names themselves.
-        pattern: finds the index of a layer in a name.
+    """The names that ``shared``, a pattern or names, finds among the parameters outside the
+    adapters, in their order.
 
     Raises:
         ValueError: a pattern that finds nothing, or is none; a name that the model lacks.
@@ -72,11 +70,7 @@ def shared_names(
 
 
 class SharedModules:
-    """The modules that have shared parameters, each client's rows going through its own copies.
-
-    Args:
-        banks: by the name of the parameter. rows: of the step.
-    """
+    """The modules that have shared parameters, each client's rows going through its own copies."""
 
     def __init__(self, model: nn.Module, banks: Sequence[SharedBank], rows: BatchRows):
         self.rows = rows
@@ -88,20 +82,9 @@ class SharedModules:
             self._owners.setdefault(min(above, key=len), []).append(bank)
         self._modules = {owner: model.get_submodule(owner) for owner in self._owners}
 
-    @contextlib.contextmanager
-    def divided(self) -> Iterator[None]:
+    def divided(self) -> AbstractContextManager[None]:
         """A block in which their forward is divided between the clients."""
-        # A forward of the object itself, as accelerate puts one there; the class's is no entry.
-        before = {owner: m.__dict__.get("forward") for owner, m in self._modules.items()}
-        try:
-            for owner, module in self._modules.items():
-                module.forward = self._divided(owner, module)
-            yield
-        finally:
-            for owner, module in self._modules.items():
-                module.__dict__.pop("forward", None)
-                if (own := before[owner]) is not None:
-                    module.forward = own
+        return forwards({m: self._divided(owner, m) for owner, m in self._modules.items()})
 
     def check_called(self) -> None:
         """Refuse modules that the model's forward has not called: it reads their parameters in some

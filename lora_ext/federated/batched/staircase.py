@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers import forwards
 from .client_layers import BatchRows
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
@@ -33,8 +34,7 @@ class Staircase:
     all rows. Whatever contradicts this raises :class:`Unfit`.
 
     Args:
-        model: holds the blocks. blocks: their names by index.
-        rows: is told which of the sequences a block's call has.
+        blocks: names by index. rows: is told which of the sequences a block's call has.
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[int, str], rows: BatchRows):
@@ -42,12 +42,12 @@ class Staircase:
         self._lowest: Sequence[float] = ()
         self._last: int | None = None
         self._compared: set[Any] = set()
-        self._replaced: list[tuple[nn.Module, Any]] = []
-        for index, name in blocks.items():
-            block = model.get_submodule(name)
-            # None where the class's forward runs: then there is nothing to put back.
-            self._replaced.append((block, block.__dict__.get("forward")))
-            block.forward = self._divided(index, block.forward)
+        self.removed = False
+        found = {index: model.get_submodule(name) for index, name in blocks.items()}
+        self._replaced = contextlib.ExitStack()
+        self._replaced.enter_context(
+            forwards({block: self._divided(i, block.forward) for i, block in found.items()})
+        )
 
     @contextlib.contextmanager
     def forward(self, lowest: Sequence[float]) -> Iterator[None]:
@@ -61,12 +61,8 @@ class Staircase:
 
     def remove(self) -> None:
         """Give every block its own forward back."""
-        while self._replaced:
-            block, before = self._replaced.pop()
-            if before is None:
-                del block.forward
-            else:
-                block.forward = before
+        self._replaced.close()
+        self.removed = True
 
     def _divided(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def divided(*args: Any, **kwargs: Any) -> Any:
@@ -116,21 +112,23 @@ def _run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 class _Division:
-    """The arguments of a block's call divided between its first rows and the others.
-
-    Attributes:
-        shapes: of the tensors that were divided, the hidden state's first.
-    """
+    """The arguments of a block's call divided between its first rows and the others."""
 
     def __init__(self, first: int, count: int):
         self.first, self.count = first, count
-        self.shapes: list[torch.Size] = []
+        self.shapes: list[torch.Size] = []  # of what was divided, the hidden state's first
         self._versions: list[tuple[Tensor, int]] = []
 
     def of(self, value: Any) -> tuple[Any, Any]:
         """The two parts of an argument; what has no rows goes to both."""
         if isinstance(value, Tensor):
-            return self._of_tensor(value)
+            self._versions.append((value, value._version))
+            if value.dim() > 0 and value.shape[0] == self.count:
+                self.shapes.append(value.shape)
+                return value[: self.first], value[self.first :]
+            if not self.shapes:
+                raise Unfit(f"a block's first tensor has shape {list(value.shape)}")
+            return value, value
         if type(value) in (tuple, list):
             parts = [self.of(each) for each in value]
             return type(value)(p[0] for p in parts), type(value)(p[1] for p in parts)
@@ -146,16 +144,6 @@ class _Division:
         second writes what the first one keeps for its backward."""
         if any(value._version != version for value, version in self._versions):
             raise Unfit("a block changes a tensor that it gets")
-
-    def _of_tensor(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        self._versions.append((value, value._version))
-        by_sequence = value.dim() > 0 and value.shape[0] == self.count
-        if not self.shapes and not by_sequence:
-            raise Unfit(f"a block's first tensor has shape {list(value.shape)}")
-        if not by_sequence:
-            return value, value
-        self.shapes.append(value.shape)
-        return value[: self.first], value[self.first :]
 
     def joined(self, first: Any, rest: Any) -> Any:
         """The two outputs as one call would have returned them."""
@@ -176,6 +164,5 @@ def _check_close(parts: Any, whole: Any) -> None:
     while type(parts) in (tuple, list) and type(whole) in (tuple, list):
         parts, whole = parts[0], whole[0]
     eps = torch.finfo(whole.dtype).eps ** 0.5
-    near = torch.allclose(parts, whole, rtol=eps, atol=eps, equal_nan=True)
-    if not near:
+    if not torch.allclose(parts, whole, rtol=eps, atol=eps, equal_nan=True):
         raise Unfit("a block computes other values for a part of its rows")

@@ -11,7 +11,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class BatchedClients:
         self.dtype = dtype
         self.pattern = pattern
         self.adapter = adapter
-        self.others: Literal["frozen", "disabled"] = others
+        self.others: Others = others
         self.staircase = staircase
         check_model(model, adapter, pattern)
         self.shared = shared_names(model, shared, pattern)
@@ -161,7 +161,7 @@ class BatchedClients:
         global_lora: Mapping[str, Tensor],
     ) -> None:
         # Places: whoever leaves first comes last, so that those who go on are always the first.
-        clients = sorted(states, key=lambda c: (-c.steps, c.settings))
+        clients = sorted(states, key=lambda c: (-len(c.spec.batches), c.settings))
         rows = BatchRows()
         turned = layouts.tokens_first(self.model)
         banks: list[Bank] = []
@@ -192,7 +192,7 @@ class BatchedClients:
             while active := [place for place, c in enumerate(clients) if c.has_batch]:
                 optimizer.activate(active[-1] + 1)
                 active.sort(key=lambda place: (clients[place].lowest, place))
-                stairs = self._step(clients, active, rows, optimizer, stairs)
+                self._step(clients, active, rows, optimizer, stairs)
                 modules.check_called()
         for bank in (*banks, *heads):
             bank.give(clients)
@@ -204,8 +204,8 @@ class BatchedClients:
         rows: BatchRows,
         optimizer: ClientsAdamW,
         stairs: Staircase | None,
-    ) -> Staircase | None:
-        """One step of the clients at these places; returns the staircase, or None if it failed."""
+    ) -> None:
+        """One step of the clients at these places."""
         going = [clients[place] for place in active]
         batches = [client.batch for client in going]
         inputs, segments = merged(batches, WHERE)
@@ -218,7 +218,7 @@ class BatchedClients:
             for module, bank in enumerate(banks):
                 bank.draw(seeds[:, module])
         lowest = [c.lowest for c, size in zip(going, sizes, strict=True) for _ in range(size)]
-        output, stairs = self._forward(inputs, batches, stairs, lowest, rows)
+        output = self._forward(inputs, batches, stairs, lowest, rows)
         logits = logits_of(output, segments, WHERE)
         if self.loss_fn is None:
             losses = cross_entropies(logits, batches, segments, rows.owners(logits.device), WHERE)
@@ -238,7 +238,6 @@ class BatchedClients:
         optimizer.step(gradients)
         for client, size, value in zip(going, sizes, values, strict=True):
             client.advance(size, value)
-        return stairs
 
     def _forward(
         self,
@@ -247,16 +246,16 @@ class BatchedClients:
         stairs: Staircase | None,
         lowest: list[float],
         rows: BatchRows,
-    ) -> tuple[Any, Staircase | None]:
+    ) -> Any:
         def call() -> Any:
             rows.above = None
             return self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
 
-        if stairs is None:
-            return call(), None
+        if stairs is None or stairs.removed:
+            return call()
         try:
             with stairs.forward(lowest):
-                return call(), stairs
+                return call()
         except Unfit as error:  # anything else is not of the staircase's doing
             stairs.remove()
             inputs, _ = merged(batches, WHERE)  # anew: blocks may have written into them
@@ -266,7 +265,7 @@ class BatchedClients:
                 f"{error!s:.200}; all rows take part in the whole backward",
                 stacklevel=2,
             )
-            return output, None
+            return output
 
     def _stairs(
         self, clients: list[ClientRound], names: Mapping[str, Pair], rows: BatchRows
@@ -307,10 +306,8 @@ class BatchedClients:
 
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """A model of transformers keeps no keys and values meanwhile: nothing here reads them.
-
-    Its parts may have configurations of their own, as T5's decoder has.
-    """
+    """A model of transformers keeps no keys and values meanwhile: nothing here reads them."""
+    # Its parts may have configurations of their own, as T5's decoder has.
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs += [getattr(config, "text_config", None) for config in configs]
     caching = [c for c in configs if getattr(c, "use_cache", False)]

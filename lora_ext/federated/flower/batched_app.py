@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context, Message
@@ -14,7 +14,7 @@ from lora_ext._checks import require
 
 from .. import BatchedClients, ClientSpec, LayerPlan, LoraLayerManager, Update
 from ..update import Client
-from .model import Model, SharedTensors, check_scaling
+from .model import Model, Tensors, check_scaling
 from .records import read_config
 from .tasks import Settings, Task, failed, shared_names, who
 
@@ -30,9 +30,7 @@ class BatchedApp(ClientApp):
     Args:
         prepare: what ``train`` needs of a task, such as its data; called for each by itself.
         train: gives the updates in the order of the tasks.
-        state: gives the adapter of the model and the shared parameters of these names, for names
-            and shapes.
-        pattern: finds the index of a layer in a name.
+        state: gives the adapter of the model and the shared parameters of these names.
     """
 
     def __init__(
@@ -68,7 +66,7 @@ class BatchedApp(ClientApp):
                 replies[place] = failed(message, error)
         loaded = time.perf_counter()
         try:
-            whole = _union((task for task, _ in tasks.values()), state)
+            whole = _union([task for task, _ in tasks.values()], state)
             updates = self._train([*tasks.values()], whole) if tasks else []
         except Exception as error:
             return [replies.get(i, failed(message, error)) for i, (message, _) in enumerate(pairs)]
@@ -78,7 +76,12 @@ class BatchedApp(ClientApp):
             "down-time-s": (loaded - began) / share,
         }
         for (place, (task, _)), update in zip(tasks.items(), updates, strict=True):
-            replies[place] = _reply(task, update, seconds, state)
+            if update.failed:
+                error = ArithmeticError("the loss or the update is not finite")
+                replies[place] = failed(task.message, error)
+                continue
+            told = {"num-examples": update.num_examples, "train-loss": update.loss}
+            replies[place] = task.reply(task.cut(update.tensors), {**seconds, **told}, state)
         return [replies[place] for place in range(len(pairs))]
 
     def _alone(self, message: Message, context: Context) -> Message:
@@ -112,10 +115,7 @@ def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> Batch
         plans: dict[Client, LayerPlan] = {task.client: task.plan for task, _ in tasks}
         return batched.run_round(plans, state, first.round)
 
-    def state(shared: list[str]) -> State:
-        return _state_of(model.manager, shared)
-
-    return BatchedApp(prepare, train, state, model.pattern)
+    return BatchedApp(prepare, train, lambda s: Tensors(model.manager, s).state(), model.pattern)
 
 
 def of_clients(batched: BatchedClients) -> BatchedApp:
@@ -136,14 +136,10 @@ def of_clients(batched: BatchedClients) -> BatchedApp:
         updates = {u.client: u for u in batched.run_round(plans, state, tasks[0][0].round)}
         return [updates[name] for _, name in tasks]
 
-    return BatchedApp(prepare, train, lambda s: _state_of(manager, s), batched.pattern)
+    return BatchedApp(prepare, train, lambda s: Tensors(manager, s).state(), batched.pattern)
 
 
-def _state_of(manager: LoraLayerManager, shared: list[str]) -> State:
-    return {**manager.state_slice(), **SharedTensors(manager.model, shared).state()}
-
-
-def _union(tasks: Iterable[Task], state: State) -> dict[str, Tensor]:
+def _union(tasks: Sequence[Task], state: State) -> dict[str, Tensor]:
     """The global adapter, as far as any of the messages has it; nobody uses the rest."""
     found: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
@@ -153,10 +149,3 @@ def _union(tasks: Iterable[Task], state: State) -> dict[str, Tensor]:
             if size >= sizes.get(key, 0):
                 found[key], sizes[key] = value, size
     return found
-
-
-def _reply(task: Task, update: Update, seconds: Mapping[str, float], state: State) -> Message:
-    if update.failed:
-        return failed(task.message, ArithmeticError("the loss or the update is not finite"))
-    metrics = {**seconds, "num-examples": update.num_examples, "train-loss": update.loss}
-    return task.reply(task.cut(update.tensors), metrics, state)

@@ -17,7 +17,7 @@ from lora_ext._checks import require
 from ..batched import rows_in
 from ..plan import PATTERN
 from .batched_app import in_one_batch
-from .model import Model, SharedTensors, check_scaling
+from .model import Model, Tensors, check_scaling
 from .records import read_config
 from .tasks import Metrics, Settings, Task, shared_names, who
 
@@ -103,13 +103,12 @@ def _train(
 ) -> Message:
     began = time.perf_counter()
     manager = model.manager
-    shared = SharedTensors(manager.model, shared_names(read_config(message)))
-    state = {**manager.state_slice(), **shared.state()}
+    tensors = Tensors(manager, shared_names(read_config(message)))
+    state = tensors.state()
     task = Task.read(message, context, state, model.pattern)
     check_scaling(manager, task.config)
-    manager.load_slice({k: v for k, v in task.tensors.items() if k not in task.shared})
-    shared.load(task.tensors)
-    before = task.cut({**manager.state_slice(task.plan.layers), **shared.state()})
+    tensors.load(task.tensors)
+    before = task.cut(tensors.state(task.plan.layers))
     manager.apply(task.plan, others=task.others)
     loaded = time.perf_counter()
     batches = data_fn(task.partition)
@@ -117,11 +116,11 @@ def _train(
         batches = list(batches)
     found: dict[str, Any] = {"num-examples": 0}
     if batches:
-        with torch.random.fork_rng(), shared.trained(), manager.boundary():
+        with torch.random.fork_rng(), tensors.trained(), manager.boundary():
             torch.manual_seed(task.seed)
             found = dict(train_fn(manager.model, batches, task.config))
         found.setdefault("num-examples", sum(rows_in(batch, WHERE) for batch in batches))
     found = {"train-time-s": time.perf_counter() - loaded, "down-time-s": loaded - began, **found}
-    after = task.cut({**manager.state_slice(task.plan.layers), **shared.state()})
+    after = task.cut(tensors.state(task.plan.layers))
     changes = {key: value - before[key] for key, value in after.items()}
     return task.reply(changes, found, state)

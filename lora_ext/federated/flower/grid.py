@@ -57,9 +57,8 @@ class LocalGrid(Grid):
             found = len(client_app.clients)
             require(num_nodes == found, where, "num_nodes", f"{found}, as clients", num_nodes)
             client_app = of_clients(client_app)
-        if not callable(client_app):
-            kind = type(client_app).__name__
-            raise TypeError(f"{where}: client_app: expected a ClientApp, found {kind}")
+        kind = type(client_app).__name__
+        require(callable(client_app), where, "client_app", "a ClientApp", kind, TypeError)
         require(num_nodes > 0, where, "num_nodes", "from 1", num_nodes)
         self._app = client_app
         self._clock = clock
@@ -95,12 +94,8 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Make a message to a node; Flower's ``Message`` does the same.
-
-        Args:
-            content: its records. message_type: "train", "evaluate" or "query".
-            dst_node_id: one of :meth:`get_node_ids`. group_id, ttl: not used.
-        """
+        """Make a message to a node, as Flower's ``Message`` does; ``message_type`` is "train",
+        "evaluate" or "query", and nothing here looks at ``group_id`` and ``ttl``."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -124,12 +119,8 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Run the clients that are sent messages, and return their replies in that order.
-
-        Args:
-            messages: one for each client. timeout: seconds; a client that would start later does
-                not run, and a reply that took longer is lost. None waits for all.
-        """
+        """Run the clients that are sent ``messages``, and return their replies in that order; after
+        ``timeout`` seconds no client starts, and a reply that took longer is lost."""
         pushed = self.push_messages(messages)
         return self._answers([self._pushed.pop(each) for each in pushed], timeout)
 
@@ -162,9 +153,8 @@ class LocalGrid(Grid):
     def _one(self, message: Message, context: Context) -> Message:
         try:
             reply = self._app(message, context)
-            fits = isinstance(reply, Message)
+            fits, found = isinstance(reply, Message), f"one that returns {type(reply).__name__}"
             expected = "an app that returns a Message"
-            found = f"one that returns {type(reply).__name__}"
             require(fits, "LocalGrid", "client_app", expected, found, TypeError)
             return reply
         except Exception as error:

@@ -13,7 +13,7 @@ from lora_ext._checks import require
 
 from .. import Aggregate, Update, aggregate_masked
 from ..masked import masked_shapes, weights_key
-from ..plan import layer_pairs
+from ..plan import Pair, layer_pairs
 from ..update import Client, Rejected, same, weight_of
 
 
@@ -31,6 +31,8 @@ def aggregate_replies(
     A reply is rejected where it is not finite, or has another weight than its plan and its number
     of examples give. Sums are float64, in the order of the clients.
     """
+    pairs = layer_pairs("state", state, pattern)
+    shapes = masked_shapes(state, pattern)
     by_client: dict[Client, list[Update]] = {}
     for update in updates:
         by_client.setdefault(update.client, []).append(update)
@@ -41,16 +43,16 @@ def aggregate_replies(
         try:
             once = all(same(first, other) for other in others)
             require(once, where, "reply", "one, or equal ones", "two that differ")
-            _check(where, state, first, weighted_by, pattern)
+            _check(where, first, pairs, shapes, weighted_by)
             accepted[client] = first
         except Rejected as error:
             rejected[client] = f"{where}: {error}"
         except ValueError as error:
             rejected[client] = str(error)
     clients = tuple(sorted(accepted, key=int))
-    layers = {pair.layer for pair in layer_pairs("state", state, pattern)}
     trained = {layer for update in accepted.values() for layer in update.plan.layers}
-    result = Aggregate(dict(state), clients, rejected, tuple(sorted(layers - trained)))
+    uncovered = tuple(sorted({pair.layer for pair in pairs} - trained))
+    result = Aggregate(dict(state), clients, rejected, uncovered)
     if len(clients) < min_replies:
         reason = f"replies: expected at least {min_replies}, found {len(clients)}"
         return replace(result, skipped=True, reason=reason)
@@ -59,7 +61,7 @@ def aggregate_replies(
             (accepted[client].tensors[key].double() for client in clients),
             torch.zeros(shape, dtype=torch.float64),
         )
-        for key, shape in masked_shapes(state, pattern).items()
+        for key, shape in shapes.items()
     }
     try:
         new = aggregate_masked(state, sums, server_lr=server_lr, pattern=pattern)
@@ -70,19 +72,18 @@ def aggregate_replies(
 
 def _check(
     where: str,
-    state: Mapping[str, Tensor],
     update: Update,
-    weighted_by: Literal["num-examples"] | None,
-    pattern: str,
+    pairs: Sequence[Pair],
+    shapes: Mapping[str, tuple[int, ...]],
+    weighted_by: str | None,
 ) -> None:
     weight = weight_of(update.num_examples) if weighted_by is not None else 1.0
-    shapes = masked_shapes(state, pattern)
     for key in shapes:
         require(key in update.tensors, where, key, "a tensor of every client", "none")
         finite = bool(update.tensors[key].isfinite().all())
         require(finite, where, key, "finite values", "others")
-    for pair in layer_pairs(where, state, pattern):
-        full = state[pair.a].shape[0]
+    for pair in pairs:
+        full = shapes[pair.a][0]
         planned = pair.layer in update.plan.layers
         rank = update.plan.rank_of(pair.layer, full) if planned else 0
         key = weights_key(pair)

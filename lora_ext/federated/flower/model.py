@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -61,38 +61,42 @@ def check_scaling(manager: LoraLayerManager, config: Mapping[str, Any]) -> None:
         require(same, "message", f"scaling of {name}", f"{config['scaling']:g}", f"{found:g}")
 
 
-class SharedTensors:
-    """Parameters beside the adapter that every client trains and sends: a head.
+class Tensors:
+    """What a client has of the global state: its layers, and parameters beside the adapter that
+    every client trains and sends, such as a head.
 
     Args:
-        names: as ``model.named_parameters()`` has them.
+        shared: names of the latter, as ``model.named_parameters()`` has them.
     """
 
-    def __init__(self, model: nn.Module, names: list[str]):
-        known = dict(model.named_parameters())
-        for name in names:
+    def __init__(self, manager: LoraLayerManager, shared: Sequence[str]):
+        known = dict(manager.model.named_parameters())
+        for name in shared:
             require(name in known, "message", "shared", "parameters of the model", repr(name))
-        self._parameters = {name: known[name] for name in names}
+        self._manager = manager
+        self._shared = {name: known[name] for name in shared}
 
-    def state(self) -> dict[str, Tensor]:
-        """Copies of them, on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self._parameters.items()}
+    def state(self, layers: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Copies of some layers, or of all, and of the parameters, on the CPU."""
+        shared = {name: p.detach().cpu().clone() for name, p in self._shared.items()}
+        return {**self._manager.state_slice(layers), **shared}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put values into the model."""
-        for name, parameter in self._parameters.items():
+        self._manager.load_slice({k: v for k, v in tensors.items() if k not in self._shared})
+        for name, parameter in self._shared.items():
             parameter.copy_(tensors[name])
 
     @contextlib.contextmanager
     def trained(self) -> Iterator[None]:
-        """A block in which they take gradients."""
-        before = {name: p.requires_grad for name, p in self._parameters.items()}
+        """A block in which the parameters take gradients."""
+        before = [(parameter, parameter.requires_grad) for parameter in self._shared.values()]
         try:
-            for parameter in self._parameters.values():
+            for parameter, _ in before:
                 parameter.requires_grad_(True)
             yield
         finally:
-            for name, parameter in self._parameters.items():
-                parameter.requires_grad_(before[name])
+            for parameter, trains in before:
+                parameter.requires_grad_(trains)
                 parameter.grad = None

@@ -66,9 +66,7 @@ class Nodes:
         patience = min(_PATIENCE, _PATIENCE if timeout is None else timeout)
         answers = grid.send_and_receive(queries, timeout=patience)
         replies = {reply.metadata.src_node_id: reply for reply in answers}
-        for node in new:
-            if node not in replies:
-                continue
+        for node in [each for each in new if each in replies]:
             self._asked.add(node)
             if replies[node].has_content():
                 said = replies[node].content.config_records.get(NODE, {})

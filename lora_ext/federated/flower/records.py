@@ -23,7 +23,6 @@ from torch import Tensor
 from lora_ext._checks import require
 
 from ..payload import Payload, pack_tensors, read_npy, unpack_tensors
-from ..plan import LayerPlan
 
 LORA, CONFIG, METRICS, ECHO = "lora", "config", "metrics", "echo"
 PROTOCOL = 1
@@ -35,8 +34,7 @@ _MANIFEST = ("names", "dtypes", "dims", "sizes")  # of tensors in one array
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Write tensors as Flower's record of arrays, which knows no bfloat16: its bits travel as
-    uint16.
+    """Write tensors as Flower's record of arrays, those of bfloat16 as the bits of uint16.
 
     Args:
         tensors: by name, on any device: an adapter's state dict, say.
@@ -85,10 +83,6 @@ def unpack(
     Raises:
         ValueError: naming key, expected and found.
     """
-    flat = "names" in settings
-    if not flat:
-        for key in record:
-            require(key in shapes, where, f"{key!s:.200}", "a name of the plan", "none that it has")
     return unpack_tensors(_payload(record, settings, where), shapes, where)
 
 
@@ -101,11 +95,6 @@ def said_shapes(
     sizes = iter(settings.get("sizes", []))
     dims = zip(settings["names"], settings.get("dims", []), strict=False)
     return {name: tuple(itertools.islice(sizes, dim)) for name, dim in dims}
-
-
-def plan_of(settings: Mapping[str, Any]) -> LayerPlan:
-    """The plan that a ``config`` or an ``echo`` carries; errors are :class:`LayerPlan`'s."""
-    return LayerPlan.from_config(settings)
 
 
 def read_config(message: Message) -> ConfigRecord:
@@ -171,16 +160,14 @@ def mean_metrics(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
 
 
 def _record(payload: Payload) -> ArrayRecord:
-    brain = payload.manifest.get(_BRAIN, [])
     arrays = {key: Array(array) for key, array in payload.arrays.items()}
-    for key in brain:
+    for key in payload.manifest.get(_BRAIN, []):
         arrays[str(key)].dtype = _BRAIN
     return ArrayRecord(arrays)
 
 
 def _payload(record: Mapping[str, Array], settings: Mapping[str, Any], where: str) -> Payload:
     arrays: dict[str, Any] = {}
-    brain: list[str] = []
     for key, array in record.items():
         require(array.stype == _NUMPY, where, key, f"stype {_NUMPY!r}", f"{array.stype!r:.50}")
         decoded = read_npy(array.data, f"{where}: {key:.200}")
@@ -191,7 +178,6 @@ def _payload(record: Mapping[str, Array], settings: Mapping[str, Any], where: st
         own = decoded.dtype.name
         require(own == dtype, where, f"{key:.200}: dtype", f"{own} as in its bytes", f"{dtype:.50}")
         arrays[key] = decoded
-        if array.dtype == _BRAIN:
-            brain.append(key)
+    brain = [key for key, array in record.items() if array.dtype == _BRAIN]
     manifest = {name: settings[name] for name in _MANIFEST if name in settings}
-    return Payload(arrays, {**manifest, **({_BRAIN: brain} if brain else {})})
+    return Payload(arrays, {**manifest, _BRAIN: brain})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, RecordDict
 from flwr.common.constant import ErrorCode
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_ext._checks import require
 
-from .. import CommLog, LayerPlan, Update, plan_bytes, plan_shapes
+from .. import CommLog, LayerPlan, Update, plan_shapes
 from ..masked import masked_shapes
 from ..update import Client
 from . import records
@@ -30,85 +30,50 @@ class _Unanswered(ValueError):
     """A reply that only says that there is none."""
 
 
-class Collected(NamedTuple):
-    """The replies of a round, sorted.
-
-    Attributes:
-        updates: what can be aggregated. contents: by client what the updates came with.
-        reasons: by client why a reply cannot; of a stranger by its node.
-        silent: the clients that gave no answer.
-    """
-
-    updates: list[Update]
-    contents: dict[Client, RecordDict]
-    reasons: dict[Client, str]
-    silent: list[Client]
-
-
 @dataclasses.dataclass(frozen=True)
 class Sending:
     """How the messages of a run are made: the strategy's arguments of these names."""
 
-    pattern: str
-    shared: tuple[str, ...]
-    upload: str
+    rules: Mapping[str, Any]  # those of aggregate
     send_frozen: bool
     pack: bool
     seed: int
     payload: str
-    weighted: bool
-    max_update_norm: float | None
-    scaling: float | None
-
-    @classmethod
-    def of(cls, rules: Mapping[str, Any], scaling: Any, **own: Any) -> Sending:
-        """What goes beside the arguments of :func:`lora_ext.federated.aggregate`, ``rules``.
-
-        Args:
-            scaling: as the strategy got it; only one number can be told to clients.
-        """
-        shown = {name: rules[name] for name in ("pattern", "shared", "upload", "max_update_norm")}
-        scaling = scaling if isinstance(scaling, int | float) else None
-        return cls(**shown, **own, scaling=scaling, weighted=rules["weighted_by"] is not None)
+    scaling: Any  # as the strategy got it; one number alone can be told to clients
 
     def settings(self) -> dict[str, Any]:
         """What a client must know of it."""
         found: dict[str, Any] = {
             "protocol": records.PROTOCOL,
             "seed": self.seed,
-            "upload": self.upload,
+            "upload": self.rules["upload"],
             "others": "frozen" if self.send_frozen else "disabled",
             "pack": self.pack,
         }
-        if self.shared:
-            found["shared"] = list(self.shared)
-        if self.scaling is not None:
+        if self.rules["shared"]:
+            found["shared"] = list(self.rules["shared"])
+        if isinstance(self.scaling, int | float):
             found["scaling"] = float(self.scaling)
         if self.payload == "dense_masked":
-            found |= {"payload": self.payload, "weighted": self.weighted}
-            if self.max_update_norm is not None:
-                found["max-update-norm"] = self.max_update_norm
+            weighted = self.rules["weighted_by"] is not None
+            found |= {"payload": self.payload, "weighted": weighted}
+            if self.rules["max_update_norm"] is not None:
+                found["max-update-norm"] = self.rules["max_update_norm"]
         return found
 
 
 @dataclasses.dataclass
 class Round:
-    """A round under way.
-
-    Attributes:
-        number: of the round. record, state: the global adapter, as Flower has it and decoded.
-        nodes: those that are asked, and the client that each is. plans: by client.
-        comm: takes the bytes of the messages.
-        sent: when, by the monotonic clock.
-    """
+    """A round under way."""
 
     number: int
-    record: ArrayRecord
-    state: dict[str, Tensor]
-    nodes: dict[int, Client]
+    record: ArrayRecord  # the global adapter
+    state: dict[str, Tensor]  # likewise, decoded
+    nodes: dict[int, Client]  # those that are asked, and the client that each is
     plans: dict[Client, LayerPlan]
     sending: Sending
-    comm: CommLog
+    comm: CommLog  # takes the bytes of the messages
+    #: When, by the monotonic clock.
     sent: float = dataclasses.field(default_factory=time.monotonic)
     _asked: list[Metadata] = dataclasses.field(default_factory=list)
 
@@ -120,30 +85,35 @@ class Round:
             self._count(message.metadata.dst_node_id, message, "down")
         return messages
 
-    def collect(self, replies: Iterable[Message]) -> Collected:
-        """Sort replies, each by itself."""
-        found = Collected([], {}, {}, [])
+    def collect(
+        self, replies: Iterable[Message]
+    ) -> tuple[list[Update], dict[Client, RecordDict], dict[Client, str], list[Client]]:
+        """Sort replies, each by itself: what can be aggregated; what it came with, by client; why
+        others cannot, by client, or by node of a stranger; and the clients that gave no answer."""
+        updates: list[Update] = []
+        contents: dict[Client, RecordDict] = {}
+        reasons: dict[Client, str] = {}
         answered: set[Client] = set()
         reported: dict[Client, set[str]] = {}
         for reply in replies:
             node = self.sender(reply)
             client = self.nodes.get(node, f"node {node}")
             try:
-                found.updates.append(self.read(reply))
-                found.contents[client] = reply.content
+                updates.append(self.read(reply))
+                contents[client] = reply.content
                 metrics = reply.content.metric_records[records.METRICS]
                 reported.setdefault(client, set()).add(repr(sorted(metrics.items())))
             except ValueError as error:
-                found.reasons[client] = str(error)
+                reasons[client] = str(error)
                 if isinstance(error, _Unanswered):
                     continue
             answered.add(client)
         for client in [c for c, each in reported.items() if len(each) > 1]:
-            found.updates[:] = [update for update in found.updates if update.client != client]
+            updates = [update for update in updates if update.client != client]
             where = f"node {self.node(client)}: client {client}: reply"
-            found.reasons[client] = f"{where}: expected one, or equal ones, found two that differ"
-        found.silent.extend(client for client in self.plans if client not in answered)
-        return found
+            reasons[client] = f"{where}: expected one, or equal ones, found two that differ"
+        silent = [client for client in self.plans if client not in answered]
+        return updates, contents, reasons, silent
 
     def sender(self, reply: Message) -> int:
         """The node that a reply is of: where the server answers for one that it has lost, that."""
@@ -177,21 +147,17 @@ class Round:
         examples = content.metric_records[records.METRICS].get("num-examples")
         return Update(client, examples, tensors, self.plans[client])
 
-    def slice_bytes(self, client: Client) -> int:
-        """Bytes of the tensors of a client's plan, one way."""
-        return plan_bytes(self.state, self.plans[client], self.sending.pattern)
-
     def node(self, client: Client) -> int:
         """The node that a client is."""
         return next(node for node, asked in self.nodes.items() if asked == client)
 
     def _message(self, node: int, client: Client, config: Mapping[str, Any]) -> Message:
         plan, sending = self.plans[client], self.sending
-        shapes = plan_shapes(self.state, plan, sending.pattern)
+        shapes = plan_shapes(self.state, plan, sending.rules["pattern"])
         sent = {
             key: value[tuple(map(slice, shapes[key]))] if key in shapes else value
             for key, value in self.state.items()
-            if key in shapes or key in sending.shared or sending.send_frozen
+            if key in shapes or key in sending.rules["shared"] or sending.send_frozen
         }
         record, manifest = records.pack(sent, sending.pack)
         own = {"server-round": self.number, "client": client, **plan.to_config(), **manifest}
@@ -203,7 +169,7 @@ class Round:
         round = echo.get("server-round")
         require(round == self.number, where, "echo", f"round {self.number}", f"{round!r:.50}")
         try:
-            said = records.plan_of(echo)
+            said = LayerPlan.from_config(echo)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: echo: expected {plan}, found {error!s:.200}") from None
         require(said == plan, where, "echo", plan, f"{said!s:.200}")
@@ -211,9 +177,9 @@ class Round:
     def _shapes(self, plan: LayerPlan) -> dict[str, tuple[int, ...]]:
         """What a reply to a plan may have."""
         if self.sending.payload == "dense_masked":
-            return masked_shapes(self.state, self.sending.pattern)
-        shapes = plan_shapes(self.state, plan, self.sending.pattern)
-        return shapes | {key: tuple(self.state[key].shape) for key in self.sending.shared}
+            return masked_shapes(self.state, self.sending.rules["pattern"])
+        shapes = plan_shapes(self.state, plan, self.sending.rules["pattern"])
+        return shapes | {key: tuple(self.state[key].shape) for key in self.sending.rules["shared"]}
 
     def _count(self, node: int, message: Message, way: str) -> None:
         """Add a message to the bytes of its client."""

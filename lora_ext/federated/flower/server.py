@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import LayerPlan
 from ..plan import PATTERN
-from .model import Model, SharedTensors
+from .model import Model, Tensors
 from .records import from_arrays, to_arrays
 from .strategy import LoraStrategy
 
@@ -53,22 +53,20 @@ def make_server_app(
     def main(grid: Grid, context: Context) -> None:
         strategy = strategy_fn()
         manager = Model(model_fn, pattern, adapter).manager
-        shared = SharedTensors(manager.model, list(strategy.shared))
+        tensors = Tensors(manager, strategy.shared)
         said = {k: v for k, v in context.run_config.items() if isinstance(v, int | float)}
         settings = {**(train_config or {}), **said}
 
         def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if eval_fn is None:
                 return None
-            state = from_arrays(arrays)
-            shared.load(state)
-            manager.load_slice({k: v for k, v in state.items() if k not in strategy.shared})
+            tensors.load(from_arrays(arrays))
             manager.apply(LayerPlan(tuple(range(manager.num_layers))), mode="eval")
             return MetricRecord(dict(eval_fn(manager.model)))
 
         result = strategy.start(
             grid,
-            to_arrays({**manager.state_slice(), **shared.state()}),
+            to_arrays(tensors.state()),
             int(settings.get("num-server-rounds", num_rounds)),
             float(settings.get("timeout", timeout)),
             ConfigRecord({k: v for k, v in settings.items() if k not in _OWN}),

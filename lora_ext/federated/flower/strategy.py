@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_ext._checks import integer, require
 
-from .. import Aggregate, CommLog, LayerPlan, RoundLog, Update, aggregate
+from .. import Aggregate, CommLog, LayerPlan, RoundLog, aggregate, plan_bytes
 from ..aggregation import RankAgg, check_settings
 from ..plan import PATTERN, Allocator, check_layers, layer_pairs
 from ..update import Client, NanPolicy, Upload
@@ -129,8 +129,7 @@ class LoraStrategy(FedAvg):
             "shared": self.shared,
         }
         _check_rules(self._rules, payload)
-        own = {"send_frozen": send_frozen, "pack": pack, "payload": payload, "seed": self.seed}
-        self._sending = Sending.of(self._rules, scaling, **own)
+        self._sending = Sending(self._rules, send_frozen, pack, self.seed, payload, scaling)
         self.comm = CommLog()
         self.history: list[RoundLog] = []
         self.round = 0
@@ -228,11 +227,7 @@ class LoraStrategy(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Write one message for each selected client, with its own plan.
-
-        Args:
-            server_round: Flower's number. arrays: the global adapter. config: for the clients.
-            grid: knows which nodes are connected.
+        """Write one message for each selected client, with its own plan. Flower calls it.
 
         Raises:
             ValueError, TypeError: a state without layers, a plan that does not fit it, a capability
@@ -243,7 +238,7 @@ class LoraStrategy(FedAvg):
         changed = self.before_round(number, state)
         if changed is not None:
             state, arrays = dict(changed), records.to_arrays(changed)
-        pairs = layer_pairs(f"{WHERE}: arrays", state, self._sending.pattern)
+        pairs = layer_pairs(f"{WHERE}: arrays", state, self._rules["pattern"])
         num_layers = check_layers(WHERE, {pair.layer for pair in pairs})
         first = server_round == 1
         nodes = connected(grid, self.min_available_nodes if first else 1, self._timeout)
@@ -268,12 +263,8 @@ class LoraStrategy(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Make the new global adapter of the replies, and the means of what the accepted clients
-        report.
-
-        Where the round is skipped, the adapter is the very record of before.
-
-        Args:
-            server_round: Flower's number. replies: error messages are among them.
+        report. Where the round is skipped, the adapter is the very record of before. Flower calls
+        it, with error messages among the replies.
 
         Raises:
             ValueError: no round is under way; with ``nan_policy="raise"`` what it says.
@@ -285,9 +276,16 @@ class LoraStrategy(FedAvg):
             raise ValueError(f"{WHERE}: round: expected {under_way}, under way, found {number}")
         replies = list(replies)
         updates, contents, reasons, silent = current.collect(replies)
-        for reply in replies:
-            self._learn(current, reply)
-        result = self._aggregate(current.state, updates)
+        for reply in replies:  # who a node is, where its echo says it, for the rounds to come
+            node = reply.metadata.src_node_id
+            if node in current.nodes and reply.has_content():
+                self._nodes.learn(node, reply.content.config_records.get(records.ECHO, {}))
+        if self._sending.payload == "sliced":
+            result = aggregate(current.state, updates, **self._rules)
+        else:
+            names = ("weighted_by", "server_lr", "min_replies", "pattern")
+            rules = {name: self._rules[name] for name in names}
+            result = aggregate_replies(current.state, updates, **rules)
         waited = float(self._timeout or time.monotonic() - current.sent)
         for client in silent:
             node = current.node(client)
@@ -297,8 +295,9 @@ class LoraStrategy(FedAvg):
         self._write(current, result, reasons)
         for client in result.accepted:
             reported = records.numbers(contents[client].metric_records[records.METRICS])
-            metrics = {**reported, "bytes": float(current.slice_bytes(client))}
-            self.observe(number, client, current.plans[client], metrics)
+            plan = current.plans[client]
+            sent = plan_bytes(current.state, plan, self._rules["pattern"])
+            self.observe(number, client, plan, {**reported, "bytes": float(sent)})
         for client in silent:
             self.timed_out(number, client, current.plans[client], waited)
         if result.skipped:
@@ -371,19 +370,6 @@ class LoraStrategy(FedAvg):
 
     # --- inside ------------------------------------------------------------------------------
 
-    def _aggregate(self, state: Mapping[str, Tensor], updates: list[Update]) -> Aggregate:
-        if self._sending.payload == "sliced":
-            return aggregate(state, updates, **self._rules)
-        names = ("weighted_by", "server_lr", "min_replies", "pattern")
-        return aggregate_replies(state, updates, **{name: self._rules[name] for name in names})
-
-    def _learn(self, current: Round, reply: Message) -> None:
-        """Take up who a node is where its echo says it, for the rounds to come."""
-        node = reply.metadata.src_node_id
-        if node in current.nodes and reply.has_content():
-            echo = reply.content.config_records.get(records.ECHO, {})
-            self._nodes.learn(node, echo)
-
     def _write(self, current: Round, result: Aggregate, reasons: dict[Client, str]) -> None:
         """Write the round down."""
         number = current.number
@@ -395,7 +381,7 @@ class LoraStrategy(FedAvg):
             _log.info("round %d: client %s: clipped by %.3g", number, client, factor)
         if result.skipped:
             _log.warning("round %d: skipped: %s", number, result.reason)
-        pairs = layer_pairs(WHERE, current.state, self._sending.pattern)
+        pairs = layer_pairs(WHERE, current.state, self._rules["pattern"])
         entry = RoundLog.of(number, current.plans, result, 1 + max(pair.layer for pair in pairs))
         rejected = {c: why for c, why in reasons.items() if c not in result.accepted}
         self.history.append(dataclasses.replace(entry, rejected=rejected))
@@ -403,7 +389,7 @@ class LoraStrategy(FedAvg):
 
 
 def _check_rules(rules: Mapping[str, Any], payload: Any) -> None:
-    check_settings(**rules)
+    check_settings(rules)
     rank_agg, shared = rules["rank_agg"], [*rules["shared"]]
     require(rank_agg != "stack", WHERE, "rank_agg", "one whose result is an adapter", rank_agg)
     require(payload in get_args(Payload), WHERE, "payload", get_args(Payload), repr(payload))

@@ -35,18 +35,12 @@ _PLAN = ("server-round", "layers", "ranks")  # what the echo repeats
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a client trains, from the strategy's ``train_config``.
+    """How a client trains, from the strategy's ``train_config``."""
 
-    Attributes:
-        lr, weight_decay: of AdamW; the rate of Fed-HeLLo's authors unless it is said.
-        epochs: how often its batches are gone through.
-        seed: of the strategy.
-    """
-
-    lr: float
+    lr: float  # of AdamW; unless it is said, that of Fed-HeLLo's authors
     weight_decay: float
     epochs: int
-    seed: int
+    seed: int  # of the strategy
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
@@ -61,26 +55,18 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One training message, decoded and checked against the client's own model.
+    """One training message, decoded and checked against the client's own model."""
 
-    Attributes:
-        message: to reply to. config: its settings. plan, round, client: of them.
-        partition: whose data to train on.
-        tensors: what it carries, at the ranks of the plan, or at any that the model can hold.
-        others: what the layers outside the plan are. shared: names beside the adapter's.
-        pattern: finds the index of a layer in a name.
-    """
-
-    message: Message
-    config: ConfigRecord
+    message: Message  # to reply to
+    config: ConfigRecord  # its settings
     plan: LayerPlan
     round: int
     client: int
-    partition: int
-    tensors: dict[str, Tensor]
-    others: Others
-    shared: list[str]
-    pattern: str
+    partition: int  # whose data to train on
+    tensors: dict[str, Tensor]  # at the ranks of the plan, or at any that the model can hold
+    others: Others  # what the layers outside the plan are
+    shared: list[str]  # names beside the adapter's
+    pattern: str  # finds the index of a layer in a name
 
     @classmethod
     def read(
@@ -89,7 +75,7 @@ class Task:
         """Read a message, for a client whose model has this state; what is not the strategy's, or
         not for this model, is a ValueError or a TypeError."""
         config = records.read_config(message)
-        plan, shared = records.plan_of(config), shared_names(config)
+        plan, shared = LayerPlan.from_config(config), shared_names(config)
         others = _one_of(config, "others", ("frozen", "disabled"))
         arrays = message.content.array_records
         require(records.LORA in arrays, "message", "records", f"{records.LORA!r}", sorted(arrays))
@@ -143,7 +129,13 @@ class Task:
         if _one_of(self.config, "upload", ("delta", "value")) == "value":
             sent = {key: self.tensors[key] + change for key, change in changes.items()}
         if self.config.get("payload") == "dense_masked":
-            sent = self._masked(changes, metrics["num-examples"], state)
+            sent = masked_payload(
+                self.whole(state),
+                Update(self.client, metrics["num-examples"], changes, self.plan),
+                weighted_by="num-examples" if self.config.get("weighted") else None,
+                max_update_norm=cast(float | None, self.config.get("max-update-norm")),
+                pattern=self.pattern,
+            )
         record, manifest = records.pack(sent, bool(self.config.get("pack")))
         echo = {name: self.config[name] for name in _PLAN if name in self.config}
         content = RecordDict(
@@ -154,18 +146,6 @@ class Task:
             }
         )
         return Message(content, reply_to=self.message)
-
-    def _masked(
-        self, changes: Mapping[str, Tensor], examples: Any, state: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """All layers, times the weight of this client; a server needs no more than their sum."""
-        return masked_payload(
-            self.whole(state),
-            Update(self.client, examples, changes, self.plan),
-            weighted_by="num-examples" if self.config.get("weighted") else None,
-            max_update_norm=cast(float | None, self.config.get("max-update-norm")),
-            pattern=self.pattern,
-        )
 
 
 def _shapes(
