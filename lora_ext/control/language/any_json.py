@@ -91,7 +91,8 @@ class _Walk:
         if bare == "key end":
             self._link(state, b":", ":", within)
         if bare == "value end" or (place.endswith(" end") and place[0] in "01.e"):
-            self._after(state, within)
+            self._link(state, b" ", "value end_", within)
+            self._link(state, b",", ",", within)
         if bare in ("{", "[", "value end") or (place[0] in "01.e" and place[-4:] == " end"):
             closing = b"}" if within[-1:] == "o" else b"]"
             self._link(state, closing, "value end" if within[1:] else "done", within[:-1])
@@ -107,10 +108,6 @@ class _Walk:
     @staticmethod
     def _word(rest: str) -> str:
         return f"word:{rest}" if rest else "value end"
-
-    def _after(self, state: int, within: str) -> None:
-        self._link(state, b" ", "value end_", within)
-        self._link(state, b",", ",", within)
 
     def _value(self, state: int, within: str) -> None:
         self._link(state, b'"', "text", within)

@@ -35,8 +35,7 @@ class Limits:
     max_pattern: int = 64 << 10
 
     def __post_init__(self) -> None:
-        for name in ("max_states", "max_table_bytes", "max_seconds", "max_pattern"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"Limits: {name}: expected a number above 0, found {value!r}")
 
