@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import Any
 
+from .interface import wrap
 from .updates import Updates
-
-_MARK = "_lora_ext_follows"
 
 
 def follow_activations() -> None:
@@ -17,20 +15,15 @@ def follow_activations() -> None:
     The adapter manager's method is wrapped, for the process, whoever has wrapped it before.
     Managers with other wrappers see no difference.
     """
-    manager: Any = importlib.import_module("vllm.lora.model_manager").LoRAModelManager
-    activate = manager.activate_adapter
-    if hasattr(activate, _MARK):  # functools.wraps hands it on to a wrapper around ours
-        return
+    manager = importlib.import_module("vllm.lora.model_manager").LoRAModelManager
+    wrap(manager, "activate_adapter", _activate)
 
-    @functools.wraps(activate)
-    def activate_adapter(self: Any, lora_id: int, *args: Any, **kwargs: Any) -> bool:
-        moved = activate(self, lora_id, *args, **kwargs)
-        if moved:
-            slot = self.lora_index_to_id.index(lora_id)
-            for wrapper in set(self.punica_wrapper_mapping.values()):
-                if isinstance(wrapper, Updates):
-                    wrapper.slot_changed(slot)
-        return moved
 
-    setattr(activate_adapter, _MARK, True)
-    manager.activate_adapter = activate_adapter
+def _activate(inner: Any, manager: Any, lora_id: int, *args: Any, **kwargs: Any) -> bool:
+    moved = inner(manager, lora_id, *args, **kwargs)
+    if moved:
+        slot = manager.lora_index_to_id.index(lora_id)
+        for wrapper in set(manager.punica_wrapper_mapping.values()):
+            if isinstance(wrapper, Updates):
+                wrapper.slot_changed(slot)
+    return moved
