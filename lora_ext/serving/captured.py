@@ -147,7 +147,7 @@ class Capturable:
             raise
 
     def _write(self, assignment: Assignment) -> None:
-        count = _entries(assignment)
+        count = 0 if assignment.shape == () else len(assignment.places)  # with names of their own
         most = self._most or self.max_rows
         if count > most:
             limit = f"max_rows={most}" if most == self.max_rows else f"the {most} rows captured"
@@ -352,8 +352,3 @@ class Capturable:
                 f"capturable: {name}: expected a step that has run once outside of a capture with "
                 "these adapters in the pool, found its first run captured"
             )
-
-
-def _entries(assignment: Assignment) -> int:
-    """How many rows have a name of their own."""
-    return 0 if assignment.shape == () else len(assignment.places)
