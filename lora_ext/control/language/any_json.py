@@ -37,13 +37,8 @@ _NUMBER: dict[str, list[tuple[bytes, str]]] = {
 
 
 def json_object(depth: int, clock: Clock) -> Automaton:
-    """JSON objects with at most one space between their parts.
-
-    Args:
-        depth: of objects and arrays inside each other, the outer object included. Every further one
-            doubles the states.
-        clock: the limits.
-    """
+    """JSON objects with at most one space between their parts. Each level of ``depth``, of which
+    the outer object is one, doubles the states."""
     return _Walk(depth, clock).automaton()
 
 

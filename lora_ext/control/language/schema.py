@@ -38,13 +38,8 @@ _MOST_LENGTH = (1 << 31) - 1  # outlines-core passes over a length that no machi
 
 
 def check(schema: Any) -> list[str]:
-    """Refuse what the automaton would not hold to, and write down what outlines-core misreads.
-
-    Args:
-        schema: as JSON gives it; its patterns are changed.
-
-    Returns:
-        the patterns in it, which must stay inside a JSON string.
+    """The patterns in a schema, which must stay inside a JSON string; what outlines-core misreads
+    is changed in the schema itself.
 
     Raises:
         NotImplementedError: for a word that would be ignored, by its name and place.
