@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 MARK = "_lora_ext_follows"  # of a function that was wrapped
-# What is called or wrapped, by what has it: parameters, in vLLM's order, but for ``self``.
+# What is called or wrapped, by what has it: parameters, in vLLM's order, but for ``self``. There
+# are a wrapper of kernels, the manager of adapters, the engine's core, its door for constraints,
+# what is in front of it, the keys of blocks, the batch of a step, and what reads PEFT's files.
 _CALLED: dict[str, dict[str, str]] = {
     "wrapper": {
         "update_metadata": "mapping lora_index_to_id",
@@ -47,14 +49,7 @@ _READ = {
 
 
 def missing(part: str, owner: Any) -> str | None:
-    """What a part of vLLM lacks, or None.
-
-    Args:
-        part: a "wrapper" of kernels, the "manager" of adapters, the "engine", its "door" for
-            constraints, what is in "front" of it, the module that makes the "keys" of blocks, the
-            "batch" of a step, or the "helper" that reads PEFT's configurations.
-        owner: the class, or the module of the keys.
-    """
+    """What a class of vLLM, or its module of "keys", lacks to be a part, or None."""
     for name, wanted in _CALLED[part].items():
         found = _differs(owner, name, wanted.split(), int(isinstance(owner, type)))
         if found is not None:
