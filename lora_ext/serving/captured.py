@@ -271,10 +271,11 @@ class Capturable:
         slabs = [slab for slab in self._modules().values() if slab.replaced]
         for r in residents:
             some = any(s.replaced[r.slot].rows is not None for s in slabs if r.slot in s.replaced)
-            require(
-                not some, "capturable", "adapters", "none with trainable_token_indices in a step",
-                f"{r.name!r}", NotImplementedError,
-            )  # fmt: skip
+            if some:
+                raise NotImplementedError(
+                    "capturable: adapters: expected none with trainable_token_indices in a step, "
+                    f"found {r.name!r}"
+                )
         bring = [r for r in residents if any(r.slot in slab.replaced for slab in slabs)]
         if len(bring) > self.replaced:
             raise ValueError(

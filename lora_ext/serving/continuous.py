@@ -485,12 +485,8 @@ def unfinished(manager: Any) -> int:
     return len(manager.__dict__[_OWN]._requests)
 
 
-def load_of(manager: Any, most: int) -> Load:
-    """What an attached model's manager has to do.
-
-    Args:
-        most: adapters that its pool has room for.
-    """
+def load_of(manager: Any) -> Load:
+    """What an attached model's manager has to do."""
     own: AdapterRequests = manager.__dict__[_OWN]
     processor = manager.batch_processor
     active = list(processor.scheduler.active_requests) if processor is not None else []
@@ -500,7 +496,7 @@ def load_of(manager: Any, most: int) -> Load:
     return Load(
         running=[name for each, name in names.items() if each in running],
         waiting=[name for each, name in names.items() if each not in running],
-        most_adapters=most,
+        most_adapters=own.pool.max_slots,
         cache=0.0 if processor is None else 1 - processor.cache.compute_free_capacity(),
     )
 

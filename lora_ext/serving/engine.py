@@ -230,7 +230,7 @@ class Engine:
 
     def load(self) -> Load:
         """What it has to do, as routers of requests read it."""
-        return load_of(self.manager, self.pool.max_slots)
+        return load_of(self.manager)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt; of a chat, up to where the answer begins. A tokenizer without a chat
