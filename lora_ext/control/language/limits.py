@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import NoReturn
 
 MEBIBYTE = 1 << 20
 
@@ -82,6 +83,6 @@ class Clock:
         if nbytes > self.limits.max_table_bytes:
             self.refuse(f"{self.limits.max_table_bytes} bytes", f"{nbytes}, from {part}")
 
-    def refuse(self, expected: str, found: str) -> None:
+    def refuse(self, expected: str, found: str) -> NoReturn:
         """Raise :class:`ConstraintTooLarge`."""
         raise ConstraintTooLarge(f"{self.what}: expected at most {expected}, found {found}")

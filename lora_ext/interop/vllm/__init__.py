@@ -69,7 +69,7 @@ def register() -> None:
         lacking = _lacking(f"vllm.lora.punica_wrapper.{of_wrapper}", "wrapper")
         lacking = lacking or _lacking(_MANAGER, "manager")
         if lacking is None:
-            from .activation import follow_activations  # loads the kernels
+            from .updates import follow_activations  # loads the kernels
 
             follow_activations()
             return f"{__name__}.{ours}"
