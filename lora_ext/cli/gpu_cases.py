@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,34 +72,30 @@ _PREFILL = ((300, 72, 48, 12, 3), (4096, 4096, 4096, 16, 4))
 _WIDE = ((300, 72, 48, 264, 2), (4096, 4096, 4096, 512, 1))
 
 
-def _lora(sizes: Any) -> Callable[[torch.Generator, int], Inputs]:
-    def make(g: torch.Generator, size: int) -> Inputs:
-        rows, i, o, rank, adapters = sizes[size]
-        return {
-            "x": _randn(g, rows, i),
-            "a": _randn(g, adapters, rank, i) / i**0.5,
-            "b": _randn(g, adapters, o, rank),
-            "ids": torch.randint(-1, adapters, (rows,), generator=g),
-        }
+def _lora(sizes: Any, g: torch.Generator, size: int) -> Inputs:
+    rows, i, o, rank, adapters = sizes[size]
+    return {
+        "x": _randn(g, rows, i),
+        "a": _randn(g, adapters, rank, i) / i**0.5,
+        "b": _randn(g, adapters, o, rank),
+        "ids": torch.randint(-1, adapters, (rows,), generator=g),
+    }
 
-    return make
+
+def _both(name: str, launchers: tuple[str, ...], make: Any, run: Any, **how: Any) -> Case:
+    """An op and its formula, run in one way."""
+    op, formula, told = getattr(ops, name), getattr(reference, name), how.pop("op", name)
+    return Case(told, launchers, make, lambda i: run(op, i), lambda i: run(formula, i), **how)
 
 
 def _pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> Case:
     """An op whose formula has the same arguments."""
-    op, formula = getattr(ops, name), getattr(reference, name)
 
-    def results(found: Any) -> list[Tensor]:
+    def run(function: Any, given: Inputs) -> list[Tensor]:
+        found = function(*arguments(given))
         return tensors([found] if isinstance(found, Tensor) else list(found))
 
-    return Case(
-        how.pop("op", name),
-        launchers,
-        make,
-        lambda given: results(op(*arguments(given))),
-        lambda given: results(formula(*arguments(given))),
-        **how,
-    )
+    return _both(name, launchers, make, run, **how)
 
 
 def _bank(given: Inputs) -> tuple[Tensor, ...]:
@@ -166,7 +163,7 @@ BF16 = {"dtype": torch.bfloat16, "bound": 2.0**-6}
 
 def lora_cases() -> list[Case]:
     """Serving, training, and measures of adapters."""
-    decode, prefill, wide = _lora(_DECODE), _lora(_PREFILL), _lora(_WIDE)
+    decode, prefill, wide = (partial(_lora, sizes) for sizes in (_DECODE, _PREFILL, _WIDE))
     halves = ("lora_shrink", "lora_expand")
     train = ("lora_train_shrink", "lora_train_backward")
     return [
@@ -184,22 +181,8 @@ def lora_cases() -> list[Case]:
         _pair("lora_apply", prefill, _bank, "lora_apply", op="lora_apply, prefill", **BF16),
         _pair("lora_apply", wide, _bank, "lora_apply", op="lora_apply, large rank", **BF16),
         _pair("lora_apply_siblings_", decode, _siblings, "lora_apply", **BF16),
-        Case(
-            "lora_linear",
-            train,
-            prefill,
-            lambda i: _train(ops.lora_linear, i),
-            lambda i: _train(reference.lora_linear, i),
-            **BF16,
-        ),
-        Case(
-            "lora_dropout",
-            ("lora_dropout",),
-            prefill,
-            lambda i: _dropout(ops.lora_dropout, i),
-            lambda i: _dropout(reference.lora_dropout, i),
-            **BF16,
-        ),
+        _both("lora_linear", train, prefill, _train, **BF16),
+        _both("lora_dropout", ("lora_dropout",), prefill, _dropout, **BF16),
         _pair("lora_gram", _grams, lambda i: (i["a"], i["b"]), "lora_gram"),
         _pair(
             "lora_pair_stats",
@@ -208,12 +191,6 @@ def lora_cases() -> list[Case]:
             "lora_pair_stats",
         ),
     ]
-
-
-def _both(op: str, launchers: tuple[str, ...], make: Any, run: Any, name: str = "") -> Case:
-    """An op and its formula, run in one way."""
-    of_op, formula = getattr(ops, op), getattr(reference, op)
-    return Case(name or op, launchers, make, lambda i: run(of_op, i), lambda i: run(formula, i))
 
 
 # --- circuits -------------------------------------------------------------------------------------
@@ -373,7 +350,7 @@ def circuit_cases() -> list[Case]:
         _pair("circuit_argmax", _circuit, _head, "circuit_argmax"),
         _pair("spec_verify", _circuit, _verify, "spec_verify", exact=True),
         _both("log_einsum_exp", sums, _sums, _sum),
-        _both("log_einsum_exp", by_row, _sums_of_rows, _sum, "log_einsum_exp, of rows"),
+        _both("log_einsum_exp", by_row, _sums_of_rows, _sum, op="log_einsum_exp, of rows"),
         _pair("log_einsum_exp", _sums, _max, "log_max", op="log_einsum_exp, max"),
         _both("circuit_table", ("circuit_table", "circuit_table_backward"), _tables, _table),
         Case("circuit_layers", layers, _program, _layers, _layers_formula),

@@ -26,7 +26,11 @@ _REQUESTS = (
 
 def distil_guide(arguments: Namespace) -> int:
     """``lora-ext distil-guide``: a folder with the guide of a model."""
-    transformers = _transformers()
+    try:
+        import transformers
+    except ImportError:
+        words = "expected transformers, found none: pip install 'lora_ext[demo]'"
+        raise ValueError(words) from None
     if not Path(arguments.model).is_dir():
         raise ValueError(f"MODEL: expected a folder, found {str(arguments.model)!r:.200}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
@@ -58,12 +62,3 @@ def _tokens(tokenizer: Any, request: str) -> list[int]:
         options = {"add_generation_prompt": True, "return_dict": False}
         return list(tokenizer.apply_chat_template(said, **options))
     return list(tokenizer.encode(request))
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        words = "expected transformers, found none: pip install 'lora_ext[demo]'"
-        raise ValueError(words) from None
-    return transformers

@@ -206,19 +206,14 @@ def _learned(
         "tokens": float(seen.sum()),
     }
     if prior_steps:
-        places, following = _places(tokens[order], written.hidden[order])
+        # Every place of every text, and the tokens behind it, -1 behind the end.
+        behind = torch.nn.functional.pad(tokens, (0, _AHEAD - 1), value=-1).unfold(1, _AHEAD, 1)
+        there = tokens[order] >= 0
+        places, following = written.hidden[order][there], behind[order][there]  # (n, D), (n, m)
         head = PriorHead(guide, places.shape[1])
         nats = head.fit(places, following, steps=prior_steps, apart=count, progress=progress)
         guide.prior, guide.measures["prior_nats"] = head.weight.detach(), nats
     return guide
-
-
-def _places(tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Every place of every text: its hidden state ``(n, D)``, and the tokens behind it ``(n, m)``,
-    -1 behind the end."""
-    behind = torch.nn.functional.pad(tokens, (0, _AHEAD - 1), value=-1).unfold(1, _AHEAD, 1)
-    seen = tokens >= 0
-    return hidden[seen], behind[seen]
 
 
 def _clusters(points: Tensor, count: int, progress: Progress | None) -> Tensor:
@@ -250,8 +245,7 @@ def _emission(
             sums = laws.new_zeros(states, laws.shape[1])
         sums.index_add_(0, places, laws)
     assert sums is not None
-    mean = sums.sum(0) / sums.sum()
-    mixed = sums + mean
+    mixed = sums + sums.sum(0) / sums.sum()
     return mixed / mixed.sum(1, keepdim=True)
 
 

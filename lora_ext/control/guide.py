@@ -81,17 +81,14 @@ class Guide:
         expected = "RegionGraph.hmm(..., homogeneous=True)"
         leaves = {r.leaf for r in graph.regions if r.leaf is not None}
         one = len(leaves) == 1 and isinstance(next(iter(leaves)), Categorical)
-        require(
-            one and graph.num_variables >= 2,
-            *where,
-            f"{expected} of Categorical",
-            _graph_told(graph),
-        )
+        told = f"{len(graph.regions)} regions over {graph.num_variables} variables"
+        fits = one and graph.num_variables >= 2
+        require(fits, *where, f"{expected} of Categorical", told)
         (leaf,) = leaves
         assert leaf is not None
         rank = next(r.units for r in graph.regions if r.leaf is not None)
         wanted = RegionGraph.hmm(graph.num_variables, rank, leaf, homogeneous=True)
-        require(graph.regions == wanted.regions, *where, expected, _graph_told(graph))
+        require(graph.regions == wanted.regions, *where, expected, told)
         root, latent, inputs = regions_of_hmm(graph)
         norm = (lambda w: w.softmax(-1)) if circuit.norm == "logits" else torch.exp
         emission = leaf.log_table(circuit.region_leaves(inputs)).exp()
@@ -186,13 +183,8 @@ class Guide:
         inside = bool(((tokens >= -1) & (tokens < self.vocab_size)).all())
         require(inside, *where, f"values in -1 .. {self.vocab_size - 1}", "others")
         law = self.initial.expand(len(tokens), -1) if prior is None else prior
-        require(
-            law.shape == (len(tokens), self.num_states),
-            "Guide.filter",
-            "prior",
-            f"shape {(len(tokens), self.num_states)}",
-            tuple(law.shape),
-        )
+        shape = len(tokens), self.num_states
+        require(law.shape == shape, "Guide.filter", "prior", f"shape {shape}", tuple(law.shape))
         for token in tokens.to(self.initial.device, torch.long).unbind(1):
             law = torch.where((token >= 0)[:, None], self.step(law, token.clamp(min=0)), law)
         return law
@@ -260,10 +252,6 @@ def regions_of_hmm(graph: RegionGraph) -> tuple[int, int, int]:
     latent = next(i for i, r in enumerate(graph.regions) if r.tie == "transition")
     inputs = next(i for i, r in enumerate(graph.regions) if r.leaf is not None)
     return graph.roots[0], latent, inputs
-
-
-def _graph_told(graph: RegionGraph) -> str:
-    return f"{len(graph.regions)} regions over {graph.num_variables} variables"
 
 
 def _told(value: Any) -> str:

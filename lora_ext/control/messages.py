@@ -64,13 +64,8 @@ class Plan:
         for name, value, low in (("max_new_tokens", budget, 1), ("min_new_tokens", least, 0)):
             whole = type(value) is int and value >= low
             require(whole, _WHERE, name, f"a whole number, at least {low}", repr(value))
-        require(
-            least < budget,
-            _WHERE,
-            "min_new_tokens",
-            f"less than max_new_tokens {budget}, of which one ends the text",
-            least,
-        )
+        expected = f"less than max_new_tokens {budget}, of which one ends the text"
+        require(least < budget, _WHERE, "min_new_tokens", expected, least)
         if guide is not None:
             size = constraint.vocab_size
             require(guide.vocab_size == size, _WHERE, "guide", f"{size} tokens", guide.vocab_size)
@@ -81,13 +76,8 @@ class Plan:
         self.limits = limits
         self._steps: dict[tuple[int, int], NextTokens] = {}
         fewest = int(constraint.distance[0])
-        require(
-            fewest <= budget,
-            _WHERE,
-            "max_new_tokens",
-            f"at least {fewest}, the shortest text of the constraint and its end",
-            budget,
-        )
+        expected = f"at least {fewest}, the shortest text of the constraint and its end"
+        require(fewest <= budget, _WHERE, "max_new_tokens", expected, budget)
         fits = self.alive(0, budget)
         found = "none, for each text is shorter or the end comes too late"
         require(fits, _WHERE, "min_new_tokens", f"a text of {least} to {budget - 1} tokens", found)

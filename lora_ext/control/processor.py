@@ -112,14 +112,10 @@ class ConstraintProcessor:
         for places, _ in self._blocks:
             before, after = self._total(scores[places]), self._total(changed[places])
             gone = (after == -torch.inf) & (before > -torch.inf)
-            require(
-                not bool(gone.any()),
-                _WHERE,
-                "scores",
-                "a finite score for a token that the constraint allows",
-                f"none in rows {[i for i, g in zip(places, gone.tolist(), strict=True) if g][:4]}: "
-                "something else, such as a penalty or min_new_tokens, forbids them all",
-            )
+            none = [i for i, g in zip(places, gone.tolist(), strict=True) if g]
+            expected = "a finite score for a token that the constraint allows"
+            why = "something else, such as a penalty or min_new_tokens, forbids them all"
+            require(not none, _WHERE, "scores", expected, f"none in rows {none[:4]}: {why}")
             self._next[places] = (after - before).double().cpu().nan_to_num(0.0)
         ended = [i for i in range(batch) if self._at_end(i)]
         self._next[ended] = 0.0
@@ -146,37 +142,28 @@ class ConstraintProcessor:
             return False
         if length == self._before.shape[1] + 1:
             return True
-        require(
-            length > self._before.shape[1],
-            _WHERE,
-            "input_ids",
-            "the rows of the last call with one token more, or other prompts",
-            f"{length} columns behind {self._before.shape[1]} (a new processor starts again)",
-        )
+        before = self._before.shape[1]
+        expected = "the rows of the last call with one token more, or other prompts"
+        found = f"{length} columns behind {before} (a new processor starts again)"
+        require(length > before, _WHERE, "input_ids", expected, found)
         return False
 
     def _begin(self, input_ids: Tensor, scores: Tensor) -> None:
         batch = len(input_ids)
         count = 1 if self._one else len(self._plans)
-        require(
-            batch % count == 0,
-            _WHERE,
-            "constraints",
-            f"one, or one per prompt, for {batch} rows",
-            count,
-        )
+        expected = f"one, or one per prompt, for {batch} rows"
+        require(batch % count == 0, _WHERE, "constraints", expected, count)
         plans = [self._plans[i * count // batch] for i in range(batch)]
         for plan in plans:
             size = scores.shape[1]
             fits = plan is None or plan.constraint.vocab_size == size
             found = f"{0 if plan is None else plan.constraint.vocab_size}"
             require(fits, _WHERE, "constraints", f"the vocabulary of the scores, {size}", found)
+        priors: list[Any] = [None] * batch
         if self._prior is not None:
             rows = len(self._prior)
             require(batch % rows == 0, _WHERE, "prior", f"a row for each of {batch}", rows)
-            priors: list[Any] = [self._prior[i * rows // batch] for i in range(batch)]
-        else:
-            priors = [None] * batch
+            priors = [self._prior[i * rows // batch] for i in range(batch)]
         self._rows = [
             None if plan is None else Row.first(plan, prior)
             for plan, prior in zip(plans, priors, strict=True)
@@ -194,17 +181,11 @@ class ConstraintProcessor:
         for i, tokens in enumerate(self._before.tolist()):
             known.setdefault((i * count // batch, *tokens), i)
         parents: list[int] = []
+        expected = "a row of the last call with one token more"
         for i, tokens in enumerate(input_ids[:, :-1].tolist()):
-            found = known.get((i * count // batch, *tokens))
-            require(
-                found is not None,
-                _WHERE,
-                f"input_ids: row {i}",
-                "a row of the last call with one token more",
-                "another one",
-            )
-            assert found is not None
-            parents.append(found)
+            place = (i * count // batch, *tokens)
+            require(place in known, _WHERE, f"input_ids: row {i}", expected, "another one")
+            parents.append(known[place])
         return parents
 
     def _follow(self, parents: list[int], tokens: list[int]) -> None:

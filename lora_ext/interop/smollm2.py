@@ -50,7 +50,7 @@ def load_smollm2(cache: str | os.PathLike[str] | None = None) -> tuple[Any, Any]
     Raises:
         ModuleNotFoundError: the package, or ``gguf``, is missing.
     """
-    transformers = _transformers()
+    transformers = importlib.import_module("transformers")  # out of a type checker's sight
     folder = converted_folder(cache)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype="float32", local_files_only=True
@@ -84,7 +84,7 @@ def converted_folder(cache: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    transformers = _transformers()
+    transformers = importlib.import_module("transformers")
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError("smollm2: reading GGUF needs gguf; run `pip install gguf`")
     place: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
@@ -97,8 +97,3 @@ def _convert(source: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(source.parent, **place).save_pretrained(folder)
-
-
-def _transformers() -> Any:
-    """Its names are made at run time, out of a type checker's sight."""
-    return importlib.import_module("transformers")

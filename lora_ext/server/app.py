@@ -26,7 +26,7 @@ from lora_ext.serving import (
 )
 
 from .answers import embeddings, events, whole
-from .requests import Chat, Completion, Embedding, Load, Unload, told
+from .requests import Chat, Completion, Embedding, Load, Unload, read_body, told
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -92,12 +92,7 @@ def make_app(
         )
 
     async def read(kind: type[Body], request: Request) -> Body:
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > max_body:
-                raise HTTPException(413, f"body: expected at most {max_body} bytes")
-        return kind.model_validate_json(body)
+        return kind.model_validate_json(await read_body(request, max_body))
 
     _add_answers(app, engine, base, read, refuse)
     _add_models(app, engine, base, read)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
+from fastapi import HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_ext.serving import Sampling, read_format, refuse_old_names
 
-_STRICT = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 _MOST_TOLD = 4  # errors of one request
 
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
@@ -25,7 +25,7 @@ Prompt: TypeAlias = str | list[int] | list[dict[str, Any]]
 class _Asked(BaseModel):
     """A body of JSON."""
 
-    model_config = _STRICT
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
 
 class Text(_Asked):
@@ -198,6 +198,16 @@ class Unload(_Asked):
 
     lora_name: str
     lora_int_id: int | None = None
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The body of a request, or status 413 where it has more bytes."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            raise HTTPException(413, f"body: expected at most {most} bytes")
+    return bytes(body)
 
 
 def told(error: ValidationError) -> str:

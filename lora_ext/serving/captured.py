@@ -147,7 +147,7 @@ class Capturable:
             raise
 
     def _write(self, assignment: Assignment) -> None:
-        count = _entries(assignment)
+        count = 0 if assignment.shape == () else len(assignment.places)  # with names of their own
         most = self._most or self.max_rows
         if count > most:
             limit = f"max_rows={most}" if most == self.max_rows else f"the {most} rows captured"
@@ -271,10 +271,11 @@ class Capturable:
         slabs = [slab for slab in self._modules().values() if slab.replaced]
         for r in residents:
             some = any(s.replaced[r.slot].rows is not None for s in slabs if r.slot in s.replaced)
-            require(
-                not some, "capturable", "adapters", "none with trainable_token_indices in a step",
-                f"{r.name!r}", NotImplementedError,
-            )  # fmt: skip
+            if some:
+                raise NotImplementedError(
+                    "capturable: adapters: expected none with trainable_token_indices in a step, "
+                    f"found {r.name!r}"
+                )
         bring = [r for r in residents if any(r.slot in slab.replaced for slab in slabs)]
         if len(bring) > self.replaced:
             raise ValueError(
@@ -352,8 +353,3 @@ class Capturable:
                 f"capturable: {name}: expected a step that has run once outside of a capture with "
                 "these adapters in the pool, found its first run captured"
             )
-
-
-def _entries(assignment: Assignment) -> int:
-    """How many rows have a name of their own."""
-    return 0 if assignment.shape == () else len(assignment.places)

@@ -138,13 +138,11 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
             left. So is one that has a NaN, or no finite score for a token that may come: an error
             would end the steps of all other requests.
     """
-    if scores.device.type != "cpu" or not any(each.whole for each in rows):
+    apart = [e for e in rows if e.whole and e.row and not e.row.lost and e.row.plan.guide]
+    if scores.device.type != "cpu" or not apart:
         return {}, list(rows)
     from lora_ext import control
 
-    apart = [e for e in rows if e.whole and e.row and not e.row.lost and e.row.plan.guide]
-    if not apart:
-        return {}, list(rows)
     warm = torch.tensor([[each.temperature] for each in apart], dtype=torch.float64)
     own = scores[0, [e.place for e in apart]]
     heat, envelope = control.proposed([e.row for e in apart], own, warm)

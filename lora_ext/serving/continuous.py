@@ -164,11 +164,6 @@ class AdapterRequests:
         whatever way it was chosen in.
         """
         prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
-        if len(input_ids) == 0:  # it would end the thread that serves all others
-            error = ValueError("add_request: input_ids: expected at least one token, found none")
-            if prompt is not None:
-                prompt.errors.append(error)
-            raise error
         if sampling is not None and self.manager.continuous_batching_config.return_logprobs:
             raise NotImplementedError(
                 "add_request: sampling: expected None beside return_logprobs, which tells the "
@@ -183,6 +178,8 @@ class AdapterRequests:
                 request_id = f"req_{self.manager._request_counter}"
                 self.manager._request_counter += 1
         try:
+            if len(input_ids) == 0:  # it would end the thread that serves all others
+                raise ValueError("add_request: input_ids: expected at least one token, found none")
             own = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
             request = self._pinned(adapter_name, wait=prompt is not None)
             begun = self._begun(request, request_id, list(map(int, input_ids)), allow_base)
@@ -485,12 +482,8 @@ def unfinished(manager: Any) -> int:
     return len(manager.__dict__[_OWN]._requests)
 
 
-def load_of(manager: Any, most: int) -> Load:
-    """What an attached model's manager has to do.
-
-    Args:
-        most: adapters that its pool has room for.
-    """
+def load_of(manager: Any) -> Load:
+    """What an attached model's manager has to do."""
     own: AdapterRequests = manager.__dict__[_OWN]
     processor = manager.batch_processor
     active = list(processor.scheduler.active_requests) if processor is not None else []
@@ -500,7 +493,7 @@ def load_of(manager: Any, most: int) -> Load:
     return Load(
         running=[name for each, name in names.items() if each in running],
         waiting=[name for each, name in names.items() if each not in running],
-        most_adapters=most,
+        most_adapters=own.pool.max_slots,
         cache=0.0 if processor is None else 1 - processor.cache.compute_free_capacity(),
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -228,7 +230,7 @@ class Engine:
 
     def load(self) -> Load:
         """What it has to do, as routers of requests read it."""
-        return load_of(self.manager, self.pool.max_slots)
+        return load_of(self.manager)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt; of a chat, up to where the answer begins. A tokenizer without a chat
@@ -240,11 +242,9 @@ class Engine:
             wrong = [token for token in prompt if not 0 <= token < size]  # pyright: ignore
             require(not wrong, "begin", "prompt", f"tokens in [0, {size})", f"{wrong[:3]}")
             return list(prompt)  # pyright: ignore[reportReturnType]
-        return self._encode_chat(prompt)  # pyright: ignore[reportArgumentType]
-
-    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         from jinja2 import TemplateError
 
+        messages: Any = prompt
         if self.tokenizer.chat_template is None:
             return self.tokenizer("\n".join(said["content"] for said in messages)).input_ids
         try:
@@ -253,9 +253,8 @@ class Engine:
             )
             return self.tokenizer(text, add_special_tokens=False).input_ids
         except (TemplateError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"begin: messages: the chat template does not take them: {error}"
-            ) from None
+            words = f"begin: messages: the chat template does not take them: {error}"
+            raise ValueError(words) from None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -274,11 +273,8 @@ class Asked:
 
     def shared(self, other: Asked, page: int) -> int:
         """How many tokens are of pages that both requests may read."""
-        count = 0
-        for mine, others in zip(self.tokens, other.tokens, strict=False):
-            if mine != others:
-                break
-            count += 1
+        pairs = zip(self.tokens, other.tokens, strict=False)
+        count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         if self.adapter != other.adapter:
             count = min(count, self.start, other.start)
         return count // page * page
@@ -298,18 +294,14 @@ class Ahead:
 
     async def wait(self, asked: Asked) -> None:
         """Until nobody reads more of this prompt for the first time."""
-        while self._alive() and (event := self._worth_waiting(asked)) is not None:
-            try:
-                await asyncio.wait_for(event.wait(), _PATIENCE)
-            except asyncio.TimeoutError:
-                continue
-
-    def _worth_waiting(self, asked: Asked) -> asyncio.Event | None:
-        known = max((asked.shared(other, self._page) for other in self._read), default=0)
-        for other, event in self._reading.values():
-            if asked.shared(other, self._page) > known:
-                return event
-        return None
+        while self._alive():
+            known = max((asked.shared(other, self._page) for other in self._read), default=0)
+            reading = self._reading.values()
+            more = [event for other, event in reading if asked.shared(other, self._page) > known]
+            if not more:
+                return
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(more[0].wait(), _PATIENCE)
 
     def begins(self, stream: Any, asked: Asked) -> None:
         """A stream's prompt is being read."""
@@ -317,8 +309,8 @@ class Ahead:
 
     def ends(self, stream: Any) -> None:
         """It has its first token, or will have none."""
-        asked, event = self._reading.pop(stream, (None, None))
-        if asked is not None and stream.tokens:
-            self._read.append(asked)
-        if event is not None:
+        if stream in self._reading:
+            asked, event = self._reading.pop(stream)
+            if stream.tokens:
+                self._read.append(asked)
             event.set()

@@ -23,6 +23,7 @@ MOST_BYTES = 64 << 10  # of a schema, an expression, or all choices
 _KINDS = ("json", "regex", "choice", "json_object")
 _OLD = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
 _REFUSED = ("grammar", "structural_tag")
+_SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
 
 
 class FormatTooLongError(ValueError):
@@ -55,22 +56,19 @@ class Format:
             ValueError: for what is no schema or expression, or is above the limits.
             NotImplementedError: for what no automaton holds to, and without outlines-core.
         """
-        with renamed(f"constraint: {self.field}"):
-            return self._built(vocabulary)
-
-    def _built(self, vocabulary: Any) -> Constraint:
         from lora_ext.control import Constraint
 
-        try:
-            if self.kind == "json_object":
-                return Constraint.json_object(vocabulary)
-            if isinstance(self.content, tuple):
-                return Constraint.choice(self.content, vocabulary)
-            if self.kind == "regex":
-                return Constraint.regex(self.content, vocabulary)
-            return Constraint.json_schema(self.content, vocabulary)
-        except ImportError as error:
-            raise NotImplementedError(str(error)) from None
+        with renamed(f"constraint: {self.field}"):
+            try:
+                if self.kind == "json_object":
+                    return Constraint.json_object(vocabulary)
+                if isinstance(self.content, tuple):
+                    return Constraint.choice(self.content, vocabulary)
+                if self.kind == "regex":
+                    return Constraint.regex(self.content, vocabulary)
+                return Constraint.json_schema(self.content, vocabulary)
+            except ImportError as error:
+                raise NotImplementedError(str(error)) from None
 
 
 def read_format(
@@ -122,9 +120,6 @@ def _of_openai(given: Mapping[str, Any]) -> Format | None:
     instance(where, "json_schema.schema", inner.get("schema"), Mapping)
     field = f"{where}.json_schema"
     return Format("json", _measured(field, json.dumps(inner["schema"])), field)
-
-
-_SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
 
 
 def _of_vllm(given: Mapping[str, Any]) -> Format:

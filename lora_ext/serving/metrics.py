@@ -60,14 +60,17 @@ def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load)
         samples["refused_total"] = {f'{{code="{c}"}}': n for c, n in sorted(refused.items())}
     lines: list[str] = []
     for name, values in samples.items():
-        kind, text = "gauge", _GAUGES.get(name)
-        if text is None:
-            kind, text = "counter", _COUNTERS[name]
+        if name in _GAUGES:
+            short = name.removesuffix("_total")  # Prometheus keeps it for counters
+            lines += _lines(f"lora_ext_{short}", "gauge", _GAUGES[name], values)
         else:
-            name = name.removesuffix("_total")  # Prometheus keeps it for counters
-        lines += [f"# HELP lora_ext_{name} {text}", f"# TYPE lora_ext_{name} {kind}"]
-        lines += [f"lora_ext_{name}{labels} {value}" for labels, value in values.items()]
+            lines += _lines(f"lora_ext_{name}", "counter", _COUNTERS[name], values)
     return "\n".join([*lines, *_for_routers(load)]) + "\n"
+
+
+def _lines(name: str, kind: str, text: str, values: Mapping[str, float]) -> list[str]:
+    samples = [f"{name}{labels} {value}" for labels, value in values.items()]
+    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]
 
 
 def _for_routers(load: Load) -> list[str]:
@@ -76,31 +79,24 @@ def _for_routers(load: Load) -> list[str]:
     Source: https://github.com/kubernetes-sigs/gateway-api-inference-extension,
     ``docs/proposals/003-model-server-protocol``.
     """
-    labels = ",".join(
-        f'{key}="{_escaped(value)}"'
-        for key, value in (
-            ("max_lora", str(load.most_adapters)),
-            ("running_lora_adapters", _names(load.running)),
-            ("waiting_lora_adapters", _names(load.waiting)),
-        )
+    labels = (
+        f'{{max_lora="{load.most_adapters}",running_lora_adapters="{_names(load.running)}",'
+        f'waiting_lora_adapters="{_names(load.waiting)}"}}'
     )
-    gauges = (
-        ("lora_requests_info", "Adapters of requests; its value is the time.", time.time()),
-        ("num_requests_running", "Requests that run.", len(load.running)),
-        ("num_requests_waiting", "Requests that wait.", len(load.waiting)),
-        ("kv_cache_usage_perc", "Share of the cache that is taken.", load.cache),
-    )
+    gauges = {
+        "lora_requests_info": ("Adapters of requests; its value is the time.", time.time()),
+        "num_requests_running": ("Requests that run.", len(load.running)),
+        "num_requests_waiting": ("Requests that wait.", len(load.waiting)),
+        "kv_cache_usage_perc": ("Share of the cache that is taken.", load.cache),
+    }
     lines: list[str] = []
-    for name, text, value in gauges:
-        of = f"{{{labels}}}" if name == "lora_requests_info" else ""
-        lines += [f"# HELP vllm:{name} {text}", f"# TYPE vllm:{name} gauge"]
-        lines += [f"vllm:{name}{of} {value}"]
+    for name, (text, value) in gauges.items():
+        of = labels if name == "lora_requests_info" else ""
+        lines += _lines(f"vllm:{name}", "gauge", text, {of: value})
     return lines
 
 
 def _names(names: Sequence[str | None]) -> str:
-    return ",".join(sorted({name for name in names if name is not None}))
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"")
+    """As the value of a label."""
+    listed = ",".join(sorted({name for name in names if name is not None}))
+    return listed.replace("\\", r"\\").replace('"', r"\"")

@@ -8,7 +8,7 @@ are refused, as the base model would answer them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,15 +56,8 @@ class CallNames:
         return self.default
 
     def of_forward(self, given: Names, nested: bool) -> Names:
-        """The names of a forward, likewise; a pipeline may have dropped those that it was given.
-
-        Args:
-            given: ``adapter_names=`` of the forward.
-            nested: it is called by another forward of the model, which has been asked already.
-
-        Raises:
-            RuntimeError: the default is "error". ValueError: what :func:`check_pipeline` refuses.
-        """
+        """Of a forward, likewise, unless a pipeline has dropped them (:func:`check_pipeline`);
+        ``nested``: another forward of the model calls it, which has been asked already."""
         names = self.of_call(given)
         if names is None and not nested:
             check_pipeline(self.handle)
@@ -122,17 +115,9 @@ class CallNames:
 class NamedPrompt(list[int]):
     """A prompt with its adapter, on its way through ``generate_batch`` and ``add_requests``."""
 
-    def __init__(
-        self,
-        tokens: Iterable[int],
-        adapter: str | None,
-        errors: list[BaseException],
-        allow_base: bool = False,
-    ):
-        super().__init__(map(int, tokens))
-        self.adapter = adapter
-        self.allow_base = allow_base  # where it lacks the adapter's invocation
-        self.errors = errors  # what befell one: generate_batch itself only logs it
+    adapter: str | None
+    allow_base: bool  # where it lacks the adapter's invocation
+    errors: list[BaseException]  # what befell one: generate_batch itself only logs it
 
 
 def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> ValueError:
@@ -147,6 +132,8 @@ def named_prompts(
     inputs: Sequence[Sequence[int]], names: Sequence[str | None], allow_base: bool = False
 ) -> list[NamedPrompt]:
     """Prompts with their adapters, and one list for all that befalls them."""
+    prompts = [NamedPrompt(map(int, ids)) for ids in inputs]
     errors: list[BaseException] = []
-    pairs = zip(inputs, names, strict=True)
-    return [NamedPrompt(ids, name, errors, allow_base) for ids, name in pairs]
+    for prompt, name in zip(prompts, names, strict=True):
+        prompt.adapter, prompt.allow_base, prompt.errors = name, allow_base, errors
+    return prompts

@@ -50,36 +50,33 @@ def _noting_calls(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def __call__(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         call = _Call(kwargs.get("adapter_names") is not None, _blocks_around())
-        result = _inside(call, original)(self, inputs, *args, **kwargs)
+        result = _noting(_call, call, original)(self, inputs, *args, **kwargs)
         # Of a generator or a dataset: an iterator over results, around one that runs the steps.
         steps = getattr(result, "loader", None)
         if callable(getattr(steps, "infer", None)):
             read = _Call(call.names, call.blocks, lazy=True)
-            steps.infer = _inside(read, steps.infer)  # pyright: ignore[reportOptionalMemberAccess]
+            steps.infer = _noting(_call, read, steps.infer)  # pyright: ignore[reportOptionalMemberAccess]
         return result
 
     return __call__
 
 
-def _inside(call: _Call, run: Callable[..., Any]) -> Callable[..., Any]:
-    def inside(*args: Any, **kwargs: Any) -> Any:
-        token = _call.set(call)
+def _noting(note: ContextVar[Any], value: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        token = note.set(value)
         try:
             return run(*args, **kwargs)
         finally:
-            _call.reset(token)
+            note.reset(token)
 
-    return inside
+    return noting
 
 
 def _noting_steps(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def forward(self: Any, model_inputs: Any, **params: Any) -> Any:
-        token = _step.set((self, model_inputs))
-        try:
-            return original(self, model_inputs, **params)
-        finally:
-            _step.reset(token)
+        run = _noting(_step, (self, model_inputs), original)
+        return run(self, model_inputs, **params)
 
     forward.of_lora_ext = True  # pyright: ignore[reportAttributeAccessIssue]
     return forward

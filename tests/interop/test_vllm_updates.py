@@ -16,10 +16,9 @@ from torch import Tensor
 
 from lora_ext import ops, reference
 from lora_ext.interop import vllm as plugin
-from lora_ext.interop.vllm import owners, updates
+from lora_ext.interop.vllm import interface, owners, updates
 from lora_ext.interop.vllm import stacks as true_ranks
-from lora_ext.interop.vllm.activation import follow_activations
-from lora_ext.interop.vllm.updates import Updates
+from lora_ext.interop.vllm.updates import Updates, follow_activations
 
 SLOTS, RANK, IN = 3, 8, 6
 RANKS = (8, 2, 5)
@@ -381,6 +380,7 @@ def test_registering_names_the_wrapper_of_the_cpu_platform(fake_vllm):
         once = fake_vllm.CpuPlatform.get_punica_wrapper, fake_vllm.EngineCore.add_lora
         plugin.register()
         assert fake_vllm.CpuPlatform.get_punica_wrapper() == OURS
+    assert hasattr(fake_vllm.LoRAModelManager.activate_adapter, interface.MARK)  # it is followed
     assert once == (fake_vllm.CpuPlatform.get_punica_wrapper, fake_vllm.EngineCore.add_lora)
 
 

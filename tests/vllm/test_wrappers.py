@@ -92,7 +92,7 @@ def test_adapters_of_another_wrapper_stay_unseen():
     """The adapter manager's method is wrapped once, whoever uses it."""
     from vllm.lora.model_manager import LoRAModelManager
 
-    from lora_ext.interop.vllm.activation import follow_activations
+    from lora_ext.interop.vllm.updates import follow_activations
 
     follow_activations()
     once = LoRAModelManager.activate_adapter

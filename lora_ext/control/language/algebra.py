@@ -17,7 +17,8 @@ from .limits import Clock
 
 Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
-_CHUNK = 1 << 22  # entries of a table that are looked at together
+_CHUNK = 1 << 22  # entries of a table that are filled together
+_HASHED = 1 << 18  # and that are hashed together: in larger parts caches no longer hold them
 
 
 class Automaton(NamedTuple):
@@ -42,25 +43,13 @@ def _mixed(table: Ints) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(27))
 
 
-def _random(count: int) -> NDArray[np.uint64]:
-    numbers = np.random.default_rng(20250101).integers(1, 2**63, count, dtype=np.uint64)
-    return numbers | np.uint64(1)
-
-
 def _hash_rows(table: Ints) -> NDArray[np.uint64]:
     """A 64-bit number per row; rows that differ have different ones, up to chance 2^-64 a pair."""
-    random, step = _random(table.shape[1]), max(1, _CHUNK // max(1, table.shape[1]))
-    parts = [_mixed(table[i : i + step]) @ random for i in range(0, len(table), step)]
-    return np.concatenate(parts)
-
-
-def _hash_columns(table: Ints) -> NDArray[np.uint64]:
-    """The same per column."""
-    random, step = _random(len(table)), max(1, _CHUNK // max(1, table.shape[1]))
-    total = np.zeros(table.shape[1], np.uint64)
-    for i in range(0, len(table), step):
-        total += random[i : i + step] @ _mixed(table[i : i + step])
-    return total
+    width = table.shape[1]
+    random = np.random.default_rng(20250101).integers(1, 2**63, width, dtype=np.uint64)
+    random, step = random | np.uint64(1), max(1, _HASHED // max(1, width))
+    parts = [(_mixed(table[i : i + step]) * random).sum(1) for i in range(0, len(table), step)]
+    return np.concatenate([np.empty(0, np.uint64), *parts])
 
 
 def edges(table: Ints) -> tuple[Ints, Ints]:
@@ -125,7 +114,7 @@ def _merged_columns(automaton: Automaton) -> Automaton:
     """Symbols with equal columns become one class; classes are numbered by their first symbol."""
     class_of, table, final, start = automaton
     unread = np.full((len(table), 1), -1, table.dtype)  # the column of class -1, behind the others
-    hashes = np.append(_hash_columns(table), _hash_columns(unread))
+    hashes = np.append(_hash_rows(table.T), _hash_rows(unread.T))
     raw = np.unique(hashes, return_inverse=True)[1][class_of]
     values, first, inverse = np.unique(raw, return_index=True, return_inverse=True)
     rank = np.empty(len(values), np.int32)

@@ -37,13 +37,8 @@ _NUMBER: dict[str, list[tuple[bytes, str]]] = {
 
 
 def json_object(depth: int, clock: Clock) -> Automaton:
-    """JSON objects with at most one space between their parts.
-
-    Args:
-        depth: of objects and arrays inside each other, the outer object included. Every further one
-            doubles the states.
-        clock: the limits.
-    """
+    """JSON objects with at most one space between their parts. Each level of ``depth``, of which
+    the outer object is one, doubles the states."""
     return _Walk(depth, clock).automaton()
 
 
@@ -91,7 +86,8 @@ class _Walk:
         if bare == "key end":
             self._link(state, b":", ":", within)
         if bare == "value end" or (place.endswith(" end") and place[0] in "01.e"):
-            self._after(state, within)
+            self._link(state, b" ", "value end_", within)
+            self._link(state, b",", ",", within)
         if bare in ("{", "[", "value end") or (place[0] in "01.e" and place[-4:] == " end"):
             closing = b"}" if within[-1:] == "o" else b"]"
             self._link(state, closing, "value end" if within[1:] else "done", within[:-1])
@@ -107,10 +103,6 @@ class _Walk:
     @staticmethod
     def _word(rest: str) -> str:
         return f"word:{rest}" if rest else "value end"
-
-    def _after(self, state: int, within: str) -> None:
-        self._link(state, b" ", "value end_", within)
-        self._link(state, b",", ",", within)
 
     def _value(self, state: int, within: str) -> None:
         self._link(state, b'"', "text", within)

@@ -98,9 +98,8 @@ class Constraint(Written):
         clock = Clock(what, limits)
         listed = [tuple(edge) for edge in edges]
         good = all(len(e) == 3 and all(_whole(n) for n in e) for e in listed)
-        require(
-            good, what, "edges", "triples (state, token, next state) of whole numbers", "others"
-        )
+        expected = "triples (state, token, next state) of whole numbers"
+        require(good, what, "edges", expected, "others")
         ends = list(final)
         require(_whole(start), what, "start", "a state, a whole number from 0 on", repr(start))
         require(all(map(_whole, ends)), what, "final", "states, whole numbers from 0 on", ends)
@@ -162,9 +161,8 @@ class Constraint(Written):
         if not isinstance(other, Constraint):
             return NotImplemented
         mine, theirs = (self.vocab_size, self.eos), (other.vocab_size, other.eos)
-        require(
-            mine == theirs, sign, "other vocabulary", f"size and ends {mine} as on the left", theirs
-        )
+        expected = f"size and ends {mine} as on the left"
+        require(mine == theirs, sign, "other vocabulary", expected, theirs)
         clock = Clock(sign)
         joined = algebra.joined(self._content, other._content, both, clock)
         part = f"{self.num_states} states times {other.num_states}"

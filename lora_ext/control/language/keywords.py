@@ -18,10 +18,9 @@ Group = str | Sequence[str]
 
 def choice(texts: Sequence[str], clock: Clock) -> Automaton:
     """Exactly one of the texts: a tree of their bytes."""
-    expected = "a list of at least one text"
     listed = [] if isinstance(texts, str) else list(texts)
     good = bool(listed) and all(isinstance(t, str) for t in listed)
-    require(good, "choice", "texts", expected, repr(texts)[:80])
+    require(good, "choice", "texts", "a list of at least one text", repr(texts)[:80])
     tree = _Tree(clock, "the letters of all texts")
     ends = {tree.add(utf8("choice", "texts", text)) for text in listed}
     final = np.zeros(len(tree.below), bool)
@@ -124,12 +123,7 @@ def _group(argument: str, group: Group) -> list[bytes]:
 
 
 def _word(argument: str, word: object) -> bytes:
-    require(
-        isinstance(word, str) and word != "",
-        "keywords",
-        argument,
-        "a text that is not empty",
-        repr(word)[:80],
-    )
+    full = isinstance(word, str) and word != ""
+    require(full, "keywords", argument, "a text that is not empty", repr(word)[:80])
     assert isinstance(word, str)
     return utf8("keywords", argument, word)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import NoReturn
 
 MEBIBYTE = 1 << 20
 
@@ -35,8 +36,7 @@ class Limits:
     max_pattern: int = 64 << 10
 
     def __post_init__(self) -> None:
-        for name in ("max_states", "max_table_bytes", "max_seconds", "max_pattern"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"Limits: {name}: expected a number above 0, found {value!r}")
 
@@ -83,6 +83,6 @@ class Clock:
         if nbytes > self.limits.max_table_bytes:
             self.refuse(f"{self.limits.max_table_bytes} bytes", f"{nbytes}, from {part}")
 
-    def refuse(self, expected: str, found: str) -> None:
+    def refuse(self, expected: str, found: str) -> NoReturn:
         """Raise :class:`ConstraintTooLarge`."""
         raise ConstraintTooLarge(f"{self.what}: expected at most {expected}, found {found}")

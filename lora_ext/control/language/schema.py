@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from lora_ext._checks import require
 
@@ -31,44 +31,30 @@ _WORDS = {
 _FORMATS = ("date", "date-time", "uuid")
 # outlines-core takes the digits of any script for those of a date.
 _DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
-_LETTERS = "\\.+*?()|[]{}^$"
-_MEANT = set(_LETTERS)  # in an expression
+_LETTERS = "\\.+*?()|[]{}^$"  # that mean something in an expression
 _WHERE = "json_schema"
 _MOST_DEPTH = 32
 _MOST_LENGTH = (1 << 31) - 1  # outlines-core passes over a length that no machine word holds
 
 
 def check(schema: Any) -> list[str]:
-    """Refuse what the automaton would not hold to, and write down what outlines-core misreads.
-
-    Args:
-        schema: as JSON gives it; its patterns are changed.
-
-    Returns:
-        the patterns in it, which must stay inside a JSON string.
+    """The patterns in a schema, which must stay inside a JSON string; what outlines-core misreads
+    is changed in the schema itself.
 
     Raises:
         NotImplementedError: for a word that would be ignored, by its name and place.
         ValueError: for something that is no schema.
     """
-    found = _Found([], set())
-    _check(schema, schema, "#", (), found)
-    return found.patterns
+    patterns: list[str] = []
+    _check(schema, schema, "#", (), patterns, set())
+    return patterns
 
 
-class _Found(NamedTuple):
-    """What was met so far.
-
-    Attributes:
-        patterns: of strings. names: of places that a ``$ref`` names and that were looked at: each
-            once, for their number may double from one to the next.
-    """
-
-    patterns: list[str]
-    names: set[str]
-
-
-def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], seen: _Found) -> None:
+def _check(
+    schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: list[str], seen: set[str]
+) -> None:
+    """``seen``: places that a ``$ref`` names and that were looked at: each once, for their number
+    may double from one to the next."""
     require(isinstance(schema, Mapping), _WHERE, at, "an object", repr(schema)[:80])
     if at.count("/") > 2 * _MOST_DEPTH:
         _refuse(at, f"more than {_MOST_DEPTH} schemas inside each other")
@@ -84,9 +70,9 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], seen: _Found)
             if name in refs:
                 _refuse(at, f"$ref {name!r}, which leads to itself: no finite depth")
             found = _resolved(name, root, at)
-            if name not in seen.names:
-                _check(found, root, f"{at}/$ref", (*refs, name), seen)
-                seen.names.add(name)
+            if name not in seen:
+                _check(found, root, f"{at}/$ref", (*refs, name), patterns, seen)
+                seen.add(name)
         elif choice in ("enum", "const"):
             values = words["enum"] if choice == "enum" else [words["const"]]
             listed = isinstance(values, list) and bool(values)
@@ -103,7 +89,7 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], seen: _Found)
             if choice == "allOf" and len(parts) > 1:
                 _refuse(at, "allOf of several schemas")
             for i, part in enumerate(parts):
-                _check(part, root, f"{at}/{choice}/{i}", refs, seen)
+                _check(part, root, f"{at}/{choice}/{i}", refs, patterns, seen)
             if choice == "oneOf" and not _apart(parts, root):
                 _refuse(at, "oneOf whose schemas may hold together (anyOf says either)")
         return
@@ -122,17 +108,15 @@ def _check(schema: Any, root: Any, at: str, refs: tuple[str, ...], seen: _Found)
             _refuse(at, "an object or array among several types (anyOf says it)")
         return
     if kinds == "string":
-        _string(schema, words, at, seen.patterns)
+        _string(schema, words, at, patterns)
     for child, where in _children(kinds, words, at):
-        _check(child, root, where, refs, seen)
+        _check(child, root, where, refs, patterns, seen)
 
 
 def _string(schema: dict[str, Any], words: Mapping[str, Any], at: str, patterns: list[str]) -> None:
     """Look at the words of a string. A pattern becomes a group, or its ``|`` would reach the
     quotes."""
-    if len([w for w in ("pattern", "format", "minLength", "maxLength") if w in words]) > 1 and (
-        "pattern" in words or "format" in words
-    ):
+    if len(words) > 1 and {"pattern", "format"} & set(words):
         _refuse(at, "pattern or format beside another word for strings")
     if "format" in words and words["format"] not in _FORMATS:
         _refuse(at, f"format {words['format']!r:.40}")
@@ -166,7 +150,7 @@ def _plain(value: Any, at: str) -> None:
     elif isinstance(value, Mapping):
         for name, part in value.items():
             _unescaped(name, at)
-            if _MEANT & set(name):
+            if set(_LETTERS) & set(name):
                 _refuse(at, f"the name {name!r:.40} in a value, with a letter of {_LETTERS}")
             _plain(part, at)
 

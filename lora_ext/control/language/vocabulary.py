@@ -56,9 +56,6 @@ class Vocabulary:
         self.eos = eos
         self.key = hashlib.blake2b(repr((self.tokens, eos)).encode(), digest_size=24).digest()
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
 
 _read: weakref.WeakKeyDictionary[Any, dict[tuple[object, ...], Vocabulary]]
 _read = weakref.WeakKeyDictionary()

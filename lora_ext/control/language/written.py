@@ -59,9 +59,8 @@ class Written:
             ValueError: for no texts, or an unusable tokenizer.
             ConstraintTooLarge: above the limits.
         """
-        return cls._spelled(
-            "choice", (texts,), keywords.choice, tokenizer, vocab_size, eos_token_id, limits
-        )
+        how = tokenizer, vocab_size, eos_token_id, limits
+        return cls._spelled("choice", (texts,), keywords.choice, *how)
 
     @classmethod
     def keywords(
@@ -87,15 +86,8 @@ class Written:
         Raises:
             ValueError: for an empty word, and words that rule each other out.
         """
-        return cls._spelled(
-            "keywords",
-            (all_of, none_of),
-            keywords.keywords,
-            tokenizer,
-            vocab_size,
-            eos_token_id,
-            limits,
-        )
+        how = tokenizer, vocab_size, eos_token_id, limits
+        return cls._spelled("keywords", (all_of, none_of), keywords.keywords, *how)
 
     @classmethod
     def regex(
@@ -120,9 +112,8 @@ class Written:
         Raises:
             ValueError: for something that is no expression.
         """
-        return cls._spelled(
-            "regex", (pattern,), regex.pattern, tokenizer, vocab_size, eos_token_id, limits
-        )
+        how = tokenizer, vocab_size, eos_token_id, limits
+        return cls._spelled("regex", (pattern,), regex.pattern, *how)
 
     @classmethod
     def json_schema(
@@ -150,9 +141,8 @@ class Written:
                 names with a letter that means something in an expression.
             ValueError: for something that is no schema.
         """
-        return cls._spelled(
-            "json_schema", (schema,), regex.json_schema, tokenizer, vocab_size, eos_token_id, limits
-        )
+        how = tokenizer, vocab_size, eos_token_id, limits
+        return cls._spelled("json_schema", (schema,), regex.json_schema, *how)
 
     @classmethod
     def json_object(
@@ -172,10 +162,8 @@ class Written:
                 every further one doubles the states.
         """
         integer("json_object", "depth", depth, 1)
-        build = any_json.json_object
-        return cls._spelled(
-            "json_object", (depth,), build, tokenizer, vocab_size, eos_token_id, limits
-        )
+        how = tokenizer, vocab_size, eos_token_id, limits
+        return cls._spelled("json_object", (depth,), any_json.json_object, *how)
 
     @classmethod
     def _spelled(

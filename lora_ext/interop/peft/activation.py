@@ -4,7 +4,6 @@ forward sees are the adapter's, ``alora_offsets``. With a cache that holds for e
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +17,7 @@ from torch import nn
 from lora_ext.rows import Activated, Assignment
 
 Offsets = Sequence[int | None]
+_CHUNK = "prefill_chunk_size"
 
 # All layers of a forward are given the same; the last one is kept.
 _last: ContextVar[tuple[tuple[Any, ...], Activated] | None]
@@ -69,34 +69,24 @@ def rows_of_offsets(
 def offsets_given(model: nn.Module, offsets: Offsets | None) -> Iterator[None]:
     """Around a call: its layers are given the offsets, as by PEFT's hooks, which checkpoints allow
     one forward for each backward."""
+
+    def give(_layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "alora_offsets": offsets}
+
     handles = []
     try:
-        if offsets is not None:
-            give = functools.partial(_give, offsets)
-            for layer in model.modules():
-                if isinstance(layer, LoraLayer):
-                    handles.append(layer.register_forward_pre_hook(give, with_kwargs=True))  # pyright: ignore
+        for layer in model.modules() if offsets is not None else ():
+            if isinstance(layer, LoraLayer):
+                handles.append(layer.register_forward_pre_hook(give, with_kwargs=True))  # pyright: ignore
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _give(
-    offsets: Offsets, _layer: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "alora_offsets": offsets}
-
-
 def refuse_other_forwards(model: Any, settings: dict[str, Any]) -> None:
-    """Refuse a ``generate`` whose forwards see another part of a row than PEFT's offsets mean.
-
-    Args:
-        model: of transformers. settings: of the call.
-
-    Raises:
-        NotImplementedError: without a cache, or a prompt in chunks.
-    """
+    """Raise NotImplementedError for settings of ``generate`` whose forwards see another part of a
+    row than PEFT's offsets mean: no cache, or a prompt in chunks."""
     config = settings.get("generation_config") or model.generation_config
     chosen = {k: settings.get(k, getattr(config, k, None)) for k in ("use_cache", _CHUNK)}
     if chosen["use_cache"] is False or chosen[_CHUNK] is not None:
@@ -106,6 +96,3 @@ def refuse_other_forwards(model: Any, settings: dict[str, Any]) -> None:
             f"adapter, found {found}: PEFT counts from the end of what a forward sees, and would "
             "adapt other tokens; lora_ext.attach serves it"
         )
-
-
-_CHUNK = "prefill_chunk_size"

@@ -126,8 +126,9 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         weight = self._dense()[0]
         magnitudes = [self._magnitude(name) for name in present]
         in_use = [of_rows is None or i in of_rows.used for i in range(len(present))]
+        kept: Any = self.lora_magnitude_vector
         norms = [
-            None if m is None or not used else self._norm(name, weight, f)
+            None if m is None or not used else _norm(kept[name], weight, f, adapter_name=name)
             for name, f, m, used in zip(present, factors, magnitudes, in_use, strict=True)
         ]
         return dora_forward(x, self.base_layer, self._dense, factors, magnitudes, of_rows, norms)
@@ -153,10 +154,6 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
     def _is_dora(self, name: str) -> bool:
         return type(self.lora_variant.get(name)) is DoraLinearVariant
 
-    def _norm(self, name: str, weight: Tensor, factors: LoraFactors) -> Tensor:
-        layer: Any = self.lora_magnitude_vector
-        return _cached_norm(layer[name], weight, factors, adapter_name=name)
-
 
 class FusedLinear(Fused, PeftLinear):
     """PEFT's ``lora.Linear``, fused."""
@@ -170,6 +167,6 @@ FusedLinear.__name__ = PeftLinear.__name__
 
 
 @dora.cache_decorator("weight-norm")
-def _cached_norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: str) -> Tensor:
+def _norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: str) -> Tensor:
     """The norm of a DoRA adapter, which PEFT keeps in its layer ``_`` under ``DoraCaching``."""
     return ops.lora_dora_norm(weight, factors.a, factors.b, factors.scaling)

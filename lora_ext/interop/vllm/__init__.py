@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from lora_ext import _loader
@@ -67,9 +66,12 @@ def register() -> None:
 
     def get_punica_wrapper(cls: Any) -> str:
         # Asked where a model is made: by then vLLM has imported what is looked at.
-        lacking = _lacking(f"vllm.lora.punica_wrapper.{of_wrapper}", interface.missing_of_wrapper)
-        lacking = lacking or _lacking(_MANAGER, interface.missing_of_manager)
+        lacking = _lacking(f"vllm.lora.punica_wrapper.{of_wrapper}", "wrapper")
+        lacking = lacking or _lacking(_MANAGER, "manager")
         if lacking is None:
+            from .updates import follow_activations  # loads the kernels
+
+            follow_activations()
             return f"{__name__}.{ours}"
         _warn(lacking, "vLLM's own LoRA kernels serve")
         return own()
@@ -79,10 +81,10 @@ def register() -> None:
 
 
 def _follow_loads() -> None:
-    lacking = _lacking(_ENGINE, interface.missing_of_engine)
+    lacking = _lacking(_ENGINE, "engine")
     if lacking is None:
         loads.follow_loads(_found(_ENGINE))
-        lacking = _lacking(_FRONT, interface.missing_of_front)
+        lacking = _lacking(_FRONT, "front")
         activated.follow_starts(lacking)
         if lacking is None:
             front.check_in_front(_found(_FRONT), activated.in_front)
@@ -91,8 +93,7 @@ def _follow_loads() -> None:
 
 
 def _build_constraints() -> None:
-    lacking = _lacking(_ENGINE, interface.missing_of_door)
-    lacking = lacking or _lacking(_FRONT, interface.missing_of_front)
+    lacking = _lacking(_ENGINE, "door") or _lacking(_FRONT, "front")
     if lacking is None:
         from . import constraints  # control and serving: not for a first look
 
@@ -102,9 +103,9 @@ def _build_constraints() -> None:
         _warn(lacking, "constraints of requests are not built")
 
 
-def _lacking(name: str, missing: Callable[[type], str | None]) -> str | None:
+def _lacking(name: str, part: str) -> str | None:
     try:
-        return missing(_found(name))
+        return interface.missing(part, _found(name))
     except (ImportError, AttributeError) as error:
         return f"{name} ({error})"
 

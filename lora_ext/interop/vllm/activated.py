@@ -14,7 +14,6 @@ change meanwhile do not change it.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import os
@@ -24,9 +23,8 @@ from typing import Any
 
 import torch
 
-from .interface import missing_of_batch, missing_of_helper, missing_of_keys
+from .interface import MARK, missing, wrap
 
-_MARK = "_lora_ext_follows"
 _TRAVELS = "lora_ext:invocation:"
 _KEYS, _BATCH = "vllm.v1.core.kv_cache_utils", "vllm.v1.worker.gpu_input_batch"
 _HELPER = "vllm.lora.peft_helper"
@@ -137,30 +135,18 @@ def follow_starts(lacking: str | None = None) -> None:
     try:
         keys, batch = importlib.import_module(_KEYS), importlib.import_module(_BATCH).InputBatch
         helper = importlib.import_module(_HELPER).PEFTHelper
-        _lacking = missing_of_keys(keys) or missing_of_batch(batch) or missing_of_helper(helper)
+        _lacking = missing("keys", keys) or missing("batch", batch) or missing("helper", helper)
     except (ImportError, AttributeError) as error:
         _lacking = str(error)
         return
-    if _lacking is None and not hasattr(batch.make_lora_inputs, _MARK):
-        batch.make_lora_inputs = marked(batch.make_lora_inputs, _rows)
-        helper._validate_features = marked(helper._validate_features, _features)
+    if _lacking is None and not hasattr(batch.make_lora_inputs, MARK):
+        wrap(batch, "make_lora_inputs", _rows)
+        wrap(helper, "_validate_features", _features)
         inner = getattr(keys, _KEY)
-        ours = marked(inner, _keys)
         importlib.import_module("vllm.v1.core.block_pool")  # takes the function by its name
         for name, module in list(sys.modules.items()):
             if name.startswith("vllm.") and vars(module).get(_KEY) is inner:
-                setattr(module, _KEY, ours)
-
-
-def marked(inner: Any, ours: Callable[..., Any]) -> Any:
-    """``inner``, through ``ours``, which gets it before its arguments; it bears our mark."""
-
-    @functools.wraps(inner)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return ours(inner, *args, **kwargs)
-
-    setattr(call, _MARK, True)
-    return call
+                wrap(module, _KEY, _keys)
 
 
 def _features(inner: Any, helper: Any) -> Any:

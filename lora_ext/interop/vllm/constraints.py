@@ -22,6 +22,8 @@ from lora_ext._checks import instance, require
 from lora_ext.control import Constraint, Guide, Plan, Row, advance, plans_of, vocabulary_of
 from lora_ext.serving import Format, Standing, constrained, read_format
 
+from .interface import wrap
+
 KEY = "lora_ext_constraint"  # of SamplingParams.extra_args
 GUIDE = "lora_ext_guide"  # of the engine's additional_config: a folder
 PROCESSOR = "lora_ext.interop.vllm.processor:Constraints"
@@ -141,20 +143,15 @@ class Builder:
 
 def build_at_door(engine: Any) -> None:
     """Put a :class:`Builder` behind the door of vLLM's ``EngineCore``, for the process; once."""
-    inner = engine.preprocess_add_request
-    if hasattr(inner, _MARK):
-        return
 
-    @functools.wraps(inner)
-    def preprocess_add_request(self: Any, request: Any, *args: Any) -> Any:
+    def preprocess_add_request(inner: Any, self: Any, request: Any, *args: Any) -> Any:
         if getattr(request, "sampling_params", None) is not None:
             if _MARK not in self.__dict__:
                 self.__dict__[_MARK] = Builder(self.vllm_config)
             request.sampling_params = self.__dict__[_MARK].built(request)
         return inner(self, request, *args)
 
-    setattr(preprocess_add_request, _MARK, True)
-    engine.preprocess_add_request = preprocess_add_request
+    wrap(engine, "preprocess_add_request", preprocess_add_request, _MARK)
     _doors.append(engine)
 
 

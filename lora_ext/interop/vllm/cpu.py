@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .activation import follow_activations
 from .updates import Updates
 
 _Base: Any = importlib.import_module("vllm.lora.punica_wrapper.punica_cpu").PunicaWrapperCPU
@@ -16,10 +15,6 @@ class LoraExtWrapperCPU(Updates, _Base):
 
     What remains vLLM's: the buffers of ids, and classification heads that an adapter replaces.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        follow_activations()
 
     def add_lora_w13(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: vLLM has no LoRA on routed experts on the CPU."""

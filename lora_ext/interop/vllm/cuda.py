@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .activation import follow_activations
 from .updates import Updates
 
 _Base: Any = importlib.import_module("vllm.lora.punica_wrapper.punica_gpu").PunicaWrapperGPU
@@ -22,7 +21,3 @@ class LoraExtWrapperCUDA(Updates, _Base):
     What remains vLLM's: the buffers of ids, routed experts, and classification heads that an
     adapter replaces.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        follow_activations()

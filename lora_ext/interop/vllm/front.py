@@ -7,11 +7,13 @@ before it waits. A server's engine has the core's word for it, and an event loop
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-_CHECKS = "_lora_ext_checks"
+from .interface import wrap
+
+_MARK = "_lora_ext_checks"
+_checkers: dict[type, list[Callable[[Any], Callable[[Any], object]]]] = {}  # by the class in front
 
 
 def check_in_front(front: Any, checker: Callable[[Any], Callable[[Any], object]]) -> None:
@@ -21,27 +23,20 @@ def check_in_front(front: Any, checker: Callable[[Any], Callable[[Any], object]]
         front: the class.
         checker: makes of an engine's settings what is called with each of its requests, and raises.
     """
-    inner = front.__init__
-    if hasattr(inner, _CHECKS):
-        checkers = getattr(inner, _CHECKS)
-        if checker not in checkers:
-            checkers.append(checker)
-        return
+    checkers = _checkers.setdefault(front, [])
+    if checker not in checkers:
+        checkers.append(checker)
 
-    @functools.wraps(inner)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def begin(inner: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         inner(self, *args, **kwargs)
-        process = self.input_processor.process_inputs
-        checks = [each(self.vllm_config) for each in getattr(__init__, _CHECKS)]
+        checks = [each(self.vllm_config) for each in checkers]
 
-        @functools.wraps(process)
-        def process_inputs(*args: Any, **kwargs: Any) -> Any:
-            request = process(*args, **kwargs)
+        def process(inner: Any, *args: Any, **kwargs: Any) -> Any:
+            request = inner(*args, **kwargs)
             for check in checks:
                 check(request)
             return request
 
-        self.input_processor.process_inputs = process_inputs
+        wrap(self.input_processor, "process_inputs", process, _MARK)
 
-    setattr(__init__, _CHECKS, [checker])
-    front.__init__ = __init__
+    wrap(front, "__init__", begin, _MARK)

@@ -1,86 +1,62 @@
-"""What of vLLM's inside lora_ext stands on, probed: a version says less than the thing itself."""
+"""What of vLLM's inside lora_ext stands on, probed: a version says less than the thing itself; and
+how a function there is wrapped."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-# Parameters, in vLLM's order, of what its layers call and what it calls on a wrapper.
-WRAPPER: Mapping[str, Sequence[str]] = {
-    "update_metadata": ("mapping", "lora_index_to_id"),
-    "add_lora_linear": ("y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
-    "add_lora_logits": ("y", "x", "lora_a_stacked", "lora_b_stacked", "scale"),
-    "add_shrink": ("y", "x", "lora_a_stacked", "scale"),
-    "add_expand": ("y", "x", "lora_b_stacked", "output_slices", "offset_start", "add_inputs"),
-    "add_lora_embedding": ("y", "x", "lora_b_stacked", "add_inputs"),
+MARK = "_lora_ext_follows"  # of a function that was wrapped
+# What is called or wrapped, by what has it: parameters, in vLLM's order, but for ``self``. There
+# are a wrapper of kernels, the manager of adapters, the engine's core, its door for constraints,
+# what is in front of it, the keys of blocks, the batch of a step, and what reads PEFT's files.
+_CALLED: dict[str, dict[str, str]] = {
+    "wrapper": {
+        "update_metadata": "mapping lora_index_to_id",
+        "add_lora_linear": "y x lora_a_stacked lora_b_stacked scale output_slices",
+        "add_lora_logits": "y x lora_a_stacked lora_b_stacked scale",
+        "add_shrink": "y x lora_a_stacked scale",
+        "add_expand": "y x lora_b_stacked output_slices offset_start add_inputs",
+        "add_lora_embedding": "y x lora_b_stacked add_inputs",
+    },
+    "manager": {"activate_adapter": "lora_id"},
+    "engine": {
+        "preprocess_add_request": "request",
+        "add_lora": "lora_request",
+        "remove_lora": "lora_id",
+        "pin_lora": "lora_id",
+        "list_loras": "",
+    },
+    "door": {"preprocess_add_request": "request"},
+    "front": {"add_request": ""},
+    "keys": {
+        "generate_block_hash_extra_keys": "request start_token_idx end_token_idx start_mm_idx"
+    },
+    "batch": {"make_lora_inputs": "num_scheduled_tokens num_sampled_tokens"},
+    "helper": {"_validate_features": ""},
 }
-_BUFFERS = ("_token_lora_indices", "_sampler_indices")
-MANAGER: Mapping[str, Sequence[str]] = {"activate_adapter": ("lora_id",)}
-_SLOTS = ("lora_index_to_id", "punica_wrapper_mapping")
-ENGINE: Mapping[str, Sequence[str]] = {
-    "preprocess_add_request": ("request",),
-    "add_lora": ("lora_request",),
-    "remove_lora": ("lora_id",),
-    "pin_lora": ("lora_id",),
-    "list_loras": (),
+# Attributes that the methods there speak of.
+_READ = {
+    "wrapper": "_token_lora_indices _sampler_indices",
+    "manager": "lora_index_to_id punica_wrapper_mapping",
+    "door": "vllm_config",
+    "front": "vllm_config input_processor",
+    "batch": "request_lora_mapping num_prompt_tokens num_computed_tokens_cpu token_ids_cpu",
+    "helper": "alora_invocation_tokens",
 }
-KEYS = ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
-BATCH: Mapping[str, Sequence[str]] = {
-    "make_lora_inputs": ("num_scheduled_tokens", "num_sampled_tokens")
-}
-_ROWS = ("request_lora_mapping", "num_prompt_tokens", "num_computed_tokens_cpu", "token_ids_cpu")
 
 
-def missing_of_wrapper(wrapper: type) -> str | None:
-    """What a wrapper class of vLLM lacks, or None."""
-    return _missing(wrapper, WRAPPER, _BUFFERS)
-
-
-def missing_of_manager(manager: type) -> str | None:
-    """What the manager of adapters lacks, or None."""
-    return _missing(manager, MANAGER, _SLOTS)
-
-
-def missing_of_keys(module: Any) -> str | None:
-    """What the module that makes the keys of blocks lacks, or None."""
-    return _differs(module, "generate_block_hash_extra_keys", KEYS, 0)
-
-
-def missing_of_batch(batch: type) -> str | None:
-    """What the batch of a step lacks, or None."""
-    return _missing(batch, BATCH, _ROWS)
-
-
-def missing_of_helper(helper: type) -> str | None:
-    """What the reader of PEFT's configurations lacks, or None."""
-    return _missing(helper, {"_validate_features": ()}, ("alora_invocation_tokens",))
-
-
-def missing_of_engine(engine: type) -> str | None:
-    """What the engine lacks, or None."""
-    return _missing(engine, ENGINE, ())
-
-
-def missing_of_door(engine: type) -> str | None:
-    """What the engine's core lacks for constraints of requests, or None."""
-    return _missing(engine, {"preprocess_add_request": ("request",)}, ("vllm_config",))
-
-
-def missing_of_front(engine: type) -> str | None:
-    """What the engine in front of the core lacks for looking at requests, or None."""
-    return _missing(engine, {"add_request": ()}, ("vllm_config", "input_processor"))
-
-
-def _missing(
-    kind: type, methods: Mapping[str, Sequence[str]], attributes: Sequence[str]
-) -> str | None:
-    for name, wanted in methods.items():
-        found = _differs(kind, name, wanted, 1)
+def missing(part: str, owner: Any) -> str | None:
+    """What a class of vLLM, or its module of "keys", lacks to be a part, or None."""
+    for name, wanted in _CALLED[part].items():
+        found = _differs(owner, name, wanted.split(), int(isinstance(owner, type)))
         if found is not None:
             return found
-    mentioned = set(_names(kind))
-    return next((f"{kind.__name__}.{each}" for each in attributes if each not in mentioned), None)
+    read = _READ.get(part, "").split()
+    mentioned = set(_names(owner)) if read else ()
+    return next((f"{owner.__name__}.{each}" for each in read if each not in mentioned), None)
 
 
 def _differs(owner: Any, name: str, wanted: Sequence[str], first: int) -> str | None:
@@ -104,3 +80,18 @@ def _names(kind: type) -> Iterator[str]:
                 getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
             )
             yield from getattr(code, "co_names", ())
+
+
+def wrap(owner: Any, name: str, ours: Callable[..., Any], mark: str = MARK) -> None:
+    """Let a function of a class or module of vLLM's run through ``ours``, which gets it before its
+    arguments, for the process; once, also where another plug-in has wrapped it since."""
+    inner = getattr(owner, name)
+    if hasattr(inner, mark):  # functools.wraps hands it on to a wrapper around ours
+        return
+
+    @functools.wraps(inner)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return ours(inner, *args, **kwargs)
+
+    setattr(call, mark, True)
+    setattr(owner, name, call)

@@ -21,9 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import activated
+from . import activated, interface
 
-_MARK = "_lora_ext_follows"
 _LOADS = "_lora_ext_loads"
 
 
@@ -125,8 +124,6 @@ def _stamp(request: Any) -> object:
 
 def follow_loads(engine: Any) -> None:
     """Put :class:`Loads` behind the doors of vLLM's ``EngineCore``, for the process; works once."""
-    if hasattr(engine.add_lora, _MARK):
-        return
 
     def loads(self: Any) -> Loads:
         return self.__dict__.setdefault(_LOADS, Loads())
@@ -151,5 +148,4 @@ def follow_loads(engine: Any) -> None:
         return loads(self).listed(inner(self))
 
     for door in (preprocess_add_request, add_lora, remove_lora, pin_lora, list_loras):
-        inner = getattr(engine, door.__name__)
-        setattr(engine, door.__name__, activated.marked(inner, door))
+        interface.wrap(engine, door.__name__, door)

@@ -10,6 +10,7 @@ names and arguments.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from lora_ext import ops
 
 from .graph import in_graph, known
+from .interface import wrap
 from .owners import OwnedRows, Owners
 from .stacks import Stack, Stacks
 
@@ -219,6 +221,24 @@ class Updates:
         if self._samples.all_alike():
             return self._samples.as_first(x.shape[0])
         raise self._samples.mismatch(x.shape[0])
+
+
+def follow_activations() -> None:
+    """Tell wrappers about each adapter that vLLM moves into a slot: the method of its adapter
+    manager is wrapped, for the process; works once. Managers with other wrappers see no difference.
+    """
+    manager = importlib.import_module("vllm.lora.model_manager").LoRAModelManager
+    wrap(manager, "activate_adapter", _activate)
+
+
+def _activate(inner: Any, manager: Any, lora_id: int, *args: Any, **kwargs: Any) -> bool:
+    moved = inner(manager, lora_id, *args, **kwargs)
+    if moved:
+        slot = manager.lora_index_to_id.index(lora_id)
+        for wrapper in set(manager.punica_wrapper_mapping.values()):
+            if isinstance(wrapper, Updates):
+                wrapper.slot_changed(slot)
+    return moved
 
 
 def _bank(b: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from lora_ext._checks import instance, number, renamed, require
 from lora_ext.pool import PoolFullError
 from lora_ext.tenants import QueueFullError, Sampler, Service, Tenant
 
+from ..requests import read_body
 from .api import Api, folder, parsed
 from .promises import Answer, GoneError
 from .wire import MIME, read_request, written_result
@@ -118,26 +119,15 @@ async def _life(api: Api) -> AsyncIterator[None]:
         api.end(session, wait=True)
 
 
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise HTTPException(413, f"body: expected at most {MAX_BODY} bytes")
-    return bytes(body)
-
-
 async def _read(request: Request) -> Answer:
-    asked = json.loads(await _body(request) or b"{}")
+    asked = json.loads(await read_body(request, MAX_BODY) or b"{}")
     if not isinstance(asked, dict):
         raise ValueError(f"body: expected an object of JSON, found {type(asked).__name__}")
     for kind, names in _KINDS.items():
         for name in names.split():
             found = asked.get(name)
-            require(
-                found is None or type(found) is kind,
-                "body", name, _WORDS[kind], f"{found!r:.200}",
-            )  # fmt: skip
+            fits = found is None or type(found) is kind
+            require(fits, "body", name, _WORDS[kind], f"{found!r:.200}")
     return asked
 
 
@@ -245,7 +235,7 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
     @app.post("/api/v1/forward_backward")
     @app.post("/api/v1/forward")
     async def forward_backward(request: Request) -> Any:
-        body = await _body(request)
+        body = await read_body(request, MAX_BODY)
         if request.headers.get("content-encoding") == "zstd":
             body = _unpacked(body)
         asked, data, options = read_request(body)

@@ -65,7 +65,10 @@ class MultiLoraLinear(PoolLayer):
             if finished is not None:
                 return finished
         if self.overlap is not None and not compiles():
-            finished = self._overlapped(self.overlap, x)
+            try:
+                finished = self.overlap.output(self, x)
+            except ValueError as error:
+                raise self._explained(error) from error
             if finished is not None:
                 return finished
         y = self.base(x)
@@ -109,23 +112,10 @@ class MultiLoraLinear(PoolLayer):
             y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
         return y
 
-    def _overlapped(self, overlap: OverlapProtocol, x: Tensor) -> Tensor | None:
-        try:
-            return overlap.output(self, x)
-        except ValueError as error:
-            raise self._explained(error) from error
-
     def _traced(self, y: Tensor, x: Tensor) -> Tensor:
         slab, leading = self.slab, x.shape[:-1]
         if slab.a_pages is not None:
-            rows = pool_rows(
-                self.handle,
-                leading,
-                x.device,
-                self.pool.max_slots,
-                self.tokens_first,
-                default=self.default,
-            )
+            rows = traced_rows(self, leading, x.device)
             rescale = None
             if slab.magnitude is not None:
                 rescale = self.dora.traced_rescale(self, leading, x.device)
@@ -138,6 +128,14 @@ class MultiLoraLinear(PoolLayer):
             "model had when it was made; make it of the model in its place, or pass device= and "
             "dtype=)"
         )
+
+
+def traced_rows(
+    layer: PoolLayer, leading: torch.Size, device: torch.device, of_tokens: bool = False
+) -> Rows:
+    """:meth:`PoolLayer.rows_in` for a graph: the rows of whatever block the graph will run in."""
+    slots, turned = layer.pool.max_slots, layer.tokens_first
+    return pool_rows(layer.handle, leading, device, slots, turned, of_tokens, layer.default)
 
 
 def add_adapters(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lora_ext import ops
 from lora_ext._torch import compiles
-from lora_ext.rows import PoolLayer, current, pool_rows, untouched
+from lora_ext.rows import PoolLayer, current, untouched
 
+from .multi_lora import traced_rows
 from .pool_replaced import traced_replaced, with_replaced
 
 
@@ -51,15 +52,7 @@ class MultiLoraEmbedding(PoolLayer):
     def _traced(self, y: Tensor, x: Tensor) -> Tensor:
         slab = self.slab
         if slab.a_pages is not None:
-            rows = pool_rows(
-                self.handle,
-                x.shape,
-                x.device,
-                self.pool.max_slots,
-                self.tokens_first,
-                True,
-                self.default,
-            )
+            rows = traced_rows(self, x.shape, x.device, of_tokens=True)
             y = _add_adapters(y, x.reshape(-1), slab, rows.ids, rows.plan)
         return traced_replaced(y, x, self) if slab.was_replaced else y
 

@@ -20,16 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._checks import FLOATS
 from lora_ext._torch import READS_MORE, traced
 from lora_ext.layers import readable_weight
 from lora_ext.rows import Block, PoolLayer, batch_of, capturing, current, forward_of, noted
 
-_READABLE = (
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-)  # without scales elsewhere
 # A graph holds numbers and tensors, no objects: its op finds a layer's factors by number, and the
 # registry keeps no layer alive.
 _numbers = itertools.count()
@@ -151,7 +146,7 @@ class DoraFactors:
         purpose = f"MultiLoraLinear: {self.name}: DoRA"
         linear = isinstance(self.base, nn.Linear)
         weight, _ = readable_weight(self.base, purpose, fan_in_fan_out=not linear)
-        if weight.is_meta or weight.dtype not in _READABLE:
+        if weight.is_meta or weight.dtype not in FLOATS:  # others have scales elsewhere
             raise ValueError(
                 f"{purpose}: expected a base weight of float16, bfloat16, float32 or float64 to "
                 f"take norms of, found {weight.dtype} on {weight.device}"
