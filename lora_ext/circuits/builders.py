@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
 
 import torch
 from torch import Tensor
@@ -269,25 +270,18 @@ def _children_first(
     inputs: Mapping[str, Input], parts: Mapping[str, list[tuple[tuple[str, ...], Kind]]]
 ) -> list[str]:
     """All names, each after its children."""
-    waiting = {n: {c for kids, _ in ps for c in kids} for n, ps in parts.items()}
-    unknown = {c for kids in waiting.values() for c in kids} - inputs.keys() - parts.keys()
+    below = {name: [c for kids, _ in ps for c in kids] for name, ps in parts.items()}
+    unknown = {c for kids in below.values() for c in kids} - inputs.keys() - parts.keys()
     where, expected = "from_edges", "children that are inputs or sums"
     found = f"unknown children: {', '.join(sorted(unknown)[:8])}"
     require(not unknown, where, "products", expected, found, PCStructureError)
-    above: dict[str, list[str]] = {}
-    for name, kids in waiting.items():
-        for c in kids:
-            above.setdefault(c, []).append(name)
-    order: list[str] = list(inputs)
-    for name in order:  # grows while it is read
-        for parent in above.get(name, ()):
-            waiting[parent].discard(name)
-            if not waiting[parent]:
-                order.append(parent)
-    lost = sorted(set(parts) - set(order))
-    found = f"a cyclic graph: units {', '.join(lost[:8])} wait for each other"
-    require(not lost, where, "products", "no cycle", found, PCStructureError)
-    return order
+    sorter = TopologicalSorter({**dict.fromkeys(inputs, ()), **below})
+    try:
+        return list(sorter.static_order())
+    except CycleError as error:
+        lost = ", ".join(sorted(set(error.args[1]))[:8])
+        found = f"a cyclic graph: units {lost} wait for each other"
+        raise PCStructureError(f"{where}: products: expected no cycle, found {found}") from None
 
 
 def chow_liu_parents(x: Tensor, num_categories: int) -> list[int]:

@@ -19,7 +19,6 @@ from . import checks, flows, sampling
 from .flows import Flows, Marginals
 from .parameters import Parameters, read_file, require_tensor, signed
 from .program import Evaluate, Weights
-from .region_graph import RegionGraph
 from .sampling import KBest, MapResult
 
 
@@ -66,9 +65,6 @@ class Circuit(Parameters):
         PCStructureError: if the graph is not smooth and decomposable; only evaluation of complete
             data would mean anything.
     """
-
-    def __init__(self, graph: RegionGraph, norm: str = "logits", precision: str = "fp32"):
-        super().__init__(graph, norm, precision)
 
     # --- evaluation -------------------------------------------------------------------------------
     def log_prob(

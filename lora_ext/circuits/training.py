@@ -144,7 +144,11 @@ def _train(
             if hasattr(bar, "set_postfix"):
                 bar.set_postfix(epoch=f"{epoch + 1}/{epochs}", log_prob=f"{total / rows:.3f}")
         require(rows > 0, name, "batches", "at least one batch", "none")
-        history.append(Epoch(total / rows, _score(name, circuit, held_out)))
+        score = None
+        if held_out is not None:
+            with torch.no_grad():
+                score = float(_log_prob(name, circuit, *_split(name, circuit, held_out)).mean())
+        history.append(Epoch(total / rows, score))
     return history
 
 
@@ -157,13 +161,6 @@ def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | No
     x, root, *_ = (*(t.to(circuit.weights.device) for t in parts), None)  # rows alone: no roots
     assert x is not None
     return x, root
-
-
-def _score(name: str, circuit: Circuit, held_out: Any) -> float | None:
-    if held_out is None:
-        return None
-    with torch.no_grad():
-        return float(_log_prob(name, circuit, *_split(name, circuit, held_out)).mean())
 
 
 def _log_prob(name: str, circuit: Circuit, x: Tensor, root: Tensor | None) -> Tensor:
