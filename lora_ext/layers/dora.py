@@ -117,7 +117,10 @@ def _scaled(
         inner = y if bias is None else y - bias
         update = lora_update(x, [f])
     else:  # the base takes part in the direction, so it sees the dropped input too
-        dropped = _dropped(x.to(f.a.dtype), f)
+        # Its rows are those of the adapter, in their order: one seed, the mask of `lora_forward`.
+        seed = draw_seed(x.device) if f.seed is None else f.seed
+        x2d = x.reshape(-1, x.shape[-1]).to(f.a.dtype)
+        dropped = ops.lora_dropout(x2d, f.p, seed).view(x.shape)
         inner = F.linear(dropped, weight.to(dropped.dtype))
         update = lora_update(dropped, [f._replace(p=0.0)])
     return y + (scale - 1) * inner + scale * update
@@ -127,11 +130,3 @@ def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor, norm: Tensor | Non
     if norm is None:
         norm = ops.lora_dora_norm(weight, f.a, f.b, f.scaling)
     return magnitude / norm.to(magnitude.dtype)
-
-
-def _dropped(x: Tensor, f: LoraFactors) -> Tensor:
-    """The rows are those of the adapter, in their order: the mask of its own seed is that of
-    :func:`lora_forward`."""
-    x2d = x.reshape(-1, x.shape[-1])
-    seed = draw_seed(x.device) if f.seed is None else f.seed
-    return ops.lora_dropout(x2d, f.p, seed).view(x.shape)

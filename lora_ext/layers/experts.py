@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lora_ext import ops
+from lora_ext._checks import FLOATS
 from lora_ext._torch import exactly
 from lora_ext.ops import grouped_mm
 from lora_ext.rows import constant, scales
 
 from .base.dense import is_plain
 from .lora_forward import LoraFactors
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: What every experts module of transformers 5 says of itself.
 _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
@@ -69,7 +68,7 @@ def _matrices(module: nn.Module) -> dict[str, Tensor]:
         if name in known
         and type(parameter) is nn.Parameter  # not quantised, not spread over devices
         and parameter.dim() == 3
-        and parameter.dtype in _DTYPES
+        and parameter.dtype in FLOATS
     }
 
 

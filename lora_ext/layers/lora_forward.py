@@ -188,16 +188,13 @@ def _participants(
         rows = rows_of(rows, len(adapters), x.shape[:-1])
         if several_processes() and torch.is_grad_enabled():
             each = enumerate((f.a, f.b, f.bias) for f in adapters)
-            rows = together(rows, [i for i, own in each if any(map(_trains, own))])
+            trained = [i for i, own in each if any(p is not None and p.requires_grad for p in own)]
+            rows = together(rows, trained)
     count, found = x.shape[:-1].numel(), rows.ids.shape[0]
     if found != count:
         expected = f"one id for each of the {count} rows of x"
         raise ValueError(f"adapter_ids: expected {expected}, found {found}")
     return [adapters[i] for i in rows.used], rows
-
-
-def _trains(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.requires_grad
 
 
 def _forward(

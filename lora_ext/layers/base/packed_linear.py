@@ -50,20 +50,18 @@ class _Seen:
     def __init__(self, weight: Tensor) -> None:
         self._weight, self._state = weakref.ref(weight), _state(weight)
         self.packed: Tensor | None = None
-        self._places: Tensor | None = None
-        self._values: Tensor | None = None
+        self._sample: tuple[Tensor, Tensor] | None = None  # in the weight's memory; as it was
 
     def is_now(self, weight: Tensor) -> bool:
         """Whether the weight is the same still."""
         if self._weight() is not weight or self._state != _state(weight):
             return False
-        places, values = self._places, self._values
-        return places is None or values is None or torch.equal(places, values)
+        return self._sample is None or torch.equal(*self._sample)
 
     def pack(self, weight: Tensor) -> Tensor:
         """Make the copy."""
-        places = _sample(weight.detach())
-        self._values, self._places = places.clone(), places
+        sample = _sample(weight.detach())
+        self._sample = sample, sample.clone()
         self.packed = ops.pack_weight(weight.detach())
         return self.packed
 

@@ -26,13 +26,9 @@ Model = TypeVar("Model", bound=nn.Module)
 _KEY = "_lora_ext_wrap"
 #: What an adapter's configuration and ``add_adapter`` call by one name.
 _SETTINGS = (
-    "lora_dropout",
-    "init_lora_weights",
-    "preserve_base_output",
-    "use_rslora",
-    "use_dora",
+    "lora_dropout", "init_lora_weights", "preserve_base_output", "use_rslora", "use_dora",
     "lora_bias",
-)
+)  # fmt: skip
 
 
 @dataclass(eq=False)
