@@ -135,12 +135,6 @@ class Activated(Assignment):
         given = self.repeat, self.invocations, starts, fixed, None, self.first
         return Activated(self.names, places, shape, *given)
 
-    def _given(self, starts: tuple[int | None, ...]) -> Activated:
-        """With starts that the caller knows, for as many rows as there are entries."""
-        return Activated(
-            self.names, self.entries, self.shape, self.repeat, self.invocations, starts, fixed=True
-        )
-
     def _found(self, ids: Tensor, origin: int) -> tuple[int | None, ...]:
         """The start of each entry, by its ids."""
         require(ids.dim() == 2, "adapters", "input_ids", "(B, T)", tuple(ids.shape))
@@ -225,10 +219,6 @@ class Activated(Assignment):
         batch: Batch | None = None,
     ) -> Tensor:
         """As of an ordinary one, for a layer that sees all tokens of the rows."""
-        whole = self._of_whole_rows(leading, tokens_first)
-        return whole.per_row(table, leading, device, tokens_first, batch)
-
-    def _of_whole_rows(self, leading: torch.Size, tokens_first: bool) -> Assignment:
         across = leading[:2][::-1] if tokens_first else leading[:2]
         rows = len(self.entries) * self.repeat if self.shape else across[:1].numel()
         length = self.length
@@ -244,7 +234,8 @@ class Activated(Assignment):
                     f"found {tuple(leading)} before the features; the layers of an attached model "
                     "follow a cache, those of lora_ext.nn take whole rows"
                 )
-        return self.at(0, length, rows)
+        whole = self.at(0, length, rows)
+        return whole.per_row(table, leading, device, tokens_first, batch)
 
     # ---------------------------------------------------------------------------------------------
     # What generate does to rows
@@ -315,7 +306,8 @@ def begun(
         return assignment
     activated = _pending(assignment, invocations)
     if starts is not None:
-        return activated._given(_checked_starts(starts, activated))
+        activated.starts, activated.fixed = _checked_starts(starts, activated), True
+        return activated
     if input_ids is None:
         return activated
     known = activated.of_prompt(input_ids)

@@ -16,11 +16,9 @@ from .attachment import Places
 from .context import Block, Entry, innermost
 
 
-@contextlib.contextmanager
-def generation_scope() -> Iterator[None]:
+def generation_scope() -> contextlib.AbstractContextManager[None]:
     """What :func:`repeat_rows` and :func:`select_rows` do lasts until this block is left."""
-    with context.entered(context.innermost()):
-        yield
+    return context.entered(context.innermost())
 
 
 def repeat_rows(handle: int, count: int) -> None:
@@ -98,13 +96,15 @@ def prompt_known(input_ids: Tensor | None, origin: int = 0) -> None:
     Raises:
         ValueError: no ids where a block needs them, or of another number of rows than names.
     """
-    change_blocks(
-        lambda block: (
-            block.assignment.of_prompt(input_ids, origin)
-            if isinstance(block.assignment, Activated)
-            else block.assignment
-        )
-    )
+    _change_activated(lambda activated: activated.of_prompt(input_ids, origin))
+
+
+def _change_activated(change: Callable[[Activated], Assignment]) -> None:
+    def assign(block: Block) -> Assignment:
+        found = block.assignment
+        return change(found) if isinstance(found, Activated) else found
+
+    change_blocks(assign)
 
 
 @contextlib.contextmanager
@@ -125,13 +125,7 @@ def activated_forward(
     if not has_activated():
         yield
         return
-    change_blocks(
-        lambda block: (
-            block.assignment.of_forward(input_ids, past)
-            if isinstance(block.assignment, Activated)
-            else block.assignment
-        )
-    )
+    _change_activated(lambda activated: activated.of_forward(input_ids, past))
 
     def change(block: Block) -> Block:
         if not isinstance(block.assignment, Activated):
