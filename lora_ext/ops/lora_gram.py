@@ -1,8 +1,8 @@
 """An adapter as numbers: its Gram matrices, and what it is to a weight.
 
 Inner products of adapters come from the Gram matrices of their factors: the product ``b a`` is
-never formed. Nothing of this takes part in autograd. Results repeat bit for bit, whatever the
-number of threads and whatever other adapters are in the call.
+never formed. Results repeat bit for bit, whatever the number of threads and whatever other adapters
+are in the call.
 
 The product itself, merged and measured, is torch's GEMM's on every device: no kernel of this
 package has anything to add, and bits may depend on the library's threads. All but
