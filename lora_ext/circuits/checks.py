@@ -134,11 +134,7 @@ def _disjoint(terms: list[dict[int, int]], merged: dict[int, int]) -> bool:
 
 
 def check_tractable(graph: RegionGraph, where: str) -> None:
-    """The graph is smooth and decomposable, which every query but evaluation needs.
-
-    Raises:
-        PCStructureError: if it is not, naming the query and the unit.
-    """
+    """Refuse a graph that is not smooth and decomposable: all queries but evaluation need it."""
     try:
         check_smooth(graph)
         check_decomposable(graph)

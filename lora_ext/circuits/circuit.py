@@ -114,15 +114,12 @@ class Circuit(Parameters):
         external: Tensor | None = None,
         root: int | Tensor | None = None,
     ) -> Tensor:
-        """``log p(x_keep)``: the other variables of ``x`` are not looked at.
+        """``log p(x_keep)``, as :meth:`log_prob`: the other variables of ``x`` are not looked at.
 
         Args:
             x: ``(B, n)``.
             keep: variables by number.
             external, root: as :meth:`log_prob` takes them.
-
-        Returns:
-            As :meth:`log_prob`.
 
         Raises:
             ValueError: for a variable that is none, and all that :meth:`log_prob` refuses.
@@ -189,16 +186,13 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def conditionals(self, x: Tensor, root: int | Tensor | None = None) -> Tensor:
-        """``log p(x_k | x_<k)`` in variable order; ``-inf`` after an impossible prefix.
+        """``log p(x_k | x_<k)`` in variable order, ``(B, n)``; ``-inf`` after an impossible prefix.
 
         The general graph costs n passes; ``ops.circuit_scan`` does cp, hmm and btree in one.
 
         Args:
             x: ``(B, n)``.
             root: of a circuit of several root units, the one that answers, or ``(B,)`` of them.
-
-        Returns:
-            ``(B, n)``.
 
         Raises:
             ValueError: as :meth:`log_prob`, and if several roots leave ``root`` open.
@@ -377,13 +371,8 @@ class Circuit(Parameters):
 
     @staticmethod
     def load(path: str | Path) -> Circuit:
-        """Read a file of :meth:`save`, which is not trusted.
-
-        Args:
-            path: of the file.
-
-        Returns:
-            the circuit on the CPU, in the dtype that was saved.
+        """Read the file ``path`` of :meth:`save`, which is not trusted: the circuit on the CPU, in
+        the dtype that was saved.
 
         Raises:
             ValueError: on anything unexpected, before memory is taken for it.

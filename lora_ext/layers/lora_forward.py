@@ -142,16 +142,8 @@ def _scaled_rows(
 def lora_update(
     x: Tensor, adapters: Sequence[LoraFactors], adapter_ids: Tensor | Rows | None = None
 ) -> Tensor:
-    """What :func:`lora_forward` adds to ``base(x)``, in the dtype of the adapters (or autocast's).
-
-    Args:
-        x: ``(..., I)``.
-        adapters: at least one.
-        adapter_ids: as there.
-
-    Returns:
-        ``(..., O)``.
-    """
+    """What :func:`lora_forward` adds to ``base(x)``, ``(..., O)`` in the dtype of the adapters (or
+    autocast's). Arguments are as there, ``adapters`` at least one."""
     found, rows = _participants(x, adapters, adapter_ids)
     if not found:
         return x.new_zeros(*x.shape[:-1], adapters[0].b.shape[0])

@@ -224,13 +224,10 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
     ``weight.data`` or ``weight.numpy()`` may be missed: unpack first.
 
     Args:
-        model: in evaluation mode; it may be a layer itself.
+        model: in evaluation mode; it may be a layer itself. It comes back.
         names: of the modules to pack, as ``model.named_modules()`` has them; None for all that are
             exactly ``nn.Linear``, but for adapters' factors. Subclasses with a forward of their own
             are left alone.
-
-    Returns:
-        ``model``.
 
     Raises:
         ValueError: no such module, or one that is in training mode, not on the CPU, not of float32
@@ -252,10 +249,7 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
 
 
 def unpack_linears(model: Model) -> Model:
-    """Undo :func:`pack_linears` in all of a model.
-
-    Returns:
-        ``model``.
+    """Undo :func:`pack_linears` in all of ``model``, which comes back.
 
     Raises:
         RuntimeError: nothing in it is packed, or a layer was parametrized since, for which torch
@@ -308,14 +302,11 @@ class Packing(NamedTuple):
 
 
 def packing(model: nn.Module, share: float = 0.25) -> Packing:
-    """Ask whether :func:`pack_linears` of a model gains and fits.
+    """Ask whether :func:`pack_linears` of a model gains and fits; nothing is packed.
 
     Args:
         model: not packed.
         share: of the memory that is free, which the copy may take; above 0, at most 1.
-
-    Returns:
-        the answer; nothing is packed.
 
     Raises:
         ValueError: a share out of range.
