@@ -40,21 +40,16 @@ def dora_forward(
 ) -> Tensor:
     """:func:`lora_forward` where some adapters have a magnitude.
 
+    Where ``b`` is zero and the magnitudes are the norms of the base weight, as in a fresh adapter,
+    what comes back is ``base(x)`` to the bit.
+
     Args:
-        x: ``(..., I)``.
-        base: maps ``(..., I)`` to ``(..., O)``.
-        dense: reads weight and bias of ``base``, see
-            :func:`lora_ext.layers.base.dense.readable_weight`. It is called after ``base``: what
-            ZeRO-3 has gathered for the base's forward is gone by then.
-        adapters: as :func:`lora_forward`.
+        x, base, adapters: as there.
+        dense: reads weight and bias of ``base`` (:func:`readable_weight`). It is called after
+            ``base``: what ZeRO-3 has gathered for the base's forward is gone by then.
         magnitudes: ``(O,)`` for each adapter, None for plain LoRA.
         rows: of these adapters; None: every adapter on every row, in their order.
-        norms: ``(O,)`` for each adapter with a magnitude, where they are known already: those of
-            :func:`lora_ext.ops.lora_dora_norm`. They are computed otherwise.
-
-    Returns:
-        ``(..., O)``. Where ``b`` is zero and the magnitudes are the norms of the base weight, as
-        in a fresh adapter, that is ``base(x)`` to the bit.
+        norms: of :func:`lora_ext.ops.lora_dora_norm`, where they are known already.
     """
     norms = [None] * len(adapters) if norms is None else norms
     if rows is None:

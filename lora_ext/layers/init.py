@@ -100,9 +100,6 @@ def init_lora_(
 def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
     """The scheme's one name: of True "init_a", of False "init_ab"; "pissa_niter_<K>" as it is.
 
-    Args:
-        scheme: as a caller gives it. where: opens the message of an error.
-
     Raises:
         ValueError: an unknown scheme, listing the known ones. NotImplementedError: one that PEFT
             has and this package has not. TypeError: neither bool nor str.
@@ -125,20 +122,12 @@ def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
 
 
 def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tensor, Tensor]:
-    """Factors that carry the leading part of the base weight, ``scaling * B A``.
+    """Factors that carry the leading part of the base weight ``(m, n)``, ``scaling * B A``: A ``(r,
+    n)`` and B ``(m, r)``, float32.
 
     "pissa": the top r of the singular value decomposition, each factor with the square root of the
     singular values; "pissa_niter_<K>": by the randomised one with K iterations; "olora": the first
     r columns of Q and rows of R. The caller takes ``scaling * B A`` off the base weight.
-
-    Args:
-        weight: ``(m, n)``, floating. r: at most ``min(m, n)``.
-
-    Returns:
-        A ``(r, n)`` and B ``(m, r)``, float32.
-
-    Raises:
-        ValueError: r above ``min(m, n)``.
 
     Sources: PiSSA (Meng et al. 2024), eqs. 2 and 3; OLoRA (Büyükakyüz 2024), algorithm 1; both as
     in PEFT.

@@ -302,12 +302,8 @@ class NamedRows(list[str]):
 
 
 def refuse_singular(where: str, given: Mapping[str, Any]) -> None:
-    """Refuse what a model would swallow, as it does all arguments that it does not know: the base
-    model would answer.
-
-    Raises:
-        TypeError: ``adapter_name``.
-    """
+    """Refuse ``adapter_name``, which a model would swallow, as all arguments that it does not know:
+    the base model would answer."""
     if "adapter_name" in given:
         raise TypeError(
             f"{where}: expected adapter_names=, a name or one for each row, found "

@@ -22,11 +22,8 @@ def generation_scope() -> contextlib.AbstractContextManager[None]:
 
 
 def repeat_rows(handle: int, count: int) -> None:
-    """From now on every sequence comes ``count`` times in a row, as ``generate`` expands a batch.
-
-    Args:
-        handle: of the pool whose block it is. count: of beams or returned sequences.
-    """
+    """From now on every sequence in a block of this pool comes ``count`` times in a row, as
+    ``generate`` expands a batch for beams and returned sequences."""
 
     def repeat(block: Block) -> Assignment:
         assignment = block.assignment
@@ -37,13 +34,10 @@ def repeat_rows(handle: int, count: int) -> None:
 
 
 def select_rows(rows: Tensor | Sequence[int], batch: int) -> None:
-    """From now on the forwards see these rows alone, in this order, of a batch.
+    """From now on the forwards see these rows alone, in this order, of so many as ``batch`` says.
 
     Every block around that has a name for each row of the batch follows; names for all rows stay,
     and so do blocks of another number of names.
-
-    Args:
-        rows: numbers of rows, ``(n,)``. batch: how many rows there were.
     """
     chosen = [int(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
     change_blocks(lambda block: block.assignment.select(chosen, batch))
@@ -90,11 +84,8 @@ def prompt_known(input_ids: Tensor | None, origin: int = 0) -> None:
     """From now on adapters that begin in mid-sequence begin where this prompt invokes them, until a
     :func:`generation_scope` is left. Starts that the blocks' callers gave stay.
 
-    Args:
-        input_ids: ``(B, T)`` integers, or None. origin: how many tokens lie before them.
-
-    Raises:
-        ValueError: no ids where a block needs them, or of another number of rows than names.
+    ``origin`` tokens lie before ``input_ids (B, T)``. Where a block needs ids and there are none,
+    or of another number of rows than names, a ValueError is raised.
     """
     _change_activated(lambda activated: activated.of_prompt(input_ids, origin))
 

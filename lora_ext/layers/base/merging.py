@@ -155,13 +155,8 @@ class Merging(nn.Module):
         self._merged, self._copy = [], None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``scaling * B @ A`` in the layout of the base weight and the dtype of the adapter.
-
-        Accumulated in float32 and rounded once.
-
-        Raises:
-            ValueError: no such adapter.
-        """
+        """``scaling * B @ A`` in the layout of the base weight and the dtype of the factors,
+        rounded once; a ValueError where there is no such adapter."""
         self._check_known([adapter])
         a, b, _ = self._raw_factors(adapter)
         delta = ops.lora_delta(a.flatten(1), b.flatten(1), self.scaling[adapter])

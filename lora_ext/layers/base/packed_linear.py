@@ -234,7 +234,13 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
             or bfloat16 (quantised, say), made in inference mode, or has a forward of its own.
         RuntimeError: one is packed already. The model is unchanged then.
     """
-    chosen = dict(linears_of(model)) if names is None else _named(model, names)
+    chosen = linears = dict(linears_of(model))
+    if names is not None:
+        chosen = {}
+        for name in names:
+            expected = "the name of a linear layer of the model"
+            require(name in linears, "pack_linears", "names", expected, repr(name))
+            chosen[name] = linears[name]
     require(chosen, "pack_linears", "model", "a model with linear layers", "none")
     for name, module in chosen.items():
         _check(name, module)
@@ -347,16 +353,6 @@ def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         base = module.base if isinstance(module, PoolLayer) else module
         if base not in factors and (type(base) is nn.Linear or isinstance(base, PackedLinear)):
             yield name, base  # pyright: ignore[reportReturnType]
-
-
-def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
-    linears = dict(linears_of(model))
-    chosen: dict[str, nn.Linear] = {}
-    for name in names:
-        expected = "the name of a linear layer of the model"
-        require(name in linears, "pack_linears", "names", expected, repr(name))
-        chosen[name] = linears[name]
-    return chosen
 
 
 def _check(name: str, module: nn.Linear) -> None:

@@ -232,17 +232,13 @@ def _adapt(name: str, module: nn.Module, adapter_name: str, settings: dict[str, 
         if isinstance(module, LoraLayer):
             module.add_adapter(adapter_name, **settings)
             return module
-        return _kind(module)(module, adapter_name, **settings)
+        if linear_size(module) is not None:
+            return LoraLinear(module, adapter_name, **settings)
+        if isinstance(module, nn.Embedding):
+            return LoraEmbedding(module, adapter_name, **settings)
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return LoraConv(module, adapter_name, **settings)
+        expected, found = "Linear, Conv1D, Embedding and convolutions", type(module).__name__
+        raise ValueError(f"target_modules: expected {expected}, found a {found}")
     except (TypeError, ValueError, NotImplementedError) as error:
         raise type(error)(f"wrap: {name}: {error}") from error
-
-
-def _kind(module: nn.Module) -> Any:
-    if linear_size(module) is not None:
-        return LoraLinear
-    if isinstance(module, nn.Embedding):
-        return LoraEmbedding
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return LoraConv
-    expected, found = "Linear, Conv1D, Embedding and convolutions", type(module).__name__
-    raise ValueError(f"target_modules: expected {expected}, found a {found}")
