@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -185,19 +186,10 @@ def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: 
     def cuts(lo: int, hi: int) -> range:
         return range((lo // delta + 1) * delta, hi, delta)
 
-    def rectangles() -> list[tuple[int, int, int, int]]:
-        rows = [*range(0, height, delta), height]
-        columns = [*range(0, width, delta), width]
-        spans = [
-            (a, b, c, d)
-            for i, a in enumerate(rows)
-            for b in rows[i + 1 :]
-            for j, c in enumerate(columns)
-            for d in columns[j + 1 :]
-        ]
-        return sorted(spans, key=lambda s: (s[1] - s[0]) * (s[3] - s[2]))
-
-    for top, bottom, left, right in rectangles():
+    rows, columns = [*range(0, height, delta), height], [*range(0, width, delta), width]
+    rectangles = [(*y, *x) for y in combinations(rows, 2) for x in combinations(columns, 2)]
+    rectangles.sort(key=lambda r: (r[1] - r[0]) * (r[3] - r[2]))
+    for top, bottom, left, right in rectangles:
         parts = [
             Partition((known[top, y, left, right], known[y, bottom, left, right]))
             for y in cuts(top, bottom)

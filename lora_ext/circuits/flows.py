@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_ext._checks import require
 
 from . import checks
-from ._sums import add_columns, last_sum, mean
+from ._sums import add_columns, last_sum
 from .leaves import External, Indicator, Joint
 from .parameters import Parameters
 from .program import FIRST_LEAF, Weights
@@ -91,7 +91,7 @@ def em_step(
             observed = filled[:, var].to(circuit.weights.dtype)
         data = {k: t.data for k, t in table.items()}
         family.update(data, circuit._row[span], observed, flow, step, pseudocount)
-    return mean(log_prob)
+    return (last_sum(log_prob.double()) / len(log_prob)).to(log_prob.dtype)
 
 
 def _seen(
