@@ -54,17 +54,15 @@ def lora_gram(
         ValueError: if lengths, shapes, dtypes or devices disagree, naming the argument.
     """
     require(len(a) == len(b), "lora_gram", "b", f"as many tensors as a, {len(a)}", len(b))
-    gram_a: dict[int, Tensor] = {}
-    gram_b: dict[int, Tensor] = {}
+    grams: dict[int, tuple[Tensor, Tensor]] = {}
     devices = dict.fromkeys(t.device for t in a)
     if len(devices) > 1:  # the op would count places among the factors of one device
         _check_adapters("lora_gram", a, spread=True, b=b)
     for device in devices:
         here = [i for i, t in enumerate(a) if t.device == device]
         found = _c.lora_gram.default([a[i] for i in here], [b[i] for i in here], dtype)
-        gram_a.update(zip(here, found[0], strict=True))
-        gram_b.update(zip(here, found[1], strict=True))
-    return [gram_a[i] for i in range(len(a))], [gram_b[i] for i in range(len(a))]
+        grams.update(zip(here, zip(*found, strict=True), strict=True))
+    return [grams[i][0] for i in range(len(a))], [grams[i][1] for i in range(len(a))]
 
 
 @torch.no_grad()
