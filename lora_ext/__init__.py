@@ -23,25 +23,10 @@ if TYPE_CHECKING:
     from lora_ext.serving import capturable
 
 __all__ = [
-    "AdapterPool",
-    "LoraConfig",
-    "adapter",
-    "adapters",
-    "attach",
-    "capturable",
-    "chunked_loss",
-    "circuits",
-    "control",
-    "detach",
-    "exact",
-    "federated",
-    "from_peft",
-    "methods",
-    "nn",
-    "ops",
-    "pool",
-    "tenants",
-]
+    "AdapterPool", "LoraConfig", "adapter", "adapters", "attach", "capturable", "chunked_loss",
+    "circuits", "control", "detach", "exact", "federated", "from_peft", "methods", "nn", "ops",
+    "pool", "tenants",
+]  # fmt: skip
 __version__ = "0.2.0"
 
 # A server needs none of these, and they were half of the time that an import takes.

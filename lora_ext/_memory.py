@@ -13,10 +13,7 @@ def free_bytes(device: torch.device | str | None = None) -> int | None:
     """Bytes that a device can still give out; None where nobody can say (``meta``).
 
     Of the CPU, what the system counts as available, and no more than a control group's limit
-    leaves, as containers have it.
-
-    Args:
-        device: default is torch's default device.
+    leaves, as containers have it. The default is torch's default device.
     """
     device = torch.empty(0, device=device).device
     if device.type == "cuda":

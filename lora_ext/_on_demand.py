@@ -9,13 +9,9 @@ from typing import Any
 
 
 def on_demand(package: str, **files: str) -> Callable[[str], Any]:
-    """A ``__getattr__`` for the face of a package.
-
-    Args:
-        package: its ``__name__``. files: names, with blanks between them, by the file that has
-            them; what a face shows to readers and to type checkers it imports under
-            ``TYPE_CHECKING`` besides.
-    """
+    """A ``__getattr__`` for the face of a package: ``files`` are names, with blanks between, by the
+    file that has them. What a face shows to type checkers it imports under ``TYPE_CHECKING``
+    besides."""
     where = {name: file for file, names in files.items() for name in names.split()}
 
     def get(name: str) -> Any:

@@ -20,12 +20,6 @@ from lora_ext import _loader
 PACKAGES = ("lora_ext", "torch", "numpy", "safetensors", "transformers", "peft", "triton")
 
 
-def _section(title: str, rows: dict[str, object]) -> None:
-    print(title)
-    for key, value in rows.items():
-        print(f"  {key:<14} {value}")
-
-
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -91,7 +85,9 @@ def main(as_json: bool = False) -> int:
     sections = _sections(info, cards)
     if not as_json:  # before any op runs: it may take the process with it
         for title, rows in sections.items():
-            _section(title, rows)
+            print(title)
+            for key, value in rows.items():
+                print(f"  {key:<14} {value}")
         print("ops", flush=True)
     ops: dict[str, dict[str, object]] = {}
     for device in devices:

@@ -71,7 +71,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if request.config.getoption(required):
             pytest.fail(f"{required}: {reason}")
         pytest.skip(reason)
-    _registration.register_once(chosen.library)
+    _registration.register(chosen.library)
     if not chosen.is_twin and chosen.device == "cpu":
         seed = int(os.environ.get("LX_SEED", chosen.seed))
         chosen.module.set_seed(seed)

@@ -44,8 +44,3 @@ def in_rows(t: Tensor) -> Tensor:
 def last_sum(t: Tensor) -> Tensor:
     """``t.sum(-1)``."""
     return in_rows(t).sum(-1)[0]
-
-
-def mean(t: Tensor) -> Tensor:
-    """The mean of a vector, in its dtype."""
-    return (last_sum(t.double()) / len(t)).to(t.dtype)

@@ -9,6 +9,8 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -184,19 +186,10 @@ def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: 
     def cuts(lo: int, hi: int) -> range:
         return range((lo // delta + 1) * delta, hi, delta)
 
-    def rectangles() -> list[tuple[int, int, int, int]]:
-        rows = [*range(0, height, delta), height]
-        columns = [*range(0, width, delta), width]
-        spans = [
-            (a, b, c, d)
-            for i, a in enumerate(rows)
-            for b in rows[i + 1 :]
-            for j, c in enumerate(columns)
-            for d in columns[j + 1 :]
-        ]
-        return sorted(spans, key=lambda s: (s[1] - s[0]) * (s[3] - s[2]))
-
-    for top, bottom, left, right in rectangles():
+    rows, columns = [*range(0, height, delta), height], [*range(0, width, delta), width]
+    rectangles = [(*y, *x) for y in combinations(rows, 2) for x in combinations(columns, 2)]
+    rectangles.sort(key=lambda r: (r[1] - r[0]) * (r[3] - r[2]))
+    for top, bottom, left, right in rectangles:
         parts = [
             Partition((known[top, y, left, right], known[y, bottom, left, right]))
             for y in cuts(top, bottom)
@@ -269,25 +262,18 @@ def _children_first(
     inputs: Mapping[str, Input], parts: Mapping[str, list[tuple[tuple[str, ...], Kind]]]
 ) -> list[str]:
     """All names, each after its children."""
-    waiting = {n: {c for kids, _ in ps for c in kids} for n, ps in parts.items()}
-    unknown = {c for kids in waiting.values() for c in kids} - inputs.keys() - parts.keys()
+    below = {name: [c for kids, _ in ps for c in kids] for name, ps in parts.items()}
+    unknown = {c for kids in below.values() for c in kids} - inputs.keys() - parts.keys()
     where, expected = "from_edges", "children that are inputs or sums"
     found = f"unknown children: {', '.join(sorted(unknown)[:8])}"
     require(not unknown, where, "products", expected, found, PCStructureError)
-    above: dict[str, list[str]] = {}
-    for name, kids in waiting.items():
-        for c in kids:
-            above.setdefault(c, []).append(name)
-    order: list[str] = list(inputs)
-    for name in order:  # grows while it is read
-        for parent in above.get(name, ()):
-            waiting[parent].discard(name)
-            if not waiting[parent]:
-                order.append(parent)
-    lost = sorted(set(parts) - set(order))
-    found = f"a cyclic graph: units {', '.join(lost[:8])} wait for each other"
-    require(not lost, where, "products", "no cycle", found, PCStructureError)
-    return order
+    sorter = TopologicalSorter({**dict.fromkeys(inputs, ()), **below})
+    try:
+        return list(sorter.static_order())
+    except CycleError as error:
+        lost = ", ".join(sorted(set(error.args[1]))[:8])
+        found = f"a cyclic graph: units {lost} wait for each other"
+        raise PCStructureError(f"{where}: products: expected no cycle, found {found}") from None
 
 
 def chow_liu_parents(x: Tensor, num_categories: int) -> list[int]:

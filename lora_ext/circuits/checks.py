@@ -6,6 +6,8 @@ Scopes are bitsets in Python integers, so each check costs one pass over the edg
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from typing import Literal
 
 from .leaves import Indicator
@@ -100,16 +102,12 @@ def is_deterministic(graph: RegionGraph) -> Truth:
                 terms += [_jointly(*parts) for parts in zip(*children, strict=True)]
             else:
                 terms += [_jointly(a, b) for a in children[0] for b in children[1]]
-        if len(terms) > 1:
-            if sum(not t for t in terms) > 1:
-                return False
-            if not _disjoint(terms):
-                verdict = "unknown"
-        common = set.intersection(*(set(t) for t in terms)) if terms else set[int]()
-        merged = {v: 0 for v in common}
-        for t in terms:
-            for v in common:
-                merged[v] |= t[v]
+        if sum(not t for t in terms) > 1:
+            return False
+        common = set.intersection(*map(set, terms))
+        merged = {v: reduce(or_, (t[v] for t in terms)) for v in common}
+        if not _disjoint(terms, merged):
+            verdict = "unknown"
         # All units of a region weigh the same terms, so they allow the same values.
         units.append([merged] * region.units)
     return verdict
@@ -123,20 +121,12 @@ def _jointly(*parts: dict[int, int]) -> dict[int, int]:
     return joint
 
 
-def _disjoint(terms: list[dict[int, int]]) -> bool:
-    """One variable tells all terms apart, or, among few, each pair has one that does."""
-    common = set.intersection(*(set(t) for t in terms))
-    for v in common:
-        seen = 0
-        for t in terms:
-            if seen & t[v]:
-                break
-            seen |= t[v]
-        else:
-            return True
-    if len(terms) > 64:
-        return False
-    return all(
+def _disjoint(terms: list[dict[int, int]], merged: dict[int, int]) -> bool:
+    """One variable tells all terms apart, or, among few, each pair has one that does; ``merged`` is
+    what they allow of the variables that all of them restrict."""
+    if any(sum(t[v].bit_count() for t in terms) == m.bit_count() for v, m in merged.items()):
+        return True
+    return len(terms) <= 64 and all(
         any(a[v] & b[v] == 0 for v in a.keys() & b.keys())
         for i, a in enumerate(terms)
         for b in terms[:i]
@@ -144,11 +134,7 @@ def _disjoint(terms: list[dict[int, int]]) -> bool:
 
 
 def check_tractable(graph: RegionGraph, where: str) -> None:
-    """The graph is smooth and decomposable, which every query but evaluation needs.
-
-    Raises:
-        PCStructureError: if it is not, naming the query and the unit.
-    """
+    """Refuse a graph that is not smooth and decomposable: all queries but evaluation need it."""
     try:
         check_smooth(graph)
         check_decomposable(graph)

@@ -19,7 +19,6 @@ from . import checks, flows, sampling
 from .flows import Flows, Marginals
 from .parameters import Parameters, read_file, require_tensor, signed
 from .program import Evaluate, Weights
-from .region_graph import RegionGraph
 from .sampling import KBest, MapResult
 
 
@@ -50,7 +49,10 @@ class Circuit(Parameters):
 
     A circuit of several root units is several distributions over one body: ``log_prob`` gives all
     of them where ``root`` is open, and every other query needs it: the number of one of them, or a
-    tensor of one per row, such as the class of each row.
+    tensor ``(B,)`` of one per row, such as the class of each row.
+
+    Evidence is data whose gaps are filled; None stands for one row of nothing, or for one per entry
+    of ``root``.
 
     Args:
         graph: the structure.
@@ -67,9 +69,6 @@ class Circuit(Parameters):
             data would mean anything.
     """
 
-    def __init__(self, graph: RegionGraph, norm: str = "logits", precision: str = "fp32"):
-        super().__init__(graph, norm, precision)
-
     # --- evaluation -------------------------------------------------------------------------------
     def log_prob(
         self, x: Tensor, external: Tensor | None = None, root: int | Tensor | None = None
@@ -81,7 +80,7 @@ class Circuit(Parameters):
         Args:
             x: ``(B, n)``, -1 or NaN where a variable is marginalised.
             external: ``(B, N)`` log-values of the external leaf units, if there are any.
-            root: of a circuit of several root units, the one that answers, or ``(B,)`` of them.
+            root: see the class.
 
         Returns:
             ``(B,)`` in the dtype of the parameters; ``(B, R)`` if there are R root units and
@@ -118,15 +117,12 @@ class Circuit(Parameters):
         external: Tensor | None = None,
         root: int | Tensor | None = None,
     ) -> Tensor:
-        """``log p(x_keep)``: the other variables of ``x`` are not looked at.
+        """``log p(x_keep)``, as :meth:`log_prob`: the other variables of ``x`` are not looked at.
 
         Args:
             x: ``(B, n)``.
             keep: variables by number.
             external, root: as :meth:`log_prob` takes them.
-
-        Returns:
-            As :meth:`log_prob`.
 
         Raises:
             ValueError: for a variable that is none, and all that :meth:`log_prob` refuses.
@@ -147,8 +143,7 @@ class Circuit(Parameters):
         """The law of every variable by itself given the evidence, in one pass up and one down.
 
         Args:
-            evidence: ``(B, n)``, -1 or NaN where a variable is not given.
-            root: of a circuit of several root units, the one that answers, or ``(B,)`` of them.
+            evidence: ``(B, n)``, -1 or NaN where a variable is not given. root: see the class.
 
         Returns:
             log-probabilities of all values ``(B, n, V)``, means and variances ``(B, n)``. Rows of
@@ -166,7 +161,7 @@ class Circuit(Parameters):
         """Entropy in nats, a single number; differential where variables are continuous.
 
         Args:
-            root: of a circuit of several root units, the one that is meant.
+            root: the number of one of several root units.
 
         Raises:
             ValueError: if the circuit is not known to be deterministic (:meth:`check`): then no
@@ -193,16 +188,12 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def conditionals(self, x: Tensor, root: int | Tensor | None = None) -> Tensor:
-        """``log p(x_k | x_<k)`` in variable order; ``-inf`` after an impossible prefix.
+        """``log p(x_k | x_<k)`` in variable order, ``(B, n)``; ``-inf`` after an impossible prefix.
 
         The general graph costs n passes; ``ops.circuit_scan`` does cp, hmm and btree in one.
 
         Args:
-            x: ``(B, n)``.
-            root: of a circuit of several root units, the one that answers, or ``(B,)`` of them.
-
-        Returns:
-            ``(B, n)``.
+            x: ``(B, n)``. root: see the class.
 
         Raises:
             ValueError: as :meth:`log_prob`, and if several roots leave ``root`` open.
@@ -240,13 +231,11 @@ class Circuit(Parameters):
 
         Args:
             num_samples: S per row of evidence.
-            evidence: ``(B, n)``, -1 or NaN where a value is to be drawn; None: one row of nothing,
-                or one per entry of ``root``.
+            evidence: ``(B, n)``, or None, see the class.
             uniforms: ``(B, S, sum regions + n)`` in [0, 1), float32 or float64: one per sum region
                 in graph order, one per variable; None: drawn from ``generator``.
             generator: source of uniforms.
-            root: of a circuit of several root units, the one to start from, or ``(B,)`` of them.
-                What lies outside its scope stays missing.
+            root: see the class. What lies outside its scope stays missing.
 
         Returns:
             ``(B, S, n)``: int64, or floating where evidence or a family is.
@@ -264,9 +253,7 @@ class Circuit(Parameters):
         Ties go to the lowest index.
 
         Args:
-            evidence: ``(B, n)``, -1 or NaN where a value is sought; None: one row of nothing, or
-                one per entry of ``root``.
-            root: of a circuit of several root units, the one to start from, or ``(B,)`` of them.
+            evidence: ``(B, n)`` or None; root: see the class.
 
         Raises:
             ValueError: on a wrong shape, external variables that are sought, or several roots that
@@ -289,11 +276,9 @@ class Circuit(Parameters):
 
         Args:
             k: how many, at least 1.
-            evidence: ``(B, n)``, -1 or NaN where a value is sought; None: one row of nothing, or
-                one per entry of ``root``.
+            evidence: ``(B, n)`` or None; root: see the class.
             lengths: ``(B,)`` integers in ``1 .. n``: a shorter sequence ends there, and nothing is
                 sought behind its end.
-            root: of a circuit of several root units, the one to start from, or ``(B,)`` of them.
 
         Raises:
             ValueError: for a graph that is no chain, external leaves, continuous variables that are
@@ -314,9 +299,7 @@ class Circuit(Parameters):
         log-weights. Over the leaf units of one variable they sum to one. Impossible rows have none.
 
         Args:
-            x: ``(B, n)``, as :meth:`log_prob` takes it.
-            external: as :meth:`log_prob` takes it.
-            root: of a circuit of several root units, the one to start from, or ``(B,)`` of them.
+            x, external, root: as :meth:`log_prob` takes them.
 
         Raises:
             ValueError: as :meth:`log_prob`, and if several roots leave ``root`` open.
@@ -351,8 +334,7 @@ class Circuit(Parameters):
                 Gaussians have none.
             keep_zero: sums keep their terms of weight zero at zero, such as the forbidden
                 transitions of a left-to-right chain, which a pseudocount would open.
-            root: of a circuit of several root units, the one to train, or ``(B,)``, the root that
-                each row belongs to.
+            root: the one to train, or ``(B,)``, the root that each row belongs to.
 
         Returns:
             Mean log-likelihood of the batch before the step.
@@ -381,13 +363,8 @@ class Circuit(Parameters):
 
     @staticmethod
     def load(path: str | Path) -> Circuit:
-        """Read a file of :meth:`save`, which is not trusted.
-
-        Args:
-            path: of the file.
-
-        Returns:
-            the circuit on the CPU, in the dtype that was saved.
+        """Read the file ``path`` of :meth:`save`, which is not trusted: the circuit on the CPU, in
+        the dtype that was saved.
 
         Raises:
             ValueError: on anything unexpected, before memory is taken for it.

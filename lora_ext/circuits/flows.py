@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_ext._checks import require
 
 from . import checks
-from ._sums import add_columns, last_sum, mean
+from ._sums import add_columns, last_sum
 from .leaves import External, Indicator, Joint
 from .parameters import Parameters
 from .program import FIRST_LEAF, Weights
@@ -69,7 +69,16 @@ def em_step(
     log_prob, units, weight_flows = flows(circuit, "em_step", leaf, log_weights, root)
     if missing.any():
         weight_flows = _seen(circuit, log_weights, units, weight_flows, missing)
-    _move_sums(circuit, log_weights, weight_flows, step, pseudocount, keep_zero)
+    rows = (circuit._rows(t) for t in (weight_flows, log_weights, circuit.weights.data))
+    for flow, old, target in zip(*rows, strict=True):
+        extra = pseudocount / flow.shape[1]
+        if keep_zero:
+            there = old > -torch.inf
+            extra = there * (pseudocount / there.sum(1, keepdim=True).clamp(min=1))
+        total = last_sum(flow)[:, None]
+        new = (flow + extra) / (total + pseudocount)
+        mixed = ((1 - step) * old.exp() + step * new).log()
+        target.copy_(torch.where(total > 0, mixed, target))
     for family, table, span in circuit._families():
         if isinstance(family, Indicator | External):
             continue
@@ -82,7 +91,7 @@ def em_step(
             observed = filled[:, var].to(circuit.weights.dtype)
         data = {k: t.data for k, t in table.items()}
         family.update(data, circuit._row[span], observed, flow, step, pseudocount)
-    return mean(log_prob)
+    return (last_sum(log_prob.double()) / len(log_prob)).to(log_prob.dtype)
 
 
 def _seen(
@@ -109,27 +118,6 @@ def _seen(
     # Both are rounded: a difference below 1e3 eps of `weight_flows` is rounding, not a count.
     seen, eps = weight_flows - unseen, torch.finfo(weight_flows.dtype).eps
     return torch.where(seen > 1e3 * eps * weight_flows, seen, 0)
-
-
-def _move_sums(
-    circuit: Parameters,
-    log_weights: Tensor,
-    weight_flows: Tensor,
-    step: float,
-    pseudocount: float,
-    keep_zero: bool,
-) -> None:
-    """``W <- (1 - step) W + step W'`` of every sum that has a flow, in place."""
-    rows = (circuit._rows(t) for t in (weight_flows, log_weights, circuit.weights.data))
-    for flow, old, target in zip(*rows, strict=True):
-        extra = pseudocount / flow.shape[1]
-        if keep_zero:
-            there = old > -torch.inf
-            extra = there * (pseudocount / there.sum(1, keepdim=True).clamp(min=1))
-        total = last_sum(flow)[:, None]
-        new = (flow + extra) / (total + pseudocount)
-        mixed = ((1 - step) * old.exp() + step * new).log()
-        target.copy_(torch.where(total > 0, mixed, target))
 
 
 # --- queries --------------------------------------------------------------------------------------
@@ -259,8 +247,8 @@ def _require_deterministic(circuit: Parameters, name: str) -> None:
 
 def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Flows]:
     """Log-weights, and how often a sample uses each part of the circuit."""
-    filled, missing = circuit._read(name, circuit._nothing())
-    leaf, log_weights = circuit._leaf_values_of(name, filled, missing), circuit._log_weights()
+    leaf = circuit._leaf_values(name, circuit._nothing(), None)
+    log_weights = circuit._log_weights()
     return log_weights, flows(circuit, name, leaf, log_weights, root)
 
 

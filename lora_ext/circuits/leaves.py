@@ -34,10 +34,11 @@ class Leaf:
     """A family of input distributions: a frozen value that says what parameters it has and how to
     use them.
 
-    ``table`` is the family's parameters by name, each with a row per distribution, ``R`` in all, as
-    :meth:`table` makes them; ``row`` says for each leaf unit, or each draw, which row is its own.
-    This class has neither parameters nor values; a family of your own overrides what its circuits
-    are asked for, and the others raise NotImplementedError.
+    In all methods ``table`` is the family's parameters by name, each with a row per distribution,
+    ``R`` in all, as :meth:`table` makes them; ``row``, int64, says which row is that of each leaf
+    unit, ``(N,)``, or of each draw, ``(A,)``. This class has neither parameters nor values; a
+    family of your own overrides what its circuits are asked for, and the others raise
+    NotImplementedError.
     """
 
     def num_values(self) -> int | None:
@@ -45,22 +46,15 @@ class Leaf:
         return None
 
     def table(self, rows: int) -> Table:
-        """Make fresh parameters, all different.
-
-        Args:
-            rows: R, how many distributions.
-
-        Returns:
-            tensors by name, the first axis of each R; float32 on the CPU.
-        """
+        """Make fresh parameters of ``rows`` distributions, all different: tensors by name whose
+        first axis is R, float32 on the CPU."""
         return {}
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
         """Compute ``log p(x[b, m])`` under the distributions of block m, ``(B, M, N / M)``.
 
         Args:
-            table: parameters of the family.
-            row: ``(N,)`` int64, the row of each leaf unit.
+            table, row: see the class; ``row`` is of the leaf units.
             x: ``(B, M)``, one value for each of the M blocks, never a missing one.
         """
         raise NotImplementedError
@@ -70,8 +64,7 @@ class Leaf:
         exceeds ``u``.
 
         Args:
-            table: parameters of the family.
-            row: ``(A,)`` int64, the distribution of each draw.
+            table, row: see the class; ``row`` is of the draws.
             u: ``(A,)`` in [0, 1); the same numbers give the same values.
 
         Returns:
@@ -80,24 +73,13 @@ class Leaf:
         raise NotImplementedError
 
     def mode(self, table: Table, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the most probable value of each entry of ``row``.
-
-        Args:
-            table: parameters of the family.
-            row: ``(A,)`` int64.
-
-        Returns:
-            the values ``(A,)`` and their log-probabilities ``(A,)``.
-        """
+        """Find the most probable value of each entry of ``row (A,)``: the values ``(A,)`` and their
+        log-probabilities ``(A,)``."""
         raise NotImplementedError
 
     def log_table(self, table: Table) -> Tensor:
         """Tabulate the log-probabilities of all values, ``(R, num_values)``, of a family that has
-        finitely many.
-
-        Args:
-            table: parameters of the family.
-        """
+        finitely many."""
         raise NotImplementedError
 
     def moments(self, table: Table) -> tuple[Tensor, Tensor]:
@@ -120,8 +102,7 @@ class Leaf:
         """Move the parameters towards the maximum of ``sum flow * log_prob``, in place.
 
         Args:
-            table: parameters of the family.
-            row: ``(N,)``.
+            table, row: see the class; ``row`` is of the leaf units.
             x: ``(B, N)`` data.
             flow: ``(B, N)`` expected counts, zero where ``x`` is missing.
             step: how far, 1 is all the way.
@@ -153,8 +134,7 @@ class Joint(Leaf):
         """Data ``(A, d)`` with what is missing in it.
 
         Args:
-            table: parameters of the family.
-            row: ``(A,)``, the distribution of each row of data.
+            table, row: see the class; ``row`` is of the rows of data.
             x: ``(A, d)``.
             u: ``(A, d)`` in [0, 1), from which what is missing is drawn; None: its most probable
                 values.
@@ -279,42 +259,10 @@ class Categorical(Finite):
         logits.copy_(torch.where(total > 0, mixed, logits.double()))
 
 
-@dataclass(frozen=True)
-class Bernoulli(Finite):
-    """0 or 1. Parameters: ``logit (R,)``, ``log p(1) - log p(0)``."""
-
-    def num_values(self) -> int | None:
-        return 2
-
-    def table(self, rows: int) -> Table:
-        return {"logit": torch.randn(rows)}
-
-    def log_table(self, table: Table) -> Tensor:
-        return torch.stack([F.logsigmoid(-table["logit"]), F.logsigmoid(table["logit"])], 1)
-
-    def update(
-        self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
-    ) -> None:
-        _update_logit(table["logit"], row, x, flow, step, pseudocount, 1)
-
-
-@dataclass(frozen=True)
-class Binomial(Finite):
-    """How many of ``total`` trials succeed, each with the same probability.
-
-    Parameters: ``logit (R,)``, ``log p - log (1 - p)`` of one success.
-
-    Args:
-        total: trials; values run over ``0 .. total``.
-
-    Raises:
-        ValueError: fewer than one, or no whole number.
-    """
+class _Trials(Finite):
+    """How many of ``total`` trials succeed, by the ``logit (R,)`` of one success."""
 
     total: int
-
-    def __post_init__(self) -> None:
-        integer("Binomial", "total", self.total, 1, expected=COUNT)
 
     def num_values(self) -> int | None:
         return self.total + 1
@@ -336,26 +284,41 @@ class Binomial(Finite):
     def update(
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
     ) -> None:
-        _update_logit(table["logit"], row, x, flow, step, pseudocount, self.total)
+        logit = table["logit"]
+        hits, misses = (_per_row(row, flow * t, len(logit)) for t in (x, self.total - x))
+        seen = hits + misses > 0
+        hits, misses = (t + pseudocount * self.total / 2 for t in (hits, misses))
+        old, count = logit.double(), hits + misses
+        # The logit is log p - log (1 - p), of which both are kept: neither rounds to 0 or 1.
+        p = _mix(old.sigmoid(), hits / count, step)
+        q = _mix((-old).sigmoid(), misses / count, step)
+        logit.copy_(torch.where(seen, p.log() - q.log(), old))
 
 
-def _update_logit(
-    logit: Tensor,
-    row: Tensor,
-    x: Tensor,
-    flow: Tensor,
-    step: float,
-    pseudocount: float,
-    trials: int,
-) -> None:
-    """The logit is ``log p - log (1 - p)``, of which both are kept: neither rounds to 0 or 1."""
-    hits, misses = (_per_row(row, flow * t, len(logit)) for t in (x, trials - x))
-    seen = hits + misses > 0
-    hits, misses = (t + pseudocount * trials / 2 for t in (hits, misses))
-    old, count = logit.double(), hits + misses
-    p = _mix(old.sigmoid(), hits / count, step)
-    q = _mix((-old).sigmoid(), misses / count, step)
-    logit.copy_(torch.where(seen, p.log() - q.log(), old))
+@dataclass(frozen=True)
+class Bernoulli(_Trials):
+    """0 or 1. Parameters: ``logit (R,)``, ``log p(1) - log p(0)``."""
+
+    total = 1
+
+
+@dataclass(frozen=True)
+class Binomial(_Trials):
+    """How many of ``total`` trials succeed, each with the same probability.
+
+    Parameters: ``logit (R,)``, ``log p - log (1 - p)`` of one success.
+
+    Args:
+        total: trials; values run over ``0 .. total``.
+
+    Raises:
+        ValueError: fewer than one, or no whole number.
+    """
+
+    total: int
+
+    def __post_init__(self) -> None:
+        integer("Binomial", "total", self.total, 1, expected=COUNT)
 
 
 @dataclass(frozen=True)

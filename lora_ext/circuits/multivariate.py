@@ -42,10 +42,6 @@ class _Group(NamedTuple):
         full[..., self.hidden] = hidden
         return full
 
-    def counted(self, values: Tensor) -> Tensor:
-        """Those of ``(G, T, ...)`` that count, in a row."""
-        return values[self.inside]
-
 
 class _Given(NamedTuple):
     """Distributions of a group's h hidden variables given what it sees."""
@@ -101,8 +97,8 @@ def _groups(x: Tensor, owner: Tensor) -> Iterator[_Group]:
 def _each(x: Tensor, owner: Tensor, answer: Callable[[_Group], Tensor]) -> Tensor:
     """What ``answer`` says of every row of data, ``(G, T, ...)`` a group."""
     groups = list(_groups(x, owner))
-    values = torch.cat([g.counted(answer(g)) for g in groups])
-    order = torch.cat([g.counted(g.entry) for g in groups])
+    values = torch.cat([answer(g)[g.inside] for g in groups])
+    order = torch.cat([g.entry[g.inside] for g in groups])
     return values[order.argsort()]
 
 
@@ -114,16 +110,10 @@ def _take(row: Tensor, table: Tensor) -> Tensor:
 def _gaussians(table: Table) -> _Gaussians:
     log_diagonal, lower = table["log_diagonal"], table["lower"]
     rows, size = log_diagonal.shape
-    i, j = _below(size, lower.device)
+    i, j = torch.tril_indices(size, size, -1, device=lower.device)
     flat = lower.new_zeros(rows, size * size).index_copy(1, i * size + j, lower)
     factor = flat.view(rows, size, size) + torch.diag_embed(log_diagonal.exp())
     return _Gaussians(table["mean"], factor)
-
-
-def _below(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column of all that lies below a diagonal."""
-    i, j = torch.tril_indices(size, size, -1, device=device)
-    return i, j
 
 
 def _log_peak(factor: Tensor) -> Tensor:
@@ -247,7 +237,7 @@ class MultivariateGaussian(Joint):
         mixed = (1 - step) * old.factor @ old.factor.mT + step * covariance
         values, vectors = torch.linalg.eigh(mixed + step * (1 - step) * far * far.mT)
         factor = _triangle(vectors * values.clamp(min=self.min_std**2).sqrt()[:, None])
-        i, j = _below(factor.shape[1], factor.device)
+        i, j = torch.tril_indices(*factor.shape[1:], offset=-1, device=factor.device)
         new = {
             "mean": torch.lerp(old.mean, mean, step),
             "log_diagonal": factor.diagonal(dim1=1, dim2=2).log(),

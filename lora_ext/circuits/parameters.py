@@ -5,6 +5,7 @@ What queries, sampling, learning and files share: all of them stand above this.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterable
@@ -51,7 +52,7 @@ def signed(x: Tensor) -> Tensor:
 class Parameters(nn.Module):
     """Weights of the sums and tables of the leaves; see ``Circuit``, which answers the queries."""
 
-    def __init__(self, graph: RegionGraph, norm: str, precision: str):
+    def __init__(self, graph: RegionGraph, norm: str = "logits", precision: str = "fp32"):
         super().__init__()
         require(norm in ("logits", "none"), "Circuit", "norm", "'logits' or 'none'", repr(norm))
         checks.check_tractable(graph, "Circuit")
@@ -62,16 +63,16 @@ class Parameters(nn.Module):
         self._matrices = rows_of_one_width(program)
         self.weights = nn.Parameter(torch.randn(self.layered.num_weights))
         self.leaves = nn.ModuleList()
-        for leaf, _, _, rows, size in self.layered.families:
-            table = fresh_table(leaf, rows, size)
-            self.leaves.append(nn.ParameterDict({k: nn.Parameter(t) for k, t in table.items()}))
         # The leaf units of a family come in blocks that see one variable and have consecutive rows;
         # kept are the size of a block and the variables that the family sees; if one unit sees
         # several, also those of each block.
         self._blocks: list[int] = []
         self._names: list[list[int]] = []
-        for family, (leaf, *_) in enumerate(self.layered.families):
-            members = [r for i, r in enumerate(graph.regions) if self._family(i) == family]
+        firsts = {i: columns[0] for i, columns in self.layered.first_leaves.items()}
+        for family, (leaf, begin, end, rows, size) in enumerate(self.layered.families):
+            table = fresh_table(leaf, rows, size)
+            self.leaves.append(nn.ParameterDict({k: nn.Parameter(t) for k, t in table.items()}))
+            members = [graph.regions[i] for i, first in firsts.items() if begin <= first < end]
             scope = functools.reduce(lambda s, r: s | r.variables, members, 0)
             self._blocks.append(math.gcd(*(r.units for r in members)))
             self._names.append(variables(scope))
@@ -122,21 +123,11 @@ class Parameters(nn.Module):
         node, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, a region of sums"
         require(node.leaf is not None, "region_leaves", "region", "an input", found)
-        unit = self._first_leaf(region)
+        unit = self.layered.first_leaves[region][0] - FIRST_LEAF
         row, family = int(self._row[unit]), int(self.layered.inputs.dist[unit])
         each = 1 if isinstance(node.leaf, Joint) else node.variables.bit_count()
         rows = slice(row, row + node.units * each)
         return {k: t[rows] for k, t in self._table(family).items()}
-
-    def _first_leaf(self, region: int) -> int:
-        """The first leaf unit of an input region, counted from the first of all."""
-        return self.layered.first_leaves[region][0] - FIRST_LEAF
-
-    def _family(self, region: int) -> int:
-        """The family of an input region, -1 for a sum."""
-        if self.graph.regions[region].leaf is None:
-            return -1
-        return int(self.layered.inputs.dist[self._first_leaf(region)])
 
     def _table(self, family: int) -> dict[str, Tensor]:
         table = self.leaves[family]
@@ -211,9 +202,12 @@ class Parameters(nn.Module):
         elif x.dtype in (torch.int8, torch.int16):
             x = x.long()  # a number of values may be none of theirs
         missing = x.isnan() if x.is_floating_point() else x < 0
+        low = high = math.inf
+        if x.numel() and not x.is_floating_point() and x.dtype != torch.uint8:
+            low, high = (int(v) for v in torch.aminmax(x))
         for (leaf, *_), names in zip(self.layered.families, self._names, strict=True):
             size = leaf.num_values()
-            if size is not None and self._within(x, size):
+            if size is not None and -1 <= low and high < size:
                 continue
             known = signed(x[:, names])
             if size is not None:
@@ -234,14 +228,6 @@ class Parameters(nn.Module):
                     f"{known[row, column].item()} in row {row}"
                 )
         return torch.where(missing, 0, x) if missing.any() else x, missing
-
-    @staticmethod
-    def _within(x: Tensor, size: int) -> bool:
-        """Whether all integers of the data are values of a family or missing, in one look."""
-        if x.is_floating_point() or x.dtype == torch.uint8 or not x.numel():
-            return False
-        low, high = torch.aminmax(x)
-        return bool(low >= -1) and bool(high < size)
 
     def _leaf_values(self, name: str, x: Tensor, external: Tensor | None) -> Tensor:
         """Log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""
@@ -319,8 +305,7 @@ class Parameters(nn.Module):
 
 def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
     """Graph, norm and state of the circuit in a file; nothing is read before all is checked."""
-    file = SafetensorsFile(Path(path))
-    try:
+    with contextlib.closing(SafetensorsFile(Path(path))) as file:
         where = file.where
         data = parse_json(file.metadata.get(_METADATA, "null").encode(), where)
         known = isinstance(data, dict) and data.keys() == {"norm", "graph"}
@@ -332,21 +317,14 @@ def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
             r.units * max(1, r.variables.bit_count()) + graph.num_products(r) for r in graph.regions
         )
         require(units <= _MAX_UNITS, where, "regions", f"at most {_MAX_UNITS} units", units)
-        wanted = _state_shapes(graph)
+        layered = compile_graph(graph)
+        wanted: dict[str, tuple[int, ...]] = {"weights": (layered.num_weights,)}
+        for i, family in enumerate(layered.families):
+            for k, t in fresh_table(family.leaf, 0, family.size).items():
+                wanted[f"leaves.{i}.{k}"] = (family.rows, *t.shape[1:])
         found = {k: info.shape for k, info in file.infos.items()}
         dtypes = {info.dtype for info in file.infos.values()}
         require(found == wanted, where, "tensors", f"{wanted!r:.300}", f"{found!r:.300}")
         one = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
         require(one, where, "tensors", "tensors in float32 or in float64", dtypes)
         return graph, norm, {k: file.read(k) for k in found}
-    finally:
-        file.close()
-
-
-def _state_shapes(graph: RegionGraph) -> dict[str, tuple[int, ...]]:
-    layered = compile_graph(graph)
-    shapes: dict[str, tuple[int, ...]] = {"weights": (layered.num_weights,)}
-    for i, family in enumerate(layered.families):
-        for k, t in fresh_table(family.leaf, 0, family.size).items():
-            shapes[f"leaves.{i}.{k}"] = (family.rows, *t.shape[1:])
-    return shapes

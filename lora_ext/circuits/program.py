@@ -215,7 +215,8 @@ class _Writer:
         self.node_of = dict[int, int]()  # of a region
         self.matrix_of = dict[int, int]()  # of the matrix that starts at a weight
         self.stages, self.rows = [0], 0
-        self.inner = [i for i, region in enumerate(graph.regions) if region.partitions]
+        inner = (i for i, region in enumerate(graph.regions) if region.partitions)
+        self.place = {region: k for k, region in enumerate(inner)}  # among the regions of sums
 
     def add_inputs(self) -> None:
         """The inputs over several variables, a stage of their own."""
@@ -230,8 +231,8 @@ class _Writer:
         if self.nodes:
             self.stages.append(len(self.nodes))
 
-    def add_stage(self, regions: Sequence[int], place: dict[int, int]) -> None:
-        """Regions of sums; ``place`` is theirs among the inner regions."""
+    def add_stage(self, regions: Sequence[int]) -> None:
+        """Regions of sums."""
         for i in regions:
             region, offset = self.graph.regions[i], self.layered.weight_off[i]
             width = self.graph.num_products(region)
@@ -250,7 +251,7 @@ class _Writer:
                 self.owners += map(self.owner, p.children)
                 term += self.graph.partition_units(p)
             self.add_node(i, width, matrix, first)
-            self.draws.append(place[i])
+            self.draws.append(self.place[i])
         self.stages.append(len(self.nodes))
 
     def add_part(self, term: int, pairs: bool, columns: Sequence[tuple[int, int]]) -> None:
@@ -275,9 +276,8 @@ def compile_program(graph: RegionGraph, layered: Layered) -> Program:
     """The program of a compiled graph."""
     writer = _Writer(graph, layered)
     writer.add_inputs()
-    place = {region: k for k, region in enumerate(writer.inner)}
     for stage in layered.stages:
-        writer.add_stage(stage, place)
+        writer.add_stage(stage)
     used: list[int] = []
     for matrix, of in zip(writer.matrices, writer.users, strict=True):
         matrix += [len(used), len(used) + len(of)]
@@ -292,7 +292,7 @@ def compile_program(graph: RegionGraph, layered: Layered) -> Program:
     tail = [*used, *roots, *writer.stages, *writer.owners, *root_owners, *writer.draws]
     numbers = torch.tensor(header + flat + tail, dtype=torch.int32)
     plan = [layered.num_units, num_leaves, writer.rows, len(writer.nodes), len(writer.matrices)]
-    plan += [len(roots), len(numbers), num_stages, graph.num_variables, len(writer.inner)]
+    plan += [len(roots), len(numbers), num_stages, graph.num_variables, len(writer.place)]
     for begin, end in pairwise(writer.stages):
         members = writer.nodes[begin:end]
         plan += [begin, end, max(n[1] for n in members), max(n[2] for n in members)]

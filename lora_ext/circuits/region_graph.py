@@ -62,8 +62,13 @@ class RegionGraph:
                     scope |= scopes[c]
                     parentless[c] = False
             scopes.append(scope)
-            if region.tie is not None:
-                self._check_tie(i, region, ties)
+            if region.tie is not None:  # its regions have parameters of one shape and meaning
+                width = region.variables.bit_count() if region.leaf else self.num_products(region)
+                shape = (region.leaf, region.units, width)
+                first = ties.setdefault(region.tie, shape)
+                where, name = f"unit {self.label(i)}", f"tie {region.tie!r}"
+                expected = f"leaf, units and width of the regions tied to it, {first}"
+                require(shape == first, where, name, expected, shape, PCStructureError)
         roots = tuple(i for i, free in enumerate(parentless) if free)
         require(bool(roots), "RegionGraph", "regions", "at least one", "none", PCStructureError)
         single = len(roots) == 1 or self.multi_root
@@ -138,16 +143,6 @@ class RegionGraph:
                 counts = {self.label(c): self.regions[c].units for c in p.children}
                 equal = len(set(counts.values())) == 1
                 check(equal, "children", "equal unit counts in a hadamard product", counts)
-
-    def _check_tie(self, i: int, region: Region, ties: dict[str, tuple[Any, ...]]) -> None:
-        """Regions of one tie have parameters of one shape and meaning."""
-        assert region.tie is not None
-        width = region.variables.bit_count() if region.leaf else self.num_products(region)
-        shape = (region.leaf, region.units, width)
-        first = ties.setdefault(region.tie, shape)
-        where, name = f"unit {self.label(i)}", f"tie {region.tie!r}"
-        expected = f"leaf, units and width of the regions tied to it, {first}"
-        require(shape == first, where, name, expected, shape, PCStructureError)
 
     # --- builders: `leaf` is one family for all variables, or a list of one for each -------------
     @staticmethod

@@ -43,7 +43,8 @@ def train_em(
     progress: Progress | None = None,
     epochs_before: int = 0,
 ) -> list[Epoch]:
-    """Expectation maximisation, a step a batch (:meth:`Circuit.em_step`).
+    """Expectation maximisation, a step a batch (:meth:`Circuit.em_step`); an entry comes back for
+    every epoch.
 
     Args:
         circuit: is trained in place.
@@ -60,9 +61,6 @@ def train_em(
         epochs_before: of a training that goes on, the epochs of the calls before, from which the
             default step follows. Without them its first step is 1, and what was learned is lost to
             one batch. A ``step`` of yours counts from 0 in every call.
-
-    Returns:
-        one entry an epoch.
 
     Raises:
         ValueError: for batches that are none or can be read once only, ``epochs_before`` below 0,
@@ -94,15 +92,13 @@ def train_gradient(
     held_out: Any = None,
     progress: Progress | None = None,
 ) -> list[Epoch]:
-    """Gradient ascent of the mean log-likelihood, a step a batch.
+    """Gradient ascent of the mean log-likelihood, a step a batch; an entry comes back for every
+    epoch.
 
     Args:
         circuit, batches, epochs, held_out, progress: as :func:`train_em` takes them.
         optimizer: None: Adam on all parameters with ``lr``.
         lr: of that Adam.
-
-    Returns:
-        one entry an epoch.
 
     Raises:
         ValueError: as :func:`train_em`, and all that :meth:`Circuit.log_prob` refuses.
@@ -144,7 +140,11 @@ def _train(
             if hasattr(bar, "set_postfix"):
                 bar.set_postfix(epoch=f"{epoch + 1}/{epochs}", log_prob=f"{total / rows:.3f}")
         require(rows > 0, name, "batches", "at least one batch", "none")
-        history.append(Epoch(total / rows, _score(name, circuit, held_out)))
+        score = None
+        if held_out is not None:
+            with torch.no_grad():
+                score = float(_log_prob(name, circuit, *_split(name, circuit, held_out)).mean())
+        history.append(Epoch(total / rows, score))
     return history
 
 
@@ -157,13 +157,6 @@ def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | No
     x, root, *_ = (*(t.to(circuit.weights.device) for t in parts), None)  # rows alone: no roots
     assert x is not None
     return x, root
-
-
-def _score(name: str, circuit: Circuit, held_out: Any) -> float | None:
-    if held_out is None:
-        return None
-    with torch.no_grad():
-        return float(_log_prob(name, circuit, *_split(name, circuit, held_out)).mean())
 
 
 def _log_prob(name: str, circuit: Circuit, x: Tensor, root: Tensor | None) -> Tensor:

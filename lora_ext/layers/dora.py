@@ -40,21 +40,16 @@ def dora_forward(
 ) -> Tensor:
     """:func:`lora_forward` where some adapters have a magnitude.
 
+    Where ``b`` is zero and the magnitudes are the norms of the base weight, as in a fresh adapter,
+    what comes back is ``base(x)`` to the bit.
+
     Args:
-        x: ``(..., I)``.
-        base: maps ``(..., I)`` to ``(..., O)``.
-        dense: reads weight and bias of ``base``, see
-            :func:`lora_ext.layers.base.dense.readable_weight`. It is called after ``base``: what
-            ZeRO-3 has gathered for the base's forward is gone by then.
-        adapters: as :func:`lora_forward`.
+        x, base, adapters: as there.
+        dense: reads weight and bias of ``base`` (:func:`readable_weight`). It is called after
+            ``base``: what ZeRO-3 has gathered for the base's forward is gone by then.
         magnitudes: ``(O,)`` for each adapter, None for plain LoRA.
         rows: of these adapters; None: every adapter on every row, in their order.
-        norms: ``(O,)`` for each adapter with a magnitude, where they are known already: those of
-            :func:`lora_ext.ops.lora_dora_norm`. They are computed otherwise.
-
-    Returns:
-        ``(..., O)``. Where ``b`` is zero and the magnitudes are the norms of the base weight, as
-        in a fresh adapter, that is ``base(x)`` to the bit.
+        norms: of :func:`lora_ext.ops.lora_dora_norm`, where they are known already.
     """
     norms = [None] * len(adapters) if norms is None else norms
     if rows is None:
@@ -117,7 +112,10 @@ def _scaled(
         inner = y if bias is None else y - bias
         update = lora_update(x, [f])
     else:  # the base takes part in the direction, so it sees the dropped input too
-        dropped = _dropped(x.to(f.a.dtype), f)
+        # Its rows are those of the adapter, in their order: one seed, the mask of `lora_forward`.
+        seed = draw_seed(x.device) if f.seed is None else f.seed
+        x2d = x.reshape(-1, x.shape[-1]).to(f.a.dtype)
+        dropped = ops.lora_dropout(x2d, f.p, seed).view(x.shape)
         inner = F.linear(dropped, weight.to(dropped.dtype))
         update = lora_update(dropped, [f._replace(p=0.0)])
     return y + (scale - 1) * inner + scale * update
@@ -127,11 +125,3 @@ def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor, norm: Tensor | Non
     if norm is None:
         norm = ops.lora_dora_norm(weight, f.a, f.b, f.scaling)
     return magnitude / norm.to(magnitude.dtype)
-
-
-def _dropped(x: Tensor, f: LoraFactors) -> Tensor:
-    """The rows are those of the adapter, in their order: the mask of its own seed is that of
-    :func:`lora_forward`."""
-    x2d = x.reshape(-1, x.shape[-1])
-    seed = draw_seed(x.device) if f.seed is None else f.seed
-    return ops.lora_dropout(x2d, f.p, seed).view(x.shape)

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lora_ext import ops
+from lora_ext._checks import FLOATS
 from lora_ext._torch import exactly
 from lora_ext.ops import grouped_mm
 from lora_ext.rows import constant, scales
 
 from .base.dense import is_plain
 from .lora_forward import LoraFactors
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: What every experts module of transformers 5 says of itself.
 _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
@@ -54,23 +53,14 @@ def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
     order in which the module has them; empty where it is no experts module of transformers."""
     if not all(hasattr(module, flag) for flag in _FLAGS):
         return {}
-    found: dict[str, tuple[int, int]] = {}
-    for name, parameter in _matrices(module).items():
-        _, out, inner = parameter.shape
-        found[name] = (out, inner) if module.is_transposed else (inner, out)
-    return found
-
-
-def _matrices(module: nn.Module) -> dict[str, Tensor]:
     known = (up_name(module), "down_proj")
-    return {
-        name: parameter
-        for name, parameter in module.named_parameters(recurse=False)
-        if name in known
-        and type(parameter) is nn.Parameter  # not quantised, not spread over devices
-        and parameter.dim() == 3
-        and parameter.dtype in _DTYPES
-    }
+    found: dict[str, tuple[int, int]] = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        plain = type(parameter) is nn.Parameter  # not quantised, not spread over devices
+        if name in known and plain and parameter.dim() == 3 and parameter.dtype in FLOATS:
+            _, out, inner = parameter.shape
+            found[name] = (out, inner) if module.is_transposed else (inner, out)
+    return found
 
 
 def obstacle_of(experts: nn.Module) -> str | None:
@@ -117,7 +107,7 @@ def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Rout
 def experts_forward(
     experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, update: Update
 ) -> Tensor:
-    """What an experts module of transformers computes, with adapters on its matrices.
+    """What an experts module of transformers computes, with adapters on its matrices, ``(T, H)``.
 
     ``y[t] = sum over j of top_k_weights[t, j] * down_e(gate(up_e(x[t])))``, ``e = top_k_index[t,
     j]``, where ``update`` has added to the results of ``up_e`` and ``down_e``. Rows to which it
@@ -128,9 +118,6 @@ def experts_forward(
             ``experts_implementation`` the way to multiply.
         x: ``(T, H)``. top_k_index: ``(T, k)`` integers in ``[0, E)``. top_k_weights: ``(T, k)``.
         update: called once for each of the two products.
-
-    Returns:
-        ``(T, H)`` in the dtype of ``x``.
 
     Raises:
         NotImplementedError: see :func:`obstacle_of`.

@@ -77,22 +77,20 @@ def init_lora_(
     if A.is_meta or B.is_meta:
         raise RuntimeError("init_lora_: expected factors with memory, found the meta device")
     r, n = a.shape[0], a.shape[1] if fan_in is None else fan_in
-    zero_a, zero_b = (torch.zeros_like(t, dtype=torch.float32) for t in (a, b))
-    if name == "init_a":
-        new_a, new_b = _uniform(a, n, generator), zero_b
+    new_a, new_b = (torch.zeros_like(t, dtype=torch.float32) for t in (a, b))
+    if name in ("init_a", "init_ab"):
+        new_a = _uniform(a, n, generator)
+    if name in ("init_b", "init_ab"):
+        new_b = _uniform(b, r, generator)
     elif name == "init_a_normal":
-        new_a, new_b = _normal(a.shape, a, generator) / math.sqrt(n), zero_b
+        new_a = _normal(a.shape, a, generator) / math.sqrt(n)
     elif name == "gaussian":
-        new_a, new_b = zero_a.normal_(std=1 / r, generator=generator), zero_b
-    elif name == "init_b":
-        new_a, new_b = zero_a, _uniform(b, r, generator)
+        new_a.normal_(std=1 / r, generator=generator)
     elif name == "init_b_normal":
-        new_a, new_b = zero_a, _normal(b.shape, b, generator) / math.sqrt(r)
+        new_b = _normal(b.shape, b, generator) / math.sqrt(r)
     elif name == "init_b_unit":
-        new_a, new_b = zero_a, _normal(b.shape, b, generator)
-    elif name == "init_ab":
-        new_a, new_b = _uniform(a, n, generator), _uniform(b, r, generator)
-    else:
+        new_b = _normal(b.shape, b, generator)
+    elif name == "orthogonal":
         new_a, new_b = _orthogonal(a, b, generator)
     with torch.no_grad():
         a.copy_(new_a)
@@ -101,9 +99,6 @@ def init_lora_(
 
 def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
     """The scheme's one name: of True "init_a", of False "init_ab"; "pissa_niter_<K>" as it is.
-
-    Args:
-        scheme: as a caller gives it. where: opens the message of an error.
 
     Raises:
         ValueError: an unknown scheme, listing the known ones. NotImplementedError: one that PEFT
@@ -127,20 +122,12 @@ def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
 
 
 def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tensor, Tensor]:
-    """Factors that carry the leading part of the base weight, ``scaling * B A``.
+    """Factors that carry the leading part of the base weight ``(m, n)``, ``scaling * B A``: A ``(r,
+    n)`` and B ``(m, r)``, float32.
 
     "pissa": the top r of the singular value decomposition, each factor with the square root of the
     singular values; "pissa_niter_<K>": by the randomised one with K iterations; "olora": the first
     r columns of Q and rows of R. The caller takes ``scaling * B A`` off the base weight.
-
-    Args:
-        weight: ``(m, n)``, floating. r: at most ``min(m, n)``.
-
-    Returns:
-        A ``(r, n)`` and B ``(m, r)``, float32.
-
-    Raises:
-        ValueError: r above ``min(m, n)``.
 
     Sources: PiSSA (Meng et al. 2024), eqs. 2 and 3; OLoRA (Büyükakyüz 2024), algorithm 1; both as
     in PEFT.

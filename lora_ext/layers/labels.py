@@ -16,10 +16,7 @@ def shift_labels(labels: Tensor, ignore: int = IGNORE) -> Tensor:
     ``shifted[..., t] = labels[..., t + 1]``, and the last position predicts nothing.
 
     Args:
-        labels: ``(..., S)``, integers.
+        labels: ``(..., S)``, integers; what comes back has this shape and dtype.
         ignore: the label of the last position.
-
-    Returns:
-        ``(..., S)``, the dtype of ``labels``.
     """
     return F.pad(labels[..., 1:], (0, 1), value=ignore)

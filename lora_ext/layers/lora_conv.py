@@ -46,8 +46,17 @@ class LoraConv(LoraLayer):
         if not isinstance(base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             expected, found = "nn.Conv1d, nn.Conv2d or nn.Conv3d", type(base_layer).__name__
             raise ValueError(f"LoraConv: base_layer: expected {expected}, found {found}")
-        _check_patches(base_layer)
-        self.kernel_size: tuple[int, ...] = tuple(base_layer.kernel_size)
+        kernel, conv = tuple(base_layer.kernel_size), base_layer
+        wrong = {
+            "stride": tuple(conv.stride) != kernel,
+            "padding": conv.padding != "valid" and any(p != 0 for p in conv.padding),
+            "dilation": any(d != 1 for d in conv.dilation),
+            "groups": conv.groups != 1,
+        }
+        found = ", ".join(f"{name}={getattr(conv, name)}" for name, bad in wrong.items() if bad)
+        expected = f"stride equal to the kernel {kernel}, no padding, dilation or groups"
+        require(not found, "LoraConv", "base_layer", expected, found, NotImplementedError)
+        self.kernel_size: tuple[int, ...] = kernel
         super().__init__(base_layer)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -114,16 +123,3 @@ def _patches(images: Tensor, grid: list[int], kernel: tuple[int, ...]) -> Tensor
     dims = len(kernel)
     cells, inside = [2 + 2 * d for d in range(dims)], [3 + 2 * d for d in range(dims)]
     return images.reshape(split).permute(0, *cells, 1, *inside).flatten(1 + dims)
-
-
-def _check_patches(conv: Any) -> None:
-    wrong = {
-        "stride": tuple(conv.stride) != tuple(conv.kernel_size),
-        "padding": conv.padding != "valid" and any(p != 0 for p in conv.padding),
-        "dilation": any(d != 1 for d in conv.dilation),
-        "groups": conv.groups != 1,
-    }
-    found = ", ".join(f"{name}={getattr(conv, name)}" for name, bad in wrong.items() if bad)
-    kernel = tuple(conv.kernel_size)
-    expected = f"stride equal to the kernel {kernel}, no padding, dilation or groups"
-    require(not found, "LoraConv", "base_layer", expected, found, NotImplementedError)

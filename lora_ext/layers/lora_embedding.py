@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +13,9 @@ from lora_ext.rows import Names
 
 from .base.weight import EmbeddingWeight
 from .lora_layer import LoraLayer
+
+#: Of ``nn.Embedding``: how it looks up.
+_SETTINGS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
 
 class LoraEmbedding(LoraLayer):
@@ -80,8 +82,14 @@ class LoraEmbedding(LoraLayer):
     def _add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """``y`` with one adapter added; DoRA scales what was added before it too."""
         a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
-        update = (self._look_up(x, a.t()) @ b.t()) * self.scaling[name]  # (..., O)
-        scale = self._embed_scale(update.dtype)
+        base: Any = self.base_layer
+        how = {setting: getattr(base, setting) for setting in _SETTINGS}
+        update = (F.embedding(x, a.t(), **how) @ b.t()) * self.scaling[name]  # (..., O)
+        scale = getattr(base, "embed_scale", None)
+        if isinstance(scale, Tensor):
+            where, found = "LoraEmbedding", f"shape {tuple(scale.shape)}"
+            require(scale.numel() == 1, where, "base_layer.embed_scale", "one number", found)
+            scale = scale.to(update.dtype)
         if scale is not None:
             update = update * scale
         if not self.use_dora[name]:
@@ -89,18 +97,6 @@ class LoraEmbedding(LoraLayer):
         norm = ops.lora_dora_norm(self.base_weight.matrix(), a, b, self.scaling[name])
         magnitude = self._magnitude(name)
         return magnitude / norm.to(magnitude.dtype) * (y + update)
-
-    def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
-        names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-        return F.embedding(x, table, **{name: getattr(self.base_layer, name) for name in names})
-
-    def _embed_scale(self, dtype: torch.dtype) -> Tensor | float | None:
-        scale = getattr(self.base_layer, "embed_scale", None)
-        if isinstance(scale, Tensor):
-            where, found = "LoraEmbedding", f"shape {tuple(scale.shape)}"
-            require(scale.numel() == 1, where, "base_layer.embed_scale", "one number", found)
-            return scale.to(dtype)
-        return scale
 
     # Of LoraLayer
 

@@ -142,16 +142,8 @@ def _scaled_rows(
 def lora_update(
     x: Tensor, adapters: Sequence[LoraFactors], adapter_ids: Tensor | Rows | None = None
 ) -> Tensor:
-    """What :func:`lora_forward` adds to ``base(x)``, in the dtype of the adapters (or autocast's).
-
-    Args:
-        x: ``(..., I)``.
-        adapters: at least one.
-        adapter_ids: as there.
-
-    Returns:
-        ``(..., O)``.
-    """
+    """What :func:`lora_forward` adds to ``base(x)``, ``(..., O)`` in the dtype of the adapters (or
+    autocast's). Arguments are as there, ``adapters`` at least one."""
     found, rows = _participants(x, adapters, adapter_ids)
     if not found:
         return x.new_zeros(*x.shape[:-1], adapters[0].b.shape[0])
@@ -188,16 +180,13 @@ def _participants(
         rows = rows_of(rows, len(adapters), x.shape[:-1])
         if several_processes() and torch.is_grad_enabled():
             each = enumerate((f.a, f.b, f.bias) for f in adapters)
-            rows = together(rows, [i for i, own in each if any(map(_trains, own))])
+            trained = [i for i, own in each if any(p is not None and p.requires_grad for p in own)]
+            rows = together(rows, trained)
     count, found = x.shape[:-1].numel(), rows.ids.shape[0]
     if found != count:
         expected = f"one id for each of the {count} rows of x"
         raise ValueError(f"adapter_ids: expected {expected}, found {found}")
     return [adapters[i] for i in rows.used], rows
-
-
-def _trains(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.requires_grad
 
 
 def _forward(

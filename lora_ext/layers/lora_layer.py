@@ -174,10 +174,6 @@ class LoraLayer(Participants):
             store[adapter_name] = factor
         if magnitude is not None:
             self.lora_magnitude_vector[adapter_name] = magnitude
-        self._begin_frozen(adapter_name)
-
-    def _begin_frozen(self, adapter_name: str) -> None:
-        """A new adapter in the layer's mode, without gradients."""
         for store in (self.lora_dropout, self.lora_magnitude_vector, *self._stores()):
             store.train(self.training)
         for parameter in self._parameters_of(adapter_name):
@@ -360,20 +356,6 @@ class LoraLayer(Participants):
 
     # ---------------------------------------------------------------------------------------------
     # Of one adapter
-
-    def _stores(self) -> list[Any]:
-        """The dictionaries by adapter that hold A and B."""
-        return [getattr(self, name) for name in self.base_weight.stores]
-
-    def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        a, b = (store[name] for store in self._stores())
-        return getattr(a, "weight", a), getattr(b, "weight", b), getattr(b, "bias", None)
-
-    def _parameters_of(self, name: str) -> list[Tensor]:
-        found = [p for p in self._raw_factors(name) if p is not None]
-        if self.use_dora[name]:
-            found.append(self._magnitude(name))
-        return found
 
     def factors(self, adapter_name: str) -> LoraFactors:
         """An adapter as :func:`lora_forward` takes it, its parameters themselves."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,6 @@ from .base.merging import Merging
 class Participants(Merging):
     """The part of :class:`LoraLayer` that chooses among its adapters."""
 
-    r: dict[str, int]
     #: False: the adapter takes no part at all; where none is left, forward is ``base(x)``.
     adapter_active: dict[str, bool]
     #: Adapters that take no part while the layer is in training mode, and do otherwise.
@@ -73,7 +70,9 @@ class Participants(Merging):
         if rows is None:
             active = [n for n in self._active if self._is_on(n)]
             if self.alora_invocation_tokens:
-                self._check_all_tokens(active)
+                for name in active:
+                    if name in self.alora_invocation_tokens:  # it cannot serve every token
+                        raise no_rows(repr(name))
             return active, None
         return (list(self.adapter_names) if rows.used else []), rows
 
@@ -94,15 +93,6 @@ class Participants(Merging):
                 return None
             rows = everywhere(min(active, default=-1), leading.numel(), device)
         return together(rows, tuple(trained))
-
-    def _check_all_tokens(self, active: Sequence[str]) -> None:
-        """Refuse to let an activated adapter serve every token."""
-        begins = [name for name in active if name in self.alora_invocation_tokens]
-        if begins:
-            raise no_rows(repr(begins[0]))
-
-    def _parameters_of(self, name: str) -> list[Tensor]:
-        raise NotImplementedError
 
     def _is_on(self, name: str) -> bool:
         """Whether an adapter takes part in the mode that the layer is in."""
@@ -141,9 +131,3 @@ class Participants(Merging):
             expected = "a compiled graph that follows adapters blocks takes one active adapter"
             raise NotImplementedError(f"{type(self).__name__}: {expected}, found {active}")
         return self.adapter_names.index(active[0]) if active else -1
-
-    def _check_known(self, names: Sequence[str | None]) -> None:
-        for name in names:
-            if name not in self.r:
-                known, where = list(self.r), type(self).__name__
-                raise ValueError(f"{where}: expected an adapter of {known}, found {name!r}")

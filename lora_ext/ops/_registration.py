@@ -7,7 +7,7 @@ them to a library: once to the shipped one, and in tests once more to each emula
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -54,16 +54,10 @@ def backward(op: str, save: Callable[..., None]) -> Callable[[F], F]:
 _registered: set[str] = set()
 
 
-def register_once(library: str) -> None:
-    """:func:`register`, where nobody has done it in this process."""
-    if library not in _registered:
-        register(library)
-
-
 @contextmanager
 def routed(library: str) -> Generator[None]:
     """Inside, every function of ``lora_ext.ops`` calls ``torch.ops.<library>``, in all threads."""
-    register_once(library)
+    register(library)
     package = importlib.import_module(__package__ or "lora_ext.ops")
     found: list[Any] = [
         importlib.import_module(m.name)
@@ -80,7 +74,9 @@ def routed(library: str) -> Generator[None]:
 
 
 def register(library: str) -> None:
-    """Give every fake kernel and backward to the ops of ``torch.ops.<library>``."""
+    """Give every fake kernel and backward to the ops of ``torch.ops.<library>``, once."""
+    if library in _registered:
+        return
     _registered.add(library)
     ops = getattr(torch.ops, library)
     # torch annotates neither of the two in full.
@@ -101,19 +97,15 @@ def _checked(op: str, schema: Any, function: Callable[..., Any]) -> Callable[...
     def checked(*args: Any, **kwargs: Any) -> Any:
         rest = schema.arguments[len(args) :]
         values = [*args, *(kwargs.get(each.name, each.default_value) for each in rest)]
-        names = (each.name for each in schema.arguments)
-        _same_device(op.removesuffix("_forward"), zip(names, values, strict=True))
+        named = zip((each.name for each in schema.arguments), values, strict=True)
+        devices = [(name, t.device) for name, t in named if isinstance(t, Tensor)]
+        for name, device in devices:
+            first, expected = devices[0]
+            if device != expected:
+                raise ValueError(
+                    f"{op.removesuffix('_forward')}: expected all tensors on one device, found "
+                    f"{first} on {expected} and {name} on {device}"
+                )
         return function(*values)
 
     return checked
-
-
-def _same_device(op: str, arguments: Iterable[tuple[str, object]]) -> None:
-    devices = [(name, t.device) for name, t in arguments if isinstance(t, Tensor)]
-    for name, device in devices:
-        first, expected = devices[0]
-        if device != expected:
-            raise ValueError(
-                f"{op}: expected all tensors on one device, found {first} on {expected} and "
-                f"{name} on {device}"
-            )

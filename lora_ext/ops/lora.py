@@ -132,13 +132,10 @@ def lora_expand_(
     ``y[t] = round(y[t] + b[s] @ v[t])``: one rounding; rows with id -1 keep every bit.
 
     Args:
-        y: ``(T, O)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. It shares
-            no memory with another argument, as in :func:`lora_apply_`.
+        y: ``(T, O)`` float16, bfloat16, float32, or float64 on the CPU; any row stride. It comes
+            back, and shares no memory with another argument, as in :func:`lora_apply_`.
         v: ``(T, R)`` float32 (float64 for float64), from :func:`lora_shrink`.
         b, adapter_ids, ranks, page_table, plan: as for :func:`lora_apply`; b has the dtype of y.
-
-    Returns:
-        ``y``.
 
     Raises:
         ValueError: if a shape, dtype or device disagrees, or ``y`` overlaps another argument,
@@ -251,12 +248,10 @@ def lora_apply_(
     rows whose adapter has rank 0, keep every bit.
 
     Args:
-        y: ``(T, O)``, dtype and device of ``x``; any row stride. It shares no memory with another
-            argument, though it may lie between their rows, as the columns of one buffer do.
+        y: ``(T, O)``, dtype and device of ``x``; any row stride. It comes back, and shares no
+            memory with another argument, though it may lie between their rows, as the columns of
+            one buffer do.
         x, a, b, adapter_ids, scale, ranks, page_table, plan: as for :func:`lora_apply`.
-
-    Returns:
-        ``y``.
 
     Raises:
         ValueError: if a shape, dtype or device disagrees, or ``y`` overlaps another argument,
@@ -280,11 +275,9 @@ def bgmv_(
     """Batched gather matrix-vector product: :func:`lora_apply_` of banks under Punica's first name.
 
     Args:
-        y: ``(T, O)``, changed in place. x: ``(T, I)``. a: ``(A, R, I)``. b: ``(A, O, R)``.
+        y: ``(T, O)``, changed in place, and comes back. x: ``(T, I)``. a: ``(A, R, I)``. b: ``(A,
+            O, R)``.
         adapter_ids: ``(T,)`` in ``[-1, A)``, -1 for none. scale: ``(A,)`` float32, or None for 1.
-
-    Returns:
-        ``y``.
 
     Raises:
         ValueError: as :func:`lora_apply_`.
@@ -306,13 +299,10 @@ def sgmv_(
     """Segmented gather matrix-vector product: :func:`lora_apply_` on contiguous segments.
 
     Args:
-        y, x, a, b, scale: as for :func:`lora_apply_`, banks alone.
+        y, x, a, b, scale: as for :func:`lora_apply_`, banks alone; ``y`` comes back.
         seg_indptr: ``(S + 1,)`` int32 on the device of ``x``; rows outside all segments are left
             alone.
         seg_adapter: ``(S,)`` int32, the adapter of each segment, -1 for none.
-
-    Returns:
-        ``y``.
 
     Raises:
         ValueError: as :func:`lora_segment_ids` and :func:`lora_apply_`.

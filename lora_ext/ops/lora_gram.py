@@ -1,8 +1,8 @@
 """An adapter as numbers: its Gram matrices, and what it is to a weight.
 
 Inner products of adapters come from the Gram matrices of their factors: the product ``b a`` is
-never formed. Nothing of this takes part in autograd. Results repeat bit for bit, whatever the
-number of threads and whatever other adapters are in the call.
+never formed. Results repeat bit for bit, whatever the number of threads and whatever other adapters
+are in the call.
 
 The product itself, merged and measured, is torch's GEMM's on every device: no kernel of this
 package has anything to add, and bits may depend on the library's threads. All but
@@ -54,17 +54,15 @@ def lora_gram(
         ValueError: if lengths, shapes, dtypes or devices disagree, naming the argument.
     """
     require(len(a) == len(b), "lora_gram", "b", f"as many tensors as a, {len(a)}", len(b))
-    gram_a: dict[int, Tensor] = {}
-    gram_b: dict[int, Tensor] = {}
+    grams: dict[int, tuple[Tensor, Tensor]] = {}
     devices = dict.fromkeys(t.device for t in a)
     if len(devices) > 1:  # the op would count places among the factors of one device
         _check_adapters("lora_gram", a, spread=True, b=b)
     for device in devices:
         here = [i for i, t in enumerate(a) if t.device == device]
         found = _c.lora_gram.default([a[i] for i in here], [b[i] for i in here], dtype)
-        gram_a.update(zip(here, found[0], strict=True))
-        gram_b.update(zip(here, found[1], strict=True))
-    return [gram_a[i] for i in range(len(a))], [gram_b[i] for i in range(len(a))]
+        grams.update(zip(here, zip(*found, strict=True), strict=True))
+    return [grams[i][0] for i in range(len(a))], [grams[i][1] for i in range(len(a))]
 
 
 @torch.no_grad()
@@ -179,9 +177,7 @@ def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Return the weight that an adapter adds, ``scale * b @ a``; differentiable, by torch's GEMM.
 
     Args:
-        a: ``(r, I)`` floating.
-        b: ``(O, r)``.
-        scale: the adapter's scale.
+        a: ``(r, I)`` floating. b: ``(O, r)``. scale: the adapter's scale.
 
     Returns:
         ``(O, I)`` in the dtype of ``a``, accumulated in float32 (float64), rounded once.
@@ -203,14 +199,9 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
     weight; who needs them keeps a copy.
 
     Args:
-        weight: ``(O, I)`` floating.
-        a: ``(r, I)``.
-        b: ``(O, r)``.
-        scale: the adapter's scale.
+        weight: ``(O, I)`` floating; comes back.
+        a: ``(r, I)``. b: ``(O, r)``. scale: the adapter's scale.
         sign: 1 to merge, -1 to take out.
-
-    Returns:
-        ``weight``.
 
     Raises:
         ValueError: if a shape, a dtype or the sign is wrong, naming the argument.
@@ -235,9 +226,7 @@ def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor =
 
     Args:
         weight: ``(O, I)`` floating.
-        a: ``(r, I)``.
-        b: ``(O, r)``.
-        scale: the adapter's scale, a number or a tensor of one.
+        a: ``(r, I)``. b: ``(O, r)``. scale: the adapter's scale, a number or a tensor of one.
 
     Returns:
         ``(O,)`` float32 (float64 for float64).

@@ -40,7 +40,7 @@ def lora_apply_siblings_(
 
     Args:
         y: 1 to 8 tensors ``(T, O)``, dtype and device of ``x``; any row stride, widths may differ.
-            Each shares no memory with another argument, nor with another ``y``.
+            They come back; each shares no memory with another argument, nor with another ``y``.
         x: ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
         a: for each module a bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; ``R``
             and ``P`` may differ.
@@ -51,9 +51,6 @@ def lora_apply_siblings_(
             pages).
         page_table: for each module ``(A, R / 8)`` int32, or none for banks.
         plan: :func:`lora_plan` of the same ids.
-
-    Returns:
-        ``y``.
 
     Raises:
         ValueError: if a number, shape, dtype or device disagrees, or a ``y`` overlaps another

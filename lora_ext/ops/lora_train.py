@@ -95,18 +95,13 @@ def _fake_linear(
 ) -> tuple[Tensor, Tensor]:
     *_, dropout_p, seed, _ = rest
     if dropout_p:
-        _check_seed(seed, a.shape[0])
+        require(seed is not None, _LINEAR, "seed", "one Long with dropout_p > 0", None)
+        require(seed.dtype == torch.int64, _LINEAR, "seed", "Long", seed.dtype)
+        holds = seed.numel() == 1 or seed.shape == a.shape[:1]
+        expected = f"one Long, or one for each of {a.shape[0]} adapters"
+        require(holds, _LINEAR, "seed", expected, f"shape {list(seed.shape)}")
     y = x.new_empty(x.shape[0], b.shape[1])
     return y, x.new_empty(x.shape[0], a.shape[1], dtype=accumulator(x.dtype))
-
-
-def _check_seed(seed: Tensor | None, adapters: int) -> None:
-    if seed is None:
-        raise ValueError(f"{_LINEAR}: seed: expected one Long with dropout_p > 0, found None")
-    require(seed.dtype == torch.int64, _LINEAR, "seed", "Long", seed.dtype)
-    holds = seed.numel() == 1 or seed.shape == (adapters,)
-    expected = f"one Long, or one for each of {adapters} adapters"
-    require(holds, _LINEAR, "seed", expected, f"shape {list(seed.shape)}")
 
 
 @fake("lora_linear_backward")

@@ -36,7 +36,7 @@ from .lora import (
     lora_shrink,
     lora_update,
 )
-from .lora_gram import lora_gram, lora_pair_stats
+from .lora_gram import lora_delta, lora_dora_norm, lora_gram, lora_merge_, lora_pair_stats
 from .lora_train import (
     dropout_keep,
     dropout_keep_of_adapters,
@@ -44,7 +44,6 @@ from .lora_train import (
     lora_linear,
     lora_linear_backward,
 )
-from .lora_weights import lora_delta, lora_dora_norm, lora_merge_
 from .packed_linear import pack_weight, packed_linear
 from .row_attention import row_attention, seen_keys
 from .vocab import chunked_cross_entropy, chunked_kl, vocab_logits

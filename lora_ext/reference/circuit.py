@@ -149,15 +149,8 @@ def circuit_scan(
     """Prefix marginals, conditionals and state posteriors of every window, in one pass.
 
     With ``cur_k[z] = log p(state_k = z, x_<k)`` and ``e_k[z] = log leaf_{k,z}(x_k)``:
-    ``prefix_k = logsumexp_z(cur_k + e_k)``, ``posterior_k = softmax(cur_k)``.
-
-    Args:
-        kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``.
-        leaf: ``(B, K, C, V)`` logits; or, when ``x`` is None, ``(B, K, C)`` log-probabilities of
-            the observed tokens.
-        prior: ``(B, C)`` logits; None for ``ff``.
-        trans: ``(B, M, C, C)`` logits; None where ``M = 0``.
-        x: ``(B, K)`` int64; -1 marginalises the position.
+    ``prefix_k = logsumexp_z(cur_k + e_k)``, ``posterior_k = softmax(cur_k)``. A token of -1
+    marginalises its position; without ``x``, ``leaf (B, K, C)`` holds the ``e_k`` themselves.
     """
     e = leaf.to(accumulator(leaf.dtype))
     if x is not None:
@@ -189,13 +182,7 @@ def _mixture(posterior: Tensor, leaf: Tensor) -> Tensor:
 def circuit_conditional_dist(
     kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, x: Tensor, k: Tensor
 ) -> Tensor:
-    """``log q(. | x_<k)`` of each row at its own position, ``(B, V)``.
-
-    Args:
-        kind, leaf, prior, trans: as in :func:`circuit_scan`, ``leaf`` with a vocabulary.
-        x: ``(B, K)`` int64; positions from ``k`` on are not looked at.
-        k: ``(B,)`` int64 in ``[0, K)``.
-    """
+    """``log q(. | x_<k)`` of each row at its own position ``k (B,)``, ``(B, V)``."""
     rows = torch.arange(leaf.shape[0], device=leaf.device)
     posterior = circuit_scan(kind, leaf, prior, trans, x).posterior
     return _mixture(posterior[rows, k], leaf[rows, k].to(posterior.dtype))
@@ -224,15 +211,8 @@ def circuit_sample(
 ) -> CircuitSample:
     """Exact ancestral samples of a window, and each token's log-probability given those before.
 
-    Position by position: ``z ~ posterior_k``, ``x_k ~ leaf_{k,z}``, then the scan goes on with the
-    drawn token under every state. A given token is taken as it is.
-
-    Args:
-        kind, leaf, prior, trans: as in :func:`circuit_scan`, ``leaf`` with a vocabulary.
-        uniforms: ``(B, K, 2)`` float32 in [0, 1): for the state and for the token, as :func:`draw`
-            uses them.
-        evidence: ``(B, K)`` int64, -1 where a token is to be drawn; tokens given must come first in
-            their row.
+    Position by position: ``z ~ posterior_k``, ``x_k ~ leaf_{k,z}``, by :func:`draw`, then the scan
+    goes on with the drawn token under every state. A given token is taken as it is.
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
@@ -267,9 +247,6 @@ def circuit_argmax(
 
     This is not the mode over tokens alone, whose sum over latents no known method maximises fast;
     for ``ff`` the two agree. Ties go to the lowest index.
-
-    Returns:
-        ``tokens (B, K)`` int64 and ``value (B,)``, the log-probability of tokens and latents.
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
@@ -348,22 +325,8 @@ def spec_verify(
     the circuit cannot have drawn the token. At the first one rejected the next token is drawn from
     ``max(0, p - q)``, normalised (from ``p``, if rounding leaves nothing positive); after the last
     from the verifier's next distribution. With temperature 0: accepted while the draft is the
-    verifier's argmax, then that argmax; no uniform is used.
-
-    Args:
-        target: ``(B, K + 1, V)`` logits of the verifier; ``target[:, k]`` is for position k.
-        tokens: ``(B, K)`` int64, the draft.
-        conditional, posterior: of the draft under the circuit, as :func:`circuit_scan` gives them.
-        leaf: ``(B, K, C, V)`` logits of the circuit.
-        uniforms: ``(B, K + 1)`` float32 in [0, 1); the last one draws the next token.
-        num_evidence: ``(B,)`` int64: so many leading tokens are given, and kept untested.
-        temperature: of the verifier, at least 0.
-
-    Returns:
-        ``accepted (B,)`` int64, how many leading tokens are kept, those given included; and
-        ``next_token (B,)`` int64.
-
-    Source: speculative sampling (Leviathan et al. 2023; Chen et al. 2023); q from the circuit.
+    verifier's argmax, then that argmax; no uniform is used. The first ``num_evidence`` tokens are
+    kept untested.
     """
     dtype = accumulator(target.dtype)
     rows, n_token = tokens.shape
@@ -390,17 +353,7 @@ def spec_verify(
 
 
 def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
-    """``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, ``(B, K, C)``; 0 where x is -1.
-
-    Args:
-        h: ``(B, D)`` hidden states.
-        emit: ``(K, C, V, D)`` an unembedding per position and component.
-        x: ``(B, K)`` int64 tokens, -1 marginalises.
-
-    Returns:
-        ``(B, K, C)`` float32 (float64 stays float64).
-    """
-    logits = torch.einsum(
-        "bd,kcvd->bkcv", h.to(accumulator(h.dtype)), emit.to(accumulator(h.dtype))
-    )
+    """``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, ``(B, K, C)``; 0 where x is -1."""
+    wide = accumulator(h.dtype)
+    logits = torch.einsum("bd,kcvd->bkcv", h.to(wide), emit.to(wide))
     return _observe(log_softmax(logits), x)

@@ -15,15 +15,7 @@ from .circuit_sum import log_einsum_exp
 def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
     """``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, 0 where ``x`` is -1.
 
-    Args:
-        table: ``(R, V)``.
-        x: ``(B, M)`` int64.
-        row: ``(M,)`` int64.
-        block: leaf units of a block.
-        norm: ``"logits"``: ``p`` is the softmax of a row of the table; ``"none"``: its exponential.
-
-    Returns:
-        ``(B, M * block)``.
+    By ``norm`` "logits", ``p`` is the softmax of a row of the table, by "none" its exponential.
     """
     table = log_softmax(table) if norm == "logits" else table
     rows = row[:, None] + torch.arange(block, device=row.device)  # (M, block)
@@ -37,15 +29,9 @@ def circuit_layers(
     """Log-values of all units: products of children, then sums, of one node after another.
 
     Args:
-        leaf: ``(B, N)``.
-        w: ``(W,)``.
-        program: int32, the ``numbers`` of what the op takes; the layout is that of
+        leaf, w, norm, semiring: as the op takes them.
+        program: int32, the ``numbers`` of what it takes; the layout is that of
             ``csrc/include/lora_ext/circuit_layers.h``.
-        norm: of the weights, as :func:`log_einsum_exp` takes it.
-        semiring: ``"max"`` takes the largest term in place of their sum.
-
-    Returns:
-        ``(B, U)``: 0, ``-inf``, the leaves, then all other units.
     """
     lists = _Lists(program)
     val = [leaf.new_zeros(len(leaf))] * lists.num_units
@@ -66,19 +52,8 @@ def circuit_layers(
 def circuit_layers_walk(
     val: Tensor, w: Tensor, program: Tensor, root: Tensor, uniforms: Tensor | None = None
 ) -> Tensor:
-    """Walks from the roots down: one term per sum, all factors of a product.
-
-    Args:
-        val: ``(B, U)``, as :func:`circuit_layers` gives it.
-        w: ``(W,)``.
-        program: as there.
-        root: ``(B,)`` int64, the number of the root that a row's walks start from.
-        uniforms: ``(M, sums)``, for :func:`draw`: the walks of a row follow one another. None: one
-            walk per row takes the largest term, and of several the first.
-
-    Returns:
-        ``(M, variables)`` int64: the leaf unit that a variable comes to, or -1.
-    """
+    """Walks from the roots down: one term per sum, by :func:`draw` or the largest, and all factors
+    of a product; ``program`` as in :func:`circuit_layers`."""
     lists = _Lists(program)
     walks = len(root) if uniforms is None else len(uniforms)
     row = torch.arange(walks) // max(walks // max(len(root), 1), 1)

@@ -48,17 +48,7 @@ def log_einsum_exp(
 ) -> Tensor | LogMax:
     """``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
 
-    Args:
-        w: ``(O, I)`` shared by all rows with ``values (B, I)``; ``(G, O, I)`` with ``(G, B, I)``,
-            one matrix per group; ``(B, O, I)`` with ``(B, I)``, one matrix per row.
-        values: log-values.
-        norm: what ``w`` holds: ``"logits"``, log-softmaxed over ``I``; ``"logprobs"`` or
-            ``"none"``, log-weights as they are, which the former promises to be normalised;
-            ``"probs"``, weights themselves.
-        semiring: ``"max"`` takes the largest term in place of their sum.
-
-    Returns:
-        ``(B, O)``, or ``(G, B, O)``.
+    The semiring "max" takes the largest term in place of their sum.
     """
     if norm not in NORMS:
         raise ValueError(f"log_einsum_exp: norm: expected one of {NORMS}, found {norm!r}")
@@ -73,11 +63,6 @@ def log_einsum_exp(
 
 
 def log_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of every batch, ``(B, M, N)``.
-
-    Args:
-        a: ``(B, M, K)``.
-        b: ``(B, K, N)``.
-    """
+    """``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of every batch, ``(B, M, N)``."""
     dtype = accumulator(a.dtype)
     return logsumexp(a.to(dtype)[:, :, :, None] + b.to(dtype)[:, None], 2)

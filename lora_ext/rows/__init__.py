@@ -55,14 +55,6 @@ from .rows import (
 from .traced import NOBODY, batch_of, block_of_graph, layer_rows, no_rows, noted, pool_rows
 
 __all__ = [
-    "BASE",
-    "Block",
-    "Names",
-    "PoolLayer",
-    "Rows",
-    "UnknownAdapterError",
-    "adapters",
-    "current",
-    "layer_names",
-    "rows_of",
-]
+    "BASE", "Block", "Names", "PoolLayer", "Rows", "UnknownAdapterError", "adapters", "current",
+    "layer_names", "rows_of",
+]  # fmt: skip

@@ -28,14 +28,8 @@ Invocations = Sequence[tuple[int, ...]]
 
 
 def last_start(ids: Tensor, invocation: Sequence[int]) -> list[int | None]:
-    """Where an invocation begins for the last time in each row.
-
-    Args:
-        ids: ``(B, T)`` integers. invocation: at least one token.
-
-    Returns:
-        A place in ``[0, T)`` for each row, None where it does not occur.
-    """
+    """Where an invocation begins for the last time in each row of ``ids (B, T)``; None where it
+    does not occur."""
     n = len(invocation)
     if ids.shape[1] < n:
         return [None] * len(ids)
@@ -87,11 +81,7 @@ class Activated(Assignment):
     def of_prompt(self, ids: Tensor | None, origin: int = 0) -> Activated:
         """The same with the starts of this prompt, for good; as it is where they are given.
 
-        Args:
-            ids: ``(B, T)`` integers, or None. origin: how many tokens lie before them.
-
-        Raises:
-            ValueError: no ids.
+        ``origin`` tokens lie before ``ids (B, T)``, without which a ValueError is raised.
         """
         if self.fixed:
             return self
@@ -103,11 +93,8 @@ class Activated(Assignment):
         return pending._with(pending._found(ids, origin), fixed=True)._warned()
 
     def of_forward(self, ids: Tensor | None, past: int) -> Activated:
-        """The same with what a forward shows: the starts in its ids; where it has a cache, of rows
-        without one there, those that the block has seen.
-
-        Args:
-            ids: ``(B, T)`` of the forward, or None. past: tokens in the cache.
+        """The same with what a forward shows: the starts in its ids ``(B, T)``; where it has a
+        cache of ``past`` tokens, of rows without one there, those that the block has seen.
 
         Raises:
             ValueError: a row's start is not to be seen here, and was not before.
@@ -134,12 +121,6 @@ class Activated(Assignment):
             places, shape = places * len(starts), (len(starts),)
         given = self.repeat, self.invocations, starts, fixed, None, self.first
         return Activated(self.names, places, shape, *given)
-
-    def _given(self, starts: tuple[int | None, ...]) -> Activated:
-        """With starts that the caller knows, for as many rows as there are entries."""
-        return Activated(
-            self.names, self.entries, self.shape, self.repeat, self.invocations, starts, fixed=True
-        )
 
     def _found(self, ids: Tensor, origin: int) -> tuple[int | None, ...]:
         """The start of each entry, by its ids."""
@@ -193,11 +174,7 @@ class Activated(Assignment):
 
     def at(self, past: int, length: int, rows: int) -> Assignment:
         """What a forward of ``rows`` sequences of ``length`` tokens over ``past`` ones has: a name
-        for each sequence, where none begins inside; else one for each token.
-
-        Raises:
-            ValueError: starts that are not known.
-        """
+        for each sequence, where none begins inside; else one for each token."""
         if self.starts is None:
             raise self._unknown("found it where nobody has looked for it")
         pairs = list(zip(self.entries, self.starts, strict=True))
@@ -225,10 +202,6 @@ class Activated(Assignment):
         batch: Batch | None = None,
     ) -> Tensor:
         """As of an ordinary one, for a layer that sees all tokens of the rows."""
-        whole = self._of_whole_rows(leading, tokens_first)
-        return whole.per_row(table, leading, device, tokens_first, batch)
-
-    def _of_whole_rows(self, leading: torch.Size, tokens_first: bool) -> Assignment:
         across = leading[:2][::-1] if tokens_first else leading[:2]
         rows = len(self.entries) * self.repeat if self.shape else across[:1].numel()
         length = self.length
@@ -244,7 +217,8 @@ class Activated(Assignment):
                     f"found {tuple(leading)} before the features; the layers of an attached model "
                     "follow a cache, those of lora_ext.nn take whole rows"
                 )
-        return self.at(0, length, rows)
+        whole = self.at(0, length, rows)
+        return whole.per_row(table, leading, device, tokens_first, batch)
 
     # ---------------------------------------------------------------------------------------------
     # What generate does to rows
@@ -286,14 +260,9 @@ def begun(
 ) -> Assignment:
     """An assignment of :func:`lora_ext.adapters` with what the call says of starts.
 
-    Names of tokens say it by themselves, and stay as they are.
-
-    Args:
-        assignment: of names and ``token_ids``. invocations: of its names, empty for ordinary
-            adapters. token_ids, input_ids, starts: of the call.
-
-    Raises:
-        ValueError: more than one of the three; ids or starts that do not fit the names.
+    Names of tokens say it by themselves, and stay as they are. ``invocations`` are those of the
+    names, empty for ordinary adapters. More than one of the last three, or what does not fit the
+    names, is a ValueError.
     """
     given = {"token_ids": token_ids, "input_ids": input_ids, "starts": starts}
     found = [name for name, value in given.items() if value is not None]
@@ -315,7 +284,8 @@ def begun(
         return assignment
     activated = _pending(assignment, invocations)
     if starts is not None:
-        return activated._given(_checked_starts(starts, activated))
+        activated.starts, activated.fixed = _checked_starts(starts, activated), True
+        return activated
     if input_ids is None:
         return activated
     known = activated.of_prompt(input_ids)

@@ -17,6 +17,7 @@ from .rows import Kept, Rows, capturing, constant, repeated
 
 Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]]
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 BASE = "__base__"  # PEFT's name for the base model, beside None
 
 # A decode step has one or two shapes; without a KV cache every step brings a new one.
@@ -74,7 +75,16 @@ class Assignment:
             return assignment
         expected = "one list of names beside token_ids"
         require(len(shape) <= 1, "adapters", "names", expected, "a list of lists")
-        _check_token_ids(token_ids, len(flat))
+        kind = type(token_ids).__name__
+        fits = isinstance(token_ids, Tensor)
+        require(fits, "adapters", "token_ids", "a tensor of integers", kind)
+        require(token_ids.dtype in INTEGERS, "adapters", "token_ids", "integers", token_ids.dtype)
+        expected = "the activations' shape without features, (B, T) or (rows,)"
+        require(token_ids.dim() != 0, "adapters", "token_ids", expected, "a single number")
+        if token_ids.numel():
+            low, high = (int(v) for v in token_ids.aminmax())
+            expected, fits = f"ids in [-1, {len(flat)})", -1 <= low and high < len(flat)
+            require(fits, "adapters", "token_ids", expected, f"{low} to {high}")
         with torch.inference_mode(False), torch.no_grad():
             # A copy: the caller may fill the next batch in before the backward of this one.
             own = torch.tensor([*assignment.places, -1], device=token_ids.device)
@@ -292,12 +302,8 @@ class NamedRows(list[str]):
 
 
 def refuse_singular(where: str, given: Mapping[str, Any]) -> None:
-    """Refuse what a model would swallow, as it does all arguments that it does not know: the base
-    model would answer.
-
-    Raises:
-        TypeError: ``adapter_name``.
-    """
+    """Refuse ``adapter_name``, which a model would swallow, as all arguments that it does not know:
+    the base model would answer."""
     if "adapter_name" in given:
         raise TypeError(
             f"{where}: expected adapter_names=, a name or one for each row, found "
@@ -332,22 +338,3 @@ def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
         if all(name is None or isinstance(name, str) for name in flat):
             return flat, (len(names), lengths[0])
     raise ValueError(f"adapters: names: expected names (str or None), found {names!r:.200}")
-
-
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _check_token_ids(token_ids: Tensor, named: int) -> None:
-    if not isinstance(token_ids, Tensor):
-        raise ValueError(
-            f"adapters: token_ids: expected a tensor of integers, found {type(token_ids).__name__}"
-        )
-    require(token_ids.dtype in INTEGERS, "adapters", "token_ids", "integers", token_ids.dtype)
-    expected = "the activations' shape without features, (B, T) or (rows,)"
-    require(token_ids.dim() != 0, "adapters", "token_ids", expected, "a single number")
-    if token_ids.numel():
-        low, high = (int(v) for v in token_ids.aminmax())
-        if low < -1 or high >= named:
-            raise ValueError(
-                f"adapters: token_ids: expected ids in [-1, {named}), found {low} to {high}"
-            )

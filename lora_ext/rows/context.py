@@ -367,8 +367,19 @@ def of_call(
             torch._C._current_graph_task_id(),
             step=step,
         )
-        with _opened(block):
+        with _open_lock:
+            _open[id(block)] = block
+            _count_open()
+        try:
+            # Without a token: it would put back the block around, which may have been left before.
+            put(block)
             yield block
+        finally:
+            with _open_lock:
+                del _open[id(block)]
+                _count_open()
+            block.entry.left = True
+            _leave(block)
 
 
 @contextlib.contextmanager
@@ -385,24 +396,6 @@ def entered(block: Block | None) -> Iterator[None]:
 def _note(block: Block | None) -> None:
     if torch._C._current_graph_task_id() < 0:
         past.note(block)
-
-
-@contextlib.contextmanager
-def _opened(block: Block) -> Iterator[None]:
-    with _open_lock:
-        _open[id(block)] = block
-        _count_open()
-    # Without a token: it would put back the block around, which may have been left before this one.
-    _block.set(block)
-    try:
-        _note(block)
-        yield
-    finally:
-        with _open_lock:
-            del _open[id(block)]
-            _count_open()
-        block.entry.left = True
-        _leave(block)
 
 
 def _count_open() -> None:
@@ -423,8 +416,7 @@ def _leave(block: Block) -> None:
     outer = block.outer
     while outer is not None and outer.entry.left:
         outer = outer.outer
-    _block.set(outer)
-    _note(outer)
+    put(outer)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -16,19 +16,14 @@ from .attachment import Places
 from .context import Block, Entry, innermost
 
 
-@contextlib.contextmanager
-def generation_scope() -> Iterator[None]:
+def generation_scope() -> contextlib.AbstractContextManager[None]:
     """What :func:`repeat_rows` and :func:`select_rows` do lasts until this block is left."""
-    with context.entered(context.innermost()):
-        yield
+    return context.entered(context.innermost())
 
 
 def repeat_rows(handle: int, count: int) -> None:
-    """From now on every sequence comes ``count`` times in a row, as ``generate`` expands a batch.
-
-    Args:
-        handle: of the pool whose block it is. count: of beams or returned sequences.
-    """
+    """From now on every sequence in a block of this pool comes ``count`` times in a row, as
+    ``generate`` expands a batch for beams and returned sequences."""
 
     def repeat(block: Block) -> Assignment:
         assignment = block.assignment
@@ -39,13 +34,10 @@ def repeat_rows(handle: int, count: int) -> None:
 
 
 def select_rows(rows: Tensor | Sequence[int], batch: int) -> None:
-    """From now on the forwards see these rows alone, in this order, of a batch.
+    """From now on the forwards see these rows alone, in this order, of so many as ``batch`` says.
 
     Every block around that has a name for each row of the batch follows; names for all rows stay,
     and so do blocks of another number of names.
-
-    Args:
-        rows: numbers of rows, ``(n,)``. batch: how many rows there were.
     """
     chosen = [int(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
     change_blocks(lambda block: block.assignment.select(chosen, batch))
@@ -92,19 +84,18 @@ def prompt_known(input_ids: Tensor | None, origin: int = 0) -> None:
     """From now on adapters that begin in mid-sequence begin where this prompt invokes them, until a
     :func:`generation_scope` is left. Starts that the blocks' callers gave stay.
 
-    Args:
-        input_ids: ``(B, T)`` integers, or None. origin: how many tokens lie before them.
-
-    Raises:
-        ValueError: no ids where a block needs them, or of another number of rows than names.
+    ``origin`` tokens lie before ``input_ids (B, T)``. Where a block needs ids and there are none,
+    or of another number of rows than names, a ValueError is raised.
     """
-    change_blocks(
-        lambda block: (
-            block.assignment.of_prompt(input_ids, origin)
-            if isinstance(block.assignment, Activated)
-            else block.assignment
-        )
-    )
+    _change_activated(lambda activated: activated.of_prompt(input_ids, origin))
+
+
+def _change_activated(change: Callable[[Activated], Assignment]) -> None:
+    def assign(block: Block) -> Assignment:
+        found = block.assignment
+        return change(found) if isinstance(found, Activated) else found
+
+    change_blocks(assign)
 
 
 @contextlib.contextmanager
@@ -125,13 +116,7 @@ def activated_forward(
     if not has_activated():
         yield
         return
-    change_blocks(
-        lambda block: (
-            block.assignment.of_forward(input_ids, past)
-            if isinstance(block.assignment, Activated)
-            else block.assignment
-        )
-    )
+    _change_activated(lambda activated: activated.of_forward(input_ids, past))
 
     def change(block: Block) -> Block:
         if not isinstance(block.assignment, Activated):

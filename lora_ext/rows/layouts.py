@@ -30,7 +30,8 @@ def tokens_first(model: nn.Module) -> frozenset[str]:
     """
     found: set[str] = set()
     for root, module in model.named_modules():
-        pattern = TOKENS_FIRST.get(str(_model_type(module)))
+        config = getattr(module, "config", None)
+        pattern = TOKENS_FIRST.get(str(getattr(config, "model_type", None)))
         if pattern is not None:
             names = (name for name, _ in module.named_modules() if re.search(pattern, name))
             found.update(f"{root}.{name}".removeprefix(".") for name in names)
@@ -43,7 +44,3 @@ def tell(model: nn.Module) -> None:
         layer: Any = model.get_submodule(name)
         if hasattr(type(layer), "tokens_first"):
             layer.tokens_first = True
-
-
-def _model_type(module: nn.Module) -> Any:
-    return getattr(getattr(module, "config", None), "model_type", None)

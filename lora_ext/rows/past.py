@@ -74,14 +74,8 @@ def note(block: Any) -> None:
 
 
 def block_of_forward(task: int) -> Any:
-    """The block in which the node was made that this thread's backward is busy with.
-
-    Args:
-        task: number of the backward, of autograd.
-
-    Raises:
-        RuntimeError: threads have different answers, or the node is too old.
-    """
+    """The block in which the node was made that this thread's backward, autograd's number ``task``,
+    is busy with; a RuntimeError where threads have different answers, or the node is too old."""
     node = torch._C._current_autograd_node()
     if node is None:  # a callback at the end of the backward
         return None

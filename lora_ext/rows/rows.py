@@ -38,9 +38,8 @@ def subset(rows: Rows, slots: Sequence[int]) -> Rows:
     """The rows of some of the used adapters, given by their places among these; the rows of the
     others are rows of the base."""
     place = [slots.index(i) if i in slots else -1 for i in range(len(rows.used))]
-    ids = constant([*place, -1], torch.int32, rows.ids.device)[
-        rows.ids.long()
-    ]  # id -1 reads the last
+    place.append(-1)  # which id -1 reads
+    ids = constant(place, torch.int32, rows.ids.device)[rows.ids.long()]
     return Rows(tuple(rows.used[i] for i in slots), ids, ops.lora_plan(ids, len(slots)))
 
 
@@ -93,10 +92,8 @@ def together(rows: Rows, also: Sequence[int]) -> Rows:
 
 
 def _with_used(rows: Rows, used: tuple[int, ...]) -> Rows:
-    place = [used.index(position) for position in rows.used]
-    ids = constant([*place, -1], torch.int32, rows.ids.device)[
-        rows.ids.long()
-    ]  # id -1 reads the last
+    place = [*(used.index(position) for position in rows.used), -1]  # id -1 reads the last
+    ids = constant(place, torch.int32, rows.ids.device)[rows.ids.long()]
     return Rows(used, ids, ops.lora_plan(ids, len(used)))
 
 
@@ -262,10 +259,8 @@ def rows_of(
     def make() -> Rows:
         ids = _one_per_row(adapter_ids, leading, tokens_first)
         if enabled is not None and not all(enabled):
-            place = [i if on else -1 for i, on in enumerate(enabled)]
-            ids = constant([*place, -1], torch.int32, ids.device)[
-                ids.long()
-            ]  # id -1 reads the last
+            place = [*(i if on else -1 for i, on in enumerate(enabled)), -1]  # -1 reads the last
+            ids = constant(place, torch.int32, ids.device)[ids.long()]
         if compiles():
             ids = ids.int()
             return Rows(tuple(range(num_adapters)), ids, ops.lora_plan(ids, num_adapters))

@@ -58,11 +58,16 @@ def is_plain(module: nn.Module, divided: bool = False) -> bool:
 
 
 def _is_plain(module: nn.Module, weight: object, divided: bool) -> bool:
-    return (
-        type(weight) in _PLAIN
-        and "forward" not in module.__dict__  # as accelerate's offloading leaves it
-        and (not _has_hooks(module) or (divided and _of_zero3(module)))
+    if type(weight) not in _PLAIN or "forward" in module.__dict__:  # accelerate's offloading
+        return False
+    hooked = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or any(_OF_ALL_MODULES)
     )
+    return not hooked or (divided and _of_zero3(module))
 
 
 def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:
@@ -80,16 +85,6 @@ def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False)
     kind = "no weight" if weight is None else f"one of {getattr(weight, 'dtype', type(weight))}"
     expected, found = "a base layer with a floating (O, I) weight to read", type(base).__name__
     raise ValueError(f"{purpose}: expected {expected}, found {found} with {kind}")
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or any(_OF_ALL_MODULES)
-    )
 
 
 def _of_zero3(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ class Merging(nn.Module):
     """The part of :class:`LoraLayer` that changes the base weight."""
 
     base_layer: nn.Module
+    r: dict[str, int]
     scaling: dict[str, float]
     use_dora: dict[str, bool]
     lora_bias: dict[str, bool]
@@ -154,13 +155,8 @@ class Merging(nn.Module):
         self._merged, self._copy = [], None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``scaling * B @ A`` in the layout of the base weight and the dtype of the adapter.
-
-        Accumulated in float32 and rounded once.
-
-        Raises:
-            ValueError: no such adapter.
-        """
+        """``scaling * B @ A`` in the layout of the base weight and the dtype of the factors,
+        rounded once; a ValueError where there is no such adapter."""
         self._check_known([adapter])
         a, b, _ = self._raw_factors(adapter)
         delta = ops.lora_delta(a.flatten(1), b.flatten(1), self.scaling[adapter])
@@ -210,7 +206,8 @@ class Merging(nn.Module):
             self._copy = None  # of another weight than the one that comes
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    # Of the subclass
+    # ---------------------------------------------------------------------------------------------
+    # Of one adapter
 
     @property
     def base_weight(self) -> BaseWeight:
@@ -218,11 +215,25 @@ class Merging(nn.Module):
         raise NotImplementedError
 
     def _check_known(self, names: Sequence[str | None]) -> None:
-        raise NotImplementedError
+        for name in names:
+            if name not in self.r:
+                known, where = list(self.r), type(self).__name__
+                raise ValueError(f"{where}: expected an adapter of {known}, found {name!r}")
+
+    def _stores(self) -> list[Any]:
+        """The dictionaries by adapter that hold A and B."""
+        return [getattr(self, name) for name in self.base_weight.stores]
 
     def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """A, B and bias; A flattens to ``(r, I)``, B to ``(O, r)``."""
-        raise NotImplementedError
+        a, b = (store[name] for store in self._stores())
+        return getattr(a, "weight", a), getattr(b, "weight", b), getattr(b, "bias", None)
+
+    def _parameters_of(self, name: str) -> list[Tensor]:
+        found = [p for p in self._raw_factors(name) if p is not None]
+        if self.use_dora[name]:
+            found.append(self._magnitude(name))
+        return found
 
 
 def _widened(tensor: Tensor) -> Tensor:

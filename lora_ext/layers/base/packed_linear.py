@@ -50,20 +50,18 @@ class _Seen:
     def __init__(self, weight: Tensor) -> None:
         self._weight, self._state = weakref.ref(weight), _state(weight)
         self.packed: Tensor | None = None
-        self._places: Tensor | None = None
-        self._values: Tensor | None = None
+        self._sample: tuple[Tensor, Tensor] | None = None  # in the weight's memory; as it was
 
     def is_now(self, weight: Tensor) -> bool:
         """Whether the weight is the same still."""
         if self._weight() is not weight or self._state != _state(weight):
             return False
-        places, values = self._places, self._values
-        return places is None or values is None or torch.equal(places, values)
+        return self._sample is None or torch.equal(*self._sample)
 
     def pack(self, weight: Tensor) -> Tensor:
         """Make the copy."""
-        places = _sample(weight.detach())
-        self._values, self._places = places.clone(), places
+        sample = _sample(weight.detach())
+        self._sample = sample, sample.clone()
         self.packed = ops.pack_weight(weight.detach())
         return self.packed
 
@@ -226,20 +224,23 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
     ``weight.data`` or ``weight.numpy()`` may be missed: unpack first.
 
     Args:
-        model: in evaluation mode; it may be a layer itself.
+        model: in evaluation mode; it may be a layer itself. It comes back.
         names: of the modules to pack, as ``model.named_modules()`` has them; None for all that are
             exactly ``nn.Linear``, but for adapters' factors. Subclasses with a forward of their own
             are left alone.
-
-    Returns:
-        ``model``.
 
     Raises:
         ValueError: no such module, or one that is in training mode, not on the CPU, not of float32
             or bfloat16 (quantised, say), made in inference mode, or has a forward of its own.
         RuntimeError: one is packed already. The model is unchanged then.
     """
-    chosen = dict(linears_of(model)) if names is None else _named(model, names)
+    chosen = linears = dict(linears_of(model))
+    if names is not None:
+        chosen = {}
+        for name in names:
+            expected = "the name of a linear layer of the model"
+            require(name in linears, "pack_linears", "names", expected, repr(name))
+            chosen[name] = linears[name]
     require(chosen, "pack_linears", "model", "a model with linear layers", "none")
     for name, module in chosen.items():
         _check(name, module)
@@ -254,10 +255,7 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
 
 
 def unpack_linears(model: Model) -> Model:
-    """Undo :func:`pack_linears` in all of a model.
-
-    Returns:
-        ``model``.
+    """Undo :func:`pack_linears` in all of ``model``, which comes back.
 
     Raises:
         RuntimeError: nothing in it is packed, or a layer was parametrized since, for which torch
@@ -310,14 +308,11 @@ class Packing(NamedTuple):
 
 
 def packing(model: nn.Module, share: float = 0.25) -> Packing:
-    """Ask whether :func:`pack_linears` of a model gains and fits.
+    """Ask whether :func:`pack_linears` of a model gains and fits; nothing is packed.
 
     Args:
         model: not packed.
         share: of the memory that is free, which the copy may take; above 0, at most 1.
-
-    Returns:
-        the answer; nothing is packed.
 
     Raises:
         ValueError: a share out of range.
@@ -358,16 +353,6 @@ def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         base = module.base if isinstance(module, PoolLayer) else module
         if base not in factors and (type(base) is nn.Linear or isinstance(base, PackedLinear)):
             yield name, base  # pyright: ignore[reportReturnType]
-
-
-def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
-    linears = dict(linears_of(model))
-    chosen: dict[str, nn.Linear] = {}
-    for name in names:
-        expected = "the name of a linear layer of the model"
-        require(name in linears, "pack_linears", "names", expected, repr(name))
-        chosen[name] = linears[name]
-    return chosen
 
 
 def _check(name: str, module: nn.Linear) -> None:

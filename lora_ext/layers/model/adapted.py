@@ -63,8 +63,7 @@ def adapter_parameters(layer: nn.Module, adapter_name: str) -> list[nn.Parameter
     """
     names: Any = getattr(layer, "adapter_layer_names", ())  # PEFT's
     if isinstance(layer, LoraLayer):
-        names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-        names += ("lora_magnitude_vector",)
+        names = (*layer.base_weight.stores, "lora_magnitude_vector")
     found: list[nn.Parameter] = []
     for name in names:
         store: Any = getattr(layer, name, {})

@@ -68,18 +68,8 @@ def block_name(module_name: str, pattern: str | None = None) -> str | None:
 
 
 def block_index(module_name: str, pattern: str | None = None) -> int | None:
-    """Find the index of the block that a module lies in: 7 of ``model.layers.7.mlp.up_proj``.
-
-    Args:
-        module_name: as ``model.named_modules()`` has it.
-        pattern: a regular expression whose first group is the index; default is the first number.
-
-    Returns:
-        the index, or None: the module is in no block.
-
-    Raises:
-        ValueError: a pattern that is none, or whose first group matches no number.
-    """
+    """Find the index of the block that a module lies in, or None: 7 of
+    ``model.layers.7.mlp.up_proj``. Arguments and errors are those of :func:`block_name`."""
     match = _find(module_name, pattern)
     return None if match is None else int(match[1])
 

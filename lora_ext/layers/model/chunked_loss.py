@@ -38,12 +38,10 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
 
     Args:
         model: a causal LM of transformers, or one in PEFT's or another wrapper, by itself on one
-            process or under DDP. Its output layer is an ``nn.Linear``, which may train.
+            process or under DDP. Its output layer is an ``nn.Linear``, which may train. It comes
+            back; copies of it have their own.
         enabled: False brings back what was there.
         chunk: columns of the logits that are in memory at a time.
-
-    Returns:
-        ``model``. Copies of it have their own.
 
     Raises:
         ValueError: no causal LM, ``chunk`` below 1, or a loss that is not transformers' own.

@@ -33,11 +33,9 @@ def exact(model: Model, enabled: bool = True) -> Model:
 
     Args:
         model: of transformers, on the CPU, float32 or bfloat16, in evaluation mode, with the
-            attention "sdpa"; it may be wrapped, or attached to a pool. In place.
+            attention "sdpa"; it may be wrapped, or attached to a pool. It is changed in place, and
+            comes back.
         enabled: False brings back what was there.
-
-    Returns:
-        ``model``.
 
     Raises:
         TypeError: no module, or a flag that is none. ValueError: another attention, or a layer that

@@ -35,14 +35,8 @@ class Forward:
 
     @classmethod
     def remove(cls, module: nn.Module, run: Callable[[Run], bool]) -> bool:
-        """Undo :meth:`put_before`.
-
-        Args:
-            run: whether it is this one that is meant.
-
-        Returns:
-            whether it stood first. Else somebody has wrapped it, and it has to pass calls on.
-        """
+        """Undo :meth:`put_before` of what ``run`` says is meant. False: it did not stand first;
+        somebody has wrapped it, and it has to pass calls on."""
         found = module.__dict__.get("forward")
         if not isinstance(found, cls) or not run(found.run):
             return False

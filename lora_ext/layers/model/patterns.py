@@ -40,14 +40,9 @@ def match_names(
 ) -> tuple[tuple[str | None, ...], ...]:
     """Match every pattern against every name; what does not finish in time is refused.
 
-    Args:
-        method: ``"match"`` or ``"fullmatch"``, as in ``re``.
-        template: regular expression around each pattern, ``{}`` where it goes.
-        patterns: untrusted. names: of modules.
-
-    Returns:
-        One row per pattern, one entry per name: None without a match, else the text of group
-        ``idx`` (empty if the template has none).
+    ``method`` is one of ``re``, ``template`` a regular expression with ``{}`` where a pattern goes.
+    There is a row per pattern and an entry per name: None without a match, else the text of group
+    ``idx`` (empty if the template has none).
     """
     rows: list[tuple[str | None, ...] | None] = [None] * len(patterns)
     hard: list[int] = []
@@ -58,16 +53,12 @@ def match_names(
             hard.append(i)
             continue
         find = getattr(re.compile(template.replace("{}", pattern)), method)
-        rows[i] = tuple(_group(find(name)) for name in names)
+        rows[i] = tuple(m and (m.groupdict().get("idx") or "") for m in map(find, names))
     if hard:
         jobs = [[method, template.replace("{}", patterns[i])] for i in hard]
         for i, row in zip(hard, _match_in_child(jobs, names), strict=True):
             rows[i] = tuple(row)
     return tuple(row for row in rows if row is not None)
-
-
-def _group(match: re.Match[str] | None) -> str | None:
-    return match and (match.groupdict().get("idx") or "")
 
 
 def _match_in_child(jobs: list[list[str]], names: tuple[str, ...]) -> list[list[str | None]]:

@@ -40,14 +40,8 @@ class Swap:
         self.add(model, replacements)
 
     def add(self, model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
-        """Replace further modules of the same model, under names that are not replaced yet.
-
-        Args:
-            model: as where the swap was made. replacements: by name, what comes there.
-
-        Raises:
-            ValueError: as where the swap was made; the model is then as it was.
-        """
+        """Replace further modules of the same model, under names that are not replaced yet;
+        arguments and errors are those of the class."""
         originals: dict[str, nn.Module] = {}
         for name in replacements:
             original = find_module(model, name) if name else None

@@ -283,16 +283,11 @@ def forward_of_the_rest(
         of_base = {key: value for key, value in kwargs.items() if key not in _OF_ADAPTERS}
         return layer.base_layer(x, *args, **of_base)
     if names is None:
-        layer = _with_active(layer, on)
+        # A second object over the same parameters: another thread's forward does not see these.
+        view = object.__new__(type(layer))
+        view.__dict__.update(layer.__dict__, _active_adapter=on)
+        layer = view
     return forward(layer, x, *args, **kwargs)
-
-
-def _with_active(layer: Any, active: list[str]) -> Any:
-    """The layer with other active adapters: a second object over the same parameters, so that
-    another thread's forward does not see them."""
-    view = object.__new__(type(layer))
-    view.__dict__.update(layer.__dict__, _active_adapter=active)
-    return view
 
 
 def _switch_peft(layer: Any, adapter_name: str, state: _State) -> None:

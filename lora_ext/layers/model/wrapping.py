@@ -26,13 +26,9 @@ Model = TypeVar("Model", bound=nn.Module)
 _KEY = "_lora_ext_wrap"
 #: What an adapter's configuration and ``add_adapter`` call by one name.
 _SETTINGS = (
-    "lora_dropout",
-    "init_lora_weights",
-    "preserve_base_output",
-    "use_rslora",
-    "use_dora",
+    "lora_dropout", "init_lora_weights", "preserve_base_output", "use_rslora", "use_dora",
     "lora_bias",
-)
+)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -52,11 +48,11 @@ def wrap(
 ) -> Model:
     """Give a model trainable adapters, as PEFT's ``get_peft_model`` does, and freeze all else.
 
-    Works in place, and needs no peft. Linear layers (transformers' ``Conv1D`` too), embeddings and
-    convolutions of patches become :class:`LoraLinear`, :class:`LoraEmbedding` and
-    :class:`LoraConv`. The adapter's parameters are all that trains: a classifier, which PEFT trains
-    as well for some tasks, stays frozen. The keys of ``state_dict`` are PEFT's without
-    ``base_model.model.``.
+    Works in place, returns the model, and needs no peft; :func:`unwrap` undoes it. Linear layers
+    (transformers' ``Conv1D`` too), embeddings and convolutions of patches become
+    :class:`LoraLinear`, :class:`LoraEmbedding` and :class:`LoraConv`. The adapter's parameters are
+    all that trains: a classifier, which PEFT trains as well for some tasks, stays frozen. The keys
+    of ``state_dict`` are PEFT's without ``base_model.model.``.
 
     A wrapped model takes further adapters under other names. They are not active, and do not train,
     until each layer's ``set_adapter`` says so.
@@ -67,9 +63,6 @@ def wrap(
         adapter_name: without dots.
         autocast_adapter_dtype: beside a base weight of 16 bits, hold the adapter in float32, as
             PEFT does. False takes the dtype of the base weight, which is faster.
-
-    Returns:
-        ``model``; :func:`unwrap` undoes it.
 
     Raises:
         TypeError: ``config`` is no :class:`LoraConfig`, or a flag neither True nor False.
@@ -121,10 +114,7 @@ def unwrap(model: Model) -> Model:
     """Undo :func:`wrap`: every module is the very object that it was, and trains if it did.
 
     A base weight that an initialisation ("pissa", say) has changed gets its own bits back. The
-    adapters are gone from the model.
-
-    Returns:
-        ``model``.
+    adapters are gone from ``model``, which comes back.
 
     Raises:
         RuntimeError: the model is not wrapped, a layer was replaced since, or adapters are merged.
@@ -242,17 +232,13 @@ def _adapt(name: str, module: nn.Module, adapter_name: str, settings: dict[str, 
         if isinstance(module, LoraLayer):
             module.add_adapter(adapter_name, **settings)
             return module
-        return _kind(module)(module, adapter_name, **settings)
+        if linear_size(module) is not None:
+            return LoraLinear(module, adapter_name, **settings)
+        if isinstance(module, nn.Embedding):
+            return LoraEmbedding(module, adapter_name, **settings)
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return LoraConv(module, adapter_name, **settings)
+        expected, found = "Linear, Conv1D, Embedding and convolutions", type(module).__name__
+        raise ValueError(f"target_modules: expected {expected}, found a {found}")
     except (TypeError, ValueError, NotImplementedError) as error:
         raise type(error)(f"wrap: {name}: {error}") from error
-
-
-def _kind(module: nn.Module) -> Any:
-    if linear_size(module) is not None:
-        return LoraLinear
-    if isinstance(module, nn.Embedding):
-        return LoraEmbedding
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return LoraConv
-    expected, found = "Linear, Conv1D, Embedding and convolutions", type(module).__name__
-    raise ValueError(f"target_modules: expected {expected}, found a {found}")
