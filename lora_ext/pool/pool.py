@@ -42,7 +42,7 @@ class Lease(list[int]):
     @property
     def invocations(self) -> list[tuple[int, ...]]:
         """Of each adapter that is pinned, the tokens that it begins with; none for all tokens."""
-        return [resident.config.invocation for resident in self.residents]
+        return [resident.invocation for resident in self.residents]
 
     def renew(self) -> None:
         """Pin the same again after the release: a backward may compute layers once more.

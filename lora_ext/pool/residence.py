@@ -177,8 +177,16 @@ class Residence:
             self._undo(place, saved)
             raise
         # Python assignments only from here on: nothing fails half-way.
-        own = packed.config, place.pages, packed.rank, packed.nbytes, written
-        resident = Resident(name, place.slot, *own)
+        resident = Resident(
+            name,
+            place.slot,
+            packed.config,
+            place.pages,
+            packed.rank,
+            packed.nbytes,
+            written,
+            invocation=packed.config.invocation,
+        )
         self._store.commit(place, resident)
         for victim in place.victims:
             del self.by_name[victim.name]

@@ -45,6 +45,7 @@ class Resident:
     written: Written = field(default_factory=list)  # empty once every stream may read it
     last_use: float = field(default_factory=time.time)  # of the load or the last acquire
     pins: int = 0
+    invocation: tuple[int, ...] = ()  # with which an activated adapter begins
     retired: bool = False  # the name is gone or means another slot; freed with the last pin
     #: No other adapter of the process has it, nor a later version of this one.
     serial: int = field(default_factory=itertools.count(1).__next__)
