@@ -9,9 +9,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import integer, require
 
-from .patterns import normalised, whole
+from .patterns import normalised
 
 
 def cluster_weights(
@@ -40,7 +40,7 @@ def cluster_weights(
     its groups in no order; that they rise with the score is what the paper says.
     """
     where = "cluster_weights"
-    k = whole(where, "k", k, 1)
+    k = integer(where, "k", k, 1)
     require(len(levels) >= k, where, "levels", f"at least k = {k} of them", list(levels))
     positive = all(math.isfinite(level) and level > 0 for level in levels)
     require(positive, where, "levels", "finite numbers above 0", list(levels))

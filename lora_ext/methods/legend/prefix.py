@@ -121,8 +121,8 @@ class PrefixCache:
         model = self.manager.model
         names = self.manager.blocks[: self._blocks]
         stand_ins: dict[str, nn.Module] = {name: _Skipped(self._in_tuple) for name in names}
-        stand_ins[names[-1]] = _Recalled(rows, self._in_tuple)
-        for stand_in, name in zip(stand_ins.values(), names, strict=True):
+        stand_ins[names[-1]] = _Skipped(self._in_tuple, rows)
+        for name, stand_in in stand_ins.items():
             stand_in.train(model.get_submodule(name).training)
         swap = Swap(model, stand_ins, WHERE)
         try:
@@ -173,25 +173,16 @@ def _randomness(module: nn.Module) -> str:
 
 
 class _Skipped(nn.Module):
-    """In the place of a block that need not run."""
+    """In the place of a block that need not run; in that of the last one with the rows that it gave
+    for these samples."""
 
-    def __init__(self, in_tuple: bool):
+    def __init__(self, in_tuple: bool, rows: Tensor | None = None):
         super().__init__()
-        self.in_tuple = in_tuple
+        self.in_tuple, self.rows = in_tuple, rows
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.rows is not None:
+            expected, found = self.rows.shape[:-1], hidden_states.shape[:-1]
+            require(expected == found, WHERE, "samples", f"rows {[*expected]} as kept", [*found])
+            hidden_states = self.rows.to(hidden_states.device, hidden_states.dtype)
         return (hidden_states,) if self.in_tuple else hidden_states
-
-
-class _Recalled(_Skipped):
-    """In the place of the last block that need not run: what it gave for these samples."""
-
-    def __init__(self, rows: Tensor, in_tuple: bool):
-        super().__init__(in_tuple)
-        self.rows = rows
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        expected, found = self.rows.shape[:-1], hidden_states.shape[:-1]
-        require(expected == found, WHERE, "samples", f"rows {[*expected]} as kept", [*found])
-        rows = self.rows.to(hidden_states.device, hidden_states.dtype)
-        return super().forward(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,26 +12,6 @@ from lora_ext._checks import require
 from lora_ext.federated import PATTERN, Client, LayerPlan, check_layers, layer_pairs, plan_bytes
 
 from .capacity import CapacityReport, Estimate
-
-
-class DeviceTime(NamedTuple):
-    """``T(k) = f + k mu + beta U(k)`` of one device; ``U(k)``: the bytes of the last k layers."""
-
-    estimate: Estimate
-    bytes_of: Sequence[float]  # U(0) to U(L)
-
-    def __call__(self, depth: int) -> float:
-        """Seconds of a round in which the last ``depth`` layers train."""
-        f, mu, beta = self.estimate[:3]
-        return f + depth * mu + beta * self.bytes_of[depth]
-
-
-def suffix_sums(values: Sequence[Any]) -> list[Any]:
-    """``sums[k]``, k from 0 on: the sum of the last k values."""
-    sums = [0]
-    for value in reversed(values):
-        sums.append(sums[-1] + value)
-    return sums
 
 
 def waiting_time(times: Iterable[float] | Mapping[Any, float]) -> float:

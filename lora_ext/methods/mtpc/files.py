@@ -11,7 +11,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,23 +63,18 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
         isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
     ):
         raise ValueError(f"{path}: shortlist: expected token ids or null, found {ids!r:.80}")
-    return _config(data["config"], path), ids
-
-
-def _config(data: Any, path: Path) -> MtpcConfig:
-    fields = {field.name: type(field.default) for field in dataclasses.fields(MtpcConfig)}
-    fields["emission"] = str  # a draft has one, the default being chosen by its tokens
-    where = str(path)
-    require(isinstance(data, dict), where, "config", "an object", f"{data!r:.80}")
-    for name, value in data.items():
-        require(name in fields, where, "config", f"some of {[*fields]}", f"{name!r:.80}")
-        wanted = fields[name]
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise ValueError(f"{path}: {name}: expected {wanted.__name__}, found {value!r:.80}")
+    where, found = str(path), data["config"]
+    require(isinstance(found, dict), where, "config", "an object", f"{found!r:.80}")
+    known = [field.name for field in dataclasses.fields(MtpcConfig)]
+    for name in found:
+        require(name in known, where, "config", f"some of {known}", f"{name!r:.80}")
     try:
-        return MtpcConfig(**data)
+        config = MtpcConfig(**found)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error!s:.300}") from None
+    # A draft has an emission: the default is chosen by its tokens.
+    require(config.emission is not None, where, "emission", "a string", "none")
+    return config, ids
 
 
 class DraftFile:
@@ -149,7 +143,8 @@ class DraftFile:
     ) -> dict[str, tuple[int, ...]]:
         try:
             with torch.device("meta"):
-                head = CircuitHead(hidden_size, vocab_size, *config.of_head(), shortlist=shortlist)
+                arguments = config.of_head()
+                head = CircuitHead(hidden_size, vocab_size, **arguments, shortlist=shortlist)
                 bridge = TokenBridge(hidden_size, config.bridge) if config.bridge else None
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # beyond any memory
             raise ValueError(f"{self._file.where}: {error!s:.300}") from None

@@ -8,9 +8,6 @@ The way of a hidden state:
 3. its :class:`~lora_ext.methods.mtpc.emission.SumWeights` make the prior and the transitions;
 4. a circuit op answers: ``circuit_scan`` a likelihood, ``circuit_conditional_dist`` the law of the
    next token, ``circuit_sample`` and ``circuit_argmax`` a window.
-
-A likelihood reads one leaf a position (:meth:`Emission.observed`), so that training never holds the
-logits over the vocabulary; the other queries read all of them (:meth:`CircuitHead.circuit`).
 """
 
 from __future__ import annotations
@@ -38,6 +35,7 @@ _PARTS = {
     "leaves": ("emit", "maps", "unembed", "lora_A", "lora_B"),
     "sums": ("prior", "trans_bias", "trans"),
 }
+_KEYS = [(f"{part}.{name}", name) for part, names in _PARTS.items() for name in names]
 
 
 class Circuit(NamedTuple):
@@ -57,18 +55,16 @@ def _flatten_keys(
     _head: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: dict[str, Any]
 ) -> None:
     """A state dict has the parts' parameters under the head's own names."""
-    for part, names in _PARTS.items():
-        for name in names:
-            if f"{prefix}{part}.{name}" in state_dict:
-                state_dict[prefix + name] = state_dict.pop(f"{prefix}{part}.{name}")
+    for nested, name in _KEYS:
+        if prefix + nested in state_dict:
+            state_dict[prefix + name] = state_dict.pop(prefix + nested)
 
 
 def _nest_keys(_head: nn.Module, state_dict: dict[str, Any], prefix: str, *_others: object) -> None:
     """The inverse of :func:`_flatten_keys`."""
-    for part, names in _PARTS.items():
-        for name in names:
-            if prefix + name in state_dict:
-                state_dict[f"{prefix}{part}.{name}"] = state_dict.pop(prefix + name)
+    for nested, name in _KEYS:
+        if prefix + name in state_dict:
+            state_dict[prefix + nested] = state_dict.pop(prefix + name)
 
 
 def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> None:
@@ -171,10 +167,6 @@ class CircuitHead(nn.Module):
         self.rank = rank
         self.kind = kind
         self.emission = emission
-        self.adapter_rank = adapter_rank
-        self.contextual = contextual
-        self.share_transitions = share_transitions
-        self.init_identity = init_identity
         ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
         if ids is not None:
             ids = ids.to(torch.empty(0, device=device).device)  # the default device, for None

@@ -217,22 +217,14 @@ def retrofit(
     own, weight = list(model.parameters()), _unembedding(model).weight
     config = MtpcConfig() if config is None else config
     config = config.for_tokens(len(weight) if shortlist is None else len(shortlist))
-    head = CircuitHead(
-        weight.shape[1],
-        weight.shape[0],
-        *config.of_head(),
-        dtype=weight.dtype,
-        device=weight.device,
-        shortlist=shortlist,
-    )
+    vocab_size, width = weight.shape
+    options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+    head = CircuitHead(width, vocab_size, **config.of_head(), **options, shortlist=shortlist)
     head.init_from_lm_head(weight)
     tail = None
     if config.draft_layers:
         tail = DraftTail(model, config.draft_layers, config.draft_rank, config.draft_alpha)
-    bridge = None
-    if config.bridge:
-        options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-        bridge = TokenBridge(weight.shape[1], config.bridge, **options)
+    bridge = TokenBridge(width, config.bridge, **options) if config.bridge else None
     draft = Draft(model, config, head, tail, bridge)
     for parameter in own:
         draft._trained.append((parameter, parameter.requires_grad))
