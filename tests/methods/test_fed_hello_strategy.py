@@ -136,7 +136,7 @@ def test_a_round_without_plans_is_skipped():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: strategy(LayerPlan((0,))), TypeError, "allocator: expected HLA or FedHelloConfig"),
+        (lambda: strategy(LayerPlan((0,))), TypeError, "allocator: expected a FedHelloConfig or"),
         (
             lambda: strategy(fim(), proxy=[]),
             EmptyProxySet,

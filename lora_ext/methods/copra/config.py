@@ -9,10 +9,7 @@ from typing import Any, Literal, get_args
 from lora_ext._checks import check_fields, choice, require, within
 
 Shape = Literal["linear", "sine", "exponential", "constant"]
-SHAPES: tuple[Shape, ...] = get_args(Shape)
-
 Sync = Literal["seed", "touch", "tensor"]
-SYNCS: tuple[Sync, ...] = get_args(Sync)
 
 
 @dataclass(frozen=True)
@@ -66,5 +63,6 @@ class CopraConfig:
 
 
 def _ramp(where: str, name: str, value: Any) -> Any:
-    expected = f"a function or one of {SHAPES}"
-    return value if callable(value) else choice(where, name, value, SHAPES, expected=expected)
+    shapes = get_args(Shape)
+    expected = f"a function or one of {shapes}"
+    return value if callable(value) else choice(where, name, value, shapes, expected=expected)

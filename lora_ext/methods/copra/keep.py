@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lora_ext._checks import integer, require
 from lora_ext.adapter import PREFIX, LoraAdapter
-from lora_ext.layers import block_name
+from lora_ext.layers import block_name, matches_suffix
 
 from .controller import CopraController
 from .shapley import Shapley
@@ -61,7 +62,7 @@ def by_suffix(source: Source, *suffixes: str) -> list[str]:
     names = _names(_groups(source, "by_suffix"))
     kept: list[str] = []
     for suffix in suffixes:
-        found = [n for n in names if n == suffix or n.endswith(f".{suffix}")]
+        found = [name for name in names if matches_suffix(name, (suffix,))]
         require(found, "by_suffix", "suffixes", "the end of a module's name", repr(suffix))
         kept += found
     return [name for name in names if name in kept]
@@ -129,7 +130,7 @@ def _groups(source: Source, where: str) -> list[list[str]]:
 
 
 def _names(groups: Sequence[Sequence[str]]) -> list[str]:
-    return [name for group in groups for name in group]
+    return [*chain(*groups)]
 
 
 def _check_count(where: str, k: int, groups: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lora_ext.layers import Swap, adapted_layers, adapter_parameters, is_active
 WHERE = "PrefixCache"
 
 
+@dataclass(eq=False, repr=False)
 class PrefixCache:
     """What each sample is when it leaves the blocks that neither train nor have an adapter.
 
@@ -43,15 +45,11 @@ class PrefixCache:
     Source: LEGEND (arXiv 2412.20004) trains a suffix of the layers; this cache is our choice.
     """
 
-    def __init__(
-        self,
-        manager: LoraLayerManager,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ):
-        self.manager = manager
-        self.dtype = dtype
-        self.device = device
+    manager: LoraLayerManager
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
         self.hits = self.misses = 0
         self._blocks = 0  # how many blocks lie below what is kept
         self._in_tuple = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -45,6 +46,7 @@ class RoundTime(NamedTuple):
     waiting: float  # W
 
 
+@dataclass(eq=False, repr=False)
 class SimulatedClock:
     """Rounds timed by speeds that are known, instead of by a clock.
 
@@ -64,19 +66,14 @@ class SimulatedClock:
         ValueError: a state without layers.
     """
 
-    def __init__(
-        self,
-        speeds: Mapping[Client, Estimate],
-        state: Mapping[str, Tensor],
-        pattern: str = PATTERN,
-        send_frozen: bool = False,
-    ):
-        layers = {pair.layer for pair in layer_pairs("SimulatedClock: state", state, pattern)}
-        self.L = check_layers("SimulatedClock", layers)
-        self.speeds = dict(speeds)
-        self.state = state
-        self.pattern = pattern
-        self.send_frozen = send_frozen
+    speeds: Mapping[Client, Estimate]
+    state: Mapping[str, Tensor]
+    pattern: str = PATTERN
+    send_frozen: bool = False
+
+    def __post_init__(self) -> None:
+        pairs = layer_pairs("SimulatedClock: state", self.state, self.pattern)
+        self.L = check_layers("SimulatedClock", {pair.layer for pair in pairs})
         self.seconds = 0.0
 
     def report(self, device: Client, plan: LayerPlan) -> CapacityReport:

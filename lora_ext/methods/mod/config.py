@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lora_ext._checks import check_fields, require, within
 
@@ -13,11 +13,6 @@ Router = Literal["token", "static", "fixed"]
 Mix = Literal["logit", "prob"]
 Positions = Literal["labels", "all"]
 Backend = Literal["auto", "hidden", "chunked"]
-
-ROUTERS: tuple[Router, ...] = get_args(Router)
-MIXES: tuple[Mix, ...] = get_args(Mix)
-POSITIONS: tuple[Positions, ...] = get_args(Positions)
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _SUM_TOLERANCE = 1e-6
 

@@ -104,9 +104,19 @@ class DepthMixer(nn.Module):
         """Compute the weights ``(..., k)`` of the mix alone; ``hiddens`` and errors are
         :meth:`forward`'s."""
         self._check(hiddens)
-        last = hiddens[-1]
+        last, config = hiddens[-1], self.config
         wide = torch.promote_types(last.dtype, torch.float32)
-        return self._weights(last, wide).expand(*last.shape[:-1], self.config.k)
+        if config.k == 1:
+            weights = torch.ones(1, dtype=wide, device=last.device)
+        elif self.bias is None:
+            weights = constant(tuple(config.fixed_weights or ()), wide, last.device)
+        else:
+            logits = self.bias.to(wide)
+            if self.router is not None:
+                with torch.autocast(last.device.type, enabled=False):
+                    logits = self._normed(last, -1).to(wide) @ self.router.to(wide).T + logits
+            weights = logits.softmax(-1)
+        return weights.expand(*last.shape[:-1], config.k)
 
     def normed(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
         """Put each of ``hiddens`` through its norm, as it is in the mix: what the head makes a
@@ -125,17 +135,6 @@ class DepthMixer(nn.Module):
         norms = [*self.norms[: self.config.k - 1], self.final_norm]
         betas: list[Any] = [getattr(norm, "bias", None) for norm in norms]
         return [self.form.gamma(norm) for norm in norms], None if betas[-1] is None else betas
-
-    def _weights(self, last: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.config.k == 1:
-            return torch.ones(1, dtype=dtype, device=last.device)
-        if self.bias is None:
-            return constant(tuple(self.config.fixed_weights or ()), dtype, last.device)
-        logits = self.bias.to(dtype)
-        if self.router is not None:
-            with torch.autocast(last.device.type, enabled=False):
-                logits = self._normed(last, -1).to(dtype) @ self.router.to(dtype).T + logits
-        return logits.softmax(-1)
 
     def _check(self, hiddens: Sequence[Tensor]) -> None:
         expected = f"k = {self.config.k} tensors"

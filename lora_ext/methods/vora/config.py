@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lora_ext._checks import check_fields, require, within
 
@@ -13,7 +13,6 @@ from .layers import Route
 from .splice import PLACEHOLDER
 
 Pairing = Literal["output", "released"]
-PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
 
 #: The linear layers of a block of Llama and its kin: attention and gated MLP.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
