@@ -49,14 +49,12 @@ class CopraConfig:
     sync: Sync = "seed"
 
     def __post_init__(self) -> None:
-        probability = within(0, 1, expected=("a number", "a probability in [0, 1]"))
         table = {
-            "p0": probability,
-            "p1": probability,
-            "ramp_ratio": within(above=0, maximum=1, expected="a part in (0, 1]"),
+            "p0": within(0, 1),
+            "p1": within(0, 1),
+            "ramp_ratio": within(above=0, maximum=1),
             "ramp": _ramp,
-            "min_active": within(0, expected="an int, at least 0"),
-            "seed": {"expected": "an int"},
+            "min_active": within(0),
         }
         check_fields(self, table)
         require(self.p0 <= self.p1, "CopraConfig", "p0", f"at most p1 = {self.p1}", self.p0)

@@ -86,7 +86,7 @@ def lmc_barrier(
 
 def _grid(lambdas: int | Sequence[float]) -> tuple[float, ...]:
     if isinstance(lambdas, int):
-        integer("lmc_barrier", "lambdas", lambdas, 2, expected="at least 2")
+        integer("lmc_barrier", "lambdas", lambdas, 2)
         return tuple(i / (lambdas - 1) for i in range(lambdas))
     grid = tuple(float(lam) for lam in lambdas)
     outside = [lam for lam in grid if not 0 <= lam <= 1]

@@ -121,7 +121,8 @@ class CopraController:
         """Give the layers back: all are on, and no hook is left. The controller is done then."""
         if not self._removed:
             self.activate_all()
-            if isinstance(self.layers, TouchedGroups | GatedGroups):
+            remove_gates(self.layers)
+            if isinstance(self.layers, TouchedGroups):
                 self.layers.remove()
             self._removed = True
 
@@ -141,7 +142,7 @@ class CopraController:
         require(state.keys() == {"step", *fixed}, where, "state", expected, list(state))
         for name, value in fixed.items():
             require(state[name] == value, where, name, repr(value), repr(state[name]))
-        step = integer(where, "step", state["step"], 0, expected="an int, at least 0")
+        step = integer(where, "step", state["step"], 0)
         if step:
             self.step(step - 1)
         self._next = step

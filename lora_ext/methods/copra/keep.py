@@ -82,7 +82,7 @@ def top_by_shapley(source: Source, values: Shapley | Tensor | Sequence[float], k
     worth = torch.as_tensor(values.values if isinstance(values, Shapley) else values).tolist()
     expected = f"one for each of {len(groups)} groups"
     require(len(worth) == len(groups), "top_by_shapley", "values", expected, len(worth))
-    _check_count("top_by_shapley", k, len(groups))
+    integer("top_by_shapley", "k", k, 0, len(groups))
     best = sorted(range(len(groups)), key=worth.__getitem__, reverse=True)[:k]
     return _names([groups[i] for i in sorted(best)])
 
@@ -100,7 +100,7 @@ def at_random(source: Source, k: int, seed: int = 0) -> list[str]:
         ValueError: k out of range, or a source without modules.
     """
     groups = _groups(source, "at_random")
-    _check_count("at_random", k, len(groups))
+    integer("at_random", "k", k, 0, len(groups))
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(groups), generator=generator)[:k].tolist()
     return _names([groups[i] for i in sorted(chosen)])
@@ -131,10 +131,6 @@ def _groups(source: Source, where: str) -> list[list[str]]:
 
 def _names(groups: Sequence[Sequence[str]]) -> list[str]:
     return [*chain(*groups)]
-
-
-def _check_count(where: str, k: int, groups: int) -> None:
-    integer(where, "k", k, 0, groups, expected=f"an int from 0 to {groups}")
 
 
 def _in_order(blocks: list[str]) -> list[str]:

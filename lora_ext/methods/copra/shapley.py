@@ -226,7 +226,7 @@ def _estimator(
     where = "shapley_values"
     for name, value in (("n", n), ("samples", samples), ("levels", levels)):
         if value is not None:
-            integer(where, name, value, 1, expected="at least 1")
+            integer(where, name, value, 1)
     if method == "permutation":
         return permutation(n, samples or _ORDERS, antithetic, generator)
     if method == "owen":

@@ -99,10 +99,6 @@ class GatedGroups(LayerGroups):
                 if gate is not None:
                     gate.remove() if followed is None else gate.follow(*followed)
 
-    def remove(self) -> None:
-        """Take the gates away."""
-        remove_gates(self)
-
 
 def remove_gates(groups: LayerGroups) -> None:
     """Take the gates off the layers of ``groups``, whoever put them there."""

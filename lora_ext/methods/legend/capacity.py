@@ -315,7 +315,7 @@ class _Device:
 def check_estimate(where: str, name: str, estimate: Estimate) -> None:
     """Refuse speeds that are negative or not finite."""
     for part, value in zip(("f", "mu", "beta"), estimate[:3], strict=True):
-        number(where, f"{name}.{part}", value, 0, expected="a finite number from 0")
+        number(where, f"{name}.{part}", value, 0)
 
 
 def _plain(report: CapacityReport) -> CapacityReport:

@@ -133,9 +133,8 @@ class CircuitHead(nn.Module):
             tokens, a token twice or one outside the vocabulary, leaves larger than the memory that
             is free. NotImplementedError: other dtypes.
 
-    Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv
-    2511.11346) and its code; ``adapter`` is ours (docs/mtpc.md). A shortlist for the draft:
-    FR-Spec (arXiv 2502.14856).
+    Source: arXiv 2511.11346 and its code; ``adapter`` is ours (docs/mtpc.md). A shortlist for the
+    draft: FR-Spec (arXiv 2502.14856).
     """
 
     def __init__(
@@ -157,8 +156,8 @@ class CircuitHead(nn.Module):
         super().__init__()
         dtype = torch.get_default_dtype() if dtype is None else dtype
         check_structure("CircuitHead", n_token, rank, kind, emission, adapter_rank)
-        integer("CircuitHead", "hidden_size", hidden_size, 1, expected="at least 1")
-        integer("CircuitHead", "vocab_size", vocab_size, 2, expected="at least 2")
+        integer("CircuitHead", "hidden_size", hidden_size, 1)
+        integer("CircuitHead", "vocab_size", vocab_size, 2)
         floats = f"one of {FLOATS}"
         require(dtype in FLOATS, "CircuitHead", "dtype", floats, dtype, NotImplementedError)
         self.hidden_size = hidden_size

@@ -309,5 +309,5 @@ def _check(base_layer: nn.Module, rank: int, route: str) -> None:
     fits = linear and not isinstance(base_layer, LoraLayer)
     expected = "nn.Linear, Conv1D or a quantised linear layer"
     require(fits, "VoraLinear", "base_layer", expected, type(base_layer).__name__, TypeError)
-    integer("VoraLinear", "rank", rank, 1, expected="an int, at least 1")
+    integer("VoraLinear", "rank", rank, 1)
     choice("VoraLinear", "route", route, get_args(Route))
