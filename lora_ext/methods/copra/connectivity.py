@@ -27,7 +27,7 @@ class Barrier(NamedTuple):
 
     barrier: float
     lambdas: tuple[float, ...]
-    losses: tuple[float, ...]  # at each of lambdas
+    losses: tuple[float, ...]
 
 
 def lmc_barrier(

@@ -202,12 +202,26 @@ class LegendConfigurator:
         if round is not None and round % self.cover_every == 0:
             raised = self._cover(devices, depths, previous or {})
         extra_wait = waiting_time(_times(devices, depths)) - calm
-        if self.byte_budget is not None:
-            self._spare(devices, depths, self.byte_budget)
-        found = self._result(devices, depths, target)
-        found.raised, found.extra_wait = raised, extra_wait
         if raised is not None:
             _log.info("%s: %r trains all it can, %.3g s more wait", WHERE, raised, extra_wait)
+        if self.byte_budget is not None:
+            self._spare(devices, depths, self.byte_budget)
+        pairs = [(device.name, k) for device, k in zip(devices, depths, strict=True)]
+        found = Configuration((name, self.plan(name, k)) for name, k in pairs)
+        times = _times(devices, depths)
+        found.depths, found.times = dict(pairs), dict(zip(found, times, strict=True))
+        found.target, found.seconds, found.waiting = target, max(times), waiting_time(times)
+        late = target * (1 + _SAME)
+        found.over_target = tuple(d.name for d in devices if d.time(self.k_min) > late)
+        found.raised, found.extra_wait = raised, extra_wait
+        found.uncovered = tuple(range(self.L - max(depths)))
+        found.bytes = _bytes(devices, depths)
+        if len(found.over_target) == len(devices):
+            warnings.warn(
+                f"{WHERE}: all devices are over the target even at depth {self.k_min}", stacklevel=2
+            )
+        elif found.over_target:
+            _log.info("%s: over the target of %.3g s: %s", WHERE, target, found.over_target)
         return found
 
     def _devices(
@@ -317,27 +331,6 @@ class LegendConfigurator:
                 )
                 return
             depths[max(deeper, key=cost)] -= 1
-
-    def _result(self, devices: list[_Device], depths: list[int], target: float) -> Configuration:
-        names = [device.name for device in devices]
-        found = Configuration(
-            (name, self.plan(name, k)) for name, k in zip(names, depths, strict=True)
-        )
-        times = _times(devices, depths)
-        found.depths = dict(zip(names, depths, strict=True))
-        found.times = dict(zip(names, times, strict=True))
-        found.target, found.seconds, found.waiting = target, max(times), waiting_time(times)
-        late = target * (1 + _SAME)
-        found.over_target = tuple(d.name for d in devices if d.time(self.k_min) > late)
-        found.uncovered = tuple(range(self.L - max(depths)))
-        found.bytes = _bytes(devices, depths)
-        if len(found.over_target) == len(devices):
-            warnings.warn(
-                f"{WHERE}: all devices are over the target even at depth {self.k_min}", stacklevel=3
-            )
-        elif found.over_target:
-            _log.info("%s: over the target of %.3g s: %s", WHERE, target, found.over_target)
-        return found
 
 
 class _Device(NamedTuple):

@@ -171,11 +171,8 @@ class Draft(nn.Module):
         with contextlib.closing(DraftFile(folder, config, shortlist, *sizes)) as file:
             draft = retrofit(model, config, shortlist)
             try:
-                draft.head.to(file.head_dtype)
-                if draft.bridge is not None:
-                    draft.bridge.to(file.bridge_dtype)
-                if draft.tail is not None:
-                    draft.tail.to(file.tail_dtype)
+                for part, dtype in file.dtypes.items():
+                    draft.get_submodule(part).to(dtype)
                 draft.load_state_dict(file.read(draft.state_dict()))
             except BaseException:
                 draft.remove()
