@@ -93,12 +93,17 @@ class DepthMixer(nn.Module):
         self._check(hiddens)
         if self.config.k == 1:
             return self.final_norm(hiddens[0]), self.weights(hiddens)
-        gammas, betas = self._affine()
-        rest = (self.form.eps, betas, self.form.kind)
+        (gammas, betas), (kind, eps, _) = self._affine(), self.form
         if self.router is not None and self.bias is not None and len(hiddens) <= _MOST:
-            return ops.depth_mix_routed(hiddens, gammas, self.router, self.bias, *rest)
+            return ops.depth_mix_routed(hiddens, gammas, self.router, self.bias, eps, betas, kind)
         weights = self.weights(hiddens)
-        return _mix(hiddens, gammas, weights, *rest), weights
+        parts: list[Tensor] = []
+        for start in range(0, len(hiddens), _MOST):
+            part = slice(start, start + _MOST)
+            shift = None if betas is None else betas[part]
+            own = hiddens[part], gammas[part], weights[..., part]
+            parts.append(ops.depth_mix(*own, eps, shift, kind))
+        return (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)), weights
 
     def weights(self, hiddens: Sequence[Tensor]) -> Tensor:
         """Compute the weights ``(..., k)`` of the mix alone; ``hiddens`` and errors are
@@ -152,21 +157,3 @@ class DepthMixer(nn.Module):
     def extra_repr(self) -> str:
         """The router, and how many hidden states it weighs."""
         return f"k={self.config.k}, router={self.config.router!r}, form={tuple(self.form)}"
-
-
-def _mix(
-    hiddens: Sequence[Tensor],
-    gammas: Sequence[Tensor],
-    weights: Tensor,
-    eps: float,
-    betas: Sequence[Tensor] | None,
-    kind: str,
-) -> Tensor:
-    """``ops.depth_mix``, as many hidden states at once as it takes."""
-    parts: list[Tensor] = []
-    for start in range(0, len(hiddens), _MOST):
-        part = slice(start, start + _MOST)
-        shift = None if betas is None else betas[part]
-        own = hiddens[part], gammas[part], weights[..., part]
-        parts.append(ops.depth_mix(*own, eps, shift, kind))
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
