@@ -166,7 +166,7 @@ def test_what_cannot_be_compared_is_refused_by_name():
 
     refused(rf"{name}", first, less)
     refused(rf"lmc_barrier: {name}: expected the same modules .* the model alone", less, less)
-    refused(r"lambdas: expected at least 2, found 1", first, first, lambdas=1)
+    refused(r"lambdas: expected an integer from 2, found 1", first, first, lambdas=1)
     refused(r"lambdas: expected numbers in \[0, 1\], found \[1.5\]", first, first, lambdas=[0, 1.5])
     refused(r"space: .* found 'weights'", first, first, space="weights")
     refused(
@@ -268,7 +268,7 @@ def test_thirds_of_any_number_of_groups_are_a_partition():
             r"values: expected one for each of 3 groups, found 1",
         ),
         (lambda g: top_by_shapley(g, [1.0] * 3, 4), r"top_by_shapley: k: .* from 0 to 3, found 4"),
-        (lambda g: at_random(g, -1), r"at_random: k: expected an int from 0 to 3, found -1"),
+        (lambda g: at_random(g, -1), r"at_random: k: expected an integer from 0 to 3, found -1"),
         (lambda g: every_other([]), r"every_other: source: expected modules, found none"),
         (lambda g: every_other(torch.nn.Linear(1, 1)), r"source: expected .* found Linear"),
     ],

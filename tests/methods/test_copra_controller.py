@@ -361,7 +361,7 @@ def test_the_state_of_another_schedule_is_refused(other: dict, message: str):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": -1}, r"step: expected an int, at least 0, found -1"),
+        ({"step": -1}, r"step: expected an integer from 0, found -1"),
         ({"step": 1.5}, r"step: .* found 1.5"),
         ({"epoch": 1}, r"state: expected the keys \['step', .*\], found"),
     ],

@@ -184,7 +184,7 @@ def test_rows_that_the_model_flattens_are_evaluated_one_by_one():
         ({"batched_coalitions": 4}, r"batched_coalitions: expected at least 1, and 1 without a"),
         ({"batch": BATCH, "batched_coalitions": 0}, r"batched_coalitions: .* found 0"),
         ({"batch": {"name": "a"}}, r"batch: expected tensors with rows, found \['name'\]"),
-        ({"batch": BATCH, "samples": 0}, r"samples: expected at least 1, found 0"),
+        ({"batch": BATCH, "samples": 0}, r"samples: expected an integer from 1, found 0"),
     ],
 )
 def test_bad_arguments_are_refused(settings: dict, message: str):

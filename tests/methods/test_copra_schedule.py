@@ -149,19 +149,19 @@ def test_drawing_leaves_torchs_generator_alone():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"p0": -0.1}, r"CopraConfig: p0: expected a probability in \[0, 1\], found -0.1"),
+        ({"p0": -0.1}, r"CopraConfig: p0: expected a number in \[0, 1\], found -0.1"),
         ({"p0": math.nan}, r"CopraConfig: p0: .* found nan"),
-        ({"p1": 1.1}, r"CopraConfig: p1: expected a probability in \[0, 1\], found 1.1"),
+        ({"p1": 1.1}, r"CopraConfig: p1: expected a number in \[0, 1\], found 1.1"),
         ({"p1": math.nan}, r"CopraConfig: p1: .* found nan"),
         ({"p0": 0.6, "p1": 0.5}, r"CopraConfig: p0: expected at most p1 = 0.5, found 0.6"),
-        ({"p0": "0.1"}, r"CopraConfig: p0: expected a number, found '0.1'"),
-        ({"ramp_ratio": 0.0}, r"CopraConfig: ramp_ratio: expected a part in \(0, 1\], found 0.0"),
+        ({"p0": "0.1"}, r"CopraConfig: p0: expected a number in \[0, 1\], found '0.1'"),
+        ({"ramp_ratio": 0.0}, r"CopraConfig: ramp_ratio: expected a number in \(0, 1\], found 0.0"),
         ({"ramp_ratio": 1.5}, r"CopraConfig: ramp_ratio: .* found 1.5"),
         ({"ramp_ratio": math.nan}, r"CopraConfig: ramp_ratio: .* found nan"),
         ({"ramp": "cubic"}, r"CopraConfig: ramp: expected a function or one of .* found 'cubic'"),
-        ({"min_active": -1}, r"CopraConfig: min_active: expected an int, at least 0, found -1"),
+        ({"min_active": -1}, r"CopraConfig: min_active: expected an integer from 0, found -1"),
         ({"min_active": 1.5}, r"CopraConfig: min_active: .* found 1.5"),
-        ({"seed": None}, r"CopraConfig: seed: expected an int, found None"),
+        ({"seed": None}, r"CopraConfig: seed: expected an integer, found None"),
         ({"sync": "barrier"}, r"CopraConfig: sync: expected one of .* found 'barrier'"),
     ],
 )
@@ -173,10 +173,14 @@ def test_a_bad_field_is_refused_by_name(fields: dict, message: str):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((4, 0), ValueError, r"CopraSchedule: total_steps: expected at least 1, found 0"),
-        ((4, 2.5), TypeError, r"CopraSchedule: total_steps: expected an int, found 2.5"),
-        ((4, True), TypeError, r"CopraSchedule: total_steps: expected an int, found True"),
-        ((0, 5), ValueError, r"CopraSchedule: num_groups: expected at least 1, found 0"),
+        ((4, 0), ValueError, r"CopraSchedule: total_steps: expected an integer from 1, found 0"),
+        ((4, 2.5), TypeError, r"CopraSchedule: total_steps: expected an integer from 1, found 2.5"),
+        (
+            (4, True),
+            TypeError,
+            r"CopraSchedule: total_steps: expected an integer from 1, found True",
+        ),
+        ((0, 5), ValueError, r"CopraSchedule: num_groups: expected an integer from 1, found 0"),
     ],
 )
 def test_bad_numbers_of_steps_and_groups_are_refused(arguments, error, message: str):
@@ -192,7 +196,11 @@ def test_more_groups_than_there_are_cannot_be_active():
 
 @pytest.mark.parametrize("method", ["probability", "mask", "expected_active"])
 def test_a_step_before_the_first_is_refused(method: str):
-    with pytest.raises(ValueError, match=r"CopraSchedule: step: expected at least 0, found -1"):
+    with pytest.raises(
+        ValueError, match=r"CopraSchedule: step: expected an integer from 0, found -1"
+    ):
         getattr(schedule(), method)(-1)
-    with pytest.raises(TypeError, match=r"CopraSchedule: step: expected an int, found 1.0"):
+    with pytest.raises(
+        TypeError, match=r"CopraSchedule: step: expected an integer from 0, found 1.0"
+    ):
         getattr(schedule(), method)(1.0)

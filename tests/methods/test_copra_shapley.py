@@ -175,9 +175,9 @@ def test_a_value_that_is_not_finite_is_refused_with_its_coalition(value: float):
     ("arguments", "message"),
     [
         ((21, "exact"), r"at most 20 players .*found 21; 'permutation' and 'owen' take samples"),
-        ((0, "exact"), r"shapley_values: n: expected at least 1, found 0"),
+        ((0, "exact"), r"shapley_values: n: expected an integer from 1, found 0"),
         ((3, "monte carlo"), r"method: expected 'exact', 'permutation' or 'owen', found 'monte"),
-        ((3, "owen", 0), r"samples: expected at least 1, found 0"),
+        ((3, "owen", 0), r"samples: expected an integer from 1, found 0"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: tuple, message: str):

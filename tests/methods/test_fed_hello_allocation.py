@@ -157,9 +157,9 @@ def test_settings_make_the_same_allocation():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: HLA("cone", 6), ValueError, "pattern: expected one of ['uniform', 'triangle', "),
-        (lambda: HLA("uniform", 0), ValueError, "L: expected an integer at least 1, found 0"),
-        (lambda: HLA("uniform", True), TypeError, "L: expected an integer, found True"),
+        (lambda: HLA("cone", 6), ValueError, "pattern: expected one of ('uniform', 'triangle', "),
+        (lambda: HLA("uniform", 0), ValueError, "L: expected an integer from 1, found 0"),
+        (lambda: HLA("uniform", True), TypeError, "L: expected an integer from 1, found True"),
         (
             lambda: HLA("uniform", 6, kind="random"),
             ValueError,
@@ -179,19 +179,19 @@ def test_settings_make_the_same_allocation():
         (
             lambda: HLA("uniform", 6, prior_rounds=0),
             ValueError,
-            "prior_rounds: expected an integer at least 1, found 0",
+            "prior_rounds: expected an integer from 1, found 0",
         ),
         (
             lambda: HLA("uniform", 6, every=0),
             ValueError,
-            "every: expected an integer at least 1, found 0",
+            "every: expected an integer from 1, found 0",
         ),
         (
             lambda: HLA("uniform", 6, mix=1.5),
             ValueError,
             "mix: expected a number in [0, 1], found 1.5",
         ),
-        (lambda: HLA("uniform", 6, k=0), ValueError, "k: expected an integer at least 1, found 0"),
+        (lambda: HLA("uniform", 6, k=0), ValueError, "k: expected an integer from 1, found 0"),
         (
             lambda: HLA("uniform", 6, k=4),
             ValueError,
@@ -205,12 +205,12 @@ def test_settings_make_the_same_allocation():
         (
             lambda: HLA("uniform", 6).plan(1, 4, True),
             TypeError,
-            "capability of client 4: expected an integer, found True",
+            "capability of client 4: expected an integer from 0 to 6, found True",
         ),
         (
             lambda: HLA("uniform", 6).plan(-1, 4, 2),
             ValueError,
-            "round: expected an integer at least 0, found -1",
+            "round: expected an integer from 0, found -1",
         ),
         (
             lambda: HLA("uniform", 6).update(1, [1.0]),
@@ -223,9 +223,9 @@ def test_settings_make_the_same_allocation():
             "scores: expected finite numbers, found [inf]",
         ),
         (lambda: FedHelloConfig(hold=1), ValueError, "hold: expected True or False, found 1"),
-        (lambda: FedHelloConfig(seed=-1), ValueError, "seed: expected an integer at least 0"),
+        (lambda: FedHelloConfig(seed=-1), ValueError, "seed: expected an integer from 0"),
         (lambda: FedHelloConfig(score="loss"), ValueError, "score: expected one of ('log_prob', "),
-        (lambda: FedHelloConfig(chunk=0), ValueError, "chunk: expected an integer at least 1, fo"),
+        (lambda: FedHelloConfig(chunk=0), ValueError, "chunk: expected an integer from 1, fo"),
     ],
 )
 def test_errors_name_the_field(call, error, message):

@@ -71,7 +71,7 @@ def test_no_grouping_has_smaller_squares(scores, k):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1.0], 0), "k: expected an integer at least 1, found 0"),
+        (([1.0], 0), "k: expected an integer from 1, found 0"),
         (([1.0], 2, (1,)), "levels: expected at least k = 2 of them, found [1]"),
         (([1.0], 1, (0,)), "levels: expected finite numbers above 0, found [0]"),
         (([], 3), "scores: expected shape (L,), found [0]"),

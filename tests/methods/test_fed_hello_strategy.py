@@ -136,7 +136,7 @@ def test_a_round_without_plans_is_skipped():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: strategy(LayerPlan((0,))), TypeError, "allocator: expected HLA or FedHelloConfig"),
+        (lambda: strategy(LayerPlan((0,))), TypeError, "allocator: expected a FedHelloConfig or"),
         (
             lambda: strategy(fim(), proxy=[]),
             EmptyProxySet,
@@ -166,7 +166,7 @@ def test_a_round_without_plans_is_skipped():
         (
             lambda: fed_hello.FedHello(HLA("uniform", 3), capability={0: True}),
             TypeError,
-            "capabilities: expected an integer, found True",
+            "capabilities: expected an integer from 0 to 3, found True",
         ),
         (lambda: strategy(HLA("uniform", 3), fraction_train=0.0), ValueError, "fraction_train: ex"),
     ],

@@ -80,7 +80,7 @@ def test_the_true_sum_of_rounded_ranks_is_told(caplog: pytest.LogCaptureFixture)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"L": 0}, "L: expected at least 1, found 0"),
+        ({"L": 0}, "L: expected an integer from 1, found 0"),
         ({"total": 11}, "total: expected at least 12, r_min in each layer, found 11"),
         ({"total": 35, "r_min": 3}, "total: expected at least 36"),
         ({"total": 49, "r_max": 4}, "total: expected at most 48, r_max in each, found 49"),
@@ -101,7 +101,7 @@ def test_bad_settings_are_refused(settings: dict, message: str):
 @pytest.mark.parametrize("name", ["L", "total", "r_max"])
 @pytest.mark.parametrize("value", [True, 2.0])
 def test_what_is_no_int_is_refused(name: str, value: object):
-    with pytest.raises(TypeError, match=f"rank_distribution: {name}: expected an int"):
+    with pytest.raises(TypeError, match=f"rank_distribution: {name}: expected an integer"):
         rank_distribution(**{"L": 3, "total": 9, name: value})
 
 
@@ -117,7 +117,7 @@ def test_a_rank_beyond_a_module_is_refused_by_the_name_of_the_module():
         layer_bytes(state, (4, 5))
     with pytest.raises(ValueError, match="ranks: expected one for each of 2 layers, found 3"):
         layer_bytes(state, (1, 1, 1))
-    with pytest.raises(ValueError, match=r"ranks\[0\]: expected at least 1, found 0"):
+    with pytest.raises(ValueError, match=r"ranks\[0\]: expected an integer from 1, found 0"):
         layer_bytes(state, (0, 1))
 
 

@@ -220,5 +220,5 @@ def test_a_state_that_is_saved_again_before_the_first_round_is_still_all_of_it()
 
 
 def test_a_config_of_another_kind_is_refused():
-    with pytest.raises(TypeError, match="Legend: config: expected LegendConfig, found str"):
+    with pytest.raises(TypeError, match="Legend: config: expected a LegendConfig, found str"):
         legend.Legend("balanced")  # pyright: ignore[reportArgumentType]

@@ -67,7 +67,7 @@ def test_other_starts():
         ({"scheme": "pissa"}, "gamma_exponents: scheme: .*found 'pissa'"),
         ({"eta_A_exp": math.nan}, "gamma_exponents: eta_A_exp: .*found nan"),
         ({"eta_B_exp": INF}, "gamma_exponents: eta_B_exp: .*found inf"),
-        ({"steps": 0}, "gamma_exponents: steps: expected an integer of at least 1, found 0"),
+        ({"steps": 0}, "gamma_exponents: steps: expected an integer from 1, found 0"),
         ({"steps": 2.0}, "gamma_exponents: steps: .*found 2.0"),
     ],
     ids=str,

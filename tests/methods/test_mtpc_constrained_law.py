@@ -35,8 +35,9 @@ class Call:
     """One call of a decoder on a table instead of a model, for many rows at once."""
 
     def __init__(self, guided: bool, control: type[Constrained] = Constrained):
-        self.decoder = make_draft(make_model("llama"), "cp", n_token=N, rank=2).decoder()
-        self.guide = guide() if guided else None
+        draft = make_draft(make_model("llama"), "cp", n_token=N, rank=2)
+        how = {"constraint": constraint(), "guide": guide() if guided else None}
+        self.decoder = draft.decoder(**how)
         self.control, self.model = control, table_model()
         self.hidden = torch.randn(1, 16, generator=torch.Generator().manual_seed(3)).double()
 
@@ -46,9 +47,9 @@ class Call:
         batch, most = len(drawing), 1 - 2.0**-24  # bisection would ask for 1 itself
         drawing, testing = drawing.clamp(max=most), testing.clamp(max=most)
         request = Request(BUDGET, frozenset([EOS]), 0, None, [0] * batch, {})
-        control = self.control(constraint(), self.guide, request, batch, V, 1.0)
+        control = self.control(self.decoder, request, batch)
         numbers = drawing[..., None].expand(-1, -1, 2)
-        window = control.drafted(self.decoder, self.hidden.expand(batch, -1), None, numbers)
+        window = control.drafted(self.hidden.expand(batch, -1), None, numbers)
         tokens = control.with_forced(window.tokens)
         target = control.target(torch.stack([self.table(tuple(t)) for t in tokens.tolist()]))
         accepted, token = self.decoder.verify(window, target, None, testing)
@@ -122,7 +123,7 @@ class Call:
     @cache  # noqa: B019
     def next(self, text: Tokens) -> list[float]:
         """The stated law behind some tokens, by the processor of ``generate``."""
-        how = ConstraintProcessor(constraint(), self.guide, max_new_tokens=BUDGET)
+        how = ConstraintProcessor(constraint(), self.decoder.guide, max_new_tokens=BUDGET)
         for k in range(len(text) + 1):
             law = how(torch.tensor([[0, *text[:k]]]), self.model(text[:k]).log()[None])
         return law[0].softmax(-1).tolist()

@@ -236,8 +236,8 @@ def test_a_configuration_is_checked_where_it_is_made():
         ("n_token: expected at least 2 for 'btree', found 1", {"n_token": 1}),
         (r"gamma: expected a number in \(0, 1\], found 0", {"gamma": 0}),
         (r"beta: expected a number in \[0, 1\], found 2.0", {"beta": 2.0}),
-        ("draft_layers: expected at least 0, found -1", {"draft_layers": -1}),
-        ("draft_rank: expected at least 1, found 0", {"draft_rank": 0}),
+        ("draft_layers: expected an integer from 0, found -1", {"draft_layers": -1}),
+        ("draft_rank: expected an integer from 1, found 0", {"draft_rank": 0}),
         ("draft_alpha: expected a number above 0, found 0", {"draft_alpha": 0}),
     ]
     for message, fields in cases:

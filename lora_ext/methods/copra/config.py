@@ -9,10 +9,7 @@ from typing import Any, Literal, get_args
 from lora_ext._checks import check_fields, choice, require, within
 
 Shape = Literal["linear", "sine", "exponential", "constant"]
-SHAPES: tuple[Shape, ...] = get_args(Shape)
-
 Sync = Literal["seed", "touch", "tensor"]
-SYNCS: tuple[Sync, ...] = get_args(Sync)
 
 
 @dataclass(frozen=True)
@@ -52,19 +49,18 @@ class CopraConfig:
     sync: Sync = "seed"
 
     def __post_init__(self) -> None:
-        probability = within(0, 1, expected=("a number", "a probability in [0, 1]"))
         table = {
-            "p0": probability,
-            "p1": probability,
-            "ramp_ratio": within(above=0, maximum=1, expected="a part in (0, 1]"),
+            "p0": within(0, 1),
+            "p1": within(0, 1),
+            "ramp_ratio": within(above=0, maximum=1),
             "ramp": _ramp,
-            "min_active": within(0, expected="an int, at least 0"),
-            "seed": {"expected": "an int"},
+            "min_active": within(0),
         }
         check_fields(self, table)
         require(self.p0 <= self.p1, "CopraConfig", "p0", f"at most p1 = {self.p1}", self.p0)
 
 
 def _ramp(where: str, name: str, value: Any) -> Any:
-    expected = f"a function or one of {SHAPES}"
-    return value if callable(value) else choice(where, name, value, SHAPES, expected=expected)
+    shapes = get_args(Shape)
+    expected = f"a function or one of {shapes}"
+    return value if callable(value) else choice(where, name, value, shapes, expected=expected)

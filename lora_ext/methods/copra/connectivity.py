@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ class Barrier(NamedTuple):
 
     barrier: float
     lambdas: tuple[float, ...]
-    losses: tuple[float, ...]  # at each of lambdas
+    losses: tuple[float, ...]
 
 
 def lmc_barrier(
@@ -74,7 +74,9 @@ def lmc_barrier(
     with evaluating(model), torch.no_grad():
         for lam in dict.fromkeys((0.0, 1.0, *grid)):
             value = interpolate_adapters(*ends, lam, space)
-            with _in_place(layers, adapter, value):
+            with contextlib.ExitStack() as undo:
+                for name, layer in layers.items():
+                    _put(undo, name, layer, adapter, value.modules[name])
                 losses[lam] = float(eval_fn(model))
             found = f"{losses[lam]} at lambda = {lam}"
             require(math.isfinite(losses[lam]), "lmc_barrier", "eval_fn", "a finite loss", found)
@@ -84,7 +86,7 @@ def lmc_barrier(
 
 def _grid(lambdas: int | Sequence[float]) -> tuple[float, ...]:
     if isinstance(lambdas, int):
-        integer("lmc_barrier", "lambdas", lambdas, 2, expected="at least 2")
+        integer("lmc_barrier", "lambdas", lambdas, 2)
         return tuple(i / (lambdas - 1) for i in range(lambdas))
     grid = tuple(float(lam) for lam in lambdas)
     outside = [lam for lam in grid if not 0 <= lam <= 1]
@@ -122,25 +124,9 @@ def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
         require(expected == found, "lmc_barrier", name, words, f"{found} in the adapters")
 
 
-@contextlib.contextmanager
-def _in_place(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> Iterator[None]:
-    """A block in which the layers have the value's factors and scales, of whatever rank.
-
-    Other parameters take the place of the layers' own, which so keep every bit.
-    """
-    undo: list[Callable[[], None]] = []
-    try:
-        for name, layer in layers.items():
-            _put(layer, adapter, value.modules[name], undo, name)
-        yield
-    finally:
-        for restore in reversed(undo):
-            restore()
-
-
-def _put(
-    layer: Any, adapter: str, factors: Factors, undo: list[Callable[[], None]], name: str
-) -> None:
+def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factors: Factors) -> None:
+    """Give a layer factors and scale, of whatever rank, until ``undo`` is closed. Other parameters
+    take the place of the layer's own, which so keep every bit."""
     if factors.embedding:
         places = {"a": (layer.lora_embedding_A, adapter), "b": (layer.lora_embedding_B, adapter)}
     else:
@@ -158,8 +144,7 @@ def _put(
         # Zeros, where an adapter has no bias.
         value = torch.zeros_like(own) if new is None else new.to(own.device, own.dtype)
         parameter = nn.Parameter(value, requires_grad=own.requires_grad)
-        undo.append(lambda owner=owner, key=key, own=own: setattr(owner, key, own))
+        undo.callback(setattr, owner, key, own)
         setattr(owner, key, parameter)
-    scale = layer.scaling[adapter]
-    undo.append(lambda: layer.scaling.__setitem__(adapter, scale))
+    undo.callback(layer.scaling.__setitem__, adapter, layer.scaling[adapter])
     layer.scaling[adapter] = factors.scaling

@@ -48,20 +48,13 @@ class CopraController:
     def __init__(
         self, model: nn.Module, config: CopraConfig, total_steps: int, adapter: str = "default"
     ):
-        found = adapted_layers(model, adapter)
-        _check_groups(config.group_by, list(found))
-        for name, layer in found.items():
-            if adapter in layer.merged_adapters:  # pyright: ignore[reportOperatorIssue]
-                raise ValueError(
-                    f"CopraController: {name}: expected an adapter apart from the base weight, "
-                    f"found {adapter!r} merged into it: a merged adapter cannot be skipped; "
-                    "unmerge it first"
-                )
         groups: Any = config.group_by
-        count = len(LayerGroups(model, adapter, groups))
+        _check_groups(groups, list(adapted_layers(model, adapter)))
+        skipped = LayerGroups(model, adapter, groups)
+        skipped.checked([False] * len(skipped))  # a merged adapter cannot be
         self.config = config
         self.adapter = adapter
-        self.schedule = CopraSchedule(config, count, total_steps)
+        self.schedule = CopraSchedule(config, len(skipped), total_steps)
         self.layers: LayerGroups = _KINDS[config.sync](model, adapter, groups)
         self._next = 0
         self._removed = False
@@ -121,7 +114,8 @@ class CopraController:
         """Give the layers back: all are on, and no hook is left. The controller is done then."""
         if not self._removed:
             self.activate_all()
-            if isinstance(self.layers, TouchedGroups | GatedGroups):
+            remove_gates(self.layers)
+            if isinstance(self.layers, TouchedGroups):
                 self.layers.remove()
             self._removed = True
 
@@ -141,7 +135,7 @@ class CopraController:
         require(state.keys() == {"step", *fixed}, where, "state", expected, list(state))
         for name, value in fixed.items():
             require(state[name] == value, where, name, repr(value), repr(state[name]))
-        step = integer(where, "step", state["step"], 0, expected="an int, at least 0")
+        step = integer(where, "step", state["step"], 0)
         if step:
             self.step(step - 1)
         self._next = step

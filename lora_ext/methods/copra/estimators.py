@@ -27,8 +27,7 @@ def exact(n: int) -> Estimator:
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
         number = torch.arange(2**n)
-        sizes = sum(number >> i & 1 for i in range(n))
-        assert isinstance(sizes, Tensor)
+        sizes = sum((number >> i & 1 for i in range(n)), torch.zeros_like(number))
         # |S|! (n - |S| - 1)! / n! of a coalition of the others
         weights = [1 / (n * math.comb(n - 1, size)) for size in range(n)]
         weight = torch.tensor([*weights, 0.0], dtype=torch.float64)[sizes]

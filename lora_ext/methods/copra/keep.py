@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lora_ext._checks import integer, require
 from lora_ext.adapter import PREFIX, LoraAdapter
-from lora_ext.layers import block_name
+from lora_ext.layers import block_name, matches_suffix
 
 from .controller import CopraController
 from .shapley import Shapley
@@ -61,7 +62,7 @@ def by_suffix(source: Source, *suffixes: str) -> list[str]:
     names = _names(_groups(source, "by_suffix"))
     kept: list[str] = []
     for suffix in suffixes:
-        found = [n for n in names if n == suffix or n.endswith(f".{suffix}")]
+        found = [name for name in names if matches_suffix(name, (suffix,))]
         require(found, "by_suffix", "suffixes", "the end of a module's name", repr(suffix))
         kept += found
     return [name for name in names if name in kept]
@@ -81,7 +82,7 @@ def top_by_shapley(source: Source, values: Shapley | Tensor | Sequence[float], k
     worth = torch.as_tensor(values.values if isinstance(values, Shapley) else values).tolist()
     expected = f"one for each of {len(groups)} groups"
     require(len(worth) == len(groups), "top_by_shapley", "values", expected, len(worth))
-    _check_count("top_by_shapley", k, len(groups))
+    integer("top_by_shapley", "k", k, 0, len(groups))
     best = sorted(range(len(groups)), key=worth.__getitem__, reverse=True)[:k]
     return _names([groups[i] for i in sorted(best)])
 
@@ -99,7 +100,7 @@ def at_random(source: Source, k: int, seed: int = 0) -> list[str]:
         ValueError: k out of range, or a source without modules.
     """
     groups = _groups(source, "at_random")
-    _check_count("at_random", k, len(groups))
+    integer("at_random", "k", k, 0, len(groups))
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(groups), generator=generator)[:k].tolist()
     return _names([groups[i] for i in sorted(chosen)])
@@ -129,11 +130,7 @@ def _groups(source: Source, where: str) -> list[list[str]]:
 
 
 def _names(groups: Sequence[Sequence[str]]) -> list[str]:
-    return [name for group in groups for name in group]
-
-
-def _check_count(where: str, k: int, groups: int) -> None:
-    integer(where, "k", k, 0, groups, expected=f"an int from 0 to {groups}")
+    return [*chain(*groups)]
 
 
 def _in_order(blocks: list[str]) -> list[str]:

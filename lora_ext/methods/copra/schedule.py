@@ -46,7 +46,7 @@ class CopraSchedule:
 
     def __init__(self, config: CopraConfig, num_groups: int, total_steps: int):
         for name, value in (("num_groups", num_groups), ("total_steps", total_steps)):
-            integer("CopraSchedule", name, value, 1, expected=("an int", "at least 1"))
+            integer("CopraSchedule", name, value, 1)
         least, expected = config.min_active, f"at most the {num_groups} groups"
         require(least <= num_groups, "CopraSchedule", "min_active", expected, least)
         self.config = config
@@ -62,7 +62,7 @@ class CopraSchedule:
             TypeError: a step that is no int. ValueError: one below 0; a ramp whose value is below 0
                 or no number.
         """
-        integer("CopraSchedule", "step", step, 0, expected=("an int", "at least 0"))
+        integer("CopraSchedule", "step", step, 0)
         p0, p1 = self.config.p0, self.config.p1
         if step >= self.ramp_steps:
             return p1

@@ -226,7 +226,7 @@ def _estimator(
     where = "shapley_values"
     for name, value in (("n", n), ("samples", samples), ("levels", levels)):
         if value is not None:
-            integer(where, name, value, 1, expected="at least 1")
+            integer(where, name, value, 1)
     if method == "permutation":
         return permutation(n, samples or _ORDERS, antithetic, generator)
     if method == "owen":
@@ -251,10 +251,8 @@ def _run(estimator: Estimator, n: int, values: Values, cache: bool, at_once: int
             found.append(value)
     if cache:
         known = dict(zip(asked, found, strict=True))
-        of_each = [known[coalition] for coalition in estimator.coalitions]
-    else:
-        of_each = found
-    phi, error = estimator.combine(torch.tensor(of_each, dtype=torch.float64))
+        found = [known[coalition] for coalition in estimator.coalitions]
+    phi, error = estimator.combine(torch.tensor(found, dtype=torch.float64))
     return Shapley(phi, error, len(asked))
 
 

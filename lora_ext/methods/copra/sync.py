@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class TouchedGroups(LayerGroups):
     def __init__(self, *args: Any):
         super().__init__(*args)
         touch = _Touch(self.adapter_name)
-        self._handles = [m.register_forward_hook(touch) for group in self.layers for m in group]
+        self._handles = [layer.register_forward_hook(touch) for layer in chain(*self.layers)]
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -55,12 +56,8 @@ class GatedGroups(LayerGroups):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        layers: dict[str, Any] = {
-            name: layer
-            for names, group in zip(self.names, self.layers, strict=True)
-            for name, layer in zip(names, group, strict=True)
-        }
-        for name, layer in layers.items():
+        layers: Any = chain(*self.layers)
+        for name, layer in zip(chain(*self.names), layers, strict=True):
             fits = not layer.use_dora[self.adapter_name]
             expected = "an adapter that its scale can switch off"
             require(fits, "CopraController: sync='tensor'", name, expected, "DoRA")
@@ -102,14 +99,10 @@ class GatedGroups(LayerGroups):
                 if gate is not None:
                     gate.remove() if followed is None else gate.follow(*followed)
 
-    def remove(self) -> None:
-        """Take the gates away."""
-        remove_gates(self)
-
 
 def remove_gates(groups: LayerGroups) -> None:
     """Take the gates off the layers of ``groups``, whoever put them there."""
-    for layer in (layer for group in groups.layers for layer in group):
+    for layer in chain(*groups.layers):
         gate = _gate_of(layer, groups.adapter_name)
         if gate is not None:
             gate.remove()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import integer, require
 from lora_ext.federated import LayerPlan
 
 from .clusters import cluster_weights
@@ -22,7 +22,6 @@ from .patterns import (
     normalised,
     pattern_weights,
     rgd_layers,
-    whole,
 )
 
 
@@ -79,7 +78,7 @@ class HLA:
         return found
 
     def _set(self, config: FedHelloConfig, L: int) -> None:
-        self.L = whole("HLA", "L", L, 1)
+        self.L = integer("HLA", "L", L, 1)
         self.config = config
         if config.weights is None:
             self._prior = pattern_weights(config.pattern, L)
@@ -93,7 +92,7 @@ class HLA:
         Raises:
             ValueError: a round below 0. TypeError: one that is no integer.
         """
-        round = whole("HLA", "round", round, 0)
+        round = integer("HLA", "round", round, 0)
         known = [r for r in self._importance if (r <= round if self.config.hold else r == round)]
         if self.config.kind != "fim" or round < self.config.prior_rounds or not known:
             return self._prior.clone()
@@ -106,7 +105,7 @@ class HLA:
         Raises:
             ValueError: a round below 0. TypeError: one that is no integer.
         """
-        round = whole("HLA", "round", round, 0)
+        round = integer("HLA", "round", round, 0)
         config = self.config
         due = round >= config.prior_rounds and round % config.every == 0
         return config.kind == "fim" and due
@@ -122,7 +121,7 @@ class HLA:
             ValueError: another number of scores than L, or one that is not finite; a round below 0.
                 Nothing has changed then. TypeError: a round that is no integer.
         """
-        round = whole("HLA.update", "round", round, 0)
+        round = integer("HLA.update", "round", round, 0)
         values = torch.as_tensor(scores, dtype=torch.float64)
         fits = values.shape == (self.L,)
         require(fits, "HLA.update", "scores", f"shape ({self.L},)", list(values.shape))
@@ -140,7 +139,7 @@ class HLA:
             ValueError: a round below 0, a capability outside ``[0, L]``, fewer than c layers of a
                 weight above 0. TypeError: a round or capability that is no integer.
         """
-        c = whole("HLA.plan", f"capability of client {client!r}", capability, 0, self.L)
+        c = integer("HLA.plan", f"capability of client {client!r}", capability, 0, self.L)
         weights = self.weights(round)
         if self.config.kind == "gd":
             return LayerPlan(self._fixed(c))
@@ -152,7 +151,7 @@ class HLA:
         Raises:
             ValueError, TypeError: a capability that :meth:`plan` refuses.
         """
-        classes = {whole("HLA.uncovered", "capabilities", c, 0, self.L) for c in capabilities}
+        classes = {integer("HLA.uncovered", "capabilities", c, 0, self.L) for c in capabilities}
         if self.config.kind == "gd":
             found = {layer for c in classes for layer in self._fixed(c)}
         elif not any(classes):
@@ -193,5 +192,5 @@ class HLA:
         fresh = HLA.of(FedHelloConfig(**state["config"]), self.L)
         for round, weights in state["importance"]:
             g = checked_weights(where, weights, self.L)
-            fresh._importance[whole(where, "round", round, 0)] = g
+            fresh._importance[integer(where, "round", round, 0)] = g
         self.__dict__.update(fresh.__dict__)  # at once, now that nothing can raise

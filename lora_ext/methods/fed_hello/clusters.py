@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import integer, require
 
-from .patterns import normalised, whole
+from .patterns import normalised
 
 
 def cluster_weights(
@@ -40,7 +42,7 @@ def cluster_weights(
     its groups in no order; that they rise with the score is what the paper says.
     """
     where = "cluster_weights"
-    k = whole(where, "k", k, 1)
+    k = integer(where, "k", k, 1)
     require(len(levels) >= k, where, "levels", f"at least k = {k} of them", list(levels))
     positive = all(math.isfinite(level) and level > 0 for level in levels)
     require(positive, where, "levels", "finite numbers above 0", list(levels))
@@ -57,14 +59,24 @@ def cluster_weights(
 def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
     """The group of each of these rising points, of which ``counts[i]`` are at ``points[i]``."""
     n = len(points)
-    cost = _costs(points, counts)
+    # In fractions, so that cuts as good as each other compare as equal.
+    pairs = zip(map(Fraction, points), counts, strict=True)
+    powers = zip(*((Fraction(count), count * p, count * p * p) for p, count in pairs), strict=True)
+    sums = [[*accumulate(values, initial=Fraction(0))] for values in powers]
+
+    @cache
+    def cost(start: int, end: int) -> Fraction:
+        """The squares around the mean of the points from start to the one before end."""
+        number, total, squares = (own[end] - own[start] for own in sums)
+        return squares - total * total / number
+
     best = [Fraction(0)] * (n + 1)  # [j]: of the first j points
     cuts: list[list[int]] = []  # by number of groups: where the last of them begins
     for before in range(k):  # groups before it, of at least a point each
         found: list[tuple[Fraction, int]] = []
         for j in range(1, n + 1):
             starts = range(before, j) if before else range(1)
-            totals = ((best[start] + cost[start][j - 1], start) for start in starts)
+            totals = ((best[start] + cost(start, j), start) for start in starts)
             found.append(min(totals, default=(Fraction(0), 0)))
         best = [Fraction(0), *(total for total, _ in found)]
         cuts.append([start for _, start in found])
@@ -75,21 +87,3 @@ def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
         groups[start:stop] = [group] * (stop - start)
         stop = start
     return groups
-
-
-def _costs(points: list[float], counts: list[int]) -> list[list[Fraction]]:
-    """``[first][last]``: the squares around the mean of the points from first to last.
-
-    In fractions, so that cuts as good as each other compare as equal.
-    """
-    n = len(points)
-    costs = [[Fraction(0)] * n for _ in range(n)]
-    exact = [*zip(map(Fraction, points), counts, strict=True)]
-    for first in range(n):
-        number, total, squares = 0, Fraction(0), Fraction(0)
-        for last, (point, count) in enumerate(exact[first:], first):
-            number += count
-            total += count * point
-            squares += count * point**2
-            costs[first][last] = squares - total**2 / number
-    return costs

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from lora_ext._checks import check_fields, require, within
 
-from .patterns import Pattern, as_pattern, checked_weights, whole
+from .patterns import Pattern, as_pattern, checked_weights
 
 Kind = Literal["gd", "rgd", "fim"]
 Score = Literal["log_prob", "logit"]
@@ -59,10 +58,13 @@ class FedHelloConfig:
 
     def __post_init__(self) -> None:
         where = "FedHelloConfig"
-        count = functools.partial(whole, least=1)
-        table: dict[str, Any] = dict.fromkeys(("prior_rounds", "every", "k", "chunk"), count)
-        table |= {"seed": functools.partial(whole, least=0), "mix": within(0, 1)}
-        check_fields(self, {"pattern": lambda w, _, p: as_pattern(w, p), **table})
+        table = {
+            **dict.fromkeys(("prior_rounds", "every", "k", "chunk"), within(1)),
+            "pattern": lambda where, _, given: as_pattern(where, given),
+            "seed": within(0),
+            "mix": within(0, 1),
+        }
+        check_fields(self, table)
         levels = tuple(self.levels)
         positive = all(math.isfinite(level) and level > 0 for level in levels)
         holds = positive and len(levels) >= self.k

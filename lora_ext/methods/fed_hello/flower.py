@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_ext._checks import require
+from lora_ext._checks import instance, require
 from lora_ext.federated import PATTERN, Client, LoraLayerManager, check_layers, layer_pairs
 from lora_ext.federated.flower import LoraStrategy
 from lora_ext.layers import block_index
@@ -57,8 +57,7 @@ class FedHello(LoraStrategy):
         adapter: str = "default",
         **strategy: Any,
     ):
-        fits, kind = isinstance(allocator, HLA | FedHelloConfig), type(allocator).__name__
-        require(fits, WHERE, "allocator", "HLA or FedHelloConfig", kind, TypeError)
+        instance(WHERE, "allocator", allocator, (FedHelloConfig, HLA))
         self.config = allocator.config if isinstance(allocator, HLA) else allocator
         if self.config.kind == "fim":
             require(model_fn is not None, WHERE, "model_fn", "a model for kind 'fim'", None)
@@ -72,8 +71,7 @@ class FedHello(LoraStrategy):
         self._scoring_model: LoraLayerManager | None = None
         self._logged = self._warned = False
         capability = strategy.get("capability")
-        told = capability.values() if isinstance(capability, Mapping) else ()
-        self._capabilities = set(told)
+        self._capabilities = {*capability.values()} if isinstance(capability, Mapping) else set()
         if isinstance(allocator, HLA) and self._capabilities:
             self._warn_uncovered(allocator, self._capabilities)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import require
+from lora_ext._checks import choice, integer, require
 from lora_ext._torch import evaluating
 from lora_ext.federated import LayerNotFound, check_layers, logits_of, merged
 from lora_ext.layers import (
@@ -23,7 +23,6 @@ from lora_ext.layers import (
 )
 
 from .config import Reduce, Score
-from .patterns import whole
 
 WHERE = "fim_scores"
 #: ``layer_of(name of a parameter)``: the index of its layer, or None: it is not scored.
@@ -79,9 +78,8 @@ def fim_scores(
     Source: arXiv 2506.12213, FIM-HLA.
     """
     for name, value, allowed in (("score", score, Score), ("reduce", reduce, Reduce)):
-        known = get_args(allowed)
-        require(value in known, WHERE, name, f"one of {known}", repr(value))
-    whole(WHERE, "chunk", chunk, 1)
+        choice(WHERE, name, value, get_args(allowed))
+    integer(WHERE, "chunk", chunk, 1)
     layers, pairs, alone = _scored(model, layer_of)
     samples = 0
     # A caller's inference_mode would make outputs that no gradient can be asked of.
@@ -124,7 +122,7 @@ def _scored(
         for adapter in layer.active_adapters:
             own = dict.fromkeys(adapter_parameters(layer, adapter))  # PEFT names some twice
             scored = [p for p in own if id(p) in names and layer_of(names[id(p)]) is not None]
-            layers |= {p: whole(WHERE, "layer_of", layer_of(names[id(p)]), 0) for p in scored}
+            layers |= {p: integer(WHERE, "layer_of", layer_of(names[id(p)]), 0) for p in scored}
             apart = not scored or adapter not in layer.merged_adapters
             require(apart, WHERE, name, "an adapter apart from the base weight", "it merged")
             if scored and _is_plain(layer, adapter):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_ext._checks import integer, require
+from lora_ext._checks import choice, integer, require
 
 #: What layers' weights are given as: ``(L,)``, of any sum above 0.
 Weights = Tensor | Sequence[float]
@@ -34,10 +34,7 @@ class Pattern(str, Enum):
 
 def as_pattern(where: str, pattern: Pattern | str) -> Pattern:
     """The pattern of this name; the message about one that there is not lists them."""
-    names = [each.value for each in Pattern]
-    known = isinstance(pattern, str) and pattern in names
-    require(known, where, "pattern", f"one of {names}", repr(pattern))
-    return Pattern(pattern)
+    return Pattern(choice(where, "pattern", pattern, [each.value for each in Pattern]))
 
 
 def pattern_weights(pattern: Pattern | str, L: int) -> Tensor:
@@ -62,7 +59,7 @@ def pattern_weights(pattern: Pattern | str, L: int) -> Tensor:
     """
     where = "pattern_weights"
     pattern = as_pattern(where, pattern)
-    L = whole(where, "L", L, 1)
+    L = integer(where, "L", L, 1)
     places = [layer / max(L - 1, 1) for layer in range(L)]  # u
     if pattern is Pattern.TRIANGLE:
         return normalised([3 - 2 * u for u in places])
@@ -101,8 +98,8 @@ def gd_layers(pattern: Pattern | str, L: int, c: int) -> tuple[int, ...]:
     """
     where = "gd_layers"
     pattern = as_pattern(where, pattern)
-    L = whole(where, "L", L, 1)
-    c = whole(where, "c", c, 0, L)
+    L = integer(where, "L", L, 1)
+    c = integer(where, "c", c, 0, L)
     if pattern is Pattern.UNIFORM:
         return tuple(i * L // c for i in range(c))
     if pattern is Pattern.TRIANGLE:
@@ -138,7 +135,7 @@ def rgd_layers(
     """
     where = "rgd_layers"
     g = checked_weights(where, weights).tolist()
-    c = whole(where, "c", c, 0, len(g))
+    c = integer(where, "c", c, 0, len(g))
     likely = [layer for layer, weight in enumerate(g) if weight > 0]
     require(len(likely) >= c, where, "weights", f"at least {c} above 0", len(likely))
     keys = {
@@ -162,13 +159,6 @@ def normalised(weights: Weights) -> Tensor:
     """Return weights ``(L,)`` divided by their sum, float64."""
     g = torch.as_tensor(weights, dtype=torch.float64)
     return g / g.sum()
-
-
-def whole(where: str, name: str, value: object, least: int, most: int | None = None) -> int:
-    """An integer of a range, which a bool is not."""
-    limits = f"at least {least}" if most is None else f"from {least} to {most}"
-    expected = "an integer", f"an integer {limits}"
-    return integer(where, name, value, least, most, expected=expected)
 
 
 def _uniform(seed: int, round: int, client: int | str, layer: int) -> float:

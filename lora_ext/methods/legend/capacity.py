@@ -91,12 +91,11 @@ class CapacityTracker:
 
     def __post_init__(self) -> None:
         table = {
-            "L": within(1, expected=("an int", "at least 1")),
+            **dict.fromkeys(("L", "max_bad", "max_timeouts", "cooldown"), within(1)),
             "rho": within(0, below=1),
             "forgetting": within(above=0, maximum=1),
             "outlier": within(above=1, finite=False),
             "most_seconds": within(above=0, finite=False),
-            **dict.fromkeys(("max_bad", "max_timeouts", "cooldown"), within(1)),
         }
         check_fields(self, table)
         self.dropped: dict[Client, int] = {}
@@ -104,7 +103,12 @@ class CapacityTracker:
         self._devices: dict[Client, _Device] = {}
         for device, speeds in (self.prior or {}).items():
             check_estimate("CapacityTracker", f"prior[{device!r}]", speeds)
-            self._start(device, speeds)
+            state = self._device(device)
+            if speeds.f + speeds.mu > 0:
+                state.ratio_f, state.ratio_mu = float(speeds.f), float(speeds.mu)
+            for depth in (self.L, -(-self.L // 2)):
+                state.add(depth, speeds.f + depth * speeds.mu, 1.0)
+            state.beta = float(speeds.beta)
 
     def __contains__(self, device: object) -> bool:
         """Whether there is an estimate of the device."""
@@ -243,15 +247,6 @@ class CapacityTracker:
             self._devices[device] = _Device(ratio_f=float(self.L))
         return self._devices[device]
 
-    def _start(self, device: Client, prior: Estimate) -> None:
-        """Begin with speeds that are known, and with their f : mu."""
-        state = self._device(device)
-        if prior.f + prior.mu > 0:
-            state.ratio_f, state.ratio_mu = float(prior.f), float(prior.mu)
-        for depth in (self.L, -(-self.L // 2)):
-            state.add(depth, prior.f + depth * prior.mu, 1.0)
-        state.beta = float(prior.beta)
-
 
 @dataclass
 class _Device:
@@ -320,7 +315,7 @@ class _Device:
 def check_estimate(where: str, name: str, estimate: Estimate) -> None:
     """Refuse speeds that are negative or not finite."""
     for part, value in zip(("f", "mu", "beta"), estimate[:3], strict=True):
-        number(where, f"{name}.{part}", value, 0, expected="a finite number from 0")
+        number(where, f"{name}.{part}", value, 0)
 
 
 def _plain(report: CapacityReport) -> CapacityReport:

@@ -9,14 +9,15 @@ import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from dataclasses import KW_ONLY, dataclass
+from itertools import accumulate
+from typing import Literal, NamedTuple
 
-from lora_ext._checks import choice, number, require
+from lora_ext._checks import check_fields, integer, number, require, within
 from lora_ext.federated import Client, LayerPlan
 
 from .capacity import Estimate, check_estimate
-from .ranks import integer
-from .times import DeviceTime, suffix_sums, waiting_time
+from .times import waiting_time
 
 Mode = Literal["fastest", "utility", "balanced"]
 WHERE = "LegendConfigurator"
@@ -53,6 +54,7 @@ class Configuration(dict[Client, LayerPlan]):
     bytes: float
 
 
+@dataclass(eq=False, repr=False)
 class LegendConfigurator:
     """Chooses a depth for each device such that the devices of a round finish together.
 
@@ -95,56 +97,47 @@ class LegendConfigurator:
         with the paper's inputs and its aim.
     """
 
-    def __init__(
-        self,
-        L: int,
-        bytes_per_layer: Sequence[float],
-        *,
-        ranks: Sequence[int],
-        mode: Mode = "fastest",
-        k_min: int = 1,
-        k_max: int | None = None,
-        memory: Mapping[Client, float] | None = None,
-        mem: Callable[[int], float] | None = None,
-        shares: Mapping[Client, float] | None = None,
-        byte_budget: float | None = None,
-        max_step: int = 3,
-        cover_every: int = 5,
-        eps: float = 0.0,
-        deadline: float | None = None,
-        rank_caps: Mapping[Client, int] | None = None,
-    ):
-        where = WHERE
-        self.L = integer(where, "L", L, 1)
-        for name, values in (("bytes_per_layer", bytes_per_layer), ("ranks", ranks)):
-            require(len(values) == L, where, name, f"one for each of {L} layers", len(values))
-        for layer, size in enumerate(bytes_per_layer):
-            number(where, f"bytes_per_layer[{layer}]", size, above=0)
-        self.ranks = tuple(integer(where, f"ranks[{i}]", r, 1) for i, r in enumerate(ranks))
-        choice(where, "mode", mode, get_args(Mode))
-        self.k_min = integer(where, "k_min", k_min, 1, L)
-        self.k_max = integer(where, "k_max", L if k_max is None else k_max, k_min, L)
-        self.max_step = integer(where, "max_step", max_step, 1)
-        self.cover_every = integer(where, "cover_every", cover_every, 1)
-        number(where, "eps", eps, 0)
-        for name, value in (("byte_budget", byte_budget), ("deadline", deadline)):
-            if value is not None:
-                number(where, name, value, above=0)
-        require(memory is None or mem is not None, where, "mem", "mem(k) beside memory", "None")
-        for device, share in (shares or {}).items():
-            number(where, f"shares[{device!r}]", share, 0)
-        self.rank_caps = {
-            device: integer(where, f"rank_caps[{device!r}]", cap, 1)
-            for device, cap in (rank_caps or {}).items()
+    L: int
+    bytes_per_layer: Sequence[float]
+    _: KW_ONLY
+    ranks: Sequence[int]
+    mode: Mode = "fastest"
+    k_min: int = 1
+    k_max: int | None = None
+    memory: Mapping[Client, float] | None = None
+    mem: Callable[[int], float] | None = None
+    shares: Mapping[Client, float] | None = None
+    byte_budget: float | None = None
+    max_step: int = 3
+    cover_every: int = 5
+    eps: float = 0.0
+    deadline: float | None = None
+    rank_caps: Mapping[Client, int] | None = None
+
+    def __post_init__(self) -> None:
+        where, L = WHERE, self.L
+        table = {
+            **dict.fromkeys(("L", "max_step", "cover_every"), within(1)),
+            "k_min": within(1, L),
+            "k_max": within(self.k_min, L),
+            "byte_budget": within(above=0),
+            "deadline": within(above=0),
+            "eps": within(0),
         }
-        self.bytes_per_layer = tuple(bytes_per_layer)
-        self.mode: Mode = mode
-        self.memory = dict(memory or {})
-        self.mem = mem
-        self.shares = None if shares is None else dict(shares)
-        self.byte_budget = byte_budget
-        self.eps = eps
-        self.deadline = deadline
+        check_fields(self, table)
+        sizes, ranks = tuple(self.bytes_per_layer), self.ranks
+        for name, values in (("bytes_per_layer", sizes), ("ranks", ranks)):
+            require(len(values) == L, where, name, f"one for each of {L} layers", len(values))
+        for layer, size in enumerate(sizes):
+            number(where, f"bytes_per_layer[{layer}]", size, above=0)
+        self.bytes_per_layer = sizes
+        self.ranks = tuple(integer(where, f"ranks[{i}]", r, 1) for i, r in enumerate(ranks))
+        fits = self.memory is None or self.mem is not None
+        require(fits, where, "mem", "mem(k) beside memory", "None")
+        for device, share in (self.shares or {}).items():
+            number(where, f"shares[{device!r}]", share, 0)
+        for device, cap in (self.rank_caps or {}).items():
+            integer(where, f"rank_caps[{device!r}]", cap, 1)
 
     def plan(self, device: Client, depth: int) -> LayerPlan:
         """Plan the last ``depth`` of the L layers, from 1 to L, with the ranks at which ``device``
@@ -159,8 +152,9 @@ class LegendConfigurator:
             ValueError: they do not allow ``k_min``.
         """
         where = f"{WHERE}.configure"
-        top = integer(where, f"limits[{device!r}]", min(self.k_max, limit), self.k_min)
-        if device not in self.memory or self.mem is None:
+        most = self.L if self.k_max is None else self.k_max
+        top = integer(where, f"limits[{device!r}]", min(most, limit), self.k_min)
+        if self.memory is None or device not in self.memory or self.mem is None:
             return top
         has, mem = self.memory[device], self.mem
         fits = [k for k in range(self.k_min, top + 1) if mem(k) <= has]
@@ -170,8 +164,8 @@ class LegendConfigurator:
 
     def ranks_of(self, device: Client) -> tuple[int, ...]:
         """Return the rank of each of the L layers, cut to the device's cap where it has one."""
-        cap = self.rank_caps.get(device)
-        return self.ranks if cap is None else tuple(min(rank, cap) for rank in self.ranks)
+        cap = (self.rank_caps or {}).get(device, math.inf)
+        return tuple(int(min(rank, cap)) for rank in self.ranks)
 
     def configure(
         self,
@@ -208,12 +202,26 @@ class LegendConfigurator:
         if round is not None and round % self.cover_every == 0:
             raised = self._cover(devices, depths, previous or {})
         extra_wait = waiting_time(_times(devices, depths)) - calm
-        if self.byte_budget is not None:
-            self._spare(devices, depths, self.byte_budget)
-        found = self._result(devices, depths, target)
-        found.raised, found.extra_wait = raised, extra_wait
         if raised is not None:
             _log.info("%s: %r trains all it can, %.3g s more wait", WHERE, raised, extra_wait)
+        if self.byte_budget is not None:
+            self._spare(devices, depths, self.byte_budget)
+        pairs = [(device.name, k) for device, k in zip(devices, depths, strict=True)]
+        found = Configuration((name, self.plan(name, k)) for name, k in pairs)
+        times = _times(devices, depths)
+        found.depths, found.times = dict(pairs), dict(zip(found, times, strict=True))
+        found.target, found.seconds, found.waiting = target, max(times), waiting_time(times)
+        late = target * (1 + _SAME)
+        found.over_target = tuple(d.name for d in devices if d.time(self.k_min) > late)
+        found.raised, found.extra_wait = raised, extra_wait
+        found.uncovered = tuple(range(self.L - max(depths)))
+        found.bytes = _bytes(devices, depths)
+        if len(found.over_target) == len(devices):
+            warnings.warn(
+                f"{WHERE}: all devices are over the target even at depth {self.k_min}", stacklevel=2
+            )
+        elif found.over_target:
+            _log.info("%s: over the target of %.3g s: %s", WHERE, target, found.over_target)
         return found
 
     def _devices(
@@ -233,19 +241,18 @@ class LegendConfigurator:
             estimate = Estimate(*estimates[name])
             check_estimate(where, f"estimates[{name!r}]", estimate)
             k_max = self.deepest(name, limits.get(name, self.L))
-            sizes = self.bytes_per_layer
-            if name in self.rank_caps:
-                pairs = zip(sizes, self.ranks_of(name), self.ranks, strict=True)
-                sizes = [size * rank / full for size, rank, full in pairs]
+            ranks, sizes = self.ranks_of(name), self.bytes_per_layer
+            if ranks != self.ranks:
+                cut = zip(sizes, ranks, self.ranks, strict=True)
+                sizes = [size * rank / full for size, rank, full in cut]
             share = 1.0 if self.shares is None else self.shares.get(name, math.nan)
             require(not math.isnan(share), where, "shares", f"one of device {name!r}", "none")
-            useful = suffix_sums(self.ranks_of(name))
-            time = DeviceTime(estimate, suffix_sums(sizes))
-            found.append(_Device(name, time, self.k_min, k_max, share, useful))
+            sums = [[0, *accumulate(reversed(values))] for values in (sizes, ranks)]
+            found.append(_Device(name, estimate, self.k_min, k_max, share, *sums))
         return found
 
     def _target(self, devices: list[_Device]) -> float:
-        trusted = [d for d in devices if d.time.estimate.trusted] or devices
+        trusted = [d for d in devices if d.estimate.trusted] or devices
         fastest = min(device.time(device.k_max) for device in trusted)
         if self.mode == "fastest":
             target = fastest
@@ -295,7 +302,7 @@ class LegendConfigurator:
     ) -> Client | None:
         """Let somebody train as many layers as anybody can: the fastest of those who can, and of
         those whose step is not too large for it where there are any."""
-        trusted = [device for device in devices if device.time.estimate.trusted]
+        trusted = [device for device in devices if device.estimate.trusted]
         deepest = max((device.k_max for device in trusted), default=0)
         if max(depths) >= deepest:
             return None
@@ -311,7 +318,7 @@ class LegendConfigurator:
 
         def cost(i: int) -> tuple[float, float]:
             device, depth = devices[i], depths[i]
-            size = device.time.bytes_of[depth]
+            size = device.bytes_of[depth]
             return (size / device.share if device.share else math.inf), device.time(depth)
 
         while _bytes(devices, depths) > budget:
@@ -325,41 +332,26 @@ class LegendConfigurator:
                 return
             depths[max(deeper, key=cost)] -= 1
 
-    def _result(self, devices: list[_Device], depths: list[int], target: float) -> Configuration:
-        names = [device.name for device in devices]
-        found = Configuration(
-            (name, self.plan(name, k)) for name, k in zip(names, depths, strict=True)
-        )
-        times = _times(devices, depths)
-        found.depths = dict(zip(names, depths, strict=True))
-        found.times = dict(zip(names, times, strict=True))
-        found.target, found.seconds, found.waiting = target, max(times), waiting_time(times)
-        late = target * (1 + _SAME)
-        found.over_target = tuple(d.name for d in devices if d.time(self.k_min) > late)
-        found.uncovered = tuple(range(self.L - max(depths)))
-        found.bytes = _bytes(devices, depths)
-        if len(found.over_target) == len(devices):
-            warnings.warn(
-                f"{WHERE}: all devices are over the target even at depth {self.k_min}", stacklevel=3
-            )
-        elif found.over_target:
-            _log.info("%s: over the target of %.3g s: %s", WHERE, target, found.over_target)
-        return found
-
 
 class _Device(NamedTuple):
     """One of the selected devices."""
 
     name: Client
-    time: DeviceTime
+    estimate: Estimate
     k_min: int
     k_max: int
     share: float
-    useful: Sequence[int]  # the sum of the ranks of the last k layers
+    bytes_of: Sequence[float]  # U(0) to U(L): the bytes of the last k layers,
+    useful: Sequence[int]  # and the sum of their ranks
+
+    def time(self, depth: int) -> float:
+        """``T(k)``, seconds of a round in which the last ``depth`` layers train."""
+        f, mu, beta = self.estimate[:3]
+        return f + depth * mu + beta * self.bytes_of[depth]
 
     def deepest(self, target: float) -> int:
         """The largest depth within the target; of a device that is not trusted the least."""
-        if not self.time.estimate.trusted:
+        if not self.estimate.trusted:
             return self.k_min
         depths = range(self.k_min, self.k_max + 1)
         # Less than the least depth takes is not to be had: layers that cost nothing train as well.
@@ -372,7 +364,7 @@ def _times(devices: Sequence[_Device], depths: Sequence[int]) -> list[float]:
 
 
 def _bytes(devices: Sequence[_Device], depths: Sequence[int]) -> float:
-    return math.fsum(d.time.bytes_of[k] for d, k in zip(devices, depths, strict=True))
+    return math.fsum(d.bytes_of[k] for d, k in zip(devices, depths, strict=True))
 
 
 def _depth(plan: LayerPlan | int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import instance
 from lora_ext.federated import PATTERN, Client, LayerPlan
 from lora_ext.federated.flower import LoraStrategy
 
@@ -44,8 +44,7 @@ class Legend(LoraStrategy):
 
     def __init__(self, config: LegendConfig | None = None, **settings: Any):
         self.config = LegendConfig() if config is None else config
-        known, kind = isinstance(self.config, LegendConfig), type(config).__name__
-        require(known, "Legend", "config", "LegendConfig", kind, TypeError)
+        instance("Legend", "config", self.config, LegendConfig)
         self._settings = {name: settings.pop(name) for name in _OF_ALLOCATOR if name in settings}
         self._pattern: str = settings.get("pattern", PATTERN)
         self._restored: Mapping[str, Any] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lora_ext.layers import Swap, adapted_layers, adapter_parameters, is_active
 WHERE = "PrefixCache"
 
 
+@dataclass(eq=False, repr=False)
 class PrefixCache:
     """What each sample is when it leaves the blocks that neither train nor have an adapter.
 
@@ -43,15 +45,11 @@ class PrefixCache:
     Source: LEGEND (arXiv 2412.20004) trains a suffix of the layers; this cache is our choice.
     """
 
-    def __init__(
-        self,
-        manager: LoraLayerManager,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ):
-        self.manager = manager
-        self.dtype = dtype
-        self.device = device
+    manager: LoraLayerManager
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
         self.hits = self.misses = 0
         self._blocks = 0  # how many blocks lie below what is kept
         self._in_tuple = False
@@ -121,8 +119,8 @@ class PrefixCache:
         model = self.manager.model
         names = self.manager.blocks[: self._blocks]
         stand_ins: dict[str, nn.Module] = {name: _Skipped(self._in_tuple) for name in names}
-        stand_ins[names[-1]] = _Recalled(rows, self._in_tuple)
-        for stand_in, name in zip(stand_ins.values(), names, strict=True):
+        stand_ins[names[-1]] = _Skipped(self._in_tuple, rows)
+        for name, stand_in in stand_ins.items():
             stand_in.train(model.get_submodule(name).training)
         swap = Swap(model, stand_ins, WHERE)
         try:
@@ -173,25 +171,16 @@ def _randomness(module: nn.Module) -> str:
 
 
 class _Skipped(nn.Module):
-    """In the place of a block that need not run."""
+    """In the place of a block that need not run; in that of the last one with the rows that it gave
+    for these samples."""
 
-    def __init__(self, in_tuple: bool):
+    def __init__(self, in_tuple: bool, rows: Tensor | None = None):
         super().__init__()
-        self.in_tuple = in_tuple
+        self.in_tuple, self.rows = in_tuple, rows
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.rows is not None:
+            expected, found = self.rows.shape[:-1], hidden_states.shape[:-1]
+            require(expected == found, WHERE, "samples", f"rows {[*expected]} as kept", [*found])
+            hidden_states = self.rows.to(hidden_states.device, hidden_states.dtype)
         return (hidden_states,) if self.in_tuple else hidden_states
-
-
-class _Recalled(_Skipped):
-    """In the place of the last block that need not run: what it gave for these samples."""
-
-    def __init__(self, rows: Tensor, in_tuple: bool):
-        super().__init__(in_tuple)
-        self.rows = rows
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        expected, found = self.rows.shape[:-1], hidden_states.shape[:-1]
-        require(expected == found, WHERE, "samples", f"rows {[*expected]} as kept", [*found])
-        rows = self.rows.to(hidden_states.device, hidden_states.dtype)
-        return super().forward(rows)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from lora_ext._checks import choice, number, require
-from lora_ext._checks import integer as checked
+from lora_ext._checks import choice, integer, number, require
 from lora_ext.federated import PATTERN, check_layers, layer_pairs
 
 Shape = Literal["arithmetic", "uniform", "reverse", "geometric"]
@@ -114,12 +113,6 @@ def layer_bytes(
         require(rank <= most, where, f"ranks[{pair.layer}]: {pair.module}", f"at most {most}", rank)
         sums[pair.layer] += rank * (a.element_size() * a[0].numel() + b.element_size() * b.shape[0])
     return tuple(sums)
-
-
-def integer(where: str, name: str, value: Any, least: int, most: int | None = None) -> int:
-    """An int of a range; NumPy's integers are some as well, and a bool is none."""
-    wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
-    return checked(where, name, value, least, most, expected=("an int", wanted))
 
 
 def _wished(L: int, total: int, step: float, shape: Shape, ratio: float) -> list[float]:

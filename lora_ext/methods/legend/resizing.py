@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import integer, require
 from lora_ext.adapter import resized
 from lora_ext.federated import PATTERN, check_layers, layer_pairs
 
@@ -43,9 +42,7 @@ def resize_lora(
         require(factor.dim() == 2, where, name, "a matrix", list(factor.shape))
         require(bool(factor.isfinite().all()), where, name, "finite values", "NaN or inf")
     require(a.shape[0] == b.shape[1], where, "b", f"(O, {a.shape[0]})", list(b.shape))
-    proper = hasattr(r_new, "__index__") and not isinstance(r_new, bool) and r_new >= 0
-    require(proper, where, "r_new", "an integer from 0", repr(r_new))
-    return resized(where, a, b, operator.index(r_new), generator)
+    return resized(where, a, b, integer(where, "r_new", r_new, 0), generator)
 
 
 def resize_state(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,26 +13,6 @@ from lora_ext._checks import require
 from lora_ext.federated import PATTERN, Client, LayerPlan, check_layers, layer_pairs, plan_bytes
 
 from .capacity import CapacityReport, Estimate
-
-
-class DeviceTime(NamedTuple):
-    """``T(k) = f + k mu + beta U(k)`` of one device; ``U(k)``: the bytes of the last k layers."""
-
-    estimate: Estimate
-    bytes_of: Sequence[float]  # U(0) to U(L)
-
-    def __call__(self, depth: int) -> float:
-        """Seconds of a round in which the last ``depth`` layers train."""
-        f, mu, beta = self.estimate[:3]
-        return f + depth * mu + beta * self.bytes_of[depth]
-
-
-def suffix_sums(values: Sequence[Any]) -> list[Any]:
-    """``sums[k]``, k from 0 on: the sum of the last k values."""
-    sums = [0]
-    for value in reversed(values):
-        sums.append(sums[-1] + value)
-    return sums
 
 
 def waiting_time(times: Iterable[float] | Mapping[Any, float]) -> float:
@@ -65,6 +46,7 @@ class RoundTime(NamedTuple):
     waiting: float  # W
 
 
+@dataclass(eq=False, repr=False)
 class SimulatedClock:
     """Rounds timed by speeds that are known, instead of by a clock.
 
@@ -84,19 +66,14 @@ class SimulatedClock:
         ValueError: a state without layers.
     """
 
-    def __init__(
-        self,
-        speeds: Mapping[Client, Estimate],
-        state: Mapping[str, Tensor],
-        pattern: str = PATTERN,
-        send_frozen: bool = False,
-    ):
-        layers = {pair.layer for pair in layer_pairs("SimulatedClock: state", state, pattern)}
-        self.L = check_layers("SimulatedClock", layers)
-        self.speeds = dict(speeds)
-        self.state = state
-        self.pattern = pattern
-        self.send_frozen = send_frozen
+    speeds: Mapping[Client, Estimate]
+    state: Mapping[str, Tensor]
+    pattern: str = PATTERN
+    send_frozen: bool = False
+
+    def __post_init__(self) -> None:
+        pairs = layer_pairs("SimulatedClock: state", self.state, self.pattern)
+        self.L = check_layers("SimulatedClock", {pair.layer for pair in pairs})
         self.seconds = 0.0
 
     def report(self, device: Client, plan: LayerPlan) -> CapacityReport:

@@ -59,7 +59,7 @@ def gamma_exponents(
     for argument, value in (("eta_A_exp", eta_A_exp), ("eta_B_exp", eta_B_exp)):
         fits = not math.isnan(value) and value != math.inf
         require(fits, "gamma_exponents", argument, "a number or minus infinity", value)
-    integer("gamma_exponents", "steps", steps, 1, expected="an integer of at least 1")
+    integer("gamma_exponents", "steps", steps, 1)
     z_a, b = _STARTS[name]
     d1 = d2 = _ZERO
     for _ in range(steps):

@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_ext._checks import number
 
-from .rates import check_positive, check_ratio
+from .rates import check_ratio
 
 
 def loraplus_param_groups(
@@ -47,11 +47,10 @@ def loraplus_param_groups(
     Source: LoRA+ (Hayou et al. 2024, arXiv 2402.12354); PEFT's ``create_loraplus_optimizer``.
     """
     where = "loraplus_param_groups"
-    check_positive(where, "lr", lr)
-    check_positive(where, "lr_embedding", lr_embedding)
+    number(where, "lr", lr, above=0)
+    number(where, "lr_embedding", lr_embedding, above=0)
     check_ratio(where, "loraplus_lr_ratio", loraplus_lr_ratio)
-    expected = "a finite number of at least 0"
-    number(where, "weight_decay", weight_decay, 0, expected=expected)
+    number(where, "weight_decay", weight_decay, 0)
     rest, embeddings, faster, faster_undecayed = [], [], [], []
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
     for name, parameter in model.named_parameters():

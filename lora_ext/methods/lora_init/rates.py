@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 
 from lora_ext._checks import number, require
@@ -54,7 +53,7 @@ def suggest_lr(
     """
     where = "suggest_lr"
     for name, value in (("base_lr", base_lr), ("base_width", base_width), ("width", width)):
-        check_positive(where, name, value)
+        number(where, name, value, above=0)
     name = known_scheme(scheme, f"{where}: scheme")
     expected, found = ", ".join(map(repr, _POWERS)), f"{scheme!r}, for which no rule is known"
     require(name in _POWERS, where, "scheme", f"True or one of {expected}", found)
@@ -65,8 +64,8 @@ def suggest_lr(
             missing = "rank" if rank is None else "base_rank"
             expected = "a rank beside rank_rule='inverse'"
             raise ValueError(f"{where}: {missing}: expected {expected}, found None")
-        check_positive(where, "rank", rank)
-        check_positive(where, "base_rank", base_rank)
+        number(where, "rank", rank, above=0)
+        number(where, "base_rank", base_rank, above=0)
         of_rank = base_rank / rank
     narrower = base_width / width
     if loraplus_ratio is None:
@@ -75,16 +74,9 @@ def suggest_lr(
     return base_lr * narrower * of_rank, base_lr * loraplus_ratio * of_rank
 
 
-def check_positive(where: str, name: str, value: float) -> None:
-    """Refuse what is no finite number above 0."""
-    expected = "a positive number", "a positive finite number"
-    number(where, name, value, above=0, finite=False, expected=expected)
-    require(value < math.inf, where, name, expected[1], value)
-
-
 def check_ratio(where: str, name: str, value: float) -> None:
-    """The same, and warn below 1."""
-    check_positive(where, name, value)
+    """Refuse a ratio that is no finite number above 0, and warn of one below 1."""
+    number(where, name, value, above=0)
     if value < 1:
         warnings.warn(
             f"{where}: {name}: expected at least 1, so that B learns as fast as A or faster, "

@@ -93,20 +93,35 @@ class DepthMixer(nn.Module):
         self._check(hiddens)
         if self.config.k == 1:
             return self.final_norm(hiddens[0]), self.weights(hiddens)
-        gammas, betas = self._affine()
-        rest = (self.form.eps, betas, self.form.kind)
+        (gammas, betas), (kind, eps, _) = self._affine(), self.form
         if self.router is not None and self.bias is not None and len(hiddens) <= _MOST:
-            return ops.depth_mix_routed(hiddens, gammas, self.router, self.bias, *rest)
+            return ops.depth_mix_routed(hiddens, gammas, self.router, self.bias, eps, betas, kind)
         weights = self.weights(hiddens)
-        return _mix(hiddens, gammas, weights, *rest), weights
+        parts: list[Tensor] = []
+        for start in range(0, len(hiddens), _MOST):
+            part = slice(start, start + _MOST)
+            shift = None if betas is None else betas[part]
+            own = hiddens[part], gammas[part], weights[..., part]
+            parts.append(ops.depth_mix(*own, eps, shift, kind))
+        return (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)), weights
 
     def weights(self, hiddens: Sequence[Tensor]) -> Tensor:
         """Compute the weights ``(..., k)`` of the mix alone; ``hiddens`` and errors are
         :meth:`forward`'s."""
         self._check(hiddens)
-        last = hiddens[-1]
+        last, config = hiddens[-1], self.config
         wide = torch.promote_types(last.dtype, torch.float32)
-        return self._weights(last, wide).expand(*last.shape[:-1], self.config.k)
+        if config.k == 1:
+            weights = torch.ones(1, dtype=wide, device=last.device)
+        elif self.bias is None:
+            weights = constant(tuple(config.fixed_weights or ()), wide, last.device)
+        else:
+            logits = self.bias.to(wide)
+            if self.router is not None:
+                with torch.autocast(last.device.type, enabled=False):
+                    logits = self._normed(last, -1).to(wide) @ self.router.to(wide).T + logits
+            weights = logits.softmax(-1)
+        return weights.expand(*last.shape[:-1], config.k)
 
     def normed(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
         """Put each of ``hiddens`` through its norm, as it is in the mix: what the head makes a
@@ -126,17 +141,6 @@ class DepthMixer(nn.Module):
         betas: list[Any] = [getattr(norm, "bias", None) for norm in norms]
         return [self.form.gamma(norm) for norm in norms], None if betas[-1] is None else betas
 
-    def _weights(self, last: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.config.k == 1:
-            return torch.ones(1, dtype=dtype, device=last.device)
-        if self.bias is None:
-            return constant(tuple(self.config.fixed_weights or ()), dtype, last.device)
-        logits = self.bias.to(dtype)
-        if self.router is not None:
-            with torch.autocast(last.device.type, enabled=False):
-                logits = self._normed(last, -1).to(dtype) @ self.router.to(dtype).T + logits
-        return logits.softmax(-1)
-
     def _check(self, hiddens: Sequence[Tensor]) -> None:
         expected = f"k = {self.config.k} tensors"
         require(len(hiddens) == self.config.k, "DepthMixer", "hiddens", expected, len(hiddens))
@@ -153,21 +157,3 @@ class DepthMixer(nn.Module):
     def extra_repr(self) -> str:
         """The router, and how many hidden states it weighs."""
         return f"k={self.config.k}, router={self.config.router!r}, form={tuple(self.form)}"
-
-
-def _mix(
-    hiddens: Sequence[Tensor],
-    gammas: Sequence[Tensor],
-    weights: Tensor,
-    eps: float,
-    betas: Sequence[Tensor] | None,
-    kind: str,
-) -> Tensor:
-    """``ops.depth_mix``, as many hidden states at once as it takes."""
-    parts: list[Tensor] = []
-    for start in range(0, len(hiddens), _MOST):
-        part = slice(start, start + _MOST)
-        shift = None if betas is None else betas[part]
-        own = hiddens[part], gammas[part], weights[..., part]
-        parts.append(ops.depth_mix(*own, eps, shift, kind))
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

@@ -65,6 +65,8 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
 
     Source: arXiv 2410.13077.
     """
+    from .output import ADDED  # it needs transformers, as the model does
+
     config = ModConfig() if config is None else config
     instance("apply", "config", config, ModConfig)
     lm = causal_lm(model, "apply")
@@ -104,7 +106,9 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     lm.__dict__[_BEFORE] = Before(norm, hooks, flags, values, ignored)
     lm.__dict__[Ensemble.KEY] = Ensemble(config, mixer, softcap)
     Forward.put_before(lm, with_mixture)
-    _ignore_what_is_added(lm.config)
+    # A Trainer gathers the predictions that it would gather without MoD.
+    known = getattr(lm.config, _IGNORED, ["cache", "past_key_values"])  # what it takes for none
+    setattr(lm.config, _IGNORED, [*known, *ADDED])
     return model
 
 
@@ -180,11 +184,3 @@ def _copy(norm: Any) -> nn.Module:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return made
-
-
-def _ignore_what_is_added(config: Any) -> None:
-    """Let a Trainer gather the predictions that it would gather without MoD."""
-    from .output import ADDED
-
-    known = getattr(config, _IGNORED, ["cache", "past_key_values"])  # what a Trainer takes for none
-    setattr(config, _IGNORED, [*known, *ADDED])

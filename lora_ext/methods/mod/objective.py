@@ -25,14 +25,14 @@ def kept(values: Tensor, logits_to_keep: Any) -> Tensor:
             each sequence; or a bool mask ``(B, T)``, of which the positions follow each other in
             one dimension.
     """
-    if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.dim() == 2 and logits_to_keep.dtype != torch.bool:
-            rows = torch.arange(len(values), device=values.device)[:, None]
-            return values[rows, logits_to_keep]
-        return values[
-            logits_to_keep if logits_to_keep.dim() == 2 else (slice(None), logits_to_keep)
-        ]
-    return values[:, -logits_to_keep:] if logits_to_keep else values
+    if not isinstance(logits_to_keep, Tensor):
+        return values[:, -logits_to_keep:] if logits_to_keep else values
+    if logits_to_keep.dim() < 2:
+        return values[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return values[logits_to_keep]
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    return values[rows, logits_to_keep]
 
 
 @dataclass(frozen=True)

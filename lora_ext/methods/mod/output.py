@@ -7,13 +7,7 @@ import functools
 from typing import Any
 
 from torch import Tensor
-
-try:
-    from transformers.utils.generic import ModelOutput
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "ModOutput: transformers is not installed; run `pip install transformers`"
-    ) from error
+from transformers.utils.generic import ModelOutput
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@ are."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 from lora_ext._checks import check_fields, choice, integer, require, within
 from lora_ext.reference import KINDS
@@ -18,6 +18,10 @@ Kind = Literal["ff", "cp", "hmm", "btree"]
 EmissionName = Literal["full", "expander", "adapter"]
 
 MOST_FULL = 4096  # tokens for which an unembedding for each position and component is small
+_OF_HEAD = (
+    "n_token", "rank", "kind", "emission", "adapter_rank", "contextual", "share_transitions",
+    "init_identity",
+)  # fmt: skip
 
 
 def check_structure(
@@ -32,20 +36,7 @@ def check_structure(
     integer(where, "n_token", n_token, least, expected=words)
     integer(where, "rank", rank, least, expected=words)
     require(kind != "ff" or rank == 1, where, "rank", "1 for 'ff'", rank)
-    integer(where, "adapter_rank", adapter_rank, 1, expected=("an int", "at least 1"))
-
-
-class HeadSettings(NamedTuple):
-    """Arguments of :class:`lora_ext.nn.CircuitHead`, in its order, after width and vocabulary."""
-
-    n_token: int
-    rank: int
-    kind: Kind
-    emission: EmissionName
-    adapter_rank: int
-    contextual: bool
-    share_transitions: bool
-    init_identity: bool
+    integer(where, "adapter_rank", adapter_rank, 1)
 
 
 @dataclass(frozen=True)
@@ -94,19 +85,14 @@ class MtpcConfig:
     draft_alpha: float = 16.0
 
     def __post_init__(self) -> None:
-        an_int = {"expected": "an int"}
-        from_0 = within(0, expected=("an int", "at least 0"))
         table = {
-            "n_token": an_int,
-            "rank": an_int,
-            "adapter_rank": an_int,
             "gamma": within(above=0, maximum=1),
             "beta": within(0, 1),
-            "bridge": from_0,
+            "bridge": within(0),
             # No tensor of a file shows this number, and memory is taken for all windows.
-            "chain": within(maximum=1024, expected=("an int", "at most 1024")),
-            "draft_layers": from_0,
-            "draft_rank": within(1, expected=("an int", "at least 1")),
+            "chain": within(maximum=1024),
+            "draft_layers": within(0),
+            "draft_rank": within(1),
             "draft_alpha": within(above=0),
         }
         check_fields(self, table)
@@ -123,7 +109,7 @@ class MtpcConfig:
         chosen = "full" if count <= MOST_FULL else "adapter"
         return replace(self, emission=self.emission or chosen)
 
-    def of_head(self) -> HeadSettings:
+    def of_head(self) -> dict[str, Any]:
         """Return the arguments of a :class:`CircuitHead` that follow from the settings; no head is
         made before :meth:`for_tokens` has chosen an emission."""
-        return HeadSettings(*(getattr(self, name) for name in HeadSettings._fields))
+        return {name: getattr(self, name) for name in _OF_HEAD}

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lora_ext import control, ops
 from lora_ext._checks import require
-from lora_ext.control import Block, Constraints, Guide, MatchedPlan, Plan, Row
+from lora_ext.control import Block, MatchedPlan, Plan, Row
 from lora_ext.reference import log_softmax
 
-from .drafting import DraftedWindow, draw
+from .drafting import Chain, DraftedWindow, draw
 from .layers import Circuit
 from .request import Request
 from .shortlist import Shortlist
@@ -40,47 +40,25 @@ class Constrained:
     """The constraints of the rows of one call, while they are decoded.
 
     Args:
-        constraint: one for all rows, or a list with one (or None) per row.
-        guide: looks ahead; None: the mask law.
-        request: the budget, and what ends a row.
-        batch: rows. vocab_size: ``V``.
-        temperature: of the model's law.
+        decoder: a :class:`SpeculativeDecoder` with a constraint.
+        request: the budget, and what ends a row. batch: rows.
 
     Raises:
         ValueError: for rows, ends or a vocabulary that do not fit, stop strings, and constraints
             that cannot be met within the budget.
     """
 
-    def __init__(
-        self,
-        constraint: Constraints,
-        guide: Guide | None,
-        request: Request,
-        batch: int,
-        vocab_size: int,
-        temperature: float,
-    ):
-        plans = control.plans_of(_WHERE, constraint, guide, request.budget)
+    def __init__(self, decoder: Any, request: Request, batch: int):
+        plans = control.plans_of(_WHERE, decoder.constraint, decoder.guide, request.budget)
         count = len(plans)
         require(count in (1, batch), _WHERE, "constraint", f"one, or one per row of {batch}", count)
         for plan in plans:
             if plan is not None:
-                _check(plan, request, vocab_size)
+                _check(plan, request, decoder.head.vocab_size)
         listed = plans * batch if count == 1 else plans
         self.rows: list[Row | None] = [None if p is None else Row.first(p) for p in listed]
-        self.temperature = temperature
-        self._window: list[_Position] = []
-        self._behind = self.rows  # the rows behind what is drafted so far
-        self._runs = torch.zeros(batch, dtype=torch.long)
-
-    @classmethod
-    def of(cls, decoder: Any, request: Request, batch: int) -> Constrained | None:
-        """What a decoder's own ``constraint`` and ``guide`` ask of a call; None without one."""
-        if decoder.constraint is None:
-            return None
-        temperature = decoder.temperature if decoder.mode == "sample" else 1.0
-        size = decoder.head.vocab_size
-        return cls(decoder.constraint, decoder.guide, request, batch, size, temperature)
+        self.decoder = decoder
+        self.temperature = decoder.temperature if decoder.mode == "sample" else 1.0
 
     def first(self, logits: Tensor) -> Tensor:
         """Logits of the first token ``(B, V)`` under the constraints.
@@ -96,13 +74,12 @@ class Constrained:
         """Take the first token of every row, which no call has decided."""
         self.rows = control.advance(self.rows, token.tolist())
 
-    def drafted(
-        self, decoder: Any, hidden: Tensor, pending: Tensor | None, uniforms: Tensor
-    ) -> DraftedWindow:
+    def drafted(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> DraftedWindow:
         """A window that the constraints allow; arguments as those of ``draft``."""
-        self._window, self._behind = [], self.rows
+        self._window: list[_Position] = []
+        self._behind = self.rows  # the rows behind what is drafted so far
         self._runs = torch.zeros(len(self.rows), dtype=torch.long)
-        head, greedy = decoder.head, decoder.mode == "greedy"
+        decoder, head = self.decoder, self.decoder.head
         # Rows without a constraint draft as they do alone, so that a seed gives the same tokens.
         self._free = torch.tensor([row is None for row in self.rows], device=hidden.device)
         some = bool(self._free.any())
@@ -110,31 +87,29 @@ class Constrained:
         if decoder.bridge is None or pending is None:
             every = Shortlist(None, head.vocab_size)
             circuit = decoder.circuit(hidden, pending)
-            parts = [self._drawn(head.kind, every, circuit, uniforms, pending, greedy, free)]
-            return _joined(parts)
+            return DraftedWindow.joined([self._drawn(every, circuit, uniforms, pending, free)])
         parts, state, before = [], hidden, pending[:, None]
         embed = decoder.model.get_input_embeddings()
+        chain = Chain(head, decoder.bridge, embed, decoder.chain)
         for j, numbers in enumerate(uniforms.split(head.n_token, 1)):
-            for token in before.unbind(1):
-                state = decoder.bridge(state, embed(token))
-            circuit = head.narrow_circuit(state)
+            state = chain.behind(state, before)
             own = None if free is None else free[:, j * head.n_token :]
-            parts.append(self._drawn(head.kind, head.listed, circuit, numbers, None, greedy, own))
+            circuit = head.narrow_circuit(state)
+            parts.append(self._drawn(head.listed, circuit, numbers, None, own))
             before = parts[-1][0]
-        return _joined(parts)
+        return DraftedWindow.joined(parts)
 
     def _drawn(
         self,
-        kind: str,
         listed: Shortlist,
         circuit: Circuit,
         uniforms: Tensor,
         pending: Tensor | None,
-        greedy: bool,
         free: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens of a window ``(B, n)``, their log-probabilities, and the laws ``(B, n, V)``."""
         batch, n = uniforms.shape[:2]
+        kind, greedy = self.decoder.head.kind, self.decoder.mode == "greedy"
         rows = self._behind
         places = torch.full((batch, n), -1, device=uniforms.device)
         tokens, laws = [], []
@@ -231,12 +206,6 @@ def _possible(rows: list[Row | None], law: Tensor) -> None:
     none = bool((~law.amax(-1).isfinite() & torch.tensor(waits, device=law.device)).any())
     expected = "a finite one for a token that the constraint allows"
     require(not (lost or none), _WHERE, "logits", expected, "none")
-
-
-def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> DraftedWindow:
-    tokens, conditional, law = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    one = torch.ones_like(conditional)[..., None]
-    return DraftedWindow(Circuit(law[:, :, None], None, None), tokens, conditional, one)
 
 
 def _check(plan: Plan | MatchedPlan, request: Request, vocab_size: int) -> None:

@@ -20,7 +20,6 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -211,7 +210,9 @@ class SpeculativeDecoder:
                 stack.enter_context(of_call(adapter_names, pool=pool_of(self.model)))
             stack.enter_context(generation_scope())
             prompt_known(input_ids)
-            control = Constrained.of(decoder, request, len(input_ids))
+            control = None
+            if decoder.constraint is not None:
+                control = Constrained(decoder, request, len(input_ids))
             trunk = Trunk(self.model, self.tail, input_ids, mask, request.budget)
             return decoder._decode(trunk, GeneratedRows(input_ids, request, streamer), control)
 
@@ -244,7 +245,7 @@ class SpeculativeDecoder:
                 first, hidden, pending = logits[:, 0], states[:, 0], None
                 passes += 1
             uniforms = self.uniforms([generators[row] for row in rows.live], hidden.device)
-            make = self.draft if control is None else partial(control.drafted, self)
+            make = self.draft if control is None else control.drafted
             draft = make(hidden, pending, uniforms[:, : 2 * n].unflatten(1, (n, 2)))
             passes += 1
             tokens = draft.tokens if control is None else control.with_forced(draft.tokens)

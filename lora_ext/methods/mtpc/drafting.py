@@ -112,6 +112,14 @@ class DraftedWindow(NamedTuple):
         none = torch.empty(0)
         return cls(Circuit(none, None, None), tokens, none, none)
 
+    @classmethod
+    def joined(cls, parts: list[tuple[Tensor, Tensor, Tensor]]) -> DraftedWindow:
+        """Windows one behind the other, as one of one component: of each the tokens ``(B, n)``,
+        their log-probabilities, and the logarithms of the laws that they are of, ``(B, n, V)``."""
+        tokens, conditional, law = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        one = torch.ones_like(conditional)[..., None]
+        return cls(Circuit(law[:, :, None], None, None), tokens, conditional, one)
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -135,19 +143,17 @@ class Chain:
             hidden: ``(B, D)``, of the token before that one. token: ``(B,)``.
             uniforms: ``(B, K, 2)`` with ``K`` the tokens of all windows.
         """
-        parts: list[tuple[Tensor, ...]] = []
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
         state, before = hidden, token[:, None]
         for numbers in uniforms.split(self.head.n_token, 1):
-            state = self._behind(state, before)
+            state = self.behind(state, before)
             circuit = self.head.narrow_circuit(state)
             places, conditional, posterior = ops.circuit_sample(self.head.kind, *circuit, numbers)
             leaf = log_softmax(circuit.leaf.to(posterior.dtype))  # (B, n, C, L)
             law = (leaf + posterior.log()[..., None]).logsumexp(2)  # (B, n, L)
             before = self.head.listed.tokens(places)
-            parts.append((before, conditional, law))
-        tokens, conditional, law = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-        mixture = Circuit(self.head.listed.widen(law)[:, :, None], None, None)
-        return DraftedWindow(mixture, tokens, conditional, torch.ones_like(conditional)[..., None])
+            parts.append((before, conditional, self.head.listed.widen(law)))
+        return DraftedWindow.joined(parts)
 
     def likeliest(self, hidden: Tensor, token: Tensor) -> DraftedWindow:
         """As :meth:`drawn`, with the likeliest token after those before it at every position.
@@ -156,7 +162,7 @@ class Chain:
         """
         state, parts = hidden, [token[:, None]]
         for _ in range(self.length):
-            state = self._behind(state, parts[-1])
+            state = self.behind(state, parts[-1])
             circuit = self.head.narrow_circuit(state)
             places = torch.full((len(state), self.head.n_token), -1, device=state.device)
             for k in range(self.head.n_token):
@@ -166,7 +172,7 @@ class Chain:
             parts.append(self.head.listed.tokens(places))
         return DraftedWindow.greedy(torch.cat(parts[1:], 1))
 
-    def _behind(self, state: Tensor, tokens: Tensor) -> Tensor:
+    def behind(self, state: Tensor, tokens: Tensor) -> Tensor:
         """States ``(B, D)`` moved by tokens ``(B, n)``, one after the other."""
         for token in tokens.unbind(1):
             state = self.bridge(state, self.embed(token))

@@ -211,11 +211,7 @@ class SumWeights(nn.Module):
     """Logits of the prior, ``prior @ h``, and of ``M`` transitions, ``trans @ h + trans_bias``.
 
     Args:
-        kind: the family of circuits. n_token: ``K``. rank: ``C``. hidden_size: ``D``.
-        contextual: whether transitions depend on ``h``; otherwise the bias is all there is.
-        share_transitions: one transition matrix is stored and serves all ``M`` steps.
-        init_identity: transitions start by keeping the state with probability 0.99; otherwise they
-            start near uniform.
+        kind, n_token, rank, hidden_size, contextual, share_transitions, init_identity: of the head.
         options: dtype and device of the parameters.
 
     Attributes:

@@ -11,13 +11,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext._files import SafetensorsFile, read_json, write_files
+from lora_ext._files import SafetensorsFile, TensorInfo, read_json, write_files
 
 from .config import MtpcConfig
 from .drafting import TokenBridge
@@ -64,23 +63,18 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
         isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
     ):
         raise ValueError(f"{path}: shortlist: expected token ids or null, found {ids!r:.80}")
-    return _config(data["config"], path), ids
-
-
-def _config(data: Any, path: Path) -> MtpcConfig:
-    fields = {field.name: type(field.default) for field in dataclasses.fields(MtpcConfig)}
-    fields["emission"] = str  # a draft has one, the default being chosen by its tokens
-    where = str(path)
-    require(isinstance(data, dict), where, "config", "an object", f"{data!r:.80}")
-    for name, value in data.items():
-        require(name in fields, where, "config", f"some of {[*fields]}", f"{name!r:.80}")
-        wanted = fields[name]
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise ValueError(f"{path}: {name}: expected {wanted.__name__}, found {value!r:.80}")
+    where, found = str(path), data["config"]
+    require(isinstance(found, dict), where, "config", "an object", f"{found!r:.80}")
+    known = [field.name for field in dataclasses.fields(MtpcConfig)]
+    for name in found:
+        require(name in known, where, "config", f"some of {known}", f"{name!r:.80}")
     try:
-        return MtpcConfig(**data)
+        config = MtpcConfig(**found)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error!s:.300}") from None
+    # A draft has an emission: the default is chosen by its tokens.
+    require(config.emission is not None, where, "emission", "a string", "none")
+    return config, ids
 
 
 class DraftFile:
@@ -91,8 +85,7 @@ class DraftFile:
         vocab_size, hidden_size: of the model.
 
     Attributes:
-        head_dtype, bridge_dtype, tail_dtype: of the parameters; None for a bridge or tail that is
-            not there.
+        dtypes: of the parameters, by the parts that are there: "head", "bridge" and "tail".
 
     Raises:
         ValueError: keys, shapes or dtypes that are not those of such a draft, by file and key.
@@ -108,24 +101,22 @@ class DraftFile:
     ):
         self._file = file = SafetensorsFile(folder / TENSORS)
         try:
-            head = {k: v for k, v in file.infos.items() if not k.startswith(_FACTORS)}
             tail = {k: v for k, v in file.infos.items() if k.startswith(_FACTORS)}
-            bridge = {k: v for k, v in head.items() if k.startswith(_BRIDGE)}
-            own = {info.dtype for k, info in head.items() if k not in bridge}
-            self.head_dtype = self._dtype("head", own)
-            self.bridge_dtype = self.tail_dtype = None
+            bridge = {k: v for k, v in file.infos.items() if k.startswith(_BRIDGE)}
+            head = {k: v for k, v in file.infos.items() if k not in tail | bridge}
+            self.dtypes = {"head": self._dtype("head", head)}
+            for part, infos in (("bridge", bridge), ("tail", tail)):
+                if infos:
+                    self.dtypes[part] = self._dtype(part, infos)
             wanted = self._head_shapes(config, shortlist, vocab_size, hidden_size)
-            found = {k: info.shape for k, info in head.items()}
+            found = {k: info.shape for k, info in (head | bridge).items()}
             if config.emission == "adapter":
                 found.setdefault(_UNEMBED, wanted[_UNEMBED])
             self._compare(wanted, found)
-            if bridge:
-                self.bridge_dtype = self._dtype("bridge", {info.dtype for info in bridge.values()})
             if bool(tail) != bool(config.draft_layers):
                 expected = f"factors of {config.draft_layers} layers"
                 raise ValueError(f"{file.where}: expected {expected}, found {len(tail)} tensors")
             if tail:
-                self.tail_dtype = self._dtype("tail", {info.dtype for info in tail.values()})
                 # Memory for the tail is taken layer by layer, all of this rank.
                 first = tail.get(f"{_FACTORS}0")
                 fits = first is not None and first.shape[:1] == (config.draft_rank,)
@@ -135,7 +126,8 @@ class DraftFile:
             file.close()
             raise
 
-    def _dtype(self, part: str, found: set[torch.dtype | str]) -> torch.dtype:
+    def _dtype(self, part: str, infos: Mapping[str, TensorInfo]) -> torch.dtype:
+        found = {info.dtype for info in infos.values()}
         if len(found) == 1:
             (dtype,) = found
             if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
@@ -149,7 +141,8 @@ class DraftFile:
     ) -> dict[str, tuple[int, ...]]:
         try:
             with torch.device("meta"):
-                head = CircuitHead(hidden_size, vocab_size, *config.of_head(), shortlist=shortlist)
+                arguments = config.of_head()
+                head = CircuitHead(hidden_size, vocab_size, **arguments, shortlist=shortlist)
                 bridge = TokenBridge(hidden_size, config.bridge) if config.bridge else None
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # beyond any memory
             raise ValueError(f"{self._file.where}: {error!s:.300}") from None

@@ -8,9 +8,6 @@ The way of a hidden state:
 3. its :class:`~lora_ext.methods.mtpc.emission.SumWeights` make the prior and the transitions;
 4. a circuit op answers: ``circuit_scan`` a likelihood, ``circuit_conditional_dist`` the law of the
    next token, ``circuit_sample`` and ``circuit_argmax`` a window.
-
-A likelihood reads one leaf a position (:meth:`Emission.observed`), so that training never holds the
-logits over the vocabulary; the other queries read all of them (:meth:`CircuitHead.circuit`).
 """
 
 from __future__ import annotations
@@ -38,6 +35,7 @@ _PARTS = {
     "leaves": ("emit", "maps", "unembed", "lora_A", "lora_B"),
     "sums": ("prior", "trans_bias", "trans"),
 }
+_KEYS = [(f"{part}.{name}", name) for part, names in _PARTS.items() for name in names]
 
 
 class Circuit(NamedTuple):
@@ -57,18 +55,16 @@ def _flatten_keys(
     _head: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: dict[str, Any]
 ) -> None:
     """A state dict has the parts' parameters under the head's own names."""
-    for part, names in _PARTS.items():
-        for name in names:
-            if f"{prefix}{part}.{name}" in state_dict:
-                state_dict[prefix + name] = state_dict.pop(f"{prefix}{part}.{name}")
+    for nested, name in _KEYS:
+        if prefix + nested in state_dict:
+            state_dict[prefix + name] = state_dict.pop(prefix + nested)
 
 
 def _nest_keys(_head: nn.Module, state_dict: dict[str, Any], prefix: str, *_others: object) -> None:
     """The inverse of :func:`_flatten_keys`."""
-    for part, names in _PARTS.items():
-        for name in names:
-            if prefix + name in state_dict:
-                state_dict[f"{prefix}{part}.{name}"] = state_dict.pop(prefix + name)
+    for nested, name in _KEYS:
+        if prefix + name in state_dict:
+            state_dict[prefix + nested] = state_dict.pop(prefix + name)
 
 
 def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> None:
@@ -137,9 +133,8 @@ class CircuitHead(nn.Module):
             tokens, a token twice or one outside the vocabulary, leaves larger than the memory that
             is free. NotImplementedError: other dtypes.
 
-    Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv
-    2511.11346) and its code; ``adapter`` is ours (docs/mtpc.md). A shortlist for the draft:
-    FR-Spec (arXiv 2502.14856).
+    Source: arXiv 2511.11346 and its code; ``adapter`` is ours (docs/mtpc.md). A shortlist for the
+    draft: FR-Spec (arXiv 2502.14856).
     """
 
     def __init__(
@@ -161,8 +156,8 @@ class CircuitHead(nn.Module):
         super().__init__()
         dtype = torch.get_default_dtype() if dtype is None else dtype
         check_structure("CircuitHead", n_token, rank, kind, emission, adapter_rank)
-        integer("CircuitHead", "hidden_size", hidden_size, 1, expected="at least 1")
-        integer("CircuitHead", "vocab_size", vocab_size, 2, expected="at least 2")
+        integer("CircuitHead", "hidden_size", hidden_size, 1)
+        integer("CircuitHead", "vocab_size", vocab_size, 2)
         floats = f"one of {FLOATS}"
         require(dtype in FLOATS, "CircuitHead", "dtype", floats, dtype, NotImplementedError)
         self.hidden_size = hidden_size
@@ -171,10 +166,6 @@ class CircuitHead(nn.Module):
         self.rank = rank
         self.kind = kind
         self.emission = emission
-        self.adapter_rank = adapter_rank
-        self.contextual = contextual
-        self.share_transitions = share_transitions
-        self.init_identity = init_identity
         ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
         if ids is not None:
             ids = ids.to(torch.empty(0, device=device).device)  # the default device, for None
@@ -300,10 +291,6 @@ class CircuitHead(nn.Module):
         fits = k.dim() == 0 or k.shape == h.shape[:-1]
         require(fits, "CircuitHead", "k", expected, tuple(k.shape))
         k = k.expand(h.shape[:-1]).reshape(-1)
-        wrong = (k < 0) | (k >= self.n_token)
-        if looked_at(k) and bool(wrong.any()):
-            expected, found = f"positions in [0, {self.n_token})", int(k[wrong][0])
-            raise ValueError(f"CircuitHead: k: expected {expected}, found {found}")
         dist = ops.circuit_conditional_dist(self.kind, *self.circuit(rows), tokens, k)
         return dist.view(*h.shape[:-1], self.vocab_size)
 

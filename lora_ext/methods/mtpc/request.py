@@ -88,15 +88,8 @@ def read_request(
     tokenizer: Any,
     arguments: Mapping[str, Any],
 ) -> Request:
-    """Check what a call asks for.
-
-    Args:
-        model: its ``generation_config`` names ends and padding where nothing else does.
-        input_ids: ``(B, S)``.
-        seed: None, one, or one per row; :meth:`SpeculativeDecoder.generate`.
-        generation_config: transformers' GenerationConfig, or None.
-        tokenizer: of the stop strings.
-        arguments: settings by the names of GenerationConfig; None where the call names none.
+    """Check what a call of :meth:`SpeculativeDecoder.generate` asks for; ``arguments`` are settings
+    by the names of GenerationConfig, None where the call names none.
 
     Raises:
         ValueError: a number out of range, or a setting that cannot be honoured, by its name.
@@ -126,11 +119,8 @@ def read_request(
 
 
 def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
-    """A seed for every row.
-
-    One seed gives the first numbers of its own generator, so that neighbouring seeds share no row;
-    None takes them from torch's.
-    """
+    """A seed for every row. One seed gives the first numbers of its own generator, so that
+    neighbouring seeds share no row; None takes them from torch's."""
     one = not isinstance(seed, Iterable)
     if seed is None:
         return torch.randint(2**63 - 1, (batch,)).tolist()
@@ -206,16 +196,8 @@ def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
 
 
 class GeneratedRows:
-    """Tokens, stop rules and statistics of every row, on the host.
-
-    Args:
-        prompts: ``(B, S)``.
-        request: the stop rules.
-        streamer: gets the prompt, then every token that the one row keeps; None for nobody.
-
-    Raises:
-        ValueError: a streamer beside more than one row.
-    """
+    """Tokens, stop rules and statistics of every row of ``prompts (B, S)``, on the host. A streamer
+    is for one row alone: it gets the prompt, then every token that the row keeps."""
 
     def __init__(self, prompts: Tensor, request: Request, streamer: Any = None):
         batch = len(prompts)

@@ -171,11 +171,8 @@ class Draft(nn.Module):
         with contextlib.closing(DraftFile(folder, config, shortlist, *sizes)) as file:
             draft = retrofit(model, config, shortlist)
             try:
-                draft.head.to(file.head_dtype)
-                if draft.bridge is not None:
-                    draft.bridge.to(file.bridge_dtype)
-                if draft.tail is not None:
-                    draft.tail.to(file.tail_dtype)
+                for part, dtype in file.dtypes.items():
+                    draft.get_submodule(part).to(dtype)
                 draft.load_state_dict(file.read(draft.state_dict()))
             except BaseException:
                 draft.remove()
@@ -217,22 +214,14 @@ def retrofit(
     own, weight = list(model.parameters()), _unembedding(model).weight
     config = MtpcConfig() if config is None else config
     config = config.for_tokens(len(weight) if shortlist is None else len(shortlist))
-    head = CircuitHead(
-        weight.shape[1],
-        weight.shape[0],
-        *config.of_head(),
-        dtype=weight.dtype,
-        device=weight.device,
-        shortlist=shortlist,
-    )
+    vocab_size, width = weight.shape
+    options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+    head = CircuitHead(width, vocab_size, **config.of_head(), **options, shortlist=shortlist)
     head.init_from_lm_head(weight)
     tail = None
     if config.draft_layers:
         tail = DraftTail(model, config.draft_layers, config.draft_rank, config.draft_alpha)
-    bridge = None
-    if config.bridge:
-        options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-        bridge = TokenBridge(weight.shape[1], config.bridge, **options)
+    bridge = TokenBridge(width, config.bridge, **options) if config.bridge else None
     draft = Draft(model, config, head, tail, bridge)
     for parameter in own:
         draft._trained.append((parameter, parameter.requires_grad))

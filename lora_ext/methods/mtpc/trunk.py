@@ -89,9 +89,7 @@ class Trunk:
     compute alone, up to rounding.
 
     Args:
-        model: a transformers causal LM whose layers all attend to everything before.
-        tail: LoRA layers of the draft path, or None.
-        input_ids: ``(B, S)`` prompts, padded on the left. attention_mask: ``(B, S)``.
+        model, tail, input_ids, attention_mask: of the :class:`SpeculativeDecoder` and its call.
         room: how many tokens may follow a prompt; later positions share the last one, whose tokens
             are never used.
 

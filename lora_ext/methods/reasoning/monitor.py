@@ -31,8 +31,7 @@ class RankMonitor:
     Raises:
         ValueError: no layer of the model has the adapter, or ``every`` below 1.
 
-    Source: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv
-    2412.00029) reads effective ranks after training.
+    Source: arXiv 2412.00029, which reads effective ranks after training.
     """
 
     def __init__(self, model: nn.Module, adapter: str = "default", every: int = 1):

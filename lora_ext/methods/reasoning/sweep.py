@@ -111,8 +111,7 @@ def rank_sweep(
     Raises:
         ValueError: from :func:`select_modules` and ``LoraConfig``, or no setting to try.
 
-    Source: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv
-    2412.00029).
+    Source: arXiv 2412.00029.
     """
     ranks = tuple(ranks)
     settings = [(last_n, rank) for last_n in layers for rank in ranks]

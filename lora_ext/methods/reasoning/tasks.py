@@ -108,8 +108,7 @@ class HashHop(_Task):
         UserWarning: ``max_hops`` reaches the end of the chain, whose last hash is the only one
             without a successor and can be found without following the chain.
 
-    Sources: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv
-    2412.00029), its code (neelr/lora-reasoning-experiments); magicproduct/hash-hop.
+    Sources: arXiv 2412.00029, its code (neelr/lora-reasoning-experiments); magicproduct/hash-hop.
     """
 
     def __init__(
@@ -165,8 +164,7 @@ class HashChain(_Task):
         ValueError: a number that is too small; too few lengths; lengths of which two are the
             shortest; more than half of all hashes would be needed.
 
-    Sources: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv
-    2412.00029), its code (neelr/lora-reasoning-experiments).
+    Sources: arXiv 2412.00029, its code (neelr/lora-reasoning-experiments).
     """
 
     def __init__(

@@ -84,11 +84,13 @@ class SploraConfig:
         holds = self.num is None or self.threshold is None
         found = f"both, {self.num!r} and {self.threshold!r}"
         require(holds, "SploraConfig", "num and threshold", "one of them", found)
-        least = {"num": 0, "rank": 1, "n_samples": 2, "seed": 0}
         table = {
-            **{k: within(n, expected=f"an integer of at least {n}") for k, n in least.items()},
+            "num": within(0),
             "threshold": {"finite": False, "expected": "a number"},
-            "energy": within(above=0, maximum=1, expected="a share in (0, 1]"),
+            "rank": within(1),
+            "energy": within(above=0, maximum=1),
+            "n_samples": within(2),
+            "seed": within(0),
             "device": _device,
         }
         check_fields(self, table)

@@ -135,11 +135,17 @@ def ediem_scores(
             x = _angles(a, b, columns, scalings, stats)
         scores = standardised(where, x, x, config).tolist()
     else:
-        each = zip(layers, distances, a, b, columns, scalings, strict=True)
-        scores = [
-            _score_alone(f"{where}: {layer.name}", d, a_l, b_l, p_l, s_l, samples, config)
-            for layer, d, a_l, b_l, p_l, s_l in each
-        ]
+        scores = []
+        for layer, d, a_l, b_l, p_l, s_l in zip(
+            layers, distances, a, b, columns, scalings, strict=True
+        ):
+            a_l, b_l = a_l.double(), b_l.double()
+            if config.reference == "permutation":
+                sample = _permuted(a_l, b_l, p_l, s_l, config)
+                one = standardised(f"{where}: {layer.name}", d, sample, config).item()
+            else:
+                one = released_score(d, samples, s_l * p_l @ a_l, s_l * b_l @ a_l)
+            scores.append(one)
     found = zip(layers, sizes.tolist(), distances.tolist(), stats.tolist(), strict=True)
     return [
         LayerStats(layer.name, n, d, *_figures(row), score, alignment)
@@ -201,24 +207,6 @@ def _figures(row: Sequence[float]) -> tuple[float, float, float]:
     norm, norm_proj, inner = math.sqrt(row[0]), math.sqrt(row[1]), row[2]
     product = norm * norm_proj
     return norm, norm_proj, inner / product if product > 0 else 0.0
-
-
-def _score_alone(
-    where: str,
-    distance: Tensor,
-    a: Tensor,
-    b: Tensor,
-    projected: Tensor,
-    scaling: float,
-    samples: Tensor | None,
-    config: SploraConfig,
-) -> float:
-    """The score of a layer that is not compared with others."""
-    a, b = a.double(), b.double()
-    if config.reference == "permutation":
-        sample = _permuted(a, b, projected, scaling, config)
-        return standardised(where, distance, sample, config).item()
-    return released_score(distance, samples, scaling * projected @ a, scaling * b @ a)
 
 
 def _permuted(

@@ -109,24 +109,13 @@ def project_layers(
     names: Iterable[str] | None = None,
     columns: Callable[[Factors], Tensor] = lambda factors: factors.b,
 ) -> tuple[list[Layer], list[Projected]]:
-    """``P B`` of each layer, in the order of the model.
+    """The layers, in the order of the model, and ``P B`` of each; as :func:`ediem_scores`.
 
     All shapes are checked before any weight is read; then two weights are held at a time.
 
     Args:
-        where: opens the message of an error.
-        adapter: of linear layers alone.
-        base, aligned: the two models.
-        config: which projection, and what to do where the models are equal: such layers raise, or
-            are left out of the result.
-        progress: wraps the layers.
         names: only these of the adapter's modules; default is all.
         columns: what P is applied to, ``(m, k)``; default is B.
-
-    Raises:
-        NotImplementedError: DoRA, embeddings, convolutions. KeyError: a layer that a model lacks.
-        ValueError: shapes that do not fit, NaN or infinity. ZeroAlignmentError: equal weights.
-        TypeError: quantised weights.
     """
     _refuse_other_kinds(where, adapter)
     found: list[Layer] = []

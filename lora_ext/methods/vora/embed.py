@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_ext._checks import require
+from lora_ext._checks import choice, require
 
 PosMode = Literal["interp", "released"]
-POS_MODES: tuple[PosMode, ...] = ("interp", "released")
 MIN_PIXELS, MAX_PIXELS = 3136, 784000  # 56 x 56; 4000 patches of 14 x 14
 MAX_RATIO = 200  # of the sides
 
@@ -93,8 +92,7 @@ class VisionPatchEmbed(nn.Module):
             require(size >= 1, "VisionPatchEmbed", name, "at least 1", size)
         expected = f"a multiple of the patch {patch}"
         require(not image_size % patch, "VisionPatchEmbed", "image_size", expected, image_size)
-        expected = f"one of {POS_MODES}"
-        require(pos_mode in POS_MODES, "VisionPatchEmbed", "pos_mode", expected, repr(pos_mode))
+        choice("VisionPatchEmbed", "pos_mode", pos_mode, get_args(PosMode))
         self.patch, self.side, self.pos_mode = patch, image_size // patch, pos_mode
         self.patchifier = nn.ModuleDict(
             {"proj": nn.Conv2d(3, embed_dim, patch, patch), "norm": RMSNorm(embed_dim, eps)}

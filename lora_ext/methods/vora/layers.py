@@ -27,7 +27,6 @@ from .modalities import modality, traced_vision_rows, vision_block, vision_rows
 
 #: Which tokens the adapter serves.
 Route = Literal["all", "vision"]
-ROUTES: tuple[Route, ...] = get_args(Route)
 
 
 class UnmergeableRouteError(RuntimeError):
@@ -310,5 +309,5 @@ def _check(base_layer: nn.Module, rank: int, route: str) -> None:
     fits = linear and not isinstance(base_layer, LoraLayer)
     expected = "nn.Linear, Conv1D or a quantised linear layer"
     require(fits, "VoraLinear", "base_layer", expected, type(base_layer).__name__, TypeError)
-    integer("VoraLinear", "rank", rank, 1, expected="an int, at least 1")
-    choice("VoraLinear", "route", route, ROUTES)
+    integer("VoraLinear", "rank", rank, 1)
+    choice("VoraLinear", "route", route, get_args(Route))

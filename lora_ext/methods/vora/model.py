@@ -151,8 +151,9 @@ class VoraForCausalLM(nn.Module):
                 use_cache=False,
             ).logits
         distill = None
-        if not flat:
-            distill = zero_loss([p for p in self.parameters() if p.requires_grad], logits)
+        if not flat:  # data parallel training waits for a gradient of every parameter
+            zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+            distill = zero_gradients(zero, [p for p in self.parameters() if p.requires_grad])
         elif states is not None:
             hiddens = [state[batch.vision_mask] for state in states]  # (M, d) each
             grids = None if teacher_grids is None else [self.vision.grid(one) for one in flat]
@@ -281,13 +282,6 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(wide.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
     return total / (targets != IGNORE).sum().clamp(min=1)
-
-
-def zero_loss(parameters: Sequence[Tensor], like: Tensor) -> Tensor:
-    """A loss of 0 that gives these parameters gradients of zeros, and reads none of them: data
-    parallel training waits for a gradient of every parameter. ``like`` says device and dtype."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return zero_gradients(torch.zeros((), dtype=dtype, device=like.device), parameters)
 
 
 def _flat(images: Images | None) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_ext._checks import flag, integer, number, require
+from lora_ext._checks import integer, number, require, require_flags
 
 from .embed import MAX_PIXELS, MIN_PIXELS, smart_resize
 
@@ -75,15 +75,14 @@ class VoraImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = STD,
         **service: Any,
     ):
-        where, size = "VoraImageProcessor", "an int, at least 1"
+        where = "VoraImageProcessor"
         for name in service:
             expected = f"one of {FIELDS}"
             require(name in SERVICE, where, name, expected, "another name", TypeError)
         super().__init__()
-        integer(where, "patch", patch, 1, expected=size)
-        integer(where, "max_pixels", max_pixels, 1, expected=size)
-        expected = f"1 to max_pixels = {max_pixels}"
-        integer(where, "min_pixels", min_pixels, 1, max_pixels, expected=expected)
+        integer(where, "patch", patch, 1)
+        integer(where, "max_pixels", max_pixels, 1)
+        integer(where, "min_pixels", min_pixels, 1, max_pixels)
         number(where, "rescale_factor", rescale_factor)
         known = type(resample) is not bool and resample in FILTERS
         require(known, where, "resample", f"one of {FILTERS}", repr(resample))
@@ -92,8 +91,7 @@ class VoraImageProcessor(BaseImageProcessor):
         fits = _are_three_numbers(image_std) and all(image_std)
         require(fits, where, "image_std", "3 numbers, none 0", repr(image_std))
         flags = {"do_resize": do_resize, "do_rescale": do_rescale, "do_normalize": do_normalize}
-        for name, value in flags.items():
-            flag(where, name, value, expected="a bool")
+        require_flags(where, **flags)
         self.patch, self.do_resize = patch, do_resize
         self.min_pixels, self.max_pixels, self.resample = min_pixels, max_pixels, int(resample)
         self.do_rescale, self.rescale_factor = do_rescale, rescale_factor

@@ -5,20 +5,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_ext._checks import require
+from lora_ext._checks import choice, require
 from lora_ext.layers import IGNORE
 
 PLACEHOLDER = -200
 TEXT = -1  # in image_ids
 
 Side = Literal["left", "right"]
-SIDES: tuple[Side, ...] = ("left", "right")
 
 
 class Spliced(NamedTuple):
@@ -62,8 +61,7 @@ def splice_images(
             both; another number of samples; tokens of another width; shapes that disagree; another
             ``padding_side``. TypeError: ids that are no integers.
     """
-    expected = f"one of {SIDES}"
-    require(padding_side in SIDES, "splice_images", "padding_side", expected, repr(padding_side))
+    choice("splice_images", "padding_side", padding_side, get_args(Side))
     expected, found = "shape (B, S), B at least 1", tuple(input_ids.shape)
     fits = input_ids.dim() == 2 and len(input_ids) > 0
     require(fits, "splice_images", "input_ids", expected, found)
@@ -132,20 +130,19 @@ def _images(
 ) -> list[list[Tensor]]:
     """The images of each sample, as many as it has placeholders."""
     batch = len(input_ids)
-    given = [None] * batch if image_tokens is None else list(image_tokens)
+    given: list[Any] = [None] * batch if image_tokens is None else list(image_tokens)
     expected = f"a list for each of {batch} samples"
     require(len(given) == batch, "splice_images", "image_tokens", expected, len(given))
-    images = [[] if t is None else [t] if _is_image(t) else list(t) for t in given]
+    images = [
+        [] if t is None else [t] if isinstance(t, Tensor) and t.dim() == 2 else list(t)
+        for t in given
+    ]
     places = ((input_ids == placeholder) & valid).sum(1).tolist()
     for sample, (count, tokens) in enumerate(zip(places, images, strict=True)):
         which, expected = f"sample {sample}", f"as many images as placeholders, {count}"
         fits = count == len(tokens)
         require(fits, "splice_images: image_tokens", which, expected, len(tokens))
     return images
-
-
-def _is_image(tokens: object) -> TypeGuard[Tensor]:
-    return isinstance(tokens, Tensor) and tokens.dim() == 2
 
 
 def _row(

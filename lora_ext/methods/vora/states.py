@@ -19,16 +19,11 @@ from .modalities import modality
 
 @contextlib.contextmanager
 def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list[Any]]:
-    """The hidden states that are distilled, of the forward inside the block.
+    """The hidden states that are distilled, of the forward inside the block: a list with
+    ``(B, T, d)`` for each of the decoder layers, of their outputs or ("released") their inputs.
 
     They are taken raw: the last of transformers' ``hidden_states`` is after the final norm. A
     forward of another thread leaves no trace.
-
-    Args:
-        blocks: the decoder layers. pairing: "output" or "released", their inputs.
-
-    Yields:
-        A list with ``(B, T, d)`` for each block, once the forward has run.
 
     Raises:
         ValueError: from the forward, where a reentrant checkpoint runs a block without gradients.
@@ -71,7 +66,6 @@ def prefill(
     Beams and returned sequences come as so many rows of each sample in a row.
 
     Args:
-        model: the language model.
         mask: ``(B, 1, T, T)`` additive, or one for each kind of layer; None leaves the model's own.
         vision_mask: ``(B, T)`` for layers of route "vision"; None for no block.
     """

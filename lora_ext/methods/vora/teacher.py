@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import require
+from lora_ext._checks import choice, require
 from lora_ext.layers import decoder_layers
 
-from .config import PAIRINGS, Pairing
+from .config import Pairing
 from .states import block_states
 
 
@@ -49,7 +49,7 @@ def teacher_states(
         ValueError: a teacher of fewer blocks, in training mode, or that drops patches; images whose
             sides are no multiples of its patches; another pairing.
     """
-    require(pairing in PAIRINGS, "teacher_states", "pairing", f"one of {PAIRINGS}", repr(pairing))
+    choice("teacher_states", "pairing", pairing, get_args(Pairing))
     found = "it in training mode; call teacher.eval()"
     require(not teacher.training, "teacher_states", "teacher", "one in evaluation mode", found)
     blocks = list(decoder_layers(teacher))
@@ -66,9 +66,13 @@ def teacher_states(
         require(fits, "teacher_states", "images", expected, tuple(image.shape))
     grids = [(image.shape[1] // patch, image.shape[2] // patch) for image in flat]
     states: list[list[Tensor]] = [[torch.empty(0)] * len(flat) for _ in range(n_blocks)]
+    options: dict[str, Any] = {}
+    if "interpolate_pos_encoding" in inspect.signature(teacher.forward).parameters:
+        options["interpolate_pos_encoding"] = True
     for grid in dict.fromkeys(grids):
         own = [i for i, other in enumerate(grids) if other == grid]
-        found = _run(teacher, blocks[:n_blocks], torch.stack([flat[i] for i in own]), pairing)
+        with block_states(blocks[:n_blocks], pairing) as found:
+            teacher(torch.stack([flat[i] for i in own]), **options)
         for of_block, hidden in zip(states, found, strict=True):
             count, patches = hidden.shape[1], grid[0] * grid[1]
             expected = f"blocks that keep all {patches} patches of an image"
@@ -79,15 +83,3 @@ def teacher_states(
     if not flat:
         return TeacherStates([torch.empty(0, int(config.hidden_size))] * n_blocks, [])
     return TeacherStates([torch.cat(of_block) for of_block in states], grids)
-
-
-def _run(
-    teacher: nn.Module, blocks: Sequence[nn.Module], pixels: Tensor, pairing: Pairing
-) -> list[Tensor]:
-    """What each block returns, or is given: ``(B, T, d_v)``."""
-    options: dict[str, Any] = {}
-    if "interpolate_pos_encoding" in inspect.signature(teacher.forward).parameters:
-        options["interpolate_pos_encoding"] = True
-    with block_states(blocks, pairing) as found:
-        teacher(pixels, **options)
-    return found
