@@ -166,6 +166,10 @@ class CircuitHead(nn.Module):
         self.rank = rank
         self.kind = kind
         self.emission = emission
+        self.adapter_rank = adapter_rank
+        self.contextual = contextual
+        self.share_transitions = share_transitions
+        self.init_identity = init_identity
         ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
         if ids is not None:
             ids = ids.to(torch.empty(0, device=device).device)  # the default device, for None
