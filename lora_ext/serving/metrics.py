@@ -97,6 +97,7 @@ def _for_routers(load: Load) -> list[str]:
 
 
 def _names(names: Sequence[str | None]) -> str:
-    """As the value of a label."""
-    listed = ",".join(sorted({name for name in names if name is not None}))
+    """As the value of a label. Readers split it at commas: one inside a name is written otherwise,
+    so that nobody takes it for two names."""
+    listed = ",".join(sorted({name.replace(",", "%2C") for name in names if name is not None}))
     return listed.replace("\\", r"\\").replace('"', r"\"")

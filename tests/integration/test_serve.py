@@ -25,6 +25,8 @@ from served import (
     text_of,
 )
 
+from lora_ext.serving.metrics import Load, prometheus
+
 pytestmark = needs_packages
 
 
@@ -315,6 +317,12 @@ def test_metrics_are_prometheus_text(server: Any) -> None:
     for code in (404, 422):
         assert found[f'lora_ext_refused_total{{code="{code}"}}'] >= 1
     assert {"lora_ext_requests", "lora_ext_pool_pins"} <= set(found)
+
+
+def test_a_router_does_not_take_a_name_with_a_comma_for_two() -> None:
+    load = Load(running=["a,b", None, "a"], waiting=['"'], most_adapters=4, cache=0)
+    page = prometheus({}, {}, load)
+    assert r'running_lora_adapters="a,a%2Cb",waiting_lora_adapters="\""' in page
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,13 @@ def test_what_cannot_do_without_its_logits_is_refused_and_stays_as_it_was() -> N
         wrapped(IDS, labels=LABELS)
 
 
+def test_a_model_whose_logits_are_no_numbers_is_refused_by_the_one_who_asked() -> None:
+    model = model_of()
+    nn.init.constant_(model.lm_head.weight, torch.nan)
+    with pytest.raises(ValueError, match=r"^chunked_loss: model: expected logits that are numbers"):
+        lora_ext.chunked_loss(model)
+
+
 def test_the_trainer_of_transformers_learns_the_same(tmp_path: Any) -> None:
     losses = []
     for chunked in (False, True):

@@ -121,7 +121,12 @@ def test_timeouts_lower_the_depth_and_the_third_is_a_rest():
     assert depths == [12, 1, 1, None, None, 1]
     one.tracker.update_timeout(0, 1, 30.0, 11)
     one.tracker.update_timeout(0, 1, 30.0, 11)
-    assert one.plan(12, 0, L) == LayerPlan(())
+    rest = one.plan(12, 0, L)
+    assert rest == LayerPlan(())
+    with pytest.raises(ValueError, match=r"expected layers to train, found none, of a device"):
+        one.observe(12, 0, rest, {"train-time-s": 1.0})
+    with pytest.raises(ValueError, match=r"plan: expected layers to train"):
+        one.timed_out(12, 0, rest, 30.0)
 
 
 def test_depths_are_chosen_every_so_many_rounds():

@@ -103,6 +103,7 @@ CONFIG = LlamaConfig(
     num_hidden_layers=1,
     num_attention_heads=2,
     num_key_value_heads=2,
+    attn_implementation="eager",  # "sdpa" asks others first once continuous batching has run
 )
 LORA = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
 IDS = torch.arange(8).view(2, 4)

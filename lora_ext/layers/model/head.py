@@ -99,7 +99,7 @@ def measured_head(
         wanted = logits.flatten(0, -2)[-1].float()
         expected = "logits that are numbers in the first forward, which shows what the head does"
         found = f"NaN among those of {type(lm).__name__}"
-        require(not bool(wanted.isnan().any()), "mod", "model", expected, found)
+        require(not bool(wanted.isnan().any()), where, "model", expected, found)
         heads = [Head(softcap, scale) for scale in _scales(lm)]
         nearest = min(heads, key=lambda h: float((h.capped(z * h.scale) - wanted).norm()))
         if _explains(nearest, z * nearest.scale, wanted):

@@ -159,6 +159,9 @@ class LegendAllocator:
         Args:
             metrics: ``train-time-s``, ``down-time-s``, ``bytes`` of the slice, and ``up-time-s``
                 where it is known. Unchecked: what is missing or absurd is dropped and counted.
+
+        Raises:
+            ValueError: a plan without layers, which asks for nothing.
         """
         train, down, size = (
             metrics.get(name, math.nan) for name in ("train-time-s", "down-time-s", "bytes")
@@ -174,6 +177,9 @@ class LegendAllocator:
         Args:
             round: its number. client: the device. plan: what it was to train.
             seconds: how long it was waited for.
+
+        Raises:
+            ValueError: as :meth:`observe`.
         """
         self.tracker.update_timeout(client, self._reach(plan), seconds, round)
         self._depths.pop(client, None)
@@ -238,4 +244,5 @@ class LegendAllocator:
 
     def _reach(self, plan: LayerPlan) -> int:
         """How many blocks the backward goes through; of a suffix its depth."""
+        require(bool(plan.layers), WHERE, "plan", "layers to train", "none, of a device that rests")
         return self.L - plan.layers[0]
