@@ -77,14 +77,15 @@ gpu:
 	@python=$${PYTHON:-$$($(find_cuda_python))} && mkdir -p build && $$python tools/gpu_leg.py --call $(CALL) --out "$(OUT)"
 
 # A copy of the package in build/asan: the build in place stays what it is. Python has none of the sanitizers'
-# libraries, so they are loaded before it; what it and torch do not give back by the end is not our leak.
+# libraries, so they are loaded before it; what it and torch do not give back by the end is not our leak. What they
+# say goes to the process's own stderr, which pytest leaves alone with --capture=sys.
 asan: export LORA_EXT_SANITIZE = 1
 asan: export LORA_EXT_CUDA = 0
 asan: $(VENV)/editable.stamp $(VENV)/extras-test-serve.stamp
 	$(PY) setup.py -q build --build-lib build/asan
 	LD_PRELOAD="$$(for l in libasan.so libubsan.so libstdc++.so.6; do g++ -print-file-name=$$l; done | xargs)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan \
-	  $(VENV)/bin/pytest -q -p no:cacheprovider $(ASAN_TESTS)
+	  $(VENV)/bin/pytest -q --capture=sys -p no:cacheprovider $(ASAN_TESTS)
 	$(VENV)/bin/pytest -q --sanitizers tests/cpu tests/emu/test_asan.py
 
 bench: $(VENV)/extras-bench.stamp build

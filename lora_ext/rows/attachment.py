@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import gc
+import gc
 import itertools
 import weakref
 from collections.abc import Iterable, Sequence
@@ -130,17 +131,23 @@ class LayerNames:
 
     def _invocation(self, name: str | None) -> tuple[int, ...]:
         """Of an adapter, which is one and the same in every layer that has it."""
-        found = {
-            tuple(layer.alora_invocation_tokens.get(name) or ())
-            for layer in self._layers
-            if name in layer.adapter_names and hasattr(layer, "alora_invocation_tokens")
-        }
+        found = self._invocations(name)
+        if len(found) > 1:
+            gc.collect()  # a model that is gone may be there until then, as its layers form circles
+            found = self._invocations(name)
         if len(found) > 1:
             raise ValueError(
                 f"adapters: names: expected one invocation of {name!r} in all layers that have an "
                 f"adapter of that name, found {sorted(found)!r:.200}"
             )
         return found.pop() if found else ()
+
+    def _invocations(self, name: str | None) -> set[tuple[int, ...]]:
+        return {
+            tuple(layer.alora_invocation_tokens.get(name) or ())
+            for layer in self._layers
+            if name in layer.adapter_names and hasattr(layer, "alora_invocation_tokens")
+        }
 
 
 layer_names = LayerNames()

@@ -1,5 +1,6 @@
 """Activated adapters in training: layers of lora_ext.nn against PEFT's, and what they refuse."""
 
+import gc
 from typing import Any
 
 import peft
@@ -54,6 +55,22 @@ def test_wrapped_layers_train_as_peft_s_do(checkpointing: bool) -> None:
         for name, gradient in theirs.items():
             torch.testing.assert_close(ours[name], gradient, atol=1e-8, rtol=1e-8)
         assert any(g.any() for g in theirs.values()) == (len(rows) > 1)
+
+
+def test_a_model_that_is_gone_does_not_speak_for_an_adapter_of_its_name() -> None:
+    gone = wrap(make_model("llama"), LoraConfig(**FIELDS))
+    model, ids = wrap(make_model("llama"), LoraConfig(**INVOKED)), texts()[:2]
+    with pytest.raises(ValueError, match=r"expected one invocation of 'default'.*\(7, 8\)"):
+        with lora_ext.adapters("default", input_ids=ids, pool=layer_names):
+            pass
+    gc.disable()
+    try:
+        gone.itself = [gone]  # garbage that only the collector finds
+        del gone
+        with lora_ext.adapters("default", input_ids=ids, pool=layer_names):
+            model(ids)
+    finally:
+        gc.enable()
 
 
 def test_labels_before_the_start_alone_are_told_of() -> None:
