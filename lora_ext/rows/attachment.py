@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import gc
-import gc
 import itertools
 import weakref
 from collections.abc import Iterable, Sequence
