@@ -1,7 +1,8 @@
 // The training ops: tensors in, checks, allocation, choice of twin or kernel. The products with the
 // base weight are a library's; all else is a twin or a kernel.
 //
-// Shapes: x (T, I); weight (O, I); bank a (A, R, I), b (A, O, R); v (T, R); y, dy (T, O).
+// Shapes: x (T, I); weight (O, I); bank a (A, R, I), b (A, O, R), or a (R, I), b (O, R) of one
+// adapter; v (T, R); y, dy (T, O).
 #include "ops/lora_train.h"
 
 #include <ATen/Parallel.h>
@@ -60,18 +61,24 @@ struct Call {
     LoraTrainArgs args;
     Bank bank;
     Tensor x, ids, plan, workspace;
+    int64_t out;  // features
 
-    Call(const char* op, const Tensor& x_in, const Tensor& a, const Tensor& b,
+    Call(const char* op, const Tensor& x_in, const Tensor& a_in, const Tensor& b_in,
          const Tensor& adapter_ids, const OptionalTensor& scale, const OptionalTensor& ranks,
          double dropout_p, const OptionalTensor& seed)
         : op(op) {
         check_dim(op, "x", x_in, 2, "(T, I)");
+        // A layer gives its one adapter as the parameters are: views made outside would be nodes of
+        // the graph, which at small batches take as long as the op.
+        const bool one = a_in.dim() == 2 && b_in.dim() == 2;
+        const Tensor a = one ? a_in.unsqueeze(0) : a_in, b = one ? b_in.unsqueeze(0) : b_in;
         check_dim(op, "b", b, 3, "(A, O, R)");
         args.lora.dtype = dtype_of(op, "x", x_in);
         x = rows_contiguous(x_in);
         require(x.size(0) <= kMaxSize, op, "x", expected("at most ", kMaxSize, " rows"),
                 found(x.size(0)));
-        bank = bank_of(op, &a, &b, scale, ranks, {}, x, "x", x.size(1), b.size(1));
+        out = b.size(1);
+        bank = bank_of(op, &a, &b, scale, ranks, {}, x, "x", x.size(1), out);
         args.lora.bank = bank.view;
         args.lora.num_tokens = x.size(0);
         args.lora.x = x.const_data_ptr();
@@ -184,7 +191,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x_in, const Optiona
     check_no_tangents(op, {&x_in, &a, &b});
     Call call(op, x_in, a, b, adapter_ids, scale, ranks, dropout_p, seed);
     const Tensor& x = call.x;
-    const int64_t out = b.size(1);
+    const int64_t out = call.out;
     check_base(op, weight, x, out);
     require(!bias || weight, op, "bias", expected("None where weight is None"), found("a tensor"));
     if (bias) {
@@ -228,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     constexpr auto op = "lora_linear_backward";
     Call call(op, x_in, a, b, adapter_ids, scale, ranks, dropout_p, seed);
     const Tensor& x = call.x;
-    const int64_t rows = x.size(0), out = b.size(1), rank = call.bank.view.max_rank;
+    const int64_t rows = x.size(0), out = call.out, rank = call.bank.view.max_rank;
     check_base(op, weight, x, out);
     check_like(op, "dy", dy_in, x, "x");
     check_shape(op, "dy", dy_in, "(T, O)", {rows, out}, x.device());

@@ -29,7 +29,8 @@ struct Linear : torch::autograd::Function<Linear> {
         const OptionalTensor plan =
             given_plan || one_id
                 ? given_plan
-                : Plan::get().call(adapter_ids, a.sym_size(0).guard_int(__FILE__, __LINE__),
+                : Plan::get().call(adapter_ids,
+                                   a.dim() == 2 ? 1 : a.sym_size(0).guard_int(__FILE__, __LINE__),
                                    std::nullopt);
         auto [y, v] = Forward::get().call(x, weight, bias, a, b, adapter_ids, scale, ranks,
                                           dropout_p, seed, plan);

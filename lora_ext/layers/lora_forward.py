@@ -129,7 +129,7 @@ def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFact
         ops.lora_apply_(y, x2d, a[None], b[None], ids, scale, None, None, plan)
     else:
         seed = _seed((own_seed,), device) if p else None
-        y = ops.lora_linear(x2d, *dense, a[None], b[None], ids, scale, None, p, seed, plan)
+        y = ops.lora_linear(x2d, *dense, a, b, ids, scale, None, p, seed, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

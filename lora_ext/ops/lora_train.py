@@ -60,7 +60,8 @@ def lora_linear(
             autocast it is cast with the parameters, as torch's linear does.
         weight: ``(O, I)``, or None: the result is the update alone, for bases that are no matrix.
         bias: ``(O,)`` or None.
-        a: ``(A, R, I)``, dtype and device of ``x``.
+        a: ``(A, R, I)``, dtype and device of ``x``; ``(R, I)`` beside a b of ``(O, R)``: one
+            adapter, whose gradients then have these shapes.
         b: ``(A, O, R)``, dtype and device of ``x``.
         adapter_ids: ``(T,)`` int64 or int32, each in ``[-1, A)``.
         scale: ``(A,)`` float32 without gradient, or None for 1.
@@ -94,14 +95,15 @@ def _fake_linear(
     x: Tensor, weight: Any, bias: Any, a: Tensor, b: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *_, dropout_p, seed, _ = rest
+    adapters = a.shape[0] if a.dim() == 3 else 1
     if dropout_p:
         require(seed is not None, _LINEAR, "seed", "one Long with dropout_p > 0", None)
         require(seed.dtype == torch.int64, _LINEAR, "seed", "Long", seed.dtype)
-        holds = seed.numel() == 1 or seed.shape == a.shape[:1]
-        expected = f"one Long, or one for each of {a.shape[0]} adapters"
+        holds = seed.numel() == 1 or seed.shape == (adapters,)
+        expected = f"one Long, or one for each of {adapters} adapters"
         require(holds, _LINEAR, "seed", expected, f"shape {list(seed.shape)}")
-    y = x.new_empty(x.shape[0], b.shape[1])
-    return y, x.new_empty(x.shape[0], a.shape[1], dtype=accumulator(x.dtype))
+    y = x.new_empty(x.shape[0], b.shape[-2])
+    return y, x.new_empty(x.shape[0], a.shape[-2], dtype=accumulator(x.dtype))
 
 
 @fake("lora_linear_backward")
@@ -158,7 +160,7 @@ def lora_linear_apart(
         )
     rest = adapter_ids, scale, ranks, dropout_p, seed, plan
     if len(a) == 1 and packed is None:
-        return lora_linear(x, weight, bias, a[0].to(x.dtype)[None], b[0].to(x.dtype)[None], *rest)
+        return lora_linear(x, weight, bias, a[0].to(x.dtype), b[0].to(x.dtype), *rest)
     if compiles():  # the compiler fuses this, and cannot see into the other
         rank = max(f.shape[0] for f in a)
         bank_a = torch.stack([pad(f, (0, 0, 0, rank - f.shape[0])) for f in a]).to(x.dtype)

@@ -108,3 +108,47 @@ def test_what_a_call_before_left_in_memory_does_not_count() -> None:
     nan = [[torch.full((16, 33), torch.nan)] * 3, [torch.full((21, 16), torch.nan)] * 3]
     ops.lora_linear_apart(i["x"], None, None, *nan, i["adapter_ids"])
     assert torch.equal(apart(i, a, b), expected)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("frozen", [(), ("x", "a"), ("b",), LEAVES], ids=str)
+def test_one_adapter_may_be_given_as_its_matrices(p: float, frozen: tuple[str, ...]) -> None:
+    i = train_inputs(Shape(70, 33, 21, (16,), "interleaved"), torch.float32, seed=1, dropout_p=p)
+    tail = i["adapter_ids"], i["scale"], None, i["dropout_p"], i["seed"]
+    found = []
+    for bank in (True, False):
+        leaves = [i[name] if bank or name not in "ab" else i[name][0] for name in LEAVES]
+        leaves = [
+            t.detach().requires_grad_(n not in frozen) for t, n in zip(leaves, LEAVES, strict=True)
+        ]
+        y = ops.lora_linear(*leaves, *tail)
+        if y.requires_grad:
+            y.backward(i["dy"])
+        with torch.inference_mode():
+            assert torch.equal(ops.lora_linear(*leaves, *tail), y)
+        found.append((y, *(None if t.grad is None else t.grad.reshape(t.shape) for t in leaves)))
+    for of_bank, own, name in zip(*found, ("y", *LEAVES), strict=True):
+        assert (of_bank is None) == (own is None) == (name in frozen)
+        if own is not None:
+            assert torch.equal(of_bank[0] if name in ("a", "b") else of_bank, own)
+
+
+def test_matrices_of_one_adapter_are_compiled_and_cast_as_a_bank_is() -> None:
+    i = train_inputs(Shape(6, 8, 5, (16,)), torch.float32, seed=1)
+    head, tail = [i[n] for n in ("x", "weight", "bias")], [i["adapter_ids"], i["scale"]]
+    a, b = i["a"][0].requires_grad_(), i["b"][0].requires_grad_()
+
+    def run() -> Tensor:
+        return ops.lora_linear(*head, a, b, *tail)
+
+    (expected := run()).sum().backward()
+    wanted, a.grad, b.grad = (a.grad, b.grad), None, None
+    (y := torch.compile(run, fullgraph=True, backend="aot_eager")()).sum().backward()
+    assert torch.equal(y, expected)
+    assert torch.equal(a.grad, wanted[0]) and torch.equal(b.grad, wanted[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(), ops.lora_linear(*head, a[None], b[None], *tail))
+    with pytest.raises(ValueError, match=r"b: expected shape \(A, O, R\), found \[5, 16\]"):
+        ops.lora_linear(*head, a[None], b, *tail)
+    with pytest.raises(ValueError, match=r"a: expected shape \(A, R, I\), found \[16, 8\]"):
+        ops.lora_linear(*head, a, b[None], *tail)
