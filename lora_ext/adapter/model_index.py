@@ -65,10 +65,11 @@ class ModelIndex:
 
     linear: dict[str, LinearSpec]
     embedding: dict[str, LinearSpec]
+    unsupported: dict[str, str]  # name -> class name
+    output_head: str | None  # PEFT's "all-linear" leaves it out
+    classifier: str | None  # likewise, of a SEQ_CLS task where there is no output head
     weights: BaseWeights
-    unsupported: dict[str, str] = field(default_factory=dict)  # name -> class name
-    output_head: str | None = None  # PEFT's "all-linear" leaves it out
-    classifier: str | None = None  # likewise, of a SEQ_CLS task where there is no output head
+    shared: bool = True  # by many adapters: what changes the model itself is refused
     experts: dict[str, LinearSpec] = field(default_factory=dict)  # by the parameter's name
     #: The expert matrices of each experts module, in its order, whether adapters may touch them.
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -79,7 +80,6 @@ class ModelIndex:
     #: Names of the input embedding, and of an output head that shares its weight.
     input_embedding: str | None = None
     tied_head: str | None = None
-    shared: bool = True  # by many adapters: what changes the model itself is refused
 
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:
@@ -163,11 +163,10 @@ class ModelIndex:
         expected = "at least one Linear, Conv1D or Embedding module matching targets="
         some = linear or embedding or experts
         require(some, "AdapterPool", "model", f"{expected}{targets!r}", "none")
-        own, heads = BaseWeights(model), head_names(model)
+        heads = head_names(model)
         more = _input_embedding(model, heads[0])
-        return cls(
-            linear, embedding, own, unsupported, *heads, experts, parameters, skipped, **more
-        )
+        more |= {"experts": experts, "parameters": parameters, "bypassed": skipped}
+        return cls(linear, embedding, unsupported, *heads, BaseWeights(model), **more)
 
 
 def _input_embedding(model: Any, head: str | None) -> dict[str, Any]:

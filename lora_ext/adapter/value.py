@@ -278,4 +278,4 @@ def _implied_index(config: AdapterConfig, tensors: TensorSource) -> ModelIndex:
         (embedding if is_embedding else linear)[name] = LinearSpec(
             name, inputs, out, torch.float32, torch.device("cpu"), tuple(kernel), groups
         )
-    return ModelIndex(linear, embedding, _Unknown(config), shared=False)
+    return ModelIndex(linear, embedding, {}, None, None, _Unknown(config), shared=False)

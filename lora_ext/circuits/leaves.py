@@ -301,6 +301,10 @@ class Bernoulli(_Trials):
 
     total = 1
 
+    def log_table(self, table: Table) -> Tensor:
+        # The same bits as of one trial among others, in half the time.
+        return torch.stack([F.logsigmoid(-table["logit"]), F.logsigmoid(table["logit"])], 1)
+
 
 @dataclass(frozen=True)
 class Binomial(_Trials):

@@ -80,13 +80,18 @@ def advance(rows: Sequence[Row | None], tokens: Sequence[int]) -> list[Row | Non
         if row.plan.guide is not None and state >= 0 and state != row.plan.constraint.end:
             guided.setdefault(row.plan.guide, []).append(i)
     for guide, places in guided.items():
-        before = torch.stack([row.law for i in places if (row := rows[i]) and row.law is not None])
+        before = torch.stack([_law(rows[i]) for i in places])
         chosen = torch.tensor([tokens[i] for i in places], device=before.device)
         for i, law in zip(places, guide.step(before, chosen).unbind(), strict=True):
             row = moved[i]
             assert row is not None
             moved[i] = replace(row, law=law)
     return moved
+
+
+def _law(row: Row | None) -> Tensor:
+    assert row is not None and row.law is not None
+    return row.law
 
 
 class Block(NamedTuple):
@@ -115,7 +120,7 @@ def log_ratios(rows: Sequence[Row | None]) -> list[Block]:
             if (mask := plan.mask(state, left)) is not None:
                 out.append(Block(places, mask.expand(len(places), -1)))
             continue
-        laws = torch.stack([row.law for i in places if (row := rows[i]) and row.law is not None])
+        laws = torch.stack([_law(rows[i]) for i in places])
         guided.setdefault(guide, []).append((places, _Group(plan, state, left, laws)))
     for guide, works in guided.items():
         out.extend(_guided(guide, works))

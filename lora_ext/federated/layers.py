@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
 import torch
@@ -127,7 +127,8 @@ class LoraLayerManager:
                 layer.lora_dropout[self.adapter].p = p if keeps else 0.0
         self.lowest_trainable = min(trained, default=None)
 
-    def boundary(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def boundary(self) -> Iterator[None]:
         """A block in which no autograd graph is built below the lowest layer that trains.
 
         The forward of each block below it runs without gradients, so that activations and backward
@@ -137,8 +138,14 @@ class LoraLayerManager:
         nothing where its inputs require no gradients.
         """
         lowest = self.num_layers if self.lowest_trainable is None else self.lowest_trainable
-        blocks = map(self.model.get_submodule, self.blocks[:lowest])
-        return forwards({block: torch.no_grad()(block.forward) for block in blocks})
+        without = _WithoutGraph()
+        with contextlib.ExitStack() as hooks:
+            for block in map(self.model.get_submodule, self.blocks[:lowest]):
+                hooks.enter_context(block.register_forward_pre_hook(without.enter))
+                # Called where the forward raises too: else gradients would stay off.
+                leave = block.register_forward_hook(without.leave, always_call=True)
+                hooks.enter_context(leave)
+            yield
 
     def state_slice(
         self, layers: Sequence[int] | None = None, ranks: Sequence[int] | None = None
@@ -223,6 +230,22 @@ class LoraLayerManager:
                 rank = plan.rank_of(pair.layer, full)
                 expected = f"at most {full}, as {pair.module} has"
                 require(rank <= full, where, "plan.ranks", expected, rank)
+
+
+class _WithoutGraph:
+    """Hooks around a block that switch gradients off for it, and back to what they were."""
+
+    def __init__(self) -> None:
+        self._before = threading.local()  # two threads may run one model
+
+    def enter(self, *_: Any) -> None:
+        # A stack, as a checkpoint runs a block again within the forward of another.
+        stack: list[bool] = self._before.__dict__.setdefault("stack", [])
+        stack.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(False)
+
+    def leave(self, *_: Any) -> None:
+        torch.set_grad_enabled(self._before.stack.pop())
 
 
 @contextlib.contextmanager

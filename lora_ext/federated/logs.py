@@ -152,6 +152,8 @@ class RoundLog:
         found["plans"] = [[client, plan.to_config()] for client, plan in self.plans.items()]
         for name in ("rejected", "clipped", "noise"):
             found[name] = [list(entry) for entry in getattr(self, name).items()]
+        for name in ("accepted", "heights", "uncovered"):
+            found[name] = list(found[name])
         return found
 
     @classmethod

@@ -3,7 +3,6 @@ way."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import threading
 import time
@@ -208,14 +207,19 @@ class Residence:
         except RuntimeError:
             backed = False
         for victim, adapter in zip(place.victims, saved, strict=True):
-            with contextlib.suppress(BaseException):
-                if backed:
-                    there = Placement(victim.slot, victim.pages)
-                    victim.written = self._store.upload(adapter, there)
-                    continue
-            del self.by_name[victim.name]
-            self._store.vacate(victim)
-            self.cache[victim.name] = adapter
+            if not (backed and self._put_back(victim, adapter)):
+                del self.by_name[victim.name]
+                self._store.vacate(victim)
+                self.cache[victim.name] = adapter
+
+    def _put_back(self, victim: Resident, adapter: PackedAdapter) -> bool:
+        """Whether a victim's pages could be written again."""
+        try:
+            there = Placement(victim.slot, victim.pages)
+            victim.written = self._store.upload(adapter, there)
+        except BaseException:
+            return False
+        return True
 
     def _retire(self, resident: Resident) -> None:
         resident.retired = True

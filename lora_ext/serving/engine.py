@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -273,8 +272,11 @@ class Asked:
 
     def shared(self, other: Asked, page: int) -> int:
         """How many tokens are of pages that both requests may read."""
-        pairs = zip(self.tokens, other.tokens, strict=False)
-        count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        count = 0
+        for mine, others in zip(self.tokens, other.tokens, strict=False):
+            if mine != others:
+                break
+            count += 1
         if self.adapter != other.adapter:
             count = min(count, self.start, other.start)
         return count // page * page
@@ -297,11 +299,11 @@ class Ahead:
         while self._alive():
             known = max((asked.shared(other, self._page) for other in self._read), default=0)
             reading = self._reading.values()
-            more = [event for other, event in reading if asked.shared(other, self._page) > known]
-            if not more:
+            more = (event for other, event in reading if asked.shared(other, self._page) > known)
+            if (first := next(more, None)) is None:
                 return
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(more[0].wait(), _PATIENCE)
+                await asyncio.wait_for(first.wait(), _PATIENCE)
 
     def begins(self, stream: Any, asked: Asked) -> None:
         """A stream's prompt is being read."""

@@ -168,7 +168,7 @@ class Sampler:
     """Draws from one adapter, or from the base model.
 
     Args:
-        adapter: its name in the pool, None for the base model.
+        models: what it runs on. adapter: its name in the pool, None for the base model.
         load: puts it there again, where others have filled the pool meanwhile.
         kept: whether the adapter stays when the sampler goes.
 

@@ -350,3 +350,16 @@ def test_numbers_of_numpy_are_numbers():
     assert found == configurator().configure(TWELVE, range(12), previous=dict.fromkeys(TWELVE, 4))
     half = Estimate(np.float32(1), np.float32(0.5), 0)
     assert one.configure({0: half}, [0]).depths == {0: 12}
+
+
+def test_what_a_caller_changes_afterwards_changes_no_plan():
+    caps, memory, shares = {0: 2}, {0: 5.0}, {0: 1.0}
+    made = LegendConfigurator(
+        4, [8] * 4, ranks=[4] * 4, memory=memory, mem=float, shares=shares, rank_caps=caps
+    )
+    assert made.k_max == 4
+    estimates = {0: Estimate(1.0, 0.1, 0.001)}
+    before = made.configure(estimates, [0])
+    caps[0], memory[0], shares[0] = 1, 1.0, 0.0
+    assert made.configure(estimates, [0]) == before
+    assert before[0].ranks == (2,) * 4

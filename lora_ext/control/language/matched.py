@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import threading
 from collections import OrderedDict
@@ -114,8 +113,11 @@ class Matched:
             state, token = self._texts[state]
             text.append(token)
         text.reverse()
-        pairs = zip(text, self._standing, strict=False)
-        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        shared = 0
+        for mine, its in zip(text, self._standing, strict=False):
+            if mine != its:
+                break
+            shared += 1
         if back := len(self._standing) - shared:
             self._matcher.rollback(back)
         take = self._matcher.accept_token if self._fills else self._matcher.consume_token

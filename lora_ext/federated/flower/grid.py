@@ -94,8 +94,12 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Make a message to a node, as Flower's ``Message`` does; ``message_type`` is "train",
-        "evaluate" or "query", and nothing here looks at ``group_id`` and ``ttl``."""
+        """Make a message to a node; Flower's ``Message`` does the same.
+
+        Args:
+            content: its records. message_type: "train", "evaluate" or "query".
+            dst_node_id: one of :meth:`get_node_ids`. group_id, ttl: not used.
+        """
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -119,8 +123,12 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Run the clients that are sent ``messages``, and return their replies in that order; after
-        ``timeout`` seconds no client starts, and a reply that took longer is lost."""
+        """Run the clients that are sent messages, and return their replies in that order.
+
+        Args:
+            messages: one for each client. timeout: seconds; a client that would start later does
+                not run, and a reply that took longer is lost. None waits for all.
+        """
         pushed = self.push_messages(messages)
         return self._answers([self._pushed.pop(each) for each in pushed], timeout)
 

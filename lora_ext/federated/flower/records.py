@@ -83,6 +83,9 @@ def unpack(
     Raises:
         ValueError: naming key, expected and found.
     """
+    if "names" not in settings:  # before anything is decoded
+        for key in record:
+            require(key in shapes, where, f"{key!s:.200}", "a name of the plan", "none that it has")
     return unpack_tensors(_payload(record, settings, where), shapes, where)
 
 

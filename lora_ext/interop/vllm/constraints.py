@@ -152,7 +152,8 @@ def build_at_door(engine: Any) -> None:
         return inner(self, request, *args)
 
     wrap(engine, "preprocess_add_request", preprocess_add_request, _MARK)
-    _doors.append(engine)
+    if engine not in _doors:
+        _doors.append(engine)
 
 
 def in_front(settings: Any) -> Callable[[Any], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -93,7 +92,7 @@ class LoraProbe:
         # The step is counted before a layer that is the model itself records it.
         self._handles.append(self.model.register_forward_pre_hook(self._count))
         for name, layer in self._layers:
-            hook = functools.partial(self._record, name)
+            hook = self._hook(name)
             self._handles.append(layer.register_forward_pre_hook(hook))
         return self
 
@@ -137,11 +136,15 @@ class LoraProbe:
         if not recomputing():
             self._step += 1
 
+    def _hook(self, name: str) -> Any:
+        def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if not recomputing() and self._step % self.every == 0:
+                self._record(name, layer, inputs[0])
+
+        return record
+
     @torch.no_grad()
-    def _record(self, name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
-        if recomputing() or self._step % self.every:
-            return
-        x: Tensor = inputs[0]
+    def _record(self, name: str, layer: Any, x: Tensor) -> None:
         with exactly(x.device):
             # Copies where steps are compared: the optimiser writes into the parameters.
             factors = [layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight]

@@ -48,13 +48,20 @@ class CopraController:
     def __init__(
         self, model: nn.Module, config: CopraConfig, total_steps: int, adapter: str = "default"
     ):
+        found = adapted_layers(model, adapter)
+        _check_groups(config.group_by, list(found))
+        for name, layer in found.items():
+            if adapter in layer.merged_adapters:  # pyright: ignore[reportOperatorIssue]
+                raise ValueError(
+                    f"CopraController: {name}: expected an adapter apart from the base weight, "
+                    f"found {adapter!r} merged into it: a merged adapter cannot be skipped; "
+                    "unmerge it first"
+                )
         groups: Any = config.group_by
-        _check_groups(groups, list(adapted_layers(model, adapter)))
-        skipped = LayerGroups(model, adapter, groups)
-        skipped.checked([False] * len(skipped))  # a merged adapter cannot be
+        count = len(LayerGroups(model, adapter, groups))
         self.config = config
         self.adapter = adapter
-        self.schedule = CopraSchedule(config, len(skipped), total_steps)
+        self.schedule = CopraSchedule(config, count, total_steps)
         self.layers: LayerGroups = _KINDS[config.sync](model, adapter, groups)
         self._next = 0
         self._removed = False

@@ -136,8 +136,14 @@ class LegendConfigurator:
         require(fits, where, "mem", "mem(k) beside memory", "None")
         for device, share in (self.shares or {}).items():
             number(where, f"shares[{device!r}]", share, 0)
-        for device, cap in (self.rank_caps or {}).items():
-            integer(where, f"rank_caps[{device!r}]", cap, 1)
+        # What the caller changes afterwards is no longer ours.
+        self.rank_caps = {
+            device: integer(where, f"rank_caps[{device!r}]", cap, 1)
+            for device, cap in (self.rank_caps or {}).items()
+        }
+        self.k_max = L if self.k_max is None else self.k_max
+        self.memory = dict(self.memory or {})
+        self.shares = None if self.shares is None else dict(self.shares)
 
     def plan(self, device: Client, depth: int) -> LayerPlan:
         """Plan the last ``depth`` of the L layers, from 1 to L, with the ranks at which ``device``
@@ -152,9 +158,9 @@ class LegendConfigurator:
             ValueError: they do not allow ``k_min``.
         """
         where = f"{WHERE}.configure"
-        most = self.L if self.k_max is None else self.k_max
-        top = integer(where, f"limits[{device!r}]", min(most, limit), self.k_min)
-        if self.memory is None or device not in self.memory or self.mem is None:
+        most = min(self.k_max or self.L, limit)
+        top = integer(where, f"limits[{device!r}]", most, self.k_min)
+        if not self.memory or device not in self.memory or self.mem is None:
             return top
         has, mem = self.memory[device], self.mem
         fits = [k for k in range(self.k_min, top + 1) if mem(k) <= has]

@@ -74,6 +74,7 @@ class SimulatedClock:
     def __post_init__(self) -> None:
         pairs = layer_pairs("SimulatedClock: state", self.state, self.pattern)
         self.L = check_layers("SimulatedClock", {pair.layer for pair in pairs})
+        self.speeds = dict(self.speeds)
         self.seconds = 0.0
 
     def report(self, device: Client, plan: LayerPlan) -> CapacityReport:

@@ -65,11 +65,11 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
 
     Source: arXiv 2410.13077.
     """
-    from .output import ADDED  # it needs transformers, as the model does
-
     config = ModConfig() if config is None else config
     instance("apply", "config", config, ModConfig)
     lm = causal_lm(model, "apply")
+    from .output import ADDED  # it needs transformers, as the model does
+
     expected = "a model without MoD"
     found = "one that has it; call mod.remove(model) first"
     require(Ensemble.KEY not in lm.__dict__, "apply", "model", expected, found, RuntimeError)

@@ -7,7 +7,13 @@ import functools
 from typing import Any
 
 from torch import Tensor
-from transformers.utils.generic import ModelOutput
+
+try:
+    from transformers.utils.generic import ModelOutput
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "ModOutput: transformers is not installed; run `pip install transformers`"
+    ) from error
 
 
 @dataclasses.dataclass

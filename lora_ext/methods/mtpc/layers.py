@@ -295,6 +295,10 @@ class CircuitHead(nn.Module):
         fits = k.dim() == 0 or k.shape == h.shape[:-1]
         require(fits, "CircuitHead", "k", expected, tuple(k.shape))
         k = k.expand(h.shape[:-1]).reshape(-1)
+        wrong = (k < 0) | (k >= self.n_token)
+        if looked_at(k) and bool(wrong.any()):
+            expected, found = f"positions in [0, {self.n_token})", int(k[wrong][0])
+            raise ValueError(f"CircuitHead: k: expected {expected}, found {found}")
         dist = ops.circuit_conditional_dist(self.kind, *self.circuit(rows), tokens, k)
         return dist.view(*h.shape[:-1], self.vocab_size)
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from torch import Tensor
-from transformers.utils.generic import ModelOutput
+
+try:
+    from transformers.utils.generic import ModelOutput
+except ImportError as error:
+    raise ImportError(
+        "VoraOutput: transformers is not installed; run `pip install transformers`"
+    ) from error
 
 
 @dataclasses.dataclass
