@@ -4,7 +4,7 @@
 #   make test    build, emulator included, and run the tests
 #   make check   everything CI runs (SKIP_CUDA_TORCH=1 leaves out the check that downloads a 5 GB torch)
 #   make gpu     the GPU leg, CALL=1, 2 or 3, nine minutes each: needs a GPU and a python with a CUDA torch (PYTHON=...); installs nothing
-#   make asan    before a release: the ops' tests on the CPU, with AddressSanitizer and UBSan (about an hour)
+#   make asan    before a release: the ops' tests on the CPU, with AddressSanitizer and UBSan (about half an hour)
 #   make bench   the microbenchmarks
 #   make wheels  an sdist, and a wheel for this Python, this torch and its CUDA (nvcc) or none, in dist/
 #   make docs    the pages and the reference of every public name, as a site in out/docs

@@ -145,6 +145,7 @@ class LoraLayerManager:
                 # Called where the forward raises too: else gradients would stay off.
                 leave = block.register_forward_hook(without.leave, always_call=True)
                 hooks.enter_context(leave)
+            hooks.callback(without.end)
             yield
 
     def state_slice(
@@ -237,12 +238,20 @@ class _WithoutGraph:
 
     def __init__(self) -> None:
         self._before = threading.local()  # two threads may run one model
+        self._ended = False
+
+    def __deepcopy__(self, _memo: Any) -> _WithoutGraph:
+        return self  # a model copied in the block has the hooks too, and they end with it
+
+    def end(self) -> None:
+        """Change nothing from now on, where a copy of the model still has the hooks."""
+        self._ended = True
 
     def enter(self, *_: Any) -> None:
         # A stack, as a checkpoint runs a block again within the forward of another.
         stack: list[bool] = self._before.__dict__.setdefault("stack", [])
         stack.append(torch.is_grad_enabled())
-        torch.set_grad_enabled(False)
+        torch.set_grad_enabled(self._ended and stack[-1])
 
     def leave(self, *_: Any) -> None:
         torch.set_grad_enabled(self._before.stack.pop())

@@ -164,6 +164,26 @@ def test_no_graph_is_built_below_the_lowest_trained_layer():
     assert all(x.grad_fn is None for x in model.seen[:10])
 
 
+def test_a_copy_made_within_the_boundary_is_a_model_of_its_own_and_learns_after_it():
+    """As a client that compares itself with the model that it began from makes one."""
+    model = Stack()
+    manager = LoraLayerManager(model)
+    manager.apply(LayerPlan((10, 11)))
+    x = torch.randn(3, 6)
+    with manager.boundary():
+        copied = copy.deepcopy(model)
+        expected = copied(x)
+        assert [t.requires_grad for t in copied.seen] == [False] * 10 + [True] * 2
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert torch.equal(copied(x), expected)
+    for name, parameter in copied.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    copied(x).sum().backward()
+    assert all(p.grad is not None for n, p in copied.named_parameters() if ".lora_" in n)
+
+
 def test_an_error_below_the_boundary_leaves_gradients_on():
     model = Stack()
     manager = LoraLayerManager(model)
