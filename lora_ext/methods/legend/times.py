@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -70,12 +70,12 @@ class SimulatedClock:
     state: Mapping[str, Tensor]
     pattern: str = PATTERN
     send_frozen: bool = False
+    seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         pairs = layer_pairs("SimulatedClock: state", self.state, self.pattern)
         self.L = check_layers("SimulatedClock", {pair.layer for pair in pairs})
         self.speeds = dict(self.speeds)
-        self.seconds = 0.0
 
     def report(self, device: Client, plan: LayerPlan) -> CapacityReport:
         """Return what ``device`` would report of a round with this ``plan``: durations in seconds,
