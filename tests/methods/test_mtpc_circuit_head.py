@@ -304,7 +304,7 @@ def test_wrong_inputs_are_named():
         (ValueError, "tokens: expected ids in", lambda: head.sample(h, x - 1)),
         (
             ValueError,
-            r"k\[0\]: expected a number in \[0, 4\), found 4",
+            r"k: expected positions in \[0, 4\), found 4",
             lambda: head.full_conditional(h, x, K),
         ),
         (
