@@ -36,37 +36,43 @@ namespace lora_ext {
 LX_DECLARE_TABLES(scalar)
 #ifndef LX_X86_TABLES
 #define LX_EACH_ISA(table) &scalar::table
+#define LX_EACH_ISA_WITH_PAIRS(table) LX_EACH_ISA(table)
 constexpr int kBuilt = 1;
 #else
 LX_DECLARE_TABLES(avx2)
 constexpr int kBuilt = LX_X86_TABLES;
 #if LX_X86_TABLES == 2
 #define LX_EACH_ISA(table) &scalar::table, &avx2::table
+#define LX_EACH_ISA_WITH_PAIRS(table) LX_EACH_ISA(table)
 #else
 LX_DECLARE_TABLES(avx512)
 LX_DECLARE_TABLES(avx512bf16)
-#define LX_EACH_ISA(table) &scalar::table, &avx2::table, &avx512::table, &avx512bf16::table
+// AVX-512-bf16 adds products of pairs of bfloat16 (dot_pairs in vec.h). A family without them would
+// have the code of AVX-512 twice, so it is compiled once and entered twice.
+#define LX_EACH_ISA(table) &scalar::table, &avx2::table, &avx512::table, &avx512::table
+#define LX_EACH_ISA_WITH_PAIRS(table) \
+    &scalar::table, &avx2::table, &avx512::table, &avx512bf16::table
 #endif
 #endif
 
-#define LX_TWINS(Family, table)                                         \
-    template <>                                                         \
-    const Family& twins<Family>(Isa isa) {                              \
-        static constexpr const Family* tables[] = {LX_EACH_ISA(table)}; \
-        return *tables[static_cast<int>(isa)];                          \
+#define LX_TWINS(Family, ...)                                    \
+    template <>                                                  \
+    const Family& twins<Family>(Isa isa) {                       \
+        static constexpr const Family* tables[] = {__VA_ARGS__}; \
+        return *tables[static_cast<int>(isa)];                   \
     }
-LX_TWINS(LoraCpu, lora_table)
-LX_TWINS(LoraTrainCpu, train_table)
-LX_TWINS(GramCpu, gram_table)
-LX_TWINS(CircuitCpu, circuit_table)
-LX_TWINS(CircuitDecodeCpu, decode_table)
-LX_TWINS(LogSumCpu, log_sum_table)
-LX_TWINS(LayersCpu, layers_table)
-LX_TWINS(CircuitTableCpu, circuit_table_table)
-LX_TWINS(DepthMixCpu, depth_mix_table)
-LX_TWINS(PackedLinearCpu, packed_linear_table)
-LX_TWINS(RowAttentionCpu, row_attention_table)
-LX_TWINS(VocabCpu, vocab_table)
+LX_TWINS(LoraCpu, LX_EACH_ISA_WITH_PAIRS(lora_table))
+LX_TWINS(PackedLinearCpu, LX_EACH_ISA_WITH_PAIRS(packed_linear_table))
+LX_TWINS(LoraTrainCpu, LX_EACH_ISA(train_table))
+LX_TWINS(GramCpu, LX_EACH_ISA(gram_table))
+LX_TWINS(CircuitCpu, LX_EACH_ISA(circuit_table))
+LX_TWINS(CircuitDecodeCpu, LX_EACH_ISA(decode_table))
+LX_TWINS(LogSumCpu, LX_EACH_ISA(log_sum_table))
+LX_TWINS(LayersCpu, LX_EACH_ISA(layers_table))
+LX_TWINS(CircuitTableCpu, LX_EACH_ISA(circuit_table_table))
+LX_TWINS(DepthMixCpu, LX_EACH_ISA(depth_mix_table))
+LX_TWINS(RowAttentionCpu, LX_EACH_ISA(row_attention_table))
+LX_TWINS(VocabCpu, LX_EACH_ISA(vocab_table))
 
 namespace {
 
