@@ -1,8 +1,8 @@
 # The newcomer's door. Each target makes what it needs, may be repeated, and leaves `git status` clean.
 #
 #   make demo    the main job on a real model: train adapters, serve them in one mixed batch
-#   make test    build, emulator included, and run the tests
-#   make check   everything CI runs (SKIP_CUDA_TORCH=1 leaves out the check that downloads a 5 GB torch)
+#   make test    build, emulator included, and run a few cases of every quick test: about five minutes after the build
+#   make check   build for all architectures and run all tests and checks (SKIP_CUDA_TORCH=1: not the one that downloads 5 GB)
 #   make gpu     the GPU leg, CALL=1, 2 or 3, nine minutes each: needs a GPU and a python with a CUDA torch (PYTHON=...); installs nothing
 #   make asan    before a release: the ops' tests on the CPU, with AddressSanitizer and UBSan (about half an hour)
 #   make bench   the microbenchmarks
@@ -27,13 +27,12 @@ find_python = for p in python3.11 python3.14 python3.13 python3.12 python3.10 py
 find_cuda_python = for p in python3 python python3.14 python3.13 python3.12 python3.11 python3.10 $(PY); do \
   $$p -c 'import torch, sys; sys.exit(not torch.version.cuda)' 2>/dev/null && echo $$p && exit; done; echo python3
 
-# Tests compile the kernels wherever there is an nvcc. A plain build does so beside a CUDA torch alone.
+# setup.py compiles the kernels if torch is a CUDA build; `make check` compiles them in any case, for all architectures.
+# Without nvcc, a build beside a CUDA torch fails unless LORA_EXT_CUDA is 0.
 nvcc := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
-# Beside a CUDA torch and without nvcc it has to be told that no kernels are wanted: here a first look is.
-build-emu test: export LORA_EXT_CUDA ?= $(if $(nvcc),1,0)
 check: export LORA_EXT_CUDA ?= 1
 ifeq ($(nvcc),)
-demo build bench $(VENV)/editable.stamp: export LORA_EXT_CUDA ?= 0
+demo test build build-emu bench $(VENV)/editable.stamp: export LORA_EXT_CUDA ?= 0
 endif
 
 .PHONY: help demo test check gpu asan bench wheels docs vllm build build-emu clean
@@ -65,7 +64,7 @@ demo: $(VENV)/extras-demo.stamp build
 	$(PY) examples/demo.py
 
 test: build-emu
-	$(PY) -m pytest -q -n 2 --dist worksteal --require-emu
+	$(PY) -m pytest -q --quick -n 2 --dist worksteal --require-emu
 
 # Packages come from the network while the compiler has the cores; without a toolkit it needs the headers among them.
 check: export LORA_EXT_EMU = 1

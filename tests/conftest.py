@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ from lora_ext import ops
 from lora_ext.ops import _registration
 from lora_ext.serving.layers import siblings
 
+QUICK_CASES = 2  # of one test, op and backend, with --quick
+
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
 
@@ -35,22 +38,54 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--sanitizers", action="store_true", help="also what only `make asan` has the time for"
     )
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="what `make test` runs: no slow test, and a few cases of each test, op and backend",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: runs on a GPU")
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the emulator")
-    config.addinivalue_line("markers", "slow: needs a real model or more than ten seconds")
+    config.addinivalue_line(
+        "markers", "slow: runs a compiler, an example, a real model, or more than four seconds"
+    )
     config.addinivalue_line("markers", "sanitized: compiles all twins or kernels with sanitizers")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        kept = _quick(items)
+        left = set(items) - set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = kept
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no worker ends with one
     if not config.getoption("--sanitizers"):
         skip = pytest.mark.skip(reason="`make asan` runs it, with --sanitizers")
         for item in items:
             if item.get_closest_marker("sanitized"):
                 item.add_marker(skip)
+
+
+def _quick(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests that are not slow: of each test, op and backend a few evenly spaced cases.
+
+    Every test function that is not slow keeps at least one case on each backend that it has, so
+    every op and every room is touched.
+    """
+    cases: defaultdict[tuple[Any, ...], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            params = getattr(getattr(item, "callspec", None), "params", {})
+            shared = [getattr(params.get(name), "name", None) for name in ("backend", "op")]
+            cases[(item.nodeid.partition("[")[0], *shared)].append(item)
+    kept = {
+        group[i * len(group) // min(len(group), QUICK_CASES)]
+        for group in cases.values()
+        for i in range(min(len(group), QUICK_CASES))
+    }
+    return [item for item in items if item in kept]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

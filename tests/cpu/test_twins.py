@@ -17,6 +17,8 @@ import pytest
 
 import lora_ext
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 ISAS = {  # as in csrc/cpu/CMakeLists.txt
     "scalar": [],

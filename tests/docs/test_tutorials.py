@@ -35,6 +35,7 @@ def test_there_are_six_tutorials() -> None:
     assert NOTEBOOKS.keys() == QUICK.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_a_tutorial_runs_to_its_picture(name: str) -> None:
     parameters, packages = QUICK[name]

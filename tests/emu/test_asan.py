@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_correct_run_is_quiet(build_folder: Path):
     done = subprocess.run([build_folder / "emu_asan"], capture_output=True, text=True)

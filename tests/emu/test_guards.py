@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # The check that must report; after it, further symptoms that some orders of threads show.
 GUARDS = {
     "wait_one_fewer": "asynchrony",

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(32, 32, 32), (1, 1, 8), (33, 31, 40), (31, 65, 8), (64, 32, 136), (17, 9, 224)]
 
 

@@ -1,7 +1,10 @@
 """A seed is a schedule: the same one replays, reports included, and different ones differ."""
 
 import numpy as np
+import pytest
 from test_guards import buffers
+
+pytestmark = pytest.mark.slow
 
 
 def broken_run(emulator, seed: int) -> tuple[list[float], list[str]]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "wrappers.json"
 LANES = np.arange(32)
 G, T = LANES // 4, LANES % 4

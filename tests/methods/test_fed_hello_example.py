@@ -8,7 +8,10 @@ import pytest
 from scripts import load_script, missing, run_quickly
 
 MISSING = missing("matplotlib", "rich", "tqdm", "transformers")
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}"),
+]
 
 
 def test_two_federations_are_told_of_and_drawn(

@@ -10,6 +10,8 @@ from scripts import load_script, missing, run_quickly
 from lora_ext.federated import LayerPlan
 from lora_ext.methods.legend import Estimate, LegendConfigurator
 
+pytestmark = pytest.mark.slow
+
 MISSING = missing("matplotlib", "tqdm", "transformers")
 WITHOUT_FLOWER = missing("flwr")
 

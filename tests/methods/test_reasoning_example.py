@@ -6,7 +6,10 @@ from scripts import load_script, missing, run_quickly
 from lora_ext.adapter import RankReport
 
 MISSING = missing("matplotlib", "tqdm")
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}"),
+]
 
 
 def test_both_adapters_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):

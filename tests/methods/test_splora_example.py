@@ -9,6 +9,8 @@ from scripts import load_script, missing, run_quickly
 from lora_ext.adapter import LoraAdapter
 from lora_ext.methods import splora
 
+pytestmark = pytest.mark.slow
+
 MISSING = missing("matplotlib", "rich", "tqdm", "transformers")
 
 

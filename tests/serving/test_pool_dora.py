@@ -278,7 +278,9 @@ def test_threads_agree() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_a_compiled_graph_serves_dora_and_every_other_assignment(compiler: str) -> None:
     torch._dynamo.reset()
     model, x = make(torch.float32), inputs(6, 2, dtype=torch.float32)
