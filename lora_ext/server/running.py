@@ -16,7 +16,7 @@ import uvicorn
 
 from lora_ext._checks import instance, integer, require
 from lora_ext.layers import packing
-from lora_ext.serving import Embedder, Engine, pooling_of
+from lora_ext.serving import Embedder, Engine, pooling_of, preparation_of
 
 from .app import make_app
 
@@ -131,6 +131,7 @@ class Settings:
             return Engine(model, tokenizer, self.adapters, **how)
         pooling, normalize = embeds
         how |= {"pooling": pooling, "normalize": normalize}
+        how["preparation"] = preparation_of(self.model)
         return Embedder(model, tokenizer, self.adapters, **how)
 
 
