@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import warnings
 from collections import Counter
@@ -318,10 +319,16 @@ class BaseModels:
         if self._first is None:
             self._first = name
             return
+        gone = next(filter(_is_gone, (name, self._first)), None)
+        meaning = "what comes out means nothing, unless these are two names of one model"
+        if gone is not None:
+            meaning = (
+                f"there is no folder {gone!r:.200} here; if it was moved or copied to the other "
+                "place, nothing is wrong, otherwise these are adapters of two models"
+            )
         warnings.warn(
             f"{where}: expected adapters of one base model, found base_model_name_or_path "
-            f"{self._first!r:.200} and {name!r:.200}: what comes out means nothing, unless these "
-            "are two names of one model",
+            f"{self._first!r:.200} and {name!r:.200}: {meaning}",
             stacklevel=stacklevel + 1,
         )
 
@@ -329,6 +336,13 @@ class BaseModels:
 def model_name(model: Any) -> Any:
     """What PEFT would write into ``base_model_name_or_path``; None where the model has no name."""
     return getattr(model, "name_or_path", None)
+
+
+def _is_gone(name: str) -> bool:
+    """Return whether a name is the place of a folder that is not there; one of the Hub's cache
+    names its model all the same."""
+    cached = any(_CACHED.fullmatch(part) for part in re.split(r"[/\\]", name))
+    return os.path.isabs(name) and not cached and not os.path.isdir(name)
 
 
 def _short(name: Any) -> str | None:

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
     from .context import Block
 
-_REMEDY = (
-    "where that module sees other rows than the model's sequences or tokens, leave it out with "
-    "AdapterPool(targets=...), or give token_ids of the shape that it sees"
-)
 _SIZES = (("in_features", "out_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim"))
 
 
@@ -103,7 +99,7 @@ class PoolLayer(nn.Module):
             self.tokens_first = True
             return block.rows(leading, device, True, of_tokens)
         except ValueError as error:
-            raise ValueError(f"{error} at {self.name!r}; {_REMEDY}") from error
+            raise ValueError(f"{error} at {self.name!r}; {block.remedy()}") from error
 
     def by_default(self, x: Any, *args: Any) -> Any:
         """The forward outside every block, where the base model is not to serve it.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import socket
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import uvicorn
 
 from lora_ext._checks import instance, integer, require
 from lora_ext.layers import packing
-from lora_ext.serving import Embedder, Engine, pooling_of
+from lora_ext.serving import Embedder, Engine, pooling_of, preparation_of
 
 from .app import make_app
 
@@ -131,6 +134,7 @@ class Settings:
             return Engine(model, tokenizer, self.adapters, **how)
         pooling, normalize = embeds
         how |= {"pooling": pooling, "normalize": normalize}
+        how["preparation"] = preparation_of(self.model)
         return Embedder(model, tokenizer, self.adapters, **how)
 
 
@@ -185,8 +189,27 @@ def run(
 
     Args:
         begins: called once requests are answered. interrupt: before connections are waited for.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, also of a job in the background, for which shells have
+            SIGINT ignored.
     """
-    _Server(config, begins, interrupt).run([listening])
+    with _sigint_raises():
+        _Server(config, begins, interrupt).run([listening])
+
+
+@contextlib.contextmanager
+def _sigint_raises() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt inside, where it would be ignored."""
+    in_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def serve(settings: Settings, say: Callable[[str], None] = print) -> None:

@@ -13,7 +13,7 @@ from .layers.multi_lora_experts import MultiLoraExperts
 if TYPE_CHECKING:
     from .captured import Capturable, capturable
     from .constraining import Standing, constrained
-    from .embedding import Embedder, pooling_of
+    from .embedding import Embedder, Preparation, pooling_of, preparation_of
     from .engine import Engine, QueueFullError, StoppedError
     from .formats import Format, read_format, refuse_old_names
     from .metrics import CONTENT_TYPE, prometheus
@@ -34,7 +34,7 @@ __getattr__ = on_demand(
     __name__,
     captured="Capturable capturable",
     constraining="Standing constrained",
-    embedding="Embedder pooling_of",
+    embedding="Embedder Preparation pooling_of preparation_of",
     engine="Engine QueueFullError StoppedError",
     formats="Format read_format refuse_old_names",
     metrics="CONTENT_TYPE prometheus",

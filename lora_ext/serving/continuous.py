@@ -494,8 +494,17 @@ def load_of(manager: Any) -> Load:
         running=[name for each, name in names.items() if each in running],
         waiting=[name for each, name in names.items() if each not in running],
         most_adapters=own.pool.max_slots,
-        cache=0.0 if processor is None else 1 - processor.cache.compute_free_capacity(),
+        cache=0.0 if processor is None else _used_share(processor.cache),
     )
+
+
+def _used_share(cache: Any) -> float:
+    """Return the share of a cache that requests hold. Pages that are kept for later requests with
+    the same prefix do not count, as they make way for any other request."""
+    allocators = cache.cache_allocators.values()
+    kept = sum(len(each.ledger.cached_blocks) * each.bytes_per_block for each in allocators)
+    total = cache.num_sectors * cache.bytes_per_sector
+    return max(0, total - cache.compute_free_capacity(relative=False) - kept) / total
 
 
 def computed_tokens(manager: Any) -> int:

@@ -7,11 +7,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ext._checks import choice, require
 from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
@@ -21,6 +22,8 @@ from .engine import QueueFullError, StoppedError
 from .metrics import Load
 
 POOLINGS = ("cls", "mean", "lasttoken")
+#: Of files that say how texts are read, from the newest to older ones.
+_KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 _TRIES = 8  # somebody may unload an adapter between its load and its forward
 
 
@@ -28,6 +31,27 @@ class _Waiting(NamedTuple):
     ids: list[list[int]]
     name: str | None
     vectors: asyncio.Future[Tensor]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Steps of sentence-transformers that come before the tokens of a text.
+
+    Args:
+        prompt: put before every text.
+        max_length: most tokens of a text, which is cut there; None: as the tokenizer says.
+        lower_case: whether the text is put into lower case.
+    """
+
+    prompt: str = ""
+    max_length: int | None = None
+    lower_case: bool = False
+
+    def tokens(self, tokenizer: Any, text: str) -> list[int]:
+        """Return the tokens of a text."""
+        text = (self.prompt + text).strip()
+        text = text.lower() if self.lower_case else text
+        return tokenizer(text, truncation=True, max_length=self.max_length).input_ids
 
 
 class Embedder:
@@ -40,8 +64,9 @@ class Embedder:
         pooling: one vector of a text's tokens: the first one's, their mean, or the last one's.
         normalize: whether vectors have length 1.
         max_requests: that wait or run. max_rank: of an adapter.
-        context: tokens of a text. max_batch_tokens: of one forward, with padding; a request whose
-            texts are more has a forward of its own.
+        context: tokens of a text. max_batch_tokens: of one forward, with padding; a text that has
+            more has a forward of its own.
+        preparation: of texts; None gives them to the tokenizer as they are.
     """
 
     def __init__(
@@ -56,19 +81,22 @@ class Embedder:
         max_rank: int = 64,
         context: int = 4096,
         max_batch_tokens: int = 4096,
+        preparation: Preparation | None = None,
     ):
         self.pooling, self.normalize = choice("Embedder", "pooling", pooling, POOLINGS), normalize
         self.tokenizer, self.max_requests = tokenizer, max_requests
-        self.max_batch_tokens = max_batch_tokens
-        config = model.config.get_text_config()
-        self.dimensions = config.hidden_size
-        self.context = min(context, config.max_position_embeddings)
+        self.max_batch_tokens, self.preparation = max_batch_tokens, preparation
+        self.dimensions = model.config.get_text_config().hidden_size
+        self.context = min(context, _positions(model))
+        if preparation is not None and preparation.max_length is not None:
+            self.context = min(self.context, preparation.max_length)
         self.pool = AdapterPool(model, max_requests, max_rank, pages=2 * max_requests)
         self.folder = AdapterFolder(self.pool, folder)
         self.model = attach(model, self.pool)
         self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
         self._waiting: list[_Waiting] = []
         self._running: list[_Waiting] = []
+        self._preparing = 0
         self._worker: asyncio.Task[None] | None = None
         self._stopped = False
         self._encoding = asyncio.Lock()  # tokenizers are not made for threads
@@ -86,8 +114,8 @@ class Embedder:
 
     @property
     def requests(self) -> int:
-        """How many wait or run."""
-        return len(self._waiting) + len(self._running)
+        """Number of requests that are read, wait or run."""
+        return self._preparing + len(self._waiting) + len(self._running)
 
     def interrupt(self) -> None:
         """Take no more requests, and refuse those that wait or run. To be called in the event loop
@@ -100,23 +128,28 @@ class Embedder:
     async def embed(
         self, texts: Sequence[str | list[int]], adapter_name: str | None = None
     ) -> tuple[Tensor, int]:
-        """Vectors of texts, in a forward with other requests that wait.
+        """Compute the vectors of texts, in forwards with other requests that wait.
 
         Args:
             texts: each a text, or its tokens. adapter_name: None is the base model.
 
         Returns:
-            ``(N, D)`` float32 on the CPU, and how many tokens the texts have.
+            ``(N, D)`` float32 on the CPU, all finite, and how many tokens the texts have.
 
         Raises:
             QueueFullError: too many requests. StoppedError: after :meth:`interrupt`. ValueError:
-                no tokens, too many, or one that the model lacks. UnknownAdapterError: no such
-                adapter. PoolFullError: no room for it. And what :meth:`AdapterPool.load` finds.
+                no tokens, too many, or one that the model lacks, or vectors that are not finite, as
+                of an adapter that overflows. UnknownAdapterError: no such adapter. PoolFullError:
+                no room for it. And what :meth:`AdapterPool.load` finds.
         """
         if self.requests >= self.max_requests:
             raise QueueFullError(f"embed: expected at most {self.max_requests} requests at a time")
-        async with self._encoding:
-            ids = await asyncio.to_thread(self._encode, texts)
+        self._preparing += 1
+        try:
+            async with self._encoding:
+                ids = await asyncio.to_thread(self._encode, texts)
+        finally:
+            self._preparing -= 1
         if self._stopped:
             raise StoppedError("embed: the server stops, and takes no more requests")
         each = _Waiting(ids, adapter_name, asyncio.get_running_loop().create_future())
@@ -139,13 +172,18 @@ class Embedder:
 
     def _encode(self, texts: Sequence[str | list[int]]) -> list[list[int]]:
         size = self.model.config.get_text_config().vocab_size
-        ids = [self.tokenizer(t).input_ids if isinstance(t, str) else t for t in texts]
+        ids = [self._tokens(text) if isinstance(text, str) else text for text in texts]
         for i, one in enumerate(ids):
             expected = f"1 to {self.context} tokens"
             require(0 < len(one) <= self.context, "embed", f"input[{i}]", expected, len(one))
             wrong = [token for token in one if not 0 <= token < size]
             require(not wrong, "embed", f"input[{i}]", f"tokens in [0, {size})", f"{wrong[:3]}")
         return ids
+
+    def _tokens(self, text: str) -> list[int]:
+        if self.preparation is None:
+            return self.tokenizer(text).input_ids
+        return self.preparation.tokens(self.tokenizer, text)
 
     async def _work(self) -> None:
         """Take what waits, as much as a forward may have, until nothing does."""
@@ -171,6 +209,8 @@ class Embedder:
             return False
 
     async def _answer(self, batch: list[_Waiting]) -> None:
+        """Compute a batch. What fails with many requests is tried with fewer, as the fault may be
+        that of one alone."""
         for left in reversed(range(_TRIES)):
             try:
                 vectors = await asyncio.to_thread(self._forward, batch) if batch else None
@@ -180,6 +220,11 @@ class Embedder:
                     continue
                 vectors = error
             except Exception as error:
+                if len(batch) > 1:
+                    half = len(batch) // 2
+                    await self._answer(batch[:half])
+                    await self._answer(batch[half:])
+                    return
                 vectors = error
             start = 0
             for each in batch:
@@ -188,10 +233,23 @@ class Embedder:
                 start = stop
             return
 
-    @torch.inference_mode()
     def _forward(self, batch: Sequence[_Waiting]) -> Tensor:
-        ids = [one for each in batch for one in each.ids]
-        names = [each.name for each in batch for _ in each.ids]
+        """Compute the vectors of a batch: texts of about one length go into a forward together."""
+        texts = [(one, each.name) for each in batch for one in each.ids]
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(order):
+            if self._stopped:
+                raise StoppedError("embed: the server stops")
+            rows = max(1, self.max_batch_tokens // len(texts[order[start]][0]))
+            parts.append(self._vectors([texts[i] for i in order[start : start + rows]]))
+            start += rows
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    @torch.inference_mode()
+    def _vectors(self, texts: Sequence[tuple[list[int], str | None]]) -> Tensor:
+        ids, names = [one for one, _ in texts], [name for _, name in texts]
         lengths = torch.tensor([len(one) for one in ids])
         tokens = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
         for row, one in zip(tokens, ids, strict=True):
@@ -207,13 +265,29 @@ class Embedder:
             vectors = states[torch.arange(len(ids)), lengths - 1]
         else:
             vectors = (states * mask[..., None]).sum(1) / lengths.to(states)[:, None]
-        if self.normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        if self.normalize:  # in float64, where no square overflows
+            vectors = nn.functional.normalize(vectors.double(), dim=-1).float()
         return vectors.cpu()
+
+
+def _positions(model: Any) -> int:
+    """Return how many tokens of a text a model has positions for. RoBERTa and its kin count from
+    the position after that of the padding token."""
+    most = model.config.get_text_config().max_position_embeddings
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            most = min(most, module.num_embeddings - padding - 1)
+    return most
 
 
 def _end(each: _Waiting, answer: Tensor | Exception | None) -> None:
     if not each.vectors.done():  # its client may have gone
+        if isinstance(answer, Tensor) and not answer.isfinite().all():
+            who = "the base model" if each.name is None else f"adapter {each.name!r:.200}"
+            answer = ValueError(
+                f"embed: model: expected finite vectors, found that {who} overflows"
+            )
         if isinstance(answer, Tensor):
             each.vectors.set_result(answer)
         elif answer is not None:
@@ -227,15 +301,14 @@ def pooling_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
     Raises:
         ValueError: parts or poolings other than one of :class:`Embedder`'s.
     """
-    listed = Path(folder) / "modules.json"
-    if not listed.is_file():
+    parts = _read(Path(folder) / "modules.json")
+    if parts is None:
         return None
-    parts = json.loads(listed.read_text())
     kinds = [str(part["type"]).rpartition(".")[2] for part in parts]
     expected = "Transformer, Pooling and perhaps Normalize"
     known = kinds in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
     require(known, "modules.json", "type", expected, ", ".join(kinds))
-    config = json.loads((Path(folder) / parts[1]["path"] / "config.json").read_text())
+    config = _read(Path(folder) / parts[1]["path"] / "config.json") or {}
     wanted = [k.removeprefix("pooling_mode_") for k, v in config.items() if v is True]
     wanted = [
         k.removesuffix("_token").removesuffix("_tokens") for k in wanted if k != "include_prompt"
@@ -245,3 +318,34 @@ def pooling_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
     fits = len(wanted) == 1 and wanted[0] in POOLINGS
     require(fits, "Pooling", "config.json", f"one of {', '.join(POOLINGS)}", ", ".join(wanted))
     return wanted[0], "Normalize" in kinds
+
+
+def preparation_of(folder: str | os.PathLike[str]) -> Preparation | None:
+    """Return how sentence-transformers reads the texts of a model in one of its folders; None of
+    another folder.
+
+    Raises:
+        ValueError: a default prompt that is not listed, or that the pooling leaves out.
+    """
+    parts = _read(Path(folder) / "modules.json")
+    if parts is None:
+        return None
+    first, pooling = (Path(folder) / part["path"] for part in parts[:2])
+    found = (_read(first / f"sentence_{kind}_config.json") for kind in _KINDS)
+    config = next(filter(None, found), {})
+    prompts = _read(Path(folder) / "config_sentence_transformers.json") or {}
+    name, listed = prompts.get("default_prompt_name"), prompts.get("prompts") or {}
+    if name is not None:
+        where = "config_sentence_transformers.json"
+        expected = f"one of {sorted(listed)}"
+        require(name in listed, where, "default_prompt_name", expected, f"{name!r:.200}")
+        counted = (_read(pooling / "config.json") or {}).get("include_prompt", True)
+        expected = f"true beside the default prompt {name!r:.200}"
+        require(counted, "Pooling", "include_prompt", expected, counted)
+    prompt = "" if name is None else listed[name]
+    return Preparation(prompt, config.get("max_seq_length"), bool(config.get("do_lower_case")))
+
+
+def _read(file: Path) -> Any:
+    """Return what a file of JSON has, or None where there is no such file."""
+    return json.loads(file.read_text()) if file.is_file() else None

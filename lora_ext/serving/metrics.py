@@ -40,7 +40,7 @@ _GAUGES = {
 
 class Load(NamedTuple):
     """What an engine has to do: the adapter of each request (None: the base model) that runs and
-    that waits, how many adapters there is room for, and the share of its cache that is taken."""
+    that waits, how many adapters there is room for, and the share of its cache that they hold."""
 
     running: Sequence[str | None]
     waiting: Sequence[str | None]
@@ -87,7 +87,7 @@ def _for_routers(load: Load) -> list[str]:
         "lora_requests_info": ("Adapters of requests; its value is the time.", time.time()),
         "num_requests_running": ("Requests that run.", len(load.running)),
         "num_requests_waiting": ("Requests that wait.", len(load.waiting)),
-        "kv_cache_usage_perc": ("Share of the cache that is taken.", load.cache),
+        "kv_cache_usage_perc": ("Share of the cache that requests hold.", load.cache),
     }
     lines: list[str] = []
     for name, (text, value) in gauges.items():

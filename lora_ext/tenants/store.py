@@ -18,6 +18,7 @@ from .live import LiveAdapter
 from .optimizer import MOMENTS, Optimizer
 
 _OPTIMIZER = "optimizer.safetensors"
+_MAX_NAME_BYTES = 200  # file systems allow 255, of which a save in progress needs some
 
 
 class Store:
@@ -40,22 +41,25 @@ class Store:
                 ) from error
 
     def folder(self, where: str, path: Any, argument: str = "path") -> Path:
-        """The folder of a save; a ValueError where there is no store, or the path leads out of
-        it."""
+        """Return the folder of a save; raise ValueError where there is no store, or the path leads
+        out of it."""
         if self.root is None:
             raise ValueError(f"{where}: store: expected a folder, found None; make Service(store=)")
         expected = "a path inside the store, relative to it"
         text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
         usable = isinstance(text, str) and text.strip("/.") != "" and "\0" not in text
+        usable = usable and text.encode(errors="ignore").decode() == text  # no lone surrogates
         require(usable, where, argument, expected, f"{path!r:.200}")
         inner = Path(text)
         plain = not inner.is_absolute() and ".." not in inner.parts
         require(plain, where, argument, expected, f"{path!r:.200}")
+        long = max(len(part.encode()) for part in inner.parts)
+        expected_names = f"names of at most {_MAX_NAME_BYTES} bytes"
+        require(long <= _MAX_NAME_BYTES, where, argument, expected_names, long)
         folder = self.root / inner
         # A link inside the store may lead anywhere.
         inside = folder.resolve().is_relative_to(self.root.resolve())
-        found = f"{path!r:.200}, which leads to {str(folder.resolve())!r:.200}"
-        require(inside, where, argument, expected, found)
+        require(inside, where, argument, expected, f"{path!r:.200}, a link that leads out of it")
         return folder
 
     def save(self, where: str, path: Any, adapter: LiveAdapter) -> None:

@@ -1,5 +1,6 @@
 """Adapters of different base models that come together: one warning, and none that is false."""
 
+import os
 import warnings
 
 import peft
@@ -62,6 +63,19 @@ def test_another_model_is_named_once(names):
     third += found(lambda: bases.meet("here", names[1], 1))
     assert not first and not third and len(second) == 1
     assert second[0].startswith(f"here: {OTHER}{names[0]!r} and {names[1]!r}: ")
+
+
+def test_a_folder_that_is_gone_may_have_been_moved(tmp_path):
+    old, new = str(tmp_path / "trained" / "base"), str(tmp_path / "served" / "model")
+    for folder in (old, new):
+        os.makedirs(folder)
+    (said,) = found(lambda: BaseModels(new).meet("here", old, 1))
+    assert "what comes out means nothing" in said  # both folders are there
+    os.rmdir(old)
+    for names in ((new, old), (old, new)):
+        (said,) = found(lambda names=names: BaseModels(names[0]).meet("here", names[1], 1))
+        assert f"there is no folder {old!r} here; if it was moved" in said
+        assert "means nothing" not in said
 
 
 @pytest.mark.parametrize("mode", ["delta", "factors", "delta_svd"])

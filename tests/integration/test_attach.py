@@ -157,8 +157,12 @@ def test_a_call_takes_names_as_pefts_does(family: str, tmp_path: Path) -> None:
         assert torch.equal(body(ids, adapter_names=names).last_hidden_state, expected)
         with pytest.raises(UnknownAdapterError, match=r"'gren' is not loaded.*green"):
             model(ids, adapter_names="gren")
-        with pytest.raises(ValueError, match="adapters: names: expected a batch of 2 sequences"):
-            model(ids, adapter_names=names[:2])
+        for few in (names[:1], names[:2]):
+            with pytest.raises(ValueError, match="adapters: names: expected a batch of") as caught:
+                model(ids, adapter_names=few)
+            words = str(caught.value)
+            assert "give one name for each sequence of the batch" in words and "it has 3" in words
+            assert "targets=" not in words
         assert torch.equal(model(ids).logits, lora_ext.detach(model)(ids).logits)
     assert pool.stats()["pins"] == 0
 

@@ -196,9 +196,21 @@ def test_routers_read_whose_adapters_run(server: Any) -> None:
     (info,) = [line for line in lines if line.startswith("vllm:lora_requests_info{")]
     assert 'running_lora_adapters="a3",waiting_lora_adapters=""' in info
     assert "vllm:num_requests_running 1" in lines and "vllm:num_requests_waiting 0" in lines
-    (used,) = [line for line in lines if line.startswith("vllm:kv_cache_usage_perc ")]
-    assert 0 < float(used.split()[1]) < 1
+    assert 0 < cache_usage(lines) < 1
     settle(server)
+
+
+def cache_usage(lines: list[str]) -> float:
+    (used,) = [line for line in lines if line.startswith("vllm:kv_cache_usage_perc ")]
+    return float(used.split()[1])
+
+
+def test_an_idle_server_reports_an_empty_cache(server: Any) -> None:
+    text_of(ask(server, "a3", " ".join(f"w{5 + i % 90}" for i in range(200))))  # several pages
+    settle(server)
+    allocators = server.engine.manager.batch_processor.cache.cache_allocators.values()
+    assert any(each.ledger.cached_blocks for each in allocators), "pages are kept for reuse"
+    assert cache_usage(server.client.get("/metrics").text.splitlines()) == 0
 
 
 def test_options_say_what_a_path_takes(server: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,13 @@ import torch
 from served import needs_packages, save_model
 from torch import Tensor
 
-from lora_ext.serving import pooling_of
+from lora_ext.serving import (
+    Preparation,
+    QueueFullError,
+    StoppedError,
+    pooling_of,
+    preparation_of,
+)
 
 pytestmark = needs_packages
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13"]
@@ -48,6 +55,7 @@ def save_pooling(folder: Path, mode: str, *more: str) -> None:
     """sentence-transformers' files."""
     kinds = ("models.Transformer", "models.Pooling", "models.Normalize", *more)
     parts = [{"type": f"sentence_transformers.{k}", "path": k[7:]} for k in kinds]
+    parts[0]["path"] = ""  # the model itself is in the folder
     (folder / "modules.json").write_text(json.dumps(parts))
     (folder / "Pooling").mkdir(exist_ok=True)
     modes = ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
@@ -159,25 +167,152 @@ def test_scripts_of_an_allowed_page_may_ask(server: Any) -> None:
         assert found.headers.get("access-control-allow-origin") == (origin if allowed else None)
 
 
-def test_an_encoder_embeds_each_text_with_its_adapter(tmp_path: Path) -> None:
+def test_texts_are_read_as_sentence_transformers_reads_them(tmp_path: Path) -> None:
+    from lora_ext.server import Settings
+
+    model = save_embedder(tmp_path, "mean")
+    (tmp_path / "tiny" / "sentence_bert_config.json").write_text(
+        json.dumps({"max_seq_length": 4, "do_lower_case": True})
+    )
+    prompts = {"prompts": {"query": "w9 w10 ", "other": "w11 "}, "default_prompt_name": "query"}
+    (tmp_path / "tiny" / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    texts: list[Any] = [" W5\n", "w5 w6 w7", "w8 w8 w8 w8 w8 w8", [5, 6]]
+    read = [[9, 10, 5], [9, 10, 5, 6], [9, 10, 8, 8], [5, 6]]
+    with Settings(tmp_path / "tiny", tmp_path / "embedders", device="cpu").engine() as engine:
+        vectors, tokens = asyncio.run(engine.embed(texts))  # pyright: ignore
+        with pytest.raises(ValueError, match=r"input\[0\]: expected 1 to 4 tokens, found 5"):
+            asyncio.run(engine.embed([[5, 6, 7, 8, 9]]))  # pyright: ignore
+    assert tokens == sum(map(len, read))
+    for ids, vector in zip(read, vectors, strict=True):
+        torch.testing.assert_close(vector, expected(model, tmp_path, None, ids, "mean"))
+
+
+def test_files_of_sentence_transformers_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
+    save_pooling(tmp_path, "mean")
+    assert preparation_of(tmp_path / "nowhere") is None
+    assert preparation_of(tmp_path) == Preparation()
+    listed = {"prompts": {"query": "to find: "}, "default_prompt_name": None}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(listed))
+    assert preparation_of(tmp_path) == Preparation()
+    (tmp_path / "sentence_roberta_config.json").write_text(json.dumps({"max_seq_length": 128}))
+    assert preparation_of(tmp_path) == Preparation(max_length=128)
+    listed["default_prompt_name"] = "query"
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(listed))
+    assert preparation_of(tmp_path) == Preparation("to find: ", 128)
+    pooling = tmp_path / "Pooling" / "config.json"
+    pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": False}))
+    with pytest.raises(ValueError, match=r"Pooling: include_prompt: expected true .* 'query'"):
+        preparation_of(tmp_path)
+    listed["default_prompt_name"] = "document"
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match=r"default_prompt_name: expected one of .*'document'"):
+        preparation_of(tmp_path)
+
+
+def test_an_adapter_that_overflows_fails_its_own_request(server: Any) -> None:
+    from lora_ext import adapter
+
+    value = adapter.LoraAdapter.load(server.folder / "embedders" / "x")
+    huge = {name: factors._replace(b=factors.b * 1e38) for name, factors in value.modules.items()}
+    dataclasses.replace(value, modules=huge).save(server.folder / "embedders" / "huge")
+    bodies = [{"model": name, "input": TEXTS} for name in ("x", "huge", "y")]
+    one, failed, two = server.ask("/v1/embeddings", bodies)
+    assert one.status_code == two.status_code == 200
+    words = failed.json()["error"]["message"]
+    assert failed.status_code == 400 and "expected finite vectors" in words and "'huge'" in words
+    assert all(torch.tensor(e["embedding"]).isfinite().all() for e in one.json()["data"])
+
+
+def test_texts_that_fail_leave_those_of_others_alone(tmp_path: Path) -> None:
+    embedder = save_bert(tmp_path)[1]
+
+    def refuse(_: Any, __: Any, given: dict[str, Any]) -> None:
+        if (given["input_ids"] == 13).any():
+            raise RuntimeError("token 13")
+
+    embedder.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    texts = [[[5, 6]], [[7, 13], [8]], [[9]], [[10]], [[13]]]
+    found = asyncio.run(all_at_once(embedder, [(text, None) for text in texts]))
+    failed = [isinstance(each, RuntimeError) for each in found]
+    assert failed == [False, True, False, False, True]
+
+
+def test_roberta_counts_its_positions_from_after_the_padding_token(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    from lora_ext.serving import Embedder
+
+    config = RobertaConfig(vocab_size=97, max_position_embeddings=18, pad_token_id=1, **SMALL)
+    embedder = Embedder(RobertaModel(config).eval(), None, tmp_path)
+    fits, long = list(range(5, 21)), list(range(5, 22))
+    found = asyncio.run(all_at_once(embedder, [([fits, [5]], None), ([long], None)]))
+    assert embedder.context == 16 and found[0][0].isfinite().all()
+    assert "input[0]: expected 1 to 16 tokens, found 17" in str(found[1])
+
+
+def test_no_more_requests_are_taken_than_max_requests_says(tmp_path: Path) -> None:
+    embedder = save_bert(tmp_path, max_requests=4)[1]
+    found = asyncio.run(all_at_once(embedder, [([[5, 6]], None)] * 50))
+    assert [isinstance(each, QueueFullError) for each in found] == [False] * 4 + [True] * 46
+    assert embedder.requests == 0
+    assert not isinstance(asyncio.run(all_at_once(embedder, [([[5]], None)]))[0], Exception)
+
+
+def test_a_forward_has_no_more_tokens_than_max_batch_tokens_says(tmp_path: Path) -> None:
+    model, embedder = save_bert(tmp_path, max_batch_tokens=64)
+    shapes: list[tuple[int, int]] = []
+
+    def note(_: Any, __: Any, given: dict[str, Any]) -> None:
+        shapes.append(tuple(given["input_ids"].shape))
+
+    embedder.model.register_forward_pre_hook(note, with_kwargs=True)
+    texts = [[5 + i % 90, 6] for i in range(40)]
+    texts[7] = list(range(5, 55))  # one long text among short ones
+    texts[30] = [8] * 80  # longer than a forward may be, and so alone
+    vectors, _ = asyncio.run(embedder.embed(texts, "x"))
+    assert max(rows * width for rows, width in shapes if rows > 1) <= 64
+    assert len(shapes) <= 4 and (1, 80) in shapes
+    for ids, vector in zip(texts, vectors, strict=True):
+        wanted = expected(copy.deepcopy(model), tmp_path, "x", ids, "cls")
+        torch.testing.assert_close(vector, wanted)
+    shapes.clear()
+    embedder.model.register_forward_hook(lambda *_: embedder.__exit__())
+    (found,) = asyncio.run(all_at_once(embedder, [(texts, None)]))
+    assert isinstance(found, StoppedError) and len(shapes) == 1, "the rest is not computed"
+
+
+SMALL: Any = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"intermediate_size": 48}
+
+
+def save_bert(folder: Path, **settings: Any) -> tuple[Any, Any]:
+    """A tiny random BERT, two adapters of it in a folder, and an embedder of both."""
     from transformers import BertConfig, BertModel
 
     from lora_ext.serving import Embedder
 
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    model = BertModel(BertConfig(vocab_size=97, hidden_size=32, **sizes)).eval()
+    model = BertModel(BertConfig(vocab_size=97, **SMALL)).eval()
     config = peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
     for name in ("x", "y"):
         adapted = peft.get_peft_model(copy.deepcopy(model), config)
-        adapted.save_pretrained(tmp_path / "embedders" / name)
+        adapted.save_pretrained(folder / "embedders" / name)
+    own = copy.deepcopy(model)
+    return model, Embedder(own, None, folder / "embedders", pooling="cls", **settings)
+
+
+async def all_at_once(embedder: Any, asked: list[tuple[Any, str | None]]) -> list[Any]:
+    """What each request gets: vectors, or its error."""
+    calls = (embedder.embed(texts, name) for texts, name in asked)
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    return [each if isinstance(each, Exception) else each[0] for each in found]
+
+
+def test_an_encoder_embeds_each_text_with_its_adapter(tmp_path: Path) -> None:
+    model, embedder = save_bert(tmp_path)
     texts, names = [[5, 6, 7], [8], [9, 10, 11, 12]], (None, "x", "y")
-    embedder = Embedder(copy.deepcopy(model), None, tmp_path / "embedders", pooling="cls")
-
-    async def all_of_them() -> Any:
-        return await asyncio.gather(*(embedder.embed(texts, name) for name in names))
-
-    for name, (vectors, _) in zip(names, asyncio.run(all_of_them()), strict=True):
+    found = asyncio.run(all_at_once(embedder, [(texts, name) for name in names]))
+    for name, vectors in zip(names, found, strict=True):
         for ids, vector in zip(texts, vectors, strict=True):
             wanted = expected(copy.deepcopy(model), tmp_path, name, ids, "cls")
             torch.testing.assert_close(vector, wanted)

@@ -60,6 +60,24 @@ def test_arguments_are_checked_before_the_model_is_read(
     taken.close()
 
 
+def test_ctrl_c_ends_a_server_whose_shell_has_the_signal_ignored() -> None:
+    import uvicorn
+
+    from lora_ext.server.running import run
+
+    async def nothing(scope: object, receive: object, send: object) -> None: ...
+
+    config = uvicorn.Config(nothing, lifespan="off", log_level="warning")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        listening = socket.create_server(("127.0.0.1", 0))
+        with listening, pytest.raises(KeyboardInterrupt):
+            run(config, listening, lambda: signal.raise_signal(signal.SIGINT))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("reads", [True, False])
 def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads: bool) -> None:
     """A client that does not read is hung up on."""

@@ -15,6 +15,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -186,6 +188,35 @@ def test_models_are_causal_and_without_adapters() -> None:
         training = getattr(model, "training", None)
         refused("Service", "model", model, lambda: Service(model))  # noqa: B023
         assert getattr(model, "training", None) == training
+
+
+def test_an_encoder_of_low_precision_is_refused() -> None:
+    """Its first token moves by about one unit in the last place, and that of causal models by 0."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = small(BertForMaskedLM, BertConfig, **sizes).to(torch.bfloat16)
+    refused("Service", "model", model, lambda: Service(model))
+    Service(llama().to(torch.bfloat16)).close()
+
+
+def test_a_causal_model_is_taken_however_its_rows_are_rounded() -> None:
+    """Equal rows of a batch differ by rounding: by 25 eps in libraries for older processors."""
+    model = llama()
+
+    def round_rows(_: Any, __: Any, out: Any) -> None:
+        rows = torch.arange(len(out.logits)).view(-1, 1, 1)
+        out.logits *= 1 + 100 * torch.finfo(out.logits.dtype).eps * rows
+
+    handle = model.register_forward_hook(round_rows)
+    Service(model).close()
+    handle.remove()
+
+
+def test_a_causal_mixture_of_experts_is_taken() -> None:
+    """Its experts see tokens of all rows together, so a change in one moves others by rounding."""
+    torch.manual_seed(0)
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    Service(small(MixtralForCausalLM, MixtralConfig, hidden_size=64, **experts)).close()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ext.tenants import Datum, QueueFullError, Service, Tenant
 from lora_ext.tenants.optimizer import Optimizer, checked_settings
+from lora_ext.tenants.sampler import SamplingModel
 
 VOCAB, NAN = 97, float("nan")
 
@@ -51,8 +52,15 @@ def datum(seed: int, n: int = 20, **inputs: Any) -> Datum:
 def together(service: Service, *actions: Any) -> list[Any]:
     """What the calls give where all of them wait before the first runs."""
     gate: Future[None] = Future()
-    service._scheduler.put("test", service._own, gate.result)
+    waits = threading.Event()
+
+    def hold() -> None:
+        waits.set()
+        gate.result()
+
+    service._scheduler.put("test", service._own, hold)
     try:
+        assert waits.wait(60)
         futures = [action() for action in actions]
     finally:
         gate.set_result(None)
@@ -223,9 +231,16 @@ def test_queues_hold_so_many_calls_and_so_many_tokens(
     with pytest.raises(QueueFullError, match="queue: expected at most 8 calls"):
         together(service, *[lambda: one.optim_step(0.0)] * 9)
     monkeypatch.setattr("lora_ext.tenants.sampler._MOST", 3)
+    deliver, goes_on = SamplingModel._deliver, threading.Event()
+    monkeypatch.setattr(SamplingModel, "_deliver", lambda own: (goes_on.wait(60), deliver(own)))
     sampler = service.sampler()
-    with pytest.raises(QueueFullError, match="queue: expected at most 3 samples"):
-        [sampler.begin([1], 120, 2) for _ in range(2)]  # the first two take 120 steps
+    try:
+        first = sampler.begin([1], 2, 2)
+        with pytest.raises(QueueFullError, match="queue: expected at most 3 samples"):
+            sampler.begin([1], 2, 2)
+    finally:
+        goes_on.set()
+    assert [len(each.result(60).tokens) for each in first] == [2, 2]
     with pytest.raises(ValueError, match="num_samples"):
         service.sampler().begin([1], 1, 1 << 40)
     with pytest.raises(ValueError, match="rank"):

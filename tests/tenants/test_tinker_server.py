@@ -34,6 +34,7 @@ from lora_ext.tenants import Service
 ROOT = Path(__file__).parents[2]
 
 FB = wire.messages["ForwardBackwardRequest"]
+KEY = {"X-API-Key": "tml-a"}
 
 
 class Server:
@@ -95,7 +96,7 @@ def server(folder: Path) -> Iterator[Server]:
 
 
 def request(
-    model: str, seq: int, tokens: list[int], loss: str = "cross_entropy", **inputs: Any
+    model: str, seq: int | None, tokens: list[int], loss: str = "cross_entropy", **inputs: Any
 ) -> bytes:
     message = FB(model_id=model, seq_id=seq, loss_fn=loss)
     datum = message.data.add()
@@ -191,7 +192,8 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
                 promise = ask("create_model", {**asked, "lora_config": {"rank": 2}}, key)[1]
                 return ask("retrieve_future", promise, key)[1]["model_id"]
 
-            yield SimpleNamespace(ask=ask, begun=begun, service=service, store=tmp_path)
+            made = {"service": service, "store": tmp_path, "client": client}
+            yield SimpleNamespace(ask=ask, begun=begun, **made)
 
 
 def test_floods_are_answered_429_and_are_one_keys_own(
@@ -222,6 +224,66 @@ def test_floods_are_answered_429_and_are_one_keys_own(
     assert app.ask("telemetry", b"[]")[0] == app.ask("telemetry", b"{")[0] == 400
     assert 429 in [app.ask("create_session")[0] for _ in range(70)]
     assert app.ask("create_session", {}, "tml-b")[0] == 200
+
+
+def test_calls_without_a_number_are_calls_of_their_own(app: Any) -> None:
+    model = app.begun()
+
+    def loss(number: int | None, tokens: list[int]) -> float:
+        promise = app.ask("forward_backward", request(model, number, tokens))[1]
+        body = json.dumps({"request_id": promise["request_id"]}).encode()
+        return losses(app.client.post("/api/v1/retrieve_future", content=body, headers=KEY).content)
+
+    first, second = [1, 2, 3], [7, 8, 9, 10, 11]
+    expected = [loss(1, first), loss(2, second)]
+    assert expected[0] != expected[1]
+    assert [loss(None, first), loss(None, second)] == pytest.approx(expected, rel=1e-5)
+    assert loss(1, second) == expected[0]  # a number that is sent again is the same call
+
+
+def test_bodies_that_no_route_can_read_are_the_clients_fault(app: Any) -> None:
+    model, deep = app.begun(), b"[" * 100_000
+    for path in ("create_session", "optim_step", "retrieve_future"):
+        code, answer = app.ask(path, deep)
+        assert code == 400 and "nested less deeply" in answer["error"], answer
+    routes = ("save_weights", "save_weights_for_sampler", "optim_step", "get_info", "unload_model")
+    for path in routes:
+        code, answer = app.ask(path, {"model_id": None, "path": "a"})
+        assert (code, answer["error"]) == (400, "model_id: expected in the body, found none"), path
+    kept = {"model_id": model, "path": "a", "optimizer": None, "overwrite": None, "seq_id": None}
+    assert app.ask("save_weights", kept)[0] == 200  # null is a field that was not given
+
+
+def test_no_answer_shows_where_the_store_is(app: Any, tmp_path: Path) -> None:
+    model, answers = app.begun(), []
+    long, owner = "n" * 300, f"tinker://{model}/weights"
+    for path, asked in (
+        ("save_weights", {"path": long}),
+        ("save_weights", {"path": long, "overwrite": False}),
+        ("save_weights", {"path": "a\ud800"}),
+        ("load_weights", {"path": f"{owner}/{long}"}),
+        ("load_weights", {"path": f"{owner}/missing"}),
+        ("weights_info", {"tinker_path": f"{owner}/missing"}),
+    ):
+        code, answer = app.ask(path, json.dumps({"model_id": model, **asked}).encode())
+        answers.append((path, code, answer))
+        if code == 200:
+            answers.append((path, *app.ask("retrieve_future", answer)))
+    assert all(code in (200, 400) for _, code, _ in answers), answers
+    saved = app.ask("save_weights", {"model_id": model, "path": "damaged"})[1]
+    assert app.ask("retrieve_future", saved)[1]["path"] == f"{owner}/damaged"
+    (config,) = app.store.glob("*/*/weights/damaged/adapter_config.json")
+    config.write_text("{")
+    for path in ("load_weights", "weights_info", "create_sampling_session"):
+        asked = {"path": f"{owner}/damaged", "tinker_path": f"{owner}/damaged"}
+        asked |= {"model_path": f"{owner}/damaged", "session_id": model.partition(":")[0]}
+        answer = app.ask(path, {**asked, "model_id": model, "sampling_session_seq_id": 0})
+        answers.append((path, *answer))
+        if answer[0] == 200:
+            answers.append((path, *app.ask("retrieve_future", answer[1])))
+    errors = [answer["error"] for _, _, answer in answers if "error" in answer]
+    assert len(errors) == 9, answers
+    assert not [error for error in errors if str(tmp_path) in error or "/tmp" in error], errors
 
 
 def wrong_fields(model: str) -> list[tuple[str, dict[str, Any], str]]:

@@ -51,6 +51,13 @@ class Api:
         self.promises = Promises()
         self.sessions: dict[str, Session] = {}
 
+    def words_of(self, error: BaseException) -> str:
+        """Return the message of an error without the place of the store."""
+        words, root = str(error), self.service.store.root
+        for place in () if root is None else (root.resolve(), root):
+            words = words.replace(f"{place}{os.sep}", "").replace(str(place), "the store")
+        return words
+
     def begin(self, key: str) -> str:
         """A new session, unless the key has too many."""
         with self.promises.lock:

@@ -67,7 +67,7 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
     def refuse(_: Request, error: Exception) -> JSONResponse:
         code = next(code for kind in type(error).__mro__ if (code := _CODES.get(kind)))  # pyright: ignore[reportArgumentType]
         words = f"{error.args[0]}: expected in the body, found none"  # of a KeyError
-        words = words if type(error) is KeyError else str(error)
+        words = words if type(error) is KeyError else api.words_of(error)
         return JSONResponse({"error": words, "category": "user"}, code)
 
     for kind in _CODES:
@@ -120,7 +120,11 @@ async def _life(api: Api) -> AsyncIterator[None]:
 
 
 async def _read(request: Request) -> Answer:
-    asked = json.loads(await read_body(request, MAX_BODY) or b"{}")
+    """Return the fields of a body that are not null."""
+    try:
+        asked = json.loads(await read_body(request, MAX_BODY) or b"{}")
+    except RecursionError:
+        raise ValueError("body: expected JSON nested less deeply, found too many levels") from None
     if not isinstance(asked, dict):
         raise ValueError(f"body: expected an object of JSON, found {type(asked).__name__}")
     for kind, names in _KINDS.items():
@@ -128,7 +132,7 @@ async def _read(request: Request) -> Answer:
             found = asked.get(name)
             fits = found is None or type(found) is kind
             require(fits, "body", name, _WORDS[kind], f"{found!r:.200}")
-    return asked
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _add_sessions(app: FastAPI, post: Any, api: Api) -> None:
@@ -245,7 +249,8 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
             with renamed("forward_backward", **_OF_LOSSES):
                 return call(data, asked.loss_fn or "cross_entropy", options)
 
-        where = request.state.key, {"model_id": asked.model_id, "seq_id": asked.seq_id}
+        # Protobuf reads a number that was not sent as 0, and the SDK counts from 1.
+        where = request.state.key, {"model_id": asked.model_id, "seq_id": asked.seq_id or None}
         return await asyncio.to_thread(api.in_order, *where, begin, written_result)
 
     @post("optim_step")
@@ -307,5 +312,5 @@ def _add_futures(app: FastAPI, api: Api) -> None:
             return {"type": "try_again", "request_id": name, "queue_state": "active"}
         except Exception as error:
             kind = "user" if isinstance(error, ValueError) else "server"
-            return {"error": f"{error}", "category": kind}
+            return {"error": api.words_of(error), "category": kind}
         return Response(found, media_type=MIME) if isinstance(found, bytes) else found
