@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._torch import linear
 from lora_ext.rows import Rows, subset
 
 from .base.dense import BaseLayer, DenseParameters, dense_parameters
@@ -116,7 +116,7 @@ def _scaled(
         seed = draw_seed(x.device) if f.seed is None else f.seed
         x2d = x.reshape(-1, x.shape[-1]).to(f.a.dtype)
         dropped = ops.lora_dropout(x2d, f.p, seed).view(x.shape)
-        inner = F.linear(dropped, weight.to(dropped.dtype))
+        inner = linear(dropped, weight.to(dropped.dtype))
         update = lora_update(dropped, [f._replace(p=0.0)])
     return y + (scale - 1) * inner + scale * update
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext._torch import AUTOCASTS
+from lora_ext._torch import autocast_dtype
 from lora_ext.rows import (
     Rows,
     all_rows,
@@ -33,8 +33,6 @@ from .base.packed_linear import PackedLinear
 # A bank has room for its largest rank in every adapter: one that would be so many times as large as
 # its adapters is made in two, of the ranks up to _SMALL_RANK and of those above.
 _MOST_ROOM, _SMALL_RANK = 4, 256
-
-_AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class LoraFactors(NamedTuple):
@@ -160,14 +158,6 @@ def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> boo
 def fused_forward(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
     """:func:`lora_forward` of one adapter on all rows where it :func:`fuses`."""
     return _forward(x, None, dense, [factors], None)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast makes a linear layer compute, or None where it is off."""
-    kind = x.device.type
-    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None
 
 
 def _participants(
