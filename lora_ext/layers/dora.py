@@ -18,7 +18,15 @@ from lora_ext._torch import linear
 from lora_ext.rows import Rows, subset
 
 from .base.dense import BaseLayer, DenseParameters, dense_parameters
-from .lora_forward import LoraFactors, draw_seed, fused_forward, fuses, lora_forward, lora_update
+from .lora_forward import (
+    LoraFactors,
+    call_base,
+    draw_seed,
+    fused_forward,
+    fuses,
+    lora_forward,
+    lora_update,
+)
 
 
 class Magnitude(nn.Module):
@@ -87,7 +95,7 @@ def _in_order(
         scaled = y * scale
         # The bias is no part of the direction. Where the scale is 1, y keeps every bit.
         return (scaled if bias is None else scaled + bias * (1 - scale)).to(y.dtype)
-    y = base(x)
+    y = call_base(base, x)
     dtype, read = y.dtype, dense()
     for f, magnitude, norm in zip(adapters, magnitudes, norms, strict=True):
         if magnitude is None:
