@@ -1,7 +1,8 @@
 """Packed weights: products of few rows against torch's, and SmolLM2 decoding with 16 adapters.
 
-`python benchmarks/packed_linear.py [--matrix ops model] [--dtype bfloat16] [--check]`. Results are
-checked before they are timed. `--check` exits with 1 where a decode step of 8 or 16 rows, each
+`python benchmarks/packed_linear.py [--matrix ops model widths] [--dtype bfloat16] [--check]`.
+`widths` times products whose rows are spaced (`docs/layers.md`). Results are checked before they
+are timed. `--check` exits with 1 where a decode step of 8 or 16 rows, each
 with an adapter of its own, takes more than 0.75 of the time of torch's step without adapters.
 With `--threads 1` times are processor times. The floor of the products, reading the weight once, is
 what `packed_twin` measures (`benchmarks/packed_twin.cpp`).
@@ -26,12 +27,15 @@ from torch.nn import functional as F
 
 import lora_ext
 from lora_ext import nn, ops
+from lora_ext._torch import linear
 from lora_ext.interop.smollm2 import load_smollm2
 
 SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152))  # SmolLM2-135M's
 ROWS = (1, 2, 4, 8, 16, 32)
+WIDTHS, WIDE_ROWS = (144, 172, 1000), (17, 128, 512)
 COLD_BYTES = 64 << 20  # weights of one shape that are used in turn
 MOST = 0.75
+MATRICES = ("ops", "model", "widths")
 # The same products summed in another order, layer after layer.
 LOGIT_BOUND = {torch.float32: 2.0**-16, torch.bfloat16: 2.0**-4}
 
@@ -105,6 +109,28 @@ def bench_ops(dtype: torch.dtype, rounds: int) -> Iterator[str]:
             yield f"{wide:5} -> {out:5}, {rows:2} rows: {times}  {gain:.2f} x"
 
 
+def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
+    """Products of widths that are no multiples of 32: with spaced rows, over torch's alone."""
+    for wide in WIDTHS:
+        weight = torch.randn(4 * wide, wide).to(dtype)
+        for rows in WIDE_ROWS:
+            x = torch.randn(rows, wide).to(dtype)
+            exact = x.double() @ weight.double().t()
+            bound = wide * torch.finfo(dtype).eps * exact.abs().max()
+            if not (linear(x, weight) - exact).abs().max() <= bound:
+                raise SystemExit(f"packed_linear: {rows} spaced rows of {wide}: wrong")
+            calls = {
+                "torch": OwnTime(functools.partial(F.linear, x, weight)),
+                "spaced": OwnTime(functools.partial(linear, x, weight)),
+            }
+            times = interleaved(calls, rounds, min_seconds=0.02)
+            own, spaced = times["torch"], times["spaced"]
+            yield (
+                f"{wide:5} -> {4 * wide:5}, {rows:3} rows: torch {own.median * 1e6:7.1f} us  "
+                f"spaced {spaced.median * 1e6:7.1f} us  {spaced.over(own):.2f} of torch"
+            )
+
+
 def engines(dtype: torch.dtype) -> dict[str, Any]:
     """SmolLM2-135M with and without adapters and packed weights; the weights are shared."""
     base = load_smollm2()[0].to(dtype).requires_grad_(False)
@@ -161,7 +187,7 @@ def bench_model(
 def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--matrix", nargs="+", choices=["ops", "model"], default=["ops", "model"])
+    parser.add_argument("--matrix", nargs="+", choices=MATRICES, default=MATRICES[:2])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=9)
@@ -173,6 +199,10 @@ def main() -> int:
     if "ops" in args.matrix:
         with torch.inference_mode():
             for line in bench_ops(dtype, args.rounds):
+                print(line, flush=True)
+    if "widths" in args.matrix:
+        with torch.inference_mode():
+            for line in bench_widths(dtype, args.rounds):
                 print(line, flush=True)
     if "model" not in args.matrix:
         return 0

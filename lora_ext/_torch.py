@@ -9,14 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 AUTOCASTS = ("cpu", "cuda")  # torch.autocast refuses other devices, meta among them
+_AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
+
+TILE_COLUMNS = 32  # of an AMX tile of 16-bit numbers
 
 
 def exactly(device: torch.device) -> AbstractContextManager[object]:
     """A block that autocast leaves alone: its products keep the dtype that they are given."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if kind in AUTOCASTS else nullcontext()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast makes a linear layer compute in, or None where it is off."""
+    kind = x.device.type
+    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None
 
 
 def compiles() -> bool:
@@ -78,6 +90,51 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
+# Products whose rows do not touch
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute ``F.linear`` with :func:`spaced` operands, forward and backward."""
+    return with_spaced_gradient(F.linear(spaced(x, autocast_dtype(x)), weight, bias))
+
+
+def spaced(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ``x (..., K)`` with at least 32 zeros in memory behind each row, where it needs them.
+
+    With AMX, torch's product of 16-bit rows reads every row of its left operand up to a multiple of
+    32 columns and multiplies what lies there by zero. So a NaN or inf in one row reaches the row
+    before it. A copy is made on the CPU where K is no multiple of 32 and the dtype has 16 bits.
+    ``csrc/ops/gemm.cpp`` has the same for ops in C++.
+
+    Args:
+        x: the left operand of a product of two matrices.
+        dtype: that autocast would cast it to, which would remove the zeros; None for none.
+    """
+    if not _needs_space(x, dtype):
+        return x
+    x = x if dtype is None else x.to(dtype)
+    return _spaced_op(x) if compiles() else _space(x)
+
+
+def with_spaced_gradient(y: Tensor) -> Tensor:
+    """Return ``y (..., O)``, the result of a product, whose gradient becomes :func:`spaced`: it is
+    the left operand of the product that gives ``dx``. A compiled graph leaves it as it is."""
+    if y.requires_grad and _needs_space(y) and not compiles():
+        y.register_hook(spaced)
+    return y
+
+
+def _needs_space(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    halves = (x.dtype if dtype is None else dtype) in (torch.float16, torch.bfloat16)
+    return halves and x.is_cpu and x.shape[-1] % TILE_COLUMNS != 0
+
+
+def _space(x: Tensor) -> Tensor:
+    width = x.shape[-1]
+    return F.pad(x, (0, 2 * TILE_COLUMNS - width % TILE_COLUMNS))[..., :width]
+
+
+# -------------------------------------------------------------------------------------------------
 # Ops in Python
 
 _library = torch.library.Library("lora_ext", "FRAGMENT")
@@ -113,3 +170,11 @@ def traced(
         return getattr(torch.ops.lora_ext, name)
 
     return define
+
+
+# A compiler would see that nobody reads the zeros, and leave them out.
+_spaced_op = traced(
+    "spaced(Tensor x) -> Tensor",
+    fake=_space,
+    backward=(lambda _ctx, dy: dy, None),
+)(_space)

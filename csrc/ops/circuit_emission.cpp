@@ -14,6 +14,7 @@
 #include "ops/checks.h"
 #include "ops/circuit.h"
 #include "ops/circuit_args.h"
+#include "ops/gemm.h"
 #include "ops/settings.h"
 #include "ops/stream.h"
 
@@ -71,7 +72,7 @@ struct Emission {
                 const int64_t count = std::min(chunk_rows, rows - first);
                 const Tensor part = h.narrow(0, first, count);
                 Tensor out = logits.narrow(0, 0, count);
-                at::mm_out(out, part, w);
+                at::mm_out(out, spaced(part), w);
                 CircuitLeafArgs args;
                 args.dtype = dtype_of(op, "h", h);
                 args.rows = count;
@@ -152,7 +153,8 @@ std::tuple<Tensor, Tensor> emission_gather_backward(const Tensor& de_in, const T
         else
             for_items(args.rows, chunks.components * chunks.vocab, kSerialExps,
                       [&](int64_t begin, int64_t end) { twin().leaf_backward(args, begin, end); });
-        if (need_h) dh.narrow(0, first, part.size(0)).add_(at::mm(logits, chunks.weights(k)));
+        if (need_h)
+            dh.narrow(0, first, part.size(0)).add_(at::mm(spaced(logits), chunks.weights(k)));
         if (!need_emit) return;
         const Tensor own = at::mm(logits.t(), part);
         Tensor to = demit.select(0, k).view(own.sizes());

@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/linear.h>
 
 #include "lora_ext/isa.h"
@@ -39,7 +40,17 @@ const c10::TypedOperatorHandle<OneDnnLinear>* onednn_linear() {
 // Below, what oneDNN does before its first multiplication takes longer than it saves.
 constexpr int64_t kOneDnnRows = 32, kOneDnnWork = 1 << 20;
 
+// Columns that one AMX tile holds in 16 bits.
+constexpr int64_t kTileColumns = 32;
+
 }  // namespace
+
+Tensor spaced(const Tensor& left) {
+    const int64_t width = left.size(-1), rest = width % kTileColumns;
+    const bool halves = left.scalar_type() == at::kBFloat16 || left.scalar_type() == at::kHalf;
+    if (rest == 0 || !halves || !left.is_cpu()) return left;
+    return at::constant_pad_nd(left, {0, 2 * kTileColumns - rest}).narrow(-1, 0, width);
+}
 
 Tensor fast_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
     const bool large = x.size(0) >= kOneDnnRows && x.size(0) * weight.numel() >= kOneDnnWork;
@@ -52,7 +63,7 @@ Tensor fast_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
             return onednn->call(x, weight, dense, "none", c10::List<std::optional<at::Scalar>>(),
                                 "");
         }
-    return at::linear(x, weight, bias);
+    return at::linear(spaced(x), weight, bias);
 }
 
 }  // namespace lora_ext

@@ -141,7 +141,7 @@ struct Call {
     Tensor base_product(const Tensor& left, const Tensor& weight,
                         const OptionalTensor& bias = {}) const {
         const bool base_bits = !active() || launches_kernels(x) || idle_rows();
-        return base_bits ? at::linear(left, weight, bias) : fast_linear(left, weight, bias);
+        return base_bits ? at::linear(spaced(left), weight, bias) : fast_linear(left, weight, bias);
     }
 
     // Whether any row has no adapter, or one of rank 0; on the CPU, where the plan can be read.

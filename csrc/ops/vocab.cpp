@@ -140,9 +140,10 @@ struct Call {
             f(rows, logits);
         }
     }
-    // totals += a b, in the dtype of sums. A product in float16 would overflow beyond 65504; the
+    // totals += left b, in the dtype of sums. A product in float16 would overflow beyond 65504; the
     // library of a GPU can write its float32 sums, that of the CPU never sees a float16.
-    void add_product(Tensor& totals, const Tensor& a, const Tensor& b) const {
+    void add_product(Tensor& totals, const Tensor& left, const Tensor& b) const {
+        const Tensor a = spaced(left);
         if (a.scalar_type() == sums)
             totals.addmm_(a, b);
         else if (a.scalar_type() == at::kHalf && a.is_cuda())

@@ -17,6 +17,7 @@ from .base.packed_linear import (
     unpack,
     unpack_linears,
 )
+from .base.spacing import has_other_hooks, space_products, unspace_products
 from .chunks import recomputed, rows_per_chunk
 from .dora import dora_forward
 from .experts import (
@@ -34,7 +35,6 @@ from .lora_conv import LoraConv
 from .lora_embedding import LoraEmbedding
 from .lora_forward import (
     LoraFactors,
-    autocast_dtype,
     dropout_now,
     lora_forward,
     lora_update,

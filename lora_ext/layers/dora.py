@@ -11,14 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._torch import linear
 from lora_ext.rows import Rows, subset
 
 from .base.dense import BaseLayer, DenseParameters, dense_parameters
-from .lora_forward import LoraFactors, draw_seed, fused_forward, fuses, lora_forward, lora_update
+from .lora_forward import (
+    LoraFactors,
+    call_base,
+    draw_seed,
+    fused_forward,
+    fuses,
+    lora_forward,
+    lora_update,
+)
 
 
 class Magnitude(nn.Module):
@@ -87,7 +95,7 @@ def _in_order(
         scaled = y * scale
         # The bias is no part of the direction. Where the scale is 1, y keeps every bit.
         return (scaled if bias is None else scaled + bias * (1 - scale)).to(y.dtype)
-    y = base(x)
+    y = call_base(base, x)
     dtype, read = y.dtype, dense()
     for f, magnitude, norm in zip(adapters, magnitudes, norms, strict=True):
         if magnitude is None:
@@ -116,7 +124,7 @@ def _scaled(
         seed = draw_seed(x.device) if f.seed is None else f.seed
         x2d = x.reshape(-1, x.shape[-1]).to(f.a.dtype)
         dropped = ops.lora_dropout(x2d, f.p, seed).view(x.shape)
-        inner = F.linear(dropped, weight.to(dropped.dtype))
+        inner = linear(dropped, weight.to(dropped.dtype))
         update = lora_update(dropped, [f._replace(p=0.0)])
     return y + (scale - 1) * inner + scale * update
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import require
+from lora_ext._torch import linear
 from lora_ext.rows import Names
 
 from .base.weight import EmbeddingWeight
@@ -84,7 +85,7 @@ class LoraEmbedding(LoraLayer):
         a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
         base: Any = self.base_layer
         how = {setting: getattr(base, setting) for setting in _SETTINGS}
-        update = (F.embedding(x, a.t(), **how) @ b.t()) * self.scaling[name]  # (..., O)
+        update = linear(F.embedding(x, a.t(), **how), b) * self.scaling[name]  # (..., O)
         scale = getattr(base, "embed_scale", None)
         if isinstance(scale, Tensor):
             where, found = "LoraEmbedding", f"shape {tuple(scale.shape)}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext._torch import AUTOCASTS
+from lora_ext._torch import autocast_dtype, spaced, with_spaced_gradient
 from lora_ext.rows import (
     Rows,
     all_rows,
@@ -33,8 +33,6 @@ from .base.packed_linear import PackedLinear
 # A bank has room for its largest rank in every adapter: one that would be so many times as large as
 # its adapters is made in two, of the ranks up to _SMALL_RANK and of those above.
 _MOST_ROOM, _SMALL_RANK = 4, 256
-
-_AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class LoraFactors(NamedTuple):
@@ -102,7 +100,7 @@ def lora_forward(
                 return _one_adapter(x, base, dense, factors)
     adapters, rows = _participants(x, adapters, adapter_ids)
     if not adapters:
-        return base(x)
+        return call_base(base, x)
     if dense is not None and isinstance(base, PackedLinear) and not exact:
         y = base.packed_product(x)
         if y is not None:
@@ -139,6 +137,11 @@ def _scaled_rows(
     return *all_rows(num_rows, device), scales((scaling,), device)
 
 
+def call_base(base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Compute ``base(x)`` with :func:`lora_ext._torch.spaced` operands, also without hooks."""
+    return with_spaced_gradient(base(spaced(x)))
+
+
 def lora_update(
     x: Tensor, adapters: Sequence[LoraFactors], adapter_ids: Tensor | Rows | None = None
 ) -> Tensor:
@@ -160,14 +163,6 @@ def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> boo
 def fused_forward(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
     """:func:`lora_forward` of one adapter on all rows where it :func:`fuses`."""
     return _forward(x, None, dense, [factors], None)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast makes a linear layer compute, or None where it is off."""
-    kind = x.device.type
-    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind) if x.dtype in _AUTOCAST_FROM else None
 
 
 def _participants(
@@ -210,7 +205,7 @@ def _forward(
         y = _run(calls[0], x2d, compute, weight, bias, packed)  # (T, O)
         dtype, rest = y.dtype, calls[1:]
     elif base is not None:
-        y = base(x)
+        y = call_base(base, x)
         dtype, y, rest = y.dtype, y.reshape(-1, y.shape[-1]), calls
     else:
         y = _run(calls[0], x2d, compute, None, None)

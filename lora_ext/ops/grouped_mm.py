@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._torch import compiles, traced
+from lora_ext._torch import autocast_dtype, compiles, spaced, traced, with_spaced_gradient
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -17,9 +17,11 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return _experts_mm(x, weight, ends)
     if x.device.type != "cpu":
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)
-    groups = zip(_groups(x, ends), weight, strict=True)
+    groups = zip(_groups(spaced(x, autocast_dtype(x)), ends), weight, strict=True)
     parts = [rows @ w for rows, w in groups if len(rows)]
-    return torch.cat(parts) if parts else x.new_empty(0, weight.shape[2])
+    if not parts:
+        return x.new_empty(0, weight.shape[2])
+    return with_spaced_gradient(torch.cat(parts))
 
 
 def _groups(x: Any, ends: Tensor) -> list[Tensor]:

@@ -12,7 +12,15 @@ from torch import nn
 
 from lora_ext._checks import require, require_flags
 from lora_ext.adapter import ModelIndex, model_name
-from lora_ext.layers import Swap, find_module, pack_linears, packed_layers, unpack
+from lora_ext.layers import (
+    Swap,
+    find_module,
+    pack_linears,
+    packed_layers,
+    space_products,
+    unpack,
+    unspace_products,
+)
 from lora_ext.pool import AdapterPool
 from lora_ext.rows import BASE, ERROR, PoolLayer, UnknownAdapterError, attachments, layouts
 
@@ -47,6 +55,7 @@ class _Attachment:
     packed: bool
     fused: bool
     hooked: list[tuple[str, str]]  # what Hooks.put has put
+    spaced: list[nn.Module]  # what space_products has put hooks on
 
     def __post_init__(self) -> None:
         attachments.add(self)
@@ -56,7 +65,8 @@ class _Attachment:
         if self.fused:
             introduce(swap.placed)
         # The copied methods are hooks already, bound to the copied modules.
-        return _Attachment(self.pool, swap, self.packed, self.fused, list(self.hooked))
+        spaced = copy.deepcopy(self.spaced, memo)
+        return _Attachment(self.pool, swap, self.packed, self.fused, list(self.hooked), spaced)
 
 
 def attach(
@@ -141,7 +151,8 @@ def attach(
     swap = Swap(model, layers, "attach")
     layouts.tell(model)
     hooked = Hooks(CallNames(pool, default)).put(model)
-    model.__dict__[_KEY] = _Attachment(pool, swap, pack_base, fuse_siblings, hooked)
+    spaced = space_products(model)
+    model.__dict__[_KEY] = _Attachment(pool, swap, pack_base, fuse_siblings, hooked, spaced)
     watch_pipelines()
     return model
 
@@ -171,6 +182,7 @@ def detach(model: Model) -> Model:
     for requests in managers:
         requests.remove()
     take_away(model, attachment.hooked)
+    unspace_products(attachment.spaced)
     unpack(packed)
     del model.__dict__[_KEY]
     attachments.discard(attachment)

@@ -25,6 +25,13 @@ def test_a_line_has_every_provider(monkeypatch: pytest.MonkeyPatch, dtype: torch
     assert ("oneDNN" in lines[0]) == packed_linear.has_onednn(dtype)
 
 
+def test_spaced_products_are_compared_with_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "WIDTHS", (33,))
+    monkeypatch.setattr(packed_linear, "WIDE_ROWS", (17,))
+    (line,) = packed_linear.bench_widths(torch.bfloat16, rounds=1)
+    assert line.startswith("   33 ->   132,  17 rows: torch ") and line.endswith(" of torch")
+
+
 def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, product = torch.ones(2, 40), torch.ones(33, 40), ops.packed_linear
 

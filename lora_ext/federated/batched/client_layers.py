@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import require
-from lora_ext.layers import adapted_layers, autocast_dtype, block_index, dense_parameters
+from lora_ext._torch import autocast_dtype
+from lora_ext.layers import adapted_layers, block_index, dense_parameters
 from lora_ext.rows import Kept
 
 from .banks import Bank

@@ -21,6 +21,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from lora_ext._checks import require
+from lora_ext.layers import space_products, unspace_products
 from lora_ext.rows import layouts, refuse_singular, several_processes
 
 from . import quantised
@@ -59,6 +60,7 @@ def take_over(model: Model) -> Model:
     check_values(model)
     warn_of_other_bases(model)
     _swap(model, _fused_class)
+    space_products(model)
     layouts.tell(model)
     for module in model.modules():
         if isinstance(module, FusedLoraModel):
@@ -89,6 +91,7 @@ def to_peft(model: Model) -> Model:
         for told in ("tokens_first", "turned") if isinstance(block, LoraLayer | LoraModel) else ():
             vars(block).pop(told, None)
         forget_checkpoints(block)
+    unspace_products(model.modules())
     return model
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_ext._torch import parameter
 
 from .packed_linear import PackedLinear
+from .spacing import has_other_hooks
 
 _PLAIN = (nn.Parameter, Tensor, type(None))  # a quantised weight is of another type
 _CONV1D = ("Conv1D", "transformers.pytorch_utils")
@@ -61,8 +62,7 @@ def _is_plain(module: nn.Module, weight: object, divided: bool) -> bool:
     if type(weight) not in _PLAIN or "forward" in module.__dict__:  # accelerate's offloading
         return False
     hooked = (
-        module._forward_hooks
-        or module._forward_pre_hooks
+        has_other_hooks(module)
         or module._backward_hooks
         or module._backward_pre_hooks
         or any(_OF_ALL_MODULES)

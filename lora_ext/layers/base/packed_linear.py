@@ -22,12 +22,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_ext import ops
 from lora_ext._checks import number, require
 from lora_ext._memory import free_bytes
-from lora_ext._torch import compiles
+from lora_ext._torch import compiles, linear, spaced
 from lora_ext.rows import PoolLayer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -110,7 +109,7 @@ class PackedLinear(nn.Linear):
         """Compute ``x W^T + b`` of ``input (..., I)``, ``(..., O)``: from the packed copy where
         that serves, else as ``nn.Linear`` does."""
         y = self.packed_product(input)
-        return F.linear(input, self.weight, self.bias) if y is None else y
+        return linear(input, self.weight, self.bias) if y is None else y
 
     #: Whether every product, of any number of rows and with gradients, is the packed copy's.
     exact = False
@@ -200,7 +199,7 @@ class _Exact(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx, dweight, dbias, _ = ctx.needs_input_grad
         return (
-            dy @ weight if dx else None,
+            spaced(dy) @ weight if dx else None,
             dy.t() @ x if dweight else None,
             dy.sum(0) if dbias else None,
             None,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext._checks import require
+from lora_ext._torch import linear
 
 #: What models call the number that their logits are multiplied by or divided by.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -49,7 +50,7 @@ class Head:
     def logits(self, normed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the logits of normed states ``(..., d)``: ``(..., V)``, or those of the rows of W
         that are given."""
-        return self.capped(F.linear(normed, weight, bias))
+        return self.capped(linear(normed, weight, bias))
 
     def capped(self, z: Tensor) -> Tensor:
         """Return logits bounded by ``softcap tanh(z / softcap)``, or as they are without a cap."""

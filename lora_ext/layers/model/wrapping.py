@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from lora_ext._checks import require, require_flags
 from lora_ext.rows import PoolLayer, activated_in, layer_names, layouts
 
 from ..base.modules import READS_WEIGHTS, head_names, linear_size
+from ..base.spacing import space_products, unspace_products
 from ..labels import IGNORE
 from ..lora_conv import LoraConv
 from ..lora_embedding import LoraEmbedding
@@ -37,6 +38,7 @@ class _Wrap:
 
     swap: Swap
     requires_grad: dict[str, bool]  # of the model's own parameters, as it was
+    spaced: list[nn.Module] = field(default_factory=list)  # what space_products has put hooks on
 
 
 def wrap(
@@ -99,11 +101,12 @@ def wrap(
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        model.__dict__[_KEY] = _Wrap(Swap(model, new, "wrap"), flags)
+        state = model.__dict__[_KEY] = _Wrap(Swap(model, new, "wrap"), flags)
     else:
         state.swap.add(model, new)
         for layer in new.values():
             layer.set_adapter([])
+    state.spaced += space_products(model)
     layouts.tell(model)
     if config.invocation and _warn_of_labels not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_warn_of_labels, with_kwargs=True)
@@ -135,6 +138,7 @@ def unwrap(model: Model) -> Model:
     for name, parameter in model.named_parameters():
         if name in state.requires_grad:
             parameter.requires_grad_(state.requires_grad[name])
+    unspace_products(state.spaced)
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _warn_of_labels:
             del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]

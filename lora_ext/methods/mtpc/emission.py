@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_ext import ops
+from lora_ext._torch import linear
 from lora_ext.layers import recomputed, rows_per_chunk
 from lora_ext.reference import num_transitions
 from lora_ext.rows import keep
@@ -92,7 +92,7 @@ class FullEmission(Emission):
 
     def logits(self, rows: Tensor) -> Tensor:
         """One product with all unembeddings."""
-        return F.linear(rows, self.emit.flatten(0, 2)).unflatten(-1, self.emit.shape[:3])
+        return linear(rows, self.emit.flatten(0, 2)).unflatten(-1, self.emit.shape[:3])
 
     def observed(self, rows: Tensor, places: Tensor) -> Tensor:
         """Product and softmax of a position and a chunk of rows at a time, inside the op."""
@@ -112,7 +112,7 @@ class SharedEmission(Emission):
     def logits(self, rows: Tensor) -> Tensor:
         """The unembedding of every state."""
         k, c, num_leaves = self.sizes[:3]
-        return F.linear(self.states(rows), self.unembed).view(len(rows), k, c, num_leaves)
+        return linear(self.states(rows), self.unembed).view(len(rows), k, c, num_leaves)
 
     def observed(self, rows: Tensor, places: Tensor) -> Tensor:
         """As :meth:`Emission.observed`; where the states of all rows are too many to be kept for
@@ -151,7 +151,7 @@ class ExpanderEmission(SharedEmission):
 
     def states(self, rows: Tensor) -> Tensor:
         """One product with all maps."""
-        return F.linear(rows, self.maps.flatten(0, 2)).view(-1, self.sizes.hidden_size)
+        return linear(rows, self.maps.flatten(0, 2)).view(-1, self.sizes.hidden_size)
 
 
 class AdapterEmission(SharedEmission):
@@ -260,13 +260,13 @@ class SumWeights(nn.Module):
         there are none."""
         if self.prior is None:
             return None, None
-        prior = F.linear(rows, self.prior)
+        prior = linear(rows, self.prior)
         if self.trans_bias is None:
             return prior, None
         stored, c = self.trans_bias.shape[:2]
         if self.trans is None:
             trans = self.trans_bias[None].to(prior.dtype)  # autocast may have made it narrower
         else:
-            trans = F.linear(rows, self.trans.flatten(0, 2), self.trans_bias.flatten())
+            trans = linear(rows, self.trans.flatten(0, 2), self.trans_bias.flatten())
             trans = trans.view(-1, stored, c, c)
         return prior, trans.expand(len(rows), self.num_transitions, c, c)

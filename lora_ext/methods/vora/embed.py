@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext._checks import choice, require
+from lora_ext._torch import linear
 
 PosMode = Literal["interp", "released"]
 MIN_PIXELS, MAX_PIXELS = 3136, 784000  # 56 x 56; 4000 patches of 14 x 14
@@ -130,7 +131,7 @@ class VisionPatchEmbed(nn.Module):
         positions = [table[grid].repeat(len(p), 1) for p, grid in zip(parts, grids, strict=True)]
         proj, norm = self.patchifier["proj"], self.patchifier["norm"]
         assert isinstance(proj, nn.Conv2d)
-        tokens = norm(F.linear(torch.cat(patches), proj.weight.flatten(1), proj.bias))
+        tokens = norm(linear(torch.cat(patches), proj.weight.flatten(1), proj.bias))
         tokens = self.out_proj(tokens + torch.cat(positions))  # (sum of N, d)
         if isinstance(images, Tensor):
             rows, columns = grids[0]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules_of_torch
 
 from lora_ext import ops
-from lora_ext.layers import PackedLinear
+from lora_ext.layers import PackedLinear, has_other_hooks
 from lora_ext.rows import Block, Rows, capturing, innermost, traced_by_python
 
 from .multi_lora import MultiLoraLinear, with_bias
@@ -240,8 +240,7 @@ def goes_along(layer: MultiLoraLinear, leader: MultiLoraLinear, x: Tensor) -> bo
         or type(base._parameters.get("weight")) is not nn.Parameter
         or "forward" in layer.__dict__
         or "forward" in base.__dict__
-        or base._forward_hooks
-        or base._forward_pre_hooks
+        or has_other_hooks(base)
         or layer._forward_hooks
         or layer._forward_pre_hooks
     )

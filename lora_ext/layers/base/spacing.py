@@ -1,0 +1,81 @@
+"""Hooks that keep a NaN in one row of a batch out of the products of the other rows.
+
+:func:`lora_ext._torch.spaced` says which products of torch's need that. The ops and layers of this
+package call it themselves. The other linear layers of a model, and base layers that are called as
+modules, get it from the hooks here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._torch import TILE_COLUMNS, autocast_dtype, spaced, with_spaced_gradient
+from lora_ext.rows import PoolLayer
+
+from .modules import linear_size
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def space_products(model: nn.Module) -> list[nn.Module]:
+    """Register the hooks on the linear layers of ``model`` that need them.
+
+    Those are layers of 16 bits, or quantised, with a width that is no multiple of 32. Adapters'
+    factors get none.
+
+    Returns:
+        The layers that had none before, for :func:`unspace_products`.
+    """
+    found: list[nn.Module] = []
+    factors: set[nn.Module] = set()
+    for module in model.modules():
+        for store in ("lora_A", "lora_B"):
+            if isinstance(held := getattr(module, store, None), nn.Module):
+                factors.update(held.modules())
+        base = module.base if isinstance(module, PoolLayer) else module
+        size = linear_size(base)
+        if size is None or base in factors or _space_input in base._forward_pre_hooks.values():
+            continue
+        wide = getattr(getattr(base, "weight", None), "dtype", None) in _WIDE
+        if not wide and any(width % TILE_COLUMNS for width in size):
+            base.register_forward_pre_hook(_space_input)
+            base.register_forward_hook(_space_gradient)
+            found.append(base)
+    return found
+
+
+def unspace_products(layers: Iterable[nn.Module]) -> None:
+    """Remove the hooks of :func:`space_products` from ``layers``."""
+    for layer in layers:
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+                del hooks[key]
+
+
+def has_other_hooks(module: nn.Module) -> bool:
+    """Return whether ``module`` has hooks on its forward beside those of :func:`space_products`."""
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(hook not in _HOOKS for hook in hooks)
+
+
+def _space_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    x = args[0]
+    # A quantised layer, which is a subclass, has rules of its own under autocast.
+    dtype = autocast_dtype(x) if type(module) is nn.Linear else None
+    return spaced(x, dtype), *args[1:]
+
+
+def _space_gradient(_module: nn.Module, _args: Any, y: Any) -> None:
+    if isinstance(y, Tensor):
+        with_spaced_gradient(y)
+
+
+_HOOKS = (_space_input, _space_gradient)

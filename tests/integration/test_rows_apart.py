@@ -1,0 +1,326 @@
+"""A NaN in one row of a batch stays in that row, whatever torch's products read behind a row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import nullcontext
+from typing import Any
+
+import peft
+import pytest
+import torch
+from reading_behind import reading_behind
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import lora_ext
+from lora_ext import ops
+from lora_ext._torch import linear, spaced
+from lora_ext.interop.peft import to_peft
+from lora_ext.tenants import Datum, Service
+
+WIDTHS = (33, 80, 144, 172)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROWS, BAD, RANK, OTHER = 40, 20, 5, 48
+INNOCENT = [t for t in range(ROWS) if t != BAD]
+
+widths = pytest.mark.parametrize("width", WIDTHS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "planted"], autouse=True)
+def planted(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Run a test with torch's own products, and with a stand-in that has the fault everywhere."""
+    with reading_behind() if request.param else nullcontext():
+        yield request.param
+
+
+def randn(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def one_bad(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[BAD] = torch.nan
+    return x
+
+
+def assert_apart(y: Tensor, clean: Tensor | None = None) -> None:
+    """The rows beside the bad one are finite, and those of a run without it up to rounding."""
+    y = y.detach().reshape(ROWS, -1)
+    assert y[BAD].isnan().any()
+    assert y[INNOCENT].isfinite().all()
+    if clean is not None:
+        torch.testing.assert_close(y[INNOCENT], clean.detach().reshape(ROWS, -1)[INNOCENT])
+
+
+def assert_apart_both_ways(f: Callable[[Tensor], Tensor], x: Tensor, out: int) -> None:
+    """Forward with a NaN in one row of x, and backward with one in the gradient of one row."""
+    assert_apart(f(one_bad(x)), f(x))
+    x = x.clone().requires_grad_()
+    y = f(x)
+    dy = randn(9, *y.shape, dtype=y.dtype)
+    assert y.shape[-1] == out
+    (clean,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+    (dx,) = torch.autograd.grad(y, x, one_bad(dy.view(ROWS, -1)).view(dy.shape))
+    assert_apart(dx, clean)
+
+
+# --- the fault itself -----------------------------------------------------------------------------
+@widths
+def test_the_stand_in_has_the_fault(planted: bool, width: int) -> None:
+    if not planted:
+        pytest.skip("about the stand-in alone")
+    x = one_bad(randn(0, ROWS, width, dtype=torch.bfloat16))
+    weight = randn(1, OTHER, width, dtype=torch.bfloat16)
+    for y in (torch.nn.functional.linear(x, weight), torch.addmm(weight[:, 0], x, weight.t())):
+        assert y[BAD - 1].isnan().all()
+    assert_apart(x[:, :32] @ weight[:, :32].t())
+
+
+# --- products and ops -----------------------------------------------------------------------------
+@widths
+@dtypes
+def test_spaced_rows_are_the_same_numbers_with_zeros_behind_them(
+    width: int, dtype: torch.dtype
+) -> None:
+    x = randn(0, 2, 3, width, dtype=dtype)
+    y = spaced(x)
+    assert torch.equal(x, y)
+    if dtype == torch.float32:
+        assert y is x
+        return
+    behind = y.as_strided((6, 32), (y.stride(1), 1), y.storage_offset() + width)
+    assert not behind.any() and y.stride(1) % 32 == 0
+    assert spaced(x[..., :32]).data_ptr() == x.data_ptr()
+
+
+@widths
+@dtypes
+def test_a_guarded_product_has_the_gradients_of_the_formula(width: int, dtype: torch.dtype) -> None:
+    shapes = (2, ROWS // 2, width), (OTHER + 1, width), (OTHER + 1,)
+    leaves = [randn(i, *shape, dtype=dtype).requires_grad_() for i, shape in enumerate(shapes)]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y, exact = linear(*leaves), torch.nn.functional.linear(*wide)
+    dy = randn(5, *y.shape, dtype=dtype)
+    found = torch.autograd.grad(y, leaves, dy)
+    # One rounding of the result, and of sums in float32 whose terms are below their magnitudes.
+    magnitudes = [leaf.detach().abs().requires_grad_() for leaf in wide]
+    bound = torch.autograd.grad(
+        torch.nn.functional.linear(*magnitudes), magnitudes, dy.abs().double()
+    )
+    expected = torch.autograd.grad(exact, wide, dy.double())
+    for name, one, ideal, most in zip("xwb", found, expected, bound, strict=True):
+        allowed = torch.finfo(dtype).eps * ideal.abs() + 256 * torch.finfo(torch.float32).eps * most
+        if dtype != torch.float32 and name == "b":  # torch sums a bias's gradient in its own way
+            allowed = allowed + torch.finfo(dtype).eps * most
+        assert ((one.double() - ideal).abs() <= allowed).all(), name
+
+
+@widths
+@dtypes
+@pytest.mark.parametrize("turned", [False, True], ids=["in", "out"])
+def test_ops_keep_rows_apart(width: int, dtype: torch.dtype, turned: bool) -> None:
+    i, o = (OTHER, width) if turned else (width, OTHER)
+    x, weight = randn(0, ROWS, i, dtype=dtype), randn(1, o, i, dtype=dtype)
+    a, b = randn(2, 2, RANK, i, dtype=dtype), randn(3, 2, o, RANK, dtype=dtype)
+    bias, ids = randn(4, o, dtype=dtype), torch.arange(ROWS) % 3 - 1
+
+    def run(x: Tensor) -> Tensor:
+        return ops.lora_linear(x, weight, bias, a, b, ids)
+
+    assert_apart_both_ways(run, x, o)
+    assert_apart_both_ways(lambda x: linear(x, weight, bias), x, o)
+    ends = torch.tensor([3, 3, ROWS], dtype=torch.int32)
+    experts = torch.stack([weight.t()] * 3)
+    assert_apart_both_ways(lambda x: ops.grouped_mm(x, experts, ends), x, o)
+
+
+@widths
+@dtypes
+def test_the_chunked_loss_keeps_rows_apart(width: int, dtype: torch.dtype) -> None:
+    hidden, weight = randn(0, ROWS, width, dtype=dtype), randn(1, 77, width, dtype=dtype)
+    labels = torch.arange(ROWS) % 77
+
+    def gradient(hidden: Tensor) -> Tensor:
+        hidden = hidden.clone().requires_grad_()
+        return torch.autograd.grad(
+            ops.chunked_cross_entropy(hidden, weight, None, labels, chunk=50), hidden
+        )[0]
+
+    assert_apart(gradient(one_bad(hidden)), gradient(hidden))
+
+
+@widths
+@dtypes
+def test_the_leaves_of_a_circuit_keep_rows_apart(width: int, dtype: torch.dtype) -> None:
+    h, emit = randn(0, ROWS, width, dtype=dtype), randn(1, 2, 3, 7, width, dtype=dtype)
+    places = torch.arange(ROWS * 2).view(ROWS, 2) % 7
+    clean = h.clone().requires_grad_(), one_bad(h).requires_grad_()
+    y, bad = (ops.emission_gather(leaf, emit, places) for leaf in clean)
+    assert_apart(bad, y)
+    (dh,) = torch.autograd.grad(bad.sum(), clean[1])
+    assert_apart(dh)
+
+
+@widths
+def test_a_dora_adapter_and_an_embedding_keep_rows_apart(width: int) -> None:
+    dtype = torch.bfloat16
+    base = nn.Linear(width, OTHER).to(dtype)
+    layer = lora_ext.nn.LoraLinear(base, r=RANK, use_dora=True, lora_dropout=0.5)
+    torch.manual_seed(0)
+    assert_apart(layer(one_bad(randn(0, ROWS, width, dtype=dtype))))
+    table = nn.Embedding(ROWS, width).to(dtype)
+    embedding = lora_ext.nn.LoraEmbedding(table, r=RANK)
+    with torch.no_grad():
+        embedding.lora_embedding_A["default"].normal_()[:, BAD] = torch.nan
+        embedding.lora_embedding_B["default"].normal_()
+    assert_apart(embedding(torch.arange(ROWS)))
+
+
+# --- models ---------------------------------------------------------------------------------------
+class Three(nn.Module):
+    """A layer for adapters, one without, transformers' ``Conv1D`` and a head."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.up = nn.Linear(width, 172)
+        self.down = nn.Linear(172, width, bias=False)
+        self.turn = Conv1D(80, width)
+        self.head = nn.Linear(80, 33)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.turn(self.down(torch.tanh(self.up(x)))))
+
+
+CONFIG: dict[str, Any] = {"r": RANK, "lora_alpha": 8, "target_modules": ["up"]}
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    found = lora_ext.nn.wrap(model, lora_ext.LoraConfig(**CONFIG), autocast_adapter_dtype=False)
+    return found
+
+
+def from_peft(model: nn.Module) -> nn.Module:
+    config = peft.LoraConfig(**CONFIG, init_lora_weights=False)
+    made = peft.get_peft_model(model, config, autocast_adapter_dtype=False)  # pyright: ignore
+    return lora_ext.from_peft(made)
+
+
+def attached(model: Any) -> nn.Module:
+    pool = lora_ext.AdapterPool(model.eval(), max_slots=2, max_rank=8, targets=["up"])
+    weight = model.up.weight
+    state = {
+        "base_model.model.up.lora_A.weight": randn(1, RANK, weight.shape[1], dtype=weight.dtype),
+        "base_model.model.up.lora_B.weight": randn(2, weight.shape[0], RANK, dtype=weight.dtype),
+    }
+    pool.load("a", ({"peft_type": "LORA", **CONFIG}, state))
+    return lora_ext.attach(model, pool, default="a")
+
+
+WAYS = {"wrap": wrapped, "from_peft": from_peft, "attach": attached}
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+@widths
+@dtypes
+@ways
+def test_models_keep_rows_apart(way: str, width: int, dtype: torch.dtype) -> None:
+    model = WAYS[way](Three(width, dtype))
+    x = randn(0, ROWS, width, dtype=dtype)
+    assert_apart_both_ways(model, x, 33)
+    assert_apart_both_ways(lambda x: model(x.view(2, ROWS // 2, width)).view(ROWS, -1), x, 33)
+    copied = copy.deepcopy(model)
+    assert_apart(copied(one_bad(x)), model(x))
+
+
+@ways
+def test_the_base_alone_keeps_rows_apart(way: str) -> None:
+    model: Any = WAYS[way](Three(144, torch.bfloat16))
+    x = one_bad(randn(0, ROWS, 144, dtype=torch.bfloat16))
+    if way == "attach":
+        with lora_ext.adapters([None] * ROWS):
+            assert_apart(model(x))
+    elif way == "wrap":
+        model.up.set_adapter([])
+        assert_apart(model(x))
+    else:
+        with model.disable_adapter():
+            assert_apart(model(x))
+
+
+@ways
+def test_layers_get_hooks_where_they_need_them_and_lose_them(way: str) -> None:
+    undo: dict[str, Callable[[Any], Any]] = {
+        "wrap": lora_ext.nn.unwrap,
+        "from_peft": to_peft,
+        "attach": lora_ext.detach,
+    }
+
+    def hooks(model: Any) -> int:
+        layers = [getattr(module, "base", module) for module in model.modules()]
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in layers)
+
+    assert hooks(WAYS[way](Three(144, torch.float32))) == 0
+    model = WAYS[way](Three(144, torch.bfloat16))
+    assert hooks(model) == 8  # two for each of the four layers
+    assert hooks(undo[way](model)) == 0
+
+
+def test_a_base_with_these_hooks_takes_part_in_the_fused_op() -> None:
+    base: Any = wrapped(Three(144, torch.bfloat16)).get_submodule("up.base_layer")
+    assert base._forward_pre_hooks and lora_ext.layers.dense_parameters(base) is not None
+    base.register_forward_hook(lambda *_: None)
+    assert lora_ext.layers.dense_parameters(base) is None
+
+
+# --- tenants --------------------------------------------------------------------------------------
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=77,
+        hidden_size=144,
+        intermediate_size=172,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def test_an_overflowing_tenant_fails_alone() -> None:
+    def datum(seed: int) -> Datum:
+        x = torch.randint(0, 77, (21,), generator=torch.Generator().manual_seed(seed))
+        return Datum(x[:-1], {"target_tokens": x[1:]})
+
+    with Service(llama()) as service:
+        bad, good = service.create(4, seed=1), service.create(4)
+        with torch.no_grad():  # finite, each of them; their product is not
+            for parameter in bad.adapter.parameters.values():
+                parameter.normal_().mul_(1e30)
+        gate: Future[None] = Future()
+        service._scheduler.put("test", service._own, gate.result)
+        calls = [t.forward_backward([datum(k)]) for k in range(3) for t in (bad, good)]
+        gate.set_result(None)
+        for k, call in enumerate(calls):
+            if k % 2:
+                assert call.result().logprobs[0].isfinite().all()
+            else:
+                with pytest.raises(ValueError, match="expected a finite number"):
+                    call.result()
+        good.optim_step(1e-3).result()
+        samplers = good.sampler(), bad.sampler()
+        spoilt = samplers[1].begin(list(range(20)), 8, 2, temperature=1.0)
+        fine = [samplers[0].begin(list(range(19)), 8, 1, seed=k) for k in range(3)]
+        for future in (f for each in fine for f in each):
+            assert all(map(torch.isfinite, torch.tensor(future.result().logprobs)))
+        for future in spoilt:
+            with pytest.raises(ValueError, match="logprobs: expected finite"):
+                future.result()

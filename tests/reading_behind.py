@@ -1,0 +1,56 @@
+"""A stand-in for torch's 16-bit products on the CPU that reads behind rows, as those for AMX do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_HALVES = (torch.float16, torch.bfloat16)
+_BEHIND = 32  # columns read behind each row
+
+
+def _behind(left: Tensor) -> Tensor:
+    """0 x the sum of what lies behind each row, ``(T, 1)``; zero behind the end of the memory."""
+    whole = torch.empty(0, dtype=left.dtype).set_(left.untyped_storage())
+    padded = F.pad(whole, (0, _BEHIND))
+    start = left.storage_offset() + left.shape[1]
+    rows = padded.as_strided((left.shape[0], _BEHIND), (left.stride(0), 1), start)
+    return (0 * rows.float()).sum(1, keepdim=True)
+
+
+def _mm(left: Tensor, right: Tensor) -> Tensor:
+    if left.dtype not in _HALVES:
+        return torch.bmm(left[None], right[None])[0]
+    y = torch.bmm(left.float()[None], right.float()[None])[0]
+    if left.numel() and left.stride(1) == 1 and left.shape[1] % 32:
+        y = y + _behind(left)
+    return y.to(left.dtype)
+
+
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1):
+    y = alpha * _mm(left, right)
+    return y if beta == 0 else y + beta * bias
+
+
+def _mm_out(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
+    return out.copy_(_mm(left, right))
+
+
+@contextmanager
+def reading_behind() -> Iterator[None]:
+    """Replace ``mm`` and ``addmm`` on the CPU, for calls from Python and from C++.
+
+    Each 16-bit product adds 0 x the 32 numbers behind each row of its left operand, where the width
+    is no multiple of 32.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    for name, function in {"mm": _mm, "mm.out": _mm_out, "addmm": _addmm}.items():
+        library.impl(name, function, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
