@@ -10,6 +10,7 @@
 #include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
 #include "lora_ext/packed_linear.h"
+#include "lora_ext/pointwise.h"
 #include "lora_ext/row_attention.h"
 #include "lora_ext/vocab.h"
 
@@ -28,6 +29,7 @@ namespace lora_ext {
     extern const CircuitTableCpu circuit_table_table; \
     extern const DepthMixCpu depth_mix_table;         \
     extern const PackedLinearCpu packed_linear_table; \
+    extern const PointwiseCpu pointwise_table;        \
     extern const RowAttentionCpu row_attention_table; \
     extern const VocabCpu vocab_table;                \
     }
@@ -65,6 +67,7 @@ LX_TWINS(LayersCpu, layers_table)
 LX_TWINS(CircuitTableCpu, circuit_table_table)
 LX_TWINS(DepthMixCpu, depth_mix_table)
 LX_TWINS(PackedLinearCpu, packed_linear_table)
+LX_TWINS(PointwiseCpu, pointwise_table)
 LX_TWINS(RowAttentionCpu, row_attention_table)
 LX_TWINS(VocabCpu, vocab_table)
 
