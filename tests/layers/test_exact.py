@@ -183,6 +183,15 @@ def test_an_op_that_depends_on_the_batch_is_refused_with_its_module(
     assert not [m for m in model.modules() if "forward" in m.__dict__ or m._forward_pre_hooks]
 
 
+def test_a_model_inside_another_module_is_searched_too() -> None:
+    model = build()
+    model.model.layers[0].mlp.act_fn = Odd()
+    outer = nn.Module()
+    outer.config, outer.inner, outer.forward = model.config, model, model.forward
+    with pytest.raises(ValueError, match=r"'inner\.model\.layers\.0\.mlp\.act_fn'"):
+        lora_ext.exact(outer)
+
+
 def test_peft_layers_are_refused_before_and_after_and_from_peft_makes_them_exact() -> None:
     peft = pytest.importorskip("peft", reason="the layers that are refused are PEFT's")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -195,6 +204,11 @@ def test_peft_layers_are_refused_before_and_after_and_from_peft_makes_them_exact
     with pytest.raises(ValueError, match=r"q_proj': .*PEFT's Linear; call lora_ext\.from_peft"):
         later(tokens(1, 3))
     assert_law(lora_ext.from_peft(later), 20, tokens(3, 26))
+    for layer in later.modules():
+        if hasattr(layer, "lora_dropout"):
+            layer.lora_dropout["default"] = nn.Dropout(1.0)  # which is left to PEFT's forward
+    with pytest.raises(ValueError, match=r"expected adapters that lora_ext computes, found .* 1"):
+        later(tokens(1, 3))
 
 
 @pytest.mark.parametrize("dora", [False, True])

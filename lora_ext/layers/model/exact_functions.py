@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_ext import ops
-from lora_ext.rows import of_call, pool_of
+from lora_ext.rows import PoolLayer, of_call, pool_of
 
 from .forwards import Forward
 
@@ -78,7 +78,7 @@ class _Probe(_Functions):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         where, module = self.entered[-1]
-        if _is_ours(module):
+        if _has_adapters(module):
             return func(*args, **(kwargs or {}))
         name, _ = _name_of(func)
         try:
@@ -92,9 +92,10 @@ class _Probe(_Functions):
         return y
 
 
-def _is_ours(module: nn.Module) -> bool:
-    """Return whether a module is one of this package, whose layers keep the law themselves."""
-    return type(module).__module__.startswith("lora_ext.")
+def _has_adapters(module: nn.Module) -> bool:
+    """Return whether a module is a layer of adapters of this package, which keeps its own bits."""
+    ours = type(module).__module__.startswith("lora_ext.")
+    return ours and (isinstance(module, PoolLayer) or hasattr(module, "base_layer"))
 
 
 def _name_of(func: Any) -> tuple[str, bool]:
@@ -183,7 +184,7 @@ def _entered(model: nn.Module, probe: _Probe) -> Iterator[None]:
     handles: list[Any] = []
     parts: set[nn.Module] = set()  # of layers of adapters: a hook would keep them out of fused ops
     for name, module in model.named_modules():
-        if _is_ours(module):
+        if _has_adapters(module):
             parts.update(module.children())
         if module in parts or isinstance(module, nn.Linear):
             parts.update(module.children())
