@@ -12,6 +12,7 @@ import cases_decode
 import cases_depth_mix
 import cases_gram
 import cases_packed_linear
+import cases_pointwise
 import cases_row_attention
 import cases_siblings
 import cases_train
@@ -26,7 +27,7 @@ import lora_ext
 
 FAMILIES = (
     cases, cases_siblings, cases_train, cases_circuit, cases_decode, cases_depth_mix, cases_gram,
-    cases_vocab, cases_packed_linear, cases_row_attention,
+    cases_vocab, cases_packed_linear, cases_pointwise, cases_row_attention,
 )  # fmt: skip
 TABLE: list[Op] = [*chain.from_iterable(family.OPS for family in FAMILIES)]
 

@@ -10,6 +10,7 @@
 #include "lora_ext/lora_gram.h"
 #include "lora_ext/lora_train.h"
 #include "lora_ext/packed_linear.h"
+#include "lora_ext/pointwise.h"
 #include "lora_ext/row_attention.h"
 #include "lora_ext/vocab.h"
 
@@ -28,6 +29,7 @@ namespace lora_ext {
     extern const CircuitTableCpu circuit_table_table; \
     extern const DepthMixCpu depth_mix_table;         \
     extern const PackedLinearCpu packed_linear_table; \
+    extern const PointwiseCpu pointwise_table;        \
     extern const RowAttentionCpu row_attention_table; \
     extern const VocabCpu vocab_table;                \
     }
@@ -71,6 +73,7 @@ LX_TWINS(LogSumCpu, LX_EACH_ISA(log_sum_table))
 LX_TWINS(LayersCpu, LX_EACH_ISA(layers_table))
 LX_TWINS(CircuitTableCpu, LX_EACH_ISA(circuit_table_table))
 LX_TWINS(DepthMixCpu, LX_EACH_ISA(depth_mix_table))
+LX_TWINS(PointwiseCpu, LX_EACH_ISA(pointwise_table))
 LX_TWINS(RowAttentionCpu, LX_EACH_ISA(row_attention_table))
 LX_TWINS(VocabCpu, LX_EACH_ISA(vocab_table))
 

@@ -18,6 +18,7 @@
 #include "ops/lora_train.h"
 #include "ops/lora_train_autograd.h"
 #include "ops/packed_linear.h"
+#include "ops/pointwise.h"
 #include "ops/row_attention.h"
 #include "ops/vocab.h"
 
@@ -58,6 +59,7 @@ inline constexpr char kSum[] = LX_NO_GRAD "; log_einsum_exp is differentiable";
 inline constexpr char kLayers[] = LX_NO_GRAD "; circuits.Circuit is differentiable";
 inline constexpr char kGram[] = LX_NO_GRAD;
 inline constexpr char kPacked[] = LX_NO_GRAD;
+inline constexpr char kPointwise[] = LX_NO_GRAD;
 #define LX_ONCE(op) "the gradient of " op " is not itself differentiable"
 inline constexpr char kLinearOnce[] = LX_ONCE("lora_linear");
 inline constexpr char kLeafOnce[] = LX_ONCE("circuit_leaf");
@@ -208,6 +210,9 @@ inline constexpr std::tuple kOps{
     NoGradient<&packed_linear, kPacked>{
         "packed_linear",
         "(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor"},
+
+    // --- pointwise ---
+    NoGradient<&pointwise, kPointwise>{"pointwise", "(Tensor x, str function) -> Tensor"},
 
     // --- row_attention ---
     Op<&row_attention>{

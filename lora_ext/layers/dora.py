@@ -18,6 +18,7 @@ from lora_ext._torch import linear
 from lora_ext.rows import Rows, subset
 
 from .base.dense import BaseLayer, DenseParameters, dense_parameters
+from .base.packed_linear import PackedLinear
 from .lora_forward import (
     LoraFactors,
     call_base,
@@ -87,7 +88,8 @@ def _in_order(
 ) -> Tensor:
     first, magnitude = adapters[0], magnitudes[0]
     plain_base = dense_parameters(base)
-    alone = len(adapters) == 1 and first.p == 0
+    exact = isinstance(base, PackedLinear) and base.exact  # the fused product is torch's
+    alone = len(adapters) == 1 and first.p == 0 and not exact
     if alone and magnitude is not None and fuses(x, plain_base, first):
         read = weight, bias = dense()
         y = fused_forward(x, read, first)

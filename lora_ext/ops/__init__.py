@@ -43,7 +43,7 @@ from .lora_gram import lora_delta, lora_dora_norm, lora_gram, lora_merge_, lora_
 from .lora_siblings import MOST_SIBLINGS, lora_apply_siblings_
 from .lora_train import lora_dropout, lora_linear, lora_linear_apart
 from .packed_linear import pack_weight, packed_linear
-from .row_attention import row_attention
+from .row_attention import pointwise, row_attention
 from .vocab import chunked_cross_entropy, chunked_kl
 
 __all__ = [
@@ -54,8 +54,8 @@ __all__ = [
     "log_einsum_exp", "log_einsum_exp_backward", "log_einsum_weights", "lora_apply", "lora_apply_",
     "lora_apply_siblings_", "lora_delta", "lora_dora_norm", "lora_dropout", "lora_expand_",
     "lora_gram", "lora_linear", "lora_linear_apart", "lora_merge_", "lora_pair_stats", "lora_plan",
-    "lora_segment_ids", "lora_shrink", "pack_weight", "packed_linear", "row_attention", "sgmv_",
-    "spec_verify",
+    "lora_segment_ids", "lora_shrink", "pack_weight", "packed_linear", "pointwise",
+    "row_attention", "sgmv_", "spec_verify",
 ]  # fmt: skip
 
 _registration.register("lora_ext")

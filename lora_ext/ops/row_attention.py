@@ -1,8 +1,9 @@
-"""Attention whose rows do not know what they are computed beside.
+"""Attention and functions of one number whose results do not depend on the rest of the batch.
 
 A library cuts attention into blocks that follow from the number of queries and of keys, and its
-sums with them: the same row comes out with other bits in another batch. Here each row has an order
-of its own.
+sums with them: the same row comes out with other bits in another batch. :func:`row_attention` has
+one order for each row. torch computes a function such as SiLU with other instructions at the end of
+a thread's share; :func:`pointwise` computes every number with the same ones.
 
 Letters: ``B`` sequences, ``H`` heads, ``G`` of them with keys of their own, ``T`` queries, ``L``
 keys, ``D`` features of queries and keys, ``E`` of values.
@@ -72,6 +73,35 @@ def row_attention(
     if scale is None:
         scale = max(q.shape[3], 1) ** -0.5
     return _c.row_attention.default(q, k, v, scale, causal, spans, mask)
+
+
+def pointwise(x: Tensor, function: str) -> Tensor:
+    """Compute ``y[i] = function(x[i])`` with bits that depend on ``x[i]`` alone.
+
+    Computed in float32 (sine and cosine in float64) and rounded once. Machines with other
+    instruction sets may round differently. Not differentiable; autocast leaves it alone.
+
+    Args:
+        x: float32 or bfloat16 on the CPU, of any shape and strides.
+        function: ``"cos"`` and ``"sin"`` (NaN above ``2**24`` in magnitude), ``"gelu"``,
+            ``"gelu_tanh"`` (its approximation by tanh), ``"rsqrt"``, ``"sigmoid"``, ``"silu"``,
+            ``"softplus"`` or ``"tanh"``.
+
+    Returns:
+        The shape and dtype of ``x``.
+
+    Raises:
+        ValueError: if the dtype, the device or the name is not one of these.
+        RuntimeError: if a gradient is wanted.
+    """
+    return _c.pointwise.default(x, function)
+
+
+@fake("pointwise")
+def _fake_pointwise(x: Tensor, function: str) -> Tensor:
+    known = x.dtype in (torch.float32, torch.bfloat16)
+    require(known, "pointwise", "x", "float32 or bfloat16", x.dtype)
+    return torch.empty_like(x)
 
 
 @fake("row_attention")

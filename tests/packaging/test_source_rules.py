@@ -178,6 +178,7 @@ TELLINGS = {
     ),
     "pack_weight": Tellings("pack_weight", "PackedLinearCpu.pack", None),
     "packed_linear": Tellings("packed_linear", "PackedLinearCpu.product", None),
+    "pointwise": Tellings("pointwise", "PointwiseCpu.apply", None),
     "row_attention": Tellings("row_attention", "RowAttentionCpu.attend", "launch_row_attention"),
     "vocab_cross_entropy": Tellings(
         "chunked_cross_entropy", "VocabCpu.cross_entropy_update", "launch_cross_entropy_update"

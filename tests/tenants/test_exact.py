@@ -17,9 +17,13 @@ from lora_ext.tenants import Datum, Service
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+@pytest.mark.parametrize("width", [96, 172])  # with and without a rest beyond whole vectors
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sampled_logprobs_are_the_trainers_bits(dtype: torch.dtype) -> None:
-    model = lora_ext.exact(llama().to(dtype))
+def test_sampled_logprobs_are_the_trainers_bits(dtype: torch.dtype, width: int) -> None:
+    config = llama().config
+    config.intermediate_size = width
+    torch.manual_seed(0)
+    model = lora_ext.exact(transformers.LlamaForCausalLM(config).eval().to(dtype))
     with Service(model) as service:
         tenants = [service.create(rank, seed=rank) for rank in (4, 12)]
         for k in range(2):

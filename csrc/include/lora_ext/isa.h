@@ -30,6 +30,7 @@ struct LayersCpu;         // circuit_layers.h
 struct CircuitTableCpu;   // circuit_layers.h
 struct DepthMixCpu;       // depth_mix.h
 struct PackedLinearCpu;   // packed_linear.h
+struct PointwiseCpu;      // pointwise.h
 struct RowAttentionCpu;   // row_attention.h
 struct VocabCpu;          // vocab.h
 
@@ -58,6 +59,8 @@ template <>
 const DepthMixCpu& twins<DepthMixCpu>(Isa isa);
 template <>
 const PackedLinearCpu& twins<PackedLinearCpu>(Isa isa);
+template <>
+const PointwiseCpu& twins<PointwiseCpu>(Isa isa);
 template <>
 const RowAttentionCpu& twins<RowAttentionCpu>(Isa isa);
 template <>

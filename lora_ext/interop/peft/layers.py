@@ -14,6 +14,7 @@ from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 from torch import Tensor, nn
 
 from lora_ext import ops
+from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.layers import (
     DenseParameters,
@@ -106,6 +107,9 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             if of_tokens is None:
                 left.append(f"adapter {begin[0]!r} begins in mid-sequence")
         if not fits or left:
+            exact = getattr(self.base_layer, "exact", False)
+            expected = "adapters that lora_ext computes"
+            require(not (left and exact), "exact", "model", expected, "; ".join(left))
             if fits and trained:
                 raise no_gradients_without_rows("; ".join(left))
             if given is not None:

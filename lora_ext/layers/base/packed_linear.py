@@ -34,6 +34,10 @@ Model = TypeVar("Model", bound=nn.Module)
 #: Products of more rows are torch's.
 MOST_ROWS = 32
 
+# The compiler of the torch.compile that calls this code, also where it has given a frame up and
+# runs it eagerly: its other frames are compiled.
+_compiler: Any = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+
 _DTYPES = (torch.float32, torch.bfloat16)
 _STATE = "_packed_weight"
 
@@ -115,18 +119,39 @@ class PackedLinear(nn.Linear):
     exact = False
 
     def packed_copy(self, x: Tensor) -> Tensor | None:
-        """The copy that an exact layer multiplies ``x`` with; None where it is not, or cannot."""
-        if not self.exact or compiles() or type(x) is not Tensor or _watched() or not x.is_cpu:
+        """Return the copy that an exact layer multiplies ``x`` with; None if it is not exact, or if
+        ``x`` is empty.
+
+        Raises:
+            RuntimeError: The copy cannot be used, so the layer could not keep its bits.
+        """
+        if not self.exact:
             return None
-        if x.dtype != self.weight.dtype or x.numel() == 0:
+        weight: Tensor = self.weight
+        eager = not compiles() and _compiler() is None and type(x) in (Tensor, nn.Parameter)
+        traced = not eager or _watched()
+        if traced or not x.is_cpu or x.dtype != weight.dtype:
+            found = f"one of {x.dtype} on {x.device}"
+            if traced:
+                found = "torch.compile, autocast, or another transformation of the forward"
+            raise _not_exact(f"an input of {weight.dtype} on the CPU, run eagerly", found)
+        if x.numel() == 0:
             return None
         held: PackedWeight = self.__dict__[_STATE]
-        packed = held.of(self.weight)
-        return held.of(self.weight) if packed is None else packed
+        packed = held.of(weight)
+        if packed is None:
+            packed = held.of(weight)
+        if packed is None:
+            raise _not_exact(*(_refusal(weight) or "").partition(", found ")[::2])
+        return packed
 
     def packed_product(self, x: Tensor) -> Tensor | None:
-        """The same of ``x (..., I)`` from the packed copy; None where the plain product is to
-        serve: in training, traced, or for other dtypes."""
+        """Compute the product of ``x (..., I)`` with the packed copy; return None if the plain
+        product has to be used: in training, traced, or for other dtypes.
+
+        Raises:
+            RuntimeError: As :meth:`packed_copy`.
+        """
         if self.exact:
             packed = self.packed_copy(x)
             if packed is None:
@@ -183,6 +208,11 @@ class PackedLinear(nn.Linear):
             return super().__reduce_ex__(protocol)
         state = {key: value for key, value in self.__dict__.items() if key != _STATE}
         return copyreg._reconstructor, (nn.Linear, object, None), state  # pyright: ignore
+
+
+def _not_exact(expected: str, found: str) -> RuntimeError:
+    remedy = "call lora_ext.exact(model, enabled=False) first"
+    return RuntimeError(f"exact: layer: expected {expected}, found {found}; {remedy}")
 
 
 class _Exact(torch.autograd.Function):
@@ -272,6 +302,8 @@ def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
     packed = {name: m for name, m in linears_of(model) if isinstance(m, PackedLinear)}
     remedy = "call torch.nn.utils.parametrize.remove_parametrizations first"
     for name, module in packed.items():
+        found = "an exact model; call lora_ext.exact(model, enabled=False) first"
+        require(not module.exact, where, "model", "a model that is not exact", found, RuntimeError)
         plain, found = type(module) is PackedLinear, f"a {type(module).__name__}; {remedy}"
         expected = "a layer without parametrizations"
         require(plain, f"{where}: model", repr(name), expected, found, RuntimeError)

@@ -1,4 +1,4 @@
-"""``exact``: a row's bits are its own, whatever is in the batch, in training as in serving."""
+"""``exact`` makes a row's bits independent of the batch, in training as in serving."""
 
 from __future__ import annotations
 
@@ -10,64 +10,93 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import flag, instance, require
+from lora_ext.rows import PoolLayer
 
 from ..base.packed_linear import PackedLinear, linears_of, pack_linears, unpack
 from .attention import ask_first
+from .exact_functions import MARK, replace_functions, restore_functions
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_MARK = "_lora_ext_exact"  # on every module of an exact model; its copies are exact too
 _OWN = "_lora_ext_exact_packed"  # the layers that exact has packed
+_TREE = "_lora_ext_exact_tree"  # children of every module, as they were when they were checked
+
+_AGAIN = "call lora_ext.exact(model, enabled=False), then lora_ext.exact(model)"
 
 
 def exact(model: Model, enabled: bool = True) -> Model:
-    """Let every token have the same bits alone, in any batch, decoding and in a training forward.
+    """Give every token the same bits alone, in any batch, in decoding and in a training forward.
 
-    Two things in a decoder depend on the batch: a library's product with a weight, whose order of
-    sums follows from the number of rows, and attention, whose blocks follow from the number of
-    queries. An exact model multiplies with packed weights, however many rows there are
-    (:func:`lora_ext.ops.packed_linear`), and attends with one query row at a time over that row's
-    own keys (:func:`lora_ext.ops.row_attention`). What adapters add has this law by itself. So a
-    sampled token's log-probability is the trainer's, bit for bit, where the adapter has the dtype
-    of the weights and no dropout. Gradients are not exact. ``docs/exact.md`` has costs and limits.
+    Three things in a decoder depend on the batch: a library's product with a weight, whose order of
+    sums follows from the number of rows; attention, whose blocks follow from the number of queries;
+    and functions such as SiLU, which torch computes with other instructions at the end of a
+    thread's share. An exact model multiplies with packed weights, however many rows there are
+    (:func:`lora_ext.ops.packed_linear`), attends with one query row at a time over that row's own
+    keys (:func:`lora_ext.ops.row_attention`), and computes functions of one number with
+    :func:`lora_ext.ops.pointwise` in the modules where one forward of two tokens finds them. What
+    adapters add has this law by itself. So a sampled token's log-probability is the trainer's, bit
+    for bit, where the adapter has the dtype of the weights and no dropout. Gradients are those of
+    the plain model. ``docs/exact.md`` has costs and limits.
+
+    A forward raises where it could not keep the law: under ``torch.compile`` or autocast, after
+    ``double()``, with another attention, or with layers that were added since.
 
     Args:
         model: of transformers, on the CPU, float32 or bfloat16, in evaluation mode, with the
-            attention "sdpa"; it may be wrapped, or attached to a pool. It is changed in place, and
-            comes back.
-        enabled: False brings back what was there.
+            attention "sdpa"; it may be wrapped, or attached to a pool. Its weights are those of
+            ``nn.Linear`` and ``nn.Embedding``. It is changed in place and returned.
+        enabled: False restores the model.
 
     Raises:
-        TypeError: no module, or a flag that is none. ValueError: another attention, or a layer that
-            cannot be packed, naming it. RuntimeError: it is not exact where that is to end.
+        TypeError: ``model`` is not a module, or ``enabled`` is not a bool.
+        ValueError: The model has another attention, PEFT's layers, a layer that cannot be packed,
+            or an operation whose bits may depend on the batch; the message names it. The model is
+            as before then.
+        RuntimeError: The model is not exact and ``enabled`` is False.
     """
     instance("exact", "model", model, nn.Module)
     if not flag("exact", "enabled", enabled):
-        return _undone(model)
-    if _MARK in model.__dict__:
+        found = any(_OWN in module.__dict__ for module in model.modules())
+        require(found, "exact", "model", "a model that is exact", "one that is not", RuntimeError)
+        return _restore(model)
+    if MARK in model.__dict__:
         return model
     config: Any = getattr(model, "config", None)
     found = getattr(config, "_attn_implementation", None)
     require(found == "sdpa", "exact", "model", "a model of transformers with sdpa", repr(found))
-    plain = {name: module for name, module in linears_of(model) if type(module) is nn.Linear}
     _check_weights(model)
+    plain = {name: layer for name, layer in linears_of(model) if type(layer) is nn.Linear}
     if plain:
         pack_linears(model, plain)
-    for _, module in linears_of(model):
-        module.__dict__["exact"] = True
+    for _, layer in linears_of(model):
+        layer.__dict__["exact"] = True
     for module in model.modules():
-        module.__dict__[_MARK] = True
-    model.__dict__[_OWN] = list({id(m): m for m in plain.values()}.values())
+        module.__dict__[MARK] = True
+    model.__dict__[_OWN] = list({id(layer): layer for layer in plain.values()}.values())
     ask_first(_attention)
+    try:
+        replace_functions(model)
+    except BaseException:
+        _restore(model)
+        raise
+    for module in model.modules():
+        if module is model or hasattr(module, "set_attn_implementation"):
+            module.__dict__[_TREE] = _tree(module)
+            module.register_forward_pre_hook(_check_unchanged)
     return model
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Refuse what multiplies in ways of its own, which nobody packs: experts, convolutions, GPT-2's
-    ``Conv1D``, subclasses of ``nn.Linear``."""
+    """Raise for layers whose products cannot be packed: experts, convolutions, GPT-2's ``Conv1D``,
+    subclasses of ``nn.Linear``, PEFT's layers."""
     known = (nn.Embedding, nn.ParameterDict, nn.ParameterList)  # the last two hold factors
     for name, module in model.named_modules():
+        if isinstance(module, PoolLayer):
+            module = module.base
         kind = type(module)
+        if kind.__module__.startswith("peft.") and hasattr(module, "base_layer"):
+            found = f"PEFT's {kind.__name__}; call lora_ext.from_peft(model) first"
+            require(False, "exact: model", repr(name), "layers of lora_ext", found)
         fits = kind in (nn.Linear, PackedLinear) or isinstance(module, known)
         if fits or "norm" in kind.__name__.lower():  # of which some have a weight for each head
             continue
@@ -78,14 +107,41 @@ def _check_weights(model: nn.Module) -> None:
             require(one_row, "exact: model", repr(name), expected, found)
 
 
-def _undone(model: Model) -> Model:
-    known = _OWN in model.__dict__
-    require(known, "exact", "model", "a model that is exact", "one that is not", RuntimeError)
-    for _, module in linears_of(model):
-        module.__dict__.pop("exact", None)
-    unpack(module for module in model.__dict__.pop(_OWN) if isinstance(module, PackedLinear))
+def _tree(model: nn.Module) -> list[tuple[dict[str, Any], tuple[Any, ...]]]:
+    children = [module._modules for module in model.modules() if module._modules]
+    return [(each, tuple(each.values())) for each in children]
+
+
+def _check_unchanged(module: nn.Module, _: Any) -> None:
+    """Raise before a forward if the model was changed so that it is no longer exact."""
+    if MARK not in module.__dict__:
+        return
+    config: Any = getattr(module, "config", None)
+    found = getattr(config, "_attn_implementation", None)
+    remedy = "call model.set_attn_implementation('sdpa')"
+    require(found == "sdpa", "exact", "model", "the attention 'sdpa'", f"{found!r}; {remedy}")
+    if all(tuple(children.values()) == kept for children, kept in module.__dict__[_TREE]):
+        return
+    _check_weights(module)
+    for name, layer in linears_of(module):
+        packed = isinstance(layer, PackedLinear) and layer.exact
+        found = f"one that was added since; {_AGAIN}"
+        require(packed, "exact: model", repr(name), "a layer that exact has packed", found)
+    module.__dict__[_TREE] = _tree(module)
+
+
+def _restore(model: Model) -> Model:
+    restore_functions(model)
+    for _, layer in linears_of(model):
+        layer.__dict__.pop("exact", None)
     for module in model.modules():
-        module.__dict__.pop(_MARK, None)
+        own = module.__dict__.pop(_OWN, [])
+        unpack(layer for layer in own if isinstance(layer, PackedLinear))
+        for key in (MARK, _TREE):
+            module.__dict__.pop(key, None)
+        hooks = module._forward_pre_hooks
+        for number in [n for n, hook in hooks.items() if hook is _check_unchanged]:
+            del hooks[number]
     return model
 
 
@@ -101,7 +157,7 @@ def _attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    if _MARK not in module.__dict__:
+    if MARK not in module.__dict__:
         how: Any = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
         return inner(module, query, key, value, attention_mask, **how)
     require(dropout == 0, "exact", "attention_dropout", "0", dropout)
@@ -119,7 +175,7 @@ def _attention(
 
 
 def _allowed(mask: Tensor, keys: int) -> Tensor:
-    """``(B, T, L)`` bool, B may be 1."""
+    """Return an attention mask as ``(B, T, L)`` bool; ``B`` may be 1."""
     require(mask.shape[1] == 1, "exact", "attention_mask", "one for all heads", list(mask.shape))
     mask = mask[:, 0, :, :keys]
     if mask.dtype == torch.bool:

@@ -1,0 +1,37 @@
+// Functions of one number, y[i] = f(x[i]), on the CPU.
+//
+// The bits of y[i] depend on x[i] alone. torch computes whole vectors of a thread's share with one
+// approximation and the rest with another, so there they depend on the position and on the threads.
+#pragma once
+
+#include "lora_ext/common.h"
+
+namespace lora_ext {
+
+enum class Pointwise : int32_t {
+    kCos,  // both up to 2^24 in magnitude; NaN above
+    kSin,
+    kGelu,      // x Phi(x), Phi the normal distribution
+    kGeluTanh,  // x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))
+    kRsqrt,     // 1 / sqrt(x)
+    kSigmoid,   // 1 / (1 + exp(-x))
+    kSilu,      // x / (1 + exp(-x))
+    kSoftplus,  // log(1 + exp(x))
+    kTanh,
+};
+inline constexpr const char* kPointwiseNames[] = {
+    "cos", "sin", "gelu", "gelu_tanh", "rsqrt", "sigmoid", "silu", "softplus", "tanh"};
+
+struct PointwiseArgs {
+    DType dtype = DType::kFloat32;  // or kBFloat16: of x and y
+    Pointwise function = Pointwise::kCos;
+    const void* x = nullptr;
+    void* y = nullptr;  // may be x
+};
+
+// CPU twin. Items are numbers; no bit depends on how they are split.
+struct PointwiseCpu {
+    void (*apply)(const PointwiseArgs&, int64_t begin, int64_t end);
+};
+
+}  // namespace lora_ext

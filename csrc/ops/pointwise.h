@@ -1,0 +1,12 @@
+// Functions of one number as functions of tensors; lora_ext/ops/row_attention.py has the contract.
+#pragma once
+
+#include <string_view>
+
+#include "ops/call.h"
+
+namespace lora_ext {
+
+Tensor pointwise(const Tensor& x, std::string_view function);
+
+}  // namespace lora_ext

@@ -1,0 +1,95 @@
+"""Functions of one number, and their row of the table: for tensors on the CPU alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from contract import Check, Op, Outputs, Wrong
+
+from lora_ext import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16]
+FUNCTIONS = [
+    "cos", "sin", "gelu", "gelu_tanh", "rsqrt", "sigmoid", "silu", "softplus", "tanh",
+]  # fmt: skip
+SHAPES = [(0,), (1,), (3, 7), (2, 16), (33,), (5, 172), (1000,)]
+
+
+def inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, exact: bool = False,
+    device: str = "cpu", spread: float = 1.0,
+) -> dict[str, Any]:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    return {"x": (torch.randn(shape, generator=g, dtype=torch.float64) * spread).to(dtype)}
+
+
+def run(i: dict[str, Any]) -> Outputs:
+    x = i["x"]
+    return {f: ops.pointwise(x.abs() if f == "rsqrt" else x, f) for f in FUNCTIONS}
+
+
+def formula(i: dict[str, Any]) -> Outputs:
+    x = i["x"]
+    return {f: reference.pointwise(x.abs() if f == "rsqrt" else x, f) for f in FUNCTIONS}
+
+
+def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
+    """Eight roundings to float32 of the result; of what is exponentiated, whose error is relative
+    to 1, a few more; then one rounding to the dtype.
+
+    GELU exponentiates ``x^2 / 2``, its approximation up to ``0.1 |x|^3 + 1.6 |x|``, the others
+    ``x``. Where torch's formulas add a small number to 1 or -1, or the exponential overflows, they
+    lose it themselves: below 4e-37 anything goes.
+    """
+    x = i["x"].double().abs()
+    grown = {"gelu": x.square(), "gelu_tanh": 0.1 * x**3 + 1.6 * x, "cos": 0 * x, "sin": 0 * x}
+    found: Outputs = {}
+    for f, y in exact.items():
+        bound = 2.0**-24 * (8 + 2 * grown.get(f, x)) * y.abs() + 4e-37
+        if f in ("cos", "sin"):
+            bound = bound + 2.0**-40
+        if f in ("gelu", "gelu_tanh"):  # float64 loses the digits of 1 + erf and 1 + tanh
+            bound = bound + 2.0**-50 * x
+        if f in ("rsqrt",):
+            bound = 2.0**-23 * y.abs()
+        found[f] = bound + torch.finfo(i["x"].dtype).eps / 2 * (y.abs() + bound)
+    return found
+
+
+def checks() -> Iterator[Check]:
+    for dtype in DTYPES:
+        yield "pointwise", (inputs((5, 33), dtype)["x"], "silu")
+
+
+def wrong(device: str) -> list[Wrong]:
+    x = torch.zeros(3)
+    return [
+        (
+            "pointwise: x: expected float32 or bfloat16, found Double",
+            lambda: ops.pointwise(x.double(), "silu"),
+        ),
+        (
+            "pointwise: function: expected the name of a function, such as 'silu', found 'relu'",
+            lambda: ops.pointwise(x, "relu"),
+        ),
+    ]
+
+
+OPS = [
+    Op(
+        "pointwise",
+        inputs,
+        run,
+        formula,
+        bounds,
+        small=SHAPES,
+        variants=(({"spread": 1.0}, {"spread": 5.0}), ({"spread": 0.01}, {"spread": 40.0})),
+        dtypes=lambda backend: DTYPES,
+        on_gpu=False,
+        exact=False,
+        checks=checks,
+        wrong=wrong,
+    )
+]

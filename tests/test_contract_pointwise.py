@@ -1,0 +1,67 @@
+"""What functions of one number promise beyond the laws of the table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import Backend
+from cases_pointwise import DTYPES, FUNCTIONS, inputs
+from contract import assert_same_bits, off_grid
+
+from lora_ext import ops
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(backend: Backend) -> None:
+    if backend.device != "cpu":
+        pytest.skip("the op is for tensors on the CPU alone")
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_numbers_bits_do_not_depend_on_its_position_or_on_threads(
+    backend: Backend, function: str
+) -> None:
+    threads = torch.get_num_threads()
+    for dtype in DTYPES:
+        x = inputs((23, 8192), dtype, seed=3, spread=3.0)["x"].abs()
+        expected = ops.pointwise(x, function)
+        try:
+            for count in (1, 3, 6):
+                torch.set_num_threads(count)
+                assert_same_bits(ops.pointwise(x, function), expected)
+                for width in (1, 33, 172, 1000):
+                    rows = x[:, :width]
+                    assert_same_bits(ops.pointwise(rows, function), expected[:, :width])
+                    alone = torch.stack([ops.pointwise(row, function) for row in rows])
+                    assert_same_bits(alone, expected[:, :width])
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_strides_are_those_of_the_input_and_change_no_bit(backend: Backend) -> None:
+    x = inputs((12, 35), torch.float32)["x"]
+    y = ops.pointwise(x, "silu")
+    assert_same_bits(ops.pointwise(off_grid(x), "silu"), y)
+    turned = ops.pointwise(x.t(), "silu")
+    assert turned.stride() == x.t().stride()
+    assert_same_bits(turned.t(), y)
+    assert_same_bits(ops.pointwise(x[:1].expand(4, 35), "silu"), y[:1].expand(4, 35))
+
+
+def test_what_is_not_finite_or_too_large_stays_with_its_position(backend: Backend) -> None:
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, 2.0**25, 0.0, 1e-40, -100.0, 90.0])
+    for dtype in DTYPES:
+        for function in FUNCTIONS:
+            x = values.to(dtype)
+            among = ops.pointwise(torch.cat([torch.ones(11, dtype=dtype), x]), function)[11:]
+            assert_same_bits(ops.pointwise(x, function), among)
+            assert among[0].isnan()
+    assert ops.pointwise(values[1:4], "cos").isnan().all()
+    assert ops.pointwise(values[1:3], "tanh").tolist() == [1.0, -1.0]
+    assert ops.pointwise(values[1:3], "softplus").tolist() == [torch.inf, 0.0]
+    assert ops.pointwise(values[1:3], "sigmoid").tolist() == [1.0, 0.0]
+
+
+def test_gradients_are_refused(backend: Backend) -> None:
+    with pytest.raises(RuntimeError, match="pointwise has no backward"):
+        ops.pointwise(torch.zeros(3, requires_grad=True), "silu")
