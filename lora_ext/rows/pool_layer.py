@@ -49,10 +49,10 @@ def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:
     if handle not in _warned:
         _warned.add(handle)
         warnings.warn(
-            f"attach: backward: expected frozen parameters in the base model, found {name!r}, "
-            "which gets a gradient while a pool's adapters get none: an optimizer would train the "
-            "base model. Freeze it with model.requires_grad_(False); train adapters with "
-            "lora_ext.from_peft or lora_ext.nn.wrap",
+            "attach: backward: expected frozen parameters in the base model, found some in "
+            f"{name!r} that require gradients, while a pool's adapters get none: an optimizer "
+            "would train the base model. Freeze it with model.requires_grad_(False); train "
+            "adapters with lora_ext.from_peft or lora_ext.nn.wrap",
             stacklevel=1,
         )
 
