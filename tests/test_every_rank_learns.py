@@ -226,13 +226,18 @@ WAYS: dict[str, Way] = {
 }
 
 
-def assert_a_step_moves_every_rank(a: Tensor, b: Tensor, scaling: float, where: str) -> None:
+def gradients_of_a_step(a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     a, b = (t.detach().double().clone().requires_grad_() for t in (a, b))
     g = torch.Generator().manual_seed(7)
     x = torch.randn(16, a.shape[1], generator=g, dtype=torch.float64)
     y = torch.randn(16, b.shape[0], generator=g, dtype=torch.float64)
     (scaling * x @ a.T @ b.T - y).square().mean().backward()
-    moved = a.grad.any(1) | b.grad.any(0)
+    return a.grad, b.grad
+
+
+def assert_a_step_moves_every_rank(a: Tensor, b: Tensor, scaling: float, where: str) -> None:
+    of_a, of_b = gradients_of_a_step(a, b, scaling)
+    moved = of_a.any(1) | of_b.any(0)
     assert bool(moved.all()), f"{where}: ranks {(~moved).nonzero().flatten().tolist()} are lost"
 
 
@@ -264,6 +269,40 @@ def test_a_step_moves_every_rank_and_the_function_is_what_was_asked_for(
             assert off <= eps * size
     again, _ = WAYS[way](one, two, tmp_path / "again")
     assert again == found, "the same rows every time"
+
+
+def of_two_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of A are combinations of two rows, but for rounding."""
+    g = torch.Generator().manual_seed(3)
+    mix = torch.randn(RANK, 2, generator=g, dtype=torch.float64)
+    return (mix @ a[:2].double()).to(a.dtype), b
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "resize, three of four",
+        "merge delta_svd, (0.5, 0.5)",
+        "aggregate svd, server_lr 0.5",
+        "LEGEND's resizing of a module, smaller",
+        "LEGEND's resizing of a state, smaller",
+    ],
+)
+def test_a_rank_that_is_rounding_alone_gets_a_gradient_like_the_others(way: str, tmp_path: Path):
+    ways = WAYS | {
+        "resize, three of four": resized(3),
+        "LEGEND's resizing of a module, smaller": resized_by_legend(3, whole_state=False),
+    }
+    one = changed(adapter(0, RANK), of_two_ranks)
+    found, expected = ways[way](one, one, tmp_path)
+    eps = torch.finfo(torch.float32).eps
+    for name, factors in found.modules.items():
+        gradients = gradients_of_a_step(factors.a, factors.b, factors.scaling)
+        sizes = torch.hypot(gradients[0].norm(dim=1), gradients[1].norm(dim=0))
+        # With the root of such a singular value in either factor it is about sqrt(eps).
+        assert sizes.min() >= 10 * eps**0.5 * sizes.max(), f"{name}: {sizes.tolist()}"
+        size = one.modules[name].a.norm() * one.modules[name].b.norm() * factors.scaling
+        assert (delta(found, name) - expected[name]).norm() <= 8 * eps * size
 
 
 def test_rows_are_drawn_for_the_ranks_that_lost_theirs_and_for_no_other():

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .peft_files import Factors
 
+#: Root mean square of the norm of a row from ``U(-1/sqrt(I), 1/sqrt(I))``, a new adapter's.
+DRAWN_ROW_NORM = 3**-0.5
+
 
 def wide(factor: Tensor) -> Tensor:
     """A factor as a float64 matrix on the CPU; a convolution's kernel belongs to its inputs."""
@@ -37,26 +40,35 @@ def product_norm(factors: Factors) -> float | None:
     return abs(factors.scaling) * norm_of(wide(factors.a), wide(factors.b))
 
 
-def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The nearest product of a rank, or of the largest that it can have, and the Frobenius norm of
-    what was dropped. All are float64.
+def truncated(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Return the nearest product of a rank, or of the largest that it can have, and the Frobenius
+    norm of the rest.
 
     ``b = Q_b R_b``, ``a^T = Q_a R_a`` and ``R_b R_a^T = U S V^T``, an r x r matrix, give the
-    singular values of ``b @ a``. The largest stay, ``sqrt(S)`` in either factor; one that is no
-    more than rounding is 0 in both, for :func:`able_to_learn` to see.
+    singular values of ``b @ a``. The largest stay, ``sqrt(S)`` in either factor. A value that is no
+    more than rounding in float64 is 0 in both, and :func:`able_to_learn` draws its row. A value
+    that is no more than rounding in ``dtype`` would have a row and a column near 0, and gradients
+    near 0: its row of A gets the norm of a drawn one, and its column of B the rest. Our choice.
+
+    Args:
+        a, b: ``(r, I)`` and ``(O, r)`` float64.
+        dtype: in which the factors were stored before.
 
     Source: Eckart and Young, 1936.
     """
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    # QR and SVD err by this much of the sum of the ranks' own products, even where those cancel.
-    noise = torch.finfo(s.dtype).eps * max(len(b), a.shape[1])
-    noise *= float((a.norm(dim=1) * b.norm(dim=0)).sum())
+    size = float((a.norm(dim=1) * b.norm(dim=0)).sum())  # the ranks' own products may cancel
+    # QR and SVD err by this much of it.
+    noise = torch.finfo(s.dtype).eps * max(len(b), a.shape[1]) * size
     kept = s[:rank].where(s[:rank] > noise, 0)
     dropped = math.hypot(float(s[rank:].norm()), float((s[:rank] - kept).norm()))
     root = kept.sqrt()
-    return root[:, None] * (vh[: len(root)] @ q_a.T), q_b @ u[:, : len(root)] * root, dropped
+    near_zero = (kept > 0) & (kept <= torch.finfo(dtype).eps * size)
+    row = root.where(~near_zero, root.clamp(min=DRAWN_ROW_NORM))
+    column = root.where(~near_zero, kept / row)
+    return row[:, None] * (vh[: len(root)] @ q_a.T), q_b @ u[:, : len(root)] * column, dropped
 
 
 def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -116,7 +128,8 @@ def resized(
     """
     error = 0.0
     if rank < len(a):
-        near_a, near_b, error = truncated(wide(a), wide(b), rank)
+        coarser = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        near_a, near_b, error = truncated(wide(a), wide(b), rank, coarser)
         a = rounded(near_a, a, a.dtype, f"{where}: a")
         b = rounded(near_b, b, b.dtype, f"{where}: b")
     a, b = padded(a, b, rank)

@@ -195,7 +195,8 @@ def _merged(
             b = torch.eye(len(b), dtype=torch.float64)
             bias = _bias([w * f.scaling for w, f in parts], parts)
         if density is not None or mode == "delta_svd":
-            a, b, _ = truncated(a, b, rank or max(f.a.shape[0] for _, f in parts))
+            kept = rank or max(f.a.shape[0] for _, f in parts)
+            a, b, _ = truncated(a, b, kept, dtype)
         like = parts[0][1]
         a = rounded(a, like.a, dtype, f"{where}: {name}: a")
         b = rounded(b, like.b, dtype, f"{where}: {name}: b")

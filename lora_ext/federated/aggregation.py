@@ -229,7 +229,8 @@ class _Round:
         size = norm_of(a, b)
         if not math.isfinite(size):
             raise _TooLarge(f"{pair.module}: expected products of a finite norm, found {size}")
-        near_a, near_b, dropped = truncated(a, b, start_a.shape[0])
+        dtype = self.rules.state[pair.a].dtype
+        near_a, near_b, dropped = truncated(a, b, start_a.shape[0], dtype)
         near_a, near_b = padded(near_a, near_b, start_a.shape[0])
         self._write(pair.a, near_a.reshape(start_a.shape), moved=True)
         self._write(pair.b, near_b.reshape(start_b.shape), moved=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext._checks import require
 
@@ -33,6 +35,22 @@ def no_block(where: str = "") -> RuntimeError:
         f"attach: default='error': expected a block around every forward, found none{where}; enter "
         "lora_ext.adapters(...) in this thread, or give adapter_names= to the call"
     )
+
+
+_warned: set[int] = set()  # pools
+
+
+def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:
+    """Warn, once for a pool, of gradients that reach the base model and none of the adapters."""
+    if handle not in _warned:
+        _warned.add(handle)
+        warnings.warn(
+            "attach: backward: expected frozen parameters in the base model, found some in "
+            f"{name!r} that require gradients, while a pool's adapters get none: an optimizer "
+            "would train the base model. Freeze it with model.requires_grad_(False); train "
+            "adapters with lora_ext.from_peft or lora_ext.nn.wrap",
+            stacklevel=1,
+        )
 
 
 class PoolLayer(nn.Module):
@@ -111,6 +129,12 @@ class PoolLayer(nn.Module):
             raise no_block(f" at {self.name!r}")
         with of_call(self.default, pool=self.pool):
             return self(x, *args)
+
+    def watch_backward(self, y: Tensor) -> None:
+        """Let a backward through ``y``, an output with adapters, warn if ``base`` trains."""
+        if y.requires_grad and self.handle not in _warned:
+            if any(parameter.requires_grad for parameter in self.base.parameters()):
+                y.register_hook(functools.partial(_warn_of_backward, self.handle, self.name))
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``, for ``base`` as well."""

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -365,3 +366,20 @@ def test_attach_names_the_argument_of_another_kind(model: Any, pool: Any) -> Non
         lora_ext.attach(model, pool)
     with pytest.raises((TypeError, RuntimeError), match="detach: "):
         lora_ext.detach(model)
+
+
+def test_a_backward_that_trains_the_base_model_is_warned_of_once(tmp_path: Path) -> None:
+    model, _, _ = make_pair("llama", tmp_path)
+    ids, names = tokens(2, 4), ["red", "green"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, labels=ids).loss.backward()  # without adapters
+        model(ids, labels=ids, adapter_names=names)  # without a backward
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model.requires_grad_(False)
+        model(inputs_embeds=embedded, adapter_names=names).logits.sum().backward()
+        model.requires_grad_(True)
+    with pytest.warns(UserWarning, match="attach: backward: expected frozen") as caught:
+        model(ids, labels=ids, adapter_names=names).loss.backward()
+        model(ids, labels=ids, adapter_names=names).loss.backward()
+    assert len(caught) == 1

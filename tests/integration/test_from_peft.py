@@ -364,6 +364,14 @@ def test_one_graph_of_a_layer_compiles() -> None:
     assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph_of_a_model_compiles(training: bool) -> None:
+    for model in pair("llama"):  # PEFT's own first
+        model.train(training).set_adapter("green")
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_close(logits(compiled), logits(model))
+
+
 @pytest.mark.parametrize("names", [[], ["__base__"], ["__base__"] * 7, ["red"]])
 def test_as_many_names_as_sequences(names: list[str]) -> None:
     ours = trainable(pair("llama")[1])

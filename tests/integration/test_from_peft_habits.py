@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,7 +14,7 @@ import pytest
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.model import LoraModel
-from tiny import CONFIGS, VOCAB, make_model, make_peft
+from tiny import CONFIGS, VOCAB, make_model, make_pair, make_peft
 from torch import Tensor, nn
 
 import lora_ext
@@ -78,6 +79,35 @@ def test_a_wrong_number_of_names_is_pefts_error(names: list[str]) -> None:
     with pytest.raises(ValueError) as found:
         logits(ours.train(), adapter_names=names)
     assert str(found.value) == str(expected.value)
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+def test_a_block_of_a_pool_around_the_model_is_not_ignored_in_silence(tmp_path: Path) -> None:
+    _attached, _, pool = make_pair("llama", tmp_path)
+    pool.load("other", tmp_path / "red")
+    _, ours = pair()
+    ours.set_adapter("red")
+    alone = logits(ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with lora_ext.adapters("red"):  # the active adapter, for all rows
+            assert torch.equal(logits(ours), alone)
+        with lora_ext.adapters(None):
+            assert torch.equal(logits(ours), alone)
+        with lora_ext.adapters(["blue"] * 5):
+            logits(ours, adapter_names=NAMES)
+            with ours.disable_adapter():
+                logits(ours)
+    for names in (["red", "green", None, "blue", "green"], "blue"):
+        with lora_ext.adapters(names), pytest.raises(RuntimeError, match="give adapter_names="):
+            logits(ours)
+    with lora_ext.adapters("other"):  # it serves another model, perhaps
+        with pytest.warns(UserWarning, match="found one of from_peft") as caught:
+            assert torch.equal(logits(ours), alone)
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            logits(ours)
 
 
 # --- what is left to PEFT -------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,22 @@ def test_learns_what_it_learns_with_peft(kind: str, tmp_path: Path) -> None:
         assert {k.replace(".ref.", ".default.") for k in reference} == start.keys()
         for key, weight in reference.items():
             assert torch.equal(weight, start[key.replace(".ref.", ".default.")])
+
+
+@pytest.mark.parametrize("first", ["chunked_loss", "the trainer"])
+def test_chunked_loss_warns_once_that_sft_computes_its_own(first: str, tmp_path: Path) -> None:
+    class Late(trl.SFTTrainer):
+        def create_optimizer(self, *args: Any) -> Any:
+            lora_ext.chunked_loss(self.model)
+            return super().create_optimizer(*args)
+
+    model = one_adapter()
+    if first == "chunked_loss":
+        lora_ext.chunked_loss(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train("SFT", model, tmp_path, trainer=None if first == "chunked_loss" else Late)
+    assert ["TRL's trainers" in str(w.message) for w in caught].count(True) == 1
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from data_parallel import assert_same as assert_same_changes
+from data_parallel import trained
 from peft import LoraConfig, get_peft_model
+from processes import TwoProcesses
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import lora_ext
 
@@ -202,3 +208,49 @@ def test_the_trainer_of_transformers_learns_the_same(tmp_path: Any) -> None:
             [trainer.state.log_history[-1]["train_loss"], trainer.evaluate()["eval_loss"]]
         )
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_loss_that_leaves_out_the_forward_of_the_model_is_warned_of_once() -> None:
+    model = lora_ext.chunked_loss(model_of())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(IDS, labels=LABELS).loss.backward()
+        model(IDS).logits.sum().backward()
+        with torch.no_grad():
+            model.model(IDS)
+        model.eval().model(IDS)
+        model.train()
+    other = copy.deepcopy(model)
+    for each in (model, other):
+        with pytest.warns(UserWarning, match="chunked_loss: model: expected training steps"):
+            each.lm_head(each.model(IDS).last_hidden_state).sum().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            each.model(IDS)
+    again = lora_ext.chunked_loss(lora_ext.chunked_loss(model_of()), enabled=False)
+    assert not again.model._forward_pre_hooks
+
+
+def of_fsdp2(rank: int, case: str) -> dict[str, Tensor]:
+    """Train two steps on two processes, or on one (rank -1); case "divided" divides first."""
+    model = model_of().double()
+    if case == "divided":
+        mesh = init_device_mesh("cpu", (2,))
+        for unit in (*model.model.layers, model):
+            fully_shard(unit, mesh=mesh)
+        with pytest.raises(NotImplementedError, match="call chunked_loss before fully_shard"):
+            lora_ext.chunked_loss(model, chunk=16)
+        return {}
+    lora_ext.chunked_loss(model, chunk=16)
+    rows = IDS[:2] if rank < 0 else IDS[:2].chunk(2)[rank]
+    way = None if rank < 0 else "fsdp2"
+    return trained(model, way, model.model.layers, lambda lm: lm(rows, labels=rows).loss)
+
+
+def test_a_model_that_fsdp2_has_divided_is_refused_and_learns_in_the_other_order(
+    two_processes: TwoProcesses,
+) -> None:
+    two_processes.run(of_fsdp2, "divided")
+    found, _ = two_processes.run(of_fsdp2, "chunked")
+    start = {k: p.detach() for k, p in model_of().double().named_parameters()}
+    assert_same_changes(found, of_fsdp2(-1, "chunked"), start, 1e-9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from lora_ext._torch import compiles
 from lora_ext.adapter import BaseModels, model_name
 from lora_ext.layers import adapters_of, switched_off
-from lora_ext.rows import Assignment, layouts, several_processes
+from lora_ext.rows import Assignment, innermost, layouts, several_processes
 
 _LISTED = 8  # names of layers in a warning
 _REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that is its reference
@@ -109,6 +110,8 @@ def taking_part(
         that :func:`lora_ext.rows.rows.together` gives.
     """
     off = switched_off(layer)
+    if rows is None:
+        refuse_block(layer.lora_A, layer.active_adapters)
     if not several_processes():
         wanted = rows.names if rows is not None else layer.active_adapters
         return tuple(n for n in wanted if n in layer.lora_A and n not in off), rows, ()
@@ -125,6 +128,34 @@ def taking_part(
             return tuple(active), None, ()
         rows = Assignment.of_entries(active or [None], ())
     return present, rows, trained
+
+
+_warned: set[int] = set()  # pools
+
+
+def refuse_block(names: Container[str], active: Sequence[str], warn: bool = False) -> None:
+    """Raise if the block around a forward without names has one of ``names``, which it ignores.
+
+    Args:
+        names: of the adapters of a layer or model. active: those of them that run.
+        warn: warn, once for a pool, of a block of other names, which may serve another model.
+    """
+    block = None if compiles() else innermost()
+    if block is None or block.assignment.each() == list(active):
+        return
+    message = (
+        "adapters: names: expected a model that reads its adapters from the block, found one of "
+        f"from_peft, which runs {list(active)!r:.200} inside a block of "
+        f"{list(block.assignment.names)!r:.200}; give adapter_names= to its call, or leave the "
+        "block"
+    )
+    if any(name in names for name in block.assignment.names):
+        raise RuntimeError(message)
+    # A block of layers' own adapters has no slots: methods enter such blocks.
+    named = block.num_slots and block.assignment.names
+    if warn and named and block.handle not in _warned:
+        _warned.add(block.handle)
+        warnings.warn(message, stacklevel=1)
 
 
 def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:

@@ -21,6 +21,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from lora_ext._checks import require
+from lora_ext._torch import compiles
 from lora_ext.layers import space_products, unspace_products
 from lora_ext.rows import layouts, refuse_singular, several_processes
 
@@ -29,6 +30,7 @@ from .activation import offsets_given, refuse_other_forwards
 from .adapters import (
     by_reason,
     check_values,
+    refuse_block,
     refuse_layers_of_peft,
     refuse_names_of_a_reference,
     refuse_turned,
@@ -172,7 +174,9 @@ class FusedLoraModel(LoraModel):
         if offsets is not None:  # a row of the prompt becomes several
             count = max(kwargs.get(key) or 1 for key in ("num_beams", "num_return_sequences"))
             offsets = [offset for offset in offsets for _ in range(count)]
-        if names is not None:
+        if names is None:
+            refuse_block(self.peft_config, self.active_adapters, warn=True)
+        else:
             refuse_turned(names, self.turned)
         if names is not None and self.training:
             refuse_names_of_a_reference(self.active_adapters, assignment_of(names))
@@ -196,6 +200,9 @@ class FusedLoraModel(LoraModel):
                     given = None if names is None else assignment_of(names)
                     stack.enter_context(kept_by_checkpoints(self.model, Given(given, offsets)))
                 stack.enter_context(offsets_given(self.model, offsets))
+                if compiles():  # dynamo traces no contextvars, and generate alone reads this one
+                    yield
+                    return
                 token = _begins.set(offsets is not None)
                 try:
                     yield

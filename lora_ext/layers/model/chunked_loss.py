@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._checks import require
-from lora_ext._torch import evaluating
+from lora_ext._torch import compiles, evaluating
 
 from ..labels import IGNORE
 from ..labels import shift_labels as shifted
@@ -45,12 +46,13 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
 
     Raises:
         ValueError: no causal LM, ``chunk`` below 1, or a loss that is not transformers' own.
-        NotImplementedError: an encoder beside the decoder; an output layer with adapters,
-            quantised, or divided among processes; logits that are not the output layer's product,
-            scaled or soft-capped; a model that computes its loss itself.
+        NotImplementedError: an encoder beside the decoder; an output layer with adapters or
+            quantised; parameters that FSDP2 has divided among processes; logits that are not the
+            output layer's product, scaled or soft-capped; a model that computes its loss itself.
 
     To know these, enabling runs the model once on four tokens. Where all labels of a batch are
-    ignored, the loss is 0, and not NaN.
+    ignored, the loss is 0, and not NaN. A training step that computes the hidden states without the
+    model's own forward, as TRL's trainers do, does not use this loss, and is warned of once.
     """
     lm = causal_lm(model, _WHERE)
     fits = isinstance(chunk, int) and chunk >= 1
@@ -64,9 +66,12 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
     require(plain, _WHERE, "model", expected, found, NotImplementedError)
     name = getattr(own, "__name__", type(own).__name__)
     require(name == "ForCausalLMLoss", _WHERE, "model", "the loss ForCausalLMLoss", name)
+    _check_whole(lm)
     lm.__dict__[_LOSS] = loss = _Loss(layer, own, lm.__dict__.get(_LOSS), chunk)
     Forward.put_before(layer, _layer_forward)
     Forward.put_before(lm, _model_forward)
+    if lm.base_model is not lm:
+        lm.base_model.register_forward_pre_hook(_before_hidden_states)
     try:
         loss.head = _probed(lm, loss)
     except BaseException:
@@ -163,15 +168,63 @@ def _layer_forward(layer: nn.Module, own: Callable[..., Any], given: dict[str, A
 
 def _model_forward(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
     loss = lm.__dict__.get(_LOSS)
-    wanted = given.get("labels") is not None and lm.training and torch.is_grad_enabled()
-    if not wanted or not isinstance(loss, _Loss):
+    if not (lm.training and torch.is_grad_enabled() and isinstance(loss, _Loss)):
         return own(**given)
+    if given.get("labels") is None:
+        if compiles():
+            return own(**given)
+        with _Call(loss.layer, skip=False).running():
+            return own(**given)
     asked = given.pop("return_dict", None)
     as_dict = getattr(lm.config, "return_dict", True) if asked is None else asked
-    with _Call(loss.layer, skip=True).running():
+    call = _Call(loss.layer, skip=True)
+    with call.running():
         output = own(**given, return_dict=True)
+    if call.entered is None and not compiles():
+        _warn_of_another_head(lm.base_model)
     result = type(output)(**{name: x for name, x in output.items() if name != "logits"})
     return result if as_dict else result.to_tuple()
+
+
+def _before_hidden_states(base: nn.Module, _: Any) -> None:
+    """Stand before the forward of the model without its output layer."""
+    outside = not compiles() and _running.get() is None
+    if outside and base.training and torch.is_grad_enabled():
+        _warn_of_another_head(base)
+
+
+def _warn_of_another_head(base: nn.Module) -> None:
+    if _remove_hook(base):
+        warnings.warn(
+            f"{_WHERE}: model: expected training steps that use the loss of its own forward, found "
+            f"one that uses the hidden states of {type(base).__name__} alone, as TRL's trainers "
+            f"do, which chunk the loss themselves: {_WHERE} has no effect there; "
+            f"{_WHERE}(model, enabled=False) removes it",
+            stacklevel=3,
+        )
+
+
+def _remove_hook(base: nn.Module) -> bool:
+    """Return whether the hook was there: it is removed by its first warning."""
+    hooks = base._forward_pre_hooks
+    keys = [key for key, hook in hooks.items() if hook is _before_hidden_states]
+    for key in keys:
+        del hooks[key]
+    return bool(keys)
+
+
+def _check_whole(lm: Any) -> None:
+    """Raise for a model that FSDP2 has divided.
+
+    A forward leaves the parameters of FSDP2's root whole. After the probing one, an optimizer would
+    be given these, which the training steps do not update.
+    """
+    for name, parameter in lm.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise NotImplementedError(
+                f"{_WHERE}: model: expected parameters that are whole on each process, found a "
+                f"{type(parameter).__name__} in {name}; call {_WHERE} before fully_shard"
+            )
 
 
 def _probed(lm: Any, loss: _Loss) -> Head:
@@ -189,6 +242,7 @@ def _probed(lm: Any, loss: _Loss) -> Head:
 
 def _remove(lm: Any) -> None:
     Forward.remove(lm, lambda run: run is _model_forward)
+    _remove_hook(lm.base_model)
     loss = lm.__dict__.get(_LOSS)
     if isinstance(loss, _Loss):
         Forward.remove(loss.layer, lambda run: run is _layer_forward)

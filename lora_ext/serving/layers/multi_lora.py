@@ -98,6 +98,7 @@ class MultiLoraLinear(PoolLayer):
                 if together is not None:
                     return together
                 y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
+                self.watch_backward(y)
             except ValueError as error:
                 raise self._explained(error) from error
             except AttributeError as error:

@@ -45,6 +45,7 @@ class MultiLoraEmbedding(PoolLayer):
             return y
         if slab.a_pages is not None:
             y = _add_adapters(y, x.reshape(-1), slab, rows.ids, rows.plan)
+            self.watch_backward(y)
         if slab.was_replaced:
             y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
         return y

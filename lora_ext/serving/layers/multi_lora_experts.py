@@ -88,4 +88,7 @@ class MultiLoraExperts(PoolLayer):
 
         experts: Any = self.base.num_experts
         found: list[Slots] = []  # which both products share
-        return experts_forward(self.base, x, index, weights, update)
+        y = experts_forward(self.base, x, index, weights, update)
+        if not compiles():
+            self.watch_backward(y)
+        return y
