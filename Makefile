@@ -1,6 +1,7 @@
 # The newcomer's door. Each target makes what it needs, may be repeated, and leaves `git status` clean.
 #
 #   make demo    the main job on a real model: train adapters, serve them in one mixed batch
+#   make curve   the README's picture: one batch of 1 to 64 rows, each with an adapter of its own
 #   make test    build, emulator included, and run the tests
 #   make check   everything CI runs (SKIP_CUDA_TORCH=1 leaves out the check that downloads a 5 GB torch)
 #   make gpu     the GPU leg, CALL=1, 2 or 3, nine minutes each: needs a GPU and a python with a CUDA torch (PYTHON=...); installs nothing
@@ -33,12 +34,12 @@ nvcc := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc /usr/
 build-emu test: export LORA_EXT_CUDA ?= $(if $(nvcc),1,0)
 check: export LORA_EXT_CUDA ?= 1
 ifeq ($(nvcc),)
-demo build bench $(VENV)/editable.stamp: export LORA_EXT_CUDA ?= 0
+demo curve build bench $(VENV)/editable.stamp: export LORA_EXT_CUDA ?= 0
 endif
 
-.PHONY: help demo test check gpu asan bench wheels docs vllm build build-emu clean
+.PHONY: help demo curve test check gpu asan bench wheels docs vllm build build-emu clean
 help:
-	@sed -n '3,12s/^# *//p' Makefile
+	@sed -n '3,13s/^# *//p' Makefile
 
 $(VENV)/base.stamp: pyproject.toml
 	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VENV)
@@ -63,6 +64,9 @@ build-emu: $(VENV)/editable.stamp $(VENV)/extras-test-serve.stamp
 
 demo: $(VENV)/extras-demo.stamp build
 	$(PY) examples/demo.py
+
+curve: $(VENV)/extras-demo.stamp build
+	$(PY) examples/serving_curve.py
 
 test: build-emu
 	$(PY) -m pytest -q -n 2 --dist worksteal --require-emu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ class Recipe:
     batch: int = 4
     seed: int = 0
 
+    def config(self, layers: int) -> LoraConfig:
+        """Return PEFT's configuration for a model of `layers` decoder layers."""
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.rank,
+            lora_alpha=2 * self.rank,
+            target_modules=list(self.modules),
+            layers_to_transform=list(range(self.first_layer, layers)),
+        )
+
 
 RECIPES = (
     Recipe("pirate", rank=8, modules=ATTENTION, learning_rate=3e-3),
@@ -60,15 +71,8 @@ def train_adapter(model: Any, tokenizer: Any, recipe: Recipe, parent: Path) -> P
     folder = parent / f"{recipe.name}-{digest}"
     if folder.is_dir():
         return folder
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.rank,
-        lora_alpha=2 * recipe.rank,
-        target_modules=list(recipe.modules),
-        layers_to_transform=list(range(recipe.first_layer, model.config.num_hidden_layers)),
-    )
     torch.manual_seed(recipe.seed)
-    peft_model = get_peft_model(model, config)
+    peft_model = get_peft_model(model, recipe.config(model.config.num_hidden_layers))
     try:
         _train(peft_model, tokenizer, recipe)
         partial = parent / f".{folder.name}"
@@ -79,6 +83,25 @@ def train_adapter(model: Any, tokenizer: Any, recipe: Recipe, parent: Path) -> P
         peft_model.unload()
         model.eval().requires_grad_(True)
     return folder
+
+
+def lay_out(base: Path, adapters: Mapping[str, Path], out: Path) -> None:
+    """Make the folder that the documentation's code runs in: `base-model` and `adapters/<name>`.
+
+    The base model is a link. Adapters are copies, because a server refuses links that lead out of
+    its folder of adapters; they name `base-model` as what they were trained on.
+    """
+    (out / "adapters").mkdir(parents=True, exist_ok=True)
+    (out / "base-model").unlink(missing_ok=True)
+    (out / "base-model").symlink_to(base.resolve(), target_is_directory=True)
+    for name, folder in adapters.items():
+        copy = out / "adapters" / name
+        if copy.is_symlink():
+            copy.unlink()
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        config = json.loads((copy / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = "base-model"
+        (copy / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
 def read_examples(tokenizer: Any, name: str) -> list[tuple[list[int], int]]:
