@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch: threads that wait sleep instead of spinning, so that tests that run side by side, or
@@ -35,6 +36,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--sanitizers", action="store_true", help="also what only `make asan` has the time for"
     )
+    parser.addoption(
+        "--demo", type=lambda path: Path(path).resolve(), metavar="DIR",
+        help="run the code of the pages in what `make demo` left in DIR, not in a small stand-in",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
