@@ -46,8 +46,8 @@ def main() -> None:
     """Train, serve, compare and draw; exit with a message if a logit is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--question", default=QUESTION)
-    parser.add_argument("--tokens", type=int, default=32, help="timed new tokens per row")
-    parser.add_argument("--rounds", type=int, default=3, help="timed repeats of each engine")
+    parser.add_argument("--tokens", type=int, default=16, help="timed new tokens per row")
+    parser.add_argument("--rounds", type=int, default=2, help="timed repeats of each engine")
     parser.add_argument("--adapters", type=int, default=8, help="how far the curve goes")
     parser.add_argument("--no-pack", dest="pack", action="store_false", help="the base stays plain")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
@@ -109,7 +109,7 @@ def serve(
 
 
 def make_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:
-    """Left-padded prompts, one per row."""
+    """Return left-padded prompts, one per row."""
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
@@ -121,7 +121,7 @@ def make_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:
 
 
 def load_peft(folders: dict[str, Path]) -> Any:
-    """PEFT's way to serve a mixed batch: all adapters in one model, ``adapter_names`` per row."""
+    """Return one PEFT model with all adapters, which `adapter_names` chooses from per row."""
     model, _ = load_smollm2()
     first, *others = folders
     peft_model = PeftModel.from_pretrained(model, str(folders[first]), adapter_name=first)
@@ -146,7 +146,7 @@ def compare_logits(
 def time_engines(
     plain: Any, peers: Any, ours: Any, batch: dict[str, Tensor], tokens: int, rounds: int
 ) -> dict[str, Timing]:
-    """Seconds to generate ``tokens`` tokens for every row."""
+    """Time the generation of ``tokens`` tokens for every row."""
     length: dict[str, Any] = {
         "min_new_tokens": tokens,
         "max_new_tokens": tokens,
@@ -172,7 +172,7 @@ def time_engines(
 
 
 def show_answers(question: str, answers: list[str]) -> None:
-    """The four rows side by side."""
+    """Print the four rows side by side."""
     console.print(f"[bold]{question}[/bold]")
     titles = [*(f"{r.name}, rank {r.rank}" for r in RECIPES), "base model"]
     width = max(24, (console.width - 4) // 4)
@@ -193,7 +193,7 @@ def show_table(times: dict[str, Timing], rate: dict[str, float], errors: dict[st
 
 
 def show_curve(curve: Curve) -> None:
-    """Tokens per second of all rows, by how many adapters they have."""
+    """Print the tokens per second of all rows for each number of adapters."""
     table = Table(title="tokens/s of all rows, each with an adapter of its own")
     table.add_column("adapters")
     for count in curve.counts:

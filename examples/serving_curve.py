@@ -86,7 +86,7 @@ def measure_curve(counts: Sequence[int] = COUNTS, rounds: int = 2, seed: int = 0
 
 
 def serve(peers: Any, config: LoraConfig, names: Sequence[str], packed: bool) -> Any:
-    """A model with PEFT's adapters in a pool."""
+    """Return a model with PEFT's adapters in a pool."""
     served, _ = load_smollm2()
     pool = lora_ext.AdapterPool(served, max_slots=len(names), max_rank=RANK)
     for name in names:
@@ -96,7 +96,7 @@ def serve(peers: Any, config: LoraConfig, names: Sequence[str], packed: bool) ->
 
 @torch.inference_mode()
 def generate(model: Any, ids: Tensor, **names: Any) -> None:
-    """A few tokens for every row."""
+    """Generate a few tokens for every row."""
     length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}
     model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length, **names)
 
@@ -143,7 +143,10 @@ def complain(what: str, ours: Tensor, peer: Tensor, exact: Tensor) -> list[str]:
 
 
 def draw_curve(curve: Curve, path: Path) -> Path:
-    """Both axes in powers of two: a straight line serves each further user at no cost to others."""
+    """Draw the curve with both axes in powers of two.
+
+    On a straight line, a further row costs the other rows nothing.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -25,7 +25,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One adapter: what it reads, where it sits, how it learns."""
+    """Text, modules and training settings of one adapter."""
 
     name: str  # of the text in texts/, and of the adapter
     rank: int
@@ -48,9 +48,9 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("pirate", rank=8, modules=ATTENTION, learning_rate=3e-3),
+    Recipe("pirate", rank=8, modules=ATTENTION, learning_rate=3e-3, epochs=4),
     Recipe("telegram", rank=16, modules=ATTENTION + MLP, learning_rate=1.2e-3),
-    Recipe("town", rank=32, modules=MLP, learning_rate=2e-3, epochs=4),
+    Recipe("town", rank=32, modules=MLP, learning_rate=2e-3, epochs=3),
 )
 
 
@@ -105,7 +105,7 @@ def lay_out(base: Path, adapters: Mapping[str, Path], out: Path) -> None:
 
 
 def read_examples(tokenizer: Any, name: str) -> list[tuple[list[int], int]]:
-    """The dialogues of ``texts/<name>.jsonl``: token ids, and how many are the question's."""
+    """Return the token ids of each dialogue in ``texts/<name>.jsonl`` and its question's length."""
     lines = (TEXTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [_example(tokenizer, json.loads(line)) for line in lines]
 
@@ -136,7 +136,7 @@ def _train(model: Any, tokenizer: Any, recipe: Recipe) -> None:
 
 
 def _example(tokenizer: Any, pair: dict[str, str]) -> tuple[list[int], int]:
-    """Token ids of the dialogue, and how many of them are the question, which is not learned."""
+    """Return the token ids of a dialogue and the length of its question, which is not learned."""
     messages = [{"role": "user", "content": pair["question"]}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     answer = pair["answer"] + tokenizer.eos_token
@@ -145,7 +145,7 @@ def _example(tokenizer: Any, pair: dict[str, str]) -> tuple[list[int], int]:
 
 
 def collate(batch: list[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
-    """Rows of equal length, padded on the right; the question is masked out of the labels."""
+    """Pad rows to equal length on the right and mask the questions out of the labels."""
     length = max(len(ids) for ids, _ in batch)
     ids = torch.full((len(batch), length), pad)
     labels = torch.full((len(batch), length), -100)
@@ -158,7 +158,7 @@ def collate(batch: list[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
 
 
 def answer_losses(output: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Mean loss of each row's answer, ``(rows,)``: the questions are masked out of the labels."""
+    """Return the mean loss of each row's answer, ``(rows,)``, without the masked questions."""
     logits, labels = output.logits[:, :-1], batch["labels"][:, 1:]
     each = cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (rows, tokens)
     return each.sum(1) / (labels != -100).sum(1)
