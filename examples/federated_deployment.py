@@ -1,7 +1,8 @@
 """A federation as it is deployed: a SuperLink, two SuperNodes, `flwr run`, all on loopback.
 
 In round 2 one client is killed. The run ends with all rounds done by the other, and no process is
-left over. Needs `pip install lora_ext[fed]` and Linux, whose /proc tells what is left.
+left over. Needs `pip install --no-build-isolation '.[fed]'` and Linux, whose /proc
+tells what is left.
 
     python examples/federated_deployment.py            # two to three minutes
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One adapter: what it reads, where it sits, how it learns."""
+    """Text, modules and training settings of one adapter."""
 
     name: str  # of the text in texts/, and of the adapter
     rank: int
@@ -35,11 +36,21 @@ class Recipe:
     batch: int = 4
     seed: int = 0
 
+    def config(self, layers: int) -> LoraConfig:
+        """Return PEFT's configuration for a model of `layers` decoder layers."""
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.rank,
+            lora_alpha=2 * self.rank,
+            target_modules=list(self.modules),
+            layers_to_transform=list(range(self.first_layer, layers)),
+        )
+
 
 RECIPES = (
-    Recipe("pirate", rank=8, modules=ATTENTION, learning_rate=3e-3),
+    Recipe("pirate", rank=8, modules=ATTENTION, learning_rate=3e-3, epochs=4),
     Recipe("telegram", rank=16, modules=ATTENTION + MLP, learning_rate=1.2e-3),
-    Recipe("town", rank=32, modules=MLP, learning_rate=2e-3, epochs=4),
+    Recipe("town", rank=32, modules=MLP, learning_rate=2e-3, epochs=3),
 )
 
 
@@ -60,15 +71,8 @@ def train_adapter(model: Any, tokenizer: Any, recipe: Recipe, parent: Path) -> P
     folder = parent / f"{recipe.name}-{digest}"
     if folder.is_dir():
         return folder
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.rank,
-        lora_alpha=2 * recipe.rank,
-        target_modules=list(recipe.modules),
-        layers_to_transform=list(range(recipe.first_layer, model.config.num_hidden_layers)),
-    )
     torch.manual_seed(recipe.seed)
-    peft_model = get_peft_model(model, config)
+    peft_model = get_peft_model(model, recipe.config(model.config.num_hidden_layers))
     try:
         _train(peft_model, tokenizer, recipe)
         partial = parent / f".{folder.name}"
@@ -81,8 +85,27 @@ def train_adapter(model: Any, tokenizer: Any, recipe: Recipe, parent: Path) -> P
     return folder
 
 
+def lay_out(base: Path, adapters: Mapping[str, Path], out: Path) -> None:
+    """Make the folder that the documentation's code runs in: `base-model` and `adapters/<name>`.
+
+    The base model is a link. Adapters are copies, because a server refuses links that lead out of
+    its folder of adapters; they name `base-model` as what they were trained on.
+    """
+    (out / "adapters").mkdir(parents=True, exist_ok=True)
+    (out / "base-model").unlink(missing_ok=True)
+    (out / "base-model").symlink_to(base.resolve(), target_is_directory=True)
+    for name, folder in adapters.items():
+        copy = out / "adapters" / name
+        if copy.is_symlink():
+            copy.unlink()
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        config = json.loads((copy / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = "base-model"
+        (copy / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
 def read_examples(tokenizer: Any, name: str) -> list[tuple[list[int], int]]:
-    """The dialogues of ``texts/<name>.jsonl``: token ids, and how many are the question's."""
+    """Return the token ids of each dialogue in ``texts/<name>.jsonl`` and its question's length."""
     lines = (TEXTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [_example(tokenizer, json.loads(line)) for line in lines]
 
@@ -113,7 +136,7 @@ def _train(model: Any, tokenizer: Any, recipe: Recipe) -> None:
 
 
 def _example(tokenizer: Any, pair: dict[str, str]) -> tuple[list[int], int]:
-    """Token ids of the dialogue, and how many of them are the question, which is not learned."""
+    """Return the token ids of a dialogue and the length of its question, which is not learned."""
     messages = [{"role": "user", "content": pair["question"]}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     answer = pair["answer"] + tokenizer.eos_token
@@ -122,7 +145,7 @@ def _example(tokenizer: Any, pair: dict[str, str]) -> tuple[list[int], int]:
 
 
 def collate(batch: list[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
-    """Rows of equal length, padded on the right; the question is masked out of the labels."""
+    """Pad rows to equal length on the right and mask the questions out of the labels."""
     length = max(len(ids) for ids, _ in batch)
     ids = torch.full((len(batch), length), pad)
     labels = torch.full((len(batch), length), -100)
@@ -135,7 +158,7 @@ def collate(batch: list[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
 
 
 def answer_losses(output: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Mean loss of each row's answer, ``(rows,)``: the questions are masked out of the labels."""
+    """Return the mean loss of each row's answer, ``(rows,)``, without the masked questions."""
     logits, labels = output.logits[:, :-1], batch["labels"][:, 1:]
     each = cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (rows, tokens)
     return each.sum(1) / (labels != -100).sum(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch: threads that wait sleep instead of spinning, so that tests that run side by side, or
@@ -43,6 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="what `make test` runs: no slow test, and a few cases of each test, op and backend",
     )
+    parser.addoption(
+        "--demo", type=lambda path: Path(path).resolve(), metavar="DIR",
+        help="run the code of the pages in what `make demo` left in DIR, not in a small stand-in",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

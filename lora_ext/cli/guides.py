@@ -29,8 +29,9 @@ def distil_guide(arguments: Namespace) -> int:
     try:
         import transformers
     except ImportError:
-        words = "expected transformers, found none: pip install 'lora_ext[demo]'"
-        raise ValueError(words) from None
+        raise ValueError(
+            "expected transformers, found none: run `pip install 'transformers>=4.56'`"
+        ) from None
     if not Path(arguments.model).is_dir():
         raise ValueError(f"MODEL: expected a folder, found {str(arguments.model)!r:.200}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)

@@ -13,8 +13,10 @@ def serve(arguments: Namespace) -> int:
     try:
         from lora_ext import server
     except ModuleNotFoundError as error:
-        words = f"expected {error.name}, found none: pip install 'lora_ext[serve]'"
-        raise ValueError(words) from None
+        raise ValueError(
+            f"expected {error.name}, found none: run "
+            "`pip install --no-build-isolation '.[serve]'` in a checkout of lora_ext"
+        ) from None
     names = server.Settings.__dataclass_fields__
     server.serve(server.Settings(**{name: getattr(arguments, name) for name in names}), _tell)
     return 0

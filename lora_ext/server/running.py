@@ -223,7 +223,7 @@ def serve(settings: Settings, say: Callable[[str], None] = print) -> None:
     """
     settings.check()
     with settings.listen() as listening, settings.engine(say) as engine:
-        base = Path(settings.model).resolve().name
+        base = Path(os.path.abspath(settings.model)).name  # of a link, not of its target
         app = make_app(engine, base, settings.max_body, settings.origins)
         config = uvicorn.Config(app, timeout_graceful_shutdown=2)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -155,7 +155,9 @@ def test_private_changes_are_clipped_and_noise_is_what_the_accountant_hears():
     spread = (found[noise][1] - first).std().item()
     assert abs(spread / (noise * clip / world.sizes.per_round) - 1) < 0.1
     assert private.epsilon(world, 0.0) == float("inf")
-    pytest.importorskip("opacus", reason="opacus is not installed: pip install 'lora_ext[claims]'")
+    pytest.importorskip(
+        "opacus", reason="opacus is not installed: pip install --no-build-isolation '.[claims]'"
+    )
     # Known: the subsampled Gaussian's bound falls with noise, and grows with rounds.
     whole = section_texts.make_world(0, section_texts.SIZES, quick=True)
     assert private.epsilon(world, 1.0) < private.epsilon(whole, 1.0) < 20

@@ -18,7 +18,7 @@ from lora_ext.control import Constraint, ConstraintTooLarge, Limits
 pytest.importorskip("transformers")
 outlines = pytest.mark.skipif(
     importlib.util.find_spec("outlines_core") is None,
-    reason="outlines-core is not installed: pip install 'lora_ext[control]'",
+    reason="outlines-core is not installed: pip install --no-build-isolation '.[control]'",
 )
 
 
@@ -291,7 +291,7 @@ def test_without_outlines_core_the_error_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'lora_ext\[control\]'"):
+    with pytest.raises(ImportError, match=r"`pip install --no-build-isolation '\.\[control\]'`"):
         Constraint.regex("never built before", tokenizer())
 
 

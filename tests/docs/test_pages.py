@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from tiny import make_model, make_peft
+from tiny import adapted
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))
-from wrap_docs import WIDTH, paragraphs, prose, wrapped  # noqa: E402  # tools is no package
+sys.path.extend([str(ROOT / "tools"), str(ROOT / "examples")])
+import training  # noqa: E402  # neither examples nor tools is a package
+from wrap_docs import WIDTH, paragraphs, prose, wrapped  # noqa: E402
 
 ALL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROSE = [page for page in ALL if page.parent.name in ("docs", "notes")]
@@ -26,29 +28,72 @@ PAGES = {
 }
 
 
-def _save_base_model(path: Path) -> None:
-    words = {w: i for i, w in enumerate(["<pad>", "<unk>", "who", "are", "you", "?"])}
-    words |= {f"w{i}": i for i in range(len(words), 97)}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(path)
-    make_model("llama").save_pretrained(path)
+# What a page that uses the folder of `make demo` says, the README in words of its own.
+LEFT = "`make demo` leaves `base-model` and the adapters in `out/demo`; run this there."
+
+
+def save_stand_in(path: Path) -> None:
+    """Save a small Llama with the vocabulary, the special tokens and the chat template of SmolLM2.
+
+    Its tokenizer has one token for each byte.
+    """
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    words = [*special, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"<unused {i}>" for i in range(49152 - len(words))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    unknown, begin, end = special
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token=unknown, bos_token=begin, eos_token=end, pad_token=end
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(path)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def left_by_the_demo(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Path]]:
+    """The base model and the adapters that `--demo` names, or small ones in their place."""
+    given = request.config.getoption("--demo")
+    names = [recipe.name for recipe in training.RECIPES]
+    if given is not None:
+        return given / "base-model", {name: given / "adapters" / name for name in names}
+    folder = tmp_path_factory.mktemp("stand-in")
+    save_stand_in(folder / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    configs = {
+        recipe.name: dataclasses.replace(recipe, first_layer=1).config(3)
+        for recipe in training.RECIPES
+    }
+    adapted(model, configs, 0.15).save_pretrained(folder)
+    return folder / "base", {name: folder / name for name in names}
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with what the pages take for granted: a base model, and adapters for it."""
+def demo_folder(
+    left_by_the_demo: tuple[Path, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work in a new folder that is laid out as `make demo` leaves `out/demo`."""
+    training.lay_out(*left_by_the_demo, tmp_path)
     monkeypatch.chdir(tmp_path)
-    _save_base_model(tmp_path / "base-model")
-    configs = {
-        name: {"r": 4, "target_modules": "all-linear"} for name in ("pirate", "haiku", "telegram")
-    }
-    make_peft(make_model("llama"), configs).save_pretrained(tmp_path / "adapters")
 
 
-@pytest.mark.usefixtures("workplace")
+@pytest.mark.filterwarnings("error:.*expected adapters of one base model")
+@pytest.mark.usefixtures("demo_folder")
 @pytest.mark.parametrize("page", PAGES)
 def test_code_of_the_page_runs(page: str) -> None:
     scope: dict[str, object] = {}
@@ -57,6 +102,25 @@ def test_code_of_the_page_runs(page: str) -> None:
         answers = scope.pop("answers", None)
         if isinstance(answers, torch.Tensor):
             assert len({tuple(row.tolist()) for row in answers}) == 3  # each row had its adapter
+
+
+def test_a_page_says_where_its_base_model_and_adapters_come_from() -> None:
+    using = re.compile(
+        r"^```py(?:thon)?\n(?:(?!```).)*\"(?:base-model|adapters/)", re.DOTALL | re.M
+    )
+    for page in [page for page in ALL if page.name not in ("README.md", "index.md")]:
+        text = page.read_text()
+        if found := using.search(text):
+            assert LEFT in " ".join(text[: found.start()].split()), page.name
+
+
+def test_no_text_installs_an_extra_from_an_index_that_lacks_the_package() -> None:
+    files = [*ALL, *(ROOT / "docs").rglob("*.ipynb")]
+    files += [p for d in ("lora_ext", "examples") for p in (ROOT / d).rglob("*.py")]
+    named = [
+        str(p.relative_to(ROOT)) for p in files if re.search(r"lora_ext\[[a-z]", p.read_text())
+    ]
+    assert not named, f"write `pip install --no-build-isolation '.[extra]'`: {named}"
 
 
 def test_every_page_is_in_the_index() -> None:

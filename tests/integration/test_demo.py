@@ -1,28 +1,63 @@
-"""examples/demo.py leaves its model and adapters under the names of the README's ten lines."""
+"""examples/demo.py and examples/serving_curve.py compare their logits with PEFT's, and print what
+they measured before they report an error."""
 
 from __future__ import annotations
 
-import re
+import sys
 from pathlib import Path
 
 import pytest
-from scripts import ROOT, load_script, missing
+import torch
+from scripts import load_script, missing
+from tiny import make_pair, tokens
 
-MISSING = missing("matplotlib", "rich", "tqdm", "peft")
+MISSING = missing("matplotlib", "rich")
+NAMES = ["red", "blue", "green"]
+
+
+def test_an_error_is_compared_with_that_of_peft_on_the_same_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    curve = load_script(monkeypatch, "examples", "serving_curve")
+    exact = torch.tensor([31.0, -2.0], dtype=torch.float64)
+    off = torch.tensor([0.0, 0.6], dtype=torch.float64)  # as far as PEFT was on the worst prompt
+    assert curve.complain("rows", exact + 2 * off, exact - off, exact) == []
+    (message,) = curve.complain("rows", exact + 4 * off, exact - off, exact)
+    assert message.startswith("rows: largest error of a logit against float64: expected at most ")
+    assert "1.8e+00, found 2.4e+00 (PEFT's error is 6.0e-01" in message
+    assert "report this" in message and "lora-ext doctor" in message
+
+
+def test_right_logits_pass_and_those_of_another_adapter_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curve = load_script(monkeypatch, "examples", "serving_curve")
+    ours, peers, _ = make_pair("llama", tmp_path)
+    ids, before = tokens(3, curve.PROMPT), {k: v.clone() for k, v in peers.state_dict().items()}
+    assert curve.compare([ours, ours], peers, ids, NAMES) == []
+    after = peers.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+    def other(**given: object) -> object:
+        return ours(**{**given, "adapter_names": NAMES[::-1]})
+
+    complaints = curve.compare([ours, other], peers, ids, NAMES)
+    starts = [f"lora_ext, base packed, 3 adapters, {n} tokens per row: " for n in (curve.PROMPT, 1)]
+    assert [each[: len(start)] for each, start in zip(complaints, starts, strict=True)] == starts
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-def test_the_ten_lines_find_what_the_demo_leaves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_demo_prints_its_tables_before_it_reports_wrong_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     demo = load_script(monkeypatch, "examples", "demo")
-    monkeypatch.setattr(demo, "converted_folder", lambda: tmp_path)
-    for run in ("first", "second"):
-        folders = {each.name: tmp_path / f"{each.name}-{run}" for each in demo.RECIPES}
-        for folder in folders.values():
-            folder.mkdir()
-        demo.leave(folders, tmp_path / "out")
-        assert (tmp_path / "out/adapters/pirate").resolve().name == f"pirate-{run}"
-    ten = (ROOT / "README.md").read_text().split("## Ten lines")[1].split("```")[1]
-    paths = re.findall(r'"((?:adapters/|base-)\w+)"', ten)
-    assert len(set(paths)) == 3 and all((tmp_path / "out" / path).is_dir() for path in paths)
+    for name in ("load_smollm2", "converted_folder", "train_adapter", "lay_out", "draw_curve"):
+        result = (None, None) if name == "load_smollm2" else tmp_path
+        monkeypatch.setattr(demo, name, lambda *_, result=result: result)
+    monkeypatch.setattr(demo, "serve", lambda *_: ["a batch is wrong"])
+    curve = demo.Curve((1, 2), {"lora_ext": [12.5, 25.0]}, ("a curve is wrong",))
+    monkeypatch.setattr(demo, "measure_curve", lambda counts: curve)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^a batch is wrong\na curve is wrong$"):
+        demo.main()
+    assert "12.5" in capsys.readouterr().out

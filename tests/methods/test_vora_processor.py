@@ -244,7 +244,8 @@ def reloaded_without(monkeypatch: pytest.MonkeyPatch, package: str):
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
     message = (
-        r"VoraImageProcessor: transformers is not installed; run `pip install lora_ext\[vision\]`"
+        r"VoraImageProcessor: transformers is not installed; "
+        r"run `pip install --no-build-isolation '\.\[vision\]'`"
     )
     with pytest.raises(ModuleNotFoundError, match=message):
         reloaded_without(monkeypatch, "transformers")
@@ -255,7 +256,8 @@ def test_without_pillow_arrays_work_and_a_path_names_the_extra(monkeypatch, tmp_
     processor = module.VoraImageProcessor()
     assert processor(torch.zeros(3, 56, 56))["pixel_values"][0].shape == (3, 56, 56)
     message = (
-        r"VoraImageProcessor: reading .*a.png needs Pillow; run `pip install lora_ext\[vision\]`"
+        r"VoraImageProcessor: reading .*a.png needs Pillow; "
+        r"run `pip install --no-build-isolation '\.\[vision\]'`"
     )
     with pytest.raises(ModuleNotFoundError, match=message):
         processor(tmp_path / "a.png")

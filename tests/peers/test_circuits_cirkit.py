@@ -20,7 +20,7 @@ from lora_ext.circuits import (
 )
 from lora_ext.circuits.scopes import variables
 
-_REASON = "libcirkit is not installed: pip install 'lora_ext[peers]'"
+_REASON = "libcirkit is not installed: pip install --no-build-isolation '.[peers]'"
 pipeline = pytest.importorskip("cirkit.pipeline", reason=_REASON)
 queries = pytest.importorskip("cirkit.backend.torch.queries", reason=_REASON)
 symbolic = pytest.importorskip("cirkit.symbolic.circuit", reason=_REASON)

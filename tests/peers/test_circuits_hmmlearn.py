@@ -12,7 +12,7 @@ from lora_ext import ops
 from lora_ext.circuits import Categorical, Circuit, Gaussian, Leaf, RegionGraph, pad_sequences
 
 hmm = pytest.importorskip(
-    "hmmlearn.hmm", reason="hmmlearn is not installed: pip install 'lora_ext[peers]'"
+    "hmmlearn.hmm", reason="hmmlearn is not installed: pip install --no-build-isolation '.[peers]'"
 )
 STEPS, RANK, VALUES, ROWS = 7, 3, 4, 40
 

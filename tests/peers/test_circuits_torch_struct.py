@@ -11,7 +11,8 @@ from lora_ext import ops, reference
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
 torch_struct = pytest.importorskip(
-    "torch_struct", reason="torch-struct is not installed: pip install 'lora_ext[peers]'"
+    "torch_struct",
+    reason="torch-struct is not installed: pip install --no-build-isolation '.[peers]'",
 )
 # The peer predates the constraints that torch asks distributions for.
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not define `arg_constraints`")

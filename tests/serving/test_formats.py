@@ -86,6 +86,8 @@ def test_without_outlines_core_a_client_reads_how_the_server_would_have_it(
 
     vocabulary = tokenizer()  # by transformers, which looks for packages itself
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(NotImplementedError, match=r"pip install 'lora_ext\[control\]'"):
+    with pytest.raises(
+        NotImplementedError, match=r"`pip install --no-build-isolation '\.\[control\]'`"
+    ):
         Format("regex", "never built b?fore").constraint(vocabulary)
     assert Format("choice", ("a",)).constraint(vocabulary).num_states == 2

@@ -12,7 +12,7 @@ def test_code_of_the_page_runs(folder, tmp_path, monkeypatch):
     (tmp_path / "base-model").symlink_to(folder / "base")
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters/pirate").symlink_to(folder / "a")
-    (tmp_path / "adapters/haiku").symlink_to(folder / "b")
+    (tmp_path / "adapters/telegram").symlink_to(folder / "b")
     monkeypatch.chdir(tmp_path)
     for name, value in (("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_CPU_KVCACHE_SPACE", "1")):
         monkeypatch.setenv(name, value)

@@ -76,7 +76,8 @@ def _built(where: str, request: dict[str, Any], clock: Clock, told: str) -> Auto
     found = importlib.util.find_spec("outlines_core")
     if found is None or found.origin is None:
         raise ImportError(
-            f"{where}: expected outlines-core, found none: pip install 'lora_ext[control]'"
+            f"{where}: expected outlines-core, found none: run "
+            "`pip install --no-build-isolation '.[control]'` in a checkout of lora_ext"
         )
     request |= {
         "folder": str(Path(found.origin).parent.parent),

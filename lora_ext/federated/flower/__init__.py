@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"lora_ext.federated.flower: expected flwr 1.42 or newer, found none ({error}): "
-        "run `pip install lora_ext[fed]`"
+        "run `pip install --no-build-isolation '.[fed]'` in a checkout of lora_ext"
     ) from error
 
 from .client import make_client_app

@@ -19,7 +19,7 @@ from lora_ext._checks import integer, number, require, require_flags
 
 from .embed import MAX_PIXELS, MIN_PIXELS, smart_resize
 
-EXTRA = "run `pip install lora_ext[vision]`"
+EXTRA = "run `pip install --no-build-isolation '.[vision]'` in a checkout of lora_ext"
 try:
     from transformers.image_processing_base import BatchFeature
     from transformers.image_processing_utils import BaseImageProcessor
