@@ -1,4 +1,4 @@
-"""Everything that measures: clocks, repeats, the machine's copy bandwidth, rows of csv files.
+"""Everything that measures: clocks, repeats, errors, copy bandwidth, rows of csv files.
 
 Calls that are compared run interleaved, a round of each at a time, so that a machine that slows
 down slows all of them. Reported: the median over the rounds, the 20th and the 80th percentile.
@@ -21,9 +21,13 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[], object]
+# Share of the largest entry that counts as error of every peer: 128 float32 roundings. A peer whose
+# sums happen to come out exactly must not forbid another order of the same sums.
+MIN_PEER_ERROR = 2.0**-17
 
 
 @runtime_checkable
@@ -88,6 +92,23 @@ def seconds(call: Call, count: int) -> float:
     for _ in range(count):
         call()
     return time.perf_counter() - start
+
+
+def error_over_bound(ours: Tensor, peer: Tensor, exact: Tensor) -> float:
+    """Return the largest error of ``ours`` divided by its bound; a result above 1 is wrong.
+
+    The bound holds on every processor: three times the largest error of ``peer``, or of
+    ``MIN_PEER_ERROR`` of the largest entry of ``exact`` if the peer is closer than that.
+
+    Args:
+        ours: the result to check.
+        peer: another implementation's result, in the same dtype and on the same inputs.
+        exact: the result in float64 on the same inputs.
+    """
+    exact = exact.double()
+    error, peer_error = ((found.double() - exact).abs().max() for found in (ours, peer))
+    bound = 3 * torch.maximum(peer_error, MIN_PEER_ERROR * exact.abs().max())
+    return float(error / bound.clamp(min=1e-300))
 
 
 def copy_call(nbytes: int = 256 << 20, device: str = "cpu") -> tuple[Call, int]:

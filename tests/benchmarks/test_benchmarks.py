@@ -56,6 +56,19 @@ def test_mixed_ranks_are_checked_and_charged_at_their_own_rank(monkeypatch):
         lora_ops.check(mixed, lora_ops.run_loop)
 
 
+def test_an_error_may_be_three_times_that_of_the_peer_in_the_same_run():
+    exact = torch.tensor([4.0, 1.0], dtype=torch.float64)
+    peer, ours = (exact + exact.new_tensor([0.0, off]) for off in (0.01, -0.03))
+    assert common.error_over_bound(ours, peer, exact) == pytest.approx(1)
+    least = 3 * 4 * common.MIN_PEER_ERROR
+    assert common.error_over_bound(exact + least, exact, exact) == pytest.approx(1)
+    assert common.error_over_bound(exact, exact, exact) == 0
+    zeros = torch.zeros(2, dtype=torch.float64)
+    assert common.error_over_bound(zeros, zeros, zeros) == 0
+    assert not common.error_over_bound(exact * torch.nan, peer, exact) <= 1
+    assert not common.error_over_bound(ours, peer * torch.nan, exact) <= 1
+
+
 def test_pages_hold_what_the_ranks_need(monkeypatch):
     monkeypatch.setattr(lora_ops, "COLD_BYTES", 1)
     pool = lora_ops.Problem.make(SMALL, "cpu", torch.float32, [8, 16, 8, 16], paged=True)
