@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch: threads that wait sleep instead of spinning, so that tests that run side by side, or
 # beside other work, do not take the cores from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# The folder of tests, before a test of the benchmarks can give its name to benchmarks/methods.py.
+# The folder of tests, before benchmarks/methods.py can take its name.
 import methods  # noqa: F401
 import pytest
 import torch
@@ -22,6 +24,9 @@ import lora_ext
 from lora_ext import ops
 from lora_ext.ops import _registration
 from lora_ext.serving.layers import siblings
+
+# For common, at the end: tests/control and tests/methods have names of benchmarks.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
@@ -40,6 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: runs on a GPU")
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the emulator")
+    config.addinivalue_line(
+        "markers", "hosts: also runs under other processors' code (`make hosts`)"
+    )
     config.addinivalue_line("markers", "slow: needs a real model or more than ten seconds")
     config.addinivalue_line("markers", "sanitized: compiles all twins or kernels with sanitizers")
 
@@ -51,6 +59,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("sanitized"):
                 item.add_marker(skip)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    lora_ext._C.set_cpu_isa(os.environ.get("LX_ISA", ""))  # of tests that choose none
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -114,7 +114,7 @@ def test_a_hook_on_the_base_sees_every_call():
     assert_same(
         layer, x, lambda: lora_forward(x, layer.base_layer, factors(layer)), lambda: layer(x)
     )
-    assert len(calls) == 2
+    assert len(calls) == 3  # ours, PEFT's, and PEFT's in float64
     handle.remove()
     assert dense_parameters(layer.base_layer) is not None
 
