@@ -2,6 +2,7 @@
 #
 #   make demo    the main job on a real model: train adapters, serve them in one mixed batch
 #   make test    build, emulator included, and run the tests
+#   make hosts   the tests that touch torch's products, under the code of other processors
 #   make check   everything CI runs (SKIP_CUDA_TORCH=1 leaves out the check that downloads a 5 GB torch)
 #   make gpu     the GPU leg, CALL=1, 2 or 3, nine minutes each: needs a GPU and a python with a CUDA torch (PYTHON=...); installs nothing
 #   make asan    before a release: the ops' tests on the CPU, with AddressSanitizer and UBSan (about half an hour)
@@ -30,15 +31,15 @@ find_cuda_python = for p in python3 python python3.14 python3.13 python3.12 pyth
 # Tests compile the kernels wherever there is an nvcc. A plain build does so beside a CUDA torch alone.
 nvcc := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
 # Beside a CUDA torch and without nvcc it has to be told that no kernels are wanted: here a first look is.
-build-emu test: export LORA_EXT_CUDA ?= $(if $(nvcc),1,0)
+build-emu test hosts: export LORA_EXT_CUDA ?= $(if $(nvcc),1,0)
 check: export LORA_EXT_CUDA ?= 1
 ifeq ($(nvcc),)
 demo build bench $(VENV)/editable.stamp: export LORA_EXT_CUDA ?= 0
 endif
 
-.PHONY: help demo test check gpu asan bench wheels docs vllm build build-emu clean
+.PHONY: help demo test hosts check gpu asan bench wheels docs vllm build build-emu clean
 help:
-	@sed -n '3,12s/^# *//p' Makefile
+	@sed -n '3,13s/^# *//p' Makefile
 
 $(VENV)/base.stamp: pyproject.toml
 	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VENV)
@@ -66,6 +67,9 @@ demo: $(VENV)/extras-demo.stamp build
 
 test: build-emu
 	$(PY) -m pytest -q -n 2 --dist worksteal --require-emu
+
+hosts: build-emu
+	$(PY) tools/hosts.py
 
 # Packages come from the network while the compiler has the cores; without a toolkit it needs the headers among them.
 check: export LORA_EXT_EMU = 1

@@ -16,6 +16,8 @@ from lora_ext.layers.lora_forward import LoraFactors, dense_parameters, lora_for
 from lora_ext.reference.lora_train import dropout_keep
 from lora_ext.rows.rows import rows_of
 
+pytestmark = pytest.mark.hosts
+
 
 def factors(layer: PeftLinear) -> list[LoraFactors]:
     found = []

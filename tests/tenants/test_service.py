@@ -20,6 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_ext.tenants import Datum, QueueFullError, Service, Tenant
 from lora_ext.tenants.optimizer import Optimizer, checked_settings
 
+pytestmark = pytest.mark.hosts
+
 VOCAB, NAN = 97, float("nan")
 
 
