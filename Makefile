@@ -3,6 +3,7 @@
 #   make demo    the main job on a real model: train adapters, serve them in one mixed batch
 #   make curve   the README's picture: one batch of 1 to 64 rows, each with an adapter of its own
 #   make test    build, emulator included, and run a few cases of every quick test: about five minutes after the build
+#   make hosts   the tests that touch torch's products, under the code of other processors
 #   make check   build for all architectures and run all tests and checks (SKIP_CUDA_TORCH=1: not the one that downloads 5 GB)
 #   make gpu     the GPU leg, CALL=1, 2 or 3, nine minutes each: needs a GPU and a python with a CUDA torch (PYTHON=...); installs nothing
 #   make asan    before a release: the ops' tests on the CPU, with AddressSanitizer and UBSan (about half an hour)
@@ -33,12 +34,12 @@ find_cuda_python = for p in python3 python python3.14 python3.13 python3.12 pyth
 nvcc := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
 check: export LORA_EXT_CUDA ?= 1
 ifeq ($(nvcc),)
-demo curve test build build-emu bench $(VENV)/editable.stamp: export LORA_EXT_CUDA ?= 0
+demo curve test hosts build build-emu bench $(VENV)/editable.stamp: export LORA_EXT_CUDA ?= 0
 endif
 
-.PHONY: help demo curve test check gpu asan bench wheels docs vllm build build-emu clean
+.PHONY: help demo curve test hosts check gpu asan bench wheels docs vllm build build-emu clean
 help:
-	@sed -n '3,13s/^# *//p' Makefile
+	@sed -n '3,14s/^# *//p' Makefile
 
 $(VENV)/base.stamp: pyproject.toml
 	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VENV)
@@ -69,6 +70,9 @@ curve: $(VENV)/extras-demo.stamp build
 
 test: build-emu
 	$(PY) -m pytest -q --quick -n 2 --dist worksteal --require-emu
+
+hosts: build-emu
+	$(PY) tools/hosts.py
 
 # Packages come from the network while the compiler has the cores; without a toolkit it needs the headers among them.
 check: export LORA_EXT_EMU = 1

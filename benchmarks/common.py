@@ -94,20 +94,23 @@ def seconds(call: Call, count: int) -> float:
     return time.perf_counter() - start
 
 
-def error_over_bound(ours: Tensor, peer: Tensor, exact: Tensor) -> float:
+def error_over_bound(
+    ours: Tensor, peer: Tensor, exact: Tensor, least: float = MIN_PEER_ERROR
+) -> float:
     """Return the largest error of ``ours`` divided by its bound; a result above 1 is wrong.
 
     The bound holds on every processor: three times the largest error of ``peer``, or of
-    ``MIN_PEER_ERROR`` of the largest entry of ``exact`` if the peer is closer than that.
+    ``least`` times the largest entry of ``exact`` if the peer is closer than that.
 
     Args:
         ours: the result to check.
         peer: another implementation's result, in the same dtype and on the same inputs.
         exact: the result in float64 on the same inputs.
+        least: share of the largest entry that counts as error of every peer.
     """
     exact = exact.double()
     error, peer_error = ((found.double() - exact).abs().max() for found in (ours, peer))
-    bound = 3 * torch.maximum(peer_error, MIN_PEER_ERROR * exact.abs().max())
+    bound = 3 * torch.maximum(peer_error, least * exact.abs().max())
     return float(error / bound.clamp(min=1e-300))
 
 
@@ -139,6 +142,7 @@ def machine_columns(device: str = "cpu") -> dict[str, object]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": name,
+        "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "isa": _loader.load().cpu_isa() if device == "cpu" else "",
         "torch": torch.__version__,
@@ -149,6 +153,8 @@ def machine_columns(device: str = "cpu") -> dict[str, object]:
 def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
     """Append to a csv file. A file with other columns is an error, not a mixture.
 
+    Rows that were written before the column ``cpu`` existed get an empty one.
+
     Raises:
         ValueError: naming the file.
     """
@@ -158,8 +164,12 @@ def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
     columns = list(rows[0])
     if path.exists():
         with path.open(newline="") as file:
-            found = next(csv.reader(file), [])
-        if found != columns:
+            reader = csv.DictReader(file)
+            found, old = list(reader.fieldnames or []), list(reader)
+        if found == [column for column in columns if column != "cpu"]:
+            path.unlink()
+            append_rows(path, [{column: row.get(column, "") for column in columns} for row in old])
+        elif found != columns:
             raise ValueError(f"{path}: expected the columns {columns}, found {found}; move it away")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns)

@@ -8,6 +8,7 @@ anything is timed.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import os
 import statistics
@@ -17,7 +18,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
 import torch
-from common import interleaved, peak_bytes
+from common import error_over_bound, interleaved, peak_bytes
 from peft import LoraConfig, get_peft_model
 from row import Row, timing_columns
 from torch import Tensor, nn
@@ -29,7 +30,6 @@ import lora_ext
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAMES = [f"adapter{i}" for i in range(8)]
 RANK = 16
-LOSS_BOUND = 1e-4  # of losses near log(vocabulary), in float32
 # (in, out, rank, tokens)
 LAYERS = ((576, 1536, 16, 1024), (2048, 2048, 16, 1024), (2048, 2048, 64, 1024))
 
@@ -119,9 +119,13 @@ def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]
             layer(part).backward(gradient)
 
     ours()
-    theirs()
-    for mine, other in pairs:
-        _same(mine.grad, other.grad, "gradient of an adapter")
+    own = [mine.grad for mine, _ in pairs]
+    for i, layer in enumerate(single):
+        _, *peer = _results(layer, layer, parts[i], dy[i])
+        wide = copy.deepcopy(layer).double()
+        _, *exact = _results(wide, wide, parts[i].double(), dy[i])
+        for each in zip(own[2 * i : 2 * i + 2], peer, exact, strict=True):
+            _check(*each, "gradient of an adapter")
     times = interleaved({"peft": theirs, "lora_ext": ours}, rounds, min_seconds=0.05)
     for name, time in times.items():
         yield Row(
@@ -164,7 +168,7 @@ def bench_modalities(rounds: int, samples: int = 12, length: int = 64) -> Iterat
     def together() -> Tensor:
         return layer(x)
 
-    def alone() -> Tensor:
+    def alone(x: Tensor = x, layer: nn.Module = layer) -> Tensor:
         return torch.cat([layer(x[i], adapter_ids=own) for i, own in each])
 
     def step(forward: Callable[[], Tensor]) -> Callable[[], None]:
@@ -175,14 +179,10 @@ def bench_modalities(rounds: int, samples: int = 12, length: int = 64) -> Iterat
         return run
 
     with lora_ext.adapters(names), lora_ext.nn.modality(mask):
-        grads: list[list[Tensor]] = []
-        for forward in (alone, together):
-            step(forward)()
-            own = [p.grad for p in _factors(layer)]
-            grads.append([torch.zeros(()) if g is None else g.clone() for g in own])
-        error = max(_same(b, a, "modalities") for a, b in zip(*grads, strict=True))
-        with torch.no_grad():
-            error = max(error, _same(together(), alone(), "modalities"))
+        wide = copy.deepcopy(layer).double()
+        found = [_results(layer, layer, x, dy), _results(layer, alone, x, dy)]
+        found.append(_results(wide, functools.partial(alone, layer=wide), x.double(), dy))
+        error = max(_check(*each, "modalities") for each in zip(*found, strict=True))
         for way, calls in (
             ("forward", {"per sample": alone, "lora_ext": together}),
             ("forward and backward", {"per sample": step(alone), "lora_ext": step(together)}),
@@ -232,24 +232,34 @@ def _step_of(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
 
 
 def _check_layer(theirs: Any, ours: Any, x: Tensor, dy: Tensor) -> float:
-    """The same results and gradients without dropout, whose masks are each one's own."""
+    """Compare results and gradients without dropout, whose masks differ between the two."""
+    wide, x64 = copy.deepcopy(theirs).double(), x.detach().double().requires_grad_()
     found: list[list[Tensor]] = []
-    for layer in (theirs, ours):
+    for layer, rows in ((ours, x), (theirs, x), (wide, x64)):
         layer.eval()
-        _step_of(layer, x, dy)()
-        gradients = [p.grad.clone() for p in _factors(layer) if p.grad is not None]
-        assert x.grad is not None
-        found.append([layer(x).detach(), x.grad.clone(), *gradients])
+        rows.grad = None
+        found.append(_results(layer, layer, rows, dy))
+        assert rows.grad is not None
+        found[-1].append(rows.grad.clone())
         layer.train()
-    return max(_same(b, a, "layer") for a, b in zip(*found, strict=True))
+    return max(_check(*each, "layer") for each in zip(*found, strict=True))
 
 
-def _same(got: Tensor, expected: Tensor, what: str) -> float:
-    """Error over its bound: 64 roundings of the largest entry, for sums over up to 2048 terms."""
-    bound = 64 * 2.0**-24 * expected.abs().max().item()
-    worst = (got - expected).abs().max().item() / bound
+def _results(
+    layer: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor
+) -> list[Tensor]:
+    """Return ``forward(x)`` and the gradients of the layer's factors."""
+    layer.zero_grad()
+    y = forward(x)
+    y.backward(dy.to(y.dtype))
+    return [y.detach(), *(p.grad.clone() for p in _factors(layer) if p.grad is not None)]
+
+
+def _check(ours: Tensor, peer: Tensor, exact: Tensor, what: str) -> float:
+    """Return the error over its bound."""
+    worst = error_over_bound(ours, peer, exact)
     if not worst <= 1:
-        raise SystemExit(f"lora_layers: {what}: found {worst:.3g} times the bound of PEFT's result")
+        raise SystemExit(f"lora_layers: {what}: found {worst:.3g} times the bound of the error")
     return worst
 
 
@@ -279,24 +289,31 @@ def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
             for key, parameter in model.named_parameters():
                 if "lora_" in key:
                     state[key].copy_(parameter)
-    optimizers = {name: optimizer_of(model, name) for name, model in alone.items()}
+    wide = copy.deepcopy(base).double()
+    exact = {name: with_adapters(wide, [name]) for name in NAMES}
+    for name, model in exact.items():
+        model.load_state_dict(alone[name].state_dict())
+    runs = [
+        (models, {name: optimizer_of(model, name) for name, model in models.items()})
+        for models in (alone, exact)
+    ]
     shared = {name: optimizer_of(together, name) for name in NAMES}
     for length in (16, 64):
         ids = torch.randint(0, 49152, (len(NAMES), length), generator=torch.manual_seed(1))
 
-        def eight_runs(ids: Tensor = ids) -> list[float]:
+        def eight_runs(of: Any = runs[0], ids: Tensor = ids) -> list[float]:
+            models, optimizers = of
             return [
-                _model_step(alone[name], ids[i : i + 1], None, [optimizers[name]])[0]
+                _model_step(models[name], ids[i : i + 1], None, [optimizers[name]])[0]
                 for i, name in enumerate(NAMES)
             ]
 
         def at_once(ids: Tensor = ids) -> list[float]:
             return _model_step(together, ids, NAMES, list(shared.values()))
 
-        for _ in range(2):
-            worst = max(abs(a - b) for a, b in zip(at_once(), eight_runs(), strict=True))
-            if not worst <= LOSS_BOUND:
-                raise SystemExit(f"lora_layers: losses differ from PEFT's by {worst:.3g}")
+        steps = (at_once, eight_runs, functools.partial(eight_runs, runs[1]))
+        losses = [torch.tensor([step() for step in steps], dtype=torch.float64) for _ in range(2)]
+        worst = max(_check(*each, "losses") for each in losses)
         gc.collect()
         times = interleaved({"peft": eight_runs, "lora_ext": at_once}, rounds, warm_up=0)
         for name, time in times.items():
@@ -309,7 +326,7 @@ def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
                 rank=RANK,
                 **timing_columns(time, "ms"),
                 over_peft=times["peft"].over(time),
-                worst_error=worst / LOSS_BOUND if name == "lora_ext" else "",
+                worst_error=worst if name == "lora_ext" else "",
             )
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from common import Call, Timing, interleaved
+from common import Call, Timing, error_over_bound, interleaved
 from lora_model import MODULES, NAMES, RANK, Step
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,8 +36,6 @@ WIDTHS, WIDE_ROWS = (144, 172, 1000), (17, 128, 512)
 COLD_BYTES = 64 << 20  # weights of one shape that are used in turn
 MOST = 0.75
 MATRICES = ("ops", "model", "widths")
-# The same products summed in another order, layer after layer.
-LOGIT_BOUND = {torch.float32: 2.0**-16, torch.bfloat16: 2.0**-4}
 
 
 class OwnTime:
@@ -77,10 +75,9 @@ def products(x: Tensor, weights: list[Tensor]) -> dict[str, Call]:
             [torch.ops.mkldnn._reorder_linear_weight(w, 16) for w in weights],
             lambda w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
         )
-    exact = x.double() @ weights[0].double().t()
-    bound = x.shape[1] * torch.finfo(x.dtype).eps * exact.abs().max()
+    exact, peer = x.double() @ weights[0].double().t(), F.linear(x, weights[0])
     for name, (kept, call) in each.items():
-        if not (call(kept[0]) - exact).abs().max() <= bound:
+        if not error_over_bound(call(kept[0]), peer, exact) <= 1:
             raise SystemExit(f"packed_linear: {name}, {rows} rows of {x.shape[1]} -> {out}: wrong")
     return {name: functools.partial(_all, kept, call) for name, (kept, call) in each.items()}
 
@@ -132,21 +129,40 @@ def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
 
 
 def engines(dtype: torch.dtype) -> dict[str, Any]:
-    """SmolLM2-135M with and without adapters and packed weights; the weights are shared."""
+    """SmolLM2-135M with and without adapters and packed weights; the weights are shared.
+
+    The names that end with float64 are those of the models without packed weights in float64.
+    """
     base = load_smollm2()[0].to(dtype).requires_grad_(False)
-    shared = {id(p): p for p in base.parameters()}
-    pages = len(NAMES) * RANK // 8
-    pool = lora_ext.AdapterPool(
-        base, max_slots=len(NAMES), max_rank=RANK, pages=pages, targets=MODULES
-    )
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": MODULES}
-    for name in NAMES:
-        pool.load(name, (config, _factors(base, dtype)))
-    attached, packed = (copy.deepcopy(base, dict(shared)) for _ in range(2))
+    wide = copy.deepcopy(base).double()
+    shared = {id(p): p for p in (*base.parameters(), *wide.parameters())}
+    adapters = {name: _factors(base, dtype) for name in NAMES}
+    pool, wide_pool = (_pool(model, adapters) for model in (base, wide))
+    attached, packed, base_packed = (copy.deepcopy(base, dict(shared)) for _ in range(3))
+    attached_wide = copy.deepcopy(wide, dict(shared))
     lora_ext.attach(attached, pool)
     lora_ext.attach(packed, pool, pack_base=True)
-    base_packed = nn.pack_linears(copy.deepcopy(base, dict(shared)))
-    return {"base": base, "base packed": base_packed, "lora_ext": attached, "packed": packed}
+    lora_ext.attach(attached_wide, wide_pool)
+    nn.pack_linears(base_packed)
+    return {
+        "base": base,
+        "base packed": base_packed,
+        "lora_ext": attached,
+        "packed": packed,
+        "base, float64": wide,
+        "lora_ext, float64": attached_wide,
+    }
+
+
+def _pool(model: Any, adapters: Mapping[str, Mapping[str, Tensor]]) -> lora_ext.AdapterPool:
+    pages = len(NAMES) * RANK // 8
+    pool = lora_ext.AdapterPool(
+        model, max_slots=len(NAMES), max_rank=RANK, pages=pages, targets=MODULES
+    )
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": MODULES}
+    for name, factors in adapters.items():
+        pool.load(name, (config, {key: t.to(model.dtype) for key, t in factors.items()}))
+    return pool
 
 
 def _factors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -172,13 +188,14 @@ def bench_model(
             engine = "base" if name.startswith("base") else "lora_ext"
             steps[name] = Step(model, tokens, NAMES[:rows], engine, True)
         logits: dict[str, Any] = {name: step() for name, step in steps.items()}
-        bound = LOGIT_BOUND[dtype] * logits["lora_ext"].abs().max()
         for name, other in (("packed", "lora_ext"), ("base packed", "base")):
-            worst = (logits[name] - logits[other]).abs().max() / bound
+            worst = error_over_bound(logits[name], logits[other], logits[f"{other}, float64"])
             if not worst <= 1:
                 raise SystemExit(f"packed_linear: {rows} rows, {name}: {worst:.2g} x its bound off")
-        if not (logits["packed"] - logits["base"]).abs().amax(-1).min() > bound:
+        each = (logits[name] for name in ("base", "lora_ext", "lora_ext, float64"))
+        if not min(map(error_over_bound, *each)) > 1:
             raise SystemExit(f"packed_linear: {rows} rows: the adapters make no difference")
+        steps = {name: step for name, step in steps.items() if "float64" not in name}
         if torch.get_num_threads() == 1:
             steps = {name: OwnTime(step) for name, step in steps.items()}
         yield rows, interleaved(steps, rounds)

@@ -218,9 +218,9 @@ def promises(rows: Rows) -> str:
         found, pages = pool["pool"], pool["pool's pages"]
         fits = "" if found == pages else "missed"
         lines.append(f"| bytes of the pool, against its pages' | {pages} | {found} | | {fits} |")
-    columns = ("date", "device", "threads", "isa", "torch", "revision")
+    columns = ("date", "device", "cpu", "threads", "isa", "torch", "revision")
     machines = dict.fromkeys(
-        ", ".join(f"{c} {r[c][:10] if c == 'date' else r[c]}" for c in columns if r[c])
+        ", ".join(f"{c} {r[c][:10] if c == 'date' else r[c]}" for c in columns if r.get(c))
         for r in used
     )
     return "\n".join([*lines, "", *(f"Measured: {machine}." for machine in machines)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 # beside other work, do not take the cores from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# The folder of tests, before a test of the benchmarks can give its name to benchmarks/methods.py.
+# The folder of tests, before benchmarks/methods.py can take its name.
 import methods  # noqa: F401
 import pytest
 import torch
@@ -26,6 +27,9 @@ from lora_ext.ops import _registration
 from lora_ext.serving.layers import siblings
 
 QUICK_CASES = 2  # of one test, op and backend, with --quick
+
+# For common, at the end: tests/control and tests/methods have names of benchmarks.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
@@ -55,6 +59,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the emulator")
     config.addinivalue_line(
         "markers", "slow: runs a compiler, an example, a real model, or more than four seconds"
+    )
+    config.addinivalue_line(
+        "markers", "hosts: also runs under other processors' code (`make hosts`)"
     )
     config.addinivalue_line("markers", "sanitized: compiles all twins or kernels with sanitizers")
 
@@ -91,6 +98,10 @@ def _quick(items: list[pytest.Item]) -> list[pytest.Item]:
         for i in range(min(len(group), QUICK_CASES))
     }
     return [item for item in items if item in kept]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    lora_ext._C.set_cpu_isa(os.environ.get("LX_ISA", ""))  # of tests that choose none
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,8 +1,10 @@
 """PEFT's layers, and what it means to agree with them."""
 
 import copy
+from collections.abc import Callable
 
 import torch
+from common import MIN_PEER_ERROR, error_over_bound
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
@@ -34,30 +36,49 @@ def gradients(y: Tensor, layer: nn.Module, x: Tensor) -> dict[str, Tensor | None
     return found
 
 
-def assert_same(layer: PeftLinear, x: Tensor, ours, theirs) -> None:
-    y, expected = ours(), theirs()
-    assert y.dtype == expected.dtype
-    torch.testing.assert_close(y, expected, **CLOSE)
-    mine, peft = gradients(y, layer, x), gradients(expected, layer, x)
-    for name in peft:
-        assert (mine[name] is None) == (peft[name] is None), name
-    both = [n for n in peft if peft[n] is not None]
-    torch.testing.assert_close({n: mine[n] for n in both}, {n: peft[n] for n in both}, **CLOSE)
+def assert_same(
+    layer: PeftLinear, x: Tensor, ours: Callable[[], Tensor], theirs: Callable[[], Tensor]
+) -> None:
+    """Compare two forwards of ``layer`` and their gradients; ``theirs`` also runs in float64."""
+    mine, peft = _results(ours, layer, x), _results(theirs, layer, x)
+    dtype = x.dtype
+    layer.double()
+    x.data = x.data.double()
+    exact = _results(theirs, layer, x)
+    layer.to(dtype)
+    x.data = x.data.to(dtype)
+    _assert_within(mine, peft, exact)
 
 
 def assert_layers_agree(ours: nn.Module, theirs: nn.Module, x: Tensor, **names) -> None:
     """Output and every gradient; ``names`` go to PEFT's ``adapter_names`` and our
     ``adapter_ids``."""
-    y = ours(x, *names.values())
-    expected = theirs(x, **names)
-    assert y.dtype == expected.dtype
-    torch.testing.assert_close(y, expected, **CLOSE)
-    mine, peft = gradients(y, ours, x), gradients(expected, theirs, x)
+    mine = _results(lambda: ours(x, *names.values()), ours, x)
+    peft = _results(lambda: theirs(x, **names), theirs, x)
+    wide = copy.deepcopy(theirs).double()
+    x64 = x.detach().double().requires_grad_() if x.is_floating_point() else x
+    _assert_within(mine, peft, _results(lambda: wide(x64, **names), wide, x64))
+
+
+Results = dict[str, Tensor | None]
+
+
+def _results(run: Callable[[], Tensor], layer: nn.Module, x: Tensor) -> Results:
+    y = run()
+    return {"y": y.detach(), **gradients(y, layer, x)}
+
+
+def _assert_within(mine: Results, peft: Results, exact: Results) -> None:
+    """Hold the errors of ours to those of PEFT on the same data."""
     assert mine.keys() == peft.keys()
-    for name in peft:
-        assert (mine[name] is None) == (peft[name] is None), name
-    both = [n for n in peft if peft[n] is not None]
-    torch.testing.assert_close({n: mine[n] for n in both}, {n: peft[n] for n in both}, **CLOSE)
+    for name, true in exact.items():
+        ours, other = mine[name], peft[name]
+        assert (ours is None) == (other is None), name
+        if ours is not None and other is not None and true is not None:
+            assert ours.dtype == other.dtype and ours.shape == other.shape, name
+            least = 2.0**-46 if other.dtype == torch.float64 else MIN_PEER_ERROR
+            worst = error_over_bound(ours, other, true, least) if ours.numel() else 0
+            assert worst <= 1, f"{name}: {worst:.3g} times the bound"
 
 
 def assert_as_exact(run, ours: nn.Module, theirs: nn.Module, x: Tensor, unit: float) -> None:

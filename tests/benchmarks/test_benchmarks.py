@@ -1,5 +1,7 @@
 """The benchmarks check what they time, keep their files straight, and report misses as misses."""
 
+import copy
+import csv
 import sys
 from pathlib import Path
 
@@ -143,6 +145,31 @@ def test_a_ratio_is_taken_round_by_round():
     assert slow.over(fast) == 2.0
 
 
+def test_rows_without_the_processor_get_an_empty_column_for_it(tmp_path):
+    row = {"device": "H100", "cpu": "Xeon", "a": "3"}
+    for name, old in (
+        ("old", [{"device": "T4", "a": "1,5"}, {"device": "T4", "a": "2"}]),
+        ("new", []),
+    ):
+        path = tmp_path / f"{name}.csv"
+        common.append_rows(path, old)
+        common.append_rows(path, [row])
+        common.append_rows(path, [row])
+        with path.open(newline="") as file:
+            assert list(csv.DictReader(file)) == [*({**r, "cpu": ""} for r in old), row, row]
+    with pytest.raises(ValueError, match=r"old\.csv: expected the columns"):
+        common.append_rows(tmp_path / "old.csv", [{"device": "T4", "a": "1"}])
+
+
+def test_rows_name_the_processor_beside_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    common.machine_columns.cache_clear()
+    gpu, cpu = common.machine_columns("cuda"), common.machine_columns("cpu")
+    common.machine_columns.cache_clear()
+    assert list(cpu)[:3] == ["date", "device", "cpu"]
+    assert gpu["device"] == "H100" and gpu["cpu"] == cpu["cpu"] == cpu["device"] != ""
+
+
 def test_a_file_with_other_columns_is_refused(tmp_path):
     path = tmp_path / "x.csv"
     common.append_rows(path, [{"a": 1, "b": 2}])
@@ -191,8 +218,12 @@ def test_logits_of_swapped_adapters_are_refused(engines):
             "peft": lora_model.Step(engines[1].peft, tokens, names[:2], "peft", False)(),
             "lora_ext": lora_model.Step(engines[1].ours, tokens, names[1::-1], "lora_ext", False)(),
         }
+        wide = copy.deepcopy(engines[1].peft).double()
+        exact = lora_model.Step(wide, tokens, names[:2], "peft", False)()
     with pytest.raises(SystemExit, match="within 1 bound of PEFT"):
-        lora_model.check("swapped", step)
+        lora_model.check("swapped", step, exact)
+    with pytest.raises(SystemExit, match="10 away in every row"):
+        lora_model.check("no adapters", dict.fromkeys(step, step["peft"]), exact)
 
 
 def test_the_pool_holds_the_adapters_pages_and_no_byte_more(engines):

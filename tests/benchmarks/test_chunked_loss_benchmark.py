@@ -55,7 +55,7 @@ def test_the_benchmark_checks_and_compares(bench: ModuleType) -> None:
     assert len([r for r in rows if r.unit == "ms"]) == 8
     good = (torch.ones(2), torch.ones(3, 4))
     with pytest.raises(SystemExit, match="off by"):
-        bench.check(good, (torch.ones(2), torch.full((3, 4), 1.1)), "case")
+        bench.check((torch.ones(2), torch.full((3, 4), 1.1)), good, good, "case")
 
 
 def test_a_language_model_trains_without_its_logits(bench: ModuleType) -> None:

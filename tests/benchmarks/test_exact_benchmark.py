@@ -27,5 +27,5 @@ def test_every_case_agrees_with_the_plain_model() -> None:
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.row_attention
     monkeypatch.setattr(ops, "row_attention", lambda *a, **k: right(*a, **k) * (1 + 1e-2))
-    with pytest.raises(SystemExit, match=r"attention alone, causal, 9: .* apart"):
+    with pytest.raises(SystemExit, match="attention alone, causal, 9: the error"):
         next(benchmark.measure(benchmark.tiny_model(), 2, SIZES, rounds=1, min_seconds=0))

@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 import lora_ext
 from lora_ext.nn import LoraLinear
 
+pytestmark = pytest.mark.hosts
+
 
 def pair(*settings: dict, base: nn.Module | None = None):
     """PEFT's layer, and ours with its state dict, on equal bases; all adapters active."""

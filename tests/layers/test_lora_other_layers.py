@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import lora_ext
 from lora_ext.nn import LoraConv, LoraEmbedding
 
+pytestmark = pytest.mark.hosts
+
 
 class Scaled(nn.Embedding):
     """As Gemma's: what it looks up is scaled."""

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from lora_ext.nn import LoraConv, LoraFactors, LoraLinear, lora_forward
 from lora_ext.reference.lora_train import dropout_keep
 
+pytestmark = pytest.mark.hosts
+
 IDS = torch.tensor([1, -1, 0, 1, 2, 0, 1, -1, 2, 1])
 
 

@@ -16,6 +16,8 @@ from lora_ext.layers.base import packed_linear
 from lora_ext.layers.base.packed_linear import MOST_ROWS, PackedLinear
 from lora_ext.nn import LoraLinear, pack_linears, packed_bytes, packing, unpack_linears
 
+pytestmark = pytest.mark.hosts
+
 
 def small_integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Their products and sums are exact in float32 in any order."""

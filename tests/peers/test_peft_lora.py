@@ -28,6 +28,8 @@ import lora_ext  # noqa: E402
 from lora_ext.interop.peft import report  # noqa: E402
 from lora_ext.interop.peft.layers import FusedLinear  # noqa: E402
 
+pytestmark = pytest.mark.hosts
+
 CLOSE = 1e-11  # of the largest entry: some hundred roundings of float64
 IDS = torch.randint(2, VOCAB, (4, 6), generator=torch.Generator().manual_seed(5))
 NAMES = ["red", "__base__", "green", "red"]

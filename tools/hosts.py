@@ -1,0 +1,77 @@
+"""Run the tests marked `hosts` under the code of other processors: `python tools/hosts.py`.
+
+torch, oneDNN and MKL choose their code by the processor, and so do the package's own CPU kernels.
+Each setting takes one of these choices away from this processor. Two settings run side by side.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from legs import ROOT, Leg, run
+
+from lora_ext import _C
+
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+PYTEST += ["-m", "hosts and not emulated and not cuda", "-k", "not compile and not graph"]
+
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "LX_ISA": "avx2",
+}
+SETTINGS: dict[str, dict[str, str]] = {
+    "this processor": {},
+    "3 threads": {"OMP_NUM_THREADS": "3"},
+    "torch without AVX": {"ATEN_CPU_CAPABILITY": "default"},
+    "oneDNN SSE41": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "oneDNN AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "MKL SSE4.2": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "all AVX2": AVX2,
+    "lora_ext scalar": {"LX_ISA": "scalar"},
+    "lora_ext avx2": {"LX_ISA": "avx2"},
+    "lora_ext avx512": {"LX_ISA": "avx512"},
+}
+
+
+def marked() -> list[str]:
+    """Return the test files that have the mark; to collect the others takes longer than to run."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if "mark.hosts" in file.read_text()]
+
+
+def lacking(env: dict[str, str]) -> str | None:
+    """Return why this processor cannot run a setting, or None."""
+    before = _C.cpu_isa()
+    try:
+        _C.set_cpu_isa(env.get("LX_ISA", ""))
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    _C.set_cpu_isa(before)
+    return None
+
+
+def processor() -> str:
+    """Return the model name that lscpu prints."""
+    lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+    names = [line for line in lines.splitlines() if line.startswith("Model name:")]
+    return names[0].partition(":")[2].strip() if names else "unknown"
+
+
+def main() -> int:
+    print(f"processor: {processor()}; lora_ext's best instruction set: {_C.cpu_isa()}")
+    legs: list[Leg] = []
+    for name, env in SETTINGS.items():
+        reason = lacking(env)
+        if reason:
+            print(f"{name}: skipped: {reason}")
+            continue
+        env = {"OMP_NUM_THREADS": "1", **env}
+        legs.append(Leg(name, PYTEST + marked(), 600, env=env, beside=len(legs) % 2 == 1))
+    return 1 if run(legs, ROOT / "out" / "hosts") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
