@@ -25,6 +25,7 @@ from .prior import PriorHead
 Progress = Callable[..., Iterable[Any]]
 _WHERE = "distil"
 _CHUNK = 256
+_TRIED = 8  # points to draw the first centres from, for each cluster
 _AHEAD = 8  # tokens by whose likelihood a prior head is learned and measured
 
 
@@ -217,14 +218,27 @@ def _learned(
 
 
 def _clusters(points: Tensor, count: int, progress: Progress | None) -> Tensor:
-    """k-means in 15 rounds: which cluster each point belongs to, ``(n,)``."""
-    centres = points[torch.randperm(len(points))[:count]].clone()
+    """Return the cluster of each point, ``(n,)``: k-means in 15 rounds."""
+    centres = _spread(points[torch.randperm(len(points))[: _TRIED * count]], count)
     for _ in _shown(range(15), progress, "clusters"):
         nearest = _nearest(points, centres)
         size = torch.bincount(nearest, minlength=count)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
         centres = torch.where(size[:, None] > 0, sums / size.clamp(min=1)[:, None], centres)
     return _nearest(points, centres)
+
+
+def _spread(points: Tensor, count: int) -> Tensor:
+    """Return first centres ``(count, D)``, drawn one by one by k-means++ (Arthur and
+    Vassilvitskii 2007). Equal points, which share a context, are not drawn twice: rounding would
+    choose between two centres at one place.
+    """
+    chosen = torch.zeros(count, dtype=torch.long)
+    gap = torch.full((len(points),), torch.inf)
+    for i in range(1, count):
+        gap = torch.minimum(gap, (points - points[chosen[i - 1]]).square().sum(1))
+        chosen[i] = torch.multinomial(gap.clamp(min=torch.finfo(gap.dtype).tiny), 1)
+    return points[chosen]
 
 
 def _nearest(points: Tensor, centres: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ class ConstraintProcessor:
     law, or with a guide the guided law (docs/control.md). No row ends by its length: the last token
     of the budget ends a text that has not ended before. Rows without a constraint keep their bits.
 
-    One processor serves one call of ``generate`` after the other. Whatever else changes the scores
+    One processor serves one call of ``generate`` after the other. A run is over when ``generate``
+    returns: every row has an end token, or ``max_new_tokens`` have come. A call on the rows that it
+    returned begins the next run, with the whole budget. Whatever else changes the scores
     afterwards, such as top_p, changes the law but not the satisfaction; penalties,
     ``min_new_tokens`` of ``generate`` and stop rules may take away what a constraint needs.
 
@@ -69,6 +71,9 @@ class ConstraintProcessor:
         require(right, _WHERE, "temperature", "a number above 0", repr(temperature))
         self._plans = plans_of(_WHERE, constraints, guide, max_new_tokens, min_new_tokens, limits)
         self._one = not isinstance(constraints, Sequence)
+        self._budget = max_new_tokens
+        known = [plan.constraint.eos for plan in self._plans if plan is not None]
+        self._ends = sorted({token for eos in known for token in eos})
         self._guide = guide
         self._prior = self._checked_prior(prior)
         self.temperature = float(temperature)
@@ -134,19 +139,24 @@ class ConstraintProcessor:
 
     # --- one run and the next ---------------------------------------------------------------------
     def _goes_on(self, input_ids: Tensor) -> bool:
-        """Whether the rows are those of the last call with one token more."""
+        """Return whether the rows are those of the last call with one token more."""
         if self._prompt is None or len(input_ids) != len(self._rows):
             return False
         start, length = self._prompt.shape[1], input_ids.shape[1]
         if length <= start or not torch.equal(input_ids[:, :start], self._prompt):
             return False
         if length == self._before.shape[1] + 1:
-            return True
+            return not self._is_over(input_ids[:, start:])
         before = self._before.shape[1]
         expected = "the rows of the last call with one token more, or other prompts"
         found = f"{length} columns behind {before} (a new processor starts again)"
         require(length > before, _WHERE, "input_ids", expected, found)
         return False
+
+    def _is_over(self, new: Tensor) -> bool:
+        """Return whether ``generate`` stops behind these new tokens ``(B, n)``."""
+        ends = torch.tensor(self._ends, dtype=new.dtype, device=new.device)
+        return new.shape[1] >= self._budget or bool(torch.isin(new, ends).any(1).all())
 
     def _begin(self, input_ids: Tensor, scores: Tensor) -> None:
         batch = len(input_ids)

@@ -376,6 +376,14 @@ def test_what_is_no_schema_is_refused(schema: Any) -> None:
         ({"type": "object", "properties": {}, "required": [[]]}, "required: expected a list of na"),
         ({"type": "string", "minLength": 2**64}, "#/minLength: expected a whole number from 0 to"),
         ({"type": "array", "items": {"type": "null"}, "minItems": 2**70}, "#/minItems: expected"),
+        (
+            {"type": "array", "items": {"type": "null"}, "minItems": 1, "maxItems": 0},
+            "#/minItems: expected at most maxItems, 0, found 1",
+        ),
+        (
+            {"type": "string", "minLength": 3, "maxLength": 2},
+            "#/minLength: expected at most maxLength, 2, found 3",
+        ),
         ({"enum": [9373.711634780513]}, "9373.711634780513, a number of more digits than are kept"),
         ({"const": {"a": [2**64 + 1]}}, "18446744073709551617, a number of more digits"),
         ({"const": {"a.b": 1}}, "the name 'a.b' in a value"),  # any letter came for the point

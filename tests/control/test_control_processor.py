@@ -153,6 +153,8 @@ def test_rows_have_constraints_of_their_own_and_each_rows_bits_are_its_own() -> 
     for i, c in enumerate(listed):
         alone = ConstraintProcessor(c, small, max_new_tokens=BUDGET)
         for step in range(3):
+            if EOS in [int(d[i]) for d in drawn[:step]]:
+                break  # alone, a row behind its end begins the next run
             one = alone(
                 torch.cat([ids[i : i + 1], *(d[i : i + 1] for d in drawn[:step])], 1),
                 scores[step, i : i + 1],
@@ -170,6 +172,24 @@ def test_one_processor_serves_one_call_after_the_other() -> None:
             torch.tensor(prompt), do_sample=False, max_new_tokens=BUDGET, logits_processor=[how]
         )
         assert all(map(satisfies, new_texts(out, len(prompt[0]))))
+
+
+@pytest.mark.parametrize("ends", ["early", "at the budget", "beside a row without a constraint"])
+def test_a_run_on_the_rows_of_the_run_before_has_a_budget_of_its_own(ends: str) -> None:
+    early = ends == "early"
+    one = Constraint.from_edges([(0, 2, 1)], 0, {1}, V, EOS) if early else constraint()
+    listed = [one, None] if ends.startswith("beside") else one
+    how = ConstraintProcessor(listed, max_new_tokens=BUDGET)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": BUDGET, "eos_token_id": EOS}
+    model, rows = tiny_model(), torch.tensor([[1, 2], [0, 3]])
+    for _ in range(3):
+        start = rows.shape[1]
+        alone = ConstraintProcessor(listed, max_new_tokens=BUDGET)
+        wanted = model.generate(rows, logits_processor=[alone], **settings)
+        rows = model.generate(rows, logits_processor=[how], **settings)
+        assert torch.equal(rows, wanted) and torch.equal(how.log_weight, alone.log_weight)
+        constrained = rows[:1] if ends.startswith("beside") else rows
+        assert all(map(one.accepts, new_texts(constrained, start)))
 
 
 def test_rows_that_another_call_cannot_explain_are_refused() -> None:

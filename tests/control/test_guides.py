@@ -164,6 +164,14 @@ def test_a_distilled_guide_knows_more_than_one_state_does_and_says_what_was_meas
     assert torch.equal(again.prior, many.prior)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_every_context_has_a_state_of_its_own_where_there_are_as_many(seed: int) -> None:
+    """The last token, which is not the end, decides what comes next: eleven contexts, met often."""
+    settings = {"samples": 100, "length": 8, "batch": 50, "em_steps": 0, "prior_steps": 0}
+    found = distil(cyclic_model(), [[0], [1, 2]], 11, seed=seed, **settings)
+    assert len(set(found.emission.argmax(1).tolist())) == 11
+
+
 def test_a_guide_of_one_state_emits_the_mean_of_the_models_laws() -> None:
     model = cyclic_model()
     one = distil(model, torch.tensor([[3]]), 1, samples=40, length=2, em_steps=0, prior_steps=0)

@@ -1,12 +1,14 @@
 """``from_peft`` of models with activated adapters: PEFT's own numbers, by fused layers."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from activated import INVOCATIONS, NAMES, TARGETS, prompts
+import transformers
+from activated import INVOCATIONS, NAMES, TARGETS, activated_pair, prompts
 from tiny import adapted, make_model
 
 import lora_ext
@@ -87,3 +89,36 @@ def test_forwards_that_peft_would_adapt_elsewhere_are_refused(pair: Any, how: An
         ours.generate(input_ids=prompts()[:1], **GREEDY, **how)
     ours.set_adapter("plain")  # which serves all tokens
     ours.generate(input_ids=prompts()[:1], **GREEDY, **how)
+
+
+MANY = {"num_beams": 3, "num_return_sequences": 2}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_beams_are_those_of_an_attached_model(tmp_path: Path, named: bool) -> None:
+    attached, theirs, _ = activated_pair(tmp_path)
+    ours = lora_ext.from_peft(theirs)
+    ids, names = prompts(), NAMES if named else ["act"] * 4
+    with lora_ext.adapters(names, input_ids=ids):
+        wanted = attached.generate(input_ids=ids, **MANY, **GREEDY)
+    ours.set_adapter("act")
+    how = {"adapter_names": names} if named else {}
+    assert torch.equal(ours.generate(input_ids=ids, **how, **MANY, **GREEDY), wanted)
+    if not named:  # PEFT repeats names by the argument num_beams alone, and refuses others
+        config = transformers.GenerationConfig(**MANY, **GREEDY)
+        assert torch.equal(ours.generate(input_ids=ids, generation_config=config), wanted)
+
+
+def test_beams_by_the_models_own_config_are_refused_by_name(pair: Any) -> None:
+    ours, _ = pair
+    ours.base_model.model.generation_config.num_beams = 2
+    with pytest.raises(NotImplementedError, match="from_peft: generate: expected num_beams"):
+        ours.generate(input_ids=prompts(), **GREEDY)
+    ours.generate(input_ids=prompts(), num_beams=2, **GREEDY)
+
+
+def test_offsets_of_another_number_than_rows_are_refused_by_name(pair: Any) -> None:
+    ours, _ = pair
+    message = "from_peft: alora_offsets: expected one per row, for 4 rows, found 8"
+    with pytest.raises(ValueError, match=message):
+        ours(input_ids=prompts(), alora_offsets=[1] * 8)

@@ -176,6 +176,10 @@ def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[An
         whole = type(value) is int and 0 <= value <= _MOST_LENGTH
         expected = f"a whole number from 0 to {_MOST_LENGTH}"
         require(whole, _WHERE, f"{at}/{name}", expected, repr(value)[:80])
+    for least, most in (("minLength", "maxLength"), ("minItems", "maxItems")):
+        low, high = words.get(least, 0), words.get(most)
+        expected = f"at most {most}, {high}"
+        require(high is None or low <= high, _WHERE, f"{at}/{least}", expected, low)
     if kind == "object":
         inside = words.get("properties", {})
         good = isinstance(inside, Mapping)

@@ -14,10 +14,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import nn
 
+from lora_ext._checks import require
 from lora_ext.rows import Activated, Assignment
 
 Offsets = Sequence[int | None]
 _CHUNK = "prefill_chunk_size"
+_COPIES = ("num_beams", "num_return_sequences")
 
 # All layers of a forward are given the same; the last one is kept.
 _last: ContextVar[tuple[tuple[Any, ...], Activated] | None]
@@ -39,12 +41,17 @@ def rows_of_offsets(
         offsets: of each row; None: they serve nobody. leading: ``(B, T)`` or ``(B,)``.
 
     Returns:
-        None where the offsets are of another number than rows.
+        None if the input has more dimensions.
+
+    Raises:
+        ValueError: If there are not as many offsets as rows.
     """
+    if len(leading) > 2:
+        return None
     count, length = leading[0], leading[1] if len(leading) > 1 else 1
     each = tuple(offsets) if offsets is not None else (None,) * count
-    if len(each) != count or len(leading) > 2:
-        return None
+    expected = f"one per row, for {count} rows"
+    require(len(each) == count, "from_peft", "alora_offsets", expected, len(each))
     key = names.names, names.places, tuple(begin), each, length
     last = _last.get()
     if last is None or last[0] != key:
@@ -84,9 +91,24 @@ def offsets_given(model: nn.Module, offsets: Offsets | None) -> Iterator[None]:
             handle.remove()
 
 
+def copies_of_prompt(settings: dict[str, Any], *defaults: Any) -> int:
+    """Return how many rows ``generate`` makes of one prompt; ``defaults`` are further configs."""
+    configs = (settings.get("generation_config"), *defaults)
+    found = [next((n for c in configs if (n := getattr(c, k, None))), 1) for k in _COPIES]
+    return max(settings.get(k) or n for k, n in zip(_COPIES, found, strict=True))
+
+
 def refuse_other_forwards(model: Any, settings: dict[str, Any]) -> None:
     """Raise NotImplementedError for settings of ``generate`` whose forwards see another part of a
-    row than PEFT's offsets mean: no cache, or a prompt in chunks."""
+    row than PEFT's offsets mean (no cache, or a prompt in chunks), and for a number of beams or
+    sequences that only the model's own config has."""
+    given, used = copies_of_prompt(settings), copies_of_prompt(settings, model.generation_config)
+    if given != used:
+        raise NotImplementedError(
+            "from_peft: generate: expected num_beams and num_return_sequences as arguments beside "
+            f"an activated adapter, found {used} rows per prompt by model.generation_config; pass "
+            "them to generate"
+        )
     config = settings.get("generation_config") or model.generation_config
     chosen = {k: settings.get(k, getattr(config, k, None)) for k in ("use_cache", _CHUNK)}
     if chosen["use_cache"] is False or chosen[_CHUNK] is not None:

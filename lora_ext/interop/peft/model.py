@@ -26,7 +26,7 @@ from lora_ext.layers import space_products, unspace_products
 from lora_ext.rows import layouts, refuse_singular, several_processes
 
 from . import quantised
-from .activation import offsets_given, refuse_other_forwards
+from .activation import copies_of_prompt, offsets_given, refuse_other_forwards
 from .adapters import (
     by_reason,
     check_values,
@@ -172,7 +172,7 @@ class FusedLoraModel(LoraModel):
         refuse_singular("from_peft", kwargs)
         names, offsets = kwargs.get("adapter_names"), kwargs.pop("alora_offsets", None)
         if offsets is not None:  # a row of the prompt becomes several
-            count = max(kwargs.get(key) or 1 for key in ("num_beams", "num_return_sequences"))
+            count = copies_of_prompt(kwargs)
             offsets = [offset for offset in offsets for _ in range(count)]
         if names is None:
             refuse_block(self.peft_config, self.active_adapters, warn=True)
