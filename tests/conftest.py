@@ -48,6 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="what `make test` runs: no slow test, and a few cases of each test, op and backend",
     )
+    parser.addoption("--rest", action="store_true", help="what --quick leaves out")
     parser.addoption(
         "--demo", type=lambda path: Path(path).resolve(), metavar="DIR",
         help="run the code of the pages in what `make demo` left in DIR, not in a small stand-in",
@@ -67,11 +68,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--quick"):
-        kept = _quick(items)
-        left = set(items) - set(kept)
-        config.hook.pytest_deselected(items=[item for item in items if item in left])
-        items[:] = kept
+    quick, rest = config.getoption("--quick"), config.getoption("--rest")
+    if quick or rest:
+        chosen = _quick(items)
+        config.hook.pytest_deselected(items=[each for each in items if (each in chosen) == rest])
+        items[:] = [each for each in items if (each in chosen) == quick]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no worker ends with one
     if not config.getoption("--sanitizers"):
         skip = pytest.mark.skip(reason="`make asan` runs it, with --sanitizers")
@@ -80,7 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
-def _quick(items: list[pytest.Item]) -> list[pytest.Item]:
+def _quick(items: list[pytest.Item]) -> set[pytest.Item]:
     """Return the tests that are not slow: of each test, op and backend a few evenly spaced cases.
 
     Every test function that is not slow keeps at least one case on each backend that it has, so
@@ -92,12 +93,11 @@ def _quick(items: list[pytest.Item]) -> list[pytest.Item]:
             params = getattr(getattr(item, "callspec", None), "params", {})
             shared = [getattr(params.get(name), "name", None) for name in ("backend", "op")]
             cases[(item.nodeid.partition("[")[0], *shared)].append(item)
-    kept = {
+    return {
         group[i * len(group) // min(len(group), QUICK_CASES)]
         for group in cases.values()
         for i in range(min(len(group), QUICK_CASES))
     }
-    return [item for item in items if item in kept]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
