@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 
 from lora_ext import ops
 from lora_ext._checks import number, require
@@ -36,7 +37,7 @@ MOST_ROWS = 32
 
 # The compiler of the torch.compile that calls this code, also where it has given a frame up and
 # runs it eagerly: its other frames are compiled.
-_compiler: Any = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+_compiler: Any = getattr(eval_frame, "get_eval_frame_callback", lambda: None)
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _STATE = "_packed_weight"

@@ -168,8 +168,9 @@ def replace_functions(model: nn.Module) -> None:
         stack.enter_context(_entered(model, probe))
         stack.enter_context(probe)
         model(ids)
+    unused: Any = None  # _Positionless runs the module's own forward
     for module in probe.found.values():
-        _Positionless.put_before(module, None)
+        _Positionless.put_before(module, unused)
 
 
 def restore_functions(model: nn.Module) -> None:
