@@ -296,7 +296,7 @@ def save_bert(folder: Path, **settings: Any) -> tuple[Any, Any]:
     config = peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
     for name in ("x", "y"):
         adapted = peft.get_peft_model(copy.deepcopy(model), config)
-        adapted.save_pretrained(folder / "embedders" / name)
+        adapted.save_pretrained(str(folder / "embedders" / name))
     own = copy.deepcopy(model)
     return model, Embedder(own, None, folder / "embedders", pooling="cls", **settings)
 
@@ -305,7 +305,7 @@ async def all_at_once(embedder: Any, asked: list[tuple[Any, str | None]]) -> lis
     """What each request gets: vectors, or its error."""
     calls = (embedder.embed(texts, name) for texts, name in asked)
     found = await asyncio.gather(*calls, return_exceptions=True)
-    return [each if isinstance(each, Exception) else each[0] for each in found]
+    return [each if isinstance(each, BaseException) else each[0] for each in found]
 
 
 def test_an_encoder_embeds_each_text_with_its_adapter(tmp_path: Path) -> None:
