@@ -117,8 +117,11 @@ def spaced(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def with_spaced_gradient(y: Tensor) -> Tensor:
-    """Return ``y (..., O)``, the result of a product, whose gradient becomes :func:`spaced`: it is
-    the left operand of the product that gives ``dx``. A compiled graph leaves it as it is."""
+    """Return ``y (..., O)``, a product, after making its gradient :func:`spaced`.
+
+    The gradient is the left operand of the product that gives ``dx``. A compiled graph leaves it as
+    it is.
+    """
     if y.requires_grad and _needs_space(y) and not compiles():
         y.register_hook(spaced)
     return y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,8 +49,10 @@ def reading_behind() -> Iterator[None]:
     is no multiple of 32.
     """
     library = torch.library.Library("aten", "IMPL")
-    for name, function in {"mm": _mm, "mm.out": _mm_out, "addmm": _addmm}.items():
-        library.impl(name, function, "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        for name, function in {"mm": _mm, "mm.out": _mm_out, "addmm": _addmm}.items():
+            library.impl(name, function, "CPU", allow_override=True)
     try:
         yield
     finally:
