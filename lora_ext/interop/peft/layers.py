@@ -170,7 +170,11 @@ class FusedLinear(Fused, PeftLinear):
 FusedLinear.__name__ = PeftLinear.__name__
 
 
-@dora.cache_decorator("weight-norm")
+# PEFT 0.18 has no ``DoraCaching``.
+_cached = getattr(dora, "cache_decorator", lambda _key: lambda function: function)
+
+
+@_cached("weight-norm")
 def _norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: str) -> Tensor:
     """The norm of a DoRA adapter, which PEFT keeps in its layer ``_`` under ``DoraCaching``."""
     return ops.lora_dora_norm(weight, factors.a, factors.b, factors.scaling)
