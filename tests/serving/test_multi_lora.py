@@ -16,8 +16,6 @@ import lora_ext
 from lora_ext.nn import MultiLoraLinear
 from lora_ext.rows import context
 
-pytestmark = pytest.mark.hosts
-
 PER_SEQUENCE = ["red", None, "blue", "green"]
 
 

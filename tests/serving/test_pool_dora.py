@@ -12,8 +12,6 @@ import lora_ext
 from lora_ext import ops
 from lora_ext.nn import MultiLoraLinear
 
-pytestmark = pytest.mark.hosts
-
 IN, OUT = 24, 19
 RANKS = {"red": 3, "green": 8, "blue": 12, "gold": 6}  # 6 / rank is exact: scales are float32
 DORA = ("red", "gold")

@@ -52,9 +52,16 @@ def datum(seed: int, n: int = 20, **inputs: Any) -> Datum:
 
 
 def together(service: Service, *actions: Any) -> list[Any]:
-    """What the calls give where all of them wait before the first runs."""
+    """Return the results of calls that are all in their queues before the first one runs."""
     gate: Future[None] = Future()
-    service._scheduler.put("test", service._own, gate.result)
+    begun = threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        gate.result()
+
+    service._scheduler.put("test", service._own, hold)
+    begun.wait()  # an earlier call may still run, and after it another queue's turn may come
     try:
         futures = [action() for action in actions]
     finally:
