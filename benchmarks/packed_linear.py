@@ -185,7 +185,8 @@ def bench_model(
         tokens = torch.randint(0, 49152, (rows, 33), generator=torch.manual_seed(1))
         steps: dict[str, Call] = {}
         for name, model in models.items():
-            engine = "base" if name.startswith("base") else "lora_ext"
+            # Names in the call, as PEFT takes them: a block could not tell the two pools apart.
+            engine = "base" if name.startswith("base") else "peft"
             steps[name] = Step(model, tokens, NAMES[:rows], engine, True)
         logits: dict[str, Any] = {name: step() for name, step in steps.items()}
         for name, other in (("packed", "lora_ext"), ("base packed", "base")):

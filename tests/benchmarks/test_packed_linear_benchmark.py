@@ -11,6 +11,7 @@ pytest.importorskip("peft", reason="the whole-model benchmarks compare with peft
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import packed_linear
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ext import ops
 
@@ -42,3 +43,24 @@ def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "packed_linear", wrong)
     with pytest.raises(SystemExit, match="packed, 2 rows of 40 -> 33: wrong"):
         packed_linear.products(x, [weight])
+
+
+def test_a_step_over_packed_weights_is_checked_against_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=49152,  # as many tokens as the benchmark draws from
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    monkeypatch.setattr(packed_linear, "load_smollm2", lambda: (model, None))
+    models = packed_linear.engines(torch.float32)
+    rows, times = next(packed_linear.bench_model(models, torch.float32, rounds=1))
+    assert rows == 16 and list(times) == ["base", "base packed", "lora_ext", "packed"]
+    models["packed"].lm_head.register_forward_hook(lambda module, args, y: y * (1 + 1e-3))
+    with pytest.raises(SystemExit, match=r"16 rows, packed: .* x its bound off"):
+        next(packed_linear.bench_model(models, torch.float32, rounds=1))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_service import VOCAB, datum, factors, llama, together
+from test_service import VOCAB, datum, factors, held, llama, together
 
 from lora_ext.serving import Sampling
 from lora_ext.tenants import Datum, Sample, Service
@@ -61,13 +61,12 @@ def test_calls_of_those_who_leave_are_dropped_and_change_no_bit() -> None:
     def run(leaves: bool) -> list[torch.Tensor]:
         with Service(llama()) as service:
             good, gone = service.create(4), service.create(4, seed=1)
-            gate: Future[None] = Future()
-            service._scheduler.put("test", service._own, gate.result)
-            dropped = [gone.forward_backward([datum(2)]), gone.optim_step(1e-2)] if leaves else []
-            if leaves:
-                gone.close(wait=False)
-            result = good.forward_backward([datum(1)])
-            gate.set_result(None)
+            dropped = []
+            with held(service):
+                if leaves:
+                    dropped = [gone.forward_backward([datum(2)]), gone.optim_step(1e-2)]
+                    gone.close(wait=False)
+                result = good.forward_backward([datum(1)])
             for future in dropped:
                 with pytest.raises(RuntimeError, match="dropped: the tenant is closed"):
                     future.result()

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +53,28 @@ def datum(seed: int, n: int = 20, **inputs: Any) -> Datum:
     return Datum(x[:-1], {"target_tokens": x[1:], **inputs})
 
 
-def together(service: Service, *actions: Any) -> list[Any]:
-    """Return the results of calls that are all in their queues before the first one runs."""
+@contextmanager
+def held(service: Service) -> Iterator[None]:
+    """Keep the service's thread busy until the block ends, so that calls wait in their queues."""
     gate: Future[None] = Future()
-    waits = threading.Event()
+    begun = threading.Event()
 
     def hold() -> None:
-        waits.set()
+        begun.set()
         gate.result()
 
     service._scheduler.put("test", service._own, hold)
+    begun.wait()  # an earlier call may still run, and after it another queue's turn may come
     try:
-        assert waits.wait(60)
-        futures = [action() for action in actions]
+        yield
     finally:
         gate.set_result(None)
+
+
+def together(service: Service, *actions: Any) -> list[Any]:
+    """Return the results of calls that are all in their queues before the first one runs."""
+    with held(service):
+        futures = [action() for action in actions]
     return [future.exception() or future.result() for future in futures]
 
 
