@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # The extras of an environment, and the tests that run in it.
 ENVIRONMENTS = {
     "demo": (
-        ["demo", "fed", "control"],
+        ["demo", "fed"],
         [
             "tests/integration/test_from_peft_activated.py",
             "tests/integration/test_from_peft_dora.py",
             "tests/federated/test_flower_messages.py",
         ],
     ),
-    "serve": (["serve", "tenants"], ["tests/integration/test_serve_formats.py"]),
+    "serve": (["serve", "tenants", "control"], ["tests/integration/test_serve_formats.py"]),
 }
 TOOLS = ["pytest", "hypothesis", "httpx", "peft"]  # of the tests; the extra's own pin wins
 

@@ -13,6 +13,7 @@ from tiny import adapted, make_model
 
 import lora_ext
 from lora_ext.interop.peft import model as taken
+from lora_ext.interop.peft.activation import activated
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
@@ -98,6 +99,9 @@ MANY = {"num_beams": 3, "num_return_sequences": 2}
 def test_beams_are_those_of_an_attached_model(tmp_path: Path, named: bool) -> None:
     attached, theirs, _ = activated_pair(tmp_path)
     ours = lora_ext.from_peft(theirs)
+    layer = ours.base_model.model.model.layers[0].self_attn.q_proj
+    if named and not activated(layer, ["other"]):
+        pytest.skip("PEFT 0.18 runs an activated adapter that was added second as an ordinary one")
     ids, names = prompts(), NAMES if named else ["act"] * 4
     with lora_ext.adapters(names, input_ids=ids):
         wanted = attached.generate(input_ids=ids, **MANY, **GREEDY)
