@@ -152,11 +152,12 @@ def check(case: str, logits: dict[str, Tensor], exact: Tensor) -> float:
 
     Args:
         case: name of the case, for the message.
-        logits: of each engine.
+        logits: logits of each engine.
         exact: PEFT's logits in float64.
 
     Raises:
-        SystemExit: If the error is above its bound, or the adapters of a row change too little.
+        SystemExit: If the error is above its bound, or if the adapter of a row changes the logits
+            too little.
     """
     worst = error_over_bound(logits["lora_ext"], logits["peft"], exact)
     effect = min(map(error_over_bound, logits["base"], logits["peft"], exact))
