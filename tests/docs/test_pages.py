@@ -29,7 +29,10 @@ PAGES = {
 
 
 # Sentence of every page that uses the folder of `make demo`, except the README.
-LEFT = "`make demo` writes `base-model` and the adapters to `out/demo`. Run the code of this page there."
+LEFT = (
+    "`make demo` writes `base-model` and the adapters to `out/demo`. "
+    "Run the code of this page there."
+)
 
 
 def save_stand_in(path: Path) -> None:

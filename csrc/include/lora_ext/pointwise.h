@@ -1,6 +1,6 @@
 // Functions of one number, y[i] = f(x[i]), on the CPU.
 //
-// The bits of y[i] depend only on x[i]. torch computes the whole vectors of a thread's share with one
+// The bits of y[i] depend only on x[i]. torch computes whole vectors of a thread's share with one
 // approximation and the rest with another, so its bits depend on the position and on the threads.
 #pragma once
 

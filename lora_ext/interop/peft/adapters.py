@@ -148,7 +148,7 @@ def refuse_block(names: Container[str], active: Sequence[str], warn: bool = Fals
     message = (
         "adapters: names: expected a model that reads its adapters from the block, found one of "
         f"from_peft, which runs {list(active)!r:.200} and ignores the block's names "
-        f"{list(block.assignment.names)!r:.200}; pass adapter_names= to its call, or call it "
+        f"{list(block.assignment.names)!r:.200}; give adapter_names= to its call, or call it "
         "outside the block"
     )
     if any(name in names for name in block.assignment.names):

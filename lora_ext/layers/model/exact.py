@@ -92,7 +92,7 @@ def exact(model: Model, enabled: bool = True) -> Model:
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Raise ValueError for a layer whose products cannot be packed.
+    """Raise ValueError for a layer that cannot be packed.
 
     These are experts, convolutions, GPT-2's ``Conv1D``, subclasses of ``nn.Linear`` and PEFT's
     layers.

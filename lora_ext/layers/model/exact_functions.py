@@ -94,7 +94,7 @@ class _Probe(_Functions):
 
 
 def _has_adapters(module: nn.Module) -> bool:
-    """Return whether a module is an adapter layer of this package, whose update is exact."""
+    """Return whether a module is an adapter layer of this package; these are exact."""
     ours = type(module).__module__.startswith("lora_ext.")
     return ours and (isinstance(module, PoolLayer) or hasattr(module, "base_layer"))
 
@@ -183,7 +183,7 @@ def restore_functions(model: nn.Module) -> None:
 
 @contextmanager
 def _entered(model: nn.Module, probe: _Probe) -> Iterator[None]:
-    """Keep the stack of modules whose forwards are running in ``probe.entered``."""
+    """Keep the stack of running modules in ``probe.entered``."""
     handles: list[Any] = []
     parts: set[nn.Module] = set()  # children of adapter layers: a hook would disable fused ops
     for name, module in model.named_modules():
