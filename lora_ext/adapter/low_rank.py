@@ -41,8 +41,8 @@ def product_norm(factors: Factors) -> float | None:
 
 
 def truncated(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """Return the factors of the best approximation of ``b @ a`` with at most ``rank`` ranks, and
-    the Frobenius norm of the difference.
+    """Return the factors of the best approximation of ``b @ a`` of rank at most ``rank``, and the
+    Frobenius norm of the difference.
 
     ``b = Q_b R_b``, ``a^T = Q_a R_a`` and ``R_b R_a^T = U S V^T``, an r x r matrix, give the
     singular values of ``b @ a``. Each factor contains ``sqrt(S)`` of the largest values. A value

@@ -187,7 +187,7 @@ def _model_forward(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> A
 
 
 def _before_hidden_states(base: nn.Module, _: Any) -> None:
-    """Warn if a training step calls the model without its output layer from elsewhere."""
+    """Warn if a training step calls ``base``, the model without its output layer, directly."""
     outside = not compiles() and _running.get() is None
     if outside and base.training and torch.is_grad_enabled():
         _warn_of_another_head(base)

@@ -38,10 +38,10 @@ def exact(model: Model, enabled: bool = True) -> Model:
       An exact model uses :func:`lora_ext.ops.pointwise`. One forward of two tokens finds the
       modules that call such functions.
 
-    The update of an adapter does not depend on the batch in any model. A sampled token therefore
-    has the same log-probability in training, bit for bit, if the adapter has the dtype of the
-    weights and no dropout. Gradients are those of the plain model. See ``docs/exact.md`` for costs
-    and limits.
+    The update of an adapter does not depend on the batch even in a plain model. A sampled token
+    therefore has the same log-probability in training, bit for bit, if the adapter has the dtype of
+    the weights and no dropout. Gradients are those of the plain model. See ``docs/exact.md`` for
+    costs and limits.
 
     A forward raises if it could not be exact: under ``torch.compile`` or autocast, after
     ``double()``, with another attention, or with layers that were added later.

@@ -26,7 +26,7 @@ MARK = "_lora_ext_exact"
 
 _OURS = frozenset("cos gelu rsqrt sigmoid silu sin softplus tanh".split())
 
-# Each op rounds once per step, and does so in vector instructions and in others alike.
+# Each op rounds once, or consists of steps that round once, with or without vector instructions.
 _SAFE = frozenset(
     "abs add bitwise_and bitwise_not bitwise_or ceil clamp clamp_max clamp_min clone copy div fill "
     "floor hardtanh leaky_relu logical_and logical_not logical_or masked_fill maximum minimum mul "
@@ -148,7 +148,7 @@ class _Positionless(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self._module()
-        if MARK not in module.__dict__:  # exact was undone while this forward was wrapped again
+        if MARK not in module.__dict__:  # exact was undone; another wrapper calls this
             return self.own(*args, **kwargs)
         with _Functions():
             return self.own(*args, **kwargs)
