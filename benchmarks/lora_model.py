@@ -164,7 +164,7 @@ def check(case: str, logits: dict[str, Tensor], exact: Tensor) -> float:
     if not worst <= 1 or not effect > 10:
         raise SystemExit(
             f"bench_lora: {case}: expected logits within 1 bound of PEFT's in float64 and the base "
-            f"model's 10 away in every row, found {worst:.3g} and {effect:.3g}"
+            f"model's logits 10 bounds away in every row, found {worst:.3g} and {effect:.3g}"
         )
     return worst
 

@@ -73,7 +73,7 @@ def main() -> None:
     curve = measure_curve([n for n in COUNTS if n <= args.adapters])
     show_curve(curve)
     console.print(f"chart: {draw_curve(curve, args.out / 'serving_curve.png')}", soft_wrap=True)
-    console.print(f"The code of README.md and docs/ runs in {args.out}.", soft_wrap=True)
+    console.print(f"Run the code of README.md and docs/ in {args.out}.", soft_wrap=True)
     complaints += curve.complaints
     sys.exit("\n".join(complaints) or None)
 
