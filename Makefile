@@ -1,10 +1,10 @@
 # The newcomer's door. Each target makes what it needs, may be repeated, and leaves `git status` clean.
 #
 #   make demo    the main job on a real model: train adapters, serve them in one mixed batch
-#   make curve   the README's picture: one batch of 1 to 64 rows, each with an adapter of its own
-#   make test    build, emulator included, and run a few cases of every quick test: about five minutes after the build
-#   make hosts   the tests that touch torch's products, under the code of other processors
-#   make check   build for all architectures and run all tests and checks (SKIP_CUDA_TORCH=1: not the one that downloads 5 GB)
+#   make curve   draw the README's picture: one batch of 1 to 64 rows, each with a different adapter
+#   make test    build with the emulator and run a few cases of every quick test: about five minutes after the build
+#   make hosts   run the tests that use torch's products with the code paths of other processors
+#   make check   build for all architectures and run all tests and checks (SKIP_CUDA_TORCH=1 skips the one that downloads 5 GB)
 #   make gpu     the GPU leg, CALL=1, 2 or 3, nine minutes each: needs a GPU and a python with a CUDA torch (PYTHON=...); installs nothing
 #   make asan    before a release: the ops' tests on the CPU, with AddressSanitizer and UBSan (about half an hour)
 #   make bench   the microbenchmarks
@@ -29,7 +29,7 @@ find_python = for p in python3.11 python3.14 python3.13 python3.12 python3.10 py
 find_cuda_python = for p in python3 python python3.14 python3.13 python3.12 python3.11 python3.10 $(PY); do \
   $$p -c 'import torch, sys; sys.exit(not torch.version.cuda)' 2>/dev/null && echo $$p && exit; done; echo python3
 
-# setup.py compiles the kernels if torch is a CUDA build; `make check` compiles them in any case, for all architectures.
+# setup.py compiles the kernels if torch is a CUDA build; `make check` always compiles them, for all architectures.
 # Without nvcc, a build beside a CUDA torch fails unless LORA_EXT_CUDA is 0.
 nvcc := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(CUDA_PATH)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))
 check: export LORA_EXT_CUDA ?= 1

@@ -122,8 +122,8 @@ def check(
 ) -> float:
     """Return the largest error over its bound, of the loss and of each gradient.
 
-    A loss is one number, on which the dense expression may be exact by chance: it counts as a
-    rounding of the dtype away.
+    A loss is one number, and the dense expression may be exact by chance. Its error therefore
+    counts as at least one rounding of the dtype.
     """
     least = max(MIN_PEER_ERROR, torch.finfo(found[1].dtype).eps / 2)
     worst = max(error_over_bound(*each, least) for each in zip(found, dense, exact, strict=True))

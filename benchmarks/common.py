@@ -1,4 +1,4 @@
-"""Everything that measures: clocks, repeats, errors, copy bandwidth, rows of csv files.
+"""Measurements: clocks, repeats, errors, copy bandwidth, rows of csv files.
 
 Calls that are compared run interleaved, a round of each at a time, so that a machine that slows
 down slows all of them. Reported: the median over the rounds, the 20th and the 80th percentile.
@@ -25,8 +25,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[], object]
-# Share of the largest entry that counts as error of every peer: 128 float32 roundings. A peer whose
-# sums happen to come out exactly must not forbid another order of the same sums.
+# Least error of a peer as a share of the largest entry: 128 float32 roundings. The sums of a peer
+# may be exact by chance, and another order of the same sums must still pass.
 MIN_PEER_ERROR = 2.0**-17
 
 
@@ -97,16 +97,17 @@ def seconds(call: Call, count: int) -> float:
 def error_over_bound(
     ours: Tensor, peer: Tensor, exact: Tensor, least: float = MIN_PEER_ERROR
 ) -> float:
-    """Return the largest error of ``ours`` divided by its bound; a result above 1 is wrong.
+    """Return the largest error of ``ours`` divided by its bound; above 1 the result is wrong.
 
-    The bound holds on every processor: three times the largest error of ``peer``, or of
-    ``least`` times the largest entry of ``exact`` if the peer is closer than that.
+    The bound is three times the error of ``peer``, so it does not depend on the processor. If the
+    largest error of ``peer`` is below ``least`` times the largest entry of ``exact``, that product
+    is used instead.
 
     Args:
-        ours: the result to check.
-        peer: another implementation's result, in the same dtype and on the same inputs.
-        exact: the result in float64 on the same inputs.
-        least: share of the largest entry that counts as error of every peer.
+        ours: result to check.
+        peer: result of another implementation, in the same dtype and on the same inputs.
+        exact: result in float64 on the same inputs.
+        least: least error of the peer, as a share of the largest entry.
     """
     exact = exact.double()
     error, peer_error = ((found.double() - exact).abs().max() for found in (ours, peer))
@@ -153,7 +154,7 @@ def machine_columns(device: str = "cpu") -> dict[str, object]:
 def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
     """Append to a csv file. A file with other columns is an error, not a mixture.
 
-    Rows that were written before the column ``cpu`` existed get an empty one.
+    Rows from before the column ``cpu`` existed get an empty value.
 
     Raises:
         ValueError: naming the file.

@@ -59,7 +59,10 @@ def tiny_model() -> Any:
 
 
 def pair(model: Any, rank: int = 0) -> dict[str, Any]:
-    """The model as it is, exact over the same weights, and in float64; with an adapter or none."""
+    """Return the plain model, an exact model with the same weights, and a copy in float64.
+
+    If ``rank`` is not 0, each has an adapter.
+    """
     model = model.eval().requires_grad_(False)
     if rank:
         model = nn.wrap(model, lora_ext.LoraConfig(r=rank))

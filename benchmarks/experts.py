@@ -103,7 +103,7 @@ class Problem:
     def exact(self) -> Tensor:
         """Return PEFT's result in float64."""
         wide = copy.deepcopy(self.peft).double()
-        wide.set_experts_implementation("eager")  # torch's grouped products have no float64
+        wide.set_experts_implementation("eager")  # torch's grouped products do not support float64
         return self._by_peft(wide)()
 
     def _by_peft(self, model: Any) -> Callable[[], Tensor]:

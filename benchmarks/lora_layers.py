@@ -232,7 +232,7 @@ def _step_of(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
 
 
 def _check_layer(theirs: Any, ours: Any, x: Tensor, dy: Tensor) -> float:
-    """Compare results and gradients without dropout, whose masks differ between the two."""
+    """Compare results and gradients without dropout, because the masks would differ."""
     wide, x64 = copy.deepcopy(theirs).double(), x.detach().double().requires_grad_()
     found: list[list[Tensor]] = []
     for layer, rows in ((ours, x), (theirs, x), (wide, x64)):
@@ -256,7 +256,7 @@ def _results(
 
 
 def _check(ours: Tensor, peer: Tensor, exact: Tensor, what: str) -> float:
-    """Return the error over its bound."""
+    """Return the largest error over its bound; exit if it is above 1."""
     worst = error_over_bound(ours, peer, exact)
     if not worst <= 1:
         raise SystemExit(f"lora_layers: {what}: found {worst:.3g} times the bound of the error")

@@ -152,18 +152,19 @@ def check(case: str, logits: dict[str, Tensor], exact: Tensor) -> float:
 
     Args:
         case: name of the case, for the message.
-        logits: of each engine.
+        logits: logits of each engine.
         exact: PEFT's logits in float64.
 
     Raises:
-        SystemExit: If the error is above its bound, or the adapters of a row change too little.
+        SystemExit: If the error is above its bound, or if the adapter of a row changes the logits
+            too little.
     """
     worst = error_over_bound(logits["lora_ext"], logits["peft"], exact)
     effect = min(map(error_over_bound, logits["base"], logits["peft"], exact))
     if not worst <= 1 or not effect > 10:
         raise SystemExit(
             f"bench_lora: {case}: expected logits within 1 bound of PEFT's in float64 and the base "
-            f"model's 10 away in every row, found {worst:.3g} and {effect:.3g}"
+            f"model's logits 10 bounds away in every row, found {worst:.3g} and {effect:.3g}"
         )
     return worst
 

@@ -1,8 +1,8 @@
 """Packed weights: products of few rows against torch's, and SmolLM2 decoding with 16 adapters.
 
 `python benchmarks/packed_linear.py [--matrix ops model widths] [--dtype bfloat16] [--check]`.
-`widths` times products whose rows are spaced (`docs/layers.md`). Results are checked before they
-are timed. `--check` exits with 1 where a decode step of 8 or 16 rows, each
+`widths` times products with spaced rows (`docs/layers.md`). Results are checked before they are
+timed. `--check` exits with 1 if a decode step of 8 or 16 rows, each
 with an adapter of its own, takes more than 0.75 of the time of torch's step without adapters.
 With `--threads 1` times are processor times. The floor of the products, reading the weight once, is
 what `packed_twin` measures (`benchmarks/packed_twin.cpp`).
@@ -107,7 +107,7 @@ def bench_ops(dtype: torch.dtype, rounds: int) -> Iterator[str]:
 
 
 def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
-    """Products of widths that are no multiples of 32: with spaced rows, over torch's alone."""
+    """Time products with spaced rows over torch's, at widths that are not multiples of 32."""
     for wide in WIDTHS:
         weight = torch.randn(4 * wide, wide).to(dtype)
         for rows in WIDE_ROWS:
@@ -129,9 +129,9 @@ def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
 
 
 def engines(dtype: torch.dtype) -> dict[str, Any]:
-    """SmolLM2-135M with and without adapters and packed weights; the weights are shared.
+    """Return SmolLM2-135M with and without adapters and packed weights; the weights are shared.
 
-    The names that end with float64 are those of the models without packed weights in float64.
+    Names that end with "float64" are models in float64 without packed weights.
     """
     base = load_smollm2()[0].to(dtype).requires_grad_(False)
     wide = copy.deepcopy(base).double()
@@ -185,7 +185,7 @@ def bench_model(
         tokens = torch.randint(0, 49152, (rows, 33), generator=torch.manual_seed(1))
         steps: dict[str, Call] = {}
         for name, model in models.items():
-            # Names in the call, as PEFT takes them: a block could not tell the two pools apart.
+            # Names are an argument of the call, as in PEFT: a block would apply to both pools.
             engine = "base" if name.startswith("base") else "peft"
             steps[name] = Step(model, tokens, NAMES[:rows], engine, True)
         logits: dict[str, Any] = {name: step() for name, step in steps.items()}

@@ -23,8 +23,8 @@ from row import Row, timing_columns
 
 import lora_ext
 
-#: Least error of PEFT's loss, as a share of the loss: a loss is one number, on which a step of
-#: bfloat16 products may be exact by chance. It counts as one rounding to bfloat16 away.
+#: Least error of PEFT's loss as a share of the loss: one rounding to bfloat16. A loss is one
+#: number, and a step with bfloat16 products may compute it exactly by chance.
 LEAST = {"float32": MIN_PEER_ERROR, "autocast": 2.0**-9}
 TARGETS = {"q and v": ["q_proj", "v_proj"], "all linear": MODULES}
 
@@ -91,7 +91,7 @@ class Steps:
         return {"base": self._bare, "peft": lambda: self._peft("peft"), **ours}
 
     def exact(self) -> float:
-        """PEFT's step in float64."""
+        """Compute PEFT's step in float64."""
         return self._peft("exact")
 
     def _bare(self) -> float:
@@ -159,7 +159,7 @@ def bench_steps(cases: list[Case], rounds: int, layers: int = 30) -> Iterator[Ro
 
 
 def _check(case: Case, calls: dict[str, Callable[[], float]], exact: Callable[[], float]) -> float:
-    """Return the largest error of two steps' losses; the second has seen the first's gradients."""
+    """Return the largest error of two losses; the second depends on the first step's gradients."""
     steps = {name: call for name, call in calls.items() if name != "base"} | {"exact": exact}
     losses = {
         name: torch.tensor([step(), step()], dtype=torch.float64) for name, step in steps.items()

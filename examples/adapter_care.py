@@ -3,7 +3,7 @@
 SmolLM2 learns to talk like a pirate with one adapter and in telegrams with another. Their ranks are
 looked at, they are merged in factor and in weight space, the merged one is pruned by the Shapley
 values of its blocks, and what is left is served from a pool beside its parents. No GPU, no network,
-two minutes on two cores: `python examples/adapter_care.py` where `.[demo]` is installed;
+two minutes on two cores: `python examples/adapter_care.py` if `.[demo]` is installed;
 `--quick` for a run of seconds that shows nothing but that it works.
 """
 

@@ -3,7 +3,7 @@
 Two adapters learn to talk for a moment; asked in one batch, each fills in the same form, and the
 base model does too. Then a text of 32 tokens must say a word: a mask alone says it when it has to,
 a guide, learned from a few of the model's texts, makes room for it. No GPU, no network, two minutes
-on two cores: `python examples/control.py` where `.[demo,control]` is installed. A better guide
+on two cores: `python examples/control.py` if `.[demo,control]` is installed. A better guide
 takes half an hour of one: `lora-ext distil-guide MODEL --out DIR`, then `--guide DIR`.
 """
 

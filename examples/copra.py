@@ -2,7 +2,7 @@
 
 Both learn to talk like a pirate. Then each block's Shapley value is estimated, sixteen coalitions
 in one forward, and blocks are taken away, the least valuable ones first. No GPU, no network, two
-minutes on two cores: `python examples/copra.py` where `.[demo]` is installed; `--quick` for a
+minutes on two cores: `python examples/copra.py` if `.[demo]` is installed; `--quick` for a
 run of seconds that shows nothing but that it works.
 """
 

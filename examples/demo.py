@@ -1,6 +1,6 @@
 """The main job: train adapters, save them in PEFT's format, serve all of them in one batch.
 
-`make demo`, or `python examples/demo.py` where `.[demo]` is installed. No GPU, no network.
+`make demo`, or `python examples/demo.py` if `.[demo]` is installed. No GPU, no network.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ console = Console()
 
 
 def main() -> None:
-    """Train, serve, compare and draw; exit with a message if a logit is wrong."""
+    """Train, serve, compare and draw; exit with an error if a logit is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--question", default=QUESTION)
-    parser.add_argument("--tokens", type=int, default=16, help="timed new tokens per row")
-    parser.add_argument("--rounds", type=int, default=2, help="timed repeats of each engine")
-    parser.add_argument("--adapters", type=int, default=8, help="how far the curve goes")
+    parser.add_argument("--tokens", type=int, default=16, help="new tokens per row that are timed")
+    parser.add_argument("--rounds", type=int, default=2, help="timed runs of each engine")
+    parser.add_argument("--adapters", type=int, default=8, help="most adapters in the curve")
     parser.add_argument("--no-pack", dest="pack", action="store_false", help="the base stays plain")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
     args = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> None:
     curve = measure_curve([n for n in COUNTS if n <= args.adapters])
     show_curve(curve)
     console.print(f"chart: {draw_curve(curve, args.out / 'serving_curve.png')}", soft_wrap=True)
-    console.print(f"The code of README.md and docs/ runs in {args.out}.", soft_wrap=True)
+    console.print(f"Run the code of README.md and docs/ in {args.out}.", soft_wrap=True)
     complaints += curve.complaints
     sys.exit("\n".join(complaints) or None)
 
@@ -81,7 +81,7 @@ def main() -> None:
 def serve(
     model: Any, tokenizer: Any, folders: dict[str, Path], args: argparse.Namespace
 ) -> list[str]:
-    """Serve all adapters in one batch, beside PEFT; return what is wrong with the logits."""
+    """Serve all adapters in one batch, with lora_ext and PEFT; return errors of the logits."""
     console.rule("3. One pool, one batch, four rows")
     pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=max(r.rank for r in RECIPES))
     for name, folder in folders.items():
@@ -109,7 +109,7 @@ def serve(
 
 
 def make_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:
-    """Return left-padded prompts, one per row."""
+    """Tokenize one prompt per row, padded on the left."""
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
@@ -121,7 +121,7 @@ def make_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:
 
 
 def load_peft(folders: dict[str, Path]) -> Any:
-    """Return one PEFT model with all adapters, which `adapter_names` chooses from per row."""
+    """Load all adapters into one PEFT model; `adapter_names` chooses one per row."""
     model, _ = load_smollm2()
     first, *others = folders
     peft_model = PeftModel.from_pretrained(model, str(folders[first]), adapter_name=first)
@@ -181,7 +181,7 @@ def show_answers(question: str, answers: list[str]) -> None:
 
 
 def show_table(times: dict[str, Timing], rate: dict[str, float], errors: dict[str, Tensor]) -> None:
-    """Print tokens per second, and each engine's largest error."""
+    """Print the tokens per second and the largest error of each engine."""
     base = times["base, no adapters"]
     table = Table(title=f"4 rows, 3 adapters and the base, {torch.get_num_threads()} threads")
     for column in ("engine", "tokens/s", "time over base", "largest error of a logit"):

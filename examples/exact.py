@@ -3,7 +3,7 @@
 Two tenants sample in one batch; each trainer then asks for the log-probabilities of its own tokens,
 in a forward of its own. Reinforcement learning divides the two, so what is between them drives its
 ratios. After `lora_ext.exact(model)` nothing is. No GPU, no network, a minute on two cores:
-`python examples/exact.py` where `.[demo,tenants]` is installed. `--bfloat16` shows the larger
+`python examples/exact.py` if `.[demo,tenants]` is installed. `--bfloat16` shows the larger
 gap of 16 bits, and takes minutes where the processor has no products of them.
 """
 

@@ -4,7 +4,7 @@ Nobody sends a text: a client trains the layers and ranks that it can afford, an
 changed. All eight train as the rows of one batch on one base model. Printed is how the common
 adapter does on answers that no client has seen; at the end it serves from a pool. With `--flower`
 the same clients run in Flower's simulation, each by itself. No GPU, no network, five minutes on two
-cores: `python examples/federated.py` where `.[demo]` is installed, with `.[fed]` for
+cores: `python examples/federated.py` if `.[demo]` is installed, with `.[fed]` for
 Flower; `--quick` for a run of seconds that shows nothing but that it works.
 """
 

@@ -4,7 +4,7 @@ They learn which of twenty sections of Debian's packages a text is of. LEGEND le
 what the devices report, and gives each as many of the last blocks as it can train in the time of
 the fastest. In the middle of the run a fast device is five times as slow for a while. Seconds are
 simulated; all devices live in this process. Two minutes on two cores: `python examples/legend.py`,
-where `.[fed,bench]` and what benchmarks/claims/material.py names are installed; `--quick`
+if `.[fed,bench]` and the packages in benchmarks/claims/material.py are installed; `--quick`
 takes a tiny model from nothing for a few rounds, and shows only that it works.
 """
 

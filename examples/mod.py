@@ -3,7 +3,7 @@
 Three models learn to talk like a pirate: by LoRA, by LoRA and MoD, by MoD alone. Printed are their
 losses on answers that they have not seen, and those of each layer by itself; the picture shows how
 much the late layers have to say, token by token. No GPU, no network, two minutes on two cores:
-`python examples/mod.py` where `.[demo]` is installed; `--quick` for a run of seconds that
+`python examples/mod.py` if `.[demo]` is installed; `--quick` for a run of seconds that
 shows nothing but that it works.
 """
 

@@ -2,7 +2,7 @@
 
 Trains a transformer on the source of Python's own standard library (its top-level modules, 4.7 MB
 in 3.11), freezes it, retrofits a head of each kind, and decodes with all of them. No GPU, no
-network, eighteen minutes on two cores: `python examples/mtpc_bytes.py` where `.[demo]` is
+network, eighteen minutes on two cores: `python examples/mtpc_bytes.py` if `.[demo]` is
 installed. What it trained stays in out/mtpc_bytes/trained, and a second run decodes for two minutes
 alone. `--quick` is a run of seconds that shows nothing but that it works.
 """

@@ -2,7 +2,7 @@
 
 A transformer learns to follow short chains and is frozen. One adapter then learns to take three
 hops, another to find the shortest of two chains, while a monitor watches the ranks of their
-updates. No GPU, no network, two minutes on two cores: `python examples/reasoning.py` where
+updates. No GPU, no network, two minutes on two cores: `python examples/reasoning.py` if
 `.[demo]` is installed; `--quick` for a run of seconds that shows nothing but that it works.
 """
 

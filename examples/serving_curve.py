@@ -1,8 +1,8 @@
 """Tokens per second against the number of adapters in a batch: base model, PEFT, lora_ext over the
 model's own weights and over a packed copy of them.
 
-A batch of N rows has N different adapters, as when N users are served at once. `make demo` draws
-the first points of the curve, `make curve` (`python examples/serving_curve.py`) all of them.
+A batch of N rows has N different adapters, as for N users at a time. `make demo` draws the first
+points of the curve. `make curve` (`python examples/serving_curve.py`) draws all of them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ENGINES = ("base, no adapters", "PEFT", "lora_ext", "lora_ext, base packed")
 RANK = 16
 UPDATE = 0.02  # of PEFT's random B: as large as what training makes, so that the model stays one
 PROMPT, NEW_TOKENS = 8, 4  # tokens: what is to be seen is the decoding
-# Prompts begin as those that the model was trained on. After random first tokens an error may be a
-# hundred times as large, in every engine, and differently with each order of the same sums.
+# Prompts begin like the texts that the model was trained on. After random first tokens an error may
+# be a hundred times as large in every engine, and it changes with the order of the same sums.
 BEGINNING = "<|im_start|>user\n"
 
 
@@ -44,7 +44,7 @@ class Curve:
 
     counts: tuple[int, ...]
     rates: dict[str, list[float]]
-    complaints: tuple[str, ...] = ()  # about logits that are wrong
+    complaints: tuple[str, ...] = ()  # messages about wrong logits
 
 
 def measure_curve(counts: Sequence[int] = COUNTS, rounds: int = 2, seed: int = 0) -> Curve:
@@ -86,7 +86,7 @@ def measure_curve(counts: Sequence[int] = COUNTS, rounds: int = 2, seed: int = 0
 
 
 def serve(peers: Any, config: LoraConfig, names: Sequence[str], packed: bool) -> Any:
-    """Return a model with PEFT's adapters in a pool."""
+    """Load the base model and attach a pool with PEFT's adapters to it."""
     served, _ = load_smollm2()
     pool = lora_ext.AdapterPool(served, max_slots=len(names), max_rank=RANK)
     for name in names:
@@ -103,8 +103,11 @@ def generate(model: Any, ids: Tensor, **names: Any) -> None:
 
 @torch.inference_mode()
 def compare(ours: Sequence[Any], peers: Any, ids: Tensor, names: list[str]) -> list[str]:
-    """Return what is wrong with the logits of `ours`: of whole prompts, and of one token per row,
-    as a decode step has."""
+    """Compare the logits of `ours` for whole prompts, and for one token per row as in decoding.
+
+    Returns:
+        One message per case with wrong logits.
+    """
     exact = exact_logits(peers, {"input_ids": ids}, names)
     complaints = []
     for engine, served in zip(ENGINES[2:], ours, strict=True):
@@ -118,9 +121,9 @@ def compare(ours: Sequence[Any], peers: Any, ids: Tensor, names: list[str]) -> l
 
 @torch.no_grad()
 def exact_logits(peers: Any, batch: dict[str, Tensor], names: list[str]) -> Tensor:
-    """Return PEFT's logits in float64, but for the norms, which transformers computes in float32.
+    """Return PEFT's logits in float64, except for norms, which transformers computes in float32.
 
-    The weights are converted in place and back, which changes no bit, to spare a second copy.
+    To avoid a second copy, the weights are converted in place and back, which changes no bit.
     """
     try:
         return peers.double()(**batch, adapter_names=names).logits
@@ -129,7 +132,7 @@ def exact_logits(peers: Any, batch: dict[str, Tensor], names: list[str]) -> Tens
 
 
 def complain(what: str, ours: Tensor, peer: Tensor, exact: Tensor) -> list[str]:
-    """Return a message if logits are wrong, and nothing if they are right."""
+    """Return one message if logits are wrong; otherwise an empty list."""
     over = error_over_bound(ours, peer, exact)
     if over <= 1:
         return []
@@ -145,7 +148,7 @@ def complain(what: str, ours: Tensor, peer: Tensor, exact: Tensor) -> list[str]:
 def draw_curve(curve: Curve, path: Path) -> Path:
     """Draw the curve with both axes in powers of two.
 
-    On a straight line, a further row costs the other rows nothing.
+    If the curve is a straight line, an additional row does not slow down the other rows.
     """
     import matplotlib
 

@@ -88,8 +88,8 @@ def train_adapter(model: Any, tokenizer: Any, recipe: Recipe, parent: Path) -> P
 def lay_out(base: Path, adapters: Mapping[str, Path], out: Path) -> None:
     """Make the folder that the documentation's code runs in: `base-model` and `adapters/<name>`.
 
-    The base model is a link. Adapters are copies, because a server refuses links that lead out of
-    its folder of adapters; they name `base-model` as what they were trained on.
+    The base model is a link. Adapters are copies, because a server refuses links to folders outside
+    its folder of adapters. Their configuration names `base-model` as the base model.
     """
     (out / "adapters").mkdir(parents=True, exist_ok=True)
     (out / "base-model").unlink(missing_ok=True)
@@ -136,7 +136,7 @@ def _train(model: Any, tokenizer: Any, recipe: Recipe) -> None:
 
 
 def _example(tokenizer: Any, pair: dict[str, str]) -> tuple[list[int], int]:
-    """Return the token ids of a dialogue and the length of its question, which is not learned."""
+    """Return the token ids of a dialogue and the length of its question, which has no loss."""
     messages = [{"role": "user", "content": pair["question"]}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     answer = pair["answer"] + tokenizer.eos_token
@@ -158,7 +158,7 @@ def collate(batch: list[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
 
 
 def answer_losses(output: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Return the mean loss of each row's answer, ``(rows,)``, without the masked questions."""
+    """Compute the mean loss of each row's answer, ``(rows,)``, without the masked questions."""
     logits, labels = output.logits[:, :-1], batch["labels"][:, 1:]
     each = cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (rows, tokens)
     return each.sum(1) / (labels != -100).sum(1)

@@ -2,7 +2,7 @@
 
 It is frozen; adapters of rank 64 in its first six blocks serve the tokens of images alone: text is
 read as before, bit for bit. No GPU, no network, minutes on two cores: `python examples/vora.py`
-where `.[demo]` is installed; `--quick` shows only that it works.
+if `.[demo]` is installed; `--quick` shows only that it works.
 """
 
 from __future__ import annotations

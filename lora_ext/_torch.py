@@ -14,7 +14,7 @@ from torch.nn import functional as F
 AUTOCASTS = ("cpu", "cuda")  # torch.autocast refuses other devices, meta among them
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
-TILE_COLUMNS = 32  # of an AMX tile of 16-bit numbers
+TILE_COLUMNS = 32  # columns of one AMX tile of 16-bit numbers
 
 
 def exactly(device: torch.device) -> AbstractContextManager[object]:
@@ -24,7 +24,7 @@ def exactly(device: torch.device) -> AbstractContextManager[object]:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast makes a linear layer compute in, or None where it is off."""
+    """Return the dtype of a linear layer's products under autocast; None if autocast is off."""
     kind = x.device.type
     if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
         return None
@@ -90,25 +90,27 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Products whose rows do not touch
+# Products that keep a NaN in its row
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``F.linear`` with :func:`spaced` operands, forward and backward."""
+    """Compute ``F.linear`` with a :func:`spaced` left operand in the forward and the backward."""
     return with_spaced_gradient(F.linear(spaced(x, autocast_dtype(x)), weight, bias))
 
 
 def spaced(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return ``x (..., K)`` with at least 32 zeros in memory behind each row, where it needs them.
+    """Return ``x (..., K)`` with at least 32 zeros in memory after each row, if it needs them.
 
     With AMX, torch's product of 16-bit rows reads every row of its left operand up to a multiple of
-    32 columns and multiplies what lies there by zero. So a NaN or inf in one row reaches the row
-    before it. A copy is made on the CPU where K is no multiple of 32 and the dtype has 16 bits.
-    ``csrc/ops/gemm.cpp`` has the same for ops in C++.
+    32 columns and multiplies the numbers after the row by zero. A NaN or inf in one row therefore
+    reaches the row before it. This function returns a copy if ``x`` is on the CPU, K is not a
+    multiple of 32 and the dtype has 16 bits; otherwise it returns ``x``. ``csrc/ops/gemm.cpp``
+    implements the same for ops in C++.
 
     Args:
-        x: the left operand of a product of two matrices.
-        dtype: that autocast would cast it to, which would remove the zeros; None for none.
+        x: left operand of a product of two matrices.
+        dtype: dtype that autocast would cast ``x`` to, which would remove the zeros; None if
+            autocast is off.
     """
     if not _needs_space(x, dtype):
         return x
@@ -117,10 +119,10 @@ def spaced(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def with_spaced_gradient(y: Tensor) -> Tensor:
-    """Return ``y (..., O)``, a product, after making its gradient :func:`spaced`.
+    """Return the product ``y (..., O)`` after registering a hook that spaces its gradient.
 
-    The gradient is the left operand of the product that gives ``dx``. A compiled graph leaves it as
-    it is.
+    The gradient is the left operand of the product that computes ``dx``. In a compiled graph the
+    gradient is not spaced.
     """
     if y.requires_grad and _needs_space(y) and not compiles():
         y.register_hook(spaced)
@@ -175,7 +177,7 @@ def traced(
     return define
 
 
-# A compiler would see that nobody reads the zeros, and leave them out.
+# torch.compile would remove zeros that no later op reads.
 _spaced_op = traced(
     "spaced(Tensor x) -> Tensor",
     fake=_space,

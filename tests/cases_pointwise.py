@@ -1,4 +1,4 @@
-"""Functions of one number, and their row of the table: for tensors on the CPU alone."""
+"""Functions of one number, and their row of the table of cases. The op is for the CPU only."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ def formula(i: dict[str, Any]) -> Outputs:
 
 
 def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
-    """Eight roundings to float32 of the result; of what is exponentiated, whose error is relative
-    to 1, a few more; then one rounding to the dtype.
+    """Bound the error by roundings.
 
-    GELU exponentiates ``x^2 / 2``, its approximation up to ``0.1 |x|^3 + 1.6 |x|``, the others
-    ``x``. Where torch's formulas add a small number to 1 or -1, or the exponential overflows, they
-    lose it themselves: below 4e-37 anything goes.
+    The result has eight roundings to float32, and a few more for the error of the exponent, which
+    is relative to 1. One rounding to the dtype follows. The exponent of GELU is ``x^2 / 2``, that
+    of its approximation is up to ``0.1 |x|^3 + 1.6 |x|``, and that of the others is ``x``. torch's
+    formulas lose small numbers that they add to 1 or -1, and results whose exponential overflows.
+    Results below 4e-37 are therefore not compared.
     """
     x = i["x"].double().abs()
     grown = {"gelu": x.square(), "gelu_tanh": 0.1 * x**3 + 1.6 * x, "cos": 0 * x, "sin": 0 * x}
@@ -50,7 +51,7 @@ def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
         bound = 2.0**-24 * (8 + 2 * grown.get(f, x)) * y.abs() + 4e-37
         if f in ("cos", "sin"):
             bound = bound + 2.0**-40
-        if f in ("gelu", "gelu_tanh"):  # float64 loses the digits of 1 + erf and 1 + tanh
+        if f in ("gelu", "gelu_tanh"):  # float64 loses digits of 1 + erf and 1 + tanh
             bound = bound + 2.0**-50 * x
         if f in ("rsqrt",):
             bound = 2.0**-23 * y.abs()

@@ -13,7 +13,7 @@ from typing import Any
 # beside other work, do not take the cores from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# The folder of tests, before benchmarks/methods.py can take its name.
+# Import tests/methods first; otherwise the name means benchmarks/methods.py.
 import methods  # noqa: F401
 import pytest
 import torch
@@ -26,9 +26,9 @@ from lora_ext import ops
 from lora_ext.ops import _registration
 from lora_ext.serving.layers import siblings
 
-QUICK_CASES = 2  # of one test, op and backend, with --quick
+QUICK_CASES = 2  # cases per test, op and backend with --quick
 
-# For common, at the end: tests/control and tests/methods have names of benchmarks.
+# Makes `common` importable. At the end, because benchmarks/ has modules named control and methods.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 settings.register_profile("default", deadline=None, print_blob=True)
@@ -46,12 +46,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick",
         action="store_true",
-        help="what `make test` runs: no slow test, and a few cases of each test, op and backend",
+        help="run no slow test, and a few cases per test, op and backend, as in `make test`",
     )
-    parser.addoption("--rest", action="store_true", help="what --quick leaves out")
+    parser.addoption("--rest", action="store_true", help="run the cases that --quick leaves out")
     parser.addoption(
         "--demo", type=lambda path: Path(path).resolve(), metavar="DIR",
-        help="run the code of the pages in what `make demo` left in DIR, not in a small stand-in",
+        help="run the code of the pages on the output of `make demo` in DIR, not on a stand-in",
     )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "slow: runs a compiler, an example, a real model, or more than four seconds"
     )
     config.addinivalue_line(
-        "markers", "hosts: also runs under other processors' code (`make hosts`)"
+        "markers", "hosts: also runs with the code paths of other processors (`make hosts`)"
     )
     config.addinivalue_line("markers", "sanitized: compiles all twins or kernels with sanitizers")
 
@@ -82,10 +82,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _quick(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Return the tests that are not slow: of each test, op and backend a few evenly spaced cases.
+    """Return a few evenly spaced cases per test, op and backend, without slow tests.
 
-    Every test function that is not slow keeps at least one case on each backend that it has, so
-    every op and every room is touched.
+    Every test function that is not slow keeps at least one case on each of its backends, so that
+    every op and every package is tested.
     """
     cases: defaultdict[tuple[Any, ...], list[pytest.Item]] = defaultdict(list)
     for item in items:
@@ -101,7 +101,7 @@ def _quick(items: list[pytest.Item]) -> set[pytest.Item]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    lora_ext._C.set_cpu_isa(os.environ.get("LX_ISA", ""))  # of tests that choose none
+    lora_ext._C.set_cpu_isa(os.environ.get("LX_ISA", ""))  # for tests that choose none
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

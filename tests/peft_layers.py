@@ -39,7 +39,7 @@ def gradients(y: Tensor, layer: nn.Module, x: Tensor) -> dict[str, Tensor | None
 def assert_same(
     layer: PeftLinear, x: Tensor, ours: Callable[[], Tensor], theirs: Callable[[], Tensor]
 ) -> None:
-    """Compare two forwards of ``layer`` and their gradients; ``theirs`` also runs in float64."""
+    """Compare two forwards of ``layer`` and their gradients with ``theirs`` in float64."""
     mine, peft = _results(ours, layer, x), _results(theirs, layer, x)
     dtype = x.dtype
     layer.double()
@@ -69,7 +69,7 @@ def _results(run: Callable[[], Tensor], layer: nn.Module, x: Tensor) -> Results:
 
 
 def _assert_within(mine: Results, peft: Results, exact: Results) -> None:
-    """Hold the errors of ours to those of PEFT on the same data."""
+    """Check that our errors are within the bound of PEFT's errors on the same data."""
     assert mine.keys() == peft.keys()
     for name, true in exact.items():
         ours, other = mine[name], peft[name]

@@ -1,4 +1,4 @@
-"""A stand-in for torch's 16-bit products on the CPU that reads behind rows, as those for AMX do."""
+"""Stand-in for torch's 16-bit CPU products that reads behind rows, as the AMX products do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BEHIND = 32  # columns read behind each row
 
 
 def _behind(left: Tensor) -> Tensor:
-    """0 x the sum of what lies behind each row, ``(T, 1)``; zero behind the end of the memory."""
+    """Return 0 x the sum of the numbers behind each row, ``(T, 1)``; no memory counts as 0."""
     whole = torch.empty(0, dtype=left.dtype).set_(left.untyped_storage())
     padded = F.pad(whole, (0, _BEHIND))
     start = left.storage_offset() + left.shape[1]
@@ -45,8 +45,8 @@ def _mm_out(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
 def reading_behind() -> Iterator[None]:
     """Replace ``mm`` and ``addmm`` on the CPU, for calls from Python and from C++.
 
-    Each 16-bit product adds 0 x the 32 numbers behind each row of its left operand, where the width
-    is no multiple of 32.
+    Each 16-bit product adds 0 x the 32 numbers behind each row of its left operand if the width is
+    not a multiple of 32.
     """
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():

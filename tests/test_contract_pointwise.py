@@ -1,4 +1,4 @@
-"""What functions of one number promise beyond the laws of the table."""
+"""Properties of functions of one number that the laws of the table do not cover."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_ext import ops
 @pytest.fixture(autouse=True)
 def on_the_cpu(backend: Backend) -> None:
     if backend.device != "cpu":
-        pytest.skip("the op is for tensors on the CPU alone")
+        pytest.skip("the op is only for tensors on the CPU")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -272,7 +272,7 @@ def test_a_step_moves_every_rank_and_the_function_is_what_was_asked_for(
 
 
 def of_two_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of A are combinations of two rows, but for rounding."""
+    """Return factors where all rows of A are combinations of two rows, up to rounding."""
     g = torch.Generator().manual_seed(3)
     mix = torch.randn(RANK, 2, generator=g, dtype=torch.float64)
     return (mix @ a[:2].double()).to(a.dtype), b
@@ -299,7 +299,7 @@ def test_a_rank_that_is_rounding_alone_gets_a_gradient_like_the_others(way: str,
     for name, factors in found.modules.items():
         gradients = gradients_of_a_step(factors.a, factors.b, factors.scaling)
         sizes = torch.hypot(gradients[0].norm(dim=1), gradients[1].norm(dim=0))
-        # With the root of such a singular value in either factor it is about sqrt(eps).
+        # With the root of a rounding-only singular value in both factors, it is about sqrt(eps).
         assert sizes.min() >= 10 * eps**0.5 * sizes.max(), f"{name}: {sizes.tolist()}"
         size = one.modules[name].a.norm() * one.modules[name].b.norm() * factors.scaling
         assert (delta(found, name) - expected[name]).norm() <= 8 * eps * size

@@ -21,7 +21,7 @@ def main() -> int:
     tests += ["-n", "2", "--dist", "worksteal"]  # neighbours share what their files build
     tests.append("--hypothesis-profile=ci")  # no new examples here: `make test` looks for them
     if os.environ.get("CHECK_REST") == "1":
-        tests.append("--rest")  # `make test` has run the others in this build
+        tests.append("--rest")  # `make test` has run the other tests in this build
     docs = [BIN + "/mkdocs", "build", "--strict", "--site-dir", "out/docs"]
     legs = [
         Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 1800, env={"LORA_EXT_EMU": "1"}),
@@ -29,7 +29,7 @@ def main() -> int:
         Leg("tests", tests, 3600, after="build"),
         Leg("hosts", [PY, "tools/hosts.py"], 1200, after="build"),
     ]
-    # The code of the pages in what `make demo` leaves: the tests run it in a small stand-in.
+    # Run the code of the pages on the output of `make demo`; the tests use a small stand-in.
     demo = [PY, "examples/demo.py", "--tokens", "4", "--rounds", "1", "--adapters", "2"]
     legs.append(Leg("demo", demo, 900, after="build"))
     pages = [PY, "-m", "pytest", "-q", "tests/docs/test_pages.py", "-k", "code_of_the_page"]

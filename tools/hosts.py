@@ -1,7 +1,7 @@
-"""Run the tests marked `hosts` under the code of other processors: `python tools/hosts.py`.
+"""Run the tests marked `hosts` with the code paths of other processors: `python tools/hosts.py`.
 
-torch, oneDNN and MKL choose their code by the processor, and so do the package's own CPU kernels.
-Each setting takes one of these choices away from this processor. Two settings run side by side.
+torch, oneDNN, MKL and the CPU kernels of this package choose their code by the processor. Each
+setting makes one of them, or all, choose the code of another processor. Two settings run at a time.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 
 def marked() -> list[str]:
-    """Return the test files that have the mark; to collect the others takes longer than to run."""
+    """Return the test files that contain the mark; collecting all files would take longer."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if "mark.hosts" in file.read_text()]
 
 
 def lacking(env: dict[str, str]) -> str | None:
-    """Return why this processor cannot run a setting, or None."""
+    """Return the reason why this processor cannot run a setting, or None."""
     before = _C.cpu_isa()
     try:
         _C.set_cpu_isa(env.get("LX_ISA", ""))

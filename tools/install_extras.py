@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
 
 
 def lowest(requirements: list[str]) -> list[str]:
-    """Return the requirements with every lower bound as the version that is wanted."""
+    """Return the requirements with every lower bound as the exact version."""
     return [requirement.replace(">=", "==", 1) for requirement in requirements]
 
 
@@ -35,7 +35,7 @@ def listed(names: list[str]) -> list[str]:
 
 
 def install(wanted: list[str], python: str = sys.executable) -> None:
-    """Install requirements for a Python."""
+    """Install requirements into the environment of a Python interpreter."""
     alone = [item for item in wanted if re.split(r"[^\w-]", item)[0] in ALONE]
     pip = [python, "-m", "pip", "install", "-q"]
     subprocess.run([*pip, *(item for item in wanted if item not in alone)], check=True)

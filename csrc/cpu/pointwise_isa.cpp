@@ -1,5 +1,5 @@
-// Functions of one number, in whole vectors only: what is left of a range is computed in a vector
-// of its own, by the same instructions.
+// Functions of one number, in whole vectors only. The last numbers of a range are copied into a
+// separate vector and computed with the same instructions.
 #include "lora_ext/pointwise.h"
 
 #include "vec_math.h"
@@ -18,8 +18,8 @@ LX_INLINE V with_sign_of(V x, V y) {
     return bit_cast<V>(bit_cast<Words<V>>(y) | (bit_cast<Words<V>>(x) & 0x80000000u));
 }
 
-// exp(-u) - 1 for u >= 0. Below log(2) / 2 the polynomial of exp without its 1 keeps the digits
-// that the difference would lose.
+// exp(-u) - 1 for u >= 0. Below log(2) / 2 the polynomial of exp without its constant term 1 keeps
+// the digits that the difference would lose.
 LX_INLINE V expm1_of_negative(V u) {
     const V r = -u;
     constexpr int kTerms = sizeof(Float<float>::kExp) / sizeof(float);
@@ -58,7 +58,7 @@ LX_INLINE VecN<double, kHalf> circular(VecN<double, kHalf> x) {
     for (int i = 4; i >= 0; --i) odd = fma(odd, z, splat<D>(kSin[i]));
     for (int i = 5; i >= 0; --i) even = fma(even, z, splat<D>(kCos[i]));
     odd = odd * r;
-    // The quarter of the circle, in the low bits of `shifted`; a sine is a cosine a quarter on.
+    // The low bits of `shifted` contain the quadrant. A sine is a cosine shifted by one quadrant.
     const W quarter = bit_cast<W>(shifted) + (kSine ? 3 : 0);
     const D y = (quarter & 1) != 0 ? odd : even;
     const W sign = ((quarter + 1) & 2) << 62;
@@ -99,7 +99,7 @@ LX_INLINE V value(V x) {
     if constexpr (kFunction == Pointwise::kSigmoid) return 1 / (exp(-x) + 1);
     if constexpr (kFunction == Pointwise::kSilu) return x / (exp(-x) + 1);
     if constexpr (kFunction == Pointwise::kSoftplus) {
-        // log(1 + e) loses what rounding takes from 1 + e; the quotient brings it back.
+        // log(1 + e) loses the rounding error of 1 + e; the quotient restores it.
         const V e = exp(-magnitude(x)), sum = e + 1, lost = e - (sum - 1);
         return (x < V{} ? V{} : x) + (log(sum) + lost / sum);
     }
@@ -109,8 +109,8 @@ LX_INLINE V value(V x) {
     }
 }
 
-// Not inlined, and called with counts unknown to the compiler: one piece of code computes all
-// vectors.
+// Not inlined, and called with counts that the compiler cannot see, so that the same code computes
+// every vector.
 template <typename T, Pointwise kFunction>
 __attribute__((noinline)) void vectors(const T* x, T* y, int64_t count) {
     for (int64_t i = 0; i < count; ++i) store(y + i * kF, value<kFunction>(load(x + i * kF)));

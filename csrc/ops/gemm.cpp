@@ -40,7 +40,7 @@ const c10::TypedOperatorHandle<OneDnnLinear>* onednn_linear() {
 // Below, what oneDNN does before its first multiplication takes longer than it saves.
 constexpr int64_t kOneDnnRows = 32, kOneDnnWork = 1 << 20;
 
-// Columns that one AMX tile holds in 16 bits.
+// Columns of one AMX tile of 16-bit numbers.
 constexpr int64_t kTileColumns = 32;
 
 }  // namespace

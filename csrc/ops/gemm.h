@@ -7,11 +7,11 @@
 
 namespace lora_ext {
 
-// The rows of `left` (T, K), the left operand of a library product, with at least 32 zeros in memory
-// behind each. With AMX, torch's product of 16-bit rows reads every row up to a multiple of 32
-// columns and multiplies what lies there by zero, so that a NaN or inf in one row reaches the row
-// before it. A copy on the CPU where K is no multiple of 32 and the dtype has 16 bits; otherwise
-// `left` itself. The twin in Python is lora_ext._torch.spaced.
+// Returns `left` (T, K), the left operand of a library product, with at least 32 zeros in memory
+// after each row. With AMX, torch's product of 16-bit rows reads every row up to a multiple of 32
+// columns and multiplies the numbers after the row by zero, so a NaN or inf in one row reaches the
+// row before it. The result is a copy if `left` is on the CPU, K is not a multiple of 32 and the
+// dtype has 16 bits; otherwise it is `left`. lora_ext._torch.spaced is the same in Python.
 at::Tensor spaced(const at::Tensor& left);
 
 // What at::linear computes, x (T, I), weight (O, I), bias (O,) or none -> (T, O), by whichever

@@ -1,4 +1,4 @@
-// Functions of one number as functions of tensors; lora_ext/ops/row_attention.py has the contract.
+// Functions of one number, applied to tensors. lora_ext/ops/row_attention.py documents the op.
 #pragma once
 
 #include <string_view>

@@ -320,11 +320,11 @@ class BaseModels:
             self._first = name
             return
         gone = next(filter(_is_gone, (name, self._first)), None)
-        meaning = "what comes out means nothing, unless these are two names of one model"
+        meaning = "the results mean nothing unless both are names of one model"
         if gone is not None:
             meaning = (
                 f"there is no folder {gone!r:.200} here; if it was moved or copied to the other "
-                "place, nothing is wrong, otherwise these are adapters of two models"
+                "path, ignore this warning; otherwise the adapters belong to two base models"
             )
         warnings.warn(
             f"{where}: expected adapters of one base model, found base_model_name_or_path "
@@ -339,8 +339,10 @@ def model_name(model: Any) -> Any:
 
 
 def _is_gone(name: str) -> bool:
-    """Return whether a name is the place of a folder that is not there; one of the Hub's cache
-    names its model all the same."""
+    """Return whether a name is the absolute path of a folder that does not exist.
+
+    A path in the Hub's cache contains the name of its model, so it does not count.
+    """
     cached = any(_CACHED.fullmatch(part) for part in re.split(r"[/\\]", name))
     return os.path.isabs(name) and not cached and not os.path.isdir(name)
 

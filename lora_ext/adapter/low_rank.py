@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .peft_files import Factors
 
-#: Root mean square of the norm of a row from ``U(-1/sqrt(I), 1/sqrt(I))``, a new adapter's.
+#: Root mean square of the norm of a row of a new A, drawn from ``U(-1/sqrt(I), 1/sqrt(I))``.
 DRAWN_ROW_NORM = 3**-0.5
 
 
@@ -41,26 +41,27 @@ def product_norm(factors: Factors) -> float | None:
 
 
 def truncated(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """Return the nearest product of a rank, or of the largest that it can have, and the Frobenius
-    norm of the rest.
+    """Return the factors of the best approximation of ``b @ a`` of rank at most ``rank``, and the
+    Frobenius norm of the difference.
 
     ``b = Q_b R_b``, ``a^T = Q_a R_a`` and ``R_b R_a^T = U S V^T``, an r x r matrix, give the
-    singular values of ``b @ a``. The largest stay, ``sqrt(S)`` in either factor. A value that is no
-    more than rounding in float64 is 0 in both, and :func:`able_to_learn` draws its row. A value
-    that is no more than rounding in ``dtype`` would have a row and a column near 0, and gradients
-    near 0: its row of A gets the norm of a drawn one, and its column of B the rest. Our choice.
+    singular values of ``b @ a``. Each factor contains ``sqrt(S)`` of the largest values. A value
+    within the rounding error of float64 is 0 in both factors, and :func:`able_to_learn` draws its
+    row. A value within the rounding error of ``dtype`` would leave a row of A, a column of B and
+    their gradients near 0. Its row of A therefore gets the norm of a drawn row, and its column of B
+    the rest of the value. Our choice.
 
     Args:
         a, b: ``(r, I)`` and ``(O, r)`` float64.
-        dtype: in which the factors were stored before.
+        dtype: dtype that the factors were stored in.
 
     Source: Eckart and Young, 1936.
     """
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    size = float((a.norm(dim=1) * b.norm(dim=0)).sum())  # the ranks' own products may cancel
-    # QR and SVD err by this much of it.
+    size = float((a.norm(dim=1) * b.norm(dim=0)).sum())  # the products of single ranks may cancel
+    # Bound of the error of QR and SVD.
     noise = torch.finfo(s.dtype).eps * max(len(b), a.shape[1]) * size
     kept = s[:rank].where(s[:rank] > noise, 0)
     dropped = math.hypot(float(s[rank:].norm()), float((s[:rank] - kept).norm()))

@@ -25,7 +25,7 @@ from .prior import PriorHead
 Progress = Callable[..., Iterable[Any]]
 _WHERE = "distil"
 _CHUNK = 256
-_TRIED = 8  # points to draw the first centres from, for each cluster
+_TRIED = 8  # candidate points of the first centres, per cluster
 _AHEAD = 8  # tokens by whose likelihood a prior head is learned and measured
 
 
@@ -218,7 +218,7 @@ def _learned(
 
 
 def _clusters(points: Tensor, count: int, progress: Progress | None) -> Tensor:
-    """Return the cluster of each point, ``(n,)``: k-means in 15 rounds."""
+    """Return the cluster of each point, ``(n,)``, from 15 rounds of k-means."""
     centres = _spread(points[torch.randperm(len(points))[: _TRIED * count]], count)
     for _ in _shown(range(15), progress, "clusters"):
         nearest = _nearest(points, centres)
@@ -229,9 +229,10 @@ def _clusters(points: Tensor, count: int, progress: Progress | None) -> Tensor:
 
 
 def _spread(points: Tensor, count: int) -> Tensor:
-    """Return first centres ``(count, D)``, drawn one by one by k-means++ (Arthur and
-    Vassilvitskii 2007). Equal points, which share a context, are not drawn twice: rounding would
-    choose between two centres at one place.
+    """Draw the first centres ``(count, D)`` by k-means++ (Arthur and Vassilvitskii 2007).
+
+    Points of one context are equal, and k-means++ does not draw equal points twice. With two equal
+    centres, rounding would decide which of them a point belongs to.
     """
     chosen = torch.zeros(count, dtype=torch.long)
     gap = torch.full((len(points),), torch.inf)

@@ -29,9 +29,9 @@ class ConstraintProcessor:
     law, or with a guide the guided law (docs/control.md). No row ends by its length: the last token
     of the budget ends a text that has not ended before. Rows without a constraint keep their bits.
 
-    One processor serves one call of ``generate`` after the other. A run is over when ``generate``
-    returns: every row has an end token, or ``max_new_tokens`` have come. A call on the rows that it
-    returned begins the next run, with the whole budget. Whatever else changes the scores
+    One processor can be passed to several calls of ``generate``, one after the other. A run is over
+    when every row has an end token, or after ``max_new_tokens`` tokens. A call with the returned
+    rows then begins the next run, with the whole budget. Whatever else changes the scores
     afterwards, such as top_p, changes the law but not the satisfaction; penalties,
     ``min_new_tokens`` of ``generate`` and stop rules may take away what a constraint needs.
 
@@ -139,7 +139,7 @@ class ConstraintProcessor:
 
     # --- one run and the next ---------------------------------------------------------------------
     def _goes_on(self, input_ids: Tensor) -> bool:
-        """Return whether the rows are those of the last call with one token more."""
+        """Return whether ``input_ids`` continues the run of the last call by one token."""
         if self._prompt is None or len(input_ids) != len(self._rows):
             return False
         start, length = self._prompt.shape[1], input_ids.shape[1]
@@ -154,7 +154,7 @@ class ConstraintProcessor:
         return False
 
     def _is_over(self, new: Tensor) -> bool:
-        """Return whether ``generate`` stops behind these new tokens ``(B, n)``."""
+        """Return whether ``generate`` stops after the new tokens ``(B, n)``."""
         ends = torch.tensor(self._ends, dtype=new.dtype, device=new.device)
         return new.shape[1] >= self._budget or bool(torch.isin(new, ends).any(1).all())
 

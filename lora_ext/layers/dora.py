@@ -88,7 +88,7 @@ def _in_order(
 ) -> Tensor:
     first, magnitude = adapters[0], magnitudes[0]
     plain_base = dense_parameters(base)
-    exact = isinstance(base, PackedLinear) and base.exact  # the fused product is torch's
+    exact = isinstance(base, PackedLinear) and base.exact  # the fused product would be torch's
     alone = len(adapters) == 1 and first.p == 0 and not exact
     if alone and magnitude is not None and fuses(x, plain_base, first):
         read = weight, bias = dense()

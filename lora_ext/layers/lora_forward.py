@@ -138,7 +138,7 @@ def _scaled_rows(
 
 
 def call_base(base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Compute ``base(x)`` with :func:`lora_ext._torch.spaced` operands, also without hooks."""
+    """Compute ``base(x)`` with :func:`lora_ext._torch.spaced` operands, even if it has no hooks."""
     return with_spaced_gradient(base(spaced(x)))
 
 

@@ -2,8 +2,8 @@
 
 A library cuts attention into blocks that follow from the number of queries and of keys, and its
 sums with them: the same row comes out with other bits in another batch. :func:`row_attention` has
-one order for each row. torch computes a function such as SiLU with other instructions at the end of
-a thread's share; :func:`pointwise` computes every number with the same ones.
+one order of sums per row. torch computes functions such as SiLU with other instructions at the end
+of a thread's share; :func:`pointwise` uses the same instructions for every number.
 
 Letters: ``B`` sequences, ``H`` heads, ``G`` of them with keys of their own, ``T`` queries, ``L``
 keys, ``D`` features of queries and keys, ``E`` of values.
@@ -76,23 +76,23 @@ def row_attention(
 
 
 def pointwise(x: Tensor, function: str) -> Tensor:
-    """Compute ``y[i] = function(x[i])`` with bits that depend on ``x[i]`` alone.
+    """Compute ``y[i] = function(x[i])`` with bits that depend only on ``x[i]``.
 
-    Computed in float32 (sine and cosine in float64) and rounded once. Machines with other
-    instruction sets may round differently. Not differentiable; autocast leaves it alone.
+    The result is computed in float32 (sine and cosine in float64) and rounded once. Processors with
+    other instruction sets may round differently. The op is not differentiable and ignores autocast.
 
     Args:
         x: float32 or bfloat16 on the CPU, of any shape and strides.
-        function: ``"cos"`` and ``"sin"`` (NaN above ``2**24`` in magnitude), ``"gelu"``,
+        function: ``"cos"`` or ``"sin"`` (NaN above ``2**24`` in magnitude), ``"gelu"``,
             ``"gelu_tanh"`` (its approximation by tanh), ``"rsqrt"``, ``"sigmoid"``, ``"silu"``,
             ``"softplus"`` or ``"tanh"``.
 
     Returns:
-        The shape and dtype of ``x``.
+        ``function(x)`` in the shape and dtype of ``x``.
 
     Raises:
-        ValueError: if the dtype, the device or the name is not one of these.
-        RuntimeError: if a gradient is wanted.
+        ValueError: If the dtype, the device or the name is not one of these.
+        RuntimeError: If a gradient is requested.
     """
     return _c.pointwise.default(x, function)
 

@@ -171,14 +171,14 @@ class Block:
         return tuple((slot, rows[which == i]) for i, slot in enumerate(order))
 
     def remedy(self) -> str:
-        """Return what to do where the names do not fit the rows of a pool's layer."""
+        """Return the remedy for names that do not fit the rows of a pool's layer."""
         batch, assignment = _batch.get(), self.assignment
         if batch is None:
             return f"{_ONE_EACH}; {_LEAVE_OUT}"
         names = assignment.shape[0] * assignment.repeat if assignment.shape else batch.sequences
         if isinstance(assignment.places, Tensor) or names == batch.sequences:
             return _LEAVE_OUT
-        return f"{_ONE_EACH}: it has {batch.sequences} (a pipeline's batch_size= sets how many)"
+        return f"{_ONE_EACH}: it has {batch.sequences} (set by batch_size= in a pipeline)"
 
     @property
     def _serving(self) -> frozenset[int]:
@@ -191,8 +191,8 @@ class Block:
 _NOTHING = torch.empty(0, dtype=torch.int64)
 _ONE_EACH = "give one name for each sequence of the batch, or adapters('name') for all of them"
 _LEAVE_OUT = (
-    "where that module sees other rows than the model's sequences or tokens, leave it out with "
-    "AdapterPool(targets=...), or give token_ids of the shape that it sees"
+    "if the rows of that module are not the model's sequences or tokens, leave it out with "
+    "AdapterPool(targets=...), or give token_ids of the module's shape"
 )
 
 

@@ -37,18 +37,18 @@ def no_block(where: str = "") -> RuntimeError:
     )
 
 
-_warned: set[int] = set()  # pools
+_warned: set[int] = set()  # handles of pools
 
 
 def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:
-    """Warn, once for a pool, of gradients that reach the base model and none of the adapters."""
+    """Warn, once per pool, that gradients reach the base model and not the adapters."""
     if handle not in _warned:
         _warned.add(handle)
         warnings.warn(
-            "attach: backward: expected frozen parameters in the base model, found some in "
-            f"{name!r} that require gradients, while a pool's adapters get none: an optimizer "
-            "would train the base model. Freeze it with model.requires_grad_(False); train "
-            "adapters with lora_ext.from_peft or lora_ext.nn.wrap",
+            "attach: backward: expected frozen parameters in the base model, found parameters of "
+            f"{name!r} that require gradients; adapters of a pool get no gradients, so an "
+            "optimizer would train the base model. Freeze it with model.requires_grad_(False); "
+            "to train adapters, call lora_ext.from_peft or lora_ext.nn.wrap",
             stacklevel=1,
         )
 
@@ -131,7 +131,7 @@ class PoolLayer(nn.Module):
             return self(x, *args)
 
     def watch_backward(self, y: Tensor) -> None:
-        """Let a backward through ``y``, an output with adapters, warn if ``base`` trains."""
+        """Register a hook on the output ``y`` that warns in a backward if ``base`` trains."""
         if y.requires_grad and self.handle not in _warned:
             if any(parameter.requires_grad for parameter in self.base.parameters()):
                 y.register_hook(functools.partial(_warn_of_backward, self.handle, self.name))

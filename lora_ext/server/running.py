@@ -191,8 +191,8 @@ def run(
         begins: called once requests are answered. interrupt: before connections are waited for.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, also of a job in the background, for which shells have
-            SIGINT ignored.
+        KeyboardInterrupt: After SIGINT, even if the process started with SIGINT ignored. Shells
+            start background jobs that way.
     """
     with _sigint_raises():
         _Server(config, begins, interrupt).run([listening])
@@ -200,8 +200,8 @@ def run(
 
 @contextlib.contextmanager
 def _sigint_raises() -> Iterator[None]:
-    """Let SIGINT raise KeyboardInterrupt inside, where it would be ignored."""
-    in_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    """Make SIGINT raise KeyboardInterrupt inside the block if the process ignores SIGINT."""
+    in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         yield
         return
@@ -223,7 +223,7 @@ def serve(settings: Settings, say: Callable[[str], None] = print) -> None:
     """
     settings.check()
     with settings.listen() as listening, settings.engine(say) as engine:
-        base = Path(os.path.abspath(settings.model)).name  # of a link, not of its target
+        base = Path(os.path.abspath(settings.model)).name  # name of a link, not of its target
         app = make_app(engine, base, settings.max_body, settings.origins)
         config = uvicorn.Config(app, timeout_graceful_shutdown=2)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -55,7 +55,7 @@ class _Attachment:
     packed: bool
     fused: bool
     hooked: list[tuple[str, str]]  # what Hooks.put has put
-    spaced: list[nn.Module]  # what space_products has put hooks on
+    spaced: list[nn.Module]  # layers with hooks of space_products
 
     def __post_init__(self) -> None:
         attachments.add(self)

@@ -499,8 +499,11 @@ def load_of(manager: Any) -> Load:
 
 
 def _used_share(cache: Any) -> float:
-    """Return the share of a cache that requests hold. Pages that are kept for later requests with
-    the same prefix do not count, as they make way for any other request."""
+    """Return the share of a cache that requests hold.
+
+    Pages that are kept for later requests with the same prefix do not count, because any other
+    request can replace them.
+    """
     allocators = cache.cache_allocators.values()
     kept = sum(len(each.ledger.cached_blocks) * each.bytes_per_block for each in allocators)
     total = cache.num_sectors * cache.bytes_per_sector

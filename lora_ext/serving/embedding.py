@@ -22,7 +22,7 @@ from .engine import QueueFullError, StoppedError
 from .metrics import Load
 
 POOLINGS = ("cls", "mean", "lasttoken")
-#: Of files that say how texts are read, from the newest to older ones.
+#: Kinds in the names of sentence-transformers' files, in the order in which they are tried.
 _KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 _TRIES = 8  # somebody may unload an adapter between its load and its forward
 
@@ -35,12 +35,12 @@ class _Waiting(NamedTuple):
 
 @dataclass(frozen=True)
 class Preparation:
-    """Steps of sentence-transformers that come before the tokens of a text.
+    """Preparation of a text before it is tokenized, as in sentence-transformers.
 
     Args:
-        prompt: put before every text.
-        max_length: most tokens of a text, which is cut there; None: as the tokenizer says.
-        lower_case: whether the text is put into lower case.
+        prompt: prefix of every text.
+        max_length: largest number of tokens; longer texts are cut. None: the tokenizer's limit.
+        lower_case: whether to convert the text to lower case.
     """
 
     prompt: str = ""
@@ -48,7 +48,7 @@ class Preparation:
     lower_case: bool = False
 
     def tokens(self, tokenizer: Any, text: str) -> list[int]:
-        """Return the tokens of a text."""
+        """Return the token ids of a text."""
         text = (self.prompt + text).strip()
         text = text.lower() if self.lower_case else text
         return tokenizer(text, truncation=True, max_length=self.max_length).input_ids
@@ -63,10 +63,12 @@ class Embedder:
         folder: where adapters are. Nothing outside it is read.
         pooling: one vector of a text's tokens: the first one's, their mean, or the last one's.
         normalize: whether vectors have length 1.
-        max_requests: that wait or run. max_rank: of an adapter.
-        context: tokens of a text. max_batch_tokens: of one forward, with padding; a text that has
-            more has a forward of its own.
-        preparation: of texts; None gives them to the tokenizer as they are.
+        max_requests: largest number of requests that wait or run.
+        max_rank: largest rank of an adapter.
+        context: largest number of tokens of a text.
+        max_batch_tokens: largest number of tokens of one forward, with padding. A longer text gets
+            a separate forward.
+        preparation: preparation of texts; None passes them to the tokenizer unchanged.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Embedder:
 
     @property
     def requests(self) -> int:
-        """Number of requests that are read, wait or run."""
+        """Number of requests that are being tokenized, wait or run."""
         return self._preparing + len(self._waiting) + len(self._running)
 
     def interrupt(self) -> None:
@@ -128,19 +130,23 @@ class Embedder:
     async def embed(
         self, texts: Sequence[str | list[int]], adapter_name: str | None = None
     ) -> tuple[Tensor, int]:
-        """Compute the vectors of texts, in forwards with other requests that wait.
+        """Compute the vectors of texts, in one forward with other waiting requests if possible.
 
         Args:
             texts: each a text, or its tokens. adapter_name: None is the base model.
 
         Returns:
-            ``(N, D)`` float32 on the CPU, all finite, and how many tokens the texts have.
+            ``(N, D)`` float32 on the CPU, all finite, and the number of tokens of the texts.
 
         Raises:
-            QueueFullError: too many requests. StoppedError: after :meth:`interrupt`. ValueError:
-                no tokens, too many, or one that the model lacks, or vectors that are not finite, as
-                of an adapter that overflows. UnknownAdapterError: no such adapter. PoolFullError:
-                no room for it. And what :meth:`AdapterPool.load` finds.
+            QueueFullError: If too many requests wait or run.
+            StoppedError: After :meth:`interrupt`.
+            ValueError: If a text has no tokens, too many, or one that the model lacks, or if a
+                vector is not finite, for example because an adapter overflows.
+            UnknownAdapterError: If there is no such adapter.
+            PoolFullError: If the pool has no room for the adapter.
+
+        Errors of :meth:`AdapterPool.load` are raised too.
         """
         if self.requests >= self.max_requests:
             raise QueueFullError(f"embed: expected at most {self.max_requests} requests at a time")
@@ -209,12 +215,11 @@ class Embedder:
             return False
 
     async def _answer(self, batch: list[_Waiting]) -> None:
-        """Compute a batch. What fails with many requests is tried with fewer, as the fault may be
-        that of one alone."""
+        """Compute a batch; if that fails, compute its halves, as one request may be the cause."""
         for left in reversed(range(_TRIES)):
             try:
                 vectors = await asyncio.to_thread(self._forward, batch) if batch else None
-            except UnknownAdapterError as error:  # of an adapter that went meanwhile
+            except UnknownAdapterError as error:  # an adapter was unloaded meanwhile
                 if left:
                     batch = [each for each in batch if await self._ready(each)]
                     continue
@@ -234,7 +239,7 @@ class Embedder:
             return
 
     def _forward(self, batch: Sequence[_Waiting]) -> Tensor:
-        """Compute the vectors of a batch: texts of about one length go into a forward together."""
+        """Compute the vectors of a batch; texts of similar length share a forward."""
         texts = [(one, each.name) for each in batch for one in each.ids]
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
         parts: list[Tensor] = []
@@ -265,14 +270,16 @@ class Embedder:
             vectors = states[torch.arange(len(ids)), lengths - 1]
         else:
             vectors = (states * mask[..., None]).sum(1) / lengths.to(states)[:, None]
-        if self.normalize:  # in float64, where no square overflows
+        if self.normalize:  # in float64, because squares overflow in float32
             vectors = nn.functional.normalize(vectors.double(), dim=-1).float()
         return vectors.cpu()
 
 
 def _positions(model: Any) -> int:
-    """Return how many tokens of a text a model has positions for. RoBERTa and its kin count from
-    the position after that of the padding token."""
+    """Return the largest number of tokens of a text that a model has positions for.
+
+    RoBERTa and similar models count from the position after that of the padding token.
+    """
     most = model.config.get_text_config().max_position_embeddings
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)
@@ -286,7 +293,7 @@ def _end(each: _Waiting, answer: Tensor | Exception | None) -> None:
         if isinstance(answer, Tensor) and not answer.isfinite().all():
             who = "the base model" if each.name is None else f"adapter {each.name!r:.200}"
             answer = ValueError(
-                f"embed: model: expected finite vectors, found that {who} overflows"
+                f"embed: model: expected finite vectors, found NaN or inf: {who} overflows"
             )
         if isinstance(answer, Tensor):
             each.vectors.set_result(answer)
@@ -321,11 +328,13 @@ def pooling_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
 
 
 def preparation_of(folder: str | os.PathLike[str]) -> Preparation | None:
-    """Return how sentence-transformers reads the texts of a model in one of its folders; None of
-    another folder.
+    """Read the preparation of texts from a folder in the format of sentence-transformers.
+
+    Returns:
+        The preparation; None if the folder has another format.
 
     Raises:
-        ValueError: a default prompt that is not listed, or that the pooling leaves out.
+        ValueError: If the default prompt is not listed, or if the pooling excludes it.
     """
     parts = _read(Path(folder) / "modules.json")
     if parts is None:
@@ -347,5 +356,5 @@ def preparation_of(folder: str | os.PathLike[str]) -> Preparation | None:
 
 
 def _read(file: Path) -> Any:
-    """Return what a file of JSON has, or None where there is no such file."""
+    """Return the content of a JSON file; None if there is no such file."""
     return json.loads(file.read_text()) if file.is_file() else None

@@ -39,8 +39,14 @@ _GAUGES = {
 
 
 class Load(NamedTuple):
-    """What an engine has to do: the adapter of each request (None: the base model) that runs and
-    that waits, how many adapters there is room for, and the share of its cache that they hold."""
+    """Load of an engine.
+
+    Args:
+        running: adapter of each running request; None is the base model.
+        waiting: adapter of each waiting request.
+        most_adapters: number of adapters that fit at a time.
+        cache: share of the cache that requests hold.
+    """
 
     running: Sequence[str | None]
     waiting: Sequence[str | None]

@@ -96,22 +96,23 @@ class BatchStep:
         self._apart = self._has_its_head_apart()
 
     def _looks_ahead(self) -> bool:
-        """Return whether a token sees those behind it, padding too.
+        """Return whether a token's logits depend on later tokens, padding included.
 
-        Other tokens behind the first of a row may move its logits no more than other tokens in
-        another row do: by nothing, or by rounding, as experts compute all rows together. All
-        forwards have one shape, so that a library computes a row alike in each.
+        A change of the later tokens of a row may change the logits of its first token no more than
+        a change in another row does. In another row, the effect is zero, or rounding if experts
+        compute all rows together. All forwards have the same shape, so that a library computes a
+        row in the same way in each.
         """
 
         def logits(row: int, first: int) -> Tensor:
-            """Return those of row 1's first token, where ``row`` has other tokens from ``first``
-            on."""
+            """Return the logits of row 1's first token after a change of ``row`` from token
+            ``first`` on."""
             ids = torch.arange(1, 4, device=self.device).repeat(2, 1) % self.vocabulary
             ids[row, first:] = (ids[row, first:] + self.vocabulary // 2) % self.vocabulary
             with torch.no_grad():
                 return self.model(input_ids=ids, use_cache=False).logits[1, 0]
 
-        base = logits(0, 3)  # as it is
+        base = logits(0, 3)  # without a change
         moved, *rounding = ((logits(*it) - base).abs().max() for it in ((1, 1), (0, 1), (0, 0)))
         return not bool(moved <= 16 * max(rounding))
 

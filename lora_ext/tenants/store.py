@@ -18,7 +18,7 @@ from .live import LiveAdapter
 from .optimizer import MOMENTS, Optimizer
 
 _OPTIMIZER = "optimizer.safetensors"
-_MAX_NAME_BYTES = 200  # file systems allow 255, of which a save in progress needs some
+_MAX_NAME_BYTES = 200  # file systems allow 255; a save in progress needs some
 
 
 class Store:
@@ -41,8 +41,11 @@ class Store:
                 ) from error
 
     def folder(self, where: str, path: Any, argument: str = "path") -> Path:
-        """Return the folder of a save; raise ValueError where there is no store, or the path leads
-        out of it."""
+        """Return the folder of a save.
+
+        Raises:
+            ValueError: If there is no store, or if the path leads out of it.
+        """
         if self.root is None:
             raise ValueError(f"{where}: store: expected a folder, found None; make Service(store=)")
         expected = "a path inside the store, relative to it"

@@ -70,12 +70,12 @@ def test_a_folder_that_is_gone_may_have_been_moved(tmp_path):
     for folder in (old, new):
         os.makedirs(folder)
     (said,) = found(lambda: BaseModels(new).meet("here", old, 1))
-    assert "what comes out means nothing" in said  # both folders are there
+    assert "the results mean nothing" in said  # both folders are there
     os.rmdir(old)
     for names in ((new, old), (old, new)):
         (said,) = found(lambda names=names: BaseModels(names[0]).meet("here", names[1], 1))
         assert f"there is no folder {old!r} here; if it was moved" in said
-        assert "means nothing" not in said
+        assert "mean nothing" not in said
 
 
 @pytest.mark.parametrize("mode", ["delta", "factors", "delta_svd"])

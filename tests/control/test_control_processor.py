@@ -154,7 +154,7 @@ def test_rows_have_constraints_of_their_own_and_each_rows_bits_are_its_own() -> 
         alone = ConstraintProcessor(c, small, max_new_tokens=BUDGET)
         for step in range(3):
             if EOS in [int(d[i]) for d in drawn[:step]]:
-                break  # alone, a row behind its end begins the next run
+                break  # alone, a row that has ended begins the next run
             one = alone(
                 torch.cat([ids[i : i + 1], *(d[i : i + 1] for d in drawn[:step])], 1),
                 scores[step, i : i + 1],

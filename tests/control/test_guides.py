@@ -166,7 +166,7 @@ def test_a_distilled_guide_knows_more_than_one_state_does_and_says_what_was_meas
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_context_has_a_state_of_its_own_where_there_are_as_many(seed: int) -> None:
-    """The last token, which is not the end, decides what comes next: eleven contexts, met often."""
+    """The next token depends on the last one, not the end: eleven contexts, all frequent."""
     settings = {"samples": 100, "length": 8, "batch": 50, "em_steps": 0, "prior_steps": 0}
     found = distil(cyclic_model(), [[0], [1, 2]], 11, seed=seed, **settings)
     assert len(set(found.emission.argmax(1).tolist())) == 11

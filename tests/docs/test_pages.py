@@ -28,8 +28,11 @@ PAGES = {
 }
 
 
-# What a page that uses the folder of `make demo` says, the README in words of its own.
-LEFT = "`make demo` leaves `base-model` and the adapters in `out/demo`; run this there."
+# Sentence of every page that uses the folder of `make demo`, except the README.
+LEFT = (
+    "`make demo` writes `base-model` and the adapters to `out/demo`. "
+    "Run the code of this page there."
+)
 
 
 def save_stand_in(path: Path) -> None:
@@ -67,7 +70,7 @@ def save_stand_in(path: Path) -> None:
 def left_by_the_demo(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Path]]:
-    """The base model and the adapters that `--demo` names, or small ones in their place."""
+    """Return the base model and the adapters in the folder of `--demo`, or small stand-ins."""
     given = request.config.getoption("--demo")
     names = [recipe.name for recipe in training.RECIPES]
     if given is not None:
@@ -87,7 +90,7 @@ def left_by_the_demo(
 def demo_folder(
     left_by_the_demo: tuple[Path, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Work in a new folder that is laid out as `make demo` leaves `out/demo`."""
+    """Change to a new folder with the layout of `out/demo` after `make demo`."""
     training.lay_out(*left_by_the_demo, tmp_path)
     monkeypatch.chdir(tmp_path)
 

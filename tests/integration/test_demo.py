@@ -1,5 +1,5 @@
-"""examples/demo.py and examples/serving_curve.py compare their logits with PEFT's, and print what
-they measured before they report an error."""
+"""examples/demo.py and examples/serving_curve.py compare their logits with PEFT's, and print their
+measurements before they report an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_an_error_is_compared_with_that_of_peft_on_the_same_prompt(
 ) -> None:
     curve = load_script(monkeypatch, "examples", "serving_curve")
     exact = torch.tensor([31.0, -2.0], dtype=torch.float64)
-    off = torch.tensor([0.0, 0.6], dtype=torch.float64)  # as far as PEFT was on the worst prompt
+    off = torch.tensor([0.0, 0.6], dtype=torch.float64)  # PEFT's error on the worst prompt
     assert curve.complain("rows", exact + 2 * off, exact - off, exact) == []
     (message,) = curve.complain("rows", exact + 4 * off, exact - off, exact)
     assert message.startswith("rows: largest error of a logit against float64: expected at most ")

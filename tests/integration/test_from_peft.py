@@ -366,7 +366,7 @@ def test_one_graph_of_a_layer_compiles() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_one_graph_of_a_model_compiles(training: bool) -> None:
-    for model in pair("llama"):  # PEFT's own first
+    for model in pair("llama"):  # PEFT's model first
         model.train(training).set_adapter("green")
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert_close(logits(compiled), logits(model))

@@ -108,7 +108,7 @@ def test_beams_are_those_of_an_attached_model(tmp_path: Path, named: bool) -> No
     ours.set_adapter("act")
     how = {"adapter_names": names} if named else {}
     assert torch.equal(ours.generate(input_ids=ids, **how, **MANY, **GREEDY), wanted)
-    if not named:  # PEFT repeats names by the argument num_beams alone, and refuses others
+    if not named:  # PEFT repeats names only for the argument num_beams and refuses others
         config = transformers.GenerationConfig(**MANY, **GREEDY)
         assert torch.equal(ours.generate(input_ids=ids, generation_config=config), wanted)
 

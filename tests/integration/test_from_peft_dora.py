@@ -18,7 +18,7 @@ from lora_ext.interop.peft.layers import FusedLinear
 
 ROWS = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))
 caching = pytest.mark.skipif(
-    not hasattr(peft.helpers, "DoraCaching"), reason="PEFT 0.18 keeps no norms of DoRA"
+    not hasattr(peft.helpers, "DoraCaching"), reason="PEFT 0.18 does not keep norms of DoRA"
 )
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 

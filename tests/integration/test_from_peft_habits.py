@@ -102,7 +102,7 @@ def test_a_block_of_a_pool_around_the_model_is_not_ignored_in_silence(tmp_path: 
     for names in (["red", "green", None, "blue", "green"], "blue"):
         with lora_ext.adapters(names), pytest.raises(RuntimeError, match="give adapter_names="):
             logits(ours)
-    with lora_ext.adapters("other"):  # it serves another model, perhaps
+    with lora_ext.adapters("other"):  # the block may be for another model
         with pytest.warns(UserWarning, match="found one of from_peft") as caught:
             assert torch.equal(logits(ours), alone)
         assert len(caught) == 1

@@ -1,4 +1,4 @@
-"""A NaN in one row of a batch stays in that row, whatever torch's products read behind a row."""
+"""A NaN in one row of a batch stays in that row, even if torch's products read behind rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 @pytest.fixture(params=[False, True], ids=["torch", "planted"], autouse=True)
 def planted(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Run a test with torch's own products, and with a stand-in that has the fault everywhere."""
+    """Run a test with torch's products, and with a stand-in that has the fault on any processor."""
     with reading_behind() if request.param else nullcontext():
         yield request.param
 
@@ -49,7 +49,7 @@ def one_bad(x: Tensor) -> Tensor:
 
 
 def assert_apart(y: Tensor, clean: Tensor | None = None) -> None:
-    """The rows beside the bad one are finite, and those of a run without it up to rounding."""
+    """Check that the rows beside the bad one are finite, and equal ``clean`` up to rounding."""
     y = y.detach().reshape(ROWS, -1)
     assert y[BAD].isnan().any()
     assert y[INNOCENT].isfinite().all()
@@ -58,7 +58,7 @@ def assert_apart(y: Tensor, clean: Tensor | None = None) -> None:
 
 
 def assert_apart_both_ways(f: Callable[[Tensor], Tensor], x: Tensor, out: int) -> None:
-    """Forward with a NaN in one row of x, and backward with one in the gradient of one row."""
+    """Check a forward with NaN in one row of ``x`` and a backward with NaN in one of ``dy``."""
     assert_apart(f(one_bad(x)), f(x))
     x = x.clone().requires_grad_()
     y = f(x)
@@ -73,7 +73,7 @@ def assert_apart_both_ways(f: Callable[[Tensor], Tensor], x: Tensor, out: int) -
 @widths
 def test_the_stand_in_has_the_fault(planted: bool, width: int) -> None:
     if not planted:
-        pytest.skip("about the stand-in alone")
+        pytest.skip("tests only the stand-in")
     x = one_bad(randn(0, ROWS, width, dtype=torch.bfloat16))
     weight = randn(1, OTHER, width, dtype=torch.bfloat16)
     for y in (torch.nn.functional.linear(x, weight), torch.addmm(weight[:, 0], x, weight.t())):
@@ -107,7 +107,7 @@ def test_a_guarded_product_has_the_gradients_of_the_formula(width: int, dtype: t
     y, exact = linear(*leaves), torch.nn.functional.linear(*wide)
     dy = randn(5, *y.shape, dtype=dtype)
     found = torch.autograd.grad(y, leaves, dy)
-    # One rounding of the result, and of sums in float32 whose terms are below their magnitudes.
+    # One rounding of the result, and roundings of float32 sums relative to the terms' magnitudes.
     magnitudes = [leaf.detach().abs().requires_grad_() for leaf in wide]
     bound = torch.autograd.grad(
         torch.nn.functional.linear(*magnitudes), magnitudes, dy.abs().double()
@@ -115,7 +115,7 @@ def test_a_guarded_product_has_the_gradients_of_the_formula(width: int, dtype: t
     expected = torch.autograd.grad(exact, wide, dy.double())
     for name, one, ideal, most in zip("xwb", found, expected, bound, strict=True):
         allowed = torch.finfo(dtype).eps * ideal.abs() + 256 * torch.finfo(torch.float32).eps * most
-        if dtype != torch.float32 and name == "b":  # torch sums a bias's gradient in its own way
+        if dtype != torch.float32 and name == "b":  # torch sums a bias's gradient in another order
             allowed = allowed + torch.finfo(dtype).eps * most
         assert ((one.double() - ideal).abs() <= allowed).all(), name
 
@@ -183,7 +183,7 @@ def test_a_dora_adapter_and_an_embedding_keep_rows_apart(width: int) -> None:
 
 # --- models ---------------------------------------------------------------------------------------
 class Three(nn.Module):
-    """A layer for adapters, one without, transformers' ``Conv1D`` and a head."""
+    """Model of a layer for adapters, one without, transformers' ``Conv1D`` and a head."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ def test_an_overflowing_tenant_fails_alone() -> None:
 
     with Service(llama()) as service:
         bad, good = service.create(4, seed=1), service.create(4)
-        with torch.no_grad():  # finite, each of them; their product is not
+        with torch.no_grad():  # each factor is finite, their product is not
             for parameter in bad.adapter.parameters.values():
                 parameter.normal_().mul_(1e30)
         gate: Future[None] = Future()

@@ -268,7 +268,7 @@ def test_a_forward_has_no_more_tokens_than_max_batch_tokens_says(tmp_path: Path)
     embedder.model.register_forward_pre_hook(note, with_kwargs=True)
     texts = [[5 + i % 90, 6] for i in range(40)]
     texts[7] = list(range(5, 55))  # one long text among short ones
-    texts[30] = [8] * 80  # longer than a forward may be, and so alone
+    texts[30] = [8] * 80  # longer than a forward may be, so computed alone
     vectors, _ = asyncio.run(embedder.embed(texts, "x"))
     assert max(rows * width for rows, width in shapes if rows > 1) <= 64
     assert len(shapes) <= 4 and (1, 80) in shapes
@@ -286,7 +286,7 @@ SMALL |= {"intermediate_size": 48}
 
 
 def save_bert(folder: Path, **settings: Any) -> tuple[Any, Any]:
-    """A tiny random BERT, two adapters of it in a folder, and an embedder of both."""
+    """Make a tiny random BERT and two adapters in a folder; return the model and an embedder."""
     from transformers import BertConfig, BertModel
 
     from lora_ext.serving import Embedder
@@ -302,7 +302,7 @@ def save_bert(folder: Path, **settings: Any) -> tuple[Any, Any]:
 
 
 async def all_at_once(embedder: Any, asked: list[tuple[Any, str | None]]) -> list[Any]:
-    """What each request gets: vectors, or its error."""
+    """Send all requests at a time; return the vectors or the error of each."""
     calls = (embedder.embed(texts, name) for texts, name in asked)
     found = await asyncio.gather(*calls, return_exceptions=True)
     return [each if isinstance(each, BaseException) else each[0] for each in found]

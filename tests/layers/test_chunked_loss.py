@@ -240,7 +240,7 @@ def test_a_loss_that_leaves_out_the_forward_of_the_model_is_warned_of_once() -> 
 
 
 def of_fsdp2(rank: int, case: str) -> dict[str, Tensor]:
-    """Train two steps on two processes, or on one (rank -1); case "divided" divides first."""
+    """Train two steps on two processes, or on one (rank -1); case "divided" shards first."""
     model = model_of().double()
     if case == "divided":
         mesh = init_device_mesh("cpu", (2,))

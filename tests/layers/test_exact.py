@@ -1,4 +1,4 @@
-"""Exact models: the law of their bits, and the changes of a model that they notice."""
+"""Exact models: the law of their bits, and the changes of a model that they detect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="exact models are tran
 
 VOCAB = 97
 DTYPES = [torch.float32, torch.bfloat16]
-# Heads of 10 features, whose rotary embeddings fill no vector.
+# Heads of 10 features: their rotary embeddings do not fill whole vectors.
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 40,
@@ -109,7 +109,7 @@ def test_the_law_holds_in_every_family(family: str, threads: None) -> None:
 def test_what_is_left_to_torch_has_a_rows_own_bits(
     hidden: int, dtype: torch.dtype, threads: None
 ) -> None:
-    """Norms, the law over a vocabulary and sums of numbers are torch's, also in an exact model."""
+    """An exact model uses torch's norms, softmax over the vocabulary, and sums of numbers."""
     x = 3 * torch.randn(64, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
     norms: list[Any] = [nn.RMSNorm(hidden), nn.LayerNorm(hidden)]
     norms.append(transformers.models.llama.modeling_llama.LlamaRMSNorm(hidden))
@@ -156,14 +156,14 @@ def test_a_copy_is_exact_and_undoing_it_leaves_the_original() -> None:
 
 # --- refusals -------------------------------------------------------------------------------------
 class Odd(nn.Module):
-    """An activation with an op that nothing stands in for."""
+    """Activation with an op that ``ops.pointwise`` does not replace."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.erf(x)
 
 
 class Mixing(nn.Module):
-    """An activation that multiplies by a matrix of torch's."""
+    """Activation with a matrix product of torch."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ torch.eye(x.shape[-1], dtype=x.dtype)
@@ -206,7 +206,7 @@ def test_peft_layers_are_refused_before_and_after_and_from_peft_makes_them_exact
     assert_law(lora_ext.from_peft(later), 20, tokens(3, 26))
     for layer in later.modules():
         if hasattr(layer, "lora_dropout"):
-            layer.lora_dropout["default"] = nn.Dropout(1.0)  # which is left to PEFT's forward
+            layer.lora_dropout["default"] = nn.Dropout(1.0)  # left to PEFT's forward
     with pytest.raises(ValueError, match=r"expected adapters that lora_ext computes, found .* 1"):
         later(tokens(1, 3))
 

@@ -1,4 +1,4 @@
-"""`make hosts`: each setting is one leg, and one that this processor lacks is skipped aloud."""
+"""`make hosts` runs one leg per setting and prints why it skips one this processor lacks."""
 
 from types import ModuleType
 

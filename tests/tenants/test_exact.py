@@ -17,7 +17,7 @@ from lora_ext.tenants import Datum, Service
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("width", [96, 172])  # with and without a rest beyond whole vectors
+@pytest.mark.parametrize("width", [96, 172])  # whole vectors, and with a remainder
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sampled_logprobs_are_the_trainers_bits(dtype: torch.dtype, width: int) -> None:
     config = llama().config

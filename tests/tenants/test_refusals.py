@@ -191,7 +191,7 @@ def test_models_are_causal_and_without_adapters() -> None:
 
 
 def test_an_encoder_of_low_precision_is_refused() -> None:
-    """Its first token moves by about one unit in the last place, and that of causal models by 0."""
+    """Its first logits change by about one unit in the last place, and a causal model's by 0."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = small(BertForMaskedLM, BertConfig, **sizes).to(torch.bfloat16)
@@ -213,7 +213,7 @@ def test_a_causal_model_is_taken_however_its_rows_are_rounded() -> None:
 
 
 def test_a_causal_mixture_of_experts_is_taken() -> None:
-    """Its experts see tokens of all rows together, so a change in one moves others by rounding."""
+    """Experts compute tokens of all rows together, so one row changes others by rounding."""
     torch.manual_seed(0)
     experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     Service(small(MixtralForCausalLM, MixtralConfig, hidden_size=64, **experts)).close()

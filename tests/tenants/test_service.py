@@ -55,7 +55,7 @@ def datum(seed: int, n: int = 20, **inputs: Any) -> Datum:
 
 @contextmanager
 def held(service: Service) -> Iterator[None]:
-    """Keep the service's thread busy until the block ends, so that calls wait in their queues."""
+    """Block the service's thread until the block ends, so that calls wait in their queues."""
     gate: Future[None] = Future()
     begun = threading.Event()
 
@@ -64,7 +64,7 @@ def held(service: Service) -> Iterator[None]:
         gate.result()
 
     service._scheduler.put("test", service._own, hold)
-    begun.wait()  # an earlier call may still run, and after it another queue's turn may come
+    begun.wait()  # an earlier call, and one of another queue, may run first
     try:
         yield
     finally:
@@ -72,7 +72,7 @@ def held(service: Service) -> Iterator[None]:
 
 
 def together(service: Service, *actions: Any) -> list[Any]:
-    """Return the results of calls that are all in their queues before the first one runs."""
+    """Queue all calls before the first one runs; return their results or errors."""
     with held(service):
         futures = [action() for action in actions]
     return [future.exception() or future.result() for future in futures]

@@ -238,7 +238,7 @@ def test_calls_without_a_number_are_calls_of_their_own(app: Any) -> None:
     expected = [loss(1, first), loss(2, second)]
     assert expected[0] != expected[1]
     assert [loss(None, first), loss(None, second)] == pytest.approx(expected, rel=1e-5)
-    assert loss(1, second) == expected[0]  # a number that is sent again is the same call
+    assert loss(1, second) == expected[0]  # the same number means the same call
 
 
 def test_bodies_that_no_route_can_read_are_the_clients_fault(app: Any) -> None:

@@ -1,7 +1,7 @@
 // Functions of one number, y[i] = f(x[i]), on the CPU.
 //
-// The bits of y[i] depend on x[i] alone. torch computes whole vectors of a thread's share with one
-// approximation and the rest with another, so there they depend on the position and on the threads.
+// The bits of y[i] depend only on x[i]. torch computes whole vectors of a thread's share with one
+// approximation and the rest with another, so its bits depend on the position and on the threads.
 #pragma once
 
 #include "lora_ext/common.h"
@@ -23,13 +23,13 @@ inline constexpr const char* kPointwiseNames[] = {
     "cos", "sin", "gelu", "gelu_tanh", "rsqrt", "sigmoid", "silu", "softplus", "tanh"};
 
 struct PointwiseArgs {
-    DType dtype = DType::kFloat32;  // or kBFloat16: of x and y
+    DType dtype = DType::kFloat32;  // kFloat32 or kBFloat16, of x and y
     Pointwise function = Pointwise::kCos;
     const void* x = nullptr;
     void* y = nullptr;  // may be x
 };
 
-// CPU twin. Items are numbers; no bit depends on how they are split.
+// CPU twin. Items are numbers; the split into ranges does not change any bit.
 struct PointwiseCpu {
     void (*apply)(const PointwiseArgs&, int64_t begin, int64_t end);
 };

@@ -41,10 +41,10 @@ def rows_of_offsets(
         offsets: of each row; None: they serve nobody. leading: ``(B, T)`` or ``(B,)``.
 
     Returns:
-        None if the input has more dimensions.
+        None if ``leading`` has more than two dimensions.
 
     Raises:
-        ValueError: If there are not as many offsets as rows.
+        ValueError: If the number of offsets is not the number of rows.
     """
     if len(leading) > 2:
         return None
@@ -92,22 +92,29 @@ def offsets_given(model: nn.Module, offsets: Offsets | None) -> Iterator[None]:
 
 
 def copies_of_prompt(settings: dict[str, Any], *defaults: Any) -> int:
-    """Return how many rows ``generate`` makes of one prompt; ``defaults`` are further configs."""
+    """Return the number of rows that ``generate`` makes of one prompt.
+
+    Settings that ``settings`` leaves out are read from its ``generation_config``, then from
+    ``defaults``.
+    """
     configs = (settings.get("generation_config"), *defaults)
     found = [next((n for c in configs if (n := getattr(c, k, None))), 1) for k in _COPIES]
     return max(settings.get(k) or n for k, n in zip(_COPIES, found, strict=True))
 
 
 def refuse_other_forwards(model: Any, settings: dict[str, Any]) -> None:
-    """Raise NotImplementedError for settings of ``generate`` whose forwards see another part of a
-    row than PEFT's offsets mean (no cache, or a prompt in chunks), and for a number of beams or
-    sequences that only the model's own config has."""
+    """Raise NotImplementedError for settings of ``generate`` that PEFT's offsets do not support.
+
+    Without a cache, or with a prompt in chunks, a forward receives another part of a row than the
+    offsets count from. A number of beams or sequences that is set only in the model's
+    ``generation_config`` is refused too.
+    """
     given, used = copies_of_prompt(settings), copies_of_prompt(settings, model.generation_config)
     if given != used:
         raise NotImplementedError(
-            "from_peft: generate: expected num_beams and num_return_sequences as arguments beside "
-            f"an activated adapter, found {used} rows per prompt by model.generation_config; pass "
-            "them to generate"
+            "from_peft: generate: expected num_beams and num_return_sequences as arguments, as "
+            f"an adapter is activated, found {used} rows per prompt in model.generation_config; "
+            "pass them to generate"
         )
     config = settings.get("generation_config") or model.generation_config
     chosen = {k: settings.get(k, getattr(config, k, None)) for k in ("use_cache", _CHUNK)}

@@ -130,28 +130,30 @@ def taking_part(
     return present, rows, trained
 
 
-_warned: set[int] = set()  # pools
+_warned: set[int] = set()  # handles of pools
 
 
 def refuse_block(names: Container[str], active: Sequence[str], warn: bool = False) -> None:
-    """Raise if the block around a forward without names has one of ``names``, which it ignores.
+    """Raise if a forward without names would ignore a block that contains one of ``names``.
 
     Args:
-        names: of the adapters of a layer or model. active: those of them that run.
-        warn: warn, once for a pool, of a block of other names, which may serve another model.
+        names: names of the adapters of a layer or model.
+        active: names of the active adapters.
+        warn: whether to warn, once per pool, about a block of other names. Such a block may be for
+            another model.
     """
     block = None if compiles() else innermost()
     if block is None or block.assignment.each() == list(active):
         return
     message = (
         "adapters: names: expected a model that reads its adapters from the block, found one of "
-        f"from_peft, which runs {list(active)!r:.200} inside a block of "
-        f"{list(block.assignment.names)!r:.200}; give adapter_names= to its call, or leave the "
-        "block"
+        f"from_peft, which runs {list(active)!r:.200} and ignores the block's names "
+        f"{list(block.assignment.names)!r:.200}; give adapter_names= to its call, or call it "
+        "outside the block"
     )
     if any(name in names for name in block.assignment.names):
         raise RuntimeError(message)
-    # A block of layers' own adapters has no slots: methods enter such blocks.
+    # Blocks that methods enter name the adapters of layers and have no slots.
     named = block.num_slots and block.assignment.names
     if warn and named and block.handle not in _warned:
         _warned.add(block.handle)

@@ -200,7 +200,7 @@ class FusedLoraModel(LoraModel):
                     given = None if names is None else assignment_of(names)
                     stack.enter_context(kept_by_checkpoints(self.model, Given(given, offsets)))
                 stack.enter_context(offsets_given(self.model, offsets))
-                if compiles():  # dynamo traces no contextvars, and generate alone reads this one
+                if compiles():  # dynamo cannot trace contextvars; only generate reads this
                     yield
                     return
                 token = _begins.set(offsets is not None)

@@ -35,8 +35,8 @@ Model = TypeVar("Model", bound=nn.Module)
 #: Products of more rows are torch's.
 MOST_ROWS = 32
 
-# The compiler of the torch.compile that calls this code, also where it has given a frame up and
-# runs it eagerly: its other frames are compiled.
+# Compiler of the torch.compile that calls this code. It is also set while torch.compile runs a
+# frame eagerly after a failed trace, because other frames of the model are compiled.
 _compiler: Any = getattr(eval_frame, "get_eval_frame_callback", lambda: None)
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -120,11 +120,13 @@ class PackedLinear(nn.Linear):
     exact = False
 
     def packed_copy(self, x: Tensor) -> Tensor | None:
-        """Return the copy that an exact layer multiplies ``x`` with; None if it is not exact, or if
-        ``x`` is empty.
+        """Return the packed copy that an exact layer multiplies ``x`` with.
+
+        Returns:
+            The copy; None if the layer is not exact or ``x`` is empty.
 
         Raises:
-            RuntimeError: The copy cannot be used, so the layer could not keep its bits.
+            RuntimeError: If the copy cannot be used, so that the result would not be exact.
         """
         if not self.exact:
             return None
@@ -147,11 +149,14 @@ class PackedLinear(nn.Linear):
         return packed
 
     def packed_product(self, x: Tensor) -> Tensor | None:
-        """Compute the product of ``x (..., I)`` with the packed copy; return None if the plain
-        product has to be used: in training, traced, or for other dtypes.
+        """Compute the product of ``x (..., I)`` with the packed copy.
+
+        Returns:
+            The product; None if the plain product has to be used: in training, in a traced graph,
+            or for other dtypes.
 
         Raises:
-            RuntimeError: As :meth:`packed_copy`.
+            RuntimeError: See :meth:`packed_copy`.
         """
         if self.exact:
             packed = self.packed_copy(x)

@@ -1,8 +1,8 @@
 """Hooks that keep a NaN in one row of a batch out of the products of the other rows.
 
-:func:`lora_ext._torch.spaced` says which products of torch's need that. The ops and layers of this
-package call it themselves. The other linear layers of a model, and base layers that are called as
-modules, get it from the hooks here.
+:func:`lora_ext._torch.spaced` describes the products of torch that need this. The ops and layers of
+this package call that function directly. For the other linear layers of a model, and for base
+layers that are called as modules, the hooks in this file call it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _WIDE = (torch.float32, torch.float64)
 def space_products(model: nn.Module) -> list[nn.Module]:
     """Register the hooks on the linear layers of ``model`` that need them.
 
-    Those are layers of 16 bits, or quantised, with a width that is no multiple of 32. Adapters'
-    factors get none.
+    A layer needs them if its weights have 16 bits or are quantised, and one of its widths is not a
+    multiple of 32. The factors of adapters get no hooks.
 
     Returns:
-        The layers that had none before, for :func:`unspace_products`.
+        The layers that had no such hooks before; pass them to :func:`unspace_products`.
     """
     found: list[nn.Module] = []
     factors: set[nn.Module] = set()
@@ -57,7 +57,7 @@ def unspace_products(layers: Iterable[nn.Module]) -> None:
 
 
 def has_other_hooks(module: nn.Module) -> bool:
-    """Return whether ``module`` has hooks on its forward beside those of :func:`space_products`."""
+    """Return whether ``module`` has forward hooks other than those of :func:`space_products`."""
     if not (module._forward_hooks or module._forward_pre_hooks):
         return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
@@ -68,7 +68,7 @@ def _space_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | 
     if not args or not isinstance(args[0], Tensor):
         return None
     x = args[0]
-    # A quantised layer, which is a subclass, has rules of its own under autocast.
+    # Quantised layers are subclasses of nn.Linear and treat autocast differently.
     dtype = autocast_dtype(x) if type(module) is nn.Linear else None
     return spaced(x, dtype), *args[1:]
 

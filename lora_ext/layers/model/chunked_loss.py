@@ -46,13 +46,13 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
 
     Raises:
         ValueError: no causal LM, ``chunk`` below 1, or a loss that is not transformers' own.
-        NotImplementedError: an encoder beside the decoder; an output layer with adapters or
-            quantised; parameters that FSDP2 has divided among processes; logits that are not the
-            output layer's product, scaled or soft-capped; a model that computes its loss itself.
+        NotImplementedError: an encoder beside the decoder; an output layer that has adapters or is
+            quantised; parameters that FSDP2 has sharded; logits that are not the output layer's
+            product, scaled or soft-capped; a model that computes its loss itself.
 
-    To know these, enabling runs the model once on four tokens. Where all labels of a batch are
-    ignored, the loss is 0, and not NaN. A training step that computes the hidden states without the
-    model's own forward, as TRL's trainers do, does not use this loss, and is warned of once.
+    To detect these, enabling runs the model once on four tokens. If all labels of a batch are
+    ignored, the loss is 0 instead of NaN. Training steps that compute the hidden states without the
+    model's forward, as in TRL's trainers, do not use this loss. The first such step warns.
     """
     lm = causal_lm(model, _WHERE)
     fits = isinstance(chunk, int) and chunk >= 1
@@ -187,7 +187,7 @@ def _model_forward(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> A
 
 
 def _before_hidden_states(base: nn.Module, _: Any) -> None:
-    """Stand before the forward of the model without its output layer."""
+    """Warn if a training step calls ``base``, the model without its output layer, directly."""
     outside = not compiles() and _running.get() is None
     if outside and base.training and torch.is_grad_enabled():
         _warn_of_another_head(base)
@@ -196,16 +196,16 @@ def _before_hidden_states(base: nn.Module, _: Any) -> None:
 def _warn_of_another_head(base: nn.Module) -> None:
     if _remove_hook(base):
         warnings.warn(
-            f"{_WHERE}: model: expected training steps that use the loss of its own forward, found "
-            f"one that uses the hidden states of {type(base).__name__} alone, as TRL's trainers "
-            f"do, which chunk the loss themselves: {_WHERE} has no effect there; "
-            f"{_WHERE}(model, enabled=False) removes it",
+            f"{_WHERE}: model: expected training steps that use the loss of the model's forward, "
+            f"found one that calls only {type(base).__name__} for its hidden states. TRL's "
+            f"trainers do this and compute the loss in chunks themselves, so {_WHERE} has no "
+            f"effect; remove it with {_WHERE}(model, enabled=False)",
             stacklevel=3,
         )
 
 
 def _remove_hook(base: nn.Module) -> bool:
-    """Return whether the hook was there: it is removed by its first warning."""
+    """Remove the hook of the warning; return whether it was registered."""
     hooks = base._forward_pre_hooks
     keys = [key for key, hook in hooks.items() if hook is _before_hidden_states]
     for key in keys:
@@ -214,15 +214,15 @@ def _remove_hook(base: nn.Module) -> bool:
 
 
 def _check_whole(lm: Any) -> None:
-    """Raise for a model that FSDP2 has divided.
+    """Raise NotImplementedError if FSDP2 has sharded the parameters.
 
-    A forward leaves the parameters of FSDP2's root whole. After the probing one, an optimizer would
-    be given these, which the training steps do not update.
+    After a forward the parameters of FSDP2's root module stay unsharded. An optimizer that is made
+    after the forward on four tokens would hold these, and training steps do not update them.
     """
     for name, parameter in lm.named_parameters():
         if hasattr(parameter, "full_tensor"):
             raise NotImplementedError(
-                f"{_WHERE}: model: expected parameters that are whole on each process, found a "
+                f"{_WHERE}: model: expected parameters that are not sharded, found a "
                 f"{type(parameter).__name__} in {name}; call {_WHERE} before fully_shard"
             )
 

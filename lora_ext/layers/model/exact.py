@@ -1,4 +1,4 @@
-"""``exact`` makes a row's bits independent of the batch, in training as in serving."""
+"""Models whose results for a row do not depend on the batch, in training and in serving."""
 
 from __future__ import annotations
 
@@ -19,40 +19,45 @@ from .exact_functions import MARK, replace_functions, restore_functions
 Model = TypeVar("Model", bound=nn.Module)
 
 _OWN = "_lora_ext_exact_packed"  # the layers that exact has packed
-_TREE = "_lora_ext_exact_tree"  # children of every module, as they were when they were checked
+_TREE = "_lora_ext_exact_tree"  # children of every module at the last check
 
 _AGAIN = "call lora_ext.exact(model, enabled=False), then lora_ext.exact(model)"
 
 
 def exact(model: Model, enabled: bool = True) -> Model:
-    """Give every token the same bits alone, in any batch, in decoding and in a training forward.
+    """Make a model compute the same bits for a token alone, in any batch and in training.
 
-    Three things in a decoder depend on the batch: a library's product with a weight, whose order of
-    sums follows from the number of rows; attention, whose blocks follow from the number of queries;
-    and functions such as SiLU, which torch computes with other instructions at the end of a
-    thread's share. An exact model multiplies with packed weights, however many rows there are
-    (:func:`lora_ext.ops.packed_linear`), attends with one query row at a time over that row's own
-    keys (:func:`lora_ext.ops.row_attention`), and computes functions of one number with
-    :func:`lora_ext.ops.pointwise` in the modules where one forward of two tokens finds them. What
-    adapters add has this law by itself. So a sampled token's log-probability is the trainer's, bit
-    for bit, where the adapter has the dtype of the weights and no dropout. Gradients are those of
-    the plain model. ``docs/exact.md`` has costs and limits.
+    In a decoder, the bits of three operations depend on the batch:
 
-    A forward raises where it could not keep the law: under ``torch.compile`` or autocast, after
-    ``double()``, with another attention, or with layers that were added since.
+    * a library's product with a weight, because the order of its sums follows from the number of
+      rows. An exact model uses packed weights for any number of rows
+      (:func:`lora_ext.ops.packed_linear`).
+    * attention, because its blocks follow from the number of queries. An exact model computes one
+      query row at a time over the keys of that row (:func:`lora_ext.ops.row_attention`).
+    * functions such as SiLU, because torch uses other instructions at the end of a thread's share.
+      An exact model uses :func:`lora_ext.ops.pointwise`. One forward of two tokens finds the
+      modules that call such functions.
+
+    The update of an adapter does not depend on the batch even in a plain model. A sampled token
+    therefore has the same log-probability in training, bit for bit, if the adapter has the dtype of
+    the weights and no dropout. Gradients are those of the plain model. See ``docs/exact.md`` for
+    costs and limits.
+
+    A forward raises if it could not be exact: under ``torch.compile`` or autocast, after
+    ``double()``, with another attention, or with layers that were added later.
 
     Args:
-        model: of transformers, on the CPU, float32 or bfloat16, in evaluation mode, with the
-            attention "sdpa"; it may be wrapped, or attached to a pool. Its weights are those of
+        model: model of transformers on the CPU, in float32 or bfloat16, in evaluation mode, with
+            the attention "sdpa". It may be wrapped, or attached to a pool. Its weights are those of
             ``nn.Linear`` and ``nn.Embedding``. It is changed in place and returned.
         enabled: False restores the model.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``enabled`` is not a bool.
-        ValueError: The model has another attention, PEFT's layers, a layer that cannot be packed,
-            or an operation whose bits may depend on the batch; the message names it. The model is
-            as before then.
-        RuntimeError: The model is not exact and ``enabled`` is False.
+        TypeError: If ``model`` is not a module, or ``enabled`` is not a bool.
+        ValueError: If the model has another attention, PEFT's layers, a layer that cannot be
+            packed, or an operation whose bits may depend on the batch. The message names it, and
+            the model is unchanged.
+        RuntimeError: If ``enabled`` is False and the model is not exact.
     """
     instance("exact", "model", model, nn.Module)
     if not flag("exact", "enabled", enabled):
@@ -87,8 +92,11 @@ def exact(model: Model, enabled: bool = True) -> Model:
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Raise for layers whose products cannot be packed: experts, convolutions, GPT-2's ``Conv1D``,
-    subclasses of ``nn.Linear``, PEFT's layers."""
+    """Raise ValueError for a layer that cannot be packed.
+
+    These are experts, convolutions, GPT-2's ``Conv1D``, subclasses of ``nn.Linear`` and PEFT's
+    layers.
+    """
     known = (nn.Embedding, nn.ParameterDict, nn.ParameterList)  # the last two hold factors
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer):
@@ -113,7 +121,7 @@ def _tree(model: nn.Module) -> list[tuple[dict[str, Any], tuple[Any, ...]]]:
 
 
 def _check_unchanged(module: nn.Module, _: Any) -> None:
-    """Raise before a forward if the model was changed so that it is no longer exact."""
+    """Raise ValueError before a forward if a change has made the model inexact."""
     if MARK not in module.__dict__:
         return
     config: Any = getattr(module, "config", None)
@@ -125,7 +133,7 @@ def _check_unchanged(module: nn.Module, _: Any) -> None:
     _check_weights(module)
     for name, layer in linears_of(module):
         packed = isinstance(layer, PackedLinear) and layer.exact
-        found = f"one that was added since; {_AGAIN}"
+        found = f"one that was added later; {_AGAIN}"
         require(packed, "exact: model", repr(name), "a layer that exact has packed", found)
     module.__dict__[_TREE] = _tree(module)
 
@@ -175,7 +183,7 @@ def _attention(
 
 
 def _allowed(mask: Tensor, keys: int) -> Tensor:
-    """Return an attention mask as ``(B, T, L)`` bool; ``B`` may be 1."""
+    """Convert an attention mask to ``(B, T, L)`` bool; ``B`` may be 1."""
     require(mask.shape[1] == 1, "exact", "attention_mask", "one for all heads", list(mask.shape))
     mask = mask[:, 0, :, :keys]
     if mask.dtype == torch.bool:

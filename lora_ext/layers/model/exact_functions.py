@@ -1,8 +1,9 @@
 """Functions of one number in an exact model, whose bits must not depend on a number's position.
 
-torch computes SiLU and its like with vector instructions, and what is left at the end of a thread's
-share with others, so the last bits depend on the batch and on the number of threads. One forward
-shows which modules call such functions; :func:`lora_ext.ops.pointwise` stands in for them there.
+torch computes functions such as SiLU with vector instructions, but uses other instructions for the
+numbers at the end of a thread's share. The last bits therefore depend on the batch and on the
+number of threads. One forward finds the modules that call such functions, and
+:func:`lora_ext.ops.pointwise` replaces the functions in these modules.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from lora_ext.rows import PoolLayer, of_call, pool_of
 
 from .forwards import Forward
 
-#: On every module of an exact model; its copies are exact too.
+#: Attribute of every module of an exact model. A copy of the model has it, so it is exact too.
 MARK = "_lora_ext_exact"
 
 _OURS = frozenset("cos gelu rsqrt sigmoid silu sin softplus tanh".split())
 
-# Each rounds once, or is a chain of steps that do, in vector instructions and in others alike.
+# Each op rounds once, or consists of steps that round once, with or without vector instructions.
 _SAFE = frozenset(
     "abs add bitwise_and bitwise_not bitwise_or ceil clamp clamp_max clamp_min clone copy div fill "
     "floor hardtanh leaky_relu logical_and logical_not logical_or masked_fill maximum minimum mul "
@@ -40,7 +41,7 @@ _PRODUCTS = frozenset(
 
 
 class _Unknown(ValueError):
-    """Error for an op of torch whose bits may depend on the position of a number or the batch."""
+    """Error for an op of torch with bits that may depend on a number's position or the batch."""
 
     def __init__(self, found: str, where: str = "model"):
         expected = "ops whose bits do not depend on the batch"
@@ -49,9 +50,9 @@ class _Unknown(ValueError):
 
 
 class _Functions(TorchDispatchMode):
-    """A block that computes functions of one number with ``ops.pointwise``.
+    """Dispatch mode that computes functions of one number with ``ops.pointwise``.
 
-    It stands below autograd, so that gradients are torch's own.
+    The mode runs below autograd, so torch computes the gradients.
     """
 
     def __torch_dispatch__(
@@ -67,7 +68,7 @@ class _Functions(TorchDispatchMode):
 
 
 class _Probe(_Functions):
-    """Collects the modules that call functions of one number."""
+    """Dispatch mode that collects the modules that call functions of one number."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -93,13 +94,13 @@ class _Probe(_Functions):
 
 
 def _has_adapters(module: nn.Module) -> bool:
-    """Return whether a module is a layer of adapters of this package, which keeps its own bits."""
+    """Return whether a module is an adapter layer of this package; these are exact."""
     ours = type(module).__module__.startswith("lora_ext.")
     return ours and (isinstance(module, PoolLayer) or hasattr(module, "base_layer"))
 
 
 def _name_of(func: Any) -> tuple[str, bool]:
-    """Return the name of an op of torch, without the mark of its in-place form, and that mark."""
+    """Return the name of an op of torch without a trailing underscore, and whether it had one."""
     if func.namespace != "aten":
         return "", False
     name: str = func.overloadpacket.__name__
@@ -113,26 +114,26 @@ def _function_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
         return None
     if args[0].dtype not in (torch.float32, torch.bfloat16):
         raise _Unknown(f"{name} of {args[0].dtype}")
-    if name == "rsqrt" and args[0].dtype == torch.float32:  # a root and a quotient, each rounded
+    if name == "rsqrt" and args[0].dtype == torch.float32:  # root and quotient, both rounded
         return None
     if name == "gelu" and kwargs.get("approximate") == "tanh":
         return "gelu_tanh"
     if name == "softplus" and (*args[1:], *kwargs.values()) not in ((), (1,), (1, 20)):
-        raise _Unknown("softplus with a beta or a threshold of its own")
+        raise _Unknown("softplus with a beta other than 1 or a threshold other than 20")
     return name
 
 
 def _check_op(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-    """Raise for a product, and for a function of numbers that is not known to be safe."""
+    """Raise for a product, and for a function of one number that is not in ``_SAFE``."""
     if name in _PRODUCTS:
-        # One product per sum, as in rotary embeddings, is rounded once.
+        # A sum of one product, as in rotary embeddings, is rounded once.
         if name not in ("bmm", "mm") or args[0].shape[-1] != 1:
             raise _Unknown(f"{func}, a product of torch")
     elif not isinstance(y, Tensor) or not y.is_floating_point():
         return
     elif name == "pow":
         if isinstance(args[1], Tensor) or args[1] not in (1, 2, 3):
-            raise _Unknown(f"{func} with another exponent than 1, 2 and 3")
+            raise _Unknown(f"{func} with an exponent other than 1, 2 and 3")
     elif kwargs.get("alpha", 1) != 1:
         raise _Unknown(f"{func} with alpha={kwargs['alpha']}")
     elif name and torch.Tag.pointwise in func.tags and name not in _SAFE:
@@ -140,14 +141,14 @@ def _check_op(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 class _Positionless(Forward):
-    """The forward of a module of an exact model that calls functions of one number."""
+    """Forward of a module in an exact model that calls functions of one number."""
 
     def __init__(self, module: nn.Module, run: Any = None):
         super().__init__(module, run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self._module()
-        if MARK not in module.__dict__:  # exact was undone while somebody else wrapped this forward
+        if MARK not in module.__dict__:  # exact was undone; another wrapper calls this
             return self.own(*args, **kwargs)
         with _Functions():
             return self.own(*args, **kwargs)
@@ -157,7 +158,8 @@ def replace_functions(model: nn.Module) -> None:
     """Replace the functions of one number that the modules of an exact model call.
 
     Raises:
-        ValueError: a module calls an op whose bits may depend on the batch; the message names both.
+        ValueError: If a module calls an op whose bits may depend on the batch. The message names
+            both.
     """
     probe, ids = _Probe(model), torch.zeros(1, 2, dtype=torch.int64)
     pool: Any = pool_of(model)
@@ -168,7 +170,7 @@ def replace_functions(model: nn.Module) -> None:
         stack.enter_context(_entered(model, probe))
         stack.enter_context(probe)
         model(ids)
-    unused: Any = None  # _Positionless runs the module's own forward
+    unused: Any = None  # _Positionless runs the forward of the module
     for module in probe.found.values():
         _Positionless.put_before(module, unused)
 
@@ -181,9 +183,9 @@ def restore_functions(model: nn.Module) -> None:
 
 @contextmanager
 def _entered(model: nn.Module, probe: _Probe) -> Iterator[None]:
-    """Keep the modules whose forward runs in ``probe.entered``, the innermost last."""
+    """Keep the stack of running modules in ``probe.entered``."""
     handles: list[Any] = []
-    parts: set[nn.Module] = set()  # of layers of adapters: a hook would keep them out of fused ops
+    parts: set[nn.Module] = set()  # children of adapter layers: a hook would disable fused ops
     for name, module in model.named_modules():
         if _has_adapters(module):
             parts.update(module.children())

@@ -38,7 +38,7 @@ class _Wrap:
 
     swap: Swap
     requires_grad: dict[str, bool]  # of the model's own parameters, as it was
-    spaced: list[nn.Module] = field(default_factory=list)  # what space_products has put hooks on
+    spaced: list[nn.Module] = field(default_factory=list)  # layers with hooks of space_products
 
 
 def wrap(

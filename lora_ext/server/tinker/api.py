@@ -52,7 +52,7 @@ class Api:
         self.sessions: dict[str, Session] = {}
 
     def words_of(self, error: BaseException) -> str:
-        """Return the message of an error without the place of the store."""
+        """Return the message of an error without the path of the store."""
         words, root = str(error), self.service.store.root
         for place in () if root is None else (root.resolve(), root):
             words = words.replace(f"{place}{os.sep}", "").replace(str(place), "the store")

@@ -120,7 +120,7 @@ async def _life(api: Api) -> AsyncIterator[None]:
 
 
 async def _read(request: Request) -> Answer:
-    """Return the fields of a body that are not null."""
+    """Parse a request's body; return the fields that are not null."""
     try:
         asked = json.loads(await read_body(request, MAX_BODY) or b"{}")
     except RecursionError:
@@ -249,7 +249,7 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
             with renamed("forward_backward", **_OF_LOSSES):
                 return call(data, asked.loss_fn or "cross_entropy", options)
 
-        # Protobuf reads a number that was not sent as 0, and the SDK counts from 1.
+        # Protobuf reads a missing number as 0; the SDK counts from 1.
         where = request.state.key, {"model_id": asked.model_id, "seq_id": asked.seq_id or None}
         return await asyncio.to_thread(api.in_order, *where, begin, written_result)
 
