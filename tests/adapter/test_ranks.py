@@ -129,6 +129,7 @@ def test_a_repeated_row_costs_one_rank():
     torch.testing.assert_close(found, torch.linalg.svdvals(b @ a)[:5], rtol=0, atol=1e-12 * 24)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=8).filter(lambda s: max(s) > 1e-6),
     st.integers(0, 99),

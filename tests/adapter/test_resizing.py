@@ -114,6 +114,7 @@ def test_bad_ranks_and_values_are_named():
         resize_adapter(value, 2)
 
 
+@pytest.mark.slow
 def test_large_adapters_take_seconds():
     """24 modules of (3072, 768) at r = 64 in 3 s of one core."""
     shapes = {f"layers.{i}.mlp": (3072, 768) for i in range(24)}

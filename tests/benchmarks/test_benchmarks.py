@@ -203,6 +203,7 @@ def engines(tmp_path_factory):
     return folder, lora_model.build(folder, layers=1)
 
 
+@pytest.mark.slow
 def test_the_model_benchmark_checks_and_measures_three_engines(engines):
     rows = list(lora_model.bench_model(engines[1], rounds=1))
     assert [r.provider for r in rows] == ["base", "peft", "lora_ext"] * 3
@@ -238,6 +239,7 @@ def test_an_adapter_survives_the_swap_benchmark(engines):
     ]
 
 
+@pytest.mark.slow
 def test_the_peak_is_what_lives_at_a_time():
     def one_after_the_other():
         first = torch.empty(1 << 18)

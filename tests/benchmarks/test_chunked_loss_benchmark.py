@@ -24,6 +24,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("loss", ["chunked_cross_entropy", "chunked_kl"])
 def test_peak_memory_does_not_know_the_vocabulary(
@@ -48,6 +49,7 @@ def test_peak_memory_does_not_know_the_vocabulary(
     assert max(peaks) < ROWS * 4096 * 4  # less than one tensor of logits
 
 
+@pytest.mark.slow
 def test_the_benchmark_checks_and_compares(bench: ModuleType) -> None:
     rows = list(bench.measure("cpu", rounds=1, compiled=False, rows=ROWS))
     memory = [r for r in rows if r.provider == "lora_ext" and r.unit == "x"]
@@ -58,6 +60,7 @@ def test_the_benchmark_checks_and_compares(bench: ModuleType) -> None:
         bench.check((torch.ones(2), torch.full((3, 4), 1.1)), good, good, "case")
 
 
+@pytest.mark.slow
 def test_a_language_model_trains_without_its_logits(bench: ModuleType) -> None:
     """The gradients of the model's own loss, in less memory than its logits alone take."""
     transformers = pytest.importorskip("transformers")

@@ -135,6 +135,7 @@ def test_peers_train_and_keep_what_they_say():
     }
 
 
+@pytest.mark.slow
 def test_private_changes_are_clipped_and_noise_is_what_the_accountant_hears():
     world = section_texts.make_world(0, section_texts.QUICK, quick=True)
     clip, noise = 1e-3, 200.0

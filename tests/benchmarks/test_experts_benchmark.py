@@ -17,6 +17,7 @@ SIZES = {"rank": 4, "width": 32, "inner": 16, "experts": 4, "choices": 2}
 SERVING, TRAINING = Case("decode", 4, 1, 2, **SIZES), Case("train", 4, 3, 2, **SIZES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [SERVING, TRAINING], ids=lambda case: case.kind)
 def test_every_provider_is_checked_and_timed(case: Case) -> None:
     rows = list(experts.measure(case, "cpu", rounds=1))

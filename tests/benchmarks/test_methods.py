@@ -25,6 +25,7 @@ MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", methods.studies())
 def test_a_study_runs_and_judges_its_file_as_its_run(name, tmp_path, capsys):
     """Smallest sizes: all functions that the frame asks for are there and agree on columns."""

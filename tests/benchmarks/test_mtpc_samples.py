@@ -99,6 +99,7 @@ CHAIN = mtpc.MtpcConfig(1, 1, "ff", "adapter", adapter_rank=4, bridge=32, chain=
 WINDOW = mtpc.MtpcConfig(2, 3, "hmm", "adapter", adapter_rank=4, bridge=32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "distil"), [(CHAIN, True), (CHAIN, False), (WINDOW, False)])
 def test_a_draft_learns_what_the_model_accepts(model, config, distil):
     """And what is estimated on texts of the model is what the decoder then emits."""

@@ -45,6 +45,7 @@ def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         packed_linear.products(x, [weight])
 
 
+@pytest.mark.slow
 def test_a_step_over_packed_weights_is_checked_against_float64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

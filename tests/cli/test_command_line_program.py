@@ -37,6 +37,7 @@ def test_help_of_all_commands_fits_a_terminal(run, monkeypatch):
     assert run("--version") == (0, f"lora_ext {lora_ext.__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_the_module_and_a_signal(folders, tmp_path):
     found = as_process("diff", *folders, "--json")
     assert found.returncode == 0 and json.loads(found.stdout)["distance"] > 0
@@ -68,6 +69,7 @@ def test_the_module_and_a_signal(folders, tmp_path):
     assert process.returncode == 130 and err == b"lora-ext resize: interrupted\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error(folders):
     command = f"{sys.executable} -m lora_ext inspect {folders[0]} | true; echo ${{PIPESTATUS[0]}}"
     found = subprocess.run(
@@ -98,6 +100,7 @@ def test_progress_is_for_terminals_alone(monkeypatch, capsys):
     assert output.progress(items) is items, "where there is no tqdm"
 
 
+@pytest.mark.slow
 def test_a_bar_appears_after_a_second_and_goes():
     """On standard error, where that is a terminal; standard output has the table alone."""
     code = (
@@ -140,6 +143,7 @@ def test_cells_and_tables():
     ]
 
 
+@pytest.mark.slow
 def test_peft_is_not_needed():
     """The commands read PEFT's files, and import neither PEFT nor transformers."""
     code = (

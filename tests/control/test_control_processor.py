@@ -58,6 +58,7 @@ def test_of_ten_thousand_samples_none_lies_outside_the_constraint(guided: bool) 
     assert how.log_weight.shape == (10_000,)
 
 
+@pytest.mark.slow
 def test_resampling_by_the_weights_gives_the_model_given_the_constraint() -> None:
     """Means under the weights, against all texts enumerated with the model itself."""
     from control_toys import texts

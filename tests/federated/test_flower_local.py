@@ -291,6 +291,7 @@ def python(code: str) -> str:
     return found.stdout
 
 
+@pytest.mark.slow
 def test_without_flower_all_else_works_and_the_extra_is_named():
     code = (
         "import sys; sys.modules['flwr'] = None\n"
@@ -307,6 +308,7 @@ def test_without_flower_all_else_works_and_the_extra_is_named():
     )
 
 
+@pytest.mark.slow
 def test_the_package_alone_imports_no_flower_and_flower_sends_no_telemetry():
     code = (
         "import sys, lora_ext.federated as f; print('flwr' in sys.modules); f.LocalGrid\n"

@@ -69,6 +69,7 @@ def tailed(shared: list[int], name: str | None, seed: int) -> list[int]:
     return [*shared, *ENDS[name], *words(5, seed)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [8, 64])
 def test_requests_that_share_a_prefix_are_as_alone(pair: Any, most: int) -> None:
     model, reference, _ = pair
@@ -80,6 +81,7 @@ def test_requests_that_share_a_prefix_are_as_alone(pair: Any, most: int) -> None
     assert found == [alone(reference, p, n) for p, n in zip(asked, names, strict=True)]
 
 
+@pytest.mark.slow
 def test_adapters_read_the_pages_that_the_base_model_has_written(pair: Any) -> None:
     model, reference, _ = pair
     shared = words(40, 9)
@@ -99,6 +101,7 @@ def test_adapters_read_the_pages_that_the_base_model_has_written(pair: Any) -> N
         assert computed == len(asked) + NEW - 1
 
 
+@pytest.mark.slow
 def test_the_page_of_a_request_s_last_step_is_shared_too(pair: Any) -> None:
     model, _, _ = pair
     shared = words(40, 9)
@@ -108,6 +111,7 @@ def test_the_page_of_a_request_s_last_step_is_shared_too(pair: Any) -> None:
         assert computed == len(tailed(shared, "act", 0)) - 40
 
 
+@pytest.mark.slow
 def test_equal_tokens_of_a_page_with_two_starts_are_two_pages(pair: Any) -> None:
     model, reference, _ = pair
     head = words(31, 9)
@@ -120,6 +124,7 @@ def test_equal_tokens_of_a_page_with_two_starts_are_two_pages(pair: Any) -> None
             assert ask(manager, asked, "act")[0] == alone(reference, asked, "act")
 
 
+@pytest.mark.slow
 def test_a_prompt_without_its_invocation_is_refused_or_the_base_model_s(pair: Any) -> None:
     model, reference, _ = pair
     plain = words(12, 9)
@@ -138,6 +143,7 @@ def test_a_prompt_without_its_invocation_is_refused_or_the_base_model_s(pair: An
         assert ask(manager, plain, "act", allow_base=True)[0] == alone(reference, plain, None)
 
 
+@pytest.mark.slow
 def test_an_engine_sends_one_request_ahead_over_an_unread_text(tmp_path: Path) -> None:
     _, reference, _ = activated_pair(tmp_path)
     tokenizer = SimpleNamespace(eos_token_id=-1, chat_template=None)

@@ -168,6 +168,7 @@ def test_a_call_takes_names_as_pefts_does(family: str, tmp_path: Path) -> None:
     assert pool.stats()["pins"] == 0
 
 
+@pytest.mark.slow
 def test_an_attached_model_is_one_graph(tmp_path: Path) -> None:
     model, ids = make_pair("llama", tmp_path)[0], tokens(2, 4)
     whole = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -348,6 +349,7 @@ def test_a_model_changed_after_attach_is_served_as_it_is_now(tmp_path: Path) -> 
     assert (half - expected).abs().max() < 20 * 2**-9 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_importing_lora_ext_imports_neither_transformers_nor_peft() -> None:
     import subprocess
     import sys

@@ -43,6 +43,7 @@ def test_forwards_and_generate_beside_a_busy_manager_are_right() -> None:
     assert not hasattr(model.config, "is_causal")
 
 
+@pytest.mark.slow
 def test_a_compiled_model_beside_a_busy_manager_is_right() -> None:
     """It is not compiled for that time; and a thread that compiles disturbs no other."""
     model, pool = attached(slots=4)
@@ -64,6 +65,7 @@ def test_a_compiled_model_beside_a_busy_manager_is_right() -> None:
     assert same()
 
 
+@pytest.mark.slow
 def test_two_managers_on_one_model_are_right_and_leave_it_as_it_was() -> None:
     model, _ = attached(slots=4)
     given = prompts(len(NAMES))

@@ -53,6 +53,7 @@ def texts_of(manager: Any, ids: list[str]) -> list[list[int]]:
     return [found[i] for i in ids]
 
 
+@pytest.mark.slow
 def test_constrained_requests_among_free_ones_equal_those_alone() -> None:
     model, _ = attached()
     vocab = model.get_output_embeddings().weight.shape[0]
@@ -86,6 +87,7 @@ def test_constrained_requests_among_free_ones_equal_those_alone() -> None:
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_way_to_choose_tokens_and_a_constraint_go_together() -> None:
     model, _ = attached()
     vocab = model.get_output_embeddings().weight.shape[0]
@@ -103,6 +105,7 @@ def test_a_way_to_choose_tokens_and_a_constraint_go_together() -> None:
             assert one.accepts(text) and end == EOS
 
 
+@pytest.mark.slow
 def test_guided_requests_draw_from_their_law_without_a_product(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

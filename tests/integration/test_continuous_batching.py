@@ -77,6 +77,7 @@ def generated(results: dict[str, Any]) -> list[list[int]]:
     return [result.generated_tokens for result in results.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_requests_of_16_adapters_equal_the_same_requests_alone(family: str, attention: str) -> None:
@@ -111,6 +112,7 @@ def test_shared_prefixes_never_cross_adapters() -> None:
     assert matches == [0] * 4 + [4 * PAGE] * 4
 
 
+@pytest.mark.slow
 def test_prompts_that_are_tensors_stay_as_they_are() -> None:
     model, _ = attached(slots=2)
     given = [torch.tensor(prompt) for prompt in prompts(2, shared=2 * PAGE)]
@@ -124,6 +126,7 @@ def test_prompts_that_are_tensors_stay_as_they_are() -> None:
     assert [prompt.tolist() for prompt in given] == before
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_is_refused_and_the_manager_serves_on() -> None:
     model, pool = attached(slots=2)
     message = "add_request: input_ids: expected at least one token, found none"
@@ -137,6 +140,7 @@ def test_an_empty_prompt_is_refused_and_the_manager_serves_on() -> None:
     assert pool.stats()["pins"] == 0
 
 
+@pytest.mark.slow
 def test_a_new_version_of_an_adapter_shares_no_prefix_with_the_old_one() -> None:
     model, pool = attached()
     prompt = tokens(1, 4 * PAGE + 2, 7)[0].tolist()
@@ -184,6 +188,7 @@ def test_parallel_sequences_and_prompts_of_several_steps_keep_their_adapter() ->
     assert pool.stats()["pins"] == 0
 
 
+@pytest.mark.slow
 def test_requests_that_were_preempted_keep_their_adapter() -> None:
     """A cache with room for few of them: the others are thrown out and begin anew."""
     model, pool = attached()
@@ -205,6 +210,7 @@ def test_requests_that_were_preempted_keep_their_adapter() -> None:
     assert pool.stats()["pins"] == 0
 
 
+@pytest.mark.slow
 def test_a_full_pool_makes_batches_wait_and_single_requests_raise() -> None:
     model, pool = attached(slots=2)
     state = adapter(pool, 40)
@@ -239,6 +245,7 @@ def test_cancelled_requests_are_pinned_no_more() -> None:
 # Whose names
 
 
+@pytest.mark.slow
 def test_a_block_or_a_default_names_the_requests() -> None:
     model, pool = attached(slots=2)
     given, names = prompts(2), ["a1", None]
@@ -261,6 +268,7 @@ def test_a_block_or_a_default_names_the_requests() -> None:
     assert generated(model.generate_batch(given, adapter_names=names, **batching())) == expected
 
 
+@pytest.mark.slow
 def test_single_requests_take_the_block_too() -> None:
     model, _ = attached(slots=2)
     prompt = prompts(1)[0]
@@ -281,6 +289,7 @@ def _result(manager: Any) -> Any:
     return manager.get_result(timeout=30)
 
 
+@pytest.mark.slow
 def test_wrong_names_raise_before_anything_runs() -> None:
     model, pool = attached(slots=2)
     for names, error, message in (
@@ -318,6 +327,7 @@ def test_a_manager_that_knows_no_adapters_is_refused() -> None:
     assert result.generated_tokens == []
 
 
+@pytest.mark.slow
 def test_a_peft_model_serves_its_active_adapter_and_takes_no_names() -> None:
     plain = make_model("llama")
     model = lora_ext.from_peft(make_peft(plain, CONFIGS["llama"]))
@@ -342,6 +352,7 @@ def test_compiled_steps_are_refused_and_leave_the_model_as_it_was() -> None:
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.slow
 def test_detach_gives_the_same_methods_back_and_waits_for_nobody() -> None:
     model, pool = attached(slots=2)
     given = prompts(2)
@@ -364,6 +375,7 @@ def test_detach_gives_the_same_methods_back_and_waits_for_nobody() -> None:
     assert answers == [alone(model, prompt, "a1") for prompt in given] != expected
 
 
+@pytest.mark.slow
 def test_dora_rows_and_threads_of_their_own_are_served() -> None:
     """Two servers' threads use one pool at once, and one adapter is a DoRA one."""
     model, pool = attached(slots=4)
@@ -388,6 +400,7 @@ def test_dora_rows_and_threads_of_their_own_are_served() -> None:
     assert pool.stats()["pins"] == 0
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_in_a_request_reaches_no_other() -> None:
     """Tokens of all requests of a step lie in one row; a mask alone would let a NaN through."""
     model, pool = attached(slots=3)

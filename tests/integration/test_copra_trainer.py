@@ -90,6 +90,7 @@ def test_each_step_has_its_mask_and_its_micro_batches_share_it(kind: str, tmp_pa
     assert masks == [m for m, count in zip(expected, counts, strict=True) for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["peft", "fused"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(

@@ -189,6 +189,7 @@ def test_the_gradient_reaches_the_input_embeddings(tmp_path: Path) -> None:
     assert (x.grad - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_requests_are_those_of_each_alone(tmp_path: Path) -> None:
     """transformers' continuous batching."""
@@ -208,6 +209,7 @@ def test_packed_requests_are_those_of_each_alone(tmp_path: Path) -> None:
         assert found[tuple(prompt)] == alone[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 def test_a_graph_follows_the_blocks() -> None:
     model = make_mixture("gpt_oss", "grouped_mm")
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)

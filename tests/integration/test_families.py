@@ -109,6 +109,7 @@ def _threads_and_default(model: Any, judges: Any) -> None:
         model.generate(prompt, **GREEDY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3", "qwen3-moe", "phi3", "opt", "jamba"])
 def test_continuous_batching(family: str) -> None:
     model, judges = served(DECODERS[family])

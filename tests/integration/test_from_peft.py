@@ -364,6 +364,7 @@ def test_one_graph_of_a_layer_compiles() -> None:
     assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_one_graph_of_a_model_compiles(training: bool) -> None:
     for model in pair("llama"):  # PEFT's model first

@@ -109,6 +109,7 @@ def test_a_wrong_number_of_names_raises(tmp_path: Path) -> None:
         model.generate(input_ids=prompt, max_new_tokens=2, adapter_names=["rot"] * 4)
 
 
+@pytest.mark.slow
 def test_threads_generate_while_another_loads_and_unloads(tmp_path: Path) -> None:
     model, _, pool = make_pair("llama", tmp_path)
     mixes = [[a, b] for a in ("red", "green", "blue", None) for b in ("green", None)]

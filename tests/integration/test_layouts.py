@@ -115,6 +115,7 @@ def test_a_copy_of_an_attached_model_knows_its_layout(family: str) -> None:
         assert torch.equal(copied(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_that_flattens_its_batch_serves_names() -> None:
     """A graph asks for its rows as it runs, and hands on what the model was given."""
     model = attached(FLATTENING["opt"])

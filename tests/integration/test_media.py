@@ -211,6 +211,7 @@ def test_a_tower_that_is_not_run_apart_takes_a_sound_in_each_sequence() -> None:
             model(input_ids=rows(AUDIO, [16, 0, 8, 8], 24), **given)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_runs_batches_with_media_uncompiled() -> None:
     """Both videos are in one sequence; the text alone is compiled."""
     counts = [2, 0, 0, 0]

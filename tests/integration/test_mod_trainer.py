@@ -90,6 +90,7 @@ def test_label_smoothing_and_mixed_precision(settings: dict, tmp_path: Path):
     assert not isinstance(model(input_ids=ROWS), mod.ModOutput)
 
 
+@pytest.mark.slow
 def test_accumulated_steps_are_those_of_one_batch(tmp_path: Path):
     found = []
     for rows, steps in ((4, 1), (1, 4)):
@@ -107,6 +108,7 @@ def test_accumulated_steps_are_those_of_one_batch(tmp_path: Path):
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path):
     settings: dict[str, Any] = {
         "max_steps": 4,

@@ -159,6 +159,7 @@ def test_sources_in_memory_and_files_are_one(trained: Any) -> None:
         assert torch.equal(model(ids, adapter_names=["live", "live"]).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows_heads_that_come_later(trained: Any) -> None:
     torch._dynamo.reset()
     _, plain, _, folder = trained
@@ -180,6 +181,7 @@ def test_a_compiled_model_follows_heads_that_come_later(trained: Any) -> None:
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_compiled_backward_through_a_head_is_refused(tmp_path: Path) -> None:
     torch._dynamo.reset()
     plain, reference = make_trained("bert")

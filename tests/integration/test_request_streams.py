@@ -60,6 +60,7 @@ def test_bad_ways_to_choose_are_refused_by_name() -> None:
             Sampling(**fields)
 
 
+@pytest.mark.slow
 def test_each_request_chooses_its_tokens_in_its_own_way() -> None:
     """Greedy ones are those alone; a seed gives the same tokens whatever is in the batch."""
     model, pool = attached(slots=4)

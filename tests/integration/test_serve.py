@@ -30,6 +30,7 @@ from lora_ext.serving.metrics import Load, prometheus
 pytestmark = needs_packages
 
 
+@pytest.mark.slow
 def test_32_clients_over_16_adapters_while_others_load_and_unload_200_times(server: Any) -> None:
     jobs = [(MANY[i % 16], f"w{5 + i} w{90 - i} w7") for i in range(32)]
     alone = {job: text_of(ask(server, *job)) for job in jobs}
@@ -81,6 +82,7 @@ def test_adapters_that_are_unloaded_while_their_requests_wait_serve_them(server:
     settle(server)
 
 
+@pytest.mark.slow
 def test_two_servers_in_one_process_keep_apart(server: Any, tmp_path: Path) -> None:
     with serving(tmp_path) as other, concurrent.futures.ThreadPoolExecutor(32) as threads:
         assert post(other, "load", "a1", lora_path="a2") == 200
@@ -266,6 +268,7 @@ def test_models_are_listed_loaded_and_unloaded(server: Any) -> None:
     assert ask(server, "broken").status_code == 400
 
 
+@pytest.mark.slow
 def test_a_running_request_ends_with_the_adapter_that_it_began_with(server: Any) -> None:
     assert post(server, "load", "mine", lora_path="a1") == 200
     count = 800

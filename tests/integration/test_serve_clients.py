@@ -170,6 +170,7 @@ def test_clients_that_go_end_their_requests(server: Any, stream: bool) -> None:
     assert server.engine.stats()["cancelled_total"] == cancelled + len(gone)
 
 
+@pytest.mark.slow
 def test_slow_readers_stop_nobody(server: Any) -> None:
     """Their requests run to their ends, and others are served meanwhile."""
     expected = text_of(ask(server, "a1"))
@@ -214,6 +215,7 @@ def test_a_stream_that_fails_midway_says_so_and_the_server_serves_on(
     assert text_of(ask(server, "a1")) == expected
 
 
+@pytest.mark.slow
 def test_a_full_queue_says_when_to_come_again(server: Any) -> None:
     most = server.engine.max_requests
     waiting = [connect(server, model="a0", max_tokens=1900) for _ in range(most)]

@@ -71,6 +71,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             yield found
 
 
+@pytest.mark.slow
 def test_answers_hold_to_their_forms_beside_others_whose_bits_stay(server: Any) -> None:
     plain = {name: text_of(ask(server, name, max_tokens=30)) for name in NAMES[:4]}
     jobs = [(NAMES[i % 4], form) for i, form in enumerate([*FORMATS, {}] * 3)]
@@ -152,6 +153,7 @@ def test_a_format_that_is_too_long_is_answered_413(server: Any) -> None:
     assert ask(server, "a1", structured_outputs={"regex": "a" * 30_000}).status_code == 413
 
 
+@pytest.mark.slow
 def test_a_constraint_is_built_once_and_beside_the_loop(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

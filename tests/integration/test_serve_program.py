@@ -78,6 +78,7 @@ def test_ctrl_c_ends_a_server_whose_shell_has_the_signal_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reads", [True, False])
 def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads: bool) -> None:
     """A client that does not read is hung up on."""

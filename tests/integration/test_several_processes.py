@@ -56,6 +56,7 @@ def check(
     assert_same(found, step(None, None, kind, names), start, bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["linears", "dora", "experts", "checkpoints"])
 def test_adapters_of_peft_learn_on_two_processes_what_they_learn_on_one(

@@ -144,6 +144,7 @@ def test_cross_attention_of_bert(tmp_path: Path, fused: list[int]) -> None:
     assert fused == [3, 2] * 2
 
 
+@pytest.mark.slow
 def test_a_batch_of_requests_shares_too(tmp_path: Path, fused: list[int]) -> None:
     """Continuous batching, in a thread of its own."""
     model, plain = attached(make_model("llama"), CONFIGS["llama"], tmp_path)

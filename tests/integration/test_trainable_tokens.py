@@ -88,6 +88,7 @@ def test_rows_of_a_batch_see_their_adapter_s_tokens(trained: Any) -> None:
         assert torch.equal(model(ids).logits, base)
 
 
+@pytest.mark.slow
 def test_generation_and_continuous_batching_use_them(trained: Any) -> None:
     plain, theirs, folder = trained
     model, _ = serve(plain, folder)
@@ -128,6 +129,7 @@ def test_they_come_and_go_with_their_adapters_and_out_of_a_live_model(trained: A
         assert torch.equal(live, model(ids, adapter_names="red").logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [True], indirect=True, ids=["tied"])
 def test_a_compiled_model_follows_them(trained: Any) -> None:
     torch._dynamo.reset()

@@ -63,6 +63,7 @@ def run_trainer(model: Any, folder: Path, steps: int, resume: bool = False) -> A
     return trainer
 
 
+@pytest.mark.slow
 def test_trainer_learns_what_it_learns_with_peft(tmp_path: Path) -> None:
     theirs = tiny_peft()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
@@ -77,6 +78,7 @@ def test_trainer_learns_what_it_learns_with_peft(tmp_path: Path) -> None:
         assert close.float().mean() > 0.99, key
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit_dropout_included(tmp_path: Path) -> None:
     unbroken = lora_ext.from_peft(tiny_peft(dropout=0.3))
     broken = copy.deepcopy(unbroken)

@@ -177,6 +177,7 @@ def test_chunked_loss_warns_once_that_sft_computes_its_own(first: str, tmp_path:
     assert ["TRL's trainers" in str(w.message) for w in caught].count(True) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(kind: str, tmp_path: Path) -> None:
     unbroken = lora_ext.from_peft(one_adapter(dropout=0.3))
@@ -210,6 +211,7 @@ def test_an_adapter_that_the_trainer_made_is_measured_from_the_base(tmp_path: Pa
     assert ours["rewards/margins"] == pytest.approx(log["rewards/margins"], rel=1e-6) != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batching", [False, True], ids=["generate", "continuous batching"])
 def test_completions_are_the_adapters(batching: bool, tmp_path: Path) -> None:
     """GRPO generates with the model that it trains."""
@@ -272,6 +274,7 @@ def two_adapters(dropout: float = 0.0) -> Any:
     return lora_ext.from_peft(make_peft(make_model("llama"), fields).train())
 
 
+@pytest.mark.slow
 def test_adapters_of_one_batch_learn_what_each_learns_alone_with_peft(tmp_path: Path) -> None:
     """One batch of two divides its loss by twice the tokens, so it takes twice the rate."""
     texts = [f"w{i} w{i + 20} w{i + 40} w{i + 60}" for i in range(3, 11)]
@@ -295,6 +298,7 @@ def test_adapters_of_one_batch_learn_what_each_learns_alone_with_peft(tmp_path: 
         assert_learned(weights_of(ours, part), weights_of(alone, part), start)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_by_name_is_the_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
     unbroken = two_adapters(dropout=0.3)
     broken, resumed = copy.deepcopy(unbroken), copy.deepcopy(unbroken)
@@ -306,6 +310,7 @@ def test_a_resumed_run_by_name_is_the_unbroken_one_bit_for_bit(tmp_path: Path) -
         assert torch.equal(weight, expected[key]), key
 
 
+@pytest.mark.slow
 def test_names_beside_a_reference_that_is_an_adapter_are_refused(tmp_path: Path) -> None:
     fields = {"default": CONFIGS["llama"]["green"], "red": CONFIGS["llama"]["red"]}
     names = ["default", "red"]

@@ -33,6 +33,7 @@ def gradients(
     return {"dx": dx, "da": da[slot], "db": db[slot]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_block_for_an_adapter_and_blocks_for_its_ranges_agree(
     backend: Backend, dtype: torch.dtype

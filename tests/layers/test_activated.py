@@ -57,6 +57,7 @@ def test_wrapped_layers_train_as_peft_s_do(checkpointing: bool) -> None:
         assert any(g.any() for g in theirs.values()) == (len(rows) > 1)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_gone_does_not_speak_for_an_adapter_of_its_name() -> None:
     gone = wrap(make_model("llama"), LoraConfig(**FIELDS))
     model, ids = wrap(make_model("llama"), LoraConfig(**INVOKED)), texts()[:2]

@@ -140,6 +140,7 @@ def test_a_model_of_peft_trains_with_it() -> None:
     assert_same(step(ours), expected)
 
 
+@pytest.mark.slow
 def test_under_a_compiler_and_autocast() -> None:
     model = model_of()
     expected = steps_of_transformers(model)
@@ -198,6 +199,7 @@ def test_a_model_whose_logits_are_no_numbers_is_refused_by_the_one_who_asked() -
         lora_ext.chunked_loss(model)
 
 
+@pytest.mark.slow
 def test_the_trainer_of_transformers_learns_the_same(tmp_path: Any) -> None:
     losses = []
     for chunked in (False, True):

@@ -289,6 +289,7 @@ def test_unpacking_an_exact_model_is_refused() -> None:
     assert_law(model, 20, tokens(3, 26))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_or_layer_is_noticed() -> None:
     model = lora_ext.exact(build())
     compiled = torch.compile(model, backend="eager")

@@ -270,6 +270,7 @@ def test_gradients_of_a_bank_share_its_memory():
     assert grads[0].untyped_storage().data_ptr() == grads[1].untyped_storage().data_ptr()
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     layer = peft_layer(nn.Linear(24, 17), {}, {"r": 2})
     ids = torch.tensor([0, 1, -1, 1])

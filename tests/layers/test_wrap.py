@@ -331,6 +331,7 @@ def test_layers_of_every_kind():
     assert {type(layer) for layer in adapted_layers(model).values()} == {LoraLinear, LoraEmbedding}
 
 
+@pytest.mark.slow
 def test_peft_is_not_needed():
     code = """
 import sys

@@ -117,6 +117,7 @@ def test_sets_are_drawn_as_often_as_exact_enumeration_of_successive_sampling_say
     assert p_value(possible, expected) < 1e-6  # what is drawn by other weights is told apart
 
 
+@pytest.mark.slow
 @given(
     weights=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12),
     seed=st.integers(0, 2**64),

@@ -143,6 +143,7 @@ def test_a_folder_without_files_is_refused(tmp_path: Path):
         mod.load(make(), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
 def test_the_example_trains_three_ways_and_draws(tmp_path: Path, monkeypatch: Any, capsys: Any):
     run_quickly(monkeypatch, "mod", tmp_path)

@@ -11,6 +11,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("circuit_head_memory.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "hidden", "vocabulary", "n_token", "rank", "kind", "emission"),
     [

@@ -400,6 +400,7 @@ def test_without_a_seed_calls_differ_and_follow_torchs_generator():
     assert torch.equal(call(), first) and torch.equal(call(), second)
 
 
+@pytest.mark.slow
 def test_neighbouring_seeds_share_no_row():
     rows = [tuple(row) for seed in range(4) for row in sampled(seed).sequences.tolist()]
     assert len(set(rows)) == 12  # equal prompts; equal draws would give equal rows

@@ -131,6 +131,7 @@ def batches(draw) -> tuple[list[list[int]], list[list[int]]]:
     return ids, sizes
 
 
+@pytest.mark.slow
 @given(batch=batches(), side=st.sampled_from(["left", "right"]), before=st.booleans())
 def test_a_sample_is_what_it_is_alone(batch, side: str, before: bool):
     rows, sizes = batch

@@ -211,6 +211,7 @@ def test_merge_keeps_the_logits_and_remove_gives_the_model_back() -> None:
     assert torch.equal(run(twin.model, **text()).logits, run(language(), **text()).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_trainer_trains_it_as_it_is(tied: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -111,6 +111,7 @@ def test_a_way_far_below_the_heavy_states_keeps_its_value(backend: Backend) -> N
     assert torch.equal(dw.cpu(), torch.tensor([0.0, 3.0]))
 
 
+@pytest.mark.slow
 def test_rescued_sums_of_a_stage_keep_their_values_and_flows(backend: Backend) -> None:
     """A left-to-right chain whose mass lies where no way leads: each state is reached from itself
     and the one before, 90 below which it lies."""
@@ -161,6 +162,7 @@ def test_lower_precisions_keep_their_bound_above_256_terms(
     assert precision == "high" or error.max() > 2.0**-17  # float16 has really been used
 
 
+@pytest.mark.slow
 def test_a_tile_changes_no_bit_of_a_row(backend: Backend) -> None:
     """Flows of 3072 rows go in tiles of 128 x 64, those of one row in a tile of 64 x 32."""
     if backend.is_twin or backend.small:
@@ -179,6 +181,7 @@ def test_a_tile_changes_no_bit_of_a_row(backend: Backend) -> None:
         assert torch.equal(got, units[b : b + 1])
 
 
+@pytest.mark.slow
 def test_a_chain_is_one_launch_and_more_rows_than_fit_are_more(backend: Backend) -> None:
     """Of 130 states three blocks share 32 rows, so 132 multiprocessors take 1408 rows at once."""
     if backend.is_twin or backend.small or backend.device != "cpu":
@@ -199,6 +202,7 @@ def test_a_chain_is_one_launch_and_more_rows_than_fit_are_more(backend: Backend)
     assert torch.equal(few, many[:20])
 
 
+@pytest.mark.slow
 def test_flows_of_many_weights_are_the_formula(backend: Backend) -> None:
     """900 x 900 weights go in tiles of 128 x 64."""
     if backend.small:
@@ -332,6 +336,7 @@ def test_circuit_table_is_the_formula_bit_for_bit(backend: Backend, rows: int) -
         assert torch.equal(got, torch.autograd.grad(expected, table, d, retain_graph=True)[0])
 
 
+@pytest.mark.slow
 def test_tables_pass_opcheck_and_gradcheck() -> None:
     g = torch.Generator().manual_seed(0)
     table = torch.randn(4, 3, dtype=torch.float64, generator=g).requires_grad_()

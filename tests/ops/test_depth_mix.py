@@ -116,6 +116,7 @@ def test_a_tangent_is_refused(backend: Backend) -> None:
             replace(mix, hiddens=[mix.hiddens[0], h, mix.hiddens[2]]).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routed", [False, True], ids=["weights", "router"])
 def test_compiles_without_a_graph_break(routed: bool) -> None:
     mix = make(((2, 3), 24, 3), torch.float32, routed=routed)

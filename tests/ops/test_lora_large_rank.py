@@ -132,6 +132,7 @@ def test_dropout_drops_what_it_drops_at_small_ranks(backend: Backend) -> None:
 
 
 # --- torch --------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_gradcheck_in_float64() -> None:
     i = train_inputs(Shape(4, 3, 2, (258, 5), "interleaved"), torch.float64, seed=8, dropout_p=0.3)
     leaves = [i[k].nan_to_num(0.25).requires_grad_() for k in LEAVES]
@@ -143,6 +144,7 @@ def test_gradcheck_in_float64() -> None:
     )
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break(backend: Backend) -> None:
     i = train_inputs(Shape(9, 16, 12, (300, 8)), torch.float32, seed=9, dropout_p=0.5)
     i |= {k: i[k].nan_to_num() for k in ("a", "b")}

@@ -19,6 +19,7 @@ def found() -> dict[str, list]:
     return house.faults(house.survey())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", sorted(house.faults(house.survey(ROOT / "no such folder"))))
 def test_the_house_has_no_fault(found: dict[str, list], what: str) -> None:
     assert not found[what]
@@ -106,6 +107,7 @@ def test_full_folders_and_long_functions_are_found(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_program_prints_one_object() -> None:
     command = [sys.executable, "tools/house.py", "--json"]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

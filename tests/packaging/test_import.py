@@ -29,6 +29,7 @@ def python(code: str) -> str:
     return run.stdout + run.stderr
 
 
+@pytest.mark.slow
 def test_import_is_silent_and_starts_nothing_and_large_packages_wait():
     """One process for all: to import torch takes seconds of the processor's time."""
     code = (
@@ -49,6 +50,7 @@ def test_import_is_silent_and_starts_nothing_and_large_packages_wait():
         lora_ext.nothing  # noqa: B018  # the access itself raises
 
 
+@pytest.mark.slow
 def test_import_takes_under_300_ms_beyond_torch():
     # Of this process's own time: on a busy machine the clock on the wall measures the others. And
     # without the collector: its pass over all of torch's objects falls due in some import. Beside
@@ -114,6 +116,7 @@ def doctor_in_a_checkout(folder: Path, *, built: bool) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_a_checkout_that_hides_an_installed_package_is_named(tmp_path):
     run = doctor_in_a_checkout(tmp_path, built=False)
     assert run.returncode == 1
@@ -124,6 +127,7 @@ def test_a_checkout_that_hides_an_installed_package_is_named(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_doctor_passes_and_says_where_it_looks(tmp_path):
     run = doctor_in_a_checkout(tmp_path, built=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -159,6 +159,7 @@ def drop_a_pool(max_slots=4):
     gc.collect()
 
 
+@pytest.mark.slow
 def test_a_finalizer_neither_waits_for_the_device_nor_calls_the_driver(driver, library, waits):
     """It may run within a capture, or before a launch that the queued work waits for."""
     drop_a_pool()

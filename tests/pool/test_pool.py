@@ -322,6 +322,7 @@ def test_magnitudes_go_to_the_host_and_come_back():
         assert_slot_holds(pool, slots[0], state(7), 2.0)
 
 
+@pytest.mark.slow
 def test_readers_never_see_a_slot_change_while_one_thread_loads_and_unloads():
     pool = make(max_slots=6, pages=12)
     for seed in range(4):

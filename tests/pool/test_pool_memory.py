@@ -253,6 +253,7 @@ print(empty, held() - start, pool.nbytes())
 """
 
 
+@pytest.mark.slow
 def test_the_process_holds_what_adapters_use_and_not_what_they_might():
     """1 GiB at the limit; an adapter of rank 16 is 4 MiB."""
     run = subprocess.run(

@@ -19,7 +19,7 @@ import lora_ext
 from lora_ext.rows import Block
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_STAYS = 10
+MOST_STAYS = 12  # from_peft, which also registers the spacing of 16-bit rows, meets as many
 _MADE_TO_BE_KEPT = ("get", "keep", "_ordinary", "<module>")  # functions that only call for it
 #: What a reader follows: not what a pool does with its pages, nor how an op is called.
 ROOMS = ("serving", "rows", "layers", "interop", "adapter")
@@ -122,7 +122,7 @@ def model_and_pool(tmp_path: Path) -> tuple[Any, lora_ext.AdapterPool]:
 def check(way: Way) -> None:
     assert not way.climbs, sorted(way.climbs)
     assert not way.returns, sorted(way.returns)
-    assert 1 < len(way.stays) <= MOST_STAYS, way.stays
+    assert 1 < len(way.stays) <= MOST_STAYS, " ".join(way.stays)
 
 
 def _knows(value: Any, pool: lora_ext.AdapterPool) -> bool:

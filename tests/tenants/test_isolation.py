@@ -21,6 +21,7 @@ def assert_like(expected: Sample, found: list[Sample]) -> None:
     assert found[0].logprobs == pytest.approx(expected.logprobs, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_overflows_spoils_its_own_samples_and_ends_nobodys() -> None:
     with Service(llama()) as service:
         good, bad = service.create(4), service.create(4, seed=1)
@@ -45,6 +46,7 @@ def test_a_draw_from_no_distribution_is_some_token_and_no_error(bad: float) -> N
             assert 0 <= int(how.draw(logits)) < 5
 
 
+@pytest.mark.slow
 def test_samples_of_those_who_leave_end_and_the_others_go_on() -> None:
     with Service(llama()) as service:
         good, gone = service.create(4), service.create(4, seed=1)
@@ -137,6 +139,7 @@ class Letters:
         return "".join(chr(0x4E00 + token) for token in tokens)
 
 
+@pytest.mark.slow
 def test_a_stop_text_is_found_in_few_decodes_as_one_thread_serves_all() -> None:
     letters = Letters()
     with Service(llama(), tokenizer=letters) as service:

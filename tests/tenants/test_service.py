@@ -229,6 +229,7 @@ def test_no_end_of_steps_keeps_a_neighbour_waiting(service: Service) -> None:
     stop.set()
 
 
+@pytest.mark.slow
 def test_queues_hold_so_many_calls_and_so_many_tokens(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +263,7 @@ def test_queues_hold_so_many_calls_and_so_many_tokens(
         service.create(1 << 40)
 
 
+@pytest.mark.slow
 def test_samplers_stay_whoever_fills_the_pool(tmp_path: Path) -> None:
     with Service(llama(), max_adapters=2) as service:
         tenant, other = service.create(4), service.create(4, seed=1)
@@ -356,6 +358,7 @@ def test_a_save_goes_on_where_it_was_and_stays_in_the_store(
     assert not all(map(torch.equal, factors(tenant), factors(again)))
 
 
+@pytest.mark.slow
 def test_samples_have_the_trainers_logprobs(service: Service) -> None:
     tenant = service.create(4)
     tenant.forward_backward([datum(1)])

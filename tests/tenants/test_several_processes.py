@@ -68,6 +68,7 @@ def alone(tenant: int, spread: list[int]) -> dict[str, Tensor]:
     return {key: value for key, value in found.items() if f".{TENANTS[tenant]}." in f".{key}."}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS[:2])
 @pytest.mark.parametrize("case", SPREADS)
 def test_tenants_learn_on_two_processes_what_they_learn_on_one_and_alone(

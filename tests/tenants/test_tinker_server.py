@@ -124,6 +124,7 @@ def new_model(server: Server, key: str = "tml-a", **more: Any) -> str:
     return server.get(server.post("create_model", asked, key), key)["model_id"]
 
 
+@pytest.mark.slow
 def test_the_wire_trains_saves_loads_and_samples(server: Server, folder: Path) -> None:
     assert server.status("create_session", {}, "tml-c") == 401
     model, tokens = new_model(server), [1, 2, 3, 4, 5]
