@@ -94,8 +94,27 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``F.linear`` with a :func:`spaced` left operand in the forward and the backward."""
-    return with_spaced_gradient(F.linear(spaced(x, autocast_dtype(x)), weight, bias))
+    """Compute ``F.linear`` with :func:`spaced` operands, forward and backward."""
+    return product_of_rows(lambda rows: F.linear(rows, weight, bias), x, autocast_dtype(x))
+
+
+def product_of_rows(
+    product: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Compute ``product(x)`` with :func:`spaced` operands, forward and backward.
+
+    The product gets spaced rows in two dimensions. In more, torch adds the bias in a second pass,
+    which rounds once more.
+
+    Args:
+        product: a function of ``(T, I)`` rows, such as a linear layer.
+        x: ``(..., I)``.
+        dtype: as in :func:`spaced`.
+    """
+    left = spaced(x, dtype)
+    if left is x or x.dim() <= 2:
+        return with_spaced_gradient(product(left))
+    return with_spaced_gradient(product(left.flatten(0, -2))).unflatten(0, x.shape[:-1])
 
 
 def spaced(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext._torch import autocast_dtype, spaced, with_spaced_gradient
+from lora_ext._torch import autocast_dtype, product_of_rows
 from lora_ext.rows import (
     Rows,
     all_rows,
@@ -100,7 +100,7 @@ def lora_forward(
                 return _one_adapter(x, base, dense, factors)
     adapters, rows = _participants(x, adapters, adapter_ids)
     if not adapters:
-        return call_base(base, x)
+        return product_of_rows(base, x)
     if dense is not None and isinstance(base, PackedLinear) and not exact:
         y = base.packed_product(x)
         if y is not None:
@@ -135,11 +135,6 @@ def _scaled_rows(
     num_rows: int, scaling: float, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return *all_rows(num_rows, device), scales((scaling,), device)
-
-
-def call_base(base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Compute ``base(x)`` with :func:`lora_ext._torch.spaced` operands, even if it has no hooks."""
-    return with_spaced_gradient(base(spaced(x)))
 
 
 def lora_update(
@@ -205,7 +200,7 @@ def _forward(
         y = _run(calls[0], x2d, compute, weight, bias, packed)  # (T, O)
         dtype, rest = y.dtype, calls[1:]
     elif base is not None:
-        y = call_base(base, x)
+        y = product_of_rows(base, x)
         dtype, y, rest = y.dtype, y.reshape(-1, y.shape[-1]), calls
     else:
         y = _run(calls[0], x2d, compute, None, None)

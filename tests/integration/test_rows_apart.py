@@ -20,6 +20,7 @@ import lora_ext
 from lora_ext import ops
 from lora_ext._torch import linear, spaced
 from lora_ext.interop.peft import to_peft
+from lora_ext.layers import space_products
 from lora_ext.tenants import Datum, Service
 
 WIDTHS = (33, 80, 144, 172)
@@ -79,6 +80,20 @@ def test_the_stand_in_has_the_fault(planted: bool, width: int) -> None:
     for y in (torch.nn.functional.linear(x, weight), torch.addmm(weight[:, 0], x, weight.t())):
         assert y[BAD - 1].isnan().all()
     assert_apart(x[:, :32] @ weight[:, :32].t())
+
+
+@widths
+def test_rows_in_more_dimensions_have_the_bits_of_rows_in_two(planted: bool, width: int) -> None:
+    """torch adds the bias of strided rows in three dimensions in a second, rounded pass."""
+    layer = nn.Linear(width, OTHER).bfloat16().requires_grad_(False)
+    x = randn(0, 4, 10, width, dtype=torch.bfloat16)
+    expected = linear(x.view(ROWS, width), layer.weight, layer.bias).view(4, 10, OTHER)
+    assert torch.equal(linear(x, layer.weight, layer.bias), expected)
+    space_products(layer)
+    shapes: list[torch.Size] = []
+    layer.register_forward_hook(lambda _module, _args, y: shapes.append(y.shape))
+    assert torch.equal(layer(x), expected)
+    assert shapes == [expected.shape]
 
 
 # --- products and ops -----------------------------------------------------------------------------

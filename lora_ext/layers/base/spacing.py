@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._torch import TILE_COLUMNS, autocast_dtype, spaced, with_spaced_gradient
+from lora_ext._torch import TILE_COLUMNS, autocast_dtype, compiles, spaced, with_spaced_gradient
 from lora_ext.rows import PoolLayer
 
 from .modules import linear_size
 
 _WIDE = (torch.float32, torch.float64)
+_LEADING = "_lora_ext_leading"  # attribute of flattened rows: the leading axes of the output
 
 
 def space_products(model: nn.Module) -> list[nn.Module]:
@@ -43,7 +44,7 @@ def space_products(model: nn.Module) -> list[nn.Module]:
         wide = getattr(getattr(base, "weight", None), "dtype", None) in _WIDE
         if not wide and any(width % TILE_COLUMNS for width in size):
             base.register_forward_pre_hook(_space_input)
-            base.register_forward_hook(_space_gradient)
+            base.register_forward_hook(_space_gradient, prepend=True)  # before those of others
             found.append(base)
     return found
 
@@ -70,12 +71,20 @@ def _space_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | 
     x = args[0]
     # Quantised layers are subclasses of nn.Linear and treat autocast differently.
     dtype = autocast_dtype(x) if type(module) is nn.Linear else None
-    return spaced(x, dtype), *args[1:]
+    left = spaced(x, dtype)
+    if left is not x and x.dim() > 2 and not compiles():
+        # Rows in two dimensions, for the reason that lora_ext._torch.product_of_rows gives.
+        left = left.flatten(0, -2)
+        setattr(left, _LEADING, x.shape[:-1])
+    return left, *args[1:]
 
 
-def _space_gradient(_module: nn.Module, _args: Any, y: Any) -> None:
-    if isinstance(y, Tensor):
-        with_spaced_gradient(y)
+def _space_gradient(_module: nn.Module, args: tuple[Any, ...], y: Any) -> Tensor | None:
+    if not isinstance(y, Tensor):
+        return None
+    leading = getattr(args[0], _LEADING, None) if args else None
+    y = with_spaced_gradient(y)
+    return y if leading is None else y.unflatten(0, leading)
 
 
 _HOOKS = (_space_input, _space_gradient)
