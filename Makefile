@@ -69,7 +69,7 @@ curve: $(VENV)/extras-demo.stamp build
 	$(PY) examples/serving_curve.py
 
 test: build-emu
-	$(PY) -m pytest -q --quick -n 2 --dist worksteal --require-emu
+	$(PY) -m pytest -q --quick 1 -n 2 --dist worksteal --require-emu
 
 hosts: build-emu
 	$(PY) tools/hosts.py

@@ -45,10 +45,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--quick",
-        action="store_true",
-        help="run no slow test, and a few cases per test, op and backend, as in `make test`",
+        type=int,
+        metavar="N",
+        help="no slow test, and at most N cases of each test, op and backend: `make test` has 1",
     )
-    parser.addoption("--rest", action="store_true", help="run the cases that --quick leaves out")
+    parser.addoption("--rest", type=int, metavar="N", help="the tests that --quick N leaves out")
     parser.addoption(
         "--demo", type=lambda path: Path(path).resolve(), metavar="DIR",
         help="run the code of the pages on the output of `make demo` in DIR, not on a stand-in",
@@ -59,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: runs on a GPU")
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the emulator")
     config.addinivalue_line(
-        "markers", "slow: runs a compiler, an example, a real model, or more than four seconds"
+        "markers", "slow: runs a compiler, an example, a real model, or more than three seconds"
     )
     config.addinivalue_line(
         "markers", "hosts: also runs with the code paths of other processors (`make hosts`)"
@@ -70,9 +71,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     quick, rest = config.getoption("--quick"), config.getoption("--rest")
     if quick or rest:
-        chosen = _quick(items)
-        config.hook.pytest_deselected(items=[each for each in items if (each in chosen) == rest])
-        items[:] = [each for each in items if (each in chosen) == quick]
+        chosen = _quick(items, quick or rest)
+        config.hook.pytest_deselected(items=[it for it in items if (it in chosen) != bool(quick)])
+        items[:] = [it for it in items if (it in chosen) == bool(quick)]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no worker ends with one
     if not config.getoption("--sanitizers"):
         skip = pytest.mark.skip(reason="`make asan` runs it, with --sanitizers")
@@ -81,22 +82,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
-def _quick(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Return a few evenly spaced cases per test, op and backend, without slow tests.
+def _quick(items: list[pytest.Item], cases: int) -> set[pytest.Item]:
+    """Return the tests that are not slow: of each test, op and backend some evenly spaced cases.
 
-    Every test function that is not slow keeps at least one case on each of its backends, so that
-    every op and every package is tested.
+    Every test function that is not slow keeps at least one case on each backend that it has, so
+    every op and every room is touched.
     """
-    cases: defaultdict[tuple[Any, ...], list[pytest.Item]] = defaultdict(list)
+    groups: defaultdict[tuple[Any, ...], list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("slow") is None:
             params = getattr(getattr(item, "callspec", None), "params", {})
             shared = [getattr(params.get(name), "name", None) for name in ("backend", "op")]
-            cases[(item.nodeid.partition("[")[0], *shared)].append(item)
+            groups[(item.nodeid.partition("[")[0], *shared)].append(item)
     return {
-        group[i * len(group) // min(len(group), QUICK_CASES)]
-        for group in cases.values()
-        for i in range(min(len(group), QUICK_CASES))
+        group[i * len(group) // min(len(group), cases)]
+        for group in groups.values()
+        for i in range(min(len(group), cases))
     }
 
 

@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 import lora_ext
 
+pytestmark = pytest.mark.hosts
+
 FAMILIES = (
     cases, cases_siblings, cases_train, cases_circuit, cases_decode, cases_depth_mix, cases_gram,
     cases_vocab, cases_packed_linear, cases_pointwise, cases_row_attention,

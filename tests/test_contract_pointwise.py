@@ -10,6 +10,8 @@ from contract import assert_same_bits, off_grid
 
 from lora_ext import ops
 
+pytestmark = pytest.mark.hosts
+
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(backend: Backend) -> None:

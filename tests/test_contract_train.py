@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 import lora_ext
 from lora_ext import ops, reference
 
+pytestmark = pytest.mark.hosts
+
 
 def skip_large(backend: Backend, shape: Shape) -> None:
     if shape not in [*SMALL, *DEEP] and (backend.small or (not backend.is_twin and shape in LARGE)):

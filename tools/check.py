@@ -21,7 +21,7 @@ def main() -> int:
     tests += ["-n", "2", "--dist", "worksteal"]  # neighbours share what their files build
     tests.append("--hypothesis-profile=ci")  # no new examples here: `make test` looks for them
     if os.environ.get("CHECK_REST") == "1":
-        tests.append("--rest")  # `make test` has run the other tests in this build
+        tests += ["--rest", "1"]  # `make test` has run the other tests in this build
     docs = [BIN + "/mkdocs", "build", "--strict", "--site-dir", "out/docs"]
     legs = [
         Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 1800, env={"LORA_EXT_EMU": "1"}),

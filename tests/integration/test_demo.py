@@ -11,6 +11,8 @@ import torch
 from scripts import load_script, missing
 from tiny import make_pair, tokens
 
+pytestmark = pytest.mark.hosts
+
 MISSING = missing("matplotlib", "rich")
 NAMES = ["red", "blue", "green"]
 

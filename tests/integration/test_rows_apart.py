@@ -23,6 +23,8 @@ from lora_ext.interop.peft import to_peft
 from lora_ext.layers import space_products
 from lora_ext.tenants import Datum, Service
 
+pytestmark = pytest.mark.hosts
+
 WIDTHS = (33, 80, 144, 172)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS, BAD, RANK, OTHER = 40, 20, 5, 48

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import lora_ext
 
+pytestmark = pytest.mark.hosts
+
 transformers = pytest.importorskip("transformers", reason="exact models are transformers' models")
 
 VOCAB = 97

@@ -14,6 +14,8 @@ from torch import Tensor
 import lora_ext
 from lora_ext.tenants import Datum, Service
 
+pytestmark = pytest.mark.hosts
+
 DTYPES = [torch.float32, torch.bfloat16]
 
 

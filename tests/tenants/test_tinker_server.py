@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -211,8 +212,15 @@ def test_floods_are_answered_429_and_are_one_keys_own(
     # A tenant's queue that is full, behind something that lasts.
     monkeypatch.setattr(promises, "MOST", 100)
     gate: Future[None] = Future()
-    app.service._scheduler.put("test", app.service._own, gate.result)
+    held = threading.Event()
+
+    def hold() -> None:
+        held.set()
+        gate.result()
+
+    app.service._scheduler.put("test", app.service._own, hold)
     try:
+        assert held.wait(60)
         calls = [request(other, n, tokens) for n in range(1, 6)]
         codes = [app.ask("forward_backward", call, "tml-b")[0] for call in calls]
     finally:
