@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -323,7 +324,14 @@ def test_an_overflowing_tenant_fails_alone() -> None:
             for parameter in bad.adapter.parameters.values():
                 parameter.normal_().mul_(1e30)
         gate: Future[None] = Future()
-        service._scheduler.put("test", service._own, gate.result)
+        begun = threading.Event()
+
+        def hold() -> None:
+            begun.set()
+            gate.result()
+
+        service._scheduler.put("test", service._own, hold)
+        begun.wait()  # an earlier call, and one of another queue, may run first
         calls = [t.forward_backward([datum(k)]) for k in range(3) for t in (bad, good)]
         gate.set_result(None)
         for k, call in enumerate(calls):
