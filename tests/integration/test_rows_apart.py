@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -288,6 +289,15 @@ def test_layers_get_hooks_where_they_need_them_and_lose_them(way: str) -> None:
     model = WAYS[way](Three(144, torch.bfloat16))
     assert hooks(model) == 8  # two for each of the four layers
     assert hooks(undo[way](model)) == 0
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["unload", "merge_and_unload"])
+def test_a_model_that_peft_unloads_has_no_hooks_of_this_package(merge: bool) -> None:
+    fused: Any = from_peft(Three(144, torch.bfloat16))
+    plain: nn.Module = fused.merge_and_unload() if merge else fused.unload()
+    assert type(plain) is Three
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+    assert b"lora_ext" not in pickle.dumps(plain)
 
 
 def test_a_base_with_these_hooks_takes_part_in_the_fused_op() -> None:

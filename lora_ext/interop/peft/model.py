@@ -167,6 +167,11 @@ class FusedLoraModel(LoraModel):
         refuse_singular("generate_batch", kwargs)
         return self.model.generate_batch(*args, **kwargs)
 
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        plain = super()._unload_and_optionally_merge(*args, **kwargs)
+        unspace_products(self.model.modules())
+        return plain
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_singular("from_peft", kwargs)
