@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext._torch import linear, product_of_rows
+from lora_ext._torch import linear
 from lora_ext.rows import Rows, subset
 
 from .base.dense import BaseLayer, DenseParameters, dense_parameters
 from .base.packed_linear import PackedLinear
+from .base.spacing import base_product
 from .lora_forward import (
     LoraFactors,
     draw_seed,
@@ -96,7 +97,7 @@ def _in_order(
         scaled = y * scale
         # The bias is no part of the direction. Where the scale is 1, y keeps every bit.
         return (scaled if bias is None else scaled + bias * (1 - scale)).to(y.dtype)
-    y = product_of_rows(base, x)
+    y = base_product(base, x)
     dtype, read = y.dtype, dense()
     for f, magnitude, norm in zip(adapters, magnitudes, norms, strict=True):
         if magnitude is None:

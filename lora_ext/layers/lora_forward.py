@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext._torch import autocast_dtype, product_of_rows
+from lora_ext._torch import autocast_dtype
 from lora_ext.rows import (
     Rows,
     all_rows,
@@ -29,6 +29,7 @@ from lora_ext.rows import (
 
 from .base.dense import BaseLayer, DenseParameters, dense_parameters
 from .base.packed_linear import PackedLinear
+from .base.spacing import base_product
 
 # A bank has room for its largest rank in every adapter: one that would be so many times as large as
 # its adapters is made in two, of the ranks up to _SMALL_RANK and of those above.
@@ -100,7 +101,7 @@ def lora_forward(
                 return _one_adapter(x, base, dense, factors)
     adapters, rows = _participants(x, adapters, adapter_ids)
     if not adapters:
-        return product_of_rows(base, x)
+        return base_product(base, x)
     if dense is not None and isinstance(base, PackedLinear) and not exact:
         y = base.packed_product(x)
         if y is not None:
@@ -200,7 +201,7 @@ def _forward(
         y = _run(calls[0], x2d, compute, weight, bias, packed)  # (T, O)
         dtype, rest = y.dtype, calls[1:]
     elif base is not None:
-        y = product_of_rows(base, x)
+        y = base_product(base, x)
         dtype, y, rest = y.dtype, y.reshape(-1, y.shape[-1]), calls
     else:
         y = _run(calls[0], x2d, compute, None, None)

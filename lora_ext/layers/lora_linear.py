@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_ext._torch import parameter, product_of_rows
+from lora_ext._torch import parameter
 from lora_ext.rows import Names
 
+from .base.spacing import base_product
 from .base.weight import LinearWeight
 from .lora_forward import lora_forward
 from .lora_layer import LoraLayer
@@ -83,7 +84,7 @@ class LoraLinear(LoraLayer):
         names, rows = self._participants(x.shape[:-1], x.device, adapter_ids)
         base: nn.Module = self._modules["base_layer"]  # pyright: ignore[reportAssignmentType]
         if not names:
-            return product_of_rows(base, x)
+            return base_product(base, x)
         if len(names) == 1 and not self.use_dora[names[0]]:
             return lora_forward(x, base, (self.factors(names[0]),), rows)
         return self._adapted(x, base, names, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import pytest
 import torch
 from reading_behind import reading_behind
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -298,6 +300,71 @@ def test_a_model_that_peft_unloads_has_no_hooks_of_this_package(merge: bool) -> 
     assert type(plain) is Three
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
     assert b"lora_ext" not in pickle.dumps(plain)
+
+
+class Grouped(nn.Linear):
+    """Linear layer that views its input, which fails for rows with zeros between them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.view(-1, 16).view(input.shape))
+
+
+@ways
+@pytest.mark.parametrize("adapted", [False, True], ids=["beside", "adapted"])
+def test_a_subclass_that_views_its_input_runs(way: str, adapted: bool) -> None:
+    model = Three(80, torch.bfloat16)
+    setattr(model, "up" if adapted else "head", Grouped(80, 172 if adapted else 33).bfloat16())
+    x = randn(0, 2, 20, 80, dtype=torch.bfloat16)
+    expected = model(x)
+    model = WAYS[way](model)
+    assert model(x).shape == expected.shape
+    if way == "attach":
+        with lora_ext.adapters([None] * ROWS):
+            torch.testing.assert_close(model(x), expected)
+
+
+class CountedOps(TorchDispatchMode):
+    """Numbers of calls of each op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[op.overloadpacket.__name__] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def test_the_base_of_an_adapter_spaces_its_rows_once() -> None:
+    model: Any = wrapped(Three(144, torch.bfloat16))
+    model.up.set_adapter([])
+    x = randn(0, 2, 20, 144, dtype=torch.bfloat16).requires_grad_()
+    with CountedOps() as forward:
+        y = model.up(x)
+    dy = randn(1, *y.shape, dtype=torch.bfloat16)
+    with CountedOps() as backward:
+        torch.autograd.grad(y, x, dy, retain_graph=True)
+    assert forward.calls["constant_pad_nd"] == 1
+    assert backward.calls["constant_pad_nd"] == 2  # of dy, and in the backward of the copy of x
+
+
+@ways
+def test_a_product_of_a_packed_weight_has_no_spaced_copy(planted: bool, way: str) -> None:
+    if planted:
+        pytest.skip("counts the ops of torch's products")
+    model: Any = WAYS[way](Three(144, torch.bfloat16)).eval().requires_grad_(False)
+    lora_ext.nn.pack_linears(model)
+    if way == "wrap":
+        model.up.set_adapter([])
+    x = randn(0, 2, 144, dtype=torch.bfloat16)
+    model(x)
+    with CountedOps() as counted:
+        model(x)
+    assert counted.calls["packed_linear"] == 3
+    assert counted.calls["constant_pad_nd"] == 1  # of the Conv1D, which is not packed
+    assert_apart_both_ways(model, randn(0, ROWS, 144, dtype=torch.bfloat16), 33)
+    lora_ext.nn.unpack_linears(model)
+    assert_apart_both_ways(model, randn(0, ROWS, 144, dtype=torch.bfloat16), 33)
 
 
 def test_a_base_with_these_hooks_takes_part_in_the_fused_op() -> None:

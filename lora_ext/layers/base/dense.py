@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lora_ext._torch import parameter
 
+from .modules import CONV1D
 from .packed_linear import PackedLinear
 from .spacing import has_other_hooks
 
 _PLAIN = (nn.Parameter, Tensor, type(None))  # a quantised weight is of another type
-_CONV1D = ("Conv1D", "transformers.pytorch_utils")
 
 _OF_ALL_MODULES = (
     module_globals._global_forward_hooks,
@@ -40,7 +40,7 @@ def dense_parameters(base: BaseLayer, divided: bool = False) -> DenseParameters 
     if not isinstance(base, nn.Module):
         return None
     straight = kind is nn.Linear or kind is PackedLinear
-    if not straight and (kind.__name__, kind.__module__) != _CONV1D:
+    if not straight and (kind.__name__, kind.__module__) != CONV1D:
         return None
     weight = parameter(base, "weight")
     if not _is_plain(base, weight, divided):

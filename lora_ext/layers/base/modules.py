@@ -15,6 +15,8 @@ from torch import nn
 # would be ignored, always or on torch's fast path for evaluation.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
+CONV1D = ("Conv1D", "transformers.pytorch_utils")  # name and module of the class
+
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
     """In and out features of a linear layer, transformers' ``Conv1D`` included; None for others."""

@@ -7,16 +7,24 @@ layers that are called as modules, the hooks in this file call it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_ext._torch import TILE_COLUMNS, autocast_dtype, compiles, spaced, with_spaced_gradient
+from lora_ext._torch import (
+    TILE_COLUMNS,
+    autocast_dtype,
+    compiles,
+    product_of_rows,
+    spaced,
+    with_spaced_gradient,
+)
 from lora_ext.rows import PoolLayer
 
-from .modules import linear_size
+from .modules import CONV1D, linear_size
+from .packed_linear import PackedLinear
 
 _WIDE = (torch.float32, torch.float64)
 _LEADING = "_lora_ext_leading"  # attribute of flattened rows: the leading axes of the output
@@ -25,8 +33,9 @@ _LEADING = "_lora_ext_leading"  # attribute of flattened rows: the leading axes 
 def space_products(model: nn.Module) -> list[nn.Module]:
     """Register the hooks on the linear layers of ``model`` that need them.
 
-    A layer needs them if its weights have 16 bits or are quantised, and one of its widths is not a
-    multiple of 32. The factors of adapters get no hooks.
+    A layer needs them if it is ``nn.Linear`` or ``Conv1D``, its weights have 16 bits or are
+    quantised, and one of its widths is not a multiple of 32. Subclasses with a forward of their own
+    get no hooks, because ``view`` of spaced rows may fail. The factors of adapters get none either.
 
     Returns:
         The layers that had no such hooks before; pass them to :func:`unspace_products`.
@@ -39,7 +48,7 @@ def space_products(model: nn.Module) -> list[nn.Module]:
                 factors.update(held.modules())
         base = module.base if isinstance(module, PoolLayer) else module
         size = linear_size(base)
-        if size is None or base in factors or _space_input in base._forward_pre_hooks.values():
+        if size is None or not _takes_spaced_rows(base) or base in factors or _has_hooks(base):
             continue
         wide = getattr(getattr(base, "weight", None), "dtype", None) in _WIDE
         if not wide and any(width % TILE_COLUMNS for width in size):
@@ -47,6 +56,15 @@ def space_products(model: nn.Module) -> list[nn.Module]:
             base.register_forward_hook(_space_gradient, prepend=True)  # before those of others
             found.append(base)
     return found
+
+
+def base_product(base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Compute ``base(x)``, with spaced operands if ``base`` is a linear layer without the hooks."""
+    if not isinstance(base, nn.Module) or not _takes_spaced_rows(base):
+        return base(x)
+    if isinstance(base, PackedLinear) or _has_hooks(base):  # these space their operands themselves
+        return base(x)
+    return product_of_rows(base, x)
 
 
 def unspace_products(layers: Iterable[nn.Module]) -> None:
@@ -65,11 +83,22 @@ def has_other_hooks(module: nn.Module) -> bool:
     return any(hook not in _HOOKS for hook in hooks)
 
 
+def _takes_spaced_rows(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind.forward in (nn.Linear.forward, PackedLinear.forward):
+        return True
+    return (kind.__name__, kind.__module__) == CONV1D
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return _space_input in module._forward_pre_hooks.values()
+
+
 def _space_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    if not args or not isinstance(args[0], Tensor):
+    # A packed layer spaces the operands of the products that do not use its packed copy.
+    if not args or not isinstance(args[0], Tensor) or isinstance(module, PackedLinear):
         return None
     x = args[0]
-    # Quantised layers are subclasses of nn.Linear and treat autocast differently.
     dtype = autocast_dtype(x) if type(module) is nn.Linear else None
     left = spaced(x, dtype)
     if left is not x and x.dim() > 2 and not compiles():
@@ -79,8 +108,8 @@ def _space_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | 
     return left, *args[1:]
 
 
-def _space_gradient(_module: nn.Module, args: tuple[Any, ...], y: Any) -> Tensor | None:
-    if not isinstance(y, Tensor):
+def _space_gradient(module: nn.Module, args: tuple[Any, ...], y: Any) -> Tensor | None:
+    if not isinstance(y, Tensor) or isinstance(module, PackedLinear):
         return None
     leading = getattr(args[0], _LEADING, None) if args else None
     y = with_spaced_gradient(y)
