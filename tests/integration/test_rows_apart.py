@@ -367,6 +367,17 @@ def test_a_product_of_a_packed_weight_has_no_spaced_copy(planted: bool, way: str
     assert_apart_both_ways(model, randn(0, ROWS, 144, dtype=torch.bfloat16), 33)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_keeps_rows_in_three_dimensions_apart(planted: bool) -> None:
+    if planted:
+        pytest.skip("a compiled graph calls torch's products")
+    model = wrapped(Three(144, torch.bfloat16)).eval()
+    x = one_bad(randn(0, ROWS, 144, dtype=torch.bfloat16)).view(2, 20, 144)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_apart(torch.compile(model)(x))
+
+
 def test_a_base_with_these_hooks_takes_part_in_the_fused_op() -> None:
     base: Any = wrapped(Three(144, torch.bfloat16)).get_submodule("up.base_layer")
     assert base._forward_pre_hooks and lora_ext.layers.dense_parameters(base) is not None

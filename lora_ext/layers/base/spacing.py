@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lora_ext._torch import (
     TILE_COLUMNS,
     autocast_dtype,
-    compiles,
     product_of_rows,
     spaced,
     with_spaced_gradient,
@@ -101,7 +100,7 @@ def _space_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | 
     x = args[0]
     dtype = autocast_dtype(x) if type(module) is nn.Linear else None
     left = spaced(x, dtype)
-    if left is not x and x.dim() > 2 and not compiles():
+    if left is not x and x.dim() > 2:
         # Rows in two dimensions, for the reason that lora_ext._torch.product_of_rows gives.
         left = left.flatten(0, -2)
         setattr(left, _LEADING, x.shape[:-1])
