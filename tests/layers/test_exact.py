@@ -171,8 +171,20 @@ class Mixing(nn.Module):
         return x @ torch.eye(x.shape[-1], dtype=x.dtype)
 
 
+class Writing(nn.Module):
+    """Activation that writes its result to a tensor of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x, out=torch.empty_like(x))
+
+
 @pytest.mark.parametrize(
-    ("activation", "op"), [(Odd(), "aten.erf.default"), (Mixing(), "aten.mm.default")]
+    ("activation", "op"),
+    [
+        (Odd(), "aten.erf.default"),
+        (Mixing(), "aten.mm.default"),
+        (Writing(), "sigmoid with out="),
+    ],
 )
 def test_an_op_that_depends_on_the_batch_is_refused_with_its_module(
     activation: nn.Module, op: str

@@ -114,6 +114,8 @@ def _function_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
         return None
     if args[0].dtype not in (torch.float32, torch.bfloat16):
         raise _Unknown(f"{name} of {args[0].dtype}")
+    if "out" in kwargs:
+        raise _Unknown(f"{name} with out=")
     if name == "rsqrt" and args[0].dtype == torch.float32:  # root and quotient, both rounded
         return None
     if name == "gelu" and kwargs.get("approximate") == "tanh":
