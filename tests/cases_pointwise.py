@@ -61,7 +61,9 @@ def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
 
 def checks() -> Iterator[Check]:
     for dtype in DTYPES:
-        yield "pointwise", (inputs((5, 33), dtype)["x"], "silu")
+        x = inputs((5, 33), dtype)["x"]
+        for each in (x, x.t(), x.t()[:, ::2], x[:1].expand(4, 33)):  # two are not dense
+            yield "pointwise", (each, "silu")
 
 
 def wrong(device: str) -> list[Wrong]:

@@ -64,6 +64,16 @@ def test_what_is_not_finite_or_too_large_stays_with_its_position(backend: Backen
     assert ops.pointwise(values[1:3], "sigmoid").tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("function", ["sin", "gelu", "gelu_tanh", "silu", "tanh"])
+def test_a_zero_keeps_its_sign_in_functions_that_are_zero_at_zero(
+    backend: Backend, function: str
+) -> None:
+    for dtype in DTYPES:
+        y = ops.pointwise(torch.tensor([0.0, -0.0], dtype=dtype), function)
+        assert not y.any()
+        assert y.signbit().tolist() == [False, True]
+
+
 def test_gradients_are_refused(backend: Backend) -> None:
     with pytest.raises(RuntimeError, match="pointwise has no backward"):
         ops.pointwise(torch.zeros(3, requires_grad=True), "silu")

@@ -14,8 +14,9 @@ constexpr int kHalf = kF / 2;
 LX_INLINE V magnitude(V x) {
     return bit_cast<V>(bit_cast<Words<V>>(x) & 0x7fffffffu);
 }
+// The magnitude of y with the sign of x.
 LX_INLINE V with_sign_of(V x, V y) {
-    return bit_cast<V>(bit_cast<Words<V>>(y) | (bit_cast<Words<V>>(x) & 0x80000000u));
+    return bit_cast<V>(bit_cast<Words<V>>(magnitude(y)) | (bit_cast<Words<V>>(x) & 0x80000000u));
 }
 
 // exp(-u) - 1 for u >= 0. Below log(2) / 2 the polynomial of exp without its constant term 1 keeps

@@ -101,7 +101,8 @@ def pointwise(x: Tensor, function: str) -> Tensor:
 def _fake_pointwise(x: Tensor, function: str) -> Tensor:
     known = x.dtype in (torch.float32, torch.bfloat16)
     require(known, "pointwise", "x", "float32 or bfloat16", x.dtype)
-    return torch.empty_like(x)
+    dense = torch.ops.aten.is_non_overlapping_and_dense.default(x)
+    return torch.empty_like(x if dense else x.contiguous())
 
 
 @fake("row_attention")

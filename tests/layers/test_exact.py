@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -171,8 +172,20 @@ class Mixing(nn.Module):
         return x @ torch.eye(x.shape[-1], dtype=x.dtype)
 
 
+class Writing(nn.Module):
+    """Activation that writes its result to a tensor of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x, out=torch.empty_like(x))
+
+
 @pytest.mark.parametrize(
-    ("activation", "op"), [(Odd(), "aten.erf.default"), (Mixing(), "aten.mm.default")]
+    ("activation", "op"),
+    [
+        (Odd(), "aten.erf.default"),
+        (Mixing(), "aten.mm.default"),
+        (Writing(), "sigmoid with out="),
+    ],
 )
 def test_an_op_that_depends_on_the_batch_is_refused_with_its_module(
     activation: nn.Module, op: str
@@ -269,6 +282,76 @@ def test_a_new_head_is_noticed_and_made_exact_again() -> None:
         model(tokens(1, 3))
     lora_ext.exact(model, enabled=False).eval()
     assert_law(lora_ext.exact(model), 20, tokens(3, 26))
+
+
+def test_a_module_that_was_replaced_is_noticed() -> None:
+    found = (
+        r"expected a module that exact has checked, found a SiLU .*call lora_ext\.exact\(model, e"
+    )
+    model = lora_ext.exact(build())
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.SiLU()
+    for call in (model, model.model):
+        with pytest.raises(ValueError, match=rf"'.*layers\.0\.mlp\.act_fn': {found}"):
+            call(tokens(1, 3))
+    assert_law(lora_ext.exact(lora_ext.exact(model, enabled=False)), 20, tokens(3, 26))
+
+
+def test_a_module_of_a_copy_is_exact_in_the_original() -> None:
+    model = lora_ext.exact(build())
+    model.model.layers[0] = copy.deepcopy(model).model.layers[0]
+    assert_law(model, 20, tokens(3, 26))
+
+
+def test_a_model_that_was_attached_when_it_became_exact_can_be_detached() -> None:
+    model = build()
+    lora_ext.attach(model, lora_ext.AdapterPool(model))
+    lora_ext.exact(model)
+    lora_ext.detach(model)
+    assert_law(model, 20, tokens(3, 26))
+    lora_ext.exact(model, enabled=False)
+    assert not [m for m in model.modules() if any("exact" in key for key in m.__dict__)]
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_model_from_a_file_is_not_taken_for_an_exact_one(part: bool) -> None:
+    file, model = io.BytesIO(), lora_ext.exact(build())
+    torch.save(model.model if part else model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for use in (lambda: loaded(tokens(1, 3)), lambda: lora_ext.exact(loaded)):
+        with pytest.raises(ValueError, match=r"_proj': .*call lora_ext\.exact\(model, enabled=F"):
+            use()
+    lora_ext.exact(loaded, enabled=False)
+    assert not [m for m in loaded.modules() if any("exact" in key for key in m.__dict__)]
+    lora_ext.exact(loaded)
+    with torch.no_grad():
+        assert torch.equal(
+            loaded(tokens(3, 26))[0], (model.model if part else model)(tokens(3, 26))[0]
+        )
+
+
+def test_undoing_a_part_of_an_exact_model_is_noticed() -> None:
+    model = build()
+    lora_ext.exact(lora_ext.exact(model).model)
+    for _ in range(2):
+        lora_ext.exact(model.model, enabled=False)
+        for use in (lambda: model(tokens(1, 3)), lambda: lora_ext.exact(model)):
+            with pytest.raises(ValueError, match=r"q_proj': .*call lora_ext\.exact\(model, enab"):
+                use()
+        lora_ext.exact(model.model)
+        assert_law(model, 20, tokens(3, 26))
+    lora_ext.exact(model, enabled=False)
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+
+
+def test_a_model_with_an_exact_part_becomes_exact() -> None:
+    model = build()
+    lora_ext.exact(model.model)
+    assert_law(lora_ext.exact(model), 20, tokens(3, 26))
+    lora_ext.exact(model.model, enabled=False)
+    with pytest.raises(ValueError, match=r"q_proj': .*call lora_ext\.exact\(model, enabled=False"):
+        model(tokens(1, 3))
 
 
 def test_another_dtype_is_noticed() -> None:

@@ -212,7 +212,7 @@ class PackedLinear(nn.Linear):
         """A file of the model is that of the plain one: whoever opens it needs no packing."""
         if type(self) is not PackedLinear:  # parametrized since: torch has a class for it
             return super().__reduce_ex__(protocol)
-        state = {key: value for key, value in self.__dict__.items() if key != _STATE}
+        state = {k: value for k, value in self.__dict__.items() if k not in (_STATE, "exact")}
         return copyreg._reconstructor, (nn.Linear, object, None), state  # pyright: ignore
 
 

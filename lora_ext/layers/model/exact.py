@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -14,11 +15,11 @@ from lora_ext.rows import PoolLayer
 
 from ..base.packed_linear import PackedLinear, linears_of, pack_linears, unpack
 from .attention import ask_first
-from .exact_functions import MARK, replace_functions, restore_functions
+from .exact_functions import MARK, has_adapters, replace_functions, restore_functions
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_OWN = "_lora_ext_exact_packed"  # the layers that exact has packed
+_OWN = "_lora_ext_exact_packed"  # in the layers that exact has packed
 _TREE = "_lora_ext_exact_tree"  # children of every module at the last check
 
 _AGAIN = "call lora_ext.exact(model, enabled=False), then lora_ext.exact(model)"
@@ -44,7 +45,8 @@ def exact(model: Model, enabled: bool = True) -> Model:
     costs and limits.
 
     A forward raises if it could not be exact: under ``torch.compile`` or autocast, after
-    ``double()``, with another attention, or with layers that were added later.
+    ``double()``, with another attention, with modules that were added later, or of a model that was
+    loaded from a file.
 
     Args:
         model: model of transformers on the CPU, in float32 or bfloat16, in evaluation mode, with
@@ -55,16 +57,17 @@ def exact(model: Model, enabled: bool = True) -> Model:
     Raises:
         TypeError: If ``model`` is not a module, or ``enabled`` is not a bool.
         ValueError: If the model has another attention, PEFT's layers, a layer that cannot be
-            packed, or an operation whose bits may depend on the batch. The message names it, and
-            the model is unchanged.
+            packed, or an operation whose bits may depend on the batch, or if it was exact and has
+            been changed. The message names it, and the model is unchanged.
         RuntimeError: If ``enabled`` is False and the model is not exact.
     """
     instance("exact", "model", model, nn.Module)
     if not flag("exact", "enabled", enabled):
-        found = any(_OWN in module.__dict__ for module in model.modules())
+        found = any(MARK in module.__dict__ for module in model.modules())
         require(found, "exact", "model", "a model that is exact", "one that is not", RuntimeError)
         return _restore(model)
     if MARK in model.__dict__:
+        _check_modules(model)
         return model
     config: Any = getattr(model, "config", None)
     found = getattr(config, "_attn_implementation", None)
@@ -75,9 +78,10 @@ def exact(model: Model, enabled: bool = True) -> Model:
         pack_linears(model, plain)
     for _, layer in linears_of(model):
         layer.__dict__["exact"] = True
-    for module in model.modules():
+    for layer in plain.values():
+        layer.__dict__[_OWN] = True
+    for module in _with_bases(model):
         module.__dict__[MARK] = True
-    model.__dict__[_OWN] = list({id(layer): layer for layer in plain.values()}.values())
     ask_first(_attention)
     try:
         replace_functions(model)
@@ -86,8 +90,9 @@ def exact(model: Model, enabled: bool = True) -> Model:
         raise
     for module in model.modules():
         if module is model or hasattr(module, "set_attn_implementation"):
-            module.__dict__[_TREE] = _tree(module)
-            module.register_forward_pre_hook(_check_unchanged)
+            if _TREE not in module.__dict__:
+                module.register_forward_pre_hook(_check_unchanged)
+            module.__dict__[_TREE] = _Tree(module)
     return model
 
 
@@ -115,9 +120,33 @@ def _check_weights(model: nn.Module) -> None:
             require(one_row, "exact: model", repr(name), expected, found)
 
 
-def _tree(model: nn.Module) -> list[tuple[dict[str, Any], tuple[Any, ...]]]:
-    children = [module._modules for module in model.modules() if module._modules]
-    return [(each, tuple(each.values())) for each in children]
+def _with_bases(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield all modules, and those that a pool's layers have replaced."""
+    for module in model.modules():
+        yield module
+        if isinstance(module, PoolLayer):
+            yield module.base
+
+
+class _Tree:
+    """Modules below an exact model at its last check; a copy or a loaded model has no check yet."""
+
+    undone = 0  # number of models, or parts of models, that are no longer exact
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        modules = () if model is None else model.modules()
+        self.children = [module._modules for module in modules if module._modules]
+        self.checked = self.now()
+        self.undone_before = -1 if model is None else _Tree.undone
+
+    def __reduce__(self) -> tuple[type[_Tree], tuple[()]]:
+        return _Tree, ()
+
+    def now(self) -> list[nn.Module | None]:
+        return list(chain.from_iterable(map(dict.values, self.children)))
+
+    def is_unchanged(self) -> bool:
+        return self.undone_before == _Tree.undone and self.checked == self.now()
 
 
 def _check_unchanged(module: nn.Module, _: Any) -> None:
@@ -128,23 +157,35 @@ def _check_unchanged(module: nn.Module, _: Any) -> None:
     found = getattr(config, "_attn_implementation", None)
     remedy = "call model.set_attn_implementation('sdpa')"
     require(found == "sdpa", "exact", "model", "the attention 'sdpa'", f"{found!r}; {remedy}")
-    if all(tuple(children.values()) == kept for children, kept in module.__dict__[_TREE]):
-        return
-    _check_weights(module)
-    for name, layer in linears_of(module):
+    if not module.__dict__[_TREE].is_unchanged():
+        _check_modules(module)
+        module.__dict__[_TREE] = _Tree(module)
+
+
+def _check_modules(model: nn.Module) -> None:
+    """Raise ValueError for a module that is not exact; layers of adapters are."""
+    _check_weights(model)
+    for name, layer in linears_of(model):
         packed = isinstance(layer, PackedLinear) and layer.exact
-        found = f"one that was added later; {_AGAIN}"
+        found = f"one that was added, loaded or undone later; {_AGAIN}"
         require(packed, "exact: model", repr(name), "a layer that exact has packed", found)
-    module.__dict__[_TREE] = _tree(module)
+    parts: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if has_adapters(module) or type(module).__module__.startswith("peft."):
+            parts.update(module.modules())
+        marked, expected = MARK in module.__dict__, "a module that exact has checked"
+        found = f"a {type(module).__name__} that was added later; {_AGAIN}"
+        require(marked or module in parts, "exact: model", repr(name), expected, found)
 
 
 def _restore(model: Model) -> Model:
+    _Tree.undone += 1
     restore_functions(model)
     for _, layer in linears_of(model):
         layer.__dict__.pop("exact", None)
-    for module in model.modules():
-        own = module.__dict__.pop(_OWN, [])
-        unpack(layer for layer in own if isinstance(layer, PackedLinear))
+        if layer.__dict__.pop(_OWN, False) and isinstance(layer, PackedLinear):
+            unpack([layer])
+    for module in _with_bases(model):
         for key in (MARK, _TREE):
             module.__dict__.pop(key, None)
         hooks = module._forward_pre_hooks

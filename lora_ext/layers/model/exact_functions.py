@@ -79,7 +79,7 @@ class _Probe(_Functions):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         where, module = self.entered[-1]
-        if _has_adapters(module):
+        if has_adapters(module):
             return func(*args, **(kwargs or {}))
         name, _ = _name_of(func)
         try:
@@ -93,7 +93,7 @@ class _Probe(_Functions):
         return y
 
 
-def _has_adapters(module: nn.Module) -> bool:
+def has_adapters(module: nn.Module) -> bool:
     """Return whether a module is an adapter layer of this package; these are exact."""
     ours = type(module).__module__.startswith("lora_ext.")
     return ours and (isinstance(module, PoolLayer) or hasattr(module, "base_layer"))
@@ -114,6 +114,8 @@ def _function_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
         return None
     if args[0].dtype not in (torch.float32, torch.bfloat16):
         raise _Unknown(f"{name} of {args[0].dtype}")
+    if "out" in kwargs:
+        raise _Unknown(f"{name} with out=")
     if name == "rsqrt" and args[0].dtype == torch.float32:  # root and quotient, both rounded
         return None
     if name == "gelu" and kwargs.get("approximate") == "tanh":
@@ -187,7 +189,7 @@ def _entered(model: nn.Module, probe: _Probe) -> Iterator[None]:
     handles: list[Any] = []
     parts: set[nn.Module] = set()  # children of adapter layers: a hook would disable fused ops
     for name, module in model.named_modules():
-        if _has_adapters(module):
+        if has_adapters(module):
             parts.update(module.children())
         if module in parts or isinstance(module, nn.Linear):
             parts.update(module.children())
