@@ -16,7 +16,13 @@ from made_adapters import SHAPES, Q, V, adapter, delta
 from torch import Tensor
 
 from lora_ext import cli
-from lora_ext.adapter import LoraAdapter, interpolate_adapters, merge_adapters, resize_adapter
+from lora_ext.adapter import (
+    LoraAdapter,
+    interpolate_adapters,
+    low_rank,
+    merge_adapters,
+    resize_adapter,
+)
 from lora_ext.federated import LayerPlan, LoraLayerManager, Update, aggregate
 from lora_ext.methods import legend
 
@@ -303,6 +309,17 @@ def test_a_rank_that_is_rounding_alone_gets_a_gradient_like_the_others(way: str,
         assert sizes.min() >= 10 * eps**0.5 * sizes.max(), f"{name}: {sizes.tolist()}"
         size = one.modules[name].a.norm() * one.modules[name].b.norm() * factors.scaling
         assert (delta(found, name) - expected[name]).norm() <= 8 * eps * size
+
+
+@pytest.mark.parametrize("rank", [16, 64, 256])
+def test_no_rank_of_independent_factors_counts_as_rounding(rank: int):
+    g = torch.Generator().manual_seed(0)
+    a = (0.1 * torch.randn(rank, 512, generator=g) / 512**0.5).bfloat16()
+    b = (0.05 * torch.randn(512, rank, generator=g)).bfloat16()
+    found_a, found_b, _ = low_rank.resized("resize", a, b, rank // 2)
+    ratio = found_a.double().norm(dim=1) / found_b.double().norm(dim=0)
+    # Each factor has the root of the singular value, up to the rounding of its entries.
+    assert (ratio - 1).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps
 
 
 def test_rows_are_drawn_for_the_ranks_that_lost_theirs_and_for_no_other():

@@ -60,13 +60,14 @@ def truncated(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tens
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    size = float((a.norm(dim=1) * b.norm(dim=0)).sum())  # the products of single ranks may cancel
+    sizes = a.norm(dim=1) * b.norm(dim=0)  # (r,), of the products of single ranks, which may cancel
     # Bound of the error of QR and SVD.
-    noise = torch.finfo(s.dtype).eps * max(len(b), a.shape[1]) * size
+    noise = torch.finfo(s.dtype).eps * max(len(b), a.shape[1]) * float(sizes.sum())
     kept = s[:rank].where(s[:rank] > noise, 0)
     dropped = math.hypot(float(s[rank:].norm()), float((s[:rank] - kept).norm()))
     root = kept.sqrt()
-    near_zero = (kept > 0) & (kept <= torch.finfo(dtype).eps * size)
+    # The rounding errors of the ranks are independent, so their squares add up.
+    near_zero = (kept > 0) & (kept <= torch.finfo(dtype).eps * float(sizes.norm()))
     row = root.where(~near_zero, root.clamp(min=DRAWN_ROW_NORM))
     column = root.where(~near_zero, kept / row)
     return row[:, None] * (vh[: len(root)] @ q_a.T), q_b @ u[:, : len(root)] * column, dropped

@@ -236,8 +236,11 @@ def _spread(points: Tensor, count: int) -> Tensor:
     """
     chosen = torch.zeros(count, dtype=torch.long)
     gap = torch.full((len(points),), torch.inf)
+    # This mode makes no copy of the points, and the distance of equal points is 0 without rounding.
+    mode = "donot_use_mm_for_euclid_dist"
     for i in range(1, count):
-        gap = torch.minimum(gap, (points - points[chosen[i - 1]]).square().sum(1))
+        last = points[chosen[i - 1 : i]]  # (1, D)
+        gap = torch.minimum(gap, torch.cdist(points, last, compute_mode=mode)[:, 0].square())
         chosen[i] = torch.multinomial(gap.clamp(min=torch.finfo(gap.dtype).tiny), 1)
     return points[chosen]
 

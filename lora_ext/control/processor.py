@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,10 +30,10 @@ class ConstraintProcessor:
     law, or with a guide the guided law (docs/control.md). No row ends by its length: the last token
     of the budget ends a text that has not ended before. Rows without a constraint keep their bits.
 
-    One processor can be passed to several calls of ``generate``, one after the other. A run is over
-    when every row has an end token, or after ``max_new_tokens`` tokens. A call with the returned
-    rows then begins the next run, with the whole budget. Whatever else changes the scores
-    afterwards, such as top_p, changes the law but not the satisfaction; penalties,
+    One processor can be passed to several calls of ``generate``, one after the other. Call
+    :meth:`reset` before a call with rows that an earlier call returned: the processor cannot
+    distinguish its first step from one more step of the earlier call. Whatever else changes the
+    scores afterwards, such as top_p, changes the law but not the satisfaction; penalties,
     ``min_new_tokens`` of ``generate`` and stop rules may take away what a constraint needs.
 
     Args:
@@ -78,6 +79,7 @@ class ConstraintProcessor:
         self._prior = self._checked_prior(prior)
         self.temperature = float(temperature)
         self._prompt: Tensor | None = None
+        self._warned = False
         self._before = torch.empty(0)
         self._rows: list[Row | None] = []
         self._weight = self._next = torch.empty(0)
@@ -107,6 +109,7 @@ class ConstraintProcessor:
         """
         batch = len(input_ids)
         if self._goes_on(input_ids):
+            self._warn_if_over(input_ids)
             parents = self._parents(input_ids)
             self._follow(parents, input_ids[:, -1].tolist())
         else:
@@ -138,6 +141,10 @@ class ConstraintProcessor:
         return self._weight + self._next
 
     # --- one run and the next ---------------------------------------------------------------------
+    def reset(self) -> None:
+        """Begin a new run, with the whole budget, at the next call; it sets ``log_weight`` anew."""
+        self._prompt = None
+
     def _goes_on(self, input_ids: Tensor) -> bool:
         """Return whether ``input_ids`` continues the run of the last call by one token."""
         if self._prompt is None or len(input_ids) != len(self._rows):
@@ -146,17 +153,34 @@ class ConstraintProcessor:
         if length <= start or not torch.equal(input_ids[:, :start], self._prompt):
             return False
         if length == self._before.shape[1] + 1:
-            return not self._is_over(input_ids[:, start:])
+            return True
         before = self._before.shape[1]
         expected = "the rows of the last call with one token more, or other prompts"
-        found = f"{length} columns behind {before} (a new processor starts again)"
+        found = f"{length} columns behind {before} (reset() begins a new run)"
         require(length > before, _WHERE, "input_ids", expected, found)
         return False
 
-    def _is_over(self, new: Tensor) -> bool:
-        """Return whether ``generate`` stops after the new tokens ``(B, n)``."""
+    def _warn_if_over(self, input_ids: Tensor) -> None:
+        """Warn, once per run, if ``generate`` with the same budget and end tokens had stopped.
+
+        Beams that changed places belong to the same call of ``generate``.
+        """
+        if self._warned or not torch.equal(input_ids[:, :-1], self._before):
+            return
+        assert self._prompt is not None
+        new = input_ids[:, self._prompt.shape[1] :]
         ends = torch.tensor(self._ends, dtype=new.dtype, device=new.device)
-        return new.shape[1] >= self._budget or bool(torch.isin(new, ends).any(1).all())
+        if new.shape[1] < self._budget and not bool(torch.isin(new, ends).any(1).all()):
+            return
+        self._warned = True
+        warnings.warn(
+            f"{_WHERE}: input_ids: expected no more tokens after max_new_tokens={self._budget} or "
+            f"an end token in every row, found {new.shape[1]} new tokens and one more call, which "
+            "continues the run: its ended rows get end tokens only. For a new call of generate "
+            "with the returned rows, call reset() first; otherwise give generate the same "
+            "max_new_tokens and eos_token_id",
+            stacklevel=3,
+        )
 
     def _begin(self, input_ids: Tensor, scores: Tensor) -> None:
         batch = len(input_ids)
@@ -179,6 +203,7 @@ class ConstraintProcessor:
             for plan, prior in zip(plans, priors, strict=True)
         ]
         self._prompt = input_ids.clone()
+        self._warned = False
         self._weight = torch.zeros(batch, dtype=torch.float64)
 
     def _parents(self, input_ids: Tensor) -> list[int]:

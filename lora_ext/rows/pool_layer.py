@@ -48,7 +48,8 @@ def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:
             "attach: backward: expected frozen parameters in the base model, found parameters of "
             f"{name!r} that require gradients; adapters of a pool get no gradients, so an "
             "optimizer would train the base model. Freeze it with model.requires_grad_(False); "
-            "to train adapters, call lora_ext.from_peft or lora_ext.nn.wrap",
+            "to train adapters, call lora_ext.from_peft or lora_ext.nn.wrap. Gradients that no "
+            "optimizer uses, such as those of torch.autograd.grad for attribution, are right",
             stacklevel=1,
         )
 

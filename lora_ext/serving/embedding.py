@@ -39,7 +39,8 @@ class Preparation:
 
     Args:
         prompt: prefix of every text.
-        max_length: largest number of tokens; longer texts are cut. None: the tokenizer's limit.
+        max_length: largest number of tokens; longer texts are cut. None: the tokenizer's limit. A
+            smaller context of the embedder or the model comes first.
         lower_case: whether to convert the text to lower case.
     """
 
@@ -47,11 +48,12 @@ class Preparation:
     max_length: int | None = None
     lower_case: bool = False
 
-    def tokens(self, tokenizer: Any, text: str) -> list[int]:
-        """Return the token ids of a text."""
+    def tokens(self, tokenizer: Any, text: str, context: int) -> list[int]:
+        """Return the token ids of a text, at most ``context``."""
         text = (self.prompt + text).strip()
         text = text.lower() if self.lower_case else text
-        return tokenizer(text, truncation=True, max_length=self.max_length).input_ids
+        own = tokenizer.model_max_length if self.max_length is None else self.max_length
+        return tokenizer(text, truncation=True, max_length=min(own, context)).input_ids
 
 
 class Embedder:
@@ -189,7 +191,7 @@ class Embedder:
     def _tokens(self, text: str) -> list[int]:
         if self.preparation is None:
             return self.tokenizer(text).input_ids
-        return self.preparation.tokens(self.tokenizer, text)
+        return self.preparation.tokens(self.tokenizer, text, self.context)
 
     async def _work(self) -> None:
         """Take what waits, as much as a forward may have, until nothing does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -135,6 +136,7 @@ def test_beams_keep_the_states_of_the_rows_that_they_go_on_from() -> None:
     assert all(map(satisfies, new_texts(out, 2)))
 
 
+@pytest.mark.filterwarnings("ignore:ConstraintProcessor")  # alone, a row goes on after its end
 def test_rows_have_constraints_of_their_own_and_each_rows_bits_are_its_own() -> None:
     whole = guide()
     small = Guide(whole.initial.float(), whole.transition.float(), whole.emission.float())
@@ -154,8 +156,6 @@ def test_rows_have_constraints_of_their_own_and_each_rows_bits_are_its_own() -> 
     for i, c in enumerate(listed):
         alone = ConstraintProcessor(c, small, max_new_tokens=BUDGET)
         for step in range(3):
-            if EOS in [int(d[i]) for d in drawn[:step]]:
-                break  # alone, a row that has ended begins the next run
             one = alone(
                 torch.cat([ids[i : i + 1], *(d[i : i + 1] for d in drawn[:step])], 1),
                 scores[step, i : i + 1],
@@ -176,7 +176,7 @@ def test_one_processor_serves_one_call_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("ends", ["early", "at the budget", "beside a row without a constraint"])
-def test_a_run_on_the_rows_of_the_run_before_has_a_budget_of_its_own(ends: str) -> None:
+def test_after_reset_a_run_on_the_rows_of_the_run_before_has_a_budget_of_its_own(ends: str) -> None:
     early = ends == "early"
     one = Constraint.from_edges([(0, 2, 1)], 0, {1}, V, EOS) if early else constraint()
     listed = [one, None] if ends.startswith("beside") else one
@@ -187,10 +187,50 @@ def test_a_run_on_the_rows_of_the_run_before_has_a_budget_of_its_own(ends: str) 
         start = rows.shape[1]
         alone = ConstraintProcessor(listed, max_new_tokens=BUDGET)
         wanted = model.generate(rows, logits_processor=[alone], **settings)
-        rows = model.generate(rows, logits_processor=[how], **settings)
+        how.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            rows = model.generate(rows, logits_processor=[how], **settings)
         assert torch.equal(rows, wanted) and torch.equal(how.log_weight, alone.log_weight)
         constrained = rows[:1] if ends.startswith("beside") else rows
         assert all(map(one.accepts, new_texts(constrained, start)))
+
+
+def test_a_run_on_the_rows_of_the_run_before_without_reset_warns() -> None:
+    how = ConstraintProcessor(constraint(), max_new_tokens=BUDGET)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": BUDGET, "eos_token_id": EOS}
+    model = tiny_model()
+    rows = model.generate(torch.tensor([[1, 2]]), logits_processor=[how], **settings)
+    with pytest.warns(UserWarning, match=r"call reset\(\) first") as caught:
+        model.generate(rows, logits_processor=[how], **settings)
+    assert len(caught) == 1
+
+
+@pytest.mark.filterwarnings("ignore:ConstraintProcessor")
+def test_a_generate_without_the_constraints_end_token_writes_one_text_and_end_tokens() -> None:
+    once = Constraint.from_edges([(0, 1, 1), (1, 2, 2), (2, 3, 3)], 0, {3}, V, EOS)
+    how = ConstraintProcessor(once, max_new_tokens=10)
+    model = tiny_model()
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        torch.tensor([[1, 1]]), do_sample=False, max_new_tokens=10, logits_processor=[how]
+    )
+    assert out[0, 2:].tolist() == [1, 2, 3] + [EOS] * 7
+
+
+def test_a_row_that_goes_on_beyond_the_budget_changes_no_weight_of_the_others() -> None:
+    how = ConstraintProcessor([constraint(), None], max_new_tokens=3)
+    rows, weights = torch.ones(2, 3, dtype=torch.long), []
+    scores = torch.randn(2, V, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="found 3 new tokens and one more call") as caught:
+        for _ in range(7):
+            chosen = how(rows, scores).argmax(1)
+            chosen[1] = 0
+            rows = torch.cat([rows, chosen[:, None]], 1)
+            weights.append(how.log_weight)
+    assert len(caught) == 1
+    assert rows[0, 6:].tolist() == [EOS] * 4
+    assert all(torch.equal(each, weights[2]) for each in weights[3:]) and weights[2][0] != 0
 
 
 def test_rows_that_another_call_cannot_explain_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import random
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from control_toys import V, guide
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_ext.circuits import Bernoulli, Categorical, Circuit, RegionGraph
 from lora_ext.control import Guide, distil
@@ -170,6 +172,29 @@ def test_every_context_has_a_state_of_its_own_where_there_are_as_many(seed: int)
     settings = {"samples": 100, "length": 8, "batch": 50, "em_steps": 0, "prior_steps": 0}
     found = distil(cyclic_model(), [[0], [1, 2]], 11, seed=seed, **settings)
     assert len(set(found.emission.argmax(1).tolist())) == 11
+
+
+class LargestResult(TorchDispatchMode):
+    """Number of elements of the largest tensor that an op returned."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.most = max(self.most, result.numel())
+        return result
+
+
+def test_drawing_the_first_centres_copies_no_points_and_draws_equal_points_once() -> None:
+    torch.manual_seed(0)
+    contexts = torch.randn(9, 64)
+    points = contexts.repeat(20, 1)
+    spread = importlib.import_module("lora_ext.control.distil")._spread
+    with LargestResult() as seen:
+        centres = spread(points, 9)
+    assert seen.most < points.numel()
+    assert len(centres.unique(dim=0)) == 9
 
 
 def test_a_guide_of_one_state_emits_the_mean_of_the_models_laws() -> None:

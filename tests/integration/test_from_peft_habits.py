@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +99,45 @@ def test_a_block_of_a_pool_around_the_model_is_not_ignored_in_silence(tmp_path: 
             logits(ours, adapter_names=NAMES)
             with ours.disable_adapter():
                 logits(ours)
-    for names in (["red", "green", None, "blue", "green"], "blue"):
-        with lora_ext.adapters(names), pytest.raises(RuntimeError, match="give adapter_names="):
-            logits(ours)
     with lora_ext.adapters("other"):  # the block may be for another model
-        with pytest.warns(UserWarning, match="found one of from_peft") as caught:
-            assert torch.equal(logits(ours), alone)
-        assert len(caught) == 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        assert_one_warning(lambda: logits(ours), alone)
+
+
+@pytest.mark.parametrize("names", [["red", "green", None, "blue", "green"], "blue"])
+def test_a_block_of_another_model_with_a_name_in_common_is_warned_of(
+    names: Any, tmp_path: Path
+) -> None:
+    """A teacher with its active adapter beside a student, which the block is for."""
+    student, _, _ = make_pair("llama", tmp_path)
+    _, teacher = pair()
+    teacher.set_adapter("red")
+    alone = logits(teacher)
+    with lora_ext.adapters(names):
+        logits(student)
+        assert_one_warning(lambda: logits(teacher), alone)
+
+
+def assert_one_warning(forward: Callable[[], Tensor], expected: Tensor) -> None:
+    with pytest.warns(UserWarning, match="found one of from_peft") as caught:
+        assert torch.equal(forward(), expected)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forward()
+
+
+def test_a_block_of_the_pool_that_serves_layers_of_the_same_model_is_refused(
+    tmp_path: Path,
+) -> None:
+    base = make_model("llama")
+    make_peft(base, {"red": {"target_modules": ["v_proj"]}}).save_pretrained(tmp_path)
+    pool = lora_ext.AdapterPool(base, targets=["v_proj"], max_slots=2)
+    pool.load("red", tmp_path / "red")
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    attached: Any = lora_ext.attach(base, pool)
+    ours = lora_ext.from_peft(peft.get_peft_model(attached, config, adapter_name="red"))
+    with lora_ext.adapters(["red", None] * 2 + ["red"]):
+        with pytest.raises(RuntimeError, match="give adapter_names="):
             logits(ours)
 
 

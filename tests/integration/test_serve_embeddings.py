@@ -127,7 +127,7 @@ def test_what_a_model_of_vectors_refuses(server: Any) -> None:
     refusals = (
         ({"model": "nobody"}, 404, "nobody"),
         ({"input": ""}, 400, "input[0]: expected 1 to 2048 tokens, found 0"),
-        ({"input": ["w5", "w5 " * 3000]}, 400, "input[1]: expected 1 to 2048 tokens"),
+        ({"input": [[5], [5] * 3000]}, 400, "input[1]: expected 1 to 2048 tokens"),
         ({"input": [97]}, 400, "input[0]: expected tokens in [0, 97)"),
         ({"input": []}, 422, "input"),
         ({"dimensions": 7}, 400, "dimensions: expected the model's, 32, found 7"),
@@ -185,6 +185,32 @@ def test_texts_are_read_as_sentence_transformers_reads_them(tmp_path: Path) -> N
     assert tokens == sum(map(len, read))
     for ids, vector in zip(read, vectors, strict=True):
         torch.testing.assert_close(vector, expected(model, tmp_path, None, ids, "mean"))
+
+
+@pytest.mark.parametrize(
+    ("max_length", "context", "kept"),
+    [(None, 6, 6), (10, 6, 6), (9000, 4096, 2048), (10, 4096, 10)],
+)
+def test_long_texts_are_cut_at_the_smallest_of_all_limits(
+    max_length: int | None, context: int, kept: int, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    from lora_ext.serving import Embedder
+
+    model = save_embedder(tmp_path, None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny")
+    embedder = Embedder(
+        copy.deepcopy(model),
+        tokenizer,
+        tmp_path / "embedders",
+        context=context,
+        preparation=Preparation(max_length=max_length),
+    )
+    vectors, tokens = asyncio.run(embedder.embed(["w5 w6 " * 2000]))
+    assert tokens == kept
+    wanted = expected(model, tmp_path, None, ([5, 6] * kept)[:kept], "mean")
+    torch.testing.assert_close(vectors[0], wanted)
 
 
 def test_files_of_sentence_transformers_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:

@@ -241,6 +241,18 @@ def test_a_loss_that_leaves_out_the_forward_of_the_model_is_warned_of_once() -> 
     assert not again.model._forward_pre_hooks
 
 
+def test_nothing_warns_after_disabling_although_the_inner_model_was_wrapped_before() -> None:
+    model = lora_ext.chunked_loss(model_of())
+    model, copied = copy.deepcopy(model), model
+    for each in (model, pickle.loads(pickle.dumps(copied))):
+        inner = each.model
+        each.model = torch.compile(inner, backend="eager")
+        lora_ext.chunked_loss(each, enabled=False)
+        each.model = inner
+        assert not inner._forward_pre_hooks
+    assert len(copied.model._forward_pre_hooks) == 1
+
+
 def of_fsdp2(rank: int, case: str) -> dict[str, Tensor]:
     """Train two steps on two processes, or on one (rank -1); case "divided" shards first."""
     model = model_of().double()

@@ -295,6 +295,26 @@ def test_no_answer_shows_where_the_store_is(app: Any, tmp_path: Path) -> None:
     assert not [error for error in errors if str(tmp_path) in error or "/tmp" in error], errors
 
 
+@pytest.mark.parametrize(
+    ("root", "message", "expected"),
+    [
+        ("/data", "/data/a/b: no such folder", "a/b: no such folder"),
+        ("/data", "'/data', /data or /data", "'the store', the store or the store"),
+        ("/data", "/database/x and /data-2/y and /srv/data/z", None),
+        ("/data", "/data.bak/x", None),
+        ("/", "base/model: /x/y and 1/2", None),
+    ],
+)
+def test_only_the_whole_path_of_the_store_is_replaced_in_a_message(
+    root: str, message: str, expected: str | None
+) -> None:
+    from lora_ext.server.tinker.api import Api
+
+    service: Any = SimpleNamespace(store=SimpleNamespace(root=Path(root)))
+    words = Api(service, "base").words_of(ValueError(message))
+    assert words == (message if expected is None else expected)
+
+
 def wrong_fields(model: str) -> list[tuple[str, dict[str, Any], str]]:
     """Path, body, and the field that the answer names."""
     begins = {"session_id": model.partition(":")[0], "model_seq_id": 1, "base_model": "base"}

@@ -14,7 +14,7 @@ from torch import nn
 from lora_ext._torch import compiles
 from lora_ext.adapter import BaseModels, model_name
 from lora_ext.layers import adapters_of, switched_off
-from lora_ext.rows import Assignment, innermost, layouts, several_processes
+from lora_ext.rows import Assignment, PoolLayer, innermost, layouts, several_processes
 
 _LISTED = 8  # names of layers in a warning
 _REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that is its reference
@@ -111,7 +111,7 @@ def taking_part(
     """
     off = switched_off(layer)
     if rows is None:
-        refuse_block(layer.lora_A, layer.active_adapters)
+        refuse_block(layer, layer.lora_A, layer.active_adapters)
     if not several_processes():
         wanted = rows.names if rows is not None else layer.active_adapters
         return tuple(n for n in wanted if n in layer.lora_A and n not in off), rows, ()
@@ -133,14 +133,22 @@ def taking_part(
 _warned: set[int] = set()  # handles of pools
 
 
-def refuse_block(names: Container[str], active: Sequence[str], warn: bool = False) -> None:
-    """Raise if a forward without names would ignore a block that contains one of ``names``.
+def refuse_block(
+    module: nn.Module, names: Container[str], active: Sequence[str], *, other_names: bool = False
+) -> None:
+    """Raise or warn if a forward without names would ignore a block that contains one of ``names``.
+
+    Warn, once per pool, if the pool of the block serves no layer of ``module``: the block may be
+    for another model, such as a student beside its teacher.
 
     Args:
-        names: names of the adapters of a layer or model.
+        module: a layer or model of PEFT.
+        names: names of its adapters.
         active: names of the active adapters.
-        warn: whether to warn, once per pool, about a block of other names. Such a block may be for
-            another model.
+        other_names: whether to warn about a block without any of ``names`` too.
+
+    Raises:
+        RuntimeError: If the pool of the block serves a layer of ``module``.
     """
     block = None if compiles() else innermost()
     if block is None or block.assignment.each() == list(active):
@@ -151,11 +159,14 @@ def refuse_block(names: Container[str], active: Sequence[str], warn: bool = Fals
         f"{list(block.assignment.names)!r:.200}; give adapter_names= to its call, or call it "
         "outside the block"
     )
-    if any(name in names for name in block.assignment.names):
+    ours = any(name in names for name in block.assignment.names)
+    if ours and any(
+        isinstance(layer, PoolLayer) and layer.handle == block.handle for layer in module.modules()
+    ):
         raise RuntimeError(message)
     # Blocks that methods enter name the adapters of layers and have no slots.
-    named = block.num_slots and block.assignment.names
-    if warn and named and block.handle not in _warned:
+    other = other_names and block.num_slots and block.assignment.names
+    if (ours or other) and block.handle not in _warned:
         _warned.add(block.handle)
         warnings.warn(message, stacklevel=1)
 

@@ -180,7 +180,7 @@ class FusedLoraModel(LoraModel):
             count = copies_of_prompt(kwargs)
             offsets = [offset for offset in offsets for _ in range(count)]
         if names is None:
-            refuse_block(self.peft_config, self.active_adapters, warn=True)
+            refuse_block(self, self.peft_config, self.active_adapters, other_names=True)
         else:
             refuse_turned(names, self.turned)
         if names is not None and self.training:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lora_ext import ops
 from lora_ext._checks import require
@@ -71,7 +72,7 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
     Forward.put_before(layer, _layer_forward)
     Forward.put_before(lm, _model_forward)
     if lm.base_model is not lm:
-        lm.base_model.register_forward_pre_hook(_before_hidden_states)
+        loss.hook = lm.base_model.register_forward_pre_hook(_before_hidden_states)
     try:
         loss.head = _probed(lm, loss)
     except BaseException:
@@ -117,6 +118,7 @@ class _Loss:
     before: Callable[..., Any] | None  # what stood there: the model's class has its own
     chunk: int
     head: Head = field(default_factory=lambda: Head(None))
+    hook: RemovableHandle | None = None  # of the warning
 
     def __call__(self, logits: Tensor, labels: Tensor | None, *args: Any, **given: Any) -> Any:
         """As transformers calls it; the logits of a forward that leaves them out are none."""
@@ -246,6 +248,8 @@ def _remove(lm: Any) -> None:
     loss = lm.__dict__.get(_LOSS)
     if isinstance(loss, _Loss):
         Forward.remove(loss.layer, lambda run: run is _layer_forward)
+        if loss.hook is not None:  # base_model may be another module than when this was enabled
+            loss.hook.remove()
         del lm.__dict__[_LOSS]
         if loss.before is not None:
             lm.__dict__[_LOSS] = loss.before

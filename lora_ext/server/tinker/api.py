@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 import uuid
 from collections import OrderedDict
@@ -55,7 +56,10 @@ class Api:
         """Return the message of an error without the path of the store."""
         words, root = str(error), self.service.store.root
         for place in () if root is None else (root.resolve(), root):
-            words = words.replace(f"{place}{os.sep}", "").replace(str(place), "the store")
+            # Names that only contain the path, such as /database for /data, stay.
+            whole = rf"(?<![\w.-]){re.escape(str(place))}"
+            words = re.sub(rf"{whole}{re.escape(os.sep)}", "", words)
+            words = re.sub(rf"{whole}(?![\w-]|\.\w)", "the store", words)
         return words
 
     def begin(self, key: str) -> str:
