@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: runs on a GPU")
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the emulator")
     config.addinivalue_line(
-        "markers", "slow: runs a compiler, an example, a real model, or more than three seconds"
+        "markers", "slow: runs a compiler, an example, a real model, or more than two seconds"
     )
     config.addinivalue_line(
         "markers", "hosts: also runs with the code paths of other processors (`make hosts`)"

@@ -203,6 +203,7 @@ def tokens_of(backend: Backend) -> int:
     return 3 if backend.is_twin and not backend.small else 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_draft_and_verify_have_the_verifiers_law(backend: Backend, kind: str) -> None:
     if backend.small and not backend.is_twin and kind != "hmm":

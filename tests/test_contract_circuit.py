@@ -139,6 +139,7 @@ def test_impossible_is_minus_infinity_with_gradient_zero_and_nothing_else_is(
         torch.testing.assert_close(value.cpu(), expected, rtol=2e-6, atol=near)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chain_of_thousands_keeps_its_digits(backend: Backend, kind: str) -> None:
     if backend.small:

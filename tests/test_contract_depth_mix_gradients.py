@@ -61,6 +61,7 @@ def near_formula(mix: Mix, what: object) -> None:
         assert (mine.cpu().double() - exact).abs().max().item() <= allowed, what
 
 
+@pytest.mark.slow
 @norms
 def test_gradients_agree_with_the_formula(backend: Backend, norm: str) -> None:
     for dtype, scales in each(backend):

@@ -76,6 +76,7 @@ def test_a_known_answer(backend: Backend) -> None:
 
 
 # --- layouts --------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [strided, transposed])
 def test_layouts_change_no_bit(backend: Backend, layout: Callable[[Tensor], Tensor]) -> None:
     for dtype in DTYPES:
@@ -126,6 +127,7 @@ def test_what_lies_beside_a_factor_is_not_read_into_it(backend: Backend) -> None
 
 
 # --- same input, same bits ------------------------------------------------------------------------
+@pytest.mark.slow
 def test_together_and_alone_and_again_give_the_same_bits(backend: Backend) -> None:
     for dtype in DTYPES:
         a, b, p = adapters(shapes_of(backend), dtype, backend)
@@ -155,6 +157,7 @@ def test_a_list_may_mix_dtypes(backend: Backend) -> None:
     assert_same_bits(stats[-1], ops.lora_pair_stats(a[-1], b[-1], p[-1]))
 
 
+@pytest.mark.slow
 def test_a_list_may_be_longer_than_a_launch_holds(backend: Backend) -> None:
     """Kernels take 500 adapters of one dtype at a time."""
     count = 40 if backend.small else 502

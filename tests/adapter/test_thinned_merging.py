@@ -67,6 +67,7 @@ def test_ties_trims_elects_a_sign_and_takes_the_mean_of_those_that_agree():
     torch.testing.assert_close(delta(merged, Q), wanted, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_dare_is_the_sum_in_the_mean_and_exactly_where_nothing_is_dropped():
     values, weights = [adapter(1), adapter(2, scale=0.5)], [0.4, 0.8]
     whole = merge_adapters(values, weights, "delta")

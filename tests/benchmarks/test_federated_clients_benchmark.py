@@ -26,6 +26,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::FutureWarning")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_every_provider_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:

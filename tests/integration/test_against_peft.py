@@ -15,6 +15,7 @@ NAMES = ["red", "green", "__base__", "blue", "green", None]
 PEFT_NAMES = [name or "__base__" for name in NAMES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 def test_mixed_batch_equals_peft(family: str, tmp_path: Path) -> None:
     model, reference, _ = make_pair(family, tmp_path)

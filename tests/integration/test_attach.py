@@ -137,6 +137,7 @@ def test_a_copy_generates_by_itself(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_a_call_takes_names_as_pefts_does(family: str, tmp_path: Path) -> None:
     model, reference, pool = make_pair(family, tmp_path)

@@ -25,6 +25,7 @@ def logits(model: Any, prompt: list[int], name: str | None) -> torch.Tensor:
         return model(torch.tensor([prompt]), adapter_names=[name]).logits
 
 
+@pytest.mark.slow
 def test_forwards_and_generate_beside_a_busy_manager_are_right() -> None:
     """transformers writes is_causal of a manager's step to the configuration that all read."""
     model, _ = attached(slots=4)
@@ -87,6 +88,7 @@ def test_two_managers_on_one_model_are_right_and_leave_it_as_it_was() -> None:
     assert [alone(model, *row) for row in rows] == expected
 
 
+@pytest.mark.slow
 def test_paged_attention_outside_a_manager_is_refused() -> None:
     """transformers makes no mask for it: each token would see the whole sequence."""
     model, pool = attached(slots=2)

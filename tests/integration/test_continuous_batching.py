@@ -92,6 +92,7 @@ def test_requests_of_16_adapters_equal_the_same_requests_alone(family: str, atte
     assert model.config._attn_implementation == attention
 
 
+@pytest.mark.slow
 def test_shared_prefixes_never_cross_adapters() -> None:
     """The same prompt for all; each adapter's second request finds the blocks of its first."""
     model, _ = attached()
@@ -154,6 +155,7 @@ def test_a_new_version_of_an_adapter_shares_no_prefix_with_the_old_one() -> None
     assert len({str(tokens) for tokens in answers}) == 3
 
 
+@pytest.mark.slow
 def test_a_running_request_ends_with_the_adapter_that_it_began_with() -> None:
     model, pool = attached()
     prompt = tokens(1, 9, 7)[0].tolist()
@@ -174,6 +176,7 @@ def test_a_running_request_ends_with_the_adapter_that_it_began_with() -> None:
     assert pool.stats()["pins"] == 0
 
 
+@pytest.mark.slow
 def test_parallel_sequences_and_prompts_of_several_steps_keep_their_adapter() -> None:
     """Forked children have other ids; a prompt longer than a step's budget comes in parts."""
     model, pool = attached(slots=4)
@@ -229,6 +232,7 @@ def test_a_full_pool_makes_batches_wait_and_single_requests_raise() -> None:
     assert pool.stats()["pins"] == 0
 
 
+@pytest.mark.slow
 def test_cancelled_requests_are_pinned_no_more() -> None:
     model, pool = attached(slots=2)
     how = batching()

@@ -79,6 +79,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_step_has_its_mask_and_its_micro_batches_share_it(kind: str, tmp_path: Path):
     model = adapted(kind).train()
@@ -106,6 +107,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     assert all(torch.equal(w, weights[n]) for n, w in weights_of(resumed).items())
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_step(tmp_path: Path):
     found = []
     for checkpointing in (False, True):

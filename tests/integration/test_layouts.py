@@ -64,6 +64,7 @@ def test_tokens_first(family: str, known: bool, monkeypatch: pytest.MonkeyPatch)
             model(tokens(3, 4 if known else 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FLATTENING)
 def test_flattened_batches(family: str) -> None:
     model = attached(FLATTENING[family])

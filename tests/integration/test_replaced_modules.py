@@ -207,6 +207,7 @@ def test_gradients_reach_what_is_below_a_head(trained: Any) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
+@pytest.mark.slow
 def test_generation_uses_the_heads(tmp_path: Path) -> None:
     """One after the other, in one batch with beams, and packed."""
     plain, reference = make_trained("llama")

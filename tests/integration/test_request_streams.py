@@ -91,6 +91,7 @@ def test_each_request_chooses_its_tokens_in_its_own_way() -> None:
     assert pool.stats()["pins"] == 0
 
 
+@pytest.mark.slow
 def test_a_cancelled_request_that_the_loop_has_not_seen_yet_is_cancelled_too() -> None:
     model, pool = attached(slots=2)
     with model.continuous_batching_context_manager(**batching()) as manager:
@@ -110,6 +111,7 @@ def test_a_cancelled_request_that_the_loop_has_not_seen_yet_is_cancelled_too() -
     assert pool.stats()["pins"] == 0
 
 
+@pytest.mark.slow
 def test_streams_give_the_tokens_of_the_request_alone() -> None:
     model, pool = attached(slots=4)
     given = prompts(4)
@@ -162,6 +164,7 @@ def test_a_stream_that_is_cancelled_or_fails_leaves_nothing_behind() -> None:
     assert pool.stats()["pins"] == 0
 
 
+@pytest.mark.slow
 def test_streams_of_a_manager_that_is_stopped_end_with_an_error() -> None:
     """Those that run and those that wait; a manager that starts again serves."""
     model, pool = attached(slots=4)
@@ -191,6 +194,7 @@ def test_streams_of_a_manager_that_is_stopped_end_with_an_error() -> None:
     assert pool.stats()["pins"] == 0
 
 
+@pytest.mark.slow
 def test_texts_of_a_stream_end_with_a_reason() -> None:
     model, pool = attached(slots=2)
     tokenizer = byte_tokenizer(97)

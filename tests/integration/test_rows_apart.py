@@ -401,6 +401,7 @@ def llama() -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
+@pytest.mark.slow
 def test_an_overflowing_tenant_fails_alone() -> None:
     def datum(seed: int) -> Datum:
         x = torch.randint(0, 77, (21,), generator=torch.Generator().manual_seed(seed))

@@ -190,6 +190,7 @@ def test_slow_readers_stop_nobody(server: Any) -> None:
         connection.close()
 
 
+@pytest.mark.slow
 def test_a_stream_that_fails_midway_says_so_and_the_server_serves_on(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

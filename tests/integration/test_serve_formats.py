@@ -144,6 +144,7 @@ def test_what_cannot_be_met_is_refused_before_it_runs_and_the_server_serves_on(
     assert holds(FORMATS[3], text_of(ask(server, "a1", max_tokens=12, **FORMATS[3])))
 
 
+@pytest.mark.slow
 def test_a_format_that_is_too_long_is_answered_413(server: Any) -> None:
     from lora_ext.serving import read_format
 

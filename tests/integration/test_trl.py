@@ -140,6 +140,7 @@ def assert_learned(
 
 
 # --- one adapter ----------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "Reward", "GRPO"])
 def test_learns_what_it_learns_with_peft(kind: str, tmp_path: Path) -> None:
     theirs = (classifier_with_a_head() if kind == "Reward" else one_adapter()).double()
@@ -189,6 +190,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(kind: str, tmp_path: Path
     assert all(torch.equal(weight, expected[key]) for key, weight in weights_of(resumed).items())
 
 
+@pytest.mark.slow
 def test_an_adapter_that_the_trainer_made_is_measured_from_the_base(tmp_path: Path) -> None:
     """Given a ``peft_config`` DPO makes the adapter, and turns it off to ask its reference."""
     found = []

@@ -269,6 +269,7 @@ def of_fsdp2(rank: int, case: str) -> dict[str, Tensor]:
     return trained(model, way, model.model.layers, lambda lm: lm(rows, labels=rows).loss)
 
 
+@pytest.mark.slow
 def test_a_model_that_fsdp2_has_divided_is_refused_and_learns_in_the_other_order(
     two_processes: TwoProcesses,
 ) -> None:

@@ -92,6 +92,7 @@ def law_of_samples(guided: bool, temperature: float) -> dict[tuple[int, ...], fl
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "guided"), [(OPTIONS[0], False), (OPTIONS[0], True), (OPTIONS[2], True)]
 )

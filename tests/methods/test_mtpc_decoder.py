@@ -261,6 +261,7 @@ def test_samples_have_the_law_of_the_verifier(
     assert (total - expected).abs().sum().item() / 2 < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "kind", "new"),
     [("condition", "cp", 3), ("condition", "hmm", 3), ("restart", "hmm", 2)],

@@ -132,6 +132,7 @@ def test_a_teacher_that_forbids_the_shortlist_leaves_finite_gradients():
     assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shortlist", [None, [2, 0]])
 @pytest.mark.parametrize("emission", ["full", "adapter"])
 def test_the_loss_compiles_in_one_piece(emission: str, shortlist: list[int] | None):

@@ -72,6 +72,7 @@ def test_more_padding_does_not_change_the_loss():
         assert model(**batch).loss.item() == pytest.approx(model(**wider).loss.item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_that_has_learned_its_instances_answers_them():
     task = HashHop(4, chain_length=3, max_hops=2, hash_length=2, seed=3)
     model = byte_gpt2()

@@ -335,6 +335,7 @@ def test_pairs_that_repeat_the_layer_itself_give_one_less_the_quartiles():
     assert row.score == pytest.approx(1 - shift.item(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_quartile_is_found_beyond_the_limit_of_torch_quantile():
     values = torch.arange((1 << 24) + 5, dtype=torch.float32).flip(0)
     with pytest.raises(RuntimeError, match="too large"):

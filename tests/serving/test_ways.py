@@ -152,6 +152,7 @@ def test_a_call_of_an_attached_model_reads_downwards(model_and_pool: Any, by: st
     check(way)
 
 
+@pytest.mark.slow
 def test_from_peft_and_a_step_of_its_model_read_downwards() -> None:
     model = peft.get_peft_model(LlamaForCausalLM(CONFIG), LORA)
     model.add_adapter("other", LORA)

@@ -362,6 +362,7 @@ def wrong_fields(model: str) -> list[tuple[str, dict[str, Any], str]]:
     ]
 
 
+@pytest.mark.slow
 def test_wrong_fields_are_refused_by_the_names_that_they_have_on_the_wire(app: Any) -> None:
     model, tokens = app.begun(), [1, 2, 3]
     for path, body, field in wrong_fields(model):
