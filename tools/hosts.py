@@ -13,7 +13,7 @@ from legs import ROOT, Leg, run
 
 from lora_ext import _C
 
-PYTEST = [sys.executable, "-m", "pytest", "-q", "--quick", "3", "-p", "no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--quick", "1", "-p", "no:cacheprovider"]
 PYTEST += ["-m", "hosts and not emulated and not cuda", "-k", "not compile and not graph"]
 
 AVX2 = {
