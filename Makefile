@@ -60,7 +60,7 @@ build: $(VENV)/editable.stamp
 	$(PY) setup.py -q build_ext --inplace
 
 build-emu: $(VENV)/editable.stamp $(VENV)/extras-test-serve.stamp
-	LORA_EXT_EMU=1 $(PY) setup.py -q build_ext --inplace
+	LORA_EXT_EMU=fast $(PY) setup.py -q build_ext --inplace
 
 demo: $(VENV)/extras-demo.stamp build
 	$(PY) examples/demo.py

@@ -2,8 +2,8 @@
 
 Environment: LORA_EXT_CUDA=0|1 (default: CUDA where torch is a CUDA build, which wants nvcc; beside
 a CPU build of torch, where kernels cannot run, they are compiled only when asked for),
-TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CUDAHOSTCXX, LORA_EXT_EMU=1 (test-only emulator
-modules, in-place builds alone), LORA_EXT_SANITIZE=1 (AddressSanitizer and
+TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CUDAHOSTCXX, LORA_EXT_EMU=1|fast (test-only emulator
+modules, or only the fast one; in-place builds alone), LORA_EXT_SANITIZE=1 (AddressSanitizer and
 UndefinedBehaviorSanitizer; whoever loads the module loads their libraries first: `make asan`).
 Nothing is downloaded, no git is called, no GPU is asked for.
 """
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent
 TORCH_MIN, CUDA_MIN, CMAKE_MIN = (2, 11), (12, 8), (3, 24)
 NVCC_WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime")
 NVCC_WHEELS += ("nvidia-cuda-cccl",)
+EMULATORS = {"": [], "fast": ["_emu"], "1": ["_emu", "_emu_check"]}  # LORA_EXT_EMU: its modules
 DEFAULT_ARCHS = "8.0;9.0a"  # plus PTX of the newest base architecture, for every later card
 
 
@@ -244,7 +245,7 @@ def sanitized() -> bool:
     return os.environ.get("LORA_EXT_SANITIZE") == "1"
 
 
-def cmake_options(torch, cxx: str, toolkit: Toolkit | None, emulator: bool) -> dict[str, str]:
+def cmake_options(torch, cxx: str, toolkit: Toolkit | None, emulator: str) -> dict[str, str]:
     """What CMakeLists.txt is told of this machine."""
     from torch.utils.cpp_extension import include_paths
 
@@ -253,6 +254,7 @@ def cmake_options(torch, cxx: str, toolkit: Toolkit | None, emulator: bool) -> d
         "CMAKE_CXX_COMPILER": cxx,
         "LORA_EXT_CUDA": "ON" if toolkit else "OFF",
         "LORA_EXT_EMU": "ON" if emulator else "OFF",
+        "LORA_EXT_EMU_CHECK": "ON" if emulator == "1" else "OFF",
         "LORA_EXT_SANITIZE": "ON" if sanitized() else "OFF",
         "LORA_EXT_TORCH_INCLUDE": ";".join(include_paths()),
         "LORA_EXT_TORCH_LIB": str(Path(torch.__file__).parent / "lib"),
@@ -324,7 +326,10 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         inplace = bool(self.inplace or self.editable_mode)
-        emulator = inplace and os.environ.get("LORA_EXT_EMU") == "1"
+        emulator = os.environ.get("LORA_EXT_EMU", "") if inplace else ""
+        emulator = emulator.strip("0")
+        if emulator not in EMULATORS:
+            fail(f"LORA_EXT_EMU must be 0, 1 or fast, got {emulator!r}.")
         package = ROOT / "lora_ext" if inplace else Path(self.build_lib).resolve() / "lora_ext"
         package.mkdir(parents=True, exist_ok=True)
         modules, info = self.compile(emulator)
@@ -338,7 +343,7 @@ class CMakeBuild(build_ext):
         stubs = runpy.run_path(str(ROOT / "tools/stubs.py"))["stubs"]
         (package / "_C.pyi").write_text(stubs())
 
-    def compile(self, emulator: bool) -> tuple[list[Path], dict[str, object]]:
+    def compile(self, emulator: str) -> tuple[list[Path], dict[str, object]]:
         torch = find_torch()
         cxx, cmake = find_cxx(), find_cmake()
         toolkit = find_toolkit(torch, cxx)
@@ -384,10 +389,10 @@ class CMakeBuild(build_ext):
             "cuda": ".".join(map(str, toolkit.version)) if toolkit else None,
             "architectures": archs,
             "compiler": output_of(cxx, "--version").splitlines()[0],
-            "emulator": emulator,
+            "emulator": bool(emulator),
             "built": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
-        names = ["_C", "_emu", "_emu_check"] if emulator else ["_C"]
+        names = ["_C", *EMULATORS[emulator]]
         modules = [folder / "modules" / f"{name}{suffix}" for name in names]
         return modules, info
 

@@ -77,7 +77,6 @@ def closed(backend: Backend) -> str | None:
         try:
             _ = backend.module
         except ImportError:
-            return (
-                f"lora_ext.{backend.library.removeprefix('lora_ext')} is not built (LORA_EXT_EMU=1)"
-            )
+            module = backend.library.removeprefix("lora_ext")
+            return f"lora_ext.{module} is not built (LORA_EXT_EMU=1)"
     return None

@@ -93,6 +93,7 @@ def test_threads_change_no_bit(op: Op) -> None:
 
 
 # --- torch's own laws ---------------------------------------------------------------------------
+@pytest.mark.slow
 @alone(lambda op: op.checks)
 def test_passes_opcheck(op: Op) -> None:
     for name, args in op.checks():

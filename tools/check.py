@@ -23,23 +23,24 @@ def main() -> int:
     if os.environ.get("CHECK_REST") == "1":
         tests += ["--rest", "1"]  # `make test` has run the other tests in this build
     docs = [BIN + "/mkdocs", "build", "--strict", "--site-dir", "out/docs"]
+    # The pages run on the output of `make demo`; the tests use a small stand-in.
+    demo = [PY, "examples/demo.py", "--tokens", "4", "--rounds", "1", "--adapters", "2"]
+    pages = [PY, "-m", "pytest", "-q", "tests/docs/test_pages.py", "-k", "code_of_the_page"]
     legs = [
         Leg("build", [PY, "setup.py", "build_ext", "--inplace"], 1800, env={"LORA_EXT_EMU": "1"}),
         Leg("doctor", [PY, "-m", "lora_ext.doctor"], 120, after="build"),
+        Leg("demo", demo, 900, after="build"),
         Leg("tests", tests, 3600, after="build"),
         Leg("hosts", [PY, "tools/hosts.py"], 1200, after="build"),
     ]
-    # Run the code of the pages on the output of `make demo`; the tests use a small stand-in.
-    demo = [PY, "examples/demo.py", "--tokens", "4", "--rounds", "1", "--adapters", "2"]
-    legs.append(Leg("demo", demo, 900, after="build"))
-    pages = [PY, "-m", "pytest", "-q", "tests/docs/test_pages.py", "-k", "code_of_the_page"]
-    legs.append(Leg("pages", [*pages, "--demo", "out/demo"], 1800, after="demo"))
     if cuda == "1" and os.environ.get("SKIP_CUDA_TORCH") != "1":
         # The first beside the tests, as its download leaves the cores to them.
         command = [PY, "tools/cuda_torch_check.py"]
         legs.append(Leg("cuda torch", command, 2400, after="build", beside=True))
     lowest = [PY, "tools/lowest_check.py"]
     legs.append(Leg("lowest versions", lowest, 900, after="build", beside=True))
+    command = [*pages, "--demo", "out/demo"]
+    legs.append(Leg("pages", command, 1800, after="demo", beside=True))
     lint = ["pre-commit", "run", "--all-files", "--show-diff-on-failure"]
     legs.append(Leg("lint", lint, 600, beside=True))
     legs.append(Leg("docs", docs, 600, env={"NO_MKDOCS_2_WARNING": "1"}, beside=True))

@@ -271,6 +271,7 @@ def test_nan_among_the_uniforms_is_refused_and_nan_logits_give_some_token() -> N
         assert accepted[row] == clean[0][row] and token[row] == clean[1][row]
 
 
+@pytest.mark.slow  # `make test` does not build _emu_check
 def test_kernels_check_values_in_debug_mode_alone() -> None:
     """Without it a token out of range is impossible, and touches no memory."""
     from lora_ext import _loader
@@ -298,6 +299,7 @@ def test_kernels_check_values_in_debug_mode_alone() -> None:
         module.set_debug(False)
 
 
+@pytest.mark.slow  # `make test` does not build _emu_check
 def test_a_window_too_large_for_a_block_is_named() -> None:
     from lora_ext import _loader
 
