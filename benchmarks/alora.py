@@ -34,7 +34,7 @@ from transformers import (
 )
 
 import lora_ext
-from lora_ext.serving.continuous import computed_tokens
+from lora_ext.serving._continuous import computed_tokens
 
 INVOCATION = [1, 5, 2]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lora_ext import ops, reference
-from lora_ext.reference.circuit import num_transitions
+from lora_ext.reference._circuit import num_transitions
 
 Observed = Callable[[Tensor, Tensor], Tensor]
 CASES = {"forward": 1, "all prefixes": 1, "forward and backward": 3}  # times the logits move

@@ -22,7 +22,7 @@ from row import timing_columns
 from torch import Tensor
 
 from lora_ext import ops, reference
-from lora_ext.reference.circuit import CircuitSample, num_transitions
+from lora_ext.reference._circuit import CircuitSample, num_transitions
 
 KINDS = ("cp", "hmm", "btree")
 ROWS = (1, 8, 64)

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from lora_ext import _loader
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
-from lora_ext.circuits.scopes import variables
+from lora_ext.circuits._scopes import variables
 from lora_ext.ops import _registration, circuit_sum
-from lora_ext.reference.circuit import logsumexp
+from lora_ext.reference._circuit import logsumexp
 
 ROWS, STEPS, VALUES = 64, 32, 64
 DEPTH, REPETITIONS = 3, 4  # of the RAT-SPN

@@ -33,7 +33,7 @@ from lora_ext import control
 from lora_ext.control import Constraint, ConstraintProcessor, Guide, Plan, Row
 from lora_ext.interop import smollm2
 from lora_ext.methods import mtpc
-from lora_ext.methods.mtpc import constrained
+from lora_ext.methods.mtpc import _constrained
 from lora_ext.nn import pack_linears
 
 ROWS, BUDGET = 16, 32
@@ -210,7 +210,7 @@ def midway(bench: Bench, count: int) -> tuple[list[Row | None], Tensor]:
 
 def overhead(bench: Bench) -> Iterator[Found]:
     """What 16 rows with 16 constraints add to a step of the model, as a share of it."""
-    from lora_ext.methods.mtpc.trunk import cache_argument, roomy_cache
+    from lora_ext.methods.mtpc._trunk import cache_argument, roomy_cache
 
     rows, scores = midway(bench, ROWS)
     free: list[Row | None] = [None] * ROWS
@@ -312,7 +312,7 @@ def ready(bench: Bench) -> Iterator[Found]:
 
 
 # --- drafts ---------------------------------------------------------------------------------------
-class Masked(constrained.Constrained):
+class Masked(_constrained.Constrained):
     """Without forced runs."""
 
     def with_forced(self, tokens: Tensor) -> Tensor:
@@ -331,7 +331,7 @@ class Plain(Masked):
         for k, token in enumerate(window.tokens.unbind(1)):
             given = k == 0 and pending is not None
             blocks = [] if given else control.log_ratios(rows)
-            self._window.append(constrained._Position(rows, blocks))
+            self._window.append(_constrained._Position(rows, blocks))
             rows = rows if given else control.advance(rows, token.tolist())
         self._behind = rows
         return window
@@ -352,7 +352,7 @@ def drafts(bench: Bench) -> Iterator[Found]:
         "json": Constraint.json_schema(FOUR, tokenizer, vocab_size=bench.size),
         "free": None,
     }
-    ways = {"forced": constrained.Constrained, "masked": Masked, "plain": Plain}
+    ways = {"forced": _constrained.Constrained, "masked": Masked, "plain": Plain}
     for case, one in cases.items():
         for way, kind in ways.items() if one is not None else [("plain", Plain)]:
             with mock.patch("lora_ext.methods.mtpc.decoder.Constrained", kind):

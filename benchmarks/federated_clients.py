@@ -35,7 +35,7 @@ from row import timing_columns
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_ext.adapter.peft_tensors import PREFIX
+from lora_ext.adapter._peft_tensors import PREFIX
 from lora_ext.federated import (
     BatchedClients,
     ClientSpec,

@@ -17,7 +17,7 @@ from common import interleaved
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_ext.methods.mtpc.trunk import cache_argument, roomy_cache
+from lora_ext.methods.mtpc._trunk import cache_argument, roomy_cache
 
 
 class LeanLlama(nn.Module):

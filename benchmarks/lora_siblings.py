@@ -26,7 +26,7 @@ import lora_ext
 from lora_ext import _loader, ops
 from lora_ext.ops import _registration, lora_siblings
 from lora_ext.ops import lora as lora_ops
-from lora_ext.serving.layers import siblings
+from lora_ext.serving.layers import _siblings
 
 IN, RANK, ADAPTERS = 576, 16, 16
 SIBLINGS = {"q k v": (576, 192, 192), "gate up": (1536, 1536)}
@@ -108,7 +108,7 @@ def decode_steps(rounds: int) -> dict[str, Timing]:
     """A decode step of a model of SmolLM2's shape, both ways, checked first."""
     from lora_model import CONTEXT, NAMES, Step, _sharing_weights, build
 
-    siblings._ON_CPU = True  # pyright: ignore[reportPrivateUsage]
+    _siblings._ON_CPU = True  # pyright: ignore[reportPrivateUsage]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         engines = build(Path(folder))
         fused = lora_ext.attach(_sharing_weights(engines.plain), engines.pool, fuse_siblings=True)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from lora_ext import ops
 from lora_ext.methods import mtpc
-from lora_ext.methods.mtpc.trunk import roomy_cache
+from lora_ext.methods.mtpc._trunk import roomy_cache
 
 VERBS = (
     "Explain",

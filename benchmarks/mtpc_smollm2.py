@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lora_ext.interop import smollm2
 from lora_ext.methods import mtpc
-from lora_ext.methods.mtpc.trunk import roomy_cache
+from lora_ext.methods.mtpc._trunk import roomy_cache
 from lora_ext.nn import pack_linears
 
 TARGET = 1.3

@@ -33,7 +33,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 
 from lora_ext.interop.smollm2 import converted_folder
-from lora_ext.interop.vllm.updates import Updates
+from lora_ext.interop.vllm._updates import Updates
 
 ROWS = 16
 RANKS = {"r16": [16] * ROWS, "r8 to r64": [8, 16, 32, 64] * (ROWS // 4)}

@@ -14,7 +14,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 import lora_ext
 from lora_ext.adapter import LoraAdapter
 from lora_ext.nn import LoraConfig, layer_names, unwrap, wrap
-from lora_ext.serving.continuous import computed_tokens
+from lora_ext.serving._continuous import computed_tokens
 
 VOCAB, LENGTH, NEW = 64, 40, 4
 ADAPTERS = {"yes": ([1, 2], 5), "no": ([1, 3], 6)}  # its invocation, and what it learns to say

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from lora_ext.federated import Client, LayerPlan, LoraLayerManager
 from lora_ext.federated.flower import LocalGrid, from_arrays, make_client_app, to_arrays
-from lora_ext.federated.flower.client import adamw
+from lora_ext.federated.flower._client import adamw
 from lora_ext.methods.legend import Configuration, Estimate, LegendConfig, SimulatedClock
-from lora_ext.methods.legend.flower import Legend
+from lora_ext.methods.legend._flower import Legend
 
 matplotlib.use("Agg")
 OUT = Path(__file__).resolve().parents[1] / "out" / "legend"

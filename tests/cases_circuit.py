@@ -11,7 +11,7 @@ from contract import Check, Op, Outputs
 from torch import Tensor
 
 from lora_ext import ops, reference
-from lora_ext.reference.circuit import KINDS, num_transitions
+from lora_ext.reference._circuit import KINDS, num_transitions
 
 Inputs = dict[str, Any]
 LEAVES = ("leaf", "prior", "trans")

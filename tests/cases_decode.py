@@ -11,7 +11,7 @@ from contract import Check, Op, Outputs
 from torch import Tensor
 
 from lora_ext import ops, reference
-from lora_ext.reference.circuit import CircuitSample, log_softmax, num_transitions
+from lora_ext.reference._circuit import CircuitSample, log_softmax, num_transitions
 
 Inputs = dict[str, Any]
 BAND = 1e-5  # of the total, within which two devices may draw differently

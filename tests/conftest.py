@@ -24,7 +24,7 @@ from processes import TwoProcesses
 import lora_ext
 from lora_ext import ops
 from lora_ext.ops import _registration
-from lora_ext.serving.layers import siblings
+from lora_ext.serving.layers import _siblings
 
 QUICK_CASES = 2  # cases per test, op and backend with --quick
 
@@ -147,7 +147,7 @@ def two_processes() -> Iterator[TwoProcesses]:
 @pytest.fixture
 def shared_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Siblings share ops on the CPU as they do on a GPU."""
-    monkeypatch.setattr(siblings, "_ON_CPU", True)
+    monkeypatch.setattr(_siblings, "_ON_CPU", True)
 
 
 @pytest.fixture

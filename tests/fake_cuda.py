@@ -57,7 +57,7 @@ class Stream:
 
 
 class FakeCuda:
-    """What ``lora_ext.pool.transfer`` uses of ``torch.cuda``."""
+    """What ``lora_ext.pool._transfer`` uses of ``torch.cuda``."""
 
     def __init__(self, seed):
         self.streams = []

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_ext.rows import rows
+from lora_ext.rows import _rows
 from lora_ext.serving import captured
-from lora_ext.serving.layers import siblings
+from lora_ext.serving.layers import _siblings
 
 _VIEWS = ("view", "expand", "slice", "select", "alias", "detach", "transpose", "t", "unsqueeze")
 _FREE = ("empty", "permute", "squeeze", "_unsafe_view", "as_strided", "lift_fresh", *_VIEWS)
@@ -58,10 +58,10 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self._graph: FakeGraph | None = None
-        for module in (rows, captured):
+        for module in (_rows, captured):
             monkeypatch.setattr(module, "capture", lambda device: self._graph)
         # The recorder is no tracer: what is seen of the ops is what a device would be given.
-        for module in (rows, siblings):
+        for module in (_rows, _siblings):
             monkeypatch.setattr(module, "traced_by_python", lambda: False)
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from backends import Backend
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext.reference.circuit import KINDS, CircuitSample, num_transitions
+from lora_ext.reference._circuit import KINDS, CircuitSample, num_transitions
 
 V = 3
 Prefix = tuple[int, ...]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import reference
-from lora_ext.reference.circuit import KINDS, draw, num_transitions
+from lora_ext.reference._circuit import KINDS, draw, num_transitions
 
 COMPONENTS, VOCABULARY = 2, 3
 
@@ -209,7 +209,7 @@ def test_circuit_argmax_is_the_best_pair_of_tokens_and_latents(kind, n_token, gi
     cold = 400.0
     x = windows(n_token)
     x = x[(x[:, :given] == 1).all(1)]
-    hot = [cold * reference.circuit.log_softmax(t) for t in (leaf, prior, trans)]
+    hot = [cold * reference._circuit.log_softmax(t) for t in (leaf, prior, trans)]
     scores = reference_unnormalised(kind, *hot, x) / cold
     assert abs(scores.max() - value) < 0.02
     assert x[scores.argmax()].tolist() == tokens[0].tolist()
@@ -225,7 +225,7 @@ def reference_unnormalised(kind: str, leaf: Tensor, prior: Tensor, trans: Tensor
         return e[:, k]
 
     rows = len(x)
-    reference.circuit._walk(
+    reference._circuit._walk(
         kind, x.shape[1], prior.expand(rows, -1), trans.expand(rows, *trans.shape[1:]), observe
     )
     return last[0]

@@ -24,7 +24,7 @@ from contract import Outputs, assert_same_bits, same, within
 from torch import Tensor
 
 from lora_ext import ops, reference
-from lora_ext.reference.circuit import KINDS
+from lora_ext.reference._circuit import KINDS
 
 
 def windows(*lists: list[Window]) -> Any:

@@ -25,7 +25,7 @@ from contract import assert_same_bits
 from torch import Tensor
 
 from lora_ext import ops, reference
-from lora_ext.reference.circuit import CircuitSample
+from lora_ext.reference._circuit import CircuitSample
 
 every_shape = pytest.mark.parametrize("shape", SMALL + MEDIUM, ids=str)
 small_shapes = pytest.mark.parametrize("shape", SMALL, ids=str)

@@ -118,7 +118,7 @@ def test_dropout_keeps_the_share_that_it_promises() -> None:
 
 def test_philox_gives_its_published_answers() -> None:
     """Random123, examples/kat_vectors: philox4x32 of 10 rounds."""
-    from lora_ext.reference.lora_train import philox4x32_10
+    from lora_ext.reference.lora_train import _philox4x32_10
 
     known = [
         "00000000 00000000 00000000 00000000 00000000 00000000 6627e8d5 e169c58d bc57ac4c 9b00dbd8",
@@ -127,7 +127,7 @@ def test_philox_gives_its_published_answers() -> None:
     ]
     for line in known:
         words = [int(word, 16) for word in line.split()]
-        got = philox4x32_10(torch.tensor(words[:4]), (words[4], words[5]))
+        got = _philox4x32_10(torch.tensor(words[:4]), (words[4], words[5]))
         assert got.tolist() == words[6:]
 
 

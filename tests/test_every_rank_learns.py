@@ -18,8 +18,8 @@ from torch import Tensor
 from lora_ext import cli
 from lora_ext.adapter import (
     LoraAdapter,
+    _low_rank,
     interpolate_adapters,
-    low_rank,
     merge_adapters,
     resize_adapter,
 )
@@ -316,7 +316,7 @@ def test_no_rank_of_independent_factors_counts_as_rounding(rank: int):
     g = torch.Generator().manual_seed(0)
     a = (0.1 * torch.randn(rank, 512, generator=g) / 512**0.5).bfloat16()
     b = (0.05 * torch.randn(512, rank, generator=g)).bfloat16()
-    found_a, found_b, _ = low_rank.resized("resize", a, b, rank // 2)
+    found_a, found_b, _ = _low_rank.resized("resize", a, b, rank // 2)
     ratio = found_a.double().norm(dim=1) / found_b.double().norm(dim=0)
     # Each factor has the root of the singular value, up to the rounding of its entries.
     assert (ratio - 1).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import ast
-import io
 import json
+import statistics
 import sys
-import tokenize
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
+
+from measures import WIDE, Function, code_lines, is_private, measure, span
 
 PACKAGE = "lora_ext"
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,12 +42,16 @@ BELOW: dict[str, str] = {
 }
 MOST_FILES = 15  # that a reader meets in one folder
 MOST_LINES = 60  # of code in one function
+MOST_CODE = 36_150  # lines of code of the package, docstrings, comments and blanks not counted
+MOST_CHECKS = 0.108  # share of them that checks arguments
+MOST_LOOSE = 0  # functions and classes that look public and are in no __all__
+MOST_WIDE = 23  # functions outside ops with more than eight parameters
 
 
 class Import(NamedTuple):
     """One name that a file takes from another file of the package."""
 
-    file: str  # dotted names of modules, `lora_ext.rows.context`
+    file: str  # dotted names of modules, `lora_ext.rows._context`
     target: str
     name: str
 
@@ -143,22 +148,11 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
 
 def long_functions(path: Path) -> dict[str, int]:
     """Functions with more lines of code than one screen: comments and docstrings do not count."""
-    text = path.read_text()
-    code: set[int] = set()
-    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in skipped:
-            code.update(range(token.start[0], token.end[0] + 1))
-    long = {}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = code & set(range(node.lineno, (node.end_lineno or 0) + 1))
-            first = node.body[0]
-            if ast.get_docstring(node) is not None:
-                lines -= set(range(first.lineno, (first.end_lineno or 0) + 1))
-            if len(lines) > MOST_LINES:
-                long[node.name] = len(lines)
-    return long
+    tree = ast.parse(path.read_text())
+    code = code_lines(path.read_text(), tree)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, Function)]
+    lines = {node.name: len(code & span(node)) for node in nodes}
+    return {name: n for name, n in lines.items() if n > MOST_LINES}
 
 
 def full_folders(root: Path) -> dict[str, int]:
@@ -204,7 +198,26 @@ def survey(root: Path = ROOT) -> dict[str, object]:
             if known[i.target].name != "__init__.py":
                 past.add(f"{i.file} -> {i.target}")
                 rooms[here]["past_the_face"] += 1
+    sizes = {module: measure(path) for module, path in known.items()}
+    shown_anywhere = {name for size in sizes.values() for name in size.shown}
+    bodies = [lines for size in sizes.values() for lines in size.bodies]
     return {
+        "code_lines": sum(len(size.code) for size in sizes.values()),
+        "check_lines": sum(len(size.checks) for size in sizes.values()),
+        "median_body": statistics.median(bodies or [0]),
+        "loose_names": [
+            f"{module}.{name}"
+            for module, size in sizes.items()
+            if not is_private(module)
+            for name in size.public
+            if name not in shown_anywhere
+        ],
+        "wide_functions": {
+            f"{module}.{name}": n
+            for module, size in sizes.items()
+            if room_of(module) != "ops"
+            for name, n in size.wide.items()
+        },
         "files": len(known),
         "lines": sum(room["lines"] for room in rooms.values()),
         "circles": circles(edges),
@@ -219,6 +232,9 @@ def survey(root: Path = ROOT) -> dict[str, object]:
 
 def faults(house: dict) -> dict[str, list]:
     """What the house does not allow, each with the places where it was found."""
+    code, checks = house["code_lines"], house["check_lines"]
+    wide = [f"{k}: {n}" for k, n in house["wide_functions"].items()]
+    loose = house["loose_names"]
     long = {k: n for room in house["rooms"].values() for k, n in room["long_functions"].items()}
     return {
         "circles of imports": [" <-> ".join(group) for group in house["circles"]],
@@ -230,6 +246,14 @@ def faults(house: dict) -> dict[str, list]:
             f"{folder}: {n}" for folder, n in house["full_folders"].items()
         ],
         f"functions above {MOST_LINES} lines of code": [f"{k}: {n}" for k, n in long.items()],
+        f"lines of code above {MOST_CODE}": [str(code)] if code > MOST_CODE else [],
+        f"share of checks above {MOST_CHECKS:.1%}": (
+            [f"{checks} of {code}"] if checks > MOST_CHECKS * code else []
+        ),
+        f"names in no __all__ above {MOST_LOOSE}": loose if len(loose) > MOST_LOOSE else [],
+        f"functions with more than {WIDE} parameters above {MOST_WIDE}": (
+            wide if len(wide) > MOST_WIDE else []
+        ),
     }
 
 
@@ -248,6 +272,11 @@ def main() -> int:
             arrows = ", ".join(f"{to} {n}" for to, n in sorted(room["arrows"].items()))
             print(f"{name:12}{room['files']:6}{room['lines']:7}  {arrows}")
     print(f"{'all':12}{house['files']:6}{house['lines']:7}")
+    code, checks = house["code_lines"], house["check_lines"]
+    print(f"lines of code {code}, checks {checks} ({checks / code:.1%}),")
+    print(f"median body of a function {house['median_body']:.0f} lines,")
+    print(f"names in no __all__ {len(house['loose_names'])},")
+    print(f"functions with more than {WIDE} parameters {len(house['wide_functions'])}")
     for what, places in wrong.items():
         print(f"\n{len(places)} {what}:", *places, sep="\n  ")
     return 1 if wrong else 0

@@ -4,21 +4,19 @@ from typing import TYPE_CHECKING
 
 from lora_ext._on_demand import on_demand
 
-from .config import AdapterConfig, BaseModels, alpha_of, model_name, patterns
-from .live import live_adapter
-from .low_rank import able_to_learn, norm_of, padded, product_norm, resized, truncated
-from .matrices import factor_keys
-from .model_index import LinearSpec, ModelIndex, check_base
+from ._config import AdapterConfig, BaseModels, alpha_of, model_name, patterns
+from ._live import live_adapter
+from ._low_rank import able_to_learn, norm_of, padded, product_norm, resized, truncated
+from ._matrices import factor_keys
+from ._model_index import LinearSpec, ModelIndex, check_base
+from ._peft_files import AdapterSource, Factors, open_adapter, read_adapter, save_adapter
+from ._peft_tensors import PREFIX, Key, base_name, natural_order, parse_key
+from ._replaced import Replaced
+from ._value import LoraAdapter
 from .model_weights import ModelSource, ModelWeights
-from .peft_files import AdapterSource, Factors, open_adapter, read_adapter, save_adapter
-from .peft_tensors import PREFIX, Key, base_name, natural_order, parse_key
-from .replaced import Replaced
-from .value import LoraAdapter
 
 if TYPE_CHECKING:
-    from .comparing import ModuleDifference, compare_adapters
-    from .merging import MergeMode, interpolate_adapters, merge_adapters
-    from .ranks import (
+    from ._ranks import (
         KINDS,
         RankReport,
         effective_rank,
@@ -26,6 +24,8 @@ if TYPE_CHECKING:
         lora_singular_values,
         rank_report,
     )
+    from .comparing import ModuleDifference, compare_adapters
+    from .merging import MergeMode, interpolate_adapters, merge_adapters
     from .reshaping import PruneMode, prune_adapter, resize_adapter
 
 __all__ = [
@@ -38,6 +38,6 @@ __getattr__ = on_demand(
     __name__,
     comparing="ModuleDifference compare_adapters",
     merging="MergeMode interpolate_adapters merge_adapters",
-    ranks="KINDS RankReport effective_rank gram_figures lora_singular_values rank_report",
+    _ranks="KINDS RankReport effective_rank gram_figures lora_singular_values rank_report",
     reshaping="PruneMode prune_adapter resize_adapter",
 )

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .low_rank import check_matrices, norm_of, wide
-from .peft_files import AdapterSource, Factors
-from .value import LoraAdapter
+from ._low_rank import check_matrices, norm_of, wide
+from ._peft_files import AdapterSource, Factors
+from ._value import LoraAdapter
 
 # A direction counts from here on: what float32 factors leave of one that is not there.
 _TOLERANCE = 1e-6

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lora_ext._checks import choice, integer, number, require
 
-from .config import BaseModels, longer_than
-from .low_rank import able_to_learn, check_matrices, rounded, truncated, wide, widest
-from .peft_files import AdapterSource, Factors
-from .value import LoraAdapter, same_values
+from ._config import BaseModels, longer_than
+from ._low_rank import able_to_learn, check_matrices, rounded, truncated, wide, widest
+from ._peft_files import AdapterSource, Factors
+from ._value import LoraAdapter, same_values
 
 MergeMode = Literal["delta", "factors", "delta_svd", "ties", "dare"]
 Space = Literal["factors", "delta"]

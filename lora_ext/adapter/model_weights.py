@@ -17,8 +17,8 @@ from lora_ext._checks import require
 from lora_ext._files import MAX_HEADER_BYTES, SafetensorsFile, TensorInfo, read_json
 from lora_ext.layers import is_adapted
 
-from .model_index import PAGE_DTYPES, offloaded_values
-from .peft_tensors import PREFIX, StateDict, TensorSource, base_name, directory_names
+from ._model_index import PAGE_DTYPES, offloaded_values
+from ._peft_tensors import PREFIX, StateDict, TensorSource, base_name, directory_names
 
 #: A folder of safetensors shards or one such file, weights by name, or a live model.
 ModelSource = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module

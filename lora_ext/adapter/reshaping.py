@@ -9,9 +9,9 @@ import torch
 
 from lora_ext._checks import choice, integer, require
 
-from .low_rank import asleep, check_matrices, resized
-from .peft_files import AdapterSource, Factors
-from .value import LoraAdapter
+from ._low_rank import asleep, check_matrices, resized
+from ._peft_files import AdapterSource, Factors
+from ._value import LoraAdapter
 
 PruneMode = Literal["remove", "zero"]
 _MOST = 2**31 - 1  # what a side of a tensor surely holds

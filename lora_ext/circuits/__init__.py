@@ -1,15 +1,15 @@
 """Probabilistic circuits over any region graph: structure, checks, queries, sampling, EM."""
 
-from .builders import chow_liu_parents
+from ._builders import chow_liu_parents
+from ._flows import Flows, Marginals
+from ._leaves import Bernoulli, Binomial, Categorical, External, Gaussian, Indicator, Leaf
+from ._program import Layered, compile_graph
+from ._regions import Input, Partition, Region
+from ._sampling import KBest, MapResult
+from ._scopes import PCStructureError
 from .circuit import Circuit, Report
-from .flows import Flows, Marginals
-from .leaves import Bernoulli, Binomial, Categorical, External, Gaussian, Indicator, Leaf
 from .multivariate import MultivariateGaussian
-from .program import Layered, compile_graph
 from .region_graph import RegionGraph
-from .regions import Input, Partition, Region
-from .sampling import KBest, MapResult
-from .scopes import PCStructureError
 from .training import Epoch, pad_sequences, train_em, train_gradient
 
 __all__ = [

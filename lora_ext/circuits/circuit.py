@@ -15,11 +15,11 @@ from torch import Tensor
 from lora_ext._checks import require
 from lora_ext.reference import log_weights
 
-from . import checks, flows, sampling
-from .flows import Flows, Marginals
-from .parameters import Parameters, read_file, require_tensor, signed
-from .program import Evaluate, Weights
-from .sampling import KBest, MapResult
+from . import _flows, _sampling, _structure
+from ._flows import Flows, Marginals
+from ._parameters import Parameters, read_file, require_tensor, signed
+from ._program import Evaluate, Weights
+from ._sampling import KBest, MapResult
 
 
 class Report(NamedTuple):
@@ -37,7 +37,7 @@ class Report(NamedTuple):
     smooth: bool
     decomposable: bool
     structured_decomposable: bool
-    deterministic: checks.Truth
+    deterministic: _structure.Truth
     normalisation_error: float
 
 
@@ -154,7 +154,7 @@ class Circuit(Parameters):
             ValueError: as :meth:`log_prob`, for external variables, and if several roots leave
                 ``root`` open.
         """
-        return flows.univariate_marginals(self, evidence, root)
+        return _flows.univariate_marginals(self, evidence, root)
 
     @torch.no_grad()
     def entropy(self, root: int | None = None) -> Tensor:
@@ -169,7 +169,7 @@ class Circuit(Parameters):
 
         Source: Vergari et al. 2021, "A compositional atlas of tractable circuit operations".
         """
-        return flows.entropy(self, root)
+        return _flows.entropy(self, root)
 
     @torch.no_grad()
     def kl_divergence(self, other: Circuit, root: int | None = None) -> Tensor:
@@ -184,7 +184,7 @@ class Circuit(Parameters):
 
         Source: as :meth:`entropy`.
         """
-        return flows.kl_divergence(self, other, root)
+        return _flows.kl_divergence(self, other, root)
 
     @torch.no_grad()
     def conditionals(self, x: Tensor, root: int | Tensor | None = None) -> Tensor:
@@ -227,7 +227,7 @@ class Circuit(Parameters):
 
         Upward once with the evidence, then down from the root: every sum on the way draws a term in
         proportion to weight times value, every leaf its value, by the rule of
-        ``reference.circuit.draw``.
+        ``reference._circuit.draw``.
 
         Args:
             num_samples: S per row of evidence.
@@ -244,7 +244,7 @@ class Circuit(Parameters):
             ValueError: on wrong shapes, impossible evidence, external variables to be drawn,
                 several roots that leave ``root`` open or, on the CPU, uniforms outside [0, 1].
         """
-        return sampling.sample(self, num_samples, evidence, uniforms, generator, root)
+        return _sampling.sample(self, num_samples, evidence, uniforms, generator, root)
 
     @torch.no_grad()
     def map(self, evidence: Tensor | None = None, root: int | Tensor | None = None) -> MapResult:
@@ -259,7 +259,7 @@ class Circuit(Parameters):
             ValueError: on a wrong shape, external variables that are sought, or several roots that
                 leave ``root`` open.
         """
-        return sampling.best(self, evidence, root)
+        return _sampling.best(self, evidence, root)
 
     @torch.no_grad()
     def k_best(
@@ -286,7 +286,7 @@ class Circuit(Parameters):
 
         Source: list Viterbi decoding, Seshadri and Sundberg 1994.
         """
-        return sampling.k_best(self, k, evidence, lengths, root)
+        return _sampling.k_best(self, k, evidence, lengths, root)
 
     # --- learning ---------------------------------------------------------------------------------
     @torch.no_grad()
@@ -305,7 +305,7 @@ class Circuit(Parameters):
             ValueError: as :meth:`log_prob`, and if several roots leave ``root`` open.
         """
         leaf = self._leaf_values("flows", x, external)
-        return flows.flows(self, "flows", leaf, self._log_weights(), root)
+        return _flows.flows(self, "flows", leaf, self._log_weights(), root)
 
     @torch.no_grad()
     def em_step(
@@ -343,7 +343,7 @@ class Circuit(Parameters):
             ValueError: for unnormalised circuits, wrong data or a wrong step, or if several roots
                 leave ``root`` open.
         """
-        return flows.em_step(self, x, step, pseudocount, keep_zero, root)
+        return _flows.em_step(self, x, step, pseudocount, keep_zero, root)
 
     # --- structure and files ----------------------------------------------------------------------
     @torch.no_grad()
@@ -354,10 +354,10 @@ class Circuit(Parameters):
             w = log_weights(rows, self.norm)
             error = max(error, float((w.exp().sum(-1) - 1).abs().max()))
         return Report(
-            checks.is_smooth(self.graph),
-            checks.is_decomposable(self.graph),
-            checks.is_structured_decomposable(self.graph),
-            checks.is_deterministic(self.graph),
+            _structure.is_smooth(self.graph),
+            _structure.is_decomposable(self.graph),
+            _structure.is_structured_decomposable(self.graph),
+            _structure.is_deterministic(self.graph),
             error,
         )
 

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._leaves import LOG_TAU, Joint, Table, normal_quantile, require_min_std
 from ._sums import add_entries
-from .leaves import LOG_TAU, Joint, Table, normal_quantile, require_min_std
 
 
 class _Group(NamedTuple):

@@ -21,11 +21,11 @@ from typing import Any
 
 from lora_ext._checks import require
 
-from . import builders, regions
-from .builders import Leaves
-from .leaves import Indicator
-from .regions import Input, Kind, Partition, Region
-from .scopes import PCStructureError, variables
+from . import _builders, _regions
+from ._builders import Leaves
+from ._leaves import Indicator
+from ._regions import Input, Kind, Partition, Region
+from ._scopes import PCStructureError, variables
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,7 +156,7 @@ class RegionGraph:
         Raises:
             PCStructureError: a size below 1, another number of families.
         """
-        return RegionGraph(builders.cp(num_variables, rank, leaf))
+        return RegionGraph(_builders.cp(num_variables, rank, leaf))
 
     @staticmethod
     def hmm(num_variables: int, rank: int, leaf: Leaves, homogeneous: bool = False) -> RegionGraph:
@@ -169,7 +169,7 @@ class RegionGraph:
         Raises:
             PCStructureError: as :meth:`hclt`.
         """
-        return RegionGraph(builders.hmm(num_variables, rank, leaf, homogeneous))
+        return RegionGraph(_builders.hmm(num_variables, rank, leaf, homogeneous))
 
     @staticmethod
     def hclt(
@@ -188,7 +188,7 @@ class RegionGraph:
 
         Source: hidden Chow-Liu trees, Liu and Van den Broeck 2021.
         """
-        return RegionGraph(builders.hclt(parents, rank, leaf, homogeneous))
+        return RegionGraph(_builders.hclt(parents, rank, leaf, homogeneous))
 
     @staticmethod
     def btree(num_variables: int, rank: int, leaf: Leaves) -> RegionGraph:
@@ -202,7 +202,7 @@ class RegionGraph:
         Raises:
             PCStructureError: a size below 1, another number of families.
         """
-        return RegionGraph(builders.btree(num_variables, rank, leaf))
+        return RegionGraph(_builders.btree(num_variables, rank, leaf))
 
     @staticmethod
     def rat_spn(
@@ -230,7 +230,7 @@ class RegionGraph:
         Source: RAT-SPN, Peharz et al. 2019.
         """
         sizes = (num_variables, depth, repetitions, num_sums, num_inputs)
-        return RegionGraph(builders.rat_spn(*sizes, leaf, seed, num_roots))
+        return RegionGraph(_builders.rat_spn(*sizes, leaf, seed, num_roots))
 
     @staticmethod
     def poon_domingos(
@@ -250,7 +250,7 @@ class RegionGraph:
 
         Source: Poon and Domingos 2011.
         """
-        return RegionGraph(builders.poon_domingos(height, width, num_units, leaf, delta))
+        return RegionGraph(_builders.poon_domingos(height, width, num_units, leaf, delta))
 
     @staticmethod
     def join(graphs: Sequence[RegionGraph]) -> RegionGraph:
@@ -258,7 +258,7 @@ class RegionGraph:
 
         They share no parameters. Region ``name`` of graph i is ``i/name``.
         """
-        return RegionGraph(builders.join([g.regions for g in graphs]), multi_root=True)
+        return RegionGraph(_builders.join([g.regions for g in graphs]), multi_root=True)
 
     @staticmethod
     def from_edges(
@@ -280,7 +280,7 @@ class RegionGraph:
         Raises:
             PCStructureError: on a cycle, an unknown name, and all that the constructor refuses.
         """
-        regions = builders.from_edges(inputs, products, units or {}, ties or {})
+        regions = _builders.from_edges(inputs, products, units or {}, ties or {})
         return RegionGraph(regions, multi_root)
 
     # --- text -------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ class RegionGraph:
 
     def to_json(self) -> str:
         """A description that :meth:`from_json` reads."""
-        return regions.regions_to_json(self.regions, self.multi_root)
+        return _regions.regions_to_json(self.regions, self.multi_root)
 
     @staticmethod
     def from_json(data: Any, where: str = "region graph") -> RegionGraph:
@@ -320,7 +320,7 @@ class RegionGraph:
         Raises:
             ValueError: naming the region and the field.
         """
-        return RegionGraph(*regions.regions_from_json(data, where))
+        return RegionGraph(*_regions.regions_from_json(data, where))
 
     def to_dot(self) -> str:
         """The graph in Graphviz' language; a partition is a point."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lora_ext._checks import integer, require
 
+from ._leaves import COUNT
+from ._parameters import require_tensor
 from .circuit import Circuit
-from .leaves import COUNT
-from .parameters import require_tensor
 
 # Batches as a DataLoader gives them: rows, or rows and the root of each.
 Batches = Tensor | Iterable[Any]

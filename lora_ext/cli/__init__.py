@@ -7,8 +7,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from .arguments import make_parser
-from .output import Fault, printable
+from ._arguments import make_parser
+from ._output import Fault, printable
 
 __all__ = ["main"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 
-from .output import say
+from ._output import say
 
 
 def serve(arguments: Namespace) -> int:

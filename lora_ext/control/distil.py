@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_ext._checks import require
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
-from .guide import Guide, regions_of_hmm
+from ._guide import Guide, regions_of_hmm
 from .prior import PriorHead
 
 #: Wraps an iterable to show how far it is; ``tqdm.tqdm``, say.

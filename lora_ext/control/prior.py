@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_ext._checks import integer, number, require
 
-from .guide import Guide
+from ._guide import Guide
 
 _WHERE = "PriorHead"
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lora_ext._checks import require
 
-from . import law
-from .guide import Guide
+from . import _law
+from ._guide import Guide
+from ._law import Row, advance
+from ._messages import MatchedPlan, Plan
 from .language import DEFAULT, Constraint, Limits, Matched
-from .law import Row, advance
-from .messages import MatchedPlan, Plan
 
 #: One constraint, or None, for all rows, or one of them per row.
 Constraints = Constraint | Matched | None | Sequence[Constraint | Matched | None]
@@ -83,7 +83,7 @@ class ConstraintProcessor:
         self._before = torch.empty(0)
         self._rows: list[Row | None] = []
         self._weight = self._next = torch.empty(0)
-        self._blocks: list[law.Block] = []
+        self._blocks: list[_law.Block] = []
 
     def _checked_prior(self, prior: Tensor | None) -> Tensor | None:
         if prior is None:
@@ -115,7 +115,7 @@ class ConstraintProcessor:
         else:
             self._begin(input_ids, scores)
         self._before = input_ids.clone()
-        changed, self._blocks = law.apply(self._rows, scores, self.temperature)
+        changed, self._blocks = _law.apply(self._rows, scores, self.temperature)
         self._next = torch.zeros(batch, dtype=torch.float64)
         for places, _ in self._blocks:
             before, after = self._total(scores[places]), self._total(changed[places])

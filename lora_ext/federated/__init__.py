@@ -6,15 +6,15 @@
 
 from lora_ext._on_demand import on_demand
 
-from .aggregation import Aggregate, aggregate
+from ._aggregation import Aggregate, aggregate
+from ._layers import LoraLayerManager
+from ._masked import aggregate_masked, masked_payload
+from ._payload import Payload, pack_tensors, plan_bytes, plan_shapes, read_npy, unpack_tensors
+from ._plan import PATTERN, Client, LayerNotFound, LayerPlan, check_layers, layer_pairs
+from ._update import Update
 from .batched import BatchedClients, ClientSpec, UnsupportedModule, logits_of, merged
-from .layers import LoraLayerManager
 from .logs import CommLog, CommRow, RoundLog
-from .masked import aggregate_masked, masked_payload
 from .partition import partition_dirichlet, partition_pathological
-from .payload import Payload, pack_tensors, plan_bytes, plan_shapes, read_npy, unpack_tensors
-from .plan import PATTERN, Client, LayerNotFound, LayerPlan, check_layers, layer_pairs
-from .update import Update
 
 __all__ = [
     "Aggregate", "BatchedClients", "ClientSpec", "CommLog", "CommRow", "LayerNotFound", "LayerPlan",

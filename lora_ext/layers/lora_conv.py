@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from lora_ext._checks import require
 from lora_ext.rows import Names
 
-from .base.dense import DenseParameters, is_plain
-from .base.weight import ConvWeight
-from .lora_forward import LoraFactors
-from .lora_layer import LoraLayer
+from ._lora_forward import LoraFactors
+from ._lora_layer import LoraLayer
+from .base._dense import DenseParameters, is_plain
+from .base._weight import ConvWeight
 
 
 class LoraConv(LoraLayer):

@@ -12,8 +12,8 @@ from lora_ext._checks import require
 from lora_ext._torch import linear
 from lora_ext.rows import Names
 
-from .base.weight import EmbeddingWeight
-from .lora_layer import LoraLayer
+from ._lora_layer import LoraLayer
+from .base._weight import EmbeddingWeight
 
 #: Of ``nn.Embedding``: how it looks up.
 _SETTINGS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")

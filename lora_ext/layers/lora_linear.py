@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from lora_ext._torch import parameter
 from lora_ext.rows import Names
 
-from .base.spacing import base_product
-from .base.weight import LinearWeight
-from .lora_forward import lora_forward
-from .lora_layer import LoraLayer
+from ._lora_forward import lora_forward
+from ._lora_layer import LoraLayer
+from .base._spacing import base_product
+from .base._weight import LinearWeight
 
 
 class LoraLinear(LoraLayer):

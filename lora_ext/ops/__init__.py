@@ -3,8 +3,9 @@
 # pyright: reportUnusedImport=false
 
 from . import _registration
+from ._circuit import CircuitScan, circuit_scan, emission_gather
+from ._grouped_mm import grouped_mm
 from ._registration import routed as routed
-from .circuit import CircuitScan, circuit_scan, emission_gather
 from .circuit_decode import (
     CircuitSample,
     circuit_argmax,
@@ -28,7 +29,6 @@ from .circuit_sum import (
     log_einsum_weights,
 )
 from .depth_mix import depth_mix, depth_mix_routed
-from .grouped_mm import grouped_mm
 from .lora import (
     bgmv_,
     lora_apply,

@@ -28,8 +28,8 @@ from lora_ext._checks import (
 )
 from lora_ext.reference import CircuitSample, accumulator
 
+from ._circuit import check_circuit
 from ._registration import fake
-from .circuit import check_circuit
 
 _c = torch.ops.lora_ext
 
@@ -40,7 +40,7 @@ def circuit_conditional_dist(
     """``log q(. | x_<k)`` of each row at its own position, ``(B, V)``.
 
     Args:
-        kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``, see :mod:`lora_ext.reference.circuit`.
+        kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``, see :mod:`lora_ext.reference._circuit`.
         leaf: ``(B, K, C, V)`` logits.
         prior: ``(B, C)`` logits; None: all components alike.
         trans: ``(B, M, C, C)`` logits; None where ``M = 0``.

@@ -24,7 +24,7 @@ _FLOATS = (torch.float32, torch.float64)
 
 class Program(NamedTuple):
     """What :func:`circuit_layers` computes: of a region graph, what
-    ``lora_ext.circuits.program.compile_program(graph, compile_graph(graph))`` makes.
+    ``lora_ext.circuits._program.compile_program(graph, compile_graph(graph))`` makes.
 
     Attributes:
         numbers: int32, on the device of the values; ``csrc/include/lora_ext/circuit_layers.h`` has
@@ -164,7 +164,7 @@ def circuit_layers_walk(
     """Walks from the roots down, one term per sum: the leaf unit that each variable comes to.
 
     A sum weighs its terms by ``W[o, i] exp(term[i])``. A walk takes the heaviest, the first of
-    several, or draws one by the rule of :func:`reference.circuit.draw`: after
+    several, or draws one by the rule of :func:`reference._circuit.draw`: after
     :func:`circuit_layers` with ``"max"`` it is the best tree, after ``"sum"`` an exact sample of
     one. What normalises a row of weights says nothing of its terms, so there is no ``norm``.
 

@@ -2,9 +2,9 @@
 
 from lora_ext.rows import UnknownAdapterError
 
-from .folder import AdapterFolder as AdapterFolder
-from .pages import ModuleSlab, unpack
-from .placement import PoolFullError
+from ._folder import AdapterFolder as AdapterFolder
+from ._pages import ModuleSlab, unpack
+from ._placement import PoolFullError
 from .pool import AdapterPool, Lease
 
 __all__ = [

@@ -21,9 +21,9 @@ from lora_ext.adapter import (
     model_name,
 )
 
-from .pages import PackedAdapter, in_words, page_count, read_packed
-from .residence import Residence
-from .store import PageStore, Resident
+from ._pages import PackedAdapter, in_words, page_count, read_packed
+from ._residence import Residence
+from ._store import PageStore, Resident
 
 Source = AdapterSource | LoraAdapter | nn.Module
 

@@ -7,7 +7,7 @@ here as torch fails.
 
 # pyright: reportUnusedImport=false
 
-from .circuit import (
+from ._circuit import (
     KINDS,
     CircuitSample,
     CircuitScan,
@@ -21,11 +21,8 @@ from .circuit import (
     num_transitions,
     spec_verify,
 )
-from .circuit_layers import circuit_layers, circuit_layers_walk, circuit_table
-from .circuit_sum import NORMS, LogMax, log_bmm, log_einsum_exp, log_weights
-from .control import control_filter, control_live, control_messages, control_ratio
-from .depth_mix import depth_mix, depth_mix_routed, depth_norm
-from .lora import (
+from ._circuit_sum import NORMS, LogMax, log_bmm, log_einsum_exp, log_weights
+from ._lora import (
     accumulator,
     lora_apply,
     lora_apply_,
@@ -36,6 +33,9 @@ from .lora import (
     lora_shrink,
     lora_update,
 )
+from .circuit_layers import circuit_layers, circuit_layers_walk, circuit_table
+from .control import control_filter, control_live, control_messages, control_ratio
+from .depth_mix import depth_mix, depth_mix_routed, depth_norm
 from .lora_gram import lora_delta, lora_dora_norm, lora_gram, lora_merge_, lora_pair_stats
 from .lora_train import (
     dropout_keep,

@@ -8,8 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from .circuit import draw, log_softmax
-from .circuit_sum import log_einsum_exp
+from ._circuit import draw, log_softmax
+from ._circuit_sum import log_einsum_exp
 
 
 def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:

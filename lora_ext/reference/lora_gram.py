@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .lora import accumulator
+from ._lora import accumulator
 
 
 def lora_gram(

@@ -6,7 +6,7 @@ Letters: ``T`` tokens, ``I`` in, ``O`` out, ``R`` largest rank, ``A`` adapters.
 import torch
 from torch import Tensor
 
-from .lora import accumulator, rows_of_adapters
+from ._lora import accumulator, rows_of_adapters
 
 _WORD = 0xFFFFFFFF  # words of 32 bits are kept in int64: torch has no unsigned arithmetic on them
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -20,7 +20,7 @@ def _multiply(m: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return (high >> 16) + (middle >> 16), ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox4x32_10(counter: Tensor, key: tuple[int, int]) -> Tensor:
+def _philox4x32_10(counter: Tensor, key: tuple[int, int]) -> Tensor:
     """Ten rounds of Philox on ``counter (..., 4)``, words in int64.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
@@ -45,7 +45,7 @@ def dropout_keep(rows: int, columns: int, p: float, seed: int | Tensor) -> Tenso
     row = torch.arange(rows)[:, None].expand(rows, -(-columns // 4))
     quad = torch.arange(row.shape[1]).expand_as(row)
     zero = torch.zeros_like(row)
-    words = philox4x32_10(
+    words = _philox4x32_10(
         torch.stack([row, quad, zero, zero], -1), (seed & _WORD, seed >> 32 & _WORD)
     )
     return words.flatten(1)[:, :columns] >= round(p * 2**32)

@@ -7,7 +7,7 @@ keys, ``D`` and ``E`` features.
 import torch
 from torch import Tensor
 
-from .lora import accumulator
+from ._lora import accumulator
 
 
 def seen_keys(

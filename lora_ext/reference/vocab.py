@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .lora import accumulator
+from ._lora import accumulator
 
 
 def vocab_logits(

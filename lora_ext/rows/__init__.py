@@ -1,10 +1,10 @@
 """Which adapter has each row of a batch: ``adapters([...])``, ids, plans, and layouts of rows.
 What is not in ``__all__`` is for other rooms."""
 
-from . import attachment, context, layouts
-from .activation import Activated, last_start
-from .assignment import BASE, Assignment, Batch, NamedRows, Names, refuse_singular
-from .attachment import (
+from . import _attachment, _context, _layouts
+from ._activation import Activated, last_start
+from ._assignment import BASE, Assignment, Batch, NamedRows, Names, refuse_singular
+from ._attachment import (
     LayerNames,
     Places,
     Pool,
@@ -13,7 +13,7 @@ from .attachment import (
     layer_names,
     pool_handle,
 )
-from .context import (
+from ._context import (
     Block,
     adapters,
     current,
@@ -23,7 +23,7 @@ from .context import (
     of_call,
     untouched,
 )
-from .generation import (
+from ._generation import (
     activated_forward,
     activated_in,
     change_blocks,
@@ -34,8 +34,8 @@ from .generation import (
     repeat_rows,
     select_rows,
 )
-from .pool_layer import ERROR, PoolLayer, no_block, pool_of
-from .rows import (
+from ._pool_layer import ERROR, PoolLayer, no_block, pool_of
+from ._rows import (
     Kept,
     Rows,
     all_rows,
@@ -52,7 +52,7 @@ from .rows import (
     together,
     traced_by_python,
 )
-from .traced import NOBODY, batch_of, block_of_graph, layer_rows, no_rows, noted, pool_rows
+from ._traced import NOBODY, batch_of, block_of_graph, layer_rows, no_rows, noted, pool_rows
 
 __all__ = [
     "BASE", "Block", "Names", "PoolLayer", "Rows", "UnknownAdapterError", "adapters", "current",

@@ -25,8 +25,8 @@ from lora_ext.serving import (
     prometheus,
 )
 
-from .answers import embeddings, events, whole
-from .requests import Chat, Completion, Embedding, Load, Unload, read_body, told
+from ._answers import embeddings, events, whole
+from ._requests import Chat, Completion, Embedding, Load, Unload, read_body, told
 
 Body = TypeVar("Body", bound=BaseModel)
 

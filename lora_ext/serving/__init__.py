@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 from lora_ext._on_demand import on_demand
 
 from .attaching import attach, detach
-from .layers.multi_lora import MultiLoraLinear
+from .layers._multi_lora import MultiLoraLinear
 from .layers.multi_lora_embedding import MultiLoraEmbedding
 from .layers.multi_lora_experts import MultiLoraExperts
 
 if TYPE_CHECKING:
+    from ._constraining import Standing, constrained
+    from ._embedding import Embedder, Preparation, pooling_of, preparation_of
+    from ._engine import Engine, QueueFullError, StoppedError
+    from ._formats import Format, read_format, refuse_old_names
+    from ._metrics import CONTENT_TYPE, prometheus
+    from ._sampling import Sampling
+    from ._streams import RequestStream
     from .captured import Capturable, capturable
-    from .constraining import Standing, constrained
-    from .embedding import Embedder, Preparation, pooling_of, preparation_of
-    from .engine import Engine, QueueFullError, StoppedError
-    from .formats import Format, read_format, refuse_old_names
-    from .metrics import CONTENT_TYPE, prometheus
-    from .sampling import Sampling
-    from .streams import RequestStream
 
 __all__ = [
     "Capturable",
@@ -33,11 +33,11 @@ __all__ = [
 __getattr__ = on_demand(
     __name__,
     captured="Capturable capturable",
-    constraining="Standing constrained",
-    embedding="Embedder Preparation pooling_of preparation_of",
-    engine="Engine QueueFullError StoppedError",
-    formats="Format read_format refuse_old_names",
-    metrics="CONTENT_TYPE prometheus",
-    sampling="Sampling",
-    streams="RequestStream",
+    _constraining="Standing constrained",
+    _embedding="Embedder Preparation pooling_of preparation_of",
+    _engine="Engine QueueFullError StoppedError",
+    _formats="Format read_format refuse_old_names",
+    _metrics="CONTENT_TYPE prometheus",
+    _sampling="Sampling",
+    _streams="RequestStream",
 )

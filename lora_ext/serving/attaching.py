@@ -22,17 +22,17 @@ from lora_ext.layers import (
     unspace_products,
 )
 from lora_ext.pool import AdapterPool
-from lora_ext.rows import BASE, ERROR, PoolLayer, UnknownAdapterError, attachments, layouts
+from lora_ext.rows import BASE, ERROR, PoolLayer, UnknownAdapterError, _layouts, attachments
 
-from .continuous import requests_of
-from .hooks import Hooks, is_hook, take_away
-from .layers.multi_lora import MultiLoraLinear
+from ._continuous import requests_of
+from ._hooks import Hooks, is_hook, take_away
+from ._names import CallNames
+from ._pipelines import watch_pipelines
+from .layers._multi_lora import MultiLoraLinear
+from .layers._overlap import begin_early
+from .layers._siblings import introduce
 from .layers.multi_lora_embedding import MultiLoraEmbedding
 from .layers.multi_lora_experts import MultiLoraExperts
-from .layers.overlap import begin_early
-from .layers.siblings import introduce
-from .names import CallNames
-from .pipelines import watch_pipelines
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -99,13 +99,13 @@ def attach(
             it takes memory that nobody named: :func:`lora_ext.nn.packing` says whether it fits.
         fuse_siblings: compute the updates of layers of one parent that are called with the very
             same tensor (q, k, v; gate, up) in one op, which takes the launches of one layer on a
-            GPU: :mod:`lora_ext.serving.layers.siblings`. The first of them calls the bases of the
+            GPU: :mod:`lora_ext.serving.layers._siblings`. The first of them calls the bases of the
             others too, a little earlier than the model does. The bits are the same. It holds on a
             GPU, outside gradients, autocast and ``torch.compile``, beside
             plain linear bases without hooks and adapters without DoRA; elsewhere each layer
             computes its own.
         overlap: begin each layer's update on a second CUDA stream while its base product runs, in
-            calls of at most 256 rows: :mod:`lora_ext.serving.layers.overlap`. It holds where
+            calls of at most 256 rows: :mod:`lora_ext.serving.layers._overlap`. It holds where
             ``fuse_siblings`` would, but for the output head, and not beside it. The bits are the
             same. No GPU has timed it.
 
@@ -149,7 +149,7 @@ def attach(
     if overlap:
         begin_early(layers)
     swap = Swap(model, layers, "attach")
-    layouts.tell(model)
+    _layouts.tell(model)
     hooked = Hooks(CallNames(pool, default)).put(model)
     spaced = space_products(model)
     model.__dict__[_KEY] = _Attachment(pool, swap, pack_base, fuse_siblings, hooked, spaced)

@@ -19,8 +19,8 @@ from lora_ext._checks import integer, require
 from lora_ext.pool import AdapterPool
 from lora_ext.rows import Assignment, Batch, Rows, capture, in_step
 
-from .layers.pool_dora import DoraFactors, DoraTable
-from .layers.pool_replaced import ReplacedBank
+from .layers._pool_dora import DoraFactors, DoraTable
+from .layers._pool_replaced import ReplacedBank
 
 # What a graph computes for a module, as far as adapters decide it.
 _PARTS = {"a_pages": "factors", "bias": "a bias", "magnitude": "DoRA magnitudes"}

@@ -4,10 +4,10 @@ not in ``__all__`` is for other rooms."""
 
 from lora_ext.serving import QueueFullError
 
-from .data import Datum, Result
-from .losses import LOSSES
-from .sampler import Sample, Sampler
-from .scheduler import settle
+from ._data import Datum, Result
+from ._losses import LOSSES
+from ._sampler import Sample, Sampler
+from ._scheduler import settle
 from .service import Service, Tenant
 
 __all__ = [

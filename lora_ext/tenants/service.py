@@ -17,14 +17,14 @@ from lora_ext._checks import choice, instance, integer, renamed, require, requir
 from lora_ext.adapter import LoraAdapter, check_base
 from lora_ext.layers import LoraConfig, LoraLayer, unwrap
 
-from .batch import CAUSAL, BatchStep, Call
-from .data import Datum, Result, checked_data
-from .live import LiveAdapter, Targets
-from .losses import checked_options
-from .optimizer import checked_settings
-from .sampler import MAX_RANK, Sampler, SamplingModel, forget
-from .scheduler import QUANTUM, Scheduler
-from .store import Store
+from ._batch import CAUSAL, BatchStep, Call
+from ._data import Datum, Result, checked_data
+from ._live import LiveAdapter, Targets
+from ._losses import checked_options
+from ._optimizer import checked_settings
+from ._sampler import MAX_RANK, Sampler, SamplingModel, forget
+from ._scheduler import QUANTUM, Scheduler
+from ._store import Store
 
 _SEEDS = (-(1 << 63), (1 << 63) - 1)
 _MOST, _MOST_ADAPTERS = 1 << 31, 1 << 16
@@ -182,7 +182,7 @@ class Service:
 
     def _load(self, path: Any) -> Tenant:
         folder, saved = self.store.read("load", path)
-        check_trained("load", folder, saved)
+        _check_trained("load", folder, saved)
         ranks = {name: factors.a.shape[0] for name, factors in saved.modules.items()}
         config = LoraConfig(
             r=saved.config.r,
@@ -318,7 +318,7 @@ class Tenant:
 
     def take(self, folder: Any, saved: LoraAdapter, optimizer: bool) -> None:
         """The values of a save; on the service's thread."""
-        check_trained("restore", folder, saved)
+        _check_trained("restore", folder, saved)
         mine = {path: layer.r[self.adapter.name] for path, layer in self.adapter.layers.items()}
         theirs = {path: factors.a.shape[0] for path, factors in saved.modules.items()}
         expected = "the modules and ranks of this adapter"
@@ -397,7 +397,7 @@ class Tenant:
         return future.result() if wait else future
 
 
-def check_trained(where: str, folder: Any, saved: LoraAdapter) -> None:
+def _check_trained(where: str, folder: Any, saved: LoraAdapter) -> None:
     """Refuse a save that PEFT made of more than factors: the rest would be left out in silence."""
     fields = ("use_dora", "lora_bias", "alora_invocation_tokens", "modules_to_save")
     more = [field for field in (*fields, "target_parameters") if getattr(saved.config, field)]

@@ -3,7 +3,7 @@
 import torch
 
 from lora_ext.adapter import LoraAdapter
-from lora_ext.adapter.config import AdapterConfig
+from lora_ext.adapter._config import AdapterConfig
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 SHAPES = {Q: (24, 20), V: (12, 20)}  # (O, I)

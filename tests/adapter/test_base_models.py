@@ -11,7 +11,7 @@ from made_adapters import adapter
 
 import lora_ext
 from lora_ext.adapter import interpolate_adapters, merge_adapters
-from lora_ext.adapter.config import BaseModels
+from lora_ext.adapter._config import BaseModels
 from lora_ext.pool import AdapterPool
 
 OTHER = "expected adapters of one base model, found base_model_name_or_path "

@@ -13,7 +13,7 @@ import torch
 from pool_support import Base, assert_same, assert_slot_holds, config, snapshot, state
 
 from lora_ext.adapter import save_adapter
-from lora_ext.layers.model import patterns
+from lora_ext.layers.model import _patterns
 from lora_ext.pool import AdapterPool
 
 
@@ -340,7 +340,7 @@ def test_magnitudes_that_do_not_fit(pool):
 
 
 def test_a_regular_expression_that_never_ends_is_stopped(pool, monkeypatch):
-    monkeypatch.setattr(patterns, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(_patterns, "TIMEOUT_S", 1.0)
     base = Base()
     base.add_module("a" * 60, torch.nn.Linear(3, 3))
     pool = AdapterPool(base, max_slots=1, max_rank=8)

@@ -11,7 +11,7 @@ from pool_support import Base, config
 from torch import nn
 
 import lora_ext
-from lora_ext.adapter.model_index import ModelIndex
+from lora_ext.adapter._model_index import ModelIndex
 from lora_ext.pool import AdapterPool
 
 

@@ -19,8 +19,8 @@ from lora_ext.adapter import (
     lora_singular_values,
     rank_report,
 )
-from lora_ext.adapter.ranks import KINDS as RANKS
-from lora_ext.adapter.ranks import gram_figures
+from lora_ext.adapter._ranks import KINDS as RANKS
+from lora_ext.adapter._ranks import gram_figures
 from lora_ext.nn import LoraLinear
 
 ORDERED = ("stable", "participation", "entropy_energy", "entropy")

@@ -28,8 +28,8 @@ from lora_ext.circuits import (
     Input,
     RegionGraph,
 )
-from lora_ext.circuits.sampling import best_values
-from lora_ext.reference.circuit import draw, left_size
+from lora_ext.circuits._sampling import best_values
+from lora_ext.reference._circuit import draw, left_size
 
 BIT = Bernoulli()
 

@@ -18,7 +18,7 @@ from lora_ext.circuits import (
     Input,
     RegionGraph,
 )
-from lora_ext.circuits.program import FIRST_LEAF
+from lora_ext.circuits._program import FIRST_LEAF
 
 BIT = Bernoulli()
 

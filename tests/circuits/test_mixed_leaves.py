@@ -14,7 +14,7 @@ from lora_ext.circuits import (
     PCStructureError,
     RegionGraph,
 )
-from lora_ext.reference.circuit import draw
+from lora_ext.reference._circuit import draw
 
 LEAVES = [Bernoulli(), Categorical(3), Binomial(2), Bernoulli(), Categorical(3), Categorical(2)]
 BUILDERS = {

@@ -22,7 +22,7 @@ from lora_ext.circuits import (
     PCStructureError,
     Region,
     RegionGraph,
-    checks,
+    _structure,
     chow_liu_parents,
     compile_graph,
 )
@@ -40,8 +40,8 @@ def test_a_sum_over_different_scopes_is_not_smooth():
     with pytest.raises(
         PCStructureError, match=r"not smooth: sum unit s mixes scopes \{0, 1\} and \{0\}"
     ):
-        checks.check_smooth(graph)
-    assert checks.is_decomposable(graph)
+        _structure.check_smooth(graph)
+    assert _structure.is_decomposable(graph)
     with pytest.raises(
         PCStructureError,
         match="graph: expected a smooth and decomposable",
@@ -52,8 +52,8 @@ def test_a_sum_over_different_scopes_is_not_smooth():
 def test_a_product_over_a_shared_variable_is_not_decomposable():
     graph = build([("s", ["a", "b", "c"])])
     with pytest.raises(PCStructureError, match=r"unit s: children a and c share \{0\}"):
-        checks.check_decomposable(graph)
-    assert checks.is_smooth(graph)
+        _structure.check_decomposable(graph)
+    assert _structure.is_smooth(graph)
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,10 @@ def test_builders_name_an_argument_out_of_range(build, message):
 @pytest.mark.parametrize("name", GRAPHS)
 def test_builders_are_smooth_and_decomposable(name):
     graph = GRAPHS[name]()
-    checks.check_tractable(graph, "test")
+    _structure.check_tractable(graph, "test")
     structured = name not in ("rat_spn", "poon_domingos")
-    assert checks.is_structured_decomposable(graph) == structured
-    assert checks.is_deterministic(graph) is False
+    assert _structure.is_structured_decomposable(graph) == structured
+    assert _structure.is_deterministic(graph) is False
     assert RegionGraph.from_json(json.loads(graph.to_json())) == graph
 
 
@@ -182,13 +182,13 @@ def test_determinism_is_seen_where_indicators_tell_terms_apart():
         inputs |= {f"b{n}": Input([1], BIT) for n in range(len(values))}
         return build([("s", [f"i{n}", f"b{n}"]) for n in range(len(values))], inputs)
 
-    assert checks.is_deterministic(graph(0, 1, 2)) is True
-    assert checks.is_deterministic(graph(0, 1, 0)) == "unknown"
+    assert _structure.is_deterministic(graph(0, 1, 2)) is True
+    assert _structure.is_deterministic(graph(0, 1, 0)) == "unknown"
     # No one variable tells all three apart, but every pair has one that does.
     corner = {"a": ([0, 1], (0,)), "b": ([0], (1,)), "c": ([1], (0,)), "d": ([0, 1], (1,))}
     inputs = {k: Input(v, Indicator(values)) for k, (v, values) in corner.items()}
     products = [("s", ["a"]), ("s", ["b", "c"]), ("s", ["d"])]
-    assert checks.is_deterministic(build(products, inputs)) is True
+    assert _structure.is_deterministic(build(products, inputs)) is True
 
 
 def test_a_region_with_a_kronecker_product_counts_all_pairs():
@@ -257,7 +257,7 @@ def test_a_family_that_no_reader_knows_is_not_written():
 
 def test_no_two_modules_of_the_room_import_each_other():
     """Imports for type checkers count: a circle of names is a circle."""
-    room = Path(checks.__file__).parent
+    room = Path(_structure.__file__).parent
     graph: dict[str, set[str]] = {}
     for path in room.glob("*.py"):
         names: set[str] = set()

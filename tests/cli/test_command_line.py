@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_value import CASES, assert_peft_finds_every_key, llama, peft_model
 
 from lora_ext.adapter import LoraAdapter, compare_adapters, merge_adapters, resize_adapter
-from lora_ext.adapter.peft_tensors import natural_order
+from lora_ext.adapter._peft_tensors import natural_order
 from lora_ext.methods import splora
 from lora_ext.pool import AdapterPool
 

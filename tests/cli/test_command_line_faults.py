@@ -187,7 +187,7 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch, folders):
     def broken(*_, **__):
         raise TypeError("a defect")
 
-    monkeypatch.setattr("lora_ext.cli.reports.compare_adapters", broken)
+    monkeypatch.setattr("lora_ext.cli._reports.compare_adapters", broken)
     with pytest.raises(TypeError):
         cli.main(["diff", *map(str, folders)])
 

@@ -21,7 +21,7 @@ from made_adapters import adapter
 
 import lora_ext
 from lora_ext import cli
-from lora_ext.cli import output
+from lora_ext.cli import _output
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 COMMANDS = ("doctor", "inspect", "merge", "resize", "prune", "diff")
@@ -92,12 +92,12 @@ def test_a_closed_output_and_one_of_few_letters_are_no_errors(tmp_path, monkeypa
 
 def test_progress_is_for_terminals_alone(monkeypatch, capsys):
     items = ["a", "b"]
-    assert output.progress(items) is items
+    assert _output.progress(items) is items
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(output.progress(items)) == items
+    assert list(_output.progress(items)) == items
     assert capsys.readouterr().err == "", "nothing in the first second"
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert output.progress(items) is items, "where there is no tqdm"
+    assert _output.progress(items) is items, "where there is no tqdm"
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_a_bar_appears_after_a_second_and_goes():
     """On standard error, where that is a terminal; standard output has the table alone."""
     code = (
         "import time\n"
-        "from lora_ext.cli.output import progress\n"
+        "from lora_ext.cli._output import progress\n"
         "for _ in progress(['a', 'b', 'c', 'd']):\n"
         "    time.sleep(0.5)\n"
         "print('table')\n"
@@ -136,7 +136,7 @@ def test_cells_and_tables():
         {"module": "a.b", "r": 4, "x": 0.123456, "y": None},
         {"module": "c", "r": 12} | {"x": 1e9, "y": (1, 2)},
     ]
-    assert output.table(rows).splitlines() == [
+    assert _output.table(rows).splitlines() == [
         "module   r       x     y",
         "a.b      4  0.1235     -",
         "c       12   1e+09  1, 2",

@@ -11,7 +11,7 @@ import pytest
 from backends import BACKENDS, closed
 from scripts import tool
 
-from lora_ext.cli import gpu_cases, main
+from lora_ext.cli import _gpu_cases, main
 
 gpu_page = tool("gpu_page")
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,14 +95,14 @@ def test_a_report_that_proves_nothing_is_refused(
 def test_a_wrong_result_fails_the_command(
     report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    cases = [case for case in gpu_cases.all_cases() if case.op == "lora_shrink"]
+    cases = [case for case in _gpu_cases.all_cases() if case.op == "lora_shrink"]
     (case,) = cases
-    wrong = gpu_cases.Case(
+    wrong = _gpu_cases.Case(
         *(case.op, case.launchers, case.make),
         lambda given: [2 * t for t in case.run(given)],
         *(case.formula, case.dtype, case.bound),
     )
-    monkeypatch.setattr("lora_ext.cli.gpu_report.all_cases", lambda: [wrong])
+    monkeypatch.setattr("lora_ext.cli._gpu_report.all_cases", lambda: [wrong])
     out = tmp_path / "wrong.json"
     assert main(["gpu-report", "--out", str(out), "--backend", "emu"]) == 1
     assert "found lora_shrink outside" in capsys.readouterr().err
@@ -113,7 +113,7 @@ def test_a_wrong_result_fails_the_command(
 def test_every_launcher_is_checked() -> None:
     headers = "\n".join(p.read_text() for p in (ROOT / "csrc/include").rglob("*.h"))
     launchers = set(re.findall(r"\blaunch_(\w+)\(", headers)) - {"status_string"}
-    checked = {name for case in gpu_cases.all_cases() for name in case.launchers}
+    checked = {name for case in _gpu_cases.all_cases() for name in case.launchers}
     assert checked == launchers
 
 

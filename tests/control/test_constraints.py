@@ -434,8 +434,8 @@ def test_texts_of_an_iterator_or_array_are_not_mistaken_for_others_that_print_al
 def test_all_256_bytes_may_be_different_to_an_automaton() -> None:
     import numpy as np
 
-    from lora_ext.control.language.algebra import Automaton, over_tokens
-    from lora_ext.control.language.limits import Clock
+    from lora_ext.control.language._algebra import Automaton, over_tokens
+    from lora_ext.control.language._limits import Clock
 
     letters = Automaton(
         np.arange(256, dtype=np.int32),
@@ -491,7 +491,7 @@ def test_a_bracket_too_many_is_no_expression() -> None:
 
 
 def test_names_that_double_from_one_to_the_next_are_looked_at_once() -> None:
-    from lora_ext.control.language import schema
+    from lora_ext.control.language import _schema
 
     names = {
         f"n{i}": {"anyOf": [{"$ref": f"#/$defs/n{i + 1}"}, {"$ref": f"#/$defs/n{i + 1}"}]}
@@ -499,5 +499,5 @@ def test_names_that_double_from_one_to_the_next_are_looked_at_once() -> None:
     }
     names["n18"] = {"anyOf": [{"type": "null"}]}
     begun = time.monotonic()
-    schema.check({"$defs": names, "$ref": "#/$defs/n0"})
+    _schema.check({"$defs": names, "$ref": "#/$defs/n0"})
     assert time.monotonic() - begun < 1  # 2^18 of them take many

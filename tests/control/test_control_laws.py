@@ -24,7 +24,7 @@ from control_toys import (
 from torch import Tensor
 
 from lora_ext.control import Constraint, ConstraintProcessor, Guide
-from lora_ext.control.messages import Plan
+from lora_ext.control._messages import Plan
 
 PROMPT = 1
 Model = Callable[[Prefix], Tensor]

@@ -44,6 +44,6 @@ def test_a_name_is_known_however_the_code_comes_by_it() -> None:
     code += "\nfor each in (n, o):\n    each.log_bmm(x, x)"
     places = {"serving.attaching.attach", "layers.model.wrapping.wrap", "ops.lora.lora_plan"}
     places.add("ops.circuit_sum.log_bmm")
-    assert {f"lora_ext.{place}" for place in places | {"control.guide.Guide"}} <= used(code)
-    assert "lora_ext.rows.context.adapters" not in used(code)
+    assert {f"lora_ext.{place}" for place in places | {"control._guide.Guide"}} <= used(code)
+    assert "lora_ext.rows._context.adapters" not in used(code)
     assert "docs/control.md" in in_use()["lora_ext.control.language.automaton.Constraint"]

@@ -61,11 +61,11 @@ def serving(folder: Path) -> Iterator[Any]:
     """A server of a new model below a folder, in a thread of its own, and a client for it."""
     import httpx
 
-    from lora_ext.server import Settings, running, serve
+    from lora_ext.server import Settings, _running, serve
 
     save_model(folder)
     started, found = threading.Event(), {}
-    kind, make = running._Server, running.make_app
+    kind, make = _running._Server, _running.make_app
 
     def make_app(engine: Any, *given: Any) -> Any:
         found["engine"] = engine
@@ -82,8 +82,8 @@ def serving(folder: Path) -> Iterator[Any]:
     settings = Settings(folder / "tiny", folder / "adapters", port=0, max_body=LIMIT)
     thread = threading.Thread(target=serve, args=(settings, say))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "make_app", make_app)
-        patch.setattr(running, "_Server", make_server)
+        patch.setattr(_running, "make_app", make_app)
+        patch.setattr(_running, "_Server", make_server)
         thread.start()
         assert started.wait(60)
     url = found["said"][-1].split()[-1].removesuffix("/v1")

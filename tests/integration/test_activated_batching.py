@@ -14,8 +14,8 @@ from tiny import make_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lora_ext
-from lora_ext.serving.continuous import computed_tokens
-from lora_ext.serving.engine import Engine
+from lora_ext.serving._continuous import computed_tokens
+from lora_ext.serving._engine import Engine
 
 NEW, PAGE = 6, 8
 ENDS: dict[Any, list[int]] = {"act": [7, 8], "other": [5], "plain": [60], None: [61]}

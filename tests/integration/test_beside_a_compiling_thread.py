@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext import ops
-from lora_ext.methods.mtpc.shortlist import looked_at
+from lora_ext.methods.mtpc._shortlist import looked_at
 from lora_ext.nn import LoraLinear
-from lora_ext.ops.grouped_mm import grouped_mm
-from lora_ext.rows.rows import rows_of
+from lora_ext.ops._grouped_mm import grouped_mm
+from lora_ext.rows._rows import rows_of
 
 
 @pytest.fixture

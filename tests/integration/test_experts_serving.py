@@ -13,7 +13,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lora_ext
 import lora_ext.adapter
-import lora_ext.rows.pool_layer
+import lora_ext.rows._pool_layer
 
 NAMES = ["red", "green", None, "blue", "green", "red"]
 CLOSE = 2e-5  # of logits of about 10 in float32; an adapter moves them by more than 0.5
@@ -145,7 +145,7 @@ def test_an_evicted_adapter_comes_back_as_it_was(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_default_and_names_per_token_reach_the_experts(tmp_path: Path) -> None:
     model, reference = served("mixtral", tmp_path)
-    pool = lora_ext.rows.pool_layer.pool_of(model)
+    pool = lora_ext.rows._pool_layer.pool_of(model)
     ids = tokens(2, 5)
     with lora_ext.adapters(["red", "blue"]):
         expected = model(ids).logits

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from lora_ext.interop.peft import report, to_peft
-from lora_ext.interop.peft.layers import FusedLinear
+from lora_ext.interop.peft._layers import FusedLinear
 
 FAMILIES = ["llama", "qwen2", "gpt2", "bert"]
 NAMES = ["red", "green", "__base__", "blue", "green"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext.interop.peft import report
-from lora_ext.interop.peft.layers import FusedLinear
+from lora_ext.interop.peft._layers import FusedLinear
 
 ROWS = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))
 caching = pytest.mark.skipif(

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext.interop.peft import report, to_peft
-from lora_ext.interop.peft.layers import FusedLinear
-from lora_ext.interop.peft.model import FusedLoraModel
+from lora_ext.interop.peft._layers import FusedLinear
+from lora_ext.interop.peft.model import _FusedLoraModel
 
 NAMES = ["red", "green", "__base__", "blue", "green"]
 ROWS = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))
@@ -55,14 +55,14 @@ def test_the_status_of_model_and_layers_is_pefts() -> None:
 
 
 def test_python_still_knows_the_classes_apart() -> None:
-    assert "FusedLinear" in repr(FusedLinear) and "FusedLoraModel" in repr(FusedLoraModel)
-    assert FusedLinear is not PeftLinear and FusedLoraModel is not LoraModel
+    assert "FusedLinear" in repr(FusedLinear) and "FusedLoraModel" in repr(_FusedLoraModel)
+    assert FusedLinear is not PeftLinear and _FusedLoraModel is not LoraModel
 
 
 def test_pickled_and_copied_layers_are_ours_again() -> None:
     _, ours = pair()
     for twin in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
-        assert type(twin.base_model) is FusedLoraModel
+        assert type(twin.base_model) is _FusedLoraModel
         assert len(list(fused_layers(twin))) == len(list(fused_layers(ours)))
         assert torch.equal(logits(twin, adapter_names=NAMES), logits(ours, adapter_names=NAMES))
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import lora_ext
 from lora_ext import ops
 from lora_ext.interop.peft import report, to_peft
-from lora_ext.interop.peft.layers import Fused
+from lora_ext.interop.peft._layers import Fused
 
 CONFIG = {
     "r": 4,

@@ -10,7 +10,7 @@ from tiny import VOCAB, tokens
 from torch import Tensor
 
 import lora_ext
-from lora_ext.rows import layouts
+from lora_ext.rows import _layouts
 
 NAMES = ["red", "blue", None, "green"]
 
@@ -54,7 +54,7 @@ def assert_rows_are_their_own(model: Any, ids: Tensor, names: list[str | None]) 
 def test_tokens_first(family: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many tokens as sequences, too: from the first batch on where the model is known."""
     if not known:
-        monkeypatch.setattr(layouts, "TOKENS_FIRST", {})
+        monkeypatch.setattr(_layouts, "TOKENS_FIRST", {})
     model = attached(TOKENS_FIRST[family])
     shapes = [(4, 4), (4, 8), (4, 4)][0 if known else 1 :]
     for shape in shapes:

@@ -16,7 +16,7 @@ from torch import nn
 
 import lora_ext
 from lora_ext.adapter import LoraAdapter
-from lora_ext.pool import transfer
+from lora_ext.pool import _transfer
 
 BOUND = 1e-4
 
@@ -297,7 +297,7 @@ def test_a_copy_that_fails_leaves_the_head_of_who_was_to_make_way(
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8)
     pool.load("good", saved)
     lora_ext.attach(model, pool)
-    ids, copied, copy_ = tokens(2, 5), [], transfer.copy_
+    ids, copied, copy_ = tokens(2, 5), [], _transfer.copy_
 
     def fails_at_the_head(destination: torch.Tensor, source: torch.Tensor) -> None:
         if destination.shape == (5, 32) and not copied:
@@ -307,7 +307,7 @@ def test_a_copy_that_fails_leaves_the_head_of_who_was_to_make_way(
 
     with torch.no_grad():
         expected = model(ids, adapter_names="good").logits
-        monkeypatch.setattr(transfer, "copy_", fails_at_the_head)
+        monkeypatch.setattr(_transfer, "copy_", fails_at_the_head)
         with pytest.raises(MemoryError, match="the device is full"):
             pool.load("next", saved)
         assert copied and pool.names == ["good"]

@@ -13,9 +13,9 @@ from test_continuous_batching import alone, attached, batching, prompts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_ext.serving.continuous import unfinished
-from lora_ext.serving.sampling import Sampling
-from lora_ext.serving.streams import RequestStream, TextStream
+from lora_ext.serving._continuous import unfinished
+from lora_ext.serving._sampling import Sampling
+from lora_ext.serving._streams import RequestStream, TextStream
 
 NAMES = ["a0", None, "a1", "a0"]
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,6 +13,7 @@ import peft
 import pytest
 import torch
 from reading_behind import reading_behind
+from service_held import held
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -412,17 +411,8 @@ def test_an_overflowing_tenant_fails_alone() -> None:
         with torch.no_grad():  # each factor is finite, their product is not
             for parameter in bad.adapter.parameters.values():
                 parameter.normal_().mul_(1e30)
-        gate: Future[None] = Future()
-        begun = threading.Event()
-
-        def hold() -> None:
-            begun.set()
-            gate.result()
-
-        service._scheduler.put("test", service._own, hold)
-        begun.wait()  # an earlier call, and one of another queue, may run first
-        calls = [t.forward_backward([datum(k)]) for k in range(3) for t in (bad, good)]
-        gate.set_result(None)
+        with held(service):
+            calls = [t.forward_backward([datum(k)]) for k in range(3) for t in (bad, good)]
         for k, call in enumerate(calls):
             if k % 2:
                 assert call.result().logprobs[0].isfinite().all()

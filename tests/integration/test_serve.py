@@ -25,7 +25,7 @@ from served import (
     text_of,
 )
 
-from lora_ext.serving.metrics import Load, prometheus
+from lora_ext.serving._metrics import Load, prometheus
 
 pytestmark = needs_packages
 

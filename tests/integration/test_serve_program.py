@@ -63,7 +63,7 @@ def test_arguments_are_checked_before_the_model_is_read(
 def test_ctrl_c_ends_a_server_whose_shell_has_the_signal_ignored() -> None:
     import uvicorn
 
-    from lora_ext.server.running import run
+    from lora_ext.server._running import run
 
     async def nothing(scope: object, receive: object, send: object) -> None: ...
 

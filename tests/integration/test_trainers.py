@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_ext
-from lora_ext.interop.peft.layers import FusedLinear
+from lora_ext.interop.peft._layers import FusedLinear
 
 ROWS = torch.randint(1, VOCAB, (8, 6), generator=torch.Generator().manual_seed(0))
 

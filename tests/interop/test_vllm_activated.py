@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lora_ext.interop.vllm import activated
+from lora_ext.interop.vllm import _activated
 
 INVOCATION = (7, 8)
 
@@ -17,7 +17,7 @@ def adapter(name: str, number: int, invocation: tuple[int, ...] = ()) -> SimpleN
         lora_name=name, lora_int_id=number, lora_path=f"/{name}", base_model_name="somebody's"
     )
     if invocation:
-        activated.send(made, invocation)
+        _activated.send(made, invocation)
     return made
 
 
@@ -25,8 +25,8 @@ JUDGE, PIRATE = adapter("judge", 5, INVOCATION), adapter("pirate", 2)
 
 
 def test_an_invocation_travels_with_the_request_and_no_other_name_is_one():
-    assert activated.invocation_of(JUDGE) == INVOCATION
-    assert activated.invocation_of(PIRATE) == () == activated.invocation_of(None)
+    assert _activated.invocation_of(JUDGE) == INVOCATION
+    assert _activated.invocation_of(PIRATE) == () == _activated.invocation_of(None)
 
 
 # done, scheduled, sampled: a chunk before the start, one across it, one after it, two of decoding
@@ -59,7 +59,7 @@ def test_tokens_before_the_start_are_the_base_models(done, count, sampled, token
         whose = batch.request_lora_mapping
         return tuple(whose.repeat(sampling)), tuple(whose.repeat(scheduled)), [JUDGE, PIRATE]
 
-    found = activated._rows(inner, batch, scheduled, sampling)
+    found = _activated._rows(inner, batch, scheduled, sampling)
     assert found[1] == (2, 2, *tokens, 0)
     assert found[0] == (2, *samples, 0)
 
@@ -73,7 +73,7 @@ def test_blocks_before_the_start_have_no_key_and_later_ones_name_it():
     request = SimpleNamespace(lora_request=JUDGE, prompt_token_ids=[1, 2, 3, 4, 5, 7, 8, 9])
 
     def keys(first, end):
-        return activated._keys(inner, request, first, end, 3)
+        return _activated._keys(inner, request, first, end, 3)
 
     assert keys(0, 4) == ((("cache_salt", "s"),), 4)
     assert keys(2, 5) == (None, 4), "it ends where the adapter begins"
@@ -93,7 +93,7 @@ def test_blocks_before_the_start_have_no_key_and_later_ones_name_it():
 )
 def test_a_request_that_cannot_be_answered_is_refused(changes, match):
     fine = {"prompt_token_ids": [7, 8], "sampling_params": None, "lora_request": JUDGE}
-    activated.check(SimpleNamespace(**fine), INVOCATION)
-    activated.check(SimpleNamespace(**{**fine, **changes, "lora_request": PIRATE}), ())
+    _activated.check(SimpleNamespace(**fine), INVOCATION)
+    _activated.check(SimpleNamespace(**{**fine, **changes, "lora_request": PIRATE}), ())
     with pytest.raises(ValueError, match=match):
-        activated.check(SimpleNamespace(**{**fine, **changes}), INVOCATION)
+        _activated.check(SimpleNamespace(**{**fine, **changes}), INVOCATION)

@@ -17,8 +17,8 @@ from control_tokenizer import tokenizer
 from control_toys import guide as toy_guide
 
 from lora_ext import control
-from lora_ext.interop.vllm import constraints
-from lora_ext.interop.vllm.constraints import (
+from lora_ext.interop.vllm import _constraints
+from lora_ext.interop.vllm._constraints import (
     GUIDE,
     KEY,
     PROCESSOR,
@@ -26,7 +26,7 @@ from lora_ext.interop.vllm.constraints import (
     build_at_door,
     in_front,
 )
-from lora_ext.interop.vllm.front import check_in_front
+from lora_ext.interop.vllm._front import check_in_front
 
 V, LENGTH = len(tokenizer()), 64
 EOS = tokenizer().eos_token_id
@@ -55,7 +55,7 @@ def settings(processors=(PROCESSOR,), folder=None, **more):
 def here(monkeypatch):
     found = SimpleNamespace(from_pretrained=lambda *args, **kwargs: tokenizer())
     monkeypatch.setattr("transformers.AutoTokenizer", found)
-    monkeypatch.setattr(constraints, "_doors", [])
+    monkeypatch.setattr(_constraints, "_doors", [])
 
 
 def save_guide(folder):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora_ext.interop.vllm.loads import follow_loads
+from lora_ext.interop.vllm._loads import follow_loads
 
 
 @dataclasses.dataclass

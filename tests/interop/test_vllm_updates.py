@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lora_ext import ops, reference
 from lora_ext.interop import vllm as plugin
-from lora_ext.interop.vllm import interface, owners, updates
-from lora_ext.interop.vllm import stacks as true_ranks
-from lora_ext.interop.vllm.updates import Updates, follow_activations
+from lora_ext.interop.vllm import _interface, _owners, _updates
+from lora_ext.interop.vllm import _stacks as true_ranks
+from lora_ext.interop.vllm._updates import Updates, follow_activations
 
 SLOTS, RANK, IN = 3, 8, 6
 RANKS = (8, 2, 5)
@@ -189,7 +189,7 @@ def test_a_layer_that_no_adapter_touches_costs_nothing(monkeypatch):
     wrapper, y, x = wrapper_for(TOKENS), torch.zeros(6, 5), integers(6, IN)
     a, b = stacks(ranks=(0, 0, 0))
     wrapper._stacks.of_a(a)
-    monkeypatch.setattr(updates, "ops", None)  # not a single call
+    monkeypatch.setattr(_updates, "ops", None)  # not a single call
     wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
     wrapper.add_lora_logits(y, x, a, b, 1.0)
     step(wrapper, (0,) * 6)
@@ -199,7 +199,9 @@ def test_a_layer_that_no_adapter_touches_costs_nothing(monkeypatch):
 def test_rows_are_grouped_once_per_step(monkeypatch):
     wrapper, x, layers = wrapper_for(TOKENS), integers(6, IN), [stacks(seed=s) for s in range(4)]
     made = []
-    monkeypatch.setattr(owners.ops, "lora_plan", lambda *args: made.append(args) or ops_plan(*args))
+    monkeypatch.setattr(
+        _owners.ops, "lora_plan", lambda *args: made.append(args) or ops_plan(*args)
+    )
     for _ in range(2):
         for a, b in layers:
             wrapper.add_lora_linear(torch.zeros(6, 5), x, (a,), (b,), 1.0, (5,))
@@ -266,7 +268,7 @@ def test_rows_of_the_base_keep_every_bit_beside_stacks_of_another_dtype(dtype):
 def test_a_captured_graph_reads_ids_and_ranks_where_they_lie(backend, monkeypatch):
     """Without a plan, and without what the host knows of a step: all rows of the base, no adapter
     anywhere, and the kernels run all the same."""
-    for module in (owners, true_ranks):
+    for module in (_owners, true_ranks):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     wrapper, x, (a, b) = wrapper_for((0,) * 6), integers(6, IN), stacks(ranks=(0, 0, 0))
     ids, ranks = wrapper._tokens.rows(6).ids, wrapper._stacks.of_a(a).ranks
@@ -371,7 +373,7 @@ def fake_vllm(monkeypatch):
     return found
 
 
-OURS = "lora_ext.interop.vllm.cpu.LoraExtWrapperCPU"
+OURS = "lora_ext.interop.vllm._cpu.LoraExtWrapperCPU"
 
 
 def test_registering_names_the_wrapper_of_the_cpu_platform(fake_vllm):
@@ -380,7 +382,7 @@ def test_registering_names_the_wrapper_of_the_cpu_platform(fake_vllm):
         once = fake_vllm.CpuPlatform.get_punica_wrapper, fake_vllm.EngineCore.add_lora
         plugin.register()
         assert fake_vllm.CpuPlatform.get_punica_wrapper() == OURS
-    assert hasattr(fake_vllm.LoRAModelManager.activate_adapter, interface.MARK)  # it is followed
+    assert hasattr(fake_vllm.LoRAModelManager.activate_adapter, _interface.MARK)  # it is followed
     assert once == (fake_vllm.CpuPlatform.get_punica_wrapper, fake_vllm.EngineCore.add_lora)
 
 

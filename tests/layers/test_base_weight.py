@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from lora_ext.layers.base.weight import BaseWeight, ConvWeight, EmbeddingWeight, LinearWeight
+from lora_ext.layers.base._weight import BaseWeight, ConvWeight, EmbeddingWeight, LinearWeight
 from lora_ext.nn import LoraConv, LoraEmbedding, LoraLinear
 
 KINDS = {

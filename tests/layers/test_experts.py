@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
-from lora_ext.layers.experts import (
+from lora_ext.layers._experts import (
     Routing,
     experts_forward,
     experts_update,
@@ -18,7 +18,7 @@ from lora_ext.layers.experts import (
     route,
     slots_of,
 )
-from lora_ext.layers.lora_forward import LoraFactors
+from lora_ext.layers._lora_forward import LoraFactors
 
 EXPERTS, HIDDEN, INNER = 3, 8, 4  # rows of 16 bytes, as torch's grouped product wants them
 FLAGS: list[dict[str, bool]] = [

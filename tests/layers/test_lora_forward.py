@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from lora_ext.layers.lora_forward import LoraFactors, dense_parameters, lora_forward
+from lora_ext.layers._lora_forward import LoraFactors, dense_parameters, lora_forward
 from lora_ext.reference.lora_train import dropout_keep
-from lora_ext.rows.rows import rows_of
+from lora_ext.rows._rows import rows_of
 
 pytestmark = pytest.mark.hosts
 

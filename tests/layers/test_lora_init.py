@@ -12,7 +12,7 @@ from peft_layers import CLOSE, gradients
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_ext.layers.init import FREE
+from lora_ext.layers._init import FREE
 from lora_ext.nn import LoraLinear, init_lora_
 
 ZERO_PRODUCT = [s for s in FREE if s not in ("init_ab", "orthogonal")]

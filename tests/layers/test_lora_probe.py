@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_ext.layers.model.probe import decompose_step, gram
+from lora_ext.layers.model._probe import decompose_step, gram
 from lora_ext.nn import LoraLinear, LoraProbe
 
 

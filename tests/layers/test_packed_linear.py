@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from lora_ext import ops
-from lora_ext.layers.base import packed_linear
-from lora_ext.layers.base.packed_linear import MOST_ROWS, PackedLinear
+from lora_ext.layers.base import _packed_linear
+from lora_ext.layers.base._packed_linear import MOST_ROWS, PackedLinear
 from lora_ext.nn import LoraLinear, pack_linears, packed_bytes, packing, unpack_linears
 
 pytestmark = pytest.mark.hosts
@@ -411,7 +411,7 @@ def test_names_choose_modules() -> None:
 def test_packing_says_what_the_copy_takes_and_whether_it_fits(monkeypatch):
     model = nn.Sequential(nn.Linear(16, 33, bias=False), nn.ReLU(), nn.Linear(16, 32)).eval()
     taken = (64 * 16 + 32 * 16) * 4
-    monkeypatch.setattr(packed_linear, "free_bytes", lambda device: 4 * taken)
+    monkeypatch.setattr(_packed_linear, "free_bytes", lambda device: 4 * taken)
     found = packing(model)
     assert found == (taken, 4 * taken, None) and found.fits
     assert str(found).startswith("the base is packed for decoding, which takes 0.00 GB of the")

@@ -10,7 +10,7 @@ from adapted_models import KINDS, adapted
 from torch import Tensor, nn
 
 from lora_ext.methods.copra import CopraConfig, CopraController, layer_shapley
-from lora_ext.methods.copra.shapley import coalitions_at_once
+from lora_ext.methods.copra.shapley import _coalitions_at_once
 from lora_ext.nn import adapted_layers
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -121,7 +121,7 @@ def test_other_entries_of_a_batch_are_handed_on():
     ],
 )
 def test_a_forward_on_the_cpu_has_a_thousand_tokens_at_most(inputs: Tensor, copies: int):
-    assert coalitions_at_once(inputs, 16) == copies
+    assert _coalitions_at_once(inputs, 16) == copies
 
 
 def test_a_large_batch_takes_several_forwards():

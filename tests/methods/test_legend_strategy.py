@@ -203,7 +203,7 @@ def test_ranks_of_the_config_are_those_of_the_adapter():
 
 
 def test_legend_is_imported_when_it_is_asked_for():
-    assert legend.Legend.__module__ == "lora_ext.methods.legend.flower"
+    assert legend.Legend.__module__ == "lora_ext.methods.legend._flower"
     with pytest.raises(AttributeError, match="no attribute 'Legends'"):
         legend.Legends  # noqa: B018
     with pytest.raises(ValueError, match="expected before_round to come first"):

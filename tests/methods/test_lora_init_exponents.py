@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_ext.layers.model.probe import decompose_step
+from lora_ext.layers.model._probe import decompose_step
 from lora_ext.methods.lora_init import gamma_exponents, init_lora_
 
 INF = math.inf

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_ext import reference
 from lora_ext.methods.mod import ModConfig
-from lora_ext.methods.mod.norms import norm_form
+from lora_ext.methods.mod._norms import norm_form
 from lora_ext.nn import DepthMixer
 
 WIDTH = 6

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from lora_ext.methods import mod
 from lora_ext.methods.mod import ModConfig
-from lora_ext.methods.mod.ensemble import Capture
+from lora_ext.methods.mod._ensemble import Capture
 from lora_ext.nn import decoder_layers
 
 LABELS = IDS.masked_fill(

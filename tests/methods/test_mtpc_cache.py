@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers", reason="the cache is one of transformers")
 from transformers import DynamicCache
 
-from lora_ext.methods.mtpc.trunk import roomy_cache
+from lora_ext.methods.mtpc._trunk import roomy_cache
 
 
 def both(room: int = 8):

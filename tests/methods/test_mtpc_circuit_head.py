@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lora_ext import reference
 from lora_ext.layers.labels import IGNORE
 from lora_ext.methods.mtpc import MtpcConfig, layers
-from lora_ext.methods.mtpc.emission import EMISSIONS
+from lora_ext.methods.mtpc._emission import EMISSIONS
 from lora_ext.nn import CircuitHead
 
 

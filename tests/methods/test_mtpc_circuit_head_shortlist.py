@@ -8,8 +8,8 @@ from circuit_heads import DOUBLE, KINDS, D, K, V, hidden, make, windows
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_ext.methods.mtpc.emission import EMISSIONS
-from lora_ext.methods.mtpc.shortlist import Shortlist
+from lora_ext.methods.mtpc._emission import EMISSIONS
+from lora_ext.methods.mtpc._shortlist import Shortlist
 from lora_ext.nn import CircuitHead
 
 

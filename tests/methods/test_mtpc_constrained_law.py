@@ -17,8 +17,8 @@ from test_circuit_decode_law import step_sizes
 from torch import Tensor
 
 from lora_ext.control import Constraint, ConstraintProcessor
-from lora_ext.methods.mtpc.constrained import Constrained
-from lora_ext.methods.mtpc.request import Request
+from lora_ext.methods.mtpc._constrained import Constrained
+from lora_ext.methods.mtpc._request import Request
 
 N, BUDGET, LONG = 2, 7, 5  # tokens of a window, of a text, and those whose law is compared
 Tokens = tuple[int, ...]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_ext import reference
 from lora_ext.methods import mtpc
-from lora_ext.methods.mtpc.drafting import nucleus
+from lora_ext.methods.mtpc._drafting import nucleus
 from lora_ext.nn import CircuitHead
 
 KINDS = ("ff", "cp", "hmm", "btree")

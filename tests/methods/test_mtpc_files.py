@@ -194,7 +194,7 @@ def test_a_save_that_fails_leaves_the_old_files(tmp_path: Path, monkeypatch: pyt
     def fail(*_: Any, **__: Any) -> str:
         raise OSError("disk full")
 
-    monkeypatch.setattr("lora_ext.methods.mtpc.files.json.dumps", fail)
+    monkeypatch.setattr("lora_ext.methods.mtpc._files.json.dumps", fail)
     with pytest.raises(OSError, match="disk full"):
         draft.save(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

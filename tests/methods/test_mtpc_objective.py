@@ -98,7 +98,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch):
     head, h, x = make("hmm", "adapter"), hidden(7), torch.randint(0, V, (7, K))
     teacher = torch.randn(7, K, V, dtype=DOUBLE)
     whole, _ = window_loss(head, h, x, beta=0.5, teacher_logits=teacher)
-    monkeypatch.setattr("lora_ext.layers.chunks._ELEMENTS", 3 * K * 3 * D)
+    monkeypatch.setattr("lora_ext.layers._chunks._ELEMENTS", 3 * K * 3 * D)
     parts, _ = window_loss(head, h, x, beta=0.5, teacher_logits=teacher)
     torch.testing.assert_close(whole, parts)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lora_ext.methods import mtpc
-from lora_ext.methods.mtpc.request import row_seeds
+from lora_ext.methods.mtpc._request import row_seeds
 
 NEW = 40
 WORDS = ["ab", "c", "bc", "a", "ca"]

@@ -11,8 +11,8 @@ import transformers
 from methods.toy import FAMILIES, make_draft, make_model, prompts, train
 
 from lora_ext.methods import mtpc
-from lora_ext.methods.mtpc.emission import EMISSIONS
-from lora_ext.methods.mtpc.trunk import run_trunk
+from lora_ext.methods.mtpc._emission import EMISSIONS
+from lora_ext.methods.mtpc._trunk import run_trunk
 from lora_ext.nn import CircuitHead
 
 

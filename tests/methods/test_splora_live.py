@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import lora_ext
-from lora_ext.adapter.peft_tensors import base_name
+from lora_ext.adapter._peft_tensors import base_name
 from lora_ext.methods import splora
 from lora_ext.methods.splora import SploraConfig
 from lora_ext.nn import adapted_layers, is_active, set_active

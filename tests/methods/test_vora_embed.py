@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext.methods.vora import VisionPatchEmbed
-from lora_ext.methods.vora.embed import RMSNorm, resample_grid
+from lora_ext.methods.vora._embed import RMSNorm, resample_grid
 
 
 def embedding(seed: int = 0, **fields) -> VisionPatchEmbed:

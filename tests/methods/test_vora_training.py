@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_ext.methods import vora
-from lora_ext.methods.vora.states import block_states
+from lora_ext.methods.vora._states import block_states
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 

@@ -7,7 +7,7 @@ import torch
 from backends import Backend
 
 from lora_ext import ops, reference
-from lora_ext.reference.circuit import draw
+from lora_ext.reference._circuit import draw
 
 HEAD, V = 320, 49152  # a few likely tokens, then a tail that holds 0.14 % in all
 TAIL = 0.0014

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_ext import ops, reference
 from lora_ext.circuits import Circuit, RegionGraph
-from lora_ext.circuits.program import matrices_of
+from lora_ext.circuits._program import matrices_of
 
 
 def run(backend: Backend, name: str, rows: int, norm: str, dtype: torch.dtype = torch.float32):

@@ -10,7 +10,7 @@ from backends import Backend
 from torch import Tensor
 
 from lora_ext import ops, reference
-from lora_ext.reference.circuit_sum import log_weights
+from lora_ext.reference._circuit_sum import log_weights
 
 NORMS = ["logits", "logprobs", "probs", "none"]
 # 16-bit weights differ only in how they are read.

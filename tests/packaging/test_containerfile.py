@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from lora_ext.cli.arguments import make_parser
+from lora_ext.cli._arguments import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = {"FROM", "RUN", "WORKDIR", "COPY", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK", "STOPSIGNAL"}

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 from scripts import load_script
 
-from lora_ext.cli.arguments import make_parser
+from lora_ext.cli._arguments import make_parser
 
 
 @pytest.fixture

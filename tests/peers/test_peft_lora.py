@@ -26,7 +26,7 @@ from tiny import VOCAB, make_model  # noqa: E402
 
 import lora_ext  # noqa: E402
 from lora_ext.interop.peft import report  # noqa: E402
-from lora_ext.interop.peft.layers import FusedLinear  # noqa: E402
+from lora_ext.interop.peft._layers import FusedLinear  # noqa: E402
 
 pytestmark = pytest.mark.hosts
 

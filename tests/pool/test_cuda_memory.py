@@ -12,7 +12,7 @@ import pytest
 import torch
 from pool_support import Base, assert_same, assert_slot_holds, config, snapshot, state
 
-from lora_ext.pool import AdapterPool, memory, pages
+from lora_ext.pool import AdapterPool, _memory, _pages
 
 SOURCE = Path(__file__).with_name("stand_in_cuda.cpp")
 WHEELS = Path(torch.__file__).parents[1]
@@ -36,24 +36,24 @@ def library(tmp_path_factory):
 @pytest.fixture
 def driver(library, monkeypatch):
     """The stand-in, and every pool on the CPU takes its memory from it."""
-    driver = memory.Driver(library)
+    driver = _memory.Driver(library)
 
     def tensor(self):
         room = (ctypes.c_ubyte * self._size).from_address(self.address)
         room.keeps = self
         return torch.frombuffer(room, dtype=torch.uint8)
 
-    monkeypatch.setattr(memory.Reservation, "tensor", tensor)
+    monkeypatch.setattr(_memory.Reservation, "tensor", tensor)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(
-        pages, "memory_on", lambda device, nbytes: memory.CudaMemory(nbytes, DEVICE, driver)
+        _pages, "memory_on", lambda device, nbytes: _memory.CudaMemory(nbytes, DEVICE, driver)
     )
     library.stand_in_limit.argtypes = (ctypes.c_size_t,)
     library.stand_in_taken.restype = ctypes.c_size_t
     library.stand_in_limit(2**40)
     yield driver
     gc.collect()
-    memory.give_back()
+    _memory.give_back()
 
 
 def load(pool, name, seed, rank=8, targets=("up", "down")):
@@ -61,14 +61,14 @@ def load(pool, name, seed, rank=8, targets=("up", "down")):
 
 
 def test_the_driver_is_asked_whether_the_device_has_virtual_memory(library, monkeypatch):
-    memory.Driver.load.cache_clear()
+    _memory.Driver.load.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    assert memory.Driver.load(DEVICE) is not None
-    assert memory.Driver.load(2) is None, "another device is refused"
-    memory.Driver.load.cache_clear()
+    assert _memory.Driver.load(DEVICE) is not None
+    assert _memory.Driver.load(2) is None, "another device is refused"
+    _memory.Driver.load.cache_clear()
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="cuMemRelease returned CUresult 1"):
-        memory.Driver(library)("cuMemRelease", 99)
+        _memory.Driver(library)("cuMemRelease", 99)
 
 
 def test_a_pool_grows_piece_by_piece_at_one_address(driver, library):
@@ -107,7 +107,7 @@ def test_a_device_without_room_leaves_the_pool_as_it_was(driver, library):
         library.stand_in_limit(taken)
         load(pool, "y", 9, targets=("head",))
     gc.collect()
-    memory.give_back()
+    _memory.give_back()
     assert library.stand_in_taken() == taken
     assert_same(before, snapshot(pool))
 
@@ -128,7 +128,7 @@ def test_under_a_limit_pieces_go_from_one_module_to_another(driver, library):
 
 
 def test_memory_goes_back_after_the_last_tensor_on_it(driver, library):
-    memory.give_back()
+    _memory.give_back()
     reserved = library.stand_in_reserved()
     pool = AdapterPool(Base(), max_slots=4, max_rank=8)
     load(pool, "x", 0)
@@ -136,11 +136,11 @@ def test_memory_goes_back_after_the_last_tensor_on_it(driver, library):
     expected = state(0, 8)["base_model.model.up.lora_A.weight"]
     del pool
     gc.collect()
-    memory.give_back()
+    _memory.give_back()
     assert torch.equal(kept[0], expected), "a forward may still hold it"
     del kept
     gc.collect()
-    memory.give_back()
+    _memory.give_back()
     assert library.stand_in_taken() == 0 and library.stand_in_reserved() == reserved
 
 
@@ -183,9 +183,9 @@ def test_a_device_that_fails_keeps_what_is_left_for_later(driver, library, monke
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "synchronize", fail)
         with pytest.raises(RuntimeError, match="the device has failed"):
-            memory.give_back()
+            _memory.give_back()
     assert library.stand_in_taken() == 2 * 4096
-    memory.give_back()
+    _memory.give_back()
     assert library.stand_in_taken() == 0
 
 
@@ -202,11 +202,11 @@ def test_what_is_left_makes_room_where_the_device_has_none(driver, library):
 
 def test_a_forked_process_leaves_the_memory_to_its_parent(driver, library, waits, monkeypatch):
     drop_a_pool()
-    mine, parent = list(memory._left), os.getpid()
+    mine, parent = list(_memory._left), os.getpid()
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: parent + 1)
-        memory.give_back()
+        _memory.give_back()
     assert waits == [] and library.stand_in_taken() == 2 * 4096
-    memory._left.extend(mine)  # a fork has copied the list
-    memory.give_back()
+    _memory._left.extend(mine)  # a fork has copied the list
+    _memory.give_back()
     assert waits == [DEVICE] * 2 and library.stand_in_taken() == 0

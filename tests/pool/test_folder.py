@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_ext import AdapterPool
 from lora_ext.pool import UnknownAdapterError
-from lora_ext.pool.folder import AdapterFolder
+from lora_ext.pool._folder import AdapterFolder
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from pool_support import (
     state,
 )
 
-from lora_ext.pool import AdapterPool, PoolFullError, UnknownAdapterError, transfer
-from lora_ext.pool.pages import in_words
+from lora_ext.pool import AdapterPool, PoolFullError, UnknownAdapterError, _transfer
+from lora_ext.pool._pages import in_words
 
 
 def test_bytes_of_the_pool_are_the_bytes_of_its_pages():
@@ -241,14 +241,14 @@ def test_a_pin_that_garbage_collection_releases_within_a_load_costs_no_page(monk
     load(pool, "x", 0)
     lease = pool.acquire(["x"])
     pool.unload("x")
-    copy_ = transfer.copy_
+    copy_ = _transfer.copy_
 
     def collects(*tensors):
         if not lease.released:
             pool.release(lease)
         copy_(*tensors)
 
-    monkeypatch.setattr(transfer, "copy_", collects)
+    monkeypatch.setattr(_transfer, "copy_", collects)
     load(pool, "y", 1)
     assert lease.released
     with pool.acquire(["y"]) as slots:

@@ -16,7 +16,7 @@ from pool_support import (
     state,
 )
 
-from lora_ext.pool import AdapterPool, memory, transfer
+from lora_ext.pool import AdapterPool, _memory, _transfer
 
 
 @pytest.mark.parametrize("name", ["", "__base__", None, 3])
@@ -30,8 +30,8 @@ class _Fails:
 
     def __init__(self, monkeypatch, at, for_good=False):
         self.count, self.at, self.for_good = 0, at, for_good
-        self.real = transfer.copy_
-        monkeypatch.setattr(transfer, "copy_", self)
+        self.real = _transfer.copy_
+        monkeypatch.setattr(_transfer, "copy_", self)
 
     def __call__(self, destination, source):
         self.count += 1
@@ -111,7 +111,7 @@ def test_no_memory_for_a_new_module_leaves_the_pool_as_it_was(monkeypatch):
     def refuse(*_, **__):
         raise OSError("out of memory")
 
-    monkeypatch.setattr(memory.mmap, "mmap", refuse)
+    monkeypatch.setattr(_memory.mmap, "mmap", refuse)
     with pytest.raises(MemoryError, match=r"3 pages of 'head' \([\d.]+ KiB\).*smaller pages="):
         load(pool, "new", 2, targets=("head",))
     monkeypatch.undo()

@@ -10,7 +10,7 @@ import torch
 from pool_support import SIZES, Base, assert_same, assert_slot_holds, config, snapshot, state
 
 from lora_ext import ops
-from lora_ext.pool import AdapterPool, PoolFullError, transfer
+from lora_ext.pool import AdapterPool, PoolFullError, _transfer
 
 PAGE = {name: 8 * (i + o) * 4 for name, (i, o) in SIZES.items()}  # bytes, float32
 BOTH = PAGE["up"] + PAGE["down"]
@@ -171,7 +171,7 @@ def test_a_copy_that_fails_puts_back_bytes_that_were_to_go_to_another_module(mon
             load(pool, f"x{seed}", seed)
         before, refuses = snapshot(pool), Refuses(at)
         with monkeypatch.context() as patch:
-            patch.setattr(transfer, "copy_", refuses)
+            patch.setattr(_transfer, "copy_", refuses)
             try:
                 load(pool, "new", 9, rank=16, targets=("up", "head"))
             except RuntimeError as error:
@@ -188,7 +188,7 @@ def test_a_device_that_fails_for_good_under_a_limit_loses_no_adapter(monkeypatch
     for seed in range(3):
         load(pool, f"x{seed}", seed)
     with monkeypatch.context() as patch:
-        patch.setattr(transfer, "copy_", Refuses(1, for_good=True))
+        patch.setattr(_transfer, "copy_", Refuses(1, for_good=True))
         with pytest.raises(RuntimeError, match="the copy failed"):
             load(pool, "new", 9, targets=("head",))
     assert pool.stats()["cached"] > 0 and pool.reserved_bytes <= pool.max_bytes

@@ -5,8 +5,8 @@ import torch
 from fake_cuda import FakeCuda
 from pool_support import Base, config, state
 
-from lora_ext.pool import AdapterPool, transfer
-from lora_ext.pool.transfer import StreamTransfer
+from lora_ext.pool import AdapterPool, _transfer
+from lora_ext.pool._transfer import StreamTransfer
 
 SEEDS = range(40)
 
@@ -22,7 +22,7 @@ def cuda(request, monkeypatch):
 
         world.launch(work)
 
-    monkeypatch.setattr(transfer, "copy_", copy_)
+    monkeypatch.setattr(_transfer, "copy_", copy_)
     return world
 
 
@@ -126,7 +126,7 @@ def test_a_pin_inside_a_capture_is_refused(cuda, pool):
 
 def test_a_copy_that_fails_leaves_nothing_queued(cuda, pool, monkeypatch):
     """The memory that was allocated for the adapter is given back, and must not be written then."""
-    queued, real = [], transfer.copy_
+    queued, real = [], _transfer.copy_
 
     def copy_(destination, source):
         if len(queued) == 5:
@@ -135,7 +135,7 @@ def test_a_copy_that_fails_leaves_nothing_queued(cuda, pool, monkeypatch):
         real(destination, source)
 
     pool.unload("a")
-    monkeypatch.setattr(transfer, "copy_", copy_)
+    monkeypatch.setattr(_transfer, "copy_", copy_)
     with pytest.raises(RuntimeError, match="the copy failed"):
         pool.load("h", (config(targets=("head",)), state(4, targets=("head",))))
     assert len(queued) == 5 and not any(stream.queue for stream in cuda.streams)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from two_layers import adapter, formula, inputs, make, pins
 
 import lora_ext
-from lora_ext.rows import past
+from lora_ext.rows import _past
 
 
 def gradient(y: Tensor, x: Tensor) -> Tensor:
@@ -144,11 +144,11 @@ def test_serving_leaves_no_past() -> None:
     model, x = make(), inputs(2, 3)
     with torch.no_grad():
         model(x)
-        before = len(past.here.timeline.starts)
+        before = len(_past.here.timeline.starts)
         for _ in range(5):
             with lora_ext.adapters("red"):
                 model(x)
-    assert len(past.here.timeline.starts) <= before + 1
+    assert len(_past.here.timeline.starts) <= before + 1
 
 
 def test_a_forgotten_block_is_an_error() -> None:
@@ -161,4 +161,4 @@ def test_a_forgotten_block_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"its block was left so long ago"):
         run.sum().backward()
     lora_ext.detach(model)
-    assert len(past.here.timeline.starts) <= 130
+    assert len(_past.here.timeline.starts) <= 130

@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from two_layers import RANKS, adapter, inputs, make
 
 import lora_ext
-from lora_ext.rows import context
-from lora_ext.rows.assignment import Assignment
-from lora_ext.rows.rows import Kept, repeated, rows_of
+from lora_ext.rows import _context
+from lora_ext.rows._assignment import Assignment
+from lora_ext.rows._rows import Kept, repeated, rows_of
 
 CUDA = torch.device("cuda", 0)
 
@@ -83,7 +83,7 @@ def test_a_capture_needs_no_copy_from_the_host(streams: SimpleNamespace) -> None
     streams.capturing = True
     with torch.device("meta"):  # there is no device here: what matters is that nothing is copied
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lora_ext.rows.assignment.capturing", lambda _device: True)
+            patch.setattr("lora_ext.rows._assignment.capturing", lambda _device: True)
             ids = assignment.per_row([4], shape, torch.device("meta"))
             tokens = Assignment.of(["red"], torch.zeros(3, 2, dtype=torch.int64, device="cpu"))
             with pytest.raises(RuntimeError, match=r"token_ids: .* captured in a CUDA graph"):
@@ -99,7 +99,7 @@ def test_a_capture_with_dora_rows_names_the_remedy(monkeypatch: pytest.MonkeyPat
     }
     model = make()
     model.up.pool.load("dora", (config | {"use_dora": True}, state | vectors))
-    monkeypatch.setattr(context, "capturing", lambda _device: True)
+    monkeypatch.setattr(_context, "capturing", lambda _device: True)
     with torch.no_grad(), lora_ext.adapters("red"):
         model(inputs(2, 3))
     with torch.no_grad(), lora_ext.adapters("dora"):

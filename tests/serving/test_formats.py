@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lora_ext.serving.formats import Format, FormatTooLongError, read_format, refuse_old_names
+from lora_ext.serving._formats import Format, FormatTooLongError, read_format, refuse_old_names
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 

@@ -14,7 +14,7 @@ from two_layers import IN, MID, OUT, RANKS, Mlp, adapter, formula, inputs, make,
 
 import lora_ext
 from lora_ext.nn import MultiLoraLinear
-from lora_ext.rows import context
+from lora_ext.rows import _context
 
 PER_SEQUENCE = ["red", None, "blue", "green"]
 
@@ -136,7 +136,7 @@ def test_the_layers_of_a_step_share_one_plan(monkeypatch: pytest.MonkeyPatch) ->
         assert len(calls) == 2
         for length in range(2, 100):  # the cache of shapes is bounded
             model(inputs(4, length))
-        assert len(context.current(model.up.handle).assignment.kept) <= 32
+        assert len(_context.current(model.up.handle).assignment.kept) <= 32
 
 
 def test_blocks_nest_and_pin() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext import ops
-from lora_ext.serving.layers.overlap import MOST_ROWS, Overlap
+from lora_ext.serving.layers._overlap import MOST_ROWS, Overlap
 
 NAMES = ["red", None, "blue"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lora_ext
-from lora_ext.serving.layers import siblings
+from lora_ext.serving.layers import _siblings
 
 WIDTH, OUTS = 24, {"q": 24, "k": 16, "v": 16, "o": 24}
 ROWS = ["red", None, "blue"]
@@ -108,7 +108,7 @@ def test_the_first_forward_teaches_and_the_next_ones_share(fused: list[int]) -> 
 def test_on_the_cpu_each_layer_has_its_own(
     fused: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(siblings, "_ON_CPU", False)
+    monkeypatch.setattr(_siblings, "_ON_CPU", False)
     model, plain = taught()
     agree(model, plain, lambda m: m(inputs()))
     assert fused == [] and kept(model) == []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,13 @@ import pytest
 import torch
 import transformers
 from common import error_over_bound
+from service_held import held
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ext.tenants import Datum, QueueFullError, Service, Tenant
-from lora_ext.tenants.optimizer import Optimizer, checked_settings
-from lora_ext.tenants.sampler import SamplingModel
+from lora_ext.tenants._optimizer import Optimizer, checked_settings
+from lora_ext.tenants._sampler import SamplingModel
 
 pytestmark = pytest.mark.hosts
 
@@ -51,24 +50,6 @@ def service(tmp_path: Path) -> Iterator[Service]:
 def datum(seed: int, n: int = 20, **inputs: Any) -> Datum:
     x = torch.randint(0, VOCAB, (n + 1,), generator=torch.Generator().manual_seed(seed))
     return Datum(x[:-1], {"target_tokens": x[1:], **inputs})
-
-
-@contextmanager
-def held(service: Service) -> Iterator[None]:
-    """Block the service's thread until the block ends, so that calls wait in their queues."""
-    gate: Future[None] = Future()
-    begun = threading.Event()
-
-    def hold() -> None:
-        begun.set()
-        gate.result()
-
-    service._scheduler.put("test", service._own, hold)
-    begun.wait()  # an earlier call, and one of another queue, may run first
-    try:
-        yield
-    finally:
-        gate.set_result(None)
 
 
 def together(service: Service, *actions: Any) -> list[Any]:
@@ -246,7 +227,7 @@ def test_queues_hold_so_many_calls_and_so_many_tokens(
         together(service, *[lambda: two.forward(large[:20])] * 2)
     with pytest.raises(QueueFullError, match="queue: expected at most 8 calls"):
         together(service, *[lambda: one.optim_step(0.0)] * 9)
-    monkeypatch.setattr("lora_ext.tenants.sampler._MOST", 3)
+    monkeypatch.setattr("lora_ext.tenants._sampler._MOST", 3)
     deliver, goes_on = SamplingModel._deliver, threading.Event()
     monkeypatch.setattr(SamplingModel, "_deliver", lambda own: (goes_on.wait(60), deliver(own)))
     sampler = service.sampler()

@@ -8,12 +8,10 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,14 +25,15 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("google.protobuf")
 
+from service_held import held
 from test_service import VOCAB, llama
 
-from lora_ext.server.tinker import wire
+from lora_ext.server.tinker import _wire
 from lora_ext.tenants import Service
 
 ROOT = Path(__file__).parents[2]
 
-FB = wire.messages["ForwardBackwardRequest"]
+FB = _wire.messages["ForwardBackwardRequest"]
 KEY = {"X-API-Key": "tml-a"}
 
 
@@ -61,7 +60,7 @@ class Server:
 
     def post(self, path: str, body: Any, key: str = "tml-a") -> Any:
         given, kind = (
-            (body, wire.MIME)
+            (body, _wire.MIME)
             if isinstance(body, bytes)
             else (json.dumps(body).encode(), "application/json")
         )
@@ -70,7 +69,7 @@ class Server:
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             data = answer.read()
-            return data if wire.MIME in answer.headers["content-type"] else json.loads(data)
+            return data if _wire.MIME in answer.headers["content-type"] else json.loads(data)
 
     def get(self, promise: dict[str, Any], key: str = "tml-a") -> Any:
         return self.post("retrieve_future", {"request_id": promise["request_id"]}, key)
@@ -112,7 +111,7 @@ def request(
 
 
 def losses(body: bytes) -> float:
-    answer = wire.messages["ForwardBackwardOutput"].FromString(body)
+    answer = _wire.messages["ForwardBackwardOutput"].FromString(body)
     return {each.key: each.value for each in answer.metrics}["loss:sum"]
 
 
@@ -153,7 +152,7 @@ def test_the_wire_trains_saves_loads_and_samples(server: Server, folder: Path) -
     asked |= {"sampling_params": {"max_tokens": 3, "seed": 5}, "prompt_logprobs": True}
     promise = server.post("asample", asked)
     assert len(promise["sample_sequence_ids"]) == 2
-    answer = wire.messages["SampleResponse"].FromString(server.get(promise))
+    answer = _wire.messages["SampleResponse"].FromString(server.get(promise))
     assert [len(s.tokens) // 4 for s in answer.sequences] == [3, 3]
     of_prompt = np.frombuffer(answer.prompt_logprobs, np.float32)
     assert np.isnan(of_prompt[0]) and -of_prompt[1:].sum() == pytest.approx(last, abs=1e-4)
@@ -201,30 +200,19 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_floods_are_answered_429_and_are_one_keys_own(
     app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_ext.server.tinker import promises
+    from lora_ext.server.tinker import _promises
 
-    monkeypatch.setattr(promises, "MOST", 6)
+    monkeypatch.setattr(_promises, "MOST", 6)
     model, other = app.begun(), app.begun("tml-b")
     tokens = [1, 2, 3]
     # Calls whose turn never comes wait for it; so many may.
     codes = [app.ask("forward_backward", request(model, n, tokens))[0] for n in range(2, 11)]
     assert codes == [200] * 6 + [429] * 3
     # A tenant's queue that is full, behind something that lasts.
-    monkeypatch.setattr(promises, "MOST", 100)
-    gate: Future[None] = Future()
-    held = threading.Event()
-
-    def hold() -> None:
-        held.set()
-        gate.result()
-
-    app.service._scheduler.put("test", app.service._own, hold)
-    try:
-        assert held.wait(60)
+    monkeypatch.setattr(_promises, "MOST", 100)
+    with held(app.service):
         calls = [request(other, n, tokens) for n in range(1, 6)]
         codes = [app.ask("forward_backward", call, "tml-b")[0] for call in calls]
-    finally:
-        gate.set_result(None)
     assert codes == [200] * 4 + [429]
     session = other.partition(":")[0]
     assert app.ask("session_heartbeat", {"session_id": session})[0] == 410  # another key's
@@ -308,7 +296,7 @@ def test_no_answer_shows_where_the_store_is(app: Any, tmp_path: Path) -> None:
 def test_only_the_whole_path_of_the_store_is_replaced_in_a_message(
     root: str, message: str, expected: str | None
 ) -> None:
-    from lora_ext.server.tinker.api import Api
+    from lora_ext.server.tinker._api import Api
 
     service: Any = SimpleNamespace(store=SimpleNamespace(root=Path(root)))
     words = Api(service, "base").words_of(ValueError(message))

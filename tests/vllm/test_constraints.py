@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from lora_ext.interop.vllm.constraints import KEY, PROCESSOR
+from lora_ext.interop.vllm._constraints import KEY, PROCESSOR
 
 # A token is its letters, so a text is its tokens' letters side by side; token 2 ends it.
 FORMS = {

@@ -22,7 +22,7 @@ from served_llama import ActivatedReference
 from test_constraints import FORMS, asked
 from test_constraints import check as check_forms
 
-from lora_ext.interop.vllm.constraints import KEY, PROCESSOR
+from lora_ext.interop.vllm._constraints import KEY, PROCESSOR
 
 ATOL = 3e-4  # as in test_against_peft.py
 NAMES = ["a", None, "b", "d", "head", None]
@@ -178,7 +178,7 @@ def test_the_switch_leaves_vllm_with_its_own_kernels(tmp_path):
     )
     for switch, wanted in (
         ("0", "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"),
-        ("1", "lora_ext.interop.vllm.cpu.LoraExtWrapperCPU"),
+        ("1", "lora_ext.interop.vllm._cpu.LoraExtWrapperCPU"),
     ):
         environment = {**os.environ, "LORA_EXT_VLLM": switch}
         run = subprocess.run(

@@ -30,9 +30,9 @@ def wrapper(request, monkeypatch, backend):
         from vllm.lora.punica_wrapper import punica_gpu
 
         monkeypatch.setattr(punica_gpu, "LoRAKernelMeta", NoTriton, raising=False)
-        from lora_ext.interop.vllm.cuda import LoraExtWrapperCUDA as Wrapper
+        from lora_ext.interop.vllm._cuda import LoraExtWrapperCUDA as Wrapper
     else:
-        from lora_ext.interop.vllm.cpu import LoraExtWrapperCPU as Wrapper
+        from lora_ext.interop.vllm._cpu import LoraExtWrapperCPU as Wrapper
     return Wrapper(16, 8, backend.device, lora_config=CONFIG)
 
 
@@ -69,19 +69,19 @@ def test_rows_follow_vllms_mapping(wrapper):
 def test_all_that_layers_call_is_ours_but_for_experts_and_replaced_heads():
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperABC, PunicaWrapperBase
 
-    from lora_ext.interop.vllm import cpu, cuda
-    from lora_ext.interop.vllm.updates import Updates
+    from lora_ext.interop.vllm import _cpu, _cuda
+    from lora_ext.interop.vllm._updates import Updates
 
     called = {name for name in vars(PunicaWrapperABC) if name.startswith("add_")}
     experts = {name for name in vars(PunicaWrapperBase) if name.startswith("add_")} - called
     assert experts == {"add_lora_fused_moe", "add_lora_w13", "add_lora_w2"}
-    for made in (cpu.LoraExtWrapperCPU, cuda.LoraExtWrapperCUDA):
+    for made in (_cpu.LoraExtWrapperCPU, _cuda.LoraExtWrapperCUDA):
         assert all(getattr(made, name) is getattr(Updates, name) for name in called)
     assert not experts & vars(Updates).keys()
 
 
 def test_experts_are_refused_on_the_cpu():
-    from lora_ext.interop.vllm.cpu import LoraExtWrapperCPU
+    from lora_ext.interop.vllm._cpu import LoraExtWrapperCPU
 
     made = LoraExtWrapperCPU(16, 8, "cpu", lora_config=CONFIG)
     with pytest.raises(NotImplementedError, match="vLLM has no LoRA for experts on the CPU"):
@@ -92,7 +92,7 @@ def test_adapters_of_another_wrapper_stay_unseen():
     """The adapter manager's method is wrapped once, whoever uses it."""
     from vllm.lora.model_manager import LoRAModelManager
 
-    from lora_ext.interop.vllm.updates import follow_activations
+    from lora_ext.interop.vllm._updates import follow_activations
 
     follow_activations()
     once = LoRAModelManager.activate_adapter

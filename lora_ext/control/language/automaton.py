@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lora_ext._checks import require
 
-from . import algebra
-from .algebra import Automaton
-from .limits import DEFAULT, Clock, Limits
+from . import _algebra
+from ._algebra import Automaton
+from ._limits import DEFAULT, Clock, Limits
+from ._vocabulary import end_tokens
+from ._written import Written
 from .matched import Matched
-from .vocabulary import end_tokens
-from .written import Written
 
 _MOST_CLASSES = 1 << 15  # what int16 holds
 
@@ -55,7 +55,7 @@ class Constraint(Written):
     ) -> Constraint:
         """The constraint of an automaton over tokens."""
         automaton.class_of[list(eos)] = -1
-        content = algebra.minimal(automaton, clock)
+        content = _algebra.minimal(automaton, clock)
         clock.states(len(content.table), part)
         if content.table.shape[1] >= _MOST_CLASSES:
             clock.refuse(
@@ -154,7 +154,7 @@ class Constraint(Written):
         return self._joined(other, "|", np.logical_or)
 
     def __invert__(self) -> Constraint:
-        content = algebra.complement(self._content)
+        content = _algebra.complement(self._content)
         return self._of("~", content, self.eos, Clock("~"), "the complement")
 
     def _joined(self, other: Constraint, sign: str, both: Any) -> Constraint:
@@ -164,7 +164,7 @@ class Constraint(Written):
         expected = f"size and ends {mine} as on the left"
         require(mine == theirs, sign, "other vocabulary", expected, theirs)
         clock = Clock(sign)
-        joined = algebra.joined(self._content, other._content, both, clock)
+        joined = _algebra.joined(self._content, other._content, both, clock)
         part = f"{self.num_states} states times {other.num_states}"
         return self._of(sign, joined, self.eos, clock, part)
 
@@ -215,9 +215,9 @@ class Constraint(Written):
         """The fewest tokens to the end from each state, the one that ends included, ``(S + 1,)``;
         of the end 0."""
         table = np.concatenate([self.table.numpy(), np.full((1, self.table.shape[1]), -1)])
-        sources, targets = algebra.edges(table)
+        sources, targets = _algebra.edges(table)
         seeds = np.array([self.end])
-        return torch.from_numpy(algebra.distances(sources, targets, seeds, len(table)))
+        return torch.from_numpy(_algebra.distances(sources, targets, seeds, len(table)))
 
     @cached_property
     def class_index(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_ext._checks import instance, require
 
-from .vocabulary import end_tokens
+from ._vocabulary import end_tokens
 
 _KEPT_MASKS = 4096
 _ONE_OF = (

@@ -1,8 +1,8 @@
 """Many clients trained as the rows of one batch, on one base model."""
 
-from .batches import logits_of, merged, rows_in
-from .client_layers import UnsupportedModule
-from .clients import ClientSpec, client_seed, step_seeds
+from ._batches import logits_of, merged, rows_in
+from ._client_layers import UnsupportedModule
+from ._clients import ClientSpec, client_seed, step_seeds
 from .training import BatchedClients
 
 __all__ = [

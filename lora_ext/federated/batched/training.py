@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from lora_ext._checks import require
 from lora_ext.adapter import PREFIX
 from lora_ext.layers import Swap, adapted_layers, block_index, block_name, dropout_now
-from lora_ext.rows import layouts
+from lora_ext.rows import _layouts
 
-from ..layers import Others
-from ..payload import shapes_of
-from ..plan import PATTERN, Client, LayerPlan, Pair, layer_pairs
-from ..update import Update
-from .banks import Bank, ClientsAdamW, SharedBank
-from .batches import LossFn, cross_entropies, logits_of, merged, own_losses, own_outputs
-from .client_layers import WHERE, BatchRows, ClientsLayer, UnsupportedModule, check_model
-from .clients import ClientRound, ClientSpec, step_seeds
-from .shared import SharedModules, shared_names, start_of
-from .staircase import Staircase, Unfit
+from .._layers import Others
+from .._payload import shapes_of
+from .._plan import PATTERN, Client, LayerPlan, Pair, layer_pairs
+from .._update import Update
+from ._banks import Bank, ClientsAdamW, SharedBank
+from ._batches import LossFn, cross_entropies, logits_of, merged, own_losses, own_outputs
+from ._client_layers import WHERE, BatchRows, ClientsLayer, UnsupportedModule, check_model
+from ._clients import ClientRound, ClientSpec, step_seeds
+from ._shared import SharedModules, shared_names, start_of
+from ._staircase import Staircase, Unfit
 
 
 class BatchedClients:
@@ -163,7 +163,7 @@ class BatchedClients:
         # Places: whoever leaves first comes last, so that those who go on are always the first.
         clients = sorted(states, key=lambda c: (-len(c.spec.batches), c.settings))
         rows = BatchRows()
-        turned = layouts.tokens_first(self.model)
+        turned = _layouts.tokens_first(self.model)
         banks: list[Bank] = []
         replacements: dict[str, nn.Module] = {}
         for pair in pairs:
@@ -271,7 +271,7 @@ class BatchedClients:
         self, clients: list[ClientRound], names: Mapping[str, Pair], rows: BatchRows
     ) -> Staircase | None:
         """Where some client trains nothing in the lowest block, and each index has one block."""
-        turned = layouts.tokens_first(self.model)
+        turned = _layouts.tokens_first(self.model)
         blocks: dict[int, str] = {}
         for name, pair in names.items():
             block = block_name(f"{name}.lora_A.weight", self.pattern)

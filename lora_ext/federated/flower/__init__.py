@@ -18,9 +18,9 @@ except ImportError as error:
         "run `pip install --no-build-isolation '.[fed]'` in a checkout of lora_ext"
     ) from error
 
-from .client import make_client_app
+from ._client import make_client_app
+from ._records import from_arrays, to_arrays
 from .grid import LocalGrid
-from .records import from_arrays, to_arrays
 from .server import make_server_app
 from .strategy import LoraStrategy
 

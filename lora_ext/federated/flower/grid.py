@@ -16,8 +16,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from lora_ext._checks import require
 
 from .. import BatchedClients
-from .batched_app import BatchedApp, of_clients
-from .tasks import failed
+from ._batched_app import BatchedApp, of_clients
+from ._tasks import failed
 
 RUN, SERVER = 1, 1  # the node id of Flower's own server is 1, too
 

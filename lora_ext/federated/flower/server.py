@@ -11,9 +11,9 @@ from flwr.serverapp.strategy import Result
 from torch import nn
 
 from .. import LayerPlan
-from ..plan import PATTERN
-from .model import Model, Tensors
-from .records import from_arrays, to_arrays
+from .._plan import PATTERN
+from ._model import Model, Tensors
+from ._records import from_arrays, to_arrays
 from .strategy import LoraStrategy
 
 _OWN = {"num-server-rounds", "timeout"}

@@ -16,23 +16,23 @@ from torch import Tensor
 from lora_ext._checks import integer, require
 
 from .. import Aggregate, CommLog, LayerPlan, RoundLog, aggregate, plan_bytes
-from ..aggregation import RankAgg, check_settings
-from ..plan import PATTERN, Allocator, check_layers, layer_pairs
-from ..update import Client, NanPolicy, Upload
-from . import records
-from .masked_replies import aggregate_replies
-from .nodes import Capability, Nodes, connected, drawn
-from .round import Round, Sending
+from .._aggregation import RankAgg, check_settings
+from .._plan import PATTERN, Allocator, check_layers, layer_pairs
+from .._update import Client, NanPolicy, Upload
+from . import _records
+from ._masked_replies import aggregate_replies
+from ._nodes import Capability, Nodes, connected, drawn
+from ._round import Round, Sending
 
 WHERE = "LoraStrategy"
 Payload = Literal["sliced", "dense_masked"]
 
-_OWN = {"arrayrecord_key": records.LORA, "configrecord_key": records.CONFIG}
+_OWN = {"arrayrecord_key": _records.LORA, "configrecord_key": _records.CONFIG}
 _LEAST = {
     "min_train_nodes": 1,
     "min_available_nodes": 1,
-    "train_metrics_aggr_fn": records.mean_metrics,
-    "evaluate_metrics_aggr_fn": records.mean_metrics,
+    "train_metrics_aggr_fn": _records.mean_metrics,
+    "evaluate_metrics_aggr_fn": _records.mean_metrics,
 }
 _log = logging.getLogger("flwr")
 
@@ -234,10 +234,10 @@ class LoraStrategy(FedAvg):
                 that is not known. Nothing has been sent to train then.
         """
         number = self._before + server_round
-        state = records.from_arrays(arrays, f"{WHERE}: arrays")
+        state = _records.from_arrays(arrays, f"{WHERE}: arrays")
         changed = self.before_round(number, state)
         if changed is not None:
-            state, arrays = dict(changed), records.to_arrays(changed)
+            state, arrays = dict(changed), _records.to_arrays(changed)
         pairs = layer_pairs(f"{WHERE}: arrays", state, self._rules["pattern"])
         num_layers = check_layers(WHERE, {pair.layer for pair in pairs})
         first = server_round == 1
@@ -279,7 +279,7 @@ class LoraStrategy(FedAvg):
         for reply in replies:  # who a node is, where its echo says it, for the rounds to come
             node = reply.metadata.src_node_id
             if node in current.nodes and reply.has_content():
-                self._nodes.learn(node, reply.content.config_records.get(records.ECHO, {}))
+                self._nodes.learn(node, reply.content.config_records.get(_records.ECHO, {}))
         if self._sending.payload == "sliced":
             result = aggregate(current.state, updates, **self._rules)
         else:
@@ -294,7 +294,7 @@ class LoraStrategy(FedAvg):
             reasons[client] = f"node {current.node(client)}: {reason}"
         self._write(current, result, reasons)
         for client in result.accepted:
-            reported = records.numbers(contents[client].metric_records[records.METRICS])
+            reported = _records.numbers(contents[client].metric_records[_records.METRICS])
             plan = current.plans[client]
             sent = plan_bytes(current.state, plan, self._rules["pattern"])
             self.observe(number, client, plan, {**reported, "bytes": float(sent)})
@@ -304,7 +304,7 @@ class LoraStrategy(FedAvg):
             return current.record, None
         reports = [contents[client] for client in result.accepted]
         means = self.train_metrics_aggr_fn(reports, self.weighted_by_key)
-        return records.same_arrays(current.record, current.state, result.state), means
+        return _records.same_arrays(current.record, current.state, result.state), means
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -319,9 +319,9 @@ class LoraStrategy(FedAvg):
         count = max(int(len(nodes) * self.fraction_evaluate), self.min_evaluate_nodes)
         chosen = drawn(nodes, count, self.seed, number, 1)
         settings = ConfigRecord({**config, "server-round": number})
-        content = RecordDict({records.LORA: arrays, records.CONFIG: settings})
+        content = RecordDict({_records.LORA: arrays, _records.CONFIG: settings})
         for client in chosen:
-            self.comm.record(number, client, down=records.count_bytes(content))
+            self.comm.record(number, client, down=_records.count_bytes(content))
         return [Message(content, nodes[client], MessageType.EVALUATE) for client in chosen]
 
     def aggregate_evaluate(
@@ -333,7 +333,7 @@ class LoraStrategy(FedAvg):
         for reply in valid:
             client = self._nodes.client(reply.metadata.src_node_id)
             number = self._before + server_round
-            self.comm.record(number, client, up=records.message_bytes(reply))
+            self.comm.record(number, client, up=_records.message_bytes(reply))
         contents = [reply.content for reply in valid]
         return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if valid else None
 

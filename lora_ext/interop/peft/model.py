@@ -23,11 +23,11 @@ from torch import nn
 from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.layers import space_products, unspace_products
-from lora_ext.rows import layouts, refuse_singular, several_processes
+from lora_ext.rows import _layouts, refuse_singular, several_processes
 
-from . import quantised
-from .activation import copies_of_prompt, offsets_given, refuse_other_forwards
-from .adapters import (
+from . import _quantised
+from ._activation import copies_of_prompt, offsets_given, refuse_other_forwards
+from ._adapters import (
     by_reason,
     check_values,
     refuse_block,
@@ -38,9 +38,9 @@ from .adapters import (
     warn_of_frozen,
     warn_of_other_bases,
 )
-from .experts import FusedExperts
-from .layers import Fused, FusedLinear
-from .names import Given, assignment_of, forget_checkpoints, kept_by_checkpoints
+from ._experts import FusedExperts
+from ._layers import Fused, FusedLinear
+from ._names import Given, assignment_of, forget_checkpoints, kept_by_checkpoints
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -63,9 +63,9 @@ def take_over(model: Model) -> Model:
     warn_of_other_bases(model)
     _swap(model, _fused_class)
     space_products(model)
-    layouts.tell(model)
+    _layouts.tell(model)
     for module in model.modules():
-        if isinstance(module, FusedLoraModel):
+        if isinstance(module, _FusedLoraModel):
             module.turned = turned_layers(module)
     found = report(model)
     if not found.taken:
@@ -98,8 +98,8 @@ def to_peft(model: Model) -> Model:
 
 
 def _fused_class(kind: type) -> type:
-    plain = {PeftLinear: FusedLinear, ParamWrapper: FusedExperts, LoraModel: FusedLoraModel}
-    return plain.get(kind) or quantised.fused_class(kind)
+    plain = {PeftLinear: FusedLinear, ParamWrapper: FusedExperts, LoraModel: _FusedLoraModel}
+    return plain.get(kind) or _quantised.fused_class(kind)
 
 
 def _swap(model: nn.Module, other: Callable[[type], type]) -> None:
@@ -135,7 +135,7 @@ def report(model: nn.Module) -> Report:
             left[name] = (
                 "from_peft has not seen it yet"
                 if _fused_class(kind) is not kind
-                else f"only {quantised.COVERED} are covered, found {quantised.full_name(kind)}"
+                else f"only {_quantised.COVERED} are covered, found {_quantised.full_name(kind)}"
             )
     return Report(tuple(taken), left)
 
@@ -144,7 +144,7 @@ def report(model: nn.Module) -> Report:
 _begins: ContextVar[bool] = ContextVar("lora_ext.peft_begins", default=False)
 
 
-class FusedLoraModel(LoraModel):
+class _FusedLoraModel(LoraModel):
     """PEFT's ``LoraModel`` that also takes ``adapter_names`` in training."""
 
     of_peft = LoraModel
@@ -218,4 +218,4 @@ class FusedLoraModel(LoraModel):
             hooks.__exit__(None, None, None)
 
 
-FusedLoraModel.__name__ = LoraModel.__name__  # as FusedLinear has its own
+_FusedLoraModel.__name__ = LoraModel.__name__  # as FusedLinear has its own

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_ext import _loader
 
-from . import activated, front, interface, loads
+from . import _activated, _front, _interface, _loads
 
 __all__ = ["EXPECTED", "register"]
 
@@ -35,8 +35,8 @@ def register() -> None:
     where nothing has been measured; ``0`` leaves vLLM as it is.
 
     Where vLLM lacks what a part of this stands on, that part is left out with a warning: our
-    kernels, names and numbers for each load of an adapter (:mod:`.loads`), or constraints of
-    requests (:mod:`.constraints`).
+    kernels, names and numbers for each load of an adapter (:mod:`._loads`), or constraints of
+    requests (:mod:`._constraints`).
 
     Raises:
         ValueError: ``LORA_EXT_VLLM`` has another value. ModuleNotFoundError: vLLM is not installed.
@@ -69,7 +69,7 @@ def register() -> None:
         lacking = _lacking(f"vllm.lora.punica_wrapper.{of_wrapper}", "wrapper")
         lacking = lacking or _lacking(_MANAGER, "manager")
         if lacking is None:
-            from .updates import follow_activations  # loads the kernels
+            from ._updates import follow_activations  # loads the kernels
 
             follow_activations()
             return f"{__name__}.{ours}"
@@ -83,11 +83,11 @@ def register() -> None:
 def _follow_loads() -> None:
     lacking = _lacking(_ENGINE, "engine")
     if lacking is None:
-        loads.follow_loads(_found(_ENGINE))
+        _loads.follow_loads(_found(_ENGINE))
         lacking = _lacking(_FRONT, "front")
-        activated.follow_starts(lacking)
+        _activated.follow_starts(lacking)
         if lacking is None:
-            front.check_in_front(_found(_FRONT), activated.in_front)
+            _front.check_in_front(_found(_FRONT), _activated.in_front)
     else:
         _warn(lacking, "an adapter that is loaded again keeps its old blocks of the prefix cache")
 
@@ -95,17 +95,17 @@ def _follow_loads() -> None:
 def _build_constraints() -> None:
     lacking = _lacking(_ENGINE, "door") or _lacking(_FRONT, "front")
     if lacking is None:
-        from . import constraints  # control and serving: not for a first look
+        from . import _constraints  # control and serving: not for a first look
 
-        constraints.build_at_door(_found(_ENGINE))
-        front.check_in_front(_found(_FRONT), constraints.in_front)
+        _constraints.build_at_door(_found(_ENGINE))
+        _front.check_in_front(_found(_FRONT), _constraints.in_front)
     else:
         _warn(lacking, "constraints of requests are not built")
 
 
 def _lacking(name: str, part: str) -> str | None:
     try:
-        return interface.missing(part, _found(name))
+        return _interface.missing(part, _found(name))
     except (ImportError, AttributeError) as error:
         return f"{name} ({error})"
 

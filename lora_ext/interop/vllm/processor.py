@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .constraints import ConstrainedRows
+from ._constraints import ConstrainedRows
 
 _Base: Any = importlib.import_module("vllm.v1.sample.logits_processor").LogitsProcessor
 

@@ -19,8 +19,8 @@ from lora_ext._torch import compiles, evaluating
 
 from ..labels import IGNORE
 from ..labels import shift_labels as shifted
-from .forwards import Forward
-from .head import Head, causal_lm, measured_head, softcap_of
+from ._forwards import Forward
+from ._head import Head, causal_lm, measured_head, softcap_of
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -13,9 +13,9 @@ from lora_ext import ops
 from lora_ext._checks import flag, instance, require
 from lora_ext.rows import PoolLayer
 
-from ..base.packed_linear import PackedLinear, linears_of, pack_linears, unpack
-from .attention import ask_first
-from .exact_functions import MARK, has_adapters, replace_functions, restore_functions
+from ..base._packed_linear import PackedLinear, linears_of, pack_linears, unpack
+from ._attention import ask_first
+from ._exact_functions import MARK, has_adapters, replace_functions, restore_functions
 
 Model = TypeVar("Model", bound=nn.Module)
 

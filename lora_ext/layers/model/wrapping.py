@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require, require_flags
-from lora_ext.rows import PoolLayer, activated_in, layer_names, layouts
+from lora_ext.rows import PoolLayer, _layouts, activated_in, layer_names
 
-from ..base.modules import READS_WEIGHTS, head_names, linear_size
-from ..base.spacing import space_products, unspace_products
+from .._lora_layer import LoraLayer
+from ..base._modules import READS_WEIGHTS, head_names, linear_size
+from ..base._spacing import space_products, unspace_products
 from ..labels import IGNORE
 from ..lora_conv import LoraConv
 from ..lora_embedding import LoraEmbedding
-from ..lora_layer import LoraLayer
 from ..lora_linear import LoraLinear
-from .lora_config import LoraConfig
-from .swap import Swap
+from ._lora_config import LoraConfig
+from ._swap import Swap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -107,7 +107,7 @@ def wrap(
         for layer in new.values():
             layer.set_adapter([])
     state.spaced += space_products(model)
-    layouts.tell(model)
+    _layouts.tell(model)
     if config.invocation and _warn_of_labels not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_warn_of_labels, with_kwargs=True)
     return model

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from lora_ext._checks import integer, require
 from lora_ext.layers import LayerGroups, Mask, adapted_layers
 
+from ._sync import GatedGroups, TouchedGroups, remove_gates
 from .config import CopraConfig
 from .schedule import CopraSchedule
-from .sync import GatedGroups, TouchedGroups, remove_gates
 
 _KINDS = {"seed": LayerGroups, "touch": TouchedGroups, "tensor": GatedGroups}
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lora_ext._checks import integer, require
 from lora_ext._torch import evaluating
 
+from ._estimators import Estimator, exact, owen, permutation
 from .coalitions import RowwiseError, coalitions
 from .controller import CopraController
-from .estimators import Estimator, exact, owen, permutation
 
 Method = Literal["exact", "permutation", "owen"]
 
@@ -154,12 +154,12 @@ def layer_shapley(
     values, at_once = one_by_one, 1
     if batch is not None:
         values = _Batched(model, controller, eval_fn, batch)
-        at_once = coalitions_at_once(values.first, batched_coalitions)
+        at_once = _coalitions_at_once(values.first, batched_coalitions)
     with evaluating(model), torch.no_grad():
         return _run(estimator, n, values, cache, at_once)
 
 
-def coalitions_at_once(inputs: Tensor, most: int) -> int:
+def _coalitions_at_once(inputs: Tensor, most: int) -> int:
     """How many copies of a batch a forward is to have: at most ``most``; on the CPU fewer, but one,
     where they have more than 1024 tokens. Inputs are token numbers ``(rows, ...)``, or features."""
     if inputs.device.type != "cpu":

@@ -7,15 +7,15 @@ Allocation" (arXiv 2506.12213), with its repository TNI-playground/Fed_HeLLo.
 from lora_ext._on_demand import on_demand
 from lora_ext.federated import partition_dirichlet, partition_pathological
 
+from ._patterns import Pattern, gd_layers, pattern_weights, rgd_layers
 from .allocation import HLA
 from .clusters import cluster_weights
 from .config import FedHelloConfig
 from .importance import EmptyProxySet, fim_scores
-from .patterns import Pattern, gd_layers, pattern_weights, rgd_layers
 
 __all__ = [
     "HLA", "EmptyProxySet", "FedHelloConfig", "Pattern", "cluster_weights", "fim_scores",
     "gd_layers", "partition_dirichlet", "partition_pathological", "pattern_weights", "rgd_layers",
 ]  # fmt: skip
 
-__getattr__ = on_demand(__name__, flower="FedHello")  # it needs Flower, and is of the floor above
+__getattr__ = on_demand(__name__, _flower="FedHello")  # it needs Flower, and is of the floor above

@@ -12,9 +12,7 @@ from torch import Tensor
 from lora_ext._checks import integer, require
 from lora_ext.federated import LayerPlan
 
-from .clusters import cluster_weights
-from .config import FedHelloConfig, Kind
-from .patterns import (
+from ._patterns import (
     Pattern,
     Weights,
     checked_weights,
@@ -23,6 +21,8 @@ from .patterns import (
     pattern_weights,
     rgd_layers,
 )
+from .clusters import cluster_weights
+from .config import FedHelloConfig, Kind
 
 
 class HLA:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_ext._checks import integer, require
 
-from .patterns import normalised
+from ._patterns import normalised
 
 
 def cluster_weights(

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lora_ext._checks import check_fields, require, within
 
-from .patterns import Pattern, as_pattern, checked_weights
+from ._patterns import Pattern, as_pattern, checked_weights
 
 Kind = Literal["gd", "rgd", "fim"]
 Score = Literal["log_prob", "logit"]

@@ -7,8 +7,8 @@ Source: "Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous Dev
 
 from lora_ext._on_demand import on_demand
 
+from ._capacity import CapacityReport, CapacityTracker, Estimate
 from .allocator import LegendAllocator
-from .capacity import CapacityReport, CapacityTracker, Estimate
 from .config import LegendConfig
 from .configurator import Configuration, LegendConfigurator
 from .prefix import PrefixCache
@@ -22,4 +22,4 @@ __all__ = [
     "layer_bytes", "rank_distribution", "resize_lora", "resize_state", "waiting_time",
 ]  # fmt: skip
 
-__getattr__ = on_demand(__name__, flower="Legend")  # it needs Flower, and is of the floor above
+__getattr__ = on_demand(__name__, _flower="Legend")  # it needs Flower, and is of the floor above

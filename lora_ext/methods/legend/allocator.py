@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_ext._checks import require
 from lora_ext.federated import PATTERN, Client, LayerPlan, layer_pairs
 
-from .capacity import CapacityReport, CapacityTracker, Estimate
+from ._capacity import CapacityReport, CapacityTracker, Estimate
 from .config import LegendConfig
 from .configurator import Configuration, LegendConfigurator
 from .ranks import layer_bytes

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_ext._checks import require
 from lora_ext.federated import PATTERN, Client, LayerPlan, check_layers, layer_pairs, plan_bytes
 
-from .capacity import CapacityReport, Estimate
+from ._capacity import CapacityReport, Estimate
 
 
 def waiting_time(times: Iterable[float] | Mapping[Any, float]) -> float:

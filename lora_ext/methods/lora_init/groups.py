@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_ext._checks import number
 
-from .rates import check_ratio
+from ._rates import check_ratio
 
 
 def loraplus_param_groups(

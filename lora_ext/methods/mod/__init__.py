@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from lora_ext._on_demand import on_demand
 
+from ._model import apply, remove
 from .config import InexactMixError, ModConfig
 from .files import load, load_state_dict, save, state_dict, trainable_report
 from .layers import DepthMixer
-from .model import apply, remove
 
 if TYPE_CHECKING:
-    from .output import ModOutput
+    from ._output import ModOutput
 
 __all__ = [
     "DepthMixer", "InexactMixError", "ModConfig", "ModOutput", "apply", "load", "load_state_dict",
     "remove", "save", "state_dict", "trainable_report",
 ]  # fmt: skip
 
-__getattr__ = on_demand(__name__, output="ModOutput")  # it needs transformers
+__getattr__ = on_demand(__name__, _output="ModOutput")  # it needs transformers

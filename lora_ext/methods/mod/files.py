@@ -22,8 +22,8 @@ from lora_ext._checks import require
 from lora_ext._files import SafetensorsFile, TensorInfo, read_json, write_files
 from lora_ext.layers import adapted_layers, adapter_parameters, adapters_of
 
+from ._model import NAME, applied, apply, remove
 from .config import ModConfig
-from .model import NAME, applied, apply, remove
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +42,7 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         RuntimeError: a model without MoD.
     """
-    return {name: p.detach() for name, p in mod_parameters(model, "state_dict").items()}
+    return {name: p.detach() for name, p in _mod_parameters(model, "state_dict").items()}
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -56,7 +56,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         RuntimeError: a model without MoD. ValueError: a key that is missing or too many, or a
             tensor of another shape or not of floats, naming the key; the model is as it was then.
     """
-    own = mod_parameters(model, "load_state_dict")
+    own = _mod_parameters(model, "load_state_dict")
     _compare("load_state_dict: state", own, state)
     with torch.no_grad():
         for name, parameter in own.items():
@@ -94,7 +94,7 @@ def load(model: Model, folder: str | os.PathLike[str]) -> Model:
     with contextlib.closing(SafetensorsFile(folder / TENSORS)) as file:
         apply(model, config)
         try:
-            own = mod_parameters(model, "load")
+            own = _mod_parameters(model, "load")
             _compare(file.where, own, file.infos)
             load_state_dict(model, {name: file.read(name) for name in own})
         except BaseException:
@@ -103,7 +103,7 @@ def load(model: Model, folder: str | os.PathLike[str]) -> Model:
     return model
 
 
-def mod_parameters(model: nn.Module, where: str) -> dict[str, nn.Parameter]:
+def _mod_parameters(model: nn.Module, where: str) -> dict[str, nn.Parameter]:
     """The parameters of :func:`state_dict` themselves. ``where`` opens what an error says."""
     _, ensemble = applied(model, where)
     mixer, config = ensemble.mixer, ensemble.config
@@ -158,7 +158,7 @@ def trainable_report(model: nn.Module) -> dict[str, Any]:
     adapters = [adapter_parameters(m, name) for m in layers for name in adapters_of(m)]
     groups = {
         "lora": itertools.chain(*adapters),
-        "mod": mod_parameters(model, "trainable_report").values(),
+        "mod": _mod_parameters(model, "trainable_report").values(),
         "head": lm.get_output_embeddings().parameters(),
     }
     counts = {name: sum(trained.pop(p, 0) for p in found) for name, found in groups.items()}

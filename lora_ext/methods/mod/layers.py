@@ -13,8 +13,8 @@ from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext.rows import constant
 
+from ._norms import norm_form
 from .config import ModConfig
-from .norms import norm_form
 
 _MOST = 8  # hidden states that one call of the kernel takes
 
@@ -29,7 +29,7 @@ class DepthMixer(nn.Module):
     With ``k = 1`` the norm itself runs, and the weight is 1.
 
     Args:
-        norms: k modules of one form, :func:`lora_ext.methods.mod.norms.norm_form`, the model's
+        norms: k modules of one form, :func:`lora_ext.methods.mod._norms.norm_form`, the model's
             final norm last. They are held, not copied.
         config: of it k, router, final_mass, fixed_weights, share_final_norm. With the latter the
             last norm is another module's child: its parameters are not this module's, nor is it in

@@ -5,11 +5,11 @@ Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits"
 
 from lora_ext.layers import shift_labels
 
-from .config import MtpcConfig
+from ._config import MtpcConfig
+from ._drafting import TokenBridge
+from ._objective import window_loss
 from .decoder import Generation, SpeculativeDecoder
-from .drafting import TokenBridge
 from .layers import CircuitHead
-from .objective import window_loss
 from .retrofit import Draft, retrofit
 from .tail import DraftTail
 from .windows import frequent_tokens, pack_documents, unfold_teacher, unfold_windows

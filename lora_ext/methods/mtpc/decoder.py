@@ -5,13 +5,13 @@ The way of a window, one turn of the loop in :meth:`SpeculativeDecoder.generate`
 1. :meth:`SpeculativeDecoder.draft` makes a circuit of the newest hidden state and draws the window;
    the token that the last turn decided and nobody has fed yet (*pending*) is its evidence, or,
    with a bridge, moves the state to where the window starts behind it;
-2. :meth:`Trunk.feed <lora_ext.methods.mtpc.trunk.Trunk.feed>` runs the model over the window: the
+2. :meth:`Trunk.feed <lora_ext.methods.mtpc._trunk.Trunk.feed>` runs the model over the window: the
    verifier's logits and new hidden states;
 3. :meth:`SpeculativeDecoder.verify` accepts a prefix and draws one token of the verifier's law;
-4. :meth:`Trunk.keep <lora_ext.methods.mtpc.trunk.Trunk.keep>` makes the cache forget the rest, and
-   :meth:`GeneratedRows.take <lora_ext.methods.mtpc.request.GeneratedRows.take>` applies the stop
+4. :meth:`Trunk.keep <lora_ext.methods.mtpc._trunk.Trunk.keep>` makes the cache forget the rest, and
+   :meth:`GeneratedRows.take <lora_ext.methods.mtpc._request.GeneratedRows.take>` applies the stop
    rules; rows that ended leave with
-   :meth:`Trunk.select <lora_ext.methods.mtpc.trunk.Trunk.select>`.
+   :meth:`Trunk.select <lora_ext.methods.mtpc._trunk.Trunk.select>`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from lora_ext.control import Constraints, Guide
 from lora_ext.reference import accumulator
 from lora_ext.rows import Names, generation_scope, of_call, pool_of, prompt_known
 
-from .constrained import Constrained
-from .drafting import Chain, DraftedWindow, TokenBridge, draw, nucleus
+from ._constrained import Constrained
+from ._drafting import Chain, DraftedWindow, TokenBridge, draw, nucleus
+from ._request import GeneratedRows, read_request
+from ._trunk import Trunk
 from .layers import Circuit, CircuitHead
-from .request import GeneratedRows, read_request
 from .tail import DraftTail
-from .trunk import Trunk
 
 #: Whether tokens follow the model's law or are its likeliest.
 Mode = Literal["sample", "greedy"]

@@ -3,9 +3,9 @@
 The way of a hidden state:
 
 1. :meth:`CircuitHead.rows` checks ``h (..., D)`` and lays it out as rows ``(N, D)``;
-2. its :class:`~lora_ext.methods.mtpc.emission.Emission` makes the leaves of every row's circuit,
-   over the tokens of its :class:`~lora_ext.methods.mtpc.shortlist.Shortlist`;
-3. its :class:`~lora_ext.methods.mtpc.emission.SumWeights` make the prior and the transitions;
+2. its :class:`~lora_ext.methods.mtpc._emission.Emission` makes the leaves of every row's circuit,
+   over the tokens of its :class:`~lora_ext.methods.mtpc._shortlist.Shortlist`;
+3. its :class:`~lora_ext.methods.mtpc._emission.SumWeights` make the prior and the transitions;
 4. a circuit op answers: ``circuit_scan`` a likelihood, ``circuit_conditional_dist`` the law of the
    next token, ``circuit_sample`` and ``circuit_argmax`` a window.
 """
@@ -24,9 +24,9 @@ from lora_ext._checks import FLOATS, integer, require
 from lora_ext._memory import free_bytes
 from lora_ext.layers import IGNORE
 
-from .config import EmissionName, Kind, check_structure
-from .emission import EMISSIONS, LeafSizes, SumWeights
-from .shortlist import Shortlist, checked_ids, looked_at
+from ._config import EmissionName, Kind, check_structure
+from ._emission import EMISSIONS, LeafSizes, SumWeights
+from ._shortlist import Shortlist, checked_ids, looked_at
 
 # Of new rows, times D^-1/2, so that logits start alike at any width: the authors' at D = 4096.
 _INIT_BOUND = 0.01275 * 64

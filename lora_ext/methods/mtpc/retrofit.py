@@ -16,12 +16,12 @@ from lora_ext._checks import require
 from lora_ext.control import Constraints, Guide
 from lora_ext.layers import IGNORE, shift_labels
 
-from .config import MtpcConfig
+from ._config import MtpcConfig
+from ._drafting import TokenBridge
+from ._files import DraftFile, read_config, write_draft
+from ._objective import window_loss
 from .decoder import Mode, SpeculativeDecoder, WindowRule
-from .drafting import TokenBridge
-from .files import DraftFile, read_config, write_draft
 from .layers import CircuitHead
-from .objective import window_loss
 from .tail import DraftTail
 from .windows import unfold_teacher, unfold_windows
 

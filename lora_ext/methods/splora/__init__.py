@@ -4,10 +4,10 @@ Source: "Safe Pruning LoRA: Robust Distance-Guided Pruning for Safety Alignment 
 LLMs" (arXiv 2506.18931); E-DIEM after arXiv 2407.08623; the projection of Safe LoRA, 2405.16833.
 """
 
+from ._ediem import DegenerateReferenceError, diem
+from ._projection import ZeroAlignmentError, project_factor
 from .config import SploraConfig
-from .ediem import DegenerateReferenceError, diem
 from .live import apply_to, remove
-from .projection import ZeroAlignmentError, project_factor
 from .pruning import SploraResult, apply, project, select_layers
 from .scores import LayerStats, ediem_scores, pair_stats, size_correlation
 

@@ -10,10 +10,10 @@ from lora_ext._checks import require
 from lora_ext.adapter import LoraAdapter, ModelSource, base_name
 from lora_ext.layers import LayerGroups, adapted_layers, adapters_of, set_active
 
+from ._weights import Progress
 from .config import SploraConfig
 from .pruning import SploraResult, apply
 from .scores import Pairs
-from .weights import Progress
 
 _KEY = "_lora_ext_splora"
 

@@ -16,9 +16,9 @@ from lora_ext._checks import require
 from lora_ext.adapter import Factors, LoraAdapter, ModelSource, natural_order, prune_adapter
 from lora_ext.layers import block_name
 
+from ._weights import Progress, Source, project_layers, read_adapter
 from .config import Direction, SploraConfig
 from .scores import LayerStats, Pairs, ediem_scores, size_correlation
-from .weights import Progress, Source, project_layers, read_adapter
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext.adapter import ModelSource
 
+from ._ediem import released_score, standardised
+from ._projection import check_finite, check_floating, check_shapes
+from ._weights import Progress, Source, project_layers, read_adapter
 from .config import SploraConfig
-from .ediem import released_score, standardised
-from .projection import check_finite, check_floating, check_shapes
-from .weights import Progress, Source, project_layers, read_adapter
 
 #: Dense matrices X and Y of one shape.
 Pairs = Sequence[tuple[Tensor, Tensor]]

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from lora_ext._on_demand import on_demand
 
+from ._embed import VisionPatchEmbed, smart_resize
+from ._modalities import modality
+from ._placement import apply, merge, remove
 from .config import VoraConfig
 from .distill import DistillHeads, block_distill_loss
-from .embed import VisionPatchEmbed, smart_resize
 from .files import from_peft, load_state_dict, state_dict, to_peft
 from .layers import UnmergeableRouteError, VoraLinear
-from .modalities import modality
 from .model import VoraForCausalLM
-from .placement import apply, merge, remove
 from .splice import Spliced, build_vision_mask, splice_images
 from .teacher import TeacherStates, teacher_states
 

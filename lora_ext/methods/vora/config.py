@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lora_ext._checks import check_fields, require, within
 
-from .embed import PosMode
+from ._embed import PosMode
 from .layers import Route
 from .splice import PLACEHOLDER
 

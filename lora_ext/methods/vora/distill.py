@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lora_ext._checks import require
 
-from .embed import RMSNorm, resample_grid
+from ._embed import RMSNorm, resample_grid
 
 Grid = tuple[int, int]
 

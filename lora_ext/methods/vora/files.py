@@ -15,9 +15,9 @@ from lora_ext._checks import require
 from lora_ext.adapter import AdapterConfig, Factors, LoraAdapter, alpha_of, base_name, parse_key
 from lora_ext.layers import block_index
 
+from ._placement import KEY, Applied, applied, apply, language_model, remove
 from .config import VoraConfig
 from .layers import UnmergeableRouteError, VoraLinear
-from .placement import KEY, Applied, applied, apply, language_model, remove
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,7 +30,7 @@ _RELEASED = (
 _TEACHER = "aux_vision.aux_model."  # which they save as well, though it is frozen
 
 
-class Loaded(NamedTuple):
+class _Loaded(NamedTuple):
     """The keys that ``load_state_dict(strict=False)`` let pass."""
 
     missing_keys: list[str]
@@ -65,7 +65,7 @@ def load_state_dict(
     strict: bool = True,
     allow_extra_bias: bool = False,
     load_base: bool = False,
-) -> Loaded:
+) -> _Loaded:
     """Read what :func:`state_dict` gave, or a checkpoint of the authors'.
 
     Theirs has the prefix ``llm.``, the weights of the language model beside the factors, those of
@@ -137,7 +137,7 @@ def load_state_dict(
             place.copy_(value)
         for layer, value in biases.values():
             layer.set_extra_bias(value)
-    return Loaded(missing, unexpected)
+    return _Loaded(missing, unexpected)
 
 
 def _expected(model: nn.Module, layers: Mapping[str, VoraLinear]) -> dict[str, Tensor]:

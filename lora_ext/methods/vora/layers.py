@@ -15,15 +15,15 @@ from lora_ext.rows import (
     Assignment,
     Names,
     Rows,
+    _context,
     constant,
-    context,
     everywhere,
     group,
     layer_names,
     rows_of,
 )
 
-from .modalities import modality, traced_vision_rows, vision_block, vision_rows
+from ._modalities import modality, traced_vision_rows, vision_block, vision_rows
 
 #: Which tokens the adapter serves.
 Route = Literal["all", "vision"]
@@ -199,7 +199,7 @@ class VoraLinear(LoraLinear):
                 f"merge: expected an adapter apart from the base weight, found "
                 f"{self.adapter_name!r} merged already"
             )
-        fits = not is_quantised(self.base_layer)
+        fits = not _is_quantised(self.base_layer)
         expected = "a weight of floating numbers to add to"
         found = f"the quantised one of {type(self.base_layer).__name__}"
         require(fits, "merge", "base_layer", expected, found, NotImplementedError)
@@ -266,7 +266,7 @@ class VoraLinear(LoraLinear):
         if block is None:
             return _overlaid(vision, named, own, len(self.r))
         # Made once for all layers, for each block of names around.
-        names = context.current(layer_names.handle)
+        names = _context.current(layer_names.handle)
         key = (self.adapter_names, own, named.used, leading, names and names.assignment)
         kept = block.assignment.kept
         return kept.get(key, device, _overlaid, vision, named, own, len(self.r))
@@ -292,7 +292,7 @@ def _overlaid(vision: Rows, text: Rows, own: int, num_adapters: int) -> Rows:
     return rows_of(ids, num_adapters) if compiles() else group(ids, num_adapters)
 
 
-def is_quantised(base_layer: nn.Module) -> bool:
+def _is_quantised(base_layer: nn.Module) -> bool:
     """Whether a linear layer has no plain weight of floating numbers to which one could add."""
     weight = getattr(base_layer, "weight", None)
     if not isinstance(weight, Tensor) or type(weight) not in (nn.Parameter, Tensor):
@@ -304,7 +304,7 @@ def _check(base_layer: nn.Module, rank: int, route: str) -> None:
     sizes = (getattr(base_layer, name, None) for name in ("in_features", "out_features"))
     linear = isinstance(base_layer, nn.Module) and (
         linear_size(base_layer) is not None
-        or (all(isinstance(size, int) for size in sizes) and is_quantised(base_layer))
+        or (all(isinstance(size, int) for size in sizes) and _is_quantised(base_layer))
     )
     fits = linear and not isinstance(base_layer, LoraLayer)
     expected = "nn.Linear, Conv1D or a quantised linear layer"

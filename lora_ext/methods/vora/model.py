@@ -15,13 +15,13 @@ from lora_ext._checks import require
 from lora_ext._torch import zero_gradients
 from lora_ext.layers import IGNORE, decoder_layers, shift_labels
 
+from ._embed import VisionPatchEmbed
+from ._modalities import modality
+from ._placement import KEY, Applied, apply
+from ._states import block_states, prefill
 from .config import VoraConfig
 from .distill import DistillHeads, Grid, block_distill_loss
-from .embed import VisionPatchEmbed
-from .modalities import modality
-from .placement import KEY, Applied, apply
 from .splice import Side, Spliced, build_vision_mask, splice_images
-from .states import block_states, prefill
 
 #: Caches of transformers that have as many keys as there are tokens. "hybrid", which old generation
 #: configurations have, it passes over; all other names are of caches of a fixed length.
@@ -133,7 +133,7 @@ class VoraForCausalLM(nn.Module):
                 grids of a wrong shape; an attention implementation that cannot be told which tokens
                 see each other; distillation through reentrant checkpoints.
         """
-        from .output import VoraOutput
+        from ._output import VoraOutput
 
         flat = _flat(images)
         batch = self._spliced(input_ids, images, attention_mask, labels, "right")
@@ -158,7 +158,7 @@ class VoraForCausalLM(nn.Module):
             hiddens = [state[batch.vision_mask] for state in states]  # (M, d) each
             grids = None if teacher_grids is None else [self.vision.grid(one) for one in flat]
             distill = block_distill_loss(self.heads, hiddens, teacher_states, grids, teacher_grids)
-        lm = None if batch.labels is None else next_token_loss(logits, batch.labels)
+        lm = None if batch.labels is None else _next_token_loss(logits, batch.labels)
         terms = [] if lm is None else [lm]
         if distill is not None and (lm is not None or teacher_states is not None):
             terms.append(config.distill_weight * distill)
@@ -275,7 +275,7 @@ class VoraForCausalLM(nn.Module):
         require(reason is None, "VoraForCausalLM", "model", expected, found)
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy of the next tokens, in float32 (float64 stays), 0 where none counts, of
     logits ``(B, T, V)`` and labels ``(B, T)`` under their inputs, -100 for none."""
     targets = shift_labels(labels).flatten().to(logits.device)

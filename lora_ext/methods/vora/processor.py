@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lora_ext._checks import integer, number, require, require_flags
 
-from .embed import MAX_PIXELS, MIN_PIXELS, smart_resize
+from ._embed import MAX_PIXELS, MIN_PIXELS, smart_resize
 
 EXTRA = "run `pip install --no-build-isolation '.[vision]'` in a checkout of lora_ext"
 try:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lora_ext._checks import choice, require
 from lora_ext.layers import decoder_layers
 
+from ._states import block_states
 from .config import Pairing
-from .states import block_states
 
 
 class TeacherStates(NamedTuple):

@@ -18,10 +18,10 @@ from lora_ext._checks import instance, number, renamed, require
 from lora_ext.pool import PoolFullError
 from lora_ext.tenants import QueueFullError, Sampler, Service, Tenant
 
-from ..requests import read_body
-from .api import Api, folder, parsed
-from .promises import Answer, GoneError
-from .wire import MIME, read_request, written_result
+from .._requests import read_body
+from ._api import Api, folder, parsed
+from ._promises import Answer, GoneError
+from ._wire import MIME, read_request, written_result
 
 try:
     import zstandard  # pyright: ignore[reportMissingImports]

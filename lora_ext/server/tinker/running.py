@@ -10,7 +10,7 @@ import uvicorn
 
 from lora_ext.tenants import Service
 
-from ..running import Settings, run
+from .._running import Settings, run
 from .app import make_app
 
 

@@ -11,8 +11,8 @@ from lora_ext import ops
 from lora_ext._torch import compiles
 from lora_ext.rows import PoolLayer, current, untouched
 
-from .multi_lora import traced_rows
-from .pool_replaced import traced_replaced, with_replaced
+from ._multi_lora import traced_rows
+from ._pool_replaced import traced_replaced, with_replaced
 
 
 class MultiLoraEmbedding(PoolLayer):

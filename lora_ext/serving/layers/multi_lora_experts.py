@@ -11,10 +11,10 @@ from lora_ext._torch import compiles
 from lora_ext.layers import Routing, Slots, experts_forward, projections, slots_of
 from lora_ext.rows import Pool, PoolLayer, current, noted, untouched
 
-from .multi_lora import add_adapters
+from ._multi_lora import add_adapters
 
 
-class ExpertsPool(Pool, Protocol):
+class _ExpertsPool(Pool, Protocol):
     """What is needed of a pool besides."""
 
     experts: Any
@@ -30,11 +30,11 @@ class MultiLoraExperts(PoolLayer):
     for each product. The router itself is not adapted.
 
     Args:
-        base: see :mod:`lora_ext.layers.experts`. pool: :class:`lora_ext.AdapterPool`.
+        base: see :mod:`lora_ext.layers._experts`. pool: :class:`lora_ext.AdapterPool`.
         name: the module's name in the model; its parameters are the pool's.
     """
 
-    def __init__(self, base: nn.Module, pool: ExpertsPool, name: str):
+    def __init__(self, base: nn.Module, pool: _ExpertsPool, name: str):
         nn.Module.__init__(self)
         self.slabs = {
             parameter: pool.experts[f"{name}.{parameter}"]

@@ -1,0 +1,149 @@
+"""An adapter out of a model in memory: PEFT's, or one with layers of :mod:`lora_ext.nn`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_ext._checks import require
+from lora_ext.layers import LoraLayer, matches_suffix
+
+from ._config import OWN_INITS, alpha_of, patterns
+from ._peft_tensors import PREFIX, parse_key
+
+# Where PEFT's target_modules name one of these, it saves the base weight beside the factors.
+_SAVED_WHOLE = ("embed_tokens", "lm_head")
+
+
+def live_adapter(
+    model: nn.Module, adapter: str | None, where: str
+) -> tuple[Any, dict[str, Tensor]]:
+    """What saving an adapter, the active one if it is None, would write: a ``peft.LoraConfig`` or a
+    dict of its fields, and tensors that share the model's memory.
+
+    Raises:
+        ValueError: the model has no such adapter, or several are active; settings that layers of
+            ours have and PEFT's configuration cannot say. ``where``, caller and argument, opens the
+            message.
+    """
+    configs = getattr(model, "peft_config", None)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    if isinstance(configs, Mapping):
+        active: Any = []
+        if adapter is None:  # transformers refuses the question where PEFT alone put the layers in
+            active = getattr(model, "active_adapters", [])
+            if callable(active):  # a method of transformers, a property of PEFT
+                active = active()
+        adapter = _chosen(adapter, configs, active, where)
+        return configs[adapter], _state(model, adapter)
+    if not layers:
+        raise ValueError(
+            f"{where}: expected a PEFT model, or one with layers of lora_ext.nn, found none in a "
+            f"{type(model).__name__}"
+        )
+    known = dict.fromkeys(name for layer in layers.values() for name in layer.adapter_names)
+    active = dict.fromkeys(name for layer in layers.values() for name in layer.active_adapters)
+    adapter = _chosen(adapter, known, active, where)
+    layers = {name: layer for name, layer in layers.items() if adapter in layer.adapter_names}
+    names = [name for name, _ in model.named_modules()]
+    return _describe(layers, adapter, names, where), _state(model, adapter)
+
+
+def _chosen(adapter: str | None, known: Iterable[str], active: Iterable[str], where: str) -> str:
+    if adapter is None:
+        active = list(active)
+        expected = f"a name, where not one adapter is active but {active}"
+        require(len(active) == 1, where, "adapter_name", expected, "None")
+        return active[0]
+    require(adapter in known, where, "adapter", f"one of {list(known)}", repr(adapter))
+    return adapter
+
+
+def _state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    tensors = model.state_dict()
+    keys = {name: parse_key(name) for name in tensors}
+    found = {n: k for n, k in keys.items() if k is not None and k.adapter == adapter}
+    whole = tuple(
+        f"{k.module}.base_layer."
+        for k in found.values()
+        if k.module.rpartition(".")[2] in _SAVED_WHOLE and hasattr(model, "peft_config")
+    )
+    beside = [name for name in tensors if name.removeprefix(PREFIX).startswith(whole)]
+    state = {name: tensors[name] for name in (*found, *beside)}
+    return state | _replacements(model, adapter, tensors)
+
+
+def _replacements(
+    model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What PEFT trains in the place of the base model's own, under the names of a file."""
+    own = f".modules_to_save.{adapter}."
+    found = {name.replace(own, "."): value for name, value in tensors.items() if own in name}
+    own, seen = f".trainable_tokens_delta.{adapter}", set()
+    for name, value in tensors.items():
+        if name.endswith(own) and value.data_ptr() not in seen:  # a tied head has the embedding's
+            seen.add(value.data_ptr())
+            found[name.removesuffix(f".{adapter}")] = value
+    configs: Any = getattr(model, "peft_config", {})
+    bias = getattr(configs.get(adapter), "bias", "none")
+    if bias != "none":
+        only = ".base_layer.bias" if bias == "lora_only" else ".bias"
+        for name, value in tensors.items():
+            wrapped = ".modules_to_save." in name or ".original_module." in name
+            if name.endswith(only) and parse_key(name) is None and not wrapped:
+                found[name] = value
+    return found
+
+
+def _describe(
+    layers: dict[str, LoraLayer], adapter: str, names: Iterable[str], where: str
+) -> dict[str, Any]:
+    """PEFT's configuration of an adapter in these layers, each named in full."""
+
+    def everywhere(field: str) -> bool:
+        values = {name: getattr(layer, field)[adapter] for name, layer in layers.items()}
+        others = [name for name, value in values.items() if not value]
+        expected = "the same in every layer, which is all that PEFT's configuration can say"
+        found = f"it off in {', '.join(others[:4])} alone"
+        require(len(others) in (0, len(values)), where, field, expected, found)
+        return not others
+
+    for name, layer in layers.items():
+        expected = "an adapter of the base weight"
+        found = f"one whose initialisation ({layer.init_lora_weights[adapter]!r}) changed it"
+        require(layer.base_changed_by != adapter, where, name, expected, found, NotImplementedError)
+    inits = {layer.init_lora_weights[adapter] for layer in layers.values()}
+    inits = {init.lower() if isinstance(init, str) else init for init in inits}
+    init = inits.pop() if len(inits) == 1 and inits <= {False, *OWN_INITS} else True
+    rslora = all(layer.use_rslora[adapter] for layer in layers.values())
+    ranks = {name: layer.r[adapter] for name, layer in layers.items()}
+    # Not lora_alpha: the scale may have been set by hand.
+    alphas = {n: alpha_of(x.scaling[adapter], ranks[n], rslora) for n, x in layers.items()}
+    rates = {float(getattr(layer.lora_dropout[adapter], "p", 0.0)) for layer in layers.values()}
+    invocations = {layer.alora_invocation_tokens.get(adapter, ()) for layer in layers.values()}
+    alike, expected = len(invocations) == 1, "the same in every layer"
+    require(alike, where, "alora_invocation_tokens", expected, f"{invocations!r:.200}")
+    r, rank_pattern = patterns(ranks)
+    lora_alpha, alpha_pattern = patterns(alphas)
+    others = [n for n in names if n not in layers and matches_suffix(n, frozenset(layers))]
+    return {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": rslora,
+        "use_dora": everywhere("use_dora"),
+        "lora_bias": everywhere("lora_bias"),
+        "lora_dropout": max(rates),  # PEFT has one rate for all layers
+        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+        "bias": "none",
+        "init_lora_weights": init,
+        "target_modules": sorted(layers),
+        # A name in full is also the end of longer ones.
+        "exclude_modules": "|".join(map(re.escape, sorted(others))) or None,
+        **({"alora_invocation_tokens": list(i)} if (i := invocations.pop()) else {}),
+    }

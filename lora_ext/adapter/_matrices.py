@@ -1,0 +1,109 @@
+"""The factors of whatever holds an adapter, as two matrices a module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_ext._checks import require
+from lora_ext.layers import adapted_layers, adapter_factors
+
+from ._peft_files import AdapterSource, open_adapter
+from ._peft_tensors import PREFIX, parse_key, roles_of
+from ._value import LoraAdapter
+
+#: An adapter, a model, a state dict, a folder, or (config, state dict).
+Source = LoraAdapter | nn.Module | Mapping[str, Tensor] | AdapterSource
+LAYOUTS = ("r_in", "in_r")
+
+
+#: One module's update, ``scaling * b @ a``: a ``(r, n)``, b ``(m, r)`` and scaling.
+Matrices = tuple[Tensor, Tensor, float]
+
+# The published code has bare parameters, in a module of their own beside the base layer.
+_PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB])", re.DOTALL)
+
+
+def factor_matrices(
+    where: str, source: Source, adapter_name: str, layout: str
+) -> dict[str, Matrices]:
+    """The factors of an adapter by the names of its modules in the base model; arguments and errors
+    are :func:`lora_ext.adapter.rank_report`'s."""
+    allowed = LAYOUTS if isinstance(source, Mapping) else LAYOUTS[:1]
+    require(layout in allowed, where, "layout", f"one of {allowed}", repr(layout))
+    if isinstance(source, Mapping):
+        return _bare(where, source, adapter_name, layout)
+    if isinstance(source, nn.Module):
+        layers: dict[str, Any] = dict(adapted_layers(source, adapter_name))
+        return {
+            name.removeprefix(PREFIX): (
+                *adapter_factors(layer, adapter_name),
+                layer.scaling[adapter_name],
+            )
+            for name, layer in layers.items()
+        }
+    if not isinstance(source, LoraAdapter):
+        with open_adapter(source) as (_, tensors):
+            factor_keys(where, tensors.infos)
+        source = LoraAdapter.load(source)
+    return {name: (f.a.flatten(1), f.b.flatten(1), f.scaling) for name, f in source.modules.items()}
+
+
+def _bare(
+    where: str, state: Mapping[str, Tensor], adapter_name: str, layout: str
+) -> dict[str, Matrices]:
+    found: dict[str, Matrices] = {}
+    for name, keys in factor_keys(where, state, adapter_name).items():
+        factors: list[Any] = []
+        for key in keys:
+            t = state[key]
+            check_floating(f"{where}: {key}", "tensor", t)
+            t = t.flatten(1) if t.dim() > 2 else t  # of a convolution
+            factors.append(t.T if layout == "in_r" and t.dim() == 2 else t)
+        found[name] = (*factors, 1.0)
+    require(bool(found), where, "source", f"factors of an adapter {adapter_name!r}", "none")
+    return found
+
+
+def factor_keys(
+    where: str, keys: Iterable[str], adapter_name: str | None = None
+) -> dict[str, tuple[str, str]]:
+    """The keys of A and B of each module, without those of other adapters where one is named; a
+    factor without the other is a KeyError."""
+    halves: dict[str, dict[str, str]] = {}
+    for key in keys:
+        read = _read_key(key)
+        if read is not None:
+            module, factor, adapter = read
+            if adapter_name is None or adapter in (None, adapter_name):
+                halves.setdefault(module, {})[factor] = key
+    for module, half in halves.items():
+        if len(half) < 2:
+            ((factor, key),) = half.items()
+            missing = "B" if factor == "A" else "A"
+            raise KeyError(
+                f"{where}: {module}: expected lora_A and lora_B, found {key} without its "
+                f"lora_{missing}"
+            )
+    return {module: (half["A"], half["B"]) for module, half in halves.items()}
+
+
+def _read_key(key: str) -> tuple[str, str, str | None] | None:
+    """Module, factor (A or B) and adapter that a name says; None: it names something else."""
+    parsed = parse_key(key)
+    if parsed is not None:
+        a, b, *_ = roles_of(parsed.role.startswith("embedding")).values()
+        factor = {a: "A", b: "B"}.get(parsed.role)
+        return None if factor is None else (parsed.module, factor, parsed.adapter)
+    match = _PUBLISHED.fullmatch(key.removeprefix(PREFIX))
+    return None if match is None else (match["module"], match["factor"], None)
+
+
+def check_floating(where: str, name: str, t: Any) -> None:
+    """Refuse with a TypeError what is no floating tensor."""
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        found = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{where}: {name}: expected a floating tensor, found {found}")

@@ -1,0 +1,349 @@
+"""What reading an adapter needs of a base model: which modules it may touch, and own weights.
+
+Beside an adapted or resized embedding or output head, PEFT saves that module's weight. All adapters
+of a pool share one base model. So such a weight is right where it is the model's own; where it is
+not, the adapter was trained with another head than the one it would be served with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._checks import require
+from lora_ext.layers import (
+    READS_WEIGHTS,
+    LoraLayer,
+    bypassed,
+    head_names,
+    linear_size,
+    matches_suffix,
+    projections,
+)
+from lora_ext.rows import PoolLayer
+
+from ._peft_tensors import TensorSource, base_name
+
+_CHUNK = 1 << 24  # elements that are compared at once
+
+PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# PEFT has LoRA layers for these too; an adapter that targets one is refused by name, not skipped.
+_UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+# A routed expert sees rows in an order of its own, so that no row of it has a known adapter.
+ROUTED = "routed experts"
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One module that can carry an adapter."""
+
+    name: str
+    in_features: int  # of an embedding: how many tokens it knows
+    out_features: int
+    dtype: torch.dtype
+    device: torch.device
+    kernel: tuple[int, ...] = ()  # of a convolution, whose factors are kernels
+    groups: int = 1
+    plain: bool = False  # nn.Linear or nn.Embedding itself: its weight is all that it is
+    experts: int = 1  # of a parameter that holds one such matrix for each expert
+
+
+@dataclass(frozen=True)
+class ModelIndex:
+    """The part of a model that reading an adapter needs; it does not keep the model alive."""
+
+    linear: dict[str, LinearSpec]
+    embedding: dict[str, LinearSpec]
+    unsupported: dict[str, str]  # name -> class name
+    output_head: str | None  # PEFT's "all-linear" leaves it out
+    classifier: str | None  # likewise, of a SEQ_CLS task where there is no output head
+    weights: BaseWeights
+    shared: bool = True  # by many adapters: what changes the model itself is refused
+    experts: dict[str, LinearSpec] = field(default_factory=dict)  # by the parameter's name
+    #: The expert matrices of each experts module, in its order, whether adapters may touch them.
+    parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Modules that nobody calls, as their weights are read, and the class that reads them.
+    bypassed: dict[str, str] = field(default_factory=dict)
+    #: How many tokens the model knows; None: nobody can tell.
+    vocabulary: int | None = None
+    #: Names of the input embedding, and of an output head that shares its weight.
+    input_embedding: str | None = None
+    tied_head: str | None = None
+
+    @cached_property
+    def modules(self) -> dict[str, LinearSpec]:
+        """All modules that can carry an adapter."""
+        return self.linear | self.embedding
+
+    @cached_property
+    def specs(self) -> dict[str, LinearSpec]:
+        """All that can carry an adapter: modules, and parameters of experts."""
+        return self.modules | self.experts
+
+    @classmethod
+    def build(
+        cls,
+        model: nn.Module,
+        targets: str | Iterable[str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> ModelIndex:
+        """Find ``nn.Linear``, its subclasses, transformers' ``Conv1D`` and ``nn.Embedding`` (no
+        subclass: it may scale or shift) in a model.
+
+        Args:
+            targets: a regular expression for whole names, or names and suffixes; None is all.
+            dtype: of the pages; default is the base weight's, or torch's default dtype where the
+                base weight is stored in another format (quantised).
+            device: of the pages; default is where the module computes: its weight's, or the
+                execution device of accelerate's hooks.
+
+        Raises:
+            TypeError: no module. ValueError: a module that carries adapters, or has none that may;
+                a weight on ``meta`` that nobody brings elsewhere.
+        """
+        known = (None, *PAGE_DTYPES)
+        require(dtype in known, "AdapterPool", "dtype", f"one of {PAGE_DTYPES}", dtype)
+        check_base("AdapterPool", model)
+        targets = targets if targets is None or isinstance(targets, str) else tuple(targets)
+
+        def stored(weight: Tensor, name: str) -> tuple[torch.dtype, torch.device]:
+            own = weight.dtype if weight.dtype in PAGE_DTYPES else torch.get_default_dtype()
+            place = torch.device(device) if device else _device_of(name, weight, modules)
+            return dtype or own, place
+
+        linear: dict[str, LinearSpec] = {}
+        embedding: dict[str, LinearSpec] = {}
+        unsupported: dict[str, str] = {}
+        experts: dict[str, LinearSpec] = {}
+        parameters: dict[str, tuple[str, ...]] = {}
+        skipped: dict[str, str] = {}
+        modules = dict(model.named_modules())
+        for name, module in modules.items():
+            parent = modules.get(name.rpartition(".")[0])
+            if isinstance(module, nn.Linear):
+                owner = type(parent).__name__ if isinstance(parent, READS_WEIGHTS) else None
+                owner = owner or (ROUTED if in_routed_experts(name) else None)
+                if owner is not None:
+                    unsupported[name] = f"{type(module).__name__} of {owner}"
+                    continue
+            found, size = linear, linear_size(module)
+            if type(module) is nn.Embedding and module.max_norm is None:
+                found, size = embedding, (module.num_embeddings, module.embedding_dim)
+            if size is None:
+                if isinstance(module, _UNSUPPORTED):
+                    unsupported[name] = type(module).__name__
+                for parameter, sizes in projections(module).items() if name else ():
+                    full = f"{name}.{parameter}"
+                    parameters[name] = (*parameters.get(name, ()), full)
+                    if _wanted(full, targets):
+                        weight: Tensor = getattr(module, parameter)
+                        experts[full] = LinearSpec(
+                            full, *sizes, *stored(weight, name), experts=len(weight)
+                        )
+                continue
+            if not _wanted(name, targets):
+                continue
+            weight = cast(Tensor, module.weight)
+            plain = type(module) in (nn.Linear, nn.Embedding)
+            found[name] = LinearSpec(name, *size, *stored(weight, name), plain=plain)
+            if parent is not None and name.rpartition(".")[2] in bypassed(parent):
+                skipped[name] = type(parent).__name__
+        expected = "at least one Linear, Conv1D or Embedding module matching targets="
+        some = linear or embedding or experts
+        require(some, "AdapterPool", "model", f"{expected}{targets!r}", "none")
+        heads = head_names(model)
+        more = _input_embedding(model, heads[0])
+        more |= {"experts": experts, "parameters": parameters, "bypassed": skipped}
+        return cls(linear, embedding, unsupported, *heads, BaseWeights(model), **more)
+
+
+def _input_embedding(model: Any, head: str | None) -> dict[str, Any]:
+    """Of a model of transformers: how many tokens it knows, and the names of its input embedding
+    and of a head with that weight, unless others have it too, as encoder and decoder may."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # another module, or one that embeds no tokens
+        return {}
+    found = {"vocabulary": getattr(embedding, "num_embeddings", None)}
+    weight = getattr(embedding, "weight", None)
+    modules = model.named_modules(remove_duplicate=False) if weight is not None else ()
+    names = [name for name, module in modules if getattr(module, "weight", None) is weight]
+    tied = head if head in names else None
+    others = [name for name in names if name != tied]
+    if len(others) == 1:
+        found |= {"input_embedding": others[0], "tied_head": tied}
+    return found
+
+
+def _wanted(name: str, targets: str | tuple[str, ...] | None) -> bool:
+    """Whether ``targets`` mean the module of this name."""
+    if isinstance(targets, str):
+        return bool(re.fullmatch(targets, name))
+    return targets is None or matches_suffix(name, targets)
+
+
+def in_routed_experts(name: str) -> bool:
+    """Whether the module of this name is one expert of many. Its router is not, nor are experts
+    that every token goes through (``shared_experts``)."""
+    _, experts, below = f".{name}".partition(".experts.")
+    return bool(experts) and "router" not in below.split(".")
+
+
+def check_base(where: str, model: object) -> None:
+    """Refuse what is no model, or carries adapters already; the error says what helps."""
+    if not isinstance(model, nn.Module):
+        found = repr(model) if model is None or isinstance(model, str) else type(model).__name__
+        raise TypeError(
+            f"{where}: model: expected a torch.nn.Module, found {found:.200}; load the base "
+            "model first, with AutoModelForCausalLM.from_pretrained for one"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, PoolLayer):
+            remedy = "detach the model first"
+        elif isinstance(module, LoraLayer):
+            remedy = "take it before layers are wrapped, or another copy of the model"
+        elif any(base.__module__.startswith("peft.") for base in type(module).__mro__):
+            remedy = "save its adapters and pass model.unload(), the model without them"
+        else:
+            continue
+        # The layers of from_peft are called what PEFT's are called.
+        found = type(module).__qualname__ + (f" at {name!r}" if name else "")
+        raise ValueError(
+            f"{where}: model: expected a base model without adapter layers, found {found}; {remedy}"
+        )
+
+
+def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torch.device:
+    """Where the module computes: where its weight lies, or, as accelerate leaves that of an
+    offloaded module on ``meta`` or on the CPU, the ``execution_device`` of a hook on or around the
+    module."""
+    path = name.split(".") if name else []
+    for length in range(len(path), -1, -1):  # the nearest hook first
+        hook = getattr(modules[".".join(path[:length])], "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    found = f"{name}'s weight on meta; pass device=, or load the model's weights first"
+    require(not weight.is_meta, "AdapterPool", "device", "a device for the pages", found)
+    return weight.device
+
+
+class BaseWeights:
+    """Names and shapes of a model's parameters and floating buffers, and a weak reference to it;
+    once it is gone, weights can no longer be compared."""
+
+    def __init__(self, model: nn.Module):
+        self._model = weakref.ref(model)
+        self._shapes = {base_name(name): tuple(t.shape) for name, t in _tensors(model)}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the model has a weight of that :func:`base_name`."""
+        return name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the model's weight of that name, when the index was made."""
+        return self._shapes[name]
+
+    def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
+        """Refuse a weight that has not the size of the model's, before it is read."""
+        info, shape = tensors.infos[key], self._shapes[name]
+        if info.shape != shape:
+            raise ValueError(
+                f"{tensors.where}: {key}: shape: expected {shape} as in the base model, found "
+                f"{info.shape}; give the base model this weight (resize_token_embeddings, then "
+                "copy it) before the pool is made"
+            )
+
+    def check(self, tensors: TensorSource, key: str, name: str) -> None:
+        """Refuse a weight, ``key`` of the tensors, that would change a bit of the model's ``name``
+        if it were loaded there."""
+        where = f"{tensors.where}: {key}"
+        own = self._values(where, name)
+        dtype = tensors.infos[key].dtype
+        fits = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        fits = fits and own.dtype.is_floating_point
+        require(fits, where, "dtype", f"{own.dtype} as in the base model", dtype)
+        if own.shape != tensors.infos[key].shape:  # the model was changed after the pool was made
+            self._shapes[name] = tuple(own.shape)
+            self.check_header(tensors, key, name)
+        if not _equal(tensors.read(key), own.detach()):
+            raise ValueError(
+                f"{where}: expected the base model's own values, found others: the adapter was "
+                "trained beside this weight, and all adapters share the base model; copy it into "
+                "the model first if it is to be everybody's"
+            )
+
+    def _values(self, where: str, name: str) -> Tensor:
+        model = self._model()
+        if model is None:
+            raise ValueError(
+                f"{where}: expected the model that the pool was made for, to compare this weight "
+                "with its own; the model is gone: keep it, or make a pool for the one that is used"
+            )
+        for full, tensor in _tensors(model):
+            if base_name(full) == name:
+                if not tensor.is_meta:
+                    return tensor
+                offloaded = offloaded_values(model, full)
+                if offloaded is not None:
+                    return offloaded
+        raise ValueError(
+            f"{where}: expected {name} of the base model to compare this weight with; "
+            "it has no values there (it is on meta, or was taken away)"
+        )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Also those that share memory: a tied head has a name of its own."""
+    buffers = model.named_buffers(remove_duplicate=False)
+    return itertools.chain(
+        model.named_parameters(remove_duplicate=False),
+        ((name, buffer) for name, buffer in buffers if buffer.is_floating_point()),
+    )
+
+
+def offloaded_values(model: nn.Module, name: str) -> Tensor | None:
+    """The values that accelerate keeps elsewhere while a module does not run."""
+    owner, _, parameter = name.rpartition(".")
+    hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        values = getattr(each, "weights_map", None)
+        if values is not None:
+            with contextlib.suppress(KeyError):
+                return values[parameter]
+    return None
+
+
+def check_header(
+    tensors: TensorSource, key: str, shape: tuple[int, ...], of: str = "", more: str = ""
+) -> None:
+    """Refuse a tensor that no page could hold, or of another shape, before it is read; ``of`` says
+    whose the shape is, and ``more`` what helps."""
+    info, where = tensors.infos[key], f"{tensors.where}: {key}"
+    known = "float16, bfloat16, float32 or float64"
+    require(info.dtype in PAGE_DTYPES, where, "dtype", known, info.dtype)
+    require(info.shape == shape, where, "shape", f"{shape}{of}", f"{info.shape}{more}")
+
+
+def _equal(found: Tensor, own: Tensor) -> bool:
+    """Whether ``found``, rounded to the dtype of ``own``, has its values; a few rows at a time."""
+    rows = max(1, _CHUNK // max(1, own[:1].numel())) if own.dim() else 1
+    pairs = zip(torch.atleast_1d(found).split(rows), torch.atleast_1d(own).split(rows), strict=True)
+    return all(torch.equal(part.to(wanted.device, wanted.dtype), wanted) for part, wanted in pairs)

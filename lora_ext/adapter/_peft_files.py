@@ -1,0 +1,377 @@
+"""PEFT's adapter format, read one module at a time and written back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import require
+from lora_ext._files import read_json, write_files
+
+from ._config import AdapterConfig
+from ._model_index import ROUTED, LinearSpec, ModelIndex, check_header, in_routed_experts
+from ._peft_tensors import (
+    StateDict,
+    TensorSource,
+    adapter_directory,
+    base_name,
+    open_tensors,
+    parse_key,
+    roles_of,
+    wrapped_names,
+)
+from ._replaced import Replaced, find_replaced, find_rows
+
+# A directory, or (config, state dict).
+AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
+
+CONFIG = "adapter config"  # what errors call a config that is no file
+_MAX_JSON_BYTES = 4 << 20
+
+
+class Factors(NamedTuple):
+    """One module's share of an adapter. It adds ``scaling * (b @ a @ x + bias)``.
+
+    Of a convolution the factors are kernels, ``a (r, I, *k)`` and ``b (O, r, 1, ...)``, and the
+    magnitude is ``(1, O, 1, ...)``; with groups b has r / groups columns. Of E experts they are
+    ``a (E * r, I)``, expert by expert, and ``b (O, r * E)``, rank by rank.
+    """
+
+    a: Tensor  # (r, I); of an embedding, I is how many tokens it knows
+    b: Tensor  # (O, r)
+    scaling: float
+    bias: Tensor | None = None  # (O,)
+    magnitude: Tensor | None = None  # (O,), of DoRA
+    embedding: bool = False
+
+
+@dataclass(frozen=True)
+class CheckedAdapter:
+    """An adapter whose names, shapes and dtypes fit the base model; no factor is read yet."""
+
+    config: AdapterConfig
+    leftover: tuple[str, ...]  # what strict=False skipped
+    tensors: TensorSource  # the file or state dict, open
+    index: ModelIndex  # the base model's modules
+    keys: dict[str, dict[str, str]]  # of each adapted module, by role
+    scalings: dict[str, float]
+    whole: dict[str, dict[str, str]]  # keys of each module that is replaced, by weight and bias
+    rows: dict[str, str]  # of each module of whose weight some rows are replaced, their key
+    tokens: tuple[int, ...]  # which rows
+
+    def modules(self) -> Iterator[tuple[LinearSpec, Factors]]:
+        """Read one adapted module after the other, so that whoever converts each has no more than
+        one in memory twice. A NotImplementedError tells of factors of a module that nobody calls.
+        """
+        for module, keys in self.keys.items():
+            embedding = module in self.index.embedding
+            parts = {
+                part: self.tensors.read(keys[role])
+                for part, role in roles_of(embedding).items()
+                if role in keys
+            }
+            if module in self.index.bypassed and parts["b"].any():
+                raise NotImplementedError(
+                    f"{self.where_is(module, 'b')}: expected zeros, found others: "
+                    f"{self.index.bypassed[module]} reads the weight of this module and never "
+                    "calls it, so that an adapter on it would not be served"
+                )
+            factors = Factors(**parts, scaling=self.scalings[module], embedding=embedding)
+            yield self.index.specs[module], factors
+
+    def replaced(self) -> Iterator[tuple[LinearSpec, Replaced]]:
+        """Read one module after the other that the adapter brings along."""
+        for module, keys in self.whole.items():
+            whole = {role: self.tensors.read(key) for role, key in keys.items()}
+            yield self.index.modules[module], Replaced(**whole)
+        for module, key in self.rows.items():
+            rows = Replaced(self.tensors.read(key), rows=torch.tensor(self.tokens))
+            yield self.index.modules[module], rows
+
+    def where_is(self, module: str, part: str) -> str:
+        """File and key of a field of :class:`Factors`, for messages."""
+        role = roles_of(module in self.index.embedding)[part]
+        return f"{self.tensors.where}: {self.keys[module].get(role, role)}"
+
+
+@contextlib.contextmanager
+def read_adapter(
+    source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool
+) -> Iterator[CheckedAdapter]:
+    """Open and check an adapter; nothing of it is trusted.
+
+    Args:
+        source: a directory with ``adapter_config.json`` and ``adapter_model.safetensors`` (or
+            ``.bin``), or ``(config, state_dict)`` with a dict or a ``peft.LoraConfig``.
+        index: the base model's modules. max_rank: the largest rank that is accepted.
+        strict: refuse keys, config fields and patterns that nothing uses, instead of listing them.
+
+    Raises:
+        ValueError: naming file, key, expected and found. NotImplementedError: what is legal in PEFT
+            and not here, such as convolutions.
+    """
+    with open_adapter(source) as (config, tensors):
+        yield check_adapter(config, tensors, index, max_rank, strict)
+
+
+@contextlib.contextmanager
+def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorSource]]:
+    """The parsed config, and the tensors, of which none is read yet; errors name the file."""
+    if isinstance(source, tuple):
+        raw, state = source
+        config = raw if isinstance(raw, AdapterConfig) else AdapterConfig.parse(raw, CONFIG)
+        tensors: TensorSource = StateDict(state, "state dict")
+    else:
+        directory = adapter_directory(source)
+        path = directory / "adapter_config.json"
+        config = AdapterConfig.parse(read_json(path, _MAX_JSON_BYTES), str(path))
+        tensors = open_tensors(directory)
+    try:
+        yield config, tensors
+    finally:
+        tensors.close()
+
+
+def check_adapter(
+    config: AdapterConfig, tensors: TensorSource, index: ModelIndex, max_rank: int, strict: bool
+) -> CheckedAdapter:
+    """Check what :func:`open_adapter` opened; arguments and errors are :func:`read_adapter`'s."""
+    if index.shared:
+        expected = "'none' (the base model's biases are shared)"
+        require(config.base_bias == "none", config.where, "bias", expected, repr(config.base_bias))
+    for name in () if index.shared else ("target_parameters", "trainable_token_indices"):
+        if getattr(config, name):
+            raise NotImplementedError(
+                f"{config.where}: {name} is not supported apart from a model: AdapterPool serves "
+                "such adapters, and from_peft trains them"
+            )
+    experts = wrapped_names(index.parameters, config.targeted_parameters(index))
+    grouped, base, leftover = _group_keys(tensors, index, experts)
+    rows, tokens = find_rows(config, tensors, index, grouped)
+    leftover = [key for key in leftover if key not in rows.values()]
+    saved: dict[str, str] = {}
+    if index.shared:
+        other = {key: base_name(key) for key in (*base, *leftover)}
+        saved = {key: name for key, name in other.items() if config.saves_whole(name)}
+        base = {key: name for key, name in base.items() if key not in saved}
+        leftover = [key for key in leftover if key not in saved]
+    _check_targets(config, tensors, index, grouped)
+    if config.invocation:
+        _check_activated(config, index, grouped)
+    if not grouped:
+        raise ValueError(
+            f"{tensors.where}: expected adapted modules, found {_some(leftover) or 'none'}"
+        )
+    ranks, unused = config.ranks_and_scales(grouped)
+    leftover += [*(f"config field {name}" for name in config.unknown), *unused]
+    if strict and leftover:
+        raise ValueError(
+            f"{tensors.where}: expected only what the base model and {config.where} account for, "
+            f"found {_some(leftover)} (strict=False skips them)"
+        )
+    for module, keys in grouped.items():  # all headers before the first byte of the first tensor
+        rank, _ = ranks[module]
+        expected = f"at most max_rank={max_rank}"
+        require(rank <= max_rank, config.where, f"rank of {module}", expected, rank)
+        _check_headers(tensors, keys, rank, module, index, config)
+    whole = find_replaced(config, tensors, index, saved, grouped) if index.shared else {}
+    for key, name in base.items():  # all headers before the first byte, here too
+        index.weights.check_header(tensors, key, name)
+    for key, name in base.items():
+        index.weights.check(tensors, key, name)
+    scalings = {module: scaling for module, (_, scaling) in ranks.items()}
+    return CheckedAdapter(
+        config, tuple(leftover), tensors, index, grouped, scalings, whole, rows, tokens
+    )
+
+
+def _check_activated(config: AdapterConfig, index: ModelIndex, grouped: Iterable[str]) -> None:
+    """Refuse an invocation that no prompt has, and factors that would reach the tokens before."""
+    config.check_vocabulary(config.where, index.vocabulary)
+    embedded = sorted(name for name in grouped if name in index.embedding)
+    if embedded:
+        raise NotImplementedError(
+            f"{config.where}: alora_invocation_tokens: expected adapters on linear layers, found "
+            f"one on the embedding {embedded[0]!r}, which PEFT refuses too"
+        )
+
+
+def _check_targets(
+    config: AdapterConfig,
+    tensors: TensorSource,
+    index: ModelIndex,
+    grouped: dict[str, dict[str, str]],
+) -> None:
+    """The modules that have factors are those that the config targets, where it says which."""
+    targets = config.targets(index)
+    if targets is None:
+        return
+    stray = sorted(grouped.keys() - targets)
+    if stray:  # also where strict=False: what was trained with them is another adapter
+        raise ValueError(
+            f"{tensors.where}: expected factors of modules that {config.where} targets, found "
+            f"{_some(key for module in stray for key in grouped[module].values())}"
+        )
+    missing = sorted(targets - grouped.keys())
+    if missing:
+        raise ValueError(
+            f"{tensors.where}: expected lora_A and lora_B for each of {len(targets)} targeted "
+            f"modules, found none for {_some(missing)}"
+        )
+
+
+def _group_keys(
+    tensors: TensorSource, index: ModelIndex, experts: Mapping[str, str]
+) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
+    """Keys by module and role (``A.weight``, ``embedding_A``, ``magnitude_vector``...); keys of
+    weights of the base model, with their names there; and the other keys."""
+    grouped: dict[str, dict[str, str]] = {}
+    base: dict[str, str] = {}
+    leftover: list[str] = []
+    for key in tensors.infos:
+        if "modules_to_save" in key:
+            raise NotImplementedError(
+                f"{tensors.where}: {key}: replaced modules (modules_to_save) are not supported"
+            )
+        parsed = parse_key(key)
+        if parsed is None:
+            name = base_name(key)
+            if name in index.weights:
+                base[key] = name
+            else:
+                leftover.append(key)
+            continue
+        module = experts.get(parsed.module, parsed.module)
+        owner, _, _ = parsed.module.partition(".base_layer")
+        if owner in index.parameters and module == parsed.module:
+            raise ValueError(
+                f"{tensors.where}: expected factors of {len(experts)} parameters of experts, which "
+                f"the adapter's target_parameters mean, found {key}"
+            )
+        if module not in index.specs:
+            kind = index.unsupported.get(module)
+            if kind is None and module == parsed.module and in_routed_experts(module):
+                kind = f"module of {ROUTED}"
+            if kind is not None:  # also where strict=False: without it this is another adapter
+                raise NotImplementedError(
+                    f"{tensors.where}: {key}: adapters on a {kind} are not supported"
+                )
+            leftover.append(key)
+            continue
+        roles = grouped.setdefault(module, {})
+        other = roles.setdefault(parsed.role, key)
+        if other != key:
+            raise ValueError(f"{tensors.where}: expected one adapter, found both {other} and {key}")
+    return grouped, base, leftover
+
+
+def _check_headers(
+    tensors: TensorSource,
+    keys: dict[str, str],
+    rank: int,
+    module: str,
+    index: ModelIndex,
+    config: AdapterConfig,
+) -> None:
+    spec = index.specs[module]
+    roles = roles_of(module in index.embedding)
+    ones = (1,) * len(spec.kernel)
+    expected: dict[str, tuple[int, ...]] = {
+        roles["a"]: (rank * spec.experts, spec.in_features, *spec.kernel),
+        roles["b"]: (spec.out_features, rank * spec.experts // spec.groups, *ones),
+    }
+    if module in index.embedding and config.use_dora and index.shared:
+        raise NotImplementedError(
+            f"{config.where}: use_dora is not supported on {module}: DoRA of an embedding"
+        )
+    if module in index.embedding and config.lora_bias:
+        raise ValueError(
+            f"{config.where}: lora_bias: expected false beside the embedding {module}, "
+            "as PEFT does, found True"
+        )
+    if config.lora_bias:
+        expected[roles["bias"]] = (spec.out_features,)
+    if config.use_dora:
+        expected[roles["magnitude"]] = (
+            (1, spec.out_features, *ones) if ones else (spec.out_features,)
+        )
+    wanted = f"lora_{{{', '.join(expected)}}}"
+    found = f"lora_{{{', '.join(keys)}}} (lora_bias={config.lora_bias}, use_dora={config.use_dora})"
+    require(keys.keys() == expected.keys(), tensors.where, module, wanted, found)
+    for role, shape in expected.items():
+        check_header(tensors, keys[role], shape)
+
+
+def _some(items: Iterable[str]) -> str:
+    shown = [item[:200] for item in items]
+    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    return ", ".join(shown[:4]) + more
+
+
+def save_adapter(
+    directory: str | os.PathLike[str],
+    config: Any,
+    state: Mapping[str, Tensor],
+    *,
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does.
+
+    Args:
+        directory: made if it is not there. All files appear, or none.
+        config: a dict of PEFT's fields (at least ``target_modules``), or a ``peft.LoraConfig``.
+        state: ``<module>.lora_A.weight`` and so on, with or without ``base_model.model.`` and an
+            adapter's name; they are written with the former and without the latter.
+        beside: contents of other files that belong to them, by name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        parsed = parse_key(key)
+        if parsed is None:
+            raise ValueError(
+                f"save_adapter: state: expected <module>.lora_A.weight or its like, found {key}"
+            )
+        found = f"{parsed.in_file} twice"
+        require(parsed.in_file not in tensors, "save_adapter", "state", "one adapter", found)
+        tensors[parsed.in_file] = value
+    write_adapter(directory, config, tensors, beside)
+
+
+def write_adapter(
+    directory: str | os.PathLike[str],
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
+    """:func:`save_adapter` of tensors that have the names of a file already."""
+    from safetensors.torch import save
+
+    raw = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+    raw.setdefault("peft_type", "LORA")
+    raw = AdapterConfig.parse(raw, CONFIG).raw  # what we cannot read we do not write
+    # Each with memory of its own: a tied head and embedding would be refused.
+    whole = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+    }
+    text = json.dumps(raw, indent=2, sort_keys=True, default=_json_value)
+    # The tensors last: a reader that finds them finds the config.
+    files = {
+        **(beside or {}),
+        "adapter_config.json": text.encode(),
+        "adapter_model.safetensors": save(whole, metadata={"format": "pt"}),
+    }
+    write_files(directory, files)
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return getattr(value, "value", str(value))

@@ -1,0 +1,306 @@
+"""How many directions an adapter uses: the singular values of its update, and ranks made of them.
+
+The update of a module is ``scaling * B A`` with A ``(r, n)`` and B ``(m, r)``. It is never formed:
+what is decomposed has the size of the rank. Everything is float64 on the CPU, whatever the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import choice, integer, number, require
+from lora_ext.ops import lora_gram
+
+from ._low_rank import core
+from ._matrices import Source, check_floating, factor_matrices
+
+METHODS = ("qr", "gram")
+#: Thresholds are read off Gram matrices down to here: they square the condition number.
+GRAM_TAU = 1e-3
+_BY_GRAM = ("threshold", "stable", "participation")
+_BY_TAU = ("threshold", "absolute")
+
+# Each takes singular values in falling order, of which the first is above zero; tau; and k.
+_RANKS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
+    "threshold": lambda s, tau, k: (s / s[0] > tau).sum(),
+    "absolute": lambda s, tau, k: (s > tau).sum(),
+    "entropy": lambda s, tau, k: _perplexity(s / s[0]),
+    "entropy_energy": lambda s, tau, k: _perplexity((s / s[0]).square()),
+    "stable": lambda s, tau, k: (s / s[0]).square().sum(),
+    "participation": lambda s, tau, k: _participation((s / s[0]).square()),
+    "top_k_share": lambda s, tau, k: (s / s[0])[:k].sum() / (s / s[0]).sum(),
+}
+KINDS = tuple(_RANKS)
+
+
+def lora_singular_values(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
+    """Return the singular values of ``scaling * b @ a``, largest first.
+
+    They are those of ``R_b R_a^T``, where ``b = Q_b R_b`` and ``a^T = Q_a R_a``.
+
+    Args:
+        a: ``(r, n)`` floating, on any device.
+        b: ``(m, r)``.
+        scaling: of the update; its sign does not matter.
+
+    Returns:
+        ``(min(r, m, n),)`` float64 on the CPU.
+
+    Raises:
+        ValueError: shapes that do not fit or are empty; NaN or infinity.
+        TypeError: factors that are no floating tensors.
+    """
+    where = "lora_singular_values"
+    return _spectrum(*_factors(where, a, b), abs(number(where, "scaling", scaling)))
+
+
+def effective_rank(
+    a: Tensor,
+    b: Tensor | None = None,
+    kind: str = "entropy",
+    tau: float = 1e-3,
+    k: int = 5,
+    scaling: float = 1.0,
+    method: str = "qr",
+) -> float | int:
+    """Return how many directions ``scaling * b @ a``, or one dense matrix, uses.
+
+    With singular values ``s_1 >= s_2 >= ...``:
+
+    ================ ================================================================
+    kind
+    ================ ================================================================
+    "threshold"      how many ``s_i / s_1 > tau``
+    "absolute"       how many ``s_i > tau``; the only one that depends on ``scaling``
+    "entropy"        ``exp(-sum p_i ln p_i)``, ``p_i = s_i / sum s``
+    "entropy_energy" the same with ``p_i = s_i^2 / sum s^2``
+    "stable"         ``sum s^2 / s_1^2``
+    "participation"  ``(sum s^2)^2 / sum s^4``
+    "top_k_share"    the first k of ``sum s``, as a share of it
+    ================ ================================================================
+
+    ``1 <= stable <= participation <= entropy_energy <= entropy <= rank``, and all are 0 for an
+    update that is zero, as a fresh adapter's is.
+
+    Args:
+        a: ``(r, n)`` floating; without ``b`` a dense matrix ``(m, n)``.
+        b: ``(m, r)``.
+        kind: a row of the table.
+        tau: threshold, between 0 and 1 where it is relative.
+        k: how many values ``top_k_share`` counts.
+        scaling: of the update.
+        method: "qr"; or "gram", which reads the singular values off ``a a^T`` and ``b^T b`` and so
+            loses half their digits: for "threshold" with tau of 1e-3 and above, "stable" and
+            "participation" (which then needs no decomposition at all).
+
+    Returns:
+        An int for the two that count, else a float.
+
+    Raises:
+        ValueError: an argument out of range, or one that ``method`` does not allow; shapes that do
+            not fit or are empty; NaN or infinity. TypeError: what is no floating tensor.
+
+    Sources: "entropy": Roy and Vetterli, "The effective rank: a measure of effective
+    dimensionality" (EUSIPCO 2007); "threshold", "absolute" and "top_k_share": the code of "Planning
+    vs Reasoning" (arXiv 2412.00029).
+    """
+    where = "effective_rank"
+    choice(where, "kind", kind, KINDS)
+    _check_tau(where, "tau", tau, relative=kind != "absolute")
+    integer(where, "k", k, 1, expected="at least 1")
+    choice(where, "method", method, METHODS)
+    scale = abs(number(where, "scaling", scaling))
+    if b is None:
+        dense = _factor(where, "a", a)
+        if method == "qr":
+            return _rank(torch.linalg.svdvals(dense) * scale, kind, tau, k)
+        wide_a = dense if dense.shape[0] < dense.shape[1] else dense.T
+        wide_b = torch.eye(wide_a.shape[0], dtype=torch.float64)
+    else:
+        wide_a, wide_b = _factors(where, a, b)
+    if method == "qr":
+        return _rank(_spectrum(wide_a, wide_b, scale), kind, tau, k)
+    require(kind in _BY_GRAM, where, "kind", f"one of {_BY_GRAM} by method 'gram'", repr(kind))
+    reaches = kind != "threshold" or tau >= GRAM_TAU
+    require(reaches, where, "tau", f"at least {GRAM_TAU} by method 'gram'", tau)
+    (gram_a,), (gram_b,) = lora_gram([wide_a], [wide_b])
+    if kind == "participation":
+        return gram_figures(gram_a, gram_b)[1].item() if scale else 0.0
+    size = min(wide_a.shape[0], wide_a.shape[1], wide_b.shape[0])
+    return _rank(_gram_spectrum(gram_a, gram_b)[:size] * scale, kind, tau, k)
+
+
+def gram_figures(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``||b a||`` (Frobenius) and the participation rank, from ``a a^T`` and ``b^T b``.
+
+    ``sum s^2 = trace(G_b G_a)`` and ``sum s^4 = trace(G_b G_a G_b G_a)``: nothing is decomposed.
+
+    Args:
+        gram_a, gram_b: ``(r, r)`` floating, or with leading dimensions for several.
+
+    Returns:
+        Two float64 tensors of the leading dimensions, on the device of the Gram matrices; both are
+        zero where the product is.
+    """
+    gram_a, gram_b = gram_a.double(), gram_b.double()
+    square = (gram_a * gram_b).sum((-2, -1)).clamp(min=0)  # both are symmetric
+    # Scaled first: the fourth powers of a young adapter's singular values leave float64.
+    product = (gram_b / square.clamp(min=torch.finfo(torch.float64).tiny)[..., None, None]) @ gram_a
+    fourth = (product * product.mT).sum((-2, -1))
+    rank = torch.where(fourth > 0, 1 / fourth, 0).clamp(max=gram_a.shape[-1])
+    return square.sqrt(), torch.where(square > 0, rank.clamp(min=1), 0)
+
+
+@dataclass(frozen=True)
+class RankReport(Sequence[Mapping[str, Any]]):
+    """The modules of an adapter, a mapping each, as :func:`rank_report` makes them.
+
+    Attributes:
+        rows: ``module`` its name; ``r``; ``shape (m, n)`` of the update; ``fro``, the Frobenius
+            norm of the scaled update; and an entry for each kind, ``"entropy"``, or for each kind
+            and threshold, ``"threshold@0.001"``.
+    """
+
+    rows: tuple[Mapping[str, Any], ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One row; a slice gives a tuple of them."""
+        return self.rows[index]
+
+    def to_table(self) -> str:
+        """A line for each module below a line of headings, in aligned columns."""
+        names = list(self.rows[0]) if self.rows else ["module"]
+        cells = [names, *([_cell(row[name]) for name in names] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if name == "module" else cell.rjust(width)
+                for name, cell, width in zip(names, line, widths, strict=True)
+            ).rstrip()
+            for line in cells
+        )
+
+
+def rank_report(
+    source: Source,
+    adapter_name: str = "default",
+    kinds: Iterable[str] = ("threshold", *KINDS[2:]),
+    taus: Iterable[float] = (1e-1, 1e-2, 1e-3),
+    k: int = 5,
+    layout: str = "r_in",
+) -> RankReport:
+    """Measure the update of every module of an adapter.
+
+    Args:
+        source: an adapter; a model, PEFT's or ours; a folder as PEFT saves it, or (config, state
+            dict); or a state dict alone, which says no scaling, so that it is taken for 1. Names in
+            a state dict are PEFT's, with or without an adapter's name and ``base_model.model.``, or
+            those of the published code (``<module>.lora_layer.lora_A``); all else in it is skipped.
+        adapter_name: which one, of a model or of a state dict with names of adapters.
+        kinds: as :func:`effective_rank` has them.
+        taus: thresholds of the two kinds that count, an entry each.
+        k: of "top_k_share".
+        layout: "in_r" for a state dict that has the factors of the published code, A ``(n, r)`` and
+            B ``(r, m)``.
+
+    Returns:
+        Rows in the order of the source. The decomposition of a module serves all of its entries.
+        What DoRA's magnitudes and biases add is not in them.
+
+    Raises:
+        KeyError: a lora_A without its lora_B, or the other way round, naming it.
+        ValueError: no adapter, or not this one; an argument out of range; shapes that do not fit;
+            NaN or infinity, naming the module. TypeError: factors that are not floating.
+
+    Source: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv
+    2412.00029).
+    """
+    where = "rank_report"
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    taus = tuple(taus)
+    for kind in kinds:
+        choice(where, "kinds", kind, KINDS)
+    for tau in taus:
+        _check_tau(where, "taus", tau, relative=kinds != ("absolute",))
+    integer(where, "k", k, 1, expected="at least 1")
+    rows: list[Mapping[str, Any]] = []
+    for name, (a, b, scaling) in factor_matrices(where, source, adapter_name, layout).items():
+        wide_a, wide_b = _factors(f"{where}: {name}", a, b)
+        scale = number(f"{where}: {name}", "scaling", float(scaling))  # PEFT's may be a tensor
+        spectrum = _spectrum(wide_a, wide_b, abs(scale))
+        row: dict[str, Any] = {
+            "module": name,
+            "r": a.shape[0],
+            "shape": (b.shape[0], a.shape[1]),
+            "fro": spectrum.norm().item(),
+        }
+        for kind in kinds:
+            if kind in _BY_TAU:
+                row |= {f"{kind}@{tau:g}": _rank(spectrum, kind, tau, k) for tau in taus}
+            else:
+                row[kind] = _rank(spectrum, kind, GRAM_TAU, k)
+        rows.append(row)
+    return RankReport(tuple(rows))
+
+
+def _spectrum(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.linalg.svdvals(core(a, b)) * scale
+
+
+def _gram_spectrum(gram_a: Tensor, gram_b: Tensor) -> Tensor:
+    """``s_i^2`` are the eigenvalues of ``G_b^(1/2) G_a G_b^(1/2)``."""
+    values, vectors = torch.linalg.eigh(gram_b)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return torch.linalg.eigvalsh(root @ gram_a @ root).clamp(min=0).sqrt().flip(0)
+
+
+def _rank(spectrum: Tensor, kind: str, tau: float, k: int) -> float | int:
+    counts = kind in _BY_TAU
+    if spectrum[0] == 0:
+        return 0 if counts else 0.0
+    return _RANKS[kind](spectrum, tau, k).item()
+
+
+def _perplexity(weights: Tensor) -> Tensor:
+    return torch.special.entr(weights / weights.sum()).sum().exp()
+
+
+def _participation(squares: Tensor) -> Tensor:
+    return squares.sum().square() / squares.square().sum()
+
+
+def _factors(where: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    for name, t in (("a", a), ("b", b)):
+        check_floating(where, name, t)
+    fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] and a.numel() and b.numel()
+    expected, found = "shapes (r, n) and (m, r), neither empty", map(tuple, (a.shape, b.shape))
+    require(fits, where, "a and b", expected, " and ".join(map(str, found)))
+    return _factor(where, "a", a), _factor(where, "b", b)
+
+
+def _factor(where: str, name: str, t: Tensor) -> Tensor:
+    check_floating(where, name, t)
+    shape = tuple(t.shape)
+    require(t.dim() == 2 and t.numel() > 0, where, name, "a matrix that is not empty", shape)
+    wide = t.detach().to("cpu", torch.float64)
+    require(bool(wide.isfinite().all()), where, name, "finite values", "NaN or inf")
+    return wide
+
+
+def _check_tau(where: str, argument: str, tau: float, relative: bool) -> None:
+    expected = "a threshold above 0" + (" and below 1" if relative else "")
+    number(where, argument, tau, above=0, below=1 if relative else None, expected=expected)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " x ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

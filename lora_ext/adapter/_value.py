@@ -1,0 +1,281 @@
+"""``LoraAdapter``: one adapter as a value, apart from any model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._checks import require, require_flags
+
+from ._config import AdapterConfig
+from ._live import live_adapter
+from ._model_index import BaseWeights, LinearSpec, ModelIndex
+from ._peft_files import AdapterSource, Factors, check_adapter, open_adapter, write_adapter
+from ._peft_tensors import PREFIX, Key, TensorSource, base_name, parse_key, roles_of
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LoraAdapter:
+    """PEFT's configuration and, for each adapted module, its factors. Nothing of it changes.
+
+    Attributes:
+        config: its fields have PEFT's names; ``to_dict()`` is ``adapter_config.json``.
+        modules: by the module's name in the base model: ``a (r, I)``, ``b (O, r)``, ``scaling`` by
+            PEFT's rules, and ``bias``, ``magnitude`` where PEFT keeps them.
+        base_weights: weights of the base model that PEFT saves beside an adapted embedding or head,
+            under their names in the file. They share the memory of what they were read from.
+        replacements: what PEFT puts in the place of the base model's weights, likewise: whole
+            modules (``modules_to_save``) and trained biases (``bias="all"``, ``"lora_only"``).
+
+    Two adapters are equal that change a model in the same way: names, factors, scaling, bias,
+    magnitude and replacements count, compared by value, and neither dtype nor device nor
+    configuration.
+    """
+
+    config: AdapterConfig
+    modules: Mapping[str, Factors]
+    base_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    replacements: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for each in ("modules", "base_weights", "replacements"):
+            object.__setattr__(self, each, MappingProxyType(dict(getattr(self, each))))
+
+    @classmethod
+    def load(cls, source: AdapterSource, strict: bool = True) -> LoraAdapter:
+        """Read PEFT's folder, or ``(config, state dict)``, without a model to compare it with.
+
+        Args:
+            source: a directory; or a dict of PEFT's fields or ``peft.LoraConfig``, and tensors
+                under PEFT's names, which are copied.
+            strict: False skips tensors and fields that nothing uses.
+
+        Raises:
+            TypeError: ``strict`` is neither True nor False.
+            ValueError: naming file, key, expected and found.
+            NotImplementedError: what is legal in PEFT and not here: rows of embeddings, bare
+                parameters, initialisations that change the base weight.
+        """
+        require_flags("LoraAdapter.load", strict=strict)
+        with open_adapter(source) as (config, tensors):
+            return cls._read(config, tensors, strict, copy=isinstance(source, tuple))
+
+    @classmethod
+    def from_model(cls, model: nn.Module, adapter: str = "default") -> LoraAdapter:
+        """Copy an adapter out of a PEFT model, or out of layers of :mod:`lora_ext.nn`.
+
+        Raises:
+            ValueError: the model has no such adapter; its layers differ in what PEFT's
+                configuration has but once (``use_dora``, ``lora_bias``).
+            NotImplementedError: as :meth:`load`.
+        """
+        return cls.load(live_adapter(model, adapter, "LoraAdapter.from_model: model"))
+
+    @classmethod
+    def of(cls, source: LoraAdapter | AdapterSource) -> LoraAdapter:
+        """Take ``source`` as a value: itself where it is one, and anything else as :meth:`load`
+        reads it."""
+        return source if isinstance(source, LoraAdapter) else cls.load(source)
+
+    def check_names(self, where: str, names: Iterable[str]) -> None:
+        """Refuse names that are no modules of the adapter.
+
+        Raises:
+            ValueError: naming the first. ``where`` opens the message: caller and argument.
+        """
+        for name in names:
+            if name not in self.modules:
+                raise ValueError(
+                    f"{where}: expected modules of the adapter, found {name!r:.200}, which it lacks"
+                )
+
+    def with_modules(
+        self,
+        modules: Mapping[str, Factors],
+        base_weights: Mapping[str, Tensor] | None = None,
+        **changes: Any,
+    ) -> LoraAdapter:
+        """This adapter with other factors, and a configuration that names their modules in full.
+
+        Args:
+            modules: by the module's name. A scale that PEFT's configuration cannot say moves by
+                one unit in the last place of float64.
+            base_weights: default is those of this adapter that lie beside ``modules``.
+            changes: of fields of the configuration.
+
+        The trained bias of a base layer that is adapted no more goes with ``bias="lora_only"``,
+        and with ``bias="all"``, which means every layer, stays.
+        """
+        gone = tuple(f"{name}.base_layer." for name in self.modules if name not in modules)
+        if base_weights is None:
+            base_weights = {
+                key: weight
+                for key, weight in self.base_weights.items()
+                if not key.removeprefix(PREFIX).startswith(gone)
+            }
+        ranks = {name: factors.a.shape[0] for name, factors in modules.items()}
+        scalings = {name: factors.scaling for name, factors in modules.items()}
+        config = self.config.fitted(ranks, scalings, self.modules, **changes)
+        meant, _ = config.ranks_and_scales(ranks)
+        modules = {
+            name: f if f.scaling == meant[name][1] else f._replace(scaling=meant[name][1])
+            for name, f in modules.items()
+        }
+        replacements: dict[str, Tensor] = {}
+        for key, value in self.replacements.items():
+            if key.removeprefix(PREFIX).startswith(gone):  # PEFT wraps that layer no more
+                if config.base_bias != "all":  # the bias was trained as one of an adapted layer
+                    continue
+                key = PREFIX + base_name(key)
+            replacements[key] = value
+        return LoraAdapter(config, modules, base_weights, replacements)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder that PEFT loads, with no missing and no unexpected key.
+
+        Args:
+            folder: made if it is not there. Both of its files appear, or neither does.
+
+        Raises:
+            ValueError: the configuration means other modules, ranks or scales than ``modules`` has.
+            OSError: it cannot be written; what was there is whole.
+        """
+        config = self.config
+        if config.target_modules is None:  # PEFT would choose by the kind of model
+            config = dataclasses.replace(config, target_modules=tuple(sorted(self.modules)))
+        state = self.state_dict()
+        with open_adapter((config, state)) as (_, tensors):
+            # What nothing uses was skipped where this was loaded, or refused.
+            meant = self._read(config, tensors, strict=False, copy=False)
+        for name, factors in self.modules.items():
+            said, found = meant.modules[name].scaling, factors.scaling
+            expected = f"{said}, which the configuration says"
+            require(found == said, f"LoraAdapter.save: {name}", "scaling", expected, found)
+        write_adapter(folder, config, state)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors under the names that PEFT gives them in a file."""
+        tensors: dict[str, Tensor] = {}
+        for name, factors in self.modules.items():
+            for part, role in roles_of(factors.embedding).items():
+                value = getattr(factors, part)
+                if value is not None:
+                    tensors[Key(name, role, None).in_file] = value
+        return {**tensors, **self.base_weights, **self.replacements}
+
+    @classmethod
+    def _read(
+        cls, config: AdapterConfig, tensors: TensorSource, strict: bool, copy: bool
+    ) -> LoraAdapter:
+        index = _implied_index(config, tensors)
+        checked = check_adapter(config, tensors, index, sys.maxsize, strict)
+        modules = {spec.name: _copied(f) if copy else f for spec, f in checked.modules()}
+        beside: dict[str, Tensor] = {}
+        replacements: dict[str, Tensor] = {}
+        for key in tensors.infos:
+            name = base_name(key)
+            if parse_key(key) is None and name in index.weights:
+                in_file = PREFIX + key.removeprefix(PREFIX)
+                (replacements if _replaces(config, name) else beside)[in_file] = tensors.read(key)
+        if copy:
+            replacements = {key: value.clone() for key, value in replacements.items()}
+        return cls(config, modules, beside, replacements)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both change a model in the same way."""
+        if not isinstance(other, LoraAdapter):
+            return NotImplemented
+        if self.modules.keys() != other.modules.keys():
+            return False
+        if self.replacements.keys() != other.replacements.keys():
+            return False
+        return all(
+            all(map(same_values, factors, other.modules[name]))
+            for name, factors in self.modules.items()
+        ) and all(
+            same_values(value, other.replacements[key]) for key, value in self.replacements.items()
+        )
+
+    def __repr__(self) -> str:
+        """Modules and ranks at a glance."""
+        ranks = sorted({factors.a.shape[0] for factors in self.modules.values()})
+        return f"LoraAdapter({len(self.modules)} modules, ranks {ranks}, {self.config.where})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made of plain dicts: a read-only view cannot be pickled."""
+        parts = (self.modules, self.base_weights, self.replacements)
+        return LoraAdapter, (self.config, *map(dict, parts))
+
+
+def same_values(left: Any, right: Any) -> bool:
+    """Whether two values are equal; of tensors the shapes and values, wherever they lie."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.shape == right.shape and bool((left == right.to(left.device)).all())
+    return bool(left == right)  # one of them may be None
+
+
+def _copied(factors: Factors) -> Factors:
+    values: list[Any] = [t.clone() if isinstance(t, Tensor) else t for t in factors]
+    return Factors(*values)
+
+
+# -------------------------------------------------------------------------------------------------
+# Without a model, the tensors themselves say which modules there are.
+
+
+class _Unknown(BaseWeights):
+    """The weights of a base model that nobody has named: whatever a file holds may be one."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(nn.Module())
+        self._config = config
+
+    def __contains__(self, name: str) -> bool:
+        return name.endswith((".weight", ".bias")) or _replaces(self._config, name)
+
+    def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
+        dtype = tensors.infos[key].dtype
+        known = not isinstance(dtype, str)
+        require(known, f"{tensors.where}: {key}", "dtype", "one that torch has", dtype)
+
+    def check(self, tensors: TensorSource, key: str, name: str) -> None:
+        pass
+
+
+def _replaces(config: AdapterConfig, name: str) -> bool:
+    """Whether PEFT puts this tensor in the place of the base model's of that name."""
+    if config.base_bias != "none" and name.endswith("bias"):
+        return True
+    return config.saves_whole(name)
+
+
+def _implied_index(config: AdapterConfig, tensors: TensorSource) -> ModelIndex:
+    """The modules of a model that the factors fit: as many inputs as A has, outputs as B has."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, info in tensors.infos.items():
+        parsed = parse_key(key)
+        if parsed is not None:
+            is_factor = parsed.role.endswith(("A.weight", "B.weight", "embedding_A", "embedding_B"))
+            if is_factor and len(info.shape) < 2:
+                raise ValueError(f"{tensors.where}: {key}: expected a matrix, found {info.shape}")
+            shapes.setdefault(parsed.module, {})[parsed.role] = info.shape
+    linear: dict[str, LinearSpec] = {}
+    embedding: dict[str, LinearSpec] = {}
+    for name, found in shapes.items():
+        is_embedding = not found.keys().isdisjoint(("embedding_A", "embedding_B"))
+        role_a, role_b, *_ = roles_of(is_embedding).values()
+        rank, inputs, *kernel = found.get(role_a, (0, 0))
+        out, columns, *_ = found.get(role_b, (0, 0))
+        groups = rank // columns if kernel and columns and rank % columns == 0 else 1
+        (embedding if is_embedding else linear)[name] = LinearSpec(
+            name, inputs, out, torch.float32, torch.device("cpu"), tuple(kernel), groups
+        )
+    return ModelIndex(linear, embedding, {}, None, None, _Unknown(config), shared=False)

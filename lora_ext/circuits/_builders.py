@@ -1,0 +1,321 @@
+"""The regions of the well-known circuits, children first; ``RegionGraph`` offers them as methods.
+
+Nothing here knows the graph itself: a builder gives regions, the graph checks them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import require
+from lora_ext.reference import left_size
+
+from ._leaves import Leaf
+from ._regions import MAX_VARIABLE, Input, Kind, Partition, Region
+from ._scopes import PCStructureError, bits
+
+Regions = tuple[Region, ...]
+# One family for all variables, or one for each.
+Leaves = Leaf | Sequence[Leaf]
+
+
+def _require_positive(builder: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        require(size >= 1, builder, name, "at least 1", size, PCStructureError)
+
+
+def _leaf_each(builder: str, leaf: Leaves, num_variables: int) -> list[Leaf]:
+    """The family of every variable."""
+    if isinstance(leaf, Leaf):
+        return [leaf] * num_variables
+    expected = f"one family, or one for each of {num_variables} variables"
+    found = len(leaf)
+    require(found == num_variables, builder, "leaf", expected, found, PCStructureError)
+    return list(leaf)
+
+
+def _inputs(units: int, leaves: Sequence[Leaf], scope: int, name: str = "") -> list[Region]:
+    """An input for each family of the scope's variables."""
+    families: dict[Leaf, int] = {}
+    for v in bits(scope):
+        families[leaves[v]] = families.get(leaves[v], 0) | 1 << v
+    return [Region(units, leaf=leaf, variables=s, name=name) for leaf, s in families.items()]
+
+
+def _add_input(
+    regions: list[Region], units: int, leaves: Sequence[Leaf], scope: int, name: str = ""
+) -> int:
+    """Append a product of one distribution a variable; of several families, a mixture of them."""
+    inputs = _inputs(units, leaves, scope, name)
+    regions += inputs
+    if len(inputs) > 1:
+        children = tuple(range(len(regions) - len(inputs), len(regions)))
+        regions.append(Region(units, (Partition(children),), name=name))
+    return len(regions) - 1
+
+
+def cp(num_variables: int, rank: int, leaf: Leaves) -> Regions:
+    """An input a family over all of its variables, and the sum that mixes their units."""
+    _require_positive("cp", num_variables=num_variables, rank=rank)
+    leaves = _leaf_each("cp", leaf, num_variables)
+    inputs = _inputs(rank, leaves, (1 << num_variables) - 1, "leaves")
+    return *inputs, Region(1, (Partition(tuple(range(len(inputs)))),), name="root")
+
+
+def hmm(num_variables: int, rank: int, leaf: Leaves, homogeneous: bool) -> Regions:
+    """The chain is the tree in which each variable hangs from the one before it."""
+    _require_positive("hmm", num_variables=num_variables, rank=rank)
+    leaves = _leaf_each("hmm", leaf, num_variables)
+    return hclt([t - 1 for t in range(num_variables)], rank, leaves, homogeneous)
+
+
+def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> Regions:
+    """Two regions per variable: ``x<v>``, its distribution, and ``z<v>``, its latent."""
+    _require_positive("hclt", rank=rank)
+    leaves = _leaf_each("hclt", leaf, len(parents))
+    expected, found = "one family of a homogeneous circuit", len(set(leaves))
+    one = not homogeneous or found <= 1
+    require(one, "hclt", "leaf", expected, found, PCStructureError)
+    below: list[list[int]] = [[] for _ in parents]
+    expected = f"-1 or a variable in 0 .. {len(parents) - 1}"
+    for v, parent in enumerate(parents):
+        known, found = parent in range(-1, len(parents)), repr(parent)
+        require(known, "hclt", f"parents[{v}]", expected, found, PCStructureError)
+        if parent >= 0:
+            below[parent].append(v)
+    order = [v for v, parent in enumerate(parents) if parent < 0]
+    one, found = len(order) == 1, f"{len(order)}: {order[:12]}"
+    require(one, "hclt", "parents", "one variable with parent -1", found, PCStructureError)
+    for v in order:  # grows while it is read: parents first
+        order += below[v]
+    lost = sorted(set(range(len(parents))) - set(order))
+    found = f"a cycle: variables {lost[:12]} do not hang from the root"
+    require(not lost, "hclt", "parents", "a tree", found, PCStructureError)
+    regions: list[Region] = []
+    latent_of: dict[int, int] = {}
+    for v in reversed(order):
+        tie = "leaf" if homogeneous else None
+        regions.append(Region(rank, leaf=leaves[v], variables=1 << v, tie=tie, name=f"x{v}"))
+        children = (len(regions) - 1, *(latent_of[c] for c in below[v]))
+        is_root = parents[v] < 0
+        latent_of[v] = len(regions)
+        tie = "transition" if homogeneous and not is_root else None
+        units = 1 if is_root else rank
+        regions.append(Region(units, (Partition(children),), tie=tie, name=f"z{v}"))
+    return tuple(regions)
+
+
+def btree(num_variables: int, rank: int, leaf: Leaves) -> Regions:
+    """Halves of halves; the left half is ``left_size`` long, as in ``reference.circuit_scan``."""
+    _require_positive("btree", num_variables=num_variables, rank=rank)
+    leaves = _leaf_each("btree", leaf, num_variables)
+    if num_variables == 1:
+        return cp(1, rank, leaves)
+    regions: list[Region] = []
+
+    def build(lo: int, hi: int, units: int) -> int:
+        if hi - lo == 1:
+            regions.append(Region(rank, leaf=leaves[lo], variables=1 << lo, name=f"x{lo}"))
+        else:
+            middle = lo + left_size(hi - lo)
+            children = (build(lo, middle, rank), build(middle, hi, rank))
+            regions.append(Region(units, (Partition(children),), name=f"{lo}:{hi}"))
+        return len(regions) - 1
+
+    build(0, num_variables, 1)
+    return tuple(regions)
+
+
+def rat_spn(
+    num_variables: int,
+    depth: int,
+    repetitions: int,
+    num_sums: int,
+    num_inputs: int,
+    leaf: Leaves,
+    seed: int,
+    num_roots: int,
+) -> Regions:
+    """One random tree of binary splits per repetition, all mixed by the root."""
+    _require_positive(
+        "rat_spn",
+        depth=depth,
+        repetitions=repetitions,
+        num_sums=num_sums,
+        num_inputs=num_inputs,
+        num_roots=num_roots,
+    )
+    found = num_variables
+    require(found >= 2, "rat_spn", "num_variables", "at least 2", found, PCStructureError)
+    leaves = _leaf_each("rat_spn", leaf, num_variables)
+    rng = random.Random(seed)
+    regions: list[Region] = []
+
+    def build(names: list[int], level: int) -> int:
+        if level == 0 or len(names) == 1:
+            return _add_input(regions, num_inputs, leaves, sum(1 << v for v in names))
+        regions.append(Region(num_sums, (split(names, level),)))
+        return len(regions) - 1
+
+    def split(names: list[int], level: int) -> Partition:
+        names = rng.sample(names, len(names))
+        half = len(names) // 2
+        children = (build(names[:half], level - 1), build(names[half:], level - 1))
+        return Partition(children, "kronecker")
+
+    tops = tuple(split(list(range(num_variables)), depth) for _ in range(repetitions))
+    regions.append(Region(num_roots, tops, name="root"))
+    return tuple(regions)
+
+
+def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: int) -> Regions:
+    """One region per rectangle on the grid of ``delta``, small ones first."""
+    _require_positive("poon_domingos", height=height, width=width, num_units=num_units, delta=delta)
+    leaves = _leaf_each("poon_domingos", leaf, height * width)
+    regions: list[Region] = []
+    known: dict[tuple[int, int, int, int], int] = {}
+
+    def cuts(lo: int, hi: int) -> range:
+        return range((lo // delta + 1) * delta, hi, delta)
+
+    rows, columns = [*range(0, height, delta), height], [*range(0, width, delta), width]
+    rectangles = [(*y, *x) for y in combinations(rows, 2) for x in combinations(columns, 2)]
+    rectangles.sort(key=lambda r: (r[1] - r[0]) * (r[3] - r[2]))
+    for top, bottom, left, right in rectangles:
+        parts = [
+            Partition((known[top, y, left, right], known[y, bottom, left, right]))
+            for y in cuts(top, bottom)
+        ] + [
+            Partition((known[top, bottom, left, x], known[top, bottom, x, right]))
+            for x in cuts(left, right)
+        ]
+        name = f"{top}:{bottom},{left}:{right}"
+        whole = (bottom - top, right - left) == (height, width)
+        if not parts:
+            row = ((1 << (right - left)) - 1) << left
+            scope = sum(row << (y * width) for y in range(top, bottom))
+            inputs = _add_input(regions, num_units, leaves, scope, name)
+            parts = [Partition((inputs,))] if whole else []
+        if parts:
+            regions.append(Region(1 if whole else num_units, tuple(parts), name=name))
+        known[top, bottom, left, right] = len(regions) - 1
+    return tuple(regions)
+
+
+def join(graphs: Sequence[Regions]) -> Regions:
+    """All regions of all graphs; names and ties get the number of their graph in front."""
+    require(len(graphs) > 0, "join", "graphs", "at least one", "none", PCStructureError)
+    joined: list[Region] = []
+    for number, regions in enumerate(graphs):
+        first = len(joined)
+        for region in regions:
+            partitions = tuple(
+                replace(p, children=tuple(first + c for c in p.children)) for p in region.partitions
+            )
+            tie = None if region.tie is None else f"{number}/{region.tie}"
+            name = region.name and f"{number}/{region.name}"
+            joined.append(replace(region, partitions=partitions, tie=tie, name=name))
+    return tuple(joined)
+
+
+def from_edges(
+    inputs: Mapping[str, Input],
+    products: Iterable[tuple[str, Sequence[str]] | tuple[str, Sequence[str], Kind]],
+    units: Mapping[str, int],
+    ties: Mapping[str, str],
+) -> Regions:
+    """The regions that names describe, sorted so that children come before parents."""
+    for name, given in inputs.items():
+        wrong = [v for v in given.variables if not 0 <= v <= MAX_VARIABLE]
+        where, expected = f"unit {name}", f"0 .. {MAX_VARIABLE}"
+        require(not wrong, where, "variables", expected, wrong[:1], PCStructureError)
+    parts: dict[str, list[tuple[tuple[str, ...], Kind]]] = {}
+    for parent, children, *kind in products:
+        where, found = f"unit {parent}", "an input with children"
+        require(parent not in inputs, "from_edges", where, "a sum", found, PCStructureError)
+        parts.setdefault(parent, []).append((tuple(children), kind[0] if kind else "hadamard"))
+    order = _children_first(inputs, parts)
+    index = {name: i for i, name in enumerate(order)}
+    regions: list[Region] = []
+    for name in order:
+        if name in inputs:
+            given = inputs[name]
+            scope = sum(1 << v for v in set(given.variables))
+            regions.append(Region(given.units, (), given.leaf, scope, tie=given.tie, name=name))
+            continue
+        partitions = tuple(
+            Partition(tuple(index[c] for c in kids), kind) for kids, kind in parts[name]
+        )
+        regions.append(Region(units.get(name, 1), partitions, tie=ties.get(name), name=name))
+    return tuple(regions)
+
+
+def _children_first(
+    inputs: Mapping[str, Input], parts: Mapping[str, list[tuple[tuple[str, ...], Kind]]]
+) -> list[str]:
+    """All names, each after its children."""
+    below = {name: [c for kids, _ in ps for c in kids] for name, ps in parts.items()}
+    unknown = {c for kids in below.values() for c in kids} - inputs.keys() - parts.keys()
+    where, expected = "from_edges", "children that are inputs or sums"
+    found = f"unknown children: {', '.join(sorted(unknown)[:8])}"
+    require(not unknown, where, "products", expected, found, PCStructureError)
+    sorter = TopologicalSorter({**dict.fromkeys(inputs, ()), **below})
+    try:
+        return list(sorter.static_order())
+    except CycleError as error:
+        lost = ", ".join(sorted(set(error.args[1]))[:8])
+        found = f"a cyclic graph: units {lost} wait for each other"
+        raise PCStructureError(f"{where}: products: expected no cycle, found {found}") from None
+
+
+def chow_liu_parents(x: Tensor, num_categories: int) -> list[int]:
+    """The tree of largest total mutual information between observed variables.
+
+    Args:
+        x: ``(B, n)`` integer tensor without missing values.
+        num_categories: values run over ``0 .. num_categories - 1``.
+
+    Returns:
+        Parents for ``RegionGraph.hclt``; variable 0 is the root.
+
+    Raises:
+        ValueError: if ``x`` is no integer tensor of that shape and range, or has no rows.
+
+    Source: Chow and Liu 1968.
+    """
+    where = "chow_liu_parents"
+    remedy = f"{type(x).__module__}.{type(x).__name__}; torch.as_tensor(x) makes one"
+    require(isinstance(x, Tensor), where, "x", "a tensor", remedy)
+    remedy = f"{x.dtype}; bin real numbers first, or call x.long() if these are whole"
+    require(not x.is_floating_point() and not x.is_complex(), where, "x", "integers", remedy)
+    fits = x.dim() == 2 and x.numel() > 0
+    require(fits, where, "x", "shape (B, n), not empty", tuple(x.shape))
+    x = x.long()
+    low, high = int(x.min()), int(x.max())
+    expected = f"values in 0 .. {num_categories - 1}, none missing"
+    require(low >= 0 and high < num_categories, where, "x", expected, f"{low} .. {high}")
+    one_hot = torch.nn.functional.one_hot(x, num_categories).double()  # (B, n, V)
+    joint = torch.einsum("bnv,bmw->nmvw", one_hot, one_hot) / len(x)
+    single = one_hot.mean(0)
+    independent = single[:, None, :, None] * single[None, :, None, :]
+    information = torch.xlogy(joint, joint) - torch.xlogy(joint, independent)
+    gain = information.sum((2, 3))
+    n = gain.shape[0]
+    parents, best, link = [-1] * n, [-math.inf] * n, [0] * n
+    outside, last = set(range(1, n)), 0
+    while outside:
+        for v in outside:
+            if gain[last, v] > best[v]:
+                best[v], link[v] = float(gain[last, v]), last
+        last = max(sorted(outside), key=lambda v: best[v])
+        parents[last] = link[last]
+        outside.remove(last)
+    return parents

@@ -1,0 +1,271 @@
+"""Expected flows, and what stands on them: marginals of every variable, entropy, divergence, EM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import require
+
+from . import _structure
+from ._leaves import External, Indicator, Joint
+from ._parameters import Parameters
+from ._program import FIRST_LEAF, Weights
+from ._scopes import variables
+from ._sums import add_columns, last_sum
+
+
+class Flows(NamedTuple):
+    """Expected use of every unit and weight, given the data.
+
+    Attributes:
+        log_prob: ``(B,)``.
+        units: ``(B, U)``, the probability that a unit is on the path of a sample, given the row;
+            columns as ``Circuit.columns`` gives them.
+        weights: ``(num_weights,)``, summed over rows, in the order of ``Circuit.weights``.
+    """
+
+    log_prob: Tensor
+    units: Tensor
+    weights: Tensor
+
+
+def flows(
+    circuit: Parameters, name: str, leaf: Tensor, log_weights: Tensor, root: int | Tensor | None
+) -> Flows:
+    """``Circuit.flows``, from the values of the leaves and the normalised weights."""
+    execution, weights = circuit._run(), Weights(log_weights, "none")
+    top = circuit._root_numbers(name, root, len(leaf))[:, None]
+    val = execution.up(leaf, weights)
+    log_probs = execution.root_values(val)
+    log_prob = log_probs.gather(1, top)
+    possible = (log_prob > -torch.inf).to(val.dtype)
+    droots = torch.zeros_like(log_probs).scatter_(1, top, possible)
+    units, _, weight_flows = execution.down(droots, val, weights)
+    return Flows(log_prob[:, 0], units, weight_flows)
+
+
+def em_step(
+    circuit: Parameters,
+    x: Tensor,
+    step: float,
+    pseudocount: float,
+    keep_zero: bool,
+    root: int | Tensor | None,
+) -> Tensor:
+    """``Circuit.em_step``."""
+    finite = 0 <= pseudocount < math.inf
+    _require_logits(circuit, "em_step")
+    require(0 < step <= 1, "em_step", "step", "a number in (0, 1]", step)
+    require(finite, "em_step", "pseudocount", "a number, at least 0", pseudocount)
+    filled, missing = circuit._read("em_step", x)
+    require(len(x) > 0, "em_step", "x", "at least one row", "none")
+    log_weights = circuit._log_weights()
+    leaf = circuit._leaf_values_of("em_step", filled, missing)
+    log_prob, units, weight_flows = flows(circuit, "em_step", leaf, log_weights, root)
+    if missing.any():
+        weight_flows = _seen(circuit, log_weights, units, weight_flows, missing)
+    rows = (circuit._rows(t) for t in (weight_flows, log_weights, circuit.weights.data))
+    for flow, old, target in zip(*rows, strict=True):
+        extra = pseudocount / flow.shape[1]
+        if keep_zero:
+            there = old > -torch.inf
+            extra = there * (pseudocount / there.sum(1, keepdim=True).clamp(min=1))
+        total = last_sum(flow)[:, None]
+        new = (flow + extra) / (total + pseudocount)
+        mixed = ((1 - step) * old.exp() + step * new).log()
+        target.copy_(torch.where(total > 0, mixed, target))
+    for family, table, span in circuit._families():
+        if isinstance(family, Indicator | External):
+            continue
+        flow = units[:, FIRST_LEAF:][:, span]
+        if isinstance(family, Joint):  # which knows itself what it sees in part
+            observed = circuit._joint_data(span, filled, missing)
+        else:
+            var = circuit._var[span]
+            flow = torch.where(missing[:, var], 0, flow)
+            observed = filled[:, var].to(circuit.weights.dtype)
+        data = {k: t.data for k, t in table.items()}
+        family.update(data, circuit._row[span], observed, flow, step, pseudocount)
+    return (last_sum(log_prob.double()) / len(log_prob)).to(log_prob.dtype)
+
+
+def _seen(
+    circuit: Parameters, log_weights: Tensor, units: Tensor, weight_flows: Tensor, missing: Tensor
+) -> Tensor:
+    """Flows of the weights without those of rows in which a region sees nothing at all.
+
+    There the posterior is the prior, ``units * W``: it would only hold the weights where they are,
+    as the padding of a short sequence would the transitions of a chain.
+    """
+    graph = circuit.graph
+    scopes = torch.zeros(missing.shape[1], len(graph.regions), dtype=units.dtype)
+    for i, scope in enumerate(graph.scopes):
+        scopes[variables(scope), i] = 1
+    blind = (~missing).to(units.dtype) @ scopes.to(units.device) == 0  # (B, regions)
+    unseen = torch.zeros_like(weight_flows)
+    for i in blind.any(0).nonzero()[:, 0].tolist():
+        region, first = graph.regions[i], circuit.layered.weight_off[i]
+        if region.leaf is None:
+            own = slice(first, first + region.units * graph.num_products(region))
+            used = torch.where(blind[:, i, None], units[:, circuit.columns(i)], 0)
+            weight = log_weights[own].view(region.units, -1).exp()
+            unseen[own] += (weight * last_sum(used.T)[:, None]).flatten()
+    # Both are rounded: a difference below 1e3 eps of `weight_flows` is rounding, not a count.
+    seen, eps = weight_flows - unseen, torch.finfo(weight_flows.dtype).eps
+    return torch.where(seen > 1e3 * eps * weight_flows, seen, 0)
+
+
+# --- queries --------------------------------------------------------------------------------------
+class Marginals(NamedTuple):
+    """Each variable by itself, given the evidence of its row.
+
+    Attributes:
+        log_prob: ``(B, n, V)``, ``log p(x_v = value | evidence)``; ``-inf`` for values that a
+            variable does not have, NaN for a continuous variable. What the evidence gives is
+            certain.
+        mean: ``(B, n)`` of the value. variance: ``(B, n)``.
+    """
+
+    log_prob: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def univariate_marginals(
+    circuit: Parameters, evidence: Tensor, root: int | Tensor | None
+) -> Marginals:
+    """``Circuit.univariate_marginals``: a leaf unit's flow is the probability of its distribution,
+    so a variable's law is the mixture of its leaves' by their flows."""
+    name = "univariate_marginals"
+    filled, missing = circuit._read(name, evidence, "evidence")
+    circuit._refuse_external(name)
+    leaf = circuit._leaf_values_of(name, filled, missing)
+    use = flows(circuit, name, leaf, circuit._log_weights(), root)
+    units = use.units[:, FIRST_LEAF:]
+    rows, n = filled.shape
+    supports = [  # how many values the variables of a family take; 0 for a continuous one
+        int(circuit._indicators[span].max()) + 1
+        if isinstance(family, Indicator)
+        else family.num_values() or 0
+        for family, _, span in circuit._families()
+    ]
+    size = max(supports, default=0)
+    table, mean, variance = (units.new_zeros(rows, k) for k in (n * size, n, n))
+    continuous = torch.zeros(n, dtype=torch.bool, device=units.device)
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for (family, parameters, span), block, values in zip(
+        circuit._families(), circuit._blocks, supports, strict=True
+    ):
+        var, row, flow = circuit._var[span], circuit._row[span], units[:, span]
+        if isinstance(family, Indicator):
+            value = circuit._indicators[span]
+            add_columns(table, var * size + value, flow)
+            center = value.to(flow.dtype)
+            spread = torch.zeros_like(center)
+        elif isinstance(family, Joint):
+            data = circuit._joint_data(span, filled, missing)
+            moments = family.moments_given(parameters, row, data)
+            center, spread = (t.flatten(1) for t in moments)  # (B, N d)
+            scopes = circuit._scopes(span)
+            var = scopes[:, None].expand(-1, block, -1).flatten()
+            flow = flow.repeat_interleave(scopes.shape[1], 1)
+            continuous[var] = True
+        else:
+            center, spread = (t[row] for t in family.moments(parameters))
+            if values:
+                p = family.log_table(parameters).exp()[row].unflatten(0, (-1, block))
+                each = torch.einsum("bmk,mkv->bmv", flow.unflatten(1, (-1, block)), p)
+                columns = size * var[::block, None] + torch.arange(values, device=var.device)
+                add_columns(table, columns.flatten(), each.flatten(1))
+            else:
+                continuous[var] = True
+        add_columns(mean, var, flow * center)
+        parts.append((var, flow, center, spread))
+    for var, flow, center, spread in parts:  # about the mean, because squares would cancel
+        add_columns(variance, var, flow * (spread + (center - mean[:, var]).square()))
+    found = Marginals(table.view(rows, n, size).log(), mean, variance)
+    return _given(found, filled, missing, use.log_prob > -torch.inf, continuous)
+
+
+def _given(
+    found: Marginals, filled: Tensor, missing: Tensor, possible: Tensor, continuous: Tensor
+) -> Marginals:
+    """What the evidence says of a variable, in the place of the mixture over its leaves."""
+    log_prob, mean, variance = found
+    value = torch.arange(log_prob.shape[2], device=filled.device)
+    certain = torch.where(value == filled[..., None], 0.0, -torch.inf).to(log_prob.dtype)
+    known = possible[:, None] & ~missing
+    log_prob = torch.where(known[..., None], certain, log_prob)
+    log_prob = log_prob.masked_fill(continuous[:, None], torch.nan)
+    mean = torch.where(known, filled.to(mean.dtype), mean).masked_fill(
+        ~possible[:, None], torch.nan
+    )
+    variance = variance.masked_fill(known, 0).masked_fill(~possible[:, None], torch.nan)
+    return Marginals(log_prob, mean, variance)
+
+
+def entropy(circuit: Parameters, root: int | None) -> Tensor:
+    """``Circuit.entropy``: a deterministic circuit has one tree per assignment, so ``log p`` is a
+    sum over what the tree uses, and its expectation a sum over the flows."""
+    _require_deterministic(circuit, "entropy")
+    log_weights, used = _usage(circuit, "entropy", root)
+    return _total(used, -log_weights, lambda family, table: family.entropy(table), circuit)
+
+
+def kl_divergence(circuit: Parameters, other: Parameters, root: int | None) -> Tensor:
+    """``Circuit.kl_divergence``: both have the same tree for an assignment."""
+    name = "kl_divergence"
+    same = isinstance(other, Parameters) and other.graph == circuit.graph
+    found = "another graph" if isinstance(other, Parameters) else type(other).__name__
+    require(same, name, "other", "a circuit of the same graph", found)
+    for each in (circuit, other):
+        _require_deterministic(each, name)
+    log_weights, used = _usage(circuit, name, root)
+    ratios = log_weights - other._log_weights()
+    return _total(used, ratios, lambda family, *tables: family.divergence(*tables), circuit, other)
+
+
+def _require_logits(circuit: Parameters, name: str) -> None:
+    norm = circuit.norm
+    require(norm == "logits", name, "norm", "a circuit of 'logits'", repr(norm))
+
+
+def _require_deterministic(circuit: Parameters, name: str) -> None:
+    """Refuse circuits in which several trees may share an assignment."""
+    _require_logits(circuit, name)
+    circuit._refuse_external(name)
+    known = _structure.is_deterministic(circuit.graph)
+    found = "one that is not" if known is False else "one of which that is unknown"
+    remedy = "; estimate it from samples: -circuit.log_prob(circuit.sample(10000)[0]).mean()"
+    require(known is True, name, "graph", "a deterministic circuit", found + remedy)
+
+
+def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Flows]:
+    """Log-weights, and how often a sample uses each part of the circuit."""
+    leaf = circuit._leaf_values(name, circuit._nothing(), None)
+    log_weights = circuit._log_weights()
+    return log_weights, flows(circuit, name, leaf, log_weights, root)
+
+
+def _total(
+    used: Flows, of_weights: Tensor, of_family: Callable[..., Tensor], *circuits: Parameters
+) -> Tensor:
+    """The expectation of a sum over the weights and leaves that a sample uses. ``of_family`` takes
+    a family and its table in each of the circuits."""
+    total = _expectation(used.weights, of_weights)
+    for parts in zip(*(circuit._families() for circuit in circuits), strict=True):
+        family, _, span = parts[0]
+        if not isinstance(family, Indicator):
+            each = of_family(family, *(table for _, table, _ in parts))[circuits[0]._row[span]]
+            total = total + _expectation(used.units[0, FIRST_LEAF:][span], each)
+    return total
+
+
+def _expectation(flow: Tensor, value: Tensor) -> Tensor:
+    """What is never used counts 0, also where it is infinite."""
+    return torch.where(flow > 0, flow * value, 0).sum()

@@ -1,0 +1,330 @@
+"""The parameters of a compiled graph, where they lie, their files, and values of leaves on data.
+
+What queries, sampling, learning and files share: all of them stand above this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext._checks import integer, require
+from lora_ext._files import SafetensorsFile, parse_json
+from lora_ext.reference import log_weights
+
+from . import _structure
+from ._leaves import External, Finite, Indicator, Joint, Leaf, fresh_table
+from ._program import (
+    FIRST_LEAF,
+    Execution,
+    Weights,
+    compile_graph,
+    compile_program,
+    root_columns,
+    rows_of_one_width,
+)
+from ._scopes import variables
+from ._sums import in_rows
+from .region_graph import RegionGraph
+
+_METADATA = "lora_ext.circuit"
+_MAX_UNITS = 1 << 24  # leaf, sum and product units: a small file may describe many
+
+
+def require_tensor(where: str, name: str, x: object) -> None:
+    """Refuse data that are no tensor; only the caller knows their device and what is missing."""
+    remedy = f"{type(x).__module__}.{type(x).__name__}; torch.as_tensor(...) makes a tensor of it"
+    require(isinstance(x, Tensor), where, name, "a tensor", remedy)
+
+
+def signed(x: Tensor) -> Tensor:
+    """Bytes as numbers among which -1 can stand."""
+    return x.long() if x.dtype == torch.uint8 else x
+
+
+class Parameters(nn.Module):
+    """Weights of the sums and tables of the leaves; see ``Circuit``, which answers the queries."""
+
+    def __init__(self, graph: RegionGraph, norm: str = "logits", precision: str = "fp32"):
+        super().__init__()
+        require(norm in ("logits", "none"), "Circuit", "norm", "'logits' or 'none'", repr(norm))
+        _structure.check_tractable(graph, "Circuit")
+        self.graph, self.norm, self.precision = graph, norm, precision
+        self.layered = compile_graph(graph)
+        program = compile_program(graph, self.layered)
+        self._execution = Execution(program, root_columns(graph, self.layered))
+        self._matrices = rows_of_one_width(program)
+        self.weights = nn.Parameter(torch.randn(self.layered.num_weights))
+        self.leaves = nn.ModuleList()
+        # The leaf units of a family come in blocks that see one variable and have consecutive rows;
+        # kept are the size of a block and the variables that the family sees; if one unit sees
+        # several, also those of each block.
+        self._blocks: list[int] = []
+        self._names: list[list[int]] = []
+        firsts = {i: columns[0] for i, columns in self.layered.first_leaves.items()}
+        for family, (leaf, begin, end, rows, size) in enumerate(self.layered.families):
+            table = fresh_table(leaf, rows, size)
+            self.leaves.append(nn.ParameterDict({k: nn.Parameter(t) for k, t in table.items()}))
+            members = [graph.regions[i] for i, first in firsts.items() if begin <= first < end]
+            scope = functools.reduce(lambda s, r: s | r.variables, members, 0)
+            self._blocks.append(math.gcd(*(r.units for r in members)))
+            self._names.append(variables(scope))
+            if isinstance(leaf, Joint):
+                blocks = [(r, r.units // self._blocks[-1]) for r in members]
+                scopes = [variables(r.variables) for r, number in blocks for _ in range(number)]
+                self.register_buffer(f"_scopes{family}", torch.tensor(scopes), persistent=False)
+        self.register_buffer("_var", self.layered.inputs.var.long(), persistent=False)
+        self.register_buffer("_row", self.layered.inputs.row.long(), persistent=False)
+        self.register_buffer("_indicators", self.layered.indicator_values.long(), persistent=False)
+        self._var: Tensor
+        self._row: Tensor
+        self._indicators: Tensor
+        self._places: tuple[Tensor | None, Tensor, int] | None = None  # of a single family, on CPU
+
+    def __repr__(self) -> str:
+        total, sums = sum(p.numel() for p in self.parameters()), self.weights.numel()
+        lines = [
+            ", ".join(self.graph.counts()),
+            f"{total} parameters ({sums} of sums, {total - sums} of leaves), {self.weights.dtype} "
+            f"on {self.weights.device}",
+            f"norm {self.norm!r}, precision {self.precision!r}, semirings 'sum' and, of map, 'max'",
+        ]
+        return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
+
+    # --- where things lie -------------------------------------------------------------------------
+    @property
+    def num_variables(self) -> int:
+        """Columns of the data."""
+        return self.graph.num_variables
+
+    def columns(self, region: int) -> range:
+        """Columns of ``Flows.units`` that belong to a region."""
+        first = self.layered.first_unit[region]
+        return range(first, first + self.graph.regions[region].units)
+
+    def region_weights(self, region: int) -> Tensor:
+        """Log-weights of a sum region before normalisation, a view ``(units, products)``."""
+        inner, label = self.graph.regions[region], self.graph.label(region)
+        found = f"{label}, an input"
+        require(bool(inner.partitions), "region_weights", "region", "a region of sums", found)
+        first = self.layered.weight_off[region]
+        units, products = inner.units, self.graph.num_products(inner)
+        return self.weights[first : first + units * products].view(units, products)
+
+    def region_leaves(self, region: int) -> dict[str, Tensor]:
+        """Parameters of an input region, views with a row per unit, of each variable in turn."""
+        node, label = self.graph.regions[region], self.graph.label(region)
+        found = f"{label}, a region of sums"
+        require(node.leaf is not None, "region_leaves", "region", "an input", found)
+        unit = self.layered.first_leaves[region][0] - FIRST_LEAF
+        row, family = int(self._row[unit]), int(self.layered.inputs.dist[unit])
+        each = 1 if isinstance(node.leaf, Joint) else node.variables.bit_count()
+        rows = slice(row, row + node.units * each)
+        return {k: t[rows] for k, t in self._table(family).items()}
+
+    def _table(self, family: int) -> dict[str, Tensor]:
+        table = self.leaves[family]
+        assert isinstance(table, nn.ParameterDict)
+        return dict(table.items())
+
+    def _families(self) -> Iterable[tuple[Leaf, dict[str, Tensor], slice]]:
+        """Every family with its table and the range of its leaf units."""
+        for family, (leaf, begin, end, *_) in enumerate(self.layered.families):
+            yield leaf, self._table(family), slice(begin - FIRST_LEAF, end - FIRST_LEAF)
+
+    def _scopes(self, span: slice) -> Tensor:
+        """Variables of the blocks of leaf units in the range of a joint family, ``(M, d)``."""
+        return self.get_buffer(f"_scopes{int(self.layered.inputs.dist[span.start])}")
+
+    def _joint_data(self, span: slice, filled: Tensor, missing: Tensor) -> Tensor:
+        """What the blocks of a joint family see, ``(B, M, d)``, NaN where it is missing."""
+        scopes = self._scopes(span)
+        seen = filled[:, scopes].to(self.weights.dtype)
+        return torch.where(missing[:, scopes], torch.nan, seen)
+
+    # --- what is executed -------------------------------------------------------------------------
+    def _run(self) -> Execution:
+        """The layered form, on the device of the parameters."""
+        self._execution.to(self.weights.device)
+        return self._execution
+
+    def _weights(self) -> Weights:
+        return Weights(self.weights.detach(), self.norm)
+
+    def _log_weights(self) -> Tensor:
+        """Normalised log-weights, flat."""
+        flat = torch.empty_like(self.weights)
+        for w, out in zip(self._rows(self.weights), self._rows(flat), strict=True):
+            out.copy_(log_weights(in_rows(w), self.norm)[0])
+        return flat
+
+    def _rows(self, flat: Tensor) -> list[Tensor]:
+        """Views ``(rows, terms)`` that cover numbers in the order of the weights, few of them."""
+        return [flat[span].view(-1, width) for span, width in self._matrices]
+
+    def _root_numbers(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
+        """The root unit that answers for each row, counted from 0, ``(rows,)``."""
+        number = len(self._execution.roots)
+        expected = f"one of 0 .. {number - 1}, or one per row, in a circuit of {number} root units"
+        require(root is not None or number == 1, name, "root", expected, "none")
+        if isinstance(root, Tensor):
+            whole = not root.is_floating_point() and root.dtype != torch.bool
+            require(whole, name, "root", "integers", root.dtype)
+            require(root.shape == (rows,), name, "root", f"shape ({rows},)", tuple(root.shape))
+            wrong = root[(root < 0) | (root >= number)]
+            require(len(wrong) == 0, name, "root", expected, wrong[:1].tolist())
+            return root.to(self.weights.device, torch.long)
+        one = 0 if root is None else integer(name, "root", root, 0, number - 1, expected=expected)
+        return torch.full((rows,), one, device=self.weights.device)
+
+    # --- data -------------------------------------------------------------------------------------
+    def _nothing(self, rows: int = 1) -> Tensor:
+        """Rows of data in which every variable is missing."""
+        return torch.full((rows, self.num_variables), -1, device=self.weights.device)
+
+    def _read(self, where: str, x: Tensor, argument: str = "x") -> tuple[Tensor, Tensor]:
+        """Data in our precision, 0 where an entry is missing, and whether it is, ``(B, n)``
+        each."""
+        n, device = self.num_variables, self.weights.device
+        require_tensor(where, argument, x)
+        fits = x.dim() == 2 and x.shape[1] == n
+        require(fits, where, argument, f"shape (B, {n})", tuple(x.shape))
+        require(x.device == device, where, argument, device, x.device)
+        if x.is_floating_point():
+            x = x.to(self.weights.dtype)
+        elif x.dtype in (torch.int8, torch.int16):
+            x = x.long()  # a number of values may be none of theirs
+        missing = x.isnan() if x.is_floating_point() else x < 0
+        low = high = math.inf
+        if x.numel() and not x.is_floating_point() and x.dtype != torch.uint8:
+            low, high = (int(v) for v in torch.aminmax(x))
+        for (leaf, *_), names in zip(self.layered.families, self._names, strict=True):
+            size = leaf.num_values()
+            if size is not None and -1 <= low and high < size:
+                continue
+            known = signed(x[:, names])
+            if size is not None:
+                wrong = (known < (0 if x.is_floating_point() else -1)) | (known >= size)
+                if x.is_floating_point():
+                    wrong |= (known != known.floor()) & ~missing[:, names]
+                expected = f"values 0 .. {size - 1}"
+            elif isinstance(leaf, External | Indicator):
+                continue
+            else:
+                # Densities square their argument: past that, gradients would be 0 times infinity.
+                wrong = known.to(self.weights.dtype).square().isinf()
+                expected = f"finite numbers, whose squares are finite in {self.weights.dtype}"
+            if wrong.any():
+                row, column = wrong.nonzero()[0].tolist()
+                raise ValueError(
+                    f"{where}: {argument}: variable {names[column]}: expected {expected}, found "
+                    f"{known[row, column].item()} in row {row}"
+                )
+        return torch.where(missing, 0, x) if missing.any() else x, missing
+
+    def _leaf_values(self, name: str, x: Tensor, external: Tensor | None) -> Tensor:
+        """Log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""
+        if isinstance(x, Tensor) and x.dtype == torch.long and x.device.type == "cpu":
+            values = self._looked_up(x)
+            if values is not None:
+                return values
+        return self._leaf_values_of(name, *self._read(name, x), external)
+
+    def _looked_up(self, x: Tensor) -> Tensor | None:
+        """The same where all leaves are tables, which see to their data themselves.
+
+        None for other leaves, and for data that are refused: :meth:`_read` says why.
+        """
+        if len(self.leaves) != 1 or x.dim() != 2 or x.shape[1] != self.num_variables:
+            return None
+        leaf = self.layered.families[0][0]
+        if not isinstance(leaf, Finite) or self.weights.device.type != "cpu":
+            return None
+        if self._places is None:
+            var, block = self._var[:: self._blocks[0]], self._blocks[0]
+            same = torch.equal(var, torch.arange(self.num_variables))
+            self._places = None if same else var, self._row[::block].contiguous(), block
+        var, row, block = self._places
+        table, norm = leaf.looked_up(self._table(0))
+        try:
+            return ops.circuit_table(
+                table, x if var is None else x.index_select(1, var), row, block, norm
+            )
+        except ValueError:
+            return None
+
+    def _leaf_values_of(
+        self, name: str, filled: Tensor, missing: Tensor, external: Tensor | None = None
+    ) -> Tensor:
+        complete = not missing.any()
+        dtype = self.weights.dtype
+        parts: list[Tensor] = []
+        for (leaf, table, span), block in zip(self._families(), self._blocks, strict=True):
+            var = self._var[span][::block]
+            if isinstance(leaf, External):
+                shape = (len(filled), len(var) * block)
+                found = None if external is None else tuple(external.shape)
+                require(found == shape, name, "external", f"shape {shape}", found)
+                assert external is not None
+                e = external.to(dtype).unflatten(1, (-1, block))
+            elif isinstance(leaf, Indicator):
+                hit = filled[:, var, None] == self._indicators[span].view(-1, block)
+                e = torch.where(hit, 0.0, -torch.inf).to(dtype)
+            elif isinstance(leaf, Joint):
+                e = leaf.log_prob(table, self._row[span], self._joint_data(span, filled, missing))
+            else:
+                e = leaf.log_prob(table, self._row[span], filled[:, var])
+            if not complete and not isinstance(leaf, External | Joint):
+                e = torch.where(missing[:, var, None], 0, e)
+            parts.append(e.flatten(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _refuse_external(self, name: str) -> None:
+        """Queries that have no argument for external values need leaves of our own."""
+        for leaf, _, span in self._families():
+            own = not isinstance(leaf, External)
+            variable = int(self._var[span][0])
+            require(own, name, f"variable {variable}", "a leaf with parameters", "External")
+
+    # --- files ------------------------------------------------------------------------------------
+    def save(self, path: str | Path) -> None:
+        """Write parameters and structure into one safetensors file."""
+        from safetensors.torch import save_file  # not with lora_ext: only this needs it
+
+        tensors = {k: t.detach().cpu().contiguous() for k, t in self.state_dict().items()}
+        text = f'{{"norm": "{self.norm}", "graph": {self.graph.to_json()}}}'
+        save_file(tensors, str(path), {_METADATA: text})
+
+
+def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
+    """Graph, norm and state of the circuit in a file; nothing is read before all is checked."""
+    with contextlib.closing(SafetensorsFile(Path(path))) as file:
+        where = file.where
+        data = parse_json(file.metadata.get(_METADATA, "null").encode(), where)
+        known = isinstance(data, dict) and data.keys() == {"norm", "graph"}
+        require(known, where, "header", "a circuit", f"metadata {[*file.metadata]}")
+        norm = data["norm"]
+        require(norm in ("logits", "none"), where, "norm", "logits or none", f"{norm!r:.80}")
+        graph = RegionGraph.from_json(data["graph"], where)
+        units = sum(
+            r.units * max(1, r.variables.bit_count()) + graph.num_products(r) for r in graph.regions
+        )
+        require(units <= _MAX_UNITS, where, "regions", f"at most {_MAX_UNITS} units", units)
+        layered = compile_graph(graph)
+        wanted: dict[str, tuple[int, ...]] = {"weights": (layered.num_weights,)}
+        for i, family in enumerate(layered.families):
+            for k, t in fresh_table(family.leaf, 0, family.size).items():
+                wanted[f"leaves.{i}.{k}"] = (family.rows, *t.shape[1:])
+        found = {k: info.shape for k, info in file.infos.items()}
+        dtypes = {info.dtype for info in file.infos.values()}
+        require(found == wanted, where, "tensors", f"{wanted!r:.300}", f"{found!r:.300}")
+        one = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
+        require(one, where, "tensors", "tensors in float32 or in float64", dtypes)
+        return graph, norm, {k: file.read(k) for k in found}

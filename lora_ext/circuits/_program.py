@@ -1,0 +1,401 @@
+"""The compiled form of a region graph: where its units and weights lie, and what runs them.
+
+Values of all units lie in one buffer ``val (B, U)``. Column 0 is a unit that is always 1 (log 0),
+column 1 one that is always 0 (log -inf). Then come leaf units, inputs over several variables, and
+sums, stage by stage: a stage holds regions of one depth, which is the longest distance from the
+inputs, and none of them reads another. No product is ever kept, backward computes it again.
+
+:class:`Layered` says where things lie. A program tells what is computed, as one list of int32 that
+``ops.circuit_layers`` walks in one call:
+
+    header    units, leaf units, rows of all matrices, then how many there are of each list below
+    nodes     first column of the results, sums, terms, matrix or -1, range of parts
+    parts     first term, 1 if of pairs, range of children
+    children  first column, units
+    matrices  first weight, sums, terms, number of the first row, range of users
+    users     the nodes that a matrix belongs to
+    roots     columns
+    stages    first node of each, and the number of nodes: a stage reads the stages before it
+    owners    of each child, then of each root: its node, or -1 - the variable of a leaf
+    draws     of each node with a matrix: the place of its region among the inner regions
+
+A node without a matrix is its products: an input over several variables. Matrices of regions whose
+parameters are tied are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext import ops
+from lora_ext._checks import require
+from lora_ext.ops import Program
+
+from ._leaves import Indicator, Joint, Leaf
+from ._scopes import PCStructureError, variables
+from .region_graph import RegionGraph
+
+FIRST_LEAF = 2  # columns 0 and 1 are constants
+_MAX_BINS = 4
+
+
+class InputLayer(NamedTuple):
+    """Where each leaf unit finds its data and parameters, int32.
+
+    ``var`` holds its variable, ``dist`` its family, ``row`` its row in the table of the family. Of
+    a leaf over several variables, ``var`` has the last, for no two leaves of a walk share one.
+    """
+
+    var: Tensor
+    dist: Tensor
+    row: Tensor
+
+
+class Family(NamedTuple):
+    """A family of leaf units: its columns, rows of its table, and variables that a unit sees."""
+
+    leaf: Leaf
+    begin: int
+    end: int
+    rows: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Layered:
+    """Where the units and weights of a circuit lie.
+
+    Attributes:
+        num_units: columns of ``val``.
+        families: of the leaf units, in their order.
+        indicator_values: of each leaf unit, the value that an indicator looks for.
+        inputs: leaf units.
+        first_leaves: of each input region, the first column of its leaf units for each variable.
+        stages: the regions of each, in order of execution.
+        first_unit: of each region, its first column.
+        weight_off: of each region, its first weight, or -1; ``(units, products)`` row-major.
+        num_weights: length of the weights.
+    """
+
+    num_units: int
+    families: tuple[Family, ...]
+    indicator_values: Tensor
+    inputs: InputLayer
+    first_leaves: dict[int, list[int]]
+    stages: tuple[tuple[int, ...], ...]
+    first_unit: tuple[int, ...]
+    weight_off: tuple[int, ...]
+    num_weights: int
+
+
+def compile_graph(graph: RegionGraph) -> Layered:
+    """Lay out the units and weights of a graph.
+
+    Raises:
+        PCStructureError: if the circuit has 2^31 weights or more.
+    """
+    first_unit, weight_off = [-1] * len(graph.regions), [-1] * len(graph.regions)
+    families, inputs, indicator_values, first_leaves = _leaves(graph)
+    columns = FIRST_LEAF + len(inputs.var)
+
+    def place(i: int) -> None:
+        nonlocal columns
+        first_unit[i] = columns
+        columns += graph.regions[i].units
+
+    for i, firsts in first_leaves.items():
+        if len(firsts) == 1:
+            first_unit[i] = firsts[0]
+        else:
+            place(i)
+    stages = _stages(graph)
+    num_weights, tied = 0, dict[str, int]()
+    for i in (i for stage in stages for i in stage):
+        region = graph.regions[i]
+        place(i)
+        weight_off[i] = num_weights if region.tie is None else tied.get(region.tie, num_weights)
+        if weight_off[i] == num_weights:
+            num_weights += region.units * graph.num_products(region)
+        if region.tie is not None:
+            tied[region.tie] = weight_off[i]
+    few, expected = num_weights < 2**31, "fewer than 2^31 weights"
+    require(few, "compile_graph", "graph", expected, num_weights, PCStructureError)
+    return Layered(
+        columns,
+        families,
+        indicator_values,
+        inputs,
+        first_leaves,
+        stages,
+        tuple(first_unit),
+        tuple(weight_off),
+        num_weights,
+    )
+
+
+def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], InputLayer, Tensor, dict[int, Any]]:
+    """Lay the leaf units out family by family: what :class:`Layered` says of them."""
+    grouped: dict[tuple[object, int], list[int]] = {}
+    for i, region in enumerate(graph.regions):
+        if region.leaf is not None:
+            size = region.variables.bit_count() if isinstance(region.leaf, Joint) else 1
+            key = Indicator if isinstance(region.leaf, Indicator) else region.leaf
+            grouped.setdefault((key, size), []).append(i)
+    var, dist, row, values = list[int](), list[int](), list[int](), list[int]()
+    first_leaves: dict[int, list[int]] = {}
+    families: list[Family] = []
+    tied: dict[str, int] = {}
+    for family, ((_, size), members) in enumerate(grouped.items()):
+        begin, num_rows = FIRST_LEAF + len(var), 0
+        leaf = graph.regions[members[0]].leaf
+        assert leaf is not None
+        for i in members:
+            region = graph.regions[i]
+            names, units = variables(region.variables)[size - 1 :], region.units
+            base = num_rows if region.tie is None else tied.setdefault(region.tie, num_rows)
+            num_rows = max(num_rows, base + len(names) * units)
+            first_leaves[i] = [FIRST_LEAF + len(var) + k * units for k in range(len(names))]
+            own = region.leaf.values if isinstance(region.leaf, Indicator) else [0] * units
+            for k, v in enumerate(names):
+                var += [v] * units
+                dist += [family] * units
+                row += range(base + k * units, base + (k + 1) * units)
+                values += own
+        families.append(Family(leaf, begin, FIRST_LEAF + len(var), num_rows, size))
+    inputs = InputLayer(*(torch.tensor(t, dtype=torch.int32) for t in (var, dist, row)))
+    return tuple(families), inputs, torch.tensor(values, dtype=torch.int32), first_leaves
+
+
+def _stages(graph: RegionGraph) -> tuple[tuple[int, ...], ...]:
+    """The inner regions by depth, and within one depth by shape, or by size if shapes are many.
+
+    Weights lie in this order, which files depend on.
+    """
+    layers: dict[int, list[int]] = {}
+    for i, depth in enumerate(graph.depths()):
+        if depth:
+            layers.setdefault(depth, []).append(i)
+
+    def shape(i: int) -> tuple[Any, ...]:
+        region = graph.regions[i]
+        parts = tuple(
+            (p.kind, *(graph.regions[c].units for c in p.children))
+            if p.kind == "kronecker"
+            else (p.kind, graph.partition_units(p))
+            for p in region.partitions
+        )
+        return region.units, graph.num_products(region), parts
+
+    stages: list[tuple[int, ...]] = []
+    for level in sorted(layers):
+        shapes = {i: shape(i) for i in layers[level]}
+        many = len(set(shapes.values())) > _MAX_BINS
+        bins: dict[tuple[Any, ...], list[int]] = {}
+        for i, (units, width, parts) in shapes.items():
+            key = (units, (width - 1).bit_length()) if many else (units, width, parts)
+            bins.setdefault(key, []).append(i)
+        stages += map(tuple, bins.values())
+    return tuple(stages)
+
+
+class _Writer:
+    """The lists of a program, as they grow; a node is a region."""
+
+    def __init__(self, graph: RegionGraph, layered: Layered):
+        self.graph, self.layered = graph, layered
+        self.nodes, self.parts = list[list[int]](), list[list[int]]()
+        self.children, self.matrices = list[list[int]](), list[list[int]]()
+        self.users, self.owners, self.draws = list[list[int]](), list[int](), list[int]()
+        self.node_of = dict[int, int]()  # of a region
+        self.matrix_of = dict[int, int]()  # of the matrix that starts at a weight
+        self.stages, self.rows = [0], 0
+        inner = (i for i, region in enumerate(graph.regions) if region.partitions)
+        self.place = {region: k for k, region in enumerate(inner)}  # among the regions of sums
+
+    def add_inputs(self) -> None:
+        """The inputs over several variables, a stage of their own."""
+        for i, firsts in self.layered.first_leaves.items():
+            region = self.graph.regions[i]
+            if len(firsts) == 1:
+                continue
+            self.add_part(0, False, [(f, region.units) for f in firsts])
+            self.owners += [-1 - v for v in variables(region.variables)]
+            self.add_node(i, region.units, -1, len(self.parts) - 1)
+            self.draws.append(-1)
+        if self.nodes:
+            self.stages.append(len(self.nodes))
+
+    def add_stage(self, regions: Sequence[int]) -> None:
+        """Regions of sums."""
+        for i in regions:
+            region, offset = self.graph.regions[i], self.layered.weight_off[i]
+            width = self.graph.num_products(region)
+            matrix = self.matrix_of.setdefault(offset, len(self.matrices))
+            if matrix == len(self.matrices):
+                self.matrices.append([offset, region.units, width, self.rows])
+                self.users.append([])
+                self.rows += region.units
+            self.users[matrix].append(len(self.nodes))
+            first, term = len(self.parts), 0
+            for p in region.partitions:
+                columns = [
+                    (self.layered.first_unit[c], self.graph.regions[c].units) for c in p.children
+                ]
+                self.add_part(term, p.kind == "kronecker", columns)
+                self.owners += map(self.owner, p.children)
+                term += self.graph.partition_units(p)
+            self.add_node(i, width, matrix, first)
+            self.draws.append(self.place[i])
+        self.stages.append(len(self.nodes))
+
+    def add_part(self, term: int, pairs: bool, columns: Sequence[tuple[int, int]]) -> None:
+        end = len(self.children) + len(columns)
+        self.parts.append([term, int(pairs), len(self.children), end])
+        self.children.extend(map(list, columns))
+
+    def add_node(self, i: int, width: int, matrix: int, first_part: int) -> None:
+        self.node_of[i] = len(self.nodes)
+        first, units = self.layered.first_unit[i], self.graph.regions[i].units
+        self.nodes.append([first, units, width, matrix, first_part, len(self.parts)])
+
+    def owner(self, region: int) -> int:
+        """The node of a region, or -1 - the variable of one that is leaf units."""
+        found = self.node_of.get(region)
+        if found is None:
+            found = -1 - max(variables(self.graph.regions[region].variables))
+        return found
+
+
+def compile_program(graph: RegionGraph, layered: Layered) -> Program:
+    """The program of a compiled graph."""
+    writer = _Writer(graph, layered)
+    writer.add_inputs()
+    for stage in layered.stages:
+        writer.add_stage(stage)
+    used: list[int] = []
+    for matrix, of in zip(writer.matrices, writer.users, strict=True):
+        matrix += [len(used), len(used) + len(of)]
+        used += of
+    roots = root_columns(graph, layered)
+    root_owners = [writer.owner(r) for r in graph.roots for _ in range(graph.regions[r].units)]
+    lists = [writer.nodes, writer.parts, writer.children, writer.matrices]
+    num_leaves, num_stages = len(layered.inputs.var), len(writer.stages) - 1
+    header = [layered.num_units, num_leaves, writer.rows, *(len(part) for part in lists)]
+    header += [len(used), len(roots), num_stages]
+    flat = [x for part in lists for item in part for x in item]
+    tail = [*used, *roots, *writer.stages, *writer.owners, *root_owners, *writer.draws]
+    numbers = torch.tensor(header + flat + tail, dtype=torch.int32)
+    plan = [layered.num_units, num_leaves, writer.rows, len(writer.nodes), len(writer.matrices)]
+    plan += [len(roots), len(numbers), num_stages, graph.num_variables, len(writer.place)]
+    for begin, end in pairwise(writer.stages):
+        members = writer.nodes[begin:end]
+        plan += [begin, end, max(n[1] for n in members), max(n[2] for n in members)]
+    return Program(numbers, plan)
+
+
+def root_columns(graph: RegionGraph, layered: Layered) -> list[int]:
+    """The columns of all root units."""
+    firsts = [(layered.first_unit[r], graph.regions[r].units) for r in graph.roots]
+    return [first + u for first, units in firsts for u in range(units)]
+
+
+def matrices_of(program: Program) -> list[tuple[int, int, int]]:
+    """First weight, sums and terms of each matrix, in the order of the weights."""
+    nodes, parts, children, matrices = program.numbers[3:7].tolist()
+    first = 10 + 6 * nodes + 4 * parts + 2 * children
+    rows = program.numbers[first : first + 6 * matrices].view(-1, 6)
+    return [(offset, sums, terms) for offset, sums, terms in rows[:, :3].tolist()]
+
+
+def rows_of_one_width(program: Program) -> list[tuple[slice, int]]:
+    """Ranges of the weights in which all sums have as many terms, and how many those are."""
+    found: list[tuple[slice, int]] = []
+    for first, sums, terms in matrices_of(program):
+        end = first + sums * terms
+        if found and found[-1][1] == terms:
+            found[-1] = (slice(found[-1][0].start, end), terms)
+        else:
+            found.append((slice(first, end), terms))
+    return found
+
+
+class Weights(NamedTuple):
+    """The weights of an evaluation, flat; what they are; the precision of sums going up."""
+
+    flat: Tensor
+    norm: str
+    precision: str = "fp32"
+
+
+class Execution:
+    """A program on one device, ready to run: upward, backward, and down along one tree."""
+
+    def __init__(self, program: Program, roots: list[int]):
+        self.program, self.roots = program, roots
+
+    def to(self, device: torch.device) -> None:
+        """Move the program, once per change of device."""
+        if device != self.program.numbers.device:
+            self.program = self.program.to(device)
+
+    def up(self, leaf: Tensor, weights: Weights, semiring: str = "sum") -> Tensor:
+        """Values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
+        flat, norm, precision = weights
+        with torch._C._AutoDispatchBelowAutograd():  # Evaluate gives the gradient
+            return ops.circuit_layers(leaf, flat, self.program, norm, semiring, precision)
+
+    def down(
+        self, droots: Tensor, val: Tensor, weights: Weights, need_weights: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the weights.
+
+        ``droots (B, R)`` has those of the roots. What is not needed comes back empty.
+        """
+        with torch._C._AutoDispatchBelowAutograd():
+            grad, dflat = ops.circuit_layers_backward(
+                droots, val, weights.flat, self.program, weights.norm, need_weights
+            )
+        return grad, grad[:, FIRST_LEAF : FIRST_LEAF + self.program.plan[1]], dflat
+
+    def root_values(self, val: Tensor) -> Tensor:
+        """Those of the roots, ``(B, R)``, in memory of their own."""
+        if len(self.roots) == 1:
+            return val.narrow(1, self.roots[0], 1).clone()
+        return val[:, self.roots]
+
+    def walk(
+        self, val: Tensor, weights: Weights, root: Tensor, uniforms: Tensor | None = None
+    ) -> Tensor:
+        """The leaf unit that each variable comes to, or -1, ``(M, n)``: ops.circuit_layers_walk."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return ops.circuit_layers_walk(val, weights.flat, self.program, root, uniforms)
+
+
+class Evaluate(torch.autograd.Function):
+    """Takes leaves and weights to the roots; its backward computes flows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, leaf: Tensor, flat: Tensor, execution: Execution, norm: str, precision: str
+    ) -> Tensor:
+        """Values of the roots, ``(B, R)``."""
+        ctx.weights = Weights(flat.detach(), norm, precision)
+        val = execution.up(leaf, ctx.weights)
+        ctx.save_for_backward(val, flat)
+        ctx.execution = execution
+        return execution.root_values(val)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gradients of leaves and weights."""
+        val, _ = ctx.saved_tensors  # raises if somebody has changed the weights in place
+        need = ctx.needs_input_grad[1]
+        _, dleaf, dflat = ctx.execution.down(grads[0], val, ctx.weights, need)
+        return dleaf, dflat if need else None, None, None, None

@@ -1,0 +1,176 @@
+"""The parts of a region graph as plain values, and as JSON; what is read is not trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lora_ext._checks import require
+
+from ._leaves import Bernoulli, Binomial, Categorical, External, Gaussian, Indicator, Leaf
+from ._scopes import variables
+from .multivariate import MultivariateGaussian
+
+Kind = Literal["hadamard", "kronecker"]
+_FAMILIES = (Categorical, Bernoulli, Binomial, Gaussian, MultivariateGaussian, Indicator, External)
+FAMILIES: dict[str, type[Leaf]] = {family.__name__.lower(): family for family in _FAMILIES}
+MAX_VARIABLE = 1 << 22
+_MAX_SCOPE_BITS = 1 << 33
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A product of regions.
+
+    Attributes:
+        children: their indices in the graph, each below the region's own.
+        kind: "hadamard", unit u of the product is that of the children's units u; or "kronecker",
+            of two children each unit of one with each of the other.
+    """
+
+    children: tuple[int, ...]
+    kind: Kind = "hadamard"
+
+
+@dataclass(frozen=True)
+class Region:
+    """Either ``leaf`` and ``variables`` (a bitset), or ``partitions``.
+
+    Regions of one ``tie`` share their parameters: the weights of sums, the distributions of inputs.
+    """
+
+    units: int
+    partitions: tuple[Partition, ...] = ()
+    leaf: Leaf | None = None
+    variables: int = 0
+    tie: str | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input region, as :meth:`RegionGraph.from_edges` takes it.
+
+    Attributes:
+        variables: their numbers. leaf: the family. units: distributions for each variable.
+        tie: input regions with the same word share their parameters; None shares nothing.
+    """
+
+    variables: Sequence[int]
+    leaf: Leaf
+    units: int = 1
+    tie: str | None = None
+
+
+# --- leaves ---------------------------------------------------------------------------------------
+def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
+    """The family's name and fields, of one of ours: no reader would know another."""
+    name = type(leaf).__name__.lower()
+    known = FAMILIES.get(name) is type(leaf)
+    require(known, "leaf", "family", f"one of {[*FAMILIES]}", type(leaf).__qualname__)
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(leaf).items()}
+    return {"family": name, **fields}
+
+
+def leaf_from_json(data: Any, where: str) -> Leaf:
+    """Parse an untrusted description."""
+    known = isinstance(data, dict) and data.get("family") in list(FAMILIES)
+    require(known, where, "family", f"one of {[*FAMILIES]}", f"{data!r:.100}")
+    family = FAMILIES[data["family"]]
+    names = family.__dataclass_fields__.keys()
+    same = data.keys() - {"family"} == names
+    require(same, where, "leaf", f"the fields {[*names]}", f"{[*data]!r:.200}")
+    values: dict[str, Any] = {}
+    for name in names:
+        value = data[name]
+        if name == "values":
+            good = isinstance(value, list) and all(_is_count(v, 0) for v in value)
+            value, expected = tuple(value) if good else value, "a list of values"
+        elif name == "min_std":
+            good = type(value) in (int, float) and 0 < value < math.inf
+            expected = "a positive number"
+        else:
+            good, expected = _is_count(value, 1), "a positive whole number below 2^31"
+        require(good, where, name, expected, f"{value!r:.100}")
+        values[name] = value
+    return family(**values)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**31
+
+
+# --- regions --------------------------------------------------------------------------------------
+def regions_to_json(regions: tuple[Region, ...], multi_root: bool) -> str:
+    """A description that :func:`regions_from_json` reads."""
+    described = [
+        {
+            "units": r.units,
+            "name": r.name,
+            "tie": r.tie,
+            **(
+                {"leaf": leaf_to_json(r.leaf), "variables": variables(r.variables)}
+                if r.leaf
+                else {"partitions": [[p.kind, *p.children] for p in r.partitions]}
+            ),
+        }
+        for r in regions
+    ]
+    return json.dumps({"multi_root": multi_root, "regions": described})
+
+
+def regions_from_json(data: Any, where: str) -> tuple[tuple[Region, ...], bool]:
+    """Regions and ``multi_root`` of a parsed description, which is not trusted."""
+    whole = isinstance(data, dict) and data.keys() == {"multi_root", "regions"}
+    require(whole, where, "graph", "multi_root and regions", f"{data!r:.100}")
+    listed, multi_root = data["regions"], data["multi_root"]
+    require(isinstance(listed, list), where, "regions", "a list", f"{listed!r:.100}")
+    flag = isinstance(multi_root, bool)
+    require(flag, where, "multi_root", "true or false", f"{multi_root!r:.100}")
+    regions = tuple(_region_from_json(r, where, f"region {i}") for i, r in enumerate(listed))
+    entries = sum(r.variables.bit_count() for r in regions)
+    largest = max((r.variables.bit_length() for r in regions), default=0)
+    fits = largest <= entries and largest * len(regions) <= _MAX_SCOPE_BITS
+    expected = "every variable, and scopes of at most 1 GiB"
+    found = f"{largest} variables in {entries} entries of {len(regions)} regions"
+    require(fits, where, "variables", expected, found)
+    return regions, multi_root
+
+
+def _region_from_json(data: Any, where: str, name: str) -> Region:
+    require(isinstance(data, dict), where, name, "an object", f"{data!r:.100}")
+    fields = {"units", "name", "tie"}
+    inner = fields | {"partitions"}
+    known = data.keys() in (inner, fields | {"leaf", "variables"})
+    require(known, where, name, f"{sorted(inner)}, or leaf and variables", [*data])
+    where = f"{where}: {name}"
+    units, name, tie = data["units"], data["name"], data["tie"]
+    require(_is_count(units, 1), where, "units", "a positive number", f"{units!r:.100}")
+    require(isinstance(name, str), where, "name", "text", f"{name!r:.80}")
+    require(tie is None or isinstance(tie, str), where, "tie", "text or null", f"{tie!r:.80}")
+    if "leaf" in data:
+        names = data["variables"]
+        indices = isinstance(names, list) and all(
+            type(v) is int and 0 <= v < MAX_VARIABLE for v in names
+        )
+        require(indices, where, "variables", "indices", f"{names!r:.100}")
+        scope = 0
+        for v in names:
+            scope |= 1 << v
+        return Region(units, (), leaf_from_json(data["leaf"], where), scope, tie, name)
+    partitions: list[Partition] = []
+    listed = data["partitions"]
+    for p in listed if isinstance(listed, list) else [None]:
+        good = (
+            isinstance(p, list)
+            and len(p) > 0
+            and p[0] in ("hadamard", "kronecker")
+            and all(type(c) is int for c in p[1:])
+        )
+        require(good, where, "partitions", "[kind, children...]", f"{p!r:.100}")
+        assert isinstance(p, list)
+        partitions.append(Partition(tuple(p[1:]), p[0]))
+    return Region(units, tuple(partitions), tie=tie, name=name)

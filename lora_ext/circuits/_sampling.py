@@ -1,0 +1,351 @@
+"""From the root down: exact samples, and the best trees, one or the k best of a chain."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import integer, require
+from lora_ext.reference import log_weights
+
+from . import _structure
+from ._leaves import COUNT, Indicator, Joint
+from ._parameters import Parameters, require_tensor
+from ._program import FIRST_LEAF
+from ._scopes import variables
+
+
+class MapResult(NamedTuple):
+    """The best tree of the circuit.
+
+    Attributes:
+        x: ``(B, n)`` assignment, evidence kept.
+        value: ``(B,)`` log-probability of the assignment together with all latents.
+        exact: whether ``x`` is also known to maximise ``log_prob(x)``: True only if the circuit is
+            deterministic; otherwise this is max-product, an approximation of that.
+    """
+
+    x: Tensor
+    value: Tensor
+    exact: bool
+
+
+def sample(
+    circuit: Parameters,
+    num_samples: int,
+    evidence: Tensor | None,
+    uniforms: Tensor | None,
+    generator: torch.Generator | None,
+    root: int | Tensor | None,
+) -> Tensor:
+    """``Circuit.sample``."""
+    integer("sample", "num_samples", num_samples, 0, expected="a whole number, at least 0")
+    evidence = evidence_or_nothing(circuit, evidence, root)
+    filled, missing = circuit._read("sample", evidence, "evidence")
+    start = circuit._root_numbers("sample", root, len(evidence))
+    inner = sum(bool(r.partitions) for r in circuit.graph.regions)
+    shape = (len(evidence), num_samples, inner + circuit.num_variables)
+    device, dtype = circuit.weights.device, circuit.weights.dtype
+    if uniforms is None:
+        uniforms = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
+    else:
+        _check_uniforms(uniforms, shape, device)
+    circuit._refuse_external("sample")
+    execution, weights = circuit._run(), circuit._weights()
+    val = execution.up(circuit._leaf_values_of("sample", filled, missing), weights)
+    top = execution.root_values(val).gather(1, start[:, None])[:, 0]
+    impossible = (top == -torch.inf).nonzero()
+    if len(impossible):
+        raise ValueError(
+            f"sample: evidence: row {int(impossible[0])}: expected a possible row, found an "
+            "impossible row"
+        )
+    u = uniforms.flatten(0, 1)
+    chosen = execution.walk(val, weights, start, u[:, :inner])
+    row = torch.arange(len(evidence), device=device).repeat_interleave(num_samples)
+    x = room_for_values(circuit, evidence)[row]
+    _fill(circuit, x, chosen, missing[row], u[:, inner:].to(dtype))
+    return x.unflatten(0, (len(evidence), num_samples))
+
+
+def _check_uniforms(uniforms: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    where, name, dtypes = "sample", "uniforms", (torch.float32, torch.float64)
+    require_tensor(where, name, uniforms)
+    require(uniforms.shape == shape, where, name, f"shape {shape}", tuple(uniforms.shape))
+    require(uniforms.dtype in dtypes, where, name, "float32 or float64", uniforms.dtype)
+    require(uniforms.device == device, where, name, device, uniforms.device)
+    if device.type != "cpu":
+        return  # the host would wait for it
+    outside = uniforms[~((uniforms >= 0) & (uniforms <= 1))]
+    if len(outside):
+        raise ValueError(f"{where}: {name}: expected numbers in [0, 1], found {float(outside[0])}")
+
+
+def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None) -> MapResult:
+    """``Circuit.map``."""
+    evidence = evidence_or_nothing(circuit, evidence, root)
+    filled, missing = circuit._read("map", evidence, "evidence")
+    start = circuit._root_numbers("map", root, len(evidence))
+    val = best_values(circuit, filled, missing)
+    chosen = circuit._run().walk(val, circuit._weights(), start)
+    x = room_for_values(circuit, evidence)
+    _fill(circuit, x, chosen, missing)
+    exact = _structure.is_deterministic(circuit.graph) is True
+    value = circuit._run().root_values(val).gather(1, start[:, None])[:, 0]
+    return MapResult(x, value, exact)
+
+
+def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
+    """All units by max-product, where missing variables take their mode."""
+    circuit._refuse_external("map")
+    e = circuit._leaf_values_of("map", filled, missing).clone()
+    for leaf, table, span in circuit._families():
+        if isinstance(leaf, Joint):
+            data = circuit._joint_data(span, filled, missing)
+            e[:, span] = leaf.peak(table, circuit._row[span], data).flatten(1)
+        elif not isinstance(leaf, Indicator):
+            mode = leaf.mode(table, circuit._row[span])[1]
+            e[:, span] = torch.where(missing[:, circuit._var[span]], mode, e[:, span])
+    return circuit._run().up(e, circuit._weights(), "max")
+
+
+def evidence_or_nothing(
+    circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None
+) -> Tensor:
+    """The evidence, or as many rows of nothing as there are roots to start from."""
+    if evidence is not None:
+        return evidence
+    return circuit._nothing(len(root) if isinstance(root, Tensor) and root.dim() == 1 else 1)
+
+
+def room_for_values(circuit: Parameters, evidence: Tensor) -> Tensor:
+    """A copy of the evidence that can hold what is drawn."""
+    continuous = any(
+        leaf.num_values() is None and not isinstance(leaf, Indicator)
+        for leaf, _, _ in circuit._families()
+    )
+    if evidence.is_floating_point():
+        return evidence.clone()
+    if not continuous:
+        return evidence.to(torch.long, copy=True)
+    floats = evidence.to(circuit.weights.dtype)
+    return torch.where(evidence < 0, torch.nan, floats)
+
+
+def _fill(
+    circuit: Parameters, x: Tensor, chosen: Tensor, missing: Tensor, uniforms: Tensor | None = None
+) -> None:
+    """Write the values of the chosen leaf units into what is missing of ``x``, in place.
+
+    They are drawn from ``uniforms``, of ``x``'s shape; None: they are the most probable.
+    """
+    for (leaf, table, span), block in zip(circuit._families(), circuit._blocks, strict=True):
+        inside = (chosen >= span.start + FIRST_LEAF) & (chosen < span.stop + FIRST_LEAF)
+        if not isinstance(leaf, Joint):
+            inside &= missing
+        m, v = inside.nonzero(as_tuple=True)
+        unit = chosen[m, v] - FIRST_LEAF
+        row = circuit._row[unit]
+        if isinstance(leaf, Indicator):
+            x[m, v] = circuit._indicators[unit].to(x.dtype)
+        elif isinstance(leaf, Joint):
+            at = m[:, None], circuit._scopes(span)[(unit - span.start) // block]
+            known = torch.where(missing[at], torch.nan, x[at].to(circuit.weights.dtype))
+            values = leaf.complete(table, row, known, None if uniforms is None else uniforms[at])
+            x[at] = torch.where(missing[at], values.to(x.dtype), x[at])
+        elif len(m):
+            sought = uniforms is None
+            values = leaf.mode(table, row)[0] if sought else leaf.sample(table, row, uniforms[m, v])
+            x[m, v] = values.to(x.dtype)
+
+
+# --- the k best of a chain: Viterbi, with k candidates where it keeps one ------------------------
+class KBest(NamedTuple):
+    """The best pairs of values and states, best first; where there are fewer, -1 and ``-inf``.
+
+    Attributes:
+        x: ``(B, k, n)``, evidence kept.
+        states: ``(B, k, n)``, the leaf unit of each variable.
+        value: ``(B, k)``, log-probability of values and states together.
+    """
+
+    x: Tensor
+    states: Tensor
+    value: Tensor
+
+
+class _Step(NamedTuple):
+    """A place of the chain: its latent, and the input that it sees."""
+
+    latent: int
+    input: int
+    variable: int
+
+
+class _Choice(NamedTuple):
+    """How the candidates of a place came about, all ``(B, r, k)``: indices into what they join."""
+
+    state: Tensor  # of this place, below a unit of the latent
+    rank: Tensor  # which candidate of that state
+    value: Tensor  # by state: which of its values
+    below: Tensor  # by state: which candidate of the next place
+
+
+def k_best(
+    circuit: Parameters,
+    k: int,
+    evidence: Tensor | None,
+    lengths: Tensor | None,
+    root: int | Tensor | None,
+) -> KBest:
+    """``Circuit.k_best``."""
+    integer("k_best", "k", k, 1, expected=COUNT)
+    steps = _chain(circuit)
+    evidence = evidence_or_nothing(circuit, evidence, root)
+    filled, missing = circuit._read("k_best", evidence, "evidence")
+    circuit._refuse_external("k_best")
+    top = circuit._root_numbers("k_best", root, len(evidence))
+    lengths = _lengths(lengths, len(evidence), len(steps), top.device)
+    leaf = circuit._leaf_values_of("k_best", filled, missing)
+    below: Tensor | None = None  # (B, r, k) of the next place
+    choices: list[_Choice] = []
+    for place in range(len(steps) - 1, -1, -1):
+        step = steps[place]
+        each = _observed(circuit, step, leaf, missing, k)  # (B, r, J)
+        if below is not None:
+            inside = (lengths > place + 1)[:, None, None]
+            certain = torch.full_like(below, -torch.inf)
+            certain[..., 0] = 0
+            below = torch.where(inside, below, certain)
+        width = 1 if below is None else below.shape[2]
+        joint = each[..., None] if below is None else each[..., None] + below[:, :, None]
+        candidates, index = _largest(joint.flatten(2), k)
+        w = log_weights(circuit.region_weights(step.latent).detach(), circuit.norm)
+        terms = (w[..., None] + candidates[:, None]).flatten(2)  # (B, O, r k)
+        below, chosen = _largest(terms, k)
+        count = candidates.shape[2]
+        choices.append(_Choice(chosen // count, chosen % count, index // width, index % width))
+    assert below is not None
+    rows = torch.arange(len(top), device=top.device)
+    return _read_back(circuit, steps, choices[::-1], below[rows, top], evidence, lengths, top, k)
+
+
+def _chain(circuit: Parameters) -> list[_Step]:
+    """The places of a chain from the root down."""
+    graph, regions = circuit.graph, circuit.graph.regions
+    expected = "a chain, each latent above one input of one variable and the next latent"
+    steps: list[_Step] = []
+    latent: int | None = graph.roots[0]
+    while latent is not None:
+        region = regions[latent]
+        children = region.partitions[0].children if region.partitions else ()
+        inputs = [c for c in children if regions[c].leaf is not None]
+        rest = [c for c in children if regions[c].leaf is None]
+        good = (
+            len(graph.roots) == 1
+            and len(region.partitions) == 1
+            and region.partitions[0].kind == "hadamard"
+            and len(inputs) == 1
+            and len(rest) <= 1
+            and regions[inputs[0]].variables.bit_count() == 1
+        )
+        require(good, "k_best", "graph", expected, f"unit {graph.label(latent)}")
+        steps.append(_Step(latent, inputs[0], variables(regions[inputs[0]].variables)[0]))
+        latent = rest[0] if rest else None
+    return steps
+
+
+def _lengths(lengths: Tensor | None, rows: int, most: int, device: torch.device) -> Tensor:
+    if lengths is None:
+        return torch.full((rows,), most, device=device)
+    require_tensor("k_best", "lengths", lengths)
+    found = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
+    whole = not lengths.is_floating_point() and lengths.dtype != torch.bool
+    whole = whole and lengths.shape == (rows,)
+    require(whole, "k_best", "lengths", f"integers of shape ({rows},)", found)
+    wrong = lengths[(lengths < 1) | (lengths > most)]
+    require(len(wrong) == 0, "k_best", "lengths", f"1 .. {most}", wrong[:1].tolist())
+    return lengths.to(device)
+
+
+def _observed(circuit: Parameters, step: _Step, leaf: Tensor, missing: Tensor, k: int) -> Tensor:
+    """Log-probabilities of the values that a place may take, best first, ``(B, r, J)``."""
+    first = circuit.columns(step.input)[0] - FIRST_LEAF
+    given = leaf[:, first : first + len(circuit.columns(step.input)), None]
+    absent = missing[:, step.variable]
+    if not absent.any():
+        return given
+    _, values = _values(circuit, step, k)  # (r, J)
+    alone = torch.full((*given.shape[:2], values.shape[1]), -torch.inf).to(values)
+    alone[..., :1] = given
+    return torch.where(absent[:, None, None], values, alone)
+
+
+def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
+    """The best values of each state of a place, and their log-probabilities, ``(r, J)`` each."""
+    units = circuit.columns(step.input)
+    first = units[0] - FIRST_LEAF
+    span = slice(first, first + len(units))
+    family = circuit.graph.regions[step.input].leaf
+    assert family is not None
+    if isinstance(family, Indicator):
+        value = circuit._indicators[span, None]
+        return value, torch.zeros_like(value, dtype=circuit.weights.dtype)
+    table = {name: t.detach() for name, t in circuit.region_leaves(step.input).items()}
+    if family.num_values() is None:
+        name, expected = f"variable {step.variable}", "evidence, or k = 1, of a continuous variable"
+        require(k == 1, "k_best", name, expected, f"k = {k}")
+        every = torch.arange(len(units), device=circuit.weights.device)
+        value, log_prob = family.mode(table, every)
+        return value.view(-1, 1), log_prob[:, None]
+    log_prob, value = _largest(family.log_table(table), k)
+    return value, log_prob
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the last axis and their indices, lowest index first among equals."""
+    found, index = values.sort(dim=-1, descending=True, stable=True)
+    return found[..., :k], index[..., :k]
+
+
+def _read_back(
+    circuit: Parameters,
+    steps: list[_Step],
+    choices: list[_Choice],
+    value: Tensor,
+    evidence: Tensor,
+    lengths: Tensor,
+    top: Tensor,
+    k: int,
+) -> KBest:
+    """Follow the choices from the root down."""
+    rows, count = value.shape
+    row = torch.arange(rows, device=value.device)[:, None]
+    room = room_for_values(circuit, evidence)
+    x = room[:, None].repeat(1, count, 1)
+    states = torch.full(x.shape, -1, device=value.device)
+    unit, rank = top[:, None].expand(rows, count), torch.arange(count, device=value.device)
+    rank = rank.expand(rows, count)
+    for place, (step, choice) in enumerate(zip(steps, choices, strict=True)):
+        state = choice.state[row, unit, rank]
+        rank = choice.rank[row, unit, rank]
+        inside = (lengths > place)[:, None] & (value > -torch.inf)
+        states[..., step.variable] = torch.where(inside, state, -1)
+        absent = torch.isnan(room) if room.is_floating_point() else room < 0
+        if absent[:, step.variable].any():
+            best = _values(circuit, step, k)[0][state, choice.value[row, state, rank]]
+            chosen = torch.where(
+                absent[:, step.variable, None] & inside, best.to(x.dtype), x[..., step.variable]
+            )
+            x[..., step.variable] = chosen
+        unit, rank = state, choice.below[row, state, rank]
+    nothing = torch.nan if x.is_floating_point() else -1
+    x = torch.where((value > -torch.inf)[..., None], x, nothing)
+    if count < k:
+        extra = k - count
+        pad = torch.nn.functional.pad
+        x, states = pad(x, (0, 0, 0, extra), value=nothing), pad(states, (0, 0, 0, extra), value=-1)
+        value = pad(value, (0, extra), value=-torch.inf)
+    return KBest(x, states, value)

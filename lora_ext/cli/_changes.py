@@ -1,0 +1,146 @@
+"""The commands that write an adapter: merge, resize, prune."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+
+from lora_ext.adapter import (
+    Factors,
+    LoraAdapter,
+    merge_adapters,
+    product_norm,
+    prune_adapter,
+    resize_adapter,
+)
+
+from ._output import progress, show
+from ._reports import describe
+
+_REMEDIES = {
+    "SploraConfig(on_zero_alignment='skip')": "--on-zero-alignment skip",
+    "SploraConfig(allow_degenerate=True)": "--allow-degenerate",
+}
+
+
+def merge(arguments: Namespace) -> int:
+    """``lora-ext merge``."""
+    _check_out(arguments.out)
+    adapters = [LoraAdapter.load(folder) for folder in arguments.adapters]
+    if arguments.weights is None:
+        sums = arguments.mode in ("ties", "dare")  # they add updates; the others average them
+        weights = [1.0 if sums else 1 / len(adapters)] * len(adapters)
+    else:
+        weights = [w for group in arguments.weights for w in group]
+    options = {name: getattr(arguments, name) for name in ("mode", "rank", "density", "seed")}
+    merged = merge_adapters(adapters, weights, progress=progress, **options)
+    _save(merged, arguments.out)
+    rows = [
+        {
+            "module": name,
+            "ranks": [v.modules[name].a.shape[0] if name in v.modules else 0 for v in adapters],
+            "r": factors.a.shape[0],
+            "norm": product_norm(factors),
+        }
+        for name, factors in merged.modules.items()
+    ]
+    used = {"mode": arguments.mode, "weights": weights}
+    show({"out": arguments.out, **used, **describe(merged)}, rows, arguments.json)
+    return 0
+
+
+def resize(arguments: Namespace) -> int:
+    """``lora-ext resize``."""
+    _check_out(arguments.out)
+    if arguments.rank < 1:
+        raise ValueError(f"--rank: expected at least 1, found {arguments.rank}")
+    adapter = LoraAdapter.load(arguments.adapter)
+    most = max(map(_most_useful_rank, adapter.modules.values()))
+    if arguments.rank > most:
+        raise ValueError(
+            f"--rank: expected at most {most}, found {arguments.rank}: no module of "
+            f"{arguments.adapter} gains from more, as an update of I inputs and O outputs has rank "
+            "min(I, O) at most"
+        )
+    resized, errors = resize_adapter(adapter, arguments.rank, progress=progress)
+    _save(resized, arguments.out)
+    norms = {name: product_norm(factors) for name, factors in adapter.modules.items()}
+    rows = [
+        {
+            "module": name,
+            "r before": adapter.modules[name].a.shape[0],
+            "r": resized.modules[name].a.shape[0],
+            "norm": norm,
+            "error": errors[name],
+            "relative": errors[name] / norm if norm else None,
+        }
+        for name, norm in norms.items()
+    ]
+    show({"out": arguments.out, **describe(resized)}, rows, arguments.json)
+    return 0
+
+
+def _most_useful_rank(factors: Factors) -> int:
+    """min(I, O); or its own rank, where an adapter was trained with more, which may stay."""
+    return max(factors.a.shape[0], min(factors.a.flatten(1).shape[1], factors.b.shape[0]))
+
+
+def prune(arguments: Namespace) -> int:
+    """``lora-ext prune``: SPLoRA, or with ``--project`` Safe LoRA."""
+    from lora_ext.methods import splora
+
+    _check_out(arguments.out)
+    adapter = LoraAdapter.load(arguments.adapter)
+    fields = splora.SploraConfig.__dataclass_fields__  # those that have an option of their name
+    config = splora.SploraConfig(**{k: v for k, v in vars(arguments).items() if k in fields})
+    models = arguments.base, arguments.aligned
+    try:
+        stats = splora.ediem_scores(adapter, *models, config, progress=progress)
+        chosen = splora.select_layers(stats, config)
+        if arguments.project:
+            found = splora.project(adapter, *models, chosen, config, progress=progress)
+        else:
+            found = prune_adapter(adapter, lambda name: name not in chosen)
+    except (TypeError, KeyError, ValueError) as error:
+        # Quantised weights, layers that a model lacks; and remedies in the words of this command.
+        message = str(error.args[0])
+        for setting, option in _REMEDIES.items():
+            message = message.replace(setting, option)
+        raise ValueError(message) from error
+    _save(found, arguments.out)
+    what = "projected" if arguments.project else "pruned"
+    rows = [
+        {
+            "module": each.name,
+            "score": each.score,
+            "distance": each.dist,
+            "norm": each.norm,
+            "cosine": each.cos,
+            "alignment": each.alignment,
+            "verdict": what if each.name in chosen else "kept",
+        }
+        for each in stats
+    ]
+    correlation = splora.size_correlation(stats)
+    used = {
+        "direction": arguments.direction,
+        "score": arguments.score,
+        "size correlation": None if math.isnan(correlation) else correlation,
+        what: len(chosen),
+    }
+    show({"out": arguments.out, **used, **describe(found)}, rows, arguments.json)
+    return 0
+
+
+def _check_out(out: str) -> None:
+    if not out:  # which would be the current folder
+        raise ValueError("--out: expected a folder, found ''")
+
+
+def _save(adapter: LoraAdapter, out: str) -> None:
+    if not adapter.modules:
+        raise ValueError(f"{out}: expected an adapter with modules, found none left to write")
+    try:
+        adapter.save(out)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written: {error.strerror or error}") from error

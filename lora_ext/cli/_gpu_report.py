@@ -1,0 +1,223 @@
+"""``lora-ext gpu-report``: does this card compute what the formulas say, and how fast?
+
+Nothing is compiled or installed. The report has no names of people or machines, and no paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lora_ext
+from lora_ext import _loader, ops
+from lora_ext._files import write_files
+
+from ._gpu_cases import Case, all_cases, convert, moved
+from ._output import Fault, say, table
+
+FORMAT = 1
+MOST_BYTES = 200_000
+_STREAM = {(9, 0): 2.7e6, (8, 0): 1.6e6, (8, 9): 0.27e6}  # bytes a us that a copy reaches, assumed
+_FLUSH = 1 << 27  # bytes, more than any L2
+_RUNS = 20
+
+
+def gpu_report(arguments: Any) -> int:
+    """Check, time, and write a report; 0 if every check held."""
+    out = Path(arguments.out)
+    cases = _chosen(arguments.only)
+    with _backend(arguments.backend) as (device, module):
+        report = {"format": FORMAT, **_machine(device, module), "checks": [], "times": []}
+        until = time.monotonic() + 60 * arguments.minutes
+        for case in cases:
+            report["checks"].append(_check(case, device))
+            _write(out, report)
+        for case in cases:
+            if device.type != "cuda" or time.monotonic() > until:
+                break  # an emulator has no times
+            report["times"].append(_time(case, device))
+            _write(out, report)
+    say(page(report))
+    failed = [check["op"] for check in report["checks"] if not check["ok"]]
+    if failed:
+        raise Fault(f"expected results within their bounds, found {', '.join(failed)} outside")
+    return 0
+
+
+def _chosen(only: str | None) -> list[Case]:
+    cases = all_cases()
+    if only is None:
+        return cases
+    wanted = only.split(",")
+    known = [case.op for case in cases]
+    for name in wanted:
+        if not any(op.startswith(name) for op in known):
+            expected = f"the beginnings of ops among {known}"
+            raise ValueError(f"--only: expected {expected}, found {name!r}")
+    return [case for case in cases if any(case.op.startswith(name) for name in wanted)]
+
+
+@contextmanager
+def _backend(name: str) -> Iterator[tuple[torch.device, Any]]:
+    """The device to run on and the compiled module; the emulator stands in for one where asked."""
+    if name == "cuda":
+        module = _loader.load()
+        if not torch.cuda.is_available():
+            raise Fault("expected a GPU, found none that torch can use; `lora-ext doctor` says why")
+        if not module.has_kernels():
+            raise Fault("expected a lora_ext with kernels, found one that was built without CUDA")
+        yield torch.device("cuda", torch.cuda.current_device()), module
+        return
+    try:
+        module = _loader.load("_emu")
+    except ImportError:
+        raise Fault("expected an emulator, found a build without one (LORA_EXT_EMU=1)") from None
+    with ops.routed("lora_ext_emu"):
+        yield torch.device("cpu"), module
+
+
+def _machine(device: torch.device, module: Any) -> dict[str, Any]:
+    """Versions, card, clocks, and the hash of the kernels."""
+    built = {key: _loader.build_info().get(key) for key in ("torch", "cuda", "architectures")}
+    card: dict[str, Any] = {"name": "emulator", "capability": None}
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        card = {
+            "name": found.name,
+            "capability": [found.major, found.minor],
+            "memory_gib": round(found.total_memory / 2**30),
+            "multiprocessors": found.multi_processor_count,
+            "shared_kib": found.shared_memory_per_block_optin // 1024,
+            "driver": _or_none(getattr(torch._C, "_cuda_getDriverVersion", None)),  # its CUDA's
+            "clock_mhz": _or_none(torch.cuda.clock_rate),
+            "temperature": _or_none(torch.cuda.temperature),
+        }
+    return {
+        "versions": {
+            "lora_ext": lora_ext.__version__,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+            "system": platform.system(),
+        },
+        "build": built,
+        "card": card,
+        "module": hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest(),
+    }
+
+
+def _or_none(ask: Any) -> Any:
+    """What a library that may be missing says of the card."""
+    try:
+        return ask()
+    except Exception:
+        return None
+
+
+def _inputs(case: Case, size: int, device: torch.device) -> dict[str, Any]:
+    def move(t: Tensor) -> Tensor:
+        return t.to(device, case.dtype if t.is_floating_point() else None)
+
+    made = case.make(torch.Generator().manual_seed(0), size)
+    given = convert(made, move)
+    if "uniforms" in given:
+        given["uniforms"] = given["uniforms"].float()
+    return given
+
+
+def _check(case: Case, device: torch.device) -> dict[str, Any]:
+    """The error of a small case as a part of what it may be; words where the op raised."""
+    said: dict[str, Any] = {"op": case.op, "launchers": list(case.launchers), "bound": case.bound}
+    try:
+        given = _inputs(case, 0, device)
+        found = [t.detach().cpu().double() for t in case.run(given)]
+        exact = convert(given, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu())
+        wanted = [t.detach().double() for t in case.formula(exact)]
+        error = max(_error(a, b) for a, b in zip(found, wanted, strict=True))
+    except Exception as raised:  # whatever a kernel does on a card that nobody has tried
+        words = re.sub(r"\S*[/\\\\]\S*", "...", f"{type(raised).__name__}: {raised}")
+        return {**said, "ok": False, "error": None, "found": words[:200]}
+    ok = error == 0 if case.exact else error <= case.bound
+    return {**said, "bound": 0 if case.exact else case.bound, "error": error, "ok": ok}
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    """The largest, as a part of the largest value; infinite for another shape or NaN."""
+    if found.shape != wanted.shape or not torch.equal(found.isfinite(), wanted.isfinite()):
+        return float("inf")
+    finite = wanted.isfinite()
+    off = (found - wanted)[finite].abs().max() if finite.any() else torch.zeros(())
+    most = wanted[finite].abs().max() if finite.any() else torch.ones(())
+    return float(off / most) if most > 0 else float(off)
+
+
+def _time(case: Case, device: torch.device) -> dict[str, Any]:
+    """The median of several runs behind a flushed L2, and the time that the bytes alone take."""
+    said: dict[str, Any] = {"op": case.op, "us": None, "floor_us": None}
+    try:
+        given = _inputs(case, 1, device)
+        outputs = case.run(given)
+        times = _measured(lambda: case.run(given), device)
+    except Exception as raised:
+        return {**said, "found": type(raised).__name__}
+    stream = _STREAM.get(torch.cuda.get_device_capability(device))
+    floor = None if stream is None else moved(given, outputs) / stream
+    shapes = [list(v.shape) for v in given.values() if isinstance(v, Tensor)]
+    return {**said, "us": times[len(times) // 2], "floor_us": floor, "shapes": shapes}
+
+
+def _measured(run: Any, device: torch.device) -> list[float]:
+    flush = torch.empty(_FLUSH, dtype=torch.uint8, device=device)
+    times = []
+    for _ in range(_RUNS):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end))
+    return sorted(times)
+
+
+def _write(out: Path, report: dict[str, Any]) -> None:
+    """The report and, beside it, the page; after every line, as a card may take the process."""
+    text = json.dumps(report, indent=1)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"--out: expected a report below {MOST_BYTES} bytes, found {len(text)}")
+    files = {out.name: text, out.with_suffix(".md").name: page(report)}
+    write_files(out.parent, {name: words.encode() for name, words in files.items()})
+
+
+def page(report: dict[str, Any]) -> str:
+    """For the eye."""
+    card, versions = report["card"], report["versions"]
+    head = f"{card['name']}, lora_ext {versions['lora_ext']}, torch {versions['torch']}"
+    times = {time["op"]: time for time in report["times"]}
+    rows: Sequence[dict[str, Any]] = [
+        {
+            "op": check["op"],
+            "check": "ok" if check["ok"] else "FAILED",
+            "error": "-" if check["error"] is None else f"{check['error']:.1e}",
+            "bound": f"{check['bound']:.1e}",
+            "us": _told(times.get(check["op"], {}).get("us")),
+            "floor us": _told(times.get(check["op"], {}).get("floor_us")),
+        }
+        for check in report["checks"]
+    ]
+    note = "" if report["times"] else "\nNo times: nothing was timed."
+    return f"# {head}\n\n```\n{table(rows)}\n```\n{note}"
+
+
+def _told(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

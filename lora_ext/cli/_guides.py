@@ -1,0 +1,65 @@
+"""The command that learns a guide: distil-guide."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_ext.control import distil
+
+from ._output import progress, show
+
+_REQUESTS = (
+    "Tell me about a small town by the sea.",
+    "How does rain form?",
+    "Write a short letter to a friend.",
+    "What should I cook tonight?",
+    "Explain what a computer does.",
+    "List three animals and where they live.",
+    "Give me advice for a job interview.",
+    "Tell me a story about a child and a river.",
+)
+
+
+def distil_guide(arguments: Namespace) -> int:
+    """``lora-ext distil-guide``: a folder with the guide of a model."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            "expected transformers, found none: run `pip install 'transformers>=4.56'`"
+        ) from None
+    if not Path(arguments.model).is_dir():
+        raise ValueError(f"MODEL: expected a folder, found {str(arguments.model)!r:.200}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
+    kind = transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(arguments.model, local_files_only=True).eval()
+    requests: Iterable[str] = _REQUESTS
+    if arguments.prompts is not None:
+        lines = Path(arguments.prompts).read_text(encoding="utf-8").splitlines()
+        requests = [line for line in lines if line.strip()]
+    guide = distil(
+        model,
+        [_tokens(tokenizer, request) for request in requests],
+        arguments.states,
+        samples=arguments.samples,
+        length=arguments.length,
+        eos_token_id=tokenizer.eos_token_id,
+        seed=arguments.seed,
+        progress=partial(progress, unit="it"),
+    )
+    guide.save(arguments.out)
+    summary = {"out": str(arguments.out), "states": guide.num_states, **guide.measures}
+    show({key.replace("_", " "): value for key, value in summary.items()}, [], arguments.json)
+    return 0
+
+
+def _tokens(tokenizer: Any, request: str) -> list[int]:
+    if getattr(tokenizer, "chat_template", None):
+        said = [{"role": "user", "content": request}]
+        options = {"add_generation_prompt": True, "return_dict": False}
+        return list(tokenizer.apply_chat_template(said, **options))
+    return list(tokenizer.encode(request))

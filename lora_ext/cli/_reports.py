@@ -1,0 +1,144 @@
+"""The commands that look and change nothing: doctor, inspect, diff."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from typing import Any
+
+from lora_ext import doctor as devices
+from lora_ext.adapter import Factors, LoraAdapter, compare_adapters, rank_report
+
+from ._output import Fault, progress, show
+
+_LISTED = 8  # places of bad values in a sentence
+
+
+def doctor(arguments: Namespace) -> int:
+    """``lora-ext doctor``: see :mod:`lora_ext.doctor`."""
+    return devices.main(as_json=arguments.json)
+
+
+def inspect(arguments: Namespace) -> int:
+    """``lora-ext inspect``: one row a module; :class:`Fault` where values are not finite."""
+    adapter = LoraAdapter.load(arguments.adapter)
+    rows: list[dict[str, Any]] = []
+    for name in progress(list(adapter.modules)):
+        factors = adapter.modules[name]
+        bad = sum(map(_bad, _tensors(factors)))
+        row = {
+            "module": name,
+            "r": factors.a.shape[0],
+            "shape": (factors.b.shape[0], *factors.a.shape[1:]),  # of the weight that is adapted
+            "scaling": factors.scaling,
+            **_ranks(adapter, name, arguments, measured=not bad),
+            "bad": bad,
+        }
+        rows.append(row)
+    summary = {"adapter": str(arguments.adapter), **describe(adapter)}
+    counts = {row["module"]: row["bad"] for row in rows}
+    whole = {**adapter.base_weights, **adapter.replacements}
+    counts |= {key: _bad(value) for key, value in whole.items()}
+    summary["bad values"] = sum(counts.values())
+    if not arguments.json:
+        rows = [{**row, "shape": " x ".join(map(str, row["shape"]))} for row in rows]
+    show(summary, rows, arguments.json)
+    bad = [f"{name:.200} ({count})" for name, count in counts.items() if count]
+    if bad:
+        more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+        places = f"{', '.join(bad[:_LISTED])}{more}"
+        raise Fault(f"{arguments.adapter}: expected finite values, found NaN or inf in {places}")
+    return 0
+
+
+def diff(arguments: Namespace) -> int:
+    """``lora-ext diff``: one row a module, and the whole of them."""
+    first, second = LoraAdapter.load(arguments.first), LoraAdapter.load(arguments.second)
+    found = compare_adapters(first, second, progress=progress)
+    rows: list[dict[str, Any]] = []
+    for each in found:
+        degrees = [math.degrees(angle) for angle in each.angles]
+        row = {
+            "module": each.module,
+            "ranks": each.ranks,
+            "norm A": each.norms[0],
+            "norm B": each.norms[1],
+            "distance": each.distance,
+            "cosine": each.cosine,
+        }
+        if arguments.json:
+            row["angles"] = degrees
+        else:
+            row["ranks"] = "/".join(map(str, each.ranks))
+            row["angles"] = f"{degrees[0]:.1f} .. {degrees[-1]:.1f}" if degrees else None
+        rows.append(row)
+    norms = [math.hypot(*(each.norms[i] for each in found)) for i in (0, 1)]
+    inner = sum((each.cosine or 0.0) * each.norms[0] * each.norms[1] for each in found)
+    every = [factors for v in (first, second) for factors in v.modules.values()]
+    beyond = {
+        "bias": any(factors.bias is not None for factors in every),
+        "magnitude": any(factors.magnitude is not None for factors in every),
+        "replaced weights": bool(first.replacements or second.replacements),
+    }
+    summary = {
+        "A": str(arguments.first),
+        "B": str(arguments.second),
+        "norm A": norms[0],
+        "norm B": norms[1],
+        "distance": math.hypot(*(each.distance for each in found)),
+        "cosine": inner / (norms[0] * norms[1]) if norms[0] * norms[1] else None,
+        "not compared": [what for what, there in beyond.items() if there] or None,
+    }
+    show(summary, rows, arguments.json)
+    return 0
+
+
+def describe(adapter: LoraAdapter) -> dict[str, Any]:
+    """What holds for an adapter as a whole."""
+    tensors = [t for factors in adapter.modules.values() for t in _tensors(factors)]
+    config = adapter.config
+    kinds = {
+        "rsLoRA": config.use_rslora,
+        "DoRA": config.use_dora,
+        "bias": config.lora_bias,
+        "embedding": any(f.embedding for f in adapter.modules.values()),
+        "convolution": any(f.a.dim() > 2 for f in adapter.modules.values()),
+        "modules_to_save": bool(config.modules_to_save),
+        f"bias={config.base_bias}": config.base_bias != "none",
+    }
+    return {
+        "base model": config.base_model or None,
+        "modules": len(adapter.modules),
+        "ranks": sorted({factors.a.shape[0] for factors in adapter.modules.values()}),
+        "parameters": sum(t.numel() for t in tensors),
+        "bytes": sum(t.nbytes for t in tensors),
+        "invocation": list(config.invocation) or None,
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors}),
+        "with": [kind for kind, there in kinds.items() if there] or None,
+        "weights of the base model": len(adapter.base_weights) or None,
+        "replaced weights": len(adapter.replacements) or None,
+    }
+
+
+def _ranks(
+    adapter: LoraAdapter, name: str, arguments: Namespace, measured: bool
+) -> dict[str, float | int | None]:
+    """Norm and effective ranks of a module; None each where there is nothing to measure."""
+    factors = adapter.modules[name]
+    figures: dict[str, Any] = {}
+    grouped = factors.a.shape[0] != factors.b.shape[1]  # a convolution that is no product
+    if measured and not grouped:
+        one = LoraAdapter(adapter.config, {name: factors})
+        figures = dict(rank_report(one, kinds=arguments.kinds, taus=(arguments.tau,))[0])
+    counts = ("threshold", "absolute")
+    keys = {k: f"{k}@{arguments.tau:g}" if k in counts else k for k in arguments.kinds}
+    return {"norm": figures.get("fro"), **{key: figures.get(key) for key in keys.values()}}
+
+
+def _tensors(factors: Factors) -> list[Any]:
+    parts = (factors.a, factors.b, factors.bias, factors.magnitude)
+    return [t for t in parts if t is not None]
+
+
+def _bad(tensor: Any) -> int:
+    return int((~tensor.isfinite()).sum())

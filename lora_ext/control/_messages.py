@@ -1,0 +1,365 @@
+"""Which states can still end in time, and how likely a guide holds that they do.
+
+A :class:`Plan` is a constraint with its budget: of ``n`` tokens, the one that ends included, at
+least ``lo`` come before the end. Its tables are shared by all rows that have it.
+
+    C_k(END) = 1, else C_0(s) = 0
+    C_k(s, z) = sum_z' T(z, z') sum_s' w(s->s', z') C_{k-1}(s', z')
+    w(s->s', z) = sum of beta(z, x) over the tokens x of the edge
+
+``k`` tokens may still come; edges into END are closed while fewer than ``lo`` have come.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections import OrderedDict
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import require
+
+from ._guide import Guide
+from .language import DEFAULT, Constraint, Limits, Matched
+
+_WHERE = "constraint"
+_KEPT_SEGMENTS = 3
+_KEPT_STEPS = 1024
+_PART = 8  # a successor with more than V / 8 tokens has a product of its own, others are gathered
+_FEW = 64  # up to V / 64 tokens are written one by one, more by a mask
+_shared: weakref.WeakKeyDictionary[Guide, weakref.WeakValueDictionary[tuple[object, ...], Messages]]
+_shared = weakref.WeakKeyDictionary()
+_shared_lock = threading.Lock()
+
+
+class Plan:
+    """A constraint, its budget, and the guide that looks ahead.
+
+    Args:
+        constraint: of the text.
+        budget: ``n``, tokens that may come, the one that ends the text included. Messages call it
+            max_new_tokens, and the next one min_new_tokens, as ``generate`` does.
+        least: ``lo``, tokens that must come before it.
+        guide: None: the mask law.
+        limits: of the guide's tables.
+
+    Raises:
+        ValueError: if no text of the constraint fits between ``least`` and the budget, or the
+            guide has another vocabulary.
+    """
+
+    def __init__(
+        self,
+        constraint: Constraint,
+        budget: int,
+        least: int = 0,
+        guide: Guide | None = None,
+        limits: Limits = DEFAULT,
+    ):
+        for name, value, low in (("max_new_tokens", budget, 1), ("min_new_tokens", least, 0)):
+            whole = type(value) is int and value >= low
+            require(whole, _WHERE, name, f"a whole number, at least {low}", repr(value))
+        expected = f"less than max_new_tokens {budget}, of which one ends the text"
+        require(least < budget, _WHERE, "min_new_tokens", expected, least)
+        if guide is not None:
+            size = constraint.vocab_size
+            require(guide.vocab_size == size, _WHERE, "guide", f"{size} tokens", guide.vocab_size)
+        self.constraint = constraint
+        self.budget = budget
+        self.least = least
+        self.guide = guide
+        self.limits = limits
+        self._steps: dict[tuple[int, int], NextTokens] = {}
+        fewest = int(constraint.distance[0])
+        expected = f"at least {fewest}, the shortest text of the constraint and its end"
+        require(fewest <= budget, _WHERE, "max_new_tokens", expected, budget)
+        fits = self.alive(0, budget)
+        found = "none, for each text is shorter or the end comes too late"
+        require(fits, _WHERE, "min_new_tokens", f"a text of {least} to {budget - 1} tokens", found)
+
+    # --- dead ends --------------------------------------------------------------------------------
+    @cached_property
+    def _alive(self) -> Tensor | None:
+        """Whether END is reached from each state in at most k tokens, ``(n + 1, S + 1)``; None:
+        the distance says it."""
+        if self.least == 0:
+            return None
+        source, target, _ = self.edges
+        alive = torch.zeros(self.budget + 1, self.constraint.num_states + 1, dtype=torch.bool)
+        alive[:, -1] = True
+        for k in range(1, self.budget + 1):
+            open_edges = alive[k - 1, target]
+            if self.budget - k < self.least:
+                open_edges = open_edges & (target != self.constraint.end)
+            alive[k, source[open_edges]] = True
+        return alive
+
+    @cached_property
+    def _longest(self) -> int:
+        return int(self.constraint.distance.max())
+
+    def alive(self, state: int, k: int) -> bool:
+        """Whether a text may still end if ``k`` tokens may come."""
+        if state < 0:
+            return False
+        if self._alive is None:
+            return 0 <= int(self.constraint.distance[state]) <= k
+        return bool(self._alive[k, state])
+
+    def step(self, state: int, k: int) -> NextTokens:
+        """What may come in a state if ``k`` tokens may, that one included."""
+        if self.least == 0:  # more tokens than the longest way to the end make no difference
+            k = min(k, self._longest + 1)
+        known = self._steps.get((state, k))
+        if known is None:
+            if len(self._steps) >= _KEPT_STEPS:
+                self._steps.clear()
+            known = self._steps[state, k] = NextTokens(self, state, k)
+        return known
+
+    def after(self, state: int, k: int, token: int) -> int:
+        """The state behind a token, -1 where it must not come."""
+        constraint = self.constraint
+        kind = constraint.classes[token] if 0 <= token < constraint.vocab_size else -1
+        if kind < 0 or not self.step(state, k).allows[kind]:
+            return -1
+        return constraint.rows[state][kind]
+
+    def mask(self, state: int, k: int) -> Tensor | None:
+        """0 on tokens that may come and ``-inf`` on others, ``(V,)``; None where all may."""
+        live = self.step(state, k).live
+        if live.all():
+            return None
+        return torch.where(live, 0.0, -torch.inf)[self.constraint.class_index]
+
+    def only(self, state: int, k: int) -> int | None:
+        """The token that may come where there is just one, else None."""
+        return self.step(state, k).only
+
+    # --- messages ---------------------------------------------------------------------------------
+    @cached_property
+    def edges(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs of a state and one behind it, each once, and which of them each place of the table
+        is, ``(S, classes)``, -1 where forbidden."""
+        table = self.constraint.table.long()
+        states = len(table) + 1
+        joint = torch.arange(len(table))[:, None] * states + table
+        pairs, inverse = torch.where(table >= 0, joint, -1).unique(return_inverse=True)
+        if pairs[0] == -1:
+            pairs, inverse = pairs[1:], inverse - 1
+        return pairs // states, pairs % states, inverse
+
+    def edge_weights(self) -> Tensor:
+        """``w (E, H)``: the guide's emission, summed over classes and then over edges."""
+        assert self.guide is not None
+        constraint, by_token = self.constraint, self.guide.by_token
+        device = by_token.device
+        classes = by_token.new_zeros(constraint.table.shape[1], by_token.shape[1])
+        classes.index_add_(0, constraint.class_index.to(device), by_token)
+        source, _, edge = self.edges
+        state, kind = (edge >= 0).nonzero(as_tuple=True)
+        weights = by_token.new_zeros(len(source), by_token.shape[1])
+        return weights.index_add_(0, edge[state, kind].to(device), classes[kind.to(device)])
+
+    @cached_property
+    def messages(self) -> Messages:
+        """The guide's tables, shared by plans of the same content while one of them lives.
+
+        Without a least length they do not depend on the budget.
+        """
+        assert self.guide is not None
+        states, guide = self.constraint.num_states + 1, self.guide
+        nbytes = states * (guide.num_states + 1) * guide.initial.element_size() * (self.budget + 1)
+        few = nbytes <= self.limits.max_table_bytes
+        stride = 1 if few else math.isqrt(self.budget - 1) + 1
+        window = (self.least, self.budget) if self.least else ()
+        key = (self.constraint.key, stride, *window)
+        with _shared_lock:
+            tables = _shared.setdefault(guide, weakref.WeakValueDictionary())
+            found = tables.get(key)
+            if found is None:
+                found = tables[key] = Messages(self, stride)
+            return found
+
+
+class MatchedPlan:
+    """A matcher's constraint in the place of a :class:`Plan`: whatever the budget, its own mask.
+
+    Args:
+        constraint: of the text. budget: tokens that may come; a text may be cut there.
+    """
+
+    guide: Guide | None = None
+
+    def __init__(self, constraint: Matched, budget: int):
+        self.constraint, self.budget = constraint, budget
+
+    def after(self, state: int, k: int, token: int) -> int:
+        """As :meth:`Plan.after`."""
+        return self.constraint.next_state(state, token)
+
+    def mask(self, state: int, k: int) -> Tensor | None:
+        """As :meth:`Plan.mask`."""
+        live = self.constraint.mask(state)
+        return None if live.all() else torch.where(live, 0.0, -torch.inf)
+
+    def only(self, state: int, k: int) -> int | None:
+        """As :meth:`Plan.only`."""
+        live = self.constraint.mask(state).nonzero()
+        return int(live) if len(live) == 1 else None
+
+
+class NextTokens:
+    """The tokens that may come in a state, by where they lead.
+
+    Attributes:
+        live: ``(classes,)``.
+        after: ``(classes,)``, the state behind each class, -1 where it is not live.
+        states: those behind live classes, each once, the end left out.
+    """
+
+    def __init__(self, plan: Plan, state: int, k: int):
+        constraint = plan.constraint
+        self._constraint = constraint
+        if state == constraint.end:  # behind the end: the end again
+            self.live = torch.arange(constraint.table.shape[1]) == 0
+            self.after = torch.where(self.live, constraint.end, -1)
+        else:
+            after = constraint.table[state].long()
+            if plan._alive is None:
+                self.live = (after >= 0) & (constraint.distance[after] <= k - 1)
+            else:
+                self.live = (after >= 0) & plan._alive[max(k - 1, 0), after]
+            if k < 1:
+                self.live = torch.zeros_like(self.live)
+            if plan.budget - k < plan.least:
+                self.live[0] = False
+            self.after = torch.where(self.live, after, -1)
+        behind = self.after[(self.after >= 0) & (self.after != constraint.end)]
+        self.states = behind.unique()
+        self.allows: list[bool] = self.live.tolist()
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The tokens by how the guide's ratio of them is found."""
+        constraint = self._constraint
+        vocab, end = constraint.vocab_size, constraint.end
+        after = self.after[constraint.class_index]  # (V,)
+        inside = after[(after >= 0) & (after != end)]
+        count = torch.bincount(inside, minlength=1)
+        wide: list[int] = []
+        if len(inside) > vocab // _PART:  # at least one has a product of its own then
+            wide = (count > vocab // _PART).nonzero()[:, 0].tolist() or [int(count.argmax())]
+        narrow = (after >= 0) & (after != end)
+        for s in wide:
+            narrow &= after != s
+        tokens, dead = narrow.nonzero()[:, 0], after < 0
+        few = int(dead.sum()) <= vocab // _FEW
+        return Layout(
+            wide,
+            [after == s for s in wide[1:]],
+            tokens,
+            after[tokens],
+            dead.nonzero()[:, 0] if few else dead,
+            (after == end).nonzero()[:, 0],
+        )
+
+    @cached_property
+    def only(self) -> int | None:
+        """The token that may come where there is just one, else None."""
+        order, first = self._constraint.tokens_by_class
+        if int(first.diff()[self.live].sum()) != 1:
+            return None
+        kind = int((self.live & (first.diff() > 0)).nonzero()[0])
+        return int(order[first[kind]])
+
+
+class Layout(NamedTuple):
+    """The tokens of a step, by where they lead.
+
+    Attributes:
+        wide: states that many tokens lead to, which have a product with the vocabulary.
+        others: of all but the first of them ``(V,)`` bool: their tokens.
+        narrow: the other live tokens that do not end the text, ``(t,)``.
+        behind: the states behind these.
+        dead: tokens that must not come, ``(d,)``, or ``(V,)`` bool where they are many.
+        ends: tokens that end the text.
+    """
+
+    wide: list[int]
+    others: list[Tensor]
+    narrow: Tensor
+    behind: Tensor
+    dead: Tensor
+    ends: Tensor
+
+
+class Messages:
+    """``C_k`` for all k, or every so many of them with the rest computed again where asked.
+
+    A row ``C_k(s)`` is kept relative to its largest entry, beside the logarithm of that.
+    """
+
+    def __init__(self, plan: Plan, stride: int):
+        assert plan.guide is not None
+        self.guide = plan.guide
+        self._budget, self._least, self._stride = plan.budget, plan.least, stride
+        device, states = plan.guide.initial.device, plan.constraint.num_states + 1
+        self._source, self._target = (t.to(device) for t in plan.edges[:2])
+        self._weights = plan.edge_weights()
+        self._lock = threading.Lock()
+        first = plan.guide.initial.new_zeros(states, plan.guide.num_states)
+        first[-1] = 1
+        scale = plan.guide.initial.new_full((states,), -torch.inf)
+        scale[-1] = 0
+        self._marks: list[tuple[Tensor, Tensor]] = [(first, scale)]  # every stride-th
+        self._segments: OrderedDict[int, list[tuple[Tensor, Tensor]]] = OrderedDict()
+
+    def __call__(self, k: int) -> tuple[Tensor, Tensor]:
+        """``C_k (S + 1, H)`` with rows of largest entry 1, or 0 where END is out of reach, and the
+        logarithms of their scales ``(S + 1,)``."""
+        with self._lock:
+            mark, rest = divmod(k, self._stride)
+            while len(self._marks) <= mark:
+                table, k0 = self._marks[-1], (len(self._marks) - 1) * self._stride
+                for i in range(self._stride):
+                    table = self._before(*table, k0 + i + 1)
+                self._marks.append(table)
+            if rest == 0:
+                return self._marks[mark]
+            segment = self._segments.setdefault(mark, [self._marks[mark]])
+            self._segments.move_to_end(mark)
+            while len(self._segments) > _KEPT_SEGMENTS:
+                self._segments.popitem(last=False)
+            while len(segment) <= rest:
+                at = mark * self._stride + len(segment)
+                segment.append(self._before(*segment[-1], at))
+            return segment[rest]
+
+    def _before(self, table: Tensor, scale: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """``C_k`` from ``C_{k-1}``."""
+        source, target, weights = self._source, self._target, self._weights
+        end = len(table) - 1
+        # Without a least length any budget shares these, and k may be above the first one's.
+        if self._least and self._budget - k < self._least:
+            inside = target != end
+            source, target, weights = source[inside], target[inside], weights[inside]
+        # Edges of a state are added at the scale of the largest state behind it.
+        largest = torch.full_like(scale, -torch.inf)
+        largest.scatter_reduce_(0, source, scale[target], "amax")
+        factor = (scale[target] - largest[source]).exp().nan_to_num(0.0)  # (E,)
+        sums = torch.zeros_like(table).index_add_(
+            0, source, weights * table[target] * factor[:, None]
+        )
+        new = sums @ self.guide.transition.t()
+        top = new.max(1).values
+        smallest = torch.finfo(new.dtype).tiny
+        scaled = torch.where(top[:, None] > 0, new / top.clamp(min=smallest)[:, None], 0)
+        scales = torch.where(top > 0, largest + top.log(), -torch.inf)
+        scaled[end], scales[end] = 1, 0
+        return scaled, scales

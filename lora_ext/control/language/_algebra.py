@@ -1,0 +1,270 @@
+"""Deterministic automata as plain arrays: merge, join, complement, and from bytes to tokens.
+
+An automaton is a table ``(S, classes)`` of next states, -1 where there is none, a flag per state
+that says whether a text may end there, and the state that it starts in. Symbols with equal columns
+are one class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._limits import Clock
+
+Ints = NDArray[np.integer]
+Bools = NDArray[np.bool_]
+_CHUNK = 1 << 22  # entries of a table that are filled together
+_HASHED = 1 << 18  # and that are hashed together: in larger parts caches no longer hold them
+
+
+class Automaton(NamedTuple):
+    """States, and the classes of the symbols.
+
+    Attributes:
+        class_of: ``(symbols,)``, the class of each; -1: no state reads it.
+        table: ``(S, classes)`` int32.
+        final: ``(S,)``.
+        start: a state.
+    """
+
+    class_of: Ints
+    table: Ints
+    final: Bools
+    start: int
+
+
+def _mixed(table: Ints) -> NDArray[np.uint64]:
+    values = table.astype(np.int64).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    return values ^ (values >> np.uint64(27))
+
+
+def _hash_rows(table: Ints) -> NDArray[np.uint64]:
+    """A 64-bit number per row; rows that differ have different ones, up to chance 2^-64 a pair."""
+    width = table.shape[1]
+    random = np.random.default_rng(20250101).integers(1, 2**63, width, dtype=np.uint64)
+    random, step = random | np.uint64(1), max(1, _HASHED // max(1, width))
+    parts = [(_mixed(table[i : i + step]) * random).sum(1) for i in range(0, len(table), step)]
+    return np.concatenate([np.empty(0, np.uint64), *parts])
+
+
+def edges(table: Ints) -> tuple[Ints, Ints]:
+    """All pairs of a state and one behind it, each once: sources and targets."""
+    sources, classes = np.nonzero(table >= 0)
+    pairs = np.unique(sources.astype(np.int64) * len(table) + table[sources, classes])
+    return pairs // len(table), pairs % len(table)
+
+
+def distances(sources: Ints, targets: Ints, seeds: Ints, states: int) -> Ints:
+    """Fewest edges from each state to a seed, -1 where none leads there."""
+    order = np.argsort(targets, kind="stable")
+    before = sources[order]
+    first = np.searchsorted(targets[order], np.arange(states + 1))
+    far = np.full(states, -1, np.int32)
+    far[seeds] = 0
+    front, step = np.asarray(seeds), 0
+    while len(front):
+        step += 1
+        count = first[front + 1] - first[front]
+        begin = np.repeat(first[front] - np.cumsum(count) + count, count)
+        found = np.unique(before[begin + np.arange(count.sum())])
+        front = found[far[found] < 0]
+        far[front] = step
+    return far
+
+
+def minimal(automaton: Automaton, clock: Clock) -> Automaton:
+    """The one smallest automaton of the same texts: equal languages give equal arrays.
+
+    States are numbered as a walk from the start meets them, classes by their smallest symbol; no
+    state is left that no text leads to or from which none can end. Of an empty language only the
+    start is left.
+    """
+    class_of, table, final, start = _merged_columns(automaton)
+    sources, targets = edges(table)
+    ahead = distances(targets, sources, np.array([start]), len(table))
+    end = distances(sources, targets, np.flatnonzero(final), len(table))
+    keep = (ahead >= 0) & (end >= 0)
+    keep[start] = True
+    number = np.full(len(table) + 1, -1, np.int32)
+    number[:-1][keep] = np.arange(keep.sum())
+    table, final, end = number[table[keep]], final[keep], end[keep]
+    start = int(number[start])
+    # Equal residual texts have equal shortest ones, so the distance is a partition to begin with.
+    label = np.unique(end, return_inverse=True)[1].astype(np.int32)
+    count = label.max() + 1
+    while True:
+        clock.look("merging equal states")
+        below = np.append(label, np.int32(-1))[table]
+        joint = np.concatenate([label[:, None], below], 1)
+        label = np.unique(_hash_rows(joint), return_inverse=True)[1].astype(np.int32)
+        if label.max() + 1 == count:
+            break
+        count = label.max() + 1
+    one = np.unique(label, return_index=True)[1]
+    table = np.append(label, np.int32(-1))[table[one]]
+    return _canonical(Automaton(class_of, table, final[one], int(label[start])))
+
+
+def _merged_columns(automaton: Automaton) -> Automaton:
+    """Symbols with equal columns become one class; classes are numbered by their first symbol."""
+    class_of, table, final, start = automaton
+    unread = np.full((len(table), 1), -1, table.dtype)  # the column of class -1, behind the others
+    hashes = np.append(_hash_rows(table.T), _hash_rows(unread.T))
+    raw = np.unique(hashes, return_inverse=True)[1][class_of]
+    values, first, inverse = np.unique(raw, return_index=True, return_inverse=True)
+    rank = np.empty(len(values), np.int32)
+    rank[np.argsort(first)] = np.arange(len(values))
+    columns = np.empty(len(values), np.int64)
+    columns[rank] = class_of[first]
+    known = (columns >= 0) & (columns < table.shape[1])
+    merged = np.full((len(table), len(columns)), -1, table.dtype)
+    merged[:, known] = table[:, columns[known]]
+    return Automaton(rank[inverse], merged, final, start)
+
+
+def _canonical(automaton: Automaton) -> Automaton:
+    """Merge columns and number the states as they are met."""
+    class_of, table, final, start = _merged_columns(automaton)
+    order, seen = [start], {start}
+    for state in order:  # grows while it is read
+        row = table[state]
+        after, place = np.unique(row, return_index=True)
+        for s in after[np.argsort(place)].tolist():
+            if s >= 0 and s not in seen:
+                seen.add(s)
+                order.append(s)
+    number = np.full(len(table) + 1, -1, np.int32)
+    number[order] = np.arange(len(order))
+    return Automaton(class_of, number[table[order]], final[order], 0)
+
+
+def joined(
+    a: Automaton, b: Automaton, both: Callable[[Bools, Bools], Bools], clock: Clock
+) -> Automaton:
+    """Walk both at once: ``both`` is ``and`` or ``or`` of their ends; only pairs that are met.
+
+    Raises:
+        ConstraintTooLarge: if there are too many pairs.
+    """
+    part = f"{len(a.table)} states times {len(b.table)}"
+    width = len(b.table) + 1  # the last state of either reads everything and never ends
+    mixed = (a.class_of.astype(np.int64) + 1) * (b.table.shape[1] + 1) + b.class_of + 1
+    classes, class_of = np.unique(mixed, return_inverse=True)
+    of_a = _with_sink(a)[:, classes // (b.table.shape[1] + 1) - 1]
+    of_b = _with_sink(b)[:, classes % (b.table.shape[1] + 1) - 1]
+    final_a, final_b = np.append(a.final, False), np.append(b.final, False)
+    stuck = both(np.array([True]), np.array([False]))[0]  # "or": one of them may be lost
+    pairs, known = [a.start * width + b.start], {a.start * width + b.start: 0}
+    rows: list[Ints] = []
+    for pair in pairs:  # grows while it is read
+        sa, sb = divmod(pair, width)
+        row = of_a[sa].astype(np.int64) * width + of_b[sb]
+        lost_a, lost_b = of_a[sa] == len(a.table), of_b[sb] == len(b.table)
+        row[(lost_a & lost_b) if stuck else (lost_a | lost_b)] = -1
+        for p in np.unique(row).tolist():
+            if p >= 0 and p not in known:
+                known[p] = len(pairs)
+                pairs.append(p)
+        if len(rows) % 64 == 0:
+            clock.states(len(pairs), part, merged=False)
+            clock.table(len(pairs) * 4 * len(classes), part)
+            clock.look(part)
+        rows.append(row)
+    values = np.array(sorted(known))
+    numbers = np.array([known[p] for p in values.tolist()], np.int32)
+    table = np.stack(rows)
+    table = np.where(table >= 0, numbers[np.searchsorted(values, table.clip(0))], -1)
+    at = np.array(pairs)
+    final = both(final_a[at // width], final_b[at % width])
+    return Automaton(class_of.astype(np.int32), table.astype(np.int32), final, 0)
+
+
+def complement(a: Automaton) -> Automaton:
+    """All texts that ``a`` does not accept, symbols that it never reads included."""
+    table = _with_sink(a)
+    return Automaton(
+        np.where(a.class_of < 0, table.shape[1] - 1, a.class_of).astype(np.int32),
+        table.astype(np.int32),
+        ~np.append(a.final, False),
+        a.start,
+    )
+
+
+def _with_sink(a: Automaton) -> Ints:
+    """The table with a last state for what is lost, and a last class for what nobody reads."""
+    lost = len(a.table)
+    table = np.where(a.table < 0, lost, a.table)
+    table = np.concatenate([table, np.full((lost, 1), lost, table.dtype)], 1)
+    return np.concatenate([table, np.full((1, table.shape[1]), lost, table.dtype)])
+
+
+def over_tokens(
+    byte: Automaton, tokens: Sequence[bytes | None], clock: Clock, part: str
+) -> Automaton:
+    """An automaton over bytes read token by token: every way to cut a text into tokens counts.
+
+    Args:
+        byte: over the 256 values of a byte.
+        tokens: the bytes of each token; None for one that is no text, which nothing reads.
+        clock: the limits.
+        part: what multiplies the states, for the error.
+    """
+    # Bytes of one class are the same to every state, and so are tokens that spell the same classes.
+    reads = byte.class_of.astype(np.uint8).tobytes()
+    unread = np.flatnonzero(byte.class_of < 0).astype(np.uint8).tobytes()
+    spelled: dict[bytes, int] = {}
+    group = np.full(len(tokens), -1, np.int32)
+    for i, token in enumerate(tokens):
+        if token:
+            word = token.translate(reads, unread)
+            if len(word) == len(token):
+                group[i] = spelled.setdefault(word, len(spelled))
+    table = np.full((len(byte.table), len(spelled)), -1, np.int32)
+    clock.table(table.nbytes, part)
+    levels = _prefixes(list(spelled))
+    step = np.append(byte.table, np.full((1, byte.table.shape[1]), -1, np.int32), 0)  # -1 stays
+    chunk = max(1, _CHUNK // max(1, len(spelled)))
+    for low in range(0, len(table), chunk):
+        clock.look(part)
+        behind = np.arange(low, min(len(table), low + chunk), dtype=np.int32)[None]
+        for level in levels:
+            behind = step[behind[level.parents], level.letters[:, None]]  # (prefixes, states)
+            table[low : low + chunk, level.words] = behind[level.ends].T
+    return Automaton(group, table, byte.final, byte.start)
+
+
+class _Level(NamedTuple):
+    """The different beginnings of some length that words have, ``n`` of them.
+
+    Attributes:
+        parents: the beginning that each prolongs, among those of the length before, ``(n,)``.
+        letters: and by which letter. words: those that end here. ends: with which beginning.
+    """
+
+    parents: Ints
+    letters: Ints
+    words: Ints
+    ends: Ints
+
+
+def _prefixes(words: list[bytes]) -> list[_Level]:
+    """Beginnings of words, from the shortest on. A walk along them reads once what many words begin
+    with."""
+    length = np.array([len(w) for w in words], np.int64)
+    first = np.cumsum(length) - length
+    letters = np.frombuffer(b"".join(words), np.uint8).astype(np.int64)
+    levels: list[_Level] = []
+    word = np.arange(len(words))
+    node = np.zeros(len(words), np.int64)
+    while len(word):
+        key = node * 256 + letters[first[word] + len(levels)]
+        keys, node = np.unique(key, return_inverse=True)
+        done = length[word] == len(levels) + 1
+        levels.append(_Level(keys // 256, keys % 256, word[done], node[done]))
+        word, node = word[~done], node[~done]
+    return levels

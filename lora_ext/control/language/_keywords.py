@@ -1,0 +1,129 @@
+"""Automata over bytes of lists of texts: one of them exactly, or as parts of a longer text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora_ext._checks import require
+
+from ._algebra import Automaton
+from ._limits import Clock
+from ._vocabulary import utf8
+
+#: A text that must occur, or several of which one must.
+Group = str | Sequence[str]
+
+
+def choice(texts: Sequence[str], clock: Clock) -> Automaton:
+    """Exactly one of the texts: a tree of their bytes."""
+    listed = [] if isinstance(texts, str) else list(texts)
+    good = bool(listed) and all(isinstance(t, str) for t in listed)
+    require(good, "choice", "texts", "a list of at least one text", repr(texts)[:80])
+    tree = _Tree(clock, "the letters of all texts")
+    ends = {tree.add(utf8("choice", "texts", text)) for text in listed}
+    final = np.zeros(len(tree.below), bool)
+    final[sorted(ends)] = True
+    table = np.full((len(tree.below), 256), -1, np.int32)
+    for node, below in enumerate(tree.below):
+        for byte, target in below.items():
+            table[node, byte] = target
+    return Automaton(np.arange(256, dtype=np.int32), table, final, 0)
+
+
+def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> Automaton:
+    """Texts in which each group of ``all_of`` occurs and nothing of ``none_of`` does.
+
+    One tree of all words that knows where to go on after a letter that does not fit (Aho and
+    Corasick), times the set of groups that have occurred.
+    """
+    groups = [_group(f"all_of[{i}]", g) for i, g in enumerate(_listed("all_of", all_of))]
+    banned = [_word("none_of", w) for w in _listed("none_of", none_of)]
+    tree = _Tree(clock, "the letters of all words")
+    marks: dict[int, int] = {}  # a bit for each group; the highest is what must not occur
+    for i, words in enumerate([*groups, banned]):
+        for word in words:
+            node = tree.add(word)
+            marks[node] = marks.get(node, 0) | 1 << i
+    never = 1 << len(groups)
+    every = never - 1
+    letters = sorted({b for g in [*groups, banned] for w in g for b in w})
+    moves, seen = tree.moves(letters, marks)
+    part = f"the words times 2^{len(groups)} sets of them that have occurred"
+    number = {(0, 0): 0}
+    order, rows = [(0, 0)], []
+    for node, have in order:  # grows while it is read
+        row = []
+        for target in (*moves[node], 0):  # 0: a letter of no word begins again
+            new = have | seen[target]
+            if new & never:
+                row.append(-1)
+                continue
+            at = (target, new)
+            if at not in number:
+                number[at] = len(order)
+                order.append(at)
+            row.append(number[at])
+        rows.append(row)
+        if len(rows) % 256 == 0:
+            clock.states(len(order), part, merged=False)
+            clock.look(part)
+    class_of = np.full(256, len(letters), np.int32)
+    class_of[letters] = np.arange(len(letters))
+    final = np.array([have == every for _, have in order])
+    return Automaton(class_of, np.array(rows, np.int32), final, 0)
+
+
+class _Tree:
+    """Words by their first letters; node 0 is the empty word."""
+
+    def __init__(self, clock: Clock, part: str):
+        self.below: list[dict[int, int]] = [{}]
+        self._clock, self._part = clock, part
+
+    def add(self, word: bytes) -> int:
+        """The node of a word."""
+        node = 0
+        for byte in word:
+            if byte not in self.below[node]:
+                self.below[node][byte] = len(self.below)
+                self.below.append({})
+                self._clock.states(len(self.below), self._part, merged=False)
+            node = self.below[node][byte]
+        return node
+
+    def moves(
+        self, letters: Sequence[int], marks: dict[int, int]
+    ) -> tuple[list[list[int]], list[int]]:
+        """The longest word's beginning that a text ends with, behind each letter; and the marks of
+        all words that end there."""
+        moves: list[list[int]] = [[] for _ in self.below]
+        seen = [marks.get(node, 0) for node in range(len(self.below))]
+        moves[0] = [self.below[0].get(b, 0) for b in letters]
+        place_of = {b: i for i, b in enumerate(letters)}
+        queue = [(child, 0) for child in self.below[0].values()]
+        for node, back in queue:  # by depth: what is shorter is known
+            seen[node] |= seen[back]
+            moves[node] = [self.below[node].get(b, moves[back][i]) for i, b in enumerate(letters)]
+            queue += [(child, moves[back][place_of[b]]) for b, child in self.below[node].items()]
+        return moves, seen
+
+
+def _listed(name: str, words: Sequence[Group]) -> list[Group]:
+    known = not isinstance(words, (str, bytes)) and isinstance(words, Sequence)
+    require(known, "keywords", name, "a list of texts", repr(words)[:80])
+    return list(words)
+
+
+def _group(argument: str, group: Group) -> list[bytes]:
+    words = [group] if isinstance(group, str) else list(group)
+    require(bool(words), "keywords", argument, "a text, or several of which one must occur", "none")
+    return [_word(argument, w) for w in words]
+
+
+def _word(argument: str, word: object) -> bytes:
+    full = isinstance(word, str) and word != ""
+    require(full, "keywords", argument, "a text that is not empty", repr(word)[:80])
+    assert isinstance(word, str)
+    return utf8("keywords", argument, word)

@@ -1,0 +1,116 @@
+"""Regular expressions and JSON schemas as automata over bytes, built by outlines-core.
+
+The build runs in a process of its own under limits of time and memory, so that no expression can
+hold up or bring down the one that asked (``_byte_automaton.py``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_ext._checks import require
+
+from . import _schema as schemas
+from ._algebra import Automaton
+from ._anchors import unanchored
+from ._limits import Clock
+from ._vocabulary import utf8
+
+_CHILD = Path(__file__).with_name("_byte_automaton.py")
+_MEMORY = 2 << 30
+
+
+def pattern(text: str, clock: Clock) -> Automaton:
+    """All texts that match a regular expression from end to end.
+
+    Raises:
+        ValueError: for an expression that is none, or that looks around or back.
+    """
+    where = "regex: pattern"
+    require(isinstance(text, str), "regex", "pattern", "a text", repr(text)[:80])
+    _measure(where, text, clock)
+    utf8("regex", "pattern", text)
+    bare = unanchored("regex", "pattern", text)
+    return _built(where, {"pattern": bare}, clock, repr(text)[:80])
+
+
+def json_schema(schema: dict[str, Any] | str, clock: Clock) -> Automaton:
+    """All JSON texts of a schema, with at most one space between their parts.
+
+    Raises:
+        NotImplementedError: for words that the automaton would not hold to.
+        ValueError: for a schema that is none.
+    """
+    where = "json_schema: schema"
+    if isinstance(schema, str):
+        _measure(where, schema, clock)
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: expected JSON, found {error!s:.120}") from None
+    try:
+        text = json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected what JSON can say, found {error!s:.120}") from None
+    _measure(where, text, clock)
+    utf8("json_schema", "schema", json.dumps(schema, ensure_ascii=False))
+    schema = json.loads(text)  # a copy, which check may change
+    inner = schemas.check(schema)
+    return _built(where, {"schema": json.dumps(schema), "inner": inner}, clock, text[:80])
+
+
+def _measure(where: str, text: str, clock: Clock) -> None:
+    most = clock.limits.max_pattern
+    if len(text) > most:
+        clock.refuse(f"{most} characters", f"{len(text)} in {where}")
+
+
+def _built(where: str, request: dict[str, Any], clock: Clock, told: str) -> Automaton:
+    found = importlib.util.find_spec("outlines_core")
+    if found is None or found.origin is None:
+        raise ImportError(
+            f"{where}: expected outlines-core, found none: run "
+            "`pip install --no-build-isolation '.[control]'` in a checkout of lora_ext"
+        )
+    request |= {
+        "folder": str(Path(found.origin).parent.parent),
+        "seconds": clock.seconds_left,
+        "bytes": _MEMORY,
+    }
+    try:
+        answer = subprocess.run(
+            [sys.executable, str(_CHILD)],
+            input=json.dumps(request).encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=max(0.1, clock.seconds_left),
+            check=False,
+        ).stdout
+    except subprocess.TimeoutExpired:
+        seconds = clock.limits.max_seconds
+        clock.refuse(f"{seconds} seconds", f"more: repetitions inside each other in {told}")
+    line, _, data = answer.partition(b"\n")
+    head = json.loads(line) if line.startswith(b"{") else {}
+    if "error" in head:
+        if str(head["error"]).startswith("unsafe: "):
+            raise NotImplementedError(
+                f"{where}: expected patterns that stay inside a JSON string, found one that lets a "
+                f"quote, a backslash or a control character through: {head['error'][8:]!r:.80}"
+            )
+        raise ValueError(
+            f"{where}: expected one that outlines-core reads, found {told}: {head['error']:.200}"
+        )
+    if "states" not in head or len(data) != 4 * 257 * head["states"]:
+        clock.refuse(f"{_MEMORY} bytes", f"more: repetitions inside each other in {told}")
+    states = head["states"]
+    clock.states(states, f"the repetitions in {told}", merged=False)
+    numbers = np.frombuffer(data, np.int32)
+    table = numbers[: 256 * states].reshape(states, 256)
+    return Automaton(np.arange(256, dtype=np.int32), table, numbers[256 * states :] > 0, 0)

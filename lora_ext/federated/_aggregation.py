@@ -1,0 +1,300 @@
+"""Many clients' updates made into one global adapter, layer by layer and rank by rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import choice, integer, number, require
+from lora_ext.adapter import PREFIX, able_to_learn, norm_of, padded, truncated
+
+from ._means import PairPart, Part, by_norm, mean, mean_of, noise_of, normalised, stack_of
+from ._plan import PATTERN, Pair, layer_pairs
+from ._update import Client, NanPolicy, Reply, Rules, Update, Upload, accept
+
+RankAgg = Literal["covered", "zero_pad", "fro", "svd", "stack"]
+WHERE = "aggregate"
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """What a round made of its replies.
+
+    Attributes:
+        state: the new global state. What nobody trained is the very tensor of before; where the
+            round was skipped, everything is.
+        accepted: clients whose replies were fit to be averaged, in ascending order.
+        rejected: by client the reason, which names key, expected and found.
+        uncovered: layers that no accepted client trained.
+        noise: by layer how far averaging A and B apart is from averaging ``B A``; of "svd" what the
+            truncation takes away. Relative.
+        skipped: whether the state is that of before.
+        stacked: with "stack", by module in the base model ``(A, B)`` in float64, whose
+            ``scaling * B @ A`` the base weight takes up.
+        clipped: by client the factor below 1 that brought a long update down to the bound.
+        reason: why the round was skipped.
+    """
+
+    state: dict[str, Tensor]
+    accepted: tuple[Client, ...]
+    rejected: dict[Client, str]
+    uncovered: tuple[int, ...]
+    noise: dict[int, float] = field(default_factory=dict)
+    skipped: bool = False
+    stacked: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    clipped: dict[Client, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+@torch.no_grad()
+def aggregate(
+    state: Mapping[str, Tensor],
+    updates: Iterable[Update],
+    *,
+    rank_agg: RankAgg = "covered",
+    upload: Upload = "delta",
+    weighted_by: Literal["num-examples"] | None = "num-examples",
+    server_lr: float = 1.0,
+    scaling: float | Mapping[str, float] = 1.0,
+    nan_policy: NanPolicy = "drop_client",
+    max_update_norm: float | None = None,
+    min_replies: int = 1,
+    partial_ok: bool = False,
+    pattern: str = PATTERN,
+    shared: Sequence[str] = (),
+) -> Aggregate:
+    """Average the replies of a round into the global adapter.
+
+    ``theta + server_lr * (sum_i w_i theta_i / sum_i w_i - theta)`` for each tensor, over the
+    clients that trained its layer, and no others. ``theta_i`` is a client's own value.
+
+    =========== ===================================================================================
+    rank_agg    where clients have other ranks, or how their products are averaged
+    =========== ===================================================================================
+    "covered"   row j of A and column j of B over the clients of rank above j
+    "zero_pad"  rows and columns that a client lacks count as zeros
+    "fro"       "covered" with weights ``w_i ||B_i A_i||_F``; the ``w_i`` where all of them are 0
+    "svd"       ``sum_i w_i B_i A_i``, cut back to the global rank, roots of the singular values in
+                either factor
+    "stack"     the same sum exactly, in ``stacked``, for the base weight; B becomes 0, A stays
+    =========== ===================================================================================
+
+    A rank that comes out as 0 in both factors, where the clients cancel or "svd" finds no more
+    directions, gets a drawn row of A and keeps its product, so that training moves it; "zero_pad"
+    alone has the zeros that it asks for.
+
+    Sums are float64, in the order of the clients, and rounded once to the dtype of the state: no
+    order of the replies changes a bit. Bad replies are rejected one by one; nothing is broadcast.
+
+    Args:
+        state: the whole global adapter under PEFT's names: A ``(r, I)``, B ``(O, r)``.
+        updates: equal ones of one client count once.
+        upload: what the tensors of a reply are, "delta" from the state or "value".
+        weighted_by: None gives every client the weight 1.
+        server_lr: above 0.
+        scaling: s of ``s B A``, for all modules or by each one's name in the base model. Every
+            client has the same.
+        nan_policy: "drop_client" rejects a reply with NaN or infinity; "drop_tensor" leaves that
+            tensor out (and its partner, where products are averaged); "raise" ends the round.
+        max_update_norm: an update of a larger norm, over all its tensors, is scaled down to it.
+        min_replies: with fewer that are accepted, the round is skipped.
+        partial_ok: whether a reply may lack modules of its plan; never half of one.
+        pattern: finds the index of a layer in a name.
+        shared: further names of the state that every client sends beside its plan: a head.
+
+    Raises:
+        ValueError: settings out of range; a state without layers, or with factors that do not fit;
+            with ``nan_policy="raise"`` what it says. TypeError: no :class:`Update`.
+            KeyError: a factor of the state without the other.
+
+    Sources: Fed-HeLLo (arXiv 2506.12213), "covered"; HetLoRA, "zero_pad"; FlexLoRA, "svd"; FLoRA,
+    "stack".
+    """
+    check_settings(
+        {
+            "rank_agg": rank_agg,
+            "upload": upload,
+            "weighted_by": weighted_by,
+            "nan_policy": nan_policy,
+            "server_lr": server_lr,
+            "max_update_norm": max_update_norm,
+            "min_replies": min_replies,
+        }
+    )
+    pairs = layer_pairs(f"{WHERE}: state", state, pattern)
+    for key in shared:
+        require(key in state, WHERE, "shared", f"names of the {len(state)} tensors", repr(key))
+    scales = _scales(scaling, pairs)
+    rules = Rules(
+        state, pairs, tuple(shared), upload, weighted_by, nan_policy, max_update_norm, partial_ok
+    )
+    replies, rejected, clipped = accept(updates, rules)
+    accepted = tuple(reply.client for reply in replies)
+    trained = {rules.layers[key] for reply in replies for key in reply.tensors if key in rules.axes}
+    uncovered = tuple(sorted(set(rules.layers.values()) - trained))
+    result = Aggregate(dict(state), accepted, rejected, uncovered, clipped=clipped)
+    if len(replies) < min_replies:
+        few = f"replies: expected at least {min_replies}, found {len(replies)}"
+        return replace(result, skipped=True, reason=few)
+    round_ = _Round(rules, replies, rank_agg, server_lr)
+    try:
+        for pair in pairs:
+            round_.add(pair, scales[pair.module])
+        for key in shared:
+            round_.add_shared(key)
+    except _TooLarge as error:
+        return replace(result, skipped=True, reason=str(error))
+    new = {**result.state, **round_.new}
+    return replace(result, state=new, noise=round_.noise(), stacked=round_.stacked)
+
+
+class _TooLarge(ArithmeticError):
+    """A result that the dtype of the state cannot hold."""
+
+
+class _Round:
+    """The new values of one round, module by module."""
+
+    def __init__(self, rules: Rules, replies: list[Reply], rank_agg: RankAgg, server_lr: float):
+        self.rules = rules
+        self.replies = replies
+        self.rank_agg = rank_agg
+        self.server_lr = server_lr
+        self.new: dict[str, Tensor] = {}
+        self.stacked: dict[str, tuple[Tensor, Tensor]] = {}
+        self._generator = torch.Generator().manual_seed(0)
+        self._squares: dict[int, tuple[float, float]] = {}  # of error and size, by layer
+
+    def add(self, pair: Pair, scale: float) -> None:
+        """Aggregate the factors of one module."""
+        parts = [
+            PairPart(reply.weight, *(reply.value(key, self.rules) for key in (pair.a, pair.b)))
+            for reply in self.replies
+            if pair.a in reply.tensors and pair.b in reply.tensors
+        ]
+        ways = {"svd": self._add_nearest, "stack": self._add_stack}
+        error, size = ways.get(self.rank_agg, self._add_means)(pair, parts)
+        if self.rank_agg != "zero_pad" and not self.new.keys().isdisjoint((pair.a, pair.b)):
+            a, b = (self.new.get(key, self.rules.state[key]) for key in (pair.a, pair.b))
+            if (found := able_to_learn(a, b, self._generator)) is not a:
+                self.new[pair.a] = found
+        if parts:
+            errors, sizes = self._squares.get(pair.layer, (0.0, 0.0))
+            self._squares[pair.layer] = errors + (scale * error) ** 2, sizes + (scale * size) ** 2
+
+    def add_shared(self, key: str) -> None:
+        """Average a tensor that is no factor."""
+        if parts := self._parts(key):
+            self._write(key, mean(parts))
+
+    def noise(self) -> dict[int, float]:
+        """By layer, the root of the sums of squares over its modules."""
+        return {
+            layer: math.sqrt(error / size) if size else 0.0
+            for layer, (error, size) in self._squares.items()
+        }
+
+    def _add_means(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
+        """A and B apart."""
+        weights = by_norm(parts) if self.rank_agg == "fro" else [p.weight for p in parts]
+        zero_pad = self.rank_agg == "zero_pad"
+        means: list[Tensor] = []
+        for axis, key in enumerate((pair.a, pair.b)):
+            start = self._start(key)
+            pairs = zip(weights, parts, strict=True)
+            own = [Part(weight, (p.a, p.b)[axis], p.weight) for weight, p in pairs]
+            if own:
+                means.append(mean_of(start, own, axis, zero_pad))
+            alone = self._parts(key) if self.rank_agg != "fro" else own
+            if len(alone) > len(own):  # somebody's other factor was dropped
+                self._write(key, mean_of(start, alone, axis, zero_pad))
+            elif own:
+                self._write(key, means[-1])
+        if not parts:
+            return 0.0, 0.0
+        weighed = [p._replace(weight=weight) for weight, p in zip(weights, parts, strict=True)]
+        return noise_of(normalised(weighed), means[0], means[1])
+
+    def _add_nearest(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
+        """The sum of the products, cut back to the rank that the module has."""
+        if not parts:
+            return 0.0, 0.0
+        start_a, start_b = self._start(pair.a), self._start(pair.b)
+        a, b = stack_of(self._moved(normalised(parts), start_a, start_b))
+        size = norm_of(a, b)
+        if not math.isfinite(size):
+            raise _TooLarge(f"{pair.module}: expected products of a finite norm, found {size}")
+        dtype = self.rules.state[pair.a].dtype
+        near_a, near_b, dropped = truncated(a, b, start_a.shape[0], dtype)
+        near_a, near_b = padded(near_a, near_b, start_a.shape[0])
+        self._write(pair.a, near_a.reshape(start_a.shape), moved=True)
+        self._write(pair.b, near_b.reshape(start_b.shape), moved=True)
+        return dropped, size
+
+    def _add_stack(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
+        """The sum of the products as it is, for the base weight."""
+        if not parts:
+            return 0.0, 0.0
+        start_a, start_b = self._start(pair.a), self._start(pair.b)
+        self.stacked[pair.module] = stack_of(self._moved(normalised(parts), start_a, start_b))
+        self._write(pair.b, torch.zeros_like(start_b), moved=True)
+        return 0.0, 1.0
+
+    def _moved(self, parts: list[PairPart], a: Tensor, b: Tensor) -> list[PairPart]:
+        """The step of ``server_lr`` from the global product towards the mean one."""
+        if self.server_lr == 1:
+            return parts
+        towards = normalised(parts, to=self.server_lr)
+        return [PairPart(1 - self.server_lr, a, b), *towards]
+
+    def _parts(self, key: str) -> list[Part]:
+        return [
+            Part(reply.weight, reply.value(key, self.rules), reply.weight)
+            for reply in self.replies
+            if key in reply.tensors
+        ]
+
+    def _start(self, key: str) -> Tensor:
+        return self.rules.state[key].detach().to("cpu", torch.float64)
+
+    def _write(self, key: str, value: Tensor, moved: bool = False) -> None:
+        """Round a mean, after the step towards it where that is not done yet."""
+        before = self.rules.state[key]
+        if not moved and self.server_lr != 1:
+            start = self._start(key)
+            value = start + self.server_lr * (value - start)
+        value = value.to(before.dtype)
+        if not bool(value.isfinite().all()):
+            raise _TooLarge(f"{key}: expected values that {before.dtype} can hold, found larger")
+        self.new[key] = value.to(before.device)
+
+
+def _scales(scaling: float | Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, float]:
+    given: dict[str, Any] = {pair.module: scaling for pair in pairs}
+    if isinstance(scaling, Mapping):
+        named = {str(name).removeprefix(PREFIX): value for name, value in scaling.items()}
+        for module in given:
+            require(module in named, WHERE, "scaling", f"one of {module}", sorted(named))
+        given = {module: named[module] for module in given}
+    return {m: float(number(WHERE, f"scaling: {m}", value)) for m, value in given.items()}
+
+
+def check_settings(given: Mapping[str, Any]) -> None:
+    """Check the arguments of :func:`aggregate` of these names, which raises for them."""
+    choices: dict[str, tuple[Any, ...]] = {
+        "rank_agg": get_args(RankAgg),
+        "upload": get_args(Upload),
+        "weighted_by": ("num-examples", None),
+        "nan_policy": get_args(NanPolicy),
+    }
+    for name, known in choices.items():
+        choice(WHERE, name, given[name], known)
+    for name in ("server_lr", "max_update_norm"):
+        if name == "server_lr" or given[name] is not None:
+            number(WHERE, name, given[name], above=0, expected="a finite number above 0")
+    integer(WHERE, "min_replies", given["min_replies"], 1)

@@ -1,0 +1,247 @@
+"""Tensors of planned layers as arrays that a message carries, and back. Nothing of it is trusted.
+
+A message has named arrays and a manifest of flat lists, which is what Flower's records hold.
+numpy has no bfloat16: its bits travel as ``uint16``, and the manifest says so.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_ext._checks import require
+
+from ._plan import PATTERN, LayerPlan, Pair, layer_pairs
+
+Manifest = dict[str, list[str] | list[int]]
+
+_PACKED = "packed"
+_DTYPES = {
+    "float16": (torch.float16, np.dtype("<f2")),
+    "bfloat16": (torch.bfloat16, np.dtype("<u2")),
+    "float32": (torch.float32, np.dtype("<f4")),
+    "float64": (torch.float64, np.dtype("<f8")),
+}
+_NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items()}
+_MOST_HEADER = 4096  # bytes
+_MOST_DIMS = 8
+_MOST_SIZE = 2**31 - 1
+
+
+class Payload(NamedTuple):
+    """What a message carries of a client's layers.
+
+    Attributes:
+        arrays: by the tensors' names; packed, one array of bytes.
+        manifest: what the arrays do not say themselves, flat lists by name.
+    """
+
+    arrays: dict[str, np.ndarray]
+    manifest: Manifest  # without empty lists, which Flower's ConfigRecord cannot count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays themselves, without what frames them."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+def plan_shapes(
+    state: Mapping[str, Tensor], plan: LayerPlan, pattern: str = PATTERN
+) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of what a plan sends: A ``(r, I)``, B ``(O, r)``.
+
+    Args:
+        state: the whole global adapter. plan: its ranks are at most the global ones.
+        pattern: finds the index of a layer in a name.
+
+    Raises:
+        ValueError: a layer or a rank that the state lacks; as :func:`aggregate` for the state.
+    """
+    return shapes_of(layer_pairs("plan_shapes: state", state, pattern), state, plan)
+
+
+def shapes_of(
+    pairs: Sequence[Pair], state: Mapping[str, Tensor], plan: LayerPlan
+) -> dict[str, tuple[int, ...]]:
+    """:func:`plan_shapes` where the factors of the state are known already."""
+    where = "plan_shapes"
+    known = {pair.layer for pair in pairs}
+    for layer in plan.layers:
+        require(layer in known, where, "plan.layers", f"layers of {sorted(known)}", layer)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for pair in pairs:
+        if pair.layer in plan.layers:
+            a, b = state[pair.a].shape, state[pair.b].shape
+            rank = plan.rank_of(pair.layer, a[0])
+            require(rank <= a[0], where, f"plan.ranks: {pair.module}", f"at most {a[0]}", rank)
+            shapes[pair.a], shapes[pair.b] = (rank, *a[1:]), (b[0], rank, *b[2:])
+    return shapes
+
+
+def plan_bytes(state: Mapping[str, Tensor], plan: LayerPlan, pattern: str = PATTERN) -> int:
+    """Count the bytes of a plan's tensors one way, ``itemsize * sum of r (I + O)``, without
+    framing.
+
+    Args and errors are those of :func:`plan_shapes`.
+    """
+    shapes = plan_shapes(state, plan, pattern)
+    return sum(state[key].element_size() * math.prod(shape) for key, shape in shapes.items())
+
+
+def pack_tensors(tensors: Mapping[str, Tensor], flat: bool = False) -> Payload:
+    """Tensors as arrays of a message.
+
+    Args:
+        tensors: float16, bfloat16, float32 or float64, on any device.
+        flat: all of them in one array of bytes. Each array of a message costs over a hundred bytes
+            of framing, which is much beside factors of small ranks.
+
+    Raises:
+        ValueError: another dtype, naming the tensor.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for key, value in tensors.items():
+        require(value.dtype in _NAMES, "pack_tensors", key, f"one of {[*_DTYPES]}", value.dtype)
+        value = value.detach().cpu().contiguous()
+        bits = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
+        arrays[key] = bits.numpy()
+    dtypes = {key: _NAMES[value.dtype] for key, value in tensors.items()}
+    if not flat:
+        brain = [key for key, name in dtypes.items() if name == "bfloat16"]
+        return Payload(arrays, {"bfloat16": brain} if brain else {})
+    parts = [array.reshape(-1).view(np.uint8) for array in arrays.values()]
+    packed = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+    manifest: Manifest = {
+        "names": list(arrays),
+        "dtypes": list(dtypes.values()),
+        "dims": [array.ndim for array in arrays.values()],
+        "sizes": [size for array in arrays.values() for size in array.shape],
+    }
+    return Payload({_PACKED: packed}, {key: each for key, each in manifest.items() if each})
+
+
+def unpack_tensors(
+    payload: Payload, shapes: Mapping[str, tuple[int, ...]], where: str = "payload"
+) -> dict[str, Tensor]:
+    """The tensors of a message, in memory of their own.
+
+    Names, dtypes, shapes and sizes are compared before anything is allocated. A name may be
+    missing: what that means, :func:`aggregate` says.
+
+    Args:
+        payload: from :func:`pack_tensors`, by way of whoever.
+        shapes: by name, the only ones that are let in; :func:`plan_shapes`.
+        where: opens the message of an error: the node, say.
+
+    Raises:
+        ValueError: naming key, expected and found.
+    """
+    manifest = payload.manifest
+    found: dict[str, Tensor] = {}
+    if "names" in manifest or _PACKED in payload.arrays:
+        entries = _flat_entries(payload, where)
+    else:
+        brain = _list(manifest, "bfloat16", str, where)
+        entries = {
+            key: (_name_of(key, array, key in brain, where), array)
+            for key, array in payload.arrays.items()
+        }
+    for key, (_, array) in entries.items():
+        require(key in shapes, where, f"{key!s:.200}", "a name of the plan", "none that it has")
+        fits = array.shape == tuple(shapes[key])
+        require(fits, where, key, f"shape {list(shapes[key])}", f"shape {list(array.shape)}")
+    for key, (name, array) in entries.items():
+        own = torch.from_numpy(np.array(array, order="C"))  # a copy, aligned and writable
+        found[key] = own.view(torch.bfloat16) if name == "bfloat16" else own
+    return found
+
+
+def _name_of(key: str, array: Any, brain: bool, where: str) -> str:
+    """What the dtype of an array means."""
+    require(isinstance(array, np.ndarray), where, key, "an array", type(array).__name__)
+    if brain:
+        require(array.dtype == np.dtype("<u2"), where, key, "uint16, of bfloat16", array.dtype)
+        return "bfloat16"
+    names = [n for n, (_, d) in _DTYPES.items() if d == array.dtype and n != "bfloat16"]
+    require(bool(names), where, key, f"one of {[*_DTYPES]}", array.dtype)
+    return names[0]
+
+
+def _flat_entries(payload: Payload, where: str) -> dict[str, tuple[str, np.ndarray]]:
+    keys = [*payload.arrays]
+    require(keys == [_PACKED], where, "arrays", f"{_PACKED!r} alone", keys[:3])
+    packed = payload.arrays[_PACKED]
+    require(isinstance(packed, np.ndarray), where, _PACKED, "an array", type(packed).__name__)
+    plain = packed.dtype == np.uint8 and packed.ndim == 1
+    require(plain, where, _PACKED, "a row of uint8", (packed.dtype, packed.shape))
+    names = _list(payload.manifest, "names", str, where)
+    dtypes = _list(payload.manifest, "dtypes", str, where)
+    dims = _list(payload.manifest, "dims", int, where)
+    sizes = _list(payload.manifest, "sizes", int, where)
+    require(len(set(names)) == len(names), where, "names", "each once", "one of them twice")
+    for name, each in (("dtypes", dtypes), ("dims", dims)):
+        require(len(each) == len(names), where, name, f"{len(names)} entries", len(each))
+    for name, most, each in (("dims", _MOST_DIMS, dims), ("sizes", _MOST_SIZE, sizes)):
+        inside = all(0 <= value <= most for value in each)
+        require(inside, where, name, f"integers from 0 to {most}", "others")
+    require(sum(dims) == len(sizes), where, "sizes", f"{sum(dims)} entries", len(sizes))
+    entries: dict[str, tuple[str, np.ndarray]] = {}
+    start = place = 0
+    for key, dtype, dim in zip(names, dtypes, dims, strict=True):
+        require(dtype in _DTYPES, where, f"{key:.200}", f"one of {[*_DTYPES]}", f"{dtype:.20}")
+        shape = tuple(sizes[place : place + dim])
+        kind = _DTYPES[dtype][1]
+        stop = start + kind.itemsize * math.prod(shape)
+        require(stop <= packed.size, where, key, f"at most {packed.size} bytes", stop)
+        entries[key] = dtype, packed[start:stop].view(kind).reshape(shape)
+        start, place = stop, place + dim
+    require(start == packed.size, where, _PACKED, f"{start} bytes", packed.size)
+    return entries
+
+
+def _list(manifest: Mapping[str, Any], name: str, kind: type, where: str) -> list[Any]:
+    found = manifest.get(name, [])
+    plain = isinstance(found, list) and all(type(value) is kind for value in found)
+    require(plain, where, name, f"a list of {kind.__name__}", type(found).__name__)
+    return found
+
+
+def read_npy(data: bytes, where: str = "read_npy") -> np.ndarray:
+    """Read an array out of the bytes of a .npy file, without a copy and without pickle.
+
+    The header is compared with the number of bytes first: nothing is allocated for its promises.
+
+    Args:
+        data: not trusted. where: opens the message of an error.
+
+    Returns:
+        an array that shares the bytes' memory, and cannot be written to.
+
+    Raises:
+        ValueError: bytes that are no .npy file of numbers, naming expected and found.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read(file, max_header_size=_MOST_HEADER)
+    except Exception as error:  # numpy's parser raises whatever the bytes provoke
+        found = f"{error!s:.200}"
+        raise ValueError(f"{where}: expected the bytes of a .npy file, found {found}") from None
+    plain = all(type(size) is int and size >= 0 for size in shape)  # True is none of numpy's
+    require(plain, where, "shape", "sizes from 0", shape)
+    require(dtype.kind in "fu", where, "dtype", "numbers", dtype)
+    require(len(shape) <= _MOST_DIMS, where, "shape", f"up to {_MOST_DIMS} sizes", len(shape))
+    size, start = dtype.itemsize * math.prod(shape), file.tell()
+    require(size == len(data) - start, where, "data", f"{size} bytes", len(data) - start)
+    array = np.frombuffer(data, dtype, offset=start)
+    return array.reshape(shape, order="F" if fortran else "C")

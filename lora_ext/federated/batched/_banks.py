@@ -1,0 +1,258 @@
+"""What all clients train, of each tensor as one, and one AdamW over it.
+
+A layer's call then copies nothing together, and a step of the optimizer is a few calls however many
+clients there are. Letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` in, ``O`` out.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from .._plan import Pair
+from ._clients import ClientRound, ClientSpec
+
+_CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+
+
+class Bank:
+    """One module's factors: the global ones first where a client needs them, then each client's.
+
+    Args:
+        clients: in the order of their places; those with the first places have the most steps.
+        start: the global factors, ``(r, I)`` and ``(O, r)``, where the module is.
+        others_use_global: rows of clients that do not train the module have the global factors, not
+            none.
+        p: of the adapter's dropout.
+
+    Attributes:
+        a, b: ``(A, R, I)`` and ``(A, O, R)``, zero beyond a client's rank. members: the places of
+            the clients that train the module, rising. num_global: how many of A are the global
+            ones: 1, or with dropout one for each client that needs them, whose masks are its own.
+            table: for each place its client's index in the bank, -1 for none.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        clients: Sequence[ClientRound],
+        start: tuple[Tensor, Tensor],
+        others_use_global: bool,
+        scaling: float,
+        p: float = 0.0,
+    ):
+        self.pair = pair
+        self.start = start
+        self.scaling = scaling
+        self.p = p
+        self.seeds: Tensor | None = None  # (A,), of the dropout
+        self.members = [place for place, c in enumerate(clients) if pair.a in c.shapes]
+        others = [place for place, c in enumerate(clients) if pair.a not in c.shapes]
+        others = others if others_use_global else []
+        self._places = [*(others if p else others[:1]), *self.members]
+        self.num_global = len(self._places) - len(self.members)
+        self.ranks = [start[0].shape[0]] * self.num_global
+        self.ranks += [clients[place].shapes[pair.a][0] for place in self.members]
+        index = dict.fromkeys(others, 0) | {own: i for i, own in enumerate(self._places)}
+        self.table = tuple(index.get(place, -1) for place in range(len(clients)))
+        largest = max(self.ranks, default=0)
+        a, b = (t[..., :largest] if axis else t[:largest] for axis, t in enumerate(start))
+        self.a, self.b = (t.expand(len(self.ranks), *t.shape).clone() for t in (a, b))
+        self._ranks = self._scale = None
+        if min(self.ranks, default=0) < largest:
+            self._cut(self.a, self.b)
+            self._ranks = torch.tensor(self.ranks, dtype=torch.int32, device=a.device)
+        if scaling != 1:
+            self._scale = a.new_full((len(self.ranks),), scaling, dtype=torch.float32)
+        own = self.a[self.num_global :], self.b[self.num_global :]
+        self.moments = [torch.zeros_like(t) for t in own for _ in range(2)]
+        self.activate(len(clients))
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor]:
+        """All that the optimizer changes."""
+        return self.a, self.b
+
+    def activate(self, places: int) -> None:
+        """Take the clients at the first places into the calls from now on, and no others."""
+        self.trained = sum(place < places for place in self.members)
+        self.size = self.num_global + self.trained
+        # Leaves over the bank's own memory: the optimizer writes there, and no graph sees it.
+        self.leaves = [t[: self.size].detach() for t in (self.a, self.b)]
+        for leaf in self.leaves:
+            leaf.requires_grad_(self.trained > 0)
+        self.call_ranks, self.call_scale = (
+            None if t is None else t[: self.size] for t in (self._ranks, self._scale)
+        )
+
+    def draw(self, seeds: Tensor) -> None:
+        """Take the seeds of a step's masks, one for each place."""
+        self.seeds = seeds[self._places[: self.size]].to(self.a.device)
+
+    def give(self, clients: Sequence[ClientRound]) -> None:
+        """Tell every client what training changed of its factors, each in memory of its own."""
+        found: list[Tensor] = []
+        for values, start in zip((self.a, self.b), self.start, strict=True):
+            own = values[self.num_global :].cpu()
+            found.append(own - start.cpu()[: own.shape[1], : own.shape[2]])
+        a, b = found
+        if self._ranks is not None:
+            self._cut(a, b)
+        finite = (a.isfinite().flatten(1).all(1) & b.isfinite().flatten(1).all(1)).tolist()
+        for i, place in enumerate(self.members):
+            client, rank = clients[place], self.ranks[self.num_global + i]
+            client.finite &= finite[i]
+            for key, own in ((self.pair.a, a[i, :rank]), (self.pair.b, b[i, :, :rank])):
+                client.changes[key] = own.clone(memory_format=torch.contiguous_format)
+
+    def _cut(self, a: Tensor, b: Tensor) -> None:
+        """Zero, in factors of the last adapters of the bank, what is beyond the rank of each."""
+        ranks = torch.tensor(self.ranks[-len(a) :], device=a.device)
+        beyond = torch.arange(a.shape[1], device=a.device) >= ranks[:, None]  # (adapters, R)
+        a.masked_fill_(beyond[:, :, None], 0)
+        b.masked_fill_(beyond[:, None, :], 0)
+
+
+class SharedBank:
+    """The copies ``(A, ...)`` of one parameter outside the adapters, each client's at its place,
+    with what an optimizer needs of :class:`Bank`. ``start`` is the global value, where it is."""
+
+    num_global = 0
+
+    def __init__(self, name: str, start: Tensor, count: int):
+        self.name = name
+        self.start = start
+        self.members = list(range(count))
+        self.values = (start.expand(count, *start.shape).clone(),)
+        self.moments = [torch.zeros_like(self.values[0]) for _ in range(2)]
+        self.activate(count)
+
+    def activate(self, places: int) -> None:
+        """Let the clients at the first places train from now on, and no others."""
+        self.trained = places
+        self.leaves = [self.values[0][:places].detach().requires_grad_()]
+
+    def give(self, clients: Sequence[ClientRound]) -> None:
+        """Tell every client what training changed of its copy."""
+        changes = self.values[0].cpu() - self.start.cpu()
+        for client, own in zip(clients, changes, strict=True):
+            client.finite &= bool(own.isfinite().all())
+            client.changes[self.name] = own.clone()
+
+
+class _Run(NamedTuple):
+    """A factor's clients that come one after another and have the same settings."""
+
+    gradient: int  # which of the gradients
+    at: slice  # of the bank's adapters
+    values: Tensor
+    average: Tensor
+    square: Tensor
+    steps: Tensor
+
+
+class ClientsAdamW:
+    """Each client's own AdamW, all at once, in place.
+
+    All clients that still train have done the same number of steps, as they began together. Clients
+    at neighbouring places with the same settings take part in one call of torch's fused kernel,
+    which treats every element by itself. A client that has left is not touched, to the bit; one
+    that failed stays in its run, where it changes nothing for its neighbours, and is never read.
+    """
+
+    def __init__(self, banks: Sequence[Bank | SharedBank], clients: Sequence[ClientRound]):
+        self.banks = banks
+        self.clients = clients
+        self._done = 0
+        self._places = 0
+        self._runs: list[tuple[ClientSpec, list[_Run]]] = []
+
+    def activate(self, places: int) -> None:
+        """Let the clients at the first places train from now on, and no others."""
+        if places == self._places:
+            return
+        self._places = places
+        for bank in self.banks:
+            bank.activate(places)
+        self._trained = [bank for bank in self.banks if bank.trained]
+        self._runs = []
+        first = 0
+        for _, group in itertools.groupby(self.clients[:places], lambda c: c.settings):
+            alike = [*group]
+            self._runs.append((alike[0].spec, self._runs_of(first, first + len(alike))))
+            first += len(alike)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What the gradients of :meth:`step` are of."""
+        return [leaf for bank in self._trained for leaf in bank.leaves]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        """One step of every client that trains; a factor without a gradient stays."""
+        if any(c.spec.max_grad_norm is not None for c in self.clients[: self._places]):
+            self._clip(gradients)
+        self._done += 1
+        for spec, runs in self._runs:
+            found = [(gradients[run.gradient], run) for run in runs]
+            going = [(g[run.at], run) for g, run in found if g is not None]
+            adamw(
+                [run.values for _, run in going],
+                [g for g, _ in going],
+                [run.average for _, run in going],
+                [run.square for _, run in going],
+                [],
+                [run.steps for _, run in going],
+                fused=True,
+                amsgrad=False,
+                beta1=spec.betas[0],
+                beta2=spec.betas[1],
+                lr=spec.lr,
+                weight_decay=spec.weight_decay,
+                eps=spec.eps,
+                maximize=False,
+            )
+
+    def _runs_of(self, first: int, last: int) -> list[_Run]:
+        """Of the clients from one place to another, one for each factor that any of them has."""
+        runs: list[_Run] = []
+        gradients = itertools.count()
+        for bank in self._trained:
+            places = [next(gradients) for _ in bank.values]
+            begin, end = (bisect.bisect_left(bank.members, p) for p in (first, last))
+            if begin == end:
+                continue
+            at = slice(bank.num_global + begin, bank.num_global + end)
+            for axis, (place, values) in enumerate(zip(places, bank.values, strict=True)):
+                average, square = (t[begin:end] for t in bank.moments[2 * axis :][:2])
+                steps = torch.full((), float(self._done), device=values.device)
+                runs.append(_Run(place, at, values[at], average, square, steps))
+        return runs
+
+    def _clip(self, gradients: Sequence[Tensor | None]) -> None:
+        """Scale each client's gradient down to its bound, as ``clip_grad_norm_`` does."""
+        owners = [bank for bank in self._trained for _ in bank.values]
+        home = owners[0].values[0].device if owners else torch.device("cpu")
+        parts = [
+            (g[bank.num_global :], torch.tensor(bank.members[: bank.trained], device=home))
+            for bank, g in zip(owners, gradients, strict=True)
+            if g is not None
+        ]
+        total = torch.zeros(len(self.clients), dtype=torch.float64, device=home)
+        for g, places in parts:
+            norms = torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1).to(home, torch.float64)
+            total.index_add_(0, places, norms.square())
+        bounds = [c.spec.max_grad_norm for c in self.clients]
+        most = total.new_tensor([math.inf if bound is None else bound for bound in bounds])
+        factors = (most / (total.sqrt() + _CLIP_EPS)).clamp(max=1)
+        factors = torch.where(most.isinf(), 1.0, factors)
+        for g, places in parts:
+            own = factors[places].to(g.device, g.dtype)
+            g.mul_(own.view(-1, *[1] * (g.dim() - 1)))

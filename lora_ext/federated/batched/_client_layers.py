@@ -1,0 +1,217 @@
+"""A layer whose rows have their clients' factors, which client has which row, and what a model must
+not have for a client's rows to be what they are alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext._checks import require
+from lora_ext._torch import autocast_dtype
+from lora_ext.layers import adapted_layers, block_index, dense_parameters
+from lora_ext.rows import Kept
+
+from ._banks import Bank
+from ._batches import Segment
+
+WHERE = "BatchedClients"
+_KEPT = 64
+
+
+class BatchRows:
+    """Which client has each sequence of the step; all layers look here.
+
+    A part of the batch may go through a block by itself: :meth:`only`. In the backward, a
+    checkpoint may run it again without saying so: it is always the first sequences, as the others
+    have no graph.
+
+    Attributes:
+        step: the places of the clients of the step, and their segments.
+    """
+
+    def __init__(self) -> None:
+        self.above: str | None = None  # the shared module that the forward has come to
+        self.step: tuple[Sequence[int], Sequence[Segment]] = (), ()
+        self._part = slice(0, 0)
+        self._backward = False
+        self._kept = Kept(_KEPT)
+
+    def set(self, places: Sequence[int], segments: Sequence[Segment]) -> None:
+        """Begin a step: the client at ``places[i]`` has ``segments[i]``."""
+        self._part = slice(0, sum(segment.rows for segment in segments))
+        if (places, segments) != self.step:  # ids and plans that were kept are of other rows
+            self.step, self._kept = (places, segments), Kept(_KEPT)
+
+    def check_below(self, module: str) -> None:
+        """Refuse a layer that follows a shared module. What lies below the layers would take the
+        gradient of the rows that leave the graph in them."""
+        if self.above is not None:
+            expected = "shared parameters above the layers"
+            supported(self._backward, self.above, expected, f"{module} after it")
+
+    def owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """How many sequences each client has, and for each sequence which of them has it."""
+        return self._kept.get("owners", device, self._owners, device)
+
+    def _owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        sizes = torch.tensor([segment.rows for segment in self.step[1]])
+        owners = torch.arange(len(sizes)).repeat_interleave(sizes)
+        return sizes.to(device), owners.to(device)
+
+    @contextlib.contextmanager
+    def only(self, first: int, last: int) -> Iterator[None]:
+        """A block in which the layers see these sequences alone."""
+        before, self._part = self._part, slice(first, last)
+        try:
+            yield
+        finally:
+            self._part = before
+
+    @contextlib.contextmanager
+    def backward(self) -> Iterator[None]:
+        """A block around the backward."""
+        self._backward = True
+        try:
+            yield
+        finally:
+            self._backward = False
+
+    def ids(
+        self, bank: Bank, leading: torch.Size, device: torch.device, tokens_first: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """For rows of shape ``leading``, sequences first or after the tokens: the index in the bank
+        that the client of each has, ``(rows,)``, and the op's plan of them.
+
+        With dropout, what is padding for the sake of other clients has no adapter: a mask counts
+        the rows of its adapter, and is to count those that the client has alone.
+        """
+        of_bank, part = (bank.table, bank.size, bank.p > 0), (self._part.start, self._part.stop)
+        key = of_bank, part, leading, tokens_first
+        return self._kept.get(key, device, self._ids, bank, leading, device, tokens_first)
+
+    def _ids(
+        self, bank: Bank, leading: torch.Size, device: torch.device, tokens_first: bool
+    ) -> tuple[Tensor, Tensor]:
+        if tokens_first and len(leading) > 1:
+            upright = torch.Size((leading[1], leading[0], *leading[2:]))
+            ids, _ = self._ids(bank, upright, device, False)
+            ids = ids.view(upright).transpose(0, 1).flatten()
+            return ids, ops.lora_plan(ids, bank.size)
+        places, segments = self.step
+        sizes = torch.tensor([segment.rows for segment in segments])
+        own = torch.tensor([bank.table[place] for place in places], dtype=torch.int32)
+        own = own.repeat_interleave(sizes)[self._part]
+        found = leading[0] if leading else 0
+        if self._backward:
+            own = own[:found]
+        require(found == len(own), WHERE, "model", f"{len(own)} sequences at a layer", found)
+        lengths = [segment.length for segment in segments if segment.length is not None]
+        if bank.p and lengths and leading[1:2] == (max(lengths),):
+            ends = torch.tensor(lengths).repeat_interleave(sizes)[self._part][: len(own)]
+            beyond = torch.arange(leading[1]) >= ends[:, None]
+            own = own[:, None].masked_fill(beyond, -1).flatten()  # (sequences * length,)
+        ids = own.repeat_interleave(leading.numel() // max(len(own), 1)).to(device)
+        return ids, ops.lora_plan(ids, bank.size)
+
+
+class ClientsLayer(nn.Module):
+    """A base layer whose rows have the factors of their clients, the global ones, or none."""
+
+    def __init__(
+        self, base_layer: nn.Module, bank: Bank, rows: BatchRows, tokens_first: bool = False
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        self.bank = bank
+        self.rows = rows
+        self.tokens_first = tokens_first
+        self.train(base_layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(sequences, ..., I)`` to ``(sequences, ..., O)``, the dtype of ``base_layer(x)``."""
+        bank = self.bank
+        self.rows.check_below(bank.pair.module)
+        if not bank.size:
+            return self.base_layer(x)
+        ids, plan = self.rows.ids(bank, x.shape[:-1], x.device, self.tokens_first)
+        a, b = bank.leaves
+        dense = dense_parameters(self.base_layer)
+        compute = autocast_dtype(x)
+        fused = dense is not None and (compute is not None or x.dtype == dense[0].dtype == a.dtype)
+        dtype = compute or torch.promote_types(a.dtype, b.dtype)
+        weight, bias = dense if fused and dense is not None else (None, None)
+        scale = bank.call_scale
+        if scale is not None and dtype == torch.float64:  # the op holds scales in float32
+            b, scale = b * bank.scaling, None
+        y = ops.lora_linear(
+            x.reshape(-1, x.shape[-1]).to(dtype),
+            None if weight is None else weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            a.to(dtype),
+            b.to(dtype),
+            ids,
+            scale,
+            bank.call_ranks,
+            bank.p,
+            bank.seeds,
+            plan,
+        )  # (rows, O)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        if fused:
+            return y
+        base = self.base_layer(x)
+        return (base + y).to(base.dtype)
+
+
+class UnsupportedModule(ValueError):
+    """A module under which a client's rows would not be what they are alone."""
+
+
+def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
+    """Refuse modules in which rows meet or draw, and adapters that no payload carries."""
+    own = {
+        id(layer.lora_dropout[adapter])
+        for name, layer in _layers(model, adapter, pattern)
+        if isinstance(layer.lora_dropout[adapter], nn.Dropout)
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            alone = not module.training and module.running_mean is not None
+            supported(alone, name, "rows that do not see each other", "batch normalisation")
+        for setting, p in _dropouts(module) if id(module) not in own else []:
+            off = not module.training or p == 0
+            supported(off, name, "no dropout of the base in training", f"{setting} = {p}")
+    for name, layer in _layers(model, adapter, pattern):
+        linear = adapter in layer.lora_A and layer.lora_A[adapter].weight.dim() == 2
+        linear &= not hasattr(layer, "parameter_name")  # PEFT's target_parameters: of experts, say
+        supported(linear, name, "a linear layer", type(layer).__name__)
+        supported(not layer.use_dora[adapter], name, "LoRA", "DoRA")
+        supported(not layer.lora_bias[adapter], name, "lora_A and lora_B", "a bias")
+        active = [other for other in layer.active_adapters if other in layer.lora_A]
+        supported({*active} <= {adapter}, name, f"no adapter active but {adapter!r}", active)
+        merged_in = list(layer.merged_adapters)
+        supported(not merged_in, name, "adapters apart from the weight", merged_in)
+
+
+def _layers(model: nn.Module, adapter: str, pattern: str) -> list[tuple[str, Any]]:
+    """The adapted layers in a block, which a round replaces."""
+    found = adapted_layers(model, adapter).items()
+    return [(n, m) for n, m in found if block_index(f"{n}.lora_A.weight", pattern) is not None]
+
+
+def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
+    """What a module may drop with, as a module of its own or in a function of its forward."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return [("p", module.p)]
+    own = module.__dict__.items()  # attention_dropout, layerdrop, drop_prob of whole branches
+    return [(name, p) for name, p in own if "drop" in name and isinstance(p, float)]
+
+
+def supported(holds: bool, name: str, expected: object, found: object) -> None:
+    """Raise :class:`UnsupportedModule` where that does not hold of a module or parameter."""
+    require(holds, WHERE, name, expected, found, UnsupportedModule)

@@ -1,0 +1,130 @@
+"""One simulated client: its data, its optimizer, where it is in a round, and its seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import numbers
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_ext._checks import check_fields, require, within
+
+from .._plan import Client, LayerPlan
+from .._update import Update
+
+# SplitMix64 (Steele et al. 2014): the increment of its state, and its two multipliers.
+_GAMMA, _FIRST, _SECOND = (
+    np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ClientSpec:
+    """One client: its data in the order of its steps, and its optimizer.
+
+    Attributes:
+        client: its name, the client's alone.
+        batches: one optimizer step each. A mapping of tensors, of which all but ``labels`` go to
+            the model; ``(x, y)``; or x alone. Rows come first in every tensor.
+        lr, weight_decay, betas, eps: of AdamW.
+        max_grad_norm: its gradient is scaled down to this norm; None leaves it.
+        seed: of its dropout, with the round and its name.
+
+    Raises:
+        ValueError: a rate, bound or seed that is no number, or out of range.
+    """
+
+    client: Client
+    batches: Sequence[Any]
+    lr: float
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds = ("lr", "weight_decay", "eps", "max_grad_norm")
+        table = dict.fromkeys(bounds, within(0, expected="a finite number from 0"))
+        check_fields(self, {**table, "seed": {}})
+        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        holds = pair and all(isinstance(b, numbers.Real) and 0 <= b < 1 for b in self.betas)
+        require(holds, "ClientSpec", "betas", "two numbers from 0, below 1", repr(self.betas))
+
+
+class ClientRound:
+    """One client in one round: its plan, the shapes of the factors that it trains, by name, and
+    where it is in its data."""
+
+    def __init__(
+        self, spec: ClientSpec, plan: LayerPlan, shapes: Mapping[str, tuple[int, ...]], round: int
+    ):
+        self.spec = spec
+        self.plan = plan
+        self.shapes = shapes
+        self.seed = client_seed(spec.seed, round, spec.client)
+        self.lowest = plan.layers[0] if plan.layers else math.inf  # the lowest that it trains
+        self.failed = False
+        self.finite = True
+        self.examples = 0
+        self.losses: list[float] = []
+        self.changes: dict[str, Tensor] = {}  # once the round is over
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """Of its AdamW: clients for which they are equal can take one step together."""
+        spec = self.spec
+        return spec.lr, *spec.betas, spec.eps, spec.weight_decay
+
+    @property
+    def has_batch(self) -> bool:
+        """Whether it has a step to do."""
+        return not self.failed and len(self.losses) < len(self.spec.batches)
+
+    @property
+    def batch(self) -> Any:
+        """The batch of the step that it is at."""
+        return self.spec.batches[len(self.losses)]
+
+    def advance(self, rows: int, loss: float) -> None:
+        """Go on to the next batch, after a step of so many rows and this loss."""
+        self.examples += rows
+        self.losses.append(loss)
+        self.failed = not math.isfinite(loss)
+
+    def update(self) -> Update:
+        """The reply of the client."""
+        failed = self.failed or not self.finite
+        loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
+        sent = {} if failed else self.changes
+        return Update(self.spec.client, self.examples, sent, self.plan, loss, failed)
+
+
+def client_seed(seed: int, round: int, client: Client) -> int:
+    """Hash what a client draws from in a round: 64 bits of ``seed``, ``round`` and ``client``
+    alone, whatever others there are, the same on every machine."""
+    named = repr(client) if isinstance(client, str) else operator.index(client)
+    text = f"{operator.index(seed)}:{operator.index(round)}:{named}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def step_seeds(seeds: Sequence[int], step: int, modules: int) -> Tensor:
+    """The seeds of one step: ``(len(seeds), modules)`` int64 from 0 on, one for each client's seed
+    and each of the adapter's modules, in the order of ``LoraLayerManager.modules``. An entry is
+    what ``nn.LoraLinear.dropout_seed`` takes.
+
+    Source: SplitMix64 (Steele et al. 2014), number ``step * modules + module`` of each seed.
+    """
+    count = np.arange(1, modules + 1, dtype=np.uint64) + np.uint64(step * modules)
+    mixed = np.array(seeds, dtype=np.uint64)[:, None] + _GAMMA * count
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * _FIRST
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * _SECOND
+    mixed ^= mixed >> np.uint64(31)
+    return torch.from_numpy((mixed >> np.uint64(1)).astype(np.int64))

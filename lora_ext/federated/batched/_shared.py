@@ -1,0 +1,157 @@
+"""Parameters outside the adapters that every client trains: a head, with one copy for each client.
+
+The rows of a client go through its own copy, client by client: what lies above the adapted layers
+is small, and a product of one client's rows is the very one that it has alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lora_ext._checks import require
+from lora_ext.adapter import parse_key
+from lora_ext.layers import block_index
+
+from .._layers import forwards
+from ._banks import SharedBank
+from ._client_layers import WHERE, BatchRows, supported
+
+
+def shared_names(
+    model: nn.Module, shared: str | Sequence[str] | None, pattern: str
+) -> tuple[str, ...]:
+    """The names that ``shared``, a pattern or names, finds among the parameters outside the
+    adapters, in their order.
+
+    Raises:
+        ValueError: a pattern that finds nothing, or is none; a name that the model lacks.
+        UnsupportedModule: a parameter of which clients cannot have a copy each, naming it: in a
+            layer, below an adapter, one that two modules share, or integers.
+    """
+    if shared is None:
+        return ()
+    known = dict(model.named_parameters(remove_duplicate=False))
+    outside = [name for name in known if parse_key(name) is None]
+    if isinstance(shared, str):
+        try:
+            names = [name for name in outside if re.search(shared, name)]
+        except re.error as error:
+            found = f"{shared!r} ({error})"
+            raise ValueError(
+                f"{WHERE}: shared: expected a regular expression, found {found}"
+            ) from None
+        expected = "a pattern that a parameter outside the adapters matches"
+        require(bool(names), WHERE, "shared", expected, repr(shared))
+    else:
+        for name in shared:
+            expected = "names of parameters outside the adapters"
+            require(name in outside, WHERE, "shared", expected, repr(name))
+        names = [name for name in outside if name in set(shared)]
+    adapted = [f"{n}." for n, m in model.named_modules() if hasattr(m, "lora_A")]
+    for name in names:
+        layer = block_index(name, pattern)
+        supported(layer is None, name, "shared parameters outside the layers", f"layer {layer}")
+        owner = name[: name.rfind(".") + 1]  # "" is the model itself
+        near = [each for each in adapted if name.startswith(each) or each.startswith(owner)]
+        supported(not near, name, "shared parameters of modules without adapters", near[:3])
+        twins = [n for n, p in known.items() if p is known[name] and n != name]
+        supported(not twins, name, "a parameter of one module alone", f"it tied to {twins}")
+        real = known[name].is_floating_point()
+        supported(real, name, "floating values, which can train", known[name].dtype)
+    return tuple(names)
+
+
+class SharedModules:
+    """The modules that have shared parameters, each client's rows going through its own copies."""
+
+    def __init__(self, model: nn.Module, banks: Sequence[SharedBank], rows: BatchRows):
+        self.rows = rows
+        self._called: set[str] = set()
+        self._owners: dict[str, list[SharedBank]] = {}
+        direct = {bank.name.rpartition(".")[0] for bank in banks}
+        for bank in banks:  # one of a module inside another is divided with the outer one
+            above = [each for each in direct if bank.name.startswith(f"{each}.")]
+            self._owners.setdefault(min(above, key=len), []).append(bank)
+        self._modules = {owner: model.get_submodule(owner) for owner in self._owners}
+
+    def divided(self) -> AbstractContextManager[None]:
+        """A block in which their forward is divided between the clients."""
+        return forwards({m: self._divided(owner, m) for owner, m in self._modules.items()})
+
+    def check_called(self) -> None:
+        """Refuse modules that the model's forward has not called: it reads their parameters in some
+        other way, and no client's copy would count."""
+        for owner in self._owners:
+            supported(owner in self._called, owner, "a module that the forward calls", "it unused")
+
+    def _divided(self, owner: str, module: nn.Module) -> Callable[..., Any]:
+        own = _Own(module)
+        names = {bank.name.removeprefix(f"{owner}."): bank for bank in self._owners[owner]}
+        dtypes = {name: module.get_parameter(name).dtype for name in names}
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            self._called.add(owner)
+            self.rows.above = owner
+            places, segments = self.rows.step
+            sizes = [segment.rows for segment in segments]
+            first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+            found = [] if first is None else [*first.shape]
+            supported(found[:1] == [sum(sizes)], owner, f"{sum(sizes)} sequences at it", found)
+            # All copies at once: the gradient is put together once, not as often as there are.
+            copies = {name: bank.leaves[0].unbind() for name, bank in names.items()}
+            outputs: list[Tensor] = []
+            for place, part in zip(places, _parts(sizes), strict=True):
+                values = {
+                    f"module.{name}": each[place].to(dtypes[name]) for name, each in copies.items()
+                }
+                own_args = tuple(_rows(value, part, sum(sizes)) for value in args)
+                own_kwargs = {k: _rows(value, part, sum(sizes)) for k, value in kwargs.items()}
+                output = functional_call(own, values, own_args, own_kwargs)
+                kind = type(output).__name__
+                supported(isinstance(output, Tensor), owner, "a module that returns a tensor", kind)
+                outputs.append(output)
+            return torch.cat(outputs)
+
+        return forward
+
+
+class _Own(nn.Module):
+    """A module with the forward that it has of itself."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self._forward = module.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+
+def _parts(sizes: Sequence[int]) -> Iterator[slice]:
+    """The rows of each client."""
+    for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True):
+        yield slice(stop - size, stop)
+
+
+def _rows(value: Any, part: slice, total: int) -> Any:
+    has_rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == total
+    return value[part] if has_rows else value
+
+
+def start_of(
+    name: str, model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> Tensor:
+    """The value from which clients begin: the state's, of the parameter's shape, or the model's own
+    where that has none."""
+    parameter = model.get_parameter(name)
+    value = state.get(name, parameter).detach()
+    require(value.shape == parameter.shape, WHERE, name, list(parameter.shape), list(value.shape))
+    return value.to(parameter.device, dtype or value.dtype)

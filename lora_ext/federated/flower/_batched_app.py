@@ -1,0 +1,151 @@
+"""A ClientApp whose clients train as the rows of one batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from lora_ext._checks import require
+
+from .. import BatchedClients, ClientSpec, LayerPlan, LoraLayerManager, Update
+from .._update import Client
+from ._model import Model, Tensors, check_scaling
+from ._records import read_config
+from ._tasks import Settings, Task, failed, shared_names, who
+
+State = Mapping[str, Tensor]
+#: Trains the clients of some tasks together, from the global adapter. With each task comes what
+#: ``prepare`` has made of it.
+TrainFn = Callable[[list[tuple[Task, Any]], State], list[Update]]
+
+
+class BatchedApp(ClientApp):
+    """Answers several messages at once; alone, as any ClientApp, it answers one.
+
+    Args:
+        prepare: what ``train`` needs of a task, such as its data; called for each by itself.
+        train: gives the updates in the order of the tasks.
+        state: gives the adapter of the model and the shared parameters of these names.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[Task], Any],
+        train: TrainFn,
+        state: Callable[[list[str]], State],
+        pattern: str,
+    ):
+        super().__init__()
+        self._prepare = prepare
+        self._train = train
+        self._state = state
+        self._pattern = pattern
+        self.train()(self._alone)
+        self.query()(who)
+
+    def train_together(self, pairs: Sequence[tuple[Message, Context]]) -> list[Message]:
+        """The replies, in the order of the messages; an error reply for a client that failed.
+
+        ``train-time-s`` is a client's even share of the time that all of them took.
+        """
+        began = time.perf_counter()
+        state: State = {}
+        replies: dict[int, Message] = {}
+        tasks: dict[int, tuple[Task, Any]] = {}
+        for place, (message, context) in enumerate(pairs):
+            try:
+                state = self._state(shared_names(read_config(message)))
+                task = Task.read(message, context, state, self._pattern)
+                tasks[place] = task, self._prepare(task)
+            except Exception as error:
+                replies[place] = failed(message, error)
+        loaded = time.perf_counter()
+        try:
+            whole = _union([task for task, _ in tasks.values()], state)
+            updates = self._train([*tasks.values()], whole) if tasks else []
+        except Exception as error:
+            return [replies.get(i, failed(message, error)) for i, (message, _) in enumerate(pairs)]
+        share = len(tasks) or 1
+        seconds = {
+            "train-time-s": (time.perf_counter() - loaded) / share,
+            "down-time-s": (loaded - began) / share,
+        }
+        for (place, (task, _)), update in zip(tasks.items(), updates, strict=True):
+            if update.failed:
+                error = ArithmeticError("the loss or the update is not finite")
+                replies[place] = failed(task.message, error)
+                continue
+            told = {"num-examples": update.num_examples, "train-loss": update.loss}
+            replies[place] = task.reply(task.cut(update.tensors), {**seconds, **told}, state)
+        return [replies[place] for place in range(len(pairs))]
+
+    def _alone(self, message: Message, context: Context) -> Message:
+        return self.train_together([(message, context)])[0]
+
+
+def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> BatchedApp:
+    """The app of a model, whose clients are made for each round."""
+
+    def prepare(task: Task) -> ClientSpec:
+        check_scaling(model.manager, task.config)
+        settings = Settings.of(task.config)
+        return ClientSpec(
+            task.client,
+            [*data_fn(task.partition)] * settings.epochs,
+            settings.lr,
+            settings.weight_decay,
+            seed=settings.seed,
+        )
+
+    def train(tasks: list[tuple[Task, Any]], state: State) -> list[Update]:
+        first = tasks[0][0]
+        batched = BatchedClients(
+            model.manager.model,
+            [spec for _, spec in tasks],
+            pattern=model.pattern,
+            adapter=model.adapter,
+            shared=first.shared or None,
+            others=first.others,
+        )
+        plans: dict[Client, LayerPlan] = {task.client: task.plan for task, _ in tasks}
+        return batched.run_round(plans, state, first.round)
+
+    return BatchedApp(prepare, train, lambda s: Tensors(model.manager, s).state(), model.pattern)
+
+
+def of_clients(batched: BatchedClients) -> BatchedApp:
+    """The app of clients that are there already: partition i is the i-th of them."""
+    names = list(batched.clients)
+    manager = LoraLayerManager(batched.model, batched.pattern, batched.adapter)
+
+    def prepare(task: Task) -> Any:
+        check_scaling(manager, task.config)
+        found, expected = task.others, batched.others
+        require(found == expected, "LocalGrid", "client_app", f"others {found!r}", repr(expected))
+        asked, own = sorted(task.shared), sorted(batched.shared)
+        require(asked == own, "LocalGrid", "client_app", f"shared {asked}", own)
+        return names[task.partition]
+
+    def train(tasks: list[tuple[Task, Any]], state: State) -> list[Update]:
+        plans = {name: task.plan for task, name in tasks}
+        updates = {u.client: u for u in batched.run_round(plans, state, tasks[0][0].round)}
+        return [updates[name] for _, name in tasks]
+
+    return BatchedApp(prepare, train, lambda s: Tensors(manager, s).state(), batched.pattern)
+
+
+def _union(tasks: Sequence[Task], state: State) -> dict[str, Tensor]:
+    """The global adapter, as far as any of the messages has it; nobody uses the rest."""
+    found: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
+    for task in tasks:
+        for key, value in task.whole(state).items():
+            size = task.tensors[key].numel() if key in task.tensors else 0
+            if size >= sizes.get(key, 0):
+                found[key], sizes[key] = value, size
+    return found

@@ -1,0 +1,126 @@
+"""A ClientApp that trains what the strategy asks for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from flwr.app import ConfigRecord, Context, Message
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from lora_ext._checks import require
+
+from .._plan import PATTERN
+from ..batched import rows_in
+from ._batched_app import in_one_batch
+from ._model import Model, Tensors, check_scaling
+from ._records import read_config
+from ._tasks import Metrics, Settings, Task, shared_names, who
+
+WHERE = "make_client_app"
+TrainFn = Callable[[nn.Module, Sequence[Any], ConfigRecord], Metrics]
+
+
+def make_client_app(
+    model_fn: Callable[[], nn.Module],
+    data_fn: Callable[[int], Sequence[Any]],
+    train_fn: TrainFn | None = None,
+    *,
+    backend: Literal["loop", "batched"] = "loop",
+    pattern: str = PATTERN,
+    adapter: str = "default",
+    mods: list[Any] | None = None,
+) -> ClientApp:
+    """A client of :class:`LoraStrategy`, for any of Flower's engines and for ``LocalGrid``.
+
+    It also answers the query who it is: with ``partition-id`` and ``capability`` of its node's
+    configuration, where they are integers.
+
+    Args:
+        model_fn: the base model with the adapter on it; called once in each process. It stays in
+            the mode in which it comes.
+        data_fn: by partition the batches of one epoch, one optimizer step each: a mapping with
+            ``labels``, or ``(x, y)``. A node without a partition is asked for its node id.
+        train_fn: ``train_fn(model, batches, config)``, with the planned layers alone to train,
+            returns numbers: ``num-examples`` (the rows of the batches where it is missing),
+            ``train-loss`` and others. Default is AdamW on the cross-entropy, with ``lr`` (1e-2),
+            ``weight-decay`` (0) and ``epochs`` (1) from the ``train_config`` of the strategy.
+        backend: "batched" trains by :class:`lora_ext.federated.BatchedClients`: all clients at once
+            under ``LocalGrid``, a single one elsewhere. It has no ``train_fn``.
+        pattern: finds the index of a layer in a name. adapter: the one that is trained.
+        mods: Flower's, around training.
+
+    Raises:
+        ValueError: another backend, or a ``train_fn`` for "batched".
+    """
+    require(backend in ("loop", "batched"), WHERE, "backend", "'loop' or 'batched'", repr(backend))
+    model = Model(model_fn, pattern, adapter)
+    if backend == "batched":
+        require(train_fn is None, WHERE, "train_fn", "None with backend 'batched'", "one")
+        require(not mods, WHERE, "mods", "None with backend 'batched'", "some")
+        return in_one_batch(model, data_fn)
+    app = ClientApp()
+
+    @app.train(mods=mods)
+    def train(message: Message, context: Context) -> Message:
+        return _train(model, data_fn, train_fn or adamw, message, context)
+
+    app.query()(who)
+    return app
+
+
+def adamw(model: nn.Module, batches: Sequence[Any], config: ConfigRecord) -> dict[str, float]:
+    """The default training: AdamW on the cross-entropy of each batch.
+
+    Returns:
+        ``num-examples``, the rows of all steps; ``train-loss``, the mean over the steps.
+    """
+    settings = Settings.of(config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+    losses: list[float] = []
+    for batch in list(batches) * settings.epochs:
+        named = isinstance(batch, Mapping)
+        loss = model(**batch).loss if named else F.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    examples = sum(rows_in(batch, WHERE) for batch in batches) * settings.epochs
+    return {"num-examples": examples, "train-loss": sum(losses) / max(len(losses), 1)}
+
+
+def _train(
+    model: Model,
+    data_fn: Callable[[int], Sequence[Any]],
+    train_fn: TrainFn,
+    message: Message,
+    context: Context,
+) -> Message:
+    began = time.perf_counter()
+    manager = model.manager
+    tensors = Tensors(manager, shared_names(read_config(message)))
+    state = tensors.state()
+    task = Task.read(message, context, state, model.pattern)
+    check_scaling(manager, task.config)
+    tensors.load(task.tensors)
+    before = task.cut(tensors.state(task.plan.layers))
+    manager.apply(task.plan, others=task.others)
+    loaded = time.perf_counter()
+    batches = data_fn(task.partition)
+    if isinstance(batches, Iterator):  # which epochs and the count of rows would find empty
+        batches = list(batches)
+    found: dict[str, Any] = {"num-examples": 0}
+    if batches:
+        with torch.random.fork_rng(), tensors.trained(), manager.boundary():
+            torch.manual_seed(task.seed)
+            found = dict(train_fn(manager.model, batches, task.config))
+        found.setdefault("num-examples", sum(rows_in(batch, WHERE) for batch in batches))
+    found = {"train-time-s": time.perf_counter() - loaded, "down-time-s": loaded - began, **found}
+    after = task.cut(tensors.state(task.plan.layers))
+    changes = {key: value - before[key] for key, value in after.items()}
+    return task.reply(changes, found, state)

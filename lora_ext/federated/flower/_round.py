@@ -1,0 +1,192 @@
+"""One round between its messages and its replies, of which none is trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, RecordDict
+from flwr.common.constant import ErrorCode
+from torch import Tensor
+
+from lora_ext._checks import require
+
+from .. import CommLog, LayerPlan, Update, plan_shapes
+from .._masked import masked_shapes
+from .._update import Client
+from . import _records
+
+# What the server says of a message or a node that it has lost.
+_UNANSWERED = (
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+)
+
+
+class _Unanswered(ValueError):
+    """A reply that only says that there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sending:
+    """How the messages of a run are made: the strategy's arguments of these names."""
+
+    rules: Mapping[str, Any]  # those of aggregate
+    send_frozen: bool
+    pack: bool
+    seed: int
+    payload: str
+    scaling: Any  # as the strategy got it; one number alone can be told to clients
+
+    def settings(self) -> dict[str, Any]:
+        """What a client must know of it."""
+        found: dict[str, Any] = {
+            "protocol": _records.PROTOCOL,
+            "seed": self.seed,
+            "upload": self.rules["upload"],
+            "others": "frozen" if self.send_frozen else "disabled",
+            "pack": self.pack,
+        }
+        if self.rules["shared"]:
+            found["shared"] = list(self.rules["shared"])
+        if isinstance(self.scaling, int | float):
+            found["scaling"] = float(self.scaling)
+        if self.payload == "dense_masked":
+            weighted = self.rules["weighted_by"] is not None
+            found |= {"payload": self.payload, "weighted": weighted}
+            if self.rules["max_update_norm"] is not None:
+                found["max-update-norm"] = self.rules["max_update_norm"]
+        return found
+
+
+@dataclasses.dataclass
+class Round:
+    """A round under way."""
+
+    number: int
+    record: ArrayRecord  # the global adapter
+    state: dict[str, Tensor]  # likewise, decoded
+    nodes: dict[int, Client]  # those that are asked, and the client that each is
+    plans: dict[Client, LayerPlan]
+    sending: Sending
+    comm: CommLog  # takes the bytes of the messages
+    #: When, by the monotonic clock.
+    sent: float = dataclasses.field(default_factory=time.monotonic)
+    _asked: list[Metadata] = dataclasses.field(default_factory=list)
+
+    def messages(self, config: Mapping[str, Any]) -> list[Message]:
+        """One for each node that is asked; ``config`` has further settings for the clients."""
+        messages = [self._message(node, client, config) for node, client in self.nodes.items()]
+        for message in messages:
+            self._asked.append(message.metadata)
+            self._count(message.metadata.dst_node_id, message, "down")
+        return messages
+
+    def collect(
+        self, replies: Iterable[Message]
+    ) -> tuple[list[Update], dict[Client, RecordDict], dict[Client, str], list[Client]]:
+        """Sort replies, each by itself: what can be aggregated; what it came with, by client; why
+        others cannot, by client, or by node of a stranger; and the clients that gave no answer."""
+        updates: list[Update] = []
+        contents: dict[Client, RecordDict] = {}
+        reasons: dict[Client, str] = {}
+        answered: set[Client] = set()
+        reported: dict[Client, set[str]] = {}
+        for reply in replies:
+            node = self.sender(reply)
+            client = self.nodes.get(node, f"node {node}")
+            try:
+                updates.append(self.read(reply))
+                contents[client] = reply.content
+                metrics = reply.content.metric_records[_records.METRICS]
+                reported.setdefault(client, set()).add(repr(sorted(metrics.items())))
+            except ValueError as error:
+                reasons[client] = str(error)
+                if isinstance(error, _Unanswered):
+                    continue
+            answered.add(client)
+        for client in [c for c, each in reported.items() if len(each) > 1]:
+            updates = [update for update in updates if update.client != client]
+            where = f"node {self.node(client)}: client {client}: reply"
+            reasons[client] = f"{where}: expected one, or equal ones, found two that differ"
+        silent = [client for client in self.plans if client not in answered]
+        return updates, contents, reasons, silent
+
+    def sender(self, reply: Message) -> int:
+        """The node that a reply is of: where the server answers for one that it has lost, that."""
+        if reply.has_error():
+            for asked in self._asked:  # the grid has given the messages their ids
+                if asked.message_id and asked.message_id == reply.metadata.reply_to_message_id:
+                    return asked.dst_node_id
+        return reply.metadata.src_node_id
+
+    def read(self, reply: Message) -> Update:
+        """A reply as the aggregation takes it, without what only the wire shows to be wrong."""
+        node = self.sender(reply)
+        where = f"node {node}"
+        require(node in self.nodes, where, "reply", "none, as it was not asked", "one")
+        self._count(node, reply, "up")
+        if reply.has_error():
+            found = f"error {reply.error.code}: {reply.error.reason!s:.500}"
+            kind = _Unanswered if reply.error.code in _UNANSWERED else ValueError
+            raise kind(f"{where}: reply: expected one without error, found {found}")
+        client, content = self.nodes[node], reply.content
+        for name, kind in (
+            (_records.ECHO, content.config_records),
+            (_records.LORA, content.array_records),
+            (_records.METRICS, content.metric_records),
+        ):
+            require(name in kind, where, "records", f"{name!r}", f"{sorted(content)!s:.200}")
+        echo = content.config_records[_records.ECHO]
+        self._check_echo(where, echo, self.plans[client])
+        arrays = content.array_records[_records.LORA]
+        tensors = _records.unpack(arrays, echo, self._shapes(self.plans[client]), where)
+        examples = content.metric_records[_records.METRICS].get("num-examples")
+        return Update(client, examples, tensors, self.plans[client])
+
+    def node(self, client: Client) -> int:
+        """The node that a client is."""
+        return next(node for node, asked in self.nodes.items() if asked == client)
+
+    def _message(self, node: int, client: Client, config: Mapping[str, Any]) -> Message:
+        plan, sending = self.plans[client], self.sending
+        shapes = plan_shapes(self.state, plan, sending.rules["pattern"])
+        sent = {
+            key: value[tuple(map(slice, shapes[key]))] if key in shapes else value
+            for key, value in self.state.items()
+            if key in shapes or key in sending.rules["shared"] or sending.send_frozen
+        }
+        record, manifest = _records.pack(sent, sending.pack)
+        own = {"server-round": self.number, "client": client, **plan.to_config(), **manifest}
+        settings = ConfigRecord({**config, **sending.settings(), **own})
+        content = RecordDict({_records.LORA: record, _records.CONFIG: settings})
+        return Message(content, node, MessageType.TRAIN)
+
+    def _check_echo(self, where: str, echo: ConfigRecord, plan: LayerPlan) -> None:
+        round = echo.get("server-round")
+        require(round == self.number, where, "echo", f"round {self.number}", f"{round!r:.50}")
+        try:
+            said = LayerPlan.from_config(echo)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: echo: expected {plan}, found {error!s:.200}") from None
+        require(said == plan, where, "echo", plan, f"{said!s:.200}")
+
+    def _shapes(self, plan: LayerPlan) -> dict[str, tuple[int, ...]]:
+        """What a reply to a plan may have."""
+        if self.sending.payload == "dense_masked":
+            return masked_shapes(self.state, self.sending.rules["pattern"])
+        shapes = plan_shapes(self.state, plan, self.sending.rules["pattern"])
+        return shapes | {key: tuple(self.state[key].shape) for key in self.sending.rules["shared"]}
+
+    def _count(self, node: int, message: Message, way: str) -> None:
+        """Add a message to the bytes of its client."""
+        if not message.has_content():
+            return
+        total, data = _records.count_bytes(message.content), _records.data_bytes(message.content)
+        arrays = _records.count_bytes(message.content.array_records)
+        full = total - arrays + self.record.count_bytes()
+        client = self.nodes[node]
+        self.comm.record(self.number, client, frames=total - data, full=full, **{way: total})

@@ -1,0 +1,201 @@
+"""What a client is asked for in one round, read from its message, and its reply."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from flwr.app import (
+    ConfigRecord,
+    ConfigRecordValues,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.common.constant import ErrorCode
+from torch import Tensor
+
+from lora_ext._checks import integer, number, require
+
+from .. import LayerPlan, Update, masked_payload, plan_shapes
+from .._layers import Others
+from .._plan import layer_pairs
+from . import _records
+from ._nodes import CAPABILITY, NODE, PARTITION
+
+Metrics = Mapping[str, Any]
+
+_PLAN = ("server-round", "layers", "ranks")  # what the echo repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a client trains, from the strategy's ``train_config``."""
+
+    lr: float  # of AdamW; unless it is said, that of Fed-HeLLo's authors
+    weight_decay: float
+    epochs: int
+    seed: int  # of the strategy
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Settings:
+        """Read them from a message's config."""
+        found: dict[str, float] = {}
+        for name, default in (("lr", 1e-2), ("weight-decay", 0.0), ("epochs", 1)):
+            value, expected = config.get(name, default), "a finite number from 0"
+            found[name] = number("message", name, value, 0, expected=expected)
+        epochs = integer("message", "epochs", found["epochs"])
+        return cls(found["lr"], found["weight-decay"], epochs, _integer(config, "seed"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One training message, decoded and checked against the client's own model."""
+
+    message: Message  # to reply to
+    config: ConfigRecord  # its settings
+    plan: LayerPlan
+    round: int
+    client: int
+    partition: int  # whose data to train on
+    tensors: dict[str, Tensor]  # at the ranks of the plan, or at any that the model can hold
+    others: Others  # what the layers outside the plan are
+    shared: list[str]  # names beside the adapter's
+    pattern: str  # finds the index of a layer in a name
+
+    @classmethod
+    def read(
+        cls, message: Message, context: Context, state: Mapping[str, Tensor], pattern: str
+    ) -> Task:
+        """Read a message, for a client whose model has this state; what is not the strategy's, or
+        not for this model, is a ValueError or a TypeError."""
+        config = _records.read_config(message)
+        plan, shared = LayerPlan.from_config(config), shared_names(config)
+        others = _one_of(config, "others", ("frozen", "disabled"))
+        arrays = message.content.array_records
+        require(_records.LORA in arrays, "message", "records", f"{_records.LORA!r}", sorted(arrays))
+        record = arrays[_records.LORA]
+        said = _records.said_shapes(record, config)
+        shapes = _shapes(said, state, plan, others == "frozen", pattern)
+        shapes |= {key: tuple(state[key].shape) for key in shared}
+        tensors = _records.unpack(record, config, shapes, "message")
+        missing = [key for key in shapes if key not in tensors]
+        require(not missing, "message", "lora", f"{len(shapes)} tensors", f"none of {missing[:3]}")
+        return cls(
+            message=message,
+            config=config,
+            plan=plan,
+            round=_integer(config, "server-round"),
+            client=_integer(config, "client"),
+            partition=int(context.node_config.get(PARTITION, context.node_id)),
+            tensors=tensors,
+            others=cast(Others, others),
+            shared=shared,
+            pattern=pattern,
+        )
+
+    @property
+    def seed(self) -> int:
+        """Of whatever this client draws in this round: a function of seed, round and client."""
+        entropy = [_integer(self.config, "seed"), self.round, self.client]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The ranks that the message has, of tensors at the ranks of the model."""
+        return {
+            key: value[tuple(map(slice, self.tensors[key].shape))] for key, value in tensors.items()
+        }
+
+    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The global adapter as far as the message has it, and zeros, shaped as ``state`` is."""
+        found: dict[str, Tensor] = {}
+        for key, own in state.items():
+            value = self.tensors.get(key, own[:0])
+            found[key] = torch.zeros(own.shape, dtype=value.dtype)
+            found[key][tuple(map(slice, value.shape))] = value
+        return found
+
+    def reply(
+        self, changes: Mapping[str, Tensor], metrics: Metrics, state: Mapping[str, Tensor]
+    ) -> Message:
+        """The reply: changes of the planned and the shared tensors from those that came, and
+        metrics with ``num-examples`` among them; the state says names and shapes."""
+        sent = dict(changes)
+        if _one_of(self.config, "upload", ("delta", "value")) == "value":
+            sent = {key: self.tensors[key] + change for key, change in changes.items()}
+        if self.config.get("payload") == "dense_masked":
+            sent = masked_payload(
+                self.whole(state),
+                Update(self.client, metrics["num-examples"], changes, self.plan),
+                weighted_by="num-examples" if self.config.get("weighted") else None,
+                max_update_norm=cast(float | None, self.config.get("max-update-norm")),
+                pattern=self.pattern,
+            )
+        record, manifest = _records.pack(sent, bool(self.config.get("pack")))
+        echo = {name: self.config[name] for name in _PLAN if name in self.config}
+        content = RecordDict(
+            {
+                _records.LORA: record,
+                _records.METRICS: MetricRecord(dict(metrics)),
+                _records.ECHO: ConfigRecord({**echo, **manifest}),
+            }
+        )
+        return Message(content, reply_to=self.message)
+
+
+def _shapes(
+    said: Mapping[str, tuple[int, ...]],
+    state: Mapping[str, Tensor],
+    plan: LayerPlan,
+    frozen: bool,
+    pattern: str,
+) -> dict[str, tuple[int, ...]]:
+    """What a message must have: the plan's ranks, else those that it says, up to the model's."""
+    shapes = plan_shapes(state, plan, pattern)
+    for pair in layer_pairs("message: model", state, pattern):
+        planned = pair.layer in plan.layers
+        if not planned and not frozen:
+            continue
+        for axis, key in enumerate((pair.a, pair.b)):
+            sizes = list(shapes.get(key, state[key].shape))
+            found = said.get(key, ())
+            if (plan.ranks is None or not planned) and len(found) == len(sizes):
+                sizes[axis] = min(max(found[axis], 1), sizes[axis])
+            shapes[key] = tuple(sizes)
+    return shapes
+
+
+def shared_names(config: Mapping[str, Any]) -> list[str]:
+    """The parameters that a client trains beside the adapter."""
+    return list(config.get("shared", []))
+
+
+def who(message: Message, context: Context) -> Message:
+    """The answer to the query who a node is: the integers of its configuration that tell it."""
+    said: dict[str, ConfigRecordValues] = {
+        name: value
+        for name in (PARTITION, CAPABILITY)
+        if type(value := context.node_config.get(name)) is int
+    }
+    return Message(RecordDict({NODE: ConfigRecord(said)}), reply_to=message)
+
+
+def failed(message: Message, error: Exception) -> Message:
+    """The reply of a client that raised, as Flower makes it."""
+    reason = f"{type(error).__name__}: {error}"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def _integer(config: Mapping[str, Any], name: str) -> int:
+    return integer("message", name, config.get(name))
+
+
+def _one_of(config: ConfigRecord, name: str, choices: tuple[str, ...]) -> str:
+    found = config.get(name)
+    require(found in choices, "message", name, f"one of {choices}", f"{found!r:.50}")
+    return cast(str, found)

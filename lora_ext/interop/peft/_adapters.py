@@ -1,0 +1,224 @@
+"""Which adapters of a PEFT model take part in a forward, and what may be amiss with them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from lora_ext._torch import compiles
+from lora_ext.adapter import BaseModels, model_name
+from lora_ext.layers import adapters_of, switched_off
+from lora_ext.rows import Assignment, PoolLayer, _layouts, innermost, several_processes
+
+_LISTED = 8  # names of layers in a warning
+_REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that is its reference
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse adapters that PEFT has put on ``meta``, where accelerate keeps an offloaded base.
+
+    They have no values; PEFT would compute with whatever comes. Adapters that accelerate has
+    offloaded itself have a hook that brings them back.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+            lost = any(p.is_meta for p in _parameters(factor)) and not hasattr(factor, "_hf_hook")
+            if lost and getattr(
+                getattr(layer.get_base_layer(), "_hf_hook", None), "offload", False
+            ):
+                raise ValueError(
+                    f"from_peft: {name}: expected adapters with values, found them on meta, where "
+                    "PEFT puts adapters of a base layer that accelerate has offloaded; give the "
+                    "model its adapters first, then offload each layer's base_layer with "
+                    "accelerate.cpu_offload(layer.base_layer, execution_device)"
+                )
+
+
+def warn_of_other_bases(model: nn.Module) -> None:
+    """Warn of adapters that were trained on another base model than this, once for each name."""
+    configs = getattr(model, "peft_config", None)
+    bases = BaseModels(model_name(model))
+    for name, config in (configs if isinstance(configs, Mapping) else {}).items():
+        other = getattr(config, "base_model_name_or_path", None)
+        # The caller of lora_ext.from_peft, which calls take_over.
+        bases.meet(f"from_peft: adapter {name!r}", other, stacklevel=4)
+
+
+def refuse_names_of_a_reference(active: list[str], names: Assignment) -> None:
+    """Refuse the forward in which TRL asks its reference, given the names of the batch.
+
+    Names win over the active adapter, so the reference would be the policy itself: its preferences
+    would stay zero, and nothing would tell.
+
+    Raises:
+        ValueError: the reference is active, rows name adapters but none names it, and no gradient
+            is wanted. Rows of the base model alone are answered by no policy.
+    """
+    others = names.names and _REFERENCE not in names.names
+    if active == [_REFERENCE] and others and not torch.is_grad_enabled():
+        found = ", ".join(map(repr, names.names))
+        raise ValueError(
+            f"from_peft: adapter_names: expected none while adapter {_REFERENCE!r} is active, as "
+            f"TRL has it to ask its reference, found {found}, whose answers would stand for the "
+            "reference's; give the trainer a ref_model, a base model without adapters"
+        )
+
+
+def warn_of_frozen(model: nn.Module, names: Assignment) -> None:
+    """PEFT trains the active adapter only, until it is told otherwise."""
+    frozen = set(names.names) if torch.is_grad_enabled() else set()
+    for layer in model.modules():
+        if not frozen:
+            return
+        if isinstance(layer, LoraLayer):
+            frozen -= {name for name in frozen if trains(layer, name)}
+    if frozen:
+        found = ", ".join(repr(name) for name in sorted(frozen))
+        warnings.warn(
+            f"from_peft: adapter_names: expected adapters that are trained, found {found} frozen; "
+            "model.set_requires_grad([...]) says which ones are, model.eval() that none is",
+            stacklevel=1,
+        )
+
+
+def trains(layer: Any, name: str) -> bool:
+    """Whether any parameter of an adapter of a layer requires a gradient. All of them are read."""
+    factors = [getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind)]
+    return any([p.requires_grad for f in factors if name in f for p in _parameters(f[name])])
+
+
+def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
+    return [factor] if isinstance(factor, nn.Parameter) else factor.parameters()
+
+
+def taking_part(
+    layer: Any, rows: Assignment | None
+) -> tuple[tuple[str, ...], Assignment | None, tuple[int, ...]]:
+    """Which adapters of a layer of PEFT's take part in a forward.
+
+    Returns:
+        The adapters that it reads; the rows, None where all have all of these; and the places of
+        those that are used even without rows: on several processes all that train, for the reason
+        that :func:`lora_ext.rows._rows.together` gives.
+    """
+    off = switched_off(layer)
+    if rows is None:
+        refuse_block(layer, layer.lora_A, layer.active_adapters)
+    if not several_processes():
+        wanted = rows.names if rows is not None else layer.active_adapters
+        return tuple(n for n in wanted if n in layer.lora_A and n not in off), rows, ()
+    # Each is asked for its parameters, as ZeRO-3 gathers a parameter when it is read, and all
+    # processes have to take part in that.
+    asked = {name: trains(layer, name) for name in layer.lora_A}
+    present = tuple(name for name in asked if name not in off)
+    trained: tuple[int, ...] = ()
+    if torch.is_grad_enabled():
+        trained = tuple(place for place, name in enumerate(present) if asked[name])
+    if rows is None:
+        active = [name for name in layer.active_adapters if name in present]
+        if len(active) > 1 or all(present[place] in active for place in trained):
+            return tuple(active), None, ()
+        rows = Assignment.of_entries(active or [None], ())
+    return present, rows, trained
+
+
+_warned: set[int] = set()  # handles of pools
+
+
+def refuse_block(
+    module: nn.Module, names: Container[str], active: Sequence[str], *, other_names: bool = False
+) -> None:
+    """Raise or warn if a forward without names would ignore a block that contains one of ``names``.
+
+    Warn, once per pool, if the pool of the block serves no layer of ``module``: the block may be
+    for another model, such as a student beside its teacher.
+
+    Args:
+        module: a layer or model of PEFT.
+        names: names of its adapters.
+        active: names of the active adapters.
+        other_names: whether to warn about a block without any of ``names`` too.
+
+    Raises:
+        RuntimeError: If the pool of the block serves a layer of ``module``.
+    """
+    block = None if compiles() else innermost()
+    if block is None or block.assignment.each() == list(active):
+        return
+    message = (
+        "adapters: names: expected a model that reads its adapters from the block, found one of "
+        f"from_peft, which runs {list(active)!r:.200} and ignores the block's names "
+        f"{list(block.assignment.names)!r:.200}; give adapter_names= to its call, or call it "
+        "outside the block"
+    )
+    ours = any(name in names for name in block.assignment.names)
+    if ours and any(
+        isinstance(layer, PoolLayer) and layer.handle == block.handle for layer in module.modules()
+    ):
+        raise RuntimeError(message)
+    # Blocks that methods enter name the adapters of layers and have no slots.
+    other = other_names and block.num_slots and block.assignment.names
+    if (ours or other) and block.handle not in _warned:
+        _warned.add(block.handle)
+        warnings.warn(message, stacklevel=1)
+
+
+def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
+    """Refuse adapters per row that PEFT itself trains, where there are several processes; ``left``
+    has the layers that PEFT runs, and why."""
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            own = (p for n, p in module.named_parameters() if not n.startswith("original_module."))
+            if any(p.requires_grad for p in own):
+                raise no_gradients_without_rows(f"{name}: PEFT runs a {type(module).__name__}")
+        elif name in left and any(trains(module, adapter) for adapter in adapters_of(module)):
+            raise no_gradients_without_rows(f"{name}: {left[name]}")
+
+
+def no_gradients_without_rows(found: str) -> NotImplementedError:
+    """Of a layer in which an adapter without rows has no gradient."""
+    return NotImplementedError(
+        "from_peft: adapter_names: expected trained adapters that lora_ext runs where there are "
+        f"several processes, found {found}; there an adapter without rows has no gradient, and "
+        "FSDP2 and ZeRO would sum gradients of different adapters"
+    )
+
+
+def turned_layers(model: nn.Module) -> tuple[str, ...]:
+    """The layers that PEFT runs and that see tokens first. PEFT gives the tokens of one place the
+    adapter of one sequence wherever there are as many of the one as of the other."""
+    layers = {name: model.get_submodule(name) for name in _layouts.tokens_first(model)}
+    return tuple(
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, LoraLayer) and not hasattr(type(layer), "tokens_first")
+    )
+
+
+def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
+    """Refuse several names where there are such layers."""
+    if turned and len(set(names)) > 1:
+        raise ValueError(
+            f"from_peft: adapter_names: {turned[0]}: expected one name for all rows where PEFT "
+            "runs a layer that sees tokens first, found several; leave it out of target_modules"
+        )
+
+
+def by_reason(left: dict[str, str]) -> str:
+    """Each reason once, with the first few of its layers: a large model has hundreds."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        layers.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{len(names)} of them ({reason}: {', '.join(names[:_LISTED])}"
+        f"{', ...' if len(names) > _LISTED else ''})"
+        for reason, names in layers.items()
+    )

@@ -1,0 +1,130 @@
+"""PEFT's adapters on the parameters of routed experts, run by lora_ext's kernels.
+
+PEFT wraps an experts module once for each adapted parameter and, in each forward, adds the update
+to all of its matrices. Here the outermost wrapper computes the whole module: each token meets the
+factors of its experts and of its adapter alone. Parameters, names and files stay PEFT's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor
+
+from lora_ext.layers import (
+    LoraFactors,
+    Routing,
+    Slots,
+    experts_forward,
+    experts_update,
+    obstacle_of,
+    projections,
+    slots_of,
+)
+from lora_ext.rows import Assignment, Batch, together
+
+from ._adapters import no_gradients_without_rows, taking_part
+from ._layers import Fused, uncovered
+from ._names import names_of_layer
+
+
+class FusedExperts(Fused, ParamWrapper):
+    """PEFT's ``lora.ParamWrapper`` around routed experts, with an adapter per row."""
+
+    of_peft = ParamWrapper
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's; ``adapter_names``, one per sequence, may be given too, in training as well.
+
+        Args:
+            x: ``(T, H)``, then the experts of each row and their weights, both ``(T, k)``.
+
+        Returns:
+            ``(T, H)``.
+
+        Raises:
+            ValueError: PEFT's own, where PEFT has to run this and names are given.
+            RuntimeError: a foreign checkpoint recomputes the layer and has lost the names.
+        """
+        names = kwargs.pop("adapter_names", None)
+        given = names_of_layer(self, names)
+        wrappers = self._wrappers()
+        if any(w._disable_adapters or w.merged for w in wrappers):
+            return self._left_to_peft(x, given, *args, **kwargs)
+        present = {w.parameter_name: taking_part(w, given) for w in wrappers}
+        left = [
+            reason
+            for w in wrappers
+            for name in present[w.parameter_name][0]
+            if (reason := w.uncovered(name)) is not None
+        ]
+        if left or kwargs or len(args) != 2:
+            if left and any(trained for _, _, trained in present.values()):
+                raise no_gradients_without_rows("; ".join(left))
+            return self._left_to_peft(x, given, *args, **kwargs)
+        of_parameter = {w.parameter_name: w for w in wrappers}
+        found: dict[Any, Slots] = {}
+
+        def update(parameter: str, y: Tensor, inner: Tensor, routing: Routing) -> Tensor:
+            adapters, rows, trained = present.get(parameter, ((), None, ()))
+            for group, ids in _calls(adapters, rows, trained, x):
+                layer = of_parameter[parameter]
+                key = None if rows is None else group
+                if key not in found:
+                    found[key] = slots_of(routing, ids, len(group), layer.num_experts)
+                factors = [layer._factors(name) for name in group]
+                y = experts_update(y, inner, factors, found[key], layer.num_experts)
+            return y
+
+        return experts_forward(self.get_base_layer(), x, *args, update)
+
+    def uncovered(self, adapter: str) -> str | None:
+        """Why an adapter is left to PEFT's forward."""
+        experts: Any = self.get_base_layer()
+        if self.parameter_name not in projections(experts):
+            return (
+                f"{self.parameter_name} of a {type(experts).__name__} is no floating matrix of "
+                "routed experts"
+            )
+        obstacle = obstacle_of(experts)
+        return uncovered(self, adapter) if obstacle is None else f"its experts have {obstacle}"
+
+    def _wrappers(self) -> list[FusedExperts]:
+        """This and those inside: one for each adapted parameter."""
+        found: list[Any] = [self]
+        while isinstance(found[-1].base_layer, ParamWrapper):
+            found.append(found[-1].base_layer)
+        return found
+
+    def _factors(self, name: str) -> LoraFactors:
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        return LoraFactors(a.weight, b.weight, self.scaling[name])
+
+    def _left_to_peft(
+        self, x: Tensor, rows: Assignment | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if rows is not None:
+            kwargs["adapter_names"] = rows.spelled()
+        return self._forward_of_peft(x, *args, **kwargs)
+
+
+FusedExperts.__name__ = ParamWrapper.__name__  # what PEFT shows, and compares
+
+
+def _calls(
+    adapters: tuple[str, ...], rows: Assignment | None, trained: tuple[int, ...], x: Tensor
+) -> list[tuple[tuple[str, ...], Tensor | None]]:
+    """Which adapters share a call, and whose each row is: all rows have all of them, or their
+    own."""
+    if rows is None:
+        return [((name,), None) for name in adapters]
+    if not adapters:
+        return []
+    tokens, sequences = len(x), len(rows.places)
+    each = frozenset([tokens // sequences] if tokens % sequences == 0 else [])
+    of_rows = rows.among(adapters, x.shape[:-1], x.device, batch=Batch(sequences, each))
+    of_rows = together(of_rows, trained)
+    used = tuple(adapters[i] for i in of_rows.used)
+    return [(used, of_rows.ids)] if used else []

@@ -1,0 +1,180 @@
+"""PEFT's LoRA layers with a ``forward`` that lora_ext's kernels compute.
+
+A call that the kernels do not cover goes to PEFT's own ``forward``: one with an adapter of a rarer
+variant or with a learned scaling, for example, or one that PEFT refuses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peft.tuners.lora import dora
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext._checks import require
+from lora_ext._torch import compiles
+from lora_ext.layers import (
+    DenseParameters,
+    LoraFactors,
+    dense_parameters,
+    dora_forward,
+    dropout_now,
+    forward_of_the_rest,
+    is_plain,
+    lora_forward,
+)
+from lora_ext.rows import Assignment, together
+
+from ._activation import activated, rows_of_offsets
+from ._adapters import no_gradients_without_rows, taking_part
+from ._names import names_of_layer, offsets_of_layer
+
+_OF_ROWS = {"adapter_names", "alora_offsets"}  # what PEFT gives its layers of a forward's rows
+
+
+def uncovered(module: Any, adapter: str) -> str | None:
+    """Why an adapter of a fused layer is left to PEFT's forward."""
+    variant = module.lora_variant.get(adapter)
+    if variant is not None and type(variant) not in (DoraLinearVariant, ALoraLinearVariant):
+        return f"adapter {adapter!r} is a {type(variant).__name__}"
+    dora = type(variant) is DoraLinearVariant
+    if dora and dense_parameters(module.base_layer, divided=True) is None:
+        return f"adapter {adapter!r} uses DoRA on a {type(module.base_layer).__name__}"
+    a, b = module.lora_A[adapter], module.lora_B[adapter]
+    plain = type(a) is type(b) is nn.Linear and a.bias is None
+    if not (plain and is_plain(a, divided=True) and is_plain(b, divided=True)):
+        return f"adapter {adapter!r} has factors that are no plain Linear, or that are watched"
+    scaling = module.scaling[adapter]
+    if isinstance(scaling, Tensor):
+        if scaling.numel() != 1 or scaling.requires_grad:
+            return f"adapter {adapter!r} has a scaling of several values, or one that is learned"
+    elif not isinstance(scaling, int | float):
+        return f"adapter {adapter!r} has a {type(scaling).__name__} for a scaling"
+    dropout = module.lora_dropout[adapter]
+    if type(dropout) not in (nn.Dropout, nn.Identity) or not is_plain(dropout, True):
+        return f"adapter {adapter!r} has a {type(dropout).__name__} for a dropout, or a watched one"
+    if getattr(dropout, "p", 0.0) >= 1.0:
+        return f"adapter {adapter!r} has dropout 1"
+    return None
+
+
+class Fused(PeftLinear if TYPE_CHECKING else object):
+    """What a layer of PEFT's becomes: the updates and their gradients fused, with the base product
+    where that is a plain one. A mixin in front of the class :attr:`of_peft`."""
+
+    asks_what_is_off = True
+    #: Whether the first dimension of the input counts tokens, the second sequences.
+    tokens_first = False
+    of_peft: ClassVar[Any]
+    uncovered = uncovered
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's; ``adapter_names``, one per sequence, may also be given in training, and may
+        name DoRA adapters.
+
+        Args:
+            x: ``(..., I)``.
+
+        Returns:
+            ``(..., O)``.
+
+        Raises:
+            ValueError: PEFT's own: names of another number than sequences, or merged adapters.
+            RuntimeError: a foreign checkpoint recomputes the layer and has lost the names.
+        """
+        names = kwargs.get("adapter_names")
+        given = names_of_layer(self, names)
+        offsets = offsets_of_layer(kwargs.get("alora_offsets"))
+        if offsets is not None:
+            kwargs["alora_offsets"] = offsets
+        if args or kwargs.keys() - _OF_ROWS or self._disable_adapters or self.merged:
+            return self._forward_of_peft(x, *args, **kwargs)
+        present, rows, trained = taking_part(self, given)
+        begin = activated(self, present)
+        # PEFT raises where they do not fit.
+        sequences = x.shape[1:2] if self.tokens_first else x.shape[:1]
+        fits = given is None or sequences == given.shape
+        left = [why for why in map(self.uncovered, present) if why is not None]
+        if begin and fits:
+            whole = Assignment.of_entries(present, ()) if rows is None else rows
+            one = len(present) == 1 or rows is not None
+            turned = compiles() or self.tokens_first or not one
+            of_tokens = None if turned else rows_of_offsets(whole, begin, offsets, x.shape[:-1])
+            rows = rows if of_tokens is None else of_tokens
+            if of_tokens is None:
+                left.append(f"adapter {begin[0]!r} begins in mid-sequence")
+        if not fits or left:
+            exact = getattr(self.base_layer, "exact", False)
+            expected = "adapters that lora_ext computes"
+            require(not (left and exact), "exact", "model", expected, "; ".join(left))
+            if fits and trained:
+                raise no_gradients_without_rows("; ".join(left))
+            if given is not None:
+                kwargs["adapter_names"] = given.spelled()
+                if self.tokens_first and x.dim() > 2:  # PEFT's forward takes sequences first
+                    turned = self._forward_of_peft(x.transpose(0, 1), **kwargs)
+                    return turned.transpose(0, 1).contiguous()  # some models view it
+            return self._forward_of_peft(x, *args, **kwargs)
+        if not present:
+            return self.base_layer(x)
+        of_rows = None
+        if rows is not None:
+            of_rows = rows.among(present, x.shape[:-1], x.device, self.tokens_first)
+            of_rows = together(of_rows, trained)
+        factors = [self._factors(name) for name in present]
+        if not any(self._is_dora(name) for name in present):
+            return lora_forward(x, self.base_layer, factors, of_rows)
+        weight = self._dense()[0]
+        magnitudes = [self._magnitude(name) for name in present]
+        in_use = [of_rows is None or i in of_rows.used for i in range(len(present))]
+        kept: Any = self.lora_magnitude_vector
+        norms = [
+            None if m is None or not used else _norm(kept[name], weight, f, adapter_name=name)
+            for name, f, m, used in zip(present, factors, magnitudes, in_use, strict=True)
+        ]
+        return dora_forward(x, self.base_layer, self._dense, factors, magnitudes, of_rows, norms)
+
+    def _dense(self) -> DenseParameters:
+        found = dense_parameters(self.base_layer, divided=True)
+        assert found is not None  # uncovered lets no other base pass
+        return found
+
+    def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return forward_of_the_rest(self.of_peft.forward, self, x, *args, **kwargs)
+
+    def _factors(self, name: str) -> LoraFactors:
+        p = dropout_now(self.lora_dropout[name])
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        return LoraFactors(a.weight, b.weight, self.scaling[name], p, b.bias)
+
+    def _magnitude(self, name: str) -> Tensor | None:
+        found: Any = self.lora_magnitude_vector
+        return found[name].weight if self._is_dora(name) else None
+
+    def _is_dora(self, name: str) -> bool:
+        return type(self.lora_variant.get(name)) is DoraLinearVariant
+
+
+class FusedLinear(Fused, PeftLinear):
+    """PEFT's ``lora.Linear``, fused."""
+
+    of_peft = PeftLinear
+
+
+# ``repr``, ``get_layer_status``, ``get_model_status`` and model cards show this name, as PEFT has
+# it. Pickle finds the class by its qualified name, which stays.
+FusedLinear.__name__ = PeftLinear.__name__
+
+
+# PEFT 0.18 has no ``DoraCaching``.
+_cached = getattr(dora, "cache_decorator", lambda _key: lambda function: function)
+
+
+@_cached("weight-norm")
+def _norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: str) -> Tensor:
+    """The norm of a DoRA adapter, which PEFT keeps in its layer ``_`` under ``DoraCaching``."""
+    return ops.lora_dora_norm(weight, factors.a, factors.b, factors.scaling)

@@ -1,0 +1,51 @@
+"""PEFT's layers over quantised bases: a fused class for each of PEFT's own.
+
+They lie in modules of PEFT's that import only beside the quantiser, so their fused classes are made
+when a model has one. The base is called, whatever it is, and its own autograd gives the gradient of
+its input; the update is one fused op.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+from ._layers import Fused
+
+_MODULES = "peft.tuners.lora."
+_CLASSES = {  # name here: PEFT's
+    "FusedLinear8bitLt": "bnb.Linear8bitLt",
+    "FusedLinear4bit": "bnb.Linear4bit",
+    "FusedTorchaoLinear": "torchao.TorchaoLoraLinear",
+}
+COVERED = f"{_MODULES}layer.Linear, layer.ParamWrapper and {', '.join(_CLASSES.values())}"
+
+
+def full_name(kind: type) -> str:
+    """Of a class, with its module."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def fused_class(kind: type) -> type:
+    """The fused class of one of PEFT's, or the very class where there is none."""
+    for name, of_peft in _CLASSES.items():
+        if full_name(kind) == _MODULES + of_peft:
+            return _made(name)
+    return kind
+
+
+@functools.cache
+def _made(name: str) -> type:
+    module, _, of_peft = _CLASSES[name].rpartition(".")
+    peft_class = getattr(importlib.import_module(_MODULES + module), of_peft)
+    doc = f"PEFT's ``{of_peft}`` with the updates and their gradients fused."
+    body = {"of_peft": peft_class, "__module__": __name__, "__qualname__": name, "__doc__": doc}
+    return type(of_peft, (Fused, peft_class), body)  # ``repr`` and model cards show PEFT's name
+
+
+def __getattr__(name: str) -> Any:
+    """A fused class by its qualified name, as pickle asks for it."""
+    if name in _CLASSES:
+        return _made(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

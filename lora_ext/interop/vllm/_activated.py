@@ -1,0 +1,194 @@
+"""Activated adapters in vLLM: their starts, their rows, and the blocks that they share.
+
+vLLM knows one adapter for a whole request, and refuses those of another kind. It knows it in two
+places: a block of its prefix cache is keyed by the adapter, and so is each token of a step. An
+activated adapter (:mod:`lora_ext.rows._activation`) begins where its invocation stands for the last
+time in the prompt. What lies before is the base model's: those tokens get no adapter, and blocks
+that end there no key, so that they are shared with the base model and with other such adapters. A
+later block is keyed by the start as well: the same tokens may begin earlier in another prompt.
+
+The invocation travels in ``base_model_name`` of the engine's own copy of the request, which nothing
+in vLLM's engine or workers reads: processes that have never seen the door know it, and files that
+change meanwhile do not change it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ._interface import MARK, missing, wrap
+
+_TRAVELS = "lora_ext:invocation:"
+_KEYS, _BATCH = "vllm.v1.core.kv_cache_utils", "vllm.v1.worker.gpu_input_batch"
+_HELPER = "vllm.lora.peft_helper"
+_KEY = "generate_block_hash_extra_keys"
+_START = "_lora_ext_start"  # of a request, once it was looked for
+
+#: What stands in the way of activated adapters here; None once :func:`follow_starts` has run.
+_lacking: str | None = "vLLM's engine was not prepared"
+
+
+def invocation_of(lora_request: Any) -> tuple[int, ...]:
+    """The invocation that travels with a request, empty for an ordinary adapter."""
+    name = getattr(lora_request, "base_model_name", None) or ""
+    if not name.startswith(_TRAVELS):
+        return ()
+    return tuple(json.loads(name.removeprefix(_TRAVELS)))
+
+
+def read(lora_request: Any) -> tuple[int, ...]:
+    """The invocation in a folder's configuration; what else is wrong with a folder, or is not here,
+    is vLLM's to find.
+
+    Raises:
+        ValueError: it is no list of tokens, or this vLLM cannot serve activated adapters.
+    """
+    path = os.path.join(os.path.expanduser(lora_request.lora_path), "adapter_config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError):
+        return ()
+    found = config.get("alora_invocation_tokens") if isinstance(config, dict) else None
+    if not found:
+        return ()
+    where = f"lora_request: {lora_request.lora_name!r}: alora_invocation_tokens: expected"
+    if not isinstance(found, list) or not all(type(token) is int for token in found):
+        raise ValueError(f"{where} a list of tokens, found {found!r:.200}")
+    lacking = _lacking or _elsewhere()
+    if lacking is not None:
+        raise ValueError(
+            f"{where} none, as {lacking}, found {found!r:.200}; lora_ext.attach serves it"
+        )
+    return tuple(found)
+
+
+def _elsewhere() -> str | None:
+    """Why the step would not go through the batch that is followed, or None."""
+    if not importlib.import_module("vllm.platforms").current_platform.is_cpu():
+        return "vLLM serves them on the CPU alone"
+    if importlib.import_module("vllm.envs").VLLM_USE_V2_MODEL_RUNNER:
+        return "VLLM_USE_V2_MODEL_RUNNER is set"
+    return None
+
+
+def send(lora_request: Any, invocation: tuple[int, ...]) -> None:
+    """Let an invocation travel with the engine's copy of a request."""
+    lora_request.base_model_name = f"{_TRAVELS}{json.dumps(invocation)}"
+
+
+def in_front(settings: Any) -> Callable[[Any], None]:
+    """What looks at each request in front of an engine, where no invocation travels yet."""
+
+    def look(request: Any) -> None:
+        if request.lora_request is not None:
+            check(request, read(request.lora_request))
+
+    return look
+
+
+def check(request: Any, invocation: tuple[int, ...]) -> None:
+    """Raise ValueError, before anything runs, for a request that its adapter cannot answer."""
+    adapter = request.lora_request
+    if not invocation:
+        return
+    where = f"lora_request: {adapter.lora_name!r} begins in mid-sequence:"
+    if request.prompt_token_ids is None or getattr(request, "resumable", False):
+        raise ValueError(f"{where} expected a whole prompt of tokens, found embeddings or a part")
+    if getattr(request.sampling_params, "prompt_logprobs", None) is not None:
+        raise ValueError(f"{where} expected prompt_logprobs None, found it set")
+    if _last(torch.tensor(request.prompt_token_ids), invocation) is None:
+        raise ValueError(
+            f"{where} expected a prompt with its invocation {list(invocation)!r:.200}, found none "
+            "in it; lora_request=None asks the base model"
+        )
+
+
+def start_of(request: Any) -> int | None:
+    """Where the adapter of an engine's request begins; None for an ordinary one, or none."""
+    invocation = invocation_of(request.lora_request)
+    if not invocation or request.prompt_token_ids is None:
+        return None
+    return _last(torch.tensor(request.prompt_token_ids), invocation)
+
+
+def _last(ids: torch.Tensor, invocation: tuple[int, ...]) -> int | None:
+    from lora_ext.rows import last_start  # loads the kernels: vLLM's processes come by here first
+
+    return last_start(ids[None], invocation)[0]
+
+
+def follow_starts(lacking: str | None = None) -> None:
+    """Give vLLM's keys of blocks and rows of a step the starts, for the process; works once. What
+    is lacking for it is said where such an adapter is loaded."""
+    global _lacking
+    _lacking = lacking
+    if lacking is not None:
+        return
+    try:
+        keys, batch = importlib.import_module(_KEYS), importlib.import_module(_BATCH).InputBatch
+        helper = importlib.import_module(_HELPER).PEFTHelper
+        _lacking = missing("keys", keys) or missing("batch", batch) or missing("helper", helper)
+    except (ImportError, AttributeError) as error:
+        _lacking = str(error)
+        return
+    if _lacking is None and not hasattr(batch.make_lora_inputs, MARK):
+        wrap(batch, "make_lora_inputs", _rows)
+        wrap(helper, "_validate_features", _features)
+        inner = getattr(keys, _KEY)
+        importlib.import_module("vllm.v1.core.block_pool")  # takes the function by its name
+        for name, module in list(sys.modules.items()):
+            if name.startswith("vllm.") and vars(module).get(_KEY) is inner:
+                wrap(module, _KEY, _keys)
+
+
+def _features(inner: Any, helper: Any) -> Any:
+    """What vLLM finds wrong with a configuration, without the invocation, which the door met."""
+    helper.alora_invocation_tokens = None
+    return inner(helper)
+
+
+def _keys(
+    inner: Any, request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+) -> Any:
+    """The keys of one block of a request."""
+    keys, place = inner(request, start_token_idx, end_token_idx, start_mm_idx)
+    if not hasattr(request, _START):  # asked for each block, and the prompt may be long
+        setattr(request, _START, start_of(request))
+    start = getattr(request, _START)
+    if start is None:
+        return keys, place
+    kind, name, path = next(key for key in keys if key[0] == "lora")
+    others = tuple(key for key in keys if key[0] != "lora")
+    if end_token_idx <= start:
+        return others or None, place
+    return ((kind, f"{name} from {start}", path), *others), place
+
+
+def _rows(inner: Any, batch: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any) -> Any:
+    """The adapter of each sampled position and of each token of a step."""
+    samples, tokens, requests = inner(batch, num_scheduled_tokens, num_sampled_tokens)
+    invocations = {each.lora_int_id: invocation_of(each) for each in requests}
+    if not any(invocations.values()):
+        return samples, tokens, requests
+    of_samples, of_tokens = list(samples), list(tokens)
+    token = sample = 0
+    for row in range(batch.num_reqs):
+        count, sampled = int(num_scheduled_tokens[row]), int(num_sampled_tokens[row])
+        prompt, done = int(batch.num_prompt_tokens[row]), int(batch.num_computed_tokens_cpu[row])
+        invocation = invocations.get(int(batch.request_lora_mapping[row]), ())
+        if invocation and done < prompt:  # else all of this step lies behind the prompt
+            start = _last(torch.from_numpy(batch.token_ids_cpu[row, :prompt]), invocation)
+            base = min(count, max(0, (prompt if start is None else start) - done))
+            of_tokens[token : token + base] = [0] * base
+            if base == count:  # sampled from its last tokens
+                of_samples[sample : sample + sampled] = [0] * sampled
+        token, sample = token + count, sample + sampled
+    return tuple(of_samples), tuple(of_tokens), requests

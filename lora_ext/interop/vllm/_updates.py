@@ -1,0 +1,270 @@
+"""What vLLM's LoRA layers ask for, answered by lora_ext's ops.
+
+The layers of vLLM share one *wrapper* object. They hand it their input, their output and their
+stacks, and it adds to each row of the output the update of that row's adapter, in place. Letters:
+``T`` rows, ``I`` in, ``O`` out, ``R`` the engine's ``max_lora_rank``.
+
+Source: Punica (Chen et al. 2023), section 4, for the two halves; vLLM's ``PunicaWrapperABC`` for
+names and arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext import ops
+
+from ._graph import in_graph, known
+from ._interface import wrap
+from ._owners import OwnedRows, Owners
+from ._stacks import Stack, Stacks
+
+
+class Updates:
+    """The methods of a wrapper, to be placed before one of vLLM's wrapper classes.
+
+    Rows without an adapter keep every bit, whatever lies in the slots. Nothing is computed where
+    no row of the step has an adapter, nor in a layer that no adapter touches.
+    """
+
+    _token_lora_indices: Tensor  # vLLM's buffers, (most rows,) int64
+    _sampler_indices: Tensor
+
+    def __init__(
+        self, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)  # pyright: ignore[reportCallIssue]
+        slots = kwargs["lora_config"].max_loras
+        self.handle = known(self)
+        self._stacks = Stacks()
+        self._tokens = Owners(self._token_lora_indices, slots, "tokens")
+        self._samples = Owners(self._sampler_indices, slots, "samples")
+
+    def update_metadata(
+        self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any
+    ) -> None:
+        """Take over the rows of a new step; vLLM calls it when they have changed."""
+        super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        self._tokens.follow(mapping.index_mapping)
+        self._samples.follow(mapping.prompt_mapping)
+
+    def slot_changed(self, slot: int) -> None:
+        """Read the ranks of an adapter that vLLM has written into a slot."""
+        self._stacks.read(slot)
+
+    @in_graph("Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, float scale, SymInt[] widths")
+    def _linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        scale: float,
+        widths: Sequence[int],
+    ) -> None:
+        rows = self._rows_of_tokens(x)
+        if rows is None:
+            return
+        left = 0
+        for of_a, of_b, width in zip(a, b, widths, strict=True):
+            _add(y[:, left : left + width], x, self._stacks.of_a(of_a), _bank(of_b), scale, rows)
+            left += width
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Sequence[Tensor],
+        lora_b_stacked: Sequence[Tensor],
+        scale: float,
+        output_slices: Sequence[int],
+        **kwargs: Any,
+    ) -> None:
+        """``y[:, slice i] += scale * b[i] @ (a[i] @ x)`` for each row by its own adapter.
+
+        Args:
+            y: ``(T, O)``, the columns of all slices. x: ``(T, I)``.
+            lora_a_stacked: a ``(slots, 1, R, I)`` per slice. lora_b_stacked: ``(slots, 1, O, R)``.
+            scale: of the update; vLLM has folded the adapters' own into ``b``.
+            output_slices: the width of each slice.
+            kwargs: ``add_inputs=False`` overwrites ``y``.
+
+        Raises:
+            RuntimeError: several adapters have rows, and the step has fewer rows than ``x``.
+        """
+        if not kwargs.get("add_inputs", True):
+            y.zero_()
+        self._linear(y, x, list(lora_a_stacked), list(lora_b_stacked), scale, list(output_slices))
+
+    @in_graph("Tensor(a!) y, Tensor x, Tensor a, Tensor b, float scale")
+    def _logits(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+        stack = self._stacks.of_a(a)
+        if stack.idle():
+            return
+        rows = self._rows_of_hidden_states(x)
+        if rows is not None:
+            _add(y, x, stack, _bank(b), scale, rows)
+
+    def add_lora_logits(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Tensor,
+        lora_b_stacked: Tensor,
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """:meth:`add_lora_linear` of an output head, whose rows are the positions sampled from, or
+        those of a prompt.
+
+        Args:
+            y: ``(T, vocabulary)``, or more columns where vLLM pads. x: ``(T, I)``.
+            lora_a_stacked: ``(slots, 1, R, I)``. lora_b_stacked: ``(slots, 1, O, R)``.
+            scale: of the update. kwargs: not used.
+
+        Raises:
+            RuntimeError: an adapter touches the head, and ``x`` is neither.
+        """
+        self._logits(
+            y.view(-1, y.shape[-1]), x.flatten(0, -2), lora_a_stacked, lora_b_stacked, scale
+        )
+
+    @in_graph("Tensor(a!) v, Tensor x, Tensor a, float scale")
+    def _shrink(self, v: Tensor, x: Tensor, a: Tensor, scale: float) -> None:
+        rows = self._rows_of_tokens(x)
+        if rows is None:
+            v.zero_()
+            return
+        stack = self._stacks.of_a(a)
+        found = ops.lora_shrink(
+            x.to(a.dtype), stack.bank, rows.ids, _scales(scale, stack), stack.ranks, plan=rows.plan
+        )
+        v.copy_(found)
+
+    def add_shrink(
+        self,
+        y: Sequence[Tensor] | Tensor,
+        x: Tensor,
+        lora_a_stacked: Sequence[Tensor],
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """``y[i] = scale * a[i] @ x``, zero for rows without an adapter; ``y[i]`` is ``(T, R)``."""
+        x = x.flatten(0, -2)
+        for of_y, of_a in zip(y, lora_a_stacked, strict=True):
+            self._shrink(of_y, x, of_a, scale)
+
+    @in_graph("Tensor(a!) y, Tensor v, Tensor b, SymInt left, SymInt width, bool adds")
+    def _expand(self, y: Tensor, v: Tensor, b: Tensor, left: int, width: int, adds: bool) -> None:
+        part = y[:, left : left + width]
+        if not adds:
+            part.zero_()
+        rows = self._rows_of_tokens(v)
+        if rows is None:
+            return
+        stack = self._stacks.of_b(b)
+        if stack.idle():
+            return
+        if part.dtype == b.dtype:
+            ops.lora_expand_(part, v.float(), stack.bank, rows.ids, stack.ranks, plan=rows.plan)
+        else:
+            found = part.new_zeros(part.shape, dtype=b.dtype)
+            ops.lora_expand_(found, v.float(), stack.bank, rows.ids, stack.ranks, plan=rows.plan)
+            part += _exact(found, rows)
+
+    def add_expand(
+        self,
+        y: Tensor,
+        x: Sequence[Tensor] | Tensor,
+        lora_b_stacked: Sequence[Tensor],
+        output_slices: Sequence[int],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """``y[:, slice i] += b[i] @ x[i]``, the slices from column ``offset_start`` on.
+
+        ``x[i]`` is ``(T, R)``, what :meth:`add_shrink` gave, reduced over processes or not.
+        """
+        y, left = y.view(-1, y.shape[-1]), offset_start
+        for of_x, of_b, width in zip(x, lora_b_stacked, output_slices, strict=True):
+            self._expand(y, of_x, of_b, left, width, add_inputs)
+            left += width
+
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
+    ) -> None:
+        """``y += b @ x`` with ``x (T, R)``, the columns of ``a`` that vLLM has picked."""
+        self._expand(y, x, lora_b_stacked, 0, y.shape[1], add_inputs)
+
+    def _rows_of_tokens(self, x: Tensor) -> OwnedRows | None:
+        if x.shape[0] < self._tokens.count and not self._tokens.all_alike():
+            raise self._tokens.mismatch(x.shape[0])
+        return self._tokens.rows(x.shape[0])
+
+    def _rows_of_hidden_states(self, x: Tensor) -> OwnedRows | None:
+        """Rows of ``x``, hidden states of samples, or, where log-probabilities of prompts are asked
+        for, a part of those of all tokens. How many rows its memory has tells which."""
+        held, begin = x.shape[0], 0
+        if x.is_contiguous():
+            held = x.untyped_storage().nbytes() // (x.shape[1] * x.element_size())
+            begin = int(x.storage_offset()) // x.shape[1]
+        if held == self._samples.count:
+            return self._samples.rows(x.shape[0], begin)
+        if held >= self._tokens.count >= begin + x.shape[0]:
+            return self._tokens.rows(x.shape[0], begin)
+        if self._samples.all_alike():
+            return self._samples.as_first(x.shape[0])
+        raise self._samples.mismatch(x.shape[0])
+
+
+def follow_activations() -> None:
+    """Tell wrappers about each adapter that vLLM moves into a slot: the method of its adapter
+    manager is wrapped, for the process; works once. Managers with other wrappers see no difference.
+    """
+    manager = importlib.import_module("vllm.lora.model_manager").LoRAModelManager
+    wrap(manager, "activate_adapter", _activate)
+
+
+def _activate(inner: Any, manager: Any, lora_id: int, *args: Any, **kwargs: Any) -> bool:
+    moved = inner(manager, lora_id, *args, **kwargs)
+    if moved:
+        slot = manager.lora_index_to_id.index(lora_id)
+        for wrapper in set(manager.punica_wrapper_mapping.values()):
+            if isinstance(wrapper, Updates):
+                wrapper.slot_changed(slot)
+    return moved
+
+
+def _bank(b: Tensor) -> Tensor:
+    """A stack ``(slots, 1, O, R)`` as ``(slots, O, R)``."""
+    return b.flatten(0, 1)
+
+
+def _scales(scale: float, stack: Stack) -> Tensor | None:
+    return None if scale == 1 else torch.full_like(stack.ranks, scale, dtype=torch.float32)
+
+
+def _add(y: Tensor, x: Tensor, a: Stack, b: Tensor, scale: float, rows: OwnedRows) -> None:
+    """``y += scale * b (a x)``. Where dtypes differ, the update is rounded to that of the stacks,
+    and the sum to that of ``y``."""
+    if a.idle():
+        return
+    if y.shape[1] != b.shape[1]:  # vLLM pads the vocabulary, on either side
+        width = min(y.shape[1], b.shape[1])
+        y, b = y[:, :width], b[:, :width]
+    rest = (a.bank, b, rows.ids, _scales(scale, a), a.ranks, None, rows.plan)
+    if x.dtype == y.dtype == b.dtype:
+        ops.lora_apply_(y, x, *rest)
+    else:
+        y += _exact(ops.lora_apply(x.to(b.dtype), *rest), rows)
+
+
+def _exact(update: Tensor, rows: OwnedRows) -> Tensor:
+    """Updates to be added: rows of the base model get -0.0, which leaves 0.0 and -0.0 alike."""
+    return update.masked_fill_((rows.ids < 0)[:, None], -0.0)

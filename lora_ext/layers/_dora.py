@@ -1,0 +1,137 @@
+"""DoRA: the direction of ``W + s B A`` with a magnitude of its own per output.
+
+``y = (m / norm) * ((W + s B A) x) + bias`` with ``norm = || W + s B A ||`` per row, a constant for
+the backward. Forward and gradients are those of PEFT's layer, its order of several adapters
+included: a DoRA adapter scales what the adapters before it have added.
+
+Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eqs. 5 and 6, section 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext._torch import linear
+from lora_ext.rows import Rows, subset
+
+from ._lora_forward import (
+    LoraFactors,
+    draw_seed,
+    fused_forward,
+    fuses,
+    lora_forward,
+    lora_update,
+)
+from .base._dense import BaseLayer, DenseParameters, dense_parameters
+from .base._packed_linear import PackedLinear
+from .base._spacing import base_product
+
+
+class Magnitude(nn.Module):
+    """The magnitude of one adapter, under PEFT's key ``lora_magnitude_vector.<name>.weight``."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def dora_forward(
+    x: Tensor,
+    base: BaseLayer,
+    dense: Callable[[], DenseParameters],
+    adapters: Sequence[LoraFactors],
+    magnitudes: Sequence[Tensor | None],
+    rows: Rows | None = None,
+    norms: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """:func:`lora_forward` where some adapters have a magnitude.
+
+    Where ``b`` is zero and the magnitudes are the norms of the base weight, as in a fresh adapter,
+    what comes back is ``base(x)`` to the bit.
+
+    Args:
+        x, base, adapters: as there.
+        dense: reads weight and bias of ``base`` (:func:`readable_weight`). It is called after
+            ``base``: what ZeRO-3 has gathered for the base's forward is gone by then.
+        magnitudes: ``(O,)`` for each adapter, None for plain LoRA.
+        rows: of these adapters; None: every adapter on every row, in their order.
+        norms: of :func:`lora_ext.ops.lora_dora_norm`, where they are known already.
+    """
+    norms = [None] * len(adapters) if norms is None else norms
+    if rows is None:
+        return _in_order(x, base, dense, adapters, magnitudes, norms)
+    # The rows of the plain adapters in one go, those of each DoRA adapter on their own.
+    plain = [i for i in rows.used if magnitudes[i] is None]
+    plain_rows = subset(rows, [slot for slot, i in enumerate(rows.used) if i in plain])
+    y = lora_forward(x, base, adapters, plain_rows)
+    read = dense()  # once, by every process, whichever adapters its rows have
+    x2d, y2d = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    for slot, i in enumerate(rows.used):
+        magnitude = magnitudes[i]
+        if magnitude is not None:
+            own = (rows.ids == slot).nonzero()[:, 0]
+            part = _scaled(x2d[own], y2d[own], read, adapters[i], magnitude, norms[i])
+            y2d = y2d.index_copy(0, own, part.to(y2d.dtype))
+    return y2d.view(y.shape)
+
+
+def _in_order(
+    x: Tensor,
+    base: BaseLayer,
+    dense: Callable[[], DenseParameters],
+    adapters: Sequence[LoraFactors],
+    magnitudes: Sequence[Tensor | None],
+    norms: Sequence[Tensor | None],
+) -> Tensor:
+    first, magnitude = adapters[0], magnitudes[0]
+    plain_base = dense_parameters(base)
+    exact = isinstance(base, PackedLinear) and base.exact  # the fused product would be torch's
+    alone = len(adapters) == 1 and first.p == 0 and not exact
+    if alone and magnitude is not None and fuses(x, plain_base, first):
+        read = weight, bias = dense()
+        y = fused_forward(x, read, first)
+        scale = _scale(weight, first, magnitude, norms[0])
+        scaled = y * scale
+        # The bias is no part of the direction. Where the scale is 1, y keeps every bit.
+        return (scaled if bias is None else scaled + bias * (1 - scale)).to(y.dtype)
+    y = base_product(base, x)
+    dtype, read = y.dtype, dense()
+    for f, magnitude, norm in zip(adapters, magnitudes, norms, strict=True):
+        if magnitude is None:
+            y = y + lora_update(x, [f])
+        else:
+            y = _scaled(x, y, read, f, magnitude, norm)
+    return y.to(dtype)
+
+
+def _scaled(
+    x: Tensor,
+    y: Tensor,
+    dense: DenseParameters,
+    f: LoraFactors,
+    magnitude: Tensor,
+    norm: Tensor | None,
+) -> Tensor:
+    """``y``, which base and adapters before it have made of ``x``, after a DoRA adapter."""
+    weight, bias = dense
+    scale = _scale(weight, f, magnitude, norm)
+    if f.p == 0:
+        inner = y if bias is None else y - bias
+        update = lora_update(x, [f])
+    else:  # the base takes part in the direction, so it sees the dropped input too
+        # Its rows are those of the adapter, in their order: one seed, the mask of `lora_forward`.
+        seed = draw_seed(x.device) if f.seed is None else f.seed
+        x2d = x.reshape(-1, x.shape[-1]).to(f.a.dtype)
+        dropped = ops.lora_dropout(x2d, f.p, seed).view(x.shape)
+        inner = linear(dropped, weight.to(dropped.dtype))
+        update = lora_update(dropped, [f._replace(p=0.0)])
+    return y + (scale - 1) * inner + scale * update
+
+
+def _scale(weight: Tensor, f: LoraFactors, magnitude: Tensor, norm: Tensor | None) -> Tensor:
+    if norm is None:
+        norm = ops.lora_dora_norm(weight, f.a, f.b, f.scaling)
+    return magnitude / norm.to(magnitude.dtype)

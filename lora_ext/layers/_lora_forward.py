@@ -1,0 +1,354 @@
+"""The forward of a linear layer with LoRA adapters, as a function of plain parameters.
+
+:class:`lora_ext.nn.LoraLinear` and the layers of other packages that :func:`lora_ext.from_peft`
+speeds up call the same function: what an adapter does is written here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext._torch import autocast_dtype
+from lora_ext.rows import (
+    Rows,
+    all_rows,
+    constant,
+    keep,
+    rows_of,
+    scales,
+    several_processes,
+    subset,
+    together,
+)
+
+from .base._dense import BaseLayer, DenseParameters, dense_parameters
+from .base._packed_linear import PackedLinear
+from .base._spacing import base_product
+
+# A bank has room for its largest rank in every adapter: one that would be so many times as large as
+# its adapters is made in two, of the ranks up to _SMALL_RANK and of those above.
+_MOST_ROOM, _SMALL_RANK = 4, 256
+
+
+class LoraFactors(NamedTuple):
+    """One adapter of one layer: ``scaling * (b @ a @ dropout(x) + bias)``."""
+
+    a: Tensor  # (r, I)
+    b: Tensor  # (O, r), dtype of a
+    scaling: float | Tensor
+    p: float = 0.0  # the dropout in effect: 0 outside training
+    bias: Tensor | None = None  # (O,): PEFT's lora_bias
+    seed: Tensor | None = None  # of the dropout: one int64 beside x; None: it is drawn
+
+
+def dropout_now(dropout: nn.Module) -> float:
+    """The probability with which the dropout of an adapter drops now: 0 outside training."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def lora_forward(
+    x: Tensor,
+    base: BaseLayer,
+    adapters: Sequence[LoraFactors],
+    adapter_ids: Tensor | Rows | None = None,
+) -> Tensor:
+    """``base(x)`` plus what the adapters add.
+
+    ``y[t] = base(x[t]) + sum of scaling * (b @ a @ dropout(x[t]) + bias)``: over all adapters, or
+    over the one that ``adapter_ids[t]`` names. An adapter without rows takes no part: it costs
+    nothing and its ``grad`` stays None. Without any, this is ``base(x)`` and nothing else. Where
+    torch.distributed has several processes, an adapter without rows that requires gradients gets
+    zeros, as its rows may be on another process.
+
+    A plain ``nn.Linear`` or transformers ``Conv1D`` takes part in the fused op with its weight. Any
+    other base (quantised, wrapped, with hooks) is called, and the update added in the dtype of the
+    adapters, with one rounding to that of ``base(x)``. Under autocast the layer computes in the
+    autocast dtype. All as PEFT's layers do; the update itself is rounded fewer times than there.
+
+    Each dropout draws its seed from torch's generator of the device of ``x``, so ``manual_seed``
+    governs the masks and activation checkpointing repeats them. Adapters with dropout that share
+    rows get independent masks. An adapter with a seed of its own draws none: the mask of a row
+    follows from that seed and from the row's place among the adapter's rows, so it is the same
+    whether the adapter has the batch for itself or shares it.
+
+    Args:
+        x: ``(..., I)``.
+        base: maps ``(..., I)`` to ``(..., O)``.
+        adapters: of any ranks; those that share a call are promoted to one dtype.
+        adapter_ids: ``(T,)`` int64 or int32 positions in ``adapters``, -1 for none, ``T`` the
+            number of rows of ``x``; or :func:`rows_of` of them; or None: all adapters on all rows.
+
+    Returns:
+        ``(..., O)``, the dtype of ``base(x)``; differentiable in ``x``, the adapters and ``base``.
+
+    Raises:
+        ValueError: a shape, dtype, device or id that does not fit, naming it.
+
+    Source: LoRA (Hu et al. 2021), eq. 3; several adapters on one row: PEFT's ``set_adapter``.
+    """
+    dense = dense_parameters(base)
+    exact = isinstance(base, PackedLinear) and base.exact
+    if adapter_ids is None and len(adapters) == 1 and dense is not None and not exact:
+        factors = adapters[0]
+        if factors.bias is None and x.dtype == factors.a.dtype == dense[0].dtype:
+            if x.dtype != torch.float64 and autocast_dtype(x) is None:
+                return _one_adapter(x, base, dense, factors)
+    adapters, rows = _participants(x, adapters, adapter_ids)
+    if not adapters:
+        return base_product(base, x)
+    if dense is not None and isinstance(base, PackedLinear) and not exact:
+        y = base.packed_product(x)
+        if y is not None:
+            return _forward(x, lambda _: y, None, adapters, rows)
+    return _forward(x, base, dense, adapters, rows)
+
+
+def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFactors) -> Tensor:
+    """:func:`_forward` of the commonest case, without what only the others need: at decode its
+    Python would take longer than the op."""
+    x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
+    a, b, scaling, p, _, own_seed = f
+    num_rows, device = x2d.shape[0], x.device
+    if isinstance(scaling, Tensor):
+        (ids, plan), scale = all_rows(num_rows, device), scales((scaling,), device)
+    else:
+        key = (_scaled_rows, num_rows, scaling)
+        ids, plan, scale = keep(key, device, _scaled_rows, num_rows, scaling, device)
+    fixed = not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+    y = None
+    if isinstance(base, PackedLinear) and fixed and not p:
+        y = base.packed_product(x2d)  # (T, O)
+    if y is not None:
+        ops.lora_apply_(y, x2d, a[None], b[None], ids, scale, None, None, plan)
+    else:
+        seed = _seed((own_seed,), device) if p else None
+        y = ops.lora_linear(x2d, *dense, a, b, ids, scale, None, p, seed, plan)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _scaled_rows(
+    num_rows: int, scaling: float, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return *all_rows(num_rows, device), scales((scaling,), device)
+
+
+def lora_update(
+    x: Tensor, adapters: Sequence[LoraFactors], adapter_ids: Tensor | Rows | None = None
+) -> Tensor:
+    """What :func:`lora_forward` adds to ``base(x)``, ``(..., O)`` in the dtype of the adapters (or
+    autocast's). Arguments are as there, ``adapters`` at least one."""
+    found, rows = _participants(x, adapters, adapter_ids)
+    if not found:
+        return x.new_zeros(*x.shape[:-1], adapters[0].b.shape[0])
+    return _forward(x, None, None, found, rows)
+
+
+def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> bool:
+    """Whether base and update compute in one dtype, so that one op can do both."""
+    if dense is None:
+        return False
+    return autocast_dtype(x) is not None or x.dtype == dense[0].dtype == factors.a.dtype
+
+
+def fused_forward(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
+    """:func:`lora_forward` of one adapter on all rows where it :func:`fuses`."""
+    return _forward(x, None, dense, [factors], None)
+
+
+def _participants(
+    x: Tensor, adapters: Sequence[LoraFactors], adapter_ids: Tensor | Rows | None
+) -> tuple[Sequence[LoraFactors], Rows | None]:
+    if adapter_ids is None:
+        return adapters, None
+    rows = adapter_ids
+    if isinstance(rows, Tensor):
+        rows = rows_of(rows, len(adapters), x.shape[:-1])
+        if several_processes() and torch.is_grad_enabled():
+            each = enumerate((f.a, f.b, f.bias) for f in adapters)
+            trained = [i for i, own in each if any(p is not None and p.requires_grad for p in own)]
+            rows = together(rows, trained)
+    count, found = x.shape[:-1].numel(), rows.ids.shape[0]
+    if found != count:
+        expected = f"one id for each of the {count} rows of x"
+        raise ValueError(f"adapter_ids: expected {expected}, found {found}")
+    return [adapters[i] for i in rows.used], rows
+
+
+def _forward(
+    x: Tensor,
+    base: Callable[[Tensor], Tensor] | None,
+    dense: DenseParameters | None,
+    adapters: Sequence[LoraFactors],
+    rows: Rows | None,
+) -> Tensor:
+    """``base`` is called where ``dense`` cannot take part; without either, the update alone."""
+    x2d = x.reshape(-1, x.shape[-1])  # (T, I)
+    calls = _shared_rows(adapters, x2d) if rows is None else _own_rows(adapters, rows)
+    compute = autocast_dtype(x)
+    if fuses(x, dense, calls[0].factors):
+        assert dense is not None
+        weight, bias = dense
+        bias, calls = _with_base_bias(calls, bias)
+        packed = None
+        if isinstance(base, PackedLinear) and not calls[0].p:
+            packed = base.packed_copy(x2d)
+        y = _run(calls[0], x2d, compute, weight, bias, packed)  # (T, O)
+        dtype, rest = y.dtype, calls[1:]
+    elif base is not None:
+        y = base_product(base, x)
+        dtype, y, rest = y.dtype, y.reshape(-1, y.shape[-1]), calls
+    else:
+        y = _run(calls[0], x2d, compute, None, None)
+        dtype, rest = y.dtype, calls[1:]
+    for call in rest:
+        y = y + _run(call, x2d, compute, None, None)
+    for call in calls:
+        y = _add_bias(y, call)
+    return y.to(dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+# -------------------------------------------------------------------------------------------------
+# Calls of the op
+
+
+class _Call(NamedTuple):
+    """What one call of the op adds: some adapters, and the one of each row."""
+
+    factors: LoraFactors  # the first
+
+    a: Sequence[Tensor]  # (r, I) each
+    b: Sequence[Tensor]  # (O, r) each
+    ids: Tensor  # (T,)
+    plan: Tensor | None
+    scaling: tuple[float | Tensor, ...]
+    p: float
+    seeds: tuple[Tensor | None, ...]
+    biases: tuple[Tensor | None, ...]
+    everywhere: bool  # every row has an adapter, and there is but one
+
+
+def _run(
+    call: _Call,
+    x: Tensor,
+    compute: torch.dtype | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    dtype = compute
+    if dtype is None:
+        dtype = functools.reduce(torch.promote_types, (f.dtype for f in (*call.a, *call.b)))
+    b, scale, ranks, seed = call.b, scales(call.scaling, x.device), None, None
+    if scale is not None and dtype == torch.float64:  # the op holds scales in float32
+        b, scale = [f * s for f, s in zip(b, call.scaling, strict=True)], None
+    all_ranks = [f.shape[0] for f in call.a]
+    if min(all_ranks) < max(all_ranks):
+        ranks = constant(all_ranks, torch.int32, x.device)
+    if call.p:
+        seed = _seed(call.seeds, x.device)
+    return ops.lora_linear_apart(
+        x.to(dtype),
+        None if weight is None else weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        call.a,
+        b,
+        call.ids,
+        scale,
+        ranks,
+        call.p,
+        seed,
+        call.plan,
+        packed,
+    )
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed for one dropout, ``()`` int64, from torch's generator of the device."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def _seed(seeds: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """One seed for all adapters of a call, or, where one has its own, ``(A,)``: one for each."""
+    if all(seed is None for seed in seeds):
+        return draw_seed(device)
+    each = [draw_seed(device) if seed is None else seed for seed in seeds]
+    return torch.cat([seed.reshape(-1) for seed in each])
+
+
+def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
+    """All adapters on all rows, in one call where their factors can be stacked along the rank."""
+    ids, plan = all_rows(x.shape[0], x.device)
+    first = adapters[0]
+    together = len(adapters) == 1 or all(
+        f.p == 0
+        and not isinstance(f.scaling, Tensor)  # comparing would wait for the device
+        and f.scaling == first.scaling
+        and f.a.dtype == first.a.dtype
+        for f in adapters
+    )
+    calls: list[_Call] = []
+    for group in [adapters] if together else [[f] for f in adapters]:
+        a = group[0].a if len(group) == 1 else torch.cat([f.a for f in group], 0)
+        b = group[0].b if len(group) == 1 else torch.cat([f.b for f in group], 1)
+        biases = tuple(f.bias for f in group)
+        f = group[0]
+        own = (f.scaling,), f.p, (f.seed,)
+        calls.append(_Call(f, [a], [b], ids, plan, *own, biases, everywhere=True))
+    return calls
+
+
+def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
+    """Every row its own adapter: one call for all adapters that have the same dropout, and ranks
+    that fit into one bank."""
+    calls: list[_Call] = []
+    all_ranks = [f.a.shape[0] for f in adapters]
+    in_two = len(adapters) * max(all_ranks) > _MOST_ROOM * sum(all_ranks)
+    groups: dict[tuple[float, bool], list[int]] = {}
+    for i, (f, rank) in enumerate(zip(adapters, all_ranks, strict=True)):
+        groups.setdefault((f.p, in_two and rank > _SMALL_RANK), []).append(i)
+    for (p, _), members in sorted(groups.items()):  # in one order, whichever come first
+        _, ids, plan = rows if len(groups) == 1 else subset(rows, members)
+        group = [adapters[i] for i in members]
+        a, b = [f.a for f in group], [f.b for f in group]
+        scaling = tuple(f.scaling for f in group)
+        seeds, biases = tuple(f.seed for f in group), tuple(f.bias for f in group)
+        calls.append(_Call(group[0], a, b, ids, plan, scaling, p, seeds, biases, everywhere=False))
+    return calls
+
+
+# -------------------------------------------------------------------------------------------------
+# Biases of adapters
+
+
+def _with_base_bias(calls: list[_Call], bias: Tensor | None) -> tuple[Tensor | None, list[_Call]]:
+    """Where every row gets them, the biases of the adapters join that of the base: no pass more."""
+    first = calls[0]
+    if not first.everywhere or all(b is None for b in first.biases):
+        return bias, calls
+    for extra in first.biases:
+        if extra is not None:
+            extra = extra * first.scaling[0]
+            bias = extra if bias is None else bias + extra
+    return bias, [first._replace(biases=(None,) * len(first.biases)), *calls[1:]]
+
+
+def _add_bias(y: Tensor, call: _Call) -> Tensor:
+    """``scaling * bias`` on the rows of each adapter that has one."""
+    if all(b is None for b in call.biases):
+        return y
+    if call.everywhere:
+        for bias in call.biases:
+            y = y if bias is None else y + bias * call.scaling[0]
+        return y
+    for slot, bias in enumerate(call.biases):
+        if bias is not None:
+            # Chosen, not multiplied: a NaN in one adapter's bias or rows stays with that adapter.
+            own = (call.ids == slot)[:, None]
+            y = torch.where(own, y + bias * call.scaling[slot], y)
+    return y

@@ -1,0 +1,401 @@
+"""What layers with adapters of their own have in common: names, settings, flags, merging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext._checks import WrongKind, integer, number, require, require_flags
+from lora_ext.rows import LayerNames, Rows, layer_names
+
+from ._dora import Magnitude, dora_forward
+from ._init import FREE, decompose, init_lora_, known_scheme
+from ._lora_forward import LoraFactors, dropout_now, lora_forward
+from ._participants import Participants
+from .base._dense import BaseLayer, DenseParameters
+
+
+class LoraLayer(Participants):
+    """A base layer and named adapters beside it, with PEFT's names for parameters and settings.
+
+    Not for use by itself. A subclass says what forward does and of which kind its
+    :attr:`base_weight` is, which knows how weights and factors are stored.
+    """
+
+    base_layer: nn.Module
+
+    #: Whether its adapters may begin in mid-sequence.
+    takes_invocation = False
+
+    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False):
+        super().__init__()
+        self.base_layer = base_layer
+        self.fan_in_fan_out = fan_in_fan_out
+        self.in_features, self.out_features = self.base_weight.features
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.use_dora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        #: Of each activated adapter, the tokens with which it begins.
+        self.alora_invocation_tokens: dict[str, tuple[int, ...]] = {}
+        #: What the values of each adapter started from, as its caller said it.
+        self.init_lora_weights: dict[str, bool | str] = {}
+        self.adapter_active: dict[str, bool] = {}
+        self.off_in_training: frozenset[str] = frozenset()
+        self.disable_adapters = False
+        self.lora_dropout = nn.ModuleDict()
+        #: The seed of an adapter's dropout, one int64 on the device of its input; an adapter that
+        #: is not in here draws one in each forward.
+        self.dropout_seed: dict[str, Tensor] = {}
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self._active: list[str] = []
+        self._before_init: tuple[str, Tensor] | None = None  # adapter that changed the base weight
+        self.training = base_layer.training
+        self._register()
+
+    def _register(self) -> None:
+        layer_names.add(self)
+
+    @property
+    def pool(self) -> LayerNames:
+        """Where ``adapters`` blocks find the names of this layer."""
+        return layer_names
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and unpickled layers are reached by ``adapters`` blocks too."""
+        super().__setstate__(state)
+        self._register()
+
+    # ---------------------------------------------------------------------------------------------
+    # Adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Adapters that serve rows without a name; several are summed."""
+        return list(self._active)
+
+    @property
+    def base_changed_by(self) -> str | None:
+        """The adapter whose initialisation took its part off the base weight, or None."""
+        return None if self._before_init is None else self._before_init[0]
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer that was wrapped, as PEFT's layers give it."""
+        return self.base_layer
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        init_lora_weights: bool | str = True,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+        *,
+        preserve_base_output: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        alora_invocation_tokens: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Add an adapter. It is not active, and not trained, until :meth:`set_adapter` says so.
+
+        Args:
+            adapter_name: without dots, as it becomes part of parameter names.
+            r: rank. lora_alpha: the update is scaled by ``lora_alpha / r``.
+            lora_dropout: probability of dropping an input of the adapter, in training.
+            init_lora_weights: a scheme of :func:`init_lora_`; or "pissa", "pissa_niter_<K>",
+                "olora", which move part of the base weight into the adapter (one adapter per layer;
+                :meth:`restore_base_weight` undoes it).
+            use_rslora: scale by ``lora_alpha / sqrt(r)``.
+            use_dora: train a magnitude per output as well.
+            lora_bias: a bias beside B.
+            preserve_base_output: with "init_ab" or False, take the adapter's first update off the
+                base weight, so that training starts at the base model.
+            adapter_dtype: default is that of the base weight, float32 where that is quantised.
+            alora_invocation_tokens: of an activated adapter (aLoRA), which serves a row from the
+                last place on at which they stand in it: give the rows with
+                ``lora_ext.adapters(names, input_ids=...)``. None or none is off.
+            generator: of the initial values, on the CPU; they are drawn there and then moved.
+
+        Raises:
+            ValueError: a name that exists, or is no name; r, alpha or dropout out of range; an
+                unknown scheme; DoRA with a bias or an invocation; DoRA or a decomposing scheme
+                where the base weight cannot be read, or is computed from others and would have to
+                change.
+            NotImplementedError: an invocation on a layer that is not linear.
+            TypeError: r that is not an int, a flag neither True nor False. The layer is then as it
+                was.
+        """
+        flags = {"use_rslora": use_rslora, "use_dora": use_dora, "lora_bias": lora_bias}
+        require_flags("add_adapter", **flags, preserve_base_output=preserve_base_output)
+        self._check_name(adapter_name)
+        scaling = _checked_scaling(r, lora_alpha, lora_dropout, use_rslora)
+        invocation = self._checked_invocation(alora_invocation_tokens, use_dora)
+        self._check_bias(lora_bias, use_dora)
+        base, scheme = self.base_weight, self._check_scheme(init_lora_weights, preserve_base_output)
+        device, dtype = base.place()
+        dtype = dtype if adapter_dtype is None else adapter_dtype
+        factors = self._new_factors(r, scaling, scheme, generator, device)
+        a, b = (factor.to(device, dtype) for factor in factors)
+        bias = torch.zeros(self.out_features, device=device, dtype=dtype) if lora_bias else None
+        flat_a, flat_b = a.flatten(1), b.flatten(1)
+        changed = magnitude = None
+        if device.type != "meta" and (scheme not in FREE or preserve_base_output):
+            base.check_writable(f"init_lora_weights={init_lora_weights!r}")
+            changed = base.matrix().detach().clone()
+            ops.lora_merge_(changed, flat_a, flat_b, scaling, sign=-1)
+        if use_dora:
+            weight = base.matrix() if changed is None else changed
+            norm = ops.lora_dora_norm(weight, flat_a, flat_b, scaling)
+            magnitude = Magnitude(base.magnitude(norm.to(dtype)))
+        # From here on nothing raises.
+        if changed is not None:
+            self._before_init = (adapter_name, base.weight.detach().clone())
+            base.write(base.as_stored(changed), None)
+        settings: dict[str, Any] = {**flags, "r": r, "lora_alpha": lora_alpha, "scaling": scaling}
+        for setting, value in settings.items():
+            getattr(self, setting)[adapter_name] = value
+        self.init_lora_weights[adapter_name] = init_lora_weights
+        if invocation:
+            self.alora_invocation_tokens[adapter_name] = invocation
+        self.adapter_active[adapter_name] = True
+        dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
+        self.lora_dropout[adapter_name] = dropout
+        for store, factor in zip(self._stores(), base.factors(a, b, bias), strict=True):
+            store[adapter_name] = factor
+        if magnitude is not None:
+            self.lora_magnitude_vector[adapter_name] = magnitude
+        for store in (self.lora_dropout, self.lora_magnitude_vector, *self._stores()):
+            store.train(self.training)
+        for parameter in self._parameters_of(adapter_name):
+            parameter.requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the adapter ``adapter_name``; a base weight that its initialisation changed is put
+        back.
+
+        Raises:
+            ValueError: no such adapter, or it is merged.
+        """
+        self._check_known([adapter_name])
+        if adapter_name in self.merged_adapters:
+            found = f"{adapter_name!r} is merged into the base weight"
+            raise ValueError(f"delete_adapter: {found}; unmerge it first")
+        if self._before_init is not None and self._before_init[0] == adapter_name:
+            self.restore_base_weight()
+        stores: list[Any] = [
+            self.r, self.lora_alpha, self.scaling, self.use_rslora, self.use_dora, self.lora_bias,
+            self.init_lora_weights, self.adapter_active, self.lora_dropout,
+            self.alora_invocation_tokens,
+            self.dropout_seed, self.lora_magnitude_vector, *self._stores(),
+        ]  # fmt: skip
+        for store in stores:
+            if adapter_name in store:
+                del store[adapter_name]
+        self.off_in_training -= {adapter_name}
+        if adapter_name in self._active:
+            self._active.remove(adapter_name)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters: their parameters train, those of all others do not.
+
+        Args:
+            adapter_names: a name, or several whose updates are summed.
+            inference_mode: the active ones do not train either.
+
+        Raises:
+            ValueError: a name that this layer lacks.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_known(names)
+        self._active = names
+        for name in self.adapter_names:
+            for parameter in self._parameters_of(name):
+                parameter.requires_grad_(name in names and not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on (``enabled``) or off, as PEFT's layers do; off, they do not train
+        either."""
+        self.disable_adapters = not enabled
+        if enabled:
+            self.set_adapter(self._active)
+        else:
+            for name in self.adapter_names:
+                for parameter in self._parameters_of(name):
+                    parameter.requires_grad_(False)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply the update of ``adapter_name`` by ``scale`` from now on; 1 is what the adapter
+        was made with."""
+        self._check_known([adapter_name])
+        r, alpha = self.r[adapter_name], self.lora_alpha[adapter_name]
+        self.scaling[adapter_name] = scale * _scaling(r, alpha, self.use_rslora[adapter_name])
+
+    def reset_lora_parameters(
+        self,
+        adapter_name: str,
+        init_lora_weights: bool | str = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Give an adapter new initial values, drawn on its device.
+
+        Args:
+            adapter_name: which one. init_lora_weights: a scheme of :func:`init_lora_`, True the
+                default.
+            generator: of that device.
+
+        Raises:
+            ValueError: no such adapter, or a scheme that splits the base weight (add an adapter for
+                that).
+        """
+        self._check_known([adapter_name])
+        a, b, bias = self._raw_factors(adapter_name)
+        scheme = self.base_weight.default_scheme if init_lora_weights is True else init_lora_weights
+        init_lora_(a, b, scheme, generator=generator)
+        if bias is not None:
+            nn.init.zeros_(bias)
+        self.init_lora_weights[adapter_name] = init_lora_weights
+
+    def restore_base_weight(self) -> None:
+        """Put back, bit for bit, the base weight that "pissa", "olora" or
+        ``preserve_base_output`` changed. The adapter keeps its values.
+
+        Raises:
+            ValueError: no initialisation changed it, or adapters are merged.
+        """
+        if self._before_init is None:
+            raise ValueError("restore_base_weight: no adapter's initialisation changed the weight")
+        if self.merged:
+            raise ValueError(
+                f"restore_base_weight: {self.merged_adapters} are merged; unmerge them first"
+            )
+        self.base_weight.check_writable("restore_base_weight")
+        self.base_weight.write(self._before_init[1], None)
+        self._before_init = None
+
+    # ---------------------------------------------------------------------------------------------
+    # Checks
+
+    def _check_name(self, name: str) -> None:
+        fits = isinstance(name, str) and name and "." not in name and name != "__base__"
+        expected = 'a name without dots that is not "__base__"'
+        require(fits, type(self).__name__, "adapter_name", expected, repr(name))
+        fits = not hasattr(nn.ModuleDict(), name)
+        expected = "a name that is no attribute of nn.ModuleDict"
+        require(fits, type(self).__name__, "adapter_name", expected, repr(name))
+        if name in self.r:
+            remedy = "give the new one another adapter_name, or delete or unwrap the old one"
+            raise ValueError(f"{type(self).__name__}: adapter {name!r} exists already; {remedy}")
+
+    def _check_bias(self, lora_bias: bool, use_dora: bool) -> None:
+        takes = self.base_weight.takes_bias
+        if lora_bias and (use_dora or not takes):
+            where = "a DoRA adapter" if takes else f"a {type(self).__name__}"
+            raise ValueError(f"lora_bias: expected False for {where}, found True (PEFT's rule)")
+
+    def _checked_invocation(self, tokens: Sequence[int] | None, dora: bool) -> tuple[int, ...]:
+        where, name = "add_adapter", "alora_invocation_tokens"
+        tokens = checked_invocation(where, name, tokens) or ()
+        fits = not tokens or self.takes_invocation
+        found = f"a {type(self).__name__}: only linear layers have such adapters"
+        require(fits, where, name, "a LoraLinear", found, NotImplementedError)
+        require(not (tokens and dora), where, "use_dora", "False beside an invocation", True)
+        return tokens
+
+    def _new_factors(
+        self,
+        r: int,
+        scaling: float,
+        scheme: str,
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor]:
+        """In float32, drawn on the CPU as PEFT does: one seed, one adapter, whatever the device."""
+        memory = "meta" if device.type == "meta" else "cpu"
+        base = self.base_weight
+        a, b = (torch.zeros(shape, device=memory) for shape in base.factor_shapes(r))
+        if memory != "meta" and scheme in FREE:
+            init_lora_(a, b, scheme, generator=generator)
+        elif memory != "meta":
+            parts = decompose(base.matrix(), r, scaling, scheme)
+            a, b = parts[0].reshape(a.shape), parts[1].reshape(b.shape)
+        return a, b
+
+    def _check_scheme(self, scheme: bool | str, preserve_base_output: bool) -> str:
+        name = known_scheme(self.base_weight.default_scheme if scheme is True else scheme)
+        if preserve_base_output and name not in FREE:
+            raise ValueError(
+                f"init_lora_weights: {scheme!r} preserves the output by itself; expected "
+                "preserve_base_output=False"
+            )
+        if name not in FREE or preserve_base_output:
+            if self._before_init is not None:
+                raise ValueError(
+                    f"init_lora_weights: the initialisation of {self._before_init[0]!r} changed "
+                    "the base weight already; delete it or restore_base_weight() first"
+                )
+            if self._merged:
+                raise ValueError(
+                    f"init_lora_weights: {scheme!r} changes the base weight, into which "
+                    f"{self.merged_adapters} are merged; unmerge them first"
+                )
+        return name
+
+    def extra_repr(self) -> str:
+        """Adapters with their ranks."""
+        return ", ".join(f"{name}: r={r}" for name, r in self.r.items())
+
+    # ---------------------------------------------------------------------------------------------
+    # Of one adapter
+
+    def factors(self, adapter_name: str) -> LoraFactors:
+        """An adapter as :func:`lora_forward` takes it, its parameters themselves."""
+        a, b, bias = self._raw_factors(adapter_name)
+        scaling, seed = self.scaling[adapter_name], self.dropout_seed.get(adapter_name)
+        dropout: Any = self._modules["lora_dropout"]._modules[adapter_name]  # pyright: ignore[reportOptionalMemberAccess]
+        return LoraFactors(a, b, scaling, dropout_now(dropout), bias, seed)
+
+    def _adapted(
+        self, x: Tensor, base: BaseLayer, names: Sequence[str], rows: Rows | None
+    ) -> Tensor:
+        """``base(x)`` with these adapters, for rows ``(..., I)``."""
+        factors = [self.factors(name) for name in names]
+        if not any(self.use_dora[name] for name in names):
+            return lora_forward(x, base, factors, rows)
+        magnitudes = [self._magnitude(n).flatten() if self.use_dora[n] else None for n in names]
+
+        def dense() -> DenseParameters:
+            return self.base_weight.matrix(), self.bias
+
+        return dora_forward(x, base, dense, factors, magnitudes, rows)
+
+
+def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | None:
+    """Tokens of an invocation, or None; a ValueError of something else."""
+    if value is None:
+        return None
+    expected = "None or a list of token ids, integers from 0 on"
+    listed = isinstance(value, list | tuple)
+    require(listed, where, name, expected, f"{value!r:.200}", WrongKind)
+    return tuple(integer(where, name, each, 0, expected=expected) for each in value)
+
+
+def _checked_scaling(r: int, alpha: float, dropout: float, use_rslora: bool) -> float:
+    where = "add_adapter"
+    integer(where, "r", r, 1, expected=("an int", "a positive rank"))
+    number(where, "lora_alpha", alpha)
+    number(where, "lora_dropout", dropout, 0, below=1, expected="a probability in [0, 1)")
+    return _scaling(r, alpha, use_rslora)

@@ -1,0 +1,133 @@
+"""Which adapters of a layer take part in a forward, and which rows each of them has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_ext._torch import compiles
+from lora_ext.rows import (
+    NOBODY,
+    Assignment,
+    Names,
+    Rows,
+    _context,
+    everywhere,
+    layer_names,
+    layer_rows,
+    no_rows,
+    rows_of,
+    several_processes,
+    together,
+)
+
+from .base._merging import Merging
+
+
+class Participants(Merging):
+    """The part of :class:`LoraLayer` that chooses among its adapters."""
+
+    #: False: the adapter takes no part at all; where none is left, forward is ``base(x)``.
+    adapter_active: dict[str, bool]
+    #: Adapters that take no part while the layer is in training mode, and do otherwise.
+    off_in_training: frozenset[str]
+    disable_adapters: bool
+
+    #: Whether the first dimension of the input counts tokens, the second sequences.
+    tokens_first = False
+
+    #: Whether the rows are tokens, which all sequences may share: positions.
+    _of_tokens = False
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """All adapters, in the order of ``adapter_ids``."""
+        return tuple(self.r)
+
+    def _participants(
+        self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
+    ) -> tuple[list[str], Rows | None]:
+        """Adapters of this call, and which rows they have; no adapters: the base alone."""
+        if self.disable_adapters:
+            if self._merged:
+                self.unmerge()
+            return [], None
+        rows = self._rows(leading, device, adapter_ids)
+        if self._merged:
+            merged = "are merged into the base weight and"
+            if rows is not None:
+                why = f"{self.merged_adapters} {merged} serve every row"
+                raise ValueError(f"adapter_ids: {why}; unmerge them first")
+            off = [m.name for m in self._merged if not self._is_on(m.name)]
+            if off:
+                why = f"{off} {merged} cannot be switched off"
+                raise ValueError(f"adapter_active: {why}; unmerge them first")
+            return [], None
+        if several_processes():
+            rows = self._rows_of_all(rows, leading, device)
+            if rows is not None:
+                return list(self.adapter_names), rows
+        if rows is None:
+            active = [n for n in self._active if self._is_on(n)]
+            if self.alora_invocation_tokens:
+                for name in active:
+                    if name in self.alora_invocation_tokens:  # it cannot serve every token
+                        raise no_rows(repr(name))
+            return active, None
+        return (list(self.adapter_names) if rows.used else []), rows
+
+    def _rows_of_all(
+        self, rows: Rows | None, leading: torch.Size, device: torch.device
+    ) -> Rows | None:
+        """The rows, and among the adapters used all that train: :func:`together` says why. None:
+        every row has all active adapters, and no other one trains."""
+        # Each is asked for its parameters, in one order on every process, though none need train:
+        # ZeRO-3 gathers a parameter when it is read, and all processes have to take part.
+        asked = [any(p.requires_grad for p in self._parameters_of(name)) for name in self.r]
+        trained: set[int] = set()
+        if torch.is_grad_enabled():
+            trained = {i for i, n in enumerate(self.r) if asked[i] and self._is_on(n)}
+        if rows is None:
+            active = {i for i, n in enumerate(self.r) if n in self._active and self._is_on(n)}
+            if len(active) > 1 or trained <= active:
+                return None
+            rows = everywhere(min(active, default=-1), leading.numel(), device)
+        return together(rows, tuple(trained))
+
+    def _is_on(self, name: str) -> bool:
+        """Whether an adapter takes part in the mode that the layer is in."""
+        return self.adapter_active[name] and not (self.training and name in self.off_in_training)
+
+    def _rows(
+        self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
+    ) -> Rows | None:
+        block = None
+        if adapter_ids is None and not compiles():
+            block = _context.current(layer_names.handle)
+            if block is None:
+                return None
+        names = self.adapter_names
+        if isinstance(adapter_ids, Tensor):
+            enabled = tuple(self._is_on(name) for name in names)
+            return rows_of(adapter_ids, len(names), leading, enabled, self.tokens_first)
+        reachable = tuple(n if self._is_on(n) else "" for n in names)  # "" is no name
+        if adapter_ids is not None:
+            made = isinstance(adapter_ids, Assignment)
+            assignment = adapter_ids if made else Assignment.of(adapter_ids)
+            self._check_known(assignment.names)
+            return assignment.among(reachable, leading, device, self.tokens_first)
+        if block is not None:
+            return block.rows_among(reachable, leading, device, self.tokens_first, self._of_tokens)
+        if not _context.any_block:
+            return None
+        default = self._default_position()
+        return layer_rows(reachable, default, leading, device, self.tokens_first, self._of_tokens)
+
+    def _default_position(self) -> int:
+        active = [n for n in self._active if self._is_on(n)]
+        if len(active) == 1 and active[0] in self.alora_invocation_tokens:
+            return NOBODY
+        if len(active) > 1:
+            expected = "a compiled graph that follows adapters blocks takes one active adapter"
+            raise NotImplementedError(f"{type(self).__name__}: {expected}, found {active}")
+        return self.adapter_names.index(active[0]) if active else -1

@@ -1,0 +1,96 @@
+"""The matrix and the bias of a layer that is linear and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.modules.module as module_globals
+from torch import Tensor, nn
+
+from lora_ext._torch import parameter
+
+from ._modules import CONV1D
+from ._packed_linear import PackedLinear
+from ._spacing import has_other_hooks
+
+_PLAIN = (nn.Parameter, Tensor, type(None))  # a quantised weight is of another type
+
+_OF_ALL_MODULES = (
+    module_globals._global_forward_hooks,
+    module_globals._global_forward_pre_hooks,
+    module_globals._global_backward_hooks,
+    module_globals._global_backward_pre_hooks,
+)
+
+#: ``nn.Module``, or what computes as one: maps ``(..., I)`` to ``(..., O)``.
+BaseLayer = nn.Module | Callable[[Tensor], Tensor]
+DenseParameters = tuple[Tensor, Tensor | None]  # weight (O, I), bias (O,)
+
+
+def dense_parameters(base: BaseLayer, divided: bool = False) -> DenseParameters | None:
+    """``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing more.
+
+    Args:
+        divided: as :func:`is_plain` takes it.
+    """
+    kind = type(base)
+    disguised = getattr(kind, "dense_parameters", None)  # something else that is linear at heart
+    if disguised is not None:
+        return disguised(base)
+    if not isinstance(base, nn.Module):
+        return None
+    straight = kind is nn.Linear or kind is PackedLinear
+    if not straight and (kind.__name__, kind.__module__) != CONV1D:
+        return None
+    weight = parameter(base, "weight")
+    if not _is_plain(base, weight, divided):
+        return None
+    return weight if straight else weight.t(), parameter(base, "bias")
+
+
+def is_plain(module: nn.Module, divided: bool = False) -> bool:
+    """Whether the weight, if any, is an ordinary one and nobody watches or replaces the forward.
+
+    Args:
+        divided: DeepSpeed's ZeRO-3 may watch it, which divides a weight among processes: each time
+            that the weight is read all gather it, and after the module's forward it is gone again.
+    """
+    return _is_plain(module, getattr(module, "weight", None), divided)
+
+
+def _is_plain(module: nn.Module, weight: object, divided: bool) -> bool:
+    if type(weight) not in _PLAIN or "forward" in module.__dict__:  # accelerate's offloading
+        return False
+    hooked = (
+        has_other_hooks(module)
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or any(_OF_ALL_MODULES)
+    )
+    return not hooked or (divided and _of_zero3(module))
+
+
+def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:
+    """Weight ``(O, I)`` and bias of a linear layer, also where hooks or a subclass forbid fusing.
+
+    ``purpose`` opens the message about a weight that is no floating matrix, but quantised, say;
+    ``fan_in_fan_out``: the layer stores its weight as ``(I, O)``.
+    """
+    dense = dense_parameters(base)
+    if dense is not None:
+        return dense
+    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
+        return (weight.t() if fan_in_fan_out else weight), bias
+    kind = "no weight" if weight is None else f"one of {getattr(weight, 'dtype', type(weight))}"
+    expected, found = "a base layer with a floating (O, I) weight to read", type(base).__name__
+    raise ValueError(f"{purpose}: expected {expected}, found {found} with {kind}")
+
+
+def _of_zero3(module: nn.Module) -> bool:
+    """Whether all its hooks are those by which DeepSpeed divides and gathers weights."""
+    if not hasattr(module, "ds_id") or any(_OF_ALL_MODULES):
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    others = module._backward_hooks or module._backward_pre_hooks
+    return not others and all(hook.__module__.startswith("deepspeed.") for hook in hooks)

@@ -1,0 +1,242 @@
+"""Adapters added to the weight of their base layer, and taken out again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext._checks import require
+
+from ._weight import BaseWeight
+
+
+class _Merged(NamedTuple):
+    """What was done to the base weight, so that it can be undone."""
+
+    name: str
+    scaling: float
+    factor: Tensor | None  # DoRA: magnitude / norm, per output
+
+
+class Merging(nn.Module):
+    """The part of :class:`LoraLayer` that changes the base weight."""
+
+    base_layer: nn.Module
+    r: dict[str, int]
+    scaling: dict[str, float]
+    use_dora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    #: Of each activated adapter, the tokens with which it begins.
+    alora_invocation_tokens: dict[str, tuple[int, ...]]
+    lora_magnitude_vector: nn.ModuleDict
+    _active: list[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._merged: list[_Merged] = []
+        self._copy: tuple[Tensor, Tensor | None] | None = None  # weight and bias before merging
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Adapters that are in the base weight now."""
+        return [m.name for m in self._merged]
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is in the base weight."""
+        return bool(self._merged)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the base layer."""
+        return self.base_weight.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of the base layer."""
+        return self.base_weight.bias
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        keep_copy: bool = False,
+    ) -> None:
+        """Add adapters to the base weight: ``round(W + sum of s B A)``, rounded once.
+
+        Args:
+            safe_merge: refuse values that are not finite; the layer is unchanged then.
+            adapter_names: default is the active ones. Those that are merged already are skipped.
+            keep_copy: keep the weight as it was, so that :meth:`unmerge` restores every bit.
+
+        Raises:
+            ValueError: a name this layer lacks, an activated adapter, a base weight that cannot be
+                read or that a parametrization computes, a result that is not finite, or
+                ``keep_copy`` where adapters are merged without. RuntimeError: ``lora_bias`` on a
+                base without a bias.
+        """
+        names = self._active if adapter_names is None else list(adapter_names)
+        self._check_known(names)
+        names = [n for n in names if n not in self.merged_adapters]
+        if not names:
+            return
+        if keep_copy and self._merged and self._copy is None:
+            raise ValueError(
+                f"merge: keep_copy: {self.merged_adapters} are merged already, and no copy was "
+                "kept; unmerge them first"
+            )
+        begins = [n for n in names if n in self.alora_invocation_tokens]
+        expected = "adapters that serve all tokens, as the base weight does"
+        found = f"{begins}, which begin in mid-sequence (alora_invocation_tokens)"
+        require(not begins, "merge", "adapter_names", expected, found)
+        base = self.base_weight
+        base.check_writable("merge")
+        weight, bias = base.matrix().detach(), base.bias
+        new, new_bias = _widened(weight), None if bias is None else _widened(bias)
+        records: list[_Merged] = []
+        for name in names:
+            scaling = self.scaling[name]
+            delta, factor = self._delta(name, scaling), None
+            if self.use_dora[name]:
+                factor = self._dora_factor(name)
+                new = factor[:, None] * (new + delta)
+            else:
+                new = new + delta
+            if self.lora_bias[name]:
+                if new_bias is None:
+                    raise RuntimeError(
+                        f"merge: adapter {name!r} has a bias (lora_bias=True), the base layer has "
+                        "none to take it"
+                    )
+                new_bias = new_bias + self._bias_delta(name, scaling)
+            records.append(_Merged(name, scaling, factor))
+        # Rounded once, and written when nothing can fail any more: an error leaves the layer alone.
+        new = new.to(weight.dtype)
+        results = [new] if bias is None or new_bias is None else [new, new_bias.to(bias.dtype)]
+        if safe_merge and not all(bool(torch.isfinite(r).all()) for r in results):
+            raise ValueError(
+                f"merge: expected finite merged weights, found NaN or infinity: one of the "
+                f"adapters {names} is broken"
+            )
+        if keep_copy and self._copy is None:
+            kept = None if bias is None else bias.detach().clone()
+            self._copy = base.weight.detach().clone(), kept
+        base.write(base.as_stored(new), new_bias)
+        self._merged += records
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base weight.
+
+        Every bit is restored where ``merge(keep_copy=True)`` kept them and no other base weight was
+        loaded since. Otherwise the updates are computed again and subtracted, which is exact up to
+        rounding: a UserWarning says so. Their parameters must then be what they were.
+        """
+        if not self._merged:
+            warnings.warn("unmerge: nothing is merged", stacklevel=2)
+            return
+        base = self.base_weight
+        base.check_writable("unmerge")
+        if self._copy is not None:
+            base.write(*self._copy)
+        else:
+            warnings.warn(
+                "unmerge: no copy of the base weight was kept, so it returns up to rounding only; "
+                "merge(keep_copy=True) restores every bit",
+                stacklevel=2,
+            )
+            weight, bias = self._unmerged()
+            base.write(base.as_stored(weight), bias)
+        self._merged, self._copy = [], None
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``scaling * B @ A`` in the layout of the base weight and the dtype of the factors,
+        rounded once; a ValueError where there is no such adapter."""
+        self._check_known([adapter])
+        a, b, _ = self._raw_factors(adapter)
+        delta = ops.lora_delta(a.flatten(1), b.flatten(1), self.scaling[adapter])
+        return self.base_weight.as_stored(delta)
+
+    # ---------------------------------------------------------------------------------------------
+
+    def _delta(self, name: str, scaling: float) -> Tensor:
+        """``scaling * B @ A``, ``(O, I)``, not rounded."""
+        a, b, _ = self._raw_factors(name)
+        return ops.lora_delta(_widened(a.flatten(1)), _widened(b.flatten(1)), scaling)
+
+    def _bias_delta(self, name: str, scaling: float) -> Tensor:
+        bias = self._raw_factors(name)[2]
+        assert bias is not None
+        return _widened(bias) * scaling
+
+    def _dora_factor(self, name: str) -> Tensor:
+        """``magnitude / norm``; the norm is that of the weight without anything merged."""
+        a, b, _ = self._raw_factors(name)
+        weight, _ = self._unmerged()
+        norm = ops.lora_dora_norm(weight, a.flatten(1), b.flatten(1), self.scaling[name])
+        return self._magnitude(name).detach().flatten().to(norm.dtype) / norm
+
+    def _magnitude(self, name: str) -> Tensor:
+        return self.lora_magnitude_vector[name].weight  # pyright: ignore[reportReturnType]
+
+    def _unmerged(self) -> tuple[Tensor, Tensor | None]:
+        """The base weight ``(O, I)`` and bias without what is merged, in wide precision."""
+        if self._copy is not None:
+            weight, bias = self._copy
+            return self.base_weight.as_matrix(weight), bias
+        weight, bias = _widened(self.base_weight.matrix()), self.bias
+        bias = None if bias is None else _widened(bias)
+        for m in reversed(self._merged):
+            if m.factor is not None:
+                weight = weight / m.factor[:, None]
+            weight = weight - self._delta(m.name, m.scaling)
+            if bias is not None and self.lora_bias[m.name]:
+                bias = bias - self._bias_delta(m.name, m.scaling)
+        return weight, bias
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+            self._copy = None  # of another weight than the one that comes
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    # ---------------------------------------------------------------------------------------------
+    # Of one adapter
+
+    @property
+    def base_weight(self) -> BaseWeight:
+        """The weight of the base layer, as a matrix."""
+        raise NotImplementedError
+
+    def _check_known(self, names: Sequence[str | None]) -> None:
+        for name in names:
+            if name not in self.r:
+                known, where = list(self.r), type(self).__name__
+                raise ValueError(f"{where}: expected an adapter of {known}, found {name!r}")
+
+    def _stores(self) -> list[Any]:
+        """The dictionaries by adapter that hold A and B."""
+        return [getattr(self, name) for name in self.base_weight.stores]
+
+    def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and bias; A flattens to ``(r, I)``, B to ``(O, r)``."""
+        a, b = (store[name] for store in self._stores())
+        return getattr(a, "weight", a), getattr(b, "weight", b), getattr(b, "bias", None)
+
+    def _parameters_of(self, name: str) -> list[Tensor]:
+        found = [p for p in self._raw_factors(name) if p is not None]
+        if self.use_dora[name]:
+            found.append(self._magnitude(name))
+        return found
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In the dtype in which a weight is changed before it is rounded."""
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.detach().to(dtype)

@@ -1,0 +1,203 @@
+"""The weight of a base layer, whatever its kind: read as a matrix, written back in its own layout.
+
+What adapters do to a weight (merging, splitting, DoRA's norms) is stated for a matrix ``(O, I)``.
+How a kind of layer stores it, and how PEFT stores the factors beside it, stands here alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._dense import readable_weight
+
+#: What holds one factor under PEFT's key: a module with a ``weight``, or the parameter itself.
+Factor = nn.Module | nn.Parameter
+
+
+class BaseWeight:
+    """The weight of a base layer. This object has no state of its own: it sees the layer as it
+    is."""
+
+    #: Names of the dictionaries that hold A and B by adapter.
+    stores = ("lora_A", "lora_B")
+    #: The scheme that ``init_lora_weights=True`` stands for.
+    default_scheme = "init_a"
+    #: Whether an adapter may have a bias.
+    takes_bias = True
+
+    def __init__(self, layer: nn.Module):
+        self.layer: Any = layer
+
+    @property
+    def weight(self) -> Tensor:
+        """In the layout of the layer."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``(O,)``, or None."""
+        return getattr(self.layer, "bias", None)
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """``I`` and ``O``."""
+        raise NotImplementedError
+
+    def matrix(self) -> Tensor:
+        """The weight as ``(O, I)``; ValueError where it cannot be read."""
+        return self.as_matrix(self.weight)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor in the layout of the layer, as ``(O, I)``."""
+        raise NotImplementedError
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """``(O, I)``, in the layout of the layer."""
+        raise NotImplementedError
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Change the weight, given in the layout of the layer, and the bias where one is given.
+
+        In place: whoever shares or has captured this memory keeps seeing the layer's weight.
+        """
+        with torch.no_grad():
+            self.weight.copy_(weight)
+            if bias is not None and self.bias is not None:
+                self.bias.copy_(bias)
+
+    def check_writable(self, purpose: str) -> None:
+        """Refuse a weight that is computed, and no parameter or buffer of the layer: what is
+        written there is gone with the next forward."""
+        kept = {id(t) for t in (*self.layer.parameters(), *self.layer.buffers())}
+        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
+            if tensor is not None and id(tensor) not in kept:
+                raise ValueError(
+                    f"{purpose}: base_layer.{name}: expected a parameter or buffer to change, "
+                    f"found one that {type(self.layer).__name__} computes from others; remove its "
+                    "parametrization (weight_norm, spectral_norm, ...) first"
+                )
+
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Where the adapters of the layer belong, and in which dtype."""
+        own = (*self.layer.parameters(recurse=False), *self.layer.buffers(recurse=False))
+        for tensor in (*own, *self.layer.parameters()):
+            floating = tensor.is_floating_point() and tensor.element_size() > 1
+            return tensor.device, tensor.dtype if floating else torch.float32
+        return torch.device("cpu"), torch.float32
+
+    # Beside the weight
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and of B; A flattens to ``(r, I)``, B to ``(O, r)``."""
+        in_features, out_features = self.features
+        return (r, in_features), (out_features, r)
+
+    def factors(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
+        """What holds these values in the two stores."""
+        raise NotImplementedError
+
+    def magnitude(self, norm: Tensor) -> Tensor:
+        """DoRA's magnitude ``(O,)``, in PEFT's shape."""
+        return norm
+
+
+class LinearWeight(BaseWeight):
+    """Of a layer that computes ``x W^T``: ``nn.Linear``, transformers' ``Conv1D``, or anything with
+    sizes or a matrix. ``fan_in_fan_out``: stored as ``(I, O)``; ``Conv1D`` is known to."""
+
+    def __init__(self, layer: nn.Module, fan_in_fan_out: bool = False):
+        super().__init__(layer)
+        self._in_features, self._out_features, self.fan_in_fan_out = _sizes(layer, fan_in_fan_out)
+
+    @property
+    def features(self) -> tuple[int, int]:
+        return self._in_features, self._out_features
+
+    def matrix(self) -> Tensor:
+        return readable_weight(self.layer, "LoraLinear", self.fan_in_fan_out)[0]
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.t() if self.fan_in_fan_out else matrix
+
+    def factors(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
+        # On meta first, so that the values torch would draw are not drawn.
+        lora_a = nn.Linear(a.shape[1], a.shape[0], bias=False, device="meta")
+        lora_b = nn.Linear(b.shape[1], b.shape[0], bias is not None, device="meta")
+        return _filled(lora_a, a, None), _filled(lora_b, b, bias)
+
+
+class ConvWeight(BaseWeight):
+    """Of a convolution, ``(O, C, *kernel)``: a matrix on patches."""
+
+    @property
+    def features(self) -> tuple[int, int]:
+        return self.weight[0].numel(), self.weight.shape[0]
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.weight.shape)
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        out_features, *patch = self.weight.shape
+        return (r, *patch), (out_features, r, *(1 for _ in patch[1:]))
+
+    def factors(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
+        kind, kernel = type(self.layer), tuple(self.layer.kernel_size)
+        # On meta first, as above.
+        lora_a = kind(a.shape[1], a.shape[0], kernel, kernel, bias=False, device="meta")
+        lora_b = kind(b.shape[1], b.shape[0], 1, bias=bias is not None, device="meta")
+        return _filled(lora_a, a, None), _filled(lora_b, b, bias)
+
+    def magnitude(self, norm: Tensor) -> Tensor:
+        return norm.view(1, -1, *(1 for _ in self.weight.shape[2:]))
+
+
+class EmbeddingWeight(BaseWeight):
+    """Of an embedding, ``(V, O)``: a matrix on one-hot rows."""
+
+    stores = ("lora_embedding_A", "lora_embedding_B")
+    default_scheme = "init_b_unit"
+    takes_bias = False
+
+    @property
+    def features(self) -> tuple[int, int]:
+        return self.layer.num_embeddings, self.layer.embedding_dim
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    def factors(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
+        return nn.Parameter(a), nn.Parameter(b)
+
+
+def _filled(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    module.weight = nn.Parameter(weight)
+    if bias is not None:
+        module.bias = nn.Parameter(bias)
+    return module
+
+
+def _sizes(layer: nn.Module, fan_in_fan_out: bool) -> tuple[int, int, bool]:
+    """In and out features, and whether the weight is ``(I, O)``."""
+    named = ("in_features", "out_features", fan_in_fan_out), ("nx", "nf", True)
+    for inner, outer, transposed in named:
+        sizes = getattr(layer, inner, None), getattr(layer, outer, None)
+        if all(isinstance(size, int) for size in sizes):
+            return *sizes, transposed  # pyright: ignore[reportReturnType]
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2:
+        out_features, in_features = weight.shape[::-1] if fan_in_fan_out else weight.shape
+        return in_features, out_features, fan_in_fan_out
+    expected = "in_features and out_features, nx and nf, or a matrix for a weight"
+    raise ValueError(f"LoraLinear: base_layer: expected {expected}, found {type(layer).__name__}")

@@ -1,0 +1,267 @@
+"""LoraConfig: which modules of a model get which adapter, in PEFT's words and by PEFT's rules.
+
+The rules are those of PEFT's ``tuners_utils.check_target_module_exists`` and
+``utils.other.get_pattern_key``, written anew.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lora_ext._checks import WrongKind, check_fields, flag, integer, number, require, within
+
+from .._init import known_scheme
+from .._lora_layer import checked_invocation
+from ._patterns import match_names
+
+ALL_LINEAR = "all-linear"
+_RANK = within(1, 2**31 - 1, expected="a positive integer")
+_ALPHA = within(above=-1e30, below=1e30, expected="a finite number")
+_NAMES = ("target_modules", "exclude_modules", "layers_pattern")
+_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+_NOT_IN_FILES = ("where", "preserve_base_output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """PEFT's configuration of a LoRA adapter, as far as this package has what it asks for.
+
+    Args:
+        r: the rank.
+        lora_alpha: the update is scaled by ``lora_alpha / r``.
+        lora_dropout: the probability of dropping an input of the adapter, in training.
+        target_modules: which modules are adapted: a regular expression for whole names; or names
+            and suffixes of names, ``"q_proj"`` for every ``...q_proj``; or "all-linear" for every
+            linear layer but the output head (of a "SEQ_CLS" task without one, but the classifier).
+            Our choice: "all-linear" is the default; PEFT looks one up by architecture.
+        exclude_modules: which of them are not, in the same words.
+        layers_to_transform: of the modules that a suffix matched, only those in blocks of these
+            indices.
+        layers_pattern: what comes before the index in a name, ``"layers"``; default is whatever
+            precedes the first number.
+        rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the end of a
+            name; the first that matches counts.
+        use_rslora: scale by ``lora_alpha / sqrt(r)``.
+        use_dora: train a magnitude per output as well.
+        lora_bias: a bias beside B.
+        init_lora_weights: see :meth:`lora_ext.nn.LoraLinear.add_adapter`.
+        preserve_base_output: of that method too; it changes the base weight, so no file has it.
+        fan_in_fan_out: accepted and without effect: a layer is known to store ``(I, O)`` or not to.
+        alora_invocation_tokens: of an activated adapter (aLoRA): it serves a row from the last
+            place on at which these tokens stand in it; None or none is off.
+        bias: "none": the base model's biases stay frozen.
+        task_type: what PEFT calls the task, "CAUSAL_LM" say; goes into files.
+        where: what errors speak of.
+
+    Raises:
+        ValueError: a field that is malformed or out of range, naming it, what was expected and what
+            was found. NotImplementedError: an initialisation that PEFT has and this package has
+            not.
+
+    Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); DoRA (Liu et al. 2024); PEFT.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Iterable[str] | None = ALL_LINEAR
+    exclude_modules: str | Iterable[str] | None = None
+    layers_to_transform: int | Iterable[int] | None = None
+    layers_pattern: str | Iterable[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
+    fan_in_fan_out: bool = False
+    alora_invocation_tokens: Iterable[int] | None = None
+    bias: str = "none"
+    task_type: str | None = None
+    preserve_base_output: bool = False
+    where: str = field(default="LoraConfig", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        table: dict[str, Any] = {
+            "r": _RANK,
+            "lora_alpha": _ALPHA,
+            "lora_dropout": within(0, below=1, expected="a probability in [0, 1)"),
+            **dict.fromkeys(_NAMES, checked_names),
+            "layers_to_transform": _layers,
+            "alora_invocation_tokens": checked_invocation,
+            "rank_pattern": functools.partial(_table, check=integer, bounds=_RANK),
+            "alpha_pattern": functools.partial(_table, check=number, bounds=_ALPHA),
+            "task_type": lambda where, name, value: getattr(value, "value", value),
+            **dict.fromkeys((*_FLAGS, "preserve_base_output"), _flag),
+        }
+        check_fields(self, table, self.where)
+        known_scheme(self.init_lora_weights)
+        layers, pattern = self.layers_to_transform, self.layers_pattern
+        listed = not isinstance(self.target_modules, str)
+        alone = "none of it beside a target_modules string"
+        for ok, name, expected in (
+            (self.bias == "none", "bias", "'none' (the base model's biases are shared)"),
+            (not (self.use_dora and self.invocation), "use_dora", "false for an activated adapter"),
+            (not (self.use_dora and self.lora_bias), "lora_bias", "false beside use_dora, as PEFT"),
+            (listed or not layers, "layers_to_transform", alone),
+            (listed or not pattern, "layers_pattern", alone),
+        ):
+            require(ok, self.where, name, expected, repr(getattr(self, name)))
+        holds = layers is not None or not pattern
+        require(holds, self.where, "layers_pattern", "layers_to_transform beside it", None)
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens with which an activated adapter begins; none for one that serves all."""
+        return tuple(self.alora_invocation_tokens or ())
+
+    def check_vocabulary(self, where: str, size: int | None) -> None:
+        """Refuse an invocation that no prompt has; a size that is None is not known."""
+        if self.invocation and size is not None:
+            expected, most = f"token ids below the vocabulary, {size}", max(self.invocation)
+            require(most < size, where, "alora_invocation_tokens", expected, most)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as PEFT's ``adapter_config.json`` has them."""
+        found: dict[str, Any] = {"peft_type": "LORA"}
+        for each in fields(LoraConfig):
+            value = getattr(self, each.name)
+            if each.name not in _NOT_IN_FILES:
+                found[each.name] = list(value) if isinstance(value, tuple) else value
+        return found
+
+    # ---------------------------------------------------------------------------------------------
+    # Rules
+
+    def head_of(self, output_head: str | None, classifier: str | None) -> str | None:
+        """The layer that "all-linear" leaves out: of a "SEQ_CLS" task without an output head, the
+        classifier."""
+        return classifier if output_head is None and self.task_type == "SEQ_CLS" else output_head
+
+    def targeted(self, names: Iterable[str], linear: Iterable[str]) -> set[str]:
+        """The modules that PEFT would adapt.
+
+        Args:
+            names: all modules that may be. linear: what "all-linear" stands for.
+
+        Raises:
+            ValueError: ``target_modules`` is None, or a pattern is no regular expression.
+        """
+        wanted, names = self.target_modules, tuple(names)
+        if wanted is None:
+            expected = f"names, a regular expression or {ALL_LINEAR!r}"
+            raise ValueError(f"{self.where}: target_modules: expected {expected}, found None")
+        if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+            found = set(linear)
+        elif isinstance(wanted, str):
+            found = self._full_matches("target_modules", wanted, names)
+        else:
+            exact = {name for name in names if name in wanted}
+            suffix = {name for name in names if matches_suffix(name, wanted)} - exact
+            found = exact | (self._in_layers(suffix) if self.layers_to_transform else suffix)
+        if isinstance(self.exclude_modules, str):
+            found -= self._full_matches("exclude_modules", self.exclude_modules, names)
+        elif self.exclude_modules:
+            excluded = self.exclude_modules
+            found = {name for name in found if not matches_suffix(name, excluded)}
+        return found
+
+    def ranks_and_alphas(
+        self, names: Iterable[str]
+    ) -> tuple[dict[str, tuple[int, float]], list[str]]:
+        """Look rank and alpha of modules up in the patterns, as PEFT does.
+
+        Args:
+            names: of the modules, in full.
+
+        Returns:
+            by name ``(r, lora_alpha)``; and the pattern keys that match none of the names.
+        """
+        names = tuple(sorted(names))
+        ranks, unused_r = self._patterned("rank_pattern", self.rank_pattern, self.r, names)
+        own = self.alpha_pattern, self.lora_alpha
+        alphas, unused_a = self._patterned("alpha_pattern", *own, names)
+        found = {name: (int(r), alpha) for name, r, alpha in zip(names, ranks, alphas, strict=True)}
+        return found, unused_r + unused_a
+
+    def _patterned(
+        self, where: str, table: Mapping[str, float], default: float, names: tuple[str, ...]
+    ) -> tuple[list[float], list[str]]:
+        """The first pattern that matches the name, or its end after a dot, wins."""
+        keys = tuple(table)
+        rows = self._match(where, "match", r"(.*\.)?({})$", keys, names)
+        by_key = list(zip(keys, rows, strict=True))
+        values = []
+        for column, name in enumerate(names):
+            hit = next((k for k, row in by_key if row[column] is not None), name)
+            values.append(table.get(hit, default))
+        missed = [k for k, row in by_key if k not in names and all(m is None for m in row)]
+        return values, [f"{where}[{key!r}]" for key in missed]
+
+    def _full_matches(self, where: str, pattern: str, names: tuple[str, ...]) -> set[str]:
+        (row,) = self._match(where, "fullmatch", "{}", (pattern,), names)
+        return {name for name, m in zip(names, row, strict=True) if m is not None}
+
+    def _in_layers(self, found: set[str]) -> set[str]:
+        """Keep the names whose first numbered segment is one of ``layers_to_transform``."""
+        names, pattern = tuple(sorted(found)), self.layers_pattern
+        if pattern:
+            keys = (pattern,) if isinstance(pattern, str) else tuple(pattern)
+            template = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+            rows = self._match("layers_pattern", "match", template, keys, names)
+        else:
+            rows = match_names("match", r".*?\.[^.]*\.(?P<idx>\d+)\.", ("",), names)
+        kept = set()
+        for column, name in enumerate(names):
+            layer = next((row[column] for row in rows if row[column] is not None), None)
+            if layer and int(layer) in self.layers_to_transform:  # pyright: ignore[reportOperatorIssue]
+                kept.add(name)
+        return kept
+
+    def _match(
+        self, where: str, method: str, template: str, keys: tuple[str, ...], names: tuple[str, ...]
+    ) -> tuple[tuple[str | None, ...], ...]:
+        try:
+            return match_names(method, template, keys, names)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {where}: {error}") from None
+
+
+def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
+    """PEFT's rule for lists: the whole name, or everything after one of its dots."""
+    patterns = patterns if isinstance(patterns, frozenset) else frozenset(patterns)
+    parts = name.split(".")
+    return any(".".join(parts[i:]) in patterns for i in range(len(parts)))
+
+
+def checked_names(where: str, argument: str, value: Any) -> str | tuple[str, ...] | None:
+    """A field that holds a string, a list of strings or nothing."""
+    if value is None or isinstance(value, str):
+        return value
+    strings = isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)
+    expected = "a string or a list of strings"
+    require(strings, where, argument, expected, f"{value!r:.200}", WrongKind)
+    return tuple(sorted(value)) if isinstance(value, set) else tuple(value)
+
+
+def _flag(where: str, name: str, value: Any) -> bool:
+    return value is not None and flag(where, name, value, expected="true or false")
+
+
+def _table(where: str, name: str, value: Any, check: Any, bounds: Any) -> dict[str, Any]:
+    value = value or {}
+    named = isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
+    expected = "an object from name patterns to numbers"
+    require(named, where, name, expected, f"{value!r:.200}", WrongKind)
+    return {k: check(where, f"{name}[{k!r:.100}]", v, **bounds) for k, v in value.items()}
+
+
+def _layers(where: str, name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    values = tuple(value) if isinstance(value, list | tuple | set) else (value,)
+    expected = "an integer or a list of integers"
+    return tuple(integer(where, name, v, expected=expected) for v in values)

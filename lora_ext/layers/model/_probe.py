@@ -1,0 +1,201 @@
+"""LoraProbe: how large the inner features of adapters grow while they train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._checks import require
+from lora_ext._torch import exactly
+
+from ._adapted import adapted_layers
+
+
+class Decomposition(NamedTuple):
+    """What one step changed in ``Z_B = B A x``; the sum is the whole change."""
+
+    d1: Tensor  # B' (A - A') x: by training A
+    d2: Tensor  # (B - B') A' x: by training B
+    d3: Tensor  # (B - B') (A - A') x: by both
+
+
+def decompose_step(x: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> Decomposition:
+    """Split the change of ``B A x`` between two steps into three tensors ``(T, m)``.
+
+    Args:
+        x: ``(T, n)``. before, after: A ``(r, n)`` and B ``(m, r)`` of the two steps.
+
+    Source: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics".
+    """
+    (old_a, old_b), (a, b) = before, after
+    moved, inner = x @ (a - old_a).T, x @ old_a.T  # (T, r)
+    step = (b - old_b).T
+    return Decomposition(moved @ old_b.T, inner @ step, moved @ step)
+
+
+class LoraProbe:
+    """Records ``Z_A = A x`` and ``Z_B = B A x`` of every adapted linear layer while it is entered.
+
+    Init[A] with its best learning rate lets ``Z_A`` grow with the width and over time; this shows
+    where. ``with probe: ... training steps ...``, then :attr:`history` and :meth:`report`.
+
+    Layers of :class:`lora_ext.nn.LoraLinear` and of PEFT alike. Outputs are unchanged, and nothing
+    stays on the model after the block, also after an exception. Entered, each record costs the
+    products of the adapter once more, in float32 and without its dropout; values stay on the device
+    until they are read. A compiled model is not seen.
+
+    Args:
+        model: holds the layers, or is one.
+        adapter: whose factors to watch.
+        every: record the first of so many forwards of ``model``.
+        track_decomposition: keep the factors of the previous record and add the rms of
+            :func:`decompose_step`.
+
+    Attributes:
+        mask: None, or a bool tensor of the leading dimensions of the layers' inputs: rows that are
+            False, padding say, are left out of ``rms`` and ``max``. May be set before each forward.
+
+    Raises:
+        ValueError: no layer of the model has the adapter, or ``every`` below 1.
+
+    Source: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: str = "default",
+        every: int = 1,
+        track_decomposition: bool = False,
+    ):
+        require(every >= 1, "LoraProbe", "every", "at least 1", every)
+        self.model = model
+        self.adapter = adapter
+        self.every = every
+        self.track_decomposition = track_decomposition
+        self.mask: Tensor | None = None
+        self._layers = list(_linear_layers(model, adapter))
+        expected = f"linear layers with an adapter {adapter!r}"
+        require(self._layers, "LoraProbe", "model", expected, "none")
+        self._step = -1
+        self._records: list[tuple[int, str, dict[str, Tensor]]] = []
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> LoraProbe:
+        if self._handles:
+            raise RuntimeError("LoraProbe: entered already")
+        # The step is counted before a layer that is the model itself records it.
+        self._handles.append(self.model.register_forward_pre_hook(self._count))
+        for name, layer in self._layers:
+            hook = self._hook(name)
+            self._handles.append(layer.register_forward_pre_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One dictionary per record, in order.
+
+        ``step``, ``module``; ``rms_Z_A``, ``rms_Z_B``, ``max_Z_A`` over all rows and features;
+        Frobenius norms ``fro_A``, ``fro_B``, ``fro_BA``; and, where tracked and not the first,
+        ``rms_d1``, ``rms_d2``, ``rms_d3``. Reading it waits for the device.
+        """
+        return [
+            {"step": step, "module": name, **{key: value.item() for key, value in values.items()}}
+            for step, name, values in self._records
+        ]
+
+    def report(self, threshold: float = 10.0) -> dict[str, float]:
+        """List the modules whose ``rms_Z_A`` grew by more than ``threshold`` since their first
+        record.
+
+        Returns:
+            by name the factor, infinity where a value is not finite or grew from zero.
+        """
+        first: dict[str, float] = {}
+        growth: dict[str, float] = {}
+        for record in self.history:
+            name, rms = record["module"], record["rms_Z_A"]
+            start = first.setdefault(name, rms)
+            if not math.isfinite(rms):
+                growth[name] = math.inf
+            elif growth.get(name) != math.inf:
+                growth[name] = rms / start if start else (math.inf if rms else 1.0)
+        return {name: factor for name, factor in growth.items() if factor > threshold}
+
+    def _count(self, *_: object) -> None:
+        if not recomputing():
+            self._step += 1
+
+    def _hook(self, name: str) -> Any:
+        def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if not recomputing() and self._step % self.every == 0:
+                self._record(name, layer, inputs[0])
+
+        return record
+
+    @torch.no_grad()
+    def _record(self, name: str, layer: Any, x: Tensor) -> None:
+        with exactly(x.device):
+            # Copies where steps are compared: the optimiser writes into the parameters.
+            factors = [layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight]
+            a, b = (f.detach().to(torch.float32, copy=self.track_decomposition) for f in factors)
+            rows = x.detach().reshape(-1, x.shape[-1]).float()  # (T, n)
+            if self.mask is not None:
+                rows = rows[self.mask.reshape(-1)]
+            z = rows @ a.T  # (T, r)
+            gram_a, gram_b = gram(a), gram(b.T)  # (r, r)
+            # |B z|^2 = z^T (B^T B) z: the rows of B z, m wide, are not formed.
+            square = ((z.double() @ gram_b) * z).sum()
+            values = {
+                "rms_Z_A": _rms(z),
+                "rms_Z_B": (square.clamp(min=0) / max(1, rows.shape[0] * b.shape[0])).sqrt(),
+                "max_Z_A": z.abs().max() if z.numel() else z.new_zeros(()),
+                "fro_A": gram_a.trace().sqrt(),
+                "fro_B": gram_b.trace().sqrt(),
+                "fro_BA": (gram_a * gram_b).sum().clamp(min=0).sqrt(),
+            }
+            if self.track_decomposition:
+                before = self._before.get(name)
+                if before is not None:
+                    parts = decompose_step(rows, before, (a, b))
+                    values |= {f"rms_{key}": _rms(d) for key, d in parts._asdict().items()}
+                self._before[name] = a, b
+        self._records.append((self._step, name, values))
+
+
+def gram(rows: Tensor) -> Tensor:
+    """``rows @ rows^T`` in float64.
+
+    ``||B A||^2 = trace((B^T B) (A A^T))`` cancels where the product is small beside its factors;
+    float64 leaves it 1e-8 of them, float32 would leave 3e-4.
+    """
+    wide = rows.double()
+    return wide @ wide.T
+
+
+def _rms(z: Tensor) -> Tensor:
+    return z.square().mean().sqrt() if z.numel() else z.new_zeros(())
+
+
+def recomputing() -> bool:
+    """Whether a checkpointed layer runs again inside a backward."""
+    return torch._C._current_graph_task_id() >= 0
+
+
+def _linear_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in adapted_layers(model).items():
+        stores = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+        if all(isinstance(s, nn.ModuleDict) and adapter in s for s in stores):
+            weights: list[Any] = [s[adapter].weight for s in stores]  # pyright: ignore[reportOptionalSubscript]
+            if all(w.dim() == 2 for w in weights):
+                yield name, module

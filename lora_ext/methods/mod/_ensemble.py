@@ -1,0 +1,197 @@
+"""The forward of a model with MoD: the model's own, with the mixture where its last state was."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._checks import require
+from lora_ext.layers import Head, measured_head
+
+from ._head import Layers, mixed_logits, still
+from ._objective import Targets, distillation, kept, layer_losses
+from .config import ModConfig
+from .layers import DepthMixer
+
+
+class Call:
+    """What one forward of one model has seen so far; nothing of it outlives the forward."""
+
+    def __init__(self, mixer: DepthMixer, replace: bool):
+        self.mixer = mixer
+        self.replace = replace  # the mixture goes where the last hidden state was
+        self.hiddens = [torch.empty(0)] * mixer.config.k  # not normed
+        self.last = self.weights = torch.empty(0)  # what leaves the decoder; who has what part
+        self.grad = torch.is_grad_enabled()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A block in which the hooks of this mixer's model write here, in this thread alone."""
+        token = _running.set(self)
+        try:
+            yield
+        finally:
+            _running.reset(token)
+
+
+_running: ContextVar[Call | None] = ContextVar("lora_ext.mod_call", default=None)
+
+
+def _call_of(mixer: DepthMixer) -> Call | None:
+    call = _running.get()
+    return call if call is not None and call.mixer is mixer else None
+
+
+class Capture:
+    """Forward hook of a block, at a ``place`` of the ensemble: keeps its output for the mixture."""
+
+    def __init__(self, mixer: DepthMixer, place: int):
+        self.mixer, self.place = mixer, place
+
+    def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
+        """Does nothing outside a forward of the model, as where a checkpoint runs a block again; a
+        reentrant one around the hook, which cuts the gradient, is refused."""
+        call = _call_of(self.mixer)
+        if call is None:
+            return
+        fits = not call.grad or torch.is_grad_enabled()
+        remedy = "call gradient_checkpointing_enable({'use_reentrant': False})"
+        found = f"a reentrant checkpoint around them; {remedy}"
+        require(fits, "mod", "model", "blocks whose outputs carry gradients", found, RuntimeError)
+        call.hiddens[self.place] = output[0] if isinstance(output, tuple) else output
+
+
+class Mix:
+    """Forward hook of the decoder, the module around the blocks and the final norm."""
+
+    def __init__(self, mixer: DepthMixer):
+        self.mixer = mixer
+
+    def __call__(self, decoder: nn.Module, args: Any, output: Any) -> Any:
+        """Mixes the hidden states of this forward, and returns them in place of the last one."""
+        call = _call_of(self.mixer)
+        if call is None:
+            return None
+        call.last = output[0]
+        if not call.replace:
+            call.weights = self.mixer.weights(call.hiddens)
+            return None
+        call.last, call.weights = self.mixer(call.hiddens)
+        if isinstance(output, tuple):
+            return (call.last, *output[1:])
+        output.last_hidden_state = call.last
+        return None
+
+
+class Ensemble:
+    """What a model with MoD keeps beside its mixer: it lies in the model's own ``__dict__``.
+
+    Args:
+        config, mixer: of the model. softcap: of its logits, or None.
+
+    Attributes:
+        explicit: whether the logits themselves are mixed, a chunk at a time.
+        head: what makes logits of a hidden state, once a forward has shown it.
+    """
+
+    KEY = "_lora_ext_mod"
+
+    def __init__(self, config: ModConfig, mixer: DepthMixer, softcap: float | None):
+        self.config = config
+        self.mixer = mixer
+        self.softcap = softcap
+        self.head: Head | None = None
+        linear = softcap is None and config.mix == "logit" and config.backend != "chunked"
+        self.explicit = config.k > 1 and not linear
+
+    def run(self, lm: Any, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """The forward of the causal LM ``lm``, which ``forward`` is without us, with the mixture: a
+        :class:`ModOutput`, or a tuple where ``given`` asks for that."""
+        from ._output import mod_output
+
+        asked = given.pop("return_dict", None)
+        as_dict = getattr(lm.config, "return_dict", True) if asked is None else asked
+        _check_labels(given)
+        named = inspect.signature(forward).parameters
+        own = dict(given)
+        if self.explicit:  # the model makes no logits that are not needed
+            own.pop("labels", None)
+            own |= {"logits_to_keep": 1} if "logits_to_keep" in named else {}
+        call = Call(self.mixer, replace=self.config.k > 1 and not self.explicit)
+        unknown = self.head is None and self.config.k > 1
+        # A head is told by what it makes of one state twice: dropout would make two things of it.
+        with still(lm.get_output_embeddings()) if unknown else nullcontext():
+            with call.running():
+                output = forward(**own, return_dict=True)
+            if unknown and output.logits.numel():
+                entered = kept(call.last, own.get("logits_to_keep", 0))
+                self.head = measured_head("mod", lm, self.softcap, entered, output.logits)
+
+        added: dict[str, Any] = {"routing_weights": call.weights}
+        loss = output.loss
+        if self.explicit:
+            config, layers = self.config, self._layers(lm, given, call)
+            weights = kept(call.weights, given.get("logits_to_keep", 0)).to(layers.weight.device)
+            logits = mixed_logits(layers, weights, config.vocab_chunk, config.mix == "prob")
+            added["logits"] = logits
+            if given.get("labels") is not None:
+                others = {name: value for name, value in given.items() if name not in named}
+                loss = lm.loss_function(
+                    logits=logits, labels=given["labels"], vocab_size=logits.shape[-1], **others
+                )
+        if loss is not None:
+            added |= self._terms(lm, given, call, loss)
+        result = mod_output(output, **added)
+        return result if as_dict else result.to_tuple()
+
+    def _terms(self, lm: Any, given: dict[str, Any], call: Call, loss: Tensor) -> dict[str, Any]:
+        """The loss and what it is made of, under their names in the output."""
+        config, zero = self.config, torch.zeros_like(loss)
+        targets = Targets.of(config, given, call.weights.shape[:-1], loss.device)
+        ce = torch.where(targets.counted.any(), loss, zero)  # the mean of nothing is no number
+        terms: dict[str, Any] = {"ce_loss": ce, "loss": ce}
+        wanted = config.distill_weight or config.layer_ce or not lm.training
+        layers = self._layers(lm, given, call).flat() if config.k > 1 and wanted else None
+        if config.distill_weight:
+            distilled = zero if layers is None else distillation(config, layers, targets)
+            terms["distill_loss"] = distilled
+            terms["loss"] = terms["loss"] + config.distill_weight * distilled
+        if config.layer_ce:
+            late = zero if layers is None else layer_losses(config, layers.late(), targets).mean()
+            terms["layer_ce_loss"] = late * targets.share
+            terms["loss"] = terms["loss"] + config.layer_ce * terms["layer_ce_loss"]
+        if not lm.training:
+            with torch.no_grad():
+                alone = ce[None] if layers is None else layer_losses(config, layers, targets)
+                terms["layer_losses"] = alone
+        return terms
+
+    def _layers(self, lm: Any, given: dict[str, Any], call: Call) -> Layers:
+        """Each layer's normed hidden states at the positions that are kept, and the head."""
+        head = self.head or Head(self.softcap)  # of an empty batch nothing is known
+        weight, bias = head.parameters(lm)
+        keep = given.get("logits_to_keep", 0)
+        normed = [kept(n, keep).to(weight) for n in self.mixer.normed(call.hiddens)]
+        return Layers(head, weight, bias, normed)
+
+
+def with_mixture(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """Run the forward of a causal LM that has MoD, or has had it: somebody may have kept it."""
+    ensemble: Ensemble | None = lm.__dict__.get(Ensemble.KEY)
+    return own(**given) if ensemble is None else ensemble.run(lm, own, given)
+
+
+def _check_labels(given: dict[str, Any]) -> None:
+    labels, keep = given.get("labels"), given.get("logits_to_keep", 0)
+    inputs = given.get("input_ids")
+    inputs = given.get("inputs_embeds") if inputs is None else inputs
+    if not isinstance(labels, Tensor) or not isinstance(inputs, Tensor):
+        return
+    fits = not isinstance(keep, int) or keep != 0 or labels.shape == inputs.shape[:2]
+    require(fits, "mod", "labels", f"shape (B, T) = {tuple(inputs.shape[:2])}", tuple(labels.shape))

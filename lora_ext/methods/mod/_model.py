@@ -1,0 +1,186 @@
+"""``apply`` and ``remove``: MoD on a causal language model, in place."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._checks import instance, require
+from lora_ext.layers import Forward, causal_lm, decoder_layers, head_width, softcap_of
+
+from ._ensemble import Capture, Ensemble, Mix, with_mixture
+from .config import InexactMixError, ModConfig
+from .layers import DepthMixer
+
+Model = TypeVar("Model", bound=nn.Module)
+
+NAME = "mod"  # of the mixer, a child of the causal LM
+_LFM2 = "embedding_norm"  # its last norm all the same: the embeddings' lies elsewhere
+_IGNORED = "keys_to_ignore_at_inference"  # of a configuration: outputs that no Trainer gathers
+
+
+@dataclass(eq=False)
+class Before:
+    """What :func:`remove` puts back; it lies beside the ensemble, and is copied with the model."""
+
+    norm: nn.Module  # the model's final one
+    hooks: list[Any]
+    flags: list[bool]  # of the final norm's parameters
+    values: list[Tensor]  # of the same, where they are trained
+    ignored: list[str] | None  # of the configuration; None: it had none
+
+
+_BEFORE = f"{Ensemble.KEY}_before"
+
+
+def apply(model: Model, config: ModConfig | None = None) -> Model:
+    """Let the last k layers of a causal LM predict together, in place.
+
+    From now on ``model(...)``, ``generate`` and a Trainer get the logits of the mixture, and with
+    labels a loss that has the distillation in it, in a :class:`ModOutput`. All else of the output
+    is the model's own, its hidden states too.
+
+    New parameters are named ``mod.*``, and train. Of the model's own only the final norm's flag
+    changes, to ``config.train_final_norm``. Apply after PEFT to train: PEFT freezes what it finds.
+
+    Args:
+        model: a causal LM of transformers, as it is, or under PEFT before or after
+            :func:`lora_ext.from_peft`, or wrapped by :func:`lora_ext.nn.wrap`.
+        config: default is :class:`ModConfig` as it stands.
+
+    Returns:
+        ``model``; :func:`remove` undoes it.
+
+    Raises:
+        RuntimeError: the model has MoD already: :func:`remove` first. TypeError: ``config`` is no
+            ModConfig, or the final norm is like neither RMSNorm nor LayerNorm. ValueError: no
+            causal LM, fewer layers than k, or a model with something else named ``mod``.
+            InexactMixError: ``backend="hidden"`` where the head soft-caps its logits.
+            NotImplementedError: an encoder beside the decoder, or a projection between the final
+            norm and the head. The model is as it was then.
+
+    Source: arXiv 2410.13077.
+    """
+    config = ModConfig() if config is None else config
+    instance("apply", "config", config, ModConfig)
+    lm = causal_lm(model, "apply")
+    from ._output import ADDED  # it needs transformers, as the model does
+
+    expected = "a model without MoD"
+    found = "one that has it; call mod.remove(model) first"
+    require(Ensemble.KEY not in lm.__dict__, "apply", "model", expected, found, RuntimeError)
+    require(not hasattr(lm, NAME), "apply", "model", f"no attribute {NAME!r}", "one")
+    stack = list(decoder_layers(lm))
+    expected = f"at most the model's {len(stack)} layers"
+    require(config.k <= len(stack), "apply", "k", expected, config.k)
+    softcap = softcap_of(lm)
+    fits = config.backend != "hidden" or softcap is None or config.k <= 1
+    wanted = f"'auto' or 'chunked' for a head that soft-caps its logits at {softcap}"
+    other = "'hidden': a mix of hidden states is no mix of such logits"
+    require(fits, "apply", "backend", wanted, other, InexactMixError)
+    decoder = _parent(lm, stack[0])
+    norm = _final_norm(decoder, lm)
+    # OPT-350m, for one, has a head that sees something else than normed hidden states.
+    width, head = norm.weight.shape[0], head_width(lm.get_output_embeddings())
+    expected = f"a head as wide as the {width} features of the hidden states"
+    found = f"{head} in {type(lm).__name__}, which projects them in between"
+    require(head == width, "apply", "model", expected, found, NotImplementedError)
+    copies = [_copy(norm) for _ in range(config.k - config.share_final_norm)]
+    mixer = DepthMixer([*copies, norm] if config.share_final_norm else copies, config)
+    mixer.requires_grad_(True).train(lm.training)  # not a shared norm: it is no child of the mixer
+    flags = [p.requires_grad for p in norm.parameters()]
+    trained = config.share_final_norm and config.train_final_norm
+    values = [p.detach().clone() for p in norm.parameters()] if trained else []
+    norm.requires_grad_(trained)
+    if not config.share_final_norm:
+        mixer.final_norm.requires_grad_(config.train_final_norm)
+    last = enumerate(stack[-config.k :])
+    hooks = [block.register_forward_hook(Capture(mixer, place)) for place, block in last]
+    hooks.append(decoder.register_forward_hook(Mix(mixer)))
+    lm.add_module(NAME, mixer)
+    ignored = lm.config.__dict__.get(_IGNORED)
+    lm.__dict__[_BEFORE] = Before(norm, hooks, flags, values, ignored)
+    lm.__dict__[Ensemble.KEY] = Ensemble(config, mixer, softcap)
+    Forward.put_before(lm, with_mixture)
+    # A Trainer gathers the predictions that it would gather without MoD.
+    known = getattr(lm.config, _IGNORED, ["cache", "past_key_values"])  # what it takes for none
+    setattr(lm.config, _IGNORED, [*known, *ADDED])
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Undo :func:`apply`: no hook, module, flag or value of it is left.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RuntimeError: a model without MoD.
+    """
+    lm, _ = applied(model, "remove")
+    before: Before = lm.__dict__.pop(_BEFORE)
+    del lm.__dict__[Ensemble.KEY]
+    for hook in before.hooks:
+        hook.remove()
+    own = list(before.norm.parameters())
+    for parameter, flag in zip(own, before.flags, strict=True):
+        parameter.requires_grad_(flag)
+    with torch.no_grad():
+        for parameter, value in zip(own, before.values, strict=False):
+            parameter.copy_(value)
+    Forward.remove(lm, lambda run: run is with_mixture)
+    delattr(lm, NAME)
+    lm.config.__dict__.pop(_IGNORED, None)
+    if before.ignored is not None:
+        setattr(lm.config, _IGNORED, before.ignored)
+    return model
+
+
+def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
+    """The causal LM in a model with MoD, and what it keeps; a RuntimeError without."""
+    for module in model.modules():
+        ensemble = module.__dict__.get(Ensemble.KEY)
+        if ensemble is not None:
+            return module, ensemble
+    raise RuntimeError(f"{where}: model: expected a model of mod.apply, found another")
+
+
+def _parent(lm: nn.Module, block: nn.Module) -> nn.Module:
+    """The module whose list of blocks this block is in."""
+    for module in lm.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and any(entry is block for entry in child):
+                return module
+    raise ValueError(f"apply: model: expected its blocks in a module, found {type(lm).__name__}")
+
+
+def _final_norm(decoder: nn.Module, lm: Any) -> Any:
+    """The norm between the last block and the head: of the decoder's children that have a weight as
+    wide as the hidden states the last one, but none that norms embeddings."""
+    width = lm.config.get_text_config(decoder=True).hidden_size
+    found = None
+    for name, child in decoder.named_children():
+        weight = getattr(child, "weight", None)
+        if isinstance(weight, Tensor) and weight.shape == (width,):
+            of_embeddings = "emb" in name and name != _LFM2
+            found = found if of_embeddings else child
+    if found is None:
+        children = {name: type(child).__name__ for name, child in decoder.named_children()}
+        place = f"beside the blocks, with a weight of shape ({width},)"
+        expected = f"a final norm like RMSNorm or LayerNorm {place}"
+        raise TypeError(f"apply: model: expected {expected}, found {children}")
+    return found
+
+
+def _copy(norm: Any) -> nn.Module:
+    """A norm of the same class and values, that nobody watches."""
+    inner = getattr(norm, "modules_to_save", None)  # PEFT's wrapper around a norm that it trains
+    made = copy.deepcopy(norm if inner is None else inner[norm.active_adapter])
+    for module in made.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return made

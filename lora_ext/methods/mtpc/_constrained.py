@@ -1,0 +1,220 @@
+"""Constraints beside speculation: drafts that a constraint allows, verified under its law.
+
+The states of the rows follow the drafted tokens. At every position the draft's law is the circuit's
+conditional times the target's own ``r`` (:mod:`lora_ext.control`), or the mask; target and draft
+share it, and ``ops.spec_verify`` stays as it is. Behind the end both hold the end alone.
+
+Where one token alone may come, draft and target hold it certain. A run of such tokens behind a
+window joins it: it needs no test, and the last test of the window looks behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext import control, ops
+from lora_ext._checks import require
+from lora_ext.control import Block, MatchedPlan, Plan, Row
+from lora_ext.reference import log_softmax
+
+from ._drafting import Chain, DraftedWindow, draw
+from ._request import Request
+from ._shortlist import Shortlist
+from .layers import Circuit
+
+_WHERE = "SpeculativeDecoder"
+_MOST_FORCED = 32  # tokens of a run; the pass of a call has so many more columns for every row
+
+
+class _Position(NamedTuple):
+    """Rows before a position of a window, and their ``log r`` there."""
+
+    rows: list[Row | None]
+    blocks: list[Block]
+
+
+class Constrained:
+    """The constraints of the rows of one call, while they are decoded.
+
+    Args:
+        decoder: a :class:`SpeculativeDecoder` with a constraint.
+        request: the budget, and what ends a row. batch: rows.
+
+    Raises:
+        ValueError: for rows, ends or a vocabulary that do not fit, stop strings, and constraints
+            that cannot be met within the budget.
+    """
+
+    def __init__(self, decoder: Any, request: Request, batch: int):
+        plans = control.plans_of(_WHERE, decoder.constraint, decoder.guide, request.budget)
+        count = len(plans)
+        require(count in (1, batch), _WHERE, "constraint", f"one, or one per row of {batch}", count)
+        for plan in plans:
+            if plan is not None:
+                _check(plan, request, decoder.head.vocab_size)
+        listed = plans * batch if count == 1 else plans
+        self.rows: list[Row | None] = [None if p is None else Row.first(p) for p in listed]
+        self.decoder = decoder
+        self.temperature = decoder.temperature if decoder.mode == "sample" else 1.0
+
+    def first(self, logits: Tensor) -> Tensor:
+        """Logits of the first token ``(B, V)`` under the constraints.
+
+        Raises:
+            ValueError: as :meth:`take`.
+        """
+        law = control.moved(control.log_ratios(self.rows), logits, self.temperature)
+        _possible(self.rows, law)
+        return law
+
+    def start(self, token: Tensor) -> None:
+        """Take the first token of every row, which no call has decided."""
+        self.rows = control.advance(self.rows, token.tolist())
+
+    def drafted(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> DraftedWindow:
+        """A window that the constraints allow; arguments as those of ``draft``."""
+        self._window: list[_Position] = []
+        self._behind = self.rows  # the rows behind what is drafted so far
+        self._runs = torch.zeros(len(self.rows), dtype=torch.long)
+        decoder, head = self.decoder, self.decoder.head
+        # Rows without a constraint draft as they do alone, so that a seed gives the same tokens.
+        self._free = torch.tensor([row is None for row in self.rows], device=hidden.device)
+        some = bool(self._free.any())
+        free = decoder.draft(hidden, pending, uniforms).tokens if some else None
+        if decoder.bridge is None or pending is None:
+            every = Shortlist(None, head.vocab_size)
+            circuit = decoder.circuit(hidden, pending)
+            return DraftedWindow.joined([self._drawn(every, circuit, uniforms, pending, free)])
+        parts, state, before = [], hidden, pending[:, None]
+        embed = decoder.model.get_input_embeddings()
+        chain = Chain(head, decoder.bridge, embed, decoder.chain)
+        for j, numbers in enumerate(uniforms.split(head.n_token, 1)):
+            state = chain.behind(state, before)
+            own = None if free is None else free[:, j * head.n_token :]
+            circuit = head.narrow_circuit(state)
+            parts.append(self._drawn(head.listed, circuit, numbers, None, own))
+            before = parts[-1][0]
+        return DraftedWindow.joined(parts)
+
+    def _drawn(
+        self,
+        listed: Shortlist,
+        circuit: Circuit,
+        uniforms: Tensor,
+        pending: Tensor | None,
+        free: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of a window ``(B, n)``, their log-probabilities, and the laws ``(B, n, V)``."""
+        batch, n = uniforms.shape[:2]
+        kind, greedy = self.decoder.head.kind, self.decoder.mode == "greedy"
+        rows = self._behind
+        places = torch.full((batch, n), -1, device=uniforms.device)
+        tokens, laws = [], []
+        for k in range(n):
+            at = torch.full((batch,), k, device=uniforms.device)
+            q = listed.widen(ops.circuit_conditional_dist(kind, *circuit, places, at))  # (B, V)
+            if k == 0 and pending is not None:  # decided already, and not tested
+                self._window.append(_Position(rows, []))
+                token, law = pending, torch.zeros_like(q)
+            else:
+                blocks = control.log_ratios(rows)
+                self._window.append(_Position(rows, blocks))
+                law = control.moved(blocks, q)
+                # Where the draft has none of the tokens that may come, r alone says which.
+                nothing = (law == -torch.inf).all(1, keepdim=True)
+                if bool(nothing.any()):
+                    law = torch.where(nothing, control.moved(blocks, torch.zeros_like(q)), law)
+                    # A matcher may allow no token at all: any will do, for it is not kept.
+                    law = torch.where((law == -torch.inf).all(1, keepdim=True), 0.0, law)
+                law = log_softmax(law)
+                token = law.argmax(-1) if greedy else draw(law, uniforms[:, k, 1])
+                if free is not None:
+                    token = torch.where(self._free, free[:, k], token)
+                rows = control.advance(rows, token.tolist())
+            known = q.gather(1, token[:, None])[:, 0] > -torch.inf
+            places[:, k] = torch.where(known, listed.places(token), -1)
+            tokens.append(token)
+            laws.append(law)
+        self._behind = rows
+        law, token = torch.stack(laws, 1), torch.stack(tokens, 1)
+        return token, law.gather(2, token[..., None])[..., 0], law
+
+    def with_forced(self, tokens: Tensor) -> Tensor:
+        """A window ``(B, K)``, and behind it the tokens that must come there, ``(B, K + F)``.
+
+        Runs differ in length; behind a shorter one stand zeros, which its row does not keep.
+        """
+        columns: list[list[int]] = []
+        for _ in range(_MOST_FORCED):
+            only = [None if row is None else row.only for row in self._behind]
+            if all(token is None for token in only):
+                break
+            forced = [
+                row if t is not None else None for row, t in zip(self._behind, only, strict=True)
+            ]
+            columns.append([t or 0 for t in only])
+            moved = control.advance(forced, columns[-1])
+            both = zip(self._behind, moved, strict=True)
+            self._behind = [before if after is None else after for before, after in both]
+            self._runs += torch.tensor([t is not None for t in only])
+        return torch.cat([tokens, *(tokens.new_tensor(c)[:, None] for c in columns)], 1)
+
+    def target(self, target: Tensor) -> Tensor:
+        """The verifier's logits ``(B, K + F + 1, V)`` under the constraints: ``(B, K + 1, V)``, the
+        last behind the run of each row."""
+        self._window.append(_Position(self._behind, control.log_ratios(self._behind)))
+        n = len(self._window) - 1
+        behind = target[torch.arange(len(target)), n + self._runs]
+        places = [
+            control.moved(position.blocks, behind if k == n else target[:, k], self.temperature)
+            for k, position in enumerate(self._window)
+        ]
+        self._law = torch.stack(places, 1)
+        return self._law
+
+    def take(self, accepted: Tensor, token: Tensor) -> Tensor:
+        """Go on behind the tokens that were kept and the one that the verifier drew.
+
+        Returns:
+            how many tokens of :meth:`with_forced` are kept, ``(B,)``: with the whole window its run
+            is.
+
+        Raises:
+            ValueError: where the model has no finite score for a token that may come: then nothing
+                says which one does.
+        """
+        every = torch.arange(len(accepted), device=accepted.device)
+        rows = [self._window[a].rows[i] for i, a in enumerate(accepted.tolist())]
+        _possible(rows, self._law[every, accepted])
+        self.rows = control.advance(rows, token.tolist())
+        whole = accepted == len(self._window) - 1
+        return accepted + whole * self._runs.to(accepted.device)
+
+    def select(self, stay: list[int]) -> None:
+        """Go on with these rows alone."""
+        self.rows = [self.rows[i] for i in stay]
+
+
+def _possible(rows: list[Row | None], law: Tensor) -> None:
+    """Refuse to go on where nothing may come, before a token of the rows with these logits
+    ``(B, V)``. Behind the end and the budget nothing has to."""
+    waits = [row is not None and not row.ended and row.left > 0 for row in rows]
+    lost = any(row is not None and row.lost and row.left >= 0 for row in rows)
+    none = bool((~law.amax(-1).isfinite() & torch.tensor(waits, device=law.device)).any())
+    expected = "a finite one for a token that the constraint allows"
+    require(not (lost or none), _WHERE, "logits", expected, "none")
+
+
+def _check(plan: Plan | MatchedPlan, request: Request, vocab_size: int) -> None:
+    constraint, size, ends = plan.constraint, plan.constraint.vocab_size, sorted(request.ends)
+    eos = set(constraint.eos)
+    require(size == vocab_size, _WHERE, "constraint", f"the model's vocabulary, {vocab_size}", size)
+    require(request.stops is None, _WHERE, "stop_strings", "none beside a constraint", "some")
+    expected = f"those of the constraint, {list(constraint.eos)}, to end a row"
+    require(eos <= request.ends, _WHERE, "eos_token_id", expected, ends)
+    expected = "no token that the constraint has inside a text"
+    inside = any(constraint.reads(token) for token in request.ends - eos)
+    require(not inside, _WHERE, "eos_token_id", expected, ends)

@@ -1,0 +1,173 @@
+"""A draft in a folder: ``mtpc_config.json`` and ``mtpc.safetensors``.
+
+The JSON has the configuration and the shortlist, the other file the parameters. An unembedding that
+is the model's own is not written; it comes from the model again. A folder is not trusted: sizes,
+names and dtypes are compared with what the configuration asks for before memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import require
+from lora_ext._files import SafetensorsFile, TensorInfo, read_json, write_files
+
+from ._config import MtpcConfig
+from ._drafting import TokenBridge
+from .layers import CircuitHead
+
+CONFIG, TENSORS = "mtpc_config.json", "mtpc.safetensors"
+_MAX_CONFIG_BYTES = 16 << 20  # a shortlist of a million tokens
+_VERSION = 1
+_SHORTLIST, _UNEMBED = "head.shortlist", "head.unembed"
+_BRIDGE, _FACTORS = "bridge.", "tail.factors."
+
+
+def write_draft(
+    folder: Path, config: MtpcConfig, state: Mapping[str, Tensor], unembedding: Tensor
+) -> None:
+    """Write both files or neither; ``unembedding`` is the model's, ``(V, D)``."""
+    from safetensors.torch import save as as_bytes  # not with lora_ext: only this needs it
+
+    kept = dict(state)
+    ids = kept.pop(_SHORTLIST, None)
+    if config.emission == "adapter":
+        rows = unembedding if ids is None else unembedding[ids.to(unembedding.device)]
+        if torch.equal(rows.to(kept[_UNEMBED]), kept[_UNEMBED]):
+            del kept[_UNEMBED]
+    data = {
+        "version": _VERSION,
+        "config": dataclasses.asdict(config),
+        "shortlist": None if ids is None else ids.tolist(),
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in kept.items()}
+    write_files(folder, {TENSORS: as_bytes(tensors), CONFIG: json.dumps(data, indent=1).encode()})
+
+
+def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
+    """The configuration and the shortlist."""
+    path = folder / CONFIG
+    data = read_json(path, _MAX_CONFIG_BYTES)
+    if not isinstance(data, dict) or data.keys() != {"version", "config", "shortlist"}:
+        raise ValueError(f"{path}: expected version, config and shortlist, found {data!r:.200}")
+    if data["version"] != _VERSION:
+        raise ValueError(f"{path}: version: expected {_VERSION}, found {data['version']!r:.80}")
+    ids = data["shortlist"]
+    if ids is not None and not (
+        isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    ):
+        raise ValueError(f"{path}: shortlist: expected token ids or null, found {ids!r:.80}")
+    where, found = str(path), data["config"]
+    require(isinstance(found, dict), where, "config", "an object", f"{found!r:.80}")
+    known = [field.name for field in dataclasses.fields(MtpcConfig)]
+    for name in found:
+        require(name in known, where, "config", f"some of {known}", f"{name!r:.80}")
+    try:
+        config = MtpcConfig(**found)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {error!s:.300}") from None
+    # A draft has an emission: the default is chosen by its tokens.
+    require(config.emission is not None, where, "emission", "a string", "none")
+    return config, ids
+
+
+class DraftFile:
+    """The parameters of a draft, checked against a configuration without reading them.
+
+    Args:
+        folder, config, shortlist: where the draft lies, and what :func:`read_config` found there.
+        vocab_size, hidden_size: of the model.
+
+    Attributes:
+        dtypes: of the parameters, by the parts that are there: "head", "bridge" and "tail".
+
+    Raises:
+        ValueError: keys, shapes or dtypes that are not those of such a draft, by file and key.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: MtpcConfig,
+        shortlist: list[int] | None,
+        vocab_size: int,
+        hidden_size: int,
+    ):
+        self._file = file = SafetensorsFile(folder / TENSORS)
+        try:
+            tail = {k: v for k, v in file.infos.items() if k.startswith(_FACTORS)}
+            bridge = {k: v for k, v in file.infos.items() if k.startswith(_BRIDGE)}
+            head = {k: v for k, v in file.infos.items() if k not in tail | bridge}
+            self.dtypes = {"head": self._dtype("head", head)}
+            for part, infos in (("bridge", bridge), ("tail", tail)):
+                if infos:
+                    self.dtypes[part] = self._dtype(part, infos)
+            wanted = self._head_shapes(config, shortlist, vocab_size, hidden_size)
+            found = {k: info.shape for k, info in (head | bridge).items()}
+            if config.emission == "adapter":
+                found.setdefault(_UNEMBED, wanted[_UNEMBED])
+            self._compare(wanted, found)
+            if bool(tail) != bool(config.draft_layers):
+                expected = f"factors of {config.draft_layers} layers"
+                raise ValueError(f"{file.where}: expected {expected}, found {len(tail)} tensors")
+            if tail:
+                # Memory for the tail is taken layer by layer, all of this rank.
+                first = tail.get(f"{_FACTORS}0")
+                fits = first is not None and first.shape[:1] == (config.draft_rank,)
+                other = None if first is None else first.shape
+                require(fits, file.where, f"{_FACTORS}0", f"rank {config.draft_rank}", other)
+        except BaseException:
+            file.close()
+            raise
+
+    def _dtype(self, part: str, infos: Mapping[str, TensorInfo]) -> torch.dtype:
+        found = {info.dtype for info in infos.values()}
+        if len(found) == 1:
+            (dtype,) = found
+            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+                return dtype
+        raise ValueError(
+            f"{self._file.where}: {part}: expected one floating dtype, found {found!r:.200}"
+        )
+
+    def _head_shapes(
+        self, config: MtpcConfig, shortlist: list[int] | None, vocab_size: int, hidden_size: int
+    ) -> dict[str, tuple[int, ...]]:
+        try:
+            with torch.device("meta"):
+                arguments = config.of_head()
+                head = CircuitHead(hidden_size, vocab_size, **arguments, shortlist=shortlist)
+                bridge = TokenBridge(hidden_size, config.bridge) if config.bridge else None
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # beyond any memory
+            raise ValueError(f"{self._file.where}: {error!s:.300}") from None
+        shapes = {f"head.{name}": tuple(t.shape) for name, t in head.state_dict().items()}
+        shapes.pop(_SHORTLIST, None)
+        if bridge is not None:
+            shapes |= {f"bridge.{name}": tuple(t.shape) for name, t in bridge.state_dict().items()}
+        return shapes
+
+    def _compare(
+        self, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        for name in sorted(wanted.keys() | found.keys()):
+            fits = wanted.get(name) == found.get(name)
+            other = found.get(name, "none")
+            require(fits, self._file.where, f"{name:.200}", wanted.get(name, "no such key"), other)
+
+    def read(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict with the file's values; what it does not hold is taken from ``state``, that
+        of a draft that was made by the same configuration."""
+        infos = self._file.infos
+        own = {k: tuple(t.shape) for k, t in state.items() if k.startswith(_FACTORS)}
+        self._compare(own, {k: i.shape for k, i in infos.items() if k.startswith(_FACTORS)})
+        return {k: self._file.read(k) if k in infos else t for k, t in state.items()}
+
+    def close(self) -> None:
+        """Close the file; what was read from it stays."""
+        self._file.close()

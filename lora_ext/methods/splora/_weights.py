@@ -1,0 +1,189 @@
+"""The layers of an adapter beside their weights in two models, out of whatever holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lora_ext._checks import require
+from lora_ext.adapter import (
+    AdapterSource,
+    Factors,
+    LoraAdapter,
+    ModelSource,
+    ModelWeights,
+    factor_keys,
+    natural_order,
+    open_adapter,
+    parse_key,
+    patterns,
+)
+
+from ._projection import (
+    Projected,
+    ZeroAlignmentError,
+    check_finite,
+    check_floating,
+    check_shapes,
+    project_wide,
+    warn_of_identity,
+)
+from .config import SploraConfig
+
+#: An adapter, PEFT's folder, ``(config, state dict)``, or a state dict alone, with scaling 1.
+Source = LoraAdapter | AdapterSource | Mapping[str, Tensor]
+
+
+def read_adapter(where: str, source: Source) -> LoraAdapter:
+    """The adapter as a value; a factor without the other is a KeyError."""
+    if isinstance(source, LoraAdapter):
+        return source
+    if isinstance(source, Mapping):
+        source = _with_config(where, source)
+    with open_adapter(source) as (_, tensors):
+        factor_keys(where, tensors.infos)
+    return LoraAdapter.load(source)
+
+
+def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
+    """A state dict, of which all that is no factor is left out, and the configuration that says no
+    more than its tensors do: scaling is 1."""
+    keys = {key: parsed for key in state if (parsed := parse_key(key)) is not None}
+    if not keys:
+        found = ", ".join(list(state)[:4])
+        raise ValueError(f"{where}: expected names as <module>.lora_A.weight, found {found}")
+    ranks: dict[str, int] = {}
+    factor_keys(where, keys)
+    for key, (module, role, _) in keys.items():
+        check_floating(where, key, state[key])
+        if role in ("A.weight", "embedding_A"):
+            ranks[module] = state[key].shape[0] if state[key].dim() else 0
+            require(ranks[module] != 0, where, key, "a rank of at least 1", "0")
+    for key, (module, role, _) in keys.items():
+        if role == "B.weight":  # factor_keys has seen its A
+            shape, rank = tuple(state[key].shape), ranks[module]
+            fits = len(shape) != 2 or shape[1] == rank
+            require(fits, where, key, f"B (m, r) of the rank of A, which is {rank}", shape)
+    r, rank_pattern = patterns(ranks)
+    roles = {role for _, role, _ in keys.values()}
+    config = {
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": rank_pattern,
+        "lora_alpha": r,
+        "alpha_pattern": rank_pattern,
+        "target_modules": sorted(ranks),
+        "use_dora": "magnitude_vector" in roles,
+        "lora_bias": "B.bias" in roles,
+    }
+    return config, {key: state[key] for key in keys}
+
+
+# -------------------------------------------------------------------------------------------------
+# Layers that can be compared
+
+
+class Layer(NamedTuple):
+    """An adapted layer with the keys of its weights in both models."""
+
+    name: str
+    factors: Factors
+    base_key: str
+    aligned_key: str
+    transposed: bool  # the weights are stored as (n, m)
+
+
+#: What shows progress: takes the layers, gives them back one by one (``tqdm.tqdm``).
+Progress = Callable[[Iterable[Layer]], Iterable[Layer]]
+
+
+def project_layers(
+    where: str,
+    adapter: LoraAdapter,
+    base: ModelSource,
+    aligned: ModelSource,
+    config: SploraConfig,
+    progress: Progress,
+    names: Iterable[str] | None = None,
+    columns: Callable[[Factors], Tensor] = lambda factors: factors.b,
+) -> tuple[list[Layer], list[Projected]]:
+    """The layers, in the order of the model, and ``P B`` of each; as :func:`ediem_scores`.
+
+    All shapes are checked before any weight is read; then two weights are held at a time.
+
+    Args:
+        names: only these of the adapter's modules; default is all.
+        columns: what P is applied to, ``(m, k)``; default is B.
+    """
+    _refuse_other_kinds(where, adapter)
+    found: list[Layer] = []
+    projected: list[Projected] = []
+    identities: list[str] = []
+    said = adapter.config.fan_in_fan_out
+    with (
+        ModelWeights(base, f"{where}: base") as base_weights,
+        ModelWeights(aligned, f"{where}: aligned") as aligned_weights,
+    ):
+        wanted = sorted(adapter.modules if names is None else names, key=natural_order)
+        both = (base_weights.keys(wanted).values(), aligned_weights.keys(wanted).values())
+        layers: list[Layer] = []
+        for name, key, aligned_key in zip(wanted, *both, strict=True):
+            known = base_weights.is_transposed(key) or aligned_weights.is_transposed(aligned_key)
+            layers.append(Layer(name, adapter.modules[name], key, aligned_key, said or known))
+            shapes = base_weights.shape(key), aligned_weights.shape(aligned_key)
+            _check(f"{where}: {name}", layers[-1], *shapes)
+        for layer in progress(layers):
+            columns_of = columns(layer.factors)
+            try:
+                one = _project(where, layer, base_weights, aligned_weights, columns_of, config)
+            except ZeroAlignmentError:
+                if config.on_zero_alignment == "raise":
+                    raise
+                continue
+            found.append(layer)
+            projected.append(one)
+            if one.is_identity:
+                identities.append(layer.name)
+    if identities:
+        warn_of_identity(where, identities)
+    return found, projected
+
+
+def _project(
+    where: str,
+    layer: Layer,
+    base: ModelWeights,
+    aligned: ModelWeights,
+    columns: Tensor,
+    config: SploraConfig,
+) -> Projected:
+    """:func:`project_wide` of one layer; its two weights go before the next ones are read."""
+    w0, wa = base.read(layer.base_key), aligned.read(layer.aligned_key)
+    if layer.transposed:
+        w0, wa = w0.T, wa.T
+    return project_wide(f"{where}: {layer.name}", columns, w0, wa, config)
+
+
+def _check(where: str, layer: Layer, base: tuple[int, ...], aligned: tuple[int, ...]) -> None:
+    a, b = layer.factors.a, layer.factors.b
+    stored = (base[::-1], aligned[::-1]) if layer.transposed else (base, aligned)
+    check_shapes(where, b.shape, *stored, a.shape)
+    named = {"lora_A.weight": a, "lora_B.weight": b, "lora_B.bias": layer.factors.bias}
+    for name, t in named.items():
+        if t is not None:
+            check_floating(where, name, t)
+            check_finite(where, name, t)
+
+
+def _refuse_other_kinds(where: str, adapter: LoraAdapter) -> None:
+    kinds = {
+        "a DoRA magnitude": [n for n, f in adapter.modules.items() if f.magnitude is not None],
+        "an embedding": [n for n, f in adapter.modules.items() if f.embedding],
+        "a convolution": [n for n, f in adapter.modules.items() if f.a.dim() > 2],
+    }
+    for kind, names in kinds.items():
+        expected = "plain LoRA on linear layers"
+        found = f"{kind} at {', '.join(names[:4])}"
+        require(not names, where, "adapter", expected, found, NotImplementedError)

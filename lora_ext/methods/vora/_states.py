@@ -1,0 +1,99 @@
+"""Hooks on a language model: what its blocks compute, and what its prefill is given."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._checks import require
+
+from ._modalities import modality
+from .config import Pairing
+
+
+@contextlib.contextmanager
+def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list[Any]]:
+    """The hidden states that are distilled, of the forward inside the block: a list with
+    ``(B, T, d)`` for each of the decoder layers, of their outputs or ("released") their inputs.
+
+    They are taken raw: the last of transformers' ``hidden_states`` is after the final norm. A
+    forward of another thread leaves no trace.
+
+    Raises:
+        ValueError: from the forward, where a reentrant checkpoint runs a block without gradients.
+    """
+    states: list[Any] = [None] * len(blocks)
+    thread, trains = threading.get_ident(), torch.is_grad_enabled()
+
+    def keep(index: int, hidden: Any) -> None:
+        if threading.get_ident() != thread:
+            return
+        fits = not trains or torch.is_grad_enabled()
+        expected = "use_reentrant=False"
+        found = "a reentrant checkpoint, inside which nothing can be distilled"
+        require(fits, "VoraForCausalLM", "gradient_checkpointing_kwargs", expected, found)
+        states[index] = hidden[0] if isinstance(hidden, tuple) else hidden
+
+    def of_output(index: int, _: nn.Module, __: Any, output: Any) -> None:
+        keep(index, output)
+
+    def of_input(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(index, args[0] if args else kwargs["hidden_states"])
+
+    with contextlib.ExitStack() as hooks:
+        for index, block in enumerate(blocks):
+            if pairing == "output":
+                handle = block.register_forward_hook(partial(of_output, index))
+            else:
+                handle = block.register_forward_pre_hook(partial(of_input, index), with_kwargs=True)
+            hooks.enter_context(handle)
+        yield states
+
+
+@contextlib.contextmanager
+def prefill(
+    model: nn.Module, mask: Tensor | dict[str, Tensor] | None, vision_mask: Tensor | None
+) -> Iterator[None]:
+    """Give the prefill of ``model.generate`` its attention mask and its vision tokens.
+
+    The prefill is the forward that gets embeddings; decode steps get tokens, all of them text.
+    Beams and returned sequences come as so many rows of each sample in a row.
+
+    Args:
+        mask: ``(B, 1, T, T)`` additive, or one for each kind of layer; None leaves the model's own.
+        vision_mask: ``(B, T)`` for layers of route "vision"; None for no block.
+    """
+    thread, inside = threading.get_ident(), contextlib.ExitStack()
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or threading.get_ident() != thread:
+            return None
+
+        def each(tensor: Tensor) -> Tensor:  # of the rows that generate made of a sample
+            return tensor.repeat_interleave(len(embeds) // len(tensor), 0)
+
+        if vision_mask is not None:
+            inside.enter_context(modality(each(vision_mask)))
+        if isinstance(mask, dict):
+            kwargs = {**kwargs, "attention_mask": {kind: each(m) for kind, m in mask.items()}}
+        elif mask is not None:
+            kwargs = {**kwargs, "attention_mask": each(mask)}
+        return args, kwargs
+
+    def leave(*_: Any) -> None:
+        if threading.get_ident() == thread:
+            inside.close()
+
+    with (
+        inside,
+        model.register_forward_pre_hook(enter, with_kwargs=True),
+        model.register_forward_hook(leave, always_call=True),  # also where the forward raises
+    ):
+        yield

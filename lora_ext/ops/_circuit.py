@@ -1,0 +1,185 @@
+"""Probabilistic circuits whose parameters a network emits per row: likelihood and its gradient.
+
+Letters: ``B`` rows, ``K`` positions, ``C`` components (states), ``V`` vocabulary, ``M`` transition
+matrices. The kinds, their structure and the meaning of ``-inf``:
+:mod:`lora_ext.reference._circuit`.
+
+Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv 2511.11346).
+The one-pass scan is ours (docs/circuits.md).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import (
+    FLOATS,
+    require,
+    require_dim,
+    require_dtype,
+    require_shape,
+    require_tensor,
+)
+from lora_ext.reference import KINDS, CircuitScan, accumulator, num_transitions
+
+from ._registration import fake
+
+_c = torch.ops.lora_ext
+
+
+def check_circuit(
+    op: str, kind: str, leaf: Tensor, name: str, prior: Tensor | None, trans: Tensor | None
+) -> None:
+    """Refuse a kind that does not exist, and parameters that do not fit to ``leaf (B, K, C,
+    ...)``."""
+    require(kind in KINDS, op, "kind", "'ff', 'cp', 'hmm' or 'btree'", repr(kind))
+    require_dtype(op, name, leaf, *FLOATS)
+    rows, n_token, components = leaf.shape[:3]
+    require(kind != "ff" or components == 1, op, name, "one component for kind 'ff'", components)
+    matrices = num_transitions(kind, n_token)
+    what = f"the transitions of kind '{kind}' over {n_token} positions"
+    require(matrices <= 0 or trans is not None, op, "trans", what, None)
+    if prior is not None:
+        require_dtype(op, "prior", prior, *FLOATS)
+        require_shape(op, "prior", prior, "(B, C)", (rows, components))
+    if trans is not None:
+        require_dtype(op, "trans", trans, *(FLOATS if prior is None else (prior.dtype,)))
+        shape = rows, max(matrices, 0), components, components
+        require_shape(op, "trans", trans, "(B, M, C, C)", shape)
+
+
+def circuit_scan(
+    kind: str,
+    leaf: Tensor,
+    prior: Tensor | None = None,
+    trans: Tensor | None = None,
+    x: Tensor | None = None,
+) -> CircuitScan:
+    """Prefix marginals, conditionals and state posteriors of every window, in one pass.
+
+    With ``cur_k[z] = log p(state_k = z, x_<k)`` and ``e_k[z] = log softmax(leaf_{k,z})[x_k]``:
+    ``prefix_k = logsumexp_z(cur_k + e_k)``, ``posterior_k = softmax(cur_k)``.
+
+    Differentiable once in ``leaf``, ``prior`` and ``trans`` through ``prefix`` and ``conditional``;
+    ``posterior`` carries no gradient. What is impossible has ``-inf`` and gradient zero. No tensor
+    of the size of ``leaf`` is made but its gradient. A row's bits do not depend on its batch or on
+    threads. Logits of ``+inf`` or NaN make their row NaN.
+
+    Args:
+        kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``.
+        leaf: ``(B, K, C, V)`` logits, float32, float16, bfloat16, or float64 on the CPU; or, when
+            ``x`` is None, ``(B, K, C)`` log-probabilities of the observed tokens. ``C = 1`` for
+            ``ff``. A batch stride of any size, 0 included, is read in place, here and below.
+        prior: ``(B, C)`` logits of any of these dtypes, or None: all components alike.
+        trans: ``(B, M, C, C)`` logits in the dtype of ``prior``, row = parent state; None where
+            ``M = 0``. ``M`` is ``K - 1`` for ``hmm``, ``K - 2`` for ``btree``, else 0.
+        x: ``(B, K)`` int64, each in ``[-1, V)``; -1 marginalises the position. Not range-checked on
+            CUDA outside of debug mode, where a token out of range counts as -1.
+
+    Returns:
+        :class:`CircuitScan` of ``prefix (B, K)``, ``conditional (B, K)`` and ``posterior
+        (B, K, C)``, float32 (float64 for float64 ``leaf``), computed in that precision.
+
+    Raises:
+        ValueError: if a kind, shape, dtype, device or token is wrong, naming the argument.
+        RuntimeError: on double backward.
+
+    Source: arXiv 2511.11346, section 3; the scan for all prefixes at once: docs/circuits.md.
+    """
+    if x is None:
+        e = leaf if leaf.dtype == torch.float64 else leaf.float()
+    else:
+        e = _c.circuit_leaf.default(leaf, x)[0]  # (B, K, C)
+    return CircuitScan(*_c.circuit_scan.default(kind, e, prior, trans)[:3])
+
+
+@fake("circuit_leaf")
+def _fake_leaf(leaf: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    require_tensor("circuit_leaf", "leaf", leaf, "(B, K, C, V)", None, *FLOATS)
+    require_tensor("circuit_leaf", "x", x, "(B, K)", leaf.shape[:2], torch.int64)
+    e = leaf.new_empty(leaf.shape[:3], dtype=accumulator(leaf.dtype))
+    return e, e.new_empty(2, *e.shape)
+
+
+@fake("circuit_leaf_backward")
+def _fake_leaf_backward(de: Tensor, leaf: Tensor, *_: Any) -> Tensor:
+    return leaf.new_empty(leaf.shape)
+
+
+@fake("circuit_scan")
+def _fake_scan(
+    kind: str, e: Tensor, prior: Tensor | None, trans: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    require_dtype("circuit_scan", "e", e, torch.float32, torch.float64)
+    require_dim("circuit_scan", "e", e, "(B, K, C)")
+    check_circuit("circuit_scan", kind, e, "e", prior, trans)
+    rows, n_token, components = e.shape
+    tree = kind == "btree" and n_token > 2
+    slots = 3 * (n_token - 2) if tree else n_token
+    return (
+        e.new_empty(rows, n_token),
+        e.new_empty(rows, n_token),
+        e.new_empty(e.shape),
+        e.new_empty((rows, slots, components) if save else (0,)),
+    )
+
+
+@fake("circuit_scan_backward")
+def _fake_scan_backward(
+    dprefix: Any, dconditional: Any, kind: str, e: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    prior, trans, _, need_prior, need_trans = rest
+    dprior, dtrans = (
+        t.new_empty(t.shape) if need and t is not None else e.new_empty(0)
+        for t, need in ((prior, need_prior), (trans, need_trans))
+    )
+    return e.new_empty(e.shape), dprior, dtrans
+
+
+def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
+    """Log-probabilities of the observed tokens under a linear head, without its logits in memory.
+
+    ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, 0 where ``x`` is -1: what
+    :func:`circuit_scan` takes as ``leaf`` when its own ``x`` is None.
+
+    Differentiable once in ``h`` and ``emit``. Forward and backward go position by position through
+    chunks of rows whose ``(rows, C, V)`` logits, in the dtype of ``h``, fit into 64 MiB (one row at
+    least): a GEMM of the library into one buffer, then the leaf kernels in place; the backward
+    computes the logits again. Sums over positions and chunks are kept in float32. The bits of a
+    library's GEMM may depend on batch and threads, and with them those of the result.
+
+    Args:
+        h: ``(B, D)`` float16, bfloat16, float32, or float64 on the CPU.
+        emit: ``(K, C, V, D)``, dtype and device of ``h``: one unembedding per (k, z).
+        x: ``(B, K)`` int64, each in ``[-1, V)``, as in :func:`circuit_scan`.
+
+    Returns:
+        ``(B, K, C)`` float32 (float64 for float64).
+
+    Raises:
+        ValueError: if a shape, dtype, device or token is wrong, naming the argument.
+        RuntimeError: on double backward.
+
+    Source: arXiv 2511.11346, the full-rank linear head.
+    """
+    return _c.emission_gather.default(h, emit, x)
+
+
+@fake("emission_gather")
+def _fake_emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
+    require_tensor("emission_gather", "h", h, "(B, D)", None, *FLOATS)
+    require_tensor("emission_gather", "emit", emit, "(K, C, V, D)", None, h.dtype)
+    require_shape("emission_gather", "h", h, "(B, D)", (h.shape[0], emit.shape[3]))
+    require_tensor("emission_gather", "x", x, "(B, K)", (h.shape[0], emit.shape[0]), torch.int64)
+    return h.new_empty(h.shape[0], *emit.shape[:2], dtype=accumulator(h.dtype))
+
+
+@fake("emission_gather_backward")
+def _fake_emission_gather_backward(
+    de: Tensor, h: Tensor, emit: Tensor, x: Tensor, need_h: bool, need_emit: bool
+) -> tuple[Tensor, Tensor]:
+    dh, demit = (
+        t.new_empty(t.shape if need else 0) for t, need in ((h, need_h), (emit, need_emit))
+    )
+    return dh, demit

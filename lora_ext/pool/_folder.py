@@ -1,0 +1,132 @@
+"""Adapters of one folder by name, for servers: nothing outside it is read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+
+from lora_ext._checks import require
+from lora_ext.rows import UnknownAdapterError
+
+from ._residence import BASE
+from .pool import AdapterPool
+
+_log = logging.getLogger(__name__)
+_LONGEST = 200  # characters of a name; most file systems take 255 bytes
+
+
+class AdapterFolder:
+    """Loads adapters from below one folder. Names and paths may come from strangers.
+
+    Args:
+        pool: that serves them. root: the folder.
+
+    Every method may be called from any thread, and waits while another one loads. An error names an
+    adapter and no path but what the caller gave; what is wrong with its files is logged.
+    """
+
+    def __init__(self, pool: AdapterPool, root: str | os.PathLike[str]):
+        self.pool = pool
+        self.root = Path(root).resolve(strict=True)
+        self._paths: dict[str, Path] = {}  # of the names that were loaded
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """Names of the folders that look like adapters, sorted; none of them is read."""
+        found = sorted(file.parent.name for file in self.root.glob("*/adapter_config.json"))
+        return [name for name in found if self._has(name)]
+
+    def load(self, name: str, path: str | os.PathLike[str] | None = None) -> None:
+        """Load an adapter, or replace the one of that name for whoever comes from now on.
+
+        Args:
+            name: what a folder may be called: printable, without slashes, of at most 200 characters
+                and not ``"__base__"``. path: below the folder; default is the name.
+
+        Raises:
+            ValueError: another name, a path that leads out of the folder, or files that
+                :meth:`AdapterPool.load` refuses.
+            FileNotFoundError: nothing there. PoolFullError: all that could make way is pinned.
+        """
+        _check_name(name)
+        found = self._checked(name if path is None else path)
+        with self._lock:
+            self._load(name, found)
+
+    def ready(self, name: str) -> None:
+        """See that the pool knows a name: where it does not, load it again, or the folder of that
+        name.
+
+        Raises:
+            UnknownAdapterError: there is none. And what :meth:`load` raises for what is in it.
+        """
+        with self._lock:
+            if name in self.pool:
+                return
+            if name not in self._paths and not self._has(name):
+                raise UnknownAdapterError(
+                    f"AdapterFolder: adapter {name!r:.200} is not loaded; {self.root.name!r} has "
+                    "no folder of that name"
+                )
+            self._load(name, self._paths.get(name) or self._checked(name))
+
+    def unload(self, name: str) -> None:
+        """Forget a name. Whoever has pinned the adapter keeps it.
+
+        Raises:
+            UnknownAdapterError: a name that is not loaded.
+        """
+        with self._lock:
+            known = self._paths.pop(name, None)
+            if known is None or name in self.pool:
+                self.pool.unload(name)
+
+    def _load(self, name: str, path: Path) -> None:
+        change = self.pool.update if name in self.pool else self.pool.load
+        try:
+            change(name, path)
+        except (ValueError, NotImplementedError, OSError) as error:
+            _log.warning("adapter %r is not loaded: %s", name, error)
+            raise ValueError(
+                f"AdapterFolder: adapter {name!r}: expected files of an adapter for this model, "
+                "found others; the log says which and why"
+            ) from error
+        self._paths[name] = path
+
+    def _has(self, name: str) -> bool:
+        try:
+            _check_name(name)
+            return bool(self._checked(name))
+        except (ValueError, FileNotFoundError):
+            return False
+
+    def _checked(self, path: str | os.PathLike[str]) -> Path:
+        """A folder below the root; with links followed, all its files are there too."""
+        try:
+            found = (self.root / path).resolve()
+            inside = self.root in found.parents and all(
+                self.root in file.resolve().parents for file in found.glob("*")
+            )
+            missing = inside and not found.is_dir()
+        except (OSError, RuntimeError, ValueError):  # a loop of links, a path that cannot be one
+            found, inside, missing = self.root, False, False
+        expected = f"a folder below {self.root.name!r} without links that lead out of it"
+        require(inside, "AdapterFolder", "path", expected, f"{str(path)!r:.200}")
+        if missing:
+            raise FileNotFoundError(
+                f"AdapterFolder: path: expected a folder below {self.root.name!r}, found none at "
+                f"{str(path)!r:.200}"
+            )
+        return found
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that no folder has: it would be lost with the process."""
+    named = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LONGEST
+    if not named or name in (BASE, "..") or Path(name).name != name:
+        raise ValueError(
+            f"AdapterFolder: name: expected what a folder may be called, printable and of at most "
+            f"{_LONGEST} characters, and not {BASE!r}, found {name!r:.200}"
+        )

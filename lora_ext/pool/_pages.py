@@ -1,0 +1,298 @@
+"""Pages of eight ranks: adapters read into them, and what a module keeps of them.
+
+A page holds 8 consecutive ranks of one module, the last one of an adapter filled up with zeros::
+
+    a_pages[q, j, :] = lora_A[8p + j, :]      (P, 8, I)
+    b_pages[q, :, j] = lora_B[:, 8p + j]      (P, O, 8)      q = page_table[slot, p]
+
+``csrc/include/lora_ext/lora.h`` reads the same layout.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_ext.adapter import (
+    AdapterConfig,
+    AdapterSource,
+    Factors,
+    LinearSpec,
+    ModelIndex,
+    Replaced,
+    read_adapter,
+)
+
+from ._memory import memory_on
+
+PAGE = 8
+
+
+def page_count(rank: int) -> int:
+    """Pages of an adapter of this rank."""
+    return -(-rank // PAGE)
+
+
+def page_bytes(spec: LinearSpec) -> int:
+    """Bytes of one page of a module, ``8 * (I + O) * itemsize``."""
+    return PAGE * (spec.in_features + spec.out_features) * spec.dtype.itemsize
+
+
+def descending(pages: Iterable[int]) -> list[int]:
+    """As lists of free pages are: :class:`Slab`."""
+    return sorted(pages, reverse=True)
+
+
+def in_words(nbytes: int) -> str:
+    """``20.0 GiB`` and the like."""
+    size, unit = float(nbytes), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+@dataclass(frozen=True)
+class PackedModule:
+    """One module of one adapter in host memory, in page format."""
+
+    a: Tensor  # (n, 8, I); of experts (E * n, 8, I), expert by expert
+    b: Tensor  # (n, O, 8); (E * n, O, 8)
+    bias: Tensor | None  # (O,)
+    rank: int
+    scale: float
+    magnitude: Tensor | None = None  # (O,), of magnitude_dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pages, bias and magnitude."""
+        tensors = (self.a, self.b, self.bias, self.magnitude)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """A whole adapter in host memory, checked and packed."""
+
+    config: AdapterConfig
+    modules: dict[str, PackedModule]
+    replaced: dict[str, Replaced] = field(default_factory=dict)
+    leftover: tuple[str, ...] = ()  # what strict=False skipped
+
+    @property
+    def rank(self) -> int:
+        """The largest of its modules."""
+        return max((part.rank for part in self.modules.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pages, biases, magnitudes and replaced modules."""
+        return sum(part.nbytes for part in (*self.modules.values(), *self.replaced.values()))
+
+
+def read_packed(
+    source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool = True
+) -> PackedAdapter:
+    """:func:`lora_ext.adapter.read_adapter` into pages, one module after the other; a ValueError
+    also for values that the dtype of the pages cannot hold."""
+    modules: dict[str, PackedModule] = {}
+    replaced: dict[str, Replaced] = {}
+    with read_adapter(source, index, max_rank, strict) as adapter:
+        for spec, factors in adapter.modules():
+            packed = modules[spec.name] = pack(spec, factors)
+            for part in ("a", "b", "bias", "magnitude"):
+                # After the conversion, so that what float16 cannot hold is found as well.
+                _check_finite(getattr(packed, part), adapter.where_is(spec.name, part))
+        for spec, whole in adapter.replaced():
+            kept = whole.each(functools.partial(_host, spec))
+            argument = "modules_to_save" if whole.rows is None else "trainable_token_indices"
+            for values in kept:
+                _check_finite(values, f"AdapterPool: {argument}: {spec.name}")
+            replaced[spec.name] = kept
+    return PackedAdapter(adapter.config, modules, replaced, adapter.leftover)
+
+
+def _check_finite(values: Tensor | None, where: str) -> None:
+    if values is not None and not torch.isfinite(values).all():
+        raise ValueError(f"{where}: expected finite values in {values.dtype}, found NaN or inf")
+
+
+def _host(spec: LinearSpec, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy in host memory, pinned where it goes on to a CUDA device; floating values have the
+    dtype of the pages unless another one is given."""
+    if dtype is None:
+        dtype = spec.dtype if values.is_floating_point() else values.dtype
+    pin = spec.device.type == "cuda"
+    return torch.empty(values.shape, dtype=dtype, pin_memory=pin).copy_(values)
+
+
+def magnitude_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of DoRA's magnitudes beside pages of ``dtype``: never less than float32, as in PEFT."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
+    """Cut ``a`` (E * r, I) and ``b`` (O, r * E) into pages in (pinned) host memory."""
+    a, b, experts, pin = factors.a, factors.b, spec.experts, spec.device.type == "cuda"
+    rank = a.shape[0] // experts
+    n, count = page_count(rank), page_count(rank) * experts
+    a_pages = torch.zeros(count, PAGE, a.shape[1], dtype=spec.dtype, pin_memory=pin)
+    b_pages = torch.zeros(count, b.shape[0], PAGE, dtype=spec.dtype, pin_memory=pin)
+    a_pages.view(experts, n * PAGE, -1)[:, :rank].copy_(a.view(experts, rank, -1))
+    each_b = b.view(-1, rank, experts).permute(2, 0, 1)  # (E, O, r)
+    for p in range(n):
+        ranks = each_b[..., p * PAGE : (p + 1) * PAGE]  # (E, O, <= 8)
+        b_pages.view(experts, n, -1, PAGE)[:, p, :, : ranks.shape[2]].copy_(ranks)
+    bias, magnitude = factors.bias, factors.magnitude
+    if bias is not None:
+        bias = _host(spec, bias)
+    if magnitude is not None:
+        magnitude = _host(spec, magnitude, magnitude_dtype(spec.dtype))
+    return PackedModule(a_pages, b_pages, bias, rank, factors.scaling, magnitude)
+
+
+def unpack(
+    a_pages: Tensor, b_pages: Tensor, pages: Sequence[int], rank: int
+) -> tuple[Tensor, Tensor]:
+    """The factors that lie in pages, ``lora_A`` (r, I) and ``lora_B`` (O, r): copies.
+
+    Args:
+        a_pages, b_pages: of a :class:`ModuleSlab`.
+        pages: the numbers in a row of its ``page_table`` that are not -1.
+        rank: of the adapter, from ``ranks``.
+    """
+    index = torch.as_tensor(pages, dtype=torch.int64, device=a_pages.device)
+    a = a_pages[index].flatten(0, 1)  # (8n, I)
+    b = b_pages[index].permute(1, 0, 2).flatten(1)  # (O, 8n)
+    return a[:rank], b[:, :rank]
+
+
+@dataclass
+class ModuleSlab:
+    """What the serving layer reads on every forward, for one module.
+
+    The tensors are None until an adapter that targets the module is loaded, and the very same
+    tensors from then on, so a captured CUDA graph may hold their addresses. (``bias`` and
+    ``magnitude`` appear by themselves, when the first adapter with ``lora_bias`` or ``use_dora``
+    arrives.) The rows of a slot change only while nobody has it pinned. The adapter of slot s adds
+    ``scale[s] * (B A x + bias[s])``: the bias is PEFT's, not yet scaled. A slot in ``dora`` also
+    brings the rows of the weight, ``scale[s] * B A`` included, to the lengths ``magnitude[s]``.
+
+    A parameter of ``E`` experts has E rows of the tables for each slot: those of slot s begin at
+    ``s * E``, and S stands for ``slots * E`` there.
+    """
+
+    in_features: int
+    out_features: int
+    a_pages: Tensor | None = None  # (P, 8, I)
+    b_pages: Tensor | None = None  # (P, O, 8)
+    page_table: Tensor | None = None  # int32 (S, ceil(max_rank / 8)), -1 = none
+    ranks: Tensor | None = None  # int32 (S,), 0 = the slot's adapter leaves this module alone
+    scale: Tensor | None = None  # float32 (S,), alpha / r or alpha / sqrt(r)
+    bias: Tensor | None = None  # (S, O), or None while no adapter has one
+    magnitude: Tensor | None = None  # (S, O), or None while no adapter has one
+    version: int = 0  # counts publications that touch this module
+    # Slots whose adapter is a DoRA one here, with the version that published them. On the host, and
+    # replaced, never changed: a forward learns without waiting whether there is anything to do.
+    dora: Mapping[int, int] = field(default_factory=dict)
+    # Weight and bias of the slots whose adapter replaces the module; likewise never changed.
+    replaced: Mapping[int, Replaced] = field(default_factory=dict)
+    was_replaced: bool = False  # by any adapter so far: a compiled graph is made anew once
+    experts: int = 1  # E
+
+
+class TableBlock:
+    """Tables of the modules, all of so many experts, that one load targets first: to publish a
+    slot is three copies. All slots are empty at first."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        slots: int,
+        max_pages: int,
+        device: torch.device,
+        experts: int,
+    ):
+        m, slots = len(names), slots * experts
+        self.names, self.experts = names, experts
+        self.page_table = torch.full((m, slots, max_pages), -1, dtype=torch.int32, device=device)
+        self.ranks = torch.zeros(m, slots, dtype=torch.int32, device=device)
+        self.scale = torch.zeros(m, slots, dtype=torch.float32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three tables."""
+        return self.page_table.nbytes + self.ranks.nbytes + self.scale.nbytes
+
+    def rows(
+        self, slot: int, pages: dict[str, list[int]], modules: dict[str, PackedModule]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Copies (destination, source) that make ``slot`` say what ``modules`` says."""
+        m, pin, experts = len(self.names), self.ranks.is_cuda, self.experts
+        shape = m, experts, self.page_table.shape[2]
+        table = torch.full(shape, -1, dtype=torch.int32, device="cpu", pin_memory=pin)
+        ranks = torch.zeros(m, experts, dtype=torch.int32, device="cpu", pin_memory=pin)
+        scale = torch.zeros(m, experts, dtype=torch.float32, device="cpu", pin_memory=pin)
+        for i, name in enumerate(self.names):
+            packed = modules.get(name)
+            if packed is not None:
+                own = torch.tensor(pages[name], dtype=torch.int32).view(experts, -1)
+                table[i, :, : own.shape[1]] = own
+                ranks[i], scale[i] = packed.rank, packed.scale
+        slots = slice(slot * experts, (slot + 1) * experts)
+        return [
+            (self.page_table[:, slots], table),
+            (self.ranks[:, slots], ranks),
+            (self.scale[:, slots], scale),
+        ]
+
+
+class Slab:
+    """The pool's own half of a module: its memory and its free pages.
+
+    A and B of a page lie side by side, so that one piece of memory is a number of whole pages. The
+    pages that are used are the first ones, as far as possible, and only they are backed.
+
+    Attributes:
+        a, b: ``(P, 8, I)`` and ``(P, O, 8)``, for the life of the pool; uninitialised: no table row
+            points at a page that was not written.
+        free: pages without an owner, the highest first.
+    """
+
+    def __init__(self, spec: LinearSpec, pages: int):
+        self.pages = pages
+        self.page_bytes = page_bytes(spec)
+        self.bias: Tensor | None = None
+        self.magnitude: Tensor | None = None
+        self.free = list(range(pages - 1, -1, -1))
+        try:
+            self.memory = memory_on(spec.device, pages * self.page_bytes)
+        except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is one
+            raise MemoryError(
+                f"AdapterPool: pages: expected room for {pages} pages of {spec.name!r} "
+                f"({in_words(pages * self.page_bytes)}), found none ({error}); "
+                "pass a smaller pages="
+            ) from error
+        i, o = spec.in_features, spec.out_features
+        values = self.memory.tensor.view(spec.dtype)
+        page = PAGE * (i + o)
+        # Not views: torch.compile looks twice at inputs that are.
+        self.a, self.b = (
+            values.new_empty(0).set_(values.untyped_storage(), start, size, (page, size[2], 1))
+            for start, size in ((0, (pages, PAGE, i)), (PAGE * i, (pages, o, PAGE)))
+        )
+
+    def bytes_for(self, free: Sequence[int], round_up: int = 1) -> int:
+        """Bytes of memory without which a page is missing, where these are free, the highest
+        first, and the rest is rounded up to a multiple of so many pages."""
+        # The pages at the end that are free: entry i is the page P - 1 - i, up to the first gap.
+        used = self.pages - bisect(
+            range(len(free)), False, key=lambda i: free[i] != self.pages - 1 - i
+        )
+        return self.memory.rounded(-(-used // round_up) * round_up * self.page_bytes)

@@ -1,0 +1,205 @@
+"""Where a new adapter goes: slot, pages, the bytes behind them, and who makes way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lora_ext.adapter import Replaced
+
+from ._pages import (
+    PackedAdapter,
+    Slab,
+    TableBlock,
+    descending,
+    in_words,
+    magnitude_dtype,
+)
+from ._store import PageStore, Placement, Resident
+
+_AHEAD = 8  # memory grows by so many pages of a module: 64 ranks
+
+
+class PoolFullError(RuntimeError):
+    """No room, and nothing unpinned that could make way."""
+
+
+def find_place(
+    store: PageStore, name: str, packed: PackedAdapter, order: Iterable[Resident]
+) -> Placement:
+    """Choose slot, pages and victims for an adapter: residents in this order, but for pinned ones.
+
+    Raises:
+        PoolFullError: says what would be needed, who holds it, and what to do.
+    """
+    need = {module: part.a.shape[0] for module, part in packed.modules.items()}
+    for module, count in need.items():
+        experts = store.index.specs[module].experts
+        if count > store.pages * experts:
+            raise PoolFullError(
+                f"AdapterPool: {name!r} needs {count // experts} pages of {module}, "
+                f"the pool has pages={store.pages}; make the pool with at least so many"
+            )
+    search = _Search(store, need, packed)
+    victims: list[Resident] = []
+    slots = store.free_slots
+    for resident in order:
+        lacking, missing = search.lacking(), search.missing_bytes()
+        if slots and not lacking and not missing:
+            break
+        if resident.pins or (slots and not missing and lacking.isdisjoint(resident.pages)):
+            continue  # in use, or of no help
+        victims.append(resident)
+        slots = [*slots, resident.slot]
+        search.without(resident)
+    wanted = [] if slots else [f"one of max_slots={store.max_slots} slots"]
+    for module in sorted(search.lacking())[:3]:
+        found = len(search.free[module])
+        wanted.append(f"{need[module]} pages of {module} ({found} can be freed)")
+    if not wanted and search.missing_bytes():
+        wanted.append(f"{in_words(search.missing_bytes())} more than max_bytes leaves")
+    if wanted:
+        raise PoolFullError(_full(store, name, wanted))
+    return search.placement(slots[-1], victims, packed)
+
+
+def _full(store: PageStore, name: str, wanted: list[str]) -> str:
+    pinned = [r for r in store.residents if r is not None and r.pins]
+    names = sorted({r.name for r in pinned})
+    held = in_words(sum(r.nbytes for r in pinned))
+    limit = "no max_bytes" if store.max_bytes is None else f"max_bytes={store.max_bytes}"
+    count = f"{len(names)} adapter{'s' * (len(names) != 1)}"
+    others = f"the rest is pinned, by {count}: {names[:8]}"
+    return (
+        f"AdapterPool: {name!r} needs {' and '.join(wanted)}, but "
+        f"{others if names else 'no adapter is there to make way'}. "
+        f"With max_slots={store.max_slots}, "
+        f"pages={store.pages} and {limit}, {in_words(store.reserved_bytes)} are reserved, {held} "
+        "of it pinned; release leases and leave blocks, or make the pool with more room"
+    )
+
+
+class _Search:
+    """Free pages and bytes as they would be, while victims are chosen."""
+
+    def __init__(self, store: PageStore, need: dict[str, int], packed: PackedAdapter):
+        self.store, self.need = store, need  # pages by module
+        specs = store.index.specs
+        self.new = {
+            m: Slab(specs[m], store.pages * specs[m].experts) for m in need.keys() - store.slabs
+        }
+        self.slabs = store.slabs | self.new
+        self.free = {module: list(self.slabs[module].free) for module in need}
+        self.tables = _new_blocks(store, self.new), *_new_vectors(store, self.slabs, packed)
+        blocks, biases, magnitudes = self.tables
+        new = (*blocks, *biases.values(), *magnitudes.values(), *packed.replaced.values())
+        self.others = store.table_bytes + store.replaced_bytes + sum(each.nbytes for each in new)
+
+    def lacking(self) -> set[str]:
+        """Modules with too few free pages."""
+        return {module for module, count in self.need.items() if len(self.free[module]) < count}
+
+    def missing_bytes(self) -> int:
+        """Bytes above the limit, if no page is backed beyond the last one in use."""
+        limit = self.store.max_bytes
+        if limit is None or self.lacking():
+            return 0
+        return max(0, sum(self._least(m) for m in self.slabs) + self.others - limit)
+
+    def _least(self, module: str, round_up: int = 1) -> int:
+        slab = self.slabs[module]
+        free = self.free.get(module, slab.free)
+        return slab.bytes_for(free[: len(free) - self.need.get(module, 0)], round_up)
+
+    def without(self, resident: Resident) -> None:
+        """A resident makes way."""
+        self.others -= self.store.replaced_bytes_of(resident.slot)
+        for module, pages in resident.pages.items():
+            free = self.free.get(module, self.store.slabs[module].free)
+            self.free[module] = descending([*free, *pages])
+
+    def placement(self, slot: int, victims: list[Resident], packed: PackedAdapter) -> Placement:
+        """What was found."""
+        sizes = self._sizes()
+        pages = {m: [self.free[m].pop() for _ in range(count)] for m, count in self.need.items()}
+        rooms = {m: _room_for(self.store, m, whole) for m, whole in packed.replaced.items()}
+        return Placement(slot, pages, self.free, victims, self.new, *self.tables, rooms, sizes)
+
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        """Bytes behind the pages of each module whose bytes change, now and then: in steps of some
+        pages where that fits, else as many as are needed, else nowhere more than are needed."""
+        kept = {module: slab.memory.backed for module, slab in self.slabs.items()}
+        ahead, exact = (
+            kept | {module: max(kept[module], self._least(module, step)) for module in self.need}
+            for step in (_AHEAD, 1)
+        )
+        trimmed = {module: self._least(module) for module in self.slabs}
+        limit = self.store.max_bytes
+        fits = (
+            s for s in (ahead, exact) if limit is None or sum(s.values()) + self.others <= limit
+        )
+        sizes = next(fits, trimmed)
+        return {m: (kept[m], size) for m, size in sizes.items() if size != kept[m]}
+
+
+def _room_for(store: PageStore, module: str, whole: Replaced) -> Replaced:
+    device = store.index.modules[module].device
+    try:
+        return whole.each(lambda t: torch.empty_like(t, device=device))
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        raise MemoryError(
+            f"AdapterPool: expected room for {module} of an adapter that replaces it "
+            f"({in_words(whole.nbytes)}), found none ({error}); unload other adapters"
+        ) from error
+
+
+def _new_blocks(store: PageStore, new: Iterable[str]) -> list[TableBlock]:
+    together: dict[tuple[torch.device, int], list[str]] = {}
+    for module in new:
+        spec = store.index.specs[module]
+        together.setdefault((spec.device, spec.experts), []).append(module)
+    return [
+        TableBlock(names, store.max_slots, store.max_pages, device, experts)
+        for (device, experts), names in together.items()
+    ]
+
+
+def _new_vectors(
+    store: PageStore, slabs: dict[str, Slab], packed: PackedAdapter
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Biases and magnitudes (S, O) of modules that had none so far."""
+    biases, magnitudes = {}, {}
+    for module, part in packed.modules.items():
+        slab = slabs[module]
+        shape = store.max_slots, slab.b.shape[1]
+        dtype, device = slab.b.dtype, slab.b.device
+        if part.bias is not None and slab.bias is None:
+            biases[module] = torch.zeros(shape, dtype=dtype, device=device)
+        if part.magnitude is not None and slab.magnitude is None:
+            magnitudes[module] = torch.zeros(shape, dtype=magnitude_dtype(dtype), device=device)
+    return biases, magnitudes
+
+
+def resize(store: PageStore, place: Placement) -> None:
+    """Give pages the bytes that it needs there. What is taken away has belonged to its victims.
+    After a MemoryError what was changed by then is for :func:`set_sizes`."""
+    try:
+        set_sizes(store, place, {module: after for module, (_, after) in place.sizes.items()})
+    except RuntimeError as error:
+        more = in_words(sum(after - before for before, after in place.sizes.values()))
+        raise MemoryError(
+            f"AdapterPool: expected room for {more} of pages beside the "
+            f"{in_words(store.reserved_bytes)} that are reserved, found less ({error}); unload "
+            "adapters, or pass max_bytes=, within which adapters make way for each other"
+        ) from error
+
+
+def set_sizes(store: PageStore, place: Placement, sizes: dict[str, int]) -> None:
+    """Back the pages of each module by so many bytes, or raise RuntimeError; with those of before,
+    undo a resize."""
+    slabs = store.slabs | place.slabs
+    # What is given back comes first, for what is taken.
+    for module, size in sorted(sizes.items(), key=lambda s: s[1] - slabs[s[0]].memory.backed):
+        slabs[module].memory.resize(size)

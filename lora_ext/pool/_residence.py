@@ -1,0 +1,317 @@
+"""Where each adapter of a pool is, in a slot or in host memory, who holds it, and which one makes
+way."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+import time
+from collections import Counter, OrderedDict, UserDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from lora_ext._checks import require
+from lora_ext.rows import UnknownAdapterError
+
+from ._pages import PackedAdapter
+from ._placement import find_place, resize, set_sizes
+from ._store import PageStore, Placement, Resident
+
+BASE = "__base__"  # PEFT's name for "no adapter"
+NO_SLOT = -1
+_REMEMBERED = 1024  # names of adapters that were let go, for errors
+
+
+class PoolLock:
+    """One thread at a time, as often as it likes.
+
+    Python may collect garbage anywhere: a generator that was dropped inside a block then lets its
+    adapters go in the middle of a load by the same thread, which this lock does not stop. So what
+    lets adapters go is put off until the thread is done: :meth:`at_end`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._jobs: deque[Callable[[], None]] = deque()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            while self._depth == 1 and self._jobs:
+                self._jobs.popleft()()
+        finally:
+            self._depth -= 1
+            self._lock.release()
+
+    def at_end(self, job: Callable[[], None]) -> None:
+        """Do something when the thread, which has the lock, leaves it; what it raises is raised
+        there."""
+        self._jobs.append(job)
+
+
+class HostCache(UserDict[str, PackedAdapter]):
+    """Adapters by name, the least recently used first. Above ``limit`` bytes of pages :meth:`put`
+    lets them go."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit = limit
+        self.nbytes = 0  # of all that is here
+        self.dropped = 0  # how many were let go so far
+        self.let_go: OrderedDict[str, None] = OrderedDict()  # the last of them
+
+    def __setitem__(self, name: str, adapter: PackedAdapter) -> None:
+        super().__setitem__(name, adapter)
+        self.nbytes += adapter.nbytes
+
+    def __delitem__(self, name: str) -> None:
+        self.nbytes -= self[name].nbytes
+        super().__delitem__(name)
+
+    def put(self, name: str, adapter: PackedAdapter) -> None:
+        """Keep an adapter; let the least recently used go until all fits, itself at last."""
+        self[name] = adapter
+        while self.nbytes > self.limit:
+            gone = next(iter(self))
+            del self[gone]
+            self.dropped += 1
+            self.let_go[gone] = None
+            while len(self.let_go) > _REMEMBERED:
+                self.let_go.popitem(last=False)
+
+    def forget(self, name: str) -> None:
+        """Take an adapter out, if it is here, and no longer tell that one of that name was let
+        go."""
+        self.let_go.pop(name, None)
+        self.pop(name, None)
+
+
+class Residence:
+    """Adapters by name. Its lock, that of all that the pool has, is held around every method."""
+
+    def __init__(self, store: PageStore, host_cache_bytes: int):
+        self.lock = PoolLock()
+        #: What is in a slot, the least recently used first.
+        self.by_name: OrderedDict[str, Resident] = OrderedDict()
+        self.cache = HostCache(host_cache_bytes)  # what is not
+        self.counts = Counter(loads=0, evictions=0, cache_hits=0)
+        self._store = store
+
+    @property
+    def names(self) -> list[str]:
+        """All that are known."""
+        return [*self.by_name, *self.cache]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.by_name or name in self.cache
+
+    def check_new(self, name: str) -> None:
+        """Refuse what is no name, or one that is known."""
+        if not isinstance(name, str) or not name or name == BASE:
+            raise ValueError(
+                f"AdapterPool: name: expected a non-empty name but {BASE!r}, found {name!r}"
+            )
+        if name in self:
+            raise ValueError(f"AdapterPool: name: {name!r} is loaded already; update() replaces it")
+
+    def check_known(self, names: Iterable[str]) -> None:
+        """Refuse names that are not known."""
+        for name in names:
+            if name in self:
+                continue
+            known = self.names
+            close = difflib.get_close_matches(str(name), known)
+            hint = f"; close matches: {close}" if close else f"; {len(known)} are loaded"
+            if name in self.cache.let_go:
+                hint = "; it was evicted, and host_cache_bytes had no room for it: load it again"
+            raise UnknownAdapterError(f"AdapterPool: adapter {name!r} is not loaded{hint}")
+
+    def forget(self, name: str) -> None:
+        """The name is gone; so are slot and pages, now or with the last pin."""
+        self.cache.forget(name)
+        if name in self.by_name:
+            self._retire(self.by_name.pop(name))
+
+    def bring_back(self, names: Sequence[str | None], absent: list[str]) -> None:
+        """Install evicted adapters, none at the cost of another that the caller named."""
+        self.check_known(absent)
+        held = [self.by_name[n] for n in set(names) if n is not None and n in self.by_name]
+        for resident in held:
+            resident.pins += 1
+        # Out of the cache first: what is evicted for one of them must not push out the next.
+        wanted = {name: self.cache.pop(name) for name in dict.fromkeys(absent)}
+        try:
+            for name in list(wanted):
+                self.install(name, wanted[name])
+                del wanted[name]
+                self.counts["cache_hits"] += 1
+                held.append(self.by_name[name])
+                held[-1].pins += 1
+        finally:
+            for resident in held:
+                resident.pins -= 1
+            for name, adapter in wanted.items():  # even above the limit: nothing is lost
+                self.cache[name] = adapter
+
+    # A pool that is first filled inside inference mode is updated outside of it, too, and its pages
+    # are saved for backward.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def install(self, name: str, packed: PackedAdapter) -> None:
+        """Write an adapter into a free slot, then publish the name, new or moved."""
+        old = self.by_name.get(name)
+        order = [*([old] if old else []), *(r for r in self.by_name.values() if r is not old)]
+        place = find_place(self._store, name, packed, order)
+        saved = [self._store.download(victim) for victim in place.victims]
+        try:
+            resize(self._store, place)
+            written = self._store.upload(packed, place)
+        except BaseException:
+            self._undo(place, saved)
+            raise
+        # Python assignments only from here on: nothing fails half-way.
+        resident = Resident(
+            name,
+            place.slot,
+            packed.config,
+            place.pages,
+            packed.rank,
+            packed.nbytes,
+            written,
+            invocation=packed.config.invocation,
+        )
+        self._store.commit(place, resident)
+        for victim in place.victims:
+            del self.by_name[victim.name]
+        if old is not None and old not in place.victims:
+            self._retire(old)
+        self.cache.pop(name, None)
+        self.by_name[name] = resident
+        self.by_name.move_to_end(name)
+        for victim, adapter in zip(place.victims, saved, strict=True):
+            if victim is not old:
+                self.counts["evictions"] += 1
+                self.cache.put(victim.name, adapter)
+
+    def _undo(self, place: Placement, saved: list[PackedAdapter]) -> None:
+        """After a failed copy: put the victims' bytes back, or keep what the device refuses."""
+        backed = True
+        try:
+            set_sizes(self._store, place, {m: before for m, (before, _) in place.sizes.items()})
+        except RuntimeError:
+            backed = False
+        for victim, adapter in zip(place.victims, saved, strict=True):
+            if not (backed and self._put_back(victim, adapter)):
+                del self.by_name[victim.name]
+                self._store.vacate(victim)
+                self.cache[victim.name] = adapter
+
+    def _put_back(self, victim: Resident, adapter: PackedAdapter) -> bool:
+        """Whether a victim's pages could be written again."""
+        try:
+            there = Placement(victim.slot, victim.pages)
+            victim.written = self._store.upload(adapter, there)
+        except BaseException:
+            return False
+        return True
+
+    def _retire(self, resident: Resident) -> None:
+        resident.retired = True
+        if resident.pins == 0:
+            self._store.vacate(resident)
+
+    # ---------------------------------------------------------------------------------------------
+    # Pins
+
+    def pin(self, names: Sequence[str | None]) -> tuple[list[int], list[Resident]]:
+        """Pin one adapter per entry, all or none: the slots, -1 for the base model, and what is in
+        the others."""
+        now, slots, pinned = time.time(), [], []
+        absent = [n for n in names if n is not None and n != BASE and n not in self.by_name]
+        if absent:
+            self.bring_back(names, absent)
+        for name in names:
+            if name is None or name == BASE:
+                slots.append(NO_SLOT)
+                continue
+            resident = self.by_name[name]
+            if resident.written:
+                self._store.before_reading(resident)
+            resident.pins += 1
+            resident.last_use = now
+            self.by_name.move_to_end(name)
+            slots.append(resident.slot)
+            pinned.append(resident)
+        return slots, pinned
+
+    def pin_again(self, residents: Sequence[Resident]) -> None:
+        """Pin what was pinned before; RuntimeError where one of them is there no more."""
+        for resident in residents:
+            if self._store.residents[resident.slot] is not resident:
+                raise RuntimeError(
+                    f"AdapterPool: adapter {resident.name!r} was unloaded, updated or evicted "
+                    "after the block of a forward that the backward computes again; keep the "
+                    "block open until after backward()"
+                )
+        for resident in residents:
+            resident.pins += 1
+
+    def unpin(self, slots: Sequence[int], checked: bool) -> None:
+        """Take one pin off each entry; unless ``checked``, refuse more pins than there are."""
+        residents = self._store.residents
+        for slot in () if checked else {*slots} - {NO_SLOT}:
+            resident = residents[slot] if 0 <= slot < len(residents) else None
+            pins, asked = resident.pins if resident else 0, slots.count(slot)
+            require(asked <= pins, "AdapterPool.release", f"slot {slot}", f"{asked} pins", pins)
+        self._store.mark_use()
+        for slot in slots:
+            if slot == NO_SLOT:
+                continue
+            resident = residents[slot]
+            assert resident is not None  # pinned, so still there
+            resident.pins -= 1
+            if resident.retired and resident.pins == 0:
+                self._store.vacate(resident)
+
+    # ---------------------------------------------------------------------------------------------
+    # Numbers
+
+    def stats(self) -> dict[str, Any]:
+        """:meth:`AdapterPool.stats`."""
+        cache, store = self.cache, self._store
+        live = [r for r in store.residents if r is not None]
+        absent = {"pins": 0, "last_use": None, "slot": None}
+        on_device = {
+            name: {k: getattr(resident, k) for k in ("rank", "pins", "last_use", "slot")}
+            | {"bytes": resident.nbytes}
+            for name, resident in self.by_name.items()
+        }
+        on_host = {
+            name: {"rank": adapter.rank, "bytes": adapter.nbytes, **absent}
+            for name, adapter in cache.items()
+        }
+        return {
+            "slots_used": len(live),
+            "slots_pinned": sum(r.pins > 0 for r in live),
+            "pins": sum(r.pins for r in live),
+            "modules_targeted": len(store.slabs),
+            "pages_total": sum(slab.pages for slab in store.slabs.values()),
+            "pages_free": sum(len(slab.free) for slab in store.slabs.values()),
+            "limit_bytes": store.limit_bytes,
+            "reserved_bytes": store.reserved_bytes,
+            "used_bytes": sum(r.nbytes for r in live),
+            "page_bytes": store.page_bytes,
+            "table_bytes": store.table_bytes,
+            "replaced_bytes": store.replaced_bytes,
+            "cached": len(cache),
+            "cache_bytes": cache.nbytes,
+            **self.counts,
+            "dropped": cache.dropped,
+            "adapters": on_device | on_host,
+        }

@@ -1,0 +1,295 @@
+"""Slots, pages and tables on the device: the half of the pool that knows nothing of names.
+
+An adapter is written into pages and a slot that nothing refers to; the pool publishes the name
+last, and holds its lock around every method here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext.adapter import AdapterConfig, ModelIndex, Replaced
+
+from ._memory import give_back
+from ._pages import (
+    ModuleSlab,
+    PackedAdapter,
+    PackedModule,
+    Slab,
+    TableBlock,
+    descending,
+    page_bytes,
+    page_count,
+)
+from ._transfer import Transfer, to_host, transfer_to
+
+Written = list[tuple[Transfer, Any]]  # copies that may still be queued
+
+
+@dataclass
+class Resident:
+    """An adapter in a slot. Once published, only pins, copies and the fate of the name change."""
+
+    name: str
+    slot: int
+    config: AdapterConfig
+    pages: dict[str, list[int]]
+    rank: int  # the largest of its modules
+    nbytes: int
+    written: Written = field(default_factory=list)  # empty once every stream may read it
+    last_use: float = field(default_factory=time.time)  # of the load or the last acquire
+    pins: int = 0
+    invocation: tuple[int, ...] = ()  # with which an activated adapter begins
+    retired: bool = False  # the name is gone or means another slot; freed with the last pin
+    #: No other adapter of the process has it, nor a later version of this one.
+    serial: int = field(default_factory=itertools.count(1).__next__)
+
+
+@dataclass
+class Placement:
+    """Where an adapter goes, made without touching anything."""
+
+    slot: int
+    pages: dict[str, list[int]]
+    free: dict[str, list[int]] = field(default_factory=dict)  # afterwards, where that changes
+    victims: list[Resident] = field(default_factory=list)
+    slabs: dict[str, Slab] = field(default_factory=dict)  # new, unknown to the store until commit
+    blocks: list[TableBlock] = field(default_factory=list)  # as are these
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    replaced: dict[str, Replaced] = field(default_factory=dict)
+    #: Bytes behind pages before and after, of the modules where they change.
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """What was allocated for it."""
+        pages = [t for slab in self.slabs.values() for t in (slab.a, slab.b)]
+        tables = [t for b in self.blocks for t in (b.page_table, b.ranks, b.scale)]
+        return [*pages, *tables, *self.biases.values(), *self.magnitudes.values()]
+
+
+class PageStore:
+    """Memory for ``max_slots`` adapters, ``pages`` pages per module, ``max_bytes`` in all.
+
+    Pages have addresses from the first adapter of their module on, and bytes as they are used.
+    """
+
+    def __init__(
+        self,
+        index: ModelIndex,
+        max_slots: int,
+        max_rank: int,
+        pages: int,
+        max_bytes: int | None,
+    ):
+        self.max_bytes = max_bytes
+        self.index = index
+        self.max_slots = max_slots
+        self.pages = pages
+        self.modules = {
+            name: ModuleSlab(spec.in_features, spec.out_features, experts=spec.experts)
+            for name, spec in index.specs.items()
+        }
+        self.residents: list[Resident | None] = [None] * max_slots
+        self.slabs: dict[str, Slab] = {}
+        self.blocks: list[TableBlock] = []
+        self._replacing: set[str] = set()  # modules that an adapter has replaced
+        self.max_pages = page_count(max_rank)
+        self.free_slots = list(range(max_slots - 1, -1, -1))  # the next one last
+        devices = {spec.device for spec in index.specs.values()}
+        self.transfers = {device: transfer_to(device) for device in devices}
+
+    def mark_use(self) -> None:
+        """Steps queued so far may read pages that are about to become free (CUDA only)."""
+        for transfer in self.transfers.values():
+            transfer.mark_use()
+
+    def check_outside_capture(self) -> None:
+        """Refuse to pin inside the capture of a graph (CUDA only)."""
+        for transfer in self.transfers.values():
+            transfer.check_outside_capture()
+
+    def before_reading(self, resident: Resident) -> None:
+        """Let the current stream read a resident whose bytes may still be on their way."""
+        done = [transfer.before_reading(written) for transfer, written in resident.written]
+        if all(done):
+            resident.written = []
+
+    # ---------------------------------------------------------------------------------------------
+    # Numbers
+
+    @property
+    def page_bytes(self) -> int:
+        """Taken from the devices for pages."""
+        return sum(slab.memory.backed for slab in self.slabs.values())
+
+    @property
+    def table_bytes(self) -> int:
+        """Of tables, biases and magnitudes."""
+        vectors = [v for slab in self.slabs.values() for v in (slab.bias, slab.magnitude)]
+        vector_bytes = sum(v.nbytes for v in vectors if v is not None)
+        return vector_bytes + sum(block.nbytes for block in self.blocks)
+
+    @property
+    def replaced_bytes(self) -> int:
+        """Of whole modules that adapters brought along."""
+        return sum(self.replaced_bytes_of(slot) for slot in range(self.max_slots))
+
+    def replaced_bytes_of(self, slot: int) -> int:
+        """Of those of one slot."""
+        wholes = [self.modules[name].replaced.get(slot) for name in self._replacing]
+        return sum(whole.nbytes for whole in wholes if whole)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Taken from the devices."""
+        return self.page_bytes + self.table_bytes + self.replaced_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """All ``pages`` of every module, or ``max_bytes`` where that is less."""
+        specs = self.index.specs.values()
+        pages = sum(self.pages * spec.experts * page_bytes(spec) for spec in specs)
+        return pages if self.max_bytes is None else min(pages, self.max_bytes)
+
+    def trim(self) -> int:
+        """Give back the bytes behind pages that lie beyond the last one in use; how many."""
+        give_back()
+        before = self.page_bytes
+        for slab in self.slabs.values():
+            slab.memory.resize(slab.bytes_for(slab.free))
+        return before - self.page_bytes
+
+    # ---------------------------------------------------------------------------------------------
+    # Copies
+
+    def upload(self, packed: PackedAdapter, place: Placement) -> Written:
+        """Write pages, and the slot's rows of every table: no row of an earlier owner survives.
+        What the adapter replaces stays where it was, unless the placement has room for it.
+
+        Returns:
+            the copies, which may still be queued; :attr:`Resident.written`. They are done where the
+            placement brings new memory: whoever has pinned another slot reads it without waiting.
+        """
+        slot, slabs = place.slot, self.slabs | place.slabs
+        jobs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {d: [] for d in self.transfers}
+        for module, part in packed.modules.items():
+            slab = slabs[module]
+            for i, page in enumerate(place.pages[module]):
+                jobs[slab.a.device] += [(slab.a[page], part.a[i]), (slab.b[page], part.b[i])]
+        for module, slab in slabs.items():
+            part = packed.modules.get(module)
+            for table, own in (
+                (place.biases.get(module, slab.bias), part and part.bias),
+                (place.magnitudes.get(module, slab.magnitude), part and part.magnitude),
+            ):
+                if table is not None:
+                    jobs[table.device].append((table[slot], _row(table[slot], own)))
+        for block in (*self.blocks, *place.blocks):
+            jobs[block.ranks.device] += block.rows(slot, place.pages, packed.modules)
+        new, rooms = place.memory, []
+        for module, room in place.replaced.items():
+            for to, own in zip(room, packed.replaced[module], strict=True):
+                if to is not None and own is not None:
+                    jobs[to.device].append((to, own))
+                    rooms.append(to)
+        written: Written = []
+        for device, transfer in self.transfers.items():
+            written.append((transfer, transfer.run(jobs[device], wait=bool(new))))
+            transfer.keep(t for t in (*new, *rooms) if t.device == device)
+        return written
+
+    def download(self, resident: Resident) -> PackedAdapter:
+        """Copy a resident's pages to host memory."""
+        for transfer, written in resident.written:
+            transfer.finish(written)
+        modules = {}
+        for module, pages in resident.pages.items():
+            slab, view = self.slabs[module], self.modules[module]
+            assert view.ranks is not None and view.scale is not None  # the module has a slab
+            index = torch.tensor(pages, device=slab.a.device)
+            row = resident.slot * self.index.specs[module].experts
+            modules[module] = PackedModule(
+                to_host(slab.a[index]),
+                to_host(slab.b[index]),
+                None if slab.bias is None else to_host(slab.bias[resident.slot]),
+                int(view.ranks[row]),
+                float(view.scale[row]),
+                to_host(slab.magnitude[resident.slot])
+                if resident.config.use_dora and slab.magnitude is not None
+                else None,
+            )
+        replaced = {
+            module: whole.each(to_host)
+            for module in self._replacing
+            if (whole := self.modules[module].replaced.get(resident.slot)) is not None
+        }
+        return PackedAdapter(resident.config, modules, replaced)
+
+    # ---------------------------------------------------------------------------------------------
+    # Bookkeeping that cannot fail
+
+    def commit(self, place: Placement, resident: Resident) -> None:
+        """Make a placement's memory the store's, and let the modules see it."""
+        self.slabs |= place.slabs
+        self.blocks += place.blocks
+        for module, free in place.free.items():
+            self.slabs[module].free = free
+        for victim in place.victims:
+            self._free(victim.slot)
+        self.free_slots.remove(place.slot)
+        self.residents[place.slot] = resident
+        for block in place.blocks:
+            for i, name in enumerate(block.names):
+                view = self.modules[name]
+                view.page_table, view.ranks = block.page_table[i], block.ranks[i]
+                view.scale = block.scale[i]
+        for name, bias in place.biases.items():
+            self.slabs[name].bias = self.modules[name].bias = bias
+        for name, magnitude in place.magnitudes.items():
+            self.slabs[name].magnitude = self.modules[name].magnitude = magnitude
+        for name, slab in place.slabs.items():  # last: a forward that sees the pages sees the rest
+            self.modules[name].b_pages = slab.b
+            self.modules[name].a_pages = slab.a
+        for name in resident.pages:
+            self.modules[name].version += 1
+        for name, whole in place.replaced.items():
+            view = self.modules[name]
+            view.replaced = {**view.replaced, place.slot: whole}
+            view.was_replaced = True
+            self._replacing.add(name)
+        for name, slab in self.slabs.items():
+            if slab.magnitude is not None:
+                view = self.modules[name]
+                dora = {slot: v for slot, v in view.dora.items() if slot != place.slot}
+                if resident.config.use_dora and name in resident.pages:
+                    dora[place.slot] = view.version
+                view.dora = dora
+
+    def vacate(self, resident: Resident) -> None:
+        """Free slot and pages. The rows stay: the slot's next owner writes all of them."""
+        self._free(resident.slot)
+        for module, pages in resident.pages.items():
+            slab = self.slabs[module]
+            slab.free = descending([*slab.free, *pages])
+
+    def _free(self, slot: int) -> None:
+        self.residents[slot] = None
+        self.free_slots.append(slot)
+        for name in self._replacing:
+            view = self.modules[name]
+            view.replaced = {s: whole for s, whole in view.replaced.items() if s != slot}
+
+
+def _row(row: Tensor, own: Tensor | None) -> Tensor:
+    """An adapter's row of a table, zeros where it has none."""
+    if own is not None:
+        return own
+    return torch.zeros(row.shape, dtype=row.dtype, device="cpu", pin_memory=row.is_cuda)

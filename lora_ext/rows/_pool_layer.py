@@ -1,0 +1,183 @@
+"""What the layers that serve a pool's adapters have in common: they stand in for a base module."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._checks import require
+
+from ._assignment import TokensFirstError
+from ._attachment import Pool, pool_handle
+from ._context import of_call
+from ._rows import Rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ._context import Block
+
+_SIZES = (("in_features", "out_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim"))
+
+
+#: The default that refuses a forward outside every block.
+ERROR = "error"
+
+
+def no_block(where: str = "") -> RuntimeError:
+    """What such a forward raises."""
+    return RuntimeError(
+        f"attach: default='error': expected a block around every forward, found none{where}; enter "
+        "lora_ext.adapters(...) in this thread, or give adapter_names= to the call"
+    )
+
+
+_warned: set[int] = set()  # handles of pools
+
+
+def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:
+    """Warn, once per pool, that gradients reach the base model and not the adapters."""
+    if handle not in _warned:
+        _warned.add(handle)
+        warnings.warn(
+            "attach: backward: expected frozen parameters in the base model, found parameters of "
+            f"{name!r} that require gradients; adapters of a pool get no gradients, so an "
+            "optimizer would train the base model. Freeze it with model.requires_grad_(False); "
+            "to train adapters, call lora_ext.from_peft or lora_ext.nn.wrap. Gradients that no "
+            "optimizer uses, such as those of torch.autograd.grad for attribution, are right",
+            stacklevel=1,
+        )
+
+
+class PoolLayer(nn.Module):
+    """A base module with a pool's adapters beside it.
+
+    The layer has no state of its own: ``base``'s parameters, buffers and children are registered
+    here under their own names, in the very dicts of ``base``. So checkpoints keep their keys,
+    ``.to()`` and ``load_state_dict`` reach ``base``, and whoever asks for ``layer.weight`` gets
+    it.
+    """
+
+    base: nn.Module
+
+    #: Whether the first dimension of the input counts tokens, the second sequences (XLNet). Learned
+    #: from a batch where their numbers differ.
+    tokens_first = False
+
+    #: Whether all sequences share this layer's rows, which may be as many as these by chance.
+    shared = False
+
+    #: Who serves a forward outside every block: None the base model, an adapter by its name, or
+    #: "error" nobody.
+    default: str | None = None
+
+    #: Whether a model may give this layer the last token of each sequence alone.
+    is_head = False
+
+    def __init__(self, base: nn.Module, pool: Pool, name: str):
+        super().__init__()
+        expected = "a module of the pool"
+        require(name in pool.modules, type(self).__name__, "name", expected, repr(name))
+        slab = pool.modules[name]
+        found = _features(base)
+        if found is not None and found != (slab.in_features, slab.out_features):
+            raise ValueError(
+                f"{type(self).__name__}: {name}: expected in and out features "
+                f"{(slab.in_features, slab.out_features)} as in the pool, found {found}"
+            )
+        self.slab = slab
+        self.stand_in(base, pool, name)
+
+    def stand_in(self, base: nn.Module, pool: Pool, name: str) -> None:
+        """Take the state of ``base``, and the pool that serves this layer."""
+        for state in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[state] = base.__dict__[state]
+        self.__dict__["base"] = base  # not as a child, which would prefix every key with "base."
+        self.training = base.training
+        self.pool = pool
+        self.name = name
+        self.handle = pool_handle(pool)
+
+    def rows_in(
+        self, block: Block, leading: torch.Size, device: torch.device, of_tokens: bool = False
+    ) -> Rows:
+        """Rows of this layer's input in a block."""
+        if self.shared and block.assignment.shape != ():
+            raise ValueError(
+                f"adapters: names: expected one name for all sequences, adapters('name'), found "
+                f"{block} at {self.name!r}, whose rows all sequences share"
+            )
+        try:
+            return block.rows(leading, device, self.tokens_first, of_tokens)
+        except TokensFirstError:
+            self.tokens_first = True
+            return block.rows(leading, device, True, of_tokens)
+        except ValueError as error:
+            raise ValueError(f"{error} at {self.name!r}; {block.remedy()}") from error
+
+    def by_default(self, x: Any, *args: Any) -> Any:
+        """The forward outside every block, where the base model is not to serve it.
+
+        Raises:
+            RuntimeError: nobody is.
+        """
+        if self.default == ERROR:
+            raise no_block(f" at {self.name!r}")
+        with of_call(self.default, pool=self.pool):
+            return self(x, *args)
+
+    def watch_backward(self, y: Tensor) -> None:
+        """Register a hook on the output ``y`` that warns in a backward if ``base`` trains."""
+        if y.requires_grad and self.handle not in _warned:
+            if any(parameter.requires_grad for parameter in self.base.parameters()):
+                y.register_hook(functools.partial(_warn_of_backward, self.handle, self.name))
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``, for ``base`` as well."""
+        self.base.train(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """The base module and how many adapters fit beside it."""
+        return f"base={self.base}, slots={self.pool.max_slots}"
+
+    def __getattr__(self, name: str) -> Any:
+        """What this layer lacks, ``base`` may have: in_features, nf, a subclass's own
+        attributes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["base"], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of ``base`` that shares the pool."""
+        layer = type(self)(copy.deepcopy(self.base, memo), self.pool, self.name)
+        for setting in ("tokens_first", "shared", "default", "is_head"):
+            setattr(layer, setting, getattr(self, setting))
+        return layer
+
+    # Subclasses of nn.Linear with a format of their own (quantised ones) override these.
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.base._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.base._load_from_state_dict(*args, **kwargs)
+
+
+def pool_of(model: nn.Module) -> Pool | None:
+    """The pool that serves a model's layers, if there is one."""
+    return next((layer.pool for layer in model.modules() if isinstance(layer, PoolLayer)), None)
+
+
+def _features(base: nn.Module) -> tuple[int, int] | None:
+    for inner, outer in _SIZES:
+        if hasattr(base, inner) and hasattr(base, outer):
+            return getattr(base, inner), getattr(base, outer)
+    return None

@@ -1,0 +1,87 @@
+"""Answers as OpenAI's clients read them: whole, and as events of a stream."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from torch import Tensor
+
+from lora_ext.serving import RequestStream
+
+from ._requests import Chat, Completion, Embedding
+
+_OBJECTS = {  # whole and in pieces
+    Chat: ("chat.completion", "chat.completion.chunk"),
+    Completion: ("text_completion", "text_completion"),
+}
+
+
+def _head(asked: Chat | Completion, stream: RequestStream) -> dict[str, Any]:
+    head = {"id": stream.request_id, "created": int(time.time()), "model": asked.model}
+    return {**head, "object": _OBJECTS[type(asked)][bool(asked.stream)]}
+
+
+def whole(asked: Chat | Completion, stream: RequestStream, text: str) -> dict[str, Any]:
+    """The answer of a request that has ended."""
+    said: dict[str, Any] = {"text": text}
+    if isinstance(asked, Chat):
+        said = {"message": {"role": "assistant", "content": text}}
+    choice = {"index": 0, **said, "logprobs": None, "finish_reason": stream.finish_reason}
+    return {**_head(asked, stream), "choices": [choice], "usage": stream.usage}
+
+
+async def events(
+    asked: Chat | Completion,
+    stream: RequestStream,
+    texts: AsyncIterator[str],
+    failed: Callable[[Exception], str],
+) -> AsyncIterator[str]:
+    """Server-sent events of a request while it runs. What fails behind the status 200 is an event
+    of its own, after which, as always, ``[DONE]`` comes.
+
+    Args:
+        texts: of the stream. failed: makes the JSON of an error.
+    """
+    head = _head(asked, stream)
+    if asked.usage_wanted:
+        head["usage"] = None
+
+    def event(text: str | None, reason: str | None = None, **more: str) -> str:
+        said: dict[str, Any] = {"text": text or ""}
+        if isinstance(asked, Chat):
+            said = {"delta": {**more} if text is None else {**more, "content": text}}
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+        return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+
+    try:
+        if isinstance(asked, Chat):
+            yield event("", role="assistant")
+        async for text in texts:
+            yield event(text)
+        yield event(None, stream.finish_reason)
+        if asked.usage_wanted:
+            yield f"data: {json.dumps({**head, 'choices': [], 'usage': stream.usage})}\n\n"
+    except Exception as error:
+        yield f"data: {failed(error)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def embeddings(asked: Embedding, vectors: Tensor, tokens: int) -> dict[str, Any]:
+    """The answer of ``/v1/embeddings``.
+
+    Args:
+        vectors: ``(N, D)`` float32 on the CPU. tokens: of all texts together.
+    """
+    kept = [
+        base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()
+        if asked.encoding_format == "base64"
+        else row.tolist()
+        for row in vectors
+    ]
+    data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(kept)]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": asked.model, "usage": usage}

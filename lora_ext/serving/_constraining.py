@@ -1,0 +1,187 @@
+"""Constraints of requests of continuous batching: each its own, beside its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import require
+
+from ._sampling import Sampling
+
+if TYPE_CHECKING:
+    from lora_ext.control import Constraint, Guide, Matched, MatchedPlan, Plan, Row
+
+# lora_ext.control is imported where a request has a constraint: circuits, on which it stands, are
+# half of the time that an import of the package takes.
+
+_WHERE = "add_request"
+_NAMES = ("max_new_tokens", "streaming", "record_timestamps", "eos_token_id")  # of the manager's
+_MOST_FORKS = 64  # rows that are remembered of a request and its forks
+
+
+class RequestConstraint:
+    """Where a request, and those forked from it, stand behind the tokens that they have.
+
+    Args:
+        plan: the constraint and its budget.
+        temperature: of the request's own way to choose tokens; 1 without one.
+    """
+
+    def __init__(self, plan: Plan | MatchedPlan, temperature: float):
+        from lora_ext.control import Row
+
+        self.temperature = temperature
+        self._first = Row.first(plan)
+        self._known: dict[str, tuple[list[int], Row | None]] = {}
+
+    def row(self, state: Any) -> Row | None:
+        """The row of a request's state, which transformers keeps."""
+        from lora_ext import control
+
+        tokens = state.generated_tokens
+        if state._true_initial_tokens:  # it was put back and will be read again as a prompt
+            tokens = state.initial_tokens[state._true_initial_tokens :] + tokens
+        before, row = self._known.get(state.request_id, ([], self._first))
+        if tokens[: len(before)] != before:
+            before, row = [], self._first
+        for token in tokens[len(before) :]:
+            (row,) = control.advance([row], [token])
+        if len(self._known) >= _MOST_FORKS:
+            self._known.clear()
+        self._known[state.request_id] = list(tokens), row
+        return row
+
+
+def request_constraint(
+    manager: Any,
+    constraint: Constraint | Matched | None,
+    guide: Guide | None,
+    sampling: Sampling | None,
+    arguments: Sequence[Any],
+    settings: dict[str, Any],
+) -> RequestConstraint | None:
+    """The constraint of a request, checked before it waits; None without one.
+
+    Args:
+        manager: of transformers.
+        constraint, guide, sampling: of the request.
+        arguments, settings: further arguments of the manager's ``add_request``.
+
+    Raises:
+        ValueError: for a constraint that its budget cannot meet, other ends or another vocabulary.
+        NotImplementedError: beside ``return_logprobs``.
+    """
+    if constraint is None:
+        require(guide is None, _WHERE, "guide", "None without a constraint", guide)
+        return None
+    from lora_ext import control
+
+    plain = dict(zip(_NAMES, arguments, strict=False)) | settings
+    config = manager.generation_config
+    budget, eos = (
+        getattr(config, name) if plain.get(name) is None else plain[name]
+        for name in ("max_new_tokens", "eos_token_id")
+    )
+    require(budget is not None, _WHERE, "max_new_tokens", "a number beside a constraint", budget)
+    if manager.continuous_batching_config.return_logprobs:
+        raise NotImplementedError(
+            f"{_WHERE}: constraint: expected None beside return_logprobs, which tells the "
+            "probabilities of the manager's own tokens, found one"
+        )
+    (plan,) = control.plans_of(_WHERE, constraint, guide, budget)
+    assert plan is not None
+    ends = {eos} if isinstance(eos, int) else set(eos or ())
+    expected = f"those of the constraint, {list(constraint.eos)}"
+    require(ends == set(constraint.eos), _WHERE, "eos_token_id", expected, sorted(ends))
+    size = manager.model.get_output_embeddings().weight.shape[0]
+    expected = f"the model's vocabulary, {size}"
+    found = constraint.vocab_size
+    require(found == size, _WHERE, "constraint", expected, found)
+    temperature = 1.0 if sampling is None else sampling.temperature
+    return RequestConstraint(plan, temperature or 1.0)
+
+
+class Standing(NamedTuple):
+    """A row of a step's scores that has a constraint: its place, where it stands, and how the
+    scores are divided when a token is drawn; whether it is drawn from the whole law, and with
+    whose numbers."""
+
+    place: int
+    row: Row | None
+    temperature: float
+    whole: bool = False
+    generator: torch.Generator | None = None
+
+
+def standing(states: Sequence[Any], requests: Sequence[Any]) -> list[Standing]:
+    """The rows of a step that have constraints, of all requests that choose a token."""
+    found: list[Standing] = []
+    for i, (state, request) in enumerate(zip(states, requests, strict=True)):
+        own, how = request.constraint, request.sampling
+        if own is not None:
+            whole = how is not None and how.temperature > 0 and how.top_p == 1 and how.top_k == -1
+            row = own.row(state)
+            found.append(Standing(i, row, own.temperature, whole, request.generator))
+    return found
+
+
+def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], list[Standing]]:
+    """Tokens of the rows, by place, that a guide leads and that are drawn from their whole law:
+    that needs no product with the vocabulary. And the rows that are left.
+
+    Args:
+        scores: ``(1, N, V)``, not changed. On a GPU the product is the cheaper way: all rows are
+            left. So is one that has a NaN, or no finite score for a token that may come: an error
+            would end the steps of all other requests.
+    """
+    apart = [e for e in rows if e.whole and e.row and not e.row.lost and e.row.plan.guide]
+    if scores.device.type != "cpu" or not apart:
+        return {}, list(rows)
+    from lora_ext import control
+
+    warm = torch.tensor([[each.temperature] for each in apart], dtype=torch.float64)
+    own = scores[0, [e.place for e in apart]]
+    heat, envelope = control.proposed([e.row for e in apart], own, warm)
+    fine = heat.amax(-1) == 0
+    apart = [e for e, good in zip(apart, fine.tolist(), strict=True) if good]
+    if not apart:
+        return {}, list(rows)
+
+    def numbers(which: list[int], count: int) -> Tensor:
+        return torch.stack([torch.rand(count, 2, generator=apart[i].generator) for i in which])
+
+    places = [each.place for each in apart]
+    tokens, _ = control.decided([e.row for e in apart], heat[fine], envelope[fine], numbers)
+    left = [each for each in rows if each.place not in places]
+    return dict(zip(places, tokens, strict=True)), left
+
+
+def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:
+    """Scores ``(1, N, V)`` of a step in which some rows have constraints, all changed in one call.
+
+    The others keep their bits, and so do ``scores`` themselves. A row of which no token is left,
+    because its model or its matcher allows none, ends with what it has: an error would end the
+    steps of all other requests.
+    """
+    if not rows:
+        return scores
+    from lora_ext import control
+
+    ratios = control.log_ratios([each.row for each in rows])
+    # Of float32: beyond it 0 times infinity would let through what must not come.
+    warm = torch.tensor([each.temperature for each in rows]).clamp(1e-30, 1e30)
+    blocks = [
+        control.Block(inside, ratio * warm[inside, None].to(ratio)) for inside, ratio in ratios
+    ]
+    places = [each.place for each in rows]
+    changed = scores.clone()
+    own = control.moved(blocks, scores[0, places])
+    for i in (own.amax(-1) == -torch.inf).nonzero()[:, 0].tolist():
+        row = rows[i].row
+        own[i, list(row.plan.constraint.eos) if row else []] = 0
+    changed[0, places] = own
+    return changed

@@ -1,0 +1,362 @@
+"""Vectors of texts, each with its adapter: what waits is computed in one forward."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._checks import choice, require
+from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
+
+from ._engine import QueueFullError, StoppedError
+from ._metrics import Load
+from .attaching import attach
+
+POOLINGS = ("cls", "mean", "lasttoken")
+#: Kinds in the names of sentence-transformers' files, in the order in which they are tried.
+_KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+_TRIES = 8  # somebody may unload an adapter between its load and its forward
+
+
+class _Waiting(NamedTuple):
+    ids: list[list[int]]
+    name: str | None
+    vectors: asyncio.Future[Tensor]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Preparation of a text before it is tokenized, as in sentence-transformers.
+
+    Args:
+        prompt: prefix of every text.
+        max_length: largest number of tokens; longer texts are cut. None: the tokenizer's limit. A
+            smaller context of the embedder or the model comes first.
+        lower_case: whether to convert the text to lower case.
+    """
+
+    prompt: str = ""
+    max_length: int | None = None
+    lower_case: bool = False
+
+    def tokens(self, tokenizer: Any, text: str, context: int) -> list[int]:
+        """Return the token ids of a text, at most ``context``."""
+        text = (self.prompt + text).strip()
+        text = text.lower() if self.lower_case else text
+        own = tokenizer.model_max_length if self.max_length is None else self.max_length
+        return tokenizer(text, truncation=True, max_length=min(own, context)).input_ids
+
+
+class Embedder:
+    """A model of vectors over a pool that is loaded from a folder at first use.
+
+    Args:
+        model: of transformers, with a ``last_hidden_state``, on its device.
+        tokenizer: of the model.
+        folder: where adapters are. Nothing outside it is read.
+        pooling: one vector of a text's tokens: the first one's, their mean, or the last one's.
+        normalize: whether vectors have length 1.
+        max_requests: largest number of requests that wait or run.
+        max_rank: largest rank of an adapter.
+        context: largest number of tokens of a text.
+        max_batch_tokens: largest number of tokens of one forward, with padding. A longer text gets
+            a separate forward.
+        preparation: preparation of texts; None passes them to the tokenizer unchanged.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        folder: str | os.PathLike[str],
+        *,
+        pooling: str = "mean",
+        normalize: bool = True,
+        max_requests: int = 64,
+        max_rank: int = 64,
+        context: int = 4096,
+        max_batch_tokens: int = 4096,
+        preparation: Preparation | None = None,
+    ):
+        self.pooling, self.normalize = choice("Embedder", "pooling", pooling, POOLINGS), normalize
+        self.tokenizer, self.max_requests = tokenizer, max_requests
+        self.max_batch_tokens, self.preparation = max_batch_tokens, preparation
+        self.dimensions = model.config.get_text_config().hidden_size
+        self.context = min(context, _positions(model))
+        if preparation is not None and preparation.max_length is not None:
+            self.context = min(self.context, preparation.max_length)
+        self.pool = AdapterPool(model, max_requests, max_rank, pages=2 * max_requests)
+        self.folder = AdapterFolder(self.pool, folder)
+        self.model = attach(model, self.pool)
+        self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
+        self._waiting: list[_Waiting] = []
+        self._running: list[_Waiting] = []
+        self._preparing = 0
+        self._worker: asyncio.Task[None] | None = None
+        self._stopped = False
+        self._encoding = asyncio.Lock()  # tokenizers are not made for threads
+
+    def __enter__(self) -> Embedder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are answered."""
+        return not self._stopped
+
+    @property
+    def requests(self) -> int:
+        """Number of requests that are being tokenized, wait or run."""
+        return self._preparing + len(self._waiting) + len(self._running)
+
+    def interrupt(self) -> None:
+        """Take no more requests, and refuse those that wait or run. To be called in the event loop
+        that they began in."""
+        self._stopped = True
+        for each in (*self._waiting, *self._running):
+            if not each.vectors.done():
+                each.vectors.set_exception(StoppedError("embed: the server stops"))
+
+    async def embed(
+        self, texts: Sequence[str | list[int]], adapter_name: str | None = None
+    ) -> tuple[Tensor, int]:
+        """Compute the vectors of texts, in one forward with other waiting requests if possible.
+
+        Args:
+            texts: each a text, or its tokens. adapter_name: None is the base model.
+
+        Returns:
+            ``(N, D)`` float32 on the CPU, all finite, and the number of tokens of the texts.
+
+        Raises:
+            QueueFullError: If too many requests wait or run.
+            StoppedError: After :meth:`interrupt`.
+            ValueError: If a text has no tokens, too many, or one that the model lacks, or if a
+                vector is not finite, for example because an adapter overflows.
+            UnknownAdapterError: If there is no such adapter.
+            PoolFullError: If the pool has no room for the adapter.
+
+        Errors of :meth:`AdapterPool.load` are raised too.
+        """
+        if self.requests >= self.max_requests:
+            raise QueueFullError(f"embed: expected at most {self.max_requests} requests at a time")
+        self._preparing += 1
+        try:
+            async with self._encoding:
+                ids = await asyncio.to_thread(self._encode, texts)
+        finally:
+            self._preparing -= 1
+        if self._stopped:
+            raise StoppedError("embed: the server stops, and takes no more requests")
+        each = _Waiting(ids, adapter_name, asyncio.get_running_loop().create_future())
+        self._waiting.append(each)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.ensure_future(self._work())
+        vectors, tokens = await each.vectors, sum(map(len, ids))
+        self._counts.update(requests_total=1, tokens_total=tokens)
+        return vectors, tokens
+
+    def stats(self) -> dict[str, int]:
+        """Numbers for a monitor: what has ended, what runs, and the pool."""
+        pool = {f"pool_{k}": v for k, v in self.pool.stats().items() if isinstance(v, int)}
+        return {**self._counts, "requests": self.requests, **pool}
+
+    def load(self) -> Load:
+        """What it has to do, as routers of requests read it."""
+        running, waiting = ([r.name for r in each] for each in (self._running, self._waiting))
+        return Load(running, waiting, self.pool.max_slots, 0.0)
+
+    def _encode(self, texts: Sequence[str | list[int]]) -> list[list[int]]:
+        size = self.model.config.get_text_config().vocab_size
+        ids = [self._tokens(text) if isinstance(text, str) else text for text in texts]
+        for i, one in enumerate(ids):
+            expected = f"1 to {self.context} tokens"
+            require(0 < len(one) <= self.context, "embed", f"input[{i}]", expected, len(one))
+            wrong = [token for token in one if not 0 <= token < size]
+            require(not wrong, "embed", f"input[{i}]", f"tokens in [0, {size})", f"{wrong[:3]}")
+        return ids
+
+    def _tokens(self, text: str) -> list[int]:
+        if self.preparation is None:
+            return self.tokenizer(text).input_ids
+        return self.preparation.tokens(self.tokenizer, text, self.context)
+
+    async def _work(self) -> None:
+        """Take what waits, as much as a forward may have, until nothing does."""
+        while self._waiting:
+            batch, rows, widest = self._running, 0, 0
+            while self._waiting:
+                ids = self._waiting[0].ids
+                rows, widest = rows + len(ids), max(widest, *map(len, ids))
+                if batch and rows * widest > self.max_batch_tokens:
+                    break
+                batch.append(self._waiting.pop(0))
+            await self._answer([each for each in batch if await self._ready(each)])
+            batch.clear()
+
+    async def _ready(self, each: _Waiting) -> bool:
+        """Whether its adapter is there; a request whose adapter fails has that for its answer."""
+        try:
+            if each.name is not None and each.name not in self.pool:
+                await asyncio.to_thread(self.folder.ready, each.name)
+            return True
+        except Exception as error:
+            _end(each, error)
+            return False
+
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        """Compute a batch; if that fails, compute its halves, as one request may be the cause."""
+        for left in reversed(range(_TRIES)):
+            try:
+                vectors = await asyncio.to_thread(self._forward, batch) if batch else None
+            except UnknownAdapterError as error:  # an adapter was unloaded meanwhile
+                if left:
+                    batch = [each for each in batch if await self._ready(each)]
+                    continue
+                vectors = error
+            except Exception as error:
+                if len(batch) > 1:
+                    half = len(batch) // 2
+                    await self._answer(batch[:half])
+                    await self._answer(batch[half:])
+                    return
+                vectors = error
+            start = 0
+            for each in batch:
+                stop = start + len(each.ids)
+                _end(each, vectors[start:stop] if isinstance(vectors, Tensor) else vectors)
+                start = stop
+            return
+
+    def _forward(self, batch: Sequence[_Waiting]) -> Tensor:
+        """Compute the vectors of a batch; texts of similar length share a forward."""
+        texts = [(one, each.name) for each in batch for one in each.ids]
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(order):
+            if self._stopped:
+                raise StoppedError("embed: the server stops")
+            rows = max(1, self.max_batch_tokens // len(texts[order[start]][0]))
+            parts.append(self._vectors([texts[i] for i in order[start : start + rows]]))
+            start += rows
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    @torch.inference_mode()
+    def _vectors(self, texts: Sequence[tuple[list[int], str | None]]) -> Tensor:
+        ids, names = [one for one, _ in texts], [name for _, name in texts]
+        lengths = torch.tensor([len(one) for one in ids])
+        tokens = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
+        for row, one in zip(tokens, ids, strict=True):
+            row[: len(one)] = torch.tensor(one)
+        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(self.model.device)
+        out = self.model(
+            input_ids=tokens.to(self.model.device), attention_mask=mask.long(), adapter_names=names
+        )
+        states = out.last_hidden_state.float()  # (N, T, D)
+        if self.pooling == "cls":
+            vectors = states[:, 0]
+        elif self.pooling == "lasttoken":
+            vectors = states[torch.arange(len(ids)), lengths - 1]
+        else:
+            vectors = (states * mask[..., None]).sum(1) / lengths.to(states)[:, None]
+        if self.normalize:  # in float64, because squares overflow in float32
+            vectors = nn.functional.normalize(vectors.double(), dim=-1).float()
+        return vectors.cpu()
+
+
+def _positions(model: Any) -> int:
+    """Return the largest number of tokens of a text that a model has positions for.
+
+    RoBERTa and similar models count from the position after that of the padding token.
+    """
+    most = model.config.get_text_config().max_position_embeddings
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            most = min(most, module.num_embeddings - padding - 1)
+    return most
+
+
+def _end(each: _Waiting, answer: Tensor | Exception | None) -> None:
+    if not each.vectors.done():  # its client may have gone
+        if isinstance(answer, Tensor) and not answer.isfinite().all():
+            who = "the base model" if each.name is None else f"adapter {each.name!r:.200}"
+            answer = ValueError(
+                f"embed: model: expected finite vectors, found NaN or inf: {who} overflows"
+            )
+        if isinstance(answer, Tensor):
+            each.vectors.set_result(answer)
+        elif answer is not None:
+            each.vectors.set_exception(answer)
+
+
+def pooling_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
+    """Pooling and whether vectors are normalised, of a folder as sentence-transformers saves it;
+    None of another one.
+
+    Raises:
+        ValueError: parts or poolings other than one of :class:`Embedder`'s.
+    """
+    parts = _read(Path(folder) / "modules.json")
+    if parts is None:
+        return None
+    kinds = [str(part["type"]).rpartition(".")[2] for part in parts]
+    expected = "Transformer, Pooling and perhaps Normalize"
+    known = kinds in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
+    require(known, "modules.json", "type", expected, ", ".join(kinds))
+    config = _read(Path(folder) / parts[1]["path"] / "config.json") or {}
+    wanted = [k.removeprefix("pooling_mode_") for k, v in config.items() if v is True]
+    wanted = [
+        k.removesuffix("_token").removesuffix("_tokens") for k in wanted if k != "include_prompt"
+    ]
+    if isinstance(config.get("pooling_mode"), str):
+        wanted = [config["pooling_mode"]]
+    fits = len(wanted) == 1 and wanted[0] in POOLINGS
+    require(fits, "Pooling", "config.json", f"one of {', '.join(POOLINGS)}", ", ".join(wanted))
+    return wanted[0], "Normalize" in kinds
+
+
+def preparation_of(folder: str | os.PathLike[str]) -> Preparation | None:
+    """Read the preparation of texts from a folder in the format of sentence-transformers.
+
+    Returns:
+        The preparation; None if the folder has another format.
+
+    Raises:
+        ValueError: If the default prompt is not listed, or if the pooling excludes it.
+    """
+    parts = _read(Path(folder) / "modules.json")
+    if parts is None:
+        return None
+    first, pooling = (Path(folder) / part["path"] for part in parts[:2])
+    found = (_read(first / f"sentence_{kind}_config.json") for kind in _KINDS)
+    config = next(filter(None, found), {})
+    prompts = _read(Path(folder) / "config_sentence_transformers.json") or {}
+    name, listed = prompts.get("default_prompt_name"), prompts.get("prompts") or {}
+    if name is not None:
+        where = "config_sentence_transformers.json"
+        expected = f"one of {sorted(listed)}"
+        require(name in listed, where, "default_prompt_name", expected, f"{name!r:.200}")
+        counted = (_read(pooling / "config.json") or {}).get("include_prompt", True)
+        expected = f"true beside the default prompt {name!r:.200}"
+        require(counted, "Pooling", "include_prompt", expected, counted)
+    prompt = "" if name is None else listed[name]
+    return Preparation(prompt, config.get("max_seq_length"), bool(config.get("do_lower_case")))
+
+
+def _read(file: Path) -> Any:
+    """Return the content of a JSON file; None if there is no such file."""
+    return json.loads(file.read_text()) if file.is_file() else None

@@ -1,0 +1,318 @@
+"""What a server runs on: one model, the adapters of a folder, and a bounded number of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from lora_ext._checks import require
+from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
+from lora_ext.rows import last_start
+
+from ._continuous import load_of, unfinished
+from ._formats import Format
+from ._metrics import Load
+from ._sampling import Sampling
+from ._streams import RequestStream
+from .attaching import attach
+
+if TYPE_CHECKING:
+    from lora_ext.control import Constraint
+
+_TRIES = 8  # somebody may unload an adapter between its load and its pin
+_PATIENCE = 1.0  # seconds after which a waiting request asks whether anybody still reads
+_REMEMBERED = 16  # prompts that have been read
+
+#: The messages of a chat, a text, or its tokens.
+Prompt: TypeAlias = Sequence[Mapping[str, str]] | str | Sequence[int]
+
+
+class QueueFullError(RuntimeError):
+    """As many requests as the engine takes wait or run."""
+
+
+class StoppedError(RuntimeError):
+    """The engine stops, and takes no more requests."""
+
+
+class Engine:
+    """Continuous batching over a pool that is loaded from a folder at first use.
+
+    Attaches the model and makes its manager, which runs inside ``with engine:``.
+
+    Args:
+        model: of transformers, with ``generate_batch``, on its device.
+        tokenizer: of the model.
+        folder: where adapters are. Nothing outside it is read.
+        max_requests: that wait or run; each may have an adapter of its own.
+        max_rank: of an adapter. The pool has room for ``max_requests`` of rank 16.
+        context: tokens of prompt and answer of one request. The cache has room for four such, and
+            for 256 tokens of each request.
+        pack_base: of :func:`attach`.
+        page_size, max_batch_tokens: of transformers' ``ContinuousBatchingConfig``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        folder: str | os.PathLike[str],
+        *,
+        max_requests: int = 64,
+        max_rank: int = 64,
+        context: int = 4096,
+        pack_base: bool = False,
+        page_size: int = 64,
+        max_batch_tokens: int = 512,
+    ):
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        self.model, self.tokenizer, self.max_requests = model, tokenizer, max_requests
+        self.context = min(context, model.config.get_text_config().max_position_embeddings)
+        self.pool = AdapterPool(model, max_requests, max_rank, pages=2 * max_requests)
+        self.folder = AdapterFolder(self.pool, folder)
+        ends = model.generation_config.eos_token_id
+        self.manager = attach(model, self.pool, pack_base=pack_base).init_continuous_batching(
+            GenerationConfig(
+                do_sample=False, eos_token_id=tokenizer.eos_token_id if ends is None else ends
+            ),
+            ContinuousBatchingConfig(
+                page_size=page_size,
+                num_blocks=-(-max(4 * self.context, 256 * max_requests) // page_size),
+                max_batch_tokens=max_batch_tokens,
+            ),
+        )
+        self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
+        self._preparing = 0
+        self._streams: set[RequestStream] = set()
+        self._stopped = False
+        self._ahead = Ahead(page_size, lambda: self.healthy)
+        self._encoding = asyncio.Lock()  # tokenizers are not made for threads
+        self._building = asyncio.Semaphore(2)
+        self._vocabulary: Any = None
+
+    def __enter__(self) -> Engine:
+        with torch.inference_mode():  # the manager's thread takes it over
+            self.manager.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the manager's thread, and with an error the requests that it has."""
+        self.manager.stop(hard_stop=True)
+
+    def interrupt(self) -> None:
+        """Take no more requests, and end those that run with an error for their readers. To be
+        called in the event loop that they began in."""
+        self._stopped = True
+        for stream in list(self._streams):
+            stream.interrupt("the server stops")
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are answered."""
+        return self.manager.is_running()
+
+    @property
+    def requests(self) -> int:
+        """How many wait or run."""
+        return self._preparing + unfinished(self.manager)
+
+    async def begin(
+        self,
+        prompt: Prompt,
+        adapter_name: str | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        *,
+        allow_base: bool = False,
+        form: Format | None = None,
+    ) -> RequestStream:
+        """Put a prompt into the next batches, its adapter pinned, and loaded where it is not.
+
+        Args:
+            prompt: messages as the tokenizer's chat template takes them, a text, or its tokens.
+            adapter_name: None is the base model.
+            max_new_tokens: default is what is left of the context, at most 256.
+            sampling: None takes the largest logit.
+            allow_base: the base model serves a chat without the invocation of its activated
+                adapter.
+            form: what the answer must be. Its constraint is built in a thread of its own, and kept.
+
+        Raises:
+            QueueFullError: too many requests. StoppedError: after :meth:`interrupt`. ValueError: a
+                chat that the template does not take, that lacks the invocation, no tokens, too
+                many, or one that the model lacks, or a form that these tokens cannot meet.
+                NotImplementedError: a form that nothing here holds to. UnknownAdapterError: no such
+                adapter. PoolFullError: no room for it. And what :meth:`AdapterPool.load` finds in
+                its files.
+        """
+        if self.requests >= self.max_requests:
+            raise QueueFullError(f"begin: expected at most {self.max_requests} requests at a time")
+        self._preparing += 1
+        try:
+            async with self._encoding:
+                ids = await asyncio.to_thread(self.encode, prompt)
+            room = self.context - len(ids)
+            new = max(1, min(256, room)) if max_new_tokens is None else max_new_tokens
+            expected = f"at most {self.context} tokens of prompt and answer"
+            require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} and {new}")
+            how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
+            if form is not None:
+                how["constraint"] = await self._constraint(form)
+            for left in reversed(range(_TRIES)):
+                if adapter_name is not None and adapter_name not in self.pool:
+                    await asyncio.to_thread(self.folder.ready, adapter_name)
+                try:
+                    asked = self._asked(ids, adapter_name)
+                    await self._ahead.wait(asked)
+                    if self._stopped:
+                        raise StoppedError("begin: the server stops, and takes no more requests")
+                    stream = RequestStream(
+                        self.manager,
+                        ids,
+                        adapter_name=adapter_name,
+                        ended=self._count,
+                        begun=self._ahead.ends,
+                        **how,
+                    )
+                except UnknownAdapterError:
+                    if not left:
+                        raise
+                else:
+                    self._streams.add(stream)
+                    self._ahead.begins(stream, asked)
+                    return stream
+            raise AssertionError("the last try returns or raises")
+        finally:
+            self._preparing -= 1
+
+    def _asked(self, ids: list[int], name: str | None) -> Asked:
+        if name is None:
+            return Asked(ids, None, len(ids))
+        invocation = self.pool.invocation(name)
+        start = last_start(torch.tensor([ids]), invocation)[0] if invocation else 0
+        return Asked(ids, name, len(ids) if start is None else start)
+
+    async def _constraint(self, form: Format) -> Constraint:
+        """Built beside the thread that generates, two at a time."""
+        from lora_ext.control import vocabulary_of
+
+        async with self._building:
+            if self._vocabulary is None:
+                size = self.model.get_output_embeddings().weight.shape[0]
+                ends = self.manager.generation_config.eos_token_id
+                async with self._encoding:
+                    self._vocabulary = await asyncio.to_thread(
+                        vocabulary_of, "begin", self.tokenizer, size, ends
+                    )
+            return await asyncio.to_thread(form.constraint, self._vocabulary)
+
+    def _count(self, stream: RequestStream) -> None:
+        self._streams.discard(stream)
+        self._counts.update(
+            requests_total=1,
+            tokens_total=len(stream.tokens),
+            cancelled_total=int(stream.cancelled and not stream.stopped),
+        )
+
+    def stats(self) -> dict[str, int]:
+        """Numbers for a monitor: what has ended, what runs, and the pool."""
+        pool = {f"pool_{k}": v for k, v in self.pool.stats().items() if isinstance(v, int)}
+        return {**self._counts, "requests": self.requests, **pool}
+
+    def load(self) -> Load:
+        """What it has to do, as routers of requests read it."""
+        return load_of(self.manager)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Tokens of a prompt; of a chat, up to where the answer begins. A tokenizer without a chat
+        template gets the contents, a line each."""
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt).input_ids
+        if prompt and not isinstance(prompt[0], Mapping):
+            size = self.model.config.get_text_config().vocab_size
+            wrong = [token for token in prompt if not 0 <= token < size]  # pyright: ignore
+            require(not wrong, "begin", "prompt", f"tokens in [0, {size})", f"{wrong[:3]}")
+            return list(prompt)  # pyright: ignore[reportReturnType]
+        from jinja2 import TemplateError
+
+        messages: Any = prompt
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer("\n".join(said["content"] for said in messages)).input_ids
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+            return self.tokenizer(text, add_special_tokens=False).input_ids
+        except (TemplateError, TypeError, KeyError) as error:
+            words = f"begin: messages: the chat template does not take them: {error}"
+            raise ValueError(words) from None
+
+
+# -------------------------------------------------------------------------------------------------
+# Of requests that come together over a text that nobody has read, one goes ahead. Pages of keys and
+# values can be shared once they are computed. Requests in one batch over the same unread text would
+# each compute all of it; those that come second wait here until the first has its first token, and
+# then read what it has written.
+@dataclass(frozen=True)
+class Asked:
+    """A request's tokens, its adapter (None: the base model), and where that begins: what lies
+    before is the base model's."""
+
+    tokens: Sequence[int]
+    adapter: str | None
+    start: int
+
+    def shared(self, other: Asked, page: int) -> int:
+        """How many tokens are of pages that both requests may read."""
+        count = 0
+        for mine, others in zip(self.tokens, other.tokens, strict=False):
+            if mine != others:
+                break
+            count += 1
+        if self.adapter != other.adapter:
+            count = min(count, self.start, other.start)
+        return count // page * page
+
+
+class Ahead:
+    """The prompts that a manager reads and has read.
+
+    Args:
+        page: tokens of a page. alive: whether the manager still runs.
+    """
+
+    def __init__(self, page: int, alive: Callable[[], bool]):
+        self._page, self._alive = page, alive
+        self._reading: dict[Any, tuple[Asked, asyncio.Event]] = {}
+        self._read: deque[Asked] = deque(maxlen=_REMEMBERED)
+
+    async def wait(self, asked: Asked) -> None:
+        """Until nobody reads more of this prompt for the first time."""
+        while self._alive():
+            known = max((asked.shared(other, self._page) for other in self._read), default=0)
+            reading = self._reading.values()
+            more = (event for other, event in reading if asked.shared(other, self._page) > known)
+            if (first := next(more, None)) is None:
+                return
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(first.wait(), _PATIENCE)
+
+    def begins(self, stream: Any, asked: Asked) -> None:
+        """A stream's prompt is being read."""
+        self._reading[stream] = asked, asyncio.Event()
+
+    def ends(self, stream: Any) -> None:
+        """It has its first token, or will have none."""
+        if stream in self._reading:
+            asked, event = self._reading.pop(stream)
+            if stream.tokens:
+                self._read.append(asked)
+            event.set()

@@ -1,0 +1,156 @@
+"""What an answer must be, as clients of a server say it, and the constraint that holds it to that.
+
+Two dialects: OpenAI's ``response_format`` and vLLM's ``structured_outputs``. What is asked for is
+checked and measured as it comes in; the constraint is built later, in another thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_ext._checks import instance, renamed, require
+
+if TYPE_CHECKING:
+    from lora_ext.control import Constraint
+
+# lora_ext.control is imported where a request has a format: see _constraining.py.
+
+MOST_BYTES = 64 << 10  # of a schema, an expression, or all choices
+_KINDS = ("json", "regex", "choice", "json_object")
+_OLD = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
+_REFUSED = ("grammar", "structural_tag")
+_SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
+
+
+class FormatTooLongError(ValueError):
+    """A schema or an expression of more bytes than a server reads."""
+
+    status_code = 413
+
+
+@dataclass(frozen=True)
+class Format:
+    """What an answer must be.
+
+    Attributes:
+        kind: "json" with a schema, "regex", "choice", or "json_object".
+        content: the schema as JSON, the expression, or the choices.
+        field: of the request, which errors name.
+    """
+
+    kind: str
+    content: str | tuple[str, ...] = ""
+    field: str = dataclasses.field(default="format", compare=False, repr=False)
+
+    def constraint(self, vocabulary: Any) -> Constraint:
+        """Build it, within the limits of ``lora_ext.control``; kept by its content.
+
+        Args:
+            vocabulary: what :func:`lora_ext.control.vocabulary_of` has read.
+
+        Raises:
+            ValueError: for what is no schema or expression, or is above the limits.
+            NotImplementedError: for what no automaton holds to, and without outlines-core.
+        """
+        from lora_ext.control import Constraint
+
+        with renamed(f"constraint: {self.field}"):
+            try:
+                if self.kind == "json_object":
+                    return Constraint.json_object(vocabulary)
+                if isinstance(self.content, tuple):
+                    return Constraint.choice(self.content, vocabulary)
+                if self.kind == "regex":
+                    return Constraint.regex(self.content, vocabulary)
+                return Constraint.json_schema(self.content, vocabulary)
+            except ImportError as error:
+                raise NotImplementedError(str(error)) from None
+
+
+def read_format(
+    response_format: Mapping[str, Any] | None = None,
+    structured_outputs: Mapping[str, Any] | None = None,
+) -> Format | None:
+    """The format of a request; None for plain text.
+
+    Args:
+        response_format: ``{"type": "text" | "json_object" | "json_schema", "json_schema": ...}``.
+        structured_outputs: one of ``json`` (a schema), ``regex``, ``choice``, ``json_object``.
+
+    Raises:
+        ValueError: for anything else, naming the field; :class:`FormatTooLongError`.
+        NotImplementedError: for ``grammar`` and ``structural_tag``.
+    """
+    first = None if response_format is None else _of_openai(response_format)
+    if structured_outputs is None:
+        return first
+    require(first is None, "structured_outputs", "value", "none beside response_format", "one")
+    return _of_vllm(structured_outputs)
+
+
+def refuse_old_names(body: Mapping[str, Any]) -> None:
+    """Tell who uses vLLM's names of before 0.12 the new ones.
+
+    Raises:
+        ValueError: naming both.
+    """
+    for old, kind in _OLD.items():
+        if body.get(old) is not None:
+            raise ValueError(f'{old}: expected structured_outputs {{"{kind}": ...}}, found {old}')
+
+
+def _of_openai(given: Mapping[str, Any]) -> Format | None:
+    where = "response_format"
+    kind = given.get("type")
+    if kind in ("text", "json_object"):
+        more = sorted(set(given) - {"type"})
+        require(not more, where, str(kind), "nothing beside its type", more[:3])
+        return None if kind == "text" else Format("json_object", field=where)
+    expected = 'one of "text", "json_object", "json_schema"'
+    require(kind == "json_schema", where, "type", expected, repr(kind)[:80])
+    inner = given.get("json_schema")
+    instance(where, "json_schema", inner, Mapping)
+    assert isinstance(inner, Mapping)
+    more = sorted({*given} - {"type", "json_schema"} | {*inner} - _SCHEMA_FIELDS)
+    require(not more, where, "json_schema", f"fields {sorted(_SCHEMA_FIELDS)}", more[:3])
+    instance(where, "json_schema.schema", inner.get("schema"), Mapping)
+    field = f"{where}.json_schema"
+    return Format("json", _measured(field, json.dumps(inner["schema"])), field)
+
+
+def _of_vllm(given: Mapping[str, Any]) -> Format:
+    where = "structured_outputs"
+    named = {k: v for k, v in given.items() if v is not None and v is not False}
+    for name in _REFUSED:
+        if name in named:
+            raise NotImplementedError(
+                f"{where}: {name}: expected {', '.join(_KINDS)}, which automata hold to, found it"
+            )
+    require(len(named) == 1, where, "fields", f"one of {_KINDS}", sorted(named)[:5])
+    ((kind, content),) = named.items()
+    require(kind in _KINDS, where, "fields", f"one of {_KINDS}", repr(kind)[:80])
+    field = f"{where}.{kind}"
+    if kind == "json_object":
+        require(content is True, where, kind, "true", repr(content)[:80])
+        return Format(kind, field=field)
+    if kind == "choice":
+        good = isinstance(content, list) and bool(content)
+        good = good and all(isinstance(text, str) for text in content)
+        require(good, where, kind, "a list of at least one text", repr(content)[:80])
+        _measured(field, "".join(content))
+        return Format(kind, tuple(content), field)
+    if kind == "json" and isinstance(content, Mapping):
+        content = json.dumps(content)
+    instance(where, kind, content, str)
+    return Format(kind, _measured(field, content), field)
+
+
+def _measured(where: str, text: str) -> str:
+    count = len(text.encode(errors="replace"))
+    if count > MOST_BYTES:
+        raise FormatTooLongError(f"{where}: expected at most {MOST_BYTES} bytes, found {count}")
+    return text

@@ -1,0 +1,180 @@
+"""MultiLoraLinear: a linear layer whose rows may each use another adapter of a pool."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext._torch import compiles
+from lora_ext.rows import Pool, PoolLayer, Rows, current, pool_rows, untouched
+
+from ._pool_dora import DoraFactors, Rescale, rescaled
+from ._pool_replaced import traced_replaced, with_replaced
+
+
+class SiblingsProtocol(Protocol):
+    """What a layer asks of :mod:`lora_ext.serving.layers._siblings`, which builds on this file."""
+
+    def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
+        """What a sibling has computed for the layer already."""
+
+    def together(self, layer: MultiLoraLinear, x: Tensor, y: Tensor, rows: Rows) -> Tensor | None:
+        """The layer's output, computed with those of its followers."""
+
+
+class OverlapProtocol(Protocol):
+    """What a layer asks of :mod:`lora_ext.serving.layers._overlap`, which builds on this file."""
+
+    def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
+        """The layer's output, its update begun beside the base product."""
+
+
+class MultiLoraLinear(PoolLayer):
+    """``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, ``s`` the adapter of row
+    ``t``. Rows of a DoRA adapter get their outputs' lengths from its magnitudes:
+    :mod:`lora_ext.serving.layers._pool_dora`.
+
+    Rows get their adapters from :func:`lora_ext.adapters`; outside such a block this is ``base``
+    and nothing else. For inference, and differentiable in ``x``; adapters in a pool are not
+    trained.
+
+    Args:
+        base: ``nn.Linear`` or transformers' ``Conv1D``, or anything that maps (..., I) to a new
+            (..., O). pool: :class:`lora_ext.AdapterPool`. name: the module's name in the pool.
+    """
+
+    #: The layers of its parent that may see the same rows, where they share ops.
+    siblings: SiblingsProtocol | None = None
+    #: Streams, where the update may begin beside the base product.
+    overlap: OverlapProtocol | None = None
+
+    def __init__(self, base: nn.Module, pool: Pool, name: str):
+        super().__init__(base, pool, name)
+        self.dora = DoraFactors(base, self.slab, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        siblings = self.siblings
+        if siblings is not None and compiles():
+            siblings = None
+        if siblings is not None:
+            finished = siblings.output(self, x)
+            if finished is not None:
+                return finished
+        if self.overlap is not None and not compiles():
+            try:
+                finished = self.overlap.output(self, x)
+            except ValueError as error:
+                raise self._explained(error) from error
+            if finished is not None:
+                return finished
+        y = self.base(x)
+        slab = self.slab
+        traced = compiles()
+        if slab.a_pages is None and not slab.was_replaced:
+            if not traced:
+                untouched(self.pool, x.device)
+            return y
+        if traced:
+            return self._traced(y, x)
+        block = current(self.handle)
+        if block is None:
+            return y if self.default is None else self.by_default(x)
+        if self.is_head and block.head is not None:
+            block = block.head
+        leading = x.shape[:-1]
+        rows = self.rows_in(block, leading, x.device)
+        if not rows.used:  # all rows belong to the base model
+            return y
+        if slab.a_pages is not None:
+            rescale = None
+            if slab.magnitude is not None:
+                rescale = self.dora.rescale(block, leading, x.device, self.tokens_first)
+            try:
+                together = None if siblings is None else siblings.together(self, x, y, rows)
+                if together is not None:
+                    return together
+                y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
+                self.watch_backward(y)
+            except ValueError as error:
+                raise self._explained(error) from error
+            except AttributeError as error:
+                if isinstance(y, Tensor):
+                    raise
+                raise NotImplementedError(
+                    f"MultiLoraLinear: {self.name}: expected a module that returns one tensor, "
+                    f"found {type(self.base).__name__}, which returns a {type(y).__name__}; an "
+                    "adapter on it is not supported"
+                ) from error
+        if slab.was_replaced:
+            y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
+        return y
+
+    def _traced(self, y: Tensor, x: Tensor) -> Tensor:
+        slab, leading = self.slab, x.shape[:-1]
+        if slab.a_pages is not None:
+            rows = traced_rows(self, leading, x.device)
+            rescale = None
+            if slab.magnitude is not None:
+                rescale = self.dora.traced_rescale(self, leading, x.device)
+            y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
+        return traced_replaced(y, x, self) if slab.was_replaced else y
+
+    def _explained(self, error: ValueError) -> ValueError:
+        return ValueError(
+            f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that the "
+            "model had when it was made; make it of the model in its place, or pass device= and "
+            "dtype=)"
+        )
+
+
+def traced_rows(
+    layer: PoolLayer, leading: torch.Size, device: torch.device, of_tokens: bool = False
+) -> Rows:
+    """:meth:`PoolLayer.rows_in` for a graph: the rows of whatever block the graph will run in."""
+    slots, turned = layer.pool.max_slots, layer.tokens_first
+    return pool_rows(layer.handle, leading, device, slots, turned, of_tokens, layer.default)
+
+
+def add_adapters(
+    y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor, rescale: Rescale | None
+) -> Tensor:
+    """``y (..., O)`` with the update of each row, in place where ``y`` is ours to change.
+
+    Hundreds of calls a decode step: each line here was timed.
+    """
+    a, b = slab.a_pages, slab.b_pages
+    scale, ranks, table = slab.scale, slab.ranks, slab.page_table
+    dtype = a.dtype
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    if y.dtype == dtype == x.dtype and y.is_contiguous() and not differentiable:
+        # y is fresh from base, so it is ours to change. A view costs less than a reshape.
+        i = slab.in_features
+        x2d = x.view(-1, i) if x.is_contiguous() else x.reshape(-1, i)  # (T, I)
+        ops.lora_apply_(y.view(-1, y.shape[-1]), x2d, a, b, ids, scale, ranks, table, plan)
+        if rescale is not None:
+            y = rescaled(y, rescale)
+    else:
+        # Also under autocast, and where the model has left the pool's dtype: the update in the
+        # pool's dtype, then one rounding to that of y.
+        x2d = x.reshape(-1, slab.in_features).to(dtype)  # (T, I)
+        delta = ops.lora_apply(x2d, a, b, ids, scale, ranks, table, plan)  # (T, O)
+        total = y + delta.view(y.shape)
+        if rescale is not None:
+            total = rescaled(total, rescale)
+        y = total.to(y.dtype)
+    if slab.bias is not None:
+        y = with_bias(y, slab, ids)
+    return y
+
+
+def with_bias(y: Tensor, slab: Any, ids: Tensor) -> Tensor:
+    """PEFT's ``lora_bias``, scaled like the product it belongs to; other rows keep every bit."""
+    slot = ids.clamp(min=0)
+    bias = slab.bias[slot] * slab.scale[slot].unsqueeze(1)  # (T, O)
+    uses = (ids >= 0) & (slab.ranks[slot] > 0)  # (T,)
+    total = (y.reshape(bias.shape) + bias).to(y.dtype)
+    return torch.where(uses.unsqueeze(1), total, y.reshape(bias.shape)).view(y.shape)

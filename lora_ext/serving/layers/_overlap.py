@@ -1,0 +1,95 @@
+"""The first half of an update beside the base product, on a second CUDA stream.
+
+``lora_ext.attach(model, pool, overlap=True)`` gives every layer an :class:`Overlap`. Shrink needs x
+alone, so it may run while the base product does; expand adds to what the base has written, so it
+comes behind both. In a captured graph the two streams become two branches of it.
+
+Our choice: off by default, and for at most :data:`MOST_ROWS` rows. Up to there the base product
+waits for its weights and leaves multiprocessors idle, and an update is latency; above, its blocks
+fill the device, and shrink would only take turns with them. No card has timed either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+from lora_ext.rows import current
+
+from ._multi_lora import MultiLoraLinear, with_bias
+from ._siblings import goes_along, plain
+
+#: Most rows that are computed so: those of the kernels of decode.
+MOST_ROWS = 256
+
+
+def begin_early(layers: Mapping[str, nn.Module]) -> None:
+    """Give the linear layers among ``layers`` streams to share."""
+    overlap = Overlap()
+    for layer in layers.values():
+        if type(layer) is MultiLoraLinear:
+            layer.overlap = overlap
+
+
+class Overlap:
+    """Side streams, one for each stream that calls layers.
+
+    What a side stream allocates and gives back is used again behind the next fork, which is behind
+    all that the calling stream has queued; two calling streams therefore never share one.
+
+    Args:
+        cuda: ``torch.cuda``, or what stands for it in a test. devices: types of device with
+            streams.
+    """
+
+    def __init__(self, cuda: Any = torch.cuda, devices: Collection[str] = ("cuda",)):
+        self._cuda = cuda
+        self._devices = devices
+        self._sides: dict[tuple[torch.device, int], Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Overlap:
+        return self
+
+    def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
+        """The layer's output; None where it is to be computed in one stream.
+
+        Raises:
+            ValueError: what the ops refuse.
+        """
+        slab = layer.slab
+        few = x.numel() <= MOST_ROWS * slab.in_features
+        if x.device.type not in self._devices or not (few and plain(x)):
+            return None
+        block = current(layer.handle)
+        if block is None or layer.is_head or not goes_along(layer, layer, x):
+            return None
+        rows = layer.rows_in(block, x.shape[:-1], x.device)
+        if not rows.used:
+            return None
+        here = self._cuda.current_stream(x.device)
+        side = self._side_of(here, x.device)
+        x2d = x.reshape(-1, slab.in_features)  # (T, I)
+        table, ranks = slab.page_table, slab.ranks
+        side.wait_stream(here)
+        try:
+            with self._cuda.stream(side):
+                v = ops.lora_shrink(
+                    x2d, slab.a_pages, rows.ids, slab.scale, ranks, table, rows.plan
+                )  # (T, R)
+            y = layer.base(x)
+        finally:
+            here.wait_stream(side)  # x and v are free to go behind this
+        y = y.contiguous()
+        y2d = y.view(-1, y.shape[-1])  # (T, O)
+        ops.lora_expand_(y2d, v, slab.b_pages, rows.ids, ranks, table, rows.plan)
+        return y if slab.bias is None else with_bias(y, slab, rows.ids)
+
+    def _side_of(self, stream: Any, device: torch.device) -> Any:
+        key = device, stream.cuda_stream
+        if key not in self._sides:
+            self._sides[key] = self._cuda.Stream(device)
+        return self._sides[key]

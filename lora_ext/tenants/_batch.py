@@ -1,0 +1,305 @@
+"""One step: data of many calls in one forward, a loss for each call, and one backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._checks import require
+from lora_ext.layers import LoraLayer, recomputed, rows_per_chunk, softcap_of
+from lora_ext.rows import adapters, layer_names
+
+from ._data import Checked, Result
+from ._live import LiveAdapter, add_to
+from ._losses import LOSSES
+
+#: What a model has to be: padding stands behind a sequence, unmasked.
+CAUSAL = "a causal language model of transformers, no token of which sees those behind it"
+
+
+@dataclass(eq=False)
+class Call:
+    """A ``forward_backward`` or ``forward`` on its way.
+
+    It is cut into parts by its own data alone, so its numbers do not follow from who waits beside
+    it: data from long to short, as many as make ``most`` tokens with their padding.
+    """
+
+    adapter: LiveAdapter
+    data: list[Checked]
+    loss: str
+    options: dict[str, float]
+    backward: bool
+    most: int
+    future: Future[Result] = field(default_factory=Future)
+    logprobs: dict[int, Tensor] = field(default_factory=dict)
+    total: float = 0.0
+    gradients: list[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.parts: list[Part] = []
+        rows: list[int] = []
+        for i in sorted(range(len(self.data)), key=lambda i: -self.data[i].length):
+            if rows and (len(rows) + 1) * self.data[rows[0]].length > self.most:
+                self.parts.append(Part(self, rows))
+                rows = []
+            rows = [*rows, i]
+        self.parts.append(Part(self, rows))
+
+    @property
+    def tokens(self) -> int:
+        """Of its data; where targets are more, of those."""
+        return sum(max(each.length, each.targets.numel()) for each in self.data)
+
+    def fail(self, error: BaseException) -> None:
+        """Give the caller the error; parts to come are dropped, and no gradient stays."""
+        self.parts.clear()
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def finish(self) -> None:
+        """After the last part: the gradients count, and the caller has the result."""
+        if self.backward and self.gradients is not None:
+            self.adapter.add(self.gradients)
+        each = [self.logprobs[i] for i in range(len(self.data))]
+        if not self.future.done():
+            self.future.set_result(Result(each, {"loss:sum": self.total}))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some data of a call that go into one step together."""
+
+    call: Call
+    rows: list[int]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each datum."""
+        return [self.call.data[i].length for i in self.rows]
+
+
+class BatchStep:
+    """Steps over one model of transformers with a head for the next token, in evaluation mode."""
+
+    def __init__(self, model: Any):
+        self.model, self.head = model, model.get_output_embeddings()
+        self.device = model.get_input_embeddings().weight.device
+        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        require(not self._looks_ahead(), "Service", "model", CAUSAL, type(model).__name__)
+        self._apart = self._has_its_head_apart()
+
+    def _looks_ahead(self) -> bool:
+        """Return whether a token's logits depend on later tokens, padding included.
+
+        A change of the later tokens of a row may change the logits of its first token no more than
+        a change in another row does. In another row, the effect is zero, or rounding if experts
+        compute all rows together. All forwards have the same shape, so that a library computes a
+        row in the same way in each.
+        """
+
+        def logits(row: int, first: int) -> Tensor:
+            """Return the logits of row 1's first token after a change of ``row`` from token
+            ``first`` on."""
+            ids = torch.arange(1, 4, device=self.device).repeat(2, 1) % self.vocabulary
+            ids[row, first:] = (ids[row, first:] + self.vocabulary // 2) % self.vocabulary
+            with torch.no_grad():
+                return self.model(input_ids=ids, use_cache=False).logits[1, 0]
+
+        base = logits(0, 3)  # without a change
+        moved, *rounding = ((logits(*it) - base).abs().max() for it in ((1, 1), (0, 1), (0, 0)))
+        return not bool(moved <= 16 * max(rounding))
+
+    def _has_its_head_apart(self) -> bool:
+        """Whether the model's logits are those of its head on what its body gives: some models cap
+        or scale them. It is tried, once, on tokens whose logits tell: a scale does nothing to the
+        zeros of a padding token, and a cap little to small numbers."""
+        body = getattr(self.model, "base_model", None)
+        if body is None or body is self.model or self.head is None:
+            return False
+        if softcap_of(self.model) is not None:
+            return False
+        ids = torch.arange(4, device=self.device)[None] % self.vocabulary
+        with torch.no_grad():
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            own = self.head(body(input_ids=ids, use_cache=False)[0])
+            return bool(logits.any()) and torch.equal(logits, own)
+
+    def run(self, parts: Sequence[Part]) -> None:
+        """Compute the parts, and let each call have its share, or its failure.
+
+        What fails with many is tried with fewer: memory, or a fault that is one call's alone.
+        """
+        try:
+            self._run(parts)
+        except Exception as error:  # whatever the model raises is some caller's to know
+            if len(parts) == 1:
+                parts[0].call.fail(error)
+                return
+            half = len(parts) // 2
+            self.run(parts[:half])
+            self.run(parts[half:])
+
+    def _run(self, parts: Sequence[Part]) -> None:
+        owners = [(part, i) for part in parts for i in part.rows]
+        owners.sort(key=lambda owner: -owner[0].call.data[owner[1]].length)
+        with torch.set_grad_enabled(any(part.call.backward for part in parts)):
+            found = self._logprobs(owners)
+            sums: dict[Part, Tensor] = {}
+            for (part, i), logprobs in zip(owners, found, strict=True):
+                call = part.call
+                inputs = {k: v.to(self.device) for k, v in call.data[i].inputs.items()}
+                loss = LOSSES[call.loss].sum(logprobs, inputs, call.options)
+                sums[part] = sums[part] + loss if part in sums else loss
+        totals = {part: float(loss.detach()) for part, loss in sums.items()}
+        for part, total in totals.items():
+            if not math.isfinite(total):
+                part.call.fail(_not_finite("loss", total))
+        wanted = [p for p in parts if p.call.backward and math.isfinite(totals[p])]
+        gradients = self._gradients(wanted, sums)
+        # From here on nothing raises.
+        for (part, i), logprobs in zip(owners, found, strict=True):
+            part.call.logprobs[i] = logprobs.detach().cpu()
+        for part in parts:
+            call = part.call
+            if part in gradients:
+                own, finite = gradients[part]
+                if not finite:
+                    call.fail(_not_finite("gradient", "one that is not"))
+                elif call.gradients is None:
+                    call.gradients = own
+                else:
+                    add_to(call.gradients, own)
+            call.total += totals[part]
+
+    def _gradients(
+        self, parts: Sequence[Part], sums: dict[Part, Tensor]
+    ) -> dict[Part, tuple[list[Tensor], bool]]:
+        """Of each part with respect to its own adapter, float32 or wider, and whether all of them
+        are finite."""
+        if not parts:
+            return {}
+        total = torch.stack([sums[part] for part in parts]).sum()
+        factors = [list(part.call.adapter.parameters.values()) for part in parts]
+        flat = [p for own in factors for p in own]
+        grads = iter(torch.autograd.grad(total, flat, allow_unused=True))
+        return {
+            part: _together(own, [next(grads) for _ in own])
+            for part, own in zip(parts, factors, strict=True)
+        }
+
+    def _logprobs(self, owners: Sequence[tuple[Part, int]]) -> list[Tensor]:
+        """Of the targets of each datum, of their shape."""
+        data = [part.call.data[i] for part, i in owners]
+        longest = data[0].length
+        ids = torch.zeros(len(data), longest, dtype=torch.int64)
+        for row, datum in zip(ids, data, strict=True):
+            row[: datum.length] = datum.tokens
+        # Padding stands behind the tokens, which do not look there: no mask, and a sequence runs
+        # through the kernels that it runs through alone.
+        at = [torch.arange(datum.length) + row * longest for row, datum in enumerate(data)]
+        # Flat, as one datum may have many targets for each token.
+        targets = torch.cat([d.targets.flatten() for d in data])
+        counts = [torch.full((d.length,), d.targets.numel() // d.length) for d in data]
+        names = [part.call.adapter.name for part, _ in owners]
+        with adapters(names, pool=layer_names):
+            found = self._of_rows(
+                ids.to(self.device),
+                torch.cat(at).to(self.device),
+                torch.cat(counts),
+                targets.to(self.device),
+            )
+        each = found.split([d.targets.numel() for d in data])
+        return [lp.view(d.targets.shape) for lp, d in zip(each, data, strict=True)]
+
+    def _of_rows(self, ids: Tensor, at: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of the targets, place for place, at some places ``(M,)`` of a batch, of
+        which each has ``counts`` targets ``(M,)``, on the CPU."""
+        if not self._apart or isinstance(self.model.get_output_embeddings(), LoraLayer):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return _chosen(logits.flatten(0, 1)[at], counts, targets)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
+        rows = hidden.flatten(0, 1)[at]  # (M, d)
+        if len(targets) == len(rows) and rows.requires_grad:
+            found: Any = _OneTarget.apply(rows, targets, self.head)
+            return found
+        pieces = counts.split(rows_per_chunk(self.vocabulary))
+        parts = targets.split([int(piece.sum()) for piece in pieces])
+        pairs = zip(rows.split([len(piece) for piece in pieces]), pieces, parts, strict=True)
+        return torch.cat([recomputed(self._of_hidden, *pair) for pair in pairs])
+
+    def _of_hidden(self, rows: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
+        return _chosen(self.head(rows), counts, targets)
+
+
+class _OneTarget(torch.autograd.Function):
+    """Log-probabilities ``(M,)`` of a target of each row ``(M, d)``, by a frozen head.
+
+    A row's gradient is a number times ``d log p(target) / d row``, which needs no more than the
+    logits: it is found with them, a chunk of rows at a time, so that the backward does not have to
+    keep logits or compute them again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, targets: Tensor, head: Any) -> Tensor:
+        most = rows_per_chunk(head.weight.shape[0])
+        found: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for part, wanted in zip(rows.split(most), targets.split(most), strict=True):
+            with torch.enable_grad():
+                own = part.detach().requires_grad_()
+                logits = head(own)
+            law = _wide_logits(logits.detach()).log_softmax(-1)
+            at = torch.arange(len(wanted), device=wanted.device)
+            found.append(law[at, wanted])
+            slope = law.exp_().neg_()
+            slope[at, wanted] += 1
+            slopes += torch.autograd.grad(logits, own, slope.to(logits.dtype))
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * grads[0][:, None]).to(slopes.dtype), None, None
+
+
+def _wide_logits(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _chosen(logits: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
+    rows = torch.arange(len(counts)).repeat_interleave(counts).to(logits.device)
+    return _wide_logits(logits).log_softmax(-1)[rows, targets]
+
+
+def _together(
+    parameters: list[nn.Parameter], gradients: list[Tensor | None]
+) -> tuple[list[Tensor], bool]:
+    """Copies, since gradients of several factors may be views of one bank, that lie in one piece:
+    what is asked of all of them is asked once."""
+    by_device: dict[torch.device, list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        by_device.setdefault(parameter.device, []).append(i)
+    own: list[Any] = [None] * len(parameters)
+    finite = True
+    for device, places in by_device.items():
+        wide = torch.promote_types(parameters[places[0]].dtype, torch.float32)
+        sizes = [parameters[i].numel() for i in places]
+        piece = torch.empty(sum(sizes), dtype=wide, device=device)
+        for i, part in zip(places, piece.split(sizes), strict=True):
+            own[i], gradient = part.view_as(parameters[i]), gradients[i]
+            own[i].copy_(torch.zeros((), device=device) if gradient is None else gradient)
+        low, high = piece.aminmax()  # a NaN is both
+        finite = finite and bool(low.isfinite() & high.isfinite())
+    return own, finite
+
+
+def _not_finite(what: str, found: object) -> ValueError:
+    return ValueError(f"forward_backward: {what}: expected a finite number, found {found}")

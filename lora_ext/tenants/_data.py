@@ -1,0 +1,128 @@
+"""What goes into a call and what comes out of it: data, results, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import instance, require
+
+from ._losses import LOSSES, Loss
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_TARGETS = "target_tokens"
+
+
+@dataclass(frozen=True, eq=False)
+class Datum:
+    """One sequence to learn from.
+
+    Args:
+        tokens: ``(N,)`` integers, what the model reads.
+        inputs: of the loss, by Tinker's names: ``target_tokens`` ``(N,)``, or ``(N, K)`` for
+            "cross_entropy"; ``weights`` of their shape, 1 by default; ``logprobs`` and
+            ``advantages`` ``(N,)`` for the losses of reinforcement learning.
+    """
+
+    tokens: Sequence[int] | Tensor
+    inputs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a call gives back.
+
+    Args:
+        logprobs: of the targets of each datum, float32, of their shape, on the CPU.
+        metrics: numbers by name; ``loss:sum`` is the loss.
+    """
+
+    logprobs: list[Tensor] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Checked(NamedTuple):
+    """A datum whose shapes, ranges and dtypes are right."""
+
+    tokens: Tensor  # (N,) int64
+    targets: Tensor  # (N,) or (N, K) int64
+    inputs: dict[str, Tensor]  # float32, of the shape of the targets
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads."""
+        return self.tokens.shape[0]
+
+
+def checked_tokens(where: str, argument: str, tokens: Any, vocabulary: int) -> Tensor:
+    """``(N,)`` int64, each a token of the model."""
+    given = _tensor(where, argument, tokens)
+    require(given.dim() == 1, where, argument, "shape (N,)", list(given.shape))
+    require(given.numel() > 0, where, argument, "at least one token", "none")
+    return _ids(where, argument, given, vocabulary)
+
+
+def checked_data(
+    where: str, data: Sequence[Datum], loss: str, vocabulary: int, max_tokens: int
+) -> list[Checked]:
+    """The data of a call, each as the loss wants it; what does not fit is a ValueError."""
+    instance(where, "data", data, (list, tuple))
+    require(len(data) > 0, where, "data", "at least one Datum", "none")
+    found = []
+    for i, datum in enumerate(data):
+        instance(where, f"data[{i}]", datum, Datum)
+        found.append(_checked(where, f"data[{i}]", datum, LOSSES[loss], vocabulary, max_tokens))
+    return found
+
+
+def _checked(
+    where: str, name: str, datum: Datum, loss: Loss, vocabulary: int, max_tokens: int
+) -> Checked:
+    tokens = checked_tokens(where, f"{name}.tokens", datum.tokens, vocabulary)
+    instance(where, f"{name}.inputs", datum.inputs, Mapping)
+    length, inputs = tokens.shape[0], dict(datum.inputs)
+    expected = f"at most max_tokens = {max_tokens} tokens"
+    require(length <= max_tokens, where, f"{name}.tokens", expected, length)
+    known = (_TARGETS, "weights", *loss.needs)
+    for key in inputs:
+        require(key in known, where, f"{name}.inputs", f"one of {known}", repr(key))
+    for key in (_TARGETS, *loss.needs):
+        require(key in inputs, where, f"{name}.inputs", f"{key!r}", f"only {sorted(inputs)}")
+    argument = f"{name}.inputs[{_TARGETS!r}]"
+    targets = _tensor(where, argument, inputs.pop(_TARGETS))
+    many = not loss.needs and targets.dim() == 2 and targets.shape[1] > 0
+    expected = f"shape ({length},)" + ("" if loss.needs else f" or ({length}, K)")
+    fits = (targets.dim() == 1 or many) and targets.shape[0] == length
+    require(fits, where, argument, expected, list(targets.shape))
+    targets = _ids(where, argument, targets, vocabulary)
+    floats = {}
+    for key, value in inputs.items():
+        argument = f"{name}.inputs[{key!r}]"
+        given = _tensor(where, argument, value)
+        fits = given.shape == targets.shape
+        require(fits, where, argument, f"shape {list(targets.shape)}", list(given.shape))
+        # A copy: the caller may go on with the tensor. Values are not looked at: what is not
+        # finite makes a loss that is not, and fails the call then.
+        floats[key] = torch.empty(targets.shape).copy_(given)
+    return Checked(tokens, targets, floats)
+
+
+def _tensor(where: str, argument: str, value: Any) -> Tensor:
+    try:
+        found = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{where}: {argument}: expected numbers, found {error}") from None
+    require(not found.is_complex(), where, argument, "real numbers", found.dtype)
+    return found
+
+
+def _ids(where: str, argument: str, ids: Tensor, vocabulary: int) -> Tensor:
+    require(ids.dtype in _INTEGERS, where, argument, "integers", ids.dtype)
+    low, high = (int(v) for v in ids.aminmax())
+    fits = low >= 0 and high < vocabulary
+    require(fits, where, argument, f"tokens in [0, {vocabulary})", f"{low} to {high}")
+    return torch.empty(ids.shape, dtype=torch.int64).copy_(ids)

@@ -1,0 +1,325 @@
+"""Samples of tenants' adapters: a second set of modules over the same weights, with a pool."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import functools
+import math
+import secrets
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import integer, renamed, require
+from lora_ext.layers import LoraLayer, unwrap
+from lora_ext.pool import AdapterPool, UnknownAdapterError
+from lora_ext.rows import of_call
+from lora_ext.serving import QueueFullError, Sampling, attach
+
+from ._data import checked_tokens
+
+MAX_RANK = 512  # of the pool; pages that no adapter needs take no memory
+_MOST = 1024  # samples of one adapter that wait
+_TRIES = 8  # others may fill the pool between a load and its use
+_ERROR = "Sampler.sample"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer.
+
+    Args:
+        tokens: those that were drawn, an end token among them.
+        logprobs: of each under the model, at temperature 1 and without cuts.
+        stop_reason: "stop" after an end or a stop, else "length".
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    stop_reason: str
+
+
+@dataclass(eq=False)
+class _Asked:
+    """One request of the manager."""
+
+    adapter: str | None
+    future: Future[Any] = field(default_factory=Future)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class SamplingModel:
+    """The base model once more as modules, over the very same weights, attached to a pool, under
+    transformers' continuous batching. ``context``: most tokens of prompt and answer."""
+
+    def __init__(self, model: Any, context: int, max_adapters: int, tokenizer: Any):
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        self.tokenizer = tokenizer
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or context
+        self.context = min(context, most)
+        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self.model = twin_of(model)
+        ends = self.model.generation_config.eos_token_id
+        self.ends: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        self.pool = AdapterPool(self.model, max_adapters, MAX_RANK)
+        attach(self.model, self.pool)
+        page = 16
+        self.manager = self.model.init_continuous_batching(
+            GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=-1),
+            ContinuousBatchingConfig(
+                page_size=page,
+                num_blocks=-(-max(2 * self.context, 1024) // page),
+                max_batch_tokens=512,
+            ),
+        )
+        self._asked: dict[str, _Asked] = {}
+        self._closed = False
+        with torch.inference_mode():  # the manager's thread takes it over
+            self.manager.start()
+        self._thread = threading.Thread(target=self._deliver, daemon=True)
+        self._thread.start()
+
+    def ask(self, prompt: list[int], adapter: str | None, count: int, **how: Any) -> _Asked:
+        """Put a request into the next steps."""
+        asked, name = _Asked(adapter), uuid.uuid4().hex
+        self._asked[name] = asked
+        try:
+            accepted = self.manager.add_request(
+                prompt,
+                request_id=name,
+                adapter_name=adapter,
+                max_new_tokens=count,
+                logprobs=asked.logprobs,
+                **how,
+            )
+            require(accepted, _ERROR, "sampler", "a manager that runs", "none", RuntimeError)
+        except BaseException:
+            self._asked.pop(name, None)  # a manager that has just died has failed it already
+            raise
+        return asked
+
+    def check_room(self, adapter: str | None, count: int) -> None:
+        """Raise QueueFullError where so many more samples of an adapter have none."""
+        found = count + sum(each.adapter == adapter for each in list(self._asked.values()))
+        expected = f"at most {_MOST} samples of an adapter that wait"
+        require(found <= _MOST, _ERROR, "queue", expected, found, QueueFullError)
+
+    def _deliver(self) -> None:
+        while not self._closed:
+            found = self.manager.get_result(timeout=0.5)
+            if found is None:
+                if not self.manager.is_running() and self._asked:
+                    self._fail("the manager has stopped")
+                continue
+            if found.is_finished() and (asked := self._asked.pop(found.request_id, None)):
+                if found.error is not None:
+                    asked.future.set_exception(RuntimeError(f"{_ERROR}: {found.error}"))
+                else:
+                    asked.future.set_result(list(found.generated_tokens))
+
+    def _fail(self, why: str) -> None:
+        for name in list(self._asked):
+            if asked := self._asked.pop(name, None):
+                asked.future.set_exception(RuntimeError(f"{_ERROR}: {why}"))
+
+    def prompt_logprobs(self, tokens: list[int], adapter: str | None) -> list[float]:
+        """Of every token after the first, as a training forward has them."""
+        with torch.no_grad(), of_call(adapter, pool=self.pool):
+            ids = torch.tensor([tokens], device=self.model.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
+        return logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+    def close(self) -> None:
+        """End the manager, and with an error the requests that it has."""
+        self._closed = True
+        self.manager.stop(hard_stop=True)
+        self._thread.join()
+        self._fail("the service is closed")
+
+
+def twin_of(model: Any) -> Any:
+    """The modules of a model once more, without adapters of their own, over the same tensors."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                memo[id(tensor)] = tensor
+        packed = module.__dict__.get("_packed_weight")  # a copy of its own would be made
+        if packed is not None:
+            memo[id(packed)] = packed
+    twin = copy.deepcopy(model, memo)
+    if any(isinstance(module, LoraLayer) for module in twin.modules()):
+        unwrap(twin)  # which lets the base train again, in both
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    return twin.eval()
+
+
+class Sampler:
+    """Draws from one adapter, or from the base model.
+
+    Args:
+        models: what it runs on. adapter: its name in the pool, None for the base model.
+        load: puts it there again, where others have filled the pool meanwhile.
+        kept: whether the adapter stays when the sampler goes.
+
+    Its ``context`` is how many tokens prompt and answer may have together.
+    """
+
+    def __init__(
+        self,
+        models: SamplingModel,
+        adapter: str | None,
+        load: Callable[[], Any] | None = None,
+        kept: bool = False,
+    ):
+        self._models, self.adapter, self._load = models, adapter, load
+        self.context, self._loading = models.context, threading.Lock()
+        if adapter is not None and not kept:
+            weakref.finalize(self, forget, models.pool, adapter).atexit = False
+
+    def sample(
+        self,
+        tokens: Sequence[int] | Tensor,
+        max_tokens: int,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = -1,
+        seed: int | None = None,
+        stop: Sequence[int | str] = (),
+    ) -> list[Sample]:
+        """Go on from a prompt, ``num_samples`` times.
+
+        Args:
+            tokens: the prompt, at least one token.
+            max_tokens: most new tokens of a sample.
+            temperature: 0 takes the likeliest token. top_p: see
+                :class:`~lora_ext.serving._sampling.Sampling`. top_k: draw from so many of the
+                likeliest tokens; -1 from all.
+            seed: the same samples again; sample ``i`` has the seed ``seed + i``.
+            stop: tokens, or texts, that end a sample, which keeps the tokens that made them. The
+                model's end token does so too, but for ``[]``: nothing but ``max_tokens`` ends it.
+
+        Raises:
+            ValueError: naming the argument; a log-probability that is not finite, as of an adapter
+                that overflows. QueueFullError: too many samples of the adapter wait.
+        """
+        begun = self.begin(tokens, max_tokens, num_samples, temperature, top_p, top_k, seed, stop)
+        return [each.result() for each in begun]
+
+    def begin(
+        self,
+        tokens: Sequence[int] | Tensor,
+        max_tokens: int,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = -1,
+        seed: int | None = None,
+        stop: Sequence[int | str] = (),
+    ) -> list[Future[Sample]]:
+        """:meth:`sample` without waiting: a future for each."""
+        models = self._models
+        prompt = checked_tokens(_ERROR, "tokens", tokens, models.vocabulary).tolist()
+        integer(_ERROR, "max_tokens", max_tokens, 1)
+        room = models.context - len(prompt)
+        expected = f"at most {models.context} tokens of prompt and answer"
+        require(max_tokens <= room, _ERROR, "max_tokens", expected, f"{len(prompt)} + {max_tokens}")
+        integer(_ERROR, "num_samples", num_samples, 1, _MOST)
+        with renamed(_ERROR):
+            Sampling(temperature, top_p, None, top_k)
+        ends, texts = self._stops(stop)
+        first = secrets.randbits(62) if seed is None else integer(_ERROR, "seed", seed)
+        models.check_room(self.adapter, num_samples)
+        of_all = prompt, self.adapter, max_tokens
+        begun = []
+        for i in range(num_samples):
+            mine = (first + i + (1 << 63)) % (1 << 64) - (1 << 63)
+            how = Sampling(temperature, top_p, mine, top_k)
+            more = {"sampling": how, "eos_token_id": ends or -1}
+            asked = self._there(functools.partial(models.ask, *of_all, **more))
+            begun.append(self._told(asked, ends, texts))
+        return begun
+
+    def logprobs(self, tokens: Sequence[int] | Tensor) -> list[float]:
+        """Of every token of a prompt but the first."""
+        where, most = "Sampler.logprobs", self._models.context
+        prompt = checked_tokens(where, "tokens", tokens, self._models.vocabulary)
+        require(len(prompt) <= most, where, "tokens", f"at most {most} tokens", len(prompt))
+        told = functools.partial(self._models.prompt_logprobs, prompt.tolist(), self.adapter)
+        return self._there(told)
+
+    def _there(self, action: Callable[[], Any]) -> Any:
+        """What an action gives once the pool has the adapter."""
+        for _ in range(_TRIES):
+            try:
+                return action()
+            except UnknownAdapterError:
+                if self._load is None:
+                    raise
+                with self._loading:
+                    if self.adapter not in self._models.pool:
+                        self._load()
+        return action()
+
+    def _stops(self, stop: Any) -> tuple[list[int], list[str]]:
+        alone = isinstance(stop, str) or not isinstance(stop, Iterable)
+        each = [stop] if alone else list(stop)
+        ends = [] if isinstance(stop, list) and not stop else list(self._models.ends)
+        texts = []
+        for item in each:
+            if isinstance(item, str):
+                asked = self._models.tokenizer is not None and item != ""
+                require(asked, _ERROR, "stop", "texts only with Service(tokenizer=)", repr(item))
+                texts.append(item)
+            else:
+                most = self._models.vocabulary - 1
+                ends.append(integer(_ERROR, "stop", item, 0, most, expected="tokens or texts"))
+        return ends, texts
+
+    def _told(self, asked: _Asked, ends: list[int], texts: list[str]) -> Future[Sample]:
+        future: Future[Sample] = Future()
+
+        def tell(done: Future[Any]) -> None:
+            try:
+                tokens: list[int] = done.result()
+                finite = all(map(math.isfinite, asked.logprobs))
+                expected = "finite ones of the drawn tokens"
+                require(finite, _ERROR, "logprobs", expected, "NaN: the adapter overflows")
+                cut = self._cut(tokens, texts)
+                kept = tokens[:cut]
+                reason = "length" if cut is None and tokens[-1] not in ends else "stop"
+                future.set_result(Sample(kept, asked.logprobs[: len(kept)], reason))
+            except BaseException as error:
+                future.set_exception(error)
+
+        asked.future.add_done_callback(tell)
+        return future
+
+    def _cut(self, tokens: list[int], texts: list[str]) -> int | None:
+        """How many tokens there are when a text is complete; None: none is."""
+
+        def complete(count: int) -> bool:
+            said = self._models.tokenizer.decode(tokens[:count], skip_special_tokens=False)
+            return any(text in said for text in texts)
+
+        if not texts or not complete(len(tokens)):
+            return None
+        # Halves: the thread that runs this serves everybody's samples.
+        return bisect.bisect_left(range(len(tokens)), True, key=complete)
+
+
+def forget(pool: AdapterPool, name: str) -> None:
+    """Unload an adapter, if it is there."""
+    if name in pool:
+        pool.unload(name)

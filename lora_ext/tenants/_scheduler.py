@@ -1,0 +1,229 @@
+"""Whose turn it is: a queue for each tenant, and the one thread that runs the model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+from lora_ext._checks import require
+from lora_ext.serving import QueueFullError
+
+from ._batch import BatchStep, Call, Part
+
+#: Tokens that a tenant gains with each step in which it has to wait.
+QUANTUM = 1024
+_PATIENCE = 1 / 3  # of the last step: how long a step waits for those of the last two
+_ROUNDS = 8  # of what is done at once between two steps: whoever sends no end of it stops no call
+
+
+def settle(future: Future[Any], action: Callable[[], Any]) -> None:
+    """Do it, and let the future have what came of it, errors included."""
+    try:
+        done = action()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(done)
+
+
+class Queue:
+    """What one tenant wants, in order."""
+
+    def __init__(self, size: int | None = None, tokens: int = 0) -> None:
+        self.size = size  # most items that wait; None: any number
+        self.tokens = tokens  # most of the calls among them, but for a call that waits alone
+        self.items: deque[Call | tuple[Future[Any], Callable[[], Any]]] = deque()
+        self.credit = 0
+        self.closed: str | None = None  # why nothing more is taken
+
+    def head(self) -> Call | None:
+        """The call whose turn it is."""
+        first = self.items[0] if self.items else None
+        return first if isinstance(first, Call) else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it begins with something that is no call."""
+        return bool(self.items) and self.head() is None
+
+    def check_room(self, where: str, item: Call | Callable[[], Any]) -> None:
+        """Raise QueueFullError where an item has none."""
+        if self.size is None or not self.items:
+            return
+        expected, fits = f"at most {self.size} calls that wait", len(self.items) < self.size
+        require(fits, where, "queue", expected, "more", QueueFullError)
+        if isinstance(item, Call):
+            held = sum(each.tokens for each in self.items if isinstance(each, Call))
+            expected = f"at most {self.tokens} tokens of calls that wait"
+            fits = held + item.tokens <= self.tokens
+            require(fits, where, "queue", expected, "more", QueueFullError)
+
+
+class Scheduler:
+    """Runs calls in the order of their tenants' queues, those of several tenants together.
+
+    Saving, stepping and the like run at once; parts of calls join a step by deficit round robin in
+    tokens. A step waits a little for tenants that were in one of the last two: those that were late
+    once would alternate with the others for ever. ``max_tokens`` of a step count its padding.
+    """
+
+    def __init__(self, step: BatchStep, max_tokens: int, size: int):
+        self.step, self.max_tokens, self.size = step, max_tokens, size
+        #: Steps so far, parts in them, and the most in one.
+        self.counts = {"steps": 0, "parts": 0, "most": 0}
+        self._changed = threading.Condition()
+        self._queues: list[Queue] = []
+        self._recent: deque[set[Queue]] = deque([set(), set()], 2)
+        self._duration = 0.0
+        self._rounds = 0  # since the last step
+        self._stopping = False
+        self._threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="lora_ext.tenants")
+        self._thread.start()
+
+    def add(self, bounded: bool = True) -> Queue:
+        """A queue for one more tenant."""
+        queue = Queue(self.size, self.size * self.max_tokens) if bounded else Queue()
+        with self._changed:
+            self._queues.append(queue)
+        return queue
+
+    def put(self, where: str, queue: Queue, item: Call | Callable[[], Any]) -> Future[Any]:
+        """Let an item wait for its turn.
+
+        Raises:
+            QueueFullError: as many wait as may. RuntimeError: the tenant or the service is closed.
+        """
+        future = item.future if isinstance(item, Call) else Future()
+        with self._changed:
+            if self._stopping or queue.closed:
+                why = queue.closed or "the service is closed"
+                raise RuntimeError(f"{where}: expected an open tenant, found that {why}")
+            queue.check_room(where, item)
+            future.set_running_or_notify_cancel()  # its tenant's next calls count on it
+            queue.items.append(item if isinstance(item, Call) else (future, item))
+            self._changed.notify()
+        return future
+
+    def close(self, queue: Queue, why: str, last: Callable[[], Any]) -> Future[Any]:
+        """Drop what a tenant wants; ``last`` is done before nothing more is taken."""
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        with self._changed:
+            dropped, queue.items = queue.items, deque()
+            queue.items.append((future, last))
+            queue.closed = why
+            self._changed.notify()
+        _drop(dropped, why)
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the step that runs."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        for queue in self._queues:
+            _drop(queue.items, "the service is closed")
+
+    # ---------------------------------------------------------------------------------------------
+    # The thread
+
+    def _loop(self) -> None:
+        torch.set_num_threads(self._threads)  # a new thread would take all cores
+        while True:
+            with self._changed:
+                while not self._stopping and not any(queue.items for queue in self._queues):
+                    self._changed.wait()
+                if self._stopping:
+                    return
+            if self._rounds < _ROUNDS and self._do_at_once():
+                self._rounds += 1
+                continue
+            self._wait_for_others()
+            parts = self._chosen()
+            if parts:
+                self._run(parts)
+            if parts or self._rounds == _ROUNDS:
+                self._rounds = 0
+
+    def _do_at_once(self) -> bool:
+        """Do one thing that is no call of each queue that begins with one, if any does."""
+        with self._changed:
+            items = [queue.items.popleft() for queue in self._queues if queue.ready]
+            self._queues = [q for q in self._queues if q.items or not q.closed]
+        for item in items:
+            assert not isinstance(item, Call)
+            settle(*item)
+        return bool(items)
+
+    def _wait_for_others(self) -> None:
+        deadline = time.monotonic() + _PATIENCE * self._duration
+        with self._changed:
+            while not self._stopping:
+                late = set().union(*self._recent).intersection(self._queues)
+                if all(queue.head() is not None for queue in late):
+                    return
+                if any(queue.ready for queue in self._queues):
+                    return  # something to do at once, after which its tenant may have a call
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    return
+
+    def _chosen(self) -> list[Part]:
+        parts: list[Part] = []
+        members: set[Queue] = set()
+        rows = longest = 0
+        with self._changed:
+            if self._rounds < _ROUNDS and any(queue.ready for queue in self._queues):
+                return []
+            for queue in self._queues:
+                call = queue.head()
+                if call is None or not call.parts:
+                    queue.credit = 0
+                    continue
+                queue.credit = min(queue.credit + QUANTUM, self.max_tokens)
+                part = call.parts[0]
+                more, wide = len(part.lengths), max(part.lengths)
+                fits = (rows + more) * max(longest, wide) <= self.max_tokens
+                if parts and not (fits and more * wide <= queue.credit):
+                    continue
+                queue.credit -= min(queue.credit, more * wide)
+                rows, longest = rows + more, max(longest, wide)
+                parts.append(call.parts.pop(0))
+                members.add(queue)
+            if members:
+                self._recent.append(members)
+            self._queues.append(self._queues.pop(0))  # who comes first changes
+        return parts
+
+    def _run(self, parts: list[Part]) -> None:
+        begin = time.monotonic()
+        self.step.run(parts)
+        self._duration = time.monotonic() - begin
+        self.counts["steps"] += 1
+        self.counts["parts"] += len(parts)
+        self.counts["most"] = max(self.counts["most"], len(parts))
+        with self._changed:
+            ended = [queue for queue in self._queues if (c := queue.head()) and not c.parts]
+            calls = [queue.items.popleft() for queue in ended]
+        for call in calls:
+            assert isinstance(call, Call)
+            if not call.future.done():
+                call.finish()
+
+
+def _drop(items: deque[Any], why: str) -> None:
+    for item in items:
+        error = RuntimeError(f"tenants: the call was dropped: {why}")
+        if isinstance(item, Call):
+            item.fail(error)
+        elif not item[0].done():
+            item[0].set_exception(error)

@@ -1,0 +1,103 @@
+"""Saves: folders that PEFT reads, with the optimizer beside the adapter, inside one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import instance, require
+from lora_ext._files import SafetensorsFile
+from lora_ext.adapter import LoraAdapter, save_adapter
+
+from ._live import LiveAdapter
+from ._optimizer import MOMENTS, Optimizer
+
+_OPTIMIZER = "optimizer.safetensors"
+_MAX_NAME_BYTES = 200  # file systems allow 255; a save in progress needs some
+
+
+class Store:
+    """The folder of all saves, made if it is not there; without one, all calls are refused."""
+
+    def __init__(self, root: str | os.PathLike[str] | None):
+        self.root: Path | None = None
+        if root is not None:
+            instance("Service", "store", root, (str, os.PathLike))
+            text = os.fspath(root)
+            usable = isinstance(text, str) and text != "" and "\0" not in text
+            require(usable, "Service", "store", "a folder, or None", repr(root))
+            self.root = Path(text).absolute()
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(
+                    "Service: store: expected a folder that can be made, found "
+                    f"{str(root)!r:.200} ({error.strerror})"
+                ) from error
+
+    def folder(self, where: str, path: Any, argument: str = "path") -> Path:
+        """Return the folder of a save.
+
+        Raises:
+            ValueError: If there is no store, or if the path leads out of it.
+        """
+        if self.root is None:
+            raise ValueError(f"{where}: store: expected a folder, found None; make Service(store=)")
+        expected = "a path inside the store, relative to it"
+        text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+        usable = isinstance(text, str) and text.strip("/.") != "" and "\0" not in text
+        usable = usable and text.encode(errors="ignore").decode() == text  # no lone surrogates
+        require(usable, where, argument, expected, f"{path!r:.200}")
+        inner = Path(text)
+        plain = not inner.is_absolute() and ".." not in inner.parts
+        require(plain, where, argument, expected, f"{path!r:.200}")
+        long = max(len(part.encode()) for part in inner.parts)
+        expected_names = f"names of at most {_MAX_NAME_BYTES} bytes"
+        require(long <= _MAX_NAME_BYTES, where, argument, expected_names, long)
+        folder = self.root / inner
+        # A link inside the store may lead anywhere.
+        inside = folder.resolve().is_relative_to(self.root.resolve())
+        require(inside, where, argument, expected, f"{path!r:.200}, a link that leads out of it")
+        return folder
+
+    def save(self, where: str, path: Any, adapter: LiveAdapter) -> None:
+        """Write the adapter and its optimizer: all files appear, or none."""
+        from safetensors.torch import save
+
+        folder = self.folder(where, path)
+        config, state = adapter.source()
+        tensors = {k: t.detach().cpu().clone() for k, t in adapter.optimizer.tensors().items()}
+        save_adapter(folder, config, state, beside={_OPTIMIZER: save(tensors)})
+
+    def read(self, where: str, path: Any) -> tuple[Path, LoraAdapter]:
+        """A save's folder and its adapter; :meth:`restore` reads the rest. No such save, or one
+        that is not well-formed, is a ValueError."""
+        folder = self.folder(where, path)
+        require(os.path.isdir(folder), where, "path", "a save in the store", f"{path!r:.200}")
+        return folder, LoraAdapter.load(folder)
+
+    def restore(self, folder: Path, optimizer: Optimizer, with_state: bool) -> None:
+        """Let an optimizer go on where the save's was; without a file, or state, begin anew."""
+        path = folder / _OPTIMIZER
+        tensors: dict[str, Tensor] = {}
+        if path.exists():
+            shapes = optimizer.shapes()
+            expected = "the state of an optimizer of this adapter"
+            with contextlib.closing(SafetensorsFile(path)) as file:
+                for key, info in file.infos.items():
+                    fits = info.shape == tuple(shapes.get(key, (-1,)))
+                    fits &= info.dtype in (torch.float32, torch.float64)
+                    found = f"{info.dtype} {list(info.shape)}"
+                    require(fits, str(path), key, expected, found)
+                    if with_state or key.endswith(":weight"):
+                        tensors[key] = file.read(key)
+        for name in tensors:
+            for moment in MOMENTS if name.endswith(":step") else ():
+                key = name.removesuffix("step") + moment
+                require(key in tensors, str(path), key, "a tensor", "none")
+        optimizer.restore(tensors)

@@ -1,0 +1,28 @@
+"""Let calls of a :class:`lora_ext.tenants.Service` wait in their queues."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+from lora_ext.tenants import Service
+
+
+@contextmanager
+def held(service: Service) -> Iterator[None]:
+    """Block the service's thread until the block ends, so that calls wait in their queues."""
+    gate: Future[None] = Future()
+    begun = threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        gate.result()
+
+    service._scheduler.put("test", service._own, hold)
+    assert begun.wait(60)  # an earlier call, and one of another queue, may run first
+    try:
+        yield
+    finally:
+        gate.set_result(None)
