@@ -41,6 +41,8 @@ def tool(name: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    if str(path.parent) not in sys.path:  # for the tools that it imports
+        sys.path.append(str(path.parent))
     spec.loader.exec_module(module)
     return module
 

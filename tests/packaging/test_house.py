@@ -13,6 +13,8 @@ from scripts import tool
 ROOT = Path(__file__).resolve().parents[2]
 house = tool("house")
 
+LOOSE = f"names in no __all__ above {house.MOST_LOOSE}"
+
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, list]:
@@ -36,12 +38,13 @@ def test_a_floor_is_below_all_that_may_import_it() -> None:
         assert all(order.index(other) < order.index(room) for other in below.split()), room
 
 
-def planted(tmp_path: Path, files: dict[str, str]) -> dict[str, list]:
+def planted(tmp_path: Path, files: dict[str, str], ignored: str = LOOSE) -> dict[str, list]:
     for name, text in files.items():
         path = tmp_path / "lora_ext" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return {what: places for what, places in house.faults(house.survey(tmp_path)).items() if places}
+    found = house.faults(house.survey(tmp_path))
+    return {what: places for what, places in found.items() if places and what != ignored}
 
 
 def test_circles_are_found_in_annotations_and_functions_too(tmp_path: Path) -> None:
@@ -105,6 +108,21 @@ def test_full_folders_and_long_functions_are_found(tmp_path: Path) -> None:
         "folders with more than 15 files": ["lora_ext/pool: 16"],
         "functions above 60 lines of code": ["lora_ext.rows.b.long: 61"],
     }
+
+
+def test_names_checks_and_parameters_are_counted(tmp_path: Path) -> None:
+    parameters = ", ".join("abcdefghi")
+    files = {
+        "rows/__init__.py": "from .a import g\n\n__all__ = ['g']\n",
+        "rows/a.py": f'"""Say it."""\ndef g(self, {parameters}):\n    return a\nclass H: ...\n',
+        "rows/_b.py": "def f(a):\n    # a comment\n    if not a:\n        raise ValueError\n",
+    }
+    wrong = planted(tmp_path, files, ignored="")
+    found = house.survey(tmp_path)
+    assert (found["code_lines"], found["check_lines"], found["median_body"]) == (8, 2, 1.5)
+    assert found["wide_functions"] == {"lora_ext.rows.a.g": 9}
+    assert wrong[LOOSE] == found["loose_names"] == ["lora_ext.rows.a.H"]
+    assert "lora_ext.rows.a.g: 9" not in str(wrong) and house.MOST_WIDE > 1
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@ _ENGINE = "vllm.v1.engine.core.EngineCore"
 _FRONT = "vllm.v1.engine.llm_engine.LLMEngine"
 _MANAGER = "vllm.lora.model_manager.LoRAModelManager"
 _WRAPPERS = {
-    "1": ("cpu.CpuPlatform", "punica_cpu.PunicaWrapperCPU", "cpu.LoraExtWrapperCPU"),
-    "cuda": ("cuda.CudaPlatformBase", "punica_gpu.PunicaWrapperGPU", "cuda.LoraExtWrapperCUDA"),
+    "1": ("cpu.CpuPlatform", "punica_cpu.PunicaWrapperCPU", "_cpu.LoraExtWrapperCPU"),
+    "cuda": ("cuda.CudaPlatformBase", "punica_gpu.PunicaWrapperGPU", "_cuda.LoraExtWrapperCUDA"),
 }  # vLLM's platform and wrapper, and ours
 
 
