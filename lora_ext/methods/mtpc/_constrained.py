@@ -20,7 +20,7 @@ from lora_ext._checks import require
 from lora_ext.control import Block, MatchedPlan, Plan, Row
 from lora_ext.reference import log_softmax
 
-from ._drafting import Chain, DraftedWindow, draw
+from ._drafting import DraftedWindow, draw
 from ._request import Request
 from ._shortlist import Shortlist
 from .layers import Circuit
@@ -89,10 +89,8 @@ class Constrained:
             circuit = decoder.circuit(hidden, pending)
             return DraftedWindow.joined([self._drawn(every, circuit, uniforms, pending, free)])
         parts, state, before = [], hidden, pending[:, None]
-        embed = decoder.model.get_input_embeddings()
-        chain = Chain(head, decoder.bridge, embed, decoder.chain)
         for j, numbers in enumerate(uniforms.split(head.n_token, 1)):
-            state = chain.behind(state, before)
+            state = decoder.behind(state, before)
             own = None if free is None else free[:, j * head.n_token :]
             circuit = head.narrow_circuit(state)
             parts.append(self._drawn(head.listed, circuit, numbers, None, own))

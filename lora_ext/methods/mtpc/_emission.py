@@ -1,10 +1,16 @@
 """From hidden states to the parameters of a circuit: three ways to its leaves, one to its sums.
 
-An emission holds the parameters of the leaves and answers two questions about rows ``(N, D)``:
+An emission holds the parameters of the leaves. Each class has four methods:
 
-* :meth:`Emission.logits`: all leaves, ``(N, K, C, L)``, for decoding, where rows are few;
-* :meth:`Emission.observed`: the log-probability of one token a position, ``(N, K, C)``, for
-  training, where the logits of all rows would not fit in memory.
+* ``logits(rows)``: all leaves of rows ``(N, D)``, ``(N, K, C, L)``, for decoding, where rows are
+  few;
+* ``observed(rows, places)``: the log-probability of one token per position, ``(N, K, C)``, for
+  training, where the logits of all rows would not fit in memory. ``places (N, K)`` are in [-1, L);
+  -1 marginalises its position. Differentiable once;
+* ``reset_parameters(bound)``: new values from torch's generator; fresh logits are uniform in
+  ``±bound``;
+* ``start_from(blocks)``: the values of a language model's unembedding, ``blocks (positions, L, D)``
+  with one block for each position that the model predicts.
 
 Letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``L`` tokens that have
 leaves, ``R`` rank of an adapter. Rows have the dtype of the parameters. The softmax runs in float32
@@ -49,29 +55,6 @@ class Emission(nn.Module):
         super().__init__()
         self.sizes = sizes
 
-    def reset_parameters(self, bound: float) -> None:
-        """Draw new values from torch's generator; fresh logits are uniform in ``±bound``."""
-        raise NotImplementedError
-
-    def start_from(self, blocks: Tensor) -> None:
-        """Start from a language model's unembedding, one block ``(L, D)`` for each position that
-        the model predicts: ``blocks (positions, L, D)``."""
-        raise NotImplementedError
-
-    def logits(self, rows: Tensor) -> Tensor:
-        """Logits of all leaves of rows ``(N, D)``: ``(N, K, C, L)``."""
-        raise NotImplementedError
-
-    def observed(self, rows: Tensor, places: Tensor) -> Tensor:
-        """Log-probabilities of one token a position under every component, ``(N, K, C)``.
-
-        Differentiable once. Memory is bounded: the logits of all rows are never there at once.
-
-        Args:
-            rows: ``(N, D)``. places: ``(N, K)`` int64 in [-1, L); -1 marginalises its position.
-        """
-        raise NotImplementedError
-
 
 class FullEmission(Emission):
     """``emit[k, z] @ h``: an unembedding of its own for every position and component."""
@@ -115,8 +98,8 @@ class SharedEmission(Emission):
         return linear(self.states(rows), self.unembed).view(len(rows), k, c, num_leaves)
 
     def observed(self, rows: Tensor, places: Tensor) -> Tensor:
-        """As :meth:`Emission.observed`; where the states of all rows are too many to be kept for
-        the backward, it computes them again, chunk by chunk."""
+        """Where the states of all rows are too many to be kept for the backward, compute them
+        again, chunk by chunk."""
         chunk = rows_per_chunk(self.sizes.n_token * self.sizes.rank * self.sizes.hidden_size)
         if len(rows) <= chunk:
             return self._observed(rows, places)
@@ -200,7 +183,7 @@ class AdapterEmission(SharedEmission):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-EMISSIONS: dict[str, type[Emission]] = {
+EMISSIONS: dict[str, type[FullEmission | ExpanderEmission | AdapterEmission]] = {
     "full": FullEmission,
     "expander": ExpanderEmission,
     "adapter": AdapterEmission,

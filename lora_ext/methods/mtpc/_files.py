@@ -104,10 +104,8 @@ class DraftFile:
             tail = {k: v for k, v in file.infos.items() if k.startswith(_FACTORS)}
             bridge = {k: v for k, v in file.infos.items() if k.startswith(_BRIDGE)}
             head = {k: v for k, v in file.infos.items() if k not in tail | bridge}
-            self.dtypes = {"head": self._dtype("head", head)}
-            for part, infos in (("bridge", bridge), ("tail", tail)):
-                if infos:
-                    self.dtypes[part] = self._dtype(part, infos)
+            parts = {"head": head, "bridge": bridge, "tail": tail}
+            self.dtypes = {k: self._dtype(k, v) for k, v in parts.items() if v or v is head}
             wanted = self._head_shapes(config, shortlist, vocab_size, hidden_size)
             found = {k: info.shape for k, info in (head | bridge).items()}
             if config.emission == "adapter":
@@ -118,23 +116,21 @@ class DraftFile:
                 raise ValueError(f"{file.where}: expected {expected}, found {len(tail)} tensors")
             if tail:
                 # Memory for the tail is taken layer by layer, all of this rank.
-                first = tail.get(f"{_FACTORS}0")
-                fits = first is not None and first.shape[:1] == (config.draft_rank,)
-                other = None if first is None else first.shape
-                require(fits, file.where, f"{_FACTORS}0", f"rank {config.draft_rank}", other)
+                first, name = config.draft_rank, f"{_FACTORS}0"
+                shape = tail[name].shape if name in tail else None
+                fits = shape is not None and shape[:1] == (first,)
+                require(fits, file.where, name, f"rank {first}", shape)
         except BaseException:
             file.close()
             raise
 
     def _dtype(self, part: str, infos: Mapping[str, TensorInfo]) -> torch.dtype:
         found = {info.dtype for info in infos.values()}
-        if len(found) == 1:
-            (dtype,) = found
-            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-                return dtype
-        raise ValueError(
-            f"{self._file.where}: {part}: expected one floating dtype, found {found!r:.200}"
-        )
+        dtype = next(iter(found), None)
+        if len(found) != 1 or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            expected = f"one floating dtype, found {found!r:.200}"
+            raise ValueError(f"{self._file.where}: {part}: expected {expected}")
+        return dtype
 
     def _head_shapes(
         self, config: MtpcConfig, shortlist: list[int] | None, vocab_size: int, hidden_size: int
@@ -146,10 +142,13 @@ class DraftFile:
                 bridge = TokenBridge(hidden_size, config.bridge) if config.bridge else None
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # beyond any memory
             raise ValueError(f"{self._file.where}: {error!s:.300}") from None
-        shapes = {f"head.{name}": tuple(t.shape) for name, t in head.state_dict().items()}
+        parts = {"head": head} if bridge is None else {"head": head, "bridge": bridge}
+        shapes = {
+            f"{part}.{name}": tuple(t.shape)
+            for part, module in parts.items()
+            for name, t in module.state_dict().items()
+        }
         shapes.pop(_SHORTLIST, None)
-        if bridge is not None:
-            shapes |= {f"bridge.{name}": tuple(t.shape) for name, t in bridge.state_dict().items()}
         return shapes
 
     def _compare(

@@ -55,16 +55,13 @@ def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) 
     Raises:
         ValueError: shapes that do not fit, r = 0, NaN or infinity. TypeError: no floating tensor.
     """
-    where = "pair_stats"
-    named = (("a", a), ("b", b), ("projected_b", projected_b))
-    for name, t in named:
-        check_floating(where, name, t)
+    where, named = "pair_stats", {"a": a, "b": b, "projected_b": projected_b}
+    check_floating(where, **named)
     sizes = (b.shape[0], a.shape[1]) if a.dim() == b.dim() == 2 else ()
     check_shapes(where, b.shape, sizes, sizes, a.shape)
     expected = f"the shape of b {tuple(b.shape)}"
     require(projected_b.shape == b.shape, where, "projected_b", expected, tuple(projected_b.shape))
-    for name, t in named:
-        check_finite(where, name, t)
+    check_finite(where, **named)
     return ops.lora_pair_stats(a, b, projected_b, scaling)
 
 
@@ -127,9 +124,11 @@ def ediem_scores(
     if config.score == "alignment":
         scores = alignments
     elif config.reference == "population":
-        expected = "at least 4 layers, which are compared with one another"
-        found = f"{len(layers)}; 'permutation' scores a layer by itself"
-        require(len(layers) >= 4, where, "reference='population'", expected, found)
+        if len(layers) < 4:
+            raise ValueError(
+                f"{where}: reference='population': expected at least 4 layers, which are compared "
+                f"with one another, found {len(layers)}; 'permutation' scores a layer by itself"
+            )
         x = distances / sizes.double().sqrt()
         if config.score == "angle":
             x = _angles(a, b, columns, scalings, stats)
@@ -146,11 +145,11 @@ def ediem_scores(
             else:
                 one = released_score(d, samples, s_l * p_l @ a_l, s_l * b_l @ a_l)
             scores.append(one)
-    found = zip(layers, sizes.tolist(), distances.tolist(), stats.tolist(), strict=True)
-    return [
-        LayerStats(layer.name, n, d, *_figures(row), score, alignment)
-        for (layer, n, d, row), score, alignment in zip(found, scores, alignments, strict=True)
-    ]
+    norms, images = stats[:, 0].sqrt(), stats[:, 1].sqrt()
+    cosines = torch.where(norms * images > 0, stats[:, 2] / (norms * images), 0)
+    figures = (sizes, distances, norms, images, cosines)
+    names, columns = (layer.name for layer in layers), (t.tolist() for t in figures)
+    return [LayerStats(*row) for row in zip(names, *columns, scores, alignments, strict=True)]
 
 
 def size_correlation(stats: Sequence[LayerStats]) -> float:
@@ -202,13 +201,6 @@ def _angles(
     return torch.where(norms > 0, rest / norms, 0).sqrt()
 
 
-def _figures(row: Sequence[float]) -> tuple[float, float, float]:
-    """|D|, |P D| and their cosine."""
-    norm, norm_proj, inner = math.sqrt(row[0]), math.sqrt(row[1]), row[2]
-    product = norm * norm_proj
-    return norm, norm_proj, inner / product if product > 0 else 0.0
-
-
 def _permuted(
     a: Tensor, b: Tensor, projected: Tensor, scaling: float, config: SploraConfig
 ) -> Tensor:
@@ -218,9 +210,8 @@ def _permuted(
     """
     generator = torch.Generator().manual_seed(config.seed)
     orders = (torch.randperm(len(b), generator=generator) for _ in range(config.n_samples))
-    found = [
-        ops.lora_pair_stats(a, b[order.to(b.device)], projected, scaling)[3] for order in orders
-    ]
+    moved = (b[order.to(b.device)] for order in orders)
+    found = [ops.lora_pair_stats(a, rows, projected, scaling)[3] for rows in moved]
     return torch.stack(found).cpu().clamp(min=0).sqrt()
 
 
@@ -236,11 +227,10 @@ def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tens
         raise ValueError(f"{where}: pairs: expected {expected}, found {pairs!r}")
     distances = []
     for i, (x, y) in enumerate(pairs):
-        name = f"pairs[{i}]"
+        name, found = f"pairs[{i}]", f"{tuple(x.shape)} and {tuple(y.shape)}"
         for t in (x, y):
-            check_floating(where, name, t)
-            check_finite(where, name, t)
-        expected = "matrices of one shape"
-        require(x.shape == y.shape, where, name, expected, f"{tuple(x.shape)} and {tuple(y.shape)}")
+            check_floating(where, **{name: t})
+            check_finite(where, **{name: t})
+        require(x.shape == y.shape, where, name, "matrices of one shape", found)
         distances.append(torch.linalg.vector_norm(x.double() - y.double()).cpu())
     return torch.stack(distances)
