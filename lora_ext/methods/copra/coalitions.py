@@ -50,8 +50,8 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
     found = f"{table.dtype} of shape {tuple(table.shape)}"
     require(fits, "coalitions", "masks", f"bools of shape (K, {len(groups)})", found)
     if not len(table) or sequences < 1:
-        found = f"{len(table)} and {sequences}"
-        raise ValueError(f"coalitions: expected at least one mask and one sequence, found {found}")
+        expected, found = "at least one mask and one sequence", f"{len(table)} and {sequences}"
+        raise ValueError(f"coalitions: expected {expected}, found {found}")
     groups.checked(table.all(0))  # what cannot be off as a whole cannot be for some rows either
     with groups.masked(table.any(0)), contextlib.ExitStack() as hooks:
         for names, layers, column in zip(groups.names, groups.layers, table.T, strict=True):
@@ -100,12 +100,14 @@ class _GiveRows:
     """Hands a layer its rows; it stands before the forward, so the layer's own is left alone."""
 
     def __init__(self, name: str, layer: Any, rows: NamedRows, tokens_first: bool):
-        self.name = name
-        self.rows = rows
+        self.name, self.rows = name, rows
         self.place = int(tokens_first)  # of the dimension that counts sequences
         #: A layer of PEFT's own knows no other layout than sequences first.
         self.turns = tokens_first and not hasattr(type(layer), "tokens_first")
-        self.dims = _dims(layer)
+        base = layer.get_base_layer()
+        #: The fewest dimensions of an input with sequences first.
+        self.dims = base.weight.dim() if hasattr(base, "stride") else 2
+        self.dims = 1 if isinstance(base, nn.Embedding) else self.dims
         self.ours = isinstance(layer, LoraLayer)
 
     def __call__(
@@ -129,11 +131,3 @@ class _GiveRows:
 
 def _turn_back(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return output.transpose(0, 1).contiguous()  # some models view it
-
-
-def _dims(layer: Any) -> int:
-    """The fewest dimensions of an input with sequences first."""
-    base = layer.get_base_layer()
-    if isinstance(base, nn.Embedding):
-        return 1
-    return base.weight.dim() if hasattr(base, "stride") else 2

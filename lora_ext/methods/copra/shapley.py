@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -134,15 +135,23 @@ def layer_shapley(
             one by one.
     """
     n, modules = len(controller.layers), set(model.modules())
-    fits = all(layer in modules for group in controller.layers.layers for layer in group)
-    other = f"a {type(model).__name__} without its layers"
-    require(fits, "layer_shapley", "model", "the controller's", other)
+    where, other = "layer_shapley", f"a {type(model).__name__} without its layers"
+    require(
+        modules.issuperset(chain(*controller.layers.layers)),
+        where,
+        "model",
+        "the controller's",
+        other,
+    )
     if method is None:
         method = "exact" if n <= _MOST_EXACT_LAYERS else "permutation"
     estimator = _estimator(n, method, samples, generator, antithetic, levels)
-    fits = batched_coalitions >= 1 and (batched_coalitions <= 1 or batch is not None)
-    other = batched_coalitions
-    require(fits, "layer_shapley", "batched_coalitions", "at least 1, and 1 without a batch", other)
+    count = batched_coalitions
+    fits, expected = (
+        count == 1 or (count > 1 and batch is not None),
+        "at least 1, and 1 without a batch",
+    )
+    require(fits, where, "batched_coalitions", expected, count)
 
     def one_by_one(asked: Sequence[int]) -> list[float]:
         found: list[float] = []
@@ -153,19 +162,13 @@ def layer_shapley(
 
     values, at_once = one_by_one, 1
     if batch is not None:
-        values = _Batched(model, controller, eval_fn, batch)
-        at_once = _coalitions_at_once(values.first, batched_coalitions)
+        values, at_once = _Batched(model, controller, eval_fn, batch), batched_coalitions
+        inputs = values.first  # token numbers (rows, ...), or features
+        if inputs.device.type == "cpu":
+            tokens = inputs.shape[:-1].numel() if inputs.is_floating_point() else inputs.numel()
+            at_once = min(at_once, max(1, _MOST_TOKENS // max(1, tokens)))
     with evaluating(model), torch.no_grad():
         return _run(estimator, n, values, cache, at_once)
-
-
-def _coalitions_at_once(inputs: Tensor, most: int) -> int:
-    """How many copies of a batch a forward is to have: at most ``most``; on the CPU fewer, but one,
-    where they have more than 1024 tokens. Inputs are token numbers ``(rows, ...)``, or features."""
-    if inputs.device.type != "cpu":
-        return most
-    tokens = inputs.shape[:-1].numel() if inputs.is_floating_point() else inputs.numel()
-    return min(most, max(1, _MOST_TOKENS // max(1, tokens)))
 
 
 @dataclass(eq=False)
@@ -181,8 +184,7 @@ class _Batched:
     def __post_init__(self) -> None:
         tensors = [v for v in self.batch.values() if isinstance(v, Tensor) and v.dim()]
         require(tensors, "layer_shapley", "batch", "tensors with rows", sorted(self.batch))
-        self.first = tensors[0]
-        self.rows = self.first.shape[0]
+        self.first, self.rows = tensors[0], len(tensors[0])
 
     def __call__(self, asked: Sequence[int]) -> list[float]:
         masks = [_mask(coalition, len(self.controller.layers)) for coalition in asked]
@@ -202,17 +204,15 @@ class _Batched:
         return found
 
     def _utilities(self, times: int) -> list[float]:
-        batch = {name: self._repeated(value, times) for name, value in self.batch.items()}
+        batch = dict(self.batch)
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.rows:
+                batch[name] = value.repeat(times, *[1] * (value.dim() - 1))
         found = self.eval_fn(self.model(**batch), batch)
         shape = tuple(found.shape) if isinstance(found, Tensor) else found
         expected = f"the utility of each row, of shape {(times * self.rows,)}"
         require(shape == (times * self.rows,), "layer_shapley", "eval_fn", expected, shape)
         return found.double().view(times, self.rows).mean(1).tolist()
-
-    def _repeated(self, value: Any, times: int) -> Any:
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.rows:
-            return value.repeat(times, *[1] * (value.dim() - 1))
-        return value
 
 
 def _estimator(

@@ -102,7 +102,7 @@ class PrefixCache:
                 yield
 
     def _lowest(self) -> int:
-        """How many blocks lie below the lowest that trains."""
+        """Return the number of blocks below the lowest that trains."""
         manager = self.manager
         layers = adapted_layers(manager.model, manager.adapter)
         trained = tuple(
@@ -116,12 +116,11 @@ class PrefixCache:
 
     @contextlib.contextmanager
     def _skipping(self, rows: Tensor) -> Iterator[None]:
-        model = self.manager.model
-        names = self.manager.blocks[: self._blocks]
-        stand_ins: dict[str, nn.Module] = {name: _Skipped(self._in_tuple) for name in names}
-        stand_ins[names[-1]] = _Skipped(self._in_tuple, rows)
-        for name, stand_in in stand_ins.items():
-            stand_in.train(model.get_submodule(name).training)
+        model, names = self.manager.model, self.manager.blocks[: self._blocks]
+        stand_ins: dict[str, nn.Module] = {}
+        for name in names:
+            stand_ins[name] = _Skipped(self._in_tuple, rows if name == names[-1] else None)
+            stand_ins[name].train(model.get_submodule(name).training)
         swap = Swap(model, stand_ins, WHERE)
         try:
             yield
