@@ -93,10 +93,7 @@ def lmc_barrier(
 def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
     """The layers with the adapter, by their names in the base model."""
     layers: dict[str, Any] = adapted_layers(model, adapter)
-    expected, found = (
-        "an adapter apart from the base weight",
-        f"{adapter!r} merged; unmerge it first",
-    )
+    expected, found = "an adapter apart from its weight", f"{adapter!r} merged; unmerge it first"
     for name, layer in layers.items():
         require(adapter not in layer.merged_adapters, "lmc_barrier", name, expected, found)
         fits = adapter in layer.active_adapters and not layer.disable_adapters

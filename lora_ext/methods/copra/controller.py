@@ -52,11 +52,9 @@ class CopraController:
         where, groups = "CopraController", config.group_by
         size = groups if isinstance(groups, int) and not isinstance(groups, bool) else None
         listed = f"of these modules: {', '.join(found)}"
-        fits, kinds = (
-            groups in ("block", "module") or (size or 0) >= 1,
-            "'block', 'module' or a number",
-        )
-        require(fits, where, "group_by", f"{kinds} above 0", f"{groups!r} {listed}")
+        fits, kinds = size is None or size >= 1, "'block', 'module' or a number above 0"
+        fits = fits and (size is not None or groups in ("block", "module"))
+        require(fits, where, "group_by", kinds, f"{groups!r} {listed}")
         divides, expected = len(found) % (size or 1) == 0, f"a number that divides {len(found)}"
         require(divides, where, "group_by", expected, f"{size} {listed}")
         merged = f"{adapter!r} merged into it: it cannot be skipped; unmerge it first"

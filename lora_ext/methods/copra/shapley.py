@@ -136,22 +136,14 @@ def layer_shapley(
     """
     n, modules = len(controller.layers), set(model.modules())
     where, other = "layer_shapley", f"a {type(model).__name__} without its layers"
-    require(
-        modules.issuperset(chain(*controller.layers.layers)),
-        where,
-        "model",
-        "the controller's",
-        other,
-    )
+    fits = modules.issuperset(chain(*controller.layers.layers))
+    require(fits, where, "model", "the controller's", other)
     if method is None:
         method = "exact" if n <= _MOST_EXACT_LAYERS else "permutation"
     estimator = _estimator(n, method, samples, generator, antithetic, levels)
     count = batched_coalitions
-    fits, expected = (
-        count == 1 or (count > 1 and batch is not None),
-        "at least 1, and 1 without a batch",
-    )
-    require(fits, where, "batched_coalitions", expected, count)
+    fits = count == 1 or (count > 1 and batch is not None)
+    require(fits, where, "batched_coalitions", "at least 1, and 1 without a batch", count)
 
     def one_by_one(asked: Sequence[int]) -> list[float]:
         found: list[float] = []
@@ -162,13 +154,19 @@ def layer_shapley(
 
     values, at_once = one_by_one, 1
     if batch is not None:
-        values, at_once = _Batched(model, controller, eval_fn, batch), batched_coalitions
-        inputs = values.first  # token numbers (rows, ...), or features
-        if inputs.device.type == "cpu":
-            tokens = inputs.shape[:-1].numel() if inputs.is_floating_point() else inputs.numel()
-            at_once = min(at_once, max(1, _MOST_TOKENS // max(1, tokens)))
+        values = _Batched(model, controller, eval_fn, batch)
+        at_once = _coalitions_at_once(values.first, batched_coalitions)
     with evaluating(model), torch.no_grad():
         return _run(estimator, n, values, cache, at_once)
+
+
+def _coalitions_at_once(inputs: Tensor, most: int) -> int:
+    """Return how many copies of a batch a forward has: at most ``most``; on the CPU fewer, but one,
+    where they have more than 1024 tokens. Inputs are token numbers ``(rows, ...)``, or features."""
+    if inputs.device.type != "cpu":
+        return most
+    tokens = inputs.shape[:-1].numel() if inputs.is_floating_point() else inputs.numel()
+    return min(most, max(1, _MOST_TOKENS // max(1, tokens)))
 
 
 @dataclass(eq=False)
@@ -225,8 +223,7 @@ def _estimator(
 ) -> Estimator:
     where = "shapley_values"
     for name, value in (("n", n), ("samples", samples), ("levels", levels)):
-        if value is not None:
-            integer(where, name, value, 1)
+        integer(where, name, 1 if value is None else value, 1)
     if method == "permutation":
         return permutation(n, samples or _ORDERS, antithetic, generator)
     if method == "owen":

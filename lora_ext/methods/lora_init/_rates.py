@@ -60,13 +60,10 @@ def suggest_lr(
     require(rank_rule in _RANK_RULES, where, "rank_rule", f"one of {_RANK_RULES}", repr(rank_rule))
     of_rank = 1.0
     if rank_rule == "inverse":
-        if rank is None or base_rank is None:
-            missing = "rank" if rank is None else "base_rank"
-            expected = "a rank beside rank_rule='inverse'"
-            raise ValueError(f"{where}: {missing}: expected {expected}, found None")
-        number(where, "rank", rank, above=0)
-        number(where, "base_rank", base_rank, above=0)
-        of_rank = base_rank / rank
+        for argument, value in (("rank", rank), ("base_rank", base_rank)):
+            require(value is not None, where, argument, "a rank beside rank_rule='inverse'", None)
+            number(where, argument, value, above=0)
+        of_rank = base_rank / rank  # pyright: ignore[reportOptionalOperand]
     narrower = base_width / width
     if loraplus_ratio is None:
         return base_lr * narrower ** _POWERS[name] * of_rank
@@ -78,8 +75,5 @@ def check_ratio(where: str, name: str, value: float) -> None:
     """Refuse a ratio that is no finite number above 0, and warn of one below 1."""
     number(where, name, value, above=0)
     if value < 1:
-        warnings.warn(
-            f"{where}: {name}: expected at least 1, so that B learns as fast as A or faster, "
-            f"found {value!r}",
-            stacklevel=3,
-        )
+        expected = "at least 1, so that B learns as fast as A or faster"
+        warnings.warn(f"{where}: {name}: expected {expected}, found {value!r}", stacklevel=3)

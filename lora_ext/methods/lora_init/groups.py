@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_ext._checks import number
+from lora_ext._checks import number, require
 
 from ._rates import check_ratio
 
@@ -70,6 +70,6 @@ def loraplus_param_groups(
         {"params": faster, "lr": lr * loraplus_lr_ratio, "weight_decay": weight_decay},
         {"params": faster_undecayed, "lr": lr * loraplus_lr_ratio, "weight_decay": 0.0},
     ]
-    if not any(group["params"] for group in groups):
-        raise ValueError(f"{where}: model: expected parameters that train, found none")
+    trained = any(group["params"] for group in groups)
+    require(trained, where, "model", "parameters that train", "none")
     return groups

@@ -38,12 +38,10 @@ class DistillHeads(nn.ModuleList):
         sizes = {"n_blocks": n_blocks, "hidden_size": hidden_size, "teacher_width": teacher_width}
         for name, size in sizes.items():
             require(size >= 1, "DistillHeads", name, "at least 1", size)
-        super().__init__(
-            nn.Sequential(
-                RMSNorm(hidden_size, eps), nn.Linear(hidden_size, teacher_width, bias=False)
-            )
-            for _ in range(n_blocks)
-        )
+        super().__init__()
+        for _ in range(n_blocks):
+            linear = nn.Linear(hidden_size, teacher_width, bias=False)
+            self.append(nn.Sequential(RMSNorm(hidden_size, eps), linear))
 
     def forward(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
         """Project each block's hidden states to the teacher's width.
@@ -90,20 +88,19 @@ def block_distill_loss(
     blocks = max(1, len(hiddens)) if heads is None else len(heads)
     _check_count("block_distill_loss", "hiddens", hiddens, blocks)
     tokens = [len(hidden) for hidden in hiddens]
-    expected = "as many tokens in every block"
-    require(len(set(tokens)) == 1, "block_distill_loss", "hiddens", expected, tokens)
+    alike = len(set(tokens)) == 1
+    require(alike, "block_distill_loss", "hiddens", "as many tokens in every block", tokens)
     predictions = list(hiddens) if heads is None else heads(hiddens)
     predictions = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in predictions]
     if teachers is None:
         teachers = () if tokens[0] else predictions
     _check_count("block_distill_loss", "teachers", teachers, blocks)
-    pairs = [
-        (p, _aligned(u, p, student_grids, teacher_grids))
-        for p, u in zip(predictions, teachers, strict=True)
-    ]
+    cosines: list[Tensor] = []
+    for p, u in zip(predictions, teachers, strict=True):
+        aligned = _aligned(u, p, student_grids, teacher_grids)
+        cosines.append(F.cosine_similarity(p, aligned, dim=-1, eps=1e-8))  # (M,)
     if tokens[0] == 0:  # a mean over nothing is not a number
         return torch.stack([p.sum() for p in predictions]).sum()
-    cosines = [F.cosine_similarity(p, u, dim=-1, eps=1e-8) for p, u in pairs]  # (M,) each
     return (1 - torch.stack(cosines)).mean()
 
 
@@ -119,8 +116,7 @@ def _aligned(
     require(fits, where, "teachers", f"shape (M, {width})", tuple(teacher.shape))
     teacher = teacher.detach().to(prediction)
     if student_grids is None or teacher_grids is None:
-        given = "where student_grids and teacher_grids are not both given"
-        expected = f"the student's {count} tokens {given}"
+        expected = f"the student's {count} tokens where not both grids are given"
         require(len(teacher) == count, where, "teachers", expected, len(teacher))
         return teacher
     expected = f"one for each of the student's {len(student_grids)} images"
