@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from lora_ext._checks import require
 from lora_ext.layers import Head, measured_head
 
-from ._head import Layers, mixed_logits, still
-from ._objective import Targets, distillation, kept, layer_losses
+from ._objective import Layers, Targets, distillation, kept, layer_losses, mixed_logits, still
 from .config import ModConfig
 from .layers import DepthMixer
 
@@ -52,11 +51,10 @@ class Capture:
         call = _call_of(self.mixer)
         if call is None:
             return
-        if call.grad and not torch.is_grad_enabled():
-            raise RuntimeError(
-                "mod: model: expected blocks whose outputs carry gradients, found a reentrant "
-                "checkpoint; call gradient_checkpointing_enable({'use_reentrant': False})"
-            )
+        fits = not call.grad or torch.is_grad_enabled()
+        expected = "blocks whose outputs carry gradients"
+        found = "a reentrant checkpoint: gradient_checkpointing_enable({'use_reentrant': False})"
+        require(fits, "mod", "model", expected, found, RuntimeError)
         call.hiddens[self.place] = output[0] if isinstance(output, tuple) else output
 
 

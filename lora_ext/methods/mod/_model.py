@@ -77,9 +77,9 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     stack, softcap = list(decoder_layers(lm)), softcap_of(lm)
     fits = config.k <= len(stack)
     require(fits, where, "k", f"at most the model's {len(stack)} layers", config.k)
-    if config.backend == "hidden" and softcap is not None and config.k > 1:
-        expected = f"'auto' or 'chunked' for a head that soft-caps its logits at {softcap}"
-        raise InexactMixError(f"{where}: backend: expected {expected}, found 'hidden'")
+    exact = config.backend != "hidden" or softcap is None or config.k <= 1
+    expected = f"'auto' or 'chunked' for a head that soft-caps its logits at {softcap}"
+    require(exact, where, "backend", expected, "'hidden'", InexactMixError)
     decoder = _parent(lm, stack[0])
     norm = _final_norm(decoder, lm)
     # OPT-350m, for one, has a head that sees something else than normed hidden states.

@@ -130,11 +130,11 @@ def _read_config(path: Path) -> ModConfig:
     data: Any = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config"}:
         raise ValueError(f"{path}: expected version and config, found {data!r:.200}")
-    if data["version"] != _VERSION:
-        raise ValueError(f"{path}: version: expected {_VERSION}, found {data['version']!r:.80}")
-    config, known = data["config"], {field.name for field in dataclasses.fields(ModConfig)}
-    if not isinstance(config, dict) or not config.keys() <= known:
-        raise ValueError(f"{path}: config: expected some of {sorted(known)}, found {config!r:.200}")
+    where, version, config = str(path), data["version"], data["config"]
+    require(version == _VERSION, where, "version", _VERSION, f"{version!r:.80}")
+    known = {field.name for field in dataclasses.fields(ModConfig)}
+    fits = isinstance(config, dict) and config.keys() <= known
+    require(fits, where, "config", f"some of {sorted(known)}", f"{config!r:.200}")
     try:
         return ModConfig(**config)
     except (ValueError, TypeError, OverflowError) as error:

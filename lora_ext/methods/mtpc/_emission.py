@@ -194,8 +194,8 @@ class SumWeights(nn.Module):
     """Logits of the prior, ``prior @ h``, and of ``M`` transitions, ``trans @ h + trans_bias``.
 
     Args:
-        kind, n_token, rank, hidden_size, contextual, share_transitions, init_identity: of the head.
-        options: dtype and device of the parameters.
+        kind, sizes, contextual: of the head. shared: share_transitions. stays: init_identity.
+        how: dtype and device of the parameters.
 
     Attributes:
         prior: ``(C, D)``, or None with ``ff``, which has no sum.
@@ -204,26 +204,16 @@ class SumWeights(nn.Module):
     """
 
     def __init__(
-        self,
-        kind: str,
-        n_token: int,
-        rank: int,
-        hidden_size: int,
-        contextual: bool,
-        share_transitions: bool,
-        init_identity: bool,
-        **options: Any,
-    ) -> None:
+        self, kind: str, sizes: LeafSizes, contextual: bool, shared: bool, stays: bool, **how: Any
+    ):
         super().__init__()
-        self.rank = rank
-        self.init_identity = init_identity
-        self.num_transitions = num_transitions(kind, n_token)
+        self.init_identity, c, d = stays, sizes.rank, sizes.hidden_size
+        self.num_transitions = num_transitions(kind, sizes.n_token)
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, **options))
+            return nn.Parameter(torch.empty(shape, **how))
 
-        c, d = rank, hidden_size
-        stored = min(self.num_transitions, 1) if share_transitions else self.num_transitions
+        stored = min(self.num_transitions, 1) if shared else self.num_transitions
         self.prior = None if kind == "ff" else parameter(c, d)
         self.trans_bias = parameter(stored, c, c) if stored else None
         self.trans = parameter(stored, c, c, d) if stored and contextual else None
@@ -234,8 +224,9 @@ class SumWeights(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
         if self.trans_bias is not None:
-            stay = math.log((self.rank - 1) * _STAY / (1 - _STAY)) if self.init_identity else 0.0
-            identity = torch.eye(self.rank, device=self.trans_bias.device)
+            rank = self.trans_bias.shape[-1]
+            stay = math.log((rank - 1) * _STAY / (1 - _STAY)) if self.init_identity else 0.0
+            identity = torch.eye(rank, device=self.trans_bias.device)
             self.trans_bias.copy_(stay * identity.expand_as(self.trans_bias))
 
     def forward(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:

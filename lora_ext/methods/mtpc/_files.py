@@ -56,14 +56,10 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
     data = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config", "shortlist"}:
         raise ValueError(f"{path}: expected version, config and shortlist, found {data!r:.200}")
-    if data["version"] != _VERSION:
-        raise ValueError(f"{path}: version: expected {_VERSION}, found {data['version']!r:.80}")
-    ids = data["shortlist"]
-    if ids is not None and not (
-        isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
-    ):
-        raise ValueError(f"{path}: shortlist: expected token ids or null, found {ids!r:.80}")
-    where, found = str(path), data["config"]
+    where, version, found, ids = str(path), data["version"], data["config"], data["shortlist"]
+    require(version == _VERSION, where, "version", _VERSION, f"{version!r:.80}")
+    fits = isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    require(ids is None or fits, where, "shortlist", "token ids or null", f"{ids!r:.80}")
     require(isinstance(found, dict), where, "config", "an object", f"{found!r:.80}")
     known = [field.name for field in dataclasses.fields(MtpcConfig)]
     for name in found:
@@ -82,7 +78,7 @@ class DraftFile:
 
     Args:
         folder, config, shortlist: where the draft lies, and what :func:`read_config` found there.
-        vocab_size, hidden_size: of the model.
+        shape: ``(V, D)``, of the model's unembedding.
 
     Attributes:
         dtypes: of the parameters, by the parts that are there: "head", "bridge" and "tail".
@@ -92,12 +88,7 @@ class DraftFile:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        config: MtpcConfig,
-        shortlist: list[int] | None,
-        vocab_size: int,
-        hidden_size: int,
+        self, folder: Path, config: MtpcConfig, shortlist: list[int] | None, shape: torch.Size
     ):
         self._file = file = SafetensorsFile(folder / TENSORS)
         try:
@@ -106,7 +97,7 @@ class DraftFile:
             head = {k: v for k, v in file.infos.items() if k not in tail | bridge}
             parts = {"head": head, "bridge": bridge, "tail": tail}
             self.dtypes = {k: self._dtype(k, v) for k, v in parts.items() if v or v is head}
-            wanted = self._head_shapes(config, shortlist, vocab_size, hidden_size)
+            wanted = self._head_shapes(config, shortlist, *shape)
             found = {k: info.shape for k, info in (head | bridge).items()}
             if config.emission == "adapter":
                 found.setdefault(_UNEMBED, wanted[_UNEMBED])

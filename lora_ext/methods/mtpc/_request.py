@@ -70,12 +70,7 @@ class Request:
 
 
 def read_request(
-    model: Any,
-    input_ids: Tensor,
-    seed: int | Sequence[int] | None,
-    generation_config: Any,
-    tokenizer: Any,
-    arguments: Mapping[str, Any],
+    model: Any, input_ids: Tensor, seed: Any, config: Any, tokenizer: Any, arguments: dict[str, Any]
 ) -> Request:
     """Check what a call of :meth:`SpeculativeDecoder.generate` asks for; ``arguments`` are settings
     by the names of GenerationConfig, None where the call names none.
@@ -84,21 +79,18 @@ def read_request(
         ValueError: a number out of range, or a setting that cannot be honoured, by its name.
         TypeError: an argument that no ``generate`` has.
     """
-    asked = _asked(generation_config, arguments)
+    asked = _asked(config, arguments)
     own = getattr(model, "generation_config", None)
-    for name in _PENALTIES if generation_config is None else ():
+    for name in _PENALTIES if config is None else ():
         value = getattr(own, name, None)
-        if value is not None and value != _NEUTRAL.get(name):
-            raise ValueError(
-                f"{_WHERE}: model: expected a generation_config without {name}, found "
-                f"{value!r:.80} (pass generation_config=GenerationConfig() to decode without it)"
-            )
+        neutral, expected = _NEUTRAL.get(name), f"a generation_config without {name}"
+        found = f"{value!r:.80} (pass generation_config=GenerationConfig() to decode without it)"
+        require(value in (None, neutral), _WHERE, "model", expected, found)
     budget = asked.get("max_new_tokens")
     if budget is None and "max_length" in asked:
         budget = asked["max_length"] - input_ids.shape[-1]
-    if budget is None or budget < 1:
-        found = "none, here or in generation_config" if budget is None else budget
-        raise ValueError(f"{_WHERE}: max_new_tokens: expected at least 1, found {found}")
+    found = "none, here or in generation_config" if budget is None else budget
+    require(budget is not None and budget >= 1, _WHERE, "max_new_tokens", "at least 1", found)
     eos = asked.get("eos_token_id", getattr(own, "eos_token_id", None))
     ends = [] if eos is None else [eos] if isinstance(eos, int) else [int(e) for e in eos]
     pad = asked.get("pad_token_id", getattr(own, "pad_token_id", None))
@@ -124,8 +116,8 @@ def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
         raise TypeError(
             f"{_WHERE}: seed: expected None, an integer or {batch} of them, found {seed!r:.80}"
         ) from None
-    if wrong := [s for s in seeds if not 0 <= s < 2**64]:
-        raise ValueError(f"{_WHERE}: seed: expected 0 to 2^64 - 1, found {wrong[0]}")
+    wrong = [s for s in seeds if not 0 <= s < 2**64]
+    require(not wrong, _WHERE, "seed", "0 to 2^64 - 1", wrong[:1])
     if one:
         generator = torch.Generator().manual_seed(seeds[0])
         return torch.randint(2**63 - 1, (batch,), generator=generator).tolist()
@@ -150,11 +142,9 @@ def _asked(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
     asked = changed | named
     for name, value in asked.items():
-        if name not in _HONOURED | _WITHOUT_EFFECT and value != _NEUTRAL.get(name, False):
-            raise ValueError(
-                f"{_WHERE}: {name}: expected {_NEUTRAL.get(name, 'none')}, which is all that "
-                f"speculative decoding honours, found {value!r:.80}"
-            )
+        fits = name in _HONOURED | _WITHOUT_EFFECT or value == _NEUTRAL.get(name, False)
+        expected = f"{_NEUTRAL.get(name, 'none')}, all that speculative decoding honours"
+        require(fits, _WHERE, name, expected, f"{value!r:.80}")
     return asked
 
 

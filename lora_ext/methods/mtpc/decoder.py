@@ -128,9 +128,8 @@ class SpeculativeDecoder(Steps):
         expected = f"vocabulary and width {shape} as in the model's LM head"
         require(found == shape, where, "head", expected, found)
         if self.bridge is not None:
-            expected, width = f"width {shape[1]} as in the model", self.bridge.hidden_size
-            require(width == shape[1], where, "bridge", expected, width)
-            behind = self.window == "condition"
+            width, behind = self.bridge.hidden_size, self.window == "condition"
+            require(width == shape[1], where, "bridge", f"width {shape[1]} as in the model", width)
             require(behind, where, "window", "'condition' with a bridge", repr(self.window))
         choice(where, "mode", self.mode, get_args(Mode))
         choice(where, "window", self.window, get_args(WindowRule))

@@ -72,15 +72,14 @@ def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> Non
     free = free_bytes(options["device"])
     leaves = EMISSIONS[emission](sizes, **{**options, "device": "meta"})
     wanted = sum(t.nbytes for t in (*leaves.parameters(), *leaves.buffers()))
-    if free is not None and wanted > free:
-        less = "" if emission == "adapter" else 'emission="adapter", '
-        raise ValueError(
-            f"CircuitHead: emission: expected leaves that fit into the {free / 1e9:.1f} GB that "
-            f"are free; {less}a shortlist or a smaller n_token and rank take less, found "
-            f"{emission!r} of {sizes.n_token} positions x {sizes.rank} components x "
-            f"{sizes.num_leaves} tokens x width {sizes.hidden_size}, which take "
-            f"{wanted / 1e9:.1f} GB"
-        )
+    if free is not None:
+        k, c, num_leaves, width, _ = sizes
+        expected = f"leaves that fit into the {free / 1e9:.1f} GB that are free; "
+        expected += "" if emission == "adapter" else 'emission="adapter", '
+        expected += "a shortlist or a smaller n_token and rank take less"
+        found = f"{emission!r} of {k} positions x {c} components x {num_leaves} tokens x width "
+        found += f"{width}, which take {wanted / 1e9:.1f} GB"
+        require(wanted <= free, "CircuitHead", "emission", expected, found)
 
 
 class CircuitHead(nn.Module):
@@ -155,15 +154,10 @@ class CircuitHead(nn.Module):
         integer("CircuitHead", "vocab_size", vocab_size, 2)
         known = dtype in FLOATS
         require(known, "CircuitHead", "dtype", f"one of {FLOATS}", dtype, NotImplementedError)
-        self.hidden_size = hidden_size
-        self.vocab_size = vocab_size
-        self.n_token = n_token
-        self.rank = rank
-        self.kind = kind
-        self.emission = emission
-        self.adapter_rank = adapter_rank
-        self.contextual = contextual
-        self.share_transitions = share_transitions
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
+        self.n_token, self.rank, self.kind = n_token, rank, kind
+        self.emission, self.adapter_rank = emission, adapter_rank
+        self.contextual, self.share_transitions = contextual, share_transitions
         self.init_identity = init_identity
         ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
         if ids is not None:
@@ -176,8 +170,8 @@ class CircuitHead(nn.Module):
         sizes = LeafSizes(n_token, rank, self.num_leaves, hidden_size, adapter_rank)
         _check_room(emission, sizes, **options)  # before they take any memory
         self.leaves = EMISSIONS[emission](sizes, **options)
-        structure = kind, n_token, rank, hidden_size, contextual, share_transitions, init_identity
-        self.sums = SumWeights(*structure, **options)
+        how = contextual, share_transitions, init_identity
+        self.sums = SumWeights(kind, sizes, *how, **options)
         self.register_state_dict_post_hook(_flatten_keys)
         self.register_load_state_dict_pre_hook(_nest_keys)
         self.reset_parameters()

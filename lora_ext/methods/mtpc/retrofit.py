@@ -53,12 +53,8 @@ class Draft(nn.Module):
     ):
         super().__init__()
         # Not children: the model's weights are not the draft's.
-        self.__dict__["model"] = model
-        self.__dict__["_trained"] = []
-        self.config = config
-        self.head = head
-        self.tail = tail
-        self.bridge = bridge
+        self.__dict__["model"], self.__dict__["_trained"] = model, []
+        self.config, self.head, self.tail, self.bridge = config, head, tail, bridge
 
     def loss(
         self,
@@ -121,10 +117,7 @@ class Draft(nn.Module):
 
     def hidden_states(self, **inputs: Any) -> Tensor:
         """What the head reads, ``(B, S, D)``: the last hidden states after the final norm."""
-        if self.tail is None:
-            with torch.no_grad():
-                return self.model.base_model(**inputs).last_hidden_state
-        with self.tail.everywhere():
+        with torch.no_grad() if self.tail is None else self.tail.everywhere():
             return self.model.base_model(**inputs).last_hidden_state
 
     def decoder(
@@ -166,9 +159,8 @@ class Draft(nn.Module):
         """
         folder = Path(folder)
         config, shortlist = read_config(folder)
-        unembedding = _unembedding(model)
-        sizes = unembedding.weight.shape
-        with contextlib.closing(DraftFile(folder, config, shortlist, *sizes)) as file:
+        shape = _unembedding(model).weight.shape
+        with contextlib.closing(DraftFile(folder, config, shortlist, shape)) as file:
             draft = retrofit(model, config, shortlist)
             try:
                 for part, dtype in file.dtypes.items():
@@ -230,7 +222,6 @@ def retrofit(
 
 
 def _unembedding(model: Any) -> Any:
-    found = model.get_output_embeddings()
-    expected = "a causal LM with output embeddings"
+    found, expected = model.get_output_embeddings(), "a causal LM with output embeddings"
     require(found is not None, "retrofit", "model", expected, type(model))
     return found

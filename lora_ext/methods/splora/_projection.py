@@ -184,22 +184,17 @@ def _orthogonal(
 
 def check_floating(where: str, **named: Tensor) -> None:
     """Raise TypeError for a quantised tensor."""
+    expected = "a tensor in float16, bfloat16, float32 or float64"
     for name, t in named.items():
-        if not isinstance(t, Tensor) or not t.is_floating_point() or t.element_size() < 2:
-            found = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(
-                f"{where}: {name}: expected a tensor in float16, bfloat16, float32 or float64, "
-                f"found {found}; dequantise it first"
-            )
+        fits = isinstance(t, Tensor) and t.is_floating_point() and t.element_size() >= 2
+        found = f"{t.dtype if isinstance(t, Tensor) else type(t).__name__}; dequantise it first"
+        require(fits, where, name, expected, found, TypeError)
 
 
-def check_shapes(
-    where: str,
-    b: tuple[int, ...],
-    base: tuple[int, ...],
-    aligned: tuple[int, ...],
-    a: tuple[int, ...] | None = None,
-) -> None:
+Shape = tuple[int, ...]
+
+
+def check_shapes(where: str, b: Shape, base: Shape, aligned: Shape, a: Shape | None = None) -> None:
     """Refuse factors ``(m, r)``, ``(r, n)`` and weights ``(m, n)`` that do not fit one another."""
     factors = f"B {tuple(b)}" + (f" and A {tuple(a)}" if a is not None else "")
     a = (b[-1], base[-1]) if a is None and len(b) == len(base) == 2 else a

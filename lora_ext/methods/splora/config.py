@@ -81,11 +81,9 @@ class SploraConfig:
     allow_degenerate: bool = False
 
     def __post_init__(self) -> None:
-        if self.num is not None and self.threshold is not None:
-            found = f"both, {self.num!r} and {self.threshold!r}"
-            raise ValueError(
-                f"SploraConfig: num and threshold: expected one of them, found {found}"
-            )
+        holds = self.num is None or self.threshold is None
+        found = f"both, {self.num!r} and {self.threshold!r}"
+        require(holds, "SploraConfig", "num and threshold", "one of them", found)
         table = {
             "num": within(0),
             "threshold": {"finite": False, "expected": "a number"},

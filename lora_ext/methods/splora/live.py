@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lora_ext._checks import require
 from lora_ext.adapter import LoraAdapter, ModelSource, base_name
 from lora_ext.layers import LayerGroups, adapted_layers, adapters_of, set_active
 
@@ -56,10 +57,8 @@ def apply_to(
         ValueError: no such adapter, or one that is merged; and what :func:`apply` raises. The model
             is then as it was.
     """
-    if _KEY in model.__dict__:
-        expected = "a model that SPLoRA has not pruned"
-        found = "one that it has; call splora.remove(model) first"
-        raise RuntimeError(f"apply_to: model: expected {expected}, found {found}")
+    new, found = _KEY not in model.__dict__, "a pruned one; call splora.remove(model) first"
+    require(new, "apply_to", "model", "a model that SPLoRA has not pruned", found, RuntimeError)
     value = LoraAdapter.from_model(model, adapter)
     result = apply(value, base, aligned, config, pairs=pairs, progress=progress)
     groups = LayerGroups(model, adapter, "module")

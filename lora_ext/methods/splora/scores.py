@@ -124,11 +124,9 @@ def ediem_scores(
     if config.score == "alignment":
         scores = alignments
     elif config.reference == "population":
-        if len(layers) < 4:
-            raise ValueError(
-                f"{where}: reference='population': expected at least 4 layers, which are compared "
-                f"with one another, found {len(layers)}; 'permutation' scores a layer by itself"
-            )
+        expected, found = "at least 4 layers to compare with one another", len(layers)
+        remedy = f"{found}; 'permutation' scores a layer by itself"
+        require(found >= 4, where, "reference='population'", expected, remedy)
         x = distances / sizes.double().sqrt()
         if config.score == "angle":
             x = _angles(a, b, columns, scalings, stats)
@@ -218,13 +216,11 @@ def _permuted(
 def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor | None:
     """``|X - Y|`` of each of the caller's pairs, ``(N,)`` float64; None for other references."""
     if config.reference != "pairs":
-        if pairs is not None:
-            expected = f"None with reference={config.reference!r}"
-            raise ValueError(f"{where}: pairs: expected {expected}, found {len(pairs)} pairs")
+        expected, found = f"None with reference={config.reference!r}", len(pairs or ())
+        require(pairs is None, where, "pairs", expected, f"{found} pairs")
         return None
-    if not pairs:
-        expected = "pairs of matrices with reference='pairs'"
-        raise ValueError(f"{where}: pairs: expected {expected}, found {pairs!r}")
+    require(pairs, where, "pairs", "pairs of matrices with reference='pairs'", pairs)
+    assert pairs is not None
     distances = []
     for i, (x, y) in enumerate(pairs):
         name, found = f"pairs[{i}]", f"{tuple(x.shape)} and {tuple(y.shape)}"

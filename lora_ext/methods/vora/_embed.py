@@ -133,9 +133,10 @@ class VisionPatchEmbed(nn.Module):
         assert isinstance(proj, nn.Conv2d)
         tokens = norm(linear(torch.cat(patches), proj.weight.flatten(1), proj.bias))
         tokens = self.out_proj(tokens + torch.cat(positions))  # (sum of N, d)
+        counts = [rows * columns for rows, columns in grids]
         if batch:
-            return tokens.view(len(images), -1, tokens.shape[-1])
-        return list(tokens.split([rows * columns for rows, columns in grids]))
+            return tokens.view(len(images), counts[0], tokens.shape[-1])
+        return list(tokens.split(counts))
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of an image ``(..., 3, H, W)``; errors are the call's."""

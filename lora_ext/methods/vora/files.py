@@ -15,7 +15,7 @@ from lora_ext._checks import require
 from lora_ext.adapter import AdapterConfig, Factors, LoraAdapter, alpha_of, base_name, parse_key
 from lora_ext.layers import block_index
 
-from ._placement import KEY, Applied, applied, apply, language_model, remove
+from ._placement import KEY, applied, apply, language_model, remove
 from .config import VoraConfig
 from .layers import UnmergeableRouteError, VoraLinear
 
@@ -234,7 +234,20 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
         state = applied("from_peft", model)
         _check_route("from_peft", state.config)
         state.require_apart("from_peft")
-        _check_modules(adapter, state)
+        where, kinds = "vora.from_peft", state.config.target_modules
+        expected = f"modules in the first {state.config.n_blocks} blocks that match {kinds}"
+        for name in adapter.modules:
+            require(name in state.layers, where, name, expected, "another")
+        for name, layer in state.layers.items():
+            require(name in adapter.modules, where, name, "factors", "none in the folder")
+            factors, at = adapter.modules[name], f"{where}: {name}"
+            plain = factors.magnitude is None
+            require(plain, where, name, "plain LoRA", "the magnitude of DoRA")
+            for factor, given, own in (("A", factors.a, layer.A), ("B", factors.b, layer.B)):
+                found, shape = tuple(given.shape), tuple(own.shape)
+                require(found == shape, at, f"lora_{factor}", f"shape {shape}", found)
+            fits = math.isclose(factors.scaling, layer.scale, rel_tol=1e-12)
+            require(fits, at, "scale", layer.scale, factors.scaling)
     except BaseException:
         if new:
             remove(language)
@@ -264,20 +277,3 @@ def _config_of(adapter: LoraAdapter) -> VoraConfig:
     names = dict.fromkeys(name.rpartition(".")[2] for name in adapter.modules)
     first = next(iter(adapter.modules.values()))
     return VoraConfig(max(indices) + 1, first.a.shape[0], float(first.scaling), tuple(names))
-
-
-def _check_modules(adapter: LoraAdapter, state: Applied) -> None:
-    where, kinds = "vora.from_peft", state.config.target_modules
-    expected = f"modules in the first {state.config.n_blocks} blocks that match {kinds}"
-    for name in adapter.modules:
-        require(name in state.layers, where, name, expected, "another")
-    for name, layer in state.layers.items():
-        require(name in adapter.modules, where, name, "factors", "none in the folder")
-        factors = adapter.modules[name]
-        require(factors.magnitude is None, where, name, "plain LoRA", "the magnitude of DoRA")
-        at = f"{where}: {name}"
-        for factor, found, own in (("lora_A", factors.a, layer.A), ("lora_B", factors.b, layer.B)):
-            shape, wanted = tuple(found.shape), tuple(own.shape)
-            require(shape == wanted, at, factor, f"shape {wanted}", shape)
-        fits = math.isclose(factors.scaling, layer.scale, rel_tol=1e-12)
-        require(fits, at, "scale", layer.scale, factors.scaling)

@@ -246,7 +246,7 @@ class VoraForCausalLM(nn.Module):
         sliding, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
         windows = {"full_attention": None, "sliding_attention": sliding}
         others = sorted({*(kinds or ())} - {*windows})
-        found = f"{others[:1]} {remedy}"
+        found = f"{others[0]!r} {remedy}" if others else ""
         require(not others, where, "layer_types", f"layers of {list(windows)}", found)
 
         def mask(window: int | None) -> Tensor:

@@ -195,7 +195,18 @@ def build_vision_mask(
     require(0 <= past_length <= length, where, "past_length", f"0 to {length}", past_length)
     require(window is None or window >= 1, where, "window", "at least 1 or None", window)
     valid = _as_bool(where, attention_mask)
-    _check_images(image_ids, past_length if bidirectional else 0)
+    past = past_length if bidirectional else 0  # an image is not cut by the end of the cache
+    for sample, ids in enumerate(image_ids.tolist()):
+        which = f"sample {sample}"
+        starts = [i for i, _ in itertools.groupby(ids) if i >= 0]
+        apart = next((i for n, i in enumerate(starts) if i in starts[:n]), None)
+        expected = f"the tokens of image {apart} side by side"
+        require(apart is None, f"{where}: image_ids", which, expected, "them apart")
+        image = ids[past] if 0 < past < length else TEXT
+        whole = image == TEXT or ids[past - 1] != image
+        expected = f"all {ids.count(image)} tokens of image {image} in one call"
+        found = f"{ids[:past].count(image)} of them in the cache"
+        require(whole, f"{where}: past_length", which, expected, found)
 
     place = torch.arange(length, device=valid.device)
     allow = place <= place[past_length:, None]  # (queries, T)
@@ -211,21 +222,3 @@ def build_vision_mask(
         return allow
     additive = torch.zeros(allow.shape, dtype=dtype, device=allow.device)
     return additive.masked_fill_(~allow, torch.finfo(dtype).min)
-
-
-def _check_images(image_ids: Tensor, past_length: int) -> None:
-    """Refuse an image whose tokens are not one run, or which lies on both sides of the cache's
-    end."""
-    where = "build_vision_mask"
-    for sample, ids in enumerate(image_ids.tolist()):
-        which = f"sample {sample}"
-        starts = [i for i, _ in itertools.groupby(ids) if i >= 0]
-        apart = next((i for n, i in enumerate(starts) if i in starts[:n]), None)
-        expected = f"the tokens of image {apart} side by side"
-        require(apart is None, f"{where}: image_ids", which, expected, "them apart")
-        if 0 < past_length < len(ids):
-            image = ids[past_length]
-            expected = f"all {ids.count(image)} tokens of image {image} in one call"
-            found = f"{ids[:past_length].count(image)} of them in the cache"
-            whole = image < 0 or ids[past_length - 1] != image
-            require(whole, f"{where}: past_length", which, expected, found)
