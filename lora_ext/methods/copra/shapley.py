@@ -144,17 +144,8 @@ def layer_shapley(
     fits = count == 1 or (count > 1 and batch is not None)
     require(fits, where, "batched_coalitions", "at least 1, and 1 without a batch", count)
 
-    def one_by_one(asked: Sequence[int]) -> list[float]:
-        found: list[float] = []
-        for coalition in asked:
-            with controller.coalition(_mask(coalition, n)):
-                found.append(float(eval_fn(model)))
-        return found
-
-    values, at_once = one_by_one, 1
-    if batch is not None:
-        values = _Batched(model, controller, eval_fn, batch)
-        at_once = _coalitions_at_once(values.first, batched_coalitions)
+    values = _Utilities(model, controller, eval_fn, batch)
+    at_once = 1 if batch is None else _coalitions_at_once(values.first, count)
     with evaluating(model), torch.no_grad():
         return _run(estimator, n, values, cache, at_once)
 
@@ -169,18 +160,19 @@ def _coalitions_at_once(inputs: Tensor, most: int) -> int:
 
 
 @dataclass(eq=False)
-class _Batched:
-    """Values of coalitions on one batch, all that are asked for at once in one forward."""
+class _Utilities:
+    """Values of coalitions; on a batch, all that are asked for at once in one forward."""
 
     model: nn.Module
     controller: CopraController
     eval_fn: Callable[..., Any]
-    batch: dict[str, Any]
+    batch: dict[str, Any] | None
     row_by_row: bool = True  # until a layer refuses
 
     def __post_init__(self) -> None:
-        tensors = [v for v in self.batch.values() if isinstance(v, Tensor) and v.dim()]
-        require(tensors, "layer_shapley", "batch", "tensors with rows", sorted(self.batch))
+        batch = {"": torch.empty(0)} if self.batch is None else self.batch
+        tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
+        require(tensors, "layer_shapley", "batch", "tensors with rows", sorted(batch))
         self.first, self.rows = tensors[0], len(tensors[0])
 
     def __call__(self, asked: Sequence[int]) -> list[float]:
@@ -191,9 +183,8 @@ class _Batched:
                     return self._utilities(len(masks))
             except RowwiseError as error:
                 self.row_by_row = False
-                warnings.warn(
-                    f"layer_shapley: {error}; coalitions are evaluated one by one", stacklevel=6
-                )
+                told = f"layer_shapley: {error}; coalitions are evaluated one by one"
+                warnings.warn(told, stacklevel=6)
         found: list[float] = []
         for mask in masks:
             with self.controller.coalition(mask):
@@ -201,6 +192,8 @@ class _Batched:
         return found
 
     def _utilities(self, times: int) -> list[float]:
+        if self.batch is None:
+            return [float(self.eval_fn(self.model))]
         batch = dict(self.batch)
         for name, value in batch.items():
             if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.rows:

@@ -187,12 +187,8 @@ class SpeculativeDecoder(Steps):
                 model's own ``generation_config`` is asked for penalties too, where the call gives
                 none. TypeError: an argument that is no setting.
         """
-        settings |= {
-            "max_new_tokens": max_new_tokens,
-            "eos_token_id": eos_token_id,
-            "pad_token_id": pad_token_id,
-            "stop_strings": stop_strings,
-        }
+        settings |= {"max_new_tokens": max_new_tokens, "stop_strings": stop_strings}
+        settings |= {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ _PARTS = {
     "leaves": ("emit", "maps", "unembed", "lora_A", "lora_B"),
     "sums": ("prior", "trans_bias", "trans"),
 }
-_KEYS = [(f"{part}.{name}", name) for part, names in _PARTS.items() for name in names]
+_FLAT = [(f"{part}.{name}", name) for part, names in _PARTS.items() for name in names]
+_NESTED = [(name, nested) for nested, name in _FLAT]
 
 
 class Circuit(NamedTuple):
@@ -51,20 +53,11 @@ def _of(part: str, name: str) -> Any:
     return property(lambda head: getattr(getattr(head, part), name))
 
 
-def _flatten_keys(
-    _head: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: dict[str, Any]
-) -> None:
-    """A state dict has the parts' parameters under the head's own names."""
-    for nested, name in _KEYS:
-        if prefix + nested in state_dict:
-            state_dict[prefix + name] = state_dict.pop(prefix + nested)
-
-
-def _nest_keys(_head: nn.Module, state_dict: dict[str, Any], prefix: str, *_others: object) -> None:
-    """The inverse of :func:`_flatten_keys`."""
-    for nested, name in _KEYS:
-        if prefix + name in state_dict:
-            state_dict[prefix + nested] = state_dict.pop(prefix + name)
+def _rename(keys: Any, _head: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Rename the entries of a state dict, from the first of each pair to the second."""
+    for old, new in keys:
+        if prefix + old in state_dict:
+            state_dict[prefix + new] = state_dict.pop(prefix + old)
 
 
 def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> None:
@@ -172,8 +165,9 @@ class CircuitHead(nn.Module):
         self.leaves = EMISSIONS[emission](sizes, **options)
         how = contextual, share_transitions, init_identity
         self.sums = SumWeights(kind, sizes, *how, **options)
-        self.register_state_dict_post_hook(_flatten_keys)
-        self.register_load_state_dict_pre_hook(_nest_keys)
+        # A state dict has the parts' parameters under the head's own names.
+        self.register_state_dict_post_hook(partial(_rename, _FLAT))
+        self.register_load_state_dict_pre_hook(partial(_rename, _NESTED))
         self.reset_parameters()
 
     emit = _of("leaves", "emit")

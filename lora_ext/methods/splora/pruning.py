@@ -133,9 +133,8 @@ def project(
     value = read_adapter(f"{where}: adapter", adapter)
     chosen = [names] if isinstance(names, str) else list(names)
     value.check_names(f"{where}: names", chosen)
-    layers, projected = project_layers(
-        where, value, base, aligned, config, progress, set(chosen), _columns
-    )
+    how = config, progress, set(chosen), _columns
+    layers, projected = project_layers(where, value, base, aligned, *how)
     modules = dict(value.modules)
     for layer, one in zip(layers, projected, strict=True):
         b, bias, columns = layer.factors.b, layer.factors.bias, one.columns

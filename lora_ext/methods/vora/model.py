@@ -155,7 +155,12 @@ class VoraForCausalLM(nn.Module):
             hiddens = [state[batch.vision_mask] for state in states]  # (M, d) each
             grids = None if teacher_grids is None else [self.vision.grid(one) for one in flat]
             distill = block_distill_loss(self.heads, hiddens, teacher_states, grids, teacher_grids)
-        lm = None if batch.labels is None else _next_token_loss(logits, batch.labels)
+        lm = None
+        if batch.labels is not None:  # mean cross entropy of the next tokens, 0 where none counts
+            targets = shift_labels(batch.labels).flatten().to(logits.device)
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+            total = F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="sum")
+            lm = total / (targets != IGNORE).sum().clamp(min=1)
         terms = [] if lm is None else [lm]
         if distill is not None and (lm is not None or teacher_states is not None):
             terms.append(config.distill_weight * distill)
@@ -200,10 +205,9 @@ class VoraForCausalLM(nn.Module):
         mask = self._mask(batch, flat, attention_mask)
         sees = batch.vision_mask if flat and self.vora_config.route == "vision" else None
         pairs = mask if isinstance(mask, dict) or (mask is not None and mask.dim() == 4) else None
+        options |= {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
         with prefill(self.model, pairs, sees):
-            return self.model.generate(
-                inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, **options
-            )
+            return self.model.generate(**options)
 
     # ---------------------------------------------------------------------------------------------
 
@@ -236,10 +240,11 @@ class VoraForCausalLM(nn.Module):
         text, reason = self.config.get_text_config(), None
         if getattr(text, "alibi", text.model_type == "bloom"):
             reason = "makes its ALiBi of a mask for each token"
-        for name, buffer in self.model.named_buffers():
-            # The triangle that an attention of GPT-Neo's kind is masked with.
-            if name.endswith(".bias") and buffer.shape == (1, 1, *buffer.shape[-1:] * 2):
-                reason = f"hides the tokens to come by itself ({name})"
+        biases = [pair for pair in self.model.named_buffers() if pair[0].endswith(".bias")]
+        # The triangle that an attention of GPT-Neo's kind is masked with.
+        triangles = (n for n, b in biases if b.shape == (1, 1, *b.shape[-1:] * 2))
+        if name := next(triangles, None):
+            reason = f"hides the tokens to come by itself ({name})"
         expected = "attention that takes a mask for each pair of tokens"
         found = f"{type(self.model).__name__}, which {reason} {remedy}"
         require(reason is None, where, "model", expected, found)
@@ -257,15 +262,6 @@ class VoraForCausalLM(nn.Module):
         if kinds is None or "sliding_attention" not in kinds:
             return mask(sliding if kinds is None else None)
         return {kind: mask(window) for kind, window in windows.items()}
-
-
-def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of the next tokens, in float32 (float64 stays), 0 where none counts, of
-    logits ``(B, T, V)`` and labels ``(B, T)`` under their inputs, -100 for none."""
-    targets = shift_labels(labels).flatten().to(logits.device)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(wide.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
-    return total / (targets != IGNORE).sum().clamp(min=1)
 
 
 def _flat(images: Images | None) -> list[Tensor]:
