@@ -128,8 +128,9 @@ def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factor
         own, new = getattr(owner, key), getattr(factors, field)
         if own is None and new is None:
             continue
-        expected = "a layer with a bias beside B, as the adapters have it"
-        require(own is not None, "lmc_barrier", name, expected, "one without")
+        if own is None:
+            expected = "a layer with a bias beside B, as the adapters have it"
+            raise ValueError(f"lmc_barrier: {name}: expected {expected}, found one without")
         # Zeros, where an adapter has no bias.
         value = torch.zeros_like(own) if new is None else new.to(own.device, own.dtype)
         parameter = nn.Parameter(value, requires_grad=own.requires_grad)

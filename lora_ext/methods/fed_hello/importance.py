@@ -246,7 +246,8 @@ def _sample_scores(model: nn.Module, batch: Any, score: Score) -> Tensor:
     fits = named or (isinstance(batch, tuple | list) and len(batch) == 2)
     require(fits, WHERE, "batches", "mappings, or (x, y)", type(batch).__name__)
     require(not named or "labels" in batch, WHERE, "batches", "labels", [*batch])
-    labels = batch["labels" if named else 1]
+    key: Any = "labels" if named else 1
+    labels = batch[key]
     inputs, segments = merged([batch], WHERE)
     if not segments[0].rows:
         return torch.zeros(0)

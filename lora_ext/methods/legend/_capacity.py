@@ -232,13 +232,13 @@ class CapacityTracker:
         self._devices, self.dropped, self.ignored = devices, dropped, ignored
 
     def _is_measurement(self, report: CapacityReport) -> bool:
-        _, depth, *numbers = report
-        if any(isinstance(v, bool) or not isinstance(v, Real) for v in (depth, *numbers)):
+        numbers: list[Any] = [*report[1:]]
+        if any(isinstance(v, bool) or not isinstance(v, Real) for v in numbers):
             return False
-        durations = report.train_time, report.down_time, report.up_time
+        depth, *durations, size, up_time = numbers
         whole = isinstance(depth, Integral) and 1 <= depth <= self.L
-        timed = all(0 < value <= self.most_seconds for value in durations)
-        return whole and timed and 0 < report.bytes < math.inf
+        timed = all(0 < value <= self.most_seconds for value in (*durations, up_time))
+        return whole and timed and 0 < size < math.inf
 
     def _device(self, device: Client) -> _Device:
         if device not in self._devices:

@@ -130,7 +130,7 @@ def suggest_lr(
         for argument, value in (("rank", rank), ("base_rank", base_rank)):
             require(value is not None, where, argument, "a rank beside rank_rule='inverse'", None)
             number(where, argument, value, above=0)
-        of_rank = base_rank / rank  # pyright: ignore[reportOptionalOperand]
+        of_rank = base_rank / rank  # pyright: ignore[reportOperatorIssue]  (neither is None)
     narrower = base_width / width
     if loraplus_ratio is None:
         return base_lr * narrower ** _POWERS[name] * of_rank

@@ -74,8 +74,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _, ensemble = applied(model, "save")
     data = {"version": _VERSION, "config": dataclasses.asdict(ensemble.config)}
     tensors = {name: t.cpu().contiguous() for name, t in state_dict(model).items()}
-    files = {TENSORS: as_bytes(tensors), CONFIG: json.dumps(data, indent=1).encode()}
-    write_files(folder, files)
+    write_files(folder, {TENSORS: as_bytes(tensors), CONFIG: json.dumps(data, indent=1).encode()})
 
 
 def load(model: Model, folder: str | os.PathLike[str]) -> Model:

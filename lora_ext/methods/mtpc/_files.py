@@ -108,9 +108,9 @@ class DraftFile:
             if tail:
                 # Memory for the tail is taken layer by layer, all of this rank.
                 first, name = config.draft_rank, f"{_FACTORS}0"
-                shape = tail[name].shape if name in tail else None
-                fits = shape is not None and shape[:1] == (first,)
-                require(fits, file.where, name, f"rank {first}", shape)
+                size = tail[name].shape if name in tail else None
+                fits = size is not None and size[:1] == (first,)
+                require(fits, file.where, name, f"rank {first}", size)
         except BaseException:
             file.close()
             raise

@@ -101,7 +101,7 @@ def read_request(
         law["mode"] = "sample" if asked["do_sample"] else "greedy"
     strings = asked.get("stop_strings")
     stops = None if strings is None else _stop_rule(strings, tokenizer)
-    return Request(budget, frozenset(ends), pad, stops, row_seeds(seed, len(input_ids)), law)
+    return Request(budget or 0, frozenset(ends), pad, stops, row_seeds(seed, len(input_ids)), law)
 
 
 def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:

@@ -44,8 +44,7 @@ class DraftTail(nn.Module):
         fits, count = 1 <= num_layers <= len(stack), f"1 to {len(stack)}"
         require(fits, "DraftTail", "num_layers", count, num_layers)
         found = "an attached one; detach it, or draft with a head alone (draft_layers=0)"
-        fits = pool_of(model) is None
-        require(fits, "DraftTail", "model", "a model that is not attached", found)
+        require(pool_of(model) is None, "DraftTail", "model", "a model that is not attached", found)
         # Not children: they are the model's.
         self.__dict__["_model"], self.__dict__["_layers"] = model, list(stack)[-num_layers:]
         inside = {module for layer in self._layers for module in layer.modules()}

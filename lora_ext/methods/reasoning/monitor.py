@@ -39,8 +39,7 @@ class RankMonitor:
         self.model, self.adapter, self.every = model, adapter, every
         layers = adapted_layers(model).items()
         self._layers: dict[str, Any] = {n: m for n, m in layers if adapter in adapters_of(m)}
-        known = f"layers with an adapter {adapter!r}"
-        require(self._layers, "RankMonitor", "model", known, "none")
+        require(self._layers, "RankMonitor", "model", f"layers with an adapter {adapter!r}", "none")
         self._step = -1
         self._records: list[tuple[int, str, Tensor, Tensor]] = []
         self._handle: Any = None

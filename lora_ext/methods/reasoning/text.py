@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_ext._checks import choice, require
 from lora_ext._torch import evaluating
@@ -185,6 +186,5 @@ def _pad_id(tokenizer: Any) -> int:
 
 
 def _padded(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
-    padding = [[value] * (max(map(len, rows)) - len(row)) for row in rows]
-    pairs = zip(padding, rows, strict=True)
-    return torch.tensor([pad + row if left else row + pad for pad, row in pairs])
+    side = "left" if left else "right"
+    return pad_sequence([torch.tensor(row) for row in rows], True, value, side)

@@ -118,7 +118,8 @@ class VisionPatchEmbed(nn.Module):
             ValueError: another shape, sides that are no multiples of the patch. TypeError: images
                 of integers, which are not normalised.
         """
-        batch, expected = isinstance(images, Tensor), "shape (B, 3, H, W), or a list of (3, H, W)"
+        batch = isinstance(images, Tensor)
+        expected = "shape (B, 3, H, W), or a list of (3, H, W)"
         for given in [images] if batch else images:
             found = tuple(given.shape)
             require(len(found) == 3 + batch, "VisionPatchEmbed", "images", expected, found)

@@ -77,8 +77,7 @@ class VoraImageProcessor(BaseImageProcessor):
     ):
         where = "VoraImageProcessor"
         for name in service:
-            known = name in SERVICE
-            require(known, where, name, f"one of {FIELDS}", "another name", TypeError)
+            require(name in SERVICE, where, name, f"one of {FIELDS}", "another name", TypeError)
         super().__init__()
         integer(where, "patch", patch, 1)
         integer(where, "max_pixels", max_pixels, 1)
@@ -224,6 +223,7 @@ def _to_tensor(image: Any) -> Tensor:
     real = isinstance(image, Tensor) and image.dtype != torch.bool and not image.is_complex()
     expected = "Pillow images, paths, or arrays or tensors of numbers"
     require(real, where, "images", expected, found, TypeError)
+    assert isinstance(image, Tensor)
     image = image[None] if image.dim() == 2 else image
     fits = image.dim() == 3 and {image.shape[0], image.shape[2]} & {1, 3, 4}
     shape = tuple(image.shape)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_ext._checks import choice, require
 from lora_ext.layers import IGNORE
@@ -98,17 +98,10 @@ def splice_images(
         ids = input_ids[sample][valid[sample]]
         marks = None if labels is None else labels[sample][valid[sample]]
         rows.append(_row(ids == placeholder, texts[sample], tokens, marks))
-    length = max(len(row[0]) for row in rows)
 
     def laid(column: int, fill: int) -> Tensor:
-        """One field of all samples, with padding."""
-        parts: list[Tensor] = []
-        for row in rows:
-            missing = length - len(row[column])
-            beside = (missing, 0) if padding_side == "left" else (0, missing)
-            around = (0, 0, *beside) if row[column].dim() == 2 else beside
-            parts.append(F.pad(row[column], around, value=fill))
-        return torch.stack(parts)
+        """Return one field of all samples, with padding."""
+        return pad_sequence([row[column] for row in rows], True, fill, padding_side)
 
     image_ids, mask = laid(1, TEXT), laid(2, 0)
     return Spliced(
