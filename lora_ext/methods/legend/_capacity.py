@@ -236,7 +236,7 @@ class CapacityTracker:
         if any(isinstance(v, bool) or not isinstance(v, Real) for v in numbers):
             return False
         depth, *durations, size, up_time = numbers
-        whole = isinstance(depth, Integral) and 1 <= depth <= self.L
+        whole = isinstance(depth, Integral) and 1 <= int(depth) <= self.L
         timed = all(0 < value <= self.most_seconds for value in (*durations, up_time))
         return whole and timed and 0 < size < math.inf
 
