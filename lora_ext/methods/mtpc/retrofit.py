@@ -19,11 +19,10 @@ from lora_ext.layers import IGNORE, shift_labels
 from ._config import MtpcConfig
 from ._drafting import Mode, TokenBridge
 from ._files import DraftFile, read_config, write_draft
-from ._objective import window_loss
 from .decoder import SpeculativeDecoder, WindowRule
 from .layers import CircuitHead
 from .tail import DraftTail
-from .windows import unfold_teacher, unfold_windows
+from .windows import unfold_teacher, unfold_windows, window_loss
 
 
 class Draft(nn.Module):
