@@ -74,7 +74,16 @@ def lmc_barrier(
     outside = [lam for lam in grid if not 0 <= lam <= 1] or ("none" if not grid else None)
     require(outside is None, "lmc_barrier", "lambdas", "numbers in [0, 1]", outside)
     ends = LoraAdapter.of(first), LoraAdapter.of(second)
-    layers = _layers(model, adapter)
+    layers: dict[str, Any] = {}  # by their names in the base model
+    for name, layer in adapted_layers(model, adapter).items():
+        one: Any = layer
+        expected = "an adapter apart from the base weight"
+        found = f"{adapter!r} merged into it; unmerge it first"
+        require(adapter not in one.merged_adapters, "lmc_barrier", name, expected, found)
+        fits = adapter in one.active_adapters and not one.disable_adapters
+        other = "disabled adapters" if one.disable_adapters else one.active_adapters
+        require(fits, "lmc_barrier", name, f"{adapter!r} to be active", other)
+        layers[name.removeprefix(PREFIX)] = one
     _check(layers, adapter, interpolate_adapters(*ends, 0.5, space))  # refuses what has no line
     losses: dict[float, float] = {}
     with evaluating(model), torch.no_grad():
@@ -88,18 +97,6 @@ def lmc_barrier(
             require(math.isfinite(losses[lam]), "lmc_barrier", "eval_fn", "a finite loss", found)
     rises = [losses[lam] - ((1 - lam) * losses[0.0] + lam * losses[1.0]) for lam in grid]
     return Barrier(max(rises), grid, tuple(losses[lam] for lam in grid))
-
-
-def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
-    """The layers with the adapter, by their names in the base model."""
-    layers: dict[str, Any] = adapted_layers(model, adapter)
-    expected, found = "an adapter apart from its weight", f"{adapter!r} merged; unmerge it first"
-    for name, layer in layers.items():
-        require(adapter not in layer.merged_adapters, "lmc_barrier", name, expected, found)
-        fits = adapter in layer.active_adapters and not layer.disable_adapters
-        other = "disabled adapters" if layer.disable_adapters else layer.active_adapters
-        require(fits, "lmc_barrier", name, f"{adapter!r} to be active", other)
-    return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
 
 
 def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:

@@ -74,13 +74,14 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     new = Ensemble.KEY not in lm.__dict__
     require(new, where, "model", "a model without MoD", remedy, RuntimeError)
     require(not hasattr(lm, NAME), where, "model", f"no attribute {NAME!r}", "one")
-    stack, softcap = list(decoder_layers(lm)), softcap_of(lm)
+    blocks, softcap = decoder_layers(lm), softcap_of(lm)
+    stack = list(blocks)
     fits = config.k <= len(stack)
     require(fits, where, "k", f"at most the model's {len(stack)} layers", config.k)
     exact = config.backend != "hidden" or softcap is None or config.k <= 1
     expected = f"'auto' or 'chunked' for a head that soft-caps its logits at {softcap}"
     require(exact, where, "backend", expected, "'hidden'", InexactMixError)
-    decoder = _parent(lm, stack[0])
+    decoder = next(module for module in lm.modules() if blocks in module.children())
     norm = _final_norm(decoder, lm)
     # OPT-350m, for one, has a head that sees something else than normed hidden states.
     width, head = norm.weight.shape[0], head_width(lm.get_output_embeddings())
@@ -145,15 +146,6 @@ def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
         if ensemble is not None:
             return module, ensemble
     raise RuntimeError(f"{where}: model: expected a model of mod.apply, found another")
-
-
-def _parent(lm: nn.Module, block: nn.Module) -> nn.Module:
-    """The module whose list of blocks this block is in."""
-    for module in lm.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and any(entry is block for entry in child):
-                return module
-    raise ValueError(f"apply: model: expected its blocks in a module, found {type(lm).__name__}")
 
 
 def _final_norm(decoder: nn.Module, lm: Any) -> Any:

@@ -90,12 +90,9 @@ class Draft(nn.Module):
                 logits = self.model(**inputs).logits
                 teacher = unfold_teacher(logits, before + length)[..., before:, :]
         states = self.chained(self.hidden_states(**inputs), input_ids)
-        every: list[Tensor] = []
-        for j, state in enumerate(states):
-            place = slice(j * n, (j + 1) * n)
-            own = None if teacher is None else teacher[..., place, :]
-            every.append(window_loss(self.head, state, windows[..., place], gamma, beta, own)[1])
-        each = torch.cat(every)
+        teachers = [None] * len(states) if teacher is None else teacher.split(n, -2)
+        parts = zip(states, windows.split(n, -1), teachers, strict=True)
+        each = torch.cat([window_loss(self.head, h, w, gamma, beta, t)[1] for h, w, t in parts])
         weight = gamma ** torch.arange(length, dtype=each.dtype, device=each.device)
         return (weight * each).sum() / weight.sum(), each
 

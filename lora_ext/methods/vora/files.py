@@ -229,7 +229,13 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
     language = language_model(model)
     new = KEY not in language.__dict__
     if new:
-        apply(language, _config_of(adapter))
+        indices = [i for name in adapter.modules if (i := block_index(name)) is not None]
+        found = list(adapter.modules)[:4]
+        require(indices, "vora.from_peft", "folder", "an adapter of modules in blocks", found)
+        names = dict.fromkeys(name.rpartition(".")[2] for name in adapter.modules)
+        one = next(iter(adapter.modules.values()))
+        sizes = max(indices) + 1, one.a.shape[0], float(one.scaling)
+        apply(language, VoraConfig(*sizes, target_modules=tuple(names)))
     try:
         state = applied("from_peft", model)
         _check_route("from_peft", state.config)
@@ -267,13 +273,3 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
 def _check_route(where: str, config: VoraConfig) -> None:
     fits, found = config.route != "vision", "'vision': PEFT's layers serve every token"
     require(fits, f"vora.{where}", "route", "'all'", found, UnmergeableRouteError)
-
-
-def _config_of(adapter: LoraAdapter) -> VoraConfig:
-    """What :func:`apply` needs to give a model the modules of an adapter."""
-    indices = [i for name in adapter.modules if (i := block_index(name)) is not None]
-    found = list(adapter.modules)[:4]
-    require(indices, "vora.from_peft", "folder", "an adapter of modules in blocks", found)
-    names = dict.fromkeys(name.rpartition(".")[2] for name in adapter.modules)
-    first = next(iter(adapter.modules.values()))
-    return VoraConfig(max(indices) + 1, first.a.shape[0], float(first.scaling), tuple(names))
