@@ -117,10 +117,11 @@ def ediem_scores(
     stats = ops.lora_pair_stats(a, b, columns, scalings).cpu().clamp(min=0)  # (L, 4)
     distances = stats[:, 3].sqrt()
     sizes = torch.tensor([b_l.shape[0] * a_l.shape[1] for a_l, b_l in zip(a, b, strict=True)])
-    alignments = [
-        _alignment(a_l, one.along, s_l, norm)
-        for a_l, one, s_l, norm in zip(a, projected, scalings, stats[:, 0].sqrt(), strict=True)
-    ]
+    norms, images = stats[:, 0].sqrt(), stats[:, 1].sqrt()
+    parts = zip(a, projected, scalings, strict=True)
+    inner = [s * (one.along.to(device) * a_l.double().T).sum().item() for a_l, one, s in parts]
+    cosines = (torch.tensor(inner, dtype=torch.float64) / norms).clamp(-1, 1)  # <D, V> / (|D| |V|)
+    alignments = torch.where(norms > 0, cosines, 0).tolist()
     if config.score == "alignment":
         scores = alignments
     elif config.reference == "population":
@@ -143,7 +144,6 @@ def ediem_scores(
             else:
                 one = released_score(d, samples, s_l * p_l @ a_l, s_l * b_l @ a_l)
             scores.append(one)
-    norms, images = stats[:, 0].sqrt(), stats[:, 1].sqrt()
     cosines = torch.where(norms * images > 0, stats[:, 2] / (norms * images), 0)
     figures = (sizes, distances, norms, images, cosines)
     names, columns = (layer.name for layer in layers), (t.tolist() for t in figures)
@@ -175,14 +175,6 @@ def _ranks(values: Sequence[float]) -> Tensor:
     )
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[inverse]
-
-
-def _alignment(a: Tensor, along: Tensor, scaling: float, norm: Tensor) -> float:
-    """``<D, V> / (|D| |V|)``, of ``along = V^T B / |V|``; 0 where D is 0."""
-    if norm == 0:
-        return 0.0
-    inner = scaling * (along.to(a.device) * a.double().T).sum().item()
-    return min(1.0, max(-1.0, inner / norm.item()))
 
 
 def _angles(
