@@ -81,13 +81,10 @@ def factor_keys(
             if adapter_name is None or adapter in (None, adapter_name):
                 halves.setdefault(module, {})[factor] = key
     for module, half in halves.items():
-        if len(half) < 2:
-            ((factor, key),) = half.items()
+        for factor, key in half.items() if len(half) < 2 else ():
             missing = "B" if factor == "A" else "A"
-            raise KeyError(
-                f"{where}: {module}: expected lora_A and lora_B, found {key} without its "
-                f"lora_{missing}"
-            )
+            found = f"{key} without its lora_{missing}"
+            require(False, where, module, "lora_A and lora_B", found, KeyError)
     return {module: (half["A"], half["B"]) for module, half in halves.items()}
 
 
@@ -103,7 +100,7 @@ def _read_key(key: str) -> tuple[str, str, str | None] | None:
 
 
 def check_floating(where: str, name: str, t: Any) -> None:
-    """Refuse with a TypeError what is no floating tensor."""
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        found = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{where}: {name}: expected a floating tensor, found {found}")
+    """Raise a TypeError unless ``t`` is a floating tensor."""
+    found = t.dtype if isinstance(t, Tensor) else type(t).__name__
+    floating = isinstance(t, Tensor) and t.is_floating_point()
+    require(floating, where, name, "a floating tensor", found, TypeError)

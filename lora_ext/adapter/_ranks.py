@@ -116,7 +116,10 @@ def effective_rank(
     choice(where, "method", method, METHODS)
     scale = abs(number(where, "scaling", scaling))
     if b is None:
-        dense = _factor(where, "a", a)
+        check_floating(where, "a", a)
+        holds = a.dim() == 2 and a.numel() > 0
+        require(holds, where, "a", "a matrix that is not empty", tuple(a.shape))
+        dense = _finite(where, "a", a)
         if method == "qr":
             return _rank(torch.linalg.svdvals(dense) * scale, kind, tau, k)
         wide_a = dense if dense.shape[0] < dense.shape[1] else dense.T
@@ -283,13 +286,11 @@ def _factors(where: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] and a.numel() and b.numel()
     expected, found = "shapes (r, n) and (m, r), neither empty", map(tuple, (a.shape, b.shape))
     require(fits, where, "a and b", expected, " and ".join(map(str, found)))
-    return _factor(where, "a", a), _factor(where, "b", b)
+    return _finite(where, "a", a), _finite(where, "b", b)
 
 
-def _factor(where: str, name: str, t: Tensor) -> Tensor:
-    check_floating(where, name, t)
-    shape = tuple(t.shape)
-    require(t.dim() == 2 and t.numel() > 0, where, name, "a matrix that is not empty", shape)
+def _finite(where: str, name: str, t: Tensor) -> Tensor:
+    """Return ``t`` in float64 on the CPU, which is finite."""
     wide = t.detach().to("cpu", torch.float64)
     require(bool(wide.isfinite().all()), where, name, "finite values", "NaN or inf")
     return wide

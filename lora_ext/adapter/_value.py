@@ -93,9 +93,7 @@ class LoraAdapter:
         """
         for name in names:
             if name not in self.modules:
-                raise ValueError(
-                    f"{where}: expected modules of the adapter, found {name!r:.200}, which it lacks"
-                )
+                raise ValueError(f"{where}: expected modules of the adapter, found {name!r:.200}")
 
     def with_modules(
         self,
@@ -264,8 +262,8 @@ def _implied_index(config: AdapterConfig, tensors: TensorSource) -> ModelIndex:
         parsed = parse_key(key)
         if parsed is not None:
             is_factor = parsed.role.endswith(("A.weight", "B.weight", "embedding_A", "embedding_B"))
-            if is_factor and len(info.shape) < 2:
-                raise ValueError(f"{tensors.where}: {key}: expected a matrix, found {info.shape}")
+            holds = len(info.shape) > 1 or not is_factor
+            require(holds, tensors.where, key, "a matrix", info.shape)
             shapes.setdefault(parsed.module, {})[parsed.role] = info.shape
     linear: dict[str, LinearSpec] = {}
     embedding: dict[str, LinearSpec] = {}

@@ -127,9 +127,8 @@ def _names(adapter: LoraAdapter, keep: Iterable[str] | Callable[[str], bool]) ->
     if callable(keep):
         return {name for name in adapter.modules if keep(name)}
     if isinstance(keep, str) or not isinstance(keep, Iterable):
-        raise TypeError(
-            f"{where}: expected full names of modules or a function of a name, found {keep!r:.200}"
-        )
+        expected = "full names of modules or a function of a name"
+        raise TypeError(f"{where}: expected {expected}, found {keep!r:.200}")
     names = list(keep)
     adapter.check_names(where, names)
     return set(names)
