@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -31,6 +31,8 @@ _KEY = re.compile(
     re.DOTALL,
 )
 
+# The published code has bare parameters, in a module of their own beside the base layer.
+_PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB])", re.DOTALL)
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
@@ -86,6 +88,37 @@ def roles_of(embedding: bool) -> dict[str, str]:
     :class:`lora_ext.adapter.Factors`."""
     a, b = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
     return {"a": a, "b": b, "bias": "B.bias", "magnitude": MAGNITUDE}
+
+
+def factor_keys(
+    where: str, keys: Iterable[str], adapter_name: str | None = None
+) -> dict[str, tuple[str, str]]:
+    """The keys of A and B of each module, without those of other adapters where one is named; a
+    factor without the other is a KeyError."""
+    halves: dict[str, dict[str, str]] = {}
+    for key in keys:
+        read = _read_key(key)
+        if read is not None:
+            module, factor, adapter = read
+            if adapter_name is None or adapter in (None, adapter_name):
+                halves.setdefault(module, {})[factor] = key
+    for module, half in halves.items():
+        for factor, key in half.items() if len(half) < 2 else ():
+            missing = "B" if factor == "A" else "A"
+            found = f"{key} without its lora_{missing}"
+            require(False, where, module, "lora_A and lora_B", found, KeyError)
+    return {module: (half["A"], half["B"]) for module, half in halves.items()}
+
+
+def _read_key(key: str) -> tuple[str, str, str | None] | None:
+    """Module, factor (A or B) and adapter that a name says; None: it names something else."""
+    parsed = parse_key(key)
+    if parsed is not None:
+        a, b, *_ = roles_of(parsed.role.startswith("embedding")).values()
+        factor = {a: "A", b: "B"}.get(parsed.role)
+        return None if factor is None else (parsed.module, factor, parsed.adapter)
+    match = _PUBLISHED.fullmatch(key.removeprefix(PREFIX))
+    return None if match is None else (match["module"], match["factor"], None)
 
 
 class TensorSource(Protocol):

@@ -90,7 +90,11 @@ def plan_bytes(state: Mapping[str, Tensor], plan: LayerPlan, pattern: str = PATT
 
     Args and errors are those of :func:`plan_shapes`.
     """
-    shapes = plan_shapes(state, plan, pattern)
+    return bytes_of(state, plan_shapes(state, plan, pattern))
+
+
+def bytes_of(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the bytes of tensors of these shapes, in the dtypes of the state."""
     return sum(state[key].element_size() * math.prod(shape) for key, shape in shapes.items())
 
 

@@ -16,10 +16,7 @@ from lora_ext._checks import require
 
 from .._update import Client
 from ..logs import CommLog
-from ._records import message_bytes
-
-NODE = "node"  # the record of what a node says of itself
-PARTITION, CAPABILITY = "partition-id", "capability"
+from ._records import CAPABILITY, NODE, PARTITION, message_bytes
 
 Capability = Mapping[int, int] | Callable[[int], int] | None
 

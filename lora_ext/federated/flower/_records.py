@@ -7,6 +7,7 @@ record       direction   content
 ``config``   down        ``server-round``, the plan (``layers``, ``ranks``), and the settings
 ``metrics``  up          ``num-examples``, ``train-loss``, ``train-time-s``, ``down-time-s``
 ``echo``     up          ``server-round`` and the plan, as they came down
+``node``     up          ``partition-id`` and ``capability``, in the answer to a query
 ===========  ==========  ===========================================================================
 """
 
@@ -17,14 +18,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from torch import Tensor
 
 from lora_ext._checks import require
 
 from .._payload import Payload, pack_tensors, read_npy, unpack_tensors
 
-LORA, CONFIG, METRICS, ECHO = "lora", "config", "metrics", "echo"
+LORA, CONFIG, METRICS, ECHO, NODE = "lora", "config", "metrics", "echo", "node"
+PARTITION, CAPABILITY = "partition-id", "capability"  # of a node's configuration
 PROTOCOL = 1
 
 _NUMPY = "numpy.ndarray"  # Flower's name for the bytes of a .npy file
@@ -108,6 +118,13 @@ def read_config(message: Message) -> ConfigRecord:
     found = config.get("protocol")
     require(found == PROTOCOL, "message", "protocol", PROTOCOL, found)
     return config
+
+
+def who(message: Message, context: Context) -> Message:
+    """Return the answer to the query who a node is: the integers of its configuration."""
+    given = {name: context.node_config.get(name) for name in (PARTITION, CAPABILITY)}
+    said: Any = {name: value for name, value in given.items() if type(value) is int}
+    return Message(RecordDict({NODE: ConfigRecord(said)}), reply_to=message)
 
 
 def count_bytes(content: Mapping[str, Any]) -> int:

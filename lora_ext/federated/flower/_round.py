@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, RecordDict
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from lora_ext._checks import require
 
-from .. import CommLog, LayerPlan, Update, plan_shapes
+from .. import CommLog, LayerPlan, Update
 from .._masked import masked_shapes
-from .._update import Client
+from .._payload import shapes_of
+from .._plan import Pair
+from .._update import Client, Settings
 from . import _records
 
 # What the server says of a message or a node that it has lost.
@@ -34,31 +36,31 @@ class _Unanswered(ValueError):
 class Sending:
     """How the messages of a run are made: the strategy's arguments of these names."""
 
-    rules: Mapping[str, Any]  # those of aggregate
+    settings: Settings  # of aggregate
     send_frozen: bool
     pack: bool
     seed: int
     payload: str
     scaling: Any  # as the strategy got it; one number alone can be told to clients
 
-    def settings(self) -> dict[str, Any]:
-        """What a client must know of it."""
+    def config(self) -> dict[str, Any]:
+        """Return what a client must know of it."""
         found: dict[str, Any] = {
             "protocol": _records.PROTOCOL,
             "seed": self.seed,
-            "upload": self.rules["upload"],
+            "upload": self.settings.upload,
             "others": "frozen" if self.send_frozen else "disabled",
             "pack": self.pack,
         }
-        if self.rules["shared"]:
-            found["shared"] = list(self.rules["shared"])
+        if self.settings.shared:
+            found["shared"] = list(self.settings.shared)
         if isinstance(self.scaling, int | float):
             found["scaling"] = float(self.scaling)
         if self.payload == "dense_masked":
-            weighted = self.rules["weighted_by"] is not None
+            weighted = self.settings.weighted_by is not None
             found |= {"payload": self.payload, "weighted": weighted}
-            if self.rules["max_update_norm"] is not None:
-                found["max-update-norm"] = self.rules["max_update_norm"]
+            if self.settings.max_update_norm is not None:
+                found["max-update-norm"] = self.settings.max_update_norm
         return found
 
 
@@ -68,7 +70,8 @@ class Round:
 
     number: int
     record: ArrayRecord  # the global adapter
-    state: dict[str, Tensor]  # likewise, decoded
+    state: Mapping[str, Tensor]  # likewise, decoded
+    pairs: Sequence[Pair]  # its factors
     nodes: dict[int, Client]  # those that are asked, and the client that each is
     plans: dict[Client, LayerPlan]
     sending: Sending
@@ -153,15 +156,16 @@ class Round:
 
     def _message(self, node: int, client: Client, config: Mapping[str, Any]) -> Message:
         plan, sending = self.plans[client], self.sending
-        shapes = plan_shapes(self.state, plan, sending.rules["pattern"])
+        shapes = shapes_of(self.pairs, self.state, plan)
+        shared = sending.settings.shared
         sent = {
             key: value[tuple(map(slice, shapes[key]))] if key in shapes else value
             for key, value in self.state.items()
-            if key in shapes or key in sending.rules["shared"] or sending.send_frozen
+            if key in shapes or key in shared or sending.send_frozen
         }
         record, manifest = _records.pack(sent, sending.pack)
         own = {"server-round": self.number, "client": client, **plan.to_config(), **manifest}
-        settings = ConfigRecord({**config, **sending.settings(), **own})
+        settings = ConfigRecord({**config, **sending.config(), **own})
         content = RecordDict({_records.LORA: record, _records.CONFIG: settings})
         return Message(content, node, MessageType.TRAIN)
 
@@ -177,9 +181,9 @@ class Round:
     def _shapes(self, plan: LayerPlan) -> dict[str, tuple[int, ...]]:
         """What a reply to a plan may have."""
         if self.sending.payload == "dense_masked":
-            return masked_shapes(self.state, self.sending.rules["pattern"])
-        shapes = plan_shapes(self.state, plan, self.sending.rules["pattern"])
-        return shapes | {key: tuple(self.state[key].shape) for key in self.sending.rules["shared"]}
+            return masked_shapes(self.pairs, self.state)
+        shared = {key: tuple(self.state[key].shape) for key in self.sending.settings.shared}
+        return shapes_of(self.pairs, self.state, plan) | shared
 
     def _count(self, node: int, message: Message, way: str) -> None:
         """Add a message to the bytes of its client."""

@@ -8,15 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import (
-    ConfigRecord,
-    ConfigRecordValues,
-    Context,
-    Error,
-    Message,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
@@ -26,7 +18,6 @@ from .. import LayerPlan, Update, masked_payload, plan_shapes
 from .._layers import Others
 from .._plan import layer_pairs
 from . import _records
-from ._nodes import CAPABILITY, NODE, PARTITION
 
 Metrics = Mapping[str, Any]
 
@@ -92,7 +83,7 @@ class Task:
             plan=plan,
             round=_integer(config, "server-round"),
             client=_integer(config, "client"),
-            partition=int(context.node_config.get(PARTITION, context.node_id)),
+            partition=int(context.node_config.get(_records.PARTITION, context.node_id)),
             tensors=tensors,
             others=cast(Others, others),
             shared=shared,
@@ -173,16 +164,6 @@ def _shapes(
 def shared_names(config: Mapping[str, Any]) -> list[str]:
     """The parameters that a client trains beside the adapter."""
     return list(config.get("shared", []))
-
-
-def who(message: Message, context: Context) -> Message:
-    """The answer to the query who a node is: the integers of its configuration that tell it."""
-    said: dict[str, ConfigRecordValues] = {
-        name: value
-        for name in (PARTITION, CAPABILITY)
-        if type(value := context.node_config.get(name)) is int
-    }
-    return Message(RecordDict({NODE: ConfigRecord(said)}), reply_to=message)
 
 
 def failed(message: Message, error: Exception) -> Message:
