@@ -33,6 +33,7 @@ _KEY = re.compile(
 
 # The published code has bare parameters, in a module of their own beside the base layer.
 _PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB])", re.DOTALL)
+_FACTORS = {"A.weight": "A", "embedding_A": "A", "B.weight": "B", "embedding_B": "B"}
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
@@ -114,8 +115,7 @@ def _read_key(key: str) -> tuple[str, str, str | None] | None:
     """Module, factor (A or B) and adapter that a name says; None: it names something else."""
     parsed = parse_key(key)
     if parsed is not None:
-        a, b, *_ = roles_of(parsed.role.startswith("embedding")).values()
-        factor = {a: "A", b: "B"}.get(parsed.role)
+        factor = _FACTORS.get(parsed.role)
         return None if factor is None else (parsed.module, factor, parsed.adapter)
     match = _PUBLISHED.fullmatch(key.removeprefix(PREFIX))
     return None if match is None else (match["module"], match["factor"], None)

@@ -175,7 +175,7 @@ class LoraAdapter:
     ) -> LoraAdapter:
         index = _implied_index(config, tensors)
         checked = check_adapter(config, tensors, index, sys.maxsize, strict)
-        modules = {spec.name: _copied(f) if copy else f for spec, f in checked.modules()}
+        modules = {spec.name: f for spec, f in checked.modules()}
         beside: dict[str, Tensor] = {}
         replacements: dict[str, Tensor] = {}
         for key in tensors.infos:
@@ -184,6 +184,9 @@ class LoraAdapter:
                 in_file = PREFIX + key.removeprefix(PREFIX)
                 (replacements if _replaces(config, name) else beside)[in_file] = tensors.read(key)
         if copy:
+            for name, factors in modules.items():
+                values: list[Any] = [t.clone() if isinstance(t, Tensor) else t for t in factors]
+                modules[name] = Factors(*values)
             replacements = {key: value.clone() for key, value in replacements.items()}
         return cls(config, modules, beside, replacements)
 
@@ -218,11 +221,6 @@ def same_values(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.shape == right.shape and bool((left == right.to(left.device)).all())
     return bool(left == right)  # one of them may be None
-
-
-def _copied(factors: Factors) -> Factors:
-    values: list[Any] = [t.clone() if isinstance(t, Tensor) else t for t in factors]
-    return Factors(*values)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -151,7 +151,10 @@ def cross_entropies(
     counted = torch.ones_like(each) if labels.is_floating_point() else labels != IGNORE
     sizes, owner = owners
     sums, counts = (
-        torch.segment_reduce(_by_row(t), "sum", lengths=sizes) for t in (each.detach(), counted)
+        torch.segment_reduce(
+            t.double().flatten(1).sum(1) if t.dim() > 1 else t.double(), "sum", lengths=sizes
+        )
+        for t in (each.detach(), counted)
     )
     shares = counts.reciprocal().to(each.dtype)[owner].view(-1, *[1] * (each.dim() - 1))
     return Losses(sums / counts, each, shares.expand_as(each), owner)
@@ -183,7 +186,3 @@ def _labels(logits: Tensor, batch: Any, segment: Segment, where: str) -> Tensor:
         return labels
     require(isinstance(batch, tuple | list), where, "batches", "(x, y), or a loss_fn", type(batch))
     return batch[1].to(logits.device)
-
-
-def _by_row(each: Tensor) -> Tensor:
-    return each.double().flatten(1).sum(1) if each.dim() > 1 else each.double()

@@ -16,7 +16,7 @@ from lora_ext._checks import require
 
 from .._update import Client
 from ..logs import CommLog
-from ._records import CAPABILITY, NODE, PARTITION, message_bytes
+from ._records import CAPABILITY, NODE, PARTITION, count_bytes
 
 Capability = Mapping[int, int] | Callable[[int], int] | None
 
@@ -70,8 +70,9 @@ class Nodes:
                 self.learn(node, said, connected)
         for query in sorted(queries, key=lambda q: self.client(q.metadata.dst_node_id)):
             node = query.metadata.dst_node_id
-            up = message_bytes(replies[node]) if node in replies else 0
-            self._comm.record(0, self.client(node), up=up, down=message_bytes(query))
+            answered = node in replies and replies[node].has_content()
+            up = count_bytes(replies[node].content) if answered else 0
+            self._comm.record(0, self.client(node), up=up, down=count_bytes(query.content))
 
     def learn(
         self, node: int, said: Mapping[str, Any], connected: Iterable[int] | None = None

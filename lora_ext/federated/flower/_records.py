@@ -144,19 +144,6 @@ def data_bytes(content: RecordDict) -> int:
     return sum(max(len(d) - 10 - int.from_bytes(d[8:10], "little"), 0) for d in arrays)
 
 
-def message_bytes(message: Message) -> int:
-    """Bytes of what a message carries; 0 of one that carries an error."""
-    return count_bytes(message.content) if message.has_content() else 0
-
-
-def same_arrays(
-    record: ArrayRecord, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> ArrayRecord:
-    """The record of ``after``, with the very arrays of ``record`` where a tensor is the same."""
-    fresh = to_arrays({key: value for key, value in after.items() if value is not before[key]})
-    return ArrayRecord({key: fresh.get(key, record[key]) for key in after})
-
-
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The plain numbers of somebody's metrics; NaN and infinity may be among them."""
     return {

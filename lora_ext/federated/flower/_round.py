@@ -82,10 +82,23 @@ class Round:
 
     def messages(self, config: Mapping[str, Any]) -> list[Message]:
         """One for each node that is asked; ``config`` has further settings for the clients."""
-        messages = [self._message(node, client, config) for node, client in self.nodes.items()]
-        for message in messages:
-            self._asked.append(message.metadata)
-            self._count(message.metadata.dst_node_id, message, "down")
+        messages: list[Message] = []
+        sending, shared = self.sending, self.sending.settings.shared
+        for node, client in self.nodes.items():
+            plan = self.plans[client]
+            shapes = shapes_of(self.pairs, self.state, plan)
+            sent = {
+                key: value[tuple(map(slice, shapes[key]))] if key in shapes else value
+                for key, value in self.state.items()
+                if key in shapes or key in shared or sending.send_frozen
+            }
+            record, manifest = _records.pack(sent, sending.pack)
+            own = {"server-round": self.number, "client": client, **plan.to_config(), **manifest}
+            settings = ConfigRecord({**config, **sending.config(), **own})
+            content = RecordDict({_records.LORA: record, _records.CONFIG: settings})
+            messages.append(Message(content, node, MessageType.TRAIN))
+            self._asked.append(messages[-1].metadata)
+            self._count(node, messages[-1], "down")
         return messages
 
     def collect(
@@ -137,6 +150,7 @@ class Round:
             kind = _Unanswered if reply.error.code in _UNANSWERED else ValueError
             raise kind(f"{where}: reply: expected one without error, found {found}")
         client, content = self.nodes[node], reply.content
+        plan = self.plans[client]
         for name, kind in (
             (_records.ECHO, content.config_records),
             (_records.LORA, content.array_records),
@@ -144,46 +158,25 @@ class Round:
         ):
             require(name in kind, where, "records", f"{name!r}", f"{sorted(content)!s:.200}")
         echo = content.config_records[_records.ECHO]
-        self._check_echo(where, echo, self.plans[client])
-        arrays = content.array_records[_records.LORA]
-        tensors = _records.unpack(arrays, echo, self._shapes(self.plans[client]), where)
+        number, expected = echo.get("server-round"), f"round {self.number}"
+        require(number == self.number, where, "echo", expected, f"{number!r:.50}")
+        try:
+            said: Any = LayerPlan.from_config(echo)
+        except (TypeError, ValueError) as error:
+            said = error
+        require(said == plan, where, "echo", plan, f"{said!s:.200}")
+        if self.sending.payload == "dense_masked":
+            shapes = masked_shapes(self.pairs, self.state)
+        else:
+            shapes = shapes_of(self.pairs, self.state, plan)
+            shapes |= {key: tuple(self.state[key].shape) for key in self.sending.settings.shared}
+        tensors = _records.unpack(content.array_records[_records.LORA], echo, shapes, where)
         examples = content.metric_records[_records.METRICS].get("num-examples")
-        return Update(client, examples, tensors, self.plans[client])
+        return Update(client, examples, tensors, plan)
 
     def node(self, client: Client) -> int:
         """The node that a client is."""
         return next(node for node, asked in self.nodes.items() if asked == client)
-
-    def _message(self, node: int, client: Client, config: Mapping[str, Any]) -> Message:
-        plan, sending = self.plans[client], self.sending
-        shapes = shapes_of(self.pairs, self.state, plan)
-        shared = sending.settings.shared
-        sent = {
-            key: value[tuple(map(slice, shapes[key]))] if key in shapes else value
-            for key, value in self.state.items()
-            if key in shapes or key in shared or sending.send_frozen
-        }
-        record, manifest = _records.pack(sent, sending.pack)
-        own = {"server-round": self.number, "client": client, **plan.to_config(), **manifest}
-        settings = ConfigRecord({**config, **sending.config(), **own})
-        content = RecordDict({_records.LORA: record, _records.CONFIG: settings})
-        return Message(content, node, MessageType.TRAIN)
-
-    def _check_echo(self, where: str, echo: ConfigRecord, plan: LayerPlan) -> None:
-        round = echo.get("server-round")
-        require(round == self.number, where, "echo", f"round {self.number}", f"{round!r:.50}")
-        try:
-            said = LayerPlan.from_config(echo)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: echo: expected {plan}, found {error!s:.200}") from None
-        require(said == plan, where, "echo", plan, f"{said!s:.200}")
-
-    def _shapes(self, plan: LayerPlan) -> dict[str, tuple[int, ...]]:
-        """What a reply to a plan may have."""
-        if self.sending.payload == "dense_masked":
-            return masked_shapes(self.pairs, self.state)
-        shared = {key: tuple(self.state[key].shape) for key in self.sending.settings.shared}
-        return shapes_of(self.pairs, self.state, plan) | shared
 
     def _count(self, node: int, message: Message, way: str) -> None:
         """Add a message to the bytes of its client."""

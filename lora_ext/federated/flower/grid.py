@@ -64,7 +64,10 @@ class LocalGrid(Grid):
         self._clock = clock
         self._numbers = itertools.count(1)
         self._pushed: dict[str, Message] = {}
-        _identify()
+        try:  # Say who makes messages in this process, as Flower's engines do.
+            _ = TaskIdentity.run_id
+        except RuntimeError:
+            TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, SERVER, 1
         self._run = Run.create_empty(RUN)
         self.contexts = {
             node: Context(
@@ -173,11 +176,3 @@ def _own(message: Message) -> Message:
     """A message whose records are the receiver's, to do with as it likes."""
     records = {name: record.copy() for name, record in message.content.items()}
     return make_message(message.metadata, RecordDict(records))
-
-
-def _identify() -> None:
-    """Say who makes messages in this process, which Flower's engines do and ``Message`` needs."""
-    try:
-        _ = TaskIdentity.run_id
-    except RuntimeError:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, SERVER, 1

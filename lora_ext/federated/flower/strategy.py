@@ -306,7 +306,10 @@ class LoraStrategy(FedAvg):
             return current.record, None
         reports = [contents[client] for client in result.accepted]
         means = self.train_metrics_aggr_fn(reports, self.weighted_by_key)
-        return _records.same_arrays(current.record, current.state, result.state), means
+        # A tensor that is the same keeps its very array.
+        moved = {key: t for key, t in result.state.items() if t is not current.state[key]}
+        arrays = {**current.record, **_records.to_arrays(moved)}
+        return ArrayRecord({key: arrays[key] for key in result.state}), means
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -335,7 +338,7 @@ class LoraStrategy(FedAvg):
         for reply in valid:
             client = self._nodes.client(reply.metadata.src_node_id)
             number = self._before + server_round
-            self.comm.record(number, client, up=_records.message_bytes(reply))
+            self.comm.record(number, client, up=_records.count_bytes(reply.content))
         contents = [reply.content for reply in valid]
         return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if valid else None
 
