@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ._ranks import (
         KINDS,
         RankReport,
+        aligned,
         effective_rank,
         gram_figures,
         lora_singular_values,
@@ -37,6 +38,6 @@ __getattr__ = on_demand(
     __name__,
     comparing="ModuleDifference compare_adapters",
     merging="MergeMode interpolate_adapters merge_adapters",
-    _ranks="KINDS RankReport effective_rank gram_figures lora_singular_values rank_report",
+    _ranks="KINDS RankReport aligned effective_rank gram_figures lora_singular_values rank_report",
     reshaping="PruneMode prune_adapter resize_adapter",
 )

@@ -181,15 +181,17 @@ class RankReport(Sequence[Mapping[str, Any]]):
     def to_table(self) -> str:
         """A line for each module below a line of headings, in aligned columns."""
         names = list(self.rows[0]) if self.rows else ["module"]
-        cells = [names, *([_cell(row[name]) for name in names] for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if name == "module" else cell.rjust(width)
-                for name, cell, width in zip(names, line, widths, strict=True)
-            ).rstrip()
-            for line in cells
-        )
+        return aligned([names, *([_cell(row[name]) for name in names] for row in self.rows)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells as text in columns, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (
+        [text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(cells)]
+        for cells in (zip(line, widths, strict=True) for line in lines)
+    )
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def rank_report(

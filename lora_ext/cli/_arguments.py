@@ -129,11 +129,8 @@ def _add_inspect(commands: Any) -> None:
         _reports.inspect,
     )
     _add_adapter(parser, "adapter", "ADAPTER")
-    text, shown = (
-        f"effective ranks to show, out of {', '.join(KINDS)}",
-        ["entropy", "stable", "threshold"],
-    )
-    _add(parser, "--kinds", text, "KIND", nargs="+", choices=KINDS, default=shown)
+    text, shown = f"effective ranks to show, out of {', '.join(KINDS)}", "entropy stable threshold"
+    _add(parser, "--kinds", text, "KIND", nargs="+", choices=KINDS, default=shown.split())
     text = "threshold of the kinds that count singular values"
     _add(parser, "--tau", text, "T", type=float, default=1e-2)
     _add_json(parser)
