@@ -37,8 +37,9 @@ def test_a_round_reads_downwards_and_meets_few_files(monkeypatch: pytest.MonkeyP
     ways = load_script(monkeypatch, "tests/serving", "test_ways")
     monkeypatch.setattr(ways, "ROOMS", ("federated", "adapter", "layers", "rows"))
     strategy, grid = LoraStrategy(Suffixes(), payload=payload), local()
+    arrays = to_arrays(initial())
     with ways.Way(lambda _: True) as asking:
-        sent = list(strategy.configure_train(1, to_arrays(initial()), ConfigRecord({}), grid))
+        sent = list(strategy.configure_train(1, arrays, ConfigRecord({}), grid))
     replies = list(grid.send_and_receive(sent))
     with ways.Way(lambda _: True) as averaging:
         strategy.aggregate_train(1, replies)
