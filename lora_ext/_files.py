@@ -173,7 +173,8 @@ class SafetensorsFile:
         """
         shape, dtype = self.infos[key]
         if isinstance(dtype, str):
-            require(False, f"{self.where}: {key:.200}", "dtype", [*_DTYPES], f"{dtype!r:.80}")
+            expected, where = [*_DTYPES], f"{self.where}: {key:.200}"
+            raise ValueError(f"{where}: dtype: expected one of {expected}, found {dtype!r:.80}")
         begin, end = self._spans[key]
         self._file.seek(self._data + begin)
         data = self._exactly(end - begin)

@@ -205,8 +205,9 @@ def check_base(where: str, model: object) -> None:
     """Refuse what is no model, or carries adapters already; the error says what helps."""
     if not isinstance(model, nn.Module):
         found = repr(model) if model is None or isinstance(model, str) else type(model).__name__
-        found = f"{found:.200}; load the base model first, with AutoModelForCausalLM, say"
-        require(False, where, "model", "a torch.nn.Module", found, TypeError)
+        remedy = "load the base model first, with AutoModelForCausalLM, say"
+        expected = "expected a torch.nn.Module"
+        raise TypeError(f"{where}: model: {expected}, found {found:.200}; {remedy}")
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer):
             remedy = "detach the model first"
