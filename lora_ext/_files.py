@@ -116,7 +116,8 @@ class SafetensorsFile:
     def _read_header(self) -> None:
         where, size = self.where, os.fstat(self._file.fileno()).st_size
         head = self._file.read(8)
-        require(len(head) == 8, where, "header length", "8 bytes", len(head))
+        if len(head) < 8:
+            raise ValueError(f"{where}: expected an 8-byte header length, found {size} bytes")
         (length,) = struct.unpack("<Q", head)
         most = min(MAX_HEADER_BYTES, size - 8)
         require(length <= most, where, "header length", f"at most {most}", length)

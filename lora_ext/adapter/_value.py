@@ -93,7 +93,8 @@ class LoraAdapter:
         """
         for name in names:
             if name not in self.modules:
-                raise ValueError(f"{where}: expected modules of the adapter, found {name!r:.200}")
+                found = f"{name!r:.200}, which it lacks"
+                raise ValueError(f"{where}: expected modules of the adapter, found {found}")
 
     def with_modules(
         self,
