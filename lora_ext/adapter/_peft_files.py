@@ -199,10 +199,10 @@ def _check_targets(
         expected = f"lora_A and lora_B for each of {len(targets)} targeted modules"
         require(not missing, where, "keys", expected, f"none for {_some(missing)}")
     config.check_vocabulary(config.where, index.vocabulary)
-    embedded = sorted(grouped.keys() & index.embedding.keys()) if config.invocation else []
-    field, expected = "alora_invocation_tokens", "adapters on linear layers, as PEFT does"
-    found = f"one on the embedding {_some(embedded)}"
-    require(not embedded, config.where, field, expected, found, NotImplementedError)
+    for name in sorted(grouped.keys() & index.embedding.keys()) if config.invocation else ():
+        field, expected = "alora_invocation_tokens", "adapters on linear layers"
+        found = f"one on the embedding {name!r}, which PEFT refuses too"
+        require(False, config.where, field, expected, found, NotImplementedError)
 
 
 def _group_keys(

@@ -106,9 +106,9 @@ class ModelWeights:
         if missing:
             self._refuse_packed(missing)
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            names = f"{', '.join(missing[:5])}{more}; in {self._tensors.where}"
-            expected = "a weight for each adapted module"
-            raise KeyError(f"{self.where}: expected {expected}, found none for {names}")
+            folder = "" if self._tensors.where == self.where else f" in {self._tensors.where}"
+            names, expected = f"{', '.join(missing[:5])}{more}", "a weight for each adapted module"
+            raise KeyError(f"{self.where}: expected {expected}, found none{folder} for {names}")
         expected = "a weight in float16, bfloat16, float32 or float64"
         for key in found.values():
             dtype = self._tensors.infos[key].dtype
