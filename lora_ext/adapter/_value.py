@@ -195,15 +195,12 @@ class LoraAdapter:
         """Whether both change a model in the same way."""
         if not isinstance(other, LoraAdapter):
             return NotImplemented
-        if self.modules.keys() != other.modules.keys():
-            return False
-        if self.replacements.keys() != other.replacements.keys():
-            return False
-        return all(
-            all(map(same_values, factors, other.modules[name]))
-            for name, factors in self.modules.items()
-        ) and all(
-            same_values(value, other.replacements[key]) for key, value in self.replacements.items()
+        ours, theirs = (
+            {**value.modules, **{key: (t,) for key, t in value.replacements.items()}}
+            for value in (self, other)
+        )
+        return ours.keys() == theirs.keys() and all(
+            all(map(same_values, parts, theirs[name])) for name, parts in ours.items()
         )
 
     def __repr__(self) -> str:

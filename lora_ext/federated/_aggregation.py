@@ -293,7 +293,7 @@ def _scales(scaling: float | Mapping[str, float], pairs: Sequence[Pair]) -> dict
 
 
 class Part(NamedTuple):
-    """What one client says of one tensor, and its weight."""
+    """Value of one tensor at one client, and its weight."""
 
     weight: float
     value: Tensor
@@ -301,7 +301,7 @@ class Part(NamedTuple):
 
 
 class PairPart(NamedTuple):
-    """What one client says of one module."""
+    """Factors of one module at one client, and their weight."""
 
     weight: float
     a: Tensor  # (r, I)

@@ -267,28 +267,24 @@ def _clip_factor(tensors: dict[str, Tensor], rules: Rules) -> float:
 
 
 def _same(first: Update, second: Update) -> bool:
-    """Whether two replies of one client say the same, bit for bit."""
-    if (first.plan, first.failed) != (second.plan, second.failed):
-        return False
-    if _spelled(first.num_examples, first.loss) != _spelled(second.num_examples, second.loss):
-        return False
+    """Return whether two replies of one client are equal, bit for bit."""
     ours, theirs = first.tensors, second.tensors
-    if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
+    said = [(u.plan, u.failed, *_spelled(u.num_examples, u.loss)) for u in (first, second)]
+    if said[0] != said[1] or not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
         return False
     return ours.keys() == theirs.keys() and all(_equal(ours[k], theirs[k]) for k in ours)
 
 
 def _spelled(*values: Any) -> list[str]:
-    """What values say; Python spells no integer of over 4300 digits in tens."""
+    """Return the text of values; Python writes no integer of over 4300 digits in tens."""
     return [hex(value) if type(value) is int else repr(value) for value in values]
 
 
 def _equal(first: Any, second: Any) -> bool:
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
         return False
-    if any(t.layout != torch.strided or t.is_meta or t.is_nested for t in (first, second)):
-        return False
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
+    odd = any(t.layout != torch.strided or t.is_meta or t.is_nested for t in (first, second))
+    if odd or (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     if not first.numel():
         return True

@@ -138,12 +138,6 @@ def count_bytes(content: Mapping[str, Any]) -> int:
     return total
 
 
-def data_bytes(content: RecordDict) -> int:
-    """Bytes of the tensors of a message by themselves: no names, no headers of .npy files."""
-    arrays = [array.data for record in content.array_records.values() for array in record.values()]
-    return sum(max(len(d) - 10 - int.from_bytes(d[8:10], "little"), 0) for d in arrays)
-
-
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The plain numbers of somebody's metrics; NaN and infinity may be among them."""
     return {

@@ -115,7 +115,7 @@ class Round:
             node = self.sender(reply)
             client = self.nodes.get(node, f"node {node}")
             try:
-                updates.append(self.read(reply))
+                updates.append(self.read(node, reply))
                 contents[client] = reply.content
                 metrics = reply.content.metric_records[_records.METRICS]
                 reported.setdefault(client, set()).add(repr(sorted(metrics.items())))
@@ -139,9 +139,9 @@ class Round:
                     return asked.dst_node_id
         return reply.metadata.src_node_id
 
-    def read(self, reply: Message) -> Update:
-        """A reply as the aggregation takes it, without what only the wire shows to be wrong."""
-        node = self.sender(reply)
+    def read(self, node: int, reply: Message) -> Update:
+        """Return the reply of a node as the aggregation takes it; raise for what only the wire
+        shows to be wrong."""
         where = f"node {node}"
         require(node in self.nodes, where, "reply", "none, as it was not asked", "one")
         self._count(node, reply, "up")
@@ -182,8 +182,11 @@ class Round:
         """Add a message to the bytes of its client."""
         if not message.has_content():
             return
-        total, data = _records.count_bytes(message.content), _records.data_bytes(message.content)
-        arrays = _records.count_bytes(message.content.array_records)
-        full = total - arrays + self.record.count_bytes()
+        arrays = message.content.array_records
+        total, full = _records.count_bytes(message.content), self.record.count_bytes()
+        full += total - _records.count_bytes(arrays)
+        # Tensors by themselves: without names and headers of .npy files.
+        data = [array.data for record in arrays.values() for array in record.values()]
+        frames = total - sum(max(len(d) - 10 - int.from_bytes(d[8:10], "little"), 0) for d in data)
         client = self.nodes[node]
-        self.comm.record(self.number, client, frames=total - data, full=full, **{way: total})
+        self.comm.record(self.number, client, frames=frames, full=full, **{way: total})
