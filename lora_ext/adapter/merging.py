@@ -292,8 +292,8 @@ def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
             found = "a weight that replaces the base model's (modules_to_save, a trained bias)"
             require(False, at, key, "factors alone, which have a sum", found, error)
         for name, factors in adapter.modules.items():
-            expected = "no DoRA, whose sum depends on the base weight (merge it into that)"
-            require(factors.magnitude is None, at, name, expected, "a magnitude", error)
+            found = "a magnitude, whose sum depends on the base weight: merge it into that"
+            require(factors.magnitude is None, at, name, "no DoRA", found, error)
             check_matrices(factors, f"{at}: {name}")
             expected = "no lora_bias beside an adapted embedding, as PEFT does"
             require(not (biased and factors.embedding), at, name, expected, "one", error)
