@@ -145,8 +145,8 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
 
     warm = torch.tensor([[each.temperature] for each in apart], dtype=torch.float64)
     own = scores[0, [e.place for e in apart]]
-    heat, envelope = control.proposed([e.row for e in apart], own, warm)
-    fine = heat.amax(-1) == 0
+    tempered, envelope = control.proposal_scores([e.row for e in apart], own, warm)
+    fine = tempered.amax(-1) == 0
     apart = [e for e, good in zip(apart, fine.tolist(), strict=True) if good]
     if not apart:
         return {}, list(rows)
@@ -155,7 +155,8 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
         return torch.stack([torch.rand(count, 2, generator=apart[i].generator) for i in which])
 
     places = [each.place for each in apart]
-    tokens, _ = control.decided([e.row for e in apart], heat[fine], envelope[fine], numbers)
+    kept = [e.row for e in apart]
+    tokens, _ = control.draw_from(kept, tempered[fine], envelope[fine], numbers)
     left = [each for each in rows if each.place not in places]
     return dict(zip(places, tokens, strict=True)), left
 

@@ -9,7 +9,7 @@ import torch
 from test_continuous_batching import MANY, alone, attached, batching, pool_of, prompts
 
 import lora_ext
-from lora_ext.control import Constraint, ConstraintProcessor, Guide, Row, _law
+from lora_ext.control import Constraint, ConstraintProcessor, Guide, Row, _rejection
 from lora_ext.control._messages import Plan
 from lora_ext.serving._constraining import Standing, constrained, drawn
 from lora_ext.serving._sampling import Sampling
@@ -184,9 +184,9 @@ def test_scores_that_leave_no_token_and_a_tiny_temperature_are_no_error() -> Non
 
 
 def test_the_bounds_of_each_row_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    vocab, asked, look_up = 40, [], _law._log_bound
+    vocab, asked, look_up = 40, [], _rejection.log_bound
     row = Row.first(Plan(three_of(vocab, (5, 20, 21)), NEW, guide=guide(vocab)))
-    monkeypatch.setattr(_law, "_log_bound", lambda row: asked.append(row) or look_up(row))
+    monkeypatch.setattr(_rejection, "log_bound", lambda row: asked.append(row) or look_up(row))
     rows = [Standing(i, row, 0.7, True, torch.Generator().manual_seed(i)) for i in range(3)]
     tokens, left = drawn(torch.randn(1, 3, vocab), rows)
     assert len(tokens) == 3 and not left and len(asked) == 3
