@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require_dtype, require_tensor
+from lora_ext._checks import require_dim
 
 from ._registration import fake
 
 _c = torch.ops.lora_ext
-_FLOATS = (torch.float32, torch.float64)
 
 
 class Program(NamedTuple):
@@ -66,9 +65,7 @@ def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str =
 
 @fake("circuit_table")
 def _fake_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str) -> Tensor:
-    require_tensor("circuit_table", "table", table, "(R, V)", None, *_FLOATS)
-    require_tensor("circuit_table", "x", x, "(B, M)", None, torch.int64)
-    require_tensor("circuit_table", "row", row, "(M,)", x.shape[1:], torch.int64)
+    require_dim("circuit_table", "x", x, "(B, M)")
     return _unit_major(table, x.shape[0], x.shape[1] * block)
 
 
@@ -115,8 +112,6 @@ def circuit_layers(
 
 @fake("circuit_layers")
 def _fake_layers(leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], *_: str) -> Tensor:
-    require_tensor("circuit_layers", "leaf", leaf, "(B, units)", None, *_FLOATS)
-    require_tensor("circuit_layers", "w", w, "(W,)", None, leaf.dtype)
     return _unit_major(leaf, leaf.shape[0], plan[0])
 
 
@@ -193,14 +188,8 @@ def circuit_layers_walk(
 def _fake_walk(
     val: Tensor, w: Tensor, program: Tensor, plan: list[int], root: Tensor, uniforms: Tensor | None
 ) -> Tensor:
-    name = "circuit_layers_walk"
-    require_tensor(name, "val", val, "(B, U)", None, *_FLOATS)
-    require_dtype(name, "w", w, val.dtype)
-    require_tensor(name, "root", root, "(B,)", val.shape[:1], torch.int64)
-    if uniforms is None:
-        return root.new_empty(root.shape[0], plan[8])
-    require_tensor(name, "uniforms", uniforms, "(M, sums)", None, *_FLOATS)
-    return root.new_empty(uniforms.shape[0], plan[8])
+    walks = root if uniforms is None else uniforms
+    return root.new_empty(walks.shape[0], plan[8])
 
 
 def _unit_major(like: Tensor, rows: int, units: int) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lora_ext import reference
-from lora_ext._checks import choice, require
+from lora_ext._checks import choice, require, require_tensor
 from lora_ext._torch import refuse_tangents
-from lora_ext.reference import NORMS, LogMax, accumulator, log_weights
+from lora_ext.reference import LogMax, accumulator, log_weights
 
 from ._registration import backward, fake
 
@@ -115,7 +115,6 @@ def log_einsum_exp(
 
     Source: log-einsum-exp, Peharz et al. 2020, section 3.2.
     """
-    choice("log_einsum_exp", "norm", norm, NORMS)
     choice("log_einsum_exp", "semiring", semiring, ("sum", "max"))
     refuse_tangents("log_einsum_exp", w, values)
     leaf = w.requires_grad and w.is_leaf  # whose gradient belongs to each row
@@ -256,12 +255,12 @@ def log_bmm(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: if a shape, dtype or device disagrees, naming the argument.
     """
-    found = [f"{t.dtype} of shape {tuple(t.shape)}" for t in (a, b)]
-    for name, t, what in (("a", a, found[0]), ("b", b, found[1])):
-        fits = t.dim() == 3 and t.dtype in (torch.float32, torch.float64)
-        require(fits, "log_bmm", name, "three dimensions of float32 or float64", what)
+    floats = torch.float32, torch.float64
+    require_tensor("log_bmm", "a", a, "(B, M, K)", None, *floats)
+    require_tensor("log_bmm", "b", b, "(B, K, N)", None, *floats)
     fits = a.dtype == b.dtype and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1]
     wanted = "shapes (B, M, K) and (B, K, N) of one dtype"
-    require(fits, "log_bmm", "a and b", wanted, " and ".join(found))
+    found = " and ".join(f"{t.dtype} of shape {tuple(t.shape)}" for t in (a, b))
+    require(fits, "log_bmm", "a and b", wanted, found)
     refuse_tangents("log_bmm", a, b)
     return _c.log_einsum_exp.default(b.transpose(1, 2), a, "none", "fp32")
