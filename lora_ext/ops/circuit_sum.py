@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_ext import reference
 from lora_ext._checks import choice, require, require_tensor
 from lora_ext._torch import refuse_tangents
-from lora_ext.reference import LogMax, accumulator, log_weights
+from lora_ext.reference import NORMS, LogMax, accumulator, log_weights
 
 from ._registration import backward, fake
 
@@ -115,6 +115,7 @@ def log_einsum_exp(
 
     Source: log-einsum-exp, Peharz et al. 2020, section 3.2.
     """
+    choice("log_einsum_exp", "norm", norm, NORMS)
     choice("log_einsum_exp", "semiring", semiring, ("sum", "max"))
     refuse_tangents("log_einsum_exp", w, values)
     leaf = w.requires_grad and w.is_leaf  # whose gradient belongs to each row
