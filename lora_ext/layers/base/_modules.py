@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_ext.rows import PoolLayer
+
 # These read the weights of their linear children without calling them: an adapter on such a child
 # would be ignored, always or on torch's fast path for evaluation.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -27,6 +29,21 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
             rows, columns = module.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
             return rows, columns  # pyright: ignore[reportReturnType]
     return None
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model by name, except adapters' factors.
+
+    A layer of a pool is represented by its base layer.
+    """
+    factors: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        for store in ("lora_A", "lora_B"):
+            if isinstance(held := getattr(module, store, None), nn.Module):
+                factors.update(held.modules())
+        base = module.base if isinstance(module, PoolLayer) else module
+        if base not in factors:
+            yield name, base
 
 
 def head_names(model: nn.Module) -> tuple[str | None, str | None]:
