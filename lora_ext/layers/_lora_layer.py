@@ -19,6 +19,12 @@ from ._lora_forward import LoraFactors, dropout_now, lora_forward
 from ._participants import Participants
 from .base._dense import BaseLayer, DenseParameters
 
+#: Attributes of a layer that are dictionaries by adapter.
+_BY_ADAPTER = (
+    "r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias", "init_lora_weights",
+    "adapter_active", "alora_invocation_tokens", "dropout_seed",
+)  # fmt: skip
+
 
 class LoraLayer(Participants):
     """A base layer and named adapters beside it, with PEFT's names for parameters and settings.
@@ -28,6 +34,13 @@ class LoraLayer(Participants):
     """
 
     base_layer: nn.Module
+    lora_alpha: dict[str, float]
+    use_rslora: dict[str, bool]
+    #: What the values of each adapter started from, as its caller said it.
+    init_lora_weights: dict[str, bool | str]
+    #: The seed of an adapter's dropout, one int64 on the device of its input; an adapter that is
+    #: not in here draws one in each forward.
+    dropout_seed: dict[str, Tensor]
 
     #: Whether its adapters may begin in mid-sequence.
     takes_invocation = False
@@ -37,30 +50,15 @@ class LoraLayer(Participants):
         self.base_layer = base_layer
         self.fan_in_fan_out = fan_in_fan_out
         self.in_features, self.out_features = self.base_weight.features
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.use_dora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
-        #: Of each activated adapter, the tokens with which it begins.
-        self.alora_invocation_tokens: dict[str, tuple[int, ...]] = {}
-        #: What the values of each adapter started from, as its caller said it.
-        self.init_lora_weights: dict[str, bool | str] = {}
-        self.adapter_active: dict[str, bool] = {}
+        for setting in _BY_ADAPTER:
+            setattr(self, setting, {})
         self.off_in_training: frozenset[str] = frozenset()
         self.disable_adapters = False
         self.lora_dropout = nn.ModuleDict()
-        #: The seed of an adapter's dropout, one int64 on the device of its input; an adapter that
-        #: is not in here draws one in each forward.
-        self.dropout_seed: dict[str, Tensor] = {}
         self.lora_magnitude_vector = nn.ModuleDict()
         self._active: list[str] = []
         self._before_init: tuple[str, Tensor] | None = None  # adapter that changed the base weight
         self.training = base_layer.training
-        self._register()
-
-    def _register(self) -> None:
         layer_names.add(self)
 
     @property
@@ -71,7 +69,7 @@ class LoraLayer(Participants):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and unpickled layers are reached by ``adapters`` blocks too."""
         super().__setstate__(state)
-        self._register()
+        layer_names.add(self)
 
     # ---------------------------------------------------------------------------------------------
     # Adapters
@@ -135,21 +133,34 @@ class LoraLayer(Participants):
             TypeError: r that is not an int, a flag neither True nor False. The layer is then as it
                 was.
         """
-        flags = {"use_rslora": use_rslora, "use_dora": use_dora, "lora_bias": lora_bias}
+        flags: dict[str, Any] = {"use_rslora": use_rslora, "use_dora": use_dora}
+        flags["lora_bias"] = lora_bias
         require_flags("add_adapter", **flags, preserve_base_output=preserve_base_output)
         self._check_name(adapter_name)
-        scaling = _checked_scaling(r, lora_alpha, lora_dropout, use_rslora)
+        where = "add_adapter"
+        integer(where, "r", r, 1, expected=("an int", "a positive rank"))
+        number(where, "lora_alpha", lora_alpha)
+        expected = "a probability in [0, 1)"
+        number(where, "lora_dropout", lora_dropout, 0, below=1, expected=expected)
+        scaling = _scaling(r, lora_alpha, use_rslora)
         invocation = self._checked_invocation(alora_invocation_tokens, use_dora)
         self._check_bias(lora_bias, use_dora)
         base, scheme = self.base_weight, self._check_scheme(init_lora_weights, preserve_base_output)
         device, dtype = base.place()
         dtype = dtype if adapter_dtype is None else adapter_dtype
-        factors = self._new_factors(r, scaling, scheme, generator, device)
-        a, b = (factor.to(device, dtype) for factor in factors)
+        # Drawn in float32 on the CPU as PEFT does: one seed gives one adapter on any device.
+        memory = "meta" if device.type == "meta" else "cpu"
+        a, b = (torch.zeros(shape, device=memory) for shape in base.factor_shapes(r))
+        if memory == "cpu" and scheme in FREE:
+            init_lora_(a, b, scheme, generator=generator)
+        elif memory == "cpu":
+            parts = decompose(base.matrix(), r, scaling, scheme)
+            a, b = parts[0].reshape(a.shape), parts[1].reshape(b.shape)
+        a, b = a.to(device, dtype), b.to(device, dtype)
         bias = torch.zeros(self.out_features, device=device, dtype=dtype) if lora_bias else None
         flat_a, flat_b = a.flatten(1), b.flatten(1)
         changed = magnitude = None
-        if device.type != "meta" and (scheme not in FREE or preserve_base_output):
+        if memory == "cpu" and (scheme not in FREE or preserve_base_output):
             base.check_writable(f"init_lora_weights={init_lora_weights!r}")
             changed = base.matrix().detach().clone()
             ops.lora_merge_(changed, flat_a, flat_b, scaling, sign=-1)
@@ -161,13 +172,12 @@ class LoraLayer(Participants):
         if changed is not None:
             self._before_init = (adapter_name, base.weight.detach().clone())
             base.write(base.as_stored(changed), None)
-        settings: dict[str, Any] = {**flags, "r": r, "lora_alpha": lora_alpha, "scaling": scaling}
+        settings = {**flags, "r": r, "lora_alpha": lora_alpha, "scaling": scaling}
+        settings |= {"init_lora_weights": init_lora_weights, "adapter_active": True}
+        if invocation:
+            settings["alora_invocation_tokens"] = invocation
         for setting, value in settings.items():
             getattr(self, setting)[adapter_name] = value
-        self.init_lora_weights[adapter_name] = init_lora_weights
-        if invocation:
-            self.alora_invocation_tokens[adapter_name] = invocation
-        self.adapter_active[adapter_name] = True
         dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
         self.lora_dropout[adapter_name] = dropout
         for store, factor in zip(self._stores(), base.factors(a, b, bias), strict=True):
@@ -192,13 +202,8 @@ class LoraLayer(Participants):
             raise ValueError(f"delete_adapter: {found}; unmerge it first")
         if self._before_init is not None and self._before_init[0] == adapter_name:
             self.restore_base_weight()
-        stores: list[Any] = [
-            self.r, self.lora_alpha, self.scaling, self.use_rslora, self.use_dora, self.lora_bias,
-            self.init_lora_weights, self.adapter_active, self.lora_dropout,
-            self.alora_invocation_tokens,
-            self.dropout_seed, self.lora_magnitude_vector, *self._stores(),
-        ]  # fmt: skip
-        for store in stores:
+        stores: list[Any] = [getattr(self, setting) for setting in _BY_ADAPTER]
+        for store in (*stores, self.lora_dropout, self.lora_magnitude_vector, *self._stores()):
             if adapter_name in store:
                 del store[adapter_name]
         self.off_in_training -= {adapter_name}
@@ -275,9 +280,8 @@ class LoraLayer(Participants):
         if self._before_init is None:
             raise ValueError("restore_base_weight: no adapter's initialisation changed the weight")
         if self.merged:
-            raise ValueError(
-                f"restore_base_weight: {self.merged_adapters} are merged; unmerge them first"
-            )
+            found = f"{self.merged_adapters} are merged"
+            raise ValueError(f"restore_base_weight: {found}; unmerge them first")
         self.base_weight.check_writable("restore_base_weight")
         self.base_weight.write(self._before_init[1], None)
         self._before_init = None
@@ -286,15 +290,14 @@ class LoraLayer(Participants):
     # Checks
 
     def _check_name(self, name: str) -> None:
+        where, found = (type(self).__name__, "adapter_name"), repr(name)
         fits = isinstance(name, str) and name and "." not in name and name != "__base__"
-        expected = 'a name without dots that is not "__base__"'
-        require(fits, type(self).__name__, "adapter_name", expected, repr(name))
+        require(fits, *where, 'a name without dots that is not "__base__"', found)
         fits = not hasattr(nn.ModuleDict(), name)
-        expected = "a name that is no attribute of nn.ModuleDict"
-        require(fits, type(self).__name__, "adapter_name", expected, repr(name))
+        require(fits, *where, "a name that is no attribute of nn.ModuleDict", found)
         if name in self.r:
             remedy = "give the new one another adapter_name, or delete or unwrap the old one"
-            raise ValueError(f"{type(self).__name__}: adapter {name!r} exists already; {remedy}")
+            raise ValueError(f"{where[0]}: adapter {name!r} exists already; {remedy}")
 
     def _check_bias(self, lora_bias: bool, use_dora: bool) -> None:
         takes = self.base_weight.takes_bias
@@ -311,43 +314,24 @@ class LoraLayer(Participants):
         require(not (tokens and dora), where, "use_dora", "False beside an invocation", True)
         return tokens
 
-    def _new_factors(
-        self,
-        r: int,
-        scaling: float,
-        scheme: str,
-        generator: torch.Generator | None,
-        device: torch.device,
-    ) -> tuple[Tensor, Tensor]:
-        """In float32, drawn on the CPU as PEFT does: one seed, one adapter, whatever the device."""
-        memory = "meta" if device.type == "meta" else "cpu"
-        base = self.base_weight
-        a, b = (torch.zeros(shape, device=memory) for shape in base.factor_shapes(r))
-        if memory != "meta" and scheme in FREE:
-            init_lora_(a, b, scheme, generator=generator)
-        elif memory != "meta":
-            parts = decompose(base.matrix(), r, scaling, scheme)
-            a, b = parts[0].reshape(a.shape), parts[1].reshape(b.shape)
-        return a, b
-
     def _check_scheme(self, scheme: bool | str, preserve_base_output: bool) -> str:
         name = known_scheme(self.base_weight.default_scheme if scheme is True else scheme)
+        changes, first = name not in FREE or preserve_base_output, self.base_changed_by
+        wrong = None
         if preserve_base_output and name not in FREE:
-            raise ValueError(
-                f"init_lora_weights: {scheme!r} preserves the output by itself; expected "
-                "preserve_base_output=False"
+            wrong = (
+                f"{scheme!r} preserves the output by itself; expected preserve_base_output=False"
             )
-        if name not in FREE or preserve_base_output:
-            if self._before_init is not None:
-                raise ValueError(
-                    f"init_lora_weights: the initialisation of {self._before_init[0]!r} changed "
-                    "the base weight already; delete it or restore_base_weight() first"
-                )
-            if self._merged:
-                raise ValueError(
-                    f"init_lora_weights: {scheme!r} changes the base weight, into which "
-                    f"{self.merged_adapters} are merged; unmerge them first"
-                )
+        elif changes and first is not None:
+            wrong = (
+                f"the initialisation of {first!r} changed the base weight already; delete it or "
+            )
+            wrong += "restore_base_weight() first"
+        elif changes and self._merged:
+            wrong = f"{scheme!r} changes the base weight, into which {self.merged_adapters} are "
+            wrong += "merged; unmerge them first"
+        if wrong is not None:
+            raise ValueError(f"init_lora_weights: {wrong}")
         return name
 
     def extra_repr(self) -> str:
@@ -391,11 +375,3 @@ def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | N
     listed = isinstance(value, list | tuple)
     require(listed, where, name, expected, f"{value!r:.200}", WrongKind)
     return tuple(integer(where, name, each, 0, expected=expected) for each in value)
-
-
-def _checked_scaling(r: int, alpha: float, dropout: float, use_rslora: bool) -> float:
-    where = "add_adapter"
-    integer(where, "r", r, 1, expected=("an int", "a positive rank"))
-    number(where, "lora_alpha", alpha)
-    number(where, "lora_dropout", dropout, 0, below=1, expected="a probability in [0, 1)")
-    return _scaling(r, alpha, use_rslora)
