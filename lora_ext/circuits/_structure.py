@@ -11,7 +11,7 @@ from operator import or_
 from typing import Literal
 
 from ._leaves import Indicator
-from ._scopes import PCStructureError, bits, braces
+from ._scopes import PCStructureError, braces, variables
 from .region_graph import RegionGraph
 
 Truth = Literal[True, False, "unknown"]
@@ -45,17 +45,8 @@ def check_decomposable(graph: RegionGraph) -> None:
                 seen |= graph.scopes[child]
 
 
-def is_smooth(graph: RegionGraph) -> bool:
-    """Whether :func:`check_smooth` passes."""
-    return _holds(check_smooth, graph)
-
-
-def is_decomposable(graph: RegionGraph) -> bool:
-    """Whether :func:`check_decomposable` passes."""
-    return _holds(check_decomposable, graph)
-
-
-def _holds(check: Callable[[RegionGraph], None], graph: RegionGraph) -> bool:
+def passes(check: Callable[[RegionGraph], None], graph: RegionGraph) -> bool:
+    """Return whether a graph passes one of the checks above."""
     try:
         check(graph)
     except PCStructureError:
@@ -65,7 +56,7 @@ def _holds(check: Callable[[RegionGraph], None], graph: RegionGraph) -> bool:
 
 def is_structured_decomposable(graph: RegionGraph) -> bool:
     """Whether all products split a scope in the same way: they then agree with one vtree."""
-    if not is_decomposable(graph):
+    if not passes(check_decomposable, graph):
         return False
     split: dict[int, frozenset[int]] = {}
     for region in graph.regions:
@@ -92,7 +83,7 @@ def is_deterministic(graph: RegionGraph) -> Truth:
             allowed: list[dict[int, int]] = [{} for _ in range(region.units)]
             if isinstance(region.leaf, Indicator):
                 for u, value in enumerate(region.leaf.values):
-                    allowed[u] = {v: 1 << value for v in bits(region.variables)}
+                    allowed[u] = {v: 1 << value for v in variables(region.variables)}
             units.append(allowed)
             continue
         terms: list[dict[int, int]] = []

@@ -87,10 +87,8 @@ class Merging(nn.Module):
         if not names:
             return
         if keep_copy and self._merged and self._copy is None:
-            raise ValueError(
-                f"merge: keep_copy: {self.merged_adapters} are merged already, and no copy was "
-                "kept; unmerge them first"
-            )
+            found = f"{self.merged_adapters} are merged already, and no copy was kept"
+            raise ValueError(f"merge: keep_copy: {found}; unmerge them first")
         begins = [n for n in names if n in self.alora_invocation_tokens]
         expected = "adapters that serve all tokens, as the base weight does"
         found = f"{begins}, which begin in mid-sequence (alora_invocation_tokens)"
@@ -110,20 +108,16 @@ class Merging(nn.Module):
                 new = new + delta
             if self.lora_bias[name]:
                 if new_bias is None:
-                    raise RuntimeError(
-                        f"merge: adapter {name!r} has a bias (lora_bias=True), the base layer has "
-                        "none to take it"
-                    )
+                    found = f"adapter {name!r} has a bias (lora_bias=True)"
+                    raise RuntimeError(f"merge: {found}, the base layer has none to take it")
                 new_bias = new_bias + self._bias_delta(name, scaling)
             records.append(_Merged(name, scaling, factor))
         # Rounded once, and written when nothing can fail any more: an error leaves the layer alone.
         new = new.to(weight.dtype)
         results = [new] if bias is None or new_bias is None else [new, new_bias.to(bias.dtype)]
         if safe_merge and not all(bool(torch.isfinite(r).all()) for r in results):
-            raise ValueError(
-                f"merge: expected finite merged weights, found NaN or infinity: one of the "
-                f"adapters {names} is broken"
-            )
+            found = f"NaN or infinity: one of the adapters {names} is broken"
+            raise ValueError(f"merge: expected finite merged weights, found {found}")
         if keep_copy and self._copy is None:
             kept = None if bias is None else bias.detach().clone()
             self._copy = base.weight.detach().clone(), kept
@@ -237,6 +231,5 @@ class Merging(nn.Module):
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """In the dtype in which a weight is changed before it is rounded."""
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.detach().to(dtype)
+    """Return a tensor in the dtype in which a weight is changed before it is rounded."""
+    return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)

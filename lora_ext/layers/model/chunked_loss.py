@@ -140,8 +140,7 @@ class _Loss:
         **_: Any,
     ) -> Tensor:
         layer: Any = self.layer
-        scale = self.head.scale
-        weight, bias = layer.weight, layer.bias
+        weight, bias, scale = layer.weight, layer.bias, self.head.scale
         if hidden is None or hasattr(weight, "full_tensor"):
             expected = "the output layer as it was when this was enabled, and whole on each process"
             found = "it wrapped or divided"
@@ -150,10 +149,8 @@ class _Loss:
         targets = targets.to(hidden.device).flatten()
         if scale != 1:
             hidden, bias = hidden * scale, None if bias is None else bias * scale
-        loss = ops.chunked_cross_entropy(
-            hidden.flatten(0, -2), weight, bias, targets, self.chunk, ignore_index,
-            self.head.softcap,
-        )  # fmt: skip
+        how = self.chunk, ignore_index, self.head.softcap
+        loss = ops.chunked_cross_entropy(hidden.flatten(0, -2), weight, bias, targets, *how)
         if num_items_in_batch is None:
             return loss
         return loss * ((targets != ignore_index).sum() / num_items_in_batch)
