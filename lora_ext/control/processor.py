@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_ext._checks import require
 
 from . import _law
-from ._guide import Guide
+from ._guide import Guide, require_distributions
 from ._law import Row, advance
 from ._messages import MatchedPlan, Plan
 from .language import DEFAULT, Constraint, Limits, Matched
@@ -93,8 +93,7 @@ class ConstraintProcessor:
         assert self._guide is not None
         shape, states = tuple(prior.shape), self._guide.num_states
         require(len(shape) == 2 and shape[1] == states, *where, f"shape (B, {states})", shape)
-        good = bool((prior >= 0).all()) and bool(((prior.double().sum(1) - 1).abs() < 1e-3).all())
-        require(good, *where, "probabilities whose rows sum to one", "other numbers")
+        require_distributions(*where, prior)
         return prior.to(self._guide.initial)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -188,11 +187,10 @@ class ConstraintProcessor:
         expected = f"one, or one per prompt, for {batch} rows"
         require(batch % count == 0, _WHERE, "constraints", expected, count)
         plans = [self._plans[i * count // batch] for i in range(batch)]
-        for plan in plans:
-            size = scores.shape[1]
-            fits = plan is None or plan.constraint.vocab_size == size
-            found = f"{0 if plan is None else plan.constraint.vocab_size}"
-            require(fits, _WHERE, "constraints", f"the vocabulary of the scores, {size}", found)
+        size = scores.shape[1]
+        for found in {plan.constraint.vocab_size for plan in plans if plan is not None}:
+            expected = f"the vocabulary of the scores, {size}"
+            require(found == size, _WHERE, "constraints", expected, found)
         priors: list[Any] = [None] * batch
         if self._prior is not None:
             rows = len(self._prior)
