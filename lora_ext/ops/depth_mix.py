@@ -149,7 +149,7 @@ def _fake_mix(
             require(len(scales) == count, op, name, f"as many as hiddens, {count}", len(scales))
         for e, t in enumerate(scales):
             check_like(f"{name}[{e}]", t, "(d,)", width)
-    number(op, "eps", eps, 0, finite=False, expected="at least 0")
+    number(op, "eps", eps, 0, math.inf, expected="at least 0")
     choice(op, "norm", norm, ("rms", "layer"), expected="'rms' or 'layer'")
     each = (*h.shape[:-1], count)
     one = (weights is None) != (router is None) and (router is None) == (bias is None)

@@ -94,8 +94,8 @@ class CapacityTracker:
             **dict.fromkeys(("L", "max_bad", "max_timeouts", "cooldown"), within(1)),
             "rho": within(0, below=1),
             "forgetting": within(above=0, maximum=1),
-            "outlier": within(above=1, finite=False),
-            "most_seconds": within(above=0, finite=False),
+            "outlier": within(above=1, maximum=math.inf),
+            "most_seconds": within(above=0, maximum=math.inf),
         }
         check_fields(self, table)
         self.dropped: dict[Client, int] = {}
