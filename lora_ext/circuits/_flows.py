@@ -16,7 +16,7 @@ from ._leaves import External, Indicator, Joint
 from ._parameters import Parameters
 from ._program import FIRST_LEAF, Weights
 from ._scopes import variables
-from ._sums import add_columns, last_sum
+from ._sums import add_at, last_sum
 
 
 class Flows(NamedTuple):
@@ -164,7 +164,7 @@ def univariate_marginals(
         var, row, flow = circuit._var[span], circuit._row[span], units[:, span]
         if isinstance(family, Indicator):
             value = circuit._indicators[span]
-            add_columns(table, var * size + value, flow)
+            add_at(table, var * size + value, flow)
             center = value.to(flow.dtype)
             spread = torch.zeros_like(center)
         elif isinstance(family, Joint):
@@ -181,13 +181,13 @@ def univariate_marginals(
                 p = family.log_table(parameters).exp()[row].unflatten(0, (-1, block))
                 each = torch.einsum("bmk,mkv->bmv", flow.unflatten(1, (-1, block)), p)
                 columns = size * var[::block, None] + torch.arange(values, device=var.device)
-                add_columns(table, columns.flatten(), each.flatten(1))
+                add_at(table, columns.flatten(), each.flatten(1))
             else:
                 continuous[var] = True
-        add_columns(mean, var, flow * center)
+        add_at(mean, var, flow * center)
         parts.append((var, flow, center, spread))
     for var, flow, center, spread in parts:  # about the mean, because squares would cancel
-        add_columns(variance, var, flow * (spread + (center - mean[:, var]).square()))
+        add_at(variance, var, flow * (spread + (center - mean[:, var]).square()))
     found = Marginals(table.view(rows, n, size).log(), mean, variance)
     return _given(found, filled, missing, use.log_prob > -torch.inf, continuous)
 

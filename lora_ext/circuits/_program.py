@@ -101,7 +101,8 @@ def compile_graph(graph: RegionGraph) -> Layered:
         PCStructureError: if the circuit has 2^31 weights or more.
     """
     first_unit, weight_off = [-1] * len(graph.regions), [-1] * len(graph.regions)
-    families, inputs, indicator_values, first_leaves = _leaves(graph)
+    leaves = _leaves(graph)
+    _, _, inputs, first_leaves = leaves
     columns = FIRST_LEAF + len(inputs.var)
 
     def place(i: int) -> None:
@@ -126,21 +127,12 @@ def compile_graph(graph: RegionGraph) -> Layered:
             tied[region.tie] = weight_off[i]
     few, expected = num_weights < 2**31, "fewer than 2^31 weights"
     require(few, "compile_graph", "graph", expected, num_weights, PCStructureError)
-    return Layered(
-        columns,
-        families,
-        indicator_values,
-        inputs,
-        first_leaves,
-        stages,
-        tuple(first_unit),
-        tuple(weight_off),
-        num_weights,
-    )
+    places = tuple(first_unit), tuple(weight_off)
+    return Layered(columns, *leaves, stages, *places, num_weights)
 
 
-def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], InputLayer, Tensor, dict[int, Any]]:
-    """Lay the leaf units out family by family: what :class:`Layered` says of them."""
+def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], Tensor, InputLayer, dict[int, Any]]:
+    """Lay the leaf units out family by family; return four fields of :class:`Layered`."""
     grouped: dict[tuple[object, int], list[int]] = {}
     for i, region in enumerate(graph.regions):
         if region.leaf is not None:
@@ -169,7 +161,7 @@ def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], InputLayer, Tensor,
                 values += own
         families.append(Family(leaf, begin, FIRST_LEAF + len(var), num_rows, size))
     inputs = InputLayer(*(torch.tensor(t, dtype=torch.int32) for t in (var, dist, row)))
-    return tuple(families), inputs, torch.tensor(values, dtype=torch.int32), first_leaves
+    return tuple(families), torch.tensor(values, dtype=torch.int32), inputs, first_leaves
 
 
 def _stages(graph: RegionGraph) -> tuple[tuple[int, ...], ...]:

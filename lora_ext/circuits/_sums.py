@@ -10,26 +10,22 @@ import torch
 from torch import Tensor
 
 
-def add_columns(target: Tensor, index: Tensor, values: Tensor) -> None:
-    """``target[:, index[j]] += values[:, j]`` for every j, in place; indices may repeat."""
-    if target.device.type == "cpu":
-        target.index_add_(1, index, values)
-    else:
-        torch.ops.aten.index_put_(target, [None, index], values, True)
+def add_at(target: Tensor, index: Tensor, values: Tensor) -> None:
+    """Add ``values[..., j]`` to ``target[..., index[j]]`` in place; indices may repeat.
 
-
-def add_entries(target: Tensor, index: Tensor, values: Tensor) -> None:
-    """``target[index] += values`` entry by entry, in place; target is flat, indices may repeat."""
+    ``target`` has one dimension or two, ``index`` one.
+    """
     if target.device.type == "cpu":
-        target.index_add_(0, index.flatten(), values.flatten())
+        target.index_add_(-1, index, values)
     else:
-        torch.ops.aten.index_put_(target, [index], values, True)
+        every = [None] * (target.dim() - 1)
+        torch.ops.aten.index_put_(target, [*every, index], values, True)
 
 
 def sums_at(index: Tensor, values: Tensor, size: int) -> Tensor:
     """Values added up by index in float64, ``(size,)``: long sums of small counts lose nothing."""
     sums = torch.zeros(size, dtype=torch.float64, device=values.device)
-    add_entries(sums, index, values.double())
+    add_at(sums, index.flatten(), values.double().flatten())
     return sums
 
 

@@ -354,8 +354,8 @@ class Circuit(Parameters):
             w = log_weights(rows, self.norm)
             error = max(error, float((w.exp().sum(-1) - 1).abs().max()))
         return Report(
-            _structure.passes(_structure.check_smooth, self.graph),
-            _structure.passes(_structure.check_decomposable, self.graph),
+            _structure.why_not_smooth(self.graph) is None,
+            _structure.why_not_decomposable(self.graph) is None,
             _structure.is_structured_decomposable(self.graph),
             _structure.is_deterministic(self.graph),
             error,

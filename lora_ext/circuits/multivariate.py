@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._leaves import LOG_TAU, Joint, Table, normal_quantile, require_min_std
-from ._sums import add_entries
+from ._sums import add_at
 
 
 class _Group(NamedTuple):
@@ -285,4 +285,4 @@ def _add(target: Tensor, row: Tensor, values: Tensor) -> None:
     """``target[row] += values`` of ``(R, ...)`` and ``(G, K, ...)``, in place, in a fixed order."""
     each = target[0].numel()
     index = row.flatten()[:, None] * each + torch.arange(each, device=row.device)
-    add_entries(target.view(-1), index, values)
+    add_at(target.view(-1), index.flatten(), values.flatten())

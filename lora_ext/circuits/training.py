@@ -183,17 +183,17 @@ def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None)
     Raises:
         ValueError: for no sequences, other dimensions, several dtypes, or one that is too long.
     """
-    require(len(sequences) > 0, "pad_sequences", "sequences", "at least one", "none")
     where = "pad_sequences"
+    require(len(sequences) > 0, where, "sequences", "at least one", "none")
     for i, s in enumerate(sequences):
         name = f"sequences[{i}]"
         require_tensor(where, name, s)
         dtype = sequences[0].dtype
         require(s.dim() == 1, where, name, "one dimension", f"shape {tuple(s.shape)}")
         require(s.dtype == dtype, where, name, f"{dtype} as in sequences[0]", s.dtype)
+        if num_variables is not None:
+            require(len(s) <= num_variables, where, name, f"at most {num_variables} values", len(s))
     size = max(map(len, sequences)) if num_variables is None else num_variables
-    for i, s in enumerate(sequences):
-        require(len(s) <= size, where, f"sequences[{i}]", f"at most {size} values", len(s))
     first = sequences[0] if sequences[0].is_floating_point() else sequences[0].long()
     x = first.new_full((len(sequences), size), torch.nan if first.is_floating_point() else -1)
     for row, s in zip(x, sequences, strict=True):

@@ -43,10 +43,11 @@ class LoraConv(LoraLayer):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str = "default", r: int = 8, **options: Any
     ):
-        if not isinstance(base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            expected, found = "nn.Conv1d, nn.Conv2d or nn.Conv3d", type(base_layer).__name__
-            raise ValueError(f"LoraConv: base_layer: expected {expected}, found {found}")
-        kernel, conv = tuple(base_layer.kernel_size), base_layer
+        conv: Any = base_layer
+        known = isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        expected, found = "nn.Conv1d, nn.Conv2d or nn.Conv3d", type(base_layer).__name__
+        require(known, "LoraConv", "base_layer", expected, found)
+        kernel = tuple(conv.kernel_size)
         wrong = {
             "stride": tuple(conv.stride) != kernel,
             "padding": conv.padding != "valid" and any(p != 0 for p in conv.padding),

@@ -225,18 +225,11 @@ def _exp_double_backward(
         dout, w, values = leaves
         out = reference.log_einsum_exp(w, values, ctx.norm)
         first = torch.autograd.grad(out, (w, values), dout, create_graph=True)
-        pairs = [
-            (g, d)
-            for g, d in zip(first, (ddw, ddvalues), strict=True)
-            if d is not None and d.numel()
-        ]
-        grads = torch.autograd.grad(
-            [g for g, _ in pairs],
-            leaves,
-            [d for _, d in pairs],
-            create_graph=again,
-            allow_unused=True,
-        )
+        given = zip(first, (ddw, ddvalues), strict=True)
+        pairs = [(g, d) for g, d in given if d is not None and d.numel()]
+        outputs, weights = [g for g, _ in pairs], [d for _, d in pairs]
+        how: Any = {"create_graph": again, "allow_unused": True}
+        grads = torch.autograd.grad(outputs, leaves, weights, **how)
     # `out` is a function of w and values, and its share is in theirs.
     return *grads, *(None,) * 6
 

@@ -154,10 +154,8 @@ def lora_linear_apart(
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
     if ranks is None and any(f.shape[0] != a[0].shape[0] for f in a):
-        raise ValueError(
-            "lora_linear_apart: ranks: expected the rank of each adapter where they differ, found "
-            f"None for {[f.shape[0] for f in a]}"
-        )
+        expected, found = "the rank of each adapter where they differ", [f.shape[0] for f in a]
+        raise ValueError(f"lora_linear_apart: ranks: expected {expected}, found None for {found}")
     rest = adapter_ids, scale, ranks, dropout_p, seed, plan
     if len(a) == 1 and packed is None:
         return lora_linear(x, weight, bias, a[0].to(x.dtype), b[0].to(x.dtype), *rest)
@@ -197,9 +195,8 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "lora_linear_apart: the gradient of lora_linear is not itself differentiable"
-            )
+            again = "the gradient of lora_linear is not itself differentiable"
+            raise RuntimeError(f"lora_linear_apart: {again}")
         (dy,) = grads
         x, v, weight, ids, scale, ranks, plan, seed, *factors = ctx.saved_tensors
         dx, dweight, dbias, _, _, *wanted = ctx.needs_input_grad
@@ -217,17 +214,12 @@ class _Apart(torch.autograd.Function):
                 out[:half] = _views_a(bank_a, all_ranks)
             if db:
                 out[half:] = _views_b(bank_b, all_ranks)
-        return (
-            gradient if dx else None,
-            dy.t().mm(x) if dweight else None,
-            dy.sum(0) if dbias else None,
-            None,
-            None,
-            *(
-                g.to(f.dtype) if want and g is not None else None
-                for g, f, want in zip(out, factors, wanted, strict=True)
-            ),
+        of_weight, of_bias = dy.t().mm(x) if dweight else None, dy.sum(0) if dbias else None
+        of_factors = (
+            g.to(f.dtype) if want and g is not None else None
+            for g, f, want in zip(out, factors, wanted, strict=True)
         )
+        return gradient if dx else None, of_weight, of_bias, None, None, *of_factors
 
 
 def _bank(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

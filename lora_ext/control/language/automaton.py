@@ -57,10 +57,9 @@ class Constraint(Written):
         automaton.class_of[list(eos)] = -1
         content = _algebra.minimal(automaton, clock)
         clock.states(len(content.table), part)
-        if content.table.shape[1] >= _MOST_CLASSES:
-            clock.refuse(
-                f"{_MOST_CLASSES} classes of tokens", f"{content.table.shape[1]}, from {part}"
-            )
+        classes = content.table.shape[1]
+        if classes >= _MOST_CLASSES:
+            clock.refuse(f"{_MOST_CLASSES} classes of tokens", f"{classes}, from {part}")
         some = bool(content.final.any())
         require(some, what, "texts", "a language with a text", "an empty one: nothing satisfies it")
         return cls(content, len(automaton.class_of), eos)

@@ -40,9 +40,8 @@ class Matched:
         instance(where, "vocab_size", vocab_size, int)
         require(vocab_size >= 1, where, "vocab_size", "at least 1", vocab_size)
         known = any(all(callable(getattr(matcher, m, None)) for m in way) for way in _ONE_OF)
-        expected = "a matcher as xgrammar's or llguidance's: " + " or ".join(
-            map(", ".join, _ONE_OF)
-        )
+        methods = " or ".join(map(", ".join, _ONE_OF))
+        expected = f"a matcher as xgrammar's or llguidance's: {methods}"
         require(known, where, "matcher", expected, type(matcher).__name__)
         self.vocab_size = vocab_size
         self.eos = end_tokens(where, eos_token_id, vocab_size)

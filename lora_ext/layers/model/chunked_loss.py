@@ -218,12 +218,11 @@ def _check_whole(lm: Any) -> None:
     After a forward the parameters of FSDP2's root module stay unsharded. An optimizer that is made
     after the forward on four tokens would hold these, and training steps do not update them.
     """
+    expected, remedy = "parameters that are not sharded", f"call {_WHERE} before fully_shard"
     for name, parameter in lm.named_parameters():
-        if hasattr(parameter, "full_tensor"):
-            raise NotImplementedError(
-                f"{_WHERE}: model: expected parameters that are not sharded, found a "
-                f"{type(parameter).__name__} in {name}; call {_WHERE} before fully_shard"
-            )
+        whole = not hasattr(parameter, "full_tensor")
+        found = f"a {type(parameter).__name__} in {name}; {remedy}"
+        require(whole, _WHERE, "model", expected, found, NotImplementedError)
 
 
 def _probed(lm: Any, loss: _Loss) -> Head:

@@ -76,8 +76,8 @@ def wrap(
 
     Sources: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the rules.
     """
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"wrap: config: expected a lora_ext.LoraConfig, found {type(config)}")
+    known, expected = isinstance(config, LoraConfig), "a lora_ext.LoraConfig"
+    require(known, "wrap", "config", expected, type(config), TypeError)
     require_flags("wrap", autocast_adapter_dtype=autocast_adapter_dtype)
     state: _Wrap | None = model.__dict__.get(_KEY)
     modules = _modules(model, {} if state is None else state.swap.placed)
