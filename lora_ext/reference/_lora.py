@@ -39,7 +39,7 @@ def lora_shrink(
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    """``v[t] = scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; zero for -1; ``(T, R)``."""
+    """Compute :func:`lora_ext.ops.lora_shrink`, one adapter after the other."""
     if page_table is not None:
         a = paged(a, page_table).flatten(1, 2)  # (A, R, I)
     dtype = accumulator(x.dtype)
