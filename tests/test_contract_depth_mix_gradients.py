@@ -7,18 +7,7 @@ import math
 import pytest
 import torch
 from backends import Backend
-from cases_depth_mix import (
-    LARGE,
-    POWERS,
-    SMALL,
-    Mix,
-    each,
-    gradients,
-    make,
-    norms,
-    unit,
-    upstream,
-)
+from cases_depth_mix import LARGE, POWERS, SMALL, Mix, each, gradients, make, norms, unit, upstream
 from contract import assert_same_bits
 from torch import Tensor
 

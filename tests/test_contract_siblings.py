@@ -114,12 +114,7 @@ def test_wrong_siblings_are_named_and_nothing_is_touched() -> None:
         (r"module 1: y: expected the dtype of x", {"y": [y[0], y[1].half(), y[2]]}),
         (
             r"module 1: a: expected as many adapters as module 0, 2, found 1",
-            {
-                "a": [a[0], a[1][:1], a[2]],
-                "b": [b[0], b[1][:1], b[2]],
-                "scale": [],
-                "ranks": [],
-            },
+            {"a": [a[0], a[1][:1], a[2]], "b": [b[0], b[1][:1], b[2]], "scale": [], "ranks": []},
         ),
         (
             r"module 2: ranks\[0\]: expected a rank in \[0, 8\], found 9",

@@ -8,16 +8,7 @@ import pytest
 import torch
 from backends import Backend
 from cases import Inputs, Shape, make_inputs, to_pages
-from cases_train import (
-    DEEP,
-    LARGE,
-    LEAVES,
-    MEDIUM,
-    SMALL,
-    formula,
-    run,
-    train_inputs,
-)
+from cases_train import DEEP, LARGE, LEAVES, MEDIUM, SMALL, formula, run, train_inputs
 from contract import assert_same_bits, off_grid, same
 from test_contract_lora import shapes
 from torch import Tensor

@@ -58,33 +58,13 @@ def test_a_product_over_a_shared_variable_is_not_decomposable():
 @pytest.mark.parametrize(
     ("products", "options", "message"),
     [
-        (
-            [("s", ["a", "t"]), ("t", ["s", "b"])],
-            {},
-            "found a cyclic graph: units s, t",
-        ),
-        (
-            [("s", ["a", "b", "zebra"])],
-            {},
-            "found unknown children: zebra",
-        ),
+        ([("s", ["a", "t"]), ("t", ["s", "b"])], {}, "found a cyclic graph: units s, t"),
+        ([("s", ["a", "b", "zebra"])], {}, "found unknown children: zebra"),
         ([("a", ["b"])], {}, "unit a: expected a sum, found an input"),
         ([("s", ["a", "b"])], {}, r"regions: expected a single root .*, found 2: units c, s"),
-        (
-            [("s", ["a", "b"]), ("t", ["c", "s"])],
-            {"units": {"s": 2}},
-            "expected equal unit counts",
-        ),
-        (
-            [("s", ["a", "b", "c"], "kronecker")],
-            {},
-            "expected two of a kronecker product",
-        ),
-        (
-            [("s", ["a", "b", "c"], "tensor")],
-            {},
-            "kind: expected hadamard or kronecker",
-        ),
+        ([("s", ["a", "b"]), ("t", ["c", "s"])], {"units": {"s": 2}}, "expected equal unit counts"),
+        ([("s", ["a", "b", "c"], "kronecker")], {}, "expected two of a kronecker product"),
+        ([("s", ["a", "b", "c"], "tensor")], {}, "kind: expected hadamard or kronecker"),
     ],
 )
 def test_a_graph_that_is_none_is_refused(products, options, message):
@@ -104,10 +84,7 @@ def test_gaps_among_the_variables_are_refused():
         ([Region(1)], "region: expected either a leaf or partitions, found neither"),
         ([Region(0, leaf=BIT, variables=1)], "units: expected at least 1, found 0"),
         ([Region(1, leaf=BIT)], "variables: expected at least one of an input, found none"),
-        (
-            [Region(2, leaf=Indicator((1,)), variables=1)],
-            "leaf: expected 2 values, one per unit",
-        ),
+        ([Region(2, leaf=Indicator((1,)), variables=1)], "leaf: expected 2 values, one per unit"),
         ([Region(1, (Partition((0,)),))], "children: expected regions that come before it, found"),
         (
             [
@@ -134,25 +111,16 @@ def test_a_tree_of_variables_needs_one_root_and_no_cycle():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (
-            lambda leaf: RegionGraph.cp(0, 2, leaf),
-            "cp: num_variables: expected at least 1",
-        ),
+        (lambda leaf: RegionGraph.cp(0, 2, leaf), "cp: num_variables: expected at least 1"),
         (lambda leaf: RegionGraph.hmm(3, 0, leaf), "hmm: rank: expected at least 1"),
         (lambda leaf: RegionGraph.btree(0, 2, leaf), "btree: num_variables: expected at least 1"),
         (
             lambda leaf: RegionGraph.hclt([-1, 2], 2, leaf),
             r"hclt: parents\[1\]: expected -1 or .*, found 2",
         ),
-        (
-            lambda leaf: RegionGraph.hclt([-1, 0], -1, leaf),
-            "rank: expected at least 1, found -1",
-        ),
+        (lambda leaf: RegionGraph.hclt([-1, 0], -1, leaf), "rank: expected at least 1, found -1"),
         (lambda leaf: RegionGraph.rat_spn(4, 1, 0, 2, 2, leaf), "repetitions: expected at least 1"),
-        (
-            lambda leaf: RegionGraph.poon_domingos(2, 0, 2, leaf),
-            "width: expected at least 1",
-        ),
+        (lambda leaf: RegionGraph.poon_domingos(2, 0, 2, leaf), "width: expected at least 1"),
         (lambda leaf: RegionGraph.poon_domingos(2, 2, 2, leaf, 0), "delta: expected at least 1"),
         (
             lambda leaf: RegionGraph.from_edges({"a": Input([-1], leaf)}, [("s", ["a"])]),

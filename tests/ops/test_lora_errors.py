@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from cases import Inputs, Shape, make_inputs
+from cases_wrong import Change, ints
 
 from lora_ext import ops, reference
 
 SHAPE = Shape(4, 16, 24, (8, 3))
-Change = Callable[[Inputs], dict[str, Any]]
 
 
 def apply_(i: Inputs) -> None:
@@ -24,11 +21,7 @@ def strided_columns(*shape: int) -> torch.Tensor:
     return torch.zeros(shape[0], 2 * shape[1])[:, ::2]
 
 
-def ints(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def ids(*values: int) -> Change:
+def with_ids(*values: int) -> Change:
     return lambda i: {"adapter_ids": torch.tensor(values)}
 
 
@@ -61,9 +54,9 @@ BANK: list[tuple[str, Change]] = [
         r"adapter_ids: expected int64 or int32, found Float",
         lambda i: {"adapter_ids": torch.zeros(4)},
     ),
-    (r"adapter_ids: expected shape \(4,\), one id per row, found \[3\]", ids(0, 1, -1)),
-    (r"adapter_ids\[2\]: expected .* in \[-1, 2\), found 2", ids(0, 1, 2, -2)),
-    (r"adapter_ids\[0\]: expected .* in \[-1, 2\), found -2", ids(-2, 1, 0, 0)),
+    (r"adapter_ids: expected shape \(4,\), one id per row, found \[3\]", with_ids(0, 1, -1)),
+    (r"adapter_ids\[2\]: expected .* in \[-1, 2\), found 2", with_ids(0, 1, 2, -2)),
+    (r"adapter_ids\[0\]: expected .* in \[-1, 2\), found -2", with_ids(-2, 1, 0, 0)),
     (r"scale: expected Float, found Double", lambda i: {"scale": i["scale"].double()}),
     (r"scale: expected shape \(2,\), found \[1\]", lambda i: {"scale": i["scale"][:1]}),
     (r"ranks: expected Int, found Long", lambda i: {"ranks": i["ranks"].long()}),
