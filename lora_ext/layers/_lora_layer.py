@@ -18,6 +18,7 @@ from ._init import FREE, decompose, init_lora_, known_scheme
 from ._lora_forward import LoraFactors, dropout_now, lora_forward
 from ._participants import Participants
 from .base._dense import BaseLayer, DenseParameters
+from .base._weight import BaseWeight
 
 #: Attributes of a layer that are dictionaries by adapter.
 _BY_ADAPTER = (
@@ -137,30 +138,18 @@ class LoraLayer(Participants):
         flags["lora_bias"] = lora_bias
         require_flags("add_adapter", **flags, preserve_base_output=preserve_base_output)
         self._check_name(adapter_name)
-        where = "add_adapter"
-        integer(where, "r", r, 1, expected=("an int", "a positive rank"))
-        number(where, "lora_alpha", lora_alpha)
-        expected = "a probability in [0, 1)"
-        number(where, "lora_dropout", lora_dropout, 0, below=1, expected=expected)
-        scaling = _scaling(r, lora_alpha, use_rslora)
+        scaling = _checked_scaling(r, lora_alpha, lora_dropout, use_rslora)
         invocation = self._checked_invocation(alora_invocation_tokens, use_dora)
         self._check_bias(lora_bias, use_dora)
         base, scheme = self.base_weight, self._check_scheme(init_lora_weights, preserve_base_output)
         device, dtype = base.place()
         dtype = dtype if adapter_dtype is None else adapter_dtype
-        # Drawn in float32 on the CPU as PEFT does: one seed gives one adapter on any device.
-        memory = "meta" if device.type == "meta" else "cpu"
-        a, b = (torch.zeros(shape, device=memory) for shape in base.factor_shapes(r))
-        if memory == "cpu" and scheme in FREE:
-            init_lora_(a, b, scheme, generator=generator)
-        elif memory == "cpu":
-            parts = decompose(base.matrix(), r, scaling, scheme)
-            a, b = parts[0].reshape(a.shape), parts[1].reshape(b.shape)
-        a, b = a.to(device, dtype), b.to(device, dtype)
+        factors = _new_factors(base, r, scaling, scheme, generator)
+        a, b = (factor.to(device, dtype) for factor in factors)
         bias = torch.zeros(self.out_features, device=device, dtype=dtype) if lora_bias else None
         flat_a, flat_b = a.flatten(1), b.flatten(1)
         changed = magnitude = None
-        if memory == "cpu" and (scheme not in FREE or preserve_base_output):
+        if device.type != "meta" and (scheme not in FREE or preserve_base_output):
             base.check_writable(f"init_lora_weights={init_lora_weights!r}")
             changed = base.matrix().detach().clone()
             ops.lora_merge_(changed, flat_a, flat_b, scaling, sign=-1)
@@ -365,6 +354,28 @@ class LoraLayer(Participants):
 
 def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def _checked_scaling(r: int, alpha: float, dropout: float, use_rslora: bool) -> float:
+    where = "add_adapter"
+    integer(where, "r", r, 1, expected=("an int", "a positive rank"))
+    number(where, "lora_alpha", alpha)
+    number(where, "lora_dropout", dropout, 0, below=1, expected="a probability in [0, 1)")
+    return _scaling(r, alpha, use_rslora)
+
+
+def _new_factors(
+    base: BaseWeight, r: int, scaling: float, scheme: str, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Return A and B in float32 on the CPU, as PEFT draws them: one seed, one adapter."""
+    memory = "meta" if base.place()[0].type == "meta" else "cpu"
+    a, b = (torch.zeros(shape, device=memory) for shape in base.factor_shapes(r))
+    if memory == "cpu" and scheme in FREE:
+        init_lora_(a, b, scheme, generator=generator)
+    elif memory == "cpu":
+        parts = decompose(base.matrix(), r, scaling, scheme)
+        a, b = parts[0].reshape(a.shape), parts[1].reshape(b.shape)
+    return a, b
 
 
 def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | None:
