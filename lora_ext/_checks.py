@@ -67,7 +67,8 @@ def integer(
     *,
     expected: Words | None = None,
 ) -> int:
-    """The integer that ``value`` is, in ``[minimum, maximum]``; ``expected`` says it otherwise."""
+    """Return ``value`` as a Python int in ``[minimum, maximum]``; ``expected`` replaces the
+    message's description."""
     whole = value if type(value) in (int, torch.SymInt) else _whole(_plain(value))
     if whole is None or not _inside(whole, minimum, maximum):
         low = "" if minimum is None else f" from {minimum}"
@@ -128,7 +129,7 @@ def _inside(
 def choice(
     where: str, argument: str, value: object, choices: Sequence[T], *, expected: str | None = None
 ) -> T:
-    """The one of ``choices`` that ``value`` is."""
+    """Return the member of ``choices`` that equals ``value``."""
     for each in choices:
         if isinstance(value, type(each)) and value == each:
             return each
@@ -136,7 +137,7 @@ def choice(
 
 
 def flag(where: str, argument: str, value: object, *, expected: str = "True or False") -> bool:
-    """The truth that ``value`` is; anything else would count as one, and "no" as True."""
+    """Return ``value`` as a bool; raise for anything else, since ``bool("no")`` is True."""
     plain = _plain(value)
     if type(plain) is not bool:
         _refuse(where, argument, expected, value, WrongKind)
@@ -179,7 +180,8 @@ Rule = Callable[[str, str, Any], Any]
 def within(
     minimum: float | None = None, maximum: float | None = None, **more: Any
 ) -> Mapping[str, Any]:
-    """Bounds of a field, the arguments of :func:`integer` and :func:`number` after its value."""
+    """Return bounds of a field: the arguments of :func:`integer` and :func:`number` after its
+    value."""
     return {"minimum": minimum, "maximum": maximum, **more}
 
 
@@ -211,7 +213,7 @@ def check_fields(
 
 @functools.cache
 def _kinds(config: type) -> dict[str, tuple[Callable[..., Any], bool]]:
-    """The check of each field whose annotation says one, and whether it may be None."""
+    """Return the check of each field whose annotation says one, and whether it may be None."""
     found: dict[str, tuple[Callable[..., Any], bool]] = {}
     for name, hint in typing.get_type_hints(config).items():
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -279,7 +281,7 @@ def _refuse(
 
 
 def _plain(value: Any) -> Any:
-    """The Python scalar that a scalar of numpy or torch holds; anything else as it is."""
+    """Return the Python scalar that a scalar of numpy or torch holds; anything else as it is."""
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
         try:
             return value.item()

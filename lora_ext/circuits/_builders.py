@@ -40,7 +40,7 @@ def _checked_leaves(builder: str, leaf: Leaves, count: int, /, **sizes: int) -> 
 
 
 def _inputs(units: int, leaves: Sequence[Leaf], scope: int, name: str = "") -> list[Region]:
-    """An input for each family of the scope's variables."""
+    """Return an input for each family of the scope's variables."""
     families: dict[Leaf, int] = {}
     for v in variables(scope):
         families[leaves[v]] = families.get(leaves[v], 0) | 1 << v
@@ -60,20 +60,20 @@ def _add_input(
 
 
 def cp(num_variables: int, rank: int, leaf: Leaves) -> Regions:
-    """An input a family over all of its variables, and the sum that mixes their units."""
+    """Return one input per family over all of its variables, and the sum that mixes their units."""
     leaves = _checked_leaves("cp", leaf, num_variables, num_variables=num_variables, rank=rank)
     inputs = _inputs(rank, leaves, (1 << num_variables) - 1, "leaves")
     return *inputs, Region(1, (Partition(tuple(range(len(inputs)))),), name="root")
 
 
 def hmm(num_variables: int, rank: int, leaf: Leaves, homogeneous: bool) -> Regions:
-    """The chain is the tree in which each variable hangs from the one before it."""
+    """Return the tree in which each variable hangs from the one before it: a chain."""
     leaves = _checked_leaves("hmm", leaf, num_variables, num_variables=num_variables, rank=rank)
     return hclt([t - 1 for t in range(num_variables)], rank, leaves, homogeneous)
 
 
 def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> Regions:
-    """Two regions per variable: ``x<v>``, its distribution, and ``z<v>``, its latent."""
+    """Return two regions per variable: ``x<v>``, its distribution, and ``z<v>``, its latent."""
     leaves = _checked_leaves("hclt", leaf, len(parents), rank=rank)
     expected, found = "one family of a homogeneous circuit", len(set(leaves))
     one = not homogeneous or found <= 1
@@ -108,7 +108,8 @@ def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> 
 
 
 def btree(num_variables: int, rank: int, leaf: Leaves) -> Regions:
-    """Halves of halves; the left half is ``left_size`` long, as in ``reference.circuit_scan``."""
+    """Return halves of halves; the left half is ``left_size`` long, as in
+    ``reference.circuit_scan``."""
     leaves = _checked_leaves("btree", leaf, num_variables, num_variables=num_variables, rank=rank)
     if num_variables == 1:
         return cp(1, rank, leaves)
@@ -137,7 +138,7 @@ def rat_spn(
     seed: int,
     num_roots: int,
 ) -> Regions:
-    """One random tree of binary splits per repetition, all mixed by the root."""
+    """Return one random tree of binary splits per repetition, all mixed by the root."""
     sizes = {"depth": depth, "repetitions": repetitions, "num_sums": num_sums}
     sizes |= {"num_inputs": num_inputs, "num_roots": num_roots}
     found = num_variables
@@ -164,7 +165,7 @@ def rat_spn(
 
 
 def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: int) -> Regions:
-    """One region per rectangle on the grid of ``delta``, small ones first."""
+    """Return one region per rectangle on the grid of ``delta``, small ones first."""
     sizes = {"height": height, "width": width, "num_units": num_units, "delta": delta}
     leaves = _checked_leaves("poon_domingos", leaf, height * width, **sizes)
     regions: list[Region] = []
@@ -198,7 +199,7 @@ def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: 
 
 
 def join(graphs: Sequence[Regions]) -> Regions:
-    """All regions of all graphs; names and ties get the number of their graph in front."""
+    """Return the regions of all graphs; the number of a graph is put before its names and ties."""
     require(len(graphs) > 0, "join", "graphs", "at least one", "none", PCStructureError)
     joined: list[Region] = []
     for number, regions in enumerate(graphs):
@@ -219,7 +220,7 @@ def from_edges(
     units: Mapping[str, int],
     ties: Mapping[str, str],
 ) -> Regions:
-    """The regions that names describe, sorted so that children come before parents."""
+    """Return the regions that names describe, sorted so that children come before parents."""
     for name, given in inputs.items():
         wrong = [v for v in given.variables if not 0 <= v <= MAX_VARIABLE]
         where, expected = f"unit {name}", f"0 .. {MAX_VARIABLE}"
@@ -248,7 +249,7 @@ def from_edges(
 def _children_first(
     inputs: Mapping[str, Input], parts: Mapping[str, list[tuple[tuple[str, ...], Kind]]]
 ) -> list[str]:
-    """All names, each after its children."""
+    """Return all names, each after its children."""
     below = {name: [c for kids, _ in ps for c in kids] for name, ps in parts.items()}
     unknown = {c for kids in below.values() for c in kids} - inputs.keys() - parts.keys()
     where, expected = "from_edges", "children that are inputs or sums"
@@ -264,7 +265,7 @@ def _children_first(
 
 
 def chow_liu_parents(x: Tensor, num_categories: int) -> list[int]:
-    """The tree of largest total mutual information between observed variables.
+    """Return the tree of largest total mutual information between observed variables.
 
     Args:
         x: ``(B, n)`` integer tensor without missing values.

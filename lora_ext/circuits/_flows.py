@@ -97,7 +97,7 @@ def em_step(
 def _seen(
     circuit: Parameters, log_weights: Tensor, units: Tensor, weight_flows: Tensor, missing: Tensor
 ) -> Tensor:
-    """Flows of the weights without those of rows in which a region sees nothing at all.
+    """Return flows of the weights without those of rows in which a region sees nothing at all.
 
     There the posterior is the prior, ``units * W``: it would only hold the weights where they are,
     as the padding of a short sequence would the transitions of a chain.
@@ -195,7 +195,8 @@ def univariate_marginals(
 def _given(
     found: Marginals, filled: Tensor, missing: Tensor, possible: Tensor, continuous: Tensor
 ) -> Marginals:
-    """What the evidence says of a variable, in the place of the mixture over its leaves."""
+    """Return marginals in which what the evidence says of a variable replaces the mixture over its
+    leaves."""
     log_prob, mean, variance = found
     value = torch.arange(log_prob.shape[2], device=filled.device)
     certain = torch.where(value == filled[..., None], 0.0, -torch.inf).to(log_prob.dtype)
@@ -246,7 +247,7 @@ def _require_deterministic(circuit: Parameters, name: str) -> None:
 
 
 def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Flows]:
-    """Log-weights, and how often a sample uses each part of the circuit."""
+    """Return log-weights, and how often a sample uses each part of the circuit."""
     leaf = circuit._leaf_values(name, circuit._nothing(), None)
     log_weights = circuit._log_weights()
     return log_weights, flows(circuit, name, leaf, log_weights, root)
@@ -255,8 +256,8 @@ def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Fl
 def _total(
     used: Flows, of_weights: Tensor, of_family: Callable[..., Tensor], *circuits: Parameters
 ) -> Tensor:
-    """The expectation of a sum over the weights and leaves that a sample uses. ``of_family`` takes
-    a family and its table in each of the circuits."""
+    """Return the expectation of a sum over the weights and leaves that a sample uses. ``of_family``
+    takes a family and its table in each of the circuits."""
     total = _expectation(used.weights, of_weights)
     for parts in zip(*(circuit._families() for circuit in circuits), strict=True):
         family, _, span = parts[0]
@@ -267,5 +268,6 @@ def _total(
 
 
 def _expectation(flow: Tensor, value: Tensor) -> Tensor:
-    """What is never used counts 0, also where it is infinite."""
+    """Return the sum of flow times value; what is never used counts 0, also where it is
+    infinite."""
     return torch.where(flow > 0, flow * value, 0).sum()

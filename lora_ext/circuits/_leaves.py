@@ -119,7 +119,8 @@ class Joint(Leaf):
     """
 
     def table(self, rows: int, size: int = 1) -> Table:
-        """Fresh parameters for ``rows`` distributions over ``size`` variables, all different."""
+        """Return fresh parameters for ``rows`` distributions over ``size`` variables, all
+        different."""
         raise NotImplementedError
 
     def peak(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
@@ -127,11 +128,12 @@ class Joint(Leaf):
         raise NotImplementedError
 
     def moments_given(self, table: Table, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of every variable given what is seen, ``(B, M, N / M, d)`` each."""
+        """Return mean and variance of every variable given what is seen, ``(B, M, N / M, d)``
+        each."""
         raise NotImplementedError
 
     def complete(self, table: Table, row: Tensor, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """Data ``(A, d)`` with what is missing in it.
+        """Return data ``(A, d)`` with what is missing in it.
 
         Args:
             table, row: see the class; ``row`` is of the rows of data.
@@ -143,17 +145,19 @@ class Joint(Leaf):
 
 
 def fresh_table(leaf: Leaf, rows: int, size: int) -> Table:
-    """Fresh parameters of a family for regions of ``size`` variables."""
+    """Return fresh parameters of a family for regions of ``size`` variables."""
     return leaf.table(rows, size) if isinstance(leaf, Joint) else leaf.table(rows)
 
 
 def normal_quantile(u: Tensor) -> Tensor:
-    """The standard normal number below which lies the probability ``u`` of [0, 1), never inf."""
+    """Return the standard normal number below which lies the probability ``u`` of [0, 1), never
+    inf."""
     return torch.special.ndtri(u.clamp(2.0**-25, 1 - 2.0**-24))
 
 
 def _per_row(row: Tensor, values: Tensor, rows: int) -> Tensor:
-    """Values ``(B, N)`` of leaf units, added up over the data and the units of a row, ``(R,)``."""
+    """Return values ``(B, N)`` of leaf units, added up over the data and the units of a row,
+    ``(R,)``."""
     return sums_at(row.expand_as(values), values, rows)
 
 
@@ -185,7 +189,7 @@ class Finite(Leaf):
         return torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0).sum(1)
 
     def looked_up(self, table: Table) -> tuple[Tensor, str]:
-        """A table ``(R, num_values)`` and its norm, as ``ops.circuit_table`` takes them."""
+        """Return a table ``(R, num_values)`` and its norm, as ``ops.circuit_table`` takes them."""
         return self.log_table(table), "none"
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
@@ -203,7 +207,8 @@ class Finite(Leaf):
 
 
 def _draw(p: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
-    """``draw(p[row], uniform)``, with the running sums of a row taken once for all its draws."""
+    """Return ``draw(p[row], uniform)``, with the running sums of a row taken once for all its
+    draws."""
     num_values = p.shape[1]
     sums = p.double().cumsum(1)
     limit = uniform.double() * sums[row, -1]

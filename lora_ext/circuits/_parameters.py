@@ -45,7 +45,7 @@ def require_tensor(where: str, name: str, x: object) -> None:
 
 
 def signed(x: Tensor) -> Tensor:
-    """Bytes as numbers among which -1 can stand."""
+    """Return bytes as numbers among which -1 can stand."""
     return x.long() if x.dtype == torch.uint8 else x
 
 
@@ -105,12 +105,12 @@ class Parameters(nn.Module):
         return self.graph.num_variables
 
     def columns(self, region: int) -> range:
-        """Columns of ``Flows.units`` that belong to a region."""
+        """Return columns of ``Flows.units`` that belong to a region."""
         first = self.layered.first_unit[region]
         return range(first, first + self.graph.regions[region].units)
 
     def region_weights(self, region: int) -> Tensor:
-        """Log-weights of a sum region before normalisation, a view ``(units, products)``."""
+        """Return log-weights of a sum region before normalisation, a view ``(units, products)``."""
         inner, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, an input"
         require(bool(inner.partitions), "region_weights", "region", "a region of sums", found)
@@ -119,7 +119,8 @@ class Parameters(nn.Module):
         return self.weights[first : first + units * products].view(units, products)
 
     def region_leaves(self, region: int) -> dict[str, Tensor]:
-        """Parameters of an input region, views with a row per unit, of each variable in turn."""
+        """Return parameters of an input region, views with a row per unit, of each variable in
+        turn."""
         node, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, a region of sums"
         require(node.leaf is not None, "region_leaves", "region", "an input", found)
@@ -135,23 +136,24 @@ class Parameters(nn.Module):
         return dict(table.items())
 
     def _families(self) -> Iterable[tuple[Leaf, dict[str, Tensor], slice]]:
-        """Every family with its table and the range of its leaf units."""
+        """Yield every family with its table and the range of its leaf units."""
         for family, (leaf, begin, end, *_) in enumerate(self.layered.families):
             yield leaf, self._table(family), slice(begin - FIRST_LEAF, end - FIRST_LEAF)
 
     def _scopes(self, span: slice) -> Tensor:
-        """Variables of the blocks of leaf units in the range of a joint family, ``(M, d)``."""
+        """Return variables of the blocks of leaf units in the range of a joint family, ``(M,
+        d)``."""
         return self.get_buffer(f"_scopes{int(self.layered.inputs.dist[span.start])}")
 
     def _joint_data(self, span: slice, filled: Tensor, missing: Tensor) -> Tensor:
-        """What the blocks of a joint family see, ``(B, M, d)``, NaN where it is missing."""
+        """Return what the blocks of a joint family see, ``(B, M, d)``, NaN where it is missing."""
         scopes = self._scopes(span)
         seen = filled[:, scopes].to(self.weights.dtype)
         return torch.where(missing[:, scopes], torch.nan, seen)
 
     # --- what is executed -------------------------------------------------------------------------
     def _run(self) -> Execution:
-        """The layered form, on the device of the parameters."""
+        """Return the layered form, on the device of the parameters."""
         self._execution.to(self.weights.device)
         return self._execution
 
@@ -159,18 +161,19 @@ class Parameters(nn.Module):
         return Weights(self.weights.detach(), self.norm)
 
     def _log_weights(self) -> Tensor:
-        """Normalised log-weights, flat."""
+        """Return normalised log-weights, flat."""
         flat = torch.empty_like(self.weights)
         for w, out in zip(self._rows(self.weights), self._rows(flat), strict=True):
             out.copy_(log_weights(in_rows(w), self.norm)[0])
         return flat
 
     def _rows(self, flat: Tensor) -> list[Tensor]:
-        """Views ``(rows, terms)`` that cover numbers in the order of the weights, few of them."""
+        """Return views ``(rows, terms)`` that cover numbers in the order of the weights, few of
+        them."""
         return [flat[span].view(-1, width) for span, width in self._matrices]
 
     def _root_numbers(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
-        """The root unit that answers for each row, counted from 0, ``(rows,)``."""
+        """Return the root unit that answers for each row, counted from 0, ``(rows,)``."""
         number = len(self._execution.roots)
         expected = f"one of 0 .. {number - 1}, or one per row, in a circuit of {number} root units"
         require(root is not None or number == 1, name, "root", expected, "none")
@@ -186,12 +189,11 @@ class Parameters(nn.Module):
 
     # --- data -------------------------------------------------------------------------------------
     def _nothing(self, rows: int = 1) -> Tensor:
-        """Rows of data in which every variable is missing."""
+        """Return rows of data in which every variable is missing."""
         return torch.full((rows, self.num_variables), -1, device=self.weights.device)
 
     def _read(self, where: str, x: Tensor, argument: str = "x") -> tuple[Tensor, Tensor]:
-        """Data in our precision, 0 where an entry is missing, and whether it is, ``(B, n)``
-        each."""
+        """Return data, 0 where an entry is missing, and whether it is missing, ``(B, n)`` each."""
         n, device = self.num_variables, self.weights.device
         require_tensor(where, argument, x)
         fits = x.dim() == 2 and x.shape[1] == n
@@ -230,7 +232,7 @@ class Parameters(nn.Module):
         return torch.where(missing, 0, x) if missing.any() else x, missing
 
     def _leaf_values(self, name: str, x: Tensor, external: Tensor | None) -> Tensor:
-        """Log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""
+        """Return log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""
         if isinstance(x, Tensor) and x.dtype == torch.long and x.device.type == "cpu":
             values = self._looked_up(x)
             if values is not None:
@@ -238,7 +240,7 @@ class Parameters(nn.Module):
         return self._leaf_values_of(name, *self._read(name, x), external)
 
     def _looked_up(self, x: Tensor) -> Tensor | None:
-        """The same where all leaves are tables, which see to their data themselves.
+        """Return the same if all leaves are tables, which check their data themselves.
 
         None for other leaves, and for data that are refused: :meth:`_read` says why.
         """
@@ -287,7 +289,7 @@ class Parameters(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _refuse_external(self, name: str) -> None:
-        """Queries that have no argument for external values need leaves of our own."""
+        """Raise for external leaves, in queries that have no argument for their values."""
         for leaf, _, span in self._families():
             own = not isinstance(leaf, External)
             variable = int(self._var[span][0])
@@ -304,7 +306,8 @@ class Parameters(nn.Module):
 
 
 def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
-    """Graph, norm and state of the circuit in a file; nothing is read before all is checked."""
+    """Return graph, norm and state of the circuit in a file; nothing is read before all is
+    checked."""
     with contextlib.closing(SafetensorsFile(Path(path))) as file:
         where = file.where
         data = parse_json(file.metadata.get(_METADATA, "null").encode(), where)

@@ -165,7 +165,8 @@ def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], Tensor, InputLayer,
 
 
 def _stages(graph: RegionGraph) -> tuple[tuple[int, ...], ...]:
-    """The inner regions by depth, and within one depth by shape, or by size if shapes are many.
+    """Return the inner regions by depth, and within one depth by shape, or by size if shapes are
+    many.
 
     Weights lie in this order, which files depend on.
     """
@@ -211,7 +212,7 @@ class _Writer:
         self.place = {region: k for k, region in enumerate(inner)}  # among the regions of sums
 
     def add_inputs(self) -> None:
-        """The inputs over several variables, a stage of their own."""
+        """Add the inputs over several variables as a stage."""
         for i, firsts in self.layered.first_leaves.items():
             region = self.graph.regions[i]
             if len(firsts) == 1:
@@ -224,7 +225,7 @@ class _Writer:
             self.stages.append(len(self.nodes))
 
     def add_stage(self, regions: Sequence[int]) -> None:
-        """Regions of sums."""
+        """Add regions of sums as a stage."""
         for i in regions:
             region, offset = self.graph.regions[i], self.layered.weight_off[i]
             width = self.graph.num_products(region)
@@ -257,7 +258,7 @@ class _Writer:
         self.nodes.append([first, units, width, matrix, first_part, len(self.parts)])
 
     def owner(self, region: int) -> int:
-        """The node of a region, or -1 - the variable of one that is leaf units."""
+        """Return the node of a region, or -1 - the variable of one that is leaf units."""
         found = self.node_of.get(region)
         if found is None:
             found = -1 - max(variables(self.graph.regions[region].variables))
@@ -265,7 +266,7 @@ class _Writer:
 
 
 def compile_program(graph: RegionGraph, layered: Layered) -> Program:
-    """The program of a compiled graph."""
+    """Return the program of a compiled graph."""
     writer = _Writer(graph, layered)
     writer.add_inputs()
     for stage in layered.stages:
@@ -292,13 +293,13 @@ def compile_program(graph: RegionGraph, layered: Layered) -> Program:
 
 
 def root_columns(graph: RegionGraph, layered: Layered) -> list[int]:
-    """The columns of all root units."""
+    """Return the columns of all root units."""
     firsts = [(layered.first_unit[r], graph.regions[r].units) for r in graph.roots]
     return [first + u for first, units in firsts for u in range(units)]
 
 
 def matrices_of(program: Program) -> list[tuple[int, int, int]]:
-    """First weight, sums and terms of each matrix, in the order of the weights."""
+    """Return first weight, sums and terms of each matrix, in the order of the weights."""
     nodes, parts, children, matrices = program.numbers[3:7].tolist()
     first = 10 + 6 * nodes + 4 * parts + 2 * children
     rows = program.numbers[first : first + 6 * matrices].view(-1, 6)
@@ -306,7 +307,7 @@ def matrices_of(program: Program) -> list[tuple[int, int, int]]:
 
 
 def rows_of_one_width(program: Program) -> list[tuple[slice, int]]:
-    """Ranges of the weights in which all sums have as many terms, and how many those are."""
+    """Return ranges of the weights in which all sums have as many terms, and how many those are."""
     found: list[tuple[slice, int]] = []
     for first, sums, terms in matrices_of(program):
         end = first + sums * terms
@@ -337,7 +338,7 @@ class Execution:
             self.program = self.program.to(device)
 
     def up(self, leaf: Tensor, weights: Weights, semiring: str = "sum") -> Tensor:
-        """Values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
+        """Return values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
         flat, norm, precision = weights
         with torch._C._AutoDispatchBelowAutograd():  # Evaluate gives the gradient
             return ops.circuit_layers(leaf, flat, self.program, norm, semiring, precision)
@@ -345,7 +346,7 @@ class Execution:
     def down(
         self, droots: Tensor, val: Tensor, weights: Weights, need_weights: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the weights.
+        """Return gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the weights.
 
         ``droots (B, R)`` has those of the roots. What is not needed comes back empty.
         """
@@ -356,7 +357,7 @@ class Execution:
         return grad, grad[:, FIRST_LEAF : FIRST_LEAF + self.program.plan[1]], dflat
 
     def root_values(self, val: Tensor) -> Tensor:
-        """Those of the roots, ``(B, R)``, in memory of their own."""
+        """Return the values of the roots, ``(B, R)``, in memory of their own."""
         if len(self.roots) == 1:
             return val.narrow(1, self.roots[0], 1).clone()
         return val[:, self.roots]
@@ -364,7 +365,8 @@ class Execution:
     def walk(
         self, val: Tensor, weights: Weights, root: Tensor, uniforms: Tensor | None = None
     ) -> Tensor:
-        """The leaf unit that each variable comes to, or -1, ``(M, n)``: ops.circuit_layers_walk."""
+        """Return the leaf unit that each variable comes to, or -1, ``(M, n)``:
+        ops.circuit_layers_walk."""
         with torch._C._AutoDispatchBelowAutograd():
             return ops.circuit_layers_walk(val, weights.flat, self.program, root, uniforms)
 
@@ -376,7 +378,7 @@ class Evaluate(torch.autograd.Function):
     def forward(
         ctx: Any, leaf: Tensor, flat: Tensor, execution: Execution, norm: str, precision: str
     ) -> Tensor:
-        """Values of the roots, ``(B, R)``."""
+        """Return the values of the roots, ``(B, R)``."""
         ctx.weights = Weights(flat.detach(), norm, precision)
         val = execution.up(leaf, ctx.weights)
         ctx.save_for_backward(val, flat)
@@ -386,7 +388,7 @@ class Evaluate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Gradients of leaves and weights."""
+        """Return the gradients of leaves and weights."""
         val, _ = ctx.saved_tensors  # raises if somebody has changed the weights in place
         need = ctx.needs_input_grad[1]
         _, dleaf, dflat = ctx.execution.down(grads[0], val, ctx.weights, need)

@@ -236,7 +236,7 @@ def k_best(
 
 
 def _chain(circuit: Parameters) -> list[_Step]:
-    """The places of a chain from the root down."""
+    """Return the places of a chain from the root down."""
     graph, regions = circuit.graph, circuit.graph.regions
     expected = "a chain, each latent above one input of one variable and the next latent"
     steps: list[_Step] = []
@@ -274,7 +274,7 @@ def _lengths(lengths: Tensor | None, rows: int, most: int, device: torch.device)
 
 
 def _observed(circuit: Parameters, step: _Step, leaf: Tensor, missing: Tensor, k: int) -> Tensor:
-    """Log-probabilities of the values that a place may take, best first, ``(B, r, J)``."""
+    """Return log-probabilities of the values that a place may take, best first, ``(B, r, J)``."""
     first = circuit.columns(step.input)[0] - FIRST_LEAF
     given = leaf[:, first : first + len(circuit.columns(step.input)), None]
     absent = missing[:, step.variable]
@@ -287,7 +287,8 @@ def _observed(circuit: Parameters, step: _Step, leaf: Tensor, missing: Tensor, k
 
 
 def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
-    """The best values of each state of a place, and their log-probabilities, ``(r, J)`` each."""
+    """Return the best values of each state of a place, and their log-probabilities, ``(r, J)``
+    each."""
     units = circuit.columns(step.input)
     first = units[0] - FIRST_LEAF
     span = slice(first, first + len(units))
@@ -308,7 +309,7 @@ def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of the last axis and their indices, lowest index first among equals."""
+    """Return the k largest of the last axis and their indices, lowest index first among equals."""
     found, index = values.sort(dim=-1, descending=True, stable=True)
     return found[..., :k], index[..., :k]
 

@@ -45,7 +45,7 @@ def why_not_decomposable(graph: RegionGraph) -> str | None:
 
 
 def is_structured_decomposable(graph: RegionGraph) -> bool:
-    """Whether all products split a scope in the same way: they then agree with one vtree."""
+    """Return whether all products split a scope in the same way: they then agree with one vtree."""
     if why_not_decomposable(graph) is not None:
         return False
     split: dict[int, frozenset[int]] = {}
@@ -60,7 +60,7 @@ def is_structured_decomposable(graph: RegionGraph) -> bool:
 
 
 def is_deterministic(graph: RegionGraph) -> Truth:
-    """Whether at most one term of each sum is nonzero on any input.
+    """Return whether at most one term of each sum is nonzero on any input.
 
     A syntactic test. True: the terms of every sum differ in an indicator on a common variable.
     False: two terms of a sum are positive everywhere. Anything else is ``"unknown"``.
@@ -103,8 +103,8 @@ def _jointly(*parts: dict[int, int]) -> dict[int, int]:
 
 
 def _disjoint(terms: list[dict[int, int]], merged: dict[int, int]) -> bool:
-    """One variable tells all terms apart, or, among few, each pair has one that does; ``merged`` is
-    what they allow of the variables that all of them restrict."""
+    """Return whether one variable tells all terms apart or, among few terms, each pair has one that
+    does; ``merged`` is what they allow of the variables that all of them restrict."""
     if any(sum(t[v].bit_count() for t in terms) == m.bit_count() for v, m in merged.items()):
         return True
     return len(terms) <= 64 and all(

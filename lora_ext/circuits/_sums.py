@@ -23,14 +23,16 @@ def add_at(target: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def sums_at(index: Tensor, values: Tensor, size: int) -> Tensor:
-    """Values added up by index in float64, ``(size,)``: long sums of small counts lose nothing."""
+    """Return values added up by index in float64, ``(size,)``: long sums of small counts lose
+    nothing."""
     sums = torch.zeros(size, dtype=torch.float64, device=values.device)
     add_at(sums, index.flatten(), values.double().flatten())
     return sums
 
 
 def in_rows(t: Tensor) -> Tensor:
-    """``t`` below a new first axis, which shows it twice where it is one row and nothing else.
+    """Return ``t`` below a new first axis, which shows it twice where it is one row and nothing
+    else.
 
     torch cuts the sum of a single long row among its threads, the sums of two rows never.
     """
@@ -38,5 +40,5 @@ def in_rows(t: Tensor) -> Tensor:
 
 
 def last_sum(t: Tensor) -> Tensor:
-    """``t.sum(-1)``."""
+    """Return ``t.sum(-1)``."""
     return in_rows(t).sum(-1)[0]

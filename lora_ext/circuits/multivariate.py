@@ -37,7 +37,8 @@ class _Group(NamedTuple):
     inside: Tensor  # (G, T), whether it counts
 
     def fill(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """Data ``x (E, d)`` with ``(G, T, K, h)`` in place of what is hidden, ``(G, T, K, d)``."""
+        """Return data ``x (E, d)`` with ``(G, T, K, h)`` in place of what is hidden, ``(G, T, K,
+        d)``."""
         full = x[self.entry][:, :, None].repeat(1, 1, hidden.shape[2], 1)
         full[..., self.hidden] = hidden
         return full
@@ -95,7 +96,7 @@ def _groups(x: Tensor, owner: Tensor) -> Iterator[_Group]:
 
 
 def _each(x: Tensor, owner: Tensor, answer: Callable[[_Group], Tensor]) -> Tensor:
-    """What ``answer`` says of every row of data, ``(G, T, ...)`` a group."""
+    """Return what ``answer`` says of every row of data, ``(G, T, ...)`` a group."""
     groups = list(_groups(x, owner))
     values = torch.cat([answer(g)[g.inside] for g in groups])
     order = torch.cat([g.entry[g.inside] for g in groups])
@@ -103,7 +104,7 @@ def _each(x: Tensor, owner: Tensor, answer: Callable[[_Group], Tensor]) -> Tenso
 
 
 def _take(row: Tensor, table: Tensor) -> Tensor:
-    """``table[row]``; embedding, because its backward adds in a fixed order."""
+    """Return ``table[row]``; embedding, because its backward adds in a fixed order."""
     return F.embedding(row, table.flatten(1)).view(*row.shape, *table.shape[1:])
 
 
@@ -117,13 +118,13 @@ def _gaussians(table: Table) -> _Gaussians:
 
 
 def _log_peak(factor: Tensor) -> Tensor:
-    """Log-density at the mean, by Cholesky factor."""
+    """Return the log-density at the mean, by Cholesky factor."""
     log_scale = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return -0.5 * factor.shape[-1] * LOG_TAU - log_scale
 
 
 def _by_block(row: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Data ``(B M, d)``, the block of each row, and the rows of the table of each block."""
+    """Return data ``(B M, d)``, the block of each row, and the rows of the table of each block."""
     rows, blocks, _ = x.shape
     owner = torch.arange(blocks, device=x.device).repeat(rows)
     return x.flatten(0, 1), owner, row.view(blocks, -1)
@@ -132,14 +133,16 @@ def _by_block(row: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _of_blocks(
     row: Tensor, x: Tensor, answer: Callable[[_Group, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Answers ``(G, T, K, ...)`` about a group, its data and its units, as ``(B, M, K, ...)``."""
+    """Return answers ``(G, T, K, ...)`` about a group, its data and its units, as ``(B, M, K,
+    ...)``."""
     flat, owner, units = _by_block(row, x)
     found = _each(flat, owner, lambda group: answer(group, flat, units[group.owner]))
     return found.unflatten(0, x.shape[:2])
 
 
 def _triangle(rows: Tensor) -> Tensor:
-    """The lower triangle of positive diagonal whose rows have the inner products of ``rows``.
+    """Return the lower triangle of positive diagonal whose rows have the inner products of
+    ``rows``.
 
     Args:
         rows: ``(..., k, d)`` of rank k.
@@ -250,7 +253,8 @@ class MultivariateGaussian(Joint):
 def _expected(
     old: _Gaussians, row: Tensor, x: Tensor, flow: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts ``(R,)``, and mean and covariance of the data of every row, what is missing included.
+    """Return counts ``(R,)``, and mean and covariance of the data of every row, what is missing
+    included.
 
     A value that is missing is its mean given the others, and adds its covariance given them. Where
     there is no count, both are the old ones.

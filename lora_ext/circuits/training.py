@@ -43,8 +43,8 @@ def train_em(
     progress: Progress | None = None,
     epochs_before: int = 0,
 ) -> list[Epoch]:
-    """Expectation maximisation, a step a batch (:meth:`Circuit.em_step`); an entry comes back for
-    every epoch.
+    """Train by expectation maximisation, one step per batch (:meth:`Circuit.em_step`); return one
+    entry per epoch.
 
     Args:
         circuit: is trained in place.
@@ -92,7 +92,7 @@ def train_gradient(
     held_out: Any = None,
     progress: Progress | None = None,
 ) -> list[Epoch]:
-    """Gradient ascent of the mean log-likelihood, a step a batch; an entry comes back for every
+    """Train by gradient ascent of the mean log-likelihood, one step per batch; return one entry per
     epoch.
 
     Args:
@@ -124,7 +124,7 @@ def _train(
     held_out: Any,
     progress: Progress | None,
 ) -> list[Epoch]:
-    """The loop over epochs and batches, whatever a step is."""
+    """Run the loop over epochs and batches with any kind of step."""
     integer(name, "epochs", epochs, 1, expected=COUNT)
     listed = [batches] if isinstance(batches, Tensor) else batches
     again, found = not isinstance(listed, Iterator), f"a {type(listed).__name__}"
@@ -149,7 +149,7 @@ def _train(
 
 
 def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Rows and roots of a batch, on the circuit's device."""
+    """Return rows and roots of a batch, on the circuit's device."""
     parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     good = len(parts) in (1, 2) and all(isinstance(t, Tensor) for t in parts)
     found = ", ".join(type(t).__name__ for t in parts)
@@ -160,7 +160,7 @@ def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | No
 
 
 def _log_prob(name: str, circuit: Circuit, x: Tensor, root: Tensor | None) -> Tensor:
-    """``log_prob``, which must be of one root a row."""
+    """Return ``log_prob``, which must be of one root a row."""
     log_prob = circuit.log_prob(x, root=root)
     expected = "rows and their roots in a circuit of several root units"
     require(log_prob.dim() == 1, name, "batches", expected, "rows alone")
@@ -168,7 +168,7 @@ def _log_prob(name: str, circuit: Circuit, x: Tensor, root: Tensor | None) -> Te
 
 
 def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None) -> Tensor:
-    """Sequences of different lengths as rows of data, with what is missing at their ends.
+    """Return sequences of different lengths as rows of data, with what is missing at their ends.
 
     Chains, whose transitions sum to one, give a padded row the probability that a shorter chain
     gives its sequence; EM learns from it what it would learn there.

@@ -65,7 +65,7 @@ class Guide:
     # --- from elsewhere ---------------------------------------------------------------------------
     @classmethod
     def from_circuit(cls, circuit: Circuit) -> Guide:
-        """The guide that a circuit over ``RegionGraph.hmm(..., homogeneous=True)`` holds.
+        """Return the guide that a circuit over ``RegionGraph.hmm(..., homogeneous=True)`` holds.
 
         Args:
             circuit: of ``Categorical`` leaves, such as ``train_em`` has learned.
@@ -145,7 +145,7 @@ class Guide:
 
     # --- following a text -------------------------------------------------------------------------
     def step(self, law: Tensor, tokens: Tensor) -> Tensor:
-        """The law of the state after one more token of each row.
+        """Return the law of the state after one more token of each row.
 
         A token that the guide holds impossible says nothing of the state.
 
@@ -159,7 +159,7 @@ class Guide:
         return moved / moved.sum(-1, keepdim=True)
 
     def filter(self, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
-        """The law of the state behind each row of tokens, such as a prompt: ``(B, H)``.
+        """Return the law of the state behind each row of tokens, such as a prompt: ``(B, H)``.
 
         Args:
             tokens: ``(B, T)`` integers; -1 is padding and leaves the law alone.
@@ -181,7 +181,7 @@ class Guide:
         return law
 
     def log_prob(self, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
-        """``log p`` of each row of tokens, ``(B,)``; -1 behind the end of a shorter one.
+        """Return ``log p`` of each row of tokens, ``(B,)``; -1 behind the end of a shorter one.
 
         Args:
             tokens: ``(B, T)``. prior: as :meth:`filter` takes them.
@@ -210,8 +210,8 @@ class Guide:
         return _packed(self.transition.t().contiguous())
 
     def over_vocabulary(self, vectors: Tensor) -> Tensor:
-        """``vectors (R, H)`` times the emission, ``(R, V)``; in float32 on the CPU a row's bits are
-        its own."""
+        """Return ``vectors (R, H)`` times the emission, ``(R, V)``; in float32 on the CPU a row's
+        bits are its own."""
         return _product(vectors, self._packed_emission, self.emission)
 
 
@@ -238,8 +238,8 @@ def _product(rows: Tensor, packed: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 def regions_of_hmm(graph: RegionGraph) -> tuple[int, int, int]:
-    """In ``RegionGraph.hmm(..., homogeneous=True)`` the root, which is z0; a latent, with whose
-    transitions all others go on; and an input, whose leaves all others share."""
+    """Return three regions of ``RegionGraph.hmm(..., homogeneous=True)``: the root, which is z0; a
+    latent, whose transitions all others share; and an input, whose leaves all others share."""
     latent = next(i for i, r in enumerate(graph.regions) if r.tie == "transition")
     inputs = next(i for i, r in enumerate(graph.regions) if r.leaf is not None)
     return graph.roots[0], latent, inputs

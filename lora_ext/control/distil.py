@@ -145,7 +145,8 @@ def _written(model: Any, ids: Tensor, length: int, eos: list[int]) -> _Texts:
 
 
 def _settings(model: Any) -> dict[str, Any]:
-    """An empty cache, which grows in place, under the name that the model's forward has for it.
+    """Return an empty cache, which grows in place, under the name that the model's forward has for
+    it.
 
     Where the model can be told so, its head reads the last token alone, not all of a prompt.
     """
@@ -165,7 +166,8 @@ def _learned(
     held_out: float,
     progress: Progress | None,
 ) -> Guide:
-    """The guide of texts: clusters, laws, counts, EM, and the head that reads off its state."""
+    """Return the guide of texts: clusters, laws, counts, EM, and the head that reads off its
+    state."""
     tokens, order = written.tokens, torch.randperm(len(written.tokens))
     apart = min(len(order) - 1, max(1, round(held_out * len(order))))
     train, test = tokens[order[:-apart]], tokens[order[-apart:]]
@@ -251,7 +253,7 @@ def _emission(
 def _with_transitions(
     guide: Guide, train: Tensor, test: Tensor, steps: int, progress: Progress | None
 ) -> tuple[Guide, float]:
-    """EM of the transitions and the first state while held-out texts become likelier.
+    """Improve the transitions and the first state by EM while held-out texts become likelier.
 
     Emissions stay: EM would fit them to the few tokens that were drawn.
     """

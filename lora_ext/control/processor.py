@@ -129,7 +129,7 @@ class ConstraintProcessor:
         return changed
 
     def _total(self, scores: Tensor) -> Tensor:
-        """``log sum exp(scores / temperature)`` of each row."""
+        """Return ``log sum exp(scores / temperature)`` of each row."""
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return (wide if self.temperature == 1 else wide / self.temperature).logsumexp(-1)
 
@@ -205,7 +205,7 @@ class ConstraintProcessor:
         self._weight = torch.zeros(batch, dtype=torch.float64)
 
     def _parents(self, input_ids: Tensor) -> list[int]:
-        """Which row of the last call each row goes on from: beams change places."""
+        """Return which row of the last call each row goes on from: beams change places."""
         batch = len(input_ids)
         if torch.equal(input_ids[:, :-1], self._before):
             return list(range(batch))
@@ -252,7 +252,7 @@ def plans_of(
     least: int = 0,
     limits: Limits = DEFAULT,
 ) -> list[Plan | MatchedPlan | None]:
-    """The plan of each constraint of a list, or of the one that all rows have.
+    """Return the plan of each constraint of a list, or of the one that all rows have.
 
     Args:
         where: opens the message of an error.

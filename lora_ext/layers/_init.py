@@ -107,7 +107,8 @@ def init_lora_(
 
 
 def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
-    """The scheme's one name: of True "init_a", of False "init_ab"; "pissa_niter_<K>" as it is.
+    """Return the scheme's one name: of True "init_a", of False "init_ab"; "pissa_niter_<K>" as it
+    is.
 
     Raises:
         ValueError: an unknown scheme, listing the known ones. NotImplementedError: one that PEFT
@@ -131,8 +132,8 @@ def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
 
 
 def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tensor, Tensor]:
-    """Factors that carry the leading part of the base weight ``(m, n)``, ``scaling * B A``: A ``(r,
-    n)`` and B ``(m, r)``, float32.
+    """Return factors that carry the leading part of the base weight ``(m, n)``, ``scaling * B A``:
+    A ``(r, n)`` and B ``(m, r)``, float32.
 
     "pissa": the top r of the singular value decomposition, each factor with the square root of the
     singular values; "pissa_niter_<K>": by the randomised one with K iterations; "olora": the first

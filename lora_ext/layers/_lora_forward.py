@@ -48,7 +48,7 @@ class LoraFactors(NamedTuple):
 
 
 def dropout_now(dropout: nn.Module) -> float:
-    """The probability with which the dropout of an adapter drops now: 0 outside training."""
+    """Return the probability with which the dropout of an adapter drops now: 0 outside training."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
@@ -58,7 +58,7 @@ def lora_forward(
     adapters: Sequence[LoraFactors],
     adapter_ids: Tensor | Rows | None = None,
 ) -> Tensor:
-    """``base(x)`` plus what the adapters add.
+    """Return ``base(x)`` plus what the adapters add.
 
     ``y[t] = base(x[t]) + sum of scaling * (b @ a @ dropout(x[t]) + bias)``: over all adapters, or
     over the one that ``adapter_ids[t]`` names. An adapter without rows takes no part: it costs
@@ -110,8 +110,8 @@ def lora_forward(
 
 
 def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFactors) -> Tensor:
-    """:func:`_forward` of the commonest case, without what only the others need: at decode its
-    Python would take longer than the op."""
+    """Compute :func:`_forward` of the commonest case without what only the others need: at decode
+    its Python would take longer than the op."""
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
     a, b, scaling, p, _, own_seed = f
     num_rows, device = x2d.shape[0], x.device
@@ -141,8 +141,8 @@ def _scaled_rows(
 def lora_update(
     x: Tensor, adapters: Sequence[LoraFactors], adapter_ids: Tensor | Rows | None = None
 ) -> Tensor:
-    """What :func:`lora_forward` adds to ``base(x)``, ``(..., O)`` in the dtype of the adapters (or
-    autocast's). Arguments are as there, ``adapters`` at least one."""
+    """Return what :func:`lora_forward` adds to ``base(x)``, ``(..., O)`` in the dtype of the
+    adapters (or autocast's). Arguments are as there, ``adapters`` at least one."""
     found, rows = _participants(x, adapters, adapter_ids)
     if not found:
         return x.new_zeros(*x.shape[:-1], adapters[0].b.shape[0])
@@ -150,14 +150,14 @@ def lora_update(
 
 
 def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> bool:
-    """Whether base and update compute in one dtype, so that one op can do both."""
+    """Return whether base and update compute in one dtype, so that one op can do both."""
     if dense is None:
         return False
     return autocast_dtype(x) is not None or x.dtype == dense[0].dtype == factors.a.dtype
 
 
 def fused_forward(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
-    """:func:`lora_forward` of one adapter on all rows where it :func:`fuses`."""
+    """Return :func:`lora_forward` of one adapter on all rows where it :func:`fuses`."""
     return _forward(x, None, dense, [factors], None)
 
 
@@ -187,7 +187,8 @@ def _forward(
     adapters: Sequence[LoraFactors],
     rows: Rows | None,
 ) -> Tensor:
-    """``base`` is called where ``dense`` cannot take part; without either, the update alone."""
+    """Return base and update. ``base`` is called if ``dense`` cannot take part; without either,
+    only the update is returned."""
     x2d = x.reshape(-1, x.shape[-1])  # (T, I)
     calls = _shared_rows(adapters, x2d) if rows is None else _own_rows(adapters, rows)
     compute = autocast_dtype(x)
@@ -254,12 +255,13 @@ def _run(
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed for one dropout, ``()`` int64, from torch's generator of the device."""
+    """Return a seed for one dropout, ``()`` int64, from torch's generator of the device."""
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def _seed(seeds: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """One seed for all adapters of a call, or, where one has its own, ``(A,)``: one for each."""
+    """Return one seed for all adapters of a call, or, where one has its own, ``(A,)``: one for
+    each."""
     if all(seed is None for seed in seeds):
         return draw_seed(device)
     each = [draw_seed(device) if seed is None else seed for seed in seeds]
@@ -267,7 +269,8 @@ def _seed(seeds: Sequence[Tensor | None], device: torch.device) -> Tensor:
 
 
 def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
-    """All adapters on all rows, in one call where their factors can be stacked along the rank."""
+    """Return calls of all adapters on all rows: one call if their factors can be stacked along the
+    rank."""
     ids, plan = all_rows(x.shape[0], x.device)
     first = adapters[0]
     together = len(adapters) > 1 and all(
@@ -285,8 +288,8 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
 
 
 def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
-    """Every row its own adapter: one call for all adapters that have the same dropout, and ranks
-    that fit into one bank."""
+    """Return calls in which every row has its own adapter: one for all adapters that have the same
+    dropout, and ranks that fit into one bank."""
     calls: list[_Call] = []
     all_ranks = [f.a.shape[0] for f in adapters]
     in_two = len(adapters) * max(all_ranks) > _MOST_ROOM * sum(all_ranks)
@@ -305,7 +308,8 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
 
 
 def _with_base_bias(calls: list[_Call], bias: Tensor | None) -> tuple[Tensor | None, list[_Call]]:
-    """Where every row gets them, the biases of the adapters join that of the base: no pass more."""
+    """Return the base's bias with the biases of adapters that every row has, and calls without
+    these."""
     first = calls[0]
     if not first.everywhere or all(b is None for b in first.biases):
         return bias, calls
@@ -317,7 +321,7 @@ def _with_base_bias(calls: list[_Call], bias: Tensor | None) -> tuple[Tensor | N
 
 
 def _add_bias(y: Tensor, call: _Call) -> Tensor:
-    """``scaling * bias`` on the rows of each adapter that has one."""
+    """Add ``scaling * bias`` on the rows of each adapter that has one."""
     if all(b is None for b in call.biases):
         return y
     if call.everywhere:

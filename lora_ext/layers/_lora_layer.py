@@ -68,7 +68,7 @@ class LoraLayer(Participants):
         return layer_names
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies and unpickled layers are reached by ``adapters`` blocks too."""
+        """Register copies and unpickled layers too, so that ``adapters`` blocks reach them."""
         super().__setstate__(state)
         layer_names.add(self)
 
@@ -86,7 +86,7 @@ class LoraLayer(Participants):
         return None if self._before_init is None else self._before_init[0]
 
     def get_base_layer(self) -> nn.Module:
-        """The layer that was wrapped, as PEFT's layers give it."""
+        """Return the layer that was wrapped, as PEFT's layers give it."""
         return self.base_layer
 
     def add_adapter(
@@ -324,14 +324,14 @@ class LoraLayer(Participants):
         return name
 
     def extra_repr(self) -> str:
-        """Adapters with their ranks."""
+        """Return the adapters with their ranks."""
         return ", ".join(f"{name}: r={r}" for name, r in self.r.items())
 
     # ---------------------------------------------------------------------------------------------
     # Of one adapter
 
     def factors(self, adapter_name: str) -> LoraFactors:
-        """An adapter as :func:`lora_forward` takes it, its parameters themselves."""
+        """Return an adapter as :func:`lora_forward` takes it, its parameters themselves."""
         a, b, bias = self._raw_factors(adapter_name)
         scaling, seed = self.scaling[adapter_name], self.dropout_seed.get(adapter_name)
         dropout: Any = self._modules["lora_dropout"]._modules[adapter_name]  # pyright: ignore[reportOptionalMemberAccess]
@@ -340,7 +340,7 @@ class LoraLayer(Participants):
     def _adapted(
         self, x: Tensor, base: BaseLayer, names: Sequence[str], rows: Rows | None
     ) -> Tensor:
-        """``base(x)`` with these adapters, for rows ``(..., I)``."""
+        """Return ``base(x)`` with these adapters, for rows ``(..., I)``."""
         factors = [self.factors(name) for name in names]
         if not any(self.use_dora[name] for name in names):
             return lora_forward(x, base, factors, rows)
@@ -379,7 +379,7 @@ def _new_factors(
 
 
 def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | None:
-    """Tokens of an invocation, or None; a ValueError of something else."""
+    """Return tokens of an invocation, or None; a ValueError of something else."""
     if value is None:
         return None
     expected = "None or a list of token ids, integers from 0 on"

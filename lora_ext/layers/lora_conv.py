@@ -87,7 +87,8 @@ class LoraConv(LoraLayer):
         return y if batched else y[0]
 
     def factors(self, adapter_name: str) -> LoraFactors:
-        """An adapter on patches, as :func:`lora_forward` takes it: ``a`` is ``(r, C k k)``."""
+        """Return an adapter on patches, as :func:`lora_forward` takes it: ``a`` is ``(r, C k
+        k)``."""
         found = super().factors(adapter_name)
         return found._replace(a=found.a.flatten(1), b=found.b.flatten(1))
 
@@ -104,7 +105,7 @@ class _OnPatches:
         self.conv: Any = conv
 
     def dense_parameters(self) -> DenseParameters | None:
-        """Where nothing else happens in the convolution's forward."""
+        """Return where nothing else happens in the convolution's forward."""
         if type(self.conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not is_plain(self.conv):
             return None
         return self.conv.weight.flatten(1), self.conv.bias

@@ -56,7 +56,7 @@ def circuit_scan(
     trans: Tensor | None = None,
     x: Tensor | None = None,
 ) -> CircuitScan:
-    """Prefix marginals, conditionals and state posteriors of every window, in one pass.
+    """Return prefix marginals, conditionals and state posteriors of every window, in one pass.
 
     With ``cur_k[z] = log p(state_k = z, x_<k)`` and ``e_k[z] = log softmax(leaf_{k,z})[x_k]``:
     ``prefix_k = logsumexp_z(cur_k + e_k)``, ``posterior_k = softmax(cur_k)``.
@@ -138,7 +138,8 @@ def _fake_scan_backward(
 
 
 def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
-    """Log-probabilities of the observed tokens under a linear head, without its logits in memory.
+    """Return log-probabilities of the observed tokens under a linear head, without its logits in
+    memory.
 
     ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, 0 where ``x`` is -1: what
     :func:`circuit_scan` takes as ``leaf`` when its own ``x`` is None.

@@ -30,7 +30,7 @@ _c = torch.ops.lora_ext
 def circuit_conditional_dist(
     kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, x: Tensor, k: Tensor
 ) -> Tensor:
-    """``log q(. | x_<k)`` of each row at its own position, ``(B, V)``.
+    """Return ``log q(. | x_<k)`` of each row at its own position, ``(B, V)``.
 
     Args:
         kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``, see :mod:`lora_ext.reference._circuit`.
@@ -76,7 +76,7 @@ def circuit_sample(
     uniforms: Tensor,
     evidence: Tensor | None = None,
 ) -> CircuitSample:
-    """Exact samples of a window, with what their verification needs, in one pass.
+    """Draw exact samples of a window, with what their verification needs, in one pass.
 
     Position by position ``z ~ q(state | x_<k)``, then ``x_k ~ softmax(leaf[k, z])``. A draw takes
     the smallest index whose running sum exceeds ``u`` times the total, and none without weight. Two
@@ -116,7 +116,7 @@ def circuit_argmax(
     trans: Tensor | None,
     evidence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The most probable tokens *and* latents of each window, by max-product.
+    """Find the most probable tokens *and* latents of each window, by max-product.
 
     Not the mode over tokens alone; for ``ff`` the two agree. Ties go to the lowest index.
 

@@ -35,12 +35,12 @@ class Program(NamedTuple):
     plan: list[int]
 
     def to(self, device: torch.device) -> Program:
-        """The same program with its ``numbers`` on another ``device``."""
+        """Return the same program with its ``numbers`` on another ``device``."""
         return Program(self.numbers.to(device), self.plan)
 
 
 def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
-    """Log-values of leaves over finitely many values, looked up.
+    """Return log-values of leaves over finitely many values, looked up.
 
     ``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, 0 where ``x`` is -1. Differentiable once
     in ``table``; sums over rows of data are taken in order.
@@ -82,7 +82,7 @@ def circuit_layers(
     semiring: str = "sum",
     precision: str = "fp32",
 ) -> Tensor:
-    """Log-values of all units of a circuit, from those of its leaves.
+    """Return log-values of all units of a circuit, from those of its leaves.
 
     ``l[out] = log sum_i W[o, i] exp(term[i])`` of every sum, where a term is the sum of log-values
     of other units: :func:`log_einsum_exp` after the products, node after node, as exact at ``-inf``
@@ -123,7 +123,7 @@ def circuit_layers_backward(
     norm: str = "logits",
     need_dw: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`circuit_layers` from those of the roots.
+    """Return gradients of :func:`circuit_layers` from those of the roots.
 
     With log-weights, ``norm="none"`` and ``droots`` 1 they are the expected flows of a circuit.
 
@@ -156,7 +156,8 @@ def _fake_layers_backward(
 def circuit_layers_walk(
     val: Tensor, w: Tensor, program: Program, root: Tensor, uniforms: Tensor | None = None
 ) -> Tensor:
-    """Walks from the roots down, one term per sum: the leaf unit that each variable comes to.
+    """Walk from the roots down, one term per sum: the leaf unit that each variable comes
+    to.
 
     A sum weighs its terms by ``W[o, i] exp(term[i])``. A walk takes the heaviest, the first of
     several, or draws one by the rule of :func:`reference._circuit.draw`: after

@@ -78,7 +78,7 @@ def log_einsum_exp(
     precision: str = "fp32",
     scaled: ScaledWeights | None = None,
 ) -> Tensor | LogMax:
-    """``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
+    """Return ``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
 
     Where nothing is possible ``out`` is ``-inf``, with gradient zero; ``+inf`` and NaN give NaN. A
     product that would underflow is computed again from shifted terms, forward and backward, so a
@@ -159,7 +159,7 @@ def _fake_max(w: Tensor, values: Tensor, norm: str) -> tuple[Tensor, Tensor]:
 
 
 def _attained(w: Tensor, values: Tensor, norm: str, best: Tensor, indices: Tensor) -> Tensor:
-    """The term at ``indices``, differentiable; ``best`` where there is none."""
+    """Return the term at ``indices``, differentiable; ``best`` where there is none."""
     log_w = log_weights(w, norm)
     if w.dim() == 2 or values.dim() == 3:
         log_w = log_w[..., None, :, :].expand(*indices.shape, w.shape[-1])
@@ -214,7 +214,7 @@ def _save_exp_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> Non
 def _exp_double_backward(
     library: Any, ctx: Any, ddw: Tensor | None, ddvalues: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """By the formula itself, which torch can differentiate: all terms at once, and rarely."""
+    """Differentiate the formula by torch: all terms at once, which is slow and rarely used."""
     again = torch.is_grad_enabled()  # a third derivative is wanted
     with torch.enable_grad():
         # Views: what dout is a function of does not count here.
@@ -235,7 +235,7 @@ def _exp_double_backward(
 
 
 def log_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of every batch.
+    """Return ``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of every batch.
 
     :func:`log_einsum_exp` with ``b`` as log-weights: as exact at ``-inf``, twice differentiable.
 

@@ -81,7 +81,7 @@ def depth_mix_routed(
     betas: Tensor | Sequence[Tensor] | None = None,
     norm: str = "rms",
 ) -> tuple[Tensor, Tensor]:
-    """:func:`depth_mix` by weights that the last hidden state chooses.
+    """Mix as :func:`depth_mix` does, with weights that the last hidden state chooses.
 
     ``weights = softmax(router @ n_k + bias)`` of each position, where ``n_k`` is the last hidden,
     normed and not rounded. Differentiable once in all tensors; the router's gradient flows into

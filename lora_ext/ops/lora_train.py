@@ -130,7 +130,7 @@ def lora_linear_apart(
     plan: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """:func:`lora_linear` of adapters that are tensors of their own, as parameters are.
+    """Compute :func:`lora_linear` of adapters that are separate tensors, as parameters are.
 
     They are copied into a bank that lives for one call and is made again in the backward: kept in
     between, the banks of a model's layers would take as much memory as its adapters. The gradients
@@ -223,7 +223,8 @@ class _Apart(torch.autograd.Function):
 
 
 def _bank(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``(A, R, I)`` and ``(A, O, R)`` of all a, then all b; beyond an adapter's rank undefined."""
+    """Return ``(A, R, I)`` and ``(A, O, R)`` of all a, then all b; beyond an adapter's rank
+    undefined."""
     half = len(factors) // 2
     a, b = factors[:half], factors[half:]
     ranks = [f.shape[0] for f in a]
@@ -241,8 +242,8 @@ _kept = threading.local()
 
 
 def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
-    """Memory for one call; on the CPU that of the call before in this thread, as fresh pages from
-    the system cost more than filling them."""
+    """Return memory for one call; on the CPU that of the call before in this thread, as fresh pages
+    from the system cost more than filling them."""
     traced = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
     if device.type != "cpu" or traced:
         return torch.empty(size, dtype=dtype, device=device)

@@ -39,7 +39,7 @@ def pack_weight(weight: Tensor) -> Tensor:
 def packed_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None = None, out_features: int | None = None
 ) -> Tensor:
-    """``y[t] = weight @ x[t] + bias`` for a weight from :func:`pack_weight`.
+    """Return ``y[t] = weight @ x[t] + bias`` for a weight from :func:`pack_weight`.
 
     A row's bits depend on that row, the weight and the bias alone, not on other rows or threads:
     sums begin at the bias and take up their products in ascending order, in float32, rounded once.

@@ -34,7 +34,7 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
 ) -> Tensor:
-    """Mean cross entropy of an output layer, ``chunk`` columns of its logits at a time.
+    """Return the mean cross entropy of an output layer, ``chunk`` columns of its logits at a time.
 
     ``mean_n (log sum_v exp z[n, v] - z[n, y_n])`` with ``z = hidden @ weight^T + bias``, and
     ``softcap * tanh(z / softcap)`` in its place where softcap is given. The mean is over the rows
@@ -86,7 +86,7 @@ def chunked_kl(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Mean divergence of students from a teacher that share an output layer, in chunks.
+    """Return the mean divergence of students from a teacher that share an output layer, in chunks.
 
     ``tau^2 mean_{e < k, n} KL(softmax(z_k[n] / tau) || softmax(z_e[n] / tau))`` with ``z_e =
     hiddens[e] @ weight^T + bias``, soft-capped as in :func:`chunked_cross_entropy`. The mean is
@@ -171,7 +171,7 @@ def _fake_kl(hiddens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Of either loss: states, weight, bias, and labels or mask; then its settings."""
+    """Save states, weight, bias, and labels or mask of either loss; then its settings."""
     ctx.settings = inputs[4:-1]
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])

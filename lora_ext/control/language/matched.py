@@ -53,7 +53,7 @@ class Matched:
         self._masks: OrderedDict[int, Tensor] = OrderedDict()
 
     def mask(self, state: int) -> Tensor:
-        """Which tokens may come in a state, ``(V,)`` bool; behind the end those that end."""
+        """Return which tokens may come in a state, ``(V,)`` bool; behind the end those that end."""
         if state == self.end:
             found = torch.zeros(self.vocab_size, dtype=torch.bool)
             found[list(self.eos)] = True
@@ -69,7 +69,7 @@ class Matched:
         return bits.flatten()[: self.vocab_size].bool()
 
     def next_state(self, state: int, token: int) -> int:
-        """The state behind a token, -1 where it is forbidden; the end stays the end."""
+        """Return the state behind a token, -1 where it is forbidden; the end stays the end."""
         if state in (-1, self.end):
             return state
         if not (0 <= token < self.vocab_size and bool(self.mask(state)[token])):
@@ -84,7 +84,7 @@ class Matched:
             return self._number[key]
 
     def accepts(self, tokens: Sequence[int] | Tensor) -> bool:
-        """Whether a text is one of the language; ``tokens`` are those before the end."""
+        """Return whether a text is one of the language; ``tokens`` are those before the end."""
         state = 0
         for token in tokens.tolist() if isinstance(tokens, Tensor) else tokens:
             state = self.next_state(state, int(token))
@@ -93,7 +93,7 @@ class Matched:
         return bool(self.mask(state)[list(self.eos)].any())
 
     def reads(self, token: int) -> bool:
-        """Whether a text may contain a token, as far as can be said before it is written."""
+        """Return whether a text may contain a token, as far as can be said before it is written."""
         return token not in self.eos
 
     def _bits(self) -> Tensor:

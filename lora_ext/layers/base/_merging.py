@@ -149,7 +149,7 @@ class Merging(nn.Module):
         self._merged, self._copy = [], None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``scaling * B @ A`` in the layout of the base weight and the dtype of the factors,
+        """Return ``scaling * B @ A`` in the layout of the base weight and the dtype of the factors,
         rounded once; a ValueError where there is no such adapter."""
         self._check_known([adapter])
         a, b, _ = self._raw_factors(adapter)
@@ -159,7 +159,7 @@ class Merging(nn.Module):
     # ---------------------------------------------------------------------------------------------
 
     def _delta(self, name: str, scaling: float) -> Tensor:
-        """``scaling * B @ A``, ``(O, I)``, not rounded."""
+        """Return ``scaling * B @ A``, ``(O, I)``, not rounded."""
         a, b, _ = self._raw_factors(name)
         return ops.lora_delta(_widened(a.flatten(1)), _widened(b.flatten(1)), scaling)
 
@@ -169,7 +169,7 @@ class Merging(nn.Module):
         return _widened(bias) * scaling
 
     def _dora_factor(self, name: str) -> Tensor:
-        """``magnitude / norm``; the norm is that of the weight without anything merged."""
+        """Return ``magnitude / norm``; the norm is that of the weight without anything merged."""
         a, b, _ = self._raw_factors(name)
         weight, _ = self._unmerged()
         norm = ops.lora_dora_norm(weight, a.flatten(1), b.flatten(1), self.scaling[name])
@@ -179,7 +179,7 @@ class Merging(nn.Module):
         return self.lora_magnitude_vector[name].weight  # pyright: ignore[reportReturnType]
 
     def _unmerged(self) -> tuple[Tensor, Tensor | None]:
-        """The base weight ``(O, I)`` and bias without what is merged, in wide precision."""
+        """Return the base weight ``(O, I)`` and bias without what is merged, in wide precision."""
         if self._copy is not None:
             weight, bias = self._copy
             return self.base_weight.as_matrix(weight), bias
@@ -215,11 +215,11 @@ class Merging(nn.Module):
                 raise ValueError(f"{where}: expected an adapter of {known}, found {name!r}")
 
     def _stores(self) -> list[Any]:
-        """The dictionaries by adapter that hold A and B."""
+        """Return the dictionaries by adapter that hold A and B."""
         return [getattr(self, name) for name in self.base_weight.stores]
 
     def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A, B and bias; A flattens to ``(r, I)``, B to ``(O, r)``."""
+        """Return A, B and bias; A flattens to ``(r, I)``, B to ``(O, r)``."""
         a, b = (store[name] for store in self._stores())
         return getattr(a, "weight", a), getattr(b, "weight", b), getattr(b, "bias", None)
 

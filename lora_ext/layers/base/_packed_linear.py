@@ -134,12 +134,14 @@ class PackedLinear(nn.Linear):
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
-        """``to`` and its like leave nothing behind that products elsewhere would never drop."""
+        """Drop the copy before ``to`` and its like: products on other devices would never drop
+        it."""
         self.__dict__[_STATE].drop()
         return super()._apply(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
-        """Packed too, with a copy of its own as soon as it is used."""
+        """Return a packed layer, which has a copy of the weight of its own as soon as it is
+        used."""
         # copy's own way leads through __reduce_ex__ below, which makes a plain layer.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -147,7 +149,7 @@ class PackedLinear(nn.Linear):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A file of the model is that of the plain one: whoever opens it needs no packing."""
+        """Pickle the layer as the plain one, which can be opened without this package."""
         if type(self) is not PackedLinear:  # parametrized since: torch has a class for it
             return super().__reduce_ex__(protocol)
         state = {k: value for k, value in self.__dict__.items() if k not in (_STATE, "exact")}
@@ -240,8 +242,8 @@ def unpack_linears(model: Model) -> Model:
 
 
 def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
-    """What :func:`unpack` takes: all packed layers of a model; ``where`` opens the message about
-    one that has parametrizations."""
+    """Return what :func:`unpack` takes: all packed layers of a model; ``where`` opens the message
+    about one that has parametrizations."""
     packed = {name: m for name, m in linears_of(model) if isinstance(m, PackedLinear)}
     remedy = "call torch.nn.utils.parametrize.remove_parametrizations first"
     for name, module in packed.items():

@@ -30,8 +30,8 @@ def ask_first(function: Callable[..., Any]) -> None:
 
 @contextmanager
 def requests_apart() -> Iterator[None]:
-    """A block whose forwards are steps of continuous batching, in this thread: each request's
-    queries meet its own keys alone.
+    """Let each request's queries meet its own keys alone in forwards of a ``with`` block, in this
+    thread: steps of continuous batching.
 
     Transformers packs the requests of a step into one row, where a mask keeps them apart: every
     query is multiplied with every request's keys, and what is not finite in one of them reaches

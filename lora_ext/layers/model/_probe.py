@@ -174,7 +174,7 @@ class LoraProbe:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """``rows @ rows^T`` in float64.
+    """Return ``rows @ rows^T`` in float64.
 
     ``||B A||^2 = trace((B^T B) (A A^T))`` cancels where the product is small beside its factors;
     float64 leaves it 1e-8 of them, float32 would leave 3e-4.
@@ -188,7 +188,7 @@ def _rms(z: Tensor) -> Tensor:
 
 
 def recomputing() -> bool:
-    """Whether a checkpointed layer runs again inside a backward."""
+    """Return whether a checkpointed layer runs again inside a backward."""
     return torch._C._current_graph_task_id() >= 0
 
 

@@ -92,7 +92,8 @@ class _Call:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A block in which the layer and the loss of this forward write here, in this thread."""
+        """Let the layer and the loss of this forward write here in a ``with`` block, in this
+        thread."""
         token = _running.set(self)
         try:
             yield
@@ -104,7 +105,7 @@ _running: ContextVar[_Call | None] = ContextVar("lora_ext.chunked_loss", default
 
 
 def _call_of(layer: nn.Module) -> _Call | None:
-    """The call of the model whose output layer this is: models may run inside of others."""
+    """Return the call of the model whose output layer this is: models may run inside of others."""
     call = _running.get()
     return call if call is not None and call.layer is layer else None
 
@@ -226,7 +227,7 @@ def _check_whole(lm: Any) -> None:
 
 
 def _probed(lm: Any, loss: _Loss) -> Head:
-    """What a model makes of its output layer's product, seen on four tokens."""
+    """Return what a model makes of its output layer's product, seen on four tokens."""
     ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
     call = _Call(loss.layer, skip=False)
     with evaluating(lm), torch.no_grad(), call.running():

@@ -147,7 +147,7 @@ def unwrap(model: Model) -> Model:
 
 
 def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> None:
-    """Before a forward: tell of activated adapters that its labels do not reach."""
+    """Warn before a forward of activated adapters that its labels do not reach."""
     labels, found = given.get("labels"), activated_in(layer_names.handle)
     if not isinstance(labels, Tensor) or found is None or found.starts is None:
         return
@@ -171,8 +171,8 @@ def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> Non
 
 
 def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules that may be adapted: all but the model, what lies in adapted layers, and what its
-    parent does not call."""
+    """Return the modules that may be adapted: all but the model, what lies in adapted layers, and
+    what its parent does not call."""
     found: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -192,7 +192,7 @@ def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Mo
 
 
 def _targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
-    """Names of the modules that the configuration matches, in the model's order."""
+    """Return names of the modules that the configuration matches, in the model's order."""
     linear = [name for name, module in modules.items() if linear_size(_base(module)) is not None]
     uncalled = {
         name
@@ -231,7 +231,7 @@ def _settings(
 
 
 def _adapt(name: str, module: nn.Module, adapter_name: str, settings: dict[str, Any]) -> LoraLayer:
-    """The module as a layer with the adapter; errors name it."""
+    """Return the module as a layer with the adapter; errors name it."""
     try:
         if isinstance(module, LoraLayer):
             module.add_adapter(adapter_name, **settings)
