@@ -12,11 +12,12 @@ from torch import Tensor
 from lora_ext._checks import require
 
 from . import _structure
-from ._leaves import External, Indicator, Joint
+from ._leaves import External, Indicator
 from ._parameters import Parameters
 from ._program import FIRST_LEAF, Weights
 from ._scopes import variables
 from ._sums import add_at, last_sum
+from .multivariate import MultivariateGaussian
 
 
 class Flows(NamedTuple):
@@ -83,7 +84,7 @@ def em_step(
         if isinstance(family, Indicator | External):
             continue
         flow = units[:, FIRST_LEAF:][:, span]
-        if isinstance(family, Joint):  # which knows itself what it sees in part
+        if isinstance(family, MultivariateGaussian):  # which knows itself what it sees in part
             observed = circuit._joint_data(span, filled, missing)
         else:
             var = circuit._var[span]
@@ -167,7 +168,7 @@ def univariate_marginals(
             add_at(table, var * size + value, flow)
             center = value.to(flow.dtype)
             spread = torch.zeros_like(center)
-        elif isinstance(family, Joint):
+        elif isinstance(family, MultivariateGaussian):
             data = circuit._joint_data(span, filled, missing)
             moments = family.moments_given(parameters, row, data)
             center, spread = (t.flatten(1) for t in moments)  # (B, N d)

@@ -5,8 +5,8 @@ parameters of all leaf units of one family in one table, a row per distribution.
 of the table, ``N`` leaf units, each with its row; ``B`` rows of data. Leaf units come in blocks of
 equal size that see one variable and have consecutive rows.
 
-An observation that is missing (-1, or NaN in floating data) never reaches a family, but for those
-whose units see several variables, ``Joint``.
+An observation that is missing (-1, or NaN in floating data) never reaches a family, except
+``MultivariateGaussian``, whose units see several variables.
 """
 
 from __future__ import annotations
@@ -108,45 +108,6 @@ class Leaf:
             step: how far, 1 is all the way.
             pseudocount: added to every row's counts, spread evenly over the values.
         """
-
-
-@dataclass(frozen=True)
-class Joint(Leaf):
-    """A family whose units are each one distribution over all d variables of their region.
-
-    A region has one leaf unit per unit, and blocks see d variables. Data are ``(B, M, d)`` in
-    floating point, NaN where they are missing.
-    """
-
-    def table(self, rows: int, size: int = 1) -> Table:
-        """Return fresh parameters for ``rows`` distributions over ``size`` variables, all
-        different."""
-        raise NotImplementedError
-
-    def peak(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        """As ``log_prob``, where what is missing takes its most probable values."""
-        raise NotImplementedError
-
-    def moments_given(self, table: Table, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of every variable given what is seen, ``(B, M, N / M, d)``
-        each."""
-        raise NotImplementedError
-
-    def complete(self, table: Table, row: Tensor, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """Return data ``(A, d)`` with what is missing in it.
-
-        Args:
-            table, row: see the class; ``row`` is of the rows of data.
-            x: ``(A, d)``.
-            u: ``(A, d)`` in [0, 1), from which what is missing is drawn; None: its most probable
-                values.
-        """
-        raise NotImplementedError
-
-
-def fresh_table(leaf: Leaf, rows: int, size: int) -> Table:
-    """Return fresh parameters of a family for regions of ``size`` variables."""
-    return leaf.table(rows, size) if isinstance(leaf, Joint) else leaf.table(rows)
 
 
 def normal_quantile(u: Tensor) -> Tensor:

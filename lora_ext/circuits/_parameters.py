@@ -20,7 +20,7 @@ from lora_ext._files import SafetensorsFile, parse_json
 from lora_ext.reference import log_weights
 
 from . import _structure
-from ._leaves import External, Finite, Indicator, Joint, Leaf, fresh_table
+from ._leaves import External, Finite, Indicator, Leaf
 from ._program import (
     FIRST_LEAF,
     Execution,
@@ -32,6 +32,7 @@ from ._program import (
 )
 from ._scopes import variables
 from ._sums import in_rows
+from .multivariate import MultivariateGaussian, fresh_table
 from .region_graph import RegionGraph
 
 _METADATA = "lora_ext.circuit"
@@ -76,7 +77,7 @@ class Parameters(nn.Module):
             scope = functools.reduce(lambda s, r: s | r.variables, members, 0)
             self._blocks.append(math.gcd(*(r.units for r in members)))
             self._names.append(variables(scope))
-            if isinstance(leaf, Joint):
+            if isinstance(leaf, MultivariateGaussian):
                 blocks = [(r, r.units // self._blocks[-1]) for r in members]
                 scopes = [variables(r.variables) for r, number in blocks for _ in range(number)]
                 self.register_buffer(f"_scopes{family}", torch.tensor(scopes), persistent=False)
@@ -126,7 +127,7 @@ class Parameters(nn.Module):
         require(node.leaf is not None, "region_leaves", "region", "an input", found)
         unit = self.layered.first_leaves[region][0] - FIRST_LEAF
         row, family = int(self._row[unit]), int(self.layered.inputs.dist[unit])
-        each = 1 if isinstance(node.leaf, Joint) else node.variables.bit_count()
+        each = 1 if isinstance(node.leaf, MultivariateGaussian) else node.variables.bit_count()
         rows = slice(row, row + node.units * each)
         return {k: t[rows] for k, t in self._table(family).items()}
 
@@ -279,11 +280,11 @@ class Parameters(nn.Module):
             elif isinstance(leaf, Indicator):
                 hit = filled[:, var, None] == self._indicators[span].view(-1, block)
                 e = torch.where(hit, 0.0, -torch.inf).to(dtype)
-            elif isinstance(leaf, Joint):
+            elif isinstance(leaf, MultivariateGaussian):
                 e = leaf.log_prob(table, self._row[span], self._joint_data(span, filled, missing))
             else:
                 e = leaf.log_prob(table, self._row[span], filled[:, var])
-            if not complete and not isinstance(leaf, External | Joint):
+            if not complete and not isinstance(leaf, External | MultivariateGaussian):
                 e = torch.where(missing[:, var, None], 0, e)
             parts.append(e.flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -37,8 +37,9 @@ from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext.ops import Program
 
-from ._leaves import Indicator, Joint, Leaf
+from ._leaves import Indicator, Leaf
 from ._scopes import PCStructureError, variables
+from .multivariate import MultivariateGaussian
 from .region_graph import RegionGraph
 
 FIRST_LEAF = 2  # columns 0 and 1 are constants
@@ -136,7 +137,9 @@ def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], Tensor, InputLayer,
     grouped: dict[tuple[object, int], list[int]] = {}
     for i, region in enumerate(graph.regions):
         if region.leaf is not None:
-            size = region.variables.bit_count() if isinstance(region.leaf, Joint) else 1
+            size = (
+                region.variables.bit_count() if isinstance(region.leaf, MultivariateGaussian) else 1
+            )
             key = Indicator if isinstance(region.leaf, Indicator) else region.leaf
             grouped.setdefault((key, size), []).append(i)
     var, dist, row, values = list[int](), list[int](), list[int](), list[int]()

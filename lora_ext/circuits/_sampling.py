@@ -11,10 +11,11 @@ from lora_ext._checks import integer, require
 from lora_ext.reference import log_weights
 
 from . import _structure
-from ._leaves import COUNT, Indicator, Joint
+from ._leaves import COUNT, Indicator
 from ._parameters import Parameters, require_tensor
 from ._program import FIRST_LEAF
 from ._scopes import variables
+from .multivariate import MultivariateGaussian
 
 
 class MapResult(NamedTuple):
@@ -127,7 +128,7 @@ def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
     """Return the values of all units by max-product, where missing variables take their mode."""
     leaves = circuit._leaf_values_of("map", filled, missing).clone()
     for leaf, table, span in circuit._families():
-        if isinstance(leaf, Joint):
+        if isinstance(leaf, MultivariateGaussian):
             data = circuit._joint_data(span, filled, missing)
             leaves[:, span] = leaf.peak(table, circuit._row[span], data).flatten(1)
         elif not isinstance(leaf, Indicator):
@@ -146,14 +147,14 @@ def _fill(
     """
     for (leaf, table, span), block in zip(circuit._families(), circuit._blocks, strict=True):
         inside = (chosen >= span.start + FIRST_LEAF) & (chosen < span.stop + FIRST_LEAF)
-        if not isinstance(leaf, Joint):
+        if not isinstance(leaf, MultivariateGaussian):
             inside &= missing
         m, v = inside.nonzero(as_tuple=True)
         unit = chosen[m, v] - FIRST_LEAF
         row = circuit._row[unit]
         if isinstance(leaf, Indicator):
             x[m, v] = circuit._indicators[unit].to(x.dtype)
-        elif isinstance(leaf, Joint):
+        elif isinstance(leaf, MultivariateGaussian):
             at = m[:, None], circuit._scopes(span)[(unit - span.start) // block]
             known = torch.where(missing[at], torch.nan, x[at].to(circuit.weights.dtype))
             values = leaf.complete(table, row, known, None if uniforms is None else uniforms[at])

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._leaves import LOG_TAU, Joint, Table, normal_quantile, require_min_std
+from ._leaves import LOG_TAU, Leaf, Table, normal_quantile, require_min_std
 from ._sums import add_at
 
 
@@ -152,7 +152,7 @@ def _triangle(rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MultivariateGaussian(Joint):
+class MultivariateGaussian(Leaf):
     """Real numbers with a covariance: each unit is one Gaussian over the d variables of its region.
 
     Parameters, a row each: ``mean (R, d)``, and the Cholesky factor of the covariance as the
@@ -160,6 +160,9 @@ class MultivariateGaussian(Joint):
     (R, d (d - 1) / 2)``. Any numbers are a distribution, as long as the exponential of
     ``log_diagonal`` is neither 0 nor infinite in its dtype. ``min_std`` bounds what EM may shrink
     the deviation to, in any direction. Pseudocounts do not touch it.
+
+    A region has one leaf unit per unit, and blocks see d variables. Data are ``(B, M, d)`` in
+    floating point, NaN where they are missing.
     """
 
     min_std: float = 1e-3
@@ -168,6 +171,7 @@ class MultivariateGaussian(Joint):
         require_min_std("MultivariateGaussian", self.min_std)
 
     def table(self, rows: int, size: int = 1) -> Table:
+        """Return fresh parameters for ``rows`` distributions over ``size`` variables."""
         return {
             "mean": torch.randn(rows, size),
             "log_diagonal": torch.zeros(rows, size),
@@ -183,6 +187,7 @@ class MultivariateGaussian(Joint):
         return _of_blocks(row, x, answer)
 
     def peak(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
+        """Return ``log_prob`` where what is missing takes its most probable values."""
         gaussians = _gaussians(table)
 
         def answer(group: _Group, flat: Tensor, units: Tensor) -> Tensor:
@@ -192,6 +197,7 @@ class MultivariateGaussian(Joint):
         return _of_blocks(row, x, answer)
 
     def moments_given(self, table: Table, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of every variable given what is seen, ``(B, M, N / M, d)``."""
         gaussians = _gaussians(table)
 
         def answer(group: _Group, flat: Tensor, units: Tensor) -> Tensor:
@@ -205,6 +211,14 @@ class MultivariateGaussian(Joint):
         return mean, variance
 
     def complete(self, table: Table, row: Tensor, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """Return data ``(A, d)`` with what is missing in it.
+
+        Args:
+            table, row: as for :meth:`log_prob`; ``row`` is of the rows of data.
+            x: ``(A, d)``.
+            u: ``(A, d)`` in [0, 1), from which what is missing is drawn; None: its most probable
+                values.
+        """
         gaussians = _gaussians(table)
 
         def answer(group: _Group) -> Tensor:
@@ -290,3 +304,9 @@ def _add(target: Tensor, row: Tensor, values: Tensor) -> None:
     each = target[0].numel()
     index = row.flatten()[:, None] * each + torch.arange(each, device=row.device)
     add_at(target.view(-1), index.flatten(), values.flatten())
+
+
+def fresh_table(leaf: Leaf, rows: int, size: int) -> Table:
+    """Return fresh parameters of a family for regions of ``size`` variables."""
+    joint = isinstance(leaf, MultivariateGaussian)
+    return leaf.table(rows, size) if joint else leaf.table(rows)

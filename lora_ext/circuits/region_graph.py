@@ -2,8 +2,8 @@
 
 A region is a set of variables with a number of units, each a function of these variables. The units
 of an input region are distributions; over several variables, a product of one per variable, or one
-for all of them if the family is a ``Joint``. Any other region has partitions, and each of its units
-is a weighted sum over the product units of all of them:
+for all of them if the family is ``MultivariateGaussian``. Any other region has partitions, and each
+of its units is a weighted sum over the product units of all of them:
 
 * ``hadamard``: the children have equal unit counts, unit u of the product is the product of their
   units u;
