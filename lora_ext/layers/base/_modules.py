@@ -99,17 +99,13 @@ def _read_and_not_called(kind: type) -> frozenset[str]:
     methods = [inspect.unwrap(m) for m in methods if not m.__module__.startswith("torch.nn.")]
     read: set[str] = set()
     for method in methods:
-        if "weight" in _names(method) and not any(w in method.__name__ for w in ("init", "tie")):
+        names = method.__code__.co_names  # those of functions inside it are left out
+        if "weight" in names and not any(w in method.__name__ for w in ("init", "tie")):
             read.update(child for child, asked in _uses(method) if asked == "weight")
     for method in methods if read else ():
-        if not read.isdisjoint(_names(method)):
+        if not read.isdisjoint(method.__code__.co_names):
             read.difference_update(child for child, asked in _uses(method) if asked is None)
     return frozenset(read)
-
-
-def _names(method: Any) -> frozenset[str]:
-    """Return attributes that a function's code names; those of functions inside it are left out."""
-    return frozenset(method.__code__.co_names)
 
 
 def _uses(method: Any) -> Iterator[tuple[str, str | None]]:

@@ -160,9 +160,8 @@ class LayerGroups:
         Raises:
             ValueError: as :meth:`set_mask`, which calls this.
         """
-        require(isinstance(mask, Tensor | Sequence), "LayerGroups", "mask", "bools", repr(mask))
-        values = mask.tolist() if isinstance(mask, Tensor) else list(mask)
-        bools = isinstance(values, list) and all(isinstance(v, bool) for v in values)
+        values: Any = mask.tolist() if isinstance(mask, Tensor) else mask
+        bools = isinstance(values, Sequence) and all(isinstance(v, bool) for v in values)
         kind = mask.dtype if isinstance(mask, Tensor) else repr(mask)
         require(bools, "LayerGroups", "mask", "bools", kind)
         expected = f"one value for each of the {len(self)} groups"
@@ -170,7 +169,7 @@ class LayerGroups:
         for names, group, on in zip(self.names, self.layers, values, strict=True):
             for name, layer in zip(names, group, strict=True):
                 _check(layer, self.adapter_name, on, f"LayerGroups: mask: {name}")
-        return values
+        return list(values)
 
 
 def _key(name: str, position: int, group_by: str | int, pattern: str | None) -> Any:

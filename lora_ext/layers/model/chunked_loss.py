@@ -67,7 +67,13 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
     require(plain, _WHERE, "model", expected, found, NotImplementedError)
     name = getattr(own, "__name__", type(own).__name__)
     require(name == "ForCausalLMLoss", _WHERE, "model", "the loss ForCausalLMLoss", name)
-    _check_whole(lm)
+    # After a forward the parameters of FSDP2's root module stay unsharded. An optimizer made after
+    # the forward on four tokens would hold these, and training steps do not update them.
+    expected, remedy = "parameters that are not sharded", f"call {_WHERE} before fully_shard"
+    for name, parameter in lm.named_parameters():
+        whole = not hasattr(parameter, "full_tensor")
+        found = f"a {type(parameter).__name__} in {name}; {remedy}"
+        require(whole, _WHERE, "model", expected, found, NotImplementedError)
     lm.__dict__[_LOSS] = loss = _Loss(layer, own, lm.__dict__.get(_LOSS), chunk)
     Forward.put_before(layer, _layer_forward)
     Forward.put_before(lm, _model_forward)
@@ -211,19 +217,6 @@ def _remove_hook(base: nn.Module) -> bool:
     for key in keys:
         del hooks[key]
     return bool(keys)
-
-
-def _check_whole(lm: Any) -> None:
-    """Raise NotImplementedError if FSDP2 has sharded the parameters.
-
-    After a forward the parameters of FSDP2's root module stay unsharded. An optimizer that is made
-    after the forward on four tokens would hold these, and training steps do not update them.
-    """
-    expected, remedy = "parameters that are not sharded", f"call {_WHERE} before fully_shard"
-    for name, parameter in lm.named_parameters():
-        whole = not hasattr(parameter, "full_tensor")
-        found = f"a {type(parameter).__name__} in {name}; {remedy}"
-        require(whole, _WHERE, "model", expected, found, NotImplementedError)
 
 
 def _probed(lm: Any, loss: _Loss) -> Head:

@@ -88,10 +88,15 @@ def wrap(
     if unused:
         warnings.warn(f"wrap: config: {', '.join(unused)} matches no adapted module", stacklevel=2)
     adapted: dict[str, LoraLayer] = {}
+    shared = {name: getattr(config, name) for name in _SETTINGS}
+    shared["alora_invocation_tokens"] = config.invocation
     try:
         for name in targets:
-            settings = _settings(config, *sizes[name], modules[name], autocast_adapter_dtype)
-            adapted[name] = _adapt(name, modules[name], adapter_name, settings)
+            dtype = getattr(getattr(_base(modules[name]), "weight", None), "dtype", None)
+            wide = autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16)
+            own: dict[str, Any] = {"adapter_dtype": torch.float32 if wide else None}
+            own["r"], own["lora_alpha"] = sizes[name]
+            adapted[name] = _adapt(name, modules[name], adapter_name, shared | own)
     except BaseException:
         for layer in adapted.values():
             layer.delete_adapter(adapter_name)  # and put back the base weight, if it changed
@@ -214,20 +219,6 @@ def _targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig
 
 def _base(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, LoraLayer) else module
-
-
-def _settings(
-    config: LoraConfig, r: int, alpha: float, module: nn.Module, autocast_adapter_dtype: bool
-) -> dict[str, Any]:
-    dtype = getattr(getattr(_base(module), "weight", None), "dtype", None)
-    wide = autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16)
-    return {
-        **{name: getattr(config, name) for name in _SETTINGS},
-        "r": r,
-        "lora_alpha": alpha,
-        "alora_invocation_tokens": config.invocation,
-        "adapter_dtype": torch.float32 if wide else None,
-    }
 
 
 def _adapt(name: str, module: nn.Module, adapter_name: str, settings: dict[str, Any]) -> LoraLayer:
