@@ -20,7 +20,7 @@ from lora_ext._files import SafetensorsFile, parse_json
 from lora_ext.reference import log_weights
 
 from . import _structure
-from ._leaves import External, Finite, Indicator, Leaf
+from ._leaves import External, Finite, Indicator, Leaf, Table
 from ._program import (
     FIRST_LEAF,
     Execution,
@@ -32,7 +32,7 @@ from ._program import (
 )
 from ._scopes import variables
 from ._sums import in_rows
-from .multivariate import MultivariateGaussian, fresh_table
+from .multivariate import MultivariateGaussian
 from .region_graph import RegionGraph
 
 _METADATA = "lora_ext.circuit"
@@ -71,7 +71,7 @@ class Parameters(nn.Module):
         self._names: list[list[int]] = []
         firsts = {i: columns[0] for i, columns in self.layered.first_leaves.items()}
         for family, (leaf, begin, end, rows, size) in enumerate(self.layered.families):
-            table = fresh_table(leaf, rows, size)
+            table = _fresh_table(leaf, rows, size)
             self.leaves.append(nn.ParameterDict({k: nn.Parameter(t) for k, t in table.items()}))
             members = [graph.regions[i] for i, first in firsts.items() if begin <= first < end]
             scope = functools.reduce(lambda s, r: s | r.variables, members, 0)
@@ -324,7 +324,7 @@ def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
         layered = compile_graph(graph)
         wanted: dict[str, tuple[int, ...]] = {"weights": (layered.num_weights,)}
         for i, family in enumerate(layered.families):
-            for k, t in fresh_table(family.leaf, 0, family.size).items():
+            for k, t in _fresh_table(family.leaf, 0, family.size).items():
                 wanted[f"leaves.{i}.{k}"] = (family.rows, *t.shape[1:])
         found = {k: info.shape for k, info in file.infos.items()}
         dtypes = {info.dtype for info in file.infos.values()}
@@ -332,3 +332,9 @@ def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
         one = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
         require(one, where, "tensors", "tensors in float32 or in float64", dtypes)
         return graph, norm, {k: file.read(k) for k in found}
+
+
+def _fresh_table(leaf: Leaf, rows: int, size: int) -> Table:
+    """Return fresh parameters of a family for regions of ``size`` variables."""
+    joint = isinstance(leaf, MultivariateGaussian)
+    return leaf.table(rows, size) if joint else leaf.table(rows)

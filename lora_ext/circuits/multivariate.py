@@ -304,9 +304,3 @@ def _add(target: Tensor, row: Tensor, values: Tensor) -> None:
     each = target[0].numel()
     index = row.flatten()[:, None] * each + torch.arange(each, device=row.device)
     add_at(target.view(-1), index.flatten(), values.flatten())
-
-
-def fresh_table(leaf: Leaf, rows: int, size: int) -> Table:
-    """Return fresh parameters of a family for regions of ``size`` variables."""
-    joint = isinstance(leaf, MultivariateGaussian)
-    return leaf.table(rows, size) if joint else leaf.table(rows)
