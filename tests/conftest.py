@@ -147,7 +147,7 @@ def two_processes() -> Iterator[TwoProcesses]:
 @pytest.fixture
 def shared_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Siblings share ops on the CPU as they do on a GPU."""
-    monkeypatch.setattr(_siblings, "_ON_CPU", True)
+    monkeypatch.setattr(_siblings, "SHARE_ON_CPU", True)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from ._names import CallNames
 from ._pipelines import watch_pipelines
 from .layers._multi_lora import MultiLoraLinear
 from .layers._overlap import begin_early
-from .layers._siblings import introduce
+from .layers._siblings import set_siblings
 from .layers.multi_lora_embedding import MultiLoraEmbedding
 from .layers.multi_lora_experts import MultiLoraExperts
 
@@ -63,7 +63,7 @@ class _Attachment:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Attachment:
         swap = copy.deepcopy(self.swap, memo)
         if self.fused:
-            introduce(swap.placed)
+            set_siblings(swap.placed)
         # The copied methods are hooks already, bound to the copied modules.
         spaced = copy.deepcopy(self.spaced, memo)
         return _Attachment(self.pool, swap, self.packed, self.fused, list(self.hooked), spaced)
@@ -145,7 +145,7 @@ def attach(
     if pack_base:
         pack_linears(model)
     if fuse_siblings:
-        introduce(layers)
+        set_siblings(layers)
     if overlap:
         begin_early(layers)
     swap = Swap(model, layers, "attach")

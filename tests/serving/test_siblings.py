@@ -74,7 +74,7 @@ def serving(model: Any, names: Any = ROWS) -> Iterator[None]:
 
 
 def kept(model: Any) -> list[Tensor]:
-    first = model.q.siblings._here.first
+    first = model.q.siblings._thread.call
     return [] if first is None else list(first.outputs.values())
 
 
@@ -108,7 +108,7 @@ def test_the_first_forward_teaches_and_the_next_ones_share(fused: list[int]) -> 
 def test_on_the_cpu_each_layer_has_its_own(
     fused: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_siblings, "_ON_CPU", False)
+    monkeypatch.setattr(_siblings, "SHARE_ON_CPU", False)
     model, plain = taught()
     agree(model, plain, lambda m: m(inputs()))
     assert fused == [] and kept(model) == []
@@ -150,7 +150,7 @@ def test_a_layer_that_was_alone_for_long_gets_a_sibling_with_an_adapter(fused: l
     with serving(model):
         for _ in range(70):
             model(inputs())
-    assert model.q.siblings._lessons == 0
+    assert model.q.siblings._observations == 0
     for each in (model, plain):
         each.q.pool.load("late", adapter(5, "qk"))
     for _ in range(3):  # one to notice, one to learn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,9 @@ from lora_ext.rows import Pool, PoolLayer, Rows, current, pool_rows, untouched
 from ._pool_dora import DoraFactors, Rescale, rescaled
 from ._pool_replaced import traced_replaced, with_replaced
 
-
-class SiblingsProtocol(Protocol):
-    """What a layer asks of :mod:`lora_ext.serving.layers._siblings`, which builds on this file."""
-
-    def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
-        """What a sibling has computed for the layer already."""
-
-    def together(self, layer: MultiLoraLinear, x: Tensor, y: Tensor, rows: Rows) -> Tensor | None:
-        """The layer's output, computed with those of its followers."""
-
-
-class OverlapProtocol(Protocol):
-    """What a layer asks of :mod:`lora_ext.serving.layers._overlap`, which builds on this file."""
-
-    def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
-        """The layer's output, its update begun beside the base product."""
+if TYPE_CHECKING:  # both build on this file
+    from ._overlap import Overlap
+    from ._siblings import Siblings
 
 
 class MultiLoraLinear(PoolLayer):
@@ -46,10 +33,10 @@ class MultiLoraLinear(PoolLayer):
             (..., O). pool: :class:`lora_ext.AdapterPool`. name: the module's name in the pool.
     """
 
-    #: The layers of its parent that may see the same rows, where they share ops.
-    siblings: SiblingsProtocol | None = None
-    #: Streams, where the update may begin beside the base product.
-    overlap: OverlapProtocol | None = None
+    #: The layers that this one may share ops with; None without ``fuse_siblings``.
+    siblings: Siblings | None = None
+    #: The streams on which the update may begin beside the base product; None without ``overlap``.
+    overlap: Overlap | None = None
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__(base, pool, name)
@@ -57,14 +44,13 @@ class MultiLoraLinear(PoolLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
-        siblings = self.siblings
-        if siblings is not None and compiles():
-            siblings = None
+        traced = compiles()
+        siblings = None if traced else self.siblings
         if siblings is not None:
-            finished = siblings.output(self, x)
+            finished = siblings.stored_output(self, x)
             if finished is not None:
                 return finished
-        if self.overlap is not None and not compiles():
+        if self.overlap is not None and not traced:
             try:
                 finished = self.overlap.output(self, x)
             except ValueError as error:
@@ -73,7 +59,6 @@ class MultiLoraLinear(PoolLayer):
                 return finished
         y = self.base(x)
         slab = self.slab
-        traced = compiles()
         if slab.a_pages is None and not slab.was_replaced:
             if not traced:
                 untouched(self.pool, x.device)
@@ -94,9 +79,9 @@ class MultiLoraLinear(PoolLayer):
             if slab.magnitude is not None:
                 rescale = self.dora.rescale(block, leading, x.device, self.tokens_first)
             try:
-                together = None if siblings is None else siblings.together(self, x, y, rows)
-                if together is not None:
-                    return together
+                fused = None if siblings is None else siblings.fused_output(self, x, y, rows)
+                if fused is not None:
+                    return fused
                 y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
                 self.watch_backward(y)
             except ValueError as error:

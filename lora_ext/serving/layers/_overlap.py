@@ -21,7 +21,7 @@ from lora_ext import ops
 from lora_ext.rows import current
 
 from ._multi_lora import MultiLoraLinear, with_bias
-from ._siblings import goes_along, plain
+from ._siblings import is_plain_input, is_plain_layer
 
 #: Most rows that are computed so: those of the kernels of decode.
 MOST_ROWS = 256
@@ -62,10 +62,10 @@ class Overlap:
         """
         slab = layer.slab
         few = x.numel() <= MOST_ROWS * slab.in_features
-        if x.device.type not in self._devices or not (few and plain(x)):
+        if x.device.type not in self._devices or not (few and is_plain_input(x)):
             return None
         block = current(layer.handle)
-        if block is None or layer.is_head or not goes_along(layer, layer, x):
+        if block is None or layer.is_head or not is_plain_layer(layer, x):
             return None
         rows = layer.rows_in(block, x.shape[:-1], x.device)
         if not rows.used:
