@@ -25,7 +25,7 @@ from lora_ext.pool import AdapterPool
 from lora_ext.rows import BASE, ERROR, PoolLayer, UnknownAdapterError, _layouts, attachments
 
 from ._continuous import requests_of
-from ._hooks import Hooks, is_hook, take_away
+from ._hooks import Hooks, is_hook, uninstall
 from ._names import CallNames
 from ._pipelines import watch_pipelines
 from .layers._multi_lora import MultiLoraLinear
@@ -54,7 +54,7 @@ class _Attachment:
     swap: Swap
     packed: bool
     fused: bool
-    hooked: list[tuple[str, str]]  # what Hooks.put has put
+    hooked: list[tuple[str, str]]  # of Hooks.install
     spaced: list[nn.Module]  # layers with hooks of space_products
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ def attach(
         begin_early(layers)
     swap = Swap(model, layers, "attach")
     _layouts.tell(model)
-    hooked = Hooks(CallNames(pool, default)).put(model)
+    hooked = Hooks(CallNames(pool, default)).install(model)
     spaced = space_products(model)
     model.__dict__[_KEY] = _Attachment(pool, swap, pack_base, fuse_siblings, hooked, spaced)
     watch_pipelines()
@@ -181,7 +181,7 @@ def detach(model: Model) -> Model:
     attachment.swap.restore(model, "detach")
     for requests in managers:
         requests.remove()
-    take_away(model, attachment.hooked)
+    uninstall(model, attachment.hooked)
     unspace_products(attachment.spaced)
     unpack(packed)
     del model.__dict__[_KEY]
