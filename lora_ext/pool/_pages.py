@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,11 +41,6 @@ def page_count(rank: int) -> int:
 def page_bytes(spec: LinearSpec) -> int:
     """Bytes of one page of a module, ``8 * (I + O) * itemsize``."""
     return PAGE * (spec.in_features + spec.out_features) * spec.dtype.itemsize
-
-
-def descending(pages: Iterable[int]) -> list[int]:
-    """As lists of free pages are: :class:`Slab`."""
-    return sorted(pages, reverse=True)
 
 
 def in_words(nbytes: int) -> str:
@@ -270,7 +265,7 @@ class Slab:
         self.page_bytes = page_bytes(spec)
         self.bias: Tensor | None = None
         self.magnitude: Tensor | None = None
-        self.free = list(range(pages - 1, -1, -1))
+        self.free = list(reversed(range(pages)))
         try:
             self.memory = memory_on(spec.device, pages * self.page_bytes)
         except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is one

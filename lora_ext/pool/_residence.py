@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lora_ext._checks import require
+from lora_ext.adapter import AdapterConfig
 from lora_ext.rows import UnknownAdapterError
 
 from ._pages import PackedAdapter
@@ -132,8 +133,14 @@ class Residence:
                 hint = "; it was evicted, and host_cache_bytes had no room for it: load it again"
             raise UnknownAdapterError(f"AdapterPool: adapter {name!r} is not loaded{hint}")
 
+    def config_of(self, name: str) -> AdapterConfig:
+        """Return the configuration of an adapter; raise UnknownAdapterError for other names."""
+        self.check_known([name])
+        return (self.by_name.get(name) or self.cache[name]).config
+
     def forget(self, name: str) -> None:
-        """The name is gone; so are slot and pages, now or with the last pin."""
+        """Forget a name. Slot and pages are freed now, or with the last pin."""
+        self.check_known([name])
         self.cache.forget(name)
         if name in self.by_name:
             self._retire(self.by_name.pop(name))
@@ -176,15 +183,9 @@ class Residence:
             self._undo(place, saved)
             raise
         # Python assignments only from here on: nothing fails half-way.
+        config, pages = packed.config, place.pages
         resident = Resident(
-            name,
-            place.slot,
-            packed.config,
-            place.pages,
-            packed.rank,
-            packed.nbytes,
-            written,
-            invocation=packed.config.invocation,
+            name, place.slot, config, pages, packed.rank, packed.nbytes, config.invocation, written
         )
         self._store.commit(place, resident)
         for victim in place.victims:

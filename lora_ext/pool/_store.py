@@ -23,11 +23,10 @@ from ._pages import (
     PackedModule,
     Slab,
     TableBlock,
-    descending,
     page_bytes,
     page_count,
 )
-from ._transfer import Transfer, to_host, transfer_to
+from ._transfer import StreamTransfer, Transfer, to_host
 
 Written = list[tuple[Transfer, Any]]  # copies that may still be queued
 
@@ -42,10 +41,10 @@ class Resident:
     pages: dict[str, list[int]]
     rank: int  # the largest of its modules
     nbytes: int
+    invocation: tuple[int, ...] = ()  # with which an activated adapter begins
     written: Written = field(default_factory=list)  # empty once every stream may read it
     last_use: float = field(default_factory=time.time)  # of the load or the last acquire
     pins: int = 0
-    invocation: tuple[int, ...] = ()  # with which an activated adapter begins
     retired: bool = False  # the name is gone or means another slot; freed with the last pin
     #: No other adapter of the process has it, nor a later version of this one.
     serial: int = field(default_factory=itertools.count(1).__next__)
@@ -66,13 +65,6 @@ class Placement:
     replaced: dict[str, Replaced] = field(default_factory=dict)
     #: Bytes behind pages before and after, of the modules where they change.
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    @property
-    def memory(self) -> list[Tensor]:
-        """What was allocated for it."""
-        pages = [t for slab in self.slabs.values() for t in (slab.a, slab.b)]
-        tables = [t for b in self.blocks for t in (b.page_table, b.ranks, b.scale)]
-        return [*pages, *tables, *self.biases.values(), *self.magnitudes.values()]
 
 
 class PageStore:
@@ -104,7 +96,10 @@ class PageStore:
         self.max_pages = page_count(max_rank)
         self.free_slots = list(range(max_slots - 1, -1, -1))  # the next one last
         devices = {spec.device for spec in index.specs.values()}
-        self.transfers = {device: transfer_to(device) for device in devices}
+        self.transfers = {
+            device: StreamTransfer(device) if device.type == "cuda" else Transfer()
+            for device in devices
+        }
 
     def mark_use(self) -> None:
         """Steps queued so far may read pages that are about to become free (CUDA only)."""
@@ -190,11 +185,20 @@ class PageStore:
                 (place.biases.get(module, slab.bias), part and part.bias),
                 (place.magnitudes.get(module, slab.magnitude), part and part.magnitude),
             ):
-                if table is not None:
-                    jobs[table.device].append((table[slot], _row(table[slot], own)))
+                if table is None:
+                    continue
+                row = table[slot]
+                if own is None:
+                    own = torch.zeros(
+                        row.shape, dtype=row.dtype, device="cpu", pin_memory=row.is_cuda
+                    )
+                jobs[table.device].append((row, own))
         for block in (*self.blocks, *place.blocks):
             jobs[block.ranks.device] += block.rows(slot, place.pages, packed.modules)
-        new, rooms = place.memory, []
+        new = [t for slab in place.slabs.values() for t in (slab.a, slab.b)]
+        new += [t for b in place.blocks for t in (b.page_table, b.ranks, b.scale)]
+        new += [*place.biases.values(), *place.magnitudes.values()]
+        rooms = []
         for module, room in place.replaced.items():
             for to, own in zip(room, packed.replaced[module], strict=True):
                 if to is not None and own is not None:
@@ -278,7 +282,7 @@ class PageStore:
         self._free(resident.slot)
         for module, pages in resident.pages.items():
             slab = self.slabs[module]
-            slab.free = descending([*slab.free, *pages])
+            slab.free = sorted([*slab.free, *pages], reverse=True)
 
     def _free(self, slot: int) -> None:
         self.residents[slot] = None
@@ -286,10 +290,3 @@ class PageStore:
         for name in self._replacing:
             view = self.modules[name]
             view.replaced = {s: whole for s, whole in view.replaced.items() if s != slot}
-
-
-def _row(row: Tensor, own: Tensor | None) -> Tensor:
-    """An adapter's row of a table, zeros where it has none."""
-    if own is not None:
-        return own
-    return torch.zeros(row.shape, dtype=row.dtype, device="cpu", pin_memory=row.is_cuda)

@@ -116,8 +116,3 @@ class StreamTransfer(Transfer):
                 "AdapterPool.acquire: expected a stream that is not capturing a graph, found one "
                 "that is; enter the block around the capture, and leave it after the last replay"
             )
-
-
-def transfer_to(device: torch.device) -> Transfer:
-    """The copies to a device."""
-    return StreamTransfer(device) if device.type == "cuda" else Transfer()

@@ -183,10 +183,9 @@ class AdapterPool:
             strict, adapter_name: as for :meth:`load`.
         """
         with self._lock:
-            self._residence.check_known([name])
-            held = self._residence.by_name.get(name) or self._residence.cache[name]
+            config = self._residence.config_of(name)
         if isinstance(source, Mapping):
-            source = (held.config, source)
+            source = (config, source)
         packed = self._read("update", source, strict, adapter_name)
         with self._lock:
             self._residence.check_known([name])
@@ -197,7 +196,6 @@ class AdapterPool:
     def unload(self, name: str) -> None:
         """Forget a name. Its pages are free at once, or when the last pin is released."""
         with self._lock:
-            self._residence.check_known([name])
             self._residence.forget(name)
 
     def prefetch(
@@ -303,9 +301,7 @@ class AdapterPool:
             UnknownAdapterError: no adapter of that name.
         """
         with self._lock:
-            self._residence.check_known([name])
-            held = self._residence.by_name.get(name) or self._residence.cache[name]
-            return held.config.invocation
+            return self._residence.config_of(name).invocation
 
     # ---------------------------------------------------------------------------------------------
     # Numbers
