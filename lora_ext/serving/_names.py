@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lora_ext._checks import require
 from lora_ext.pool import AdapterPool
 from lora_ext.rows import (
     BASE,
@@ -85,16 +86,12 @@ class CallNames:
             given = block.assignment.spelled()
             given = given if shape else given[0]
         names = [given] * count if given is None or isinstance(given, str) else list(given)
-        if len(names) != count:
-            source = "adapter_names" if block is None else "names of the block"
-            raise ValueError(
-                f"{where}: {source}: expected one for each of {count} requests, found {len(names)}"
-            )
+        source = "adapter_names" if block is None else "names of the block"
+        expected = f"one for each of {count} requests"
+        require(len(names) == count, where, source, expected, len(names))
         for name in names:
-            if name is not None and not isinstance(name, str):
-                raise ValueError(
-                    f"{where}: adapter_names: expected str or None, found {name!r:.200}"
-                )
+            fits = name is None or isinstance(name, str)
+            require(fits, where, "adapter_names", "str or None", f"{name!r:.200}")
             if name not in (None, BASE) and name not in self.pool:
                 self.pool.acquire([name])  # says what is wrong with it
         return names  # pyright: ignore[reportReturnType]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lora_ext._checks import require, require_flags
+from lora_ext._checks import instance, require, require_flags
 from lora_ext.adapter import ModelIndex, model_name
 from lora_ext.layers import (
     Swap,
@@ -121,13 +121,16 @@ def attach(
             ``tp_plan`` has divided the weights. The model is unchanged then.
     """
     _check_module("attach", model)
-    found = type(pool).__name__
-    fits = isinstance(pool, AdapterPool)
-    require(fits, "attach", "pool", "an AdapterPool of the model", found, TypeError)
+    instance("attach", "pool", pool, AdapterPool)
     require_flags("attach", pack_base=pack_base, fuse_siblings=fuse_siblings, overlap=overlap)
     one = not (overlap and fuse_siblings)
     require(one, "attach", "overlap", "False where fuse_siblings is True", overlap)
-    default = _checked_default(default, pool)
+    default = None if default == BASE else default
+    if default not in (None, ERROR) and default not in pool:
+        raise UnknownAdapterError(
+            "attach: default: expected None, 'error' or one of the adapters "
+            f"{pool.names!r:.200}, found {default!r:.200}"
+        )
     _check_free(model)
     layers: dict[str, PoolLayer] = {}
     for name in pool.modules:
@@ -140,7 +143,12 @@ def attach(
             layers[name] = MultiLoraExperts(_module(model, name), pool, name)
     for layer in layers.values():
         layer.default = default
-    _check_same_modules(model, pool)
+    found = ModelIndex.build(model, pool.targets, device="cpu").specs
+    if more := [name for name in found if name not in pool.index.specs]:
+        raise ValueError(  # these layers would serve the base model in silence
+            f"attach: pool: expected a pool of this model, found none of its pages for {len(more)} "
+            f"modules of the model, {more[0]!r} first; make the pool of this model"
+        )
     pool.base_models.meet("attach: model", model_name(model), stacklevel=2)
     if pack_base:
         pack_linears(model)
@@ -171,7 +179,14 @@ def detach(model: Model) -> Model:
     attachment: _Attachment | None = model.__dict__.get(_KEY)
     if attachment is None:
         raise RuntimeError("detach: expected an attached model, found one that is not")
-    _check_offloading(model, attachment)
+    for name, module in model.named_modules():  # weights would stay on meta
+        on_layer = name in attachment.swap.placed and "_hf_hook" in module.__dict__
+        if on_layer or is_hook(module.__dict__.get("_old_forward")):
+            raise RuntimeError(
+                f"detach: {name or 'model'}: expected modules as attach left them, found "
+                "accelerate's hooks; call accelerate.hooks.remove_hook_from_submodules(model) "
+                "first, or offload the model before attach"
+            )
     managers = requests_of(model)
     if any(requests.manager.is_running() for requests in managers):
         raise RuntimeError(
@@ -194,19 +209,8 @@ def _check_module(where: str, model: object) -> None:
     require(isinstance(model, nn.Module), where, "model", "a torch.nn.Module", found, TypeError)
 
 
-def _checked_default(default: str | None, pool: AdapterPool) -> str | None:
-    if default in (None, ERROR, BASE):
-        return None if default == BASE else default
-    if default not in pool:
-        raise UnknownAdapterError(
-            f"attach: default: expected None, 'error' or one of the adapters {pool.names!r:.200}, "
-            f"found {default!r:.200}"
-        )
-    return default
-
-
 def _check_free(model: nn.Module) -> None:
-    """Refuse a model that is attached, divided, or has adapter layers of somebody else."""
+    """Raise for a model that is attached, tensor-parallel, or has other adapter layers."""
     if _KEY in model.__dict__:
         raise RuntimeError(
             "attach: expected a model that is not attached, found an attached one; detach it first"
@@ -223,29 +227,6 @@ def _check_free(model: nn.Module) -> None:
                 f"attach: expected a model without adapter layers, "
                 f"found {type(module).__name__} at {name!r}"
             )
-
-
-def _check_offloading(model: nn.Module, attachment: _Attachment) -> None:
-    """Refuse to take away what accelerate has put hooks on: weights would stay on meta."""
-    for name, module in model.named_modules():
-        on_layer = name in attachment.swap.placed and "_hf_hook" in module.__dict__
-        if on_layer or is_hook(module.__dict__.get("_old_forward")):
-            raise RuntimeError(
-                f"detach: {name or 'model'}: expected modules as attach left them, found "
-                "accelerate's hooks; call accelerate.hooks.remove_hook_from_submodules(model) "
-                "first, or offload the model before attach"
-            )
-
-
-def _check_same_modules(model: nn.Module, pool: AdapterPool) -> None:
-    """Refuse a larger model than the pool's: the layers beyond would serve the base in silence."""
-    index = ModelIndex.build(model, pool.targets, device="cpu")
-    more = [name for name in index.specs if name not in pool.index.specs]
-    if more:
-        raise ValueError(
-            f"attach: pool: expected a pool of this model, found none of its pages for {len(more)} "
-            f"modules of the model, {more[0]!r} first; make the pool of this model"
-        )
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
-from lora_ext._checks import integer, require
+from lora_ext._checks import instance, integer, require
 from lora_ext.pool import AdapterPool
 from lora_ext.rows import Assignment, Batch, Rows, capture, in_step
 
@@ -52,8 +52,7 @@ def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Captur
     Raises:
         TypeError: no pool. ValueError: numbers below 1 and 0, or a pool on several devices.
     """
-    fits, found = isinstance(pool, AdapterPool), type(pool).__name__
-    require(fits, "capturable", "pool", "an AdapterPool", found, TypeError)
+    instance("capturable", "pool", pool, AdapterPool)
     integer("capturable", "max_rows", max_rows, 1, expected="an integer, at least 1")
     integer("capturable", "replaced", replaced, 0, expected="an integer, at least 0")
     devices = {spec.device for spec in pool.index.specs.values()}

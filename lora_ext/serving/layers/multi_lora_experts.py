@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext._torch import compiles
 from lora_ext.layers import Routing, Slots, experts_forward, projections, slots_of
-from lora_ext.rows import Pool, PoolLayer, current, noted, untouched
+from lora_ext.rows import PoolLayer, current, noted, untouched
 
 from ._multi_lora import add_adapters
-
-
-class _ExpertsPool(Pool, Protocol):
-    """What is needed of a pool besides."""
-
-    experts: Any
 
 
 class MultiLoraExperts(PoolLayer):
@@ -34,7 +28,7 @@ class MultiLoraExperts(PoolLayer):
         name: the module's name in the model; its parameters are the pool's.
     """
 
-    def __init__(self, base: nn.Module, pool: _ExpertsPool, name: str):
+    def __init__(self, base: nn.Module, pool: Any, name: str):
         nn.Module.__init__(self)
         self.slabs = {
             parameter: pool.experts[f"{name}.{parameter}"]
