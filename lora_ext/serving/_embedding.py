@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import choice, require
-from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
+from lora_ext.pool import UnknownAdapterError
 
-from ._engine import QueueFullError, StoppedError
+from ._engine import ServedPool, StoppedError
 from ._metrics import Load
 from .attaching import attach
 
@@ -56,7 +55,7 @@ class Preparation:
         return tokenizer(text, truncation=True, max_length=min(own, context)).input_ids
 
 
-class Embedder:
+class Embedder(ServedPool):
     """A model of vectors over a pool that is loaded from a folder at first use.
 
     Args:
@@ -88,22 +87,16 @@ class Embedder:
         preparation: Preparation | None = None,
     ):
         self.pooling, self.normalize = choice("Embedder", "pooling", pooling, POOLINGS), normalize
-        self.tokenizer, self.max_requests = tokenizer, max_requests
+        super().__init__(model, tokenizer, folder, max_requests, max_rank)
         self.max_batch_tokens, self.preparation = max_batch_tokens, preparation
         self.dimensions = model.config.get_text_config().hidden_size
         self.context = min(context, _positions(model))
         if preparation is not None and preparation.max_length is not None:
             self.context = min(self.context, preparation.max_length)
-        self.pool = AdapterPool(model, max_requests, max_rank, pages=2 * max_requests)
-        self.folder = AdapterFolder(self.pool, folder)
         self.model = attach(model, self.pool)
-        self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
         self._waiting: list[_Waiting] = []
         self._running: list[_Waiting] = []
-        self._preparing = 0
         self._worker: asyncio.Task[None] | None = None
-        self._stopped = False
-        self._encoding = asyncio.Lock()  # tokenizers are not made for threads
 
     def __enter__(self) -> Embedder:
         return self
@@ -150,14 +143,9 @@ class Embedder:
 
         Errors of :meth:`AdapterPool.load` are raised too.
         """
-        if self.requests >= self.max_requests:
-            raise QueueFullError(f"embed: expected at most {self.max_requests} requests at a time")
-        self._preparing += 1
-        try:
+        with self._prepared("embed"):
             async with self._encoding:
                 ids = await asyncio.to_thread(self._encode, texts)
-        finally:
-            self._preparing -= 1
         if self._stopped:
             raise StoppedError("embed: the server stops, and takes no more requests")
         each = _Waiting(ids, adapter_name, asyncio.get_running_loop().create_future())
@@ -167,11 +155,6 @@ class Embedder:
         vectors, tokens = await each.vectors, sum(map(len, ids))
         self._counts.update(requests_total=1, tokens_total=tokens)
         return vectors, tokens
-
-    def stats(self) -> dict[str, int]:
-        """Numbers for a monitor: what has ended, what runs, and the pool."""
-        pool = {f"pool_{k}": v for k, v in self.pool.stats().items() if isinstance(v, int)}
-        return {**self._counts, "requests": self.requests, **pool}
 
     def load(self) -> Load:
         """What it has to do, as routers of requests read it."""
@@ -209,8 +192,7 @@ class Embedder:
     async def _ready(self, each: _Waiting) -> bool:
         """Whether its adapter is there; a request whose adapter fails has that for its answer."""
         try:
-            if each.name is not None and each.name not in self.pool:
-                await asyncio.to_thread(self.folder.ready, each.name)
+            await self._load(each.name)
             return True
         except Exception as error:
             _end(each, error)

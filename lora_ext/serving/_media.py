@@ -1,9 +1,8 @@
-"""Images, videos and sounds of a batch have the adapter of the sequence that they are in, however
-many it has.
+"""Give the images, videos and sounds of a batch the adapter of the sequence that contains them.
 
-Vision and audio towers, and the projectors behind them, see images and not sequences. Which
-sequence an image belongs to is told by the tokens that stand for it. Where they do not tell, a
-block with several names is refused, at the first layer of the tower that has adapters.
+Vision and audio towers, and their projectors, see images and not sequences. The tokens that stand
+for an image tell which sequence it belongs to. If they do not, a block with several names is
+refused at the first layer of the tower that has adapters.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_ext.rows import Assignment, Batch, change_blocks, generation_scope, innermost
 
@@ -68,7 +67,17 @@ def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
     if not found:  # a part of a model, or a later step: as the whole has noted
         yield
         return
-    _check_served_apart(model, found)
+    for kind in KINDS:
+        owners = found.get(kind.method)
+        if owners is None or owners.given != owners.sequences or owners.in_order:
+            continue
+        apart = any(callable(getattr(part, kind.method, None)) for part in model.modules())
+        if not apart and _has_several_names():
+            raise ValueError(
+                f"adapters: names: expected one name for all sequences, or one of {kind.given} in "
+                f"each of them, found several names and {owners.given} in other places: "
+                f"{type(model).__name__} does not run its tower apart, in {kind.method}"
+            )
     token = _noted.set(found)
     try:
         yield
@@ -108,21 +117,6 @@ def of_media(
         _noted.reset(token)
 
 
-def _check_served_apart(model: nn.Module, found: Mapping[str, _Owners]) -> None:
-    for kind in KINDS:
-        owners = found.get(kind.method)
-        if owners is None or owners.given != owners.sequences or owners.in_order:
-            continue
-        if _mixes_names() and not any(
-            callable(getattr(part, kind.method, None)) for part in model.modules()
-        ):
-            raise ValueError(
-                f"adapters: names: expected one name for all sequences, or one of {kind.given} in "
-                f"each of them, found several names and {owners.given} in other places: "
-                f"{type(model).__name__} does not run its tower apart, in {kind.method}"
-            )
-
-
 def _whose(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, _Owners]:
     config = getattr(model, "config", None)
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
@@ -152,7 +146,12 @@ def _rows(
     """
     total, number = sum(counts), len(given)
     if given.dim() == 5 and "pixel_attention_mask" in kwargs and number == len(counts):
-        return _of_filled(counts, given), True
+        # Idefics: (B, n, 3, H, W), filled up with blank images that no tower sees. All images have
+        # the same number of tokens.
+        seen = (given != 0).flatten(2).any(-1).sum(1).tolist()
+        if not total or [n * total for n in seen] != [count * sum(seen) for count in counts]:
+            return None, True
+        return [row for row, images in enumerate(seen) for _ in range(images)], True
     if given.dim() == 2:
         if _fill(counts, kwargs, number):
             return [row for row, count in enumerate(counts) for _ in range(count)], True
@@ -163,16 +162,6 @@ def _rows(
     if number == len(counts) and all(counts):
         return list(range(number)), False
     return None, False
-
-
-def _of_filled(counts: Sequence[int], given: Tensor) -> list[int] | None:
-    """The sequence of each image in ``(B, n, 3, H, W)``, a row for each sequence, filled up with
-    blank ones that no tower sees (Idefics): all have as many tokens."""
-    seen = (given != 0).flatten(2).any(-1).sum(1).tolist()
-    all_seen, total = sum(seen), sum(counts)
-    if not total or [n * total for n in seen] != [count * all_seen for count in counts]:
-        return None
-    return [row for row, images in enumerate(seen) for _ in range(images)]
 
 
 def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> bool:
@@ -190,13 +179,12 @@ def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> boo
 
 
 def _alike(number: int, kwargs: Mapping[str, Any]) -> bool:
-    """Whether no argument about the media tells them apart by their sizes."""
-    for name, value in kwargs.items():
-        if not _SIZES.search(name) or not isinstance(value, Tensor) or value.is_floating_point():
-            continue
-        if len(value) == number and value.dim() > 1 and not (value == value[:1]).all():
-            return False
-    return True
+    """Return whether all media have the same sizes in the arguments that contain sizes."""
+    return all(
+        len(value) != number or value.dim() <= 1 or bool((value == value[:1]).all())
+        for name, value in kwargs.items()
+        if _SIZES.search(name) and isinstance(value, Tensor) and not value.is_floating_point()
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -238,14 +226,12 @@ class _Unknown(Assignment):
         )
 
 
-def _mixes_names() -> bool:
-    """Whether a block around has several names."""
+def _has_several_names() -> bool:
+    """Return whether a block around has several names."""
     block = innermost()
-    while block is not None:
-        if len(block.assignment.each()) > 1:
-            return True
+    while block is not None and len(block.assignment.each()) <= 1:
         block = block.outer
-    return False
+    return block is not None
 
 
 def _assigned(assignment: Assignment, owners: _Owners) -> Assignment:

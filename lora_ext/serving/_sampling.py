@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_ext._checks import check_fields, integer, number, require, within
+from lora_ext._checks import check_fields, require, within
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,17 @@ class Sampling:
     top_k: int = -1
 
     def __post_init__(self) -> None:
-        seed = within(-(1 << 63), (1 << 63) - 1, expected="None or an integer of 64 bits")
-        top_p = within(above=0, maximum=1)
-        check_fields(
-            self, {"temperature": _temperature, "top_p": top_p, "seed": seed, "top_k": _top_k}
-        )
+        bounds = {
+            "temperature": within(0),
+            "top_p": within(above=0, maximum=1),
+            "seed": within(-(1 << 63), (1 << 63) - 1, expected="None or an integer of 64 bits"),
+            "top_k": within(-1, expected=("an integer", "a number of tokens, or -1 for all")),
+        }
+        check_fields(self, bounds)
+        # torch divides by no integer above 64 bits
+        object.__setattr__(self, "temperature", float(self.temperature))
+        found = self.top_k
+        require(found != 0, "Sampling", "top_k", "a number of tokens, or -1 for all", found)
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         """A new one of the seed."""
@@ -66,13 +72,3 @@ class Sampling:
             before = falling.cumsum(-1) - falling
             probabilities[order[before >= self.top_p]] = 0
         return torch.multinomial(probabilities, 1, generator=generator)[0]
-
-
-def _temperature(where: str, name: str, value: object) -> float:
-    return float(number(where, name, value, 0))  # torch divides by no integer above 64 bits
-
-
-def _top_k(where: str, name: str, value: object) -> int:
-    found = integer(where, name, value)
-    require(found == -1 or found > 0, where, name, "a number of tokens, or -1 for all", found)
-    return found
