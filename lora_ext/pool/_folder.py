@@ -14,7 +14,7 @@ from ._residence import BASE
 from .pool import AdapterPool
 
 _log = logging.getLogger(__name__)
-_LONGEST = 200  # characters of a name; most file systems take 255 bytes
+_MAX_NAME_LENGTH = 200  # characters of a name; most file systems take 255 bytes
 
 
 class AdapterFolder:
@@ -114,19 +114,14 @@ class AdapterFolder:
             found, inside, missing = self.root, False, False
         expected = f"a folder below {self.root.name!r} without links that lead out of it"
         require(inside, "AdapterFolder", "path", expected, f"{str(path)!r:.200}")
-        if missing:
-            raise FileNotFoundError(
-                f"AdapterFolder: path: expected a folder below {self.root.name!r}, found none at "
-                f"{str(path)!r:.200}"
-            )
+        expected, found_none = f"a folder below {self.root.name!r}", f"none at {str(path)!r:.200}"
+        require(not missing, "AdapterFolder", "path", expected, found_none, FileNotFoundError)
         return found
 
 
 def _check_name(name: str) -> None:
     """Refuse a name that no folder has: it would be lost with the process."""
-    named = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LONGEST
-    if not named or name in (BASE, "..") or Path(name).name != name:
-        raise ValueError(
-            f"AdapterFolder: name: expected what a folder may be called, printable and of at most "
-            f"{_LONGEST} characters, and not {BASE!r}, found {name!r:.200}"
-        )
+    fits = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _MAX_NAME_LENGTH
+    fits = fits and name not in (BASE, "..") and Path(name).name == name
+    expected = f"a printable folder name of at most {_MAX_NAME_LENGTH} characters, not {BASE!r}"
+    require(fits, "AdapterFolder", "name", expected, f"{name!r:.200}")

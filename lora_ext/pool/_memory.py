@@ -222,12 +222,8 @@ class Reservation:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {
-            "shape": (self._size,),
-            "typestr": "|u1",
-            "data": (self.address, False),
-            "version": 3,
-        }
+        data = self.address, False  # may be written
+        return {"shape": (self._size,), "typestr": "|u1", "data": data, "version": 3}
 
     def grow(self, nbytes: int) -> None:
         """Back the first ``nbytes``, a multiple of the piece; RuntimeError leaves all as it was."""

@@ -207,12 +207,7 @@ class TableBlock:
     slot is three copies. All slots are empty at first."""
 
     def __init__(
-        self,
-        names: Sequence[str],
-        slots: int,
-        max_pages: int,
-        device: torch.device,
-        experts: int,
+        self, names: Sequence[str], slots: int, max_pages: int, device: torch.device, experts: int
     ):
         m, slots = len(names), slots * experts
         self.names, self.experts = names, experts
@@ -270,9 +265,8 @@ class Slab:
             self.memory = memory_on(spec.device, pages * self.page_bytes)
         except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is one
             raise MemoryError(
-                f"AdapterPool: pages: expected room for {pages} pages of {spec.name!r} "
-                f"({in_words(pages * self.page_bytes)}), found none ({error}); "
-                "pass a smaller pages="
+                f"AdapterPool: pages: expected room for {pages} pages of {spec.name!r} ("
+                f"{in_words(pages * self.page_bytes)}), found none ({error}); pass a smaller pages="
             ) from error
         i, o = spec.in_features, spec.out_features
         values = self.memory.tensor.view(spec.dtype)

@@ -37,10 +37,9 @@ def find_place(
     for module, count in need.items():
         experts = store.index.specs[module].experts
         if count > store.pages * experts:
-            raise PoolFullError(
-                f"AdapterPool: {name!r} needs {count // experts} pages of {module}, "
-                f"the pool has pages={store.pages}; make the pool with at least so many"
-            )
+            needs = f"{name!r} needs {count // experts} pages of {module}"
+            has = f"the pool has pages={store.pages}; make the pool with at least so many"
+            raise PoolFullError(f"AdapterPool: {needs}, {has}")
     search = _Search(store, need, packed)
     victims: list[Resident] = []
     slots = store.free_slots

@@ -114,10 +114,8 @@ class Residence:
 
     def check_new(self, name: str) -> None:
         """Refuse what is no name, or one that is known."""
-        if not isinstance(name, str) or not name or name == BASE:
-            raise ValueError(
-                f"AdapterPool: name: expected a non-empty name but {BASE!r}, found {name!r}"
-            )
+        fits = isinstance(name, str) and name not in ("", BASE)
+        require(fits, "AdapterPool", "name", f"a non-empty name but {BASE!r}", repr(name))
         if name in self:
             raise ValueError(f"AdapterPool: name: {name!r} is loaded already; update() replaces it")
 
@@ -242,8 +240,9 @@ class Residence:
                 slots.append(NO_SLOT)
                 continue
             resident = self.by_name[name]
-            if resident.written:
-                self._store.before_reading(resident)
+            if resident.written:  # let the current stream wait for copies under way
+                if all([transfer.before_reading(each) for transfer, each in resident.written]):
+                    resident.written = []
             resident.pins += 1
             resident.last_use = now
             self.by_name.move_to_end(name)
@@ -257,8 +256,7 @@ class Residence:
             if self._store.residents[resident.slot] is not resident:
                 raise RuntimeError(
                     f"AdapterPool: adapter {resident.name!r} was unloaded, updated or evicted "
-                    "after the block of a forward that the backward computes again; keep the "
-                    "block open until after backward()"
+                    "after the forward that backward computes again; leave its block after backward"
                 )
         for resident in residents:
             resident.pins += 1
@@ -270,7 +268,8 @@ class Residence:
             resident = residents[slot] if 0 <= slot < len(residents) else None
             pins, asked = resident.pins if resident else 0, slots.count(slot)
             require(asked <= pins, "AdapterPool.release", f"slot {slot}", f"{asked} pins", pins)
-        self._store.mark_use()
+        for transfer in self._store.transfers.values():  # queued steps may read the freed pages
+            transfer.mark_use()
         for slot in slots:
             if slot == NO_SLOT:
                 continue

@@ -74,12 +74,7 @@ class PageStore:
     """
 
     def __init__(
-        self,
-        index: ModelIndex,
-        max_slots: int,
-        max_rank: int,
-        pages: int,
-        max_bytes: int | None,
+        self, index: ModelIndex, max_slots: int, max_rank: int, pages: int, max_bytes: int | None
     ):
         self.max_bytes = max_bytes
         self.index = index
@@ -100,22 +95,6 @@ class PageStore:
             device: StreamTransfer(device) if device.type == "cuda" else Transfer()
             for device in devices
         }
-
-    def mark_use(self) -> None:
-        """Steps queued so far may read pages that are about to become free (CUDA only)."""
-        for transfer in self.transfers.values():
-            transfer.mark_use()
-
-    def check_outside_capture(self) -> None:
-        """Refuse to pin inside the capture of a graph (CUDA only)."""
-        for transfer in self.transfers.values():
-            transfer.check_outside_capture()
-
-    def before_reading(self, resident: Resident) -> None:
-        """Let the current stream read a resident whose bytes may still be on their way."""
-        done = [transfer.before_reading(written) for transfer, written in resident.written]
-        if all(done):
-            resident.written = []
 
     # ---------------------------------------------------------------------------------------------
     # Numbers
@@ -220,16 +199,13 @@ class PageStore:
             assert view.ranks is not None and view.scale is not None  # the module has a slab
             index = torch.tensor(pages, device=slab.a.device)
             row = resident.slot * self.index.specs[module].experts
-            modules[module] = PackedModule(
-                to_host(slab.a[index]),
-                to_host(slab.b[index]),
-                None if slab.bias is None else to_host(slab.bias[resident.slot]),
-                int(view.ranks[row]),
-                float(view.scale[row]),
-                to_host(slab.magnitude[resident.slot])
-                if resident.config.use_dora and slab.magnitude is not None
-                else None,
-            )
+            a, b = to_host(slab.a[index]), to_host(slab.b[index])
+            bias = None if slab.bias is None else to_host(slab.bias[resident.slot])
+            magnitude = slab.magnitude if resident.config.use_dora else None
+            if magnitude is not None:
+                magnitude = to_host(magnitude[resident.slot])
+            rank, scale = int(view.ranks[row]), float(view.scale[row])
+            modules[module] = PackedModule(a, b, bias, rank, scale, magnitude)
         replaced = {
             module: whole.each(to_host)
             for module in self._replacing

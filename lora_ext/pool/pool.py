@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import integer, require_flags
+from lora_ext._checks import integer, require, require_flags
 from lora_ext.adapter import (
     AdapterSource,
     BaseModels,
@@ -225,11 +225,8 @@ class AdapterPool:
         with self._lock:
             for name in packed:
                 self._residence.check_new(name)
-            if size > self.host_cache_bytes:
-                raise ValueError(
-                    f"AdapterPool.prefetch: expected at most host_cache_bytes="
-                    f"{self.host_cache_bytes}, found {size} bytes of pages"
-                )
+            limit, where = self.host_cache_bytes, "AdapterPool.prefetch"
+            require(size <= limit, where, "sources", f"at most host_cache_bytes={limit}", size)
             for name, adapter in packed.items():
                 self._residence.cache.put(name, adapter)
         return list(packed)
@@ -242,11 +239,9 @@ class AdapterPool:
         if isinstance(source, nn.Module):
             source = live_adapter(source, adapter_name, where)
         elif adapter_name is not None:
-            raise ValueError(
-                f"AdapterPool.{caller}: adapter_name: expected None beside a "
-                f"{'LoraAdapter' if isinstance(source, LoraAdapter) else 'directory or state dict'}"
-                f", found {adapter_name!r}"
-            )
+            kind = "LoraAdapter" if isinstance(source, LoraAdapter) else "directory or state dict"
+            expected = f"expected None beside a {kind}, found {adapter_name!r}"
+            raise ValueError(f"AdapterPool.{caller}: adapter_name: {expected}")
         elif isinstance(source, LoraAdapter):
             source = source.config, source.state_dict()
         packed = read_packed(source, self.index, self.max_rank, strict)
@@ -267,10 +262,9 @@ class AdapterPool:
             RuntimeError: the current stream is capturing a graph.
         """
         if isinstance(names, str):
-            raise TypeError(
-                f"AdapterPool.acquire: names: expected a sequence of names, found {names!r}"
-            )
-        self._store.check_outside_capture()
+            raise TypeError(f"AdapterPool.acquire: expected a sequence of names, found {names!r}")
+        for transfer in self._store.transfers.values():
+            transfer.check_outside_capture()
         with self._lock:
             return Lease(self, *self._residence.pin(names))
 
@@ -288,7 +282,7 @@ class AdapterPool:
             if leased:
                 if slots.released or slots.pool is not self:
                     raise ValueError(
-                        "AdapterPool.release: expected a lease of this pool, not released yet"
+                        "AdapterPool.release: expected an unreleased lease of this pool"
                     )
                 slots.released = True
             unpin = functools.partial(self._residence.unpin, list(slots), checked=leased)

@@ -76,12 +76,10 @@ def embeddings(asked: Embedding, vectors: Tensor, tokens: int) -> dict[str, Any]
     Args:
         vectors: ``(N, D)`` float32 on the CPU. tokens: of all texts together.
     """
-    kept = [
-        base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()
-        if asked.encoding_format == "base64"
-        else row.tolist()
-        for row in vectors
-    ]
+    if asked.encoding_format == "base64":
+        kept = [base64.b64encode(v.numpy().astype("<f4").tobytes()).decode() for v in vectors]
+    else:
+        kept = vectors.tolist()
     data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(kept)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": asked.model, "usage": usage}

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _WHERE = "add_request"
 _NAMES = ("max_new_tokens", "streaming", "record_timestamps", "eos_token_id")  # of the manager's
-_MOST_FORKS = 64  # rows that are remembered of a request and its forks
+_MAX_FORKS = 64  # forks of a request whose rows are kept
+NO_LOGPROBS = "None beside return_logprobs, which has the probabilities of the manager's own tokens"
 
 
 class RequestConstraint:
@@ -50,7 +51,7 @@ class RequestConstraint:
             before, row = [], self._first
         for token in tokens[len(before) :]:
             (row,) = control.advance([row], [token])
-        if len(self._known) >= _MOST_FORKS:
+        if len(self._known) >= _MAX_FORKS:
             self._known.clear()
         self._known[state.request_id] = list(tokens), row
         return row
@@ -87,11 +88,8 @@ def request_constraint(
         for name in ("max_new_tokens", "eos_token_id")
     )
     require(budget is not None, _WHERE, "max_new_tokens", "a number beside a constraint", budget)
-    if manager.continuous_batching_config.return_logprobs:
-        raise NotImplementedError(
-            f"{_WHERE}: constraint: expected None beside return_logprobs, which tells the "
-            "probabilities of the manager's own tokens, found one"
-        )
+    own = not manager.continuous_batching_config.return_logprobs
+    require(own, _WHERE, "constraint", NO_LOGPROBS, "one", NotImplementedError)
     (plan,) = control.plans_of(_WHERE, constraint, guide, budget)
     assert plan is not None
     ends = {eos} if isinstance(eos, int) else set(eos or ())
@@ -106,27 +104,21 @@ def request_constraint(
 
 
 class Standing(NamedTuple):
-    """A row of a step's scores that has a constraint: its place, where it stands, and how the
-    scores are divided when a token is drawn; whether it is drawn from the whole law, and with
-    whose numbers."""
+    """A row of a step's scores that has a constraint.
+
+    Attributes:
+        place: of the row among the scores.
+        row: state of the constraint.
+        temperature: divides the scores before a token is drawn.
+        whole: whether the token is drawn from the whole distribution, without top-k or top-p.
+        generator: of the request.
+    """
 
     place: int
     row: Row | None
     temperature: float
     whole: bool = False
     generator: torch.Generator | None = None
-
-
-def standing(states: Sequence[Any], requests: Sequence[Any]) -> list[Standing]:
-    """The rows of a step that have constraints, of all requests that choose a token."""
-    found: list[Standing] = []
-    for i, (state, request) in enumerate(zip(states, requests, strict=True)):
-        own, how = request.constraint, request.sampling
-        if own is not None:
-            whole = how is not None and how.temperature > 0 and how.top_p == 1 and how.top_k == -1
-            row = own.row(state)
-            found.append(Standing(i, row, own.temperature, whole, request.generator))
-    return found
 
 
 def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], list[Standing]]:

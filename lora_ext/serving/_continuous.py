@@ -26,17 +26,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.layers import requests_apart
 from lora_ext.pool import Lease, PoolFullError
 from lora_ext.rows import Names, _context, last_start, packed_block
 
 from ._constraining import (
+    NO_LOGPROBS,
     RequestConstraint,
     Standing,
     constrained,
     drawn,
     request_constraint,
-    standing,
 )
 from ._metrics import Load
 from ._names import CallNames, NamedPrompt, named_prompts, not_invoked
@@ -49,6 +50,7 @@ _KEY = "_lora_ext_requests"  # attribute of a manager: its AdapterRequests
 _FORK_SUFFIX = "__child#"  # transformers appends it to the id of a request that it forks
 _MARKED_TOKENS = 4  # tokens of a page that carry an adapter's version; no page is smaller
 _NOT_GIVEN: Any = object()
+_INIT = "init_continuous_batching"
 
 _Method = Callable[..., Any]
 
@@ -123,8 +125,8 @@ class AdapterRequests:
             if manager._original_attn_impl is not None:
                 manager.model.set_attn_implementation(manager._original_attn_impl)
             raise NotImplementedError(
-                f"init_continuous_batching: expected an attached model without {found[0]}, found "
-                "it: the rows of a step would not find their adapters"
+                f"{_INIT}: expected an attached model without {found[0]}, found it: the rows of a "
+                "step would not find their adapters"
             )
         # Both would replay a step with the block of an earlier one.
         config.use_cuda_graph, config.use_async_batching = (False, False), False
@@ -171,10 +173,9 @@ class AdapterRequests:
                 import transformers
 
                 self.remove()
-                raise NotImplementedError(
-                    f"init_continuous_batching: expected {type(owner).__name__}.{name} as in "
-                    f"transformers 5.24, found none in {transformers.__version__}"
-                )
+                expected = f"{type(owner).__name__}.{name} as in transformers 5.24"
+                found = f"none in {transformers.__version__}"
+                raise NotImplementedError(f"{_INIT}: expected {expected}, found {found}")
             owner.__dict__[name] = functools.partial(wrapper, original)
 
     def remove(self) -> None:
@@ -219,11 +220,8 @@ class AdapterRequests:
         whatever sampling chose it.
         """
         prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
-        if sampling is not None and self.manager.continuous_batching_config.return_logprobs:
-            raise NotImplementedError(
-                "add_request: sampling: expected None beside return_logprobs, which tells the "
-                f"probabilities of the manager's own tokens, found {sampling}"
-            )
+        own = sampling is None or not self.manager.continuous_batching_config.return_logprobs
+        require(own, "add_request", "sampling", NO_LOGPROBS, sampling, NotImplementedError)
         if prompt is not None:
             adapter_name, allow_base = prompt.adapter, prompt.allow_base
         elif adapter_name is _NOT_GIVEN:
@@ -244,10 +242,7 @@ class AdapterRequests:
             with self._unpinned:
                 if request_id in self._requests:
                     request.lease.__exit__()
-                    raise ValueError(
-                        "add_request: request_id: expected one that is not in use, found "
-                        f"{request_id!r}"
-                    )
+                    raise ValueError(f"add_request: request_id: {request_id!r} is in use already")
                 self._requests[request_id] = request
             accepted = None
             try:
@@ -383,17 +378,20 @@ class AdapterRequests:
     def _generation_step(self, original: Callable[[], None]) -> None:
         processor, model = self.manager.batch_processor, self.manager.model
         batch = processor.inputs_and_outputs.requests_in_batch
-        runs, ends, states = [], [], []
-        self._choosing = []
+        runs, ends = [], []
+        self._choosing, self._constrained = [], []
         for each in batch:
             request = self._request(each.state.request_id)
             past = each.state.position_offset - each.query_length  # it has been advanced already
             runs += request.runs(past, each.query_length)
             ends.append(len(runs) - 1)
             if each.has_new_token:
-                states.append(each.state)
+                if (own := request.constraint) is not None:
+                    way, place = request.sampling, len(self._choosing)
+                    whole = way is not None and way.draws_from_all
+                    row, heat, generator = own.row(each.state), own.temperature, request.generator
+                    self._constrained.append(Standing(place, row, heat, whole, generator))
                 self._choosing.append(request)
-        self._constrained = standing(states, self._choosing)
         kept = None
         if processor.model_runner.supports_logits_to_keep(model):
             kept = [end for end, each in zip(ends, batch, strict=True) if each.has_new_token]

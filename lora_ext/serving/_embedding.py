@@ -163,18 +163,20 @@ class Embedder(ServedPool):
 
     def _encode(self, texts: Sequence[str | list[int]]) -> list[list[int]]:
         size = self.model.config.get_text_config().vocab_size
-        ids = [self._tokens(text) if isinstance(text, str) else text for text in texts]
+        ids: list[list[int]] = []
+        for text in texts:
+            if not isinstance(text, str):
+                ids.append(text)
+            elif self.preparation is None:
+                ids.append(self.tokenizer(text).input_ids)
+            else:
+                ids.append(self.preparation.tokens(self.tokenizer, text, self.context))
         for i, one in enumerate(ids):
             expected = f"1 to {self.context} tokens"
             require(0 < len(one) <= self.context, "embed", f"input[{i}]", expected, len(one))
             wrong = [token for token in one if not 0 <= token < size]
             require(not wrong, "embed", f"input[{i}]", f"tokens in [0, {size})", f"{wrong[:3]}")
         return ids
-
-    def _tokens(self, text: str) -> list[int]:
-        if self.preparation is None:
-            return self.tokenizer(text).input_ids
-        return self.preparation.tokens(self.tokenizer, text, self.context)
 
     async def _work(self) -> None:
         """Take what waits, as much as a forward may have, until nothing does."""

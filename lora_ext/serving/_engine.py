@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -135,14 +136,12 @@ class Engine(ServedPool):
         self.model = model
         self.context = min(context, model.config.get_text_config().max_position_embeddings)
         ends = model.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        blocks = -(-max(4 * self.context, 256 * max_requests) // page_size)
         self.manager = attach(model, self.pool, pack_base=pack_base).init_continuous_batching(
-            GenerationConfig(
-                do_sample=False, eos_token_id=tokenizer.eos_token_id if ends is None else ends
-            ),
+            GenerationConfig(do_sample=False, eos_token_id=ends),
             ContinuousBatchingConfig(
-                page_size=page_size,
-                num_blocks=-(-max(4 * self.context, 256 * max_requests) // page_size),
-                max_batch_tokens=max_batch_tokens,
+                page_size=page_size, num_blocks=blocks, max_batch_tokens=max_batch_tokens
             ),
         )
         self._streams: set[RequestStream] = set()
@@ -256,10 +255,9 @@ class Engine(ServedPool):
 
     def _count(self, stream: RequestStream) -> None:
         self._streams.discard(stream)
+        gone = stream.cancelled and not stream.stopped
         self._counts.update(
-            requests_total=1,
-            tokens_total=len(stream.tokens),
-            cancelled_total=int(stream.cancelled and not stream.stopped),
+            requests_total=1, tokens_total=len(stream.tokens), cancelled_total=int(gone)
         )
 
     def load(self) -> Load:
@@ -306,12 +304,9 @@ class Asked:
     start: int
 
     def shared(self, other: Asked, page: int) -> int:
-        """How many tokens are of pages that both requests may read."""
-        count = 0
-        for mine, others in zip(self.tokens, other.tokens, strict=False):
-            if mine != others:
-                break
-            count += 1
+        """Return the number of tokens in pages that both requests may read."""
+        pairs = zip(self.tokens, other.tokens, strict=False)
+        count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         if self.adapter != other.adapter:
             count = min(count, self.start, other.start)
         return count // page * page

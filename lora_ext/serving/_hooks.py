@@ -41,6 +41,7 @@ from lora_ext.rows import (
 from . import _continuous
 from ._media import KINDS, has_media, media_noted, of_media
 from ._names import CallNames, named_prompts
+from ._pipelines import check_pipeline
 
 _Run = Callable[..., Any]
 
@@ -127,11 +128,12 @@ class Hooks:
         if str(attention).startswith("paged|") and not any(name in kw for name in _PACKED):
             # transformers makes no mask for it outside the manager's steps.
             raise RuntimeError(
-                "attach: attention: expected one that hides the tokens to come, found "
-                f"{attention!r}, which a manager of continuous batching has set; stop the manager, "
-                "or give the model 'sdpa', which serves both, with set_attn_implementation"
+                f"attach: attention: expected one that masks later tokens, found {attention!r}, "
+                "set by continuous batching; stop it or call set_attn_implementation('sdpa')"
             )
-        names = self.names.of_forward(names, nested=self._lock.held)
+        names = self.names.of_call(names)
+        if names is None and not self._lock.held:  # a nested forward has been checked already
+            check_pipeline(self.names.handle)
         exclusive = kw.get("is_causal") is not None
         with self._lock.hold(exclusive), self.names.block(names):
             return _run_forward(own, model, args, kw)
@@ -228,9 +230,8 @@ class Hooks:
         found = model.get_input_embeddings(), model.get_output_embeddings()
         if any(isinstance(embeddings, PoolLayer) for embeddings in found):
             raise RuntimeError(
-                "resize_token_embeddings: expected embeddings that are not attached, found those "
-                "of an attached model, which its pool knows by their sizes; detach the model, "
-                "resize it, and make a new pool"
+                "resize_token_embeddings: expected embeddings that are not attached, found "
+                "attached ones; detach the model, resize it, and make a new pool"
             )
         return own(*args, **kw)
 
@@ -289,15 +290,13 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
     """Run a forward; inside, layers find the sizes, media and activations of its batch."""
     if any(name in kwargs for name in _PACKED) and not getattr(innermost(), "packed", False):
         raise NotImplementedError(
-            "attach: expected a batch with a row for each sequence, found transformers' continuous "
-            "batching, which packs requests into one row, by a manager that knows no adapters; "
-            "take the one of the attached model's init_continuous_batching or generate_batch"
+            "attach: expected one row per sequence, found continuous batching by a manager that "
+            "knows no adapters; use the attached model's init_continuous_batching or generate_batch"
         )
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise NotImplementedError(
-            "attach: expected a model that is not recorded by torch.jit.trace, found a recording, "
-            "which would serve the rows of this block, or the base model, at every later call; "
-            "torch.export and torch.compile follow the blocks"
+            "attach: expected no torch.jit.trace, which would record the rows of this block, found "
+            "one; use torch.export or torch.compile, which follow the blocks"
         )
     traced = compiles()
     if not traced and innermost() is None:

@@ -71,35 +71,28 @@ def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load)
             lines += _lines(f"lora_ext_{short}", "gauge", _GAUGES[name], values)
         else:
             lines += _lines(f"lora_ext_{name}", "counter", _COUNTERS[name], values)
-    return "\n".join([*lines, *_for_routers(load)]) + "\n"
+    # Gauges of vLLM's names, by which the Gateway API's inference extension places requests:
+    # https://github.com/kubernetes-sigs/gateway-api-inference-extension,
+    # docs/proposals/003-model-server-protocol.
+    labels = (
+        f'{{max_lora="{load.most_adapters}",running_lora_adapters="{_names(load.running)}",'
+        f'waiting_lora_adapters="{_names(load.waiting)}"}}'
+    )
+    text = "Adapters of requests; its value is the time."
+    lines += _lines("vllm:lora_requests_info", "gauge", text, {labels: time.time()})
+    gauges = {
+        "num_requests_running": ("Requests that run.", len(load.running)),
+        "num_requests_waiting": ("Requests that wait.", len(load.waiting)),
+        "kv_cache_usage_perc": ("Share of the cache that requests hold.", load.cache),
+    }
+    for name, (text, value) in gauges.items():
+        lines += _lines(f"vllm:{name}", "gauge", text, {"": value})
+    return "\n".join(lines) + "\n"
 
 
 def _lines(name: str, kind: str, text: str, values: Mapping[str, float]) -> list[str]:
     samples = [f"{name}{labels} {value}" for labels, value in values.items()]
     return [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]
-
-
-def _for_routers(load: Load) -> list[str]:
-    """Gauges of vLLM's names, by which the Gateway API's inference extension places requests.
-
-    Source: https://github.com/kubernetes-sigs/gateway-api-inference-extension,
-    ``docs/proposals/003-model-server-protocol``.
-    """
-    labels = (
-        f'{{max_lora="{load.most_adapters}",running_lora_adapters="{_names(load.running)}",'
-        f'waiting_lora_adapters="{_names(load.waiting)}"}}'
-    )
-    gauges = {
-        "lora_requests_info": ("Adapters of requests; its value is the time.", time.time()),
-        "num_requests_running": ("Requests that run.", len(load.running)),
-        "num_requests_waiting": ("Requests that wait.", len(load.waiting)),
-        "kv_cache_usage_perc": ("Share of the cache that requests hold.", load.cache),
-    }
-    lines: list[str] = []
-    for name, (text, value) in gauges.items():
-        of = labels if name == "lora_requests_info" else ""
-        lines += _lines(f"vllm:{name}", "gauge", text, {of: value})
-    return lines
 
 
 def _names(names: Sequence[str | None]) -> str:

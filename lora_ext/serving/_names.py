@@ -26,8 +26,6 @@ from lora_ext.rows import (
     pool_handle,
 )
 
-from ._pipelines import check_pipeline
-
 
 class CallNames:
     """The names of the calls of an attached model.
@@ -55,14 +53,6 @@ class CallNames:
         if self.default == ERROR:
             raise no_block()
         return self.default
-
-    def of_forward(self, given: Names, nested: bool) -> Names:
-        """Of a forward, likewise, unless a pipeline has dropped them (:func:`check_pipeline`);
-        ``nested``: another forward of the model calls it, which has been asked already."""
-        names = self.of_call(given)
-        if names is None and not nested:
-            check_pipeline(self.handle)
-        return names
 
     def of_requests(self, where: str, given: Names, count: int) -> list[str | None]:
         """A name for each request: those given, or those of the block around, or the default.

@@ -110,9 +110,10 @@ def check_pipeline(handle: int) -> None:
             last = inputs.get("is_last", False) if isinstance(inputs, Mapping) else False
             whole = all(last) if isinstance(last, list) else last
             if cuts and not whole:
+                kind = type(pipeline).__name__
                 raise ValueError(
-                    f"adapters: names: expected one name for all rows of a {type(pipeline).__name__},"
-                    f" which makes several rows of an input, found {block}"
+                    f"adapters: names: expected one name for all rows of a {kind}, "
+                    f"which makes several rows of an input, found {block}"
                 )
         return
     if call is not None and call.names:

@@ -45,6 +45,11 @@ class Sampling:
         found = self.top_k
         require(found != 0, "Sampling", "top_k", "a number of tokens, or -1 for all", found)
 
+    @property
+    def draws_from_all(self) -> bool:
+        """Whether a token is drawn, and from the whole distribution."""
+        return self.temperature > 0 and self.top_p == 1 and self.top_k == -1
+
     def generator(self, device: torch.device) -> torch.Generator | None:
         """A new one of the seed."""
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)

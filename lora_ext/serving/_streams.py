@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-_PATIENCE = 1.0  # seconds without a token after which we ask whether the manager still runs
+_RECHECK_SECONDS = 1.0  # without a token, after which a stream looks whether the manager runs
 
 
 class RequestStream:
@@ -81,11 +81,8 @@ class RequestStream:
     def usage(self) -> dict[str, int]:
         """Tokens of the prompt and of the answer so far, as OpenAI calls them."""
         prompt, answer = self._prompt_length, len(self.tokens)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": answer,
-            "total_tokens": prompt + answer,
-        }
+        usage = {"prompt_tokens": prompt, "completion_tokens": answer}
+        return {**usage, "total_tokens": prompt + answer}
 
     def cancel(self) -> None:
         """End the request, and let its adapter go. Whoever has all it wants calls this."""
@@ -128,7 +125,7 @@ class RequestStream:
             if self.finished:
                 raise StopAsyncIteration
             try:
-                await asyncio.wait_for(self._arrived.wait(), _PATIENCE)
+                await asyncio.wait_for(self._arrived.wait(), _RECHECK_SECONDS)
             except asyncio.TimeoutError:
                 if not self._manager.is_running():
                     self.cancel()
@@ -208,13 +205,9 @@ class TextStream:
 
     def _text(self) -> str:
         """After what was told. Tokenizers join words by what stands before them."""
-        told, text = (
-            self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            for ids in (self._window[: self._told], self._window)
-        )
-        return text[len(told) :]
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        told = self._tokenizer.decode(self._window[: self._told], **how)
+        return self._tokenizer.decode(self._window, **how)[len(told) :]
 
     def _tell(self, text: str) -> str:
         if text:  # tokens without a text are nothing to join to

@@ -183,15 +183,13 @@ def detach(model: Model) -> Model:
         on_layer = name in attachment.swap.placed and "_hf_hook" in module.__dict__
         if on_layer or is_hook(module.__dict__.get("_old_forward")):
             raise RuntimeError(
-                f"detach: {name or 'model'}: expected modules as attach left them, found "
-                "accelerate's hooks; call accelerate.hooks.remove_hook_from_submodules(model) "
-                "first, or offload the model before attach"
+                f"detach: {name or 'model'}: expected no hooks of accelerate, found some; call "
+                "remove_hook_from_submodules(model) first, or offload before attach"
             )
     managers = requests_of(model)
-    if any(requests.manager.is_running() for requests in managers):
-        raise RuntimeError(
-            "detach: expected no manager of continuous batching that runs, found one; stop it first"
-        )
+    stopped = not any(requests.manager.is_running() for requests in managers)
+    expected = "no running manager of continuous batching"
+    require(stopped, "detach", "model", expected, "one; stop it first", RuntimeError)
     packed = packed_layers(model, "detach") if attachment.packed else []
     attachment.swap.restore(model, "detach")
     for requests in managers:
@@ -216,17 +214,12 @@ def _check_free(model: nn.Module) -> None:
             "attach: expected a model that is not attached, found an attached one; detach it first"
         )
     parts = getattr(model, "_tp_size", None) or 1  # transformers' own mark
-    if parts != 1:
-        raise NotImplementedError(
-            f"attach: model: expected one whose weights are whole, found one that tp_plan has "
-            f"divided between {parts} processes"
-        )
+    found = f"one that tp_plan has divided between {parts} processes"
+    require(parts == 1, "attach", "model", "undivided weights", found, NotImplementedError)
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer) or type(module).__module__.startswith("peft."):
-            raise RuntimeError(
-                f"attach: expected a model without adapter layers, "
-                f"found {type(module).__name__} at {name!r}"
-            )
+            found = f"{type(module).__name__} at {name!r}"
+            raise RuntimeError(f"attach: expected a model without adapter layers, found {found}")
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -191,10 +191,10 @@ class Capturable:
         residents = {resident.slot: resident for resident in lease.residents}.values()
         for resident in residents:
             if missing := self._missing_parts(resident):
+                found = f"{' and '.join(missing[1])} at {missing[0]!r}"
                 raise ValueError(
-                    f"capturable: adapter {resident.name!r}: expected what a captured graph "
-                    f"computes, found {' and '.join(missing[1])} at {missing[0]!r}, where there "
-                    "was none at the capture; make a new capturable and capture again"
+                    f"capturable: adapter {resident.name!r}: expected what the graphs compute, "
+                    f"found {found}; make a new capturable and capture again"
                 )
         self._place(residents)
         for table in self._dora.values():
@@ -283,16 +283,14 @@ class Capturable:
         slabs = [slab for slab in self._slabs().values() if slab.replaced]
         for r in residents:
             if any(r.slot in s.replaced and s.replaced[r.slot].rows is not None for s in slabs):
+                expected = "none with trainable_token_indices in a step"
                 raise NotImplementedError(
-                    "capturable: adapters: expected none with trainable_token_indices in a step, "
-                    f"found {r.name!r}"
+                    f"capturable: adapters: expected {expected}, found {r.name!r}"
                 )
         replacing = [r for r in residents if any(r.slot in slab.replaced for slab in slabs)]
-        if len(replacing) > self.replaced:
-            raise ValueError(
-                f"capturable: replaced: expected at most {self.replaced} adapters of a step that "
-                f"bring modules of their own, found {[r.name for r in replacing]!r:.200}"
-            )
+        expected = f"at most {self.replaced} adapters of a step that bring modules of their own"
+        found = f"{[r.name for r in replacing]!r:.200}"
+        require(len(replacing) <= self.replaced, "capturable", "replaced", expected, found)
         self._owners = [owner if owner in replacing else None for owner in self._owners]
         for resident in replacing:
             if resident not in self._owners:

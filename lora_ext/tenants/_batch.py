@@ -16,7 +16,7 @@ from lora_ext.layers import LoraLayer, recomputed, rows_per_chunk, softcap_of
 from lora_ext.rows import adapters, layer_names
 
 from ._data import Checked, Result
-from ._live import LiveAdapter, add_to
+from ._live import LiveAdapter
 from ._losses import LOSSES
 
 #: What a model has to be: padding stands behind a sequence, unmasked.
@@ -175,7 +175,7 @@ class BatchStep:
                 elif call.gradients is None:
                     call.gradients = own
                 else:
-                    add_to(call.gradients, own)
+                    torch._foreach_add_(call.gradients, own)  # pyright: ignore[reportPrivateImportUsage]
             call.total += totals[part]
 
     def _gradients(
@@ -209,12 +209,9 @@ class BatchStep:
         counts = [torch.full((d.length,), d.targets.numel() // d.length) for d in data]
         names = [part.call.adapter.name for part, _ in owners]
         with adapters(names, pool=layer_names):
-            found = self._of_rows(
-                ids.to(self.device),
-                torch.cat(at).to(self.device),
-                torch.cat(counts),
-                targets.to(self.device),
-            )
+            places = torch.cat(at).to(self.device)
+            on_device = ids.to(self.device), places, torch.cat(counts), targets.to(self.device)
+            found = self._of_rows(*on_device)
         each = found.split([d.targets.numel() for d in data])
         return [lp.view(d.targets.shape) for lp, d in zip(each, data, strict=True)]
 

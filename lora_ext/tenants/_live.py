@@ -51,7 +51,7 @@ class LiveAdapter:
         if self.gradients is None:
             self.gradients = gradients
         else:
-            add_to(self.gradients, gradients)
+            torch._foreach_add_(self.gradients, gradients)  # pyright: ignore[reportPrivateImportUsage]
 
     def take(self) -> list[Tensor] | None:
         """The gradients that wait, which are gone then."""
@@ -78,8 +78,3 @@ class LiveAdapter:
         """Take it out of the model."""
         for layer in self.layers.values():
             layer.delete_adapter(self.name)
-
-
-def add_to(sums: list[Tensor], gradients: list[Tensor]) -> None:
-    """Add gradients to sums, in place."""
-    torch._foreach_add_(sums, gradients)  # pyright: ignore[reportPrivateImportUsage]

@@ -51,10 +51,9 @@ class Optimizer:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]):
         self._parameters = dict(parameters)
+        wide = (torch.float32, torch.float64)
         self._trained = {
-            name: p
-            if p.dtype in (torch.float32, torch.float64)
-            else nn.Parameter(p.detach().float())
+            name: p if p.dtype in wide else nn.Parameter(p.detach().float())
             for name, p in parameters.items()
         }
         self._adamw = torch.optim.AdamW(self._trained.values(), fused=True)

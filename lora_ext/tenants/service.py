@@ -112,11 +112,9 @@ class Service:
         integer("create", "rank", rank, 1, MAX_RANK)
         seed = integer("create", "seed", seed, *_SEEDS)
         with renamed("create", target_modules="targets", lora_alpha="alpha"):
+            chosen = "all-linear" if targets is None else targets
             config = LoraConfig(
-                r=rank,
-                lora_alpha=alpha,
-                target_modules="all-linear" if targets is None else targets,
-                task_type="CAUSAL_LM",
+                r=rank, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM"
             )
             return self._wait("create", lambda: self._new(config, seed))
 
@@ -183,16 +181,9 @@ class Service:
     def _load(self, path: Any) -> Tenant:
         folder, saved = self.store.read("load", path)
         _check_trained("load", folder, saved)
-        ranks = {name: factors.a.shape[0] for name, factors in saved.modules.items()}
-        config = LoraConfig(
-            r=saved.config.r,
-            lora_alpha=saved.config.lora_alpha,
-            rank_pattern=dict(saved.config.rank_pattern),
-            alpha_pattern=dict(saved.config.alpha_pattern),
-            use_rslora=saved.config.use_rslora,
-            target_modules=sorted(ranks),
-            task_type="CAUSAL_LM",
-        )
+        fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+        same: Any = {field: getattr(saved.config, field) for field in fields}
+        config = LoraConfig(**same, target_modules=sorted(saved.modules), task_type="CAUSAL_LM")
         with renamed("load", target_modules="path"):
             tenant = self._new(config, 0)
         try:
@@ -293,11 +284,12 @@ class Tenant:
         """
         require_flags("save", wait=wait)
         self.service.store.folder("save", path)
-        return self._done("save", functools.partial(self._save, path), wait)
 
-    def _save(self, path: Any) -> str:
-        self.service.store.save("save", path, self.adapter)
-        return os.fspath(path)
+        def save() -> str:
+            self.service.store.save("save", path, self.adapter)
+            return os.fspath(path)
+
+        return self._done("save", save, wait)
 
     def restore(
         self, path: str | os.PathLike[str], optimizer: bool = True, wait: bool = True
@@ -378,19 +370,20 @@ class Tenant:
         require_flags("close", wait=wait)
         if save_as is not None:
             self.service.store.folder("close", save_as, "save_as")
-        if self._closing is None:
-            why, last = "the tenant is closed", functools.partial(self._close, save_as)
-            self._closing = self.service._scheduler.close(self._queue, why, last)
-        return self._closing.result() if wait else self._closing
 
-    def _close(self, save_as: str | None) -> None:
-        try:
-            if save_as is not None:
-                self._save(save_as)
-        finally:
-            self.adapter.delete()
-            if self._inflight is not None:
-                forget(self.service.sampling().pool, self._inflight)
+        def close() -> None:
+            try:
+                if save_as is not None:
+                    self.service.store.save("save", save_as, self.adapter)
+            finally:
+                self.adapter.delete()
+                if self._inflight is not None:
+                    forget(self.service.sampling().pool, self._inflight)
+
+        if self._closing is None:
+            scheduler, why = self.service._scheduler, "the tenant is closed"
+            self._closing = scheduler.close(self._queue, why, close)
+        return self._closing.result() if wait else self._closing
 
     def _done(self, where: str, action: Callable[[], Any], wait: bool) -> Any:
         future = self.service._scheduler.put(where, self._queue, action)

@@ -15,6 +15,7 @@ import torch
 from backends import Backend
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from two_layers import Adapter, random_adapter
 
 import lora_ext
 from lora_ext.serving.layers import _siblings
@@ -39,19 +40,8 @@ class Attention(nn.Module):
         return torch.cat([y, self.o(y[..., :WIDTH])], -1)
 
 
-def adapter(rank: int, targets: str, **fields: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    g = torch.Generator().manual_seed(rank)
-    state: dict[str, Tensor] = {}
-    for name in targets:
-        stem = f"base_model.model.{name}.lora_"
-        state[stem + "A.weight"] = torch.randn(rank, WIDTH, generator=g) / 5
-        state[stem + "B.weight"] = torch.randn(OUTS[name], rank, generator=g)
-        if fields.get("lora_bias"):
-            state[stem + "B.bias"] = torch.randn(OUTS[name], generator=g)
-        if fields.get("use_dora"):
-            state[stem + "magnitude_vector"] = torch.rand(OUTS[name], generator=g) + 0.5
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": list(targets)}
-    return {**config, **fields}, state
+def adapter(rank: int, targets: str, **fields: Any) -> Adapter:
+    return random_adapter({name: (WIDTH, OUTS[name]) for name in targets}, rank, rank, **fields)
 
 
 def make(fuse: bool = True, red: Any = None, blue: Any = None, **how: Any) -> Any:

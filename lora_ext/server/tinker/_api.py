@@ -100,7 +100,7 @@ class Api:
             return [name for name, each in self.sessions.items() if now - each.beat > silence]
 
     def model(self, key: str, name: Any) -> tuple[Session, Model]:
-        """A key's model and its session, or GoneError."""
+        """Return a key's model and its session; raise GoneError if there is none."""
         with self.promises.lock:
             for session in self._of(key):
                 if name in session.models:

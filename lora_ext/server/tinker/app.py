@@ -97,8 +97,7 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
     _add_sessions(app, post, api)
     _add_models(post, api)
     _add_training(app, post, api)
-    _add_samples(app, post, api)
-    _add_futures(app, api)
+    _add_samples_and_futures(app, post, api)
     for path in ("client/dynamic_config", "cancel_future", "telemetry"):
         post(path)(lambda key, asked: {"status": "accepted"})
     return app
@@ -241,7 +240,14 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
     async def forward_backward(request: Request) -> Any:
         body = await read_body(request, MAX_BODY)
         if request.headers.get("content-encoding") == "zstd":
-            body = _unpacked(body)
+            if zstandard is None:
+                raise HTTPException(415, "content-encoding: expected none; pip install zstandard")
+            try:
+                body = zstandard.ZstdDecompressor().stream_reader(body).read(MAX_BODY + 1)
+            except zstandard.ZstdError as error:
+                raise ValueError(f"body: expected zstd, found {error}") from None
+            if len(body) > MAX_BODY:
+                raise HTTPException(413, f"body: expected at most {MAX_BODY} bytes")
         asked, data, options = read_request(body)
 
         def begin(tenant: Tenant) -> Any:
@@ -269,19 +275,7 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
         return api.in_order(key, asked, begin, lambda result: {"metrics": result.metrics})
 
 
-def _unpacked(body: bytes) -> bytes:
-    if zstandard is None:
-        raise HTTPException(415, "content-encoding: expected none; pip install zstandard")
-    try:
-        body = zstandard.ZstdDecompressor().stream_reader(body).read(MAX_BODY + 1)
-    except zstandard.ZstdError as error:
-        raise ValueError(f"body: expected zstd, found {error}") from None
-    if len(body) > MAX_BODY:
-        raise HTTPException(413, f"body: expected at most {MAX_BODY} bytes")
-    return body
-
-
-def _add_samples(app: FastAPI, post: Any, api: Api) -> None:
+def _add_samples_and_futures(app: FastAPI, post: Any, api: Api) -> None:
     @post("create_sampling_session")
     def create_sampling_session(key: str, asked: Answer) -> Answer:
         session = api.alive(key, asked["session_id"])
@@ -300,8 +294,6 @@ def _add_samples(app: FastAPI, post: Any, api: Api) -> None:
 
     post("asample")(api.sample)
 
-
-def _add_futures(app: FastAPI, api: Api) -> None:
     @app.post("/api/v1/retrieve_future")
     async def retrieve_future(request: Request) -> Any:
         name = (await _read(request))["request_id"]

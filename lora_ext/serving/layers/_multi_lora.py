@@ -91,8 +91,7 @@ class MultiLoraLinear(PoolLayer):
                     raise
                 raise NotImplementedError(
                     f"MultiLoraLinear: {self.name}: expected a module that returns one tensor, "
-                    f"found {type(self.base).__name__}, which returns a {type(y).__name__}; an "
-                    "adapter on it is not supported"
+                    f"found a {type(self.base).__name__}, which returns a {type(y).__name__}"
                 ) from error
         if slab.was_replaced:
             y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
@@ -110,9 +109,8 @@ class MultiLoraLinear(PoolLayer):
 
     def _explained(self, error: ValueError) -> ValueError:
         return ValueError(
-            f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that the "
-            "model had when it was made; make it of the model in its place, or pass device= and "
-            "dtype=)"
+            f"MultiLoraLinear: {self.name}: {error} (a pool keeps the model's first dtypes and "
+            "devices; make it of the model in its place, or pass device= and dtype=)"
         )
 
 

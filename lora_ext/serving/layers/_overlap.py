@@ -71,7 +71,10 @@ class Overlap:
         if not rows.used:
             return None
         here = self._cuda.current_stream(x.device)
-        side = self._side_of(here, x.device)
+        key = x.device, here.cuda_stream
+        side = self._sides.get(key)
+        if side is None:
+            side = self._sides[key] = self._cuda.Stream(x.device)
         x2d = x.reshape(-1, slab.in_features)  # (T, I)
         table, ranks = slab.page_table, slab.ranks
         side.wait_stream(here)
@@ -87,9 +90,3 @@ class Overlap:
         y2d = y.view(-1, y.shape[-1])  # (T, O)
         ops.lora_expand_(y2d, v, slab.b_pages, rows.ids, ranks, table, rows.plan)
         return y if slab.bias is None else with_bias(y, slab, rows.ids)
-
-    def _side_of(self, stream: Any, device: torch.device) -> Any:
-        key = device, stream.cuda_stream
-        if key not in self._sides:
-            self._sides[key] = self._cuda.Stream(device)
-        return self._sides[key]

@@ -94,16 +94,8 @@ class DoraFactors:
     ) -> Rescale:
         """:meth:`rescale` for a graph: the rows of whatever block the graph will run in."""
         slab = self.slab
-        c = _active_dora_factors(
-            layer.handle,
-            self.number,
-            leading,
-            slab.out_features,
-            slab.magnitude.dtype,
-            device,
-            layer.tokens_first,
-            noted.batch,
-        )
+        size = leading, slab.out_features, slab.magnitude.dtype, device
+        c = _active_dora_factors(layer.handle, self.number, *size, layer.tokens_first, noted.batch)
         return Rescale(None, c, self.bias)
 
     @property
