@@ -34,7 +34,7 @@ class AdapterFolder:
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """Names of the folders that look like adapters, sorted; none of them is read."""
+        """Return the sorted names of the folders that look like adapters, without reading them."""
         found = sorted(file.parent.name for file in self.root.glob("*/adapter_config.json"))
         return [name for name in found if self._has(name)]
 
@@ -56,8 +56,7 @@ class AdapterFolder:
             self._load(name, found)
 
     def ready(self, name: str) -> None:
-        """See that the pool knows a name: where it does not, load it again, or the folder of that
-        name.
+        """Load an adapter if the pool does not have it: again, or from the folder of that name.
 
         Raises:
             UnknownAdapterError: there is none. And what :meth:`load` raises for what is in it.
@@ -73,7 +72,7 @@ class AdapterFolder:
             self._load(name, self._paths.get(name) or self._checked(name))
 
     def unload(self, name: str) -> None:
-        """Forget a name. Whoever has pinned the adapter keeps it.
+        """Unload an adapter. Leases on it stay valid.
 
         Raises:
             UnknownAdapterError: a name that is not loaded.
@@ -103,7 +102,7 @@ class AdapterFolder:
             return False
 
     def _checked(self, path: str | os.PathLike[str]) -> Path:
-        """A folder below the root; with links followed, all its files are there too."""
+        """Return a folder below the root, as its files are with links followed."""
         try:
             found = (self.root / path).resolve()
             inside = self.root in found.parents and all(

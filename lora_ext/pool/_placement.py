@@ -99,11 +99,11 @@ class _Search:
         self.others = store.table_bytes + store.replaced_bytes + sum(each.nbytes for each in new)
 
     def lacking(self) -> set[str]:
-        """Modules with too few free pages."""
+        """Return the modules with too few free pages."""
         return {module for module, count in self.need.items() if len(self.free[module]) < count}
 
     def missing_bytes(self) -> int:
-        """Bytes above the limit, if no page is backed beyond the last one in use."""
+        """Return the bytes above the limit, if no page beyond the last used one is backed."""
         limit = self.store.max_bytes
         if limit is None or self.lacking():
             return 0
@@ -115,14 +115,14 @@ class _Search:
         return slab.bytes_for(free[: len(free) - self.need.get(module, 0)], round_up)
 
     def without(self, resident: Resident) -> None:
-        """A resident makes way."""
+        """Remove a resident."""
         self.others -= self.store.replaced_bytes_of(resident.slot)
         for module, pages in resident.pages.items():
             free = self.free.get(module, self.store.slabs[module].free)
             self.free[module] = sorted([*free, *pages], reverse=True)
 
     def placement(self, slot: int, victims: list[Resident], packed: PackedAdapter) -> Placement:
-        """What was found."""
+        """Return the placement that was found."""
         sizes = self._sizes()
         pages = {m: [self.free[m].pop() for _ in range(count)] for m, count in self.need.items()}
         rooms = {m: _room_for(self.store, m, whole) for m, whole in packed.replaced.items()}
@@ -159,7 +159,7 @@ def _room_for(store: PageStore, module: str, whole: Replaced) -> Replaced:
 def _new_vectors(
     store: PageStore, slabs: dict[str, Slab], packed: PackedAdapter
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Biases and magnitudes (S, O) of modules that had none so far."""
+    """Return biases and magnitudes (S, O) of modules that have none so far."""
     biases, magnitudes = {}, {}
     for module, part in packed.modules.items():
         slab = slabs[module]

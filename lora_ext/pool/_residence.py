@@ -199,7 +199,7 @@ class Residence:
                 self.cache.put(victim.name, adapter)
 
     def _undo(self, place: Placement, saved: list[PackedAdapter]) -> None:
-        """After a failed copy: put the victims' bytes back, or keep what the device refuses."""
+        """Restore the victims' bytes after a failed copy, or keep what the device refuses."""
         backed = True
         try:
             set_sizes(self._store, place, {m: before for m, (before, _) in place.sizes.items()})
@@ -212,7 +212,7 @@ class Residence:
                 self.cache[victim.name] = adapter
 
     def _put_back(self, victim: Resident, adapter: PackedAdapter) -> bool:
-        """Whether a victim's pages could be written again."""
+        """Write a victim's pages again; return whether that succeeded."""
         try:
             there = Placement(victim.slot, victim.pages)
             victim.written = self._store.upload(adapter, there)
@@ -283,7 +283,7 @@ class Residence:
     # Numbers
 
     def stats(self) -> dict[str, Any]:
-        """:meth:`AdapterPool.stats`."""
+        """Return :meth:`AdapterPool.stats`."""
         cache, store = self.cache, self._store
         live = [r for r in store.residents if r is not None]
         absent = {"pins": 0, "last_use": None, "slot": None}

@@ -117,7 +117,7 @@ class PageStore:
         return sum(self.replaced_bytes_of(slot) for slot in range(self.max_slots))
 
     def replaced_bytes_of(self, slot: int) -> int:
-        """Of those of one slot."""
+        """Return the bytes of whole modules of one slot."""
         wholes = [self.modules[name].replaced.get(slot) for name in self._replacing]
         return sum(whole.nbytes for whole in wholes if whole)
 

@@ -116,7 +116,7 @@ class AdapterPool:
         self._lock = self._residence.lock
 
     def __reduce__(self) -> NoReturn:
-        """Slots and pins belong to one process: refuse to be copied or pickled, by name."""
+        """Raise TypeError, because slots and pins belong to one process."""
         raise TypeError(
             "AdapterPool: expected not to be copied or pickled, found copy, pickle or torch.save; "
             "save the model's state_dict, or detach the model first"
@@ -132,7 +132,7 @@ class AdapterPool:
             return self._residence.names
 
     def __contains__(self, name: object) -> bool:
-        """Whether :meth:`acquire` knows the name."""
+        """Return whether :meth:`acquire` knows the name."""
         with self._lock:
             return name in self._residence
 
@@ -269,7 +269,7 @@ class AdapterPool:
             return Lease(self, *self._residence.pin(names))
 
     def renew(self, lease: Lease) -> None:
-        """:meth:`Lease.renew`; a lease that is not released stays as it is."""
+        """Pin a released lease again; see :meth:`Lease.renew`."""
         with self._lock:
             if lease.released:
                 self._residence.pin_again(lease.residents)
@@ -289,7 +289,7 @@ class AdapterPool:
             self._lock.at_end(unpin)
 
     def invocation(self, name: str) -> tuple[int, ...]:
-        """The tokens with which an activated adapter begins; none for one that serves all.
+        """Return the tokens with which an activated adapter begins; empty for other adapters.
 
         Raises:
             UnknownAdapterError: no adapter of that name.
@@ -323,12 +323,15 @@ class AdapterPool:
         return self._store.limit_bytes
 
     def nbytes(self) -> int:
-        """Bytes taken for pages so far. They grow by eight pages of a module at least."""
+        """Return the bytes taken for pages so far.
+
+        They grow by at least eight pages of a module.
+        """
         with self._lock:
             return self._store.page_bytes
 
     def stats(self) -> dict[str, Any]:
-        """Numbers of this moment.
+        """Return numbers of this moment.
 
         Returns:
             ``limit_bytes``, ``reserved_bytes`` and ``used_bytes``: what the pool may take, has
@@ -358,7 +361,7 @@ class AdapterPool:
             return self._store.trim()
 
     def __repr__(self) -> str:
-        """Settings, and the memory that they mean."""
+        """Return the settings, and the memory that they mean."""
         count = len(self.names)
         return (
             f"AdapterPool(max_slots={self.max_slots}, max_rank={self.max_rank}, "

@@ -26,7 +26,7 @@ def _head(asked: Chat | Completion, stream: RequestStream) -> dict[str, Any]:
 
 
 def whole(asked: Chat | Completion, stream: RequestStream, text: str) -> dict[str, Any]:
-    """The answer of a request that has ended."""
+    """Return the answer of a request that has ended."""
     said: dict[str, Any] = {"text": text}
     if isinstance(asked, Chat):
         said = {"message": {"role": "assistant", "content": text}}
@@ -71,7 +71,7 @@ async def events(
 
 
 def embeddings(asked: Embedding, vectors: Tensor, tokens: int) -> dict[str, Any]:
-    """The answer of ``/v1/embeddings``.
+    """Return the answer of ``/v1/embeddings``.
 
     Args:
         vectors: ``(N, D)`` float32 on the CPU. tokens: of all texts together.

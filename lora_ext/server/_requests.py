@@ -174,7 +174,7 @@ class Embedding(_Asked):
     user: str | None = None
 
     def texts(self) -> list[str | list[int]]:
-        """What :meth:`Embedder.embed` takes."""
+        """Return the texts for :meth:`Embedder.embed`."""
         given = self.input
         alone = isinstance(given, str) or isinstance(given[0], int)
         return [given] if alone else given  # pyright: ignore[reportReturnType]
@@ -195,7 +195,7 @@ class Unload(_Asked):
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The body of a request, or status 413 where it has more bytes."""
+    """Read the body of a request; status 413 if it has more bytes."""
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -205,7 +205,7 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 def told(error: ValidationError) -> str:
-    """What is wrong with a body, on one line: each field by its name."""
+    """Describe what is wrong with a body on one line, each field by its name."""
     found = error.errors(include_url=False, include_context=False)
     lines = []
     for one in found[:_MOST_TOLD]:

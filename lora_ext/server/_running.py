@@ -89,7 +89,7 @@ class Settings:
                 raise ValueError(f"{_WHERE}: --device: {expected}, found {found}") from error
 
     def listen(self) -> socket.socket:
-        """A socket at host and port.
+        """Return a socket at host and port.
 
         Raises:
             ValueError: somebody listens there, or nobody may.

@@ -40,7 +40,7 @@ class RequestConstraint:
         self._known: dict[str, tuple[list[int], Row | None]] = {}
 
     def row(self, state: Any) -> Row | None:
-        """The row of a request's state, which transformers keeps."""
+        """Return the constraint's state behind the tokens of a request's state."""
         from lora_ext import control
 
         tokens = state.generated_tokens
@@ -65,7 +65,7 @@ def request_constraint(
     arguments: Sequence[Any],
     settings: dict[str, Any],
 ) -> RequestConstraint | None:
-    """The constraint of a request, checked before it waits; None without one.
+    """Return the constraint of a request, checked before it waits; None without one.
 
     Args:
         manager: of transformers.
@@ -122,8 +122,9 @@ class Standing(NamedTuple):
 
 
 def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], list[Standing]]:
-    """Tokens of the rows, by place, that a guide leads and that are drawn from their whole law:
-    that needs no product with the vocabulary. And the rows that are left.
+    """Draw the tokens of rows that have a guide and sample from the whole distribution.
+
+    That needs no product with the vocabulary. Returns the tokens by place, and the other rows.
 
     Args:
         scores: ``(1, N, V)``, not changed. On a GPU the product is the cheaper way: all rows are
@@ -153,7 +154,7 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
 
 
 def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:
-    """Scores ``(1, N, V)`` of a step in which some rows have constraints, all changed in one call.
+    """Return scores ``(1, N, V)`` in which the rows with constraints are changed, in one call.
 
     The others keep their bits, and so do ``scores`` themselves. A row of which no token is left,
     because its model or its matcher allows none, ends with what it has: an error would end the

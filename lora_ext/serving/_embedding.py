@@ -157,7 +157,7 @@ class Embedder(ServedPool):
         return vectors, tokens
 
     def load(self) -> Load:
-        """What it has to do, as routers of requests read it."""
+        """Return the load, for routers of requests."""
         running, waiting = ([r.name for r in each] for each in (self._running, self._waiting))
         return Load(running, waiting, self.pool.max_slots, 0.0)
 
@@ -192,7 +192,7 @@ class Embedder(ServedPool):
             batch.clear()
 
     async def _ready(self, each: _Waiting) -> bool:
-        """Whether its adapter is there; a request whose adapter fails has that for its answer."""
+        """Load the request's adapter; return False if that fails, which is its answer then."""
         try:
             await self._load(each.name)
             return True
@@ -288,8 +288,9 @@ def _end(each: _Waiting, answer: Tensor | Exception | None) -> None:
 
 
 def pooling_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
-    """Pooling and whether vectors are normalised, of a folder as sentence-transformers saves it;
-    None of another one.
+    """Return pooling and whether vectors are normalised, of a folder of sentence-transformers.
+
+    None for a folder in another format.
 
     Raises:
         ValueError: parts or poolings other than one of :class:`Embedder`'s.

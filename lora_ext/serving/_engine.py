@@ -240,7 +240,7 @@ class Engine(ServedPool):
         return Asked(ids, name, len(ids) if start is None else start)
 
     async def _constraint(self, form: Format) -> Constraint:
-        """Built beside the thread that generates, two at a time."""
+        """Build a constraint in another thread, two at a time."""
         from lora_ext.control import vocabulary_of
 
         async with self._building:
@@ -261,12 +261,14 @@ class Engine(ServedPool):
         )
 
     def load(self) -> Load:
-        """What it has to do, as routers of requests read it."""
+        """Return the load, for routers of requests."""
         return load_of(self.manager)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Tokens of a prompt; of a chat, up to where the answer begins. A tokenizer without a chat
-        template gets the contents, a line each."""
+        """Return the token ids of a prompt; of a chat, up to where the answer begins.
+
+        Without a chat template these are the contents of the messages, one per line.
+        """
         if isinstance(prompt, str):
             return self.tokenizer(prompt).input_ids
         if prompt and not isinstance(prompt[0], Mapping):
@@ -325,7 +327,7 @@ class Ahead:
         self._read: deque[Asked] = deque(maxlen=_MAX_READ_PROMPTS)
 
     async def wait(self, asked: Asked) -> None:
-        """Until nobody reads more of this prompt for the first time."""
+        """Wait until no other request reads more of this prompt for the first time."""
         while self._alive():
             known = max((asked.shared(other, self._page) for other in self._read), default=0)
             reading = self._reading.values()
@@ -336,11 +338,11 @@ class Ahead:
                 await asyncio.wait_for(first.wait(), _RECHECK_SECONDS)
 
     def begins(self, stream: Any, asked: Asked) -> None:
-        """A stream's prompt is being read."""
+        """Record that a stream's prompt is being read."""
         self._reading[stream] = asked, asyncio.Event()
 
     def ends(self, stream: Any) -> None:
-        """It has its first token, or will have none."""
+        """Record that a stream has its first token, or will have none."""
         if stream in self._reading:
             asked, event = self._reading.pop(stream)
             if stream.tokens:

@@ -57,7 +57,7 @@ _noted: ContextVar[Mapping[str, _Owners] | None] = ContextVar("lora_ext.media", 
 
 @contextlib.contextmanager
 def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Around a model's forward or ``generate``: whose its images, videos and sounds are.
+    """Store which sequences own the images, videos and sounds of a forward or ``generate``.
 
     Raises:
         ValueError: the model has no method that runs its tower apart, its media are as many as the
@@ -86,7 +86,7 @@ def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
 
 
 def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a forward is given media whose tokens are to be looked at, which no graph does."""
+    """Return whether a forward has media whose tokens must be read, which no graph does."""
     config = getattr(model, "config", None)
     return any(
         kwargs.get(kind.given) is not None and getattr(config, kind.token, None) is not None
@@ -97,7 +97,7 @@ def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
 def of_media(
     kind: _Kind, _hooks: Any, model: Any, own: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Stand in for a method that runs a tower: the blocks follow the media.
+    """Run a method of a tower with blocks that have a name per image, video or sound.
 
     Args:
         kind: of the media. model: whose method it is. own: the method. And then its arguments.
@@ -137,7 +137,7 @@ def _whose(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
 def _rows(
     counts: Sequence[int], given: Tensor, kwargs: Mapping[str, Any]
 ) -> tuple[list[int] | None, bool]:
-    """The sequence of each of the media, and whether a tower has as many rows for each of them.
+    """Return the sequence of each of the media, and whether a tower has equally many rows for each.
 
     Args:
         counts: of each sequence's tokens that stand for a part of one.
@@ -165,7 +165,7 @@ def _rows(
 
 
 def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> bool:
-    """Whether the grids, each with tokens in proportion to its patches, fill the sequences."""
+    """Return whether grids, with tokens in proportion to their patches, fill the sequences."""
     grids = [v for k, v in kwargs.items() if k.endswith("grid_thw") and isinstance(v, Tensor)]
     total = sum(counts)
     for grid in grids:

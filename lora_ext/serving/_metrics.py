@@ -55,7 +55,7 @@ class Load(NamedTuple):
 
 
 def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load) -> str:
-    """A page of metrics, each with its type and a line that says what it is.
+    """Return a page of metrics, each with its type and a line of help.
 
     Args:
         stats: of :meth:`Engine.stats`. refused: how many requests by the code of their error.
@@ -96,7 +96,9 @@ def _lines(name: str, kind: str, text: str, values: Mapping[str, float]) -> list
 
 
 def _names(names: Sequence[str | None]) -> str:
-    """As the value of a label. Readers split it at commas: one inside a name is written otherwise,
-    so that nobody takes it for two names."""
+    """Return names as the value of a label.
+
+    Readers split it at commas, so a comma inside a name is escaped.
+    """
     listed = ",".join(sorted({name.replace(",", "%2C") for name in names if name is not None}))
     return listed.replace("\\", r"\\").replace('"', r"\"")

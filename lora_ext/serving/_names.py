@@ -39,11 +39,11 @@ class CallNames:
         self.handle = pool_handle(pool)
 
     def block(self, names: Names) -> contextlib.AbstractContextManager[Any]:
-        """The block of a call that goes by these names; None stays in the block around."""
+        """Return the block of a call with these names; None stays in the block around."""
         return contextlib.nullcontext() if names is None else of_call(names, pool=self.pool)
 
     def of_call(self, given: Names) -> Names:
-        """The names of a call: those that it gives, or the default outside every block.
+        """Return the names of a call: the given ones, or the default outside every block.
 
         Raises:
             RuntimeError: the default is "error".
@@ -55,7 +55,7 @@ class CallNames:
         return self.default
 
     def of_requests(self, where: str, given: Names, count: int) -> list[str | None]:
-        """A name for each request: those given, or those of the block around, or the default.
+        """Return a name per request: the given ones, those of the block around, or the default.
 
         Args:
             where: the function, for messages. given: one name for all, one per request, or None.
@@ -108,7 +108,7 @@ class NamedPrompt(list[int]):
 
 
 def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> ValueError:
-    """Of a prompt that lacks the invocation of its activated adapter."""
+    """Return the error for a prompt without the invocation of its activated adapter."""
     return ValueError(
         f"{where}: expected the invocation {list(invocation)!r:.200} of adapter {name!r} in the "
         "prompt, found none; allow_base=True lets the base model serve it"
@@ -118,7 +118,7 @@ def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> Valu
 def named_prompts(
     inputs: Sequence[Sequence[int]], names: Sequence[str | None], allow_base: bool = False
 ) -> list[NamedPrompt]:
-    """Prompts with their adapters, and one list for all that befalls them."""
+    """Return prompts with their adapters and one list for the errors of all of them."""
     prompts = [NamedPrompt(map(int, ids)) for ids in inputs]
     errors: list[BaseException] = []
     for prompt, name in zip(prompts, names, strict=True):

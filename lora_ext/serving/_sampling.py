@@ -51,11 +51,11 @@ class Sampling:
         return self.temperature > 0 and self.top_p == 1 and self.top_k == -1
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """A new one of the seed."""
+        """Return a new generator with the seed; None without one."""
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A token.
+        """Sample one token id from ``logits``.
 
         Args:
             logits: ``(V,)``, floating. generator: on their device; None is torch's own.

@@ -135,7 +135,7 @@ class RequestStream:
         return new
 
     async def texts(self, tokenizer: Any, stop: str | Sequence[str] = ()) -> AsyncIterator[str]:
-        """Its text in pieces, up to a stop string, which ends the request; :class:`TextStream`."""
+        """Yield the text in pieces, up to a stop string, which ends the request."""
         text = TextStream(tokenizer, stop)
         async for tokens in self:
             if piece := text.feed(tokens):
@@ -190,7 +190,7 @@ class TextStream:
         self._held = ""  # may be the beginning of a stop string
 
     def feed(self, tokens: Sequence[int]) -> str:
-        """What can be said now that these have come."""
+        """Return the text that is certain after these tokens."""
         self._window += tokens
         text = self._text()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -198,13 +198,13 @@ class TextStream:
         return self._tell(text)
 
     def flush(self) -> str:
-        """The rest, when no more tokens come."""
+        """Return the rest of the text when no more tokens come."""
         text = self._tell(self._text()) + self._held
         self._held = ""
         return text
 
     def _text(self) -> str:
-        """After what was told. Tokenizers join words by what stands before them."""
+        """Return the text after what was returned; tokenizers join words by their predecessors."""
         how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         told = self._tokenizer.decode(self._window[: self._told], **how)
         return self._tokenizer.decode(self._window, **how)[len(told) :]
@@ -227,6 +227,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` begin ``stop``."""
+    """Return the number of characters at the end of ``text`` that begin ``stop``."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)

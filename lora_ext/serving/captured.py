@@ -30,7 +30,7 @@ _REPLACED = "a module of its own"
 
 
 def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Capturable:
-    """Room for a captured step of at most ``max_rows`` rows, one name each.
+    """Make room for a captured step of at most ``max_rows`` rows, one name each.
 
     ::
 
@@ -114,11 +114,11 @@ class Capturable:
         self._closed = False
 
     def __repr__(self) -> str:
-        """Settings."""
+        """Return the settings."""
         return f"Capturable(max_rows={self.max_rows}, replaced={self.replaced}, {self.device})"
 
     def __enter__(self) -> Capturable:
-        """Blocks of the pool, in this thread and task, write their names here."""
+        """Let blocks of the pool, in this thread and task, write their names here."""
         self._check_open()
         if self._entered is not None:
             raise RuntimeError("capturable: expected a step to be entered once, found it entered")
@@ -132,12 +132,12 @@ class Capturable:
         entered.__exit__(None, None, None)
 
     def close(self) -> None:
-        """Let the adapters go: replays serve the base model from here on, and writing raises."""
+        """Unpin the adapters. Later replays serve the base model, and later writes raise."""
         self._clear()
         self._closed = True
 
     def __del__(self) -> None:
-        """The pins end with it."""
+        """Unpin the adapters."""
         if self.__dict__.get("_lease") is not None:
             self._lease.__exit__()
 
@@ -149,7 +149,7 @@ class Capturable:
     # Before a replay
 
     def write(self, assignment: Assignment) -> None:
-        """Let replays serve these names, and pin their adapters until other names are written.
+        """Write the names that replays serve, and pin their adapters until the next write.
 
         After an error, and what the pool raises, replays serve the base model; in a capture nothing
         has changed.

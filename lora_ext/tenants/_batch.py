@@ -64,7 +64,7 @@ class Call:
             self.future.set_exception(error)
 
     def finish(self) -> None:
-        """After the last part: the gradients count, and the caller has the result."""
+        """Give the adapter its gradients and the caller the result, after the last part."""
         if self.backward and self.gradients is not None:
             self.adapter.add(self.gradients)
         each = [self.logprobs[i] for i in range(len(self.data))]
@@ -195,7 +195,7 @@ class BatchStep:
         }
 
     def _logprobs(self, owners: Sequence[tuple[Part, int]]) -> list[Tensor]:
-        """Of the targets of each datum, of their shape."""
+        """Return the log-probabilities of the targets of each datum, in their shape."""
         data = [part.call.data[i] for part, i in owners]
         longest = data[0].length
         ids = torch.zeros(len(data), longest, dtype=torch.int64)

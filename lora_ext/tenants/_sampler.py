@@ -118,7 +118,7 @@ class SamplingModel:
                 asked.future.set_exception(RuntimeError(f"{_ERROR}: {why}"))
 
     def prompt_logprobs(self, tokens: list[int], adapter: str | None) -> list[float]:
-        """Of every token after the first, as a training forward has them."""
+        """Return the log-probability of each token after the first, as a training forward does."""
         with torch.no_grad(), of_call(adapter, pool=self.pool):
             ids = torch.tensor([tokens], device=self.model.device)
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
@@ -133,7 +133,7 @@ class SamplingModel:
 
 
 def twin_of(model: Any) -> Any:
-    """The modules of a model once more, without adapters of their own, over the same tensors."""
+    """Return a copy of a model's modules, without adapters, that shares its tensors."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -184,7 +184,7 @@ class Sampler:
         seed: int | None = None,
         stop: Sequence[int | str] = (),
     ) -> list[Sample]:
-        """Go on from a prompt, ``num_samples`` times.
+        """Continue a prompt, ``num_samples`` times.
 
         Args:
             tokens: the prompt, at least one token.
@@ -214,7 +214,7 @@ class Sampler:
         seed: int | None = None,
         stop: Sequence[int | str] = (),
     ) -> list[Future[Sample]]:
-        """:meth:`sample` without waiting: a future for each."""
+        """Start :meth:`sample` without waiting; return one future per sample."""
         models = self._models
         prompt = checked_tokens(_ERROR, "tokens", tokens, models.vocabulary).tolist()
         integer(_ERROR, "max_tokens", max_tokens, 1)
@@ -242,7 +242,7 @@ class Sampler:
         return begun
 
     def logprobs(self, tokens: Sequence[int] | Tensor) -> list[float]:
-        """Of every token of a prompt but the first."""
+        """Return the log-probability of each token of a prompt but the first."""
         where, most = "Sampler.logprobs", self._models.context
         prompt = checked_tokens(where, "tokens", tokens, self._models.vocabulary)
         require(len(prompt) <= most, where, "tokens", f"at most {most} tokens", len(prompt))
@@ -250,7 +250,7 @@ class Sampler:
         return self._there(told)
 
     def _there(self, action: Callable[[], Any]) -> Any:
-        """What an action gives once the pool has the adapter."""
+        """Run an action once the pool has the adapter."""
         for _ in range(_TRIES):
             try:
                 return action()
@@ -297,7 +297,7 @@ class Sampler:
         return future
 
     def _cut(self, tokens: list[int], texts: list[str]) -> int | None:
-        """How many tokens there are when a text is complete; None: none is."""
+        """Return the number of tokens at which a stop text is complete; None if there is none."""
 
         def complete(count: int) -> bool:
             said = self._models.tokenizer.decode(tokens[:count], skip_special_tokens=False)

@@ -43,7 +43,7 @@ class Queue:
         self.closed: str | None = None  # why nothing more is taken
 
     def head(self) -> Call | None:
-        """The call whose turn it is."""
+        """Return the first item if it is a call."""
         first = self.items[0] if self.items else None
         return first if isinstance(first, Call) else None
 
@@ -88,14 +88,14 @@ class Scheduler:
         self._thread.start()
 
     def add(self, bounded: bool = True) -> Queue:
-        """A queue for one more tenant."""
+        """Add a queue for one more tenant."""
         queue = Queue(self.size, self.size * self.max_tokens) if bounded else Queue()
         with self._changed:
             self._queues.append(queue)
         return queue
 
     def put(self, where: str, queue: Queue, item: Call | Callable[[], Any]) -> Future[Any]:
-        """Let an item wait for its turn.
+        """Queue an item; return its future.
 
         Raises:
             QueueFullError: as many wait as may. RuntimeError: the tenant or the service is closed.

@@ -99,7 +99,7 @@ class Service:
     def create(
         self, rank: int, seed: int = 0, alpha: float = 32, targets: Targets = None
     ) -> Tenant:
-        """A tenant with a new adapter.
+        """Create a tenant with a new adapter.
 
         Args:
             rank: of the adapter, at most 512. alpha: its update is scaled by ``alpha / rank``.
@@ -119,7 +119,7 @@ class Service:
             return self._wait("create", lambda: self._new(config, seed))
 
     def load(self, path: str | os.PathLike[str]) -> Tenant:
-        """A tenant that goes on where a save was: adapter and optimizer.
+        """Load a tenant from a save: adapter and optimizer.
 
         Raises:
             ValueError: naming the path, or what of the save is not well-formed.
@@ -141,7 +141,7 @@ class Service:
         return self._wait("sampler", lambda: self.sampled(f"save@{next(self._marks)}", saved))
 
     def sampled(self, name: str, source: Any) -> Sampler:
-        """A sampler of an adapter that the pool takes under a new name."""
+        """Return a sampler of an adapter that is loaded under a new name."""
         models = self.sampling()
         models.pool.load(name, source)
         return Sampler(models, name, lambda: models.pool.load(name, source))
@@ -163,7 +163,7 @@ class Service:
     # For tenants
 
     def sampling(self) -> SamplingModel:
-        """What samplers run on, made when it is first asked for."""
+        """Return the model of samplers, made at first use."""
         with self._lock:
             if self._sampling is None:
                 self._sampling = SamplingModel(
@@ -235,7 +235,7 @@ class Tenant:
     def forward(
         self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
     ) -> Future[Result]:
-        """:meth:`forward_backward` without the gradient."""
+        """Compute :meth:`forward_backward` without the gradient."""
         return self._call("forward", data, loss, config, False)
 
     def _call(self, where: str, data: Any, loss: Any, config: Any, backward: bool) -> Any:
@@ -254,7 +254,7 @@ class Tenant:
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> Future[Result]:
-        """One step of AdamW with the gradients since the last; without any nothing moves.
+        """Take one step of AdamW with the gradients since the last; without any nothing changes.
 
         Args:
             max_grad_norm: the norm that gradients are clipped to; None: they are not.
@@ -309,7 +309,7 @@ class Tenant:
         return self._done("restore", restore, wait)
 
     def take(self, folder: Any, saved: LoraAdapter, optimizer: bool) -> None:
-        """The values of a save; on the service's thread."""
+        """Copy the values of a save, on the service's thread."""
         _check_trained("restore", folder, saved)
         mine = {path: layer.r[self.adapter.name] for path, layer in self.adapter.layers.items()}
         theirs = {path: factors.a.shape[0] for path, factors in saved.modules.items()}

@@ -49,7 +49,7 @@ _CODES |= {QueueFullError: 429, PoolFullError: 429}
 
 
 def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
-    """Tinker's API over a service.
+    """Make Tinker's API over a service.
 
     Args:
         service: that trains. base: the model's name on the wire. keys: that may ask; None: any.
@@ -82,7 +82,7 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
         return await go_on(request)
 
     def post(path: str) -> Any:
-        """A route for `f(key, what the body says)`, on a thread of its own."""
+        """Return a decorator that adds a route for ``f(key, body)``, which runs in a thread."""
 
         def decorate(function: Callable[[str, Answer], Any]) -> Any:
             async def run(request: Request) -> Any:

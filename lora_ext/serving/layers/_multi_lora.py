@@ -43,7 +43,7 @@ class MultiLoraLinear(PoolLayer):
         self.dora = DoraFactors(base, self.slab, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O)."""
+        """Map (..., I) to (..., O)."""
         traced = compiles()
         siblings = None if traced else self.siblings
         if siblings is not None:
@@ -117,7 +117,7 @@ class MultiLoraLinear(PoolLayer):
 def traced_rows(
     layer: PoolLayer, leading: torch.Size, device: torch.device, of_tokens: bool = False
 ) -> Rows:
-    """:meth:`PoolLayer.rows_in` for a graph: the rows of whatever block the graph will run in."""
+    """Return :meth:`PoolLayer.rows_in` for a graph: rows of the block in which it will run."""
     slots, turned = layer.pool.max_slots, layer.tokens_first
     return pool_rows(layer.handle, leading, device, slots, turned, of_tokens, layer.default)
 
@@ -125,7 +125,7 @@ def traced_rows(
 def add_adapters(
     y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor, rescale: Rescale | None
 ) -> Tensor:
-    """``y (..., O)`` with the update of each row, in place where ``y`` is ours to change.
+    """Return ``y (..., O)`` with the update of each row, in place where ``y`` may be changed.
 
     Hundreds of calls a decode step: each line here was timed.
     """
@@ -155,7 +155,7 @@ def add_adapters(
 
 
 def with_bias(y: Tensor, slab: Any, ids: Tensor) -> Tensor:
-    """PEFT's ``lora_bias``, scaled like the product it belongs to; other rows keep every bit."""
+    """Return ``y`` with PEFT's ``lora_bias``, scaled; rows without it keep every bit."""
     slot = ids.clamp(min=0)
     bias = slab.bias[slot] * slab.scale[slot].unsqueeze(1)  # (T, O)
     uses = (ids >= 0) & (slab.ranks[slot] > 0)  # (T,)

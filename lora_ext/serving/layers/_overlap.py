@@ -55,7 +55,7 @@ class Overlap:
         return self
 
     def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
-        """The layer's output; None where it is to be computed in one stream.
+        """Return the layer's output; None if it is to be computed in one stream.
 
         Raises:
             ValueError: what the ops refuse.

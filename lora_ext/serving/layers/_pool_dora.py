@@ -41,7 +41,7 @@ class Rescale(NamedTuple):
 
 
 def rescaled(y: Tensor, rescale: Rescale) -> Tensor:
-    """``c * (y - bias) + bias`` for some rows of ``y`` ``(..., O)``, rounded once to its dtype.
+    """Return ``c * (y - bias) + bias`` for some rows of ``y (..., O)``, rounded once to its dtype.
 
     Other rows keep every bit. ``y`` itself is changed where it is contiguous.
     """
@@ -77,7 +77,7 @@ class DoraFactors:
     def rescale(
         self, block: Block, leading: torch.Size, device: torch.device, tokens_first: bool
     ) -> Rescale | None:
-        """What :func:`rescaled` does to activations ``(*leading, O)``; None: no row needs it."""
+        """Return the argument of :func:`rescaled` for ``(*leading, O)``; None if not needed."""
         of_step = block.rows_of_step(leading, device, tokens_first)
         if of_step is not None:
             assert block.step is not None
@@ -92,7 +92,7 @@ class DoraFactors:
     def traced_rescale(
         self, layer: PoolLayer, leading: Sequence[int], device: torch.device
     ) -> Rescale:
-        """:meth:`rescale` for a graph: the rows of whatever block the graph will run in."""
+        """Return :meth:`rescale` for a graph: rows of the block in which it will run."""
         slab = self.slab
         size = leading, slab.out_features, slab.magnitude.dtype, device
         c = _active_dora_factors(layer.handle, self.number, *size, layer.tokens_first, noted.batch)
@@ -104,12 +104,14 @@ class DoraFactors:
         return getattr(self.base, "bias", None)
 
     def table(self, slots: Sequence[int]) -> Tensor:
-        """The factors of these slots, ``(len(slots), O)``."""
+        """Return the factors of these slots, ``(len(slots), O)``."""
         return torch.stack([self.factor(slot) for slot in slots])
 
     def factor(self, slot: int) -> Tensor:
-        """Those of one slot with a DoRA adapter, ``(O,)``; the same tensor until slot or weight
-        change."""
+        """Return the factors of a slot with a DoRA adapter, ``(O,)``.
+
+        It is the same tensor until slot or weight change.
+        """
         weight = self._weight()
         changes = 0 if weight.is_inference() else weight._version
         key = (self.slab.dora[slot], weight.data_ptr(), changes, weight.dtype, weight.device)

@@ -24,7 +24,7 @@ OfSlots = Mapping[int, Any]
 def with_replaced(
     y: Tensor, x: Tensor, name: str, of_slots: OfSlots, block: Block, tokens_first: bool
 ) -> Tensor:
-    """``y (..., O)`` with the rows of these slots computed by their own weights.
+    """Return ``y (..., O)`` with the rows of these slots computed by their own weights.
 
     Args:
         y: of the base module; changed in place where no gradient is wanted.
@@ -62,15 +62,17 @@ def with_replaced(
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of rows ``(T, I)``, or of tokens ``(T,)``."""
+    """Return the product for rows ``(T, I)``, or the embeddings of tokens ``(T,)``."""
     if not x.is_floating_point():
         return F.embedding(x, weight)
     return F.linear(x.to(weight), weight, bias)
 
 
 def _with_rows(y: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-    """Outputs ``y (T, O)`` of a module of whose weight these ``rows (n,)`` are others, ``weight``:
-    of an embedding, tokens ``x (T,)`` that are among them; of a head, outputs that are."""
+    """Return outputs ``y (T, O)`` of a module, some ``rows (n,)`` of whose weight are replaced.
+
+    Of an embedding, the tokens ``x (T,)`` among them change; of a head, the outputs ``rows``.
+    """
     if x.is_floating_point():
         return y.index_copy(1, rows, F.linear(x.to(weight), weight).to(y.dtype))
     same = x[:, None] == rows  # (T, n)
@@ -116,7 +118,7 @@ class ReplacedBank:
                     bias.zero_() if whole.bias is None else bias.copy_(whole.bias)
 
     def replaced(self, y: Tensor, x: Tensor, places: Tensor) -> Tensor:
-        """``y (..., O)`` with the rows of each place computed by its weights.
+        """Return ``y (..., O)`` with the rows of each place computed by its weights.
 
         Args:
             y: of the base module. x: its input. places: ``(T,)`` or longer, -1 for other rows.
@@ -131,7 +133,7 @@ class ReplacedBank:
 
 
 def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
-    """:func:`with_replaced` for a graph: the rows of whatever block the graph will run in."""
+    """Return :func:`with_replaced` for a graph: rows of the block in which it will run."""
     return _replaced_rows(
         y, x, layer.handle, layer.name, layer.tokens_first, noted.batch, layer.default
     )

@@ -44,8 +44,7 @@ class MultiLoraExperts(PoolLayer):
         self.stand_in(base, pool, name)
 
     def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """As the base module's: ``x (T, H)``, then the experts of each row and their weights, both
-        ``(T, k)``. Returns ``(T, H)``."""
+        """Map ``x (T, H)``, with experts and weights ``(T, k)`` of each row, to ``(T, H)``."""
         slabs = {name: slab for name, slab in self.slabs.items() if slab.a_pages is not None}
         if not slabs:
             if not compiles():
