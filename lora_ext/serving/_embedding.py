@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_ext._checks import choice, require
 from lora_ext.pool import UnknownAdapterError
@@ -164,18 +165,18 @@ class Embedder(ServedPool):
     def _encode(self, texts: Sequence[str | list[int]]) -> list[list[int]]:
         size = self.model.config.get_text_config().vocab_size
         ids: list[list[int]] = []
-        for text in texts:
+        for i, text in enumerate(texts):
             if not isinstance(text, str):
-                ids.append(text)
+                one = text
             elif self.preparation is None:
-                ids.append(self.tokenizer(text).input_ids)
+                one = self.tokenizer(text).input_ids
             else:
-                ids.append(self.preparation.tokens(self.tokenizer, text, self.context))
-        for i, one in enumerate(ids):
+                one = self.preparation.tokens(self.tokenizer, text, self.context)
             expected = f"1 to {self.context} tokens"
             require(0 < len(one) <= self.context, "embed", f"input[{i}]", expected, len(one))
             wrong = [token for token in one if not 0 <= token < size]
             require(not wrong, "embed", f"input[{i}]", f"tokens in [0, {size})", f"{wrong[:3]}")
+            ids.append(one)
         return ids
 
     async def _work(self) -> None:
@@ -242,9 +243,7 @@ class Embedder(ServedPool):
     def _vectors(self, texts: Sequence[tuple[list[int], str | None]]) -> Tensor:
         ids, names = [one for one, _ in texts], [name for _, name in texts]
         lengths = torch.tensor([len(one) for one in ids])
-        tokens = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
-        for row, one in zip(tokens, ids, strict=True):
-            row[: len(one)] = torch.tensor(one)
+        tokens = pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
         mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(self.model.device)
         out = self.model(
             input_ids=tokens.to(self.model.device), attention_mask=mask.long(), adapter_names=names

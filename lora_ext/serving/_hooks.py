@@ -41,7 +41,7 @@ from lora_ext.rows import (
 from . import _continuous
 from ._media import KINDS, has_media, media_noted, of_media
 from ._names import CallNames, named_prompts
-from ._pipelines import check_pipeline
+from ._pipelines import report_lost_names
 
 _Run = Callable[..., Any]
 
@@ -133,7 +133,7 @@ class Hooks:
             )
         names = self.names.of_call(names)
         if names is None and not self._lock.held:  # a nested forward has been checked already
-            check_pipeline(self.names.handle)
+            report_lost_names(self.names.handle)
         exclusive = kw.get("is_causal") is not None
         with self._lock.hold(exclusive), self.names.block(names):
             return _run_forward(own, model, args, kw)

@@ -43,11 +43,6 @@ class _Owners(NamedTuple):
     given: int  # rows of the argument that has them
     sequences: int
 
-    @property
-    def in_order(self) -> bool:
-        """Whether each sequence has one."""
-        return self.rows == list(range(self.sequences))
-
 
 #: Arguments that tell sizes: what differs from image to image there may differ in its tokens.
 _SIZES = re.compile("image|pixel|spatial|video|audio|feature")
@@ -69,7 +64,9 @@ def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
         return
     for kind in KINDS:
         owners = found.get(kind.method)
-        if owners is None or owners.given != owners.sequences or owners.in_order:
+        if owners is None or owners.given != owners.sequences:
+            continue
+        if owners.rows == list(range(owners.sequences)):  # one in each sequence, in order
             continue
         apart = any(callable(getattr(part, kind.method, None)) for part in model.modules())
         if not apart and _has_several_names():

@@ -88,7 +88,7 @@ def _inside(variable: ContextVar[Any], value: Any, run: Callable[..., Any]) -> C
     return inside
 
 
-def check_pipeline(handle: int) -> None:
+def report_lost_names(handle: int) -> None:
     """Raise if another adapter or the base model would serve a call; warn if it may.
 
     Args:

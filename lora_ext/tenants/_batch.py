@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_ext._checks import require
 from lora_ext.layers import LoraLayer, recomputed, rows_per_chunk, softcap_of
@@ -198,9 +199,7 @@ class BatchStep:
         """Return the log-probabilities of the targets of each datum, in their shape."""
         data = [part.call.data[i] for part, i in owners]
         longest = data[0].length
-        ids = torch.zeros(len(data), longest, dtype=torch.int64)
-        for row, datum in zip(ids, data, strict=True):
-            row[: datum.length] = datum.tokens
+        ids = pad_sequence([datum.tokens for datum in data], batch_first=True)
         # Padding stands behind the tokens, which do not look there: no mask, and a sequence runs
         # through the kernels that it runs through alone.
         at = [torch.arange(datum.length) + row * longest for row, datum in enumerate(data)]

@@ -17,12 +17,9 @@ from torch.nn import functional as F
 from lora_ext._torch import READS_MORE, traced
 from lora_ext.rows import Block, batch_of, block_of_graph, forward_of, noted
 
-#: Weights that stand in for a module's own, by slot: ``weight`` and ``bias``.
-OfSlots = Mapping[int, Any]
-
 
 def with_replaced(
-    y: Tensor, x: Tensor, name: str, of_slots: OfSlots, block: Block, tokens_first: bool
+    y: Tensor, x: Tensor, name: str, of_slots: Mapping[int, Any], block: Block, tokens_first: bool
 ) -> Tensor:
     """Return ``y (..., O)`` with the rows of these slots computed by their own weights.
 
@@ -30,7 +27,8 @@ def with_replaced(
         y: of the base module; changed in place where no gradient is wanted.
         x: its input: ``(..., I)``, or token ids ``(...)`` of an embedding.
         name: of the module in the pool.
-        of_slots: see :data:`OfSlots`. block: says which rows have which slot.
+        of_slots: by slot, the ``weight`` and ``bias`` that replace the module's.
+        block: has the slot of each row.
         tokens_first: the layout of ``x``.
     """
     of_tokens = not x.is_floating_point()
