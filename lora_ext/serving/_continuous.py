@@ -242,7 +242,8 @@ class AdapterRequests:
             with self._unpinned:
                 if request_id in self._requests:
                     request.lease.__exit__()
-                    raise ValueError(f"add_request: request_id: {request_id!r} is in use already")
+                    expected = "expected one that is not in use"
+                    raise ValueError(f"add_request: request_id: {expected}, found {request_id!r}")
                 self._requests[request_id] = request
             accepted = None
             try:
