@@ -75,7 +75,9 @@ class CallNames:
                 )
             given = block.assignment.spelled()
             given = given if shape else given[0]
-        names = [given] * count if given is None or isinstance(given, str) else list(given)
+        names: list[Any] = (
+            [given] * count if given is None or isinstance(given, str) else list(given)
+        )
         source = "adapter_names" if block is None else "names of the block"
         expected = f"one for each of {count} requests"
         require(len(names) == count, where, source, expected, len(names))
@@ -84,7 +86,7 @@ class CallNames:
             require(fits, where, "adapter_names", "str or None", f"{name!r:.200}")
             if name not in (None, BASE) and name not in self.pool:
                 self.pool.acquire([name])  # says what is wrong with it
-        return names  # pyright: ignore[reportReturnType]
+        return names
 
     def check_invoked(self, where: str, prompts: Sequence[NamedPrompt]) -> None:
         """Refuse a prompt without the invocation of its adapter, before any of them is served.

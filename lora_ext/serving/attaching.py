@@ -188,7 +188,7 @@ def detach(model: Model) -> Model:
             )
     managers = requests_of(model)
     stopped = not any(requests.manager.is_running() for requests in managers)
-    expected = "no running manager of continuous batching"
+    expected = "no manager of continuous batching that runs"
     require(stopped, "detach", "model", expected, "one; stop it first", RuntimeError)
     packed = packed_layers(model, "detach") if attachment.packed else []
     attachment.swap.restore(model, "detach")
