@@ -122,5 +122,5 @@ def _check_name(name: str) -> None:
     """Refuse a name that no folder has: it would be lost with the process."""
     fits = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _MAX_NAME_LENGTH
     fits = fits and name not in (BASE, "..") and Path(name).name == name
-    expected = f"a printable folder name of at most {_MAX_NAME_LENGTH} characters, not {BASE!r}"
-    require(fits, "AdapterFolder", "name", expected, f"{name!r:.200}")
+    expected = f"what a folder may be called, of at most {_MAX_NAME_LENGTH} printable characters"
+    require(fits, "AdapterFolder", "name", f"{expected} and not {BASE!r}", f"{name!r:.200}")

@@ -295,8 +295,8 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
         )
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise NotImplementedError(
-            "attach: expected no torch.jit.trace, which would record the rows of this block, found "
-            "one; use torch.export or torch.compile, which follow the blocks"
+            "attach: expected a model that is not recorded by torch.jit.trace, which would keep "
+            "the rows of this block; use torch.export or torch.compile, which follow blocks"
         )
     traced = compiles()
     if not traced and innermost() is None:

@@ -187,9 +187,9 @@ def detach(model: Model) -> Model:
                 "remove_hook_from_submodules(model) first, or offload before attach"
             )
     managers = requests_of(model)
-    stopped = not any(requests.manager.is_running() for requests in managers)
-    expected = "no manager of continuous batching that runs"
-    require(stopped, "detach", "model", expected, "one; stop it first", RuntimeError)
+    if any(requests.manager.is_running() for requests in managers):
+        expected = "no manager of continuous batching that runs"
+        raise RuntimeError(f"detach: expected {expected}, found one; stop it first")
     packed = packed_layers(model, "detach") if attachment.packed else []
     attachment.swap.restore(model, "detach")
     for requests in managers:
@@ -214,7 +214,7 @@ def _check_free(model: nn.Module) -> None:
             "attach: expected a model that is not attached, found an attached one; detach it first"
         )
     parts = getattr(model, "_tp_size", None) or 1  # transformers' own mark
-    found = f"one that tp_plan has divided between {parts} processes"
+    found = f"weights that tp_plan has divided between {parts} processes"
     require(parts == 1, "attach", "model", "undivided weights", found, NotImplementedError)
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer) or type(module).__module__.startswith("peft."):
