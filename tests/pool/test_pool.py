@@ -69,17 +69,11 @@ def test_addresses_stay_and_base_rows_get_no_slot():
     pool = make()
     load(pool, "x", 0)
     slab = pool.modules["up"]
-    tensors = [slab.a_pages, slab.b_pages, slab.page_table, slab.ranks, slab.scale]
+    parts = ("a_pages", "b_pages", "page_table", "ranks", "scale")
+    tensors = [getattr(slab, part) for part in parts]
     for seed in range(1, 8):
         load(pool, f"x{seed}", seed, rank=1 + seed, targets=("up", "head"))
-    assert all(
-        a is b
-        for a, b in zip(
-            tensors,
-            [slab.a_pages, slab.b_pages, slab.page_table, slab.ranks, slab.scale],
-            strict=True,
-        )
-    )
+    assert all(getattr(slab, part) is t for part, t in zip(parts, tensors, strict=True))
     with pool.acquire([None, "x7", "__base__"]) as slots:
         assert slots[0] == slots[2] == -1 and slots[1] >= 0
 
