@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,6 @@ from lora_ext.rows import Pool, PoolLayer, Rows, current, pool_rows, untouched
 
 from ._pool_dora import DoraFactors, Rescale, rescaled
 from ._pool_replaced import traced_replaced, with_replaced
-
-if TYPE_CHECKING:  # both build on this file
-    from ._overlap import Overlap
-    from ._siblings import Siblings
 
 
 class MultiLoraLinear(PoolLayer):
@@ -33,10 +29,11 @@ class MultiLoraLinear(PoolLayer):
             (..., O). pool: :class:`lora_ext.AdapterPool`. name: the module's name in the pool.
     """
 
-    #: The layers that this one may share ops with; None without ``fuse_siblings``.
-    siblings: Siblings | None = None
-    #: The streams on which the update may begin beside the base product; None without ``overlap``.
-    overlap: Overlap | None = None
+    #: The ``Siblings`` of ``_siblings.py``, which builds on this file; None without
+    #: ``fuse_siblings``.
+    siblings: Any = None
+    #: The ``Overlap`` of ``_overlap.py``, which builds on this file; None without ``overlap``.
+    overlap: Any = None
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__(base, pool, name)
