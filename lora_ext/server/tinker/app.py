@@ -64,14 +64,14 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
     api = Api(service, base)
     app = FastAPI(lifespan=lambda _: _life(api))
 
-    def refuse(_: Request, error: Exception) -> JSONResponse:
+    def error_answer(_: Request, error: Exception) -> JSONResponse:
         code = next(code for kind in type(error).__mro__ if (code := _CODES.get(kind)))  # pyright: ignore[reportArgumentType]
         words = f"{error.args[0]}: expected in the body, found none"  # of a KeyError
         words = words if type(error) is KeyError else api.words_of(error)
         return JSONResponse({"error": words, "category": "user"}, code)
 
     for kind in _CODES:
-        app.add_exception_handler(kind, refuse)
+        app.add_exception_handler(kind, error_answer)
 
     @app.middleware("http")
     async def check_key(request: Request, go_on: Any) -> Any:
