@@ -9,6 +9,7 @@ from lora_ext._torch import compiles
 from lora_ext.rows import (
     NOBODY,
     Assignment,
+    Layout,
     Names,
     Rows,
     _context,
@@ -115,7 +116,7 @@ class Participants(Merging):
             made = isinstance(adapter_ids, Assignment)
             assignment = adapter_ids if made else Assignment.of(adapter_ids)
             self._check_known(assignment.names)
-            return assignment.among(reachable, leading, device, self.tokens_first)
+            return assignment.rows_among(reachable, Layout(leading, device, self.tokens_first))
         if block is not None:
             return block.rows_among(reachable, leading, device, self.tokens_first, self._of_tokens)
         if not _context.any_block:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ext.rows import Assignment, Batch, change_blocks, generation_scope, innermost
+from lora_ext.rows import Assignment, Layout, change_blocks, generation_scope, innermost
 
 
 class _Kind(NamedTuple):
@@ -210,15 +210,14 @@ class _Units(Assignment):
         super().__init__(names, places, (len(places),))
         self._uniform = uniform
 
-    def check_tokens(self, leading: torch.Size, tokens_first: bool = False) -> None:
+    def check_tokens(self, layout: Layout) -> None:
         """Refuse an embedding that does not see units: its rows may be positions, which all
         share."""
-        if leading[:1] != (len(self.places),):
-            raise self._misfit(leading)
+        if layout.leading[:1] != (len(self.places),):
+            raise self._misfit(layout.leading)
 
-    def spread(
-        self, leading: torch.Size, tokens_first: bool, batch: Batch | None
-    ) -> tuple[int, int]:
+    def spread(self, layout: Layout) -> tuple[int, int]:
+        leading = layout.leading
         rows, units = math.prod(leading), len(self.places)
         packed = leading[0] if len(leading) == 1 or leading[0] > 1 else rows
         if leading[0] == units or (self._uniform and packed % units == 0):
@@ -229,9 +228,7 @@ class _Units(Assignment):
 class _Unknown(Assignment):
     """Names of sequences, in a layer that sees something else."""
 
-    def spread(
-        self, leading: torch.Size, tokens_first: bool, batch: Batch | None
-    ) -> tuple[int, int]:
+    def spread(self, layout: Layout) -> tuple[int, int]:
         raise ValueError(
             "adapters: names: expected one name for all sequences, as their tokens do not tell "
             f"whose each image, video or sound is, found {self.each()!r:.200}"

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext import ops
 from lora_ext._checks import integer, require
 from lora_ext.pool import AdapterPool
-from lora_ext.rows import Assignment, Batch, Rows, capture, in_step
+from lora_ext.rows import Assignment, Layout, Rows, capture, in_step, planned
 
 from .layers._pool_dora import DoraFactors, DoraTable
 from .layers._pool_replaced import ReplacedBank
@@ -290,43 +289,33 @@ class Capturable:
     # ---------------------------------------------------------------------------------------------
     # What the layers ask for
 
-    def rows(
-        self,
-        assignment: Assignment,
-        leading: torch.Size,
-        device: torch.device,
-        tokens_first: bool,
-        batch: Batch | None,
-    ) -> Rows | None:
+    def rows(self, assignment: Assignment, layout: Layout) -> Rows | None:
         """Rows that replays follow, with all slots in use; None where each name has several rows,
         or the names are not those that were written last.
 
         Raises:
             ValueError: the same in a capture.
         """
-        count = math.prod(leading)
+        device, count = layout.device, math.prod(layout.leading)
         if (
             assignment is not self._written
             or device != self.device
             or count > self.max_rows
-            or (tokens_first and len(assignment.shape) == 2)
-            or (
-                assignment.shape != () and assignment.spread(leading, tokens_first, batch) != (1, 1)
-            )
+            or (layout.tokens_first and len(assignment.shape) == 2)
+            or (assignment.shape != () and assignment.spread(layout) != (1, 1))
         ):
             if capture(device) is None:
                 return None
             raise ValueError(
                 f"capturable: expected a captured forward of at most {self.max_rows} rows on "
                 f"{self.device}, each with one of the names written last, found activations of "
-                f"shape {(*leading, 'features')} on {device}"
+                f"shape {(*layout.leading, 'features')} on {device}"
             )
         self.note_capture(device, count)
         return assignment.kept.get(("step", count), device, self._rows, count)
 
     def _rows(self, count: int) -> Rows:
-        ids, slots = self._ids[:count], self.pool.max_slots
-        return Rows(tuple(range(slots)), ids, ops.lora_plan(ids, slots))
+        return planned(tuple(range(self.pool.max_slots)), self._ids[:count])
 
     def table(self, factors: DoraFactors) -> Tensor:
         """DoRA's factors of one layer, ``(slots + 1, O)``, the last for rows of the base model."""

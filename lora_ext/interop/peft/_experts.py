@@ -22,7 +22,7 @@ from lora_ext.layers import (
     projections,
     slots_of,
 )
-from lora_ext.rows import Assignment, Batch, together
+from lora_ext.rows import Assignment, Batch, Layout, together
 
 from ._adapters import no_gradients_without_rows, taking_part
 from ._layers import Fused, uncovered
@@ -124,7 +124,7 @@ def _calls(
         return []
     tokens, sequences = len(x), len(rows.places)
     each = frozenset([tokens // sequences] if tokens % sequences == 0 else [])
-    of_rows = rows.among(adapters, x.shape[:-1], x.device, batch=Batch(sequences, each))
-    of_rows = together(of_rows, trained)
+    layout = Layout(x.shape[:-1], x.device, batch=Batch(sequences, each))
+    of_rows = together(rows.rows_among(adapters, layout), trained)
     used = tuple(adapters[i] for i in of_rows.used)
     return [(used, of_rows.ids)] if used else []

@@ -23,7 +23,16 @@ from lora_ext import ops
 from lora_ext._checks import FLOATS
 from lora_ext._torch import READS_MORE, traced
 from lora_ext.layers import readable_weight
-from lora_ext.rows import Block, PoolLayer, batch_of, capturing, current, forward_of, noted
+from lora_ext.rows import (
+    Block,
+    PoolLayer,
+    batch_of,
+    capturing,
+    current,
+    current_layout,
+    forward_of,
+    noted,
+)
 
 # A graph holds numbers and tensors, no objects: its op finds a layer's factors by number, and the
 # registry keeps no layer alive.
@@ -78,16 +87,17 @@ class DoraFactors:
         self, block: Block, leading: torch.Size, device: torch.device, tokens_first: bool
     ) -> Rescale | None:
         """What :func:`rescaled` does to activations ``(*leading, O)``; None: no row needs it."""
-        of_step = block.rows_of_step(leading, device, tokens_first)
+        layout = current_layout(leading, device, tokens_first)
+        of_step = block.step_rows(layout)
         if of_step is not None:
             assert block.step is not None
             return Rescale(None, block.step.table(self)[of_step.ids.long()], self.bias)
         if not self.slab.dora:
             return None
-        slots, rows, which = block.rows_of_slots(
-            self.slab.dora.keys(), leading, device, tokens_first
-        )
-        return Rescale(rows, self.table(slots)[which], self.bias) if slots else None
+        found = block.slot_rows(self.slab.dora.keys(), layout)
+        if found is None:
+            return None
+        return Rescale(found.rows, self.table(found.slots)[found.which], self.bias)
 
     def traced_rescale(
         self, layer: PoolLayer, leading: Sequence[int], device: torch.device

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext._torch import READS_MORE, traced
-from lora_ext.rows import Block, batch_of, block_of_graph, forward_of, noted
+from lora_ext.rows import Block, batch_of, block_of_graph, current_layout, forward_of, noted
 
 #: Weights that stand in for a module's own, by slot: ``weight`` and ``bias``.
 OfSlots = Mapping[int, Any]
@@ -35,19 +35,20 @@ def with_replaced(
     """
     of_tokens = not x.is_floating_point()
     leading = x.shape if of_tokens else x.shape[:-1]
-    if block.rows_of_step(leading, x.device, tokens_first) is not None:
+    layout = current_layout(leading, x.device, tokens_first)
+    if block.step_rows(layout) is not None:
         assert block.step is not None
         bank, places = block.step.bank(name)
         return y if bank is None else bank.replaced(y, x, places)
     if not of_slots:
         return y
-    groups = block.rows_of_each(of_slots.keys(), leading, x.device, tokens_first)
-    if not groups:
+    found = block.slot_rows(of_slots.keys(), layout)
+    if found is None:
         return y
     flat = y.reshape(-1, y.shape[-1])  # (T, O)
     rows_in = x.reshape(-1) if of_tokens else x.reshape(-1, x.shape[-1])  # (T,) or (T, I)
     ours = not (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad))
-    for slot, rows in groups:
+    for slot, rows in zip(found.slots, found.by_slot, strict=True):
         weight, bias, own = of_slots[slot]
         if weight.is_cuda:  # its adapter may be unloaded before the device has read it
             for tensor in (weight, own):
