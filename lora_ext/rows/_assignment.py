@@ -124,9 +124,8 @@ class Assignment:
     def select(self, rows: Sequence[int], batch: int) -> Assignment:
         """Return the assignment of some rows of a batch; ``self`` if it names no such batch."""
         places = self.places
-        if isinstance(places, Tensor) or self.shape != (len(places),):
-            return self
-        if len(places) * self.repeat != batch:
+        of_rows = self.shape == (len(places),) and len(places) * self.repeat == batch
+        if isinstance(places, Tensor) or not of_rows:
             return self
         chosen = tuple(places[row // self.repeat] for row in rows)
         return Assignment(self.names, chosen, (len(chosen),))
@@ -169,8 +168,7 @@ class Assignment:
             if capturing(device):
                 raise RuntimeError(
                     "adapters: token_ids: expected a forward that runs, found one captured in a "
-                    "CUDA graph, which would serve these very rows at every replay; capture with "
-                    "names"
+                    "CUDA graph, whose replays would keep these rows; capture with names"
                 )
             return renumbered(self.places.to(device), table)
         each = [-1 if place < 0 else table[place] for place in self.places]
@@ -213,11 +211,8 @@ class Assignment:
     def _misfit(self, leading: torch.Size) -> ValueError:
         named, found = len(self.places), f"found activations of shape {_activations(leading)}"
         if isinstance(self.places, Tensor):
-            shape = tuple(self.shape)
-            return ValueError(
-                f"adapters: token_ids: expected the activations' shape without features, as "
-                f"{shape} has it, {found}"
-            )
+            expected = f"the activations' shape without features, as {self.shape} has it"
+            return ValueError(f"adapters: token_ids: expected {expected}, {found}")
         if len(self.shape) == 2:
             expected = f"{self.shape[0]} sequences of {self.shape[1]} tokens"
         elif self.repeat == 1:
@@ -237,9 +232,8 @@ class Assignment:
             per_sequence, per_row = readings["sequence"], readings["row"]
             raise ValueError(
                 f"adapters: names: found them read as one per sequence by activations of shape "
-                f"{_activations(per_sequence)} and as one per row by {_activations(per_row)}; rows "
-                "that all sequences share have no adapter of their own: expected no adapter on "
-                "that module (or a list of names for each sequence, one per token)"
+                f"{_activations(per_sequence)} and as one per row by {_activations(per_row)}: "
+                "expected a list of names for each sequence, or no adapter on rows that all share"
             )
         self._readings[unit] = leading
 
@@ -254,8 +248,8 @@ class Assignment:
         if one_row and not layout.tokens_first:
             raise ValueError(
                 f"adapters: names: found {named} for an embedding that sees one row of {named} "
-                f"tokens or positions: expected [[...]], a list for each sequence, where each "
-                "token has a name; positions that all sequences share have no adapter of their own"
+                "tokens or positions: expected [[...]], a name for each token, or no adapter on "
+                "positions that all sequences share"
             )
 
 
@@ -294,7 +288,7 @@ def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
     if not isinstance(names, Sequence) or not names:
         raise ValueError(
             f"adapters: names: expected a name or a list of names, found {names!r:.200}; "
-            "list(names) makes one of an array or a generator"
+            "list(names) converts an array or a generator"
         )
     flat: list[Any] = list(names)
     shape: tuple[int, ...] = (len(flat),)
@@ -302,8 +296,7 @@ def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
         lengths = sorted({len(row) for row in flat})
         if len(lengths) != 1 or lengths[0] == 0:
             raise ValueError(
-                f"adapters: names: expected as many names for every sequence, found lengths "
-                f"{lengths}"
+                f"adapters: names: expected as many names for every sequence, found {lengths}"
             )
         flat, shape = [name for row in flat for name in row], (len(flat), lengths[0])
     if not all(name is None or isinstance(name, str) for name in flat):

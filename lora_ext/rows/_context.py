@@ -149,8 +149,7 @@ class Block:
         if capturing(layout.device):
             raise RuntimeError(
                 "adapters: expected no DoRA adapter and no replaced module while a CUDA graph is "
-                "captured, found one: its rows and factors are chosen on the host; capture inside "
-                "lora_ext.capturable(pool, max_rows)"
+                "captured, found one; capture inside lora_ext.capturable(pool, max_rows)"
             )
         table = [order.index(slot) if slot in order else -1 for slot in self.slots]
         each = self.assignment.ids(table, layout)
@@ -181,9 +180,8 @@ _LEAVE_OUT = (
 
 def _outlived() -> RuntimeError:
     return RuntimeError(
-        "adapters: the block was left while work started inside it still runs, and its adapters "
-        "are no longer pinned; wait for tasks and threads inside the block, or enter one in each "
-        "of them"
+        "adapters: the block was left while work started inside it still runs; wait for tasks and "
+        "threads inside the block, or enter one in each of them"
     )
 
 
@@ -419,8 +417,7 @@ def _leave(block: Block) -> None:
     if found is None or found.entry is not block.entry:
         raise RuntimeError(
             f"adapters: expected the innermost block to be left first, found {found} where "
-            f"{block} is left: a generator that yields inside a block leaves it to whoever drives "
-            "the generator; enter and leave a block between two yields"
+            f"{block} is left; a generator should enter and leave a block between two yields"
         )
     put(next((outer for outer in outwards(block.outer) if not outer.entry.left), None))
 
@@ -454,8 +451,8 @@ def _warn_of_nested_block(block: Block) -> None:
     warnings.warn(
         f"adapters: a block of {inner!r:.200} is entered inside one of {around!r:.200} that has "
         "served: until it is left it serves every forward of this thread and task, also those of a "
-        "generator that has yielded inside the block around and goes on. Leave a block before a "
-        "yield, or give adapter_names= to each call",
+        "generator that yielded inside the outer block. Leave a block before a yield, or give "
+        "adapter_names= to each call",
         stacklevel=4,
     )
 

@@ -42,7 +42,7 @@ class _Timeline:
         if found < 0:
             raise RuntimeError(
                 "adapters: a layer is computed again in the backward, and its block was left so "
-                f"long ago that it is forgotten, {_MOST_CHANGES} changes of the block since; call "
+                f"long ago, {_MOST_CHANGES} changes of the block, that it is forgotten; call "
                 "backward() earlier"
             )
         return self.blocks[found]
@@ -94,9 +94,8 @@ def block_of_forward(task: int) -> Any:
         block = found[0] if found else None
         if any(other is not block for other in found):
             raise RuntimeError(
-                "adapters: a layer is computed again in the backward, and several threads have "
-                "had blocks that may be those of its forward; give adapter_ids, or train in one "
-                "thread"
+                "adapters: a layer is computed again in the backward, and several threads had "
+                "blocks that may be its forward's; give adapter_ids, or train in one thread"
             )
     here.resolved = (key, block)
     return block

@@ -302,9 +302,8 @@ def group(adapter_ids: Tensor, num_adapters: int) -> Rows:
     """Return the rows of ids ``(T,)``; on a device this waits for the ids."""
     found = adapter_ids.unique().tolist()  # sorted
     if found and not -1 <= found[0] <= found[-1] < num_adapters:
-        raise ValueError(
-            f"adapter_ids: expected ids in [-1, {num_adapters}), found {found[0]} to {found[-1]}"
-        )
+        expected = f"ids in [-1, {num_adapters})"
+        raise ValueError(f"adapter_ids: expected {expected}, found {found[0]} to {found[-1]}")
     used = tuple(i for i in found if i >= 0)
     if used == tuple(range(len(used))):
         return planned(used, adapter_ids.int())
