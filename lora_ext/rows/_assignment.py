@@ -288,7 +288,7 @@ def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
     if not isinstance(names, Sequence) or not names:
         raise ValueError(
             f"adapters: names: expected a name or a list of names, found {names!r:.200}; "
-            "list(names) converts an array or a generator"
+            "list(names) makes one of an array or a generator"
         )
     flat: list[Any] = list(names)
     shape: tuple[int, ...] = (len(flat),)

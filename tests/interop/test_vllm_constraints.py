@@ -55,7 +55,7 @@ def settings(processors=(PROCESSOR,), folder=None, **more):
 def here(monkeypatch):
     found = SimpleNamespace(from_pretrained=lambda *args, **kwargs: tokenizer())
     monkeypatch.setattr("transformers.AutoTokenizer", found)
-    monkeypatch.setattr(_constraints, "_doors", [])
+    monkeypatch.setattr(_constraints, "_doors", set())
 
 
 def save_guide(folder):

@@ -148,10 +148,8 @@ def _keys(
     keys, place = inner(request, start_token_idx, end_token_idx, start_mm_idx)
     if not hasattr(request, _START):  # called for each block, and the prompt may be long
         invocation, prompt = invocation_of(request.lora_request), request.prompt_token_ids
-        known = (
-            None if prompt is None or not invocation else _last(torch.tensor(prompt), invocation)
-        )
-        setattr(request, _START, known)
+        begins = invocation and prompt is not None
+        setattr(request, _START, _last(torch.tensor(prompt), invocation) if begins else None)
     start = getattr(request, _START)
     if start is None:
         return keys, place
