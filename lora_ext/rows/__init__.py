@@ -38,6 +38,7 @@ from ._attachment import (
 from ._context import (
     Block,
     adapters,
+    context_value,
     current,
     current_layout,
     forward_of,

@@ -271,23 +271,23 @@ def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> 
 
 
 @contextlib.contextmanager
-def in_step(step: Any) -> Iterator[None]:
-    """Let blocks of the step's pool write their names into it, inside this context."""
-    token = _step.set(step)
+def context_value(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Set a context variable inside this context."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _step.reset(token)
+        variable.reset(token)
 
 
-@contextlib.contextmanager
-def forward_of(batch: Batch | None) -> Iterator[None]:
-    """Set the batch that a model computes inside this context."""
-    token = _batch.set(batch)
-    try:
-        yield
-    finally:
-        _batch.reset(token)
+def in_step(step: Any) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which blocks of the step's pool write their names into it."""
+    return context_value(_step, step)
+
+
+def forward_of(batch: Batch | None) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which a model computes this batch."""
+    return context_value(_batch, batch)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -385,12 +385,11 @@ def of_call(
 @contextlib.contextmanager
 def entered(block: Block | None) -> Iterator[None]:
     """Make a block the innermost inside this context."""
-    token = _block.set(block)
     try:
-        _note(block)
-        yield
+        with context_value(_block, block):
+            _note(block)
+            yield
     finally:
-        _block.reset(token)
         _note(_block.get())
 
 

@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from lora_ext._torch import compiles
-from lora_ext.rows import Assignment, NamedRows
+from lora_ext.rows import Assignment, NamedRows, context_value
 
 # PEFT's hooks pass a batch's names to every layer as a list; the last one is kept.
 _last: ContextVar[tuple[tuple[str, ...], Assignment] | None]
@@ -102,11 +102,8 @@ def kept_by_checkpoints(model: nn.Module, given: Given) -> Iterator[None]:
                 continue  # our own layers read the names themselves
             if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper):  # PEFT's own
                 nn.Module.register_forward_pre_hook(layer, _remind, with_kwargs=True)  # pyright: ignore[reportArgumentType]
-    token = _current.set(given)
-    try:
+    with context_value(_current, given):
         yield
-    finally:
-        _current.reset(token)
 
 
 class _KeepsNames:
@@ -125,11 +122,8 @@ class _KeepsNames:
             return self.checkpoint(run, *args, **options)
 
         def run_with_names(*inner: Any, **kwargs: Any) -> Any:
-            token = _recomputed.set(rows)
-            try:
+            with context_value(_recomputed, rows):
                 return run(*inner, **kwargs)
-            finally:
-                _recomputed.reset(token)
 
         return self.checkpoint(run_with_names, *args, **options)
 
