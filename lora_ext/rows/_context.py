@@ -315,31 +315,30 @@ def adapters(
 
     The adapters are pinned in the pool until the block is left. Blocks nest: the innermost one of
     a pool counts. Each thread and each asyncio task has its own; a new thread starts without any.
-    A backward that computes layers again (activation checkpointing) sees the block of their
-    forward, also when it has been left since.
+    A backward that computes layers again (activation checkpointing) uses the block of their
+    forward, even if it was left since.
 
     Args:
         names: one name per sequence of the batch; or one per token, as a list of all rows or a
             list of lists; or a single one for every row. None and ``"__base__"`` are the base
             model.
-        token_ids: for each token the place of its name in ``names``, -1 for the base model:
+        token_ids: for each token the index of its name in ``names``, -1 for the base model:
             integers of the shape of the activations without features, ``(B, T)`` or ``(rows,)``.
             They are copied and checked here, which waits for the device.
-        input_ids: the prompts, ``(B, T)`` integers: an activated adapter serves its row from the
-            last place on at which its invocation stands there, and a row without it is the base
-            model's, with a warning. Default: the forwards' own, where a model of transformers is
-            attached.
-        starts: these places, where they are known: one per name, counted in the row's tokens, pads
-            too; None: an activated adapter serves none of the row, an ordinary one all.
+        input_ids: the prompts, ``(B, T)`` integers. An activated adapter serves its row from the
+            last position of its invocation there; without it the base model serves the row, with a
+            warning. Default: those of the forwards, if a model of transformers is attached.
+        starts: these positions, if they are known: one per name, in the row's tokens with pads.
+            With None an activated adapter serves none of the row, an ordinary one all of it.
         pool: default is the pool of the attached models, or the adapters of the layers of
-            :mod:`lora_ext.nn`, when there is but one of them.
+            :mod:`lora_ext.nn`, if there is only one of these.
 
     Raises:
-        UnknownAdapterError: a name that the pool, or every layer, lacks. ValueError: no names,
-            lists of unequal lengths, ``token_ids`` that are no integers in ``[-1, len(names))``,
-            more than one of the three, or several pools to choose from. And from the model's
-            forward, when the batch has another size than ``names`` or another shape than
-            ``token_ids``, or where an activated adapter begins is not to be seen.
+        UnknownAdapterError: If the pool, or every layer, lacks a name.
+        ValueError: If there are no names, lists have unequal lengths, ``token_ids`` are not
+            integers in ``[-1, len(names))``, more than one of the three is given, or there are
+            several pools. The model's forward raises it if the batch has another size than
+            ``names`` or another shape than ``token_ids``, or a start is not known.
     """
     with of_call(names, token_ids, pool=pool, input_ids=input_ids, starts=starts) as block:
         if block.outer is not None:

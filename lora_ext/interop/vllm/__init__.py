@@ -87,7 +87,7 @@ def _follow_requests() -> None:
         _loads.follow_loads(_interface.found(_ENGINE))
         _activated.follow_starts(front)
         if front is None:
-            _front.check_in_front(_interface.found(_FRONT), _activated.in_front)
+            _front.register_check(_interface.found(_FRONT), _activated.in_front)
     else:
         _warn(engine, "an adapter that is loaded again keeps its old blocks of the prefix cache")
     door = _interface.lacking("door", _ENGINE) or front
@@ -95,7 +95,7 @@ def _follow_requests() -> None:
         from . import _constraints  # imports control and serving
 
         _constraints.build_at_door(_interface.found(_ENGINE))
-        _front.check_in_front(_interface.found(_FRONT), _constraints.in_front)
+        _front.register_check(_interface.found(_FRONT), _constraints.in_front)
     else:
         _warn(door, "constraints of requests are not built")
 
