@@ -141,8 +141,9 @@ class Assignment:
         """
         if compiles():
             return self._rows_among(names, layout)
-        key = (names, layout.leading, layout.tokens_first)
-        return self.kept.get(key, layout.device, self._rows_among, names, layout)
+        leading, device, tokens_first, _ = layout
+        key = (names, leading, tokens_first)
+        return self.kept.get(key, device, self._rows_among, names, layout)
 
     def _rows_among(self, names: tuple[str, ...], layout: Layout) -> Rows:
         known = [names.index(name) if name in names else -1 for name in self.names]

@@ -101,13 +101,13 @@ class Block:
             raise _outlived()
         if of_tokens:
             self.assignment.check_tokens(Layout(leading, device, tokens_first))
-        rows = None
         if self.step is not None:
             rows = self.step_rows(current_layout(leading, device, tokens_first))
-        if rows is None:  # without a layout, which would cost a third of a hit
-            key, where = (leading, tokens_first), (leading, device, tokens_first)
-            rows = self.assignment.kept.get(key, device, self._slot_ids, *where)
-        return rows
+            if rows is not None:
+                return rows
+        key = (leading, tokens_first)
+        # A hit makes no layout, which would take a third of its time.
+        return self.assignment.kept.get(key, device, self._slot_ids, leading, device, tokens_first)
 
     def rows_among(
         self,
@@ -123,7 +123,7 @@ class Block:
         """
         if self.lease.released:
             raise _outlived()
-        layout = current_layout(leading, device, tokens_first)
+        layout = Layout(leading, device, tokens_first, _batch.get())
         if of_tokens:
             self.assignment.check_tokens(layout)
         return self.assignment.rows_among(names, layout)

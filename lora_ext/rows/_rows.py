@@ -138,9 +138,7 @@ class Kept:
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
         # Tensors by graph that is being captured. A finished graph may be captured again, which
         # does not fill its old tensors: the first call outside of a capture drops them.
-        self._captured: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._captured: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] | None = None
 
     def __len__(self) -> int:
         """Return the number of entries."""
@@ -152,13 +150,15 @@ class Kept:
             return make(*args)
         graph = capture(device)
         if graph is not None:
-            of_graph = self._captured.setdefault(graph, {})
+            captured = self._captured
+            if captured is None:
+                captured = self._captured = weakref.WeakKeyDictionary()
+            of_graph = captured.setdefault(graph, {})
             where = (key, device)
             if where not in of_graph:
                 of_graph[where] = _ordinary(make, *args)
             return of_graph[where]
-        if self._captured:
-            self._captured.clear()
+        self._captured = None
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         where = (key, device, stream)
         found = self._found.get(where)
