@@ -17,6 +17,12 @@ def missing(*names: str) -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
+def needs(*names: str) -> pytest.MarkDecorator:
+    """The mark of tests that need these packages."""
+    absent = missing(*names)
+    return pytest.mark.skipif(bool(absent), reason=f"not installed: {absent}")
+
+
 def load_script(monkeypatch: pytest.MonkeyPatch, folder: str, name: str) -> ModuleType:
     """``folder/name.py`` as a module of a name that nothing else has; its folder is on the path,
     as it is when the script runs. Both end with the test."""

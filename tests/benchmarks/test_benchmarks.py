@@ -3,14 +3,11 @@
 import copy
 import csv
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("peft", reason="the whole-model benchmarks compare with peft")
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import common
 import depth_mix
 import lora_gram

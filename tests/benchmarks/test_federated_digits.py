@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("sklearn", reason="the pictures are scikit-learn's")
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from federated_digits import QUICK, accuracy, federate, make_world
 
 from lora_ext.federated import LayerPlan

@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import study
+from scripts import needs
 
 # Under another name: `methods` is the folder tests/methods.
 path = Path(study.__file__).with_name("methods.py")
@@ -20,9 +18,7 @@ methods = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = methods
 spec.loader.exec_module(methods)
 
-NEEDED = ("matplotlib", "peft", "rich", "sklearn", "tqdm", "transformers")
-MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+pytestmark = needs("matplotlib", "peft", "rich", "sklearn", "tqdm", "transformers")
 
 
 @pytest.mark.slow

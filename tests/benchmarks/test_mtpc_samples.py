@@ -1,21 +1,16 @@
-"""What the draft of the SmolLM2 benchmark learns from, on a tiny model."""
+"""The lean passes of the decoding benchmarks, and what the draft of SmolLM2's learns from."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-import torch
 
 pytest.importorskip("transformers", reason="the lean model is a transformers Llama")
-from transformers import LlamaConfig, LlamaForCausalLM
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import mtpc_heldout
 import mtpc_samples
-from lean import LeanLlama
+import torch
+from lean import LeanLlama, token_by_token
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ext.methods import mtpc
 
@@ -34,6 +29,33 @@ def model() -> LlamaForCausalLM:
     return model.eval()
 
 
+def test_lean_decoding_gives_the_tokens_of_generate(model) -> None:
+    model.double()
+    ids = torch.randint(1, 23, (3, 5))
+    options = {"do_sample": False, "max_new_tokens": 12}
+    expected = model.generate(ids, **options)
+    assert torch.equal(token_by_token(LeanLlama(model), ids, 12), expected)
+    assert torch.equal(model.generate(ids, **options), expected)  # the model is what it was
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sample"])
+def test_speculation_over_lean_passes_gives_the_tokens_over_the_model(model, mode) -> None:
+    draft = mtpc.retrofit(model.double(), mtpc.MtpcConfig(3, 2, "hmm", "adapter", 4)).eval()
+    ids = torch.randint(1, 23, (2, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])  # rows of two lengths
+    settings = {"max_new_tokens": 10, "eos_token_id": [], "seed": 3, "attention_mask": mask}
+    expected = draft.decoder(mode=mode).generate(ids, **settings)
+    lean = mtpc.SpeculativeDecoder(LeanLlama(model), draft.head, mode=mode)
+    got = lean.generate(ids, **settings)
+    assert torch.equal(got.sequences, expected.sequences) and got.calls == expected.calls
+
+
+def test_another_architecture_is_refused() -> None:
+    config = LlamaConfig(**SIZES, **HEADS, attention_bias=True)
+    with pytest.raises(ValueError, match="expected a Llama without biases"):
+        LeanLlama(LlamaForCausalLM(config))
+
+
 def answered(model: LlamaForCausalLM, sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
     prompts = torch.randint(1, 23, (4, 5))
     ids, hidden = mtpc_samples._answer(LeanLlama(model), prompts, 12, sample)
@@ -44,14 +66,10 @@ def answered(model: LlamaForCausalLM, sample: bool) -> tuple[torch.Tensor, torch
     return ids, model.lm_head(hidden)
 
 
-def test_greedy_answers_are_the_likeliest_tokens_of_their_states(model):
-    ids, logits = answered(model, sample=False)
-    assert torch.equal(logits.argmax(-1), ids)
-
-
-def test_sampled_answers_are_not(model):
-    ids, logits = answered(model, sample=True)
-    assert not torch.equal(logits.argmax(-1), ids)
+@pytest.mark.parametrize("sample", [False, True])
+def test_greedy_answers_alone_are_the_likeliest_tokens_of_their_states(model, sample):
+    ids, logits = answered(model, sample)
+    assert torch.equal(logits.argmax(-1), ids) != sample
 
 
 def test_answers_are_cut_behind_their_end():

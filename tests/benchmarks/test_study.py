@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import csv
 import statistics
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import study
 from study import Claim, Criterion, Interval
 
