@@ -230,6 +230,7 @@ def test_adapters_come_and_go(family: str) -> None:
         model.add_adapter("blue", config_of(family, rank=2))
         model.double().set_adapter("blue")
     assert_close(run(ours), run(theirs))
+    assert_same_gradients(ours, theirs)
     for model in (theirs, ours):
         model.delete_adapter("blue")
         model.set_adapter("green")
