@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 peft = pytest.importorskip("peft", reason="the oracle of these laws is PEFT itself")
 
 from peft.helpers import rescale_adapter_scale  # noqa: E402  # only where peft is
 from peft.utils.hotswap import hotswap_adapter  # noqa: E402
-from tiny import VOCAB, make_model  # noqa: E402
+from tiny import MARKS, T5, TEXT, VOCAB, make_model, maker  # noqa: E402
 
 import lora_ext  # noqa: E402
 from lora_ext.interop.peft import report  # noqa: E402
@@ -35,25 +34,11 @@ IDS = torch.randint(2, VOCAB, (4, 6), generator=torch.Generator().manual_seed(5)
 NAMES = ["red", "__base__", "green", "red"]
 
 
-def _opt() -> nn.Module:
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32}
-    places = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, **places, **tokens))
-
-
-def _t5() -> nn.Module:
-    sizes = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
-    tokens = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1}
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**sizes, num_heads=4, **tokens)
-    )
-
-
+_OPT = {**TEXT, "ffn_dim": 48, "word_embed_proj_dim": 32}
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     **{family: functools.partial(make_model, family) for family in ("llama", "gpt2", "bert")},
-    "opt": _opt,
-    "t5": _t5,
+    "opt": maker("OPT", **_OPT),
+    "t5": maker("T5", "ForConditionalGeneration", **T5, **MARKS, decoder_start_token_id=0),
 }
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
