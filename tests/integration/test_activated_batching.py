@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from activated import activated_pair, words
 from tiny import make_model
-from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lora_ext
 from lora_ext.serving._continuous import computed_tokens
@@ -28,13 +28,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def batching(**fields: Any) -> dict[str, Any]:
-    settings = {"num_blocks": 64, "page_size": PAGE, "max_batch_tokens": 32, **fields}
-    return {
-        "generation_config": GenerationConfig(
-            max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        "continuous_batching_config": ContinuousBatchingConfig(**settings),
-    }
+    return tiny.batching(NEW, **{"page_size": PAGE, "max_batch_tokens": 32, **fields})
 
 
 def alone(reference: Any, prompt: list[int], name: str | None) -> list[int]:

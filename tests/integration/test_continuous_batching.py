@@ -6,9 +6,10 @@ import threading
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from tiny import CONFIGS, make_model, make_peft, tokens
-from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
+from transformers import CompileConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 import lora_ext
@@ -45,13 +46,7 @@ def attached(family: str = "llama", slots: int = 16, **how: Any) -> tuple[Any, A
 
 
 def batching(**fields: Any) -> dict[str, Any]:
-    settings = {"num_blocks": 128, "page_size": PAGE, "max_batch_tokens": 32, **fields}
-    return {
-        "generation_config": GenerationConfig(
-            max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        "continuous_batching_config": ContinuousBatchingConfig(**settings),
-    }
+    return tiny.batching(NEW, **{"num_blocks": 128, "max_batch_tokens": 32, **fields})
 
 
 def prompts(count: int, shared: int = 0) -> list[list[int]]:

@@ -6,7 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny import assert_alone_and_mixed_equal_peft, make_model, make_peft
+from tiny import assert_alone_and_mixed_equal_peft, make_model, make_pair
 
 import lora_ext
 from lora_ext.adapter import save_adapter
@@ -35,17 +35,7 @@ BOUND = 1e-6
 
 
 def make(family: str, directory: Path) -> tuple[Any, Any, lora_ext.AdapterPool]:
-    model = make_model(family).double()
-    reference = make_peft(model, CONFIGS[family]).double()
-    with torch.no_grad():
-        for key, parameter in reference.named_parameters():
-            if "magnitude" in key:  # of both signs, and far from the norms that PEFT starts with
-                parameter.copy_(torch.randn_like(parameter))
-    reference.save_pretrained(directory)
-    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=16)
-    for name in CONFIGS[family]:
-        pool.load(name, directory / name)
-    return lora_ext.attach(model, pool), reference, pool
+    return make_pair(family, directory, CONFIGS[family], torch.float64)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_alone_and_mixed_equal_peft, make_model, make_peft, tokens
+from tiny import assert_alone_and_mixed_equal_peft, make_model, make_pair, make_peft, tokens
 
 import lora_ext
 from lora_ext.adapter import save_adapter
@@ -35,21 +35,16 @@ BOUND = 1e-6  # float64, but for the scale: 16 / 12 in float32 is wrong by 2**-2
 
 
 def make(family: str, directory: Path, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
-    model = make_model(family).to(dtype)
-    reference = make_peft(model, CONFIGS[family]).to(dtype)
-    reference.save_pretrained(directory)
-    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=16)
-    for name in CONFIGS[family]:
-        # PEFT finds Llama's input embedding and saves its weight as well: the base model's, again.
-        assert pool.load(name, directory / name) == ()
-    return lora_ext.attach(model, pool), reference
+    return make_pair(family, directory, CONFIGS[family], dtype)[:2]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_alone_and_mixed_equal_peft(family: str, tmp_path: Path) -> None:
-    model, reference = make(family, tmp_path)
+    model, reference, pool = make_pair(family, tmp_path, CONFIGS[family], torch.float64)
     moved = assert_alone_and_mixed_equal_peft(model, reference, NAMES, BOUND)
     assert moved.amax(1).min() > 1e-3
+    # PEFT finds Llama's input embedding and saves its weight as well: the base model's, again.
+    assert pool.update("red", tmp_path / "red") == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

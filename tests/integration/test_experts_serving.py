@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from mixtures import CONFIGS, DOWN, FAMILIES, UP, make_mixture, make_peft, tokens
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from tiny import attach_saved, batching
 
 import lora_ext
 import lora_ext.adapter
@@ -24,10 +24,7 @@ def served(family: str, folder: Path, configs: Any = CONFIGS) -> tuple[Any, Any]
     model = make_mixture(family)
     reference = make_peft(model, configs)
     reference.save_pretrained(folder)
-    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=16)
-    for name in configs:
-        pool.load(name, folder / name)
-    return lora_ext.attach(model, pool), reference
+    return attach_saved(model, folder, configs), reference
 
 
 def alone(reference: Any, name: str | None, ids: torch.Tensor) -> torch.Tensor:
@@ -196,12 +193,7 @@ def test_packed_requests_are_those_of_each_alone(tmp_path: Path) -> None:
     model, _ = served("mixtral", tmp_path)
     names = ["red", None, "blue", "green"]
     prompts = [tokens(4, 6)[i].tolist()[: 6 - i] for i in range(4)]
-    results = model.generate_batch(
-        prompts,
-        adapter_names=names,
-        generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1),
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, page_size=16),
-    )
+    results = model.generate_batch(prompts, adapter_names=names, **batching(page_size=16))
     found = {tuple(r.prompt_ids): r.generated_tokens for r in results.values()}
     for prompt, name in zip(prompts, names, strict=True):
         ids = torch.tensor([prompt])

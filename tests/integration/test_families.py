@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from families import DECODERS, NAMES, SEQ2SEQ, make, merged, served
-from tiny import tokens
+from tiny import batching, tokens
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lora_ext
 
@@ -114,14 +113,7 @@ def _threads_and_default(model: Any, judges: Any) -> None:
 def test_continuous_batching(family: str) -> None:
     model, judges = served(DECODERS[family])
     prompts = [tokens(1, n, n)[0].tolist() for n in (6, 3, 5, 2)]
-    how = {
-        "generation_config": GenerationConfig(
-            max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        "continuous_batching_config": ContinuousBatchingConfig(
-            num_blocks=32, page_size=4, max_batch_tokens=8
-        ),
-    }
+    how = batching(num_blocks=32, max_batch_tokens=8)
     try:
         results = model.generate_batch(prompts, adapter_names=NAMES, **how).values()
     except ValueError as error:

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
-from activated import INVOCATIONS, NAMES, TARGETS, activated_pair, prompts
+from activated import NAMES, activated_configs, activated_pair, prompts
 from tiny import adapted, make_model
 
 import lora_ext
@@ -19,17 +18,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id
 
 
 def made() -> Any:
-    configs = {
-        name: peft.LoraConfig(
-            r=4,
-            lora_alpha=8,
-            target_modules=TARGETS,
-            alora_invocation_tokens=tokens,
-            task_type="CAUSAL_LM",
-        )
-        for name, tokens in INVOCATIONS.items()
-    }
-    return adapted(make_model("llama"), configs, 0.3)
+    return adapted(make_model("llama"), activated_configs(), 0.3)
 
 
 @pytest.fixture

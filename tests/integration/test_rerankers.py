@@ -9,8 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
-from tiny import VOCAB, WIDTH
+from tiny import VOCAB, attach_saved, classifier
 
 import lora_ext
 
@@ -22,17 +21,8 @@ HEADS = {"encoder": "classifier", "decoder": "score"}  # both linear: one logit
 
 def make(kind: str) -> Any:
     torch.manual_seed(0)
-    sizes: Any = {
-        "vocab_size": VOCAB,
-        "hidden_size": WIDTH,
-        "intermediate_size": 48,
-        "num_labels": 1,
-    }
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
-    if kind == "encoder":
-        bert: Any = transformers.BertForSequenceClassification
-        return bert(transformers.BertConfig(**sizes)).eval()
-    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**sizes)).eval()
+    family = {"encoder": "Bert", "decoder": "Llama"}[kind]
+    return classifier(family, num_labels=1, pad_token_id=0)().eval()
 
 
 def pairs(kind: str) -> dict[str, torch.Tensor]:
@@ -61,11 +51,7 @@ def served(request: Any, tmp_path_factory: Any) -> Iterator[tuple[str, Any, Any,
             if ".modules_to_save." in key:
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
     theirs.eval().save_pretrained(folder)
-    model = make(kind)
-    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=8)
-    for name in ("law", "news"):
-        pool.load(name, folder / name)
-    yield kind, lora_ext.attach(model, pool), theirs, folder
+    yield kind, attach_saved(make(kind), folder, ("law", "news")), theirs, folder
 
 
 def test_each_pair_of_a_mixed_batch_scores_what_it_scores_alone_and_in_peft(served: Any) -> None:
