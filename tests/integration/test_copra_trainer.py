@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from adapted_models import KINDS, adapted
-from torch import Tensor, distributed, nn
+from processes import TwoProcesses
+from tiny import trainer_of
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_ext.interop import CopraCallback
 from lora_ext.methods.copra import CopraConfig, CopraController
 
 ROWS = torch.randint(1, 11, (16, 6), generator=torch.Generator().manual_seed(0))
+SEQUENCES = [{"input_ids": row, "labels": row} for row in ROWS]
 STEPS = 8
-
-
-class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """The rows, each its own label."""
-
-    def __len__(self) -> int:
-        return len(ROWS)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": ROWS[index], "labels": ROWS[index]}
 
 
 def controller_of(model: nn.Module, **fields) -> CopraController:
@@ -41,30 +30,14 @@ def controller_of(model: nn.Module, **fields) -> CopraController:
 def run_trainer(model: Any, folder: Path, steps: int = STEPS, **settings: Any) -> list[list[bool]]:
     """Train; returns the mask of every forward in training mode."""
     resume = settings.pop("resume", False)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        save_steps=3,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=3,
-        **settings,
-    )
     controller, masks = controller_of(model), []
     hook = model.register_forward_pre_hook(
         lambda m, _: masks.append(controller.mask.tolist()) if m.training else None
     )
-    transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=Sequences(),
-        eval_dataset=Sequences(),
-        callbacks=[CopraCallback(controller)],
-    ).train(resume_from_checkpoint=resume)
+    usual = {"per_device_train_batch_size": 2, "lr_scheduler_type": "constant", "save_steps": 3}
+    how = {"callbacks": [CopraCallback(controller)]}
+    trainer = trainer_of(model, folder, SEQUENCES, how, max_steps=steps, **usual, **settings)
+    trainer.train(resume_from_checkpoint=resume)
     hook.remove()
     assert controller.mask.all()
     return masks
@@ -167,39 +140,16 @@ def _ddp(rank: int, sync: str) -> dict[str, Any]:
     model = adapted("fused").train()
     controller = controller_of(model, sync=sync)
     wrapped = DistributedDataParallel(model, find_unused_parameters=sync == "seed")
-    found = _train(wrapped, controller, ROWS.chunk(2)[rank])
-    masks: list[Any] = [None, None]
-    distributed.all_gather_object(masks, found["masks"])
-    assert masks[0] == masks[1]
-    return found
-
-
-def _process(
-    rank: int, port: int, run: Callable[[int, str], dict[str, Any]], sync: str, path: str
-) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        found = run(rank, sync)
-        if rank == 0:
-            torch.save(found, path)
-        distributed.barrier()  # nobody leaves while gloo's threads still serve the other
-    finally:
-        distributed.destroy_process_group()
+    return _train(wrapped, controller, ROWS.chunk(2)[rank])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sync", ["seed", "touch", "tensor"])
 def test_two_processes_draw_the_same_masks_and_average_the_gradients_of_one(
-    sync: str, tmp_path: Path
+    sync: str, two_processes: TwoProcesses
 ):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = tmp_path / "found.pt"
-    torch.multiprocessing.spawn(_process, (port, _ddp, sync, str(path)), nprocs=2)
-    found = torch.load(path)
+    found, other = two_processes.run(_ddp, sync)
+    assert found["masks"] == other["masks"]
     model = adapted("fused").train()
     expected = _train(model, controller_of(model, sync=sync), ROWS)
     assert found["masks"] == expected["masks"] == expected_masks(model)

@@ -51,6 +51,14 @@ def llava_next() -> Any:
     return transformers.LlavaNextForConditionalGeneration(config)
 
 
+def llava() -> Any:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION), image_token_id=IMAGE,
+        text_config=transformers.LlamaConfig(**TEXT), vision_feature_layer=-1,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config)
+
+
 def idefics3() -> Any:
     config = transformers.Idefics3Config(
         vision_config=VISION, text_config=transformers.LlamaConfig(**TEXT), image_token_id=IMAGE,
@@ -98,10 +106,12 @@ def split(given: Tensor, counts: list[int]) -> list[dict[str, Tensor]]:
     return [{"pixel_values": part} if len(part) else {} for part in parts]
 
 
-def assert_rows_are_the_judges(build: Any, ids: Tensor, whole: Any, alone: list[Any]) -> None:
+def assert_rows_are_the_judges(
+    build: Any, ids: Tensor, whole: Any, alone: list[Any], beams: int = 1
+) -> None:
     """``whole``: the media of the batch. ``alone``: those of each sequence."""
     model, judges = served(build)
-    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": beams}
     with torch.no_grad():
         mixed = model(input_ids=ids, adapter_names=NAMES, **whole).logits
         said = model.generate(input_ids=ids, adapter_names=NAMES, **whole, **how)
@@ -156,6 +166,14 @@ def test_sounds() -> None:
     alone = [{"input_features": v["pixel_values"]} if v else {} for v in split(given, counts)]
     ids = rows(AUDIO, [4 * n for n in counts])
     assert_rows_are_the_judges(voxtral, ids, {"input_features": given}, alone)
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1], [2, 0, 2, 0], [0, 3, 0, 1]])
+def test_images_under_beams(counts: list[int]) -> None:
+    """Four images, as many as there are sequences, though some may have none."""
+    given = noise(4, 3, 8, 8)
+    ids = rows(IMAGE, [4 * n for n in counts])
+    assert_rows_are_the_judges(llava, ids, {"pixel_values": given}, split(given, counts), beams=2)
 
 
 def test_images_beside_blank_ones() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-import transformers
-from tiny import CONFIGS, VOCAB, make_model, make_peft
-from torch import Tensor, distributed
+from processes import TwoProcesses
+from tiny import CONFIGS, VOCAB, make_model, make_peft, trainer_of
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,16 +20,8 @@ import lora_ext
 from lora_ext.interop.peft._layers import FusedLinear
 
 ROWS = torch.randint(1, VOCAB, (8, 6), generator=torch.Generator().manual_seed(0))
-
-
-class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """The rows, each its own label."""
-
-    def __len__(self) -> int:
-        return len(ROWS)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": ROWS[index], "labels": ROWS[index]}
+NAMES = ["red", "green", "blue", "red"]
+SEQUENCES = [{"input_ids": row, "labels": row} for row in ROWS]
 
 
 def tiny_peft(dropout: float = 0.0) -> Any:
@@ -44,23 +34,12 @@ def weights_of(model: Any) -> dict[str, Tensor]:
 
 
 # --- Trainer --------------------------------------------------------------------------------------
-def run_trainer(model: Any, folder: Path, steps: int, resume: bool = False) -> Any:
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        save_steps=2,
-        report_to=[],
-        disable_tqdm=True,
-        gradient_checkpointing=True,
-        use_cpu=True,
-        seed=3,
+def run_trainer(model: Any, folder: Path, steps: int, resume: bool = False) -> None:
+    how = {"lr_scheduler_type": "constant", "save_steps": 2, "gradient_checkpointing": True}
+    trainer = trainer_of(
+        model, folder, SEQUENCES, max_steps=steps, per_device_train_batch_size=4, **how
     )
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Sequences())
     trainer.train(resume_from_checkpoint=resume)
-    return trainer
 
 
 @pytest.mark.slow
@@ -98,7 +77,7 @@ def test_accelerate_learns_what_it_learns_with_peft() -> None:
     for name, model in (("theirs", theirs), ("ours", ours)):
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
-        loader = torch.utils.data.DataLoader(Sequences(), batch_size=2)
+        loader = torch.utils.data.DataLoader(SEQUENCES, batch_size=2)
         prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         losses[name] = []
         for batch in loader:
@@ -136,11 +115,14 @@ def _ddp(rank: int) -> dict[str, Tensor]:
     return _gradients(model, ROWS.chunk(2)[rank])
 
 
-def _ddp_mixed(rank: int) -> dict[str, Tensor]:
-    model: Any = lora_ext.from_peft(make_peft(make_model("llama"), CONFIGS["llama"]).train())
-    names = ["red", "green", "blue", "red"]
+def mixed() -> Any:
+    model = lora_ext.from_peft(make_peft(make_model("llama"), CONFIGS["llama"]).train())
     model.set_requires_grad(["red", "green", "blue"])
-    return _gradients(DistributedDataParallel(model), ROWS.chunk(2)[rank], names)
+    return model
+
+
+def _ddp_mixed(rank: int) -> dict[str, Tensor]:
+    return _gradients(DistributedDataParallel(mixed()), ROWS.chunk(2)[rank], NAMES)
 
 
 def _fsdp(rank: int) -> dict[str, Tensor]:
@@ -152,39 +134,16 @@ def _fsdp(rank: int) -> dict[str, Tensor]:
     return _gradients(model, ROWS.chunk(2)[rank])
 
 
-def _process(rank: int, port: int, run: Callable[[int], dict[str, Tensor]], path: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        found = run(rank)
-        if rank == 0:
-            torch.save(found, path)
-        distributed.barrier()  # nobody leaves while gloo's threads still serve the other
-    finally:
-        distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [_ddp, _ddp_mixed, _fsdp], ids=["ddp", "ddp-mixed", "fsdp2"])
 def test_two_processes_average_the_gradients_of_one(
-    run: Callable[[int], dict[str, Tensor]], tmp_path: Path
+    run: Callable[[int], dict[str, Tensor]], two_processes: TwoProcesses
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = tmp_path / "gradients.pt"
-    torch.multiprocessing.spawn(_process, (port, run, str(path)), nprocs=2)
-    found = torch.load(path)
-    model: Any
-    names = None
+    found, _ = two_processes.run(run)
     if run is _ddp_mixed:
-        model = lora_ext.from_peft(make_peft(make_model("llama"), CONFIGS["llama"]).train())
-        model.set_requires_grad(["red", "green", "blue"])
-        names = ["red", "green", "blue", "red"] * 2
+        expected = _gradients(mixed(), ROWS, NAMES * 2)
     else:
-        model = lora_ext.from_peft(tiny_peft())
-    expected = _gradients(model, ROWS, names)
+        expected = _gradients(lora_ext.from_peft(tiny_peft()), ROWS)
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         worst = (found[key] - gradient).abs().max()

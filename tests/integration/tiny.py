@@ -164,6 +164,24 @@ def enlarged(make: Maker, factor: float) -> Any:
     return model
 
 
+def trainer_of(model: Any, folder: Path, rows: Any, how: Any = None, **settings: Any) -> Any:
+    """transformers' Trainer; ``how`` goes to itself, the settings to its arguments."""
+    usual: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    arguments = {"output_dir": str(folder), "use_cpu": True, **usual, **settings}
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**arguments),
+        train_dataset=rows,
+        eval_dataset=rows,
+        **(how or {}),
+    )
+
+
 def batching(new: int = 4, **fields: Any) -> dict[str, Any]:
     """What continuous batching is given for greedy answers of so many tokens."""
     how = {"max_new_tokens": new, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
@@ -179,6 +197,12 @@ def word_tokenizer(words: Mapping[str, int], unknown: str, **marks: Any) -> Any:
     inner = WordTokenizer(models.WordLevel(dict(words), unk_token=unknown))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **marks)
+
+
+def numbered_words(**how: Any) -> Any:
+    """A tokenizer to which w5 is 5."""
+    words = {f"w{i}": i for i in range(VOCAB)}
+    return word_tokenizer(words, "w2", pad_token="w0", eos_token="w1", **how)
 
 
 def assert_answers_as_alone(model: Any, ids: Tensor, names: list[str | None], **how: Any) -> None:
