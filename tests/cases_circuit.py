@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contract import Check, Op, Outputs
+from contract import Check, Op, Outputs, wide
 from torch import Tensor
 
 from lora_ext import ops, reference
@@ -102,13 +102,7 @@ def run(i: Inputs, scan: Any = None) -> Outputs:
 
 
 def formula(inputs: Inputs) -> Outputs:
-    """The same by the reference, in float64."""
-    i = {
-        k: v.cpu().double() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
-    i["x"] = i["x"].cpu() if i["x"] is not None else None
-    return run(i, reference.circuit_scan)
+    return run(wide(inputs), reference.circuit_scan)
 
 
 def bounds(inputs: Inputs, exact: Outputs) -> Outputs:

@@ -44,7 +44,6 @@ def roots_of(program: ops.Program) -> list[int]:
 
 
 def offsets(program: ops.Program) -> dict[str, int]:
-    """Where each list of a program starts."""
     nodes, parts, children, matrices, users, roots, stages = program.numbers[3:10].tolist()
     sizes = {
         "nodes": 6 * nodes,

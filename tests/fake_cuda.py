@@ -87,7 +87,6 @@ class FakeCuda:
             self.active = before
 
     def launch(self, work):
-        """Queue work on the current stream."""
         self.active.queue.append((None, work))
 
     def run(self, until=None):

@@ -66,7 +66,6 @@ def run(
     state: Mapping[str, Tensor] | None = None,
     **settings: Any,
 ):
-    """A whole run; Flower's result."""
     return strategy.start(grid, to_arrays(state or initial()), rounds, **settings)
 
 

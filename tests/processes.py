@@ -70,7 +70,6 @@ class TwoProcesses:
         return results
 
     def close(self) -> None:
-        """End the processes."""
         for process, pipe in self._members:
             pipe.close()
             process.terminate()

@@ -13,12 +13,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def missing(*names: str) -> list[str]:
-    """The packages of these that are not installed."""
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
-    """The mark of tests that need these packages."""
     absent = missing(*names)
     return pytest.mark.skipif(bool(absent), reason=f"not installed: {absent}")
 
@@ -54,7 +52,6 @@ def tool(name: str) -> ModuleType:
 
 
 def run_quickly(monkeypatch: pytest.MonkeyPatch, name: str, out: Path) -> ModuleType:
-    """An example, run with ``--quick --out``."""
     example = load_script(monkeypatch, "examples", name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--out", str(out)])
     example.main()

@@ -44,8 +44,6 @@ def step_sizes(f: Callable[[Tensor], Tensor], rows: int, outcomes: int, dtype: t
 
 @dataclass
 class Game:
-    """A circuit, a verifier's table, and the measured probabilities of both ops."""
-
     backend: Backend
     kind: str
     n_token: int

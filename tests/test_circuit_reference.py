@@ -231,10 +231,6 @@ def reference_unnormalised(kind: str, leaf: Tensor, prior: Tensor, trans: Tensor
     return last[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# Speculative decoding, by enumeration of every path: drafts, acceptances, next tokens.
-
-
 def emitted_law(kind: str, n_token: int, *, keep_residual: bool = True) -> tuple[Tensor, Tensor]:
     """The law of the first two emitted tokens of one draft-and-verify step, and the verifier's.
 

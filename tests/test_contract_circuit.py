@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from backends import Backend
 from cases_circuit import (
-    LARGE,
     LEAVES,
     MEDIUM,
+    OPS,
     SMALL,
     Inputs,
     Window,
@@ -20,28 +19,16 @@ from cases_circuit import (
     formula,
     run,
 )
-from contract import Outputs, assert_same_bits, same, within
+from contract import Outputs, assert_same_bits, same, shapes, within
 from torch import Tensor
 
 from lora_ext import ops, reference
 from lora_ext.reference._circuit import KINDS
 
 
-def windows(*lists: list[Window]) -> Any:
-    return pytest.mark.parametrize("window", [w for ws in lists for w in ws], ids=str)
-
-
 def check_bounds(got: Outputs, inputs: Inputs, what: object) -> None:
     exact = formula(inputs)
     within(got, exact, bounds(inputs, exact), what)
-
-
-def skip_large(backend: Backend, window: Window) -> None:
-    if window not in SMALL and (backend.small or (not backend.is_twin and window in LARGE)):
-        pytest.skip("this backend runs the small shapes")
-
-
-# --- the formula --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("params", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -75,7 +62,6 @@ def test_gradcheck_in_float64(kind: str) -> None:
     assert torch.autograd.gradcheck(f, leaves)
 
 
-# --- what is impossible -------------------------------------------------------------------------
 def impossible_cases(device: str) -> dict[str, Inputs]:
     cases: dict[str, Inputs] = {}
     inf = -math.inf
@@ -155,10 +141,8 @@ def test_a_chain_of_thousands_keeps_its_digits(backend: Backend, kind: str) -> N
         torch.testing.assert_close(value.cpu(), exactly, rtol=3e-6, atol=1.3e-3)
 
 
-# --- same input, same bits ----------------------------------------------------------------------
-@windows(SMALL, MEDIUM)
+@shapes(OPS[0], SMALL, MEDIUM, name="window")
 def test_a_row_has_its_bits_whatever_the_batch(backend: Backend, window: Window) -> None:
-    skip_large(backend, window)
     i = circuit_inputs(window, torch.float32, seed=11, device=backend.device)
     together = run(i)
     for b in range(min(2, window.rows)):
@@ -166,7 +150,6 @@ def test_a_row_has_its_bits_whatever_the_batch(backend: Backend, window: Window)
         same(run(alone), {k: v[b : b + 1] for k, v in together.items()}, f"row {b}")
 
 
-# --- strides ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_may_lie_apart_or_be_one_and_the_same(backend: Backend, kind: str) -> None:
     for c, v in ((1 if kind == "ff" else 4, 8), (1 if kind == "ff" else 3, 5)):
@@ -190,9 +173,6 @@ def test_an_expanded_leaf_is_not_copied() -> None:
         ops.circuit_scan("cp", leaf, None, None, x)
     most = max(event.cpu_memory_usage for event in profile.key_averages())
     assert most < leaf[0].nelement() * 4 * 8  # the copy would be 64 times that
-
-
-# --- torch's own laws ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,7 +222,6 @@ def test_double_backward_and_forward_mode_are_refused() -> None:
         )
 
 
-# --- probabilities ------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_windows_together_have_probability_one(backend: Backend, kind: str) -> None:
     v, n = 3, 4
@@ -257,7 +236,6 @@ def test_all_windows_together_have_probability_one(backend: Backend, kind: str) 
     assert nothing.prefix.abs().max() < 1e-5 and nothing.conditional.abs().max() < 1e-5
 
 
-# --- a linear head ------------------------------------------------------------------------------
 def head(
     rows: int,
     dtype: torch.dtype,

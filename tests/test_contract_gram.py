@@ -8,25 +8,10 @@ import pytest
 import torch
 from backends import Backend
 from cases_gram import DTYPES, SMALL, adapters, grams, shapes_of, wide_grams
-from contract import assert_same_bits
+from contract import assert_same_bits, strided, transposed
 from torch import Tensor
 
 from lora_ext import ops, reference
-
-
-def strided(t: Tensor) -> Tensor:
-    """The same values, rows further apart, at an address that is not aligned."""
-    wide = t.new_full((t.shape[0], t.shape[1] + 3), float("nan"))
-    wide[:, 1:-2] = t
-    return wide[:, 1:-2]
-
-
-def transposed(t: Tensor) -> Tensor:
-    """The same values, columns contiguous."""
-    return t.T.contiguous().T
-
-
-# --- the formula --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("asked", [None, torch.float64], ids=str)
@@ -75,7 +60,6 @@ def test_a_known_answer(backend: Backend) -> None:
     assert ops.lora_pair_stats(a, b, moved, 2.0).tolist() == [200.0, 400.0, 200.0, 200.0]
 
 
-# --- layouts --------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [strided, transposed])
 def test_layouts_change_no_bit(backend: Backend, layout: Callable[[Tensor], Tensor]) -> None:
@@ -126,7 +110,6 @@ def test_what_lies_beside_a_factor_is_not_read_into_it(backend: Backend) -> None
     assert torch.equal(gram, torch.full_like(gram, 40.0))
 
 
-# --- same input, same bits ------------------------------------------------------------------------
 @pytest.mark.slow
 def test_together_and_alone_and_again_give_the_same_bits(backend: Backend) -> None:
     for dtype in DTYPES:
@@ -208,7 +191,6 @@ def test_factors_of_two_dtypes_count_in_the_wider_one(backend: Backend) -> None:
     )
 
 
-# --- nothing, and not a number --------------------------------------------------------------------
 def test_empty_lists_and_empty_adapters(backend: Backend) -> None:
     assert ops.lora_gram([], []) == ([], [])
     assert ops.lora_pair_stats([], [], []).shape == (0, 4)
@@ -240,7 +222,6 @@ def test_an_infinity_stays_one_whatever_the_rank(backend: Backend) -> None:
             assert ops.lora_pair_stats(a, b, 2 * b).tolist() == [torch.inf] * 4, (dtype, rank)
 
 
-# --- autograd, autocast, faults -------------------------------------------------------------------
 def test_autograd_and_autocast_leave_them_alone(backend: Backend) -> None:
     a, b, p = adapters([(40, 32, 8)], torch.float32, backend)
     expected = [*grams(a, b), ops.lora_pair_stats(a, b, p)]

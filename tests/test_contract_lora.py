@@ -8,21 +8,12 @@ import pytest
 import torch
 from backends import Backend
 from cases import APPLY_, DEEP, MEDIUM, OPS, SMALL, Inputs, Shape, make_inputs
-from contract import assert_same_bits, off_grid, same
+from contract import assert_same_bits, off_grid, same, shapes
 from torch import Tensor
 
 from lora_ext import ops, reference
 
 (OP,) = OPS
-
-
-def shapes(*groups: list[Shape]) -> Any:
-    return pytest.mark.parametrize("shape", [s for g in groups for s in g], ids=str)
-
-
-def skip_large(backend: Backend, shape: Shape) -> None:
-    if backend.small and shape not in [*SMALL, *DEEP]:
-        pytest.skip("this backend runs the small shapes")
 
 
 def test_v_has_the_dtype_of_sums_and_y_that_of_x(backend: Backend) -> None:
@@ -33,8 +24,7 @@ def test_v_has_the_dtype_of_sums_and_y_that_of_x(backend: Backend) -> None:
         assert {t.dtype for t in found.values()} == {dtype}
 
 
-# --- rows without an adapter --------------------------------------------------------------------
-@shapes(SMALL, DEEP)
+@shapes(OP, SMALL, DEEP)
 def test_rows_without_adapter_or_rank_keep_every_bit(backend: Backend, shape: Shape) -> None:
     for dtype in backend.dtypes():
         inputs = make_inputs(shape, dtype, seed=3, device=backend.device)
@@ -49,16 +39,14 @@ def test_rows_without_adapter_or_rank_keep_every_bit(backend: Backend, shape: Sh
         assert_same_bits(got[idle], y[idle])
 
 
-# --- same input, same bits ----------------------------------------------------------------------
-@shapes(SMALL, DEEP, MEDIUM)
+@shapes(OP, SMALL, DEEP, MEDIUM)
 def test_a_plan_changes_no_bit(backend: Backend, shape: Shape) -> None:
-    skip_large(backend, shape)
     inputs = make_inputs(shape, torch.float32, seed=5, device=backend.device)
     plan = ops.lora_plan(inputs["adapter_ids"], len(shape.ranks))
     same(OP.run({**inputs, "plan": plan}), OP.run(inputs))
 
 
-@shapes(SMALL, DEEP)
+@shapes(OP, SMALL, DEEP)
 def test_pages_give_the_bits_of_a_bank(backend: Backend, shape: Shape) -> None:
     for dtype in backend.dtypes():
         bank = OP.run(make_inputs(shape, dtype, seed=6, device=backend.device))
@@ -67,16 +55,14 @@ def test_pages_give_the_bits_of_a_bank(backend: Backend, shape: Shape) -> None:
         same({k: t[:, : bank[k].shape[1]] for k, t in pages.items()}, bank)
 
 
-@shapes(SMALL, DEEP, MEDIUM)
+@shapes(OP, SMALL, DEEP, MEDIUM)
 def test_int32_ids_are_int64_ids(backend: Backend, shape: Shape) -> None:
-    skip_large(backend, shape)
     inputs = make_inputs(shape, torch.float32, seed=7, device=backend.device)
     narrow = {**inputs, "adapter_ids": inputs["adapter_ids"].int()}
     assert_same_bits(APPLY_.call(narrow), APPLY_.call(inputs))
 
 
-# --- strides and alignment ----------------------------------------------------------------------
-@shapes(SMALL, DEEP)
+@shapes(OP, SMALL, DEEP)
 def test_rows_may_lie_apart_and_unaligned(backend: Backend, shape: Shape) -> None:
     for dtype in backend.dtypes():
         inputs = make_inputs(shape, dtype, seed=8, exact=True, device=backend.device)
@@ -105,10 +91,8 @@ def test_a_bank_may_be_a_view(backend: Backend) -> None:
     assert_same_bits(APPLY_.call(inputs), expected)
 
 
-# --- invariances --------------------------------------------------------------------------------
-@shapes(SMALL, DEEP, MEDIUM)
+@shapes(OP, SMALL, DEEP, MEDIUM)
 def test_permuted_tokens_give_permuted_rows(backend: Backend, shape: Shape) -> None:
-    skip_large(backend, shape)
     inputs = make_inputs(shape, torch.float32, seed=11, exact=True, device=backend.device)
     order = torch.randperm(shape.tokens, generator=torch.Generator().manual_seed(0))
     order = order.to(backend.device)
@@ -116,7 +100,7 @@ def test_permuted_tokens_give_permuted_rows(backend: Backend, shape: Shape) -> N
     assert_same_bits(APPLY_.call(permuted), APPLY_.call(inputs)[order])
 
 
-@shapes(SMALL, DEEP)
+@pytest.mark.parametrize("shape", [*SMALL, *DEEP], ids=str)
 def test_a_row_does_not_depend_on_its_batch_on_the_cpu(shape: Shape) -> None:
     inputs = make_inputs(shape, torch.float32, seed=13)
     together = APPLY_.call(inputs)
@@ -125,7 +109,6 @@ def test_a_row_does_not_depend_on_its_batch_on_the_cpu(shape: Shape) -> None:
         assert_same_bits(APPLY_.call(alone), together[t : t + 1])
 
 
-# --- torch's own laws ---------------------------------------------------------------------------
 def gradients(inputs: Inputs, names: str, function: Any) -> list[Tensor]:
     leaves = {k: inputs[k].clone().requires_grad_() for k in names}
     tail = (inputs[k] for k in ("adapter_ids", "scale", "ranks", "page_table"))
@@ -138,7 +121,7 @@ def gradients(inputs: Inputs, names: str, function: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("paged", "names"), [(False, "xab"), (True, "x")], ids=["bank", "paged"])
-@shapes(SMALL, DEEP)
+@shapes(OP, SMALL, DEEP)
 def test_gradients_are_those_of_the_formula(
     backend: Backend, shape: Shape, paged: bool, names: str
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from backends import Backend
 from cases_packed_linear import DTYPES, SHAPES, make, product
-from contract import assert_same_bits, off_grid
+from contract import assert_same_bits, off_grid, with_threads
 
 from lora_ext import ops, reference
 
@@ -19,7 +19,6 @@ def on_the_cpu(backend: Backend) -> None:
         pytest.skip("weights are packed on the CPU alone")
 
 
-# --- the formula --------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packing_follows_the_formula(backend: Backend, dtype: torch.dtype) -> None:
     for shape in SHAPES:
@@ -30,7 +29,6 @@ def test_packing_follows_the_formula(backend: Backend, dtype: torch.dtype) -> No
         assert_same_bits(ops.pack_weight(turned), reference.pack_weight(weight))
 
 
-# --- same row, same bits --------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_bits_do_not_depend_on_the_other_rows(backend: Backend, dtype: torch.dtype) -> None:
     x, weight, bias = make((70, 301, 70), dtype, exact=False)
@@ -46,14 +44,9 @@ def test_threads_and_strides_change_no_bit(backend: Backend, dtype: torch.dtype)
     x, weight, bias = make((9, 577, 301), dtype, exact=False)
     packed = ops.pack_weight(weight)
     expected = ops.packed_linear(x, packed, bias, 301)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            assert_same_bits(ops.pack_weight(weight), packed)
-            assert_same_bits(ops.packed_linear(x, packed, bias, 301), expected)
-    finally:
-        torch.set_num_threads(threads)
+    for _ in with_threads(1, 2, 3, 7):
+        assert_same_bits(ops.pack_weight(weight), packed)
+        assert_same_bits(ops.packed_linear(x, packed, bias, 301), expected)
     apart = off_grid(bias[:, None])[:, 0]
     assert_same_bits(ops.packed_linear(off_grid(x), packed, apart, 301), expected)
 
@@ -68,7 +61,6 @@ def test_what_is_not_finite_stays_with_its_row_and_output(backend: Backend) -> N
         assert_same_bits(product(x, weight, bias)[finite], wide[finite].to(dtype))
 
 
-# --- faults ---------------------------------------------------------------------------------------
 X, W = torch.zeros(3, 4), torch.zeros(40, 4)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from backends import Backend
 from cases_pointwise import DTYPES, FUNCTIONS, inputs
-from contract import assert_same_bits, off_grid
+from contract import assert_same_bits, off_grid, with_threads
 
 from lora_ext import ops
 
@@ -23,21 +23,16 @@ def on_the_cpu(backend: Backend) -> None:
 def test_a_numbers_bits_do_not_depend_on_its_position_or_on_threads(
     backend: Backend, function: str
 ) -> None:
-    threads = torch.get_num_threads()
     for dtype in DTYPES:
         x = inputs((23, 8192), dtype, seed=3, spread=3.0)["x"].abs()
         expected = ops.pointwise(x, function)
-        try:
-            for count in (1, 3, 6):
-                torch.set_num_threads(count)
-                assert_same_bits(ops.pointwise(x, function), expected)
-                for width in (1, 33, 172, 1000):
-                    rows = x[:, :width]
-                    assert_same_bits(ops.pointwise(rows, function), expected[:, :width])
-                    alone = torch.stack([ops.pointwise(row, function) for row in rows])
-                    assert_same_bits(alone, expected[:, :width])
-        finally:
-            torch.set_num_threads(threads)
+        for _ in with_threads(1, 3, 6):
+            assert_same_bits(ops.pointwise(x, function), expected)
+            for width in (1, 33, 172, 1000):
+                rows = x[:, :width]
+                assert_same_bits(ops.pointwise(rows, function), expected[:, :width])
+                alone = torch.stack([ops.pointwise(row, function) for row in rows])
+                assert_same_bits(alone, expected[:, :width])
 
 
 def test_strides_are_those_of_the_input_and_change_no_bit(backend: Backend) -> None:

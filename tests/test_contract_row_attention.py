@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from backends import Backend
-from contract import assert_same_bits
+from contract import assert_same_bits, with_threads
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -34,7 +34,6 @@ def alone(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Iterator[Tensor]:
             yield ops.row_attention(q[b : b + 1, :, t : t + 1], *own)[0, :, 0]
 
 
-# --- same row, same bits --------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_has_the_bits_that_it_has_alone(backend: Backend, dtype: torch.dtype) -> None:
     rows, keys = (9, 21) if backend.small else (23, 150)
@@ -81,13 +80,8 @@ def test_keys_that_are_not_seen_change_no_bit_whatever_they_hold(backend: Backen
 def test_threads_and_strides_change_no_bit() -> None:
     q, k, v = draw(60, 70, torch.float32)
     expected = ops.row_attention(q, k, v, causal=True)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert_same_bits(ops.row_attention(q, k, v, causal=True), expected)
-    finally:
-        torch.set_num_threads(threads)
+    for _ in with_threads(1, 2, 3):
+        assert_same_bits(ops.row_attention(q, k, v, causal=True), expected)
     dense = [t.contiguous() for t in (q, k, v)]
     assert_same_bits(ops.row_attention(*dense, causal=True), expected)
     turned = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v)]
@@ -95,7 +89,6 @@ def test_threads_and_strides_change_no_bit() -> None:
     assert expected.transpose(1, 2).is_contiguous()
 
 
-# --- gradients ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("sees", ["causal", "cached", "padded"])
 def test_the_gradient_is_that_of_torchs_attention(sees: str) -> None:
     rows, keys = 7, 11 if sees == "cached" else 7

@@ -10,17 +10,15 @@ import torch
 from backends import Backend
 from cases import DEEP, MEDIUM, SMALL, Inputs, Shape, make_inputs
 from cases_siblings import OPS, alone, each, family, together
-from contract import assert_same_bits, off_grid
-from test_contract_lora import shapes, skip_large
+from contract import assert_same_bits, off_grid, shapes
 from torch import Tensor
 
 from lora_ext import ops
 
 
-@shapes(SMALL, DEEP, MEDIUM)
+@shapes(OPS[0], SMALL, DEEP, MEDIUM)
 def test_siblings_have_the_bits_of_a_module_alone(backend: Backend, shape: Shape) -> None:
     """With a plan and without, of banks and of pages: each dtype has its turn at either."""
-    skip_large(backend, shape)
     for turn, dtype in enumerate(backend.dtypes()):
         (modules,) = OPS[0].feed(shape, dtype, turn, seed=2, device=backend.device)
         plan = ops.lora_plan(modules[0]["adapter_ids"], len(shape.ranks))
@@ -44,7 +42,6 @@ def test_siblings_may_differ_in_ranks_and_lie_off_the_grid(backend: Backend) -> 
             assert_same_bits(got, alone(module), f"{dtype}: ")
 
 
-# --- launches -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("tokens", "out", "paged", "launches"),
     [
@@ -83,7 +80,6 @@ def test_two_calls_in_a_row_may_add_to_the_same_ys(backend: Backend, dtype: torc
         assert_same_bits(got, alone({**module, "y": first}))
 
 
-# --- refusals -----------------------------------------------------------------------------------
 def call(modules: list[Inputs], **changed: Any) -> None:
     given: dict[str, Any] = {
         "y": each(modules, "y"),
@@ -167,9 +163,6 @@ def test_siblings_refuse_gradients() -> None:
     modules = family(Shape(4, 16, 24, (8, 3)), torch.float32, seed=9)
     with pytest.raises(RuntimeError, match=r"lora_apply_siblings_ has no backward.*lora_apply"):
         call(modules, a=[m["a"].clone().requires_grad_() for m in modules])
-
-
-# --- torch's own laws ---------------------------------------------------------------------------
 
 
 def test_a_change_of_siblings_is_counted() -> None:

@@ -13,13 +13,13 @@ from cases_train import (
     LARGE,
     LEAVES,
     MEDIUM,
+    OPS,
     SMALL,
     formula,
     run,
     train_inputs,
 )
-from contract import assert_same_bits, off_grid, same
-from test_contract_lora import shapes
+from contract import assert_same_bits, off_grid, same, shapes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,19 +29,11 @@ from lora_ext import ops, reference
 pytestmark = pytest.mark.hosts
 
 
-def skip_large(backend: Backend, shape: Shape) -> None:
-    if shape not in [*SMALL, *DEEP] and (backend.small or (not backend.is_twin and shape in LARGE)):
-        pytest.skip("this backend runs the small shapes")
-
-
 dropouts = pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 seeds = pytest.mark.parametrize("own_seeds", [False, True], ids=["one seed", "a seed each"])
 
 
-# --- the formula --------------------------------------------------------------------------------
-
-
-@shapes(SMALL, DEEP, MEDIUM)
+@pytest.mark.parametrize("shape", [*SMALL, *DEEP, *MEDIUM], ids=str)
 def test_the_explicit_backward_is_autograd_of_the_formula(shape: Shape) -> None:
     i = train_inputs(shape, torch.float64, seed=3, dropout_p=0.25)
     leaves = {k: i[k].nan_to_num(0.5).requires_grad_() for k in LEAVES}
@@ -62,7 +54,6 @@ def test_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda x: ops.lora_dropout(x, 0.3, i["seed"]), x)
 
 
-# --- dropout ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 5, -(2**63)])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1 - 2**-40])
 def test_dropout_is_the_formula_bit_for_bit(backend: Backend, seed: int, p: float) -> None:
@@ -140,8 +131,7 @@ def test_dropped_elements_do_not_count_even_if_nan(backend: Backend) -> None:
     same(run(i), expected)
 
 
-# --- rows without an adapter, adapters without a row ----------------------------------------------
-@shapes(SMALL, DEEP)
+@shapes(OPS[0], SMALL, DEEP)
 @dropouts
 def test_rows_without_adapter_or_rank_are_the_base_bit_for_bit(
     backend: Backend, shape: Shape, p: float
@@ -211,13 +201,11 @@ def test_no_gradient_reaches_what_lies_beyond_a_rank(backend: Backend) -> None:
             assert not out["da"][beyond].any() and not out["db"].transpose(1, 2)[beyond].any()
 
 
-# --- same input, same bits ------------------------------------------------------------------------
-@shapes(SMALL, DEEP, MEDIUM)
+@shapes(OPS[0], SMALL, DEEP, MEDIUM)
 @dropouts
 def test_neither_a_plan_nor_int32_ids_change_a_bit(
     backend: Backend, shape: Shape, p: float
 ) -> None:
-    skip_large(backend, shape)
     i = train_inputs(shape, torch.float32, seed=10, dropout_p=p, device=backend.device)
     first = run(i)
     plan = ops.lora_plan(i["adapter_ids"], len(shape.ranks))
@@ -225,11 +213,10 @@ def test_neither_a_plan_nor_int32_ids_change_a_bit(
     same(run({**i, "adapter_ids": i["adapter_ids"].int()}), first)
 
 
-@shapes(SMALL, DEEP, MEDIUM)
+@shapes(OPS[0], SMALL, DEEP, MEDIUM)
 def test_an_adapters_gradient_does_not_depend_on_who_shares_the_batch(
     backend: Backend, shape: Shape
 ) -> None:
-    skip_large(backend, shape)
     i = train_inputs(shape, torch.float32, seed=12, base=False, device=backend.device)
     together = run(i)
     for s in range(min(len(shape.ranks), 4)):
@@ -248,7 +235,7 @@ PASSES = [
 ]
 
 
-@shapes(PASSES)
+@pytest.mark.parametrize("shape", PASSES, ids=str)
 def test_one_pass_over_dy_has_the_bits_of_two(backend: Backend, shape: Shape) -> None:
     for dtype in backend.dtypes():
         i = train_inputs(shape, dtype, seed=23, base=False, device=backend.device)
@@ -274,8 +261,7 @@ def test_nan_in_one_adapters_rows_stays_with_it(backend: Backend, p: float) -> N
             assert_same_bits(out[name][~own], clean[name][~own], f"{dtype} {name}: ")
 
 
-# --- strides --------------------------------------------------------------------------------------
-@shapes(SMALL, DEEP)
+@shapes(OPS[0], SMALL, DEEP)
 @dropouts
 def test_rows_may_lie_apart_and_unaligned(backend: Backend, shape: Shape, p: float) -> None:
     for dtype in backend.dtypes():
@@ -293,7 +279,6 @@ def test_one_gradient_may_serve_every_entry(backend: Backend) -> None:
     same(run(i), formula(i))
 
 
-# --- torch's own laws -----------------------------------------------------------------------------
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_what_needs_no_gradient_gets_none(backend: Backend, leaf: str) -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=16, dropout_p=0.5, device=backend.device)
@@ -387,7 +372,6 @@ def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool, own_see
         same(results[1], results[0])
 
 
-# --- the same bits in training and in serving ----------------------------------------------------
 @pytest.mark.parametrize(
     "shape",
     [
@@ -404,7 +388,8 @@ def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool, own_see
 def test_a_rows_update_without_dropout_has_the_bits_of_a_pool(
     backend: Backend, shape: Shape
 ) -> None:
-    skip_large(backend, shape)
+    if backend.small:
+        pytest.skip("this backend runs the small shapes")
     if not backend.is_twin and max(shape.ranks) > 256:
         pytest.skip("above rank 256 the kernels split sums by the number of rows: docs/exact.md")
     for dtype in backend.dtypes():

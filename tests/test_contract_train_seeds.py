@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from backends import Backend
 from cases import Inputs, Shape
-from cases_train import DEEP, GEMM, LARGE, LEAVES, MEDIUM, SMALL, run, train_inputs
-from contract import Outputs, assert_same_bits, same
-from test_contract_lora import shapes
-from test_contract_train import skip_large
+from cases_train import DEEP, GEMM, LARGE, LEAVES, MEDIUM, OPS, SMALL, run, train_inputs
+from contract import Outputs, assert_same_bits, same, shapes
 from torch import Tensor
 
 from lora_ext import ops, reference
@@ -29,9 +27,6 @@ def one_adapter(i: Inputs, s: int, rows: Tensor) -> Inputs:
     i |= {k: i[k][s : s + 1].clone() for k in ("a", "b", "scale", "ranks", "seed")}
     i["adapter_ids"] = torch.where(i["adapter_ids"] == s, 0, -1)
     return i
-
-
-# --- the formula ----------------------------------------------------------------------------------
 
 
 def test_the_mask_counts_an_adapters_own_rows() -> None:
@@ -53,10 +48,8 @@ def test_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda *values: ops.lora_linear(*values, *tail), leaves)
 
 
-# --- alone and among others -----------------------------------------------------------------------
-@shapes(SMALL, DEEP, MEDIUM, LARGE[1:2], [GEMM])
+@shapes(OPS[1], SMALL, DEEP, MEDIUM, LARGE[1:2], [GEMM])
 def test_an_adapter_gets_the_same_bits_alone(backend: Backend, shape: Shape) -> None:
-    skip_large(backend, shape)
     i = inputs(shape, seed=3, base=False, device=backend.device)
     together = run(i)
     for s in range(min(len(shape.ranks), 3)):
@@ -135,7 +128,6 @@ def formula_of_base(i: Inputs) -> Outputs:
     return {"y": y, "dx": i["dy"] @ i["weight"], "dweight": weight, "dbias": bias, **zeros}
 
 
-# --- torch's own laws -----------------------------------------------------------------------------
 def test_adapters_apart_have_the_seeds_of_a_bank(backend: Backend) -> None:
     shape = Shape(33, 40, 31, (8, 8, 8))
     i = inputs(shape, seed=9, device=backend.device)

@@ -9,16 +9,13 @@ import pytest
 import torch
 from backends import Backend
 from cases_vocab import BOUNDS, SMALL, Case, Layer, both, close, gradients
-from contract import assert_same_bits
+from contract import assert_same_bits, with_threads
 from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext import ops, reference
 
 both_losses = pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
-
-
-# --- the formula --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -132,7 +129,6 @@ def test_a_sure_prediction_keeps_its_small_loss_and_gradient(backend: Backend) -
     assert torch.allclose(grad.cpu().double(), small * torch.tensor([[-1.0, 1.0]]).double())
 
 
-# --- rows that do not count, the teacher ----------------------------------------------------------
 @pytest.mark.parametrize("frozen", [False, True])
 @both_losses
 def test_without_a_row_that_counts_loss_and_gradients_are_zero(
@@ -189,7 +185,6 @@ def test_a_label_out_of_range_is_refused_or_makes_the_loss_nan(backend: Backend)
             assert both(layer, "cross_entropy", True).isnan()
 
 
-# --- layouts, dtypes, bits -----------------------------------------------------------------------
 def test_layouts_and_repetition_change_no_bit(backend: Backend) -> None:
     """Integers multiply exactly, so that the library's order of additions does not show."""
 
@@ -216,17 +211,10 @@ def test_layouts_and_repetition_change_no_bit(backend: Backend) -> None:
 
 def test_the_number_of_threads_changes_no_bit() -> None:
     """Of losses and of the gradient by the label: their products are exact."""
-    case = Case(70, 16, 3000, 1000, hiddens=2)
-    layer, threads = Layer(case, torch.float32, "cpu", exact=True), torch.get_num_threads()
-    found: list[list[Tensor]] = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            found.append([both(layer, loss, True) for loss in ("cross_entropy", "kl")])
-    finally:
-        torch.set_num_threads(threads)
-    for a, b in zip(*found, strict=True):
-        assert_same_bits(a, b)
+    layer = Layer(Case(70, 16, 3000, 1000, hiddens=2), torch.float32, "cpu", exact=True)
+    for loss in ("cross_entropy", "kl"):
+        one, two = (both(layer, loss, True) for _ in with_threads(1, 2))
+        assert_same_bits(one, two)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -265,7 +253,6 @@ def test_autocast_decides_the_dtype_of_the_products(backend: Backend) -> None:
     assert got.dtype == dhidden.dtype == dweight.dtype == torch.float32
 
 
-# --- autograd and the compiler -------------------------------------------------------------------
 @both_losses
 def test_gradcheck_in_float64(loss: str) -> None:
     for case in (SMALL[3], SMALL[4], SMALL[6], SMALL[7]):

@@ -34,7 +34,6 @@ Way = Callable[[LoraAdapter, LoraAdapter, Path], tuple[LoraAdapter, Products]]
 def changed(
     value: LoraAdapter, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> LoraAdapter:
-    """The adapter with other factors."""
     made = {n: (f, *change(f.a.clone(), f.b.clone())) for n, f in value.modules.items()}
     return LoraAdapter(value.config, {n: f._replace(a=a, b=b) for n, (f, a, b) in made.items()})
 
@@ -58,7 +57,6 @@ STARTS: dict[str, tuple[Callable, Callable]] = {
 
 
 def nearest(products: Products, rank: int | dict[str, int]) -> Products:
-    """The nearest of a rank, by the singular values of the dense products."""
     found = {}
     for name, product in products.items():
         u, s, vh = torch.linalg.svd(product, full_matrices=False)
@@ -86,10 +84,6 @@ def of_means(one: LoraAdapter, two: LoraAdapter, weights: tuple[float, float]) -
         )
         found[name] = factors.scaling * b @ a
     return found
-
-
-# -------------------------------------------------------------------------------------------------
-# Every way in which factors are made
 
 
 def resized(rank: int | dict[str, int]) -> Way:

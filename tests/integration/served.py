@@ -120,7 +120,6 @@ def streamed(server: Any, *given: Any, **fields: Any) -> list[dict[str, Any]]:
 
 
 def said(events: list[dict[str, Any]]) -> str:
-    """The text of a stream's events."""
     return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
 
 
@@ -146,7 +145,6 @@ def settle(server: Any) -> None:
 
 
 def by_generate(server: Any, name: str | None, words: str, count: int) -> str:
-    """What ``generate`` of the model says, while the server runs."""
     ids = torch.tensor([server.engine.encode([{"role": "user", "content": words}])])
     how = {"max_new_tokens": count, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
     out = server.engine.model.generate(
@@ -156,7 +154,6 @@ def by_generate(server: Any, name: str | None, words: str, count: int) -> str:
 
 
 def connect(server: Any, **fields: Any) -> socket.socket:
-    """A client that has sent its request and has read nothing."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.connect((server.client.base_url.host, server.client.base_url.port))

@@ -40,7 +40,6 @@ def alone(reference: Any, prompt: list[int], name: str | None) -> list[int]:
 
 @contextmanager
 def running(model: Any) -> Iterator[Any]:
-    """A manager that runs."""
     manager = model.init_continuous_batching(**batching())
     with torch.inference_mode():
         manager.start()

@@ -27,7 +27,6 @@ from lora_ext.nn import (
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[int, list[str]]]:
-    """Which object each name means, and which attributes it has."""
     return {n: (id(m), sorted(m.__dict__)) for n, m in model.named_modules(remove_duplicate=False)}
 
 
@@ -236,8 +235,6 @@ def test_embeddings_of_an_attached_model_are_resized_after_detach(tmp_path: Path
 
 
 class Shared(nn.Module):
-    """One linear under two names."""
-
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(8, 8)

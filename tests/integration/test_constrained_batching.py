@@ -18,7 +18,6 @@ EOS, NEW = 2, 6
 
 
 def three_of(vocab: int, allowed: tuple[int, ...]) -> Constraint:
-    """Texts of three tokens, all of a few."""
     edges = [(s, t, s + 1) for s in range(3) for t in allowed]
     return Constraint.from_edges(edges, 0, {3}, vocab, EOS)
 

@@ -173,7 +173,6 @@ def test_a_running_request_ends_with_the_adapter_that_it_began_with() -> None:
 
 @pytest.mark.slow
 def test_parallel_sequences_and_prompts_of_several_steps_keep_their_adapter() -> None:
-    """Forked children have other ids; a prompt longer than a step's budget comes in parts."""
     model, pool = attached(slots=4)
     given, names = prompts(4, shared=30), ["a0", "a1", None, "a0"]
     how = batching()
@@ -188,7 +187,6 @@ def test_parallel_sequences_and_prompts_of_several_steps_keep_their_adapter() ->
 
 @pytest.mark.slow
 def test_requests_that_were_preempted_keep_their_adapter() -> None:
-    """A cache with room for few of them: the others are thrown out and begin anew."""
     model, pool = attached()
     given = prompts(8, shared=13)
     how = batching(num_blocks=24, allow_block_sharing=False)
@@ -238,10 +236,6 @@ def test_cancelled_requests_are_pinned_no_more() -> None:
         manager.cancel_request(request)
         assert manager.get_result(timeout=30).request_id == other
     assert pool.stats()["pins"] == 0
-
-
-# -------------------------------------------------------------------------------------------------
-# Whose names
 
 
 @pytest.mark.slow
@@ -308,10 +302,6 @@ def test_wrong_names_raise_before_anything_runs() -> None:
     assert pool.stats()["pins"] == 0
 
 
-# -------------------------------------------------------------------------------------------------
-# What is refused, and detach
-
-
 def test_a_manager_that_knows_no_adapters_is_refused() -> None:
     model, _ = attached(slots=2)
     how = batching()
@@ -376,7 +366,6 @@ def test_detach_gives_the_same_methods_back_and_waits_for_nobody() -> None:
 
 @pytest.mark.slow
 def test_dora_rows_and_threads_of_their_own_are_served() -> None:
-    """Two servers' threads use one pool at once, and one adapter is a DoRA one."""
     model, pool = attached(slots=4)
     pool.update("a0", adapter(pool, 50, use_dora=True, target_modules=["q_proj", "down_proj"]))
     twin = make_model("llama")

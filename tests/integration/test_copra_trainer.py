@@ -116,7 +116,6 @@ def test_another_number_of_steps_than_the_schedules_is_told():
         callback.on_train_begin(None, SimpleNamespace(max_steps=12), None)
 
 
-# --- two processes --------------------------------------------------------------------------------
 def _train(model: Any, controller: CopraController, rows: Tensor) -> dict[str, Any]:
     """Some steps; masks, and the gradients of the last step whose mask is not full."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -20,7 +20,6 @@ CLOSE = 2e-5  # of logits of about 10 in float32; an adapter moves them by more 
 
 
 def served(family: str, folder: Path, configs: Any = CONFIGS) -> tuple[Any, Any]:
-    """The attached model, and PEFT's own with the same adapters, which it has saved."""
     model = make_mixture(family)
     reference = make_peft(model, configs)
     reference.save_pretrained(folder)
@@ -54,7 +53,6 @@ def test_every_row_of_a_mixed_batch_is_that_of_peft(family: str, tmp_path: Path)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_rows_of_the_base_model_keep_every_bit(family: str, how: str) -> None:
-    """However transformers multiplies, and whoever shares the batch."""
     model = make_mixture(family, how)
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
     pool.load("red", make_peft(model, {"red": {"r": 4}}))
@@ -95,7 +93,6 @@ def test_generation_gives_each_row_the_tokens_of_its_adapter(family: str, tmp_pa
 
 @torch.no_grad()
 def test_adapters_of_one_parameter_of_both_and_of_none_share_a_batch() -> None:
-    """PEFT holds such adapters in models of their own."""
     model = make_mixture("gpt_oss")
     fields: dict[str, Any] = {
         "up": {"r": 3, "target_parameters": [UP]},
@@ -189,7 +186,6 @@ def test_the_gradient_reaches_the_input_embeddings(tmp_path: Path) -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_packed_requests_are_those_of_each_alone(tmp_path: Path) -> None:
-    """transformers' continuous batching."""
     model, _ = served("mixtral", tmp_path)
     names = ["red", None, "blue", "green"]
     prompts = [tokens(4, 6)[i].tolist()[: 6 - i] for i in range(4)]
@@ -237,7 +233,6 @@ def test_a_pool_of_another_number_of_experts_is_refused() -> None:
         lora_ext.attach(other, pool)
 
 
-# --- what is refused ------------------------------------------------------------------------------
 def saved(family: str = "mixtral", **fields: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The base model, and an adapter's configuration and tensors as PEFT saves them."""
     model = make_mixture(family)

@@ -22,7 +22,6 @@ NAMES = ["red", "green", "__base__", "blue", "green"]
 
 
 def pair(family: str, configs: Any = CONFIGS, **extra: Any) -> tuple[Any, Any]:
-    """The same adapters twice: PEFT's own layers, and ours."""
     theirs = make_peft(make_mixture(family), configs, **extra).double()
     return theirs, lora_ext.from_peft(copy.deepcopy(theirs))
 
@@ -121,7 +120,6 @@ def test_names_of_a_batch_that_peft_has_to_run_raise_its_own_error() -> None:
 
 
 def test_what_peft_does_with_its_layers_stays_peft(tmp_path: Path) -> None:
-    """Saving, loading, disabling, switching, merging and deleting."""
     theirs, ours = pair("qwen3")
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     with torch.no_grad():

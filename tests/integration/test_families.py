@@ -158,10 +158,6 @@ def test_encoders_and_decoders(family: str) -> None:
             assert (mixed[row] - alone).abs().max() < 1e-4  # float32 where it is eager
 
 
-# -------------------------------------------------------------------------------------------------
-# What is refused
-
-
 def test_an_adapter_on_mambas_dt_proj_is_refused_by_name() -> None:
     """Mamba reads that layer's weight and never calls it."""
     model: Any = make(DECODERS["mamba"])

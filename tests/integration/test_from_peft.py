@@ -34,7 +34,6 @@ checkpointings = pytest.mark.parametrize(
 NAMES = ["red", "green", "__base__", "blue", "green"]
 
 
-# --- one adapter ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_layer_that_can_be_is_taken(family: str) -> None:
     _, ours = pair(family)
@@ -74,7 +73,6 @@ def test_dora_alone_and_beside_lora_in_one_batch() -> None:
         assert_close(mixed[rows], logits(theirs)[rows])
 
 
-# --- the same objects -----------------------------------------------------------------------------
 def test_parameters_keys_and_modules_stay_the_very_same() -> None:
     model: Any = make_peft(make_model("llama"), CONFIGS["llama"])
     modules, parameters = list(model.named_modules()), dict(model.named_parameters())
@@ -116,7 +114,6 @@ def test_hot_swapped_scalings_are_seen(tmp_path: Any) -> None:
         assert (logits(ours) - before).abs().max() > 0.1
 
 
-# --- one adapter per sequence ---------------------------------------------------------------------
 @pytest.mark.parametrize("family", CONFIGS)
 def test_names_in_evaluation_are_those_of_peft(family: str) -> None:
     theirs, ours = pair(family)
@@ -304,7 +301,6 @@ def test_wrong_names_and_names_of_merged_adapters_are_errors_and_leave_no_hooks(
         logits(ours, adapter_names=NAMES)
 
 
-# --- what is left to PEFT -------------------------------------------------------------------------
 def test_embeddings_stay_with_peft_and_are_listed() -> None:
     torch.manual_seed(0)
     configs = {"red": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}}

@@ -31,7 +31,6 @@ def fused_layers(model: nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if isinstance(m, FusedLinear))
 
 
-# --- names ----------------------------------------------------------------------------------------
 def test_the_model_prints_as_pefts_and_python_still_knows_the_classes_apart() -> None:
     theirs, ours = pair()
     assert repr(ours) == repr(theirs)
@@ -54,7 +53,6 @@ def test_pickled_and_copied_layers_are_ours_again() -> None:
         assert torch.equal(logits(twin, adapter_names=NAMES), logits(ours, adapter_names=NAMES))
 
 
-# --- errors ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("names", [[], ["__base__"], ["__base__"] * 7, ["red"]], ids=len)
 def test_a_wrong_number_of_names_is_pefts_error(names: list[str]) -> None:
     theirs, ours = pair()
@@ -69,7 +67,6 @@ def test_a_wrong_number_of_names_is_pefts_error(names: list[str]) -> None:
     assert str(found.value) == str(expected.value)
 
 
-# --- blocks ---------------------------------------------------------------------------------------
 def test_a_block_of_a_pool_around_the_model_is_not_ignored_in_silence(tmp_path: Path) -> None:
     _attached, _, pool = make_pair("llama", tmp_path)
     pool.load("other", tmp_path / "red")
@@ -128,7 +125,6 @@ def test_a_block_of_the_pool_that_serves_layers_of_the_same_model_is_refused(
             logits(ours)
 
 
-# --- what is left to PEFT -------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["learned", "per output", "per token"])
 def test_a_scaling_that_is_no_plain_number_is_pefts_business(kind: str) -> None:
     theirs, ours = pair(configs={"red": CONFIGS["llama"]["red"]})
@@ -187,7 +183,6 @@ def test_says_so_where_no_layer_is_taken() -> None:
     assert caught[0].filename == __file__
 
 
-# --- frozen adapters ------------------------------------------------------------------------------
 def test_training_by_name_an_adapter_that_is_frozen_says_so() -> None:
     _, ours = pair()
     ours.train().set_adapter("red")  # PEFT freezes the others
@@ -220,7 +215,6 @@ def test_taken_in_silence_and_undone_everything_is_pefts_again() -> None:
     assert [type(m) for m in to_peft(model).modules()] == kinds
 
 
-# --- a frozen copy as the reference ---------------------------------------------------------------
 def test_names_are_refused_where_a_trainer_asks_its_reference() -> None:
     """As TRL does: adapter ``ref``, a copy, is set active for a forward without gradients."""
     _, ours = pair(configs={**CONFIGS["llama"], "ref": CONFIGS["llama"]["red"]})

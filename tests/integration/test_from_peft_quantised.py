@@ -132,7 +132,6 @@ BASES = {
 
 
 def pair(base: str, **fields: Any) -> tuple[Any, Any]:
-    """The same adapters on the same base, PEFT's own layers and ours."""
     made = []
     for _ in range(2):  # not copied: quanto's weights refuse it
         torch.manual_seed(0)
@@ -152,7 +151,6 @@ def embedded(model: Any, rows: int = 4) -> Tensor:
 
 
 def step(model: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """Logits, and the gradients of inputs and adapters."""
     model.zero_grad(set_to_none=True)
     x = embedded(model)
     y = model(inputs_embeds=x, **kwargs).logits
@@ -201,7 +199,6 @@ def test_training_is_that_of_peft_with_the_base_called_and_one_op_for_the_update
 
 @pytest.mark.parametrize("base", BASES)
 def test_names_in_training_give_the_gradients_of_separate_runs(base: str) -> None:
-    """Which PEFT refuses."""
     _, ours = pair(base)
     ours.set_requires_grad(["default", "other"])
     names = ["other", "default", "__base__", "other"]

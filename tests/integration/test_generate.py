@@ -119,7 +119,6 @@ def test_threads_generate_while_another_loads_and_unloads(tmp_path: Path) -> Non
     done = threading.Event()
 
     def churn() -> None:
-        """A fourth adapter comes, changes and goes; the others are evicted in between."""
         sources = [tmp_path / name for name in ("red", "green", "blue")]
         while not done.is_set():
             try:

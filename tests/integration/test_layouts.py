@@ -16,7 +16,6 @@ NAMES = ["red", "blue", None, "green"]
 
 
 def attached(make: Any) -> Any:
-    """A model with three adapters on every linear layer that the pool knows."""
     torch.manual_seed(0)
     model = make().eval()
     positions = [n for n, m in model.named_modules() if "position" in n and hasattr(m, "weight")]
@@ -28,7 +27,6 @@ def attached(make: Any) -> Any:
 
 
 def assert_rows_are_their_own(model: Any, ids: Tensor, names: list[str | None]) -> None:
-    """A mixed batch equals, row by row, the batches in which all rows have one adapter."""
     with torch.no_grad():
         with lora_ext.adapters(names):
             mixed = model(ids).logits

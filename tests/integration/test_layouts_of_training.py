@@ -46,10 +46,6 @@ def of_peft(family: str, kind: str, *names: str, **settings: Any) -> Any:
     return lora_ext.from_peft(model) if kind == "fused" else model
 
 
-# -------------------------------------------------------------------------------------------------
-# Names
-
-
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
@@ -126,10 +122,6 @@ def test_a_layer_that_peft_runs_takes_one_name_where_it_sees_tokens_first() -> N
             model(ids, adapter_names=["red", "blue"])
 
 
-# -------------------------------------------------------------------------------------------------
-# Masks
-
-
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("kind", ["ours", "peft", "fused"])
 @pytest.mark.parametrize("length", [6, 4])
@@ -152,10 +144,6 @@ def test_masks_reach_the_rows_that_they_are_for(family: str, kind: str, length: 
     with pytest.raises(RowwiseError, match="6 sequences after the tokens"):
         with coalitions(groups, masks, 2):
             model(input_ids=ids.repeat(2, 1))
-
-
-# -------------------------------------------------------------------------------------------------
-# Clients
 
 
 @pytest.mark.parametrize("family", TARGETS)

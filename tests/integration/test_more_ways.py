@@ -95,7 +95,6 @@ def test_classifying_pipelines_serve_blocks_and_refuse_names(tmp_path: Path) -> 
 
 
 def test_an_iterator_of_a_pipeline_belongs_inside_the_block(tmp_path: Path) -> None:
-    """It computes where it is read."""
     model, _, pool = make_pair("bert", tmp_path)
     pipe: Any = transformers.pipeline("text-classification", model=model, tokenizer=TOKENIZER)
     message = "is read outside every block, and the base model or attach's default serves it"

@@ -114,7 +114,6 @@ def test_rows_of_an_adapter_see_its_head(trained: Any) -> None:
 
 
 def test_heads_come_and_go_with_their_adapters(trained: Any) -> None:
-    """Evicted to the host and back, replaced, unloaded: the rows, and the memory, follow."""
     case, plain, reference, folder = trained
     model, _ = serve(plain, folder)
     lora_ext.detach(model)
@@ -203,7 +202,6 @@ def test_gradients_reach_what_is_below_a_head(trained: Any) -> None:
 
 @pytest.mark.slow
 def test_generation_uses_the_heads(tmp_path: Path) -> None:
-    """One after the other, in one batch with beams, and packed."""
     plain, reference = make_trained("llama")
     reference.save_pretrained(tmp_path)
     model, _ = serve(plain, tmp_path)
@@ -230,10 +228,6 @@ def test_generation_uses_the_heads(tmp_path: Path) -> None:
         greedy.append(expected[0, 6:].tolist())
     found = model.generate_batch(ids.tolist(), adapter_names=names, **batching(8))
     assert [result.generated_tokens for result in found.values()] == greedy
-
-
-# -------------------------------------------------------------------------------------------------
-# What is refused
 
 
 @pytest.fixture

@@ -62,7 +62,6 @@ def test_bad_ways_to_choose_are_refused_by_name() -> None:
 
 @pytest.mark.slow
 def test_each_request_chooses_its_tokens_in_its_own_way() -> None:
-    """Greedy ones are those alone; a seed gives the same tokens whatever is in the batch."""
     model, pool = attached(slots=4)
     given = prompts(4)
     seeded = Sampling(1.5, top_p=0.9, seed=7)
@@ -166,7 +165,6 @@ def test_a_stream_that_is_cancelled_or_fails_leaves_nothing_behind() -> None:
 
 @pytest.mark.slow
 def test_streams_of_a_manager_that_is_stopped_end_with_an_error() -> None:
-    """Those that run and those that wait; a manager that starts again serves."""
     model, pool = attached(slots=4)
     how = batching(max_batch_tokens=16, num_blocks=8)
 
@@ -218,7 +216,6 @@ def test_texts_of_a_stream_end_with_a_reason() -> None:
 
 
 def byte_tokenizer(size: int = 256) -> Any:
-    """A token a byte."""
     names = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
     inner = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

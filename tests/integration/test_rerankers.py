@@ -37,7 +37,6 @@ def pairs(kind: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module", params=list(HEADS))
 def served(request: Any, tmp_path_factory: Any) -> Iterator[tuple[str, Any, Any, Path]]:
-    """PEFT's adapters in files, with heads that were trained, and the base that serves them."""
     kind, folder = request.param, tmp_path_factory.mktemp("rerankers")
     targets = ["query", "value"] if kind == "encoder" else ["q_proj", "down_proj"]
     config = peft.LoraConfig(

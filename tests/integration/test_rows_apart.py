@@ -75,7 +75,6 @@ def assert_apart_both_ways(f: Callable[[Tensor], Tensor], x: Tensor, out: int) -
     assert_apart(dx, clean)
 
 
-# --- the fault itself -----------------------------------------------------------------------------
 @widths
 def test_the_stand_in_has_the_fault(planted: bool, width: int) -> None:
     if not planted:
@@ -101,7 +100,6 @@ def test_rows_in_more_dimensions_have_the_bits_of_rows_in_two(planted: bool, wid
     assert shapes == [expected.shape]
 
 
-# --- products and ops -----------------------------------------------------------------------------
 @widths
 @dtypes
 def test_spaced_rows_are_the_same_numbers_with_zeros_behind_them(
@@ -201,7 +199,6 @@ def test_a_dora_adapter_and_an_embedding_keep_rows_apart(width: int) -> None:
     assert_apart(embedding(torch.arange(ROWS)))
 
 
-# --- models ---------------------------------------------------------------------------------------
 class Three(nn.Module):
     """Model of a layer for adapters, one without, transformers' ``Conv1D`` and a head."""
 
@@ -384,7 +381,6 @@ def test_a_base_with_these_hooks_takes_part_in_the_fused_op() -> None:
     assert lora_ext.layers.dense_parameters(base) is None
 
 
-# --- tenants --------------------------------------------------------------------------------------
 def llama() -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -298,7 +298,6 @@ def test_streams_end_with_their_usage_where_that_is_asked_for(server: Any) -> No
 
 
 def test_metrics_are_prometheus_text(server: Any) -> None:
-    """Lines of a name and a number, and above each name what it is."""
     text_of(ask(server, "a1"))
     assert ask(server, "nobody").status_code == 404
     assert ask(server, "a1", n=2).status_code == 422

@@ -52,7 +52,6 @@ def save_embedder(folder: Path, mode: str | None) -> Any:
 
 
 def save_pooling(folder: Path, mode: str, *more: str) -> None:
-    """sentence-transformers' files."""
     kinds = ("models.Transformer", "models.Pooling", "models.Normalize", *more)
     parts = [{"type": f"sentence_transformers.{k}", "path": k[7:]} for k in kinds]
     parts[0]["path"] = ""  # the model itself is in the folder
@@ -312,7 +311,6 @@ SMALL |= {"intermediate_size": 48}
 
 
 def save_bert(folder: Path, **settings: Any) -> tuple[Any, Any]:
-    """Make a tiny random BERT and two adapters in a folder; return the model and an embedder."""
     from transformers import BertConfig, BertModel
 
     from lora_ext.serving import Embedder

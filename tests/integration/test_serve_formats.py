@@ -158,7 +158,6 @@ def test_a_format_that_is_too_long_is_answered_413(server: Any) -> None:
 def test_a_constraint_is_built_once_and_beside_the_loop(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one is being built, another request is answered."""
     import threading
 
     from lora_ext.serving import Format

@@ -107,7 +107,6 @@ def test_cross_attention_of_bert(tmp_path: Path, fused: list[int]) -> None:
 
 @pytest.mark.slow
 def test_a_batch_of_requests_shares_too(tmp_path: Path, fused: list[int]) -> None:
-    """Continuous batching, in a thread of its own."""
     model, plain = attached(make_model("llama"), CONFIGS["llama"], tmp_path)
     prompts = [row.tolist() for row in tokens(3, 5)]
     answers: list[Any] = []

@@ -33,7 +33,6 @@ def weights_of(model: Any) -> dict[str, Tensor]:
     return {k: p.detach().clone() for k, p in model.named_parameters() if "lora_" in k}
 
 
-# --- Trainer --------------------------------------------------------------------------------------
 def run_trainer(model: Any, folder: Path, steps: int, resume: bool = False) -> None:
     how = {"lr_scheduler_type": "constant", "save_steps": 2, "gradient_checkpointing": True}
     trainer = trainer_of(
@@ -69,7 +68,6 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit_dropout_included(tmp_path
     assert all(torch.equal(weight, expected[key]) for key, weight in weights_of(resumed).items())
 
 
-# --- accelerate -----------------------------------------------------------------------------------
 def test_accelerate_learns_what_it_learns_with_peft() -> None:
     theirs = tiny_peft()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
@@ -97,7 +95,6 @@ def test_accelerate_learns_what_it_learns_with_peft() -> None:
         assert (change - wanted).norm() <= 4 * close * wanted.norm(), key
 
 
-# --- several processes ----------------------------------------------------------------------------
 def _gradients(model: Any, rows: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
     extra = {} if names is None else {"adapter_names": names}
     model(input_ids=rows, labels=rows, **extra).loss.backward()

@@ -41,7 +41,6 @@ def no_folder_is_taken_for_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokenizer() -> Any:
-    """A word is a token."""
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
@@ -50,7 +49,6 @@ def tokenizer() -> Any:
 
 
 def rewards(completions: list[str], **_: Any) -> list[float]:
-    """Larger tokens are better."""
     return [sum(WORDS.index(word) for word in text.split()) / 100 for text in completions]
 
 
@@ -139,7 +137,6 @@ def assert_learned(
         assert (got[key] - weight).norm() <= 1e-10 * way, key
 
 
-# --- one adapter ----------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "Reward", "GRPO"])
 def test_learns_what_it_learns_with_peft(kind: str, tmp_path: Path) -> None:
@@ -216,7 +213,6 @@ def test_an_adapter_that_the_trainer_made_is_measured_from_the_base(tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("batching", [False, True], ids=["generate", "continuous batching"])
 def test_completions_are_the_adapters(batching: bool, tmp_path: Path) -> None:
-    """GRPO generates with the model that it trains."""
     said: dict[str, list[str]] = {"theirs": [], "ours": [], "base": []}
     for side, texts in said.items():
         model = one_adapter()
@@ -242,7 +238,6 @@ def test_completions_are_the_adapters(batching: bool, tmp_path: Path) -> None:
     assert said["ours"] == said["theirs"] != said["base"]
 
 
-# --- several adapters in a batch ------------------------------------------------------------------
 class ByName:
     """Puts the rows' column ``adapter`` into the batch, ``times`` over, as its adapter_names."""
 

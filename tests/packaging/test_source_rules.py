@@ -98,7 +98,6 @@ def test_ops_call_the_library_through_the_name_that_tests_exchange():
     assert {m.__name__.split(".")[-1] for m in OP_MODULES} == {n for n, c in calls.items() if c}
 
 
-# --- one row of csrc/ops/table.h per op, and what belongs to it -----------------------------------
 OPS = set(
     re.findall(
         r"^ {4}(?:Op|Differentiable|NoGradient|InPlace)<&(\w+)",

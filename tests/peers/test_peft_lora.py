@@ -114,7 +114,6 @@ def assert_same_gradients(ours: Any, theirs: Any, **options: Any) -> None:
         assert_close(found[name], gradient, name)
 
 
-# --- what a layer computes ------------------------------------------------------------------------
 @every_kind
 @every_family
 def test_output_and_gradients_of_each_adapter_and_of_both(family: str, kind: str) -> None:
@@ -175,7 +174,6 @@ def test_bfloat16_autocast_is_as_exact_as_pefts(family: str) -> None:
     assert off <= peft_off + 2.0**-8  # one rounding of every logit
 
 
-# --- what PEFT does with the layers ---------------------------------------------------------------
 @every_kind
 @every_family
 def test_merged_is_what_it_was_apart_and_unmerged_again(family: str, kind: str) -> None:
@@ -292,7 +290,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, reentrant:
     assert_same_gradients(ours, theirs)
 
 
-# --- generation -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", WRITERS)
 def test_generates_by_name_what_peft_generates(family: str, beams: int) -> None:
