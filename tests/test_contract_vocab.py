@@ -82,7 +82,6 @@ def test_a_sum_beyond_float16_does_not_overflow(backend: Backend) -> None:
 def test_closed_tokens_of_the_bias_have_no_share(backend: Backend) -> None:
     """A bias of -inf, as tokens are closed by it: both distributions give them nothing."""
     layer = Layer(Case(4, 8, 20, 6, bias=True, frozen=True), torch.float32, backend.device)
-    assert layer.bias is not None
     layer.bias[:8] = -torch.inf
     layer.labels = layer.labels % 10 + 9
     for loss in ("cross_entropy", "kl"):
@@ -197,7 +196,6 @@ def test_layouts_and_repetition_change_no_bit(backend: Backend) -> None:
         case = Case(5, 16, 40, 16, bias=True)
         layer, other = (Layer(case, dtype, backend.device, exact=True) for _ in range(2))
         other.hiddens = [strided(h) for h in other.hiddens]
-        assert layer.bias is not None and other.bias is not None
         other.weight, other.bias = strided(other.weight), strided(other.bias)
         for loss in ("cross_entropy", "kl"):
             first, again, apart = (both(x, loss, True) for x in (layer, layer, other))
@@ -225,7 +223,6 @@ def test_two_dtypes_meet_in_the_wider(backend: Backend, frozen: bool) -> None:
             layer = Layer(case, torch.float32, backend.device)
             for t in layer.hiddens:
                 t.data = t.data.to(first)
-            assert layer.bias is not None
             layer.weight.data, layer.bias.data = layer.weight.to(second), layer.bias.to(second)
             for loss in ("cross_entropy", "kl"):
                 wide = layer.wide()
@@ -283,7 +280,6 @@ def test_the_compiler_changes_nothing(frozen: bool) -> None:
         loss = ops.chunked_cross_entropy(hiddens[0], weight, bias, layer.labels, chunk=16)
         return loss + ops.chunked_kl(hiddens, weight, bias, chunk=16, mask=layer.mask)
 
-    assert layer.bias is not None
     expected = f(layer.hiddens, layer.weight, layer.bias)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     got = compiled(layer.hiddens, layer.weight, layer.bias)

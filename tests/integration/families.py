@@ -111,3 +111,34 @@ def served(build: Maker, only: str = "") -> tuple[Any, dict[str | None, Any]]:
     for name, source in adapters.items():
         pool.load(name, source)
     return lora_ext.attach(model, pool), judges
+
+
+PADDED: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0}
+NARROW = {**PADDED, "hidden_size": 32, "num_hidden_layers": 2}
+PLACES = {"num_attention_heads": 4, "max_position_embeddings": 64}
+ENCODER = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+}  # fmt: skip
+FSMT = {"langs": ["en", "de"], "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB, "max_length": 20}
+LED = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}
+OF_JETMOE = {"kv_channels": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+
+# fmt: off
+TOKENS_FIRST = {
+    "xlnet": maker("XLNet", "LMHeadModel", **PADDED, d_model=32, n_layer=2, n_head=4, d_inner=48),
+    "longformer": maker(
+        "Longformer", "ForMaskedLM", **NARROW, **PLACES, intermediate_size=48, attention_window=4,
+    ),
+    "led": maker(
+        "LED", "ForConditionalGeneration", **PADDED, **ENCODER, **LED, attention_window=4,
+    ),
+    "fsmt": maker("FSMT", "ForConditionalGeneration", **FSMT, **ENCODER),
+}
+FLATTENING = {
+    "opt": maker(
+        "OPT", **NARROW, **PLACES, ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=True,
+    ),
+    "jetmoe": maker("JetMoe", **NARROW, num_key_value_heads=2, intermediate_size=48, **OF_JETMOE),
+}
+# fmt: on

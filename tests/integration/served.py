@@ -14,14 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from scripts import missing
-from tiny import make_model, make_peft
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from scripts import needs
+from tiny import make_model, make_peft, word_tokenizer
 
-MISSING = missing("fastapi", "uvicorn", "httpx")
-needs_packages = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+needs_packages = needs("fastapi", "uvicorn", "httpx")
 
+SPECIAL = {"unknown": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 NAMES = [f"a{i}" for i in range(8)]
 MANY = [*NAMES, *(f"a{i}" for i in range(8, 16))]
 LIMIT = 20_000  # --max-body
@@ -36,11 +34,7 @@ def save_model(folder: Path) -> None:
     """A tiny random Llama whose words are w5 to w96, and sixteen adapters for it."""
     marks = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
     words = {word: i for i, word in enumerate([*marks, *(f"w{i}" for i in range(5, 97))])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    tokenizer = word_tokenizer(words, **SPECIAL)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "tiny")
     model = make_model("llama")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import threading
 from typing import Any
 
 import pytest
 import torch
 from test_continuous_batching import alone, attached, batching, generated, prompts
-from tiny import tokens
+from tiny import side_by_side, tokens
 
 import lora_ext
 
@@ -78,11 +77,7 @@ def test_two_managers_on_one_model_are_right_and_leave_it_as_it_was() -> None:
         for _ in range(3):
             found.append(generated(model.generate_batch(given, adapter_names=NAMES, **batching())))
 
-    threads = [threading.Thread(target=serve) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(serve, [(), ()])
     assert found == [expected] * 6
     assert not hasattr(model.config, "is_causal")
     assert [alone(model, *row) for row in rows] == expected

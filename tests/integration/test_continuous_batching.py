@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from tiny import CONFIGS, make_model, make_peft, tokens
+from tiny import CONFIGS, make_model, make_peft, side_by_side, tokens
 from transformers import CompileConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
@@ -379,11 +379,7 @@ def test_dora_rows_and_threads_of_their_own_are_served() -> None:
             results = served.generate_batch(given, adapter_names=names, **batching())
             found[which] = generated(results)
 
-    threads = [threading.Thread(target=serve, args=each) for each in enumerate((model, twin))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(serve, enumerate((model, twin)))
     assert found == {0: expected, 1: expected}
     assert pool.stats()["pins"] == 0
 

@@ -3,13 +3,12 @@ holds its adapter in its weights, or the call raises."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
 import torch
 from families import DECODERS, NAMES, SEQ2SEQ, make, merged, served
-from tiny import batching, tokens
+from tiny import batching, side_by_side, tokens
 from torch import Tensor
 
 import lora_ext
@@ -94,11 +93,7 @@ def _threads_and_default(model: Any, judges: Any) -> None:
     def serve(name: str | None) -> None:
         found[name] = model.generate(prompt, adapter_names=[name], **GREEDY)
 
-    threads = [threading.Thread(target=serve, args=(name,)) for name in NAMES]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(serve, [(name,) for name in NAMES])
     assert all(torch.equal(found[name], expected[name]) for name in NAMES)
     pool = model._lora_ext_attachment.pool
     lora_ext.attach(lora_ext.detach(model), pool, default="green")

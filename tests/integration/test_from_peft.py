@@ -147,7 +147,6 @@ def test_names_in_training_give_the_gradients_of_separate_runs(
         for key, gradient in gradients(theirs).items():
             if f".{name}." in key:
                 got = found[key]
-                assert got is not None and gradient is not None
                 assert_close(got, gradient, key)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_pair, tokens
+from tiny import make_pair, only, tokens
 from torch import Tensor
 
 import lora_ext
@@ -26,14 +26,9 @@ def left_padded(lengths: tuple[int, ...] = (5, 3, 5, 2)) -> dict[str, Tensor]:
 
 def alone(reference: Any, inputs: dict[str, Tensor], row: int, **how: Any) -> Tensor:
     """PEFT's answer to one row with one active adapter: no mixed batch, no padding."""
-    name = NAMES[row]
     keep = inputs["attention_mask"][row].bool()
     prompt = inputs["input_ids"][row, keep].unsqueeze(0)
-    if name is None:
-        with reference.disable_adapter():
-            out = reference.generate(input_ids=prompt, max_new_tokens=NEW, **how)
-    else:
-        reference.set_adapter(name)
+    with only(reference, NAMES[row]):
         out = reference.generate(input_ids=prompt, max_new_tokens=NEW, **how)
     return out[:, prompt.shape[1] :]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from layout_families import FLATTENING, TOKENS_FIRST
+from families import FLATTENING, TOKENS_FIRST
 from tiny import VOCAB, assert_answers_as_alone, load_random, tokens
 from torch import Tensor
 

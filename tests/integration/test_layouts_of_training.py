@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from client_models import assert_close, loop, next_token
-from layout_families import TOKENS_FIRST
+from families import TOKENS_FIRST
 from tiny import tokens
 from torch import Tensor
 

@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import SIZES, enlarged, maker
 
 from lora_ext.nn import pack_linears, packed_bytes
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 
 
-def merge_adapter(model: Any) -> Any:
-    model.merge_adapter()
-    return model
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "merge": lambda model: model.merge_adapter() or model,
+    "merge and unmerge": lambda model: merge_and_unmerge(model),
+    "merge and unload": lambda model: model.merge_and_unload(),
+    "safe merge and unload": lambda model: model.merge_and_unload(safe_merge=True),
+}
 
 
 def merge_and_unmerge(model: Any) -> Any:
@@ -26,35 +29,15 @@ def merge_and_unmerge(model: Any) -> Any:
     return model
 
 
-def merge_and_unload(model: Any) -> Any:
-    return model.merge_and_unload()
-
-
-def safe_merge_and_unload(model: Any) -> Any:
-    return model.merge_and_unload(safe_merge=True)
-
-
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(IDS).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "change", [merge_adapter, merge_and_unmerge, merge_and_unload, safe_merge_and_unload]
-)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_merging_reaches_the_products(change: Callable[[Any], Any], dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    )
-    base.eval().to(dtype)
+    base = enlarged(maker("Llama", **SIZES), 1).to(dtype)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     plain: Any = get_peft_model(base, config).eval()
     packed = copy.deepcopy(plain)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from reading_behind import reading_behind
 from service_held import held
+from tiny import TEXT, enlarged, maker
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lora_ext
@@ -382,18 +382,9 @@ def test_a_base_with_these_hooks_takes_part_in_the_fused_op() -> None:
 
 
 def llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=77,
-        hidden_size=144,
-        intermediate_size=172,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    sizes = {"vocab_size": 77, "hidden_size": 144, "intermediate_size": 172}
+    make = maker("Llama", **{**TEXT, **sizes, "max_position_embeddings": 128})
+    return enlarged(make, 1).to(torch.bfloat16)
 
 
 @pytest.mark.slow

@@ -12,15 +12,12 @@ from typing import Any
 
 import pytest
 import served
-from scripts import missing
+from scripts import needs
 from served import NAMES, ask, needs_packages, said, streamed, text_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny import word_tokenizer
+from tokenizers import decoders
 
-pytestmark = [
-    needs_packages,
-    pytest.mark.skipif(bool(missing("outlines_core")), reason="outlines-core is not installed"),
-]
+pytestmark = [needs_packages, needs("outlines_core")]
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy", None]}},
@@ -53,12 +50,8 @@ def save_letters(folder: Path, save: Any = served.save_model) -> None:
     marks = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
     listed = [*marks, *string.ascii_letters, *string.digits, *' {}[]":,.-_']
     words = {w: i for i, w in enumerate([*listed, *(f"w{i}" for i in range(len(listed), 97))])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
-    inner.decoder = decoders.Fuse()  # pyright: ignore
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    tokenizer = word_tokenizer(words, **served.SPECIAL)
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
     tokenizer.chat_template = served.TEMPLATE
     tokenizer.save_pretrained(folder / "tiny")
 

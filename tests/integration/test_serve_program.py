@@ -94,7 +94,6 @@ def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads:
         # A shell starts what it runs in the background with this signal ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert process.stdout is not None and process.stderr is not None
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
     reader.start()

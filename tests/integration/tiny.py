@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,14 @@ def adapted(model: nn.Module, configs: Mapping[str, peft.LoraConfig], size: floa
     return wrapped.eval()
 
 
+def only(reference: Any, name: str | None) -> Any:
+    """Let PEFT's model serve this adapter alone, or none inside the block."""
+    if name in (None, "__base__"):
+        return reference.disable_adapter()
+    reference.set_adapter(name)
+    return contextlib.nullcontext()
+
+
 def attach_saved(
     model: Any, folder: Path, names: Iterable[str], slots: int = 4, rank: int = 16, **how: Any
 ) -> Any:
@@ -192,7 +202,7 @@ def batching(new: int = 4, **fields: Any) -> dict[str, Any]:
     }
 
 
-def word_tokenizer(words: Mapping[str, int], unknown: str, **marks: Any) -> Any:
+def word_tokenizer(words: Mapping[str, int], unknown: str | None, **marks: Any) -> Any:
     """A tokenizer with a token for each word."""
     inner = WordTokenizer(models.WordLevel(dict(words), unk_token=unknown))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
@@ -248,3 +258,12 @@ def assert_alone_and_mixed_equal_peft(
             assert (mixed[rows] - theirs[rows]).abs().max() < bound
             moved.append((theirs - base).abs().amax(-1).flatten())
     return torch.stack(moved)
+
+
+def side_by_side(work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> None:
+    """Call a function with each of these arguments, each in a thread, and wait."""
+    threads = [threading.Thread(target=work, args=each) for each in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

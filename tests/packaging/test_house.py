@@ -47,56 +47,55 @@ def planted(tmp_path: Path, files: dict[str, str], ignored: str = LOOSE) -> dict
     return {what: places for what, places in found.items() if places and what != ignored}
 
 
-def test_circles_are_found_in_annotations_and_functions_too(tmp_path: Path) -> None:
-    files = {
-        "rows/__init__.py": "",
-        "rows/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .b import B\n",
-        "rows/b.py": "def f():\n    from . import a\n",
-    }
-    assert planted(tmp_path, files) == {
-        "circles of imports": ["lora_ext.rows.a <-> lora_ext.rows.b"]
-    }
+CIRCLE = {
+    "rows/__init__.py": "",
+    "rows/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .b import B\n",
+    "rows/b.py": "def f():\n    from . import a\n",
+}
+UP = {
+    "ops/__init__.py": "from .lora import f\n",
+    "ops/lora.py": "from lora_ext.rows import g\n\ndef f(): ...\n",
+    "rows/__init__.py": "from .ids import g\n",
+    "rows/ids.py": "def g():\n    from lora_ext.ops.lora import f\n",
+    "layers/a.py": "from lora_ext.rows import g\nfrom lora_ext.ops import f\n",
+}
+INSIDE = {
+    "rows/__init__.py": "from .b import g\n",
+    "rows/a.py": "import lora_ext.rows.b\ndef f():\n    from lora_ext.rows.b import g\n",
+    "rows/b.py": "from lora_ext import rows\nfrom lora_ext.rows_of import h\n",
+}
+METHODS = {f"methods/{m}/__init__.py": "" for m in ("one", "two")}
+METHODS["methods/one/a.py"] = "from .. import two\n"
 
 
-def test_arrows_up_and_past_a_face_are_found(tmp_path: Path) -> None:
-    files = {
-        "ops/__init__.py": "from .lora import f\n",
-        "ops/lora.py": "from lora_ext.rows import g\n\ndef f(): ...\n",
-        "rows/__init__.py": "from .ids import g\n",
-        "rows/ids.py": "def g():\n    from lora_ext.ops.lora import f\n",
-        "layers/a.py": "from lora_ext.rows import g\nfrom lora_ext.ops import f\n",
-    }
-    assert planted(tmp_path, files) == {
-        "circles of imports": [
-            "lora_ext.ops.lora <-> lora_ext.rows <-> lora_ext.rows.ids",
-        ],
-        "imports that run up": ["lora_ext.ops.lora -> lora_ext.rows"],
-        "imports past the face of a room": ["lora_ext.rows.ids -> lora_ext.ops.lora"],
-    }
-
-
-def test_imports_inside_a_room_that_begin_with_the_package_are_found(tmp_path: Path) -> None:
-    files = {
-        "rows/__init__.py": "from .b import g\n",
-        "rows/a.py": "import lora_ext.rows.b\ndef f():\n    from lora_ext.rows.b import g\n",
-        "rows/b.py": "from lora_ext import rows\nfrom lora_ext.rows_of import h\n",
-    }
-    assert planted(tmp_path, files) == {
-        "circles of imports": ["lora_ext.rows <-> lora_ext.rows.b"],
-        "imports inside a room that are not relative": [
-            "lora_ext.rows.a -> lora_ext.rows.b",
-            "lora_ext.rows.a -> lora_ext.rows.b.g",
-            "lora_ext.rows.b -> lora_ext.rows",
-        ],
-    }
-
-
-def test_a_method_that_imports_a_method_is_found(tmp_path: Path) -> None:
-    files = {f"methods/{m}/__init__.py": "" for m in ("one", "two")}
-    files["methods/one/a.py"] = "from .. import two\n"
-    assert planted(tmp_path, files) == {
-        "methods that import a method": ["lora_ext.methods.one.a -> lora_ext.methods.two"]
-    }
+@pytest.mark.parametrize(
+    ("files", "faults"),
+    [
+        (CIRCLE, {"circles of imports": "rows.a <-> rows.b"}),
+        (
+            UP,
+            {
+                "circles of imports": "ops.lora <-> rows <-> rows.ids",
+                "imports that run up": "ops.lora -> rows",
+                "imports past the face of a room": "rows.ids -> ops.lora",
+            },
+        ),
+        (
+            INSIDE,
+            {
+                "circles of imports": "rows <-> rows.b",
+                "imports inside a room that are not relative": (
+                    "rows.a -> rows.b, rows.a -> rows.b.g, rows.b -> rows"
+                ),
+            },
+        ),
+        (METHODS, {"methods that import a method": "methods.one.a -> methods.two"}),
+    ],
+    ids=["circles", "up and past a face", "inside a room", "between methods"],
+)
+def test_imports_that_break_a_rule_are_found(tmp_path, files, faults) -> None:
+    found = planted(tmp_path, files)
+    assert {w: ", ".join(p).replace("lora_ext.", "") for w, p in found.items()} == faults
 
 
 def test_full_folders_and_long_functions_are_found(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_import_is_silent_and_starts_nothing_and_large_packages_wait():
     """One process for all: to import torch takes seconds of the processor's time."""
     code = (
         "import sys, lora_ext\n"
+        "assert not {'transformers', 'peft', 'safetensors'} & set(sys.modules)\n"
         "names = ['circuits', 'control', 'federated', 'methods']\n"
         "assert not [n for n in names if f'lora_ext.{n}' in sys.modules]\n"
         "assert set(names) <= set(dir(lora_ext))\n"
