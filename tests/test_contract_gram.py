@@ -8,7 +8,7 @@ import pytest
 import torch
 from backends import Backend
 from cases_gram import DTYPES, SMALL, adapters, grams, shapes_of, wide_grams
-from contract import assert_same_bits, strided, transposed
+from contract import assert_same_bits, strided, transposed, wrong_calls
 from torch import Tensor
 
 from lora_ext import ops, reference
@@ -37,6 +37,7 @@ def test_grams_stay_within_the_bound_on_random_values(
             # The formula in float64 is itself a sum of n terms.
             allowed = (min(n + 1, n / 32 + 140) * unit + n * 2.0**-53) * total
             assert ((got.cpu().double() - formula).abs() <= allowed).all(), (dtype, n)
+            assert_same_bits(got, got.T)
 
 
 def test_pair_stats_agree_with_the_dense_products(backend: Backend) -> None:
@@ -71,19 +72,12 @@ def test_layouts_change_no_bit(backend: Backend, layout: Callable[[Tensor], Tens
         assert_same_bits(ops.lora_pair_stats(*other), ops.lora_pair_stats(*lists))
 
 
-def test_expanded_factors_count_as_the_values_that_they_show(backend: Backend) -> None:
+def test_factors_may_be_expanded_and_rows_may_overlap(backend: Backend) -> None:
     row = torch.arange(-3.0, 4.0, device=backend.device)
-    a, b = row.expand(3, 7), row[:, None].expand(7, 3)
-    for got, expected in zip(grams([a], [b]), wide_grams([a], [b]), strict=True):
-        assert_same_bits(got, expected.float())
-
-
-def test_rows_may_overlap(backend: Backend) -> None:
     windows = torch.arange(12.0, device=backend.device).unfold(0, 8, 1)  # (5, 8), a row every 1
-    for got, expected in zip(
-        grams([windows], [windows[:, :5]]), wide_grams([windows], [windows[:, :5]]), strict=True
-    ):
-        assert_same_bits(got, expected.float())
+    for a, b in ((row.expand(3, 7), row[:, None].expand(7, 3)), (windows, windows[:, :5])):
+        for got, expected in zip(grams([a], [b]), wide_grams([a], [b]), strict=True):
+            assert_same_bits(got, expected.float())
 
 
 def test_the_stride_of_a_single_row_is_not_looked_at(backend: Backend) -> None:
@@ -124,12 +118,6 @@ def test_together_and_alone_and_again_give_the_same_bits(backend: Backend) -> No
             assert_same_bits(ops.lora_pair_stats(a[i], b[i], p[i], 3.0), stats[i])
 
 
-def test_grams_are_symmetric_to_the_bit(backend: Backend) -> None:
-    a, b, _ = adapters(shapes_of(backend), torch.float32, backend)
-    for gram in grams(a, b):
-        assert_same_bits(gram, gram.T)
-
-
 def test_a_list_may_mix_dtypes(backend: Backend) -> None:
     kept = [adapters([(4, 5, 2)], DTYPES[i % 4], backend) for i in range(12)]
     a, b, p = ([lists[i][0] for lists in kept] for i in range(3))
@@ -167,11 +155,7 @@ def test_a_list_may_be_spread_over_devices() -> None:
         assert_same_bits(got[2], expected[2])
     with pytest.raises(ValueError, match=r"lora_pair_stats: a\[1\]: expected a tensor on meta"):
         ops.lora_pair_stats(*(kept[1:] + kept[:1] for kept in spread))
-
-
-def test_a_fault_in_a_spread_list_is_named_by_its_place_in_the_list() -> None:
-    a, b, _ = adapters([(6, 5, 3), (4, 7, 2), (9, 4, 2)], torch.float32, Backend("cpu"))
-    a[0], b[0] = a[0].to("meta"), b[0].to("meta")
+    a[0], b[0] = a[0].to("meta"), b[0].to("meta")  # a fault is named by its place in the list
     for at, wrong, message in [
         (2, b[2][:, 1:], r"b\[2\]: expected shape \(O, r\) with r = 2, found \[9, 1\]"),
         (1, b[1].to("meta"), r"b\[1\]: expected a tensor on cpu, found meta"),
@@ -222,27 +206,24 @@ def test_an_infinity_stays_one_whatever_the_rank(backend: Backend) -> None:
             assert ops.lora_pair_stats(a, b, 2 * b).tolist() == [torch.inf] * 4, (dtype, rank)
 
 
-def test_autograd_and_autocast_leave_them_alone(backend: Backend) -> None:
-    a, b, p = adapters([(40, 32, 8)], torch.float32, backend)
-    expected = [*grams(a, b), ops.lora_pair_stats(a, b, p)]
+def test_autograd_autocast_and_inference_mode_leave_them_alone(backend: Backend) -> None:
+    a, b, p = adapters([(40, 32, 8), (9, 4, 2)], torch.float32, backend)
+
+    def run(a: list[Tensor], b: list[Tensor], p: list[Tensor]) -> list[Tensor]:
+        return [*grams(a, b), ops.lora_pair_stats(a, b, p, [1.0, 3.0])]
+
+    expected = run(a, b, p)
+    with torch.inference_mode():
+        inside = [[t.clone() for t in kept] for kept in (a, b, p)]
+        found = [run(*inside)]
+    found.append(run(*inside))
     a[0].requires_grad_()
     with torch.autocast(backend.device, torch.bfloat16):
-        got = [*grams(a, b), ops.lora_pair_stats(a, b, p)]
-    for one, other in zip(got, expected, strict=True):
-        assert not one.requires_grad
-        assert_same_bits(one, other)
-
-
-def test_inference_mode_changes_no_bit(backend: Backend) -> None:
-    a, b, p = adapters([(5, 7, 3), (9, 4, 2)], torch.float32, backend)
-    expected = [*grams(a, b), ops.lora_pair_stats(a, b, p, [1.0, 3.0])]
-    with torch.inference_mode():
-        a, b, p = ([t.clone() for t in kept] for kept in (a, b, p))
-        inside = [*grams(a, b), ops.lora_pair_stats(a, b, p, [1.0, 3.0])]
-    outside = [*grams(a, b), ops.lora_pair_stats(a, b, p, [1.0, 3.0])]
-    for one, other, third in zip(expected, inside, outside, strict=True):
-        assert_same_bits(one, other)
-        assert_same_bits(one, third)
+        found.append(run(a, b, p))
+    for got in found:
+        for one, other in zip(got, expected, strict=True):
+            assert not one.requires_grad
+            assert_same_bits(one, other)
 
 
 def test_a_tangent_is_refused(backend: Backend) -> None:
@@ -260,21 +241,16 @@ def test_the_fake_kernels_refuse_what_the_ops_refuse() -> None:
     )
     assert [t.shape for t in grams(a, b)] == [(3, 3), (3, 3)]
     assert ops.lora_pair_stats(a, b, p).shape == (1, 4)
-    for call, message in [
-        (
-            lambda: ops.lora_gram(a, b + b),
-            "lora_gram: b: expected as many tensors as a, 1, found 2",
-        ),
-        (
-            lambda: ops.lora_gram(a, [b[0].T]),
-            r"lora_gram: b\[0\]: expected shape \(O, r\) with r = 3",
-        ),
-        (lambda: ops.lora_gram([a[0].int()], b), r"lora_gram: a\[0\]: expected float32, float16"),
-        (lambda: ops.lora_gram(a, b, torch.half), "lora_gram: dtype: expected None, torch.float32"),
-        (
-            lambda: ops.lora_pair_stats(a, b, [p[0][1:]]),
-            r"projected_b\[0\]: expected shape \(O, r\)",
-        ),
+    of_grams = [
+        ("b: expected as many tensors as a, 1, found 2", a, b + b),
+        (r"b\[0\]: expected shape \(O, r\) with r = 3", a, [b[0].T]),
+        (r"a\[0\]: expected float32, float16", [a[0].int()], b),
+        ("dtype: expected None, torch.float32", a, b, torch.half),
+    ]
+    of_stats = [(r"projected_b\[0\]: expected shape \(O, r\)", a, b, [p[0][1:]])]
+    for message, call in [
+        *wrong_calls("lora_gram", ops.lora_gram, of_grams),
+        *wrong_calls("lora_pair_stats", ops.lora_pair_stats, of_stats),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -70,15 +70,8 @@ def test_sampled_sequences_follow_their_rows(tmp_path: Path) -> None:
     prompt = tokens(len(NAMES), 4)
     torch.manual_seed(3)
     with lora_ext.adapters(NAMES):
-        out = model.generate(
-            input_ids=prompt,
-            max_new_tokens=NEW,
-            do_sample=True,
-            top_k=0,
-            num_return_sequences=3,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        how = {"do_sample": True, "top_k": 0, "num_return_sequences": 3, "output_logits": True}
+        out = model.generate(prompt, max_new_tokens=NEW, return_dict_in_generate=True, **how)
     names = [name for name in PEFT_NAMES for _ in range(3)]
     with torch.no_grad():
         logits = reference(input_ids=out.sequences, adapter_names=names).logits

@@ -47,6 +47,7 @@ TARGETS = {
     "opt": ["q_proj", "out_proj"],  # fc1 sees rows without their sequences
     "t5": ["q", "v", "wo"],
 }
+BY_NAME = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "adapter_names": NAMES}
 WRITERS = ["llama", "gpt2", "opt", "t5"]  # that generate
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -294,14 +295,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, reentrant:
 @pytest.mark.parametrize("family", WRITERS)
 def test_generates_by_name_what_peft_generates(family: str, beams: int) -> None:
     theirs, ours = pair(family)
-    options = {
-        "input_ids": IDS,
-        "attention_mask": torch.ones_like(IDS),
-        "adapter_names": NAMES,
-        "max_new_tokens": 5,
-        "num_beams": beams,
-        "do_sample": False,
-    }
+    options = {**BY_NAME, "max_new_tokens": 5, "num_beams": beams, "do_sample": False}
     found = ours.generate(**options)
     assert torch.equal(found, theirs.generate(**options))
     if beams > 1:
@@ -317,13 +311,6 @@ def test_several_samples_by_name_are_refused_where_peft_refuses(family: str) -> 
     messages = []
     for model in (theirs, ours):
         with pytest.raises(ValueError) as refused:
-            model.generate(
-                input_ids=IDS,
-                attention_mask=torch.ones_like(IDS),
-                adapter_names=NAMES,
-                max_new_tokens=3,
-                do_sample=True,
-                num_return_sequences=2,
-            )
+            model.generate(**BY_NAME, max_new_tokens=3, do_sample=True, num_return_sequences=2)
         messages.append(str(refused.value))
     assert messages[0] == messages[1]
