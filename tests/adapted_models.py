@@ -1,7 +1,5 @@
 """One small language model whose layers carry adapters of three kinds."""
 
-from __future__ import annotations
-
 import warnings
 
 import peft

@@ -1,7 +1,5 @@
 """LoRA's rows of the table: what its ops are fed, and how far they may lie from the formula."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """The row of the scan of circuits: what it is fed, every output, how far each may lie off."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What the decoding ops are fed, and how far their answers may lie from the formula."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

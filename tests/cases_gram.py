@@ -1,7 +1,5 @@
 """Factors of adapters of many shapes, and the row of what is computed of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

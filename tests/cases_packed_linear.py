@@ -1,7 +1,5 @@
 """Weights to be packed, and the row of products with them: for tensors on the CPU alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

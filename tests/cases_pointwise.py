@@ -1,7 +1,5 @@
 """Functions of one number, and their row of the table of cases. The op is for the CPU only."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

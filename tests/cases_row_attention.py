@@ -1,7 +1,5 @@
 """Attention by rows: queries, keys, values and what each row sees of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The training ops' rows: what they are fed, every output, and how far each may lie off."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

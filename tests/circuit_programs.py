@@ -1,7 +1,5 @@
 """Programs of whole circuits, with values and weights, for the laws of the ops that run them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

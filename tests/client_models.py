@@ -1,7 +1,5 @@
 """Clients of small models, and one of them trained by itself: what a batch is compared with."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

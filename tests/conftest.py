@@ -1,7 +1,5 @@
 """Options, marks, and the fixture that routes the ops to one backend."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections import defaultdict

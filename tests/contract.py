@@ -5,8 +5,6 @@ and drives them through the laws that every op keeps. What one family alone prom
 ``test_contract_<family>.py``.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

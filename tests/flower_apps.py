@@ -1,7 +1,5 @@
 """A small model on vectors, its data, and federations of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ A function is found by its file and name, so that it may lie in a test whose mod
 cannot import.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import multiprocessing
 import os

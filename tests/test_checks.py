@@ -1,7 +1,5 @@
 """The checks of arguments: what counts as an integer, a number, a flag, and what is said of it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, Literal

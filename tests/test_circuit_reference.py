@@ -1,7 +1,5 @@
 """The formulas of the circuits against enumeration of windows and, where it counts, latents."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

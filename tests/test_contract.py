@@ -1,7 +1,5 @@
 """Every op of the table under the laws that all keep, on every backend that is open here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import chain
 from typing import Any

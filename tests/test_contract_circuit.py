@@ -1,7 +1,5 @@
 """What the circuit ops of training promise beside the laws of ``test_contract.py``."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Decoding from circuits: every op against the formula, on every backend that is open here."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

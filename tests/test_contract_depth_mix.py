@@ -1,7 +1,5 @@
 """Mixes of normed hidden states, with and without a router: values, layouts and gradients."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

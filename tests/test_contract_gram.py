@@ -1,7 +1,5 @@
 """What Gram matrices of adapters promise beyond the laws of the table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """What LoRA's ops promise beyond the laws of the table, for one module and for siblings."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

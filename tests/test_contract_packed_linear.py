@@ -1,7 +1,5 @@
 """Products with packed weights and functions of one number: for tensors on the CPU alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from backends import Backend

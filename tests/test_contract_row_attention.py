@@ -1,7 +1,5 @@
 """What attention by rows alone promises: a row's bits are its query's and its own keys'."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """The training ops under every law, on every backend that is open here."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

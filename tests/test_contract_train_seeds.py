@@ -1,7 +1,5 @@
 """A seed of dropout for each adapter: its rows get the masks that they get alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What losses over a vocabulary promise beyond the laws of the table."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -4,8 +4,6 @@ The gradient of a row of A is a multiple of its column of B, and the other way r
 0 in both is lost for good, and nothing says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

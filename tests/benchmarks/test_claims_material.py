@@ -1,7 +1,5 @@
 """What the reproductions read: packages that lack or differ, Debian's texts, both small models."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

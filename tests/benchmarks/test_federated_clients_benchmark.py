@@ -1,7 +1,5 @@
 """The benchmark of clients in one batch checks what it times, and a round copies no base weight."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import pytest

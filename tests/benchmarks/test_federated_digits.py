@@ -1,7 +1,5 @@
 """The federation of digits that two studies share: smallest sizes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

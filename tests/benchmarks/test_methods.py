@@ -1,7 +1,5 @@
 """The page of reproductions: every study that is there, as its rows say."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

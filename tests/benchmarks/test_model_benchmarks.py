@@ -1,7 +1,5 @@
 """Benchmarks of activated adapters, experts, exact models and packed weights check themselves."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("peft", reason="the benchmark compares with peft")

@@ -1,7 +1,5 @@
 """The lean passes of the decoding benchmarks, and what the draft of SmolLM2's learns from."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("transformers", reason="the lean model is a transformers Llama")

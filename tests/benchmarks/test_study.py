@@ -1,7 +1,5 @@
 """The frame of the reproductions: arms, rows, intervals, criteria, verdicts, exit status."""
 
-from __future__ import annotations
-
 import csv
 import statistics
 from pathlib import Path

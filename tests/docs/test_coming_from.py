@@ -1,7 +1,5 @@
 """Names, messages and parts that pages tell of are there."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """docs/house.md says what is so: its rooms are the tool's, its steps name code that is there."""
 
-from __future__ import annotations
-
 import ast
 import re
 import sys

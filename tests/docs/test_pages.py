@@ -1,7 +1,5 @@
 """The Python of the README and of every page runs as it stands, its blocks one after another."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import sys

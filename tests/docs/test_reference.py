@@ -1,7 +1,5 @@
 """Every room and method has a page of the reference, and every tutorial runs to its picture."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """A tiny Llama with activated, ordinary and no adapters: attached, and PEFT's own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

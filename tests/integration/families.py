@@ -4,8 +4,6 @@ The merged model is a judge of its own: its weights hold one adapter, so it need
 a model does with a weight that it reads, or with rows that it turns, shows in it.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tiny random mixtures of experts, and PEFT's adapters for them with weights that matter."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

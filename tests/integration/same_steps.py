@@ -1,7 +1,5 @@
 """A training step of two models that should do the same, compared in float64."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """``lora-ext serve`` in a thread, with a tiny model, and what its tests ask it for."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket

@@ -1,7 +1,5 @@
 """Layers and ops that run while another thread compiles, for which torch's own flag is no help."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any

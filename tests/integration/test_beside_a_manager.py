@@ -1,7 +1,5 @@
 """An attached model while a manager of continuous batching runs on it, or has left its traces."""
 
-from __future__ import annotations
-
 import gc
 from typing import Any
 

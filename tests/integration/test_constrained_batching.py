@@ -1,7 +1,5 @@
 """Constraints of requests of continuous batching, beside their adapters."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

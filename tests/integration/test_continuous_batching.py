@@ -1,7 +1,5 @@
 """Continuous batching of transformers on an attached model, on the CPU (sdpa and paged|eager)."""
 
-from __future__ import annotations
-
 import threading
 from typing import Any
 

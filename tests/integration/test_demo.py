@@ -1,8 +1,6 @@
 """examples/demo.py and examples/serving_curve.py compare their logits with PEFT's, and print their
 measurements before they report an error."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Adapters on routed experts, served from a pool, against PEFT's own ``target_parameters``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adapters on routed experts in training: from_peft against PEFT itself, in float64."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """Ways to generate, on many families of models: a row of a mixed batch is the row of a model that
 holds its adapter in its weights, or the call raises."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

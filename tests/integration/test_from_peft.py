@@ -1,7 +1,5 @@
 """from_peft against PEFT itself, in float64, where both may differ by a few roundings only."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """DoRA adapters through ``from_peft``: PEFT's identity to the bit, and PEFT's cache."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What users and PEFT itself see of a layer from the outside stays as it was with PEFT's layers."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import warnings

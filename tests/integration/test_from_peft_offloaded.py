@@ -1,7 +1,5 @@
 """from_peft on models that accelerate offloads: what is fused, what is left, what is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """from_peft over quantised bases: PEFT's own layers on real quantisers, or what looks like them."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import pickle

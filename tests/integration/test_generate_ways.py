@@ -1,7 +1,5 @@
 """The rarer ways in which transformers generates: each row is the row alone, or the call raises."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Layers that see tokens first, by every door that gives rows adapters of their own but the pool's:
 as many sequences as tokens, where the activations' shape tells nothing, and fewer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import peft

@@ -1,8 +1,6 @@
 """Towers that see patches, frames or sounds: each of these has the adapter of the sequence that its
 tokens are in, and a batch that does not tell is refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """transformers' Trainer on a model with MoD, as on any other."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Ways to run a model that pass names by, or give it other rows than the caller's: each answers as
 the row alone, or is refused by name."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import functools

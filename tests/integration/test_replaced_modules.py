@@ -1,7 +1,5 @@
 """Adapters with whole modules (PEFT's ``modules_to_save``): their rows see their head."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a server needs of a manager: requests as streams, each with its own way to choose tokens."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """Rerankers: pairs of any length in one batch, each scored by the adapter and head of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A NaN in one row of a batch stays in that row, even if torch's products read behind rows."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections import Counter

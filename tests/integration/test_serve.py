@@ -1,7 +1,5 @@
 """``lora-ext serve`` and a real HTTP client: answers, adapters, and many requests at once."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import json
 import random

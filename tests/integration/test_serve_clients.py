@@ -1,7 +1,5 @@
 """``lora-ext serve`` and what clients do wrong, or do without a word: it serves on."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """``/v1/embeddings`` of a model that embeds, against PEFT's layers, and whose scripts may ask."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import copy

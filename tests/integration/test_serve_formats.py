@@ -1,7 +1,5 @@
 """Answers of a form over HTTP: what holds, what is refused, and that nobody else notices."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import json
 import re

@@ -1,7 +1,5 @@
 """``lora-ext serve`` as a program: its arguments, and how it ends."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

@@ -1,7 +1,5 @@
 """PEFT's adapters per row where two processes train one model: each process has other rows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import mixtures

@@ -1,7 +1,5 @@
 """The real model, SmolLM2-135M: served and trained as by PEFT, and with a circuit head."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

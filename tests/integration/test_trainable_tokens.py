@@ -1,7 +1,5 @@
 """Adapters with rows of the embedding (PEFT's ``trainable_token_indices``), served from a pool."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """from_peft and CopRA under other people's training loops: Trainer, accelerate, DDP and FSDP2."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """from_peft under TRL's trainers learns what PEFT alone learns under them."""
 
-from __future__ import annotations
-
 import copy
 import sys
 import warnings

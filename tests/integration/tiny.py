@@ -1,7 +1,5 @@
 """Tiny random transformers models, and PEFT adapters for them with weights that matter."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import threading

@@ -1,7 +1,5 @@
 """What the contract table does not reach: plans of several tiles, extreme float16, long sums."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from backends import Backend

@@ -1,7 +1,5 @@
 """Ranks above 256, whose kernels are products of matrices: every tile, and its bits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from backends import Backend

@@ -1,7 +1,5 @@
 """Devices whose blocks have 99 KiB of shared memory get smaller tiles, and the same bits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

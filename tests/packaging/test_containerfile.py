@@ -1,7 +1,5 @@
 """The Containerfile, read without a builder: its steps, its files, and the command it ends in."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The rooms of the package, as ``tools/house.py`` finds them, and what it must not overlook."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

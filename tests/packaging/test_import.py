@@ -1,7 +1,5 @@
 """What `import lora_ext` costs and says, and what the loader says when it cannot import."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import os

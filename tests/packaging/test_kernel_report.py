@@ -1,7 +1,5 @@
 """The page of estimates: what it says is what the lock says, and what it hides is nothing."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -5,8 +5,6 @@ micro-kernels of tests/emu: all kernels reach the headers through the one device
 compiling each of them once more would take CI minutes.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

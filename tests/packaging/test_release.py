@@ -1,7 +1,5 @@
 """What a release says of itself, and the wheel that names its torch."""
 
-from __future__ import annotations
-
 import re
 import zipfile
 from pathlib import Path

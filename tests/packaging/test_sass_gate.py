@@ -1,7 +1,5 @@
 """The gate on machine code: a kernel that spills must fail, its good twin must not."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """setup.py: each way an install can fail says one sentence with the remedy."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import io

@@ -1,7 +1,5 @@
 """Rules of the tree that a compiler does not enforce: who may include what, who may import whom."""
 
-from __future__ import annotations
-
 import ast
 import re
 import runpy

@@ -1,7 +1,5 @@
 """sdist -> wheel -> import in a new environment, away from the checkout."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import subprocess

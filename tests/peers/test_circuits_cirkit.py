@@ -1,7 +1,5 @@
 """Circuits against libcirkit: the same graph and parameters, built from its own layers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

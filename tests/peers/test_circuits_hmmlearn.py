@@ -1,7 +1,5 @@
 """Homogeneous chains against hmmlearn: log-likelihood, best path, and one step of Baum-Welch."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Chains against torch-struct: partition functions, marginals and best paths of linear chains."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from circuit_graphs import circuit_of, close

@@ -1,7 +1,5 @@
 """Constraints and guides against Ctrl-G's own classes (Zhang et al., arXiv 2406.13892; MIT)."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from typing import Any

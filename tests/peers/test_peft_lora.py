@@ -4,8 +4,6 @@ The laws follow PEFT's own tests of its LoRA layers. PEFT computes what is expec
 where it and we differ by a few roundings only; what PEFT does to the bit, we do to the bit.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import warnings

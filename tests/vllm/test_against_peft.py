@@ -1,7 +1,5 @@
 """Rows of many adapters through one engine, against PEFT row by row and vLLM's own kernels."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

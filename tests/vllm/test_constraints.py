@@ -1,7 +1,5 @@
 """Constraints of requests in vLLM's own engine, beside adapters."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

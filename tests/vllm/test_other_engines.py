@@ -1,7 +1,5 @@
 """Engines of other kinds, one for each test: another dtype, compilation, no generation at all."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

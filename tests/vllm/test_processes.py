@@ -3,8 +3,6 @@
 All slots are full and some rows are the base's: vLLM's own kernels would not pass.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import functools
 import json
