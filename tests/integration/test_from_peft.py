@@ -2,11 +2,13 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from same_steps import (
@@ -18,13 +20,14 @@ from same_steps import (
     pair,
     step,
 )
-from tiny import CONFIGS, make_model, make_peft
+from tiny import CONFIGS, SIZES, enlarged, make_model, make_peft, maker
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from lora_ext.interop.peft import report, to_peft
 from lora_ext.interop.peft._layers import FusedLinear
+from lora_ext.nn import pack_linears, packed_bytes
 
 checkpointings = pytest.mark.parametrize(
     "checkpointing", [None, False, True], ids=["plain", "new", "reentrant"]
@@ -310,3 +313,36 @@ def test_refuses_what_is_no_peft_model() -> None:
         lora_ext.from_peft("red")  # pyright: ignore[reportArgumentType]  # the error under test
     with pytest.raises(ValueError, match="expected layers with LoRA adapters, found none"):
         lora_ext.from_peft(make_model("llama"))
+
+
+def merge_and_unmerge(model: Any) -> Any:
+    model.merge_adapter()
+    logits(model), logits(model)  # the merged weight is packed
+    model.unmerge_adapter()
+    return model
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "merge": lambda model: model.merge_adapter() or model,
+    "merge and unmerge": merge_and_unmerge,
+    "merge and unload": lambda model: model.merge_and_unload(),
+    "safe merge and unload": lambda model: model.merge_and_unload(safe_merge=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_merging_reaches_the_products(change: Callable[[Any], Any], dtype: torch.dtype) -> None:
+    base = enlarged(maker("Llama", **SIZES), 1).to(dtype)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    plain: Any = get_peft_model(base, config).eval()
+    packed = copy.deepcopy(plain)
+    pack_linears(packed.get_base_model())
+    adapted, expected = logits(packed), logits(change(plain))
+    packed = change(packed)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for _ in range(3):
+        torch.testing.assert_close(logits(packed), expected, atol=tolerance, rtol=tolerance)
+    assert packed_bytes(packed) > 0
+    assert (adapted - expected).abs().max() < 0.1
