@@ -220,20 +220,6 @@ def test_double_backward_and_forward_mode_are_refused() -> None:
         )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_all_windows_together_have_probability_one(backend: Backend, kind: str) -> None:
-    v, n = 3, 4
-    i = circuit_inputs(
-        Window(kind, 1, n, 1 if kind == "ff" else 5, v), torch.float32, device=backend.device
-    )
-    x = torch.cartesian_prod(*[torch.arange(v)] * n).to(backend.device)
-    parts = [i[k].expand(len(x), *i[k].shape[1:]) if i[k] is not None else None for k in LEAVES]
-    scan = ops.circuit_scan(kind, *parts, x)
-    assert abs(scan.prefix[:, -1].double().exp().sum().item() - 1) < 1e-5
-    nothing = ops.circuit_scan(kind, *parts, torch.full_like(x, -1))
-    assert nothing.prefix.abs().max() < 1e-5 and nothing.conditional.abs().max() < 1e-5
-
-
 def head(
     rows: int,
     dtype: torch.dtype,

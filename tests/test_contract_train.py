@@ -27,6 +27,7 @@ from lora_ext import ops, reference
 pytestmark = pytest.mark.hosts
 
 
+DROPOUT = {"dropout_p": 0.5}
 dropouts = pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 seeds = pytest.mark.parametrize("own_seeds", [False, True], ids=["one seed", "a seed each"])
 
@@ -43,13 +44,16 @@ def test_the_explicit_backward_is_autograd_of_the_formula(shape: Shape) -> None:
         torch.testing.assert_close(formula(i)[f"d{name}"], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_gradcheck_in_float64() -> None:
-    i = train_inputs(Shape(6, 7, 6, (3, 0, 8)), torch.float64, seed=4, dropout_p=0.3)
+@seeds
+def test_gradcheck_in_float64(own_seeds: bool) -> None:
+    how: dict[str, Any] = {"dropout_p": 0.3, "own_seeds": own_seeds}
+    i = train_inputs(Shape(6, 7, 6, (3, 0, 8)), torch.float64, seed=4, **how)
     leaves = [i[k].nan_to_num(0.25).requires_grad_() for k in LEAVES]
     tail = (i["adapter_ids"], i["scale"], i["ranks"], i["dropout_p"], i["seed"])
     assert torch.autograd.gradcheck(lambda *values: ops.lora_linear(*values, *tail), leaves)
     x = i["x"].requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: ops.lora_dropout(x, 0.3, i["seed"]), x)
+    seed = i["seed"][:1]
+    assert torch.autograd.gradcheck(lambda x: ops.lora_dropout(x, 0.3, seed), x)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 5, -(2**63)])
@@ -200,11 +204,11 @@ def test_no_gradient_reaches_what_lies_beyond_a_rank(backend: Backend) -> None:
 
 
 @shapes(OPS[0], SMALL, DEEP, MEDIUM)
-@dropouts
+@pytest.mark.parametrize("how", [{}, DROPOUT, {**DROPOUT, "own_seeds": True}], ids=len)
 def test_neither_a_plan_nor_int32_ids_change_a_bit(
-    backend: Backend, shape: Shape, p: float
+    backend: Backend, shape: Shape, how: dict[str, Any]
 ) -> None:
-    i = train_inputs(shape, torch.float32, seed=10, dropout_p=p, device=backend.device)
+    i = train_inputs(shape, torch.float32, seed=10, device=backend.device, **how)
     first = run(i)
     plan = ops.lora_plan(i["adapter_ids"], len(shape.ranks))
     same(run({**i, "plan": plan}), first)
