@@ -2,14 +2,13 @@
 
 import importlib
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import ROOT
 
 import lora_ext
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ROWS = re.findall(r"^\| .* \| (.*) \|$", (DOCS / "coming_from.md").read_text(), re.M)
 NAMES = sorted({name for row in ROWS for name in re.findall(r"`(lora_ext(?:\.\w+)+)`", row)})

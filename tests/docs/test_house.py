@@ -3,13 +3,12 @@
 import ast
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import ROOT
 
-ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
-import house  # noqa: E402  (of tools/, which is no package)
+import house
 
 PAGE = (ROOT / "docs/house.md").read_text()
 _STEP = re.compile(r"^\d+\. `([^`]+)`: `([^`]+)`", re.MULTILINE)

@@ -9,12 +9,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from scripts import ROOT
 from tiny import adapted
 
-ROOT = Path(__file__).parents[2]
 sys.path.extend([str(ROOT / "tools"), str(ROOT / "examples")])
-import training  # noqa: E402  # neither examples nor tools is a package
-from wrap_docs import WIDTH, paragraphs, prose, wrapped  # noqa: E402
+import training  # neither examples nor tools is a package
+from wrap_docs import WIDTH, paragraphs, prose, wrapped
 
 ALL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROSE = [page for page in ALL if page.parent.name in ("docs", "notes")]

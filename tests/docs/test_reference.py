@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts import missing, tool
+from scripts import ROOT, missing, tool
 
-ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
-from examples_run import in_use, used, without  # noqa: E402  # tools is no package
+from examples_run import in_use, used, without  # tools is no package
 
 PAGES = sorted((ROOT / "docs/reference").rglob("*.md"))
 ASKED = {name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}

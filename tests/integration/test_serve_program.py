@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from scripts import ROOT
 from served import chat, needs_packages, save_model
 
 from lora_ext import cli
 
 pytestmark = needs_packages
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 import json
 import re
 import subprocess
-from pathlib import Path
+
+from scripts import ROOT
 
 from lora_ext.cli._arguments import make_parser
 
-ROOT = Path(__file__).resolve().parents[2]
 KNOWN = {"FROM", "RUN", "WORKDIR", "COPY", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK", "STOPSIGNAL"}
 KNOWN |= {"ENTRYPOINT", "CMD"}
 

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from scripts import tool
+from scripts import ROOT, tool
 
-ROOT = Path(__file__).resolve().parents[2]
 house = tool("house")
 
 LOOSE = f"names in no __all__ above {house.MOST_LOOSE}"

@@ -2,12 +2,10 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from scripts import tool
+from scripts import ROOT, tool
 
-ROOT = Path(__file__).resolve().parents[2]
 loops, gate = tool("sass_loops"), tool("sass_gate")  # each imports the one before by its name
 report = tool("kernel_report")
 RULES = gate.load_rules(gate.RULES)

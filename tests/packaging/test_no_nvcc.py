@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import load_script
+from scripts import ROOT, load_script
 
-ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "emu"
 WHEELS = "nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
 OPTIONS = """

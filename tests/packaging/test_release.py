@@ -5,11 +5,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from scripts import tool
+from scripts import ROOT, tool
 
 import lora_ext
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_version_is_one_everywhere() -> None:

@@ -2,14 +2,11 @@
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from scripts import tool
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 loops = tool("sass_loops")  # first: the gate imports it by this name

@@ -9,8 +9,8 @@ import types
 from pathlib import Path
 
 import pytest
+from scripts import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("lora_ext_setup", ROOT / "setup.py")
 assert spec and spec.loader
 build = importlib.util.module_from_spec(spec)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from backends import OP_MODULES
+from scripts import ROOT
 
 import lora_ext
 from lora_ext import reference
 from lora_ext.ops import _registration
 
-ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = [p for p in CSRC.rglob("*") if p.suffix in {".h", ".cuh", ".cu", ".cpp"}]
 
