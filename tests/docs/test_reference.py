@@ -2,15 +2,13 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scripts import ROOT, missing, tool
 
-sys.path.append(str(ROOT / "tools"))
-from examples_run import in_use, used, without  # tools is no package
+examples = tool("examples_run")
 
 PAGES = sorted((ROOT / "docs/reference").rglob("*.md"))
 ASKED = {name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
@@ -35,7 +33,7 @@ def test_the_navigation_has_every_page_of_the_reference_the_tutorials_and_the_no
 
 
 def test_no_public_name_comes_without_an_example_that_runs() -> None:
-    assert not without(), "write one as docs/ops.md and docs/reference/pool.md do"
+    assert not examples.without(), "write one as docs/ops.md and docs/reference/pool.md do"
 
 
 def test_a_name_is_known_however_the_code_comes_by_it() -> None:
@@ -44,9 +42,11 @@ def test_a_name_is_known_however_the_code_comes_by_it() -> None:
     code += "\nfor each in (n, o):\n    each.log_bmm(x, x)"
     places = {"serving.attaching.attach", "layers.model.wrapping.wrap", "ops.lora.lora_plan"}
     places.add("ops.circuit_sum.log_bmm")
-    assert {f"lora_ext.{place}" for place in places | {"control._guide.Guide"}} <= used(code)
-    assert "lora_ext.rows._context.adapters" not in used(code)
-    assert "docs/control.md" in in_use()["lora_ext.control.language.automaton.Constraint"]
+    assert {f"lora_ext.{place}" for place in places | {"control._guide.Guide"}} <= examples.used(
+        code
+    )
+    assert "lora_ext.rows._context.adapters" not in examples.used(code)
+    assert "docs/control.md" in examples.in_use()["lora_ext.control.language.automaton.Constraint"]
 
 
 TUTORIALS = Path(__file__).parents[2] / "docs/tutorials"
