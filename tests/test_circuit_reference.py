@@ -119,7 +119,7 @@ def test_conditional_dist_is_the_ratio_of_marginals(kind: str):
         torch.testing.assert_close(dist.exp().sum(1), torch.ones(len(x)), check_dtype=False)
 
 
-def test_kinds_agree_where_their_structures_do():
+def test_kinds_agree_and_a_draw_never_takes_what_has_no_weight():
     leaf, prior, _ = circuit("cp", 4)
     x = windows(4)
     identity = torch.full((1, 3, 2, 2), -math.inf, dtype=torch.float64)
@@ -130,6 +130,10 @@ def test_kinds_agree_where_their_structures_do():
     none = identity[:, :0, :1, :1]
     one = [scan_all(k, leaf[:, :, :1], prior[:, :1], none, x).prefix for k in ("cp", "ff")]
     torch.testing.assert_close(*one)
+    p = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(4, 5)
+    u = torch.tensor([0.0, 0.4999, 0.5, 0.99999994])
+    assert draw(p, u).tolist() == [1, 1, 3, 3]
+    assert draw(torch.zeros(1, 3), torch.tensor([0.5])).tolist() == [0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,13 +189,6 @@ def test_circuit_sample_follows_the_circuit(kind: str, given: int):
     chi2 = ((seen - count * p)[possible] ** 2 / (count * p)[possible]).sum()
     freedom = int(possible.sum()) - 1
     assert chi2 < freedom + 5 * math.sqrt(2 * freedom)  # five sigma of a chi-square
-
-
-def test_draw_never_takes_what_has_no_weight():
-    p = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(4, 5)
-    u = torch.tensor([0.0, 0.4999, 0.5, 0.99999994])
-    assert draw(p, u).tolist() == [1, 1, 3, 3]
-    assert draw(torch.zeros(1, 3), torch.tensor([0.5])).tolist() == [0]
 
 
 @pytest.mark.parametrize("given", [0, 1])

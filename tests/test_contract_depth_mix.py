@@ -124,7 +124,7 @@ def test_a_router_mixes_as_its_weights_would(backend: Backend) -> None:
             assert torch.allclose(u.float(), other.float(), rtol=0, atol=near)
 
 
-def test_depths_may_change_places(backend: Backend) -> None:
+def test_depths_may_change_places_and_sizes_of_hidden_states_do_not_count(backend: Backend) -> None:
     mix = make(((9,), 72, 4), torch.float32, backend)
     order = [2, 0, 3, 1]
     other = replace(
@@ -135,9 +135,6 @@ def test_depths_may_change_places(backend: Backend) -> None:
         weights=mix.weights[:, order],
     )
     assert torch.allclose(mix.run()[0], other.run()[0], rtol=1e-5, atol=1e-5)
-
-
-def test_the_size_of_a_hidden_state_does_not_count(backend: Backend) -> None:
     mix = replace(make(((9,), 72, 3), torch.float32, backend), eps=0.0)
     other = replace(mix, hiddens=[h * 2.0 ** (e - 1) for e, h in enumerate(mix.hiddens)])
     assert_same_bits(mix.run()[0], other.run()[0])
@@ -327,7 +324,7 @@ def test_one_tensor_of_gammas_is_as_good_as_its_rows(backend: Backend) -> None:
         assert_same_bits(got, expected)
 
 
-def test_the_forward_keeps_two_numbers_a_row_and_depth_at_most() -> None:
+def test_the_forward_keeps_few_numbers_and_is_differentiable_once() -> None:
     for norm, routed, extra in [("rms", False, 1), ("layer", False, 2), ("layer", True, 3)]:
         mix = make(((6,), 40, 3), torch.float32, norm=norm, routed=routed)
         mix = mix.map(lambda t: t.requires_grad_())
@@ -338,9 +335,6 @@ def test_the_forward_keeps_two_numbers_a_row_and_depth_at_most() -> None:
         ):
             mix.run()
         assert sum(t.numel() for t in kept if t.data_ptr() not in given) == extra * 6 * 3
-
-
-def test_is_differentiable_once() -> None:
     mix = make(((5,), 24, 3), torch.float32).map(lambda t: t.requires_grad_())
     with pytest.raises(RuntimeError, match="gradient of depth_mix is not itself differentiable"):
         torch.autograd.grad(mix.run(), mix.tensors(), upstream(mix), create_graph=True)

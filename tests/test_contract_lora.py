@@ -75,14 +75,11 @@ def test_rows_may_lie_apart_and_unaligned(backend: Backend, shape: Shape) -> Non
         assert_same_bits(y, expected)
 
 
-def test_one_row_may_serve_many_tokens(backend: Backend) -> None:
+def test_one_row_may_serve_many_tokens_and_a_bank_be_a_view(backend: Backend) -> None:
     shape = SMALL[4]
     inputs = make_inputs(shape, torch.float32, seed=9, exact=True, device=backend.device)
     inputs["x"] = inputs["x"][:1].expand(shape.tokens, -1)
     assert_same_bits(APPLY_.call(inputs), APPLY_.formula(inputs))
-
-
-def test_a_bank_may_be_a_view(backend: Backend) -> None:
     inputs = make_inputs(SMALL[3], torch.float32, seed=10, device=backend.device)
     expected = APPLY_.call(inputs)
     inputs["a"] = torch.cat([inputs["a"], inputs["a"]], 2)[:, :, : SMALL[3].wide]
@@ -316,19 +313,15 @@ def test_a_meta_tensor_among_siblings_is_named(name: str) -> None:
         call(modules, **{name: changed})
 
 
-def test_siblings_refuse_gradients() -> None:
-    modules = family(Shape(4, 16, 24, (8, 3)), torch.float32, seed=9)
-    with pytest.raises(RuntimeError, match=r"lora_apply_siblings_ has no backward.*lora_apply"):
-        call(modules, a=[m["a"].clone().requires_grad_() for m in modules])
-
-
-def test_a_change_of_siblings_is_counted() -> None:
+def test_a_change_of_siblings_is_counted_and_gradients_are_refused() -> None:
     """Or autograd would not notice that a tensor it had saved is another one now."""
     modules = family(Shape(4, 16, 24, (8, 3)), torch.float32, seed=11)
     with torch.no_grad():
         before = [m["y"]._version for m in modules]
         call(modules)
     assert [m["y"]._version for m in modules] == [v + 1 for v in before]
+    with pytest.raises(RuntimeError, match=r"lora_apply_siblings_ has no backward.*lora_apply"):
+        call(modules, a=[m["a"].clone().requires_grad_() for m in modules])
 
 
 def test_siblings_compile_without_a_graph_break(backend: Backend) -> None:

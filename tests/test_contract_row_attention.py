@@ -75,7 +75,7 @@ def test_keys_that_are_not_seen_change_no_bit_whatever_they_hold(backend: Backen
     assert_same_bits(found, expected)
 
 
-def test_threads_and_strides_change_no_bit() -> None:
+def test_threads_and_strides_change_no_bit_and_a_second_gradient_is_refused() -> None:
     q, k, v = draw(60, 70, torch.float32)
     expected = ops.row_attention(q, k, v, causal=True)
     for _ in with_threads(1, 2, 3):
@@ -85,6 +85,9 @@ def test_threads_and_strides_change_no_bit() -> None:
     turned = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v)]
     assert_same_bits(ops.row_attention(*turned, causal=True), expected)
     assert expected.transpose(1, 2).is_contiguous()
+    q, k, v = (t.requires_grad_() for t in draw(2, 2, torch.float32))
+    with pytest.raises(ValueError, match="not itself differentiable"):
+        torch.autograd.grad(ops.row_attention(q, k, v).sum(), q, create_graph=True)
 
 
 @pytest.mark.parametrize("sees", ["causal", "cached", "padded"])
@@ -107,9 +110,3 @@ def test_the_gradient_is_that_of_torchs_attention(sees: str) -> None:
         grads.append(torch.autograd.grad((y * weights).nansum(), leaves))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_a_second_gradient_is_refused() -> None:
-    q, k, v = (t.requires_grad_() for t in draw(2, 2, torch.float32))
-    with pytest.raises(ValueError, match="not itself differentiable"):
-        torch.autograd.grad(ops.row_attention(q, k, v).sum(), q, create_graph=True)

@@ -100,17 +100,13 @@ def test_float64_divides_by_the_share_kept_in_double(isa: str) -> None:
         lora_ext._C.set_cpu_isa("")
 
 
-def test_dropout_keeps_the_share_that_it_promises() -> None:
+def test_philox_gives_its_published_answers_and_dropout_keeps_its_share() -> None:
     kept = ops.lora_dropout(torch.ones(512, 2048), 0.1, torch.tensor(7)) != 0
     expected = 0.9 * kept.numel()
     assert abs(int(kept.sum()) - expected) < 5 * (expected * 0.1) ** 0.5
     other = ops.lora_dropout(torch.ones(512, 2048), 0.1, torch.tensor(8)) != 0
     both = 0.81 * kept.numel()
     assert abs(int((kept & other).sum()) - both) < 5 * (both * 0.19) ** 0.5
-
-
-def test_philox_gives_its_published_answers() -> None:
-    """Random123, examples/kat_vectors: philox4x32 of 10 rounds."""
     from lora_ext.reference.lora_train import _philox4x32_10
 
     known = [
@@ -289,7 +285,7 @@ def test_what_needs_no_gradient_gets_none(backend: Backend, leaf: str) -> None:
     same(one, {k: every[k] for k in one})
 
 
-def test_nothing_is_tracked_where_nothing_requires_a_gradient() -> None:
+def test_nothing_is_tracked_needlessly_and_double_backward_is_refused() -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=17, dropout_p=0.5)
     args = [i[k] for k in (*LEAVES, "adapter_ids", "scale", "ranks", "dropout_p", "seed")]
     y = ops.lora_linear(*args)
@@ -300,9 +296,6 @@ def test_nothing_is_tracked_where_nothing_requires_a_gradient() -> None:
     with torch.inference_mode():
         assert_same_bits(ops.lora_linear(*args), y)
     assert ops.lora_linear(*args).grad_fn is not None
-
-
-def test_double_backward_is_refused() -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=18)
     x = i["x"].requires_grad_()
     a = i["a"].nan_to_num(0).requires_grad_()

@@ -314,18 +314,7 @@ def test_no_rank_of_independent_factors_counts_as_rounding(rank: int):
     assert (ratio - 1).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps
 
 
-def test_rows_are_drawn_for_the_ranks_that_lost_theirs_and_for_no_other():
-    value = changed(adapter(0, RANK), with_a_rank_twice)
-    found, _ = resize_adapter(value, 3)
-    for factors in found.modules.values():
-        assert factors.b.any(0).all() and factors.a.any(1).all(), "three ranks of three are left"
-    merged_value = merge_adapters([value, value], [0.5, 0.5], "delta_svd")
-    for factors in merged_value.modules.values():
-        assert factors.b.any(0).tolist() == [True] * 3 + [False]
-        assert factors.a.any(1).all() and factors.a[3].abs().max() <= 20**-0.5
-
-
-def test_zeros_that_were_asked_for_stay():
+def test_rows_are_drawn_for_lost_ranks_alone_and_zeros_that_were_asked_for_stay():
     """HetLoRA's rule counts what a client lacks as zeros."""
     one = adapter(0, RANK)
     state = one.state_dict()
@@ -334,6 +323,14 @@ def test_zeros_that_were_asked_for_stay():
     found = aggregate(state, [reply], rank_agg="zero_pad", upload="value").state
     for key, value in found.items():
         assert not (value[2:] if "lora_A" in key else value[:, 2:]).any()
+    value = changed(adapter(0, RANK), with_a_rank_twice)
+    found, _ = resize_adapter(value, 3)
+    for factors in found.modules.values():
+        assert factors.b.any(0).all() and factors.a.any(1).all(), "three ranks of three are left"
+    merged_value = merge_adapters([value, value], [0.5, 0.5], "delta_svd")
+    for factors in merged_value.modules.values():
+        assert factors.b.any(0).tolist() == [True] * 3 + [False]
+        assert factors.a.any(1).all() and factors.a[3].abs().max() <= 20**-0.5
 
 
 @pytest.mark.parametrize("total", [3, 6, 9])

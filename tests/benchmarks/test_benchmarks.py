@@ -129,20 +129,17 @@ def test_the_mix_benchmark_checks_what_it_times(monkeypatch):
         depth_mix.check(p, lambda *args: 1.001 * depth_mix.lora_ext(*args), "off")
 
 
-def test_calls_are_timed_in_rounds_that_alternate():
+def test_calls_are_timed_in_rounds_that_alternate_and_ratios_are_taken_by_round():
     log: list[str] = []
     calls = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
     times = common.interleaved(calls, rounds=2, warm_up=0)
     assert log == ["a", "b", "a", "b", "b", "a"]  # one untimed call of each, then the rounds
     assert len(times["a"].rounds) == 2 and times["a"].p20 <= times["a"].median <= times["a"].p80
-
-
-def test_a_ratio_is_taken_round_by_round():
     slow, fast = common.Timing.of([2.0, 40.0, 6.0]), common.Timing.of([1.0, 20.0, 3.0])
     assert slow.over(fast) == 2.0
 
 
-def test_rows_without_the_processor_get_an_empty_column_for_it(tmp_path):
+def test_rows_without_the_processor_get_an_empty_column_and_other_columns_are_refused(tmp_path):
     row = {"device": "H100", "cpu": "Xeon", "a": "3"}
     for name, old in (
         ("old", [{"device": "T4", "a": "1,5"}, {"device": "T4", "a": "2"}]),
@@ -156,6 +153,13 @@ def test_rows_without_the_processor_get_an_empty_column_for_it(tmp_path):
             assert list(csv.DictReader(file)) == [*({**r, "cpu": ""} for r in old), row, row]
     with pytest.raises(ValueError, match=r"old\.csv: expected the columns"):
         common.append_rows(tmp_path / "old.csv", [{"device": "T4", "a": "1"}])
+    path = tmp_path / "x.csv"
+    common.append_rows(path, [{"a": 1, "b": 2}])
+    common.append_rows(path, [{"a": 3, "b": 4}])
+    assert path.read_text().split() == ["a,b", "1,2", "3,4"]
+    with pytest.raises(ValueError, match=r"x\.csv: expected the columns"):
+        common.append_rows(path, [{"a": 1}])
+    assert path.read_text().split() == ["a,b", "1,2", "3,4"]
 
 
 def test_rows_name_the_processor_beside_the_device(monkeypatch):
@@ -165,16 +169,6 @@ def test_rows_name_the_processor_beside_the_device(monkeypatch):
     common.machine_columns.cache_clear()
     assert list(cpu)[:3] == ["date", "device", "cpu"]
     assert gpu["device"] == "H100" and gpu["cpu"] == cpu["cpu"] == cpu["device"] != ""
-
-
-def test_a_file_with_other_columns_is_refused(tmp_path):
-    path = tmp_path / "x.csv"
-    common.append_rows(path, [{"a": 1, "b": 2}])
-    common.append_rows(path, [{"a": 3, "b": 4}])
-    assert path.read_text().split() == ["a,b", "1,2", "3,4"]
-    with pytest.raises(ValueError, match=r"x\.csv: expected the columns"):
-        common.append_rows(path, [{"a": 1}])
-    assert path.read_text().split() == ["a,b", "1,2", "3,4"]
 
 
 def test_the_report_takes_the_last_row_and_names_misses_and_gaps(tmp_path, monkeypatch, capsys):

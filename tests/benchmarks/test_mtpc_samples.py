@@ -70,15 +70,12 @@ def test_greedy_answers_alone_are_the_likeliest_tokens_of_their_states(model, sa
     assert torch.equal(logits.argmax(-1), ids) != sample
 
 
-def test_answers_are_cut_behind_their_end():
+def test_answers_are_cut_behind_their_end_and_windows_stay_within_them():
     ids = torch.tensor([[5, 9, 7, 9], [1, 2, 3, 4]])
     hidden = torch.arange(8.0).view(2, 4, 1)
     first, second = mtpc_samples._cut(ids, hidden, eos=9)
     assert first.tokens.tolist() == [5, 9] and first.hidden.flatten().tolist() == [0, 1]
     assert second.tokens.tolist() == [1, 2, 3, 4] and second.lengths.tolist() == [4]
-
-
-def test_windows_stay_within_their_answer():
     data = mtpc_samples.Answers(
         torch.arange(9.0)[:, None], torch.arange(9), torch.arange(9.0), torch.tensor([2, 4, 3])
     )
@@ -89,10 +86,12 @@ def test_windows_stay_within_their_answer():
     assert torch.equal(batch.teacher[..., 0].float(), batch.normaliser)
 
 
-def test_a_draft_is_kept_by_the_smaller_of_one_and_the_ratio():
+def test_a_draft_is_kept_by_the_smaller_of_one_and_the_ratio_and_so_are_those_before():
     p = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [0.5, 0.25, 0.25]])
     q = torch.tensor([[0.25, 0.5, 0.25]] * 3)
     assert mtpc_samples._kept(p, q, torch.tensor([0, 1, -1])).tolist() == [0.5, 1, 0]
+    kept = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+    assert mtpc_heldout.tokens_a_call(kept) == 1 + (1.5 + 0) / 2
 
 
 def texts(model: LlamaForCausalLM, sample: bool) -> mtpc_samples.Answers:
@@ -165,11 +164,6 @@ def test_what_cannot_be_is_refused_before_minutes_of_answers(
     with pytest.raises(SystemExit):
         mtpc_heldout.main()
     assert message in capsys.readouterr().err
-
-
-def test_a_call_yields_the_tokens_before_the_first_that_is_not_kept():
-    kept = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
-    assert mtpc_heldout.tokens_a_call(kept) == 1 + (1.5 + 0) / 2
 
 
 def test_shorter_chains_and_the_rule_keep_what_they_would_have_drafted():

@@ -29,9 +29,12 @@ def test_a_name_that_newcomers_are_told_exists(name: str) -> None:
         found = getattr(found, part)
 
 
-def test_there_are_names_of_all_four_packages() -> None:
+def test_there_are_names_of_all_four_packages_and_four_parts_of_navigation() -> None:
     sections = re.findall(r"^## From (\w+)$", (DOCS / "coming_from.md").read_text(), re.M)
     assert sections == ["PEFT", "vLLM", "PyJuice", "Flower"] and len(NAMES) > 30
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    parts = re.findall(r"^  - ([\w ]+):$", navigation, re.M)
+    assert parts == ["Start", "How to", "Reference", "Inside"]
 
 
 def test_messages_of_the_page_stand_in_the_sources() -> None:
@@ -41,9 +44,3 @@ def test_messages_of_the_page_stand_in_the_sources() -> None:
     joined = re.sub(r'"\s*\n\s*f?"', "", text)  # literals of several lines
     assert len(MESSAGES) > 12
     assert [each for each in MESSAGES if each not in joined] == []
-
-
-def test_the_navigation_has_four_parts() -> None:
-    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
-    parts = re.findall(r"^  - ([\w ]+):$", navigation, re.M)
-    assert parts == ["Start", "How to", "Reference", "Inside"]

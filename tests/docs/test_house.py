@@ -26,12 +26,9 @@ def test_the_house_has_no_fault(found: dict[str, list], what: str) -> None:
     assert not found[what]
 
 
-def test_every_room_has_a_floor() -> None:
+def test_every_room_has_a_floor_below_all_that_may_import_it() -> None:
     folders = {p.parent.name for p in (ROOT / "lora_ext").glob("*/__init__.py")}
     assert folders <= house.BELOW.keys()
-
-
-def test_a_floor_is_below_all_that_may_import_it() -> None:
     order = list(house.BELOW)
     for room, below in house.BELOW.items():
         assert all(order.index(other) < order.index(room) for other in below.split()), room
@@ -159,12 +156,9 @@ PLACES = [
 ]
 
 
-def test_the_table_of_rooms_is_that_of_the_tool() -> None:
+def test_the_table_of_rooms_is_that_of_the_tool_and_they_are_there() -> None:
     told = {room.strip("`"): set(re.findall(r"\w+", below)) for room, _, below in rows("Rooms")}
     assert told == {room: set(below.split()) for room, below in house.BELOW.items()}
-
-
-def test_a_room_that_the_page_tells_of_is_there_or_still_to_come() -> None:
     there = {p.parent.name for p in (ROOT / "lora_ext").glob("*/__init__.py")}
     assert there <= house.BELOW.keys()
 
@@ -189,12 +183,9 @@ def test_there_are_five_doors_of_at_most_eight_steps() -> None:
         assert 1 < len(DOORS[door]) == len(items) <= 8, door
 
 
-def test_the_way_into_a_pool_has_at_most_ten_stays_and_never_goes_back() -> None:
+def test_the_way_into_a_pool_and_the_glossary_are_short() -> None:
     files = [file for file, _ in LOADING]
     assert 1 < len(files) <= 10 and len(set(files)) == len(files)
-
-
-def test_the_glossary_has_at_most_forty_words_and_each_once() -> None:
     words = [word for word, _ in rows("Words")]
     assert words == sorted(set(words)) and 30 < len(words) <= 40
 

@@ -124,14 +124,11 @@ def test_no_text_installs_an_extra_from_an_index_that_lacks_the_package() -> Non
     assert not named, f"write `pip install --no-build-isolation '.[extra]'`: {named}"
 
 
-def test_every_page_is_in_the_index() -> None:
+def test_every_page_is_in_the_index_and_the_readme_is_read_in_one_go() -> None:
     index = (ROOT / "docs/index.md").read_text()
     listed = set(re.findall(r"\]\(((?:notes/)?\w+\.md)", index))
     pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/notes").glob("*.md")]
     assert listed == {p.relative_to(ROOT / "docs").as_posix() for p in pages} - {"index.md"}
-
-
-def test_the_readme_is_read_in_one_go() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
@@ -179,12 +176,9 @@ def test_a_page_begins_with_what_it_is_for(page: Path) -> None:
     assert re.search(r"This page (is|explains)|Use it when|Nobody needs this page", first), first
 
 
-def test_paragraphs_and_items_are_told_apart() -> None:
+def test_paragraphs_and_items_are_told_apart_and_wrapping_changes_line_breaks_alone() -> None:
     text = "# No\n\none\ntwo\n\n* three\n  four\n* five\n\n```\nno\n```\n| no |\n"
     assert list(paragraphs(text)) == ["one two", "* three four", "* five"]
-
-
-def test_wrapping_changes_line_breaks_alone() -> None:
     words = "a word " * 30
     table, code = f"| {words} |", f"```\n{words}\n```"
     formula = f"    y = {words}\n\n        x = {words}\n"

@@ -284,7 +284,7 @@ def test_attach_refuses_and_changes_nothing() -> None:
         lora_ext.attach(nn.Sequential(model), pool)
 
 
-def test_attach_refuses_a_model_with_more_layers_than_the_pools() -> None:
+def test_more_layers_than_the_pools_and_replaced_layers_are_refused() -> None:
     pool = lora_ext.AdapterPool(make_model("llama"), max_slots=2, max_rank=8)
     larger = make_model("llama")
     larger.model.layers.append(copy.deepcopy(larger.model.layers[0]))
@@ -295,9 +295,6 @@ def test_attach_refuses_a_model_with_more_layers_than_the_pools() -> None:
     assert snapshot(larger) == before
     some = lora_ext.AdapterPool(make_model("llama"), targets=r".*layers\.[01]\..*_proj")
     lora_ext.attach(larger, some)  # whoever names the layers means them
-
-
-def test_detach_refuses_when_a_layer_was_replaced() -> None:
     model = make_model("llama")
     lora_ext.attach(model, lora_ext.AdapterPool(model, max_slots=2, max_rank=8))
     layer = model.model.layers[0].mlp.up_proj

@@ -123,7 +123,7 @@ def test_prompts_that_are_tensors_stay_as_they_are() -> None:
 
 
 @pytest.mark.slow
-def test_an_empty_prompt_is_refused_and_the_manager_serves_on() -> None:
+def test_empty_prompts_are_refused_and_cancelled_requests_are_pinned_no_more() -> None:
     model, pool = attached(slots=2)
     message = "add_request: input_ids: expected at least one token, found none"
     with model.continuous_batching_context_manager(**batching()) as manager:
@@ -133,6 +133,14 @@ def test_an_empty_prompt_is_refused_and_the_manager_serves_on() -> None:
         assert manager.get_result(timeout=30).generated_tokens == alone(model, [2, 3], "a0")
     with pytest.raises(ValueError, match=message):
         model.generate_batch([[2, 3], []], adapter_names=["a0", "a1"], **batching())
+    assert pool.stats()["pins"] == 0
+    how = batching()
+    how["generation_config"].max_new_tokens = 400
+    with model.continuous_batching_context_manager(**how) as manager:
+        request = manager.add_request([5, 6, 7], adapter_name="a0")
+        other = manager.add_request([5, 6, 7], adapter_name="a1", max_new_tokens=NEW)
+        manager.cancel_request(request)
+        assert manager.get_result(timeout=30).request_id == other
     assert pool.stats()["pins"] == 0
 
 
@@ -222,19 +230,6 @@ def test_a_full_pool_makes_batches_wait_and_single_requests_raise() -> None:
     assert state[0]["r"] == 2
     manager.start()
     manager.stop()
-    assert pool.stats()["pins"] == 0
-
-
-@pytest.mark.slow
-def test_cancelled_requests_are_pinned_no_more() -> None:
-    model, pool = attached(slots=2)
-    how = batching()
-    how["generation_config"].max_new_tokens = 400
-    with model.continuous_batching_context_manager(**how) as manager:
-        request = manager.add_request([5, 6, 7], adapter_name="a0")
-        other = manager.add_request([5, 6, 7], adapter_name="a1", max_new_tokens=NEW)
-        manager.cancel_request(request)
-        assert manager.get_result(timeout=30).request_id == other
     assert pool.stats()["pins"] == 0
 
 

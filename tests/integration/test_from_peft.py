@@ -145,13 +145,10 @@ def test_names_in_training_give_the_gradients_of_separate_runs(
                 assert_close(got, gradient, key)
 
 
-def test_an_adapter_without_rows_gets_no_gradient() -> None:
+def test_adapters_without_rows_get_no_gradient_and_two_forwards_keep_their_names() -> None:
     ours = trainable(pair("llama")[1])
     step(ours, lambda m: logits(m, adapter_names=["red"] * 5))
     assert all(g is None for n, g in gradients(ours).items() if ".green." in n or ".blue." in n)
-
-
-def test_two_forwards_before_their_backward_under_checkpointing() -> None:
     ours = trainable(pair("llama")[1])
     other = copy.deepcopy(ours)
     checkpointed(ours, False)
@@ -295,7 +292,7 @@ def test_wrong_names_and_names_of_merged_adapters_are_errors_and_leave_no_hooks(
         logits(ours, adapter_names=NAMES)
 
 
-def test_embeddings_stay_with_peft_and_are_listed() -> None:
+def test_embeddings_stay_with_peft_and_what_is_no_peft_model_is_refused() -> None:
     torch.manual_seed(0)
     configs = {"red": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}}
     with warnings.catch_warnings():
@@ -306,9 +303,6 @@ def test_embeddings_stay_with_peft_and_are_listed() -> None:
     assert "Embedding" in reason
     assert_close(step(ours, logits), step(theirs, logits))
     assert_same_gradients(ours, gradients(theirs))
-
-
-def test_refuses_what_is_no_peft_model() -> None:
     with pytest.raises(TypeError, match="model: expected a torch"):
         lora_ext.from_peft("red")  # pyright: ignore[reportArgumentType]  # the error under test
     with pytest.raises(ValueError, match="expected layers with LoRA adapters, found none"):

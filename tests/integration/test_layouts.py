@@ -72,7 +72,9 @@ def test_fsmt_generates_with_each_row_its_own() -> None:
 
 @pytest.mark.parametrize("family", TOKENS_FIRST)
 @pytest.mark.parametrize("length", [4, 8])
-def test_tokens_first_with_an_adapter_for_each_token(family: str, length: int) -> None:
+def test_names_of_tokens_and_copies_of_models_that_see_tokens_first(
+    family: str, length: int
+) -> None:
     """Entries are (B, L) in every layer: those that see (L, B) turn them, squares included."""
     model = attached(TOKENS_FIRST[family])
     ids = tokens(len(NAMES), length)
@@ -85,12 +87,6 @@ def test_tokens_first_with_an_adapter_for_each_token(family: str, length: int) -
             assert torch.equal(model(ids).logits, by_sequence)
         with lora_ext.adapters([[name] * length for name in NAMES]):
             assert torch.equal(model(ids).logits, by_sequence)
-
-
-@pytest.mark.parametrize("family", TOKENS_FIRST)
-def test_a_copy_of_an_attached_model_knows_its_layout(family: str) -> None:
-    model = attached(TOKENS_FIRST[family])
-    ids = tokens(len(NAMES), 4)
     copied = copy.deepcopy(model)
     with torch.no_grad(), lora_ext.adapters(NAMES):
         assert torch.equal(copied(ids).logits, model(ids).logits)

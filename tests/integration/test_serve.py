@@ -205,15 +205,14 @@ def cache_usage(lines: list[str]) -> float:
     return float(used.split()[1])
 
 
-def test_an_idle_server_reports_an_empty_cache(server: Any) -> None:
+def test_an_idle_server_has_an_empty_cache_and_says_what_a_path_takes(
+    server: Any,
+) -> None:
     text_of(ask(server, "a3", " ".join(f"w{5 + i % 90}" for i in range(200))))  # several pages
     settle(server)
     allocators = server.engine.manager.batch_processor.cache.cache_allocators.values()
     assert any(each.ledger.cached_blocks for each in allocators), "pages are kept for reuse"
     assert cache_usage(server.client.get("/metrics").text.splitlines()) == 0
-
-
-def test_options_say_what_a_path_takes(server: Any) -> None:
     found = server.client.options("/v1/chat/completions")
     assert (found.status_code, found.headers["Allow"], found.content) == (204, "POST, OPTIONS", b"")
     assert "access-control-allow-origin" not in found.headers

@@ -14,7 +14,7 @@ import lora_ext
 from lora_ext.cli._arguments import make_parser
 
 
-def test_the_version_is_one_everywhere() -> None:
+def test_the_version_is_one_everywhere_and_its_changes_stand_in_order() -> None:
     for file, pattern in (
         ("pyproject.toml", r'^version = "(.+)"$'),
         ("CITATION.cff", r"^version: (.+)$"),
@@ -22,9 +22,6 @@ def test_the_version_is_one_everywhere() -> None:
     ):
         found = re.search(pattern, (ROOT / file).read_text(), re.M)
         assert found and found[1] == lora_ext.__version__, file
-
-
-def test_the_newest_changes_stand_in_order() -> None:
     newest = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
     assert re.findall(r"^### (\w+)$", newest, re.M) == ["Added", "Changed", "Fixed"]
 

@@ -117,14 +117,11 @@ def test_the_nvcc_of_nvidias_wheels_is_found(tmp_path, monkeypatch):
     assert build.find_nvcc() == (before or str(nvcc))
 
 
-def test_a_switch_that_is_neither_0_nor_1(monkeypatch):
-    monkeypatch.setenv("LORA_EXT_CUDA", "yes")
-    assert "LORA_EXT_CUDA is 'yes'" in sentence(build.find_toolkit, torch_for(None), "g++")
-
-
-def test_cuda_home_without_nvcc(tmp_path, monkeypatch):
+def test_a_switch_that_is_neither_0_nor_1_and_a_home_without_nvcc(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert f"CUDA_HOME is {tmp_path}" in sentence(build.find_toolkit, torch_for("13.0"), "g++")
+    monkeypatch.setenv("LORA_EXT_CUDA", "yes")
+    assert "LORA_EXT_CUDA is 'yes'" in sentence(build.find_toolkit, torch_for(None), "g++")
 
 
 @pytest.mark.parametrize(
