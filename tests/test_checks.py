@@ -71,10 +71,12 @@ def test_nan_infinity_and_integers_beyond_every_float_are_in_no_range(value):
             number("op", "x", value, **bounds)
 
 
-def test_infinity_passes_where_it_is_asked_for_and_nan_does_not():
+def test_infinity_passes_where_it_is_asked_for_and_other_words_are_taken():
     assert number("op", "x", math.inf, 0, finite=False) == math.inf
     with pytest.raises(ValueError, match="found nan"):
         number("op", "x", math.nan, finite=False)
+    with pytest.raises(ValueError, match=r"^op: n: expected a rank, found 0$"):
+        integer("op", "n", 0, 1, expected="a rank")
 
 
 @pytest.mark.parametrize(
@@ -113,25 +115,14 @@ def test_bounds_of_numbers(bounds, expected, inside, outside):
         assert str(error.value) == f"op: x: expected {expected}, found {value!r}"
 
 
-def test_other_words_replace_those_of_the_bounds():
-    with pytest.raises(ValueError, match=r"^op: n: expected a rank, found 0$"):
-        integer("op", "n", 0, 1, expected="a rank")
-
-
-def test_a_choice_is_the_one_that_is_equal_and_of_its_type():
+def test_a_choice_is_of_its_type_and_so_is_an_instance():
     assert choice("op", "mode", np.str_("b"), ("a", "b")) == "b"
     for value in ("c", 1, None, ["a"], np.array(["a", "b"])):
         with pytest.raises(ValueError, match=r"^op: mode: expected one of \('a', 'b'\), found"):
             choice("op", "mode", value, ("a", "b"))
-
-
-def test_an_instance_of_another_type_is_named_and_not_shown():
     instance("op", "layer", torch.nn.Linear(1, 1), torch.nn.Module)
     with pytest.raises(WrongKind, match=r"^op: n: expected an int or str, found list$"):
         instance("op", "n", [1], (int, str))
-
-
-def test_require_raises_the_error_that_it_is_given():
     with pytest.raises(KeyError, match="op: name: expected one that is loaded, found 'a'"):
         require(False, "op", "name", "one that is loaded", "'a'", KeyError)
 

@@ -45,7 +45,7 @@ def test_a_provider_that_is_slightly_wrong_is_not_timed(problem):
         lora_ops.check(problem, wrong)
 
 
-def test_mixed_ranks_are_checked_and_charged_at_their_own_rank(monkeypatch):
+def test_mixed_ranks_are_charged_at_their_own_rank_in_banks_and_in_pages(monkeypatch):
     monkeypatch.setattr(lora_ops, "COLD_BYTES", 1)
     full = lora_ops.Problem.make(SMALL, "cpu", torch.float32)
     mixed = lora_ops.Problem.make(SMALL, "cpu", torch.float32, ranks=[8, 16, 8, 16])
@@ -53,6 +53,10 @@ def test_mixed_ranks_are_checked_and_charged_at_their_own_rank(monkeypatch):
     assert full.nbytes() - mixed.nbytes() == 4 * 16 * (SMALL.in_features + SMALL.out_features)
     with pytest.raises(SystemExit):  # the peers know of no ranks
         lora_ops.check(mixed, lora_ops.run_loop)
+    pool = lora_ops.Problem.make(SMALL, "cpu", torch.float32, [8, 16, 8, 16], paged=True)
+    assert [a.shape[0] for a, _ in pool.banks] == [6, 6]  # pages of eight ranks
+    assert pool.page_table.shape == (4, 2) and (pool.page_table[[0, 2], 1] == -1).all()
+    assert lora_ops.check(pool, lora_ops.run_lora_ext) <= 1
 
 
 def test_an_error_may_be_three_times_that_of_the_peer_in_the_same_run():
@@ -66,14 +70,6 @@ def test_an_error_may_be_three_times_that_of_the_peer_in_the_same_run():
     assert common.error_over_bound(zeros, zeros, zeros) == 0
     assert not common.error_over_bound(exact * torch.nan, peer, exact) <= 1
     assert not common.error_over_bound(ours, peer * torch.nan, exact) <= 1
-
-
-def test_pages_hold_what_the_ranks_need(monkeypatch):
-    monkeypatch.setattr(lora_ops, "COLD_BYTES", 1)
-    pool = lora_ops.Problem.make(SMALL, "cpu", torch.float32, [8, 16, 8, 16], paged=True)
-    assert [a.shape[0] for a, _ in pool.banks] == [6, 6]  # pages of eight ranks
-    assert pool.page_table.shape == (4, 2) and (pool.page_table[[0, 2], 1] == -1).all()
-    assert lora_ops.check(pool, lora_ops.run_lora_ext) <= 1
 
 
 def test_the_training_benchmark_checks_what_it_times(monkeypatch):

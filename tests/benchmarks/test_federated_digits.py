@@ -16,15 +16,12 @@ def world():
     return make_world(0, QUICK)
 
 
-def test_every_picture_is_some_clients_and_none_is_tested_on(world):
+def test_every_picture_is_some_clients_and_ranks_may_differ_by_layer(world):
     for partition in ("iid", "3 classes", "dirichlet 0.3"):
         shares = world.shares(partition)
         assert len(shares) == 12
         assert np.array_equal(np.sort(np.concatenate(shares)), np.arange(1437))
     assert len(world.testing[0]) == 360
-
-
-def test_ranks_may_differ_by_layer_under_one_scaling(world):
     layers = adapted_layers(world.adapted([1, 2, 3, 4, 5, 6]))
     assert [layer.r["default"] for layer in layers.values()] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     assert {layer.scaling["default"] for layer in layers.values()} == {4.0}

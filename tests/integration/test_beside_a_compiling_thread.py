@@ -39,10 +39,14 @@ def compiling() -> Iterator[None]:
     thread.join()
 
 
-def test_ids_out_of_range_are_refused(compiling: None) -> None:
+def test_ids_are_checked_and_numbers_and_products_come_out(compiling: None) -> None:
     with pytest.raises(ValueError, match="adapter_ids"):
         rows_of(torch.tensor([0, 5]), 2)
     assert rows_of(torch.tensor([1, 1]), 2).used == (1,)
+    x, weight = torch.randn(3, 4), torch.randn(2, 4, 5)
+    y = grouped_mm(x, weight, torch.tensor([1, 3], dtype=torch.int32))
+    torch.testing.assert_close(y, torch.cat([x[:1] @ weight[0], x[1:] @ weight[1]]))
+    assert looked_at(torch.ones(1))
 
 
 @torch.no_grad()
@@ -50,16 +54,6 @@ def test_tangents_are_refused_that_torch_would_drop(compiling: None) -> None:
     x, a, b = torch.randn(3, 4), torch.randn(2, 2, 4), torch.randn(2, 5, 2)
     with pytest.raises(NotImplementedError, match="lora_apply has no forward-mode derivative"):
         torch.func.jvp(lambda x: ops.lora_apply(x, a, b, torch.tensor([0, 1, 1])), (x,), (x,))
-
-
-def test_products_of_groups_end(compiling: None) -> None:
-    x, weight = torch.randn(3, 4), torch.randn(2, 4, 5)
-    y = grouped_mm(x, weight, torch.tensor([1, 3], dtype=torch.int32))
-    torch.testing.assert_close(y, torch.cat([x[:1] @ weight[0], x[1:] @ weight[1]]))
-
-
-def test_numbers_are_looked_at(compiling: None) -> None:
-    assert looked_at(torch.ones(1))
 
 
 def test_several_active_and_merged_adapters_serve(compiling: None) -> None:

@@ -297,7 +297,7 @@ def test_wrong_names_raise_before_anything_runs() -> None:
     assert pool.stats()["pins"] == 0
 
 
-def test_a_manager_that_knows_no_adapters_is_refused() -> None:
+def test_managers_without_adapters_and_compiled_steps_are_refused() -> None:
     model, _ = attached(slots=2)
     how = batching()
     manager = ContinuousBatchingManager(
@@ -309,6 +309,11 @@ def test_a_manager_that_knows_no_adapters_is_refused() -> None:
     manager.stop()
     assert "a manager that knows no adapters" in result.error
     assert result.generated_tokens == []
+    model.set_attn_implementation("eager")
+    how = batching(varlen_compile_config=CompileConfig(fullgraph=False))
+    with pytest.raises(NotImplementedError, match="attached model without varlen_compile_config"):
+        model.generate_batch(prompts(2), adapter_names="a0", **how)
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.slow
@@ -325,15 +330,6 @@ def test_a_peft_model_serves_its_active_adapter_and_takes_no_names() -> None:
         ids = torch.tensor([prompt])
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
         assert out[0, len(prompt) :].tolist() == answer
-
-
-def test_compiled_steps_are_refused_and_leave_the_model_as_it_was() -> None:
-    model, _ = attached(slots=2)
-    model.set_attn_implementation("eager")
-    how = batching(varlen_compile_config=CompileConfig(fullgraph=False))
-    with pytest.raises(NotImplementedError, match="attached model without varlen_compile_config"):
-        model.generate_batch(prompts(2), adapter_names="a0", **how)
-    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.slow

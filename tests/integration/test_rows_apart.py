@@ -157,7 +157,7 @@ def test_ops_keep_rows_apart(width: int, dtype: torch.dtype, turned: bool) -> No
 
 @widths
 @dtypes
-def test_the_chunked_loss_keeps_rows_apart(width: int, dtype: torch.dtype) -> None:
+def test_the_chunked_loss_and_leaves_keep_rows_apart(width: int, dtype: torch.dtype) -> None:
     hidden, weight = randn(0, ROWS, width, dtype=dtype), randn(1, 77, width, dtype=dtype)
     labels = torch.arange(ROWS) % 77
 
@@ -168,11 +168,6 @@ def test_the_chunked_loss_keeps_rows_apart(width: int, dtype: torch.dtype) -> No
         )[0]
 
     assert_apart(gradient(one_bad(hidden)), gradient(hidden))
-
-
-@widths
-@dtypes
-def test_the_leaves_of_a_circuit_keep_rows_apart(width: int, dtype: torch.dtype) -> None:
     h, emit = randn(0, ROWS, width, dtype=dtype), randn(1, 2, 3, 7, width, dtype=dtype)
     places = torch.arange(ROWS * 2).view(ROWS, 2) % 7
     clean = h.clone().requires_grad_(), one_bad(h).requires_grad_()
@@ -329,7 +324,7 @@ class CountedOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_the_base_of_an_adapter_spaces_its_rows_once() -> None:
+def test_the_base_of_an_adapter_spaces_its_rows_once_and_is_in_the_fused_op() -> None:
     model: Any = wrapped(Three(144, torch.bfloat16))
     model.up.set_adapter([])
     x = randn(0, 2, 20, 144, dtype=torch.bfloat16).requires_grad_()
@@ -340,6 +335,10 @@ def test_the_base_of_an_adapter_spaces_its_rows_once() -> None:
         torch.autograd.grad(y, x, dy, retain_graph=True)
     assert forward.calls["constant_pad_nd"] == 1
     assert backward.calls["constant_pad_nd"] == 2  # of dy, and in the backward of the copy of x
+    base: Any = wrapped(Three(144, torch.bfloat16)).get_submodule("up.base_layer")
+    assert base._forward_pre_hooks and lora_ext.layers.dense_parameters(base) is not None
+    base.register_forward_hook(lambda *_: None)
+    assert lora_ext.layers.dense_parameters(base) is None
 
 
 @ways
@@ -370,13 +369,6 @@ def test_a_compiled_model_keeps_rows_in_three_dimensions_apart(planted: bool) ->
     torch._dynamo.reset()
     with torch.no_grad():
         assert_apart(torch.compile(model)(x))
-
-
-def test_a_base_with_these_hooks_takes_part_in_the_fused_op() -> None:
-    base: Any = wrapped(Three(144, torch.bfloat16)).get_submodule("up.base_layer")
-    assert base._forward_pre_hooks and lora_ext.layers.dense_parameters(base) is not None
-    base.register_forward_hook(lambda *_: None)
-    assert lora_ext.layers.dense_parameters(base) is None
 
 
 def llama() -> Any:

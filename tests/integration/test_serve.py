@@ -57,7 +57,7 @@ def test_32_clients_over_16_adapters_while_others_load_and_unload_200_times(serv
     settle(server)
 
 
-def test_an_adapter_that_many_load_at_once_serves_meanwhile(server: Any) -> None:
+def test_adapters_that_are_loaded_or_unloaded_meanwhile_serve(server: Any) -> None:
     expected = text_of(ask(server, "a3"))
     with concurrent.futures.ThreadPoolExecutor(24) as threads:
         loads = [threads.submit(post, server, "load", "a3") for _ in range(12)]
@@ -65,9 +65,6 @@ def test_an_adapter_that_many_load_at_once_serves_meanwhile(server: Any) -> None
         assert {each.result() for each in loads} == {200}
         assert {each.result() for each in asks} == {expected}
     settle(server)
-
-
-def test_adapters_that_are_unloaded_while_their_requests_wait_serve_them(server: Any) -> None:
     expected = {name: text_of(ask(server, name)) for name in NAMES}
     with concurrent.futures.ThreadPoolExecutor(56) as threads:
         asks = [(name, threads.submit(ask, server, name)) for name in NAMES * 7]
@@ -167,7 +164,7 @@ def body_of(model: str) -> dict[str, Any]:
     return {"model": model, "prompt": "w5 w6 w7", "temperature": 0, "stream": True}
 
 
-def test_neutral_values_of_openais_fields_change_nothing(server: Any) -> None:
+def test_neutral_values_of_openais_fields_and_null_change_nothing(server: Any) -> None:
     expected = text_of(ask(server, "a1"))
     for fields in (
         {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto"},
@@ -185,6 +182,10 @@ def test_neutral_values_of_openais_fields_change_nothing(server: Any) -> None:
         {"role": "user", "content": "w5 w6 w7", "name": "me", **earlier},
     ):
         assert text_of(ask(server, "a1", messages=[message])) == expected
+    for field in ("max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream"):
+        text_of(ask(server, "a1", **{field: None}))
+    said = [text_of(ask(server, "a1", temperature=None, top_p=None, seed=3)) for _ in range(2)]
+    assert said == [text_of(ask(server, "a1", temperature=1.0, top_p=1.0, seed=3))] * 2
 
 
 def test_routers_read_whose_adapters_run(server: Any) -> None:
@@ -230,14 +231,6 @@ def test_stop_seed_and_temperature(server: Any) -> None:
     hot = [text_of(ask(server, "a1", temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
     assert hot[0] == hot[1] != hot[2]
     settle(server)
-
-
-def test_null_is_a_field_that_was_not_given(server: Any) -> None:
-    """OpenAI documents its optional fields as a value or null."""
-    for field in ("max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream"):
-        text_of(ask(server, "a1", **{field: None}))
-    said = [text_of(ask(server, "a1", temperature=None, top_p=None, seed=3)) for _ in range(2)]
-    assert said == [text_of(ask(server, "a1", temperature=1.0, top_p=1.0, seed=3))] * 2
 
 
 def test_models_are_listed_loaded_and_unloaded(server: Any) -> None:

@@ -229,12 +229,9 @@ def test_an_evaluation_in_between_sees_all_layers(tmp_path: Path):
     assert len(seen) == 4 * 2 and all(seen)  # of 16 rows in batches of 8
 
 
-def test_something_else_than_a_controller_is_refused():
+def test_other_controllers_are_refused_and_other_numbers_of_steps_are_told():
     with pytest.raises(TypeError, match=r"CopraCallback: controller: expected a CopraController"):
         CopraCallback(CopraConfig())  # pyright: ignore[reportArgumentType]
-
-
-def test_another_number_of_steps_than_the_schedules_is_told():
     callback = CopraCallback(controller_of(adapted(KINDS[0])))
     with warnings.catch_warnings(action="error"):
         callback.on_train_begin(None, SimpleNamespace(max_steps=STEPS), None)

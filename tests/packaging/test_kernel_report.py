@@ -102,13 +102,10 @@ def test_threads_are_those_of_the_rules_and_blocks_what_they_leave_room_for(lock
     assert replace(code, dynamic=0).per_multiprocessor(256) == 4
 
 
-def test_a_loop_that_stands_by_for_a_rescue_is_not_the_one_that_is_timed(lock) -> None:
+def test_a_loop_for_a_rescue_is_not_timed_and_a_kernel_that_is_gone_is_named(lock) -> None:
     case = next(c for c in report.CASES if c.loop is not None)
     code = replace(lock[case.kernel], inflight=(64, 6))
     assert report.launch_us(case, code) < report.launch_us(replace(case, loop=None), code)
-
-
-def test_a_kernel_that_the_lock_lacks_is_named(lock) -> None:
     case = replace(report.CASES[0], kernel="gone_kernel<float>")
     with pytest.raises(SystemExit, match=r"kernels\.lock has no gone_kernel<float>"):
         report.rows(lock, [case])

@@ -311,13 +311,10 @@ def test_occupancy_agrees_with_cuda_occupancy_h(registers, threads, shared, bloc
     assert gate.blocks_per_multiprocessor(registers, threads, shared) == blocks
 
 
-def test_an_unknown_key_in_the_rules_is_refused(tmp_path):
+def test_an_unknown_key_is_refused_and_the_rules_of_the_repository_are_read(tmp_path):
     (tmp_path / "kernels.toml").write_text('[[rule]]\nmatch = "*"\nmax_register = 3\n')
     with pytest.raises(SystemExit, match="unknown keys \\['max_register'\\]"):
         gate.load_rules(tmp_path / "kernels.toml")
-
-
-def test_the_rules_in_the_repository_are_readable():
     gate.load_rules(gate.RULES)
 
 

@@ -35,12 +35,9 @@ def test_kernels_twins_and_emulator_include_no_torch_header(room):
     assert not bad
 
 
-def test_torch_extension_h_is_included_by_the_bindings_alone():
+def test_torch_extension_h_and_c10_cuda_are_included_in_one_place_each():
     users = [p.relative_to(CSRC).as_posix() for p in SOURCES if "torch/extension.h" in includes(p)]
     assert users == ["bindings.cpp"]
-
-
-def test_c10_cuda_is_included_by_stream_h_alone():
     users = {
         p.relative_to(CSRC).as_posix()
         for p in SOURCES
@@ -187,15 +184,12 @@ def test_every_op_is_told_as_formula_loop_and_kernel():
             assert re.search(rf"\blaunch_{launcher}\(|LX_NO_KERNEL\(launch_{launcher},", text), op
 
 
-def test_every_op_is_driven_through_the_laws():
+def test_every_op_is_driven_through_the_laws_and_has_a_fake_kernel():
     laws = [*(ROOT / "tests").glob("cases*.py"), *(ROOT / "tests").glob("test_contract*.py")]
     laws += (ROOT / "tests/ops").glob("test_*.py")  # plans, sums: laws of their own
     text = "\n".join(path.read_text() for path in laws)
     driven = set(re.findall(r"\b(?:ops|reference)\.(\w+)", text))
     assert {t.reference for t in TELLINGS.values()} <= driven
-
-
-def test_every_op_has_a_fake_kernel():
     assert _registration._fakes.keys() == OPS
     assert _registration._backwards.keys() <= OPS
 

@@ -252,7 +252,7 @@ def test_of_excluded_and_of_other_layers_none_is_taken() -> None:
     assert set(report(ours).taken) == {f"{prefix}.self_attn.q_proj", f"{prefix}.mlp.down_proj"}
 
 
-def test_replicated_layers_have_adapters_of_their_own() -> None:
+def test_replicated_and_injected_layers_have_adapters_of_their_own() -> None:
     config = config_of("llama", layer_replication=[[0, 2], [1, 2]])
     theirs = peft.get_peft_model(base_model("llama"), config).double().eval()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
@@ -261,9 +261,6 @@ def test_replicated_layers_have_adapters_of_their_own() -> None:
         model.config.use_cache = False
     assert_close(run(ours), run(theirs))
     assert_same_gradients(ours, theirs)
-
-
-def test_layers_injected_without_a_peft_model() -> None:
     torch.manual_seed(0)
     theirs = peft.inject_adapter_in_model(config_of("llama"), base_model("llama")).double()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
