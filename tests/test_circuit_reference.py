@@ -96,7 +96,7 @@ def test_every_prefix_is_a_marginal_and_all_sum_to_one(kind: str, n_token: int):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_minus_one_marginalises_any_position(kind: str):
+def test_minus_one_marginalises_and_conditionals_are_ratios_of_marginals(kind: str):
     x = windows(4)
     parts = circuit(kind, 4)
     joint = scan_all(kind, *parts, x).prefix[:, -1].exp().view(3, 3, 3, 3)
@@ -105,10 +105,6 @@ def test_minus_one_marginalises_any_position(kind: str):
         dims = [k for k, g in enumerate(given) if not g]
         expected = (joint.sum(dims, keepdim=True) if dims else joint).expand(3, 3, 3, 3).flatten()
         torch.testing.assert_close(scan_all(kind, *parts, hidden).prefix[:, -1].exp(), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_conditional_dist_is_the_ratio_of_marginals(kind: str):
     n_token, x = 4, windows(4)
     parts = [t.expand(len(x), *t.shape[1:]) for t in circuit(kind, n_token)]
     scan = reference.circuit_scan(kind, *parts, x)

@@ -158,14 +158,10 @@ def test_code_names_pages_and_sections_that_are_there() -> None:
 
 
 @pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
-def test_no_line_of_prose_is_longer_than_a_hundred_columns(page: Path) -> None:
+def test_no_line_of_prose_and_no_paragraph_is_too_long(page: Path) -> None:
     """Tables, code, pictures and a link that no space breaks are excepted."""
     long = [n for n, line in prose(page.read_text()) if len(line) > WIDTH and " " in line.strip()]
     assert not long, f"{page.name}: lines {long}: run `python tools/wrap_docs.py`"
-
-
-@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
-def test_no_paragraph_is_too_long_to_be_read(page: Path) -> None:
     long = [each[:60] for each in paragraphs(page.read_text()) if len(each.split()) > 120]
     assert not long, f"{page.name}: more than 120 words: {long}"
 

@@ -298,17 +298,13 @@ def test_adapters_read_the_pages_that_the_base_model_has_written(pair: Any) -> N
 
 
 @pytest.mark.slow
-def test_the_page_of_a_request_s_last_step_is_shared_too(pair: Any) -> None:
+def test_the_last_steps_page_is_shared_and_equal_tokens_with_two_starts_are_not(pair: Any) -> None:
     model, _, _ = pair
     shared = words(40, 9)
     with running(model) as manager:
         ask(manager, shared, None, max_new_tokens=1)  # one step, in which it ends
         _, computed = ask(manager, tailed(shared, "act", 0), "act", max_new_tokens=1)
         assert computed == len(tailed(shared, "act", 0)) - 40
-
-
-@pytest.mark.slow
-def test_equal_tokens_of_a_page_with_two_starts_are_two_pages(pair: Any) -> None:
     model, reference, _ = pair
     head = words(31, 9)
     head[26:28] = [7, 8]  # page 24..31 ends in the head of a second invocation, or not

@@ -32,7 +32,7 @@ def alone(reference: Any, name: str | None, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_every_row_of_a_mixed_batch_is_that_of_peft(family: str, tmp_path: Path) -> None:
+def test_every_row_of_a_mixed_batch_and_its_tokens_are_pefts(family: str, tmp_path: Path) -> None:
     model, reference = served(family, tmp_path)
     ids = tokens(len(NAMES), 7)
     with lora_ext.adapters(NAMES):
@@ -42,6 +42,16 @@ def test_every_row_of_a_mixed_batch_is_that_of_peft(family: str, tmp_path: Path)
         theirs = alone(reference, name, ids)[row]
         assert (mixed[row] - theirs).abs().max() < CLOSE
         assert name is None or (theirs - base[row]).abs().max() > 0.5
+    ids = tokens(len(NAMES), 5)
+    how = {"max_new_tokens": 6, "do_sample": False}
+    mixed = model.generate(ids, adapter_names=NAMES, **how)
+    found = set()
+    for row, name in enumerate(NAMES):
+        with only(reference, name):
+            theirs = reference.generate(input_ids=ids[row : row + 1], **how)
+        assert mixed[row].tolist() == theirs[0].tolist()
+        found.add(tuple(mixed[row, 5:].tolist()))
+    assert len(found) > 3
 
 
 @pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm"])
@@ -64,22 +74,6 @@ def test_rows_of_the_base_model_keep_every_bit(family: str, how: str) -> None:
     own = torch.arange(12) % 3 == 0
     assert torch.equal(got[~own], expected[~own])
     assert (got[own] - expected[own]).abs().amax(1).min() > 0.5
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_generation_gives_each_row_the_tokens_of_its_adapter(family: str, tmp_path: Path) -> None:
-    model, reference = served(family, tmp_path)
-    ids = tokens(len(NAMES), 5)
-    how = {"max_new_tokens": 6, "do_sample": False}
-    mixed = model.generate(ids, adapter_names=NAMES, **how)
-    found = set()
-    for row, name in enumerate(NAMES):
-        with only(reference, name):
-            theirs = reference.generate(input_ids=ids[row : row + 1], **how)
-        assert mixed[row].tolist() == theirs[0].tolist()
-        found.add(tuple(mixed[row, 5:].tolist()))
-    assert len(found) > 3
 
 
 @torch.no_grad()

@@ -78,7 +78,6 @@ def test_ids_of_sequences_reach_the_rows_of_a_layer_compiled_or_not(
     for row, name in enumerate(NAMES):
         with lora_ext.adapters(name):
             torch.testing.assert_close(found[:, row], layer(x)[:, row], **NEAR)
-    unwrap(model)
     compiled, x = torch.compile(layer, backend="aot_eager"), torch.randn(4, 4, 32)
     with lora_ext.adapters(NAMES):
         torch.testing.assert_close(compiled(x), layer(x), **NEAR)

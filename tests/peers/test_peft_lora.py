@@ -136,7 +136,7 @@ def test_a_fresh_adapter_gives_the_bits_that_pefts_gives(family: str, dora: bool
 
 
 @every_family
-def test_disabled_adapters_are_the_base_model_to_the_bit(family: str) -> None:
+def test_disabled_rescaled_and_named_adapters_are_those_of_peft(family: str) -> None:
     theirs, ours = pair(family)
     before = run(ours)
     with theirs.disable_adapter():
@@ -147,11 +147,11 @@ def test_disabled_adapters_are_the_base_model_to_the_bit(family: str) -> None:
         assert torch.equal(run(ours), expected)
     assert torch.equal(run(ours), before)
     assert not torch.equal(before, expected)
-
-
-@every_family
-def test_each_sequence_has_the_adapter_of_its_name(family: str) -> None:
-    theirs, ours = pair(family)
+    before = run(ours)
+    with rescale_adapter_scale(ours, 0.25), rescale_adapter_scale(theirs, 0.25):
+        assert_close(run(ours), run(theirs))
+        assert not torch.equal(run(ours), before)
+    assert torch.equal(run(ours), before)
     found = run(ours, adapter_names=NAMES)
     assert_close(found, run(theirs, adapter_names=NAMES))
     for name in ("red", "green"):
@@ -222,16 +222,6 @@ def test_adapters_come_and_go(family: str) -> None:
         model.set_adapter("both")
     assert_close(run(ours), run(theirs))
     assert_close(run(ours.unload()), run(base_model(family)))
-
-
-@every_family
-def test_a_rescaled_adapter_is_itself_again_afterwards(family: str) -> None:
-    theirs, ours = pair(family)
-    before = run(ours)
-    with rescale_adapter_scale(ours, 0.25), rescale_adapter_scale(theirs, 0.25):
-        assert_close(run(ours), run(theirs))
-        assert not torch.equal(run(ours), before)
-    assert torch.equal(run(ours), before)
 
 
 @every_family
