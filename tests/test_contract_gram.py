@@ -49,7 +49,7 @@ def test_pair_stats_agree_with_the_dense_products(backend: Backend) -> None:
         assert torch.allclose(got, dense, rtol=1e-10, atol=1e-12)
 
 
-def test_a_known_answer(backend: Backend) -> None:
+def test_known_answers_and_those_of_empty_lists_and_adapters(backend: Backend) -> None:
     """V = diag(2, 0) takes b = (1, 1) to (2, 0): |D|^2 = 50, |PD|^2 = 100, d^2 = 50."""
     a = torch.tensor([[3.0, 4.0]], device=backend.device)
     b = torch.tensor([[1.0], [1.0]], device=backend.device)
@@ -57,6 +57,13 @@ def test_a_known_answer(backend: Backend) -> None:
     stats = ops.lora_pair_stats(a, b, moved)
     assert stats.shape == (4,) and stats.tolist() == [50.0, 100.0, 50.0, 50.0]
     assert ops.lora_pair_stats(a, b, moved, 2.0).tolist() == [200.0, 400.0, 200.0, 200.0]
+    assert ops.lora_gram([], []) == ([], [])
+    assert ops.lora_pair_stats([], [], []).shape == (0, 4)
+    a, b, p = adapters([(24, 16, 0), (0, 6, 4), (0, 0, 0)], torch.float32, backend)
+    first, second = ops.lora_gram(a, b)
+    assert [t.shape for t in first] == [(0, 0), (4, 4), (0, 0)]
+    assert (second[1] == 0).all() and (first[1] != 0).any()
+    assert (ops.lora_pair_stats(a, b, p) == 0).all()
 
 
 @pytest.mark.slow
@@ -167,16 +174,6 @@ def test_a_list_may_be_spread_over_devices() -> None:
     ]:
         with pytest.raises(ValueError, match=f"lora_gram: {message}"):
             ops.lora_gram(a, [wrong if i == at else t for i, t in enumerate(b)])
-
-
-def test_empty_lists_and_empty_adapters(backend: Backend) -> None:
-    assert ops.lora_gram([], []) == ([], [])
-    assert ops.lora_pair_stats([], [], []).shape == (0, 4)
-    a, b, p = adapters([(24, 16, 0), (0, 6, 4), (0, 0, 0)], torch.float32, backend)
-    first, second = ops.lora_gram(a, b)
-    assert [t.shape for t in first] == [(0, 0), (4, 4), (0, 0)]
-    assert (second[1] == 0).all() and (first[1] != 0).any()
-    assert (ops.lora_pair_stats(a, b, p) == 0).all()
 
 
 def test_what_is_not_finite_stays_with_its_adapter_and_infinite(

@@ -118,11 +118,7 @@ def merged_by_command(mode: str) -> Way:
         two.save(folder / "two")
         pieces = [str(folder / "one"), str(folder / "two"), "--mode", mode]
         assert cli.main(["merge", *pieces, "--out", str(folder / "out"), "--json"]) == 0
-        found, half = LoraAdapter.load(folder / "out"), (0.5, 0.5)
-        if mode == "factors":
-            return found, of_means(one, two, half)
-        total = summed(one, two, half)
-        return found, total if mode == "delta" else nearest(total, RANK)
+        return LoraAdapter.load(folder / "out"), merged(mode, (0.5, 0.5))(one, two, folder)[1]
 
     return way
 

@@ -45,7 +45,7 @@ def test_a_run_draws_clients_asks_the_planner_and_counts_bytes(world):
     assert again.accuracy == run.accuracy
 
 
-def test_a_run_in_which_nobody_trains_leaves_the_adapter_as_it_was(world):
+def test_rounds_in_which_nobody_trains_or_layers_are_disabled(world):
     states = []
     before = accuracy(world.base, world.testing)
     run = federate(
@@ -59,8 +59,6 @@ def test_a_run_in_which_nobody_trains_leaves_the_adapter_as_it_was(world):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert run.best == before and all(log.skipped for log in run.history)
 
-
-def test_disabled_layers_do_not_travel_down(world):
     def planner(round, clients):
         return {clients[0]: LayerPlan((5,))}
 

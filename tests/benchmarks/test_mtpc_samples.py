@@ -27,13 +27,16 @@ def model() -> LlamaForCausalLM:
     return model.eval()
 
 
-def test_lean_decoding_gives_the_tokens_of_generate(model) -> None:
+def test_lean_decoding_gives_the_tokens_of_generate_for_llamas_alone(model) -> None:
     model.double()
     ids = torch.randint(1, 23, (3, 5))
     options = {"do_sample": False, "max_new_tokens": 12}
     expected = model.generate(ids, **options)
     assert torch.equal(token_by_token(LeanLlama(model), ids, 12), expected)
     assert torch.equal(model.generate(ids, **options), expected)  # the model is what it was
+    config = LlamaConfig(**SIZES, **HEADS, attention_bias=True)
+    with pytest.raises(ValueError, match="expected a Llama without biases"):
+        LeanLlama(LlamaForCausalLM(config))
 
 
 @pytest.mark.parametrize("mode", ["greedy", "sample"])
@@ -46,12 +49,6 @@ def test_speculation_over_lean_passes_gives_the_tokens_over_the_model(model, mod
     lean = mtpc.SpeculativeDecoder(LeanLlama(model), draft.head, mode=mode)
     got = lean.generate(ids, **settings)
     assert torch.equal(got.sequences, expected.sequences) and got.calls == expected.calls
-
-
-def test_another_architecture_is_refused() -> None:
-    config = LlamaConfig(**SIZES, **HEADS, attention_bias=True)
-    with pytest.raises(ValueError, match="expected a Llama without biases"):
-        LeanLlama(LlamaForCausalLM(config))
 
 
 def answered(model: LlamaForCausalLM, sample: bool) -> tuple[torch.Tensor, torch.Tensor]:

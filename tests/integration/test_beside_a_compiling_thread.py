@@ -56,7 +56,7 @@ def test_tangents_are_refused_that_torch_would_drop(compiling: None) -> None:
         torch.func.jvp(lambda x: ops.lora_apply(x, a, b, torch.tensor([0, 1, 1])), (x,), (x,))
 
 
-def test_several_active_and_merged_adapters_serve(compiling: None) -> None:
+def test_several_active_and_merged_adapters_and_experts_serve(compiling: None) -> None:
     layer = LoraLinear(nn.Linear(6, 5), "default", 2, init_lora_weights=False).requires_grad_(False)
     layer.add_adapter("other", 3, init_lora_weights=False)
     layer.set_adapter(["default", "other"], inference_mode=True)
@@ -70,9 +70,6 @@ def test_several_active_and_merged_adapters_serve(compiling: None) -> None:
         layer.merge()
         torch.testing.assert_close(layer(x), expected)
     del elsewhere
-
-
-def test_experts_serve_the_default(compiling: None) -> None:
     model = mixtures.make_mixture("mixtral")
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
     pool.load("red", mixtures.make_peft(model, {"red": {"r": 4}}))

@@ -109,7 +109,7 @@ def test_shared_prefixes_never_cross_adapters() -> None:
 
 
 @pytest.mark.slow
-def test_prompts_that_are_tensors_stay_as_they_are() -> None:
+def test_prompts_that_are_tensors_stay_and_empty_ones_are_refused() -> None:
     model, _ = attached(slots=2)
     given = [torch.tensor(prompt) for prompt in prompts(2, shared=2 * PAGE)]
     before = [prompt.tolist() for prompt in given]
@@ -120,10 +120,6 @@ def test_prompts_that_are_tensors_stay_as_they_are() -> None:
         manager.add_request(given[0], adapter_name="a0")
         assert manager.get_result(timeout=30).generated_tokens == expected[0]
     assert [prompt.tolist() for prompt in given] == before
-
-
-@pytest.mark.slow
-def test_empty_prompts_are_refused_and_cancelled_requests_are_pinned_no_more() -> None:
     model, pool = attached(slots=2)
     message = "add_request: input_ids: expected at least one token, found none"
     with model.continuous_batching_context_manager(**batching()) as manager:
@@ -256,29 +252,12 @@ def test_a_block_or_a_default_names_the_requests() -> None:
     assert generated(model.generate_batch(given, adapter_names=names, **batching())) == expected
 
 
-@pytest.mark.slow
-def test_single_requests_take_the_block_too() -> None:
-    model, _ = attached(slots=2)
-    prompt = prompts(1)[0]
-    with model.continuous_batching_context_manager(**batching()) as manager:
-        with lora_ext.adapters("a1"):
-            manager.add_request(prompt)
-            manager.add_request(prompt, adapter_name=None)
-        with lora_ext.adapters(["a0", "a1"]), pytest.raises(ValueError, match="each of 1 requests"):
-            manager.add_request(prompt)
-        results = {r.request_id: r.generated_tokens for r in map(_result, [manager] * 2)}
-    assert results == {
-        "req_0": alone(model, prompt, "a1"),
-        "req_1": alone(model, prompt, None),
-    }
-
-
 def _result(manager: Any) -> Any:
     return manager.get_result(timeout=30)
 
 
 @pytest.mark.slow
-def test_wrong_names_raise_before_anything_runs() -> None:
+def test_single_requests_take_the_block_too_and_wrong_names_raise() -> None:
     model, pool = attached(slots=2)
     for names, error, message in (
         (["a0", "a7"], KeyError, "'a7' is not loaded; 2 are loaded"),
@@ -295,6 +274,18 @@ def test_wrong_names_raise_before_anything_runs() -> None:
             manager.add_request([5, 6], "mine", adapter_name="a1")
         manager.cancel_request("mine")
     assert pool.stats()["pins"] == 0
+    prompt = prompts(1)[0]
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        with lora_ext.adapters("a1"):
+            manager.add_request(prompt)
+            manager.add_request(prompt, adapter_name=None)
+        with lora_ext.adapters(["a0", "a1"]), pytest.raises(ValueError, match="each of 1 requests"):
+            manager.add_request(prompt)
+        results = {r.request_id: r.generated_tokens for r in map(_result, [manager] * 2)}
+    assert results == {
+        "req_0": alone(model, prompt, "a1"),
+        "req_1": alone(model, prompt, None),
+    }
 
 
 def test_managers_without_adapters_and_compiled_steps_are_refused() -> None:

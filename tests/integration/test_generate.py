@@ -65,7 +65,7 @@ def test_every_row_answers_as_if_alone(family: str, mode: str, tmp_path: Path) -
     assert not torch.equal(base[rows == 1], ours[rows == 1])  # the adapters do show
 
 
-def test_sampled_sequences_follow_their_rows(tmp_path: Path) -> None:
+def test_sampled_sequences_follow_their_rows_and_wrong_names_raise(tmp_path: Path) -> None:
     model, reference, _ = make_pair("llama", tmp_path)
     prompt = tokens(len(NAMES), 4)
     torch.manual_seed(3)
@@ -78,10 +78,6 @@ def test_sampled_sequences_follow_their_rows(tmp_path: Path) -> None:
     # float32 on both sides, sums of at most 48 terms, logits of at most about 10: 1e-4 is 100 ulp.
     torch.testing.assert_close(torch.stack(out.logits, 1), logits[:, 3:-1], rtol=0, atol=1e-4)
     assert len(out.sequences.unique(dim=0)) == 12  # it did sample
-
-
-def test_a_wrong_number_of_names_raises(tmp_path: Path) -> None:
-    model, _, _ = make_pair("llama", tmp_path)
     prompt = tokens(4, 5)
     with lora_ext.adapters(["red", "blue"]):
         with pytest.raises(ValueError, match=r"expected a batch of 2 seq.*found .*\(4, 5, feat"):

@@ -158,23 +158,12 @@ def test_videos_of_two_frames(counts: list[int]) -> None:
     assert_rows_are_the_judges(onevision, ids, {"pixel_values_videos": given}, alone)
 
 
-def test_sounds() -> None:
+def test_sounds_and_images_beside_blank_ones() -> None:
     counts = [2, 0, 1, 1]
     given = noise(4, 8, 32)
     alone = [{"input_features": v["pixel_values"]} if v else {} for v in split(given, counts)]
     ids = rows(AUDIO, [4 * n for n in counts])
     assert_rows_are_the_judges(voxtral, ids, {"input_features": given}, alone)
-
-
-@pytest.mark.parametrize("counts", [[1, 1, 1, 1], [2, 0, 2, 0], [0, 3, 0, 1]])
-def test_images_under_beams(counts: list[int]) -> None:
-    """Four images, as many as there are sequences, though some may have none."""
-    given = noise(4, 3, 8, 8)
-    ids = rows(IMAGE, [4 * n for n in counts])
-    assert_rows_are_the_judges(llava, ids, {"pixel_values": given}, split(given, counts), beams=2)
-
-
-def test_images_beside_blank_ones() -> None:
     counts = [2, 0, 1, 1]
     given, mask = torch.zeros(4, 2, 3, 8, 8).double(), torch.zeros(4, 2, 8, 8).bool()
     for row, count in enumerate(counts):
@@ -185,6 +174,14 @@ def test_images_beside_blank_ones() -> None:
     ]  # fmt: skip
     whole = {"pixel_values": given, "pixel_attention_mask": mask}
     assert_rows_are_the_judges(idefics3, rows(IMAGE, counts), whole, alone)
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1], [2, 0, 2, 0], [0, 3, 0, 1]])
+def test_images_under_beams(counts: list[int]) -> None:
+    """Four images, as many as there are sequences, though some may have none."""
+    given = noise(4, 3, 8, 8)
+    ids = rows(IMAGE, [4 * n for n in counts])
+    assert_rows_are_the_judges(llava, ids, {"pixel_values": given}, split(given, counts), beams=2)
 
 
 def test_a_batch_whose_tokens_do_not_tell_takes_one_name() -> None:

@@ -188,7 +188,7 @@ def test_neutral_values_of_openais_fields_and_null_change_nothing(server: Any) -
     assert said == [text_of(ask(server, "a1", temperature=1.0, top_p=1.0, seed=3))] * 2
 
 
-def test_routers_read_whose_adapters_run(server: Any) -> None:
+def test_routers_read_whose_adapters_run_and_how_full_the_cache_is(server: Any) -> None:
     body = chat("a3", stream=True, max_tokens=1900)
     with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
         events = (line for line in response.iter_lines() if line)
@@ -199,16 +199,6 @@ def test_routers_read_whose_adapters_run(server: Any) -> None:
     assert "vllm:num_requests_running 1" in lines and "vllm:num_requests_waiting 0" in lines
     assert 0 < cache_usage(lines) < 1
     settle(server)
-
-
-def cache_usage(lines: list[str]) -> float:
-    (used,) = [line for line in lines if line.startswith("vllm:kv_cache_usage_perc ")]
-    return float(used.split()[1])
-
-
-def test_an_idle_server_has_an_empty_cache_and_says_what_a_path_takes(
-    server: Any,
-) -> None:
     text_of(ask(server, "a3", " ".join(f"w{5 + i % 90}" for i in range(200))))  # several pages
     settle(server)
     allocators = server.engine.manager.batch_processor.cache.cache_allocators.values()
@@ -217,6 +207,11 @@ def test_an_idle_server_has_an_empty_cache_and_says_what_a_path_takes(
     found = server.client.options("/v1/chat/completions")
     assert (found.status_code, found.headers["Allow"], found.content) == (204, "POST, OPTIONS", b"")
     assert "access-control-allow-origin" not in found.headers
+
+
+def cache_usage(lines: list[str]) -> float:
+    (used,) = [line for line in lines if line.startswith("vllm:kv_cache_usage_perc ")]
+    return float(used.split()[1])
 
 
 def test_stop_seed_and_temperature(server: Any) -> None:

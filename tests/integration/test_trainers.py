@@ -45,7 +45,7 @@ def run_trainer(model: Any, folder: Path, steps: int, resume: bool = False) -> N
 
 
 @pytest.mark.slow
-def test_trainer_learns_what_it_learns_with_peft(tmp_path: Path) -> None:
+def test_trainer_learns_what_it_learns_with_peft_and_resumes_to_the_bit(tmp_path: Path) -> None:
     theirs = tiny_peft()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
     start = weights_of(ours)
@@ -57,10 +57,6 @@ def test_trainer_learns_what_it_learns_with_peft(tmp_path: Path) -> None:
         # Adam turns the rounding of a gradient near zero into a step of its own size: few entries.
         close = torch.isclose(weight, expected[key], rtol=1e-3, atol=1e-4)
         assert close.float().mean() > 0.99, key
-
-
-@pytest.mark.slow
-def test_a_resumed_run_is_the_unbroken_one_bit_for_bit_dropout_included(tmp_path: Path) -> None:
     unbroken = lora_ext.from_peft(tiny_peft(dropout=0.3))
     broken = copy.deepcopy(unbroken)
     run_trainer(unbroken, tmp_path / "a", 4)

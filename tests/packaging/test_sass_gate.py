@@ -121,10 +121,16 @@ ARCHS = ("sm_80", "sm_90a")
 KINDS = ("spill", "together", "apart", "near", "far", "early", "late", "slow")
 
 
-def test_every_kernel_is_found_under_its_plain_name(kernels):
+def test_every_kernel_has_its_plain_name_and_the_rules_for_it(kernels):
     names = ["good_kernel<float4, 1>", *(f"{k}_kernel" for k in KINDS)]
     assert set(kernels) == {(name, arch) for name in names for arch in ARCHS}
     assert all(len(kernel.code) > 10 and kernel.registers > 0 for kernel in kernels.values())
+    kernel = kernels["good_kernel<float4, 1>", "sm_80"]
+    other = [
+        {"match": "bad_*", "max_registers": 1},
+        {"match": "*", "arch": ["sm_90a"], "max_registers": 1},
+    ]
+    assert gate.judge(kernel, other) == []
 
 
 def test_objects_are_judged_side_by_side_and_told_in_order(compiled, kernels, tmp_path):
@@ -277,15 +283,6 @@ def test_the_way_through_a_loop_is_the_one_that_loads_most():
 def test_a_broken_rule_is_named(kernels, rule, words):
     reasons = gate.judge(kernels["good_kernel<float4, 1>", "sm_90a"], [{"match": "*", **rule}])
     assert len(reasons) == 1 and words in reasons[0]
-
-
-def test_a_rule_for_another_kernel_or_architecture_is_ignored(kernels):
-    kernel = kernels["good_kernel<float4, 1>", "sm_80"]
-    other = [
-        {"match": "bad_*", "max_registers": 1},
-        {"match": "*", "arch": ["sm_90a"], "max_registers": 1},
-    ]
-    assert gate.judge(kernel, other) == []
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_federated_needs_no_flower():
     assert not [path.name for path in files if flower.search(path.read_text())]
 
 
-def test_ops_of_the_compiled_module_are_called_by_ops_alone():
+def test_ops_are_called_by_ops_alone_through_the_name_that_tests_exchange():
     """Another room may call an op that it defines itself, in Python (``torch.library``)."""
     callers = {
         path.relative_to(ROOT / "lora_ext").parts[0]
@@ -80,10 +80,6 @@ def test_ops_of_the_compiled_module_are_called_by_ops_alone():
         if OPS & set(re.findall(r"torch\.ops\.lora_ext\.(\w+)", path.read_text()))
     }
     assert callers <= {"ops"}
-
-
-def test_ops_call_the_library_through_the_name_that_tests_exchange():
-    """A module with another way to it would test the twins under the name of every backend."""
     calls = {
         path.stem: re.findall(r".*torch\.ops\b(?!\.aten).*", path.read_text())
         for path in (ROOT / "lora_ext/ops").glob("*.py")
@@ -170,7 +166,7 @@ def test_the_table_of_ops_is_what_both_doors_hold():
     assert registered >= OPS  # Python defines others
 
 
-def test_every_op_is_told_as_formula_loop_and_kernel():
+def test_every_op_is_told_as_formula_loop_kernel_and_stub():
     assert set(TELLINGS) == OPS
     headers = "\n".join(p.read_text() for p in (CSRC / "include").rglob("*.h"))
     kernels = "\n".join(p.read_text() for p in (CSRC / "cuda").rglob("*.cu"))
@@ -182,19 +178,6 @@ def test_every_op_is_told_as_formula_loop_and_kernel():
         assert re.search(declared, headers), f"{op}: no twin {twin}"
         for text in (headers, kernels, refusals) if launcher != "-" else ():
             assert re.search(rf"\blaunch_{launcher}\(|LX_NO_KERNEL\(launch_{launcher},", text), op
-
-
-def test_every_op_is_driven_through_the_laws_and_has_a_fake_kernel():
-    laws = [*(ROOT / "tests").glob("cases*.py"), *(ROOT / "tests").glob("test_contract*.py")]
-    laws += (ROOT / "tests/ops").glob("test_*.py")  # plans, sums: laws of their own
-    text = "\n".join(path.read_text() for path in laws)
-    driven = set(re.findall(r"\b(?:ops|reference)\.(\w+)", text))
-    assert {t.reference for t in TELLINGS.values()} <= driven
-    assert _registration._fakes.keys() == OPS
-    assert _registration._backwards.keys() <= OPS
-
-
-def test_every_op_has_a_stub_with_the_arguments_of_its_schema():
     tree = ast.parse(runpy.run_path(str(ROOT / "tools/stubs.py"))["stubs"]())
     stubs = {
         f.name: [a.arg for a in f.args.posonlyargs]
@@ -206,3 +189,13 @@ def test_every_op_has_a_stub_with_the_arguments_of_its_schema():
         for op in OPS
     }
     assert {op: stubs.get(op) for op in OPS} == schemas
+
+
+def test_every_op_is_driven_through_the_laws_and_has_a_fake_kernel():
+    laws = [*(ROOT / "tests").glob("cases*.py"), *(ROOT / "tests").glob("test_contract*.py")]
+    laws += (ROOT / "tests/ops").glob("test_*.py")  # plans, sums: laws of their own
+    text = "\n".join(path.read_text() for path in laws)
+    driven = set(re.findall(r"\b(?:ops|reference)\.(\w+)", text))
+    assert {t.reference for t in TELLINGS.values()} <= driven
+    assert _registration._fakes.keys() == OPS
+    assert _registration._backwards.keys() <= OPS
