@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from served_llama import ActivatedReference
+from served_llama import PROMPTS, ActivatedReference
 from test_constraints import FORMS, asked
 from test_constraints import check as check_forms
 
@@ -119,8 +119,6 @@ def check(peft_model, name, prompt, tokens):
 
 def test_the_server_answers_many_at_once_each_with_its_adapter(server, folder, peft_model):
     address, log = server
-
-    from served_llama import PROMPTS
 
     names, prompts = NAMES * 3, PROMPTS * 3
     with concurrent.futures.ThreadPoolExecutor(len(names)) as clients:
