@@ -16,6 +16,7 @@ from cases_circuit import (
     circuit_inputs,
     formula,
     run,
+    window_of,
 )
 from contract import Outputs, assert_same_bits, same, shapes, within
 from torch import Tensor
@@ -43,7 +44,7 @@ def test_leaves_and_parameters_have_dtypes_of_their_own(
 
 def test_log_probabilities_may_take_the_place_of_logits(backend: Backend) -> None:
     for kind in KINDS:
-        i = circuit_inputs(Window(kind, 3, 5, 1 if kind == "ff" else 4, 1), torch.float32, seed=3)
+        i = circuit_inputs(window_of(kind, 3, 5, 4, 1), torch.float32, seed=3)
         i = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in i.items()}
         i |= {"leaf": -i["leaf"].abs()[..., 0], "x": None}
         check_bounds(run(i), i, kind)
@@ -51,7 +52,7 @@ def test_log_probabilities_may_take_the_place_of_logits(backend: Backend) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck_in_float64(kind: str) -> None:
-    i = circuit_inputs(Window(kind, 2, 5, 1 if kind == "ff" else 3, 4), torch.float64, seed=4)
+    i = circuit_inputs(window_of(kind, 2, 5, 3, 4), torch.float64, seed=4)
     leaves = [i[k].requires_grad_() for k in LEAVES if i[k] is not None]
 
     def f(*values: Tensor) -> tuple[Tensor, ...]:
@@ -128,8 +129,7 @@ def test_impossible_is_minus_infinity_with_gradient_zero_and_nothing_else_is(
 def test_a_chain_of_thousands_keeps_its_digits(backend: Backend, kind: str) -> None:
     if backend.small:
         pytest.skip("this backend runs the small shapes")
-    c = 1 if kind == "ff" else 3
-    window = Window(kind, 1, 2048 if backend.is_twin else 256, c, 5)
+    window = window_of(kind, 1, 2048 if backend.is_twin else 256, 3, 5)
     i = circuit_inputs(window, torch.float32, seed=10, device=backend.device)
     got, exact = run(i), formula(i)
     for key, value in got.items():
@@ -150,8 +150,9 @@ def test_a_row_has_its_bits_whatever_the_batch(backend: Backend, window: Window)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_may_lie_apart_or_be_one_and_the_same(backend: Backend, kind: str) -> None:
-    for c, v in ((1 if kind == "ff" else 4, 8), (1 if kind == "ff" else 3, 5)):
-        i = circuit_inputs(Window(kind, 3, 4, c, v), torch.float32, seed=13, device=backend.device)
+    for c, v in ((4, 8), (3, 5)):
+        window = window_of(kind, 3, 4, c, v)
+        i = circuit_inputs(window, torch.float32, seed=13, device=backend.device)
         expected = run(i)
         apart = {
             k: torch.cat([i[k], i[k]], 1)[:, : i[k].shape[1]] for k in LEAVES if i[k] is not None
@@ -175,12 +176,8 @@ def test_an_expanded_leaf_is_not_copied() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_without_a_graph_break(backend: Backend, kind: str) -> None:
-    i = circuit_inputs(
-        Window(kind, 3, 4, 1 if kind == "ff" else 3, 5),
-        torch.float32,
-        seed=15,
-        device=backend.device,
-    )
+    how = {"seed": 15, "device": backend.device}
+    i = circuit_inputs(window_of(kind, 3, 4, 3, 5), torch.float32, **how)
     leaves = [i[k].requires_grad_() if i[k] is not None else None for k in LEAVES]
 
     def loss(leaf: Tensor, prior: Tensor | None, trans: Tensor | None) -> Tensor:

@@ -1,20 +1,15 @@
 """The page of reproductions: every study that is there, as its rows say."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import study
-from scripts import needs
+from scripts import module_of, needs
 
 # Under another name: `methods` is the folder tests/methods.
 path = Path(study.__file__).with_name("methods.py")
-spec = importlib.util.spec_from_file_location("reproductions", path)
-assert spec is not None and spec.loader is not None
-methods = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = methods
-spec.loader.exec_module(methods)
+methods = module_of(path, "reproductions")
 
 pytestmark = needs("matplotlib", "peft", "rich", "sklearn", "tqdm", "transformers")
 

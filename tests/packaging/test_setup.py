@@ -9,13 +9,9 @@ import types
 from pathlib import Path
 
 import pytest
-from scripts import ROOT
+from scripts import ROOT, module_of
 
-spec = importlib.util.spec_from_file_location("lora_ext_setup", ROOT / "setup.py")
-assert spec and spec.loader
-build = importlib.util.module_from_spec(spec)
-sys.modules["lora_ext_setup"] = build
-spec.loader.exec_module(build)
+build = module_of(ROOT / "setup.py", "lora_ext_setup")
 
 
 @pytest.fixture(autouse=True)
