@@ -241,46 +241,39 @@ def test_wrong_siblings_are_named_and_nothing_is_touched() -> None:
     y, a, b = (each(modules, k) for k in "yab")
     before = [t.clone() for t in y]
     ranks, rows = each(modules, "ranks"), torch.zeros(7, 32)
-    wrong: list[tuple[str, dict[str, Any]]] = [
-        (r"y: expected 1 to 8 tensors, found 0", {"y": []}),
-        (r"y: expected 1 to 8 tensors, found 9", {"y": y * 3}),
-        (r"a: expected as many tensors as y, 3, found 2", {"a": a[:2]}),
-        (r"ranks: expected as many tensors as y, 3, found 1", {"ranks": ranks[:1]}),
-        (r"x: expected shape \(T, I\), found \[16\]", {"x": modules[0]["x"][0]}),
-        (r"module 1: y\.shape\[0\]: expected x\.shape\[0\] = 4", {"y": [y[0], y[1][:3], y[2]]}),
-        (r"module 2: b\.shape\[1\]: expected y\.shape\[1\] = 12", {"b": [b[0], b[1], b[1]]}),
-        (r"module 1: y: expected the dtype of x", {"y": [y[0], y[1].half(), y[2]]}),
-        (
-            r"module 1: a: expected as many adapters as module 0, 2, found 1",
-            {
-                "a": [a[0], a[1][:1], a[2]],
-                "b": [b[0], b[1][:1], b[2]],
-                "scale": [],
-                "ranks": [],
-            },
-        ),
-        (
-            r"module 2: ranks\[0\]: expected a rank in \[0, 8\], found 9",
-            {"ranks": [*ranks[:2], torch.tensor([9, 0], dtype=torch.int32)]},
-        ),
-        (
-            r"module 0: y: expected memory apart from that of another y",
-            {"y": [y[0], y[0], y[2]], "b": [b[0], b[0], b[2]]},
-        ),
-        (
-            r"module 1: y: expected memory apart from that of another y",
-            {"y": [y[0], rows[:4, :32], rows[3:, 20:]]},
-        ),
-        (
-            r"module 2: y: expected rows that do not overlap, found shape \[4, 12\]",
-            {"y": [*y[:2], torch.zeros(21).as_strided((4, 12), (3, 1))]},
-        ),
-        (
-            r"module 0: y: expected memory apart from that of a, found an overlap",
-            {"a": [a[0], a[1], y[0].new_zeros(0).set_(y[0].untyped_storage(), 0, (2, 8, 4))]},
-        ),
-    ]
-    for message, changed in wrong:
+    wrong: dict[str, dict[str, Any]] = {
+        r"y: expected 1 to 8 tensors, found 0": {"y": []},
+        r"y: expected 1 to 8 tensors, found 9": {"y": y * 3},
+        r"a: expected as many tensors as y, 3, found 2": {"a": a[:2]},
+        r"ranks: expected as many tensors as y, 3, found 1": {"ranks": ranks[:1]},
+        r"x: expected shape \(T, I\), found \[16\]": {"x": modules[0]["x"][0]},
+        r"module 1: y\.shape\[0\]: expected x\.shape\[0\] = 4": {"y": [y[0], y[1][:3], y[2]]},
+        r"module 2: b\.shape\[1\]: expected y\.shape\[1\] = 12": {"b": [b[0], b[1], b[1]]},
+        r"module 1: y: expected the dtype of x": {"y": [y[0], y[1].half(), y[2]]},
+        r"module 1: a: expected as many adapters as module 0, 2, found 1": {
+            "a": [a[0], a[1][:1], a[2]],
+            "b": [b[0], b[1][:1], b[2]],
+            "scale": [],
+            "ranks": [],
+        },
+        r"module 2: ranks\[0\]: expected a rank in \[0, 8\], found 9": {
+            "ranks": [*ranks[:2], torch.tensor([9, 0], dtype=torch.int32)]
+        },
+        r"module 0: y: expected memory apart from that of another y": {
+            "y": [y[0], y[0], y[2]],
+            "b": [b[0], b[0], b[2]],
+        },
+        r"module 1: y: expected memory apart from that of another y": {
+            "y": [y[0], rows[:4, :32], rows[3:, 20:]]
+        },
+        r"module 2: y: expected rows that do not overlap, found shape \[4, 12\]": {
+            "y": [*y[:2], torch.zeros(21).as_strided((4, 12), (3, 1))]
+        },
+        r"module 0: y: expected memory apart from that of a, found an overlap": {
+            "a": [a[0], a[1], y[0].new_zeros(0).set_(y[0].untyped_storage(), 0, (2, 8, 4))]
+        },
+    }
+    for message, changed in wrong.items():
         with pytest.raises(ValueError, match="lora_apply_siblings_: " + message):
             call(modules, **changed)
     assert all(torch.equal(now, then) for now, then in zip(y, before, strict=True))
