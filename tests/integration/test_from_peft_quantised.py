@@ -228,7 +228,7 @@ def test_a_pool_serves_the_same_bases(base: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     torch.manual_seed(0)
     model = BASES[base]()
-    attach_saved(model, tmp_path, (".", "other"))
+    attach_saved(model, tmp_path, (".", "other"))  # the folder itself has "default"
     with torch.no_grad():
         x = embedded(model)
         y = model(inputs_embeds=x, adapter_names=["other", ".", None, "other"]).logits
