@@ -46,7 +46,7 @@ def test_messages_of_the_page_stand_in_the_sources() -> None:
     assert [each for each in MESSAGES if each not in joined] == []
 
 
-def test_the_navigation_has_four_parts() -> None:
+def test_the_navigation_has_a_part_for_each_task() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
     parts = re.findall(r"^  - ([\w ]+):$", navigation, re.M)
-    assert parts == ["Start", "How to", "Reference", "Inside"]
+    assert parts == ["Install", "Train", "Serve", "Circuits", "Methods", "Reference", "Inside"]
