@@ -33,16 +33,15 @@ CLAIM = Claim(
     "alone, are connected by a line of low error, and are better after merging and pruning. "
     "Training costs nothing extra.",
     setup="(1) A residual MLP of 8 blocks (width 48), pretrained on a teacher's labels. LoRA of "
-    "rank 4 on each block's first matrix learns the same teacher behind a rotation of its inputs: "
-    "1500 points, 1200 steps of 64. (2) MiniLM, its head trained first: rank 8 on queries and "
-    "values learns 20 sections in 80 steps of 16. Each seed trains two adapters on different "
-    "draws; the barrier is measured at 11 points of the line between their factors.",
+    "rank 4 on each block's first matrix learns the teacher behind a rotation of its inputs: 1500 "
+    "points, 1200 steps of 64. (2) MiniLM, its head trained first: rank 8 on queries and values "
+    "learns 20 sections in 80 steps of 16. Per seed two adapters of different draws, and 11 points "
+    "of the line between their factors.",
     headline="barrier",
     use="you will merge adapters in factors or cut them to some blocks, and LoRA's adapters lose "
     "much by it, as on the small network here (measure this first)",
-    avoid="LoRA's adapters lose nothing by it, as on the pretrained encoder here, where CopRA's "
-    "merged adapters were 0.02 worse. Nor when an adapter is used alone and whole, or merged as "
-    "weights (delta)",
+    avoid="LoRA's adapters lose nothing by it (on the pretrained encoder here, CopRA's merged "
+    "adapters were 0.02 worse), or you use an adapter alone and whole, or merge weights (delta)",
     seeds=3,
     earlier="the network alone, without a criterion on the barrier (0.214; LoRA's was 0.327). "
     "Merged in factors +0.101, every other adapter pruned +0.126, alone -0.011, a step 0.85 of "

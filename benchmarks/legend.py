@@ -44,14 +44,13 @@ CLAIM = Claim(
     setup="MiniLM (6 blocks of 384) with a trained and averaged head, on 20 sections of Debian's "
     "packages. 12 simulated devices of 3 speeds, 6 per round, 10 rounds of 3 steps of 8, at a rate "
     "chosen on another seed. The peer trains LoRA of rank 8 in all layers of all devices. Ranks "
-    "sum to 48 in every arm: LEGEND's go from 5 or 6 to 10 or 11, a ratio of 2 (the paper's "
-    "figure: 17 to 28 in 12 layers, 1.65). Seconds are simulated.",
+    "sum to 48 in every arm: LEGEND's go from 5 or 6 to 10 or 11. Seconds are simulated.",
     headline="sooner, traffic, accuracy",
     use="devices differ in speed, rounds wait for the slowest, and the task can be learned near "
     "the output, such as a new task on a pretrained model with a trained head",
     avoid="the shift is at the input (another script, another sensor), devices are equally fast, "
-    "or the fast devices have all classes. Fast devices alone reached the same accuracy in the "
-    "same time here; the shape of the ranks mattered less than the depth",
+    "or the fast devices have all classes (alone they reached the same accuracy in the same time "
+    "here). The depth matters more than the shape of the ranks",
     seeds=5,
     earlier="a transformer of 6 blocks (width 32), trained from scratch on transposed digits, with "
     "a frozen head, so everything to learn was at the input. 1.31 times sooner, 9 % less traffic, "

@@ -35,24 +35,22 @@ This page explains, for each method, what its paper claims and what a small repr
 is the place to look before you choose a method.
 
 The experiments use pretrained models wherever two cores allow it. Criteria and seeds were committed
-before the runs and were not adapted to the results. The verdict follows from the criterion of the
+before the runs and were not adapted to the results. The verdict follows from the criteria of the
 headline alone:
 
-* *Reproduced*: the criterion is met.
-* *Direction only*: the effect has the sign that the paper reports, but not the required size or
-  certainty.
-* *Not reproduced*: it does not.
-* *Not run yet*: rows of this protocol are missing, or seconds could not be measured because the
-  machine was busy. The page then shows the result of an earlier protocol, which is no verdict on
-  this one.
+* *Reproduced*: all are met.
+* *Direction only*: each is met or has at least the reported sign.
+* *Not reproduced*: at least one does not have the reported sign.
+* *Not run yet*: rows are missing, or the machine was too busy to measure seconds. The page then
+  shows the result of an earlier protocol, which is no verdict on this one.
 
 Brackets contain 95 % intervals, by bootstrap over the seeds. A small reproduction neither proves
-nor refutes a paper. A `+` after a revision means that the tree had uncommitted changes.
+nor refutes a paper. A `+` after a revision means uncommitted changes. The notes of each method have
+the results of earlier protocols, with their verdicts.
 
 `pip install --no-build-isolation '.[claims]'` installs the models and texts
-(`benchmarks/claims/material.py` lists them with their licences). `python benchmarks/methods.py`
-measures what is missing and writes this page; an interrupted run continues. `--from-results` writes
-the page from the existing rows.
+(`benchmarks/claims/material.py` lists their licences). `python benchmarks/methods.py` measures what
+is missing and writes this page; `--from-results` writes it from the existing rows.
 """
 
 
@@ -135,10 +133,9 @@ def section(
         f"* Claim: {claim.claim}",
         f"* Set-up: {claim.setup}",
         f"* Result: {told(judged, claim)}.",
-        f"* Verdict on the headline, {claim.headline}: **{judged.word}**.",
+        f"* Verdict on the headline, {claim.headline}: **{judged.word}**"
+        f" ([notes](notes/{name}.md)).",
     ]
-    if judged.seeds and claim.earlier:
-        lines.append(f"* Earlier protocol: {claim.earlier}.")
     if judged.criteria:
         lines += ["", study.criteria_table(judged.criteria)]
     arms = study.arms_of(module, range(claim.seeds), quick=False)

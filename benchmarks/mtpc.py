@@ -128,15 +128,11 @@ def emitted(rows: Rows, kind: str) -> float:
 
 
 def figure(rows: Rows) -> str:
-    """Seconds, and bytes a call."""
+    """Return the bytes per call; the criteria list the seconds."""
     quiet = max(row["load"] for row in rows) <= QUIET
-    times = [
-        f"{kind} {mode} {batch}: {faster(rows, kind, mode, batch):.2f}"
-        for kind, mode, batch in itertools.product(TREES, MODES, BATCHES)
-    ]
     calls = ", ".join(f"{kind} {emitted(rows, kind):.2f}" for kind in ("ff", *LATENT))
-    seconds = ", ".join(times) if quiet else "left for a quiet machine"
-    return f"seconds over ff: {seconds}; bytes emitted a call, sampling: {calls}"
+    seconds = "in the table" if quiet else "left for a quiet machine"
+    return f"seconds over ff {seconds}; bytes emitted per call, sampling: {calls}"
 
 
 def panels(rows: Rows) -> study.Panels:

@@ -36,9 +36,9 @@ CLAIM = Claim(
     "is kept.",
     headline="refusals at equal gain",
     use="you may cut an adapter without data or training, and a seventh of its task's gain may "
-    "go. Where 85 % of the gain was kept, E-DIEM's distance, smallest first (which prunes the "
-    "smallest updates), restored 0.95 of the refusals, random modules 0.79, Safe LoRA 0.51. That "
-    "point was chosen after one seed had been seen",
+    "go. With 85 % of the gain kept, E-DIEM's distance, smallest first (the smallest updates), "
+    "restored 0.95 of the refusals, random modules 0.79, Safe LoRA 0.51 (a point chosen after one "
+    "seed had been seen)",
     avoid="half of the gain may go: then every rule, even random, refuses nearly all. Nor when "
     "harmless questions must be answered: at intermediate amounts of pruning some rules refused up "
     "to 0.64 of those, random modules 0.96",
