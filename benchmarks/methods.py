@@ -88,13 +88,13 @@ def check(name: str, seeds: int | None) -> bool:
 
 def page(names: Iterable[str]) -> str:
     """Markdown: the table, then a section for each method."""
-    header = ("method", "headline", "verdict", "use it when", "not when")
+    header = ("method", "paper", "headline", "verdict", "use it when", "not when")
     table, sections = [], []
     for name in names:
         module = importlib.import_module(name)
         rows, stale = found_rows(name, module)
         judged, claim = study.judge(module, rows), module.CLAIM
-        row = (f"[{name}](#{name})", claim.headline, f"**{judged.word}**")
+        row = (f"[{name}](#{name})", claim.paper, claim.headline, f"**{judged.word}**")
         table.append((*row, claim.use, claim.avoid))
         sections.append(section(name, module, rows, judged, stale))
     return "\n".join([INTRODUCTION, study.markdown(header, table), "", *sections])
@@ -129,12 +129,10 @@ def section(
     lines = [
         f"## {name}",
         "",
-        f"* Paper: {claim.paper}.",
         f"* Claim: {claim.claim}",
         f"* Set-up: {claim.setup}",
         f"* Result: {told(judged, claim)}.",
-        f"* Verdict on the headline, {claim.headline}: **{judged.word}**"
-        f" ([notes](notes/{name}.md)).",
+        f"* Verdict: **{judged.word}** ([notes](notes/{name}.md)).",
     ]
     if judged.criteria:
         lines += ["", study.criteria_table(judged.criteria)]
