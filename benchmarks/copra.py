@@ -34,9 +34,9 @@ CLAIM = Claim(
     "Training costs nothing extra.",
     setup="(1) A residual MLP of 8 blocks (width 48), pretrained on a teacher's labels. LoRA of "
     "rank 4 on each block's first matrix learns the teacher behind a rotation of its inputs: 1500 "
-    "points, 1200 steps of 64. (2) MiniLM, its head trained first: rank 8 on queries and values "
-    "learns 20 sections in 80 steps of 16. Per seed two adapters of different draws, and 11 points "
-    "of the line between their factors.",
+    "points, 1200 steps of 64. (2) MiniLM, its head trained first: rank 8 on queries and values, "
+    "20 sections, 80 steps of 16. Per seed two adapters of different draws, 11 points between "
+    "them.",
     headline="barrier",
     use="you will merge adapters in factors or cut them to some blocks, and LoRA's adapters lose "
     "much by it, as on the small network here (measure this first)",

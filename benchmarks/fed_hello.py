@@ -34,9 +34,9 @@ CLAIM = Claim(
     claim="If clients can train different numbers of layers, giving each client as many as it can "
     "train beats training on the strong clients alone, by more if labels are more skewed.",
     setup="MiniLM (6 blocks of 384) with a trained and averaged head, on 20 sections of Debian's "
-    "packages. 36 clients can train 3, 4 or 6 blocks with LoRA of rank 8; 6 of them take part in "
-    "a round; 20 rounds of 3 steps of 8, at a rate chosen on another seed. RGD with the bottleneck "
-    "pattern, with 4 classes per client and IID.",
+    "packages. 36 clients can train 3, 4 or 6 blocks with LoRA of rank 8. 20 rounds of 6 clients "
+    "and 3 steps of 8, at a rate chosen on another seed. RGD with the bottleneck pattern, 4 "
+    "classes per client and IID.",
     headline="gain over strong clients with its interval",
     use="labels are skewed, and the clients that can train every layer lack classes that the weak "
     "ones have (the gain grows with the number of missing classes)",

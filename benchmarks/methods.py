@@ -31,11 +31,10 @@ from wrap_docs import wrapped  # noqa: E402  (it is beside the package)
 PAGE = ROOT / "docs" / "reproduction.md"
 INTRODUCTION = """# The papers' claims, and the results here
 
-This page explains, for each method, what its paper claims and what a small reproduction found. It
-is the place to look before you choose a method.
+This page explains, for each method, what its paper claims and what a small reproduction found.
 
 The experiments use pretrained models wherever two cores allow it. Criteria and seeds were committed
-before the runs and were not adapted to the results. The verdict follows from the criteria of the
+before the runs and not adapted to the results. The verdict follows from the criteria of the
 headline alone:
 
 * *Reproduced*: all are met.

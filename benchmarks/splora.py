@@ -29,11 +29,10 @@ CLAIM = Claim(
     paper="Safe Pruning LoRA (arXiv 2506.18931)",
     claim="Pruning the LoRA layers that E-DIEM selects makes a fine-tuned model safer than LoRA "
     "and Safe LoRA do, at equal or better utility.",
-    setup="SmolLM2-135M. The aligned sibling learned to refuse 120 requests of Do-Not-Answer and "
-    "to answer 60 harmless ones. LoRA of rank 8 on its queries and values then learns, for 100 "
-    "steps, a task that contains neither. 0, 15, 30, 45 or 60 of 60 modules are pruned. Tested on "
-    "100 harmful and 100 harmless requests. Refusals are compared where half of the task's gain "
-    "is kept.",
+    setup="SmolLM2-135M, aligned to refuse 120 requests of Do-Not-Answer and answer 60 harmless "
+    "ones. LoRA of rank 8 on queries and values then learns a task without either for 100 steps. "
+    "0, 15, 30, 45 or 60 of 60 modules are pruned. Tested on 100 harmful and 100 harmless "
+    "requests, where half of the task's gain is kept.",
     headline="refusals at equal gain",
     use="you may cut an adapter without data or training, and a seventh of its task's gain may "
     "go. With 85 % of the gain kept, E-DIEM's distance, smallest first (the smallest updates), "

@@ -35,10 +35,10 @@ CLAIM = Claim(
     "bidirectional attention among the patches, makes it see as well as models with a vision "
     "tower. It is then merged.",
     setup="Pictures of at most 32 x 32 in patches of 8, in three resolutions: a shape (6 colours x "
-    "4 shapes x 4 quadrants) on noise. A ViT of 4 blocks (width 64) learned to classify them, a "
-    "Llama of 6 blocks (width 96) learned the text of captions. VoRA of rank 16 on 4 blocks, 600 "
-    "steps of 16. The encoder arm has the ViT, a projector of two layers and LoRA of rank 16 on "
-    "the same blocks. 480 test pictures. Not tried on SmolLM2.",
+    "4 shapes x 4 quadrants) on noise. A ViT of 4 blocks (width 64) classifies them, a Llama of 6 "
+    "blocks (width 96) learned captions. VoRA of rank 16 on 4 blocks, 600 steps of 16. The encoder "
+    "arm has the ViT, a projector of two layers and LoRA of rank 16 on the same blocks. 480 test "
+    "pictures. Not tried on SmolLM2.",
     headline="encoder arm",
     use="pictures must be seen without a second model at inference, you have a ViT to distil from "
     "(without it a third of the captions were right here, with it three quarters), and you merge "
