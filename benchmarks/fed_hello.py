@@ -39,7 +39,7 @@ CLAIM = Claim(
     "classes per client and IID.",
     headline="gain over strong clients with its interval",
     use="labels are skewed, and the clients that can train every layer lack classes that the weak "
-    "ones have (the gain grows with the number of missing classes)",
+    "ones have (the gain depends on how many)",
     avoid="data are IID, or the strong clients have every class",
     seeds=5,
     earlier="digits, 12 clients of 3 classes each. The criterion was a gain in every seed, which "
