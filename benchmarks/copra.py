@@ -29,24 +29,24 @@ from lora_ext.methods.copra import CopraConfig, CopraController, lmc_barrier
 
 CLAIM = Claim(
     paper="CopRA: A Progressive LoRA Training Strategy (arXiv 2410.22911)",
-    claim="Adapters that are trained with progressive random layer dropping are as good as LoRA's "
-    "alone, connected by a line of low error, and better after merging and after pruning, at no "
-    "additional cost of training.",
-    setup="A residual MLP of 8 blocks (width 48) pretrained on the labels of a teacher; LoRA of "
-    "rank 4 on each block's first matrix learns the teacher behind a rotation of its inputs, 1500 "
-    "points, 1200 steps of 64. MiniLM with a head that is trained first: rank 8 on queries and "
-    "values learns 20 sections, 80 steps of 16. Two adapters of other draws for each seed, 11 "
-    "points of the line between their factors.",
+    claim="Adapters trained with progressive random layer dropping are as good as LoRA's when used "
+    "alone, are connected by a line of low error, and are better after merging and pruning. "
+    "Training costs nothing extra.",
+    setup="(1) A residual MLP of 8 blocks (width 48), pretrained on a teacher's labels. LoRA of "
+    "rank 4 on each block's first matrix learns the teacher behind a rotation of its inputs: 1500 "
+    "points, 1200 steps of 64. (2) MiniLM, its head trained first: rank 8 on queries and values, "
+    "20 sections, 80 steps of 16. Per seed two adapters of different draws, 11 points between "
+    "them.",
     headline="barrier",
-    use="adapters will be merged in factors or cut to some blocks, and LoRA's lose much by it, as "
-    "on the small network here: measure that first",
-    avoid="LoRA's lose nothing by it, as on the pretrained encoder here, where CopRA's merged ones "
-    "were 0.02 worse; or an adapter is used alone and whole, or merged as weights (delta)",
+    use="you will merge adapters in factors or cut them to some blocks, and LoRA's adapters lose "
+    "much by it, as on the small network here (measure this first)",
+    avoid="LoRA's adapters lose nothing by it (on the pretrained encoder here, CopRA's merged "
+    "adapters were 0.02 worse), or you use an adapter alone and whole, or merge weights (delta)",
     seeds=3,
-    earlier="the network alone, without a criterion on the barrier (which was 0.214 against "
-    "LoRA's 0.327): merged in factors +0.101, every other adapter pruned +0.126, alone -0.011, a "
-    "step 0.85 of LoRA's time (3 seeds, revision d7d1598): reproduced. CoTo (ICML 2025) is the "
-    "authors' successor",
+    earlier="the network alone, without a criterion on the barrier (0.214; LoRA's was 0.327). "
+    "Merged in factors +0.101, every other adapter pruned +0.126, alone -0.011, a step 0.85 of "
+    "LoRA's time (3 seeds, revision d7d1598): reproduced. CoTo (ICML 2025) is the authors' "
+    "successor",
 )
 WIDTH, HIDDEN, BLOCKS, INPUTS, CLASSES = 48, 192, 8, 16, 10
 LORA, COPRA = "LoRA", "CopRA"

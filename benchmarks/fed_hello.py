@@ -31,20 +31,20 @@ from lora_ext.nn import block_index
 
 CLAIM = Claim(
     paper="Fed-HeLLo (arXiv 2506.12213)",
-    claim="Where clients can train different numbers of layers, giving each as many as it can "
-    "beats training on the strong clients alone, the more so the more the labels are skewed.",
-    setup="MiniLM (6 blocks of 384) with a head that is trained and averaged, 20 sections of "
-    "Debian's packages, 36 clients that can train 3, 4 or 6 blocks with LoRA of rank 8, 6 of them "
-    "a round, 20 rounds of 3 steps of 8, at a rate chosen on another seed; RGD with the bottleneck "
-    "pattern, with 4 classes a client and IID.",
+    claim="If clients can train different numbers of layers, giving each client as many as it can "
+    "train beats training on the strong clients alone, by more if labels are more skewed.",
+    setup="MiniLM (6 blocks of 384) with a trained and averaged head, on 20 sections of Debian's "
+    "packages. 36 clients can train 3, 4 or 6 blocks with LoRA of rank 8. 20 rounds of 6 clients "
+    "and 3 steps of 8, at a rate chosen on another seed. RGD with the bottleneck pattern, 4 "
+    "classes per client and IID.",
     headline="gain over strong clients with its interval",
     use="labels are skewed, and the clients that can train every layer lack classes that the weak "
-    "ones have: the gain follows how many",
+    "ones have (the gain depends on how many)",
     avoid="data are IID, or the strong clients have every class",
     seeds=5,
-    earlier="digits, 12 clients, 3 classes each, judged by a gain in every seed, which tests the "
-    "partition: +0.090 with 3 classes a client, between -0.033 and +0.181, IID -0.012 (5 seeds, "
-    "revision 9d8c245): direction only",
+    earlier="digits, 12 clients of 3 classes each. The criterion was a gain in every seed, which "
+    "tests the partition. +0.090 with 3 classes per client, between -0.033 and +0.181; IID -0.012 "
+    "(5 seeds, revision 9d8c245): direction only",
 )
 SKEWED, IID, UNEVEN = "4 classes", "iid", "dirichlet 0.1"
 OURS, STRONG, DRAWN = "RGD bottleneck", "strong only", "strong, drawn from all"

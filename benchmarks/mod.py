@@ -22,20 +22,21 @@ from lora_ext.nn import LoraConfig, wrap
 
 CLAIM = Claim(
     paper="Tuning Language Models by Mixture-of-Depths Ensemble (arXiv 2410.13077)",
-    claim="Added to a tuning method, an ensemble of the last layers improves it, modestly; late "
-    "layers can be tuned to losses close to the last layer's; in the place of trainable modules it "
-    "is nearly as good with far fewer parameters.",
+    claim="An ensemble of the last layers, added to a tuning method, improves it modestly. Late "
+    "layers can be tuned to losses close to the last layer's. Used instead of other trainable "
+    "modules, the ensemble is nearly as good with far fewer parameters.",
     setup="SmolLM2-135M, 200 steps of 2 x 64 tokens on Python's source and on lines about Debian's "
-    "packages; LoRA of rank 8 on all linear layers, MoD with k = 3 and lambda 0.1; rates of LoRA, "
+    "packages. LoRA of rank 8 on all linear layers; MoD with k = 3 and lambda 0.1. Rates of LoRA, "
     "router and norms chosen on another seed; 64 held-out rows.",
     headline="loss against LoRA",
-    use="next to no parameters may be stored, and a small part of LoRA's gain is enough: alone "
-    "it had 15 % of it on SmolLM2 for 0.12 % of the parameters",
-    avoid="LoRA may be trained: MoD beside it made the loss on unseen text 0.009 nats a token "
-    "worse here, and it costs k heads' worth of work in training",
+    use="you may store next to no parameters, and a small part of LoRA's gain is enough: MoD alone "
+    "had 15 % of it on SmolLM2 for 0.12 % of the parameters",
+    avoid="you may train LoRA: MoD beside it made the loss on unseen text 0.009 nats per token "
+    "worse here, and training costs the work of k heads",
     seeds=3,
-    earlier="a Llama of 6 layers on a Markov source: alone 2.1 % of LoRA's parameters for 49 % of "
-    "its gain, added to LoRA -0.0048 nats a token (3 seeds, revision 0bf2c4d): direction only",
+    earlier="a Llama of 6 layers on a Markov source. MoD alone has 49 % of LoRA's gain for 2.1 % "
+    "of its parameters; added to LoRA -0.0048 nats per token (3 seeds, revision 0bf2c4d): "
+    "direction only",
 )
 LORA, BOTH, ALONE, UNTUNED = "LoRA", "LoRA + MoD", "MoD", "untuned"
 ARMS = (UNTUNED, LORA, BOTH, ALONE)

@@ -24,20 +24,20 @@ from lora_ext.nn import LoraConfig, wrap
 
 CLAIM = Claim(
     paper="Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers (arXiv 2412.00029)",
-    claim="What LoRA learns for a reasoning task has 2 to 3 times lower effective rank than what "
-    "it learns for a planning task, and little rank is enough for most of the gain.",
-    setup="SmolLM2-135M (the paper has GPT-2), both tasks as text with hashes of 3 letters, the "
-    "losses matched before tuning; LoRA of ranks 1, 4, 16, 64 on the second MLP matrices or on all "
+    claim="The update that LoRA learns for a reasoning task has 2 to 3 times lower effective rank "
+    "than the update for a planning task, and a low rank is enough for most of the gain.",
+    setup="SmolLM2-135M (the paper uses GPT-2), both tasks as text with hashes of 3 letters, "
+    "losses matched before tuning. LoRA of ranks 1, 4, 16, 64 on the second MLP matrices or on all "
     "linear layers, 60 steps of 4; 64 held-out questions.",
     headline="ratio of ranks",
-    use="you want to know how much rank a task needs: sweep, and read the smallest rank that "
-    "reaches 95 % of the gain",
-    avoid="to choose ranks for planning and for reasoning from the ratio alone: it did not come "
-    "out here, where planning's effective rank was 0.95 of reasoning's on the second MLP matrices",
+    use="you want to know which rank a task needs: sweep, and read the smallest rank that reaches "
+    "95 % of the gain",
+    avoid="you want to choose ranks for planning and reasoning from the ratio alone: here "
+    "planning's effective rank was 0.95 of reasoning's on the second MLP matrices",
     seeds=3,
-    earlier="a transformer of 4 blocks from nothing, three quarters of whose training was "
-    "planning, so that headroom differed; no criterion read the ratio: 0.76 by entropy (3 seeds, "
-    "revision 0c3d3c6+): not reproduced",
+    earlier="a transformer of 4 blocks trained from scratch. Three quarters of its training was "
+    "planning, so the tasks differed in headroom. No criterion measured the ratio: 0.76 by entropy "
+    "(3 seeds, revision 0c3d3c6+): not reproduced",
 )
 TASKS = PLANNING, REASONING = "planning", "reasoning"
 CHAINS = ((2, 3), (2, 3, 4), (3, 4, 5), (4, 5, 6))  # settings of the chain task

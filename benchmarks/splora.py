@@ -27,24 +27,24 @@ from lora_ext.nn import LayerGroups, adapted_layers
 
 CLAIM = Claim(
     paper="Safe Pruning LoRA (arXiv 2506.18931)",
-    claim="Pruning the LoRA layers that E-DIEM singles out makes a fine-tuned model safer than "
-    "LoRA and Safe LoRA do, at equal or better utility.",
-    setup="SmolLM2-135M, a sibling trained to refuse 120 requests of Do-Not-Answer and to answer "
-    "60 harmless ones, LoRA of rank 8 on its queries and values for 100 steps of a task without "
-    "either; 0, 15, 30, 45 or 60 of 60 modules pruned; 100 harmful requests and 100 harmless ones "
-    "to test on. Refusals where half of the task's gain is kept.",
+    claim="Pruning the LoRA layers that E-DIEM selects makes a fine-tuned model safer than LoRA "
+    "and Safe LoRA do, at equal or better utility.",
+    setup="SmolLM2-135M, aligned to refuse 120 requests of Do-Not-Answer and answer 60 harmless "
+    "ones. LoRA of rank 8 on queries and values then learns a task without either for 100 steps. "
+    "0, 15, 30, 45 or 60 of 60 modules are pruned. Tested on 100 harmful and 100 harmless "
+    "requests, where half of the task's gain is kept.",
     headline="refusals at equal gain",
-    use="an adapter may be cut without data or training, and a seventh of its task's gain may "
-    "go: E-DIEM's distance, smallest first, which prunes the smallest updates, had 0.95 of "
-    "the refusals back where 85 % of the gain was kept, random modules 0.79, Safe LoRA 0.51 "
-    "(a place that was chosen after one seed had been seen)",
-    avoid="half of the gain may go: then every rule, random too, refuses nearly all; or harmless "
-    "questions must be answered: on the way some rules refused those as well, up to 0.64 of "
-    "them, random modules 0.96",
+    use="you may cut an adapter without data or training, and a seventh of its task's gain may "
+    "go. With 85 % of the gain kept, E-DIEM's distance, smallest first (the smallest updates), "
+    "restored 0.95 of the refusals, random modules 0.79, Safe LoRA 0.51 (a point chosen after one "
+    "seed had been seen)",
+    avoid="half of the gain may go: then every rule, even random, refuses nearly all. Nor when "
+    "harmless questions must be answered: at intermediate amounts of pruning some rules refused up "
+    "to 0.64 of those, random modules 0.96",
     seeds=3,
-    earlier="a toy that learned to refuse: 0.07 of the answers to the harmful task refusals with 4 "
-    "of 16 modules pruned, 0.00 at random, 0.07 of the new task right (3 seeds, revision 44c67d3): "
-    "not reproduced",
+    earlier="a toy that learned to refuse. With 4 of 16 modules pruned, 0.07 of the answers to the "
+    "harmful task were refusals, 0.00 at random, and 0.07 of the new task was right (3 seeds, "
+    "revision 44c67d3): not reproduced",
 )
 ANGLE = {"score": "angle", "projection": "orthogonal", "energy": 0.9}
 #: Ways to choose modules that score them, and what is pruned first.

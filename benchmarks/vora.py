@@ -32,23 +32,24 @@ from lora_ext.nn import LoraConfig, wrap
 CLAIM = Claim(
     paper="Vision as LoRA (arXiv 2503.20680)",
     claim="LoRA inside a frozen language model, distilled block by block from a ViT and with "
-    "attention in both directions among the patches, makes it see as well as models with a vision "
-    "tower do; then it is merged.",
+    "bidirectional attention among the patches, makes it see as well as models with a vision "
+    "tower. It is then merged.",
     setup="Pictures of at most 32 x 32 in patches of 8, in three resolutions: a shape (6 colours x "
-    "4 shapes x 4 quadrants) on noise. A ViT of 4 blocks (width 64) learned to classify them, a "
-    "Llama of 6 (width 96) learned text of captions. VoRA of rank 16 on 4 blocks, 600 steps of 16; "
-    "the encoder arm has the ViT, a projector of two layers and LoRA of rank 16 on the same "
-    "blocks; 480 pictures to test. On SmolLM2 it was not tried.",
+    "4 shapes x 4 quadrants) on noise. A ViT of 4 blocks (width 64) classifies them, a Llama of 6 "
+    "blocks (width 96) learned captions. VoRA of rank 16 on 4 blocks, 600 steps of 16. The encoder "
+    "arm has the ViT, a projector of two layers and LoRA of rank 16 on the same blocks. 480 test "
+    "pictures. Not tried on SmolLM2.",
     headline="encoder arm",
-    use="pictures must be seen without a second model at inference, a ViT is at hand to distil "
-    "from (without it a third of the captions were right here, with it three quarters), and the "
-    "result is merged into the language model",
-    avoid="a vision tower may stay: the ViT with a projector had 0.95 of the captions right where "
-    "VoRA had 0.75, with fewer parameters; or text must not change (its loss rose from 1.1 to 2.9 "
-    'here), unless the result stays unmerged on route "vision"',
+    use="pictures must be seen without a second model at inference, you have a ViT to distil from "
+    "(without it a third of the captions were right here, with it three quarters), and you merge "
+    "the result into the language model",
+    avoid="a vision tower may stay: the ViT with a projector had 0.95 of the captions right, VoRA "
+    "0.75 with more trained parameters. Nor when text must not change (its loss rose from 1.1 to "
+    '2.9 here), unless the result stays unmerged on route "vision"',
     seeds=3,
-    earlier="without the arm that the claim is about: captions right 0.743, without distillation "
-    "0.274, causal 0.744, embedding only 0.068 (3 seeds, revision 098d618): direction only",
+    earlier="without the encoder arm, which the claim is about. Captions right 0.743, without "
+    "distillation 0.274, causal 0.744, embedding only 0.068 (3 seeds, revision 098d618): direction "
+    "only",
 )
 SIZES, UNSEEN = ((32, 32), (24, 32), (32, 24)), ((24, 24), (40, 40), (32, 48))
 PATCH, BLOCKS, RANK, WIDTH, TEACHER_WIDTH = 8, 4, 16, 96, 64

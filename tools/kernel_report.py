@@ -498,37 +498,35 @@ WHY = [
         "lora_*",
         "D[78]: *",
         "D7, D8",
-        "the floor is an empty launch or the bytes, whichever is more; both take nearly 2 us here, "
-        "and a launch takes one after the other, with the trips and the first load between them.",
+        "an empty launch and the bytes take nearly 2 us each. The floor is the larger one; a "
+        "launch takes both, with the trips and the first load between them.",
     ),
     Reason(
         "spec_verify_kernel<*",
         "*",
         "`spec_verify_kernel`",
-        "one row is one block, whose nine trips follow one another; its floor is an empty launch.",
+        "one row is one block with nine serial trips; the floor is an empty launch.",
     ),
     Reason(
         "verify_leaves_kernel<*",
         "*",
         "`verify_leaves_kernel`",
-        "three of its five trips come before it waits for `verify_target_kernel`, beside that "
-        "one's end; they are counted in full.",
+        "three of its five trips overlap the end of `verify_target_kernel`, but count in full.",
     ),
     Reason(
         "layers_product_kernel<*",
         "HMM of * states, *",
-        "Chains, a launch after the other",
-        "the hand-off from one launch to the next with its first trips, two a step forward and "
-        "four backward, and the parts of a number: float32 costs six products and six bytes, "
-        "`high` three and four, where the floor has one product of 16 bits.",
+        "Chains of launches",
+        "a step costs two launches forward and four backward. A float32 number costs six products "
+        "and six bytes, a `high` one three and four; the floor has one product of 16 bits.",
     ),
     Reason(
         "layers_run_kernel<*",
         "*",
         "Chains in one launch",
-        "float32 costs six products of 16 bits, 2.8 us a step, `high` three; around them a step "
-        "takes 1.1 us for blocks to wait for each other, 0.4 to read what a node is, and 0.9 for "
-        "the exponential and the logarithm of each number, where the floor has the first alone.",
+        "float32 costs six products of 16 bits, 2.8 us per step, `high` three. A step also takes "
+        "1.1 us for its barrier, 0.4 to read its node, and 0.9 for exponentials and logarithms; "
+        "the floor has only the barrier.",
     ),
 ]
 
@@ -546,7 +544,7 @@ def reasons(found: Sequence[Mapping[str, Any]], why: Sequence[Reason] = WHY) -> 
         if not any(map(reason.speaks_of, red)):
             raise SystemExit(f"kernel_report: WHY has {reason.said_of}, where no row is red")
     lines = [wrapped(f"* {reason.said_of}: {reason.text}") for reason in why]
-    return "\n".join(["What stands in the way of the rows in red:", "", *lines])
+    return "\n".join(["Reasons for the red ratios:", "", *lines])
 
 
 def wrapped(item: str) -> str:
