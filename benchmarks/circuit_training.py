@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from einsum_peer import einsum_layers, layers_of
 from torch import Tensor, nn
 
 from lora_ext.circuits import Categorical, Circuit, RegionGraph, chow_liu_parents
@@ -101,8 +102,6 @@ def epoch(
 
 def rat_spn_calls(units: int, x: Tensor, depth: int, repetitions: int) -> Calls:
     """A RAT-SPN, and libcirkit's of the same sizes (its random splits are others)."""
-    from circuit_engine import einsum_layers, layers_of
-
     torch.manual_seed(0)
     graph = RegionGraph.rat_spn(64, depth, repetitions, units, units, Categorical(GREYS))
     circuit = Circuit(graph)

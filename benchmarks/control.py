@@ -322,10 +322,8 @@ class Masked(_constrained.Constrained):
 class Plain(Masked):
     """Drafts that do not know the constraint."""
 
-    def drafted(
-        self, decoder: Any, hidden: Tensor, pending: Tensor | None, uniforms: Tensor
-    ) -> Any:
-        window = decoder.draft(hidden, pending, uniforms)
+    def drafted(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> Any:
+        window = self.decoder.draft(hidden, pending, uniforms)
         self._window, rows = [], self.rows
         self._runs = torch.zeros(len(rows), dtype=torch.long)
         for k, token in enumerate(window.tokens.unbind(1)):

@@ -108,7 +108,7 @@ def decode_steps(rounds: int) -> dict[str, Timing]:
     """A decode step of a model of SmolLM2's shape, both ways, checked first."""
     from lora_model import CONTEXT, NAMES, Step, _sharing_weights, build
 
-    _siblings._ON_CPU = True  # pyright: ignore[reportPrivateUsage]
+    _siblings.SHARE_ON_CPU = True
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         engines = build(Path(folder))
         fused = lora_ext.attach(_sharing_weights(engines.plain), engines.pool, fuse_siblings=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 import re
 import sys
@@ -66,14 +67,13 @@ def integer(
     *,
     expected: Words | None = None,
 ) -> int:
-    """The integer that ``value`` is, in ``[minimum, maximum]``; ``expected`` says it otherwise."""
+    """Return ``value`` as a Python int in ``[minimum, maximum]``; ``expected`` replaces the
+    message's description."""
     whole = value if type(value) in (int, torch.SymInt) else _whole(_plain(value))
-    if (
-        whole is None
-        or (minimum is not None and whole < minimum)
-        or (maximum is not None and whole > maximum)
-    ):
-        words = expected or "an integer" + _bounds(minimum, maximum)
+    if whole is None or not _inside(whole, minimum, maximum):
+        low = "" if minimum is None else f" from {minimum}"
+        high = "" if maximum is None else f" {'up ' if minimum is None else ''}to {maximum}"
+        words = expected or f"an integer{low}{high}"
         _refuse(where, argument, words, value, WrongKind if whole is None else ValueError)
     return whole
 
@@ -87,38 +87,49 @@ def number(
     *,
     above: float | None = None,
     below: float | None = None,
-    finite: bool = True,
     expected: Words | None = None,
 ) -> float:
-    """The number that ``value`` is, an int where it is one, within the bounds.
+    """Return ``value`` as a Python number within bounds, an int if it is one.
 
     Args:
-        where, argument: what the message speaks of. value: what was given.
-        minimum, maximum: the least and the largest. above, below: bounds that are not reached.
-        finite: False lets infinity through; NaN never passes.
-        expected: says it in other words; of a pair, the first speaks of what is no number at all.
+        where, argument: named in the message. value: to be checked.
+        minimum, maximum: bounds that are allowed. above, below: bounds that are not.
+        expected: replaces the message's description; of a pair, the first is for what is no number.
+
+    Infinity is allowed only with ``maximum=math.inf``, NaN never.
     """
     real = value if type(value) in (float, torch.SymFloat, torch.SymInt) else _real(_plain(value))
-    words = expected or _interval(minimum, maximum, above, below)
+    finite = maximum != math.inf
+    words = expected or _interval(minimum, maximum if finite else None, above, below)
     if real is None:
         _refuse(where, argument, words, value, WrongKind)
     # Compared as it is: an integer may be too large for a float.
     if not (abs(real) <= sys.float_info.max if finite else real == real):
         _refuse(where, argument, words if isinstance(words, str) else words[:1], value)
-    if (
-        (minimum is not None and real < minimum)
-        or (maximum is not None and real > maximum)
-        or (above is not None and real <= above)
-        or (below is not None and real >= below)
-    ):
+    if not _inside(real, minimum, maximum, above, below):
         _refuse(where, argument, words, value)
     return real
+
+
+def _inside(
+    value: Any,
+    minimum: float | None,
+    maximum: float | None,
+    above: float | None = None,
+    below: float | None = None,
+) -> bool:
+    return (
+        (minimum is None or value >= minimum)
+        and (maximum is None or value <= maximum)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
 
 
 def choice(
     where: str, argument: str, value: object, choices: Sequence[T], *, expected: str | None = None
 ) -> T:
-    """The one of ``choices`` that ``value`` is."""
+    """Return the member of ``choices`` that equals ``value``."""
     for each in choices:
         if isinstance(value, type(each)) and value == each:
             return each
@@ -126,7 +137,7 @@ def choice(
 
 
 def flag(where: str, argument: str, value: object, *, expected: str = "True or False") -> bool:
-    """The truth that ``value`` is; anything else would count as one, and "no" as True."""
+    """Return ``value`` as a bool; raise for anything else, since ``bool("no")`` is True."""
     plain = _plain(value)
     if type(plain) is not bool:
         _refuse(where, argument, expected, value, WrongKind)
@@ -169,7 +180,8 @@ Rule = Callable[[str, str, Any], Any]
 def within(
     minimum: float | None = None, maximum: float | None = None, **more: Any
 ) -> Mapping[str, Any]:
-    """Bounds of a field, the arguments of :func:`integer` and :func:`number` after its value."""
+    """Return bounds of a field: the arguments of :func:`integer` and :func:`number` after its
+    value."""
     return {"minimum": minimum, "maximum": maximum, **more}
 
 
@@ -201,21 +213,18 @@ def check_fields(
 
 @functools.cache
 def _kinds(config: type) -> dict[str, tuple[Callable[..., Any], bool]]:
-    """The check of each field whose annotation says one, and whether it may be None."""
+    """Return the check of each field whose annotation says one, and whether it may be None."""
     found: dict[str, tuple[Callable[..., Any], bool]] = {}
     for name, hint in typing.get_type_hints(config).items():
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         parts = typing.get_args(hint) if union else (hint,)
-        rest = [part for part in parts if part is not types.NoneType]
-        if len(rest) == 1 and (rule := _rule(rest[0])) is not None:
-            found[name] = rule, len(rest) < len(parts)
+        kind, *more = [part for part in parts if part is not types.NoneType]
+        rule = {int: integer, float: number, bool: flag}.get(kind)
+        if typing.get_origin(kind) is Literal:
+            rule = functools.partial(choice, choices=typing.get_args(kind))
+        if rule is not None and not more:
+            found[name] = rule, len(parts) > 1
     return found
-
-
-def _rule(hint: Any) -> Callable[..., Any] | None:
-    if typing.get_origin(hint) is Literal:
-        return functools.partial(choice, choices=typing.get_args(hint))
-    return {int: integer, float: number, bool: flag}.get(hint)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -272,7 +281,7 @@ def _refuse(
 
 
 def _plain(value: Any) -> Any:
-    """The Python scalar that a scalar of numpy or torch holds; anything else as it is."""
+    """Return the Python scalar that a scalar of numpy or torch holds; anything else as it is."""
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
         try:
             return value.item()
@@ -292,12 +301,6 @@ def _real(value: Any) -> float | None:
         return None
     whole = _whole(value)
     return float(value) if whole is None else whole
-
-
-def _bounds(minimum: float | None, maximum: float | None) -> str:
-    if minimum is None:
-        return "" if maximum is None else f" up to {maximum}"
-    return f" from {minimum}" + ("" if maximum is None else f" to {maximum}")
 
 
 def _interval(

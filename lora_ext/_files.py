@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 MAX_HEADER_BYTES = 16 << 20  # about 130 bytes per tensor: room for 100 000 of them
 
 _DTYPES = {
@@ -112,66 +114,50 @@ class SafetensorsFile:
             raise
 
     def _read_header(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
+        where, size = self.where, os.fstat(self._file.fileno()).st_size
         head = self._file.read(8)
         if len(head) < 8:
-            raise ValueError(f"{self.where}: expected an 8-byte header length, found {size} bytes")
+            raise ValueError(f"{where}: expected an 8-byte header length, found {size} bytes")
         (length,) = struct.unpack("<Q", head)
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise ValueError(
-                f"{self.where}: header length: expected at most {min(MAX_HEADER_BYTES, size - 8)}, "
-                f"found {length}"
-            )
+        most = min(MAX_HEADER_BYTES, size - 8)
+        require(length <= most, where, "header length", f"at most {most}", length)
         self._data = 8 + length
-        header = parse_json(self._exactly(length), f"{self.where}: header")
-        if not isinstance(header, dict):
-            raise ValueError(f"{self.where}: header: expected an object, found {header!r:.80}")
+        header = parse_json(self._exactly(length), f"{where}: header")
+        require(isinstance(header, dict), where, "header", "an object", f"{header!r:.80}")
         metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
-            raise ValueError(f"{self.where}: __metadata__: expected text, found {metadata!r:.80}")
+        text = isinstance(metadata, dict) and all(isinstance(t, str) for t in metadata.values())
+        require(text, where, "__metadata__", "text", f"{metadata!r:.80}")
         self.metadata: dict[str, str] = metadata
         self.infos = {}
         self._spans: dict[str, tuple[int, int]] = {}
         for key, entry in header.items():
-            self.infos[key], self._spans[key] = self._check_entry(key, entry)
+            self.infos[key], self._spans[key] = self._read_entry(key, entry)
         end = 0
         for key, span in sorted(self._spans.items(), key=lambda item: item[1]):
-            if span[0] != end:
-                raise ValueError(
-                    f"{self.where}: {key}: data_offsets: expected {end} as the start, "
-                    f"found {span[0]} (tensors must neither overlap nor leave gaps)"
-                )
+            expected = f"{end} as the start (tensors must neither overlap nor leave gaps)"
+            require(span[0] == end, where, f"{key}: data_offsets", expected, span[0])
             end = span[1]
         if end != size - self._data:
-            raise ValueError(
-                f"{self.where}: expected {end} bytes of tensors, found {size - self._data}"
-            )
+            raise ValueError(f"{where}: expected {end} bytes of tensors, found {size - self._data}")
 
-    def _check_entry(self, key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+    def _read_entry(self, key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
         where = f"{self.where}: {key:.200}"
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"{where}: expected dtype, shape, data_offsets, found {entry!r:.200}")
+        fields = {"dtype", "shape", "data_offsets"}
+        known = isinstance(entry, dict) and entry.keys() == fields
+        require(known, where, "entry", "dtype, shape, data_offsets", f"{entry!r:.200}")
         shape, offsets, name = entry["shape"], entry["data_offsets"], entry["dtype"]
         for field, value in (("shape", shape), ("data_offsets", offsets)):
-            if (
-                not isinstance(value, list)
-                or len(value) > 8
-                or not all(type(n) is int and 0 <= n < 2**48 for n in value)
-            ):
-                raise ValueError(f"{where}: {field}: expected a few sizes, found {value!r:.200}")
-        if len(offsets) != 2 or not isinstance(name, str):
-            raise ValueError(
-                f"{where}: expected two data_offsets and a dtype, found {entry!r:.200}"
-            )
+            few = isinstance(value, list) and len(value) <= 8
+            sizes = few and all(type(n) is int and 0 <= n < 2**48 for n in value)
+            require(sizes, where, field, "a few sizes", f"{value!r:.200}")
+        fits = len(offsets) == 2 and isinstance(name, str)
+        require(fits, where, "entry", "two data_offsets and a dtype", f"{entry!r:.200}")
         dtype = _DTYPES.get(name)
         if dtype is None:  # kept by name: the key may be one that the caller skips
             return TensorInfo(tuple(shape), name), (offsets[0], offsets[1])
-        nbytes = math.prod(shape) * dtype.itemsize
-        if offsets[1] - offsets[0] != nbytes:
-            raise ValueError(
-                f"{where}: data_offsets: expected {nbytes} bytes for {name} {shape}, "
-                f"found {offsets[1] - offsets[0]}"
-            )
+        expected, found = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
+        words = f"{expected} bytes for {name} {shape}"
+        require(found == expected, where, "data_offsets", words, found)
         return TensorInfo(tuple(shape), dtype), (offsets[0], offsets[1])
 
     def _exactly(self, count: int) -> bytearray:
@@ -188,10 +174,8 @@ class SafetensorsFile:
         """
         shape, dtype = self.infos[key]
         if isinstance(dtype, str):
-            known = ", ".join(_DTYPES)
-            raise ValueError(
-                f"{self.where}: {key:.200}: dtype: expected {known}, found {dtype!r:.80}"
-            )
+            expected, where = [*_DTYPES], f"{self.where}: {key:.200}"
+            raise ValueError(f"{where}: dtype: expected one of {expected}, found {dtype!r:.80}")
         begin, end = self._spans[key]
         self._file.seek(self._data + begin)
         data = self._exactly(end - begin)

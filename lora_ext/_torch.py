@@ -18,7 +18,8 @@ TILE_COLUMNS = 32  # columns of one AMX tile of 16-bit numbers
 
 
 def exactly(device: torch.device) -> AbstractContextManager[object]:
-    """A block that autocast leaves alone: its products keep the dtype that they are given."""
+    """Return a context manager in which autocast leaves products in the dtype that they are
+    given."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if kind in AUTOCASTS else nullcontext()
 
@@ -32,7 +33,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def compiles() -> bool:
-    """Whether this code is compiled or exported.
+    """Return whether this code is compiled or exported.
 
     ``torch.compiler.is_compiling`` is true in every thread while one of them compiles: what another
     thread computes meanwhile must not be taken for a part of the graph.
@@ -42,7 +43,8 @@ def compiles() -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A block in which a model evaluates; then each of its modules has its own mode again."""
+    """Put a model into evaluation mode for a ``with`` block; restore each module's mode after
+    it."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -53,14 +55,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """``getattr(module, name)`` of what is a parameter as a rule, in a third of the time."""
+    """Return ``getattr(module, name)``, in a third of the time if it is a parameter."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
 
 
 def zero_gradients(y: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """``y``, whose backward also gives each of these a gradient of zeros, and reads none of them:
-    data parallel training waits for a gradient of every parameter."""
+    """Return ``y``; its backward also gives each of these parameters a gradient of zeros, without
+    reading them. Data-parallel training waits for a gradient of every parameter."""
     return _ZeroGradients.apply(y, *parameters)  # pyright: ignore[reportReturnType]
 
 

@@ -1,13 +1,12 @@
 """One small language model whose layers carry adapters of three kinds."""
 
-from __future__ import annotations
-
 import warnings
 
 import peft
 import torch
 import transformers
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import lora_ext
 from lora_ext.nn import LoraLinear, Swap
@@ -27,6 +26,13 @@ def llama(layers: int = 3) -> transformers.LlamaForCausalLM:
         num_key_value_heads=2,
     )
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def operations(run) -> list[str]:
+    """Names of all operators and kernels, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    return [e.name for e in found.events() if "profiler" not in e.name.lower()]
 
 
 def adapted(kind: str, *names: str, targets: tuple[str, ...] = TARGETS, **settings) -> nn.Module:

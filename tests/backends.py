@@ -1,7 +1,5 @@
 """The ways in which one op is run, and what decides whether a way is open here."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from dataclasses import dataclass

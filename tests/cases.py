@@ -1,13 +1,11 @@
 """LoRA's rows of the table: what its ops are fed, and how far they may lie from the formula."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from contract import Check, Op, Outputs
+from contract import Check, Op, Outputs, wide
 from torch import Tensor
 
 from lora_ext import ops, reference
@@ -15,7 +13,6 @@ from lora_ext import ops, reference
 Inputs = dict[str, Any]
 
 
-# --- shapes -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Shape:
     """One batch: ``tokens`` rows of width ``wide`` onto ``out``, adapters of the given ranks."""
@@ -99,7 +96,6 @@ def assign(shape: Shape, g: torch.Generator) -> Tensor:
     return ids
 
 
-# --- inputs -----------------------------------------------------------------------------------
 def _values(
     g: torch.Generator, exact: bool, size: tuple[int, ...], dtype: torch.dtype, spread: float = 1.0
 ) -> Tensor:
@@ -161,16 +157,9 @@ def make_inputs(
 
 
 def wider(inputs: Inputs) -> Inputs:
-    """The same inputs in float64 on the CPU, for the reference."""
-    return {
-        k: (v.cpu().double() if v.is_floating_point() and k != "scale" else v.cpu())
-        if isinstance(v, Tensor)
-        else v
-        for k, v in inputs.items()
-    }
+    return wide(inputs, keep=("scale",))
 
 
-# --- bounds -----------------------------------------------------------------------------------
 ROUNDING = {
     torch.float64: 2.0**-53,
     torch.float32: 2.0**-24,
@@ -188,12 +177,12 @@ def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
     in the accumulator's precision: its constant covers fp32 fused multiply-adds and tensor cores.
     """
     dtype = inputs["x"].dtype
-    wide = wider(inputs)
-    magnitudes = {k: wide[k].abs() for k in ("x", "a", "b")}
-    args = (wide["adapter_ids"], wide["scale"], wide["ranks"], wide["page_table"])
+    exactly = wider(inputs)
+    magnitudes = {k: exactly[k].abs() for k in ("x", "a", "b")}
+    args = (exactly["adapter_ids"], exactly["scale"], exactly["ranks"], exactly["page_table"])
     v = reference.lora_shrink(magnitudes["x"], magnitudes["a"], *args)
     total = reference.lora_update(v, magnitudes["b"], args[0], *args[2:])
-    v_exact = reference.lora_shrink(wide["x"], wide["a"], *args).abs()
+    v_exact = reference.lora_shrink(exactly["x"], exactly["a"], *args).abs()
     split = SPLIT.get(dtype, 0.0) * reference.lora_update(
         v_exact, magnitudes["b"], args[0], *args[2:]
     )
@@ -207,14 +196,13 @@ def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
 
 def v_bound(inputs: Inputs) -> Tensor:
     """Largest |error| allowed for v: the accumulation of I products, the product with the scale."""
-    wide = wider(inputs)
-    args = (wide["adapter_ids"], wide["scale"], wide["ranks"], wide["page_table"])
-    total = reference.lora_shrink(wide["x"].abs(), wide["a"].abs(), *args)
+    exactly = wider(inputs)
+    args = (exactly["adapter_ids"], exactly["scale"], exactly["ranks"], exactly["page_table"])
+    total = reference.lora_shrink(exactly["x"].abs(), exactly["a"].abs(), *args)
     accumulator = 2.0**-53 if inputs["x"].dtype == torch.float64 else 2.0**-24
     return (16 + inputs["x"].shape[1] ** 0.5 / 2) * accumulator * total
 
 
-# --- ops --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class OpCase:
     """One op: how to call it and its formula on the same inputs, and its error bound."""

@@ -1,13 +1,11 @@
 """The row of the scan of circuits: what it is fed, every output, how far each may lie off."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contract import Check, Op, Outputs
+from contract import Check, Op, Outputs, wide
 from torch import Tensor
 
 from lora_ext import ops, reference
@@ -35,8 +33,13 @@ class Window:
         return f"{self.kind}-{self.rows}x{self.n_token}x{self.components}x{self.vocab}"
 
 
+def window_of(kind: str, rows: int, n_token: int, components: int, vocab: int) -> Window:
+    """With one component if the kind has no others."""
+    return Window(kind, rows, n_token, 1 if kind == "ff" else components, vocab)
+
+
 def _windows(sizes: list[tuple[int, int, int, int]]) -> list[Window]:
-    return [Window(k, b, n, 1 if k == "ff" else c, v) for k in KINDS for b, n, c, v in sizes]
+    return [window_of(kind, *size) for kind in KINDS for size in sizes]
 
 
 SMALL = _windows([(1, 1, 1, 1), (3, 2, 5, 7), (2, 3, 8, 16), (5, 5, 3, 33), (2, 8, 17, 24)])
@@ -102,13 +105,7 @@ def run(i: Inputs, scan: Any = None) -> Outputs:
 
 
 def formula(inputs: Inputs) -> Outputs:
-    """The same by the reference, in float64."""
-    i = {
-        k: v.cpu().double() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
-    i["x"] = i["x"].cpu() if i["x"] is not None else None
-    return run(i, reference.circuit_scan)
+    return run(wide(inputs), reference.circuit_scan)
 
 
 def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
@@ -144,7 +141,7 @@ def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
 def checks() -> Iterator[Check]:
     library = torch.ops.lora_ext
     for kind in KINDS:
-        window = Window(kind, 3, 5, 1 if kind == "ff" else 3, 6)
+        window = window_of(kind, 3, 5, 3, 6)
         i = circuit_inputs(window, torch.float32, seed=14)
         leaf = i["leaf"].requires_grad_()
         yield "circuit_leaf", (leaf, i["x"])

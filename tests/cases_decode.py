@@ -1,13 +1,11 @@
 """What the decoding ops are fed, and how far their answers may lie from the formula."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contract import Check, Op, Outputs
+from contract import Check, Op, Outputs, wide
 from torch import Tensor
 
 from lora_ext import ops, reference
@@ -19,8 +17,6 @@ BAND = 1e-5  # of the total, within which two devices may draw differently
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch of circuits."""
-
     kind: str
     rows: int
     tokens: int  # K
@@ -72,7 +68,7 @@ def make_inputs(
     """
     g = torch.Generator().manual_seed(seed)
     b, k, c, v = shape.rows, shape.tokens, shape.components, shape.vocabulary
-    wide = dtype == torch.float64
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
 
     def logits(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         if not exact:
@@ -86,10 +82,10 @@ def make_inputs(
 
     def uniform(*size: int) -> Tensor:
         if not exact:
-            return torch.rand(size, generator=g, dtype=torch.float64 if wide else torch.float32)
+            return torch.rand(size, generator=g, dtype=sums)
         return (2 * torch.randint(0, 1 << 17, size, generator=g) + 1) / 2.0**18
 
-    weights = weights or (torch.float64 if wide else dtype)
+    weights = weights or dtype
     evidence = torch.full((b, k), -1)
     x = torch.randint(-1, v, (b, k), generator=g)
     # Given tokens must be possible: the first token of a row always is.
@@ -112,16 +108,7 @@ def make_inputs(
     return {n: t.to(device) if isinstance(t, Tensor) else t for n, t in inputs.items()}
 
 
-def wider(inputs: Inputs) -> Inputs:
-    """The same in float64 on the CPU."""
-    return {
-        n: (t.cpu().double() if t.is_floating_point() else t.cpu()) if isinstance(t, Tensor) else t
-        for n, t in inputs.items()
-    }
-
-
 def circuit(i: Inputs) -> tuple[Any, ...]:
-    """kind, leaf, prior, trans."""
     return i["kind"], i["leaf"], i["prior"], i["trans"]
 
 
@@ -155,7 +142,7 @@ def within_band(weights: Tensor, uniform: Tensor, index: Tensor) -> Tensor:
 
 def sample_within_band(i: Inputs, tokens: Tensor) -> Tensor:
     """Whether every token of a sample may be what the uniforms draw, given those before it."""
-    w = wider(i)
+    w = wide(i)
     posterior = reference.circuit_scan(*circuit(w), tokens).posterior
     emit = log_softmax(w["leaf"]).exp()  # (B, K, C, V)
     c = posterior.shape[-1]
@@ -176,7 +163,7 @@ def verify_within_band(
     i: Inputs, sample: CircuitSample, accepted: Tensor, next_token: Tensor, given: Tensor, t: float
 ) -> Tensor:
     """Whether each row of a verification follows from its uniforms, in float64."""
-    w = wider(i)
+    w = wide(i)
     rows, n_token = sample.tokens.shape
     row, position = torch.arange(rows), torch.arange(n_token)
     p = log_softmax(w["target"] / t).exp()

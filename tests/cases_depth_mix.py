@@ -126,10 +126,12 @@ def each(backend: Backend) -> Iterator[tuple[torch.dtype, torch.dtype]]:
             yield dtype, scales
 
 
-def gradients(mix: Mix, ups: Sequence[Tensor], library: Any = ops) -> list[Tensor]:
-    mix = mix.map(lambda t: t.detach().clone().requires_grad_())
-    out = mix.run(library)
-    return list(torch.autograd.grad(out, mix.tensors(), list(ups)))
+def gradients(
+    mix: Mix, ups: Sequence[Tensor], library: Any = ops, *, copies: bool = True
+) -> list[Tensor]:
+    """Of copies of the arguments, or of themselves, whose layout a copy would straighten."""
+    mix = mix.map(lambda t: (t.detach().clone() if copies else t.detach()).requires_grad_())
+    return list(torch.autograd.grad(mix.run(library), mix.tensors(), list(ups)))
 
 
 def upstream(mix: Mix, *, exact: bool = False) -> list[Tensor]:

@@ -1,7 +1,5 @@
 """Factors of adapters of many shapes, and the row of what is computed of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import torch
 from backends import Backend
 from cases import _values
-from contract import Check, Op, Outputs, Wrong
+from contract import Check, Op, Outputs, Wrong, wrong_calls
 from torch import Tensor
 
 from lora_ext import ops, reference
@@ -62,8 +60,6 @@ def wide_grams(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class List:
-    """A list of adapters, which one call takes."""
-
     name: str
     shapes: tuple[Shape, ...]
 
@@ -105,38 +101,23 @@ def checks() -> Iterator[Check]:
 
 def wrong(device: str) -> list[Wrong]:
     (a,), (b,), (p,) = adapters([(5, 7, 3)], torch.float32, device=device)
+    of_grams = [
+        ("b: expected as many tensors as a, 1, found 0", [a], []),
+        (r"b\[1\]: expected shape \(O, r\) with r = 3, found \[5, 2\]", [a, a], [b, b[:, 1:]]),
+        (r"a\[0\]: expected shape \(r, I\), found", [a[0]], [b]),
+        (r"a\[0\]: expected float32, .*, found Int", [a.int()], [b]),
+        (r"b\[0\]: expected a tensor on .*", [a], [b.to("meta")]),
+        ("dtype: expected None, float32 or float64, found BFloat16", [a], [b], torch.bfloat16),
+    ]
+    of_stats = [
+        ("projected_b: expected as many tensors as a, 1, found 0", [a], [b], []),
+        (r"projected_b\[0\]: expected shape \(O, r\) = \[5, 3\], found \[4, 3\]", a, b, p[1:]),
+        (r"scaling: expected shape \(L,\) = \[1\], found \[2\]", [a], [b], [p], [1.0, 2.0]),
+    ]
     return [
-        ("lora_gram: b: expected as many tensors as a, 1, found 0",
-         lambda: ops.lora_gram([a], [])),
-        (
-            r"lora_gram: b\[1\]: expected shape \(O, r\) with r = 3, found \[5, 2\]",
-            lambda: ops.lora_gram([a, a], [b, b[:, 1:]]),
-        ),
-        (r"lora_gram: a\[0\]: expected shape \(r, I\), found",
-         lambda: ops.lora_gram([a[0]], [b])),
-        (
-            r"lora_gram: a\[0\]: expected float32, .*, found Int",
-            lambda: ops.lora_gram([a.int()], [b]),
-        ),
-        (r"lora_gram: b\[0\]: expected a tensor on .*",
-         lambda: ops.lora_gram([a], [b.to("meta")])),
-        (
-            "lora_gram: dtype: expected None, float32 or float64, found BFloat16",
-            lambda: ops.lora_gram([a], [b], torch.bfloat16),
-        ),
-        (
-            "lora_pair_stats: projected_b: expected as many tensors as a, 1, found 0",
-            lambda: ops.lora_pair_stats([a], [b], []),
-        ),
-        (
-            r"projected_b\[0\]: expected shape \(O, r\) = \[5, 3\], found \[4, 3\]",
-            lambda: ops.lora_pair_stats(a, b, p[1:]),
-        ),
-        (
-            r"lora_pair_stats: scaling: expected shape \(L,\) = \[1\], found \[2\]",
-            lambda: ops.lora_pair_stats([a], [b], [p], [1.0, 2.0]),
-        ),
-    ]  # fmt: skip
+        *wrong_calls("lora_gram", ops.lora_gram, of_grams),
+        *wrong_calls("lora_pair_stats", ops.lora_pair_stats, of_stats),
+    ]
 
 
 OPS = [

@@ -1,13 +1,11 @@
 """Weights to be packed, and the row of products with them: for tensors on the CPU alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from cases import _values
-from contract import Check, Op, Outputs, Wrong
+from contract import Check, Op, Outputs, Wrong, wrong_calls
 from torch import Tensor
 
 from lora_ext import ops, reference
@@ -70,59 +68,30 @@ def checks() -> Iterator[Check]:
 
 
 def wrong(device: str) -> list[Wrong]:
-    x, w = torch.zeros(3, 4), torch.zeros(40, 4)
+    x, w, pack = torch.zeros(3, 4), torch.zeros(40, 4), ops.pack_weight
+    half, thin = x.bfloat16(), w[:, :3].bfloat16()
+    pair, of = pack(w.bfloat16()), r"packed: expected pack_weight of a weight \(40,"
+    apart = pack(w).transpose(0, 1).contiguous().transpose(0, 1)
+    of_weights = [
+        (r"weight: expected shape \(O, I\), found \[4\]", w[0]),
+        ("weight: expected float32 or bfloat16, found Double", w.double()),
+    ]
+    of_products = [
+        (r"x: expected shape \(T, I\), found \[4\]", x[0], pack(w)),
+        ("x: expected float32 or bfloat16, found Half", x.half(), pack(w)),
+        ("packed: expected the dtype of x, BFloat16, found Float", half, pack(w)),
+        (rf"{of} 3\), shape \[2, 3, 32\], found \[2, 4", x[:, :3], pack(w), None, 40),
+        (rf"{of} 4\), shape \[2, 2, 32, 2\], found \[2, 2, 64", half, pack(thin), None, 40),
+        (rf"{of} 3\), shape \[2, 2, 64\], found \[2, 2, 32", half[:, :3], pair, None, 40),
+        (r"packed: expected pack_weight of a weight \(65, 4\)", x, pack(w), None, 65),
+        ("packed: expected contiguous numbers", x, apart, None, 40),
+        (r"bias: expected shape \(O,\) = \[40\], found \[64\]", x, pack(w), torch.zeros(64), 40),
+        ("out_features: expected at least 0, found -1", x, pack(w), None, -1),
+    ]
     return [
-        (
-            r"pack_weight: weight: expected shape \(O, I\), found \[4\]",
-            lambda: ops.pack_weight(w[0]),
-        ),
-        (
-            "pack_weight: weight: expected float32 or bfloat16, found Double",
-            lambda: ops.pack_weight(w.double()),
-        ),
-        (
-            r"packed_linear: x: expected shape \(T, I\), found \[4\]",
-            lambda: ops.packed_linear(x[0], ops.pack_weight(w)),
-        ),
-        (
-            "packed_linear: x: expected float32 or bfloat16, found Half",
-            lambda: ops.packed_linear(x.half(), ops.pack_weight(w)),
-        ),
-        (
-            "packed_linear: packed: expected the dtype of x, BFloat16, found Float",
-            lambda: ops.packed_linear(x.bfloat16(), ops.pack_weight(w)),
-        ),
-        (
-            r"packed: expected pack_weight of a weight \(40, 3\), shape \[2, 3, 32\], found \[2, 4",
-            lambda: ops.packed_linear(x[:, :3], ops.pack_weight(w), None, 40),
-        ),
-        (
-            r"pack_weight of a weight \(40, 4\), shape \[2, 2, 32, 2\], found \[2, 2, 64",
-            lambda: ops.packed_linear(x.bfloat16(), ops.pack_weight(w[:, :3].bfloat16()), None, 40),
-        ),
-        (
-            r"pack_weight of a weight \(40, 3\), shape \[2, 2, 64\], found \[2, 2, 32",
-            lambda: ops.packed_linear(x[:, :3].bfloat16(), ops.pack_weight(w.bfloat16()), None, 40),
-        ),
-        (
-            r"packed: expected pack_weight of a weight \(65, 4\)",
-            lambda: ops.packed_linear(x, ops.pack_weight(w), None, 65),
-        ),
-        (
-            "packed_linear: packed: expected contiguous numbers",
-            lambda: ops.packed_linear(
-                x, ops.pack_weight(w).transpose(0, 1).contiguous().transpose(0, 1), None, 40
-            ),
-        ),
-        (
-            r"packed_linear: bias: expected shape \(O,\) = \[40\], found \[64\]",
-            lambda: ops.packed_linear(x, ops.pack_weight(w), torch.zeros(64), 40),
-        ),
-        (
-            "packed_linear: out_features: expected at least 0, found -1",
-            lambda: ops.packed_linear(x, ops.pack_weight(w), None, -1),
-        ),
-    ]  # fmt: skip
+        *wrong_calls("pack_weight", pack, of_weights),
+        *wrong_calls("packed_linear", ops.packed_linear, of_products),
+    ]
 
 
 OPS = [

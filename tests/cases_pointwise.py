@@ -1,12 +1,10 @@
 """Functions of one number, and their row of the table of cases. The op is for the CPU only."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from contract import Check, Op, Outputs, Wrong
+from contract import Check, Op, Outputs, Wrong, wrong_calls
 
 from lora_ext import ops, reference
 
@@ -68,16 +66,12 @@ def checks() -> Iterator[Check]:
 
 def wrong(device: str) -> list[Wrong]:
     x = torch.zeros(3)
-    return [
-        (
-            "pointwise: x: expected float32 or bfloat16, found Double",
-            lambda: ops.pointwise(x.double(), "silu"),
-        ),
-        (
-            "pointwise: function: expected the name of a function, such as 'silu', found 'relu'",
-            lambda: ops.pointwise(x, "relu"),
-        ),
+    named = "function: expected the name of a function, such as 'silu', found 'relu'"
+    rows = [
+        ("x: expected float32 or bfloat16, found Double", x.double(), "silu"),
+        (named, x, "relu"),
     ]
+    return wrong_calls("pointwise", ops.pointwise, rows)
 
 
 OPS = [

@@ -1,13 +1,11 @@
 """Attention by rows: queries, keys, values and what each row sees of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contract import Check, Op, Outputs, Wrong
+from contract import Check, Op, Outputs, Wrong, wide
 from torch import Tensor
 
 from lora_ext import ops, reference
@@ -89,14 +87,6 @@ def inputs(
     how = {"scale": 1024.0 if exact else None, **seen_of(case, g)}
     found = {"q": q, "k": k, "v": v, **how}
     return {n: t.to(device) if isinstance(t, Tensor) else t for n, t in found.items()}
-
-
-def wide(i: dict[str, Any]) -> dict[str, Any]:
-    """In float64, on the CPU."""
-    return {
-        n: t.cpu().double() if n in "qkv" else t.cpu() if isinstance(t, Tensor) else t
-        for n, t in i.items()
-    }
 
 
 def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:

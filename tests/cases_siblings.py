@@ -1,7 +1,5 @@
 """Three modules that see the same rows: what one op for them all is fed, and its row."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

@@ -1,10 +1,9 @@
 """The training ops' rows: what they are fed, every output, and how far each may lie off."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
+import cases
 import torch
 from cases import ROUNDING, SPLIT, Inputs, Shape, _values, make_inputs, wider
 from contract import Check, Op, Outputs
@@ -15,13 +14,8 @@ from lora_ext import ops, reference
 LEAVES = ("x", "weight", "bias", "a", "b")
 
 SMALL = [
-    Shape(1, 64, 64, (8,)),
-    Shape(1, 1, 1, (1,)),
-    Shape(3, 17, 5, (4, 0, 7), bank_rank=7),
-    Shape(16, 64, 96, (8,) * 16, "distinct"),
-    Shape(17, 72, 40, (16, 3), "skewed"),
-    Shape(33, 40, 31, (1, 2, 9, 24), "half"),
-    Shape(5, 24, 16, (8, 8), "none"),
+    *cases.SMALL[:6],
+    cases.SMALL[7],
     Shape(70, 133, 56, (5, 64, 16, 8), "interleaved"),
 ]
 MEDIUM = [
@@ -89,7 +83,6 @@ def run(i: Inputs, leaves: tuple[str, ...] = LEAVES) -> Outputs:
 
 
 def formula(inputs: Inputs) -> Outputs:
-    """The same by the reference, in float64."""
     i = wider(inputs)
     values = [i[k] for k in LEAVES]
     dx, da, db = reference.lora_linear_backward(

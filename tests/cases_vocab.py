@@ -24,8 +24,6 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of either loss."""
-
     rows: int
     wide: int
     vocab: int
@@ -90,7 +88,6 @@ class Layer:
                     t.requires_grad_()
 
     def wide(self) -> Layer:
-        """The same numbers in float64."""
         other = object.__new__(Layer)
         other.case = self.case
         other.hiddens = [_wide(h) for h in self.hiddens]

@@ -1,7 +1,5 @@
 """Circuit heads with random parameters, for the tests of the head and of its objective."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Programs of whole circuits, with values and weights, for the laws of the ops that run them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -44,7 +42,6 @@ def roots_of(program: ops.Program) -> list[int]:
 
 
 def offsets(program: ops.Program) -> dict[str, int]:
-    """Where each list of a program starts."""
     nodes, parts, children, matrices, users, roots, stages = program.numbers[3:10].tolist()
     sizes = {
         "nodes": 6 * nodes,

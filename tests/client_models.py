@@ -1,12 +1,10 @@
 """Clients of small models, and one of them trained by itself: what a batch is compared with."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_ext.federated import ClientSpec, LayerPlan, Update
+from lora_ext.federated import ClientSpec, LayerPlan, LoraLayerManager, Update
 from lora_ext.nn import LoraLinear
 
 WIDTH = 6
@@ -102,6 +100,15 @@ def assert_close(found: Update, wanted: Update, atol: float) -> None:
         assert found.tensors[k].shape == value.shape
         assert (found.tensors[k] - value).abs().max() <= atol
     assert found.loss == pytest.approx(wanted.loss, abs=max(atol, 1e-12))
+
+
+def assert_as_alone(updates, model, state, clients, plans, *options, atol=1e-10, **more) -> None:
+    """Compare the update of each client that trains something with :func:`loop`."""
+    manager = LoraLayerManager(model)
+    for i, (update, spec) in enumerate(zip(updates, clients, strict=True)):
+        plan = plans[spec.client if isinstance(plans, dict) else i]
+        if plan.layers or more.get("shared"):
+            assert_close(update, loop(model, manager, state, spec, plan, *options, **more), atol)
 
 
 def tokens(lengths: list[int], seed: int, rows: int = 2) -> list[dict[str, Tensor]]:

@@ -1,7 +1,5 @@
 """Options, marks, and the fixture that routes the ops to one backend."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections import defaultdict
@@ -147,7 +145,7 @@ def two_processes() -> Iterator[TwoProcesses]:
 @pytest.fixture
 def shared_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Siblings share ops on the CPU as they do on a GPU."""
-    monkeypatch.setattr(_siblings, "_ON_CPU", True)
+    monkeypatch.setattr(_siblings, "SHARE_ON_CPU", True)
 
 
 @pytest.fixture

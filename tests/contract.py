@@ -5,16 +5,16 @@ and drives them through the laws that every op keeps. What one family alone prom
 ``test_contract_<family>.py``.
 """
 
-from __future__ import annotations
-
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
-from backends import Backend
+from backends import BACKENDS, Backend, marks_of
 from torch import Tensor
 
 Outputs = dict[str, Tensor]
@@ -67,6 +67,43 @@ class Op:
             yield self.inputs(shape, dtype, **{**variant, **how})
 
 
+def shapes(op: Op, *groups: Sequence[Any], name: str = "shape") -> pytest.MarkDecorator:
+    """Each of these shapes on each backend that takes it."""
+    params = [
+        pytest.param(b, s, id=f"{b.name}-{s}", marks=marks_of(b))
+        for b in BACKENDS
+        for group in groups
+        for s in group
+        if s in op.shapes(b)
+    ]
+    return pytest.mark.parametrize(("backend", name), params, indirect=["backend"])
+
+
+def wrong_calls(name: str, op: Callable[..., Any], rows: Sequence[tuple[Any, ...]]) -> list[Wrong]:
+    """Of rows of a message and the arguments that it is about, what :attr:`Op.wrong` gives."""
+    return [(f"{name}: {message}", functools.partial(op, *args)) for message, *args in rows]
+
+
+def wide(inputs: dict[str, Any], keep: Sequence[str] = ()) -> dict[str, Any]:
+    """The same inputs in float64 on the CPU, for the reference; those to keep in their dtype."""
+    return {
+        k: v.cpu().double() if v.is_floating_point() and k not in keep else v.cpu()
+        for k, v in inputs.items()
+        if isinstance(v, Tensor)
+    } | {k: v for k, v in inputs.items() if not isinstance(v, Tensor)}
+
+
+def with_threads(*counts: int) -> Iterator[int]:
+    """Yield each count, while so many threads compute."""
+    before = torch.get_num_threads()
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            yield count
+    finally:
+        torch.set_num_threads(before)
+
+
 def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
     got, expected = got.cpu(), expected.cpu()
     assert got.dtype == expected.dtype and got.shape == expected.shape
@@ -101,6 +138,18 @@ def off_grid(t: Tensor, gap: int = 3) -> Tensor:
     store = t.new_full((rows * (width + gap) + 1,), float("nan"))
     view = store[1:].view(rows, width + gap)[:, :width]
     return view.copy_(t)
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same values, rows further apart, at an address that is not aligned."""
+    room = t.new_full((*t.shape[:-1], t.shape[-1] + 3), float("nan"))
+    room[..., 1:-2] = t
+    return room[..., 1:-2]
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The same values, the elements of a row apart."""
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:

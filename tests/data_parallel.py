@@ -1,7 +1,5 @@
 """Training in this process, or as one of two, with whatever spreads a model over processes."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import os

@@ -4,8 +4,6 @@ A stream is a queue. ``run`` picks, with a seed, any stream whose first entry ma
 it waits for has been passed, or it waits for none. So an order that no event forbids does occur.
 """
 
-from __future__ import annotations
-
 import contextlib
 import random
 
@@ -87,7 +85,6 @@ class FakeCuda:
             self.active = before
 
     def launch(self, work):
-        """Queue work on the current stream."""
         self.active.queue.append((None, work))
 
     def run(self, until=None):

@@ -1,7 +1,5 @@
 """A CUDA graph for tests without a GPU: every op of a capture, run again on the same tensors."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """States and replies of small rounds."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 

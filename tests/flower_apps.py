@@ -5,34 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import client_models
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_ext.federated import LayerPlan, LoraLayerManager
 from lora_ext.federated.flower import LocalGrid, LoraStrategy, to_arrays
-from lora_ext.nn import LoraLinear
 
-WIDTH, RANK, LAYERS, CLASSES = 6, 3, 3, 4
+WIDTH, RANK, LAYERS, CLASSES = client_models.WIDTH, 3, 3, 4
 MODULE = "base_model.model.layers.{}.lora_{}.weight"
 
 
-class Classifier(nn.Module):
-    """Three blocks with an adapter each, and a head."""
+class Classifier(client_models.Classifier):
+    """Three blocks with an adapter each, and a frozen head."""
 
     def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        linears = [nn.Linear(WIDTH, WIDTH).requires_grad_(False) for _ in range(LAYERS)]
-        settings = {"r": RANK, "init_lora_weights": False, "lora_alpha": 2, "lora_dropout": dropout}
-        self.layers = nn.ModuleList(LoraLinear(linear, **settings) for linear in linears)
-        self.head = nn.Linear(WIDTH, CLASSES).requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        return self.head(x)
+        super().__init__(LAYERS, lora_dropout=dropout)
+        self.head.requires_grad_(False)
 
 
 def batches(partition: int) -> list[tuple[Tensor, Tensor]]:

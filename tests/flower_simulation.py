@@ -1,7 +1,5 @@
 """Two rounds of four nodes in Flower's simulation with Ray; a line of JSON at the end."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -56,6 +56,27 @@ def load(pool, name, seed, rank=4, **fields):
     pool.load(name, (config(rank, targets, **fields), tensors))
 
 
+def fill(pool, seeds, rank=4):
+    """Load an adapter ``x<seed>`` for each of ``seeds``; returns the pool."""
+    for seed in seeds:
+        load(pool, f"x{seed}", seed, rank)
+    return pool
+
+
+class FailingCopies:
+    """A ``copy_`` that fails at the call numbered ``at``, or from there on ``for_good``."""
+
+    def __init__(self, at, for_good=False):
+        self.count, self.at, self.for_good = 0, at, for_good
+
+    def __call__(self, destination, source):
+        self.count += 1
+        if self.count == self.at or (self.for_good and self.count > self.at):
+            destination.fill_(77)  # half-written
+            raise RuntimeError("the copy failed")
+        destination.copy_(source)
+
+
 def read_slot(pool, slot):
     """{module: (A, B, bias or None, scale, magnitude or None)} of a slot, by the tables alone."""
     found = {}
@@ -98,6 +119,12 @@ def assert_slot_holds(pool, slot, tensors, scale):
         own = tensors.get(key + "magnitude_vector")
         assert (own is None) == (magnitude is None)
         assert own is None or torch.equal(magnitude, own.to(magnitude.dtype))
+
+
+def assert_holds(pool, name, tensors, scale):
+    """The adapter of this name has exactly these tensors, bit for bit."""
+    with pool.acquire([name]) as slots:
+        assert_slot_holds(pool, slots[0], tensors, scale)
 
 
 def snapshot(pool):

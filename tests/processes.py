@@ -5,9 +5,6 @@ A function is found by its file and name, so that it may lie in a test whose mod
 cannot import.
 """
 
-from __future__ import annotations
-
-import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -17,9 +14,11 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
+from scripts import module_of
 from torch import distributed
 
 WORLD = 2
@@ -70,7 +69,6 @@ class TwoProcesses:
         return results
 
     def close(self) -> None:
-        """End the processes."""
         for process, pipe in self._members:
             pipe.close()
             process.terminate()
@@ -110,18 +108,9 @@ def _serve(pipe: Connection, rank: int, port: int) -> None:
             return
         try:
             torch.manual_seed(0)
-            answer = None, getattr(_module(path), name)(rank, *args)
+            module = module_of(Path(path), "of_processes_" + path.replace(os.sep, "_"))
+            answer = None, getattr(module, name)(rank, *args)
             distributed.barrier()  # nobody goes on while the other still needs it
         except Exception:
             answer = traceback.format_exc(), None
         pipe.send_bytes(pickle.dumps(answer))
-
-
-def _module(path: str) -> Any:
-    name = "of_processes_" + path.replace(os.sep, "_").removesuffix(".py")
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]

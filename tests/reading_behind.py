@@ -1,7 +1,5 @@
 """Stand-in for torch's 16-bit CPU products that reads behind rows, as the AMX products do."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Scripts of this repository, loaded and run as modules."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path
@@ -13,8 +11,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def missing(*names: str) -> list[str]:
-    """The packages of these that are not installed."""
     return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    absent = missing(*names)
+    return pytest.mark.skipif(bool(absent), reason=f"not installed: {absent}")
 
 
 def load_script(monkeypatch: pytest.MonkeyPatch, folder: str, name: str) -> ModuleType:
@@ -30,25 +32,25 @@ def load_script(monkeypatch: pytest.MonkeyPatch, folder: str, name: str) -> Modu
     return module
 
 
-def tool(name: str) -> ModuleType:
-    """A module of the folder ``tools``, which is no package: the same for all who ask, as its
-    classes are looked up by its name when they come back from another process."""
-    path = ROOT / f"tools/{name}.py"
+def module_of(path: Path, name: str) -> ModuleType:
+    """A file as a module of this name: the same for all who ask, as its classes are looked up by
+    its name when they come back from another process."""
     known = sys.modules.get(name)
-    if known is not None and known.__file__ == str(path):
-        return known
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    if str(path.parent) not in sys.path:  # for the tools that it imports
-        sys.path.append(str(path.parent))
-    spec.loader.exec_module(module)
-    return module
+    if known is None or known.__file__ != str(path):
+        spec = importlib.util.spec_from_file_location(name, path)
+        known = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(known)
+    return known
+
+
+def tool(name: str) -> ModuleType:
+    """A module of the folder ``tools``, which is no package."""
+    if str(ROOT / "tools") not in sys.path:  # for the tools that it imports
+        sys.path.append(str(ROOT / "tools"))
+    return module_of(ROOT / f"tools/{name}.py", name)
 
 
 def run_quickly(monkeypatch: pytest.MonkeyPatch, name: str, out: Path) -> ModuleType:
-    """An example, run with ``--quick --out``."""
     example = load_script(monkeypatch, "examples", name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--out", str(out)])
     example.main()

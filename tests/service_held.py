@@ -1,7 +1,5 @@
 """Let calls of a :class:`lora_ext.tenants.Service` wait in their queues."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future

@@ -5,8 +5,6 @@ the probability of each outcome is measured on the op that ships, not assumed; t
 is then a sum over all paths, without chance. The verifier is a table of next-token distributions.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,8 +42,6 @@ def step_sizes(f: Callable[[Tensor], Tensor], rows: int, outcomes: int, dtype: t
 
 @dataclass
 class Game:
-    """A circuit, a verifier's table, and the measured probabilities of both ops."""
-
     backend: Backend
     kind: str
     n_token: int

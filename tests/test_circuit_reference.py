@@ -1,7 +1,5 @@
 """The formulas of the circuits against enumeration of windows and, where it counts, latents."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -98,7 +96,7 @@ def test_every_prefix_is_a_marginal_and_all_sum_to_one(kind: str, n_token: int):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_minus_one_marginalises_any_position(kind: str):
+def test_minus_one_marginalises_and_conditionals_are_ratios_of_marginals(kind: str):
     x = windows(4)
     parts = circuit(kind, 4)
     joint = scan_all(kind, *parts, x).prefix[:, -1].exp().view(3, 3, 3, 3)
@@ -107,10 +105,6 @@ def test_minus_one_marginalises_any_position(kind: str):
         dims = [k for k, g in enumerate(given) if not g]
         expected = (joint.sum(dims, keepdim=True) if dims else joint).expand(3, 3, 3, 3).flatten()
         torch.testing.assert_close(scan_all(kind, *parts, hidden).prefix[:, -1].exp(), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_conditional_dist_is_the_ratio_of_marginals(kind: str):
     n_token, x = 4, windows(4)
     parts = [t.expand(len(x), *t.shape[1:]) for t in circuit(kind, n_token)]
     scan = reference.circuit_scan(kind, *parts, x)
@@ -121,7 +115,7 @@ def test_conditional_dist_is_the_ratio_of_marginals(kind: str):
         torch.testing.assert_close(dist.exp().sum(1), torch.ones(len(x)), check_dtype=False)
 
 
-def test_kinds_agree_where_their_structures_do():
+def test_kinds_agree_and_a_draw_never_takes_what_has_no_weight():
     leaf, prior, _ = circuit("cp", 4)
     x = windows(4)
     identity = torch.full((1, 3, 2, 2), -math.inf, dtype=torch.float64)
@@ -132,6 +126,10 @@ def test_kinds_agree_where_their_structures_do():
     none = identity[:, :0, :1, :1]
     one = [scan_all(k, leaf[:, :, :1], prior[:, :1], none, x).prefix for k in ("cp", "ff")]
     torch.testing.assert_close(*one)
+    p = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(4, 5)
+    u = torch.tensor([0.0, 0.4999, 0.5, 0.99999994])
+    assert draw(p, u).tolist() == [1, 1, 3, 3]
+    assert draw(torch.zeros(1, 3), torch.tensor([0.5])).tolist() == [0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,13 +187,6 @@ def test_circuit_sample_follows_the_circuit(kind: str, given: int):
     assert chi2 < freedom + 5 * math.sqrt(2 * freedom)  # five sigma of a chi-square
 
 
-def test_draw_never_takes_what_has_no_weight():
-    p = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(4, 5)
-    u = torch.tensor([0.0, 0.4999, 0.5, 0.99999994])
-    assert draw(p, u).tolist() == [1, 1, 3, 3]
-    assert draw(torch.zeros(1, 3), torch.tensor([0.5])).tolist() == [0]
-
-
 @pytest.mark.parametrize("given", [0, 1])
 @pytest.mark.parametrize("n_token", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,77 +220,6 @@ def reference_unnormalised(kind: str, leaf: Tensor, prior: Tensor, trans: Tensor
         kind, x.shape[1], prior.expand(rows, -1), trans.expand(rows, *trans.shape[1:]), observe
     )
     return last[0]
-
-
-# ------------------------------------------------------------------------------------------------
-# Speculative decoding, by enumeration of every path: drafts, acceptances, next tokens.
-
-
-def emitted_law(kind: str, n_token: int, *, keep_residual: bool = True) -> tuple[Tensor, Tensor]:
-    """The law of the first two emitted tokens of one draft-and-verify step, and the verifier's.
-
-    The verifier is a random table of next-token distributions. Where a step emits one token only,
-    the second is the verifier's own; with `keep_residual=False`, the residual token is thrown away
-    after an acceptance and the position is drafted anew from the verifier, as a rule in use does.
-    """
-    v = VOCABULARY
-    g = torch.Generator().manual_seed(11)
-    table = {
-        prefix: torch.randn(v, generator=g, dtype=torch.float64).softmax(-1)
-        for size in range(n_token + 1)
-        for prefix in itertools.product(range(v), repeat=size)
-    }
-    if n_token == 1:
-        table |= {(i, j): table[(i,)] for i in range(v) for j in range(v)}
-    parts = circuit(kind, n_token, seed=1)
-    x = windows(n_token)
-    scan = scan_all(kind, *parts, x)
-    law = torch.zeros(v, v, dtype=torch.float64)
-
-    def emit(tokens: tuple[int, ...], p: float) -> None:
-        if len(tokens) >= 2:
-            law[tokens[0], tokens[1]] += p
-        else:
-            for j in range(v):
-                law[tokens[0], j] += p * float(table[tokens][j])
-
-    for row, draft in enumerate(itertools.product(range(v), repeat=n_token)):
-        chance = float(scan.prefix[row, -1].exp())
-        at = [t.expand(1, *t.shape[1:]) for t in parts]
-        for a in range(n_token + 1):
-            prefix = draft[:a]
-            if a == n_token:
-                nxt = table[prefix]
-                rejected = 1.0
-            else:
-                q = reference.circuit_conditional_dist(
-                    kind, *at, torch.tensor([draft]), torch.tensor([a])
-                )[0].exp()
-                p = table[prefix]
-                accept = min(1.0, float(p[draft[a]] / q[draft[a]]))
-                rejected = 1 - accept
-                residual = (p - q).clamp(min=0)
-                nxt = residual / residual.sum() if residual.sum() > 0 else p
-            if a > 0 and not keep_residual:
-                emit(prefix, chance * rejected)
-            else:
-                for token in range(v):
-                    emit((*prefix, token), chance * rejected * float(nxt[token]))
-            if a < n_token:
-                chance *= accept
-    expected = torch.stack([table[()][i] * table[(i,)] for i in range(v)])
-    return law, expected
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_rule_of_spec_verify_leaves_the_verifiers_law_unchanged(kind: str):
-    law, expected = emitted_law(kind, 3)
-    assert 0.5 * (law - expected).abs().sum() < 1e-12
-
-
-def test_dropping_the_residual_token_is_caught():
-    law, expected = emitted_law("hmm", 3, keep_residual=False)
-    assert 0.5 * (law - expected).abs().sum() > 1e-3
 
 
 def test_spec_verify_takes_the_branches_it_should():

@@ -1,7 +1,5 @@
 """Every op of the table under the laws that all keep, on every backend that is open here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -20,7 +18,7 @@ import cases_vocab
 import pytest
 import torch
 from backends import BACKENDS, Backend, marks_of
-from contract import Op, same, within
+from contract import Op, same, with_threads, within
 from torch.utils._pytree import tree_leaves
 
 import lora_ext
@@ -51,7 +49,6 @@ def alone(has: Callable[[Op], Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("op", [op for op in TABLE if has(op)], ids=lambda op: op.name)
 
 
-# --- the formula --------------------------------------------------------------------------------
 @everywhere(lambda op: op.formula and op.exact)
 def test_equals_the_formula_bit_for_bit_on_small_integers(
     backend: Backend, op: Op, shape: Any
@@ -69,7 +66,6 @@ def test_stays_within_the_bound_on_random_values(backend: Backend, op: Op, shape
             within(op.run(i), exact, op.bounds(i, exact), dtype)
 
 
-# --- same input, same bits ----------------------------------------------------------------------
 @everywhere(lambda op: op.steady, large=False)
 def test_repeats_its_bits(backend: Backend, op: Op, shape: Any) -> None:
     for i in op.feed(shape, torch.float32, seed=4, device=backend.device):
@@ -80,19 +76,12 @@ def test_repeats_its_bits(backend: Backend, op: Op, shape: Any) -> None:
 
 @alone(lambda op: op.threads is not None)
 def test_threads_change_no_bit(op: Op) -> None:
-    threads = torch.get_num_threads()
-    try:
-        for shape in op.shapes(Backend("cpu")):
-            for i in op.feed(shape, torch.float32, 1, seed=12, **op.threads):
-                torch.set_num_threads(1)
-                one = op.run(i)
-                torch.set_num_threads(4)
-                same(op.run(i), one, shape)
-    finally:
-        torch.set_num_threads(threads)
+    for shape in op.shapes(Backend("cpu")):
+        for i in op.feed(shape, torch.float32, 1, seed=12, **op.threads):
+            one, four = (op.run(i) for _ in with_threads(1, 4))
+            same(four, one, shape)
 
 
-# --- torch's own laws ---------------------------------------------------------------------------
 @pytest.mark.slow
 @alone(lambda op: op.checks)
 def test_passes_opcheck(op: Op) -> None:
@@ -124,7 +113,6 @@ def test_a_captured_graph_replays_with_changed_contents(op: Op, request: Any) ->
             same(captured, run(fresh), shape)
 
 
-# --- bad input ----------------------------------------------------------------------------------
 @alone(lambda op: op.wrong)
 def test_wrong_input_is_named(backend: Backend, op: Op) -> None:
     for message, call in op.wrong(backend.device):

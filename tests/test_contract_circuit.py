@@ -1,17 +1,14 @@
 """What the circuit ops of training promise beside the laws of ``test_contract.py``."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 import torch
 from backends import Backend
 from cases_circuit import (
-    LARGE,
     LEAVES,
     MEDIUM,
+    OPS,
     SMALL,
     Inputs,
     Window,
@@ -19,29 +16,18 @@ from cases_circuit import (
     circuit_inputs,
     formula,
     run,
+    window_of,
 )
-from contract import Outputs, assert_same_bits, same, within
+from contract import Outputs, assert_same_bits, same, shapes, within
 from torch import Tensor
 
 from lora_ext import ops, reference
 from lora_ext.reference._circuit import KINDS
 
 
-def windows(*lists: list[Window]) -> Any:
-    return pytest.mark.parametrize("window", [w for ws in lists for w in ws], ids=str)
-
-
 def check_bounds(got: Outputs, inputs: Inputs, what: object) -> None:
     exact = formula(inputs)
     within(got, exact, bounds(inputs, exact), what)
-
-
-def skip_large(backend: Backend, window: Window) -> None:
-    if window not in SMALL and (backend.small or (not backend.is_twin and window in LARGE)):
-        pytest.skip("this backend runs the small shapes")
-
-
-# --- the formula --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("params", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -58,7 +44,7 @@ def test_leaves_and_parameters_have_dtypes_of_their_own(
 
 def test_log_probabilities_may_take_the_place_of_logits(backend: Backend) -> None:
     for kind in KINDS:
-        i = circuit_inputs(Window(kind, 3, 5, 1 if kind == "ff" else 4, 1), torch.float32, seed=3)
+        i = circuit_inputs(window_of(kind, 3, 5, 4, 1), torch.float32, seed=3)
         i = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in i.items()}
         i |= {"leaf": -i["leaf"].abs()[..., 0], "x": None}
         check_bounds(run(i), i, kind)
@@ -66,7 +52,7 @@ def test_log_probabilities_may_take_the_place_of_logits(backend: Backend) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck_in_float64(kind: str) -> None:
-    i = circuit_inputs(Window(kind, 2, 5, 1 if kind == "ff" else 3, 4), torch.float64, seed=4)
+    i = circuit_inputs(window_of(kind, 2, 5, 3, 4), torch.float64, seed=4)
     leaves = [i[k].requires_grad_() for k in LEAVES if i[k] is not None]
 
     def f(*values: Tensor) -> tuple[Tensor, ...]:
@@ -75,7 +61,6 @@ def test_gradcheck_in_float64(kind: str) -> None:
     assert torch.autograd.gradcheck(f, leaves)
 
 
-# --- what is impossible -------------------------------------------------------------------------
 def impossible_cases(device: str) -> dict[str, Inputs]:
     cases: dict[str, Inputs] = {}
     inf = -math.inf
@@ -144,8 +129,7 @@ def test_impossible_is_minus_infinity_with_gradient_zero_and_nothing_else_is(
 def test_a_chain_of_thousands_keeps_its_digits(backend: Backend, kind: str) -> None:
     if backend.small:
         pytest.skip("this backend runs the small shapes")
-    c = 1 if kind == "ff" else 3
-    window = Window(kind, 1, 2048 if backend.is_twin else 256, c, 5)
+    window = window_of(kind, 1, 2048 if backend.is_twin else 256, 3, 5)
     i = circuit_inputs(window, torch.float32, seed=10, device=backend.device)
     got, exact = run(i), formula(i)
     for key, value in got.items():
@@ -155,10 +139,8 @@ def test_a_chain_of_thousands_keeps_its_digits(backend: Backend, kind: str) -> N
         torch.testing.assert_close(value.cpu(), exactly, rtol=3e-6, atol=1.3e-3)
 
 
-# --- same input, same bits ----------------------------------------------------------------------
-@windows(SMALL, MEDIUM)
+@shapes(OPS[0], SMALL, MEDIUM, name="window")
 def test_a_row_has_its_bits_whatever_the_batch(backend: Backend, window: Window) -> None:
-    skip_large(backend, window)
     i = circuit_inputs(window, torch.float32, seed=11, device=backend.device)
     together = run(i)
     for b in range(min(2, window.rows)):
@@ -166,11 +148,11 @@ def test_a_row_has_its_bits_whatever_the_batch(backend: Backend, window: Window)
         same(run(alone), {k: v[b : b + 1] for k, v in together.items()}, f"row {b}")
 
 
-# --- strides ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_may_lie_apart_or_be_one_and_the_same(backend: Backend, kind: str) -> None:
-    for c, v in ((1 if kind == "ff" else 4, 8), (1 if kind == "ff" else 3, 5)):
-        i = circuit_inputs(Window(kind, 3, 4, c, v), torch.float32, seed=13, device=backend.device)
+    for c, v in ((4, 8), (3, 5)):
+        window = window_of(kind, 3, 4, c, v)
+        i = circuit_inputs(window, torch.float32, seed=13, device=backend.device)
         expected = run(i)
         apart = {
             k: torch.cat([i[k], i[k]], 1)[:, : i[k].shape[1]] for k in LEAVES if i[k] is not None
@@ -192,17 +174,10 @@ def test_an_expanded_leaf_is_not_copied() -> None:
     assert most < leaf[0].nelement() * 4 * 8  # the copy would be 64 times that
 
 
-# --- torch's own laws ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_without_a_graph_break(backend: Backend, kind: str) -> None:
-    i = circuit_inputs(
-        Window(kind, 3, 4, 1 if kind == "ff" else 3, 5),
-        torch.float32,
-        seed=15,
-        device=backend.device,
-    )
+    how = {"seed": 15, "device": backend.device}
+    i = circuit_inputs(window_of(kind, 3, 4, 3, 5), torch.float32, **how)
     leaves = [i[k].requires_grad_() if i[k] is not None else None for k in LEAVES]
 
     def loss(leaf: Tensor, prior: Tensor | None, trans: Tensor | None) -> Tensor:
@@ -242,22 +217,6 @@ def test_double_backward_and_forward_mode_are_refused() -> None:
         )
 
 
-# --- probabilities ------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", KINDS)
-def test_all_windows_together_have_probability_one(backend: Backend, kind: str) -> None:
-    v, n = 3, 4
-    i = circuit_inputs(
-        Window(kind, 1, n, 1 if kind == "ff" else 5, v), torch.float32, device=backend.device
-    )
-    x = torch.cartesian_prod(*[torch.arange(v)] * n).to(backend.device)
-    parts = [i[k].expand(len(x), *i[k].shape[1:]) if i[k] is not None else None for k in LEAVES]
-    scan = ops.circuit_scan(kind, *parts, x)
-    assert abs(scan.prefix[:, -1].double().exp().sum().item() - 1) < 1e-5
-    nothing = ops.circuit_scan(kind, *parts, torch.full_like(x, -1))
-    assert nothing.prefix.abs().max() < 1e-5 and nothing.conditional.abs().max() < 1e-5
-
-
-# --- a linear head ------------------------------------------------------------------------------
 def head(
     rows: int,
     dtype: torch.dtype,

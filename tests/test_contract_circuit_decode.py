@@ -1,7 +1,6 @@
 """Decoding from circuits: every op against the formula, on every backend that is open here."""
 
-from __future__ import annotations
-
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from backends import Backend
 from cases_decode import (
     CALLS,
     MEDIUM,
+    OPS,
     SMALL,
     Shape,
     circuit,
@@ -19,21 +19,15 @@ from cases_decode import (
     run_all,
     sample_within_band,
     verify_within_band,
-    wider,
 )
-from contract import assert_same_bits
+from contract import assert_same_bits, shapes, wide
 from torch import Tensor
 
 from lora_ext import ops, reference
 from lora_ext.reference._circuit import CircuitSample
 
-every_shape = pytest.mark.parametrize("shape", SMALL + MEDIUM, ids=str)
+OP = replace(OPS[0], medium=MEDIUM)
 small_shapes = pytest.mark.parametrize("shape", SMALL, ids=str)
-
-
-def skip_large(backend: Backend, shape: Shape) -> None:
-    if backend.small and shape not in SMALL:
-        pytest.skip("this backend runs the small shapes")
 
 
 def dtype_pairs(backend: Backend, shape: Shape) -> list[tuple[torch.dtype, torch.dtype]]:
@@ -56,23 +50,20 @@ def on_cpu(sample: CircuitSample) -> CircuitSample:
     return CircuitSample(*(t.cpu() for t in sample))
 
 
-# --- the formula --------------------------------------------------------------------------------
-@every_shape
+@shapes(OP, SMALL, MEDIUM)
 def test_conditional_dist_equals_the_formula(backend: Backend, shape: Shape) -> None:
-    skip_large(backend, shape)
     for dtype, weights in dtype_pairs(backend, shape):
         i = make_inputs(shape, dtype, weights=weights, seed=1, device=backend.device)
-        w = wider(i)
+        w = wide(i)
         exact = reference.circuit_conditional_dist(*circuit(w), w["x"], w["k"])
         got = ops.circuit_conditional_dist(*circuit(i), i["x"], i["k"])
         assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_log_close(got, exact, dtype, shape)
 
 
-@every_shape
+@shapes(OP, SMALL, MEDIUM)
 @pytest.mark.parametrize("given", [False, True])
 def test_sample_draws_what_the_uniforms_say(backend: Backend, shape: Shape, given: bool) -> None:
-    skip_large(backend, shape)
     for dtype, weights in dtype_pairs(backend, shape):
         i = make_inputs(shape, dtype, weights=weights, seed=2, device=backend.device)
         evidence = i["evidence"] if given else None
@@ -82,18 +73,17 @@ def test_sample_draws_what_the_uniforms_say(backend: Backend, shape: Shape, give
             drawn = evidence.cpu() < 0
             assert torch.equal(got.tokens[~drawn], evidence.cpu()[~drawn])
         assert (sample_within_band(i, got.tokens) | ~drawn).all()
-        scan = reference.circuit_scan(*circuit(wider(i)), got.tokens)
+        scan = reference.circuit_scan(*circuit(wide(i)), got.tokens)
         assert_log_close(got.conditional, scan.conditional, dtype, shape)
         slack = log_bound(scan.posterior.new_zeros(()), dtype, shape)
         assert ((got.posterior.double() - scan.posterior).abs() <= slack).all()
 
 
-@every_shape
+@shapes(OP, SMALL, MEDIUM)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_verify_accepts_and_draws_what_the_uniforms_say(
     backend: Backend, shape: Shape, temperature: float
 ) -> None:
-    skip_large(backend, shape)
     for dtype, leaf_dtype in dtype_pairs(backend, shape):
         i = make_inputs(shape, leaf_dtype, seed=3, device=backend.device)
         i["target"] = i["target"].to(dtype)
@@ -109,14 +99,13 @@ def test_verify_accepts_and_draws_what_the_uniforms_say(
             assert checked.all()
 
 
-@every_shape
+@shapes(OP, SMALL, MEDIUM)
 @pytest.mark.parametrize("given", [False, True])
 def test_argmax_is_that_of_the_formula(backend: Backend, shape: Shape, given: bool) -> None:
-    skip_large(backend, shape)
     for dtype, weights in dtype_pairs(backend, shape):
         # Coarse 16-bit logits would tie within float32's rounding; these differ, in every dtype.
         i = make_inputs(shape, dtype, weights=weights, seed=4, device=backend.device)
-        w = wider(i)
+        w = wide(i)
         evidence = i["evidence"] if given else None
         tokens, value = ops.circuit_argmax(*circuit(i), evidence)
         exact = reference.circuit_argmax(*circuit(w), w["evidence"] if given else None)
@@ -129,15 +118,13 @@ def test_argmax_is_that_of_the_formula(backend: Backend, shape: Shape, given: bo
             assert torch.equal(tokens.cpu(), exact[0])
 
 
-# --- exact data ---------------------------------------------------------------------------------
-@every_shape
+@shapes(OP, SMALL, MEDIUM)
 def test_weights_of_powers_of_two_give_the_same_tokens_everywhere(
     backend: Backend, shape: Shape
 ) -> None:
-    skip_large(backend, shape)
     for dtype in backend.dtypes():
         i = make_inputs(shape, dtype, seed=5, exact=True, device=backend.device)
-        w = wider(i)
+        w = wide(i)
         got = run_all(i, 1.0)
         sample = reference.circuit_sample(*circuit(w), w["uniforms"], w["evidence"])
         assert_same_bits(got["tokens"], sample.tokens, f"{dtype} tokens: ")
@@ -147,9 +134,6 @@ def test_weights_of_powers_of_two_give_the_same_tokens_everywhere(
         # Every row of a matrix has as many ways out as the next: ties throughout.
         expected = reference.circuit_argmax(*circuit(w), w["evidence"])[0]
         assert_same_bits(got["argmax"], expected, f"{dtype} argmax: ")
-
-
-# --- same input, same bits ----------------------------------------------------------------------
 
 
 @small_shapes
@@ -188,7 +172,6 @@ def test_shared_strided_and_unaligned_parameters_change_no_bit(
             assert_same_bits(value, expected[name], f"{name}: ")
 
 
-# --- edges --------------------------------------------------------------------------------------
 def test_no_prior_and_no_transitions_are_uniform(backend: Backend) -> None:
     i = make_inputs(Shape("cp", 3, 3, 4, 5), torch.float32, seed=9, device=backend.device)
     zeros = {**i, "prior": torch.zeros_like(i["prior"]), "trans": None}
@@ -197,7 +180,9 @@ def test_no_prior_and_no_transitions_are_uniform(backend: Backend) -> None:
         assert_same_bits(a, b, f"{name}: ")
 
 
-def test_one_hot_rows_leave_no_choice(backend: Backend) -> None:
+def test_one_hot_rows_leave_no_choice_and_impossible_ones_no_chance(
+    backend: Backend,
+) -> None:
     shape = Shape("hmm", 4, 5, 3, 70)
     i = make_inputs(shape, torch.float32, seed=10, device=backend.device)
     g = torch.Generator().manual_seed(0)
@@ -208,9 +193,6 @@ def test_one_hot_rows_leave_no_choice(backend: Backend) -> None:
     assert_same_bits(sample.tokens, only[..., 0])
     assert sample.conditional.abs().max() < 1e-6
     assert_same_bits(ops.circuit_argmax(*circuit(i))[0], only[..., 0])
-
-
-def test_impossible_windows_draw_index_zero_and_stay_minus_infinity(backend: Backend) -> None:
     i = make_inputs(Shape("hmm", 2, 3, 3, 6), torch.float32, seed=11, device=backend.device)
     i["leaf"][:, 1] = -torch.inf  # nothing can stand at position 1
     sample = ops.circuit_sample(*circuit(i), i["uniforms"])
@@ -297,7 +279,6 @@ def test_greedy_takes_the_first_of_the_largest(backend: Backend, vocabulary: int
         assert_same_bits(a, b)
 
 
-# --- the dispatcher -----------------------------------------------------------------------------
 every_op = pytest.mark.parametrize("name", CALLS)
 
 

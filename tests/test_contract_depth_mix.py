@@ -1,8 +1,7 @@
-"""Mixes of normed hidden states, with and without a router: the laws of values and layouts."""
+"""Mixes of normed hidden states, with and without a router: values, layouts and gradients."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from backends import Backend
 from cases_depth_mix import (
     LARGE,
+    POWERS,
     SMALL,
     Mix,
     each,
@@ -20,13 +20,12 @@ from cases_depth_mix import (
     unit,
     upstream,
 )
-from contract import assert_same_bits
+from contract import assert_same_bits, strided, transposed
 from torch import Tensor
 
-from lora_ext import reference
+from lora_ext import ops, reference
 
 
-# --- the formula --------------------------------------------------------------------------------
 def test_a_known_answer(backend: Backend) -> None:
     h = [torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]])]
     gammas = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])]
@@ -37,6 +36,7 @@ def test_a_known_answer(backend: Backend) -> None:
 
 @norms
 def test_equals_the_formula_bit_for_bit_where_norms_are_exact(backend: Backend, norm: str) -> None:
+    """And where a router is even."""
     for dtype, scales in each(backend):
         for shape in shapes_of(backend):
             if norm == "layer" and shape[1] % 2:
@@ -45,10 +45,6 @@ def test_equals_the_formula_bit_for_bit_where_norms_are_exact(backend: Backend, 
             (got,), (formula,) = mix.run(), mix.wide().run(reference)
             assert got.device == mix.weights.device
             assert_same_bits(got, formula.to(dtype), f"{shape} {dtype}: ")
-
-
-def test_equals_the_formula_bit_for_bit_where_the_router_is_even(backend: Backend) -> None:
-    for dtype, scales in each(backend):
         for shape in [((5,), 8, 2), ((2, 3), 64, 4), ((3,), 33, 8), ((1,), 5, 1)]:
             mix = make(shape, dtype, backend, scales=scales, routed=True, exact=True)
             for got, formula in zip(mix.run(), mix.wide().run(reference), strict=True):
@@ -128,7 +124,7 @@ def test_a_router_mixes_as_its_weights_would(backend: Backend) -> None:
             assert torch.allclose(u.float(), other.float(), rtol=0, atol=near)
 
 
-def test_depths_may_change_places(backend: Backend) -> None:
+def test_depths_may_change_places_and_sizes_of_hidden_states_do_not_count(backend: Backend) -> None:
     mix = make(((9,), 72, 4), torch.float32, backend)
     order = [2, 0, 3, 1]
     other = replace(
@@ -139,25 +135,9 @@ def test_depths_may_change_places(backend: Backend) -> None:
         weights=mix.weights[:, order],
     )
     assert torch.allclose(mix.run()[0], other.run()[0], rtol=1e-5, atol=1e-5)
-
-
-def test_the_size_of_a_hidden_state_does_not_count(backend: Backend) -> None:
     mix = replace(make(((9,), 72, 3), torch.float32, backend), eps=0.0)
     other = replace(mix, hiddens=[h * 2.0 ** (e - 1) for e, h in enumerate(mix.hiddens)])
     assert_same_bits(mix.run()[0], other.run()[0])
-
-
-# --- layouts --------------------------------------------------------------------------------------
-def strided(t: Tensor) -> Tensor:
-    """The same values, rows further apart, at an address that is not aligned."""
-    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 3), float("nan"))
-    wide[..., 1:-2] = t
-    return wide[..., 1:-2]
-
-
-def transposed(t: Tensor) -> Tensor:
-    """The same values, the elements of a row apart."""
-    return t.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def last_token(t: Tensor) -> Tensor:
@@ -179,7 +159,7 @@ def test_layouts_change_no_more_than_an_address_may(
             other = mix.map(layout)
             up = upstream(mix)
             pairs = [*zip(mix.run(), other.run(), strict=True)]
-            pairs += zip(gradients(mix, up), other_gradients(other, up), strict=True)
+            pairs += zip(gradients(mix, up), gradients(other, up, copies=False), strict=True)
             for expected, got in pairs:
                 if backend.is_twin or layout is not strided:
                     assert_same_bits(got, expected, f"{shape} {dtype}: ")
@@ -188,13 +168,9 @@ def test_layouts_change_no_more_than_an_address_may(
                     assert torch.allclose(got.cpu(), expected.cpu(), rtol=0, atol=near)
 
 
-def other_gradients(mix: Mix, ups: Sequence[Tensor]) -> list[Tensor]:
-    """:func:`gradients` without the copies that would straighten a layout."""
-    mix = mix.map(lambda t: t.detach().requires_grad_())
-    return list(torch.autograd.grad(mix.run(), mix.tensors(), list(ups)))
-
-
-def test_expanded_arguments_count_as_the_values_that_they_show(backend: Backend) -> None:
+def test_expanded_arguments_and_gradients_count_as_the_values_that_they_show(
+    backend: Backend,
+) -> None:
     mix = make(((5,), 24, 2), torch.float32, backend)
     shown = replace(
         mix,
@@ -203,18 +179,12 @@ def test_expanded_arguments_count_as_the_values_that_they_show(backend: Backend)
         gammas=[mix.gammas[0], mix.gammas[1][:1].expand(24)],
     )
     assert_same_bits(shown.run()[0], shown.map(lambda t: t.contiguous()).run()[0])
-
-
-def test_a_gradient_may_be_expanded(backend: Backend) -> None:
-    mix = make(((5,), 24, 2), torch.float32, backend)
     ones = [torch.ones_like(t) for t in mix.run()]
-    live = mix.map(lambda t: t.detach().clone().requires_grad_())
-    got = torch.autograd.grad(live.run()[0].sum(), live.tensors())
-    for mine, expected in zip(got, gradients(mix, ones), strict=True):
-        assert_same_bits(mine, expected)
+    expanded = [torch.ones((), device=backend.device).expand_as(t) for t in ones]
+    for got, expected in zip(gradients(mix, expanded), gradients(mix, ones), strict=True):
+        assert_same_bits(got, expected)
 
 
-# --- same input, same bits ------------------------------------------------------------------------
 @pytest.mark.parametrize("routed", [False, True], ids=["weights", "router"])
 def test_a_rows_bits_do_not_depend_on_its_batch(backend: Backend, routed: bool) -> None:
     for dtype, scales in each(backend):
@@ -242,3 +212,129 @@ def test_a_mix_too_large_for_caches_has_the_same_bits() -> None:
             rows = slice(start, start + 130)
             part = replace(mix, hiddens=[h[rows] for h in mix.hiddens], weights=mix.weights[rows])
             assert_same_bits(part.run()[0], together[rows])
+
+
+@norms
+@pytest.mark.parametrize("betas", [False, True], ids=["plain", "betas"])
+def test_gradients_equal_the_formula_bit_for_bit_where_norms_are_exact(
+    backend: Backend, norm: str, betas: bool
+) -> None:
+    for dtype, scales in each(backend):
+        for shape in POWERS:
+            if norm == "layer" and shape[1] == 1:
+                continue
+            if backend.small and shape[1] > 100:
+                continue
+            mix = make(shape, dtype, backend, norm=norm, scales=scales, betas=betas, exact=True)
+            up = upstream(mix, exact=True)
+            formula = gradients(mix.wide(), [t.cpu().double() for t in up], reference)
+            for mine, exact, of in zip(gradients(mix, up), formula, mix.tensors(), strict=True):
+                assert_same_bits(mine, exact.to(of.dtype), f"{shape} {dtype}: ")
+
+
+def near_formula(mix: Mix, what: object) -> None:
+    """Gradients within a multiple of the terms that are added up, of the largest of each kind."""
+    up = upstream(mix)
+    formula = gradients(mix.wide(), [t.cpu().double() for t in up], reference)
+    h = mix.hiddens[0]
+    sums = torch.float64 if h.dtype == torch.float64 else torch.float32
+    # Terms of a row, then of rows: each sum errs by no more than a unit a term of its largest.
+    terms = h.shape[-1] + math.prod(h.shape[:-1]) + 32
+    for mine, exact, of in zip(gradients(mix, up), formula, mix.tensors(), strict=True):
+        assert mine.dtype == of.dtype and mine.shape == of.shape
+        if mine.numel() == 0:
+            continue
+        largest = exact.abs().max().item()
+        allowed = (4 * terms * unit(sums) + unit(of.dtype)) * largest + 1e-6 * unit(of.dtype)
+        assert (mine.cpu().double() - exact).abs().max().item() <= allowed, what
+
+
+@pytest.mark.slow
+@norms
+def test_gradients_agree_with_the_formula(backend: Backend, norm: str) -> None:
+    for dtype, scales in each(backend):
+        for shape in SMALL if backend.small else [*SMALL, *LARGE[:-1]]:
+            if shape[1] <= (3 if norm == "layer" else 1):
+                continue  # a norm of so few numbers is all but constant: nothing but cancellation
+            near_formula(make(shape, dtype, backend, norm=norm, scales=scales), (dtype, shape))
+
+
+@norms
+def test_gradients_of_a_router_agree_with_the_formula(backend: Backend, norm: str) -> None:
+    for dtype, scales in each(backend):
+        for shape in SMALL[2:] if backend.small else [*SMALL[2:], *LARGE[:3]]:
+            mix = make(shape, dtype, backend, norm=norm, scales=scales, routed=True)
+            near_formula(mix, (dtype, shape))
+
+
+def test_a_router_hears_of_both_results(backend: Backend) -> None:
+    mix = make(((6,), 40, 3), torch.float32, backend, routed=True)
+    up = upstream(mix)
+    both = gradients(mix, up)
+    for t, of_mix, of_weights in zip(
+        both,
+        gradients(mix, [up[0], torch.zeros_like(up[1])]),
+        gradients(mix, [torch.zeros_like(up[0]), up[1]]),
+        strict=True,
+    ):
+        assert torch.allclose(t, of_mix + of_weights, rtol=1e-4, atol=1e-5)
+    live = mix.map(lambda t: t.detach().clone().requires_grad_())
+    w = live.run()[1]
+    (alone,) = torch.autograd.grad(w, live.router, up[1])
+    expected = gradients(mix, [torch.zeros_like(up[0]), up[1]])[-2]
+    assert_same_bits(alone, expected)
+
+
+@norms
+@pytest.mark.parametrize("routed", [False, True], ids=["weights", "router"])
+def test_gradcheck_in_float64(norm: str, routed: bool) -> None:
+    mix = make(((3, 2), 5, 3), torch.float64, norm=norm, routed=routed)
+    live = [t.requires_grad_() for t in mix.tensors()]
+
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
+        h, gammas, betas, *last = values[:3], values[3:6], values[6:9], *values[9:]
+        if routed:
+            return ops.depth_mix_routed(h, gammas, *last, mix.eps, betas, norm)
+        return (ops.depth_mix(h, gammas, *last, mix.eps, betas, norm),)
+
+    assert torch.autograd.gradcheck(run, live)
+
+
+def test_gradients_come_to_those_that_ask_alone(backend: Backend) -> None:
+    mix = make(((5,), 24, 3), torch.float32, backend)
+    up = upstream(mix)
+    all_of_them = gradients(mix, up)
+    for at in range(len(all_of_them)):
+        live = mix.map(lambda t: t.detach().clone())
+        asked = live.tensors()[at].requires_grad_()
+        (got,) = torch.autograd.grad(live.run(), asked, up)
+        assert_same_bits(got, all_of_them[at])
+
+
+def test_one_tensor_of_gammas_is_as_good_as_its_rows(backend: Backend) -> None:
+    mix = make(((5,), 24, 3), torch.bfloat16, backend, scales=torch.bfloat16)
+    gammas = torch.stack(mix.gammas).requires_grad_()
+    betas = torch.stack(mix.betas).requires_grad_()
+    u = ops.depth_mix(mix.hiddens, gammas, mix.weights, mix.eps, betas)
+    assert_same_bits(u, mix.run()[0])
+    up = upstream(mix)
+    found = torch.autograd.grad(u, (gammas, betas), up)
+    each_alone = gradients(mix, up)
+    for got, expected in zip([*found[0], *found[1]], each_alone[3:9], strict=True):
+        assert_same_bits(got, expected)
+
+
+def test_the_forward_keeps_few_numbers_and_is_differentiable_once() -> None:
+    for norm, routed, extra in [("rms", False, 1), ("layer", False, 2), ("layer", True, 3)]:
+        mix = make(((6,), 40, 3), torch.float32, norm=norm, routed=routed)
+        mix = mix.map(lambda t: t.requires_grad_())
+        given = {t.data_ptr() for t in mix.tensors()}
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: (kept.append(t), t)[1], lambda t: t
+        ):
+            mix.run()
+        assert sum(t.numel() for t in kept if t.data_ptr() not in given) == extra * 6 * 3
+    mix = make(((5,), 24, 3), torch.float32).map(lambda t: t.requires_grad_())
+    with pytest.raises(RuntimeError, match="gradient of depth_mix is not itself differentiable"):
+        torch.autograd.grad(mix.run(), mix.tensors(), upstream(mix), create_graph=True)

@@ -1,32 +1,15 @@
 """What Gram matrices of adapters promise beyond the laws of the table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
 import torch
 from backends import Backend
 from cases_gram import DTYPES, SMALL, adapters, grams, shapes_of, wide_grams
-from contract import assert_same_bits
+from contract import assert_same_bits, strided, transposed, wrong_calls
 from torch import Tensor
 
 from lora_ext import ops, reference
-
-
-def strided(t: Tensor) -> Tensor:
-    """The same values, rows further apart, at an address that is not aligned."""
-    wide = t.new_full((t.shape[0], t.shape[1] + 3), float("nan"))
-    wide[:, 1:-2] = t
-    return wide[:, 1:-2]
-
-
-def transposed(t: Tensor) -> Tensor:
-    """The same values, columns contiguous."""
-    return t.T.contiguous().T
-
-
-# --- the formula --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("asked", [None, torch.float64], ids=str)
@@ -52,6 +35,7 @@ def test_grams_stay_within_the_bound_on_random_values(
             # The formula in float64 is itself a sum of n terms.
             allowed = (min(n + 1, n / 32 + 140) * unit + n * 2.0**-53) * total
             assert ((got.cpu().double() - formula).abs() <= allowed).all(), (dtype, n)
+            assert_same_bits(got, got.T)
 
 
 def test_pair_stats_agree_with_the_dense_products(backend: Backend) -> None:
@@ -65,7 +49,7 @@ def test_pair_stats_agree_with_the_dense_products(backend: Backend) -> None:
         assert torch.allclose(got, dense, rtol=1e-10, atol=1e-12)
 
 
-def test_a_known_answer(backend: Backend) -> None:
+def test_known_answers_and_those_of_empty_lists_and_adapters(backend: Backend) -> None:
     """V = diag(2, 0) takes b = (1, 1) to (2, 0): |D|^2 = 50, |PD|^2 = 100, d^2 = 50."""
     a = torch.tensor([[3.0, 4.0]], device=backend.device)
     b = torch.tensor([[1.0], [1.0]], device=backend.device)
@@ -73,9 +57,15 @@ def test_a_known_answer(backend: Backend) -> None:
     stats = ops.lora_pair_stats(a, b, moved)
     assert stats.shape == (4,) and stats.tolist() == [50.0, 100.0, 50.0, 50.0]
     assert ops.lora_pair_stats(a, b, moved, 2.0).tolist() == [200.0, 400.0, 200.0, 200.0]
+    assert ops.lora_gram([], []) == ([], [])
+    assert ops.lora_pair_stats([], [], []).shape == (0, 4)
+    a, b, p = adapters([(24, 16, 0), (0, 6, 4), (0, 0, 0)], torch.float32, backend)
+    first, second = ops.lora_gram(a, b)
+    assert [t.shape for t in first] == [(0, 0), (4, 4), (0, 0)]
+    assert (second[1] == 0).all() and (first[1] != 0).any()
+    assert (ops.lora_pair_stats(a, b, p) == 0).all()
 
 
-# --- layouts --------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [strided, transposed])
 def test_layouts_change_no_bit(backend: Backend, layout: Callable[[Tensor], Tensor]) -> None:
@@ -87,27 +77,26 @@ def test_layouts_change_no_bit(backend: Backend, layout: Callable[[Tensor], Tens
         assert_same_bits(ops.lora_pair_stats(*other), ops.lora_pair_stats(*lists))
 
 
-def test_expanded_factors_count_as_the_values_that_they_show(backend: Backend) -> None:
+def test_factors_may_be_expanded_and_rows_may_overlap(backend: Backend) -> None:
     row = torch.arange(-3.0, 4.0, device=backend.device)
-    a, b = row.expand(3, 7), row[:, None].expand(7, 3)
-    for got, expected in zip(grams([a], [b]), wide_grams([a], [b]), strict=True):
-        assert_same_bits(got, expected.float())
-
-
-def test_rows_may_overlap(backend: Backend) -> None:
     windows = torch.arange(12.0, device=backend.device).unfold(0, 8, 1)  # (5, 8), a row every 1
-    for got, expected in zip(
-        grams([windows], [windows[:, :5]]), wide_grams([windows], [windows[:, :5]]), strict=True
-    ):
-        assert_same_bits(got, expected.float())
+    for a, b in ((row.expand(3, 7), row[:, None].expand(7, 3)), (windows, windows[:, :5])):
+        for got, expected in zip(grams([a], [b]), wide_grams([a], [b]), strict=True):
+            assert_same_bits(got, expected.float())
 
 
-def test_the_stride_of_a_single_row_is_not_looked_at(backend: Backend) -> None:
+def test_neither_a_single_rows_stride_nor_what_lies_beside_is_read(
+    backend: Backend,
+) -> None:
     numbers = torch.arange(8.0, device=backend.device)
     a = numbers.as_strided((1, 5), (2**40 + 3, 1))
     b = numbers.as_strided((4, 1), (1, 2**40 + 3))
     assert [t.item() for t in grams([a], [b])] == [30.0, 14.0]
     assert ops.lora_pair_stats(a, b, 2 * b).tolist() == [420.0, 1680.0, 840.0, 420.0]
+    bank = torch.full((4, 16, 40), float("nan"), device=backend.device)
+    bank[1] = 1.0
+    (gram,), _ = ops.lora_gram([bank[1]], [bank[1].T])
+    assert torch.equal(gram, torch.full_like(gram, 40.0))
 
 
 def test_rows_may_lie_further_apart_than_an_int32_counts(backend: Backend) -> None:
@@ -119,14 +108,6 @@ def test_rows_may_lie_further_apart_than_an_int32_counts(backend: Backend) -> No
     assert ops.lora_gram([rows[:, :2].T], [rows[:, :2]])[1][0].tolist() == [[5.0, 5.0], [5.0, 5.0]]
 
 
-def test_what_lies_beside_a_factor_is_not_read_into_it(backend: Backend) -> None:
-    bank = torch.full((4, 16, 40), float("nan"), device=backend.device)
-    bank[1] = 1.0
-    (gram,), _ = ops.lora_gram([bank[1]], [bank[1].T])
-    assert torch.equal(gram, torch.full_like(gram, 40.0))
-
-
-# --- same input, same bits ------------------------------------------------------------------------
 @pytest.mark.slow
 def test_together_and_alone_and_again_give_the_same_bits(backend: Backend) -> None:
     for dtype in DTYPES:
@@ -141,13 +122,7 @@ def test_together_and_alone_and_again_give_the_same_bits(backend: Backend) -> No
             assert_same_bits(ops.lora_pair_stats(a[i], b[i], p[i], 3.0), stats[i])
 
 
-def test_grams_are_symmetric_to_the_bit(backend: Backend) -> None:
-    a, b, _ = adapters(shapes_of(backend), torch.float32, backend)
-    for gram in grams(a, b):
-        assert_same_bits(gram, gram.T)
-
-
-def test_a_list_may_mix_dtypes(backend: Backend) -> None:
+def test_dtypes_may_be_mixed_in_a_list_and_in_an_adapter(backend: Backend) -> None:
     kept = [adapters([(4, 5, 2)], DTYPES[i % 4], backend) for i in range(12)]
     a, b, p = ([lists[i][0] for lists in kept] for i in range(3))
     for i, gram in enumerate(ops.lora_gram(a, b)[0]):
@@ -155,6 +130,13 @@ def test_a_list_may_mix_dtypes(backend: Backend) -> None:
         assert_same_bits(gram, alone)
     stats = ops.lora_pair_stats(a, b, p)
     assert_same_bits(stats[-1], ops.lora_pair_stats(a[-1], b[-1], p[-1]))
+    (a,), (b,), (p,) = adapters([(6, 5, 3)], torch.bfloat16, backend)
+    (gram,), _ = ops.lora_gram([a], [b.double()])
+    assert gram.dtype == torch.float64
+    assert_same_bits(
+        ops.lora_pair_stats(a, b, p.float()),
+        ops.lora_pair_stats(a.double(), b.double(), p.double()),
+    )
 
 
 @pytest.mark.slow
@@ -184,11 +166,7 @@ def test_a_list_may_be_spread_over_devices() -> None:
         assert_same_bits(got[2], expected[2])
     with pytest.raises(ValueError, match=r"lora_pair_stats: a\[1\]: expected a tensor on meta"):
         ops.lora_pair_stats(*(kept[1:] + kept[:1] for kept in spread))
-
-
-def test_a_fault_in_a_spread_list_is_named_by_its_place_in_the_list() -> None:
-    a, b, _ = adapters([(6, 5, 3), (4, 7, 2), (9, 4, 2)], torch.float32, Backend("cpu"))
-    a[0], b[0] = a[0].to("meta"), b[0].to("meta")
+    a[0], b[0] = a[0].to("meta"), b[0].to("meta")  # a fault is named by its place in the list
     for at, wrong, message in [
         (2, b[2][:, 1:], r"b\[2\]: expected shape \(O, r\) with r = 2, found \[9, 1\]"),
         (1, b[1].to("meta"), r"b\[1\]: expected a tensor on cpu, found meta"),
@@ -198,28 +176,9 @@ def test_a_fault_in_a_spread_list_is_named_by_its_place_in_the_list() -> None:
             ops.lora_gram(a, [wrong if i == at else t for i, t in enumerate(b)])
 
 
-def test_factors_of_two_dtypes_count_in_the_wider_one(backend: Backend) -> None:
-    (a,), (b,), (p,) = adapters([(6, 5, 3)], torch.bfloat16, backend)
-    (gram,), _ = ops.lora_gram([a], [b.double()])
-    assert gram.dtype == torch.float64
-    assert_same_bits(
-        ops.lora_pair_stats(a, b, p.float()),
-        ops.lora_pair_stats(a.double(), b.double(), p.double()),
-    )
-
-
-# --- nothing, and not a number --------------------------------------------------------------------
-def test_empty_lists_and_empty_adapters(backend: Backend) -> None:
-    assert ops.lora_gram([], []) == ([], [])
-    assert ops.lora_pair_stats([], [], []).shape == (0, 4)
-    a, b, p = adapters([(24, 16, 0), (0, 6, 4), (0, 0, 0)], torch.float32, backend)
-    first, second = ops.lora_gram(a, b)
-    assert [t.shape for t in first] == [(0, 0), (4, 4), (0, 0)]
-    assert (second[1] == 0).all() and (first[1] != 0).any()
-    assert (ops.lora_pair_stats(a, b, p) == 0).all()
-
-
-def test_what_is_not_finite_stays_with_its_adapter_and_its_rank(backend: Backend) -> None:
+def test_what_is_not_finite_stays_with_its_adapter_and_infinite(
+    backend: Backend,
+) -> None:
     a, b, p = adapters([(40, 32, 8), (40, 48, 8)], torch.float32, backend)
     a[0][3, 5] = float("nan")
     (gram, other), _ = ops.lora_gram(a, b)
@@ -228,10 +187,6 @@ def test_what_is_not_finite_stays_with_its_adapter_and_its_rank(backend: Backend
     assert torch.equal(gram.cpu().isnan(), hit) and other.isfinite().all()
     stats = ops.lora_pair_stats(a, b, p)
     assert stats[0].isnan().all() and stats[1].isfinite().all()
-
-
-def test_an_infinity_stays_one_whatever_the_rank(backend: Backend) -> None:
-    """Of positive factors: infinite times zero would be what pads a rank, and not a number."""
     for dtype in DTYPES:
         for rank in (1, 2, 3, 4, 5, 65):
             a = torch.full((rank, 9), 2.0, dtype=dtype, device=backend.device)
@@ -240,37 +195,41 @@ def test_an_infinity_stays_one_whatever_the_rank(backend: Backend) -> None:
             assert ops.lora_pair_stats(a, b, 2 * b).tolist() == [torch.inf] * 4, (dtype, rank)
 
 
-# --- autograd, autocast, faults -------------------------------------------------------------------
-def test_autograd_and_autocast_leave_them_alone(backend: Backend) -> None:
-    a, b, p = adapters([(40, 32, 8)], torch.float32, backend)
-    expected = [*grams(a, b), ops.lora_pair_stats(a, b, p)]
+def test_autograd_autocast_and_inference_mode_leave_them_alone(backend: Backend) -> None:
+    a, b, p = adapters([(40, 32, 8), (9, 4, 2)], torch.float32, backend)
+
+    def run(a: list[Tensor], b: list[Tensor], p: list[Tensor]) -> list[Tensor]:
+        return [*grams(a, b), ops.lora_pair_stats(a, b, p, [1.0, 3.0])]
+
+    expected = run(a, b, p)
+    with torch.inference_mode():
+        inside = [[t.clone() for t in kept] for kept in (a, b, p)]
+        found = [run(*inside)]
+    found.append(run(*inside))
     a[0].requires_grad_()
     with torch.autocast(backend.device, torch.bfloat16):
-        got = [*grams(a, b), ops.lora_pair_stats(a, b, p)]
-    for one, other in zip(got, expected, strict=True):
-        assert not one.requires_grad
-        assert_same_bits(one, other)
+        found.append(run(a, b, p))
+    for got in found:
+        for one, other in zip(got, expected, strict=True):
+            assert not one.requires_grad
+            assert_same_bits(one, other)
 
 
-def test_inference_mode_changes_no_bit(backend: Backend) -> None:
-    a, b, p = adapters([(5, 7, 3), (9, 4, 2)], torch.float32, backend)
-    expected = [*grams(a, b), ops.lora_pair_stats(a, b, p, [1.0, 3.0])]
-    with torch.inference_mode():
-        a, b, p = ([t.clone() for t in kept] for kept in (a, b, p))
-        inside = [*grams(a, b), ops.lora_pair_stats(a, b, p, [1.0, 3.0])]
-    outside = [*grams(a, b), ops.lora_pair_stats(a, b, p, [1.0, 3.0])]
-    for one, other, third in zip(expected, inside, outside, strict=True):
-        assert_same_bits(one, other)
-        assert_same_bits(one, third)
-
-
-def test_a_tangent_is_refused(backend: Backend) -> None:
+def test_a_tangent_and_a_gradient_are_refused(backend: Backend) -> None:
     a, b, _ = adapters([(5, 7, 3)], torch.float32, backend)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(b[0], torch.ones_like(b[0]))
         for call in (lambda: ops.lora_gram(a, [dual]), lambda: ops.lora_pair_stats(a, b, [dual])):
             with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
                 call()
+    a, b, p = adapters([(5, 7, 3)], torch.float32, Backend("cpu"))
+    b[0].requires_grad_()
+    for call in (
+        lambda: torch.ops.lora_ext.lora_gram.default(a, b),
+        lambda: torch.ops.lora_ext.lora_pair_stats.default(a, b, p),
+    ):
+        with pytest.raises(RuntimeError, match=r"has no backward; call it under torch.no_grad\(\)"):
+            call()
 
 
 def test_the_fake_kernels_refuse_what_the_ops_refuse() -> None:
@@ -279,34 +238,18 @@ def test_the_fake_kernels_refuse_what_the_ops_refuse() -> None:
     )
     assert [t.shape for t in grams(a, b)] == [(3, 3), (3, 3)]
     assert ops.lora_pair_stats(a, b, p).shape == (1, 4)
-    for call, message in [
-        (
-            lambda: ops.lora_gram(a, b + b),
-            "lora_gram: b: expected as many tensors as a, 1, found 2",
-        ),
-        (
-            lambda: ops.lora_gram(a, [b[0].T]),
-            r"lora_gram: b\[0\]: expected shape \(O, r\) with r = 3",
-        ),
-        (lambda: ops.lora_gram([a[0].int()], b), r"lora_gram: a\[0\]: expected float32, float16"),
-        (lambda: ops.lora_gram(a, b, torch.half), "lora_gram: dtype: expected None, torch.float32"),
-        (
-            lambda: ops.lora_pair_stats(a, b, [p[0][1:]]),
-            r"projected_b\[0\]: expected shape \(O, r\)",
-        ),
+    of_grams = [
+        ("b: expected as many tensors as a, 1, found 2", a, b + b),
+        (r"b\[0\]: expected shape \(O, r\) with r = 3", a, [b[0].T]),
+        (r"a\[0\]: expected float32, float16", [a[0].int()], b),
+        ("dtype: expected None, torch.float32", a, b, torch.half),
+    ]
+    of_stats = [(r"projected_b\[0\]: expected shape \(O, r\)", a, b, [p[0][1:]])]
+    for message, call in [
+        *wrong_calls("lora_gram", ops.lora_gram, of_grams),
+        *wrong_calls("lora_pair_stats", ops.lora_pair_stats, of_stats),
     ]:
         with pytest.raises(ValueError, match=message):
-            call()
-
-
-def test_the_ops_themselves_refuse_a_gradient() -> None:
-    a, b, p = adapters([(5, 7, 3)], torch.float32, Backend("cpu"))
-    b[0].requires_grad_()
-    for call in (
-        lambda: torch.ops.lora_ext.lora_gram.default(a, b),
-        lambda: torch.ops.lora_ext.lora_pair_stats.default(a, b, p),
-    ):
-        with pytest.raises(RuntimeError, match=r"has no backward; call it under torch.no_grad\(\)"):
             call()
 
 

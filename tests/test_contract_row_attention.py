@@ -1,13 +1,11 @@
 """What attention by rows alone promises: a row's bits are its query's and its own keys'."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest
 import torch
 from backends import Backend
-from contract import assert_same_bits
+from contract import assert_same_bits, with_threads
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -34,7 +32,6 @@ def alone(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Iterator[Tensor]:
             yield ops.row_attention(q[b : b + 1, :, t : t + 1], *own)[0, :, 0]
 
 
-# --- same row, same bits --------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_has_the_bits_that_it_has_alone(backend: Backend, dtype: torch.dtype) -> None:
     rows, keys = (9, 21) if backend.small else (23, 150)
@@ -78,24 +75,21 @@ def test_keys_that_are_not_seen_change_no_bit_whatever_they_hold(backend: Backen
     assert_same_bits(found, expected)
 
 
-def test_threads_and_strides_change_no_bit() -> None:
+def test_threads_and_strides_change_no_bit_and_a_second_gradient_is_refused() -> None:
     q, k, v = draw(60, 70, torch.float32)
     expected = ops.row_attention(q, k, v, causal=True)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert_same_bits(ops.row_attention(q, k, v, causal=True), expected)
-    finally:
-        torch.set_num_threads(threads)
+    for _ in with_threads(1, 2, 3):
+        assert_same_bits(ops.row_attention(q, k, v, causal=True), expected)
     dense = [t.contiguous() for t in (q, k, v)]
     assert_same_bits(ops.row_attention(*dense, causal=True), expected)
     turned = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v)]
     assert_same_bits(ops.row_attention(*turned, causal=True), expected)
     assert expected.transpose(1, 2).is_contiguous()
+    q, k, v = (t.requires_grad_() for t in draw(2, 2, torch.float32))
+    with pytest.raises(ValueError, match="not itself differentiable"):
+        torch.autograd.grad(ops.row_attention(q, k, v).sum(), q, create_graph=True)
 
 
-# --- gradients ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("sees", ["causal", "cached", "padded"])
 def test_the_gradient_is_that_of_torchs_attention(sees: str) -> None:
     rows, keys = 7, 11 if sees == "cached" else 7
@@ -116,9 +110,3 @@ def test_the_gradient_is_that_of_torchs_attention(sees: str) -> None:
         grads.append(torch.autograd.grad((y * weights).nansum(), leaves))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_a_second_gradient_is_refused() -> None:
-    q, k, v = (t.requires_grad_() for t in draw(2, 2, torch.float32))
-    with pytest.raises(ValueError, match="not itself differentiable"):
-        torch.autograd.grad(ops.row_attention(q, k, v).sum(), q, create_graph=True)

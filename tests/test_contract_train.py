@@ -1,25 +1,13 @@
 """The training ops under every law, on every backend that is open here."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
 from backends import Backend
 from cases import Inputs, Shape, make_inputs, to_pages
-from cases_train import (
-    DEEP,
-    LARGE,
-    LEAVES,
-    MEDIUM,
-    SMALL,
-    formula,
-    run,
-    train_inputs,
-)
-from contract import assert_same_bits, off_grid, same
-from test_contract_lora import shapes
+from cases_train import DEEP, LARGE, LEAVES, MEDIUM, OPS, SMALL, formula, run, train_inputs
+from contract import assert_same_bits, off_grid, same, shapes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,19 +17,12 @@ from lora_ext import ops, reference
 pytestmark = pytest.mark.hosts
 
 
-def skip_large(backend: Backend, shape: Shape) -> None:
-    if shape not in [*SMALL, *DEEP] and (backend.small or (not backend.is_twin and shape in LARGE)):
-        pytest.skip("this backend runs the small shapes")
-
-
+DROPOUT = {"dropout_p": 0.5}
 dropouts = pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
 seeds = pytest.mark.parametrize("own_seeds", [False, True], ids=["one seed", "a seed each"])
 
 
-# --- the formula --------------------------------------------------------------------------------
-
-
-@shapes(SMALL, DEEP, MEDIUM)
+@pytest.mark.parametrize("shape", [*SMALL, *DEEP, *MEDIUM], ids=str)
 def test_the_explicit_backward_is_autograd_of_the_formula(shape: Shape) -> None:
     i = train_inputs(shape, torch.float64, seed=3, dropout_p=0.25)
     leaves = {k: i[k].nan_to_num(0.5).requires_grad_() for k in LEAVES}
@@ -53,16 +34,18 @@ def test_the_explicit_backward_is_autograd_of_the_formula(shape: Shape) -> None:
         torch.testing.assert_close(formula(i)[f"d{name}"], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_gradcheck_in_float64() -> None:
-    i = train_inputs(Shape(6, 7, 6, (3, 0, 8)), torch.float64, seed=4, dropout_p=0.3)
+@seeds
+def test_gradcheck_in_float64(own_seeds: bool) -> None:
+    how: dict[str, Any] = {"dropout_p": 0.3, "own_seeds": own_seeds}
+    i = train_inputs(Shape(6, 7, 6, (3, 0, 8)), torch.float64, seed=4, **how)
     leaves = [i[k].nan_to_num(0.25).requires_grad_() for k in LEAVES]
     tail = (i["adapter_ids"], i["scale"], i["ranks"], i["dropout_p"], i["seed"])
     assert torch.autograd.gradcheck(lambda *values: ops.lora_linear(*values, *tail), leaves)
     x = i["x"].requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: ops.lora_dropout(x, 0.3, i["seed"]), x)
+    seed = i["seed"][:1]
+    assert torch.autograd.gradcheck(lambda x: ops.lora_dropout(x, 0.3, seed), x)
 
 
-# --- dropout ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 5, -(2**63)])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1 - 2**-40])
 def test_dropout_is_the_formula_bit_for_bit(backend: Backend, seed: int, p: float) -> None:
@@ -107,17 +90,13 @@ def test_float64_divides_by_the_share_kept_in_double(isa: str) -> None:
         lora_ext._C.set_cpu_isa("")
 
 
-def test_dropout_keeps_the_share_that_it_promises() -> None:
+def test_philox_gives_its_published_answers_and_dropout_keeps_its_share() -> None:
     kept = ops.lora_dropout(torch.ones(512, 2048), 0.1, torch.tensor(7)) != 0
     expected = 0.9 * kept.numel()
     assert abs(int(kept.sum()) - expected) < 5 * (expected * 0.1) ** 0.5
     other = ops.lora_dropout(torch.ones(512, 2048), 0.1, torch.tensor(8)) != 0
     both = 0.81 * kept.numel()
     assert abs(int((kept & other).sum()) - both) < 5 * (both * 0.19) ** 0.5
-
-
-def test_philox_gives_its_published_answers() -> None:
-    """Random123, examples/kat_vectors: philox4x32 of 10 rounds."""
     from lora_ext.reference.lora_train import _philox4x32_10
 
     known = [
@@ -140,8 +119,7 @@ def test_dropped_elements_do_not_count_even_if_nan(backend: Backend) -> None:
     same(run(i), expected)
 
 
-# --- rows without an adapter, adapters without a row ----------------------------------------------
-@shapes(SMALL, DEEP)
+@shapes(OPS[0], SMALL, DEEP)
 @dropouts
 def test_rows_without_adapter_or_rank_are_the_base_bit_for_bit(
     backend: Backend, shape: Shape, p: float
@@ -186,7 +164,9 @@ def test_a_large_call_takes_a_bias_of_any_stride() -> None:
         assert_same_bits(run(i)["y"], expected, "y: ")
 
 
-def test_adapters_without_a_row_get_exact_zeros(backend: Backend) -> None:
+def test_adapters_without_a_row_and_ranks_beyond_get_no_gradient(
+    backend: Backend,
+) -> None:
     shape = Shape(9, 40, 24, (8, 16, 8, 5))
     for dtype in backend.dtypes():
         i = train_inputs(shape, dtype, seed=8, device=backend.device)
@@ -197,9 +177,6 @@ def test_adapters_without_a_row_get_exact_zeros(backend: Backend) -> None:
             assert out["da"][1].any() and out["db"][1].any()
             del out
             _ = torch.full((4, 24, 16), torch.nan, dtype=dtype, device=backend.device)
-
-
-def test_no_gradient_reaches_what_lies_beyond_a_rank(backend: Backend) -> None:
     for shape in SMALL:
         i = train_inputs(shape, torch.float32, seed=9, device=backend.device)
         out = run(i)
@@ -211,25 +188,22 @@ def test_no_gradient_reaches_what_lies_beyond_a_rank(backend: Backend) -> None:
             assert not out["da"][beyond].any() and not out["db"].transpose(1, 2)[beyond].any()
 
 
-# --- same input, same bits ------------------------------------------------------------------------
-@shapes(SMALL, DEEP, MEDIUM)
-@dropouts
+@shapes(OPS[0], SMALL, DEEP, MEDIUM)
+@pytest.mark.parametrize("how", [{}, DROPOUT, {**DROPOUT, "own_seeds": True}], ids=len)
 def test_neither_a_plan_nor_int32_ids_change_a_bit(
-    backend: Backend, shape: Shape, p: float
+    backend: Backend, shape: Shape, how: dict[str, Any]
 ) -> None:
-    skip_large(backend, shape)
-    i = train_inputs(shape, torch.float32, seed=10, dropout_p=p, device=backend.device)
+    i = train_inputs(shape, torch.float32, seed=10, device=backend.device, **how)
     first = run(i)
     plan = ops.lora_plan(i["adapter_ids"], len(shape.ranks))
     same(run({**i, "plan": plan}), first)
     same(run({**i, "adapter_ids": i["adapter_ids"].int()}), first)
 
 
-@shapes(SMALL, DEEP, MEDIUM)
+@shapes(OPS[0], SMALL, DEEP, MEDIUM)
 def test_an_adapters_gradient_does_not_depend_on_who_shares_the_batch(
     backend: Backend, shape: Shape
 ) -> None:
-    skip_large(backend, shape)
     i = train_inputs(shape, torch.float32, seed=12, base=False, device=backend.device)
     together = run(i)
     for s in range(min(len(shape.ranks), 4)):
@@ -248,7 +222,7 @@ PASSES = [
 ]
 
 
-@shapes(PASSES)
+@pytest.mark.parametrize("shape", PASSES, ids=str)
 def test_one_pass_over_dy_has_the_bits_of_two(backend: Backend, shape: Shape) -> None:
     for dtype in backend.dtypes():
         i = train_inputs(shape, dtype, seed=23, base=False, device=backend.device)
@@ -274,8 +248,7 @@ def test_nan_in_one_adapters_rows_stays_with_it(backend: Backend, p: float) -> N
             assert_same_bits(out[name][~own], clean[name][~own], f"{dtype} {name}: ")
 
 
-# --- strides --------------------------------------------------------------------------------------
-@shapes(SMALL, DEEP)
+@shapes(OPS[0], SMALL, DEEP)
 @dropouts
 def test_rows_may_lie_apart_and_unaligned(backend: Backend, shape: Shape, p: float) -> None:
     for dtype in backend.dtypes():
@@ -293,7 +266,6 @@ def test_one_gradient_may_serve_every_entry(backend: Backend) -> None:
     same(run(i), formula(i))
 
 
-# --- torch's own laws -----------------------------------------------------------------------------
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_what_needs_no_gradient_gets_none(backend: Backend, leaf: str) -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=16, dropout_p=0.5, device=backend.device)
@@ -302,7 +274,7 @@ def test_what_needs_no_gradient_gets_none(backend: Backend, leaf: str) -> None:
     same(one, {k: every[k] for k in one})
 
 
-def test_nothing_is_tracked_where_nothing_requires_a_gradient() -> None:
+def test_nothing_is_tracked_needlessly_and_double_backward_is_refused() -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=17, dropout_p=0.5)
     args = [i[k] for k in (*LEAVES, "adapter_ids", "scale", "ranks", "dropout_p", "seed")]
     y = ops.lora_linear(*args)
@@ -313,9 +285,6 @@ def test_nothing_is_tracked_where_nothing_requires_a_gradient() -> None:
     with torch.inference_mode():
         assert_same_bits(ops.lora_linear(*args), y)
     assert ops.lora_linear(*args).grad_fn is not None
-
-
-def test_double_backward_is_refused() -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=18)
     x = i["x"].requires_grad_()
     a = i["a"].nan_to_num(0).requires_grad_()
@@ -387,7 +356,6 @@ def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool, own_see
         same(results[1], results[0])
 
 
-# --- the same bits in training and in serving ----------------------------------------------------
 @pytest.mark.parametrize(
     "shape",
     [
@@ -404,7 +372,8 @@ def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool, own_see
 def test_a_rows_update_without_dropout_has_the_bits_of_a_pool(
     backend: Backend, shape: Shape
 ) -> None:
-    skip_large(backend, shape)
+    if backend.small:
+        pytest.skip("this backend runs the small shapes")
     if not backend.is_twin and max(shape.ranks) > 256:
         pytest.skip("above rank 256 the kernels split sums by the number of rows: docs/exact.md")
     for dtype in backend.dtypes():

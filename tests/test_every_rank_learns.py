@@ -4,8 +4,6 @@ The gradient of a row of A is a multiple of its column of B, and the other way r
 0 in both is lost for good, and nothing says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +32,6 @@ Way = Callable[[LoraAdapter, LoraAdapter, Path], tuple[LoraAdapter, Products]]
 def changed(
     value: LoraAdapter, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> LoraAdapter:
-    """The adapter with other factors."""
     made = {n: (f, *change(f.a.clone(), f.b.clone())) for n, f in value.modules.items()}
     return LoraAdapter(value.config, {n: f._replace(a=a, b=b) for n, (f, a, b) in made.items()})
 
@@ -58,7 +55,6 @@ STARTS: dict[str, tuple[Callable, Callable]] = {
 
 
 def nearest(products: Products, rank: int | dict[str, int]) -> Products:
-    """The nearest of a rank, by the singular values of the dense products."""
     found = {}
     for name, product in products.items():
         u, s, vh = torch.linalg.svd(product, full_matrices=False)
@@ -86,10 +82,6 @@ def of_means(one: LoraAdapter, two: LoraAdapter, weights: tuple[float, float]) -
         )
         found[name] = factors.scaling * b @ a
     return found
-
-
-# -------------------------------------------------------------------------------------------------
-# Every way in which factors are made
 
 
 def resized(rank: int | dict[str, int]) -> Way:
@@ -126,11 +118,7 @@ def merged_by_command(mode: str) -> Way:
         two.save(folder / "two")
         pieces = [str(folder / "one"), str(folder / "two"), "--mode", mode]
         assert cli.main(["merge", *pieces, "--out", str(folder / "out"), "--json"]) == 0
-        found, half = LoraAdapter.load(folder / "out"), (0.5, 0.5)
-        if mode == "factors":
-            return found, of_means(one, two, half)
-        total = summed(one, two, half)
-        return found, total if mode == "delta" else nearest(total, RANK)
+        return LoraAdapter.load(folder / "out"), merged(mode, (0.5, 0.5))(one, two, folder)[1]
 
     return way
 
@@ -322,18 +310,7 @@ def test_no_rank_of_independent_factors_counts_as_rounding(rank: int):
     assert (ratio - 1).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps
 
 
-def test_rows_are_drawn_for_the_ranks_that_lost_theirs_and_for_no_other():
-    value = changed(adapter(0, RANK), with_a_rank_twice)
-    found, _ = resize_adapter(value, 3)
-    for factors in found.modules.values():
-        assert factors.b.any(0).all() and factors.a.any(1).all(), "three ranks of three are left"
-    merged_value = merge_adapters([value, value], [0.5, 0.5], "delta_svd")
-    for factors in merged_value.modules.values():
-        assert factors.b.any(0).tolist() == [True] * 3 + [False]
-        assert factors.a.any(1).all() and factors.a[3].abs().max() <= 20**-0.5
-
-
-def test_zeros_that_were_asked_for_stay():
+def test_rows_are_drawn_for_lost_ranks_alone_and_zeros_that_were_asked_for_stay():
     """HetLoRA's rule counts what a client lacks as zeros."""
     one = adapter(0, RANK)
     state = one.state_dict()
@@ -342,6 +319,14 @@ def test_zeros_that_were_asked_for_stay():
     found = aggregate(state, [reply], rank_agg="zero_pad", upload="value").state
     for key, value in found.items():
         assert not (value[2:] if "lora_A" in key else value[:, 2:]).any()
+    value = changed(adapter(0, RANK), with_a_rank_twice)
+    found, _ = resize_adapter(value, 3)
+    for factors in found.modules.values():
+        assert factors.b.any(0).all() and factors.a.any(1).all(), "three ranks of three are left"
+    merged_value = merge_adapters([value, value], [0.5, 0.5], "delta_svd")
+    for factors in merged_value.modules.values():
+        assert factors.b.any(0).tolist() == [True] * 3 + [False]
+        assert factors.a.any(1).all() and factors.a[3].abs().max() <= 20**-0.5
 
 
 @pytest.mark.parametrize("total", [3, 6, 9])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import lora_ext
 
+Adapter = tuple[dict[str, Any], dict[str, Tensor]]
 IN, MID, OUT = 24, 40, 9
 RANKS = {"red": 3, "green": 8, "blue": 12}  # 6 / rank is exact: scales are float32
 
@@ -23,19 +24,29 @@ class Mlp(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-def adapter(name: str, lora_bias: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config and weights. Alpha is 6, so the scale differs with the rank."""
-    rank = RANKS[name]
-    generator = torch.Generator().manual_seed(rank)
-    state = {}
-    for module, (i, o) in {"up": (IN, MID), "down": (MID, OUT)}.items():
-        stem = f"base_model.model.{module}"
-        state[f"{stem}.lora_A.weight"] = torch.randn(rank, i, generator=generator) / 5
-        state[f"{stem}.lora_B.weight"] = torch.randn(o, rank, generator=generator)
-        if lora_bias:
-            state[f"{stem}.lora_B.bias"] = torch.randn(o, generator=generator)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": ["up", "down"]}
-    return config | {"lora_bias": lora_bias}, state
+def random_adapter(sizes: Any, rank: int, seed: int, **fields: Any) -> Adapter:
+    """PEFT's config and weights for modules of these sizes ``(I, O)``. Alpha is 6.
+
+    ``fields`` are of the config; with ``lora_bias`` and ``use_dora`` it has their tensors too.
+    """
+    g = torch.Generator().manual_seed(seed)
+    state: dict[str, Tensor] = {}
+    for module, (i, o) in sizes.items():
+        stem = f"base_model.model.{module}.lora_"
+        state[stem + "A.weight"] = torch.randn(rank, i, generator=g) / 5
+        state[stem + "B.weight"] = torch.randn(o, rank, generator=g)
+        if fields.get("lora_bias"):
+            state[stem + "B.bias"] = torch.randn(o, generator=g)
+        if fields.get("use_dora"):
+            state[stem + "magnitude_vector"] = torch.rand(o, generator=g) + 0.5
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": list(sizes)}
+    return {**config, **fields}, state
+
+
+def adapter(name: str, lora_bias: bool = False) -> Adapter:
+    """An adapter of the model; the scale differs with the rank."""
+    sizes = {"up": (IN, MID), "down": (MID, OUT)}
+    return random_adapter(sizes, RANKS[name], RANKS[name], lora_bias=lora_bias)
 
 
 def make(dtype: torch.dtype = torch.float32, biased: str = "") -> Mlp:

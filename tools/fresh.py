@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILERS = ("gcc", "g++", "cc", "c++", "clang", "clang++", "cmake", "ninja", "nvcc")
-_TEN = re.compile(r"^## Ten lines$.*?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_TEN = re.compile(r"^## Serve in ten lines$.*?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _CHILD = """
 import json, sys, time
 import torch, transformers

@@ -7,10 +7,9 @@ from lora_ext._on_demand import on_demand
 from ._config import AdapterConfig, BaseModels, alpha_of, model_name, patterns
 from ._live import live_adapter
 from ._low_rank import able_to_learn, norm_of, padded, product_norm, resized, truncated
-from ._matrices import factor_keys
 from ._model_index import LinearSpec, ModelIndex, check_base
 from ._peft_files import AdapterSource, Factors, open_adapter, read_adapter, save_adapter
-from ._peft_tensors import PREFIX, Key, base_name, natural_order, parse_key
+from ._peft_tensors import PREFIX, Key, base_name, factor_keys, natural_order, parse_key
 from ._replaced import Replaced
 from ._value import LoraAdapter
 from .model_weights import ModelSource, ModelWeights
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from ._ranks import (
         KINDS,
         RankReport,
+        aligned,
         effective_rank,
         gram_figures,
         lora_singular_values,
@@ -38,6 +38,6 @@ __getattr__ = on_demand(
     __name__,
     comparing="ModuleDifference compare_adapters",
     merging="MergeMode interpolate_adapters merge_adapters",
-    _ranks="KINDS RankReport effective_rank gram_figures lora_singular_values rank_report",
+    _ranks="KINDS RankReport aligned effective_rank gram_figures lora_singular_values rank_report",
     reshaping="PruneMode prune_adapter resize_adapter",
 )

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -52,16 +52,20 @@ _READ = frozenset(
     "target_modules exclude_modules layers_to_transform layers_pattern task_type "
     "modules_to_save target_parameters alora_invocation_tokens trainable_token_indices".split()
 )
-# What would reach the tokens before an activated adapter's start, whose keys others share.
-_NOT_ACTIVATED = {
-    "use_dora": "PEFT refuses it too",
-    "modules_to_save": "a replaced module serves every token",
-    "trainable_token_indices": "rows of the embedding serve every token",
-    "target_parameters": "adapters on experts have no rows of single tokens",
+_REFUSED_BESIDE = {
+    "target_parameters": dict.fromkeys(
+        "lora_dropout use_dora lora_bias fan_in_fan_out velora_config".split(),
+        "adapters on experts have none, nor does PEFT have it",
+    ),
+    # What would reach the tokens before an activated adapter's start, whose keys others share.
+    "alora_invocation_tokens": {
+        "use_dora": "PEFT refuses it too",
+        "modules_to_save": "a replaced module serves every token",
+        "trainable_token_indices": "rows of the embedding serve every token",
+        "target_parameters": "adapters on experts have no rows of single tokens",
+    },
 }
 _TRAINED_BIASES = ("all", "lora_only")
-# What PEFT refuses beside target_parameters.
-_NOT_ON_PARAMETERS = "lora_dropout use_dora lora_bias fan_in_fan_out velora_config".split()
 
 # The Hub's cache, whose last component is a revision: models--org--name/snapshots/<revision>.
 _CACHED = re.compile(r"models--(?:.+--)?(.+)")
@@ -90,11 +94,11 @@ class AdapterConfig(LoraConfig):
         names = (names,) if isinstance(names, str) else names
         object.__setattr__(self, "modules_to_save", names or None)
         names = checked_names(self.where, "target_parameters", self.target_parameters)
-        found, listed = f"{names!r:.200}", not isinstance(names, str)
-        require(listed, self.where, "target_parameters", "a list of strings", found)
+        listed = not isinstance(names, str)
+        require(listed, self.where, "target_parameters", "a list of strings", f"{names!r:.200}")
         object.__setattr__(self, "target_parameters", tuple(sorted(names or ())))
-        rows = _token_rows(self.where, self.trainable_token_indices)
-        object.__setattr__(self, "trainable_token_indices", rows)
+        field = "trainable_token_indices"
+        object.__setattr__(self, field, _token_rows(self.where, field, getattr(self, field)))
 
     @classmethod
     def parse(cls, raw: Any, where: str) -> AdapterConfig:
@@ -106,28 +110,9 @@ class AdapterConfig(LoraConfig):
             raise ValueError(f"{where}: expected a JSON object, found {type(raw).__name__}")
         kind = getattr(raw.get("peft_type"), "value", raw.get("peft_type"))
         require(kind == "LORA", where, "peft_type", "'LORA'", f"{kind!r:.200}")
-        for name, reason in _REFUSED.items():
-            if raw.get(name):
-                raise NotImplementedError(f"{where}: {name} is not supported: {reason}")
-        if raw.get("target_parameters"):
-            for name in _NOT_ON_PARAMETERS:
-                if raw.get(name):
-                    raise NotImplementedError(
-                        f"{where}: {name}={raw[name]!r:.40} is not supported beside "
-                        "target_parameters, adapters on experts, nor does PEFT have it"
-                    )
-        for name, reason in _NOT_ACTIVATED.items() if raw.get("alora_invocation_tokens") else ():
-            if raw.get(name):
-                raise NotImplementedError(
-                    f"{where}: {name} is not supported beside alora_invocation_tokens: {reason}"
-                )
+        for name, reason in _refusals(raw):
+            raise NotImplementedError(f"{where}: {name} is not supported{reason}")
         init = raw.get("init_lora_weights")
-        if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-            raise NotImplementedError(
-                f"{where}: init_lora_weights={init[:40]!r} changes the base weight; save the "
-                "adapter with PEFT's path_initial_model_for_weight_conversion to make it an "
-                "ordinary one"
-            )
         if isinstance(init, str) and init.lower() in OWN_INITS:
             raw = {**raw, "init_lora_weights": True, _INIT_FIELD: init.lower()}
         known = _READ | _IGNORED | _REFUSED.keys() | {"init_lora_weights"}
@@ -214,10 +199,9 @@ class AdapterConfig(LoraConfig):
                 if not any(matches_suffix(owner, saved) for owner in (*_owners(name), name))
             }
         for name in sorted(found & index.unsupported.keys()):
-            raise NotImplementedError(
-                f"{self.where}: target_modules names {name!r}, a {index.unsupported[name]}; "
-                "only Linear, Conv1D and plain Embedding modules are supported"
-            )
+            expected = "Linear, Conv1D and plain Embedding modules alone"
+            other = f"{name!r}, a {index.unsupported[name]}"
+            require(False, self.where, "target_modules", expected, other, NotImplementedError)
         return found | parameters
 
     def targeted_parameters(self, index: ModelIndex) -> set[str]:
@@ -225,11 +209,10 @@ class AdapterConfig(LoraConfig):
         refused."""
         wanted = tuple(self.target_parameters or ())
         known = [name for names in index.parameters.values() for name in names]
-        for each in wanted:
-            fits = any(matches_suffix(name, (each,)) for name in known)
-            expected = f"matrices of routed experts, as {known[:2] or 'this model has none'}"
-            found = f"{each!r:.200}; adapters on other parameters are not supported"
-            require(fits, self.where, "target_parameters", expected, found, NotImplementedError)
+        other = [each for each in wanted if not any(matches_suffix(n, (each,)) for n in known)]
+        expected = f"matrices of routed experts alone, as {known[:2] or 'this model has none'}"
+        found = f"{other!r:.200}"
+        require(not other, self.where, "target_parameters", expected, found, NotImplementedError)
         return {name for name in known if matches_suffix(name, wanted)}
 
     def ranks_and_scales(
@@ -241,16 +224,31 @@ class AdapterConfig(LoraConfig):
         return {name: (r, alpha / root(r)) for name, (r, alpha) in found.items()}, unused
 
 
-def _token_rows(where: str, given: Any) -> dict[str, tuple[int, ...]] | tuple[int, ...] | None:
-    """``trainable_token_indices``, checked: tokens, each once."""
-    argument = "trainable_token_indices"
+def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each field that PEFT knows and this package does not support, and the reason."""
+    for name, reason in _REFUSED.items():
+        if raw.get(name):
+            yield name, f": {reason}"
+    for other, table in _REFUSED_BESIDE.items():
+        for name, reason in table.items() if raw.get(other) else ():
+            if raw.get(name):
+                value = f"={raw[name]!r:.40}" if other == "target_parameters" else ""
+                yield f"{name}{value}", f" beside {other}: {reason}"
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        remedy = "save it with PEFT's path_initial_model_for_weight_conversion instead"
+        yield f"init_lora_weights={init[:40]!r}", f": it changes the base weight; {remedy}"
+
+
+def _token_rows(where: str, argument: str, given: Any) -> Any:
+    """Return ``trainable_token_indices``, by name if they are, as tuples of different tokens."""
     if not given:
         return None
     if isinstance(given, Mapping):
         named = all(isinstance(name, str) and name for name in given)
         require(named, where, argument, "names with lists of tokens", f"{given!r:.200}")
-        each: Any = {name: _token_rows(where, rows) for name, rows in given.items() if rows}
-        return each or None
+        found = {name: _token_rows(where, argument, rows) for name, rows in given.items() if rows}
+        return found or None
     listed = isinstance(given, list | tuple)
     require(listed, where, argument, "a list of tokens", f"{given!r:.200}", WrongKind)
     tokens = tuple(integer(where, argument, token, 0) for token in given)

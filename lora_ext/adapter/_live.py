@@ -40,10 +40,8 @@ def live_adapter(
         adapter = _chosen(adapter, configs, active, where)
         return configs[adapter], _state(model, adapter)
     if not layers:
-        raise ValueError(
-            f"{where}: expected a PEFT model, or one with layers of lora_ext.nn, found none in a "
-            f"{type(model).__name__}"
-        )
+        expected = "a PEFT model, or one with layers of lora_ext.nn"
+        raise ValueError(f"{where}: expected {expected}, found none in a {type(model).__name__}")
     known = dict.fromkeys(name for layer in layers.values() for name in layer.adapter_names)
     active = dict.fromkeys(name for layer in layers.values() for name in layer.active_adapters)
     adapter = _chosen(adapter, known, active, where)

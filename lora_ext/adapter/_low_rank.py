@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from ._peft_files import Factors
 
 #: Root mean square of the norm of a row of a new A, drawn from ``U(-1/sqrt(I), 1/sqrt(I))``.
@@ -153,15 +155,13 @@ def rounded(values: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Ten
 
 
 def check_matrices(factors: Factors, where: str) -> None:
-    """Refuse factors whose product says nothing of the layer: NaN and infinity, and those of a
-    grouped convolution, whose update is no product of two matrices."""
+    """Raise for factors with NaN or infinity, and for those of a grouped convolution, whose update
+    is no product of two matrices."""
     a, b = factors.a, factors.b
-    if a.shape[0] != b.shape[1]:
-        raise NotImplementedError(
-            f"{where}: expected as many rows of a as columns of b, found {a.shape[0]} and "
-            f"{b.shape[1]}: a grouped convolution can be loaded and saved, and no more"
-        )
+    expected = f"as many columns as a has rows, {a.shape[0]} (a grouped convolution can be loaded "
+    expected += "and saved, and no more)"
+    require(a.shape[0] == b.shape[1], where, "b", expected, b.shape[1], NotImplementedError)
     parts = {"a": a, "b": b, "bias": factors.bias, "magnitude": factors.magnitude}
     for name, values in parts.items():
-        if values is not None and not bool(values.isfinite().all()):
-            raise ValueError(f"{where}: {name}: expected finite values, found NaN or inf")
+        finite = values is None or bool(values.isfinite().all())
+        require(finite, where, name, "finite values", "NaN or inf")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from lora_ext._checks import require
 from lora_ext.layers import adapted_layers, adapter_factors
 
 from ._peft_files import AdapterSource, open_adapter
-from ._peft_tensors import PREFIX, parse_key, roles_of
+from ._peft_tensors import PREFIX, factor_keys
 from ._value import LoraAdapter
 
 #: An adapter, a model, a state dict, a folder, or (config, state dict).
@@ -22,9 +21,6 @@ LAYOUTS = ("r_in", "in_r")
 
 #: One module's update, ``scaling * b @ a``: a ``(r, n)``, b ``(m, r)`` and scaling.
 Matrices = tuple[Tensor, Tensor, float]
-
-# The published code has bare parameters, in a module of their own beside the base layer.
-_PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB])", re.DOTALL)
 
 
 def factor_matrices(
@@ -68,42 +64,8 @@ def _bare(
     return found
 
 
-def factor_keys(
-    where: str, keys: Iterable[str], adapter_name: str | None = None
-) -> dict[str, tuple[str, str]]:
-    """The keys of A and B of each module, without those of other adapters where one is named; a
-    factor without the other is a KeyError."""
-    halves: dict[str, dict[str, str]] = {}
-    for key in keys:
-        read = _read_key(key)
-        if read is not None:
-            module, factor, adapter = read
-            if adapter_name is None or adapter in (None, adapter_name):
-                halves.setdefault(module, {})[factor] = key
-    for module, half in halves.items():
-        if len(half) < 2:
-            ((factor, key),) = half.items()
-            missing = "B" if factor == "A" else "A"
-            raise KeyError(
-                f"{where}: {module}: expected lora_A and lora_B, found {key} without its "
-                f"lora_{missing}"
-            )
-    return {module: (half["A"], half["B"]) for module, half in halves.items()}
-
-
-def _read_key(key: str) -> tuple[str, str, str | None] | None:
-    """Module, factor (A or B) and adapter that a name says; None: it names something else."""
-    parsed = parse_key(key)
-    if parsed is not None:
-        a, b, *_ = roles_of(parsed.role.startswith("embedding")).values()
-        factor = {a: "A", b: "B"}.get(parsed.role)
-        return None if factor is None else (parsed.module, factor, parsed.adapter)
-    match = _PUBLISHED.fullmatch(key.removeprefix(PREFIX))
-    return None if match is None else (match["module"], match["factor"], None)
-
-
 def check_floating(where: str, name: str, t: Any) -> None:
-    """Refuse with a TypeError what is no floating tensor."""
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        found = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{where}: {name}: expected a floating tensor, found {found}")
+    """Raise a TypeError unless ``t`` is a floating tensor."""
+    found = t.dtype if isinstance(t, Tensor) else type(t).__name__
+    floating = isinstance(t, Tensor) and t.is_floating_point()
+    require(floating, where, name, "a floating tensor", found, TypeError)

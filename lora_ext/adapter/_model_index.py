@@ -205,10 +205,9 @@ def check_base(where: str, model: object) -> None:
     """Refuse what is no model, or carries adapters already; the error says what helps."""
     if not isinstance(model, nn.Module):
         found = repr(model) if model is None or isinstance(model, str) else type(model).__name__
-        raise TypeError(
-            f"{where}: model: expected a torch.nn.Module, found {found:.200}; load the base "
-            "model first, with AutoModelForCausalLM.from_pretrained for one"
-        )
+        remedy = "load the base model first, with AutoModelForCausalLM, say"
+        expected = "expected a torch.nn.Module"
+        raise TypeError(f"{where}: model: {expected}, found {found:.200}; {remedy}")
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer):
             remedy = "detach the model first"
@@ -220,9 +219,8 @@ def check_base(where: str, model: object) -> None:
             continue
         # The layers of from_peft are called what PEFT's are called.
         found = type(module).__qualname__ + (f" at {name!r}" if name else "")
-        raise ValueError(
-            f"{where}: model: expected a base model without adapter layers, found {found}; {remedy}"
-        )
+        expected = "a base model without adapter layers"
+        raise ValueError(f"{where}: model: expected {expected}, found {found}; {remedy}")
 
 
 def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torch.device:
@@ -264,12 +262,9 @@ class BaseWeights:
     def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
         """Refuse a weight that has not the size of the model's, before it is read."""
         info, shape = tensors.infos[key], self._shapes[name]
-        if info.shape != shape:
-            raise ValueError(
-                f"{tensors.where}: {key}: shape: expected {shape} as in the base model, found "
-                f"{info.shape}; give the base model this weight (resize_token_embeddings, then "
-                "copy it) before the pool is made"
-            )
+        remedy = "copy it into the model (resize_token_embeddings) before the pool is made"
+        expected, found = f"{shape} as in the base model", f"{info.shape}; {remedy}"
+        require(info.shape == shape, f"{tensors.where}: {key}", "shape", expected, found)
 
     def check(self, tensors: TensorSource, key: str, name: str) -> None:
         """Refuse a weight, ``key`` of the tensors, that would change a bit of the model's ``name``
@@ -285,18 +280,15 @@ class BaseWeights:
             self.check_header(tensors, key, name)
         if not _equal(tensors.read(key), own.detach()):
             raise ValueError(
-                f"{where}: expected the base model's own values, found others: the adapter was "
-                "trained beside this weight, and all adapters share the base model; copy it into "
-                "the model first if it is to be everybody's"
+                f"{where}: expected the base model's own values, found others: all adapters share "
+                "the base model; copy this weight into it first if it is to be everybody's"
             )
 
     def _values(self, where: str, name: str) -> Tensor:
         model = self._model()
         if model is None:
-            raise ValueError(
-                f"{where}: expected the model that the pool was made for, to compare this weight "
-                "with its own; the model is gone: keep it, or make a pool for the one that is used"
-            )
+            expected = "expected the model that the pool was made for, to compare this weight with"
+            raise ValueError(f"{where}: {expected}, found that the model is gone: keep it")
         for full, tensor in _tensors(model):
             if base_name(full) == name:
                 if not tensor.is_meta:
@@ -304,10 +296,8 @@ class BaseWeights:
                 offloaded = offloaded_values(model, full)
                 if offloaded is not None:
                     return offloaded
-        raise ValueError(
-            f"{where}: expected {name} of the base model to compare this weight with; "
-            "it has no values there (it is on meta, or was taken away)"
-        )
+        expected = f"expected {name} of the base model to compare this weight with"
+        raise ValueError(f"{where}: {expected}, found that it has no values there (on meta?)")
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -78,10 +78,10 @@ class CheckedAdapter:
                 if role in keys
             }
             if module in self.index.bypassed and parts["b"].any():
+                where, reader = self.where_is(module, "b"), self.index.bypassed[module]
                 raise NotImplementedError(
-                    f"{self.where_is(module, 'b')}: expected zeros, found others: "
-                    f"{self.index.bypassed[module]} reads the weight of this module and never "
-                    "calls it, so that an adapter on it would not be served"
+                    f"{where}: expected zeros, found others, which would not be served: {reader} "
+                    "reads the weight of this module and never calls it"
                 )
             factors = Factors(**parts, scaling=self.scalings[module], embedding=embedding)
             yield self.index.specs[module], factors
@@ -142,15 +142,16 @@ def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorS
 def check_adapter(
     config: AdapterConfig, tensors: TensorSource, index: ModelIndex, max_rank: int, strict: bool
 ) -> CheckedAdapter:
-    """Check what :func:`open_adapter` opened; arguments and errors are :func:`read_adapter`'s."""
+    """Check what :func:`open_adapter` opened, as :func:`read_adapter` does."""
+    where, field = tensors.where, config.where
     if index.shared:
         expected = "'none' (the base model's biases are shared)"
-        require(config.base_bias == "none", config.where, "bias", expected, repr(config.base_bias))
+        require(config.base_bias == "none", field, "bias", expected, repr(config.base_bias))
     for name in () if index.shared else ("target_parameters", "trainable_token_indices"):
         if getattr(config, name):
             raise NotImplementedError(
-                f"{config.where}: {name} is not supported apart from a model: AdapterPool serves "
-                "such adapters, and from_peft trains them"
+                f"{field}: {name} is not supported apart from a model: AdapterPool serves such "
+                "adapters, and from_peft trains them"
             )
     experts = wrapped_names(index.parameters, config.targeted_parameters(index))
     grouped, base, leftover = _group_keys(tensors, index, experts)
@@ -162,24 +163,16 @@ def check_adapter(
         saved = {key: name for key, name in other.items() if config.saves_whole(name)}
         base = {key: name for key, name in base.items() if key not in saved}
         leftover = [key for key in leftover if key not in saved]
-    _check_targets(config, tensors, index, grouped)
-    if config.invocation:
-        _check_activated(config, index, grouped)
-    if not grouped:
-        raise ValueError(
-            f"{tensors.where}: expected adapted modules, found {_some(leftover) or 'none'}"
-        )
+    _check_targets(config, where, index, grouped)
+    require(grouped, where, "keys", "adapted modules", _some(leftover) or "none")
     ranks, unused = config.ranks_and_scales(grouped)
     leftover += [*(f"config field {name}" for name in config.unknown), *unused]
+    expected = f"expected only what the base model and {field} account for"
     if strict and leftover:
-        raise ValueError(
-            f"{tensors.where}: expected only what the base model and {config.where} account for, "
-            f"found {_some(leftover)} (strict=False skips them)"
-        )
+        raise ValueError(f"{where}: {expected}, found {_some(leftover)} (strict=False skips them)")
     for module, keys in grouped.items():  # all headers before the first byte of the first tensor
         rank, _ = ranks[module]
-        expected = f"at most max_rank={max_rank}"
-        require(rank <= max_rank, config.where, f"rank of {module}", expected, rank)
+        require(rank <= max_rank, field, f"rank of {module}", f"at most max_rank={max_rank}", rank)
         _check_headers(tensors, keys, rank, module, index, config)
     whole = find_replaced(config, tensors, index, saved, grouped) if index.shared else {}
     for key, name in base.items():  # all headers before the first byte, here too
@@ -192,55 +185,38 @@ def check_adapter(
     )
 
 
-def _check_activated(config: AdapterConfig, index: ModelIndex, grouped: Iterable[str]) -> None:
-    """Refuse an invocation that no prompt has, and factors that would reach the tokens before."""
-    config.check_vocabulary(config.where, index.vocabulary)
-    embedded = sorted(name for name in grouped if name in index.embedding)
-    if embedded:
-        raise NotImplementedError(
-            f"{config.where}: alora_invocation_tokens: expected adapters on linear layers, found "
-            f"one on the embedding {embedded[0]!r}, which PEFT refuses too"
-        )
-
-
 def _check_targets(
-    config: AdapterConfig,
-    tensors: TensorSource,
-    index: ModelIndex,
-    grouped: dict[str, dict[str, str]],
+    config: AdapterConfig, where: str, index: ModelIndex, grouped: dict[str, dict[str, str]]
 ) -> None:
-    """The modules that have factors are those that the config targets, where it says which."""
+    """Check that the modules with factors are those that the config targets, if it names any, and
+    that an activated adapter changes no token before its invocation."""
     targets = config.targets(index)
-    if targets is None:
-        return
-    stray = sorted(grouped.keys() - targets)
-    if stray:  # also where strict=False: what was trained with them is another adapter
-        raise ValueError(
-            f"{tensors.where}: expected factors of modules that {config.where} targets, found "
-            f"{_some(key for module in stray for key in grouped[module].values())}"
-        )
-    missing = sorted(targets - grouped.keys())
-    if missing:
-        raise ValueError(
-            f"{tensors.where}: expected lora_A and lora_B for each of {len(targets)} targeted "
-            f"modules, found none for {_some(missing)}"
-        )
+    if targets is not None:  # also if not strict: what was trained with them is another adapter
+        stray = [key for m in sorted(grouped.keys() - targets) for key in grouped[m].values()]
+        expected = f"factors of modules that {config.where} targets"
+        require(not stray, where, "keys", expected, _some(stray))
+        missing = sorted(targets - grouped.keys())
+        expected = f"lora_A and lora_B for each of {len(targets)} targeted modules"
+        require(not missing, where, "keys", expected, f"none for {_some(missing)}")
+    config.check_vocabulary(config.where, index.vocabulary)
+    for name in sorted(grouped.keys() & index.embedding.keys()) if config.invocation else ():
+        field, expected = "alora_invocation_tokens", "adapters on linear layers"
+        found = f"one on the embedding {name!r}, which PEFT refuses too"
+        require(False, config.where, field, expected, found, NotImplementedError)
 
 
 def _group_keys(
     tensors: TensorSource, index: ModelIndex, experts: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
-    """Keys by module and role (``A.weight``, ``embedding_A``, ``magnitude_vector``...); keys of
-    weights of the base model, with their names there; and the other keys."""
+    """Return the keys by module and role (``A.weight``, ``embedding_A``, ``magnitude_vector``...);
+    the keys of weights of the base model, with their names there; and the other keys."""
     grouped: dict[str, dict[str, str]] = {}
     base: dict[str, str] = {}
     leftover: list[str] = []
+    where = tensors.where
     for key in tensors.infos:
-        if "modules_to_save" in key:
-            raise NotImplementedError(
-                f"{tensors.where}: {key}: replaced modules (modules_to_save) are not supported"
-            )
-        parsed = parse_key(key)
+        expected, parsed = "no replaced modules under their names in a live model", parse_key(key)
+        require("modules_to_save" not in key, where, key, expected, "one", NotImplementedError)
         if parsed is None:
             name = base_name(key)
             if name in index.weights:
@@ -249,26 +225,21 @@ def _group_keys(
                 leftover.append(key)
             continue
         module = experts.get(parsed.module, parsed.module)
+        own = module == parsed.module
         owner, _, _ = parsed.module.partition(".base_layer")
-        if owner in index.parameters and module == parsed.module:
-            raise ValueError(
-                f"{tensors.where}: expected factors of {len(experts)} parameters of experts, which "
-                f"the adapter's target_parameters mean, found {key}"
-            )
+        expected = f"factors of {len(experts)} parameters of experts, which target_parameters mean"
+        require(not (own and owner in index.parameters), where, "keys", expected, key)
         if module not in index.specs:
             kind = index.unsupported.get(module)
-            if kind is None and module == parsed.module and in_routed_experts(module):
+            if kind is None and own and in_routed_experts(module):
                 kind = f"module of {ROUTED}"
-            if kind is not None:  # also where strict=False: without it this is another adapter
-                raise NotImplementedError(
-                    f"{tensors.where}: {key}: adapters on a {kind} are not supported"
-                )
+            # Also if not strict: without these factors it is another adapter.
+            expected, found = "no adapters on unsupported modules", f"a {kind}"
+            require(kind is None, where, key, expected, found, NotImplementedError)
             leftover.append(key)
             continue
-        roles = grouped.setdefault(module, {})
-        other = roles.setdefault(parsed.role, key)
-        if other != key:
-            raise ValueError(f"{tensors.where}: expected one adapter, found both {other} and {key}")
+        other = grouped.setdefault(module, {}).setdefault(parsed.role, key)
+        require(other == key, where, "keys", "one adapter", f"both {other} and {key}")
     return grouped, base, leftover
 
 
@@ -280,22 +251,17 @@ def _check_headers(
     index: ModelIndex,
     config: AdapterConfig,
 ) -> None:
-    spec = index.specs[module]
-    roles = roles_of(module in index.embedding)
+    spec, embedding = index.specs[module], module in index.embedding
+    roles = roles_of(embedding)
     ones = (1,) * len(spec.kernel)
     expected: dict[str, tuple[int, ...]] = {
         roles["a"]: (rank * spec.experts, spec.in_features, *spec.kernel),
         roles["b"]: (spec.out_features, rank * spec.experts // spec.groups, *ones),
     }
-    if module in index.embedding and config.use_dora and index.shared:
-        raise NotImplementedError(
-            f"{config.where}: use_dora is not supported on {module}: DoRA of an embedding"
-        )
-    if module in index.embedding and config.lora_bias:
-        raise ValueError(
-            f"{config.where}: lora_bias: expected false beside the embedding {module}, "
-            "as PEFT does, found True"
-        )
+    dora, wanted = embedding and config.use_dora and index.shared, "no DoRA on embeddings"
+    require(not dora, config.where, f"use_dora of {module}", wanted, True, NotImplementedError)
+    wanted = f"false beside the embedding {module}, as PEFT does"
+    require(not (embedding and config.lora_bias), config.where, "lora_bias", wanted, True)
     if config.lora_bias:
         expected[roles["bias"]] = (spec.out_features,)
     if config.use_dora:
@@ -334,13 +300,10 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         parsed = parse_key(key)
-        if parsed is None:
-            raise ValueError(
-                f"save_adapter: state: expected <module>.lora_A.weight or its like, found {key}"
-            )
-        found = f"{parsed.in_file} twice"
-        require(parsed.in_file not in tensors, "save_adapter", "state", "one adapter", found)
-        tensors[parsed.in_file] = value
+        name = "" if parsed is None else parsed.in_file
+        require(name, "save_adapter", "state", "<module>.lora_A.weight or its like", key)
+        require(name not in tensors, "save_adapter", "state", "one adapter", f"{name} twice")
+        tensors[name] = value
     write_adapter(directory, config, tensors, beside)
 
 

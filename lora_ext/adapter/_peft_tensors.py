@@ -3,16 +3,18 @@ or a state dict, none of them trusted: shapes and dtypes are known before any te
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext._files import SafetensorsFile, TensorInfo, open_regular
 
 PREFIX = "base_model.model."
@@ -29,6 +31,9 @@ _KEY = re.compile(
     re.DOTALL,
 )
 
+# The published code has bare parameters, in a module of their own beside the base layer.
+_PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB])", re.DOTALL)
+_FACTORS = {"A.weight": "A", "embedding_A": "A", "B.weight": "B", "embedding_B": "B"}
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
@@ -86,6 +91,36 @@ def roles_of(embedding: bool) -> dict[str, str]:
     return {"a": a, "b": b, "bias": "B.bias", "magnitude": MAGNITUDE}
 
 
+def factor_keys(
+    where: str, keys: Iterable[str], adapter_name: str | None = None
+) -> dict[str, tuple[str, str]]:
+    """The keys of A and B of each module, without those of other adapters where one is named; a
+    factor without the other is a KeyError."""
+    halves: dict[str, dict[str, str]] = {}
+    for key in keys:
+        read = _read_key(key)
+        if read is not None:
+            module, factor, adapter = read
+            if adapter_name is None or adapter in (None, adapter_name):
+                halves.setdefault(module, {})[factor] = key
+    for module, half in halves.items():
+        for factor, key in half.items() if len(half) < 2 else ():
+            missing = "B" if factor == "A" else "A"
+            found = f"{key} without its lora_{missing}"
+            require(False, where, module, "lora_A and lora_B", found, KeyError)
+    return {module: (half["A"], half["B"]) for module, half in halves.items()}
+
+
+def _read_key(key: str) -> tuple[str, str, str | None] | None:
+    """Module, factor (A or B) and adapter that a name says; None: it names something else."""
+    parsed = parse_key(key)
+    if parsed is not None:
+        factor = _FACTORS.get(parsed.role)
+        return None if factor is None else (parsed.module, factor, parsed.adapter)
+    match = _PUBLISHED.fullmatch(key.removeprefix(PREFIX))
+    return None if match is None else (match["module"], match["factor"], None)
+
+
 class TensorSource(Protocol):
     """Keys with shapes, and the tensors one at a time."""
 
@@ -102,41 +137,38 @@ class TensorSource(Protocol):
 
 
 def adapter_directory(source: str | os.PathLike[str]) -> Path:
-    """Refuse what is no directory with an adapter; the error says what helps."""
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(
-            "adapter: expected a directory as PEFT saves it, or (config, state dict), "
-            f"found {type(source).__name__}"
-        )
-    path = Path(source)
+    """Return ``source`` as a path; raise unless it is a directory with an adapter."""
     expected = "expected a directory with adapter_config.json"
-    try:
+    if not isinstance(source, str | os.PathLike):
+        found = type(source).__name__
+        raise TypeError(f"adapter: {expected}, or (config, state dict), found {found}")
+    path, found = Path(source), "a file; name its directory"
+    with contextlib.suppress(NotADirectoryError):
         names = directory_names(path, expected)
-    except NotADirectoryError:
-        raise ValueError(f"{path}: {expected}, found a file; name its directory") from None
-    if "adapter_config.json" not in names:
+        if "adapter_config.json" in names:
+            return path
         inner = sorted(n for n in names if os.path.lexists(path / n / "adapter_config.json"))
         found = f"one with adapters in {', '.join(inner[:4])}" if inner else "one without"
-        raise ValueError(f"{path}: {expected}, found {found}")
-    return path
+    raise ValueError(f"{path}: {expected}, found {found}")
 
 
 def directory_names(path: Path, expected: str) -> set[str]:
-    """What a directory holds. ``expected`` opens what an error says of the path: a ValueError where
-    it cannot be opened or looks like a name on the Hub, NotADirectoryError for a file."""
+    """Return the names in a directory.
+
+    Raises:
+        ValueError: it cannot be opened, or looks like a name on the Hub; ``expected`` is part of
+            the message. NotADirectoryError: it is a file.
+    """
     try:
         return set(os.listdir(path))
     except NotADirectoryError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        remedy = ""
+        found = getattr(error, "strerror", None) or error
         if _HUB_NAME.fullmatch(str(path)):
-            remedy = (
-                "; nothing is downloaded here: "
-                f"huggingface_hub.snapshot_download({str(path)!r}) returns a directory"
-            )
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: cannot be opened: {expected}, found {reason}{remedy}") from None
+            remedy = f"huggingface_hub.snapshot_download({str(path)!r}) returns a directory"
+            found = f"{found}; nothing is downloaded here: {remedy}"
+        raise ValueError(f"{path}: cannot be opened: {expected}, found {found}") from None
 
 
 def open_tensors(directory: Path) -> TensorSource:
@@ -159,13 +191,11 @@ class StateDict:
         self.infos = {}
         for key, value in tensors.items():
             if not isinstance(key, str) or not isinstance(value, Tensor):
-                raise ValueError(
-                    f"{where}: expected names with tensors, "
-                    f"found {key!r:.100}: {type(value).__name__}"
-                )
-            if value.layout != torch.strided or value.is_meta:
-                found = "one on meta, without values" if value.is_meta else value.layout
-                raise ValueError(f"{where}: {key}: expected a dense tensor, found {found}")
+                found = f"{key!r:.100}: {type(value).__name__}"
+                raise ValueError(f"{where}: expected names with tensors, found {found}")
+            dense = value.layout == torch.strided and not value.is_meta
+            found = "one on meta, without values" if value.is_meta else value.layout
+            require(dense, where, key, "a dense tensor", found)
             self.infos[key] = TensorInfo(tuple(value.shape), value.dtype)
 
     def read(self, key: str) -> Tensor:
@@ -174,7 +204,7 @@ class StateDict:
         return tensor.detach() if tensor.requires_grad else tensor
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Return at once: there is no file."""
 
 
 def _refusal(error: str) -> str:
@@ -198,12 +228,9 @@ def _read_bin(path: Path) -> StateDict:
                 entries = archive.infolist()
         except Exception as error:  # zipfile raises many kinds on a damaged directory
             raise ValueError(f"{where}: expected a zip written by torch.save: {error}") from None
-        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or (
-            sum(e.file_size for e in entries) > size
-        ):
-            raise ValueError(
-                f"{where}: expected stored zip entries, found compressed or oversize ones"
-            )
+        stored = all(e.compress_type == zipfile.ZIP_STORED for e in entries)
+        stored = stored and sum(e.file_size for e in entries) <= size
+        require(stored, where, "zip", "stored zip entries", "compressed or oversize ones")
         file.seek(0)
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
@@ -216,6 +243,5 @@ def _read_bin(path: Path) -> StateDict:
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
     }
-    if sum(storages.values()) > size:
-        raise ValueError(f"{where}: expected at most {size} bytes of tensors, found more")
+    require(sum(storages.values()) <= size, where, "tensors", f"at most {size} bytes", "more")
     return source

@@ -116,7 +116,10 @@ def effective_rank(
     choice(where, "method", method, METHODS)
     scale = abs(number(where, "scaling", scaling))
     if b is None:
-        dense = _factor(where, "a", a)
+        check_floating(where, "a", a)
+        holds = a.dim() == 2 and a.numel() > 0
+        require(holds, where, "a", "a matrix that is not empty", tuple(a.shape))
+        dense = _finite(where, "a", a)
         if method == "qr":
             return _rank(torch.linalg.svdvals(dense) * scale, kind, tau, k)
         wide_a = dense if dense.shape[0] < dense.shape[1] else dense.T
@@ -178,15 +181,17 @@ class RankReport(Sequence[Mapping[str, Any]]):
     def to_table(self) -> str:
         """A line for each module below a line of headings, in aligned columns."""
         names = list(self.rows[0]) if self.rows else ["module"]
-        cells = [names, *([_cell(row[name]) for name in names] for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if name == "module" else cell.rjust(width)
-                for name, cell, width in zip(names, line, widths, strict=True)
-            ).rstrip()
-            for line in cells
-        )
+        return aligned([names, *([_cell(row[name]) for name in names] for row in self.rows)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells as text in columns, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (
+        [text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(cells)]
+        for cells in (zip(line, widths, strict=True) for line in lines)
+    )
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def rank_report(
@@ -283,13 +288,11 @@ def _factors(where: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] and a.numel() and b.numel()
     expected, found = "shapes (r, n) and (m, r), neither empty", map(tuple, (a.shape, b.shape))
     require(fits, where, "a and b", expected, " and ".join(map(str, found)))
-    return _factor(where, "a", a), _factor(where, "b", b)
+    return _finite(where, "a", a), _finite(where, "b", b)
 
 
-def _factor(where: str, name: str, t: Tensor) -> Tensor:
-    check_floating(where, name, t)
-    shape = tuple(t.shape)
-    require(t.dim() == 2 and t.numel() > 0, where, name, "a matrix that is not empty", shape)
+def _finite(where: str, name: str, t: Tensor) -> Tensor:
+    """Return ``t`` in float64 on the CPU, which is finite."""
     wide = t.detach().to("cpu", torch.float64)
     require(bool(wide.isfinite().all()), where, name, "finite values", "NaN or inf")
     return wide

@@ -48,28 +48,22 @@ def find_replaced(
             model. adapted: modules that have LoRA factors.
     """
     lacking = [w for w in index.weights if config.saves_whole(w) and w not in saved.values()]
-    if lacking:
-        raise ValueError(
-            f"{tensors.where}: expected every weight of the modules that {config.where} names in "
-            f"modules_to_save, found none for {lacking[0]}"
-        )
+    expected = f"every weight of the modules that {config.where} names in modules_to_save"
+    require(not lacking, tensors.where, "keys", expected, f"none for {''.join(lacking[:1])}")
     found: dict[str, dict[str, str]] = {}
     for key, name in saved.items():
         module, _, role = name.rpartition(".")
-        spec = index.modules.get(module)
-        refusal = f"{tensors.where}: {key}: modules_to_save is not supported"
+        spec, reader = index.modules.get(module), index.bypassed.get(module)
+        refusal = None
         if spec is None or not spec.plain or role not in ("weight", "bias"):
-            raise NotImplementedError(
-                f"{refusal} here: expected whole Linear and Embedding modules that the pool serves "
-                "(targets=), found a part of another one"
-            )
-        if module in index.bypassed:
-            raise NotImplementedError(
-                f"{refusal} on {module}, whose weight {index.bypassed[module]} reads without "
-                "calling it"
-            )
-        if module in adapted:
-            raise NotImplementedError(f"{refusal} on {module}, which has LoRA factors as well")
+            refusal = "here: expected whole Linear and Embedding modules in the pool's targets="
+        elif reader is not None:
+            refusal = f"on {module}, whose weight {reader} reads without calling it"
+        elif module in adapted:
+            refusal = f"on {module}, which has LoRA factors as well"
+        if refusal is not None:
+            where = f"{tensors.where}: {key}"
+            raise NotImplementedError(f"{where}: modules_to_save is not supported {refusal}")
         expected = "weights that the base model has"
         require(name in index.weights, tensors.where, key, expected, "another")
         remedy = "; a head with another number of labels needs a model of its own"

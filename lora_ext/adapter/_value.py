@@ -93,9 +93,8 @@ class LoraAdapter:
         """
         for name in names:
             if name not in self.modules:
-                raise ValueError(
-                    f"{where}: expected modules of the adapter, found {name!r:.200}, which it lacks"
-                )
+                found = f"{name!r:.200}, which it lacks"
+                raise ValueError(f"{where}: expected modules of the adapter, found {found}")
 
     def with_modules(
         self,
@@ -177,7 +176,7 @@ class LoraAdapter:
     ) -> LoraAdapter:
         index = _implied_index(config, tensors)
         checked = check_adapter(config, tensors, index, sys.maxsize, strict)
-        modules = {spec.name: _copied(f) if copy else f for spec, f in checked.modules()}
+        modules = {spec.name: f for spec, f in checked.modules()}
         beside: dict[str, Tensor] = {}
         replacements: dict[str, Tensor] = {}
         for key in tensors.infos:
@@ -186,6 +185,9 @@ class LoraAdapter:
                 in_file = PREFIX + key.removeprefix(PREFIX)
                 (replacements if _replaces(config, name) else beside)[in_file] = tensors.read(key)
         if copy:
+            for name, factors in modules.items():
+                values: list[Any] = [t.clone() if isinstance(t, Tensor) else t for t in factors]
+                modules[name] = Factors(*values)
             replacements = {key: value.clone() for key, value in replacements.items()}
         return cls(config, modules, beside, replacements)
 
@@ -193,15 +195,12 @@ class LoraAdapter:
         """Whether both change a model in the same way."""
         if not isinstance(other, LoraAdapter):
             return NotImplemented
-        if self.modules.keys() != other.modules.keys():
-            return False
-        if self.replacements.keys() != other.replacements.keys():
-            return False
-        return all(
-            all(map(same_values, factors, other.modules[name]))
-            for name, factors in self.modules.items()
-        ) and all(
-            same_values(value, other.replacements[key]) for key, value in self.replacements.items()
+        ours, theirs = (
+            {**value.modules, **{key: (t,) for key, t in value.replacements.items()}}
+            for value in (self, other)
+        )
+        return ours.keys() == theirs.keys() and all(
+            all(map(same_values, parts, theirs[name])) for name, parts in ours.items()
         )
 
     def __repr__(self) -> str:
@@ -220,11 +219,6 @@ def same_values(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.shape == right.shape and bool((left == right.to(left.device)).all())
     return bool(left == right)  # one of them may be None
-
-
-def _copied(factors: Factors) -> Factors:
-    values: list[Any] = [t.clone() if isinstance(t, Tensor) else t for t in factors]
-    return Factors(*values)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -264,8 +258,8 @@ def _implied_index(config: AdapterConfig, tensors: TensorSource) -> ModelIndex:
         parsed = parse_key(key)
         if parsed is not None:
             is_factor = parsed.role.endswith(("A.weight", "B.weight", "embedding_A", "embedding_B"))
-            if is_factor and len(info.shape) < 2:
-                raise ValueError(f"{tensors.where}: {key}: expected a matrix, found {info.shape}")
+            holds = len(info.shape) > 1 or not is_factor
+            require(holds, tensors.where, key, "a matrix", info.shape)
             shapes.setdefault(parsed.module, {})[parsed.role] = info.shape
     linear: dict[str, LinearSpec] = {}
     embedding: dict[str, LinearSpec] = {}

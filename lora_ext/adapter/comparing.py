@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
+
 from ._low_rank import check_matrices, norm_of, wide
 from ._peft_files import AdapterSource, Factors
 from ._value import LoraAdapter
@@ -81,11 +83,10 @@ def _compared(name: str, first: Factors | None, second: Factors | None) -> Modul
     known = first or second
     assert known is not None  # the name is one of theirs
     (a, b), (other_a, other_b) = (_matrices(f, known) for f in (first, second))
-    if a.shape[1] != other_a.shape[1] or b.shape[0] != other_b.shape[0]:
-        raise ValueError(
-            f"compare_adapters: second: {name}: expected in {a.shape[1]} and out {b.shape[0]} as "
-            f"in first, found {other_a.shape[1]} and {other_b.shape[0]}"
-        )
+    sizes, found = ((x.shape[1], y.shape[0]) for x, y in ((a, b), (other_a, other_b)))
+    expected = f"in {sizes[0]} and out {sizes[1]} as in first"
+    where = "compare_adapters: second"
+    require(sizes == found, where, name, expected, f"{found[0]} and {found[1]}")
     norms = norm_of(a, b), norm_of(other_a, other_b)
     same = torch.equal(a, other_a) and torch.equal(b, other_b)
     both = norms[0] * norms[1]

@@ -261,22 +261,20 @@ def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) 
     (first, reference), *others = adapters.items()
     seen = {name: (first, factors) for name, factors in reference.modules.items()}
     for label, adapter in others:
-        if equal:
-            for name in (*reference.modules, *adapter.modules):
-                if name not in adapter.modules or name not in reference.modules:
-                    owner = first if name in reference.modules else label
-                    raise ValueError(
-                        f"{where}: {label}: expected the modules of {first}, found {name} in "
-                        f"{owner} alone"
-                    )
+        at = f"{where}: {label}"
+        names = (*reference.modules, *adapter.modules)
+        alone = [n for n in names if n not in reference.modules or n not in adapter.modules]
+        if equal and alone:
+            owner = first if alone[0] in reference.modules else label
+            found = f"{alone[0]} in {owner} alone"
+            raise ValueError(f"{at}: expected the modules of {first}, found {found}")
         for name, factors in adapter.modules.items():
             origin, other = seen.setdefault(name, (label, factors))
-            at, size, known = f"{where}: {label}", _size(factors), _size(other)
+            size, known = _size(factors), _size(other)
             require(size == known, at, name, f"{known} as in {origin}", size)
             rank, known = factors.a.shape[0], other.a.shape[0]
-            found = f"{rank} (only updates of different ranks can be summed: 'delta')"
-            fits = rank == known or not equal
-            require(fits, f"{at}: {name}", "rank", f"{known} as in {origin}", found)
+            fits, expected = rank == known or not equal, f"{known} as in {origin} (but in 'delta')"
+            require(fits, f"{at}: {name}", "rank", expected, rank)
 
 
 def _size(factors: Factors) -> str:
@@ -285,31 +283,21 @@ def _size(factors: Factors) -> str:
 
 
 def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
-    """Refuse what has no sum: magnitudes, whole modules, values that are not finite."""
+    """Raise for what has no sum: magnitudes, whole modules, values that are not finite."""
     base: dict[str, tuple[str, Tensor]] = {}
+    biased = any(f.bias is not None for v in adapters.values() for f in v.modules.values())
     for label, adapter in adapters.items():
+        at, error = f"{where}: {label}", NotImplementedError
         for key in adapter.replacements:
-            raise NotImplementedError(
-                f"{where}: {label}: {key}: expected factors alone, found a weight in the place of "
-                "the base model's (modules_to_save, or a trained bias), of which there is no sum"
-            )
+            found = "a weight that replaces the base model's (modules_to_save, a trained bias)"
+            require(False, at, key, "factors alone, which have a sum", found, error)
         for name, factors in adapter.modules.items():
-            at = f"{where}: {label}: {name}"
-            if factors.magnitude is not None:
-                raise NotImplementedError(
-                    f"{at}: expected no DoRA, found a magnitude: what it multiplies depends on the "
-                    "base weight; merge the adapters into that one after the other"
-                )
-            check_matrices(factors, at)
-            if factors.embedding and any(
-                f.bias is not None for a in adapters.values() for f in a.modules.values()
-            ):
-                raise NotImplementedError(
-                    f"{at}: expected no lora_bias beside an adapted embedding, as PEFT does, "
-                    "found one in another module"
-                )
+            found = "a magnitude, whose sum depends on the base weight: merge it into that"
+            require(factors.magnitude is None, at, name, "no DoRA", found, error)
+            check_matrices(factors, f"{at}: {name}")
+            expected = "no lora_bias beside an adapted embedding, as PEFT does"
+            require(not (biased and factors.embedding), at, name, expected, "one", error)
         for key, weight in adapter.base_weights.items():
             other, known = base.setdefault(key, (label, weight))
             expected = f"the base model's weight as in {other}"
-            found = "other values: the adapters were trained beside different ones"
-            require(same_values(known, weight), f"{where}: {label}", key, expected, found)
+            require(same_values(known, weight), at, key, expected, "other values")

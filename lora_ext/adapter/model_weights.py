@@ -107,10 +107,8 @@ class ModelWeights:
             self._refuse_packed(missing)
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             folder = "" if self._tensors.where == self.where else f" in {self._tensors.where}"
-            raise KeyError(
-                f"{self.where}: expected a weight for each adapted module, found none{folder} for "
-                f"{', '.join(missing[:5])}{more}"
-            )
+            names, expected = f"{', '.join(missing[:5])}{more}", "a weight for each adapted module"
+            raise KeyError(f"{self.where}: expected {expected}, found none{folder} for {names}")
         expected = "a weight in float16, bfloat16, float32 or float64"
         for key in found.values():
             dtype = self._tensors.infos[key].dtype
@@ -166,10 +164,8 @@ def _open(source: Any, where: str) -> TensorSource:
         return StateDict(source, where)
     if isinstance(source, str | os.PathLike):
         return _Shards(Path(source))
-    raise TypeError(
-        f"{where}: expected a folder of safetensors, weights by name or a model, "
-        f"found {type(source).__name__}"
-    )
+    expected = "expected a folder of safetensors, weights by name or a model"
+    raise TypeError(f"{where}: {expected}, found {type(source).__name__}")
 
 
 class _Live:
@@ -203,14 +199,12 @@ class _Live:
         weight: Tensor = module.weight
         values = offloaded_values(self._model, key) if weight.is_meta else weight
         if values is None:
-            raise ValueError(
-                f"{self.where}: {key}: expected values, found a weight on meta; load the model's "
-                "weights first"
-            )
+            found = "found a weight on meta; load the model's weights first"
+            raise ValueError(f"{self.where}: {key}: expected values, {found}")
         return values.detach()
 
     def close(self) -> None:
-        """Nothing to close."""
+        pass
 
 
 class _Shards:
@@ -225,12 +219,10 @@ class _Shards:
         try:
             for file in files:
                 self._add(file, placed)
-            lost = [key for key in placed or () if key not in self.infos]
-            if lost:
-                raise ValueError(
-                    f"{path / _INDEX}: expected {lost[0]!r:.200} in {placed[lost[0]]}, "  # pyright: ignore[reportOptionalSubscript]
-                    "as the index says, found no such tensor"
-                )
+            for key, name in (placed or {}).items():
+                if key not in self.infos:
+                    expected = f"expected {key!r:.200} in {name}, as the index says"
+                    raise ValueError(f"{path / _INDEX}: {expected}, found no such tensor")
         except BaseException:
             self.close()
             raise
@@ -242,10 +234,8 @@ class _Shards:
             if placed is not None and placed.get(key) != path.name:
                 continue
             if key in self.infos:
-                raise ValueError(
-                    f"{self.where}: {key:.200}: expected in one file, found in "
-                    f"{Path(self._owner[key].where).name} and {path.name}"
-                )
+                found = f"found in {Path(self._owner[key].where).name} and {path.name}"
+                raise ValueError(f"{self.where}: {key:.200}: expected in one file, {found}")
             self.infos[key], self._owner[key] = info, shard
 
     def read(self, key: str) -> Tensor:

@@ -109,17 +109,16 @@ def prune_adapter(
     kept = _names(adapter, keep)
     if mode == "remove":
         return adapter.with_modules({n: f for n, f in adapter.modules.items() if n in kept})
-    modules = {n: f if n in kept else _zero(n, f) for n, f in adapter.modules.items()}
+    modules = dict(adapter.modules)
+    for name, factors in adapter.modules.items():
+        if name in kept:
+            continue
+        expected = f"'remove' for {name}, which has a DoRA magnitude"
+        found = "'zero': the base weight would still be scaled to it"
+        require(factors.magnitude is None, where, "mode", expected, found, NotImplementedError)
+        bias = None if factors.bias is None else torch.zeros_like(factors.bias)
+        modules[name] = factors._replace(b=torch.zeros_like(factors.b), bias=bias)
     return LoraAdapter(adapter.config, modules, adapter.base_weights, adapter.replacements)
-
-
-def _zero(name: str, factors: Factors) -> Factors:
-    fits = factors.magnitude is None
-    expected = f"'remove' for {name}, which has a DoRA magnitude"
-    found = "'zero': the base weight would still be scaled to it"
-    require(fits, "prune_adapter", "mode", expected, found, NotImplementedError)
-    bias = None if factors.bias is None else torch.zeros_like(factors.bias)
-    return factors._replace(b=torch.zeros_like(factors.b), bias=bias)
 
 
 def _names(adapter: LoraAdapter, keep: Iterable[str] | Callable[[str], bool]) -> set[str]:
@@ -127,9 +126,8 @@ def _names(adapter: LoraAdapter, keep: Iterable[str] | Callable[[str], bool]) ->
     if callable(keep):
         return {name for name in adapter.modules if keep(name)}
     if isinstance(keep, str) or not isinstance(keep, Iterable):
-        raise TypeError(
-            f"{where}: expected full names of modules or a function of a name, found {keep!r:.200}"
-        )
+        expected = "full names of modules or a function of a name"
+        raise TypeError(f"{where}: expected {expected}, found {keep!r:.200}")
     names = list(keep)
     adapter.check_names(where, names)
     return set(names)

@@ -20,32 +20,29 @@ from lora_ext.reference import left_size
 
 from ._leaves import Leaf
 from ._regions import MAX_VARIABLE, Input, Kind, Partition, Region
-from ._scopes import PCStructureError, bits
+from ._scopes import PCStructureError, variables
 
 Regions = tuple[Region, ...]
 # One family for all variables, or one for each.
 Leaves = Leaf | Sequence[Leaf]
 
 
-def _require_positive(builder: str, **sizes: int) -> None:
+def _checked_leaves(builder: str, leaf: Leaves, count: int, /, **sizes: int) -> list[Leaf]:
+    """Return the family of every variable, after a check of the builder's sizes."""
     for name, size in sizes.items():
         require(size >= 1, builder, name, "at least 1", size, PCStructureError)
-
-
-def _leaf_each(builder: str, leaf: Leaves, num_variables: int) -> list[Leaf]:
-    """The family of every variable."""
     if isinstance(leaf, Leaf):
-        return [leaf] * num_variables
-    expected = f"one family, or one for each of {num_variables} variables"
+        return [leaf] * count
+    expected = f"one family, or one for each of {count} variables"
     found = len(leaf)
-    require(found == num_variables, builder, "leaf", expected, found, PCStructureError)
+    require(found == count, builder, "leaf", expected, found, PCStructureError)
     return list(leaf)
 
 
 def _inputs(units: int, leaves: Sequence[Leaf], scope: int, name: str = "") -> list[Region]:
-    """An input for each family of the scope's variables."""
+    """Return an input for each family of the scope's variables."""
     families: dict[Leaf, int] = {}
-    for v in bits(scope):
+    for v in variables(scope):
         families[leaves[v]] = families.get(leaves[v], 0) | 1 << v
     return [Region(units, leaf=leaf, variables=s, name=name) for leaf, s in families.items()]
 
@@ -63,24 +60,21 @@ def _add_input(
 
 
 def cp(num_variables: int, rank: int, leaf: Leaves) -> Regions:
-    """An input a family over all of its variables, and the sum that mixes their units."""
-    _require_positive("cp", num_variables=num_variables, rank=rank)
-    leaves = _leaf_each("cp", leaf, num_variables)
+    """Return one input per family over all of its variables, and the sum that mixes their units."""
+    leaves = _checked_leaves("cp", leaf, num_variables, num_variables=num_variables, rank=rank)
     inputs = _inputs(rank, leaves, (1 << num_variables) - 1, "leaves")
     return *inputs, Region(1, (Partition(tuple(range(len(inputs)))),), name="root")
 
 
 def hmm(num_variables: int, rank: int, leaf: Leaves, homogeneous: bool) -> Regions:
-    """The chain is the tree in which each variable hangs from the one before it."""
-    _require_positive("hmm", num_variables=num_variables, rank=rank)
-    leaves = _leaf_each("hmm", leaf, num_variables)
+    """Return the tree in which each variable hangs from the one before it: a chain."""
+    leaves = _checked_leaves("hmm", leaf, num_variables, num_variables=num_variables, rank=rank)
     return hclt([t - 1 for t in range(num_variables)], rank, leaves, homogeneous)
 
 
 def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> Regions:
-    """Two regions per variable: ``x<v>``, its distribution, and ``z<v>``, its latent."""
-    _require_positive("hclt", rank=rank)
-    leaves = _leaf_each("hclt", leaf, len(parents))
+    """Return two regions per variable: ``x<v>``, its distribution, and ``z<v>``, its latent."""
+    leaves = _checked_leaves("hclt", leaf, len(parents), rank=rank)
     expected, found = "one family of a homogeneous circuit", len(set(leaves))
     one = not homogeneous or found <= 1
     require(one, "hclt", "leaf", expected, found, PCStructureError)
@@ -114,9 +108,9 @@ def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> 
 
 
 def btree(num_variables: int, rank: int, leaf: Leaves) -> Regions:
-    """Halves of halves; the left half is ``left_size`` long, as in ``reference.circuit_scan``."""
-    _require_positive("btree", num_variables=num_variables, rank=rank)
-    leaves = _leaf_each("btree", leaf, num_variables)
+    """Return halves of halves; the left half is ``left_size`` long, as in
+    ``reference.circuit_scan``."""
+    leaves = _checked_leaves("btree", leaf, num_variables, num_variables=num_variables, rank=rank)
     if num_variables == 1:
         return cp(1, rank, leaves)
     regions: list[Region] = []
@@ -144,18 +138,12 @@ def rat_spn(
     seed: int,
     num_roots: int,
 ) -> Regions:
-    """One random tree of binary splits per repetition, all mixed by the root."""
-    _require_positive(
-        "rat_spn",
-        depth=depth,
-        repetitions=repetitions,
-        num_sums=num_sums,
-        num_inputs=num_inputs,
-        num_roots=num_roots,
-    )
+    """Return one random tree of binary splits per repetition, all mixed by the root."""
+    sizes = {"depth": depth, "repetitions": repetitions, "num_sums": num_sums}
+    sizes |= {"num_inputs": num_inputs, "num_roots": num_roots}
     found = num_variables
     require(found >= 2, "rat_spn", "num_variables", "at least 2", found, PCStructureError)
-    leaves = _leaf_each("rat_spn", leaf, num_variables)
+    leaves = _checked_leaves("rat_spn", leaf, num_variables, **sizes)
     rng = random.Random(seed)
     regions: list[Region] = []
 
@@ -177,9 +165,9 @@ def rat_spn(
 
 
 def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: int) -> Regions:
-    """One region per rectangle on the grid of ``delta``, small ones first."""
-    _require_positive("poon_domingos", height=height, width=width, num_units=num_units, delta=delta)
-    leaves = _leaf_each("poon_domingos", leaf, height * width)
+    """Return one region per rectangle on the grid of ``delta``, small ones first."""
+    sizes = {"height": height, "width": width, "num_units": num_units, "delta": delta}
+    leaves = _checked_leaves("poon_domingos", leaf, height * width, **sizes)
     regions: list[Region] = []
     known: dict[tuple[int, int, int, int], int] = {}
 
@@ -211,7 +199,7 @@ def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: 
 
 
 def join(graphs: Sequence[Regions]) -> Regions:
-    """All regions of all graphs; names and ties get the number of their graph in front."""
+    """Return the regions of all graphs; the number of a graph is put before its names and ties."""
     require(len(graphs) > 0, "join", "graphs", "at least one", "none", PCStructureError)
     joined: list[Region] = []
     for number, regions in enumerate(graphs):
@@ -232,7 +220,7 @@ def from_edges(
     units: Mapping[str, int],
     ties: Mapping[str, str],
 ) -> Regions:
-    """The regions that names describe, sorted so that children come before parents."""
+    """Return the regions that names describe, sorted so that children come before parents."""
     for name, given in inputs.items():
         wrong = [v for v in given.variables if not 0 <= v <= MAX_VARIABLE]
         where, expected = f"unit {name}", f"0 .. {MAX_VARIABLE}"
@@ -261,7 +249,7 @@ def from_edges(
 def _children_first(
     inputs: Mapping[str, Input], parts: Mapping[str, list[tuple[tuple[str, ...], Kind]]]
 ) -> list[str]:
-    """All names, each after its children."""
+    """Return all names, each after its children."""
     below = {name: [c for kids, _ in ps for c in kids] for name, ps in parts.items()}
     unknown = {c for kids in below.values() for c in kids} - inputs.keys() - parts.keys()
     where, expected = "from_edges", "children that are inputs or sums"
@@ -277,7 +265,7 @@ def _children_first(
 
 
 def chow_liu_parents(x: Tensor, num_categories: int) -> list[int]:
-    """The tree of largest total mutual information between observed variables.
+    """Return the tree of largest total mutual information between observed variables.
 
     Args:
         x: ``(B, n)`` integer tensor without missing values.

@@ -12,11 +12,12 @@ from torch import Tensor
 from lora_ext._checks import require
 
 from . import _structure
-from ._leaves import External, Indicator, Joint
+from ._leaves import External, Indicator
 from ._parameters import Parameters
 from ._program import FIRST_LEAF, Weights
 from ._scopes import variables
-from ._sums import add_columns, last_sum
+from ._sums import add_at, last_sum
+from .multivariate import MultivariateGaussian
 
 
 class Flows(NamedTuple):
@@ -83,7 +84,7 @@ def em_step(
         if isinstance(family, Indicator | External):
             continue
         flow = units[:, FIRST_LEAF:][:, span]
-        if isinstance(family, Joint):  # which knows itself what it sees in part
+        if isinstance(family, MultivariateGaussian):  # which knows itself what it sees in part
             observed = circuit._joint_data(span, filled, missing)
         else:
             var = circuit._var[span]
@@ -97,7 +98,7 @@ def em_step(
 def _seen(
     circuit: Parameters, log_weights: Tensor, units: Tensor, weight_flows: Tensor, missing: Tensor
 ) -> Tensor:
-    """Flows of the weights without those of rows in which a region sees nothing at all.
+    """Return flows of the weights without those of rows in which a region sees nothing at all.
 
     There the posterior is the prior, ``units * W``: it would only hold the weights where they are,
     as the padding of a short sequence would the transitions of a chain.
@@ -164,10 +165,10 @@ def univariate_marginals(
         var, row, flow = circuit._var[span], circuit._row[span], units[:, span]
         if isinstance(family, Indicator):
             value = circuit._indicators[span]
-            add_columns(table, var * size + value, flow)
+            add_at(table, var * size + value, flow)
             center = value.to(flow.dtype)
             spread = torch.zeros_like(center)
-        elif isinstance(family, Joint):
+        elif isinstance(family, MultivariateGaussian):
             data = circuit._joint_data(span, filled, missing)
             moments = family.moments_given(parameters, row, data)
             center, spread = (t.flatten(1) for t in moments)  # (B, N d)
@@ -181,13 +182,13 @@ def univariate_marginals(
                 p = family.log_table(parameters).exp()[row].unflatten(0, (-1, block))
                 each = torch.einsum("bmk,mkv->bmv", flow.unflatten(1, (-1, block)), p)
                 columns = size * var[::block, None] + torch.arange(values, device=var.device)
-                add_columns(table, columns.flatten(), each.flatten(1))
+                add_at(table, columns.flatten(), each.flatten(1))
             else:
                 continuous[var] = True
-        add_columns(mean, var, flow * center)
+        add_at(mean, var, flow * center)
         parts.append((var, flow, center, spread))
     for var, flow, center, spread in parts:  # about the mean, because squares would cancel
-        add_columns(variance, var, flow * (spread + (center - mean[:, var]).square()))
+        add_at(variance, var, flow * (spread + (center - mean[:, var]).square()))
     found = Marginals(table.view(rows, n, size).log(), mean, variance)
     return _given(found, filled, missing, use.log_prob > -torch.inf, continuous)
 
@@ -195,7 +196,8 @@ def univariate_marginals(
 def _given(
     found: Marginals, filled: Tensor, missing: Tensor, possible: Tensor, continuous: Tensor
 ) -> Marginals:
-    """What the evidence says of a variable, in the place of the mixture over its leaves."""
+    """Return marginals in which what the evidence says of a variable replaces the mixture over its
+    leaves."""
     log_prob, mean, variance = found
     value = torch.arange(log_prob.shape[2], device=filled.device)
     certain = torch.where(value == filled[..., None], 0.0, -torch.inf).to(log_prob.dtype)
@@ -246,7 +248,7 @@ def _require_deterministic(circuit: Parameters, name: str) -> None:
 
 
 def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Flows]:
-    """Log-weights, and how often a sample uses each part of the circuit."""
+    """Return log-weights, and how often a sample uses each part of the circuit."""
     leaf = circuit._leaf_values(name, circuit._nothing(), None)
     log_weights = circuit._log_weights()
     return log_weights, flows(circuit, name, leaf, log_weights, root)
@@ -255,8 +257,8 @@ def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Fl
 def _total(
     used: Flows, of_weights: Tensor, of_family: Callable[..., Tensor], *circuits: Parameters
 ) -> Tensor:
-    """The expectation of a sum over the weights and leaves that a sample uses. ``of_family`` takes
-    a family and its table in each of the circuits."""
+    """Return the expectation of a sum over the weights and leaves that a sample uses. ``of_family``
+    takes a family and its table in each of the circuits."""
     total = _expectation(used.weights, of_weights)
     for parts in zip(*(circuit._families() for circuit in circuits), strict=True):
         family, _, span = parts[0]
@@ -267,5 +269,6 @@ def _total(
 
 
 def _expectation(flow: Tensor, value: Tensor) -> Tensor:
-    """What is never used counts 0, also where it is infinite."""
+    """Return the sum of flow times value; what is never used counts 0, also where it is
+    infinite."""
     return torch.where(flow > 0, flow * value, 0).sum()

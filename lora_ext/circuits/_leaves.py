@@ -5,8 +5,8 @@ parameters of all leaf units of one family in one table, a row per distribution.
 of the table, ``N`` leaf units, each with its row; ``B`` rows of data. Leaf units come in blocks of
 equal size that see one variable and have consecutive rows.
 
-An observation that is missing (-1, or NaN in floating data) never reaches a family, but for those
-whose units see several variables, ``Joint``.
+An observation that is missing (-1, or NaN in floating data) never reaches a family, except
+``MultivariateGaussian``, whose units see several variables.
 """
 
 from __future__ import annotations
@@ -110,50 +110,15 @@ class Leaf:
         """
 
 
-@dataclass(frozen=True)
-class Joint(Leaf):
-    """A family whose units are each one distribution over all d variables of their region.
-
-    A region has one leaf unit per unit, and blocks see d variables. Data are ``(B, M, d)`` in
-    floating point, NaN where they are missing.
-    """
-
-    def table(self, rows: int, size: int = 1) -> Table:
-        """Fresh parameters for ``rows`` distributions over ``size`` variables, all different."""
-        raise NotImplementedError
-
-    def peak(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        """As ``log_prob``, where what is missing takes its most probable values."""
-        raise NotImplementedError
-
-    def moments_given(self, table: Table, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of every variable given what is seen, ``(B, M, N / M, d)`` each."""
-        raise NotImplementedError
-
-    def complete(self, table: Table, row: Tensor, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """Data ``(A, d)`` with what is missing in it.
-
-        Args:
-            table, row: see the class; ``row`` is of the rows of data.
-            x: ``(A, d)``.
-            u: ``(A, d)`` in [0, 1), from which what is missing is drawn; None: its most probable
-                values.
-        """
-        raise NotImplementedError
-
-
-def fresh_table(leaf: Leaf, rows: int, size: int) -> Table:
-    """Fresh parameters of a family for regions of ``size`` variables."""
-    return leaf.table(rows, size) if isinstance(leaf, Joint) else leaf.table(rows)
-
-
 def normal_quantile(u: Tensor) -> Tensor:
-    """The standard normal number below which lies the probability ``u`` of [0, 1), never inf."""
+    """Return the standard normal number below which lies the probability ``u`` of [0, 1), never
+    inf."""
     return torch.special.ndtri(u.clamp(2.0**-25, 1 - 2.0**-24))
 
 
 def _per_row(row: Tensor, values: Tensor, rows: int) -> Tensor:
-    """Values ``(B, N)`` of leaf units, added up over the data and the units of a row, ``(R,)``."""
+    """Return values ``(B, N)`` of leaf units, added up over the data and the units of a row,
+    ``(R,)``."""
     return sums_at(row.expand_as(values), values, rows)
 
 
@@ -185,7 +150,7 @@ class Finite(Leaf):
         return torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0).sum(1)
 
     def looked_up(self, table: Table) -> tuple[Tensor, str]:
-        """A table ``(R, num_values)`` and its norm, as ``ops.circuit_table`` takes them."""
+        """Return a table ``(R, num_values)`` and its norm, as ``ops.circuit_table`` takes them."""
         return self.log_table(table), "none"
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
@@ -203,7 +168,8 @@ class Finite(Leaf):
 
 
 def _draw(p: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
-    """``draw(p[row], uniform)``, with the running sums of a row taken once for all its draws."""
+    """Return ``draw(p[row], uniform)``, with the running sums of a row taken once for all its
+    draws."""
     num_values = p.shape[1]
     sums = p.double().cumsum(1)
     limit = uniform.double() * sums[row, -1]

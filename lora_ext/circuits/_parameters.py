@@ -20,7 +20,7 @@ from lora_ext._files import SafetensorsFile, parse_json
 from lora_ext.reference import log_weights
 
 from . import _structure
-from ._leaves import External, Finite, Indicator, Joint, Leaf, fresh_table
+from ._leaves import External, Finite, Indicator, Leaf, Table
 from ._program import (
     FIRST_LEAF,
     Execution,
@@ -32,6 +32,7 @@ from ._program import (
 )
 from ._scopes import variables
 from ._sums import in_rows
+from .multivariate import MultivariateGaussian
 from .region_graph import RegionGraph
 
 _METADATA = "lora_ext.circuit"
@@ -45,7 +46,7 @@ def require_tensor(where: str, name: str, x: object) -> None:
 
 
 def signed(x: Tensor) -> Tensor:
-    """Bytes as numbers among which -1 can stand."""
+    """Return bytes as numbers among which -1 can stand."""
     return x.long() if x.dtype == torch.uint8 else x
 
 
@@ -70,13 +71,13 @@ class Parameters(nn.Module):
         self._names: list[list[int]] = []
         firsts = {i: columns[0] for i, columns in self.layered.first_leaves.items()}
         for family, (leaf, begin, end, rows, size) in enumerate(self.layered.families):
-            table = fresh_table(leaf, rows, size)
+            table = _fresh_table(leaf, rows, size)
             self.leaves.append(nn.ParameterDict({k: nn.Parameter(t) for k, t in table.items()}))
             members = [graph.regions[i] for i, first in firsts.items() if begin <= first < end]
             scope = functools.reduce(lambda s, r: s | r.variables, members, 0)
             self._blocks.append(math.gcd(*(r.units for r in members)))
             self._names.append(variables(scope))
-            if isinstance(leaf, Joint):
+            if isinstance(leaf, MultivariateGaussian):
                 blocks = [(r, r.units // self._blocks[-1]) for r in members]
                 scopes = [variables(r.variables) for r, number in blocks for _ in range(number)]
                 self.register_buffer(f"_scopes{family}", torch.tensor(scopes), persistent=False)
@@ -105,12 +106,12 @@ class Parameters(nn.Module):
         return self.graph.num_variables
 
     def columns(self, region: int) -> range:
-        """Columns of ``Flows.units`` that belong to a region."""
+        """Return columns of ``Flows.units`` that belong to a region."""
         first = self.layered.first_unit[region]
         return range(first, first + self.graph.regions[region].units)
 
     def region_weights(self, region: int) -> Tensor:
-        """Log-weights of a sum region before normalisation, a view ``(units, products)``."""
+        """Return log-weights of a sum region before normalisation, a view ``(units, products)``."""
         inner, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, an input"
         require(bool(inner.partitions), "region_weights", "region", "a region of sums", found)
@@ -119,13 +120,14 @@ class Parameters(nn.Module):
         return self.weights[first : first + units * products].view(units, products)
 
     def region_leaves(self, region: int) -> dict[str, Tensor]:
-        """Parameters of an input region, views with a row per unit, of each variable in turn."""
+        """Return parameters of an input region, views with a row per unit, of each variable in
+        turn."""
         node, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, a region of sums"
         require(node.leaf is not None, "region_leaves", "region", "an input", found)
         unit = self.layered.first_leaves[region][0] - FIRST_LEAF
         row, family = int(self._row[unit]), int(self.layered.inputs.dist[unit])
-        each = 1 if isinstance(node.leaf, Joint) else node.variables.bit_count()
+        each = 1 if isinstance(node.leaf, MultivariateGaussian) else node.variables.bit_count()
         rows = slice(row, row + node.units * each)
         return {k: t[rows] for k, t in self._table(family).items()}
 
@@ -135,23 +137,24 @@ class Parameters(nn.Module):
         return dict(table.items())
 
     def _families(self) -> Iterable[tuple[Leaf, dict[str, Tensor], slice]]:
-        """Every family with its table and the range of its leaf units."""
+        """Yield every family with its table and the range of its leaf units."""
         for family, (leaf, begin, end, *_) in enumerate(self.layered.families):
             yield leaf, self._table(family), slice(begin - FIRST_LEAF, end - FIRST_LEAF)
 
     def _scopes(self, span: slice) -> Tensor:
-        """Variables of the blocks of leaf units in the range of a joint family, ``(M, d)``."""
+        """Return variables of the blocks of leaf units in the range of a joint family, ``(M,
+        d)``."""
         return self.get_buffer(f"_scopes{int(self.layered.inputs.dist[span.start])}")
 
     def _joint_data(self, span: slice, filled: Tensor, missing: Tensor) -> Tensor:
-        """What the blocks of a joint family see, ``(B, M, d)``, NaN where it is missing."""
+        """Return what the blocks of a joint family see, ``(B, M, d)``, NaN where it is missing."""
         scopes = self._scopes(span)
         seen = filled[:, scopes].to(self.weights.dtype)
         return torch.where(missing[:, scopes], torch.nan, seen)
 
     # --- what is executed -------------------------------------------------------------------------
     def _run(self) -> Execution:
-        """The layered form, on the device of the parameters."""
+        """Return the layered form, on the device of the parameters."""
         self._execution.to(self.weights.device)
         return self._execution
 
@@ -159,18 +162,19 @@ class Parameters(nn.Module):
         return Weights(self.weights.detach(), self.norm)
 
     def _log_weights(self) -> Tensor:
-        """Normalised log-weights, flat."""
+        """Return normalised log-weights, flat."""
         flat = torch.empty_like(self.weights)
         for w, out in zip(self._rows(self.weights), self._rows(flat), strict=True):
             out.copy_(log_weights(in_rows(w), self.norm)[0])
         return flat
 
     def _rows(self, flat: Tensor) -> list[Tensor]:
-        """Views ``(rows, terms)`` that cover numbers in the order of the weights, few of them."""
+        """Return views ``(rows, terms)`` that cover numbers in the order of the weights, few of
+        them."""
         return [flat[span].view(-1, width) for span, width in self._matrices]
 
     def _root_numbers(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
-        """The root unit that answers for each row, counted from 0, ``(rows,)``."""
+        """Return the root unit that answers for each row, counted from 0, ``(rows,)``."""
         number = len(self._execution.roots)
         expected = f"one of 0 .. {number - 1}, or one per row, in a circuit of {number} root units"
         require(root is not None or number == 1, name, "root", expected, "none")
@@ -186,12 +190,11 @@ class Parameters(nn.Module):
 
     # --- data -------------------------------------------------------------------------------------
     def _nothing(self, rows: int = 1) -> Tensor:
-        """Rows of data in which every variable is missing."""
+        """Return rows of data in which every variable is missing."""
         return torch.full((rows, self.num_variables), -1, device=self.weights.device)
 
     def _read(self, where: str, x: Tensor, argument: str = "x") -> tuple[Tensor, Tensor]:
-        """Data in our precision, 0 where an entry is missing, and whether it is, ``(B, n)``
-        each."""
+        """Return data, 0 where an entry is missing, and whether it is missing, ``(B, n)`` each."""
         n, device = self.num_variables, self.weights.device
         require_tensor(where, argument, x)
         fits = x.dim() == 2 and x.shape[1] == n
@@ -230,7 +233,7 @@ class Parameters(nn.Module):
         return torch.where(missing, 0, x) if missing.any() else x, missing
 
     def _leaf_values(self, name: str, x: Tensor, external: Tensor | None) -> Tensor:
-        """Log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""
+        """Return log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""
         if isinstance(x, Tensor) and x.dtype == torch.long and x.device.type == "cpu":
             values = self._looked_up(x)
             if values is not None:
@@ -238,7 +241,7 @@ class Parameters(nn.Module):
         return self._leaf_values_of(name, *self._read(name, x), external)
 
     def _looked_up(self, x: Tensor) -> Tensor | None:
-        """The same where all leaves are tables, which see to their data themselves.
+        """Return the same if all leaves are tables, which check their data themselves.
 
         None for other leaves, and for data that are refused: :meth:`_read` says why.
         """
@@ -277,17 +280,17 @@ class Parameters(nn.Module):
             elif isinstance(leaf, Indicator):
                 hit = filled[:, var, None] == self._indicators[span].view(-1, block)
                 e = torch.where(hit, 0.0, -torch.inf).to(dtype)
-            elif isinstance(leaf, Joint):
+            elif isinstance(leaf, MultivariateGaussian):
                 e = leaf.log_prob(table, self._row[span], self._joint_data(span, filled, missing))
             else:
                 e = leaf.log_prob(table, self._row[span], filled[:, var])
-            if not complete and not isinstance(leaf, External | Joint):
+            if not complete and not isinstance(leaf, External | MultivariateGaussian):
                 e = torch.where(missing[:, var, None], 0, e)
             parts.append(e.flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _refuse_external(self, name: str) -> None:
-        """Queries that have no argument for external values need leaves of our own."""
+        """Raise for external leaves, in queries that have no argument for their values."""
         for leaf, _, span in self._families():
             own = not isinstance(leaf, External)
             variable = int(self._var[span][0])
@@ -304,7 +307,8 @@ class Parameters(nn.Module):
 
 
 def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
-    """Graph, norm and state of the circuit in a file; nothing is read before all is checked."""
+    """Return graph, norm and state of the circuit in a file; nothing is read before all is
+    checked."""
     with contextlib.closing(SafetensorsFile(Path(path))) as file:
         where = file.where
         data = parse_json(file.metadata.get(_METADATA, "null").encode(), where)
@@ -320,7 +324,7 @@ def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
         layered = compile_graph(graph)
         wanted: dict[str, tuple[int, ...]] = {"weights": (layered.num_weights,)}
         for i, family in enumerate(layered.families):
-            for k, t in fresh_table(family.leaf, 0, family.size).items():
+            for k, t in _fresh_table(family.leaf, 0, family.size).items():
                 wanted[f"leaves.{i}.{k}"] = (family.rows, *t.shape[1:])
         found = {k: info.shape for k, info in file.infos.items()}
         dtypes = {info.dtype for info in file.infos.values()}
@@ -328,3 +332,9 @@ def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
         one = len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
         require(one, where, "tensors", "tensors in float32 or in float64", dtypes)
         return graph, norm, {k: file.read(k) for k in found}
+
+
+def _fresh_table(leaf: Leaf, rows: int, size: int) -> Table:
+    """Return fresh parameters of a family for regions of ``size`` variables."""
+    joint = isinstance(leaf, MultivariateGaussian)
+    return leaf.table(rows, size) if joint else leaf.table(rows)

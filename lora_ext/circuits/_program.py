@@ -37,8 +37,9 @@ from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext.ops import Program
 
-from ._leaves import Indicator, Joint, Leaf
+from ._leaves import Indicator, Leaf
 from ._scopes import PCStructureError, variables
+from .multivariate import MultivariateGaussian
 from .region_graph import RegionGraph
 
 FIRST_LEAF = 2  # columns 0 and 1 are constants
@@ -101,7 +102,8 @@ def compile_graph(graph: RegionGraph) -> Layered:
         PCStructureError: if the circuit has 2^31 weights or more.
     """
     first_unit, weight_off = [-1] * len(graph.regions), [-1] * len(graph.regions)
-    families, inputs, indicator_values, first_leaves = _leaves(graph)
+    leaves = _leaves(graph)
+    _, _, inputs, first_leaves = leaves
     columns = FIRST_LEAF + len(inputs.var)
 
     def place(i: int) -> None:
@@ -126,25 +128,18 @@ def compile_graph(graph: RegionGraph) -> Layered:
             tied[region.tie] = weight_off[i]
     few, expected = num_weights < 2**31, "fewer than 2^31 weights"
     require(few, "compile_graph", "graph", expected, num_weights, PCStructureError)
-    return Layered(
-        columns,
-        families,
-        indicator_values,
-        inputs,
-        first_leaves,
-        stages,
-        tuple(first_unit),
-        tuple(weight_off),
-        num_weights,
-    )
+    places = tuple(first_unit), tuple(weight_off)
+    return Layered(columns, *leaves, stages, *places, num_weights)
 
 
-def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], InputLayer, Tensor, dict[int, Any]]:
-    """Lay the leaf units out family by family: what :class:`Layered` says of them."""
+def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], Tensor, InputLayer, dict[int, Any]]:
+    """Lay the leaf units out family by family; return four fields of :class:`Layered`."""
     grouped: dict[tuple[object, int], list[int]] = {}
     for i, region in enumerate(graph.regions):
         if region.leaf is not None:
-            size = region.variables.bit_count() if isinstance(region.leaf, Joint) else 1
+            size = (
+                region.variables.bit_count() if isinstance(region.leaf, MultivariateGaussian) else 1
+            )
             key = Indicator if isinstance(region.leaf, Indicator) else region.leaf
             grouped.setdefault((key, size), []).append(i)
     var, dist, row, values = list[int](), list[int](), list[int](), list[int]()
@@ -169,11 +164,12 @@ def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], InputLayer, Tensor,
                 values += own
         families.append(Family(leaf, begin, FIRST_LEAF + len(var), num_rows, size))
     inputs = InputLayer(*(torch.tensor(t, dtype=torch.int32) for t in (var, dist, row)))
-    return tuple(families), inputs, torch.tensor(values, dtype=torch.int32), first_leaves
+    return tuple(families), torch.tensor(values, dtype=torch.int32), inputs, first_leaves
 
 
 def _stages(graph: RegionGraph) -> tuple[tuple[int, ...], ...]:
-    """The inner regions by depth, and within one depth by shape, or by size if shapes are many.
+    """Return the inner regions by depth, and within one depth by shape, or by size if shapes are
+    many.
 
     Weights lie in this order, which files depend on.
     """
@@ -219,7 +215,7 @@ class _Writer:
         self.place = {region: k for k, region in enumerate(inner)}  # among the regions of sums
 
     def add_inputs(self) -> None:
-        """The inputs over several variables, a stage of their own."""
+        """Add the inputs over several variables as a stage."""
         for i, firsts in self.layered.first_leaves.items():
             region = self.graph.regions[i]
             if len(firsts) == 1:
@@ -232,7 +228,7 @@ class _Writer:
             self.stages.append(len(self.nodes))
 
     def add_stage(self, regions: Sequence[int]) -> None:
-        """Regions of sums."""
+        """Add regions of sums as a stage."""
         for i in regions:
             region, offset = self.graph.regions[i], self.layered.weight_off[i]
             width = self.graph.num_products(region)
@@ -265,7 +261,7 @@ class _Writer:
         self.nodes.append([first, units, width, matrix, first_part, len(self.parts)])
 
     def owner(self, region: int) -> int:
-        """The node of a region, or -1 - the variable of one that is leaf units."""
+        """Return the node of a region, or -1 - the variable of one that is leaf units."""
         found = self.node_of.get(region)
         if found is None:
             found = -1 - max(variables(self.graph.regions[region].variables))
@@ -273,7 +269,7 @@ class _Writer:
 
 
 def compile_program(graph: RegionGraph, layered: Layered) -> Program:
-    """The program of a compiled graph."""
+    """Return the program of a compiled graph."""
     writer = _Writer(graph, layered)
     writer.add_inputs()
     for stage in layered.stages:
@@ -300,13 +296,13 @@ def compile_program(graph: RegionGraph, layered: Layered) -> Program:
 
 
 def root_columns(graph: RegionGraph, layered: Layered) -> list[int]:
-    """The columns of all root units."""
+    """Return the columns of all root units."""
     firsts = [(layered.first_unit[r], graph.regions[r].units) for r in graph.roots]
     return [first + u for first, units in firsts for u in range(units)]
 
 
 def matrices_of(program: Program) -> list[tuple[int, int, int]]:
-    """First weight, sums and terms of each matrix, in the order of the weights."""
+    """Return first weight, sums and terms of each matrix, in the order of the weights."""
     nodes, parts, children, matrices = program.numbers[3:7].tolist()
     first = 10 + 6 * nodes + 4 * parts + 2 * children
     rows = program.numbers[first : first + 6 * matrices].view(-1, 6)
@@ -314,7 +310,7 @@ def matrices_of(program: Program) -> list[tuple[int, int, int]]:
 
 
 def rows_of_one_width(program: Program) -> list[tuple[slice, int]]:
-    """Ranges of the weights in which all sums have as many terms, and how many those are."""
+    """Return ranges of the weights in which all sums have as many terms, and how many those are."""
     found: list[tuple[slice, int]] = []
     for first, sums, terms in matrices_of(program):
         end = first + sums * terms
@@ -345,7 +341,7 @@ class Execution:
             self.program = self.program.to(device)
 
     def up(self, leaf: Tensor, weights: Weights, semiring: str = "sum") -> Tensor:
-        """Values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
+        """Return values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
         flat, norm, precision = weights
         with torch._C._AutoDispatchBelowAutograd():  # Evaluate gives the gradient
             return ops.circuit_layers(leaf, flat, self.program, norm, semiring, precision)
@@ -353,7 +349,7 @@ class Execution:
     def down(
         self, droots: Tensor, val: Tensor, weights: Weights, need_weights: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the weights.
+        """Return gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the weights.
 
         ``droots (B, R)`` has those of the roots. What is not needed comes back empty.
         """
@@ -364,7 +360,7 @@ class Execution:
         return grad, grad[:, FIRST_LEAF : FIRST_LEAF + self.program.plan[1]], dflat
 
     def root_values(self, val: Tensor) -> Tensor:
-        """Those of the roots, ``(B, R)``, in memory of their own."""
+        """Return the values of the roots, ``(B, R)``, in memory of their own."""
         if len(self.roots) == 1:
             return val.narrow(1, self.roots[0], 1).clone()
         return val[:, self.roots]
@@ -372,7 +368,8 @@ class Execution:
     def walk(
         self, val: Tensor, weights: Weights, root: Tensor, uniforms: Tensor | None = None
     ) -> Tensor:
-        """The leaf unit that each variable comes to, or -1, ``(M, n)``: ops.circuit_layers_walk."""
+        """Return the leaf unit that each variable comes to, or -1, ``(M, n)``:
+        ops.circuit_layers_walk."""
         with torch._C._AutoDispatchBelowAutograd():
             return ops.circuit_layers_walk(val, weights.flat, self.program, root, uniforms)
 
@@ -384,7 +381,7 @@ class Evaluate(torch.autograd.Function):
     def forward(
         ctx: Any, leaf: Tensor, flat: Tensor, execution: Execution, norm: str, precision: str
     ) -> Tensor:
-        """Values of the roots, ``(B, R)``."""
+        """Return the values of the roots, ``(B, R)``."""
         ctx.weights = Weights(flat.detach(), norm, precision)
         val = execution.up(leaf, ctx.weights)
         ctx.save_for_backward(val, flat)
@@ -394,7 +391,7 @@ class Evaluate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Gradients of leaves and weights."""
+        """Return the gradients of leaves and weights."""
         val, _ = ctx.saved_tensors  # raises if somebody has changed the weights in place
         need = ctx.needs_input_grad[1]
         _, dleaf, dflat = ctx.execution.down(grads[0], val, ctx.weights, need)

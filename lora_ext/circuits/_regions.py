@@ -67,7 +67,7 @@ class Input:
 
 # --- leaves ---------------------------------------------------------------------------------------
 def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
-    """The family's name and fields, of one of ours: no reader would know another."""
+    """Return name and fields of a family of this package; no reader would know another."""
     name = type(leaf).__name__.lower()
     known = FAMILIES.get(name) is type(leaf)
     require(known, "leaf", "family", f"one of {[*FAMILIES]}", type(leaf).__qualname__)
@@ -105,7 +105,7 @@ def _is_count(value: Any, least: int) -> bool:
 
 # --- regions --------------------------------------------------------------------------------------
 def regions_to_json(regions: tuple[Region, ...], multi_root: bool) -> str:
-    """A description that :func:`regions_from_json` reads."""
+    """Return a description that :func:`regions_from_json` reads."""
     described = [
         {
             "units": r.units,
@@ -123,7 +123,7 @@ def regions_to_json(regions: tuple[Region, ...], multi_root: bool) -> str:
 
 
 def regions_from_json(data: Any, where: str) -> tuple[tuple[Region, ...], bool]:
-    """Regions and ``multi_root`` of a parsed description, which is not trusted."""
+    """Return regions and ``multi_root`` of a parsed description, which is not trusted."""
     whole = isinstance(data, dict) and data.keys() == {"multi_root", "regions"}
     require(whole, where, "graph", "multi_root and regions", f"{data!r:.100}")
     listed, multi_root = data["regions"], data["multi_root"]

@@ -11,10 +11,11 @@ from lora_ext._checks import integer, require
 from lora_ext.reference import log_weights
 
 from . import _structure
-from ._leaves import COUNT, Indicator, Joint
+from ._leaves import COUNT, Indicator
 from ._parameters import Parameters, require_tensor
 from ._program import FIRST_LEAF
 from ._scopes import variables
+from .multivariate import MultivariateGaussian
 
 
 class MapResult(NamedTuple):
@@ -32,6 +33,38 @@ class MapResult(NamedTuple):
     exact: bool
 
 
+class _Evidence(NamedTuple):
+    """Rows of evidence, checked, and the root unit that each starts from."""
+
+    given: Tensor  # (B, n)
+    filled: Tensor  # (B, n), 0 where an entry is missing
+    missing: Tensor  # (B, n) bool
+    start: Tensor  # (B,)
+
+    @classmethod
+    def read(
+        cls, circuit: Parameters, name: str, evidence: Tensor | None, root: int | Tensor | None
+    ) -> _Evidence:
+        """Check evidence; None stands for as many rows of nothing as there are roots."""
+        if evidence is None:
+            rows = len(root) if isinstance(root, Tensor) and root.dim() == 1 else 1
+            evidence = circuit._nothing(rows)
+        filled, missing = circuit._read(name, evidence, "evidence")
+        start = circuit._root_numbers(name, root, len(evidence))
+        circuit._refuse_external(name)
+        return cls(evidence, filled, missing, start)
+
+    def room(self, circuit: Parameters) -> Tensor:
+        """Return a copy of the evidence in a dtype that can hold what is drawn."""
+        if self.given.is_floating_point():
+            return self.given.clone()
+        families = [family for family, _, _ in circuit._families()]
+        if all(f.num_values() is not None or isinstance(f, Indicator) for f in families):
+            return self.given.to(torch.long, copy=True)
+        floats = self.given.to(circuit.weights.dtype)
+        return torch.where(self.given < 0, torch.nan, floats)
+
+
 def sample(
     circuit: Parameters,
     num_samples: int,
@@ -42,96 +75,67 @@ def sample(
 ) -> Tensor:
     """``Circuit.sample``."""
     integer("sample", "num_samples", num_samples, 0, expected="a whole number, at least 0")
-    evidence = evidence_or_nothing(circuit, evidence, root)
-    filled, missing = circuit._read("sample", evidence, "evidence")
-    start = circuit._root_numbers("sample", root, len(evidence))
+    rows = _Evidence.read(circuit, "sample", evidence, root)
     inner = sum(bool(r.partitions) for r in circuit.graph.regions)
-    shape = (len(evidence), num_samples, inner + circuit.num_variables)
+    shape = (len(rows.given), num_samples, inner + circuit.num_variables)
     device, dtype = circuit.weights.device, circuit.weights.dtype
     if uniforms is None:
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
     else:
         _check_uniforms(uniforms, shape, device)
-    circuit._refuse_external("sample")
     execution, weights = circuit._run(), circuit._weights()
-    val = execution.up(circuit._leaf_values_of("sample", filled, missing), weights)
-    top = execution.root_values(val).gather(1, start[:, None])[:, 0]
+    leaf = circuit._leaf_values_of("sample", rows.filled, rows.missing)
+    val = execution.up(leaf, weights)
+    top = execution.root_values(val).gather(1, rows.start[:, None])[:, 0]
     impossible = (top == -torch.inf).nonzero()
     if len(impossible):
-        raise ValueError(
-            f"sample: evidence: row {int(impossible[0])}: expected a possible row, found an "
-            "impossible row"
-        )
+        where = f"sample: evidence: row {int(impossible[0])}"
+        raise ValueError(f"{where}: expected a possible row, found an impossible row")
     u = uniforms.flatten(0, 1)
-    chosen = execution.walk(val, weights, start, u[:, :inner])
-    row = torch.arange(len(evidence), device=device).repeat_interleave(num_samples)
-    x = room_for_values(circuit, evidence)[row]
-    _fill(circuit, x, chosen, missing[row], u[:, inner:].to(dtype))
-    return x.unflatten(0, (len(evidence), num_samples))
+    chosen = execution.walk(val, weights, rows.start, u[:, :inner])
+    row = torch.arange(len(rows.given), device=device).repeat_interleave(num_samples)
+    x = rows.room(circuit)[row]
+    _fill(circuit, x, chosen, rows.missing[row], u[:, inner:].to(dtype))
+    return x.unflatten(0, (len(rows.given), num_samples))
 
 
 def _check_uniforms(uniforms: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    where, name, dtypes = "sample", "uniforms", (torch.float32, torch.float64)
-    require_tensor(where, name, uniforms)
-    require(uniforms.shape == shape, where, name, f"shape {shape}", tuple(uniforms.shape))
-    require(uniforms.dtype in dtypes, where, name, "float32 or float64", uniforms.dtype)
-    require(uniforms.device == device, where, name, device, uniforms.device)
-    if device.type != "cpu":
-        return  # the host would wait for it
-    outside = uniforms[~((uniforms >= 0) & (uniforms <= 1))]
-    if len(outside):
-        raise ValueError(f"{where}: {name}: expected numbers in [0, 1], found {float(outside[0])}")
+    where, dtypes = ("sample", "uniforms"), (torch.float32, torch.float64)
+    require_tensor(*where, uniforms)
+    require(uniforms.shape == shape, *where, f"shape {shape}", tuple(uniforms.shape))
+    require(uniforms.dtype in dtypes, *where, "float32 or float64", uniforms.dtype)
+    require(uniforms.device == device, *where, device, uniforms.device)
+    if device.type == "cpu":  # elsewhere the host would wait for it
+        outside = uniforms[~((uniforms >= 0) & (uniforms <= 1))]
+        if len(outside):
+            found = float(outside[0])
+            raise ValueError(f"sample: uniforms: expected numbers in [0, 1], found {found}")
 
 
 def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None) -> MapResult:
     """``Circuit.map``."""
-    evidence = evidence_or_nothing(circuit, evidence, root)
-    filled, missing = circuit._read("map", evidence, "evidence")
-    start = circuit._root_numbers("map", root, len(evidence))
-    val = best_values(circuit, filled, missing)
-    chosen = circuit._run().walk(val, circuit._weights(), start)
-    x = room_for_values(circuit, evidence)
-    _fill(circuit, x, chosen, missing)
+    rows = _Evidence.read(circuit, "map", evidence, root)
+    val = best_values(circuit, rows.filled, rows.missing)
+    execution = circuit._run()
+    chosen = execution.walk(val, circuit._weights(), rows.start)
+    x = rows.room(circuit)
+    _fill(circuit, x, chosen, rows.missing)
     exact = _structure.is_deterministic(circuit.graph) is True
-    value = circuit._run().root_values(val).gather(1, start[:, None])[:, 0]
-    return MapResult(x, value, exact)
+    return MapResult(x, execution.root_values(val).gather(1, rows.start[:, None])[:, 0], exact)
 
 
 def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
-    """All units by max-product, where missing variables take their mode."""
-    circuit._refuse_external("map")
-    e = circuit._leaf_values_of("map", filled, missing).clone()
+    """Return the values of all units by max-product, where missing variables take their mode."""
+    leaves = circuit._leaf_values_of("map", filled, missing).clone()
     for leaf, table, span in circuit._families():
-        if isinstance(leaf, Joint):
+        if isinstance(leaf, MultivariateGaussian):
             data = circuit._joint_data(span, filled, missing)
-            e[:, span] = leaf.peak(table, circuit._row[span], data).flatten(1)
+            leaves[:, span] = leaf.peak(table, circuit._row[span], data).flatten(1)
         elif not isinstance(leaf, Indicator):
             mode = leaf.mode(table, circuit._row[span])[1]
-            e[:, span] = torch.where(missing[:, circuit._var[span]], mode, e[:, span])
-    return circuit._run().up(e, circuit._weights(), "max")
-
-
-def evidence_or_nothing(
-    circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None
-) -> Tensor:
-    """The evidence, or as many rows of nothing as there are roots to start from."""
-    if evidence is not None:
-        return evidence
-    return circuit._nothing(len(root) if isinstance(root, Tensor) and root.dim() == 1 else 1)
-
-
-def room_for_values(circuit: Parameters, evidence: Tensor) -> Tensor:
-    """A copy of the evidence that can hold what is drawn."""
-    continuous = any(
-        leaf.num_values() is None and not isinstance(leaf, Indicator)
-        for leaf, _, _ in circuit._families()
-    )
-    if evidence.is_floating_point():
-        return evidence.clone()
-    if not continuous:
-        return evidence.to(torch.long, copy=True)
-    floats = evidence.to(circuit.weights.dtype)
-    return torch.where(evidence < 0, torch.nan, floats)
+            absent = missing[:, circuit._var[span]]
+            leaves[:, span] = torch.where(absent, mode, leaves[:, span])
+    return circuit._run().up(leaves, circuit._weights(), "max")
 
 
 def _fill(
@@ -143,14 +147,14 @@ def _fill(
     """
     for (leaf, table, span), block in zip(circuit._families(), circuit._blocks, strict=True):
         inside = (chosen >= span.start + FIRST_LEAF) & (chosen < span.stop + FIRST_LEAF)
-        if not isinstance(leaf, Joint):
+        if not isinstance(leaf, MultivariateGaussian):
             inside &= missing
         m, v = inside.nonzero(as_tuple=True)
         unit = chosen[m, v] - FIRST_LEAF
         row = circuit._row[unit]
         if isinstance(leaf, Indicator):
             x[m, v] = circuit._indicators[unit].to(x.dtype)
-        elif isinstance(leaf, Joint):
+        elif isinstance(leaf, MultivariateGaussian):
             at = m[:, None], circuit._scopes(span)[(unit - span.start) // block]
             known = torch.where(missing[at], torch.nan, x[at].to(circuit.weights.dtype))
             values = leaf.complete(table, row, known, None if uniforms is None else uniforms[at])
@@ -185,8 +189,10 @@ class _Step(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """How the candidates of a place came about, all ``(B, r, k)``: indices into what they join."""
+    """How the candidates of a place came about: indices ``(B, r, k)`` into what they join."""
 
+    step: _Step
+    inside: Tensor  # (B,), whether the place is before the end of a row's sequence
     state: Tensor  # of this place, below a unit of the latent
     rank: Tensor  # which candidate of that state
     value: Tensor  # by state: which of its values
@@ -203,17 +209,14 @@ def k_best(
     """``Circuit.k_best``."""
     integer("k_best", "k", k, 1, expected=COUNT)
     steps = _chain(circuit)
-    evidence = evidence_or_nothing(circuit, evidence, root)
-    filled, missing = circuit._read("k_best", evidence, "evidence")
-    circuit._refuse_external("k_best")
-    top = circuit._root_numbers("k_best", root, len(evidence))
-    lengths = _lengths(lengths, len(evidence), len(steps), top.device)
-    leaf = circuit._leaf_values_of("k_best", filled, missing)
+    rows = _Evidence.read(circuit, "k_best", evidence, root)
+    lengths = _lengths(lengths, len(rows.given), len(steps), rows.start.device)
+    leaf = circuit._leaf_values_of("k_best", rows.filled, rows.missing)
     below: Tensor | None = None  # (B, r, k) of the next place
     choices: list[_Choice] = []
     for place in range(len(steps) - 1, -1, -1):
         step = steps[place]
-        each = _observed(circuit, step, leaf, missing, k)  # (B, r, J)
+        each = _observed(circuit, step, leaf, rows.missing, k)  # (B, r, J)
         if below is not None:
             inside = (lengths > place + 1)[:, None, None]
             certain = torch.full_like(below, -torch.inf)
@@ -226,14 +229,15 @@ def k_best(
         terms = (w[..., None] + candidates[:, None]).flatten(2)  # (B, O, r k)
         below, chosen = _largest(terms, k)
         count = candidates.shape[2]
-        choices.append(_Choice(chosen // count, chosen % count, index // width, index % width))
+        parts = chosen // count, chosen % count, index // width, index % width
+        choices.append(_Choice(step, lengths > place, *parts))
     assert below is not None
-    rows = torch.arange(len(top), device=top.device)
-    return _read_back(circuit, steps, choices[::-1], below[rows, top], evidence, lengths, top, k)
+    row = torch.arange(len(rows.given), device=lengths.device)
+    return _read_back(circuit, rows, choices[::-1], below[row, rows.start], k)
 
 
 def _chain(circuit: Parameters) -> list[_Step]:
-    """The places of a chain from the root down."""
+    """Return the places of a chain from the root down."""
     graph, regions = circuit.graph, circuit.graph.regions
     expected = "a chain, each latent above one input of one variable and the next latent"
     steps: list[_Step] = []
@@ -271,7 +275,7 @@ def _lengths(lengths: Tensor | None, rows: int, most: int, device: torch.device)
 
 
 def _observed(circuit: Parameters, step: _Step, leaf: Tensor, missing: Tensor, k: int) -> Tensor:
-    """Log-probabilities of the values that a place may take, best first, ``(B, r, J)``."""
+    """Return log-probabilities of the values that a place may take, best first, ``(B, r, J)``."""
     first = circuit.columns(step.input)[0] - FIRST_LEAF
     given = leaf[:, first : first + len(circuit.columns(step.input)), None]
     absent = missing[:, step.variable]
@@ -284,7 +288,8 @@ def _observed(circuit: Parameters, step: _Step, leaf: Tensor, missing: Tensor, k
 
 
 def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
-    """The best values of each state of a place, and their log-probabilities, ``(r, J)`` each."""
+    """Return the best values of each state of a place, and their log-probabilities, ``(r, J)``
+    each."""
     units = circuit.columns(step.input)
     first = units[0] - FIRST_LEAF
     span = slice(first, first + len(units))
@@ -305,47 +310,36 @@ def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of the last axis and their indices, lowest index first among equals."""
+    """Return the k largest of the last axis and their indices, lowest index first among equals."""
     found, index = values.sort(dim=-1, descending=True, stable=True)
     return found[..., :k], index[..., :k]
 
 
 def _read_back(
-    circuit: Parameters,
-    steps: list[_Step],
-    choices: list[_Choice],
-    value: Tensor,
-    evidence: Tensor,
-    lengths: Tensor,
-    top: Tensor,
-    k: int,
+    circuit: Parameters, rows: _Evidence, choices: list[_Choice], value: Tensor, k: int
 ) -> KBest:
     """Follow the choices from the root down."""
-    rows, count = value.shape
-    row = torch.arange(rows, device=value.device)[:, None]
-    room = room_for_values(circuit, evidence)
+    batch, count = value.shape
+    row = torch.arange(batch, device=value.device)[:, None]
+    room = rows.room(circuit)
     x = room[:, None].repeat(1, count, 1)
     states = torch.full(x.shape, -1, device=value.device)
-    unit, rank = top[:, None].expand(rows, count), torch.arange(count, device=value.device)
-    rank = rank.expand(rows, count)
-    for place, (step, choice) in enumerate(zip(steps, choices, strict=True)):
-        state = choice.state[row, unit, rank]
-        rank = choice.rank[row, unit, rank]
-        inside = (lengths > place)[:, None] & (value > -torch.inf)
-        states[..., step.variable] = torch.where(inside, state, -1)
-        absent = torch.isnan(room) if room.is_floating_point() else room < 0
-        if absent[:, step.variable].any():
-            best = _values(circuit, step, k)[0][state, choice.value[row, state, rank]]
-            chosen = torch.where(
-                absent[:, step.variable, None] & inside, best.to(x.dtype), x[..., step.variable]
-            )
-            x[..., step.variable] = chosen
+    possible = value > -torch.inf
+    unit = rows.start[:, None].expand(batch, count)
+    rank = torch.arange(count, device=value.device).expand(batch, count)
+    for choice in choices:
+        state, rank = choice.state[row, unit, rank], choice.rank[row, unit, rank]
+        inside, v = choice.inside[:, None] & possible, choice.step.variable
+        states[..., v] = torch.where(inside, state, -1)
+        absent = torch.isnan(room[:, v]) if room.is_floating_point() else room[:, v] < 0
+        if absent.any():
+            best = _values(circuit, choice.step, k)[0][state, choice.value[row, state, rank]]
+            x[..., v] = torch.where(absent[:, None] & inside, best.to(x.dtype), x[..., v])
         unit, rank = state, choice.below[row, state, rank]
     nothing = torch.nan if x.is_floating_point() else -1
-    x = torch.where((value > -torch.inf)[..., None], x, nothing)
+    x = torch.where(possible[..., None], x, nothing)
     if count < k:
-        extra = k - count
-        pad = torch.nn.functional.pad
+        pad, extra = torch.nn.functional.pad, k - count
         x, states = pad(x, (0, 0, 0, extra), value=nothing), pad(states, (0, 0, 0, extra), value=-1)
         value = pad(value, (0, extra), value=-torch.inf)
     return KBest(x, states, value)

@@ -5,67 +5,48 @@ Scopes are bitsets in Python integers, so each check costs one pass over the edg
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import reduce
 from operator import or_
 from typing import Literal
 
+from lora_ext._checks import require
+
 from ._leaves import Indicator
-from ._scopes import PCStructureError, bits, braces
+from ._scopes import PCStructureError, braces, variables
 from .region_graph import RegionGraph
 
 Truth = Literal[True, False, "unknown"]
 
 
-def check_smooth(graph: RegionGraph) -> None:
-    """Every term of a sum has the scope of the sum."""
+def why_not_smooth(graph: RegionGraph) -> str | None:
+    """Return which sum has terms over different variables; None if all terms share a scope."""
     for i, region in enumerate(graph.regions):
-        scopes = [graph.partition_scope(p) for p in region.partitions]
-        for scope in scopes[1:]:
-            if scope != scopes[0]:
-                raise PCStructureError(
-                    f"not smooth: sum unit {graph.label(i)} mixes scopes {braces(scopes[0])} "
-                    f"and {braces(scope)}"
-                )
+        first, *others = [graph.partition_scope(p) for p in region.partitions] or [0]
+        for scope in others:
+            if scope != first:
+                scopes = f"{braces(first)} and {braces(scope)}"
+                return f"not smooth: sum unit {graph.label(i)} mixes scopes {scopes}"
+    return None
 
 
-def check_decomposable(graph: RegionGraph) -> None:
-    """The factors of a product share no variable."""
+def why_not_decomposable(graph: RegionGraph) -> str | None:
+    """Return which product has factors that share variables; None if there is no such product."""
     for i, region in enumerate(graph.regions):
         for p in region.partitions:
             seen = 0
             for n, child in enumerate(p.children):
-                shared = seen & graph.scopes[child]
-                if shared:
+                if shared := seen & graph.scopes[child]:
                     other = next(c for c in p.children[:n] if graph.scopes[c] & shared)
-                    raise PCStructureError(
-                        f"not decomposable: a product of unit {graph.label(i)}: children "
-                        f"{graph.label(other)} and {graph.label(child)} share {braces(shared)}"
-                    )
+                    children = f"children {graph.label(other)} and {graph.label(child)}"
+                    product = f"a product of unit {graph.label(i)}"
+                    return f"not decomposable: {product}: {children} share {braces(shared)}"
                 seen |= graph.scopes[child]
-
-
-def is_smooth(graph: RegionGraph) -> bool:
-    """Whether :func:`check_smooth` passes."""
-    return _holds(check_smooth, graph)
-
-
-def is_decomposable(graph: RegionGraph) -> bool:
-    """Whether :func:`check_decomposable` passes."""
-    return _holds(check_decomposable, graph)
-
-
-def _holds(check: Callable[[RegionGraph], None], graph: RegionGraph) -> bool:
-    try:
-        check(graph)
-    except PCStructureError:
-        return False
-    return True
+    return None
 
 
 def is_structured_decomposable(graph: RegionGraph) -> bool:
-    """Whether all products split a scope in the same way: they then agree with one vtree."""
-    if not is_decomposable(graph):
+    """Return whether all products split a scope in the same way: they then agree with one vtree."""
+    if why_not_decomposable(graph) is not None:
         return False
     split: dict[int, frozenset[int]] = {}
     for region in graph.regions:
@@ -79,7 +60,7 @@ def is_structured_decomposable(graph: RegionGraph) -> bool:
 
 
 def is_deterministic(graph: RegionGraph) -> Truth:
-    """Whether at most one term of each sum is nonzero on any input.
+    """Return whether at most one term of each sum is nonzero on any input.
 
     A syntactic test. True: the terms of every sum differ in an indicator on a common variable.
     False: two terms of a sum are positive everywhere. Anything else is ``"unknown"``.
@@ -92,7 +73,7 @@ def is_deterministic(graph: RegionGraph) -> Truth:
             allowed: list[dict[int, int]] = [{} for _ in range(region.units)]
             if isinstance(region.leaf, Indicator):
                 for u, value in enumerate(region.leaf.values):
-                    allowed[u] = {v: 1 << value for v in bits(region.variables)}
+                    allowed[u] = {v: 1 << value for v in variables(region.variables)}
             units.append(allowed)
             continue
         terms: list[dict[int, int]] = []
@@ -122,8 +103,8 @@ def _jointly(*parts: dict[int, int]) -> dict[int, int]:
 
 
 def _disjoint(terms: list[dict[int, int]], merged: dict[int, int]) -> bool:
-    """One variable tells all terms apart, or, among few, each pair has one that does; ``merged`` is
-    what they allow of the variables that all of them restrict."""
+    """Return whether one variable tells all terms apart or, among few terms, each pair has one that
+    does; ``merged`` is what they allow of the variables that all of them restrict."""
     if any(sum(t[v].bit_count() for t in terms) == m.bit_count() for v, m in merged.items()):
         return True
     return len(terms) <= 64 and all(
@@ -134,11 +115,7 @@ def _disjoint(terms: list[dict[int, int]], merged: dict[int, int]) -> bool:
 
 
 def check_tractable(graph: RegionGraph, where: str) -> None:
-    """Refuse a graph that is not smooth and decomposable: all queries but evaluation need it."""
-    try:
-        check_smooth(graph)
-        check_decomposable(graph)
-    except PCStructureError as error:
-        raise PCStructureError(
-            f"{where}: graph: expected a smooth and decomposable circuit, found one that is {error}"
-        ) from None
+    """Raise unless a graph is smooth and decomposable: all queries but evaluation need it."""
+    problem = why_not_smooth(graph) or why_not_decomposable(graph)
+    expected, found = "a smooth and decomposable circuit", f"one that is {problem}"
+    require(problem is None, where, "graph", expected, found, PCStructureError)

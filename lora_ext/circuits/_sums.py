@@ -10,31 +10,29 @@ import torch
 from torch import Tensor
 
 
-def add_columns(target: Tensor, index: Tensor, values: Tensor) -> None:
-    """``target[:, index[j]] += values[:, j]`` for every j, in place; indices may repeat."""
-    if target.device.type == "cpu":
-        target.index_add_(1, index, values)
-    else:
-        torch.ops.aten.index_put_(target, [None, index], values, True)
+def add_at(target: Tensor, index: Tensor, values: Tensor) -> None:
+    """Add ``values[..., j]`` to ``target[..., index[j]]`` in place; indices may repeat.
 
-
-def add_entries(target: Tensor, index: Tensor, values: Tensor) -> None:
-    """``target[index] += values`` entry by entry, in place; target is flat, indices may repeat."""
+    ``target`` has one dimension or two, ``index`` one.
+    """
     if target.device.type == "cpu":
-        target.index_add_(0, index.flatten(), values.flatten())
+        target.index_add_(-1, index, values)
     else:
-        torch.ops.aten.index_put_(target, [index], values, True)
+        every = [None] * (target.dim() - 1)
+        torch.ops.aten.index_put_(target, [*every, index], values, True)
 
 
 def sums_at(index: Tensor, values: Tensor, size: int) -> Tensor:
-    """Values added up by index in float64, ``(size,)``: long sums of small counts lose nothing."""
+    """Return values added up by index in float64, ``(size,)``: long sums of small counts lose
+    nothing."""
     sums = torch.zeros(size, dtype=torch.float64, device=values.device)
-    add_entries(sums, index, values.double())
+    add_at(sums, index.flatten(), values.double().flatten())
     return sums
 
 
 def in_rows(t: Tensor) -> Tensor:
-    """``t`` below a new first axis, which shows it twice where it is one row and nothing else.
+    """Return ``t`` below a new first axis, which shows it twice where it is one row and nothing
+    else.
 
     torch cuts the sum of a single long row among its threads, the sums of two rows never.
     """
@@ -42,5 +40,5 @@ def in_rows(t: Tensor) -> Tensor:
 
 
 def last_sum(t: Tensor) -> Tensor:
-    """``t.sum(-1)``."""
+    """Return ``t.sum(-1)``."""
     return in_rows(t).sum(-1)[0]

@@ -73,7 +73,7 @@ class Circuit(Parameters):
     def log_prob(
         self, x: Tensor, external: Tensor | None = None, root: int | Tensor | None = None
     ) -> Tensor:
-        """``log p`` of the variables that are given, the others summed out.
+        """Compute ``log p`` of the variables that are given, the others summed out.
 
         Differentiable once, in the parameters and in ``external``.
 
@@ -97,7 +97,7 @@ class Circuit(Parameters):
     forward = log_prob
 
     def _log_probs(self, name: str, x: Tensor, external: Tensor | None = None) -> Any:
-        """A column per root unit, ``(B, R)``."""
+        """Return a column per root unit, ``(B, R)``."""
         leaf, execution = self._leaf_values(name, x, external), self._run()
         if torch.is_grad_enabled():
             return Evaluate.apply(leaf, self.weights, execution, self.norm, self.precision)
@@ -106,7 +106,8 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def log_partition(self) -> Tensor:
-        """Log of the sum over all assignments, one number or ``(R,)``; 0 where normalised."""
+        """Return the log of the sum over all assignments, one number or ``(R,)``; 0 where
+        normalised."""
         self._refuse_external("log_partition")
         return self.log_prob(self._nothing())[0]
 
@@ -117,7 +118,8 @@ class Circuit(Parameters):
         external: Tensor | None = None,
         root: int | Tensor | None = None,
     ) -> Tensor:
-        """``log p(x_keep)``, as :meth:`log_prob`: the other variables of ``x`` are not looked at.
+        """Return ``log p(x_keep)``, as :meth:`log_prob`: the other variables of ``x`` are not
+        looked at.
 
         Args:
             x: ``(B, n)``.
@@ -140,7 +142,8 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def univariate_marginals(self, evidence: Tensor, root: int | Tensor | None = None) -> Marginals:
-        """The law of every variable by itself given the evidence, in one pass up and one down.
+        """Compute the law of every variable by itself given the evidence, in one pass up and one
+        down.
 
         Args:
             evidence: ``(B, n)``, -1 or NaN where a variable is not given. root: see the class.
@@ -158,7 +161,8 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def entropy(self, root: int | None = None) -> Tensor:
-        """Entropy in nats, a single number; differential where variables are continuous.
+        """Compute the entropy in nats, a single number; differential where variables are
+        continuous.
 
         Args:
             root: the number of one of several root units.
@@ -173,7 +177,8 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def kl_divergence(self, other: Circuit, root: int | None = None) -> Tensor:
-        """``sum p log (p / q)`` in nats with ``q`` the other circuit, a single number, maybe inf.
+        """Compute ``sum p log (p / q)`` in nats with ``q`` the other circuit, a single number,
+        maybe inf.
 
         Args:
             other: a circuit of the same graph.
@@ -188,7 +193,8 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def conditionals(self, x: Tensor, root: int | Tensor | None = None) -> Tensor:
-        """``log p(x_k | x_<k)`` in variable order, ``(B, n)``; ``-inf`` after an impossible prefix.
+        """Compute ``log p(x_k | x_<k)`` in variable order, ``(B, n)``; ``-inf`` after an impossible
+        prefix.
 
         The general graph costs n passes; ``ops.circuit_scan`` does cp, hmm and btree in one.
 
@@ -223,7 +229,7 @@ class Circuit(Parameters):
         generator: torch.Generator | None = None,
         root: int | Tensor | None = None,
     ) -> Tensor:
-        """Exact samples given evidence, the same for the same uniforms.
+        """Draw exact samples given evidence, the same for the same uniforms.
 
         Upward once with the evidence, then down from the root: every sum on the way draws a term in
         proportion to weight times value, every leaf its value, by the rule of
@@ -248,7 +254,7 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def map(self, evidence: Tensor | None = None, root: int | Tensor | None = None) -> MapResult:
-        """The assignment and latents of largest joint probability: max-product, up and down.
+        """Find the assignment and latents of largest joint probability: max-product, up and down.
 
         Ties go to the lowest index.
 
@@ -269,7 +275,7 @@ class Circuit(Parameters):
         lengths: Tensor | None = None,
         root: int | Tensor | None = None,
     ) -> KBest:
-        """The k likeliest pairs of values and states of a chain, such as ``RegionGraph.hmm``.
+        """Find the k likeliest pairs of values and states of a chain, such as ``RegionGraph.hmm``.
 
         With complete evidence these are the k best paths of states. Ties go to the lowest indices.
         Memory is ``B r^2 k`` for r states.
@@ -293,7 +299,8 @@ class Circuit(Parameters):
     def flows(
         self, x: Tensor, external: Tensor | None = None, root: int | Tensor | None = None
     ) -> Flows:
-        """Expected flows: the posterior probability of every unit, and of every weight's use.
+        """Compute expected flows: the posterior probability of every unit, and of every weight's
+        use.
 
         They are the derivatives of ``log p(x)`` in the log-values of units and in the normalised
         log-weights. Over the leaf units of one variable they sum to one. Impossible rows have none.
@@ -316,7 +323,7 @@ class Circuit(Parameters):
         keep_zero: bool = False,
         root: int | Tensor | None = None,
     ) -> Tensor:
-        """One step of expectation maximisation on a batch, in place.
+        """Make one step of expectation maximisation on a batch, in place.
 
         ``W' = (F + c / I) / (sum F + c)`` of every sum and likewise of every leaf, then
         ``W <- (1 - step) W + step W'``. Sums and leaves without flow stay as they are. With a full
@@ -348,14 +355,15 @@ class Circuit(Parameters):
     # --- structure and files ----------------------------------------------------------------------
     @torch.no_grad()
     def check(self) -> Report:
-        """Properties of the structure, and how far the worst row of weights is from sum one."""
+        """Return properties of the structure, and how far the worst row of weights is from sum
+        one."""
         error = 0.0
         for rows in self._rows(self.weights):
             w = log_weights(rows, self.norm)
             error = max(error, float((w.exp().sum(-1) - 1).abs().max()))
         return Report(
-            _structure.is_smooth(self.graph),
-            _structure.is_decomposable(self.graph),
+            _structure.why_not_smooth(self.graph) is None,
+            _structure.why_not_decomposable(self.graph) is None,
             _structure.is_structured_decomposable(self.graph),
             _structure.is_deterministic(self.graph),
             error,
@@ -375,5 +383,5 @@ class Circuit(Parameters):
         return circuit
 
     def to_dot(self) -> str:
-        """The region graph in Graphviz' language."""
+        """Return the region graph in Graphviz' language."""
         return self.graph.to_dot()

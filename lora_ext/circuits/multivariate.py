@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._leaves import LOG_TAU, Joint, Table, normal_quantile, require_min_std
-from ._sums import add_entries
+from ._leaves import LOG_TAU, Leaf, Table, normal_quantile, require_min_std
+from ._sums import add_at
 
 
 class _Group(NamedTuple):
@@ -37,7 +37,8 @@ class _Group(NamedTuple):
     inside: Tensor  # (G, T), whether it counts
 
     def fill(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """Data ``x (E, d)`` with ``(G, T, K, h)`` in place of what is hidden, ``(G, T, K, d)``."""
+        """Return data ``x (E, d)`` with ``(G, T, K, h)`` in place of what is hidden, ``(G, T, K,
+        d)``."""
         full = x[self.entry][:, :, None].repeat(1, 1, hidden.shape[2], 1)
         full[..., self.hidden] = hidden
         return full
@@ -95,7 +96,7 @@ def _groups(x: Tensor, owner: Tensor) -> Iterator[_Group]:
 
 
 def _each(x: Tensor, owner: Tensor, answer: Callable[[_Group], Tensor]) -> Tensor:
-    """What ``answer`` says of every row of data, ``(G, T, ...)`` a group."""
+    """Return what ``answer`` says of every row of data, ``(G, T, ...)`` a group."""
     groups = list(_groups(x, owner))
     values = torch.cat([answer(g)[g.inside] for g in groups])
     order = torch.cat([g.entry[g.inside] for g in groups])
@@ -103,7 +104,7 @@ def _each(x: Tensor, owner: Tensor, answer: Callable[[_Group], Tensor]) -> Tenso
 
 
 def _take(row: Tensor, table: Tensor) -> Tensor:
-    """``table[row]``; embedding, because its backward adds in a fixed order."""
+    """Return ``table[row]``; embedding, because its backward adds in a fixed order."""
     return F.embedding(row, table.flatten(1)).view(*row.shape, *table.shape[1:])
 
 
@@ -117,13 +118,13 @@ def _gaussians(table: Table) -> _Gaussians:
 
 
 def _log_peak(factor: Tensor) -> Tensor:
-    """Log-density at the mean, by Cholesky factor."""
+    """Return the log-density at the mean, by Cholesky factor."""
     log_scale = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return -0.5 * factor.shape[-1] * LOG_TAU - log_scale
 
 
 def _by_block(row: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Data ``(B M, d)``, the block of each row, and the rows of the table of each block."""
+    """Return data ``(B M, d)``, the block of each row, and the rows of the table of each block."""
     rows, blocks, _ = x.shape
     owner = torch.arange(blocks, device=x.device).repeat(rows)
     return x.flatten(0, 1), owner, row.view(blocks, -1)
@@ -132,14 +133,16 @@ def _by_block(row: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _of_blocks(
     row: Tensor, x: Tensor, answer: Callable[[_Group, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Answers ``(G, T, K, ...)`` about a group, its data and its units, as ``(B, M, K, ...)``."""
+    """Return answers ``(G, T, K, ...)`` about a group, its data and its units, as ``(B, M, K,
+    ...)``."""
     flat, owner, units = _by_block(row, x)
     found = _each(flat, owner, lambda group: answer(group, flat, units[group.owner]))
     return found.unflatten(0, x.shape[:2])
 
 
 def _triangle(rows: Tensor) -> Tensor:
-    """The lower triangle of positive diagonal whose rows have the inner products of ``rows``.
+    """Return the lower triangle of positive diagonal whose rows have the inner products of
+    ``rows``.
 
     Args:
         rows: ``(..., k, d)`` of rank k.
@@ -149,7 +152,7 @@ def _triangle(rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MultivariateGaussian(Joint):
+class MultivariateGaussian(Leaf):
     """Real numbers with a covariance: each unit is one Gaussian over the d variables of its region.
 
     Parameters, a row each: ``mean (R, d)``, and the Cholesky factor of the covariance as the
@@ -157,6 +160,9 @@ class MultivariateGaussian(Joint):
     (R, d (d - 1) / 2)``. Any numbers are a distribution, as long as the exponential of
     ``log_diagonal`` is neither 0 nor infinite in its dtype. ``min_std`` bounds what EM may shrink
     the deviation to, in any direction. Pseudocounts do not touch it.
+
+    A region has one leaf unit per unit, and blocks see d variables. Data are ``(B, M, d)`` in
+    floating point, NaN where they are missing.
     """
 
     min_std: float = 1e-3
@@ -165,6 +171,7 @@ class MultivariateGaussian(Joint):
         require_min_std("MultivariateGaussian", self.min_std)
 
     def table(self, rows: int, size: int = 1) -> Table:
+        """Return fresh parameters for ``rows`` distributions over ``size`` variables."""
         return {
             "mean": torch.randn(rows, size),
             "log_diagonal": torch.zeros(rows, size),
@@ -180,6 +187,7 @@ class MultivariateGaussian(Joint):
         return _of_blocks(row, x, answer)
 
     def peak(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
+        """Return ``log_prob`` where what is missing takes its most probable values."""
         gaussians = _gaussians(table)
 
         def answer(group: _Group, flat: Tensor, units: Tensor) -> Tensor:
@@ -189,6 +197,7 @@ class MultivariateGaussian(Joint):
         return _of_blocks(row, x, answer)
 
     def moments_given(self, table: Table, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of every variable given what is seen, ``(B, M, N / M, d)``."""
         gaussians = _gaussians(table)
 
         def answer(group: _Group, flat: Tensor, units: Tensor) -> Tensor:
@@ -202,6 +211,14 @@ class MultivariateGaussian(Joint):
         return mean, variance
 
     def complete(self, table: Table, row: Tensor, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """Return data ``(A, d)`` with what is missing in it.
+
+        Args:
+            table, row: as for :meth:`log_prob`; ``row`` is of the rows of data.
+            x: ``(A, d)``.
+            u: ``(A, d)`` in [0, 1), from which what is missing is drawn; None: its most probable
+                values.
+        """
         gaussians = _gaussians(table)
 
         def answer(group: _Group) -> Tensor:
@@ -250,7 +267,8 @@ class MultivariateGaussian(Joint):
 def _expected(
     old: _Gaussians, row: Tensor, x: Tensor, flow: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts ``(R,)``, and mean and covariance of the data of every row, what is missing included.
+    """Return counts ``(R,)``, and mean and covariance of the data of every row, what is missing
+    included.
 
     A value that is missing is its mean given the others, and adds its covariance given them. Where
     there is no count, both are the old ones.
@@ -285,4 +303,4 @@ def _add(target: Tensor, row: Tensor, values: Tensor) -> None:
     """``target[row] += values`` of ``(R, ...)`` and ``(G, K, ...)``, in place, in a fixed order."""
     each = target[0].numel()
     index = row.flatten()[:, None] * each + torch.arange(each, device=row.device)
-    add_entries(target.view(-1), index, values)
+    add_at(target.view(-1), index.flatten(), values.flatten())

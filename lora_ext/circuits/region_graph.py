@@ -2,8 +2,8 @@
 
 A region is a set of variables with a number of units, each a function of these variables. The units
 of an input region are distributions; over several variables, a product of one per variable, or one
-for all of them if the family is a ``Joint``. Any other region has partitions, and each of its units
-is a weighted sum over the product units of all of them:
+for all of them if the family is ``MultivariateGaussian``. Any other region has partitions, and each
+of its units is a weighted sum over the product units of all of them:
 
 * ``hadamard``: the children have equal unit counts, unit u of the product is the product of their
   units u;
@@ -91,24 +91,25 @@ class RegionGraph:
         return self.regions[i].name or str(i)
 
     def partition_scope(self, partition: Partition) -> int:
-        """The union of the scopes of the children of ``partition``, a bitset of variables."""
+        """Return the union of the scopes of the children of ``partition``, a bitset of
+        variables."""
         scope = 0
         for c in partition.children:
             scope |= self.scopes[c]
         return scope
 
     def partition_units(self, partition: Partition) -> int:
-        """How many product units a partition has: those of a child, or of a Kronecker product n
-        times m."""
+        """Return how many product units a partition has: those of a child, or of a Kronecker
+        product n times m."""
         counts = [self.regions[c].units for c in partition.children]
         return counts[0] if partition.kind == "hadamard" else counts[0] * counts[1]
 
     def num_products(self, region: Region) -> int:
-        """How many product units each unit of a region sums over; 0 for an input."""
+        """Return how many product units each unit of a region sums over; 0 for an input."""
         return sum(self.partition_units(p) for p in region.partitions)
 
     def depths(self) -> list[int]:
-        """Of each region, the longest distance from the inputs, which have 0."""
+        """Return the longest distance of each region from the inputs, which have 0."""
         found: list[int] = []
         for region in self.regions:
             below = (found[c] for p in region.partitions for c in p.children)
@@ -175,7 +176,7 @@ class RegionGraph:
     def hclt(
         parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool = False
     ) -> RegionGraph:
-        """A tree of latents, one per variable, each seen by its own variable.
+        """Build a tree of latents, one per variable, each seen by its own variable.
 
         The region of variable v holds, per state of its parent, the distribution of all variables
         below: row s of its weights is ``p(state of v | s)``.
@@ -254,7 +255,8 @@ class RegionGraph:
 
     @staticmethod
     def join(graphs: Sequence[RegionGraph]) -> RegionGraph:
-        """Several graphs over the same variables as one of several roots, such as one per class.
+        """Join several graphs over the same variables into one of several roots, such as one per
+        class.
 
         They share no parameters. Region ``name`` of graph i is ``i/name``.
         """
@@ -268,7 +270,8 @@ class RegionGraph:
         ties: Mapping[str, str] | None = None,
         multi_root: bool = False,
     ) -> RegionGraph:
-        """Any graph: input regions by name, and every product as (sum above it, factors, kind).
+        """Build any graph: input regions by name, and every product as (sum above it, factors,
+        kind).
 
         Args:
             inputs: by name.
@@ -288,7 +291,8 @@ class RegionGraph:
         return f"RegionGraph({', '.join(self.counts())})"
 
     def counts(self) -> list[str]:
-        """What there is, in words: variables, inputs, sums, partitions, layers, roots, families."""
+        """Return what there is, in words: variables, inputs, sums, partitions, layers, roots,
+        families."""
         inputs = sum(r.leaf is not None for r in self.regions)
         partitions = sum(len(r.partitions) for r in self.regions)
         families = list(dict.fromkeys(repr(r.leaf) for r in self.regions if r.leaf is not None))
@@ -306,7 +310,7 @@ class RegionGraph:
         return [*words, f"leaves {', '.join(families[:3])}{more}"]
 
     def to_json(self) -> str:
-        """A description that :meth:`from_json` reads."""
+        """Return a description that :meth:`from_json` reads."""
         return _regions.regions_to_json(self.regions, self.multi_root)
 
     @staticmethod
@@ -323,7 +327,7 @@ class RegionGraph:
         return RegionGraph(*_regions.regions_from_json(data, where))
 
     def to_dot(self) -> str:
-        """The graph in Graphviz' language; a partition is a point."""
+        """Return the graph in Graphviz' language; a partition is a point."""
         lines = ["digraph circuit {", "  rankdir=BT; node [fontsize=10];"]
         for i, region in enumerate(self.regions):
             shape = "box" if region.leaf else "ellipse"

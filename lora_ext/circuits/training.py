@@ -43,8 +43,8 @@ def train_em(
     progress: Progress | None = None,
     epochs_before: int = 0,
 ) -> list[Epoch]:
-    """Expectation maximisation, a step a batch (:meth:`Circuit.em_step`); an entry comes back for
-    every epoch.
+    """Train by expectation maximisation, one step per batch (:meth:`Circuit.em_step`); return one
+    entry per epoch.
 
     Args:
         circuit: is trained in place.
@@ -92,7 +92,7 @@ def train_gradient(
     held_out: Any = None,
     progress: Progress | None = None,
 ) -> list[Epoch]:
-    """Gradient ascent of the mean log-likelihood, a step a batch; an entry comes back for every
+    """Train by gradient ascent of the mean log-likelihood, one step per batch; return one entry per
     epoch.
 
     Args:
@@ -124,7 +124,7 @@ def _train(
     held_out: Any,
     progress: Progress | None,
 ) -> list[Epoch]:
-    """The loop over epochs and batches, whatever a step is."""
+    """Run the loop over epochs and batches with any kind of step."""
     integer(name, "epochs", epochs, 1, expected=COUNT)
     listed = [batches] if isinstance(batches, Tensor) else batches
     again, found = not isinstance(listed, Iterator), f"a {type(listed).__name__}"
@@ -149,7 +149,7 @@ def _train(
 
 
 def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Rows and roots of a batch, on the circuit's device."""
+    """Return rows and roots of a batch, on the circuit's device."""
     parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     good = len(parts) in (1, 2) and all(isinstance(t, Tensor) for t in parts)
     found = ", ".join(type(t).__name__ for t in parts)
@@ -160,7 +160,7 @@ def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | No
 
 
 def _log_prob(name: str, circuit: Circuit, x: Tensor, root: Tensor | None) -> Tensor:
-    """``log_prob``, which must be of one root a row."""
+    """Return ``log_prob``, which must be of one root a row."""
     log_prob = circuit.log_prob(x, root=root)
     expected = "rows and their roots in a circuit of several root units"
     require(log_prob.dim() == 1, name, "batches", expected, "rows alone")
@@ -168,7 +168,7 @@ def _log_prob(name: str, circuit: Circuit, x: Tensor, root: Tensor | None) -> Te
 
 
 def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None) -> Tensor:
-    """Sequences of different lengths as rows of data, with what is missing at their ends.
+    """Return sequences of different lengths as rows of data, with what is missing at their ends.
 
     Chains, whose transitions sum to one, give a padded row the probability that a shorter chain
     gives its sequence; EM learns from it what it would learn there.
@@ -183,17 +183,17 @@ def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None)
     Raises:
         ValueError: for no sequences, other dimensions, several dtypes, or one that is too long.
     """
-    require(len(sequences) > 0, "pad_sequences", "sequences", "at least one", "none")
     where = "pad_sequences"
+    require(len(sequences) > 0, where, "sequences", "at least one", "none")
     for i, s in enumerate(sequences):
         name = f"sequences[{i}]"
         require_tensor(where, name, s)
         dtype = sequences[0].dtype
         require(s.dim() == 1, where, name, "one dimension", f"shape {tuple(s.shape)}")
         require(s.dtype == dtype, where, name, f"{dtype} as in sequences[0]", s.dtype)
+        if num_variables is not None:
+            require(len(s) <= num_variables, where, name, f"at most {num_variables} values", len(s))
     size = max(map(len, sequences)) if num_variables is None else num_variables
-    for i, s in enumerate(sequences):
-        require(len(s) <= size, where, f"sequences[{i}]", f"at most {size} values", len(s))
     first = sequences[0] if sequences[0].is_floating_point() else sequences[0].long()
     x = first.new_full((len(sequences), size), torch.nan if first.is_floating_point() else -1)
     for row, s in zip(x, sequences, strict=True):

@@ -33,6 +33,9 @@ fault or inspect a value that is not finite; 2 on bad input, with one sentence
 on standard error."""
 
 
+_FOLDER = "folder of an adapter"
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Commands below their title, without a line for their placeholder."""
 
@@ -128,12 +131,9 @@ def _add_inspect(commands: Any) -> None:
         "The other columns are effective ranks: how many directions the update uses.",
         _reports.inspect,
     )
-    _add_adapter(parser, "adapter", "ADAPTER")
-    text, shown = (
-        f"effective ranks to show, out of {', '.join(KINDS)}",
-        ["entropy", "stable", "threshold"],
-    )
-    _add(parser, "--kinds", text, "KIND", nargs="+", choices=KINDS, default=shown)
+    _add(parser, "adapter", _FOLDER, "ADAPTER")
+    text, shown = f"effective ranks to show, out of {', '.join(KINDS)}", "entropy stable threshold"
+    _add(parser, "--kinds", text, "KIND", nargs="+", choices=KINDS, default=shown.split())
     text = "threshold of the kinds that count singular values"
     _add(parser, "--tau", text, "T", type=float, default=1e-2)
     _add_json(parser)
@@ -153,7 +153,7 @@ def _add_merge(commands: Any) -> None:
         "  dare       the sum of randomly kept, enlarged values of each update, of a rank",
         _changes.merge,
     )
-    _add_adapter(parser, "adapters", "ADAPTER", nargs="+")
+    _add(parser, "adapters", _FOLDER, "ADAPTER", nargs="+")
     text = "one for each adapter (default: equal ones that sum to 1; for ties and dare 1)"
     _add(parser, "--weights", text, "W", nargs="+", type=_numbers)
     _add(parser, "--mode", "see above", choices=get_args(MergeMode), default="delta")
@@ -162,8 +162,7 @@ def _add_merge(commands: Any) -> None:
     text = "share of an update's values that ties and dare keep (default: 0.2 and 0.1)"
     _add(parser, "--density", text, "D", type=float)
     _add(parser, "--seed", "of dare (default: 0)", "N", type=int, default=0)
-    _add_out(parser)
-    _add_json(parser)
+    _add_json(parser, out=True)
 
 
 def _add_resize(commands: Any) -> None:
@@ -177,10 +176,9 @@ def _add_resize(commands: Any) -> None:
         "inputs and O outputs has rank min(I, O) at most.",
         _changes.resize,
     )
-    _add_adapter(parser, "adapter", "ADAPTER")
+    _add(parser, "adapter", _FOLDER, "ADAPTER")
     _add(parser, "--rank", "of every module", "N", type=int, required=True)
-    _add_out(parser)
-    _add_json(parser)
+    _add_json(parser, out=True)
 
 
 _PRUNE_CHOICES = (  # option, what it may be, the default first, and help
@@ -212,7 +210,7 @@ def _add_prune(commands: Any) -> None:
         "the models is in memory at a time. With --project, Safe LoRA.",
         _changes.prune,
     )
-    _add_adapter(parser, "adapter", "ADAPTER")
+    _add(parser, "adapter", _FOLDER, "ADAPTER")
     text = "folder of the base model, before alignment (safetensors)"
     _add(parser, "--base", text, "DIR", required=True)
     _add(parser, "--aligned", "folder of the aligned model", "DIR", required=True)
@@ -230,8 +228,7 @@ def _add_prune(commands: Any) -> None:
     parser.add_argument("--allow-degenerate", action="store_true", help=text)
     text = "project these layers onto the aligned directions instead (Safe LoRA)"
     parser.add_argument("--project", action="store_true", help=text)
-    _add_out(parser)
-    _add_json(parser)
+    _add_json(parser, out=True)
 
 
 def _add_diff(commands: Any) -> None:
@@ -245,8 +242,8 @@ def _add_diff(commands: Any) -> None:
         "            smallest and the largest, and with --json all of them",
         _reports.diff,
     )
-    _add_adapter(parser, "first", "A")
-    _add_adapter(parser, "second", "B")
+    _add(parser, "first", _FOLDER, "A")
+    _add(parser, "second", _FOLDER, "B")
     _add_json(parser)
 
 
@@ -284,16 +281,11 @@ def _add_serve(commands: Any) -> None:
     _add(parser, "--allow-origin", text, "URL", action="append", default=[], dest="origins")
 
 
-def _add_adapter(parser: argparse.ArgumentParser, name: str, metavar: str, **more: Any) -> None:
-    _add(parser, name, "folder of an adapter", metavar, **more)
-
-
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    text = "folder to write; an adapter that is there is replaced"
-    _add(parser, "--out", text, "DIR", required=True)
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
+def _add_json(parser: argparse.ArgumentParser, out: bool = False) -> None:
+    """Add ``--json``, and before it ``--out`` to a command that writes a folder."""
+    if out:
+        text = "folder to write; an adapter that is there is replaced"
+        _add(parser, "--out", text, "DIR", required=True)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -321,5 +313,4 @@ def _add_distil_guide(commands: Any) -> None:
     _add(parser, "--samples", "texts", "N", type=int, default=4096)
     _add(parser, "--length", "tokens of each", "N", type=int, default=32)
     _add(parser, "--seed", "(default: 0)", "N", type=int, default=0)
-    _add_out(parser)
-    _add_json(parser)
+    _add_json(parser, out=True)

@@ -6,7 +6,6 @@ import math
 from argparse import Namespace
 
 from lora_ext.adapter import (
-    Factors,
     LoraAdapter,
     merge_adapters,
     product_norm,
@@ -55,13 +54,14 @@ def resize(arguments: Namespace) -> int:
     if arguments.rank < 1:
         raise ValueError(f"--rank: expected at least 1, found {arguments.rank}")
     adapter = LoraAdapter.load(arguments.adapter)
-    most = max(map(_most_useful_rank, adapter.modules.values()))
+    # An adapter that was trained with a rank above min(I, O) may keep it.
+    most = max(
+        max(f.a.shape[0], min(f.a.flatten(1).shape[1], f.b.shape[0]))
+        for f in adapter.modules.values()
+    )
     if arguments.rank > most:
-        raise ValueError(
-            f"--rank: expected at most {most}, found {arguments.rank}: no module of "
-            f"{arguments.adapter} gains from more, as an update of I inputs and O outputs has rank "
-            "min(I, O) at most"
-        )
+        reason = f"no module of {arguments.adapter} gains from more: an update has rank min(I, O)"
+        raise ValueError(f"--rank: expected at most {most}, found {arguments.rank}: {reason}")
     resized, errors = resize_adapter(adapter, arguments.rank, progress=progress)
     _save(resized, arguments.out)
     norms = {name: product_norm(factors) for name, factors in adapter.modules.items()}
@@ -78,11 +78,6 @@ def resize(arguments: Namespace) -> int:
     ]
     show({"out": arguments.out, **describe(resized)}, rows, arguments.json)
     return 0
-
-
-def _most_useful_rank(factors: Factors) -> int:
-    """min(I, O); or its own rank, where an adapter was trained with more, which may stay."""
-    return max(factors.a.shape[0], min(factors.a.flatten(1).shape[1], factors.b.shape[0]))
 
 
 def prune(arguments: Namespace) -> int:

@@ -58,12 +58,10 @@ def _chosen(only: str | None) -> list[Case]:
     cases = all_cases()
     if only is None:
         return cases
-    wanted = only.split(",")
-    known = [case.op for case in cases]
+    wanted, known = only.split(","), [case.op for case in cases]
     for name in wanted:
         if not any(op.startswith(name) for op in known):
-            expected = f"the beginnings of ops among {known}"
-            raise ValueError(f"--only: expected {expected}, found {name!r}")
+            raise ValueError(f"--only: expected the beginnings of ops in {known}, found {name!r}")
     return [case for case in cases if any(case.op.startswith(name) for name in wanted)]
 
 

@@ -29,9 +29,8 @@ def distil_guide(arguments: Namespace) -> int:
     try:
         import transformers
     except ImportError:
-        raise ValueError(
-            "expected transformers, found none: run `pip install 'transformers>=4.56'`"
-        ) from None
+        remedy = "run `pip install 'transformers>=4.56'`"
+        raise ValueError(f"expected transformers, found none: {remedy}") from None
     if not Path(arguments.model).is_dir():
         raise ValueError(f"MODEL: expected a folder, found {str(arguments.model)!r:.200}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)

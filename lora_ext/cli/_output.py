@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lora_ext.adapter import natural_order
+from lora_ext.adapter import aligned, natural_order
 
 Item = TypeVar("Item")
 _DASH = "-"
@@ -52,15 +52,7 @@ def _keyed(row: Mapping[str, Any]) -> dict[str, Any]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Aligned columns below their headings; the first one to the left, the others to the right."""
     names = list(rows[0])
-    lines = [names, *([cell(row[name]) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if i == 0 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return aligned([names, *([cell(row[name]) for name in names] for row in rows)])
 
 
 def printable(text: str) -> str:

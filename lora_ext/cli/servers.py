@@ -13,10 +13,8 @@ def serve(arguments: Namespace) -> int:
     try:
         from lora_ext import server
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"expected {error.name}, found none: run "
-            "`pip install --no-build-isolation '.[serve]'` in a checkout of lora_ext"
-        ) from None
+        remedy = "run `pip install --no-build-isolation '.[serve]'` in a checkout of lora_ext"
+        raise ValueError(f"expected {error.name}, found none: {remedy}") from None
     names = server.Settings.__dataclass_fields__
     server.serve(server.Settings(**{name: getattr(arguments, name) for name in names}), _tell)
     return 0

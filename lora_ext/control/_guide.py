@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
 _FILE, _METADATA = "guide.safetensors", "lora_ext.guide"
 _NAMES, _PRIOR = ("initial", "transition", "emission"), "prior"
-_SUM = 1e-3  # how far probabilities may sum from one: many of them in float32
+MAX_ERROR_OF_SUM = 1e-3  # of many probabilities in float32
 
 
 class Guide:
@@ -43,22 +44,18 @@ class Guide:
     """
 
     def __init__(self, initial: Tensor, transition: Tensor, emission: Tensor):
-        given = {"initial": initial, "transition": transition, "emission": emission}
-        wide = initial.numel() if isinstance(initial, Tensor) else 0
-        sizes = {"initial": (wide,), "transition": (wide, wide), "emission": (wide, -1)}
+        given = dict(zip(_NAMES, (initial, transition, emission), strict=True))
         for name, tensor in given.items():
-            where = "Guide", name
             known = isinstance(tensor, Tensor) and tensor.dtype in (torch.float32, torch.float64)
-            require(known, *where, "float32 or float64 probabilities", _told(tensor))
-            shape = tuple(tensor.shape)
-            fits = len(shape) == len(sizes[name]) and tensor.numel() > 0
-            fits = fits and all(n in (-1, m) for n, m in zip(sizes[name], shape, strict=True))
-            require(fits, *where, f"shape {sizes[name]}, -1 free", tuple(tensor.shape))
+            require(known, "Guide", name, "float32 or float64 probabilities", _told(tensor))
+        states = initial.numel()
+        shapes = (states,), (states, states), (states, *emission.shape[-1:])
+        for (name, tensor), shape in zip(given.items(), shapes, strict=True):
+            where, found = ("Guide", name), tuple(tensor.shape)
+            require(found == shape and tensor.numel() > 0, *where, f"shape {shape}", found)
             require(tensor.dtype == initial.dtype, *where, initial.dtype, tensor.dtype)
             require(tensor.device == initial.device, *where, initial.device, tensor.device)
-            sums = tensor.double().sum(-1)
-            right = bool((tensor >= 0).all()) and bool(((sums - 1).abs() <= _SUM).all())
-            require(right, *where, "probabilities whose rows sum to one", "other numbers")
+            require_distributions(*where, tensor)
         self.initial = initial.detach()
         self.transition = transition.detach()
         self.emission = emission.detach()
@@ -68,7 +65,7 @@ class Guide:
     # --- from elsewhere ---------------------------------------------------------------------------
     @classmethod
     def from_circuit(cls, circuit: Circuit) -> Guide:
-        """The guide that a circuit over ``RegionGraph.hmm(..., homogeneous=True)`` holds.
+        """Return the guide that a circuit over ``RegionGraph.hmm(..., homogeneous=True)`` holds.
 
         Args:
             circuit: of ``Categorical`` leaves, such as ``train_em`` has learned.
@@ -112,28 +109,22 @@ class Guide:
             ValueError: for a file that is none, or numbers that are no probabilities.
         """
         file = SafetensorsFile(Path(folder) / _FILE)
-        try:
-            found = {name: info.shape for name, info in file.infos.items()}
-            right = found.keys() - {_PRIOR} == set(_NAMES) and len(found["initial"]) == 1
-            require(right, file.where, "tensors", ", ".join(_NAMES), f"{found!r:.200}")
-            (states,) = found["initial"]
-            tokens = found["emission"][-1] if found["emission"] else 0
-            wanted = {
-                "initial": (states,),
-                "transition": (states, states),
-                "emission": (states, tokens),
-            }
-            if _PRIOR in found:
-                wanted[_PRIOR] = (states, *found[_PRIOR][1:2])
-            require(found == wanted, file.where, "shapes", f"{wanted!r:.200}", f"{found!r:.200}")
+        with contextlib.closing(file):
+            found = file.infos.keys()
+            right = found - {_PRIOR} == set(_NAMES)
+            require(right, file.where, "tensors", ", ".join(_NAMES), f"{[*found]!r:.200}")
             told = file.metadata.get(_METADATA, "{}").encode(errors="surrogatepass")
             kept = parse_json(told, file.where)
             with renamed(file.where):
                 guide = cls(*(file.read(name) for name in _NAMES))
             if _PRIOR in found:
-                guide.prior = _checked_prior(guide, file.read(_PRIOR), file.where)
-        finally:
-            file.close()
+                guide.prior = weight = file.read(_PRIOR)
+                dtype, shape = guide.initial.dtype, (guide.num_states, *weight.shape[1:2])
+                require(weight.dtype == dtype, file.where, _PRIOR, dtype, weight.dtype)
+                fits = weight.dim() == 2 and weight.shape == shape and weight.numel() > 0
+                finite = fits and bool(weight.isfinite().all())
+                expected = "finite numbers, (H, D)"
+                require(finite, file.where, _PRIOR, expected, f"{tuple(weight.shape)}")
         measures = kept.get("measures", {}) if isinstance(kept, dict) else {}
         if isinstance(measures, dict):
             guide.measures = {str(k): float(v) for k, v in measures.items() if _finite(v)}
@@ -154,7 +145,7 @@ class Guide:
 
     # --- following a text -------------------------------------------------------------------------
     def step(self, law: Tensor, tokens: Tensor) -> Tensor:
-        """The law of the state after one more token of each row.
+        """Return the law of the state after one more token of each row.
 
         A token that the guide holds impossible says nothing of the state.
 
@@ -168,7 +159,7 @@ class Guide:
         return moved / moved.sum(-1, keepdim=True)
 
     def filter(self, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
-        """The law of the state behind each row of tokens, such as a prompt: ``(B, H)``.
+        """Return the law of the state behind each row of tokens, such as a prompt: ``(B, H)``.
 
         Args:
             tokens: ``(B, T)`` integers; -1 is padding and leaves the law alone.
@@ -190,7 +181,7 @@ class Guide:
         return law
 
     def log_prob(self, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
-        """``log p`` of each row of tokens, ``(B,)``; -1 behind the end of a shorter one.
+        """Return ``log p`` of each row of tokens, ``(B,)``; -1 behind the end of a shorter one.
 
         Args:
             tokens: ``(B, T)``. prior: as :meth:`filter` takes them.
@@ -219,8 +210,8 @@ class Guide:
         return _packed(self.transition.t().contiguous())
 
     def over_vocabulary(self, vectors: Tensor) -> Tensor:
-        """``vectors (R, H)`` times the emission, ``(R, V)``; in float32 on the CPU a row's bits are
-        its own."""
+        """Return ``vectors (R, H)`` times the emission, ``(R, V)``; in float32 on the CPU a row's
+        bits are its own."""
         return _product(vectors, self._packed_emission, self.emission)
 
 
@@ -228,11 +219,11 @@ def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
-def _checked_prior(guide: Guide, weight: Tensor, where: str) -> Tensor:
-    require(weight.dtype == guide.initial.dtype, where, _PRIOR, guide.initial.dtype, weight.dtype)
-    finite = weight.dim() == 2 and weight.numel() > 0 and bool(weight.isfinite().all())
-    require(finite, where, _PRIOR, "finite numbers, (H, D)", f"{tuple(weight.shape)}")
-    return weight
+def require_distributions(where: str, argument: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the last axis holds probabilities that sum to one."""
+    near = bool(((tensor.double().sum(-1) - 1).abs() <= MAX_ERROR_OF_SUM).all())
+    right = near and bool((tensor >= 0).all())
+    require(right, where, argument, "probabilities whose rows sum to one", "other numbers")
 
 
 def _packed(weight: Tensor) -> Tensor | None:
@@ -247,8 +238,8 @@ def _product(rows: Tensor, packed: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 def regions_of_hmm(graph: RegionGraph) -> tuple[int, int, int]:
-    """In ``RegionGraph.hmm(..., homogeneous=True)`` the root, which is z0; a latent, with whose
-    transitions all others go on; and an input, whose leaves all others share."""
+    """Return three regions of ``RegionGraph.hmm(..., homogeneous=True)``: the root, which is z0; a
+    latent, whose transitions all others share; and an input, whose leaves all others share."""
     latent = next(i for i, r in enumerate(graph.regions) if r.tie == "transition")
     inputs = next(i for i, r in enumerate(graph.regions) if r.leaf is not None)
     return graph.roots[0], latent, inputs

@@ -104,7 +104,7 @@ class Plan:
         return int(self.constraint.distance.max())
 
     def alive(self, state: int, k: int) -> bool:
-        """Whether a text may still end if ``k`` tokens may come."""
+        """Return whether a text may still end if ``k`` tokens may come."""
         if state < 0:
             return False
         if self._alive is None:
@@ -112,7 +112,7 @@ class Plan:
         return bool(self._alive[k, state])
 
     def step(self, state: int, k: int) -> NextTokens:
-        """What may come in a state if ``k`` tokens may, that one included."""
+        """Return what may come in a state if ``k`` tokens may, that one included."""
         if self.least == 0:  # more tokens than the longest way to the end make no difference
             k = min(k, self._longest + 1)
         known = self._steps.get((state, k))
@@ -131,7 +131,7 @@ class Plan:
         return constraint.rows[state][kind]
 
     def mask(self, state: int, k: int) -> Tensor | None:
-        """0 on tokens that may come and ``-inf`` on others, ``(V,)``; None where all may."""
+        """Return 0 on tokens that may come and ``-inf`` on others, ``(V,)``; None where all may."""
         live = self.step(state, k).live
         if live.all():
             return None
@@ -155,7 +155,7 @@ class Plan:
         return pairs // states, pairs % states, inverse
 
     def edge_weights(self) -> Tensor:
-        """``w (E, H)``: the guide's emission, summed over classes and then over edges."""
+        """Return ``w (E, H)``: the guide's emission, summed over classes and then over edges."""
         assert self.guide is not None
         constraint, by_token = self.constraint, self.guide.by_token
         device = by_token.device
@@ -342,7 +342,7 @@ class Messages:
             return segment[rest]
 
     def _before(self, table: Tensor, scale: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """``C_k`` from ``C_{k-1}``."""
+        """Return ``C_k`` from ``C_{k-1}``."""
         source, target, weights = self._source, self._target, self._weights
         end = len(table) - 1
         # Without a least length any budget shares these, and k may be above the first one's.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,85 +86,67 @@ def distil(
     require(good, _WHERE, "prompts", "at least one prompt of at least one token", "none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        written = _Written(model, rows, samples, length, batch, eos_token_id, progress)
-        return _learned(written, states, em_steps, prior_steps, held_out, progress)
-
-
-class _Written:
-    """Texts of a model, and what it held of each token.
-
-    Attributes:
-        tokens: ``(N, L)``, -1 behind the end of a text.
-        hidden: ``(N, L, D)`` float32, of the place that each token was drawn from.
-        nats: ``(N, L)``, of each token under the model; 0 behind the end.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        prompts: list[list[int]],
-        samples: int,
-        length: int,
-        batch: int,
-        eos_token_id: int | Sequence[int] | None,
-        progress: Progress | None,
-    ):
-        self.head = model.get_output_embeddings()
         config = getattr(model, "generation_config", None)
         eos = getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id
-        self.eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         # Rows of one call have prompts of one length, so that nothing is padded.
-        order = sorted((prompts[i % len(prompts)] for i in range(samples)), key=len)
+        order = sorted((rows[i % len(rows)] for i in range(samples)), key=len)
         calls: list[list[list[int]]] = []
         for prompt in order:
             if not calls or len(calls[-1]) == batch or len(calls[-1][0]) != len(prompt):
                 calls.append([])
             calls[-1].append(prompt)
-        caught: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda _, given: caught.append(given[0]))
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        try:
-            for call in _shown(calls, progress, "texts"):
-                parts.append(self._write(model, torch.tensor(call), length, caught))
-        finally:
-            hook.remove()
-        self.tokens, self.hidden, self.nats = (torch.cat(p) for p in zip(*parts, strict=True))
+        parts = [
+            _written(model, torch.tensor(call), length, ends)
+            for call in _shown(calls, progress, "texts")
+        ]
+        texts = _Texts(*(torch.cat(p) for p in zip(*parts, strict=True)))
+        head = model.get_output_embeddings()
+        return _learned(texts, head, states, em_steps, prior_steps, held_out, progress)
 
-    def _write(
-        self, model: Any, ids: Tensor, length: int, caught: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One batch of texts, drawn token by token from the model's plain law."""
-        device = model.get_input_embeddings().weight.device
-        fed, settings = ids.to(device), _settings(model)
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
-        out: list[tuple[Tensor, Tensor, Tensor]] = []
-        ends = torch.tensor(self.eos, device=device, dtype=torch.long)
+
+class _Texts(NamedTuple):
+    """Texts of a model.
+
+    Attributes:
+        tokens: ``(N, L)``, -1 after the end of a text.
+        hidden: ``(N, L, D)`` float32, the hidden state that each token was drawn from.
+        nats: ``(N, L)``, of each token under the model; 0 after the end.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    nats: Tensor
+
+
+def _written(model: Any, ids: Tensor, length: int, eos: list[int]) -> _Texts:
+    """Return one batch of texts, sampled token by token from the model's distribution."""
+    device = model.get_input_embeddings().weight.device
+    fed, settings = ids.to(device), _settings(model)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
+    entered: list[Tensor] = []  # the head's input
+    columns: list[tuple[Tensor, Tensor, Tensor]] = []
+    ends = torch.tensor(eos, device=device, dtype=torch.long)
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
+    try:
         for _ in range(length):
-            caught.clear()
+            entered.clear()
             logits = model(fed, use_cache=True, **settings).logits
             law = logits[:, -1].float().log_softmax(-1)
-            token = torch.multinomial(law.exp(), 1)
-            nats = -law.gather(1, token)[:, 0]
-            out.append(
-                (
-                    torch.where(ended, -1, token[:, 0]).cpu(),
-                    caught[-1][:, -1].float().cpu(),
-                    torch.where(ended, 0.0, nats).cpu(),
-                )
-            )
-            ended = ended | torch.isin(token[:, 0], ends)
-            fed = token
-        tokens, hidden, nats = (torch.stack(p, 1) for p in zip(*out, strict=True))
-        return tokens, hidden, nats
-
-    def laws(self, hidden: Tensor) -> Tensor:
-        """The model's laws of the next token at hidden states ``(n, D)``, ``(n, V)``."""
-        weight = self.head.weight
-        return self.head(hidden.to(weight.device, weight.dtype)).float().softmax(-1).cpu()
+            fed = torch.multinomial(law.exp(), 1)
+            nats = torch.where(ended, 0.0, -law.gather(1, fed)[:, 0])
+            tokens, hidden = torch.where(ended, -1, fed[:, 0]), entered[-1][:, -1].float()
+            columns.append((tokens.cpu(), hidden.cpu(), nats.cpu()))
+            ended = ended | torch.isin(fed[:, 0], ends)
+    finally:
+        hook.remove()
+    return _Texts(*(torch.stack(column, 1) for column in zip(*columns, strict=True)))
 
 
 def _settings(model: Any) -> dict[str, Any]:
-    """An empty cache, which grows in place, under the name that the model's forward has for it.
+    """Return an empty cache, which grows in place, under the name that the model's forward has for
+    it.
 
     Where the model can be told so, its head reads the last token alone, not all of a prompt.
     """
@@ -176,14 +158,16 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 def _learned(
-    written: _Written,
+    written: _Texts,
+    head: Any,
     states: int,
     em_steps: int,
     prior_steps: int,
     held_out: float,
     progress: Progress | None,
 ) -> Guide:
-    """The guide of texts: clusters, laws, counts, EM, and the head that reads off its state."""
+    """Return the guide of texts: clusters, laws, counts, EM, and the head that reads off its
+    state."""
     tokens, order = written.tokens, torch.randperm(len(written.tokens))
     apart = min(len(order) - 1, max(1, round(held_out * len(order))))
     train, test = tokens[order[:-apart]], tokens[order[-apart:]]
@@ -192,7 +176,7 @@ def _learned(
     require(len(hidden) >= states, _WHERE, "states", f"at most {len(hidden)} tokens", states)
     cluster = torch.full(train.shape, -1)
     cluster[seen] = _clusters(hidden, states, progress)
-    emission = _emission(written, hidden, cluster[seen], states, progress)
+    emission = _emission(head, hidden, cluster[seen], states, progress)
     before, after = cluster[:, :-1].flatten(), cluster[:, 1:].flatten()
     both = after >= 0  # then the one before it is, too
     transition = torch.full((states, states), 1 / states)
@@ -211,9 +195,9 @@ def _learned(
         behind = torch.nn.functional.pad(tokens, (0, _AHEAD - 1), value=-1).unfold(1, _AHEAD, 1)
         there = tokens[order] >= 0
         places, following = written.hidden[order][there], behind[order][there]  # (n, D), (n, m)
-        head = PriorHead(guide, places.shape[1])
-        nats = head.fit(places, following, steps=prior_steps, apart=count, progress=progress)
-        guide.prior, guide.measures["prior_nats"] = head.weight.detach(), nats
+        prior = PriorHead(guide, places.shape[1])
+        nats = prior.fit(places, following, steps=prior_steps, apart=count, progress=progress)
+        guide.prior, guide.measures["prior_nats"] = prior.weight.detach(), nats
     return guide
 
 
@@ -252,17 +236,16 @@ def _nearest(points: Tensor, centres: Tensor) -> Tensor:
 
 
 def _emission(
-    written: _Written, hidden: Tensor, cluster: Tensor, states: int, progress: Progress | None
+    head: Any, hidden: Tensor, cluster: Tensor, states: int, progress: Progress | None
 ) -> Tensor:
-    """The mean of the model's laws over each cluster, and a little of their mean over all."""
-    sums: Tensor | None = None
+    """Return the mean of the model's distributions over each cluster, mixed with a little of their
+    mean over all."""
+    weight, sums = head.weight, torch.empty(0)
     parts = list(zip(hidden.split(_CHUNK), cluster.split(_CHUNK), strict=True))
     for points, places in _shown(parts, progress, "laws"):
-        laws = written.laws(points)
-        if sums is None:
-            sums = laws.new_zeros(states, laws.shape[1])
+        laws = head(points.to(weight.device, weight.dtype)).float().softmax(-1).cpu()
+        sums = sums if len(sums) else laws.new_zeros(states, laws.shape[1])
         sums.index_add_(0, places, laws)
-    assert sums is not None
     mixed = sums + sums.sum(0) / sums.sum()
     return mixed / mixed.sum(1, keepdim=True)
 
@@ -270,7 +253,7 @@ def _emission(
 def _with_transitions(
     guide: Guide, train: Tensor, test: Tensor, steps: int, progress: Progress | None
 ) -> tuple[Guide, float]:
-    """EM of the transitions and the first state while held-out texts become likelier.
+    """Improve the transitions and the first state by EM while held-out texts become likelier.
 
     Emissions stay: EM would fit them to the few tokens that were drawn.
     """

@@ -56,7 +56,7 @@ class PriorHead(nn.Module):
         return (hidden.to(self.weight) @ self.weight.t()).softmax(-1)
 
     def log_prob(self, hidden: Tensor, following: Tensor) -> Tensor:
-        """``log p`` of the tokens that follow hidden states, ``(B,)``.
+        """Return ``log p`` of the tokens that follow hidden states, ``(B,)``.
 
         ``log sum_z A(z) p(x_1 .. x_m | z)``, with the guide's own law of a text from a state.
 

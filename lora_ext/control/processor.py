@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_ext._checks import require
 
 from . import _law
-from ._guide import Guide
+from ._guide import Guide, require_distributions
 from ._law import Row, advance
 from ._messages import MatchedPlan, Plan
 from .language import DEFAULT, Constraint, Limits, Matched
@@ -93,8 +93,7 @@ class ConstraintProcessor:
         assert self._guide is not None
         shape, states = tuple(prior.shape), self._guide.num_states
         require(len(shape) == 2 and shape[1] == states, *where, f"shape (B, {states})", shape)
-        good = bool((prior >= 0).all()) and bool(((prior.double().sum(1) - 1).abs() < 1e-3).all())
-        require(good, *where, "probabilities whose rows sum to one", "other numbers")
+        require_distributions(*where, prior)
         return prior.to(self._guide.initial)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -130,7 +129,7 @@ class ConstraintProcessor:
         return changed
 
     def _total(self, scores: Tensor) -> Tensor:
-        """``log sum exp(scores / temperature)`` of each row."""
+        """Return ``log sum exp(scores / temperature)`` of each row."""
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return (wide if self.temperature == 1 else wide / self.temperature).logsumexp(-1)
 
@@ -188,11 +187,10 @@ class ConstraintProcessor:
         expected = f"one, or one per prompt, for {batch} rows"
         require(batch % count == 0, _WHERE, "constraints", expected, count)
         plans = [self._plans[i * count // batch] for i in range(batch)]
-        for plan in plans:
-            size = scores.shape[1]
-            fits = plan is None or plan.constraint.vocab_size == size
-            found = f"{0 if plan is None else plan.constraint.vocab_size}"
-            require(fits, _WHERE, "constraints", f"the vocabulary of the scores, {size}", found)
+        size = scores.shape[1]
+        for found in {plan.constraint.vocab_size for plan in plans if plan is not None}:
+            expected = f"the vocabulary of the scores, {size}"
+            require(found == size, _WHERE, "constraints", expected, found)
         priors: list[Any] = [None] * batch
         if self._prior is not None:
             rows = len(self._prior)
@@ -207,7 +205,7 @@ class ConstraintProcessor:
         self._weight = torch.zeros(batch, dtype=torch.float64)
 
     def _parents(self, input_ids: Tensor) -> list[int]:
-        """Which row of the last call each row goes on from: beams change places."""
+        """Return which row of the last call each row goes on from: beams change places."""
         batch = len(input_ids)
         if torch.equal(input_ids[:, :-1], self._before):
             return list(range(batch))
@@ -254,7 +252,7 @@ def plans_of(
     least: int = 0,
     limits: Limits = DEFAULT,
 ) -> list[Plan | MatchedPlan | None]:
-    """The plan of each constraint of a list, or of the one that all rows have.
+    """Return the plan of each constraint of a list, or of the one that all rows have.
 
     Args:
         where: opens the message of an error.

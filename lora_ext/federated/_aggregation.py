@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_ext._checks import choice, integer, number, require
+from lora_ext._checks import number, require
 from lora_ext.adapter import PREFIX, able_to_learn, norm_of, padded, truncated
 
-from ._means import PairPart, Part, by_norm, mean, mean_of, noise_of, normalised, stack_of
 from ._plan import PATTERN, Pair, layer_pairs
-from ._update import Client, NanPolicy, Reply, Rules, Update, Upload, accept
+from ._update import Client, NanPolicy, RankAgg, Reply, Rules, Settings, Update, Upload, accept
 
-RankAgg = Literal["covered", "zero_pad", "fro", "svd", "stack"]
 WHERE = "aggregate"
 
 
@@ -115,38 +114,45 @@ def aggregate(
     Sources: Fed-HeLLo (arXiv 2506.12213), "covered"; HetLoRA, "zero_pad"; FlexLoRA, "svd"; FLoRA,
     "stack".
     """
-    check_settings(
-        {
-            "rank_agg": rank_agg,
-            "upload": upload,
-            "weighted_by": weighted_by,
-            "nan_policy": nan_policy,
-            "server_lr": server_lr,
-            "max_update_norm": max_update_norm,
-            "min_replies": min_replies,
-        }
+    settings = Settings(
+        rank_agg=rank_agg,
+        upload=upload,
+        weighted_by=weighted_by,
+        server_lr=server_lr,
+        scaling=scaling,
+        nan_policy=nan_policy,
+        max_update_norm=max_update_norm,
+        min_replies=min_replies,
+        partial_ok=partial_ok,
+        pattern=pattern,
+        shared=tuple(shared),
     )
     pairs = layer_pairs(f"{WHERE}: state", state, pattern)
-    for key in shared:
+    return average(Rules(state, pairs, settings), updates)
+
+
+@torch.no_grad()
+def average(rules: Rules, updates: Iterable[Update]) -> Aggregate:
+    """:func:`aggregate` of a state whose pairs of factors are known, with checked settings."""
+    state, settings = rules.state, rules.settings
+    for key in settings.shared:
         require(key in state, WHERE, "shared", f"names of the {len(state)} tensors", repr(key))
-    scales = _scales(scaling, pairs)
-    rules = Rules(
-        state, pairs, tuple(shared), upload, weighted_by, nan_policy, max_update_norm, partial_ok
-    )
+    scales = _scales(settings.scaling, rules.pairs)
     replies, rejected, clipped = accept(updates, rules)
     accepted = tuple(reply.client for reply in replies)
     trained = {rules.layers[key] for reply in replies for key in reply.tensors if key in rules.axes}
     uncovered = tuple(sorted(set(rules.layers.values()) - trained))
     result = Aggregate(dict(state), accepted, rejected, uncovered, clipped=clipped)
-    if len(replies) < min_replies:
-        few = f"replies: expected at least {min_replies}, found {len(replies)}"
+    if len(replies) < settings.min_replies:
+        few = f"replies: expected at least {settings.min_replies}, found {len(replies)}"
         return replace(result, skipped=True, reason=few)
-    round_ = _Round(rules, replies, rank_agg, server_lr)
+    round_ = _Round(rules, replies)
     try:
-        for pair in pairs:
+        for pair in rules.pairs:
             round_.add(pair, scales[pair.module])
-        for key in shared:
-            round_.add_shared(key)
+        for key in settings.shared:
+            if parts := round_.parts(key):
+                round_.write(key, _mean(parts))
     except _TooLarge as error:
         return replace(result, skipped=True, reason=str(error))
     new = {**result.state, **round_.new}
@@ -160,11 +166,11 @@ class _TooLarge(ArithmeticError):
 class _Round:
     """The new values of one round, module by module."""
 
-    def __init__(self, rules: Rules, replies: list[Reply], rank_agg: RankAgg, server_lr: float):
+    def __init__(self, rules: Rules, replies: list[Reply]):
         self.rules = rules
         self.replies = replies
-        self.rank_agg = rank_agg
-        self.server_lr = server_lr
+        self.rank_agg = rules.settings.rank_agg
+        self.server_lr = rules.settings.server_lr
         self.new: dict[str, Tensor] = {}
         self.stacked: dict[str, tuple[Tensor, Tensor]] = {}
         self._generator = torch.Generator().manual_seed(0)
@@ -187,11 +193,6 @@ class _Round:
             errors, sizes = self._squares.get(pair.layer, (0.0, 0.0))
             self._squares[pair.layer] = errors + (scale * error) ** 2, sizes + (scale * size) ** 2
 
-    def add_shared(self, key: str) -> None:
-        """Average a tensor that is no factor."""
-        if parts := self._parts(key):
-            self._write(key, mean(parts))
-
     def noise(self) -> dict[int, float]:
         """By layer, the root of the sums of squares over its modules."""
         return {
@@ -201,7 +202,7 @@ class _Round:
 
     def _add_means(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
         """A and B apart."""
-        weights = by_norm(parts) if self.rank_agg == "fro" else [p.weight for p in parts]
+        weights = _by_norm(parts) if self.rank_agg == "fro" else [p.weight for p in parts]
         zero_pad = self.rank_agg == "zero_pad"
         means: list[Tensor] = []
         for axis, key in enumerate((pair.a, pair.b)):
@@ -209,31 +210,31 @@ class _Round:
             pairs = zip(weights, parts, strict=True)
             own = [Part(weight, (p.a, p.b)[axis], p.weight) for weight, p in pairs]
             if own:
-                means.append(mean_of(start, own, axis, zero_pad))
-            alone = self._parts(key) if self.rank_agg != "fro" else own
+                means.append(_mean_of(start, own, axis, zero_pad))
+            alone = self.parts(key) if self.rank_agg != "fro" else own
             if len(alone) > len(own):  # somebody's other factor was dropped
-                self._write(key, mean_of(start, alone, axis, zero_pad))
+                self.write(key, _mean_of(start, alone, axis, zero_pad))
             elif own:
-                self._write(key, means[-1])
+                self.write(key, means[-1])
         if not parts:
             return 0.0, 0.0
         weighed = [p._replace(weight=weight) for weight, p in zip(weights, parts, strict=True)]
-        return noise_of(normalised(weighed), means[0], means[1])
+        return _noise_of(_normalised(weighed), means[0], means[1])
 
     def _add_nearest(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
         """The sum of the products, cut back to the rank that the module has."""
         if not parts:
             return 0.0, 0.0
         start_a, start_b = self._start(pair.a), self._start(pair.b)
-        a, b = stack_of(self._moved(normalised(parts), start_a, start_b))
+        a, b = _stack_of(self._moved(_normalised(parts), start_a, start_b))
         size = norm_of(a, b)
         if not math.isfinite(size):
             raise _TooLarge(f"{pair.module}: expected products of a finite norm, found {size}")
         dtype = self.rules.state[pair.a].dtype
         near_a, near_b, dropped = truncated(a, b, start_a.shape[0], dtype)
         near_a, near_b = padded(near_a, near_b, start_a.shape[0])
-        self._write(pair.a, near_a.reshape(start_a.shape), moved=True)
-        self._write(pair.b, near_b.reshape(start_b.shape), moved=True)
+        self.write(pair.a, near_a.reshape(start_a.shape), moved=True)
+        self.write(pair.b, near_b.reshape(start_b.shape), moved=True)
         return dropped, size
 
     def _add_stack(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
@@ -241,18 +242,18 @@ class _Round:
         if not parts:
             return 0.0, 0.0
         start_a, start_b = self._start(pair.a), self._start(pair.b)
-        self.stacked[pair.module] = stack_of(self._moved(normalised(parts), start_a, start_b))
-        self._write(pair.b, torch.zeros_like(start_b), moved=True)
+        self.stacked[pair.module] = _stack_of(self._moved(_normalised(parts), start_a, start_b))
+        self.write(pair.b, torch.zeros_like(start_b), moved=True)
         return 0.0, 1.0
 
     def _moved(self, parts: list[PairPart], a: Tensor, b: Tensor) -> list[PairPart]:
         """The step of ``server_lr`` from the global product towards the mean one."""
         if self.server_lr == 1:
             return parts
-        towards = normalised(parts, to=self.server_lr)
+        towards = _normalised(parts, to=self.server_lr)
         return [PairPart(1 - self.server_lr, a, b), *towards]
 
-    def _parts(self, key: str) -> list[Part]:
+    def parts(self, key: str) -> list[Part]:
         return [
             Part(reply.weight, reply.value(key, self.rules), reply.weight)
             for reply in self.replies
@@ -262,7 +263,7 @@ class _Round:
     def _start(self, key: str) -> Tensor:
         return self.rules.state[key].detach().to("cpu", torch.float64)
 
-    def _write(self, key: str, value: Tensor, moved: bool = False) -> None:
+    def write(self, key: str, value: Tensor, moved: bool = False) -> None:
         """Round a mean, after the step towards it where that is not done yet."""
         before = self.rules.state[key]
         if not moved and self.server_lr != 1:
@@ -284,17 +285,93 @@ def _scales(scaling: float | Mapping[str, float], pairs: Sequence[Pair]) -> dict
     return {m: float(number(WHERE, f"scaling: {m}", value)) for m, value in given.items()}
 
 
-def check_settings(given: Mapping[str, Any]) -> None:
-    """Check the arguments of :func:`aggregate` of these names, which raises for them."""
-    choices: dict[str, tuple[Any, ...]] = {
-        "rank_agg": get_args(RankAgg),
-        "upload": get_args(Upload),
-        "weighted_by": ("num-examples", None),
-        "nan_policy": get_args(NanPolicy),
-    }
-    for name, known in choices.items():
-        choice(WHERE, name, given[name], known)
-    for name in ("server_lr", "max_update_norm"):
-        if name == "server_lr" or given[name] is not None:
-            number(WHERE, name, given[name], above=0, expected="a finite number above 0")
-    integer(WHERE, "min_replies", given["min_replies"], 1)
+# -------------------------------------------------------------------------------------------------
+# One module's factors out of those of several clients, in float64 on the CPU. A client's rank may
+# be smaller than that of the global adapter: it then has the first rows of A and the first columns
+# of B. Sums go from client to client in the order that is given, element by element, so that no
+# result depends on the number of threads.
+
+
+class Part(NamedTuple):
+    """Value of one tensor at one client, and its weight."""
+
+    weight: float
+    value: Tensor
+    otherwise: float  # its weight where those of all are 0
+
+
+class PairPart(NamedTuple):
+    """Factors of one module at one client, and their weight."""
+
+    weight: float
+    a: Tensor  # (r, I)
+    b: Tensor  # (O, r)
+
+
+def _mean_of(start: Tensor, parts: Sequence[Part], axis: int, zero_pad: bool) -> Tensor:
+    """The weighted mean, rank by rank over the clients that have the rank; shaped like ``start``.
+
+    Args:
+        start: the global value, which ranks that nobody has keep. parts: at least one.
+        axis: of the ranks. zero_pad: whether a client's missing ranks count as zeros.
+    """
+    result = start.clone()
+    bounds = {0, start.shape[axis], *(part.value.shape[axis] for part in parts)}
+    for low, high in itertools.pairwise(sorted(bounds)):
+        ranks = result.narrow(axis, low, high - low)
+        having: list[Part] = []
+        for part in parts:
+            if part.value.shape[axis] >= high:
+                having.append(part._replace(value=part.value.narrow(axis, low, high - low)))
+            elif zero_pad:
+                having.append(part._replace(value=torch.zeros_like(ranks)))
+        if having:
+            ranks.copy_(_mean(having))
+    return result
+
+
+def _mean(parts: Sequence[Part]) -> Tensor:
+    """The weighted mean, around the first value: that of equal values is exactly what they are."""
+    weights = [part.weight for part in parts]
+    if not any(weights):
+        weights = [part.otherwise for part in parts]
+    total = sum(weights)
+    first = parts[0].value
+    away = torch.zeros_like(first)
+    for weight, part in zip(weights[1:], parts[1:], strict=True):
+        away += (weight / total) * (part.value - first)  # a share: no weight makes it overflow
+    return first + away
+
+
+def _by_norm(parts: Sequence[PairPart]) -> list[float]:
+    """Weights times the norm of each client's ``B A``; the weights where all norms are 0."""
+    scaled = [part.weight * norm_of(part.a.flatten(1), part.b.flatten(1)) for part in parts]
+    return scaled if any(scaled) else [part.weight for part in parts]
+
+
+def _stack_of(parts: Sequence[PairPart]) -> tuple[Tensor, Tensor]:
+    """Factors of ``sum w_i B_i A_i``, the weights as they are, their roots in either factor."""
+    roots = [math.sqrt(abs(part.weight)) for part in parts]
+    a = torch.cat([root * part.a.flatten(1) for root, part in zip(roots, parts, strict=True)])
+    signs = [math.copysign(root, part.weight) for root, part in zip(roots, parts, strict=True)]
+    b = torch.cat([s * part.b.flatten(1) for s, part in zip(signs, parts, strict=True)], 1)
+    return a, b
+
+
+def _normalised(parts: Sequence[PairPart], to: float = 1.0) -> list[PairPart]:
+    """The same with weights that sum up to ``to``."""
+    total = sum(part.weight for part in parts)
+    return [part._replace(weight=to * (part.weight / total)) for part in parts]
+
+
+def _noise_of(parts: Sequence[PairPart], mean_a: Tensor, mean_b: Tensor) -> tuple[float, float]:
+    """``|| sum w_i B_i A_i - (mean B)(mean A) ||_F`` and ``|| sum w_i B_i A_i ||_F``; weights sum
+    up to 1, and ranks that no part has are left out of the means."""
+    a, b = _stack_of(parts)
+    size = norm_of(a, b)
+    if len(parts) == 1:
+        return 0.0, size
+    rank = max(len(part.a) for part in parts)
+    mean_a, mean_b = mean_a.flatten(1)[:rank], mean_b.flatten(1)[:, :rank]
+    difference = norm_of(torch.cat([a, mean_a]), torch.cat([b, -mean_b], 1))
+    return difference, size

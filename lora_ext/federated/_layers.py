@@ -200,7 +200,15 @@ class LoraLayerManager:
             if parsed is None or not known or parsed.role not in ("A.weight", "B.weight"):
                 require(not strict, where, key, "a factor of a layer of the model", "none")
                 continue
-            _check_fits(where, key, parsed.role, value, self._factors(by_module[parsed.module]))
+            axis = 0 if parsed.role == "A.weight" else 1
+            shape = list(self._factors(by_module[parsed.module])[axis].shape)
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            require(floating, where, key, "a floating tensor", kind)
+            own = list(value.shape)
+            fits = len(own) == len(shape) and 0 < own[axis] <= shape[axis]
+            fits = fits and own[:axis] + own[axis + 1 :] == shape[:axis] + shape[axis + 1 :]
+            require(fits, where, key, f"shape {shape} or one of a smaller rank", own)
             found.setdefault(parsed.module, {})[parsed.role] = value
         for module, halves in found.items():
             require(len(halves) >= 2, where, module, "lora_A and lora_B", [*halves], KeyError)
@@ -281,28 +289,12 @@ def _one_block(layer: int, names: set[str]) -> str:
 
 
 def _check_carried(name: str, layer: Any, adapter: str) -> None:
-    where = f"LoraLayerManager: {name}"
-    found = None
-    if layer.use_dora[adapter]:
-        found = "DoRA"
-    elif layer.lora_bias[adapter]:
-        found = "a bias"
-    elif adapter not in layer.lora_A:
-        found = f"those of a {type(layer).__name__}"
-    elif getattr(layer, "num_experts", 1) > 1:  # their rows go expert by expert: no rank is a slice
-        found = f"a pair for each of {layer.num_experts} experts"
-    require(found is None, where, repr(adapter), "lora_A and lora_B alone", found)
-
-
-def _check_fits(
-    where: str, key: str, role: str, value: Any, factors: tuple[Tensor, Tensor]
-) -> None:
-    axis = 0 if role == "A.weight" else 1
-    expected = factors[axis].shape
-    found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    require(floating, where, key, "a floating tensor", found)
-    fits = value.dim() == len(expected) and 0 < value.shape[axis] <= expected[axis]
-    fits = fits and all(value.shape[i] == size for i, size in enumerate(expected) if i != axis)
-    expected = f"shape {list(expected)} or one of a smaller rank"
-    require(fits, where, key, expected, list(value.shape))
+    experts = getattr(layer, "num_experts", 1)  # their rows go expert by expert: no rank is a slice
+    for refused, found in (
+        (layer.use_dora[adapter], "DoRA"),
+        (layer.lora_bias[adapter], "a bias"),
+        (adapter not in layer.lora_A, f"those of a {type(layer).__name__}"),
+        (experts > 1, f"a pair for each of {experts} experts"),
+    ):
+        where = f"LoraLayerManager: {name}"
+        require(not refused, where, repr(adapter), "lora_A and lora_B alone", found)

@@ -8,8 +8,8 @@ rules and whose rejections need the single reply.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_ext._checks import number, require
 
 from ._plan import PATTERN, Pair, layer_pairs
-from ._update import Rules, Update, Upload, accept
+from ._update import Rules, Settings, Update, Upload, accept
 
 
 @torch.no_grad()
@@ -43,7 +43,8 @@ def masked_payload(
         ValueError: an update that :func:`aggregate` would reject, and why.
     """
     pairs = layer_pairs("masked_payload: state", state, pattern)
-    rules = Rules(state, pairs, (), upload, weighted_by, "drop_client", max_update_norm, False)
+    how: Any = {"upload": upload, "weighted_by": weighted_by, "max_update_norm": max_update_norm}
+    rules = Rules(state, pairs, Settings(**how))
     replies, rejected, _ = accept([update], rules)
     if not replies:
         raise ValueError(f"masked_payload: {rejected[update.client]}")
@@ -65,11 +66,8 @@ def masked_payload(
     return found
 
 
-def masked_shapes(
-    state: Mapping[str, Tensor], pattern: str = PATTERN
-) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of what :func:`masked_payload` sends, whatever the plan."""
-    pairs = layer_pairs("masked_shapes: state", state, pattern)
+def masked_shapes(pairs: Sequence[Pair], state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of what :func:`masked_payload` sends, whatever the plan."""
     shapes = {key: tuple(state[key].shape) for p in pairs for key in (p.a, p.b)}
     return shapes | {weights_key(p): (state[p.a].shape[0],) for p in pairs}
 
@@ -97,7 +95,7 @@ def aggregate_masked(
     where = "aggregate_masked"
     number(where, "server_lr", server_lr, above=0, expected="a finite number above 0")
     pairs = layer_pairs(f"{where}: state", state, pattern)
-    shapes = masked_shapes(state, pattern)
+    shapes = masked_shapes(pairs, state)
     odd = sorted(shapes.keys() ^ sums.keys())
     expected = f"the names of {len(shapes)} tensors"
     require(not odd, where, "sums", expected, f"a difference: {odd[:3]}")
@@ -106,10 +104,22 @@ def aggregate_masked(
         require(tuple(value.shape) == shape, where, key, f"shape {shape}", tuple(value.shape))
         fits = value.is_floating_point() and bool(value.isfinite().all())
         require(fits, where, key, "finite floating values", value.dtype)
+    for pair in pairs:
+        holds = bool((sums[weights_key(pair)] >= 0).all())
+        require(holds, where, pair.module, "weights from 0", "some below")
+    return divided(pairs, state, sums, server_lr)
+
+
+def divided(
+    pairs: Sequence[Pair],
+    state: Mapping[str, Tensor],
+    sums: Mapping[str, Tensor],
+    server_lr: float,
+) -> dict[str, Tensor]:
+    """:func:`aggregate_masked` of sums that fit the state; raises for values too large for it."""
     result = dict(state)
     for pair in pairs:
         weights = sums[weights_key(pair)].to("cpu", torch.float64)
-        require(bool((weights >= 0).all()), where, pair.module, "weights from 0", "some below")
         trained = weights > 0
         if not bool(trained.any()):
             continue
@@ -122,7 +132,8 @@ def aggregate_masked(
             moved = before + server_lr * sums[key].to("cpu", torch.float64) / total
             value = torch.where(trained.view(by_rank), moved, before).to(state[key].dtype)
             holds = bool(value.isfinite().all())
-            require(holds, where, key, f"values that {value.dtype} can hold", "larger ones")
+            expected = f"values that {value.dtype} can hold"
+            require(holds, "aggregate_masked", key, expected, "larger ones")
             result[key] = value.to(state[key].device)
     return result
 

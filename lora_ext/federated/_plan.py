@@ -40,9 +40,9 @@ class LayerPlan:
     def __post_init__(self) -> None:
         layers = _integers("layers", self.layers, least=0)
         ranks = None if self.ranks is None else _integers("ranks", self.ranks, least=1)
-        if len(set(layers)) < len(layers):
-            twice = next(layer for layer in layers if layers.count(layer) > 1)
-            raise ValueError(f"LayerPlan: layers: expected each layer once, found {twice} twice")
+        for layer in layers:
+            once = layers.count(layer) == 1
+            require(once, "LayerPlan", "layers", "each layer once", f"{layer} twice")
         if ranks is not None:
             expected = f"one for each of {len(layers)} layers"
             require(len(ranks) == len(layers), "LayerPlan", "ranks", expected, len(ranks))
@@ -123,22 +123,17 @@ def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[P
         if layer is not None:
             _check_pair(where, module, state[a], state[b])
             found.append(Pair(module, layer, a, b))
-    if not found:
-        names = [*map(str, state)][:4]
-        raise LayerNotFound(
-            f"{where}: pattern: expected a name of LoRA factors that matches {pattern!r}, found "
-            f"none among {len(state)} tensors, which begin with {names}"
-        )
+    expected = f"a name of LoRA factors that matches {pattern!r}"
+    begin = f"none among {len(state)} tensors, which begin with {[*map(str, state)][:4]}"
+    require(found, where, "pattern", expected, begin, LayerNotFound)
     return sorted(found, key=lambda pair: (pair.layer, natural_order(pair.module)))
 
 
 def check_layers(where: str, layers: set[int]) -> int:
     """The number of layers, whose indices are to be 0, 1, ... without a gap."""
-    if layers != set(range(len(layers))):
-        raise LayerNotFound(
-            f"{where}: pattern: expected the indices 0 to {max(layers)} without a gap, found "
-            f"{sorted(layers)}"
-        )
+    expected = f"the indices 0 to {max(layers)} without a gap"
+    complete = layers == set(range(len(layers)))
+    require(complete, where, "pattern", expected, sorted(layers), LayerNotFound)
     return len(layers)
 
 

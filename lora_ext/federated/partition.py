@@ -103,10 +103,9 @@ def partition_dirichlet(
         smallest = min(sum(map(len, share)) for share in shares)
         if smallest >= min_size:
             return _sorted(shares)
-    raise ValueError(
-        f"{where}: min_size: expected a split with at least {min_size} samples a client within "
-        f"{_TRIES} draws, found {smallest} in the last; raise alpha or lower min_size"
-    )
+    expected = f"a split with at least {min_size} samples a client within {_TRIES} draws"
+    found = f"{smallest} in the last; raise alpha or lower min_size"
+    raise ValueError(f"{where}: min_size: expected {expected}, found {found}")
 
 
 def _by_class(where: str, labels: ArrayLike) -> tuple[list[Any], Shares]:

@@ -11,10 +11,10 @@ _ELEMENTS = 1 << 24  # of the largest tensor between a chunk's rows and its resu
 
 
 def rows_per_chunk(elements_per_row: int) -> int:
-    """How many rows make one chunk, when each of them needs so many elements at once."""
+    """Return how many rows make one chunk, when each of them needs so many elements at once."""
     return max(1, _ELEMENTS // elements_per_row)
 
 
 def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-    """``function(*args)``, whose intermediate tensors the backward computes again."""
+    """Return ``function(*args)``, whose intermediate tensors the backward computes again."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]

@@ -49,8 +49,8 @@ Update = Callable[[str, Tensor, Tensor, Routing], Tensor]
 
 
 def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """In and out features of the expert matrices of a module, by the parameter's name and in the
-    order in which the module has them; empty where it is no experts module of transformers."""
+    """Return the in and out features of a module's expert matrices by the parameter's name, in the
+    module's order; empty if it is not an experts module of transformers."""
     if not all(hasattr(module, flag) for flag in _FLAGS):
         return {}
     known = (up_name(module), "down_proj")
@@ -64,7 +64,7 @@ def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def obstacle_of(experts: nn.Module) -> str | None:
-    """Why :func:`experts_forward` may not stand in for the module's own forward, or None."""
+    """Return why :func:`experts_forward` may not stand in for the module's own forward, or None."""
     if getattr(experts, "_is_expert_parallel", False):
         return "expert parallelism"
     if not is_plain(experts):
@@ -73,13 +73,14 @@ def obstacle_of(experts: nn.Module) -> str | None:
 
 
 def up_name(experts: Any) -> str:
-    """The parameter of the first product."""
+    """Return the parameter of the first product."""
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Routing:
-    """The pairs of ``top_k_index (T, k)`` in the order in which an implementation of transformers
-    multiplies them: the bits of a product depend on it. On its device, and without waiting.
+    """Return the pairs of ``top_k_index (T, k)`` in the order in which an implementation of
+    transformers multiplies them: the bits of a product depend on it. On its device, and without
+    waiting.
 
     Args:
         how: "eager", which takes the first choice of all tokens before the second; "batched_mm",
@@ -107,7 +108,8 @@ def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Rout
 def experts_forward(
     experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, update: Update
 ) -> Tensor:
-    """What an experts module of transformers computes, with adapters on its matrices, ``(T, H)``.
+    """Return what an experts module of transformers computes, with adapters on its matrices, ``(T,
+    H)``.
 
     ``y[t] = sum over j of top_k_weights[t, j] * down_e(gate(up_e(x[t])))``, ``e = top_k_index[t,
     j]``, where ``update`` has added to the results of ``up_e`` and ``down_e``. Rows to which it
@@ -145,7 +147,7 @@ def experts_forward(
 
 
 def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tensor:
-    """``weight[e] @ x[p] + bias[e]`` of every pair p in the order of ``routing``, new."""
+    """Return ``weight[e] @ x[p] + bias[e]`` of every pair p in the order of ``routing``, new."""
     weight: Tensor = getattr(experts, name)
     x = x.to(weight.dtype)
     if routing.ends is not None:
@@ -169,8 +171,8 @@ class Slots(NamedTuple):
 
 
 def slots_of(routing: Routing, rows: Tensor | None, num_adapters: int, num_experts: int) -> Slots:
-    """The slots of all pairs, found on the device; ``rows (T,)`` int32 is the adapter of each row
-    in ``[-1, num_adapters)``, None where all rows have the first."""
+    """Return the slots of all pairs, found on the device; ``rows (T,)`` int32 is the adapter of
+    each row in ``[-1, num_adapters)``, None where all rows have the first."""
     if rows is None:
         ids = routing.expert.int()
     else:
@@ -182,7 +184,8 @@ def slots_of(routing: Routing, rows: Tensor | None, num_adapters: int, num_exper
 def experts_update(
     y: Tensor, x: Tensor, adapters: Sequence[LoraFactors], slots: Slots, num_experts: int
 ) -> Tensor:
-    """``y[p] + scaling * B[s, e] A[s, e] x[p]``, in the dtype of the adapters and rounded once.
+    """Return ``y[p] + scaling * B[s, e] A[s, e] x[p]``, in the dtype of the adapters and rounded
+    once.
 
     Differentiable once in ``x`` and the factors, by the kernels of ``ops.lora_linear``.
 
@@ -211,7 +214,8 @@ def experts_update(
 def _bank(
     adapters: Sequence[LoraFactors], ranks: Sequence[int], num_experts: int
 ) -> tuple[Tensor, Tensor]:
-    """``(A * E, R, I)`` and ``(A * E, O, R)``, filled up with zeros beyond an adapter's rank."""
+    """Return ``(A * E, R, I)`` and ``(A * E, O, R)``, filled up with zeros beyond an adapter's
+    rank."""
     pairs = list(zip(adapters, ranks, strict=True))
     a = [f.a.reshape(num_experts, r, -1) for f, r in pairs]
     b = [f.b.reshape(-1, r, num_experts).permute(2, 0, 1) for f, r in pairs]

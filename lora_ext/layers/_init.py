@@ -73,7 +73,14 @@ def init_lora_(
         why, known = "splits the base weight, which a layer has", ", ".join(map(repr, FREE))
         expected = f"one of True, False, {known}"
         raise ValueError(f"init_lora_: scheme: {scheme!r} {why}; expected {expected}")
-    a, b = check_factors("init_lora_", A, B)
+    for factor_name, factor in (("A", A), ("B", B)):
+        fits = factor.is_floating_point() and factor.element_size() >= 2
+        dtypes = "float16, bfloat16, float32 or float64"
+        require(fits, "init_lora_", factor_name, dtypes, factor.dtype, TypeError)
+    a, b = (f.detach().flatten(1) if f.dim() >= 2 else f for f in (A, B))
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+        expected, found = "A (r, n) and B (m, r) with the same r > 0", tuple(A.shape)
+        raise ValueError(f"init_lora_: expected {expected}, found {found} and {tuple(B.shape)}")
     if A.is_meta or B.is_meta:
         raise RuntimeError("init_lora_: expected factors with memory, found the meta device")
     r, n = a.shape[0], a.shape[1] if fan_in is None else fan_in
@@ -100,7 +107,8 @@ def init_lora_(
 
 
 def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
-    """The scheme's one name: of True "init_a", of False "init_ab"; "pissa_niter_<K>" as it is.
+    """Return the scheme's one name: of True "init_a", of False "init_ab"; "pissa_niter_<K>" as it
+    is.
 
     Raises:
         ValueError: an unknown scheme, listing the known ones. NotImplementedError: one that PEFT
@@ -124,8 +132,8 @@ def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
 
 
 def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tensor, Tensor]:
-    """Factors that carry the leading part of the base weight ``(m, n)``, ``scaling * B A``: A ``(r,
-    n)`` and B ``(m, r)``, float32.
+    """Return factors that carry the leading part of the base weight ``(m, n)``, ``scaling * B A``:
+    A ``(r, n)`` and B ``(m, r)``, float32.
 
     "pissa": the top r of the singular value decomposition, each factor with the square root of the
     singular values; "pissa_niter_<K>": by the randomised one with K iterations; "olora": the first
@@ -151,18 +159,6 @@ def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tens
         vh = v.t()
     root = (s / scaling).sqrt()
     return root[:, None] * vh, u * root
-
-
-def check_factors(op: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A as ``(r, n)`` and B as ``(m, r)``, views of what was given."""
-    for name, factor in (("A", A), ("B", B)):
-        fits = factor.is_floating_point() and factor.element_size() >= 2
-        require(fits, op, name, "float16, bfloat16, float32 or float64", factor.dtype, TypeError)
-    a, b = (f.detach().flatten(1) if f.dim() >= 2 else f for f in (A, B))
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
-        expected, found = "A (r, n) and B (m, r) with the same r > 0", tuple(A.shape)
-        raise ValueError(f"{op}: expected {expected}, found {found} and {tuple(B.shape)}")
-    return a, b
 
 
 def _uniform(like: Tensor, fan_in: int, generator: torch.Generator | None) -> Tensor:

@@ -48,7 +48,7 @@ class LoraFactors(NamedTuple):
 
 
 def dropout_now(dropout: nn.Module) -> float:
-    """The probability with which the dropout of an adapter drops now: 0 outside training."""
+    """Return the probability with which the dropout of an adapter drops now: 0 outside training."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
@@ -58,7 +58,7 @@ def lora_forward(
     adapters: Sequence[LoraFactors],
     adapter_ids: Tensor | Rows | None = None,
 ) -> Tensor:
-    """``base(x)`` plus what the adapters add.
+    """Return ``base(x)`` plus what the adapters add.
 
     ``y[t] = base(x[t]) + sum of scaling * (b @ a @ dropout(x[t]) + bias)``: over all adapters, or
     over the one that ``adapter_ids[t]`` names. An adapter without rows takes no part: it costs
@@ -110,8 +110,8 @@ def lora_forward(
 
 
 def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFactors) -> Tensor:
-    """:func:`_forward` of the commonest case, without what only the others need: at decode its
-    Python would take longer than the op."""
+    """Compute :func:`_forward` of the commonest case without what only the others need: at decode
+    its Python would take longer than the op."""
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
     a, b, scaling, p, _, own_seed = f
     num_rows, device = x2d.shape[0], x.device
@@ -141,8 +141,8 @@ def _scaled_rows(
 def lora_update(
     x: Tensor, adapters: Sequence[LoraFactors], adapter_ids: Tensor | Rows | None = None
 ) -> Tensor:
-    """What :func:`lora_forward` adds to ``base(x)``, ``(..., O)`` in the dtype of the adapters (or
-    autocast's). Arguments are as there, ``adapters`` at least one."""
+    """Return what :func:`lora_forward` adds to ``base(x)``, ``(..., O)`` in the dtype of the
+    adapters (or autocast's). Arguments are as there, ``adapters`` at least one."""
     found, rows = _participants(x, adapters, adapter_ids)
     if not found:
         return x.new_zeros(*x.shape[:-1], adapters[0].b.shape[0])
@@ -150,14 +150,14 @@ def lora_update(
 
 
 def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> bool:
-    """Whether base and update compute in one dtype, so that one op can do both."""
+    """Return whether base and update compute in one dtype, so that one op can do both."""
     if dense is None:
         return False
     return autocast_dtype(x) is not None or x.dtype == dense[0].dtype == factors.a.dtype
 
 
 def fused_forward(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
-    """:func:`lora_forward` of one adapter on all rows where it :func:`fuses`."""
+    """Return :func:`lora_forward` of one adapter on all rows where it :func:`fuses`."""
     return _forward(x, None, dense, [factors], None)
 
 
@@ -187,16 +187,17 @@ def _forward(
     adapters: Sequence[LoraFactors],
     rows: Rows | None,
 ) -> Tensor:
-    """``base`` is called where ``dense`` cannot take part; without either, the update alone."""
+    """Return base and update. ``base`` is called if ``dense`` cannot take part; without either,
+    only the update is returned."""
     x2d = x.reshape(-1, x.shape[-1])  # (T, I)
     calls = _shared_rows(adapters, x2d) if rows is None else _own_rows(adapters, rows)
     compute = autocast_dtype(x)
-    if fuses(x, dense, calls[0].factors):
+    if fuses(x, dense, calls[0].adapters[0]):
         assert dense is not None
         weight, bias = dense
         bias, calls = _with_base_bias(calls, bias)
         packed = None
-        if isinstance(base, PackedLinear) and not calls[0].p:
+        if isinstance(base, PackedLinear) and not calls[0].adapters[0].p:
             packed = base.packed_copy(x2d)
         y = _run(calls[0], x2d, compute, weight, bias, packed)  # (T, O)
         dtype, rest = y.dtype, calls[1:]
@@ -204,10 +205,10 @@ def _forward(
         y = base_product(base, x)
         dtype, y, rest = y.dtype, y.reshape(-1, y.shape[-1]), calls
     else:
-        y = _run(calls[0], x2d, compute, None, None)
+        y = _run(calls[0], x2d, compute)
         dtype, rest = y.dtype, calls[1:]
     for call in rest:
-        y = y + _run(call, x2d, compute, None, None)
+        y = y + _run(call, x2d, compute)
     for call in calls:
         y = _add_bias(y, call)
     return y.to(dtype).view(*x.shape[:-1], y.shape[-1])
@@ -218,63 +219,49 @@ def _forward(
 
 
 class _Call(NamedTuple):
-    """What one call of the op adds: some adapters, and the one of each row."""
+    """One call of the op: the adapters that it takes, and the rows of each."""
 
-    factors: LoraFactors  # the first
-
-    a: Sequence[Tensor]  # (r, I) each
-    b: Sequence[Tensor]  # (O, r) each
-    ids: Tensor  # (T,)
+    adapters: Sequence[LoraFactors]  # of one dropout
+    ids: Tensor  # (T,), the position of each row's adapter
     plan: Tensor | None
-    scaling: tuple[float | Tensor, ...]
-    p: float
-    seeds: tuple[Tensor | None, ...]
-    biases: tuple[Tensor | None, ...]
-    everywhere: bool  # every row has an adapter, and there is but one
+    biases: Sequence[Tensor | None]  # of the adapters, or of those that the only one was made of
+    everywhere: bool  # True if there is one adapter, which every row has
 
 
 def _run(
     call: _Call,
     x: Tensor,
     compute: torch.dtype | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
+    a, b = [f.a for f in call.adapters], [f.b for f in call.adapters]
+    scaling, p = [f.scaling for f in call.adapters], call.adapters[0].p
     dtype = compute
     if dtype is None:
-        dtype = functools.reduce(torch.promote_types, (f.dtype for f in (*call.a, *call.b)))
-    b, scale, ranks, seed = call.b, scales(call.scaling, x.device), None, None
+        dtype = functools.reduce(torch.promote_types, (f.dtype for f in (*a, *b)))
+    scale, ranks = scales(scaling, x.device), None
     if scale is not None and dtype == torch.float64:  # the op holds scales in float32
-        b, scale = [f * s for f, s in zip(b, call.scaling, strict=True)], None
-    all_ranks = [f.shape[0] for f in call.a]
+        b, scale = [f * s for f, s in zip(b, scaling, strict=True)], None
+    all_ranks = [f.shape[0] for f in a]
     if min(all_ranks) < max(all_ranks):
         ranks = constant(all_ranks, torch.int32, x.device)
-    if call.p:
-        seed = _seed(call.seeds, x.device)
-    return ops.lora_linear_apart(
-        x.to(dtype),
-        None if weight is None else weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        call.a,
-        b,
-        call.ids,
-        scale,
-        ranks,
-        call.p,
-        seed,
-        call.plan,
-        packed,
-    )
+    seed = _seed([f.seed for f in call.adapters], x.device) if p else None
+    weight = None if weight is None else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    rest = call.ids, scale, ranks, p, seed, call.plan, packed
+    return ops.lora_linear_apart(x.to(dtype), weight, bias, a, b, *rest)
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed for one dropout, ``()`` int64, from torch's generator of the device."""
+    """Return a seed for one dropout, ``()`` int64, from torch's generator of the device."""
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def _seed(seeds: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """One seed for all adapters of a call, or, where one has its own, ``(A,)``: one for each."""
+    """Return one seed for all adapters of a call, or, where one has its own, ``(A,)``: one for
+    each."""
     if all(seed is None for seed in seeds):
         return draw_seed(device)
     each = [draw_seed(device) if seed is None else seed for seed in seeds]
@@ -282,43 +269,37 @@ def _seed(seeds: Sequence[Tensor | None], device: torch.device) -> Tensor:
 
 
 def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
-    """All adapters on all rows, in one call where their factors can be stacked along the rank."""
+    """Return calls of all adapters on all rows: one call if their factors can be stacked along the
+    rank."""
     ids, plan = all_rows(x.shape[0], x.device)
     first = adapters[0]
-    together = len(adapters) == 1 or all(
+    together = len(adapters) > 1 and all(
         f.p == 0
         and not isinstance(f.scaling, Tensor)  # comparing would wait for the device
         and f.scaling == first.scaling
         and f.a.dtype == first.a.dtype
         for f in adapters
     )
-    calls: list[_Call] = []
-    for group in [adapters] if together else [[f] for f in adapters]:
-        a = group[0].a if len(group) == 1 else torch.cat([f.a for f in group], 0)
-        b = group[0].b if len(group) == 1 else torch.cat([f.b for f in group], 1)
-        biases = tuple(f.bias for f in group)
-        f = group[0]
-        own = (f.scaling,), f.p, (f.seed,)
-        calls.append(_Call(f, [a], [b], ids, plan, *own, biases, everywhere=True))
-    return calls
+    if not together:
+        return [_Call([f], ids, plan, [f.bias], everywhere=True) for f in adapters]
+    a, b = torch.cat([f.a for f in adapters], 0), torch.cat([f.b for f in adapters], 1)
+    biases = [f.bias for f in adapters]
+    return [_Call([first._replace(a=a, b=b)], ids, plan, biases, everywhere=True)]
 
 
 def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
-    """Every row its own adapter: one call for all adapters that have the same dropout, and ranks
-    that fit into one bank."""
+    """Return calls in which every row has its own adapter: one for all adapters that have the same
+    dropout, and ranks that fit into one bank."""
     calls: list[_Call] = []
     all_ranks = [f.a.shape[0] for f in adapters]
     in_two = len(adapters) * max(all_ranks) > _MOST_ROOM * sum(all_ranks)
     groups: dict[tuple[float, bool], list[int]] = {}
     for i, (f, rank) in enumerate(zip(adapters, all_ranks, strict=True)):
         groups.setdefault((f.p, in_two and rank > _SMALL_RANK), []).append(i)
-    for (p, _), members in sorted(groups.items()):  # in one order, whichever come first
+    for _, members in sorted(groups.items()):  # in one order, whichever come first
         _, ids, plan = rows if len(groups) == 1 else subset(rows, members)
         group = [adapters[i] for i in members]
-        a, b = [f.a for f in group], [f.b for f in group]
-        scaling = tuple(f.scaling for f in group)
-        seeds, biases = tuple(f.seed for f in group), tuple(f.bias for f in group)
-        calls.append(_Call(group[0], a, b, ids, plan, scaling, p, seeds, biases, everywhere=False))
+        calls.append(_Call(group, ids, plan, [f.bias for f in group], everywhere=False))
     return calls
 
 
@@ -327,28 +308,29 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
 
 
 def _with_base_bias(calls: list[_Call], bias: Tensor | None) -> tuple[Tensor | None, list[_Call]]:
-    """Where every row gets them, the biases of the adapters join that of the base: no pass more."""
+    """Return the base's bias with the biases of adapters that every row has, and calls without
+    these."""
     first = calls[0]
     if not first.everywhere or all(b is None for b in first.biases):
         return bias, calls
     for extra in first.biases:
         if extra is not None:
-            extra = extra * first.scaling[0]
+            extra = extra * first.adapters[0].scaling
             bias = extra if bias is None else bias + extra
-    return bias, [first._replace(biases=(None,) * len(first.biases)), *calls[1:]]
+    return bias, [first._replace(biases=[None] * len(first.biases)), *calls[1:]]
 
 
 def _add_bias(y: Tensor, call: _Call) -> Tensor:
-    """``scaling * bias`` on the rows of each adapter that has one."""
+    """Add ``scaling * bias`` on the rows of each adapter that has one."""
     if all(b is None for b in call.biases):
         return y
     if call.everywhere:
         for bias in call.biases:
-            y = y if bias is None else y + bias * call.scaling[0]
+            y = y if bias is None else y + bias * call.adapters[0].scaling
         return y
     for slot, bias in enumerate(call.biases):
         if bias is not None:
             # Chosen, not multiplied: a NaN in one adapter's bias or rows stays with that adapter.
             own = (call.ids == slot)[:, None]
-            y = torch.where(own, y + bias * call.scaling[slot], y)
+            y = torch.where(own, y + bias * call.adapters[slot].scaling, y)
     return y

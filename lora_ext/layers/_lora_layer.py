@@ -18,6 +18,13 @@ from ._init import FREE, decompose, init_lora_, known_scheme
 from ._lora_forward import LoraFactors, dropout_now, lora_forward
 from ._participants import Participants
 from .base._dense import BaseLayer, DenseParameters
+from .base._weight import BaseWeight
+
+#: Attributes of a layer that are dictionaries by adapter.
+_BY_ADAPTER = (
+    "r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias", "init_lora_weights",
+    "adapter_active", "alora_invocation_tokens", "dropout_seed",
+)  # fmt: skip
 
 
 class LoraLayer(Participants):
@@ -28,6 +35,13 @@ class LoraLayer(Participants):
     """
 
     base_layer: nn.Module
+    lora_alpha: dict[str, float]
+    use_rslora: dict[str, bool]
+    #: What the values of each adapter started from, as its caller said it.
+    init_lora_weights: dict[str, bool | str]
+    #: The seed of an adapter's dropout, one int64 on the device of its input; an adapter that is
+    #: not in here draws one in each forward.
+    dropout_seed: dict[str, Tensor]
 
     #: Whether its adapters may begin in mid-sequence.
     takes_invocation = False
@@ -37,30 +51,15 @@ class LoraLayer(Participants):
         self.base_layer = base_layer
         self.fan_in_fan_out = fan_in_fan_out
         self.in_features, self.out_features = self.base_weight.features
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.use_dora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
-        #: Of each activated adapter, the tokens with which it begins.
-        self.alora_invocation_tokens: dict[str, tuple[int, ...]] = {}
-        #: What the values of each adapter started from, as its caller said it.
-        self.init_lora_weights: dict[str, bool | str] = {}
-        self.adapter_active: dict[str, bool] = {}
+        for setting in _BY_ADAPTER:
+            setattr(self, setting, {})
         self.off_in_training: frozenset[str] = frozenset()
         self.disable_adapters = False
         self.lora_dropout = nn.ModuleDict()
-        #: The seed of an adapter's dropout, one int64 on the device of its input; an adapter that
-        #: is not in here draws one in each forward.
-        self.dropout_seed: dict[str, Tensor] = {}
         self.lora_magnitude_vector = nn.ModuleDict()
         self._active: list[str] = []
         self._before_init: tuple[str, Tensor] | None = None  # adapter that changed the base weight
         self.training = base_layer.training
-        self._register()
-
-    def _register(self) -> None:
         layer_names.add(self)
 
     @property
@@ -69,9 +68,9 @@ class LoraLayer(Participants):
         return layer_names
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies and unpickled layers are reached by ``adapters`` blocks too."""
+        """Register copies and unpickled layers too, so that ``adapters`` blocks reach them."""
         super().__setstate__(state)
-        self._register()
+        layer_names.add(self)
 
     # ---------------------------------------------------------------------------------------------
     # Adapters
@@ -87,7 +86,7 @@ class LoraLayer(Participants):
         return None if self._before_init is None else self._before_init[0]
 
     def get_base_layer(self) -> nn.Module:
-        """The layer that was wrapped, as PEFT's layers give it."""
+        """Return the layer that was wrapped, as PEFT's layers give it."""
         return self.base_layer
 
     def add_adapter(
@@ -135,7 +134,8 @@ class LoraLayer(Participants):
             TypeError: r that is not an int, a flag neither True nor False. The layer is then as it
                 was.
         """
-        flags = {"use_rslora": use_rslora, "use_dora": use_dora, "lora_bias": lora_bias}
+        flags: dict[str, Any] = {"use_rslora": use_rslora, "use_dora": use_dora}
+        flags["lora_bias"] = lora_bias
         require_flags("add_adapter", **flags, preserve_base_output=preserve_base_output)
         self._check_name(adapter_name)
         scaling = _checked_scaling(r, lora_alpha, lora_dropout, use_rslora)
@@ -144,7 +144,7 @@ class LoraLayer(Participants):
         base, scheme = self.base_weight, self._check_scheme(init_lora_weights, preserve_base_output)
         device, dtype = base.place()
         dtype = dtype if adapter_dtype is None else adapter_dtype
-        factors = self._new_factors(r, scaling, scheme, generator, device)
+        factors = _new_factors(base, r, scaling, scheme, generator)
         a, b = (factor.to(device, dtype) for factor in factors)
         bias = torch.zeros(self.out_features, device=device, dtype=dtype) if lora_bias else None
         flat_a, flat_b = a.flatten(1), b.flatten(1)
@@ -161,13 +161,12 @@ class LoraLayer(Participants):
         if changed is not None:
             self._before_init = (adapter_name, base.weight.detach().clone())
             base.write(base.as_stored(changed), None)
-        settings: dict[str, Any] = {**flags, "r": r, "lora_alpha": lora_alpha, "scaling": scaling}
+        settings = {**flags, "r": r, "lora_alpha": lora_alpha, "scaling": scaling}
+        settings |= {"init_lora_weights": init_lora_weights, "adapter_active": True}
+        if invocation:
+            settings["alora_invocation_tokens"] = invocation
         for setting, value in settings.items():
             getattr(self, setting)[adapter_name] = value
-        self.init_lora_weights[adapter_name] = init_lora_weights
-        if invocation:
-            self.alora_invocation_tokens[adapter_name] = invocation
-        self.adapter_active[adapter_name] = True
         dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
         self.lora_dropout[adapter_name] = dropout
         for store, factor in zip(self._stores(), base.factors(a, b, bias), strict=True):
@@ -192,13 +191,8 @@ class LoraLayer(Participants):
             raise ValueError(f"delete_adapter: {found}; unmerge it first")
         if self._before_init is not None and self._before_init[0] == adapter_name:
             self.restore_base_weight()
-        stores: list[Any] = [
-            self.r, self.lora_alpha, self.scaling, self.use_rslora, self.use_dora, self.lora_bias,
-            self.init_lora_weights, self.adapter_active, self.lora_dropout,
-            self.alora_invocation_tokens,
-            self.dropout_seed, self.lora_magnitude_vector, *self._stores(),
-        ]  # fmt: skip
-        for store in stores:
+        stores: list[Any] = [getattr(self, setting) for setting in _BY_ADAPTER]
+        for store in (*stores, self.lora_dropout, self.lora_magnitude_vector, *self._stores()):
             if adapter_name in store:
                 del store[adapter_name]
         self.off_in_training -= {adapter_name}
@@ -275,9 +269,8 @@ class LoraLayer(Participants):
         if self._before_init is None:
             raise ValueError("restore_base_weight: no adapter's initialisation changed the weight")
         if self.merged:
-            raise ValueError(
-                f"restore_base_weight: {self.merged_adapters} are merged; unmerge them first"
-            )
+            found = f"{self.merged_adapters} are merged"
+            raise ValueError(f"restore_base_weight: {found}; unmerge them first")
         self.base_weight.check_writable("restore_base_weight")
         self.base_weight.write(self._before_init[1], None)
         self._before_init = None
@@ -286,15 +279,14 @@ class LoraLayer(Participants):
     # Checks
 
     def _check_name(self, name: str) -> None:
+        where, found = (type(self).__name__, "adapter_name"), repr(name)
         fits = isinstance(name, str) and name and "." not in name and name != "__base__"
-        expected = 'a name without dots that is not "__base__"'
-        require(fits, type(self).__name__, "adapter_name", expected, repr(name))
+        require(fits, *where, 'a name without dots that is not "__base__"', found)
         fits = not hasattr(nn.ModuleDict(), name)
-        expected = "a name that is no attribute of nn.ModuleDict"
-        require(fits, type(self).__name__, "adapter_name", expected, repr(name))
+        require(fits, *where, "a name that is no attribute of nn.ModuleDict", found)
         if name in self.r:
             remedy = "give the new one another adapter_name, or delete or unwrap the old one"
-            raise ValueError(f"{type(self).__name__}: adapter {name!r} exists already; {remedy}")
+            raise ValueError(f"{where[0]}: adapter {name!r} exists already; {remedy}")
 
     def _check_bias(self, lora_bias: bool, use_dora: bool) -> None:
         takes = self.base_weight.takes_bias
@@ -311,54 +303,35 @@ class LoraLayer(Participants):
         require(not (tokens and dora), where, "use_dora", "False beside an invocation", True)
         return tokens
 
-    def _new_factors(
-        self,
-        r: int,
-        scaling: float,
-        scheme: str,
-        generator: torch.Generator | None,
-        device: torch.device,
-    ) -> tuple[Tensor, Tensor]:
-        """In float32, drawn on the CPU as PEFT does: one seed, one adapter, whatever the device."""
-        memory = "meta" if device.type == "meta" else "cpu"
-        base = self.base_weight
-        a, b = (torch.zeros(shape, device=memory) for shape in base.factor_shapes(r))
-        if memory != "meta" and scheme in FREE:
-            init_lora_(a, b, scheme, generator=generator)
-        elif memory != "meta":
-            parts = decompose(base.matrix(), r, scaling, scheme)
-            a, b = parts[0].reshape(a.shape), parts[1].reshape(b.shape)
-        return a, b
-
     def _check_scheme(self, scheme: bool | str, preserve_base_output: bool) -> str:
         name = known_scheme(self.base_weight.default_scheme if scheme is True else scheme)
+        changes, first = name not in FREE or preserve_base_output, self.base_changed_by
+        wrong = None
         if preserve_base_output and name not in FREE:
-            raise ValueError(
-                f"init_lora_weights: {scheme!r} preserves the output by itself; expected "
-                "preserve_base_output=False"
+            wrong = (
+                f"{scheme!r} preserves the output by itself; expected preserve_base_output=False"
             )
-        if name not in FREE or preserve_base_output:
-            if self._before_init is not None:
-                raise ValueError(
-                    f"init_lora_weights: the initialisation of {self._before_init[0]!r} changed "
-                    "the base weight already; delete it or restore_base_weight() first"
-                )
-            if self._merged:
-                raise ValueError(
-                    f"init_lora_weights: {scheme!r} changes the base weight, into which "
-                    f"{self.merged_adapters} are merged; unmerge them first"
-                )
+        elif changes and first is not None:
+            wrong = (
+                f"the initialisation of {first!r} changed the base weight already; delete it or "
+            )
+            wrong += "restore_base_weight() first"
+        elif changes and self._merged:
+            wrong = f"{scheme!r} changes the base weight, into which {self.merged_adapters} are "
+            wrong += "merged; unmerge them first"
+        if wrong is not None:
+            raise ValueError(f"init_lora_weights: {wrong}")
         return name
 
     def extra_repr(self) -> str:
-        """Adapters with their ranks."""
+        """Return the adapters with their ranks."""
         return ", ".join(f"{name}: r={r}" for name, r in self.r.items())
 
     # ---------------------------------------------------------------------------------------------
     # Of one adapter
 
     def factors(self, adapter_name: str) -> LoraFactors:
-        """An adapter as :func:`lora_forward` takes it, its parameters themselves."""
+        """Return an adapter as :func:`lora_forward` takes it, its parameters themselves."""
         a, b, bias = self._raw_factors(adapter_name)
         scaling, seed = self.scaling[adapter_name], self.dropout_seed.get(adapter_name)
         dropout: Any = self._modules["lora_dropout"]._modules[adapter_name]  # pyright: ignore[reportOptionalMemberAccess]
@@ -367,7 +340,7 @@ class LoraLayer(Participants):
     def _adapted(
         self, x: Tensor, base: BaseLayer, names: Sequence[str], rows: Rows | None
     ) -> Tensor:
-        """``base(x)`` with these adapters, for rows ``(..., I)``."""
+        """Return ``base(x)`` with these adapters, for rows ``(..., I)``."""
         factors = [self.factors(name) for name in names]
         if not any(self.use_dora[name] for name in names):
             return lora_forward(x, base, factors, rows)
@@ -383,19 +356,33 @@ def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
-def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | None:
-    """Tokens of an invocation, or None; a ValueError of something else."""
-    if value is None:
-        return None
-    expected = "None or a list of token ids, integers from 0 on"
-    listed = isinstance(value, list | tuple)
-    require(listed, where, name, expected, f"{value!r:.200}", WrongKind)
-    return tuple(integer(where, name, each, 0, expected=expected) for each in value)
-
-
 def _checked_scaling(r: int, alpha: float, dropout: float, use_rslora: bool) -> float:
     where = "add_adapter"
     integer(where, "r", r, 1, expected=("an int", "a positive rank"))
     number(where, "lora_alpha", alpha)
     number(where, "lora_dropout", dropout, 0, below=1, expected="a probability in [0, 1)")
     return _scaling(r, alpha, use_rslora)
+
+
+def _new_factors(
+    base: BaseWeight, r: int, scaling: float, scheme: str, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Return A and B in float32 on the CPU, as PEFT draws them: one seed, one adapter."""
+    memory = "meta" if base.place()[0].type == "meta" else "cpu"
+    a, b = (torch.zeros(shape, device=memory) for shape in base.factor_shapes(r))
+    if memory == "cpu" and scheme in FREE:
+        init_lora_(a, b, scheme, generator=generator)
+    elif memory == "cpu":
+        parts = decompose(base.matrix(), r, scaling, scheme)
+        a, b = parts[0].reshape(a.shape), parts[1].reshape(b.shape)
+    return a, b
+
+
+def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | None:
+    """Return tokens of an invocation, or None; a ValueError of something else."""
+    if value is None:
+        return None
+    expected = "None or a list of token ids, integers from 0 on"
+    listed = isinstance(value, list | tuple)
+    require(listed, where, name, expected, f"{value!r:.200}", WrongKind)
+    return tuple(integer(where, name, each, 0, expected=expected) for each in value)

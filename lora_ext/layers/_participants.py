@@ -9,6 +9,7 @@ from lora_ext._torch import compiles
 from lora_ext.rows import (
     NOBODY,
     Assignment,
+    Layout,
     Names,
     Rows,
     _context,
@@ -47,7 +48,7 @@ class Participants(Merging):
     def _participants(
         self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
     ) -> tuple[list[str], Rows | None]:
-        """Adapters of this call, and which rows they have; no adapters: the base alone."""
+        """Return adapters of this call, and which rows they have; no adapters: the base alone."""
         if self.disable_adapters:
             if self._merged:
                 self.unmerge()
@@ -79,8 +80,8 @@ class Participants(Merging):
     def _rows_of_all(
         self, rows: Rows | None, leading: torch.Size, device: torch.device
     ) -> Rows | None:
-        """The rows, and among the adapters used all that train: :func:`together` says why. None:
-        every row has all active adapters, and no other one trains."""
+        """Return the rows, and among the adapters used all that train: :func:`together` says why.
+        None: every row has all active adapters, and no other one trains."""
         # Each is asked for its parameters, in one order on every process, though none need train:
         # ZeRO-3 gathers a parameter when it is read, and all processes have to take part.
         asked = [any(p.requires_grad for p in self._parameters_of(name)) for name in self.r]
@@ -95,7 +96,7 @@ class Participants(Merging):
         return together(rows, tuple(trained))
 
     def _is_on(self, name: str) -> bool:
-        """Whether an adapter takes part in the mode that the layer is in."""
+        """Return whether an adapter takes part in the mode that the layer is in."""
         return self.adapter_active[name] and not (self.training and name in self.off_in_training)
 
     def _rows(
@@ -115,7 +116,7 @@ class Participants(Merging):
             made = isinstance(adapter_ids, Assignment)
             assignment = adapter_ids if made else Assignment.of(adapter_ids)
             self._check_known(assignment.names)
-            return assignment.among(reachable, leading, device, self.tokens_first)
+            return assignment.rows_among(reachable, Layout(leading, device, self.tokens_first))
         if block is not None:
             return block.rows_among(reachable, leading, device, self.tokens_first, self._of_tokens)
         if not _context.any_block:

@@ -43,10 +43,11 @@ class LoraConv(LoraLayer):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str = "default", r: int = 8, **options: Any
     ):
-        if not isinstance(base_layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            expected, found = "nn.Conv1d, nn.Conv2d or nn.Conv3d", type(base_layer).__name__
-            raise ValueError(f"LoraConv: base_layer: expected {expected}, found {found}")
-        kernel, conv = tuple(base_layer.kernel_size), base_layer
+        conv: Any = base_layer
+        known = isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        expected, found = "nn.Conv1d, nn.Conv2d or nn.Conv3d", type(base_layer).__name__
+        require(known, "LoraConv", "base_layer", expected, found)
+        kernel = tuple(conv.kernel_size)
         wrong = {
             "stride": tuple(conv.stride) != kernel,
             "padding": conv.padding != "valid" and any(p != 0 for p in conv.padding),
@@ -86,7 +87,8 @@ class LoraConv(LoraLayer):
         return y if batched else y[0]
 
     def factors(self, adapter_name: str) -> LoraFactors:
-        """An adapter on patches, as :func:`lora_forward` takes it: ``a`` is ``(r, C k k)``."""
+        """Return an adapter on patches, as :func:`lora_forward` takes it: ``a`` is ``(r, C k
+        k)``."""
         found = super().factors(adapter_name)
         return found._replace(a=found.a.flatten(1), b=found.b.flatten(1))
 
@@ -103,7 +105,7 @@ class _OnPatches:
         self.conv: Any = conv
 
     def dense_parameters(self) -> DenseParameters | None:
-        """Where nothing else happens in the convolution's forward."""
+        """Return where nothing else happens in the convolution's forward."""
         if type(self.conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not is_plain(self.conv):
             return None
         return self.conv.weight.flatten(1), self.conv.bias

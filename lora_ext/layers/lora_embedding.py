@@ -81,7 +81,7 @@ class LoraEmbedding(LoraLayer):
         return flat.view(y.shape)
 
     def _add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """``y`` with one adapter added; DoRA scales what was added before it too."""
+        """Return ``y`` with one adapter added; DoRA scales what was added before it too."""
         a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
         base: Any = self.base_layer
         how = {setting: getattr(base, setting) for setting in _SETTINGS}

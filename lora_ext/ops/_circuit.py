@@ -56,7 +56,7 @@ def circuit_scan(
     trans: Tensor | None = None,
     x: Tensor | None = None,
 ) -> CircuitScan:
-    """Prefix marginals, conditionals and state posteriors of every window, in one pass.
+    """Return prefix marginals, conditionals and state posteriors of every window, in one pass.
 
     With ``cur_k[z] = log p(state_k = z, x_<k)`` and ``e_k[z] = log softmax(leaf_{k,z})[x_k]``:
     ``prefix_k = logsumexp_z(cur_k + e_k)``, ``posterior_k = softmax(cur_k)``.
@@ -138,7 +138,8 @@ def _fake_scan_backward(
 
 
 def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
-    """Log-probabilities of the observed tokens under a linear head, without its logits in memory.
+    """Return log-probabilities of the observed tokens under a linear head, without its logits in
+    memory.
 
     ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, 0 where ``x`` is -1: what
     :func:`circuit_scan` takes as ``leaf`` when its own ``x`` is None.
@@ -168,10 +169,6 @@ def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
 
 @fake("emission_gather")
 def _fake_emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
-    require_tensor("emission_gather", "h", h, "(B, D)", None, *FLOATS)
-    require_tensor("emission_gather", "emit", emit, "(K, C, V, D)", None, h.dtype)
-    require_shape("emission_gather", "h", h, "(B, D)", (h.shape[0], emit.shape[3]))
-    require_tensor("emission_gather", "x", x, "(B, K)", (h.shape[0], emit.shape[0]), torch.int64)
     return h.new_empty(h.shape[0], *emit.shape[:2], dtype=accumulator(h.dtype))
 
 

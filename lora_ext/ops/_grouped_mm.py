@@ -11,8 +11,8 @@ from lora_ext._torch import autocast_dtype, compiles, spaced, traced, with_space
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """``x (P, I)`` in groups, each times its matrix of ``weight (E, I, O)``; where there is a
-    kernel for it, autocast is ignored."""
+    """Return ``x (P, I)`` in groups, each times its matrix of ``weight (E, I, O)``; where there is
+    a kernel for it, autocast is ignored."""
     if compiles():  # a graph cannot follow groups whose sizes are known only when it runs
         return _experts_mm(x, weight, ends)
     if x.device.type != "cpu":
@@ -35,7 +35,7 @@ def _fake_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
 
 @traced("experts_outer(Tensor x, Tensor dy, Tensor ends) -> Tensor", fake=_fake_outer)
 def _grouped_outer(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
-    """``x^T dy`` of each group: ``(E, I, O)`` from ``x (P, I)`` and ``dy (P, O)``."""
+    """Return ``x^T dy`` of each group: ``(E, I, O)`` from ``x (P, I)`` and ``dy (P, O)``."""
     if x.device.type != "cpu":
         return torch.nn.functional.grouped_mm(x.mT, dy, offs=ends)
     groups = zip(_groups(x, ends), _groups(dy, ends), strict=True)

@@ -56,7 +56,8 @@ _registered: set[str] = set()
 
 @contextmanager
 def routed(library: str) -> Generator[None]:
-    """Inside, every function of ``lora_ext.ops`` calls ``torch.ops.<library>``, in all threads."""
+    """Let every function of ``lora_ext.ops`` call ``torch.ops.<library>`` in a ``with`` block, in
+    all threads."""
     register(library)
     package = importlib.import_module(__package__ or "lora_ext.ops")
     found: list[Any] = [
@@ -91,7 +92,8 @@ def register(library: str) -> None:
 
 
 def _checked(op: str, schema: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A fake kernel of tensors on one device, with every argument of the schema in its place."""
+    """Return a fake kernel of tensors on one device, with every argument of the schema in its
+    place."""
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:

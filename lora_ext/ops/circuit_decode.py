@@ -18,14 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._checks import (
-    FLOATS,
-    number,
-    require_dim,
-    require_dtype,
-    require_shape,
-    require_tensor,
-)
+from lora_ext._checks import FLOATS, number, require_dim, require_tensor
 from lora_ext.reference import CircuitSample, accumulator
 
 from ._circuit import check_circuit
@@ -37,7 +30,7 @@ _c = torch.ops.lora_ext
 def circuit_conditional_dist(
     kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, x: Tensor, k: Tensor
 ) -> Tensor:
-    """``log q(. | x_<k)`` of each row at its own position, ``(B, V)``.
+    """Return ``log q(. | x_<k)`` of each row at its own position, ``(B, V)``.
 
     Args:
         kind: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``, see :mod:`lora_ext.reference._circuit`.
@@ -61,16 +54,8 @@ def _check(
     require_dim(op, "leaf", leaf, "(B, K, C, V)")
     check_circuit(op, kind, leaf, "leaf", prior, trans)
     for name, t in tokens.items():
-        if t is None:
-            continue
-        require_tensor(op, name, t, "(B, K)", leaf.shape[:2], torch.int64)
-
-
-def _check_uniforms(
-    op: str, uniforms: Tensor, letters: str, shape: tuple[int, ...], logits: Tensor
-) -> None:
-    require_shape(op, "uniforms", uniforms, letters, shape)
-    require_dtype(op, "uniforms", uniforms, torch.float32, accumulator(logits.dtype))
+        if t is not None:
+            require_tensor(op, name, t, "(B, K)", leaf.shape[:2], torch.int64)
 
 
 @fake("circuit_conditional_dist")
@@ -91,7 +76,7 @@ def circuit_sample(
     uniforms: Tensor,
     evidence: Tensor | None = None,
 ) -> CircuitSample:
-    """Exact samples of a window, with what their verification needs, in one pass.
+    """Draw exact samples of a window, with what their verification needs, in one pass.
 
     Position by position ``z ~ q(state | x_<k)``, then ``x_k ~ softmax(leaf[k, z])``. A draw takes
     the smallest index whose running sum exceeds ``u`` times the total, and none without weight. Two
@@ -116,9 +101,10 @@ def circuit_sample(
 def _fake_sample(
     kind: str, leaf: Tensor, prior: Any, trans: Any, uniforms: Tensor, evidence: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check("circuit_sample", kind, leaf, prior, trans, evidence=evidence)
-    shape, dtype = leaf.shape, accumulator(leaf.dtype)
-    _check_uniforms("circuit_sample", uniforms, "(B, K, 2)", (*shape[:2], 2), leaf)
+    op, shape, dtype = "circuit_sample", leaf.shape, accumulator(leaf.dtype)
+    _check(op, kind, leaf, prior, trans, evidence=evidence)
+    floats = torch.float32, dtype
+    require_tensor(op, "uniforms", uniforms, "(B, K, 2)", (*shape[:2], 2), *floats)
     tokens = leaf.new_empty(shape[:2], dtype=torch.long)
     return tokens, leaf.new_empty(shape[:2], dtype=dtype), leaf.new_empty(shape[:3], dtype=dtype)
 
@@ -130,7 +116,7 @@ def circuit_argmax(
     trans: Tensor | None,
     evidence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The most probable tokens *and* latents of each window, by max-product.
+    """Find the most probable tokens *and* latents of each window, by max-product.
 
     Not the mode over tokens alone; for ``ff`` the two agree. Ties go to the lowest index.
 
@@ -215,7 +201,8 @@ def _fake_verify(
     require_tensor(op, "tokens", tokens, "(B, K)", (rows, n_token), torch.int64)
     require_tensor(op, "conditional", conditional, "(B, K)", (rows, n_token), wide)
     require_tensor(op, "posterior", posterior, "(B, K, C)", (rows, n_token, components), wide)
-    _check_uniforms(op, uniforms, "(B, K + 1)", (rows, n_token + 1), leaf)
+    floats = torch.float32, wide
+    require_tensor(op, "uniforms", uniforms, "(B, K + 1)", (rows, n_token + 1), *floats)
     if num_evidence is not None:
         require_tensor(op, "num_evidence", num_evidence, "(B,)", (rows,), torch.int64)
     number(op, "temperature", temperature, 0, expected="a finite number of at least 0")

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require_dtype, require_tensor
+from lora_ext._checks import require_dim
 
 from ._registration import fake
 
 _c = torch.ops.lora_ext
-_FLOATS = (torch.float32, torch.float64)
 
 
 class Program(NamedTuple):
@@ -36,12 +35,12 @@ class Program(NamedTuple):
     plan: list[int]
 
     def to(self, device: torch.device) -> Program:
-        """The same program with its ``numbers`` on another ``device``."""
+        """Return the same program with its ``numbers`` on another ``device``."""
         return Program(self.numbers.to(device), self.plan)
 
 
 def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
-    """Log-values of leaves over finitely many values, looked up.
+    """Return log-values of leaves over finitely many values, looked up.
 
     ``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, 0 where ``x`` is -1. Differentiable once
     in ``table``; sums over rows of data are taken in order.
@@ -66,9 +65,7 @@ def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str =
 
 @fake("circuit_table")
 def _fake_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str) -> Tensor:
-    require_tensor("circuit_table", "table", table, "(R, V)", None, *_FLOATS)
-    require_tensor("circuit_table", "x", x, "(B, M)", None, torch.int64)
-    require_tensor("circuit_table", "row", row, "(M,)", x.shape[1:], torch.int64)
+    require_dim("circuit_table", "x", x, "(B, M)")
     return _unit_major(table, x.shape[0], x.shape[1] * block)
 
 
@@ -85,7 +82,7 @@ def circuit_layers(
     semiring: str = "sum",
     precision: str = "fp32",
 ) -> Tensor:
-    """Log-values of all units of a circuit, from those of its leaves.
+    """Return log-values of all units of a circuit, from those of its leaves.
 
     ``l[out] = log sum_i W[o, i] exp(term[i])`` of every sum, where a term is the sum of log-values
     of other units: :func:`log_einsum_exp` after the products, node after node, as exact at ``-inf``
@@ -115,8 +112,6 @@ def circuit_layers(
 
 @fake("circuit_layers")
 def _fake_layers(leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], *_: str) -> Tensor:
-    require_tensor("circuit_layers", "leaf", leaf, "(B, units)", None, *_FLOATS)
-    require_tensor("circuit_layers", "w", w, "(W,)", None, leaf.dtype)
     return _unit_major(leaf, leaf.shape[0], plan[0])
 
 
@@ -128,7 +123,7 @@ def circuit_layers_backward(
     norm: str = "logits",
     need_dw: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`circuit_layers` from those of the roots.
+    """Return gradients of :func:`circuit_layers` from those of the roots.
 
     With log-weights, ``norm="none"`` and ``droots`` 1 they are the expected flows of a circuit.
 
@@ -161,7 +156,8 @@ def _fake_layers_backward(
 def circuit_layers_walk(
     val: Tensor, w: Tensor, program: Program, root: Tensor, uniforms: Tensor | None = None
 ) -> Tensor:
-    """Walks from the roots down, one term per sum: the leaf unit that each variable comes to.
+    """Walk from the roots down, one term per sum: the leaf unit that each variable comes
+    to.
 
     A sum weighs its terms by ``W[o, i] exp(term[i])``. A walk takes the heaviest, the first of
     several, or draws one by the rule of :func:`reference._circuit.draw`: after
@@ -193,14 +189,8 @@ def circuit_layers_walk(
 def _fake_walk(
     val: Tensor, w: Tensor, program: Tensor, plan: list[int], root: Tensor, uniforms: Tensor | None
 ) -> Tensor:
-    name = "circuit_layers_walk"
-    require_tensor(name, "val", val, "(B, U)", None, *_FLOATS)
-    require_dtype(name, "w", w, val.dtype)
-    require_tensor(name, "root", root, "(B,)", val.shape[:1], torch.int64)
-    if uniforms is None:
-        return root.new_empty(root.shape[0], plan[8])
-    require_tensor(name, "uniforms", uniforms, "(M, sums)", None, *_FLOATS)
-    return root.new_empty(uniforms.shape[0], plan[8])
+    walks = root if uniforms is None else uniforms
+    return root.new_empty(walks.shape[0], plan[8])
 
 
 def _unit_major(like: Tensor, rows: int, units: int) -> Tensor:

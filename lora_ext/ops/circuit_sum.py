@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import reference
-from lora_ext._checks import choice, require
+from lora_ext._checks import choice, require, require_tensor
 from lora_ext._torch import refuse_tangents
 from lora_ext.reference import NORMS, LogMax, accumulator, log_weights
 
@@ -78,7 +78,7 @@ def log_einsum_exp(
     precision: str = "fp32",
     scaled: ScaledWeights | None = None,
 ) -> Tensor | LogMax:
-    """``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
+    """Return ``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
 
     Where nothing is possible ``out`` is ``-inf``, with gradient zero; ``+inf`` and NaN give NaN. A
     product that would underflow is computed again from shifted terms, forward and backward, so a
@@ -159,7 +159,7 @@ def _fake_max(w: Tensor, values: Tensor, norm: str) -> tuple[Tensor, Tensor]:
 
 
 def _attained(w: Tensor, values: Tensor, norm: str, best: Tensor, indices: Tensor) -> Tensor:
-    """The term at ``indices``, differentiable; ``best`` where there is none."""
+    """Return the term at ``indices``, differentiable; ``best`` where there is none."""
     log_w = log_weights(w, norm)
     if w.dim() == 2 or values.dim() == 3:
         log_w = log_w[..., None, :, :].expand(*indices.shape, w.shape[-1])
@@ -214,7 +214,7 @@ def _save_exp_backward(ctx: Any, inputs: tuple[Any, ...], output: object) -> Non
 def _exp_double_backward(
     library: Any, ctx: Any, ddw: Tensor | None, ddvalues: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """By the formula itself, which torch can differentiate: all terms at once, and rarely."""
+    """Differentiate the formula by torch: all terms at once, which is slow and rarely used."""
     again = torch.is_grad_enabled()  # a third derivative is wanted
     with torch.enable_grad():
         # Views: what dout is a function of does not count here.
@@ -225,24 +225,17 @@ def _exp_double_backward(
         dout, w, values = leaves
         out = reference.log_einsum_exp(w, values, ctx.norm)
         first = torch.autograd.grad(out, (w, values), dout, create_graph=True)
-        pairs = [
-            (g, d)
-            for g, d in zip(first, (ddw, ddvalues), strict=True)
-            if d is not None and d.numel()
-        ]
-        grads = torch.autograd.grad(
-            [g for g, _ in pairs],
-            leaves,
-            [d for _, d in pairs],
-            create_graph=again,
-            allow_unused=True,
-        )
+        given = zip(first, (ddw, ddvalues), strict=True)
+        pairs = [(g, d) for g, d in given if d is not None and d.numel()]
+        outputs, weights = [g for g, _ in pairs], [d for _, d in pairs]
+        how: Any = {"create_graph": again, "allow_unused": True}
+        grads = torch.autograd.grad(outputs, leaves, weights, **how)
     # `out` is a function of w and values, and its share is in theirs.
     return *grads, *(None,) * 6
 
 
 def log_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of every batch.
+    """Return ``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of every batch.
 
     :func:`log_einsum_exp` with ``b`` as log-weights: as exact at ``-inf``, twice differentiable.
 
@@ -256,12 +249,12 @@ def log_bmm(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: if a shape, dtype or device disagrees, naming the argument.
     """
-    found = [f"{t.dtype} of shape {tuple(t.shape)}" for t in (a, b)]
-    for name, t, what in (("a", a, found[0]), ("b", b, found[1])):
-        fits = t.dim() == 3 and t.dtype in (torch.float32, torch.float64)
-        require(fits, "log_bmm", name, "three dimensions of float32 or float64", what)
+    floats = torch.float32, torch.float64
+    require_tensor("log_bmm", "a", a, "(B, M, K)", None, *floats)
+    require_tensor("log_bmm", "b", b, "(B, K, N)", None, *floats)
     fits = a.dtype == b.dtype and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1]
     wanted = "shapes (B, M, K) and (B, K, N) of one dtype"
-    require(fits, "log_bmm", "a and b", wanted, " and ".join(found))
+    found = " and ".join(f"{t.dtype} of shape {tuple(t.shape)}" for t in (a, b))
+    require(fits, "log_bmm", "a and b", wanted, found)
     refuse_tangents("log_bmm", a, b)
     return _c.log_einsum_exp.default(b.transpose(1, 2), a, "none", "fp32")

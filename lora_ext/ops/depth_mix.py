@@ -81,7 +81,7 @@ def depth_mix_routed(
     betas: Tensor | Sequence[Tensor] | None = None,
     norm: str = "rms",
 ) -> tuple[Tensor, Tensor]:
-    """:func:`depth_mix` by weights that the last hidden state chooses.
+    """Mix as :func:`depth_mix` does, with weights that the last hidden state chooses.
 
     ``weights = softmax(router @ n_k + bias)`` of each position, where ``n_k`` is the last hidden,
     normed and not rounded. Differentiable once in all tensors; the router's gradient flows into
@@ -129,26 +129,36 @@ def _fake_mix(
     fits = h.dim() >= 1 and h.shape[-1] >= 1
     require(fits, op, "hiddens[0]", "shape (..., d) with d >= 1", list(h.shape))
     require_dtype(op, "hiddens[0]", h, *FLOATS)
+    width, sums = h.shape[-1:], accumulator(h.dtype)
+
+    def check_place(name: str, t: Tensor, letters: str, shape: Sequence[int]) -> None:
+        require_shape(op, name, t, letters, shape)
+        require(t.device == h.device, op, name, f"a tensor on {h.device}", t.device)
+
+    def check_like(name: str, t: Tensor, letters: str, shape: Sequence[int]) -> None:
+        check_place(name, t, letters, shape)
+        exact = t.dtype.is_floating_point and torch.promote_types(t.dtype, sums) == sums
+        require(exact, op, name, f"a dtype that {sums} holds exactly", t.dtype)
+
     for e, other in enumerate(hiddens[1:], 1):
-        _require_place(op, f"hiddens[{e}]", other, "of hiddens[0]", h.shape, h.device)
+        check_place(f"hiddens[{e}]", other, "of hiddens[0]", h.shape)
         known = f"the dtype of hiddens[0], {h.dtype}"
         require(other.dtype == h.dtype, op, f"hiddens[{e}]", known, other.dtype)
-    width, sums = h.shape[-1:], accumulator(h.dtype)
     for name, scales in (("gammas", gammas), ("betas", betas)):
         if name == "gammas" or scales:
             require(len(scales) == count, op, name, f"as many as hiddens, {count}", len(scales))
         for e, t in enumerate(scales):
-            _require_like(op, f"{name}[{e}]", t, "(d,)", width, sums, h.device)
-    number(op, "eps", eps, 0, finite=False, expected="at least 0")
+            check_like(f"{name}[{e}]", t, "(d,)", width)
+    number(op, "eps", eps, 0, math.inf, expected="at least 0")
     choice(op, "norm", norm, ("rms", "layer"), expected="'rms' or 'layer'")
     each = (*h.shape[:-1], count)
     one = (weights is None) != (router is None) and (router is None) == (bias is None)
     require(one, op, "weights", "weights, or a router and its bias", "neither or both")
     if weights is not None:
-        _require_like(op, "weights", weights, "(..., k)", each, sums, h.device)
+        check_like("weights", weights, "(..., k)", each)
     if router is not None and bias is not None:
-        _require_like(op, "router", router, "(k, d)", (count, *width), sums, h.device)
-        _require_like(op, "bias", bias, "(k,)", (count,), sums, h.device)
+        check_like("router", router, "(k, d)", (count, *width))
+        check_like("bias", bias, "(k,)", (count,))
     rows = math.prod(h.shape[:-1])
     return (
         h.new_empty(h.shape),
@@ -156,27 +166,6 @@ def _fake_mix(
         h.new_empty((rows, count), dtype=sums),
         h.new_empty((rows, count) if norm == "layer" else 0, dtype=sums),
     )
-
-
-def _require_place(
-    op: str, name: str, t: Tensor, letters: str, shape: Sequence[int], device: torch.device
-) -> None:
-    require_shape(op, name, t, letters, shape)
-    require(t.device == device, op, name, f"a tensor on {device}", t.device)
-
-
-def _require_like(
-    op: str,
-    name: str,
-    t: Tensor,
-    letters: str,
-    shape: Sequence[int],
-    sums: torch.dtype,
-    device: torch.device,
-) -> None:
-    _require_place(op, name, t, letters, shape, device)
-    exact = t.dtype.is_floating_point and torch.promote_types(t.dtype, sums) == sums
-    require(exact, op, name, f"a dtype that {sums} holds exactly", t.dtype)
 
 
 @fake("depth_mix_backward")

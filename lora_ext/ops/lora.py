@@ -48,7 +48,8 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
 
 @fake("lora_plan")
 def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None) -> Tensor:
-    """``LoraPlanLayout::size()`` of ``lora_ext/lora.h``; a symbolic number of rows is guarded."""
+    """Return ``LoraPlanLayout::size()`` of ``lora_ext/lora.h``; a symbolic number of rows is
+    guarded."""
     rows = adapter_ids.shape[0]
     chunk = 16 if rows <= 256 else 64 if rows < 4096 else 128
     chunks = rows // chunk + min(rows, num_adapters)
@@ -56,7 +57,7 @@ def _fake_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None)
 
 
 def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -> Tensor:
-    """Adapter id of each row, from contiguous segments.
+    """Return the adapter id of each row, from contiguous segments.
 
     ``ids[t] = seg_adapter[s]`` for ``seg_indptr[s] <= t < seg_indptr[s + 1]``; rows outside get -1.
 
@@ -204,7 +205,7 @@ def _save_apply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 @backward("lora_apply", save=_save_apply)
 def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The backward of ``lora_linear`` without a base; pages hand back dx alone.
+    """Return the gradients of ``lora_linear`` without a base; of pages, dx alone.
 
     For pages ``dx = a^T dv`` is the op itself with the factors exchanged.
     """

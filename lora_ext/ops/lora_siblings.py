@@ -5,6 +5,7 @@ adapters, ``P`` pages, ``M`` modules.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,19 +65,9 @@ def lora_apply_siblings_(
 
 
 @fake("lora_apply_siblings_")
-def _fake_apply_siblings_(
-    y: Sequence[Tensor],
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    ids: Tensor,
-    scale: Sequence[Tensor],
-    ranks: Sequence[Tensor],
-    page_table: Sequence[Tensor],
-    plan: Tensor | None,
-) -> None:
-    lists = {"y": y, "a": a, "b": b, "scale": scale, "ranks": ranks, "page_table": page_table}
-    for name, tensors in lists.items():
+def _fake_apply_siblings_(y: Any, x: Tensor, a: Any, b: Any, _ids: Tensor, *rest: Any) -> None:
+    named = zip(("y", "a", "b", "scale", "ranks", "page_table"), (y, a, b, *rest), strict=False)
+    for name, tensors in named:
         for i, t in enumerate(tensors):
             module = f"lora_apply_siblings_: module {i}"
             require(t.device == x.device, module, name, f"the device of x, {x.device}", t.device)

@@ -130,7 +130,7 @@ def lora_linear_apart(
     plan: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """:func:`lora_linear` of adapters that are tensors of their own, as parameters are.
+    """Compute :func:`lora_linear` of adapters that are separate tensors, as parameters are.
 
     They are copied into a bank that lives for one call and is made again in the backward: kept in
     between, the banks of a model's layers would take as much memory as its adapters. The gradients
@@ -154,10 +154,8 @@ def lora_linear_apart(
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
     if ranks is None and any(f.shape[0] != a[0].shape[0] for f in a):
-        raise ValueError(
-            "lora_linear_apart: ranks: expected the rank of each adapter where they differ, found "
-            f"None for {[f.shape[0] for f in a]}"
-        )
+        expected, found = "the rank of each adapter where they differ", [f.shape[0] for f in a]
+        raise ValueError(f"lora_linear_apart: ranks: expected {expected}, found None for {found}")
     rest = adapter_ids, scale, ranks, dropout_p, seed, plan
     if len(a) == 1 and packed is None:
         return lora_linear(x, weight, bias, a[0].to(x.dtype), b[0].to(x.dtype), *rest)
@@ -197,9 +195,8 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "lora_linear_apart: the gradient of lora_linear is not itself differentiable"
-            )
+            again = "the gradient of lora_linear is not itself differentiable"
+            raise RuntimeError(f"lora_linear_apart: {again}")
         (dy,) = grads
         x, v, weight, ids, scale, ranks, plan, seed, *factors = ctx.saved_tensors
         dx, dweight, dbias, _, _, *wanted = ctx.needs_input_grad
@@ -217,21 +214,17 @@ class _Apart(torch.autograd.Function):
                 out[:half] = _views_a(bank_a, all_ranks)
             if db:
                 out[half:] = _views_b(bank_b, all_ranks)
-        return (
-            gradient if dx else None,
-            dy.t().mm(x) if dweight else None,
-            dy.sum(0) if dbias else None,
-            None,
-            None,
-            *(
-                g.to(f.dtype) if want and g is not None else None
-                for g, f, want in zip(out, factors, wanted, strict=True)
-            ),
+        of_weight, of_bias = dy.t().mm(x) if dweight else None, dy.sum(0) if dbias else None
+        of_factors = (
+            g.to(f.dtype) if want and g is not None else None
+            for g, f, want in zip(out, factors, wanted, strict=True)
         )
+        return gradient if dx else None, of_weight, of_bias, None, None, *of_factors
 
 
 def _bank(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``(A, R, I)`` and ``(A, O, R)`` of all a, then all b; beyond an adapter's rank undefined."""
+    """Return ``(A, R, I)`` and ``(A, O, R)`` of all a, then all b; beyond an adapter's rank
+    undefined."""
     half = len(factors) // 2
     a, b = factors[:half], factors[half:]
     ranks = [f.shape[0] for f in a]
@@ -249,8 +242,8 @@ _kept = threading.local()
 
 
 def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
-    """Memory for one call; on the CPU that of the call before in this thread, as fresh pages from
-    the system cost more than filling them."""
+    """Return memory for one call; on the CPU that of the call before in this thread, as fresh pages
+    from the system cost more than filling them."""
     traced = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
     if device.type != "cpu" or traced:
         return torch.empty(size, dtype=dtype, device=device)

@@ -9,13 +9,14 @@ the backward. docs/chunked_loss.md has the formulas, docs/notes/chunked_loss.md 
 Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states of a row.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_ext._checks import FLOATS, integer, number, require, require_dim, require_tensor
+from lora_ext._checks import FLOATS, integer, number, require, require_dtype, require_tensor
 from lora_ext._torch import AUTOCASTS, refuse_tangents
 from lora_ext.reference import accumulator
 
@@ -33,7 +34,7 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
 ) -> Tensor:
-    """Mean cross entropy of an output layer, ``chunk`` columns of its logits at a time.
+    """Return the mean cross entropy of an output layer, ``chunk`` columns of its logits at a time.
 
     ``mean_n (log sum_v exp z[n, v] - z[n, y_n])`` with ``z = hidden @ weight^T + bias``, and
     ``softcap * tanh(z / softcap)`` in its place where softcap is given. The mean is over the rows
@@ -65,9 +66,11 @@ def chunked_cross_entropy(
     Source: online softmax, Milakov and Gimelshein 2018; the gradient on the way, FlashAttention,
     Dao et al. 2022, with the output layer as keys and values.
     """
-    _check_output_layer("chunked_cross_entropy", "hidden", hidden, weight, bias, chunk, softcap)
-    require_tensor("chunked_cross_entropy", "labels", labels, "(N,)", hidden.shape[:1], torch.int64)
-    refuse_tangents("chunked_cross_entropy", hidden, weight, bias)
+    op = "chunked_cross_entropy"
+    require_dtype(op, "hidden", hidden, *FLOATS)
+    _check_output_layer(op, weight, chunk, softcap)
+    require_dtype(op, "labels", labels, torch.int64)
+    refuse_tangents(op, hidden, weight, bias)
     dtype, early = _product_dtype(hidden, weight), _gradient_on_the_way(hidden, weight, bias)
     rest = chunk, ignore_index, softcap or 0.0, dtype, early
     rows: Tensor = _c.vocab_cross_entropy.default(hidden, weight, bias, labels, *rest)[0]
@@ -83,7 +86,7 @@ def chunked_kl(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Mean divergence of students from a teacher that share an output layer, in chunks.
+    """Return the mean divergence of students from a teacher that share an output layer, in chunks.
 
     ``tau^2 mean_{e < k, n} KL(softmax(z_k[n] / tau) || softmax(z_e[n] / tau))`` with ``z_e =
     hiddens[e] @ weight^T + bias``, soft-capped as in :func:`chunked_cross_entropy`. The mean is
@@ -114,14 +117,14 @@ def chunked_kl(
     require(len(hiddens) > 0, op, "hiddens", "at least the teacher", "no tensor")
     number(op, "tau", tau, above=0)
     first = hiddens[0]
-    _check_output_layer(op, "hiddens[0]", first, weight, bias, chunk, softcap)
-    for e, h in enumerate(hiddens):
-        require_tensor(op, f"hiddens[{e}]", h, "(N, d)", first.shape, first.dtype)
-        require(
-            h.device == first.device, op, f"hiddens[{e}]", f"a tensor on {first.device}", h.device
-        )
+    require_tensor(op, "hiddens[0]", first, "(N, d)", None, *FLOATS)
+    for e, h in enumerate(hiddens[1:], 1):
+        name, device = f"hiddens[{e}]", first.device
+        require_tensor(op, name, h, "(N, d)", first.shape, first.dtype)
+        require(h.device == device, op, name, f"a tensor on {device}", h.device)
+    _check_output_layer(op, weight, chunk, softcap)
     if mask is not None:
-        require_tensor(op, "mask", mask, "(N,)", first.shape[:1], torch.bool)
+        require_dtype(op, "mask", mask, torch.bool)
     refuse_tangents(op, *hiddens, weight, bias)
     together = torch.stack(list(hiddens))  # (k, N, d)
     early = softcap is None and _gradient_on_the_way(together, weight, bias)
@@ -143,20 +146,9 @@ def _gradient_on_the_way(hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
     return torch.is_grad_enabled() and hidden.requires_grad and frozen
 
 
-def _check_output_layer(
-    op: str,
-    name: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    chunk: int,
-    softcap: float | None,
-) -> None:
-    require_tensor(op, name, hidden, "(N, d)", None, *FLOATS)
-    require_dim(op, "weight", weight, "(V, d)")
-    require_tensor(op, "weight", weight, "(V, d)", (weight.shape[0], hidden.shape[1]), *FLOATS)
-    if bias is not None:
-        require_tensor(op, "bias", bias, "(V,)", weight.shape[:1], *FLOATS)
+def _check_output_layer(op: str, weight: Tensor, chunk: int, softcap: float | None) -> None:
+    """Check what the compiled op does not see as it was given: it casts, and takes 0 for no cap."""
+    require_dtype(op, "weight", weight, *FLOATS)
     integer(op, "chunk", chunk, 1, expected="at least 1")
     if softcap is not None:
         number(op, "softcap", softcap, above=0, expected="None or a number above 0")
@@ -179,31 +171,23 @@ def _fake_kl(hiddens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Of either loss: states, weight, bias, and labels or mask; then its settings."""
+    """Save states, weight, bias, and labels or mask of either loss; then its settings."""
     ctx.settings = inputs[4:-1]
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _gradients(op: Any, ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    """Of states, weight and bias, by the backward op of either loss; None for what else it took."""
+def _backward(
+    op: str, library: Any, ctx: Any, dloss: Tensor, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of states, weight and bias of either loss, and None for the rest."""
     needs = ctx.needs_input_grad[:3]
-    grads = op(dloss, *ctx.saved_tensors, *ctx.settings, *needs)
+    grads = getattr(library, op)(dloss, *ctx.saved_tensors, *ctx.settings, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6
 
 
-@backward("vocab_cross_entropy", save=_save)
-def _cross_entropy_backward(
-    library: Any, ctx: Any, dloss: Tensor, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    return _gradients(library.vocab_cross_entropy_backward, ctx, dloss)
-
-
-@backward("vocab_kl", save=_save)
-def _kl_backward(
-    library: Any, ctx: Any, dloss: Tensor, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    return _gradients(library.vocab_kl_backward, ctx, dloss)
+for _op in ("vocab_cross_entropy", "vocab_kl"):
+    backward(_op, save=_save)(functools.partial(_backward, f"{_op}_backward"))
 
 
 @fake("vocab_cross_entropy_backward")

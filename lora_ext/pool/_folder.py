@@ -14,7 +14,7 @@ from ._residence import BASE
 from .pool import AdapterPool
 
 _log = logging.getLogger(__name__)
-_LONGEST = 200  # characters of a name; most file systems take 255 bytes
+_MAX_NAME_LENGTH = 200  # characters of a name; most file systems take 255 bytes
 
 
 class AdapterFolder:
@@ -34,7 +34,7 @@ class AdapterFolder:
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """Names of the folders that look like adapters, sorted; none of them is read."""
+        """Return the sorted names of the folders that look like adapters, without reading them."""
         found = sorted(file.parent.name for file in self.root.glob("*/adapter_config.json"))
         return [name for name in found if self._has(name)]
 
@@ -56,8 +56,7 @@ class AdapterFolder:
             self._load(name, found)
 
     def ready(self, name: str) -> None:
-        """See that the pool knows a name: where it does not, load it again, or the folder of that
-        name.
+        """Load an adapter if the pool does not have it: again, or from the folder of that name.
 
         Raises:
             UnknownAdapterError: there is none. And what :meth:`load` raises for what is in it.
@@ -73,7 +72,7 @@ class AdapterFolder:
             self._load(name, self._paths.get(name) or self._checked(name))
 
     def unload(self, name: str) -> None:
-        """Forget a name. Whoever has pinned the adapter keeps it.
+        """Unload an adapter. Leases on it stay valid.
 
         Raises:
             UnknownAdapterError: a name that is not loaded.
@@ -103,7 +102,7 @@ class AdapterFolder:
             return False
 
     def _checked(self, path: str | os.PathLike[str]) -> Path:
-        """A folder below the root; with links followed, all its files are there too."""
+        """Return a folder below the root, as its files are with links followed."""
         try:
             found = (self.root / path).resolve()
             inside = self.root in found.parents and all(
@@ -114,19 +113,14 @@ class AdapterFolder:
             found, inside, missing = self.root, False, False
         expected = f"a folder below {self.root.name!r} without links that lead out of it"
         require(inside, "AdapterFolder", "path", expected, f"{str(path)!r:.200}")
-        if missing:
-            raise FileNotFoundError(
-                f"AdapterFolder: path: expected a folder below {self.root.name!r}, found none at "
-                f"{str(path)!r:.200}"
-            )
+        expected, found_none = f"a folder below {self.root.name!r}", f"none at {str(path)!r:.200}"
+        require(not missing, "AdapterFolder", "path", expected, found_none, FileNotFoundError)
         return found
 
 
 def _check_name(name: str) -> None:
     """Refuse a name that no folder has: it would be lost with the process."""
-    named = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LONGEST
-    if not named or name in (BASE, "..") or Path(name).name != name:
-        raise ValueError(
-            f"AdapterFolder: name: expected what a folder may be called, printable and of at most "
-            f"{_LONGEST} characters, and not {BASE!r}, found {name!r:.200}"
-        )
+    fits = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _MAX_NAME_LENGTH
+    fits = fits and name not in (BASE, "..") and Path(name).name == name
+    expected = f"what a folder may be called, of at most {_MAX_NAME_LENGTH} printable characters"
+    require(fits, "AdapterFolder", "name", f"{expected} and not {BASE!r}", f"{name!r:.200}")

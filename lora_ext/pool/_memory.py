@@ -48,7 +48,7 @@ class Memory:
         self.granularity = 1
 
     def rounded(self, nbytes: int) -> int:
-        """Bytes that are taken where the first ``nbytes`` are in use."""
+        """Return the bytes that are taken if the first ``nbytes`` are in use."""
         whole = -(-nbytes // self.granularity) * self.granularity
         return max(self.least, min(whole, self.nbytes))
 
@@ -102,7 +102,10 @@ class CudaMemory(Memory):
 
 
 def memory_on(device: torch.device, nbytes: int) -> Memory:
-    """Memory that grows, where the device can; a RuntimeError or OSError where there is no room."""
+    """Return memory that grows, if the device can.
+
+    Raises RuntimeError or OSError if there is no room.
+    """
     if device.type == "cpu":
         return HostMemory(nbytes)
     if device.type == "cuda":
@@ -173,14 +176,13 @@ class Driver:
             raise RuntimeError(f"{name} returned CUresult {code}")
 
     def code(self, name: str, *arguments: Any) -> int:
-        """What a function returns."""
+        """Return the result of a function."""
         return self._functions[name](*arguments)
 
     @staticmethod
     @functools.cache
     def load(index: int) -> Driver | None:
-        """The machine's driver; None where it, or the device of that index, has no virtual
-        memory."""
+        """Return the machine's driver; None if it or the device has no virtual memory."""
         try:
             driver = Driver(ctypes.CDLL("libcuda.so.1"))
         except (OSError, AttributeError):
@@ -192,7 +194,7 @@ class Driver:
         return driver if supported.value and not failed else None
 
     def granularity(self, index: int) -> int:
-        """Bytes of the smallest piece of a device's memory."""
+        """Return the bytes of the smallest piece of a device's memory."""
         found = c_size_t(0)
         self("cuMemGetAllocationGranularity", byref(found), byref(_properties(index)), 0)
         return found.value
@@ -217,17 +219,13 @@ class Reservation:
         weakref.finalize(self, _left.append, rest).atexit = False  # the process gives all back
 
     def tensor(self) -> Tensor:
-        """uint8 ``(size,)`` on these addresses, which keeps them."""
+        """Return a uint8 tensor ``(size,)`` on these addresses; it keeps them reserved."""
         return torch.as_tensor(self, device=torch.device("cuda", self._index))
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {
-            "shape": (self._size,),
-            "typestr": "|u1",
-            "data": (self.address, False),
-            "version": 3,
-        }
+        data = self.address, False  # may be written
+        return {"shape": (self._size,), "typestr": "|u1", "data": data, "version": 3}
 
     def grow(self, nbytes: int) -> None:
         """Back the first ``nbytes``, a multiple of the piece; RuntimeError leaves all as it was."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,22 +34,17 @@ PAGE = 8
 
 
 def page_count(rank: int) -> int:
-    """Pages of an adapter of this rank."""
+    """Return the number of pages of an adapter of this rank."""
     return -(-rank // PAGE)
 
 
 def page_bytes(spec: LinearSpec) -> int:
-    """Bytes of one page of a module, ``8 * (I + O) * itemsize``."""
+    """Return the bytes of one page of a module, ``8 * (I + O) * itemsize``."""
     return PAGE * (spec.in_features + spec.out_features) * spec.dtype.itemsize
 
 
-def descending(pages: Iterable[int]) -> list[int]:
-    """As lists of free pages are: :class:`Slab`."""
-    return sorted(pages, reverse=True)
-
-
 def in_words(nbytes: int) -> str:
-    """``20.0 GiB`` and the like."""
+    """Return a size in words, such as ``20.0 GiB``."""
     size, unit = float(nbytes), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
@@ -99,8 +94,11 @@ class PackedAdapter:
 def read_packed(
     source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool = True
 ) -> PackedAdapter:
-    """:func:`lora_ext.adapter.read_adapter` into pages, one module after the other; a ValueError
-    also for values that the dtype of the pages cannot hold."""
+    """Read an adapter into pages, one module after the other.
+
+    Raises ValueError as :func:`lora_ext.adapter.read_adapter` does, and for values that the dtype
+    of the pages cannot hold.
+    """
     modules: dict[str, PackedModule] = {}
     replaced: dict[str, Replaced] = {}
     with read_adapter(source, index, max_rank, strict) as adapter:
@@ -124,8 +122,10 @@ def _check_finite(values: Tensor | None, where: str) -> None:
 
 
 def _host(spec: LinearSpec, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy in host memory, pinned where it goes on to a CUDA device; floating values have the
-    dtype of the pages unless another one is given."""
+    """Copy to host memory, pinned if a CUDA device reads it.
+
+    Floating values get the dtype of the pages unless another one is given.
+    """
     if dtype is None:
         dtype = spec.dtype if values.is_floating_point() else values.dtype
     pin = spec.device.type == "cuda"
@@ -133,7 +133,7 @@ def _host(spec: LinearSpec, values: Tensor, dtype: torch.dtype | None = None) ->
 
 
 def magnitude_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of DoRA's magnitudes beside pages of ``dtype``: never less than float32, as in PEFT."""
+    """Return the dtype of magnitudes beside pages of ``dtype``: at least float32, as in PEFT."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -160,7 +160,7 @@ def pack(spec: LinearSpec, factors: Factors) -> PackedModule:
 def unpack(
     a_pages: Tensor, b_pages: Tensor, pages: Sequence[int], rank: int
 ) -> tuple[Tensor, Tensor]:
-    """The factors that lie in pages, ``lora_A`` (r, I) and ``lora_B`` (O, r): copies.
+    """Return copies of the factors in pages, ``lora_A`` (r, I) and ``lora_B`` (O, r).
 
     Args:
         a_pages, b_pages: of a :class:`ModuleSlab`.
@@ -212,12 +212,7 @@ class TableBlock:
     slot is three copies. All slots are empty at first."""
 
     def __init__(
-        self,
-        names: Sequence[str],
-        slots: int,
-        max_pages: int,
-        device: torch.device,
-        experts: int,
+        self, names: Sequence[str], slots: int, max_pages: int, device: torch.device, experts: int
     ):
         m, slots = len(names), slots * experts
         self.names, self.experts = names, experts
@@ -233,7 +228,7 @@ class TableBlock:
     def rows(
         self, slot: int, pages: dict[str, list[int]], modules: dict[str, PackedModule]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Copies (destination, source) that make ``slot`` say what ``modules`` says."""
+        """Return the copies (destination, source) that write ``modules`` to the tables."""
         m, pin, experts = len(self.names), self.ranks.is_cuda, self.experts
         shape = m, experts, self.page_table.shape[2]
         table = torch.full(shape, -1, dtype=torch.int32, device="cpu", pin_memory=pin)
@@ -270,14 +265,13 @@ class Slab:
         self.page_bytes = page_bytes(spec)
         self.bias: Tensor | None = None
         self.magnitude: Tensor | None = None
-        self.free = list(range(pages - 1, -1, -1))
+        self.free = list(reversed(range(pages)))
         try:
             self.memory = memory_on(spec.device, pages * self.page_bytes)
         except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is one
             raise MemoryError(
-                f"AdapterPool: pages: expected room for {pages} pages of {spec.name!r} "
-                f"({in_words(pages * self.page_bytes)}), found none ({error}); "
-                "pass a smaller pages="
+                f"AdapterPool: pages: expected room for {pages} pages of {spec.name!r} ("
+                f"{in_words(pages * self.page_bytes)}), found none ({error}); pass a smaller pages="
             ) from error
         i, o = spec.in_features, spec.out_features
         values = self.memory.tensor.view(spec.dtype)

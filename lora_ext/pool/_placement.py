@@ -13,7 +13,6 @@ from ._pages import (
     PackedAdapter,
     Slab,
     TableBlock,
-    descending,
     in_words,
     magnitude_dtype,
 )
@@ -38,10 +37,9 @@ def find_place(
     for module, count in need.items():
         experts = store.index.specs[module].experts
         if count > store.pages * experts:
-            raise PoolFullError(
-                f"AdapterPool: {name!r} needs {count // experts} pages of {module}, "
-                f"the pool has pages={store.pages}; make the pool with at least so many"
-            )
+            needs = f"{name!r} needs {count // experts} pages of {module}"
+            has = f"the pool has pages={store.pages}; make the pool with at least so many"
+            raise PoolFullError(f"AdapterPool: {needs}, {has}")
     search = _Search(store, need, packed)
     victims: list[Resident] = []
     slots = store.free_slots
@@ -61,24 +59,20 @@ def find_place(
     if not wanted and search.missing_bytes():
         wanted.append(f"{in_words(search.missing_bytes())} more than max_bytes leaves")
     if wanted:
-        raise PoolFullError(_full(store, name, wanted))
+        pinned = [r for r in store.residents if r is not None and r.pins]
+        names = sorted({r.name for r in pinned})
+        held = in_words(sum(r.nbytes for r in pinned))
+        limit = "no max_bytes" if store.max_bytes is None else f"max_bytes={store.max_bytes}"
+        count = f"{len(names)} adapter{'s' * (len(names) != 1)}"
+        others = f"the rest is pinned, by {count}: {names[:8]}"
+        raise PoolFullError(
+            f"AdapterPool: {name!r} needs {' and '.join(wanted)}, but "
+            f"{others if names else 'no adapter is there to make way'}. With max_slots="
+            f"{store.max_slots}, pages={store.pages} and {limit}, "
+            f"{in_words(store.reserved_bytes)} are reserved, {held} of it pinned; release leases "
+            "and leave blocks, or make the pool with more room"
+        )
     return search.placement(slots[-1], victims, packed)
-
-
-def _full(store: PageStore, name: str, wanted: list[str]) -> str:
-    pinned = [r for r in store.residents if r is not None and r.pins]
-    names = sorted({r.name for r in pinned})
-    held = in_words(sum(r.nbytes for r in pinned))
-    limit = "no max_bytes" if store.max_bytes is None else f"max_bytes={store.max_bytes}"
-    count = f"{len(names)} adapter{'s' * (len(names) != 1)}"
-    others = f"the rest is pinned, by {count}: {names[:8]}"
-    return (
-        f"AdapterPool: {name!r} needs {' and '.join(wanted)}, but "
-        f"{others if names else 'no adapter is there to make way'}. "
-        f"With max_slots={store.max_slots}, "
-        f"pages={store.pages} and {limit}, {in_words(store.reserved_bytes)} are reserved, {held} "
-        "of it pinned; release leases and leave blocks, or make the pool with more room"
-    )
 
 
 class _Search:
@@ -92,17 +86,24 @@ class _Search:
         }
         self.slabs = store.slabs | self.new
         self.free = {module: list(self.slabs[module].free) for module in need}
-        self.tables = _new_blocks(store, self.new), *_new_vectors(store, self.slabs, packed)
-        blocks, biases, magnitudes = self.tables
+        together: dict[tuple[torch.device, int], list[str]] = {}
+        for module in self.new:
+            together.setdefault((specs[module].device, specs[module].experts), []).append(module)
+        blocks = [
+            TableBlock(names, store.max_slots, store.max_pages, device, experts)
+            for (device, experts), names in together.items()
+        ]
+        biases, magnitudes = _new_vectors(store, self.slabs, packed)
+        self.tables = blocks, biases, magnitudes
         new = (*blocks, *biases.values(), *magnitudes.values(), *packed.replaced.values())
         self.others = store.table_bytes + store.replaced_bytes + sum(each.nbytes for each in new)
 
     def lacking(self) -> set[str]:
-        """Modules with too few free pages."""
+        """Return the modules with too few free pages."""
         return {module for module, count in self.need.items() if len(self.free[module]) < count}
 
     def missing_bytes(self) -> int:
-        """Bytes above the limit, if no page is backed beyond the last one in use."""
+        """Return the bytes above the limit, if no page beyond the last used one is backed."""
         limit = self.store.max_bytes
         if limit is None or self.lacking():
             return 0
@@ -114,14 +115,14 @@ class _Search:
         return slab.bytes_for(free[: len(free) - self.need.get(module, 0)], round_up)
 
     def without(self, resident: Resident) -> None:
-        """A resident makes way."""
+        """Remove a resident."""
         self.others -= self.store.replaced_bytes_of(resident.slot)
         for module, pages in resident.pages.items():
             free = self.free.get(module, self.store.slabs[module].free)
-            self.free[module] = descending([*free, *pages])
+            self.free[module] = sorted([*free, *pages], reverse=True)
 
     def placement(self, slot: int, victims: list[Resident], packed: PackedAdapter) -> Placement:
-        """What was found."""
+        """Return the placement that was found."""
         sizes = self._sizes()
         pages = {m: [self.free[m].pop() for _ in range(count)] for m, count in self.need.items()}
         rooms = {m: _room_for(self.store, m, whole) for m, whole in packed.replaced.items()}
@@ -155,21 +156,10 @@ def _room_for(store: PageStore, module: str, whole: Replaced) -> Replaced:
         ) from error
 
 
-def _new_blocks(store: PageStore, new: Iterable[str]) -> list[TableBlock]:
-    together: dict[tuple[torch.device, int], list[str]] = {}
-    for module in new:
-        spec = store.index.specs[module]
-        together.setdefault((spec.device, spec.experts), []).append(module)
-    return [
-        TableBlock(names, store.max_slots, store.max_pages, device, experts)
-        for (device, experts), names in together.items()
-    ]
-
-
 def _new_vectors(
     store: PageStore, slabs: dict[str, Slab], packed: PackedAdapter
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Biases and magnitudes (S, O) of modules that had none so far."""
+    """Return biases and magnitudes (S, O) of modules that have none so far."""
     biases, magnitudes = {}, {}
     for module, part in packed.modules.items():
         slab = slabs[module]

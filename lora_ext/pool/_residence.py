@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lora_ext._checks import require
+from lora_ext.adapter import AdapterConfig
 from lora_ext.rows import UnknownAdapterError
 
 from ._pages import PackedAdapter
@@ -113,10 +114,8 @@ class Residence:
 
     def check_new(self, name: str) -> None:
         """Refuse what is no name, or one that is known."""
-        if not isinstance(name, str) or not name or name == BASE:
-            raise ValueError(
-                f"AdapterPool: name: expected a non-empty name but {BASE!r}, found {name!r}"
-            )
+        fits = isinstance(name, str) and name not in ("", BASE)
+        require(fits, "AdapterPool", "name", f"a non-empty name but {BASE!r}", repr(name))
         if name in self:
             raise ValueError(f"AdapterPool: name: {name!r} is loaded already; update() replaces it")
 
@@ -132,8 +131,14 @@ class Residence:
                 hint = "; it was evicted, and host_cache_bytes had no room for it: load it again"
             raise UnknownAdapterError(f"AdapterPool: adapter {name!r} is not loaded{hint}")
 
+    def config_of(self, name: str) -> AdapterConfig:
+        """Return the configuration of an adapter; raise UnknownAdapterError for other names."""
+        self.check_known([name])
+        return (self.by_name.get(name) or self.cache[name]).config
+
     def forget(self, name: str) -> None:
-        """The name is gone; so are slot and pages, now or with the last pin."""
+        """Forget a name. Slot and pages are freed now, or with the last pin."""
+        self.check_known([name])
         self.cache.forget(name)
         if name in self.by_name:
             self._retire(self.by_name.pop(name))
@@ -176,15 +181,9 @@ class Residence:
             self._undo(place, saved)
             raise
         # Python assignments only from here on: nothing fails half-way.
+        config, pages = packed.config, place.pages
         resident = Resident(
-            name,
-            place.slot,
-            packed.config,
-            place.pages,
-            packed.rank,
-            packed.nbytes,
-            written,
-            invocation=packed.config.invocation,
+            name, place.slot, config, pages, packed.rank, packed.nbytes, config.invocation, written
         )
         self._store.commit(place, resident)
         for victim in place.victims:
@@ -200,7 +199,7 @@ class Residence:
                 self.cache.put(victim.name, adapter)
 
     def _undo(self, place: Placement, saved: list[PackedAdapter]) -> None:
-        """After a failed copy: put the victims' bytes back, or keep what the device refuses."""
+        """Restore the victims' bytes after a failed copy, or keep what the device refuses."""
         backed = True
         try:
             set_sizes(self._store, place, {m: before for m, (before, _) in place.sizes.items()})
@@ -213,7 +212,7 @@ class Residence:
                 self.cache[victim.name] = adapter
 
     def _put_back(self, victim: Resident, adapter: PackedAdapter) -> bool:
-        """Whether a victim's pages could be written again."""
+        """Write a victim's pages again; return whether that succeeded."""
         try:
             there = Placement(victim.slot, victim.pages)
             victim.written = self._store.upload(adapter, there)
@@ -241,8 +240,9 @@ class Residence:
                 slots.append(NO_SLOT)
                 continue
             resident = self.by_name[name]
-            if resident.written:
-                self._store.before_reading(resident)
+            if resident.written:  # let the current stream wait for copies under way
+                if all([transfer.before_reading(each) for transfer, each in resident.written]):
+                    resident.written = []
             resident.pins += 1
             resident.last_use = now
             self.by_name.move_to_end(name)
@@ -256,8 +256,7 @@ class Residence:
             if self._store.residents[resident.slot] is not resident:
                 raise RuntimeError(
                     f"AdapterPool: adapter {resident.name!r} was unloaded, updated or evicted "
-                    "after the block of a forward that the backward computes again; keep the "
-                    "block open until after backward()"
+                    "after the forward that backward computes again; leave its block after backward"
                 )
         for resident in residents:
             resident.pins += 1
@@ -269,7 +268,8 @@ class Residence:
             resident = residents[slot] if 0 <= slot < len(residents) else None
             pins, asked = resident.pins if resident else 0, slots.count(slot)
             require(asked <= pins, "AdapterPool.release", f"slot {slot}", f"{asked} pins", pins)
-        self._store.mark_use()
+        for transfer in self._store.transfers.values():  # queued steps may read the freed pages
+            transfer.mark_use()
         for slot in slots:
             if slot == NO_SLOT:
                 continue
@@ -283,7 +283,7 @@ class Residence:
     # Numbers
 
     def stats(self) -> dict[str, Any]:
-        """:meth:`AdapterPool.stats`."""
+        """Return :meth:`AdapterPool.stats`."""
         cache, store = self.cache, self._store
         live = [r for r in store.residents if r is not None]
         absent = {"pins": 0, "last_use": None, "slot": None}

@@ -23,11 +23,10 @@ from ._pages import (
     PackedModule,
     Slab,
     TableBlock,
-    descending,
     page_bytes,
     page_count,
 )
-from ._transfer import Transfer, to_host, transfer_to
+from ._transfer import StreamTransfer, Transfer, to_host
 
 Written = list[tuple[Transfer, Any]]  # copies that may still be queued
 
@@ -42,10 +41,10 @@ class Resident:
     pages: dict[str, list[int]]
     rank: int  # the largest of its modules
     nbytes: int
+    invocation: tuple[int, ...] = ()  # with which an activated adapter begins
     written: Written = field(default_factory=list)  # empty once every stream may read it
     last_use: float = field(default_factory=time.time)  # of the load or the last acquire
     pins: int = 0
-    invocation: tuple[int, ...] = ()  # with which an activated adapter begins
     retired: bool = False  # the name is gone or means another slot; freed with the last pin
     #: No other adapter of the process has it, nor a later version of this one.
     serial: int = field(default_factory=itertools.count(1).__next__)
@@ -67,13 +66,6 @@ class Placement:
     #: Bytes behind pages before and after, of the modules where they change.
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    @property
-    def memory(self) -> list[Tensor]:
-        """What was allocated for it."""
-        pages = [t for slab in self.slabs.values() for t in (slab.a, slab.b)]
-        tables = [t for b in self.blocks for t in (b.page_table, b.ranks, b.scale)]
-        return [*pages, *tables, *self.biases.values(), *self.magnitudes.values()]
-
 
 class PageStore:
     """Memory for ``max_slots`` adapters, ``pages`` pages per module, ``max_bytes`` in all.
@@ -82,12 +74,7 @@ class PageStore:
     """
 
     def __init__(
-        self,
-        index: ModelIndex,
-        max_slots: int,
-        max_rank: int,
-        pages: int,
-        max_bytes: int | None,
+        self, index: ModelIndex, max_slots: int, max_rank: int, pages: int, max_bytes: int | None
     ):
         self.max_bytes = max_bytes
         self.index = index
@@ -104,23 +91,10 @@ class PageStore:
         self.max_pages = page_count(max_rank)
         self.free_slots = list(range(max_slots - 1, -1, -1))  # the next one last
         devices = {spec.device for spec in index.specs.values()}
-        self.transfers = {device: transfer_to(device) for device in devices}
-
-    def mark_use(self) -> None:
-        """Steps queued so far may read pages that are about to become free (CUDA only)."""
-        for transfer in self.transfers.values():
-            transfer.mark_use()
-
-    def check_outside_capture(self) -> None:
-        """Refuse to pin inside the capture of a graph (CUDA only)."""
-        for transfer in self.transfers.values():
-            transfer.check_outside_capture()
-
-    def before_reading(self, resident: Resident) -> None:
-        """Let the current stream read a resident whose bytes may still be on their way."""
-        done = [transfer.before_reading(written) for transfer, written in resident.written]
-        if all(done):
-            resident.written = []
+        self.transfers = {
+            device: StreamTransfer(device) if device.type == "cuda" else Transfer()
+            for device in devices
+        }
 
     # ---------------------------------------------------------------------------------------------
     # Numbers
@@ -143,7 +117,7 @@ class PageStore:
         return sum(self.replaced_bytes_of(slot) for slot in range(self.max_slots))
 
     def replaced_bytes_of(self, slot: int) -> int:
-        """Of those of one slot."""
+        """Return the bytes of whole modules of one slot."""
         wholes = [self.modules[name].replaced.get(slot) for name in self._replacing]
         return sum(whole.nbytes for whole in wholes if whole)
 
@@ -190,11 +164,20 @@ class PageStore:
                 (place.biases.get(module, slab.bias), part and part.bias),
                 (place.magnitudes.get(module, slab.magnitude), part and part.magnitude),
             ):
-                if table is not None:
-                    jobs[table.device].append((table[slot], _row(table[slot], own)))
+                if table is None:
+                    continue
+                row = table[slot]
+                if own is None:
+                    own = torch.zeros(
+                        row.shape, dtype=row.dtype, device="cpu", pin_memory=row.is_cuda
+                    )
+                jobs[table.device].append((row, own))
         for block in (*self.blocks, *place.blocks):
             jobs[block.ranks.device] += block.rows(slot, place.pages, packed.modules)
-        new, rooms = place.memory, []
+        new = [t for slab in place.slabs.values() for t in (slab.a, slab.b)]
+        new += [t for b in place.blocks for t in (b.page_table, b.ranks, b.scale)]
+        new += [*place.biases.values(), *place.magnitudes.values()]
+        rooms = []
         for module, room in place.replaced.items():
             for to, own in zip(room, packed.replaced[module], strict=True):
                 if to is not None and own is not None:
@@ -216,16 +199,13 @@ class PageStore:
             assert view.ranks is not None and view.scale is not None  # the module has a slab
             index = torch.tensor(pages, device=slab.a.device)
             row = resident.slot * self.index.specs[module].experts
-            modules[module] = PackedModule(
-                to_host(slab.a[index]),
-                to_host(slab.b[index]),
-                None if slab.bias is None else to_host(slab.bias[resident.slot]),
-                int(view.ranks[row]),
-                float(view.scale[row]),
-                to_host(slab.magnitude[resident.slot])
-                if resident.config.use_dora and slab.magnitude is not None
-                else None,
-            )
+            a, b = to_host(slab.a[index]), to_host(slab.b[index])
+            bias = None if slab.bias is None else to_host(slab.bias[resident.slot])
+            magnitude = slab.magnitude if resident.config.use_dora else None
+            if magnitude is not None:
+                magnitude = to_host(magnitude[resident.slot])
+            rank, scale = int(view.ranks[row]), float(view.scale[row])
+            modules[module] = PackedModule(a, b, bias, rank, scale, magnitude)
         replaced = {
             module: whole.each(to_host)
             for module in self._replacing
@@ -278,7 +258,7 @@ class PageStore:
         self._free(resident.slot)
         for module, pages in resident.pages.items():
             slab = self.slabs[module]
-            slab.free = descending([*slab.free, *pages])
+            slab.free = sorted([*slab.free, *pages], reverse=True)
 
     def _free(self, slot: int) -> None:
         self.residents[slot] = None
@@ -286,10 +266,3 @@ class PageStore:
         for name in self._replacing:
             view = self.modules[name]
             view.replaced = {s: whole for s, whole in view.replaced.items() if s != slot}
-
-
-def _row(row: Tensor, own: Tensor | None) -> Tensor:
-    """An adapter's row of a table, zeros where it has none."""
-    if own is not None:
-        return own
-    return torch.zeros(row.shape, dtype=row.dtype, device="cpu", pin_memory=row.is_cuda)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def copy_(destination: Tensor, source: Tensor) -> None:
-    """Every byte that the pool writes to a slab or a table goes through here."""
+    """Copy; every byte that the pool writes to a slab or a table goes through here."""
     destination.copy_(source, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory, pinned where it will go back to a CUDA device; done on return."""
+    """Copy to host memory, pinned for a CUDA tensor; done on return."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
     return host.copy_(tensor)
 
@@ -116,8 +116,3 @@ class StreamTransfer(Transfer):
                 "AdapterPool.acquire: expected a stream that is not capturing a graph, found one "
                 "that is; enter the block around the capture, and leave it after the last replay"
             )
-
-
-def transfer_to(device: torch.device) -> Transfer:
-    """The copies to a device."""
-    return StreamTransfer(device) if device.type == "cuda" else Transfer()

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import integer, require_flags
+from lora_ext._checks import integer, require, require_flags
 from lora_ext.adapter import (
     AdapterSource,
     BaseModels,
@@ -116,7 +116,7 @@ class AdapterPool:
         self._lock = self._residence.lock
 
     def __reduce__(self) -> NoReturn:
-        """Slots and pins belong to one process: refuse to be copied or pickled, by name."""
+        """Raise TypeError, because slots and pins belong to one process."""
         raise TypeError(
             "AdapterPool: expected not to be copied or pickled, found copy, pickle or torch.save; "
             "save the model's state_dict, or detach the model first"
@@ -132,7 +132,7 @@ class AdapterPool:
             return self._residence.names
 
     def __contains__(self, name: object) -> bool:
-        """Whether :meth:`acquire` knows the name."""
+        """Return whether :meth:`acquire` knows the name."""
         with self._lock:
             return name in self._residence
 
@@ -183,10 +183,9 @@ class AdapterPool:
             strict, adapter_name: as for :meth:`load`.
         """
         with self._lock:
-            self._residence.check_known([name])
-            held = self._residence.by_name.get(name) or self._residence.cache[name]
+            config = self._residence.config_of(name)
         if isinstance(source, Mapping):
-            source = (held.config, source)
+            source = (config, source)
         packed = self._read("update", source, strict, adapter_name)
         with self._lock:
             self._residence.check_known([name])
@@ -197,7 +196,6 @@ class AdapterPool:
     def unload(self, name: str) -> None:
         """Forget a name. Its pages are free at once, or when the last pin is released."""
         with self._lock:
-            self._residence.check_known([name])
             self._residence.forget(name)
 
     def prefetch(
@@ -227,11 +225,8 @@ class AdapterPool:
         with self._lock:
             for name in packed:
                 self._residence.check_new(name)
-            if size > self.host_cache_bytes:
-                raise ValueError(
-                    f"AdapterPool.prefetch: expected at most host_cache_bytes="
-                    f"{self.host_cache_bytes}, found {size} bytes of pages"
-                )
+            limit, where = self.host_cache_bytes, "AdapterPool.prefetch"
+            require(size <= limit, where, "sources", f"at most host_cache_bytes={limit}", size)
             for name, adapter in packed.items():
                 self._residence.cache.put(name, adapter)
         return list(packed)
@@ -244,11 +239,9 @@ class AdapterPool:
         if isinstance(source, nn.Module):
             source = live_adapter(source, adapter_name, where)
         elif adapter_name is not None:
-            raise ValueError(
-                f"AdapterPool.{caller}: adapter_name: expected None beside a "
-                f"{'LoraAdapter' if isinstance(source, LoraAdapter) else 'directory or state dict'}"
-                f", found {adapter_name!r}"
-            )
+            kind = "LoraAdapter" if isinstance(source, LoraAdapter) else "directory or state dict"
+            expected = f"expected None beside a {kind}, found {adapter_name!r}"
+            raise ValueError(f"AdapterPool.{caller}: adapter_name: {expected}")
         elif isinstance(source, LoraAdapter):
             source = source.config, source.state_dict()
         packed = read_packed(source, self.index, self.max_rank, strict)
@@ -269,15 +262,14 @@ class AdapterPool:
             RuntimeError: the current stream is capturing a graph.
         """
         if isinstance(names, str):
-            raise TypeError(
-                f"AdapterPool.acquire: names: expected a sequence of names, found {names!r}"
-            )
-        self._store.check_outside_capture()
+            raise TypeError(f"AdapterPool.acquire: expected a sequence of names, found {names!r}")
+        for transfer in self._store.transfers.values():
+            transfer.check_outside_capture()
         with self._lock:
             return Lease(self, *self._residence.pin(names))
 
     def renew(self, lease: Lease) -> None:
-        """:meth:`Lease.renew`; a lease that is not released stays as it is."""
+        """Pin a released lease again; see :meth:`Lease.renew`."""
         with self._lock:
             if lease.released:
                 self._residence.pin_again(lease.residents)
@@ -290,22 +282,20 @@ class AdapterPool:
             if leased:
                 if slots.released or slots.pool is not self:
                     raise ValueError(
-                        "AdapterPool.release: expected a lease of this pool, not released yet"
+                        "AdapterPool.release: expected an unreleased lease of this pool"
                     )
                 slots.released = True
             unpin = functools.partial(self._residence.unpin, list(slots), checked=leased)
             self._lock.at_end(unpin)
 
     def invocation(self, name: str) -> tuple[int, ...]:
-        """The tokens with which an activated adapter begins; none for one that serves all.
+        """Return the tokens with which an activated adapter begins; empty for other adapters.
 
         Raises:
             UnknownAdapterError: no adapter of that name.
         """
         with self._lock:
-            self._residence.check_known([name])
-            held = self._residence.by_name.get(name) or self._residence.cache[name]
-            return held.config.invocation
+            return self._residence.config_of(name).invocation
 
     # ---------------------------------------------------------------------------------------------
     # Numbers
@@ -333,12 +323,15 @@ class AdapterPool:
         return self._store.limit_bytes
 
     def nbytes(self) -> int:
-        """Bytes taken for pages so far. They grow by eight pages of a module at least."""
+        """Return the bytes taken for pages so far.
+
+        They grow by at least eight pages of a module.
+        """
         with self._lock:
             return self._store.page_bytes
 
     def stats(self) -> dict[str, Any]:
-        """Numbers of this moment.
+        """Return numbers of this moment.
 
         Returns:
             ``limit_bytes``, ``reserved_bytes`` and ``used_bytes``: what the pool may take, has
@@ -368,7 +361,7 @@ class AdapterPool:
             return self._store.trim()
 
     def __repr__(self) -> str:
-        """Settings, and the memory that they mean."""
+        """Return the settings, and the memory that they mean."""
         count = len(self.names)
         return (
             f"AdapterPool(max_slots={self.max_slots}, max_rank={self.max_rank}, "

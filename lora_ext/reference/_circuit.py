@@ -146,12 +146,7 @@ def circuit_scan(
     trans: Tensor | None = None,
     x: Tensor | None = None,
 ) -> CircuitScan:
-    """Prefix marginals, conditionals and state posteriors of every window, in one pass.
-
-    With ``cur_k[z] = log p(state_k = z, x_<k)`` and ``e_k[z] = log leaf_{k,z}(x_k)``:
-    ``prefix_k = logsumexp_z(cur_k + e_k)``, ``posterior_k = softmax(cur_k)``. A token of -1
-    marginalises its position; without ``x``, ``leaf (B, K, C)`` holds the ``e_k`` themselves.
-    """
+    """Compute :func:`lora_ext.ops.circuit_scan` by its formula, position after position."""
     e = leaf.to(accumulator(leaf.dtype))
     if x is not None:
         e = _observe(log_softmax(e), x)
@@ -243,10 +238,9 @@ def circuit_argmax(
     trans: Tensor | None,
     evidence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The most probable tokens *and* latents of each window, by max-product.
+    """Compute :func:`lora_ext.ops.circuit_argmax`: best values upward, choices downward.
 
-    This is not the mode over tokens alone, whose sum over latents no known method maximises fast;
-    for ``ff`` the two agree. Ties go to the lowest index.
+    No known method maximises the sum over latents, the mode over tokens alone, fast.
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
@@ -319,14 +313,10 @@ def spec_verify(
     num_evidence: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Accept a prefix of a draft so that the output follows the verifier's law exactly.
+    """Compute :func:`lora_ext.ops.spec_verify` by its formula.
 
-    Position k is accepted while ``u_k < p_k(x_k) / q(x_k | x_<k)``; never where ``q`` is 0, since
-    the circuit cannot have drawn the token. At the first one rejected the next token is drawn from
-    ``max(0, p - q)``, normalised (from ``p``, if rounding leaves nothing positive); after the last
-    from the verifier's next distribution. With temperature 0: accepted while the draft is the
-    verifier's argmax, then that argmax; no uniform is used. The first ``num_evidence`` tokens are
-    kept untested.
+    A token with ``q = 0`` is never accepted, because the circuit cannot have drawn it. No uniform
+    is used at temperature 0.
     """
     dtype = accumulator(target.dtype)
     rows, n_token = tokens.shape

@@ -25,16 +25,10 @@ def rows_of_adapters(
             yield s, rows, rank
 
 
-def unpage_a(a: Tensor, page_table: Tensor) -> Tensor:
-    """Pages ``(P, 8, I)`` as a bank ``(A, R, I)``; absent pages (-1) are zero."""
-    pages = torch.where((page_table < 0)[:, :, None, None], 0, a[page_table.clamp(min=0).long()])
-    return pages.flatten(1, 2)
-
-
-def unpage_b(b: Tensor, page_table: Tensor) -> Tensor:
-    """Pages ``(P, O, 8)`` as a bank ``(A, O, R)``; absent pages (-1) are zero."""
-    pages = torch.where((page_table < 0)[:, :, None, None], 0, b[page_table.clamp(min=0).long()])
-    return pages.transpose(1, 2).flatten(2, 3)
+def paged(pages: Tensor, page_table: Tensor) -> Tensor:
+    """Return the pages of each adapter, ``(A, R / 8, ...)``; absent pages (-1) are zero."""
+    absent = (page_table < 0)[:, :, None, None]
+    return torch.where(absent, 0, pages[page_table.clamp(min=0).long()])
 
 
 def lora_shrink(
@@ -45,9 +39,9 @@ def lora_shrink(
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    """``v[t] = scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; zero for -1; ``(T, R)``."""
+    """Compute :func:`lora_ext.ops.lora_shrink`, one adapter after the other."""
     if page_table is not None:
-        a = unpage_a(a, page_table)
+        a = paged(a, page_table).flatten(1, 2)  # (A, R, I)
     dtype = accumulator(x.dtype)
     v = x.new_zeros(x.shape[0], a.shape[1], dtype=dtype)
     for s, rows, rank in rows_of_adapters(adapter_ids, a.shape[0], a.shape[1], ranks):
@@ -66,7 +60,7 @@ def lora_update(
 ) -> Tensor:
     """``delta[t] = b[s] @ v[t]``, not rounded; zero for -1; ``(T, O)`` in the dtype of ``v``."""
     if page_table is not None:
-        b = unpage_b(b, page_table)
+        b = paged(b, page_table).transpose(1, 2).flatten(2, 3)  # (A, O, R)
     delta = v.new_zeros(v.shape[0], b.shape[1])
     for s, rows, rank in rows_of_adapters(adapter_ids, b.shape[0], b.shape[2], ranks):
         delta[rows] = v[rows, :rank] @ b[s, :, :rank].to(v.dtype).T

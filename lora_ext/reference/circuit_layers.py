@@ -13,9 +13,9 @@ from ._circuit_sum import log_einsum_exp
 
 
 def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
-    """``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, 0 where ``x`` is -1.
+    """Compute :func:`lora_ext.ops.circuit_table` by indexing.
 
-    By ``norm`` "logits", ``p`` is the softmax of a row of the table, by "none" its exponential.
+    ``p`` is the softmax of a row of the table with the norm "logits", its exponential with "none".
     """
     table = log_softmax(table) if norm == "logits" else table
     rows = row[:, None] + torch.arange(block, device=row.device)  # (M, block)

@@ -31,10 +31,7 @@ def depth_mix(
     betas: Tensor | Sequence[Tensor] | None = None,
     norm: str = "rms",
 ) -> Tensor:
-    """``u[t] = sum_e weights[t, e] * depth_norm(hiddens[e])[t]``, rounded once.
-
-    A weight of zero is a factor like others: what is not a number stays so.
-    """
+    """``u[t] = sum_e weights[t, e] * depth_norm(hiddens[e])[t]``, rounded once."""
     mixed = _mix(_norms(hiddens, gammas, eps, betas, norm), weights)
     return mixed.to(hiddens[0].dtype)
 

@@ -102,13 +102,9 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """``y[t] = weight @ x[t] + bias + b[s] @ (c * a[s] @ (m[t] * x[t]))``, ``(T, O)``.
+    """Compute :func:`lora_ext.ops.lora_linear`, one adapter after the other.
 
-    ``s = adapter_ids[t]``, ``m`` the dropout mask in {0, 1}, ``c = scale[s] / (1 - p)``. Rows of -1
-    have no update; without a weight the update is all. ``seed`` is one for the batch, or ``(A,)``.
     Plain torch, so autograd gives the backward.
-
-    Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
     dtype = accumulator(x.dtype)
     y = x.new_zeros(x.shape[0], b.shape[1], dtype=dtype)

@@ -38,8 +38,7 @@ def row_attention(
     spans: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """``softmax(scale q k^T) v`` over the keys that each row sees, ``(B, H, T, E)``, in float32
-    (float64 stays). A row that sees none gives zeros."""
+    """Compute :func:`lora_ext.ops.row_attention`, ``softmax(scale q k^T) v`` over seen keys."""
     wide = accumulator(q.dtype)
     seen = seen_keys(q.shape[2], k.shape[2], causal, spans, mask, q.device)[:, None]
     if k.shape[2] == 0:

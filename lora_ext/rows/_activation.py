@@ -1,12 +1,12 @@
 """Adapters that begin in mid-sequence: where each row's does, and which tokens have it.
 
-An activated adapter (aLoRA) serves a row from the last place on at which its *invocation*, a run of
-tokens of its own, stands in the row's prompt. What lies before that place, the *start*, is the base
-model's, so that keys and values of it may be shared with the base and with other such adapters.
+An activated adapter (aLoRA) serves a row from the last occurrence of its *invocation*, a sequence
+of tokens, in the row's prompt. The tokens before that position, the *start*, are the base model's,
+so their keys and values can be shared with the base model and with other activated adapters.
 
-A start is absolute: a place in the row's tokens, pads counted. Token ``t`` of a forward that has
-``past`` tokens in its cache has the adapter iff ``past + t >= start``. So chunks of a prompt, a
-cache and no cache give the same answer.
+A start is an absolute position in the tokens of the row, pads included. Token ``t`` of a forward
+with ``past`` tokens in its cache has the adapter iff ``past + t >= start``. So a prompt in chunks,
+a cache and no cache give the same result.
 
 Source: Greenewald et al. 2025, "Activated LoRA: Fine-tuned LLMs for Intrinsics"; PEFT 0.21.
 """
@@ -21,83 +21,83 @@ from torch import Tensor
 
 from lora_ext._checks import integer, require
 
-from ._assignment import INTEGERS, Assignment, Batch
+from ._assignment import Assignment, Layout, check_integers
 
 Starts = int | None | Sequence[int | None]
 Invocations = Sequence[tuple[int, ...]]
 
 
 def last_start(ids: Tensor, invocation: Sequence[int]) -> list[int | None]:
-    """Where an invocation begins for the last time in each row of ``ids (B, T)``; None where it
-    does not occur."""
+    """Return the last position of an invocation in each row of ``ids (B, T)``; None without one."""
     n = len(invocation)
     if ids.shape[1] < n:
         return [None] * len(ids)
     wanted = torch.tensor(invocation, device=ids.device)
     found = (ids.unfold(1, n, 1) == wanted).all(-1)  # (B, T - n + 1)
     places = torch.arange(1, found.shape[1] + 1, device=ids.device)
-    last = (found * places).amax(1) - 1  # (B,), -1 where there is none
+    last = (found * places).amax(1) - 1  # (B,), -1 without an occurrence
     return [None if place < 0 else place for place in last.tolist()]
 
 
 class Activated(Assignment):
-    """Names of sequences with the place where each begins.
+    """An assignment with the start of each entry.
 
-    What a forward of them is given is an ordinary assignment, :meth:`at`. A layer that nobody has
-    told which forward it is in takes it for the whole of the rows.
+    A forward gets an ordinary assignment, :meth:`at`. A layer that does not know which forward it
+    is in takes its activations for the whole rows.
 
     Args:
-        names, places, shape, repeat: as of :class:`Assignment`; ``shape`` is ``()`` or ``(n,)``.
-        invocations: of each name, empty for an adapter that serves all tokens.
-        starts: for each entry, None where the row does not invoke its adapter; None: not known yet.
-        fixed: they hold for all that comes; False: as the block's last forward has shown them.
-        length: tokens of a row, where starts were looked for in all of them.
-        first: what it was before any start was known.
+        entries: an assignment without a tensor, of shape ``()`` or ``(n,)``.
+        invocations: of each name; empty for an adapter that serves all tokens.
+        starts: for each entry, None if the row does not invoke its adapter; None: not known yet.
+        fixed: True if the starts hold for all forwards; False if each prompt sets them anew.
+        length: number of tokens of a row, if all of them were searched for starts.
+        first: the assignment before any start was known.
     """
 
     def __init__(
         self,
-        names: tuple[str, ...],
-        places: tuple[int, ...],
-        shape: tuple[int, ...],
-        repeat: int,
+        entries: Assignment,
         invocations: Invocations,
         starts: tuple[int | None, ...] | None = None,
         fixed: bool = False,
         length: int | None = None,
         first: Activated | None = None,
     ):
-        super().__init__(names, places, shape, repeat)
-        self.entries = places  # `places`, known to be no tensor
+        super().__init__(entries.names, entries.places, entries.shape, entries.repeat)
+        assert isinstance(entries.places, tuple)
+        self.entries = entries.places
         self.invocations = tuple(invocations)
         self.starts, self.fixed, self.length = starts, fixed, length
         self.first = self if first is None else first
-        # Ordinary assignments of forwards, which keep what their layers share.
+        # Ordinary assignments of forwards, with what their layers share, by the places of entries.
         self._whole_rows: dict[tuple[int, ...], Assignment] = {}
 
     # ---------------------------------------------------------------------------------------------
     # Starts become known
 
     def of_prompt(self, ids: Tensor | None, origin: int = 0) -> Activated:
-        """The same with the starts of this prompt, for good; as it is where they are given.
+        """Return the same assignment with the starts in a prompt, fixed; ``self`` if they are.
 
-        ``origin`` tokens lie before ``ids (B, T)``, without which a ValueError is raised.
+        Args:
+            ids: ``(B, T)``. origin: number of tokens before them.
+
+        Raises:
+            ValueError: If there are no ids, or they have another number of rows.
         """
-        if self.fixed:
-            return self
         pending = self.first
-        if not pending._may_begin():
+        if self.fixed or not pending._may_begin():
             return self
         if ids is None:
             raise self._unknown("found a prompt without input_ids")
         return pending._with(pending._found(ids, origin), fixed=True)._warned()
 
     def of_forward(self, ids: Tensor | None, past: int) -> Activated:
-        """The same with what a forward shows: the starts in its ids ``(B, T)``; where it has a
-        cache of ``past`` tokens, of rows without one there, those that the block has seen.
+        """Return the same assignment with the starts in the ids ``(B, T)`` of a forward.
+
+        Rows without a start there keep the one of an earlier forward if the cache has tokens.
 
         Raises:
-            ValueError: a row's start is not to be seen here, and was not before.
+            ValueError: If the start of a row is not in these ids and was not in earlier ones.
         """
         if self.fixed or not self._may_begin():
             return self
@@ -116,14 +116,14 @@ class Activated(Assignment):
         return self if found == self.starts else self.first._with(found, fixed=False)
 
     def _with(self, starts: tuple[int | None, ...], fixed: bool) -> Activated:
-        places, shape = self.entries, self.shape
-        if not shape:  # one name for every row
-            places, shape = places * len(starts), (len(starts),)
-        given = self.repeat, self.invocations, starts, fixed, None, self.first
-        return Activated(self.names, places, shape, *given)
+        entries: Assignment = self
+        if not self.shape:  # one name for every row
+            places = self.entries * len(starts)
+            entries = Assignment(self.names, places, (len(starts),), self.repeat)
+        return Activated(entries, self.invocations, starts, fixed, first=self.first)
 
     def _found(self, ids: Tensor, origin: int) -> tuple[int | None, ...]:
-        """The start of each entry, by its ids."""
+        """Return the start of each entry in its ids."""
         require(ids.dim() == 2, "adapters", "input_ids", "(B, T)", tuple(ids.shape))
         rows = (len(self.entries) if self.shape else len(ids)) * self.repeat
         expected = f"{rows} rows, as there are names"
@@ -140,7 +140,7 @@ class Activated(Assignment):
         return tuple(starts)
 
     def _may_begin(self) -> bool:
-        """Whether an entry has an adapter with an invocation."""
+        """Return whether an entry has an adapter with an invocation."""
         return any(place >= 0 and self.invocations[place] for place in self.entries)
 
     def _unknown(self, found: str) -> ValueError:
@@ -152,7 +152,7 @@ class Activated(Assignment):
         )
 
     def _warned(self) -> Activated:
-        """The same, once it is said which rows the base model serves."""
+        """Return ``self`` after a warning if the base model serves rows without an invocation."""
         absent = {
             self.names[place]: row
             for row, (place, start) in enumerate(zip(self.entries, self.starts or (), strict=True))
@@ -173,8 +173,11 @@ class Activated(Assignment):
     # Forwards
 
     def at(self, past: int, length: int, rows: int) -> Assignment:
-        """What a forward of ``rows`` sequences of ``length`` tokens over ``past`` ones has: a name
-        for each sequence, where none begins inside; else one for each token."""
+        """Return the assignment of a forward of ``rows`` sequences of ``length`` tokens.
+
+        It has an entry per sequence, or per token if a start lies inside. The cache has ``past``
+        tokens.
+        """
         if self.starts is None:
             raise self._unknown("found it where nobody has looked for it")
         pairs = list(zip(self.entries, self.starts, strict=True))
@@ -193,19 +196,13 @@ class Activated(Assignment):
         table = table.repeat_interleave(count, 0)
         return Assignment(self.names, table.flatten(), tuple(table.shape))
 
-    def per_row(
-        self,
-        table: Sequence[int],
-        leading: torch.Size,
-        device: torch.device,
-        tokens_first: bool = False,
-        batch: Batch | None = None,
-    ) -> Tensor:
-        """As of an ordinary one, for a layer that sees all tokens of the rows."""
-        across = leading[:2][::-1] if tokens_first else leading[:2]
+    def ids(self, table: Sequence[int], layout: Layout) -> Tensor:
+        """As of an ordinary assignment, for a layer whose activations are the whole rows."""
+        leading = layout.leading
+        across = leading[:2][::-1] if layout.tokens_first else leading[:2]
         rows = len(self.entries) * self.repeat if self.shape else across[:1].numel()
         length = self.length
-        if length is None:  # nobody knows what lies in a cache: no start may be beyond these tokens
+        if length is None:  # a cache may have more tokens: no start may be beyond these
             length = leading.numel() // max(rows, 1) if len(across) < 2 else across[1]
             late = [s for s in self.starts or () if s is not None and s >= max(length, 1)]
             if late:
@@ -217,36 +214,29 @@ class Activated(Assignment):
                     f"found {tuple(leading)} before the features; the layers of an attached model "
                     "follow a cache, those of lora_ext.nn take whole rows"
                 )
-        whole = self.at(0, length, rows)
-        return whole.per_row(table, leading, device, tokens_first, batch)
+        return self.at(0, length, rows).ids(table, layout)
 
     # ---------------------------------------------------------------------------------------------
     # What generate does to rows
 
-    def times(self, count: int) -> Assignment:
-        """The same where every entry comes for ``count`` rows in a row."""
-        return self._like(self.entries, self.shape, count, self.starts)
+    def times(self, count: int) -> Activated:
+        """Return the same assignment for batches with ``count`` consecutive rows per entry."""
+        return self._like(super().times(count), self.starts)
 
     def select(self, rows: Sequence[int], batch: int) -> Assignment:
-        """The same for some rows of a batch; as it is where it names no such batch."""
-        if self.shape != (len(self.entries),) or len(self.entries) * self.repeat != batch:
+        """Return the assignment of some rows of a batch; ``self`` if it names no such batch."""
+        chosen, starts = super().select(rows, batch), self.starts
+        if chosen is self:
             return self
-        entries = [row // self.repeat for row in rows]
-        starts = None if self.starts is None else tuple(self.starts[i] for i in entries)
-        return self._like(tuple(self.entries[i] for i in entries), (len(entries),), 1, starts)
+        if starts is not None:
+            starts = tuple(starts[row // self.repeat] for row in rows)
+        return self._like(chosen, starts)
 
-    def _like(
-        self,
-        places: tuple[int, ...],
-        shape: tuple[int, ...],
-        repeat: int,
-        starts: tuple[int | None, ...] | None,
-    ) -> Activated:
-        given = self.invocations, starts, self.fixed, self.length
-        return Activated(self.names, places, shape, repeat, *given)
+    def _like(self, entries: Assignment, starts: tuple[int | None, ...] | None) -> Activated:
+        return Activated(entries, self.invocations, starts, self.fixed, self.length)
 
     def same_as(self, other: Assignment) -> bool:
-        """Whether both give every row of a batch the same adapter from the same place on."""
+        """Return whether both give every row the same adapter from the same position on."""
         alike = isinstance(other, Activated) and self.starts == other.starts
         return alike and super().same_as(other)
 
@@ -255,34 +245,34 @@ def begun(
     assignment: Assignment,
     invocations: Invocations,
     token_ids: Tensor | None,
-    input_ids: Tensor | None,
-    starts: Starts,
+    input_ids: Tensor | None = None,
+    starts: Starts = None,
 ) -> Assignment:
-    """An assignment of :func:`lora_ext.adapters` with what the call says of starts.
+    """Return an assignment of :func:`lora_ext.adapters` with the starts that its call gives.
 
-    Names of tokens say it by themselves, and stay as they are. ``invocations`` are those of the
-    names, empty for ordinary adapters. More than one of the last three, or what does not fit the
-    names, is a ValueError.
+    ``invocations`` are those of the names, empty for ordinary adapters. Names of tokens have no
+    starts and stay as they are.
+
+    Raises:
+        ValueError: If more than one of the last three is given, or one does not fit the names.
     """
     given = {"token_ids": token_ids, "input_ids": input_ids, "starts": starts}
     found = [name for name, value in given.items() if value is not None]
     expected = "at most one of token_ids, input_ids and starts"
     require(len(found) < 2, "adapters", " and ".join(found), expected, "both")
-    if found == ["token_ids"]:
+    if token_ids is not None:
         return assignment
-    if isinstance(assignment.places, Tensor) or len(assignment.shape) > 1:
+    if len(assignment.shape) > 1:
         expected = "None beside names of tokens, which say it themselves"
-        require(not found, "adapters", found[0] if found else "starts", expected, "some")
+        require(not found, "adapters", "".join(found), expected, "some")
         return assignment
     if input_ids is not None:
-        require(isinstance(input_ids, Tensor), "adapters", "input_ids", "a tensor", type(input_ids))
-        dtype = input_ids.dtype
-        require(dtype in INTEGERS, "adapters", "input_ids", "integers", dtype)
+        check_integers("input_ids", input_ids)
     if not any(invocations) and starts is None:
-        if input_ids is not None:
-            _pending(assignment, invocations)._found(input_ids, 0)  # fits the names, or raises
+        if input_ids is not None:  # raises if the ids do not fit the names
+            Activated(assignment, invocations)._found(input_ids, 0)
         return assignment
-    activated = _pending(assignment, invocations)
+    activated = Activated(assignment, invocations)
     if starts is not None:
         activated.starts, activated.fixed = _checked_starts(starts, activated), True
         return activated
@@ -293,15 +283,11 @@ def begun(
     return known
 
 
-def _pending(assignment: Assignment, invocations: Invocations) -> Activated:
-    places = assignment.places
-    assert isinstance(places, tuple)
-    return Activated(assignment.names, places, assignment.shape, assignment.repeat, invocations)
-
-
-def _checked_starts(starts: Starts, activated: Activated) -> tuple[int | None, ...]:
-    """A place for each entry: where an ordinary adapter has None, its first token."""
-    each = [starts] if starts is None or isinstance(starts, int) else list(starts)
+def _checked_starts(
+    starts: int | Sequence[int | None], activated: Activated
+) -> tuple[int | None, ...]:
+    """Return the start of each entry; None of an ordinary adapter becomes its first token."""
+    each = [starts] if isinstance(starts, int) else list(starts)
     count = len(activated.entries)
     expected = f"a place or None for each of {count} names"
     require(len(each) == count, "adapters", "starts", expected, len(each))

@@ -1,4 +1,4 @@
-"""An assignment says which adapter has each row: names or token ids in, rows out."""
+"""An assignment says which adapter has each row: names or token ids in, adapter ids per row out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext._torch import compiles
 
-from ._rows import Kept, Rows, capturing, constant, repeated
+from ._rows import Kept, Rows, capturing, planned, renumbered, repeated
 
 Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]]
 
@@ -25,10 +24,19 @@ MAX_SHAPES = 32
 
 
 class Batch(NamedTuple):
-    """What a model's forward was given."""
+    """Shape of the batch that a model's forward was given."""
 
     sequences: int
-    lengths: frozenset[int]  # in tokens; of encoder and decoder, for one
+    lengths: frozenset[int]  # in tokens; of encoder and decoder, for example
+
+
+class Layout(NamedTuple):
+    """Layout of the rows of one layer's activations ``(*leading, features)``."""
+
+    leading: torch.Size
+    device: torch.device
+    tokens_first: bool = False  # leading is (tokens, sequences, ...)
+    batch: Batch | None = None  # of the model's forward, if it is known
 
 
 class TokensFirstError(ValueError):
@@ -36,15 +44,15 @@ class TokensFirstError(ValueError):
 
 
 class Assignment:
-    """Which of some names each row has, as a block, a call or PEFT's hooks gave them.
+    """The adapter of each entry of a block, a call or PEFT's hooks, by name.
 
     Args:
         names: distinct names of adapters.
-        places: for each entry of what was given, the place of its name in ``names``, -1 for the
-            base model; or an int64 tensor of them.
-        shape: whom the entries are for. ``()``: every row; ``(n,)``: n sequences or rows;
-            ``(B, L)``: each token; the shape of the activations without features, for a tensor.
-        repeat: how many rows of a batch in a row have each entry: beams, or returned sequences.
+        places: for each entry, the index of its name in ``names``, -1 for the base model; or an
+            int64 tensor of these.
+        shape: what the entries stand for. ``()``: one entry for every row; ``(n,)``: n sequences or
+            rows; ``(B, L)``: each token; for a tensor, the activations' shape without features.
+        repeat: number of consecutive rows of a batch for each entry: beams or returned sequences.
     """
 
     def __init__(
@@ -54,10 +62,7 @@ class Assignment:
         shape: tuple[int, ...],
         repeat: int = 1,
     ):
-        self.names = names
-        self.places = places
-        self.shape = shape
-        self.repeat = repeat
+        self.names, self.places, self.shape, self.repeat = names, places, shape, repeat
         entries = places.unique().tolist() if isinstance(places, Tensor) else places
         #: Places that occur.
         self.occurring = frozenset(entries) - {-1}
@@ -68,17 +73,14 @@ class Assignment:
 
     @classmethod
     def of(cls, given: Names, token_ids: Tensor | None = None) -> Assignment:
-        """From the arguments of :func:`lora_ext.adapters`."""
+        """Return the assignment of the arguments of :func:`lora_ext.adapters`."""
         flat, shape = _parse(given)
         assignment = cls.of_entries(flat, shape)
         if token_ids is None:
             return assignment
         expected = "one list of names beside token_ids"
         require(len(shape) <= 1, "adapters", "names", expected, "a list of lists")
-        kind = type(token_ids).__name__
-        fits = isinstance(token_ids, Tensor)
-        require(fits, "adapters", "token_ids", "a tensor of integers", kind)
-        require(token_ids.dtype in INTEGERS, "adapters", "token_ids", "integers", token_ids.dtype)
+        check_integers("token_ids", token_ids)
         expected = "the activations' shape without features, (B, T) or (rows,)"
         require(token_ids.dim() != 0, "adapters", "token_ids", expected, "a single number")
         if token_ids.numel():
@@ -86,45 +88,44 @@ class Assignment:
             expected, fits = f"ids in [-1, {len(flat)})", -1 <= low and high < len(flat)
             require(fits, "adapters", "token_ids", expected, f"{low} to {high}")
         with torch.inference_mode(False), torch.no_grad():
-            # A copy: the caller may fill the next batch in before the backward of this one.
+            # A copy: the caller may write the next batch into it before the backward of this one.
             own = torch.tensor([*assignment.places, -1], device=token_ids.device)
-            places = own[token_ids.long()].flatten()  # -1 finds the last
+            places = own[token_ids.long()].flatten()  # -1 reads the last
             return cls(assignment.names, places, tuple(token_ids.shape))
 
     @classmethod
     def of_entries(cls, entries: Sequence[str | None], shape: tuple[int, ...]) -> Assignment:
-        """From a name for each entry; ``shape`` as for the class."""
+        """Return the assignment of a name for each entry; ``shape`` is that of the class."""
         names = tuple(dict.fromkeys(n for n in entries if n is not None and n != BASE))
         place: dict[str | None, int] = {name: i for i, name in enumerate(names)}
         return cls(names, tuple(place.get(name, -1) for name in entries), shape)
 
     def spelled(self) -> list[str]:
-        """The name of each entry, the base model's as PEFT spells it."""
-        names = [*self.names, BASE]  # -1 finds the last
+        """Return the name of each entry; the base model's is PEFT's."""
+        names = [*self.names, BASE]  # -1 reads the last
         return [names[place] for place in self.places]  # pyright: ignore[reportCallIssue]
 
     def each(self) -> list[str]:
-        """The names that occur, the base model's among them."""
+        """Return the names that occur, with the base model's."""
         places = set(self.places.tolist() if isinstance(self.places, Tensor) else self.places)
         return [[*self.names, BASE][place] for place in sorted(places)]
 
     def same_as(self, other: Assignment) -> bool:
-        """Whether both give every row of a batch the same adapter; tensors count as different."""
+        """Return whether both give every row the same adapter; two tensors count as different."""
         mine, others = self.places, other.places
         if isinstance(mine, Tensor) or isinstance(others, Tensor):
             return self is other
         return (self.names, mine, self.shape) == (other.names, others, other.shape)
 
     def times(self, count: int) -> Assignment:
-        """The same where every entry comes for ``count`` rows in a row."""
+        """Return the same assignment for batches with ``count`` consecutive rows per entry."""
         return Assignment(self.names, self.places, self.shape, count)
 
     def select(self, rows: Sequence[int], batch: int) -> Assignment:
-        """The same for some rows of a batch; as it is where it names no such batch."""
+        """Return the assignment of some rows of a batch; ``self`` if it names no such batch."""
         places = self.places
-        if isinstance(places, Tensor) or self.shape != (len(places),):
-            return self
-        if len(places) * self.repeat != batch:
+        of_rows = self.shape == (len(places),) and len(places) * self.repeat == batch
+        if isinstance(places, Tensor) or not of_rows:
             return self
         chosen = tuple(places[row // self.repeat] for row in rows)
         return Assignment(self.names, chosen, (len(chosen),))
@@ -132,96 +133,55 @@ class Assignment:
     # ---------------------------------------------------------------------------------------------
     # Rows
 
-    def among(
-        self,
-        names: tuple[str, ...],
-        leading: torch.Size,
-        device: torch.device,
-        tokens_first: bool = False,
-        batch: Batch | None = None,
-    ) -> Rows:
-        """Rows for a layer with adapters ``names``, grouped; made once. Those that the layer lacks
-        are rows of the base: adapters need not reach every layer."""
-        where = names, leading, device, tokens_first, batch
-        if compiles():
-            return self._among(*where)
-        key = (names, leading, "tokens first") if tokens_first else (names, leading)
-        return self.kept.get(key, device, self._among, *where)
+    def rows_among(self, names: tuple[str, ...], layout: Layout) -> Rows:
+        """Return the rows of a layer whose adapters have these names, made once per layout.
 
-    def _among(
-        self,
-        names: tuple[str, ...],
-        leading: torch.Size,
-        device: torch.device,
-        tokens_first: bool,
-        batch: Batch | None,
-    ) -> Rows:
+        A row whose adapter the layer lacks is the base model's: adapters need not reach every
+        layer.
+        """
+        if compiles():
+            return self._rows_among(names, layout)
+        leading, device, tokens_first, _ = layout
+        key = (names, leading, tokens_first)
+        return self.kept.get(key, device, self._rows_among, names, layout)
+
+    def _rows_among(self, names: tuple[str, ...], layout: Layout) -> Rows:
         known = [names.index(name) if name in names else -1 for name in self.names]
         used = tuple(sorted({known[place] for place in self.occurring} - {-1}))
         table = [used.index(position) if position in used else -1 for position in known]
-        return self.rows(used, table, leading, device, tokens_first, batch)
+        return planned(used, self.ids(table, layout))
 
-    def rows(
-        self,
-        used: tuple[int, ...],
-        table: Sequence[int],
-        leading: torch.Size,
-        device: torch.device,
-        tokens_first: bool = False,
-        batch: Batch | None = None,
-    ) -> Rows:
-        """Rows whose ids are ``table``'s number of each name."""
-        ids = self.per_row(table, leading, device, tokens_first, batch)
-        return Rows(used, ids, ops.lora_plan(ids, len(used)))
-
-    def per_row(
-        self,
-        table: Sequence[int],
-        leading: torch.Size,
-        device: torch.device,
-        tokens_first: bool = False,
-        batch: Batch | None = None,
-    ) -> Tensor:
-        """``(T,)`` int32: ``table``'s number of each row's name, -1 for the base model.
-
-        Args:
-            table: a number for each of :attr:`names`.
-            leading: dimensions of the activations before the features.
-            device: where the activations are.
-            tokens_first: the first dimension counts tokens, the second sequences.
-            batch: what the model's forward was given, where that is known.
+    def ids(self, table: Sequence[int], layout: Layout) -> Tensor:
+        """Return ``(T,)`` int32: ``table[i]`` for rows of name ``i``, -1 for the base model.
 
         Raises:
-            ValueError: activations that the entries do not fit.
+            ValueError: If the entries do not fit the layout.
         """
-        if tokens_first and len(self.shape) == 2:
-            # Entries are (B, L) whatever the layer's layout: its rows are theirs, turned.
-            rows, length = self.shape
-            if leading != (length, rows):
-                raise self._misfit(leading)
-            upright = self.per_row(table, torch.Size(self.shape), device)
-            return upright.view(rows, length).T.flatten()
-        copies, turns = self.spread(leading, tokens_first, batch)
-        table = [*table, -1]  # -1 finds the last
+        device = layout.device
+        if layout.tokens_first and len(self.shape) == 2:
+            # Entries are (B, L) in every layout: the rows of this one are theirs, transposed.
+            if layout.leading != self.shape[::-1]:
+                raise self._misfit(layout.leading)
+            upright = self.ids(table, Layout(torch.Size(self.shape), device))
+            return upright.view(self.shape).T.flatten()
+        copies, turns = self.spread(layout)
         if isinstance(self.places, Tensor):
             if capturing(device):
                 raise RuntimeError(
                     "adapters: token_ids: expected a forward that runs, found one captured in a "
-                    "CUDA graph, which would serve these very rows at every replay; capture with "
-                    "names"
+                    "CUDA graph, whose replays would keep these rows; capture with names"
                 )
-            return constant(table, torch.int32, device)[self.places.to(device)]
-        each = [table[place] for place in self.places]
+            return renumbered(self.places.to(device), table)
+        each = [-1 if place < 0 else table[place] for place in self.places]
         if capturing(device):
             ids = repeated(each, copies, torch.int32, device)
         else:
             ids = torch.tensor(each, dtype=torch.int32).repeat_interleave(copies).to(device)
         return ids if turns == 1 else ids.repeat(turns)
 
-    def spread(
-        self, leading: torch.Size, tokens_first: bool, batch: Batch | None
-    ) -> tuple[int, int]:
-        """How many consecutive rows take each entry, and how often all of that comes again."""
+    def spread(self, layout: Layout) -> tuple[int, int]:
+        """Return how many consecutive rows each entry has, and how often all of them repeat."""
+        leading, batch = layout.leading, layout.batch
         rows, sequences = math.prod(leading), len(self.places) * self.repeat
         if self.shape == ():
             return rows, 1
@@ -231,7 +191,7 @@ class Assignment:
             ):
                 return 1, 1
             raise self._misfit(leading)
-        if tokens_first and leading[1:2] == (sequences,):
+        if layout.tokens_first and leading[1:2] == (sequences,):
             self._read_as("sequence", leading)
             return math.prod(leading[2:]) * self.repeat, leading[0]
         if leading[:1] == (sequences,):
@@ -252,11 +212,8 @@ class Assignment:
     def _misfit(self, leading: torch.Size) -> ValueError:
         named, found = len(self.places), f"found activations of shape {_activations(leading)}"
         if isinstance(self.places, Tensor):
-            shape = tuple(self.shape)
-            return ValueError(
-                f"adapters: token_ids: expected the activations' shape without features, as "
-                f"{shape} has it, {found}"
-            )
+            expected = f"the activations' shape without features, as {self.shape} has it"
+            return ValueError(f"adapters: token_ids: expected {expected}, {found}")
         if len(self.shape) == 2:
             expected = f"{self.shape[0]} sequences of {self.shape[1]} tokens"
         elif self.repeat == 1:
@@ -267,43 +224,53 @@ class Assignment:
         return ValueError(f"adapters: names: expected {expected}, {found}")
 
     def _read_as(self, unit: str, leading: torch.Size) -> None:
-        """One list of names is one per sequence or one per row, and not the one here and the other
-        there: rows that all sequences share, such as positions, can be as many by chance."""
+        """Note that entries are one per sequence or one per row; raise if they have been both.
+
+        Rows that all sequences share, such as positions, can be as many as the names by chance.
+        """
         readings = {**self._readings, unit: leading}
         if len(self.places) > 1 and len(readings) == 2:
             per_sequence, per_row = readings["sequence"], readings["row"]
             raise ValueError(
                 f"adapters: names: found them read as one per sequence by activations of shape "
-                f"{_activations(per_sequence)} and as one per row by {_activations(per_row)}; rows "
-                "that all sequences share have no adapter of their own: expected no adapter on "
-                "that module (or a list of names for each sequence, one per token)"
+                f"{_activations(per_sequence)} and as one per row by {_activations(per_row)}: "
+                "expected a list of names for each sequence, or no adapter on rows that all share"
             )
         self._readings[unit] = leading
 
-    def check_tokens(self, leading: torch.Size, tokens_first: bool = False) -> None:
-        """Refuse one list of names for one row of tokens: it may be of positions, which the
-        sequences that the names mean share. Where tokens come first, it is a token of each."""
+    def check_tokens(self, layout: Layout) -> None:
+        """Raise for one list of names beside one row of tokens or positions.
+
+        All sequences of the names share such positions. If tokens come first, the row has one token
+        of each sequence.
+        """
         named = len(self.places)
-        if self.shape == (named,) != (1,) and leading == (1, named) and not tokens_first:
+        one_row = self.shape == (named,) != (1,) and layout.leading == (1, named)
+        if one_row and not layout.tokens_first:
             raise ValueError(
                 f"adapters: names: found {named} for an embedding that sees one row of {named} "
-                f"tokens or positions: expected [[...]], a list for each sequence, where each "
-                "token has a name; positions that all sequences share have no adapter of their own"
+                "tokens or positions: expected [[...]], a name for each token, or no adapter on "
+                "positions that all sequences share"
             )
 
 
 class NamedRows(list[str]):
-    """The names of an assignment as PEFT's ``adapter_names`` has them, and the assignment itself:
-    whoever knows it need not make it again from the names."""
+    """The names of an assignment as PEFT's ``adapter_names`` has them, with the assignment."""
 
     def __init__(self, assignment: Assignment):
         super().__init__(assignment.spelled())
         self.assignment = assignment
 
 
+def check_integers(argument: str, t: object) -> None:
+    """Raise ValueError if an argument of ``adapters`` is not a tensor of integers."""
+    found = t.dtype if isinstance(t, Tensor) else type(t).__name__
+    expected = "integers" if isinstance(t, Tensor) else "a tensor of integers"
+    require(found in INTEGERS, "adapters", argument, expected, found)
+
+
 def refuse_singular(where: str, given: Mapping[str, Any]) -> None:
-    """Refuse ``adapter_name``, which a model would swallow, as all arguments that it does not know:
-    the base model would answer."""
+    """Raise for ``adapter_name``, which a model would ignore like every unknown argument."""
     if "adapter_name" in given:
         raise TypeError(
             f"{where}: expected adapter_names=, a name or one for each row, found "
@@ -316,7 +283,7 @@ def _activations(leading: torch.Size) -> str:
 
 
 def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
-    """All names in a row, and whom they are for: ``shape`` of :class:`Assignment`."""
+    """Return the name of each entry, and ``shape`` of :class:`Assignment`."""
     if names is None or isinstance(names, str):
         return [names], ()
     if not isinstance(names, Sequence) or not names:
@@ -324,17 +291,15 @@ def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
             f"adapters: names: expected a name or a list of names, found {names!r:.200}; "
             "list(names) makes one of an array or a generator"
         )
-    # pyright does not narrow a sequence by all(...) over its elements.
-    if all(name is None or isinstance(name, str) for name in names):
-        return list(names), (len(names),)  # pyright: ignore[reportReturnType]
-    if all(isinstance(row, list | tuple) for row in names):
-        lengths = sorted({len(row) for row in names})  # pyright: ignore[reportArgumentType]
+    flat: list[Any] = list(names)
+    shape: tuple[int, ...] = (len(flat),)
+    if all(isinstance(row, list | tuple) for row in flat):
+        lengths = sorted({len(row) for row in flat})
         if len(lengths) != 1 or lengths[0] == 0:
             raise ValueError(
-                f"adapters: names: expected as many names for every sequence, "
-                f"found lengths {lengths}"
+                f"adapters: names: expected as many names for every sequence, found {lengths}"
             )
-        flat = [name for row in names for name in row]  # pyright: ignore[reportOptionalIterable]
-        if all(name is None or isinstance(name, str) for name in flat):
-            return flat, (len(names), lengths[0])
-    raise ValueError(f"adapters: names: expected names (str or None), found {names!r:.200}")
+        flat, shape = [name for row in flat for name in row], (len(flat), lengths[0])
+    if not all(name is None or isinstance(name, str) for name in flat):
+        raise ValueError(f"adapters: names: expected names (str or None), found {names!r:.200}")
+    return flat, shape

@@ -1,6 +1,6 @@
-"""Who has adapters: pools, the models that are attached to them, layers with adapters of their own.
+"""Pools, models that are attached to them, and layers with adapters of their own.
 
-``adapters`` blocks find their pool here when the caller gives none.
+``adapters`` blocks find their pool here if the caller gives none.
 """
 
 from __future__ import annotations
@@ -14,49 +14,52 @@ from typing import Any, Protocol
 
 
 class UnknownAdapterError(KeyError):
-    """Nobody has an adapter of that name."""
+    """A pool, or every layer, lacks an adapter of that name."""
 
     def __str__(self) -> str:
-        """The message without KeyError's quotes."""
+        """Return the message without KeyError's quotes."""
         return self.args[0]
 
 
 class Pool(Protocol):
-    """What is needed of :class:`lora_ext.AdapterPool`; this floor does not import that one."""
+    """Interface of :class:`lora_ext.AdapterPool`, which this room cannot import."""
 
     max_slots: int
     modules: Any
 
     def acquire(self, names: Sequence[str | None]) -> Any:
-        """Pin adapters: a list of slots that is a context manager, knows ``released`` and the
-        ``invocations`` of the names, and pins the same again with ``renew()``."""
+        """Pin adapters.
+
+        Returns:
+            A list of slots that is a context manager, with ``released``, the ``invocations`` of the
+            names, and ``renew()``, which pins the same adapters again.
+        """
 
 
-# A pool that nobody holds any more takes its number with it. No number is given twice, so that a
-# graph compiled for one pool cannot meet another one under it.
+# No number is given twice: a graph that was compiled for a pool that is gone cannot use another.
 _handles: weakref.WeakKeyDictionary[Pool, int] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
 
 
 def pool_handle(pool: Pool) -> int:
-    """A number for the pool that a compiled graph can hold."""
+    """Return the number of a pool, which a compiled graph can hold."""
     return _handles.setdefault(pool, next(_counter))
 
 
-#: What ``attach`` left on models that are still alive, and layers that keep adapters of their own:
-#: objects with a ``pool``.
+#: Objects with a ``pool``: what ``attach`` put on models, and layers with adapters of their own.
 attachments: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def only_pool() -> Pool:
-    """The one pool that anything is attached to.
+    """Return the one pool that anything is attached to.
 
     Raises:
-        RuntimeError: there is none. ValueError: there are several.
+        RuntimeError: If there is none.
+        ValueError: If there are several.
     """
     pools = {id(a.pool): a.pool for a in attachments}
     if len(pools) > 1:
-        gc.collect()  # models that nobody holds any more may wait for the collector
+        gc.collect()  # unreachable models may wait for the collector
         pools = {id(a.pool): a.pool for a in attachments}
     if not pools:
         raise RuntimeError(
@@ -76,7 +79,7 @@ def only_pool() -> Pool:
 
 
 class Places(list[int]):
-    """A place for each name of one block; nothing to pin, nothing to release.
+    """Lease of layers with their own adapters: it pins nothing.
 
     Args:
         places: of the names. invocations: of each name, empty for an adapter of all tokens.
@@ -95,12 +98,12 @@ class Places(list[int]):
         self.released = True
 
     def renew(self) -> None:
-        """For the backward of a forward in the block: the names mean what they meant."""
+        """Prepare a backward after the block was left."""
         self.released = False
 
 
 class LayerNames:
-    """The adapters of all layers alive, by name. The names of one layer need not be another's."""
+    """The adapters of all live layers, by name. Layers may have different names."""
 
     max_slots = 0
     modules = ()
@@ -110,15 +113,15 @@ class LayerNames:
         self.handle = pool_handle(self)
 
     def add(self, layer: Any) -> None:
-        """Let blocks reach a layer: an object with ``adapter_names`` whose ``pool`` is this."""
+        """Register a layer: an object with ``adapter_names`` whose ``pool`` is this."""
         self._layers.add(layer)
         attachments.add(layer)
 
     def acquire(self, names: Sequence[str | None]) -> Places:
-        """Places for the names.
+        """Return places for the names.
 
         Raises:
-            UnknownAdapterError: a name that no layer has.
+            UnknownAdapterError: If no layer has a name.
         """
         known = {known for layer in self._layers for known in layer.adapter_names}
         for name in names:
@@ -129,10 +132,10 @@ class LayerNames:
         return Places(range(len(names)), [self._invocation(name) for name in names])
 
     def _invocation(self, name: str | None) -> tuple[int, ...]:
-        """Of an adapter, which is one and the same in every layer that has it."""
+        """Return the invocation of an adapter; all layers that have it must agree."""
         found = self._invocations(name)
         if len(found) > 1:
-            gc.collect()  # a model that is gone may be there until then, as its layers form circles
+            gc.collect()  # unreachable layers form reference cycles
             found = self._invocations(name)
         if len(found) > 1:
             raise ValueError(

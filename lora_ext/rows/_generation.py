@@ -1,4 +1,4 @@
-"""What ``generate`` and servers do to the rows of a batch, done to the blocks around them."""
+"""Changes of the blocks around a call, as ``generate`` and servers change the rows of a batch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from . import _context
 from ._activation import Activated
 from ._assignment import Assignment
 from ._attachment import Places
-from ._context import Block, Entry, innermost
+from ._context import Block, Entry, innermost, innermost_of, outwards
 
 
 def generation_scope() -> contextlib.AbstractContextManager[None]:
-    """What :func:`repeat_rows` and :func:`select_rows` do lasts until this block is left."""
-    return _context.entered(_context.innermost())
+    """Return a context that ends what :func:`repeat_rows` and :func:`select_rows` do inside."""
+    return _context.entered(innermost())
 
 
 def repeat_rows(handle: int, count: int) -> None:
-    """From now on every sequence in a block of this pool comes ``count`` times in a row, as
-    ``generate`` expands a batch for beams and returned sequences."""
+    """Repeat each sequence of a pool's blocks ``count`` times in a row from now on.
+
+    ``generate`` expands a batch like this for beams and returned sequences.
+    """
 
     def repeat(block: Block) -> Assignment:
         assignment = block.assignment
@@ -34,29 +36,28 @@ def repeat_rows(handle: int, count: int) -> None:
 
 
 def select_rows(rows: Tensor | Sequence[int], batch: int) -> None:
-    """From now on the forwards see these rows alone, in this order, of so many as ``batch`` says.
+    """Let the coming forwards see only these rows of ``batch``, in this order.
 
-    Every block around that has a name for each row of the batch follows; names for all rows stay,
-    and so do blocks of another number of names.
+    Every block around with a name for each row of the batch follows. A name for all rows stays, and
+    so do blocks with another number of names.
     """
     chosen = [int(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
     change_blocks(lambda block: block.assignment.select(chosen, batch))
 
 
 def change_blocks(assign: Callable[[Block], Assignment]) -> None:
-    """Put blocks with other assignments in the place of those around, until a
-    :func:`generation_scope` is left."""
+    """Give the blocks around other assignments, until a :func:`generation_scope` is left."""
 
     def change(block: Block) -> Block:
         assignment = assign(block)
         same = assignment is block.assignment
         return block if same else replace(block, assignment=assignment)
 
-    _context.put(_mapped(_context.innermost(), change))
+    _context.put(_mapped(innermost(), change))
 
 
 def _mapped(block: Block | None, change: Callable[[Block], Block]) -> Block | None:
-    """A block and those around it, each changed; the very blocks where nothing is."""
+    """Return a block and those around it, each changed; the same objects if nothing changes."""
     if block is None:
         return None
     outer, changed = _mapped(block.outer, change), change(block)
@@ -64,28 +65,28 @@ def _mapped(block: Block | None, change: Callable[[Block], Block]) -> Block | No
 
 
 def has_activated() -> bool:
-    """Whether a block around has adapters that begin in mid-sequence."""
-    block = _context.innermost() if _context.any_activated else None
-    while block is not None and not isinstance(block.assignment, Activated):
-        block = block.outer
-    return block is not None
+    """Return whether a block around has adapters that begin in mid-sequence."""
+    blocks = outwards(innermost()) if _context.any_activated else ()
+    return any(isinstance(block.assignment, Activated) for block in blocks)
 
 
 def activated_in(handle: int) -> Activated | None:
-    """Where adapters begin in the innermost block of a pool; None where all serve all tokens."""
-    block = _context.innermost() if _context.any_activated else None
-    while block is not None and block.handle != handle:
-        block = block.outer
+    """Return the starts in the innermost block of a pool; None if all adapters serve all tokens."""
+    block = innermost_of(innermost(), handle) if _context.any_activated else None
     found = None if block is None else block.assignment
     return found if isinstance(found, Activated) else None
 
 
 def prompt_known(input_ids: Tensor | None, origin: int = 0) -> None:
-    """From now on adapters that begin in mid-sequence begin where this prompt invokes them, until a
-    :func:`generation_scope` is left. Starts that the blocks' callers gave stay.
+    """Set the starts of the blocks around to those in a prompt, until a generation_scope is left.
 
-    ``origin`` tokens lie before ``input_ids (B, T)``. Where a block needs ids and there are none,
-    or of another number of rows than names, a ValueError is raised.
+    Starts that the callers of the blocks gave stay.
+
+    Args:
+        input_ids: ``(B, T)``. origin: number of tokens before them.
+
+    Raises:
+        ValueError: If a block needs ids and there are none, or they have another number of rows.
     """
     _change_activated(lambda activated: activated.of_prompt(input_ids, origin))
 
@@ -102,16 +103,16 @@ def _change_activated(change: Callable[[Activated], Assignment]) -> None:
 def activated_forward(
     input_ids: Tensor | None, rows: int, length: int, past: int, kept: int | Tensor = 0
 ) -> Iterator[None]:
-    """Around a model's forward: its layers see which of its tokens have which adapter.
+    """Give the layers of a model's forward the adapter of each token.
 
     Args:
         input_ids: ``(B, T)`` of the forward, or None. rows, length: B and T.
-        past: how many tokens its cache has.
-        kept: ``logits_to_keep`` of the forward: how many of the last tokens its output head sees,
-            or which; 0 is all.
+        past: number of tokens in its cache.
+        kept: ``logits_to_keep`` of the forward: number of last tokens that its output head sees,
+            or their indices; 0 is all.
 
     Raises:
-        ValueError: what :meth:`Activated.of_forward` finds.
+        ValueError: As :meth:`Activated.of_forward`.
     """
     if not has_activated():
         yield
@@ -124,12 +125,12 @@ def activated_forward(
         found = block.assignment.at(past, length, rows)
         return replace(block, assignment=found, head=_head(block, found, kept))
 
-    with _context.entered(_mapped(_context.innermost(), change)):
+    with _context.entered(_mapped(innermost(), change)):
         yield
 
 
 def _head(block: Block, found: Assignment, kept: int | Tensor) -> Block | None:
-    """What the output head reads of a forward whose tokens differ in their adapters."""
+    """Return the output head's block in a forward whose tokens differ in their adapters."""
     if not isinstance(found.places, Tensor):
         return block.head
     places = found.places.view(found.shape)
@@ -149,16 +150,16 @@ def packed_block(
     lengths: Sequence[int],
     kept: Sequence[int] | None = None,
 ) -> Block:
-    """A block for activations ``(1, sum of lengths, features)``, to be entered around one step.
+    """Return a block of activations ``(1, sum of lengths, features)``, for one step of a server.
 
-    Whoever calls it keeps the adapters pinned for the step.
+    The caller keeps the adapters pinned for the step.
 
     Args:
-        handle: of the pool. num_slots: how many it has.
+        handle: of the pool. num_slots: its number of slots.
         names, slots: of each request's adapter; slot -1 is the base model.
-        lengths: how many tokens each request has in the row.
-        kept: the requests, by their places, whose tokens the output head sees, one each and in this
-            order: it gets ``(1, len(kept), features)``. None: it sees all tokens.
+        lengths: number of tokens of each request in the row.
+        kept: indices of the requests of which the output head sees one token each, in this order:
+            it gets ``(1, len(kept), features)``. None: it sees all tokens.
     """
     distinct = {slot: name for name, slot in zip(names, slots, strict=True) if slot >= 0}
     place = {slot: i for i, slot in enumerate(distinct)}
@@ -166,17 +167,8 @@ def packed_block(
 
     def block(places: Tensor, head: Block | None = None) -> Block:
         assignment = Assignment(tuple(map(str, distinct.values())), places, (1, len(places)))
-        return Block(
-            handle,
-            Places(),
-            assignment,
-            tuple(distinct),
-            num_slots,
-            innermost(),
-            Entry(),
-            packed=True,
-            head=head,
-        )
+        where = tuple(distinct), num_slots, innermost(), Entry()
+        return Block(handle, Places(), assignment, *where, packed=True, head=head)
 
     head = None if kept is None else block(each[list(kept)])
     return block(each.repeat_interleave(torch.tensor(lengths)), head)

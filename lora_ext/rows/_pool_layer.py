@@ -1,4 +1,4 @@
-"""What the layers that serve a pool's adapters have in common: they stand in for a base module."""
+"""The base class of the layers that serve a pool's adapters in the place of a base module."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ERROR = "error"
 
 
 def no_block(where: str = "") -> RuntimeError:
-    """What such a forward raises."""
+    """Return the error for a forward outside every block."""
     return RuntimeError(
         f"attach: default='error': expected a block around every forward, found none{where}; enter "
         "lora_ext.adapters(...) in this thread, or give adapter_names= to the call"
@@ -57,44 +57,43 @@ def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:
 class PoolLayer(nn.Module):
     """A base module with a pool's adapters beside it.
 
-    The layer has no state of its own: ``base``'s parameters, buffers and children are registered
-    here under their own names, in the very dicts of ``base``. So checkpoints keep their keys,
-    ``.to()`` and ``load_state_dict`` reach ``base``, and whoever asks for ``layer.weight`` gets
-    it.
+    The layer shares the dicts of ``base``'s parameters, buffers and children and adds no state. So
+    checkpoints keep their keys, ``.to()`` and ``load_state_dict`` reach ``base``, and
+    ``layer.weight`` is the base's.
     """
 
     base: nn.Module
 
-    #: Whether the first dimension of the input counts tokens, the second sequences (XLNet). Learned
-    #: from a batch where their numbers differ.
+    #: True if the input is (tokens, sequences, ...), as in XLNet. Set by the first batch whose
+    #: numbers of tokens and sequences differ.
     tokens_first = False
 
-    #: Whether all sequences share this layer's rows, which may be as many as these by chance.
+    #: True if all sequences share this layer's rows, which may be as many as the names by chance.
     shared = False
 
-    #: Who serves a forward outside every block: None the base model, an adapter by its name, or
-    #: "error" nobody.
+    #: Adapter of a forward outside every block; None is the base model, "error" raises.
     default: str | None = None
 
-    #: Whether a model may give this layer the last token of each sequence alone.
+    #: True if a model may pass this layer only the last token of each sequence.
     is_head = False
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__()
         expected = "a module of the pool"
         require(name in pool.modules, type(self).__name__, "name", expected, repr(name))
-        slab = pool.modules[name]
-        found = _features(base)
-        if found is not None and found != (slab.in_features, slab.out_features):
+        self.slab = slab = pool.modules[name]
+        sizes = next((pair for pair in _SIZES if all(hasattr(base, size) for size in pair)), ())
+        expected = slab.in_features, slab.out_features
+        found = tuple(getattr(base, size) for size in sizes)
+        if found and found != expected:
             raise ValueError(
-                f"{type(self).__name__}: {name}: expected in and out features "
-                f"{(slab.in_features, slab.out_features)} as in the pool, found {found}"
+                f"{type(self).__name__}: {name}: expected in and out features {expected} as in the "
+                f"pool, found {found}"
             )
-        self.slab = slab
         self.stand_in(base, pool, name)
 
     def stand_in(self, base: nn.Module, pool: Pool, name: str) -> None:
-        """Take the state of ``base``, and the pool that serves this layer."""
+        """Share the state of ``base``, and keep the pool."""
         for state in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[state] = base.__dict__[state]
         self.__dict__["base"] = base  # not as a child, which would prefix every key with "base."
@@ -106,7 +105,7 @@ class PoolLayer(nn.Module):
     def rows_in(
         self, block: Block, leading: torch.Size, device: torch.device, of_tokens: bool = False
     ) -> Rows:
-        """Rows of this layer's input in a block."""
+        """Return the rows of this layer's input in a block."""
         if self.shared and block.assignment.shape != ():
             raise ValueError(
                 f"adapters: names: expected one name for all sequences, adapters('name'), found "
@@ -121,10 +120,10 @@ class PoolLayer(nn.Module):
             raise ValueError(f"{error} at {self.name!r}; {block.remedy()}") from error
 
     def by_default(self, x: Any, *args: Any) -> Any:
-        """The forward outside every block, where the base model is not to serve it.
+        """Run the forward with the default adapter, outside every block.
 
         Raises:
-            RuntimeError: nobody is.
+            RuntimeError: If the default is "error".
         """
         if self.default == ERROR:
             raise no_block(f" at {self.name!r}")
@@ -138,17 +137,16 @@ class PoolLayer(nn.Module):
                 y.register_hook(functools.partial(_warn_of_backward, self.handle, self.name))
 
     def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``, for ``base`` as well."""
+        """Set the mode of this layer and of ``base``."""
         self.base.train(mode)
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        """The base module and how many adapters fit beside it."""
+        """Return the base module and the number of slots."""
         return f"base={self.base}, slots={self.pool.max_slots}"
 
     def __getattr__(self, name: str) -> Any:
-        """What this layer lacks, ``base`` may have: in_features, nf, a subclass's own
-        attributes."""
+        """Return an attribute of ``base`` that this layer lacks, such as in_features or nf."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -157,7 +155,7 @@ class PoolLayer(nn.Module):
             return getattr(self.__dict__["base"], name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy of ``base`` that shares the pool."""
+        """Return a layer with a copy of ``base`` and the same pool."""
         layer = type(self)(copy.deepcopy(self.base, memo), self.pool, self.name)
         for setting in ("tokens_first", "shared", "default", "is_head"):
             setattr(layer, setting, getattr(self, setting))
@@ -172,12 +170,5 @@ class PoolLayer(nn.Module):
 
 
 def pool_of(model: nn.Module) -> Pool | None:
-    """The pool that serves a model's layers, if there is one."""
+    """Return the pool that serves a model's layers; None without one."""
     return next((layer.pool for layer in model.modules() if isinstance(layer, PoolLayer)), None)
-
-
-def _features(base: nn.Module) -> tuple[int, int] | None:
-    for inner, outer in _SIZES:
-        if hasattr(base, inner) and hasattr(base, outer):
-            return getattr(base, inner), getattr(base, outer)
-    return None

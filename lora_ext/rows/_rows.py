@@ -1,7 +1,7 @@
 """What the layers of one step share: adapter ids per row, their plans, and small constants.
 
-A layer's forward is short enough that a fill, a copy to the device or a grouping of the rows would
-show in it. All layers of a step ask for the same ones, so they are made once and kept.
+All layers of a step need the same tensors. They are made once and kept, because a fill, a copy to
+the device or a plan takes long beside the forward of one layer.
 """
 
 from __future__ import annotations
@@ -22,38 +22,43 @@ _KEPT = 64  # a training step has a few row counts; generation without a cache h
 
 
 class Rows(NamedTuple):
-    """Which adapter has each row, and the rows grouped by adapter.
+    """The adapter of each row, and the rows grouped by adapter.
 
-    A layer with adapters of its own leaves out those without rows, but where several processes
-    train (:func:`together`); a pool's layer knows its adapters by their slots, so there all slots
-    are used as soon as one row has an adapter.
+    A layer with its own adapters leaves out adapters without rows, unless several processes train
+    (:func:`together`). A layer of a pool counts slots, and all slots are used as soon as one row
+    has an adapter.
     """
 
-    used: tuple[int, ...]  # positions, rising, of the adapters that ids count
-    ids: Tensor  # (T,) int32, each a place in used, or -1: a row of the base
+    used: tuple[int, ...]  # positions of the adapters that ids count, in ascending order
+    ids: Tensor  # (T,) int32, each an index into used; -1 is the base model
     plan: Tensor  # ops.lora_plan of ids
 
 
+def planned(used: tuple[int, ...], ids: Tensor) -> Rows:
+    """Return the rows of these ids. Every :class:`Rows` is made here."""
+    return Rows(used, ids, ops.lora_plan(ids, len(used)))
+
+
+def renumbered(ids: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Return int32 ids with ``numbers[i]`` in the place of id ``i``; -1 stays."""
+    return constant([*numbers, -1], torch.int32, ids.device)[ids.long()]  # -1 reads the last
+
+
 def subset(rows: Rows, slots: Sequence[int]) -> Rows:
-    """The rows of some of the used adapters, given by their places among these; the rows of the
-    others are rows of the base."""
+    """Return the rows of the used adapters at these indices; all other rows become the base's."""
     place = [slots.index(i) if i in slots else -1 for i in range(len(rows.used))]
-    place.append(-1)  # which id -1 reads
-    ids = constant(place, torch.int32, rows.ids.device)[rows.ids.long()]
-    return Rows(tuple(rows.used[i] for i in slots), ids, ops.lora_plan(ids, len(slots)))
+    return planned(tuple(rows.used[i] for i in slots), renumbered(rows.ids, place))
 
 
 def everywhere(position: int, num_rows: int, device: torch.device) -> Rows:
-    """Rows that all have the adapter at this position; -1: rows of the base."""
+    """Return rows that all have the adapter at this position; -1 is the base model."""
     return keep(("everywhere", position, num_rows), device, _everywhere, position, num_rows, device)
 
 
 def _everywhere(position: int, num_rows: int, device: torch.device) -> Rows:
     if position < 0:
-        ids = repeated([-1], num_rows, torch.int32, device)
-        return Rows((), ids, ops.lora_plan(ids, 0))
-    ids, plan = all_rows(num_rows, device)
-    return Rows((position,), ids, ops.lora_plan(ids, 1) if plan is None else plan)
+        return planned((), repeated([-1], num_rows, torch.int32, device))
+    return planned((position,), all_rows(num_rows, device)[0])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -63,7 +68,7 @@ _HAS_GROUPS = distributed.is_available()
 
 
 def several_processes() -> bool:
-    """Whether this process is one of several: torch's default process group has more than one."""
+    """Return whether torch's default process group has more than one process."""
     return _HAS_GROUPS and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
@@ -71,13 +76,12 @@ _widened: Any = WeakTensorKeyDictionary()
 
 
 def together(rows: Rows, also: Sequence[int]) -> Rows:
-    """The same rows where the adapters at positions ``also`` are used, with rows or without.
+    """Return the same rows with the adapters at positions ``also`` in use, even without rows.
 
-    Processes that train one model have different rows. FSDP2 and ZeRO put the gradients that a
-    process has one after another and sum the lot over the processes: an adapter that lacks its
-    gradient on one of them, or has it at another place, would be given that of another adapter. So
-    all that train are used on each of them, in the order of the layer; those without rows get
-    zeros.
+    Processes that train one model have different rows. FSDP2 and ZeRO concatenate the gradients of
+    each process and sum them over the processes: an adapter without a gradient on one process would
+    get that of another adapter. So every process uses all adapters that train, in the order of the
+    layer; those without rows get zeros.
     """
     used = tuple(sorted({*rows.used, *also}))
     if used == rows.used:
@@ -87,14 +91,12 @@ def together(rows: Rows, also: Sequence[int]) -> Rows:
     known = _widened.get(rows.ids)
     if known is None:
         known = _widened[rows.ids] = Kept(_KEPT)
-    # Rows that all have one adapter share their ids, whichever it is.
+    # Rows that all have one adapter share their ids, whichever adapter it is.
     return known.get((rows.used, used), rows.ids.device, _with_used, rows, used)
 
 
 def _with_used(rows: Rows, used: tuple[int, ...]) -> Rows:
-    place = [*(used.index(position) for position in rows.used), -1]  # id -1 reads the last
-    ids = constant(place, torch.int32, rows.ids.device)[rows.ids.long()]
-    return Rows(used, ids, ops.lora_plan(ids, len(used)))
+    return planned(used, renumbered(rows.ids, [used.index(position) for position in rows.used]))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -102,11 +104,11 @@ def _with_used(rows: Rows, used: tuple[int, ...]) -> Rows:
 
 
 class _Unknown:
-    """A graph that torch does not show: nothing is found again in it."""
+    """A captured graph that this version of torch does not show; no two are equal."""
 
 
 def capture(device: torch.device) -> Any:
-    """The CUDA graph that work for this device goes into instead of being done, or None."""
+    """Return the CUDA graph that the current stream of a device is capturing, or None."""
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return None
     shown = getattr(torch.cuda.CUDAGraph, "get_currently_capturing_graph", None)
@@ -114,50 +116,49 @@ def capture(device: torch.device) -> Any:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether work for this device goes into a CUDA graph."""
+    """Return whether the current stream of a device is capturing a CUDA graph."""
     return capture(device) is not None
 
 
 def traced_by_python() -> bool:
-    """Whether somebody sees every op of this thread, as one who traces a graph does."""
+    """Return whether a Python dispatch mode sees the ops of this thread, as in tracing."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 class Kept:
-    """Finished tensors by key, device and stream; beyond ``most`` of them the oldest goes.
+    """Cache of tensors by key, device and stream; above ``most`` entries it drops the oldest.
 
-    Nothing is kept, nor found, while a graph is traced: there, what is asked for is part of the
-    graph. What is asked for in the capture of a CUDA graph is part of that graph and found again
-    there, and nowhere else. A second stream computes its own, as it would have to wait for the
-    kernels that fill the first one's.
+    Nothing is kept or found while a graph is traced, since the tensors are part of that graph.
+    Tensors that are made in the capture of a CUDA graph are part of that graph and found again only
+    there. Each stream has its own tensors, as it would have to wait for another stream's kernels.
     """
 
     def __init__(self, most: int):
         self._most = most
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
-        # Of graphs that are being captured. One that is done may be captured anew, and its old
-        # tensors are not filled then: they go as soon as somebody asks outside of a capture.
-        self._captured: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = (
-            weakref.WeakKeyDictionary()
-        )
+        # Tensors by graph that is being captured. A finished graph may be captured again, which
+        # does not fill its old tensors: the first call outside of a capture drops them.
+        self._captured: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] | None = None
 
     def __len__(self) -> int:
-        """How many are kept."""
+        """Return the number of entries."""
         return len(self._found)
 
     def get(self, key: Hashable, device: torch.device, make: Callable[..., Any], *args: Any) -> Any:
-        """``make(*args)``, or what that returned last time for this key; of ordinary tensors."""
+        """Return ``make(*args)``, or what it returned before for this key."""
         if traced_by_python():
             return make(*args)
         graph = capture(device)
         if graph is not None:
-            of_graph = self._captured.setdefault(graph, {})
+            captured = self._captured
+            if captured is None:
+                captured = self._captured = weakref.WeakKeyDictionary()
+            of_graph = captured.setdefault(graph, {})
             where = (key, device)
             if where not in of_graph:
                 of_graph[where] = _ordinary(make, *args)
             return of_graph[where]
-        if self._captured:
-            self._captured.clear()
+        self._captured = None
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         where = (key, device, stream)
         found = self._found.get(where)
@@ -169,7 +170,7 @@ class Kept:
 
 
 def _ordinary(make: Callable[..., Any], *args: Any) -> Any:
-    """No inference tensors: a later call may need them in its backward."""
+    """Return ``make(*args)`` without inference tensors: a later backward may need it."""
     with torch.inference_mode(False), torch.no_grad():
         return make(*args)
 
@@ -178,16 +179,17 @@ _constants = Kept(_KEPT)
 
 
 def keep(key: Hashable, device: torch.device, make: Callable[..., Any], *args: Any) -> Any:
-    """:meth:`Kept.get` of what all layers of the process share."""
+    """Return ``make(*args)`` from the cache that all layers of the process share."""
     if compiles():
         return make(*args)
     return _constants.get(key, device, make, *args)
 
 
 def all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Ids and plan of rows that all belong to adapter 0. On the CPU the ids are one number,
-    expanded, and need no plan: a backward keeps 4 bytes of them."""
+    """Return ids and plan of rows that all have adapter 0.
 
+    On the CPU the ids are one expanded number, of which a backward keeps 4 bytes, without a plan.
+    """
     return keep(("all_rows", num_rows), device, _all_rows, num_rows, device)
 
 
@@ -199,15 +201,14 @@ def _all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor | Non
 
 
 def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``(len(values),)`` on the device, without a copy from the host where a graph is captured."""
-
+    """Return ``(len(values),)`` on the device, filled there: a capture forbids host copies."""
     return keep((dtype, *values), device, repeated, values, 1, dtype, device)
 
 
 def repeated(
     values: Sequence[float], times: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """``times`` of each value, filled on the device: a copy from the host fails in a capture."""
+    """Return ``times`` of each value, filled on the device: a capture forbids host copies."""
     runs: list[tuple[float, int]] = []
     for value in values:
         same = bool(runs) and runs[-1][0] == value
@@ -217,8 +218,10 @@ def repeated(
 
 
 def scales(values: Sequence[float | Tensor], device: torch.device) -> Tensor | None:
-    """``(len(values),)`` float32, or None where all are 1. Tensors are read anew at every call:
-    PEFT's hot swap makes scalings tensors, so as to change them in place."""
+    """Return ``(len(values),)`` float32, or None if all are 1.
+
+    Tensors are read at every call: PEFT's hot swap changes scalings in place.
+    """
     for value in values:
         if isinstance(value, Tensor):
             parts = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in values]
@@ -238,20 +241,21 @@ def rows_of(
 ) -> Rows:
     """Group rows by the adapters that occur in ``adapter_ids``.
 
-    Which ones occur is asked on the host: on a device this waits for it, once per tensor, not once
-    per layer, and again when torch has counted a change in place (one through ``.data`` is not
-    counted). A traced graph cannot ask; there every adapter counts as used.
+    The host has to read which adapters occur. On a device this waits once per tensor, not once per
+    layer, and again after a change in place that torch counts (a change through ``.data`` is not
+    counted). In a traced graph every adapter counts as used.
 
     Args:
         adapter_ids: int64 or int32, each in ``[-1, num_adapters)``: one per row, or one per
-            sequence where ``leading`` is ``(sequences, ...)``.
-        num_adapters: how many adapters the ids choose from.
+            sequence if ``leading`` is ``(sequences, ...)``.
+        num_adapters: number of adapters that the ids index.
         leading: the dimensions of ``x`` before the features; default is one row per id.
-        enabled: False where an adapter's rows are to be rows of the base.
+        enabled: False for adapters whose rows become rows of the base model.
         tokens_first: ``leading`` is ``(tokens, sequences, ...)``.
 
     Raises:
-        TypeError: ids that are no integers. ValueError: ids of another number, or out of range.
+        TypeError: If the ids are not integers.
+        ValueError: If the number of ids does not fit, or an id is out of range.
     """
     if adapter_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"adapter_ids: expected int64 or int32, found {adapter_ids.dtype}")
@@ -259,11 +263,9 @@ def rows_of(
     def make() -> Rows:
         ids = _one_per_row(adapter_ids, leading, tokens_first)
         if enabled is not None and not all(enabled):
-            place = [*(i if on else -1 for i, on in enumerate(enabled)), -1]  # -1 reads the last
-            ids = constant(place, torch.int32, ids.device)[ids.long()]
+            ids = renumbered(ids, [i if on else -1 for i, on in enumerate(enabled)])
         if compiles():
-            ids = ids.int()
-            return Rows(tuple(range(num_adapters)), ids, ops.lora_plan(ids, num_adapters))
+            return planned(tuple(range(num_adapters)), ids.int())
         return group(ids, num_adapters)
 
     device = adapter_ids.device
@@ -297,15 +299,13 @@ def _one_per_row(ids: Tensor, leading: torch.Size | None, tokens_first: bool) ->
 
 
 def group(adapter_ids: Tensor, num_adapters: int) -> Rows:
-    """Rows of ids ``(T,)``; on a device this waits for the ids."""
+    """Return the rows of ids ``(T,)``; on a device this waits for the ids."""
     found = adapter_ids.unique().tolist()  # sorted
     if found and not -1 <= found[0] <= found[-1] < num_adapters:
-        raise ValueError(
-            f"adapter_ids: expected ids in [-1, {num_adapters}), found {found[0]} to {found[-1]}"
-        )
+        expected = f"ids in [-1, {num_adapters})"
+        raise ValueError(f"adapter_ids: expected {expected}, found {found[0]} to {found[-1]}")
     used = tuple(i for i in found if i >= 0)
-    ids = adapter_ids.int()
-    if used != tuple(range(len(used))):
-        place = [used.index(i) if i in used else -1 for i in range(num_adapters)]
-        ids = constant([*place, -1], torch.int32, ids.device)[adapter_ids.long()]
-    return Rows(used, ids, ops.lora_plan(ids, len(used)))
+    if used == tuple(range(len(used))):
+        return planned(used, adapter_ids.int())
+    place = [used.index(i) if i in used else -1 for i in range(num_adapters)]
+    return planned(used, renumbered(adapter_ids, place))

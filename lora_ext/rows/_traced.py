@@ -1,7 +1,7 @@
 """Rows for compiled graphs.
 
-torch.compile cannot see a ContextVar. A graph asks for its ids through an op that reads the block
-while the graph runs, so one graph serves every assignment of rows to adapters.
+torch.compile cannot trace a ContextVar. A graph gets its ids from an op that reads the block while
+the graph runs, so one graph serves every assignment of rows to adapters.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext import ops
 from lora_ext._torch import READS_MORE, traced
 
 from . import _context
 from ._assignment import Batch, TokensFirstError
 from ._attachment import layer_names
-from ._rows import Rows, constant, rows_of
+from ._rows import Rows, planned, renumbered, rows_of
 
 
 class _Noted:
-    """What the model's forward that is being traced was given: the number of sequences, then their
-    lengths in tokens; nothing where no attached model's forward is. An attribute, as dynamo traces
-    neither contextvars nor thread-locals: of two threads that trace, the one may read the other's,
-    which its names then do not fit, or fit as well."""
+    """Batch of the model's forward that is being traced.
 
-    batch: tuple[int, ...] = ()
+    Dynamo traces neither contextvars nor thread-locals, so this is an attribute. If two threads
+    trace at once, one may read the other's batch, which its names fit as well or do not fit.
+    """
+
+    batch: tuple[int, ...] = ()  # number of sequences, then their lengths; empty outside a forward
 
 
 noted = _Noted()
@@ -38,7 +38,7 @@ NOBODY = -2
 
 
 def no_rows(name: str) -> ValueError:
-    """Of a forward outside every block, of which nobody knows where such an adapter begins."""
+    """Return the error for an adapter that begins in mid-sequence, outside every block."""
     return ValueError(
         f"adapters: input_ids: expected the rows in which {name} is invoked, as it begins in "
         "mid-sequence (alora_invocation_tokens), found no block around the layer; enter "
@@ -55,11 +55,11 @@ def pool_rows(
     of_tokens: bool = False,
     default: str | None = None,
 ) -> Rows:
-    """Rows for a pool's layer in whatever block the graph will run; ids are slots."""
+    """Return the rows of a pool's layer in the block that the graph will run in; ids are slots."""
     ids = _active_adapter_ids(
         handle, leading, device, tokens_first, of_tokens, noted.batch, default
     )
-    return Rows(tuple(range(num_slots)), ids, ops.lora_plan(ids, num_slots))
+    return planned(tuple(range(num_slots)), ids)
 
 
 def layer_rows(
@@ -70,17 +70,19 @@ def layer_rows(
     tokens_first: bool,
     of_tokens: bool,
 ) -> Rows:
-    """Rows for a layer with these adapters of its own, all of which take part; outside a block
-    every row has the adapter ``default``; :data:`NOBODY`: that raises."""
+    """Return the rows of a layer with these adapters, all of which are in use.
+
+    Outside a block every row has the adapter at position ``default``; :data:`NOBODY` raises there.
+    """
     ids = _layer_adapter_ids(list(names), default, leading, device, tokens_first, of_tokens)
     return rows_of(ids, len(names))
 
 
 def block_of_graph(handle: int, default: str | None) -> _context.Block | None:
-    """The block that a compiled graph runs in.
+    """Return the block that a compiled graph runs in.
 
     Raises:
-        RuntimeError: there is none, and the base model is not to serve then.
+        RuntimeError: If there is no block and ``default`` is not the base model.
     """
     block = _context.current(handle, in_graph=True)
     if block is None and default is not None:
@@ -119,7 +121,7 @@ def _active_adapter_ids(
 
 
 def batch_of(batch: Sequence[int]) -> Batch | None:
-    """:class:`Batch` as a graph holds it."""
+    """Return the :class:`Batch` of :data:`noted`."""
     return Batch(batch[0], frozenset(batch[1:])) if batch else None
 
 
@@ -144,7 +146,7 @@ def _layer_adapter_ids(
         return torch.full((math.prod(leading),), default, dtype=torch.int32, device=device)
     shape = torch.Size(leading)
     rows = block.rows_among(tuple(names), shape, device, tokens_first, of_tokens)
-    return constant([*rows.used, -1], torch.int32, device)[rows.ids.long()]  # -1 finds the last
+    return renumbered(rows.ids, rows.used)
 
 
 def _empty_ids(leading: Sequence[int], device: torch.device) -> Tensor:

@@ -26,7 +26,7 @@ def _head(asked: Chat | Completion, stream: RequestStream) -> dict[str, Any]:
 
 
 def whole(asked: Chat | Completion, stream: RequestStream, text: str) -> dict[str, Any]:
-    """The answer of a request that has ended."""
+    """Return the answer of a request that has ended."""
     said: dict[str, Any] = {"text": text}
     if isinstance(asked, Chat):
         said = {"message": {"role": "assistant", "content": text}}
@@ -71,17 +71,15 @@ async def events(
 
 
 def embeddings(asked: Embedding, vectors: Tensor, tokens: int) -> dict[str, Any]:
-    """The answer of ``/v1/embeddings``.
+    """Return the answer of ``/v1/embeddings``.
 
     Args:
         vectors: ``(N, D)`` float32 on the CPU. tokens: of all texts together.
     """
-    kept = [
-        base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()
-        if asked.encoding_format == "base64"
-        else row.tolist()
-        for row in vectors
-    ]
+    if asked.encoding_format == "base64":
+        kept = [base64.b64encode(v.numpy().astype("<f4").tobytes()).decode() for v in vectors]
+    else:
+        kept = vectors.tolist()
     data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(kept)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": asked.model, "usage": usage}

@@ -6,7 +6,7 @@ value alone, which is what leaving it out means. A field may be null: OpenAI's a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from fastapi import HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -48,7 +48,7 @@ class Message(_Asked):
     tool_calls: Empty | None = None
 
     def said(self) -> dict[str, str]:
-        """As a chat template takes it: parts are joined by line ends."""
+        """Return the message for a chat template, its parts joined by line ends."""
         content = self.content
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
@@ -65,7 +65,11 @@ class StreamOptions(_Asked):
 class _Generates(_Asked):
     """Fields of chats and of completions."""
 
+    #: Used if the client gives no number; None leaves it to :meth:`Engine.begin`.
+    default_max_tokens: ClassVar[int | None] = None
+
     model: str
+    max_tokens: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
@@ -96,23 +100,21 @@ class _Generates(_Asked):
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self) -> Sampling:
-        """How its tokens are chosen."""
-        heat, mass = (1.0 if x is None else x for x in (self.temperature, self.top_p))
-        return Sampling(heat, mass, self.seed)
-
     def settings(self) -> dict[str, Any]:
-        """Keywords of :meth:`Engine.begin` beside prompt and adapter.
+        """Return keywords of :meth:`Engine.begin` beside prompt and adapter.
 
         Raises:
-            ValueError: fields that do not go together.
+            ValueError: If fields contradict each other.
         """
         if self.stream_options and not self.stream:
             raise ValueError("stream_options: expected beside stream: true, found without it")
         form = read_format(self.response_format, self.structured_outputs)
         if form is not None and self.stop:
             raise ValueError("stop: expected none beside a format, which it would cut, found some")
-        return {"sampling": self.sampling(), "form": form}
+        temperature, top_p = (1.0 if x is None else x for x in (self.temperature, self.top_p))
+        most = self.default_max_tokens if self.max_tokens is None else self.max_tokens
+        sampling = Sampling(temperature, top_p, self.seed)
+        return {"sampling": sampling, "form": form, "max_new_tokens": most}
 
 
 class Chat(_Generates):
@@ -138,36 +140,28 @@ class Chat(_Generates):
     web_search_options: None = None
 
     def prompt(self) -> Prompt:
-        """What :meth:`Engine.begin` takes."""
+        """Return the prompt for :meth:`Engine.begin`."""
         return [message.said() for message in self.messages]
-
-    def settings(self) -> dict[str, Any]:
-        """Keywords of :meth:`Engine.begin`; 256 tokens at most where no number is given."""
-        return {**super().settings(), "max_new_tokens": self.max_tokens}
 
 
 class Completion(_Generates):
     """``POST /v1/completions``: one prompt, a text or its tokens."""
 
+    default_max_tokens: ClassVar[int | None] = 16  # as OpenAI's
+
     text: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=1)] = (
         Field(alias="prompt")
     )
-    max_tokens: int | None = Field(None, ge=1)
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: None = None
     suffix: Literal[""] | None = None
 
     def prompt(self) -> Prompt:
-        """What :meth:`Engine.begin` takes."""
+        """Return the prompt for :meth:`Engine.begin`."""
         given = self.text
         nested = isinstance(given, list) and given and not isinstance(given[0], int)
         return given[0] if nested else given  # pyright: ignore[reportReturnType]
-
-    def settings(self) -> dict[str, Any]:
-        """Keywords of :meth:`Engine.begin`; OpenAI's 16 tokens where no number is given."""
-        most = 16 if self.max_tokens is None else self.max_tokens
-        return {**super().settings(), "max_new_tokens": most}
 
 
 class Embedding(_Asked):
@@ -180,7 +174,7 @@ class Embedding(_Asked):
     user: str | None = None
 
     def texts(self) -> list[str | list[int]]:
-        """What :meth:`Embedder.embed` takes."""
+        """Return the texts for :meth:`Embedder.embed`."""
         given = self.input
         alone = isinstance(given, str) or isinstance(given[0], int)
         return [given] if alone else given  # pyright: ignore[reportReturnType]
@@ -201,7 +195,7 @@ class Unload(_Asked):
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The body of a request, or status 413 where it has more bytes."""
+    """Read the body of a request; status 413 if it has more bytes."""
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -211,7 +205,7 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 def told(error: ValidationError) -> str:
-    """What is wrong with a body, on one line: each field by its name."""
+    """Describe what is wrong with a body on one line, each field by its name."""
     found = error.errors(include_url=False, include_context=False)
     lines = []
     for one in found[:_MOST_TOLD]:

@@ -84,13 +84,12 @@ class Settings:
             try:
                 torch.empty(0, device=self.device)
             except (RuntimeError, AssertionError) as error:
-                raise ValueError(
-                    f"{_WHERE}: --device: expected one that torch has here, found "
-                    f"{self.device!r} ({str(error).splitlines()[0]})"
-                ) from error
+                found = f"{self.device!r} ({str(error).splitlines()[0]})"
+                expected = "expected one that torch has here"
+                raise ValueError(f"{_WHERE}: --device: {expected}, found {found}") from error
 
     def listen(self) -> socket.socket:
-        """A socket at host and port.
+        """Return a socket at host and port.
 
         Raises:
             ValueError: somebody listens there, or nobody may.

@@ -72,7 +72,7 @@ def make_app(
     max_body: int = 1 << 20,
     origins: Sequence[str] = (),
 ) -> FastAPI:
-    """OpenAI's API over an engine; add routes of your own to what it returns.
+    """Make OpenAI's API over an engine; you can add routes to the result.
 
     Args:
         engine: that runs. An :class:`Engine` answers chats and completions, an :class:`Embedder`
@@ -112,7 +112,7 @@ def make_app(
 def _add_answers(
     app: FastAPI, engine: Engine | Embedder, base: str, read: Any, refuse: _Refusals
 ) -> None:
-    """Chats and completions, or embeddings."""
+    """Add the routes of chats and completions, and of embeddings."""
 
     def adapter(model: str) -> str | None:
         return None if model == base else model
@@ -151,7 +151,7 @@ def _add_answers(
 
 
 def _add_models(app: FastAPI, engine: Engine | Embedder, base: str, read: Any) -> None:
-    """What may be asked for, and what changes it."""
+    """Add the routes that list, load and unload adapters."""
 
     def listed() -> list[dict[str, Any]]:
         first = {"id": base, "object": "model", "owned_by": "lora_ext", "created": 0}

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _WHERE = "add_request"
 _NAMES = ("max_new_tokens", "streaming", "record_timestamps", "eos_token_id")  # of the manager's
-_MOST_FORKS = 64  # rows that are remembered of a request and its forks
+_MAX_FORKS = 64  # forks of a request whose rows are kept
+NO_LOGPROBS = "None beside return_logprobs, which has the probabilities of the manager's own tokens"
 
 
 class RequestConstraint:
@@ -39,7 +40,7 @@ class RequestConstraint:
         self._known: dict[str, tuple[list[int], Row | None]] = {}
 
     def row(self, state: Any) -> Row | None:
-        """The row of a request's state, which transformers keeps."""
+        """Return the constraint's state behind the tokens of a request's state."""
         from lora_ext import control
 
         tokens = state.generated_tokens
@@ -50,7 +51,7 @@ class RequestConstraint:
             before, row = [], self._first
         for token in tokens[len(before) :]:
             (row,) = control.advance([row], [token])
-        if len(self._known) >= _MOST_FORKS:
+        if len(self._known) >= _MAX_FORKS:
             self._known.clear()
         self._known[state.request_id] = list(tokens), row
         return row
@@ -64,7 +65,7 @@ def request_constraint(
     arguments: Sequence[Any],
     settings: dict[str, Any],
 ) -> RequestConstraint | None:
-    """The constraint of a request, checked before it waits; None without one.
+    """Return the constraint of a request, checked before it waits; None without one.
 
     Args:
         manager: of transformers.
@@ -87,11 +88,8 @@ def request_constraint(
         for name in ("max_new_tokens", "eos_token_id")
     )
     require(budget is not None, _WHERE, "max_new_tokens", "a number beside a constraint", budget)
-    if manager.continuous_batching_config.return_logprobs:
-        raise NotImplementedError(
-            f"{_WHERE}: constraint: expected None beside return_logprobs, which tells the "
-            "probabilities of the manager's own tokens, found one"
-        )
+    own = not manager.continuous_batching_config.return_logprobs
+    require(own, _WHERE, "constraint", NO_LOGPROBS, "one", NotImplementedError)
     (plan,) = control.plans_of(_WHERE, constraint, guide, budget)
     assert plan is not None
     ends = {eos} if isinstance(eos, int) else set(eos or ())
@@ -106,9 +104,15 @@ def request_constraint(
 
 
 class Standing(NamedTuple):
-    """A row of a step's scores that has a constraint: its place, where it stands, and how the
-    scores are divided when a token is drawn; whether it is drawn from the whole law, and with
-    whose numbers."""
+    """A row of a step's scores that has a constraint.
+
+    Attributes:
+        place: of the row among the scores.
+        row: state of the constraint.
+        temperature: divides the scores before a token is drawn.
+        whole: whether the token is drawn from the whole distribution, without top-k or top-p.
+        generator: of the request.
+    """
 
     place: int
     row: Row | None
@@ -117,21 +121,10 @@ class Standing(NamedTuple):
     generator: torch.Generator | None = None
 
 
-def standing(states: Sequence[Any], requests: Sequence[Any]) -> list[Standing]:
-    """The rows of a step that have constraints, of all requests that choose a token."""
-    found: list[Standing] = []
-    for i, (state, request) in enumerate(zip(states, requests, strict=True)):
-        own, how = request.constraint, request.sampling
-        if own is not None:
-            whole = how is not None and how.temperature > 0 and how.top_p == 1 and how.top_k == -1
-            row = own.row(state)
-            found.append(Standing(i, row, own.temperature, whole, request.generator))
-    return found
-
-
 def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], list[Standing]]:
-    """Tokens of the rows, by place, that a guide leads and that are drawn from their whole law:
-    that needs no product with the vocabulary. And the rows that are left.
+    """Draw the tokens of rows that have a guide and sample from the whole distribution.
+
+    That needs no product with the vocabulary. Returns the tokens by place, and the other rows.
 
     Args:
         scores: ``(1, N, V)``, not changed. On a GPU the product is the cheaper way: all rows are
@@ -145,8 +138,8 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
 
     warm = torch.tensor([[each.temperature] for each in apart], dtype=torch.float64)
     own = scores[0, [e.place for e in apart]]
-    heat, envelope = control.proposed([e.row for e in apart], own, warm)
-    fine = heat.amax(-1) == 0
+    tempered, envelope = control.proposal_scores([e.row for e in apart], own, warm)
+    fine = tempered.amax(-1) == 0
     apart = [e for e, good in zip(apart, fine.tolist(), strict=True) if good]
     if not apart:
         return {}, list(rows)
@@ -155,13 +148,14 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
         return torch.stack([torch.rand(count, 2, generator=apart[i].generator) for i in which])
 
     places = [each.place for each in apart]
-    tokens, _ = control.decided([e.row for e in apart], heat[fine], envelope[fine], numbers)
+    kept = [e.row for e in apart]
+    tokens, _ = control.draw_from(kept, tempered[fine], envelope[fine], numbers)
     left = [each for each in rows if each.place not in places]
     return dict(zip(places, tokens, strict=True)), left
 
 
 def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:
-    """Scores ``(1, N, V)`` of a step in which some rows have constraints, all changed in one call.
+    """Return scores ``(1, N, V)`` in which the rows with constraints are changed, in one call.
 
     The others keep their bits, and so do ``scores`` themselves. A row of which no token is left,
     because its model or its matcher allows none, ends with what it has: an error would end the

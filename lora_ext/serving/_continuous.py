@@ -1,14 +1,15 @@
 """Continuous batching of transformers on an attached model: every request has its adapter.
 
-The way of a request:
+The life of a request:
 
-1. ``add_request`` pins its adapter; the version that is there is the one that it ends with.
-2. A step packs tokens of many requests into one row; a block around it says whose each token is,
-   and attention takes them apart again. What an activated adapter's request has before its start
-   is the base model's.
-3. Blocks of keys and values that requests share are told apart by adapter, from its start on.
-4. A request may choose its tokens in a way of its own (``_sampling.py``, ``_constraining.py``).
-5. The pin goes when the result is delivered, or the request is cancelled.
+1. ``add_request`` pins its adapter. The request ends with the version that it began with.
+2. A step packs tokens of many requests into one row. A block around the step has a name for each
+   token, and attention takes the requests apart again. Tokens before the start of an activated
+   adapter are the base model's.
+3. Requests share pages of keys and values. From the start of their adapter on, only requests with
+   the same version of the same adapter do.
+4. A request may have its own sampling and constraint (``_sampling.py``, ``_constraining.py``).
+5. The adapter is unpinned when the result is delivered, or the request is cancelled.
 
 Methods of a manager, and of what it makes, are wrapped on the instance; no class is touched.
 """
@@ -18,24 +19,25 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext.layers import requests_apart
 from lora_ext.pool import Lease, PoolFullError
 from lora_ext.rows import Names, _context, last_start, packed_block
 
 from ._constraining import (
+    NO_LOGPROBS,
     RequestConstraint,
     Standing,
     constrained,
     drawn,
     request_constraint,
-    standing,
 )
 from ._metrics import Load
 from ._names import CallNames, NamedPrompt, named_prompts, not_invoked
@@ -44,22 +46,36 @@ from ._sampling import Sampling
 if TYPE_CHECKING:
     from lora_ext.control import Constraint, Guide, Matched
 
-_OWN = "_lora_ext_requests"
-_CHILD = "__child#"  # what transformers appends to the id of a request that it forks
-_DIGITS = 4  # tokens that carry an adapter's number; a page holds at least as many
+_KEY = "_lora_ext_requests"  # attribute of a manager: its AdapterRequests
+_FORK_SUFFIX = "__child#"  # transformers appends it to the id of a request that it forks
+_MARKED_TOKENS = 4  # tokens of a page that carry an adapter's version; no page is smaller
 _NOT_GIVEN: Any = object()
+_INIT = "init_continuous_batching"
 
-#: Managers of attached models that run. Compiled forwards are guarded by it.
+_Method = Callable[..., Any]
+
+#: Running managers of attached models in this process. Compiled forwards are guarded by it.
 managers = 0
-_count = threading.Lock()
+_managers_lock = threading.Lock()
 _all: weakref.WeakSet[AdapterRequests] = weakref.WeakSet()
 
 
 @dataclass
 class _Request:
+    """One request, from ``add_request`` to its result; forks of it share the object.
+
+    Attributes:
+        name: of the adapter; None is the base model.
+        lease: the pin.
+        start: number of tokens before the adapter begins; they are the base model's.
+        sampling, generator, constraint: how its tokens are chosen; None leaves it to the manager.
+        logprobs: receives the log-probability of each new token; None if nobody wants them.
+        cancelled: whether ``cancel_request`` was called.
+    """
+
     name: str | None
     lease: Lease
-    start: int = 0  # tokens before it are the base model's
+    start: int = 0
     sampling: Sampling | None = None
     generator: torch.Generator | None = None
     constraint: RequestConstraint | None = None
@@ -67,84 +83,124 @@ class _Request:
     cancelled: bool = False
 
     @property
-    def number(self) -> int:
-        """Of the adapter's version; 0 is the base model."""
+    def version(self) -> int:
+        """Serial number of the pinned adapter; 0 is the base model."""
         return self.lease.residents[0].serial if self.lease.residents else 0
 
     def runs(self, past: int, length: int) -> list[tuple[str | None, int, int]]:
-        """Name, slot and number of the tokens of a step, ``length`` of them after ``past``."""
+        """Return name, slot and number of tokens for the ``length`` tokens after ``past``."""
         base = max(0, min(length, self.start - past))
         parts = (None, -1, base), (self.name, self.lease[0], length - base)
         return [part for part in parts if part[2]]
 
 
 class AdapterRequests:
-    """The adapters of a manager's requests.
+    """The requests of one manager with their adapters. Stored on the manager.
+
+    State: ``_requests``, by id, is guarded by ``_unpinned``, which is notified when a request ends.
+    Used by the manager's thread alone: ``_choosing``, the requests that choose a token in the
+    current step, in the order of its logits; ``_constrained``, those of them with a constraint; and
+    ``_last``, the rows of the last step and their block.
 
     Args:
         manager: transformers' ``ContinuousBatchingManager`` of an attached model.
-        names: of the calls of the model.
+        names: chooses the adapter names of the model's calls.
+
+    Attributes:
+        computed: tokens that steps have read so far, without those of shared pages.
 
     Raises:
-        NotImplementedError: tensor parallelism, compiled steps, or a transformers whose manager is
-            another one.
+        NotImplementedError: tensor parallelism, compiled steps, or a transformers whose manager has
+            other methods.
     """
 
     def __init__(self, manager: Any, names: CallNames):
+        config = manager.continuous_batching_config
+        refused = {
+            "tensor parallelism": manager.distributed_helper.tp_size > 1,
+            "varlen_compile_config": config.varlen_compile_config is not None,
+            "decode_compile_config": config.decode_compile_config is not None,
+        }
+        if found := [what for what, wanted in refused.items() if wanted]:
+            if manager._original_attn_impl is not None:
+                manager.model.set_attn_implementation(manager._original_attn_impl)
+            raise NotImplementedError(
+                f"{_INIT}: expected an attached model without {found[0]}, found it: the rows of a "
+                "step would not find their adapters"
+            )
+        # Both would replay a step with the block of an earlier one.
+        config.use_cuda_graph, config.use_async_batching = (False, False), False
         self.manager, self.names, self.pool = manager, names, names.pool
         self._requests: dict[str, _Request] = {}
-        self._freed = threading.Condition(threading.RLock())
-        self._last: tuple[Any, _context.Block] | None = None  # the block of the last step
+        self._unpinned = threading.Condition(threading.RLock())
+        self._last: tuple[Any, _context.Block] | None = None
         self._running = False
-        self.computed = 0  # tokens that steps have read, shared ones not counted
-        self._drawing: list[tuple[int, _Request]] = []  # rows of the step's logits, and whose
-        self._telling: list[tuple[int, _Request]] = []  # likewise, of those that want to know
+        self.computed = 0
+        self._choosing: list[_Request] = []
         self._constrained: list[Standing] = []
-        self._wrapped: list[tuple[Any, str]] = []
-        self._wrapped_in_processor: list[tuple[Any, str]] = []
-        _check_settings(manager)
-        own = self._wrapped
-        for name in ("add_request", "add_requests", "cancel_request", "start", "stop", "destroy"):
-            self._wrap(own, manager, name, getattr(self, name))
-        self._wrap(own, manager, "_create_batch_processor", self._create_batch_processor)
-        self._wrap(own, manager, "_generation_step", self._step)
-        for name in ("deliver", "deliver_batch"):
-            self._wrap(own, manager.output_router, name, self._deliver)
+        self._wrap(self._manager_methods())
         if manager.batch_processor is not None:
-            self._watch(manager.batch_processor)
-        manager.__dict__[_OWN] = self
+            self._wrap(self._processor_methods(manager.batch_processor))
+        manager.__dict__[_KEY] = self
         _all.add(self)
-        weakref.finalize(self, _release, self._requests).atexit = False
-
-    def remove(self) -> None:
-        """Give the manager its own methods back."""
-        for thing, name in (*self._wrapped, *self._wrapped_in_processor):
-            thing.__dict__.pop(name, None)
-        self.manager.__dict__.pop(_OWN, None)
-        self._release_all()
-        _all.discard(self)
-
-    def _wrap(
-        self, done: list[tuple[Any, str]], thing: Any, name: str, wrapper: Callable[..., Any]
-    ) -> None:
-        original = getattr(thing, name, None)
-        if original is None:
-            import transformers
-
-            self.remove()
-            raise NotImplementedError(
-                f"init_continuous_batching: expected {type(thing).__name__}.{name} as in "
-                f"transformers 5.24, found none in {transformers.__version__}"
-            )
-        thing.__dict__[name] = functools.partial(wrapper, original)
-        done.append((thing, name))
+        weakref.finalize(self, _unpin_all, self._requests).atexit = False
 
     # ---------------------------------------------------------------------------------------------
-    # Requests come and go
+    # Wrapped methods: owner, name, and a function that is given the original and its arguments
+
+    def _manager_methods(self) -> Iterator[tuple[Any, str, _Method]]:
+        manager = self.manager
+        for name in ("add_request", "add_requests", "cancel_request", "start", "stop", "destroy"):
+            yield manager, name, getattr(self, name)
+        yield manager, "_create_batch_processor", self._create_batch_processor
+        yield manager, "_generation_step", self._generation_step
+        yield manager.output_router, "deliver", self._deliver
+        yield manager.output_router, "deliver_batch", self._deliver
+
+    def _processor_methods(self, processor: Any) -> Iterator[tuple[Any, str, _Method]]:
+        cache = processor.cache
+        yield cache, "search_prefix_match", self._search_prefix_match
+        yield cache, "mark_complete_blocks", self._mark_finished_blocks
+        for allocator in cache.cache_allocators.values():
+            yield allocator, "mark_complete_blocks", self._mark_complete_blocks
+        yield processor.scheduler, "clear_cancelled_requests", self._clear_cancelled_requests
+        yield processor.model_runner, "_sample", self._sample
+
+    def _wrap(self, methods: Iterator[tuple[Any, str, _Method]]) -> None:
+        for owner, name, wrapper in methods:
+            original = getattr(owner, name, None)
+            if original is None:
+                import transformers
+
+                self.remove()
+                expected = f"{type(owner).__name__}.{name} as in transformers 5.24"
+                found = f"none in {transformers.__version__}"
+                raise NotImplementedError(f"{_INIT}: expected {expected}, found {found}")
+            owner.__dict__[name] = functools.partial(wrapper, original)
+
+    def remove(self) -> None:
+        """Restore the manager's methods, and unpin all adapters."""
+        processor = self.manager.batch_processor
+        methods = [*self._manager_methods()]
+        methods += [] if processor is None else self._processor_methods(processor)
+        for owner, name, _ in methods:
+            owner.__dict__.pop(name, None)
+        self.manager.__dict__.pop(_KEY, None)
+        self._end_all()
+        _all.discard(self)
+
+    def _create_batch_processor(self, original: Callable[[], Any]) -> Any:
+        processor = original()
+        if "search_prefix_match" not in processor.cache.__dict__:
+            self._wrap(self._processor_methods(processor))
+        return processor
+
+    # ---------------------------------------------------------------------------------------------
+    # Begin and end of requests
 
     def add_request(
         self,
-        original: Callable[..., Any],
+        original: _Method,
         input_ids: Sequence[int],
         request_id: str | None = None,
         *args: Any,
@@ -156,19 +212,16 @@ class AdapterRequests:
         logprobs: list[float] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The manager's own, with a pinned adapter and a way and constraint of its own for tokens.
+        """Add a request with its adapter pinned, and its own sampling and constraint.
 
-        A pool without room raises :class:`~lora_ext.pool.PoolFullError`, and a prompt without the
-        invocation of its activated adapter ValueError, unless ``allow_base``: then the base model
-        serves it. ``logprobs`` is given the log-probability of each new token under the model,
-        whatever way it was chosen in.
+        A pool without room raises :class:`~lora_ext.pool.PoolFullError`. A prompt without the
+        invocation of its activated adapter raises ValueError, or is served by the base model with
+        ``allow_base``. ``logprobs`` receives the log-probability of each new token under the model,
+        whatever sampling chose it.
         """
         prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
-        if sampling is not None and self.manager.continuous_batching_config.return_logprobs:
-            raise NotImplementedError(
-                "add_request: sampling: expected None beside return_logprobs, which tells the "
-                f"probabilities of the manager's own tokens, found {sampling}"
-            )
+        own = sampling is None or not self.manager.continuous_batching_config.return_logprobs
+        require(own, "add_request", "sampling", NO_LOGPROBS, sampling, NotImplementedError)
         if prompt is not None:
             adapter_name, allow_base = prompt.adapter, prompt.allow_base
         elif adapter_name is _NOT_GIVEN:
@@ -181,120 +234,113 @@ class AdapterRequests:
             if len(input_ids) == 0:  # it would end the thread that serves all others
                 raise ValueError("add_request: input_ids: expected at least one token, found none")
             own = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
-            request = self._pinned(adapter_name, wait=prompt is not None)
-            begun = self._begun(request, request_id, list(map(int, input_ids)), allow_base)
-            begun.sampling, begun.constraint, begun.logprobs = sampling, own, logprobs
-            begun.generator = sampling and sampling.generator(self.manager.model.device)
-            self._begin(request_id, begun)
+            lease = self._lease(adapter_name, wait=prompt is not None)
+            tokens = list(map(int, input_ids))
+            request = self._started_request(adapter_name, lease, request_id, tokens, allow_base)
+            request.sampling, request.constraint, request.logprobs = sampling, own, logprobs
+            request.generator = sampling and sampling.generator(self.manager.model.device)
+            with self._unpinned:
+                if request_id in self._requests:
+                    request.lease.__exit__()
+                    expected = "expected one that is not in use"
+                    raise ValueError(f"add_request: request_id: {expected}, found {request_id!r}")
+                self._requests[request_id] = request
+            accepted = None
             try:
                 accepted = original(input_ids, request_id, *args, **kwargs)
-            except BaseException:
-                self._end(request_id)
-                raise
+            finally:
+                if accepted is None:
+                    self._end(request_id)
         except BaseException as error:
             if prompt is not None:
                 prompt.errors.append(error)
             raise
-        if accepted is None:
-            self._end(request_id)
         return accepted
 
     def add_requests(
         self,
-        original: Callable[..., Any],
+        original: _Method,
         inputs: Sequence[Sequence[int]],
         *args: Any,
         adapter_names: Names = None,
         allow_base: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The manager's own, a name per request. Where the pool is full it waits for requests that
-        run."""
+        """Add requests, one name each. If the pool is full, wait until others have ended."""
         if not all(isinstance(prompt, NamedPrompt) for prompt in inputs):
             names = self.names.of_requests("add_requests", adapter_names, len(inputs))
             inputs = named_prompts(inputs, names, allow_base)
         return original(inputs, *args, **kwargs)
 
-    def _pinned(self, name: str | None, wait: bool) -> _Request:
-        """A request with its adapter pinned; ``wait``: for room in the pool, while others run."""
-        with self._freed:
+    def _lease(self, name: str | None, wait: bool) -> Lease:
+        """Return a pin; with ``wait``, wait for room in the pool while other requests run."""
+        with self._unpinned:
             while True:
                 try:
-                    return _Request(name, self.pool.acquire([name]))
+                    return self.pool.acquire([name])
                 except PoolFullError:
                     if not (wait and self._requests and self.manager.is_running()):
                         raise
-                self._freed.wait(1.0)
+                self._unpinned.wait(1.0)
 
-    def _begun(
-        self, request: _Request, request_id: str, prompt: list[int], allow_base: bool
+    def _started_request(
+        self, name: str | None, lease: Lease, request_id: str, prompt: list[int], allow_base: bool
     ) -> _Request:
-        """The same with its start; or one of the base model, for a prompt without invocation.
+        """Return a request whose adapter begins where the prompt invokes it.
 
         Raises:
-            ValueError: no invocation, and the base model is not to serve it.
+            ValueError: The prompt has no invocation, and the base model is not to serve it.
         """
-        for invocation in filter(None, request.lease.invocations):
+        for invocation in filter(None, lease.invocations):
             (start,) = last_start(torch.tensor([prompt]), invocation)
             if start is not None:
-                request.start = start
-                continue
-            request.lease.__exit__()
+                return _Request(name, lease, start)
+            lease.__exit__()
             if not allow_base:
-                raise not_invoked(f"add_request: request {request_id!r}", request.name, invocation)
+                raise not_invoked(f"add_request: request {request_id!r}", name, invocation)
             return _Request(None, self.pool.acquire([None]))
-        return request
-
-    def _begin(self, request_id: str, request: _Request) -> None:
-        with self._freed:
-            if request_id in self._requests:
-                request.lease.__exit__()
-                raise ValueError(
-                    "add_request: request_id: expected one that is not in use, found "
-                    f"{request_id!r}"
-                )
-            self._requests[request_id] = request
+        return _Request(name, lease)
 
     def _end(self, request_id: str) -> None:
-        with self._freed:
-            first = self._first(request_id)
-            if first not in self._requests or self._has_others(first, request_id):
+        """Unpin a request's adapter, unless another fork of the request goes on."""
+        with self._unpinned:
+            root = self._root_id(request_id)
+            if root not in self._requests:
                 return
-            self._requests.pop(first).lease.__exit__()
-            self._freed.notify_all()
+            processor = self.manager.batch_processor
+            if self.manager.num_return_sequences != 1 and processor is not None:
+                scheduler = processor.scheduler
+                others = {*scheduler.active_requests, *scheduler.waiting_requests} - {request_id}
+                if any(self._root_id(other) == root for other in others):
+                    return
+            self._requests.pop(root).lease.__exit__()
+            self._unpinned.notify_all()
 
-    def _first(self, request_id: str) -> str:
-        """The request that was forked into this one."""
-        return request_id if request_id in self._requests else request_id.rpartition(_CHILD)[0]
+    def _root_id(self, request_id: str) -> str:
+        """Return the id of the request that this one was forked from; otherwise its own."""
+        known = request_id in self._requests
+        return request_id if known else request_id.rpartition(_FORK_SUFFIX)[0]
 
-    def _has_others(self, first: str, request_id: str) -> bool:
-        processor = self.manager.batch_processor
-        if self.manager.num_return_sequences == 1 or processor is None:
-            return False
-        scheduler = processor.scheduler
-        known = {*scheduler.active_requests, *scheduler.waiting_requests} - {request_id}
-        return any(self._first(other) == first for other in known)
+    def _end_all(self) -> None:
+        with self._unpinned:
+            _unpin_all(self._requests)
+            self._unpinned.notify_all()
 
-    def _release_all(self) -> None:
-        with self._freed:
-            _release(self._requests)
-            self._freed.notify_all()
-
-    def _deliver(self, original: Callable[..., Any], outputs: Any) -> None:
+    def _deliver(self, original: _Method, outputs: Any) -> None:
         for output in outputs if isinstance(outputs, list) else [outputs]:  # of deliver_batch
             if output.is_finished():
                 self._end(output.request_id)
         original(outputs)
 
     def cancel_request(self, original: Callable[[str], None], request_id: str) -> None:
-        """The manager's own."""
-        with self._freed:
+        """Cancel a request, also if the manager has not read it yet."""
+        with self._unpinned:
             if request_id in self._requests:
                 self._requests[request_id].cancelled = True
         original(request_id)
 
     def _clear_cancelled_requests(self, original: Callable[[], list[Any]]) -> list[Any]:
-        with self._freed:  # the loop forgets a cancellation that is there before its request
+        with self._unpinned:  # the manager forgets a cancellation that is older than its request
             again = [each for each, request in self._requests.items() if request.cancelled]
         for request_id in again:
             self.manager.batch_processor.scheduler.set_request_cancellation(request_id)
@@ -304,71 +350,55 @@ class AdapterRequests:
         return cancelled
 
     def start(self, original: Callable[[], None]) -> None:
-        """The manager's own."""
+        """Start the manager."""
         original()
-        self._runs(True)
+        self._count_as(running=True)
 
-    def _runs(self, now: bool) -> None:
-        global managers
-        with _count:
-            managers += now - self._running
-            self._running = now
-
-    def stop(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """The manager's own; requests that it has forgotten are pinned no more."""
+    def stop(self, original: _Method, *args: Any, **kwargs: Any) -> None:
+        """Stop the manager, and unpin what it no longer runs."""
         original(*args, **kwargs)
         if not self.manager.is_running():
-            self._runs(False)
-            self._release_all()
-        if self.manager.batch_processor is None:
-            self._wrapped_in_processor.clear()
+            self._count_as(running=False)
+            self._end_all()
 
     def destroy(self, original: Callable[[], None]) -> None:
-        """The manager's own, which does not stop a manager that was never started."""
+        """Destroy the manager, which does not stop one that was never started."""
         original()
         if not self.manager.is_running():
-            self._release_all()
+            self._end_all()
+
+    def _count_as(self, running: bool) -> None:
+        global managers
+        with _managers_lock:
+            managers += running - self._running
+            self._running = running
 
     # ---------------------------------------------------------------------------------------------
     # Steps
 
-    def _create_batch_processor(self, original: Callable[[], Any]) -> Any:
-        processor = original()
-        self._watch(processor)
-        return processor
-
-    def _watch(self, processor: Any) -> None:
-        if (processor.cache, "search_prefix_match") in self._wrapped_in_processor:
-            return
-        own = self._wrapped_in_processor = []
-        self._wrap(own, processor.cache, "search_prefix_match", self._search_prefix_match)
-        self._wrap(own, processor.cache, "mark_complete_blocks", self._mark_finished)
-        for allocator in processor.cache.cache_allocators.values():
-            self._wrap(own, allocator, "mark_complete_blocks", self._mark_complete_blocks)
-        scheduler = processor.scheduler
-        self._wrap(own, scheduler, "clear_cancelled_requests", self._clear_cancelled_requests)
-        self._wrap(own, processor.model_runner, "_sample", self._sample)
-
-    def _step(self, original: Callable[[], None]) -> None:
+    def _generation_step(self, original: Callable[[], None]) -> None:
         processor, model = self.manager.batch_processor, self.manager.model
         batch = processor.inputs_and_outputs.requests_in_batch
-        kept = None
-        if processor.model_runner.supports_logits_to_keep(model):
-            kept = [i for i, request in enumerate(batch) if request.has_new_token]
-            kept += [0] * (len(batch) - len(kept))  # transformers reads the first token for them
-        requests = [self._request(each.state.request_id) for each in batch]
-        new = [request for request, each in zip(requests, batch, strict=True) if each.has_new_token]
-        self._drawing = [(row, each) for row, each in enumerate(new) if each.sampling is not None]
-        self._telling = [(row, each) for row, each in enumerate(new) if each.logprobs is not None]
-        self._constrained = standing([e.state for e in batch if e.has_new_token], new)
         runs, ends = [], []
-        for request, each in zip(requests, batch, strict=True):
+        self._choosing, self._constrained = [], []
+        for each in batch:
+            request = self._request(each.state.request_id)
             past = each.state.position_offset - each.query_length  # it has been advanced already
             runs += request.runs(past, each.query_length)
             ends.append(len(runs) - 1)
-        kept = None if kept is None else [ends[i] for i in kept]
+            if each.has_new_token:
+                if (own := request.constraint) is not None:
+                    way, place = request.sampling, len(self._choosing)
+                    whole = way is not None and way.draws_from_all
+                    row, heat, generator = own.row(each.state), own.temperature, request.generator
+                    self._constrained.append(Standing(place, row, heat, whole, generator))
+                self._choosing.append(request)
+        kept = None
+        if processor.model_runner.supports_logits_to_keep(model):
+            kept = [end for end, each in zip(ends, batch, strict=True) if each.has_new_token]
+            kept += ends[:1] * (len(batch) - len(kept))  # as transformers fills up
         key = runs, kept
-        if self._last is None or self._last[0] != key:  # decoding asks for the same rows again
+        if self._last is None or self._last[0] != key:  # decoding has the same rows again
             names, slots, lengths = zip(*runs, strict=True)
             block = packed_block(
                 self.names.handle, self.pool.max_slots, names, slots, lengths, kept
@@ -381,43 +411,42 @@ class AdapterRequests:
     def _sample(
         self, original: Callable[..., None], scores: Tensor, output_ids: Tensor, *args: Any
     ) -> None:
-        told = scores
         apart, left = drawn(scores, self._constrained)
-        scores = constrained(scores, left)
-        original(scores, output_ids, *args)
-        for row, request in self._drawing:
-            assert request.sampling is not None
+        masked = constrained(scores, left)
+        original(masked, output_ids, *args)
+        for row, request in enumerate(self._choosing):
             if row in apart:
                 output_ids[0, row] = apart[row]
-            else:
-                output_ids[0, row] = request.sampling.draw(scores[0, row], request.generator)
-        for row, request in self._telling:
-            assert request.logprobs is not None
-            logprobs = told[0, row : row + 1].float().log_softmax(-1)
-            request.logprobs.append(float(logprobs[0, output_ids[0, row]]))
+            elif request.sampling is not None:
+                output_ids[0, row] = request.sampling.draw(masked[0, row], request.generator)
+            if request.logprobs is not None:
+                logprobs = scores[0, row : row + 1].float().log_softmax(-1)
+                request.logprobs.append(float(logprobs[0, output_ids[0, row]]))
 
     def _request(self, request_id: str) -> _Request:
-        with self._freed:
-            return self._requests[self._first(request_id)]
+        with self._unpinned:
+            return self._requests[self._root_id(request_id)]
 
     # ---------------------------------------------------------------------------------------------
-    # Shared prefixes
+    # Pages that requests share: they are found by a hash of their tokens and those before
 
     def _search_prefix_match(
         self, original: Callable[..., int], request_id: str, prompt_ids: list[int]
     ) -> int:
-        return original(request_id, self._marked(request_id, prompt_ids))
+        return original(request_id, self._marked_tokens(request_id, prompt_ids))
 
     def _mark_complete_blocks(
         self, original: Callable[..., None], request_id: str, token_ids: list[int], *args: Any
     ) -> None:
-        original(request_id, self._marked(request_id, token_ids), *args)
+        original(request_id, self._marked_tokens(request_id, token_ids), *args)
 
-    def _mark_finished(
+    def _mark_finished_blocks(
         self, original: Callable[..., None], state: Any, complete_blocks: dict[str, int]
     ) -> None:
-        """The manager's own, and also of the step in which a request ends: it passes that over for
-        the sake of steps that overlap, which ours do not."""
+        """Share also the pages of the step in which a request ends.
+
+        The manager does not, for steps that overlap; these do not.
+        """
         cache = self.manager.batch_processor.cache
         if state.status.name != "FINISHED" or not cache.allow_block_sharing:
             return original(state, complete_blocks)
@@ -427,96 +456,73 @@ class AdapterRequests:
                 cache.cache_allocators[name].mark_complete_blocks(state.request_id, tokens, count)
         return None
 
-    def _marked(self, request_id: str, tokens: list[int]) -> list[int]:
-        """A prompt's tokens with a mark in bits that no token has, as a page is found by a hash of
-        its tokens and of those before. The mark lies in the page in which the adapter begins, and
-        tells its version and the place: equal tokens of that page may begin at different ones.
-        Where it has no room, the tokens before that page, which are the base model's."""
+    def _marked_tokens(self, request_id: str, tokens: list[int]) -> list[int]:
+        """Return a prompt's tokens with the adapter's version in bits that no token uses.
+
+        The first tokens of the page in which the adapter begins have the mark. It contains the
+        version and the start, because equal tokens of that page may have different starts. If there
+        is no room for it, only the tokens before that page are returned: the base model's.
+        """
         request, result = self._request(request_id), list(tokens)
         caches = self.manager.batch_processor.cache.cache_allocators.values()
         size = min(cache.tokens_per_page for cache in caches)
         page = request.start // size * size
-        if request.number == 0 or len(result) < page + _DIGITS:
+        if request.version == 0 or len(result) < page + _MARKED_TOKENS:
             return result  # the page, if there is one, is not complete
         bits = (self.manager.model.config.get_text_config().vocab_size - 1).bit_length()
-        number = request.number * size + request.start % size
-        for i in range(page, page + _DIGITS):
-            number, digit = divmod(number, 1 << (31 - bits))
+        mark = request.version * size + request.start % size
+        for i in range(page, page + _MARKED_TOKENS):
+            mark, digit = divmod(mark, 1 << (31 - bits))
             result[i] = int(result[i]) + (digit << bits)  # a tensor would change in place
-        return result[:page] if number else result
+        return result[:page] if mark else result
 
 
-def _release(requests: dict[str, _Request]) -> None:
-    """Unpin them; also those of a manager that is gone."""
+def _unpin_all(requests: dict[str, _Request]) -> None:
     while requests:
         requests.popitem()[1].lease.__exit__()
 
 
-def follow(manager: Any, names: CallNames) -> None:
-    """Give a manager of an attached model adapters for its requests, once."""
-    if _OWN not in manager.__dict__:
+def add_adapters_to(manager: Any, names: CallNames) -> None:
+    """Give the requests of an attached model's manager adapters, once."""
+    if _KEY not in manager.__dict__:
         AdapterRequests(manager, names)
 
 
-def _check_settings(manager: Any) -> None:
-    """Refuse what would run a step without its block; switch off what would replay an old one."""
-    config = manager.continuous_batching_config
-    refused = {
-        "tensor parallelism": manager.distributed_helper.tp_size > 1,
-        "varlen_compile_config": config.varlen_compile_config is not None,
-        "decode_compile_config": config.decode_compile_config is not None,
-    }
-    for what, found in refused.items():
-        if found:
-            if manager._original_attn_impl is not None:
-                manager.model.set_attn_implementation(manager._original_attn_impl)
-            raise NotImplementedError(
-                f"init_continuous_batching: expected an attached model without {what}, found it: "
-                "the rows of a step would not find their adapters"
-            )
-    config.use_cuda_graph, config.use_async_batching = (False, False), False
-
-
 def unfinished(manager: Any) -> int:
-    """How many requests of an attached model's manager wait or run: each pins its adapter."""
-    return len(manager.__dict__[_OWN]._requests)
+    """Return the number of requests of a manager that wait or run; each pins its adapter."""
+    return len(manager.__dict__[_KEY]._requests)
 
 
 def load_of(manager: Any) -> Load:
-    """What an attached model's manager has to do."""
-    own: AdapterRequests = manager.__dict__[_OWN]
+    """Return the load of an attached model's manager."""
+    own: AdapterRequests = manager.__dict__[_KEY]
     processor = manager.batch_processor
     active = list(processor.scheduler.active_requests) if processor is not None else []
-    with own._freed:
-        running = {own._first(each) for each in active}
+    with own._unpinned:
+        running = {own._root_id(each) for each in active}
         names = {each: request.name for each, request in own._requests.items()}
+    share = 0.0
+    if processor is not None:
+        cache = processor.cache
+        # Pages kept for later requests with the same prefix do not count: they can be replaced.
+        allocators = cache.cache_allocators.values()
+        kept = sum(len(each.ledger.cached_blocks) * each.bytes_per_block for each in allocators)
+        total = cache.num_sectors * cache.bytes_per_sector
+        share = max(0, total - cache.compute_free_capacity(relative=False) - kept) / total
     return Load(
         running=[name for each, name in names.items() if each in running],
         waiting=[name for each, name in names.items() if each not in running],
         most_adapters=own.pool.max_slots,
-        cache=0.0 if processor is None else _used_share(processor.cache),
+        cache=share,
     )
 
 
-def _used_share(cache: Any) -> float:
-    """Return the share of a cache that requests hold.
-
-    Pages that are kept for later requests with the same prefix do not count, because any other
-    request can replace them.
-    """
-    allocators = cache.cache_allocators.values()
-    kept = sum(len(each.ledger.cached_blocks) * each.bytes_per_block for each in allocators)
-    total = cache.num_sectors * cache.bytes_per_sector
-    return max(0, total - cache.compute_free_capacity(relative=False) - kept) / total
-
-
 def computed_tokens(manager: Any) -> int:
-    """How many tokens the steps of an attached model's manager have read so far; those of pages
-    that were there already are not among them."""
-    return manager.__dict__[_OWN].computed
+    """Return the number of tokens that a manager's steps have read, without shared pages."""
+    return manager.__dict__[_KEY].computed
 
 
 def requests_of(model: nn.Module) -> list[AdapterRequests]:
-    """Those of the managers that a model, or a part of it, has."""
+    """Return those of the managers of a model, or of a part of it."""
     parts = set(model.modules())
     return [requests for requests in list(_all) if requests.manager.model in parts]

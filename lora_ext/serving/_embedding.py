@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_ext._checks import choice, require
-from lora_ext.pool import AdapterFolder, AdapterPool, UnknownAdapterError
+from lora_ext.pool import UnknownAdapterError
 
-from ._engine import QueueFullError, StoppedError
+from ._engine import ServedPool, StoppedError
 from ._metrics import Load
 from .attaching import attach
 
@@ -56,7 +56,7 @@ class Preparation:
         return tokenizer(text, truncation=True, max_length=min(own, context)).input_ids
 
 
-class Embedder:
+class Embedder(ServedPool):
     """A model of vectors over a pool that is loaded from a folder at first use.
 
     Args:
@@ -88,22 +88,16 @@ class Embedder:
         preparation: Preparation | None = None,
     ):
         self.pooling, self.normalize = choice("Embedder", "pooling", pooling, POOLINGS), normalize
-        self.tokenizer, self.max_requests = tokenizer, max_requests
+        super().__init__(model, tokenizer, folder, max_requests, max_rank)
         self.max_batch_tokens, self.preparation = max_batch_tokens, preparation
         self.dimensions = model.config.get_text_config().hidden_size
         self.context = min(context, _positions(model))
         if preparation is not None and preparation.max_length is not None:
             self.context = min(self.context, preparation.max_length)
-        self.pool = AdapterPool(model, max_requests, max_rank, pages=2 * max_requests)
-        self.folder = AdapterFolder(self.pool, folder)
         self.model = attach(model, self.pool)
-        self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
         self._waiting: list[_Waiting] = []
         self._running: list[_Waiting] = []
-        self._preparing = 0
         self._worker: asyncio.Task[None] | None = None
-        self._stopped = False
-        self._encoding = asyncio.Lock()  # tokenizers are not made for threads
 
     def __enter__(self) -> Embedder:
         return self
@@ -150,14 +144,9 @@ class Embedder:
 
         Errors of :meth:`AdapterPool.load` are raised too.
         """
-        if self.requests >= self.max_requests:
-            raise QueueFullError(f"embed: expected at most {self.max_requests} requests at a time")
-        self._preparing += 1
-        try:
+        with self._prepared("embed"):
             async with self._encoding:
                 ids = await asyncio.to_thread(self._encode, texts)
-        finally:
-            self._preparing -= 1
         if self._stopped:
             raise StoppedError("embed: the server stops, and takes no more requests")
         each = _Waiting(ids, adapter_name, asyncio.get_running_loop().create_future())
@@ -168,30 +157,27 @@ class Embedder:
         self._counts.update(requests_total=1, tokens_total=tokens)
         return vectors, tokens
 
-    def stats(self) -> dict[str, int]:
-        """Numbers for a monitor: what has ended, what runs, and the pool."""
-        pool = {f"pool_{k}": v for k, v in self.pool.stats().items() if isinstance(v, int)}
-        return {**self._counts, "requests": self.requests, **pool}
-
     def load(self) -> Load:
-        """What it has to do, as routers of requests read it."""
+        """Return the load, for routers of requests."""
         running, waiting = ([r.name for r in each] for each in (self._running, self._waiting))
         return Load(running, waiting, self.pool.max_slots, 0.0)
 
     def _encode(self, texts: Sequence[str | list[int]]) -> list[list[int]]:
         size = self.model.config.get_text_config().vocab_size
-        ids = [self._tokens(text) if isinstance(text, str) else text for text in texts]
-        for i, one in enumerate(ids):
+        ids: list[list[int]] = []
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                one = text
+            elif self.preparation is None:
+                one = self.tokenizer(text).input_ids
+            else:
+                one = self.preparation.tokens(self.tokenizer, text, self.context)
             expected = f"1 to {self.context} tokens"
             require(0 < len(one) <= self.context, "embed", f"input[{i}]", expected, len(one))
             wrong = [token for token in one if not 0 <= token < size]
             require(not wrong, "embed", f"input[{i}]", f"tokens in [0, {size})", f"{wrong[:3]}")
+            ids.append(one)
         return ids
-
-    def _tokens(self, text: str) -> list[int]:
-        if self.preparation is None:
-            return self.tokenizer(text).input_ids
-        return self.preparation.tokens(self.tokenizer, text, self.context)
 
     async def _work(self) -> None:
         """Take what waits, as much as a forward may have, until nothing does."""
@@ -207,10 +193,9 @@ class Embedder:
             batch.clear()
 
     async def _ready(self, each: _Waiting) -> bool:
-        """Whether its adapter is there; a request whose adapter fails has that for its answer."""
+        """Load the request's adapter; return False if that fails, which is its answer then."""
         try:
-            if each.name is not None and each.name not in self.pool:
-                await asyncio.to_thread(self.folder.ready, each.name)
+            await self._load(each.name)
             return True
         except Exception as error:
             _end(each, error)
@@ -258,9 +243,7 @@ class Embedder:
     def _vectors(self, texts: Sequence[tuple[list[int], str | None]]) -> Tensor:
         ids, names = [one for one, _ in texts], [name for _, name in texts]
         lengths = torch.tensor([len(one) for one in ids])
-        tokens = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
-        for row, one in zip(tokens, ids, strict=True):
-            row[: len(one)] = torch.tensor(one)
+        tokens = pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
         mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(self.model.device)
         out = self.model(
             input_ids=tokens.to(self.model.device), attention_mask=mask.long(), adapter_names=names
@@ -304,8 +287,9 @@ def _end(each: _Waiting, answer: Tensor | Exception | None) -> None:
 
 
 def pooling_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
-    """Pooling and whether vectors are normalised, of a folder as sentence-transformers saves it;
-    None of another one.
+    """Return pooling and whether vectors are normalised, of a folder of sentence-transformers.
+
+    None for a folder in another format.
 
     Raises:
         ValueError: parts or poolings other than one of :class:`Embedder`'s.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from lora_ext.control import Constraint
 
 _TRIES = 8  # somebody may unload an adapter between its load and its pin
-_PATIENCE = 1.0  # seconds after which a waiting request asks whether anybody still reads
-_REMEMBERED = 16  # prompts that have been read
+_RECHECK_SECONDS = 1.0  # after which a waiting request looks whether the manager still runs
+_MAX_READ_PROMPTS = 16  # latest prompts whose pages may still be in the cache
 
 #: The messages of a chat, a text, or its tokens.
 Prompt: TypeAlias = Sequence[Mapping[str, str]] | str | Sequence[int]
@@ -42,7 +43,64 @@ class StoppedError(RuntimeError):
     """The engine stops, and takes no more requests."""
 
 
-class Engine:
+class ServedPool:
+    """What an engine has besides its model: a pool loaded from a folder, and counts of requests.
+
+    Attributes:
+        pool, folder: see :class:`lora_ext.pool.AdapterFolder`.
+        tokenizer, max_requests: of the engine.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        folder: str | os.PathLike[str],
+        max_requests: int,
+        max_rank: int,
+    ):
+        self.tokenizer, self.max_requests = tokenizer, max_requests
+        self.pool = AdapterPool(model, max_requests, max_rank, pages=2 * max_requests)
+        self.folder = AdapterFolder(self.pool, folder)
+        self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
+        self._preparing = 0  # requests that are being tokenized
+        self._stopped = False
+        self._encoding = asyncio.Lock()  # tokenizers are not made for threads
+
+    @property
+    def requests(self) -> int:
+        """Number of requests that are being tokenized, wait or run."""
+        return self._preparing
+
+    def stats(self) -> dict[str, int]:
+        """Return numbers for a monitor: ended requests, running ones, and the pool."""
+        pool = {f"pool_{k}": v for k, v in self.pool.stats().items() if isinstance(v, int)}
+        return {**self._counts, "requests": self.requests, **pool}
+
+    @contextlib.contextmanager
+    def _prepared(self, where: str) -> Iterator[None]:
+        """Count a request as being tokenized inside the block.
+
+        Raises:
+            QueueFullError: If too many requests wait or run.
+        """
+        if self.requests >= self.max_requests:
+            raise QueueFullError(
+                f"{where}: expected at most {self.max_requests} requests at a time"
+            )
+        self._preparing += 1
+        try:
+            yield
+        finally:
+            self._preparing -= 1
+
+    async def _load(self, name: str | None) -> None:
+        """Load an adapter if the pool does not have it."""
+        if name is not None and name not in self.pool:
+            await asyncio.to_thread(self.folder.ready, name)
+
+
+class Engine(ServedPool):
     """Continuous batching over a pool that is loaded from a folder at first use.
 
     Attaches the model and makes its manager, which runs inside ``with engine:``.
@@ -74,27 +132,20 @@ class Engine:
     ):
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        self.model, self.tokenizer, self.max_requests = model, tokenizer, max_requests
+        super().__init__(model, tokenizer, folder, max_requests, max_rank)
+        self.model = model
         self.context = min(context, model.config.get_text_config().max_position_embeddings)
-        self.pool = AdapterPool(model, max_requests, max_rank, pages=2 * max_requests)
-        self.folder = AdapterFolder(self.pool, folder)
         ends = model.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        blocks = -(-max(4 * self.context, 256 * max_requests) // page_size)
         self.manager = attach(model, self.pool, pack_base=pack_base).init_continuous_batching(
-            GenerationConfig(
-                do_sample=False, eos_token_id=tokenizer.eos_token_id if ends is None else ends
-            ),
+            GenerationConfig(do_sample=False, eos_token_id=ends),
             ContinuousBatchingConfig(
-                page_size=page_size,
-                num_blocks=-(-max(4 * self.context, 256 * max_requests) // page_size),
-                max_batch_tokens=max_batch_tokens,
+                page_size=page_size, num_blocks=blocks, max_batch_tokens=max_batch_tokens
             ),
         )
-        self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
-        self._preparing = 0
         self._streams: set[RequestStream] = set()
-        self._stopped = False
         self._ahead = Ahead(page_size, lambda: self.healthy)
-        self._encoding = asyncio.Lock()  # tokenizers are not made for threads
         self._building = asyncio.Semaphore(2)
         self._vocabulary: Any = None
 
@@ -121,7 +172,7 @@ class Engine:
 
     @property
     def requests(self) -> int:
-        """How many wait or run."""
+        """Number of requests that are being tokenized, wait or run."""
         return self._preparing + unfinished(self.manager)
 
     async def begin(
@@ -153,10 +204,7 @@ class Engine:
                 adapter. PoolFullError: no room for it. And what :meth:`AdapterPool.load` finds in
                 its files.
         """
-        if self.requests >= self.max_requests:
-            raise QueueFullError(f"begin: expected at most {self.max_requests} requests at a time")
-        self._preparing += 1
-        try:
+        with self._prepared("begin"):
             async with self._encoding:
                 ids = await asyncio.to_thread(self.encode, prompt)
             room = self.context - len(ids)
@@ -164,24 +212,17 @@ class Engine:
             expected = f"at most {self.context} tokens of prompt and answer"
             require(new <= room, "begin", "max_new_tokens", expected, f"{len(ids)} and {new}")
             how = {"max_new_tokens": new, "sampling": sampling, "allow_base": allow_base}
+            how |= {"adapter_name": adapter_name, "ended": self._count, "begun": self._ahead.ends}
             if form is not None:
                 how["constraint"] = await self._constraint(form)
             for left in reversed(range(_TRIES)):
-                if adapter_name is not None and adapter_name not in self.pool:
-                    await asyncio.to_thread(self.folder.ready, adapter_name)
+                await self._load(adapter_name)
                 try:
                     asked = self._asked(ids, adapter_name)
                     await self._ahead.wait(asked)
                     if self._stopped:
                         raise StoppedError("begin: the server stops, and takes no more requests")
-                    stream = RequestStream(
-                        self.manager,
-                        ids,
-                        adapter_name=adapter_name,
-                        ended=self._count,
-                        begun=self._ahead.ends,
-                        **how,
-                    )
+                    stream = RequestStream(self.manager, ids, **how)
                 except UnknownAdapterError:
                     if not left:
                         raise
@@ -190,8 +231,6 @@ class Engine:
                     self._ahead.begins(stream, asked)
                     return stream
             raise AssertionError("the last try returns or raises")
-        finally:
-            self._preparing -= 1
 
     def _asked(self, ids: list[int], name: str | None) -> Asked:
         if name is None:
@@ -201,7 +240,7 @@ class Engine:
         return Asked(ids, name, len(ids) if start is None else start)
 
     async def _constraint(self, form: Format) -> Constraint:
-        """Built beside the thread that generates, two at a time."""
+        """Build a constraint in another thread, two at a time."""
         from lora_ext.control import vocabulary_of
 
         async with self._building:
@@ -216,24 +255,20 @@ class Engine:
 
     def _count(self, stream: RequestStream) -> None:
         self._streams.discard(stream)
+        gone = stream.cancelled and not stream.stopped
         self._counts.update(
-            requests_total=1,
-            tokens_total=len(stream.tokens),
-            cancelled_total=int(stream.cancelled and not stream.stopped),
+            requests_total=1, tokens_total=len(stream.tokens), cancelled_total=int(gone)
         )
 
-    def stats(self) -> dict[str, int]:
-        """Numbers for a monitor: what has ended, what runs, and the pool."""
-        pool = {f"pool_{k}": v for k, v in self.pool.stats().items() if isinstance(v, int)}
-        return {**self._counts, "requests": self.requests, **pool}
-
     def load(self) -> Load:
-        """What it has to do, as routers of requests read it."""
+        """Return the load, for routers of requests."""
         return load_of(self.manager)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Tokens of a prompt; of a chat, up to where the answer begins. A tokenizer without a chat
-        template gets the contents, a line each."""
+        """Return the token ids of a prompt; of a chat, up to where the answer begins.
+
+        Without a chat template these are the contents of the messages, one per line.
+        """
         if isinstance(prompt, str):
             return self.tokenizer(prompt).input_ids
         if prompt and not isinstance(prompt[0], Mapping):
@@ -271,12 +306,9 @@ class Asked:
     start: int
 
     def shared(self, other: Asked, page: int) -> int:
-        """How many tokens are of pages that both requests may read."""
-        count = 0
-        for mine, others in zip(self.tokens, other.tokens, strict=False):
-            if mine != others:
-                break
-            count += 1
+        """Return the number of tokens in pages that both requests may read."""
+        pairs = zip(self.tokens, other.tokens, strict=False)
+        count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         if self.adapter != other.adapter:
             count = min(count, self.start, other.start)
         return count // page * page
@@ -292,10 +324,10 @@ class Ahead:
     def __init__(self, page: int, alive: Callable[[], bool]):
         self._page, self._alive = page, alive
         self._reading: dict[Any, tuple[Asked, asyncio.Event]] = {}
-        self._read: deque[Asked] = deque(maxlen=_REMEMBERED)
+        self._read: deque[Asked] = deque(maxlen=_MAX_READ_PROMPTS)
 
     async def wait(self, asked: Asked) -> None:
-        """Until nobody reads more of this prompt for the first time."""
+        """Wait until no other request reads more of this prompt for the first time."""
         while self._alive():
             known = max((asked.shared(other, self._page) for other in self._read), default=0)
             reading = self._reading.values()
@@ -303,14 +335,14 @@ class Ahead:
             if (first := next(more, None)) is None:
                 return
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(first.wait(), _PATIENCE)
+                await asyncio.wait_for(first.wait(), _RECHECK_SECONDS)
 
     def begins(self, stream: Any, asked: Asked) -> None:
-        """A stream's prompt is being read."""
+        """Record that a stream's prompt is being read."""
         self._reading[stream] = asked, asyncio.Event()
 
     def ends(self, stream: Any) -> None:
-        """It has its first token, or will have none."""
+        """Record that a stream has its first token, or will have none."""
         if stream in self._reading:
             asked, event = self._reading.pop(stream)
             if stream.tokens:

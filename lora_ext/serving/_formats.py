@@ -75,7 +75,7 @@ def read_format(
     response_format: Mapping[str, Any] | None = None,
     structured_outputs: Mapping[str, Any] | None = None,
 ) -> Format | None:
-    """The format of a request; None for plain text.
+    """Return the format of a request; None for plain text.
 
     Args:
         response_format: ``{"type": "text" | "json_object" | "json_schema", "json_schema": ...}``.

@@ -1,7 +1,7 @@
-"""The methods of an attached model that lora_ext stands in for, all of them on one object.
+"""Methods of an attached model that lora_ext replaces on its instances; classes stay as they are.
 
-The rows of a block stay those of the batch through beams and returned sequences, ``adapter_names=``
-reaches the layers, and what cannot be served is refused.
+The replacements make ``adapter_names=`` reach the layers, keep the rows of a block equal to those
+of the batch through beams and returned sequences, and refuse what cannot be served.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ from lora_ext.rows import (
 from . import _continuous
 from ._media import KINDS, has_media, media_noted, of_media
 from ._names import CallNames, named_prompts
+from ._pipelines import report_lost_names
 
 _Run = Callable[..., Any]
-_OWN = "_lora_ext_own_"  # and the method that an instance has of its own
 
-# What a model calls its tokens, and what transformers' continuous batching gives besides.
+#: Prefix of the attribute that keeps the method that an instance had itself before ``attach``.
+_OWN_PREFIX = "_lora_ext_own_"
+#: Arguments of a forward whose first dimension counts sequences.
 _INPUTS = (
     "input_ids",
     "inputs_embeds",
@@ -55,125 +57,116 @@ _INPUTS = (
     "pixel_values",
     "input_features",
 )
-_CACHES = ("cache", "past_key_values", "cache_params")  # transformers has renamed it
+#: Arguments of a forward that hold its cache, in the versions of transformers.
+_CACHES = ("cache", "past_key_values", "cache_params")
+#: Arguments of a forward that only a step of transformers' continuous batching has.
 _PACKED = ("read_index", "write_index", "block_table")
 
 
 class Hooks:
-    """What stands in for methods of an attached model and of its parts.
+    """The replacements of one attached model; one object for its life.
 
-    Each method here has the name of one of transformers', and is given the model, what it stands in
-    for, and then the arguments of the call.
+    A method here has the name of the method of transformers that it replaces. Its arguments are the
+    model, ``own``, the bound original, and the arguments of the call.
 
     Args:
-        names: of the calls of the model.
+        names: chooses the adapter names of each call.
     """
 
     def __init__(self, names: CallNames):
         self.names = names
-        self._gate = _Gate()
-        # Made here, as a decorator would import dynamo, which takes a second, with this file.
+        self._lock = _ForwardLock()
+        # Not a decorator, which would import dynamo with this file: that takes a second.
         self._uncompiled: Any = torch.compiler.disable(
-            self._in_turn,
+            self._locked_forward,
             reason="a manager of continuous batching runs, and a compiled forward would not wait; "
             "or the tokens have to tell whose images, videos or sounds there are, or where an "
             "activated adapter begins",
         )
 
-    def put(self, model: nn.Module) -> list[tuple[str, str]]:
-        """Stand in for the methods that a model has of these. Returns which: module and method."""
-        done = []
+    def install(self, model: nn.Module) -> list[tuple[str, str]]:
+        """Replace the methods of a model and its modules. Returns the module and name of each."""
+        installed = []
         for name, module in model.named_modules():
             kind = type(module)
             found = {
-                method: stand_in
-                for method, stand_in in _STAND_INS.items()
-                # An instance with a method of its own is left alone, but for a repository's
-                # generate.
+                method: replacement
+                for method, replacement in _REPLACEMENTS.items()
+                # A method of the instance itself stays, except for a repository's generate.
                 if (method == "generate" or method not in module.__dict__)
                 and callable(getattr(kind, method, None))
             }
-            if hasattr(kind, "get_input_embeddings") or (
-                self.names.default is not None and not name
-            ):
-                # A model of transformers swallows arguments that it does not know: names would be
-                # lost.
+            # Models of transformers swallow unknown arguments: the names would be lost.
+            is_model = hasattr(kind, "get_input_embeddings")
+            if is_model or (self.names.default is not None and not name):
                 found["forward"] = Hooks.forward
-            for method, stand_in in found.items():
+            for method, replacement in found.items():
                 if method in module.__dict__:  # accelerate's forward, a repository's generate
-                    module.__dict__[_OWN + method] = module.__dict__[method]
-                hook = _hook(self, stand_in, kind, method)
+                    module.__dict__[_OWN_PREFIX + method] = module.__dict__[method]
+                hook = _replacing_function(self, replacement, kind, method)
                 setattr(module, method, MethodType(hook, module))
-                done.append((name, method))
-        return done
+                installed.append((name, method))
+        return installed
 
     def forward(
-        self,
-        model: Any,
-        own: _Run,
-        /,
-        *args: Any,
-        adapter_names: Names = None,
-        **kw: Any,
+        self, model: Any, own: _Run, /, *args: Any, adapter_names: Names = None, **kw: Any
     ) -> Any:
-        """With names, in turn with other forwards, and in a block that knows the batch."""
+        """Run a forward under its names, behind the model's lock, with its batch described."""
         refuse_singular("forward", kw)
         if not compiles():
-            return self._in_turn(own, model, args, kw, adapter_names)
-        # No graph waits, and none looks at the tokens: such a forward runs outside of it.
+            return self._locked_forward(own, model, args, kw, adapter_names)
+        # A graph neither waits for a lock nor reads tokens, so such a forward is not compiled.
         if _continuous.managers or _context.any_activated or has_media(model, kw):
             return self._uncompiled(own, model, args, kw, adapter_names)
         with self.names.block(adapter_names):
-            return _noted(own, model, args, kw)
+            return _run_forward(own, model, args, kw)
 
-    def _in_turn(
-        self,
-        own: _Run,
-        model: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        names: Names,
+    def _locked_forward(
+        self, own: _Run, model: Any, args: tuple[Any, ...], kw: dict[str, Any], names: Names
     ) -> Any:
-        _check_attention(model, kwargs)
-        names = self.names.of_forward(names, nested=self._gate.inside)
-        with self._gate.passed(alone=kwargs.get("is_causal") is not None), self.names.block(names):
-            return _noted(own, model, args, kwargs)
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        if str(attention).startswith("paged|") and not any(name in kw for name in _PACKED):
+            # transformers makes no mask for it outside the manager's steps.
+            raise RuntimeError(
+                f"attach: attention: expected one that masks later tokens, found {attention!r}, "
+                "set by continuous batching; stop it or call set_attn_implementation('sdpa')"
+            )
+        names = self.names.of_call(names)
+        if names is None and not self._lock.held:  # a nested forward has been checked already
+            report_lost_names(self.names.handle)
+        exclusive = kw.get("is_causal") is not None
+        with self._lock.hold(exclusive), self.names.block(names):
+            return _run_forward(own, model, args, kw)
 
     def generate(
-        self,
-        model: Any,
-        own: _Run,
-        /,
-        *args: Any,
-        adapter_names: Names = None,
-        **kw: Any,
+        self, model: Any, own: _Run, /, *args: Any, adapter_names: Names = None, **kw: Any
     ) -> Any:
-        """With names, in a scope for what becomes of the rows."""
+        """Generate under the call's names; changes of the rows end with the call."""
         refuse_singular("generate", kw)
         names = self.names.of_call(adapter_names)
         with self.names.block(names), generation_scope(), media_noted(model, args, kw):
             if has_activated():
-                _check_guidance(model, kw)
-                prompt_known(*_prompt(args, kw))
+                config = kw.get("generation_config") or getattr(model, "generation_config", None)
+                scale = kw.get("guidance_scale", getattr(config, "guidance_scale", None))
+                if scale is not None and scale != 1:
+                    raise NotImplementedError(
+                        "generate: guidance_scale: expected none beside an activated adapter, "
+                        f"found {scale}: where it begins in the unconditional prompt is not known"
+                    )
+                prompt_known(*_prompt_and_past(args, kw))
             return own(*args, **kw)
 
     def _prepare_encoder_decoder_kwargs_for_generation(
-        self, _model: Any, own: _Run, /, *args: Any, **kwargs: Any
+        self, _model: Any, own: _Run, /, *args: Any, **kw: Any
     ) -> Any:
         # The encoder runs once per input. Whisper generates several times in one call.
         repeat_rows(self.names.handle, 1)
-        return own(*args, **kwargs)
+        return own(*args, **kw)
 
     def _expand_inputs_for_generation(
-        self,
-        _model: Any,
-        own: _Run,
-        /,
-        expand_size: int = 1,
-        *args: Any,
-        **kwargs: Any,
+        self, _model: Any, own: _Run, /, expand_size: int = 1, *args: Any, **kw: Any
     ) -> Any:
-        expanded = own(expand_size, *args, **kwargs)
+        expanded = own(expand_size, *args, **kw)
         repeat_rows(self.names.handle, expand_size)
         return expanded
 
@@ -181,26 +174,26 @@ class Hooks:
     # that have ended.
 
     def _expand_variables_for_generation(
-        self, _model: Any, own: _Run, /, *args: Any, **kwargs: Any
+        self, _model: Any, own: _Run, /, *args: Any, **kw: Any
     ) -> Any:
-        batch = kwargs["batch_size"]
-        expanded = own(*args, **kwargs)
+        batch = kw["batch_size"]
+        expanded = own(*args, **kw)
         rows = expanded[1]
         select_rows([row * batch // rows for row in range(rows)], batch)
         return expanded
 
-    def _maybe_reduce_batch(self, _model: Any, own: _Run, /, *args: Any, **kwargs: Any) -> Any:
-        before = kwargs["batch_idx_map"]
-        reduced = own(*args, **kwargs)
+    def _maybe_reduce_batch(self, _model: Any, own: _Run, /, *args: Any, **kw: Any) -> Any:
+        before = kw["batch_idx_map"]
+        reduced = own(*args, **kw)
         repeat_rows(self.names.handle, 1)
         if len(reduced[2]) < len(before):
             select_rows([before.index(row) for row in reduced[2]], len(before))
         return reduced
 
-    def init_continuous_batching(self, _model: Any, own: _Run, /, *args: Any, **kwargs: Any) -> Any:
-        """A manager whose requests have adapters."""
-        manager = own(*args, **kwargs)
-        _continuous.follow(manager, self.names)
+    def init_continuous_batching(self, _model: Any, own: _Run, /, *args: Any, **kw: Any) -> Any:
+        """Return a manager whose requests have adapters."""
+        manager = own(*args, **kw)
+        _continuous.add_adapters_to(manager, self.names)
         return manager
 
     def generate_batch(
@@ -212,110 +205,101 @@ class Hooks:
         *args: Any,
         adapter_names: Names = None,
         allow_base: bool = False,
-        **kwargs: Any,
+        **kw: Any,
     ) -> Any:
-        """With a name for each request; ``allow_base``: the base model serves prompts without the
-        invocation of their activated adapter, which raise ValueError otherwise."""
-        refuse_singular("generate_batch", kwargs)
+        """Generate with one name per request.
+
+        With ``allow_base`` the base model serves prompts without the invocation of their activated
+        adapter, which raise ValueError otherwise.
+        """
+        refuse_singular("generate_batch", kw)
         require_flags("generate_batch", allow_base=allow_base)
         names = self.names.of_requests("generate_batch", adapter_names, len(inputs))
-        # `generate` in pages has looked for the invocations, and warned.
+        # A paged `generate` has looked for the invocations, and warned.
         found = activated_in(self.names.handle) if adapter_names is None else None
         looked = found is not None and found.fixed
         prompts = named_prompts(inputs, names, allow_base or looked)
         self.names.check_invoked("generate_batch", prompts)
-        results = own(prompts, *args, **kwargs)
+        results = own(prompts, *args, **kw)
         if prompts and prompts[0].errors:
             raise prompts[0].errors[0]
         return results
 
-    def resize_token_embeddings(self, model: Any, own: _Run, /, *args: Any, **kwargs: Any) -> Any:
-        """Refused where the embeddings are attached."""
+    def resize_token_embeddings(self, model: Any, own: _Run, /, *args: Any, **kw: Any) -> Any:
+        """Raise RuntimeError if the pool has the embeddings, whose sizes it depends on."""
         found = model.get_input_embeddings(), model.get_output_embeddings()
         if any(isinstance(embeddings, PoolLayer) for embeddings in found):
             raise RuntimeError(
-                "resize_token_embeddings: expected embeddings that are not attached, found those "
-                "of an attached model, which its pool knows by their sizes; detach the model, "
-                "resize it, and make a new pool"
+                "resize_token_embeddings: expected embeddings that are not attached, found "
+                "attached ones; detach the model, resize it, and make a new pool"
             )
-        return own(*args, **kwargs)
+        return own(*args, **kw)
 
 
-_METHODS = (
-    Hooks.generate,
-    Hooks._prepare_encoder_decoder_kwargs_for_generation,
-    Hooks._expand_inputs_for_generation,
-    Hooks._expand_variables_for_generation,
-    Hooks._maybe_reduce_batch,
-    Hooks.init_continuous_batching,
-    Hooks.generate_batch,
-    Hooks.resize_token_embeddings,
-)
-_STAND_INS = {method.__name__: method for method in _METHODS} | {
-    kind.method: functools.partial(of_media, kind) for kind in KINDS
-}
+#: The replacements by method, besides :meth:`Hooks.forward`, which not every module gets.
+_REPLACEMENTS: dict[str, _Run] = {
+    method.__name__: method
+    for method in (
+        Hooks.generate,
+        Hooks._prepare_encoder_decoder_kwargs_for_generation,
+        Hooks._expand_inputs_for_generation,
+        Hooks._expand_variables_for_generation,
+        Hooks._maybe_reduce_batch,
+        Hooks.init_continuous_batching,
+        Hooks.generate_batch,
+        Hooks.resize_token_embeddings,
+    )
+} | {kind.method: functools.partial(of_media, kind) for kind in KINDS}
 
 
-def _hook(hooks: Hooks, stand_in: _Run, kind: type, method: str) -> Any:
-    """A function that is a method of modules of this kind. It finds its model through ``self``, so
-    that a copy of the model has hooks of its own."""
+def _replacing_function(hooks: Hooks, replacement: _Run, kind: type, method: str) -> Any:
+    """Return a function for a method of one module of this class.
+
+    It finds the module through ``self``, so the hooks of a copied model serve the copy.
+    """
     original = getattr(kind, method)
     static = isinstance(inspect.getattr_static(kind, method), staticmethod)
 
     @functools.wraps(original)  # transformers reads the signatures
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = self.__dict__.get(_OWN + method)
+        own = self.__dict__.get(_OWN_PREFIX + method)
         if own is None:
             own = original if static else functools.partial(original, self)
-        return stand_in(hooks, self, own, *args, **kwargs)
+        return replacement(hooks, self, own, *args, **kwargs)
 
     hook.of_attach = True  # pyright: ignore[reportAttributeAccessIssue]
     return hook
 
 
 def is_hook(method: Any) -> bool:
-    """Whether a bound method is one that :meth:`Hooks.put` has put on a module."""
+    """Return whether :meth:`Hooks.install` has made a bound method."""
     return getattr(getattr(method, "__func__", None), "of_attach", False)
 
 
-def take_away(model: nn.Module, done: list[tuple[str, str]]) -> None:
-    """Undo :meth:`Hooks.put`: give instances back what they had."""
-    for name, method in done:
+def uninstall(model: nn.Module, installed: list[tuple[str, str]]) -> None:
+    """Undo :meth:`Hooks.install`."""
+    for name, method in installed:
         module = find_module(model, name)
         if module is not None:
             module.__dict__.pop(method, None)
-            if _OWN + method in module.__dict__:
-                module.__dict__[method] = module.__dict__.pop(_OWN + method)
+            if _OWN_PREFIX + method in module.__dict__:
+                module.__dict__[method] = module.__dict__.pop(_OWN_PREFIX + method)
 
 
-def _check_attention(model: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse a manager's attention outside its steps: transformers makes no mask for it."""
-    found = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if str(found).startswith("paged|") and not any(name in kwargs for name in _PACKED):
-        raise RuntimeError(
-            "attach: attention: expected one that hides the tokens to come, found "
-            f"{found!r}, which a manager of continuous batching has set; stop the manager, or give "
-            "the model 'sdpa', which serves both, with set_attn_implementation"
-        )
-
-
-def _noted(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a model's forward; what it is given tells its layers' rows, where it turns or flattens
-    the batch."""
+def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a forward; inside, layers find the sizes, media and activations of its batch."""
     if any(name in kwargs for name in _PACKED) and not getattr(innermost(), "packed", False):
         raise NotImplementedError(
-            "attach: expected a batch with a row for each sequence, found transformers' continuous "
-            "batching, which packs requests into one row, by a manager that knows no adapters; "
-            "take the one of the attached model's init_continuous_batching or generate_batch"
+            "attach: expected one row per sequence, found continuous batching by a manager that "
+            "knows no adapters; use the attached model's init_continuous_batching or generate_batch"
         )
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise NotImplementedError(
-            "attach: expected a model that is not recorded by torch.jit.trace, found a recording, "
-            "which would serve the rows of this block, or the base model, at every later call; "
-            "torch.export and torch.compile follow the blocks"
+            "attach: expected a model that is not recorded by torch.jit.trace, which would keep "
+            "the rows of this block; use torch.export or torch.compile, which follow blocks"
         )
-    traces = compiles()
-    if not traces and innermost() is None:
+    traced = compiles()
+    if not traced and innermost() is None:
         return run(*args, **kwargs)
     given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
     tensors = [x for x in given if isinstance(x, Tensor) and x.dim() > 1]
@@ -323,7 +307,7 @@ def _noted(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return run(*args, **kwargs)
     lengths = [x.shape[1] for x in tensors if x.dim() == 2 or x.is_floating_point()]
     sequences = tensors[0].shape[0]
-    if traces:  # dynamo traces no contextvar, but an attribute that it finds changed
+    if traced:  # dynamo sees a changed attribute, and no ContextVar
         before, noted.batch = noted.batch, (sequences, *lengths)
         try:
             return run(*args, **kwargs)
@@ -332,15 +316,15 @@ def _noted(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     with (
         forward_of(Batch(sequences, frozenset(lengths))),
         media_noted(model, args, kwargs),
-        _activated(model, args, kwargs),
+        _activation(model, args, kwargs),
     ):
         return run(*args, **kwargs)
 
 
-def _activated(
+def _activation(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> contextlib.AbstractContextManager[None]:
-    """Around a forward: adapters that begin in mid-sequence, where its blocks have any."""
+    """Return a context in which a forward's tokens have the activated adapters of its blocks."""
     if not has_activated():
         return contextlib.nullcontext()
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -365,26 +349,17 @@ def _activated(
     return activated_forward(ids, rows, count, length, 0 if keep is None else keep)
 
 
-def _check_guidance(model: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse classifier-free guidance, whose second prompt has places of its own."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
-    if scale is not None and scale != 1:
-        raise NotImplementedError(
-            "generate: guidance_scale: expected none beside an activated adapter, found "
-            f"{scale}: where it begins in the unconditional prompt is not known"
-        )
-
-
 @functools.cache
 def _parameters(kind: type) -> tuple[str, ...]:
-    """The arguments of a model's forward, in their order."""
+    """Return the arguments of a model's forward, in their order."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]  # pyright: ignore
 
 
-def _prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, int]:
-    """The ids that ``generate`` is given, and how many tokens of a cache lie before them: of a
-    prompt that a cache has begun, the mask is of the whole."""
+def _prompt_and_past(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, int]:
+    """Return the ids given to ``generate`` and the number of cached tokens before them.
+
+    With a cache, ``attention_mask`` covers the cached tokens too.
+    """
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
         return None, 0
@@ -396,52 +371,51 @@ def _prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | Non
     return ids, max(0, whole - ids.shape[1])
 
 
-class _Gate:
-    """What the forwards of one model pass: many at once, or one alone. First come, first served.
+class _ForwardLock:
+    """A lock of one model's forwards: many shared holders, or an exclusive one; first come, first
+    served.
 
-    transformers writes the ``is_causal=`` of a call into the model's configuration and takes it out
-    again when the call ends; masks of every thread are made by it. Each step of continuous batching
-    is such a call. So a forward with ``is_causal=`` runs alone, and others run side by side.
+    transformers writes the ``is_causal=`` of a call into the model's configuration, from which the
+    masks of all threads are made, and takes it out when the call ends. Each step of continuous
+    batching is such a call. So a forward with ``is_causal=`` runs alone; others run in parallel.
+
+    State: ``_entrance`` is held while a forward enters, and by an exclusive one until it ends.
+    ``_sharing`` is the number of shared holders, guarded by ``_changed``. ``_thread.held`` is set
+    while the thread holds the lock, which nested forwards do not take again.
     """
 
     def __init__(self) -> None:
         self._entrance = threading.Lock()
-        self._left = threading.Condition()
-        self._inside = 0
+        self._changed = threading.Condition()
+        self._sharing = 0
         self._thread = threading.local()
 
     @property
-    def inside(self) -> bool:
-        """Whether this thread is."""
-        return getattr(self._thread, "inside", False)
+    def held(self) -> bool:
+        """True if the current thread holds the lock."""
+        return getattr(self._thread, "held", False)
 
     @contextlib.contextmanager
-    def passed(self, alone: bool) -> Iterator[None]:
-        """Wait, then be inside. A thread that is inside already stays so."""
-        if self.inside:
+    def hold(self, exclusive: bool) -> Iterator[None]:
+        """Hold the lock inside the block, unless the thread holds it already."""
+        if self.held:
             yield
             return
-        self._thread.inside = True
+        self._thread.held = True
         try:
-            with self._alone() if alone else self._among_others():
+            with self._entrance:
+                if exclusive:
+                    with self._changed:
+                        self._changed.wait_for(lambda: self._sharing == 0)
+                    yield
+                    return
+                with self._changed:
+                    self._sharing += 1
+            try:
                 yield
+            finally:
+                with self._changed:
+                    self._sharing -= 1
+                    self._changed.notify_all()
         finally:
-            self._thread.inside = False
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._entrance:  # nobody else comes in
-            with self._left:
-                self._left.wait_for(lambda: self._inside == 0)
-            yield
-
-    @contextlib.contextmanager
-    def _among_others(self) -> Iterator[None]:
-        with self._entrance, self._left:
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._left:
-                self._inside -= 1
-                self._left.notify_all()
+            self._thread.held = False

@@ -1,9 +1,8 @@
-"""Images, videos and sounds of a batch have the adapter of the sequence that they are in, however
-many it has.
+"""Give the images, videos and sounds of a batch the adapter of the sequence that contains them.
 
-Vision and audio towers, and the projectors behind them, see images and not sequences. Which
-sequence an image belongs to is told by the tokens that stand for it. Where they do not tell, a
-block with several names is refused, at the first layer of the tower that has adapters.
+Vision and audio towers, and their projectors, see images and not sequences. The tokens that stand
+for an image tell which sequence it belongs to. If they do not, a block with several names is
+refused at the first layer of the tower that has adapters.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_ext.rows import Assignment, Batch, change_blocks, generation_scope, innermost
+from lora_ext.rows import Assignment, Layout, change_blocks, generation_scope, innermost
 
 
 class _Kind(NamedTuple):
@@ -44,11 +43,6 @@ class _Owners(NamedTuple):
     given: int  # rows of the argument that has them
     sequences: int
 
-    @property
-    def in_order(self) -> bool:
-        """Whether each sequence has one."""
-        return self.rows == list(range(self.sequences))
-
 
 #: Arguments that tell sizes: what differs from image to image there may differ in its tokens.
 _SIZES = re.compile("image|pixel|spatial|video|audio|feature")
@@ -58,7 +52,7 @@ _noted: ContextVar[Mapping[str, _Owners] | None] = ContextVar("lora_ext.media", 
 
 @contextlib.contextmanager
 def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Around a model's forward or ``generate``: whose its images, videos and sounds are.
+    """Store which sequences own the images, videos and sounds of a forward or ``generate``.
 
     Raises:
         ValueError: the model has no method that runs its tower apart, its media are as many as the
@@ -68,7 +62,19 @@ def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
     if not found:  # a part of a model, or a later step: as the whole has noted
         yield
         return
-    _check_served_apart(model, found)
+    for kind in KINDS:
+        owners = found.get(kind.method)
+        if owners is None or owners.given != owners.sequences:
+            continue
+        if owners.rows == list(range(owners.sequences)):  # one in each sequence, in order
+            continue
+        apart = any(callable(getattr(part, kind.method, None)) for part in model.modules())
+        if not apart and _has_several_names():
+            raise ValueError(
+                f"adapters: names: expected one name for all sequences, or one of {kind.given} in "
+                f"each of them, found several names and {owners.given} in other places: "
+                f"{type(model).__name__} does not run its tower apart, in {kind.method}"
+            )
     token = _noted.set(found)
     try:
         yield
@@ -77,7 +83,7 @@ def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
 
 
 def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a forward is given media whose tokens are to be looked at, which no graph does."""
+    """Return whether a forward has media whose tokens must be read, which no graph does."""
     config = getattr(model, "config", None)
     return any(
         kwargs.get(kind.given) is not None and getattr(config, kind.token, None) is not None
@@ -88,7 +94,7 @@ def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
 def of_media(
     kind: _Kind, _hooks: Any, model: Any, own: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Stand in for a method that runs a tower: the blocks follow the media.
+    """Run a method of a tower with blocks that have a name per image, video or sound.
 
     Args:
         kind: of the media. model: whose method it is. own: the method. And then its arguments.
@@ -106,21 +112,6 @@ def of_media(
             return own(*args, **kwargs)
     finally:
         _noted.reset(token)
-
-
-def _check_served_apart(model: nn.Module, found: Mapping[str, _Owners]) -> None:
-    for kind in KINDS:
-        owners = found.get(kind.method)
-        if owners is None or owners.given != owners.sequences or owners.in_order:
-            continue
-        if _mixes_names() and not any(
-            callable(getattr(part, kind.method, None)) for part in model.modules()
-        ):
-            raise ValueError(
-                f"adapters: names: expected one name for all sequences, or one of {kind.given} in "
-                f"each of them, found several names and {owners.given} in other places: "
-                f"{type(model).__name__} does not run its tower apart, in {kind.method}"
-            )
 
 
 def _whose(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, _Owners]:
@@ -143,7 +134,7 @@ def _whose(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
 def _rows(
     counts: Sequence[int], given: Tensor, kwargs: Mapping[str, Any]
 ) -> tuple[list[int] | None, bool]:
-    """The sequence of each of the media, and whether a tower has as many rows for each of them.
+    """Return the sequence of each of the media, and whether a tower has equally many rows for each.
 
     Args:
         counts: of each sequence's tokens that stand for a part of one.
@@ -152,7 +143,12 @@ def _rows(
     """
     total, number = sum(counts), len(given)
     if given.dim() == 5 and "pixel_attention_mask" in kwargs and number == len(counts):
-        return _of_filled(counts, given), True
+        # Idefics: (B, n, 3, H, W), filled up with blank images that no tower sees. All images have
+        # the same number of tokens.
+        seen = (given != 0).flatten(2).any(-1).sum(1).tolist()
+        if not total or [n * total for n in seen] != [count * sum(seen) for count in counts]:
+            return None, True
+        return [row for row, images in enumerate(seen) for _ in range(images)], True
     if given.dim() == 2:
         if _fill(counts, kwargs, number):
             return [row for row, count in enumerate(counts) for _ in range(count)], True
@@ -165,18 +161,8 @@ def _rows(
     return None, False
 
 
-def _of_filled(counts: Sequence[int], given: Tensor) -> list[int] | None:
-    """The sequence of each image in ``(B, n, 3, H, W)``, a row for each sequence, filled up with
-    blank ones that no tower sees (Idefics): all have as many tokens."""
-    seen = (given != 0).flatten(2).any(-1).sum(1).tolist()
-    all_seen, total = sum(seen), sum(counts)
-    if not total or [n * total for n in seen] != [count * all_seen for count in counts]:
-        return None
-    return [row for row, images in enumerate(seen) for _ in range(images)]
-
-
 def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> bool:
-    """Whether the grids, each with tokens in proportion to its patches, fill the sequences."""
+    """Return whether grids, with tokens in proportion to their patches, fill the sequences."""
     grids = [v for k, v in kwargs.items() if k.endswith("grid_thw") and isinstance(v, Tensor)]
     total = sum(counts)
     for grid in grids:
@@ -190,13 +176,12 @@ def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> boo
 
 
 def _alike(number: int, kwargs: Mapping[str, Any]) -> bool:
-    """Whether no argument about the media tells them apart by their sizes."""
-    for name, value in kwargs.items():
-        if not _SIZES.search(name) or not isinstance(value, Tensor) or value.is_floating_point():
-            continue
-        if len(value) == number and value.dim() > 1 and not (value == value[:1]).all():
-            return False
-    return True
+    """Return whether all media have the same sizes in the arguments that contain sizes."""
+    return all(
+        len(value) != number or value.dim() <= 1 or bool((value == value[:1]).all())
+        for name, value in kwargs.items()
+        if _SIZES.search(name) and isinstance(value, Tensor) and not value.is_floating_point()
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -210,15 +195,14 @@ class _Units(Assignment):
         super().__init__(names, places, (len(places),))
         self._uniform = uniform
 
-    def check_tokens(self, leading: torch.Size, tokens_first: bool = False) -> None:
+    def check_tokens(self, layout: Layout) -> None:
         """Refuse an embedding that does not see units: its rows may be positions, which all
         share."""
-        if leading[:1] != (len(self.places),):
-            raise self._misfit(leading)
+        if layout.leading[:1] != (len(self.places),):
+            raise self._misfit(layout.leading)
 
-    def spread(
-        self, leading: torch.Size, tokens_first: bool, batch: Batch | None
-    ) -> tuple[int, int]:
+    def spread(self, layout: Layout) -> tuple[int, int]:
+        leading = layout.leading
         rows, units = math.prod(leading), len(self.places)
         packed = leading[0] if len(leading) == 1 or leading[0] > 1 else rows
         if leading[0] == units or (self._uniform and packed % units == 0):
@@ -229,23 +213,19 @@ class _Units(Assignment):
 class _Unknown(Assignment):
     """Names of sequences, in a layer that sees something else."""
 
-    def spread(
-        self, leading: torch.Size, tokens_first: bool, batch: Batch | None
-    ) -> tuple[int, int]:
+    def spread(self, layout: Layout) -> tuple[int, int]:
         raise ValueError(
             "adapters: names: expected one name for all sequences, as their tokens do not tell "
             f"whose each image, video or sound is, found {self.each()!r:.200}"
         )
 
 
-def _mixes_names() -> bool:
-    """Whether a block around has several names."""
+def _has_several_names() -> bool:
+    """Return whether a block around has several names."""
     block = innermost()
-    while block is not None:
-        if len(block.assignment.each()) > 1:
-            return True
+    while block is not None and len(block.assignment.each()) <= 1:
         block = block.outer
-    return False
+    return block is not None
 
 
 def _assigned(assignment: Assignment, owners: _Owners) -> Assignment:

@@ -55,7 +55,7 @@ class Load(NamedTuple):
 
 
 def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load) -> str:
-    """A page of metrics, each with its type and a line that says what it is.
+    """Return a page of metrics, each with its type and a line of help.
 
     Args:
         stats: of :meth:`Engine.stats`. refused: how many requests by the code of their error.
@@ -71,7 +71,23 @@ def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load)
             lines += _lines(f"lora_ext_{short}", "gauge", _GAUGES[name], values)
         else:
             lines += _lines(f"lora_ext_{name}", "counter", _COUNTERS[name], values)
-    return "\n".join([*lines, *_for_routers(load)]) + "\n"
+    # Gauges of vLLM's names, by which the Gateway API's inference extension places requests:
+    # https://github.com/kubernetes-sigs/gateway-api-inference-extension,
+    # docs/proposals/003-model-server-protocol.
+    labels = (
+        f'{{max_lora="{load.most_adapters}",running_lora_adapters="{_names(load.running)}",'
+        f'waiting_lora_adapters="{_names(load.waiting)}"}}'
+    )
+    text = "Adapters of requests; its value is the time."
+    lines += _lines("vllm:lora_requests_info", "gauge", text, {labels: time.time()})
+    gauges = {
+        "num_requests_running": ("Requests that run.", len(load.running)),
+        "num_requests_waiting": ("Requests that wait.", len(load.waiting)),
+        "kv_cache_usage_perc": ("Share of the cache that requests hold.", load.cache),
+    }
+    for name, (text, value) in gauges.items():
+        lines += _lines(f"vllm:{name}", "gauge", text, {"": value})
+    return "\n".join(lines) + "\n"
 
 
 def _lines(name: str, kind: str, text: str, values: Mapping[str, float]) -> list[str]:
@@ -79,31 +95,10 @@ def _lines(name: str, kind: str, text: str, values: Mapping[str, float]) -> list
     return [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]
 
 
-def _for_routers(load: Load) -> list[str]:
-    """Gauges of vLLM's names, by which the Gateway API's inference extension places requests.
-
-    Source: https://github.com/kubernetes-sigs/gateway-api-inference-extension,
-    ``docs/proposals/003-model-server-protocol``.
-    """
-    labels = (
-        f'{{max_lora="{load.most_adapters}",running_lora_adapters="{_names(load.running)}",'
-        f'waiting_lora_adapters="{_names(load.waiting)}"}}'
-    )
-    gauges = {
-        "lora_requests_info": ("Adapters of requests; its value is the time.", time.time()),
-        "num_requests_running": ("Requests that run.", len(load.running)),
-        "num_requests_waiting": ("Requests that wait.", len(load.waiting)),
-        "kv_cache_usage_perc": ("Share of the cache that requests hold.", load.cache),
-    }
-    lines: list[str] = []
-    for name, (text, value) in gauges.items():
-        of = labels if name == "lora_requests_info" else ""
-        lines += _lines(f"vllm:{name}", "gauge", text, {of: value})
-    return lines
-
-
 def _names(names: Sequence[str | None]) -> str:
-    """As the value of a label. Readers split it at commas: one inside a name is written otherwise,
-    so that nobody takes it for two names."""
+    """Return names as the value of a label.
+
+    Readers split it at commas, so a comma inside a name is escaped.
+    """
     listed = ",".join(sorted({name.replace(",", "%2C") for name in names if name is not None}))
     return listed.replace("\\", r"\\").replace('"', r"\"")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lora_ext._checks import require
 from lora_ext.pool import AdapterPool
 from lora_ext.rows import (
     BASE,
@@ -24,8 +25,6 @@ from lora_ext.rows import (
     of_call,
     pool_handle,
 )
-
-from ._pipelines import check_pipeline
 
 
 class CallNames:
@@ -40,11 +39,11 @@ class CallNames:
         self.handle = pool_handle(pool)
 
     def block(self, names: Names) -> contextlib.AbstractContextManager[Any]:
-        """The block of a call that goes by these names; None stays in the block around."""
+        """Return the block of a call with these names; None stays in the block around."""
         return contextlib.nullcontext() if names is None else of_call(names, pool=self.pool)
 
     def of_call(self, given: Names) -> Names:
-        """The names of a call: those that it gives, or the default outside every block.
+        """Return the names of a call: the given ones, or the default outside every block.
 
         Raises:
             RuntimeError: the default is "error".
@@ -55,16 +54,8 @@ class CallNames:
             raise no_block()
         return self.default
 
-    def of_forward(self, given: Names, nested: bool) -> Names:
-        """Of a forward, likewise, unless a pipeline has dropped them (:func:`check_pipeline`);
-        ``nested``: another forward of the model calls it, which has been asked already."""
-        names = self.of_call(given)
-        if names is None and not nested:
-            check_pipeline(self.handle)
-        return names
-
     def of_requests(self, where: str, given: Names, count: int) -> list[str | None]:
-        """A name for each request: those given, or those of the block around, or the default.
+        """Return a name per request: the given ones, those of the block around, or the default.
 
         Args:
             where: the function, for messages. given: one name for all, one per request, or None.
@@ -84,20 +75,18 @@ class CallNames:
                 )
             given = block.assignment.spelled()
             given = given if shape else given[0]
-        names = [given] * count if given is None or isinstance(given, str) else list(given)
-        if len(names) != count:
-            source = "adapter_names" if block is None else "names of the block"
-            raise ValueError(
-                f"{where}: {source}: expected one for each of {count} requests, found {len(names)}"
-            )
+        names: list[Any] = (
+            [given] * count if given is None or isinstance(given, str) else list(given)
+        )
+        source = "adapter_names" if block is None else "names of the block"
+        expected = f"one for each of {count} requests"
+        require(len(names) == count, where, source, expected, len(names))
         for name in names:
-            if name is not None and not isinstance(name, str):
-                raise ValueError(
-                    f"{where}: adapter_names: expected str or None, found {name!r:.200}"
-                )
+            fits = name is None or isinstance(name, str)
+            require(fits, where, "adapter_names", "str or None", f"{name!r:.200}")
             if name not in (None, BASE) and name not in self.pool:
                 self.pool.acquire([name])  # says what is wrong with it
-        return names  # pyright: ignore[reportReturnType]
+        return names
 
     def check_invoked(self, where: str, prompts: Sequence[NamedPrompt]) -> None:
         """Refuse a prompt without the invocation of its adapter, before any of them is served.
@@ -121,7 +110,7 @@ class NamedPrompt(list[int]):
 
 
 def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> ValueError:
-    """Of a prompt that lacks the invocation of its activated adapter."""
+    """Return the error for a prompt without the invocation of its activated adapter."""
     return ValueError(
         f"{where}: expected the invocation {list(invocation)!r:.200} of adapter {name!r} in the "
         "prompt, found none; allow_base=True lets the base model serve it"
@@ -131,7 +120,7 @@ def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> Valu
 def named_prompts(
     inputs: Sequence[Sequence[int]], names: Sequence[str | None], allow_base: bool = False
 ) -> list[NamedPrompt]:
-    """Prompts with their adapters, and one list for all that befalls them."""
+    """Return prompts with their adapters and one list for the errors of all of them."""
     prompts = [NamedPrompt(map(int, ids)) for ids in inputs]
     errors: list[BaseException] = []
     for prompt, name in zip(prompts, names, strict=True):

@@ -1,9 +1,9 @@
-"""What transformers' pipelines do to names: some drop those of a call, some make several rows of an
-input, some compute where their result is read. A model's forward sees nothing of it.
+"""Refuse calls of transformers' pipelines whose names are lost before they reach the model.
 
-So the class says it: ``Pipeline.__call__`` and ``Pipeline.forward``, which every pipeline runs, are
-wrapped, and note in a ContextVar whose call and whose step runs. Nothing else changes, and nothing
-at all for models that are not attached.
+Some pipelines drop the names of a call, some make several rows of an input, and some compute where
+their result is read. The model's forward cannot see that. ``Pipeline.__call__`` and
+``Pipeline.forward``, which every pipeline runs, are therefore wrapped on the class: they store in a
+ContextVar which call and which step runs. Models that are not attached are not affected.
 """
 
 from __future__ import annotations
@@ -23,76 +23,73 @@ _warned: set[int] = set()  # pools
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a pipeline, for as long as it computes."""
+    """A call of a pipeline, for as long as it computes.
 
-    names: bool  # it was given adapter_names
-    blocks: frozenset[int]  # handles of the pools that had a block around it, but of the base
-    lazy: bool = False  # what it returned is read, perhaps elsewhere
+    Attributes:
+        names: whether it was given ``adapter_names``.
+        blocks: handles of the pools whose innermost block around it names adapters.
+        lazy: whether it has returned an iterator, which may be read outside the block.
+    """
+
+    names: bool
+    blocks: frozenset[int]
+    lazy: bool = False
 
 
 _call: ContextVar[_Call | None] = ContextVar("lora_ext.pipeline_call", default=None)
-#: The pipeline whose step runs, and what the step was given.
+#: The pipeline whose step runs, and the inputs of the step.
 _step: ContextVar[tuple[Any, Any] | None] = ContextVar("lora_ext.pipeline_step", default=None)
 
 
 def watch_pipelines() -> None:
-    """Let pipelines note what they do, where a model of transformers may be in one."""
+    """Wrap the methods of transformers' pipelines, once, if transformers has been imported."""
     if "transformers.modeling_utils" not in sys.modules:
         return
     from transformers.pipelines.base import Pipeline  # 30 ms beside a model of theirs
 
-    if not hasattr(Pipeline.forward, "of_lora_ext"):
-        Pipeline.__call__ = _noting_calls(Pipeline.__call__)
-        Pipeline.forward = _noting_steps(Pipeline.forward)
+    call, step = Pipeline.__call__, Pipeline.forward
+    if hasattr(step, "of_lora_ext"):
+        return
 
-
-def _noting_calls(original: Callable[..., Any]) -> Any:
-    @functools.wraps(original)
+    @functools.wraps(call)
     def __call__(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        call = _Call(kwargs.get("adapter_names") is not None, _blocks_around())
-        result = _noting(_call, call, original)(self, inputs, *args, **kwargs)
+        innermost_of: dict[int, Block] = {}
+        block = innermost()
+        while block is not None:
+            innermost_of.setdefault(block.handle, block)
+            block = block.outer
+        blocks = frozenset(h for h, b in innermost_of.items() if b.assignment.names)
+        names = kwargs.get("adapter_names") is not None
+        result = _inside(_call, _Call(names, blocks), call)(self, inputs, *args, **kwargs)
         # Of a generator or a dataset: an iterator over results, around one that runs the steps.
-        steps = getattr(result, "loader", None)
+        steps: Any = getattr(result, "loader", None)
         if callable(getattr(steps, "infer", None)):
-            read = _Call(call.names, call.blocks, lazy=True)
-            steps.infer = _noting(_call, read, steps.infer)  # pyright: ignore[reportOptionalMemberAccess]
+            steps.infer = _inside(_call, _Call(names, blocks, lazy=True), steps.infer)
         return result
 
-    return __call__
+    @functools.wraps(step)
+    def forward(self: Any, model_inputs: Any, **params: Any) -> Any:
+        return _inside(_step, (self, model_inputs), step)(self, model_inputs, **params)
+
+    forward.of_lora_ext = True  # pyright: ignore[reportAttributeAccessIssue]
+    Pipeline.__call__, Pipeline.forward = __call__, forward
 
 
-def _noting(note: ContextVar[Any], value: Any, run: Callable[..., Any]) -> Callable[..., Any]:
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        token = note.set(value)
+def _inside(variable: ContextVar[Any], value: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs another one while a variable has a value."""
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        token = variable.set(value)
         try:
             return run(*args, **kwargs)
         finally:
-            note.reset(token)
+            variable.reset(token)
 
-    return noting
-
-
-def _noting_steps(original: Callable[..., Any]) -> Any:
-    @functools.wraps(original)
-    def forward(self: Any, model_inputs: Any, **params: Any) -> Any:
-        run = _noting(_step, (self, model_inputs), original)
-        return run(self, model_inputs, **params)
-
-    forward.of_lora_ext = True  # pyright: ignore[reportAttributeAccessIssue]
-    return forward
+    return inside
 
 
-def _blocks_around() -> frozenset[int]:
-    innermost_of: dict[int, Block] = {}
-    block = innermost()
-    while block is not None:
-        innermost_of.setdefault(block.handle, block)
-        block = block.outer
-    return frozenset(h for h, b in innermost_of.items() if b.assignment.names)
-
-
-def check_pipeline(handle: int) -> None:
-    """Refuse what would be served by another adapter, or by the base, and warn of what may be.
+def report_lost_names(handle: int) -> None:
+    """Raise if another adapter or the base model would serve a call; warn if it may.
 
     Args:
         handle: of the pool.
@@ -107,7 +104,17 @@ def check_pipeline(handle: int) -> None:
     block = current(handle)
     if block is not None:
         if step is not None and len(set(block.assignment.each())) > 1:
-            _check_rows(*step, block)
+            pipeline, inputs = step
+            cuts = any(kind.__name__ == "ChunkPipeline" for kind in type(pipeline).__mro__)
+            # The pipeline notes which rows are the last ones of their inputs.
+            last = inputs.get("is_last", False) if isinstance(inputs, Mapping) else False
+            whole = all(last) if isinstance(last, list) else last
+            if cuts and not whole:
+                kind = type(pipeline).__name__
+                raise ValueError(
+                    f"adapters: names: expected one name for all rows of a {kind}, "
+                    f"which makes several rows of an input, found {block}"
+                )
         return
     if call is not None and call.names:
         kind = "a pipeline" if step is None else f"a {type(step[0]).__name__}"
@@ -122,18 +129,3 @@ def check_pipeline(handle: int) -> None:
             "block, and the base model or attach's default serves it: read it inside the block",
             stacklevel=2,
         )
-
-
-def _check_rows(pipeline: Any, inputs: Any, block: Block) -> None:
-    cuts = any(base.__name__ == "ChunkPipeline" for base in type(pipeline).__mro__)
-    if cuts and not _whole(inputs):
-        raise ValueError(
-            f"adapters: names: expected one name for all rows of a {type(pipeline).__name__}, "
-            f"which makes several rows of an input, found {block}"
-        )
-
-
-def _whole(inputs: Any) -> bool:
-    """Whether each row is an input: a pipeline notes which rows are the last of theirs."""
-    note = inputs.get("is_last", False) if isinstance(inputs, Mapping) else False
-    return all(note) if isinstance(note, list) else bool(note)

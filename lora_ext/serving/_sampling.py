@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_ext._checks import check_fields, integer, number, require, within
+from lora_ext._checks import check_fields, require, within
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,29 @@ class Sampling:
     top_k: int = -1
 
     def __post_init__(self) -> None:
-        seed = within(-(1 << 63), (1 << 63) - 1, expected="None or an integer of 64 bits")
-        top_p = within(above=0, maximum=1)
-        check_fields(
-            self, {"temperature": _temperature, "top_p": top_p, "seed": seed, "top_k": _top_k}
-        )
+        bounds = {
+            "temperature": within(0),
+            "top_p": within(above=0, maximum=1),
+            "seed": within(-(1 << 63), (1 << 63) - 1, expected="None or an integer of 64 bits"),
+            "top_k": within(-1, expected=("an integer", "a number of tokens, or -1 for all")),
+        }
+        check_fields(self, bounds)
+        # torch divides by no integer above 64 bits
+        object.__setattr__(self, "temperature", float(self.temperature))
+        found = self.top_k
+        require(found != 0, "Sampling", "top_k", "a number of tokens, or -1 for all", found)
+
+    @property
+    def draws_from_all(self) -> bool:
+        """Whether a token is drawn, and from the whole distribution."""
+        return self.temperature > 0 and self.top_p == 1 and self.top_k == -1
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """A new one of the seed."""
+        """Return a new generator with the seed; None without one."""
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A token.
+        """Sample one token id from ``logits``.
 
         Args:
             logits: ``(V,)``, floating. generator: on their device; None is torch's own.
@@ -66,13 +77,3 @@ class Sampling:
             before = falling.cumsum(-1) - falling
             probabilities[order[before >= self.top_p]] = 0
         return torch.multinomial(probabilities, 1, generator=generator)[0]
-
-
-def _temperature(where: str, name: str, value: object) -> float:
-    return float(number(where, name, value, 0))  # torch divides by no integer above 64 bits
-
-
-def _top_k(where: str, name: str, value: object) -> int:
-    found = integer(where, name, value)
-    require(found == -1 or found > 0, where, name, "a number of tokens, or -1 for all", found)
-    return found

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-_PATIENCE = 1.0  # seconds without a token after which we ask whether the manager still runs
+_RECHECK_SECONDS = 1.0  # without a token, after which a stream looks whether the manager runs
 
 
 class RequestStream:
@@ -81,11 +81,8 @@ class RequestStream:
     def usage(self) -> dict[str, int]:
         """Tokens of the prompt and of the answer so far, as OpenAI calls them."""
         prompt, answer = self._prompt_length, len(self.tokens)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": answer,
-            "total_tokens": prompt + answer,
-        }
+        usage = {"prompt_tokens": prompt, "completion_tokens": answer}
+        return {**usage, "total_tokens": prompt + answer}
 
     def cancel(self) -> None:
         """End the request, and let its adapter go. Whoever has all it wants calls this."""
@@ -128,7 +125,7 @@ class RequestStream:
             if self.finished:
                 raise StopAsyncIteration
             try:
-                await asyncio.wait_for(self._arrived.wait(), _PATIENCE)
+                await asyncio.wait_for(self._arrived.wait(), _RECHECK_SECONDS)
             except asyncio.TimeoutError:
                 if not self._manager.is_running():
                     self.cancel()
@@ -138,7 +135,7 @@ class RequestStream:
         return new
 
     async def texts(self, tokenizer: Any, stop: str | Sequence[str] = ()) -> AsyncIterator[str]:
-        """Its text in pieces, up to a stop string, which ends the request; :class:`TextStream`."""
+        """Yield the text in pieces, up to a stop string, which ends the request."""
         text = TextStream(tokenizer, stop)
         async for tokens in self:
             if piece := text.feed(tokens):
@@ -193,7 +190,7 @@ class TextStream:
         self._held = ""  # may be the beginning of a stop string
 
     def feed(self, tokens: Sequence[int]) -> str:
-        """What can be said now that these have come."""
+        """Return the text that is certain after these tokens."""
         self._window += tokens
         text = self._text()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -201,20 +198,16 @@ class TextStream:
         return self._tell(text)
 
     def flush(self) -> str:
-        """The rest, when no more tokens come."""
+        """Return the rest of the text when no more tokens come."""
         text = self._tell(self._text()) + self._held
         self._held = ""
         return text
 
     def _text(self) -> str:
-        """After what was told. Tokenizers join words by what stands before them."""
-        told, text = (
-            self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            for ids in (self._window[: self._told], self._window)
-        )
-        return text[len(told) :]
+        """Return the text after what was returned; tokenizers join words by their predecessors."""
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        told = self._tokenizer.decode(self._window[: self._told], **how)
+        return self._tokenizer.decode(self._window, **how)[len(told) :]
 
     def _tell(self, text: str) -> str:
         if text:  # tokens without a text are nothing to join to
@@ -234,6 +227,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` begin ``stop``."""
+    """Return the number of characters at the end of ``text`` that begin ``stop``."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)

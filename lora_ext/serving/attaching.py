@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lora_ext._checks import require, require_flags
+from lora_ext._checks import instance, require, require_flags
 from lora_ext.adapter import ModelIndex, model_name
 from lora_ext.layers import (
     Swap,
@@ -25,12 +25,12 @@ from lora_ext.pool import AdapterPool
 from lora_ext.rows import BASE, ERROR, PoolLayer, UnknownAdapterError, _layouts, attachments
 
 from ._continuous import requests_of
-from ._hooks import Hooks, is_hook, take_away
+from ._hooks import Hooks, is_hook, uninstall
 from ._names import CallNames
 from ._pipelines import watch_pipelines
 from .layers._multi_lora import MultiLoraLinear
 from .layers._overlap import begin_early
-from .layers._siblings import introduce
+from .layers._siblings import set_siblings
 from .layers.multi_lora_embedding import MultiLoraEmbedding
 from .layers.multi_lora_experts import MultiLoraExperts
 
@@ -54,7 +54,7 @@ class _Attachment:
     swap: Swap
     packed: bool
     fused: bool
-    hooked: list[tuple[str, str]]  # what Hooks.put has put
+    hooked: list[tuple[str, str]]  # of Hooks.install
     spaced: list[nn.Module]  # layers with hooks of space_products
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class _Attachment:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Attachment:
         swap = copy.deepcopy(self.swap, memo)
         if self.fused:
-            introduce(swap.placed)
+            set_siblings(swap.placed)
         # The copied methods are hooks already, bound to the copied modules.
         spaced = copy.deepcopy(self.spaced, memo)
         return _Attachment(self.pool, swap, self.packed, self.fused, list(self.hooked), spaced)
@@ -121,13 +121,16 @@ def attach(
             ``tp_plan`` has divided the weights. The model is unchanged then.
     """
     _check_module("attach", model)
-    found = type(pool).__name__
-    fits = isinstance(pool, AdapterPool)
-    require(fits, "attach", "pool", "an AdapterPool of the model", found, TypeError)
+    instance("attach", "pool", pool, AdapterPool)
     require_flags("attach", pack_base=pack_base, fuse_siblings=fuse_siblings, overlap=overlap)
     one = not (overlap and fuse_siblings)
     require(one, "attach", "overlap", "False where fuse_siblings is True", overlap)
-    default = _checked_default(default, pool)
+    default = None if default == BASE else default
+    if default not in (None, ERROR) and default not in pool:
+        raise UnknownAdapterError(
+            "attach: default: expected None, 'error' or one of the adapters "
+            f"{pool.names!r:.200}, found {default!r:.200}"
+        )
     _check_free(model)
     layers: dict[str, PoolLayer] = {}
     for name in pool.modules:
@@ -140,17 +143,22 @@ def attach(
             layers[name] = MultiLoraExperts(_module(model, name), pool, name)
     for layer in layers.values():
         layer.default = default
-    _check_same_modules(model, pool)
+    found = ModelIndex.build(model, pool.targets, device="cpu").specs
+    if more := [name for name in found if name not in pool.index.specs]:
+        raise ValueError(  # these layers would serve the base model in silence
+            f"attach: pool: expected a pool of this model, found none of its pages for {len(more)} "
+            f"modules of the model, {more[0]!r} first; make the pool of this model"
+        )
     pool.base_models.meet("attach: model", model_name(model), stacklevel=2)
     if pack_base:
         pack_linears(model)
     if fuse_siblings:
-        introduce(layers)
+        set_siblings(layers)
     if overlap:
         begin_early(layers)
     swap = Swap(model, layers, "attach")
     _layouts.tell(model)
-    hooked = Hooks(CallNames(pool, default)).put(model)
+    hooked = Hooks(CallNames(pool, default)).install(model)
     spaced = space_products(model)
     model.__dict__[_KEY] = _Attachment(pool, swap, pack_base, fuse_siblings, hooked, spaced)
     watch_pipelines()
@@ -171,17 +179,22 @@ def detach(model: Model) -> Model:
     attachment: _Attachment | None = model.__dict__.get(_KEY)
     if attachment is None:
         raise RuntimeError("detach: expected an attached model, found one that is not")
-    _check_offloading(model, attachment)
+    for name, module in model.named_modules():  # weights would stay on meta
+        on_layer = name in attachment.swap.placed and "_hf_hook" in module.__dict__
+        if on_layer or is_hook(module.__dict__.get("_old_forward")):
+            raise RuntimeError(
+                f"detach: {name or 'model'}: expected no hooks of accelerate, found some; call "
+                "remove_hook_from_submodules(model) first, or offload before attach"
+            )
     managers = requests_of(model)
     if any(requests.manager.is_running() for requests in managers):
-        raise RuntimeError(
-            "detach: expected no manager of continuous batching that runs, found one; stop it first"
-        )
+        expected = "no manager of continuous batching that runs"
+        raise RuntimeError(f"detach: expected {expected}, found one; stop it first")
     packed = packed_layers(model, "detach") if attachment.packed else []
     attachment.swap.restore(model, "detach")
     for requests in managers:
         requests.remove()
-    take_away(model, attachment.hooked)
+    uninstall(model, attachment.hooked)
     unspace_products(attachment.spaced)
     unpack(packed)
     del model.__dict__[_KEY]
@@ -194,58 +207,19 @@ def _check_module(where: str, model: object) -> None:
     require(isinstance(model, nn.Module), where, "model", "a torch.nn.Module", found, TypeError)
 
 
-def _checked_default(default: str | None, pool: AdapterPool) -> str | None:
-    if default in (None, ERROR, BASE):
-        return None if default == BASE else default
-    if default not in pool:
-        raise UnknownAdapterError(
-            f"attach: default: expected None, 'error' or one of the adapters {pool.names!r:.200}, "
-            f"found {default!r:.200}"
-        )
-    return default
-
-
 def _check_free(model: nn.Module) -> None:
-    """Refuse a model that is attached, divided, or has adapter layers of somebody else."""
+    """Raise for a model that is attached, tensor-parallel, or has other adapter layers."""
     if _KEY in model.__dict__:
         raise RuntimeError(
             "attach: expected a model that is not attached, found an attached one; detach it first"
         )
     parts = getattr(model, "_tp_size", None) or 1  # transformers' own mark
-    if parts != 1:
-        raise NotImplementedError(
-            f"attach: model: expected one whose weights are whole, found one that tp_plan has "
-            f"divided between {parts} processes"
-        )
+    found = f"weights that tp_plan has divided between {parts} processes"
+    require(parts == 1, "attach", "model", "undivided weights", found, NotImplementedError)
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer) or type(module).__module__.startswith("peft."):
-            raise RuntimeError(
-                f"attach: expected a model without adapter layers, "
-                f"found {type(module).__name__} at {name!r}"
-            )
-
-
-def _check_offloading(model: nn.Module, attachment: _Attachment) -> None:
-    """Refuse to take away what accelerate has put hooks on: weights would stay on meta."""
-    for name, module in model.named_modules():
-        on_layer = name in attachment.swap.placed and "_hf_hook" in module.__dict__
-        if on_layer or is_hook(module.__dict__.get("_old_forward")):
-            raise RuntimeError(
-                f"detach: {name or 'model'}: expected modules as attach left them, found "
-                "accelerate's hooks; call accelerate.hooks.remove_hook_from_submodules(model) "
-                "first, or offload the model before attach"
-            )
-
-
-def _check_same_modules(model: nn.Module, pool: AdapterPool) -> None:
-    """Refuse a larger model than the pool's: the layers beyond would serve the base in silence."""
-    index = ModelIndex.build(model, pool.targets, device="cpu")
-    more = [name for name in index.specs if name not in pool.index.specs]
-    if more:
-        raise ValueError(
-            f"attach: pool: expected a pool of this model, found none of its pages for {len(more)} "
-            f"modules of the model, {more[0]!r} first; make the pool of this model"
-        )
+            found = f"{type(module).__name__} at {name!r}"
+            raise RuntimeError(f"attach: expected a model without adapter layers, found {found}")
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -1,34 +1,35 @@
-"""``capturable``: a decode step whose CUDA graph follows names, ranks, loads and unloads.
+"""``capturable``: a decode step whose CUDA graph serves other names, ranks, loads and unloads.
 
-A captured graph reads memory, and no names. What says which adapter has each row, and what else
-depends on it, therefore lies at fixed addresses and is written before a replay; the graph's first
-layer groups the rows by adapter, and all others use what it made.
+A captured graph reads memory and no names. The adapter of each row, and everything that depends on
+it, therefore has a fixed address and is written before a replay. The graph's first layer groups the
+rows by adapter, and all other layers use its plan.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_ext import ops
-from lora_ext._checks import integer, require
+from lora_ext._checks import instance, integer, require
 from lora_ext.pool import AdapterPool
-from lora_ext.rows import Assignment, Batch, Rows, capture, in_step
+from lora_ext.rows import Assignment, Layout, Rows, capture, in_step, planned
 
 from .layers._pool_dora import DoraFactors, DoraTable
 from .layers._pool_replaced import ReplacedBank
 
-# What a graph computes for a module, as far as adapters decide it.
+# Parts of a module's forward that a graph computes if adapters have them, by field of its slab.
 _PARTS = {"a_pages": "factors", "bias": "a bias", "magnitude": "DoRA magnitudes"}
-_WHOLE = "a module of its own"
+_REPLACED = "a module of its own"
 
 
 def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Capturable:
-    """Room for a captured step of at most ``max_rows`` rows, one name each.
+    """Make room for a captured step of at most ``max_rows`` rows, one name each.
 
     ::
 
@@ -50,14 +51,28 @@ def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Captur
     Raises:
         TypeError: no pool. ValueError: numbers below 1 and 0, or a pool on several devices.
     """
-    fits, found = isinstance(pool, AdapterPool), type(pool).__name__
-    require(fits, "capturable", "pool", "an AdapterPool", found, TypeError)
+    instance("capturable", "pool", pool, AdapterPool)
     integer("capturable", "max_rows", max_rows, 1, expected="an integer, at least 1")
     integer("capturable", "replaced", replaced, 0, expected="an integer, at least 0")
     devices = {spec.device for spec in pool.index.specs.values()}
     one = len(devices) == 1
     require(one, "capturable", "pool", "modules on one device", sorted(map(str, devices)))
     return Capturable(pool, max_rows, replaced, devices.pop())
+
+
+@dataclass
+class _Graphs:
+    """What the graphs that were captured in a step compute; grows with each capture.
+
+    Attributes:
+        rows: rows of the largest graph; 0 before the first capture.
+        parts: values of :data:`_PARTS` and :data:`_REPLACED` by module, fixed at the first capture.
+        served: serial numbers of adapters that were found to need no other parts.
+    """
+
+    rows: int = 0
+    parts: dict[str, frozenset[str]] | None = None
+    served: set[int] = field(default_factory=set)
 
 
 class Capturable:
@@ -70,50 +85,58 @@ class Capturable:
 
     One thread at a time. A forward with another number of rows than names, such as a prefill, is
     served as without the step; captured, it raises.
+
+    State, all owned by this object:
+
+    * For its life, at fixed addresses that graphs read: ``_ids``, the slot of each row, and
+      ``_places``, the place of the adapter that replaces modules in that row. Both are views of
+      ``_buffer``, and -1 for the base model. ``_dora`` has a table of DoRA's factors per layer,
+      ``_banks`` the weights of replaced modules by name; each appears in the first forward.
+    * Until other names are written: ``_lease``, the pins, ``_assignment``, the names, and
+      ``_owners``, the adapter at each place of the banks.
+    * ``_graphs`` grows with captures. ``_entered`` is the context of ``with step``, None outside.
+      ``_closed`` is set once.
     """
 
     def __init__(self, pool: AdapterPool, max_rows: int, replaced: int, device: torch.device):
         self.pool, self.max_rows, self.replaced, self.device = pool, max_rows, replaced, device
         with torch.inference_mode(False):
             self._buffer = torch.full((2, max_rows), -1, dtype=torch.int32, device=device)
-        # Of each row the slot, and the place of an adapter with modules of its own.
         self._ids, self._places = self._buffer
-        self._lease: Any = None
-        self._written: Assignment | None = None
-        self._inside: contextlib.ExitStack | None = None
-        self._closed = False
-        self._most = 0  # rows of a captured graph
-        self._parts: dict[str, frozenset[str]] | None = None  # of the captured graphs, by module
-        self._needs: dict[int, dict[str, frozenset[str]]] = {}  # of adapters, by serial
-        self._holds: list[Any] = [None] * replaced  # who has each place
-        self._tables: dict[DoraFactors, DoraTable] = {}
+        self._dora: dict[DoraFactors, DoraTable] = {}
         self._banks: dict[str, ReplacedBank] = {}
+        self._lease: Any = None
+        self._assignment: Assignment | None = None
+        self._owners: list[Any] = [None] * replaced
+        self._graphs = _Graphs()
+        self._entered: contextlib.AbstractContextManager[None] | None = None
+        self._closed = False
 
     def __repr__(self) -> str:
-        """Settings."""
+        """Return the settings."""
         return f"Capturable(max_rows={self.max_rows}, replaced={self.replaced}, {self.device})"
 
     def __enter__(self) -> Capturable:
-        """Blocks of the pool, in this thread and task, write their names here."""
+        """Let blocks of the pool, in this thread and task, write their names here."""
         self._check_open()
-        if self._inside is not None:
+        if self._entered is not None:
             raise RuntimeError("capturable: expected a step to be entered once, found it entered")
-        self._inside = contextlib.ExitStack()
-        self._inside.enter_context(in_step(self))
+        self._entered = in_step(self)
+        self._entered.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        inside, self._inside = self._inside, None
-        assert inside is not None
-        inside.close()
+        entered, self._entered = self._entered, None
+        assert entered is not None
+        entered.__exit__(None, None, None)
 
     def close(self) -> None:
-        """Let the adapters go: replays serve the base model from here on, and writing raises."""
+        """Unpin the adapters. Later replays serve the base model, and later writes raise."""
         self._clear()
         self._closed = True
 
     def __del__(self) -> None:
-        """The pins end with it."""
+        """Unpin the adapters."""
         if self.__dict__.get("_lease") is not None:
             self._lease.__exit__()
 
@@ -125,7 +148,7 @@ class Capturable:
     # Before a replay
 
     def write(self, assignment: Assignment) -> None:
-        """Let replays serve these names, and pin their adapters until other names are written.
+        """Write the names that replays serve, and pin their adapters until the next write.
 
         After an error, and what the pool raises, replays serve the base model; in a capture nothing
         has changed.
@@ -141,18 +164,22 @@ class Capturable:
                 "adapters: expected a block around a capture, found one entered inside it"
             )
         try:
-            self._write(assignment)
+            with torch.inference_mode(False), torch.no_grad():
+                self._buffer.copy_(self._rows_of_names(assignment), non_blocking=True)
         except BaseException:
             self._clear()
             raise
+        self._assignment = assignment
 
-    def _write(self, assignment: Assignment) -> None:
-        count = 0 if assignment.shape == () else len(assignment.places)  # with names of their own
-        most = self._most or self.max_rows
+    def _rows_of_names(self, assignment: Assignment) -> Tensor:
+        """Pin the adapters; return the slot and the place of each row, ``(2, max_rows)`` int32."""
+        named = assignment.shape != ()  # rows without a name are the base model's
+        count = len(assignment.places) if named else 0
+        most = self._graphs.rows or self.max_rows
         if count > most:
             limit = f"max_rows={most}" if most == self.max_rows else f"the {most} rows captured"
             raise ValueError(f"adapters: names: expected at most {limit}, found {count}")
-        self._release()  # first, so that it can make way
+        self._release()  # first, so that these adapters can make way
         self._lease = lease = self.pool.acquire(assignment.names)
         for name, invocation in zip(assignment.names, lease.invocations, strict=True):
             if invocation:
@@ -162,69 +189,67 @@ class Capturable:
                 )
         residents = {resident.slot: resident for resident in lease.residents}.values()
         for resident in residents:
-            self._check(resident)
+            if missing := self._missing_parts(resident):
+                found = f"{' and '.join(missing[1])} at {missing[0]!r}"
+                raise ValueError(
+                    f"capturable: adapter {resident.name!r}: expected what the graphs compute, "
+                    f"found {found}; make a new capturable and capture again"
+                )
         self._place(residents)
-        for table in self._tables.values():
+        for table in self._dora.values():
             table.follow(residents)
         for bank in self._banks.values():
-            bank.follow(self._holds)
-        holds = [None if held is None else held.slot for held in self._holds]
-        places = [holds.index(slot) if slot in holds else -1 for slot in lease]
-        self._fill(assignment, [[*lease, -1], [*places, -1]], count)
-        self._written = assignment
-
-    def _fill(self, assignment: Assignment, table: list[list[int]], count: int) -> None:
-        places = assignment.places
-        with torch.inference_mode(False), torch.no_grad():
-            if isinstance(places, Tensor):  # on a device: nothing of it is known here
-                each = torch.tensor(table, dtype=torch.int32, device=places.device)[:, places]
-                whole = torch.nn.functional.pad(each, (0, self.max_rows - count), value=-1)
-            else:
-                fill = self.max_rows - count
-                rest = [places[0]] * fill if assignment.shape == () else [-1] * fill
-                order = [*places[:count], *rest]
-                each = [[of[place] for place in order] for of in table]
-                pin = self._buffer.is_cuda
-                whole = torch.tensor(each, dtype=torch.int32, device="cpu", pin_memory=pin)
-            self._buffer.copy_(whole, non_blocking=True)
+            bank.follow(self._owners)
+        owners = [None if owner is None else owner.slot for owner in self._owners]
+        places = [owners.index(slot) if slot in owners else -1 for slot in lease]
+        of_names = [[*lease, -1], [*places, -1]]
+        rest = self.max_rows - count
+        order = assignment.places
+        if isinstance(order, Tensor):  # on a device: its values are not known here
+            each = torch.tensor(of_names, dtype=torch.int32, device=order.device)[:, order]
+            return torch.nn.functional.pad(each, (0, rest), value=-1)
+        rows = [*order[:count], *([-1] if named else order[:1]) * rest]
+        each = [[of[row] for row in rows] for of in of_names]
+        pin = self._buffer.is_cuda
+        return torch.tensor(each, dtype=torch.int32, device="cpu", pin_memory=pin)
 
     def _clear(self) -> None:
-        self._buffer.fill_(-1)  # whoever had the slots: a failed write has released them
+        self._buffer.fill_(-1)
         self._release()
 
     def _release(self) -> None:
-        lease, self._lease, self._written = self._lease, None, None
+        lease, self._lease, self._assignment = self._lease, None, None
         if lease is not None:
             lease.__exit__()
 
     # ---------------------------------------------------------------------------------------------
-    # What a captured graph has, and what an adapter needs
+    # Captures, and the adapters that captured graphs can serve
 
-    def _modules(self) -> dict[str, Any]:
+    def _slabs(self) -> dict[str, Any]:
         return {**self.pool.modules, **self.pool.experts}
 
     def note_capture(self, device: torch.device, rows: int = 0) -> None:
-        """A layer of the pool is computed. In a capture, what the layers do is settled by now."""
+        """Record the parts of all modules if a layer of the pool is being captured."""
         graph = capture(device)
         if graph is None:
             return
-        self._most = max(self._most, rows)
-        if self._parts is None:
-            self._parts = {
+        graphs = self._graphs
+        graphs.rows = max(graphs.rows, rows)
+        if graphs.parts is None:
+            graphs.parts = {
                 name: frozenset(
-                    [each for part, each in _PARTS.items() if getattr(slab, part) is not None]
-                    + [_WHOLE] * (name in self._banks)
+                    [part for field, part in _PARTS.items() if getattr(slab, field) is not None]
+                    + [_REPLACED] * (name in self._banks)
                 )
-                for name, slab in self._modules().items()
+                for name, slab in self._slabs().items()
             }
         if getattr(graph, "lora_ext_step", None) is not self:
             graph.lora_ext_step = self  # it reads our memory, and the pool's
 
     def check_outside_capture(self) -> None:
-        """A layer of the pool is computed outside of every block.
+        """Raise RuntimeError if a layer is captured outside of every block.
 
-        Raises:
-            RuntimeError: and captured: no replay would serve an adapter.
+        No replay of that graph would serve an adapter.
         """
         if capture(self.device) is not None:
             raise RuntimeError(
@@ -232,119 +257,93 @@ class Capturable:
                 "adapters(None) will do: replays serve the names that are written before them"
             )
 
-    def _check(self, resident: Any) -> None:
-        if self._parts is None:
-            return
-        needs = self._needs.get(resident.serial)
-        if needs is None:
-            needs = self._needs[resident.serial] = self._needs_of(resident)
-        elif not needs:
-            return
-        for module, parts in needs.items():
-            lacks = sorted(parts - self._parts[module])
-            if lacks:
-                raise ValueError(
-                    f"capturable: adapter {resident.name!r}: expected what a captured graph "
-                    f"computes, found {' and '.join(lacks)} at {module!r}, where there was none "
-                    "at the capture; make a new capturable and capture again"
-                )
-        self._needs[resident.serial] = {}  # the graphs have it all
+    def _missing_parts(self, resident: Any) -> tuple[str, list[str]] | None:
+        """Return the first module where the adapter needs parts that the graphs lack; and these."""
+        graphs = self._graphs
+        if graphs.parts is None or resident.serial in graphs.served:
+            return None
+        for name, slab in self._slabs().items():
+            targeted = name in resident.pages
+            biased = targeted and resident.config.lora_bias and slab.bias is not None
+            needs = {
+                _PARTS["a_pages"]: targeted,
+                _PARTS["bias"]: biased,
+                _PARTS["magnitude"]: resident.slot in slab.dora,
+                _REPLACED: resident.slot in slab.replaced,
+            }
+            missing = {part for part, needed in needs.items() if needed} - graphs.parts[name]
+            if missing:
+                return name, sorted(missing)
+        graphs.served.add(resident.serial)
+        return None
 
-    def _needs_of(self, resident: Any) -> dict[str, frozenset[str]]:
-        needs: dict[str, frozenset[str]] = {}
-        for name, slab in self._modules().items():
-            parts = []
-            if name in resident.pages:
-                parts.append(_PARTS["a_pages"])
-                if resident.config.lora_bias and slab.bias is not None:
-                    parts.append(_PARTS["bias"])
-            if resident.slot in slab.dora:
-                parts.append(_PARTS["magnitude"])
-            if resident.slot in slab.replaced:
-                parts.append(_WHOLE)
-            if parts:
-                needs[name] = frozenset(parts)
-        return needs
-
-    def _place(self, residents: Any) -> None:
-        """Give each adapter with modules of its own a place, the one that it had if it can be."""
-        slabs = [slab for slab in self._modules().values() if slab.replaced]
+    def _place(self, residents: Collection[Any]) -> None:
+        """Give each adapter that replaces modules a place, the one that it has if possible."""
+        slabs = [slab for slab in self._slabs().values() if slab.replaced]
         for r in residents:
-            some = any(s.replaced[r.slot].rows is not None for s in slabs if r.slot in s.replaced)
-            if some:
+            if any(r.slot in s.replaced and s.replaced[r.slot].rows is not None for s in slabs):
+                expected = "none with trainable_token_indices in a step"
                 raise NotImplementedError(
-                    "capturable: adapters: expected none with trainable_token_indices in a step, "
-                    f"found {r.name!r}"
+                    f"capturable: adapters: expected {expected}, found {r.name!r}"
                 )
-        bring = [r for r in residents if any(r.slot in slab.replaced for slab in slabs)]
-        if len(bring) > self.replaced:
-            raise ValueError(
-                f"capturable: replaced: expected at most {self.replaced} adapters of a step that "
-                f"bring modules of their own, found {[r.name for r in bring]!r:.200}"
-            )
-        self._holds = [held if held in bring else None for held in self._holds]
-        for resident in bring:
-            if resident not in self._holds:
-                self._holds[self._holds.index(None)] = resident
+        replacing = [r for r in residents if any(r.slot in slab.replaced for slab in slabs)]
+        expected = f"at most {self.replaced} adapters of a step that bring modules of their own"
+        found = f"{[r.name for r in replacing]!r:.200}"
+        require(len(replacing) <= self.replaced, "capturable", "replaced", expected, found)
+        self._owners = [owner if owner in replacing else None for owner in self._owners]
+        for resident in replacing:
+            if resident not in self._owners:
+                self._owners[self._owners.index(None)] = resident
 
     # ---------------------------------------------------------------------------------------------
-    # What the layers ask for
+    # Called by layers
 
-    def rows(
-        self,
-        assignment: Assignment,
-        leading: torch.Size,
-        device: torch.device,
-        tokens_first: bool,
-        batch: Batch | None,
-    ) -> Rows | None:
-        """Rows that replays follow, with all slots in use; None where each name has several rows,
-        or the names are not those that were written last.
+    def rows(self, assignment: Assignment, layout: Layout) -> Rows | None:
+        """Return the rows that replays read, with all slots in use.
 
-        Raises:
-            ValueError: the same in a capture.
+        None if a name has several rows, or if other names were written since; in a capture this
+        raises ValueError.
         """
-        count = math.prod(leading)
+        device, count = layout.device, math.prod(layout.leading)
         if (
-            assignment is not self._written
+            assignment is not self._assignment
             or device != self.device
             or count > self.max_rows
-            or (tokens_first and len(assignment.shape) == 2)
-            or (
-                assignment.shape != () and assignment.spread(leading, tokens_first, batch) != (1, 1)
-            )
+            or (layout.tokens_first and len(assignment.shape) == 2)
+            or (assignment.shape != () and assignment.spread(layout) != (1, 1))
         ):
             if capture(device) is None:
                 return None
             raise ValueError(
                 f"capturable: expected a captured forward of at most {self.max_rows} rows on "
                 f"{self.device}, each with one of the names written last, found activations of "
-                f"shape {(*leading, 'features')} on {device}"
+                f"shape {(*layout.leading, 'features')} on {device}"
             )
         self.note_capture(device, count)
         return assignment.kept.get(("step", count), device, self._rows, count)
 
     def _rows(self, count: int) -> Rows:
-        ids, slots = self._ids[:count], self.pool.max_slots
-        return Rows(tuple(range(slots)), ids, ops.lora_plan(ids, slots))
+        return planned(tuple(range(self.pool.max_slots)), self._ids[:count])
 
     def table(self, factors: DoraFactors) -> Tensor:
-        """DoRA's factors of one layer, ``(slots + 1, O)``, the last for rows of the base model."""
-        if factors not in self._tables:
+        """Return DoRA's factors of a layer, ``(slots + 1, O)``, the last row for the base model."""
+        if factors not in self._dora:
             self._check_warm(factors.name)
-            table = self._tables[factors] = DoraTable(factors, self.pool.max_slots)
+            table = self._dora[factors] = DoraTable(factors, self.pool.max_slots)
             table.follow(self._lease.residents)
-        return self._tables[factors].c
+        return self._dora[factors].c
 
     def bank(self, name: str) -> tuple[ReplacedBank | None, Tensor]:
-        """The weights of adapters that replace a module, and the place of each row; None where no
-        adapter in the pool does."""
+        """Return the weights of the adapters that replace a module, and the place of each row.
+
+        The first is None if no adapter in the pool replaces it.
+        """
         slab = self.pool.modules[name]
         whole = any(each.rows is None for each in slab.replaced.values())
         if name not in self._banks and whole and self.replaced:
             self._check_warm(name)
             bank = self._banks[name] = ReplacedBank(slab, self.replaced)
-            bank.follow(self._holds)
+            bank.follow(self._owners)
         return self._banks.get(name), self._places
 
     def _check_warm(self, name: str) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_ext._checks import require
 from lora_ext.layers import LoraLayer, recomputed, rows_per_chunk, softcap_of
 from lora_ext.rows import adapters, layer_names
 
 from ._data import Checked, Result
-from ._live import LiveAdapter, add_to
+from ._live import LiveAdapter
 from ._losses import LOSSES
 
 #: What a model has to be: padding stands behind a sequence, unmasked.
@@ -64,7 +65,7 @@ class Call:
             self.future.set_exception(error)
 
     def finish(self) -> None:
-        """After the last part: the gradients count, and the caller has the result."""
+        """Give the adapter its gradients and the caller the result, after the last part."""
         if self.backward and self.gradients is not None:
             self.adapter.add(self.gradients)
         each = [self.logprobs[i] for i in range(len(self.data))]
@@ -175,7 +176,7 @@ class BatchStep:
                 elif call.gradients is None:
                     call.gradients = own
                 else:
-                    add_to(call.gradients, own)
+                    torch._foreach_add_(call.gradients, own)  # pyright: ignore[reportPrivateImportUsage]
             call.total += totals[part]
 
     def _gradients(
@@ -195,12 +196,10 @@ class BatchStep:
         }
 
     def _logprobs(self, owners: Sequence[tuple[Part, int]]) -> list[Tensor]:
-        """Of the targets of each datum, of their shape."""
+        """Return the log-probabilities of the targets of each datum, in their shape."""
         data = [part.call.data[i] for part, i in owners]
         longest = data[0].length
-        ids = torch.zeros(len(data), longest, dtype=torch.int64)
-        for row, datum in zip(ids, data, strict=True):
-            row[: datum.length] = datum.tokens
+        ids = pad_sequence([datum.tokens for datum in data], batch_first=True)
         # Padding stands behind the tokens, which do not look there: no mask, and a sequence runs
         # through the kernels that it runs through alone.
         at = [torch.arange(datum.length) + row * longest for row, datum in enumerate(data)]
@@ -209,12 +208,9 @@ class BatchStep:
         counts = [torch.full((d.length,), d.targets.numel() // d.length) for d in data]
         names = [part.call.adapter.name for part, _ in owners]
         with adapters(names, pool=layer_names):
-            found = self._of_rows(
-                ids.to(self.device),
-                torch.cat(at).to(self.device),
-                torch.cat(counts),
-                targets.to(self.device),
-            )
+            places = torch.cat(at).to(self.device)
+            on_device = ids.to(self.device), places, torch.cat(counts), targets.to(self.device)
+            found = self._of_rows(*on_device)
         each = found.split([d.targets.numel() for d in data])
         return [lp.view(d.targets.shape) for lp, d in zip(each, data, strict=True)]
 

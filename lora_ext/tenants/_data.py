@@ -59,7 +59,7 @@ class Checked(NamedTuple):
 
 
 def checked_tokens(where: str, argument: str, tokens: Any, vocabulary: int) -> Tensor:
-    """``(N,)`` int64, each a token of the model."""
+    """Return token ids as ``(N,)`` int64; raise ValueError for other values."""
     given = _tensor(where, argument, tokens)
     require(given.dim() == 1, where, argument, "shape (N,)", list(given.shape))
     require(given.numel() > 0, where, argument, "at least one token", "none")
@@ -69,7 +69,7 @@ def checked_tokens(where: str, argument: str, tokens: Any, vocabulary: int) -> T
 def checked_data(
     where: str, data: Sequence[Datum], loss: str, vocabulary: int, max_tokens: int
 ) -> list[Checked]:
-    """The data of a call, each as the loss wants it; what does not fit is a ValueError."""
+    """Return the data of a call as its loss takes them; raise ValueError for other values."""
     instance(where, "data", data, (list, tuple))
     require(len(data) > 0, where, "data", "at least one Datum", "none")
     found = []

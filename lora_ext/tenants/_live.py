@@ -51,20 +51,20 @@ class LiveAdapter:
         if self.gradients is None:
             self.gradients = gradients
         else:
-            add_to(self.gradients, gradients)
+            torch._foreach_add_(self.gradients, gradients)  # pyright: ignore[reportPrivateImportUsage]
 
     def take(self) -> list[Tensor] | None:
-        """The gradients that wait, which are gone then."""
+        """Return and forget the gradients since the last step."""
         taken, self.gradients = self.gradients, None
         return taken
 
     def source(self) -> tuple[Any, dict[str, Tensor]]:
-        """Configuration and factors as PEFT's file has them; the tensors are the model's own."""
+        """Return configuration and factors as in PEFT's file; the tensors are the model's own."""
         config, state = live_adapter(self.model, self.name, "tenants")
         return {**config, "task_type": "CAUSAL_LM"}, state
 
     def finite(self) -> bool:
-        """Whether every factor is."""
+        """Return whether all factors are finite."""
         return all(bool(p.detach().isfinite().all()) for p in self.parameters.values())
 
     def write(self, adapter: LoraAdapter) -> None:
@@ -78,8 +78,3 @@ class LiveAdapter:
         """Take it out of the model."""
         for layer in self.layers.values():
             layer.delete_adapter(self.name)
-
-
-def add_to(sums: list[Tensor], gradients: list[Tensor]) -> None:
-    """Add gradients to sums, in place."""
-    torch._foreach_add_(sums, gradients)  # pyright: ignore[reportPrivateImportUsage]

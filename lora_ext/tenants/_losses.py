@@ -20,7 +20,7 @@ class Loss(NamedTuple):
     options: Mapping[str, float] = {}
 
     def sum(self, logprobs: Tensor, inputs: Inputs, options: Mapping[str, float]) -> Tensor:
-        """The loss of one datum, ``()``."""
+        """Return the loss of one datum, ``()``."""
         terms = self.function(logprobs, inputs, **options)
         weights = inputs.get("weights")
         return terms.sum() if weights is None else (weights * terms).sum()
@@ -31,7 +31,7 @@ def _cross_entropy(logprobs: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _ratio(logprobs: Tensor, inputs: Inputs) -> Tensor:
-    """How much likelier a token is than when it was sampled."""
+    """Return the probability of each token over the one when it was sampled."""
     return (logprobs - inputs["logprobs"]).exp()
 
 

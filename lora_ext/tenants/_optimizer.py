@@ -27,7 +27,7 @@ class Settings(NamedTuple):
 def checked_settings(
     lr: Any, betas: Any, eps: Any, weight_decay: Any, max_grad_norm: Any
 ) -> Settings:
-    """The arguments of ``optim_step``; a ValueError names one that does not fit."""
+    """Return the checked arguments of ``optim_step``; a ValueError names a wrong one."""
     where = "optim_step"
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     require(pair, where, "betas", "two numbers in [0, 1)", repr(betas))
@@ -51,10 +51,9 @@ class Optimizer:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]):
         self._parameters = dict(parameters)
+        wide = (torch.float32, torch.float64)
         self._trained = {
-            name: p
-            if p.dtype in (torch.float32, torch.float64)
-            else nn.Parameter(p.detach().float())
+            name: p if p.dtype in wide else nn.Parameter(p.detach().float())
             for name, p in parameters.items()
         }
         self._adamw = torch.optim.AdamW(self._trained.values(), fused=True)
@@ -88,7 +87,7 @@ class Optimizer:
                     parameter.copy_(self._trained[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of its state, by names of a file."""
+        """Return the whole state, by names of a file."""
         found: dict[str, Tensor] = {}
         for name, trained in self._trained.items():
             if trained is not self._parameters[name]:
@@ -98,7 +97,7 @@ class Optimizer:
         return found
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Of everything that :meth:`tensors` may hold."""
+        """Return the shapes of all tensors that :meth:`tensors` may contain."""
         found: dict[str, torch.Size] = {}
         for name, trained in self._trained.items():
             found |= {f"{name}:{key}": trained.shape for key in ("weight", *MOMENTS)}

@@ -72,16 +72,14 @@ class SamplingModel:
         self.ends: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else ends
         self.pool = AdapterPool(self.model, max_adapters, MAX_RANK)
         attach(self.model, self.pool)
-        page = 16
+        page, tokens = 16, max(2 * self.context, 1024)
         self.manager = self.model.init_continuous_batching(
             GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=-1),
             ContinuousBatchingConfig(
-                page_size=page,
-                num_blocks=-(-max(2 * self.context, 1024) // page),
-                max_batch_tokens=512,
+                page_size=page, num_blocks=-(-tokens // page), max_batch_tokens=512
             ),
         )
-        self._asked: dict[str, _Asked] = {}
+        self.asked: dict[str, _Asked] = {}
         self._closed = False
         with torch.inference_mode():  # the manager's thread takes it over
             self.manager.start()
@@ -91,48 +89,36 @@ class SamplingModel:
     def ask(self, prompt: list[int], adapter: str | None, count: int, **how: Any) -> _Asked:
         """Put a request into the next steps."""
         asked, name = _Asked(adapter), uuid.uuid4().hex
-        self._asked[name] = asked
+        self.asked[name] = asked
+        how |= {"request_id": name, "adapter_name": adapter, "logprobs": asked.logprobs}
         try:
-            accepted = self.manager.add_request(
-                prompt,
-                request_id=name,
-                adapter_name=adapter,
-                max_new_tokens=count,
-                logprobs=asked.logprobs,
-                **how,
-            )
+            accepted = self.manager.add_request(prompt, max_new_tokens=count, **how)
             require(accepted, _ERROR, "sampler", "a manager that runs", "none", RuntimeError)
         except BaseException:
-            self._asked.pop(name, None)  # a manager that has just died has failed it already
+            self.asked.pop(name, None)  # a manager that has just died has failed it already
             raise
         return asked
-
-    def check_room(self, adapter: str | None, count: int) -> None:
-        """Raise QueueFullError where so many more samples of an adapter have none."""
-        found = count + sum(each.adapter == adapter for each in list(self._asked.values()))
-        expected = f"at most {_MOST} samples of an adapter that wait"
-        require(found <= _MOST, _ERROR, "queue", expected, found, QueueFullError)
 
     def _deliver(self) -> None:
         while not self._closed:
             found = self.manager.get_result(timeout=0.5)
             if found is None:
-                if not self.manager.is_running() and self._asked:
+                if not self.manager.is_running() and self.asked:
                     self._fail("the manager has stopped")
                 continue
-            if found.is_finished() and (asked := self._asked.pop(found.request_id, None)):
+            if found.is_finished() and (asked := self.asked.pop(found.request_id, None)):
                 if found.error is not None:
                     asked.future.set_exception(RuntimeError(f"{_ERROR}: {found.error}"))
                 else:
                     asked.future.set_result(list(found.generated_tokens))
 
     def _fail(self, why: str) -> None:
-        for name in list(self._asked):
-            if asked := self._asked.pop(name, None):
+        for name in list(self.asked):
+            if asked := self.asked.pop(name, None):
                 asked.future.set_exception(RuntimeError(f"{_ERROR}: {why}"))
 
     def prompt_logprobs(self, tokens: list[int], adapter: str | None) -> list[float]:
-        """Of every token after the first, as a training forward has them."""
+        """Return the log-probability of each token after the first, as a training forward does."""
         with torch.no_grad(), of_call(adapter, pool=self.pool):
             ids = torch.tensor([tokens], device=self.model.device)
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
@@ -147,7 +133,7 @@ class SamplingModel:
 
 
 def twin_of(model: Any) -> Any:
-    """The modules of a model once more, without adapters of their own, over the same tensors."""
+    """Return a copy of a model's modules, without adapters, that shares its tensors."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -198,7 +184,7 @@ class Sampler:
         seed: int | None = None,
         stop: Sequence[int | str] = (),
     ) -> list[Sample]:
-        """Go on from a prompt, ``num_samples`` times.
+        """Continue a prompt, ``num_samples`` times.
 
         Args:
             tokens: the prompt, at least one token.
@@ -228,7 +214,7 @@ class Sampler:
         seed: int | None = None,
         stop: Sequence[int | str] = (),
     ) -> list[Future[Sample]]:
-        """:meth:`sample` without waiting: a future for each."""
+        """Start :meth:`sample` without waiting; return one future per sample."""
         models = self._models
         prompt = checked_tokens(_ERROR, "tokens", tokens, models.vocabulary).tolist()
         integer(_ERROR, "max_tokens", max_tokens, 1)
@@ -240,19 +226,23 @@ class Sampler:
             Sampling(temperature, top_p, None, top_k)
         ends, texts = self._stops(stop)
         first = secrets.randbits(62) if seed is None else integer(_ERROR, "seed", seed)
-        models.check_room(self.adapter, num_samples)
+        waiting = sum(each.adapter == self.adapter for each in list(models.asked.values()))
+        expected, found = f"at most {_MOST} samples of an adapter that wait", waiting + num_samples
+        require(found <= _MOST, _ERROR, "queue", expected, found, QueueFullError)
         of_all = prompt, self.adapter, max_tokens
         begun = []
         for i in range(num_samples):
             mine = (first + i + (1 << 63)) % (1 << 64) - (1 << 63)
-            how = Sampling(temperature, top_p, mine, top_k)
-            more = {"sampling": how, "eos_token_id": ends or -1}
-            asked = self._there(functools.partial(models.ask, *of_all, **more))
+            how = {
+                "sampling": Sampling(temperature, top_p, mine, top_k),
+                "eos_token_id": ends or -1,
+            }
+            asked = self._there(functools.partial(models.ask, *of_all, **how))
             begun.append(self._told(asked, ends, texts))
         return begun
 
     def logprobs(self, tokens: Sequence[int] | Tensor) -> list[float]:
-        """Of every token of a prompt but the first."""
+        """Return the log-probability of each token of a prompt but the first."""
         where, most = "Sampler.logprobs", self._models.context
         prompt = checked_tokens(where, "tokens", tokens, self._models.vocabulary)
         require(len(prompt) <= most, where, "tokens", f"at most {most} tokens", len(prompt))
@@ -260,7 +250,7 @@ class Sampler:
         return self._there(told)
 
     def _there(self, action: Callable[[], Any]) -> Any:
-        """What an action gives once the pool has the adapter."""
+        """Run an action once the pool has the adapter."""
         for _ in range(_TRIES):
             try:
                 return action()
@@ -307,7 +297,7 @@ class Sampler:
         return future
 
     def _cut(self, tokens: list[int], texts: list[str]) -> int | None:
-        """How many tokens there are when a text is complete; None: none is."""
+        """Return the number of tokens at which a stop text is complete; None if there is none."""
 
         def complete(count: int) -> bool:
             said = self._models.tokenizer.decode(tokens[:count], skip_special_tokens=False)

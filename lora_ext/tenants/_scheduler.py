@@ -18,8 +18,8 @@ from ._batch import BatchStep, Call, Part
 
 #: Tokens that a tenant gains with each step in which it has to wait.
 QUANTUM = 1024
-_PATIENCE = 1 / 3  # of the last step: how long a step waits for those of the last two
-_ROUNDS = 8  # of what is done at once between two steps: whoever sends no end of it stops no call
+_MAX_WAIT_SHARE = 1 / 3  # of the last step's time that a step waits for tenants of the last two
+_MAX_ROUNDS = 8  # of items that are no calls, between two steps, so that they cannot stop calls
 
 
 def settle(future: Future[Any], action: Callable[[], Any]) -> None:
@@ -43,7 +43,7 @@ class Queue:
         self.closed: str | None = None  # why nothing more is taken
 
     def head(self) -> Call | None:
-        """The call whose turn it is."""
+        """Return the first item if it is a call."""
         first = self.items[0] if self.items else None
         return first if isinstance(first, Call) else None
 
@@ -88,14 +88,14 @@ class Scheduler:
         self._thread.start()
 
     def add(self, bounded: bool = True) -> Queue:
-        """A queue for one more tenant."""
+        """Add a queue for one more tenant."""
         queue = Queue(self.size, self.size * self.max_tokens) if bounded else Queue()
         with self._changed:
             self._queues.append(queue)
         return queue
 
     def put(self, where: str, queue: Queue, item: Call | Callable[[], Any]) -> Future[Any]:
-        """Let an item wait for its turn.
+        """Queue an item; return its future.
 
         Raises:
             QueueFullError: as many wait as may. RuntimeError: the tenant or the service is closed.
@@ -144,28 +144,26 @@ class Scheduler:
                     self._changed.wait()
                 if self._stopping:
                     return
-            if self._rounds < _ROUNDS and self._do_at_once():
-                self._rounds += 1
-                continue
+            if self._rounds < _MAX_ROUNDS:
+                # What is no call runs at once, one item of each queue that begins with it.
+                with self._changed:
+                    items = [queue.items.popleft() for queue in self._queues if queue.ready]
+                    self._queues = [q for q in self._queues if q.items or not q.closed]
+                for item in items:
+                    assert not isinstance(item, Call)
+                    settle(*item)
+                if items:
+                    self._rounds += 1
+                    continue
             self._wait_for_others()
             parts = self._chosen()
             if parts:
                 self._run(parts)
-            if parts or self._rounds == _ROUNDS:
+            if parts or self._rounds == _MAX_ROUNDS:
                 self._rounds = 0
 
-    def _do_at_once(self) -> bool:
-        """Do one thing that is no call of each queue that begins with one, if any does."""
-        with self._changed:
-            items = [queue.items.popleft() for queue in self._queues if queue.ready]
-            self._queues = [q for q in self._queues if q.items or not q.closed]
-        for item in items:
-            assert not isinstance(item, Call)
-            settle(*item)
-        return bool(items)
-
     def _wait_for_others(self) -> None:
-        deadline = time.monotonic() + _PATIENCE * self._duration
+        deadline = time.monotonic() + _MAX_WAIT_SHARE * self._duration
         with self._changed:
             while not self._stopping:
                 late = set().union(*self._recent).intersection(self._queues)
@@ -182,7 +180,7 @@ class Scheduler:
         members: set[Queue] = set()
         rows = longest = 0
         with self._changed:
-            if self._rounds < _ROUNDS and any(queue.ready for queue in self._queues):
+            if self._rounds < _MAX_ROUNDS and any(queue.ready for queue in self._queues):
                 return []
             for queue in self._queues:
                 call = queue.head()

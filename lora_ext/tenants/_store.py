@@ -35,10 +35,9 @@ class Store:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ValueError(
-                    "Service: store: expected a folder that can be made, found "
-                    f"{str(root)!r:.200} ({error.strerror})"
-                ) from error
+                found = f"{str(root)!r:.200} ({error.strerror})"
+                expected = "expected a folder that can be made"
+                raise ValueError(f"Service: store: {expected}, found {found}") from error
 
     def folder(self, where: str, path: Any, argument: str = "path") -> Path:
         """Return the folder of a save.

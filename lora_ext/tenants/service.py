@@ -99,7 +99,7 @@ class Service:
     def create(
         self, rank: int, seed: int = 0, alpha: float = 32, targets: Targets = None
     ) -> Tenant:
-        """A tenant with a new adapter.
+        """Create a tenant with a new adapter.
 
         Args:
             rank: of the adapter, at most 512. alpha: its update is scaled by ``alpha / rank``.
@@ -112,16 +112,14 @@ class Service:
         integer("create", "rank", rank, 1, MAX_RANK)
         seed = integer("create", "seed", seed, *_SEEDS)
         with renamed("create", target_modules="targets", lora_alpha="alpha"):
+            chosen = "all-linear" if targets is None else targets
             config = LoraConfig(
-                r=rank,
-                lora_alpha=alpha,
-                target_modules="all-linear" if targets is None else targets,
-                task_type="CAUSAL_LM",
+                r=rank, lora_alpha=alpha, target_modules=chosen, task_type="CAUSAL_LM"
             )
             return self._wait("create", lambda: self._new(config, seed))
 
     def load(self, path: str | os.PathLike[str]) -> Tenant:
-        """A tenant that goes on where a save was: adapter and optimizer.
+        """Load a tenant from a save: adapter and optimizer.
 
         Raises:
             ValueError: naming the path, or what of the save is not well-formed.
@@ -143,7 +141,7 @@ class Service:
         return self._wait("sampler", lambda: self.sampled(f"save@{next(self._marks)}", saved))
 
     def sampled(self, name: str, source: Any) -> Sampler:
-        """A sampler of an adapter that the pool takes under a new name."""
+        """Return a sampler of an adapter that is loaded under a new name."""
         models = self.sampling()
         models.pool.load(name, source)
         return Sampler(models, name, lambda: models.pool.load(name, source))
@@ -165,7 +163,7 @@ class Service:
     # For tenants
 
     def sampling(self) -> SamplingModel:
-        """What samplers run on, made when it is first asked for."""
+        """Return the model of samplers, made at first use."""
         with self._lock:
             if self._sampling is None:
                 self._sampling = SamplingModel(
@@ -183,16 +181,9 @@ class Service:
     def _load(self, path: Any) -> Tenant:
         folder, saved = self.store.read("load", path)
         _check_trained("load", folder, saved)
-        ranks = {name: factors.a.shape[0] for name, factors in saved.modules.items()}
-        config = LoraConfig(
-            r=saved.config.r,
-            lora_alpha=saved.config.lora_alpha,
-            rank_pattern=dict(saved.config.rank_pattern),
-            alpha_pattern=dict(saved.config.alpha_pattern),
-            use_rslora=saved.config.use_rslora,
-            target_modules=sorted(ranks),
-            task_type="CAUSAL_LM",
-        )
+        fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+        same: Any = {field: getattr(saved.config, field) for field in fields}
+        config = LoraConfig(**same, target_modules=sorted(saved.modules), task_type="CAUSAL_LM")
         with renamed("load", target_modules="path"):
             tenant = self._new(config, 0)
         try:
@@ -244,7 +235,7 @@ class Tenant:
     def forward(
         self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
     ) -> Future[Result]:
-        """:meth:`forward_backward` without the gradient."""
+        """Compute :meth:`forward_backward` without the gradient."""
         return self._call("forward", data, loss, config, False)
 
     def _call(self, where: str, data: Any, loss: Any, config: Any, backward: bool) -> Any:
@@ -263,7 +254,7 @@ class Tenant:
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> Future[Result]:
-        """One step of AdamW with the gradients since the last; without any nothing moves.
+        """Take one step of AdamW with the gradients since the last; without any nothing changes.
 
         Args:
             max_grad_norm: the norm that gradients are clipped to; None: they are not.
@@ -293,11 +284,12 @@ class Tenant:
         """
         require_flags("save", wait=wait)
         self.service.store.folder("save", path)
-        return self._done("save", functools.partial(self._save, path), wait)
 
-    def _save(self, path: Any) -> str:
-        self.service.store.save("save", path, self.adapter)
-        return os.fspath(path)
+        def save() -> str:
+            self.service.store.save("save", path, self.adapter)
+            return os.fspath(path)
+
+        return self._done("save", save, wait)
 
     def restore(
         self, path: str | os.PathLike[str], optimizer: bool = True, wait: bool = True
@@ -317,7 +309,7 @@ class Tenant:
         return self._done("restore", restore, wait)
 
     def take(self, folder: Any, saved: LoraAdapter, optimizer: bool) -> None:
-        """The values of a save; on the service's thread."""
+        """Copy the values of a save, on the service's thread."""
         _check_trained("restore", folder, saved)
         mine = {path: layer.r[self.adapter.name] for path, layer in self.adapter.layers.items()}
         theirs = {path: factors.a.shape[0] for path, factors in saved.modules.items()}
@@ -378,19 +370,20 @@ class Tenant:
         require_flags("close", wait=wait)
         if save_as is not None:
             self.service.store.folder("close", save_as, "save_as")
-        if self._closing is None:
-            why, last = "the tenant is closed", functools.partial(self._close, save_as)
-            self._closing = self.service._scheduler.close(self._queue, why, last)
-        return self._closing.result() if wait else self._closing
 
-    def _close(self, save_as: str | None) -> None:
-        try:
-            if save_as is not None:
-                self._save(save_as)
-        finally:
-            self.adapter.delete()
-            if self._inflight is not None:
-                forget(self.service.sampling().pool, self._inflight)
+        def close() -> None:
+            try:
+                if save_as is not None:
+                    self.service.store.save("save", save_as, self.adapter)
+            finally:
+                self.adapter.delete()
+                if self._inflight is not None:
+                    forget(self.service.sampling().pool, self._inflight)
+
+        if self._closing is None:
+            scheduler, why = self.service._scheduler, "the tenant is closed"
+            self._closing = scheduler.close(self._queue, why, close)
+        return self._closing.result() if wait else self._closing
 
     def _done(self, where: str, action: Callable[[], Any], wait: bool) -> Any:
         future = self.service._scheduler.put(where, self._queue, action)

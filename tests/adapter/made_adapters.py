@@ -1,12 +1,23 @@
 """Adapters made by hand, and what they do to a weight."""
 
 import torch
+import transformers
 
 from lora_ext.adapter import LoraAdapter
 from lora_ext.adapter._config import AdapterConfig
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 SHAPES = {Q: (24, 20), V: (12, 20)}  # (O, I)
+
+
+def llama(layers=2, **fields):
+    """A small model of transformers."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, **{"vocab_size": 64, **fields},
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
 
 
 def adapter(seed=0, ranks=4, shapes=SHAPES, dtype=torch.float32, scale=2.0, **fields):

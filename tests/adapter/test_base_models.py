@@ -5,9 +5,7 @@ import warnings
 
 import peft
 import pytest
-import torch
-import transformers
-from made_adapters import adapter
+from made_adapters import adapter, llama
 
 import lora_ext
 from lora_ext.adapter import interpolate_adapters, merge_adapters
@@ -92,24 +90,21 @@ def test_interpolating_adapters_of_two_models_is_warned_of():
     assert len(said) == 1 and said[0].startswith("interpolate_adapters: second: ")
 
 
-def llama(name=""):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(**sizes, **heads)
-    config.name_or_path = name
-    return transformers.LlamaForCausalLM(config)
+def named(name=""):
+    model = llama(1)
+    model.config.name_or_path = model.name_or_path = name
+    return model
 
 
 def saved(folder, base):
-    model = peft.get_peft_model(llama(base), peft.LoraConfig(target_modules=["q_proj"]))
+    model = peft.get_peft_model(named(base), peft.LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(folder, save_embedding_layers=False)  # else it asks the Hub
     return folder
 
 
 def test_a_pool_warns_of_the_adapters_of_another_model_and_serves_them(tmp_path):
     one, other = saved(tmp_path / "one", "a/llama"), saved(tmp_path / "two", "a/mistral")
-    model = llama("a/llama")
+    model = named("a/llama")
     pool = AdapterPool(model, max_rank=8)
     assert found(lambda: pool.load("one", one)) == []
     said = found(lambda: pool.load("other", other))
@@ -124,18 +119,18 @@ def test_a_pool_of_a_model_without_a_name_compares_its_adapters_and_what_it_is_a
     tmp_path,
 ):
     one, other = saved(tmp_path / "one", "a/llama"), saved(tmp_path / "two", "a/mistral")
-    pool = AdapterPool(llama(), max_rank=8)
+    pool = AdapterPool(named(), max_rank=8)
     assert found(lambda: pool.load("one", one)) == []
     assert len(found(lambda: pool.load("other", other))) == 1
-    pool = AdapterPool(llama(), max_rank=8)
+    pool = AdapterPool(named(), max_rank=8)
     pool.load("one", one)
-    said = found(lambda: lora_ext.attach(llama("a/gemma"), pool))
+    said = found(lambda: lora_ext.attach(named("a/gemma"), pool))
     assert len(said) == 1 and said[0].startswith("attach: model: ")
 
 
 def test_from_peft_warns_of_an_adapter_that_was_trained_on_another_model(tmp_path):
     one, other = saved(tmp_path / "one", "a/llama"), saved(tmp_path / "two", "a/mistral")
-    model = peft.PeftModel.from_pretrained(llama("b/llama"), one, adapter_name="one")
+    model = peft.PeftModel.from_pretrained(named("b/llama"), one, adapter_name="one")
     assert found(lambda: lora_ext.from_peft(model)) == []
     model.load_adapter(other, "other")
     model.load_adapter(other, "third")
@@ -145,5 +140,5 @@ def test_from_peft_warns_of_an_adapter_that_was_trained_on_another_model(tmp_pat
 
 
 def test_a_model_that_was_adapted_here_is_no_reason_to_warn():
-    model = peft.get_peft_model(llama("a/llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    model = peft.get_peft_model(named("a/llama"), peft.LoraConfig(target_modules=["q_proj"]))
     assert found(lambda: lora_ext.from_peft(model)) == []

@@ -7,7 +7,7 @@ import accelerate
 import peft
 import pytest
 import torch
-import transformers
+from made_adapters import llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,18 +20,8 @@ EMBEDDING = "base_model.model.model.embed_tokens"
 HEAD = "base_model.model.lm_head"
 
 
-def llama(tied=False, vocabulary=64):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-    )
-    return transformers.LlamaForCausalLM(config)
+def small(tied=False, vocabulary=64):
+    return llama(1, vocab_size=vocabulary, tie_word_embeddings=tied)
 
 
 def trained(model, targets):
@@ -59,7 +49,7 @@ TARGETS = {
 @pytest.mark.parametrize("case", TARGETS)
 def test_the_models_own_weight_is_accepted_and_another_refused(case, strict, tied, tmp_path):
     targets, expected = TARGETS[case]
-    model = llama(tied)
+    model = small(tied)
     theirs = trained(model, targets)
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
@@ -86,7 +76,7 @@ def test_the_models_own_weight_is_accepted_and_another_refused(case, strict, tie
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_head_that_was_trained_without_an_adapter_is_compared_too(strict, tmp_path):
     """PEFT's ``save_embedding_layers=True``: embedding and head without ``base_layer``."""
-    model = llama()
+    model = small()
     theirs = trained(model, ["q_proj"])
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
     keys = {k for k in load_file(tmp_path / "adapter_model.safetensors") if "lora_" not in k}
@@ -102,7 +92,7 @@ def test_a_head_that_was_trained_without_an_adapter_is_compared_too(strict, tmp_
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_resized_vocabulary_is_refused_until_the_model_has_it(strict, tmp_path):
-    model = llama()
+    model = small()
     larger = copy.deepcopy(model)
     larger.resize_token_embeddings(70)
     theirs = trained(larger, ["q_proj"])
@@ -133,7 +123,7 @@ def test_a_resized_vocabulary_is_refused_until_the_model_has_it(strict, tmp_path
 def test_a_file_of_another_dtype_is_compared_as_the_model_would_hold_it(
     file, model_dtype, fits, tmp_path
 ):
-    model = llama()
+    model = small()
     theirs = trained(model, ["lm_head"])
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
@@ -149,7 +139,7 @@ def test_a_file_of_another_dtype_is_compared_as_the_model_would_hold_it(
 
 
 def test_the_pool_does_not_keep_the_model_alive_and_says_when_it_is_gone(tmp_path):
-    model = llama()
+    model = small()
     trained(model, ["lm_head"]).save_pretrained(tmp_path)
     pool = pool_of(model)
     del model
@@ -161,7 +151,7 @@ def test_the_pool_does_not_keep_the_model_alive_and_says_when_it_is_gone(tmp_pat
 
 @pytest.mark.parametrize("offload", ["memory", "disk", "nowhere"])
 def test_an_offloaded_weight_is_fetched_for_the_comparison(offload, tmp_path):
-    model = llama()
+    model = small()
     trained(model, ["lm_head"]).save_pretrained(tmp_path)
     settings = {}
     if offload == "memory":

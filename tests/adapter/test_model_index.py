@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from made_adapters import llama
 from pool_support import Base, config
 from torch import nn
 
@@ -102,7 +103,7 @@ def _offloaded_to_memory(model, _folder):
 @pytest.mark.parametrize("offload", [_offloaded_to_disk, _offloaded_to_memory])
 def test_an_offloaded_model_serves_the_same_adapters(offload, tmp_path):
     ids = torch.arange(2, 14).view(2, 6)
-    model = _llama()
+    model = llama()
     offloaded = offload(copy.deepcopy(model), tmp_path)
     assert offloaded.lm_head.weight.is_meta
     lora = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
@@ -123,71 +124,27 @@ def test_an_offloaded_model_serves_the_same_adapters(offload, tmp_path):
 # Modules that see other rows than the batch's, or are not called at all
 
 
-def _llama(**fields):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **fields))
+_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def _mixtral():
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-            num_local_experts=4,
-        )
-    )
+def _small(name, kind="ForCausalLM", **fields):
+    """A function that makes a small model of transformers' class of that name."""
+    config = getattr(transformers, f"{name}Config")
+    return lambda: getattr(transformers, f"{name}{kind}")(config(**fields))
 
 
-def _qwen2_moe():
-    return transformers.Qwen2MoeForCausalLM(
-        transformers.Qwen2MoeConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            moe_intermediate_size=16,
-            shared_expert_intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-            num_experts=4,
-        )
-    )
-
-
-def _jetmoe():
-    return transformers.JetMoeForCausalLM(
-        transformers.JetMoeConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_key_value_heads=4,
-            kv_channels=8,
-            vocab_size=64,
-            num_local_experts=4,
-        )
-    )
-
-
-def _switch():
-    return transformers.SwitchTransformersForConditionalGeneration(
-        transformers.SwitchTransformersConfig(
-            d_model=32,
-            d_ff=48,
-            d_kv=8,
-            num_heads=4,
-            num_layers=2,
-            num_sparse_encoder_layers=1,
-            num_sparse_decoder_layers=1,
-            vocab_size=64,
-            num_experts=4,
-        )
-    )
+_mixtral = _small("Mixtral", **_SMALL, **_HEADS, num_local_experts=4)
+_qwen2_moe = _small(
+    "Qwen2Moe", **_SMALL, **_HEADS, num_experts=4,
+    moe_intermediate_size=16, shared_expert_intermediate_size=24,
+)  # fmt: skip
+_jetmoe = _small("JetMoe", **_SMALL, num_key_value_heads=4, kv_channels=8, num_local_experts=4)
+_switch = _small(
+    "SwitchTransformers", "ForConditionalGeneration", d_model=32, d_ff=48, d_kv=8, num_heads=4,
+    num_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, vocab_size=64,
+    num_experts=4,
+)  # fmt: skip
 
 
 class _ExpertsInAList(nn.Module):
@@ -293,17 +250,11 @@ _JAMBA = {
     ("make", "ends"),
     [
         (lambda: nn.Sequential(_Reads()), {"read"}),
-        (lambda: transformers.MambaModel(transformers.MambaConfig(**_MAMBA)), {"dt_proj"}),
-        (
-            lambda: transformers.FalconMambaModel(transformers.FalconMambaConfig(**_MAMBA)),
-            {"dt_proj"},
-        ),
-        (lambda: transformers.JambaModel(transformers.JambaConfig(**_JAMBA)), {"dt_proj"}),
-        (lambda: transformers.BloomModel(transformers.BloomConfig(**_BLOOM)), set()),
-        (
-            lambda: transformers.BloomModel(transformers.BloomConfig(**_BLOOM, **_EXACT)),
-            {"dense", "dense_4h_to_h"},
-        ),
+        (_small("Mamba", "Model", **_MAMBA), {"dt_proj"}),
+        (_small("FalconMamba", "Model", **_MAMBA), {"dt_proj"}),
+        (_small("Jamba", "Model", **_JAMBA), {"dt_proj"}),
+        (_small("Bloom", "Model", **_BLOOM), set()),
+        (_small("Bloom", "Model", **_BLOOM, **_EXACT), {"dense", "dense_4h_to_h"}),
     ],
     ids=["ours", "mamba", "falcon-mamba", "jamba", "bloom", "exact-bloom"],
 )

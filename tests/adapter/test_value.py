@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from made_adapters import llama
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,13 +18,6 @@ from lora_ext.nn import LoraEmbedding, LoraLinear
 from lora_ext.pool import AdapterPool
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def llama():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
 
 
 def gpt2():

@@ -3,14 +3,11 @@
 import copy
 import csv
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("peft", reason="the whole-model benchmarks compare with peft")
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import common
 import depth_mix
 import lora_gram
@@ -48,7 +45,7 @@ def test_a_provider_that_is_slightly_wrong_is_not_timed(problem):
         lora_ops.check(problem, wrong)
 
 
-def test_mixed_ranks_are_checked_and_charged_at_their_own_rank(monkeypatch):
+def test_mixed_ranks_are_charged_at_their_own_rank_in_banks_and_in_pages(monkeypatch):
     monkeypatch.setattr(lora_ops, "COLD_BYTES", 1)
     full = lora_ops.Problem.make(SMALL, "cpu", torch.float32)
     mixed = lora_ops.Problem.make(SMALL, "cpu", torch.float32, ranks=[8, 16, 8, 16])
@@ -56,6 +53,10 @@ def test_mixed_ranks_are_checked_and_charged_at_their_own_rank(monkeypatch):
     assert full.nbytes() - mixed.nbytes() == 4 * 16 * (SMALL.in_features + SMALL.out_features)
     with pytest.raises(SystemExit):  # the peers know of no ranks
         lora_ops.check(mixed, lora_ops.run_loop)
+    pool = lora_ops.Problem.make(SMALL, "cpu", torch.float32, [8, 16, 8, 16], paged=True)
+    assert [a.shape[0] for a, _ in pool.banks] == [6, 6]  # pages of eight ranks
+    assert pool.page_table.shape == (4, 2) and (pool.page_table[[0, 2], 1] == -1).all()
+    assert lora_ops.check(pool, lora_ops.run_lora_ext) <= 1
 
 
 def test_an_error_may_be_three_times_that_of_the_peer_in_the_same_run():
@@ -69,14 +70,6 @@ def test_an_error_may_be_three_times_that_of_the_peer_in_the_same_run():
     assert common.error_over_bound(zeros, zeros, zeros) == 0
     assert not common.error_over_bound(exact * torch.nan, peer, exact) <= 1
     assert not common.error_over_bound(ours, peer * torch.nan, exact) <= 1
-
-
-def test_pages_hold_what_the_ranks_need(monkeypatch):
-    monkeypatch.setattr(lora_ops, "COLD_BYTES", 1)
-    pool = lora_ops.Problem.make(SMALL, "cpu", torch.float32, [8, 16, 8, 16], paged=True)
-    assert [a.shape[0] for a, _ in pool.banks] == [6, 6]  # pages of eight ranks
-    assert pool.page_table.shape == (4, 2) and (pool.page_table[[0, 2], 1] == -1).all()
-    assert lora_ops.check(pool, lora_ops.run_lora_ext) <= 1
 
 
 def test_the_training_benchmark_checks_what_it_times(monkeypatch):
@@ -132,20 +125,17 @@ def test_the_mix_benchmark_checks_what_it_times(monkeypatch):
         depth_mix.check(p, lambda *args: 1.001 * depth_mix.lora_ext(*args), "off")
 
 
-def test_calls_are_timed_in_rounds_that_alternate():
+def test_calls_are_timed_in_rounds_that_alternate_and_ratios_are_taken_by_round():
     log: list[str] = []
     calls = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
     times = common.interleaved(calls, rounds=2, warm_up=0)
     assert log == ["a", "b", "a", "b", "b", "a"]  # one untimed call of each, then the rounds
     assert len(times["a"].rounds) == 2 and times["a"].p20 <= times["a"].median <= times["a"].p80
-
-
-def test_a_ratio_is_taken_round_by_round():
     slow, fast = common.Timing.of([2.0, 40.0, 6.0]), common.Timing.of([1.0, 20.0, 3.0])
     assert slow.over(fast) == 2.0
 
 
-def test_rows_without_the_processor_get_an_empty_column_for_it(tmp_path):
+def test_rows_without_the_processor_get_an_empty_column_and_other_columns_are_refused(tmp_path):
     row = {"device": "H100", "cpu": "Xeon", "a": "3"}
     for name, old in (
         ("old", [{"device": "T4", "a": "1,5"}, {"device": "T4", "a": "2"}]),
@@ -159,6 +149,13 @@ def test_rows_without_the_processor_get_an_empty_column_for_it(tmp_path):
             assert list(csv.DictReader(file)) == [*({**r, "cpu": ""} for r in old), row, row]
     with pytest.raises(ValueError, match=r"old\.csv: expected the columns"):
         common.append_rows(tmp_path / "old.csv", [{"device": "T4", "a": "1"}])
+    path = tmp_path / "x.csv"
+    common.append_rows(path, [{"a": 1, "b": 2}])
+    common.append_rows(path, [{"a": 3, "b": 4}])
+    assert path.read_text().split() == ["a,b", "1,2", "3,4"]
+    with pytest.raises(ValueError, match=r"x\.csv: expected the columns"):
+        common.append_rows(path, [{"a": 1}])
+    assert path.read_text().split() == ["a,b", "1,2", "3,4"]
 
 
 def test_rows_name_the_processor_beside_the_device(monkeypatch):
@@ -168,16 +165,6 @@ def test_rows_name_the_processor_beside_the_device(monkeypatch):
     common.machine_columns.cache_clear()
     assert list(cpu)[:3] == ["date", "device", "cpu"]
     assert gpu["device"] == "H100" and gpu["cpu"] == cpu["cpu"] == cpu["device"] != ""
-
-
-def test_a_file_with_other_columns_is_refused(tmp_path):
-    path = tmp_path / "x.csv"
-    common.append_rows(path, [{"a": 1, "b": 2}])
-    common.append_rows(path, [{"a": 3, "b": 4}])
-    assert path.read_text().split() == ["a,b", "1,2", "3,4"]
-    with pytest.raises(ValueError, match=r"x\.csv: expected the columns"):
-        common.append_rows(path, [{"a": 1}])
-    assert path.read_text().split() == ["a,b", "1,2", "3,4"]
 
 
 def test_the_report_takes_the_last_row_and_names_misses_and_gaps(tmp_path, monkeypatch, capsys):

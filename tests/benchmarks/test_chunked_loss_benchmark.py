@@ -1,7 +1,5 @@
 """Memory of the losses over a vocabulary, and the benchmark that compares it, at small sizes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 

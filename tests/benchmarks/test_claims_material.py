@@ -1,17 +1,12 @@
 """What the reproductions read: packages that lack or differ, Debian's texts, both small models."""
 
-from __future__ import annotations
-
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the models are transformers'")
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from claims import language, material, peers, private, section_texts
 from federated_digits import federate, shared_state
 

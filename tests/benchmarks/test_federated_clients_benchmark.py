@@ -1,18 +1,12 @@
 """The benchmark of clients in one batch checks what it times, and a round copies no base weight."""
 
-from __future__ import annotations
-
-import sys
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("peft", reason="the benchmark compares with peft")
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import federated_clients
 from federated_clients import Case
 

@@ -1,17 +1,10 @@
 """The federation of digits that two studies share: smallest sizes."""
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("sklearn", reason="the pictures are scikit-learn's")
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from federated_digits import QUICK, accuracy, federate, make_world
 
 from lora_ext.federated import LayerPlan
@@ -23,15 +16,12 @@ def world():
     return make_world(0, QUICK)
 
 
-def test_every_picture_is_some_clients_and_none_is_tested_on(world):
+def test_every_picture_is_some_clients_and_ranks_may_differ_by_layer(world):
     for partition in ("iid", "3 classes", "dirichlet 0.3"):
         shares = world.shares(partition)
         assert len(shares) == 12
         assert np.array_equal(np.sort(np.concatenate(shares)), np.arange(1437))
     assert len(world.testing[0]) == 360
-
-
-def test_ranks_may_differ_by_layer_under_one_scaling(world):
     layers = adapted_layers(world.adapted([1, 2, 3, 4, 5, 6]))
     assert [layer.r["default"] for layer in layers.values()] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     assert {layer.scaling["default"] for layer in layers.values()} == {4.0}
@@ -55,7 +45,7 @@ def test_a_run_draws_clients_asks_the_planner_and_counts_bytes(world):
     assert again.accuracy == run.accuracy
 
 
-def test_a_run_in_which_nobody_trains_leaves_the_adapter_as_it_was(world):
+def test_rounds_in_which_nobody_trains_or_layers_are_disabled(world):
     states = []
     before = accuracy(world.base, world.testing)
     run = federate(
@@ -69,8 +59,6 @@ def test_a_run_in_which_nobody_trains_leaves_the_adapter_as_it_was(world):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert run.best == before and all(log.skipped for log in run.history)
 
-
-def test_disabled_layers_do_not_travel_down(world):
     def planner(round, clients):
         return {clients[0]: LayerPlan((5,))}
 

@@ -1,28 +1,17 @@
 """The page of reproductions: every study that is there, as its rows say."""
 
-from __future__ import annotations
-
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import study
+from scripts import module_of, needs
 
 # Under another name: `methods` is the folder tests/methods.
 path = Path(study.__file__).with_name("methods.py")
-spec = importlib.util.spec_from_file_location("reproductions", path)
-assert spec is not None and spec.loader is not None
-methods = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = methods
-spec.loader.exec_module(methods)
+methods = module_of(path, "reproductions")
 
-NEEDED = ("matplotlib", "peft", "rich", "sklearn", "tqdm", "transformers")
-MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+pytestmark = needs("matplotlib", "peft", "rich", "sklearn", "tqdm", "transformers")
 
 
 @pytest.mark.slow

@@ -1,21 +1,14 @@
-"""What the draft of the SmolLM2 benchmark learns from, on a tiny model."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
+"""The lean passes of the decoding benchmarks, and what the draft of SmolLM2's learns from."""
 
 import pytest
-import torch
 
 pytest.importorskip("transformers", reason="the lean model is a transformers Llama")
-from transformers import LlamaConfig, LlamaForCausalLM
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import mtpc_heldout
 import mtpc_samples
-from lean import LeanLlama
+import torch
+from lean import LeanLlama, token_by_token
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ext.methods import mtpc
 
@@ -34,6 +27,30 @@ def model() -> LlamaForCausalLM:
     return model.eval()
 
 
+def test_lean_decoding_gives_the_tokens_of_generate_for_llamas_alone(model) -> None:
+    model.double()
+    ids = torch.randint(1, 23, (3, 5))
+    options = {"do_sample": False, "max_new_tokens": 12}
+    expected = model.generate(ids, **options)
+    assert torch.equal(token_by_token(LeanLlama(model), ids, 12), expected)
+    assert torch.equal(model.generate(ids, **options), expected)  # the model is what it was
+    config = LlamaConfig(**SIZES, **HEADS, attention_bias=True)
+    with pytest.raises(ValueError, match="expected a Llama without biases"):
+        LeanLlama(LlamaForCausalLM(config))
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sample"])
+def test_speculation_over_lean_passes_gives_the_tokens_over_the_model(model, mode) -> None:
+    draft = mtpc.retrofit(model.double(), mtpc.MtpcConfig(3, 2, "hmm", "adapter", 4)).eval()
+    ids = torch.randint(1, 23, (2, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])  # rows of two lengths
+    settings = {"max_new_tokens": 10, "eos_token_id": [], "seed": 3, "attention_mask": mask}
+    expected = draft.decoder(mode=mode).generate(ids, **settings)
+    lean = mtpc.SpeculativeDecoder(LeanLlama(model), draft.head, mode=mode)
+    got = lean.generate(ids, **settings)
+    assert torch.equal(got.sequences, expected.sequences) and got.calls == expected.calls
+
+
 def answered(model: LlamaForCausalLM, sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
     prompts = torch.randint(1, 23, (4, 5))
     ids, hidden = mtpc_samples._answer(LeanLlama(model), prompts, 12, sample)
@@ -44,25 +61,18 @@ def answered(model: LlamaForCausalLM, sample: bool) -> tuple[torch.Tensor, torch
     return ids, model.lm_head(hidden)
 
 
-def test_greedy_answers_are_the_likeliest_tokens_of_their_states(model):
-    ids, logits = answered(model, sample=False)
-    assert torch.equal(logits.argmax(-1), ids)
+@pytest.mark.parametrize("sample", [False, True])
+def test_greedy_answers_alone_are_the_likeliest_tokens_of_their_states(model, sample):
+    ids, logits = answered(model, sample)
+    assert torch.equal(logits.argmax(-1), ids) != sample
 
 
-def test_sampled_answers_are_not(model):
-    ids, logits = answered(model, sample=True)
-    assert not torch.equal(logits.argmax(-1), ids)
-
-
-def test_answers_are_cut_behind_their_end():
+def test_answers_are_cut_behind_their_end_and_windows_stay_within_them():
     ids = torch.tensor([[5, 9, 7, 9], [1, 2, 3, 4]])
     hidden = torch.arange(8.0).view(2, 4, 1)
     first, second = mtpc_samples._cut(ids, hidden, eos=9)
     assert first.tokens.tolist() == [5, 9] and first.hidden.flatten().tolist() == [0, 1]
     assert second.tokens.tolist() == [1, 2, 3, 4] and second.lengths.tolist() == [4]
-
-
-def test_windows_stay_within_their_answer():
     data = mtpc_samples.Answers(
         torch.arange(9.0)[:, None], torch.arange(9), torch.arange(9.0), torch.tensor([2, 4, 3])
     )
@@ -73,10 +83,12 @@ def test_windows_stay_within_their_answer():
     assert torch.equal(batch.teacher[..., 0].float(), batch.normaliser)
 
 
-def test_a_draft_is_kept_by_the_smaller_of_one_and_the_ratio():
+def test_a_draft_is_kept_by_the_smaller_of_one_and_the_ratio_and_so_are_those_before():
     p = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [0.5, 0.25, 0.25]])
     q = torch.tensor([[0.25, 0.5, 0.25]] * 3)
     assert mtpc_samples._kept(p, q, torch.tensor([0, 1, -1])).tolist() == [0.5, 1, 0]
+    kept = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+    assert mtpc_heldout.tokens_a_call(kept) == 1 + (1.5 + 0) / 2
 
 
 def texts(model: LlamaForCausalLM, sample: bool) -> mtpc_samples.Answers:
@@ -149,11 +161,6 @@ def test_what_cannot_be_is_refused_before_minutes_of_answers(
     with pytest.raises(SystemExit):
         mtpc_heldout.main()
     assert message in capsys.readouterr().err
-
-
-def test_a_call_yields_the_tokens_before_the_first_that_is_not_kept():
-    kept = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
-    assert mtpc_heldout.tokens_a_call(kept) == 1 + (1.5 + 0) / 2
 
 
 def test_shorter_chains_and_the_rule_keep_what_they_would_have_drafted():

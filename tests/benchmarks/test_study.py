@@ -1,17 +1,11 @@
 """The frame of the reproductions: arms, rows, intervals, criteria, verdicts, exit status."""
 
-from __future__ import annotations
-
 import csv
 import statistics
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import study
 from study import Claim, Criterion, Interval
 

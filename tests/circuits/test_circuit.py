@@ -7,15 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from circuit_graphs import (
-    GRAPHS,
-    assignments,
-    circuit_of,
-    close,
-    evaluate,
-    mixed,
-    random_graph,
-)
+from circuit_graphs import GRAPHS, assignments, circuit_of, close, evaluate, mixed, random_graph
 
 from lora_ext import reference
 from lora_ext.circuits import (

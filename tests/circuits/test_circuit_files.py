@@ -34,10 +34,7 @@ def parts(path):
         (lambda t, d: t.pop("weights"), "expected .*weights"),
         (lambda t, d: t.update(weights=torch.zeros(4)), "expected .*weights"),
         (lambda t, d: t.update(weights=torch.zeros(3)), "float32 or in float64"),
-        (
-            lambda t, d: t.update(weights=t["weights"].half()),
-            "float32 or in float64",
-        ),
+        (lambda t, d: t.update(weights=t["weights"].half()), "float32 or in float64"),
         (lambda t, d: t.update(more=torch.zeros(3)), "found .*more"),
         (lambda t, d: d.update(norm="exp"), "norm: expected logits or none"),
         (lambda t, d: d.pop("norm"), "expected a circuit"),

@@ -12,12 +12,7 @@ from circuit_graphs import circuit_of, close
 from gaussian_graphs import GRAPHS, LEAF, chain, circuit, given, normals, rows_with_gaps
 from torch import Tensor
 
-from lora_ext.circuits import (
-    Circuit,
-    Gaussian,
-    MultivariateGaussian,
-    RegionGraph,
-)
+from lora_ext.circuits import Circuit, Gaussian, MultivariateGaussian, RegionGraph
 
 
 # --- densities ------------------------------------------------------------------------------------

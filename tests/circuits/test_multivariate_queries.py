@@ -12,13 +12,7 @@ from circuit_graphs import circuit_of, close
 from gaussian_graphs import GRAPHS, LEAF, circuit, given, normals, rows_with_gaps
 from torch.distributions import kl_divergence
 
-from lora_ext.circuits import (
-    Circuit,
-    Indicator,
-    Input,
-    MultivariateGaussian,
-    RegionGraph,
-)
+from lora_ext.circuits import Circuit, Indicator, Input, MultivariateGaussian, RegionGraph
 
 
 # --- given evidence -------------------------------------------------------------------------------

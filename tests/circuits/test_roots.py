@@ -6,14 +6,7 @@ import pytest
 import torch
 from circuit_graphs import assignments, circuit_of, close
 
-from lora_ext.circuits import (
-    Bernoulli,
-    Categorical,
-    Circuit,
-    Input,
-    PCStructureError,
-    RegionGraph,
-)
+from lora_ext.circuits import Bernoulli, Categorical, Circuit, Input, PCStructureError, RegionGraph
 
 
 def classes(seed: int = 0, num_roots: int = 3) -> Circuit:

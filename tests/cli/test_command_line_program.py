@@ -47,7 +47,7 @@ def test_the_module_and_a_signal(folders, tmp_path):
     code = (
         "import sys, time\n"
         "from lora_ext import cli\n"
-        "from lora_ext.cli import changes\n"
+        "from lora_ext.cli import _changes as changes\n"
         "changes.resize_adapter = lambda *a, **k: (print('ready', flush=True), time.sleep(60))\n"
         f"sys.exit(cli.main(['resize', {str(folders[0])!r}, '--rank', '2', '--out', 'x']))\n"
     )

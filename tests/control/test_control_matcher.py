@@ -54,9 +54,7 @@ MATCHERS = pytest.mark.parametrize("make", [Bits, Bytes])
 
 
 @MATCHERS
-def test_a_matcher_is_taken_back_to_where_texts_part(
-    make: Any,
-) -> None:
+def test_a_matcher_is_taken_back_to_where_texts_part(make: Any) -> None:
     one = Constraint.from_matcher(make(), V, EOS)
     for text in itertools.chain(*(itertools.product(range(4), repeat=n) for n in (3, 0, 2, 4))):
         assert one.accepts(text) == satisfies(text)

@@ -10,8 +10,8 @@ import torch
 from control_toys import BUDGET, LEAST, Prefix, V, constraint, guide, table_model
 from torch import Tensor
 
-from lora_ext.control import _law
-from lora_ext.control._law import Row
+from lora_ext import control
+from lora_ext.control import Block, Row, _rejection
 from lora_ext.control._messages import Plan
 
 PREFIXES = [p for n in range(4) for p in itertools.product(range(4), repeat=n)]
@@ -20,7 +20,7 @@ PREFIXES = [p for n in range(4) for p in itertools.product(range(4), repeat=n)]
 def row_at(prefix: Prefix, guided: bool = True) -> Row:
     row: Row | None = Row.first(Plan(constraint(), BUDGET, LEAST, guide() if guided else None))
     for token in prefix:
-        (row,) = _law.advance([row], [token])
+        (row,) = control.advance([row], [token])
     assert row is not None
     return row
 
@@ -32,32 +32,34 @@ def normal(scores: Tensor) -> Tensor:
 @pytest.mark.parametrize("prefix", [p for p in PREFIXES if not row_at(p).lost])
 def test_what_is_proposed_and_kept_follows_the_guided_law(prefix: Prefix) -> None:
     row, scores = row_at(prefix), table_model()(prefix).log()[None]
-    proposed = normal(_law.moved(_law.bounds([row]), scores, 1.0))[0]
+    bound = _rejection.log_bound(row)
+    assert bound is not None
+    proposed = normal(control.moved([Block([0], bound[None])], scores, 1.0))[0]
     live = (proposed > 0).nonzero()[:, 0].tolist()
     keep = torch.zeros(V, dtype=torch.float64)
-    keep[live] = _law.keep_probabilities([row], torch.tensor([live]))[0]
+    keep[live] = _rejection.keep_probabilities([row], torch.tensor([live]))[0]
     assert keep.max() <= 1 and keep.min() >= 0
-    wanted = normal(_law.apply([row], scores)[0])[0]
+    wanted = normal(control.apply([row], scores)[0])[0]
     got = proposed * keep
     assert torch.allclose(got / got.sum(), wanted, atol=1e-14)
 
 
 def test_a_draw_follows_its_uniforms_and_falls_back_to_the_dense_law() -> None:
     row, scores = row_at(()), table_model()(()).log()[None]
-    dense = normal(_law.apply([row], scores)[0])[0].cumsum(-1)
+    dense = normal(control.apply([row], scores)[0])[0].cumsum(-1)
     for u in torch.linspace(0.01, 0.99, 25).tolist():
 
         def never(rows: list[int], count: int, u: float = u) -> Tensor:
             return torch.tensor([u, 1.0]).expand(len(rows), count, 2)  # 1.0 keeps nothing
 
-        token, drawn = _law.draw([row], scores, 1.0, never, tries=4, rounds=2)
+        token, drawn = control.draw([row], scores, 1.0, never, tries=4, rounds=2)
         assert token == [int(torch.searchsorted(dense, torch.tensor(u).double(), right=True))]
         assert drawn == 1 + 4 + 1
 
 
 def test_a_refused_token_stands_at_its_law_in_the_next_round() -> None:
     row, scores = row_at(()), table_model()(()).log()[None]
-    wanted = normal(_law.apply([row], scores)[0])[0].cumsum(-1)
+    wanted = normal(control.apply([row], scores)[0])[0].cumsum(-1)
     for u in torch.linspace(0.01, 0.99, 25).tolist():
         turns = itertools.count()
 
@@ -67,7 +69,7 @@ def test_a_refused_token_stands_at_its_law_in_the_next_round() -> None:
                 return torch.stack([first, torch.ones(count)], -1).expand(len(rows), count, 2)
             return torch.tensor([u, 0.999]).expand(len(rows), count, 2)
 
-        token, drawn = _law.draw([row], scores, 1.0, numbers, tries=400)
+        token, drawn = control.draw([row], scores, 1.0, numbers, tries=400)
         assert token == [int(torch.searchsorted(wanted, torch.tensor(u).double(), right=True))]
         assert drawn == 100 + 1  # the first of the second round is kept
 
@@ -82,9 +84,9 @@ def test_many_draws_of_mixed_rows_have_the_dense_laws() -> None:
     ]
     prefixes: list[Prefix] = [(), (), (2,), (0,), (2, 3)]
     scores = torch.stack([table_model()(p).log() for p in prefixes])
-    wanted = normal(_law.apply(kinds, scores * 0.8, 0.8)[0] / 0.8)
+    wanted = normal(control.apply(kinds, scores * 0.8, 0.8)[0] / 0.8)
     copies, generator = 3000, torch.Generator().manual_seed(0)
-    tokens, drawn = _law.draw(
+    tokens, drawn = control.draw(
         kinds * copies,
         (scores * 0.8).repeat(copies, 1),
         0.8,
@@ -104,8 +106,8 @@ def test_the_likeliest_token_is_that_of_the_dense_law(tries: int) -> None:
         if row.lost:
             continue
         scores = table_model()(prefix).log()[None]
-        wanted = int(_law.apply([row], scores)[0].argmax())
-        assert _law.likeliest([row], scores, tries) == [wanted]
+        wanted = int(control.apply([row], scores)[0].argmax())
+        assert control.likeliest([row], scores, tries) == [wanted]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 1e-300])
@@ -115,7 +117,7 @@ def test_a_draw_at_nearly_no_temperature_is_the_likeliest_token_that_may_come(
     row, scores = row_at(()), torch.tensor([[1.0, 0.5, 3.0, 2.0, 40.0]])  # the end may not come
     numbers = torch.tensor([0.7, 0.5])
     for one in (row, row_at((), guided=False)):
-        tokens, _ = _law.draw(
+        tokens, _ = control.draw(
             [one], scores, temperature, lambda rows, m: numbers.expand(len(rows), m, 2)
         )
         assert tokens == [2]
@@ -127,4 +129,4 @@ def test_a_draw_refuses_scores_that_leave_no_token(guided: bool) -> None:
     scores[0, 4] = 0.0  # of the end alone, which may not come
     for bad in (scores, torch.full((1, V), torch.nan)):
         with pytest.raises(ValueError, match="scores"):
-            _law.draw([row_at((), guided)], bad, 1.0, lambda n, m: torch.rand(len(n), m, 2))
+            control.draw([row_at((), guided)], bad, 1.0, lambda n, m: torch.rand(len(n), m, 2))

@@ -1,7 +1,5 @@
 """The Python of the README and of every page runs as it stands, its blocks one after another."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import sys
@@ -11,12 +9,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from scripts import ROOT
 from tiny import adapted
 
-ROOT = Path(__file__).parents[2]
 sys.path.extend([str(ROOT / "tools"), str(ROOT / "examples")])
-import training  # noqa: E402  # neither examples nor tools is a package
-from wrap_docs import WIDTH, paragraphs, prose, wrapped  # noqa: E402
+import training  # neither examples nor tools is a package
+from wrap_docs import WIDTH, paragraphs, prose, wrapped
 
 ALL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROSE = [page for page in ALL if page.parent.name in ("docs", "notes")]
@@ -126,14 +124,11 @@ def test_no_text_installs_an_extra_from_an_index_that_lacks_the_package() -> Non
     assert not named, f"write `pip install --no-build-isolation '.[extra]'`: {named}"
 
 
-def test_every_page_is_in_the_index() -> None:
+def test_every_page_is_in_the_index_and_the_readme_is_read_in_one_go() -> None:
     index = (ROOT / "docs/index.md").read_text()
     listed = set(re.findall(r"\]\(((?:notes/)?\w+\.md)", index))
     pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/notes").glob("*.md")]
     assert listed == {p.relative_to(ROOT / "docs").as_posix() for p in pages} - {"index.md"}
-
-
-def test_the_readme_is_read_in_one_go() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
@@ -163,14 +158,10 @@ def test_code_names_pages_and_sections_that_are_there() -> None:
 
 
 @pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
-def test_no_line_of_prose_is_longer_than_a_hundred_columns(page: Path) -> None:
+def test_no_line_of_prose_and_no_paragraph_is_too_long(page: Path) -> None:
     """Tables, code, pictures and a link that no space breaks are excepted."""
     long = [n for n, line in prose(page.read_text()) if len(line) > WIDTH and " " in line.strip()]
     assert not long, f"{page.name}: lines {long}: run `python tools/wrap_docs.py`"
-
-
-@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
-def test_no_paragraph_is_too_long_to_be_read(page: Path) -> None:
     long = [each[:60] for each in paragraphs(page.read_text()) if len(each.split()) > 120]
     assert not long, f"{page.name}: more than 120 words: {long}"
 
@@ -181,12 +172,9 @@ def test_a_page_begins_with_what_it_is_for(page: Path) -> None:
     assert re.search(r"This page (is|explains)|Use it when|Nobody needs this page", first), first
 
 
-def test_paragraphs_and_items_are_told_apart() -> None:
+def test_paragraphs_and_items_are_told_apart_and_wrapping_changes_line_breaks_alone() -> None:
     text = "# No\n\none\ntwo\n\n* three\n  four\n* five\n\n```\nno\n```\n| no |\n"
     assert list(paragraphs(text)) == ["one two", "* three four", "* five"]
-
-
-def test_wrapping_changes_line_breaks_alone() -> None:
     words = "a word " * 30
     table, code = f"| {words} |", f"```\n{words}\n```"
     formula = f"    y = {words}\n\n        x = {words}\n"

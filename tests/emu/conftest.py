@@ -1,7 +1,5 @@
 """Builds the micro-kernels of this folder for the emulator and loads them through ctypes."""
 
-from __future__ import annotations
-
 import ctypes
 import fcntl
 import shutil

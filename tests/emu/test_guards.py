@@ -1,4 +1,4 @@
-"""Deliberately broken kernels: each mistake is reported, by the check that is meant for it."""
+"""Broken kernels: each mistake is reported, by the check that is meant for it; a seed replays."""
 
 import numpy as np
 import pytest
@@ -92,7 +92,7 @@ def test_swapped_fragment_registers_give_wrong_numbers(fast):
     assert not np.array_equal(*results)
 
 
-def test_an_access_out_of_bounds_stops_before_it_happens(check):
+def test_an_access_out_of_bounds_stops_before_it_happens_and_a_deadlock_says_where(check):
     values, out = buffers()
     out[:] = 5
     check.call("guard_row_guard", 1, values, out)
@@ -101,9 +101,6 @@ def test_an_access_out_of_bounds_stops_before_it_happens(check):
     report = check.reports[0]
     assert "thread (112,0,0) of block (0,0,0) writes 4 bytes at out + 448" in report
     assert "guards.cu:" in report
-
-
-def test_a_deadlock_says_where_threads_wait(check):
     check.call("guard_named_barrier_count", 1, *buffers())
     assert "waits in bar_sync at guards.cu:" in check.reports[0]
 
@@ -111,3 +108,25 @@ def test_a_deadlock_says_where_threads_wait(check):
 def test_a_launch_after_a_stopped_one_is_clean(check):
     assert check.call("guard_shared_past_end", 1, *buffers()) == LAUNCH_FAILURE
     check.run("guard_shared_past_end", 0, *buffers())
+
+
+pytestmark = pytest.mark.slow
+
+
+def broken_run(emulator, seed: int) -> tuple[list[float], list[str]]:
+    values, out = buffers()
+    emulator.call("guard_no_barrier_after_wait", 1, values, out, seed=seed)
+    return out.tolist(), list(emulator.reports)
+
+
+def test_a_seed_replays(check):
+    for seed in (0, 1, 2, 12345):
+        first, again = broken_run(check, seed), broken_run(check, seed)
+        np.testing.assert_array_equal(first[0], again[0])
+        assert first[1] == again[1]
+
+
+def test_seeds_differ_and_reports_are_capped(check):
+    assert len({tuple(broken_run(check, seed)[1]) for seed in range(6)}) > 1
+    _, reports = broken_run(check, 0)
+    assert 0 < len(reports) == len(set(reports)) <= 20

@@ -1,4 +1,4 @@
-"""A pipelined tensor-core product on small integers, whose partial sums are exact in any order."""
+"""Products and sums on small integers, whose partial sums are exact in any order."""
 
 import numpy as np
 import pytest
@@ -36,3 +36,16 @@ def test_matmul_does_not_care_when_copies_land(emulator, cp_async):
         "matmul_bf16", encode(x, "bf16"), encode(w, "bf16"), y, m, n, k, seed=3, cp_async=cp_async
     )
     np.testing.assert_array_equal(y, x @ w.T)
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 5000])
+def test_reduction_equals_the_sum_of_each_block(emulator, n, seed):
+    x = np.random.default_rng(n).integers(-4, 5, n).astype(np.float32)  # exact in any order
+    out = np.full(-(-n // 256), np.nan, np.float32)
+    emulator.run("reduction", x, n, out, seed=seed)
+    expected = [x[i : i + 256].sum() for i in range(0, n, 256)]
+    np.testing.assert_array_equal(out, expected)

@@ -1,7 +1,5 @@
 """Every wrapper's micro-kernel against formulas, and against a GPU's dump once there is one."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 from pathlib import Path

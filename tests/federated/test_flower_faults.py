@@ -92,7 +92,6 @@ class Loud:
 OBJECTS = npy(np.array([[Loud()] * 6] * 3, dtype=object), pickle=True)
 ONES = np.ones((3, 6), np.float32)
 NAN = np.full((3, 6), np.nan, np.float32)
-PROMISES = npy(ONES).replace(b"(3, 6), }   ", b"(3, 69999), }")
 FAULTS = {
     "one row is not broadcast": (
         tensor(A2, ONES[:1]),
@@ -120,18 +119,6 @@ FAULTS = {
         rf"{A2}: expected stype 'numpy.ndarray', found 'pickle'",
     ),
     "no array": (array(A2, data=b"PK"), rf"{A2}: expected the bytes of a .npy file"),
-    "cut off": (
-        array(A2, data=npy(ONES)[:-1]),
-        rf"{A2}: data: expected 72 bytes, found 71",
-    ),
-    "a header that promises more": (
-        array(A2, data=PROMISES),
-        rf"{A2}: data: expected 839988 bytes, found 73",
-    ),
-    "a header with a bool for a size": (
-        array(A2, data=npy(ONES).replace(b"(3, 6), }  ", b"(True, 18)}")),
-        rf"{A2}: shape: expected sizes from 0, found \(True, 18\)",
-    ),
     "integers": (tensor(A2, ONES.astype(np.int32)), rf"{A2}: dtype: expected numbers, found int32"),
     "an unknown name": (
         tensor(A2, ONES, "x.lora_A.weight"),
@@ -144,9 +131,6 @@ FAULTS = {
     "half a pair": (tensor(B2, None), rf"{B2}: expected .* found none"),
     "NaN": (tensor(A2, NAN), rf"{A2}: expected finite values, found 18 that are not"),
     "no examples": (metrics(num_examples=0), "num-examples: expected a number above 0.* found 0"),
-    "fewer than none": (metrics(num_examples=-3), "num-examples: expected .* found -3"),
-    "NaN examples": (metrics(num_examples=float("nan")), "num-examples: expected .* found nan"),
-    "a list of examples": (metrics(num_examples=[1, 2]), "num-examples: expected .* found list"),
     "examples left out": (metrics(num_examples=None), "num-examples: expected .* found NoneType"),
     "a stale echo": (echo(server_round=0), "echo: expected round 1, found 0"),
     "an echo of another kind": (echo(server_round="1"), "echo: expected round 1, found '1'"),

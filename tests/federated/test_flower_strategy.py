@@ -8,10 +8,13 @@ import pytest
 import torch
 from federated_rounds import same_bits
 from flower_apps import Classifier, Meddled, Suffixes, batches, initial, run
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
+from scripts import load_script
 
 from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
-from lora_ext.federated.flower import from_arrays
+from lora_ext.federated.flower import from_arrays, to_arrays
+
+MOST_STAYS = 10  # files that a reader of a round meets
 
 
 def local(nodes: int = 3, **settings: Any) -> LocalGrid:
@@ -27,6 +30,23 @@ def test_a_run_moves_the_layers_that_were_trained_and_no_others():
     last = strategy.history[-1]
     assert (last.round, last.accepted, last.rejected, last.heights) == (2, (0, 1, 2), {}, (0, 1, 3))
     assert last.uncovered == (0,)
+
+
+@pytest.mark.parametrize("payload", ["sliced", "dense_masked"])
+def test_a_round_reads_downwards_and_meets_few_files(monkeypatch: pytest.MonkeyPatch, payload: str):
+    ways = load_script(monkeypatch, "tests/serving", "test_ways")
+    monkeypatch.setattr(ways, "ROOMS", ("federated", "adapter", "layers", "rows"))
+    strategy, grid = LoraStrategy(Suffixes(), payload=payload), local()
+    arrays = to_arrays(initial())
+    with ways.Way(lambda _: True) as asking:
+        sent = list(strategy.configure_train(1, arrays, ConfigRecord({}), grid))
+    replies = list(grid.send_and_receive(sent))
+    with ways.Way(lambda _: True) as averaging:
+        strategy.aggregate_train(1, replies)
+    assert strategy.history[0].accepted == (0, 1, 2)
+    for way in (asking, averaging):
+        assert not way.climbs | way.returns
+        assert 1 < len(way.stays) <= MOST_STAYS, " ".join(way.stays)
 
 
 def test_batched_clients_train_what_a_loop_trains():

@@ -13,8 +13,8 @@ from adapted_models import KINDS, adapted
 from client_models import (
     PLANS,
     Classifier,
+    assert_as_alone,
     assert_close,
-    loop,
     next_token,
     tokens,
     vectors,
@@ -55,8 +55,7 @@ def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 def test_depths_of_all_kinds_equal_the_loop(kind: str, others: str):
     model = adapted(kind).double()
-    manager = LoraLayerManager(model)
-    state = manager.state_slice()
+    state = LoraLayerManager(model).state_slice()
     plans = [LayerPlan((2,)), LayerPlan((0, 2)), LayerPlan(()), LayerPlan((1, 2)), LayerPlan((2,))]
     lengths = [[4, 6], [7], [3, 3, 5], [5], [6, 6]]
     clients = [
@@ -67,10 +66,7 @@ def test_depths_of_all_kinds_equal_the_loop(kind: str, others: str):
     assert same_bits(dict(model.state_dict()), before)
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert getattr(model, "config", None) is None or model.config.use_cache
-    for update, spec, plan in zip(found, clients, plans, strict=True):
-        if plan.layers:
-            wanted = loop(model, manager, state, spec, plan, others, loss_of=next_token)
-            assert_close(update, wanted, 1e-10)
+    assert_as_alone(found, model, state, clients, plans, others, loss_of=next_token)
     assert found[2].tensors == {}
     assert found[2].num_examples == 9
 
@@ -196,12 +192,19 @@ def first_of(blocks: nn.ModuleList, x: Tensor) -> Tensor:
     return x
 
 
+def of_stack(*arguments: Any, writes: bool = False, rows: tuple[int, int] = (2, 2)) -> Any:
+    """A stack, the global adapter, and clients of it."""
+    model = Stack(*arguments).double()
+    for block in model.layers if writes else ():
+        block.__class__ = Writing
+    clients = [ClientSpec(c, vectors([*rows], i), lr=0.05) for i, c in enumerate(PLANS)]
+    return model, LoraLayerManager(model).state_slice(), clients
+
+
 def check_equal(model: Stack, clients: list[ClientSpec], updates: list[Update]) -> None:
-    manager = LoraLayerManager(model)
-    state = manager.state_slice()
     assert not any("forward" in module.__dict__ for module in model.modules())
-    for update, spec in zip(updates, clients, strict=True):
-        assert_close(update, loop(model, manager, state, spec, PLANS[spec.client]), 1e-10)
+    state = LoraLayerManager(model).state_slice()
+    assert_as_alone(updates, model, state, clients, PLANS)
 
 
 def test_blocks_that_take_and_return_structures_are_divided():
@@ -215,9 +218,7 @@ def test_blocks_that_take_and_return_structures_are_divided():
         y = y + scale["by"] * others[0] * scale["rows"]
         return y, None, [y, 2.0]
 
-    model = Stack(run, compute).double()
-    state = LoraLayerManager(model).state_slice()
-    clients = [ClientSpec(c, vectors([3, 4], i), lr=0.05) for i, c in enumerate(PLANS)]
+    model, state, clients = of_stack(run, compute, rows=(3, 4))
     check_equal(model, clients, trained(model, clients, PLANS, state))
 
 
@@ -238,9 +239,7 @@ def only_with_a_graph(y: Tensor) -> Tensor:
     ],
 )
 def test_blocks_that_cannot_be_divided_are_left_whole_and_a_warning_says_so(run, compute, found):
-    model = Stack(run, compute).double()
-    state = LoraLayerManager(model).state_slice()
-    clients = [ClientSpec(c, vectors([2, 2], i), lr=0.05) for i, c in enumerate(PLANS)]
+    model, state, clients = of_stack(run, compute)
     with pytest.warns(UserWarning, match=f"^BatchedClients: staircase: .*{found}") as caught:
         updates = BatchedClients(model, clients).run_round(PLANS, state)
     assert len(caught) == 1  # of the round's first step; the others do without
@@ -248,11 +247,7 @@ def test_blocks_that_cannot_be_divided_are_left_whole_and_a_warning_says_so(run,
 
 
 def test_blocks_that_write_into_what_they_get_are_left_whole():
-    model = Stack(in_order).double()
-    for block in model.layers:
-        block.__class__ = Writing
-    state = LoraLayerManager(model).state_slice()
-    clients = [ClientSpec(c, vectors([2, 2], i), lr=0.05) for i, c in enumerate(PLANS)]
+    model, state, clients = of_stack(in_order, writes=True)
     with pytest.warns(UserWarning, match="found a block changes a tensor that it gets"):
         updates = BatchedClients(model, clients).run_round(PLANS, state)
     check_equal(model, clients, updates)
@@ -267,9 +262,7 @@ def test_what_a_model_raises_outside_its_blocks_is_raised_though_it_raises_it_bu
             raise OSError("the file of the tokens has gone")
         return in_order(blocks, x)
 
-    model = Stack(run).double()
-    state = LoraLayerManager(model).state_slice()
-    clients = [ClientSpec(c, vectors([2, 2], i), lr=0.05) for i, c in enumerate(PLANS)]
+    model, state, clients = of_stack(run)
     with pytest.raises(OSError, match="the file of the tokens has gone"):
         BatchedClients(model, clients).run_round(PLANS, state)
     assert not any("forward" in module.__dict__ for module in model.modules())
@@ -284,8 +277,6 @@ def test_a_block_that_finds_no_memory_says_so():
             raise MemoryError("of the device")
         return y
 
-    model = Stack(in_order, compute).double()
-    state = LoraLayerManager(model).state_slice()
-    clients = [ClientSpec(c, vectors([2, 2], i), lr=0.05) for i, c in enumerate(PLANS)]
+    model, state, clients = of_stack(in_order, compute)
     with pytest.raises(MemoryError, match="of the device"):
         BatchedClients(model, clients).run_round(PLANS, state)

@@ -1,42 +1,41 @@
 """A tiny Llama with activated, ordinary and no adapters: attached, and PEFT's own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from tiny import adapted, make_model
+from tiny import adapted, attach_saved, make_model
 from torch import Tensor
 
-import lora_ext
+from lora_ext.rows._pool_layer import pool_of
 
 INVOCATIONS: dict[str, list[int] | None] = {"act": [7, 8], "other": [5], "plain": None}
 NAMES = ["act", "other", "plain", "__base__"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
 
 
+def activated_configs(**more: Any) -> dict[str, peft.LoraConfig]:
+    how: Any = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": TARGETS,
+        "task_type": "CAUSAL_LM",
+        **more,
+    }
+    return {
+        name: peft.LoraConfig(alora_invocation_tokens=tokens, **how)
+        for name, tokens in INVOCATIONS.items()
+    }
+
+
 def activated_pair(folder: Path, family: str = "llama", **more: Any) -> tuple[Any, Any, Any]:
     """The attached model, PEFT's with the same adapters, and the pool, loaded from its files."""
     model = make_model(family)
-    configs = {
-        name: peft.LoraConfig(
-            r=4,
-            lora_alpha=8,
-            target_modules=TARGETS,
-            alora_invocation_tokens=tokens,
-            task_type="CAUSAL_LM",
-            **more,
-        )
-        for name, tokens in INVOCATIONS.items()
-    }
-    reference = adapted(model, configs, 0.3)
+    reference = adapted(model, activated_configs(**more), 0.3)
     reference.save_pretrained(folder)
-    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=8)
-    for name in INVOCATIONS:
-        pool.load(name, folder / name)
-    return lora_ext.attach(model, pool), reference, pool
+    model = attach_saved(model, folder, INVOCATIONS, rank=8)
+    return model, reference, pool_of(model)
 
 
 def words(count: int, seed: int) -> list[int]:

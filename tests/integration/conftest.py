@@ -18,7 +18,6 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """``lora-ext serve``; see ``served.py``."""
     from served import serving
 
     with serving(tmp_path_factory.mktemp("serve")) as found:

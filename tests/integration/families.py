@@ -4,32 +4,22 @@ The merged model is a judge of its own: its weights hold one adapter, so it need
 a model does with a weight that it reads, or with rows that it turns, shows in it.
 """
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
-from tiny import VOCAB
+from tiny import GPT, MARKS, T5, TEXT, VOCAB, Maker, maker
 from torch import Tensor, nn
 
 import lora_ext
 
 NAMES = ["red", "green", None, "blue"]
-LAYERS = 2
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4, "max_position_embeddings": 128,
-}  # fmt: skip
-MARKS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-TEXT = {**SIZES, **MARKS, "num_key_value_heads": 2}
+TEXT = {**TEXT, "max_position_embeddings": 128}
+WIDE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "max_position_embeddings": 128}
 GEMMA = {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
 SCANS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4}
-GPT = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB}
-T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 BART: dict[str, Any] = {
     "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
@@ -38,78 +28,37 @@ BART: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _of(name: str, **fields: Any) -> Callable[[], Any]:
-    config, model = (getattr(transformers, f"{name}{kind}") for kind in ("Config", "ForCausalLM"))
-    return lambda: model(config(**{**TEXT, **fields}))
-
-
-def _gemma3() -> Any:
-    layers = ["sliding_attention", "full_attention"]
-    return transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(**TEXT, **GEMMA, layer_types=layers)
-    )
-
-
-def _gpt2() -> Any:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT, **MARKS))
-
-
-def _bloom() -> Any:
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": LAYERS, "n_head": 4}
-    return transformers.BloomForCausalLM(transformers.BloomConfig(**sizes, **MARKS))
-
-
-def _falcon() -> Any:
-    config = transformers.FalconConfig(**TEXT, new_decoder_architecture=True, num_kv_heads=2)
-    return transformers.FalconForCausalLM(config)
-
-
-def _opt() -> Any:
-    sizes = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
-    config = transformers.OPTConfig(**sizes, **MARKS, ffn_dim=48, word_embed_proj_dim=16)
-    return transformers.OPTForCausalLM(config)
-
-
-def _mamba() -> Any:
-    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    config = transformers.MambaConfig(**sizes, **MARKS, state_size=4, time_step_rank=4)
-    return transformers.MambaForCausalLM(config)
-
-
-DECODERS: dict[str, Callable[[], Any]] = {
-    "gpt2": _gpt2,
-    "gemma2": _of("Gemma2", **GEMMA),
-    "gemma3": _gemma3,
-    "qwen3": _of("Qwen3", head_dim=8),
-    "qwen3-moe": _of("Qwen3Moe", **EXPERTS, num_experts=5, head_dim=8),
-    "mixtral": _of("Mixtral", num_local_experts=4, num_experts_per_tok=2),
-    "mistral": _of("Mistral", sliding_window=4, head_dim=8),
-    "phi3": _of("Phi3", sliding_window=4),
-    "opt": _opt,
-    "bloom": _bloom,
-    "falcon": _falcon,
-    "mamba": _mamba,
-    "jamba": _of(
-        "Jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+# fmt: off
+OF_GEMMA3 = {**TEXT, **GEMMA, "layer_types": ["sliding_attention", "full_attention"]}
+DECODERS: dict[str, Maker] = {
+    "gpt2": maker("GPT2", "LMHeadModel", **GPT, **MARKS),
+    "gemma2": maker("Gemma2", **TEXT, **GEMMA),
+    "gemma3": maker("Gemma3", config="Gemma3TextConfig", **OF_GEMMA3),
+    "qwen3": maker("Qwen3", **TEXT, head_dim=8),
+    "qwen3-moe": maker("Qwen3Moe", **TEXT, **EXPERTS, num_experts=5, head_dim=8),
+    "mixtral": maker("Mixtral", **TEXT, num_local_experts=4, num_experts_per_tok=2),
+    "mistral": maker("Mistral", **TEXT, sliding_window=4, head_dim=8),
+    "phi3": maker("Phi3", **TEXT, sliding_window=4),
+    "opt": maker("OPT", **WIDE, **MARKS, **HEADS, ffn_dim=48, word_embed_proj_dim=16),
+    "bloom": maker("Bloom", vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, **MARKS),
+    "falcon": maker("Falcon", **TEXT, new_decoder_architecture=True, num_kv_heads=2),
+    "mamba": maker("Mamba", **WIDE, **MARKS, state_size=4, time_step_rank=4),
+    "jamba": maker(
+        "Jamba", **TEXT, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
         expert_layer_offset=1, num_experts=4, num_experts_per_tok=2, mamba_dt_rank=4,
     ),
-    "bamba": _of("Bamba", attn_layer_indices=[1], mamba_chunk_size=4, **SCANS),
-}  # fmt: skip
+    "bamba": maker("Bamba", **TEXT, attn_layer_indices=[1], mamba_chunk_size=4, **SCANS),
+}
+# fmt: on
 
 
-def _t5() -> Any:
-    config = transformers.T5Config(**T5, **MARKS, decoder_start_token_id=0)
-    return transformers.T5ForConditionalGeneration(config)
+SEQ2SEQ: dict[str, Maker] = {
+    "t5": maker("T5", "ForConditionalGeneration", **T5, **MARKS, decoder_start_token_id=0),
+    "bart": maker("Bart", "ForConditionalGeneration", **BART, **MARKS),
+}
 
 
-def _bart() -> Any:
-    return transformers.BartForConditionalGeneration(transformers.BartConfig(**BART, **MARKS))
-
-
-SEQ2SEQ: dict[str, Callable[[], Any]] = {"t5": _t5, "bart": _bart}
-
-
-def make(build: Callable[[], Any]) -> Any:
+def make(build: Maker) -> Any:
     """The same weights at every call. In float64 two ways to one logit differ by 1e-12; but the
     masks of eager attention overflow in it, so that left padding would give NaN."""
     torch.manual_seed(0)
@@ -136,7 +85,7 @@ def merged(model: nn.Module, deltas: dict[str, Tensor]) -> Any:
     return copied
 
 
-def served(build: Callable[[], Any], only: str = "") -> tuple[Any, dict[str | None, Any]]:
+def served(build: Maker, only: str = "") -> tuple[Any, dict[str | None, Any]]:
     """An attached model with random adapters on all linear layers whose names have ``only`` in
     them; and by name the model that each is merged into."""
     model = make(build)
@@ -160,3 +109,34 @@ def served(build: Callable[[], Any], only: str = "") -> tuple[Any, dict[str | No
     for name, source in adapters.items():
         pool.load(name, source)
     return lora_ext.attach(model, pool), judges
+
+
+PADDED: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0}
+NARROW = {**PADDED, "hidden_size": 32, "num_hidden_layers": 2}
+PLACES = {"num_attention_heads": 4, "max_position_embeddings": 64}
+ENCODER = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+}  # fmt: skip
+FSMT = {"langs": ["en", "de"], "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB, "max_length": 20}
+LED = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}
+OF_JETMOE = {"kv_channels": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+
+# fmt: off
+TOKENS_FIRST = {
+    "xlnet": maker("XLNet", "LMHeadModel", **PADDED, d_model=32, n_layer=2, n_head=4, d_inner=48),
+    "longformer": maker(
+        "Longformer", "ForMaskedLM", **NARROW, **PLACES, intermediate_size=48, attention_window=4,
+    ),
+    "led": maker(
+        "LED", "ForConditionalGeneration", **PADDED, **ENCODER, **LED, attention_window=4,
+    ),
+    "fsmt": maker("FSMT", "ForConditionalGeneration", **FSMT, **ENCODER),
+}
+FLATTENING = {
+    "opt": maker(
+        "OPT", **NARROW, **PLACES, ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=True,
+    ),
+    "jetmoe": maker("JetMoe", **NARROW, num_key_value_heads=2, intermediate_size=48, **OF_JETMOE),
+}
+# fmt: on

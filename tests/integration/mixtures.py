@@ -1,64 +1,30 @@
 """Tiny random mixtures of experts, and PEFT's adapters for them with weights that matter."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 import peft
 import torch
-import transformers
-from tiny import adapted
+from tiny import MARKS, adapted, maker
 from torch import nn
 
 VOCAB = 61
 _SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
+    "vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, **MARKS,
+}  # fmt: skip
+
+
+_TWO_OF_FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_THREE_OF_FIVE = {"num_experts": 5, "num_experts_per_tok": 3, "norm_topk_prob": True}
+_FULL = {"layer_types": ["full_attention"] * 2}
+FAMILIES = {
+    "mixtral": maker("Mixtral", **_SIZES, **_TWO_OF_FOUR, intermediate_size=20),
+    "qwen3": maker(
+        "Qwen3Moe", **_SIZES, **_THREE_OF_FIVE, intermediate_size=40, moe_intermediate_size=12
+    ),
+    "gpt_oss": maker("GptOss", **_SIZES, **_TWO_OF_FOUR, **_FULL, intermediate_size=16),
 }
-
-
-def _mixtral(**how: Any) -> nn.Module:
-    config = transformers.MixtralConfig(
-        **_SIZES, intermediate_size=20, num_local_experts=4, num_experts_per_tok=2, **how
-    )
-    return transformers.MixtralForCausalLM(config)
-
-
-def _qwen3(**how: Any) -> nn.Module:
-    config = transformers.Qwen3MoeConfig(
-        **_SIZES,
-        intermediate_size=40,
-        moe_intermediate_size=12,
-        num_experts=5,
-        num_experts_per_tok=3,
-        norm_topk_prob=True,
-        **how,
-    )
-    return transformers.Qwen3MoeForCausalLM(config)
-
-
-def _gpt_oss(**how: Any) -> nn.Module:
-    config = transformers.GptOssConfig(
-        **_SIZES,
-        intermediate_size=16,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        layer_types=["full_attention"] * 2,
-        **how,
-    )
-    return transformers.GptOssForCausalLM(config)
-
-
-FAMILIES = {"mixtral": _mixtral, "qwen3": _qwen3, "gpt_oss": _gpt_oss}
 UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 
 # Both parameters; ranks that fill a page and that do not, per parameter and per layer; a scale per
@@ -78,7 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def make_mixture(family: str, implementation: str = "eager") -> Any:
     """The same weights at every call, large enough that adapters change tokens and routes."""
     torch.manual_seed(0)
-    model: Any = FAMILIES[family]().eval()
+    model = FAMILIES[family]().eval()
     model.set_experts_implementation(implementation)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,12 +1,14 @@
 """A training step of two models that should do the same, compared in float64."""
 
-from __future__ import annotations
-
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from tiny import CONFIGS, VOCAB, make_model, make_peft
 from torch import Tensor, nn
+
+import lora_ext
 
 CLOSE = 1e-11  # of the largest entry: some hundred roundings of float64
 
@@ -40,3 +42,27 @@ def step(model: Any, run: Callable[[Any], Tensor]) -> Tensor:
     weights = torch.randn(value.shape, generator=torch.manual_seed(7), dtype=value.dtype)
     (value * weights).sum().backward()
     return value.detach()
+
+
+def pair(
+    family: str = "llama", configs: dict[str, dict[str, Any]] | None = None
+) -> tuple[Any, Any]:
+    """The same adapters twice, in float64: PEFT's own layers, and ours."""
+    theirs = make_peft(make_model(family), configs or CONFIGS[family]).double()
+    return theirs, lora_ext.from_peft(copy.deepcopy(theirs))
+
+
+def tokens(rows: int = 5, length: int = 7) -> Tensor:
+    """The same at every call; the models' own dropout then draws the same masks too."""
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.manual_seed(3))
+
+
+def logits(model: Any, **kwargs: Any) -> Tensor:
+    return model(input_ids=tokens(), **kwargs).logits
+
+
+def checkpointed(model: Any, reentrant: bool | None) -> None:
+    """Let a model compute its activations again in the backward, unless None is given."""
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})

@@ -1,7 +1,5 @@
 """``lora-ext serve`` in a thread, with a tiny model, and what its tests ask it for."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket
@@ -14,14 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from scripts import missing
-from tiny import make_model, make_peft
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from scripts import needs
+from tiny import make_model, make_peft, word_tokenizer
 
-MISSING = missing("fastapi", "uvicorn", "httpx")
-needs_packages = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+needs_packages = needs("fastapi", "uvicorn", "httpx")
 
+SPECIAL = {"unknown": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 NAMES = [f"a{i}" for i in range(8)]
 MANY = [*NAMES, *(f"a{i}" for i in range(8, 16))]
 LIMIT = 20_000  # --max-body
@@ -36,11 +32,7 @@ def save_model(folder: Path) -> None:
     """A tiny random Llama whose words are w5 to w96, and sixteen adapters for it."""
     marks = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
     words = {word: i for i, word in enumerate([*marks, *(f"w{i}" for i in range(5, 97))])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    tokenizer = word_tokenizer(words, **SPECIAL)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "tiny")
     model = make_model("llama")
@@ -120,7 +112,6 @@ def streamed(server: Any, *given: Any, **fields: Any) -> list[dict[str, Any]]:
 
 
 def said(events: list[dict[str, Any]]) -> str:
-    """The text of a stream's events."""
     return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
 
 
@@ -146,7 +137,6 @@ def settle(server: Any) -> None:
 
 
 def by_generate(server: Any, name: str | None, words: str, count: int) -> str:
-    """What ``generate`` of the model says, while the server runs."""
     ids = torch.tensor([server.engine.encode([{"role": "user", "content": words}])])
     how = {"max_new_tokens": count, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
     out = server.engine.model.generate(
@@ -156,7 +146,6 @@ def by_generate(server: Any, name: str | None, words: str, count: int) -> str:
 
 
 def connect(server: Any, **fields: Any) -> socket.socket:
-    """A client that has sent its request and has read nothing."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.connect((server.client.base_url.host, server.client.base_url.port))

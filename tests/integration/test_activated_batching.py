@@ -1,6 +1,7 @@
-"""Activated adapters in continuous batching: pages before their start are the base model's."""
+"""Activated adapters in an attached model: forwards, generate, continuous batching, as PEFT's."""
 
 import asyncio
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,17 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from activated import activated_pair, words
+from activated import NAMES, activated_pair, prompts, words
 from tiny import make_model
-from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lora_ext
 from lora_ext.serving._continuous import computed_tokens
 from lora_ext.serving._engine import Engine
 
-NEW, PAGE = 6, 8
-ENDS: dict[Any, list[int]] = {"act": [7, 8], "other": [5], "plain": [60], None: [61]}
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,211 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield activated_pair(tmp_path_factory.mktemp("activated"))
 
 
-def batching(**fields: Any) -> dict[str, Any]:
-    settings = {"num_blocks": 64, "page_size": PAGE, "max_batch_tokens": 32, **fields}
-    return {
-        "generation_config": GenerationConfig(
-            max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
+def test_a_forward_of_a_mixed_batch_is_peft_s(pair: Any) -> None:
+    model, reference, _ = pair
+    ids = prompts()
+    theirs = reference(input_ids=ids, adapter_names=NAMES).logits
+    base = model(ids).logits
+    assert torch.equal(model(ids, adapter_names=NAMES).logits[0, :12], base[0, :12])
+    assert (theirs - base)[0, 12:].abs().max() > 0.1
+    for how in ({}, {"input_ids": ids}, {"starts": [12, 15, None, None]}):
+        with lora_ext.adapters(NAMES, **how):
+            torch.testing.assert_close(model(ids).logits, theirs, atol=1e-5, rtol=1e-5)
+            kept = model(ids, logits_to_keep=6).logits
+            torch.testing.assert_close(kept, theirs[:, -6:], atol=1e-5, rtol=1e-5)
+
+
+def test_pads_on_the_left_count_in_places(pair: Any) -> None:
+    model, reference, _ = pair
+    ids, mask = prompts(), torch.ones(4, 20, dtype=torch.long)
+    mask[0, :6] = mask[2, :9] = 0
+    how = {"attention_mask": mask, "adapter_names": NAMES}
+    theirs, ours = reference(input_ids=ids, **how).logits, model(ids, **how).logits
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], atol=1e-5, rtol=1e-5)
+    assert torch.equal(
+        model.generate(ids, **how, **GREEDY), reference.generate(input_ids=ids, **how, **GREEDY)
+    )
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "a cache": {},
+    "no cache": {"use_cache": False},
+    "a static cache": {"cache_implementation": "static"},
+    "chunks": {"prefill_chunk_size": 7},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generate_gives_peft_s_cached_answer(pair: Any, mode: str) -> None:
+    model, reference, _ = pair
+    ids = prompts()
+    theirs = reference.generate(input_ids=ids, adapter_names=NAMES, **GREEDY)
+    base = model.generate(ids, **GREEDY)
+    assert (theirs != base)[:3].any(1).all()
+    ours = model.generate(ids, adapter_names=NAMES, **GREEDY, **MODES[mode])
+    assert torch.equal(ours, theirs)
+    with lora_ext.adapters(NAMES):  # a block serves one prompt after the other
+        other = model.generate(prompts(seed=1), **GREEDY, **MODES[mode])
+        assert torch.equal(model.generate(ids, **GREEDY, **MODES[mode]), theirs)
+    assert not torch.equal(other, theirs)
+
+
+@pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}])
+def test_one_row_with_an_assistant(pair: Any, how: dict[str, Any]) -> None:
+    model, reference, _ = pair
+    ids = prompts()[:1]
+    theirs = reference.generate(input_ids=ids, adapter_names=["act"], **GREEDY)
+    if how.pop("assistant", False):
+        how["assistant_model"] = make_model("llama")
+    assert torch.equal(model.generate(ids, adapter_names=["act"], **GREEDY, **how), theirs)
+
+
+def test_beams_inherit_the_start_of_their_prompt(pair: Any) -> None:
+    model, _, _ = pair
+    ids = prompts()[:2]
+    how = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
+    out = model.generate(
+        ids, adapter_names=["act", "other"], return_dict_in_generate=True, **how, **GREEDY
+    )
+    names, starts = ["act", "act", "other", "other"], [12, 12, 15, 15]
+    with lora_ext.adapters(names, starts=starts):
+        law = model(out.sequences).logits.log_softmax(-1)[:, 19:-1]
+    scores = law.gather(2, out.sequences[:, 20:, None]).sum((1, 2)) / GREEDY["max_new_tokens"]
+    torch.testing.assert_close(out.sequences_scores, scores, atol=1e-5, rtol=1e-5)
+
+
+def test_forwards_over_a_cache_by_hand(pair: Any) -> None:
+    from transformers import DynamicCache
+
+    model, reference, _ = pair
+    ids = prompts()[:1]
+    whole = reference(input_ids=ids, adapter_names=["act"]).logits[:, -1]
+    close = {"atol": 1e-5, "rtol": 1e-5}
+
+    def read_by_base(upto: int) -> dict[str, Any]:
+        cache = DynamicCache()
+        model(ids[:, :upto], cache=cache, adapter_names="__base__")
+        return {"cache": cache}
+
+    with lora_ext.adapters("act"):  # the base has read what lies before the start
+        ours = model(ids[:, 10:], **read_by_base(10)).logits[:, -1]
+        torch.testing.assert_close(ours, whole, **close)
+        cache = DynamicCache()
+        model(ids[:, :14], cache=cache)
+        for t in range(14, 20):  # the block has seen the start
+            ours = model(ids[:, t : t + 1], cache=cache).logits[:, -1]
+        torch.testing.assert_close(ours, whole, **close)
+    with lora_ext.adapters("act", starts=12):
+        cache = read_by_base(12)
+        model(ids[:, 12:19], **cache)
+        torch.testing.assert_close(model(ids[:, 19:], **cache).logits[:, -1], whole, **close)
+    with lora_ext.adapters("act"):
+        with pytest.raises(ValueError, match=r"starts: .*'act'.*over a cache of 19 tokens"):
+            model(ids[:, 19:], **read_by_base(19))
+        with pytest.raises(ValueError, match=r"starts: expected .*without input_ids"):
+            model(inputs_embeds=model.get_input_embeddings()(ids))
+    begun = read_by_base(10)
+    ours = model.generate(ids, adapter_names=["act"], **begun, **GREEDY)
+    assert torch.equal(ours, reference.generate(input_ids=ids, adapter_names=["act"], **GREEDY))
+
+
+def test_a_row_without_its_invocation_is_the_base_model_s(pair: Any) -> None:
+    model, reference, _ = pair
+    ids = prompts()[2:3]  # which invokes nobody
+    base = model.generate(ids, **GREEDY)
+    with pytest.warns(UserWarning, match=r"row 0 lacks the invocation of adapter 'act', \[7, 8\]"):
+        assert torch.equal(model.generate(ids, adapter_names=["act"], **GREEDY), base)
+    with pytest.warns(UserWarning, match="lacks the invocation") as told:
+        with lora_ext.adapters("act", input_ids=ids):
+            assert torch.equal(model(ids).logits, model(ids, adapter_names=[None]).logits)
+            assert torch.equal(model.generate(ids, **GREEDY), base)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(prompts(), adapter_names=NAMES)
+    theirs = reference.generate(input_ids=ids, adapter_names=["act"], **GREEDY)
+    assert torch.equal(theirs, base)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (
+            {"input_ids": prompts(), "starts": [1, 2, 3, 4]},
+            "input_ids and starts: expected at",
         ),
-        "continuous_batching_config": ContinuousBatchingConfig(**settings),
-    }
+        ({"input_ids": prompts()[:2]}, "input_ids: expected 4 rows, as there are names, found 2"),
+        ({"input_ids": prompts().float()}, "input_ids: expected integers, found torch.float32"),
+        ({"input_ids": prompts()[0]}, r"input_ids: expected \(B, T\), found \(20,\)"),
+        ({"starts": [1, 2]}, "starts: expected a place or None for each of 4 names, found 2"),
+        ({"starts": [1, 2, 3, -1]}, "starts: expected places"),
+        ({"starts": [1, 2, 3, 0.5]}, "starts: expected places"),
+    ],
+)
+def test_wrong_starts_raise_and_name_the_argument(
+    pair: Any, how: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message), lora_ext.adapters(NAMES, **how):
+        pass
+
+
+def test_tokens_named_one_by_one_say_it_themselves_and_guidance_is_refused(pair: Any) -> None:
+    model, _, _ = pair
+    ids = prompts()[:1]
+    with lora_ext.adapters("act"):
+        expected = model(ids).logits
+    token_ids = torch.where(torch.arange(20) >= 12, 0, -1)[None]
+    with lora_ext.adapters(["act"], token_ids):
+        assert torch.equal(model(ids).logits, expected)
+    with pytest.raises(NotImplementedError, match="guidance_scale: expected none beside"):
+        pair[0].generate(prompts()[:1], adapter_names=["act"], guidance_scale=1.5, **GREEDY)
+
+
+REFUSED: list[tuple[dict[str, Any], Any, str]] = [
+    ({"alora_invocation_tokens": [97]}, ValueError, "token ids below the vocabulary, 97, found 97"),
+    ({"alora_invocation_tokens": [-1]}, ValueError, "integers from 0 on"),
+    ({"alora_invocation_tokens": "<a>"}, ValueError, "a list of token ids"),
+    ({"use_dora": True}, NotImplementedError, "use_dora is not supported beside alora_inv"),
+    ({"modules_to_save": ["lm_head"]}, NotImplementedError, "modules_to_save is not supported"),
+    ({"target_parameters": ["x"]}, NotImplementedError, "target_parameters is not supported bes"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED)
+def test_what_would_reach_the_prefix_is_refused_at_load(
+    pair: Any, changes: dict[str, Any], error: type, message: str
+) -> None:
+    from peft import get_peft_model_state_dict
+
+    _, reference, pool = pair
+    config = reference.peft_config["act"].to_dict() | changes
+    state = get_peft_model_state_dict(reference, adapter_name="act")
+    with pytest.raises(error, match=message):
+        pool.load("new", (config, state))
+    assert "new" not in pool
+
+
+def test_an_activated_adapter_on_an_embedding_is_refused_at_load(pair: Any) -> None:
+    from peft import get_peft_model_state_dict
+
+    model, reference, pool = pair
+    state = get_peft_model_state_dict(reference, adapter_name="act")
+    table = model.get_input_embeddings().weight
+    stem = "base_model.model.model.embed_tokens.lora_embedding"
+    more = {f"{stem}_A": torch.ones(4, len(table)), f"{stem}_B": torch.ones(table.shape[1], 4)}
+    config = reference.peft_config["act"].to_dict()
+    config["target_modules"] = [*config["target_modules"], "embed_tokens"]
+    with pytest.raises(NotImplementedError, match=r"linear layers, found .* 'model.embed_tokens'"):
+        pool.load("new", (config, {**state, **more}))
+    assert "new" not in pool
+
+
+NEW, PAGE = 6, 8
+ENDS: dict[Any, list[int]] = {"act": [7, 8], "other": [5], "plain": [60], None: [61]}
+
+
+def batching(**fields: Any) -> dict[str, Any]:
+    return tiny.batching(NEW, **{"page_size": PAGE, "max_batch_tokens": 32, **fields})
 
 
 def alone(reference: Any, prompt: list[int], name: str | None) -> list[int]:
@@ -46,7 +243,6 @@ def alone(reference: Any, prompt: list[int], name: str | None) -> list[int]:
 
 @contextmanager
 def running(model: Any) -> Iterator[Any]:
-    """A manager that runs."""
     manager = model.init_continuous_batching(**batching())
     with torch.inference_mode():
         manager.start()
@@ -102,17 +298,13 @@ def test_adapters_read_the_pages_that_the_base_model_has_written(pair: Any) -> N
 
 
 @pytest.mark.slow
-def test_the_page_of_a_request_s_last_step_is_shared_too(pair: Any) -> None:
+def test_the_last_steps_page_is_shared_and_equal_tokens_with_two_starts_are_not(pair: Any) -> None:
     model, _, _ = pair
     shared = words(40, 9)
     with running(model) as manager:
         ask(manager, shared, None, max_new_tokens=1)  # one step, in which it ends
         _, computed = ask(manager, tailed(shared, "act", 0), "act", max_new_tokens=1)
         assert computed == len(tailed(shared, "act", 0)) - 40
-
-
-@pytest.mark.slow
-def test_equal_tokens_of_a_page_with_two_starts_are_two_pages(pair: Any) -> None:
     model, reference, _ = pair
     head = words(31, 9)
     head[26:28] = [7, 8]  # page 24..31 ends in the head of a second invocation, or not

@@ -1,4 +1,4 @@
-"""attach and detach: what they leave behind, and what they refuse."""
+"""attach and detach: what they leave behind, what they refuse, and who serves by default."""
 
 import copy
 import inspect
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import CONFIGS, make_model, make_pair, make_peft, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from two_layers import inputs, make
 
 import lora_ext
 from lora_ext.nn import (
@@ -27,7 +28,6 @@ from lora_ext.nn import (
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[int, list[str]]]:
-    """Which object each name means, and which attributes it has."""
     return {n: (id(m), sorted(m.__dict__)) for n, m in model.named_modules(remove_duplicate=False)}
 
 
@@ -74,40 +74,26 @@ def test_packed_bases_serve_every_layer_and_leave_nothing_behind(tmp_path: Path)
     assert type(model.get_submodule("lm_head")) is type(twin.get_submodule("lm_head")) is nn.Linear
 
 
-def test_attach_with_packed_bases_that_is_refused_changes_nothing() -> None:
+def test_packing_or_unpacking_that_is_refused_changes_nothing() -> None:
     model = make_model("llama").train()
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
-    objects = snapshot(model)
+    plain = snapshot(model)
     with pytest.raises(ValueError, match=r"evaluation mode, found training"):
         lora_ext.attach(model, pool, pack_base=True)
-    assert snapshot(model) == objects
-
-
-def test_a_detach_that_cannot_unpack_changes_nothing() -> None:
-    model = make_model("llama")
-    pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
-    plain = snapshot(model)
-    lora_ext.attach(model, pool, pack_base=True)
+    assert snapshot(model) == plain
+    lora_ext.attach(model.eval(), pool, pack_base=True)
     base = model.get_submodule("lm_head").base
     parametrize.register_parametrization(base, "weight", nn.Identity())
     objects = snapshot(model)
-    with pytest.raises(
-        RuntimeError, match=r"detach: model: 'lm_head': .* without parametrizations"
-    ):
+    message = r"detach: model: 'lm_head': .* without parametrizations"
+    with pytest.raises(RuntimeError, match=message):
         lora_ext.detach(model)
     assert snapshot(model) == objects
     parametrize.remove_parametrizations(base, "weight")
     lora_ext.detach(model)
     assert snapshot(model) == plain
-
-
-def test_a_model_that_was_unpacked_meanwhile_is_detached() -> None:
-    model = make_model("llama")
-    plain = snapshot(model)
-    pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
-    unpack_linears(lora_ext.attach(model, pool, pack_base=True))
-    lora_ext.detach(model)
-    assert snapshot(model) == plain
+    unpack_linears(lora_ext.attach(model, pool, pack_base=True))  # which a detach may find done
+    assert snapshot(lora_ext.detach(model)) == plain
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -236,8 +222,6 @@ def test_embeddings_of_an_attached_model_are_resized_after_detach(tmp_path: Path
 
 
 class Shared(nn.Module):
-    """One linear under two names."""
-
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(8, 8)
@@ -288,6 +272,9 @@ def test_attach_refuses_and_changes_nothing() -> None:
     wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(RuntimeError, match="expected a model without adapter layers, found PeftM"):
         lora_ext.attach(wrapped, pool)
+    bare = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="expected a module inside the model, found the model"):
+        lora_ext.attach(bare, lora_ext.AdapterPool(bare))
     lora_ext.attach(model, pool)
     with pytest.raises(RuntimeError, match="expected a model that is not attached, found an att"):
         lora_ext.attach(model, pool)
@@ -297,7 +284,7 @@ def test_attach_refuses_and_changes_nothing() -> None:
         lora_ext.attach(nn.Sequential(model), pool)
 
 
-def test_attach_refuses_a_model_with_more_layers_than_the_pools() -> None:
+def test_more_layers_than_the_pools_and_replaced_layers_are_refused() -> None:
     pool = lora_ext.AdapterPool(make_model("llama"), max_slots=2, max_rank=8)
     larger = make_model("llama")
     larger.model.layers.append(copy.deepcopy(larger.model.layers[0]))
@@ -308,15 +295,6 @@ def test_attach_refuses_a_model_with_more_layers_than_the_pools() -> None:
     assert snapshot(larger) == before
     some = lora_ext.AdapterPool(make_model("llama"), targets=r".*layers\.[01]\..*_proj")
     lora_ext.attach(larger, some)  # whoever names the layers means them
-
-
-def test_attach_refuses_a_bare_linear() -> None:
-    bare = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="expected a module inside the model, found the model"):
-        lora_ext.attach(bare, lora_ext.AdapterPool(bare))
-
-
-def test_detach_refuses_when_a_layer_was_replaced() -> None:
     model = make_model("llama")
     lora_ext.attach(model, lora_ext.AdapterPool(model, max_slots=2, max_rank=8))
     layer = model.model.layers[0].mlp.up_proj
@@ -350,16 +328,6 @@ def test_a_model_changed_after_attach_is_served_as_it_is_now(tmp_path: Path) -> 
     assert (half - expected).abs().max() < 20 * 2**-9 * expected.abs().max()
 
 
-@pytest.mark.slow
-def test_importing_lora_ext_imports_neither_transformers_nor_peft() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, lora_ext; print({'transformers', 'peft', 'safetensors'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "set()"
-
-
 @pytest.mark.parametrize("model, pool", [(None, None), (nn.Linear(2, 2), None)])
 def test_attach_names_the_argument_of_another_kind(model: Any, pool: Any) -> None:
     with pytest.raises(
@@ -386,3 +354,88 @@ def test_a_backward_that_trains_the_base_model_is_warned_of_once(tmp_path: Path)
         model(ids, labels=ids, adapter_names=names).loss.backward()
         model(ids, labels=ids, adapter_names=names).loss.backward()
     assert len(caught) == 1
+
+
+def attached(directory: Path, default: str | None) -> tuple[Any, lora_ext.AdapterPool]:
+    model, _, pool = make_pair("llama", directory)
+    lora_ext.detach(model)
+    return lora_ext.attach(model, pool, default=default), pool
+
+
+def test_a_name_serves_calls_outside_every_block(tmp_path: Path) -> None:
+    model, pool = attached(tmp_path, "green")
+    ids = tokens(2, 5)
+    how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    with torch.no_grad():
+        logits, answers = model(ids).logits, model.generate(ids, **how)
+        inner = model.model(ids).last_hidden_state
+        layer = model.model.layers[0].self_attn.q_proj
+        part = layer(torch.ones(2, 32))
+        with lora_ext.adapters("green"):
+            assert torch.equal(logits, model(ids).logits)
+            assert torch.equal(answers, model.generate(ids, **how))
+            assert torch.equal(inner, model.model(ids).last_hidden_state)
+            assert torch.equal(part, layer(torch.ones(2, 32)))
+        for names in (None, "__base__", ["red", None]):
+            with lora_ext.adapters(names):
+                assert not torch.equal(logits, model(ids).logits)
+        assert not torch.equal(logits, model(ids, adapter_names=["red", "red"]).logits)
+        assert not torch.equal(logits, lora_ext.detach(model)(ids).logits)
+    assert pool.stats()["pins"] == 0
+
+
+def test_error_refuses_calls_outside_every_block(tmp_path: Path) -> None:
+    model, _ = attached(tmp_path, "error")
+    ids = tokens(2, 5)
+    layer = model.model.layers[0].self_attn.q_proj
+    for call in (model, model.model, model.generate, lambda _: layer(torch.ones(2, 32))):
+        with pytest.raises(RuntimeError, match=r"default='error': expected a block around every"):
+            call(ids)
+    with torch.no_grad():
+        model(ids, adapter_names=["red", None])
+        with lora_ext.adapters(None):
+            base = model(ids).logits
+        assert torch.equal(base, lora_ext.detach(model)(ids).logits)
+
+
+def test_models_of_other_libraries_and_their_parts_have_defaults_too() -> None:
+    model, x = make(), inputs(2, 3)
+    pool = model.up.pool
+    lora_ext.detach(model)
+    own = model.forward
+    with torch.no_grad():
+        lora_ext.attach(model, pool, default="red")
+        whole, part = model(x), model.up(x)
+        with lora_ext.adapters("red"):
+            assert torch.equal(whole, model(x))
+            assert torch.equal(part, model.up(x))
+        lora_ext.attach(lora_ext.detach(model), pool, default="error")
+        for call in (model, model.up):
+            with pytest.raises(RuntimeError, match="default='error'"):
+                call(x)
+    assert lora_ext.detach(model).forward == own
+
+
+@pytest.mark.parametrize("default", ["red", "error"])
+def test_a_compiled_model_asks_for_a_block(default: str) -> None:
+    torch._dynamo.reset()
+    model, x = make(), inputs(2, 3)
+    pool = model.up.pool
+    lora_ext.attach(lora_ext.detach(model), pool, default=default)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        with lora_ext.adapters("blue"):
+            torch.testing.assert_close(compiled(x), model(x))
+        with pytest.raises(RuntimeError, match=f"default='{default}': expected a block around a c"):
+            compiled(x)
+
+
+def test_a_default_that_is_not_loaded_is_refused(tmp_path: Path) -> None:
+    model, _, pool = make_pair("llama", tmp_path)
+    lora_ext.detach(model)
+    with pytest.raises(KeyError, match=r"default: expected None, 'error' or one of .*found 'rde'"):
+        lora_ext.attach(model, pool, default="rde")
+    lora_ext.attach(model, pool, default="red")
+    pool.unload("red")
+    with pytest.raises(KeyError, match="'red' is not loaded"):
+        model(tokens(2, 5))

@@ -1,7 +1,5 @@
 """Layers and ops that run while another thread compiles, for which torch's own flag is no help."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,10 +39,14 @@ def compiling() -> Iterator[None]:
     thread.join()
 
 
-def test_ids_out_of_range_are_refused(compiling: None) -> None:
+def test_ids_are_checked_and_numbers_and_products_come_out(compiling: None) -> None:
     with pytest.raises(ValueError, match="adapter_ids"):
         rows_of(torch.tensor([0, 5]), 2)
     assert rows_of(torch.tensor([1, 1]), 2).used == (1,)
+    x, weight = torch.randn(3, 4), torch.randn(2, 4, 5)
+    y = grouped_mm(x, weight, torch.tensor([1, 3], dtype=torch.int32))
+    torch.testing.assert_close(y, torch.cat([x[:1] @ weight[0], x[1:] @ weight[1]]))
+    assert looked_at(torch.ones(1))
 
 
 @torch.no_grad()
@@ -54,17 +56,7 @@ def test_tangents_are_refused_that_torch_would_drop(compiling: None) -> None:
         torch.func.jvp(lambda x: ops.lora_apply(x, a, b, torch.tensor([0, 1, 1])), (x,), (x,))
 
 
-def test_products_of_groups_end(compiling: None) -> None:
-    x, weight = torch.randn(3, 4), torch.randn(2, 4, 5)
-    y = grouped_mm(x, weight, torch.tensor([1, 3], dtype=torch.int32))
-    torch.testing.assert_close(y, torch.cat([x[:1] @ weight[0], x[1:] @ weight[1]]))
-
-
-def test_numbers_are_looked_at(compiling: None) -> None:
-    assert looked_at(torch.ones(1))
-
-
-def test_several_active_and_merged_adapters_serve(compiling: None) -> None:
+def test_several_active_and_merged_adapters_and_experts_serve(compiling: None) -> None:
     layer = LoraLinear(nn.Linear(6, 5), "default", 2, init_lora_weights=False).requires_grad_(False)
     layer.add_adapter("other", 3, init_lora_weights=False)
     layer.set_adapter(["default", "other"], inference_mode=True)
@@ -78,9 +70,6 @@ def test_several_active_and_merged_adapters_serve(compiling: None) -> None:
         layer.merge()
         torch.testing.assert_close(layer(x), expected)
     del elsewhere
-
-
-def test_experts_serve_the_default(compiling: None) -> None:
     model = mixtures.make_mixture("mixtral")
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
     pool.load("red", mixtures.make_peft(model, {"red": {"r": 4}}))

@@ -1,15 +1,14 @@
 """Constraints of requests of continuous batching, beside their adapters."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
 from test_continuous_batching import MANY, alone, attached, batching, pool_of, prompts
+from tiny import VOCAB
 
 import lora_ext
-from lora_ext.control import Constraint, ConstraintProcessor, Guide, Row, _law
+from lora_ext.control import Constraint, ConstraintProcessor, Guide, Row, _rejection
 from lora_ext.control._messages import Plan
 from lora_ext.serving._constraining import Standing, constrained, drawn
 from lora_ext.serving._sampling import Sampling
@@ -17,27 +16,22 @@ from lora_ext.serving._sampling import Sampling
 EOS, NEW = 2, 6
 
 
-def three_of(vocab: int, allowed: tuple[int, ...]) -> Constraint:
-    """Texts of three tokens, all of a few."""
+def three_of(allowed: tuple[int, ...]) -> Constraint:
     edges = [(s, t, s + 1) for s in range(3) for t in allowed]
-    return Constraint.from_edges(edges, 0, {3}, vocab, EOS)
+    return Constraint.from_edges(edges, 0, {3}, VOCAB, EOS)
 
 
-def guide(vocab: int) -> Guide:
+def guide(vocab: int = VOCAB) -> Guide:
     torch.manual_seed(0)
     return Guide(torch.ones(3) / 3, torch.ones(3, 3) / 3, torch.randn(3, vocab).softmax(-1))
 
 
 def constrained_alone(model: Any, prompt: list[int], name: str | None, how: Any) -> list[int]:
     ids = torch.tensor([prompt])
+    greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": EOS}
     with lora_ext.adapters(name, pool=pool_of(model)):
         out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW,
-            do_sample=False,
-            eos_token_id=EOS,
-            logits_processor=[how],
+            ids, attention_mask=torch.ones_like(ids), logits_processor=[how], **greedy
         )
     return out[0, len(prompt) :].tolist()
 
@@ -56,12 +50,9 @@ def texts_of(manager: Any, ids: list[str]) -> list[list[int]]:
 @pytest.mark.slow
 def test_constrained_requests_among_free_ones_equal_those_alone() -> None:
     model, _ = attached()
-    vocab = model.get_output_embeddings().weight.shape[0]
     given, names = prompts(8), [*MANY[:7], None]
-    constraints = [
-        None if i % 3 == 0 else three_of(vocab, (5 + i, 20, 21)) for i in range(len(given))
-    ]
-    look = guide(vocab)
+    constraints = [None if i % 3 == 0 else three_of((5 + i, 20, 21)) for i in range(len(given))]
+    look = guide()
     guides = [look if i % 2 and c is not None else None for i, c in enumerate(constraints)]
     expected = []
     for prompt, name, c, g in zip(given, names, constraints, guides, strict=True):
@@ -90,8 +81,7 @@ def test_constrained_requests_among_free_ones_equal_those_alone() -> None:
 @pytest.mark.slow
 def test_a_way_to_choose_tokens_and_a_constraint_go_together() -> None:
     model, _ = attached()
-    vocab = model.get_output_embeddings().weight.shape[0]
-    one = three_of(vocab, (5, 20, 21))
+    one = three_of((5, 20, 21))
     with model.continuous_batching_context_manager(**batching()) as manager:
         for seed in range(3):
             manager.add_request(
@@ -110,9 +100,8 @@ def test_guided_requests_draw_from_their_law_without_a_product(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, _ = attached()
-    vocab = model.get_output_embeddings().weight.shape[0]
     edges = [(0, t, 1) for t in (5, 20, 21, 33)] + [(1, 20, 2), (1, 21, 2)]
-    one, look = Constraint.from_edges(edges, 0, {1, 2}, vocab, EOS), guide(vocab)
+    one, look = Constraint.from_edges(edges, 0, {1, 2}, VOCAB, EOS), guide()
     prompt, heat, many = prompts(1)[0], 1.3, 300
     how = ConstraintProcessor(one, look, max_new_tokens=3, temperature=heat)
     with torch.no_grad(), lora_ext.adapters("a1", pool=pool_of(model)):
@@ -139,7 +128,7 @@ def test_guided_requests_draw_from_their_law_without_a_product(
         texts = texts_of(manager, ids)
     assert texts[-1] == texts[0]  # one seed, other neighbours
     assert all(one.accepts(t[:-1]) and t[-1] == EOS for t in texts)
-    share = torch.bincount(torch.tensor([t[0] for t in texts[:many]]), minlength=vocab) / many
+    share = torch.bincount(torch.tensor([t[0] for t in texts[:many]]), minlength=VOCAB) / many
     assert (share - wanted).abs().max() < 4 * 0.5 / many**0.5
 
 
@@ -156,8 +145,7 @@ def test_requests_that_cannot_be_met_fail_before_they_wait(
     settings: dict[str, Any], message: str
 ) -> None:
     model, pool = attached(slots=2)
-    vocab = model.get_output_embeddings().weight.shape[0]
-    given = {"constraint": three_of(vocab, (5,)), "eos_token_id": EOS} | settings
+    given = {"constraint": three_of((5,)), "eos_token_id": EOS} | settings
     with model.continuous_batching_context_manager(**batching()) as manager:
         with pytest.raises(ValueError, match=message):
             manager.add_request(prompts(1)[0], adapter_name="a0", **given)
@@ -167,9 +155,8 @@ def test_requests_that_cannot_be_met_fail_before_they_wait(
 
 
 def test_scores_that_leave_no_token_and_a_tiny_temperature_are_no_error() -> None:
-    vocab = 40
-    row = Row.first(Plan(three_of(vocab, (5, 20, 21)), NEW, guide=guide(vocab)))
-    scores = torch.randn(1, 3, vocab)
+    row = Row.first(Plan(three_of((5, 20, 21)), NEW, guide=guide()))
+    scores = torch.randn(1, 3, VOCAB)
     scores[0, 0, [5, 20, 21]] = -torch.inf  # another processor forbids them, no others
     scores[0, 1, 20] = 9.0
     rows = [
@@ -184,19 +171,18 @@ def test_scores_that_leave_no_token_and_a_tiny_temperature_are_no_error() -> Non
 
 
 def test_the_bounds_of_each_row_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    vocab, asked, look_up = 40, [], _law._log_bound
-    row = Row.first(Plan(three_of(vocab, (5, 20, 21)), NEW, guide=guide(vocab)))
-    monkeypatch.setattr(_law, "_log_bound", lambda row: asked.append(row) or look_up(row))
+    asked, look_up = [], _rejection.log_bound
+    row = Row.first(Plan(three_of((5, 20, 21)), NEW, guide=guide()))
+    monkeypatch.setattr(_rejection, "log_bound", lambda row: asked.append(row) or look_up(row))
     rows = [Standing(i, row, 0.7, True, torch.Generator().manual_seed(i)) for i in range(3)]
-    tokens, left = drawn(torch.randn(1, 3, vocab), rows)
+    tokens, left = drawn(torch.randn(1, 3, VOCAB), rows)
     assert len(tokens) == 3 and not left and len(asked) == 3
 
 
 @pytest.mark.parametrize("temperature", [1e-50, 1e300])
 def test_no_temperature_lets_through_what_must_not_come(temperature: float) -> None:
-    vocab = 40
-    plans = [Plan(three_of(vocab, (5, 20, 21)), NEW, guide=g) for g in (None, guide(vocab))]
+    plans = [Plan(three_of((5, 20, 21)), NEW, guide=g) for g in (None, guide())]
     rows = [Standing(i, Row.first(p), temperature, False, None) for i, p in enumerate(plans)]
-    scores = constrained(torch.randn(1, 2, vocab), rows)[0]
+    scores = constrained(torch.randn(1, 2, VOCAB), rows)[0]
     assert not scores.isnan().any()
     assert [s.isfinite().nonzero()[:, 0].tolist() for s in scores] == [[5, 20, 21]] * 2

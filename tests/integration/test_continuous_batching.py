@@ -1,14 +1,14 @@
-"""Continuous batching of transformers on an attached model, on the CPU (sdpa and paged|eager)."""
+"""Continuous batching of transformers on an attached model, on the CPU, and what runs beside it."""
 
-from __future__ import annotations
-
+import gc
 import threading
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from tiny import CONFIGS, make_model, make_peft, tokens
-from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
+from tiny import CONFIGS, make_model, make_peft, side_by_side, tokens
+from transformers import CompileConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 import lora_ext
@@ -16,6 +16,7 @@ import lora_ext
 NEW = 6
 MANY = [f"a{i}" for i in range(16)]
 PAGE = 4
+FOUR = ["a0", None, "a1", "a2"]
 
 
 def adapter(pool: lora_ext.AdapterPool, seed: int, **fields: Any) -> Any:
@@ -45,13 +46,7 @@ def attached(family: str = "llama", slots: int = 16, **how: Any) -> tuple[Any, A
 
 
 def batching(**fields: Any) -> dict[str, Any]:
-    settings = {"num_blocks": 128, "page_size": PAGE, "max_batch_tokens": 32, **fields}
-    return {
-        "generation_config": GenerationConfig(
-            max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        "continuous_batching_config": ContinuousBatchingConfig(**settings),
-    }
+    return tiny.batching(NEW, **{"num_blocks": 128, "max_batch_tokens": 32, **fields})
 
 
 def prompts(count: int, shared: int = 0) -> list[list[int]]:
@@ -97,7 +92,7 @@ def test_shared_prefixes_never_cross_adapters() -> None:
     """The same prompt for all; each adapter's second request finds the blocks of its first."""
     model, _ = attached()
     prompt = tokens(1, 4 * PAGE + 2, 7)[0].tolist()
-    names = ["a0", None, "a1", "a2"]
+    names = FOUR
     expected = [alone(model, prompt, name) for name in names]
     assert len({str(tokens) for tokens in expected}) == 4
     matches = []
@@ -114,7 +109,7 @@ def test_shared_prefixes_never_cross_adapters() -> None:
 
 
 @pytest.mark.slow
-def test_prompts_that_are_tensors_stay_as_they_are() -> None:
+def test_prompts_that_are_tensors_stay_and_empty_ones_are_refused() -> None:
     model, _ = attached(slots=2)
     given = [torch.tensor(prompt) for prompt in prompts(2, shared=2 * PAGE)]
     before = [prompt.tolist() for prompt in given]
@@ -125,10 +120,6 @@ def test_prompts_that_are_tensors_stay_as_they_are() -> None:
         manager.add_request(given[0], adapter_name="a0")
         assert manager.get_result(timeout=30).generated_tokens == expected[0]
     assert [prompt.tolist() for prompt in given] == before
-
-
-@pytest.mark.slow
-def test_an_empty_prompt_is_refused_and_the_manager_serves_on() -> None:
     model, pool = attached(slots=2)
     message = "add_request: input_ids: expected at least one token, found none"
     with model.continuous_batching_context_manager(**batching()) as manager:
@@ -138,6 +129,14 @@ def test_an_empty_prompt_is_refused_and_the_manager_serves_on() -> None:
         assert manager.get_result(timeout=30).generated_tokens == alone(model, [2, 3], "a0")
     with pytest.raises(ValueError, match=message):
         model.generate_batch([[2, 3], []], adapter_names=["a0", "a1"], **batching())
+    assert pool.stats()["pins"] == 0
+    how = batching()
+    how["generation_config"].max_new_tokens = 400
+    with model.continuous_batching_context_manager(**how) as manager:
+        request = manager.add_request([5, 6, 7], adapter_name="a0")
+        other = manager.add_request([5, 6, 7], adapter_name="a1", max_new_tokens=NEW)
+        manager.cancel_request(request)
+        assert manager.get_result(timeout=30).request_id == other
     assert pool.stats()["pins"] == 0
 
 
@@ -178,7 +177,6 @@ def test_a_running_request_ends_with_the_adapter_that_it_began_with() -> None:
 
 @pytest.mark.slow
 def test_parallel_sequences_and_prompts_of_several_steps_keep_their_adapter() -> None:
-    """Forked children have other ids; a prompt longer than a step's budget comes in parts."""
     model, pool = attached(slots=4)
     given, names = prompts(4, shared=30), ["a0", "a1", None, "a0"]
     how = batching()
@@ -193,7 +191,6 @@ def test_parallel_sequences_and_prompts_of_several_steps_keep_their_adapter() ->
 
 @pytest.mark.slow
 def test_requests_that_were_preempted_keep_their_adapter() -> None:
-    """A cache with room for few of them: the others are thrown out and begin anew."""
     model, pool = attached()
     given = prompts(8, shared=13)
     how = batching(num_blocks=24, allow_block_sharing=False)
@@ -233,23 +230,6 @@ def test_a_full_pool_makes_batches_wait_and_single_requests_raise() -> None:
 
 
 @pytest.mark.slow
-def test_cancelled_requests_are_pinned_no_more() -> None:
-    model, pool = attached(slots=2)
-    how = batching()
-    how["generation_config"].max_new_tokens = 400
-    with model.continuous_batching_context_manager(**how) as manager:
-        request = manager.add_request([5, 6, 7], adapter_name="a0")
-        other = manager.add_request([5, 6, 7], adapter_name="a1", max_new_tokens=NEW)
-        manager.cancel_request(request)
-        assert manager.get_result(timeout=30).request_id == other
-    assert pool.stats()["pins"] == 0
-
-
-# -------------------------------------------------------------------------------------------------
-# Whose names
-
-
-@pytest.mark.slow
 def test_a_block_or_a_default_names_the_requests() -> None:
     model, pool = attached(slots=2)
     given, names = prompts(2), ["a1", None]
@@ -272,29 +252,12 @@ def test_a_block_or_a_default_names_the_requests() -> None:
     assert generated(model.generate_batch(given, adapter_names=names, **batching())) == expected
 
 
-@pytest.mark.slow
-def test_single_requests_take_the_block_too() -> None:
-    model, _ = attached(slots=2)
-    prompt = prompts(1)[0]
-    with model.continuous_batching_context_manager(**batching()) as manager:
-        with lora_ext.adapters("a1"):
-            manager.add_request(prompt)
-            manager.add_request(prompt, adapter_name=None)
-        with lora_ext.adapters(["a0", "a1"]), pytest.raises(ValueError, match="each of 1 requests"):
-            manager.add_request(prompt)
-        results = {r.request_id: r.generated_tokens for r in map(_result, [manager] * 2)}
-    assert results == {
-        "req_0": alone(model, prompt, "a1"),
-        "req_1": alone(model, prompt, None),
-    }
-
-
 def _result(manager: Any) -> Any:
     return manager.get_result(timeout=30)
 
 
 @pytest.mark.slow
-def test_wrong_names_raise_before_anything_runs() -> None:
+def test_single_requests_take_the_block_too_and_wrong_names_raise() -> None:
     model, pool = attached(slots=2)
     for names, error, message in (
         (["a0", "a7"], KeyError, "'a7' is not loaded; 2 are loaded"),
@@ -311,13 +274,21 @@ def test_wrong_names_raise_before_anything_runs() -> None:
             manager.add_request([5, 6], "mine", adapter_name="a1")
         manager.cancel_request("mine")
     assert pool.stats()["pins"] == 0
+    prompt = prompts(1)[0]
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        with lora_ext.adapters("a1"):
+            manager.add_request(prompt)
+            manager.add_request(prompt, adapter_name=None)
+        with lora_ext.adapters(["a0", "a1"]), pytest.raises(ValueError, match="each of 1 requests"):
+            manager.add_request(prompt)
+        results = {r.request_id: r.generated_tokens for r in map(_result, [manager] * 2)}
+    assert results == {
+        "req_0": alone(model, prompt, "a1"),
+        "req_1": alone(model, prompt, None),
+    }
 
 
-# -------------------------------------------------------------------------------------------------
-# What is refused, and detach
-
-
-def test_a_manager_that_knows_no_adapters_is_refused() -> None:
+def test_managers_without_adapters_and_compiled_steps_are_refused() -> None:
     model, _ = attached(slots=2)
     how = batching()
     manager = ContinuousBatchingManager(
@@ -329,6 +300,11 @@ def test_a_manager_that_knows_no_adapters_is_refused() -> None:
     manager.stop()
     assert "a manager that knows no adapters" in result.error
     assert result.generated_tokens == []
+    model.set_attn_implementation("eager")
+    how = batching(varlen_compile_config=CompileConfig(fullgraph=False))
+    with pytest.raises(NotImplementedError, match="attached model without varlen_compile_config"):
+        model.generate_batch(prompts(2), adapter_names="a0", **how)
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.slow
@@ -345,15 +321,6 @@ def test_a_peft_model_serves_its_active_adapter_and_takes_no_names() -> None:
         ids = torch.tensor([prompt])
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
         assert out[0, len(prompt) :].tolist() == answer
-
-
-def test_compiled_steps_are_refused_and_leave_the_model_as_it_was() -> None:
-    model, _ = attached(slots=2)
-    model.set_attn_implementation("eager")
-    how = batching(varlen_compile_config=CompileConfig(fullgraph=False))
-    with pytest.raises(NotImplementedError, match="attached model without varlen_compile_config"):
-        model.generate_batch(prompts(2), adapter_names="a0", **how)
-    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.slow
@@ -381,7 +348,6 @@ def test_detach_gives_the_same_methods_back_and_waits_for_nobody() -> None:
 
 @pytest.mark.slow
 def test_dora_rows_and_threads_of_their_own_are_served() -> None:
-    """Two servers' threads use one pool at once, and one adapter is a DoRA one."""
     model, pool = attached(slots=4)
     pool.update("a0", adapter(pool, 50, use_dora=True, target_modules=["q_proj", "down_proj"]))
     twin = make_model("llama")
@@ -395,11 +361,7 @@ def test_dora_rows_and_threads_of_their_own_are_served() -> None:
             results = served.generate_batch(given, adapter_names=names, **batching())
             found[which] = generated(results)
 
-    threads = [threading.Thread(target=serve, args=each) for each in enumerate((model, twin))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(serve, enumerate((model, twin)))
     assert found == {0: expected, 1: expected}
     assert pool.stats()["pins"] == 0
 
@@ -413,3 +375,102 @@ def test_what_is_not_finite_in_a_request_reaches_no_other() -> None:
     given, names = prompts(3), ["a0", "overflows", None]
     first, _, third = generated(model.generate_batch(given, adapter_names=names, **batching()))
     assert first == alone(model, given[0], "a0") and third == alone(model, given[2], None)
+
+
+def long_running(manager: Any) -> str:
+    return manager.add_request([5, 6, 7], adapter_name="a3", max_new_tokens=400)
+
+
+def logits(model: Any, prompt: list[int], name: str | None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([prompt]), adapter_names=[name]).logits
+
+
+@pytest.mark.slow
+def test_forwards_and_generate_beside_a_busy_manager_are_right() -> None:
+    """transformers writes is_causal of a manager's step to the configuration that all read."""
+    model, _ = attached(slots=4)
+    given = prompts(len(FOUR))
+    rows = list(zip(given, FOUR, strict=True))
+    expected = [alone(model, *row) for row in rows]
+    forwards = [logits(model, *row) for row in rows]
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        request = long_running(manager)
+        for _ in range(3):
+            assert [alone(model, *row) for row in rows] == expected
+            for row, before in zip(rows, forwards, strict=True):
+                assert torch.equal(logits(model, *row), before)
+        assert manager.is_running()
+        manager.cancel_request(request)
+    assert not hasattr(model.config, "is_causal")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_beside_a_busy_manager_is_right() -> None:
+    """It is not compiled for that time; and a thread that compiles disturbs no other."""
+    model, pool = attached(slots=4)
+    (prompt,) = prompts(1)
+    ids, expected = torch.tensor([prompt]), logits(model, prompt, "a0")
+    compiled = torch.compile(model, backend="eager")
+
+    def same() -> bool:
+        with torch.no_grad(), lora_ext.adapters("a0", pool=pool):
+            # float32, two layers, logits of about 1: another sum's order.
+            return bool((compiled(ids).logits - expected).abs().max() < 1e-5)
+
+    assert same()
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        request = long_running(manager)
+        assert all(same() for _ in range(10))
+        assert manager.is_running()
+        manager.cancel_request(request)
+    assert same()
+
+
+@pytest.mark.slow
+def test_two_managers_on_one_model_are_right_and_leave_it_as_it_was() -> None:
+    model, _ = attached(slots=4)
+    given = prompts(len(FOUR))
+    rows = list(zip(given, FOUR, strict=True))
+    expected = [alone(model, *row) for row in rows]
+    found = []
+
+    def serve() -> None:
+        for _ in range(3):
+            found.append(generated(model.generate_batch(given, adapter_names=FOUR, **batching())))
+
+    side_by_side(serve, [(), ()])
+    assert found == [expected] * 6
+    assert not hasattr(model.config, "is_causal")
+    assert [alone(model, *row) for row in rows] == expected
+
+
+@pytest.mark.slow
+def test_paged_attention_outside_a_manager_is_refused() -> None:
+    """transformers makes no mask for it: each token would see the whole sequence."""
+    model, pool = attached(slots=2)
+    model.set_attn_implementation("eager")
+    ids = tokens(1, 6)
+    before = logits(model, ids[0].tolist(), "a0")
+    with model.continuous_batching_context_manager(**batching()) as manager:
+        for call in (model, model.generate):
+            with pytest.raises(RuntimeError, match=r"attention: expected .* found 'paged\|eager'"):
+                call(ids, adapter_names=["a0"])
+        manager.add_request([5, 6, 7], adapter_name="a1")
+        assert manager.get_result(timeout=30).generated_tokens
+    assert torch.equal(logits(model, ids[0].tolist(), "a0"), before)
+    assert pool.stats()["pins"] == 0
+
+
+@pytest.mark.parametrize("end", ["destroy", "forget"])
+def test_a_manager_that_never_started_lets_its_adapters_go(end: str) -> None:
+    model, pool = attached(slots=2)
+    manager = model.init_continuous_batching(**batching())
+    manager.add_request([5, 6, 7], adapter_name="a0")
+    assert pool.stats()["pins"] == 1
+    if end == "destroy":
+        manager.destroy()
+    else:
+        del manager
+        gc.collect()
+    assert pool.stats()["pins"] == 0

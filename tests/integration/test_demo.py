@@ -1,19 +1,16 @@
 """examples/demo.py and examples/serving_curve.py compare their logits with PEFT's, and print their
 measurements before they report an error."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import load_script, missing
+from scripts import load_script, needs
 from tiny import make_pair, tokens
 
 pytestmark = pytest.mark.hosts
 
-MISSING = missing("matplotlib", "rich")
 NAMES = ["red", "blue", "green"]
 
 
@@ -48,7 +45,7 @@ def test_right_logits_pass_and_those_of_another_adapter_do_not(
     assert [each[: len(start)] for each, start in zip(complaints, starts, strict=True)] == starts
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+@needs("matplotlib", "rich")
 def test_the_demo_prints_its_tables_before_it_reports_wrong_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

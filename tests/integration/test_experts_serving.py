@@ -1,7 +1,5 @@
 """Adapters on routed experts, served from a pool, against PEFT's own ``target_parameters``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,7 @@ import peft
 import pytest
 import torch
 from mixtures import CONFIGS, DOWN, FAMILIES, UP, make_mixture, make_peft, tokens
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from tiny import attach_saved, batching, only
 
 import lora_ext
 import lora_ext.adapter
@@ -20,28 +18,21 @@ CLOSE = 2e-5  # of logits of about 10 in float32; an adapter moves them by more 
 
 
 def served(family: str, folder: Path, configs: Any = CONFIGS) -> tuple[Any, Any]:
-    """The attached model, and PEFT's own with the same adapters, which it has saved."""
     model = make_mixture(family)
     reference = make_peft(model, configs)
     reference.save_pretrained(folder)
-    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=16)
-    for name in configs:
-        pool.load(name, folder / name)
-    return lora_ext.attach(model, pool), reference
+    return attach_saved(model, folder, configs), reference
 
 
 def alone(reference: Any, name: str | None, ids: torch.Tensor) -> torch.Tensor:
     """What PEFT gives one adapter, which has the batch for itself."""
-    if name is None:
-        with reference.disable_adapter():
-            return reference(input_ids=ids).logits
-    reference.set_adapter(name)
-    return reference(input_ids=ids).logits
+    with only(reference, name):
+        return reference(input_ids=ids).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_every_row_of_a_mixed_batch_is_that_of_peft(family: str, tmp_path: Path) -> None:
+def test_every_row_of_a_mixed_batch_and_its_tokens_are_pefts(family: str, tmp_path: Path) -> None:
     model, reference = served(family, tmp_path)
     ids = tokens(len(NAMES), 7)
     with lora_ext.adapters(NAMES):
@@ -51,13 +42,22 @@ def test_every_row_of_a_mixed_batch_is_that_of_peft(family: str, tmp_path: Path)
         theirs = alone(reference, name, ids)[row]
         assert (mixed[row] - theirs).abs().max() < CLOSE
         assert name is None or (theirs - base[row]).abs().max() > 0.5
+    ids = tokens(len(NAMES), 5)
+    how = {"max_new_tokens": 6, "do_sample": False}
+    mixed = model.generate(ids, adapter_names=NAMES, **how)
+    found = set()
+    for row, name in enumerate(NAMES):
+        with only(reference, name):
+            theirs = reference.generate(input_ids=ids[row : row + 1], **how)
+        assert mixed[row].tolist() == theirs[0].tolist()
+        found.add(tuple(mixed[row, 5:].tolist()))
+    assert len(found) > 3
 
 
 @pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_rows_of_the_base_model_keep_every_bit(family: str, how: str) -> None:
-    """However transformers multiplies, and whoever shares the batch."""
     model = make_mixture(family, how)
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
     pool.load("red", make_peft(model, {"red": {"r": 4}}))
@@ -76,29 +76,8 @@ def test_rows_of_the_base_model_keep_every_bit(family: str, how: str) -> None:
     assert (got[own] - expected[own]).abs().amax(1).min() > 0.5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_generation_gives_each_row_the_tokens_of_its_adapter(family: str, tmp_path: Path) -> None:
-    model, reference = served(family, tmp_path)
-    ids = tokens(len(NAMES), 5)
-    how = {"max_new_tokens": 6, "do_sample": False}
-    mixed = model.generate(ids, adapter_names=NAMES, **how)
-    found = set()
-    for row, name in enumerate(NAMES):
-        if name is not None:
-            reference.set_adapter(name)
-            theirs = reference.generate(input_ids=ids[row : row + 1], **how)
-        else:
-            with reference.disable_adapter():
-                theirs = reference.generate(input_ids=ids[row : row + 1], **how)
-        assert mixed[row].tolist() == theirs[0].tolist()
-        found.add(tuple(mixed[row, 5:].tolist()))
-    assert len(found) > 3
-
-
 @torch.no_grad()
 def test_adapters_of_one_parameter_of_both_and_of_none_share_a_batch() -> None:
-    """PEFT holds such adapters in models of their own."""
     model = make_mixture("gpt_oss")
     fields: dict[str, Any] = {
         "up": {"r": 3, "target_parameters": [UP]},
@@ -185,23 +164,16 @@ def test_the_gradient_reaches_the_input_embeddings(tmp_path: Path) -> None:
     expected, x.grad = x.grad, None
     with lora_ext.adapters("green"):
         model(inputs_embeds=x).logits.square().sum().backward()
-    assert expected is not None and x.grad is not None
     assert (x.grad - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_packed_requests_are_those_of_each_alone(tmp_path: Path) -> None:
-    """transformers' continuous batching."""
     model, _ = served("mixtral", tmp_path)
     names = ["red", None, "blue", "green"]
     prompts = [tokens(4, 6)[i].tolist()[: 6 - i] for i in range(4)]
-    results = model.generate_batch(
-        prompts,
-        adapter_names=names,
-        generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1),
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, page_size=16),
-    )
+    results = model.generate_batch(prompts, adapter_names=names, **batching(page_size=16))
     found = {tuple(r.prompt_ids): r.generated_tokens for r in results.values()}
     for prompt, name in zip(prompts, names, strict=True):
         ids = torch.tensor([prompt])
@@ -245,7 +217,6 @@ def test_a_pool_of_another_number_of_experts_is_refused() -> None:
         lora_ext.attach(other, pool)
 
 
-# --- what is refused ------------------------------------------------------------------------------
 def saved(family: str = "mixtral", **fields: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The base model, and an adapter's configuration and tensors as PEFT saves them."""
     model = make_mixture(family)
@@ -270,18 +241,14 @@ def test_what_peft_has_not_on_parameters_is_refused_by_name(field: str, value: A
     assert pool.names == []
 
 
-def test_parameters_that_are_no_experts_are_refused_by_name() -> None:
+def test_other_parameters_and_adapters_apart_from_a_model_are_refused_by_name() -> None:
     model, config, tensors = saved()
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8)
+    with pytest.raises(NotImplementedError, match="target_parameters is not supported apart from"):
+        lora_ext.adapter.LoraAdapter.load((config, tensors))
     config["target_parameters"] = [UP, DOWN, "mlp.gate.weight"]
     with pytest.raises(NotImplementedError, match=r"target_parameters: .*'mlp\.gate\.weight'"):
         pool.load("red", (config, tensors))
-
-
-def test_an_adapter_apart_from_a_model_is_refused_by_name() -> None:
-    _, config, tensors = saved()
-    with pytest.raises(NotImplementedError, match="target_parameters is not supported apart from"):
-        lora_ext.adapter.LoraAdapter.load((config, tensors))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,5 @@
 """Adapters on routed experts in training: from_peft against PEFT itself, in float64."""
 
-from __future__ import annotations
-
-import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,8 @@ import peft
 import pytest
 import torch
 from mixtures import CONFIGS, DOWN, FAMILIES, UP, make_mixture, make_peft, tokens
-from same_steps import assert_close, assert_same_gradients, gradients, step
+from same_steps import assert_close, assert_same_gradients, checkpointed, gradients, step
+from tiny import only
 from torch import Tensor
 
 import lora_ext
@@ -22,7 +20,6 @@ NAMES = ["red", "green", "__base__", "blue", "green"]
 
 
 def pair(family: str, configs: Any = CONFIGS, **extra: Any) -> tuple[Any, Any]:
-    """The same adapters twice: PEFT's own layers, and ours."""
     theirs = make_peft(make_mixture(family), configs, **extra).double()
     return theirs, lora_ext.from_peft(copy.deepcopy(theirs))
 
@@ -37,6 +34,9 @@ def test_every_wrapper_is_taken(family: str) -> None:
     found = report(ours)
     assert not found.left
     assert sum(".experts" in name for name in found.taken) == 4  # two parameters, two layers
+    layer = ours.base_model.model.model.layers[0].mlp.experts
+    with pytest.raises(NotImplementedError, match=r"one for each of [45] experts"):
+        adapter_factors(layer, "red")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,13 +77,10 @@ def trained_alone(theirs: Any, ids: Tensor, names: list[str]) -> tuple[Tensor, d
     weights = torch.randn((*ids.shape, 61), generator=torch.manual_seed(7), dtype=torch.float64)
     rows = []
     for row, name in enumerate(names):
-        if name == "__base__":
-            with theirs.disable_adapter():
-                rows.append(theirs(input_ids=ids[row : row + 1]).logits)
-            continue
-        theirs.set_adapter(name)
-        rows.append(theirs(input_ids=ids[row : row + 1]).logits)
-        (rows[-1] * weights[row]).sum().backward()
+        with only(theirs, name):
+            rows.append(theirs(input_ids=ids[row : row + 1]).logits)
+        if name != "__base__":
+            (rows[-1] * weights[row]).sum().backward()
     return torch.cat(rows).detach(), gradients(theirs)
 
 
@@ -94,9 +91,7 @@ def test_an_adapter_per_row_trains_as_each_alone(family: str, checkpointing: boo
     theirs.train()
     ours.train()
     ours.set_requires_grad([name for name in CONFIGS])
-    if checkpointing:
-        ours.enable_input_require_grads()
-        ours.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed(ours, False if checkpointing else None)
     got = step(ours, lambda model: logits(model, adapter_names=NAMES))
     expected, wanted = trained_alone(theirs, tokens(5, 6), NAMES)
     assert_close(got, expected)
@@ -121,7 +116,6 @@ def test_names_of_a_batch_that_peft_has_to_run_raise_its_own_error() -> None:
 
 
 def test_what_peft_does_with_its_layers_stays_peft(tmp_path: Path) -> None:
-    """Saving, loading, disabling, switching, merging and deleting."""
     theirs, ours = pair("qwen3")
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     with torch.no_grad():
@@ -208,17 +202,9 @@ def test_a_model_of_from_peft_generates_with_an_adapter_per_row() -> None:
     ids, how = tokens(5, 4), {"max_new_tokens": 5, "do_sample": False}
     mixed = ours.generate(input_ids=ids, adapter_names=NAMES, **how)
     for row, name in enumerate(NAMES):
-        theirs.set_adapter("red" if name == "__base__" else name)
-        with theirs.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+        with only(theirs, name):
             alone = theirs.generate(input_ids=ids[row : row + 1], **how)
         assert mixed[row].tolist() == alone[0].tolist()
-
-
-def test_factors_of_many_experts_are_no_single_pair() -> None:
-    _, ours = pair("mixtral")
-    layer = ours.base_model.model.model.layers[0].mlp.experts
-    with pytest.raises(NotImplementedError, match="one for each of 4 experts"):
-        adapter_factors(layer, "red")
 
 
 def test_parameters_that_are_no_experts_stay_with_peft() -> None:

@@ -1,17 +1,13 @@
 """Ways to generate, on many families of models: a row of a mixed batch is the row of a model that
 holds its adapter in its weights, or the call raises."""
 
-from __future__ import annotations
-
-import threading
 from typing import Any
 
 import pytest
 import torch
 from families import DECODERS, NAMES, SEQ2SEQ, make, merged, served
-from tiny import tokens
+from tiny import batching, side_by_side, tokens
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lora_ext
 
@@ -95,11 +91,7 @@ def _threads_and_default(model: Any, judges: Any) -> None:
     def serve(name: str | None) -> None:
         found[name] = model.generate(prompt, adapter_names=[name], **GREEDY)
 
-    threads = [threading.Thread(target=serve, args=(name,)) for name in NAMES]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(serve, [(name,) for name in NAMES])
     assert all(torch.equal(found[name], expected[name]) for name in NAMES)
     pool = model._lora_ext_attachment.pool
     lora_ext.attach(lora_ext.detach(model), pool, default="green")
@@ -114,14 +106,7 @@ def _threads_and_default(model: Any, judges: Any) -> None:
 def test_continuous_batching(family: str) -> None:
     model, judges = served(DECODERS[family])
     prompts = [tokens(1, n, n)[0].tolist() for n in (6, 3, 5, 2)]
-    how = {
-        "generation_config": GenerationConfig(
-            max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        "continuous_batching_config": ContinuousBatchingConfig(
-            num_blocks=32, page_size=4, max_batch_tokens=8
-        ),
-    }
+    how = batching(num_blocks=32, max_batch_tokens=8)
     try:
         results = model.generate_batch(prompts, adapter_names=NAMES, **how).values()
     except ValueError as error:
@@ -164,10 +149,6 @@ def test_encoders_and_decoders(family: str) -> None:
             one = ids[row : row + 1, :4]
             alone = judges[name](one, decoder_input_ids=one).logits[0]
             assert (mixed[row] - alone).abs().max() < 1e-4  # float32 where it is eager
-
-
-# -------------------------------------------------------------------------------------------------
-# What is refused
 
 
 def test_an_adapter_on_mambas_dt_proj_is_refused_by_name() -> None:

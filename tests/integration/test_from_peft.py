@@ -1,47 +1,41 @@
 """from_peft against PEFT itself, in float64, where both may differ by a few roundings only."""
 
-from __future__ import annotations
-
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from same_steps import assert_close, assert_same_gradients, gradients, step
-from tiny import CONFIGS, VOCAB, make_model, make_peft
+from same_steps import (
+    assert_close,
+    assert_same_gradients,
+    checkpointed,
+    gradients,
+    logits,
+    pair,
+    step,
+)
+from tiny import CONFIGS, SIZES, enlarged, make_model, make_peft, maker
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from lora_ext.interop.peft import report, to_peft
 from lora_ext.interop.peft._layers import FusedLinear
+from lora_ext.nn import pack_linears, packed_bytes
 
-FAMILIES = ["llama", "qwen2", "gpt2", "bert"]
+checkpointings = pytest.mark.parametrize(
+    "checkpointing", [None, False, True], ids=["plain", "new", "reentrant"]
+)
 NAMES = ["red", "green", "__base__", "blue", "green"]
 
 
-def pair(family: str, **extra: Any) -> tuple[Any, Any]:
-    """The same adapters twice: PEFT's own layers, and ours."""
-    configs = {name: {**fields, **extra} for name, fields in CONFIGS[family].items()}
-    theirs = make_peft(make_model(family), configs).double()
-    return theirs, lora_ext.from_peft(copy.deepcopy(theirs))
-
-
-def tokens(rows: int = 5, length: int = 7) -> Tensor:
-    """The same at every call; the models' own dropout then draws the same masks too."""
-    return torch.randint(1, VOCAB, (rows, length), generator=torch.manual_seed(3))
-
-
-def logits(model: Any, **kwargs: Any) -> Tensor:
-    return model(input_ids=tokens(), **kwargs).logits
-
-
-# --- one adapter ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_every_layer_that_can_be_is_taken(family: str) -> None:
     _, ours = pair(family)
     found = report(ours)
@@ -50,34 +44,13 @@ def test_every_layer_that_can_be_is_taken(family: str) -> None:
     assert all(any(name in reason for name in biased) for reason in found.left.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("adapter", ["red", "green", "blue"])
 def test_forward_and_gradients_are_those_of_peft(family: str, adapter: str) -> None:
     theirs, ours = pair(family)
     for model in (theirs, ours):
         model.set_adapter(adapter)
         model.train()
-    got, expected = step(ours, logits), step(theirs, logits)
-    assert_close(got, expected)
-    assert_same_gradients(ours, gradients(theirs))
-
-
-def test_several_active_adapters_add_up() -> None:
-    theirs, ours = pair("llama")
-    for model in (theirs, ours):
-        model.base_model.set_adapter(["red", "green", "blue"])
-    assert_close(step(ours, logits), step(theirs, logits))
-    assert_same_gradients(ours, gradients(theirs))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_under_gradient_checkpointing(reentrant: bool) -> None:
-    theirs, ours = pair("llama")
-    for model in (theirs, ours):
-        model.set_adapter("green")
-        model.train()
-    ours.enable_input_require_grads()
-    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_close(step(ours, logits), step(theirs, logits))
     assert_same_gradients(ours, gradients(theirs))
 
@@ -101,7 +74,6 @@ def test_dora_alone_and_beside_lora_in_one_batch() -> None:
         assert_close(mixed[rows], logits(theirs)[rows])
 
 
-# --- the same objects -----------------------------------------------------------------------------
 def test_parameters_keys_and_modules_stay_the_very_same() -> None:
     model: Any = make_peft(make_model("llama"), CONFIGS["llama"])
     modules, parameters = list(model.named_modules()), dict(model.named_parameters())
@@ -125,24 +97,6 @@ def test_saves_what_peft_saves(tmp_path: Any) -> None:
         assert twin.read_bytes() == path.read_bytes()
 
 
-def test_an_adapter_that_comes_later_is_fused_where_layers_are() -> None:
-    theirs, ours = pair("llama")
-    torch.manual_seed(5)
-    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
-    theirs.add_adapter("late", config)
-    torch.manual_seed(5)
-    ours.add_adapter("late", config)
-    for model in (theirs, ours):
-        model.set_adapter("late")
-        model.double()
-    assert_close(step(ours, logits), step(theirs, logits))
-    assert_same_gradients(ours, gradients(theirs))
-    for model in (theirs, ours):
-        model.delete_adapter("late")
-        model.set_adapter("red")
-    assert_close(logits(ours), logits(theirs))
-
-
 def test_hot_swapped_scalings_are_seen(tmp_path: Any) -> None:
     configs = {"red": {"r": 4, "target_modules": ["q_proj"]}}
     for alpha in (16, 64):
@@ -161,49 +115,12 @@ def test_hot_swapped_scalings_are_seen(tmp_path: Any) -> None:
         assert (logits(ours) - before).abs().max() > 0.1
 
 
-def test_disabling_merging_and_unloading() -> None:
-    theirs, ours = pair("llama")
-    with ours.disable_adapter(), theirs.disable_adapter():
-        assert torch.equal(logits(ours), logits(theirs))
-    for model in (theirs, ours):
-        model.set_adapter("green")
-        model.merge_adapter()
-    assert_close(logits(ours), logits(theirs))
-    with pytest.raises(ValueError, match="merged"):
-        logits(ours, adapter_names=NAMES)
-    for model in (theirs, ours):
-        model.unmerge_adapter()
-    assert_close(logits(ours), logits(theirs))
-    assert_close(logits(ours.merge_and_unload()), logits(theirs.merge_and_unload()))
-
-
-# --- one adapter per sequence ---------------------------------------------------------------------
-@pytest.mark.parametrize("family", FAMILIES)
-def test_names_in_evaluation_are_those_of_peft(family: str) -> None:
-    theirs, ours = pair(family)
-    assert_close(logits(ours, adapter_names=NAMES), logits(theirs, adapter_names=NAMES))
-
-
-def test_generates_with_names_and_beams() -> None:
-    theirs, ours = pair("llama")
-    for beams in (1, 3):
-        options = {
-            "input_ids": tokens(),
-            "attention_mask": torch.ones_like(tokens()),
-            "adapter_names": NAMES,
-            "max_new_tokens": 5,
-            "num_beams": beams,
-            "do_sample": False,
-        }
-        assert torch.equal(ours.generate(**options), theirs.generate(**options))
-
-
 def trainable(model: Any) -> Any:
     model.set_requires_grad(["red", "green", "blue"])
     return model.train()
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "new", "reentrant"])
+@checkpointings
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_names_in_training_give_the_gradients_of_separate_runs(
     family: str, checkpointing: bool | None
@@ -211,9 +128,7 @@ def test_names_in_training_give_the_gradients_of_separate_runs(
     theirs, ours = pair(family)
     theirs.train()
     trainable(ours)
-    if checkpointing is not None:
-        ours.enable_input_require_grads()
-        ours.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    checkpointed(ours, checkpointing)
     value = step(ours, lambda m: logits(m, adapter_names=NAMES))
     weights = torch.randn(value.shape, generator=torch.manual_seed(7), dtype=value.dtype)
     for name in ("red", "green", "blue"):
@@ -227,21 +142,16 @@ def test_names_in_training_give_the_gradients_of_separate_runs(
         for key, gradient in gradients(theirs).items():
             if f".{name}." in key:
                 got = found[key]
-                assert got is not None and gradient is not None
                 assert_close(got, gradient, key)
 
 
-def test_an_adapter_without_rows_gets_no_gradient() -> None:
+def test_adapters_without_rows_get_no_gradient_and_two_forwards_keep_their_names() -> None:
     ours = trainable(pair("llama")[1])
     step(ours, lambda m: logits(m, adapter_names=["red"] * 5))
     assert all(g is None for n, g in gradients(ours).items() if ".green." in n or ".blue." in n)
-
-
-def test_two_forwards_before_their_backward_under_checkpointing() -> None:
     ours = trainable(pair("llama")[1])
     other = copy.deepcopy(ours)
-    ours.enable_input_require_grads()
-    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed(ours, False)
     for model in (ours, other):
         first = logits(model, adapter_names=NAMES)
         second = logits(model, adapter_names=NAMES[::-1])
@@ -249,15 +159,13 @@ def test_two_forwards_before_their_backward_under_checkpointing() -> None:
     assert_same_gradients(ours, gradients(other))
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "new", "reentrant"])
+@checkpointings
 def test_an_unnamed_forward_before_a_named_one(checkpointing: bool | None) -> None:
     theirs, ours = pair("llama")
     theirs.set_adapter("red")
     trainable(ours).set_adapter("red")
     ours.set_requires_grad(["red", "green", "blue"])
-    if checkpointing is not None:
-        ours.enable_input_require_grads()
-        ours.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    checkpointed(ours, checkpointing)
     for _ in range(2):
         for model in (ours, theirs.eval()):  # without dropout, PEFT takes names in evaluation
             model.set_requires_grad(["red", "green", "blue"])
@@ -267,7 +175,7 @@ def test_an_unnamed_forward_before_a_named_one(checkpointing: bool | None) -> No
         assert_same_gradients(ours, gradients(theirs))
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "new", "reentrant"])
+@checkpointings
 def test_pefts_own_layers_in_a_checkpointed_block_keep_the_names(
     checkpointing: bool | None,
 ) -> None:
@@ -281,9 +189,7 @@ def test_pefts_own_layers_in_a_checkpointed_block_keep_the_names(
     for layer in theirs.base_model.model.model.layers:
         layer.self_attn.v_proj.__class__ = type("Other", (PeftLinear,), {})
     ours = lora_ext.from_peft(copy.deepcopy(theirs)).train()
-    if checkpointing is not None:
-        ours.enable_input_require_grads()
-        ours.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    checkpointed(ours, checkpointing)
     names = ["red", "green", "__base__", "green", "red"]
     for model in (ours, theirs.eval()):
         for name, parameter in model.named_parameters():
@@ -373,16 +279,7 @@ def test_one_graph_of_a_model_compiles(training: bool) -> None:
         assert_close(logits(compiled), logits(model))
 
 
-@pytest.mark.parametrize("names", [[], ["__base__"], ["__base__"] * 7, ["red"]])
-def test_as_many_names_as_sequences(names: list[str]) -> None:
-    ours = trainable(pair("llama")[1])
-    with pytest.raises(ValueError, match="same as the number of inputs"):
-        logits(ours, adapter_names=names)
-    with pytest.raises(ValueError, match="same as the number of inputs"):
-        logits(ours.eval(), adapter_names=names)
-
-
-def test_wrong_names_are_errors_and_leave_no_hooks() -> None:
+def test_wrong_names_and_names_of_merged_adapters_are_errors_and_leave_no_hooks() -> None:
     ours = trainable(pair("llama")[1])
     with pytest.raises(ValueError, match="non-existing"):
         logits(ours, adapter_names=["rot"] * 5)
@@ -390,10 +287,12 @@ def test_wrong_names_are_errors_and_leave_no_hooks() -> None:
         logits(ours, adapter_names=["red"])
     assert ours.base_model.training
     assert not any(m._forward_pre_hooks for m in ours.modules() if isinstance(m, FusedLinear))
+    ours.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        logits(ours, adapter_names=NAMES)
 
 
-# --- what is left to PEFT -------------------------------------------------------------------------
-def test_embeddings_stay_with_peft_and_are_listed() -> None:
+def test_embeddings_stay_with_peft_and_what_is_no_peft_model_is_refused() -> None:
     torch.manual_seed(0)
     configs = {"red": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}}
     with warnings.catch_warnings():
@@ -404,10 +303,40 @@ def test_embeddings_stay_with_peft_and_are_listed() -> None:
     assert "Embedding" in reason
     assert_close(step(ours, logits), step(theirs, logits))
     assert_same_gradients(ours, gradients(theirs))
-
-
-def test_refuses_what_is_no_peft_model() -> None:
     with pytest.raises(TypeError, match="model: expected a torch"):
         lora_ext.from_peft("red")  # pyright: ignore[reportArgumentType]  # the error under test
     with pytest.raises(ValueError, match="expected layers with LoRA adapters, found none"):
         lora_ext.from_peft(make_model("llama"))
+
+
+def merge_and_unmerge(model: Any) -> Any:
+    model.merge_adapter()
+    logits(model), logits(model)  # the merged weight is packed
+    model.unmerge_adapter()
+    return model
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "merge": lambda model: model.merge_adapter() or model,
+    "merge and unmerge": merge_and_unmerge,
+    "merge and unload": lambda model: model.merge_and_unload(),
+    "safe merge and unload": lambda model: model.merge_and_unload(safe_merge=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_merging_reaches_the_products(change: Callable[[Any], Any], dtype: torch.dtype) -> None:
+    base = enlarged(maker("Llama", **SIZES), 1).to(dtype)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    plain: Any = get_peft_model(base, config).eval()
+    packed = copy.deepcopy(plain)
+    pack_linears(packed.get_base_model())
+    adapted, expected = logits(packed), logits(change(plain))
+    packed = change(packed)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for _ in range(3):
+        torch.testing.assert_close(logits(packed), expected, atol=tolerance, rtol=tolerance)
+    assert packed_bytes(packed) > 0
+    assert (adapted - expected).abs().max() < 0.1

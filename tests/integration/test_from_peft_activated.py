@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
-from activated import INVOCATIONS, NAMES, TARGETS, activated_pair, prompts
+from activated import NAMES, activated_configs, activated_pair, prompts
 from tiny import adapted, make_model
 
 import lora_ext
@@ -19,17 +18,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id
 
 
 def made() -> Any:
-    configs = {
-        name: peft.LoraConfig(
-            r=4,
-            lora_alpha=8,
-            target_modules=TARGETS,
-            alora_invocation_tokens=tokens,
-            task_type="CAUSAL_LM",
-        )
-        for name, tokens in INVOCATIONS.items()
-    }
-    return adapted(make_model("llama"), configs, 0.3)
+    return adapted(make_model("llama"), activated_configs(), 0.3)
 
 
 @pytest.fixture
@@ -113,16 +102,12 @@ def test_beams_are_those_of_an_attached_model(tmp_path: Path, named: bool) -> No
         assert torch.equal(ours.generate(input_ids=ids, generation_config=config), wanted)
 
 
-def test_beams_by_the_models_own_config_are_refused_by_name(pair: Any) -> None:
+def test_beams_by_the_models_own_config_and_wrong_offsets_are_refused_by_name(pair: Any) -> None:
     ours, _ = pair
     ours.base_model.model.generation_config.num_beams = 2
     with pytest.raises(NotImplementedError, match="from_peft: generate: expected num_beams"):
         ours.generate(input_ids=prompts(), **GREEDY)
     ours.generate(input_ids=prompts(), num_beams=2, **GREEDY)
-
-
-def test_offsets_of_another_number_than_rows_are_refused_by_name(pair: Any) -> None:
-    ours, _ = pair
     message = "from_peft: alora_offsets: expected one per row, for 4 rows, found 8"
     with pytest.raises(ValueError, match=message):
         ours(input_ids=prompts(), alora_offsets=[1] * 8)

@@ -1,7 +1,5 @@
 """DoRA adapters through ``from_peft``: PEFT's identity to the bit, and PEFT's cache."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -9,22 +7,18 @@ import peft
 import peft.helpers
 import pytest
 import torch
-from tiny import VOCAB, make_model, make_peft
+from same_steps import logits, tokens
+from tiny import make_model, make_peft
 from torch import Tensor, nn
 
 import lora_ext
 from lora_ext.interop.peft import report
 from lora_ext.interop.peft._layers import FusedLinear
 
-ROWS = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))
 caching = pytest.mark.skipif(
     not hasattr(peft.helpers, "DoraCaching"), reason="PEFT 0.18 does not keep norms of DoRA"
 )
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-
-
-def logits(model: Any) -> Tensor:
-    return model(input_ids=ROWS).logits
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -62,7 +56,7 @@ def test_a_fresh_adapter_beside_a_trained_one_is_the_identity_on_its_rows() -> N
         with model.disable_adapter():
             base = logits(model)
         names = ["fresh", "trained", "fresh", "__base__", "trained"]
-        found = model(input_ids=ROWS, adapter_names=names).logits
+        found = model(input_ids=tokens(), adapter_names=names).logits
     assert torch.equal(found[[0, 2]], base[[0, 2]])
     assert (found[[1, 4]] - base[[1, 4]]).abs().max() > 0.1
 

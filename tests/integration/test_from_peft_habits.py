@@ -1,7 +1,5 @@
 """What users and PEFT itself see of a layer from the outside stays as it was with PEFT's layers."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import warnings
@@ -15,7 +13,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.model import LoraModel
-from tiny import CONFIGS, VOCAB, make_model, make_pair, make_peft
+from same_steps import logits, pair
+from tiny import CONFIGS, make_model, make_pair, make_peft
 from torch import Tensor, nn
 
 import lora_ext
@@ -24,50 +23,26 @@ from lora_ext.interop.peft._layers import FusedLinear
 from lora_ext.interop.peft.model import _FusedLoraModel
 
 NAMES = ["red", "green", "__base__", "blue", "green"]
-ROWS = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))
-
-
-def pair(configs: dict[str, dict[str, Any]] | None = None) -> tuple[Any, Any]:
-    """The same adapters twice: PEFT's own layers, and ours."""
-    theirs = make_peft(make_model("llama"), configs or CONFIGS["llama"]).double()
-    return theirs, lora_ext.from_peft(copy.deepcopy(theirs))
-
-
-def logits(model: Any, **kwargs: Any) -> Tensor:
-    return model(input_ids=ROWS, **kwargs).logits
 
 
 def fused_layers(model: nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if isinstance(m, FusedLinear))
 
 
-# --- names ----------------------------------------------------------------------------------------
-def test_the_model_prints_as_pefts() -> None:
+def test_the_model_prints_pickles_and_tells_its_status_as_pefts() -> None:
     theirs, ours = pair()
     assert repr(ours) == repr(theirs)
-
-
-def test_the_status_of_model_and_layers_is_pefts() -> None:
-    theirs, ours = pair()
+    assert "FusedLinear" in repr(FusedLinear) and "FusedLoraModel" in repr(_FusedLoraModel)
+    assert FusedLinear is not PeftLinear and _FusedLoraModel is not LoraModel
     assert ours.get_model_status() == theirs.get_model_status()
     assert ours.get_layer_status() == theirs.get_layer_status()
     assert {status.module_type for status in ours.get_layer_status()} == {"lora.Linear"}
-
-
-def test_python_still_knows_the_classes_apart() -> None:
-    assert "FusedLinear" in repr(FusedLinear) and "FusedLoraModel" in repr(_FusedLoraModel)
-    assert FusedLinear is not PeftLinear and _FusedLoraModel is not LoraModel
-
-
-def test_pickled_and_copied_layers_are_ours_again() -> None:
-    _, ours = pair()
     for twin in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
         assert type(twin.base_model) is _FusedLoraModel
         assert len(list(fused_layers(twin))) == len(list(fused_layers(ours)))
         assert torch.equal(logits(twin, adapter_names=NAMES), logits(ours, adapter_names=NAMES))
 
 
-# --- errors ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("names", [[], ["__base__"], ["__base__"] * 7, ["red"]], ids=len)
 def test_a_wrong_number_of_names_is_pefts_error(names: list[str]) -> None:
     theirs, ours = pair()
@@ -82,7 +57,6 @@ def test_a_wrong_number_of_names_is_pefts_error(names: list[str]) -> None:
     assert str(found.value) == str(expected.value)
 
 
-# --- blocks ---------------------------------------------------------------------------------------
 def test_a_block_of_a_pool_around_the_model_is_not_ignored_in_silence(tmp_path: Path) -> None:
     _attached, _, pool = make_pair("llama", tmp_path)
     pool.load("other", tmp_path / "red")
@@ -141,10 +115,9 @@ def test_a_block_of_the_pool_that_serves_layers_of_the_same_model_is_refused(
             logits(ours)
 
 
-# --- what is left to PEFT -------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["learned", "per output", "per token"])
 def test_a_scaling_that_is_no_plain_number_is_pefts_business(kind: str) -> None:
-    theirs, ours = pair({"red": CONFIGS["llama"]["red"]})
+    theirs, ours = pair(configs={"red": CONFIGS["llama"]["red"]})
     found: list[Tensor] = []
     for model in (theirs, ours):
         torch.manual_seed(0)
@@ -200,25 +173,7 @@ def test_says_so_where_no_layer_is_taken() -> None:
     assert caught[0].filename == __file__
 
 
-def test_is_silent_where_a_layer_is_taken() -> None:
-    model = make_peft(make_model("llama"), CONFIGS["llama"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        lora_ext.from_peft(model)
-
-
-# --- frozen adapters ------------------------------------------------------------------------------
-def test_training_by_name_an_adapter_that_is_frozen_says_so() -> None:
-    _, ours = pair()
-    ours.train().set_adapter("red")  # PEFT freezes the others
-    with pytest.warns(
-        UserWarning, match=r"adapter_names: .*found 'blue', 'green' frozen"
-    ) as caught:
-        logits(ours, adapter_names=NAMES)
-    assert len(caught) == 1 and "set_requires_grad" in str(caught[0].message)
-
-
-def test_training_by_name_is_silent_where_nothing_is_amiss() -> None:
+def test_training_by_name_says_which_adapters_are_frozen_and_nothing_else() -> None:
     _, ours = pair()
     ours.set_adapter("red")
     with warnings.catch_warnings():
@@ -229,18 +184,27 @@ def test_training_by_name_is_silent_where_nothing_is_amiss() -> None:
         logits(ours, adapter_names=["red", "__base__", "red", "red", "red"])
         ours.set_requires_grad(["red", "green", "blue"])
         logits(ours, adapter_names=NAMES)
+    _, ours = pair()
+    ours.train().set_adapter("red")  # PEFT freezes the others
+    with pytest.warns(
+        UserWarning, match=r"adapter_names: .*found 'blue', 'green' frozen"
+    ) as caught:
+        logits(ours, adapter_names=NAMES)
+    assert len(caught) == 1 and "set_requires_grad" in str(caught[0].message)
 
 
-def test_undone_everything_is_pefts_again() -> None:
-    theirs, ours = pair()
-    to_peft(ours)
-    assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
+def test_taken_in_silence_and_undone_everything_is_pefts_again() -> None:
+    model = make_peft(make_model("llama"), CONFIGS["llama"])
+    kinds = [type(m) for m in model.modules()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_ext.from_peft(model)
+    assert [type(m) for m in to_peft(model).modules()] == kinds
 
 
-# --- a frozen copy as the reference ---------------------------------------------------------------
 def test_names_are_refused_where_a_trainer_asks_its_reference() -> None:
     """As TRL does: adapter ``ref``, a copy, is set active for a forward without gradients."""
-    _, ours = pair({**CONFIGS["llama"], "ref": CONFIGS["llama"]["red"]})
+    _, ours = pair(configs={**CONFIGS["llama"], "ref": CONFIGS["llama"]["red"]})
     ours.train().set_adapter("ref")
     with torch.no_grad(), pytest.raises(ValueError, match=r"adapter_names: .*'ref' is active"):
         logits(ours, adapter_names=NAMES)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_pair, tokens
+from tiny import make_pair, only, tokens
 from torch import Tensor
 
 import lora_ext
@@ -26,14 +26,9 @@ def left_padded(lengths: tuple[int, ...] = (5, 3, 5, 2)) -> dict[str, Tensor]:
 
 def alone(reference: Any, inputs: dict[str, Tensor], row: int, **how: Any) -> Tensor:
     """PEFT's answer to one row with one active adapter: no mixed batch, no padding."""
-    name = NAMES[row]
     keep = inputs["attention_mask"][row].bool()
     prompt = inputs["input_ids"][row, keep].unsqueeze(0)
-    if name is None:
-        with reference.disable_adapter():
-            out = reference.generate(input_ids=prompt, max_new_tokens=NEW, **how)
-    else:
-        reference.set_adapter(name)
+    with only(reference, NAMES[row]):
         out = reference.generate(input_ids=prompt, max_new_tokens=NEW, **how)
     return out[:, prompt.shape[1] :]
 
@@ -70,30 +65,19 @@ def test_every_row_answers_as_if_alone(family: str, mode: str, tmp_path: Path) -
     assert not torch.equal(base[rows == 1], ours[rows == 1])  # the adapters do show
 
 
-def test_sampled_sequences_follow_their_rows(tmp_path: Path) -> None:
+def test_sampled_sequences_follow_their_rows_and_wrong_names_raise(tmp_path: Path) -> None:
     model, reference, _ = make_pair("llama", tmp_path)
     prompt = tokens(len(NAMES), 4)
     torch.manual_seed(3)
     with lora_ext.adapters(NAMES):
-        out = model.generate(
-            input_ids=prompt,
-            max_new_tokens=NEW,
-            do_sample=True,
-            top_k=0,
-            num_return_sequences=3,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        how = {"do_sample": True, "top_k": 0, "num_return_sequences": 3, "output_logits": True}
+        out = model.generate(prompt, max_new_tokens=NEW, return_dict_in_generate=True, **how)
     names = [name for name in PEFT_NAMES for _ in range(3)]
     with torch.no_grad():
         logits = reference(input_ids=out.sequences, adapter_names=names).logits
     # float32 on both sides, sums of at most 48 terms, logits of at most about 10: 1e-4 is 100 ulp.
     torch.testing.assert_close(torch.stack(out.logits, 1), logits[:, 3:-1], rtol=0, atol=1e-4)
     assert len(out.sequences.unique(dim=0)) == 12  # it did sample
-
-
-def test_a_wrong_number_of_names_raises(tmp_path: Path) -> None:
-    model, _, _ = make_pair("llama", tmp_path)
     prompt = tokens(4, 5)
     with lora_ext.adapters(["red", "blue"]):
         with pytest.raises(ValueError, match=r"expected a batch of 2 seq.*found .*\(4, 5, feat"):
@@ -119,7 +103,6 @@ def test_threads_generate_while_another_loads_and_unloads(tmp_path: Path) -> Non
     done = threading.Event()
 
     def churn() -> None:
-        """A fourth adapter comes, changes and goes; the others are evicted in between."""
         sources = [tmp_path / name for name in ("red", "green", "blue")]
         while not done.is_set():
             try:

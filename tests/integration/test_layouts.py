@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from layout_families import FLATTENING, TOKENS_FIRST
-from tiny import VOCAB, tokens
+from families import FLATTENING, TOKENS_FIRST
+from tiny import VOCAB, assert_answers_as_alone, load_random, tokens
 from torch import Tensor
 
 import lora_ext
@@ -16,26 +16,17 @@ NAMES = ["red", "blue", None, "green"]
 
 
 def attached(make: Any) -> Any:
-    """A model with three adapters on every linear layer that the pool knows."""
     torch.manual_seed(0)
     model = make().eval()
     positions = [n for n, m in model.named_modules() if "position" in n and hasattr(m, "weight")]
     linear = lora_ext.AdapterPool(model, max_slots=1, max_rank=8).index.linear
     targets = [name for name in linear if name not in positions]
     pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=8, targets=targets)
-    for name in ("red", "blue", "green"):
-        state = {}
-        for module, spec in pool.index.linear.items():
-            stem = f"base_model.model.{module}"
-            state[f"{stem}.lora_A.weight"] = torch.randn(2, spec.in_features) / 3
-            state[f"{stem}.lora_B.weight"] = torch.randn(spec.out_features, 2) / 3
-        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": targets}
-        pool.load(name, (config, state))
+    load_random(pool, "red", "blue", "green")
     return lora_ext.attach(model, pool)
 
 
 def assert_rows_are_their_own(model: Any, ids: Tensor, names: list[str | None]) -> None:
-    """A mixed batch equals, row by row, the batches in which all rows have one adapter."""
     with torch.no_grad():
         with lora_ext.adapters(names):
             mixed = model(ids).logits
@@ -70,29 +61,20 @@ def test_flattened_batches(family: str) -> None:
     model = attached(FLATTENING[family])
     for shape in [(4, 5), (4, 4), (4, 1)]:
         assert_rows_are_their_own(model, tokens(*shape), NAMES)
-    ids, how = tokens(4, 3), {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
-    with lora_ext.adapters(NAMES):
-        mixed = model.generate(ids, **how)
-    for row, name in enumerate(NAMES):
-        with lora_ext.adapters(name):
-            assert torch.equal(model.generate(ids, **how)[row], mixed[row])
+    how = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    assert_answers_as_alone(model, tokens(4, 3), NAMES, **how)
 
 
 def test_fsmt_generates_with_each_row_its_own() -> None:
-    model = attached(TOKENS_FIRST["fsmt"])
-    ids, how = tokens(4, 4), {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
-    with lora_ext.adapters(NAMES):
-        mixed = model.generate(ids, **how)
-    for row, name in enumerate(NAMES):
-        with lora_ext.adapters(name):
-            alone = model.generate(ids, **how)[row]
-        length = min(len(alone), mixed.shape[1])  # each batch is padded to its own longest
-        assert torch.equal(alone[:length], mixed[row, :length])
+    how = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    assert_answers_as_alone(attached(TOKENS_FIRST["fsmt"]), tokens(4, 4), NAMES, **how)
 
 
 @pytest.mark.parametrize("family", TOKENS_FIRST)
 @pytest.mark.parametrize("length", [4, 8])
-def test_tokens_first_with_an_adapter_for_each_token(family: str, length: int) -> None:
+def test_names_of_tokens_and_copies_of_models_that_see_tokens_first(
+    family: str, length: int
+) -> None:
     """Entries are (B, L) in every layer: those that see (L, B) turn them, squares included."""
     model = attached(TOKENS_FIRST[family])
     ids = tokens(len(NAMES), length)
@@ -105,12 +87,6 @@ def test_tokens_first_with_an_adapter_for_each_token(family: str, length: int) -
             assert torch.equal(model(ids).logits, by_sequence)
         with lora_ext.adapters([[name] * length for name in NAMES]):
             assert torch.equal(model(ids).logits, by_sequence)
-
-
-@pytest.mark.parametrize("family", TOKENS_FIRST)
-def test_a_copy_of_an_attached_model_knows_its_layout(family: str) -> None:
-    model = attached(TOKENS_FIRST[family])
-    ids = tokens(len(NAMES), 4)
     copied = copy.deepcopy(model)
     with torch.no_grad(), lora_ext.adapters(NAMES):
         assert torch.equal(copied(ids).logits, model(ids).logits)

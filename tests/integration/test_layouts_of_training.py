@@ -1,15 +1,13 @@
 """Layers that see tokens first, by every door that gives rows adapters of their own but the pool's:
 as many sequences as tokens, where the activations' shape tells nothing, and fewer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import peft
 import pytest
 import torch
 from client_models import assert_close, loop, next_token
-from layout_families import TOKENS_FIRST
+from families import TOKENS_FIRST
 from tiny import tokens
 from torch import Tensor
 
@@ -46,10 +44,6 @@ def of_peft(family: str, kind: str, *names: str, **settings: Any) -> Any:
     return lora_ext.from_peft(model) if kind == "fused" else model
 
 
-# -------------------------------------------------------------------------------------------------
-# Names
-
-
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
@@ -72,19 +66,9 @@ def test_names_reach_the_rows_of_a_wrapped_model(family: str, shape: tuple[int, 
     unwrap(model)
 
 
-@torch.no_grad()
-def test_a_compiled_layer_knows_its_layout_too() -> None:
-    model = wrapped("fsmt")
-    layer = model.get_submodule("model.encoder.layers.0.fc1")
-    compiled, x = torch.compile(layer, backend="aot_eager"), torch.randn(4, 4, 32)
-    with lora_ext.adapters(NAMES):
-        torch.testing.assert_close(compiled(x), layer(x), **NEAR)
-    unwrap(model)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_ids_of_sequences_reach_the_rows_of_a_layer_that_knows_its_layout(
+def test_ids_of_sequences_reach_the_rows_of_a_layer_compiled_or_not(
     shape: tuple[int, int],
 ) -> None:
     model = wrapped("fsmt")
@@ -94,6 +78,9 @@ def test_ids_of_sequences_reach_the_rows_of_a_layer_that_knows_its_layout(
     for row, name in enumerate(NAMES):
         with lora_ext.adapters(name):
             torch.testing.assert_close(found[:, row], layer(x)[:, row], **NEAR)
+    compiled, x = torch.compile(layer, backend="aot_eager"), torch.randn(4, 4, 32)
+    with lora_ext.adapters(NAMES):
+        torch.testing.assert_close(compiled(x), layer(x), **NEAR)
     unwrap(model)
 
 
@@ -126,10 +113,6 @@ def test_a_layer_that_peft_runs_takes_one_name_where_it_sees_tokens_first() -> N
             model(ids, adapter_names=["red", "blue"])
 
 
-# -------------------------------------------------------------------------------------------------
-# Masks
-
-
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("kind", ["ours", "peft", "fused"])
 @pytest.mark.parametrize("length", [6, 4])
@@ -152,10 +135,6 @@ def test_masks_reach_the_rows_that_they_are_for(family: str, kind: str, length: 
     with pytest.raises(RowwiseError, match="6 sequences after the tokens"):
         with coalitions(groups, masks, 2):
             model(input_ids=ids.repeat(2, 1))
-
-
-# -------------------------------------------------------------------------------------------------
-# Clients
 
 
 @pytest.mark.parametrize("family", TARGETS)

@@ -1,8 +1,6 @@
 """Towers that see patches, frames or sounds: each of these has the adapter of the sequence that its
 tokens are in, and a batch that does not tell is refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -49,6 +47,14 @@ def llava_next() -> Any:
         image_grid_pinpoints=TILES,
     )  # fmt: skip
     return transformers.LlavaNextForConditionalGeneration(config)
+
+
+def llava() -> Any:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION), image_token_id=IMAGE,
+        text_config=transformers.LlamaConfig(**TEXT), vision_feature_layer=-1,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config)
 
 
 def idefics3() -> Any:
@@ -98,10 +104,12 @@ def split(given: Tensor, counts: list[int]) -> list[dict[str, Tensor]]:
     return [{"pixel_values": part} if len(part) else {} for part in parts]
 
 
-def assert_rows_are_the_judges(build: Any, ids: Tensor, whole: Any, alone: list[Any]) -> None:
+def assert_rows_are_the_judges(
+    build: Any, ids: Tensor, whole: Any, alone: list[Any], beams: int = 1
+) -> None:
     """``whole``: the media of the batch. ``alone``: those of each sequence."""
     model, judges = served(build)
-    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": beams}
     with torch.no_grad():
         mixed = model(input_ids=ids, adapter_names=NAMES, **whole).logits
         said = model.generate(input_ids=ids, adapter_names=NAMES, **whole, **how)
@@ -150,15 +158,12 @@ def test_videos_of_two_frames(counts: list[int]) -> None:
     assert_rows_are_the_judges(onevision, ids, {"pixel_values_videos": given}, alone)
 
 
-def test_sounds() -> None:
+def test_sounds_and_images_beside_blank_ones() -> None:
     counts = [2, 0, 1, 1]
     given = noise(4, 8, 32)
     alone = [{"input_features": v["pixel_values"]} if v else {} for v in split(given, counts)]
     ids = rows(AUDIO, [4 * n for n in counts])
     assert_rows_are_the_judges(voxtral, ids, {"input_features": given}, alone)
-
-
-def test_images_beside_blank_ones() -> None:
     counts = [2, 0, 1, 1]
     given, mask = torch.zeros(4, 2, 3, 8, 8).double(), torch.zeros(4, 2, 8, 8).bool()
     for row, count in enumerate(counts):
@@ -169,6 +174,14 @@ def test_images_beside_blank_ones() -> None:
     ]  # fmt: skip
     whole = {"pixel_values": given, "pixel_attention_mask": mask}
     assert_rows_are_the_judges(idefics3, rows(IMAGE, counts), whole, alone)
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1], [2, 0, 2, 0], [0, 3, 0, 1]])
+def test_images_under_beams(counts: list[int]) -> None:
+    """Four images, as many as there are sequences, though some may have none."""
+    given = noise(4, 3, 8, 8)
+    ids = rows(IMAGE, [4 * n for n in counts])
+    assert_rows_are_the_judges(llava, ids, {"pixel_values": given}, split(given, counts), beams=2)
 
 
 def test_a_batch_whose_tokens_do_not_tell_takes_one_name() -> None:

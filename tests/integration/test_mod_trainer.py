@@ -1,61 +1,35 @@
 """transformers' Trainer on a model with MoD, as on any other."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
-import transformers
 from adapted_models import adapted, llama
-from torch import Tensor
 
 from lora_ext.methods import mod
 
 ROWS = torch.randint(1, 11, (10, 6), generator=torch.Generator().manual_seed(0))
+#: The rows, each its own label but for its first tokens.
+SEQUENCES = [
+    {"input_ids": row, "labels": torch.where(torch.arange(6) < i % 4, -100, row)}
+    for i, row in enumerate(ROWS)
+]
 
 
-class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """The rows, each its own label but for its first tokens."""
-
-    def __len__(self) -> int:
-        return len(ROWS)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        labels = ROWS[index].clone()
-        labels[: index % 4] = -100
-        return {"input_ids": ROWS[index], "labels": labels}
-
-
-def trainer_of(model: Any, folder: Path, **settings: Any) -> transformers.Trainer:
-    metrics = settings.pop("compute_metrics", None)
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-        "save_strategy": "no",
-    }
-    return transformers.Trainer(
-        model=model,
-        args=transformers.TrainingArguments(**(arguments | settings)),
-        train_dataset=Sequences(),
-        eval_dataset=Sequences(),
-        compute_metrics=metrics,
-    )
+def trainer_of(model: Any, folder: Path, **settings: Any) -> Any:
+    how = {"compute_metrics": settings.pop("compute_metrics", None)}
+    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_steps": 3}
+    usual = {"save_strategy": "no", **sizes, **settings}
+    return tiny.trainer_of(model, folder, SEQUENCES, how, **usual)
 
 
 @pytest.mark.parametrize("kind", ["ours", "peft", "fused", "whole"])
 def test_it_trains_evaluates_and_predicts_what_it_did_before(kind: str, tmp_path: Path):
     base = llama() if kind == "whole" else adapted(kind)
-    expected = trainer_of(base, tmp_path).predict(Sequences())
+    expected = trainer_of(base, tmp_path).predict(SEQUENCES)
     model = mod.apply(llama() if kind == "whole" else adapted(kind))
     seen: list[Any] = []
     trainer = trainer_of(
@@ -69,10 +43,10 @@ def test_it_trains_evaluates_and_predicts_what_it_did_before(kind: str, tmp_path
     trainer.train()
     assert all((p != before[n]).any() for n, p in model.named_parameters() if n in before)
     assert np.isfinite(trainer.evaluate()["eval_loss"])
-    found = trainer.predict(Sequences())
+    found = trainer.predict(SEQUENCES)
     assert isinstance(found.predictions, np.ndarray)
     assert found.predictions.shape == expected.predictions.shape == seen[0].shape
-    everything = trainer.predict(Sequences(), ignore_keys=["cache"]).predictions
+    everything = trainer.predict(SEQUENCES, ignore_keys=["cache"]).predictions
     assert len(everything) == 5  # logits, two terms, weights, losses of the layers
     assert everything[3].shape == (10, 6, 3)
 
@@ -83,7 +57,7 @@ def test_label_smoothing_and_mixed_precision(settings: dict, tmp_path: Path):
     trainer = trainer_of(model, tmp_path, **settings)
     assert np.isfinite(trainer.train().training_loss)
     assert np.isfinite(trainer.evaluate()["eval_loss"])
-    assert isinstance(trainer.predict(Sequences()).predictions, np.ndarray)
+    assert isinstance(trainer.predict(SEQUENCES).predictions, np.ndarray)
     out = model(input_ids=ROWS, labels=ROWS)
     assert out.routing_weights.shape == (10, 6, 3)
     mod.remove(model)

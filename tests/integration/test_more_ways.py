@@ -1,7 +1,5 @@
-"""Ways to run a model that pass names by, or give it other rows than the caller's: each answers as
-the row alone, or is refused by name."""
-
-from __future__ import annotations
+"""Rarer ways to generate, ways that pass names by, and ways that give the model other rows than the
+caller's: each answers as the row alone, or is refused by name."""
 
 import asyncio
 import copy
@@ -16,68 +14,34 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import make_model, make_pair, tokens
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import make_model, make_pair, numbered_words, tokens
 
 import lora_ext
 
 NAMES = ["red", None, "green"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+TOKENIZER = numbered_words()
+SINGULAR = "expected adapter_names=.* found adapter_name='red'"
 TEXTS = ["w5 w6 w7", "w9 w3", "w10 w11 w12 w13"]
 
 
-@pytest.fixture
-def tokenizer() -> Any:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w2"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", eos_token="w1"
-    )
-
-
-def adapted(model: Any, targets: Any, folder: Path) -> Any:
-    """``model``, attached, with two random adapters on ``targets``."""
-    torch.manual_seed(1)
-    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=8)
-    for name in ("red", "green"):
-        config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets)
-        wrapped = peft.get_peft_model(copy.deepcopy(model), config)
-        with torch.no_grad():
-            for key, parameter in wrapped.named_parameters():
-                if "lora_" in key:
-                    parameter.copy_(torch.randn_like(parameter) * 0.3)
-        wrapped.save_pretrained(folder / name)
-        pool.load(name, folder / name)
-    return lora_ext.attach(model, pool)
-
-
-# -------------------------------------------------------------------------------------------------
-# Text as it comes
-
-
 @pytest.mark.parametrize("kind", ["TextIteratorStreamer", "AsyncTextIteratorStreamer"])
-def test_streamers_of_a_thread_take_the_names_of_the_call(
-    kind: str, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_streamers_of_a_thread_take_the_names_of_the_call(kind: str, tmp_path: Path) -> None:
     model, _, _ = make_pair("llama", tmp_path)
     ids = tokens(1, 6)
-    how = {"inputs": ids, "attention_mask": torch.ones_like(ids), "adapter_names": ["red"]}
-    expected = tokenizer.decode(model.generate(**how, **GREEDY)[0])
+    how = {"inputs": ids, "attention_mask": torch.ones_like(ids), **GREEDY}
+    expected = TOKENIZER.decode(model.generate(**how, adapter_names=["red"])[0])
 
     async def collect() -> str:
-        streamer: Any = getattr(transformers, kind)(tokenizer)
-        thread = threading.Thread(
-            target=model.generate, kwargs={**how, **GREEDY, "streamer": streamer}
-        )
-        thread.start()
+        streamer: Any = getattr(transformers, kind)(TOKENIZER)
+        given = {**how, "adapter_names": ["red"], "streamer": streamer}
+        threading.Thread(target=model.generate, kwargs=given).start()
         if kind == "TextIteratorStreamer":
             return "".join(streamer)
         return "".join([text async for text in streamer])
 
     assert asyncio.run(collect()).split() == expected.split()
-    assert expected != tokenizer.decode(
-        model.generate(**{**how, "adapter_names": None}, **GREEDY)[0]
-    )
+    assert expected != TOKENIZER.decode(model.generate(**how)[0])
 
 
 def test_a_generate_of_the_instances_own_takes_names_and_comes_back(tmp_path: Path) -> None:
@@ -105,96 +69,14 @@ def test_a_generate_of_the_instances_own_takes_names_and_comes_back(tmp_path: Pa
     assert lora_ext.detach(model).__dict__["generate"] is own
 
 
-@pytest.mark.parametrize(
-    "how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 1}], ids=["greedy", "beams", "top"]
-)
-def test_encoders_and_decoders_have_the_adapters_of_their_rows(
-    how: dict[str, Any], tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    marks = {"decoder_start_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
-    config = transformers.T5Config(vocab_size=97, **sizes, **marks)
-    model: Any = transformers.T5ForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(3)
-    adapted(model, ["q", "v", "wi", "wo"], tmp_path)
-    ids = tokens(3, 6)
-    how, mask = {**GREEDY, **how}, torch.ones_like(ids)
-    mixed = model.generate(ids, attention_mask=mask, adapter_names=NAMES, **how)
-    alone = [
-        model.generate(ids[i : i + 1], attention_mask=mask[:1], adapter_names=[name], **how)
-        for i, name in enumerate(NAMES)
-    ]
-    assert torch.equal(mixed, torch.cat(alone))
-    assert not torch.equal(mixed, model.generate(ids, attention_mask=mask, **how))
-
-
-# -------------------------------------------------------------------------------------------------
-# Images
-
-
-def llava(folder: Path) -> Any:
-    """Four image tokens an image; adapters in the language model and in the vision tower."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4}
-    vision = transformers.CLIPVisionConfig(**sizes, **heads, image_size=8, patch_size=4)
-    text = transformers.LlamaConfig(vocab_size=97, **sizes, **heads, num_key_value_heads=2)
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=96, vision_feature_layer=-1
-    )
-    model: Any = transformers.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(3)
-    return adapted(model, "all-linear", folder)
-
-
-@pytest.mark.parametrize("images", [(1, 1), (2, 0), (0, 2), (2, 1)])
-def test_images_have_the_adapter_of_the_sequence_that_they_are_in(
-    images: tuple[int, int], tmp_path: Path
-) -> None:
-    """Two images, two sequences: yet both images may be in one of them."""
-    model, names = llava(tmp_path), ["red", "green"]
-    rows = [[96] * 4 * count + [5 + i, *range(7, 18 - 4 * count)] for i, count in enumerate(images)]
-    pixels = torch.randn(sum(images), 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    ids, first = torch.tensor(rows), 0
-    how = {**GREEDY, "min_new_tokens": 6, "num_beams": 2}
-    with torch.no_grad():
-        mixed = model(input_ids=ids, pixel_values=pixels, adapter_names=names).logits
-        said = model.generate(input_ids=ids, pixel_values=pixels, adapter_names=names, **how)
-        for i, (name, count) in enumerate(zip(names, images, strict=True)):
-            given: dict[str, Any] = {"input_ids": ids[i : i + 1]}
-            if count:
-                given["pixel_values"] = pixels[first : first + count]
-            first += count
-            alone = model(**given, adapter_names=[name]).logits
-            # float32, logits of about 10, sums of at most 48 terms: 1e-4 is 100 roundings.
-            assert (mixed[i] - alone[0]).abs().max() < 1e-4
-            assert (model(**given).logits - alone).abs().max() > 0.1
-            assert torch.equal(
-                said[i : i + 1], model.generate(**given, adapter_names=[name], **how)
-            )
-
-
-# -------------------------------------------------------------------------------------------------
-# Pipelines, Trainer
-
-
 def scores(outputs: Any) -> list[float]:
     return [output["score"] for output in outputs]
 
 
-def test_classifying_pipelines_serve_blocks_and_refuse_names(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_classifying_pipelines_serve_blocks_and_refuse_names(tmp_path: Path) -> None:
     """transformers gives names of the call to the tokenizer, which drops them."""
     model, _, pool = make_pair("bert", tmp_path)
-    pipe: Any = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
+    pipe: Any = transformers.pipeline("text-classification", model=model, tokenizer=TOKENIZER)
     alone = []
     for text, name in zip(TEXTS, NAMES, strict=True):
         with lora_ext.adapters(name, pool=pool):
@@ -210,10 +92,9 @@ def test_classifying_pipelines_serve_blocks_and_refuse_names(
             pipe(given, batch_size=3, adapter_names=NAMES)
 
 
-def test_an_iterator_of_a_pipeline_belongs_inside_the_block(tokenizer: Any, tmp_path: Path) -> None:
-    """It computes where it is read."""
+def test_an_iterator_of_a_pipeline_belongs_inside_the_block(tmp_path: Path) -> None:
     model, _, pool = make_pair("bert", tmp_path)
-    pipe: Any = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
+    pipe: Any = transformers.pipeline("text-classification", model=model, tokenizer=TOKENIZER)
     message = "is read outside every block, and the base model or attach's default serves it"
 
     def texts() -> Iterator[str]:
@@ -229,7 +110,7 @@ def test_an_iterator_of_a_pipeline_belongs_inside_the_block(tokenizer: Any, tmp_
         warnings.simplefilter("error")  # once, and never for what is meant
         assert scores(pipe(texts())) == base == pytest.approx(scores(pipe(TEXTS)), abs=1e-6)
     twin, _, other = make_pair("bert", tmp_path / "other")
-    pipe = transformers.pipeline("text-classification", model=twin, tokenizer=tokenizer)
+    pipe = transformers.pipeline("text-classification", model=twin, tokenizer=TOKENIZER)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)  # called outside, too
@@ -241,11 +122,9 @@ def test_an_iterator_of_a_pipeline_belongs_inside_the_block(tokenizer: Any, tmp_
         scores(pipe(texts(), adapter_names=NAMES))
 
 
-def test_pipelines_that_cut_an_input_into_rows_take_one_name(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_pipelines_that_cut_an_input_into_rows_take_one_name(tmp_path: Path) -> None:
     model, _, pool = make_pair("bert", tmp_path)
-    pipe: Any = transformers.pipeline("zero-shot-classification", model=model, tokenizer=tokenizer)
+    pipe: Any = transformers.pipeline("zero-shot-classification", model=model, tokenizer=TOKENIZER)
     how = {"candidate_labels": ["w20", "w21"], "hypothesis_template": "w8 {}"}
     with lora_ext.adapters("green", pool=pool):
         green = pipe(TEXTS[0], **how)["scores"]
@@ -271,3 +150,87 @@ def test_a_trainer_predicts_with_the_block_around_it(tmp_path: Path) -> None:
     assert (found["red"] - found["green"]).abs().max() > 1e-3
     with lora_ext.adapters(NAMES, pool=pool), pytest.raises(ValueError, match="expected a batch"):
         trainer.predict(rows)  # the last batch has two
+
+
+def test_an_attached_model_names_the_argument_that_is_meant(tmp_path: Path) -> None:
+    """``adapter_name=`` where ``adapter_names=`` is meant: a model would swallow it."""
+    model, _, _ = make_pair("llama", tmp_path)
+    ids = tokens(2, 3)
+    for call in (model, model.model, model.forward):
+        with pytest.raises(TypeError, match=f"forward: {SINGULAR}"):
+            call(ids, adapter_name="red")
+    with pytest.raises(TypeError, match=f"generate: {SINGULAR}"):
+        model.generate(ids, adapter_name="red", **GREEDY)
+    with pytest.raises(TypeError, match=f"generate_batch: {SINGULAR}"):
+        model.generate_batch(ids.tolist(), adapter_name="red")
+    with lora_ext.adapters("red"), pytest.raises(TypeError, match=SINGULAR):
+        model(ids, adapter_name="red")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    fused: Any = lora_ext.from_peft(peft.get_peft_model(make_model("llama"), config, "red"))
+    for call in (fused, lambda ids, **how: fused.generate(input_ids=ids, **how, **GREEDY)):
+        with pytest.raises(TypeError, match=f"from_peft: {SINGULAR}"):
+            call(ids, adapter_name="red")
+    with pytest.raises(TypeError, match=f"generate_batch: {SINGULAR}"):
+        fused.generate_batch(ids.tolist(), adapter_name="red")
+
+
+def step_by_hand(model: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+    for _ in range(3):
+        token = model(input_ids).logits[:, -1:].argmax(-1)
+        input_ids = torch.cat([input_ids, token], 1)
+    return input_ids
+
+
+# Others are in test_generate.py and test_families.py.
+BATCHED: dict[str, dict[str, Any]] = {
+    "guidance": {"guidance_scale": 1.5, **GREEDY},
+    "custom_generate": {"custom_generate": step_by_hand},
+}
+
+
+@pytest.mark.parametrize("way", BATCHED)
+def test_rows_of_a_batch_equal_the_rows_alone(way: str, tmp_path: Path) -> None:
+    model, _, _ = make_pair("llama", tmp_path)
+    ids, how = tokens(3, 6), BATCHED[way]
+    mask = torch.ones_like(ids)
+    mixed = model.generate(ids, attention_mask=mask, adapter_names=NAMES, **how)
+    answers = []
+    for row, name in enumerate(NAMES):
+        one = ids[row : row + 1]
+        alone = model.generate(one, attention_mask=mask[:1], adapter_names=[name], **how)
+        assert torch.equal(mixed[row : row + 1], alone)
+        answers.append(torch.equal(alone, model.generate(one, attention_mask=mask[:1], **how)))
+    assert answers == [False, True, False]
+
+
+@pytest.mark.parametrize("way", ["attached assistant", "early exit"])
+def test_speculation_of_transformers_verifies_with_the_adapter(way: str, tmp_path: Path) -> None:
+    model, _, pool = make_pair("llama", tmp_path)
+    how: dict[str, Any] = {"assistant_early_exit": 1}
+    if way == "attached assistant":
+        how = {"assistant_model": lora_ext.attach(make_model("llama"), pool)}
+    ids = tokens(1, 6)
+    mask = torch.ones_like(ids)
+    for name in NAMES:
+        with lora_ext.adapters([name], pool=pool):
+            expected = model.generate(ids, attention_mask=mask, **GREEDY)
+            assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **how), expected)
+
+
+def test_pipelines_take_names_for_their_batches(tmp_path: Path) -> None:
+    model, _, _ = make_pair("llama", tmp_path)
+    tokenizer = numbered_words(padding_side="left")
+    texts = ["w5 w6 w7", "w9 w3", "w10 w11 w12 w13"]
+    pipe: Any = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+
+    def run(texts: list[str], **how: Any) -> list[str]:
+        return [out[0]["generated_text"] for out in pipe(texts, **GREEDY, **how)]
+
+    alone = [run([text], adapter_names=[name])[0] for text, name in zip(texts, NAMES, strict=True)]
+    assert alone != run(texts)
+    assert run(texts, batch_size=3, adapter_names=NAMES) == alone
+    with lora_ext.adapters(NAMES):
+        assert run(texts, batch_size=3) == alone
+    for size in (1, 2):
+        with lora_ext.adapters(NAMES), pytest.raises(ValueError, match="adapters: names: "):
+            run(texts, batch_size=size)

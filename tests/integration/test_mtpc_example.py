@@ -3,14 +3,11 @@
 from pathlib import Path
 
 import pytest
-from scripts import missing, run_quickly
+from scripts import needs, run_quickly
 
-pytestmark = pytest.mark.slow
-
-MISSING = missing("matplotlib", "rich", "tqdm")
+pytestmark = [pytest.mark.slow, needs("matplotlib", "rich", "tqdm")]
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
 def test_four_heads_are_trained_compared_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,5 @@
 """Adapters with whole modules (PEFT's ``modules_to_save``): their rows see their head."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -9,23 +7,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from tiny import classifier, make_model, make_peft, tokens
+from tiny import attach_saved, batching, classifier, enlarged, make_model, make_peft, tokens
 from torch import nn
 
 import lora_ext
 from lora_ext.adapter import LoraAdapter
 from lora_ext.pool import _transfer
+from lora_ext.rows._pool_layer import pool_of
 
 BOUND = 1e-4
-
-
-def roberta() -> nn.Module:
-    """Its classifier is a module of two linear layers."""
-    torch.manual_seed(0)
-    found = classifier(transformers.RobertaConfig, transformers.RobertaForSequenceClassification)
-    return found.eval()
 
 
 def tied() -> nn.Module:
@@ -37,7 +28,11 @@ def tied() -> nn.Module:
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "bert": (lambda: make_model("bert"), {"task_type": "SEQ_CLS", "target_modules": ["query"]}),
-    "roberta": (roberta, {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}),
+    # Its classifier is a module of two linear layers.
+    "roberta": (
+        lambda: enlarged(classifier("Roberta"), 1),
+        {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]},
+    ),
     "llama": (
         lambda: make_model("llama"),
         {
@@ -81,12 +76,9 @@ def trained(request: Any, tmp_path_factory: Any) -> tuple[str, nn.Module, Any, P
     return request.param, model, reference, folder
 
 
-def serve(model: nn.Module, folder: Path, **how: Any) -> tuple[Any, lora_ext.AdapterPool]:
-    model = copy.deepcopy(model)
-    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=8, **how)
-    for name in ("red", "blue", "green"):
-        pool.load(name, folder / name)
-    return lora_ext.attach(model, pool), pool
+def serve(model: nn.Module, folder: Path) -> tuple[Any, lora_ext.AdapterPool]:
+    served = attach_saved(copy.deepcopy(model), folder, ("red", "blue", "green"), rank=8)
+    return served, pool_of(served)
 
 
 def theirs(reference: Any, name: str, ids: torch.Tensor) -> torch.Tensor:
@@ -120,7 +112,6 @@ def test_rows_of_an_adapter_see_its_head(trained: Any) -> None:
 
 
 def test_heads_come_and_go_with_their_adapters(trained: Any) -> None:
-    """Evicted to the host and back, replaced, unloaded: the rows, and the memory, follow."""
     case, plain, reference, folder = trained
     model, _ = serve(plain, folder)
     lora_ext.detach(model)
@@ -209,7 +200,6 @@ def test_gradients_reach_what_is_below_a_head(trained: Any) -> None:
 
 @pytest.mark.slow
 def test_generation_uses_the_heads(tmp_path: Path) -> None:
-    """One after the other, in one batch with beams, and packed."""
     plain, reference = make_trained("llama")
     reference.save_pretrained(tmp_path)
     model, _ = serve(plain, tmp_path)
@@ -234,21 +224,8 @@ def test_generation_uses_the_heads(tmp_path: Path) -> None:
             reference.set_adapter(name)
             expected = reference.generate(input_ids=ids[row : row + 1], **one)
         greedy.append(expected[0, 6:].tolist())
-    found = model.generate_batch(
-        ids.tolist(),
-        adapter_names=names,
-        generation_config=transformers.GenerationConfig(
-            max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        continuous_batching_config=transformers.ContinuousBatchingConfig(
-            num_blocks=64, page_size=4
-        ),
-    )
+    found = model.generate_batch(ids.tolist(), adapter_names=names, **batching(8))
     assert [result.generated_tokens for result in found.values()] == greedy
-
-
-# -------------------------------------------------------------------------------------------------
-# What is refused
 
 
 @pytest.fixture

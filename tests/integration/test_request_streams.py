@@ -1,7 +1,5 @@
 """What a server needs of a manager: requests as streams, each with its own way to choose tokens."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import Counter
@@ -29,7 +27,7 @@ def drawn(sampling: Sampling, scores: torch.Tensor, count: int = 300) -> Counter
     return Counter(int(sampling.draw(scores, generator)) for _ in range(count))
 
 
-def test_temperature_0_is_argmax_and_others_follow_the_softmax() -> None:
+def test_tokens_follow_temperature_and_top_p() -> None:
     scores = logits(0.5, 0.3, 0.2)
     assert drawn(Sampling(0.0), torch.tensor([1.0, 2.0, 2.0])) == {1: 300}  # the first of equals
     assert drawn(Sampling(1e-40), scores) == {0: 300}
@@ -38,9 +36,6 @@ def test_temperature_0_is_argmax_and_others_follow_the_softmax() -> None:
         for token, p in enumerate((scores / temperature).softmax(-1).tolist()):
             # Five standard deviations of a binomial: 1 in 3 million by chance, and the seed is set.
             assert abs(found[token] - 4000 * p) < 5 * (4000 * p * (1 - p)) ** 0.5
-
-
-def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
     scores = logits(0.2, 0.5, 0.3)
     assert set(drawn(Sampling(1.0, top_p=0.4), scores)) == {1}
     assert set(drawn(Sampling(1.0, top_p=0.6), scores)) == {1, 2}
@@ -62,7 +57,6 @@ def test_bad_ways_to_choose_are_refused_by_name() -> None:
 
 @pytest.mark.slow
 def test_each_request_chooses_its_tokens_in_its_own_way() -> None:
-    """Greedy ones are those alone; a seed gives the same tokens whatever is in the batch."""
     model, pool = attached(slots=4)
     given = prompts(4)
     seeded = Sampling(1.5, top_p=0.9, seed=7)
@@ -166,7 +160,6 @@ def test_a_stream_that_is_cancelled_or_fails_leaves_nothing_behind() -> None:
 
 @pytest.mark.slow
 def test_streams_of_a_manager_that_is_stopped_end_with_an_error() -> None:
-    """Those that run and those that wait; a manager that starts again serves."""
     model, pool = attached(slots=4)
     how = batching(max_batch_tokens=16, num_blocks=8)
 
@@ -218,7 +211,6 @@ def test_texts_of_a_stream_end_with_a_reason() -> None:
 
 
 def byte_tokenizer(size: int = 256) -> Any:
-    """A token a byte."""
     names = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
     inner = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -226,7 +218,7 @@ def byte_tokenizer(size: int = 256) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
-def test_texts_come_in_whole_characters_and_end_before_a_stop() -> None:
+def test_texts_come_in_whole_characters_and_words_and_end_before_a_stop() -> None:
     tokenizer = byte_tokenizer()
 
     def pieces(text: str, *stop: str, step: int = 1) -> tuple[list[str], bool]:
@@ -245,6 +237,10 @@ def test_texts_come_in_whole_characters_and_end_before_a_stop() -> None:
     half = TextStream(tokenizer)
     assert half.feed(tokenizer("é").input_ids[:1]) == ""
     assert half.flush() == "\N{REPLACEMENT CHARACTER}"
+    inner = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1, "a": 2, "b": 3}, "<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    stream = TextStream(tokenizer)
+    assert [stream.feed([token]) for token in (2, 0, 0, 3, 0, 2)] == ["a", "", "", " b", "", " a"]
 
 
 ALPHABETS = [
@@ -291,10 +287,3 @@ def test_characters_of_several_bytes_are_not_torn(make: Any, text: str, step: in
         stream = TextStream(tokenizer, stop)
         pieces = [stream.feed(ids[i : i + step]) for i in range(0, len(ids), step)]
         assert "".join([*pieces, stream.flush()]) == text[: text.index(stop)] and stream.stopped
-
-
-def test_words_are_joined_over_tokens_that_have_no_text() -> None:
-    inner = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1, "a": 2, "b": 3}, "<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
-    stream = TextStream(tokenizer)
-    assert [stream.feed([token]) for token in (2, 0, 0, 3, 0, 2)] == ["a", "", "", " b", "", " a"]

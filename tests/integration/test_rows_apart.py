@@ -1,7 +1,5 @@
 """A NaN in one row of a batch stays in that row, even if torch's products read behind rows."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections import Counter
@@ -14,9 +12,9 @@ import pytest
 import torch
 from reading_behind import reading_behind
 from service_held import held
+from tiny import TEXT, enlarged, maker
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lora_ext
@@ -75,7 +73,6 @@ def assert_apart_both_ways(f: Callable[[Tensor], Tensor], x: Tensor, out: int) -
     assert_apart(dx, clean)
 
 
-# --- the fault itself -----------------------------------------------------------------------------
 @widths
 def test_the_stand_in_has_the_fault(planted: bool, width: int) -> None:
     if not planted:
@@ -101,7 +98,6 @@ def test_rows_in_more_dimensions_have_the_bits_of_rows_in_two(planted: bool, wid
     assert shapes == [expected.shape]
 
 
-# --- products and ops -----------------------------------------------------------------------------
 @widths
 @dtypes
 def test_spaced_rows_are_the_same_numbers_with_zeros_behind_them(
@@ -161,7 +157,7 @@ def test_ops_keep_rows_apart(width: int, dtype: torch.dtype, turned: bool) -> No
 
 @widths
 @dtypes
-def test_the_chunked_loss_keeps_rows_apart(width: int, dtype: torch.dtype) -> None:
+def test_the_chunked_loss_and_leaves_keep_rows_apart(width: int, dtype: torch.dtype) -> None:
     hidden, weight = randn(0, ROWS, width, dtype=dtype), randn(1, 77, width, dtype=dtype)
     labels = torch.arange(ROWS) % 77
 
@@ -172,11 +168,6 @@ def test_the_chunked_loss_keeps_rows_apart(width: int, dtype: torch.dtype) -> No
         )[0]
 
     assert_apart(gradient(one_bad(hidden)), gradient(hidden))
-
-
-@widths
-@dtypes
-def test_the_leaves_of_a_circuit_keep_rows_apart(width: int, dtype: torch.dtype) -> None:
     h, emit = randn(0, ROWS, width, dtype=dtype), randn(1, 2, 3, 7, width, dtype=dtype)
     places = torch.arange(ROWS * 2).view(ROWS, 2) % 7
     clean = h.clone().requires_grad_(), one_bad(h).requires_grad_()
@@ -201,7 +192,6 @@ def test_a_dora_adapter_and_an_embedding_keep_rows_apart(width: int) -> None:
     assert_apart(embedding(torch.arange(ROWS)))
 
 
-# --- models ---------------------------------------------------------------------------------------
 class Three(nn.Module):
     """Model of a layer for adapters, one without, transformers' ``Conv1D`` and a head."""
 
@@ -334,7 +324,7 @@ class CountedOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_the_base_of_an_adapter_spaces_its_rows_once() -> None:
+def test_the_base_of_an_adapter_spaces_its_rows_once_and_is_in_the_fused_op() -> None:
     model: Any = wrapped(Three(144, torch.bfloat16))
     model.up.set_adapter([])
     x = randn(0, 2, 20, 144, dtype=torch.bfloat16).requires_grad_()
@@ -345,6 +335,10 @@ def test_the_base_of_an_adapter_spaces_its_rows_once() -> None:
         torch.autograd.grad(y, x, dy, retain_graph=True)
     assert forward.calls["constant_pad_nd"] == 1
     assert backward.calls["constant_pad_nd"] == 2  # of dy, and in the backward of the copy of x
+    base: Any = wrapped(Three(144, torch.bfloat16)).get_submodule("up.base_layer")
+    assert base._forward_pre_hooks and lora_ext.layers.dense_parameters(base) is not None
+    base.register_forward_hook(lambda *_: None)
+    assert lora_ext.layers.dense_parameters(base) is None
 
 
 @ways
@@ -377,27 +371,10 @@ def test_a_compiled_model_keeps_rows_in_three_dimensions_apart(planted: bool) ->
         assert_apart(torch.compile(model)(x))
 
 
-def test_a_base_with_these_hooks_takes_part_in_the_fused_op() -> None:
-    base: Any = wrapped(Three(144, torch.bfloat16)).get_submodule("up.base_layer")
-    assert base._forward_pre_hooks and lora_ext.layers.dense_parameters(base) is not None
-    base.register_forward_hook(lambda *_: None)
-    assert lora_ext.layers.dense_parameters(base) is None
-
-
-# --- tenants --------------------------------------------------------------------------------------
 def llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=77,
-        hidden_size=144,
-        intermediate_size=172,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    sizes = {"vocab_size": 77, "hidden_size": 144, "intermediate_size": 172}
+    make = maker("Llama", **{**TEXT, **sizes, "max_position_embeddings": 128})
+    return enlarged(make, 1).to(torch.bfloat16)
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """``lora-ext serve`` and a real HTTP client: answers, adapters, and many requests at once."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import json
 import random
@@ -59,7 +57,7 @@ def test_32_clients_over_16_adapters_while_others_load_and_unload_200_times(serv
     settle(server)
 
 
-def test_an_adapter_that_many_load_at_once_serves_meanwhile(server: Any) -> None:
+def test_adapters_that_are_loaded_or_unloaded_meanwhile_serve(server: Any) -> None:
     expected = text_of(ask(server, "a3"))
     with concurrent.futures.ThreadPoolExecutor(24) as threads:
         loads = [threads.submit(post, server, "load", "a3") for _ in range(12)]
@@ -67,9 +65,6 @@ def test_an_adapter_that_many_load_at_once_serves_meanwhile(server: Any) -> None
         assert {each.result() for each in loads} == {200}
         assert {each.result() for each in asks} == {expected}
     settle(server)
-
-
-def test_adapters_that_are_unloaded_while_their_requests_wait_serve_them(server: Any) -> None:
     expected = {name: text_of(ask(server, name)) for name in NAMES}
     with concurrent.futures.ThreadPoolExecutor(56) as threads:
         asks = [(name, threads.submit(ask, server, name)) for name in NAMES * 7]
@@ -169,7 +164,7 @@ def body_of(model: str) -> dict[str, Any]:
     return {"model": model, "prompt": "w5 w6 w7", "temperature": 0, "stream": True}
 
 
-def test_neutral_values_of_openais_fields_change_nothing(server: Any) -> None:
+def test_neutral_values_of_openais_fields_and_null_change_nothing(server: Any) -> None:
     expected = text_of(ask(server, "a1"))
     for fields in (
         {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto"},
@@ -187,9 +182,13 @@ def test_neutral_values_of_openais_fields_change_nothing(server: Any) -> None:
         {"role": "user", "content": "w5 w6 w7", "name": "me", **earlier},
     ):
         assert text_of(ask(server, "a1", messages=[message])) == expected
+    for field in ("max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream"):
+        text_of(ask(server, "a1", **{field: None}))
+    said = [text_of(ask(server, "a1", temperature=None, top_p=None, seed=3)) for _ in range(2)]
+    assert said == [text_of(ask(server, "a1", temperature=1.0, top_p=1.0, seed=3))] * 2
 
 
-def test_routers_read_whose_adapters_run(server: Any) -> None:
+def test_routers_read_whose_adapters_run_and_how_full_the_cache_is(server: Any) -> None:
     body = chat("a3", stream=True, max_tokens=1900)
     with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
         events = (line for line in response.iter_lines() if line)
@@ -200,25 +199,19 @@ def test_routers_read_whose_adapters_run(server: Any) -> None:
     assert "vllm:num_requests_running 1" in lines and "vllm:num_requests_waiting 0" in lines
     assert 0 < cache_usage(lines) < 1
     settle(server)
-
-
-def cache_usage(lines: list[str]) -> float:
-    (used,) = [line for line in lines if line.startswith("vllm:kv_cache_usage_perc ")]
-    return float(used.split()[1])
-
-
-def test_an_idle_server_reports_an_empty_cache(server: Any) -> None:
     text_of(ask(server, "a3", " ".join(f"w{5 + i % 90}" for i in range(200))))  # several pages
     settle(server)
     allocators = server.engine.manager.batch_processor.cache.cache_allocators.values()
     assert any(each.ledger.cached_blocks for each in allocators), "pages are kept for reuse"
     assert cache_usage(server.client.get("/metrics").text.splitlines()) == 0
-
-
-def test_options_say_what_a_path_takes(server: Any) -> None:
     found = server.client.options("/v1/chat/completions")
     assert (found.status_code, found.headers["Allow"], found.content) == (204, "POST, OPTIONS", b"")
     assert "access-control-allow-origin" not in found.headers
+
+
+def cache_usage(lines: list[str]) -> float:
+    (used,) = [line for line in lines if line.startswith("vllm:kv_cache_usage_perc ")]
+    return float(used.split()[1])
 
 
 def test_stop_seed_and_temperature(server: Any) -> None:
@@ -233,14 +226,6 @@ def test_stop_seed_and_temperature(server: Any) -> None:
     hot = [text_of(ask(server, "a1", temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
     assert hot[0] == hot[1] != hot[2]
     settle(server)
-
-
-def test_null_is_a_field_that_was_not_given(server: Any) -> None:
-    """OpenAI documents its optional fields as a value or null."""
-    for field in ("max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream"):
-        text_of(ask(server, "a1", **{field: None}))
-    said = [text_of(ask(server, "a1", temperature=None, top_p=None, seed=3)) for _ in range(2)]
-    assert said == [text_of(ask(server, "a1", temperature=1.0, top_p=1.0, seed=3))] * 2
 
 
 def test_models_are_listed_loaded_and_unloaded(server: Any) -> None:
@@ -298,7 +283,6 @@ def test_streams_end_with_their_usage_where_that_is_asked_for(server: Any) -> No
 
 
 def test_metrics_are_prometheus_text(server: Any) -> None:
-    """Lines of a name and a number, and above each name what it is."""
     text_of(ask(server, "a1"))
     assert ask(server, "nobody").status_code == 404
     assert ask(server, "a1", n=2).status_code == 422

@@ -1,7 +1,5 @@
 """``lora-ext serve`` and what clients do wrong, or do without a word: it serves on."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil
@@ -172,7 +170,6 @@ def test_clients_that_go_end_their_requests(server: Any, stream: bool) -> None:
 
 @pytest.mark.slow
 def test_slow_readers_stop_nobody(server: Any) -> None:
-    """Their requests run to their ends, and others are served meanwhile."""
     expected = text_of(ask(server, "a1"))
     tokens = server.engine.stats()["tokens_total"]
     slow = [connect(server, model=f"a{i}", stream=True, max_tokens=900) for i in range(2)]

@@ -1,7 +1,5 @@
 """``/v1/embeddings`` of a model that embeds, against PEFT's layers, and whose scripts may ask."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import copy
@@ -52,7 +50,6 @@ def save_embedder(folder: Path, mode: str | None) -> Any:
 
 
 def save_pooling(folder: Path, mode: str, *more: str) -> None:
-    """sentence-transformers' files."""
     kinds = ("models.Transformer", "models.Pooling", "models.Normalize", *more)
     parts = [{"type": f"sentence_transformers.{k}", "path": k[7:]} for k in kinds]
     parts[0]["path"] = ""  # the model itself is in the folder
@@ -145,7 +142,7 @@ def test_what_a_model_of_vectors_refuses(server: Any) -> None:
     assert chat.status_code == 400 and "which embeds" in chat.json()["error"]["message"]
 
 
-def test_poolings_of_sentence_transformers_are_read_or_refused(tmp_path: Path) -> None:
+def test_files_of_sentence_transformers_are_followed_or_refused(tmp_path: Path) -> None:
     assert pooling_of(tmp_path) is None
     for mode in ("cls", "mean", "lasttoken"):
         save_pooling(tmp_path, mode)
@@ -156,6 +153,25 @@ def test_poolings_of_sentence_transformers_are_read_or_refused(tmp_path: Path) -
     save_pooling(tmp_path, "mean", "models.Dense")
     with pytest.raises(ValueError, match=r"modules.json: type: expected Transformer.* Dense"):
         pooling_of(tmp_path)
+    save_pooling(tmp_path, "mean")
+    assert preparation_of(tmp_path / "nowhere") is None
+    assert preparation_of(tmp_path) == Preparation()
+    listed = {"prompts": {"query": "to find: "}, "default_prompt_name": None}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(listed))
+    assert preparation_of(tmp_path) == Preparation()
+    (tmp_path / "sentence_roberta_config.json").write_text(json.dumps({"max_seq_length": 128}))
+    assert preparation_of(tmp_path) == Preparation(max_length=128)
+    listed["default_prompt_name"] = "query"
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(listed))
+    assert preparation_of(tmp_path) == Preparation("to find: ", 128)
+    pooling = tmp_path / "Pooling" / "config.json"
+    pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": False}))
+    with pytest.raises(ValueError, match=r"Pooling: include_prompt: expected true .* 'query'"):
+        preparation_of(tmp_path)
+    listed["default_prompt_name"] = "document"
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match=r"default_prompt_name: expected one of .*'document'"):
+        preparation_of(tmp_path)
 
 
 def test_scripts_of_an_allowed_page_may_ask(server: Any) -> None:
@@ -213,28 +229,6 @@ def test_long_texts_are_cut_at_the_smallest_of_all_limits(
     torch.testing.assert_close(vectors[0], wanted)
 
 
-def test_files_of_sentence_transformers_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
-    save_pooling(tmp_path, "mean")
-    assert preparation_of(tmp_path / "nowhere") is None
-    assert preparation_of(tmp_path) == Preparation()
-    listed = {"prompts": {"query": "to find: "}, "default_prompt_name": None}
-    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(listed))
-    assert preparation_of(tmp_path) == Preparation()
-    (tmp_path / "sentence_roberta_config.json").write_text(json.dumps({"max_seq_length": 128}))
-    assert preparation_of(tmp_path) == Preparation(max_length=128)
-    listed["default_prompt_name"] = "query"
-    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(listed))
-    assert preparation_of(tmp_path) == Preparation("to find: ", 128)
-    pooling = tmp_path / "Pooling" / "config.json"
-    pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": False}))
-    with pytest.raises(ValueError, match=r"Pooling: include_prompt: expected true .* 'query'"):
-        preparation_of(tmp_path)
-    listed["default_prompt_name"] = "document"
-    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(listed))
-    with pytest.raises(ValueError, match=r"default_prompt_name: expected one of .*'document'"):
-        preparation_of(tmp_path)
-
-
 def test_an_adapter_that_overflows_fails_its_own_request(server: Any) -> None:
     from lora_ext import adapter
 
@@ -249,7 +243,7 @@ def test_an_adapter_that_overflows_fails_its_own_request(server: Any) -> None:
     assert all(torch.tensor(e["embedding"]).isfinite().all() for e in one.json()["data"])
 
 
-def test_texts_that_fail_leave_those_of_others_alone(tmp_path: Path) -> None:
+def test_texts_that_fail_and_requests_beyond_the_most_leave_others_alone(tmp_path: Path) -> None:
     embedder = save_bert(tmp_path)[1]
 
     def refuse(_: Any, __: Any, given: dict[str, Any]) -> None:
@@ -261,6 +255,11 @@ def test_texts_that_fail_leave_those_of_others_alone(tmp_path: Path) -> None:
     found = asyncio.run(all_at_once(embedder, [(text, None) for text in texts]))
     failed = [isinstance(each, RuntimeError) for each in found]
     assert failed == [False, True, False, False, True]
+    embedder = save_bert(tmp_path, max_requests=4)[1]
+    found = asyncio.run(all_at_once(embedder, [([[5, 6]], None)] * 50))
+    assert [isinstance(each, QueueFullError) for each in found] == [False] * 4 + [True] * 46
+    assert embedder.requests == 0
+    assert not isinstance(asyncio.run(all_at_once(embedder, [([[5]], None)]))[0], Exception)
 
 
 def test_roberta_counts_its_positions_from_after_the_padding_token(tmp_path: Path) -> None:
@@ -274,14 +273,6 @@ def test_roberta_counts_its_positions_from_after_the_padding_token(tmp_path: Pat
     found = asyncio.run(all_at_once(embedder, [([fits, [5]], None), ([long], None)]))
     assert embedder.context == 16 and found[0][0].isfinite().all()
     assert "input[0]: expected 1 to 16 tokens, found 17" in str(found[1])
-
-
-def test_no_more_requests_are_taken_than_max_requests_says(tmp_path: Path) -> None:
-    embedder = save_bert(tmp_path, max_requests=4)[1]
-    found = asyncio.run(all_at_once(embedder, [([[5, 6]], None)] * 50))
-    assert [isinstance(each, QueueFullError) for each in found] == [False] * 4 + [True] * 46
-    assert embedder.requests == 0
-    assert not isinstance(asyncio.run(all_at_once(embedder, [([[5]], None)]))[0], Exception)
 
 
 def test_a_forward_has_no_more_tokens_than_max_batch_tokens_says(tmp_path: Path) -> None:
@@ -312,7 +303,6 @@ SMALL |= {"intermediate_size": 48}
 
 
 def save_bert(folder: Path, **settings: Any) -> tuple[Any, Any]:
-    """Make a tiny random BERT and two adapters in a folder; return the model and an embedder."""
     from transformers import BertConfig, BertModel
 
     from lora_ext.serving import Embedder

@@ -1,7 +1,5 @@
 """``lora-ext serve`` as a program: its arguments, and how it ends."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal
@@ -13,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from scripts import ROOT
 from served import chat, needs_packages, save_model
 
 from lora_ext import cli
 
 pytestmark = needs_packages
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +92,6 @@ def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads:
         # A shell starts what it runs in the background with this signal ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert process.stdout is not None and process.stderr is not None
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
     reader.start()

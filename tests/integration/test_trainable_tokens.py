@@ -1,7 +1,5 @@
 """Adapters with rows of the embedding (PEFT's ``trainable_token_indices``), served from a pool."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from tiny import make_model, make_peft, tokens
+from tiny import attach_saved, batching, make_model, make_peft, tokens
 
 import lora_ext
 from lora_ext.adapter import LoraAdapter
+from lora_ext.rows._pool_layer import pool_of
 
 BOUND = 1e-4
 NAMES = ["red", None, "blue", "green", "red"]
@@ -58,11 +56,8 @@ def trained(request: Any, tmp_path_factory: Any) -> Iterator[tuple[Any, Any, Pat
 
 
 def serve(model: Any, folder: Path) -> tuple[Any, lora_ext.AdapterPool]:
-    model = copy.deepcopy(model)
-    pool = lora_ext.AdapterPool(model, max_slots=3, max_rank=8)
-    for name in ROWS:
-        pool.load(name, folder / name)
-    return lora_ext.attach(model, pool), pool
+    served = attach_saved(copy.deepcopy(model), folder, ROWS, slots=3, rank=8)
+    return served, pool_of(served)
 
 
 def test_rows_of_a_batch_see_their_adapter_s_tokens(trained: Any) -> None:
@@ -100,14 +95,7 @@ def test_generation_and_continuous_batching_use_them(trained: Any) -> None:
         one_s: Any = plain if name is None else theirs(name)
         expected = one_s.generate(input_ids=ids[row : row + 1], **one)
         assert torch.equal(mixed[row], expected[0]), name
-    found = model.generate_batch(
-        ids.tolist(),
-        adapter_names=names,
-        generation_config=transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0, **how),
-        continuous_batching_config=transformers.ContinuousBatchingConfig(
-            num_blocks=64, page_size=4
-        ),
-    )
+    found = model.generate_batch(ids.tolist(), adapter_names=names, **batching(8))
     assert [r.generated_tokens for r in found.values()] == mixed[:, 6:].tolist()
 
 

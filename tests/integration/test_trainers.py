@@ -1,37 +1,30 @@
-"""from_peft under other people's training loops: Trainer, accelerate, DDP and FSDP2."""
-
-from __future__ import annotations
+"""from_peft and CopRA under other people's training loops: Trainer, accelerate, DDP and FSDP2."""
 
 import copy
-import os
-import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
 import pytest
 import torch
-import transformers
-from tiny import CONFIGS, VOCAB, make_model, make_peft
-from torch import Tensor, distributed
+from adapted_models import KINDS, adapted
+from processes import TwoProcesses
+from tiny import CONFIGS, VOCAB, make_model, make_peft, trainer_of
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_ext
+from lora_ext.interop import CopraCallback
 from lora_ext.interop.peft._layers import FusedLinear
+from lora_ext.methods.copra import CopraConfig, CopraController
 
 ROWS = torch.randint(1, VOCAB, (8, 6), generator=torch.Generator().manual_seed(0))
-
-
-class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """The rows, each its own label."""
-
-    def __len__(self) -> int:
-        return len(ROWS)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": ROWS[index], "labels": ROWS[index]}
+NAMES = ["red", "green", "blue", "red"]
+SEQUENCES = [{"input_ids": row, "labels": row} for row in ROWS]
 
 
 def tiny_peft(dropout: float = 0.0) -> Any:
@@ -43,28 +36,16 @@ def weights_of(model: Any) -> dict[str, Tensor]:
     return {k: p.detach().clone() for k, p in model.named_parameters() if "lora_" in k}
 
 
-# --- Trainer --------------------------------------------------------------------------------------
-def run_trainer(model: Any, folder: Path, steps: int, resume: bool = False) -> Any:
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        save_steps=2,
-        report_to=[],
-        disable_tqdm=True,
-        gradient_checkpointing=True,
-        use_cpu=True,
-        seed=3,
+def run_trainer(model: Any, folder: Path, steps: int, resume: bool = False) -> None:
+    how = {"lr_scheduler_type": "constant", "save_steps": 2, "gradient_checkpointing": True}
+    trainer = trainer_of(
+        model, folder, SEQUENCES, max_steps=steps, per_device_train_batch_size=4, **how
     )
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Sequences())
     trainer.train(resume_from_checkpoint=resume)
-    return trainer
 
 
 @pytest.mark.slow
-def test_trainer_learns_what_it_learns_with_peft(tmp_path: Path) -> None:
+def test_trainer_learns_what_it_learns_with_peft_and_resumes_to_the_bit(tmp_path: Path) -> None:
     theirs = tiny_peft()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
     start = weights_of(ours)
@@ -76,10 +57,6 @@ def test_trainer_learns_what_it_learns_with_peft(tmp_path: Path) -> None:
         # Adam turns the rounding of a gradient near zero into a step of its own size: few entries.
         close = torch.isclose(weight, expected[key], rtol=1e-3, atol=1e-4)
         assert close.float().mean() > 0.99, key
-
-
-@pytest.mark.slow
-def test_a_resumed_run_is_the_unbroken_one_bit_for_bit_dropout_included(tmp_path: Path) -> None:
     unbroken = lora_ext.from_peft(tiny_peft(dropout=0.3))
     broken = copy.deepcopy(unbroken)
     run_trainer(unbroken, tmp_path / "a", 4)
@@ -90,7 +67,6 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit_dropout_included(tmp_path
     assert all(torch.equal(weight, expected[key]) for key, weight in weights_of(resumed).items())
 
 
-# --- accelerate -----------------------------------------------------------------------------------
 def test_accelerate_learns_what_it_learns_with_peft() -> None:
     theirs = tiny_peft()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
@@ -98,7 +74,7 @@ def test_accelerate_learns_what_it_learns_with_peft() -> None:
     for name, model in (("theirs", theirs), ("ours", ours)):
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
-        loader = torch.utils.data.DataLoader(Sequences(), batch_size=2)
+        loader = torch.utils.data.DataLoader(SEQUENCES, batch_size=2)
         prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         losses[name] = []
         for batch in loader:
@@ -118,7 +94,6 @@ def test_accelerate_learns_what_it_learns_with_peft() -> None:
         assert (change - wanted).norm() <= 4 * close * wanted.norm(), key
 
 
-# --- several processes ----------------------------------------------------------------------------
 def _gradients(model: Any, rows: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
     extra = {} if names is None else {"adapter_names": names}
     model(input_ids=rows, labels=rows, **extra).loss.backward()
@@ -136,11 +111,14 @@ def _ddp(rank: int) -> dict[str, Tensor]:
     return _gradients(model, ROWS.chunk(2)[rank])
 
 
-def _ddp_mixed(rank: int) -> dict[str, Tensor]:
-    model: Any = lora_ext.from_peft(make_peft(make_model("llama"), CONFIGS["llama"]).train())
-    names = ["red", "green", "blue", "red"]
+def mixed() -> Any:
+    model = lora_ext.from_peft(make_peft(make_model("llama"), CONFIGS["llama"]).train())
     model.set_requires_grad(["red", "green", "blue"])
-    return _gradients(DistributedDataParallel(model), ROWS.chunk(2)[rank], names)
+    return model
+
+
+def _ddp_mixed(rank: int) -> dict[str, Tensor]:
+    return _gradients(DistributedDataParallel(mixed()), ROWS.chunk(2)[rank], NAMES)
 
 
 def _fsdp(rank: int) -> dict[str, Tensor]:
@@ -152,40 +130,151 @@ def _fsdp(rank: int) -> dict[str, Tensor]:
     return _gradients(model, ROWS.chunk(2)[rank])
 
 
-def _process(rank: int, port: int, run: Callable[[int], dict[str, Tensor]], path: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        found = run(rank)
-        if rank == 0:
-            torch.save(found, path)
-        distributed.barrier()  # nobody leaves while gloo's threads still serve the other
-    finally:
-        distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [_ddp, _ddp_mixed, _fsdp], ids=["ddp", "ddp-mixed", "fsdp2"])
 def test_two_processes_average_the_gradients_of_one(
-    run: Callable[[int], dict[str, Tensor]], tmp_path: Path
+    run: Callable[[int], dict[str, Tensor]], two_processes: TwoProcesses
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = tmp_path / "gradients.pt"
-    torch.multiprocessing.spawn(_process, (port, run, str(path)), nprocs=2)
-    found = torch.load(path)
-    model: Any
-    names = None
+    found, _ = two_processes.run(run)
     if run is _ddp_mixed:
-        model = lora_ext.from_peft(make_peft(make_model("llama"), CONFIGS["llama"]).train())
-        model.set_requires_grad(["red", "green", "blue"])
-        names = ["red", "green", "blue", "red"] * 2
+        expected = _gradients(mixed(), ROWS, NAMES * 2)
     else:
-        model = lora_ext.from_peft(tiny_peft())
-    expected = _gradients(model, ROWS, names)
+        expected = _gradients(lora_ext.from_peft(tiny_peft()), ROWS)
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         worst = (found[key] - gradient).abs().max()
         assert worst <= 1e-5 * max(1.0, gradient.abs().max().item()), key
+
+
+TOKENS = torch.randint(1, 11, (16, 6), generator=torch.Generator().manual_seed(0))
+LABELLED = [{"input_ids": row, "labels": row} for row in TOKENS]
+STEPS = 8
+
+
+def controller_of(model: nn.Module, **fields) -> CopraController:
+    return CopraController(model, CopraConfig(p0=0.2, seed=1, **fields), STEPS)
+
+
+def run_copra(model: Any, folder: Path, steps: int = STEPS, **settings: Any) -> list[list[bool]]:
+    """Train; returns the mask of every forward in training mode."""
+    resume = settings.pop("resume", False)
+    controller, masks = controller_of(model), []
+    hook = model.register_forward_pre_hook(
+        lambda m, _: masks.append(controller.mask.tolist()) if m.training else None
+    )
+    usual = {"per_device_train_batch_size": 2, "lr_scheduler_type": "constant", "save_steps": 3}
+    how = {"callbacks": [CopraCallback(controller)]}
+    trainer = trainer_of(model, folder, LABELLED, how, max_steps=steps, **usual, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    hook.remove()
+    assert controller.mask.all()
+    return masks
+
+
+def expected_masks(model: nn.Module, start: int = 0) -> list[list[bool]]:
+    schedule = controller_of(model).schedule
+    return [schedule.mask(step).tolist() for step in range(start, STEPS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_step_has_its_mask_and_its_micro_batches_share_it(kind: str, tmp_path: Path):
+    model = adapted(kind).train()
+    masks = run_copra(model, tmp_path, gradient_accumulation_steps=3)
+    expected = expected_masks(model)
+    assert len(set(map(tuple, expected))) > 3
+    # An epoch of 8 batches has steps of 3, 3 and 2 micro-batches.
+    counts = [2 if step % 3 == 2 else 3 for step in range(STEPS)]
+    assert masks == [m for m, count in zip(expected, counts, strict=True) for _ in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["peft", "fused"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_resumed_run_of_copra_is_the_unbroken_one(kind: str, checkpointing: bool, tmp_path: Path):
+    settings: dict[str, Any] = {"gradient_checkpointing": checkpointing}
+    unbroken, broken, resumed = (adapted(kind).train() for _ in range(3))
+    expected = run_copra(unbroken, tmp_path / "a", **settings)
+    first = run_copra(broken, tmp_path / "b", 3, **settings)
+    rest = run_copra(resumed, tmp_path / "b", resume=True, **settings)
+    assert first + rest == expected == expected_masks(unbroken)
+    weights = weights_of(unbroken)
+    assert all(torch.equal(w, weights[n]) for n, w in weights_of(resumed).items())
+
+
+@pytest.mark.slow
+def test_checkpointing_changes_no_step(tmp_path: Path):
+    found = []
+    for checkpointing in (False, True):
+        model = adapted("fused").train()
+        run_copra(model, tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
+        found.append(weights_of(model))
+    for name, weight in found[0].items():
+        # Adam turns the rounding of a gradient near zero into a step of its own size: few entries.
+        close = torch.isclose(weight, found[1][name], rtol=1e-3, atol=1e-4)
+        assert close.float().mean() > 0.98, name
+
+
+def test_an_evaluation_in_between_sees_all_layers(tmp_path: Path):
+    model, seen = adapted("fused").train(), []
+    hook = model.register_forward_pre_hook(
+        lambda m, _: None if m.training else seen.append(controller_of(model).mask.all().item())
+    )
+    run_copra(model, tmp_path, eval_strategy="steps", eval_steps=2)
+    hook.remove()
+    assert len(seen) == 4 * 2 and all(seen)  # of 16 rows in batches of 8
+
+
+def test_other_controllers_are_refused_and_other_numbers_of_steps_are_told():
+    with pytest.raises(TypeError, match=r"CopraCallback: controller: expected a CopraController"):
+        CopraCallback(CopraConfig())  # pyright: ignore[reportArgumentType]
+    callback = CopraCallback(controller_of(adapted(KINDS[0])))
+    with warnings.catch_warnings(action="error"):
+        callback.on_train_begin(None, SimpleNamespace(max_steps=STEPS), None)
+    with pytest.warns(UserWarning, match="total_steps=12, the steps of this Trainer, found 8"):
+        callback.on_train_begin(None, SimpleNamespace(max_steps=12), None)
+
+
+def _train(model: Any, controller: CopraController, rows: Tensor) -> dict[str, Any]:
+    """Some steps; masks, and the gradients of the last step whose mask is not full."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    masks, gradients = [], {}
+    for _ in range(STEPS):
+        masks.append(controller.step().tolist())
+        optimizer.zero_grad()
+        model(input_ids=rows, labels=rows).loss.backward()
+        if not all(masks[-1]):
+            gradients = {
+                n.removeprefix("module."): None if p.grad is None else p.grad.clone()
+                for n, p in model.named_parameters()
+                if p.requires_grad
+            }
+        optimizer.step()
+    return {"masks": masks, "gradients": gradients}
+
+
+def _ddp_copra(rank: int, sync: str) -> dict[str, Any]:
+    torch.manual_seed(rank)
+    model = adapted("fused").train()
+    controller = controller_of(model, sync=sync)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=sync == "seed")
+    return _train(wrapped, controller, TOKENS.chunk(2)[rank])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", ["seed", "touch", "tensor"])
+def test_two_copra_processes_draw_the_same_masks_and_average_the_gradients_of_one(
+    sync: str, two_processes: TwoProcesses
+):
+    found, other = two_processes.run(_ddp_copra, sync)
+    assert found["masks"] == other["masks"]
+    model = adapted("fused").train()
+    expected = _train(model, controller_of(model, sync=sync), TOKENS)
+    assert found["masks"] == expected["masks"] == expected_masks(model)
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        if gradient is None:
+            assert found["gradients"][name] is None, name
+        else:
+            torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-3, atol=1e-5)
+    assert any(g is None for g in expected["gradients"].values()) == (sync == "seed")

@@ -1,7 +1,5 @@
 """from_peft under TRL's trainers learns what PEFT alone learns under them."""
 
-from __future__ import annotations
-
 import copy
 import sys
 import warnings
@@ -11,10 +9,9 @@ from typing import Any
 
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers
-from tiny import CONFIGS, VOCAB, make_model, make_peft
+from tiny import CONFIGS, VOCAB, make_model, make_peft, word_tokenizer
 from torch import Tensor
 
 import lora_ext
@@ -41,16 +38,11 @@ def no_folder_is_taken_for_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokenizer() -> Any:
-    """A word is a token."""
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    words = {word: i for i, word in enumerate(WORDS)}
+    return word_tokenizer(words, None, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def rewards(completions: list[str], **_: Any) -> list[float]:
-    """Larger tokens are better."""
     return [sum(WORDS.index(word) for word in text.split()) / 100 for text in completions]
 
 
@@ -139,7 +131,6 @@ def assert_learned(
         assert (got[key] - weight).norm() <= 1e-10 * way, key
 
 
-# --- one adapter ----------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "Reward", "GRPO"])
 def test_learns_what_it_learns_with_peft(kind: str, tmp_path: Path) -> None:
@@ -179,15 +170,18 @@ def test_chunked_loss_warns_once_that_sft_computes_its_own(first: str, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "by name"])
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    unbroken = lora_ext.from_peft(one_adapter(dropout=0.3))
+    by_name = kind == "by name"
+    kind, how = ("SFT", BY_NAME) if by_name else (kind, {})
+    unbroken = two_adapters(0.3) if by_name else lora_ext.from_peft(one_adapter(0.3))
     broken, resumed = copy.deepcopy(unbroken), copy.deepcopy(unbroken)
-    train(kind, unbroken, tmp_path / "a")
-    train(kind, broken, tmp_path / "b", saves=True, max_steps=2)
-    train(kind, resumed, tmp_path / "b", resume=True)
-    expected = weights_of(unbroken)
-    assert all(torch.equal(weight, expected[key]) for key, weight in weights_of(resumed).items())
+    train(kind, unbroken, tmp_path / "a", **how)
+    train(kind, broken, tmp_path / "b", **how, saves=True, max_steps=2)
+    train(kind, resumed, tmp_path / "b", **how, resume=True)
+    expected = weights_of(unbroken, "lora_")
+    for key, weight in weights_of(resumed, "lora_").items():
+        assert torch.equal(weight, expected[key]), key
 
 
 @pytest.mark.slow
@@ -216,7 +210,6 @@ def test_an_adapter_that_the_trainer_made_is_measured_from_the_base(tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("batching", [False, True], ids=["generate", "continuous batching"])
 def test_completions_are_the_adapters(batching: bool, tmp_path: Path) -> None:
-    """GRPO generates with the model that it trains."""
     said: dict[str, list[str]] = {"theirs": [], "ours": [], "base": []}
     for side, texts in said.items():
         model = one_adapter()
@@ -242,7 +235,6 @@ def test_completions_are_the_adapters(batching: bool, tmp_path: Path) -> None:
     assert said["ours"] == said["theirs"] != said["base"]
 
 
-# --- several adapters in a batch ------------------------------------------------------------------
 class ByName:
     """Puts the rows' column ``adapter`` into the batch, ``times`` over, as its adapter_names."""
 
@@ -298,18 +290,6 @@ def test_adapters_of_one_batch_learn_what_each_learns_alone_with_peft(tmp_path: 
         train("SFT", alone, tmp_path / name, columns=own, **options)
         part = f".{name}."
         assert_learned(weights_of(ours, part), weights_of(alone, part), start)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_by_name_is_the_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
-    unbroken = two_adapters(dropout=0.3)
-    broken, resumed = copy.deepcopy(unbroken), copy.deepcopy(unbroken)
-    train("SFT", unbroken, tmp_path / "a", **BY_NAME)
-    train("SFT", broken, tmp_path / "b", **BY_NAME, saves=True, max_steps=2)
-    train("SFT", resumed, tmp_path / "b", **BY_NAME, resume=True)
-    expected = weights_of(unbroken, "lora_")
-    for key, weight in weights_of(resumed, "lora_").items():
-        assert torch.equal(weight, expected[key]), key
 
 
 @pytest.mark.slow

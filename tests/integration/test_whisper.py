@@ -4,38 +4,27 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from tiny import VOCAB, assert_answers_as_alone, enlarged, load_random, maker
 
 import lora_ext
 
 NAMES = ["red", None, "blue"]
-VOCAB, FRAMES = 97, 40
+FRAMES = 40
+MARKS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def attached() -> Any:
-    config = transformers.WhisperConfig(
+    make = maker(
+        "Whisper", "ForConditionalGeneration", **MARKS,
         vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8,
-        max_source_positions=FRAMES // 2, max_target_positions=64, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, decoder_start_token_id=3, suppress_tokens=None,
-        begin_suppress_tokens=None, forced_decoder_ids=None,
+        max_source_positions=FRAMES // 2, max_target_positions=64, decoder_start_token_id=3,
+        suppress_tokens=None, begin_suppress_tokens=None, forced_decoder_ids=None,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.WhisperForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(5)
+    model = enlarged(make, 5)
     targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8, targets=targets)
-    for name in ("red", "blue"):
-        state = {}
-        for module, spec in pool.index.linear.items():
-            stem = f"base_model.model.{module}"
-            state[f"{stem}.lora_A.weight"] = torch.randn(2, spec.in_features) / 3
-            state[f"{stem}.lora_B.weight"] = torch.randn(spec.out_features, 2) / 3
-        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": targets}
-        pool.load(name, (config, state))
+    load_random(pool, "red", "blue")
     return lora_ext.attach(model, pool)
 
 
@@ -74,17 +63,11 @@ def test_sampled_returned_sequences_are_scored_by_their_own_adapter() -> None:
     model = attached()
     sounds = torch.randn(3, 8, FRAMES, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(4)
-    how: dict[str, Any] = {
-        "do_sample": True,
-        "top_k": 0,
-        "max_new_tokens": 5,
-        "output_logits": True,
-    }
+    how = {"do_sample": True, "top_k": 0, "max_new_tokens": 5, "num_return_sequences": 2}
     with lora_ext.adapters(NAMES):
         out = model.generate(
-            sounds, num_return_sequences=2, return_dict_in_generate=True,
-            return_timestamps=False, **how,
-        )  # fmt: skip
+            sounds, **how, output_logits=True, return_dict_in_generate=True, return_timestamps=False
+        )
     assert len(out.sequences) == 6
     for row, sequence in enumerate(out.sequences):
         with torch.no_grad(), lora_ext.adapters(NAMES[row // 2]):
@@ -100,17 +83,5 @@ def test_long_recordings_leave_the_batch_and_the_block_follows() -> None:
     sounds = torch.randn(3, 8, 3 * FRAMES, generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(3 * FRAMES) < lengths[:, None]).long()
     model.generation_config.no_timestamps_token_id = VOCAB - 11
-    how = {
-        "attention_mask": mask,
-        "max_new_tokens": 4,
-        "do_sample": False,
-        "return_timestamps": True,
-    }
-    with lora_ext.adapters(NAMES):
-        mixed = model.generate(sounds, **how)
-    for row, name in enumerate(NAMES):
-        with lora_ext.adapters(name):
-            alone = model.generate(sounds, **how)[row]
-        length = min(len(alone), mixed.shape[1])  # each batch is padded to its own longest
-        assert torch.equal(alone[:length], mixed[row, :length])
-        assert not alone[length:].any() and not mixed[row, length:].any()
+    how = {"max_new_tokens": 4, "do_sample": False, "return_timestamps": True}
+    assert_answers_as_alone(model, sounds, NAMES, attention_mask=mask, **how)

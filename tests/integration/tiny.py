@@ -1,77 +1,56 @@
 """Tiny random transformers models, and PEFT adapters for them with weights that matter."""
 
-from __future__ import annotations
-
+import contextlib
 import copy
-import functools
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from tokenizers import Tokenizer as WordTokenizer
+from tokenizers import models, pre_tokenizers
 from torch import Tensor, nn
 
 import lora_ext
+from lora_ext.rows._pool_layer import pool_of
 
 VOCAB, WIDTH, LAYERS, HEADS = 97, 32, 2, 4
+Maker = Callable[[], Any]
 
 
-def _decoder(config: type, model: type, **extra: Any) -> nn.Module:
-    return model(
-        config(
-            vocab_size=VOCAB,
-            hidden_size=WIDTH,
-            intermediate_size=48,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=None,
-            **extra,
-        )
-    )
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS, "max_position_embeddings": 64,
+}  # fmt: skip
+MARKS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+TEXT = {**SIZES, **MARKS, "num_key_value_heads": 2}
+GPT = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64, "vocab_size": VOCAB}
+T5 = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 
 
-def _gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=WIDTH,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        n_positions=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    return transformers.GPT2LMHeadModel(config)
+def maker(name: str, head: str = "ForCausalLM", config: str = "", **fields: Any) -> Maker:
+    """What makes a model of transformers, by the names of its classes and its configuration."""
+
+    def make() -> Any:
+        kind = getattr(transformers, config or f"{name}Config")
+        return getattr(transformers, f"{name}{head}")(kind(**fields))
+
+    return make
 
 
-def classifier(config: Any, model: Any) -> nn.Module:
-    """An encoder that sorts sequences into five classes; configuration and model are classes."""
-    return model(
-        config(
-            vocab_size=VOCAB,
-            hidden_size=WIDTH,
-            intermediate_size=48,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=64,
-            num_labels=5,
-        )
-    )
+def classifier(name: str, **fields: Any) -> Maker:
+    """What makes a model that sorts sequences into five classes."""
+    return maker(name, "ForSequenceClassification", **{**SIZES, "num_labels": 5, **fields})
 
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "llama": functools.partial(_decoder, transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "qwen2": functools.partial(_decoder, transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    "gpt2": _gpt2,
-    "bert": functools.partial(
-        classifier, transformers.BertConfig, transformers.BertForSequenceClassification
-    ),
+FAMILIES: dict[str, Maker] = {
+    "llama": maker("Llama", **TEXT),
+    "qwen2": maker("Qwen2", **TEXT),
+    "gpt2": maker("GPT2", "LMHeadModel", **GPT, **MARKS),
+    "bert": classifier("Bert"),
 }
 
 # Ranks that fill a page and that do not, all modules and some, a scale per rank and per root of
@@ -133,16 +112,118 @@ def adapted(model: nn.Module, configs: Mapping[str, peft.LoraConfig], size: floa
     return wrapped.eval()
 
 
-def make_pair(family: str, directory: Path) -> tuple[Any, Any, lora_ext.AdapterPool]:
+def only(reference: Any, name: str | None) -> Any:
+    """Let PEFT's model serve this adapter alone, or none inside the block."""
+    if name in (None, "__base__"):
+        return reference.disable_adapter()
+    reference.set_adapter(name)
+    return contextlib.nullcontext()
+
+
+def attach_saved(
+    model: Any, folder: Path, names: Iterable[str], slots: int = 4, rank: int = 16, **how: Any
+) -> Any:
+    """The model, attached to a pool with the adapters of a folder."""
+    pool = lora_ext.AdapterPool(model, max_slots=slots, max_rank=rank)
+    for name in names:
+        pool.load(name, folder / name)
+    return lora_ext.attach(model, pool, **how)
+
+
+def make_pair(
+    family: str, directory: Path, configs: Mapping[str, Mapping[str, Any]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Any, Any, lora_ext.AdapterPool]:  # fmt: skip
     """The attached model, PEFT's own with the same adapters, and the pool, loaded from PEFT's
     files."""
-    model = make_model(family)
-    reference = make_peft(model, CONFIGS[family])
+    configs = configs or CONFIGS[family]
+    model = make_model(family).to(dtype)
+    reference = make_peft(model, configs).to(dtype)
+    with torch.no_grad():
+        for key, parameter in reference.named_parameters():
+            if "magnitude" in key:  # of both signs, and far from the norms that PEFT starts with
+                parameter.copy_(torch.randn_like(parameter))
     reference.save_pretrained(directory)
-    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=16)
-    for name in CONFIGS[family]:
-        pool.load(name, directory / name)
-    return lora_ext.attach(model, pool), reference, pool
+    model = attach_saved(model, directory, configs)
+    return model, reference, pool_of(model)
+
+
+def load_random(pool: lora_ext.AdapterPool, *names: str) -> None:
+    """Load adapters of rank 2 on all linear layers of a pool."""
+    modules = list(pool.index.linear)
+    for name in names:
+        state = {}
+        for module, spec in pool.index.linear.items():
+            stem = f"base_model.model.{module}"
+            state[f"{stem}.lora_A.weight"] = torch.randn(2, spec.in_features) / 3
+            state[f"{stem}.lora_B.weight"] = torch.randn(spec.out_features, 2) / 3
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": modules}
+        pool.load(name, (config, state))
+
+
+def enlarged(make: Maker, factor: float) -> Any:
+    """The same weights at every call, at which adapters change tokens."""
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(factor)
+    return model
+
+
+def trainer_of(model: Any, folder: Path, rows: Any, how: Any = None, **settings: Any) -> Any:
+    """transformers' Trainer; ``how`` goes to itself, the settings to its arguments."""
+    usual: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    arguments = {"output_dir": str(folder), "use_cpu": True, **usual, **settings}
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**arguments),
+        train_dataset=rows,
+        eval_dataset=rows,
+        **(how or {}),
+    )
+
+
+def batching(new: int = 4, **fields: Any) -> dict[str, Any]:
+    """What continuous batching is given for greedy answers of so many tokens."""
+    how = {"max_new_tokens": new, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    sizes = {"num_blocks": 64, "page_size": 4, **fields}
+    return {
+        "generation_config": transformers.GenerationConfig(**how),
+        "continuous_batching_config": transformers.ContinuousBatchingConfig(**sizes),
+    }
+
+
+def word_tokenizer(words: Mapping[str, int], unknown: str | None, **marks: Any) -> Any:
+    """A tokenizer with a token for each word."""
+    inner = WordTokenizer(models.WordLevel(dict(words), unk_token=unknown))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **marks)
+
+
+def numbered_words(**how: Any) -> Any:
+    """A tokenizer to which w5 is 5."""
+    words = {f"w{i}": i for i in range(VOCAB)}
+    return word_tokenizer(words, "w2", pad_token="w0", eos_token="w1", **how)
+
+
+def assert_answers_as_alone(model: Any, ids: Tensor, names: list[str | None], **how: Any) -> None:
+    """Each row of a mixed batch, as far as it goes, is that row of a batch with its adapter."""
+    with lora_ext.adapters(names):
+        mixed = model.generate(ids, **how)
+    for row, name in enumerate(names):
+        with lora_ext.adapters(name):
+            alone = model.generate(ids, **how)[row]
+        length = min(len(alone), mixed.shape[1])  # each batch is padded to its own longest
+        assert torch.equal(alone[:length], mixed[row, :length])
+        for rest in (alone[length:], mixed[row, length:]):
+            assert (rest == model.config.pad_token_id).all()
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -175,3 +256,12 @@ def assert_alone_and_mixed_equal_peft(
             assert (mixed[rows] - theirs[rows]).abs().max() < bound
             moved.append((theirs - base).abs().amax(-1).flatten())
     return torch.stack(moved)
+
+
+def side_by_side(work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> None:
+    """Call a function with each of these arguments, each in a thread, and wait."""
+    threads = [threading.Thread(target=work, args=each) for each in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

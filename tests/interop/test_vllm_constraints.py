@@ -26,7 +26,7 @@ from lora_ext.interop.vllm._constraints import (
     build_at_door,
     in_front,
 )
-from lora_ext.interop.vllm._front import check_in_front
+from lora_ext.interop.vllm._front import register_check
 
 V, LENGTH = len(tokenizer()), 64
 EOS = tokenizer().eos_token_id
@@ -55,7 +55,7 @@ def settings(processors=(PROCESSOR,), folder=None, **more):
 def here(monkeypatch):
     found = SimpleNamespace(from_pretrained=lambda *args, **kwargs: tokenizer())
     monkeypatch.setattr("transformers.AutoTokenizer", found)
-    monkeypatch.setattr(_constraints, "_doors", [])
+    monkeypatch.setattr(_constraints, "_doors", set())
 
 
 def save_guide(folder):
@@ -207,8 +207,8 @@ def test_an_engine_of_ones_own_refuses_before_it_waits():
         def add_request(self, request):
             self.waits.append(self.input_processor.process_inputs(request))
 
-    check_in_front(LLMEngine, in_front)
-    check_in_front(LLMEngine, in_front)
+    register_check(LLMEngine, in_front)
+    register_check(LLMEngine, in_front)
     engine, form = LLMEngine(settings()), {"choice": ["2024-10"]}
     for most in (3, 20):
         request = SimpleNamespace(sampling_params=sampling(form, most), prompt_token_ids=[5])

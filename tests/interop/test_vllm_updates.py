@@ -77,7 +77,15 @@ def expected(y, x, a, b, slots):
     return reference.lora_apply_(y.clone(), x, a[:, 0], b[:, 0], ids)
 
 
+def linear(wrapper, x, layer, y=None, scale=1.0, **options):
+    """Return ``y``, by default zeros, with the updates of a layer of five outputs."""
+    y = torch.zeros(len(x), 5) if y is None else y.clone()
+    wrapper.add_lora_linear(y, x, layer[:1], layer[1:], scale, (5,), **options)
+    return y
+
+
 TOKENS, TOKEN_SLOTS = (30, 0, 20, 20, 10, 0), (0, -1, 2, 2, 1, -1)
+ZEROS = torch.zeros(6, 5)
 
 
 def test_the_slices_of_a_layer_get_each_its_own_update(backend):
@@ -94,35 +102,24 @@ def test_the_slices_of_a_layer_get_each_its_own_update(backend):
 
 def test_rows_of_the_base_keep_every_bit_where_all_slots_are_full(backend):
     wrapper, x = wrapper_for((0, 30, 0, 0)), integers(4, IN)
-    y = integers(4, 5, seed=3)
-    y[0, 0] = -0.0
-    before = y.clone()
-    wrapper.add_lora_linear(y, x, *zip(stacks(), strict=True), 1.0, (5,))
-    base = [0, 2, 3]
+    before, base = integers(4, 5, seed=3), [0, 2, 3]
+    before[0, 0] = -0.0
+    y = linear(wrapper, x, stacks(), before)
     assert torch.equal(y[base].view(torch.int32), before[base].view(torch.int32))
     assert not torch.equal(y[1], before[1])
 
 
 def test_rows_that_pad_a_batch_are_the_bases(backend):
-    wrapper, x = wrapper_for((30, 10)), integers(5, IN)
-    (a, b), y = stacks(), integers(5, 5, seed=3)
-    wanted = expected(y, x, a, b, (0, 1, -1, -1, -1))
-    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
-    assert torch.equal(y, wanted)
+    wrapper, x, layer, y = wrapper_for((30, 10)), integers(5, IN), stacks(), integers(5, 5, seed=3)
+    wanted = expected(y, x, *layer, (0, 1, -1, -1, -1))
+    assert torch.equal(linear(wrapper, x, layer, y), wanted)
 
 
-def test_a_scale_multiplies_the_update(backend):
-    wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
-    y = torch.zeros(6, 5)
-    wrapper.add_lora_linear(y, x, (a,), (b,), 2.0, (5,))
-    assert torch.equal(y, 2 * expected(torch.zeros(6, 5), x, a, b, TOKEN_SLOTS))
-
-
-def test_overwriting_leaves_zero_where_there_is_no_adapter(backend):
-    wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
-    y = integers(6, 5, seed=3)
-    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,), add_inputs=False)
-    assert torch.equal(y, expected(torch.zeros(6, 5), x, a, b, TOKEN_SLOTS))
+def test_a_scale_multiplies_the_update_and_overwriting_leaves_zero_without_an_adapter(backend):
+    wrapper, x, layer, y = wrapper_for(TOKENS), integers(6, IN), stacks(), integers(6, 5, seed=3)
+    wanted = expected(ZEROS, x, *layer, TOKEN_SLOTS)
+    assert torch.equal(linear(wrapper, x, layer, scale=2.0), 2 * wanted)
+    assert torch.equal(linear(wrapper, x, layer, y, add_inputs=False), wanted)
 
 
 def test_the_two_halves_make_the_whole(backend):
@@ -186,14 +183,13 @@ def test_rows_of_unknown_owners_raise():
 
 
 def test_a_layer_that_no_adapter_touches_costs_nothing(monkeypatch):
-    wrapper, y, x = wrapper_for(TOKENS), torch.zeros(6, 5), integers(6, IN)
-    a, b = stacks(ranks=(0, 0, 0))
+    wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks(ranks=(0, 0, 0))
     wrapper._stacks.of_a(a)
     monkeypatch.setattr(_updates, "ops", None)  # not a single call
-    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
-    wrapper.add_lora_logits(y, x, a, b, 1.0)
+    linear(wrapper, x, (a, b))
+    wrapper.add_lora_logits(ZEROS.clone(), x, a, b, 1.0)
     step(wrapper, (0,) * 6)
-    wrapper.add_lora_linear(y, x, *zip(stacks(), strict=True), 1.0, (5,))
+    linear(wrapper, x, stacks())
 
 
 def test_rows_are_grouped_once_per_step(monkeypatch):
@@ -203,11 +199,11 @@ def test_rows_are_grouped_once_per_step(monkeypatch):
         _owners.ops, "lora_plan", lambda *args: made.append(args) or ops_plan(*args)
     )
     for _ in range(2):
-        for a, b in layers:
-            wrapper.add_lora_linear(torch.zeros(6, 5), x, (a,), (b,), 1.0, (5,))
+        for layer in layers:
+            linear(wrapper, x, layer)
     assert len(made) == 1
     step(wrapper, TOKENS[::-1])
-    wrapper.add_lora_linear(torch.zeros(6, 5), x, *zip(layers[0], strict=True), 1.0, (5,))
+    linear(wrapper, x, layers[0])
     assert len(made) == 2
 
 
@@ -224,18 +220,22 @@ def test_ranks_are_those_of_the_adapters_and_follow_their_exchange(backend):
     a[1, 0, 6, 0], a[1, 0, 7] = 1, 0
     wrapper.slot_changed(1)
     assert wrapper._stacks.of_a(a).ranks.tolist() == [8, 7, 5] and met.ranks.tolist() == [8, 8, 5]
-    y = torch.zeros(6, 5)
-    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
-    assert torch.equal(y, expected(torch.zeros(6, 5), x, a, b, TOKEN_SLOTS))
+    assert torch.equal(linear(wrapper, x, (a, b)), expected(ZEROS, x, a, b, TOKEN_SLOTS))
 
 
 def test_what_lies_beyond_a_rank_is_not_read(backend):
     wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
-    wanted = expected(torch.zeros(6, 5), x, a, b, TOKEN_SLOTS)
+    wanted = expected(ZEROS, x, a, b, TOKEN_SLOTS)
     b[1, ..., RANKS[1] :] = torch.nan
-    y = torch.zeros(6, 5)
-    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
-    assert torch.equal(y, wanted)
+    assert torch.equal(linear(wrapper, x, (a, b)), wanted)
+
+
+def in_halves(wrapper, x, layer, y):
+    """:func:`linear` by the two halves of the update."""
+    y, v = y.clone(), torch.zeros(1, len(x), RANK)
+    wrapper.add_shrink(v, x, layer[:1], 1.0)
+    wrapper.add_expand(y, v, layer[1:], (5,))
+    return y
 
 
 def test_stacks_may_have_another_dtype_than_the_model(backend):
@@ -243,12 +243,8 @@ def test_stacks_may_have_another_dtype_than_the_model(backend):
     y = integers(6, 5, seed=3)
     a[..., 1:] = 0  # so that the update, too, is exact in bfloat16
     wanted = expected(y, x, a.float(), b.float(), TOKEN_SLOTS)
-    linear, halves, v = y.clone(), y.clone(), torch.zeros(1, 6, RANK)
-    wrapper.add_lora_linear(linear, x, (a,), (b,), 1.0, (5,))
-    assert torch.equal(linear, wanted)
-    wrapper.add_shrink(v, x, (a,), 1.0)
-    wrapper.add_expand(halves, v, (b,), (5,))
-    assert torch.equal(halves, wanted)
+    assert torch.equal(linear(wrapper, x, (a, b), y), wanted)
+    assert torch.equal(in_halves(wrapper, x, (a, b), y), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -256,11 +252,8 @@ def test_rows_of_the_base_keep_every_bit_beside_stacks_of_another_dtype(dtype):
     wrapper, x, (a, b) = wrapper_for((0, 30, 0)), integers(3, IN), stacks(dtype=dtype)
     y = integers(3, 5, seed=3)
     y[0] = -0.0
-    linear, halves, v = y.clone(), y.clone(), torch.zeros(1, 3, RANK)
-    wrapper.add_lora_linear(linear, x, (a,), (b,), 1.0, (5,))
-    wrapper.add_shrink(v, x, (a,), 1.0)
-    wrapper.add_expand(halves, v, (b,), (5,))
-    for found in (linear, halves):
+    for add in (linear, in_halves):
+        found = add(wrapper, x, (a, b), y)
         assert torch.equal(found[::2].view(torch.int32), y[::2].view(torch.int32))
         assert not torch.equal(found[1], y[1])
 
@@ -272,18 +265,16 @@ def test_a_captured_graph_reads_ids_and_ranks_where_they_lie(backend, monkeypatc
         monkeypatch.setattr(module, "capturing", lambda device: True)
     wrapper, x, (a, b) = wrapper_for((0,) * 6), integers(6, IN), stacks(ranks=(0, 0, 0))
     ids, ranks = wrapper._tokens.rows(6).ids, wrapper._stacks.of_a(a).ranks
-    y, head = torch.zeros(6, 5), torch.zeros(6, 5)
-    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
-    assert not y.any()
+    assert not linear(wrapper, x, (a, b)).any()
     for stack, filled in zip((a, b), stacks(), strict=True):
         stack.copy_(filled)
     for slot in range(SLOTS):
         wrapper.slot_changed(slot)
     step(wrapper, TOKENS)
     assert ids.tolist() == list(TOKEN_SLOTS) and ranks.tolist() == list(RANKS)
-    wrapper.add_lora_linear(y, x, (a,), (b,), 1.0, (5,))
+    y, head = linear(wrapper, x, (a, b)), ZEROS.clone()
     wrapper.add_lora_logits(head, x, a, b, 1.0)
-    wanted = expected(torch.zeros(6, 5), x, a, b, TOKEN_SLOTS)
+    wanted = expected(ZEROS, x, a, b, TOKEN_SLOTS)
     assert torch.equal(y, wanted) and torch.equal(head, wanted)
 
 
@@ -304,7 +295,7 @@ def test_a_compiled_graph_follows_steps_and_adapters():
     def check(slots: tuple[int, ...]) -> None:
         with torch.no_grad():
             y, z = layer(x)
-        wanted = expected(torch.zeros(6, 5), x, a, b, slots)
+        wanted = expected(ZEROS, x, a, b, slots)
         inner = expected(torch.zeros(6, 9), wanted[:, :1].expand(6, IN), c, d, slots)
         assert torch.equal(y, wanted)
         assert torch.equal(z, expected(inner, x, c, d, slots))

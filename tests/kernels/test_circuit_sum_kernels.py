@@ -1,7 +1,5 @@
 """Sum layers on tensor cores: both modes against float64, and the rescue of what they lose."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from backends import Backend

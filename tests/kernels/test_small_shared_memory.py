@@ -1,89 +1,72 @@
 """Devices whose blocks have 99 KiB of shared memory get smaller tiles, and the same bits."""
 
-from __future__ import annotations
-
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from backends import Backend
-from contract import assert_same_bits
+from contract import Outputs, same
+from torch import Tensor
 
 from lora_ext import ops
 
 LARGE, SMALL = 227 * 1024, 99 * 1024  # sm_90; sm_86, sm_89 and sm_120
 
 
-@contextmanager
-def shared_memory(backend: Backend, size: int) -> Iterator[None]:
-    backend.module.set_shared_memory(size)
+def under_both_limits(backend: Backend, run: Callable[[], Outputs]) -> tuple[Outputs, Outputs]:
+    if backend.is_twin or backend.device == "cuda" or backend.small:
+        pytest.skip("the limit is a setting of the emulator; so many rows are for the fast one")
+    large = run()
+    backend.module.set_shared_memory(SMALL)
     try:
-        yield
+        return large, run()
     finally:
         backend.module.set_shared_memory(LARGE)
 
 
-def under_both_limits(
-    backend: Backend, run: Callable[[], dict[str, torch.Tensor]]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    if backend.is_twin or backend.device == "cuda" or backend.small:
-        pytest.skip("the limit is a setting of the emulator; so many rows are for the fast one")
-    large = run()
-    with shared_memory(backend, SMALL):
-        return large, run()
+def factors(
+    dtype: torch.dtype, rank: int, width: int, tokens: int = 4096, adapters: int = 2, out: int = 0
+) -> list[Tensor]:
+    """x, a, b and dy."""
+    g, out = torch.Generator().manual_seed(0), out or width
+    sizes = (tokens, width), (adapters, rank, width), (adapters, out, rank), (tokens, out)
+    return [torch.randn(size, generator=g).to(dtype) for size in sizes]
 
 
-def assert_equal(large: dict[str, torch.Tensor], small: dict[str, torch.Tensor]) -> None:
-    for name, value in large.items():
-        assert_same_bits(small[name], value, f"{name}: ")
+def some(tokens: int, every: int, slot: int) -> Tensor:
+    ids = torch.full((tokens,), -1)
+    ids[::every] = slot
+    return ids
+
+
+def step(x: Tensor, a: Tensor, b: Tensor, dy: Tensor, ids: Tensor) -> Outputs:
+    leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+    y = ops.lora_linear(leaves[0], None, None, *leaves[1:], ids)
+    dx, da, db = torch.autograd.grad(y, leaves, dy)
+    return {"y": y.detach(), "dx": dx, "da": da, "db": db}
 
 
 @pytest.mark.parametrize("tokens", [8097, 20000])
 def test_a_plan_is_sorted_in_smaller_tiles(backend: Backend, tokens: int) -> None:
     ids = torch.randint(-1, 70, (tokens,), generator=torch.Generator().manual_seed(0))
-    assert_equal(*under_both_limits(backend, lambda: {"plan": ops.lora_plan(ids, 70)}))
+    same(*under_both_limits(backend, lambda: {"plan": ops.lora_plan(ids, 70)}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_expand_takes_fewer_rows_of_a_large_rank(backend: Backend, dtype: torch.dtype) -> None:
-    g = torch.Generator().manual_seed(0)
-    tokens, rank, width = 4096, 256, 32
-    x = torch.randn(tokens, width, generator=g).to(dtype)
-    a = torch.randn(2, rank, width, generator=g).to(dtype)
-    b = torch.randn(2, width, rank, generator=g).to(dtype)
-    ids = torch.full((tokens,), -1)
-    ids[::40] = 1
-    assert_equal(
-        *under_both_limits(
-            backend,
-            lambda: {"y": ops.lora_apply_(torch.ones(tokens, width).to(dtype), x, a, b, ids)},
-        )
-    )
+    x, a, b, dy = factors(dtype, rank=256, width=32)
+    ids = some(len(x), 40, slot=1)
+
+    def run() -> Outputs:
+        return {"y": ops.lora_apply_(torch.ones_like(dy), x, a, b, ids)}
+
+    same(*under_both_limits(backend, run))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_takes_fewer_rows_and_ranks(backend: Backend, dtype: torch.dtype) -> None:
-    g = torch.Generator().manual_seed(0)
-    tokens, rank, width = 4096, 64, 32
-    x, dy = (torch.randn(tokens, width, generator=g).to(dtype) for _ in range(2))
-    a = torch.randn(1, rank, width, generator=g).to(dtype)
-    b = torch.randn(1, width, rank, generator=g).to(dtype)
-    ids = torch.full((tokens,), -1)
-    ids[::16] = 0
-
-    def run() -> dict[str, torch.Tensor]:
-        leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-        y = ops.lora_linear(leaves[0], None, None, *leaves[1:], ids)
-        dx, da, db = torch.autograd.grad(y, leaves, dy)
-        return {"y": y.detach(), "dx": dx, "da": da, "db": db}
-
-    assert_equal(*under_both_limits(backend, run))
+    given = factors(dtype, rank=64, width=32, adapters=1)
+    same(*under_both_limits(backend, lambda: step(*given, some(4096, 16, slot=0))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -92,21 +75,15 @@ def test_the_gradient_of_the_input_takes_the_ranks_in_stages(
     backend: Backend, rank: int, dtype: torch.dtype
 ) -> None:
     """Bands of 256 bytes: three of them, the last one short."""
-    g = torch.Generator().manual_seed(0)
-    tokens, width = 70, 600 // dtype.itemsize
-    x = torch.randn(tokens, width, generator=g).to(dtype).requires_grad_()
-    dy = torch.randn(tokens, 8, generator=g).to(dtype)
-    a = torch.randn(2, rank, width, generator=g).to(dtype)
-    b = torch.randn(2, 8, rank, generator=g).to(dtype)
-    ids = torch.arange(tokens) % 3 - 1
-    ranks = torch.tensor([rank, 9], dtype=torch.int32)
-    seed = torch.tensor([5])
+    x, a, b, dy = factors(dtype, rank, 600 // dtype.itemsize, tokens=70, out=8)
+    ids, ranks = torch.arange(70) % 3 - 1, torch.tensor([rank, 9], dtype=torch.int32)
+    x.requires_grad_()
 
-    def run() -> dict[str, torch.Tensor]:
-        y = ops.lora_linear(x, None, None, a, b, ids, None, ranks, 0.25, seed)
+    def run() -> Outputs:
+        y = ops.lora_linear(x, None, None, a, b, ids, None, ranks, 0.25, torch.tensor([5]))
         return {"dx": torch.autograd.grad(y, x, dy)[0]}
 
-    assert_equal(*under_both_limits(backend, run))
+    same(*under_both_limits(backend, run))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -114,22 +91,14 @@ def test_the_gradient_of_the_input_takes_the_ranks_in_stages(
 def test_large_ranks_need_no_smaller_tiles(
     backend: Backend, tokens: int, dtype: torch.dtype
 ) -> None:
-    g = torch.Generator().manual_seed(0)
-    rank, width = 300, 24
-    x, dy = (torch.randn(tokens, width, generator=g).to(dtype) for _ in range(2))
-    a = torch.randn(2, rank, width, generator=g).to(dtype)
-    b = torch.randn(2, width, rank, generator=g).to(dtype)
+    given = factors(dtype, rank=300, width=24, tokens=tokens)
     ids = torch.full((tokens,), -1)
     ids[-20:] = torch.arange(20) % 2
 
-    def run() -> dict[str, torch.Tensor]:
-        leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-        y = ops.lora_linear(leaves[0], None, None, *leaves[1:], ids)
-        dx, da, db = torch.autograd.grad(y, leaves, dy)
-        applied = ops.lora_apply(x, a, b, ids)
-        return {"apply": applied, "y": y.detach(), "dx": dx, "da": da, "db": db}
+    def run() -> Outputs:
+        return step(*given, ids) | {"apply": ops.lora_apply(*given[:3], ids)}
 
-    assert_equal(*under_both_limits(backend, run))
+    same(*under_both_limits(backend, run))
 
 
 def test_a_window_that_no_longer_fits_a_warp_is_walked_by_the_block(backend: Backend) -> None:
@@ -139,7 +108,7 @@ def test_a_window_that_no_longer_fits_a_warp_is_walked_by_the_block(backend: Bac
     prior, trans = torch.randn(1, 32, generator=g), torch.randn(1, 399, 32, 32, generator=g)
     uniforms = torch.rand(1, 400, 2, generator=g)
 
-    def run() -> dict[str, torch.Tensor]:
+    def run() -> Outputs:
         tokens, conditional, _ = ops.circuit_sample("hmm", leaf, prior, trans, uniforms)
         return {"tokens": tokens, "conditional": conditional}
 
@@ -150,13 +119,6 @@ def test_a_window_that_no_longer_fits_a_warp_is_walked_by_the_block(backend: Bac
 
 def test_a_window_too_large_for_any_block_is_named(backend: Backend) -> None:
     leaf = torch.zeros(1, 28, 1024, 1)
-
-    def run() -> dict[str, torch.Tensor]:
-        return dict(
-            zip(("tokens", "value"), ops.circuit_argmax("cp", leaf, None, None), strict=True)
-        )
-
-    with pytest.raises(
-        ValueError, match=r"circuit_argmax: leaf: expected .* 99328 bytes of shared"
-    ):
-        under_both_limits(backend, run)
+    message = r"circuit_argmax: leaf: expected .* 99328 bytes of shared"
+    with pytest.raises(ValueError, match=message):
+        under_both_limits(backend, lambda: {"value": ops.circuit_argmax("cp", leaf, None, None)[1]})

@@ -181,11 +181,7 @@ class Writing(nn.Module):
 
 @pytest.mark.parametrize(
     ("activation", "op"),
-    [
-        (Odd(), "aten.erf.default"),
-        (Mixing(), "aten.mm.default"),
-        (Writing(), "sigmoid with out="),
-    ],
+    [(Odd(), "aten.erf.default"), (Mixing(), "aten.mm.default"), (Writing(), "sigmoid with out=")],
 )
 def test_an_op_that_depends_on_the_batch_is_refused_with_its_module(
     activation: nn.Module, op: str

@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
+from adapted_models import operations
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from peft_layers import CLOSE, gradients
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.profiler import ProfilerActivity, profile
 from transformers.pytorch_utils import Conv1D
 
 import lora_ext
@@ -25,13 +25,6 @@ def layer(base: nn.Module | None = None, **settings) -> LoraLinear:
 
 def batch(*lead: int) -> torch.Tensor:
     return torch.randn(*lead, 24, requires_grad=True)
-
-
-def operations(run) -> list[str]:
-    """Names of all operators and kernels, in order."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    return [e.name for e in found.events() if "profiler" not in e.name.lower()]
 
 
 def switched_off(ours: LoraLinear) -> None:

@@ -109,8 +109,7 @@ def change_by_loading(module: nn.Linear) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [change_in_place, change_address, change_parameter, change_unseen, change_by_loading],
+    "change", [change_in_place, change_address, change_parameter, change_unseen, change_by_loading]
 )
 def test_a_changed_weight_is_packed_anew(
     change: Callable[[nn.Linear], None], monkeypatch: pytest.MonkeyPatch

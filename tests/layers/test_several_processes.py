@@ -7,12 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_parallel import (
-    BOUND,
-    WAYS,
-    assert_same,
-    trained,
-)
+from data_parallel import BOUND, WAYS, assert_same, trained
 from processes import TwoProcesses
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

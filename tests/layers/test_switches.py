@@ -8,9 +8,8 @@ import re
 
 import pytest
 import torch
-from adapted_models import KINDS, adapted
+from adapted_models import KINDS, adapted, operations
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import lora_ext
 from lora_ext.nn import LayerGroups, adapted_layers, is_active, set_active
@@ -27,13 +26,6 @@ def base_logits(kind: str) -> Tensor:
     for layer in adapted_layers(model).values():
         layer.enable_adapters(False)
     return logits(model)
-
-
-def operations(run) -> list[str]:
-    """Names of all operators and kernels, in order."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    return [e.name for e in found.events() if "profiler" not in e.name.lower()]
 
 
 def flags(model: nn.Module) -> dict[str, bool]:

@@ -98,12 +98,7 @@ def p_value(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], fl
 
 @pytest.mark.parametrize(
     ("weights", "c"),
-    [
-        ([1, 2, 3], 1),
-        ([1, 2, 3], 2),
-        ([1.0, 1.0, 5.0, 0.0, 0.5], 3),
-        ([3, 1, 1, 1, 2, 3], 4),
-    ],
+    [([1, 2, 3], 1), ([1, 2, 3], 2), ([1.0, 1.0, 5.0, 0.0, 0.5], 3), ([3, 1, 1, 1, 2, 3], 4)],
 )
 def test_sets_are_drawn_as_often_as_exact_enumeration_of_successive_sampling_says(weights, c):
     draws = 20_000

@@ -22,11 +22,7 @@ from lora_ext.methods.legend import (
 )
 
 L = 12
-SPEEDS = {
-    0: Estimate(1.0, 0.1, 1e-6),
-    1: Estimate(1.0, 0.1, 1e-6),
-    2: Estimate(1.2, 0.12, 1e-6),
-}
+SPEEDS = {0: Estimate(1.0, 0.1, 1e-6), 1: Estimate(1.0, 0.1, 1e-6), 2: Estimate(1.2, 0.12, 1e-6)}
 SIZES = [1000.0 * (17 + layer) for layer in range(L)]
 
 

@@ -11,15 +11,7 @@ import peft
 import pytest
 import torch
 from adapted_models import adapted
-from methods.mod_models import (
-    IDS,
-    explicit,
-    hiddens_of,
-    logits,
-    make,
-    shake,
-    traces,
-)
+from methods.mod_models import IDS, explicit, hiddens_of, logits, make, shake, traces
 from torch import Tensor, nn
 
 import lora_ext

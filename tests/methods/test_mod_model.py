@@ -192,13 +192,7 @@ def test_the_output_has_all_that_the_model_returns(family: str):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize(
     "keep",
-    [
-        1,
-        3,
-        torch.tensor([0, 4]),
-        torch.tensor([[0, 1], [3, 5]]),
-        IDS > 9,
-    ],
+    [1, 3, torch.tensor([0, 4]), torch.tensor([[0, 1], [3, 5]]), IDS > 9],
     ids=["last", "last three", "positions", "positions of each", "mask"],
 )
 def test_logits_to_keep_keeps_those_logits(family: str, keep: Any):

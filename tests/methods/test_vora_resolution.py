@@ -23,11 +23,7 @@ def test_known_sizes(size, expected):
     assert smart_resize(*size) == expected
 
 
-@given(
-    height=st.integers(1, 6000),
-    width=st.integers(1, 6000),
-    factor=st.integers(1, 32),
-)
+@given(height=st.integers(1, 6000), width=st.integers(1, 6000), factor=st.integers(1, 32))
 def test_sides_are_multiples_and_the_area_is_in_bounds(height: int, width: int, factor: int):
     assume(min(height, width) >= factor and max(height, width) <= 200 * min(height, width))
     found = smart_resize(height, width, factor)

@@ -385,10 +385,7 @@ def test_wrong_input_is_refused_by_name() -> None:
         ("norm: expected", lambda: up(leaf, w, program, "probs")),
         ("semiring: expected", lambda: up(leaf, w, program, "none", "min")),
         ("plan: expected", lambda: up(leaf, w, program._replace(plan=program.plan[:-1]))),
-        (
-            "program: expected",
-            lambda: up(leaf, w, program._replace(numbers=program.numbers[:-1])),
-        ),
+        ("program: expected", lambda: up(leaf, w, program._replace(numbers=program.numbers[:-1]))),
         ("program: expected nodes", lambda: up(leaf, w, spoiled(program, 10, 10**6))),
         ("program: expected parts", lambda: up(leaf, w, spoiled(program, first_part + 2, -1))),
         (

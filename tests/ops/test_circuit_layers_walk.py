@@ -279,10 +279,7 @@ def test_wrong_input_is_refused_by_name() -> None:
             "program: expected places among uniforms",
             lambda: go(val, w, spoiled(program, len(program.numbers) - 1, program.plan[9]), root),
         ),
-        (
-            "plan: expected",
-            lambda: go(val, w, program._replace(plan=program.plan[:-1]), root),
-        ),
+        ("plan: expected", lambda: go(val, w, program._replace(plan=program.plan[:-1]), root)),
     ]
     for message, call in refusals:
         with pytest.raises(ValueError, match=f"circuit_layers_walk: {message}"):

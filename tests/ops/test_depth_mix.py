@@ -9,13 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import Backend
-from cases_depth_mix import (
-    Mix,
-    gradients,
-    make,
-    norms,
-    upstream,
-)
+from cases_depth_mix import Mix, gradients, make, norms, upstream
 from contract import assert_same_bits
 from torch import Tensor
 

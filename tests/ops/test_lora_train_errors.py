@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from cases import Inputs, Shape
 from cases_train import train_inputs
+from cases_wrong import Change, cast, cut, ints, is_
 
 from lora_ext import ops
 
 SHAPE = Shape(4, 16, 24, (8, 3))
-Change = Callable[[Inputs], dict[str, Any]]
 
 
 def linear(i: Inputs) -> torch.Tensor:
@@ -21,32 +18,21 @@ def linear(i: Inputs) -> torch.Tensor:
     return ops.lora_linear(*head, i["scale"], i["ranks"], i["dropout_p"], i["seed"], i.get("plan"))
 
 
+EACH = "one Long, or one for each of 2 adapters"
 SEEDS: list[tuple[str, Change]] = [
-    (r"seed: expected one Long with dropout_p > 0, found None", lambda i: {"seed": None}),
-    (
-        r"seed: expected one Long on cpu, found Int of shape \[1\]",
-        lambda i: {"seed": i["seed"].int()},
-    ),
-    (
-        r"seed: expected one Long, or one for each of 2 adapters, found shape \[3\]",
-        lambda i: {"seed": torch.zeros(3, dtype=torch.long)},
-    ),
-    (
-        r"seed: expected one Long, or one for each of 2 adapters, found shape \[2, 1\]",
-        lambda i: {"seed": torch.zeros(2, 1, dtype=torch.long)},
-    ),
-    (r"seed: expected Long, found Int", lambda i: {"seed": torch.zeros(2, dtype=torch.int32)}),
-    (r"seed: expected Long, found Float", lambda i: {"seed": torch.zeros(2)}),
+    (r"seed: expected one Long with dropout_p > 0, found None", is_(seed=None)),
+    (r"seed: expected one Long on cpu, found Int of shape \[1\]", cast("seed", dtype=torch.int32)),
+    (rf"seed: expected {EACH}, found shape \[3\]", is_(seed=ints(0, 0, 0).long())),
+    (rf"seed: expected {EACH}, found shape \[2, 1\]", is_(seed=ints(0, 0).long()[:, None])),
+    (r"seed: expected Long, found Int", is_(seed=ints(0, 0))),
+    (r"seed: expected Long, found Float", is_(seed=torch.zeros(2))),
 ]
 WRONG: list[tuple[str, Change]] = [
     (r"x: expected shape \(T, I\), found \[4\]", lambda i: {"x": i["x"][:, 0]}),
     (r"x: expected float32, float16, bfloat16 or float64", lambda i: {"x": i["x"].int()}),
     (r"weight: expected shape \(O, I\) = \[24, 16\]", lambda i: {"weight": i["weight"].T}),
-    (
-        r"weight: expected the dtype of x, Float, found Half",
-        lambda i: {"weight": i["weight"].half()},
-    ),
-    (r"bias: expected shape \(O,\) = \[24\], found \[23\]", lambda i: {"bias": i["bias"][1:]}),
+    (r"weight: expected the dtype of x, Float, found Half", cast("weight", dtype=torch.half)),
+    (r"bias: expected shape \(O,\) = \[24\], found \[23\]", cut("bias")),
     (r"bias: expected the dtype of x, Float, found Double", lambda i: {"bias": i["bias"].double()}),
     (r"bias: expected None where weight is None", lambda i: {"weight": None}),
     (r"a: expected the dtype of x, Float, found Double", lambda i: {"a": i["a"].double()}),
@@ -55,18 +41,9 @@ WRONG: list[tuple[str, Change]] = [
     (r"b\.shape\[2\]: expected a\.shape\[1\] = 8, found 7", lambda i: {"b": i["b"][:, :, 1:]}),
     (r"scale: expected Float, found Double", lambda i: {"scale": i["scale"].double()}),
     (r"ranks: expected shape \(2,\), found \[1\]", lambda i: {"ranks": i["ranks"][:1]}),
-    (
-        r"ranks\[1\]: expected .* in \[0, 8\], found 9",
-        lambda i: {"ranks": torch.tensor([8, 9], dtype=torch.int32)},
-    ),
-    (
-        r"adapter_ids: expected shape \(4,\), one id per row, found \[3\]",
-        lambda i: {"adapter_ids": i["adapter_ids"][:3]},
-    ),
-    (
-        r"adapter_ids\[2\]: expected .* in \[-1, 2\), found 2",
-        lambda i: {"adapter_ids": torch.tensor([0, 1, 2, -2])},
-    ),
+    (r"ranks\[1\]: expected .* in \[0, 8\], found 9", is_(ranks=ints(8, 9))),
+    (r"adapter_ids: expected shape \(4,\), one id per row, found \[3\]", cut("adapter_ids")),
+    (r"adapter_ids\[2\]: expected .* in \[-1, 2\), found 2", is_(adapter_ids=ints(0, 1, 2, -2))),
     (
         r"plan: expected lora_plan\(\) of 4 rows and 2 adapters",
         lambda i: {"plan": ops.lora_plan(torch.zeros(5, dtype=torch.long), 2)},

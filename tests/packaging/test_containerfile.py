@@ -1,15 +1,13 @@
 """The Containerfile, read without a builder: its steps, its files, and the command it ends in."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
-from pathlib import Path
+
+from scripts import ROOT
 
 from lora_ext.cli._arguments import make_parser
 
-ROOT = Path(__file__).resolve().parents[2]
 KNOWN = {"FROM", "RUN", "WORKDIR", "COPY", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK", "STOPSIGNAL"}
 KNOWN |= {"ENTRYPOINT", "CMD"}
 
@@ -20,13 +18,10 @@ def steps() -> list[tuple[str, str]]:
     return [tuple(line.split(maxsplit=1)) for line in lines]  # pyright: ignore[reportReturnType]
 
 
-def test_every_step_is_one_that_builders_know_and_images_have_versions() -> None:
+def test_every_step_is_known_and_copies_what_a_build_needs() -> None:
     assert {name for name, _ in steps()} <= KNOWN and steps()[0][0] == "FROM"
     images = [rest.split()[0] for name, rest in steps() if name == "FROM"]
     assert all(re.search(r":\d", image) and image.count("/") == 2 for image in images)
-
-
-def test_what_it_copies_is_in_the_repository_and_enough_for_a_build() -> None:
     copied: set[str] = set()
     for name, rest in steps():
         if name == "COPY" and not rest.startswith("--from="):

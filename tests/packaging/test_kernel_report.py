@@ -1,15 +1,11 @@
 """The page of estimates: what it says is what the lock says, and what it hides is nothing."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from scripts import tool
+from scripts import ROOT, tool
 
-ROOT = Path(__file__).resolve().parents[2]
 loops, gate = tool("sass_loops"), tool("sass_gate")  # each imports the one before by its name
 report = tool("kernel_report")
 RULES = gate.load_rules(gate.RULES)
@@ -51,7 +47,7 @@ def test_trips_and_instructions_cost_what_the_model_says(lock) -> None:
     assert report.launch_us(leaf, slow) >= cycles / report.CLOCK
 
 
-def test_a_chain_is_all_its_launches_and_its_floor_has_no_launch_in_it(lock) -> None:
+def test_a_chain_is_all_its_launches_or_waits_in_every_step(lock) -> None:
     chain = next(c for c in report.CASES if "2048 states" in c.shape and "forward, fp32" in c.shape)
     each = [report.launch_us(c, lock[c.kernel]) for c in (chain, *chain.beside)]
     saved = 2 * (report.NULL - report.HANDOFF)  # both kernels overlap the end of the other
@@ -60,9 +56,6 @@ def test_a_chain_is_all_its_launches_and_its_floor_has_no_launch_in_it(lock) -> 
     assert report.floor_us(chain) == pytest.approx(31 * 2 * 2048**2 * 512 / report.TENSOR)
     # Six products of 16 bits for each of float32: no faster than tensor cores are at that.
     assert each[0] > 6 * chain.flops / report.TENSOR
-
-
-def test_a_chain_in_one_launch_waits_in_every_step(lock) -> None:
     chain = next(c for c in report.CASES if c.steps > 1)
     code = lock[chain.kernel]
     longer = replace(chain, steps=chain.steps + 10)
@@ -106,13 +99,10 @@ def test_threads_are_those_of_the_rules_and_blocks_what_they_leave_room_for(lock
     assert replace(code, dynamic=0).per_multiprocessor(256) == 4
 
 
-def test_a_loop_that_stands_by_for_a_rescue_is_not_the_one_that_is_timed(lock) -> None:
+def test_a_loop_for_a_rescue_is_not_timed_and_a_kernel_that_is_gone_is_named(lock) -> None:
     case = next(c for c in report.CASES if c.loop is not None)
     code = replace(lock[case.kernel], inflight=(64, 6))
     assert report.launch_us(case, code) < report.launch_us(replace(case, loop=None), code)
-
-
-def test_a_kernel_that_the_lock_lacks_is_named(lock) -> None:
     case = replace(report.CASES[0], kernel="gone_kernel<float>")
     with pytest.raises(SystemExit, match=r"kernels\.lock has no gone_kernel<float>"):
         report.rows(lock, [case])

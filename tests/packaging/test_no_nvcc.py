@@ -5,8 +5,6 @@ micro-kernels of tests/emu: all kernels reach the headers through the one device
 compiling each of them once more would take CI minutes.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -17,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import load_script
+from scripts import ROOT, load_script
 
-ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "emu"
 WHEELS = "nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
 OPTIONS = """

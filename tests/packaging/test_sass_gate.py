@@ -1,17 +1,12 @@
 """The gate on machine code: a kernel that spills must fail, its good twin must not."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from scripts import tool
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 loops = tool("sass_loops")  # first: the gate imports it by this name
@@ -126,10 +121,16 @@ ARCHS = ("sm_80", "sm_90a")
 KINDS = ("spill", "together", "apart", "near", "far", "early", "late", "slow")
 
 
-def test_every_kernel_is_found_under_its_plain_name(kernels):
+def test_every_kernel_has_its_plain_name_and_the_rules_for_it(kernels):
     names = ["good_kernel<float4, 1>", *(f"{k}_kernel" for k in KINDS)]
     assert set(kernels) == {(name, arch) for name in names for arch in ARCHS}
     assert all(len(kernel.code) > 10 and kernel.registers > 0 for kernel in kernels.values())
+    kernel = kernels["good_kernel<float4, 1>", "sm_80"]
+    other = [
+        {"match": "bad_*", "max_registers": 1},
+        {"match": "*", "arch": ["sm_90a"], "max_registers": 1},
+    ]
+    assert gate.judge(kernel, other) == []
 
 
 def test_objects_are_judged_side_by_side_and_told_in_order(compiled, kernels, tmp_path):
@@ -153,13 +154,7 @@ def test_an_object_that_cannot_be_read_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_kernel_that_spills_fails(kernels, arch):
-    reasons = " ".join(gate.judge(kernels["spill_kernel", arch], []))
-    assert "1024 bytes of stack" in reasons and "LDL/STL" in reasons
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_good_kernel_passes_rules_that_hold(kernels, arch):
+def test_a_good_kernel_passes_rules_that_hold_and_one_that_spills_fails(kernels, arch):
     rule = {
         "match": "good_kernel<float4, *>",
         "arch": [arch],
@@ -170,6 +165,8 @@ def test_a_good_kernel_passes_rules_that_hold(kernels, arch):
         "forbid_loop": [r"(LDG|STG)\b(?!.*\.128)"],
     }
     assert gate.judge(kernels["good_kernel<float4, 1>", arch], [rule]) == []
+    reasons = " ".join(gate.judge(kernels["spill_kernel", arch], []))
+    assert "1024 bytes of stack" in reasons and "LDL/STL" in reasons
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -288,15 +285,6 @@ def test_a_broken_rule_is_named(kernels, rule, words):
     assert len(reasons) == 1 and words in reasons[0]
 
 
-def test_a_rule_for_another_kernel_or_architecture_is_ignored(kernels):
-    kernel = kernels["good_kernel<float4, 1>", "sm_80"]
-    other = [
-        {"match": "bad_*", "max_registers": 1},
-        {"match": "*", "arch": ["sm_90a"], "max_registers": 1},
-    ]
-    assert gate.judge(kernel, other) == []
-
-
 @pytest.mark.parametrize(
     ("registers", "threads", "shared", "blocks"),
     # computed by cuda_occupancy.h (CUDA 13.0), fed with the constants of an H100
@@ -316,13 +304,10 @@ def test_occupancy_agrees_with_cuda_occupancy_h(registers, threads, shared, bloc
     assert gate.blocks_per_multiprocessor(registers, threads, shared) == blocks
 
 
-def test_an_unknown_key_in_the_rules_is_refused(tmp_path):
+def test_an_unknown_key_is_refused_and_the_rules_of_the_repository_are_read(tmp_path):
     (tmp_path / "kernels.toml").write_text('[[rule]]\nmatch = "*"\nmax_register = 3\n')
     with pytest.raises(SystemExit, match="unknown keys \\['max_register'\\]"):
         gate.load_rules(tmp_path / "kernels.toml")
-
-
-def test_the_rules_in_the_repository_are_readable():
     gate.load_rules(gate.RULES)
 
 

@@ -1,7 +1,5 @@
 """setup.py: each way an install can fail says one sentence with the remedy."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import io
@@ -11,13 +9,9 @@ import types
 from pathlib import Path
 
 import pytest
+from scripts import ROOT, module_of
 
-ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("lora_ext_setup", ROOT / "setup.py")
-assert spec and spec.loader
-build = importlib.util.module_from_spec(spec)
-sys.modules["lora_ext_setup"] = build
-spec.loader.exec_module(build)
+build = module_of(ROOT / "setup.py", "lora_ext_setup")
 
 
 @pytest.fixture(autouse=True)
@@ -68,23 +62,26 @@ def sentence(function, *args) -> str:
     return text
 
 
-def test_torch_missing(monkeypatch):
+def test_torch_missing_or_too_old(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     text = sentence(build.find_torch)
     assert "`pip install torch`" in text and "--no-build-isolation" in text
-
-
-def test_torch_too_old(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", torch_for(None, "2.9.1"))
     assert "torch 2.9.1 is too old" in sentence(build.find_torch)
 
 
-def test_beside_a_cpu_torch_kernels_are_compiled_only_when_asked_for(toolkit, monkeypatch):
-    home = toolkit()
+def test_a_good_toolkit_is_taken_beside_a_cuda_torch_and_where_the_switch_asks(
+    toolkit, monkeypatch
+):
+    home = toolkit("13.0")
     assert build.find_toolkit(torch_for(None), "g++") is None
     assert build.find_toolkit(torch_for("13.0"), "g++").home == home
     monkeypatch.setenv("LORA_EXT_CUDA", "1")
-    assert build.find_toolkit(torch_for(None), "g++").home == home
+    for cuda in (None, "13.0", "13.2"):
+        found = build.find_toolkit(torch_for(cuda), "g++")
+        assert found.home == home and found.version == (13, 0)
+    monkeypatch.setenv("LORA_EXT_CUDA", "0")
+    assert build.find_toolkit(torch_for("13.0"), "g++") is None
 
 
 def test_nvcc_missing_is_an_error_beside_a_cuda_torch_and_where_cuda_is_asked_for(monkeypatch):
@@ -116,39 +113,21 @@ def test_the_nvcc_of_nvidias_wheels_is_found(tmp_path, monkeypatch):
     assert build.find_nvcc() == (before or str(nvcc))
 
 
-def test_cuda_0_ignores_a_toolkit(toolkit, monkeypatch):
-    toolkit()
-    monkeypatch.setenv("LORA_EXT_CUDA", "0")
-    assert build.find_toolkit(torch_for("13.0"), "g++") is None
-
-
-def test_a_switch_that_is_neither_0_nor_1(monkeypatch):
+def test_a_switch_that_is_neither_0_nor_1_and_a_home_without_nvcc(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert f"CUDA_HOME is {tmp_path}" in sentence(build.find_toolkit, torch_for("13.0"), "g++")
     monkeypatch.setenv("LORA_EXT_CUDA", "yes")
     assert "LORA_EXT_CUDA is 'yes'" in sentence(build.find_toolkit, torch_for(None), "g++")
 
 
-def test_cuda_home_without_nvcc(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert f"CUDA_HOME is {tmp_path}" in sentence(build.find_toolkit, torch_for("13.0"), "g++")
-
-
-def test_a_good_toolkit_is_taken_with_either_torch(toolkit, monkeypatch):
-    home = toolkit("13.0")
-    monkeypatch.setenv("LORA_EXT_CUDA", "1")
-    for cuda in (None, "13.0", "13.2"):
-        found = build.find_toolkit(torch_for(cuda), "g++")
-        assert found.home == home and found.version == (13, 0)
-
-
-def test_torch_of_another_cuda_major(toolkit):
-    toolkit("13.0")
+@pytest.mark.parametrize(
+    ("release", "words"),
+    [("13.0", "built for CUDA 12.8, but nvcc 13.0"), ("12.4", "nvcc 12.4 is too old")],
+)
+def test_an_nvcc_of_another_major_or_too_old(toolkit, release, words):
+    toolkit(release)
     text = sentence(build.find_toolkit, torch_for("12.8"), "g++")
-    assert "built for CUDA 12.8, but nvcc 13.0" in text and "LORA_EXT_CUDA=0" in text
-
-
-def test_nvcc_too_old(toolkit):
-    toolkit("12.4")
-    assert "nvcc 12.4 is too old" in sentence(build.find_toolkit, torch_for("12.8"), "g++")
+    assert words in text and ("LORA_EXT_CUDA=0" in text or release == "12.4")
 
 
 def test_gcc_too_new_for_nvcc(toolkit, tmp_path, monkeypatch):
@@ -166,20 +145,14 @@ def test_a_cuda_header_is_missing(toolkit, header):
     assert f"{header} is not in" in sentence(build.find_toolkit, torch_for("13.0"), "g++")
 
 
-def test_python_h_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert "Python.h is not in" in sentence(build.find_python_include)
-
-
-def test_half_precision_headers_are_missing(monkeypatch):
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    assert "pip install nvidia-cuda-runtime" in sentence(build.find_cuda_headers, None)
-
-
-def test_half_precision_headers_come_from_the_wheels():
+def test_headers_of_python_and_of_half_precision_are_found_or_missing(tmp_path, monkeypatch):
     folders = build.find_cuda_headers(None)
     assert any((Path(folder) / "cuda_bf16.h").exists() for folder in folders)
     assert any((Path(folder) / "nv/target").exists() for folder in folders)
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert "pip install nvidia-cuda-runtime" in sentence(build.find_cuda_headers, None)
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h is not in" in sentence(build.find_python_include)
 
 
 def test_compiler_or_cmake_missing(monkeypatch, tmp_path):
@@ -203,11 +176,8 @@ def test_arch_list_is_read_like_torch_reads_it(text, names):
     assert build.architectures(text) == names
 
 
-def test_arch_list_with_a_word_is_refused():
+def test_an_arch_list_with_a_word_is_refused_and_the_default_ends_with_ptx():
     assert "TORCH_CUDA_ARCH_LIST has 'Hopper'" in sentence(build.architectures, "8.0;Hopper")
-
-
-def test_default_architectures_end_with_ptx_of_the_newest_base():
     assert build.default_architectures() == ["80-real", "90a-real", "90-virtual"]
 
 

@@ -1,7 +1,5 @@
 """Rules of the tree that a compiler does not enforce: who may include what, who may import whom."""
 
-from __future__ import annotations
-
 import ast
 import re
 import runpy
@@ -11,12 +9,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from backends import OP_MODULES
+from scripts import ROOT
 
 import lora_ext
 from lora_ext import reference
 from lora_ext.ops import _registration
 
-ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = [p for p in CSRC.rglob("*") if p.suffix in {".h", ".cuh", ".cu", ".cpp"}]
 
@@ -37,12 +35,9 @@ def test_kernels_twins_and_emulator_include_no_torch_header(room):
     assert not bad
 
 
-def test_torch_extension_h_is_included_by_the_bindings_alone():
+def test_torch_extension_h_and_c10_cuda_are_included_in_one_place_each():
     users = [p.relative_to(CSRC).as_posix() for p in SOURCES if "torch/extension.h" in includes(p)]
     assert users == ["bindings.cpp"]
-
-
-def test_c10_cuda_is_included_by_stream_h_alone():
     users = {
         p.relative_to(CSRC).as_posix()
         for p in SOURCES
@@ -77,7 +72,7 @@ def test_federated_needs_no_flower():
     assert not [path.name for path in files if flower.search(path.read_text())]
 
 
-def test_ops_of_the_compiled_module_are_called_by_ops_alone():
+def test_ops_are_called_by_ops_alone_through_the_name_that_tests_exchange():
     """Another room may call an op that it defines itself, in Python (``torch.library``)."""
     callers = {
         path.relative_to(ROOT / "lora_ext").parts[0]
@@ -85,10 +80,6 @@ def test_ops_of_the_compiled_module_are_called_by_ops_alone():
         if OPS & set(re.findall(r"torch\.ops\.lora_ext\.(\w+)", path.read_text()))
     }
     assert callers <= {"ops"}
-
-
-def test_ops_call_the_library_through_the_name_that_tests_exchange():
-    """A module with another way to it would test the twins under the name of every backend."""
     calls = {
         path.stem: re.findall(r".*torch\.ops\b(?!\.aten).*", path.read_text())
         for path in (ROOT / "lora_ext/ops").glob("*.py")
@@ -98,7 +89,6 @@ def test_ops_call_the_library_through_the_name_that_tests_exchange():
     assert {m.__name__.split(".")[-1] for m in OP_MODULES} == {n for n, c in calls.items() if c}
 
 
-# --- one row of csrc/ops/table.h per op, and what belongs to it -----------------------------------
 OPS = set(
     re.findall(
         r"^ {4}(?:Op|Differentiable|NoGradient|InPlace)<&(\w+)",
@@ -113,82 +103,56 @@ class Tellings(NamedTuple):
 
     reference: str
     twin: str
-    launcher: str | None  # None: for tensors on the CPU alone
+    launcher: str  # launch_..., or - for tensors on the CPU alone
 
 
-LEAF = Tellings("circuit_scan", "CircuitCpu.leaf", "launch_circuit_leaf")
-LEAF_BACKWARD = Tellings("circuit_scan", "CircuitCpu.leaf_backward", "launch_circuit_leaf_backward")
-TELLINGS = {
-    "lora_plan": Tellings("lora_plan", "lora_plan_cpu", "launch_lora_plan"),
-    "lora_segment_ids": Tellings(
-        "lora_segment_ids", "lora_segment_ids_cpu", "launch_lora_segment_ids"
-    ),
-    "lora_shrink": Tellings("lora_shrink", "LoraCpu.shrink", "launch_lora_shrink"),
-    "lora_expand_": Tellings("lora_expand_", "LoraCpu.expand", "launch_lora_expand"),
-    "lora_apply": Tellings("lora_apply", "LoraCpu.apply", "launch_lora_apply"),
-    "lora_apply_": Tellings("lora_apply_", "LoraCpu.apply", "launch_lora_apply"),
-    "lora_apply_siblings_": Tellings("lora_apply_siblings_", "LoraCpu.apply", "launch_lora_apply"),
-    "lora_linear_forward": Tellings(
-        "lora_linear", "LoraTrainCpu.shrink", "launch_lora_train_shrink"
-    ),
-    "lora_linear_backward": Tellings(
-        "lora_linear_backward", "LoraTrainCpu.da_dx", "launch_lora_train_backward"
-    ),
-    "lora_dropout": Tellings("lora_dropout", "LoraTrainCpu.dropout", "launch_lora_dropout"),
-    "lora_gram": Tellings("lora_gram", "GramCpu.gram", "launch_lora_gram"),
-    "lora_pair_stats": Tellings("lora_pair_stats", "GramCpu.pair_stats", "launch_lora_pair_stats"),
-    "circuit_leaf": LEAF,
-    "circuit_leaf_backward": LEAF_BACKWARD,
-    "emission_gather": LEAF._replace(reference="emission_gather"),
-    "emission_gather_backward": LEAF_BACKWARD._replace(reference="emission_gather"),
-    "circuit_scan": Tellings("circuit_scan", "CircuitCpu.scan", "launch_circuit_scan"),
-    "circuit_scan_backward": Tellings(
-        "circuit_scan", "CircuitCpu.scan_backward", "launch_circuit_scan_backward"
-    ),
-    "circuit_conditional_dist": Tellings(
-        "circuit_conditional_dist",
-        "CircuitDecodeCpu.conditional_dist",
-        "launch_circuit_conditional_dist",
-    ),
-    "circuit_sample": Tellings(
-        "circuit_sample", "CircuitDecodeCpu.sample", "launch_circuit_sample"
-    ),
-    "circuit_argmax": Tellings(
-        "circuit_argmax", "CircuitDecodeCpu.argmax", "launch_circuit_argmax"
-    ),
-    "spec_verify": Tellings("spec_verify", "CircuitDecodeCpu.verify", "launch_spec_verify"),
-    "log_einsum_weights": Tellings("log_einsum_exp", "LogSumCpu.weights", "launch_log_sum_weights"),
-    "log_einsum_exp": Tellings("log_einsum_exp", "LogSumCpu.forward", "launch_log_sum_finish"),
-    "log_einsum_exp_backward": Tellings(
-        "log_einsum_exp", "LogSumCpu.dvalues", "launch_log_sum_dvalues"
-    ),
-    "log_einsum_max": Tellings("log_einsum_exp", "LogSumCpu.max", "launch_log_max"),
-    "circuit_table": Tellings("circuit_table", "CircuitTableCpu.forward", "launch_circuit_table"),
-    "circuit_table_backward": Tellings(
-        "circuit_table", "CircuitTableCpu.backward", "launch_circuit_table_backward"
-    ),
-    "circuit_layers": Tellings("circuit_layers", "LayersCpu.forward", "launch_layers_forward"),
-    "circuit_layers_backward": Tellings(
-        "circuit_layers", "LayersCpu.backward", "launch_layers_backward"
-    ),
-    "circuit_layers_walk": Tellings("circuit_layers_walk", "LayersCpu.walk", "launch_layers_walk"),
-    "depth_mix_forward": Tellings("depth_mix", "DepthMixCpu.forward", "launch_depth_mix"),
-    "depth_mix_backward": Tellings(
-        "depth_mix", "DepthMixCpu.backward", "launch_depth_mix_backward"
-    ),
-    "pack_weight": Tellings("pack_weight", "PackedLinearCpu.pack", None),
-    "packed_linear": Tellings("packed_linear", "PackedLinearCpu.product", None),
-    "pointwise": Tellings("pointwise", "PointwiseCpu.apply", None),
-    "row_attention": Tellings("row_attention", "RowAttentionCpu.attend", "launch_row_attention"),
-    "vocab_cross_entropy": Tellings(
-        "chunked_cross_entropy", "VocabCpu.cross_entropy_update", "launch_cross_entropy_update"
-    ),
-    "vocab_cross_entropy_backward": Tellings(
-        "chunked_cross_entropy", "VocabCpu.cross_entropy_gradient", "launch_cross_entropy_gradient"
-    ),
-    "vocab_kl": Tellings("chunked_kl", "VocabCpu.kl_update", "launch_kl_update"),
-    "vocab_kl_backward": Tellings("chunked_kl", "VocabCpu.kl_gradient", "launch_kl_gradient"),
-}
+# An op, its formula, its twin and its launcher.
+TABLE = """\
+lora_plan lora_plan lora_plan_cpu lora_plan
+lora_segment_ids lora_segment_ids lora_segment_ids_cpu lora_segment_ids
+lora_shrink lora_shrink LoraCpu.shrink lora_shrink
+lora_expand_ lora_expand_ LoraCpu.expand lora_expand
+lora_apply lora_apply LoraCpu.apply lora_apply
+lora_apply_ lora_apply_ LoraCpu.apply lora_apply
+lora_apply_siblings_ lora_apply_siblings_ LoraCpu.apply lora_apply
+lora_linear_forward lora_linear LoraTrainCpu.shrink lora_train_shrink
+lora_linear_backward lora_linear_backward LoraTrainCpu.da_dx lora_train_backward
+lora_dropout lora_dropout LoraTrainCpu.dropout lora_dropout
+lora_gram lora_gram GramCpu.gram lora_gram
+lora_pair_stats lora_pair_stats GramCpu.pair_stats lora_pair_stats
+circuit_leaf circuit_scan CircuitCpu.leaf circuit_leaf
+circuit_leaf_backward circuit_scan CircuitCpu.leaf_backward circuit_leaf_backward
+emission_gather emission_gather CircuitCpu.leaf circuit_leaf
+emission_gather_backward emission_gather CircuitCpu.leaf_backward circuit_leaf_backward
+circuit_scan circuit_scan CircuitCpu.scan circuit_scan
+circuit_scan_backward circuit_scan CircuitCpu.scan_backward circuit_scan_backward
+circuit_conditional_dist \
+    circuit_conditional_dist CircuitDecodeCpu.conditional_dist circuit_conditional_dist
+circuit_sample circuit_sample CircuitDecodeCpu.sample circuit_sample
+circuit_argmax circuit_argmax CircuitDecodeCpu.argmax circuit_argmax
+spec_verify spec_verify CircuitDecodeCpu.verify spec_verify
+log_einsum_weights log_einsum_exp LogSumCpu.weights log_sum_weights
+log_einsum_exp log_einsum_exp LogSumCpu.forward log_sum_finish
+log_einsum_exp_backward log_einsum_exp LogSumCpu.dvalues log_sum_dvalues
+log_einsum_max log_einsum_exp LogSumCpu.max log_max
+circuit_table circuit_table CircuitTableCpu.forward circuit_table
+circuit_table_backward circuit_table CircuitTableCpu.backward circuit_table_backward
+circuit_layers circuit_layers LayersCpu.forward layers_forward
+circuit_layers_backward circuit_layers LayersCpu.backward layers_backward
+circuit_layers_walk circuit_layers_walk LayersCpu.walk layers_walk
+depth_mix_forward depth_mix DepthMixCpu.forward depth_mix
+depth_mix_backward depth_mix DepthMixCpu.backward depth_mix_backward
+pack_weight pack_weight PackedLinearCpu.pack -
+packed_linear packed_linear PackedLinearCpu.product -
+pointwise pointwise PointwiseCpu.apply -
+row_attention row_attention RowAttentionCpu.attend row_attention
+vocab_cross_entropy chunked_cross_entropy VocabCpu.cross_entropy_update cross_entropy_update
+vocab_cross_entropy_backward \
+    chunked_cross_entropy VocabCpu.cross_entropy_gradient cross_entropy_gradient
+vocab_kl chunked_kl VocabCpu.kl_update kl_update
+vocab_kl_backward chunked_kl VocabCpu.kl_gradient kl_gradient
+"""
+TELLINGS = {op: Tellings(*told) for op, *told in map(str.split, TABLE.splitlines())}
 
 
 def test_the_table_of_ops_is_what_both_doors_hold():
@@ -202,7 +166,7 @@ def test_the_table_of_ops_is_what_both_doors_hold():
     assert registered >= OPS  # Python defines others
 
 
-def test_every_op_is_told_as_formula_loop_and_kernel():
+def test_every_op_is_told_as_formula_loop_kernel_and_stub():
     assert set(TELLINGS) == OPS
     headers = "\n".join(p.read_text() for p in (CSRC / "include").rglob("*.h"))
     kernels = "\n".join(p.read_text() for p in (CSRC / "cuda").rglob("*.cu"))
@@ -212,24 +176,8 @@ def test_every_op_is_told_as_formula_loop_and_kernel():
         family, _, step = twin.rpartition(".")
         declared = rf"struct {family} {{[^}}]*\(\*{step}\)" if family else rf"void {twin}\("
         assert re.search(declared, headers), f"{op}: no twin {twin}"
-        for text in (headers, kernels, refusals) if launcher else ():
-            assert re.search(rf"\b{launcher}\(", text) or f"LX_NO_KERNEL({launcher}," in text, op
-
-
-def test_every_op_is_driven_through_the_laws():
-    laws = [*(ROOT / "tests").glob("cases*.py"), *(ROOT / "tests").glob("test_contract*.py")]
-    laws += (ROOT / "tests/ops").glob("test_*.py")  # plans, sums: laws of their own
-    text = "\n".join(path.read_text() for path in laws)
-    driven = set(re.findall(r"\b(?:ops|reference)\.(\w+)", text))
-    assert {t.reference for t in TELLINGS.values()} <= driven
-
-
-def test_every_op_has_a_fake_kernel():
-    assert _registration._fakes.keys() == OPS
-    assert _registration._backwards.keys() <= OPS
-
-
-def test_every_op_has_a_stub_with_the_arguments_of_its_schema():
+        for text in (headers, kernels, refusals) if launcher != "-" else ():
+            assert re.search(rf"\blaunch_{launcher}\(|LX_NO_KERNEL\(launch_{launcher},", text), op
     tree = ast.parse(runpy.run_path(str(ROOT / "tools/stubs.py"))["stubs"]())
     stubs = {
         f.name: [a.arg for a in f.args.posonlyargs]
@@ -241,3 +189,13 @@ def test_every_op_has_a_stub_with_the_arguments_of_its_schema():
         for op in OPS
     }
     assert {op: stubs.get(op) for op in OPS} == schemas
+
+
+def test_every_op_is_driven_through_the_laws_and_has_a_fake_kernel():
+    laws = [*(ROOT / "tests").glob("cases*.py"), *(ROOT / "tests").glob("test_contract*.py")]
+    laws += (ROOT / "tests/ops").glob("test_*.py")  # plans, sums: laws of their own
+    text = "\n".join(path.read_text() for path in laws)
+    driven = set(re.findall(r"\b(?:ops|reference)\.(\w+)", text))
+    assert {t.reference for t in TELLINGS.values()} <= driven
+    assert _registration._fakes.keys() == OPS
+    assert _registration._backwards.keys() <= OPS

@@ -1,7 +1,5 @@
 """sdist -> wheel -> import in a new environment, away from the checkout."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import subprocess
@@ -12,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from scripts import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # A CPU build: the kernels take part in the ordinary build of the test run. No proxy leads anywhere.
 NO_NETWORK = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https", "all")}
 ENV = {**os.environ, "LORA_EXT_CUDA": "0", "LORA_EXT_EMU": "1", "PIP_NO_INDEX": "1", **NO_NETWORK}
@@ -37,7 +35,7 @@ def archives(tmp_path_factory) -> tuple[Path, Path]:
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
-def test_sdist_holds_the_sources_and_nothing_built(archives):
+def test_sdist_and_wheel_hold_what_they_should_and_nothing_else(archives):
     names = [name.partition("/")[2] for name in tarfile.open(archives[0]).getnames()]
     listing = ["git", "ls-files", "csrc", "lora_ext", "examples"]
     tracked = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
@@ -46,9 +44,6 @@ def test_sdist_holds_the_sources_and_nothing_built(archives):
     assert not missing
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= set(names)
     assert not [n for n in names if n.endswith((".so", ".o", ".a", "_build_info.py"))]
-
-
-def test_wheel_holds_the_package_and_no_emulator(archives):
     names = zipfile.ZipFile(archives[1]).namelist()
     modules = [name for name in names if name.endswith(".so")]
     assert modules == [f"lora_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}"]

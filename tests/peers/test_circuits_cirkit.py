@@ -1,7 +1,5 @@
 """Circuits against libcirkit: the same graph and parameters, built from its own layers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np
@@ -123,14 +121,10 @@ def test_log_probabilities_and_marginals_are_those_of_libcirkit(name: str, seed:
     close(circuit.marginal(x, keep), expected[:, 0, 0])
 
 
-def test_mixed_leaves_are_those_of_libcirkit() -> None:
+def test_mixed_leaves_and_gradients_are_those_of_libcirkit() -> None:
     circuit = circuit_of(mixed(), seed=4)
     x = circuit.sample(50, generator=torch.Generator().manual_seed(0))[0]
     close(circuit.log_prob(x), compiled(circuit)[1](x)[:, 0, 0])
-
-
-def test_gradients_are_those_of_libcirkit() -> None:
-    """In the leaves: theirs are log-probabilities, ours logits that are normalised inside."""
     circuit = circuit_of(RegionGraph.hmm(5, 4, Categorical(3)), seed=5)
     x = assignments(circuit)[::20]
     circuit.log_prob(x).sum().backward()

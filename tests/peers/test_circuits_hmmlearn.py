@@ -1,7 +1,5 @@
 """Homogeneous chains against hmmlearn: log-likelihood, best path, and one step of Baum-Welch."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -86,11 +84,13 @@ def test_scans_of_rows_are_log_likelihoods(seed: int) -> None:
     assert peer_of(circuit).score(*columns(x)) == pytest.approx(scan.prefix[:, -1].sum().item())
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["one length", "many lengths"])
 @pytest.mark.parametrize("leaf", [Categorical(VALUES), Gaussian()], ids=["categorical", "gaussian"])
-def test_a_step_of_em_on_sequences_of_many_lengths_is_a_step_of_baum_welch(leaf: Leaf) -> None:
-    circuit = chain(leaf, 0)
-    x = rows_of(chain(leaf, 20), 0)
-    lengths = [1 + i % STEPS for i in range(ROWS)]
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_of_em_is_a_step_of_baum_welch(leaf: Leaf, seed: int, ragged: bool) -> None:
+    circuit = chain(leaf, seed)
+    x = rows_of(chain(leaf, seed + 20), seed)
+    lengths = [1 + i % STEPS if ragged else STEPS for i in range(ROWS)]
     sequences = [row[:length] for row, length in zip(x, lengths, strict=True)]
     padded, flat = pad_sequences(sequences, STEPS), torch.cat(sequences)[:, None].numpy()
     peer = peer_of(circuit)
@@ -103,25 +103,8 @@ def test_a_step_of_em_on_sequences_of_many_lengths_is_a_step_of_baum_welch(leaf:
         close(steps, torch.from_numpy(peer.transmat_))
         if "logits" in leaves:
             close(leaves["logits"].softmax(1), torch.from_numpy(peer.emissionprob_))
-        else:
-            close(leaves["mean"], torch.from_numpy(peer.means_[:, 0]), 1e-9)
-
-
-@pytest.mark.parametrize("leaf", [Categorical(VALUES), Gaussian()], ids=["categorical", "gaussian"])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_step_of_em_is_a_step_of_baum_welch(leaf: Leaf, seed: int) -> None:
-    circuit = chain(leaf, seed)
-    x = rows_of(chain(leaf, seed + 20), seed)
-    peer = peer_of(circuit)
-    for _ in range(3):
-        peer.fit(*columns(x))
-        circuit.em_step(x, pseudocount=0)
-        prior, steps, leaves = tables(circuit)
-        close(prior, torch.from_numpy(peer.startprob_))
-        close(steps, torch.from_numpy(peer.transmat_))
-        if "logits" in leaves:
-            close(leaves["logits"].softmax(1), torch.from_numpy(peer.emissionprob_))
-        else:
-            close(leaves["mean"], torch.from_numpy(peer.means_[:, 0]), 1e-9)
+            continue
+        close(leaves["mean"], torch.from_numpy(peer.means_[:, 0]), 1e-9)
+        if not ragged:
             variance = torch.from_numpy(peer.covars_[:, 0, 0])
             close((2 * leaves["log_std"]).exp(), variance, 1e-9)

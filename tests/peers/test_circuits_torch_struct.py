@@ -1,7 +1,5 @@
 """Chains against torch-struct: partition functions, marginals and best paths of linear chains."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from circuit_graphs import circuit_of, close
@@ -43,7 +41,7 @@ def potentials(prior: Tensor, steps: Tensor, leaves: Tensor, x: Tensor) -> Tenso
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_log_probabilities_are_log_partitions(seed: int) -> None:
+def test_log_probabilities_gradients_flows_and_best_paths_are_those_of_the_peer(seed: int) -> None:
     circuit, *tables = chain(seed)
     x = data(seed)
     peer = torch_struct.LinearChainCRF(potentials(*tables, x))
@@ -51,12 +49,14 @@ def test_log_probabilities_are_log_partitions(seed: int) -> None:
     prior, steps, leaves = (t[None].expand(ROWS, *t.shape) for t in tables)
     close(ops.circuit_scan("hmm", leaves, prior, steps, x).prefix[:, -1], peer.partition)
     close(reference.circuit_scan("hmm", leaves, prior, steps, x).prefix[:, -1], peer.partition)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_gradients_are_those_of_the_log_partition(seed: int) -> None:
-    circuit, *tables = chain(seed)
-    x = data(seed)
+    close(circuit.map(x).value, peer.max.detach())
+    names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
+    edges = torch_struct.LinearChainCRF(potentials(*tables, x)).marginals.sum(0)
+    flows = circuit.flows(x).weights
+    for t in range(1, STEPS):
+        first = circuit.layered.weight_off[names[f"z{t}"]]
+        used = flows[first : first + RANK * RANK].view(RANK, RANK)
+        close(used, edges[t - 1].T.detach())
     gradients = [
         torch.autograd.grad(value.sum(), [*circuit.parameters()], retain_graph=True)
         for value in (
@@ -66,27 +66,6 @@ def test_gradients_are_those_of_the_log_partition(seed: int) -> None:
     ]
     for ours, theirs in zip(*gradients, strict=True):
         close(ours, theirs)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_flows_are_marginals_of_edges(seed: int) -> None:
-    circuit, *tables = chain(seed)
-    x = data(seed)
-    names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
-    edges = torch_struct.LinearChainCRF(potentials(*tables, x)).marginals.sum(0)
-    flows = circuit.flows(x).weights
-    for t in range(1, STEPS):
-        first = circuit.layered.weight_off[names[f"z{t}"]]
-        used = flows[first : first + RANK * RANK].view(RANK, RANK)
-        close(used, edges[t - 1].T.detach())
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_best_tree_is_the_best_path(seed: int) -> None:
-    circuit, *tables = chain(seed)
-    x = data(seed)
-    peer = torch_struct.LinearChainCRF(potentials(*tables, x))
-    close(circuit.map(x).value, peer.max.detach())
 
 
 def test_products_of_log_matrices_are_log_partitions() -> None:

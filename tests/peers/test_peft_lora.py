@@ -4,8 +4,6 @@ The laws follow PEFT's own tests of its LoRA layers. PEFT computes what is expec
 where it and we differ by a few roundings only; what PEFT does to the bit, we do to the bit.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import warnings
@@ -15,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 peft = pytest.importorskip("peft", reason="the oracle of these laws is PEFT itself")
 
 from peft.helpers import rescale_adapter_scale  # noqa: E402  # only where peft is
 from peft.utils.hotswap import hotswap_adapter  # noqa: E402
-from tiny import VOCAB, make_model  # noqa: E402
+from tiny import MARKS, T5, TEXT, VOCAB, make_model, maker  # noqa: E402
 
 import lora_ext  # noqa: E402
 from lora_ext.interop.peft import report  # noqa: E402
@@ -35,25 +32,11 @@ IDS = torch.randint(2, VOCAB, (4, 6), generator=torch.Generator().manual_seed(5)
 NAMES = ["red", "__base__", "green", "red"]
 
 
-def _opt() -> nn.Module:
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32}
-    places = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, **places, **tokens))
-
-
-def _t5() -> nn.Module:
-    sizes = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
-    tokens = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1}
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**sizes, num_heads=4, **tokens)
-    )
-
-
+_OPT = {**TEXT, "ffn_dim": 48, "word_embed_proj_dim": 32}
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     **{family: functools.partial(make_model, family) for family in ("llama", "gpt2", "bert")},
-    "opt": _opt,
-    "t5": _t5,
+    "opt": maker("OPT", **_OPT),
+    "t5": maker("T5", "ForConditionalGeneration", **T5, **MARKS, decoder_start_token_id=0),
 }
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -62,6 +45,7 @@ TARGETS = {
     "opt": ["q_proj", "out_proj"],  # fc1 sees rows without their sequences
     "t5": ["q", "v", "wo"],
 }
+BY_NAME = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "adapter_names": NAMES}
 WRITERS = ["llama", "gpt2", "opt", "t5"]  # that generate
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -129,7 +113,6 @@ def assert_same_gradients(ours: Any, theirs: Any, **options: Any) -> None:
         assert_close(found[name], gradient, name)
 
 
-# --- what a layer computes ------------------------------------------------------------------------
 @every_kind
 @every_family
 def test_output_and_gradients_of_each_adapter_and_of_both(family: str, kind: str) -> None:
@@ -153,7 +136,7 @@ def test_a_fresh_adapter_gives_the_bits_that_pefts_gives(family: str, dora: bool
 
 
 @every_family
-def test_disabled_adapters_are_the_base_model_to_the_bit(family: str) -> None:
+def test_disabled_rescaled_and_named_adapters_are_those_of_peft(family: str) -> None:
     theirs, ours = pair(family)
     before = run(ours)
     with theirs.disable_adapter():
@@ -164,11 +147,11 @@ def test_disabled_adapters_are_the_base_model_to_the_bit(family: str) -> None:
         assert torch.equal(run(ours), expected)
     assert torch.equal(run(ours), before)
     assert not torch.equal(before, expected)
-
-
-@every_family
-def test_each_sequence_has_the_adapter_of_its_name(family: str) -> None:
-    theirs, ours = pair(family)
+    before = run(ours)
+    with rescale_adapter_scale(ours, 0.25), rescale_adapter_scale(theirs, 0.25):
+        assert_close(run(ours), run(theirs))
+        assert not torch.equal(run(ours), before)
+    assert torch.equal(run(ours), before)
     found = run(ours, adapter_names=NAMES)
     assert_close(found, run(theirs, adapter_names=NAMES))
     for name in ("red", "green"):
@@ -190,7 +173,6 @@ def test_bfloat16_autocast_is_as_exact_as_pefts(family: str) -> None:
     assert off <= peft_off + 2.0**-8  # one rounding of every logit
 
 
-# --- what PEFT does with the layers ---------------------------------------------------------------
 @every_kind
 @every_family
 def test_merged_is_what_it_was_apart_and_unmerged_again(family: str, kind: str) -> None:
@@ -230,6 +212,7 @@ def test_adapters_come_and_go(family: str) -> None:
         model.add_adapter("blue", config_of(family, rank=2))
         model.double().set_adapter("blue")
     assert_close(run(ours), run(theirs))
+    assert_same_gradients(ours, theirs)
     for model in (theirs, ours):
         model.delete_adapter("blue")
         model.set_adapter("green")
@@ -239,16 +222,6 @@ def test_adapters_come_and_go(family: str) -> None:
         model.set_adapter("both")
     assert_close(run(ours), run(theirs))
     assert_close(run(ours.unload()), run(base_model(family)))
-
-
-@every_family
-def test_a_rescaled_adapter_is_itself_again_afterwards(family: str) -> None:
-    theirs, ours = pair(family)
-    before = run(ours)
-    with rescale_adapter_scale(ours, 0.25), rescale_adapter_scale(theirs, 0.25):
-        assert_close(run(ours), run(theirs))
-        assert not torch.equal(run(ours), before)
-    assert torch.equal(run(ours), before)
 
 
 @every_family
@@ -269,7 +242,7 @@ def test_of_excluded_and_of_other_layers_none_is_taken() -> None:
     assert set(report(ours).taken) == {f"{prefix}.self_attn.q_proj", f"{prefix}.mlp.down_proj"}
 
 
-def test_replicated_layers_have_adapters_of_their_own() -> None:
+def test_replicated_and_injected_layers_have_adapters_of_their_own() -> None:
     config = config_of("llama", layer_replication=[[0, 2], [1, 2]])
     theirs = peft.get_peft_model(base_model("llama"), config).double().eval()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
@@ -278,9 +251,6 @@ def test_replicated_layers_have_adapters_of_their_own() -> None:
         model.config.use_cache = False
     assert_close(run(ours), run(theirs))
     assert_same_gradients(ours, theirs)
-
-
-def test_layers_injected_without_a_peft_model() -> None:
     torch.manual_seed(0)
     theirs = peft.inject_adapter_in_model(config_of("llama"), base_model("llama")).double()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
@@ -306,19 +276,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, reentrant:
     assert_same_gradients(ours, theirs)
 
 
-# --- generation -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", WRITERS)
 def test_generates_by_name_what_peft_generates(family: str, beams: int) -> None:
     theirs, ours = pair(family)
-    options = {
-        "input_ids": IDS,
-        "attention_mask": torch.ones_like(IDS),
-        "adapter_names": NAMES,
-        "max_new_tokens": 5,
-        "num_beams": beams,
-        "do_sample": False,
-    }
+    options = {**BY_NAME, "max_new_tokens": 5, "num_beams": beams, "do_sample": False}
     found = ours.generate(**options)
     assert torch.equal(found, theirs.generate(**options))
     if beams > 1:
@@ -334,13 +296,6 @@ def test_several_samples_by_name_are_refused_where_peft_refuses(family: str) -> 
     messages = []
     for model in (theirs, ours):
         with pytest.raises(ValueError) as refused:
-            model.generate(
-                input_ids=IDS,
-                attention_mask=torch.ones_like(IDS),
-                adapter_names=NAMES,
-                max_new_tokens=3,
-                do_sample=True,
-                num_return_sequences=2,
-            )
+            model.generate(**BY_NAME, max_new_tokens=3, do_sample=True, num_return_sequences=2)
         messages.append(str(refused.value))
     assert messages[0] == messages[1]

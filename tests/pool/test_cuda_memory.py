@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from pool_support import Base, assert_same, assert_slot_holds, config, snapshot, state
+from pool_support import (
+    Base,
+    assert_holds,
+    assert_same,
+    assert_slot_holds,
+    fill,
+    load,
+    snapshot,
+    state,
+)
 
 from lora_ext.pool import AdapterPool, _memory, _pages
 
@@ -56,10 +65,6 @@ def driver(library, monkeypatch):
     _memory.give_back()
 
 
-def load(pool, name, seed, rank=8, targets=("up", "down")):
-    pool.load(name, (config(rank, targets), state(seed, rank, targets)))
-
-
 def test_the_driver_is_asked_whether_the_device_has_virtual_memory(library, monkeypatch):
     _memory.Driver.load.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
@@ -74,38 +79,33 @@ def test_the_driver_is_asked_whether_the_device_has_virtual_memory(library, monk
 def test_a_pool_grows_piece_by_piece_at_one_address(driver, library):
     pool = AdapterPool(Base(), max_slots=64, max_rank=64)
     assert library.stand_in_taken() == 0
-    load(pool, "x0", 0)
+    load(pool, "x0", 0, 8)
     slab = pool.modules["up"]
     address = slab.a_pages.data_ptr()
     assert pool.nbytes() == library.stand_in_taken() == 2 * 8192  # 8 KiB for 8 pages of each module
-    for seed in range(1, 20):
-        load(pool, f"x{seed}", seed)
+    fill(pool, range(1, 20), 8)
     assert pool.nbytes() == library.stand_in_taken() == 2 * 24 * 1024
     for seed in range(20):
-        with pool.acquire([f"x{seed}"]) as slots:
-            assert_slot_holds(pool, slots[0], state(seed, 8), 1.0)
+        assert_holds(pool, f"x{seed}", state(seed, 8), 1.0)
     for seed in range(2, 20):
         pool.unload(f"x{seed}")
     assert pool.trim() == 2 * 20 * 1024
     assert pool.nbytes() == library.stand_in_taken() == 2 * 4096
     load(pool, "wide", 30, rank=64)
     for name, seed, rank in (("x1", 1, 8), ("wide", 30, 64)):
-        with pool.acquire([name]) as slots:
-            assert_slot_holds(pool, slots[0], state(seed, rank), 8 / rank)
+        assert_holds(pool, name, state(seed, rank), 8 / rank)
     assert address == slab.a_pages.data_ptr()
 
 
 def test_a_device_without_room_leaves_the_pool_as_it_was(driver, library):
-    pool = AdapterPool(Base(), max_slots=64, max_rank=64)
-    for seed in range(8):
-        load(pool, f"x{seed}", seed)
+    pool = fill(AdapterPool(Base(), max_slots=64, max_rank=64), range(8), 8)
     library.stand_in_limit(library.stand_in_taken() + 4096)
     before, taken = snapshot(pool), library.stand_in_taken()
     with pytest.raises(MemoryError, match=r"room for 16\.0 KiB of pages beside the .*CUresult 2"):
-        load(pool, "y", 9)
+        load(pool, "y", 9, 8)
     with pytest.raises(MemoryError, match="512 pages of 'head'"):
         library.stand_in_limit(taken)
-        load(pool, "y", 9, targets=("head",))
+        load(pool, "y", 9, 8, targets=("head",))
     gc.collect()
     _memory.give_back()
     assert library.stand_in_taken() == taken
@@ -115,10 +115,9 @@ def test_a_device_without_room_leaves_the_pool_as_it_was(driver, library):
 def test_under_a_limit_pieces_go_from_one_module_to_another(driver, library):
     tables = 2 * 16 * (8 + 2) * 4
     pool = AdapterPool(Base(), max_slots=16, max_rank=64, max_bytes=2 * 4 * 4096 + tables)
-    for seed in range(16):
-        load(pool, f"x{seed}", seed)
+    fill(pool, range(16), 8)
     assert pool.nbytes() == library.stand_in_taken() == 2 * 4 * 4096
-    load(pool, "head", 20, targets=("head",))
+    load(pool, "head", 20, 8, targets=("head",))
     assert library.stand_in_taken() + pool.stats()["table_bytes"] <= pool.max_bytes
     assert pool.stats()["evictions"] > 0
     with pool.acquire(["head", "x15", "x0"]) as slots:
@@ -131,7 +130,7 @@ def test_memory_goes_back_after_the_last_tensor_on_it(driver, library):
     _memory.give_back()
     reserved = library.stand_in_reserved()
     pool = AdapterPool(Base(), max_slots=4, max_rank=8)
-    load(pool, "x", 0)
+    load(pool, "x", 0, 8)
     kept = pool.modules["up"].a_pages
     expected = state(0, 8)["base_model.model.up.lora_A.weight"]
     del pool
@@ -154,7 +153,7 @@ def waits(monkeypatch):
 
 def drop_a_pool(max_slots=4):
     pool = AdapterPool(Base(), max_slots=max_slots, max_rank=8)
-    load(pool, "x", 0)
+    load(pool, "x", 0, 8)
     del pool
     gc.collect()
 
@@ -190,13 +189,10 @@ def test_a_device_that_fails_keeps_what_is_left_for_later(driver, library, monke
 
 
 def test_what_is_left_makes_room_where_the_device_has_none(driver, library):
-    pool = AdapterPool(Base(), max_slots=64, max_rank=8)
-    for seed in range(4):
-        load(pool, f"x{seed}", seed)
+    pool = fill(AdapterPool(Base(), max_slots=64, max_rank=8), range(4), 8)
     drop_a_pool(max_slots=8)
     library.stand_in_limit(library.stand_in_taken())
-    for seed in range(4, 9):  # one page more of both modules than is mapped
-        load(pool, f"x{seed}", seed)
+    fill(pool, range(4, 9), 8)  # one page more of both modules than is mapped
     assert library.stand_in_taken() == pool.nbytes()
 
 

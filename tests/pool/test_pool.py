@@ -7,9 +7,11 @@ import pytest
 import torch
 from pool_support import (
     Base,
+    assert_holds,
     assert_same,
     assert_slot_holds,
     config,
+    fill,
     load,
     make,
     read_slot,
@@ -67,17 +69,11 @@ def test_addresses_stay_and_base_rows_get_no_slot():
     pool = make()
     load(pool, "x", 0)
     slab = pool.modules["up"]
-    tensors = [slab.a_pages, slab.b_pages, slab.page_table, slab.ranks, slab.scale]
+    parts = ("a_pages", "b_pages", "page_table", "ranks", "scale")
+    tensors = [getattr(slab, part) for part in parts]
     for seed in range(1, 8):
         load(pool, f"x{seed}", seed, rank=1 + seed, targets=("up", "head"))
-    assert all(
-        a is b
-        for a, b in zip(
-            tensors,
-            [slab.a_pages, slab.b_pages, slab.page_table, slab.ranks, slab.scale],
-            strict=True,
-        )
-    )
+    assert all(getattr(slab, part) is t for part, t in zip(parts, tensors, strict=True))
     with pool.acquire([None, "x7", "__base__"]) as slots:
         assert slots[0] == slots[2] == -1 and slots[1] >= 0
 
@@ -120,8 +116,7 @@ def test_the_least_recently_used_makes_way_and_comes_back_from_the_host():
     load(pool, "x3", 3)
     assert pool.stats()["evictions"] == 1 and pool.stats()["cached"] == 1
     assert "x1" in pool and "x1" not in pool._residence.by_name, "x0 was used, x1 was not"
-    with pool.acquire(["x1"]) as slots:
-        assert_slot_holds(pool, slots[0], state(1, 4, bias=True), 2.0)
+    assert_holds(pool, "x1", state(1, 4, bias=True), 2.0)
     assert pool.stats()["cache_hits"] == 1
 
 
@@ -140,9 +135,7 @@ def test_without_a_host_cache_an_evicted_adapter_is_gone_and_the_error_says_so()
 
 def test_bringing_back_several_does_not_push_them_out_of_a_small_cache():
     one = sum(8 * (a + b) * 4 for a, b in ((12, 20), (20, 12)))
-    pool = make(max_slots=2, host_cache_bytes=2 * one)
-    for seed in range(4):
-        load(pool, f"x{seed}", seed)
+    pool = fill(make(max_slots=2, host_cache_bytes=2 * one), range(4))
     for _ in range(3):
         for pair in (("x0", "x1"), ("x2", "x3"), ("x1", "x2")):
             with pool.acquire(pair) as slots:
@@ -157,8 +150,7 @@ def test_prefetched_adapters_are_known_and_take_no_slot():
     sources = {f"x{seed}": (config(), state(seed)) for seed in range(3)}
     assert pool.prefetch(sources) == ["x0", "x1", "x2"]
     assert pool.stats()["slots_used"] == 0 and pool.nbytes() == 0
-    with pool.acquire(["x2"]) as slots:
-        assert_slot_holds(pool, slots[0], state(2), 2.0)
+    assert_holds(pool, "x2", state(2), 2.0)
     before = snapshot(pool)
     with pytest.raises(ValueError, match="r: expected a positive integer"):
         pool.prefetch({"y": (config(), state(9)), "z": (config(0), state(8))})
@@ -205,8 +197,7 @@ def test_update_moves_the_name_and_the_pinned_version_stays():
     assert pool.stats()["slots_used"] == 1
     pool.release(new)
     pool.update("x", (config(9, lora_alpha=3), state(2, 9)))
-    with pool.acquire(["x"]) as slots:
-        assert_slot_holds(pool, slots[0], state(2, 9), 3 / 9)
+    assert_holds(pool, "x", state(2, 9), 3 / 9)
 
 
 def test_update_works_in_a_pool_of_one_slot_and_on_an_evicted_adapter():
@@ -216,8 +207,7 @@ def test_update_works_in_a_pool_of_one_slot_and_on_an_evicted_adapter():
     assert pool.stats()["evictions"] == 0 and pool.stats()["cached"] == 0
     load(pool, "y", 2)
     pool.update("x", state(3))
-    with pool.acquire(["x"]) as slots:
-        assert_slot_holds(pool, slots[0], state(3), 2.0)
+    assert_holds(pool, "x", state(3), 2.0)
     assert sorted(pool.names) == ["x", "y"] and pool.stats()["cached"] == 1
 
 
@@ -251,8 +241,7 @@ def test_a_pin_that_garbage_collection_releases_within_a_load_costs_no_page(monk
     monkeypatch.setattr(_transfer, "copy_", collects)
     load(pool, "y", 1)
     assert lease.released
-    with pool.acquire(["y"]) as slots:
-        assert_slot_holds(pool, slots[0], state(1), 2.0)
+    assert_holds(pool, "y", state(1), 2.0)
     pool.unload("y")
     stats = pool.stats()
     assert stats["pages_free"] == stats["pages_total"] and stats["pins"] == stats["slots_used"] == 0
@@ -273,9 +262,7 @@ def test_a_pin_cannot_be_released_twice():
 
 
 def test_pages_scattered_by_unloading_are_as_good_as_any():
-    pool = make(max_slots=8, pages=8, max_rank=32)
-    for seed in range(8):
-        load(pool, f"x{seed}", seed, rank=8)
+    pool = fill(make(max_slots=8, pages=8, max_rank=32), range(8), 8)
     for seed in (1, 3, 4, 6):
         pool.unload(f"x{seed}")
     load(pool, "wide", 9, rank=31)
@@ -311,15 +298,13 @@ def test_magnitudes_go_to_the_host_and_come_back():
         assert_slot_holds(pool, slots[0], state(1, dora=True), 2.0)
         assert slab.dora[slots[0]] > first and slab.magnitude.data_ptr() == address
     pool.update("d", state(6, dora=True))
-    with pool.acquire(["d"]) as slots:
-        assert_slot_holds(pool, slots[0], state(6, dora=True), 2.0)
+    assert_holds(pool, "d", state(6, dora=True), 2.0)
     before = snapshot(pool)
     with pytest.raises(ValueError, match="magnitude_vector"):
         pool.update("d", state(7))
     assert_same(before, snapshot(pool))
     pool.update("d", (config(), state(7)))
-    with pool.acquire(["d"]) as slots:
-        assert_slot_holds(pool, slots[0], state(7), 2.0)
+    assert_holds(pool, "d", state(7), 2.0)
 
 
 @pytest.mark.slow
@@ -376,9 +361,7 @@ def test_readers_never_see_a_slot_change_while_one_thread_loads_and_unloads():
 
 
 def test_acquire_and_release_are_fast():
-    pool = make()
-    for seed in range(3):
-        load(pool, f"x{seed}", seed)
+    pool = fill(make(), range(3))
     names = ["x0", None, "x2", "x1"]
     best = float("inf")
     for _ in range(20):

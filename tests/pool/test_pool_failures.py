@@ -7,9 +7,12 @@ import pytest
 import torch
 from pool_support import (
     Base,
+    FailingCopies,
+    assert_holds,
     assert_same,
     assert_slot_holds,
     config,
+    fill,
     load,
     make,
     snapshot,
@@ -23,22 +26,6 @@ from lora_ext.pool import AdapterPool, _memory, _transfer
 def test_names_that_mean_nothing_are_refused(name):
     with pytest.raises(ValueError, match="name"):
         make().load(name, (config(), state(0)))
-
-
-class _Fails:
-    """Counts copies; raises at the one numbered ``at``, and at all later ones if ``for_good``."""
-
-    def __init__(self, monkeypatch, at, for_good=False):
-        self.count, self.at, self.for_good = 0, at, for_good
-        self.real = _transfer.copy_
-        monkeypatch.setattr(_transfer, "copy_", self)
-
-    def __call__(self, destination, source):
-        self.count += 1
-        if self.count == self.at or (self.for_good and self.count > self.at):
-            destination.fill_(77)  # half-written
-            raise RuntimeError("the copy failed")
-        self.real(destination, source)
 
 
 def _crowded():
@@ -65,7 +52,8 @@ def test_a_copy_that_fails_at_any_point_leaves_the_pool_as_it_was(action, monkey
         pool = _crowded()
         before = snapshot(pool)
         with monkeypatch.context() as patch:
-            fails = _Fails(patch, at=at)
+            fails = FailingCopies(at)
+            patch.setattr(_transfer, "copy_", fails)
             try:
                 ACTIONS[action](pool)
             except RuntimeError as error:
@@ -81,21 +69,18 @@ def test_a_copy_that_fails_at_any_point_leaves_the_pool_as_it_was(action, monkey
 def test_a_device_that_fails_for_good_loses_no_adapter(action, monkeypatch):
     pool = _crowded()
     with monkeypatch.context() as patch:
-        _Fails(patch, at=3, for_good=True)
+        patch.setattr(_transfer, "copy_", FailingCopies(3, for_good=True))
         with pytest.raises(RuntimeError, match="the copy failed"):
             ACTIONS[action](pool)
     assert sorted(pool.names) == ["x", "y"]
     for name, seed, rank in (("x", 0, 16), ("y", 1, 8)):
-        with pool.acquire([name]) as slots:
-            assert_slot_holds(pool, slots[0], state(seed, rank), 8 / rank)
+        assert_holds(pool, name, state(seed, rank), 8 / rank)
 
 
 def test_bringing_back_that_fails_keeps_the_adapter_and_the_pins(monkeypatch):
-    pool = make(max_slots=2)
-    for seed in range(3):
-        load(pool, f"x{seed}", seed)
+    pool = fill(make(max_slots=2), range(3))
     with monkeypatch.context() as patch:
-        _Fails(patch, at=2)
+        patch.setattr(_transfer, "copy_", FailingCopies(2))
         with pytest.raises(RuntimeError, match="the copy failed"):
             pool.acquire(["x2", "x0"])
     assert pool.stats()["pins"] == 0

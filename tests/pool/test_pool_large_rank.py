@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pool_support import Base, assert_slot_holds, config, state
+from pool_support import Base, assert_holds, config, state
 from torch import Tensor
 
 import lora_ext
@@ -68,8 +68,7 @@ def test_a_swap_between_small_and_large_leaves_nothing_behind(order: tuple[int, 
     for seed, rank in enumerate(order, 10):
         tensors = state(seed, rank)
         pool.update("a", (config(rank), tensors))
-        with pool.acquire(["a"]) as slots:
-            assert_slot_holds(pool, slots[0], tensors, 8 / rank)
+        assert_holds(pool, "a", tensors, 8 / rank)
         with lora_ext.adapters(names, pool=pool):
             y = model(x)
         fresh, fresh_pool, _ = loaded({"other": 300})  # the same seed as above, other data

@@ -7,7 +7,18 @@ import time
 
 import pytest
 import torch
-from pool_support import SIZES, Base, assert_same, assert_slot_holds, config, snapshot, state
+from pool_support import (
+    SIZES,
+    Base,
+    FailingCopies,
+    assert_holds,
+    assert_same,
+    assert_slot_holds,
+    fill,
+    load,
+    snapshot,
+    state,
+)
 
 from lora_ext import ops
 from lora_ext.pool import AdapterPool, PoolFullError, _transfer
@@ -16,45 +27,35 @@ PAGE = {name: 8 * (i + o) * 4 for name, (i, o) in SIZES.items()}  # bytes, float
 BOTH = PAGE["up"] + PAGE["down"]
 
 
-def load(pool, name, seed, rank=8, targets=("up", "down"), **fields):
-    tensors = state(seed, rank, targets, dora=fields.get("use_dora", False))
-    pool.load(name, (config(rank, targets, **fields), tensors))
-
-
 def test_memory_grows_with_the_pages_in_use_and_addresses_stay():
     pool = AdapterPool(Base(), max_slots=64, max_rank=64)
     assert pool.limit_bytes == 512 * sum(
         8 * (s.in_features + s.out_features) * 4 for s in pool.index.modules.values()
     )
     assert pool.reserved_bytes == pool.nbytes() == 0
-    load(pool, "x0", 0)
+    load(pool, "x0", 0, 8)
     assert pool.nbytes() == 8 * BOTH, "eight pages of two modules"
     slab = pool.modules["up"]
     address = slab.a_pages.data_ptr(), slab.b_pages.data_ptr()
-    for seed in range(1, 9):
-        load(pool, f"x{seed}", seed)
+    fill(pool, range(1, 9), 8)
     assert pool.nbytes() == 16 * BOTH
     load(pool, "wide", 9, rank=64, targets=("up",))
     assert pool.nbytes() == 16 * BOTH + 8 * PAGE["up"]
     assert address == (slab.a_pages.data_ptr(), slab.b_pages.data_ptr())
     for seed in range(9):
-        with pool.acquire([f"x{seed}"]) as slots:
-            assert_slot_holds(pool, slots[0], state(seed, 8), 1.0)
+        assert_holds(pool, f"x{seed}", state(seed, 8), 1.0)
 
 
 def test_trim_gives_back_what_lies_beyond_the_last_page_in_use():
-    pool = AdapterPool(Base(), max_slots=64, max_rank=64)
-    for seed in range(20):
-        load(pool, f"x{seed}", seed)
+    pool = fill(AdapterPool(Base(), max_slots=64, max_rank=64), range(20), 8)
     assert pool.nbytes() == 24 * BOTH
     assert pool.trim() == 4 * BOTH and pool.trim() == 0
     for seed in range(1, 20):
         pool.unload(f"x{seed}")
     assert pool.nbytes() == 20 * BOTH, "unloading leaves the memory for the next adapter"
     assert pool.trim() == 19 * BOTH and pool.nbytes() == BOTH
-    with pool.acquire(["x0"]) as slots:
-        assert_slot_holds(pool, slots[0], state(0, 8), 1.0)
-    load(pool, "x1", 1)
+    assert_holds(pool, "x0", state(0, 8), 1.0)
+    load(pool, "x1", 1, 8)
     with pool.acquire(["x0", "x1"]) as slots:
         for seed, slot in enumerate(slots):
             assert_slot_holds(pool, slot, state(seed, 8), 1.0)
@@ -78,26 +79,23 @@ def limited(adapters, extra=0):
 
 
 def test_a_limit_in_bytes_makes_adapters_give_way_before_the_slots_are_full():
-    pool = limited(3)
-    for seed in range(3):
-        load(pool, f"x{seed}", seed)
+    pool = fill(limited(3), range(3), 8)
     numbers = pool.stats()
     assert numbers["reserved_bytes"] == numbers["limit_bytes"] == pool.max_bytes
     assert numbers["used_bytes"] == 3 * BOTH and numbers["evictions"] == 0
     with pool.acquire(["x0"]):
         pass
-    load(pool, "x3", 3)
+    load(pool, "x3", 3, 8)
     assert "x1" not in pool._residence.by_name and "x1" in pool, "the least recently used makes way"
     assert pool.stats()["evictions"] == 1 and pool.reserved_bytes == pool.max_bytes
     for name in ("x0", "x2", "x3", "x1"):
-        with pool.acquire([name]) as slots:
-            assert_slot_holds(pool, slots[0], state(int(name[1]), 8), 1.0)
+        assert_holds(pool, name, state(int(name[1]), 8), 1.0)
 
 
 def test_the_error_beyond_the_limit_says_limit_reserved_pinned_and_what_to_do():
     pool = limited(2)
-    load(pool, "x", 0)
-    load(pool, "y", 1)
+    load(pool, "x", 0, 8)
+    load(pool, "y", 1, 8)
     lease = pool.acquire(["x", "y"])
     before = snapshot(pool)
     with pytest.raises(
@@ -106,17 +104,15 @@ def test_the_error_beyond_the_limit_says_limit_reserved_pinned_and_what_to_do():
         rf"\['x', 'y'\]\. With max_slots=16, pages=128 and max_bytes={pool.max_bytes}, "
         r"5\.2 KiB are reserved, 4\.0 KiB of it pinned; release leases",
     ):
-        load(pool, "z", 2)
+        load(pool, "z", 2, 8)
     assert_same(before, snapshot(pool))
     pool.release(lease)
     with pytest.raises(PoolFullError, match="but no adapter is there to make way"):
-        load(AdapterPool(Base(), max_bytes=BOTH), "z", 2)
+        load(AdapterPool(Base(), max_bytes=BOTH), "z", 2, 8)
 
 
 def test_pages_that_one_module_left_serve_another_under_the_limit():
-    pool = limited(4)
-    for seed in range(4):
-        load(pool, f"x{seed}", seed)
+    pool = fill(limited(4), range(4), 8)
     for seed in range(1, 4):
         pool.unload(f"x{seed}")
     load(pool, "head", 9, rank=16, targets=("head",))
@@ -138,7 +134,7 @@ def test_random_loads_under_a_limit_stay_under_it_and_keep_every_adapter():
             pool.unload(name)
             del meaning[name]
         elif name not in pool:
-            load(pool, name, step, rank, targets)
+            load(pool, name, step, rank, targets=targets)
             meaning[name] = (state(step, rank, targets), 8 / rank)
         numbers = pool.stats()
         assert numbers["reserved_bytes"] <= pool.max_bytes
@@ -147,29 +143,13 @@ def test_random_loads_under_a_limit_stay_under_it_and_keep_every_adapter():
         assert pages == numbers["used_bytes"] <= numbers["page_bytes"]
     assert pool.stats()["evictions"] > 10, "the limit was felt"
     for name, (tensors, scale) in meaning.items():
-        with pool.acquire([name]) as slots:
-            assert_slot_holds(pool, slots[0], tensors, scale)
-
-
-class Refuses:
-    """Fails the copy numbered ``at``, or all from there on."""
-
-    def __init__(self, at, for_good=False):
-        self.count, self.at, self.for_good = 0, at, for_good
-
-    def __call__(self, destination, source):
-        self.count += 1
-        if self.count == self.at or (self.for_good and self.count > self.at):
-            raise RuntimeError("the copy failed")
-        destination.copy_(source)
+        assert_holds(pool, name, tensors, scale)
 
 
 def test_a_copy_that_fails_puts_back_bytes_that_were_to_go_to_another_module(monkeypatch):
     for at in itertools.count(1):
-        pool = limited(3)
-        for seed in range(3):
-            load(pool, f"x{seed}", seed)
-        before, refuses = snapshot(pool), Refuses(at)
+        pool = fill(limited(3), range(3), 8)
+        before, refuses = snapshot(pool), FailingCopies(at)
         with monkeypatch.context() as patch:
             patch.setattr(_transfer, "copy_", refuses)
             try:
@@ -184,17 +164,14 @@ def test_a_copy_that_fails_puts_back_bytes_that_were_to_go_to_another_module(mon
 
 
 def test_a_device_that_fails_for_good_under_a_limit_loses_no_adapter(monkeypatch):
-    pool = limited(3)
-    for seed in range(3):
-        load(pool, f"x{seed}", seed)
+    pool = fill(limited(3), range(3), 8)
     with monkeypatch.context() as patch:
-        patch.setattr(_transfer, "copy_", Refuses(1, for_good=True))
+        patch.setattr(_transfer, "copy_", FailingCopies(1, for_good=True))
         with pytest.raises(RuntimeError, match="the copy failed"):
-            load(pool, "new", 9, targets=("head",))
+            load(pool, "new", 9, 8, targets=("head",))
     assert pool.stats()["cached"] > 0 and pool.reserved_bytes <= pool.max_bytes
     for name in ("x0", "x1", "x2"):
-        with pool.acquire([name]) as slots:
-            assert_slot_holds(pool, slots[0], state(int(name[1]), 8), 1.0)
+        assert_holds(pool, name, state(int(name[1]), 8), 1.0)
 
 
 def test_stats_have_a_line_for_each_adapter():
@@ -207,7 +184,7 @@ def test_stats_have_a_line_for_each_adapter():
         used = line.pop("last_use")
         assert line == {"rank": 4, "bytes": BOTH, "pins": 2, "slot": slots[0]}
     assert start <= pool.stats()["adapters"]["b"]["last_use"] <= used <= time.time()
-    load(pool, "c", 2)
+    load(pool, "c", 2, 8)
     lines = pool.stats()["adapters"]
     assert list(lines) == ["a", "c", "b"]
     assert lines["b"] == {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fake_cuda import FakeCuda
-from pool_support import Base, config, state
+from pool_support import Base, config, load, state
 
 from lora_ext.pool import AdapterPool, _transfer
 from lora_ext.pool._transfer import StreamTransfer
@@ -35,10 +35,6 @@ def pool(cuda):
         load(pool, name, seed)
     cuda.run()
     return pool
-
-
-def load(pool, name, seed):
-    pool.load(name, (config(), state(seed)))
 
 
 def step(cuda, pool, slot, seen):

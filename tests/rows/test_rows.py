@@ -10,7 +10,7 @@ from two_layers import RANKS, adapter, inputs, make
 
 import lora_ext
 from lora_ext.rows import _context
-from lora_ext.rows._assignment import Assignment
+from lora_ext.rows._assignment import Assignment, Layout
 from lora_ext.rows._rows import Kept, repeated, rows_of
 
 CUDA = torch.device("cuda", 0)
@@ -64,9 +64,9 @@ def test_rows_of_a_block_are_kept_by_names_shape_and_device(streams: SimpleNames
 
     assignment = Assignment.of(["red", None])
     assignment.kept = Spy(8)
-    assignment.among(("red",), torch.Size([2, 3]), torch.device("cpu"))
-    assignment.among(("red",), torch.Size([2, 2]), torch.device("cpu"))
-    assignment.among(("red",), torch.Size([2, 2]), torch.device("cpu"), tokens_first=True)
+    for leading, tokens_first in (([2, 3], False), ([2, 2], False), ([2, 2], True)):
+        layout = Layout(torch.Size(leading), torch.device("cpu"), tokens_first)
+        assignment.rows_among(("red",), layout)
     assert {device for _, device in keys} == {"cpu"}
     assert [key[:2] for key, _ in keys] == [(("red",), (2, 3)), *[(("red",), (2, 2))] * 2]
     assert len({key for key, _ in keys}) == 3  # a square of rows is another one where it is turned
@@ -79,15 +79,16 @@ def test_a_capture_needs_no_copy_from_the_host(streams: SimpleNamespace) -> None
     for values, times in (([3, 3, -1, 0, 0], 2), ([5], 7), ([1, 2], 0)):
         expected = torch.tensor(values, dtype=torch.int32).repeat_interleave(times)
         assert torch.equal(repeated(values, times, torch.int32, torch.device("cpu")), expected)
-    assignment, shape = Assignment.of(["red", None, "red"]), torch.Size([3, 2])
+    assignment = Assignment.of(["red", None, "red"])
+    layout = Layout(torch.Size([3, 2]), torch.device("meta"))
     streams.capturing = True
     with torch.device("meta"):  # there is no device here: what matters is that nothing is copied
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("lora_ext.rows._assignment.capturing", lambda _device: True)
-            ids = assignment.per_row([4], shape, torch.device("meta"))
+            ids = assignment.ids([4], layout)
             tokens = Assignment.of(["red"], torch.zeros(3, 2, dtype=torch.int64, device="cpu"))
             with pytest.raises(RuntimeError, match=r"token_ids: .* captured in a CUDA graph"):
-                tokens.per_row([4], shape, torch.device("meta"))
+                tokens.ids([4], layout)
     assert ids.shape == (6,) and ids.dtype == torch.int32
 
 

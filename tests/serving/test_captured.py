@@ -12,6 +12,7 @@ from backends import Backend
 from fake_graph import Device, FakeGraph, counted
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
+from two_layers import Adapter, random_adapter
 
 import lora_ext
 
@@ -55,25 +56,15 @@ class Model(nn.Module):
         return self.head(layer_norm(x, (HIDDEN,)))
 
 
-def adapter(seed: int, rank: int = 4, **fields: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    g = torch.Generator().manual_seed(seed)
-    targets = fields.pop("target_modules", list(SIZES))
-    state: dict[str, Tensor] = {}
-    for layer in range(LAYERS):
-        for name in set(targets) & SIZES.keys():
-            i, o = SIZES[name]
-            stem = f"base_model.model.layers.{layer}.{name}.lora_"
-            state[stem + "A.weight"] = torch.randn(rank, i, generator=g) / 3
-            state[stem + "B.weight"] = torch.randn(o, rank, generator=g) / 3
-            if fields.get("use_dora"):
-                state[stem + "magnitude_vector"] = torch.rand(o, generator=g) + 0.5
-            if fields.get("lora_bias"):
-                state[stem + "B.bias"] = torch.randn(o, generator=g)
+def adapter(seed: int, rank: int = 4, **fields: Any) -> Adapter:
+    targets = fields.setdefault("target_modules", list(SIZES))
+    chosen = [(name, size) for name, size in SIZES.items() if name in targets]
+    sizes = {f"layers.{i}.{name}": size for i in range(LAYERS) for name, size in chosen}
+    config, state = random_adapter(sizes, rank, seed, **fields)
     if fields.get("modules_to_save"):
-        head = torch.randn(VOCABULARY, HIDDEN, generator=g)
-        state["base_model.model.head.weight"] = head
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": targets}
-    return {**config, **fields}, state
+        g = torch.Generator().manual_seed(seed)
+        state["base_model.model.head.weight"] = torch.randn(VOCABULARY, HIDDEN, generator=g)
+    return config, state
 
 
 def make(**adapters: Any) -> tuple[Any, Any]:

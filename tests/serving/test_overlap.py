@@ -11,6 +11,7 @@ from backends import Backend
 from contract import assert_same_bits
 from fake_cuda import FakeCuda
 from torch import Tensor, nn
+from two_layers import Adapter, random_adapter
 
 import lora_ext
 from lora_ext import ops
@@ -19,14 +20,8 @@ from lora_ext.serving.layers._overlap import MOST_ROWS, Overlap
 NAMES = ["red", None, "blue"]
 
 
-def adapter(rank: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    g = torch.Generator().manual_seed(rank)
-    stem = "base_model.model.q.lora_"
-    state = {
-        stem + "A.weight": torch.randn(rank, 24, generator=g) / 5,
-        stem + "B.weight": torch.randn(16, rank, generator=g),
-    }
-    return {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": ["q"]}, state
+def adapter(rank: int) -> Adapter:
+    return random_adapter({"q": (24, 16)}, rank, rank)
 
 
 def attached(**how: Any) -> Any:

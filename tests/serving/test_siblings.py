@@ -15,6 +15,7 @@ import torch
 from backends import Backend
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from two_layers import Adapter, random_adapter
 
 import lora_ext
 from lora_ext.serving.layers import _siblings
@@ -39,19 +40,8 @@ class Attention(nn.Module):
         return torch.cat([y, self.o(y[..., :WIDTH])], -1)
 
 
-def adapter(rank: int, targets: str, **fields: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    g = torch.Generator().manual_seed(rank)
-    state: dict[str, Tensor] = {}
-    for name in targets:
-        stem = f"base_model.model.{name}.lora_"
-        state[stem + "A.weight"] = torch.randn(rank, WIDTH, generator=g) / 5
-        state[stem + "B.weight"] = torch.randn(OUTS[name], rank, generator=g)
-        if fields.get("lora_bias"):
-            state[stem + "B.bias"] = torch.randn(OUTS[name], generator=g)
-        if fields.get("use_dora"):
-            state[stem + "magnitude_vector"] = torch.rand(OUTS[name], generator=g) + 0.5
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": list(targets)}
-    return {**config, **fields}, state
+def adapter(rank: int, targets: str, **fields: Any) -> Adapter:
+    return random_adapter({name: (WIDTH, OUTS[name]) for name in targets}, rank, rank, **fields)
 
 
 def make(fuse: bool = True, red: Any = None, blue: Any = None, **how: Any) -> Any:
@@ -74,7 +64,7 @@ def serving(model: Any, names: Any = ROWS) -> Iterator[None]:
 
 
 def kept(model: Any) -> list[Tensor]:
-    first = model.q.siblings._here.first
+    first = model.q.siblings._thread.call
     return [] if first is None else list(first.outputs.values())
 
 
@@ -108,7 +98,7 @@ def test_the_first_forward_teaches_and_the_next_ones_share(fused: list[int]) -> 
 def test_on_the_cpu_each_layer_has_its_own(
     fused: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_siblings, "_ON_CPU", False)
+    monkeypatch.setattr(_siblings, "SHARE_ON_CPU", False)
     model, plain = taught()
     agree(model, plain, lambda m: m(inputs()))
     assert fused == [] and kept(model) == []
@@ -150,7 +140,7 @@ def test_a_layer_that_was_alone_for_long_gets_a_sibling_with_an_adapter(fused: l
     with serving(model):
         for _ in range(70):
             model(inputs())
-    assert model.q.siblings._lessons == 0
+    assert model.q.siblings._observations == 0
     for each in (model, plain):
         each.q.pool.load("late", adapter(5, "qk"))
     for _ in range(3):  # one to notice, one to learn

@@ -89,6 +89,14 @@ TENANT: list[tuple[str, str, Any, Any]] = [
         "forward", "data[0].inputs['advantages']",
         lambda s, t, d, v: t.forward(one(advantages=v), "ppo"), FLOATS,
     ),
+    (  # the loss needs both
+        "forward", "data[0].inputs", lambda s, t, d, v: t.forward(learns(**v), "ppo"),
+        ({}, {"logprobs": [0.0]}, {"advantages": [0.0]}),
+    ),
+    (
+        "forward_backward", "config", lambda s, t, d, v: t.forward_backward(d, config=v),
+        ({"clip_low_threshold": 1},),
+    ),
     ("forward_backward", "loss", lambda s, t, d, v: t.forward_backward(d, v), (None, "", "dro", 1)),
     (
         "forward_backward", "config", lambda s, t, d, v: t.forward_backward(one(), "ppo", v),

@@ -238,10 +238,6 @@ def test_queues_hold_so_many_calls_and_so_many_tokens(
     finally:
         goes_on.set()
     assert [len(each.result(60).tokens) for each in first] == [2, 2]
-    with pytest.raises(ValueError, match="num_samples"):
-        service.sampler().begin([1], 1, 1 << 40)
-    with pytest.raises(ValueError, match="rank"):
-        service.create(1 << 40)
 
 
 @pytest.mark.slow
@@ -333,8 +329,6 @@ def test_a_save_goes_on_where_it_was_and_stays_in_the_store(
             tenant.save(path)
         with pytest.raises(ValueError, match="path"):
             service.load(path)
-    with pytest.raises(ValueError, match="path: expected a save"):
-        service.load("none")
     tenant.restore("runs/one")
     assert not all(map(torch.equal, factors(tenant), factors(again)))
 
@@ -363,34 +357,6 @@ def test_samples_have_the_trainers_logprobs(service: Service) -> None:
     tenant.optim_step(5e-2).result()
     assert sampler.sample(prompt, 6, seed=3)[0].logprobs == pytest.approx(one.logprobs, abs=1e-5)
     assert live.sample(prompt, 6, seed=3)[0].logprobs != pytest.approx(one.logprobs, abs=1e-3)
-    for name, value in (("max_tokens", 0), ("temperature", -1), ("top_k", 0), ("stop", ["a"])):
-        with pytest.raises(ValueError, match=name):
-            sampler.sample(prompt, **{"max_tokens": 4, name: value})
-
-
-@pytest.mark.parametrize(
-    ("data", "how", "field"),
-    [
-        ([], {}, "data"),
-        ([Datum([], {})], {}, r"data\[0\]\.tokens"),
-        ([Datum([1], {})], {}, "target_tokens"),
-        ([Datum([1, VOCAB], {"target_tokens": [1, 2]})], {}, "tokens"),
-        ([Datum([1, 2], {"target_tokens": [1]})], {}, "target_tokens"),
-        ([datum(1, 3, weights=[1.0])], {}, "weights"),
-        ([datum(1, 3, advantages=[1.0] * 3)], {}, "inputs"),
-        ([datum(1, 3)], {"loss": "dro"}, "loss"),
-        ([datum(1, 3)], {"loss": "ppo"}, "logprobs"),
-        ([datum(1, 3)], {"config": {"clip_low_threshold": 1}}, "config"),
-    ],
-)
-def test_what_a_call_refuses_it_names(
-    service: Service, data: Any, how: dict[str, Any], field: str
-) -> None:
-    tenant = service.create(2)
-    with pytest.raises(ValueError, match=field):
-        tenant.forward_backward(data, **how)
-    with pytest.raises(ValueError, match="lr"):
-        tenant.optim_step(-1.0)
 
 
 def test_the_model_comes_back_as_it_was() -> None:

@@ -1,7 +1,5 @@
 """Engines of vLLM, where it is installed: `make vllm` makes an environment and runs these tests."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.util

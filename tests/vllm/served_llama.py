@@ -191,15 +191,18 @@ class Engine:
         """Greedy answers to one prompt per name."""
         from vllm import SamplingParams
 
-        rows = prompts or [PROMPTS[i % len(PROMPTS)] for i in range(len(names))]
         how = {"temperature": 0, "max_tokens": new, "ignore_eos": True, "logprobs": VOCABULARY}
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(p)} for p in rows],
-            SamplingParams(**{**how, **sampling}),
-            lora_request=[self.request(name) for name in names],
-            use_tqdm=False,
-        )
-        return [Answer(output) for output in outputs]
+        params = SamplingParams(**{**how, **sampling})
+        rows = prompts or itertools.cycle(PROMPTS)
+        return [Answer(output) for output in self.ask("generate", names, params, prompts=rows)]
+
+    def ask(
+        self, what: str, names: Sequence[str | None], *how: Any, prompts: Any = PROMPTS
+    ) -> list[Any]:
+        """What the engine's method of this name gives for a prompt and an adapter per row."""
+        rows = [{"prompt_token_ids": list(p)} for p, _ in zip(prompts, names, strict=False)]
+        requests = [self.request(name) for name in names]
+        return getattr(self.llm, what)(rows, *how, lora_request=requests, use_tqdm=False)
 
     @property
     def runner(self) -> Any:

@@ -1,7 +1,5 @@
 """Activated adapters: each row equals PEFT's, and blocks before a start are the base model's."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

@@ -1,11 +1,10 @@
 """Rows of many adapters through one engine, against PEFT row by row and vLLM's own kernels."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest
 import torch
+from served_llama import PROMPTS, VOCABULARY, Answer, table
 
 # float32, two layers: the largest difference seen against PEFT is 5e-5 where |logprob| reaches 30.
 ATOL = 3e-4
@@ -92,24 +91,16 @@ def test_cached_prefixes_are_those_of_the_adapter(engine, peft_model):
 
 @pytest.mark.parametrize("names", [["a", "b", None], ["head", "head2", None, "a"], ["head"] * 2])
 def test_log_probabilities_of_prompts(names, engine, peft_model):
-    from served_llama import PROMPTS, VOCABULARY, table
     from vllm import SamplingParams
 
     how = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=VOCABULARY)
-    outputs = engine.llm.generate(
-        [{"prompt_token_ids": p} for p in PROMPTS[: len(names)]],
-        how,
-        lora_request=[engine.request(name) for name in names],
-        use_tqdm=False,
-    )
-    for output, name in zip(outputs, names, strict=True):
+    for output, name in zip(engine.ask("generate", names, how), names, strict=True):
         found = table(output.prompt_logprobs[1:])
         wanted = peft_model.logprobs(name, output.prompt_token_ids)[:-1]
         torch.testing.assert_close(found, wanted, rtol=0, atol=ATOL)
 
 
 def test_beam_search_has_one_adapter_per_prompt(engine, peft_model):
-    from served_llama import PROMPTS
     from vllm.sampling_params import BeamSearchParams
 
     names = ["a", None, "d"]
@@ -126,16 +117,11 @@ def test_beam_search_has_one_adapter_per_prompt(engine, peft_model):
 
 
 def test_several_samples_of_a_prompt_have_its_adapter(engine, peft_model):
-    from served_llama import PROMPTS
     from vllm import SamplingParams
 
     names = ["c", None, "a"]
-    outputs = engine.llm.generate(
-        [{"prompt_token_ids": p} for p in PROMPTS[:3]],
-        SamplingParams(n=3, temperature=1.0, seed=4, max_tokens=4, ignore_eos=True, logprobs=1),
-        lora_request=[engine.request(name) for name in names],
-        use_tqdm=False,
-    )
+    how = {"temperature": 1.0, "seed": 4, "max_tokens": 4, "ignore_eos": True, "logprobs": 1}
+    outputs = engine.ask("generate", names, SamplingParams(n=3, **how))
     for output, name, prompt in zip(outputs, names, PROMPTS[:3], strict=True):
         for sample in output.outputs:
             tokens = list(sample.token_ids)
@@ -146,7 +132,6 @@ def test_several_samples_of_a_prompt_have_its_adapter(engine, peft_model):
 
 
 def test_chat_has_one_adapter_per_conversation(engine, peft_model):
-    from served_llama import VOCABULARY, Answer
     from vllm import SamplingParams
 
     names = ["b", None, "c"]

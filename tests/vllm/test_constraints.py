@@ -1,7 +1,5 @@
 """Constraints of requests in vLLM's own engine, beside adapters."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -28,9 +26,7 @@ def asked(engine, forms, **more):
         )
         for i, form in enumerate(forms)
     ]
-    prompts = [{"prompt_token_ids": p} for p, _ in zip(PROMPTS, forms, strict=False)]
-    requests = [engine.request(name) for name, _ in zip(NAMES, forms, strict=False)]
-    found = engine.llm.generate(prompts, how, lora_request=requests, use_tqdm=False)
+    found = engine.ask("generate", NAMES[: len(forms)], how, prompts=PROMPTS)
     return [(o.outputs[0].finish_reason, list(o.outputs[0].token_ids)) for o in found]
 
 

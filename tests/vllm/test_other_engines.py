@@ -1,9 +1,9 @@
 """Engines of other kinds, one for each test: another dtype, compilation, no generation at all."""
 
-from __future__ import annotations
-
 import pytest
 import torch
+import transformers
+from served_llama import PROMPTS, Reference
 
 ATOL = 3e-4  # as in test_against_peft.py
 NAMES = ["a", None, "b", "d", "c", None]  # all four slots are full
@@ -17,8 +17,6 @@ def test_bfloat16_is_as_close_to_peft_as_vllms_own_kernels(make_engine, peft_mod
         base = engine.run(NAMES, new=1)[1].logprobs
         with engine.theirs():
             theirs = torch.stack([answer.logprobs[0] for answer in engine.run(names, new=1)])
-    from served_llama import PROMPTS
-
     wanted = torch.stack(
         [peft_model.logprobs(n, p)[-1] for n, p in zip(names, PROMPTS, strict=False)]
     )
@@ -37,14 +35,8 @@ def test_an_engine_that_may_compile_gives_the_same(make_engine, peft_model):
 
 
 def test_embeddings_of_prompts_have_their_adapters(make_engine, peft_model):
-    from served_llama import PROMPTS
-
     with make_engine(runner="pooling", convert="embed") as engine:
-        found = engine.llm.embed(
-            [{"prompt_token_ids": p} for p in PROMPTS],
-            lora_request=[engine.request(name) for name in NAMES],
-            use_tqdm=False,
-        )
+        found = engine.ask("embed", NAMES)
     for output, name, prompt in zip(found, NAMES, PROMPTS, strict=True):
         wanted = peft_model.embedding(name, prompt)
         torch.testing.assert_close(
@@ -54,22 +46,13 @@ def test_embeddings_of_prompts_have_their_adapters(make_engine, peft_model):
 
 @pytest.fixture
 def peft_classifier(folder):
-    import transformers
-    from served_llama import Reference
-
     model = transformers.LlamaForSequenceClassification.from_pretrained(folder / "classifier")
     return Reference(folder, model, "abcd")
 
 
 def test_classes_of_prompts_have_their_adapters(make_engine, peft_classifier):
-    from served_llama import PROMPTS
-
     with make_engine(model="classifier", runner="pooling") as engine:
-        found = engine.llm.classify(
-            [{"prompt_token_ids": p} for p in PROMPTS],
-            lora_request=[engine.request(name) for name in NAMES],
-            use_tqdm=False,
-        )
+        found = engine.ask("classify", NAMES)
     for output, name, prompt in zip(found, NAMES, PROMPTS, strict=True):
         wanted = peft_classifier.logits(name, prompt).softmax(-1)
         torch.testing.assert_close(torch.tensor(output.outputs.probs), wanted, rtol=0, atol=1e-5)

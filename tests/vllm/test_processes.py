@@ -3,8 +3,6 @@
 All slots are full and some rows are the base's: vLLM's own kernels would not pass.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import functools
 import json
@@ -18,7 +16,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from served_llama import ActivatedReference
+from served_llama import PROMPTS, ActivatedReference
 from test_constraints import FORMS, asked
 from test_constraints import check as check_forms
 
@@ -121,8 +119,6 @@ def check(peft_model, name, prompt, tokens):
 
 def test_the_server_answers_many_at_once_each_with_its_adapter(server, folder, peft_model):
     address, log = server
-
-    from served_llama import PROMPTS
 
     names, prompts = NAMES * 3, PROMPTS * 3
     with concurrent.futures.ThreadPoolExecutor(len(names)) as clients:

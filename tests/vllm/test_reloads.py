@@ -3,8 +3,6 @@
 Prompts are longer than a block of the prefix cache, which has 32 tokens.
 """
 
-from __future__ import annotations
-
 import itertools
 import shutil
 

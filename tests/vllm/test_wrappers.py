@@ -1,7 +1,5 @@
 """vLLM's two wrapper classes with our updates, without an engine: CPU, and CUDA on the emulator."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -44,7 +44,8 @@ def _mixed(table: Ints) -> NDArray[np.uint64]:
 
 
 def _hash_rows(table: Ints) -> NDArray[np.uint64]:
-    """A 64-bit number per row; rows that differ have different ones, up to chance 2^-64 a pair."""
+    """Return a 64-bit number per row; rows that differ have different ones, up to chance 2^-64 a
+    pair."""
     width = table.shape[1]
     random = np.random.default_rng(20250101).integers(1, 2**63, width, dtype=np.uint64)
     random, step = random | np.uint64(1), max(1, _HASHED // max(1, width))
@@ -53,14 +54,14 @@ def _hash_rows(table: Ints) -> NDArray[np.uint64]:
 
 
 def edges(table: Ints) -> tuple[Ints, Ints]:
-    """All pairs of a state and one behind it, each once: sources and targets."""
+    """Return all pairs of a state and one behind it, each once: sources and targets."""
     sources, classes = np.nonzero(table >= 0)
     pairs = np.unique(sources.astype(np.int64) * len(table) + table[sources, classes])
     return pairs // len(table), pairs % len(table)
 
 
 def distances(sources: Ints, targets: Ints, seeds: Ints, states: int) -> Ints:
-    """Fewest edges from each state to a seed, -1 where none leads there."""
+    """Return the fewest edges from each state to a seed, -1 where none leads there."""
     order = np.argsort(targets, kind="stable")
     before = sources[order]
     first = np.searchsorted(targets[order], np.arange(states + 1))
@@ -78,7 +79,7 @@ def distances(sources: Ints, targets: Ints, seeds: Ints, states: int) -> Ints:
 
 
 def minimal(automaton: Automaton, clock: Clock) -> Automaton:
-    """The one smallest automaton of the same texts: equal languages give equal arrays.
+    """Return the one smallest automaton of the same texts: equal languages give equal arrays.
 
     States are numbered as a walk from the start meets them, classes by their smallest symbol; no
     state is left that no text leads to or from which none can end. Of an empty language only the
@@ -111,7 +112,8 @@ def minimal(automaton: Automaton, clock: Clock) -> Automaton:
 
 
 def _merged_columns(automaton: Automaton) -> Automaton:
-    """Symbols with equal columns become one class; classes are numbered by their first symbol."""
+    """Merge symbols with equal columns into one class; classes are numbered by their first
+    symbol."""
     class_of, table, final, start = automaton
     unread = np.full((len(table), 1), -1, table.dtype)  # the column of class -1, behind the others
     hashes = np.append(_hash_rows(table.T), _hash_rows(unread.T))
@@ -185,7 +187,7 @@ def joined(
 
 
 def complement(a: Automaton) -> Automaton:
-    """All texts that ``a`` does not accept, symbols that it never reads included."""
+    """Return all texts that ``a`` does not accept, symbols that it never reads included."""
     table = _with_sink(a)
     return Automaton(
         np.where(a.class_of < 0, table.shape[1] - 1, a.class_of).astype(np.int32),
@@ -196,7 +198,8 @@ def complement(a: Automaton) -> Automaton:
 
 
 def _with_sink(a: Automaton) -> Ints:
-    """The table with a last state for what is lost, and a last class for what nobody reads."""
+    """Return the table with a last state for what is lost, and a last class for what nobody
+    reads."""
     lost = len(a.table)
     table = np.where(a.table < 0, lost, a.table)
     table = np.concatenate([table, np.full((lost, 1), lost, table.dtype)], 1)
@@ -206,7 +209,8 @@ def _with_sink(a: Automaton) -> Ints:
 def over_tokens(
     byte: Automaton, tokens: Sequence[bytes | None], clock: Clock, part: str
 ) -> Automaton:
-    """An automaton over bytes read token by token: every way to cut a text into tokens counts.
+    """Return an automaton over bytes read token by token: every way to cut a text into tokens
+    counts.
 
     Args:
         byte: over the 256 values of a byte.
@@ -253,8 +257,8 @@ class _Level(NamedTuple):
 
 
 def _prefixes(words: list[bytes]) -> list[_Level]:
-    """Beginnings of words, from the shortest on. A walk along them reads once what many words begin
-    with."""
+    """Return beginnings of words, from the shortest on. A walk along them reads once what many
+    words begin with."""
     length = np.array([len(w) for w in words], np.int64)
     first = np.cumsum(length) - length
     letters = np.frombuffer(b"".join(words), np.uint8).astype(np.int64)

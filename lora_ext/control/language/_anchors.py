@@ -18,8 +18,8 @@ _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 
 
 def unanchored(where: str, argument: str, pattern: str) -> str:
-    """The expression without the ``^`` that its alternatives begin with and the ``$`` that they
-    end with.
+    """Return the expression without the ``^`` that its alternatives begin with and the ``$`` that
+    they end with.
 
     Args:
         where, argument: name the expression in the error.
@@ -53,7 +53,7 @@ def unanchored(where: str, argument: str, pattern: str) -> str:
 
 
 def _ends(parts: list[str], place: int, verbose: bool) -> bool:
-    """Whether an alternative ends behind a place."""
+    """Return whether an alternative ends behind a place."""
     for part in parts[place + 1 :]:
         if part not in _END:
             return part == "|" and not verbose

@@ -37,8 +37,8 @@ _NUMBER: dict[str, list[tuple[bytes, str]]] = {
 
 
 def json_object(depth: int, clock: Clock) -> Automaton:
-    """JSON objects with at most one space between their parts. Each level of ``depth``, of which
-    the outer object is one, doubles the states."""
+    """Return JSON objects with at most one space between their parts. Each level of ``depth``, of
+    which the outer object is one, doubles the states."""
     return _Walk(depth, clock).automaton()
 
 
@@ -75,7 +75,7 @@ class _Walk:
         self._rows[state].update(dict.fromkeys(read, target))
 
     def _fill(self, place: str, within: str) -> None:
-        """The edges that leave a state."""
+        """Add the edges that leave a state."""
         state, bare = self._state(place, within), place.removesuffix("_")
         if place in ("{", "[", ":", ",", "key end", "value end"):  # one space may come here
             self._link(state, b" ", f"{place}_", within)
@@ -116,7 +116,8 @@ class _Walk:
             self._link(state, b"[", "[", f"{within}a")
 
     def _letters(self, state: int, place: str, within: str) -> None:
-        """Inside a string: "key" or "text", and behind a colon what is left of a letter."""
+        """Add the edges inside a string: "key" or "text", and after a colon what is left of a
+        letter."""
         kind, _, rest = place.partition(":")
         if rest == "":
             self._link(state, _PLAIN, kind, within)

@@ -25,7 +25,7 @@ UNSAFE = [*range(1, 32), 34, 92, 127]
 
 
 def automaton(index_of, pattern):
-    """Next states of every state, the start, and where a text may end."""
+    """Return next states of every state, the start, and where a text may end."""
     index = index_of(f"(?:{pattern})\\x00")
     moves, ends = index.get_transitions(), set(index.get_final_states())
     start = index.get_initial_state()

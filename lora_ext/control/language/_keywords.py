@@ -33,7 +33,7 @@ def choice(texts: Sequence[str], clock: Clock) -> Automaton:
 
 
 def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> Automaton:
-    """Texts in which each group of ``all_of`` occurs and nothing of ``none_of`` does.
+    """Return texts in which each group of ``all_of`` occurs and nothing of ``none_of`` does.
 
     One tree of all words that knows where to go on after a letter that does not fit (Aho and
     Corasick), times the set of groups that have occurred.
@@ -83,7 +83,7 @@ class _Tree:
         self._clock, self._part = clock, part
 
     def add(self, word: bytes) -> int:
-        """The node of a word."""
+        """Return the node of a word."""
         node = 0
         for byte in word:
             if byte not in self.below[node]:
@@ -96,8 +96,8 @@ class _Tree:
     def moves(
         self, letters: Sequence[int], marks: dict[int, int]
     ) -> tuple[list[list[int]], list[int]]:
-        """The longest word's beginning that a text ends with, behind each letter; and the marks of
-        all words that end there."""
+        """Return the longest word's beginning that a text ends with, behind each letter; and the
+        marks of all words that end there."""
         moves: list[list[int]] = [[] for _ in self.below]
         seen = [marks.get(node, 0) for node in range(len(self.below))]
         moves[0] = [self.below[0].get(b, 0) for b in letters]

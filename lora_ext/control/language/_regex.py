@@ -28,7 +28,7 @@ _MEMORY = 2 << 30
 
 
 def pattern(text: str, clock: Clock) -> Automaton:
-    """All texts that match a regular expression from end to end.
+    """Return all texts that match a regular expression from end to end.
 
     Raises:
         ValueError: for an expression that is none, or that looks around or back.
@@ -42,7 +42,7 @@ def pattern(text: str, clock: Clock) -> Automaton:
 
 
 def json_schema(schema: dict[str, Any] | str, clock: Clock) -> Automaton:
-    """All JSON texts of a schema, with at most one space between their parts.
+    """Return all JSON texts of a schema, with at most one space between their parts.
 
     Raises:
         NotImplementedError: for words that the automaton would not hold to.

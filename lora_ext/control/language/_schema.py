@@ -38,8 +38,8 @@ _MOST_LENGTH = (1 << 31) - 1  # outlines-core passes over a length that no machi
 
 
 def check(schema: Any) -> list[str]:
-    """The patterns in a schema, which must stay inside a JSON string; what outlines-core misreads
-    is changed in the schema itself.
+    """Return the patterns in a schema, which must stay inside a JSON string; what outlines-core
+    misreads is changed in the schema itself.
 
     Raises:
         NotImplementedError: for a word that would be ignored, by its name and place.
@@ -53,8 +53,8 @@ def check(schema: Any) -> list[str]:
 def _check(
     schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: list[str], seen: set[str]
 ) -> None:
-    """``seen``: places that a ``$ref`` names and that were looked at: each once, for their number
-    may double from one to the next."""
+    """Check one schema. ``seen`` has the places that a ``$ref`` names and that were checked: each
+    once, because their number may double from one to the next."""
     require(isinstance(schema, Mapping), _WHERE, at, "an object", repr(schema)[:80])
     if at.count("/") > 2 * _MOST_DEPTH:
         _refuse(at, f"more than {_MOST_DEPTH} schemas inside each other")
@@ -131,7 +131,7 @@ def _string(schema: dict[str, Any], words: Mapping[str, Any], at: str, patterns:
 
 
 def _kinds(kinds: Any, at: str) -> list[str]:
-    """The types that a schema names, one or several."""
+    """Return the types that a schema names, one or several."""
     listed = kinds if isinstance(kinds, list) else [kinds]
     wrong = [k for k in listed if not isinstance(k, str) or k not in _WORDS]
     expected = f"one of {sorted(_WORDS)}"
@@ -170,7 +170,7 @@ def _exact(number: float) -> bool:
 
 
 def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[Any, str]]:
-    """Schemas inside an object or array, after the words of the value itself were looked at."""
+    """Yield the schemas inside an object or array, after a check of the value's own words."""
     for name in ("minLength", "maxLength", "minItems", "maxItems"):
         value = words.get(name, 0)
         whole = type(value) is int and 0 <= value <= _MOST_LENGTH
@@ -242,7 +242,7 @@ def _wide(kinds: str | Sequence[str]) -> set[str]:
 
 
 def _apart(parts: Sequence[Any], root: Any) -> bool:
-    """Whether no value satisfies two of the schemas, as far as types and constants say."""
+    """Return whether no value satisfies two of the schemas, as far as types and constants say."""
     resolved = [p if "$ref" not in p else _resolved(p["$ref"], root, "#") for p in parts]
     pairs = ((a, b) for i, a in enumerate(resolved) for b in resolved[:i])
     return all(_differ(a, b) for a, b in pairs)

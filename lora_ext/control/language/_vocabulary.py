@@ -21,7 +21,7 @@ _SPACE = "\u2581"
 
 
 def utf8(where: str, argument: str, text: str) -> bytes:
-    """The bytes of a text.
+    """Return the bytes of a text.
 
     Raises:
         ValueError: for one with half of a surrogate pair, which has none.
@@ -34,7 +34,7 @@ def utf8(where: str, argument: str, text: str) -> bytes:
 
 
 def end_tokens(where: str, eos: int | Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    """The tokens that end a text, ascending and checked."""
+    """Return the tokens that end a text, ascending and checked."""
     ends = (eos,) if isinstance(eos, int) else tuple(eos)
     whole = bool(ends) and all(type(e) is int and 0 <= e < vocab_size for e in ends)
     require(whole, where, "eos_token_id", f"tokens in 0 .. {vocab_size - 1}", repr(eos))
@@ -68,7 +68,7 @@ def vocabulary_of(
     vocab_size: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Vocabulary:
-    """The vocabulary of a transformers tokenizer; read once as long as the tokenizer lives.
+    """Return the vocabulary of a transformers tokenizer; read once as long as the tokenizer lives.
 
     Args:
         where: names the caller in messages.
@@ -128,7 +128,7 @@ def _token_bytes(tokenizer: Any, ids: dict[str, int], size: int) -> list[bytes |
 
 
 def _is_byte_level(tokenizer: Any, ids: dict[str, int]) -> bool:
-    """Whether tokens are written in the alphabet of byte-level BPE."""
+    """Return whether tokens are written in the alphabet of byte-level BPE."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         parts = json.loads(backend.to_str())
@@ -137,7 +137,7 @@ def _is_byte_level(tokenizer: Any, ids: dict[str, int]) -> bool:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letter of each byte in byte-level BPE: printable ones are themselves."""
+    """Return the letter of each byte in byte-level BPE: printable ones are themselves."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {chr(b): b for b in plain}
     others = (b for b in range(256) if b not in set(plain))

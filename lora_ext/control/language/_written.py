@@ -73,7 +73,7 @@ class Written:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Self:
-        """Texts that contain all of some words and none of others.
+        """Return texts that contain all of some words and none of others.
 
         A word is contained if its letters stand in the text one behind the other, whatever tokens
         spell them and whatever stands around them: "dog" is contained in "a dog" and in "dogma".
@@ -99,7 +99,7 @@ class Written:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Self:
-        r"""Texts that match a regular expression from end to end, however tokens spell them.
+        r"""Return texts that match a regular expression from end to end, however tokens spell them.
 
         The syntax is that of Rust's regex crate, without ``\b``, and with ``^`` and ``$`` at the
         beginning and end of the whole text alone, where they say nothing.
@@ -125,7 +125,7 @@ class Written:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Self:
-        """JSON texts of a schema, with at most one space between their parts.
+        """Return JSON texts of a schema, with at most one space between their parts.
 
         Properties come in the order of the schema, and no others come. ``date`` and ``date-time``
         are held to their shape, not to the calendar. Needs the extra ``control``.
@@ -154,7 +154,7 @@ class Written:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Self:
-        """JSON objects of any content, with at most one space between their parts.
+        """Return JSON objects of any content, with at most one space between their parts.
 
         Args:
             tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes and refuses them.
@@ -176,7 +176,7 @@ class Written:
         eos_token_id: int | Sequence[int] | None,
         limits: Limits,
     ) -> Self:
-        """The constraint of an automaton over bytes, kept by what it was built from."""
+        """Return the constraint of an automaton over bytes, kept by what it was built from."""
         vocabulary = vocabulary_of(what, tokenizer, vocab_size, eos_token_id)
         content = tuple(map(_settled, content))
         told = hashlib.blake2b(repr(content).encode(), digest_size=24).digest()
@@ -198,8 +198,8 @@ class Written:
 
 
 def _settled(content: Any) -> Any:
-    """As plain lists, which tell all that they hold: of iterators, arrays and tables of data the
-    ``repr`` is the same for others of them."""
+    """Return plain lists, whose ``repr`` shows all that they hold; that of iterators, arrays and
+    tables does not."""
     if isinstance(content, (str, bytes, Mapping)) or not isinstance(content, Iterable):
         return content
     return [_settled(part) for part in content]

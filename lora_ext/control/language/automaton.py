@@ -53,14 +53,13 @@ class Constraint(Written):
     def _of(
         cls, what: str, automaton: Automaton, eos: tuple[int, ...], clock: Clock, part: str
     ) -> Constraint:
-        """The constraint of an automaton over tokens."""
+        """Return the constraint of an automaton over tokens."""
         automaton.class_of[list(eos)] = -1
         content = _algebra.minimal(automaton, clock)
         clock.states(len(content.table), part)
-        if content.table.shape[1] >= _MOST_CLASSES:
-            clock.refuse(
-                f"{_MOST_CLASSES} classes of tokens", f"{content.table.shape[1]}, from {part}"
-            )
+        classes = content.table.shape[1]
+        if classes >= _MOST_CLASSES:
+            clock.refuse(f"{_MOST_CLASSES} classes of tokens", f"{classes}, from {part}")
         some = bool(content.final.any())
         require(some, what, "texts", "a language with a text", "an empty one: nothing satisfies it")
         return cls(content, len(automaton.class_of), eos)
@@ -128,7 +127,8 @@ class Constraint(Written):
 
     @staticmethod
     def from_matcher(matcher: Any, vocab_size: int, eos_token_id: int | Sequence[int]) -> Matched:
-        """What a matcher of xgrammar or llguidance allows, such as a grammar that nests freely.
+        """Return what a matcher of xgrammar or llguidance allows, such as a grammar that nests
+        freely.
 
         The mask law without a budget: nobody can list the states of a parser, so nothing says which
         texts still end in time. A text that its budget cuts is a beginning of one that satisfies
@@ -190,7 +190,7 @@ class Constraint(Written):
         return self.class_of.tolist()
 
     def next_state(self, state: int, token: int) -> int:
-        """The state behind a token, -1 where it is forbidden; the end stays the end."""
+        """Return the state behind a token, -1 where it is forbidden; the end stays the end."""
         if state in (-1, self.end):
             return state
         if not 0 <= token < self.vocab_size:
@@ -198,11 +198,11 @@ class Constraint(Written):
         return self.rows[state][self.classes[token]]
 
     def reads(self, token: int) -> bool:
-        """Whether some text contains a token."""
+        """Return whether some text contains a token."""
         return bool((self.table[:, self.classes[token]] >= 0).any())
 
     def accepts(self, tokens: Iterable[int] | Tensor) -> bool:
-        """Whether a text is one of the language; ``tokens`` are those before the end."""
+        """Return whether a text is one of the language; ``tokens`` are those before the end."""
         state = 0
         for token in tokens.tolist() if isinstance(tokens, Tensor) else tokens:
             state = self.next_state(state, int(token))

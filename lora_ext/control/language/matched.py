@@ -40,9 +40,8 @@ class Matched:
         instance(where, "vocab_size", vocab_size, int)
         require(vocab_size >= 1, where, "vocab_size", "at least 1", vocab_size)
         known = any(all(callable(getattr(matcher, m, None)) for m in way) for way in _ONE_OF)
-        expected = "a matcher as xgrammar's or llguidance's: " + " or ".join(
-            map(", ".join, _ONE_OF)
-        )
+        methods = " or ".join(map(", ".join, _ONE_OF))
+        expected = f"a matcher as xgrammar's or llguidance's: {methods}"
         require(known, where, "matcher", expected, type(matcher).__name__)
         self.vocab_size = vocab_size
         self.eos = end_tokens(where, eos_token_id, vocab_size)
@@ -54,7 +53,7 @@ class Matched:
         self._masks: OrderedDict[int, Tensor] = OrderedDict()
 
     def mask(self, state: int) -> Tensor:
-        """Which tokens may come in a state, ``(V,)`` bool; behind the end those that end."""
+        """Return which tokens may come in a state, ``(V,)`` bool; behind the end those that end."""
         if state == self.end:
             found = torch.zeros(self.vocab_size, dtype=torch.bool)
             found[list(self.eos)] = True
@@ -70,7 +69,7 @@ class Matched:
         return bits.flatten()[: self.vocab_size].bool()
 
     def next_state(self, state: int, token: int) -> int:
-        """The state behind a token, -1 where it is forbidden; the end stays the end."""
+        """Return the state behind a token, -1 where it is forbidden; the end stays the end."""
         if state in (-1, self.end):
             return state
         if not (0 <= token < self.vocab_size and bool(self.mask(state)[token])):
@@ -85,7 +84,7 @@ class Matched:
             return self._number[key]
 
     def accepts(self, tokens: Sequence[int] | Tensor) -> bool:
-        """Whether a text is one of the language; ``tokens`` are those before the end."""
+        """Return whether a text is one of the language; ``tokens`` are those before the end."""
         state = 0
         for token in tokens.tolist() if isinstance(tokens, Tensor) else tokens:
             state = self.next_state(state, int(token))
@@ -94,7 +93,7 @@ class Matched:
         return bool(self.mask(state)[list(self.eos)].any())
 
     def reads(self, token: int) -> bool:
-        """Whether a text may contain a token, as far as can be said before it is written."""
+        """Return whether a text may contain a token, as far as can be said before it is written."""
         return token not in self.eos
 
     def _bits(self) -> Tensor:

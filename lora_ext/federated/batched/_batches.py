@@ -16,6 +16,7 @@ from lora_ext.layers import IGNORE, shift_labels
 #: ``loss_fn(output, batch)``: one client's rows of the logits, and its batch, to its mean loss.
 LossFn = Callable[[Tensor, Any], Tensor]
 
+WHERE = "BatchedClients"
 _MASK, _IDS = "attention_mask", "input_ids"
 
 
@@ -135,14 +136,13 @@ def cross_entropies(
     batches: Sequence[Any],
     segments: Sequence[Segment],
     owners: tuple[Tensor, Tensor],
-    where: str,
 ) -> Losses:
     """Each client's mean cross entropy, all rows at once: of the next token for mappings with
     ``labels``, of y for ``(x, y)``. ``owners``: how many rows each client has, and whose each is.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     parts = zip(batches, segments, strict=True)
-    labels = torch.cat([_labels(logits, batch, segment, where) for batch, segment in parts])
+    labels = torch.cat([_labels(logits, batch, segment) for batch, segment in parts])
     if isinstance(batches[0], Mapping):
         each = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
         each = each.view(labels.shape)  # (rows, ...)
@@ -151,39 +151,36 @@ def cross_entropies(
     counted = torch.ones_like(each) if labels.is_floating_point() else labels != IGNORE
     sizes, owner = owners
     sums, counts = (
-        torch.segment_reduce(_by_row(t), "sum", lengths=sizes) for t in (each.detach(), counted)
+        torch.segment_reduce(
+            t.double().flatten(1).sum(1) if t.dim() > 1 else t.double(), "sum", lengths=sizes
+        )
+        for t in (each.detach(), counted)
     )
     shares = counts.reciprocal().to(each.dtype)[owner].view(-1, *[1] * (each.dim() - 1))
     return Losses(sums / counts, each, shares.expand_as(each), owner)
 
 
-def own_losses(
-    loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any], where: str
-) -> Losses:
+def own_losses(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any]) -> Losses:
     """What a function of one client's rows of the logits makes of each client's."""
     found = [loss_fn(own, batch) for own, batch in zip(outputs, batches, strict=True)]
     for loss in found:
         scalar = isinstance(loss, Tensor) and loss.dim() == 0
         kind = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        require(scalar, where, "loss_fn", "a scalar tensor", kind)
+        require(scalar, WHERE, "loss_fn", "a scalar tensor", kind)
     roots = torch.stack(found)
     owners = torch.arange(len(found), device=roots.device)
     return Losses(roots.detach().double(), roots, torch.ones_like(roots), owners)
 
 
-def _labels(logits: Tensor, batch: Any, segment: Segment, where: str) -> Tensor:
+def _labels(logits: Tensor, batch: Any, segment: Segment) -> Tensor:
     """One client's, under its rows of the logits."""
     if isinstance(batch, Mapping):
-        require("labels" in batch, where, "batches", "labels, or a loss_fn", sorted(batch))
+        require("labels" in batch, WHERE, "batches", "labels, or a loss_fn", sorted(batch))
         labels = batch["labels"].to(logits.device)
         if logits.dim() == 3:  # of language models
             labels = shift_labels(labels)
             if segment.length is not None:
                 labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]), value=IGNORE)
         return labels
-    require(isinstance(batch, tuple | list), where, "batches", "(x, y), or a loss_fn", type(batch))
+    require(isinstance(batch, tuple | list), WHERE, "batches", "(x, y), or a loss_fn", type(batch))
     return batch[1].to(logits.device)
-
-
-def _by_row(each: Tensor) -> Tensor:
-    return each.double().flatten(1).sum(1) if each.dim() > 1 else each.double()

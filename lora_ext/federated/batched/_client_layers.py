@@ -17,9 +17,8 @@ from lora_ext.layers import adapted_layers, block_index, dense_parameters
 from lora_ext.rows import Kept
 
 from ._banks import Bank
-from ._batches import Segment
+from ._batches import WHERE, Segment
 
-WHERE = "BatchedClients"
 _KEPT = 64
 
 

@@ -44,10 +44,8 @@ def shared_names(
         try:
             names = [name for name in outside if re.search(shared, name)]
         except re.error as error:
-            found = f"{shared!r} ({error})"
-            raise ValueError(
-                f"{WHERE}: shared: expected a regular expression, found {found}"
-            ) from None
+            expected, found = "expected a regular expression", f"{shared!r} ({error})"
+            raise ValueError(f"{WHERE}: shared: {expected}, found {found}") from None
         expected = "a pattern that a parameter outside the adapters matches"
         require(bool(names), WHERE, "shared", expected, repr(shared))
     else:

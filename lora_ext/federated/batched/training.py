@@ -221,9 +221,9 @@ class BatchedClients:
         output = self._forward(inputs, batches, stairs, lowest, rows)
         logits = logits_of(output, segments, WHERE)
         if self.loss_fn is None:
-            losses = cross_entropies(logits, batches, segments, rows.owners(logits.device), WHERE)
+            losses = cross_entropies(logits, batches, segments, rows.owners(logits.device))
         else:
-            losses = own_losses(self.loss_fn, own_outputs(logits, segments), batches, WHERE)
+            losses = own_losses(self.loss_fn, own_outputs(logits, segments), batches)
         values = losses.values.tolist()
         with rows.backward():
             gradients = losses.gradients(optimizer.leaves, [*map(math.isfinite, values)])

@@ -15,8 +15,8 @@ from lora_ext._checks import require
 from .. import BatchedClients, ClientSpec, LayerPlan, LoraLayerManager, Update
 from .._update import Client
 from ._model import Model, Tensors, check_scaling
-from ._records import read_config
-from ._tasks import Settings, Task, failed, shared_names, who
+from ._records import read_config, who
+from ._tasks import Settings, Task, failed, shared_names
 
 State = Mapping[str, Tensor]
 #: Trains the clients of some tasks together, from the global adapter. With each task comes what

@@ -18,8 +18,8 @@ from .._plan import PATTERN
 from ..batched import rows_in
 from ._batched_app import in_one_batch
 from ._model import Model, Tensors, check_scaling
-from ._records import read_config
-from ._tasks import Metrics, Settings, Task, shared_names, who
+from ._records import read_config, who
+from ._tasks import Metrics, Settings, Task, shared_names
 
 WHERE = "make_client_app"
 TrainFn = Callable[[nn.Module, Sequence[Any], ConfigRecord], Metrics]

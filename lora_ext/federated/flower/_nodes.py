@@ -16,10 +16,7 @@ from lora_ext._checks import require
 
 from .._update import Client
 from ..logs import CommLog
-from ._records import message_bytes
-
-NODE = "node"  # the record of what a node says of itself
-PARTITION, CAPABILITY = "partition-id", "capability"
+from ._records import CAPABILITY, NODE, PARTITION, count_bytes
 
 Capability = Mapping[int, int] | Callable[[int], int] | None
 
@@ -73,8 +70,9 @@ class Nodes:
                 self.learn(node, said, connected)
         for query in sorted(queries, key=lambda q: self.client(q.metadata.dst_node_id)):
             node = query.metadata.dst_node_id
-            up = message_bytes(replies[node]) if node in replies else 0
-            self._comm.record(0, self.client(node), up=up, down=message_bytes(query))
+            answered = node in replies and replies[node].has_content()
+            up = count_bytes(replies[node].content) if answered else 0
+            self._comm.record(0, self.client(node), up=up, down=count_bytes(query.content))
 
     def learn(
         self, node: int, said: Mapping[str, Any], connected: Iterable[int] | None = None
@@ -89,28 +87,34 @@ class Nodes:
             return
         holders = [n for n in connected if n != node and self.client(n) == partition]
         if holders:
-            _log.warning(
-                "node %d: partition-id %d is that of node %d, which is connected: it goes by its "
-                "node id",
-                node,
-                partition,
-                holders[0],
-            )
+            words = "node %d: partition-id %d is that of node %d, which is connected: it goes by "
+            _log.warning(words + "its node id", node, partition, holders[0])
             return
         for other in [n for n, client in self._clients.items() if client == partition]:
             del self._clients[other]  # it has left; should it return, it is asked again
             self._asked.discard(other)
         self._clients[node] = partition
 
-    def capability(self, node: int, num_layers: int) -> int:
-        """How many layers a node can train."""
-        where, client = "LoraStrategy", self.client(node)
-        if self._capability is None:
+    def capable(self, nodes: list[int], num_layers: int, strict: bool) -> dict[int, int]:
+        """Return the nodes that can train, and how many layers. A node whose capability is missing
+        or out of range is left out, or raises if ``strict``."""
+        found: dict[int, int] = {}
+        for node in nodes:
+            try:
+                found[node] = self._capability_of(node, num_layers)
+            except ValueError as error:
+                if strict:
+                    raise
+                _log.warning("node %d is left out: %s", node, error)
+        return {node: count for node, count in found.items() if count > 0}
+
+    def _capability_of(self, node: int, num_layers: int) -> int:
+        where, client, known = "LoraStrategy", self.client(node), self._capability
+        if known is None:
             return min(max(self._says.get(node, num_layers), 0), num_layers)
-        if callable(self._capability):
-            found = self._capability(client)
+        if callable(known):
+            found = known(client)
         else:
-            known = self._capability
             holds = client in known or node in known
             require(holds, where, "capability", f"one for client {client} of node {node}", "none")
             found = known[client] if client in known else known[node]
@@ -119,19 +123,6 @@ class Nodes:
             raise TypeError(f"{where}: {name}: expected an integer, found {found!r:.100}")
         require(0 <= found <= num_layers, where, name, f"0 to {num_layers} layers", found)
         return found
-
-    def capable(self, nodes: list[int], num_layers: int, strict: bool) -> dict[int, int]:
-        """The nodes that can train, and how many layers; one that :meth:`capability` refuses is
-        left out unless ``strict``."""
-        found: dict[int, int] = {}
-        for node in nodes:
-            try:
-                found[node] = self.capability(node, num_layers)
-            except ValueError as error:
-                if strict:
-                    raise
-                _log.warning("node %d is left out: %s", node, error)
-        return {node: count for node, count in found.items() if count > 0}
 
     def state_dict(self) -> dict[str, Any]:
         """Lists of numbers, for JSON."""

@@ -7,6 +7,7 @@ record       direction   content
 ``config``   down        ``server-round``, the plan (``layers``, ``ranks``), and the settings
 ``metrics``  up          ``num-examples``, ``train-loss``, ``train-time-s``, ``down-time-s``
 ``echo``     up          ``server-round`` and the plan, as they came down
+``node``     up          ``partition-id`` and ``capability``, in the answer to a query
 ===========  ==========  ===========================================================================
 """
 
@@ -17,14 +18,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from torch import Tensor
 
 from lora_ext._checks import require
 
 from .._payload import Payload, pack_tensors, read_npy, unpack_tensors
 
-LORA, CONFIG, METRICS, ECHO = "lora", "config", "metrics", "echo"
+LORA, CONFIG, METRICS, ECHO, NODE = "lora", "config", "metrics", "echo", "node"
+PARTITION, CAPABILITY = "partition-id", "capability"  # of a node's configuration
 PROTOCOL = 1
 
 _NUMPY = "numpy.ndarray"  # Flower's name for the bytes of a .npy file
@@ -110,6 +120,13 @@ def read_config(message: Message) -> ConfigRecord:
     return config
 
 
+def who(message: Message, context: Context) -> Message:
+    """Return the answer to the query who a node is: the integers of its configuration."""
+    given = {name: context.node_config.get(name) for name in (PARTITION, CAPABILITY)}
+    said: Any = {name: value for name, value in given.items() if type(value) is int}
+    return Message(RecordDict({NODE: ConfigRecord(said)}), reply_to=message)
+
+
 def count_bytes(content: Mapping[str, Any]) -> int:
     """Bytes of all records, as Flower counts them; of one that it cannot count, its message's."""
     total = 0
@@ -119,25 +136,6 @@ def count_bytes(content: Mapping[str, Any]) -> int:
         except (IndexError, ValueError):  # an empty list or string in a reply's settings
             total += len(record.deflate())
     return total
-
-
-def data_bytes(content: RecordDict) -> int:
-    """Bytes of the tensors of a message by themselves: no names, no headers of .npy files."""
-    arrays = [array.data for record in content.array_records.values() for array in record.values()]
-    return sum(max(len(d) - 10 - int.from_bytes(d[8:10], "little"), 0) for d in arrays)
-
-
-def message_bytes(message: Message) -> int:
-    """Bytes of what a message carries; 0 of one that carries an error."""
-    return count_bytes(message.content) if message.has_content() else 0
-
-
-def same_arrays(
-    record: ArrayRecord, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> ArrayRecord:
-    """The record of ``after``, with the very arrays of ``record`` where a tensor is the same."""
-    fresh = to_arrays({key: value for key, value in after.items() if value is not before[key]})
-    return ArrayRecord({key: fresh.get(key, record[key]) for key in after})
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:

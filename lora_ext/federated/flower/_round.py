@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, RecordDict
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from lora_ext._checks import require
 
-from .. import CommLog, LayerPlan, Update, plan_shapes
+from .. import CommLog, LayerPlan, Update
 from .._masked import masked_shapes
-from .._update import Client
+from .._payload import shapes_of
+from .._plan import Pair
+from .._update import Client, Settings
 from . import _records
 
 # What the server says of a message or a node that it has lost.
@@ -34,31 +36,31 @@ class _Unanswered(ValueError):
 class Sending:
     """How the messages of a run are made: the strategy's arguments of these names."""
 
-    rules: Mapping[str, Any]  # those of aggregate
+    settings: Settings  # of aggregate
     send_frozen: bool
     pack: bool
     seed: int
     payload: str
     scaling: Any  # as the strategy got it; one number alone can be told to clients
 
-    def settings(self) -> dict[str, Any]:
-        """What a client must know of it."""
+    def config(self) -> dict[str, Any]:
+        """Return what a client must know of it."""
         found: dict[str, Any] = {
             "protocol": _records.PROTOCOL,
             "seed": self.seed,
-            "upload": self.rules["upload"],
+            "upload": self.settings.upload,
             "others": "frozen" if self.send_frozen else "disabled",
             "pack": self.pack,
         }
-        if self.rules["shared"]:
-            found["shared"] = list(self.rules["shared"])
+        if self.settings.shared:
+            found["shared"] = list(self.settings.shared)
         if isinstance(self.scaling, int | float):
             found["scaling"] = float(self.scaling)
         if self.payload == "dense_masked":
-            weighted = self.rules["weighted_by"] is not None
+            weighted = self.settings.weighted_by is not None
             found |= {"payload": self.payload, "weighted": weighted}
-            if self.rules["max_update_norm"] is not None:
-                found["max-update-norm"] = self.rules["max_update_norm"]
+            if self.settings.max_update_norm is not None:
+                found["max-update-norm"] = self.settings.max_update_norm
         return found
 
 
@@ -68,7 +70,8 @@ class Round:
 
     number: int
     record: ArrayRecord  # the global adapter
-    state: dict[str, Tensor]  # likewise, decoded
+    state: Mapping[str, Tensor]  # likewise, decoded
+    pairs: Sequence[Pair]  # its factors
     nodes: dict[int, Client]  # those that are asked, and the client that each is
     plans: dict[Client, LayerPlan]
     sending: Sending
@@ -79,10 +82,23 @@ class Round:
 
     def messages(self, config: Mapping[str, Any]) -> list[Message]:
         """One for each node that is asked; ``config`` has further settings for the clients."""
-        messages = [self._message(node, client, config) for node, client in self.nodes.items()]
-        for message in messages:
-            self._asked.append(message.metadata)
-            self._count(message.metadata.dst_node_id, message, "down")
+        messages: list[Message] = []
+        sending, shared = self.sending, self.sending.settings.shared
+        for node, client in self.nodes.items():
+            plan = self.plans[client]
+            shapes = shapes_of(self.pairs, self.state, plan)
+            sent = {
+                key: value[tuple(map(slice, shapes[key]))] if key in shapes else value
+                for key, value in self.state.items()
+                if key in shapes or key in shared or sending.send_frozen
+            }
+            record, manifest = _records.pack(sent, sending.pack)
+            own = {"server-round": self.number, "client": client, **plan.to_config(), **manifest}
+            settings = ConfigRecord({**config, **sending.config(), **own})
+            content = RecordDict({_records.LORA: record, _records.CONFIG: settings})
+            messages.append(Message(content, node, MessageType.TRAIN))
+            self._asked.append(messages[-1].metadata)
+            self._count(node, messages[-1], "down")
         return messages
 
     def collect(
@@ -99,7 +115,7 @@ class Round:
             node = self.sender(reply)
             client = self.nodes.get(node, f"node {node}")
             try:
-                updates.append(self.read(reply))
+                updates.append(self.read(node, reply))
                 contents[client] = reply.content
                 metrics = reply.content.metric_records[_records.METRICS]
                 reported.setdefault(client, set()).add(repr(sorted(metrics.items())))
@@ -123,9 +139,9 @@ class Round:
                     return asked.dst_node_id
         return reply.metadata.src_node_id
 
-    def read(self, reply: Message) -> Update:
-        """A reply as the aggregation takes it, without what only the wire shows to be wrong."""
-        node = self.sender(reply)
+    def read(self, node: int, reply: Message) -> Update:
+        """Return the reply of a node as the aggregation takes it; raise for what only the wire
+        shows to be wrong."""
         where = f"node {node}"
         require(node in self.nodes, where, "reply", "none, as it was not asked", "one")
         self._count(node, reply, "up")
@@ -134,6 +150,7 @@ class Round:
             kind = _Unanswered if reply.error.code in _UNANSWERED else ValueError
             raise kind(f"{where}: reply: expected one without error, found {found}")
         client, content = self.nodes[node], reply.content
+        plan = self.plans[client]
         for name, kind in (
             (_records.ECHO, content.config_records),
             (_records.LORA, content.array_records),
@@ -141,52 +158,35 @@ class Round:
         ):
             require(name in kind, where, "records", f"{name!r}", f"{sorted(content)!s:.200}")
         echo = content.config_records[_records.ECHO]
-        self._check_echo(where, echo, self.plans[client])
-        arrays = content.array_records[_records.LORA]
-        tensors = _records.unpack(arrays, echo, self._shapes(self.plans[client]), where)
+        number, expected = echo.get("server-round"), f"round {self.number}"
+        require(number == self.number, where, "echo", expected, f"{number!r:.50}")
+        try:
+            said: Any = LayerPlan.from_config(echo)
+        except (TypeError, ValueError) as error:
+            said = error
+        require(said == plan, where, "echo", plan, f"{said!s:.200}")
+        if self.sending.payload == "dense_masked":
+            shapes = masked_shapes(self.pairs, self.state)
+        else:
+            shapes = shapes_of(self.pairs, self.state, plan)
+            shapes |= {key: tuple(self.state[key].shape) for key in self.sending.settings.shared}
+        tensors = _records.unpack(content.array_records[_records.LORA], echo, shapes, where)
         examples = content.metric_records[_records.METRICS].get("num-examples")
-        return Update(client, examples, tensors, self.plans[client])
+        return Update(client, examples, tensors, plan)
 
     def node(self, client: Client) -> int:
         """The node that a client is."""
         return next(node for node, asked in self.nodes.items() if asked == client)
 
-    def _message(self, node: int, client: Client, config: Mapping[str, Any]) -> Message:
-        plan, sending = self.plans[client], self.sending
-        shapes = plan_shapes(self.state, plan, sending.rules["pattern"])
-        sent = {
-            key: value[tuple(map(slice, shapes[key]))] if key in shapes else value
-            for key, value in self.state.items()
-            if key in shapes or key in sending.rules["shared"] or sending.send_frozen
-        }
-        record, manifest = _records.pack(sent, sending.pack)
-        own = {"server-round": self.number, "client": client, **plan.to_config(), **manifest}
-        settings = ConfigRecord({**config, **sending.settings(), **own})
-        content = RecordDict({_records.LORA: record, _records.CONFIG: settings})
-        return Message(content, node, MessageType.TRAIN)
-
-    def _check_echo(self, where: str, echo: ConfigRecord, plan: LayerPlan) -> None:
-        round = echo.get("server-round")
-        require(round == self.number, where, "echo", f"round {self.number}", f"{round!r:.50}")
-        try:
-            said = LayerPlan.from_config(echo)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: echo: expected {plan}, found {error!s:.200}") from None
-        require(said == plan, where, "echo", plan, f"{said!s:.200}")
-
-    def _shapes(self, plan: LayerPlan) -> dict[str, tuple[int, ...]]:
-        """What a reply to a plan may have."""
-        if self.sending.payload == "dense_masked":
-            return masked_shapes(self.state, self.sending.rules["pattern"])
-        shapes = plan_shapes(self.state, plan, self.sending.rules["pattern"])
-        return shapes | {key: tuple(self.state[key].shape) for key in self.sending.rules["shared"]}
-
     def _count(self, node: int, message: Message, way: str) -> None:
         """Add a message to the bytes of its client."""
         if not message.has_content():
             return
-        total, data = _records.count_bytes(message.content), _records.data_bytes(message.content)
-        arrays = _records.count_bytes(message.content.array_records)
-        full = total - arrays + self.record.count_bytes()
+        arrays = message.content.array_records
+        total, full = _records.count_bytes(message.content), self.record.count_bytes()
+        full += total - _records.count_bytes(arrays)
+        # Tensors by themselves: without names and headers of .npy files.
+        data = [array.data for record in arrays.values() for array in record.values()]
+        frames = total - sum(max(len(d) - 10 - int.from_bytes(d[8:10], "little"), 0) for d in data)
         client = self.nodes[node]
-        self.comm.record(self.number, client, frames=total - data, full=full, **{way: total})
+        self.comm.record(self.number, client, frames=frames, full=full, **{way: total})

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
-from flwr.app import (
-    ConfigRecord,
-    ConfigRecordValues,
-    Context,
-    Error,
-    Message,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
-from lora_ext._checks import integer, number, require
+from lora_ext._checks import choice, integer, number, require
 
-from .. import LayerPlan, Update, masked_payload, plan_shapes
+from .. import LayerPlan, Update, masked_payload
 from .._layers import Others
+from .._payload import shapes_of
 from .._plan import layer_pairs
+from .._update import Upload
 from . import _records
-from ._nodes import CAPABILITY, NODE, PARTITION
 
 Metrics = Mapping[str, Any]
 
@@ -76,12 +69,21 @@ class Task:
         not for this model, is a ValueError or a TypeError."""
         config = _records.read_config(message)
         plan, shared = LayerPlan.from_config(config), shared_names(config)
-        others = _one_of(config, "others", ("frozen", "disabled"))
+        others = choice("message", "others", config.get("others"), get_args(Others))
         arrays = message.content.array_records
         require(_records.LORA in arrays, "message", "records", f"{_records.LORA!r}", sorted(arrays))
         record = arrays[_records.LORA]
+        # The plan's ranks, else those that the message says, up to the model's.
         said = _records.said_shapes(record, config)
-        shapes = _shapes(said, state, plan, others == "frozen", pattern)
+        pairs = layer_pairs("message: model", state, pattern)
+        shapes = shapes_of(pairs, state, plan)
+        for pair in pairs:
+            planned = pair.layer in plan.layers
+            for axis, key in enumerate((pair.a, pair.b)) if planned or others == "frozen" else ():
+                sizes, found = list(shapes.get(key, state[key].shape)), said.get(key, ())
+                if (plan.ranks is None or not planned) and len(found) == len(sizes):
+                    sizes[axis] = min(max(found[axis], 1), sizes[axis])
+                shapes[key] = tuple(sizes)
         shapes |= {key: tuple(state[key].shape) for key in shared}
         tensors = _records.unpack(record, config, shapes, "message")
         missing = [key for key in shapes if key not in tensors]
@@ -92,9 +94,9 @@ class Task:
             plan=plan,
             round=_integer(config, "server-round"),
             client=_integer(config, "client"),
-            partition=int(context.node_config.get(PARTITION, context.node_id)),
+            partition=int(context.node_config.get(_records.PARTITION, context.node_id)),
             tensors=tensors,
-            others=cast(Others, others),
+            others=others,
             shared=shared,
             pattern=pattern,
         )
@@ -126,7 +128,7 @@ class Task:
         """The reply: changes of the planned and the shared tensors from those that came, and
         metrics with ``num-examples`` among them; the state says names and shapes."""
         sent = dict(changes)
-        if _one_of(self.config, "upload", ("delta", "value")) == "value":
+        if choice("message", "upload", self.config.get("upload"), get_args(Upload)) == "value":
             sent = {key: self.tensors[key] + change for key, change in changes.items()}
         if self.config.get("payload") == "dense_masked":
             sent = masked_payload(
@@ -148,41 +150,9 @@ class Task:
         return Message(content, reply_to=self.message)
 
 
-def _shapes(
-    said: Mapping[str, tuple[int, ...]],
-    state: Mapping[str, Tensor],
-    plan: LayerPlan,
-    frozen: bool,
-    pattern: str,
-) -> dict[str, tuple[int, ...]]:
-    """What a message must have: the plan's ranks, else those that it says, up to the model's."""
-    shapes = plan_shapes(state, plan, pattern)
-    for pair in layer_pairs("message: model", state, pattern):
-        planned = pair.layer in plan.layers
-        if not planned and not frozen:
-            continue
-        for axis, key in enumerate((pair.a, pair.b)):
-            sizes = list(shapes.get(key, state[key].shape))
-            found = said.get(key, ())
-            if (plan.ranks is None or not planned) and len(found) == len(sizes):
-                sizes[axis] = min(max(found[axis], 1), sizes[axis])
-            shapes[key] = tuple(sizes)
-    return shapes
-
-
 def shared_names(config: Mapping[str, Any]) -> list[str]:
     """The parameters that a client trains beside the adapter."""
     return list(config.get("shared", []))
-
-
-def who(message: Message, context: Context) -> Message:
-    """The answer to the query who a node is: the integers of its configuration that tell it."""
-    said: dict[str, ConfigRecordValues] = {
-        name: value
-        for name in (PARTITION, CAPABILITY)
-        if type(value := context.node_config.get(name)) is int
-    }
-    return Message(RecordDict({NODE: ConfigRecord(said)}), reply_to=message)
 
 
 def failed(message: Message, error: Exception) -> Message:
@@ -193,9 +163,3 @@ def failed(message: Message, error: Exception) -> Message:
 
 def _integer(config: Mapping[str, Any], name: str) -> int:
     return integer("message", name, config.get(name))
-
-
-def _one_of(config: ConfigRecord, name: str, choices: tuple[str, ...]) -> str:
-    found = config.get(name)
-    require(found in choices, "message", name, f"one of {choices}", f"{found!r:.50}")
-    return cast(str, found)

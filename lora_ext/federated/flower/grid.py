@@ -64,7 +64,10 @@ class LocalGrid(Grid):
         self._clock = clock
         self._numbers = itertools.count(1)
         self._pushed: dict[str, Message] = {}
-        _identify()
+        try:  # Say who makes messages in this process, as Flower's engines do.
+            _ = TaskIdentity.run_id
+        except RuntimeError:
+            TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, SERVER, 1
         self._run = Run.create_empty(RUN)
         self.contexts = {
             node: Context(
@@ -135,28 +138,23 @@ class LocalGrid(Grid):
     def _answers(self, messages: list[Message], timeout: float | None) -> list[Message]:
         end = None if timeout is None else self._clock() + timeout
         replies: list[Message] = []
-        for group in self._groups(messages):
+        groups, app = [[message] for message in messages], self._app
+        if isinstance(app, BatchedApp):  # all training at once
+            train = [m for m in messages if m.metadata.message_type == "train"]
+            groups = [[m] for m in messages if m.metadata.message_type != "train"]
+            groups += [train] if train else []
+        for group in groups:
             if end is not None and self._clock() >= end:
                 break
-            answered = self._run_group(group)
+            known = [m for m in group if m.metadata.dst_node_id in self.contexts]
+            pairs = [(_own(m), self.contexts[m.metadata.dst_node_id]) for m in known]
+            if isinstance(app, BatchedApp) and len(pairs) > 1:
+                answered = app.train_together(pairs)
+            else:
+                answered = [self._one(*pair) for pair in pairs]
             if end is None or self._clock() < end:
                 replies += answered
         return replies
-
-    def _groups(self, messages: list[Message]) -> list[list[Message]]:
-        """What runs at once: all training in one, where the app can."""
-        if not isinstance(self._app, BatchedApp):
-            return [[message] for message in messages]
-        train = [m for m in messages if m.metadata.message_type == "train"]
-        others = [[m] for m in messages if m.metadata.message_type != "train"]
-        return others + ([train] if train else [])
-
-    def _run_group(self, messages: list[Message]) -> list[Message]:
-        known = [m for m in messages if m.metadata.dst_node_id in self.contexts]
-        pairs = [(_own(m), self.contexts[m.metadata.dst_node_id]) for m in known]
-        if isinstance(self._app, BatchedApp) and len(pairs) > 1:
-            return self._app.train_together(pairs)
-        return [self._one(*pair) for pair in pairs]
 
     def _one(self, message: Message, context: Context) -> Message:
         try:
@@ -173,11 +171,3 @@ def _own(message: Message) -> Message:
     """A message whose records are the receiver's, to do with as it likes."""
     records = {name: record.copy() for name, record in message.content.items()}
     return make_message(message.metadata, RecordDict(records))
-
-
-def _identify() -> None:
-    """Say who makes messages in this process, which Flower's engines do and ``Message`` needs."""
-    try:
-        _ = TaskIdentity.run_id
-    except RuntimeError:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, SERVER, 1

@@ -13,12 +13,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
-from lora_ext._checks import integer, require
+from lora_ext._checks import choice, integer, require
 
-from .. import Aggregate, CommLog, LayerPlan, RoundLog, aggregate, plan_bytes
-from .._aggregation import RankAgg, check_settings
+from .. import Aggregate, CommLog, LayerPlan, RoundLog
+from .._aggregation import average
+from .._payload import bytes_of, shapes_of
 from .._plan import PATTERN, Allocator, check_layers, layer_pairs
-from .._update import Client, NanPolicy, Upload
+from .._update import Client, NanPolicy, RankAgg, Rules, Settings, Upload
 from . import _records
 from ._masked_replies import aggregate_replies
 from ._nodes import Capability, Nodes, connected, drawn
@@ -115,21 +116,25 @@ class LoraStrategy(FedAvg):
         self.allocator = allocator
         self.on_reject = on_reject
         self.shared = tuple(shared)
-        self._rules: dict[str, Any] = {
-            "rank_agg": rank_agg,
-            "upload": upload,
-            "weighted_by": weighted_by,
-            "server_lr": server_lr,
-            "scaling": 1.0 if scaling is None else scaling,
-            "nan_policy": nan_policy,
-            "max_update_norm": max_update_norm,
-            "min_replies": min_replies,
-            "partial_ok": partial_ok,
-            "pattern": pattern,
-            "shared": self.shared,
-        }
-        _check_rules(self._rules, payload)
-        self._sending = Sending(self._rules, send_frozen, pack, self.seed, payload, scaling)
+        self._averaging = Settings(
+            rank_agg=rank_agg,
+            upload=upload,
+            weighted_by=weighted_by,
+            server_lr=server_lr,
+            scaling=1.0 if scaling is None else scaling,
+            nan_policy=nan_policy,
+            max_update_norm=max_update_norm,
+            min_replies=min_replies,
+            partial_ok=partial_ok,
+            pattern=pattern,
+            shared=self.shared,
+        )
+        require(rank_agg != "stack", WHERE, "rank_agg", "one whose result is an adapter", rank_agg)
+        choice(WHERE, "payload", payload, get_args(Payload))
+        if payload == "dense_masked":
+            require(rank_agg == "covered", WHERE, "rank_agg", "'covered' where masked", rank_agg)
+            require(not shared, WHERE, "shared", "none where masked", [*shared])
+        self._sending = Sending(self._averaging, send_frozen, pack, self.seed, payload, scaling)
         self.comm = CommLog()
         self.history: list[RoundLog] = []
         self.round = 0
@@ -238,7 +243,7 @@ class LoraStrategy(FedAvg):
         changed = self.before_round(number, state)
         if changed is not None:
             state, arrays = dict(changed), _records.to_arrays(changed)
-        pairs = layer_pairs(f"{WHERE}: arrays", state, self._rules["pattern"])
+        pairs = layer_pairs(f"{WHERE}: arrays", state, self._averaging.pattern)
         num_layers = check_layers(WHERE, {pair.layer for pair in pairs})
         first = server_round == 1
         nodes = connected(grid, self.min_available_nodes if first else 1, self._timeout)
@@ -254,7 +259,7 @@ class LoraStrategy(FedAvg):
                 raise TypeError(f"{name}: expected a LayerPlan, found {plan!r:.100}")
         plans = {client: plan for client, plan in made.items() if plan.layers}
         asked = {by_client[client]: client for client in plans}
-        self._current = Round(number, arrays, state, asked, plans, self._sending, self.comm)
+        self._current = Round(number, arrays, state, pairs, asked, plans, self._sending, self.comm)
         messages = self._current.messages(config)
         _log.info("configure_train: asked %d of %d nodes", len(messages), len(nodes))
         return messages
@@ -280,12 +285,9 @@ class LoraStrategy(FedAvg):
             node = reply.metadata.src_node_id
             if node in current.nodes and reply.has_content():
                 self._nodes.learn(node, reply.content.config_records.get(_records.ECHO, {}))
-        if self._sending.payload == "sliced":
-            result = aggregate(current.state, updates, **self._rules)
-        else:
-            names = ("weighted_by", "server_lr", "min_replies", "pattern")
-            rules = {name: self._rules[name] for name in names}
-            result = aggregate_replies(current.state, updates, **rules)
+        rules = Rules(current.state, current.pairs, self._averaging)
+        masked = self._sending.payload == "dense_masked"
+        result = aggregate_replies(rules, updates) if masked else average(rules, updates)
         waited = float(self._timeout or time.monotonic() - current.sent)
         for client in silent:
             node = current.node(client)
@@ -296,7 +298,7 @@ class LoraStrategy(FedAvg):
         for client in result.accepted:
             reported = _records.numbers(contents[client].metric_records[_records.METRICS])
             plan = current.plans[client]
-            sent = plan_bytes(current.state, plan, self._rules["pattern"])
+            sent = bytes_of(current.state, shapes_of(current.pairs, current.state, plan))
             self.observe(number, client, plan, {**reported, "bytes": float(sent)})
         for client in silent:
             self.timed_out(number, client, current.plans[client], waited)
@@ -304,7 +306,10 @@ class LoraStrategy(FedAvg):
             return current.record, None
         reports = [contents[client] for client in result.accepted]
         means = self.train_metrics_aggr_fn(reports, self.weighted_by_key)
-        return _records.same_arrays(current.record, current.state, result.state), means
+        # A tensor that is the same keeps its very array.
+        moved = {key: t for key, t in result.state.items() if t is not current.state[key]}
+        arrays = {**current.record, **_records.to_arrays(moved)}
+        return ArrayRecord({key: arrays[key] for key in result.state}), means
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -333,7 +338,7 @@ class LoraStrategy(FedAvg):
         for reply in valid:
             client = self._nodes.client(reply.metadata.src_node_id)
             number = self._before + server_round
-            self.comm.record(number, client, up=_records.message_bytes(reply))
+            self.comm.record(number, client, up=_records.count_bytes(reply.content))
         contents = [reply.content for reply in valid]
         return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if valid else None
 
@@ -381,18 +386,8 @@ class LoraStrategy(FedAvg):
             _log.info("round %d: client %s: clipped by %.3g", number, client, factor)
         if result.skipped:
             _log.warning("round %d: skipped: %s", number, result.reason)
-        pairs = layer_pairs(WHERE, current.state, self._rules["pattern"])
-        entry = RoundLog.of(number, current.plans, result, 1 + max(pair.layer for pair in pairs))
+        num_layers = 1 + max(pair.layer for pair in current.pairs)
+        entry = RoundLog.of(number, current.plans, result, num_layers)
         rejected = {c: why for c, why in reasons.items() if c not in result.accepted}
         self.history.append(dataclasses.replace(entry, rejected=rejected))
         self.round = number
-
-
-def _check_rules(rules: Mapping[str, Any], payload: Any) -> None:
-    check_settings(rules)
-    rank_agg, shared = rules["rank_agg"], [*rules["shared"]]
-    require(rank_agg != "stack", WHERE, "rank_agg", "one whose result is an adapter", rank_agg)
-    require(payload in get_args(Payload), WHERE, "payload", get_args(Payload), repr(payload))
-    if payload == "dense_masked":
-        require(rank_agg == "covered", WHERE, "rank_agg", "'covered' where masked", rank_agg)
-        require(not shared, WHERE, "shared", "none where masked", shared)

@@ -66,7 +66,8 @@ def rows_of_offsets(
             for place, offset in zip(places, each, strict=True)
         )
         invocations = [(0,) if it else () for it in table]  # which tokens, PEFT has looked
-        found = Activated(names.names, places, (count,), 1, invocations, starts, True, length)
+        entries = Assignment(names.names, places, (count,))
+        found = Activated(entries, invocations, starts, True, length)
         last = key, found
         _last.set(last)
     return last[1]

@@ -1,4 +1,4 @@
-"""Which adapters of a PEFT model take part in a forward, and what may be amiss with them."""
+"""The adapters of a PEFT model that take part in a forward, and errors and warnings about them."""
 
 from __future__ import annotations
 
@@ -21,24 +21,21 @@ _REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that is its r
 
 
 def check_values(model: nn.Module) -> None:
-    """Refuse adapters that PEFT has put on ``meta``, where accelerate keeps an offloaded base.
+    """Raise ValueError for adapters without values: on ``meta``, over an offloaded base.
 
-    They have no values; PEFT would compute with whatever comes. Adapters that accelerate has
-    offloaded itself have a hook that brings them back.
+    Adapters that accelerate has offloaded itself have a hook that loads them.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
             lost = any(p.is_meta for p in _parameters(factor)) and not hasattr(factor, "_hf_hook")
-            if lost and getattr(
-                getattr(layer.get_base_layer(), "_hf_hook", None), "offload", False
-            ):
+            hook = getattr(layer.get_base_layer(), "_hf_hook", None)
+            if lost and getattr(hook, "offload", False):
                 raise ValueError(
-                    f"from_peft: {name}: expected adapters with values, found them on meta, where "
-                    "PEFT puts adapters of a base layer that accelerate has offloaded; give the "
-                    "model its adapters first, then offload each layer's base_layer with "
-                    "accelerate.cpu_offload(layer.base_layer, execution_device)"
+                    f"from_peft: {name}: expected adapters with values, found them on meta, as "
+                    "accelerate has offloaded the base layer; add the adapters first, then call "
+                    "accelerate.cpu_offload(layer.base_layer, execution_device) for each layer"
                 )
 
 
@@ -53,27 +50,22 @@ def warn_of_other_bases(model: nn.Module) -> None:
 
 
 def refuse_names_of_a_reference(active: list[str], names: Assignment) -> None:
-    """Refuse the forward in which TRL asks its reference, given the names of the batch.
+    """Raise ValueError if TRL's reference runs with the names of the policy's batch.
 
-    Names win over the active adapter, so the reference would be the policy itself: its preferences
-    would stay zero, and nothing would tell.
-
-    Raises:
-        ValueError: the reference is active, rows name adapters but none names it, and no gradient
-            is wanted. Rows of the base model alone are answered by no policy.
+    Names replace the active adapter, so the reference would be the policy itself. Raises if the
+    reference is active, no row names it, and gradients are off. Rows of the base model are fine.
     """
     others = names.names and _REFERENCE not in names.names
     if active == [_REFERENCE] and others and not torch.is_grad_enabled():
         found = ", ".join(map(repr, names.names))
         raise ValueError(
-            f"from_peft: adapter_names: expected none while adapter {_REFERENCE!r} is active, as "
-            f"TRL has it to ask its reference, found {found}, whose answers would stand for the "
-            "reference's; give the trainer a ref_model, a base model without adapters"
+            f"from_peft: adapter_names: expected none while TRL's {_REFERENCE!r} is active, found "
+            f"{found}; give the trainer a ref_model, a base model without adapters"
         )
 
 
 def warn_of_frozen(model: nn.Module, names: Assignment) -> None:
-    """PEFT trains the active adapter only, until it is told otherwise."""
+    """Warn of named adapters that are frozen: PEFT trains only the active adapter by default."""
     frozen = set(names.names) if torch.is_grad_enabled() else set()
     for layer in model.modules():
         if not frozen:
@@ -90,7 +82,7 @@ def warn_of_frozen(model: nn.Module, names: Assignment) -> None:
 
 
 def trains(layer: Any, name: str) -> bool:
-    """Whether any parameter of an adapter of a layer requires a gradient. All of them are read."""
+    """Return whether an adapter of a layer requires a gradient; reads all its parameters."""
     factors = [getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind)]
     return any([p.requires_grad for f in factors if name in f for p in _parameters(f[name])])
 
@@ -102,12 +94,12 @@ def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
 def taking_part(
     layer: Any, rows: Assignment | None
 ) -> tuple[tuple[str, ...], Assignment | None, tuple[int, ...]]:
-    """Which adapters of a layer of PEFT's take part in a forward.
+    """Return the adapters of a layer of PEFT's that take part in a forward.
 
     Returns:
-        The adapters that it reads; the rows, None where all have all of these; and the places of
-        those that are used even without rows: on several processes all that train, for the reason
-        that :func:`lora_ext.rows._rows.together` gives.
+        Their names; the rows, None if every row has all of them; and the positions of adapters that
+        are in use even without rows: on several processes all that train, see
+        :func:`lora_ext.rows._rows.together`.
     """
     off = switched_off(layer)
     if rows is None:
@@ -115,8 +107,7 @@ def taking_part(
     if not several_processes():
         wanted = rows.names if rows is not None else layer.active_adapters
         return tuple(n for n in wanted if n in layer.lora_A and n not in off), rows, ()
-    # Each is asked for its parameters, as ZeRO-3 gathers a parameter when it is read, and all
-    # processes have to take part in that.
+    # Read the parameters of every adapter: ZeRO-3 gathers them then, on all processes.
     asked = {name: trains(layer, name) for name in layer.lora_A}
     present = tuple(name for name in asked if name not in off)
     trained: tuple[int, ...] = ()
@@ -172,8 +163,7 @@ def refuse_block(
 
 
 def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
-    """Refuse adapters per row that PEFT itself trains, where there are several processes; ``left``
-    has the layers that PEFT runs, and why."""
+    """Raise NotImplementedError if PEFT trains adapters per row in one of the layers it runs."""
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             own = (p for n, p in module.named_parameters() if not n.startswith("original_module."))
@@ -184,17 +174,18 @@ def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
 
 
 def no_gradients_without_rows(found: str) -> NotImplementedError:
-    """Of a layer in which an adapter without rows has no gradient."""
+    """Return the error for a layer in which an adapter without rows has no gradient."""
     return NotImplementedError(
         "from_peft: adapter_names: expected trained adapters that lora_ext runs where there are "
-        f"several processes, found {found}; there an adapter without rows has no gradient, and "
-        "FSDP2 and ZeRO would sum gradients of different adapters"
+        f"several processes, found {found}; FSDP2 and ZeRO would sum gradients of other adapters"
     )
 
 
 def turned_layers(model: nn.Module) -> tuple[str, ...]:
-    """The layers that PEFT runs and that see tokens first. PEFT gives the tokens of one place the
-    adapter of one sequence wherever there are as many of the one as of the other."""
+    """Return the layers that PEFT runs and whose input has tokens first.
+
+    PEFT would give all tokens of one position the adapter of one sequence if their numbers agree.
+    """
     layers = {name: model.get_submodule(name) for name in _layouts.tokens_first(model)}
     return tuple(
         name
@@ -204,7 +195,7 @@ def turned_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
-    """Refuse several names where there are such layers."""
+    """Raise ValueError for several names if there are such layers."""
     if turned and len(set(names)) > 1:
         raise ValueError(
             f"from_peft: adapter_names: {turned[0]}: expected one name for all rows where PEFT "
@@ -213,7 +204,7 @@ def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
 
 
 def by_reason(left: dict[str, str]) -> str:
-    """Each reason once, with the first few of its layers: a large model has hundreds."""
+    """Return each reason once, with its first few layers: a large model has hundreds."""
     layers: dict[str, list[str]] = {}
     for name, reason in left.items():
         layers.setdefault(reason, []).append(name)

@@ -22,7 +22,7 @@ from lora_ext.layers import (
     projections,
     slots_of,
 )
-from lora_ext.rows import Assignment, Batch, together
+from lora_ext.rows import Assignment, Batch, Layout, together
 
 from ._adapters import no_gradients_without_rows, taking_part
 from ._layers import Fused, uncovered
@@ -50,26 +50,25 @@ class FusedExperts(Fused, ParamWrapper):
         names = kwargs.pop("adapter_names", None)
         given = names_of_layer(self, names)
         wrappers = self._wrappers()
-        if any(w._disable_adapters or w.merged for w in wrappers):
-            return self._left_to_peft(x, given, *args, **kwargs)
-        present = {w.parameter_name: taking_part(w, given) for w in wrappers}
-        left = [
-            reason
-            for w in wrappers
-            for name in present[w.parameter_name][0]
-            if (reason := w.uncovered(name)) is not None
-        ]
-        if left or kwargs or len(args) != 2:
+        off = any(w._disable_adapters or w.merged for w in wrappers)
+        present = {} if off else {w: taking_part(w, given) for w in wrappers}
+        reasons = [w.uncovered(name) for w, (names, _, _) in present.items() for name in names]
+        left = [reason for reason in reasons if reason is not None]
+        if off or left or kwargs or len(args) != 2:
             if left and any(trained for _, _, trained in present.values()):
                 raise no_gradients_without_rows("; ".join(left))
-            return self._left_to_peft(x, given, *args, **kwargs)
+            if given is not None:
+                kwargs["adapter_names"] = given.spelled()
+            return self._forward_of_peft(x, *args, **kwargs)
         of_parameter = {w.parameter_name: w for w in wrappers}
         found: dict[Any, Slots] = {}
 
         def update(parameter: str, y: Tensor, inner: Tensor, routing: Routing) -> Tensor:
-            adapters, rows, trained = present.get(parameter, ((), None, ()))
+            layer = of_parameter.get(parameter)
+            if layer is None:
+                return y
+            adapters, rows, trained = present[layer]
             for group, ids in _calls(adapters, rows, trained, x):
-                layer = of_parameter[parameter]
                 key = None if rows is None else group
                 if key not in found:
                     found[key] = slots_of(routing, ids, len(group), layer.num_experts)
@@ -102,13 +101,6 @@ class FusedExperts(Fused, ParamWrapper):
         b: Any = self.lora_B[name]
         return LoraFactors(a.weight, b.weight, self.scaling[name])
 
-    def _left_to_peft(
-        self, x: Tensor, rows: Assignment | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        if rows is not None:
-            kwargs["adapter_names"] = rows.spelled()
-        return self._forward_of_peft(x, *args, **kwargs)
-
 
 FusedExperts.__name__ = ParamWrapper.__name__  # what PEFT shows, and compares
 
@@ -124,7 +116,7 @@ def _calls(
         return []
     tokens, sequences = len(x), len(rows.places)
     each = frozenset([tokens // sequences] if tokens % sequences == 0 else [])
-    of_rows = rows.among(adapters, x.shape[:-1], x.device, batch=Batch(sequences, each))
-    of_rows = together(of_rows, trained)
+    layout = Layout(x.shape[:-1], x.device, batch=Batch(sequences, each))
+    of_rows = together(rows.rows_among(adapters, layout), trained)
     used = tuple(adapters[i] for i in of_rows.used)
     return [(used, of_rows.ids)] if used else []

@@ -26,7 +26,7 @@ from lora_ext.layers import (
     is_plain,
     lora_forward,
 )
-from lora_ext.rows import Assignment, together
+from lora_ext.rows import Assignment, Layout, together
 
 from ._activation import activated, rows_of_offsets
 from ._adapters import no_gradients_without_rows, taking_part
@@ -122,8 +122,8 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             return self.base_layer(x)
         of_rows = None
         if rows is not None:
-            of_rows = rows.among(present, x.shape[:-1], x.device, self.tokens_first)
-            of_rows = together(of_rows, trained)
+            layout = Layout(x.shape[:-1], x.device, self.tokens_first)
+            of_rows = together(rows.rows_among(present, layout), trained)
         factors = [self._factors(name) for name in present]
         if not any(self._is_dora(name) for name in present):
             return lora_forward(x, self.base_layer, factors, of_rows)

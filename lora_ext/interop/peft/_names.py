@@ -1,7 +1,7 @@
 """The names that a forward of a PEFT model was given, and how checkpoints keep them.
 
-PEFT hands ``adapter_names`` to its layers by hooks that are gone when a checkpoint computes a block
-again, in the backward; by then the names are what the checkpoint has kept of the forward.
+PEFT passes ``adapter_names`` to its layers by hooks. When a checkpoint computes a block again, in
+the backward, the hooks are gone, and the names come from the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from lora_ext._torch import compiles
-from lora_ext.rows import Assignment, NamedRows
+from lora_ext.rows import Assignment, NamedRows, context_value
 
-# A batch's names come as a list through PEFT's hooks, to every layer anew; the last one is kept.
+# PEFT's hooks pass a batch's names to every layer as a list; the last one is kept.
 _last: ContextVar[tuple[tuple[str, ...], Assignment] | None]
 _last = ContextVar("lora_ext.peft_names", default=None)
 
@@ -44,7 +44,7 @@ _named: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def assignment_of(names: Sequence[str]) -> Assignment:
-    """What ``adapter_names`` say, made once for all layers of a forward."""
+    """Return the assignment of ``adapter_names``, made once for all layers of a forward."""
     if isinstance(names, NamedRows):
         return names.assignment
     given, last = tuple(names), _last.get()
@@ -55,9 +55,13 @@ def assignment_of(names: Sequence[str]) -> Assignment:
 
 
 def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment | None:
-    """The names of a layer's forward: those that PEFT's hooks give it, or, where a checkpoint
-    computes it again, those of the forward that it repeats. A foreign checkpoint that has lost them
-    is a RuntimeError."""
+    """Return the names of a layer's forward.
+
+    PEFT's hooks give them; a checkpoint that computes the layer again has those of its forward.
+
+    Raises:
+        RuntimeError: If another library's checkpoint has lost them.
+    """
     if compiles():  # dynamo traces no contextvars; the list is a constant of the graph
         return None if given is None else Assignment.of_entries(given, (len(given),))
     again = _recomputed.get()
@@ -78,27 +82,35 @@ def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment 
 
 
 def offsets_of_layer(given: Sequence[int | None] | None) -> Sequence[int | None] | None:
-    """``alora_offsets`` of a layer's forward, likewise."""
+    """Return ``alora_offsets`` of a layer's forward, from the same sources."""
     again = None if given is not None or compiles() else _recomputed.get()
     return given if again is None else again.offsets
 
 
 @contextlib.contextmanager
 def kept_by_checkpoints(model: nn.Module, given: Given) -> Iterator[None]:
-    """Around a forward that trains: its checkpoints give their recomputation the same."""
-    _let_checkpoints_keep_names(model)
-    token = _current.set(given)
-    try:
+    """Let the checkpoints of a forward that trains give their recomputation the same."""
+    block: Any
+    for block in model.modules():
+        checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+        if checkpoint is None or not getattr(block, "gradient_checkpointing", False):
+            continue
+        if not isinstance(checkpoint, _KeepsNames):
+            block._gradient_checkpointing_func = _KeepsNames(checkpoint)
+        for layer in block.modules():
+            if hasattr(type(layer), "of_peft") or _remind in layer._forward_pre_hooks.values():
+                continue  # our own layers read the names themselves
+            if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper):  # PEFT's own
+                nn.Module.register_forward_pre_hook(layer, _remind, with_kwargs=True)  # pyright: ignore[reportArgumentType]
+    with context_value(_current, given):
         yield
-    finally:
-        _current.reset(token)
 
 
 class _KeepsNames:
     """A checkpoint function that also keeps the names of its forward for the recomputation.
 
-    By then the forward is over and its hooks are gone. It stays where it was put, as another
-    thread may be inside it; without names it is the function it wraps.
+    It stays on its module, as another thread may be inside it. Without names it only calls the
+    function that it wraps.
     """
 
     def __init__(self, checkpoint: Callable[..., Any]):
@@ -110,32 +122,14 @@ class _KeepsNames:
             return self.checkpoint(run, *args, **options)
 
         def run_with_names(*inner: Any, **kwargs: Any) -> Any:
-            token = _recomputed.set(rows)
-            try:
+            with context_value(_recomputed, rows):
                 return run(*inner, **kwargs)
-            finally:
-                _recomputed.reset(token)
 
         return self.checkpoint(run_with_names, *args, **options)
 
 
-def _let_checkpoints_keep_names(model: nn.Module) -> None:
-    block: Any
-    for block in model.modules():
-        checkpoint = getattr(block, "_gradient_checkpointing_func", None)
-        if checkpoint is None or not getattr(block, "gradient_checkpointing", False):
-            continue
-        if not isinstance(checkpoint, _KeepsNames):
-            block._gradient_checkpointing_func = _KeepsNames(checkpoint)
-        for layer in block.modules():
-            if hasattr(type(layer), "of_peft") or _remind in layer._forward_pre_hooks.values():
-                continue  # a layer of ours asks by itself
-            if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper):  # PEFT's own
-                nn.Module.register_forward_pre_hook(layer, _remind, with_kwargs=True)  # pyright: ignore[reportArgumentType]
-
-
 def _remind(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Give a layer of PEFT's own what a recomputation has no hook for."""
+    """Give a layer of PEFT's own the names and offsets in a recomputation."""
     again = None if compiles() else _recomputed.get()
     if again is None:
         return args, kwargs
@@ -148,7 +142,7 @@ def _remind(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, 
 
 
 def forget_checkpoints(module: Any) -> None:
-    """Give a module back what :func:`kept_by_checkpoints` has put into it."""
+    """Undo :func:`kept_by_checkpoints` for one module."""
     checkpoint = getattr(module, "_gradient_checkpointing_func", None)
     if isinstance(checkpoint, _KeepsNames):
         module._gradient_checkpointing_func = checkpoint.checkpoint

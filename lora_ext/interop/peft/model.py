@@ -23,7 +23,7 @@ from torch import nn
 from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.layers import space_products, unspace_products
-from lora_ext.rows import _layouts, refuse_singular, several_processes
+from lora_ext.rows import _layouts, context_value, refuse_singular, several_processes
 
 from . import _quantised
 from ._activation import copies_of_prompt, offsets_given, refuse_other_forwards
@@ -205,14 +205,9 @@ class _FusedLoraModel(LoraModel):
                     given = None if names is None else assignment_of(names)
                     stack.enter_context(kept_by_checkpoints(self.model, Given(given, offsets)))
                 stack.enter_context(offsets_given(self.model, offsets))
-                if compiles():  # dynamo cannot trace contextvars; only generate reads this
-                    yield
-                    return
-                token = _begins.set(offsets is not None)
-                try:
-                    yield
-                finally:
-                    _begins.reset(token)
+                if not compiles():  # dynamo cannot trace contextvars; only generate reads this
+                    stack.enter_context(context_value(_begins, offsets is not None))
+                yield
         finally:
             # PEFT's context does not see an exception: it would leave its hooks on the layers.
             hooks.__exit__(None, None, None)

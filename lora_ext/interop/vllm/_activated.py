@@ -62,21 +62,15 @@ def read(lora_request: Any) -> tuple[int, ...]:
     where = f"lora_request: {lora_request.lora_name!r}: alora_invocation_tokens: expected"
     if not isinstance(found, list) or not all(type(token) is int for token in found):
         raise ValueError(f"{where} a list of tokens, found {found!r:.200}")
-    lacking = _lacking or _elsewhere()
+    lacking = _lacking
+    if lacking is None and not importlib.import_module("vllm.platforms").current_platform.is_cpu():
+        lacking = "vLLM serves them on the CPU alone"
+    elif lacking is None and importlib.import_module("vllm.envs").VLLM_USE_V2_MODEL_RUNNER:
+        lacking = "VLLM_USE_V2_MODEL_RUNNER is set"
     if lacking is not None:
-        raise ValueError(
-            f"{where} none, as {lacking}, found {found!r:.200}; lora_ext.attach serves it"
-        )
+        more = f"found {found!r:.200}; lora_ext.attach serves it"
+        raise ValueError(f"{where} none, as {lacking}, {more}")
     return tuple(found)
-
-
-def _elsewhere() -> str | None:
-    """Why the step would not go through the batch that is followed, or None."""
-    if not importlib.import_module("vllm.platforms").current_platform.is_cpu():
-        return "vLLM serves them on the CPU alone"
-    if importlib.import_module("vllm.envs").VLLM_USE_V2_MODEL_RUNNER:
-        return "VLLM_USE_V2_MODEL_RUNNER is set"
-    return None
 
 
 def send(lora_request: Any, invocation: tuple[int, ...]) -> None:
@@ -85,7 +79,7 @@ def send(lora_request: Any, invocation: tuple[int, ...]) -> None:
 
 
 def in_front(settings: Any) -> Callable[[Any], None]:
-    """What looks at each request in front of an engine, where no invocation travels yet."""
+    """Return the check of each request in front of an engine, before an invocation is sent."""
 
     def look(request: Any) -> None:
         if request.lora_request is not None:
@@ -109,14 +103,6 @@ def check(request: Any, invocation: tuple[int, ...]) -> None:
             f"{where} expected a prompt with its invocation {list(invocation)!r:.200}, found none "
             "in it; lora_request=None asks the base model"
         )
-
-
-def start_of(request: Any) -> int | None:
-    """Where the adapter of an engine's request begins; None for an ordinary one, or none."""
-    invocation = invocation_of(request.lora_request)
-    if not invocation or request.prompt_token_ids is None:
-        return None
-    return _last(torch.tensor(request.prompt_token_ids), invocation)
 
 
 def _last(ids: torch.Tensor, invocation: tuple[int, ...]) -> int | None:
@@ -160,8 +146,10 @@ def _keys(
 ) -> Any:
     """The keys of one block of a request."""
     keys, place = inner(request, start_token_idx, end_token_idx, start_mm_idx)
-    if not hasattr(request, _START):  # asked for each block, and the prompt may be long
-        setattr(request, _START, start_of(request))
+    if not hasattr(request, _START):  # called for each block, and the prompt may be long
+        invocation, prompt = invocation_of(request.lora_request), request.prompt_token_ids
+        begins = invocation and prompt is not None
+        setattr(request, _START, _last(torch.tensor(prompt), invocation) if begins else None)
     start = getattr(request, _START)
     if start is None:
         return keys, place

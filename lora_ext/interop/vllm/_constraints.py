@@ -1,10 +1,9 @@
-"""Constraints of requests, from the door of vLLM's engine to the scores of each step.
+"""Constraints of requests, from the entrance of vLLM's engine to the scores of each step.
 
-A request says its constraint in ``SamplingParams.extra_args``. The door of the engine builds it and
-holds it against the budget: what cannot be met is refused there, for that request alone, since an
-error in a step would end the engine for everybody. What comes to the workers is the constraint
-itself, and nothing is left to be refused. This file needs no vLLM; :mod:`.processor` is the class
-that vLLM is told of.
+A request has its constraint in ``SamplingParams.extra_args``. The engine builds it when the request
+comes and checks it against the budget. A constraint that cannot be met raises there, for that
+request alone, since an error in a step would end the engine for all requests. The workers receive
+the built constraint. This file does not need vLLM; vLLM loads the class in :mod:`.processor`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from lora_ext._checks import instance, require
 from lora_ext.control import Constraint, Guide, Plan, Row, advance, plans_of, vocabulary_of
-from lora_ext.serving import Format, Standing, constrained, read_format
+from lora_ext.serving import Standing, constrained, read_format
 
 from ._interface import wrap
 
@@ -39,30 +38,18 @@ _NONE_OF = (
     "ignore_eos",
     "thinking_token_budget",
 )
-_doors: list[type] = []  # engines of this process that build what their requests ask for
+_doors: set[type] = set()  # classes of engines of this process that build constraints
 
 
-@dataclass(frozen=True)
-class Words:
-    """Words that must and must not occur, as :meth:`Constraint.keywords` takes them."""
-
-    all_of: Sequence[Any] = ()
-    none_of: Sequence[str] = ()
-
-    def constraint(self, vocabulary: Any) -> Constraint:
-        """Build it, as :meth:`Format.constraint` does."""
-        return Constraint.keywords(vocabulary, self.all_of, self.none_of)
-
-
-def asked_for(params: Any) -> Format | Words | None:
-    """What a request's parameters ask for; None without a constraint.
+def asked_for(params: Any) -> Callable[[Any], Constraint] | None:
+    """Return the function of a vocabulary that builds a request's constraint; None without one.
 
     Args:
         params: vLLM's ``SamplingParams``.
 
     Raises:
-        ValueError: for what is no constraint, and for parameters that rule one out.
-        NotImplementedError: for grammars, which no automaton holds to.
+        ValueError: If the value is not a constraint, or another parameter excludes one.
+        NotImplementedError: For grammars, which an automaton cannot represent.
     """
     given = (params.extra_args or {}).get(KEY)
     if given is None or isinstance(given, Constraint):
@@ -77,23 +64,24 @@ def asked_for(params: Any) -> Format | Words | None:
         found = getattr(params, name, None)
         require(not found, KEY, name, "none beside a constraint", found)
     if set(given) != {"keywords"}:
-        return read_format(structured_outputs=given)
+        form = read_format(structured_outputs=given)
+        return None if form is None else form.constraint
     words = given["keywords"]
     instance(KEY, "keywords", words, Mapping)
     more = sorted(map(str, set(words) - {"all_of", "none_of"}))
     require(not more, KEY, "keywords", "all_of, none_of", more[:3])
-    return Words(**words)
+    return functools.partial(Constraint.keywords, **words)
 
 
 def budget_of(params: Any, prompt: Sequence[int] | None, length: int) -> int:
-    """Tokens that may come: vLLM cuts a text at ``max_tokens`` and at the model's length."""
+    """Return the most tokens that a text may get, by ``max_tokens`` and the model's length."""
     left = length - len(prompt or ())
     return left if params.max_tokens is None else min(params.max_tokens, left)
 
 
 # --- the door of the engine -----------------------------------------------------------------------
 class Builder:
-    """Builds the constraints of requests to one engine.
+    """Builder of the constraints of requests to one engine.
 
     Args:
         config: vLLM's ``VllmConfig``.
@@ -106,11 +94,11 @@ class Builder:
         self._vocabulary = functools.lru_cache(_KEPT_VOCABULARIES)(self._read_vocabulary)
 
     def built(self, request: Any) -> Any:
-        """A request's parameters with its constraint built; as they are without one.
+        """Return a request's parameters with its constraint built; unchanged without one.
 
         Raises:
-            ValueError, NotImplementedError: as :func:`asked_for`, for a constraint that is none, is
-                too large, or does not fit into the budget, and without our logits processor.
+            ValueError, NotImplementedError: As :func:`asked_for`; if the constraint is too large or
+                does not fit into the budget; or without our logits processor.
         """
         params = request.sampling_params
         if params is None or (asked := asked_for(params)) is None:
@@ -121,7 +109,7 @@ class Builder:
         require(prompt is not None, KEY, "prompt", "tokens beside a constraint", "embeddings")
         ends = tuple(sorted(params.all_stop_token_ids))
         require(ends, KEY, "stop_token_ids", "a token that ends texts", "none")
-        constraint = asked.constraint(self._vocabulary(ends))
+        constraint = asked(self._vocabulary(ends))
         budget = budget_of(params, prompt, self._model.max_model_len)
         plans_of(KEY, constraint, None, budget, params.min_tokens)
         params = copy.copy(params)
@@ -132,7 +120,7 @@ class Builder:
         from transformers import AutoTokenizer
 
         model = self._model
-        # Read anew for each set of ends: what is kept of a tokenizer lives as long as it does.
+        # A new tokenizer for each set of ends: its cached vocabulary lives as long as it does.
         tokenizer = AutoTokenizer.from_pretrained(
             model.tokenizer,
             revision=model.tokenizer_revision,
@@ -142,7 +130,7 @@ class Builder:
 
 
 def build_at_door(engine: Any) -> None:
-    """Put a :class:`Builder` behind the door of vLLM's ``EngineCore``, for the process; once."""
+    """Let vLLM's ``EngineCore`` build constraints by a :class:`Builder`, for the process; once."""
 
     def preprocess_add_request(inner: Any, self: Any, request: Any, *args: Any) -> Any:
         if getattr(request, "sampling_params", None) is not None:
@@ -152,20 +140,18 @@ def build_at_door(engine: Any) -> None:
         return inner(self, request, *args)
 
     wrap(engine, "preprocess_add_request", preprocess_add_request, _MARK)
-    if engine not in _doors:
-        _doors.append(engine)
+    _doors.add(engine)
 
 
 def in_front(settings: Any) -> Callable[[Any], None]:
-    """What looks at each request in front of an engine of these settings: builds what it asks for,
-    and raises what :meth:`Builder.built` does."""
+    """Return :meth:`Builder.built` for requests in front of an engine with these settings."""
     return Builder(settings).built
 
 
 # --- the scores of a step -------------------------------------------------------------------------
 @dataclass
 class _Following:
-    """A request of the batch, and where its text stands."""
+    """A request of the batch with the state of its text."""
 
     row: Row | None
     temperature: float
@@ -174,18 +160,18 @@ class _Following:
 
 
 class ConstrainedRows:
-    """The rows of vLLM's batch that have constraints: what its logits processors are asked.
+    """Rows of vLLM's batch with constraints, with the methods of a vLLM logits processor.
 
-    vLLM divides by the temperature afterwards, so what is returned makes its law the stated one
-    (docs/control.md); penalties, ``top_p``, ``top_k`` and ``min_p`` change the law and not the
-    satisfaction. Rows without a constraint keep every bit.
+    vLLM divides by the temperature afterwards; the result has the distribution of docs/control.md.
+    Penalties, ``top_p``, ``top_k`` and ``min_p`` change the distribution, but texts still satisfy
+    their constraints. Rows without a constraint keep every bit.
 
     Args:
-        vllm_config: with ``additional_config["lora_ext_guide"]``, a folder, or without: mask law.
-        device, is_pin_memory: as vLLM has it, not read.
+        vllm_config: ``additional_config["lora_ext_guide"]`` is the folder of a guide, if any.
+        device, is_pin_memory: not used.
 
     Raises:
-        ValueError: for a guide of another vocabulary.
+        ValueError: If the guide has another vocabulary.
     """
 
     def __init__(self, vllm_config: Any, device: Any = None, is_pin_memory: bool = False):
@@ -202,8 +188,7 @@ class ConstrainedRows:
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuse, before the engine sees it, what :func:`asked_for` refuses, and any constraint
-        where the plug-in is off, or vLLM has no such door."""
+        """Raise ValueError as :func:`asked_for`, and for any constraint if the plug-in is off."""
         try:
             asked = asked_for(sampling_params)
         except NotImplementedError as error:
@@ -212,11 +197,11 @@ class ConstrainedRows:
         require(asked is None or _doors, KEY, "value", expected, "it off")
 
     def is_argmax_invariant(self) -> bool:
-        """A constraint forbids the likeliest token too."""
+        """Return False: a constraint can forbid the likeliest token."""
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """Follow vLLM's batch: rows leave, come and change places, in this order."""
+        """Apply the changes of vLLM's batch: rows leave, come and change places, in this order."""
         if batch_update is None:
             return
         rows = self._following
@@ -238,14 +223,11 @@ class ConstrainedRows:
                 rows[here] = other
 
     def apply(self, logits: Tensor) -> Tensor:
-        """``logits (B, V) + temperature * log r`` of the rows with constraints."""
-        self._catch_up()
-        standing = [Standing(i, r.row, r.temperature) for i, r in sorted(self._following.items())]
-        return constrained(logits[None], standing)[0]
-
-    def _catch_up(self) -> None:
-        """Read tokens that have come; a request that was put off comes back with all of its own."""
+        """Return ``logits (B, V) + temperature * log r`` of the rows with constraints."""
+        # Read the tokens since the last step; a request that was put off returns with all of its.
         while behind := [r for r in self._following.values() if r.seen < len(r.tokens)]:
             rows = advance([r.row for r in behind], [r.tokens[r.seen] for r in behind])
             for each, row in zip(behind, rows, strict=True):
                 each.row, each.seen = row, each.seen + 1
+        standing = [Standing(i, r.row, r.temperature) for i, r in sorted(self._following.items())]
+        return constrained(logits[None], standing)[0]

@@ -16,7 +16,7 @@ _MARK = "_lora_ext_checks"
 _checkers: dict[type, list[Callable[[Any], Callable[[Any], object]]]] = {}  # by the class in front
 
 
-def check_in_front(front: Any, checker: Callable[[Any], Callable[[Any], object]]) -> None:
+def register_check(front: Any, checker: Callable[[Any], Callable[[Any], object]]) -> None:
     """Look at each request of vLLM's ``LLMEngine``, for the process; a checker is added once.
 
     Args:

@@ -1,17 +1,18 @@
-"""What of vLLM's inside lora_ext stands on, probed: a version says less than the thing itself; and
-how a function there is wrapped."""
+"""The internal interface of vLLM that lora_ext uses: how it is checked, and how it is wrapped."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-MARK = "_lora_ext_follows"  # of a function that was wrapped
-# What is called or wrapped, by what has it: parameters, in vLLM's order, but for ``self``. There
-# are a wrapper of kernels, the manager of adapters, the engine's core, its door for constraints,
-# what is in front of it, the keys of blocks, the batch of a step, and what reads PEFT's files.
+MARK = "_lora_ext_follows"  # attribute of a function that was wrapped
+# Functions that are called or wrapped, by their owner: parameters in vLLM's order, without
+# ``self``. The owners are a wrapper of kernels, the manager of adapters, the engine's core, its
+# entrance for constraints, the object in front of it, the keys of blocks, the batch of a step, and
+# the reader of PEFT's files.
 _CALLED: dict[str, dict[str, str]] = {
     "wrapper": {
         "update_metadata": "mapping lora_index_to_id",
@@ -37,7 +38,7 @@ _CALLED: dict[str, dict[str, str]] = {
     "batch": {"make_lora_inputs": "num_scheduled_tokens num_sampled_tokens"},
     "helper": {"_validate_features": ""},
 }
-# Attributes that the methods there speak of.
+# Attributes that the owner's methods use.
 _READ = {
     "wrapper": "_token_lora_indices _sampler_indices",
     "manager": "lora_index_to_id punica_wrapper_mapping",
@@ -48,24 +49,38 @@ _READ = {
 }
 
 
+def found(name: str) -> Any:
+    """Return a member of a module by its dotted name."""
+    module, _, member = name.rpartition(".")
+    return getattr(importlib.import_module(module), member)
+
+
+def lacking(part: str, name: str) -> str | None:
+    """Return what :func:`missing` finds, or why there is no owner of this name."""
+    try:
+        return missing(part, found(name))
+    except (ImportError, AttributeError) as error:
+        return f"{name} ({error})"
+
+
 def missing(part: str, owner: Any) -> str | None:
-    """What a class of vLLM, or its module of "keys", lacks to be a part, or None."""
+    """Return what a class of vLLM, or its module of "keys", lacks to be this part, or None."""
     for name, wanted in _CALLED[part].items():
-        found = _differs(owner, name, wanted.split(), int(isinstance(owner, type)))
-        if found is not None:
-            return found
+        lacks = _differs(owner, name, wanted.split(), int(isinstance(owner, type)))
+        if lacks is not None:
+            return lacks
     read = _READ.get(part, "").split()
     mentioned = set(_names(owner)) if read else ()
     return next((f"{owner.__name__}.{each}" for each in read if each not in mentioned), None)
 
 
 def _differs(owner: Any, name: str, wanted: Sequence[str], first: int) -> str | None:
-    """A function that an owner lacks, or that takes others than these from ``first`` on."""
+    """Return a function that an owner lacks, or whose parameters from ``first`` on differ."""
     function = getattr(owner, name, None)
     if not callable(function):
         return f"{owner.__name__}.{name}"
     parameters = list(inspect.signature(function).parameters.values())
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters):  # another plug-in's
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):  # of another plug-in
         return None
     if [each.name for each in parameters[first : len(wanted) + first]] != list(wanted):
         return f"{owner.__name__}.{name}({', '.join(wanted)})"
@@ -73,20 +88,20 @@ def _differs(owner: Any, name: str, wanted: Sequence[str], first: int) -> str | 
 
 
 def _names(kind: type) -> Iterator[str]:
-    """Attributes that the methods of a class speak of: those of an object are nowhere declared."""
+    """Yield the names that the methods of a class use, since attributes are not declared."""
     for base in kind.__mro__:
-        for member in vars(base).values():
-            code: Any = (
-                getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
-            )
+        for member in filter(callable, vars(base).values()):
+            code: Any = getattr(inspect.unwrap(member), "__code__", None)
             yield from getattr(code, "co_names", ())
 
 
 def wrap(owner: Any, name: str, ours: Callable[..., Any], mark: str = MARK) -> None:
-    """Let a function of a class or module of vLLM's run through ``ours``, which gets it before its
-    arguments, for the process; once, also where another plug-in has wrapped it since."""
+    """Replace a function of vLLM's by ``ours(function, *arguments)``, for the process; once.
+
+    Works once even if another plug-in has wrapped ``ours`` since.
+    """
     inner = getattr(owner, name)
-    if hasattr(inner, mark):  # functools.wraps hands it on to a wrapper around ours
+    if hasattr(inner, mark):  # functools.wraps copies it to a wrapper around ours
         return
 
     @functools.wraps(inner)

@@ -1,8 +1,8 @@
 """True ranks of the adapters in vLLM's stacks.
 
 vLLM keeps the adapters of a layer in one tensor, a *stack*, ``(slots, 1, R, I)`` or ``(slots, 1,
-O, R)`` with ``R`` the engine's ``max_lora_rank``, and fills what an adapter does not have with
-zeros. A stack is a bank of lora_ext's ops as it lies; only the ranks are missing.
+O, R)`` with ``R`` the engine's ``max_lora_rank``, and fills the rest of each adapter with zeros. A
+stack has the layout of a bank of lora_ext's ops; only the ranks are missing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ class Stack:
             self.read(slot)
 
     def idle(self) -> bool:
-        """Whether no slot has an adapter that touches this layer, nor will have one in the replays
-        of a graph that is being captured."""
+        """Return whether no adapter touches this layer, outside of a capture."""
         return not any(self._on_host) and not capturing(self.bank.device)
 
     def read(self, slot: int) -> None:
@@ -41,7 +40,7 @@ class Stack:
 
 
 class Stacks:
-    """The stacks that a wrapper has met, by their memory."""
+    """The stacks of a wrapper, by the address of their memory."""
 
     def __init__(self) -> None:
         self._met: dict[int, Stack] = {}

@@ -1,8 +1,8 @@
-"""What vLLM's LoRA layers ask for, answered by lora_ext's ops.
+"""The low-rank updates of vLLM's LoRA layers, computed by lora_ext's ops.
 
-The layers of vLLM share one *wrapper* object. They hand it their input, their output and their
-stacks, and it adds to each row of the output the update of that row's adapter, in place. Letters:
-``T`` rows, ``I`` in, ``O`` out, ``R`` the engine's ``max_lora_rank``.
+The layers of vLLM share one *wrapper* object. They pass it their input, output and stacks, and it
+adds to each row of the output the update of that row's adapter, in place. Letters: ``T`` rows,
+``I`` in, ``O`` out, ``R`` the engine's ``max_lora_rank``.
 
 Source: Punica (Chen et al. 2023), section 4, for the two halves; vLLM's ``PunicaWrapperABC`` for
 names and arguments.
@@ -72,7 +72,8 @@ class Updates:
             return
         left = 0
         for of_a, of_b, width in zip(a, b, widths, strict=True):
-            _add(y[:, left : left + width], x, self._stacks.of_a(of_a), _bank(of_b), scale, rows)
+            part, stack = y[:, left : left + width], self._stacks.of_a(of_a)
+            _add(part, x, stack, of_b, scale, rows)
             left += width
 
     def add_lora_linear(
@@ -104,11 +105,9 @@ class Updates:
     @in_graph("Tensor(a!) y, Tensor x, Tensor a, Tensor b, float scale")
     def _logits(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
         stack = self._stacks.of_a(a)
-        if stack.idle():
-            return
-        rows = self._rows_of_hidden_states(x)
+        rows = None if stack.idle() else self._rows_of_hidden_states(x)
         if rows is not None:
-            _add(y, x, stack, _bank(b), scale, rows)
+            _add(y, x, stack, b, scale, rows)
 
     def add_lora_logits(
         self,
@@ -170,12 +169,11 @@ class Updates:
         stack = self._stacks.of_b(b)
         if stack.idle():
             return
-        if part.dtype == b.dtype:
-            ops.lora_expand_(part, v.float(), stack.bank, rows.ids, stack.ranks, plan=rows.plan)
-        else:
-            found = part.new_zeros(part.shape, dtype=b.dtype)
-            ops.lora_expand_(found, v.float(), stack.bank, rows.ids, stack.ranks, plan=rows.plan)
-            part += _exact(found, rows)
+        same = part.dtype == b.dtype
+        out = part if same else part.new_zeros(part.shape, dtype=b.dtype)
+        ops.lora_expand_(out, v.float(), stack.bank, rows.ids, stack.ranks, plan=rows.plan)
+        if not same:
+            part += _exact(out, rows)
 
     def add_expand(
         self,
@@ -241,20 +239,18 @@ def _activate(inner: Any, manager: Any, lora_id: int, *args: Any, **kwargs: Any)
     return moved
 
 
-def _bank(b: Tensor) -> Tensor:
-    """A stack ``(slots, 1, O, R)`` as ``(slots, O, R)``."""
-    return b.flatten(0, 1)
-
-
 def _scales(scale: float, stack: Stack) -> Tensor | None:
     return None if scale == 1 else torch.full_like(stack.ranks, scale, dtype=torch.float32)
 
 
 def _add(y: Tensor, x: Tensor, a: Stack, b: Tensor, scale: float, rows: OwnedRows) -> None:
-    """``y += scale * b (a x)``. Where dtypes differ, the update is rounded to that of the stacks,
-    and the sum to that of ``y``."""
+    """Compute ``y += scale * b (a x)`` with the stack ``b (slots, 1, O, R)``.
+
+    If dtypes differ, the update is rounded to that of the stacks, and the sum to that of ``y``.
+    """
     if a.idle():
         return
+    b = b.flatten(0, 1)
     if y.shape[1] != b.shape[1]:  # vLLM pads the vocabulary, on either side
         width = min(y.shape[1], b.shape[1])
         y, b = y[:, :width], b[:, :width]

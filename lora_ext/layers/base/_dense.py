@@ -28,7 +28,8 @@ DenseParameters = tuple[Tensor, Tensor | None]  # weight (O, I), bias (O,)
 
 
 def dense_parameters(base: BaseLayer, divided: bool = False) -> DenseParameters | None:
-    """``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing more.
+    """Return ``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing
+    more.
 
     Args:
         divided: as :func:`is_plain` takes it.
@@ -49,7 +50,8 @@ def dense_parameters(base: BaseLayer, divided: bool = False) -> DenseParameters 
 
 
 def is_plain(module: nn.Module, divided: bool = False) -> bool:
-    """Whether the weight, if any, is an ordinary one and nobody watches or replaces the forward.
+    """Return whether the weight, if any, is an ordinary one and nobody watches or replaces the
+    forward.
 
     Args:
         divided: DeepSpeed's ZeRO-3 may watch it, which divides a weight among processes: each time
@@ -71,7 +73,8 @@ def _is_plain(module: nn.Module, weight: object, divided: bool) -> bool:
 
 
 def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:
-    """Weight ``(O, I)`` and bias of a linear layer, also where hooks or a subclass forbid fusing.
+    """Return weight ``(O, I)`` and bias of a linear layer, also where hooks or a subclass forbid
+    fusing.
 
     ``purpose`` opens the message about a weight that is no floating matrix, but quantised, say;
     ``fan_in_fan_out``: the layer stores its weight as ``(I, O)``.
@@ -88,7 +91,7 @@ def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False)
 
 
 def _of_zero3(module: nn.Module) -> bool:
-    """Whether all its hooks are those by which DeepSpeed divides and gathers weights."""
+    """Return whether all its hooks are those by which DeepSpeed divides and gathers weights."""
     if not hasattr(module, "ds_id") or any(_OF_ALL_MODULES):
         return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())

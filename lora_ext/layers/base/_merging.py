@@ -87,10 +87,8 @@ class Merging(nn.Module):
         if not names:
             return
         if keep_copy and self._merged and self._copy is None:
-            raise ValueError(
-                f"merge: keep_copy: {self.merged_adapters} are merged already, and no copy was "
-                "kept; unmerge them first"
-            )
+            found = f"{self.merged_adapters} are merged already, and no copy was kept"
+            raise ValueError(f"merge: keep_copy: {found}; unmerge them first")
         begins = [n for n in names if n in self.alora_invocation_tokens]
         expected = "adapters that serve all tokens, as the base weight does"
         found = f"{begins}, which begin in mid-sequence (alora_invocation_tokens)"
@@ -110,20 +108,16 @@ class Merging(nn.Module):
                 new = new + delta
             if self.lora_bias[name]:
                 if new_bias is None:
-                    raise RuntimeError(
-                        f"merge: adapter {name!r} has a bias (lora_bias=True), the base layer has "
-                        "none to take it"
-                    )
+                    found = f"adapter {name!r} has a bias (lora_bias=True)"
+                    raise RuntimeError(f"merge: {found}, the base layer has none to take it")
                 new_bias = new_bias + self._bias_delta(name, scaling)
             records.append(_Merged(name, scaling, factor))
         # Rounded once, and written when nothing can fail any more: an error leaves the layer alone.
         new = new.to(weight.dtype)
         results = [new] if bias is None or new_bias is None else [new, new_bias.to(bias.dtype)]
         if safe_merge and not all(bool(torch.isfinite(r).all()) for r in results):
-            raise ValueError(
-                f"merge: expected finite merged weights, found NaN or infinity: one of the "
-                f"adapters {names} is broken"
-            )
+            found = f"NaN or infinity: one of the adapters {names} is broken"
+            raise ValueError(f"merge: expected finite merged weights, found {found}")
         if keep_copy and self._copy is None:
             kept = None if bias is None else bias.detach().clone()
             self._copy = base.weight.detach().clone(), kept
@@ -155,7 +149,7 @@ class Merging(nn.Module):
         self._merged, self._copy = [], None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``scaling * B @ A`` in the layout of the base weight and the dtype of the factors,
+        """Return ``scaling * B @ A`` in the layout of the base weight and the dtype of the factors,
         rounded once; a ValueError where there is no such adapter."""
         self._check_known([adapter])
         a, b, _ = self._raw_factors(adapter)
@@ -165,7 +159,7 @@ class Merging(nn.Module):
     # ---------------------------------------------------------------------------------------------
 
     def _delta(self, name: str, scaling: float) -> Tensor:
-        """``scaling * B @ A``, ``(O, I)``, not rounded."""
+        """Return ``scaling * B @ A``, ``(O, I)``, not rounded."""
         a, b, _ = self._raw_factors(name)
         return ops.lora_delta(_widened(a.flatten(1)), _widened(b.flatten(1)), scaling)
 
@@ -175,7 +169,7 @@ class Merging(nn.Module):
         return _widened(bias) * scaling
 
     def _dora_factor(self, name: str) -> Tensor:
-        """``magnitude / norm``; the norm is that of the weight without anything merged."""
+        """Return ``magnitude / norm``; the norm is that of the weight without anything merged."""
         a, b, _ = self._raw_factors(name)
         weight, _ = self._unmerged()
         norm = ops.lora_dora_norm(weight, a.flatten(1), b.flatten(1), self.scaling[name])
@@ -185,7 +179,7 @@ class Merging(nn.Module):
         return self.lora_magnitude_vector[name].weight  # pyright: ignore[reportReturnType]
 
     def _unmerged(self) -> tuple[Tensor, Tensor | None]:
-        """The base weight ``(O, I)`` and bias without what is merged, in wide precision."""
+        """Return the base weight ``(O, I)`` and bias without what is merged, in wide precision."""
         if self._copy is not None:
             weight, bias = self._copy
             return self.base_weight.as_matrix(weight), bias
@@ -221,11 +215,11 @@ class Merging(nn.Module):
                 raise ValueError(f"{where}: expected an adapter of {known}, found {name!r}")
 
     def _stores(self) -> list[Any]:
-        """The dictionaries by adapter that hold A and B."""
+        """Return the dictionaries by adapter that hold A and B."""
         return [getattr(self, name) for name in self.base_weight.stores]
 
     def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A, B and bias; A flattens to ``(r, I)``, B to ``(O, r)``."""
+        """Return A, B and bias; A flattens to ``(r, I)``, B to ``(O, r)``."""
         a, b = (store[name] for store in self._stores())
         return getattr(a, "weight", a), getattr(b, "weight", b), getattr(b, "bias", None)
 
@@ -237,6 +231,5 @@ class Merging(nn.Module):
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """In the dtype in which a weight is changed before it is rounded."""
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.detach().to(dtype)
+    """Return a tensor in the dtype in which a weight is changed before it is rounded."""
+    return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)

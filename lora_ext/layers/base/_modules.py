@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_ext.rows import PoolLayer
+
 # These read the weights of their linear children without calling them: an adapter on such a child
 # would be ignored, always or on torch's fast path for evaluation.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -19,7 +21,8 @@ CONV1D = ("Conv1D", "transformers.pytorch_utils")  # name and module of the clas
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """In and out features of a linear layer, transformers' ``Conv1D`` included; None for others."""
+    """Return the in and out features of a linear layer, transformers' ``Conv1D`` included; None for
+    others."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     for base in type(module).__mro__:
@@ -29,8 +32,23 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model by name, except adapters' factors.
+
+    A layer of a pool is represented by its base layer.
+    """
+    factors: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        for store in ("lora_A", "lora_B"):
+            if isinstance(held := getattr(module, store, None), nn.Module):
+                factors.update(held.modules())
+        base = module.base if isinstance(module, PoolLayer) else module
+        if base not in factors:
+            yield name, base
+
+
 def head_names(model: nn.Module) -> tuple[str | None, str | None]:
-    """The names of the output head and of the classifier, where the model has them.
+    """Return the names of the output head and of the classifier, where the model has them.
 
     PEFT's "all-linear" leaves the first out; and the second, where there is no first and the task
     is "SEQ_CLS".
@@ -60,8 +78,8 @@ _BY_SETTING = {
 
 
 def bypassed(parent: nn.Module) -> frozenset[str]:
-    """The children of a module whose weights it reads instead of calling them, as Mamba does with
-    ``dt_proj``. What stands in for such a child is never asked for its output."""
+    """Return the children of a module whose weights it reads instead of calling them, as Mamba does
+    with ``dt_proj``. What stands in for such a child is never asked for its output."""
     kind = type(parent)
     found = _read_and_not_called(kind)
     by_setting = _BY_SETTING.get(kind.__name__, ())
@@ -75,27 +93,25 @@ def bypassed(parent: nn.Module) -> frozenset[str]:
 
 @functools.cache
 def _read_and_not_called(kind: type) -> frozenset[str]:
-    """``self.child.weight`` is in the source of a method, and ``self.child`` alone in none."""
+    """Return the children with ``self.child.weight`` in the source of a method, and ``self.child``
+    alone in none."""
     methods = [method for _, method in inspect.getmembers(kind, inspect.isfunction)]
     methods = [inspect.unwrap(m) for m in methods if not m.__module__.startswith("torch.nn.")]
     read: set[str] = set()
     for method in methods:
-        if "weight" in _names(method) and not any(w in method.__name__ for w in ("init", "tie")):
+        names = method.__code__.co_names  # those of functions inside it are left out
+        if "weight" in names and not any(w in method.__name__ for w in ("init", "tie")):
             read.update(child for child, asked in _uses(method) if asked == "weight")
     for method in methods if read else ():
-        if not read.isdisjoint(_names(method)):
+        if not read.isdisjoint(method.__code__.co_names):
             read.difference_update(child for child, asked in _uses(method) if asked is None)
     return frozenset(read)
 
 
-def _names(method: Any) -> frozenset[str]:
-    """Attributes that a function's code names; those of functions inside it are left out."""
-    return frozenset(method.__code__.co_names)
-
-
 def _uses(method: Any) -> Iterator[tuple[str, str | None]]:
-    """Each ``self.child`` of a method: with "weight" where that is read, with the attribute's own
-    name where another one is, and with None where it stands alone, to be called or handed on."""
+    """Yield each ``self.child`` of a method: with "weight" where that is read, with the
+    attribute's own name where another one is, and with None where it stands alone, to be called or
+    handed on."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError):  # nobody has its source

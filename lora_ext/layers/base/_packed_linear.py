@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import copy
 import copyreg
-import math
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,7 +26,9 @@ from lora_ext import ops
 from lora_ext._checks import number, require
 from lora_ext._memory import free_bytes
 from lora_ext._torch import compiles, linear, spaced
-from lora_ext.rows import PoolLayer
+
+from ._modules import base_modules
+from ._packed_weight import PackedWeight, why_not_packed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,67 +39,8 @@ MOST_ROWS = 32
 # frame eagerly after a failed trace, because other frames of the model are compiled.
 _compiler: Any = getattr(eval_frame, "get_eval_frame_callback", lambda: None)
 
-_DTYPES = (torch.float32, torch.bfloat16)
+#: Attribute of a packed layer that holds its :class:`PackedWeight`.
 _STATE = "_packed_weight"
-
-#: A sample has one value of about so many rows or columns, whichever are more.
-_APART = 4
-#: Weights of so few values are looked at whole.
-_WHOLE = 4096
-
-
-class _Seen:
-    """A weight as it was at a product, and the copy that was made of it then."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self._weight, self._state = weakref.ref(weight), _state(weight)
-        self.packed: Tensor | None = None
-        self._sample: tuple[Tensor, Tensor] | None = None  # in the weight's memory; as it was
-
-    def is_now(self, weight: Tensor) -> bool:
-        """Whether the weight is the same still."""
-        if self._weight() is not weight or self._state != _state(weight):
-            return False
-        return self._sample is None or torch.equal(*self._sample)
-
-    def pack(self, weight: Tensor) -> Tensor:
-        """Make the copy."""
-        sample = _sample(weight.detach())
-        self._sample = sample, sample.clone()
-        self.packed = ops.pack_weight(weight.detach())
-        return self.packed
-
-
-class PackedWeight:
-    """The packed copy of one weight, made again where the weight is another.
-
-    The copy is made for the second product in a row that sees the same weight: one that changes
-    before every product is never packed.
-    """
-
-    def __init__(self) -> None:
-        self._seen: _Seen | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
-        return PackedWeight()
-
-    @property
-    def nbytes(self) -> int:
-        """Of the copy."""
-        seen = self._seen
-        return 0 if seen is None or seen.packed is None else seen.packed.nbytes
-
-    def of(self, weight: Tensor) -> Tensor | None:
-        """The copy of ``weight``, or None where there is none yet."""
-        seen = self._seen  # once: another thread may see another weight
-        if seen is not None and seen.is_now(weight):
-            return seen.pack(weight) if seen.packed is None else seen.packed
-        self._seen = _Seen(weight) if _refusal(weight) is None else None
-        return None
-
-    def drop(self) -> None:
-        """Forget the copy."""
-        self._seen = None
 
 
 class PackedLinear(nn.Linear):
@@ -110,14 +51,14 @@ class PackedLinear(nn.Linear):
     anew where that was changed.
     """
 
+    #: Whether every product, of any number of rows and with gradients, is the packed copy's.
+    exact = False
+
     def forward(self, input: Tensor) -> Tensor:
         """Compute ``x W^T + b`` of ``input (..., I)``, ``(..., O)``: from the packed copy where
         that serves, else as ``nn.Linear`` does."""
         y = self.packed_product(input)
         return linear(input, self.weight, self.bias) if y is None else y
-
-    #: Whether every product, of any number of rows and with gradients, is the packed copy's.
-    exact = False
 
     def packed_copy(self, x: Tensor) -> Tensor | None:
         """Return the packed copy that an exact layer multiplies ``x`` with.
@@ -137,15 +78,12 @@ class PackedLinear(nn.Linear):
             found = f"one of {x.dtype} on {x.device}"
             if traced:
                 found = "torch.compile, autocast, or another transformation of the forward"
-            raise _not_exact(f"an input of {weight.dtype} on the CPU, run eagerly", found)
+            raise _not_exact(f"an input of {weight.dtype} on the CPU, run eagerly, found {found}")
         if x.numel() == 0:
             return None
-        held: PackedWeight = self.__dict__[_STATE]
-        packed = held.of(weight)
+        packed = self.__dict__[_STATE].copy_made_now(weight)
         if packed is None:
-            packed = held.of(weight)
-        if packed is None:
-            raise _not_exact(*(_refusal(weight) or "").partition(", found ")[::2])
+            raise _not_exact(why_not_packed(weight))
         return packed
 
     def packed_product(self, x: Tensor) -> Tensor | None:
@@ -179,7 +117,7 @@ class PackedLinear(nn.Linear):
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
             return None
-        packed = self.__dict__[_STATE].of(weight)
+        packed = self.__dict__[_STATE].copy_of(weight)
         if packed is None:
             return None
         if len(shape) == 2:
@@ -196,12 +134,14 @@ class PackedLinear(nn.Linear):
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
-        """``to`` and its like leave nothing behind that products elsewhere would never drop."""
+        """Drop the copy before ``to`` and its like: products on other devices would never drop
+        it."""
         self.__dict__[_STATE].drop()
         return super()._apply(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
-        """Packed too, with a copy of its own as soon as it is used."""
+        """Return a packed layer, which has a copy of the weight of its own as soon as it is
+        used."""
         # copy's own way leads through __reduce_ex__ below, which makes a plain layer.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -209,16 +149,16 @@ class PackedLinear(nn.Linear):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A file of the model is that of the plain one: whoever opens it needs no packing."""
+        """Pickle the layer as the plain one, which can be opened without this package."""
         if type(self) is not PackedLinear:  # parametrized since: torch has a class for it
             return super().__reduce_ex__(protocol)
         state = {k: value for k, value in self.__dict__.items() if k not in (_STATE, "exact")}
         return copyreg._reconstructor, (nn.Linear, object, None), state  # pyright: ignore
 
 
-def _not_exact(expected: str, found: str) -> RuntimeError:
+def _not_exact(expected_and_found: str | None) -> RuntimeError:
     remedy = "call lora_ext.exact(model, enabled=False) first"
-    return RuntimeError(f"exact: layer: expected {expected}, found {found}; {remedy}")
+    return RuntimeError(f"exact: layer: expected {expected_and_found}; {remedy}")
 
 
 class _Exact(torch.autograd.Function):
@@ -284,8 +224,7 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
         packed = shared.setdefault(id(module.weight), PackedWeight())
         module.__class__ = PackedLinear
         module.__dict__[_STATE] = packed
-        if packed.of(module.weight) is None:
-            packed.of(module.weight)
+        packed.copy_made_now(module.weight)
     return model
 
 
@@ -303,8 +242,8 @@ def unpack_linears(model: Model) -> Model:
 
 
 def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
-    """What :func:`unpack` takes: all packed layers of a model; ``where`` opens the message about
-    one that has parametrizations."""
+    """Return what :func:`unpack` takes: all packed layers of a model; ``where`` opens the message
+    about one that has parametrizations."""
     packed = {name: m for name, m in linears_of(model) if isinstance(m, PackedLinear)}
     remedy = "call torch.nn.utils.parametrize.remove_parametrizations first"
     for name, module in packed.items():
@@ -360,7 +299,7 @@ def packing(model: nn.Module, share: float = 0.25) -> Packing:
         -(-w.shape[0] // 32) * 32 * w.shape[1] * w.element_size() for w in weights.values()
     )
     free = free_bytes("cpu") or 0
-    refusals = [_refusal(w) for w in weights.values()]
+    refusals = [why_not_packed(w) for w in weights.values()]
     refused = next((each for each in refusals if each is not None), None)
     reason = None
     if not weights:
@@ -381,15 +320,10 @@ def packed_bytes(model: nn.Module) -> int:
 
 
 def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Plain and packed layers. Adapters' factors are small, and change."""
-    factors: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        for store in ("lora_A", "lora_B"):
-            if isinstance(held := getattr(module, store, None), nn.Module):
-                factors.update(held.modules())
-        base = module.base if isinstance(module, PoolLayer) else module
-        if base not in factors and (type(base) is nn.Linear or isinstance(base, PackedLinear)):
-            yield name, base  # pyright: ignore[reportReturnType]
+    """Yield the plain and packed linear layers of a model by name, except adapters' factors."""
+    for name, base in base_modules(model):
+        if type(base) is nn.Linear or isinstance(base, PackedLinear):
+            yield name, base
 
 
 def _check(name: str, module: nn.Linear) -> None:
@@ -401,64 +335,16 @@ def _check(name: str, module: nn.Linear) -> None:
     require(not module.training, where, what, "evaluation mode", found)
     own, found = "forward" in module.__dict__, "a forward of its own (accelerate's offloading?)"
     require(not own, where, what, "nn.Linear's forward", found)
-    refusal = _refusal(module.weight)
+    refusal = why_not_packed(module.weight)
     if refusal is not None:
         raise ValueError(f"{where}: {what}: expected {refusal}")
 
 
-def _state(weight: Tensor) -> tuple[Any, ...]:
-    # torch counts writes in place, but none through .data or numpy: samples look for those.
-    return weight.data_ptr(), weight._version, weight.dtype, weight.shape
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """The bits of a few values of a weight, in its own memory: what is written through
-    ``weight.data`` is counted by nobody. To compare them takes a few microseconds.
-
-    Small weights, and those whose numbers do not lie one behind the other, are sampled whole.
-    """
-    bits = weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
-    if bits.numel() <= _WHOLE:
-        return bits
-    for lines in (bits, bits.t()):
-        if lines.is_contiguous():
-            return lines.view(-1)[:: _step(*lines.shape)]
-    return bits
-
-
-def _step(rows: int, width: int) -> int:
-    """How far apart the values of a sample lie, in numbers of a matrix that are in order.
-
-    A step of ``width (k + 0.38)`` or ``width / (k + 0.38)`` with a whole k spreads the values as
-    the seeds of a sunflower: they come to every ``_APART + 1`` neighbouring rows and to nearly as
-    few neighbouring columns, and to every second, third ... row or column as often as to the
-    others. Without a common divisor with the width, they come to all columns in turn.
-    """
-    apart = _APART * min(rows, width) / width
-    golden = 0.381966
-    step = width * (int(apart) + golden) if apart >= 1 else width / (int(1 / apart) + golden)
-    found = max(1, round(step))
-    while math.gcd(found, width) > 1:
-        found -= 1
-    return found
-
-
 def _watched() -> bool:
-    """Whether somebody computes with the product of whom its kernel knows nothing."""
+    """Return whether autocast, tracing or a transform of torch takes part in this product."""
     return (
         torch.is_autocast_enabled("cpu")
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
-
-
-def _refusal(weight: Tensor) -> str | None:
-    """What is expected of a weight that cannot be packed, and what is found."""
-    if weight.device.type != "cpu":
-        return f"a weight on the CPU, found one on {weight.device}"
-    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES:
-        return f"a weight of float32 or bfloat16, found {type(weight).__name__} of {weight.dtype}"
-    if weight.is_inference():
-        return "a weight made outside inference_mode, whose changes are counted, found one inside"
-    return None

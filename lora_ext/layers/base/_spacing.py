@@ -20,9 +20,8 @@ from lora_ext._torch import (
     spaced,
     with_spaced_gradient,
 )
-from lora_ext.rows import PoolLayer
 
-from ._modules import CONV1D, linear_size
+from ._modules import CONV1D, base_modules, linear_size
 from ._packed_linear import PackedLinear
 
 _WIDE = (torch.float32, torch.float64)
@@ -40,14 +39,9 @@ def space_products(model: nn.Module) -> list[nn.Module]:
         The layers that had no such hooks before; pass them to :func:`unspace_products`.
     """
     found: list[nn.Module] = []
-    factors: set[nn.Module] = set()
-    for module in model.modules():
-        for store in ("lora_A", "lora_B"):
-            if isinstance(held := getattr(module, store, None), nn.Module):
-                factors.update(held.modules())
-        base = module.base if isinstance(module, PoolLayer) else module
+    for _, base in base_modules(model):
         size = linear_size(base)
-        if size is None or not _takes_spaced_rows(base) or base in factors or _has_hooks(base):
+        if size is None or not _takes_spaced_rows(base) or _has_hooks(base):
             continue
         wide = getattr(getattr(base, "weight", None), "dtype", None) in _WIDE
         if not wide and any(width % TILE_COLUMNS for width in size):

@@ -47,15 +47,15 @@ class BaseWeight:
         raise NotImplementedError
 
     def matrix(self) -> Tensor:
-        """The weight as ``(O, I)``; ValueError where it cannot be read."""
+        """Return the weight as ``(O, I)``; ValueError where it cannot be read."""
         return self.as_matrix(self.weight)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """A tensor in the layout of the layer, as ``(O, I)``."""
+        """Return a tensor in the layout of the layer, as ``(O, I)``."""
         raise NotImplementedError
 
     def as_stored(self, matrix: Tensor) -> Tensor:
-        """``(O, I)``, in the layout of the layer."""
+        """Return a matrix ``(O, I)`` in the layout of the layer."""
         raise NotImplementedError
 
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -81,7 +81,7 @@ class BaseWeight:
                 )
 
     def place(self) -> tuple[torch.device, torch.dtype]:
-        """Where the adapters of the layer belong, and in which dtype."""
+        """Return where the adapters of the layer belong, and in which dtype."""
         own = (*self.layer.parameters(recurse=False), *self.layer.buffers(recurse=False))
         for tensor in (*own, *self.layer.parameters()):
             floating = tensor.is_floating_point() and tensor.element_size() > 1
@@ -91,16 +91,16 @@ class BaseWeight:
     # Beside the weight
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of A and of B; A flattens to ``(r, I)``, B to ``(O, r)``."""
+        """Return the shapes of A and of B; A flattens to ``(r, I)``, B to ``(O, r)``."""
         in_features, out_features = self.features
         return (r, in_features), (out_features, r)
 
     def factors(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
-        """What holds these values in the two stores."""
+        """Return what holds these values in the two stores."""
         raise NotImplementedError
 
     def magnitude(self, norm: Tensor) -> Tensor:
-        """DoRA's magnitude ``(O,)``, in PEFT's shape."""
+        """Return DoRA's magnitude ``(O,)``, in PEFT's shape."""
         return norm
 
 
@@ -189,7 +189,7 @@ def _filled(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module
 
 
 def _sizes(layer: nn.Module, fan_in_fan_out: bool) -> tuple[int, int, bool]:
-    """In and out features, and whether the weight is ``(I, O)``."""
+    """Return the in and out features, and whether the weight is ``(I, O)``."""
     named = ("in_features", "out_features", fan_in_fan_out), ("nx", "nf", True)
     for inner, outer, transposed in named:
         sizes = getattr(layer, inner, None), getattr(layer, outer, None)

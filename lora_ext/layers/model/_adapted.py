@@ -13,7 +13,7 @@ from .._lora_layer import LoraLayer
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.Module]:
-    """The layers of a model that have LoRA adapters, by their full names.
+    """Return the layers of a model that have LoRA adapters, by their full names.
 
     Those of this package (:class:`LoraLinear`, :class:`LoraEmbedding`, :class:`LoraConv`) and those
     of PEFT (``lora.Linear`` and its kin), before and after :func:`lora_ext.from_peft`. Layers that
@@ -40,7 +40,7 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[st
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether a module is a layer that carries LoRA adapters of its own."""
+    """Return whether a module is a layer that carries LoRA adapters of its own."""
     if isinstance(module, LoraLayer):
         return True
     # Whoever has a layer of PEFT's has imported peft; this package need not.
@@ -56,7 +56,7 @@ def adapters_of(layer: nn.Module) -> tuple[str, ...]:
 
 
 def adapter_parameters(layer: nn.Module, adapter_name: str) -> list[nn.Parameter]:
-    """The parameters of one adapter of one layer: factors, bias, magnitude.
+    """Return the parameters of one adapter of one layer: factors, bias, magnitude.
 
     Args:
         layer: one of :func:`adapted_layers`. adapter_name: one of :func:`adapters_of` it.
@@ -74,7 +74,7 @@ def adapter_parameters(layer: nn.Module, adapter_name: str) -> list[nn.Parameter
 
 
 def adapter_factors(layer: nn.Module, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """The factors of one adapter of one layer as matrices: A ``(r, n)`` and B ``(m, r)``.
+    """Return the factors of one adapter of one layer as matrices: A ``(r, n)`` and B ``(m, r)``.
 
     They share the memory of the parameters. An embedding's n are its tokens, a convolution's the
     numbers in one of its windows.

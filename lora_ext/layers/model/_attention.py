@@ -30,8 +30,8 @@ def ask_first(function: Callable[..., Any]) -> None:
 
 @contextmanager
 def requests_apart() -> Iterator[None]:
-    """A block whose forwards are steps of continuous batching, in this thread: each request's
-    queries meet its own keys alone.
+    """Let each request's queries meet its own keys alone in forwards of a ``with`` block, in this
+    thread: steps of continuous batching.
 
     Transformers packs the requests of a step into one row, where a mask keeps them apart: every
     query is multiplied with every request's keys, and what is not finite in one of them reaches
@@ -57,12 +57,13 @@ def _each_request(
 ) -> tuple[Tensor, None]:
     ends = how.get("cu_seq_lens_q"), how.get("cu_seq_lens_k")
     packed = getattr(_here, "apart", False) and query.device.type == "cpu"
-    if not (packed and attention_mask is not None and all(isinstance(e, Tensor) for e in ends)):
-        return inner(module, query, key, value, attention_mask, *args, **how)
-    queries, keys = (e.diff().tolist() for e in ends)  # pyright: ignore[reportOptionalMemberAccess]
+    queries, keys = [], []
+    if packed and attention_mask is not None and all(isinstance(e, Tensor) for e in ends):
+        queries, keys = (e.diff().tolist() for e in ends)  # pyright: ignore[reportOptionalMemberAccess]
     whole = (sum(queries), sum(keys)) == (query.shape[2], key.shape[2])
     if len(queries) < 2 or not whole or how.get("position_bias") is not None:
         return inner(module, query, key, value, attention_mask, *args, **how)
+    assert attention_mask is not None
     found, q, k = [], 0, 0
     for more, length in zip(queries, keys, strict=True):
         rows, span = slice(q, q := q + more), slice(k, k := k + length)

@@ -145,9 +145,6 @@ def _check_op(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 class _Positionless(Forward):
     """Forward of a module in an exact model that calls functions of one number."""
 
-    def __init__(self, module: nn.Module, run: Any = None):
-        super().__init__(module, run)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self._module()
         if MARK not in module.__dict__:  # exact was undone; another wrapper calls this

@@ -30,7 +30,7 @@ class Forward:
 
     @classmethod
     def put_before(cls, module: nn.Module, run: Run) -> None:
-        """Stand before what the module has."""
+        """Put a forward before what the module has."""
         module.__dict__["forward"] = cls(module, run)
 
     @classmethod

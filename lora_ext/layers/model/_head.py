@@ -30,7 +30,7 @@ class Head:
     scale: float = 1.0
 
     def parameters(self, lm: Any) -> tuple[Tensor, Tensor | None]:
-        """W ``(V, d)`` and b ``(V,)`` or None, as the model has them now, with their graph.
+        """Return W ``(V, d)`` and b ``(V,)`` or None, as the model has them now, with their graph.
 
         Of a head that is no plain linear layer, one with adapters say, W is what the head makes of
         the unit vectors.
@@ -58,7 +58,7 @@ class Head:
 
 
 def causal_lm(model: Any, where: str) -> Any:
-    """The causal LM of transformers in a model, which may be wrapped by PEFT or by others.
+    """Return the causal LM of transformers in a model, which may be wrapped by PEFT or by others.
 
     Raises:
         ValueError: there is none. NotImplementedError: one with an encoder beside its decoder.
@@ -81,7 +81,7 @@ def causal_lm(model: Any, where: str) -> Any:
 def measured_head(
     where: str, lm: Any, softcap: float | None, entered: Tensor, logits: Tensor
 ) -> Head:
-    """The head of a model whose logits are known; those of the last position are looked at.
+    """Return the head of a model whose logits are known; those of the last position are looked at.
 
     Args:
         where: who asks, for its errors. lm: the causal LM. softcap: what its configuration says.
@@ -111,8 +111,8 @@ def measured_head(
 
 
 def _explains(head: Head, z: Tensor, wanted: Tensor) -> bool:
-    """Whether the logits ``(V,)`` of a head, scaled but not capped, are those of the model but for
-    rounding.
+    """Return whether the logits ``(V,)`` of a head, scaled but not capped, are those of the model
+    but for rounding.
 
     Half precision, or autocast in the head alone, is the coarsest that is to be told apart. What
     rounding does points anywhere; another scale moves the logits along their derivative in it, and

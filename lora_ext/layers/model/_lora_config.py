@@ -125,7 +125,7 @@ class LoraConfig:
             require(most < size, where, "alora_invocation_tokens", expected, most)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as PEFT's ``adapter_config.json`` has them."""
+        """Return the fields as PEFT's ``adapter_config.json`` has them."""
         found: dict[str, Any] = {"peft_type": "LORA"}
         for each in fields(LoraConfig):
             value = getattr(self, each.name)
@@ -137,12 +137,12 @@ class LoraConfig:
     # Rules
 
     def head_of(self, output_head: str | None, classifier: str | None) -> str | None:
-        """The layer that "all-linear" leaves out: of a "SEQ_CLS" task without an output head, the
-        classifier."""
+        """Return the layer that "all-linear" leaves out: of a "SEQ_CLS" task without an output
+        head, the classifier."""
         return classifier if output_head is None and self.task_type == "SEQ_CLS" else output_head
 
     def targeted(self, names: Iterable[str], linear: Iterable[str]) -> set[str]:
-        """The modules that PEFT would adapt.
+        """Return the modules that PEFT would adapt.
 
         Args:
             names: all modules that may be. linear: what "all-linear" stands for.
@@ -190,7 +190,8 @@ class LoraConfig:
     def _patterned(
         self, where: str, table: Mapping[str, float], default: float, names: tuple[str, ...]
     ) -> tuple[list[float], list[str]]:
-        """The first pattern that matches the name, or its end after a dot, wins."""
+        """Look values up by name: the first pattern that matches the name, or its end after a dot,
+        wins."""
         keys = tuple(table)
         rows = self._match(where, "match", r"(.*\.)?({})$", keys, names)
         by_key = list(zip(keys, rows, strict=True))
@@ -231,14 +232,15 @@ class LoraConfig:
 
 
 def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
-    """PEFT's rule for lists: the whole name, or everything after one of its dots."""
+    """Return whether a list names a module by PEFT's rule: its whole name, or everything after one
+    of its dots."""
     patterns = patterns if isinstance(patterns, frozenset) else frozenset(patterns)
     parts = name.split(".")
     return any(".".join(parts[i:]) in patterns for i in range(len(parts)))
 
 
 def checked_names(where: str, argument: str, value: Any) -> str | tuple[str, ...] | None:
-    """A field that holds a string, a list of strings or nothing."""
+    """Return a field that holds a string, a list of strings or nothing, checked."""
     if value is None or isinstance(value, str):
         return value
     strings = isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)

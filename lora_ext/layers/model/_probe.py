@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +78,13 @@ class LoraProbe:
         self.every = every
         self.track_decomposition = track_decomposition
         self.mask: Tensor | None = None
-        self._layers = list(_linear_layers(model, adapter))
+        self._layers: list[tuple[str, nn.Module]] = []
+        for name, layer in adapted_layers(model).items():
+            stores = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
+            if all(isinstance(s, nn.ModuleDict) and adapter in s for s in stores):
+                weights: list[Any] = [s[adapter].weight for s in stores]  # pyright: ignore[reportOptionalSubscript]
+                if all(w.dim() == 2 for w in weights):
+                    self._layers.append((name, layer))
         expected = f"linear layers with an adapter {adapter!r}"
         require(self._layers, "LoraProbe", "model", expected, "none")
         self._step = -1
@@ -174,7 +180,7 @@ class LoraProbe:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """``rows @ rows^T`` in float64.
+    """Return ``rows @ rows^T`` in float64.
 
     ``||B A||^2 = trace((B^T B) (A A^T))`` cancels where the product is small beside its factors;
     float64 leaves it 1e-8 of them, float32 would leave 3e-4.
@@ -188,14 +194,5 @@ def _rms(z: Tensor) -> Tensor:
 
 
 def recomputing() -> bool:
-    """Whether a checkpointed layer runs again inside a backward."""
+    """Return whether a checkpointed layer runs again inside a backward."""
     return torch._C._current_graph_task_id() >= 0
-
-
-def _linear_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in adapted_layers(model).items():
-        stores = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-        if all(isinstance(s, nn.ModuleDict) and adapter in s for s in stores):
-            weights: list[Any] = [s[adapter].weight for s in stores]  # pyright: ignore[reportOptionalSubscript]
-            if all(w.dim() == 2 for w in weights):
-                yield name, module

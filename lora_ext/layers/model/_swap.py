@@ -51,7 +51,7 @@ class Swap:
                 raise ValueError(f"{self.by}: {name!r}: expected {expected}, found {found}")
             originals[name] = original
         for name, module in replacements.items():
-            _put(model, name, module)
+            model.set_submodule(name, module)
         self.originals |= originals
         self.placed |= replacements
 
@@ -67,7 +67,7 @@ class Swap:
         """
         self.check(model, by)
         for name, original in self.originals.items():
-            _put(model, name, original)
+            model.set_submodule(name, original)
 
     def check(self, model: nn.Module, by: str) -> None:
         """Raise what :meth:`restore` of ``model`` would, and change nothing; ``by`` is the function
@@ -81,13 +81,8 @@ class Swap:
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module | None:
-    """The module of that name, or None where the model has none."""
+    """Return the module of that name, or None where the model has none."""
     try:
         return model.get_submodule(name)
     except AttributeError:
         return None
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -29,8 +29,8 @@ Mask = Tensor | Sequence[bool]
 
 
 def is_active(layer: nn.Module, adapter_name: str) -> bool:
-    """Whether an adapter of a layer is switched on in the mode that the layer is in, training or
-    evaluation; it is, until :func:`set_active` switches it off.
+    """Return whether an adapter of a layer is switched on in the mode that the layer is in,
+    training or evaluation; it is, until :func:`set_active` switches it off.
 
     That says nothing about whether ``adapter_name`` is among the active ones of ``layer``, which
     ``set_adapter`` chooses.
@@ -109,11 +109,12 @@ class LayerGroups:
         self.layers = tuple(tuple(found[name] for name in group) for group in self.names)
 
     def __len__(self) -> int:
-        """How many groups."""
+        """Return the number of groups."""
         return len(self.names)
 
     def sees_tokens_first(self, name: str) -> bool:
-        """Whether the input of the layer of that name is ``(tokens, sequences, features)``."""
+        """Return whether the input of the layer of that name is ``(tokens, sequences,
+        features)``."""
         return name in self._tokens_first
 
     @property
@@ -141,7 +142,7 @@ class LayerGroups:
 
     @contextlib.contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
-        """A ``with`` block in which :meth:`set_mask` of ``mask`` holds; after it, also after an
+        """Set ``mask`` as :meth:`set_mask` does for a ``with`` block; after it, also after an
         exception, every layer is as it was before."""
         layers = itertools.chain(*self.layers)
         before = [(layer, _state(layer, self.adapter_name)) for layer in layers]
@@ -154,14 +155,13 @@ class LayerGroups:
                     _switch(layer, self.adapter_name, state)
 
     def checked(self, mask: Mask) -> list[bool]:
-        """A mask that can be set, as a list.
+        """Return a mask that can be set, as a list.
 
         Raises:
             ValueError: as :meth:`set_mask`, which calls this.
         """
-        require(isinstance(mask, Tensor | Sequence), "LayerGroups", "mask", "bools", repr(mask))
-        values = mask.tolist() if isinstance(mask, Tensor) else list(mask)
-        bools = isinstance(values, list) and all(isinstance(v, bool) for v in values)
+        values: Any = mask.tolist() if isinstance(mask, Tensor) else mask
+        bools = isinstance(values, Sequence) and all(isinstance(v, bool) for v in values)
         kind = mask.dtype if isinstance(mask, Tensor) else repr(mask)
         require(bools, "LayerGroups", "mask", "bools", kind)
         expected = f"one value for each of the {len(self)} groups"
@@ -169,11 +169,11 @@ class LayerGroups:
         for names, group, on in zip(self.names, self.layers, values, strict=True):
             for name, layer in zip(names, group, strict=True):
                 _check(layer, self.adapter_name, on, f"LayerGroups: mask: {name}")
-        return values
+        return list(values)
 
 
 def _key(name: str, position: int, group_by: str | int, pattern: str | None) -> Any:
-    """What the layers of one group have in common."""
+    """Return what the layers of one group have in common."""
     if group_by == "block":
         return block_name(name, pattern) or position
     if group_by == "module":
@@ -244,7 +244,7 @@ class _Switch:
 
 
 def switched_off(layer: nn.Module) -> frozenset[str]:
-    """The adapters of a layer of PEFT's that are off in the mode that it is in."""
+    """Return the adapters of a layer of PEFT's that are off in the mode that it is in."""
     switch = layer.__dict__.get("forward")
     if not isinstance(switch, _Switch):
         return _NONE
@@ -261,7 +261,8 @@ _OF_ADAPTERS = ("adapter_names", "alora_offsets")  # arguments that PEFT keeps f
 def forward_of_the_rest(
     forward: Callable[..., Tensor], layer: Any, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """A forward of PEFT's, ``forward(layer, x, *args, **kwargs)``, without what is switched off.
+    """Return a forward of PEFT's, ``forward(layer, x, *args, **kwargs)``, without what is switched
+    off.
 
     Raises:
         ValueError: an adapter that is off is merged into the base weight.

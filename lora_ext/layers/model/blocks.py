@@ -14,7 +14,7 @@ _FIRST_NUMBER = r"(?:^|\.)[^.]*[^.\d][^.]*\.(\d+)(?=\.|$)"
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The stack of layers of a transformers model, the very list that its forward walks.
+    """Return the stack of layers of a transformers model, the very list that its forward walks.
 
     It is the outermost ``nn.ModuleList`` of as many modules as the configuration has layers, looked
     for in the decoder first. Of a model with an encoder alone (BERT, ViT) it is the encoder's, of a
@@ -46,7 +46,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def block_name(module_name: str, pattern: str | None = None) -> str | None:
-    """The name of the block that a module lies in: ``model.layers.7`` of
+    """Return the name of the block that a module lies in: ``model.layers.7`` of
     ``model.layers.7.mlp.up_proj``.
 
     Two stacks of one model, its vision and its text say, have blocks of the same index and of

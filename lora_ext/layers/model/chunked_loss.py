@@ -67,7 +67,13 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
     require(plain, _WHERE, "model", expected, found, NotImplementedError)
     name = getattr(own, "__name__", type(own).__name__)
     require(name == "ForCausalLMLoss", _WHERE, "model", "the loss ForCausalLMLoss", name)
-    _check_whole(lm)
+    # After a forward the parameters of FSDP2's root module stay unsharded. An optimizer made after
+    # the forward on four tokens would hold these, and training steps do not update them.
+    expected, remedy = "parameters that are not sharded", f"call {_WHERE} before fully_shard"
+    for name, parameter in lm.named_parameters():
+        whole = not hasattr(parameter, "full_tensor")
+        found = f"a {type(parameter).__name__} in {name}; {remedy}"
+        require(whole, _WHERE, "model", expected, found, NotImplementedError)
     lm.__dict__[_LOSS] = loss = _Loss(layer, own, lm.__dict__.get(_LOSS), chunk)
     Forward.put_before(layer, _layer_forward)
     Forward.put_before(lm, _model_forward)
@@ -92,7 +98,8 @@ class _Call:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A block in which the layer and the loss of this forward write here, in this thread."""
+        """Let the layer and the loss of this forward write here in a ``with`` block, in this
+        thread."""
         token = _running.set(self)
         try:
             yield
@@ -104,7 +111,7 @@ _running: ContextVar[_Call | None] = ContextVar("lora_ext.chunked_loss", default
 
 
 def _call_of(layer: nn.Module) -> _Call | None:
-    """The call of the model whose output layer this is: models may run inside of others."""
+    """Return the call of the model whose output layer this is: models may run inside of others."""
     call = _running.get()
     return call if call is not None and call.layer is layer else None
 
@@ -140,8 +147,7 @@ class _Loss:
         **_: Any,
     ) -> Tensor:
         layer: Any = self.layer
-        scale = self.head.scale
-        weight, bias = layer.weight, layer.bias
+        weight, bias, scale = layer.weight, layer.bias, self.head.scale
         if hidden is None or hasattr(weight, "full_tensor"):
             expected = "the output layer as it was when this was enabled, and whole on each process"
             found = "it wrapped or divided"
@@ -150,10 +156,8 @@ class _Loss:
         targets = targets.to(hidden.device).flatten()
         if scale != 1:
             hidden, bias = hidden * scale, None if bias is None else bias * scale
-        loss = ops.chunked_cross_entropy(
-            hidden.flatten(0, -2), weight, bias, targets, self.chunk, ignore_index,
-            self.head.softcap,
-        )  # fmt: skip
+        how = self.chunk, ignore_index, self.head.softcap
+        loss = ops.chunked_cross_entropy(hidden.flatten(0, -2), weight, bias, targets, *how)
         if num_items_in_batch is None:
             return loss
         return loss * ((targets != ignore_index).sum() / num_items_in_batch)
@@ -215,22 +219,8 @@ def _remove_hook(base: nn.Module) -> bool:
     return bool(keys)
 
 
-def _check_whole(lm: Any) -> None:
-    """Raise NotImplementedError if FSDP2 has sharded the parameters.
-
-    After a forward the parameters of FSDP2's root module stay unsharded. An optimizer that is made
-    after the forward on four tokens would hold these, and training steps do not update them.
-    """
-    for name, parameter in lm.named_parameters():
-        if hasattr(parameter, "full_tensor"):
-            raise NotImplementedError(
-                f"{_WHERE}: model: expected parameters that are not sharded, found a "
-                f"{type(parameter).__name__} in {name}; call {_WHERE} before fully_shard"
-            )
-
-
 def _probed(lm: Any, loss: _Loss) -> Head:
-    """What a model makes of its output layer's product, seen on four tokens."""
+    """Return what a model makes of its output layer's product, seen on four tokens."""
     ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
     call = _Call(loss.layer, skip=False)
     with evaluating(lm), torch.no_grad(), call.running():

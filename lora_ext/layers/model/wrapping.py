@@ -76,8 +76,8 @@ def wrap(
 
     Sources: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the rules.
     """
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"wrap: config: expected a lora_ext.LoraConfig, found {type(config)}")
+    known, expected = isinstance(config, LoraConfig), "a lora_ext.LoraConfig"
+    require(known, "wrap", "config", expected, type(config), TypeError)
     require_flags("wrap", autocast_adapter_dtype=autocast_adapter_dtype)
     state: _Wrap | None = model.__dict__.get(_KEY)
     modules = _modules(model, {} if state is None else state.swap.placed)
@@ -88,10 +88,15 @@ def wrap(
     if unused:
         warnings.warn(f"wrap: config: {', '.join(unused)} matches no adapted module", stacklevel=2)
     adapted: dict[str, LoraLayer] = {}
+    shared = {name: getattr(config, name) for name in _SETTINGS}
+    shared["alora_invocation_tokens"] = config.invocation
     try:
         for name in targets:
-            settings = _settings(config, *sizes[name], modules[name], autocast_adapter_dtype)
-            adapted[name] = _adapt(name, modules[name], adapter_name, settings)
+            dtype = getattr(getattr(_base(modules[name]), "weight", None), "dtype", None)
+            wide = autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16)
+            own: dict[str, Any] = {"adapter_dtype": torch.float32 if wide else None}
+            own["r"], own["lora_alpha"] = sizes[name]
+            adapted[name] = _adapt(name, modules[name], adapter_name, shared | own)
     except BaseException:
         for layer in adapted.values():
             layer.delete_adapter(adapter_name)  # and put back the base weight, if it changed
@@ -147,7 +152,7 @@ def unwrap(model: Model) -> Model:
 
 
 def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> None:
-    """Before a forward: tell of activated adapters that its labels do not reach."""
+    """Warn before a forward of activated adapters that its labels do not reach."""
     labels, found = given.get("labels"), activated_in(layer_names.handle)
     if not isinstance(labels, Tensor) or found is None or found.starts is None:
         return
@@ -171,8 +176,8 @@ def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> Non
 
 
 def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules that may be adapted: all but the model, what lies in adapted layers, and what its
-    parent does not call."""
+    """Return the modules that may be adapted: all but the model, what lies in adapted layers, and
+    what its parent does not call."""
     found: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -192,7 +197,7 @@ def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Mo
 
 
 def _targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
-    """Names of the modules that the configuration matches, in the model's order."""
+    """Return names of the modules that the configuration matches, in the model's order."""
     linear = [name for name, module in modules.items() if linear_size(_base(module)) is not None]
     uncalled = {
         name
@@ -216,22 +221,8 @@ def _base(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, LoraLayer) else module
 
 
-def _settings(
-    config: LoraConfig, r: int, alpha: float, module: nn.Module, autocast_adapter_dtype: bool
-) -> dict[str, Any]:
-    dtype = getattr(getattr(_base(module), "weight", None), "dtype", None)
-    wide = autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16)
-    return {
-        **{name: getattr(config, name) for name in _SETTINGS},
-        "r": r,
-        "lora_alpha": alpha,
-        "alora_invocation_tokens": config.invocation,
-        "adapter_dtype": torch.float32 if wide else None,
-    }
-
-
 def _adapt(name: str, module: nn.Module, adapter_name: str, settings: dict[str, Any]) -> LoraLayer:
-    """The module as a layer with the adapter; errors name it."""
+    """Return the module as a layer with the adapter; errors name it."""
     try:
         if isinstance(module, LoraLayer):
             module.add_adapter(adapter_name, **settings)

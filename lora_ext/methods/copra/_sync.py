@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -25,7 +26,7 @@ class TouchedGroups(LayerGroups):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        touch = _Touch(self.adapter_name)
+        touch = partial(_touch, self.adapter_name)
         self._handles = [layer.register_forward_hook(touch) for layer in chain(*self.layers)]
 
     def remove(self) -> None:
@@ -34,16 +35,11 @@ class TouchedGroups(LayerGroups):
             handle.remove()
 
 
-class _Touch:
-    def __init__(self, adapter_name: str):
-        self.adapter_name = adapter_name
-
-    def __call__(self, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or is_active(layer, self.adapter_name):
-            return output
-        parameters = adapter_parameters(layer, self.adapter_name)
-        trained = [p for p in parameters if p.requires_grad]
-        return zero_gradients(output, trained) if trained else output
+def _touch(adapter_name: str, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
+    if not torch.is_grad_enabled() or is_active(layer, adapter_name):
+        return output
+    trained = [p for p in adapter_parameters(layer, adapter_name) if p.requires_grad]
+    return zero_gradients(output, trained) if trained else output
 
 
 class GatedGroups(LayerGroups):
@@ -57,10 +53,9 @@ class GatedGroups(LayerGroups):
     def __init__(self, *args: Any):
         super().__init__(*args)
         layers: Any = chain(*self.layers)
+        where, expected = "CopraController: sync='tensor'", "an adapter that its scale switches off"
         for name, layer in zip(chain(*self.names), layers, strict=True):
-            fits = not layer.use_dora[self.adapter_name]
-            expected = "an adapter that its scale can switch off"
-            require(fits, "CopraController: sync='tensor'", name, expected, "DoRA")
+            require(not layer.use_dora[self.adapter_name], where, name, expected, "DoRA")
         self._placed = [
             (layer, adapter_parameters(layer, self.adapter_name)[0].device, index)
             for index, group in enumerate(self.layers)
@@ -95,16 +90,14 @@ class GatedGroups(LayerGroups):
         finally:
             self._masks.write(own)
             for layer, followed in before.items():
-                gate = _gate_of(layer, self.adapter_name)
-                if gate is not None:
+                if gate := _gate_of(layer, self.adapter_name):
                     gate.remove() if followed is None else gate.follow(*followed)
 
 
 def remove_gates(groups: LayerGroups) -> None:
     """Take the gates off the layers of ``groups``, whoever put them there."""
     for layer in chain(*groups.layers):
-        gate = _gate_of(layer, groups.adapter_name)
-        if gate is not None:
+        if gate := _gate_of(layer, groups.adapter_name):
             gate.remove()
 
 

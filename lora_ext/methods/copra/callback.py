@@ -42,11 +42,9 @@ class CopraCallback(TrainerCallback):
         """Compare the Trainer's steps with those of the schedule."""
         own = self.controller.schedule.total_steps
         if state.max_steps != own:
-            warnings.warn(
-                f"CopraCallback: controller: expected one made with total_steps={state.max_steps}, "
-                f"the steps of this Trainer, found {own}",
-                stacklevel=2,
-            )
+            expected = f"one made with total_steps={state.max_steps}, the steps of this Trainer"
+            told = f"CopraCallback: controller: expected {expected}, found {own}"
+            warnings.warn(told, stacklevel=2)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Set the mask of the optimizer step whose first micro-batch comes next."""

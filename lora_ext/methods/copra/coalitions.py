@@ -49,9 +49,8 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
     fits = table.dtype == torch.bool and table.dim() == 2 and table.shape[1] == len(groups)
     found = f"{table.dtype} of shape {tuple(table.shape)}"
     require(fits, "coalitions", "masks", f"bools of shape (K, {len(groups)})", found)
-    if not len(table) or sequences < 1:
-        found = f"{len(table)} and {sequences}"
-        raise ValueError(f"coalitions: expected at least one mask and one sequence, found {found}")
+    fits, found = len(table) and sequences >= 1, f"{len(table)} and {sequences}"
+    require(fits, "coalitions", "masks", "at least one mask and one sequence", found)
     groups.checked(table.all(0))  # what cannot be off as a whole cannot be for some rows either
     with groups.masked(table.any(0)), contextlib.ExitStack() as hooks:
         for names, layers, column in zip(groups.names, groups.layers, table.T, strict=True):
@@ -77,11 +76,11 @@ def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
     expected = f"{adapter_name!r} as its one active adapter"
     found = f"{asked}: a row has one adapter"
     require(len(asked) <= 1, "coalitions", name, expected, found, RowwiseError)
-    if not isinstance(layer, LoraLayer) and not _takes_names(layer, adapter_name):
-        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        dora = " with a DoRA adapter" if layer.use_dora[adapter_name] else ""
-        expected = "a layer that takes an adapter for each row"
-        raise RowwiseError(f"coalitions: {name}: expected {expected}, found {kind}{dora}")
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    found = f"{kind} with a DoRA adapter" if layer.use_dora[adapter_name] else kind
+    fits = isinstance(layer, LoraLayer) or _takes_names(layer, adapter_name)
+    expected = "a layer that takes an adapter for each row"
+    require(fits, "coalitions", name, expected, found, RowwiseError)
     return True
 
 
@@ -100,12 +99,14 @@ class _GiveRows:
     """Hands a layer its rows; it stands before the forward, so the layer's own is left alone."""
 
     def __init__(self, name: str, layer: Any, rows: NamedRows, tokens_first: bool):
-        self.name = name
-        self.rows = rows
+        self.name, self.rows = name, rows
         self.place = int(tokens_first)  # of the dimension that counts sequences
         #: A layer of PEFT's own knows no other layout than sequences first.
         self.turns = tokens_first and not hasattr(type(layer), "tokens_first")
-        self.dims = _dims(layer)
+        base = layer.get_base_layer()
+        #: The fewest dimensions of an input with sequences first.
+        self.dims = base.weight.dim() if hasattr(base, "stride") else 2
+        self.dims = 1 if isinstance(base, nn.Embedding) else self.dims
         self.ours = isinstance(layer, LoraLayer)
 
     def __call__(
@@ -129,11 +130,3 @@ class _GiveRows:
 
 def _turn_back(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return output.transpose(0, 1).contiguous()  # some models view it
-
-
-def _dims(layer: Any) -> int:
-    """The fewest dimensions of an input with sequences first."""
-    base = layer.get_base_layer()
-    if isinstance(base, nn.Embedding):
-        return 1
-    return base.weight.dim() if hasattr(base, "stride") else 2

@@ -62,5 +62,5 @@ class CopraConfig:
 
 def _ramp(where: str, name: str, value: Any) -> Any:
     shapes = get_args(Shape)
-    expected = f"a function or one of {shapes}"
-    return value if callable(value) else choice(where, name, value, shapes, expected=expected)
+    words = f"a function or one of {shapes}"
+    return value if callable(value) else choice(where, name, value, shapes, expected=words)

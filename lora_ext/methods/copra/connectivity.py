@@ -66,9 +66,24 @@ def lmc_barrier(
 
     Source: linear mode connectivity (Frankle et al. 2020), of adapters: arXiv 2410.22911.
     """
-    grid = _grid(lambdas)
+    if isinstance(lambdas, int):
+        integer("lmc_barrier", "lambdas", lambdas, 2)
+        grid = tuple(i / (lambdas - 1) for i in range(lambdas))
+    else:
+        grid = tuple(float(lam) for lam in lambdas)
+    outside = [lam for lam in grid if not 0 <= lam <= 1] or ("none" if not grid else None)
+    require(outside is None, "lmc_barrier", "lambdas", "numbers in [0, 1]", outside)
     ends = LoraAdapter.of(first), LoraAdapter.of(second)
-    layers = _layers(model, adapter)
+    layers: dict[str, Any] = {}  # by their names in the base model
+    for name, layer in adapted_layers(model, adapter).items():
+        one: Any = layer
+        expected = "an adapter apart from the base weight"
+        found = f"{adapter!r} merged into it; unmerge it first"
+        require(adapter not in one.merged_adapters, "lmc_barrier", name, expected, found)
+        fits = adapter in one.active_adapters and not one.disable_adapters
+        other = "disabled adapters" if one.disable_adapters else one.active_adapters
+        require(fits, "lmc_barrier", name, f"{adapter!r} to be active", other)
+        layers[name.removeprefix(PREFIX)] = one
     _check(layers, adapter, interpolate_adapters(*ends, 0.5, space))  # refuses what has no line
     losses: dict[float, float] = {}
     with evaluating(model), torch.no_grad():
@@ -84,44 +99,18 @@ def lmc_barrier(
     return Barrier(max(rises), grid, tuple(losses[lam] for lam in grid))
 
 
-def _grid(lambdas: int | Sequence[float]) -> tuple[float, ...]:
-    if isinstance(lambdas, int):
-        integer("lmc_barrier", "lambdas", lambdas, 2)
-        return tuple(i / (lambdas - 1) for i in range(lambdas))
-    grid = tuple(float(lam) for lam in lambdas)
-    outside = [lam for lam in grid if not 0 <= lam <= 1]
-    require(not outside and grid, "lmc_barrier", "lambdas", "numbers in [0, 1]", outside or "none")
-    return grid
-
-
-def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
-    """The layers with the adapter, by their names in the base model."""
-    layers: dict[str, Any] = adapted_layers(model, adapter)
-    for name, layer in layers.items():
-        expected = "an adapter apart from the base weight"
-        found = f"{adapter!r} merged into it; unmerge it first"
-        require(adapter not in layer.merged_adapters, "lmc_barrier", name, expected, found)
-        fits = adapter in layer.active_adapters and not layer.disable_adapters
-        other = "disabled adapters" if layer.disable_adapters else layer.active_adapters
-        require(fits, "lmc_barrier", name, f"{adapter!r} to be active", other)
-    return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
-
-
 def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
     """Refuse a value that is not one of these layers."""
+    where = "lmc_barrier"
     for name in (*layers, *value.modules):
-        expected = "the same modules in model and adapters"
+        both = name in layers and name in value.modules
         found = f"it in {'the model' if name in layers else 'the adapters'} alone"
-        require(name in layers and name in value.modules, "lmc_barrier", name, expected, found)
-        fits = not layers[name].use_dora[adapter]
-        other = "a magnitude in the model's layer"
-        require(fits, "lmc_barrier", name, "no DoRA", other, NotImplementedError)
-        own, new = adapter_factors(layers[name], adapter), value.modules[name]
-        expected, found = (
-            f"in {a.flatten(1).shape[1]} and out {b.shape[0]}" for a, b in (own, new[:2])
-        )
-        words = f"{expected} as in the model"
-        require(expected == found, "lmc_barrier", name, words, f"{found} in the adapters")
+        require(both, where, name, "the same modules in model and adapters", found)
+        plain, found = not layers[name].use_dora[adapter], "a magnitude in the model's layer"
+        require(plain, where, name, "no DoRA", found, NotImplementedError)
+        pairs = adapter_factors(layers[name], adapter), value.modules[name][:2]
+        own, new = (f"in {a.flatten(1).shape[1]} and out {b.shape[0]}" for a, b in pairs)
+        require(own == new, where, name, f"{own} as in the model", f"{new} in the adapters")
 
 
 def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factors: Factors) -> None:
@@ -137,10 +126,8 @@ def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factor
         if own is None and new is None:
             continue
         if own is None:
-            raise ValueError(
-                f"lmc_barrier: {name}: expected a layer with a bias beside B, as the adapters have "
-                "it, found one without"
-            )
+            expected = "a layer with a bias beside B, as the adapters have it"
+            raise ValueError(f"lmc_barrier: {name}: expected {expected}, found one without")
         # Zeros, where an adapter has no bias.
         value = torch.zeros_like(own) if new is None else new.to(own.device, own.dtype)
         parameter = nn.Parameter(value, requires_grad=own.requires_grad)

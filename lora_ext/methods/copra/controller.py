@@ -49,16 +49,19 @@ class CopraController:
         self, model: nn.Module, config: CopraConfig, total_steps: int, adapter: str = "default"
     ):
         found = adapted_layers(model, adapter)
-        _check_groups(config.group_by, list(found))
+        where, groups = "CopraController", config.group_by
+        size = groups if isinstance(groups, int) and not isinstance(groups, bool) else None
+        listed = f"of these modules: {', '.join(found)}"
+        fits, kinds = size is None or size >= 1, "'block', 'module' or a number above 0"
+        fits = fits and (size is not None or groups in ("block", "module"))
+        require(fits, where, "group_by", kinds, f"{groups!r} {listed}")
+        divides, expected = len(found) % (size or 1) == 0, f"a number that divides {len(found)}"
+        require(divides, where, "group_by", expected, f"{size} {listed}")
+        merged = f"{adapter!r} merged into it: it cannot be skipped; unmerge it first"
         for name, layer in found.items():
-            if adapter in layer.merged_adapters:  # pyright: ignore[reportOperatorIssue]
-                raise ValueError(
-                    f"CopraController: {name}: expected an adapter apart from the base weight, "
-                    f"found {adapter!r} merged into it: a merged adapter cannot be skipped; "
-                    "unmerge it first"
-                )
-        groups: Any = config.group_by
-        count = len(LayerGroups(model, adapter, groups))
+            apart = adapter not in layer.merged_adapters  # pyright: ignore[reportOperatorIssue]
+            require(apart, where, name, "an adapter apart from the base weight", merged)
+        count = len(LayerGroups(model, adapter, groups))  # pyright: ignore[reportArgumentType]
         self.config = config
         self.adapter = adapter
         self.schedule = CopraSchedule(config, count, total_steps)
@@ -168,16 +171,4 @@ class CopraController:
 
     def _check_in_use(self) -> None:
         if self._removed:
-            found = "one that was removed"
-            raise RuntimeError(f"CopraController: expected one that is in use, found {found}")
-
-
-def _check_groups(group_by: Any, names: list[str]) -> None:
-    size = group_by if isinstance(group_by, int) and not isinstance(group_by, bool) else None
-    listed = f"of these modules: {', '.join(names)}"
-    fits = group_by in ("block", "module") or (size is not None and size >= 1)
-    found = f"{group_by!r} {listed}"
-    require(fits, "CopraController", "group_by", "'block', 'module' or a number above 0", found)
-    divides = size is None or len(names) % size == 0
-    expected = f"a number that divides {len(names)}"
-    require(divides, "CopraController", "group_by", expected, f"{size} {listed}")
+            raise RuntimeError("CopraController: expected one that is in use, found a removed one")

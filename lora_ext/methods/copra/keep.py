@@ -37,7 +37,7 @@ def every_other(source: Source, first: int = 0) -> list[str]:
         ValueError: another ``first``, or a source without modules.
     """
     require(first in (0, 1), "every_other", "first", "0 or 1", repr(first))
-    return _names(_groups(source, "every_other")[first::2])
+    return [*chain(*_groups(source, "every_other")[first::2])]
 
 
 def thirds(source: Source, part: Literal["low", "middle", "high"]) -> list[str]:
@@ -50,7 +50,7 @@ def thirds(source: Source, part: Literal["low", "middle", "high"]) -> list[str]:
     require(part in parts, "thirds", "part", f"one of {parts}", repr(part))
     groups = _groups(source, "thirds")
     start, end = (len(groups) * (parts.index(part) + i) // 3 for i in (0, 1))
-    return _names(groups[start:end])
+    return [*chain(*groups[start:end])]
 
 
 def by_suffix(source: Source, *suffixes: str) -> list[str]:
@@ -59,7 +59,7 @@ def by_suffix(source: Source, *suffixes: str) -> list[str]:
     Raises:
         ValueError: a suffix that no module has, or a source without modules.
     """
-    names = _names(_groups(source, "by_suffix"))
+    names = [*chain(*_groups(source, "by_suffix"))]
     kept: list[str] = []
     for suffix in suffixes:
         found = [name for name in names if matches_suffix(name, (suffix,))]
@@ -84,7 +84,7 @@ def top_by_shapley(source: Source, values: Shapley | Tensor | Sequence[float], k
     require(len(worth) == len(groups), "top_by_shapley", "values", expected, len(worth))
     integer("top_by_shapley", "k", k, 0, len(groups))
     best = sorted(range(len(groups)), key=worth.__getitem__, reverse=True)[:k]
-    return _names([groups[i] for i in sorted(best)])
+    return [name for i in sorted(best) for name in groups[i]]
 
 
 def at_random(source: Source, k: int, seed: int = 0) -> list[str]:
@@ -103,7 +103,7 @@ def at_random(source: Source, k: int, seed: int = 0) -> list[str]:
     integer("at_random", "k", k, 0, len(groups))
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(groups), generator=generator)[:k].tolist()
-    return _names([groups[i] for i in sorted(chosen)])
+    return [name for i in sorted(chosen) for name in groups[i]]
 
 
 def _groups(source: Source, where: str) -> list[list[str]]:
@@ -127,10 +127,6 @@ def _groups(source: Source, where: str) -> list[list[str]]:
     groups += (by_block[block] for block in _in_order(list(by_block)))
     require(groups, where, "source", "modules", "none")
     return groups
-
-
-def _names(groups: Sequence[Sequence[str]]) -> list[str]:
-    return [*chain(*groups)]
 
 
 def _in_order(blocks: list[str]) -> list[str]:

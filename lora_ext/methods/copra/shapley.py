@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from lora_ext._checks import integer, require
 from lora_ext._torch import evaluating
 
-from ._estimators import Estimator, exact, owen, permutation
 from .coalitions import RowwiseError, coalitions
 from .controller import CopraController
 
@@ -134,33 +134,24 @@ def layer_shapley(
             one by one.
     """
     n, modules = len(controller.layers), set(model.modules())
-    fits = all(layer in modules for group in controller.layers.layers for layer in group)
-    other = f"a {type(model).__name__} without its layers"
-    require(fits, "layer_shapley", "model", "the controller's", other)
+    where, other = "layer_shapley", f"a {type(model).__name__} without its layers"
+    fits = modules.issuperset(chain(*controller.layers.layers))
+    require(fits, where, "model", "the controller's", other)
     if method is None:
         method = "exact" if n <= _MOST_EXACT_LAYERS else "permutation"
     estimator = _estimator(n, method, samples, generator, antithetic, levels)
-    fits = batched_coalitions >= 1 and (batched_coalitions <= 1 or batch is not None)
-    other = batched_coalitions
-    require(fits, "layer_shapley", "batched_coalitions", "at least 1, and 1 without a batch", other)
+    count = batched_coalitions
+    fits = count == 1 or (count > 1 and batch is not None)
+    require(fits, where, "batched_coalitions", "at least 1, and 1 without a batch", count)
 
-    def one_by_one(asked: Sequence[int]) -> list[float]:
-        found: list[float] = []
-        for coalition in asked:
-            with controller.coalition(_mask(coalition, n)):
-                found.append(float(eval_fn(model)))
-        return found
-
-    values, at_once = one_by_one, 1
-    if batch is not None:
-        values = _Batched(model, controller, eval_fn, batch)
-        at_once = _coalitions_at_once(values.first, batched_coalitions)
+    values = _Utilities(model, controller, eval_fn, batch)
+    at_once = 1 if batch is None else _coalitions_at_once(values.first, count)
     with evaluating(model), torch.no_grad():
         return _run(estimator, n, values, cache, at_once)
 
 
 def _coalitions_at_once(inputs: Tensor, most: int) -> int:
-    """How many copies of a batch a forward is to have: at most ``most``; on the CPU fewer, but one,
+    """Return how many copies of a batch a forward has: at most ``most``; on the CPU fewer, but one,
     where they have more than 1024 tokens. Inputs are token numbers ``(rows, ...)``, or features."""
     if inputs.device.type != "cpu":
         return most
@@ -169,20 +160,20 @@ def _coalitions_at_once(inputs: Tensor, most: int) -> int:
 
 
 @dataclass(eq=False)
-class _Batched:
-    """Values of coalitions on one batch, all that are asked for at once in one forward."""
+class _Utilities:
+    """Values of coalitions; on a batch, all that are asked for at once in one forward."""
 
     model: nn.Module
     controller: CopraController
     eval_fn: Callable[..., Any]
-    batch: dict[str, Any]
+    batch: dict[str, Any] | None
     row_by_row: bool = True  # until a layer refuses
 
     def __post_init__(self) -> None:
-        tensors = [v for v in self.batch.values() if isinstance(v, Tensor) and v.dim()]
-        require(tensors, "layer_shapley", "batch", "tensors with rows", sorted(self.batch))
-        self.first = tensors[0]
-        self.rows = self.first.shape[0]
+        batch = {"": torch.empty(0)} if self.batch is None else self.batch
+        tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
+        require(tensors, "layer_shapley", "batch", "tensors with rows", sorted(batch))
+        self.first, self.rows = tensors[0], len(tensors[0])
 
     def __call__(self, asked: Sequence[int]) -> list[float]:
         masks = [_mask(coalition, len(self.controller.layers)) for coalition in asked]
@@ -192,9 +183,8 @@ class _Batched:
                     return self._utilities(len(masks))
             except RowwiseError as error:
                 self.row_by_row = False
-                warnings.warn(
-                    f"layer_shapley: {error}; coalitions are evaluated one by one", stacklevel=6
-                )
+                told = f"layer_shapley: {error}; coalitions are evaluated one by one"
+                warnings.warn(told, stacklevel=6)
         found: list[float] = []
         for mask in masks:
             with self.controller.coalition(mask):
@@ -202,17 +192,17 @@ class _Batched:
         return found
 
     def _utilities(self, times: int) -> list[float]:
-        batch = {name: self._repeated(value, times) for name, value in self.batch.items()}
+        if self.batch is None:
+            return [float(self.eval_fn(self.model))]
+        batch = dict(self.batch)
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.rows:
+                batch[name] = value.repeat(times, *[1] * (value.dim() - 1))
         found = self.eval_fn(self.model(**batch), batch)
         shape = tuple(found.shape) if isinstance(found, Tensor) else found
         expected = f"the utility of each row, of shape {(times * self.rows,)}"
         require(shape == (times * self.rows,), "layer_shapley", "eval_fn", expected, shape)
         return found.double().view(times, self.rows).mean(1).tolist()
-
-    def _repeated(self, value: Any, times: int) -> Any:
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.rows:
-            return value.repeat(times, *[1] * (value.dim() - 1))
-        return value
 
 
 def _estimator(
@@ -222,31 +212,31 @@ def _estimator(
     generator: torch.Generator | None,
     antithetic: bool,
     levels: int,
-) -> Estimator:
+) -> _Estimator:
     where = "shapley_values"
     for name, value in (("n", n), ("samples", samples), ("levels", levels)):
-        if value is not None:
-            integer(where, name, value, 1)
+        integer(where, name, 1 if value is None else value, 1)
     if method == "permutation":
-        return permutation(n, samples or _ORDERS, antithetic, generator)
+        return _permutation(n, samples or _ORDERS, antithetic, generator)
     if method == "owen":
-        return owen(n, samples or _DRAWS, levels, generator)
+        return _owen(n, samples or _DRAWS, levels, generator)
     require(method == "exact", where, "method", "'exact', 'permutation' or 'owen'", repr(method))
     expected = f"at most {_MOST_EXACT} players for method 'exact'"
     require(n <= _MOST_EXACT, where, "n", expected, f"{n}; 'permutation' and 'owen' take samples")
-    return exact(n)
+    return _exact(n)
 
 
-def _run(estimator: Estimator, n: int, values: Values, cache: bool, at_once: int) -> Shapley:
+def _run(estimator: _Estimator, n: int, values: Values, cache: bool, at_once: int) -> Shapley:
     asked = list(dict.fromkeys(estimator.coalitions)) if cache else list(estimator.coalitions)
     found: list[float] = []
     for start in range(0, len(asked), at_once):
         part = asked[start : start + at_once]
         for coalition, value in zip(part, values(part), strict=True):
             if not math.isfinite(value):
+                players = _mask(coalition, n).nonzero().flatten().tolist()
+                other = f"{value} for the coalition {players} of {n} players"
                 raise ValueError(
-                    f"shapley_values: value_fn: expected a finite number, found {value} for the "
-                    f"coalition {_mask(coalition, n).nonzero().flatten().tolist()} of {n} players"
+                    f"shapley_values: value_fn: expected a finite number, found {other}"
                 )
             found.append(value)
     if cache:
@@ -258,3 +248,92 @@ def _run(estimator: Estimator, n: int, values: Values, cache: bool, at_once: int
 
 def _mask(coalition: int, n: int) -> Tensor:
     return torch.tensor([coalition >> i & 1 for i in range(n)], dtype=torch.bool)
+
+
+# -------------------------------------------------------------------------------------------------
+# Estimators
+
+
+class _Estimator(NamedTuple):
+    """Coalitions to ask for, and the values ``(n,)`` and standard errors ``(n,)`` that follow.
+
+    A coalition is a number whose bit i says whether player i takes part. No estimator looks at a
+    value before it has named all coalitions, so that these can be evaluated many at a time.
+    """
+
+    coalitions: list[int]  # may come more than once
+    combine: Callable[[Tensor], tuple[Tensor, Tensor]]  # of their values, float64, in order
+
+
+def _exact(n: int) -> _Estimator:
+    """All ``2^n`` coalitions, by the definition: each player's weighted mean gain over those of
+    the others. The standard error is 0."""
+
+    def combine(v: Tensor) -> tuple[Tensor, Tensor]:
+        number = torch.arange(2**n)
+        sizes = sum((number >> i & 1 for i in range(n)), torch.zeros_like(number))
+        # |S|! (n - |S| - 1)! / n! of a coalition of the others
+        weights = [1 / (n * math.comb(n - 1, size)) for size in range(n)]
+        weight = torch.tensor([*weights, 0.0], dtype=torch.float64)[sizes]
+        phi = torch.zeros(n, dtype=torch.float64)
+        for i in range(n):
+            without = number[(number >> i & 1) == 0]
+            phi[i] = (weight[without] * (v[without | 1 << i] - v[without])).sum()
+        return phi, torch.zeros_like(phi)
+
+    return _Estimator(list(range(2**n)), combine)
+
+
+def _permutation(
+    n: int, orders: int, antithetic: bool, generator: torch.Generator | None
+) -> _Estimator:
+    """Gains along random orders of joining; a sample is an order, or one and its reverse."""
+    drawn: list[list[int]] = []
+    for _ in range(orders):
+        order = torch.randperm(n, generator=generator).tolist()
+        drawn += [order, order[::-1]] if antithetic else [order]
+    # The coalitions along an order, from the empty to the full one.
+    asked = [c for order in drawn for c in accumulate((1 << i for i in order), initial=0)]
+
+    def combine(v: Tensor) -> tuple[Tensor, Tensor]:
+        gains = v.view(len(drawn), n + 1).diff(dim=1)  # by place in the order
+        by_player = torch.empty_like(gains).scatter_(1, torch.tensor(drawn), gains)
+        samples = by_player.view(orders, -1, n).mean(1)
+        return samples.mean(0), _error_of_mean(samples)
+
+    return _Estimator(asked, combine)
+
+
+def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) -> _Estimator:
+    """Gains over random coalitions of the others, by the probability q of each of them.
+
+    ``phi_i`` is the integral over q in [0, 1] of the mean gain, here the mean over midpoints.
+    """
+    asked: list[int] = []
+    inside: list[list[bool]] = []
+    for level in range(levels):
+        q = (level + 0.5) / levels
+        for _ in range(draws):
+            members = (torch.rand(n, generator=generator) < q).tolist()
+            inside.append(members)
+            coalition = sum(1 << i for i in range(n) if members[i])
+            asked += [coalition, *(coalition ^ 1 << i for i in range(n))]
+
+    def combine(v: Tensor) -> tuple[Tensor, Tensor]:
+        table = v.view(levels * draws, n + 1)
+        changes = table[:, 1:] - table[:, :1]  # by the player's coming, or by its going
+        gains = torch.where(torch.tensor(inside), -changes, changes)
+        if draws == 1:  # between the levels, which is more than within them
+            return gains.mean(0), _error_of_mean(gains)
+        by_level = gains.view(levels, draws, n)
+        errors = torch.stack([_error_of_mean(level) for level in by_level])
+        return gains.mean(0), errors.square().sum(0).sqrt() / levels
+
+    return _Estimator(asked, combine)
+
+
+def _error_of_mean(samples: Tensor) -> Tensor:
+    """``(n,)`` standard errors of the mean of ``(samples, n)``; NaN of a single one."""
+    if len(samples) == 1:
+        return torch.full_like(samples[0], math.nan)
+    return samples.std(0) / math.sqrt(len(samples))

@@ -64,9 +64,7 @@ class FedHello(LoraStrategy):
             if proxy is None or (not callable(proxy) and len(proxy) == 0):
                 raise EmptyProxySet(f"{WHERE}: proxy: expected samples for kind 'fim', found none")
         super().__init__(allocator if isinstance(allocator, HLA) else None, **strategy)
-        self._model_fn = model_fn
-        self._proxy = proxy
-        self._adapter = adapter
+        self._model_fn, self._proxy, self._adapter = model_fn, proxy, adapter
         self._pattern: str = strategy.get("pattern", PATTERN)
         self._scoring_model: LoraLayerManager | None = None
         self._logged = self._warned = False
@@ -124,8 +122,6 @@ class FedHello(LoraStrategy):
     def _warn_uncovered(self, hla: HLA, capabilities: Iterable[int]) -> None:
         self._warned = True
         if missing := hla.uncovered(capabilities):
-            warnings.warn(
-                f"{WHERE}: capability: layers {[*missing]} can never be trained: {hla!r} gives "
-                "them to no client of these capabilities",
-                stacklevel=3,
-            )
+            why = f"{hla!r} gives them to no client of these capabilities"
+            never = f"layers {[*missing]} can never be trained: {why}"
+            warnings.warn(f"{WHERE}: capability: {never}", stacklevel=3)

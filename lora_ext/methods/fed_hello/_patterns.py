@@ -32,6 +32,9 @@ class Pattern(str, Enum):
         return self.value
 
 
+_LINES = {Pattern.UNIFORM: (1, 0), Pattern.TRIANGLE: (3, -2), Pattern.INVERTED_TRIANGLE: (1, 2)}
+
+
 def as_pattern(where: str, pattern: Pattern | str) -> Pattern:
     """The pattern of this name; the message about one that there is not lists them."""
     return Pattern(choice(where, "pattern", pattern, [each.value for each in Pattern]))
@@ -60,15 +63,11 @@ def pattern_weights(pattern: Pattern | str, L: int) -> Tensor:
     where = "pattern_weights"
     pattern = as_pattern(where, pattern)
     L = integer(where, "L", L, 1)
-    places = [layer / max(L - 1, 1) for layer in range(L)]  # u
-    if pattern is Pattern.TRIANGLE:
-        return normalised([3 - 2 * u for u in places])
-    if pattern is Pattern.INVERTED_TRIANGLE:
-        return normalised([1 + 2 * u for u in places])
-    if pattern is Pattern.UNIFORM:
-        return normalised([1.0] * L)
-    positions = [11 * layer / max(L - 1, 1) for layer in range(L)]  # 11 u, exact for L = 12
-    return normalised(np.interp(positions, range(12), _BOTTLENECK).tolist())
+    if pattern is Pattern.BOTTLENECK:
+        positions = [11 * layer / max(L - 1, 1) for layer in range(L)]  # 11 u, exact for L = 12
+        return normalised(np.interp(positions, range(12), _BOTTLENECK).tolist())
+    first, rise = _LINES[pattern]
+    return normalised([first + rise * (layer / max(L - 1, 1)) for layer in range(L)])
 
 
 def gd_layers(pattern: Pattern | str, L: int, c: int) -> tuple[int, ...]:
@@ -138,11 +137,11 @@ def rgd_layers(
     c = integer(where, "c", c, 0, len(g))
     likely = [layer for layer, weight in enumerate(g) if weight > 0]
     require(len(likely) >= c, where, "weights", f"at least {c} above 0", len(likely))
-    keys = {
-        layer: math.log(g[layer]) - math.log(-math.log(_uniform(seed, round, client, layer)))
-        for layer in likely
-    }
-    return tuple(sorted(sorted(likely, key=keys.__getitem__, reverse=True)[:c]))
+
+    def key(layer: int) -> float:
+        return math.log(g[layer]) - math.log(-math.log(_uniform(seed, round, client, layer)))
+
+    return tuple(sorted(sorted(likely, key=key, reverse=True)[:c]))
 
 
 def checked_weights(where: str, weights: Weights, L: int | None = None) -> Tensor:

@@ -47,9 +47,8 @@ def cluster_weights(
     positive = all(math.isfinite(level) and level > 0 for level in levels)
     require(positive, where, "levels", "finite numbers above 0", list(levels))
     values = torch.as_tensor(scores, dtype=torch.float64).detach().cpu()
-    require(
-        values.dim() == 1 and values.numel() > 0, where, "scores", "shape (L,)", [*values.shape]
-    )
+    fits = values.dim() == 1 and values.numel() > 0
+    require(fits, where, "scores", "shape (L,)", [*values.shape])
     require(bool(values.isfinite().all()), where, "scores", "finite numbers", values.tolist())
     distinct, place, counts = values.unique(return_inverse=True, return_counts=True)  # sorted
     groups = _groups(distinct.tolist(), counts.tolist(), min(k, len(distinct)))
@@ -80,9 +79,8 @@ def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
             found.append(min(totals, default=(Fraction(0), 0)))
         best = [Fraction(0), *(total for total, _ in found)]
         cuts.append([start for _, start in found])
-    groups = [0] * n
-    stop = n
-    for group in range(k - 1, -1, -1):
+    groups, stop = [0] * n, n
+    for group in reversed(range(k)):
         start = cuts[group][stop - 1]
         groups[start:stop] = [group] * (stop - start)
         stop = start

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -77,19 +78,15 @@ def fim_scores(
 
     Source: arXiv 2506.12213, FIM-HLA.
     """
-    for name, value, allowed in (("score", score, Score), ("reduce", reduce, Reduce)):
-        choice(WHERE, name, value, get_args(allowed))
+    choice(WHERE, "score", score, get_args(Score))
+    choice(WHERE, "reduce", reduce, get_args(Reduce))
     integer(WHERE, "chunk", chunk, 1)
     layers, pairs, alone = _scored(model, layer_of)
-    samples = 0
     # A caller's inference_mode would make outputs that no gradient can be asked of.
     with _as_evaluated(model, alone), torch.inference_mode(False), torch.enable_grad():
         squares = {id(p): torch.zeros_like(p, dtype=torch.float64) for p in layers}
-        for batch in batches:
-            rows = _add_pairs(model, batch, pairs, squares, score, chunk)
-            samples += rows
-            if alone and rows:
-                _add_alone(model, batch, alone, squares, score)
+        fisher = _Fisher(model, pairs, alone, squares, score, chunk)
+        samples = sum(fisher.add(batch) for batch in batches)
     require(samples, WHERE, "batches", "at least one sample", "none", EmptyProxySet)
     found = torch.zeros(max(layers.values()) + 1, dtype=torch.float64)
     for parameter, layer in layers.items():
@@ -165,84 +162,74 @@ def _as_evaluated(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[Non
             parameter.requires_grad_(flag)
 
 
-def _add_pairs(
-    model: nn.Module,
-    batch: Any,
-    pairs: list[_Pair],
-    squares: dict[int, Tensor],
-    score: Score,
-    chunk: int,
-) -> int:
-    """Add the squared gradients of a batch's samples; how many samples they are."""
-    pairs = [p for p in pairs if is_active(p.layer, p.adapter) and not p.layer.disable_adapters]
-    calls: dict[int, list[tuple[Tensor, Tensor]]] = {id(pair.layer): [] for pair in pairs}
+@dataclass
+class _Fisher:
+    """Sums of the squared gradients of samples, by the ids of the parameters."""
 
-    def watch(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        x = args[0] if args else kwargs["x"]
-        if not output.requires_grad:  # nothing before it needs a gradient: the graph begins here
-            output = output.detach().requires_grad_(True)
-        calls[id(layer)].append((x.detach(), output))
-        return output
+    model: nn.Module
+    pairs: list[_Pair]
+    alone: list[nn.Parameter]
+    squares: dict[int, Tensor]
+    score: Score
+    chunk: int
 
-    with contextlib.ExitStack() as hooks:
-        for layer in {id(pair.layer): pair.layer for pair in pairs}.values():
-            hooks.enter_context(layer.register_forward_hook(watch, with_kwargs=True))
-        scores = _sample_scores(model, batch, score)
-    n = len(scores)
-    outputs = [output for own in calls.values() for _, output in own]
-    if not n or not outputs:
+    def add(self, batch: Any) -> int:
+        """Add a batch's samples and return their number."""
+        pairs = [
+            p for p in self.pairs if is_active(p.layer, p.adapter) and not p.layer.disable_adapters
+        ]
+        calls: dict[int, list[tuple[Tensor, Tensor]]] = {id(pair.layer): [] for pair in pairs}
+
+        def watch(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            x = args[0] if args else kwargs["x"]
+            if not output.requires_grad:  # the graph starts here
+                output = output.detach().requires_grad_(True)
+            calls[id(layer)].append((x.detach(), output))
+            return output
+
+        with contextlib.ExitStack() as hooks:
+            for layer in {id(pair.layer): pair.layer for pair in pairs}.values():
+                hooks.enter_context(layer.register_forward_hook(watch, with_kwargs=True))
+            scores = _sample_scores(self.model, batch, self.score)
+        n, outputs = len(scores), [output for own in calls.values() for _, output in own]
+        if n and outputs:
+            gradients = iter(torch.autograd.grad(scores.sum(), outputs, allow_unused=True))
+            seen = {key: [(x, next(gradients)) for x, _ in own] for key, own in calls.items()}
+            for pair in pairs:
+                own = [(x, g) for x, g in seen[id(pair.layer)] if g is not None]
+                if own:
+                    sides = zip(*own, strict=True)
+                    self._add_pair(pair, *(_by_sample(pair.name, ts, n) for ts in sides))
+        for sample in _samples(batch) if self.alone and n else ():  # a backward for each
+            score = _sample_scores(self.model, sample, self.score).sum()
+            gradients = torch.autograd.grad(score, self.alone, allow_unused=True)
+            for parameter, gradient in zip(self.alone, gradients, strict=True):
+                if gradient is not None:
+                    self.squares[id(parameter)] += gradient.double().square()
         return n
-    gradients = iter(torch.autograd.grad(scores.sum(), outputs, allow_unused=True))
-    seen = {key: [(x, next(gradients)) for x, _ in own] for key, own in calls.items()}
-    for pair in pairs:
-        own = [(x, g) for x, g in seen[id(pair.layer)] if g is not None]
-        if own:
-            x, g = (
-                torch.cat([_by_sample(pair, t, n) for t in ts], 1) for ts in zip(*own, strict=True)
-            )
-            _add_squares(pair, x, g, squares, chunk)
-    return n
+
+    def _add_pair(self, pair: _Pair, x: Tensor, gradient: Tensor) -> None:
+        """Add ``x (n, T, I)`` and the gradients of the outputs ``(n, T, O)``, samples apart."""
+        dtype = torch.promote_types(pair.a.dtype, torch.float32)
+        a, b = pair.a.detach().to(dtype), pair.b.detach().to(dtype)
+        parts = (t.to(dtype).split(self.chunk) for t in (x, gradient))
+        for xs, ds in zip(*parts, strict=True):
+            d = pair.scaling * ds
+            for key, left, right in ((id(pair.a), d @ b, xs), (id(pair.b), d, xs @ a.T)):
+                if left.shape[1] == 1:  # the square of an outer product is that of the squares
+                    left, right = left[:, 0].double().square(), right[:, 0].double().square()
+                    self.squares[key] += left.T @ right
+                else:
+                    self.squares[key] += (left.mT @ right).double().square().sum(0)
 
 
-def _by_sample(pair: _Pair, t: Tensor, n: int) -> Tensor:
-    """``(n, T, width)``, also of a layer that gets the tokens of all samples in a row."""
-    fits = t.dim() > 1 and t.shape[0] % n == 0
-    require(fits, WHERE, pair.name, f"an input of {n} samples", list(t.shape))
-    return t.reshape(n, -1, t.shape[-1])
-
-
-def _add_squares(
-    pair: _Pair, x: Tensor, gradient: Tensor, squares: dict[int, Tensor], chunk: int
-) -> None:
-    """Of ``x (n, T, I)`` and the gradients of the outputs ``(n, T, O)``, samples apart."""
-    dtype = torch.promote_types(pair.a.dtype, torch.float32)
-    a, b = pair.a.detach().to(dtype), pair.b.detach().to(dtype)
-    parts = zip(x.to(dtype).split(chunk), gradient.to(dtype).split(chunk), strict=True)
-    for xs, ds in parts:
-        d = pair.scaling * ds
-        for key, left, right in ((id(pair.a), d @ b, xs), (id(pair.b), d, xs @ a.T)):
-            if left.shape[1] == 1:  # the square of an outer product is that of the squares
-                left, right = left[:, 0].double().square(), right[:, 0].double().square()
-                squares[key] += left.T @ right
-            else:
-                squares[key] += (left.mT @ right).double().square().sum(0)
-
-
-def _add_alone(
-    model: nn.Module,
-    batch: Any,
-    parameters: list[nn.Parameter],
-    squares: dict[int, Tensor],
-    score: Score,
-) -> None:
-    """A forward and a backward for each sample."""
-    for sample in _samples(batch):
-        gradients = torch.autograd.grad(
-            _sample_scores(model, sample, score).sum(), parameters, allow_unused=True
-        )
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                squares[id(parameter)] += gradient.double().square()
+def _by_sample(name: str, tensors: Sequence[Tensor], n: int) -> Tensor:
+    """Join tensors as ``(n, T, width)``, also of a layer that gets the tokens of all samples in a
+    row."""
+    for t in tensors:
+        fits = t.dim() > 1 and t.shape[0] % n == 0
+        require(fits, WHERE, name, f"an input of {n} samples", list(t.shape))
+    return torch.cat([t.reshape(n, -1, t.shape[-1]) for t in tensors], 1)
 
 
 def _samples(batch: Any) -> Iterator[Any]:
@@ -255,26 +242,23 @@ def _samples(batch: Any) -> Iterator[Any]:
 
 def _sample_scores(model: nn.Module, batch: Any, score: Score) -> Tensor:
     """``(n,)``: log p(y | x) of each sample, or the logit of y."""
-    if isinstance(batch, Mapping):
-        require("labels" in batch, WHERE, "batches", "labels", sorted(batch))
-        labels = batch["labels"]
-    else:
-        pair = isinstance(batch, tuple | list) and len(batch) == 2
-        require(pair, WHERE, "batches", "mappings, or (x, y)", type(batch).__name__)
-        labels = batch[1]
+    named = isinstance(batch, Mapping)
+    fits = named or (isinstance(batch, tuple | list) and len(batch) == 2)
+    require(fits, WHERE, "batches", "mappings, or (x, y)", type(batch).__name__)
+    require(not named or "labels" in batch, WHERE, "batches", "labels", [*batch])
+    key: Any = "labels" if named else 1
+    labels = batch[key]
     inputs, segments = merged([batch], WHERE)
     if not segments[0].rows:
         return torch.zeros(0)
     output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     logits = logits_of(output, segments, WHERE)
     labels = labels.to(logits.device)
-    if isinstance(batch, Mapping) and logits.dim() == 3:
+    if named and logits.dim() == 3:
         labels = shift_labels(labels)
-    expected = list(logits.shape[:-1])
-    fits = list(labels.shape) == expected
-    require(fits, WHERE, "labels", f"shape {expected}", list(labels.shape))
-    known = labels != IGNORE
-    classes = logits.shape[-1]
+    expected, found = list(logits.shape[:-1]), list(labels.shape)
+    require(found == expected, WHERE, "labels", f"shape {expected}", found)
+    known, classes = labels != IGNORE, logits.shape[-1]
     inside = bool(((labels >= 0) & (labels < classes) | ~known).all())
     require(inside, WHERE, "labels", f"classes below {classes}, or {IGNORE}", "others")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass
 from numbers import Integral, Real
@@ -94,12 +95,12 @@ class CapacityTracker:
             **dict.fromkeys(("L", "max_bad", "max_timeouts", "cooldown"), within(1)),
             "rho": within(0, below=1),
             "forgetting": within(above=0, maximum=1),
-            "outlier": within(above=1, finite=False),
-            "most_seconds": within(above=0, finite=False),
+            "outlier": within(above=1, maximum=math.inf),
+            "most_seconds": within(above=0, maximum=math.inf),
         }
         check_fields(self, table)
-        self.dropped: dict[Client, int] = {}
-        self.ignored: dict[Client, int] = {}
+        self.dropped: Counter[Client] = Counter()
+        self.ignored: Counter[Client] = Counter()
         self._devices: dict[Client, _Device] = {}
         for device, speeds in (self.prior or {}).items():
             check_estimate("CapacityTracker", f"prior[{device!r}]", speeds)
@@ -125,27 +126,32 @@ class CapacityTracker:
             whether the estimate has taken it in.
         """
         state = self._device(report.device)
-        if not self._is_measurement(report):
+        up_time = report.down_time if report.up_time is None else report.up_time
+        if not self._is_measurement(report._replace(up_time=up_time)):
             state.bad += 1
-            self.dropped[report.device] = self.dropped.get(report.device, 0) + 1
+            self.dropped[report.device] += 1
             _log.warning("CapacityTracker: no measurement, dropped: %s", report)
             return False
-        report = _plain(report)
+        # Python's own numbers, which JSON holds.
+        depth, seconds = int(report.depth), float(report.train_time)
+        beta = (float(report.down_time) + float(up_time)) / float(report.bytes)
         state.bad = state.timeouts = 0
-        beta = (report.down_time + _up(report)) / report.bytes
-        if self._is_off(report, state, beta):
+        pairs = [(seconds, state.train_time(depth))] if state.count else []
+        pairs += [] if state.beta is None else [(beta, state.beta)]
+        most = self.outlier
+        if any(not known / most <= found <= known * most for found, known in pairs):
             if not state.off:
                 state.off = True
-                self.ignored[report.device] = self.ignored.get(report.device, 0) + 1
+                self.ignored[report.device] += 1
                 _log.info("CapacityTracker: far off, ignored once: %s", report)
                 return False
             state.forget()
         state.off = False
-        expected = state.train_time(report.depth)
-        change = report.train_time / expected if expected > 0 else 1.0
-        if report.depth == state.last and not 0.5 <= change <= 2:
+        expected = state.train_time(depth)
+        change = seconds / expected if expected > 0 else 1.0
+        if depth == state.last and not 0.5 <= change <= 2:
             state.rescale(change)
-        state.add(report.depth, report.train_time, self.forgetting)
+        state.add(depth, seconds, self.forgetting)
         before = beta if state.beta is None else state.beta
         state.beta = self.rho * before + (1 - self.rho) * beta
         return True
@@ -196,8 +202,8 @@ class CapacityTracker:
         Raises:
             KeyError: none of its reports was a measurement so far.
         """
-        where, found = "CapacityTracker.estimate", repr(device)
-        require(device in self, where, "device", "one that reported", found, KeyError)
+        where = "CapacityTracker.estimate"
+        require(device in self, where, "device", "one that reported", repr(device), KeyError)
         state = self._devices[device]
         return Estimate(*state.solved(), state.beta or 0.0, self.trusted(device))
 
@@ -222,25 +228,17 @@ class CapacityTracker:
             KeyError, TypeError: another state; nothing has changed then.
         """
         devices = {device: _Device(**values) for device, values in state["devices"]}
-        dropped, ignored = dict(state["dropped"]), dict(state["ignored"])
+        dropped, ignored = (Counter(dict(state[key])) for key in ("dropped", "ignored"))
         self._devices, self.dropped, self.ignored = devices, dropped, ignored
 
     def _is_measurement(self, report: CapacityReport) -> bool:
-        depth, size = report.depth, report.bytes
-        durations = [report.train_time, report.down_time, _up(report)]
-        numbers = [depth, size, *durations]
+        numbers: list[Any] = [*report[1:]]
         if any(isinstance(v, bool) or not isinstance(v, Real) for v in numbers):
             return False
-        whole = isinstance(depth, Integral) and 1 <= depth <= self.L
-        timed = all(0 < value <= self.most_seconds for value in durations)
-        return whole and timed and math.isfinite(size) and size > 0
-
-    def _is_off(self, report: CapacityReport, state: _Device, beta: float) -> bool:
-        pairs = [(report.train_time, state.train_time(report.depth))] if state.count else []
-        if state.beta is not None:
-            pairs.append((beta, state.beta))
-        most = self.outlier
-        return any(not known / most <= found <= known * most for found, known in pairs)
+        depth, *durations, size, up_time = numbers
+        whole = isinstance(depth, Integral) and 1 <= int(depth) <= self.L
+        timed = all(0 < value <= self.most_seconds for value in (*durations, up_time))
+        return whole and timed and 0 < size < math.inf
 
     def _device(self, device: Client) -> _Device:
         if device not in self._devices:
@@ -316,13 +314,3 @@ def check_estimate(where: str, name: str, estimate: Estimate) -> None:
     """Refuse speeds that are negative or not finite."""
     for part, value in zip(("f", "mu", "beta"), estimate[:3], strict=True):
         number(where, f"{name}.{part}", value, 0)
-
-
-def _plain(report: CapacityReport) -> CapacityReport:
-    """The same in Python's own numbers, which JSON holds, where NumPy's were given."""
-    device, depth, *numbers = report[:5]
-    return CapacityReport(device, int(depth), *map(float, numbers), up_time=float(_up(report)))
-
-
-def _up(report: CapacityReport) -> float:
-    return report.down_time if report.up_time is None else report.up_time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,17 +72,16 @@ class LegendAllocator:
         known = config.warmup == "probe" or bool(prior)
         require(known, WHERE, "prior", "speeds of the devices with warmup 'prior'", prior)
         self.draw = draw
-        of_tracker, of_configurator = (
-            {name: getattr(config, name) for name in names} for names in (_OF_TRACKER, _OF_DEPTHS)
-        )
-        self.tracker = CapacityTracker(self.L, prior=prior, **of_tracker)
-        devices: Any = {"memory": memory, "mem": mem, "shares": shares, "rank_caps": rank_caps}
+        speeds: Any = {name: getattr(config, name) for name in _OF_TRACKER}
+        self.tracker = CapacityTracker(self.L, prior=prior, **speeds)
+        settings: Any = {name: getattr(config, name) for name in _OF_DEPTHS}
+        settings |= {"memory": memory, "mem": mem, "shares": shares, "rank_caps": rank_caps}
         self.configurator = LegendConfigurator(
-            self.L, bytes_per_layer, ranks=self.ranks, **devices, **of_configurator
+            self.L, bytes_per_layer, ranks=self.ranks, **settings
         )
         self.last: Configuration | None = None
         self._depths: dict[Client, int] = {}  # as chosen, of devices without a fault since
-        self._probes: dict[Client, int] = {}
+        self._probes: Counter[Client] = Counter()
 
     @classmethod
     def of(
@@ -140,16 +140,26 @@ class LegendAllocator:
             ValueError: a client without any speed where warmup is "prior", or whose limit or memory
                 is below ``k_min``; what :meth:`LegendConfigurator.configure` refuses.
         """
-        awake = {c: limit for c, limit in clients.items() if not self.tracker.rests(c, round)}
-        probed = {c: self._probe(c, limit) for c, limit in awake.items() if self._is_new(c)}
-        known = {c: limit for c, limit in awake.items() if c not in probed}
+        tracker, config = self.tracker, self.config
+        awake = {c: limit for c, limit in clients.items() if not tracker.rests(c, round)}
+        if config.warmup == "prior":
+            for c in awake:
+                require(c in tracker, WHERE, "prior", f"speeds of {c!r}", "none")
+            new = set[Client]()
+        else:
+            new = {c for c in awake if c not in tracker or self._probes[c] < 2}
+        depths = {c: self._probe(c, limit) for c, limit in awake.items() if c in new}
+        known = {c: limit for c, limit in awake.items() if c not in new}
         chosen = self._configured(round, known) if known else {}
-        for client in probed:
-            self._probes[client] = self._probes.get(client, 0) + 1
+        self._probes.update(new)
         self._depths |= chosen
-        explored = {c: self._explored(c, k, known[c]) for c, k in chosen.items()}
-        depths = {**probed, **explored}
-        return {client: self._plan(round, client, depths[client]) for client in awake}
+        for c, depth in chosen.items():
+            # A device that has trained this depth alone for long tries one layer more, once.
+            bored = tracker.repeats(c, depth) >= config.explore_every
+            free = config.byte_budget is None and tracker.trusted(c)
+            more = bored and free and depth < self.configurator.deepest(c, known[c])
+            depths[c] = depth + int(more)
+        return {c: self._plan(round, c, depths[c]) for c in awake}
 
     def observe(
         self, round: int, client: Client, plan: LayerPlan, metrics: Mapping[str, float]
@@ -163,11 +173,10 @@ class LegendAllocator:
         Raises:
             ValueError: a plan without layers, which asks for nothing.
         """
-        train, down, size = (
-            metrics.get(name, math.nan) for name in ("train-time-s", "down-time-s", "bytes")
-        )
-        report = CapacityReport(client, self._reach(plan), train, down, size)
-        self.tracker.update(report._replace(up_time=metrics.get("up-time-s")))
+        names = ("train-time-s", "down-time-s", "bytes")
+        figures = [metrics.get(name, math.nan) for name in names]
+        up = metrics.get("up-time-s")
+        self.tracker.update(CapacityReport(client, self._reach(plan), *figures, up_time=up))
         if not self.tracker.trusted(client):
             self._depths.pop(client, None)
 
@@ -198,24 +207,16 @@ class LegendAllocator:
         Raises:
             KeyError, TypeError: another state; nothing has changed then.
         """
-        depths, probes = dict(state["depths"]), dict(state["probes"])
+        depths, probes = dict(state["depths"]), Counter(dict(state["probes"]))
         self.tracker.load_state_dict(state["tracker"])
         self._depths, self._probes = depths, probes
 
-    def _is_new(self, client: Client) -> bool:
-        if self.config.warmup == "prior":
-            require(client in self.tracker, WHERE, "prior", f"speeds of {client!r}", "none")
-            return False
-        return client not in self.tracker or self._probes.get(client, 0) < 2
-
     def _probe(self, client: Client, limit: int) -> int:
-        """All layers first, then half of them; the least after faults."""
-        least = self.config.k_min
-        most = self.configurator.deepest(client, limit)  # also refuses who cannot take part
-        if not self.tracker.trusted(client):
-            return least
-        wanted = self.L if self._probes.get(client, 0) % 2 == 0 else -(-self.L // 2)
-        return max(least, min(wanted, most))
+        """Return all layers first, then half of them; the least depth after faults."""
+        most = self.configurator.deepest(client, limit)  # raises if the device cannot take part
+        wanted = self.L if self._probes[client] % 2 == 0 else -(-self.L // 2)
+        trusted = self.tracker.trusted(client)
+        return max(self.config.k_min, min(wanted, most) if trusted else 0)
 
     def _configured(self, round: int, limits: Mapping[Client, int]) -> dict[Client, int]:
         """Depths of devices that have an estimate."""
@@ -225,15 +226,8 @@ class LegendAllocator:
         if len(kept) == len(limits):
             return kept
         estimates = {client: self.tracker.estimate(client) for client in limits}
-        found = self.configurator.configure(estimates, limits, self._depths, round, limits)
-        self.last = found
-        return {**found.depths, **kept}
-
-    def _explored(self, client: Client, depth: int, limit: int) -> int:
-        """One layer more, of a device that has trained this depth alone for long; for once."""
-        bored = self.tracker.repeats(client, depth) >= self.config.explore_every
-        free = self.config.byte_budget is None and self.tracker.trusted(client)
-        return depth + int(bored and free and depth < self.configurator.deepest(client, limit))
+        self.last = self.configurator.configure(estimates, limits, self._depths, round, limits)
+        return {**self.last.depths, **kept}
 
     def _plan(self, round: int, client: Client, depth: int) -> LayerPlan:
         if self.draw is None:

@@ -265,22 +265,16 @@ class LegendConfigurator:
         elif self.mode == "balanced":
             target = max(fastest, *(device.time(self.k_min) for device in trusted))
         else:
-            target = self._most_useful(trusted)
-        return target if self.deadline is None else min(target, self.deadline)
 
-    def _most_useful(self, devices: list[_Device]) -> float:
-        """The tau with the shortest round for what it trains."""
-        taus = {d.time(k) for d in devices for k in range(self.k_min, d.k_max + 1)}
-        best, found = math.inf, min(taus)
-        for tau in sorted(taus):
-            depths = [device.deepest(tau) for device in devices]
-            pairs = list(zip(devices, depths, strict=True))
-            useful = math.fsum(d.share * d.useful[k] for d, k in pairs)
-            seconds = max(d.time(k) for d, k in pairs)
-            cost = seconds / useful if useful else math.inf
-            if cost < best:
-                best, found = cost, tau
-        return found
+            def cost(tau: float) -> float:
+                """Seconds of the round for what it trains."""
+                pairs = [(device, device.deepest(tau)) for device in trusted]
+                useful = math.fsum(d.share * d.useful[k] for d, k in pairs)
+                return max(d.time(k) for d, k in pairs) / useful if useful else math.inf
+
+            taus = {d.time(k) for d in trusted for k in range(self.k_min, d.k_max + 1)}
+            target = min(sorted(taus), key=cost)
+        return target if self.deadline is None else min(target, self.deadline)
 
     def _steadied(
         self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
@@ -323,18 +317,14 @@ class LegendConfigurator:
         """Lower depths until the slices are within the budget."""
 
         def cost(i: int) -> tuple[float, float]:
-            device, depth = devices[i], depths[i]
-            size = device.bytes_of[depth]
-            return (size / device.share if device.share else math.inf), device.time(depth)
+            device, size = devices[i], devices[i].bytes_of[depths[i]]
+            return (size / device.share if device.share else math.inf), device.time(depths[i])
 
         while _bytes(devices, depths) > budget:
             deeper = [i for i, depth in enumerate(depths) if depth > self.k_min]
             if not deeper:
-                warnings.warn(
-                    f"{WHERE}: byte_budget: even depth {self.k_min} of all devices "
-                    f"exceeds {budget} bytes",
-                    stacklevel=3,
-                )
+                least = f"even depth {self.k_min} of all devices exceeds {budget} bytes"
+                warnings.warn(f"{WHERE}: byte_budget: {least}", stacklevel=3)
                 return
             depths[max(deeper, key=cost)] -= 1
 

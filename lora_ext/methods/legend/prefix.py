@@ -86,7 +86,17 @@ class PrefixCache:
         if lowest == 0:
             yield
             return
-        self._check_prefix(lowest)
+        # Activations may depend on nothing but their sample.
+        manager, blocks = self.manager, [f"{name}." for name in self.manager.blocks]
+        below, above = tuple(blocks[:lowest]), tuple(blocks[lowest:])
+        expected = "no adapter below the layers that train: apply(plan, others='disabled')"
+        for name, layer in adapted_layers(manager.model, manager.adapter).items():
+            off = not name.startswith(below) or not is_active(layer, manager.adapter)
+            require(off, WHERE, name, expected, f"{manager.adapter!r} on")
+        for name, module in manager.model.named_modules():
+            inside = f"{name}.".startswith(above) or ".lora_dropout." in name
+            found = _randomness(module) if module.training and not inside else ""
+            require(not found, WHERE, name, "rows that depend on their sample alone", found)
         if self._blocks > lowest:
             self._rows.clear()
         if not self._rows:
@@ -102,26 +112,21 @@ class PrefixCache:
                 yield
 
     def _lowest(self) -> int:
-        """How many blocks lie below the lowest that trains."""
-        manager = self.manager
-        layers = adapted_layers(manager.model, manager.adapter)
-        trained = tuple(
-            f"{name}."
-            for name, layer in layers.items()
-            if any(p.requires_grad for p in adapter_parameters(layer, manager.adapter))
-        )
-        blocks = enumerate(manager.blocks)
-        lowest = (i for i, block in blocks if any(n.startswith(f"{block}.") for n in trained))
-        return next(lowest, manager.num_layers)
+        """Return the number of blocks below the lowest that trains."""
+        manager, lowest = self.manager, self.manager.num_layers
+        for name, layer in adapted_layers(manager.model, manager.adapter).items():
+            if any(p.requires_grad for p in adapter_parameters(layer, manager.adapter)):
+                inside = (f"{name}.".startswith(f"{block}.") for block in manager.blocks)
+                lowest = min([lowest, *(i for i, holds in enumerate(inside) if holds)])
+        return lowest
 
     @contextlib.contextmanager
     def _skipping(self, rows: Tensor) -> Iterator[None]:
-        model = self.manager.model
-        names = self.manager.blocks[: self._blocks]
-        stand_ins: dict[str, nn.Module] = {name: _Skipped(self._in_tuple) for name in names}
-        stand_ins[names[-1]] = _Skipped(self._in_tuple, rows)
-        for name, stand_in in stand_ins.items():
-            stand_in.train(model.get_submodule(name).training)
+        model, names = self.manager.model, self.manager.blocks[: self._blocks]
+        stand_ins: dict[str, nn.Module] = {}
+        for name in names:
+            stand_ins[name] = _Skipped(self._in_tuple, rows if name == names[-1] else None)
+            stand_ins[name].train(model.get_submodule(name).training)
         swap = Swap(model, stand_ins, WHERE)
         try:
             yield
@@ -143,21 +148,6 @@ class PrefixCache:
         block = self.manager.model.get_submodule(self.manager.blocks[self._blocks - 1])
         with block.register_forward_hook(keep):
             yield
-
-    def _check_prefix(self, lowest: int) -> None:
-        """Refuse what makes activations depend on more than their sample."""
-        manager = self.manager
-        above = tuple(f"{name}." for name in manager.blocks[lowest:])
-        for name, layer in adapted_layers(manager.model, manager.adapter).items():
-            inside = name.startswith(tuple(f"{block}." for block in manager.blocks[:lowest]))
-            off = not inside or not is_active(layer, manager.adapter)
-            wanted = "no adapter below the layers that train: apply(plan, others='disabled')"
-            require(off, WHERE, name, wanted, f"{manager.adapter!r} on")
-        for name, module in manager.model.named_modules():
-            if not module.training or f"{name}.".startswith(above) or ".lora_dropout." in name:
-                continue
-            found = _randomness(module)
-            require(not found, WHERE, name, "rows that depend on their sample alone", found)
 
 
 def _randomness(module: nn.Module) -> str:

@@ -56,11 +56,9 @@ def rank_distribution(
         rounding and its other shapes are our choice.
     """
     where = "rank_distribution"
-    L = integer(where, "L", L, 1)
-    total = integer(where, "total", total, 0)
-    r_min = integer(where, "r_min", r_min, 0)
+    L, total = integer(where, "L", L, 1), integer(where, "total", total, 0)
+    r_min, multiple = integer(where, "r_min", r_min, 0), integer(where, "multiple", multiple, 1)
     r_max = None if r_max is None else integer(where, "r_max", r_max, 0)
-    multiple = integer(where, "multiple", multiple, 1)
     choice(where, "shape", shape, get_args(Shape))
     number(where, "step", step)
     rises = step >= 0 or shape in ("uniform", "geometric")
@@ -80,9 +78,15 @@ def rank_distribution(
     if high is not None:
         most = L * high * multiple
         require(total <= most + slack, where, "total", f"at most {most}, r_max in each", total)
-    wished = [value / multiple for value in _wished(L, total, step, shape, ratio)]
-    ranks = _clipped(_rounded(wished, int(sum_of)), int(sum_of), low, high)
-    ranks = [rank * multiple for rank in ranks]
+    if shape == "geometric":
+        growth = [ratio ** (i / max(1, L - 1)) for i in range(L)]
+        wished = [total * g / math.fsum(growth) for g in growth]
+    else:
+        step = 0 if shape == "uniform" else step
+        first = (total - step * L * (L - 1) / 2) / L
+        wished = [first + step * i for i in range(L)]
+    rounded = _rounded([value / multiple for value in wished], int(sum_of))
+    ranks = [rank * multiple for rank in _clipped(rounded, int(sum_of), low, high)]
     if sum(ranks) != total:
         _log.info("%s: ranks that are multiples of %d sum to %d", where, multiple, sum(ranks))
     return tuple(reversed(ranks) if shape == "reverse" else ranks)
@@ -113,16 +117,6 @@ def layer_bytes(
         require(rank <= most, where, f"ranks[{pair.layer}]: {pair.module}", f"at most {most}", rank)
         sums[pair.layer] += rank * (a.element_size() * a[0].numel() + b.element_size() * b.shape[0])
     return tuple(sums)
-
-
-def _wished(L: int, total: int, step: float, shape: Shape, ratio: float) -> list[float]:
-    """Real ranks of the shape that sum to ``total``, and do not fall."""
-    if shape == "geometric":
-        growth = [ratio ** (i / max(1, L - 1)) for i in range(L)]
-        return [total * g / math.fsum(growth) for g in growth]
-    step = 0 if shape == "uniform" else step
-    first = (total - step * L * (L - 1) / 2) / L
-    return [first + step * i for i in range(L)]
 
 
 def _rounded(values: Sequence[float], total: int) -> list[int]:

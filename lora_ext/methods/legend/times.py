@@ -85,9 +85,8 @@ class SimulatedClock:
         whole = LayerPlan(tuple(range(self.L)))
         down = plan_bytes(self.state, whole, self.pattern) if self.send_frozen else up
         reach = self.L - plan.layers[0] if plan.layers else 0
-        return CapacityReport(
-            device, len(plan.layers), f + reach * mu, beta * down / 2, up, beta * up / 2
-        )
+        figures = f + reach * mu, beta * down / 2, up, beta * up / 2
+        return CapacityReport(device, len(plan.layers), *figures)
 
     def advance(self, plans: Mapping[Client, LayerPlan]) -> RoundTime:
         """Let a round pass: the devices train in parallel, and the slowest ends it.

@@ -6,8 +6,7 @@ Sources: "The Impact of Initialization on LoRA Finetuning Dynamics" (Hayou, Ghos
 
 from lora_ext.layers import LoraProbe, init_lora_
 
-from ._rates import suggest_lr
 from .exponents import gamma_exponents
-from .groups import loraplus_param_groups
+from .groups import loraplus_param_groups, suggest_lr
 
 __all__ = ["LoraProbe", "gamma_exponents", "init_lora_", "loraplus_param_groups", "suggest_lr"]

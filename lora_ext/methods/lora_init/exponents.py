@@ -10,12 +10,9 @@ from lora_ext.layers import known_scheme
 _ZERO = -math.inf  # gamma[0]
 #: gamma of Z_A = A x and of B before the first step.
 _STARTS = {
-    "init_a": (0.0, _ZERO),
-    "init_a_normal": (0.0, _ZERO),
+    **dict.fromkeys(("init_a", "init_a_normal"), (0.0, _ZERO)),
     "gaussian": (0.5, _ZERO),  # Var(A_ij) does not fall with n
-    "init_b": (_ZERO, 0.0),
-    "init_b_normal": (_ZERO, 0.0),
-    "init_b_unit": (_ZERO, 0.0),
+    **dict.fromkeys(("init_b", "init_b_normal", "init_b_unit"), (_ZERO, 0.0)),
     "init_ab": (0.0, 0.0),
 }
 _SLACK = 1e-9  # sums of exponents such as 2/3 - 2/3 are rounded

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from lora_ext._checks import require
 from lora_ext.layers import Head, measured_head
 
-from ._head import Layers, mixed_logits, still
-from ._objective import Targets, distillation, kept, layer_losses
+from ._objective import Layers, Targets, distillation, kept, layer_losses, mixed_logits, still
 from .config import ModConfig
 from .layers import DepthMixer
 
@@ -30,16 +29,8 @@ class Call:
         self.last = self.weights = torch.empty(0)  # what leaves the decoder; who has what part
         self.grad = torch.is_grad_enabled()
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """A block in which the hooks of this mixer's model write here, in this thread alone."""
-        token = _running.set(self)
-        try:
-            yield
-        finally:
-            _running.reset(token)
 
-
+#: The call that the hooks of a mixer's model write to, in this thread alone.
 _running: ContextVar[Call | None] = ContextVar("lora_ext.mod_call", default=None)
 
 
@@ -61,9 +52,9 @@ class Capture:
         if call is None:
             return
         fits = not call.grad or torch.is_grad_enabled()
-        remedy = "call gradient_checkpointing_enable({'use_reentrant': False})"
-        found = f"a reentrant checkpoint around them; {remedy}"
-        require(fits, "mod", "model", "blocks whose outputs carry gradients", found, RuntimeError)
+        expected = "blocks whose outputs carry gradients"
+        found = "a reentrant checkpoint: gradient_checkpointing_enable({'use_reentrant': False})"
+        require(fits, "mod", "model", expected, found, RuntimeError)
         call.hiddens[self.place] = output[0] if isinstance(output, tuple) else output
 
 
@@ -117,7 +108,12 @@ class Ensemble:
 
         asked = given.pop("return_dict", None)
         as_dict = getattr(lm.config, "return_dict", True) if asked is None else asked
-        _check_labels(given)
+        labels, keep = given.get("labels"), given.get("logits_to_keep", 0)
+        inputs = given.get("input_ids")
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        if isinstance(labels, Tensor) and isinstance(inputs, Tensor) and isinstance(keep, int):
+            shape, found = tuple(inputs.shape[:2]), tuple(labels.shape)
+            require(keep != 0 or found == shape, "mod", "labels", f"shape (B, T) = {shape}", found)
         named = inspect.signature(forward).parameters
         own = dict(given)
         if self.explicit:  # the model makes no logits that are not needed
@@ -127,8 +123,11 @@ class Ensemble:
         unknown = self.head is None and self.config.k > 1
         # A head is told by what it makes of one state twice: dropout would make two things of it.
         with still(lm.get_output_embeddings()) if unknown else nullcontext():
-            with call.running():
+            token = _running.set(call)
+            try:
                 output = forward(**own, return_dict=True)
+            finally:
+                _running.reset(token)
             if unknown and output.logits.numel():
                 entered = kept(call.last, own.get("logits_to_keep", 0))
                 self.head = measured_head("mod", lm, self.softcap, entered, output.logits)
@@ -137,14 +136,13 @@ class Ensemble:
         loss = output.loss
         if self.explicit:
             config, layers = self.config, self._layers(lm, given, call)
-            weights = kept(call.weights, given.get("logits_to_keep", 0)).to(layers.weight.device)
+            weights = kept(call.weights, keep).to(layers.weight.device)
             logits = mixed_logits(layers, weights, config.vocab_chunk, config.mix == "prob")
             added["logits"] = logits
-            if given.get("labels") is not None:
+            if labels is not None:
                 others = {name: value for name, value in given.items() if name not in named}
-                loss = lm.loss_function(
-                    logits=logits, labels=given["labels"], vocab_size=logits.shape[-1], **others
-                )
+                others |= {"labels": labels, "vocab_size": logits.shape[-1]}
+                loss = lm.loss_function(logits=logits, **others)
         if loss is not None:
             added |= self._terms(lm, given, call, loss)
         result = mod_output(output, **added)
@@ -185,13 +183,3 @@ def with_mixture(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any
     """Run the forward of a causal LM that has MoD, or has had it: somebody may have kept it."""
     ensemble: Ensemble | None = lm.__dict__.get(Ensemble.KEY)
     return own(**given) if ensemble is None else ensemble.run(lm, own, given)
-
-
-def _check_labels(given: dict[str, Any]) -> None:
-    labels, keep = given.get("labels"), given.get("logits_to_keep", 0)
-    inputs = given.get("input_ids")
-    inputs = given.get("inputs_embeds") if inputs is None else inputs
-    if not isinstance(labels, Tensor) or not isinstance(inputs, Tensor):
-        return
-    fits = not isinstance(keep, int) or keep != 0 or labels.shape == inputs.shape[:2]
-    require(fits, "mod", "labels", f"shape (B, T) = {tuple(inputs.shape[:2])}", tuple(labels.shape))

@@ -70,25 +70,24 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     lm = causal_lm(model, "apply")
     from ._output import ADDED  # it needs transformers, as the model does
 
-    expected = "a model without MoD"
-    found = "one that has it; call mod.remove(model) first"
-    require(Ensemble.KEY not in lm.__dict__, "apply", "model", expected, found, RuntimeError)
-    require(not hasattr(lm, NAME), "apply", "model", f"no attribute {NAME!r}", "one")
-    stack = list(decoder_layers(lm))
-    expected = f"at most the model's {len(stack)} layers"
-    require(config.k <= len(stack), "apply", "k", expected, config.k)
-    softcap = softcap_of(lm)
-    fits = config.backend != "hidden" or softcap is None or config.k <= 1
-    wanted = f"'auto' or 'chunked' for a head that soft-caps its logits at {softcap}"
-    other = "'hidden': a mix of hidden states is no mix of such logits"
-    require(fits, "apply", "backend", wanted, other, InexactMixError)
-    decoder = _parent(lm, stack[0])
+    where, remedy = "apply", "one with MoD; call mod.remove(model) first"
+    new = Ensemble.KEY not in lm.__dict__
+    require(new, where, "model", "a model without MoD", remedy, RuntimeError)
+    require(not hasattr(lm, NAME), where, "model", f"no attribute {NAME!r}", "one")
+    blocks, softcap = decoder_layers(lm), softcap_of(lm)
+    stack = list(blocks)
+    fits = config.k <= len(stack)
+    require(fits, where, "k", f"at most the model's {len(stack)} layers", config.k)
+    exact = config.backend != "hidden" or softcap is None or config.k <= 1
+    expected = f"'auto' or 'chunked' for a head that soft-caps its logits at {softcap}"
+    require(exact, where, "backend", expected, "'hidden'", InexactMixError)
+    decoder = next(module for module in lm.modules() if blocks in module.children())
     norm = _final_norm(decoder, lm)
     # OPT-350m, for one, has a head that sees something else than normed hidden states.
     width, head = norm.weight.shape[0], head_width(lm.get_output_embeddings())
     expected = f"a head as wide as the {width} features of the hidden states"
     found = f"{head} in {type(lm).__name__}, which projects them in between"
-    require(head == width, "apply", "model", expected, found, NotImplementedError)
+    require(head == width, where, "model", expected, found, NotImplementedError)
     copies = [_copy(norm) for _ in range(config.k - config.share_final_norm)]
     mixer = DepthMixer([*copies, norm] if config.share_final_norm else copies, config)
     mixer.requires_grad_(True).train(lm.training)  # not a shared norm: it is no child of the mixer
@@ -149,31 +148,19 @@ def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
     raise RuntimeError(f"{where}: model: expected a model of mod.apply, found another")
 
 
-def _parent(lm: nn.Module, block: nn.Module) -> nn.Module:
-    """The module whose list of blocks this block is in."""
-    for module in lm.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and any(entry is block for entry in child):
-                return module
-    raise ValueError(f"apply: model: expected its blocks in a module, found {type(lm).__name__}")
-
-
 def _final_norm(decoder: nn.Module, lm: Any) -> Any:
     """The norm between the last block and the head: of the decoder's children that have a weight as
     wide as the hidden states the last one, but none that norms embeddings."""
     width = lm.config.get_text_config(decoder=True).hidden_size
-    found = None
-    for name, child in decoder.named_children():
+    children = dict(decoder.named_children())
+    for name, child in reversed(children.items()):
         weight = getattr(child, "weight", None)
         if isinstance(weight, Tensor) and weight.shape == (width,):
-            of_embeddings = "emb" in name and name != _LFM2
-            found = found if of_embeddings else child
-    if found is None:
-        children = {name: type(child).__name__ for name, child in decoder.named_children()}
-        place = f"beside the blocks, with a weight of shape ({width},)"
-        expected = f"a final norm like RMSNorm or LayerNorm {place}"
-        raise TypeError(f"apply: model: expected {expected}, found {children}")
-    return found
+            if "emb" not in name or name == _LFM2:
+                return child
+    expected = f"a final norm like RMSNorm or LayerNorm, with a weight of shape ({width},)"
+    found = {name: type(child).__name__ for name, child in children.items()}
+    raise TypeError(f"apply: model: expected {expected}, found {found}")
 
 
 def _copy(norm: Any) -> nn.Module:

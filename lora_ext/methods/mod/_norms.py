@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -59,22 +59,16 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             raise _refusal(norm, where, f"one that cannot norm (3, d): {error!s:.200}") from None
         bound = 4 * torch.finfo(weight.dtype).eps * found.abs().max() + 1e-5
-        for form in _forms(norm):
+        # torch's RMSNorm without eps takes that of its weight's dtype or of the one it computes in.
+        eps = next((getattr(norm, name) for name in _EPS_NAMES if hasattr(norm, name)), None)
+        unknown = [torch.finfo(dtype).eps for dtype in (weight.dtype, wide)]
+        values = unknown if eps is None else [float(eps)]
+        for value, kind, offset in itertools.product(values, ("rms", "layer"), (0, 1)):
+            form = NormForm(kind, value, offset)
             wanted = reference.depth_norm(rows, form.gamma(norm), form.eps, bias, form.kind)
             if found.shape == wanted.shape and bool(((found - wanted).abs() <= bound).all()):
                 return form
     raise _refusal(norm, where, "another function")
-
-
-def _forms(norm: Any) -> Iterator[NormForm]:
-    eps = next((getattr(norm, n) for n in _EPS_NAMES if hasattr(norm, n)), None)
-    # torch's RMSNorm without eps takes that of a dtype: the weight's, or the one it computes in.
-    wide = torch.promote_types(norm.weight.dtype, torch.float32)
-    unknown = (torch.finfo(norm.weight.dtype).eps, torch.finfo(wide).eps)
-    for value in unknown if eps is None else (float(eps),):
-        for kind in ("rms", "layer"):
-            for offset in (0, 1):
-                yield NormForm(kind, value, offset)
 
 
 def _refusal(norm: nn.Module, where: str, found: str) -> TypeError:

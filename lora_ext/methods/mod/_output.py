@@ -54,8 +54,7 @@ ADDED = tuple(f.name for f in dataclasses.fields(ModOutput) if f.name not in ("l
 @functools.cache
 def output_class(own: type) -> type[ModOutput]:
     """A :class:`ModOutput` with the fields of a model's own output class."""
-    name = ModOutput.__name__
-    made = type(name, (ModOutput, own), {"own_class": own, "__module__": __name__})
+    made = type(ModOutput.__name__, (ModOutput, own), {"own_class": own, "__module__": __name__})
     return dataclasses.dataclass(made)
 
 

@@ -75,10 +75,9 @@ class ModConfig:
         check_fields(self, table)
         fits = self.k == 1 or 0 < self.final_mass < 1
         require(fits, "ModConfig", "final_mass", "a number in (0, 1)", self.final_mass)
-        holds = self.mix != "prob" or self.backend != "hidden" or self.k <= 1
+        exact = self.mix != "prob" or self.backend != "hidden" or self.k <= 1
         expected = "'auto' or 'chunked' with mix='prob'"
-        found = "'hidden': a mix of hidden states is no mix of probabilities"
-        require(holds, "ModConfig", "backend", expected, found, InexactMixError)
+        require(exact, "ModConfig", "backend", expected, "'hidden'", InexactMixError)
 
     def _weights(self, where: str, name: str, given: Any) -> tuple[float, ...] | None:
         if self.router != "fixed":

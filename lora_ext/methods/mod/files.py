@@ -74,8 +74,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _, ensemble = applied(model, "save")
     data = {"version": _VERSION, "config": dataclasses.asdict(ensemble.config)}
     tensors = {name: t.cpu().contiguous() for name, t in state_dict(model).items()}
-    files = {TENSORS: as_bytes(tensors), CONFIG: json.dumps(data, indent=1).encode()}
-    write_files(folder, files)
+    write_files(folder, {TENSORS: as_bytes(tensors), CONFIG: json.dumps(data, indent=1).encode()})
 
 
 def load(model: Model, folder: str | os.PathLike[str]) -> Model:
@@ -130,11 +129,11 @@ def _read_config(path: Path) -> ModConfig:
     data: Any = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config"}:
         raise ValueError(f"{path}: expected version and config, found {data!r:.200}")
-    if data["version"] != _VERSION:
-        raise ValueError(f"{path}: version: expected {_VERSION}, found {data['version']!r:.80}")
-    config, known = data["config"], {field.name for field in dataclasses.fields(ModConfig)}
-    if not isinstance(config, dict) or not config.keys() <= known:
-        raise ValueError(f"{path}: config: expected some of {sorted(known)}, found {config!r:.200}")
+    where, version, config = str(path), data["version"], data["config"]
+    require(version == _VERSION, where, "version", _VERSION, f"{version!r:.80}")
+    known = {field.name for field in dataclasses.fields(ModConfig)}
+    fits = isinstance(config, dict) and config.keys() <= known
+    require(fits, where, "config", f"some of {sorted(known)}", f"{config!r:.200}")
     try:
         return ModConfig(**config)
     except (ValueError, TypeError, OverflowError) as error:

@@ -7,12 +7,11 @@ from lora_ext.layers import shift_labels
 
 from ._config import MtpcConfig
 from ._drafting import TokenBridge
-from ._objective import window_loss
 from .decoder import Generation, SpeculativeDecoder
 from .layers import CircuitHead
 from .retrofit import Draft, retrofit
 from .tail import DraftTail
-from .windows import frequent_tokens, pack_documents, unfold_teacher, unfold_windows
+from .windows import frequent_tokens, pack_documents, unfold_teacher, unfold_windows, window_loss
 
 __all__ = [
     "CircuitHead", "Draft", "DraftTail", "Generation", "MtpcConfig", "SpeculativeDecoder",

@@ -96,9 +96,8 @@ class MtpcConfig:
             "draft_alpha": within(above=0),
         }
         check_fields(self, table)
-        check_structure(
-            "MtpcConfig", self.n_token, self.rank, self.kind, self.emission, self.adapter_rank
-        )
+        sizes = self.n_token, self.rank, self.kind, self.emission, self.adapter_rank
+        check_structure("MtpcConfig", *sizes)
         fits = self.chain == 1 or (self.chain > 1 and self.bridge > 0)
         require(fits, "MtpcConfig", "chain", "1, or more with a bridge", self.chain)
 

@@ -20,7 +20,7 @@ from lora_ext._checks import require
 from lora_ext.control import Block, MatchedPlan, Plan, Row
 from lora_ext.reference import log_softmax
 
-from ._drafting import Chain, DraftedWindow, draw
+from ._drafting import DraftedWindow, draw
 from ._request import Request
 from ._shortlist import Shortlist
 from .layers import Circuit
@@ -85,14 +85,11 @@ class Constrained:
         some = bool(self._free.any())
         free = decoder.draft(hidden, pending, uniforms).tokens if some else None
         if decoder.bridge is None or pending is None:
-            every = Shortlist(None, head.vocab_size)
-            circuit = decoder.circuit(hidden, pending)
+            every, circuit = Shortlist(None, head.vocab_size), decoder.circuit(hidden, pending)
             return DraftedWindow.joined([self._drawn(every, circuit, uniforms, pending, free)])
         parts, state, before = [], hidden, pending[:, None]
-        embed = decoder.model.get_input_embeddings()
-        chain = Chain(head, decoder.bridge, embed, decoder.chain)
         for j, numbers in enumerate(uniforms.split(head.n_token, 1)):
-            state = chain.behind(state, before)
+            state = decoder.behind(state, before)
             own = None if free is None else free[:, j * head.n_token :]
             circuit = head.narrow_circuit(state)
             parts.append(self._drawn(head.listed, circuit, numbers, None, own))
@@ -107,7 +104,7 @@ class Constrained:
         pending: Tensor | None,
         free: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens of a window ``(B, n)``, their log-probabilities, and the laws ``(B, n, V)``."""
+        """Return a window ``(B, n)``, its log-probabilities, and the laws ``(B, n, V)``."""
         batch, n = uniforms.shape[:2]
         kind, greedy = self.decoder.head.kind, self.decoder.mode == "greedy"
         rows = self._behind
@@ -152,12 +149,10 @@ class Constrained:
             only = [None if row is None else row.only for row in self._behind]
             if all(token is None for token in only):
                 break
-            forced = [
-                row if t is not None else None for row, t in zip(self._behind, only, strict=True)
-            ]
+            pairs = zip(self._behind, only, strict=True)
+            forced = [None if token is None else row for row, token in pairs]
             columns.append([t or 0 for t in only])
-            moved = control.advance(forced, columns[-1])
-            both = zip(self._behind, moved, strict=True)
+            both = zip(self._behind, control.advance(forced, columns[-1]), strict=True)
             self._behind = [before if after is None else after for before, after in both]
             self._runs += torch.tensor([t is not None for t in only])
         return torch.cat([tokens, *(tokens.new_tensor(c)[:, None] for c in columns)], 1)
@@ -210,11 +205,10 @@ def _possible(rows: list[Row | None], law: Tensor) -> None:
 
 def _check(plan: Plan | MatchedPlan, request: Request, vocab_size: int) -> None:
     constraint, size, ends = plan.constraint, plan.constraint.vocab_size, sorted(request.ends)
-    eos = set(constraint.eos)
     require(size == vocab_size, _WHERE, "constraint", f"the model's vocabulary, {vocab_size}", size)
     require(request.stops is None, _WHERE, "stop_strings", "none beside a constraint", "some")
-    expected = f"those of the constraint, {list(constraint.eos)}, to end a row"
-    require(eos <= request.ends, _WHERE, "eos_token_id", expected, ends)
+    expected, own = f"those of the constraint, {list(constraint.eos)}", request.ends
+    require({*constraint.eos} <= own, _WHERE, "eos_token_id", f"{expected}, to end a row", ends)
+    inside = any(constraint.reads(token) for token in own - {*constraint.eos})
     expected = "no token that the constraint has inside a text"
-    inside = any(constraint.reads(token) for token in request.ends - eos)
     require(not inside, _WHERE, "eos_token_id", expected, ends)

@@ -1,7 +1,8 @@
-"""Windows that start behind a decided token: what a draft with a bridge draws.
+"""The steps of a turn of speculative decoding: draft a window, verify it.
 
-Circuits here are over the ``L`` tokens of the head's list, and so are the draws; only the law of
-each position, mixed over the components, is spread over the vocabulary for the test.
+With a bridge, windows start behind a decided token. Their circuits are over the ``L`` tokens of the
+head's list, and so are the draws; only the law of each position, mixed over the components, is
+spread over the vocabulary for the test.
 
 A draft that starts behind a decided token cannot have that token's hidden state: the model has not
 seen it yet. :class:`TokenBridge` guesses it from the state before the token and the token's
@@ -15,9 +16,7 @@ Source: draft heads that read the token before theirs are Hydra's (Ankner et al.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,9 @@ from lora_ext._checks import require
 from lora_ext.reference import accumulator, log_softmax
 
 from .layers import Circuit, CircuitHead
+
+#: Whether tokens follow the model's law or are its likeliest.
+Mode = Literal["sample", "greedy"]
 
 
 class TokenBridge(nn.Module):
@@ -113,7 +115,7 @@ class DraftedWindow(NamedTuple):
         return cls(Circuit(none, None, None), tokens, none, none)
 
     @classmethod
-    def joined(cls, parts: list[tuple[Tensor, Tensor, Tensor]]) -> DraftedWindow:
+    def joined(cls, parts: list[tuple[Tensor, ...]]) -> DraftedWindow:
         """Windows one behind the other, as one of one component: of each the tokens ``(B, n)``,
         their log-probabilities, and the logarithms of the laws that they are of, ``(B, n, V)``."""
         tokens, conditional, law = (torch.cat(part, 1) for part in zip(*parts, strict=True))
@@ -121,62 +123,136 @@ class DraftedWindow(NamedTuple):
         return cls(Circuit(law[:, :, None], None, None), tokens, conditional, one)
 
 
-@dataclass(frozen=True)
-class Chain:
-    """Windows one behind the other, each from the state that the tokens before it have moved.
+class Steps:
+    """The steps of a :class:`SpeculativeDecoder`, which has the settings."""
 
-    Attributes:
-        head: of the windows. bridge: moves the state. embed: tokens ``(...)`` to ``(..., D)``.
-        length: how many windows.
-    """
-
+    model: Any
     head: CircuitHead
-    bridge: TokenBridge
-    embed: Callable[[Tensor], Tensor]
-    length: int
+    mode: Mode
+    temperature: float
+    top_p: float
+    bridge: TokenBridge | None
+    chain: int
 
-    def drawn(self, hidden: Tensor, token: Tensor, uniforms: Tensor) -> DraftedWindow:
-        """Samples of all windows behind a token, as one window of one component: the mixture,
-        position by position.
+    @property
+    def drafted(self) -> int:
+        """``K``, the tokens of a call's window or windows."""
+        return self.head.n_token * self.chain
+
+    def uniforms(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
+        """Draw a turn's random numbers, from each row's own generator: ``(B, 3 K + 1)``, two per
+        drafted token, one per test, one for the verifier's token."""
+        size = 3 * self.drafted + 1
+        return torch.stack([torch.rand(size, generator=g) for g in generators]).to(device)
+
+    def first_token(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Draw the verifier's own token after the prompt, ``(B,)``, where no window was drafted.
 
         Args:
-            hidden: ``(B, D)``, of the token before that one. token: ``(B,)``.
-            uniforms: ``(B, K, 2)`` with ``K`` the tokens of all windows.
+            logits: ``(B, V)``. uniforms: ``(B,)``.
         """
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        if self.mode == "greedy":
+            return logits.argmax(-1)
+        wide = logits.to(accumulator(logits.dtype)) / self.temperature
+        return draw(wide if self.top_p == 1 else nucleus(wide, self.top_p), uniforms)
+
+    def draft(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> DraftedWindow:
+        """Draw a window.
+
+        Args:
+            hidden: ``(B, D)``, of the last token that was fed and kept.
+            pending: ``(B,)``, the window's first token where it is decided already; with a bridge
+                the token before the window.
+            uniforms: ``(B, K, 2)``; greedy drafts do not look at them.
+        """
+        if self.bridge is not None and pending is not None:
+            return self._draft_behind(hidden, pending, uniforms)
+        circuit, kind = self.circuit(hidden, pending), self.head.kind
+        evidence = None
+        if pending is not None:
+            evidence = pending.new_full((len(pending), self.head.n_token), -1)
+            evidence[:, 0] = pending
+        if self.mode == "greedy":
+            tokens, _ = ops.circuit_argmax(kind, *circuit, evidence)
+            return DraftedWindow.greedy(tokens)
+        return DraftedWindow(circuit, *ops.circuit_sample(kind, *circuit, uniforms, evidence))
+
+    def circuit(self, hidden: Tensor, pending: Tensor | None) -> Circuit:
+        """Make the circuit of the window. A first token that the head has no leaf for, and so holds
+        impossible, is made certain in every component: then it does not change what follows."""
+        circuit = self.head.circuit(hidden)
+        if pending is None or self.head.shortlist is None:
+            return circuit
+        lacking = self.head.listed.lacks(pending)[:, None, None]
+        first = circuit.leaf[:, 0].masked_fill_(lacking, -torch.inf)  # (B, C, V)
+        own = pending[:, None, None].expand(-1, first.shape[1], 1)
+        first.scatter_(-1, own, first.gather(-1, own).masked_fill(lacking, 0))
+        return circuit
+
+    def _draft_behind(self, hidden: Tensor, token: Tensor, uniforms: Tensor) -> DraftedWindow:
+        """Draw all windows behind a token, as one window of one component: the mixture, position by
+        position. A greedy draft takes the likeliest token after those before it at every position,
+        as the verifier does; the likeliest window is another."""
+        head, kind, listed = self.head, self.head.kind, self.head.listed
+        parts: list[tuple[Tensor, ...]] = []
         state, before = hidden, token[:, None]
-        for numbers in uniforms.split(self.head.n_token, 1):
+        for j in range(self.chain):
             state = self.behind(state, before)
-            circuit = self.head.narrow_circuit(state)
-            places, conditional, posterior = ops.circuit_sample(self.head.kind, *circuit, numbers)
+            circuit = head.narrow_circuit(state)
+            if self.mode == "greedy":
+                places = torch.full((len(state), head.n_token), -1, device=state.device)
+                for k in range(head.n_token):
+                    at = torch.full_like(token, k)
+                    law = ops.circuit_conditional_dist(kind, *circuit, places, at)  # (B, L)
+                    places[:, k] = law.argmax(-1)
+                before = listed.tokens(places)
+                parts.append((before,))
+                continue
+            numbers = uniforms[:, j * head.n_token : (j + 1) * head.n_token]
+            places, conditional, posterior = ops.circuit_sample(kind, *circuit, numbers)
             leaf = log_softmax(circuit.leaf.to(posterior.dtype))  # (B, n, C, L)
             law = (leaf + posterior.log()[..., None]).logsumexp(2)  # (B, n, L)
-            before = self.head.listed.tokens(places)
-            parts.append((before, conditional, self.head.listed.widen(law)))
+            before = listed.tokens(places)
+            parts.append((before, conditional, listed.widen(law)))
+        if self.mode == "greedy":
+            return DraftedWindow.greedy(torch.cat([tokens for (tokens,) in parts], 1))
         return DraftedWindow.joined(parts)
 
-    def likeliest(self, hidden: Tensor, token: Tensor) -> DraftedWindow:
-        """As :meth:`drawn`, with the likeliest token after those before it at every position.
-
-        That is what a greedy verifier asks of each token. The likeliest window is another.
-        """
-        state, parts = hidden, [token[:, None]]
-        for _ in range(self.length):
-            state = self.behind(state, parts[-1])
-            circuit = self.head.narrow_circuit(state)
-            places = torch.full((len(state), self.head.n_token), -1, device=state.device)
-            for k in range(self.head.n_token):
-                at = torch.full_like(token, k)
-                law = ops.circuit_conditional_dist(self.head.kind, *circuit, places, at)  # (B, L)
-                places[:, k] = law.argmax(-1)
-            parts.append(self.head.listed.tokens(places))
-        return DraftedWindow.greedy(torch.cat(parts[1:], 1))
-
     def behind(self, state: Tensor, tokens: Tensor) -> Tensor:
-        """States ``(B, D)`` moved by tokens ``(B, n)``, one after the other."""
+        """Move states ``(B, D)`` by tokens ``(B, n)``, one after the other."""
+        assert self.bridge is not None
+        embed = self.model.get_input_embeddings()
         for token in tokens.unbind(1):
-            state = self.bridge(state, self.embed(token))
+            state = self.bridge(state, embed(token))
         return state
+
+    def verify(
+        self, draft: DraftedWindow, target: Tensor, pending: Tensor | None, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Accept a prefix of the window and draw the token after it.
+
+        Args:
+            draft: of :meth:`draft`. pending: as there.
+            target: ``(B, K + 1, V)``, the verifier's logits before, inside and after the window.
+            uniforms: ``(B, K + 1)``.
+
+        Returns:
+            how many tokens are kept ``(B,)``, the pending one included, and the next one ``(B,)``.
+        """
+        evidence = None if pending is None else torch.ones_like(pending)
+        if self.mode == "greedy":  # the op reads neither probability nor leaf: any will do
+            unused = target.new_zeros(draft.tokens.shape, dtype=accumulator(target.dtype))
+            numbers, temperature = [target, unused, unused[..., None], target[:, :-1, None]], 0.0
+        else:
+            temperature = self.temperature
+            if self.top_p < 1:
+                wide = target.to(accumulator(target.dtype))
+                target, temperature = nucleus(wide / temperature, self.top_p), 1.0
+            numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
+            if any(t.dtype == torch.float64 for t in numbers):  # the op takes it on both sides only
+                numbers = [t.double() for t in numbers]
+        target, *law = numbers
+        return ops.spec_verify(target, draft.tokens, *law, uniforms, evidence, temperature)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -1,10 +1,16 @@
 """From hidden states to the parameters of a circuit: three ways to its leaves, one to its sums.
 
-An emission holds the parameters of the leaves and answers two questions about rows ``(N, D)``:
+An emission holds the parameters of the leaves. Each class has four methods:
 
-* :meth:`Emission.logits`: all leaves, ``(N, K, C, L)``, for decoding, where rows are few;
-* :meth:`Emission.observed`: the log-probability of one token a position, ``(N, K, C)``, for
-  training, where the logits of all rows would not fit in memory.
+* ``logits(rows)``: all leaves of rows ``(N, D)``, ``(N, K, C, L)``, for decoding, where rows are
+  few;
+* ``observed(rows, places)``: the log-probability of one token per position, ``(N, K, C)``, for
+  training, where the logits of all rows would not fit in memory. ``places (N, K)`` are in [-1, L);
+  -1 marginalises its position. Differentiable once;
+* ``reset_parameters(bound)``: new values from torch's generator; fresh logits are uniform in
+  ``±bound``;
+* ``start_from(blocks)``: the values of a language model's unembedding, ``blocks (positions, L, D)``
+  with one block for each position that the model predicts.
 
 Letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``L`` tokens that have
 leaves, ``R`` rank of an adapter. Rows have the dtype of the parameters. The softmax runs in float32
@@ -49,29 +55,6 @@ class Emission(nn.Module):
         super().__init__()
         self.sizes = sizes
 
-    def reset_parameters(self, bound: float) -> None:
-        """Draw new values from torch's generator; fresh logits are uniform in ``±bound``."""
-        raise NotImplementedError
-
-    def start_from(self, blocks: Tensor) -> None:
-        """Start from a language model's unembedding, one block ``(L, D)`` for each position that
-        the model predicts: ``blocks (positions, L, D)``."""
-        raise NotImplementedError
-
-    def logits(self, rows: Tensor) -> Tensor:
-        """Logits of all leaves of rows ``(N, D)``: ``(N, K, C, L)``."""
-        raise NotImplementedError
-
-    def observed(self, rows: Tensor, places: Tensor) -> Tensor:
-        """Log-probabilities of one token a position under every component, ``(N, K, C)``.
-
-        Differentiable once. Memory is bounded: the logits of all rows are never there at once.
-
-        Args:
-            rows: ``(N, D)``. places: ``(N, K)`` int64 in [-1, L); -1 marginalises its position.
-        """
-        raise NotImplementedError
-
 
 class FullEmission(Emission):
     """``emit[k, z] @ h``: an unembedding of its own for every position and component."""
@@ -115,8 +98,8 @@ class SharedEmission(Emission):
         return linear(self.states(rows), self.unembed).view(len(rows), k, c, num_leaves)
 
     def observed(self, rows: Tensor, places: Tensor) -> Tensor:
-        """As :meth:`Emission.observed`; where the states of all rows are too many to be kept for
-        the backward, it computes them again, chunk by chunk."""
+        """Where the states of all rows are too many to be kept for the backward, compute them
+        again, chunk by chunk."""
         chunk = rows_per_chunk(self.sizes.n_token * self.sizes.rank * self.sizes.hidden_size)
         if len(rows) <= chunk:
             return self._observed(rows, places)
@@ -200,7 +183,7 @@ class AdapterEmission(SharedEmission):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-EMISSIONS: dict[str, type[Emission]] = {
+EMISSIONS: dict[str, type[FullEmission | ExpanderEmission | AdapterEmission]] = {
     "full": FullEmission,
     "expander": ExpanderEmission,
     "adapter": AdapterEmission,
@@ -211,8 +194,8 @@ class SumWeights(nn.Module):
     """Logits of the prior, ``prior @ h``, and of ``M`` transitions, ``trans @ h + trans_bias``.
 
     Args:
-        kind, n_token, rank, hidden_size, contextual, share_transitions, init_identity: of the head.
-        options: dtype and device of the parameters.
+        kind, sizes, contextual: of the head. shared: share_transitions. stays: init_identity.
+        how: dtype and device of the parameters.
 
     Attributes:
         prior: ``(C, D)``, or None with ``ff``, which has no sum.
@@ -221,26 +204,16 @@ class SumWeights(nn.Module):
     """
 
     def __init__(
-        self,
-        kind: str,
-        n_token: int,
-        rank: int,
-        hidden_size: int,
-        contextual: bool,
-        share_transitions: bool,
-        init_identity: bool,
-        **options: Any,
-    ) -> None:
+        self, kind: str, sizes: LeafSizes, contextual: bool, shared: bool, stays: bool, **how: Any
+    ):
         super().__init__()
-        self.rank = rank
-        self.init_identity = init_identity
-        self.num_transitions = num_transitions(kind, n_token)
+        self.init_identity, c, d = stays, sizes.rank, sizes.hidden_size
+        self.num_transitions = num_transitions(kind, sizes.n_token)
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, **options))
+            return nn.Parameter(torch.empty(shape, **how))
 
-        c, d = rank, hidden_size
-        stored = min(self.num_transitions, 1) if share_transitions else self.num_transitions
+        stored = min(self.num_transitions, 1) if shared else self.num_transitions
         self.prior = None if kind == "ff" else parameter(c, d)
         self.trans_bias = parameter(stored, c, c) if stored else None
         self.trans = parameter(stored, c, c, d) if stored and contextual else None
@@ -251,8 +224,9 @@ class SumWeights(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
         if self.trans_bias is not None:
-            stay = math.log((self.rank - 1) * _STAY / (1 - _STAY)) if self.init_identity else 0.0
-            identity = torch.eye(self.rank, device=self.trans_bias.device)
+            rank = self.trans_bias.shape[-1]
+            stay = math.log((rank - 1) * _STAY / (1 - _STAY)) if self.init_identity else 0.0
+            identity = torch.eye(rank, device=self.trans_bias.device)
             self.trans_bias.copy_(stay * identity.expand_as(self.trans_bias))
 
     def forward(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:

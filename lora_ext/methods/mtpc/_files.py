@@ -56,14 +56,10 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
     data = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config", "shortlist"}:
         raise ValueError(f"{path}: expected version, config and shortlist, found {data!r:.200}")
-    if data["version"] != _VERSION:
-        raise ValueError(f"{path}: version: expected {_VERSION}, found {data['version']!r:.80}")
-    ids = data["shortlist"]
-    if ids is not None and not (
-        isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
-    ):
-        raise ValueError(f"{path}: shortlist: expected token ids or null, found {ids!r:.80}")
-    where, found = str(path), data["config"]
+    where, version, found, ids = str(path), data["version"], data["config"], data["shortlist"]
+    require(version == _VERSION, where, "version", _VERSION, f"{version!r:.80}")
+    fits = isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    require(ids is None or fits, where, "shortlist", "token ids or null", f"{ids!r:.80}")
     require(isinstance(found, dict), where, "config", "an object", f"{found!r:.80}")
     known = [field.name for field in dataclasses.fields(MtpcConfig)]
     for name in found:
@@ -82,7 +78,7 @@ class DraftFile:
 
     Args:
         folder, config, shortlist: where the draft lies, and what :func:`read_config` found there.
-        vocab_size, hidden_size: of the model.
+        shape: ``(V, D)``, of the model's unembedding.
 
     Attributes:
         dtypes: of the parameters, by the parts that are there: "head", "bridge" and "tail".
@@ -92,23 +88,16 @@ class DraftFile:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        config: MtpcConfig,
-        shortlist: list[int] | None,
-        vocab_size: int,
-        hidden_size: int,
+        self, folder: Path, config: MtpcConfig, shortlist: list[int] | None, shape: torch.Size
     ):
         self._file = file = SafetensorsFile(folder / TENSORS)
         try:
             tail = {k: v for k, v in file.infos.items() if k.startswith(_FACTORS)}
             bridge = {k: v for k, v in file.infos.items() if k.startswith(_BRIDGE)}
             head = {k: v for k, v in file.infos.items() if k not in tail | bridge}
-            self.dtypes = {"head": self._dtype("head", head)}
-            for part, infos in (("bridge", bridge), ("tail", tail)):
-                if infos:
-                    self.dtypes[part] = self._dtype(part, infos)
-            wanted = self._head_shapes(config, shortlist, vocab_size, hidden_size)
+            parts = {"head": head, "bridge": bridge, "tail": tail}
+            self.dtypes = {k: self._dtype(k, v) for k, v in parts.items() if v or v is head}
+            wanted = self._head_shapes(config, shortlist, *shape)
             found = {k: info.shape for k, info in (head | bridge).items()}
             if config.emission == "adapter":
                 found.setdefault(_UNEMBED, wanted[_UNEMBED])
@@ -118,23 +107,21 @@ class DraftFile:
                 raise ValueError(f"{file.where}: expected {expected}, found {len(tail)} tensors")
             if tail:
                 # Memory for the tail is taken layer by layer, all of this rank.
-                first = tail.get(f"{_FACTORS}0")
-                fits = first is not None and first.shape[:1] == (config.draft_rank,)
-                other = None if first is None else first.shape
-                require(fits, file.where, f"{_FACTORS}0", f"rank {config.draft_rank}", other)
+                first, name = config.draft_rank, f"{_FACTORS}0"
+                size = tail[name].shape if name in tail else None
+                fits = size is not None and size[:1] == (first,)
+                require(fits, file.where, name, f"rank {first}", size)
         except BaseException:
             file.close()
             raise
 
     def _dtype(self, part: str, infos: Mapping[str, TensorInfo]) -> torch.dtype:
         found = {info.dtype for info in infos.values()}
-        if len(found) == 1:
-            (dtype,) = found
-            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-                return dtype
-        raise ValueError(
-            f"{self._file.where}: {part}: expected one floating dtype, found {found!r:.200}"
-        )
+        dtype = next(iter(found), None)
+        if len(found) != 1 or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            expected = f"one floating dtype, found {found!r:.200}"
+            raise ValueError(f"{self._file.where}: {part}: expected {expected}")
+        return dtype
 
     def _head_shapes(
         self, config: MtpcConfig, shortlist: list[int] | None, vocab_size: int, hidden_size: int
@@ -146,10 +133,13 @@ class DraftFile:
                 bridge = TokenBridge(hidden_size, config.bridge) if config.bridge else None
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # beyond any memory
             raise ValueError(f"{self._file.where}: {error!s:.300}") from None
-        shapes = {f"head.{name}": tuple(t.shape) for name, t in head.state_dict().items()}
+        parts = {"head": head} if bridge is None else {"head": head, "bridge": bridge}
+        shapes = {
+            f"{part}.{name}": tuple(t.shape)
+            for part, module in parts.items()
+            for name, t in module.state_dict().items()
+        }
         shapes.pop(_SHORTLIST, None)
-        if bridge is not None:
-            shapes |= {f"bridge.{name}": tuple(t.shape) for name, t in bridge.state_dict().items()}
         return shapes
 
     def _compare(

@@ -29,26 +29,15 @@ _WITHOUT_EFFECT = {
     "bos_token_id", "decoder_start_token_id", "return_dict_in_generate", "transformers_version",
 }  # fmt: skip
 # Values that ask for what the decoder does anyway; of every flag but `use_cache` it is False.
-_NEUTRAL: Mapping[str, Any] = {
-    "diversity_penalty": 0.0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "guidance_scale": 1.0,
-    "length_penalty": 1.0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "min_p": 0.0,
-    "no_repeat_ngram_size": 0,
-    "num_beam_groups": 1,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1.0,
-    "top_k": 0,
-    "typical_p": 1.0,
-    "use_cache": True,
-}
+_ZERO = (
+    "diversity_penalty", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff",
+    "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "top_k",
+)  # fmt: skip
+_ONE = (
+    "encoder_repetition_penalty", "guidance_scale", "length_penalty", "num_beam_groups",
+    "num_beams", "num_return_sequences", "repetition_penalty", "typical_p",
+)  # fmt: skip
+_NEUTRAL = {**dict.fromkeys(_ZERO, 0), **dict.fromkeys(_ONE, 1), "use_cache": True}
 # Settings by which a model's own configuration changes its law, greedy decoding included.
 _PENALTIES = (
     "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty",
@@ -81,12 +70,7 @@ class Request:
 
 
 def read_request(
-    model: Any,
-    input_ids: Tensor,
-    seed: int | Sequence[int] | None,
-    generation_config: Any,
-    tokenizer: Any,
-    arguments: Mapping[str, Any],
+    model: Any, input_ids: Tensor, seed: Any, config: Any, tokenizer: Any, arguments: dict[str, Any]
 ) -> Request:
     """Check what a call of :meth:`SpeculativeDecoder.generate` asks for; ``arguments`` are settings
     by the names of GenerationConfig, None where the call names none.
@@ -95,43 +79,45 @@ def read_request(
         ValueError: a number out of range, or a setting that cannot be honoured, by its name.
         TypeError: an argument that no ``generate`` has.
     """
-    asked = _asked(generation_config, arguments)
+    asked = _asked(config, arguments)
     own = getattr(model, "generation_config", None)
-    if generation_config is None:
-        _refuse_penalties(own)
+    for name in _PENALTIES if config is None else ():
+        value = getattr(own, name, None)
+        neutral, expected = _NEUTRAL.get(name), f"a generation_config without {name}"
+        found = f"{value!r:.80} (pass generation_config=GenerationConfig() to decode without it)"
+        require(value in (None, neutral), _WHERE, "model", expected, found)
     budget = asked.get("max_new_tokens")
     if budget is None and "max_length" in asked:
         budget = asked["max_length"] - input_ids.shape[-1]
-    if budget is None or budget < 1:
-        found = "none, here or in generation_config" if budget is None else budget
-        raise ValueError(f"{_WHERE}: max_new_tokens: expected at least 1, found {found}")
+    found = "none, here or in generation_config" if budget is None else budget
+    require(budget is not None and budget >= 1, _WHERE, "max_new_tokens", "at least 1", found)
     eos = asked.get("eos_token_id", getattr(own, "eos_token_id", None))
     ends = [] if eos is None else [eos] if isinstance(eos, int) else [int(e) for e in eos]
     pad = asked.get("pad_token_id", getattr(own, "pad_token_id", None))
+    if pad is None:
+        pad = ends[0] if ends else 0
     law = {name: asked[name] for name in ("temperature", "top_p") if name in asked}
     if "do_sample" in asked:
         law["mode"] = "sample" if asked["do_sample"] else "greedy"
-    stops = None
-    if "stop_strings" in asked:
-        stops = _stop_rule(asked["stop_strings"], tokenizer)
-    pad = (ends[0] if ends else 0) if pad is None else pad
-    return Request(budget, frozenset(ends), pad, stops, row_seeds(seed, len(input_ids)), law)
+    strings = asked.get("stop_strings")
+    stops = None if strings is None else _stop_rule(strings, tokenizer)
+    return Request(budget or 0, frozenset(ends), pad, stops, row_seeds(seed, len(input_ids)), law)
 
 
 def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     """A seed for every row. One seed gives the first numbers of its own generator, so that
     neighbouring seeds share no row; None takes them from torch's."""
-    one = not isinstance(seed, Iterable)
     if seed is None:
         return torch.randint(2**63 - 1, (batch,)).tolist()
+    one = not isinstance(seed, Iterable)
     try:
         seeds = [operator.index(s) for s in ([seed] if one else seed)]
     except TypeError:
         raise TypeError(
             f"{_WHERE}: seed: expected None, an integer or {batch} of them, found {seed!r:.80}"
         ) from None
-    if wrong := [s for s in seeds if not 0 <= s < 2**64]:
-        raise ValueError(f"{_WHERE}: seed: expected 0 to 2^64 - 1, found {wrong[0]}")
+    wrong = [s for s in seeds if not 0 <= s < 2**64]
+    require(not wrong, _WHERE, "seed", "0 to 2^64 - 1", wrong[:1])
     if one:
         generator = torch.Generator().manual_seed(seeds[0])
         return torch.randint(2**63 - 1, (batch,), generator=generator).tolist()
@@ -144,35 +130,22 @@ def _asked(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import GenerationConfig
 
     plain = vars(GenerationConfig())
-    asked: dict[str, Any] = {}
-    if config is not None:
-        for name, value in vars(config).items():
-            if not name.startswith("_") and value is not None and value != plain.get(name):
-                asked[name] = value
-    for name, value in arguments.items():
-        if value is None:
-            continue
-        expected = "settings of transformers' GenerationConfig"
-        found = type(value).__name__
-        require(name in plain or name in _HONOURED, _WHERE, name, expected, found, TypeError)
-        asked[name] = value
+    named = {name: value for name, value in arguments.items() if value is not None}
+    expected = "settings of transformers' GenerationConfig"
+    for name, value in named.items():
+        known = name in plain or name in _HONOURED
+        require(known, _WHERE, name, expected, type(value).__name__, TypeError)
+    changed = {
+        name: value
+        for name, value in ({} if config is None else vars(config)).items()
+        if not name.startswith("_") and value is not None and value != plain.get(name)
+    }
+    asked = changed | named
     for name, value in asked.items():
-        neutral = _NEUTRAL.get(name, False)
-        if name in _HONOURED | _WITHOUT_EFFECT or value == neutral:
-            continue
-        raise ValueError(
-            f"{_WHERE}: {name}: expected {neutral if name in _NEUTRAL else 'none'}, which is all "
-            f"that speculative decoding honours, found {value!r:.80}"
-        )
+        fits = name in _HONOURED | _WITHOUT_EFFECT or value == _NEUTRAL.get(name, False)
+        expected = f"{_NEUTRAL.get(name, 'none')}, all that speculative decoding honours"
+        require(fits, _WHERE, name, expected, f"{value!r:.80}")
     return asked
-
-
-def _refuse_penalties(config: Any) -> None:
-    for name in _PENALTIES:
-        value = getattr(config, name, None)
-        expected = f"a generation_config without {name}"
-        found = f"{value!r:.80} (pass generation_config=GenerationConfig() to decode without it)"
-        require(value is None or value == _NEUTRAL.get(name), _WHERE, "model", expected, found)
 
 
 def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
@@ -209,8 +182,6 @@ class GeneratedRows:
         self.calls, self.accepted, self.emitted = ([0] * batch for _ in range(3))
         self.live = list(range(batch))
         self._before = [] if request.stops is None else prompts.tolist()
-        if streamer is not None:
-            streamer.put(prompts.cpu())
 
     def start(self, token: Tensor) -> list[int]:
         """Append tokens ``(live,)`` that no call has decided; returns as :meth:`take` does."""
@@ -242,7 +213,11 @@ class GeneratedRows:
         stay: list[int] = []
         for i, (row, new) in enumerate(zip(self.live, every, strict=True)):
             new = new[: self.request.budget - len(self.tokens[row])]
-            end = self._end(row, new)
+            ends = [k + 1 for k, t in enumerate(new) if t in self.request.ends][:1]
+            if self.request.stops is not None:
+                stop = self.request.stops([*self._before[row], *self.tokens[row]], new)
+                ends += [] if stop is None else [stop]
+            end = min(ends, default=None)
             self.tokens[row] += new[:end]
             if self.streamer is not None:
                 for t in new[:end]:
@@ -250,20 +225,6 @@ class GeneratedRows:
             if end is None and len(self.tokens[row]) < self.request.budget:
                 stay.append(i)
         self.live = [self.live[i] for i in stay]
-        return stay
-
-    def _end(self, row: int, new: list[int]) -> int | None:
-        """How many of the new tokens a row keeps where one of them ends it, else None."""
-        ends = [k + 1 for k, t in enumerate(new) if t in self.request.ends][:1]
-        if self.request.stops is not None:
-            stop = self.request.stops([*self._before[row], *self.tokens[row]], new)
-            ends += [] if stop is None else [stop]
-        return min(ends, default=None)
-
-    def sequences(self) -> Tensor:
-        """Prompts and new tokens, padded to the longest; ends the stream."""
-        if self.streamer is not None:
+        if self.streamer is not None and not stay:
             self.streamer.end()
-        longest = max(len(tokens) for tokens in self.tokens)
-        padded = [[*t, *[self.request.pad] * (longest - len(t))] for t in self.tokens]
-        return torch.cat([self.prompts, torch.tensor(padded, device=self.prompts.device)], 1)
+        return stay

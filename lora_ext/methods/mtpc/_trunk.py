@@ -59,8 +59,8 @@ def roomy_cache(room: int) -> Any:
 
 
 def run_trunk(model: Any, tail: DraftTail | None, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """One pass: the verifier's logits ``(B, Q, V)``, and the hidden states of the draft path
-    ``(B, Q, D)``: those that enter the LM head, or with a tail those after the tail's layers."""
+    """Run the model once: return the verifier's logits ``(B, Q, V)``, and the hidden states of the
+    draft path ``(B, Q, D)``: what enters the LM head, or with a tail what its layers return."""
     hidden: list[Tensor] = []
 
     def before_lm_head(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -77,7 +77,7 @@ def run_trunk(model: Any, tail: DraftTail | None, **inputs: Any) -> tuple[Tensor
 
 
 def cache_argument(model: Any) -> str:
-    """What the model's forward calls its cache; transformers has renamed it."""
+    """Return the name of the cache in the model's forward; transformers has renamed it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -89,7 +89,7 @@ class Trunk:
     compute alone, up to rounding.
 
     Args:
-        model, tail, input_ids, attention_mask: of the :class:`SpeculativeDecoder` and its call.
+        model, tail, input_ids, mask: of the :class:`SpeculativeDecoder` and its call.
         room: how many tokens may follow a prompt; later positions share the last one, whose tokens
             are never used.
 
@@ -99,23 +99,18 @@ class Trunk:
     """
 
     def __init__(
-        self,
-        model: Any,
-        tail: DraftTail | None,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        room: int,
+        self, model: Any, tail: DraftTail | None, input_ids: Tensor, mask: Tensor, room: int
     ):
-        _check(model, input_ids, attention_mask)
+        _check(model, input_ids, mask)
         self.model, self.tail = model, tail
         self.cache = roomy_cache(input_ids.shape[1] + room)
+        named = inspect.signature(model.forward).parameters
         self._cache_argument = cache_argument(model)
-        last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        prompt: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
-        self.mask = attention_mask.long()  # (B, slots): what a row sees
+        self.mask = mask.long()  # (B, slots): what a row sees
         self.length = self.mask.sum(1)  # (B,) kept tokens
         self.last = self.length + room - 1
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        prompt = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
         logits, hidden = self._run(input_ids, positions, **prompt)
         #: ``(B, V)`` and ``(B, D)`` of the last prompt tokens.
         self.first_logits, self.first_hidden = logits[:, -1], hidden[:, -1]
@@ -147,35 +142,29 @@ class Trunk:
         self.mask, self.length, self.last = self.mask[rows], self.length[rows], self.last[rows]
 
     def _run(self, ids: Tensor, positions: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
-        past, kept = self.mask.shape[1] - ids.shape[1], more.get("logits_to_keep", 0)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": self.mask,
-            "position_ids": positions,
-            "use_cache": True,
-            self._cache_argument: self.cache,
-        }
-        with activated_forward(ids, ids.shape[0], ids.shape[1], past, kept):
-            return run_trunk(self.model, self.tail, **inputs, **more)
+        rows, length = ids.shape
+        past, kept = self.mask.shape[1] - length, more.get("logits_to_keep", 0)
+        more |= {"attention_mask": self.mask, "position_ids": positions, "use_cache": True}
+        more[self._cache_argument] = self.cache
+        with activated_forward(ids, rows, length, past, kept):
+            return run_trunk(self.model, self.tail, input_ids=ids, **more)
 
 
 def _check(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
-    fits = input_ids.dim() == 2 and 0 not in input_ids.shape and not input_ids.is_floating_point()
-    found = f"{tuple(input_ids.shape)} {input_ids.dtype}"
-    require(fits, "SpeculativeDecoder", "input_ids", "integers of shape (B, S)", found)
-    fits = attention_mask.shape == input_ids.shape
+    where, config, shape = "SpeculativeDecoder", model.config, tuple(input_ids.shape)
+    fits, name = len(shape) == 2 and 0 not in shape, "attention_mask"
+    fits = fits and not input_ids.is_floating_point()
+    require(fits, where, "input_ids", "integers of shape (B, S)", f"{shape} {input_ids.dtype}")
     found = tuple(attention_mask.shape)
-    require(fits, "SpeculativeDecoder", "attention_mask", f"shape {tuple(input_ids.shape)}", found)
+    require(found == shape, where, name, f"shape {shape}", found)
     mask = attention_mask.bool()
     fits = bool(mask[:, -1].all()) and not bool((mask[:, :-1] & ~mask[:, 1:]).any())
-    found = "zeros after a token"
-    require(fits, "SpeculativeDecoder", "attention_mask", "prompts padded on the left", found)
-    config = model.config
-    fits = not getattr(getattr(config, "attn_config", None), "alibi", False)
-    found = f"ALiBi that counts the cache's slots ({config.model_type})"
-    require(fits, "SpeculativeDecoder", "model", "attention by positions", found)
+    require(fits, where, name, "prompts padded on the left", "zeros after a token")
+    alibi, kind = getattr(getattr(config, "attn_config", None), "alibi", False), config.model_type
+    found = f"ALiBi that counts the cache's slots ({kind})"
+    require(not alibi, where, "model", "attention by positions", found)
     kinds = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None)
-    fits = not any("full" not in kind for kind in kinds) and (window is None or kinds)
+    fits = all("full" in kind for kind in kinds) and (window is None or kinds)
     found = sorted(set(kinds)) or f"a sliding window of {window}"
-    require(fits, "SpeculativeDecoder", "model", "full attention in all layers", found)
+    require(fits, where, "model", "full attention in all layers", found)

@@ -1,17 +1,18 @@
 """Exact self-speculative decoding: a circuit drafts, the model verifies, no law changes.
 
-The way of a window, one turn of the loop in :meth:`SpeculativeDecoder.generate`:
+One turn of the loop in :meth:`SpeculativeDecoder.generate`:
 
-1. :meth:`SpeculativeDecoder.draft` makes a circuit of the newest hidden state and draws the window;
-   the token that the last turn decided and nobody has fed yet (*pending*) is its evidence, or,
-   with a bridge, moves the state to where the window starts behind it;
+1. :meth:`Steps.draft <lora_ext.methods.mtpc._drafting.Steps.draft>` makes a circuit of the newest
+   hidden state and draws the window; the token that the last turn decided and nobody has fed yet
+   (*pending*) is its evidence, or, with a bridge, moves the state to where the window starts;
 2. :meth:`Trunk.feed <lora_ext.methods.mtpc._trunk.Trunk.feed>` runs the model over the window: the
    verifier's logits and new hidden states;
-3. :meth:`SpeculativeDecoder.verify` accepts a prefix and draws one token of the verifier's law;
-4. :meth:`Trunk.keep <lora_ext.methods.mtpc._trunk.Trunk.keep>` makes the cache forget the rest, and
-   :meth:`GeneratedRows.take <lora_ext.methods.mtpc._request.GeneratedRows.take>` applies the stop
-   rules; rows that ended leave with
-   :meth:`Trunk.select <lora_ext.methods.mtpc._trunk.Trunk.select>`.
+3. :meth:`Steps.verify <lora_ext.methods.mtpc._drafting.Steps.verify>` accepts a prefix and draws
+   one token of the verifier's law;
+4. :meth:`GeneratedRows.take <lora_ext.methods.mtpc._request.GeneratedRows.take>` applies the stop
+   rules;
+5. :meth:`Trunk.keep <lora_ext.methods.mtpc._trunk.Trunk.keep>` removes rejected tokens from the
+   cache, and :meth:`Trunk.select <lora_ext.methods.mtpc._trunk.Trunk.select>` the rows that ended.
 """
 
 from __future__ import annotations
@@ -24,22 +25,19 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from lora_ext import ops
 from lora_ext._checks import choice, integer, number, require
 from lora_ext.control import Constraints, Guide
-from lora_ext.reference import accumulator
 from lora_ext.rows import Names, generation_scope, of_call, pool_of, prompt_known
 
 from ._constrained import Constrained
-from ._drafting import Chain, DraftedWindow, TokenBridge, draw, nucleus
+from ._drafting import Mode, Steps, TokenBridge
 from ._request import GeneratedRows, read_request
 from ._trunk import Trunk
-from .layers import Circuit, CircuitHead
+from .layers import CircuitHead
 from .tail import DraftTail
 
-#: Whether tokens follow the model's law or are its likeliest.
-Mode = Literal["sample", "greedy"]
 #: What becomes of the token that a call decides and nobody has fed yet.
 WindowRule = Literal["condition", "restart"]
 
@@ -76,7 +74,7 @@ class Generation:
 
 
 @dataclass(eq=False, repr=False)
-class SpeculativeDecoder:
+class SpeculativeDecoder(Steps):
     """Generates from ``model`` by drafting windows with ``head`` and verifying each in one pass.
 
     "sample" follows the model's distribution exactly (after temperature and top_p), "greedy" gives
@@ -130,9 +128,8 @@ class SpeculativeDecoder:
         expected = f"vocabulary and width {shape} as in the model's LM head"
         require(found == shape, where, "head", expected, found)
         if self.bridge is not None:
-            expected, width = f"width {shape[1]} as in the model", self.bridge.hidden_size
-            require(width == shape[1], where, "bridge", expected, width)
-            behind = self.window == "condition"
+            width, behind = self.bridge.hidden_size, self.window == "condition"
+            require(width == shape[1], where, "bridge", f"width {shape[1]} as in the model", width)
             require(behind, where, "window", "'condition' with a bridge", repr(self.window))
         choice(where, "mode", self.mode, get_args(Mode))
         choice(where, "window", self.window, get_args(WindowRule))
@@ -190,66 +187,56 @@ class SpeculativeDecoder:
                 model's own ``generation_config`` is asked for penalties too, where the call gives
                 none. TypeError: an argument that is no setting.
         """
-        named = {
-            "max_new_tokens": max_new_tokens,
-            "eos_token_id": eos_token_id,
-            "pad_token_id": pad_token_id,
-            "stop_strings": stop_strings,
-        }
-        request = read_request(
-            self.model, input_ids, seed, generation_config, tokenizer, settings | named
-        )
-        decoder = self
-        if request.law:
-            decoder = copy.copy(self)  # with what a subclass keeps besides
-            vars(decoder).update(request.law)
-            decoder.__post_init__()
+        settings |= {"max_new_tokens": max_new_tokens, "stop_strings": stop_strings}
+        settings |= {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(of_call(adapter_names, pool=pool_of(self.model)))
             stack.enter_context(generation_scope())
-            prompt_known(input_ids)
-            control = None
-            if decoder.constraint is not None:
-                control = Constrained(decoder, request, len(input_ids))
-            trunk = Trunk(self.model, self.tail, input_ids, mask, request.budget)
-            return decoder._decode(trunk, GeneratedRows(input_ids, request, streamer), control)
+            how = seed, generation_config, tokenizer, settings
+            return self._decode(input_ids, mask, streamer, *how)
 
-    def _decode(self, trunk: Trunk, rows: GeneratedRows, control: Constrained | None) -> Generation:
-        n, seeds = self.drafted, rows.request.seeds
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
-        first, hidden, passes = trunk.first_logits, trunk.first_hidden, 0
+    def _decode(self, prompts: Tensor, mask: Tensor, streamer: Any, *how: Any) -> Generation:
+        request = read_request(self.model, prompts, *how)
+        decoder = self._under(request.law) if request.law else self
+        prompt_known(prompts)
+        control = None
+        if self.constraint is not None:
+            control = Constrained(decoder, request, len(prompts))
+        rows = GeneratedRows(prompts, request, streamer)
+        trunk = Trunk(self.model, self.tail, prompts, mask, request.budget)
+        if streamer is not None:
+            streamer.put(prompts.cpu())
+        n, passes, behind = self.drafted, 0, 0 if self.bridge is None else 1
+        generators = [torch.Generator().manual_seed(s) for s in request.seeds]
+        first, hidden = trunk.first_logits, trunk.first_hidden
         pending: Tensor | None = None  # (B,) tokens that are decided and not yet fed
-
-        def go_on(stay: list[int]) -> None:
-            nonlocal first, hidden, pending
+        stay = rows.live
+        if behind:
+            law = first if control is None else control.first(first)
+            pending = decoder.first_token(law, decoder.uniforms(generators, law.device)[:, -1])
             if control is not None:
-                control.select(stay)
-            if stay and len(stay) < len(hidden):
+                control.start(pending)
+            stay = rows.start(pending)
+        while stay:
+            if len(stay) < len(hidden):
                 index = torch.tensor(stay, device=hidden.device)
                 trunk.select(index)
                 first, hidden = first[index], hidden[index]
                 pending = None if pending is None else pending[index]
-
-        if self.bridge is not None:
-            law = first if control is None else control.first(first)
-            pending = self.first_token(law, self.uniforms(generators, first.device)[:, -1])
-            if control is not None:
-                control.start(pending)
-            go_on(rows.start(pending))
-        while rows.live:
+                if control is not None:
+                    control.select(stay)
             if pending is not None and self.window == "restart":
                 logits, states = trunk.feed(pending[:, None])
                 trunk.keep(torch.ones_like(pending), 1)
                 first, hidden, pending = logits[:, 0], states[:, 0], None
                 passes += 1
-            uniforms = self.uniforms([generators[row] for row in rows.live], hidden.device)
-            make = self.draft if control is None else control.drafted
+            uniforms = decoder.uniforms([generators[row] for row in rows.live], hidden.device)
+            make = decoder.draft if control is None else control.drafted
             draft = make(hidden, pending, uniforms[:, : 2 * n].unflatten(1, (n, 2)))
-            passes += 1
             tokens = draft.tokens if control is None else control.with_forced(draft.tokens)
-            if self.bridge is not None and pending is not None:
+            if behind and pending is not None:
                 target, states = trunk.feed(torch.cat([pending[:, None], tokens], 1))
                 given = None  # the window is all draft
             else:
@@ -260,106 +247,21 @@ class SpeculativeDecoder:
                 given = pending
             if control is not None:
                 target = control.target(target)
-            accepted, token = self.verify(draft, target, given, uniforms[:, 2 * n :])
+            accepted, token = decoder.verify(draft, target, given, uniforms[:, 2 * n :])
             if control is not None:
                 accepted = control.take(accepted, token)
-            before = 0 if self.bridge is None else 1  # the pending token was fed, and always stays
-            trunk.keep(accepted + before, before + tokens.shape[1])
-            hidden = states[torch.arange(len(accepted), device=states.device), accepted]
             stay = rows.take(tokens, accepted, token, 0 if given is None else 1)
-            pending = token
-            go_on(stay)
-        return Generation(rows.sequences(), rows.calls, rows.accepted, rows.emitted, passes, seeds)
+            # With a bridge the pending token was fed, and always stays.
+            trunk.keep(accepted + behind, behind + tokens.shape[1])
+            hidden = states[torch.arange(len(accepted), device=states.device), accepted]
+            pending, passes = token, passes + 1
+        padded = pad_sequence([torch.tensor(t) for t in rows.tokens], True, request.pad)
+        found = torch.cat([prompts, padded.to(prompts.device)], 1)
+        return Generation(found, rows.calls, rows.accepted, rows.emitted, passes, request.seeds)
 
-    # ---------------------------------------------------------------------------------------------
-    # Steps
-
-    @property
-    def drafted(self) -> int:
-        """``K``, the tokens of a call's window or windows."""
-        return self.head.n_token * self.chain
-
-    def uniforms(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
-        """A turn's random numbers, from each row's own generator: ``(B, 3 K + 1)``, two per drafted
-        token, one per test, one for the verifier's token."""
-        size = 3 * self.drafted + 1
-        return torch.stack([torch.rand(size, generator=g) for g in generators]).to(device)
-
-    def first_token(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """The verifier's own token after the prompt, ``(B,)``, where no window was drafted.
-
-        Args:
-            logits: ``(B, V)``. uniforms: ``(B,)``.
-        """
-        if self.mode == "greedy":
-            return logits.argmax(-1)
-        wide = logits.to(accumulator(logits.dtype)) / self.temperature
-        return draw(wide if self.top_p == 1 else nucleus(wide, self.top_p), uniforms)
-
-    def draft(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> DraftedWindow:
-        """Draw a window.
-
-        Args:
-            hidden: ``(B, D)``, of the last token that was fed and kept.
-            pending: ``(B,)``, the window's first token where it is decided already; with a bridge
-                the token before the window.
-            uniforms: ``(B, K, 2)``; greedy drafts do not look at them.
-        """
-        if self.bridge is not None and pending is not None:
-            chain = Chain(self.head, self.bridge, self.model.get_input_embeddings(), self.chain)
-            if self.mode == "greedy":
-                return chain.likeliest(hidden, pending)
-            return chain.drawn(hidden, pending, uniforms)
-        circuit, kind = self.circuit(hidden, pending), self.head.kind
-        evidence = None
-        if pending is not None:
-            evidence = pending.new_full((len(pending), self.head.n_token), -1)
-            evidence[:, 0] = pending
-        if self.mode == "greedy":
-            tokens, _ = ops.circuit_argmax(kind, *circuit, evidence)
-            return DraftedWindow.greedy(tokens)
-        return DraftedWindow(circuit, *ops.circuit_sample(kind, *circuit, uniforms, evidence))
-
-    def circuit(self, hidden: Tensor, pending: Tensor | None) -> Circuit:
-        """The circuit of the window. A first token that the head has no leaf for, and so holds
-        impossible, is made certain in every component: then it says nothing of what follows."""
-        circuit = self.head.circuit(hidden)
-        if pending is None or self.head.shortlist is None:
-            return circuit
-        lacking = self.head.listed.lacks(pending)[:, None, None]
-        first = circuit.leaf[:, 0].masked_fill_(lacking, -torch.inf)  # (B, C, V)
-        own = pending[:, None, None].expand(-1, first.shape[1], 1)
-        first.scatter_(-1, own, first.gather(-1, own).masked_fill(lacking, 0))
-        return circuit
-
-    def verify(
-        self, draft: DraftedWindow, target: Tensor, pending: Tensor | None, uniforms: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Accept a prefix of the window and draw the token after it.
-
-        Args:
-            draft: of :meth:`draft`. pending: as there.
-            target: ``(B, K + 1, V)``, the verifier's logits before, inside and after the window.
-            uniforms: ``(B, K + 1)``.
-
-        Returns:
-            how many tokens are kept ``(B,)``, the pending one included, and the next one ``(B,)``.
-        """
-        evidence = None if pending is None else torch.ones_like(pending)
-        if self.mode == "greedy":  # the op reads neither probability nor leaf: any will do
-            unused = target.new_zeros(draft.tokens.shape, dtype=accumulator(target.dtype))
-            leaf = target[:, :-1, None]
-            return ops.spec_verify(
-                target, draft.tokens, unused, unused[..., None], leaf, uniforms, evidence, 0.0
-            )
-        temperature = self.temperature
-        if self.top_p < 1:
-            wide = target.to(accumulator(target.dtype))
-            target, temperature = nucleus(wide / temperature, self.top_p), 1.0
-        numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
-        if any(t.dtype == torch.float64 for t in numbers):  # the op takes it on both sides alone
-            numbers = [t.double() for t in numbers]
-        target, conditional, posterior, leaf = numbers
-        return ops.spec_verify(
-            target, draft.tokens, conditional, posterior, leaf, uniforms, evidence, temperature
-        )
+    def _under(self, law: dict[str, Any]) -> SpeculativeDecoder:
+        """Return a copy with other settings, checked as they are in a new decoder."""
+        changed = copy.copy(self)  # with what a subclass keeps besides
+        vars(changed).update(law)
+        changed.__post_init__()
+        return changed

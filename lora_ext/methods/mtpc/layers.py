@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext import ops, reference
-from lora_ext._checks import FLOATS, integer, require
+from lora_ext._checks import FLOATS, integer, require, require_shape
 from lora_ext._memory import free_bytes
 from lora_ext.layers import IGNORE
 
@@ -35,7 +36,8 @@ _PARTS = {
     "leaves": ("emit", "maps", "unembed", "lora_A", "lora_B"),
     "sums": ("prior", "trans_bias", "trans"),
 }
-_KEYS = [(f"{part}.{name}", name) for part, names in _PARTS.items() for name in names]
+_FLAT = [(f"{part}.{name}", name) for part, names in _PARTS.items() for name in names]
+_NESTED = [(name, nested) for nested, name in _FLAT]
 
 
 class Circuit(NamedTuple):
@@ -51,41 +53,26 @@ def _of(part: str, name: str) -> Any:
     return property(lambda head: getattr(getattr(head, part), name))
 
 
-def _flatten_keys(
-    _head: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: dict[str, Any]
-) -> None:
-    """A state dict has the parts' parameters under the head's own names."""
-    for nested, name in _KEYS:
-        if prefix + nested in state_dict:
-            state_dict[prefix + name] = state_dict.pop(prefix + nested)
-
-
-def _nest_keys(_head: nn.Module, state_dict: dict[str, Any], prefix: str, *_others: object) -> None:
-    """The inverse of :func:`_flatten_keys`."""
-    for nested, name in _KEYS:
-        if prefix + name in state_dict:
-            state_dict[prefix + nested] = state_dict.pop(prefix + name)
+def _rename(keys: Any, _head: Any, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Rename the entries of a state dict, from the first of each pair to the second."""
+    for old, new in keys:
+        if prefix + old in state_dict:
+            state_dict[prefix + new] = state_dict.pop(prefix + old)
 
 
 def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> None:
     """Refuse leaves that the device has no memory for, and say what would be smaller."""
     free = free_bytes(options["device"])
-    if free is None:
-        return
     leaves = EMISSIONS[emission](sizes, **{**options, "device": "meta"})
-    tensors = (*leaves.parameters(), *leaves.buffers())
-    wanted = sum(t.numel() * t.element_size() for t in tensors)
-    k, c, num_leaves, width, _ = sizes
-    less = "" if emission == "adapter" else 'emission="adapter", '
-    require(
-        wanted <= free,
-        "CircuitHead",
-        "emission",
-        f"leaves that fit into the {free / 1e9:.1f} GB that are free; {less}a shortlist or a "
-        "smaller n_token and rank take less",
-        f"{emission!r} of {k} positions x {c} components x {num_leaves} tokens x width {width}, "
-        f"which take {wanted / 1e9:.1f} GB",
-    )
+    wanted = sum(t.nbytes for t in (*leaves.parameters(), *leaves.buffers()))
+    if free is not None:
+        k, c, num_leaves, width, _ = sizes
+        expected = f"leaves that fit into the {free / 1e9:.1f} GB that are free; "
+        expected += "" if emission == "adapter" else 'emission="adapter", '
+        expected += "a shortlist or a smaller n_token and rank take less"
+        found = f"{emission!r} of {k} positions x {c} components x {num_leaves} tokens x width "
+        found += f"{width}, which take {wanted / 1e9:.1f} GB"
+        require(wanted <= free, "CircuitHead", "emission", expected, found)
 
 
 class CircuitHead(nn.Module):
@@ -158,17 +145,12 @@ class CircuitHead(nn.Module):
         check_structure("CircuitHead", n_token, rank, kind, emission, adapter_rank)
         integer("CircuitHead", "hidden_size", hidden_size, 1)
         integer("CircuitHead", "vocab_size", vocab_size, 2)
-        floats = f"one of {FLOATS}"
-        require(dtype in FLOATS, "CircuitHead", "dtype", floats, dtype, NotImplementedError)
-        self.hidden_size = hidden_size
-        self.vocab_size = vocab_size
-        self.n_token = n_token
-        self.rank = rank
-        self.kind = kind
-        self.emission = emission
-        self.adapter_rank = adapter_rank
-        self.contextual = contextual
-        self.share_transitions = share_transitions
+        known = dtype in FLOATS
+        require(known, "CircuitHead", "dtype", f"one of {FLOATS}", dtype, NotImplementedError)
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
+        self.n_token, self.rank, self.kind = n_token, rank, kind
+        self.emission, self.adapter_rank = emission, adapter_rank
+        self.contextual, self.share_transitions = contextual, share_transitions
         self.init_identity = init_identity
         ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
         if ids is not None:
@@ -181,10 +163,11 @@ class CircuitHead(nn.Module):
         sizes = LeafSizes(n_token, rank, self.num_leaves, hidden_size, adapter_rank)
         _check_room(emission, sizes, **options)  # before they take any memory
         self.leaves = EMISSIONS[emission](sizes, **options)
-        structure = kind, n_token, rank, hidden_size, contextual, share_transitions, init_identity
-        self.sums = SumWeights(*structure, **options)
-        self.register_state_dict_post_hook(_flatten_keys)
-        self.register_load_state_dict_pre_hook(_nest_keys)
+        how = contextual, share_transitions, init_identity
+        self.sums = SumWeights(kind, sizes, *how, **options)
+        # A state dict has the parts' parameters under the head's own names.
+        self.register_state_dict_post_hook(partial(_rename, _FLAT))
+        self.register_load_state_dict_pre_hook(partial(_rename, _NESTED))
         self.reset_parameters()
 
     emit = _of("leaves", "emit")
@@ -226,10 +209,9 @@ class CircuitHead(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        expected, found = (num_blocks * self.vocab_size, self.hidden_size), tuple(weight.shape)
-        words = f"shape {expected} for {num_blocks} blocks"
-        fits = num_blocks >= 1 and found == expected
-        require(fits, "CircuitHead.init_from_lm_head", "weight", words, found)
+        where, shape = "CircuitHead.init_from_lm_head", (self.vocab_size, self.hidden_size)
+        require(num_blocks >= 1, where, "num_blocks", "at least 1", num_blocks)
+        require_shape(where, "weight", weight, "(V, D)", (num_blocks * shape[0], shape[1]))
         blocks = weight.detach().unflatten(0, (num_blocks, self.vocab_size))
         self.leaves.start_from(self.listed.narrow(blocks, 1))
 
@@ -239,8 +221,7 @@ class CircuitHead(nn.Module):
         ids = state_dict.get(prefix + "shortlist")
         if ids is not None:
             ascends = torch.equal(ids, checked_ids(ids, self.vocab_size).to(ids.device))
-            expected = "ascending ids in a state dict"
-            require(ascends, "CircuitHead", "shortlist", expected, "another order")
+            require(ascends, "CircuitHead", "shortlist", "ascending ids", "another order")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # ---------------------------------------------------------------------------------------------
@@ -249,8 +230,8 @@ class CircuitHead(nn.Module):
     def circuit(self, h: Tensor) -> Circuit:
         """Make the circuits of all rows of ``h (..., D)``, for the circuit ops: ``N K C V`` logits,
         so for few rows. Those of tokens outside the shortlist are ``-inf``."""
-        circuit = self.narrow_circuit(h)
-        return circuit._replace(leaf=self.listed.widen(circuit.leaf))
+        listed, circuit = self.listed, self.narrow_circuit(h)
+        return circuit if listed.ids is None else circuit._replace(leaf=listed.widen(circuit.leaf))
 
     def narrow_circuit(self, h: Tensor) -> Circuit:
         """As :meth:`circuit`, over the L places of the shortlist alone: ``N K C L`` logits."""
@@ -289,18 +270,16 @@ class CircuitHead(nn.Module):
             ValueError: k outside [0, K), or as :meth:`log_prob`.
         """
         rows, tokens = self.rows(h), self.tokens(h, x)
-        k = torch.as_tensor(k, device=h.device)
+        shape, k = h.shape[:-1], torch.as_tensor(k, device=h.device)
         require(k.dtype == torch.int64, "CircuitHead", "k", "int64", k.dtype, TypeError)
-        expected = f"one position or shape {tuple(h.shape[:-1])}"
-        fits = k.dim() == 0 or k.shape == h.shape[:-1]
+        fits, expected = k.shape in ((), shape), f"one position or shape {tuple(shape)}"
         require(fits, "CircuitHead", "k", expected, tuple(k.shape))
-        k = k.expand(h.shape[:-1]).reshape(-1)
-        wrong = (k < 0) | (k >= self.n_token)
-        if looked_at(k) and bool(wrong.any()):
+        k = k.expand(shape).reshape(-1)
+        if looked_at(k) and bool((wrong := (k < 0) | (k >= self.n_token)).any()):
             expected, found = f"positions in [0, {self.n_token})", int(k[wrong][0])
             raise ValueError(f"CircuitHead: k: expected {expected}, found {found}")
         dist = ops.circuit_conditional_dist(self.kind, *self.circuit(rows), tokens, k)
-        return dist.view(*h.shape[:-1], self.vocab_size)
+        return dist.view(*shape, self.vocab_size)
 
     @torch.no_grad()
     def sample(
@@ -325,8 +304,7 @@ class CircuitHead(nn.Module):
         if uniforms is None:
             options = {"dtype": torch.float32, "device": h.device}
             uniforms = torch.rand(*shape, 2, generator=generator, **options)
-        expected, found = (*shape, 2), tuple(uniforms.shape)
-        require(found == expected, "CircuitHead", "uniforms", f"shape {expected}", found)
+        require_shape("CircuitHead", "uniforms", uniforms, "(..., K, 2)", (*shape, 2))
         given = self._evidence(h, evidence)
         tokens, conditional, *_ = ops.circuit_sample(
             self.kind, *self.circuit(rows), uniforms.reshape(-1, self.n_token, 2), given
@@ -393,9 +371,8 @@ class CircuitHead(nn.Module):
         if evidence is None:
             return None
         given = self.tokens(h, evidence)
-        if looked_at(given):
-            gap = bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any())
-            require(not gap, "CircuitHead", "evidence", "given tokens first", "a gap")
+        if looked_at(given) and bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any()):
+            raise ValueError("CircuitHead: evidence: expected given tokens first, found a gap")
         return given
 
     def extra_repr(self) -> str:

@@ -17,13 +17,12 @@ from lora_ext.control import Constraints, Guide
 from lora_ext.layers import IGNORE, shift_labels
 
 from ._config import MtpcConfig
-from ._drafting import TokenBridge
+from ._drafting import Mode, TokenBridge
 from ._files import DraftFile, read_config, write_draft
-from ._objective import window_loss
-from .decoder import Mode, SpeculativeDecoder, WindowRule
+from .decoder import SpeculativeDecoder, WindowRule
 from .layers import CircuitHead
 from .tail import DraftTail
-from .windows import unfold_teacher, unfold_windows
+from .windows import unfold_teacher, unfold_windows, window_loss
 
 
 class Draft(nn.Module):
@@ -53,12 +52,8 @@ class Draft(nn.Module):
     ):
         super().__init__()
         # Not children: the model's weights are not the draft's.
-        self.__dict__["model"] = model
-        self.__dict__["_trained"] = []
-        self.config = config
-        self.head = head
-        self.tail = tail
-        self.bridge = bridge
+        self.__dict__["model"], self.__dict__["_trained"] = model, []
+        self.config, self.head, self.tail, self.bridge = config, head, tail, bridge
 
     def loss(
         self,
@@ -95,12 +90,9 @@ class Draft(nn.Module):
                 logits = self.model(**inputs).logits
                 teacher = unfold_teacher(logits, before + length)[..., before:, :]
         states = self.chained(self.hidden_states(**inputs), input_ids)
-        every: list[Tensor] = []
-        for j, state in enumerate(states):
-            place = slice(j * n, (j + 1) * n)
-            own = None if teacher is None else teacher[..., place, :]
-            every.append(window_loss(self.head, state, windows[..., place], gamma, beta, own)[1])
-        each = torch.cat(every)
+        teachers = [None] * len(states) if teacher is None else teacher.split(n, -2)
+        parts = zip(states, windows.split(n, -1), teachers, strict=True)
+        each = torch.cat([window_loss(self.head, h, w, gamma, beta, t)[1] for h, w, t in parts])
         weight = gamma ** torch.arange(length, dtype=each.dtype, device=each.device)
         return (weight * each).sum() / weight.sum(), each
 
@@ -121,10 +113,7 @@ class Draft(nn.Module):
 
     def hidden_states(self, **inputs: Any) -> Tensor:
         """What the head reads, ``(B, S, D)``: the last hidden states after the final norm."""
-        if self.tail is None:
-            with torch.no_grad():
-                return self.model.base_model(**inputs).last_hidden_state
-        with self.tail.everywhere():
+        with torch.no_grad() if self.tail is None else self.tail.everywhere():
             return self.model.base_model(**inputs).last_hidden_state
 
     def decoder(
@@ -166,9 +155,8 @@ class Draft(nn.Module):
         """
         folder = Path(folder)
         config, shortlist = read_config(folder)
-        unembedding = _unembedding(model)
-        sizes = unembedding.weight.shape
-        with contextlib.closing(DraftFile(folder, config, shortlist, *sizes)) as file:
+        shape = _unembedding(model).weight.shape
+        with contextlib.closing(DraftFile(folder, config, shortlist, shape)) as file:
             draft = retrofit(model, config, shortlist)
             try:
                 for part, dtype in file.dtypes.items():
@@ -230,7 +218,6 @@ def retrofit(
 
 
 def _unembedding(model: Any) -> Any:
-    found = model.get_output_embeddings()
-    expected = "a causal LM with output embeddings"
+    found, expected = model.get_output_embeddings(), "a causal LM with output embeddings"
     require(found is not None, "retrofit", "model", expected, type(model))
     return found

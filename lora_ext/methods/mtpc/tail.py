@@ -41,22 +41,16 @@ class DraftTail(nn.Module):
     def __init__(self, model: Any, num_layers: int, rank: int = 16, alpha: float = 16.0):
         super().__init__()
         stack = decoder_layers(model)
-        expected = f"1 to {len(stack)}"
-        require(1 <= num_layers <= len(stack), "DraftTail", "num_layers", expected, num_layers)
-        found = (
-            "an attached one, whose adapters have no place for the doubled rows; detach it, or "
-            "draft with a head alone (draft_layers=0)"
-        )
-        fits = pool_of(model) is None
-        require(fits, "DraftTail", "model", "a model that is not attached", found)
+        fits, count = 1 <= num_layers <= len(stack), f"1 to {len(stack)}"
+        require(fits, "DraftTail", "num_layers", count, num_layers)
+        found = "an attached one; detach it, or draft with a head alone (draft_layers=0)"
+        require(pool_of(model) is None, "DraftTail", "model", "a model that is not attached", found)
         # Not children: they are the model's.
         self.__dict__["_model"], self.__dict__["_layers"] = model, list(stack)[-num_layers:]
-        inside = {id(module) for layer in self._layers for module in layer.modules()}
+        inside = {module for layer in self._layers for module in layer.modules()}
         replacements: dict[str, nn.Module] = {}
         holders: list[Any] = []
-        for name, base in model.named_modules():
-            if id(base) not in inside:
-                continue
+        for name, base in ((n, m) for n, m in model.named_modules() if m in inside):
             new = not isinstance(base, LoraLinear) or NAME not in base.lora_A
             found = f"one at {name} (its remove() takes it away)"
             require(new, "DraftTail", "model", "layers without a draft tail", found)

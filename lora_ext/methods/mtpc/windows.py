@@ -1,15 +1,30 @@
-"""Training windows: the next tokens of every position, cut at the ends of documents."""
+"""Training windows: the next tokens of every position, cut at the ends of documents; their loss.
+
+``c_k = log q(x_k | x_<k, h)`` is what the head says of the target at position k, and ``p_k`` what
+the frozen model says of that position. A target is *counted* unless it is ignored or has no leaf:
+
+    CE_k = - sum_b c[b, k] / max(1, number of targets counted at k)
+    KL_k = sum_b KL(p_k || q(. | x_<k, h)) / max(1, number of targets counted at k)
+    loss = sum_k gamma^(k-1) (beta KL_k + (1 - beta) CE_k) / sum_k gamma^(k-1)
+
+Source: arXiv 2511.11346 (docs/mtpc.md, "Objective").
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_ext import reference
 from lora_ext._checks import require
-from lora_ext.layers import IGNORE
+from lora_ext.layers import IGNORE, recomputed, rows_per_chunk
+from lora_ext.reference import log_softmax
+
+from .layers import CircuitHead
 
 
 def unfold_windows(
@@ -92,3 +107,75 @@ def frequent_tokens(ids: Tensor, size: int) -> Tensor:
     tokens, counts = ids[ids >= 0].unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)
     return tokens[order[:size]].sort().values
+
+
+def window_loss(
+    head: CircuitHead,
+    h: Tensor,
+    windows: Tensor,
+    gamma: float = 0.9,
+    beta: float = 0.0,
+    teacher_logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The objective of a head on hidden states and the windows that follow them.
+
+    Args:
+        head: the head.
+        h: ``(..., D)``.
+        windows: ``(..., K)``, as :func:`unfold_windows` makes them. Tokens outside the shortlist
+            are marginalised, as ignored ones are.
+        gamma: discount of later positions, in (0, 1].
+        beta: share of distillation, in [0, 1].
+        teacher_logits: ``(..., K, V)`` of the verifier, :func:`unfold_teacher`; required with
+            ``beta > 0``. With a shortlist the head learns the teacher's law given that the token
+            is on it. Distillation is plain torch on chunks of rows, and costs ``N K C L`` logits in
+            time.
+
+    Returns:
+        the loss, and ``beta KL_k + (1 - beta) CE_k`` of each position ``(K,)``.
+
+    Raises:
+        ValueError: gamma or beta out of range, a teacher that is missing or of another shape; or
+            as :meth:`CircuitHead.log_prob`.
+    """
+    require(0 < gamma <= 1, "window_loss", "gamma", "a number in (0, 1]", gamma)
+    require(0 <= beta <= 1, "window_loss", "beta", "a number in [0, 1]", beta)
+    lacking = head.listed.lacks(head.tokens(h, windows)).view(windows.shape)
+    targets = torch.where(lacking, IGNORE, windows)
+    count = (targets != IGNORE).reshape(-1, head.n_token).sum(0).clamp(min=1)
+    each = -head.conditionals(h, targets).view(-1, head.n_token).sum(0) / count  # (K,)
+    if beta > 0:
+        each = beta * _divergence(head, h, targets, teacher_logits) / count + (1 - beta) * each
+    weight = gamma ** torch.arange(head.n_token, dtype=each.dtype, device=each.device)
+    return (weight * each).sum() / weight.sum(), each
+
+
+def _divergence(head: CircuitHead, h: Tensor, windows: Tensor, teacher: Tensor | None) -> Tensor:
+    """``sum_b KL(p_k || q(. | x_<k, h))`` over the targets counted at k, ``(K,)``; arguments and
+    errors as in :func:`window_loss`."""
+    shape, found = (*windows.shape, head.vocab_size), teacher is not None and tuple(teacher.shape)
+    expected = f"shape {shape} with beta > 0"
+    require(found == shape, "window_loss", "teacher_logits", expected, found or "none")
+    assert teacher is not None
+    if windows.numel() == 0:
+        return teacher.new_zeros(head.n_token)
+    if windows.dim() > 2:  # windows of a teacher share memory, which flattening would undo
+        parts = zip(h, windows, teacher, strict=True)
+        return torch.stack([_divergence(head, *part) for part in parts]).sum(0)
+
+    chunk = rows_per_chunk(head.n_token * head.rank * head.listed.size)
+    parts = zip(h.split(chunk), windows.split(chunk), teacher.split(chunk), strict=True)
+    of_chunk = partial(_chunk_divergence, head)
+    return torch.stack([recomputed(of_chunk, *part) for part in parts]).sum(0)
+
+
+def _chunk_divergence(head: CircuitHead, h: Tensor, windows: Tensor, teacher: Tensor) -> Tensor:
+    circuit = head.narrow_circuit(h)
+    places = head.listed.places(head.tokens(h, windows))
+    posterior = reference.circuit_scan(head.kind, *circuit, places).posterior
+    leaf = circuit.leaf.to(posterior.dtype).softmax(-1)
+    q = torch.einsum("nkc,nkcv->nkv", posterior, leaf)
+    log_q = q.clamp(min=torch.finfo(q.dtype).tiny).log()
+    log_p = log_softmax(head.listed.narrow(teacher).to(posterior.dtype))
+    gap = torch.where(log_p == -torch.inf, 0, log_p - log_q)
+    return ((log_p.exp() * gap).sum(-1) * (places >= 0)).sum(0)

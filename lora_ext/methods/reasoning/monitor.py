@@ -36,13 +36,10 @@ class RankMonitor:
 
     def __init__(self, model: nn.Module, adapter: str = "default", every: int = 1):
         require(every >= 1, "RankMonitor", "every", "at least 1", every)
-        self.model = model
-        self.adapter = adapter
-        self.every = every
+        self.model, self.adapter, self.every = model, adapter, every
         layers = adapted_layers(model).items()
         self._layers: dict[str, Any] = {n: m for n, m in layers if adapter in adapters_of(m)}
-        known = f"layers with an adapter {adapter!r}"
-        require(bool(self._layers), "RankMonitor", "model", known, "none")
+        require(self._layers, "RankMonitor", "model", f"layers with an adapter {adapter!r}", "none")
         self._step = -1
         self._records: list[tuple[int, str, Tensor, Tensor]] = []
         self._handle: Any = None

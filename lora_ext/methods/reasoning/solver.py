@@ -28,30 +28,20 @@ def solve(instance: HashInstance | str) -> str:
     prompt = instance if isinstance(instance, str) else instance.prompt
     match = _PROMPT.match(prompt)
     if match is None:
-        raise ValueError(
-            "solve: prompt: expected lines 'Map:', '<key>=><value>', 'Start: <hash>', 'Hops: <k>' "
-            f"or 'Task: shortest path', and 'Target:', found {prompt!r:.200}"
-        )
+        lines = "'Map:', '<key>=><value>', 'Start: <hash>', 'Hops: <k>' or 'Task: shortest path'"
+        raise ValueError(f"solve: prompt: expected lines {lines}, 'Target:', found {prompt!r:.200}")
     successors: dict[str, list[str]] = {}
     for line in match["edges"].splitlines():
         key, value = line.split("=>")
         successors.setdefault(key, []).append(value)
+    start = match["start"]
     if match["hops"] is not None:
-        return _walk(successors, match["start"], int(match["hops"]))
-    return _nearest_end(successors, match["start"])
-
-
-def _walk(successors: dict[str, list[str]], place: str, hops: int) -> str:
-    for _ in range(hops):
-        following = successors.get(place, [])
-        require(len(following) <= 1, "solve", "prompt", f"one way on from {place}", following)
-        if not following:
-            break  # the end of the chain stays the answer
-        (place,) = following
-    return place
-
-
-def _nearest_end(successors: dict[str, list[str]], start: str) -> str:
+        place = start
+        for _ in range(int(match["hops"])):
+            following = successors.get(place, [place])  # the end of the chain stays the answer
+            require(len(following) == 1, "solve", "prompt", f"one way on from {place}", following)
+            (place,) = following
+        return place
     level, seen = [start], {start}
     while level:
         ends = [place for place in level if place not in successors]

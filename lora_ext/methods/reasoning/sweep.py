@@ -36,24 +36,20 @@ def select_modules(
     suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
     names = [name for name, _ in model.named_modules()]
     found = [name for name in names if matches_suffix(name, suffixes)]
-    expected = f"the end of a name in {type(model).__name__}"
-    require(bool(found), where, "suffixes", expected, suffixes)
+    require(found, where, "suffixes", f"the end of a name in {type(model).__name__}", suffixes)
     if last_n is None:
         return found
+    places: dict[str, tuple[str, int]] = {}  # the list of blocks, and the place in it
     depths: dict[str, int] = {}
     for name in names:
-        stack = _stack(name)
-        if stack is not None:
-            depths[stack] = max(depths.get(stack, 0), 1 + (block_index(name) or 0))
-    stacks = {stack for name in found if (stack := _stack(name)) is not None}
-    most = max((depths[stack] for stack in stacks), default=0)
+        if (block := block_name(name)) is not None:
+            stack, index = block.rpartition(".")[0], block_index(name) or 0
+            places[name] = stack, index
+            depths[stack] = max(depths.get(stack, 0), 1 + index)
+    inside = [(name, *places[name]) for name in found if name in places]
+    most = max((depths[stack] for _, stack, _ in inside), default=0)
     require(1 <= last_n <= most, where, "last_n", f"one of {most} blocks", last_n)
-    return [
-        name
-        for name in found
-        if (stack := _stack(name)) is not None
-        and (block_index(name) or 0) >= depths[stack] - last_n
-    ]
+    return [name for name, stack, index in inside if index >= depths[stack] - last_n]
 
 
 @dataclass(frozen=True)
@@ -127,14 +123,6 @@ def rank_sweep(
         )
         wrap(model, config)
         train(model, task)
-        found = score(model, task)
-        points.append(
-            SweepPoint(rank, config.lora_alpha, last_n, found, rank_report(model, **report))
-        )
+        found = score(model, task), rank_report(model, **report)
+        points.append(SweepPoint(rank, config.lora_alpha, last_n, *found))
     return points
-
-
-def _stack(name: str) -> str | None:
-    """The list of blocks that a module lies in."""
-    block = block_name(name)
-    return None if block is None else block.rpartition(".")[0]

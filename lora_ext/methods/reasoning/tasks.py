@@ -51,16 +51,10 @@ class _Task(Dataset[HashInstance]):
         require(hash_length >= 1, name, "hash_length", "at least 1", hash_length)
         possible = len(ALPHABET) ** hash_length
         # Up to here distinct hashes are soon drawn, and say little about each other.
-        require(
-            2 * needed <= possible,
-            name,
-            "hash_length",
-            f"one with at least twice the {needed} hashes that an instance needs",
-            f"{hash_length}, with {possible}",
-        )
-        self.num_samples = num_samples
-        self.hash_length = hash_length
-        self.seed = seed
+        expected = f"one with at least twice the {needed} hashes that an instance needs"
+        found = f"{hash_length}, with {possible}"
+        require(2 * needed <= possible, name, "hash_length", expected, found)
+        self.num_samples, self.hash_length, self.seed = num_samples, hash_length, seed
 
     def __len__(self) -> int:
         return self.num_samples
@@ -68,10 +62,9 @@ class _Task(Dataset[HashInstance]):
     def __getitem__(self, index: int) -> HashInstance:
         """The instance; an index below 0 counts from the end."""
         place = index + self.num_samples if index < 0 else index
-        fits = 0 <= place < self.num_samples
-        expected = f"one of {self.num_samples} instances"
-        require(fits, type(self).__name__, "index", expected, index, IndexError)
-        return self._make(random.Random(f"{type(self).__name__} {self.seed} {place}"))
+        fits, where = 0 <= place < self.num_samples, type(self).__name__
+        require(fits, where, "index", f"one of {self.num_samples} instances", index, IndexError)
+        return self._make(random.Random(f"{where} {self.seed} {place}"))
 
     def text(self, index: int) -> str:
         """What a model is trained on: prompt, a space, target."""
@@ -130,9 +123,7 @@ class HashHop(_Task):
                 "only one without a successor",
                 stacklevel=2,
             )
-        self.chain_length = chain_length
-        self.max_hops = max_hops
-        self.vary_hops = vary_hops
+        self.chain_length, self.max_hops, self.vary_hops = chain_length, max_hops, vary_hops
 
     def _make(self, rng: random.Random) -> HashInstance:
         chain = self._hashes(rng, self.chain_length)
@@ -179,17 +170,14 @@ class HashChain(_Task):
         chains = tuple(chains)
         require(num_chains >= 2, "HashChain", "num_chains", "at least 2", num_chains)
         require(all(c >= 2 for c in chains), "HashChain", "chains", "lengths of at least 2", chains)
-        self.chains = chains
-        self.num_chains = num_chains
-        self.vary_hash = vary_hash
+        self.chains, self.num_chains, self.vary_hash = chains, num_chains, vary_hash
         lengths = sorted(set(chains))
         if vary_hash:
             require(len(lengths) >= 2, "HashChain", "chains", "two distinct lengths", chains)
             largest = max(self._longest(lengths, shortest) for shortest in lengths[:-1])
         else:
-            enough = num_chains <= len(chains)
+            enough, used = num_chains <= len(chains), chains[:num_chains]
             require(enough, "HashChain", "num_chains", f"at most {len(chains)} lengths", num_chains)
-            used = chains[:num_chains]
             unique = used.count(min(used)) == 1
             require(unique, "HashChain", "chains", "one shortest among those used", used)
             largest = sum(used)

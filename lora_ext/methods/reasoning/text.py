@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_ext._checks import choice, require
 from lora_ext._torch import evaluating
@@ -103,28 +104,25 @@ def evaluate(
     if breakdown is not None:
         choice(where, "breakdown", breakdown, tuple(_BREAKDOWNS))
         groups = [_BREAKDOWNS[breakdown](instance) for instance in instances]
-        hops = None not in groups
-        require(hops, where, "breakdown", "instances of the hop task for 'hops'", "others")
+        expected = "instances of the hop task for 'hops'"
+        require(None not in groups, where, "breakdown", expected, "others")
     prompts = [_prompt_ids(tokenizer, instance) for instance in instances]
-    new_tokens = _room(where, model, tokenizer, instances, prompts)
+    new_tokens = _room(model, tokenizer, instances, prompts)
     answers: list[str] = []
     # What has `generate` need not be a module.
     with evaluating(model) if isinstance(model, torch.nn.Module) else nullcontext():
         for first in range(0, len(prompts), batch_size):
             chosen = prompts[first : first + batch_size]
             answers += _answers(model, tokenizer, chosen, new_tokens)
-    hits = [
-        SCORES[score](answer, instance.target)
-        for answer, instance in zip(answers, instances, strict=True)
-    ]
+    pairs = zip(answers, instances, strict=True)
+    hits = [SCORES[score](answer, instance.target) for answer, instance in pairs]
     result: dict[str, Any] = {"accuracy": sum(hits) / len(hits)}
     if breakdown is not None:
         parts: dict[Any, list[bool]] = {}
         for group, hit in zip(groups, hits, strict=True):
             parts.setdefault(group, []).append(hit)
-        result[f"by_{breakdown}"] = {
-            group: (sum(part) / len(part), len(part)) for group, part in sorted(parts.items())
-        }
+        counted = {group: (sum(part) / len(part), len(part)) for group, part in parts.items()}
+        result[f"by_{breakdown}"] = dict(sorted(counted.items()))
     return result
 
 
@@ -153,13 +151,10 @@ def _answers(
 
 
 def _room(
-    where: str,
-    model: Any,
-    tokenizer: Any,
-    instances: Sequence[HashInstance],
-    prompts: Sequence[list[int]],
+    model: Any, tokenizer: Any, instances: Sequence[HashInstance], prompts: Sequence[list[int]]
 ) -> int:
-    """How many tokens an answer may have: one a character, a space and an end, if they fit."""
+    """Return how many tokens an answer may have: one per character, a space and an end, if they
+    fit."""
     wanted = max(len(instance.target) for instance in instances) + 2
     config = getattr(model, "config", None)
     config = getattr(config, "get_text_config", lambda: config)()
@@ -168,14 +163,9 @@ def _room(
         return wanted
     needed = max(len(_answer_ids(tokenizer, instance)) for instance in instances)
     longest = max(map(len, prompts))
-    require(
-        longest + needed <= context,
-        where,
-        "instances",
-        f"prompts of at most {context - needed} tokens, which leave the model's context of "
-        f"{context} room for an answer of {needed}",
-        f"one of {longest}",
-    )
+    expected = f"prompts of at most {context - needed} tokens, which leave the model's context of "
+    expected += f"{context} room for an answer of {needed}"
+    require(longest + needed <= context, "evaluate", "instances", expected, f"one of {longest}")
     return min(wanted, context - longest)
 
 
@@ -191,14 +181,10 @@ def _answer_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
 
 def _pad_id(tokenizer: Any) -> int:
     """Padding is masked, so any id does for a tokenizer that has none."""
-    for name in ("pad_token_id", "eos_token_id"):
-        found = getattr(tokenizer, name, None)
-        if found is not None:
-            return found
-    return 0
+    found = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((token for token in found if token is not None), 0)
 
 
 def _padded(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
-    padding = [[value] * (max(map(len, rows)) - len(row)) for row in rows]
-    pairs = zip(padding, rows, strict=True)
-    return torch.tensor([pad + row if left else row + pad for pad, row in pairs])
+    side = "left" if left else "right"
+    return pad_sequence([torch.tensor(row) for row in rows], True, value, side)

@@ -59,10 +59,9 @@ def project_factor(
     # No layer is selected here: the direction says nothing.
     config = SploraConfig(direction="smallest", projection=projection, rank=rank, energy=energy)
     where = "project_factor"
-    for name, t in (("B", B), ("base_w", base_w), ("aligned_w", aligned_w)):
-        check_floating(where, name, t)
+    check_floating(where, B=B, base_w=base_w, aligned_w=aligned_w)
     check_shapes(where, B.shape, base_w.shape, aligned_w.shape)
-    check_finite(where, "B", B)
+    check_finite(where, B=B)
     projected = project_wide(where, B, base_w, aligned_w, config)
     if projected.is_identity:
         warn_of_identity(where, ["this layer"])
@@ -117,15 +116,13 @@ class WeightPair:
     def blocks(self, transposed: bool = False) -> Iterator[tuple[slice, Tensor]]:
         """Yield ``V = aligned - base``, or its transpose, as blocks of rows: where they lie, and
         what they hold, float64. No more than a block is in memory."""
-        pair = (self.aligned, self.base)
-        aligned, base = (t.T for t in pair) if transposed else pair
-        rows, width = aligned.shape
-        nbytes = min(aligned.nbytes, base.nbytes)
+        pair = [t.T if transposed else t for t in (self.aligned, self.base)]
+        rows, width = pair[0].shape
+        nbytes = min(t.nbytes for t in pair)
         step = max(1, nbytes // (8 * width * torch.float64.itemsize))
         for begin in range(0, rows, step):
             part = slice(begin, begin + step)
-            wide = (t[part].to(self.device, torch.float64) for t in (aligned, base))
-            yield part, torch.sub(*wide)
+            yield part, torch.sub(*(t[part].to(self.device, torch.float64) for t in pair))
 
     def inner(self, b: Tensor) -> tuple[Tensor, Tensor]:
         """``V^T b``, ``(n, r)``, and ``|V|_F``.
@@ -146,22 +143,13 @@ class WeightPair:
                 "(SploraConfig(on_zero_alignment='skip') leaves such layers alone)"
             )
         if not math.isfinite(norm):
-            check_finite(self.where, "base weight", self.base)
-            check_finite(self.where, "aligned weight", self.aligned)
+            weights = {"base weight": self.base, "aligned weight": self.aligned}
+            check_finite(self.where, **weights)
         return product, square.sqrt()
 
     def times(self, factor: Tensor) -> Tensor:
         """Return the product of V with a factor ``(n, k)``: ``(m, k)`` float64."""
         return torch.cat([v @ factor for _, v in self.blocks()])
-
-    def gram(self) -> tuple[Tensor, bool]:
-        """The smaller of ``V^T V`` and ``V V^T``, and whether it is the former."""
-        m, n = self.shape
-        narrow = n < m
-        gram = torch.zeros(min(m, n), min(m, n), dtype=torch.float64, device=self.device)
-        for _, v in self.blocks(transposed=not narrow):
-            gram.addmm_(v.T, v)
-        return gram, narrow
 
 
 def _orthogonal(
@@ -169,10 +157,13 @@ def _orthogonal(
 ) -> tuple[Tensor, bool]:
     """By the eigenvectors of a Gram matrix. It squares the condition number, which float64 bears:
     what lies below the square of the cut, 1e-14 of the largest eigenvalue at least, is not used."""
-    gram, narrow = pair.gram()
+    m, n = pair.shape
+    narrow = n < m  # the smaller of V^T V and V V^T is taken
+    gram = torch.zeros(min(m, n), min(m, n), dtype=torch.float64, device=pair.device)
+    for _, v in pair.blocks(transposed=not narrow):
+        gram.addmm_(v.T, v)
     squares, vectors = torch.linalg.eigh(gram)
     squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)  # largest first
-    m, n = pair.shape
     cut = max(m, n) * torch.finfo(torch.float32).eps
     count = int((squares.sqrt() > cut * squares[0].sqrt()).sum())
     if config.energy is not None:
@@ -191,38 +182,38 @@ def _orthogonal(
 # Checks
 
 
-def check_floating(where: str, name: str, t: Tensor) -> None:
-    """Refuse a quantised tensor."""
-    fits = isinstance(t, Tensor) and t.is_floating_point() and t.element_size() >= 2
-    found = f"{t.dtype if isinstance(t, Tensor) else type(t).__name__}; dequantise it first"
+def check_floating(where: str, **named: Tensor) -> None:
+    """Raise TypeError for a quantised tensor."""
     expected = "a tensor in float16, bfloat16, float32 or float64"
-    require(fits, where, name, expected, found, TypeError)
+    for name, t in named.items():
+        fits = isinstance(t, Tensor) and t.is_floating_point() and t.element_size() >= 2
+        found = f"{t.dtype if isinstance(t, Tensor) else type(t).__name__}; dequantise it first"
+        require(fits, where, name, expected, found, TypeError)
 
 
-def check_shapes(
-    where: str,
-    b: tuple[int, ...],
-    base: tuple[int, ...],
-    aligned: tuple[int, ...],
-    a: tuple[int, ...] | None = None,
-) -> None:
+Shape = tuple[int, ...]
+
+
+def check_shapes(where: str, b: Shape, base: Shape, aligned: Shape, a: Shape | None = None) -> None:
     """Refuse factors ``(m, r)``, ``(r, n)`` and weights ``(m, n)`` that do not fit one another."""
     factors = f"B {tuple(b)}" + (f" and A {tuple(a)}" if a is not None else "")
     a = (b[-1], base[-1]) if a is None and len(b) == len(base) == 2 else a
+    base, aligned = tuple(base), tuple(aligned)
     if len(b) != 2 or a is None or len(a) != 2 or a[0] != b[1]:
-        raise ValueError(f"{where}: expected B (m, r) and A (r, n) of one rank, found {factors}")
-    if b[1] == 0:
-        raise ValueError(f"{where}: expected a rank of at least 1, found 0: {factors}")
-    base, aligned, wanted = tuple(base), tuple(aligned), (b[0], a[1])
-    if base != aligned:
-        expected = f"an aligned weight of the base weight's shape {base}"
-        raise ValueError(f"{where}: expected {expected}, found {aligned}")
-    if base != wanted:
-        expected = f"weights of shape {wanted}, as {factors} have"
-        raise ValueError(f"{where}: expected {expected}, found {base}")
+        expected, found = "B (m, r) and A (r, n) of one rank", factors
+    elif b[1] == 0:
+        expected, found = "a rank of at least 1", f"0: {factors}"
+    elif base != aligned:
+        expected, found = f"an aligned weight of the base weight's shape {base}", aligned
+    elif base != (b[0], a[1]):
+        expected, found = f"weights of shape {(b[0], a[1])}, as {factors} have", base
+    else:
+        return
+    raise ValueError(f"{where}: expected {expected}, found {found}")
 
 
-def check_finite(where: str, name: str, t: Tensor) -> None:
-    """Refuse NaN and infinity, a few rows at a time."""
-    for part in t.split(max(1, len(t) // 8)):
-        require(bool(torch.isfinite(part).all()), where, name, "finite values", "NaN or infinity")
+def check_finite(where: str, **named: Tensor) -> None:
+    """Raise ValueError for NaN and infinity; a few rows are read at a time."""
+    for name, t in named.items():
+        finite = all(bool(part.isfinite().all()) for part in t.split(max(1, len(t) // 8)))
+        require(finite, where, name, "finite values", "NaN or infinity")

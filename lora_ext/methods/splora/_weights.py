@@ -52,12 +52,12 @@ def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
     more than its tensors do: scaling is 1."""
     keys = {key: parsed for key in state if (parsed := parse_key(key)) is not None}
     if not keys:
-        found = ", ".join(list(state)[:4])
-        raise ValueError(f"{where}: expected names as <module>.lora_A.weight, found {found}")
+        expected, found = "names as <module>.lora_A.weight", ", ".join(list(state)[:4])
+        raise ValueError(f"{where}: expected {expected}, found {found}")
     ranks: dict[str, int] = {}
     factor_keys(where, keys)
     for key, (module, role, _) in keys.items():
-        check_floating(where, key, state[key])
+        check_floating(where, **{key: state[key]})
         if role in ("A.weight", "embedding_A"):
             ranks[module] = state[key].shape[0] if state[key].dim() else 0
             require(ranks[module] != 0, where, key, "a rank of at least 1", "0")
@@ -117,10 +117,16 @@ def project_layers(
         names: only these of the adapter's modules; default is all.
         columns: what P is applied to, ``(m, k)``; default is B.
     """
-    _refuse_other_kinds(where, adapter)
+    kinds = {
+        "a DoRA magnitude": [n for n, f in adapter.modules.items() if f.magnitude is not None],
+        "an embedding": [n for n, f in adapter.modules.items() if f.embedding],
+        "a convolution": [n for n, f in adapter.modules.items() if f.a.dim() > 2],
+    }
+    for kind, others in kinds.items():
+        expected, at = "plain LoRA on linear layers", f"{kind} at {', '.join(others[:4])}"
+        require(not others, where, "adapter", expected, at, NotImplementedError)
     found: list[Layer] = []
     projected: list[Projected] = []
-    identities: list[str] = []
     said = adapter.config.fan_in_fan_out
     with (
         ModelWeights(base, f"{where}: base") as base_weights,
@@ -135,55 +141,31 @@ def project_layers(
             shapes = base_weights.shape(key), aligned_weights.shape(aligned_key)
             _check(f"{where}: {name}", layers[-1], *shapes)
         for layer in progress(layers):
-            columns_of = columns(layer.factors)
+            w0 = base_weights.read(layer.base_key)
+            wa = aligned_weights.read(layer.aligned_key)
+            if layer.transposed:
+                w0, wa = w0.T, wa.T
             try:
-                one = _project(where, layer, base_weights, aligned_weights, columns_of, config)
+                of = f"{where}: {layer.name}"
+                projected.append(project_wide(of, columns(layer.factors), w0, wa, config))
             except ZeroAlignmentError:
                 if config.on_zero_alignment == "raise":
                     raise
                 continue
+            finally:
+                del w0, wa  # before the next ones are read
             found.append(layer)
-            projected.append(one)
-            if one.is_identity:
-                identities.append(layer.name)
-    if identities:
+    pairs = zip(found, projected, strict=True)
+    if identities := [layer.name for layer, one in pairs if one.is_identity]:
         warn_of_identity(where, identities)
     return found, projected
 
 
-def _project(
-    where: str,
-    layer: Layer,
-    base: ModelWeights,
-    aligned: ModelWeights,
-    columns: Tensor,
-    config: SploraConfig,
-) -> Projected:
-    """:func:`project_wide` of one layer; its two weights go before the next ones are read."""
-    w0, wa = base.read(layer.base_key), aligned.read(layer.aligned_key)
-    if layer.transposed:
-        w0, wa = w0.T, wa.T
-    return project_wide(f"{where}: {layer.name}", columns, w0, wa, config)
-
-
 def _check(where: str, layer: Layer, base: tuple[int, ...], aligned: tuple[int, ...]) -> None:
-    a, b = layer.factors.a, layer.factors.b
+    a, b, bias = layer.factors.a, layer.factors.b, layer.factors.bias
     stored = (base[::-1], aligned[::-1]) if layer.transposed else (base, aligned)
     check_shapes(where, b.shape, *stored, a.shape)
-    named = {"lora_A.weight": a, "lora_B.weight": b, "lora_B.bias": layer.factors.bias}
-    for name, t in named.items():
-        if t is not None:
-            check_floating(where, name, t)
-            check_finite(where, name, t)
-
-
-def _refuse_other_kinds(where: str, adapter: LoraAdapter) -> None:
-    kinds = {
-        "a DoRA magnitude": [n for n, f in adapter.modules.items() if f.magnitude is not None],
-        "an embedding": [n for n, f in adapter.modules.items() if f.embedding],
-        "a convolution": [n for n, f in adapter.modules.items() if f.a.dim() > 2],
-    }
-    for kind, names in kinds.items():
-        expected = "plain LoRA on linear layers"
-        found = f"{kind} at {', '.join(names[:4])}"
-        require(not names, where, "adapter", expected, found, NotImplementedError)
+    named = {"lora_A.weight": a, "lora_B.weight": b}
+    named |= {} if bias is None else {"lora_B.bias": bias}
+    check_floating(where, **named)
+    check_finite(where, **named)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,7 +87,7 @@ class SploraConfig:
         require(holds, "SploraConfig", "num and threshold", "one of them", found)
         table = {
             "num": within(0),
-            "threshold": {"finite": False, "expected": "a number"},
+            "threshold": {"maximum": math.inf, "expected": "a number"},
             "rank": within(1),
             "energy": within(above=0, maximum=1),
             "n_samples": within(2),

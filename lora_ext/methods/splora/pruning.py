@@ -133,12 +133,13 @@ def project(
     value = read_adapter(f"{where}: adapter", adapter)
     chosen = [names] if isinstance(names, str) else list(names)
     value.check_names(f"{where}: names", chosen)
-    layers, projected = project_layers(
-        where, value, base, aligned, config, progress, set(chosen), _columns
-    )
+    how = config, progress, set(chosen), _columns
+    layers, projected = project_layers(where, value, base, aligned, *how)
     modules = dict(value.modules)
     for layer, one in zip(layers, projected, strict=True):
-        modules[layer.name] = _replaced(value.modules[layer.name], one.columns)
+        b, bias, columns = layer.factors.b, layer.factors.bias, one.columns
+        bias = None if bias is None else columns[:, -1].to(bias)
+        modules[layer.name] = layer.factors._replace(b=columns[:, : b.shape[1]].to(b), bias=bias)
     return dataclasses.replace(value, modules=modules)
 
 
@@ -147,13 +148,6 @@ def _columns(factors: Factors) -> Tensor:
     if factors.bias is None:
         return factors.b
     return torch.cat([factors.b, factors.bias.to(factors.b)[:, None]], dim=1)
-
-
-def _replaced(factors: Factors, columns: Tensor) -> Factors:
-    """These factors with projected columns, of the dtype and on the device of the old ones."""
-    b = columns[:, : factors.b.shape[1]].to(factors.b)
-    bias = None if factors.bias is None else columns[:, -1].to(factors.bias)
-    return factors._replace(b=b, bias=bias)
 
 
 def select_layers(stats: Sequence[LayerStats], config: SploraConfig) -> list[str]:

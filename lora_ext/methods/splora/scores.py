@@ -55,16 +55,13 @@ def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) 
     Raises:
         ValueError: shapes that do not fit, r = 0, NaN or infinity. TypeError: no floating tensor.
     """
-    where = "pair_stats"
-    named = (("a", a), ("b", b), ("projected_b", projected_b))
-    for name, t in named:
-        check_floating(where, name, t)
+    where, named = "pair_stats", {"a": a, "b": b, "projected_b": projected_b}
+    check_floating(where, **named)
     sizes = (b.shape[0], a.shape[1]) if a.dim() == b.dim() == 2 else ()
     check_shapes(where, b.shape, sizes, sizes, a.shape)
     expected = f"the shape of b {tuple(b.shape)}"
     require(projected_b.shape == b.shape, where, "projected_b", expected, tuple(projected_b.shape))
-    for name, t in named:
-        check_finite(where, name, t)
+    check_finite(where, **named)
     return ops.lora_pair_stats(a, b, projected_b, scaling)
 
 
@@ -120,16 +117,17 @@ def ediem_scores(
     stats = ops.lora_pair_stats(a, b, columns, scalings).cpu().clamp(min=0)  # (L, 4)
     distances = stats[:, 3].sqrt()
     sizes = torch.tensor([b_l.shape[0] * a_l.shape[1] for a_l, b_l in zip(a, b, strict=True)])
-    alignments = [
-        _alignment(a_l, one.along, s_l, norm)
-        for a_l, one, s_l, norm in zip(a, projected, scalings, stats[:, 0].sqrt(), strict=True)
-    ]
+    norms, images = stats[:, 0].sqrt(), stats[:, 1].sqrt()
+    parts = zip(a, projected, scalings, strict=True)
+    inner = [s * (one.along.to(device) * a_l.double().T).sum().item() for a_l, one, s in parts]
+    cosines = (torch.tensor(inner, dtype=torch.float64) / norms).clamp(-1, 1)  # <D, V> / (|D| |V|)
+    alignments = torch.where(norms > 0, cosines, 0).tolist()
     if config.score == "alignment":
         scores = alignments
     elif config.reference == "population":
-        expected = "at least 4 layers, which are compared with one another"
-        found = f"{len(layers)}; 'permutation' scores a layer by itself"
-        require(len(layers) >= 4, where, "reference='population'", expected, found)
+        expected, found = "at least 4 layers to compare with one another", len(layers)
+        remedy = f"{found}; 'permutation' scores a layer by itself"
+        require(found >= 4, where, "reference='population'", expected, remedy)
         x = distances / sizes.double().sqrt()
         if config.score == "angle":
             x = _angles(a, b, columns, scalings, stats)
@@ -146,11 +144,10 @@ def ediem_scores(
             else:
                 one = released_score(d, samples, s_l * p_l @ a_l, s_l * b_l @ a_l)
             scores.append(one)
-    found = zip(layers, sizes.tolist(), distances.tolist(), stats.tolist(), strict=True)
-    return [
-        LayerStats(layer.name, n, d, *_figures(row), score, alignment)
-        for (layer, n, d, row), score, alignment in zip(found, scores, alignments, strict=True)
-    ]
+    cosines = torch.where(norms * images > 0, stats[:, 2] / (norms * images), 0)
+    figures = (sizes, distances, norms, images, cosines)
+    names, columns = (layer.name for layer in layers), (t.tolist() for t in figures)
+    return [LayerStats(*row) for row in zip(names, *columns, scores, alignments, strict=True)]
 
 
 def size_correlation(stats: Sequence[LayerStats]) -> float:
@@ -180,14 +177,6 @@ def _ranks(values: Sequence[float]) -> Tensor:
     return (last - (counts - 1) / 2)[inverse]
 
 
-def _alignment(a: Tensor, along: Tensor, scaling: float, norm: Tensor) -> float:
-    """``<D, V> / (|D| |V|)``, of ``along = V^T B / |V|``; 0 where D is 0."""
-    if norm == 0:
-        return 0.0
-    inner = scaling * (along.to(a.device) * a.double().T).sum().item()
-    return min(1.0, max(-1.0, inner / norm.item()))
-
-
 def _angles(
     a: list[Tensor], b: list[Tensor], columns: list[Tensor], scalings: list[float], stats: Tensor
 ) -> Tensor:
@@ -202,13 +191,6 @@ def _angles(
     return torch.where(norms > 0, rest / norms, 0).sqrt()
 
 
-def _figures(row: Sequence[float]) -> tuple[float, float, float]:
-    """|D|, |P D| and their cosine."""
-    norm, norm_proj, inner = math.sqrt(row[0]), math.sqrt(row[1]), row[2]
-    product = norm * norm_proj
-    return norm, norm_proj, inner / product if product > 0 else 0.0
-
-
 def _permuted(
     a: Tensor, b: Tensor, projected: Tensor, scaling: float, config: SploraConfig
 ) -> Tensor:
@@ -218,29 +200,25 @@ def _permuted(
     """
     generator = torch.Generator().manual_seed(config.seed)
     orders = (torch.randperm(len(b), generator=generator) for _ in range(config.n_samples))
-    found = [
-        ops.lora_pair_stats(a, b[order.to(b.device)], projected, scaling)[3] for order in orders
-    ]
+    moved = (b[order.to(b.device)] for order in orders)
+    found = [ops.lora_pair_stats(a, rows, projected, scaling)[3] for rows in moved]
     return torch.stack(found).cpu().clamp(min=0).sqrt()
 
 
 def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor | None:
     """``|X - Y|`` of each of the caller's pairs, ``(N,)`` float64; None for other references."""
     if config.reference != "pairs":
-        if pairs is not None:
-            expected = f"None with reference={config.reference!r}"
-            raise ValueError(f"{where}: pairs: expected {expected}, found {len(pairs)} pairs")
+        expected, found = f"None with reference={config.reference!r}", len(pairs or ())
+        require(pairs is None, where, "pairs", expected, f"{found} pairs")
         return None
-    if not pairs:
-        expected = "pairs of matrices with reference='pairs'"
-        raise ValueError(f"{where}: pairs: expected {expected}, found {pairs!r}")
+    require(pairs, where, "pairs", "pairs of matrices with reference='pairs'", pairs)
+    assert pairs is not None
     distances = []
     for i, (x, y) in enumerate(pairs):
-        name = f"pairs[{i}]"
+        name, found = f"pairs[{i}]", f"{tuple(x.shape)} and {tuple(y.shape)}"
         for t in (x, y):
-            check_floating(where, name, t)
-            check_finite(where, name, t)
-        expected = "matrices of one shape"
-        require(x.shape == y.shape, where, name, expected, f"{tuple(x.shape)} and {tuple(y.shape)}")
+            check_floating(where, **{name: t})
+            check_finite(where, **{name: t})
+        require(x.shape == y.shape, where, name, "matrices of one shape", found)
         distances.append(torch.linalg.vector_norm(x.double() - y.double()).cpu())
     return torch.stack(distances)

@@ -88,12 +88,12 @@ class VisionPatchEmbed(nn.Module):
         eps: float = 1e-5,
     ):
         super().__init__()
-        sizes = {"hidden_size": hidden_size, "embed_dim": embed_dim, "patch": patch}
-        for name, size in (*sizes.items(), ("image_size", image_size)):
-            require(size >= 1, "VisionPatchEmbed", name, "at least 1", size)
-        expected = f"a multiple of the patch {patch}"
-        require(not image_size % patch, "VisionPatchEmbed", "image_size", expected, image_size)
-        choice("VisionPatchEmbed", "pos_mode", pos_mode, get_args(PosMode))
+        where, sizes = "VisionPatchEmbed", {"hidden_size": hidden_size, "embed_dim": embed_dim}
+        for name, size in {**sizes, "patch": patch, "image_size": image_size}.items():
+            require(size >= 1, where, name, "at least 1", size)
+        whole = image_size % patch == 0
+        require(whole, where, "image_size", f"a multiple of the patch {patch}", image_size)
+        choice(where, "pos_mode", pos_mode, get_args(PosMode))
         self.patch, self.side, self.pos_mode = patch, image_size // patch, pos_mode
         self.patchifier = nn.ModuleDict(
             {"proj": nn.Conv2d(3, embed_dim, patch, patch), "norm": RMSNorm(embed_dim, eps)}
@@ -119,9 +119,10 @@ class VisionPatchEmbed(nn.Module):
                 of integers, which are not normalised.
         """
         batch = isinstance(images, Tensor)
+        expected = "shape (B, 3, H, W), or a list of (3, H, W)"
         for given in [images] if batch else images:
-            fits, shapes = given.dim() == 3 + batch, "shape (B, 3, H, W), or a list of (3, H, W)"
-            require(fits, "VisionPatchEmbed", "images", shapes, tuple(given.shape))
+            found = tuple(given.shape)
+            require(len(found) == 3 + batch, "VisionPatchEmbed", "images", expected, found)
         parts = [images] if batch else [image[None] for image in images]
         grids = [self.grid(part) for part in parts]
         if not parts:
@@ -133,21 +134,21 @@ class VisionPatchEmbed(nn.Module):
         assert isinstance(proj, nn.Conv2d)
         tokens = norm(linear(torch.cat(patches), proj.weight.flatten(1), proj.bias))
         tokens = self.out_proj(tokens + torch.cat(positions))  # (sum of N, d)
-        if isinstance(images, Tensor):
-            rows, columns = grids[0]
-            return tokens.view(len(images), rows * columns, tokens.shape[-1])
-        return list(tokens.split([rows * columns for rows, columns in grids]))
+        counts = [rows * columns for rows, columns in grids]
+        if batch:
+            return tokens.view(len(images), counts[0], tokens.shape[-1])
+        return list(tokens.split(counts))
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of an image ``(..., 3, H, W)``; errors are the call's."""
+        where, real = "VisionPatchEmbed", image.is_floating_point()
         fits = image.dim() >= 3 and image.shape[-3] == 3
-        require(fits, "VisionPatchEmbed", "images", "three channels, (3, H, W)", tuple(image.shape))
-        real, found = image.is_floating_point(), image.dtype
-        require(real, "VisionPatchEmbed", "images", "floating numbers", found, TypeError)
+        require(fits, where, "images", "three channels, (3, H, W)", tuple(image.shape))
+        require(real, where, "images", "floating numbers", image.dtype, TypeError)
         height, width = image.shape[-2:]
         whole = height * width > 0 and not (height % self.patch or width % self.patch)
         expected = f"sides that are multiples of the patch {self.patch}"
-        require(whole, "VisionPatchEmbed", "images", expected, f"{height} x {width}")
+        require(whole, where, "images", expected, f"{height} x {width}")
         return height // self.patch, width // self.patch
 
     def positions(self, rows: int, columns: int) -> Tensor:
@@ -208,15 +209,14 @@ def smart_resize(
 
     Source: repository Hon-Wong/VoRA, as in Qwen2-VL.
     """
-    require(factor >= 1, "smart_resize", "factor", "at least 1", factor)
+    where, sides, found = "smart_resize", (height, width), f"{height} x {width}"
+    require(factor >= 1, where, "factor", "at least 1", factor)
     expected = f"above 0 and at most max_pixels = {max_pixels}"
-    require(0 < min_pixels <= max_pixels, "smart_resize", "min_pixels", expected, min_pixels)
-    for name, side in (("height", height), ("width", width)):
-        require(side >= factor, "smart_resize", name, f"at least {factor}", side)
-    fits = max(height, width) <= MAX_RATIO * min(height, width)
-    found = f"{height} x {width}"
-    require(fits, "smart_resize", "height, width", f"a ratio of at most {MAX_RATIO}", found)
-    sides = height, width
+    require(0 < min_pixels <= max_pixels, where, "min_pixels", expected, min_pixels)
+    for name, side in zip(("height", "width"), sides, strict=True):
+        require(side >= factor, where, name, f"at least {factor}", side)
+    fits = max(sides) <= MAX_RATIO * min(sides)
+    require(fits, where, "height, width", f"a ratio of at most {MAX_RATIO}", found)
     resized = [round(side / factor) * factor for side in sides]
     if math.prod(resized) > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
@@ -224,6 +224,6 @@ def smart_resize(
     elif math.prod(resized) < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
         resized = [math.ceil(side * beta / factor) * factor for side in sides]
-    expected = f"enough for patches of side {factor} in an image of {height} x {width}"
-    require(all(resized), "smart_resize", "max_pixels", expected, max_pixels)
+    expected = f"enough for patches of side {factor} in an image of {found}"
+    require(all(resized), where, "max_pixels", expected, max_pixels)
     return resized[0], resized[1]

@@ -64,9 +64,9 @@ def vision_block() -> Block | None:
 def vision_rows(block: Block, leading: torch.Size, device: torch.device) -> Rows:
     """Rows of activations ``(*leading, I)``: id 0 for vision tokens, -1 for all others. They are
     made once for all layers."""
-    shape = tuple(block.assignment.shape)
-    expected = f"the activations' shape without features, {tuple(leading)}"
-    require(shape == tuple(leading), "modality", "vision_mask", expected, shape)
+    found, shape = tuple(block.assignment.shape), tuple(leading)
+    expected = f"the activations' shape without features, {shape}"
+    require(found == shape, "modality", "vision_mask", expected, found)
     return block.rows(leading, device)
 
 
@@ -77,20 +77,18 @@ def traced_vision_rows(leading: torch.Size, device: torch.device) -> Rows | None
 
 
 def _token_ids(vision_mask: Tensor) -> Tensor:
+    fits = False
     if not isinstance(vision_mask, Tensor):
         found = type(vision_mask).__name__
     elif vision_mask.dim() == 0:
         found = "a single number"
-    elif vision_mask.dtype == torch.bool:
-        return vision_mask.to(torch.int8) - 1
     elif vision_mask.is_floating_point() or vision_mask.is_complex():
-        found = str(vision_mask.dtype)
+        found = vision_mask.dtype
+    elif vision_mask.dtype == torch.bool or not vision_mask.numel():
+        fits, found = True, vision_mask.dtype
     else:
-        low, high = (int(v) for v in vision_mask.aminmax()) if vision_mask.numel() else (0, 1)
-        if 0 <= low <= high <= 1:
-            return vision_mask.to(torch.int8) - 1
-        found = f"{low} to {high}"
-    raise ValueError(
-        "modality: vision_mask: expected a tensor of bools, or of integers that are all 0 or 1, of "
-        f"the activations' shape without features, found {found}"
-    )
+        low, high = (int(v) for v in vision_mask.aminmax())
+        fits, found = 0 <= low <= high <= 1, f"{low} to {high}"
+    expected = "a tensor of bools, or of integers that are all 0 or 1, of the activations' shape"
+    require(fits, "modality", "vision_mask", f"{expected} without features", found)
+    return vision_mask.to(torch.int8) - 1

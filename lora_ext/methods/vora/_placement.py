@@ -38,8 +38,8 @@ class Applied:
 
     def require_apart(self, where: str) -> None:
         """Raise RuntimeError where a layer's adapter is merged into its base weight by hand."""
+        expected = "an adapter apart from the base weight"
         for name, layer in self.layers.items():
-            expected = "an adapter apart from the base weight"
             found = f"{layer.merged_adapters} merged into it; unmerge it first"
             require(not layer.merged, f"vora.{where}", name, expected, found, RuntimeError)
 
@@ -67,27 +67,25 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
 
     Source: arXiv 2503.20680.
     """
-    instance("vora.apply", "config", config, VoraConfig)
+    where = "vora.apply"
+    instance(where, "config", config, VoraConfig)
     state: Applied | None = model.__dict__.get(KEY)
-    expected = "one without VoRA's layers"
-    found = "them; call vora.remove first"
-    require(state is None or state.merged, "vora.apply", "model", expected, found, RuntimeError)
-    targets = _targets(model, config)
+    new, found = state is None or state.merged, "them; call vora.remove first"
+    require(new, where, "model", "one without VoRA's layers", found, RuntimeError)
     layers: dict[str, nn.Module] = {}
-    for name, module in targets.items():
+    settings = config.rank, config.route, config.scale
+    for name, module in _targets(where, model, config).items():
         dtype = getattr(getattr(module, "weight", None), "dtype", None)
         wide = torch.float32 if autocast_adapter_dtype and dtype in _HALVES else None
         try:
-            layers[name] = VoraLinear.from_linear(
-                module, config.rank, config.route, config.scale, adapter_dtype=wide
-            )
+            layers[name] = VoraLinear.from_linear(module, *settings, adapter_dtype=wide)
         except TypeError as error:
-            raise TypeError(f"vora.apply: target_modules: {name}: {error}") from error
+            raise TypeError(f"{where}: target_modules: {name}: {error}") from error
     # Before the swap, while every parameter of the model is its own.
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    model.__dict__[KEY] = Applied(config, Swap(model, layers, "vora.apply"), flags)
+    model.__dict__[KEY] = Applied(config, Swap(model, layers, where), flags)
     return model
 
 
@@ -131,21 +129,26 @@ def merge(model: Model, force: bool = False) -> Model:
 
     Source: arXiv 2503.20680.
     """
-    language = language_model(model)
+    language, where = language_model(model), "vora.merge"
     state = applied("merge", model)
     state.require_apart("merge")
     layers = state.layers
+    holders: dict[int, list[str]] = {}
+    for name, parameter in language.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
         try:
             layer.check_merge(force)
             layer.base_weight.check_writable("merge")
         except (RuntimeError, ValueError) as error:
-            raise type(error)(f"vora.merge: {name}: {error}") from error
-    state.swap.check(language, "vora.merge")
-    _check_shared(language, layers)
+            raise type(error)(f"{where}: {name}: {error}") from error
+        # Other modules that have the weight would compute with its update as well.
+        found = holders[id(layer.base_layer.weight)]
+        require(len(found) <= 1, where, name, "a weight of its own", f"that it is all of {found}")
+    state.swap.check(language, where)
     for layer in layers.values():
         layer.merge(force, keep_copy=False)
-    state.swap.restore(language, "vora.merge")
+    state.swap.restore(language, where)
     _restore_flags(language, state)
     for layer in layers.values():
         base: Any = layer.base_layer
@@ -167,41 +170,27 @@ def applied(where: str, model: nn.Module) -> Applied:
     state: Applied | None = language_model(model).__dict__.get(KEY)
     if state is None or state.merged:
         folded = "that vora.merge has folded them into its weights"
-        found = "none; call vora.apply first" if state is None else folded
+        found = folded if state else "none; call vora.apply first"
         raise RuntimeError(f"vora.{where}: model: expected one with VoRA's layers, found {found}")
     return state
 
 
-def _targets(model: nn.Module, config: VoraConfig) -> dict[str, nn.Module]:
-    """The modules to adapt, by name."""
+def _targets(where: str, model: nn.Module, config: VoraConfig) -> dict[str, nn.Module]:
+    """Return the modules to adapt, by name."""
+    names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        fits = not is_adapted(module) and not isinstance(module, PoolLayer)
-        found = f"{type(module).__name__} at {name!r}"
-        require(fits, "vora.apply", "model", "one without adapters", found, RuntimeError)
-    blocks = decoder_layers(model)
-    expected = f"at most the model's {len(blocks)} blocks"
-    require(config.n_blocks <= len(blocks), "vora.apply", "n_blocks", expected, config.n_blocks)
-    names = {module: name for name, module in model.named_modules()}
-    targets: dict[str, nn.Module] = {}
-    for block in blocks[: config.n_blocks]:
-        for inner, module in block.named_modules():
-            if inner and matches_suffix(inner, config.target_modules):
-                targets[names[module]] = module
-    place = f"the first {config.n_blocks} blocks of {type(model).__name__}"
-    expected = f"modules in {place} to match {config.target_modules}"
-    require(targets, "vora.apply", "target_modules", expected, "none")
+        fits, found = not is_adapted(module), f"{type(module).__name__} at {name!r}"
+        fits = fits and not isinstance(module, PoolLayer)
+        require(fits, where, "model", "one without adapters", found, RuntimeError)
+        names[module] = name
+    blocks, n = decoder_layers(model), config.n_blocks
+    require(n <= len(blocks), where, "n_blocks", f"at most the model's {len(blocks)} blocks", n)
+    inside = (pair for block in blocks[:n] for pair in block.named_modules() if pair[0])
+    kinds = config.target_modules
+    targets = {names[m]: m for inner, m in inside if matches_suffix(inner, kinds)}
+    expected = f"modules in the first {n} blocks of {type(model).__name__} to match {kinds}"
+    require(targets, where, "target_modules", expected, "none")
     return targets
-
-
-def _check_shared(language: nn.Module, layers: dict[str, VoraLinear]) -> None:
-    """Refuse a weight that other modules have too: they would compute with its update as well."""
-    holders: dict[int, list[str]] = {}
-    for name, parameter in language.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
-    for name, layer in layers.items():
-        found = holders[id(layer.base_layer.weight)]
-        expected = "a weight of its own"
-        require(len(found) <= 1, "vora.merge", name, expected, f"that it is all of {found}")
 
 
 def _restore_flags(language: nn.Module, state: Applied) -> None:

@@ -38,12 +38,10 @@ class DistillHeads(nn.ModuleList):
         sizes = {"n_blocks": n_blocks, "hidden_size": hidden_size, "teacher_width": teacher_width}
         for name, size in sizes.items():
             require(size >= 1, "DistillHeads", name, "at least 1", size)
-        super().__init__(
-            nn.Sequential(
-                RMSNorm(hidden_size, eps), nn.Linear(hidden_size, teacher_width, bias=False)
-            )
-            for _ in range(n_blocks)
-        )
+        super().__init__()
+        for _ in range(n_blocks):
+            linear = nn.Linear(hidden_size, teacher_width, bias=False)
+            self.append(nn.Sequential(RMSNorm(hidden_size, eps), linear))
 
     def forward(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
         """Project each block's hidden states to the teacher's width.
@@ -90,50 +88,39 @@ def block_distill_loss(
     blocks = max(1, len(hiddens)) if heads is None else len(heads)
     _check_count("block_distill_loss", "hiddens", hiddens, blocks)
     tokens = [len(hidden) for hidden in hiddens]
-    expected = "as many tokens in every block"
-    require(len(set(tokens)) == 1, "block_distill_loss", "hiddens", expected, tokens)
+    alike = len(set(tokens)) == 1
+    require(alike, "block_distill_loss", "hiddens", "as many tokens in every block", tokens)
     predictions = list(hiddens) if heads is None else heads(hiddens)
     predictions = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in predictions]
     if teachers is None:
         teachers = () if tokens[0] else predictions
     _check_count("block_distill_loss", "teachers", teachers, blocks)
-    pairs = [
-        (p, _aligned(u, p, student_grids, teacher_grids))
-        for p, u in zip(predictions, teachers, strict=True)
-    ]
-    if tokens[0] == 0:  # a mean over nothing is not a number
+    where, count = "block_distill_loss", tokens[0]
+    pairs: list[tuple[Grid, Grid]] | None = None  # of each image, in the teacher and the student
+    if student_grids is not None and teacher_grids is not None:
+        images, found = len(student_grids), len(teacher_grids)
+        expected = f"one for each of the student's {images} images"
+        require(images == found, where, "teacher_grids", expected, found)
+        total, expected = sum(h * w for h, w in student_grids), f"grids of {count} tokens in all"
+        require(total == count, where, "student_grids", expected, [*student_grids])
+        pairs = [*zip(teacher_grids, student_grids, strict=True)]
+    cosines: list[Tensor] = []
+    for p, u in zip(predictions, teachers, strict=True):
+        fits, shape = u.dim() == 2 and u.shape[1] == p.shape[1], tuple(u.shape)
+        require(fits, where, "teachers", f"shape (M, {p.shape[1]})", shape)
+        u = u.detach().to(p)
+        if pairs is not None:
+            sizes, expected = [h * w for (h, w), _ in pairs], f"grids of {len(u)} tokens in all"
+            found = [grid for grid, _ in pairs]
+            require(sum(sizes) == len(u), where, "teacher_grids", expected, found)
+            parts = zip(u.split(sizes), pairs, strict=True)
+            u = torch.cat([u[:0], *(resample_grid(image, *pair) for image, pair in parts)])
+        expected = f"the student's {count} tokens where not both grids are given"
+        require(len(u) == count, where, "teachers", expected, len(u))
+        cosines.append(F.cosine_similarity(p, u, dim=-1, eps=1e-8))  # (M,)
+    if count == 0:  # a mean over nothing is not a number
         return torch.stack([p.sum() for p in predictions]).sum()
-    cosines = [F.cosine_similarity(p, u, dim=-1, eps=1e-8) for p, u in pairs]  # (M,) each
     return (1 - torch.stack(cosines)).mean()
-
-
-def _aligned(
-    teacher: Tensor,
-    prediction: Tensor,
-    student_grids: Sequence[Grid] | None,
-    teacher_grids: Sequence[Grid] | None,
-) -> Tensor:
-    """States of one block of the teacher, one for each token of the student."""
-    where, (count, width) = "block_distill_loss", prediction.shape
-    fits = teacher.dim() == 2 and teacher.shape[1] == width
-    require(fits, where, "teachers", f"shape (M, {width})", tuple(teacher.shape))
-    teacher = teacher.detach().to(prediction)
-    if student_grids is None or teacher_grids is None:
-        given = "where student_grids and teacher_grids are not both given"
-        expected = f"the student's {count} tokens {given}"
-        require(len(teacher) == count, where, "teachers", expected, len(teacher))
-        return teacher
-    expected = f"one for each of the student's {len(student_grids)} images"
-    fits = len(student_grids) == len(teacher_grids)
-    require(fits, where, "teacher_grids", expected, len(teacher_grids))
-    sizes, student_sizes = ([h * w for h, w in grids] for grids in (teacher_grids, student_grids))
-    expected = f"grids of {count} tokens in all"
-    require(sum(student_sizes) == count, where, "student_grids", expected, [*student_grids])
-    expected = f"grids of {len(teacher)} tokens in all"
-    require(sum(sizes) == len(teacher), where, "teacher_grids", expected, [*teacher_grids])
-    images = zip(teacher.split(sizes), teacher_grids, student_grids, strict=True)
-    resampled = [resample_grid(image, own, to) for image, own, to in images]
-    return torch.cat([prediction.new_empty(0, width), *resampled])
 
 
 def _check_count(where: str, name: str, tensors: Sequence[Tensor], blocks: int) -> None:

@@ -15,18 +15,18 @@ from lora_ext._checks import require
 from lora_ext.adapter import AdapterConfig, Factors, LoraAdapter, alpha_of, base_name, parse_key
 from lora_ext.layers import block_index
 
-from ._placement import KEY, Applied, applied, apply, language_model, remove
+from ._placement import KEY, applied, apply, language_model, remove
 from .config import VoraConfig
 from .layers import UnmergeableRouteError, VoraLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
 # Names in the authors' checkpoints, and ours.
-_RELEASED = (
-    (re.compile(r"^llm\."), ""),
-    (re.compile(r"^vision_embedding\."), "vision."),
-    (re.compile(r"^aux_vision\.aux_layer_(\d+)\."), r"heads.\1."),
-)
+_RELEASED = {
+    r"^llm\.": "",
+    r"^vision_embedding\.": "vision.",
+    r"^aux_vision\.aux_layer_(\d+)\.": r"heads.\1.",
+}
 _TEACHER = "aux_vision.aux_model."  # which they save as well, though it is frozen
 
 
@@ -93,13 +93,18 @@ def load_state_dict(
     where, state = "vora.load_state_dict", applied("load_state_dict", model)
     state.require_apart("load_state_dict")
     layers = state.layers
-    wanted, base = _expected(model, layers), _base_tensors(language_model(model))
+    wanted, language = _expected(model, layers), language_model(model)
+    every = (language.named_parameters, language.named_buffers)
+    tensors = (pair for named in every for pair in named(remove_duplicate=False))
+    base = {base_name(name): tensor for name, tensor in tensors if parse_key(name) is None}
     copies: dict[str, tuple[Tensor, Tensor]] = {}  # from, to
     biases: dict[str, tuple[VoraLinear, Tensor]] = {}
     has_bias = [f"{name}.bias" for name, layer in layers.items() if layer.has_extra_bias]
     unexpected: list[str] = []
     for key, value in sd.items():
-        name = _ours(key)
+        name = key
+        for pattern, ours in _RELEASED.items():
+            name = re.sub(pattern, ours, name)
         owner = layers.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
         once = name not in copies and name not in biases
         require(once, where, key, f"one tensor for {name}", "a second")
@@ -112,26 +117,21 @@ def load_state_dict(
             continue
         elif owner is not None and (allow_extra_bias or name in has_bias):
             biases[name] = owner, _fitting(key, value, owner.B.new_empty(owner.out_features))
-        elif owner is not None and strict:
-            raise ValueError(
-                f"{where}: {key}: expected no bias, as the layer of the language model has none, "
-                "found one; allow_extra_bias=True honours it, strict=False leaves it out"
-            )
         else:
+            fits, remedy = owner is None or not strict, "allow_extra_bias=True honours it"
+            found = f"one; {remedy}, strict=False leaves it out"
+            require(fits, where, key, "no bias, as the layer has none", found)
             unexpected.append(key)
     for name, (owner, _) in biases.items():
         require(owner.scale != 0, where, name, "no bias where the scale is 0", "one")
     missing = [key for key in (*wanted, *has_bias) if key not in copies and key not in biases]
+    lets = "(strict=False lets that pass)"
     for keys, expected, found in (
         (missing, "a tensor", "none"),
         (unexpected, "only tensors that the model has a place for", "this one"),
     ):
-        if strict and keys:
-            more = f", nor for {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(
-                f"{where}: {keys[0]}: expected {expected}, found {found}{more} (strict=False lets "
-                "that pass)"
-            )
+        more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
+        require(not (strict and keys), where, (keys or [""])[0], expected, f"{found}{more} {lets}")
     with torch.no_grad():
         for value, place in copies.values():
             place.copy_(value)
@@ -146,36 +146,19 @@ def _expected(model: nn.Module, layers: Mapping[str, VoraLinear]) -> dict[str, T
     for name, layer in layers.items():
         found |= {f"{name}.lora_A.weight": layer.A, f"{name}.lora_B.weight": layer.B}
     if language_model(model) is not model:
-        for part in ("vision", "heads"):
-            module: nn.Module | None = getattr(model, part)
-            if module is not None:
-                found |= {f"{part}.{name}": p for name, p in module.named_parameters()}
+        own = model.named_parameters()
+        found |= {name: p for name, p in own if name.startswith(("vision.", "heads."))}
     return found
-
-
-def _base_tensors(language: nn.Module) -> dict[str, Tensor]:
-    """The language model's own, by their names before :func:`apply`."""
-    every = (language.named_parameters, language.named_buffers)
-    tensors = (pair for named in every for pair in named(remove_duplicate=False))
-    return {base_name(name): tensor for name, tensor in tensors if parse_key(name) is None}
-
-
-def _ours(key: str) -> str:
-    for pattern, replacement in _RELEASED:
-        key = pattern.sub(replacement, key)
-    return key
 
 
 def _fitting(key: str, value: Any, place: Tensor) -> Tensor:
     """``value``, if it can be copied to ``place`` and be what it was, but for rounding."""
-    where = "vora.load_state_dict"
+    where, shape = "vora.load_state_dict", tuple(place.shape)
     found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    shape = tuple(place.shape)
     require(found == shape, where, key, f"a tensor of shape {shape}", found)
     real = place.is_floating_point()
-    kind = "floating numbers" if real else place.dtype
     fits = value.is_floating_point() == real and not value.is_complex()
-    require(fits, where, key, kind, value.dtype)
+    require(fits, where, key, "floating numbers" if real else place.dtype, value.dtype)
     found = "one without values" if value.is_meta else value.layout
     require(found == torch.strided, where, key, "a dense tensor", found)
     return value
@@ -203,13 +186,12 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _check_route("to_peft", config)
     alpha = alpha_of(float(config.scale), config.rank, rslora=False)
     scale = alpha / config.rank  # as PEFT computes it: no alpha gives 0.1 at rank 3 to the last bit
-    biased = any(layer.extra_bias is not None for layer in state.layers.values())
+    biased = any(layer.has_extra_bias for layer in state.layers.values())
     factors: dict[str, Factors] = {}
     for name, layer in state.layers.items():
         bias = layer.extra_bias
         if biased:  # PEFT has one everywhere or nowhere, and scales it
-            zeros = torch.zeros(layer.out_features, dtype=layer.B.dtype, device=layer.B.device)
-            bias = zeros if bias is None else bias / scale
+            bias = layer.B.new_zeros(layer.out_features) if bias is None else bias / scale
         factors[name] = Factors(layer.A.detach(), layer.B.detach(), scale, bias)
     peft = AdapterConfig(
         where="vora.to_peft",
@@ -247,12 +229,31 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
     language = language_model(model)
     new = KEY not in language.__dict__
     if new:
-        apply(language, _config_of(adapter))
+        indices = [i for name in adapter.modules if (i := block_index(name)) is not None]
+        found = list(adapter.modules)[:4]
+        require(indices, "vora.from_peft", "folder", "an adapter of modules in blocks", found)
+        names = dict.fromkeys(name.rpartition(".")[2] for name in adapter.modules)
+        one = next(iter(adapter.modules.values()))
+        sizes = max(indices) + 1, one.a.shape[0], float(one.scaling)
+        apply(language, VoraConfig(*sizes, target_modules=tuple(names)))
     try:
         state = applied("from_peft", model)
         _check_route("from_peft", state.config)
         state.require_apart("from_peft")
-        _check_modules(adapter, state)
+        where, kinds = "vora.from_peft", state.config.target_modules
+        expected = f"modules in the first {state.config.n_blocks} blocks that match {kinds}"
+        for name in adapter.modules:
+            require(name in state.layers, where, name, expected, "another")
+        for name, layer in state.layers.items():
+            require(name in adapter.modules, where, name, "factors", "none in the folder")
+            factors, at = adapter.modules[name], f"{where}: {name}"
+            plain = factors.magnitude is None
+            require(plain, where, name, "plain LoRA", "the magnitude of DoRA")
+            for factor, given, own in (("A", factors.a, layer.A), ("B", factors.b, layer.B)):
+                found, shape = tuple(given.shape), tuple(own.shape)
+                require(found == shape, at, f"lora_{factor}", f"shape {shape}", found)
+            fits = math.isclose(factors.scaling, layer.scale, rel_tol=1e-12)
+            require(fits, at, "scale", layer.scale, factors.scaling)
     except BaseException:
         if new:
             remove(language)
@@ -270,39 +271,5 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
 
 
 def _check_route(where: str, config: VoraConfig) -> None:
-    fits = config.route != "vision"
-    found = "'vision': PEFT's layers serve every token"
+    fits, found = config.route != "vision", "'vision': PEFT's layers serve every token"
     require(fits, f"vora.{where}", "route", "'all'", found, UnmergeableRouteError)
-
-
-def _config_of(adapter: LoraAdapter) -> VoraConfig:
-    """What :func:`apply` needs to give a model the modules of an adapter."""
-    blocks = {block_index(name) for name in adapter.modules} - {None}
-    names = dict.fromkeys(name.rpartition(".")[2] for name in adapter.modules)
-    first = next(iter(adapter.modules.values()))
-    expected = "an adapter of modules in blocks"
-    require(blocks, "vora.from_peft", "folder", expected, list(adapter.modules)[:4])
-    return VoraConfig(
-        n_blocks=max(i for i in blocks if i is not None) + 1,
-        rank=first.a.shape[0],
-        scale=float(first.scaling),
-        target_modules=tuple(names),
-    )
-
-
-def _check_modules(adapter: LoraAdapter, state: Applied) -> None:
-    where = "vora.from_peft"
-    for name in adapter.modules:
-        expected = f"modules in the first {state.config.n_blocks} blocks that match "
-        expected += str(state.config.target_modules)
-        require(name in state.layers, where, name, expected, "another")
-    for name, layer in state.layers.items():
-        require(name in adapter.modules, where, name, "factors", "none in the folder")
-        factors = adapter.modules[name]
-        require(factors.magnitude is None, where, name, "plain LoRA", "the magnitude of DoRA")
-        for factor, found, own in (("lora_A", factors.a, layer.A), ("lora_B", factors.b, layer.B)):
-            shape = tuple(own.shape)
-            fits = found.shape == shape
-            require(fits, f"{where}: {name}", factor, f"shape {shape}", tuple(found.shape))
-        fits = math.isclose(factors.scaling, layer.scale, rel_tol=1e-12)
-        require(fits, f"{where}: {name}", "scale", layer.scale, factors.scaling)

@@ -73,7 +73,17 @@ class VoraLinear(LoraLinear):
         adapter_name: str = "default",
         **options: Any,
     ):
-        _check(base_layer, rank, route)
+        where = "VoraLinear"
+        sizes = (getattr(base_layer, name, None) for name in ("in_features", "out_features"))
+        linear = isinstance(base_layer, nn.Module) and (
+            linear_size(base_layer) is not None
+            or (all(isinstance(size, int) for size in sizes) and _is_quantised(base_layer))
+        )
+        fits, found = linear and not isinstance(base_layer, LoraLayer), type(base_layer).__name__
+        expected = "nn.Linear, Conv1D or a quantised linear layer"
+        require(fits, where, "base_layer", expected, found, TypeError)
+        integer(where, "rank", rank, 1)
+        choice(where, "route", route, get_args(Route))
         super().__init__(base_layer, adapter_name, rank, lora_alpha=rank * scale, **options)
         self.scaling[adapter_name] = float(scale)  # rank * scale / rank is that up to rounding
         self.adapter_name = adapter_name
@@ -134,8 +144,8 @@ class VoraLinear(LoraLinear):
         """
         if token_mask is None or self.route == "all":
             return super().forward(x, adapter_ids)
-        expected = "None beside adapter_ids, which say the adapter of every row"
-        require(adapter_ids is None, "VoraLinear", "token_mask", expected, "a mask")
+        alone = adapter_ids is None
+        require(alone, "VoraLinear", "token_mask", "None beside adapter_ids", "a mask")
         with modality(token_mask):
             return super().forward(x)
 
@@ -188,20 +198,14 @@ class VoraLinear(LoraLinear):
         anything is changed."""
         names = [self.adapter_name] if adapter_names is None else list(adapter_names)
         self._check_known(names)
-        found = (
-            "'vision': one weight cannot serve vision tokens with the adapter and text tokens "
-            "without; force=True merges it for all tokens, which changes what text computes"
-        )
+        found = "'vision'; force=True merges it for all tokens, which changes what text computes"
         fits = self.route == "all" or force
         require(fits, "merge", "route", "'all'", found, UnmergeableRouteError)
-        if self.adapter_name in self.merged_adapters and self.adapter_name in names:
-            raise RuntimeError(
-                f"merge: expected an adapter apart from the base weight, found "
-                f"{self.adapter_name!r} merged already"
-            )
-        fits = not _is_quantised(self.base_layer)
-        expected = "a weight of floating numbers to add to"
-        found = f"the quantised one of {type(self.base_layer).__name__}"
+        name = self.adapter_name
+        fits, found = name not in {*self.merged_adapters} & {*names}, f"{name!r} merged already"
+        require(fits, "merge", "adapter_names", "an adapter apart", found, RuntimeError)
+        fits, found = not _is_quantised(self.base_layer), type(self.base_layer).__name__
+        expected = "a weight of floating numbers to add to, not a quantised one"
         require(fits, "merge", "base_layer", expected, found, NotImplementedError)
 
     def unmerge(self) -> None:
@@ -217,12 +221,11 @@ class VoraLinear(LoraLinear):
 
         Checkpoints of the authors' have one on layers whose base has none.
         """
-        value = None
+        lora_b: Any = self.lora_B[self.adapter_name]
+        lora_b.bias = None
         if bias is not None:
             unscaled = bias.to(self.B) / self.scale  # the layer scales what an adapter adds
-            value = nn.Parameter(unscaled, requires_grad=self.B.requires_grad)
-        lora_b: Any = self.lora_B[self.adapter_name]
-        lora_b.bias = value
+            lora_b.bias = nn.Parameter(unscaled, requires_grad=self.B.requires_grad)
         self.lora_bias[self.adapter_name] = bias is not None
 
     @property
@@ -276,8 +279,8 @@ class VoraLinear(LoraLinear):
         if self.route == "all":
             return super()._default_position()
         active = [n for n in self._active if self._is_on(n) and n != self.adapter_name]
-        one, words = len(active) <= 1, "one active adapter for text, beside the layer's own"
-        require(one, "VoraLinear", "set_adapter", words, active, NotImplementedError)
+        words = "one active adapter for text, beside the layer's own"
+        require(len(active) <= 1, "VoraLinear", "set_adapter", words, active, NotImplementedError)
         return self.adapter_names.index(active[0]) if active else -1
 
     def extra_repr(self) -> str:
@@ -298,16 +301,3 @@ def _is_quantised(base_layer: nn.Module) -> bool:
     if not isinstance(weight, Tensor) or type(weight) not in (nn.Parameter, Tensor):
         return True
     return not weight.is_floating_point() or weight.element_size() < 2
-
-
-def _check(base_layer: nn.Module, rank: int, route: str) -> None:
-    sizes = (getattr(base_layer, name, None) for name in ("in_features", "out_features"))
-    linear = isinstance(base_layer, nn.Module) and (
-        linear_size(base_layer) is not None
-        or (all(isinstance(size, int) for size in sizes) and _is_quantised(base_layer))
-    )
-    fits = linear and not isinstance(base_layer, LoraLayer)
-    expected = "nn.Linear, Conv1D or a quantised linear layer"
-    require(fits, "VoraLinear", "base_layer", expected, type(base_layer).__name__, TypeError)
-    integer("VoraLinear", "rank", rank, 1)
-    choice("VoraLinear", "route", route, get_args(Route))

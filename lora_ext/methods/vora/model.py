@@ -21,7 +21,7 @@ from ._placement import KEY, Applied, apply
 from ._states import block_states, prefill
 from .config import VoraConfig
 from .distill import DistillHeads, Grid, block_distill_loss
-from .splice import Side, Spliced, build_vision_mask, splice_images
+from .splice import Spliced, build_vision_mask, splice_images
 
 #: Caches of transformers that have as many keys as there are tokens. "hybrid", which old generation
 #: configurations have, it passes over; all other names are of caches of a fixed length.
@@ -65,20 +65,18 @@ class VoraForCausalLM(nn.Module):
         if state is None or state.merged:
             apply(model, config)
         else:
-            expected = f"the one that was applied to the model, {state.config}"
-            require(state.config == config, "VoraForCausalLM", "config", expected, config)
+            same, expected = state.config == config, f"the one that was applied, {state.config}"
+            require(same, "VoraForCausalLM", "config", expected, config)
         weight = model.get_input_embeddings().weight
         width, dtype = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
         self.model = model
         self.vora_config = config
-        self.vision = VisionPatchEmbed(
-            width, config.embed_dim, config.patch, config.image_size, config.pos_mode
-        )
+        sizes = config.embed_dim, config.patch, config.image_size
+        self.vision = VisionPatchEmbed(width, *sizes, config.pos_mode).to(weight.device, dtype)
         self.heads = None
         if teacher_width is not None:
-            self.heads = DistillHeads(config.n_blocks, width, teacher_width)
-            self.heads.to(weight.device, dtype)
-        self.vision.to(weight.device, dtype)
+            heads = DistillHeads(config.n_blocks, width, teacher_width)
+            self.heads = heads.to(weight.device, dtype)
         self.register_state_dict_post_hook(_apart)
 
     @property
@@ -135,8 +133,7 @@ class VoraForCausalLM(nn.Module):
         """
         from ._output import VoraOutput
 
-        flat = _flat(images)
-        batch = self._spliced(input_ids, images, attention_mask, labels, "right")
+        batch, flat = self._spliced(input_ids, images, attention_mask, labels=labels)
         config, states = self.vora_config, None
         with contextlib.ExitStack() as inside:
             if flat and config.route == "vision":
@@ -158,7 +155,12 @@ class VoraForCausalLM(nn.Module):
             hiddens = [state[batch.vision_mask] for state in states]  # (M, d) each
             grids = None if teacher_grids is None else [self.vision.grid(one) for one in flat]
             distill = block_distill_loss(self.heads, hiddens, teacher_states, grids, teacher_grids)
-        lm = None if batch.labels is None else _next_token_loss(logits, batch.labels)
+        lm = None
+        if batch.labels is not None:  # mean cross entropy of the next tokens, 0 where none counts
+            targets = shift_labels(batch.labels).flatten().to(logits.device)
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+            total = F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="sum")
+            lm = total / (targets != IGNORE).sum().clamp(min=1)
         terms = [] if lm is None else [lm]
         if distill is not None and (lm is not None or teacher_states is not None):
             terms.append(config.distill_weight * distill)
@@ -189,44 +191,38 @@ class VoraForCausalLM(nn.Module):
             ValueError: as the call; options that cut the prefill, or bring inputs of their own.
         """
         where = "VoraForCausalLM.generate"
-        for name in ("inputs_embeds", "past_key_values", "position_ids", "inputs"):
-            expected = "None, as it follows from input_ids and images"
-            require(options.get(name) is None, where, name, expected, "a value")
         given: Any = options.get("generation_config") or self.model.generation_config
         chunk = options.get("prefill_chunk_size", given.prefill_chunk_size)
-        expected = "None, as an image must lie whole in one call"
-        require(chunk is None, where, "prefill_chunk_size", expected, chunk)
+        fixed = {"prefill_chunk_size": chunk}  # an image must lie whole in one call
+        # These follow from input_ids and images.
+        own = ("inputs_embeds", "past_key_values", "position_ids", "inputs")
+        for name, value in {**fixed, **{name: options.get(name) for name in own}}.items():
+            require(value is None, where, name, "None", f"{value!r:.100}")
         cache = options.get("cache_implementation", given.cache_implementation)
         expected = "a cache that grows, as the mask of the images has a key for each token"
         require(cache in _GROWING, where, "cache_implementation", expected, repr(cache))
-        flat = _flat(images)
-        batch = self._spliced(input_ids, images, attention_mask, None, "left")
+        batch, flat = self._spliced(input_ids, images, attention_mask, padding_side="left")
         mask = self._mask(batch, flat, attention_mask)
         sees = batch.vision_mask if flat and self.vora_config.route == "vision" else None
         pairs = mask if isinstance(mask, dict) or (mask is not None and mask.dim() == 4) else None
+        options |= {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
         with prefill(self.model, pairs, sees):
-            return self.model.generate(
-                inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, **options
-            )
+            return self.model.generate(**options)
 
     # ---------------------------------------------------------------------------------------------
 
     def _spliced(
-        self,
-        input_ids: Tensor,
-        images: Images | None,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        side: Side,
-    ) -> Spliced:
-        tokens: list[list[Tensor]] | None = None
+        self, input_ids: Tensor, images: Images | None, mask: Tensor | None, **options: Any
+    ) -> tuple[Spliced, list[Tensor]]:
+        """Return the batch, and all of its images in order."""
+        flat, tokens = _flat(images), None
         if images is not None:
             device = self.vision.pos_embed.device
-            each = iter(self.vision([image.to(device) for image in _flat(images)]))
+            each = iter(self.vision([image.to(device) for image in flat]))
             counts = [0 if sample is None else len(sample) for sample in images]
             tokens = [list(itertools.islice(each, count)) for count in counts]
-        embed, placeholder = self.model.get_input_embeddings(), self.vora_config.placeholder
-        return splice_images(input_ids, embed, tokens, attention_mask, labels, placeholder, side)
+        options |= {"placeholder": self.vora_config.placeholder, "attention_mask": mask}
+        return splice_images(input_ids, self.model.get_input_embeddings(), tokens, **options), flat
 
     def _mask(
         self, batch: Spliced, flat: list[Tensor], attention_mask: Tensor | None
@@ -236,64 +232,48 @@ class VoraForCausalLM(nn.Module):
         in different ways takes a mask of each kind, by transformers' names."""
         if not flat or not self.vora_config.bidirectional:
             return batch.attention_mask if flat or attention_mask is not None else None
+        where, remedy = "VoraForCausalLM", "(bidirectional=False does without)"
         implementation = str(getattr(self.config, "_attn_implementation", "eager"))
         fits = "flash" not in implementation and "flex" not in implementation
         expected = "'eager' or 'sdpa', which take a mask for each pair of tokens"
-        found = f"{implementation!r} (bidirectional=False does without)"
-        require(fits, "VoraForCausalLM", "attn_implementation", expected, found)
-        self._check_attention()
-        text = self.config.get_text_config()
+        require(fits, where, "attn_implementation", expected, f"{implementation!r} {remedy}")
+        text, reason = self.config.get_text_config(), None
+        if getattr(text, "alibi", text.model_type == "bloom"):
+            reason = "makes its ALiBi of a mask for each token"
+        biases = [pair for pair in self.model.named_buffers() if pair[0].endswith(".bias")]
+        # The triangle that an attention of GPT-Neo's kind is masked with.
+        triangles = (n for n, b in biases if b.shape == (1, 1, *b.shape[-1:] * 2))
+        if name := next(triangles, None):
+            reason = f"hides the tokens to come by itself ({name})"
+        expected = "attention that takes a mask for each pair of tokens"
+        found = f"{type(self.model).__name__}, which {reason} {remedy}"
+        require(reason is None, where, "model", expected, found)
         sliding, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
         windows = {"full_attention": None, "sliding_attention": sliding}
-        if others := sorted({*(kinds or ())} - {*windows}):
-            raise ValueError(
-                f"VoraForCausalLM: layer_types: expected layers of {list(windows)}, found "
-                f"{others[0]!r} (bidirectional=False does without a mask for each pair of tokens)"
-            )
+        others = sorted({*(kinds or ())} - {*windows})
+        found = f"{others[0]!r} {remedy}" if others else ""
+        require(not others, where, "layer_types", f"layers of {list(windows)}", found)
 
         def mask(window: int | None) -> Tensor:
             # Additive: eager attention adds bools as 0 and 1, and masks nothing.
-            options: Any = {"dtype": batch.inputs_embeds.dtype, "window": window}
-            return build_vision_mask(batch.attention_mask, batch.image_ids, **options)
+            dtype, ids = batch.inputs_embeds.dtype, batch.image_ids
+            return build_vision_mask(batch.attention_mask, ids, dtype=dtype, window=window)
 
         if kinds is None or "sliding_attention" not in kinds:
             return mask(sliding if kinds is None else None)
         return {kind: mask(window) for kind, window in windows.items()}
 
-    def _check_attention(self) -> None:
-        """Refuse attention that a mask for each pair of tokens says nothing to."""
-        text, reason = self.config.get_text_config(), None
-        for name, buffer in self.model.named_buffers():
-            # The triangle that an attention of GPT-Neo's kind is masked with.
-            if name.endswith(".bias") and buffer.shape == (1, 1, *buffer.shape[-1:] * 2):
-                reason = f"hides the tokens to come by itself ({name})"
-                break
-        if reason is None and getattr(text, "alibi", text.model_type == "bloom"):
-            reason = "makes its ALiBi of a mask for each token"
-        expected = "attention that takes a mask for each pair of tokens"
-        found = f"{type(self.model).__name__}, which {reason} (bidirectional=False does without)"
-        require(reason is None, "VoraForCausalLM", "model", expected, found)
-
-
-def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of the next tokens, in float32 (float64 stays), 0 where none counts, of
-    logits ``(B, T, V)`` and labels ``(B, T)`` under their inputs, -100 for none."""
-    targets = shift_labels(labels).flatten().to(logits.device)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(wide.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
-    return total / (targets != IGNORE).sum().clamp(min=1)
-
 
 def _flat(images: Images | None) -> list[Tensor]:
     """All images of a batch in order."""
     flat: list[Tensor] = []
+    where, expected = "VoraForCausalLM: images", "(3, H, W) tensors as of VoraImageProcessor"
     for number, sample in enumerate(() if images is None else images):
-        where, which = "VoraForCausalLM: images", f"sample {number}"
+        which = f"sample {number}"
         if isinstance(sample, Tensor):
             found = f"a tensor of shape {tuple(sample.shape)}"
             require(sample.dim() >= 4, where, which, "a list of (3, H, W) tensors", found)
         for image in () if sample is None else sample:
-            expected = "(3, H, W) tensors, as VoraImageProcessor makes them"
             known, found = isinstance(image, Tensor), type(image).__name__
             require(known, where, which, expected, found, TypeError)
             flat.append(image)

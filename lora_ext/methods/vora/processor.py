@@ -77,8 +77,7 @@ class VoraImageProcessor(BaseImageProcessor):
     ):
         where = "VoraImageProcessor"
         for name in service:
-            expected = f"one of {FIELDS}"
-            require(name in SERVICE, where, name, expected, "another name", TypeError)
+            require(name in SERVICE, where, name, f"one of {FIELDS}", "another name", TypeError)
         super().__init__()
         integer(where, "patch", patch, 1)
         integer(where, "max_pixels", max_pixels, 1)
@@ -90,12 +89,10 @@ class VoraImageProcessor(BaseImageProcessor):
         require(fits, where, "image_mean", expected, repr(image_mean))
         fits = _are_three_numbers(image_std) and all(image_std)
         require(fits, where, "image_std", "3 numbers, none 0", repr(image_std))
-        flags = {"do_resize": do_resize, "do_rescale": do_rescale, "do_normalize": do_normalize}
-        require_flags(where, **flags)
-        self.patch, self.do_resize = patch, do_resize
-        self.min_pixels, self.max_pixels, self.resample = min_pixels, max_pixels, int(resample)
-        self.do_rescale, self.rescale_factor = do_rescale, rescale_factor
-        self.do_normalize = do_normalize
+        require_flags(where, do_resize=do_resize, do_rescale=do_rescale, do_normalize=do_normalize)
+        self.patch, self.resample, self.rescale_factor = patch, int(resample), rescale_factor
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.do_resize, self.do_rescale, self.do_normalize = do_resize, do_rescale, do_normalize
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 
     @classmethod
@@ -134,8 +131,9 @@ class VoraImageProcessor(BaseImageProcessor):
         if overrides:
             settings = {name: getattr(self, name) for name in FIELDS} | overrides
             return type(self)(**settings).preprocess(images, return_tensors=return_tensors)
-        known, given = return_tensors in (None, "pt", "np"), repr(return_tensors)
-        require(known, "VoraImageProcessor", "return_tensors", "None, 'pt' or 'np'", given)
+        where, given = "VoraImageProcessor", repr(return_tensors)
+        known = return_tensors in (None, "pt", "np")
+        require(known, where, "return_tensors", "None, 'pt' or 'np'", given)
         nested = isinstance(images, list | tuple) and any(
             one is None or isinstance(one, list | tuple) or _is_batch(one) for one in images
         )
@@ -143,14 +141,15 @@ class VoraImageProcessor(BaseImageProcessor):
         found = [[self._prepare(one) for one in sample] for sample in samples]
         flat = [image for sample in found for image in sample]
         grids = [(i.shape[1] // self.patch, i.shape[2] // self.patch) for i in flat]
-        if return_tensors is None:
-            values = found if nested else flat
-            return BatchFeature({"pixel_values": values, "image_grids": grids})
-        sizes = [tuple(image.shape[1:]) for image in flat]
-        expected = f"images that become one size where return_tensors is {given}"
-        require(len(set(sizes)) == 1, "VoraImageProcessor", "images", expected, sizes)
-        stacked = torch.stack(flat), torch.tensor(grids)
-        values, places = stacked if return_tensors == "pt" else (t.numpy() for t in stacked)
+        values: Any = found if nested else flat
+        places: Any = grids
+        if return_tensors is not None:
+            sizes = [tuple(image.shape[1:]) for image in flat]
+            expected = f"images that become one size where return_tensors is {given}"
+            require(len(set(sizes)) == 1, where, "images", expected, sizes)
+            values, places = torch.stack(flat), torch.tensor(grids)
+        if return_tensors == "np":
+            values, places = values.numpy(), places.numpy()
         return BatchFeature({"pixel_values": values, "image_grids": places})
 
     def _prepare(self, image: Any) -> Tensor:
@@ -162,25 +161,19 @@ class VoraImageProcessor(BaseImageProcessor):
         target = height, width
         if self.do_resize:
             target = smart_resize(height, width, self.patch, self.min_pixels, self.max_pixels)
-        else:
-            whole = not (height % self.patch or width % self.patch)
-            expected = (
-                f"sides that are multiples of the patch {self.patch} where do_resize is False"
-            )
-            require(whole, "VoraImageProcessor", "images", expected, f"{height} x {width}")
+        whole = not (target[0] % self.patch or target[1] % self.patch)
+        expected = f"multiples of the patch {self.patch} where do_resize is False"
+        require(whole, "VoraImageProcessor", "images", expected, f"{height} x {width}")
         if target != (height, width):
-            mode = FILTERS[self.resample]
-            smooth = self.resample != 0
+            mode, smooth = FILTERS[self.resample], self.resample != 0
             pixels = F.interpolate(pixels[None], target, mode=mode, antialias=smooth)[0]
             if is_integer:
                 pixels = pixels.clamp(0, 255)  # a cubic overshoots
         if self.do_rescale:
             if not is_integer and pixels.min() >= 0 and 0 < pixels.max() <= 1:
-                warnings.warn(
-                    "VoraImageProcessor: images: expected values of 0 to 255 where do_rescale is "
-                    "True, found none above 1; pass do_rescale=False",
-                    stacklevel=2,
-                )
+                expected = "values of 0 to 255 where do_rescale is True, found none above 1"
+                remedy = f"expected {expected}; pass do_rescale=False"
+                warnings.warn(f"VoraImageProcessor: images: {remedy}", stacklevel=2)
             pixels = pixels * self.rescale_factor
         if self.do_normalize:
             mean, std = pixels.new_tensor([self.image_mean, self.image_std])[..., None, None]
@@ -205,9 +198,8 @@ def _as_list(images: Any) -> list[Any]:
     """The images of a sample."""
     if images is None:
         return []
-    if isinstance(images, list | tuple):
-        return list(images)
-    return list(images) if _is_batch(images) else [images]
+    several = isinstance(images, list | tuple) or _is_batch(images)
+    return list(images) if several else [images]
 
 
 def _is_batch(images: Any) -> bool:
@@ -218,9 +210,8 @@ def _to_tensor(image: Any) -> Tensor:
     """``(3, H, W)``, values as they are."""
     if isinstance(image, str | os.PathLike):
         if pillow is None:
-            raise ModuleNotFoundError(
-                f"VoraImageProcessor: reading {os.fspath(image)} needs Pillow; {EXTRA}"
-            )
+            needs = f"reading {os.fspath(image)} needs Pillow; {EXTRA}"
+            raise ModuleNotFoundError(f"VoraImageProcessor: {needs}")
         with pillow.open(image) as file:
             image = file.convert("RGB")
     if pillow is not None and isinstance(image, pillow.Image):
@@ -228,17 +219,15 @@ def _to_tensor(image: Any) -> Tensor:
     if isinstance(image, np.ndarray) and image.dtype.kind in "buif":
         native = image.astype(image.dtype.newbyteorder("="))  # a copy
         image = torch.from_numpy(np.ascontiguousarray(native))
-    if not isinstance(image, Tensor) or image.dtype == torch.bool or image.is_complex():
-        found = image.dtype if isinstance(image, Tensor | np.ndarray) else type(image).__name__
-        raise TypeError(
-            "VoraImageProcessor: images: expected Pillow images, paths, or arrays or tensors of "
-            f"numbers, found {found}"
-        )
-    if image.dim() == 2:
-        image = image[None]
+    where, found = "VoraImageProcessor", getattr(image, "dtype", type(image).__name__)
+    real = isinstance(image, Tensor) and image.dtype != torch.bool and not image.is_complex()
+    expected = "Pillow images, paths, or arrays or tensors of numbers"
+    require(real, where, "images", expected, found, TypeError)
+    assert isinstance(image, Tensor)
+    image = image[None] if image.dim() == 2 else image
     fits = image.dim() == 3 and {image.shape[0], image.shape[2]} & {1, 3, 4}
-    other = tuple(image.shape)
-    require(fits, "VoraImageProcessor", "images", "shape (3, H, W), (H, W, 3) or (H, W)", other)
+    shape = tuple(image.shape)
+    require(fits, where, "images", "shape (3, H, W), (H, W, 3) or (H, W)", shape)
     if image.shape[0] not in (1, 3, 4):
         image = image.movedim(2, 0)
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_ext._checks import choice, require
 from lora_ext.layers import IGNORE
@@ -61,29 +61,36 @@ def splice_images(
             both; another number of samples; tokens of another width; shapes that disagree; another
             ``padding_side``. TypeError: ids that are no integers.
     """
-    choice("splice_images", "padding_side", padding_side, get_args(Side))
-    expected, found = "shape (B, S), B at least 1", tuple(input_ids.shape)
-    fits = input_ids.dim() == 2 and len(input_ids) > 0
-    require(fits, "splice_images", "input_ids", expected, found)
-    integers = not input_ids.is_floating_point() and input_ids.dtype != torch.bool
-    require(integers, "splice_images", "input_ids", "integers", input_ids.dtype, TypeError)
-    expected = f"the shape of input_ids {tuple(input_ids.shape)}"
+    where, shape = "splice_images", tuple(input_ids.shape)
+    choice(where, "padding_side", padding_side, get_args(Side))
+    fits = len(shape) == 2 and shape[0] > 0
+    require(fits, where, "input_ids", "shape (B, S), B at least 1", shape)
+    fits = not input_ids.is_floating_point() and input_ids.dtype != torch.bool
+    require(fits, where, "input_ids", "integers", input_ids.dtype, TypeError)
     for name, given in (("attention_mask", attention_mask), ("labels", labels)):
-        if given is not None:
-            found = tuple(given.shape)
-            require(given.shape == input_ids.shape, "splice_images", name, expected, found)
+        found = shape if given is None else tuple(given.shape)
+        require(found == shape, where, name, f"the shape of input_ids {shape}", found)
     valid = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
-        valid = _as_bool("splice_images", attention_mask)
-    images = _images(input_ids, valid, image_tokens, placeholder)
-    is_text = valid & (input_ids != placeholder)
+        valid = _as_bool(where, attention_mask)
+    lists: list[Any] = [None] * shape[0] if image_tokens is None else list(image_tokens)
+    expected = f"a list for each of {shape[0]} samples"
+    require(len(lists) == shape[0], where, "image_tokens", expected, len(lists))
+    images = [
+        [] if t is None else [t] if isinstance(t, Tensor) and t.dim() == 2 else list(t)
+        for t in lists
+    ]
+    is_image = valid & (input_ids == placeholder)
+    is_text = valid & ~is_image
     text = embed(input_ids[is_text])  # (all text, d)
-    expected = f"shape (N, {text.shape[1]})"
-    for sample, tokens in enumerate(images):
+    where = f"{where}: image_tokens"
+    for sample, (count, tokens) in enumerate(zip(is_image.sum(1).tolist(), images, strict=True)):
+        which, expected = f"sample {sample}", f"as many images as placeholders, {count}"
+        require(count == len(tokens), where, which, expected, len(tokens))
         for number, one in enumerate(tokens):
-            which = f"sample {sample}, image {number}"
             fits = one.dim() == 2 and one.shape[1] == text.shape[1] and len(one) > 0
-            require(fits, "splice_images: image_tokens", which, expected, tuple(one.shape))
+            expected, found = f"shape (N, {text.shape[1]})", tuple(one.shape)
+            require(fits, where, f"{which}, image {number}", expected, found)
 
     rows: list[tuple[Tensor, ...]] = []
     texts = text.split(is_text.sum(1).tolist())
@@ -91,17 +98,10 @@ def splice_images(
         ids = input_ids[sample][valid[sample]]
         marks = None if labels is None else labels[sample][valid[sample]]
         rows.append(_row(ids == placeholder, texts[sample], tokens, marks))
-    length = max(len(row[0]) for row in rows)
 
     def laid(column: int, fill: int) -> Tensor:
-        """One field of all samples, with padding."""
-        parts: list[Tensor] = []
-        for row in rows:
-            missing = length - len(row[column])
-            beside = (missing, 0) if padding_side == "left" else (0, missing)
-            around = (0, 0, *beside) if row[column].dim() == 2 else beside
-            parts.append(F.pad(row[column], around, value=fill))
-        return torch.stack(parts)
+        """Return one field of all samples, with padding."""
+        return pad_sequence([row[column] for row in rows], True, fill, padding_side)
 
     image_ids, mask = laid(1, TEXT), laid(2, 0)
     return Spliced(
@@ -116,33 +116,10 @@ def splice_images(
 
 def _as_bool(where: str, mask: Tensor) -> Tensor:
     """A mask of bools, or of numbers that are all 0 or 1, as bools."""
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        other = mask[(mask != 0) & (mask != 1)][0].item()
-        raise ValueError(f"{where}: attention_mask: expected bools, or 0 and 1, found {other}")
+    if mask.dtype != torch.bool:
+        others = mask[(mask != 0) & (mask != 1)].tolist()
+        require(not others, where, "attention_mask", "bools, or 0 and 1", (others or [0])[0])
     return mask.bool()
-
-
-def _images(
-    input_ids: Tensor,
-    valid: Tensor,
-    image_tokens: Sequence[Sequence[Tensor] | None] | None,
-    placeholder: int,
-) -> list[list[Tensor]]:
-    """The images of each sample, as many as it has placeholders."""
-    batch = len(input_ids)
-    given: list[Any] = [None] * batch if image_tokens is None else list(image_tokens)
-    expected = f"a list for each of {batch} samples"
-    require(len(given) == batch, "splice_images", "image_tokens", expected, len(given))
-    images = [
-        [] if t is None else [t] if isinstance(t, Tensor) and t.dim() == 2 else list(t)
-        for t in given
-    ]
-    places = ((input_ids == placeholder) & valid).sum(1).tolist()
-    for sample, (count, tokens) in enumerate(zip(places, images, strict=True)):
-        which, expected = f"sample {sample}", f"as many images as placeholders, {count}"
-        fits = count == len(tokens)
-        require(fits, "splice_images: image_tokens", which, expected, len(tokens))
-    return images
 
 
 def _row(
@@ -203,18 +180,26 @@ def build_vision_mask(
 
     Source: arXiv 2503.20680. The released code takes images that touch for one; here they are two.
     """
-    fits = attention_mask.dim() == 2 and image_ids.shape == attention_mask.shape
-    wanted = f"shape (B, T), that of attention_mask {tuple(attention_mask.shape)}"
-    require(fits, "build_vision_mask", "image_ids", wanted, tuple(image_ids.shape))
-    expected = "a floating one or None"
-    require(dtype is None or dtype.is_floating_point, "build_vision_mask", "dtype", expected, dtype)
-    length = attention_mask.shape[1]
-    expected = f"0 to {length}"
-    require(0 <= past_length <= length, "build_vision_mask", "past_length", expected, past_length)
-    sees = window is None or window >= 1
-    require(sees, "build_vision_mask", "window", "at least 1 or None", window)
-    valid = _as_bool("build_vision_mask", attention_mask)
-    _check_images(image_ids, past_length if bidirectional else 0)
+    where, shape, found = "build_vision_mask", tuple(attention_mask.shape), tuple(image_ids.shape)
+    fits = found == shape and len(shape) == 2
+    require(fits, where, "image_ids", f"shape (B, T), that of attention_mask {shape}", found)
+    fits, length = dtype is None or dtype.is_floating_point, shape[1]
+    require(fits, where, "dtype", "a floating one or None", dtype)
+    require(0 <= past_length <= length, where, "past_length", f"0 to {length}", past_length)
+    require(window is None or window >= 1, where, "window", "at least 1 or None", window)
+    valid = _as_bool(where, attention_mask)
+    past = past_length if bidirectional else 0  # an image is not cut by the end of the cache
+    for sample, ids in enumerate(image_ids.tolist()):
+        which = f"sample {sample}"
+        starts = [i for i, _ in itertools.groupby(ids) if i >= 0]
+        apart = next((i for n, i in enumerate(starts) if i in starts[:n]), None)
+        expected = f"the tokens of image {apart} side by side"
+        require(apart is None, f"{where}: image_ids", which, expected, "them apart")
+        image = ids[past] if 0 < past < length else TEXT
+        whole = image == TEXT or ids[past - 1] != image
+        expected = f"all {ids.count(image)} tokens of image {image} in one call"
+        found = f"{ids[:past].count(image)} of them in the cache"
+        require(whole, f"{where}: past_length", which, expected, found)
 
     place = torch.arange(length, device=valid.device)
     allow = place <= place[past_length:, None]  # (queries, T)
@@ -230,21 +215,3 @@ def build_vision_mask(
         return allow
     additive = torch.zeros(allow.shape, dtype=dtype, device=allow.device)
     return additive.masked_fill_(~allow, torch.finfo(dtype).min)
-
-
-def _check_images(image_ids: Tensor, past_length: int) -> None:
-    """Refuse an image whose tokens are not one run, or which lies on both sides of the cache's
-    end."""
-    where = "build_vision_mask"
-    for sample, ids in enumerate(image_ids.tolist()):
-        which = f"sample {sample}"
-        starts = [i for n, i in enumerate(ids) if i >= 0 and (n == 0 or ids[n - 1] != i)]
-        apart = next((i for n, i in enumerate(starts) if i in starts[:n]), None)
-        expected = f"the tokens of image {apart} side by side"
-        require(apart is None, f"{where}: image_ids", which, expected, "them apart")
-        if 0 < past_length < len(ids):
-            image = ids[past_length]
-            expected = f"all {ids.count(image)} tokens of image {image} in one call"
-            found = f"{ids[:past_length].count(image)} of them in the cache"
-            whole = image < 0 or ids[past_length - 1] != image
-            require(whole, f"{where}: past_length", which, expected, found)

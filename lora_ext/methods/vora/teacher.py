@@ -49,12 +49,12 @@ def teacher_states(
         ValueError: a teacher of fewer blocks, in training mode, or that drops patches; images whose
             sides are no multiples of its patches; another pairing.
     """
-    choice("teacher_states", "pairing", pairing, get_args(Pairing))
-    found = "it in training mode; call teacher.eval()"
-    require(not teacher.training, "teacher_states", "teacher", "one in evaluation mode", found)
+    where, mode = "teacher_states", "training mode; call teacher.eval()"
+    choice(where, "pairing", pairing, get_args(Pairing))
+    require(not teacher.training, where, "teacher", "one in evaluation mode", mode)
     blocks = list(decoder_layers(teacher))
-    expected = f"at least n_blocks = {n_blocks} blocks"
-    require(len(blocks) >= n_blocks, "teacher_states", "teacher", expected, len(blocks))
+    fits = len(blocks) >= n_blocks
+    require(fits, where, "teacher", f"at least n_blocks = {n_blocks} blocks", len(blocks))
     flat: list[Tensor] = []
     for one in images:
         flat += [one] if isinstance(one, Tensor) else one
@@ -63,12 +63,11 @@ def teacher_states(
     expected = f"shape (3, H, W) with multiples of the patch {patch}"
     for image in flat:
         fits = image.dim() == 3 and not (image.shape[1] % patch or image.shape[2] % patch)
-        require(fits, "teacher_states", "images", expected, tuple(image.shape))
+        require(fits, where, "images", expected, tuple(image.shape))
     grids = [(image.shape[1] // patch, image.shape[2] // patch) for image in flat]
     states: list[list[Tensor]] = [[torch.empty(0)] * len(flat) for _ in range(n_blocks)]
-    options: dict[str, Any] = {}
-    if "interpolate_pos_encoding" in inspect.signature(teacher.forward).parameters:
-        options["interpolate_pos_encoding"] = True
+    resizes = "interpolate_pos_encoding" in inspect.signature(teacher.forward).parameters
+    options = {"interpolate_pos_encoding": True} if resizes else {}
     for grid in dict.fromkeys(grids):
         own = [i for i, other in enumerate(grids) if other == grid]
         with block_states(blocks[:n_blocks], pairing) as found:
@@ -76,7 +75,7 @@ def teacher_states(
         for of_block, hidden in zip(states, found, strict=True):
             count, patches = hidden.shape[1], grid[0] * grid[1]
             expected = f"blocks that keep all {patches} patches of an image"
-            require(count >= patches, "teacher_states", "teacher", expected, f"{count} tokens")
+            require(count >= patches, where, "teacher", expected, f"{count} tokens")
             first = count - patches  # they come last, after a class token and registers
             for i, tokens in zip(own, hidden[:, first:], strict=True):
                 of_block[i] = tokens

@@ -34,7 +34,7 @@ class Session:
     asked: OrderedDict[Any, Answer] = field(default_factory=OrderedDict)
 
     def keep(self, name: str, sampler: Sampler) -> None:
-        """Have one more sampler; the oldest is forgotten, as its adapter takes memory."""
+        """Add a sampler; forget the oldest one if there are too many, as adapters take memory."""
         self.samplers[name] = sampler
         if len(self.samplers) > _SAMPLERS:
             self.samplers.popitem(last=False)
@@ -63,7 +63,7 @@ class Api:
         return words
 
     def begin(self, key: str) -> str:
-        """A new session, unless the key has too many."""
+        """Begin a session, unless the key has too many."""
         with self.promises.lock:
             if len(self._of(key)) >= _SESSIONS:
                 raise QueueFullError(f"session: expected at most {_SESSIONS} of a key, found more")
@@ -75,7 +75,7 @@ class Api:
         return [each for each in list(self.sessions.values()) if each.key == key]
 
     def alive(self, key: str, session: Any) -> Session:
-        """A key's session, or GoneError."""
+        """Return a key's session; raise GoneError if there is none."""
         found = self.sessions.get(session)
         if found is None or found.key != key:
             raise GoneError(f"session_id: expected a session that lives, found {session!r:.200}")
@@ -100,7 +100,7 @@ class Api:
             return [name for name, each in self.sessions.items() if now - each.beat > silence]
 
     def model(self, key: str, name: Any) -> tuple[Session, Model]:
-        """A key's model and its session, or GoneError."""
+        """Return a key's model and its session; raise GoneError if there is none."""
         with self.promises.lock:
             for session in self._of(key):
                 if name in session.models:
@@ -108,12 +108,12 @@ class Api:
         raise GoneError(f"model_id: expected a model of this key, found {name!r:.200}")
 
     def in_order(self, key: str, asked: Answer, begin: Any, told: Any) -> Answer:
-        """A promise of a call of a model."""
+        """Return a promise of a call of a model."""
         model = self.model(key, asked["model_id"])[1]
         return self.promises.in_order(key, model, asked.get("seq_id"), begin, told)
 
     def new_model(self, key: str, asked: Answer) -> Answer:
-        """A promise of a model that begins, or goes on where a save was."""
+        """Return a promise of a new model, or of one that is loaded from a save."""
         session = self.alive(key, asked["session_id"])
         name = f"{asked['session_id']}:train:{asked['model_seq_id']}"
         if sum(len(each.models) for each in self._of(key)) >= _MODELS:
@@ -144,7 +144,7 @@ class Api:
         return self.promises.at_once(key, make)
 
     def _targets(self, lora: Answer) -> list[str]:
-        """Linear layers by what the client wants to train. The head is not: it may be tied."""
+        """Return the linear layers that the client wants to train, without the head."""
         found, head = set(), self.service.model.get_output_embeddings()
         for name, module in self.service.model.named_modules():
             inside = name.partition(".base_layer")[0].partition(".lora_")[0]
@@ -161,21 +161,21 @@ class Api:
             raise ValueError(f"base_model: expected {self.base!r}, found {name!r:.200}")
 
     def sampler(self, key: str, asked: Answer) -> Sampler:
-        """Of a save, or of the base model."""
+        """Return a sampler of a save, or of the base model."""
         if asked.get("model_path"):
             return self.service.sampler(parsed(key, asked["model_path"], "model_path"))
         self.check_base(asked.get("base_model"))
         return self.service.sampler()
 
     def samplers(self, key: str, name: Any) -> tuple[Session, Sampler]:
-        """A key's sampler and its session, or GoneError."""
+        """Return a key's sampler and its session; raise GoneError if there is none."""
         for session in self._of(key):
             if name in session.samplers:
                 return session, session.samplers[name]
         raise GoneError(f"sampling_session_id: expected one of this key, found {name!r:.200}")
 
     def sample(self, key: str, asked: Answer) -> Answer:
-        """A promise of samples; the same number again is the same call."""
+        """Return a promise of samples; the same number again is the same call."""
         name, number = asked.get("sampling_session_id"), asked.get("seq_id")
         session, sampler = self.samplers(key, name) if name else (None, self.sampler(key, asked))
         if session is not None and (name, number) in session.asked:
@@ -206,13 +206,13 @@ class Api:
 
 
 def folder(key: str, model: str, kind: str, name: str) -> str:
-    """Where a save lies in the store: what a key has saved it alone finds."""
+    """Return the place of a save in the store, which only its key finds."""
     owner = hashlib.sha256(key.encode()).hexdigest()[:24]
     return os.path.join(owner, model.replace(":", "-"), kind, name)
 
 
 def parsed(key: str, uri: Any, field_: str = "path") -> str:
-    """The folder of ``tinker://MODEL/weights/NAME``; errors name the field that has it."""
+    """Return the folder of ``tinker://MODEL/weights/NAME``; errors name the field."""
     parts = uri.removeprefix("tinker://").split("/", 2) if isinstance(uri, str) else []
     known = len(parts) == 3 and parts[1] in ("weights", "sampler_weights")
     if not (known and uri.startswith("tinker://")):

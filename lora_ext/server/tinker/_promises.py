@@ -81,7 +81,7 @@ class Promises:
         return name, future
 
     def get(self, key: str, name: str) -> Future[Any]:
-        """The future of a name, or GoneError, which it also is to another key."""
+        """Return the future of a name; raise GoneError if this key has none."""
         with self.lock:
             found = self._of_keys[key].get(name) if key in self._of_keys else None
         if found is None:
@@ -89,7 +89,7 @@ class Promises:
         return found
 
     def at_once(self, key: str, action: Callable[[], Any]) -> Answer:
-        """Of something that runs on a thread of its own."""
+        """Return a promise of an action, which runs in a new thread."""
         name, future = self.new(key)
         threading.Thread(target=settle, args=(future, action), daemon=True).start()
         return {"request_id": name}

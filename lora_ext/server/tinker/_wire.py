@@ -64,7 +64,7 @@ messages = _made()
 
 
 def read_request(body: bytes) -> tuple[Any, list[Datum], dict[str, float]]:
-    """The request itself, its data and the options of its loss.
+    """Return the request, its data and the options of its loss.
 
     Raises:
         ValueError: what is no such message, or holds what a causal language model cannot take.
@@ -102,7 +102,7 @@ def _tensor(where: str, tensor: Any) -> torch.Tensor:
 
 
 def written_result(result: Result) -> bytes:
-    """The answer to a ``forward_backward``."""
+    """Return the answer to a ``forward_backward``."""
     answer = messages["ForwardBackwardOutput"](type="ArrayRecord")
     each = [np.ascontiguousarray(lp.numpy(), np.float32) for lp in result.logprobs]
     record = answer.loss_fn_outputs.add(num_datums=len(each))
@@ -131,7 +131,7 @@ def written_samples(samples: Sequence[Sample], prompt: Sequence[float] | None) -
 
 
 def prompt_of(prompt: Mapping[str, Any]) -> list[int]:
-    """The tokens of a prompt as JSON has it."""
+    """Return the tokens of a prompt in JSON."""
     tokens: list[int] = []
     chunks = prompt["chunks"]
     instance("asample", "prompt.chunks", chunks, list)

@@ -49,7 +49,7 @@ _CODES |= {QueueFullError: 429, PoolFullError: 429}
 
 
 def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
-    """Tinker's API over a service.
+    """Make Tinker's API over a service.
 
     Args:
         service: that trains. base: the model's name on the wire. keys: that may ask; None: any.
@@ -64,14 +64,14 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
     api = Api(service, base)
     app = FastAPI(lifespan=lambda _: _life(api))
 
-    def refuse(_: Request, error: Exception) -> JSONResponse:
+    def error_answer(_: Request, error: Exception) -> JSONResponse:
         code = next(code for kind in type(error).__mro__ if (code := _CODES.get(kind)))  # pyright: ignore[reportArgumentType]
         words = f"{error.args[0]}: expected in the body, found none"  # of a KeyError
         words = words if type(error) is KeyError else api.words_of(error)
         return JSONResponse({"error": words, "category": "user"}, code)
 
     for kind in _CODES:
-        app.add_exception_handler(kind, refuse)
+        app.add_exception_handler(kind, error_answer)
 
     @app.middleware("http")
     async def check_key(request: Request, go_on: Any) -> Any:
@@ -82,7 +82,7 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
         return await go_on(request)
 
     def post(path: str) -> Any:
-        """A route for `f(key, what the body says)`, on a thread of its own."""
+        """Return a decorator that adds a route for ``f(key, body)``, which runs in a thread."""
 
         def decorate(function: Callable[[str, Answer], Any]) -> Any:
             async def run(request: Request) -> Any:
@@ -97,8 +97,7 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
     _add_sessions(app, post, api)
     _add_models(post, api)
     _add_training(app, post, api)
-    _add_samples(app, post, api)
-    _add_futures(app, api)
+    _add_samples_and_futures(app, post, api)
     for path in ("client/dynamic_config", "cancel_future", "telemetry"):
         post(path)(lambda key, asked: {"status": "accepted"})
     return app
@@ -241,7 +240,14 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
     async def forward_backward(request: Request) -> Any:
         body = await read_body(request, MAX_BODY)
         if request.headers.get("content-encoding") == "zstd":
-            body = _unpacked(body)
+            if zstandard is None:
+                raise HTTPException(415, "content-encoding: expected none; pip install zstandard")
+            try:
+                body = zstandard.ZstdDecompressor().stream_reader(body).read(MAX_BODY + 1)
+            except zstandard.ZstdError as error:
+                raise ValueError(f"body: expected zstd, found {error}") from None
+            if len(body) > MAX_BODY:
+                raise HTTPException(413, f"body: expected at most {MAX_BODY} bytes")
         asked, data, options = read_request(body)
 
         def begin(tenant: Tenant) -> Any:
@@ -269,19 +275,7 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
         return api.in_order(key, asked, begin, lambda result: {"metrics": result.metrics})
 
 
-def _unpacked(body: bytes) -> bytes:
-    if zstandard is None:
-        raise HTTPException(415, "content-encoding: expected none; pip install zstandard")
-    try:
-        body = zstandard.ZstdDecompressor().stream_reader(body).read(MAX_BODY + 1)
-    except zstandard.ZstdError as error:
-        raise ValueError(f"body: expected zstd, found {error}") from None
-    if len(body) > MAX_BODY:
-        raise HTTPException(413, f"body: expected at most {MAX_BODY} bytes")
-    return body
-
-
-def _add_samples(app: FastAPI, post: Any, api: Api) -> None:
+def _add_samples_and_futures(app: FastAPI, post: Any, api: Api) -> None:
     @post("create_sampling_session")
     def create_sampling_session(key: str, asked: Answer) -> Answer:
         session = api.alive(key, asked["session_id"])
@@ -300,8 +294,6 @@ def _add_samples(app: FastAPI, post: Any, api: Api) -> None:
 
     post("asample")(api.sample)
 
-
-def _add_futures(app: FastAPI, api: Api) -> None:
     @app.post("/api/v1/retrieve_future")
     async def retrieve_future(request: Request) -> Any:
         name = (await _read(request))["request_id"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +13,6 @@ from lora_ext.rows import Pool, PoolLayer, Rows, current, pool_rows, untouched
 
 from ._pool_dora import DoraFactors, Rescale, rescaled
 from ._pool_replaced import traced_replaced, with_replaced
-
-
-class SiblingsProtocol(Protocol):
-    """What a layer asks of :mod:`lora_ext.serving.layers._siblings`, which builds on this file."""
-
-    def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
-        """What a sibling has computed for the layer already."""
-
-    def together(self, layer: MultiLoraLinear, x: Tensor, y: Tensor, rows: Rows) -> Tensor | None:
-        """The layer's output, computed with those of its followers."""
-
-
-class OverlapProtocol(Protocol):
-    """What a layer asks of :mod:`lora_ext.serving.layers._overlap`, which builds on this file."""
-
-    def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
-        """The layer's output, its update begun beside the base product."""
 
 
 class MultiLoraLinear(PoolLayer):
@@ -46,25 +29,25 @@ class MultiLoraLinear(PoolLayer):
             (..., O). pool: :class:`lora_ext.AdapterPool`. name: the module's name in the pool.
     """
 
-    #: The layers of its parent that may see the same rows, where they share ops.
-    siblings: SiblingsProtocol | None = None
-    #: Streams, where the update may begin beside the base product.
-    overlap: OverlapProtocol | None = None
+    #: The ``Siblings`` of ``_siblings.py``, which builds on this file; None without
+    #: ``fuse_siblings``.
+    siblings: Any = None
+    #: The ``Overlap`` of ``_overlap.py``, which builds on this file; None without ``overlap``.
+    overlap: Any = None
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__(base, pool, name)
         self.dora = DoraFactors(base, self.slab, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O)."""
-        siblings = self.siblings
-        if siblings is not None and compiles():
-            siblings = None
+        """Map (..., I) to (..., O)."""
+        traced = compiles()
+        siblings = None if traced else self.siblings
         if siblings is not None:
-            finished = siblings.output(self, x)
+            finished = siblings.stored_output(self, x)
             if finished is not None:
                 return finished
-        if self.overlap is not None and not compiles():
+        if self.overlap is not None and not traced:
             try:
                 finished = self.overlap.output(self, x)
             except ValueError as error:
@@ -73,7 +56,6 @@ class MultiLoraLinear(PoolLayer):
                 return finished
         y = self.base(x)
         slab = self.slab
-        traced = compiles()
         if slab.a_pages is None and not slab.was_replaced:
             if not traced:
                 untouched(self.pool, x.device)
@@ -94,9 +76,9 @@ class MultiLoraLinear(PoolLayer):
             if slab.magnitude is not None:
                 rescale = self.dora.rescale(block, leading, x.device, self.tokens_first)
             try:
-                together = None if siblings is None else siblings.together(self, x, y, rows)
-                if together is not None:
-                    return together
+                fused = None if siblings is None else siblings.fused_output(self, x, y, rows)
+                if fused is not None:
+                    return fused
                 y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale)
                 self.watch_backward(y)
             except ValueError as error:
@@ -106,8 +88,7 @@ class MultiLoraLinear(PoolLayer):
                     raise
                 raise NotImplementedError(
                     f"MultiLoraLinear: {self.name}: expected a module that returns one tensor, "
-                    f"found {type(self.base).__name__}, which returns a {type(y).__name__}; an "
-                    "adapter on it is not supported"
+                    f"found a {type(self.base).__name__}, which returns a {type(y).__name__}"
                 ) from error
         if slab.was_replaced:
             y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
@@ -125,16 +106,15 @@ class MultiLoraLinear(PoolLayer):
 
     def _explained(self, error: ValueError) -> ValueError:
         return ValueError(
-            f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that the "
-            "model had when it was made; make it of the model in its place, or pass device= and "
-            "dtype=)"
+            f"MultiLoraLinear: {self.name}: {error} (a pool keeps the model's first dtypes and "
+            "devices; make it of the model in its place, or pass device= and dtype=)"
         )
 
 
 def traced_rows(
     layer: PoolLayer, leading: torch.Size, device: torch.device, of_tokens: bool = False
 ) -> Rows:
-    """:meth:`PoolLayer.rows_in` for a graph: the rows of whatever block the graph will run in."""
+    """Return :meth:`PoolLayer.rows_in` for a graph: rows of the block in which it will run."""
     slots, turned = layer.pool.max_slots, layer.tokens_first
     return pool_rows(layer.handle, leading, device, slots, turned, of_tokens, layer.default)
 
@@ -142,7 +122,7 @@ def traced_rows(
 def add_adapters(
     y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor, rescale: Rescale | None
 ) -> Tensor:
-    """``y (..., O)`` with the update of each row, in place where ``y`` is ours to change.
+    """Return ``y (..., O)`` with the update of each row, in place where ``y`` may be changed.
 
     Hundreds of calls a decode step: each line here was timed.
     """
@@ -172,7 +152,7 @@ def add_adapters(
 
 
 def with_bias(y: Tensor, slab: Any, ids: Tensor) -> Tensor:
-    """PEFT's ``lora_bias``, scaled like the product it belongs to; other rows keep every bit."""
+    """Return ``y`` with PEFT's ``lora_bias``, scaled; rows without it keep every bit."""
     slot = ids.clamp(min=0)
     bias = slab.bias[slot] * slab.scale[slot].unsqueeze(1)  # (T, O)
     uses = (ids >= 0) & (slab.ranks[slot] > 0)  # (T,)

@@ -21,7 +21,7 @@ from lora_ext import ops
 from lora_ext.rows import current
 
 from ._multi_lora import MultiLoraLinear, with_bias
-from ._siblings import goes_along, plain
+from ._siblings import is_plain_input, is_plain_layer
 
 #: Most rows that are computed so: those of the kernels of decode.
 MOST_ROWS = 256
@@ -55,23 +55,26 @@ class Overlap:
         return self
 
     def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
-        """The layer's output; None where it is to be computed in one stream.
+        """Return the layer's output; None if it is to be computed in one stream.
 
         Raises:
             ValueError: what the ops refuse.
         """
         slab = layer.slab
         few = x.numel() <= MOST_ROWS * slab.in_features
-        if x.device.type not in self._devices or not (few and plain(x)):
+        if x.device.type not in self._devices or not (few and is_plain_input(x)):
             return None
         block = current(layer.handle)
-        if block is None or layer.is_head or not goes_along(layer, layer, x):
+        if block is None or layer.is_head or not is_plain_layer(layer, x):
             return None
         rows = layer.rows_in(block, x.shape[:-1], x.device)
         if not rows.used:
             return None
         here = self._cuda.current_stream(x.device)
-        side = self._side_of(here, x.device)
+        key = x.device, here.cuda_stream
+        side = self._sides.get(key)
+        if side is None:
+            side = self._sides[key] = self._cuda.Stream(x.device)
         x2d = x.reshape(-1, slab.in_features)  # (T, I)
         table, ranks = slab.page_table, slab.ranks
         side.wait_stream(here)
@@ -87,9 +90,3 @@ class Overlap:
         y2d = y.view(-1, y.shape[-1])  # (T, O)
         ops.lora_expand_(y2d, v, slab.b_pages, rows.ids, ranks, table, rows.plan)
         return y if slab.bias is None else with_bias(y, slab, rows.ids)
-
-    def _side_of(self, stream: Any, device: torch.device) -> Any:
-        key = device, stream.cuda_stream
-        if key not in self._sides:
-            self._sides[key] = self._cuda.Stream(device)
-        return self._sides[key]

@@ -23,7 +23,16 @@ from lora_ext import ops
 from lora_ext._checks import FLOATS
 from lora_ext._torch import READS_MORE, traced
 from lora_ext.layers import readable_weight
-from lora_ext.rows import Block, PoolLayer, batch_of, capturing, current, forward_of, noted
+from lora_ext.rows import (
+    Block,
+    PoolLayer,
+    batch_of,
+    capturing,
+    current,
+    current_layout,
+    forward_of,
+    noted,
+)
 
 # A graph holds numbers and tensors, no objects: its op finds a layer's factors by number, and the
 # registry keeps no layer alive.
@@ -41,7 +50,7 @@ class Rescale(NamedTuple):
 
 
 def rescaled(y: Tensor, rescale: Rescale) -> Tensor:
-    """``c * (y - bias) + bias`` for some rows of ``y`` ``(..., O)``, rounded once to its dtype.
+    """Return ``c * (y - bias) + bias`` for some rows of ``y (..., O)``, rounded once to its dtype.
 
     Other rows keep every bit. ``y`` itself is changed where it is contiguous.
     """
@@ -77,33 +86,26 @@ class DoraFactors:
     def rescale(
         self, block: Block, leading: torch.Size, device: torch.device, tokens_first: bool
     ) -> Rescale | None:
-        """What :func:`rescaled` does to activations ``(*leading, O)``; None: no row needs it."""
-        of_step = block.rows_of_step(leading, device, tokens_first)
+        """Return the argument of :func:`rescaled` for ``(*leading, O)``; None if not needed."""
+        layout = current_layout(leading, device, tokens_first)
+        of_step = block.step_rows(layout)
         if of_step is not None:
             assert block.step is not None
             return Rescale(None, block.step.table(self)[of_step.ids.long()], self.bias)
         if not self.slab.dora:
             return None
-        slots, rows, which = block.rows_of_slots(
-            self.slab.dora.keys(), leading, device, tokens_first
-        )
-        return Rescale(rows, self.table(slots)[which], self.bias) if slots else None
+        found = block.slot_rows(self.slab.dora.keys(), layout)
+        if found is None:
+            return None
+        return Rescale(found.rows, self.table(found.slots)[found.which], self.bias)
 
     def traced_rescale(
         self, layer: PoolLayer, leading: Sequence[int], device: torch.device
     ) -> Rescale:
-        """:meth:`rescale` for a graph: the rows of whatever block the graph will run in."""
+        """Return :meth:`rescale` for a graph: rows of the block in which it will run."""
         slab = self.slab
-        c = _active_dora_factors(
-            layer.handle,
-            self.number,
-            leading,
-            slab.out_features,
-            slab.magnitude.dtype,
-            device,
-            layer.tokens_first,
-            noted.batch,
-        )
+        size = leading, slab.out_features, slab.magnitude.dtype, device
+        c = _active_dora_factors(layer.handle, self.number, *size, layer.tokens_first, noted.batch)
         return Rescale(None, c, self.bias)
 
     @property
@@ -112,12 +114,14 @@ class DoraFactors:
         return getattr(self.base, "bias", None)
 
     def table(self, slots: Sequence[int]) -> Tensor:
-        """The factors of these slots, ``(len(slots), O)``."""
+        """Return the factors of these slots, ``(len(slots), O)``."""
         return torch.stack([self.factor(slot) for slot in slots])
 
     def factor(self, slot: int) -> Tensor:
-        """Those of one slot with a DoRA adapter, ``(O,)``; the same tensor until slot or weight
-        change."""
+        """Return the factors of a slot with a DoRA adapter, ``(O,)``.
+
+        It is the same tensor until slot or weight change.
+        """
         weight = self._weight()
         changes = 0 if weight.is_inference() else weight._version
         key = (self.slab.dora[slot], weight.data_ptr(), changes, weight.dtype, weight.device)

@@ -15,39 +15,38 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext._torch import READS_MORE, traced
-from lora_ext.rows import Block, batch_of, block_of_graph, forward_of, noted
-
-#: Weights that stand in for a module's own, by slot: ``weight`` and ``bias``.
-OfSlots = Mapping[int, Any]
+from lora_ext.rows import Block, batch_of, block_of_graph, current_layout, forward_of, noted
 
 
 def with_replaced(
-    y: Tensor, x: Tensor, name: str, of_slots: OfSlots, block: Block, tokens_first: bool
+    y: Tensor, x: Tensor, name: str, of_slots: Mapping[int, Any], block: Block, tokens_first: bool
 ) -> Tensor:
-    """``y (..., O)`` with the rows of these slots computed by their own weights.
+    """Return ``y (..., O)`` with the rows of these slots computed by their own weights.
 
     Args:
         y: of the base module; changed in place where no gradient is wanted.
         x: its input: ``(..., I)``, or token ids ``(...)`` of an embedding.
         name: of the module in the pool.
-        of_slots: see :data:`OfSlots`. block: says which rows have which slot.
+        of_slots: by slot, the ``weight`` and ``bias`` that replace the module's.
+        block: has the slot of each row.
         tokens_first: the layout of ``x``.
     """
     of_tokens = not x.is_floating_point()
     leading = x.shape if of_tokens else x.shape[:-1]
-    if block.rows_of_step(leading, x.device, tokens_first) is not None:
+    layout = current_layout(leading, x.device, tokens_first)
+    if block.step_rows(layout) is not None:
         assert block.step is not None
         bank, places = block.step.bank(name)
         return y if bank is None else bank.replaced(y, x, places)
     if not of_slots:
         return y
-    groups = block.rows_of_each(of_slots.keys(), leading, x.device, tokens_first)
-    if not groups:
+    found = block.slot_rows(of_slots.keys(), layout)
+    if found is None:
         return y
     flat = y.reshape(-1, y.shape[-1])  # (T, O)
     rows_in = x.reshape(-1) if of_tokens else x.reshape(-1, x.shape[-1])  # (T,) or (T, I)
     ours = not (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad))
-    for slot, rows in groups:
+    for slot, rows in zip(found.slots, found.by_slot, strict=True):
         weight, bias, own = of_slots[slot]
         if weight.is_cuda:  # its adapter may be unloaded before the device has read it
             for tensor in (weight, own):
@@ -62,15 +61,17 @@ def with_replaced(
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of rows ``(T, I)``, or of tokens ``(T,)``."""
+    """Return the product for rows ``(T, I)``, or the embeddings of tokens ``(T,)``."""
     if not x.is_floating_point():
         return F.embedding(x, weight)
     return F.linear(x.to(weight), weight, bias)
 
 
 def _with_rows(y: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-    """Outputs ``y (T, O)`` of a module of whose weight these ``rows (n,)`` are others, ``weight``:
-    of an embedding, tokens ``x (T,)`` that are among them; of a head, outputs that are."""
+    """Return outputs ``y (T, O)`` of a module, some ``rows (n,)`` of whose weight are replaced.
+
+    Of an embedding, the tokens ``x (T,)`` among them change; of a head, the outputs ``rows``.
+    """
     if x.is_floating_point():
         return y.index_copy(1, rows, F.linear(x.to(weight), weight).to(y.dtype))
     same = x[:, None] == rows  # (T, n)
@@ -116,7 +117,7 @@ class ReplacedBank:
                     bias.zero_() if whole.bias is None else bias.copy_(whole.bias)
 
     def replaced(self, y: Tensor, x: Tensor, places: Tensor) -> Tensor:
-        """``y (..., O)`` with the rows of each place computed by its weights.
+        """Return ``y (..., O)`` with the rows of each place computed by its weights.
 
         Args:
             y: of the base module. x: its input. places: ``(T,)`` or longer, -1 for other rows.
@@ -131,7 +132,7 @@ class ReplacedBank:
 
 
 def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
-    """:func:`with_replaced` for a graph: the rows of whatever block the graph will run in."""
+    """Return :func:`with_replaced` for a graph: rows of the block in which it will run."""
     return _replaced_rows(
         y, x, layer.handle, layer.name, layer.tokens_first, noted.batch, layer.default
     )

@@ -1,19 +1,19 @@
-"""Layers of one parent that see the very same tensor (q, k, v; gate, up): their updates in one op.
+"""Compute the updates of layers that receive the same tensor (q, k, v; gate, up) in one op.
 
-``lora_ext.attach(model, pool, fuse_siblings=True)`` introduces the layers of each parent to each
-other. Who are siblings is learned, not named: where one layer is called with the tensor that
-another was called with before, under one block, it follows that one from then on. So attention
-over other states has its own siblings, whatever its layers are called.
+``lora_ext.attach(model, pool, fuse_siblings=True)`` gives the layers of each parent one
+:class:`Siblings`. It learns from the calls which layers belong together: if a layer is called with
+the tensor that another layer, the leader, was called with before it in the same block, it becomes a
+follower of that leader. Names do not matter, so cross-attention finds its own groups.
 
-A model calls ``q_proj(x)`` before ``k_proj(x)``. The first sibling therefore calls the bases of its
-followers as well, runs one op for all, and keeps the others' outputs until they are called with the
-same tensor, unchanged, in the same block, thread and stream. Whatever else happens goes the way of
-single layers, and what was kept is dropped: at the next call with another tensor, at the latest
-when the tensor or the block goes.
+A model calls ``q_proj(x)`` before ``k_proj(x)``. The leader therefore also calls the base modules
+of its followers, runs one op for all of them, and stores the followers' outputs. A follower takes
+its output if it is called with the same unchanged tensor in the same block, thread and stream.
+Otherwise it computes its own, and the stored outputs are dropped: at the next call with another
+tensor, or when the tensor or the block is freed.
 
-Under ``torch.inference_mode`` nothing counts changes in place. There a layer follows another only
-after a look: the tensor was the same, bit for bit, when the second layer was called. A model that
-changes it in between does so in the look as well, unless it chooses anew at every call.
+Inference tensors have no version counter, so an in-place change between two calls is invisible.
+Under ``torch.inference_mode`` a layer becomes a follower only after one call in which a copy of the
+tensor was equal when the second layer was called.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,18 +35,18 @@ from lora_ext.rows import Block, Rows, capturing, innermost, traced_by_python
 
 from ._multi_lora import MultiLoraLinear, with_bias
 
-#: So many times in a row may a follower not come for its output; then its leader is alone again.
-_PATIENCE = 3
-#: Calls of a parent's layers after which those without followers are left alone, until an adapter
-#: comes to another of them.
-_LESSONS = 64
-#: Whether layers on the CPU share ops, too. It saves no launches there, and neither decode steps
-#: nor prefills of whole models gained by it (docs/notes/lora.md).
-_ON_CPU = False
+#: Consecutive calls in which a follower may leave its output unused before its leader is alone.
+MAX_MISSED_CALLS = 3
+#: Calls of layers without followers that are compared with the next calls to find followers.
+#: Counted again from 0 when a layer serves its first adapter.
+MAX_OBSERVED_CALLS = 64
+#: Whether layers on the CPU share ops too. There are no launches to save there, and no decode step
+#: or prefill of a whole model became faster (docs/notes/lora.md).
+SHARE_ON_CPU = False
 
 
-def introduce(layers: Mapping[str, nn.Module]) -> None:
-    """Let those of ``layers``, by their names, that may be siblings know each other."""
+def set_siblings(layers: Mapping[str, nn.Module]) -> None:
+    """Give the linear layers with the same parent and input width one :class:`Siblings`."""
     families: defaultdict[tuple[str, int], list[MultiLoraLinear]] = defaultdict(list)
     for name, layer in layers.items():
         if type(layer) is MultiLoraLinear and not layer.is_head:
@@ -57,151 +58,181 @@ def introduce(layers: Mapping[str, nn.Module]) -> None:
                 layer.siblings = siblings
 
 
+@dataclass(eq=False)
+class _Member:
+    """State of one layer, shared by all threads and as old as the layer.
+
+    Attributes:
+        layer: weak, because the layer owns its :class:`Siblings`.
+        followers: layers whose outputs this one computes too. Replaced, never changed in place.
+        missed_calls: latest consecutive calls in which a follower did not take its output.
+        adapted: whether the layer has served an adapter.
+    """
+
+    layer: weakref.ref[MultiLoraLinear]
+    followers: tuple[_Member, ...] = ()
+    missed_calls: int = 0
+    adapted: bool = False
+
+
 class _Call:
-    """A tensor as a layer was called with it, and where. Keeps neither of them alive."""
+    """One thread's latest call of a leader, or of a layer that may become one.
+
+    Keeps neither the input nor the block alive. When one of them is freed, so are the outputs.
+
+    Attributes:
+        leader: the layer.
+        outputs: outputs of followers that have not taken them, by name.
+        waiting: number of followers that have not taken theirs, including freed ones.
+    """
 
     __slots__ = ("_block", "_copy", "_stream", "_version", "_x", "leader", "outputs", "waiting")
 
-    def __init__(self, leader: str, x: Tensor, block: Block, looks: bool):
-        self.leader = leader
-        self.waiting = 0  # followers that were not called yet
+    def __init__(self, leader: _Member, x: Tensor, block: Block, keeps_copy: bool):
+        self.leader, self.waiting = leader, 0
         outputs: dict[str, Tensor] = {}
-        self.outputs = outputs  # theirs
+        self.outputs = outputs
         self._x = weakref.ref(x, lambda _: outputs.clear())
         self._block = weakref.ref(block, lambda _: outputs.clear())
         self._version, self._stream = _version(x), _stream(x)
-        # No version of an inference tensor says that it was changed in place.
-        looks = looks and x.is_inference() and not capturing(x.device)
-        self._copy = x.clone() if looks else None
+        keeps_copy = keeps_copy and x.is_inference() and not capturing(x.device)
+        self._copy = x.clone() if keeps_copy else None
 
-    def had(self, x: Tensor) -> bool:
-        """Whether the same tensor comes again, not changed since, to the same place."""
+    def has_input(self, x: Tensor) -> bool:
+        """Return whether ``x`` is the call's tensor with the same version, block and stream."""
         block = innermost()
         return (
             self._x() is x
             and self._version == _version(x)
             and block is not None
             and self._block() is block
-            and _unwatched(x)
+            and _is_plain_mode(x)
             and self._stream == _stream(x)
         )
 
-    def is_as_it_was(self, x: Tensor) -> bool:
-        """Whether nobody has changed the tensor in place since; waits for an inference tensor's
-        device."""
+    def is_unchanged(self, x: Tensor) -> bool:
+        """Return whether ``x`` has its values of the call; synchronizes for inference tensors."""
         if not x.is_inference():
             return self._version == x._version
         return self._copy is not None and torch.equal(self._copy, x)
 
 
-class _Here(threading.local):
-    """What a thread remembers of one parent: calls of others mean nothing to it."""
+class _ThreadState(threading.local):
+    """State of one thread."""
 
-    first: _Call | None = None  # with the tensor that the last call had
+    call: _Call | None = None
 
 
 class Siblings:
-    """The layers of one parent that read rows of one width.
+    """The layers of one parent that have one input width. Any thread may call them.
 
-    Any thread may call them; what they know of each other is replaced, never changed.
+    State, which lives as long as the layers:
+
+    * ``_members``: one :class:`_Member` per layer, by name, shared by all threads.
+    * ``_observations``: calls left of :data:`MAX_OBSERVED_CALLS`, shared by all threads.
+    * ``_needs_copy``: whether the next call keeps a copy of its input, for
+      :meth:`_Call.is_unchanged`.
+    * ``_thread.call``: this thread's latest call, until the next one with another tensor.
     """
 
-    def __init__(self, members: Iterable[MultiLoraLinear]) -> None:
-        self._members = {layer.name: weakref.ref(layer) for layer in members}
-        self._followers: dict[str, tuple[str, ...]] = {}
-        self._missed: dict[str, int] = {}
-        self._adapted: frozenset[str] = frozenset()  # members that have had an adapter
-        self._lessons = _LESSONS
-        self._looks = False  # whether the next call keeps a copy of its tensor
-        self._here = _Here()
+    def __init__(self, layers: Iterable[MultiLoraLinear]) -> None:
+        self._members = {layer.name: _Member(weakref.ref(layer)) for layer in layers}
+        self._observations = MAX_OBSERVED_CALLS
+        self._needs_copy = False
+        self._thread = _ThreadState()
 
-    def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
-        """What a sibling has computed for this layer and tensor, which is then forgotten here."""
-        first = self._here.first
-        if first is None or not first.outputs:
+    def stored_output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
+        """Return and forget the output that the layer's leader has computed for ``x``."""
+        call = self._thread.call
+        if call is None or not call.outputs:
             return None
-        if not first.had(x):
-            self._drop(first)
+        if not call.has_input(x):
+            self._drop(call)
             return None
-        y = first.outputs.pop(layer.name, None)
+        y = call.outputs.pop(layer.name, None)
         if y is not None:
-            first.waiting -= 1
-            if not first.waiting and self._missed:
-                self._missed.pop(first.leader, None)
+            call.waiting -= 1
+            if not call.waiting:
+                call.leader.missed_calls = 0
         return y
 
-    def together(self, layer: MultiLoraLinear, x: Tensor, y: Tensor, rows: Rows) -> Tensor | None:
-        """``y``, the base's output, with the update of each row, as well as its followers'; None
-        where the layer is to do its own.
+    def fused_output(
+        self, layer: MultiLoraLinear, x: Tensor, y: Tensor, rows: Rows
+    ) -> Tensor | None:
+        """Return ``y``, the base's output, with the update of each row; store the followers' too.
+
+        Returns:
+            None if the layer has no followers to compute; then it adds its update alone.
 
         Raises:
-            ValueError: what the op refuses.
+            ValueError: If the op refuses the tensors.
         """
-        if not (x.is_cuda or _ON_CPU):
+        if not (x.is_cuda or SHARE_ON_CPU):
             return None
-        if layer.name not in self._adapted:
-            self._adapted |= {layer.name}
-            self._lessons = _LESSONS
-        leads = layer.name in self._followers
-        # There is none in a backward, which sees that of its forward.
-        block = innermost()
-        if not (leads or self._lessons > 0) or block is None:
+        member = self._members[layer.name]
+        if not member.adapted:
+            member.adapted, self._observations = True, MAX_OBSERVED_CALLS
+        if not (member.followers or self._observations > 0):
             return None
-        if not plain(x):
+        block = innermost()  # None in a backward, which sees the block of its forward
+        if block is None or not is_plain_input(x):
             return None
-        first = self._here.first
-        if first is not None:
-            if first.leader != layer.name and first.had(x):
-                if first.is_as_it_was(x):
-                    self._learn(first.leader, layer.name)
+        last = self._thread.call
+        if last is not None:
+            if last.leader is not member and last.has_input(x):
+                if last.is_unchanged(x):
+                    _add_follower(last.leader, member)
                 else:
-                    self._looks = True  # at the next call
+                    self._needs_copy = True
                 return None
-            self._drop(first)
-        self._here.first = call = _Call(layer.name, x, block, self._looks or not leads)
-        self._looks = False
-        names = self._followers.get(layer.name)
-        if names is None:
-            self._lessons -= 1
+            self._drop(last)
+        keeps_copy, self._needs_copy = self._needs_copy or not member.followers, False
+        self._thread.call = call = _Call(member, x, block, keeps_copy)
+        if not member.followers:
+            self._observations -= 1
             return None
-        if not goes_along(layer, layer, x):
+        if not is_plain_layer(layer, x):
             return None
-        ys, slabs, coming = [y], [layer.slab], []
-        for name in names:
-            follower = self._members[name]()
-            if follower is not None and goes_along(follower, layer, x):
+        ys, slabs, names = [y], [layer.slab], []
+        for each in member.followers:
+            follower = each.layer()
+            if (
+                follower is not None
+                and follower.tokens_first == layer.tokens_first
+                and is_plain_layer(follower, x)
+            ):
                 ys.append(follower.base(x))
                 slabs.append(follower.slab)
-                coming.append(name)
+                names.append(follower.name)
+        if not names:
+            return None
         for each in ys:
             if each.dtype != x.dtype or not each.is_contiguous():
                 return None
-        if coming:
-            _update(ys, x, slabs, rows)
-            call.waiting = len(coming)
-            for i, name in enumerate(coming, 1):
-                call.outputs[name] = ys[i]
-            return ys[0]
-        return None
+        _add_updates(ys, x, slabs, rows)
+        call.waiting = len(names)
+        call.outputs.update(zip(names, ys[1:], strict=True))
+        return ys[0]
 
-    def _learn(self, leader: str, follower: str) -> None:
-        known = self._followers.get(leader, ())
-        alone = self._missed.get(leader, 0) >= _PATIENCE
-        if not alone and follower not in known and len(known) < ops.MOST_SIBLINGS - 1:
-            self._followers[leader] = (*known, follower)
-
-    def _drop(self, first: _Call) -> None:
-        """Forget a call, and outputs that nobody came for."""
-        self._here.first = None
-        if first.waiting:
-            first.outputs.clear()
-            missed = self._missed[first.leader] = self._missed.get(first.leader, 0) + 1
-            if missed >= _PATIENCE:
-                self._followers.pop(first.leader, None)
+    def _drop(self, call: _Call) -> None:
+        """Forget a call; count it as missed if a follower has not taken its output."""
+        self._thread.call = None
+        if call.waiting:
+            call.outputs.clear()
+            call.leader.missed_calls += 1
+            if call.leader.missed_calls >= MAX_MISSED_CALLS:
+                call.leader.followers = ()
 
 
-def _unwatched(x: Tensor) -> bool:
-    """Whether nobody records products, or computes them in another way, at this moment."""
+def _add_follower(leader: _Member, member: _Member) -> None:
+    known = leader.followers
+    room = len(known) < ops.MOST_SIBLINGS - 1
+    if room and member not in known and leader.missed_calls < MAX_MISSED_CALLS:
+        leader.followers = (*known, member)
+
+
+def _is_plain_mode(x: Tensor) -> bool:
+    """Return whether nothing records operations on ``x`` now or changes how they are computed."""
     return not (
         torch.is_grad_enabled()
         or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
@@ -212,9 +243,9 @@ def _unwatched(x: Tensor) -> bool:
     )
 
 
-def plain(x: Tensor) -> bool:
-    """Whether a product with ``x`` may be made early."""
-    return type(x) is Tensor and _unwatched(x)
+def is_plain_input(x: Tensor) -> bool:
+    """Return whether a product with ``x`` may be computed earlier than the model asks for it."""
+    return type(x) is Tensor and _is_plain_mode(x)
 
 
 def _version(x: Tensor) -> int:
@@ -225,9 +256,11 @@ def _stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
-def goes_along(layer: MultiLoraLinear, leader: MultiLoraLinear, x: Tensor) -> bool:
-    """Whether a layer does no more with ``x`` than product and update, and its base is called by
-    nobody's rules but torch's: no hook, no offloading, no format of its own."""
+def is_plain_layer(layer: MultiLoraLinear, x: Tensor) -> bool:
+    """Return whether a layer computes for ``x`` a product and an update and nothing else.
+
+    False if its base has hooks, is offloaded or stores its weight in another format, and for DoRA.
+    """
     base, slab = layer.base, layer.slab
     a, kind = slab.a_pages, type(base)
     return not (
@@ -235,7 +268,6 @@ def goes_along(layer: MultiLoraLinear, leader: MultiLoraLinear, x: Tensor) -> bo
         or a.dtype != x.dtype
         or slab.dora
         or slab.was_replaced
-        or layer.tokens_first != leader.tokens_first
         or (kind is not nn.Linear and kind is not PackedLinear)
         or type(base._parameters.get("weight")) is not nn.Parameter
         or "forward" in layer.__dict__
@@ -246,8 +278,8 @@ def goes_along(layer: MultiLoraLinear, leader: MultiLoraLinear, x: Tensor) -> bo
     )
 
 
-def _update(ys: list[Tensor], x: Tensor, slabs: list[Any], rows: Rows) -> None:
-    """Each of ``ys (..., O)``, all contiguous, with the update of each row, in place."""
+def _add_updates(ys: list[Tensor], x: Tensor, slabs: list[Any], rows: Rows) -> None:
+    """Add the update of each row to each of ``ys (..., O)``, all contiguous, in place."""
     ops.lora_apply_siblings_(
         [y.view(-1, y.shape[-1]) for y in ys],
         x.reshape(-1, slabs[0].in_features),

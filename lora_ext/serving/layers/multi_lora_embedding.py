@@ -27,7 +27,7 @@ class MultiLoraEmbedding(PoolLayer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Token ids (...) to (..., O)."""
+        """Map token ids (...) to (..., O)."""
         y = self.base(x)
         slab = self.slab
         traced = compiles()

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.layers import Routing, Slots, experts_forward, projections, slots_of
-from lora_ext.rows import Pool, PoolLayer, current, noted, untouched
+from lora_ext.rows import PoolLayer, current, noted, untouched
 
 from ._multi_lora import add_adapters
-
-
-class _ExpertsPool(Pool, Protocol):
-    """What is needed of a pool besides."""
-
-    experts: Any
 
 
 class MultiLoraExperts(PoolLayer):
@@ -34,26 +29,22 @@ class MultiLoraExperts(PoolLayer):
         name: the module's name in the model; its parameters are the pool's.
     """
 
-    def __init__(self, base: nn.Module, pool: _ExpertsPool, name: str):
+    def __init__(self, base: nn.Module, pool: Any, name: str):
         nn.Module.__init__(self)
         self.slabs = {
             parameter: pool.experts[f"{name}.{parameter}"]
             for parameter in projections(base)
             if f"{name}.{parameter}" in pool.experts
         }
-        expected = {p: (s.experts, s.in_features, s.out_features) for p, s in self.slabs.items()}
-        sizes = projections(base)
-        found = {p: (len(getattr(base, p)), *sizes[p]) for p in self.slabs}
-        if not expected or found != expected:
-            raise ValueError(
-                f"MultiLoraExperts: {name}: expected experts, in and out features as in the "
-                f"pool, {expected}, found a {type(base).__name__} with {found}"
-            )
+        sizes = {p: (s.experts, s.in_features, s.out_features) for p, s in self.slabs.items()}
+        found = {p: (len(getattr(base, p)), *projections(base)[p]) for p in self.slabs}
+        expected = f"experts, in and out features as in the pool, {sizes}"
+        of_base = f"a {type(base).__name__} with {found}"
+        require(sizes and found == sizes, "MultiLoraExperts", name, expected, of_base)
         self.stand_in(base, pool, name)
 
     def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """As the base module's: ``x (T, H)``, then the experts of each row and their weights, both
-        ``(T, k)``. Returns ``(T, H)``."""
+        """Map ``x (T, H)``, with experts and weights ``(T, k)`` of each row, to ``(T, H)``."""
         slabs = {name: slab for name, slab in self.slabs.items() if slab.a_pages is not None}
         if not slabs:
             if not compiles():
@@ -61,15 +52,8 @@ class MultiLoraExperts(PoolLayer):
             return self.base(x, *args, **kwargs)
         index, weights = (*args, *kwargs.values())
         if compiles():
-            slots = torch.ops.lora_ext.active_adapter_ids(
-                self.handle,
-                x.shape[:-1],
-                x.device,
-                self.tokens_first,
-                False,
-                noted.batch,
-                self.default,
-            )
+            where = x.shape[:-1], x.device, self.tokens_first, False, noted.batch
+            slots = torch.ops.lora_ext.active_adapter_ids(self.handle, *where, self.default)
         else:
             block = current(self.handle)
             if block is None and self.default is not None:

@@ -1,19 +1,37 @@
-"""Adapters on embeddings compute what PEFT computes, mixed with adapters on linear layers."""
+"""Adapters of DoRA and of embeddings compute what PEFT computes, alone and beside others."""
 
 import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from tiny import assert_alone_and_mixed_equal_peft, make_model, make_peft, tokens
+from tiny import assert_alone_and_mixed_equal_peft, make_model, make_pair, make_peft, tokens
 
 import lora_ext
 from lora_ext.adapter import save_adapter
 from lora_ext.nn import MultiLoraEmbedding
 from lora_ext.pool import unpack
 
-CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
+DORA: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "red": {"r": 4, "target_modules": ["q_proj", "down_proj"], "use_dora": True},
+        "green": {"r": 12, "target_modules": "all-linear", "use_dora": True, "use_rslora": True},
+        "blue": {"r": 8, "target_modules": ["q_proj", "o_proj"]},
+    },
+    "gpt2": {
+        "red": {"r": 4, "target_modules": ["c_attn"], "use_dora": True},
+        "green": {"r": 12, "target_modules": ["c_attn", "c_proj", "c_fc"], "use_dora": True},
+        "blue": {"r": 8, "target_modules": ["c_attn", "c_fc"], "lora_bias": True},
+    },
+    "bert": {
+        "red": {"r": 4, "target_modules": ["query", "value"], "use_dora": True},
+        "green": {"r": 12, "target_modules": "all-linear", "use_dora": True},
+        "blue": {"r": 8, "target_modules": ["query", "pooler.dense", "classifier"]},
+    },
+}
+EMBEDDINGS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         "red": {"r": 4, "target_modules": ["embed_tokens", "q_proj"]},
         "green": {"r": 12, "target_modules": ["embed_tokens"]},
@@ -31,32 +49,30 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 NAMES = ["red", "green", "__base__", "blue", "green", None, "red"]
-BOUND = 1e-6  # float64, but for the scale: 16 / 12 in float32 is wrong by 2**-26 of itself
+# float64 throughout, but for the scale, which the pool keeps in float32: these are exact there or,
+# like 16 / sqrt(12), wrong by 2**-25 of themselves. Activations are of size one.
+BOUND = 1e-6
 
 
-def make(family: str, directory: Path, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
-    model = make_model(family).to(dtype)
-    reference = make_peft(model, CONFIGS[family]).to(dtype)
-    reference.save_pretrained(directory)
-    pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=16)
-    for name in CONFIGS[family]:
-        # PEFT finds Llama's input embedding and saves its weight as well: the base model's, again.
-        assert pool.load(name, directory / name) == ()
-    return lora_ext.attach(model, pool), reference
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_alone_and_mixed_equal_peft(family: str, tmp_path: Path) -> None:
-    model, reference = make(family, tmp_path)
+@pytest.mark.parametrize("kind", [DORA, EMBEDDINGS], ids=["dora", "embeddings"])
+@pytest.mark.parametrize("family", DORA)
+def test_alone_and_mixed_equal_peft(family: str, kind: Any, tmp_path: Path) -> None:
+    model, reference, pool = make_pair(family, tmp_path, kind[family], torch.float64)
     moved = assert_alone_and_mixed_equal_peft(model, reference, NAMES, BOUND)
-    assert moved.amax(1).min() > 1e-3
+    assert (moved if kind is DORA else moved.amax(1)).min() > 1e-3
+    # PEFT finds Llama's input embedding and saves its weight as well: the base model's, again.
+    assert pool.update("red", tmp_path / "red") == ()
+
+
+def make(directory: Path, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
+    return make_pair("llama", directory, EMBEDDINGS["llama"], dtype)[:2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_rows_keep_every_bit_and_own_rows_round_once(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model, _ = make("llama", tmp_path, dtype)
+    model, _ = make(tmp_path, dtype)
     layer, ids = model.model.embed_tokens, tokens(len(NAMES), 6)
     assert isinstance(layer, MultiLoraEmbedding) and isinstance(layer.base, torch.nn.Embedding)
     pool, slab = layer.pool, layer.slab
@@ -85,11 +101,11 @@ def test_other_rows_keep_every_bit_and_own_rows_round_once(
 
 
 def test_tokens_and_one_name(tmp_path: Path) -> None:
-    model, _ = make("llama", tmp_path)
+    model, _ = make(tmp_path)
     layer, ids = model.model.embed_tokens, tokens(2, 3)
     with torch.no_grad():
         whole = {}
-        for name in (*CONFIGS["llama"], None):
+        for name in (*EMBEDDINGS["llama"], None):
             with lora_ext.adapters(name):
                 whole[name] = layer(ids)
         names = [["red", None, "green"], ["blue", "red", None]]
@@ -134,7 +150,7 @@ def test_positions_that_all_sequences_share_raise(length: int, tmp_path: Path) -
 
 
 def test_evicted_saved_copied_compiled_detached(tmp_path: Path) -> None:
-    model, reference = make("llama", tmp_path)
+    model, reference = make(tmp_path)
     pool, ids = model.model.embed_tokens.pool, tokens(2, 3)
     with torch.no_grad(), lora_ext.adapters("red"):
         expected = model(ids).logits
@@ -153,3 +169,29 @@ def test_evicted_saved_copied_compiled_detached(tmp_path: Path) -> None:
                     assert torch.equal(m(ids).logits, expected) == (name is not None)
     lora_ext.detach(model)
     assert type(model.model.embed_tokens) is torch.nn.Embedding
+
+
+def test_every_spelling_of_the_magnitude_loads_and_peft_loads_ours(tmp_path: Path) -> None:
+    _, reference, pool = make_pair("llama", tmp_path, DORA["llama"], torch.float64)
+    state = {k: v for k, v in reference.state_dict().items() if "lora_" in k and ".red." in k}
+    config = reference.peft_config["red"]
+    keys = [k for k in state if "magnitude" in k]
+    assert keys and all(k.endswith("lora_magnitude_vector.red.weight") for k in keys)
+    for end in (".red.weight", ".red", ".weight", ""):
+        renamed = {
+            k.removesuffix(".red.weight") + end if "magnitude" in k else k: v
+            for k, v in state.items()
+        }
+        pool.load("again", (config, renamed))
+        slab = pool.modules["model.layers.0.self_attn.q_proj"]
+        with pool.acquire(["red", "again"]) as (red, again):
+            assert torch.equal(slab.magnitude[red], slab.magnitude[again])
+        pool.unload("again")
+    state = {k: v for k, v in reference.state_dict().items() if ".green." in k}
+    save_adapter(tmp_path / "ours", reference.peft_config["green"], state)
+    loaded: Any = peft.PeftModel.from_pretrained(
+        make_model("llama").double(), tmp_path / "ours", adapter_name="green"
+    )
+    again = loaded.state_dict()
+    assert any("magnitude" in key for key in state)
+    assert all(torch.equal(again[key], value) for key, value in state.items())

@@ -1,0 +1,211 @@
+"""Draws from the guided law that do not multiply with the whole vocabulary.
+
+``r(x) <= b(x) = max_z C_{k-1}(delta(s, x), z)``, and ``b`` is looked up by the class of a token. So
+``p(x) b(x)``, the envelope, serves as the proposal of rejection sampling: a token drawn from it is
+kept with probability ``r(x) / b(x)``, for which only the drawn tokens are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_ext._checks import require
+
+from ._guide import Guide
+from ._law import Block, Row, apply, finite_scales, log_quotient, log_ratios, moved, stacked_laws
+
+_TOKENS_PER_ROUND = 32
+
+
+def log_bound(row: Row) -> Tensor | None:
+    """Return ``log b (V,)`` of a row; None if it is 0 for all tokens. Without a guide ``b = r``."""
+    plan = row.guided_plan
+    if plan is None:
+        return None if row.lost else row.mask()
+    step = plan.step(row.state, row.left)
+    scales = finite_scales(plan.messages(row.left - 1)[1], step)
+    scales = scales[step.after.to(scales.device)]
+    by_class = torch.where(step.live, scales.cpu(), -torch.inf)
+    return by_class.index_select(0, plan.constraint.class_index)
+
+
+def keep_probabilities(rows: Sequence[Row | None], tokens: Tensor) -> Tensor:
+    """Return ``r(x) / b(x)`` of allowed tokens, ``(n, m)`` float64 on the CPU; 1 without a guide.
+
+    Args:
+        rows: n rows. tokens: ``(n, m)`` int64 on the CPU.
+    """
+    out = torch.ones(tokens.shape, dtype=torch.float64)
+    guided: dict[Guide, list[tuple[int, Row, Tensor]]] = {}
+    for i, row in enumerate(rows):
+        if row is None or (plan := row.guided_plan) is None or plan.guide is None:
+            continue
+        step, (messages, _) = plan.step(row.state, row.left), plan.messages(row.left - 1)
+        successors = step.after[plan.constraint.class_index[tokens[i]]]
+        of_tokens = messages[successors.to(messages.device)]  # (m, H); that of END is all ones
+        guided.setdefault(plan.guide, []).append((i, row, of_tokens))
+    for guide, members in guided.items():
+        places, of_guide, messages = zip(*members, strict=True)
+        laws = stacked_laws(of_guide)[:, None]  # (n, 1, H)
+        emitted = guide.by_token[tokens[list(places)].to(laws.device)]  # (n, m, H)
+        ratios = log_quotient(laws, emitted, torch.stack(messages))
+        out[list(places)] = ratios.exp().double().cpu()
+    return out
+
+
+def draw(
+    rows: Sequence[Row | None],
+    scores: Tensor,
+    temperature: float,
+    uniforms: Callable[[list[int], int], Tensor],
+    tries: int = _TOKENS_PER_ROUND,
+    rounds: int = 3,
+) -> tuple[list[int], int]:
+    """Draw a token of every row from its law, exactly.
+
+    In a round ``tries`` tokens are drawn from ``p(x) b(x)``, and the first that is kept is taken.
+    If none is kept, ``r`` replaces ``b`` for these tokens in the next round. Rows in which no round
+    keeps a token are drawn from the law over the whole vocabulary.
+
+    Args:
+        rows, scores, temperature: as in :func:`apply`.
+        uniforms: called with the places of n rows and a number m; returns new ``(n, m, 2)`` numbers
+            in [0, 1) at every call.
+        tries: tokens per round. rounds: before the whole vocabulary is used.
+
+    Returns:
+        The tokens, and how many were looked at in all.
+
+    Raises:
+        ValueError: If all allowed tokens of a row have the score ``-inf``, or one is NaN or inf.
+    """
+    tempered, envelope = proposal_scores(rows, scores, temperature)
+    finite = bool(envelope.amax(-1).isfinite().all())
+    expected = "a finite largest score among the tokens that each row's constraint allows"
+    require(finite, "draw", "scores", expected, "a row without")
+    return draw_from(rows, tempered, envelope, uniforms, tries, rounds)
+
+
+def proposal_scores(
+    rows: Sequence[Row | None], scores: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the scores at a temperature and the envelope ``log p b``, ``(B, V)`` each.
+
+    Args:
+        rows, scores: as in :func:`apply`. temperature: one number, or ``(B, 1)``.
+
+    Returns:
+        ``scores`` themselves at temperature 1, else :func:`_tempered`; and the envelope in float32
+        or wider.
+    """
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    found = [None if row is None else log_bound(row) for row in rows]
+    bounds = None
+    if any(bound is not None for bound in found):  # one tensor, to save passes over the vocabulary
+        bounds = wide.new_zeros(wide.shape)
+        for row, bound in zip(bounds, found, strict=True):
+            if bound is not None:
+                row.copy_(bound)
+    if isinstance(temperature, Tensor) or temperature != 1:
+        scores = wide = _tempered(wide, bounds, temperature)
+    return scores, wide if bounds is None else bounds.add_(wide)
+
+
+def _tempered(scores: Tensor, bounds: Tensor | None, temperature: float | Tensor) -> Tensor:
+    """Return ``(scores - top) / temperature``; rows without a finite ``top`` are NaN.
+
+    ``top`` is the largest score of an allowed token. Without it a quotient could overflow.
+
+    Args:
+        scores: ``(B, V)`` float32 or wider. bounds: ``(B, V)``, ``-inf`` on forbidden tokens.
+        temperature: one number, or ``(B, 1)``.
+    """
+    allowed = scores
+    if bounds is not None:
+        allowed = scores + bounds.masked_fill(bounds > -torch.inf, 0)
+    top = allowed.amax(-1, keepdim=True)
+    quotient = ((scores - top).double() / temperature).clamp(max=0)  # forbidden scores may exceed 0
+    return quotient.masked_fill(~top.isfinite(), torch.nan).to(scores)
+
+
+def draw_from(
+    rows: Sequence[Row | None],
+    tempered: Tensor,
+    envelope: Tensor,
+    uniforms: Callable[[list[int], int], Tensor],
+    tries: int = _TOKENS_PER_ROUND,
+    rounds: int = 3,
+) -> tuple[list[int], int]:
+    """Draw as :func:`draw` does, from the two results of :func:`proposal_scores`."""
+    tokens, looked_at = [-1] * len(rows), 0
+    waiting, bounded = list(range(len(rows))), envelope
+    # Rows without a guide keep every token, and most other rows keep one of the first few.
+    guided = any(row is not None and row.plan.guide is not None for row in rows)
+    count = max(1, tries // 4) if guided else 1
+    for turn in range(rounds):
+        numbers = uniforms(waiting, count).double().cpu()
+        found = _sampled(envelope, numbers[..., 0])  # (n, m)
+        keep = keep_probabilities([rows[i] for i in waiting], found)
+        at = found.to(envelope.device)
+        if turn:  # the envelope is p r for tokens of earlier rounds: these are always kept
+            tightened = (bounded.gather(1, at) - envelope.gather(1, at)).exp().cpu()
+            keep = (keep * tightened).clamp(max=1)
+        kept = numbers[..., 1] < keep
+        first = torch.where(kept.any(1), kept.int().argmax(1), count).tolist()
+        for j, (i, place) in enumerate(zip(waiting, first, strict=True)):
+            looked_at += min(place + 1, count)
+            if place < count:
+                tokens[i] = int(found[j, place])
+        still = [j for j, place in enumerate(first) if place == count]
+        waiting = [waiting[j] for j in still]
+        if not waiting:
+            return tokens, looked_at
+        # Not an addition in place: a token may have been drawn twice.
+        lower = envelope.gather(1, at) + keep.log().to(envelope)
+        bounded, envelope = bounded[still], envelope.scatter(1, at, lower)[still]
+        count = tries
+    whole = moved(log_ratios([rows[i] for i in waiting]), tempered[waiting])
+    found = _sampled(whole.to(envelope), uniforms(waiting, 1).double().cpu()[..., 0])
+    for i, token in zip(waiting, found[:, 0].tolist(), strict=True):
+        tokens[i] = token
+    return tokens, looked_at + len(waiting)
+
+
+def _sampled(logits: Tensor, numbers: Tensor) -> Tensor:
+    """Return tokens ``(n, m)`` drawn from logits ``(n, V)`` with numbers ``(n, m)`` in [0, 1)."""
+    sums = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    limit = numbers.to(sums) * sums[:, -1:]
+    return torch.searchsorted(sums, limit, right=True).cpu()
+
+
+def likeliest(rows: Sequence[Row | None], scores: Tensor, tries: int = 256) -> list[int]:
+    """Return the likeliest token of every row under its law at temperature 1.
+
+    Tokens are looked at in descending order of ``p(x) b(x)`` until it is below the best ``p(x)
+    r(x)``; after ``tries`` tokens the law over the whole vocabulary decides.
+    """
+    found = [(i, log_bound(row)) for i, row in enumerate(rows) if row is not None]
+    envelope = moved([Block([i], bound[None]) for i, bound in found if bound is not None], scores)
+    tokens = envelope.argmax(-1).tolist()
+    for i, row in enumerate(rows):
+        if row is None or row.guided_plan is None:
+            continue
+        bounds, order = envelope[i].topk(min(tries, envelope.shape[1]))
+        best, chosen = -float("inf"), -1
+        parts = (t.split(_TOKENS_PER_ROUND) for t in (bounds, order))
+        for bound, candidates in zip(*parts, strict=True):
+            if float(bound[0]) <= best or float(bound[0]) == -float("inf"):
+                break
+            keep = keep_probabilities([row], candidates[None].cpu())[0]
+            values = bound.double() + keep.log().to(bound)
+            top = int(values.argmax())
+            if float(values[top]) > best:
+                best, chosen = float(values[top]), int(candidates[top])
+        else:
+            if tries < envelope.shape[1]:
+                chosen = int(apply([row], scores[i : i + 1])[0].argmax())
+        tokens[i] = chosen
+    return tokens

@@ -1,0 +1,134 @@
+"""Cache of a weight's packed copy, which is made again after the weight has changed.
+
+torch counts in-place writes to a tensor in ``_version``, but not those through ``weight.data`` or
+``weight.numpy()``. The cache therefore also compares a sample of the weight's values.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext import ops
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+#: Weights of at most so many values are compared as a whole.
+MAX_VALUES_COMPARED_WHOLE = 4096
+#: A sample has one value for about so many rows or columns, whichever are more.
+LINES_PER_SAMPLED_VALUE = 4
+#: Fraction of the golden ratio: its multiples are spread evenly over the unit interval.
+_GOLDEN_FRACTION = 0.381966
+
+
+class PackedWeight:
+    """Packed copy of the weight of a layer, or of several layers with tied weights.
+
+    The copy is made for the second product in a row that sees an unchanged weight. A weight that
+    changes before every product is never packed.
+
+    All state is in one :class:`_Snapshot`, which is replaced as a whole: another thread may be
+    multiplying with another weight.
+    """
+
+    def __init__(self) -> None:
+        self._snapshot: _Snapshot | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        return PackedWeight()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the copy in bytes, 0 without a copy."""
+        snapshot = self._snapshot
+        return 0 if snapshot is None or snapshot.packed is None else snapshot.packed.nbytes
+
+    def copy_of(self, weight: Tensor) -> Tensor | None:
+        """Return the copy of ``weight``; None at the first product after a change."""
+        snapshot = self._snapshot
+        if snapshot is not None and snapshot.matches(weight):
+            return snapshot.pack(weight) if snapshot.packed is None else snapshot.packed
+        self._snapshot = _Snapshot(weight) if why_not_packed(weight) is None else None
+        return None
+
+    def copy_made_now(self, weight: Tensor) -> Tensor | None:
+        """Return the copy of ``weight``, made at once; None if :func:`why_not_packed`."""
+        copy = self.copy_of(weight)
+        return self.copy_of(weight) if copy is None else copy
+
+    def drop(self) -> None:
+        """Free the copy."""
+        self._snapshot = None
+
+
+class _Snapshot:
+    """A weight as it was at one product, and the copy that was packed from it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self._version = weakref.ref(weight), _version(weight)
+        self._sample: tuple[Tensor, Tensor] | None = None  # view of the weight; values at packing
+        self.packed: Tensor | None = None
+
+    def matches(self, weight: Tensor) -> bool:
+        """Return whether ``weight`` is the same tensor with the same values."""
+        if self._weight() is not weight or self._version != _version(weight):
+            return False
+        return self._sample is None or torch.equal(*self._sample)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """Pack the weight and return the copy."""
+        view = _sample_of(weight.detach())
+        self._sample = view, view.clone()
+        self.packed = ops.pack_weight(weight.detach())
+        return self.packed
+
+
+def why_not_packed(weight: Tensor) -> str | None:
+    """Return ``<expected>, found <found>`` for a weight that cannot be packed, else None."""
+    if weight.device.type != "cpu":
+        return f"a weight on the CPU, found one on {weight.device}"
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _DTYPES:
+        return f"a weight of float32 or bfloat16, found {type(weight).__name__} of {weight.dtype}"
+    if weight.is_inference():
+        return "a weight made outside inference_mode, whose changes are counted, found one inside"
+    return None
+
+
+def _version(weight: Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight._version, weight.dtype, weight.shape
+
+
+def _sample_of(weight: Tensor) -> Tensor:
+    """Return some values of a weight as integers with the same bits, a view of its memory.
+
+    Small weights, and those that are not contiguous in either order, are returned whole.
+    """
+    bits = weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
+    if bits.numel() > MAX_VALUES_COMPARED_WHOLE:
+        for matrix in (bits, bits.t()):
+            if matrix.is_contiguous():
+                return matrix.view(-1)[:: _sample_stride(*matrix.shape)]
+    return bits
+
+
+def _sample_stride(rows: int, width: int) -> int:
+    """Return the distance between sampled values in the memory of a row-major matrix.
+
+    The sample has to notice a change of a few neighbouring rows or columns, and of every second,
+    third, ... of them. With a stride of ``width * (k + g)`` or ``width / (k + g)``, where k is an
+    integer and g the golden fraction, values that follow one another are shifted by g of a row, so
+    their columns (or rows) do not repeat. A stride that is coprime to the width visits all columns.
+    """
+    rows_per_value = LINES_PER_SAMPLED_VALUE * min(rows, width) / width
+    if rows_per_value >= 1:
+        stride = width * (int(rows_per_value) + _GOLDEN_FRACTION)
+    else:
+        stride = width / (int(1 / rows_per_value) + _GOLDEN_FRACTION)
+    found = max(1, round(stride))
+    while math.gcd(found, width) > 1:
+        found -= 1
+    return found

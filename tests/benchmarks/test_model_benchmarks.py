@@ -1,0 +1,130 @@
+"""Benchmarks of activated adapters, experts, exact models and packed weights check themselves."""
+
+import pytest
+
+pytest.importorskip("peft", reason="the benchmark compares with peft")
+
+from dataclasses import replace
+
+import alora
+import exact
+import experts
+import packed_linear
+import torch
+from experts import Case
+from scripts import load_script
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_ext import ops
+
+
+@pytest.mark.slow
+def test_providers_agree_and_activated_adapters_read_their_own_tokens_alone() -> None:
+    rows = {row["provider"]: row["tokens"] for row in alora.measure(alora.tiny_model(), alora.TINY)}
+    assert rows == {"peft": 70, "lora": 70, "alora": 6}
+
+
+@pytest.mark.slow
+def test_a_wrong_count_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(alora.TINY, adapters=1)
+    monkeypatch.setattr(alora.Case, "shared", 0)
+    with pytest.raises(SystemExit, match="alora: expected 70 tokens computed, found"):
+        alora.measure(alora.tiny_model(), case)
+
+
+@pytest.mark.slow
+def test_the_example_s_adapters_say_what_they_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load_script(monkeypatch, "examples", "alora")
+    answers = example.main(steps=40)
+    assert answers["yes"] == [5] * 4 and answers["no"] == [6] * 4
+    assert answers["base"] not in (answers["yes"], answers["no"])
+
+
+EXACT = exact.Sizes(12, 6, (9,))
+
+
+def test_every_case_of_exact_models_agrees_with_the_plain_model() -> None:
+    found = [*exact.measure(exact.tiny_model(), 2, EXACT, rounds=1, min_seconds=0)]
+    assert [r.case.split(",")[0] for r in found] == [
+        "attention alone", "prefill of 12", "decode step", "decode step", "training step",
+    ]  # fmt: skip
+    assert all(r.over > 0 for r in found)
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.row_attention
+    monkeypatch.setattr(ops, "row_attention", lambda *a, **k: right(*a, **k) * (1 + 1e-2))
+    with pytest.raises(SystemExit, match="attention alone, causal, 9: the error"):
+        next(exact.measure(exact.tiny_model(), 2, EXACT, rounds=1, min_seconds=0))
+
+
+SIZES = {"rank": 4, "width": 32, "inner": 16, "experts": 4, "choices": 2}
+SERVING, TRAINING = Case("decode", 4, 1, 2, **SIZES), Case("train", 4, 3, 2, **SIZES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [SERVING, TRAINING], ids=lambda case: case.kind)
+def test_every_provider_is_checked_and_timed(case: Case) -> None:
+    rows = list(experts.measure(case, "cpu", rounds=1))
+    others = ["base"] if case is SERVING else []
+    assert [row["provider"] for row in rows] == ["lora_ext", *others, "peft"]
+    assert all(row["worst_error"] <= 1 and row["median"] > 0 for row in rows)
+
+
+def test_rows_of_another_adapter_are_not_timed() -> None:
+    problem = experts.Problem(SERVING, "cpu")
+    problem.of_row = problem.of_row[::-1]
+    with pytest.raises(SystemExit, match="decode: 4 rows x 1, 2 adapters: off by"):
+        experts.check(problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_line_has_every_provider(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(packed_linear, "SHAPES", ((40, 33),))
+    monkeypatch.setattr(packed_linear, "COLD_BYTES", 1)
+    lines = list(packed_linear.bench_ops(dtype, rounds=1))
+    assert len(lines) == len(packed_linear.ROWS)
+    assert all(name in lines[0] for name in ("F.linear", "packed"))
+    assert ("oneDNN" in lines[0]) == packed_linear.has_onednn(dtype)
+
+
+def test_spaced_products_are_compared_with_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "WIDTHS", (33,))
+    monkeypatch.setattr(packed_linear, "WIDE_ROWS", (17,))
+    (line,) = packed_linear.bench_widths(torch.bfloat16, rounds=1)
+    assert line.startswith("   33 ->   132,  17 rows: torch ") and line.endswith(" of torch")
+
+
+def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, product = torch.ones(2, 40), torch.ones(33, 40), ops.packed_linear
+
+    def wrong(*args: Tensor) -> Tensor:
+        return product(*args) * (1 + 1e-4)
+
+    packed_linear.products(x, [weight])
+    monkeypatch.setattr(ops, "packed_linear", wrong)
+    with pytest.raises(SystemExit, match="packed, 2 rows of 40 -> 33: wrong"):
+        packed_linear.products(x, [weight])
+
+
+@pytest.mark.slow
+def test_a_step_over_packed_weights_is_checked_against_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=49152,  # as many tokens as the benchmark draws from
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    monkeypatch.setattr(packed_linear, "load_smollm2", lambda: (model, None))
+    models = packed_linear.engines(torch.float32)
+    rows, times = next(packed_linear.bench_model(models, torch.float32, rounds=1))
+    assert rows == 16 and list(times) == ["base", "base packed", "lora_ext", "packed"]
+    models["packed"].lm_head.register_forward_hook(lambda module, args, y: y * (1 + 1e-3))
+    with pytest.raises(SystemExit, match=r"16 rows, packed: .* x its bound off"):
+        next(packed_linear.bench_model(models, torch.float32, rounds=1))
