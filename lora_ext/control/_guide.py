@@ -48,11 +48,11 @@ class Guide:
         for name, tensor in given.items():
             known = isinstance(tensor, Tensor) and tensor.dtype in (torch.float32, torch.float64)
             require(known, "Guide", name, "float32 or float64 probabilities", _told(tensor))
-        states = initial.numel()
-        shapes = (states,), (states, states), (states, *emission.shape[-1:])
+        states, tokens = max(1, initial.numel()), max([1, *emission.shape[-1:]])
+        shapes = (states,), (states, states), (states, tokens)
         for (name, tensor), shape in zip(given.items(), shapes, strict=True):
             where, found = ("Guide", name), tuple(tensor.shape)
-            require(found == shape and tensor.numel() > 0, *where, f"shape {shape}", found)
+            require(found == shape, *where, f"shape {shape}", found)
             require(tensor.dtype == initial.dtype, *where, initial.dtype, tensor.dtype)
             require(tensor.device == initial.device, *where, initial.device, tensor.device)
             require_distributions(*where, tensor)

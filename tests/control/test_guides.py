@@ -106,6 +106,8 @@ def test_every_damage_of_a_file_is_told_with_its_name(tmp_path: Path) -> None:
         ({"initial": torch.ones(3, dtype=torch.long)}, "initial: expected float32 or float64"),
         ({"transition": torch.ones(3, 2) / 2}, "transition: expected shape"),
         ({"emission": torch.ones(2, 5) / 5}, "emission: expected shape"),
+        ({"emission": torch.ones(3, 0)}, r"emission: expected shape \(3, 1\), found \(3, 0\)"),
+        ({"emission": torch.tensor(1.0)}, r"emission: expected shape \(3, 1\), found \(\)"),
         ({"emission": -torch.ones(3, 5, dtype=torch.float64)}, "emission: expected probabilities"),
         ({"emission": torch.ones(3, 5) / 5}, "emission: expected torch.float64"),
     ],
