@@ -163,9 +163,9 @@ def draw_from(
         waiting = [waiting[j] for j in still]
         if not waiting:
             return tokens, looked_at
+        bounded, envelope, at, keep = bounded[still], envelope[still], at[still], keep[still]
         # Not an addition in place: a token may have been drawn twice.
-        lower = envelope.gather(1, at) + keep.log().to(envelope)
-        bounded, envelope = bounded[still], envelope.scatter(1, at, lower)[still]
+        envelope = envelope.scatter(1, at, envelope.gather(1, at) + keep.log().to(envelope))
         count = tries
     whole = moved(log_ratios([rows[i] for i in waiting]), tempered[waiting])
     found = _sampled(whole.to(envelope), uniforms(waiting, 1).double().cpu()[..., 0])
