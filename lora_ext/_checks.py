@@ -72,8 +72,9 @@ def integer(
     whole = value if type(value) in (int, torch.SymInt) else _whole(_plain(value))
     if whole is None or not _inside(whole, minimum, maximum):
         low = "" if minimum is None else f" from {minimum}"
-        high = "" if maximum is None else f" {'up ' if minimum is None else ''}to {maximum}"
-        words = expected or f"an integer{low}{high}"
+        high = "" if maximum is None else f" to {maximum}"
+        up = " up" if high and not low else ""
+        words = expected or f"an integer{low}{up}{high}"
         _refuse(where, argument, words, value, WrongKind if whole is None else ValueError)
     return whole
 

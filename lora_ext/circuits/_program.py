@@ -102,8 +102,7 @@ def compile_graph(graph: RegionGraph) -> Layered:
         PCStructureError: if the circuit has 2^31 weights or more.
     """
     first_unit, weight_off = [-1] * len(graph.regions), [-1] * len(graph.regions)
-    leaves = _leaves(graph)
-    _, _, inputs, first_leaves = leaves
+    families, indicators, inputs, first_leaves = _leaves(graph)
     columns = FIRST_LEAF + len(inputs.var)
 
     def place(i: int) -> None:
@@ -128,8 +127,10 @@ def compile_graph(graph: RegionGraph) -> Layered:
             tied[region.tie] = weight_off[i]
     few, expected = num_weights < 2**31, "fewer than 2^31 weights"
     require(few, "compile_graph", "graph", expected, num_weights, PCStructureError)
-    places = tuple(first_unit), tuple(weight_off)
-    return Layered(columns, *leaves, stages, *places, num_weights)
+    units, offsets = tuple(first_unit), tuple(weight_off)
+    return Layered(
+        columns, families, indicators, inputs, first_leaves, stages, units, offsets, num_weights
+    )
 
 
 def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], Tensor, InputLayer, dict[int, Any]]:
@@ -137,9 +138,8 @@ def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], Tensor, InputLayer,
     grouped: dict[tuple[object, int], list[int]] = {}
     for i, region in enumerate(graph.regions):
         if region.leaf is not None:
-            size = (
-                region.variables.bit_count() if isinstance(region.leaf, MultivariateGaussian) else 1
-            )
+            joint = isinstance(region.leaf, MultivariateGaussian)
+            size = region.variables.bit_count() if joint else 1
             key = Indicator if isinstance(region.leaf, Indicator) else region.leaf
             grouped.setdefault((key, size), []).append(i)
     var, dist, row, values = list[int](), list[int](), list[int](), list[int]()

@@ -227,9 +227,8 @@ def _exp_double_backward(
         first = torch.autograd.grad(out, (w, values), dout, create_graph=True)
         given = zip(first, (ddw, ddvalues), strict=True)
         pairs = [(g, d) for g, d in given if d is not None and d.numel()]
-        outputs, weights = [g for g, _ in pairs], [d for _, d in pairs]
-        how: Any = {"create_graph": again, "allow_unused": True}
-        grads = torch.autograd.grad(outputs, leaves, weights, **how)
+        outputs, ahead = [g for g, _ in pairs], [d for _, d in pairs]
+        grads = torch.autograd.grad(outputs, leaves, ahead, create_graph=again, allow_unused=True)
     # `out` is a function of w and values, and its share is in theirs.
     return *grads, *(None,) * 6
 

@@ -66,8 +66,9 @@ def lora_apply_siblings_(
 
 @fake("lora_apply_siblings_")
 def _fake_apply_siblings_(y: Any, x: Tensor, a: Any, b: Any, _ids: Tensor, *rest: Any) -> None:
-    named = zip(("y", "a", "b", "scale", "ranks", "page_table"), (y, a, b, *rest), strict=False)
-    for name, tensors in named:
+    scale, ranks, page_table, _plan = rest
+    lists = {"y": y, "a": a, "b": b, "scale": scale, "ranks": ranks, "page_table": page_table}
+    for name, tensors in lists.items():
         for i, t in enumerate(tensors):
             module = f"lora_apply_siblings_: module {i}"
             require(t.device == x.device, module, name, f"the device of x, {x.device}", t.device)
