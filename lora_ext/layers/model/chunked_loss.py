@@ -221,7 +221,7 @@ def _remove_hook(base: nn.Module) -> bool:
 
 
 def _probed(lm: Any, loss: _Loss) -> Head:
-    """Return what a model makes of its output layer's product, seen on four tokens."""
+    """Run a model on four tokens; return how it computes logits from its output layer's product."""
     ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
     call = _Call(loss.layer, skip=False)
     with evaluating(lm), torch.no_grad(), call.running():
