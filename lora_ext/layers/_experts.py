@@ -73,7 +73,7 @@ def obstacle_of(experts: nn.Module) -> str | None:
 
 
 def up_name(experts: Any) -> str:
-    """Return the parameter of the first product."""
+    """Return the name of the first product's parameter."""
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 

@@ -250,8 +250,9 @@ def _run(
     seed = _seed([f.seed for f in call.adapters], x.device) if p else None
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    rest = call.ids, scale, ranks, p, seed, call.plan, packed
-    return ops.lora_linear_apart(x.to(dtype), weight, bias, a, b, *rest)
+    return ops.lora_linear_apart(
+        x.to(dtype), weight, bias, a, b, call.ids, scale, ranks, p, seed, call.plan, packed
+    )
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -134,8 +134,7 @@ class LoraLayer(Participants):
             TypeError: r that is not an int, a flag neither True nor False. The layer is then as it
                 was.
         """
-        flags: dict[str, Any] = {"use_rslora": use_rslora, "use_dora": use_dora}
-        flags["lora_bias"] = lora_bias
+        flags = {"use_rslora": use_rslora, "use_dora": use_dora, "lora_bias": lora_bias}
         require_flags("add_adapter", **flags, preserve_base_output=preserve_base_output)
         self._check_name(adapter_name)
         scaling = _checked_scaling(r, lora_alpha, lora_dropout, use_rslora)
@@ -161,8 +160,14 @@ class LoraLayer(Participants):
         if changed is not None:
             self._before_init = (adapter_name, base.weight.detach().clone())
             base.write(base.as_stored(changed), None)
-        settings = {**flags, "r": r, "lora_alpha": lora_alpha, "scaling": scaling}
-        settings |= {"init_lora_weights": init_lora_weights, "adapter_active": True}
+        settings: dict[str, Any] = {
+            **flags,
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "scaling": scaling,
+            "init_lora_weights": init_lora_weights,
+            "adapter_active": True,
+        }
         if invocation:
             settings["alora_invocation_tokens"] = invocation
         for setting, value in settings.items():
@@ -279,14 +284,16 @@ class LoraLayer(Participants):
     # Checks
 
     def _check_name(self, name: str) -> None:
-        where, found = (type(self).__name__, "adapter_name"), repr(name)
+        where = type(self).__name__
         fits = isinstance(name, str) and name and "." not in name and name != "__base__"
-        require(fits, *where, 'a name without dots that is not "__base__"', found)
-        fits = not hasattr(nn.ModuleDict(), name)
-        require(fits, *where, "a name that is no attribute of nn.ModuleDict", found)
+        expected = 'a name without dots that is not "__base__"'
+        require(fits, where, "adapter_name", expected, repr(name))
+        free = not hasattr(nn.ModuleDict(), name)
+        expected = "a name that is no attribute of nn.ModuleDict"
+        require(free, where, "adapter_name", expected, repr(name))
         if name in self.r:
             remedy = "give the new one another adapter_name, or delete or unwrap the old one"
-            raise ValueError(f"{where[0]}: adapter {name!r} exists already; {remedy}")
+            raise ValueError(f"{where}: adapter {name!r} exists already; {remedy}")
 
     def _check_bias(self, lora_bias: bool, use_dora: bool) -> None:
         takes = self.base_weight.takes_bias
@@ -305,22 +312,23 @@ class LoraLayer(Participants):
 
     def _check_scheme(self, scheme: bool | str, preserve_base_output: bool) -> str:
         name = known_scheme(self.base_weight.default_scheme if scheme is True else scheme)
-        changes, first = name not in FREE or preserve_base_output, self.base_changed_by
-        wrong = None
-        if preserve_base_output and name not in FREE:
-            wrong = (
-                f"{scheme!r} preserves the output by itself; expected preserve_base_output=False"
+        if name in FREE and not preserve_base_output:
+            return name  # leaves the base weight as it is
+        if name not in FREE and preserve_base_output:
+            raise ValueError(
+                f"init_lora_weights: {scheme!r} preserves the output by itself; expected "
+                "preserve_base_output=False"
             )
-        elif changes and first is not None:
-            wrong = (
-                f"the initialisation of {first!r} changed the base weight already; delete it or "
+        if self.base_changed_by is not None:
+            raise ValueError(
+                f"init_lora_weights: the initialisation of {self.base_changed_by!r} changed the "
+                "base weight already; delete it or restore_base_weight() first"
             )
-            wrong += "restore_base_weight() first"
-        elif changes and self._merged:
-            wrong = f"{scheme!r} changes the base weight, into which {self.merged_adapters} are "
-            wrong += "merged; unmerge them first"
-        if wrong is not None:
-            raise ValueError(f"init_lora_weights: {wrong}")
+        if self._merged:
+            raise ValueError(
+                f"init_lora_weights: {scheme!r} changes the base weight, into which "
+                f"{self.merged_adapters} are merged; unmerge them first"
+            )
         return name
 
     def extra_repr(self) -> str:

@@ -48,7 +48,7 @@ class Participants(Merging):
     def _participants(
         self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
     ) -> tuple[list[str], Rows | None]:
-        """Return adapters of this call, and which rows they have; no adapters: the base alone."""
+        """Return the adapters of this call and their rows; without adapters only the base runs."""
         if self.disable_adapters:
             if self._merged:
                 self.unmerge()

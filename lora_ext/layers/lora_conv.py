@@ -105,7 +105,7 @@ class _OnPatches:
         self.conv: Any = conv
 
     def dense_parameters(self) -> DenseParameters | None:
-        """Return where nothing else happens in the convolution's forward."""
+        """Return weight and bias; None if the convolution's forward does more than multiply."""
         if type(self.conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not is_plain(self.conv):
             return None
         return self.conv.weight.flatten(1), self.conv.bias

@@ -113,14 +113,17 @@ class AdapterFolder:
             found, inside, missing = self.root, False, False
         expected = f"a folder below {self.root.name!r} without links that lead out of it"
         require(inside, "AdapterFolder", "path", expected, f"{str(path)!r:.200}")
-        expected, found_none = f"a folder below {self.root.name!r}", f"none at {str(path)!r:.200}"
-        require(not missing, "AdapterFolder", "path", expected, found_none, FileNotFoundError)
+        if missing:
+            raise FileNotFoundError(
+                f"AdapterFolder: path: expected a folder below {self.root.name!r}, found none at "
+                f"{str(path)!r:.200}"
+            )
         return found
 
 
 def _check_name(name: str) -> None:
     """Refuse a name that no folder has: it would be lost with the process."""
-    fits = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _MAX_NAME_LENGTH
-    fits = fits and name not in (BASE, "..") and Path(name).name == name
+    printable = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _MAX_NAME_LENGTH
+    fits = printable and name not in (BASE, "..") and Path(name).name == name
     expected = f"what a folder may be called, of at most {_MAX_NAME_LENGTH} printable characters"
     require(fits, "AdapterFolder", "name", f"{expected} and not {BASE!r}", f"{name!r:.200}")

@@ -225,8 +225,10 @@ class AdapterPool:
         with self._lock:
             for name in packed:
                 self._residence.check_new(name)
-            limit, where = self.host_cache_bytes, "AdapterPool.prefetch"
-            require(size <= limit, where, "sources", f"at most host_cache_bytes={limit}", size)
+            limit = self.host_cache_bytes
+            expected = f"at most host_cache_bytes={limit}"
+            found = f"{size} bytes of pages"
+            require(size <= limit, "AdapterPool.prefetch", "sources", expected, found)
             for name, adapter in packed.items():
                 self._residence.cache.put(name, adapter)
         return list(packed)
@@ -262,7 +264,9 @@ class AdapterPool:
             RuntimeError: the current stream is capturing a graph.
         """
         if isinstance(names, str):
-            raise TypeError(f"AdapterPool.acquire: expected a sequence of names, found {names!r}")
+            raise TypeError(
+                f"AdapterPool.acquire: names: expected a sequence of names, found {names!r}"
+            )
         for transfer in self._store.transfers.values():
             transfer.check_outside_capture()
         with self._lock:

@@ -263,8 +263,9 @@ def begun(
     if token_ids is not None:
         return assignment
     if len(assignment.shape) > 1:
-        expected = "None beside names of tokens, which say it themselves"
-        require(not found, "adapters", "".join(found), expected, "some")
+        if found:
+            expected = "None beside names of tokens, which say it themselves"
+            raise ValueError(f"adapters: {found[0]}: expected {expected}, found some")
         return assignment
     if input_ids is not None:
         check_integers("input_ids", input_ids)

@@ -297,7 +297,8 @@ def _parse(names: Names) -> tuple[list[str | None], tuple[int, ...]]:
         lengths = sorted({len(row) for row in flat})
         if len(lengths) != 1 or lengths[0] == 0:
             raise ValueError(
-                f"adapters: names: expected as many names for every sequence, found {lengths}"
+                "adapters: names: expected as many names for every sequence, found lengths "
+                f"{lengths}"
             )
         flat, shape = [name for row in flat for name in row], (len(flat), lengths[0])
     if not all(name is None or isinstance(name, str) for name in flat):

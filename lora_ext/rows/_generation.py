@@ -167,8 +167,17 @@ def packed_block(
 
     def block(places: Tensor, head: Block | None = None) -> Block:
         assignment = Assignment(tuple(map(str, distinct.values())), places, (1, len(places)))
-        where = tuple(distinct), num_slots, innermost(), Entry()
-        return Block(handle, Places(), assignment, *where, packed=True, head=head)
+        return Block(
+            handle,
+            Places(),
+            assignment,
+            slots=tuple(distinct),
+            num_slots=num_slots,
+            outer=innermost(),
+            entry=Entry(),
+            packed=True,
+            head=head,
+        )
 
     head = None if kept is None else block(each[list(kept)])
     return block(each.repeat_interleave(torch.tensor(lengths)), head)

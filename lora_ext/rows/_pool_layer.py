@@ -79,17 +79,16 @@ class PoolLayer(nn.Module):
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__()
-        expected = "a module of the pool"
-        require(name in pool.modules, type(self).__name__, "name", expected, repr(name))
+        known = name in pool.modules
+        require(known, type(self).__name__, "name", "a module of the pool", repr(name))
         self.slab = slab = pool.modules[name]
-        sizes = next((pair for pair in _SIZES if all(hasattr(base, size) for size in pair)), ())
-        expected = slab.in_features, slab.out_features
-        found = tuple(getattr(base, size) for size in sizes)
-        if found and found != expected:
-            raise ValueError(
-                f"{type(self).__name__}: {name}: expected in and out features {expected} as in the "
-                f"pool, found {found}"
-            )
+        sizes = slab.in_features, slab.out_features
+        for inner, outer in _SIZES:
+            if hasattr(base, inner) and hasattr(base, outer):
+                found = getattr(base, inner), getattr(base, outer)
+                expected = f"in and out features {sizes} as in the pool"
+                require(found == sizes, type(self).__name__, name, expected, found)
+                break
         self.stand_in(base, pool, name)
 
     def stand_in(self, base: nn.Module, pool: Pool, name: str) -> None:

@@ -88,8 +88,8 @@ def request_constraint(
         for name in ("max_new_tokens", "eos_token_id")
     )
     require(budget is not None, _WHERE, "max_new_tokens", "a number beside a constraint", budget)
-    own = not manager.continuous_batching_config.return_logprobs
-    require(own, _WHERE, "constraint", NO_LOGPROBS, "one", NotImplementedError)
+    if manager.continuous_batching_config.return_logprobs:
+        raise NotImplementedError(f"{_WHERE}: constraint: expected {NO_LOGPROBS}, found one")
     (plan,) = control.plans_of(_WHERE, constraint, guide, budget)
     assert plan is not None
     ends = {eos} if isinstance(eos, int) else set(eos or ())

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import require
 from lora_ext.layers import requests_apart
 from lora_ext.pool import Lease, PoolFullError
 from lora_ext.rows import Names, _context, last_start, packed_block
@@ -220,8 +219,10 @@ class AdapterRequests:
         whatever sampling chose it.
         """
         prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
-        own = sampling is None or not self.manager.continuous_batching_config.return_logprobs
-        require(own, "add_request", "sampling", NO_LOGPROBS, sampling, NotImplementedError)
+        if sampling is not None and self.manager.continuous_batching_config.return_logprobs:
+            raise NotImplementedError(
+                f"add_request: sampling: expected {NO_LOGPROBS}, found {sampling}"
+            )
         if prompt is not None:
             adapter_name, allow_base = prompt.adapter, prompt.allow_base
         elif adapter_name is _NOT_GIVEN:
@@ -233,17 +234,21 @@ class AdapterRequests:
         try:
             if len(input_ids) == 0:  # it would end the thread that serves all others
                 raise ValueError("add_request: input_ids: expected at least one token, found none")
-            own = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
-            lease = self._lease(adapter_name, wait=prompt is not None)
+            built = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
             tokens = list(map(int, input_ids))
+            lease = self._lease(adapter_name, wait=prompt is not None)
             request = self._started_request(adapter_name, lease, request_id, tokens, allow_base)
-            request.sampling, request.constraint, request.logprobs = sampling, own, logprobs
+            request.sampling = sampling
+            request.constraint = built
+            request.logprobs = logprobs
             request.generator = sampling and sampling.generator(self.manager.model.device)
             with self._unpinned:
                 if request_id in self._requests:
                     request.lease.__exit__()
-                    expected = "expected one that is not in use"
-                    raise ValueError(f"add_request: request_id: {expected}, found {request_id!r}")
+                    raise ValueError(
+                        "add_request: request_id: expected one that is not in use, found "
+                        f"{request_id!r}"
+                    )
                 self._requests[request_id] = request
             accepted = None
             try:
@@ -379,19 +384,26 @@ class AdapterRequests:
     def _generation_step(self, original: Callable[[], None]) -> None:
         processor, model = self.manager.batch_processor, self.manager.model
         batch = processor.inputs_and_outputs.requests_in_batch
-        runs, ends = [], []
-        self._choosing, self._constrained = [], []
+        runs: list[tuple[str | None, int, int]] = []
+        ends: list[int] = []
+        self._choosing = []
+        self._constrained = []
         for each in batch:
             request = self._request(each.state.request_id)
             past = each.state.position_offset - each.query_length  # it has been advanced already
             runs += request.runs(past, each.query_length)
             ends.append(len(runs) - 1)
             if each.has_new_token:
-                if (own := request.constraint) is not None:
-                    way, place = request.sampling, len(self._choosing)
-                    whole = way is not None and way.draws_from_all
-                    row, heat, generator = own.row(each.state), own.temperature, request.generator
-                    self._constrained.append(Standing(place, row, heat, whole, generator))
+                if request.constraint is not None:
+                    sampling = request.sampling
+                    standing = Standing(
+                        place=len(self._choosing),
+                        row=request.constraint.row(each.state),
+                        temperature=request.constraint.temperature,
+                        whole=sampling is not None and sampling.draws_from_all,
+                        generator=request.generator,
+                    )
+                    self._constrained.append(standing)
                 self._choosing.append(request)
         kept = None
         if processor.model_runner.supports_logits_to_keep(model):

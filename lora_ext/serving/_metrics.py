@@ -78,8 +78,8 @@ def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load)
         f'{{max_lora="{load.most_adapters}",running_lora_adapters="{_names(load.running)}",'
         f'waiting_lora_adapters="{_names(load.waiting)}"}}'
     )
-    text = "Adapters of requests; its value is the time."
-    lines += _lines("vllm:lora_requests_info", "gauge", text, {labels: time.time()})
+    info = "Adapters of requests; its value is the time."
+    lines += _lines("vllm:lora_requests_info", "gauge", info, {labels: time.time()})
     gauges = {
         "num_requests_running": ("Requests that run.", len(load.running)),
         "num_requests_waiting": ("Requests that wait.", len(load.waiting)),

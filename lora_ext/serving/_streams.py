@@ -81,8 +81,11 @@ class RequestStream:
     def usage(self) -> dict[str, int]:
         """Tokens of the prompt and of the answer so far, as OpenAI calls them."""
         prompt, answer = self._prompt_length, len(self.tokens)
-        usage = {"prompt_tokens": prompt, "completion_tokens": answer}
-        return {**usage, "total_tokens": prompt + answer}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answer,
+            "total_tokens": prompt + answer,
+        }
 
     def cancel(self) -> None:
         """End the request, and let its adapter go. Whoever has all it wants calls this."""

@@ -202,16 +202,19 @@ class Capturable:
             bank.follow(self._owners)
         owners = [None if owner is None else owner.slot for owner in self._owners]
         places = [owners.index(slot) if slot in owners else -1 for slot in lease]
-        of_names = [[*lease, -1], [*places, -1]]
+        of_names = [[*lease, -1], [*places, -1]]  # index -1, the base model, reads the last
         rest = self.max_rows - count
-        order = assignment.places
-        if isinstance(order, Tensor):  # on a device: its values are not known here
-            each = torch.tensor(of_names, dtype=torch.int32, device=order.device)[:, order]
-            return torch.nn.functional.pad(each, (0, rest), value=-1)
-        rows = [*order[:count], *([-1] if named else order[:1]) * rest]
-        each = [[of[row] for row in rows] for of in of_names]
+        names = assignment.places  # the index of each row's name
+        if isinstance(names, Tensor):  # on a device: its values are not known here
+            of_rows = torch.tensor(of_names, dtype=torch.int32, device=names.device)[:, names]
+            return torch.nn.functional.pad(of_rows, (0, rest), value=-1)
+        if named:
+            row_names = [*names, *[-1] * rest]
+        else:  # one name for all rows
+            row_names = [names[0]] * self.max_rows
+        values = [[of_name[name] for name in row_names] for of_name in of_names]
         pin = self._buffer.is_cuda
-        return torch.tensor(each, dtype=torch.int32, device="cpu", pin_memory=pin)
+        return torch.tensor(values, dtype=torch.int32, device="cpu", pin_memory=pin)
 
     def _clear(self) -> None:
         self._buffer.fill_(-1)

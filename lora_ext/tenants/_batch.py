@@ -208,9 +208,12 @@ class BatchStep:
         counts = [torch.full((d.length,), d.targets.numel() // d.length) for d in data]
         names = [part.call.adapter.name for part, _ in owners]
         with adapters(names, pool=layer_names):
-            places = torch.cat(at).to(self.device)
-            on_device = ids.to(self.device), places, torch.cat(counts), targets.to(self.device)
-            found = self._of_rows(*on_device)
+            found = self._of_rows(
+                ids.to(self.device),
+                torch.cat(at).to(self.device),
+                torch.cat(counts),
+                targets.to(self.device),
+            )
         each = found.split([d.targets.numel() for d in data])
         return [lp.view(d.targets.shape) for lp, d in zip(each, data, strict=True)]
 

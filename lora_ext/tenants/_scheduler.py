@@ -144,23 +144,29 @@ class Scheduler:
                     self._changed.wait()
                 if self._stopping:
                     return
-            if self._rounds < _MAX_ROUNDS:
-                # What is no call runs at once, one item of each queue that begins with it.
-                with self._changed:
-                    items = [queue.items.popleft() for queue in self._queues if queue.ready]
-                    self._queues = [q for q in self._queues if q.items or not q.closed]
-                for item in items:
-                    assert not isinstance(item, Call)
-                    settle(*item)
-                if items:
-                    self._rounds += 1
-                    continue
+            if self._rounds < _MAX_ROUNDS and self._run_ready_items():
+                self._rounds += 1
+                continue
             self._wait_for_others()
             parts = self._chosen()
             if parts:
                 self._run(parts)
             if parts or self._rounds == _MAX_ROUNDS:
                 self._rounds = 0
+
+    def _run_ready_items(self) -> bool:
+        """Run one item of each queue whose first item is not a call; return whether one had any.
+
+        This is a method of its own so that the waiting loop keeps no reference to the items: the
+        last one may be the end of a tenant, with all its tensors.
+        """
+        with self._changed:
+            items = [queue.items.popleft() for queue in self._queues if queue.ready]
+            self._queues = [q for q in self._queues if q.items or not q.closed]
+        for item in items:
+            assert not isinstance(item, Call)
+            settle(*item)
+        return bool(items)
 
     def _wait_for_others(self) -> None:
         deadline = time.monotonic() + _MAX_WAIT_SHARE * self._duration

@@ -271,6 +271,16 @@ def test_another_attention_is_noticed() -> None:
     assert_law(model, 20, tokens(3, 26))
 
 
+def test_attention_of_other_models_takes_its_dropout_by_position() -> None:
+    lora_ext.exact(build())
+    module: Any = nn.Module()
+    module.num_key_value_groups, module.is_causal = 1, True
+    q = torch.randn(1, 2, 4, 8)
+    sdpa = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    found, _ = sdpa(module, q, q, q, None, 0.0)
+    assert torch.equal(found, sdpa(module, q, q, q, None, dropout=0.0)[0])
+
+
 def test_a_new_head_is_noticed_and_made_exact_again() -> None:
     model = lora_ext.exact(build())
     model.resize_token_embeddings(VOCAB + 3)

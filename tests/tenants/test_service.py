@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +174,18 @@ def test_a_neighbours_faults_change_no_bit() -> None:
     expected = run(None)
     for fault in ("loss", "gradient", "factors", "oversize", "full", "gone"):
         assert all(map(torch.equal, expected, run(fault))), fault
+
+
+def test_an_idle_service_keeps_nothing_of_a_closed_tenant(service: Service) -> None:
+    tenant = service.create(4)
+    adapter = weakref.ref(tenant.adapter)
+    tenant.close()
+    del tenant
+    deadline = time.monotonic() + 10  # the service's thread may be at the end of the call still
+    while adapter() is not None and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert adapter() is None
 
 
 def test_a_step_without_memory_goes_in_halves_and_fails_whom_it_must(service: Service) -> None:

@@ -81,8 +81,8 @@ def register() -> None:
 
 def _follow_requests() -> None:
     """Wrap the methods of vLLM's engine through which loads and constraints of requests come."""
-    front = _interface.lacking("front", _FRONT)
     engine = _interface.lacking("engine", _ENGINE)
+    front = _interface.lacking("front", _FRONT)
     if engine is None:
         _loads.follow_loads(_interface.found(_ENGINE))
         _activated.follow_starts(front)

@@ -83,7 +83,7 @@ class PackedLinear(nn.Linear):
             return None
         packed = self.__dict__[_STATE].copy_made_now(weight)
         if packed is None:
-            raise _not_exact(why_not_packed(weight))
+            raise _not_exact(why_not_packed(weight) or "a weight that no other thread changes")
         return packed
 
     def packed_product(self, x: Tensor) -> Tensor | None:
@@ -156,7 +156,7 @@ class PackedLinear(nn.Linear):
         return copyreg._reconstructor, (nn.Linear, object, None), state  # pyright: ignore
 
 
-def _not_exact(expected_and_found: str | None) -> RuntimeError:
+def _not_exact(expected_and_found: str) -> RuntimeError:
     remedy = "call lora_ext.exact(model, enabled=False) first"
     return RuntimeError(f"exact: layer: expected {expected_and_found}; {remedy}")
 

@@ -240,7 +240,7 @@ def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
 
 
 def checked_names(where: str, argument: str, value: Any) -> str | tuple[str, ...] | None:
-    """Return a field that holds a string, a list of strings or nothing, checked."""
+    """Return a string, a tuple of strings or None; raise for other values."""
     if value is None or isinstance(value, str):
         return value
     strings = isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)

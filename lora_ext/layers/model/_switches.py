@@ -261,8 +261,8 @@ _OF_ADAPTERS = ("adapter_names", "alora_offsets")  # arguments that PEFT keeps f
 def forward_of_the_rest(
     forward: Callable[..., Tensor], layer: Any, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Return a forward of PEFT's, ``forward(layer, x, *args, **kwargs)``, without what is switched
-    off.
+    """Run a forward of PEFT's, ``forward(layer, x, *args, **kwargs)``, without the adapters that
+    are switched off.
 
     Raises:
         ValueError: an adapter that is off is merged into the base weight.

@@ -69,11 +69,12 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
     require(name == "ForCausalLMLoss", _WHERE, "model", "the loss ForCausalLMLoss", name)
     # After a forward the parameters of FSDP2's root module stay unsharded. An optimizer made after
     # the forward on four tokens would hold these, and training steps do not update them.
-    expected, remedy = "parameters that are not sharded", f"call {_WHERE} before fully_shard"
-    for name, parameter in lm.named_parameters():
-        whole = not hasattr(parameter, "full_tensor")
-        found = f"a {type(parameter).__name__} in {name}; {remedy}"
-        require(whole, _WHERE, "model", expected, found, NotImplementedError)
+    for path, parameter in lm.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise NotImplementedError(
+                f"{_WHERE}: model: expected parameters that are not sharded, found a "
+                f"{type(parameter).__name__} in {path}; call {_WHERE} before fully_shard"
+            )
     lm.__dict__[_LOSS] = loss = _Loss(layer, own, lm.__dict__.get(_LOSS), chunk)
     Forward.put_before(layer, _layer_forward)
     Forward.put_before(lm, _model_forward)
@@ -220,7 +221,7 @@ def _remove_hook(base: nn.Module) -> bool:
 
 
 def _probed(lm: Any, loss: _Loss) -> Head:
-    """Return what a model makes of its output layer's product, seen on four tokens."""
+    """Run a model on four tokens; return how it computes logits from its output layer's product."""
     ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
     call = _Call(loss.layer, skip=False)
     with evaluating(lm), torch.no_grad(), call.running():

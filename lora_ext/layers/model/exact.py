@@ -201,23 +201,25 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **how: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     if MARK not in module.__dict__:
+        how: Any = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **more}
         return inner(module, query, key, value, attention_mask, **how)
-    dropout = how.get("dropout", 0.0)
     require(dropout == 0, "exact", "attention_dropout", "0", dropout)
     for name in ("softcap", "position_bias"):
-        require(how.get(name) is None, "exact", "model", f"attention without {name}", "it")
+        require(more.get(name) is None, "exact", "model", f"attention without {name}", "it")
     causal, mask = False, None
     if attention_mask is not None:
         mask = _allowed(attention_mask, key.shape[2]).expand(-1, query.shape[2], -1)
     elif query.shape[2] > 1:
-        given = how.get("is_causal")
-        causal = getattr(module, "is_causal", True) if given is None else given
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if causal:
         key, value = (t[:, :, : query.shape[2]] for t in (key, value))
-    y = ops.row_attention(query, key, value, how.get("scaling"), causal=causal, mask=mask)
+    y = ops.row_attention(query, key, value, scaling, causal=causal, mask=mask)
     return y.transpose(1, 2), None
 
 

@@ -104,8 +104,16 @@ class DoraFactors:
     ) -> Rescale:
         """Return :meth:`rescale` for a graph: rows of the block in which it will run."""
         slab = self.slab
-        size = leading, slab.out_features, slab.magnitude.dtype, device
-        c = _active_dora_factors(layer.handle, self.number, *size, layer.tokens_first, noted.batch)
+        c = _active_dora_factors(
+            layer.handle,
+            self.number,
+            leading,
+            slab.out_features,
+            slab.magnitude.dtype,
+            device,
+            layer.tokens_first,
+            noted.batch,
+        )
         return Rescale(None, c, self.bias)
 
     @property
