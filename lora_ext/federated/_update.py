@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_ext._checks import check_fields, require, within
+from lora_ext._checks import check_fields, choice, require, within
 
 from ._plan import PATTERN, Client, LayerPlan, Pair
 
@@ -65,7 +65,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         above = within(above=0, expected="a finite number above 0")
-        table = {"server_lr": above, "max_update_norm": above, "min_replies": within(1)}
+        weights = ("num-examples", None)
+        table = {
+            "weighted_by": functools.partial(choice, choices=weights),
+            "server_lr": above,
+            "max_update_norm": above,
+            "min_replies": within(1),
+        }
         check_fields(self, table, "aggregate")
 
 

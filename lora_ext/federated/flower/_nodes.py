@@ -87,8 +87,13 @@ class Nodes:
             return
         holders = [n for n in connected if n != node and self.client(n) == partition]
         if holders:
-            words = "node %d: partition-id %d is that of node %d, which is connected: it goes by "
-            _log.warning(words + "its node id", node, partition, holders[0])
+            _log.warning(
+                "node %d: partition-id %d is that of node %d, which is connected: it goes by its "
+                "node id",
+                node,
+                partition,
+                holders[0],
+            )
             return
         for other in [n for n, client in self._clients.items() if client == partition]:
             del self._clients[other]  # it has left; should it return, it is asked again
