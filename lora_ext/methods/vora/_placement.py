@@ -73,12 +73,13 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
     new, found = state is None or state.merged, "them; call vora.remove first"
     require(new, where, "model", "one without VoRA's layers", found, RuntimeError)
     layers: dict[str, nn.Module] = {}
-    settings = config.rank, config.route, config.scale
     for name, module in _targets(where, model, config).items():
         dtype = getattr(getattr(module, "weight", None), "dtype", None)
         wide = torch.float32 if autocast_adapter_dtype and dtype in _HALVES else None
         try:
-            layers[name] = VoraLinear.from_linear(module, *settings, adapter_dtype=wide)
+            layers[name] = VoraLinear.from_linear(
+                module, config.rank, config.route, config.scale, adapter_dtype=wide
+            )
         except TypeError as error:
             raise TypeError(f"{where}: target_modules: {name}: {error}") from error
     # Before the swap, while every parameter of the model is its own.
@@ -170,7 +171,7 @@ def applied(where: str, model: nn.Module) -> Applied:
     state: Applied | None = language_model(model).__dict__.get(KEY)
     if state is None or state.merged:
         folded = "that vora.merge has folded them into its weights"
-        found = folded if state else "none; call vora.apply first"
+        found = "none; call vora.apply first" if state is None else folded
         raise RuntimeError(f"vora.{where}: model: expected one with VoRA's layers, found {found}")
     return state
 

@@ -23,9 +23,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Names in the authors' checkpoints, and ours.
 _RELEASED = {
-    r"^llm\.": "",
-    r"^vision_embedding\.": "vision.",
-    r"^aux_vision\.aux_layer_(\d+)\.": r"heads.\1.",
+    re.compile(r"^llm\."): "",
+    re.compile(r"^vision_embedding\."): "vision.",
+    re.compile(r"^aux_vision\.aux_layer_(\d+)\."): r"heads.\1.",
 }
 _TEACHER = "aux_vision.aux_model."  # which they save as well, though it is frozen
 
@@ -104,7 +104,7 @@ def load_state_dict(
     for key, value in sd.items():
         name = key
         for pattern, ours in _RELEASED.items():
-            name = re.sub(pattern, ours, name)
+            name = pattern.sub(ours, name)
         owner = layers.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
         once = name not in copies and name not in biases
         require(once, where, key, f"one tensor for {name}", "a second")
@@ -118,20 +118,23 @@ def load_state_dict(
         elif owner is not None and (allow_extra_bias or name in has_bias):
             biases[name] = owner, _fitting(key, value, owner.B.new_empty(owner.out_features))
         else:
-            fits, remedy = owner is None or not strict, "allow_extra_bias=True honours it"
-            found = f"one; {remedy}, strict=False leaves it out"
-            require(fits, where, key, "no bias, as the layer has none", found)
+            if owner is not None and strict:
+                found = "one; allow_extra_bias=True honours it, strict=False leaves it out"
+                raise ValueError(
+                    f"{where}: {key}: expected no bias, as the layer has none, found {found}"
+                )
             unexpected.append(key)
     for name, (owner, _) in biases.items():
         require(owner.scale != 0, where, name, "no bias where the scale is 0", "one")
     missing = [key for key in (*wanted, *has_bias) if key not in copies and key not in biases]
-    lets = "(strict=False lets that pass)"
     for keys, expected, found in (
         (missing, "a tensor", "none"),
         (unexpected, "only tensors that the model has a place for", "this one"),
     ):
-        more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
-        require(not (strict and keys), where, (keys or [""])[0], expected, f"{found}{more} {lets}")
+        if strict and keys:
+            more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
+            found = f"{found}{more} (strict=False lets that pass)"
+            raise ValueError(f"{where}: {keys[0]}: expected {expected}, found {found}")
     with torch.no_grad():
         for value, place in copies.values():
             place.copy_(value)
@@ -233,9 +236,14 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
         found = list(adapter.modules)[:4]
         require(indices, "vora.from_peft", "folder", "an adapter of modules in blocks", found)
         names = dict.fromkeys(name.rpartition(".")[2] for name in adapter.modules)
-        one = next(iter(adapter.modules.values()))
-        sizes = max(indices) + 1, one.a.shape[0], float(one.scaling)
-        apply(language, VoraConfig(*sizes, target_modules=tuple(names)))
+        first = next(iter(adapter.modules.values()))
+        config = VoraConfig(
+            n_blocks=max(indices) + 1,
+            rank=first.a.shape[0],
+            scale=float(first.scaling),
+            target_modules=tuple(names),
+        )
+        apply(language, config)
     try:
         state = applied("from_peft", model)
         _check_route("from_peft", state.config)
@@ -271,5 +279,6 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
 
 
 def _check_route(where: str, config: VoraConfig) -> None:
-    fits, found = config.route != "vision", "'vision': PEFT's layers serve every token"
+    fits = config.route != "vision"
+    found = "'vision': PEFT's layers serve every token"
     require(fits, f"vora.{where}", "route", "'all'", found, UnmergeableRouteError)

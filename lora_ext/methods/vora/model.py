@@ -191,13 +191,14 @@ class VoraForCausalLM(nn.Module):
             ValueError: as the call; options that cut the prefill, or bring inputs of their own.
         """
         where = "VoraForCausalLM.generate"
+        for name in ("inputs_embeds", "past_key_values", "position_ids", "inputs"):
+            expected = "None, as it follows from input_ids and images"
+            found = type(options.get(name)).__name__
+            require(options.get(name) is None, where, name, expected, f"a {found}")
         given: Any = options.get("generation_config") or self.model.generation_config
         chunk = options.get("prefill_chunk_size", given.prefill_chunk_size)
-        fixed = {"prefill_chunk_size": chunk}  # an image must lie whole in one call
-        # These follow from input_ids and images.
-        own = ("inputs_embeds", "past_key_values", "position_ids", "inputs")
-        for name, value in {**fixed, **{name: options.get(name) for name in own}}.items():
-            require(value is None, where, name, "None", f"{value!r:.100}")
+        expected = "None, as an image must lie whole in one call"
+        require(chunk is None, where, "prefill_chunk_size", expected, chunk)
         cache = options.get("cache_implementation", given.cache_implementation)
         expected = "a cache that grows, as the mask of the images has a key for each token"
         require(cache in _GROWING, where, "cache_implementation", expected, repr(cache))
@@ -237,7 +238,8 @@ class VoraForCausalLM(nn.Module):
         fits = "flash" not in implementation and "flex" not in implementation
         expected = "'eager' or 'sdpa', which take a mask for each pair of tokens"
         require(fits, where, "attn_implementation", expected, f"{implementation!r} {remedy}")
-        text, reason = self.config.get_text_config(), None
+        text = self.config.get_text_config()
+        reason = None
         if getattr(text, "alibi", text.model_type == "bloom"):
             reason = "makes its ALiBi of a mask for each token"
         biases = [pair for pair in self.model.named_buffers() if pair[0].endswith(".bias")]

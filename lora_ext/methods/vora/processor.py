@@ -171,9 +171,11 @@ class VoraImageProcessor(BaseImageProcessor):
                 pixels = pixels.clamp(0, 255)  # a cubic overshoots
         if self.do_rescale:
             if not is_integer and pixels.min() >= 0 and 0 < pixels.max() <= 1:
-                expected = "values of 0 to 255 where do_rescale is True, found none above 1"
-                remedy = f"expected {expected}; pass do_rescale=False"
-                warnings.warn(f"VoraImageProcessor: images: {remedy}", stacklevel=2)
+                warnings.warn(
+                    "VoraImageProcessor: images: expected values of 0 to 255 where do_rescale is "
+                    "True, found none above 1; pass do_rescale=False",
+                    stacklevel=2,
+                )
             pixels = pixels * self.rescale_factor
         if self.do_normalize:
             mean, std = pixels.new_tensor([self.image_mean, self.image_std])[..., None, None]
