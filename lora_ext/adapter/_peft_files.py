@@ -199,10 +199,13 @@ def _check_targets(
         expected = f"lora_A and lora_B for each of {len(targets)} targeted modules"
         require(not missing, where, "keys", expected, f"none for {_some(missing)}")
     config.check_vocabulary(config.where, index.vocabulary)
-    for name in sorted(grouped.keys() & index.embedding.keys()) if config.invocation else ():
-        field, expected = "alora_invocation_tokens", "adapters on linear layers"
-        found = f"one on the embedding {name!r}, which PEFT refuses too"
-        require(False, config.where, field, expected, found, NotImplementedError)
+    embedded = sorted(name for name in grouped if name in index.embedding)
+    if config.invocation and embedded:
+        expected = "adapters on linear layers"
+        found = f"one on the embedding {embedded[0]!r}, which PEFT refuses too"
+        raise NotImplementedError(
+            f"{config.where}: alora_invocation_tokens: expected {expected}, found {found}"
+        )
 
 
 def _group_keys(

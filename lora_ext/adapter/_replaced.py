@@ -48,8 +48,9 @@ def find_replaced(
             model. adapted: modules that have LoRA factors.
     """
     lacking = [w for w in index.weights if config.saves_whole(w) and w not in saved.values()]
-    expected = f"every weight of the modules that {config.where} names in modules_to_save"
-    require(not lacking, tensors.where, "keys", expected, f"none for {''.join(lacking[:1])}")
+    if lacking:
+        expected = f"every weight of the modules that {config.where} names in modules_to_save"
+        raise ValueError(f"{tensors.where}: expected {expected}, found none for {lacking[0]}")
     found: dict[str, dict[str, str]] = {}
     for key, name in saved.items():
         module, _, role = name.rpartition(".")
