@@ -66,13 +66,7 @@ def lmc_barrier(
 
     Source: linear mode connectivity (Frankle et al. 2020), of adapters: arXiv 2410.22911.
     """
-    if isinstance(lambdas, int):
-        integer("lmc_barrier", "lambdas", lambdas, 2)
-        grid = tuple(i / (lambdas - 1) for i in range(lambdas))
-    else:
-        grid = tuple(float(lam) for lam in lambdas)
-    outside = [lam for lam in grid if not 0 <= lam <= 1] or ("none" if not grid else None)
-    require(outside is None, "lmc_barrier", "lambdas", "numbers in [0, 1]", outside)
+    grid = _grid(lambdas)
     ends = LoraAdapter.of(first), LoraAdapter.of(second)
     layers: dict[str, Any] = {}  # by their names in the base model
     for name, layer in adapted_layers(model, adapter).items():
@@ -97,6 +91,17 @@ def lmc_barrier(
             require(math.isfinite(losses[lam]), "lmc_barrier", "eval_fn", "a finite loss", found)
     rises = [losses[lam] - ((1 - lam) * losses[0.0] + lam * losses[1.0]) for lam in grid]
     return Barrier(max(rises), grid, tuple(losses[lam] for lam in grid))
+
+
+def _grid(lambdas: int | Sequence[float]) -> tuple[float, ...]:
+    if isinstance(lambdas, int):
+        integer("lmc_barrier", "lambdas", lambdas, 2)
+        return tuple(i / (lambdas - 1) for i in range(lambdas))
+    grid = tuple(float(lam) for lam in lambdas)
+    require(grid, "lmc_barrier", "lambdas", "numbers in [0, 1]", "none")
+    outside = [lam for lam in grid if not 0 <= lam <= 1]
+    require(not outside, "lmc_barrier", "lambdas", "numbers in [0, 1]", outside)
+    return grid
 
 
 def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:

@@ -215,7 +215,8 @@ def _estimator(
 ) -> _Estimator:
     where = "shapley_values"
     for name, value in (("n", n), ("samples", samples), ("levels", levels)):
-        integer(where, name, 1 if value is None else value, 1)
+        if value is not None:
+            integer(where, name, value, 1)
     if method == "permutation":
         return _permutation(n, samples or _ORDERS, antithetic, generator)
     if method == "owen":

@@ -243,11 +243,13 @@ def _samples(batch: Any) -> Iterator[Any]:
 def _sample_scores(model: nn.Module, batch: Any, score: Score) -> Tensor:
     """``(n,)``: log p(y | x) of each sample, or the logit of y."""
     named = isinstance(batch, Mapping)
-    fits = named or (isinstance(batch, tuple | list) and len(batch) == 2)
-    require(fits, WHERE, "batches", "mappings, or (x, y)", type(batch).__name__)
-    require(not named or "labels" in batch, WHERE, "batches", "labels", [*batch])
-    key: Any = "labels" if named else 1
-    labels = batch[key]
+    if named:
+        require("labels" in batch, WHERE, "batches", "labels", list(batch))
+        labels = batch["labels"]
+    else:
+        pair = isinstance(batch, tuple | list) and len(batch) == 2
+        require(pair, WHERE, "batches", "mappings, or (x, y)", type(batch).__name__)
+        labels = batch[1]
     inputs, segments = merged([batch], WHERE)
     if not segments[0].rows:
         return torch.zeros(0)

@@ -80,7 +80,8 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     require(fits, where, "k", f"at most the model's {len(stack)} layers", config.k)
     exact = config.backend != "hidden" or softcap is None or config.k <= 1
     expected = f"'auto' or 'chunked' for a head that soft-caps its logits at {softcap}"
-    require(exact, where, "backend", expected, "'hidden'", InexactMixError)
+    found = "'hidden': a mix of hidden states is no mix of such logits"
+    require(exact, where, "backend", expected, found, InexactMixError)
     decoder = next(module for module in lm.modules() if blocks in module.children())
     norm = _final_norm(decoder, lm)
     # OPT-350m, for one, has a head that sees something else than normed hidden states.
