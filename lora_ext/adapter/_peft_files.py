@@ -78,7 +78,8 @@ class CheckedAdapter:
                 if role in keys
             }
             if module in self.index.bypassed and parts["b"].any():
-                where, reader = self.where_is(module, "b"), self.index.bypassed[module]
+                where = self.where_is(module, "b")
+                reader = self.index.bypassed[module]
                 raise NotImplementedError(
                     f"{where}: expected zeros, found others, which would not be served: {reader} "
                     "reads the weight of this module and never calls it"
@@ -143,7 +144,8 @@ def check_adapter(
     config: AdapterConfig, tensors: TensorSource, index: ModelIndex, max_rank: int, strict: bool
 ) -> CheckedAdapter:
     """Check what :func:`open_adapter` opened, as :func:`read_adapter` does."""
-    where, field = tensors.where, config.where
+    where = tensors.where
+    field = config.where
     if index.shared:
         expected = "'none' (the base model's biases are shared)"
         require(config.base_bias == "none", field, "bias", expected, repr(config.base_bias))
@@ -218,7 +220,8 @@ def _group_keys(
     leftover: list[str] = []
     where = tensors.where
     for key in tensors.infos:
-        expected, parsed = "no replaced modules under their names in a live model", parse_key(key)
+        expected = "no replaced modules under their names in a live model"
+        parsed = parse_key(key)
         require("modules_to_save" not in key, where, key, expected, "one", NotImplementedError)
         if parsed is None:
             name = base_name(key)
@@ -254,14 +257,16 @@ def _check_headers(
     index: ModelIndex,
     config: AdapterConfig,
 ) -> None:
-    spec, embedding = index.specs[module], module in index.embedding
+    spec = index.specs[module]
+    embedding = module in index.embedding
     roles = roles_of(embedding)
     ones = (1,) * len(spec.kernel)
     expected: dict[str, tuple[int, ...]] = {
         roles["a"]: (rank * spec.experts, spec.in_features, *spec.kernel),
         roles["b"]: (spec.out_features, rank * spec.experts // spec.groups, *ones),
     }
-    dora, wanted = embedding and config.use_dora and index.shared, "no DoRA on embeddings"
+    dora = embedding and config.use_dora and index.shared
+    wanted = "no DoRA on embeddings"
     require(not dora, config.where, f"use_dora of {module}", wanted, True, NotImplementedError)
     wanted = f"false beside the embedding {module}, as PEFT does"
     require(not (embedding and config.lora_bias), config.where, "lora_bias", wanted, True)

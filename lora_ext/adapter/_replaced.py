@@ -54,7 +54,8 @@ def find_replaced(
     found: dict[str, dict[str, str]] = {}
     for key, name in saved.items():
         module, _, role = name.rpartition(".")
-        spec, reader = index.modules.get(module), index.bypassed.get(module)
+        spec = index.modules.get(module)
+        reader = index.bypassed.get(module)
         refusal = None
         if spec is None or not spec.plain or role not in ("weight", "bias"):
             refusal = "here: expected whole Linear and Embedding modules in the pool's targets="

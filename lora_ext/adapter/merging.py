@@ -270,7 +270,8 @@ def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) 
             raise ValueError(f"{at}: expected the modules of {first}, found {found}")
         for name, factors in adapter.modules.items():
             origin, other = seen.setdefault(name, (label, factors))
-            size, known = _size(factors), _size(other)
+            size = _size(factors)
+            known = _size(other)
             require(size == known, at, name, f"{known} as in {origin}", size)
             rank, known = factors.a.shape[0], other.a.shape[0]
             fits = rank == known or not equal

@@ -142,7 +142,8 @@ def by_client(updates: Iterable[Update]) -> dict[Client, list[Update]]:
     no :class:`Update`."""
     found: dict[Client, list[Update]] = {}
     for update in updates:
-        kind, known = type(update).__name__, isinstance(update, Update)
+        kind = type(update).__name__
+        known = isinstance(update, Update)
         require(known, "aggregate", "updates", "Update values", kind, TypeError)
         found.setdefault(update.client, []).append(update)
     # Numbers before names, which do not compare with them.
@@ -184,7 +185,8 @@ def _accepted(update: Update, rules: Rules) -> Reply:
     known = sorted(set(rules.layers.values()))
     for layer in plan.layers:
         need(layer in known, "plan.layers", f"layers of {known}", layer)
-    partial_ok, weight = rules.settings.partial_ok, weight_of(update.num_examples)
+    partial_ok = rules.settings.partial_ok
+    weight = weight_of(update.num_examples)
     tensors = _checked(update.tensors, plan, rules)
     for pair in rules.pairs:
         present = [key for key in (pair.a, pair.b) if key in tensors]

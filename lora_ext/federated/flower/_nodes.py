@@ -114,7 +114,9 @@ class Nodes:
         return {node: count for node, count in found.items() if count > 0}
 
     def _capability_of(self, node: int, num_layers: int) -> int:
-        where, client, known = "LoraStrategy", self.client(node), self._capability
+        where = "LoraStrategy"
+        client = self.client(node)
+        known = self._capability
         if known is None:
             return min(max(self._says.get(node, num_layers), 0), num_layers)
         if callable(known):

@@ -111,7 +111,8 @@ def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
         both = name in layers and name in value.modules
         found = f"it in {'the model' if name in layers else 'the adapters'} alone"
         require(both, where, name, "the same modules in model and adapters", found)
-        plain, found = not layers[name].use_dora[adapter], "a magnitude in the model's layer"
+        plain = not layers[name].use_dora[adapter]
+        found = "a magnitude in the model's layer"
         require(plain, where, name, "no DoRA", found, NotImplementedError)
         pairs = adapter_factors(layers[name], adapter), value.modules[name][:2]
         own, new = (f"in {a.flatten(1).shape[1]} and out {b.shape[0]}" for a, b in pairs)

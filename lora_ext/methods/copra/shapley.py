@@ -134,7 +134,8 @@ def layer_shapley(
             one by one.
     """
     n, modules = len(controller.layers), set(model.modules())
-    where, other = "layer_shapley", f"a {type(model).__name__} without its layers"
+    where = "layer_shapley"
+    other = f"a {type(model).__name__} without its layers"
     fits = modules.issuperset(chain(*controller.layers.layers))
     require(fits, where, "model", "the controller's", other)
     if method is None:

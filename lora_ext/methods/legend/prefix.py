@@ -87,7 +87,8 @@ class PrefixCache:
             yield
             return
         # Activations may depend on nothing but their sample.
-        manager, blocks = self.manager, [f"{name}." for name in self.manager.blocks]
+        manager = self.manager
+        blocks = [f"{name}." for name in self.manager.blocks]
         below, above = tuple(blocks[:lowest]), tuple(blocks[lowest:])
         expected = "no adapter below the layers that train: apply(plan, others='disabled')"
         for name, layer in adapted_layers(manager.model, manager.adapter).items():

@@ -70,11 +70,13 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     lm = causal_lm(model, "apply")
     from ._output import ADDED  # it needs transformers, as the model does
 
-    where, remedy = "apply", "one with MoD; call mod.remove(model) first"
+    where = "apply"
+    remedy = "one with MoD; call mod.remove(model) first"
     new = Ensemble.KEY not in lm.__dict__
     require(new, where, "model", "a model without MoD", remedy, RuntimeError)
     require(not hasattr(lm, NAME), where, "model", f"no attribute {NAME!r}", "one")
-    blocks, softcap = decoder_layers(lm), softcap_of(lm)
+    blocks = decoder_layers(lm)
+    softcap = softcap_of(lm)
     stack = list(blocks)
     fits = config.k <= len(stack)
     require(fits, where, "k", f"at most the model's {len(stack)} layers", config.k)

@@ -167,7 +167,8 @@ class Steps:
         """
         if self.bridge is not None and pending is not None:
             return self._draft_behind(hidden, pending, uniforms)
-        circuit, kind = self.circuit(hidden, pending), self.head.kind
+        circuit = self.circuit(hidden, pending)
+        kind = self.head.kind
         evidence = None
         if pending is not None:
             evidence = pending.new_full((len(pending), self.head.n_token), -1)
@@ -193,7 +194,9 @@ class Steps:
         """Draw all windows behind a token, as one window of one component: the mixture, position by
         position. A greedy draft takes the likeliest token after those before it at every position,
         as the verifier does; the likeliest window is another."""
-        head, kind, listed = self.head, self.head.kind, self.head.listed
+        head = self.head
+        kind = self.head.kind
+        listed = self.head.listed
         greedy: list[Tensor] = []
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         state, before = hidden, token[:, None]

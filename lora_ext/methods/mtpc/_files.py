@@ -56,7 +56,10 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
     data = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config", "shortlist"}:
         raise ValueError(f"{path}: expected version, config and shortlist, found {data!r:.200}")
-    where, version, found, ids = str(path), data["version"], data["config"], data["shortlist"]
+    where = str(path)
+    version = data["version"]
+    found = data["config"]
+    ids = data["shortlist"]
     require(version == _VERSION, where, "version", _VERSION, f"{version!r:.80}")
     if ids is not None:
         fits = isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)

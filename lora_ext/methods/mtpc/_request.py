@@ -83,7 +83,8 @@ def read_request(
     own = getattr(model, "generation_config", None)
     for name in _PENALTIES if config is None else ():
         value = getattr(own, name, None)
-        neutral, expected = _NEUTRAL.get(name), f"a generation_config without {name}"
+        neutral = _NEUTRAL.get(name)
+        expected = f"a generation_config without {name}"
         found = f"{value!r:.80} (pass generation_config=GenerationConfig() to decode without it)"
         require(value in (None, neutral), _WHERE, "model", expected, found)
     budget = asked.get("max_new_tokens")

@@ -151,7 +151,8 @@ class Trunk:
 
 
 def _check(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
-    where, config = "SpeculativeDecoder", model.config
+    where = "SpeculativeDecoder"
+    config = model.config
     shape = tuple(input_ids.shape)
     fits = len(shape) == 2 and 0 not in shape and not input_ids.is_floating_point()
     require(fits, where, "input_ids", "integers of shape (B, S)", f"{shape} {input_ids.dtype}")

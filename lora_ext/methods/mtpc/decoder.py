@@ -128,7 +128,8 @@ class SpeculativeDecoder(Steps):
         expected = f"vocabulary and width {shape} as in the model's LM head"
         require(found == shape, where, "head", expected, found)
         if self.bridge is not None:
-            width, behind = self.bridge.hidden_size, self.window == "condition"
+            width = self.bridge.hidden_size
+            behind = self.window == "condition"
             require(width == shape[1], where, "bridge", f"width {shape[1]} as in the model", width)
             require(behind, where, "window", "'condition' with a bridge", repr(self.window))
         choice(where, "mode", self.mode, get_args(Mode))

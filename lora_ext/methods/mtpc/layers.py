@@ -210,7 +210,8 @@ class CircuitHead(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        where, shape = "CircuitHead.init_from_lm_head", (self.vocab_size, self.hidden_size)
+        where = "CircuitHead.init_from_lm_head"
+        shape = (self.vocab_size, self.hidden_size)
         require(num_blocks >= 1, where, "num_blocks", "at least 1", num_blocks)
         require_shape(where, "weight", weight, "(V, D)", (num_blocks * shape[0], shape[1]))
         blocks = weight.detach().unflatten(0, (num_blocks, self.vocab_size))
@@ -273,7 +274,8 @@ class CircuitHead(nn.Module):
         rows, tokens = self.rows(h), self.tokens(h, x)
         shape, k = h.shape[:-1], torch.as_tensor(k, device=h.device)
         require(k.dtype == torch.int64, "CircuitHead", "k", "int64", k.dtype, TypeError)
-        fits, expected = k.shape in ((), shape), f"one position or shape {tuple(shape)}"
+        fits = k.shape in ((), shape)
+        expected = f"one position or shape {tuple(shape)}"
         require(fits, "CircuitHead", "k", expected, tuple(k.shape))
         k = k.expand(shape).reshape(-1)
         wrong = (k < 0) | (k >= self.n_token)

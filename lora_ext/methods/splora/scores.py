@@ -55,7 +55,8 @@ def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) 
     Raises:
         ValueError: shapes that do not fit, r = 0, NaN or infinity. TypeError: no floating tensor.
     """
-    where, named = "pair_stats", {"a": a, "b": b, "projected_b": projected_b}
+    where = "pair_stats"
+    named = {"a": a, "b": b, "projected_b": projected_b}
     check_floating(where, **named)
     sizes = (b.shape[0], a.shape[1]) if a.dim() == b.dim() == 2 else ()
     check_shapes(where, b.shape, sizes, sizes, a.shape)

@@ -95,7 +95,8 @@ def block_distill_loss(
     if teachers is None:
         teachers = () if tokens[0] else predictions
     _check_count("block_distill_loss", "teachers", teachers, blocks)
-    where, count = "block_distill_loss", tokens[0]
+    where = "block_distill_loss"
+    count = tokens[0]
     pairs: list[tuple[Grid, Grid]] | None = None  # of each image, in the teacher and the student
     if student_grids is not None and teacher_grids is not None:
         images, found = len(student_grids), len(teacher_grids)

@@ -93,7 +93,8 @@ def load_state_dict(
     where, state = "vora.load_state_dict", applied("load_state_dict", model)
     state.require_apart("load_state_dict")
     layers = state.layers
-    wanted, language = _expected(model, layers), language_model(model)
+    wanted = _expected(model, layers)
+    language = language_model(model)
     every = (language.named_parameters, language.named_buffers)
     tensors = (pair for named in every for pair in named(remove_duplicate=False))
     base = {base_name(name): tensor for name, tensor in tensors if parse_key(name) is None}
@@ -156,7 +157,8 @@ def _expected(model: nn.Module, layers: Mapping[str, VoraLinear]) -> dict[str, T
 
 def _fitting(key: str, value: Any, place: Tensor) -> Tensor:
     """``value``, if it can be copied to ``place`` and be what it was, but for rounding."""
-    where, shape = "vora.load_state_dict", tuple(place.shape)
+    where = "vora.load_state_dict"
+    shape = tuple(place.shape)
     found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     require(found == shape, where, key, f"a tensor of shape {shape}", found)
     real = place.is_floating_point()
@@ -248,13 +250,15 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
         state = applied("from_peft", model)
         _check_route("from_peft", state.config)
         state.require_apart("from_peft")
-        where, kinds = "vora.from_peft", state.config.target_modules
+        where = "vora.from_peft"
+        kinds = state.config.target_modules
         expected = f"modules in the first {state.config.n_blocks} blocks that match {kinds}"
         for name in adapter.modules:
             require(name in state.layers, where, name, expected, "another")
         for name, layer in state.layers.items():
             require(name in adapter.modules, where, name, "factors", "none in the folder")
-            factors, at = adapter.modules[name], f"{where}: {name}"
+            factors = adapter.modules[name]
+            at = f"{where}: {name}"
             plain = factors.magnitude is None
             require(plain, where, name, "plain LoRA", "the magnitude of DoRA")
             for factor, given, own in (("A", factors.a, layer.A), ("B", factors.b, layer.B)):

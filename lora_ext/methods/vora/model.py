@@ -65,7 +65,8 @@ class VoraForCausalLM(nn.Module):
         if state is None or state.merged:
             apply(model, config)
         else:
-            same, expected = state.config == config, f"the one that was applied, {state.config}"
+            same = state.config == config
+            expected = f"the one that was applied, {state.config}"
             require(same, "VoraForCausalLM", "config", expected, config)
         weight = model.get_input_embeddings().weight
         width, dtype = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
@@ -233,7 +234,8 @@ class VoraForCausalLM(nn.Module):
         in different ways takes a mask of each kind, by transformers' names."""
         if not flat or not self.vora_config.bidirectional:
             return batch.attention_mask if flat or attention_mask is not None else None
-        where, remedy = "VoraForCausalLM", "(bidirectional=False does without)"
+        where = "VoraForCausalLM"
+        remedy = "(bidirectional=False does without)"
         implementation = str(getattr(self.config, "_attn_implementation", "eager"))
         fits = "flash" not in implementation and "flex" not in implementation
         expected = "'eager' or 'sdpa', which take a mask for each pair of tokens"
@@ -269,7 +271,8 @@ class VoraForCausalLM(nn.Module):
 def _flat(images: Images | None) -> list[Tensor]:
     """All images of a batch in order."""
     flat: list[Tensor] = []
-    where, expected = "VoraForCausalLM: images", "(3, H, W) tensors as of VoraImageProcessor"
+    where = "VoraForCausalLM: images"
+    expected = "(3, H, W) tensors as of VoraImageProcessor"
     for number, sample in enumerate(() if images is None else images):
         which = f"sample {number}"
         if isinstance(sample, Tensor):

@@ -131,7 +131,8 @@ class VoraImageProcessor(BaseImageProcessor):
         if overrides:
             settings = {name: getattr(self, name) for name in FIELDS} | overrides
             return type(self)(**settings).preprocess(images, return_tensors=return_tensors)
-        where, given = "VoraImageProcessor", repr(return_tensors)
+        where = "VoraImageProcessor"
+        given = repr(return_tensors)
         known = return_tensors in (None, "pt", "np")
         require(known, where, "return_tensors", "None, 'pt' or 'np'", given)
         nested = isinstance(images, list | tuple) and any(
@@ -221,7 +222,8 @@ def _to_tensor(image: Any) -> Tensor:
     if isinstance(image, np.ndarray) and image.dtype.kind in "buif":
         native = image.astype(image.dtype.newbyteorder("="))  # a copy
         image = torch.from_numpy(np.ascontiguousarray(native))
-    where, found = "VoraImageProcessor", getattr(image, "dtype", type(image).__name__)
+    where = "VoraImageProcessor"
+    found = getattr(image, "dtype", type(image).__name__)
     real = isinstance(image, Tensor) and image.dtype != torch.bool and not image.is_complex()
     expected = "Pillow images, paths, or arrays or tensors of numbers"
     require(real, where, "images", expected, found, TypeError)

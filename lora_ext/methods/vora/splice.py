@@ -61,7 +61,8 @@ def splice_images(
             both; another number of samples; tokens of another width; shapes that disagree; another
             ``padding_side``. TypeError: ids that are no integers.
     """
-    where, shape = "splice_images", tuple(input_ids.shape)
+    where = "splice_images"
+    shape = tuple(input_ids.shape)
     choice(where, "padding_side", padding_side, get_args(Side))
     fits = len(shape) == 2 and shape[0] > 0
     require(fits, where, "input_ids", "shape (B, S), B at least 1", shape)
