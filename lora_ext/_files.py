@@ -123,10 +123,12 @@ class SafetensorsFile:
         require(length <= most, where, "header length", f"at most {most}", length)
         self._data = 8 + length
         header = parse_json(self._exactly(length), f"{where}: header")
-        require(isinstance(header, dict), where, "header", "an object", f"{header!r:.80}")
+        # A header may have many megabytes: what an error says of it is made for an error alone.
+        if not isinstance(header, dict):
+            raise ValueError(f"{where}: header: expected an object, found {header!r:.80}")
         metadata = header.pop("__metadata__", {})
-        text = isinstance(metadata, dict) and all(isinstance(t, str) for t in metadata.values())
-        require(text, where, "__metadata__", "text", f"{metadata!r:.80}")
+        if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
+            raise ValueError(f"{where}: __metadata__: expected text, found {metadata!r:.80}")
         self.metadata: dict[str, str] = metadata
         self.infos = {}
         self._spans: dict[str, tuple[int, int]] = {}
@@ -134,8 +136,11 @@ class SafetensorsFile:
             self.infos[key], self._spans[key] = self._read_entry(key, entry)
         end = 0
         for key, span in sorted(self._spans.items(), key=lambda item: item[1]):
-            expected = f"{end} as the start (tensors must neither overlap nor leave gaps)"
-            require(span[0] == end, where, f"{key}: data_offsets", expected, span[0])
+            if span[0] != end:
+                expected = f"{end} as the start (tensors must neither overlap nor leave gaps)"
+                raise ValueError(
+                    f"{where}: {key:.200}: data_offsets: expected {expected}, found {span[0]}"
+                )
             end = span[1]
         if end != size - self._data:
             raise ValueError(f"{where}: expected {end} bytes of tensors, found {size - self._data}")
@@ -143,21 +148,24 @@ class SafetensorsFile:
     def _read_entry(self, key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
         where = f"{self.where}: {key:.200}"
         fields = {"dtype", "shape", "data_offsets"}
-        known = isinstance(entry, dict) and entry.keys() == fields
-        require(known, where, "entry", "dtype, shape, data_offsets", f"{entry!r:.200}")
+        if not isinstance(entry, dict) or entry.keys() != fields:
+            expected = "dtype, shape, data_offsets"
+            raise ValueError(f"{where}: entry: expected {expected}, found {entry!r:.200}")
         shape, offsets, name = entry["shape"], entry["data_offsets"], entry["dtype"]
         for field, value in (("shape", shape), ("data_offsets", offsets)):
             few = isinstance(value, list) and len(value) <= 8
-            sizes = few and all(type(n) is int and 0 <= n < 2**48 for n in value)
-            require(sizes, where, field, "a few sizes", f"{value!r:.200}")
-        fits = len(offsets) == 2 and isinstance(name, str)
-        require(fits, where, "entry", "two data_offsets and a dtype", f"{entry!r:.200}")
+            if not few or not all(type(n) is int and 0 <= n < 2**48 for n in value):
+                raise ValueError(f"{where}: {field}: expected a few sizes, found {value!r:.200}")
+        if len(offsets) != 2 or not isinstance(name, str):
+            expected = "two data_offsets and a dtype"
+            raise ValueError(f"{where}: entry: expected {expected}, found {entry!r:.200}")
         dtype = _DTYPES.get(name)
         if dtype is None:  # kept by name: the key may be one that the caller skips
             return TensorInfo(tuple(shape), name), (offsets[0], offsets[1])
-        expected, found = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
-        words = f"{expected} bytes for {name} {shape}"
-        require(found == expected, where, "data_offsets", words, found)
+        nbytes, found = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
+        if found != nbytes:
+            expected = f"{nbytes} bytes for {name} {shape}"
+            raise ValueError(f"{where}: data_offsets: expected {expected}, found {found}")
         return TensorInfo(tuple(shape), dtype), (offsets[0], offsets[1])
 
     def _exactly(self, count: int) -> bytearray:
@@ -174,8 +182,8 @@ class SafetensorsFile:
         """
         shape, dtype = self.infos[key]
         if isinstance(dtype, str):
-            expected, where = [*_DTYPES], f"{self.where}: {key:.200}"
-            raise ValueError(f"{where}: dtype: expected one of {expected}, found {dtype!r:.80}")
+            where = f"{self.where}: {key:.200}: dtype"
+            raise ValueError(f"{where}: expected one of {[*_DTYPES]}, found {dtype!r:.80}")
         begin, end = self._spans[key]
         self._file.seek(self._data + begin)
         data = self._exactly(end - begin)

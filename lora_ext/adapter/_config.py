@@ -199,9 +199,11 @@ class AdapterConfig(LoraConfig):
                 if not any(matches_suffix(owner, saved) for owner in (*_owners(name), name))
             }
         for name in sorted(found & index.unsupported.keys()):
-            expected = "Linear, Conv1D and plain Embedding modules alone"
             other = f"{name!r}, a {index.unsupported[name]}"
-            require(False, self.where, "target_modules", expected, other, NotImplementedError)
+            raise NotImplementedError(
+                f"{self.where}: target_modules: expected Linear, Conv1D and plain Embedding "
+                f"modules alone, found {other}"
+            )
         return found | parameters
 
     def targeted_parameters(self, index: ModelIndex) -> set[str]:

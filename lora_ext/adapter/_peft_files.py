@@ -78,7 +78,8 @@ class CheckedAdapter:
                 if role in keys
             }
             if module in self.index.bypassed and parts["b"].any():
-                where, reader = self.where_is(module, "b"), self.index.bypassed[module]
+                where = self.where_is(module, "b")
+                reader = self.index.bypassed[module]
                 raise NotImplementedError(
                     f"{where}: expected zeros, found others, which would not be served: {reader} "
                     "reads the weight of this module and never calls it"
@@ -143,7 +144,8 @@ def check_adapter(
     config: AdapterConfig, tensors: TensorSource, index: ModelIndex, max_rank: int, strict: bool
 ) -> CheckedAdapter:
     """Check what :func:`open_adapter` opened, as :func:`read_adapter` does."""
-    where, field = tensors.where, config.where
+    where = tensors.where
+    field = config.where
     if index.shared:
         expected = "'none' (the base model's biases are shared)"
         require(config.base_bias == "none", field, "bias", expected, repr(config.base_bias))
@@ -199,10 +201,13 @@ def _check_targets(
         expected = f"lora_A and lora_B for each of {len(targets)} targeted modules"
         require(not missing, where, "keys", expected, f"none for {_some(missing)}")
     config.check_vocabulary(config.where, index.vocabulary)
-    for name in sorted(grouped.keys() & index.embedding.keys()) if config.invocation else ():
-        field, expected = "alora_invocation_tokens", "adapters on linear layers"
-        found = f"one on the embedding {name!r}, which PEFT refuses too"
-        require(False, config.where, field, expected, found, NotImplementedError)
+    embedded = sorted(name for name in grouped if name in index.embedding)
+    if config.invocation and embedded:
+        expected = "adapters on linear layers"
+        found = f"one on the embedding {embedded[0]!r}, which PEFT refuses too"
+        raise NotImplementedError(
+            f"{config.where}: alora_invocation_tokens: expected {expected}, found {found}"
+        )
 
 
 def _group_keys(
@@ -215,7 +220,8 @@ def _group_keys(
     leftover: list[str] = []
     where = tensors.where
     for key in tensors.infos:
-        expected, parsed = "no replaced modules under their names in a live model", parse_key(key)
+        expected = "no replaced modules under their names in a live model"
+        parsed = parse_key(key)
         require("modules_to_save" not in key, where, key, expected, "one", NotImplementedError)
         if parsed is None:
             name = base_name(key)
@@ -251,14 +257,16 @@ def _check_headers(
     index: ModelIndex,
     config: AdapterConfig,
 ) -> None:
-    spec, embedding = index.specs[module], module in index.embedding
+    spec = index.specs[module]
+    embedding = module in index.embedding
     roles = roles_of(embedding)
     ones = (1,) * len(spec.kernel)
     expected: dict[str, tuple[int, ...]] = {
         roles["a"]: (rank * spec.experts, spec.in_features, *spec.kernel),
         roles["b"]: (spec.out_features, rank * spec.experts // spec.groups, *ones),
     }
-    dora, wanted = embedding and config.use_dora and index.shared, "no DoRA on embeddings"
+    dora = embedding and config.use_dora and index.shared
+    wanted = "no DoRA on embeddings"
     require(not dora, config.where, f"use_dora of {module}", wanted, True, NotImplementedError)
     wanted = f"false beside the embedding {module}, as PEFT does"
     require(not (embedding and config.lora_bias), config.where, "lora_bias", wanted, True)

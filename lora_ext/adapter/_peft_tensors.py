@@ -3,7 +3,6 @@ or a state dict, none of them trusted: shapes and dtypes are known before any te
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import zipfile
@@ -94,8 +93,8 @@ def roles_of(embedding: bool) -> dict[str, str]:
 def factor_keys(
     where: str, keys: Iterable[str], adapter_name: str | None = None
 ) -> dict[str, tuple[str, str]]:
-    """The keys of A and B of each module, without those of other adapters where one is named; a
-    factor without the other is a KeyError."""
+    """Return the keys of A and B of each module, if ``adapter_name`` is given without those of
+    other adapters; raise a KeyError for a factor without the other."""
     halves: dict[str, dict[str, str]] = {}
     for key in keys:
         read = _read_key(key)
@@ -104,10 +103,10 @@ def factor_keys(
             if adapter_name is None or adapter in (None, adapter_name):
                 halves.setdefault(module, {})[factor] = key
     for module, half in halves.items():
-        for factor, key in half.items() if len(half) < 2 else ():
-            missing = "B" if factor == "A" else "A"
-            found = f"{key} without its lora_{missing}"
-            require(False, where, module, "lora_A and lora_B", found, KeyError)
+        if len(half) < 2:
+            ((factor, key),) = half.items()
+            found = f"{key} without its lora_{'B' if factor == 'A' else 'A'}"
+            raise KeyError(f"{where}: {module}: expected lora_A and lora_B, found {found}")
     return {module: (half["A"], half["B"]) for module, half in halves.items()}
 
 
@@ -142,14 +141,16 @@ def adapter_directory(source: str | os.PathLike[str]) -> Path:
     if not isinstance(source, str | os.PathLike):
         found = type(source).__name__
         raise TypeError(f"adapter: {expected}, or (config, state dict), found {found}")
-    path, found = Path(source), "a file; name its directory"
-    with contextlib.suppress(NotADirectoryError):
+    path = Path(source)
+    try:
         names = directory_names(path, expected)
-        if "adapter_config.json" in names:
-            return path
+    except NotADirectoryError:
+        raise ValueError(f"{path}: {expected}, found a file; name its directory") from None
+    if "adapter_config.json" not in names:
         inner = sorted(n for n in names if os.path.lexists(path / n / "adapter_config.json"))
         found = f"one with adapters in {', '.join(inner[:4])}" if inner else "one without"
-    raise ValueError(f"{path}: {expected}, found {found}")
+        raise ValueError(f"{path}: {expected}, found {found}")
+    return path
 
 
 def directory_names(path: Path, expected: str) -> set[str]:

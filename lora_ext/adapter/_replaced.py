@@ -48,12 +48,14 @@ def find_replaced(
             model. adapted: modules that have LoRA factors.
     """
     lacking = [w for w in index.weights if config.saves_whole(w) and w not in saved.values()]
-    expected = f"every weight of the modules that {config.where} names in modules_to_save"
-    require(not lacking, tensors.where, "keys", expected, f"none for {''.join(lacking[:1])}")
+    if lacking:
+        expected = f"every weight of the modules that {config.where} names in modules_to_save"
+        raise ValueError(f"{tensors.where}: expected {expected}, found none for {lacking[0]}")
     found: dict[str, dict[str, str]] = {}
     for key, name in saved.items():
         module, _, role = name.rpartition(".")
-        spec, reader = index.modules.get(module), index.bypassed.get(module)
+        spec = index.modules.get(module)
+        reader = index.bypassed.get(module)
         refusal = None
         if spec is None or not spec.plain or role not in ("weight", "bias"):
             refusal = "here: expected whole Linear and Embedding modules in the pool's targets="

@@ -195,12 +195,16 @@ class LoraAdapter:
         """Whether both change a model in the same way."""
         if not isinstance(other, LoraAdapter):
             return NotImplemented
-        ours, theirs = (
-            {**value.modules, **{key: (t,) for key, t in value.replacements.items()}}
-            for value in (self, other)
+        if self.modules.keys() != other.modules.keys():
+            return False
+        if self.replacements.keys() != other.replacements.keys():
+            return False
+        same = all(
+            all(map(same_values, factors, other.modules[name]))
+            for name, factors in self.modules.items()
         )
-        return ours.keys() == theirs.keys() and all(
-            all(map(same_values, parts, theirs[name])) for name, parts in ours.items()
+        return same and all(
+            same_values(value, other.replacements[key]) for key, value in self.replacements.items()
         )
 
     def __repr__(self) -> str:

@@ -270,11 +270,13 @@ def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) 
             raise ValueError(f"{at}: expected the modules of {first}, found {found}")
         for name, factors in adapter.modules.items():
             origin, other = seen.setdefault(name, (label, factors))
-            size, known = _size(factors), _size(other)
+            size = _size(factors)
+            known = _size(other)
             require(size == known, at, name, f"{known} as in {origin}", size)
             rank, known = factors.a.shape[0], other.a.shape[0]
-            fits, expected = rank == known or not equal, f"{known} as in {origin} (but in 'delta')"
-            require(fits, f"{at}: {name}", "rank", expected, rank)
+            fits = rank == known or not equal
+            found = f"{rank} ('delta' sums updates of different ranks)"
+            require(fits, f"{at}: {name}", "rank", f"{known} as in {origin}", found)
 
 
 def _size(factors: Factors) -> str:
@@ -287,16 +289,19 @@ def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
     base: dict[str, tuple[str, Tensor]] = {}
     biased = any(f.bias is not None for v in adapters.values() for f in v.modules.values())
     for label, adapter in adapters.items():
-        at, error = f"{where}: {label}", NotImplementedError
+        at = f"{where}: {label}"
         for key in adapter.replacements:
+            expected = "factors alone, which have a sum"
             found = "a weight that replaces the base model's (modules_to_save, a trained bias)"
-            require(False, at, key, "factors alone, which have a sum", found, error)
+            raise NotImplementedError(f"{at}: {key}: expected {expected}, found {found}")
         for name, factors in adapter.modules.items():
+            plain = factors.magnitude is None
             found = "a magnitude, whose sum depends on the base weight: merge it into that"
-            require(factors.magnitude is None, at, name, "no DoRA", found, error)
+            require(plain, at, name, "no DoRA", found, NotImplementedError)
             check_matrices(factors, f"{at}: {name}")
+            fits = not (biased and factors.embedding)
             expected = "no lora_bias beside an adapted embedding, as PEFT does"
-            require(not (biased and factors.embedding), at, name, expected, "one", error)
+            require(fits, at, name, expected, "one in another module", NotImplementedError)
         for key, weight in adapter.base_weights.items():
             other, known = base.setdefault(key, (label, weight))
             expected = f"the base model's weight as in {other}"

@@ -132,7 +132,8 @@ def _add_inspect(commands: Any) -> None:
         _reports.inspect,
     )
     _add(parser, "adapter", _FOLDER, "ADAPTER")
-    text, shown = f"effective ranks to show, out of {', '.join(KINDS)}", "entropy stable threshold"
+    text = f"effective ranks to show, out of {', '.join(KINDS)}"
+    shown = "entropy stable threshold"
     _add(parser, "--kinds", text, "KIND", nargs="+", choices=KINDS, default=shown.split())
     text = "threshold of the kinds that count singular values"
     _add(parser, "--tau", text, "T", type=float, default=1e-2)

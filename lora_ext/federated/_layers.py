@@ -289,12 +289,14 @@ def _one_block(layer: int, names: set[str]) -> str:
 
 
 def _check_carried(name: str, layer: Any, adapter: str) -> None:
-    experts = getattr(layer, "num_experts", 1)  # their rows go expert by expert: no rank is a slice
-    for refused, found in (
-        (layer.use_dora[adapter], "DoRA"),
-        (layer.lora_bias[adapter], "a bias"),
-        (adapter not in layer.lora_A, f"those of a {type(layer).__name__}"),
-        (experts > 1, f"a pair for each of {experts} experts"),
-    ):
-        where = f"LoraLayerManager: {name}"
-        require(not refused, where, repr(adapter), "lora_A and lora_B alone", found)
+    where = f"LoraLayerManager: {name}"
+    found = None
+    if layer.use_dora[adapter]:
+        found = "DoRA"
+    elif layer.lora_bias[adapter]:
+        found = "a bias"
+    elif adapter not in layer.lora_A:
+        found = f"those of a {type(layer).__name__}"
+    elif getattr(layer, "num_experts", 1) > 1:  # their rows go expert by expert: no rank is a slice
+        found = f"a pair for each of {layer.num_experts} experts"
+    require(found is None, where, repr(adapter), "lora_A and lora_B alone", found)

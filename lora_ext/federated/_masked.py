@@ -9,12 +9,12 @@ rules and whose rejections need the single reply.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lora_ext._checks import number, require
+from lora_ext._checks import number, renamed, require
 
 from ._plan import PATTERN, Pair, layer_pairs
 from ._update import Rules, Settings, Update, Upload, accept
@@ -43,8 +43,9 @@ def masked_payload(
         ValueError: an update that :func:`aggregate` would reject, and why.
     """
     pairs = layer_pairs("masked_payload: state", state, pattern)
-    how: Any = {"upload": upload, "weighted_by": weighted_by, "max_update_norm": max_update_norm}
-    rules = Rules(state, pairs, Settings(**how))
+    with renamed("masked_payload"):
+        settings = Settings(upload=upload, weighted_by=weighted_by, max_update_norm=max_update_norm)
+    rules = Rules(state, pairs, settings)
     replies, rejected, _ = accept([update], rules)
     if not replies:
         raise ValueError(f"masked_payload: {rejected[update.client]}")

@@ -184,10 +184,10 @@ def _flat_entries(payload: Payload, where: str) -> dict[str, tuple[str, np.ndarr
     require(isinstance(packed, np.ndarray), where, _PACKED, "an array", type(packed).__name__)
     plain = packed.dtype == np.uint8 and packed.ndim == 1
     require(plain, where, _PACKED, "a row of uint8", (packed.dtype, packed.shape))
-    names, dtypes, dims, sizes = (
-        _list(payload.manifest, name, str if name in ("names", "dtypes") else int, where)
-        for name in ("names", "dtypes", "dims", "sizes")
-    )
+    names = _list(payload.manifest, "names", str, where)
+    dtypes = _list(payload.manifest, "dtypes", str, where)
+    dims = _list(payload.manifest, "dims", int, where)
+    sizes = _list(payload.manifest, "sizes", int, where)
     require(len(set(names)) == len(names), where, "names", "each once", "one of them twice")
     for name, each in (("dtypes", dtypes), ("dims", dims)):
         require(len(each) == len(names), where, name, f"{len(names)} entries", len(each))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -40,9 +41,10 @@ class LayerPlan:
     def __post_init__(self) -> None:
         layers = _integers("layers", self.layers, least=0)
         ranks = None if self.ranks is None else _integers("ranks", self.ranks, least=1)
-        for layer in layers:
-            once = layers.count(layer) == 1
-            require(once, "LayerPlan", "layers", "each layer once", f"{layer} twice")
+        if len(set(layers)) < len(layers):
+            counts = Counter(layers)
+            twice = next(layer for layer in layers if counts[layer] > 1)
+            raise ValueError(f"LayerPlan: layers: expected each layer once, found {twice} twice")
         if ranks is not None:
             expected = f"one for each of {len(layers)} layers"
             require(len(ranks) == len(layers), "LayerPlan", "ranks", expected, len(ranks))
@@ -123,17 +125,18 @@ def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[P
         if layer is not None:
             _check_pair(where, module, state[a], state[b])
             found.append(Pair(module, layer, a, b))
-    expected = f"a name of LoRA factors that matches {pattern!r}"
-    begin = f"none among {len(state)} tensors, which begin with {[*map(str, state)][:4]}"
-    require(found, where, "pattern", expected, begin, LayerNotFound)
+    if not found:
+        expected = f"a name of LoRA factors that matches {pattern!r}"
+        begin = f"none among {len(state)} tensors, which begin with {[*map(str, state)][:4]}"
+        raise LayerNotFound(f"{where}: pattern: expected {expected}, found {begin}")
     return sorted(found, key=lambda pair: (pair.layer, natural_order(pair.module)))
 
 
 def check_layers(where: str, layers: set[int]) -> int:
-    """The number of layers, whose indices are to be 0, 1, ... without a gap."""
-    expected = f"the indices 0 to {max(layers)} without a gap"
-    complete = layers == set(range(len(layers)))
-    require(complete, where, "pattern", expected, sorted(layers), LayerNotFound)
+    """Return the number of layers; raise unless their indices are 0, 1, ... without a gap."""
+    if layers != set(range(len(layers))):
+        expected = f"the indices 0 to {max(layers)} without a gap"
+        raise LayerNotFound(f"{where}: pattern: expected {expected}, found {sorted(layers)}")
     return len(layers)
 
 

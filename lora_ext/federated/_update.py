@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_ext._checks import check_fields, require, within
+from lora_ext._checks import check_fields, choice, require, within
 
 from ._plan import PATTERN, Client, LayerPlan, Pair
 
@@ -65,7 +65,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         above = within(above=0, expected="a finite number above 0")
-        table = {"server_lr": above, "max_update_norm": above, "min_replies": within(1)}
+        weights = ("num-examples", None)
+        table = {
+            "weighted_by": functools.partial(choice, choices=weights),
+            "server_lr": above,
+            "max_update_norm": above,
+            "min_replies": within(1),
+        }
         check_fields(self, table, "aggregate")
 
 
@@ -136,7 +142,8 @@ def by_client(updates: Iterable[Update]) -> dict[Client, list[Update]]:
     no :class:`Update`."""
     found: dict[Client, list[Update]] = {}
     for update in updates:
-        kind, known = type(update).__name__, isinstance(update, Update)
+        kind = type(update).__name__
+        known = isinstance(update, Update)
         require(known, "aggregate", "updates", "Update values", kind, TypeError)
         found.setdefault(update.client, []).append(update)
     # Numbers before names, which do not compare with them.
@@ -178,7 +185,8 @@ def _accepted(update: Update, rules: Rules) -> Reply:
     known = sorted(set(rules.layers.values()))
     for layer in plan.layers:
         need(layer in known, "plan.layers", f"layers of {known}", layer)
-    partial_ok, weight = rules.settings.partial_ok, weight_of(update.num_examples)
+    partial_ok = rules.settings.partial_ok
+    weight = weight_of(update.num_examples)
     tensors = _checked(update.tensors, plan, rules)
     for pair in rules.pairs:
         present = [key for key in (pair.a, pair.b) if key in tensors]

@@ -58,3 +58,10 @@ def test_what_is_no_plan_is_refused(arguments: tuple, error: type[Exception], me
 def test_a_message_without_a_plan_is_refused():
     with pytest.raises(ValueError, match=r"config: expected layers, found .'ranks'"):
         LayerPlan.from_config({"ranks": [1]})
+
+
+def test_the_check_for_layers_given_twice_does_not_grow_with_their_square():
+    layers = range(200_000)  # an echo of a hostile client
+    assert LayerPlan(tuple(layers)).layers[-1] == 199_999
+    with pytest.raises(ValueError, match="each layer once, found 199999 twice"):
+        LayerPlan((*layers, 199_999))

@@ -181,6 +181,12 @@ def test_a_restarted_server_plans_as_one_that_went_on():
     assert one.state_dict() == other.state_dict()
 
 
+def test_the_state_keeps_the_order_of_the_clients():
+    one, names = allocator(), [f"client {i}" for i in range(9, 0, -1)]
+    one.plan_round(1, dict.fromkeys(names, L))
+    assert [name for name, _ in one.state_dict()["probes"]] == names
+
+
 def test_an_allocator_takes_ranks_and_bytes_from_the_adapter():
     state = make_state(layers=3, rank=2)
     one = LegendAllocator.of(LegendConfig(), state)

@@ -331,6 +331,13 @@ def test_diem_checks_its_vectors():
         diem(x, x, v_min=0, v_max=1, var=0)
 
 
+def test_a_pair_that_is_no_tensor_is_named():
+    adapter, base, aligned = made(blocks())
+    config = SploraConfig(direction="smallest", reference="pairs")
+    with pytest.raises(TypeError, match=r"pairs\[0\]: expected a tensor in float16"):
+        ediem_scores(adapter, base, aligned, config, pairs=[([1.0], [2.0])])
+
+
 def test_pairs_belong_to_their_reference():
     adapter, base, aligned = made(blocks())
     pairs = [(torch.ones(2, 2), torch.zeros(2, 2))]

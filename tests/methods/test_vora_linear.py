@@ -382,6 +382,14 @@ def test_quantised_layers_run_and_do_not_merge(route: Any, kind: Any) -> None:
         layer.merge(force=True)
 
 
+def test_a_bad_extra_bias_leaves_the_old_one() -> None:
+    layer = make(bias=False)
+    layer.set_extra_bias(torch.ones(OUT))
+    with pytest.raises(AttributeError):
+        layer.set_extra_bias([1.0] * OUT)  # pyright: ignore[reportArgumentType]
+    assert layer.has_extra_bias and torch.equal(layer.extra_bias, torch.ones(OUT))
+
+
 def test_an_extra_bias_goes_with_the_adapter() -> None:
     layer, x = make("all", bias=False), inputs(2, 7)
     plain, extra = layer(x), torch.randn(OUT)

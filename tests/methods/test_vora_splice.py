@@ -75,6 +75,13 @@ def test_the_embedding_never_sees_a_placeholder_or_padding():
     assert [asked.tolist() for asked in embed.asked] == [[4, 19, 3]]
 
 
+def test_images_without_a_placeholder_are_refused_before_the_lookup():
+    embed = Embedding()
+    with pytest.raises(ValueError, match="as many images as placeholders, 0, found 1"):
+        splice_images(torch.tensor([[5, -100]]), embed, [[image(2)]])
+    assert not embed.asked
+
+
 def test_images_that_touch_have_numbers_of_their_own():
     found = splice_images(torch.tensor([[P, P]]), Embedding(), [[image(2), image(1)]])
     assert found.image_ids.tolist() == [[0, 0, 1]]

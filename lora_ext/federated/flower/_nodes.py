@@ -87,8 +87,13 @@ class Nodes:
             return
         holders = [n for n in connected if n != node and self.client(n) == partition]
         if holders:
-            words = "node %d: partition-id %d is that of node %d, which is connected: it goes by "
-            _log.warning(words + "its node id", node, partition, holders[0])
+            _log.warning(
+                "node %d: partition-id %d is that of node %d, which is connected: it goes by its "
+                "node id",
+                node,
+                partition,
+                holders[0],
+            )
             return
         for other in [n for n, client in self._clients.items() if client == partition]:
             del self._clients[other]  # it has left; should it return, it is asked again
@@ -109,7 +114,9 @@ class Nodes:
         return {node: count for node, count in found.items() if count > 0}
 
     def _capability_of(self, node: int, num_layers: int) -> int:
-        where, client, known = "LoraStrategy", self.client(node), self._capability
+        where = "LoraStrategy"
+        client = self.client(node)
+        known = self._capability
         if known is None:
             return min(max(self._says.get(node, num_layers), 0), num_layers)
         if callable(known):

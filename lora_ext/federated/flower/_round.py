@@ -97,8 +97,9 @@ class Round:
             settings = ConfigRecord({**config, **sending.config(), **own})
             content = RecordDict({_records.LORA: record, _records.CONFIG: settings})
             messages.append(Message(content, node, MessageType.TRAIN))
-            self._asked.append(messages[-1].metadata)
-            self._count(node, messages[-1], "down")
+        for message in messages:  # once all of them are made: nothing is counted if one cannot be
+            self._asked.append(message.metadata)
+            self._count(message.metadata.dst_node_id, message, "down")
         return messages
 
     def collect(
@@ -158,13 +159,13 @@ class Round:
         ):
             require(name in kind, where, "records", f"{name!r}", f"{sorted(content)!s:.200}")
         echo = content.config_records[_records.ECHO]
-        number, expected = echo.get("server-round"), f"round {self.number}"
-        require(number == self.number, where, "echo", expected, f"{number!r:.50}")
+        number = echo.get("server-round")
+        require(number == self.number, where, "echo", f"round {self.number}", f"{number!r:.50}")
         try:
-            said: Any = LayerPlan.from_config(echo)
+            echoed = LayerPlan.from_config(echo)
         except (TypeError, ValueError) as error:
-            said = error
-        require(said == plan, where, "echo", plan, f"{said!s:.200}")
+            raise ValueError(f"{where}: echo: expected {plan}, found {error!s:.200}") from None
+        require(echoed == plan, where, "echo", plan, f"{echoed!s:.200}")
         if self.sending.payload == "dense_masked":
             shapes = masked_shapes(self.pairs, self.state)
         else:
@@ -183,8 +184,8 @@ class Round:
         if not message.has_content():
             return
         arrays = message.content.array_records
-        total, full = _records.count_bytes(message.content), self.record.count_bytes()
-        full += total - _records.count_bytes(arrays)
+        total = _records.count_bytes(message.content)
+        full = total - _records.count_bytes(arrays) + self.record.count_bytes()
         # Tensors by themselves: without names and headers of .npy files.
         data = [array.data for record in arrays.values() for array in record.values()]
         frames = total - sum(max(len(d) - 10 - int.from_bytes(d[8:10], "little"), 0) for d in data)

@@ -138,7 +138,8 @@ class LocalGrid(Grid):
     def _answers(self, messages: list[Message], timeout: float | None) -> list[Message]:
         end = None if timeout is None else self._clock() + timeout
         replies: list[Message] = []
-        groups, app = [[message] for message in messages], self._app
+        app = self._app
+        groups = [[message] for message in messages]
         if isinstance(app, BatchedApp):  # all training at once
             train = [m for m in messages if m.metadata.message_type == "train"]
             groups = [[m] for m in messages if m.metadata.message_type != "train"]

@@ -53,7 +53,8 @@ class GatedGroups(LayerGroups):
     def __init__(self, *args: Any):
         super().__init__(*args)
         layers: Any = chain(*self.layers)
-        where, expected = "CopraController: sync='tensor'", "an adapter that its scale switches off"
+        where = "CopraController: sync='tensor'"
+        expected = "an adapter that its scale can switch off"
         for name, layer in zip(chain(*self.names), layers, strict=True):
             require(not layer.use_dora[self.adapter_name], where, name, expected, "DoRA")
         self._placed = [
@@ -90,14 +91,16 @@ class GatedGroups(LayerGroups):
         finally:
             self._masks.write(own)
             for layer, followed in before.items():
-                if gate := _gate_of(layer, self.adapter_name):
+                gate = _gate_of(layer, self.adapter_name)
+                if gate is not None:
                     gate.remove() if followed is None else gate.follow(*followed)
 
 
 def remove_gates(groups: LayerGroups) -> None:
     """Take the gates off the layers of ``groups``, whoever put them there."""
     for layer in chain(*groups.layers):
-        if gate := _gate_of(layer, groups.adapter_name):
+        gate = _gate_of(layer, groups.adapter_name)
+        if gate is not None:
             gate.remove()
 
 

@@ -49,8 +49,9 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
     fits = table.dtype == torch.bool and table.dim() == 2 and table.shape[1] == len(groups)
     found = f"{table.dtype} of shape {tuple(table.shape)}"
     require(fits, "coalitions", "masks", f"bools of shape (K, {len(groups)})", found)
-    fits, found = len(table) and sequences >= 1, f"{len(table)} and {sequences}"
-    require(fits, "coalitions", "masks", "at least one mask and one sequence", found)
+    if not len(table) or sequences < 1:
+        found = f"{len(table)} and {sequences}"
+        raise ValueError(f"coalitions: expected at least one mask and one sequence, found {found}")
     groups.checked(table.all(0))  # what cannot be off as a whole cannot be for some rows either
     with groups.masked(table.any(0)), contextlib.ExitStack() as hooks:
         for names, layers, column in zip(groups.names, groups.layers, table.T, strict=True):
@@ -105,8 +106,11 @@ class _GiveRows:
         self.turns = tokens_first and not hasattr(type(layer), "tokens_first")
         base = layer.get_base_layer()
         #: The fewest dimensions of an input with sequences first.
-        self.dims = base.weight.dim() if hasattr(base, "stride") else 2
-        self.dims = 1 if isinstance(base, nn.Embedding) else self.dims
+        self.dims = 2
+        if isinstance(base, nn.Embedding):
+            self.dims = 1
+        elif hasattr(base, "stride"):
+            self.dims = base.weight.dim()
         self.ours = isinstance(layer, LoraLayer)
 
     def __call__(

@@ -66,13 +66,7 @@ def lmc_barrier(
 
     Source: linear mode connectivity (Frankle et al. 2020), of adapters: arXiv 2410.22911.
     """
-    if isinstance(lambdas, int):
-        integer("lmc_barrier", "lambdas", lambdas, 2)
-        grid = tuple(i / (lambdas - 1) for i in range(lambdas))
-    else:
-        grid = tuple(float(lam) for lam in lambdas)
-    outside = [lam for lam in grid if not 0 <= lam <= 1] or ("none" if not grid else None)
-    require(outside is None, "lmc_barrier", "lambdas", "numbers in [0, 1]", outside)
+    grid = _grid(lambdas)
     ends = LoraAdapter.of(first), LoraAdapter.of(second)
     layers: dict[str, Any] = {}  # by their names in the base model
     for name, layer in adapted_layers(model, adapter).items():
@@ -99,6 +93,17 @@ def lmc_barrier(
     return Barrier(max(rises), grid, tuple(losses[lam] for lam in grid))
 
 
+def _grid(lambdas: int | Sequence[float]) -> tuple[float, ...]:
+    if isinstance(lambdas, int):
+        integer("lmc_barrier", "lambdas", lambdas, 2)
+        return tuple(i / (lambdas - 1) for i in range(lambdas))
+    grid = tuple(float(lam) for lam in lambdas)
+    require(grid, "lmc_barrier", "lambdas", "numbers in [0, 1]", "none")
+    outside = [lam for lam in grid if not 0 <= lam <= 1]
+    require(not outside, "lmc_barrier", "lambdas", "numbers in [0, 1]", outside)
+    return grid
+
+
 def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
     """Refuse a value that is not one of these layers."""
     where = "lmc_barrier"
@@ -106,7 +111,8 @@ def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
         both = name in layers and name in value.modules
         found = f"it in {'the model' if name in layers else 'the adapters'} alone"
         require(both, where, name, "the same modules in model and adapters", found)
-        plain, found = not layers[name].use_dora[adapter], "a magnitude in the model's layer"
+        plain = not layers[name].use_dora[adapter]
+        found = "a magnitude in the model's layer"
         require(plain, where, name, "no DoRA", found, NotImplementedError)
         pairs = adapter_factors(layers[name], adapter), value.modules[name][:2]
         own, new = (f"in {a.flatten(1).shape[1]} and out {b.shape[0]}" for a, b in pairs)

@@ -49,19 +49,14 @@ class CopraController:
         self, model: nn.Module, config: CopraConfig, total_steps: int, adapter: str = "default"
     ):
         found = adapted_layers(model, adapter)
-        where, groups = "CopraController", config.group_by
-        size = groups if isinstance(groups, int) and not isinstance(groups, bool) else None
-        listed = f"of these modules: {', '.join(found)}"
-        fits, kinds = size is None or size >= 1, "'block', 'module' or a number above 0"
-        fits = fits and (size is not None or groups in ("block", "module"))
-        require(fits, where, "group_by", kinds, f"{groups!r} {listed}")
-        divides, expected = len(found) % (size or 1) == 0, f"a number that divides {len(found)}"
-        require(divides, where, "group_by", expected, f"{size} {listed}")
+        where = "CopraController"
+        groups: Any = config.group_by
+        _check_groups(groups, list(found))
         merged = f"{adapter!r} merged into it: it cannot be skipped; unmerge it first"
         for name, layer in found.items():
             apart = adapter not in layer.merged_adapters  # pyright: ignore[reportOperatorIssue]
             require(apart, where, name, "an adapter apart from the base weight", merged)
-        count = len(LayerGroups(model, adapter, groups))  # pyright: ignore[reportArgumentType]
+        count = len(LayerGroups(model, adapter, groups))
         self.config = config
         self.adapter = adapter
         self.schedule = CopraSchedule(config, count, total_steps)
@@ -172,3 +167,14 @@ class CopraController:
     def _check_in_use(self) -> None:
         if self._removed:
             raise RuntimeError("CopraController: expected one that is in use, found a removed one")
+
+
+def _check_groups(group_by: Any, names: list[str]) -> None:
+    listed = f"of these modules: {', '.join(names)}"
+    whole = isinstance(group_by, int) and not isinstance(group_by, bool)
+    fits = group_by >= 1 if whole else group_by in ("block", "module")
+    found = f"{group_by!r} {listed}"
+    require(fits, "CopraController", "group_by", "'block', 'module' or a number above 0", found)
+    divides = not whole or len(names) % group_by == 0
+    expected = f"a number that divides {len(names)}"
+    require(divides, "CopraController", "group_by", expected, found)

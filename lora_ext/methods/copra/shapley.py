@@ -134,7 +134,8 @@ def layer_shapley(
             one by one.
     """
     n, modules = len(controller.layers), set(model.modules())
-    where, other = "layer_shapley", f"a {type(model).__name__} without its layers"
+    where = "layer_shapley"
+    other = f"a {type(model).__name__} without its layers"
     fits = modules.issuperset(chain(*controller.layers.layers))
     require(fits, where, "model", "the controller's", other)
     if method is None:
@@ -215,7 +216,8 @@ def _estimator(
 ) -> _Estimator:
     where = "shapley_values"
     for name, value in (("n", n), ("samples", samples), ("levels", levels)):
-        integer(where, name, 1 if value is None else value, 1)
+        if value is not None:
+            integer(where, name, value, 1)
     if method == "permutation":
         return _permutation(n, samples or _ORDERS, antithetic, generator)
     if method == "owen":

@@ -64,8 +64,10 @@ class HLA:
         levels: Sequence[float] = (1, 2, 3),
     ):
         given = None if weights is None else tuple(checked_weights("HLA", weights).tolist())
-        rounds = prior_rounds, every, hold
-        self._set(FedHelloConfig(pattern, kind, seed, given, *rounds, mix, k, tuple(levels)), L)
+        config = FedHelloConfig(
+            pattern, kind, seed, given, prior_rounds, every, hold, mix, k, tuple(levels)
+        )
+        self._set(config, L)
 
     @classmethod
     def of(cls, config: FedHelloConfig, L: int) -> HLA:
@@ -103,7 +105,8 @@ class HLA:
         Raises:
             ValueError: a round below 0. TypeError: one that is no integer.
         """
-        round, config = integer("HLA", "round", round, 0), self.config
+        round = integer("HLA", "round", round, 0)
+        config = self.config
         due = round >= config.prior_rounds and round % config.every == 0
         return config.kind == "fim" and due
 
@@ -119,8 +122,9 @@ class HLA:
                 Nothing has changed then. TypeError: a round that is no integer.
         """
         round = integer("HLA.update", "round", round, 0)
-        values, L = torch.as_tensor(scores, dtype=torch.float64), self.L
-        require(values.shape == (L,), "HLA.update", "scores", f"shape ({L},)", list(values.shape))
+        values = torch.as_tensor(scores, dtype=torch.float64)
+        fits = values.shape == (self.L,)
+        require(fits, "HLA.update", "scores", f"shape ({self.L},)", list(values.shape))
         self._importance[round] = cluster_weights(values, self.config.k, self.config.levels)
 
     def plan(self, round: int, client: int | str, capability: int) -> LayerPlan:

@@ -191,7 +191,8 @@ class _Fisher:
             for layer in {id(pair.layer): pair.layer for pair in pairs}.values():
                 hooks.enter_context(layer.register_forward_hook(watch, with_kwargs=True))
             scores = _sample_scores(self.model, batch, self.score)
-        n, outputs = len(scores), [output for own in calls.values() for _, output in own]
+        n = len(scores)
+        outputs = [output for own in calls.values() for _, output in own]
         if n and outputs:
             gradients = iter(torch.autograd.grad(scores.sum(), outputs, allow_unused=True))
             seen = {key: [(x, next(gradients)) for x, _ in own] for key, own in calls.items()}
@@ -243,11 +244,13 @@ def _samples(batch: Any) -> Iterator[Any]:
 def _sample_scores(model: nn.Module, batch: Any, score: Score) -> Tensor:
     """``(n,)``: log p(y | x) of each sample, or the logit of y."""
     named = isinstance(batch, Mapping)
-    fits = named or (isinstance(batch, tuple | list) and len(batch) == 2)
-    require(fits, WHERE, "batches", "mappings, or (x, y)", type(batch).__name__)
-    require(not named or "labels" in batch, WHERE, "batches", "labels", [*batch])
-    key: Any = "labels" if named else 1
-    labels = batch[key]
+    if named:
+        require("labels" in batch, WHERE, "batches", "labels", list(batch))
+        labels = batch["labels"]
+    else:
+        pair = isinstance(batch, tuple | list) and len(batch) == 2
+        require(pair, WHERE, "batches", "mappings, or (x, y)", type(batch).__name__)
+        labels = batch[1]
     inputs, segments = merged([batch], WHERE)
     if not segments[0].rows:
         return torch.zeros(0)
@@ -258,7 +261,8 @@ def _sample_scores(model: nn.Module, batch: Any, score: Score) -> Tensor:
         labels = shift_labels(labels)
     expected, found = list(logits.shape[:-1]), list(labels.shape)
     require(found == expected, WHERE, "labels", f"shape {expected}", found)
-    known, classes = labels != IGNORE, logits.shape[-1]
+    known = labels != IGNORE
+    classes = logits.shape[-1]
     inside = bool(((labels >= 0) & (labels < classes) | ~known).all())
     require(inside, WHERE, "labels", f"classes below {classes}, or {IGNORE}", "others")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -142,14 +142,14 @@ class LegendAllocator:
         """
         tracker, config = self.tracker, self.config
         awake = {c: limit for c, limit in clients.items() if not tracker.rests(c, round)}
-        if config.warmup == "prior":
-            for c in awake:
+        new: list[Client] = []  # in the order of the clients, which the state keeps
+        for c in awake:
+            if config.warmup == "prior":
                 require(c in tracker, WHERE, "prior", f"speeds of {c!r}", "none")
-            new = set[Client]()
-        else:
-            new = {c for c in awake if c not in tracker or self._probes[c] < 2}
-        depths = {c: self._probe(c, limit) for c, limit in awake.items() if c in new}
-        known = {c: limit for c, limit in awake.items() if c not in new}
+            elif c not in tracker or self._probes[c] < 2:
+                new.append(c)
+        depths = {c: self._probe(c, awake[c]) for c in new}
+        known = {c: limit for c, limit in awake.items() if c not in depths}
         chosen = self._configured(round, known) if known else {}
         self._probes.update(new)
         self._depths |= chosen
@@ -213,10 +213,12 @@ class LegendAllocator:
 
     def _probe(self, client: Client, limit: int) -> int:
         """Return all layers first, then half of them; the least depth after faults."""
+        least = self.config.k_min
         most = self.configurator.deepest(client, limit)  # raises if the device cannot take part
+        if not self.tracker.trusted(client):
+            return least
         wanted = self.L if self._probes[client] % 2 == 0 else -(-self.L // 2)
-        trusted = self.tracker.trusted(client)
-        return max(self.config.k_min, min(wanted, most) if trusted else 0)
+        return max(least, min(wanted, most))
 
     def _configured(self, round: int, limits: Mapping[Client, int]) -> dict[Client, int]:
         """Depths of devices that have an estimate."""

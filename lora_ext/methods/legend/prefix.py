@@ -87,7 +87,8 @@ class PrefixCache:
             yield
             return
         # Activations may depend on nothing but their sample.
-        manager, blocks = self.manager, [f"{name}." for name in self.manager.blocks]
+        manager = self.manager
+        blocks = [f"{name}." for name in self.manager.blocks]
         below, above = tuple(blocks[:lowest]), tuple(blocks[lowest:])
         expected = "no adapter below the layers that train: apply(plan, others='disabled')"
         for name, layer in adapted_layers(manager.model, manager.adapter).items():
@@ -113,12 +114,16 @@ class PrefixCache:
 
     def _lowest(self) -> int:
         """Return the number of blocks below the lowest that trains."""
-        manager, lowest = self.manager, self.manager.num_layers
-        for name, layer in adapted_layers(manager.model, manager.adapter).items():
-            if any(p.requires_grad for p in adapter_parameters(layer, manager.adapter)):
-                inside = (f"{name}.".startswith(f"{block}.") for block in manager.blocks)
-                lowest = min([lowest, *(i for i, holds in enumerate(inside) if holds)])
-        return lowest
+        manager = self.manager
+        trained = [
+            f"{name}."
+            for name, layer in adapted_layers(manager.model, manager.adapter).items()
+            if any(p.requires_grad for p in adapter_parameters(layer, manager.adapter))
+        ]
+        for index, block in enumerate(manager.blocks):
+            if any(name.startswith(f"{block}.") for name in trained):
+                return index
+        return manager.num_layers
 
     @contextlib.contextmanager
     def _skipping(self, rows: Tensor) -> Iterator[None]:

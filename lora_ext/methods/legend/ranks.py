@@ -56,9 +56,11 @@ def rank_distribution(
         rounding and its other shapes are our choice.
     """
     where = "rank_distribution"
-    L, total = integer(where, "L", L, 1), integer(where, "total", total, 0)
-    r_min, multiple = integer(where, "r_min", r_min, 0), integer(where, "multiple", multiple, 1)
+    L = integer(where, "L", L, 1)
+    total = integer(where, "total", total, 0)
+    r_min = integer(where, "r_min", r_min, 0)
     r_max = None if r_max is None else integer(where, "r_max", r_max, 0)
+    multiple = integer(where, "multiple", multiple, 1)
     choice(where, "shape", shape, get_args(Shape))
     number(where, "step", step)
     rises = step >= 0 or shape in ("uniform", "geometric")

@@ -70,17 +70,20 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     lm = causal_lm(model, "apply")
     from ._output import ADDED  # it needs transformers, as the model does
 
-    where, remedy = "apply", "one with MoD; call mod.remove(model) first"
+    where = "apply"
+    remedy = "one with MoD; call mod.remove(model) first"
     new = Ensemble.KEY not in lm.__dict__
     require(new, where, "model", "a model without MoD", remedy, RuntimeError)
     require(not hasattr(lm, NAME), where, "model", f"no attribute {NAME!r}", "one")
-    blocks, softcap = decoder_layers(lm), softcap_of(lm)
+    blocks = decoder_layers(lm)
+    softcap = softcap_of(lm)
     stack = list(blocks)
     fits = config.k <= len(stack)
     require(fits, where, "k", f"at most the model's {len(stack)} layers", config.k)
     exact = config.backend != "hidden" or softcap is None or config.k <= 1
     expected = f"'auto' or 'chunked' for a head that soft-caps its logits at {softcap}"
-    require(exact, where, "backend", expected, "'hidden'", InexactMixError)
+    found = "'hidden': a mix of hidden states is no mix of such logits"
+    require(exact, where, "backend", expected, found, InexactMixError)
     decoder = next(module for module in lm.modules() if blocks in module.children())
     norm = _final_norm(decoder, lm)
     # OPT-350m, for one, has a head that sees something else than normed hidden states.

@@ -143,13 +143,20 @@ def distillation(config: ModConfig, layers: Layers, to: Targets) -> Tensor:
     """Divergence of the late layers from the last, ``tau^2 KL``, a mean over both layers and
     positions; the last layer is not moved by it."""
     head, weight, bias, normed = layers
-    how = config.tau, config.vocab_chunk, to.mask, head.softcap
-    return ops.chunked_kl(normed, weight, bias, *how) * to.share
+    mean = ops.chunked_kl(
+        normed, weight, bias, config.tau, config.vocab_chunk, to.mask, head.softcap
+    )
+    return mean * to.share
 
 
 def layer_losses(config: ModConfig, layers: Layers, to: Targets) -> Tensor:
     """Return the mean cross entropy of each layer's own prediction, ``(k,)``, by the targets'
     labels; no logits of the whole vocabulary are held."""
     head, weight, bias, normed = layers
-    how = to.labels, config.vocab_chunk, IGNORE, head.softcap
-    return torch.stack([ops.chunked_cross_entropy(n, weight, bias, *how) for n in normed])
+    losses = [
+        ops.chunked_cross_entropy(
+            n, weight, bias, to.labels, config.vocab_chunk, IGNORE, head.softcap
+        )
+        for n in normed
+    ]
+    return torch.stack(losses)

@@ -77,7 +77,8 @@ class ModConfig:
         require(fits, "ModConfig", "final_mass", "a number in (0, 1)", self.final_mass)
         exact = self.mix != "prob" or self.backend != "hidden" or self.k <= 1
         expected = "'auto' or 'chunked' with mix='prob'"
-        require(exact, "ModConfig", "backend", expected, "'hidden'", InexactMixError)
+        found = "'hidden': a mix of hidden states is no mix of probabilities"
+        require(exact, "ModConfig", "backend", expected, found, InexactMixError)
 
     def _weights(self, where: str, name: str, given: Any) -> tuple[float, ...] | None:
         if self.router != "fixed":

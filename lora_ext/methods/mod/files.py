@@ -129,7 +129,9 @@ def _read_config(path: Path) -> ModConfig:
     data: Any = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config"}:
         raise ValueError(f"{path}: expected version and config, found {data!r:.200}")
-    where, version, config = str(path), data["version"], data["config"]
+    where = str(path)
+    version = data["version"]
+    config = data["config"]
     require(version == _VERSION, where, "version", _VERSION, f"{version!r:.80}")
     known = {field.name for field in dataclasses.fields(ModConfig)}
     fits = isinstance(config, dict) and config.keys() <= known

@@ -100,7 +100,8 @@ class DepthMixer(nn.Module):
         parts: list[Tensor] = []
         for start in range(0, len(hiddens), _MOST):
             part = slice(start, start + _MOST)
-            own, shift = (hiddens[part], gammas[part], weights[..., part]), betas and betas[part]
+            own = hiddens[part], gammas[part], weights[..., part]
+            shift = None if betas is None else betas[part]
             parts.append(ops.depth_mix(*own, eps, shift, kind))
         return (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)), weights
 
@@ -130,7 +131,7 @@ class DepthMixer(nn.Module):
 
     def _normed(self, hidden: Tensor, place: int) -> Tensor:
         gammas, betas = self._affine()
-        shift = betas and [betas[place]]
+        shift = None if betas is None else [betas[place]]
         one = hidden.new_ones(1).expand(*hidden.shape[:-1], 1)
         return ops.depth_mix([hidden], [gammas[place]], one, self.form.eps, shift, self.form.kind)
 

@@ -96,8 +96,9 @@ class MtpcConfig:
             "draft_alpha": within(above=0),
         }
         check_fields(self, table)
-        sizes = self.n_token, self.rank, self.kind, self.emission, self.adapter_rank
-        check_structure("MtpcConfig", *sizes)
+        check_structure(
+            "MtpcConfig", self.n_token, self.rank, self.kind, self.emission, self.adapter_rank
+        )
         fits = self.chain == 1 or (self.chain > 1 and self.bridge > 0)
         require(fits, "MtpcConfig", "chain", "1, or more with a bridge", self.chain)
 

@@ -85,7 +85,8 @@ class Constrained:
         some = bool(self._free.any())
         free = decoder.draft(hidden, pending, uniforms).tokens if some else None
         if decoder.bridge is None or pending is None:
-            every, circuit = Shortlist(None, head.vocab_size), decoder.circuit(hidden, pending)
+            every = Shortlist(None, head.vocab_size)
+            circuit = decoder.circuit(hidden, pending)
             return DraftedWindow.joined([self._drawn(every, circuit, uniforms, pending, free)])
         parts, state, before = [], hidden, pending[:, None]
         for j, numbers in enumerate(uniforms.split(head.n_token, 1)):
@@ -207,8 +208,9 @@ def _check(plan: Plan | MatchedPlan, request: Request, vocab_size: int) -> None:
     constraint, size, ends = plan.constraint, plan.constraint.vocab_size, sorted(request.ends)
     require(size == vocab_size, _WHERE, "constraint", f"the model's vocabulary, {vocab_size}", size)
     require(request.stops is None, _WHERE, "stop_strings", "none beside a constraint", "some")
-    expected, own = f"those of the constraint, {list(constraint.eos)}", request.ends
-    require({*constraint.eos} <= own, _WHERE, "eos_token_id", f"{expected}, to end a row", ends)
-    inside = any(constraint.reads(token) for token in own - {*constraint.eos})
+    eos = set(constraint.eos)
+    expected = f"those of the constraint, {list(constraint.eos)}, to end a row"
+    require(eos <= request.ends, _WHERE, "eos_token_id", expected, ends)
+    inside = any(constraint.reads(token) for token in request.ends - eos)
     expected = "no token that the constraint has inside a text"
     require(not inside, _WHERE, "eos_token_id", expected, ends)

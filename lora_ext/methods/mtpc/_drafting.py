@@ -115,7 +115,7 @@ class DraftedWindow(NamedTuple):
         return cls(Circuit(none, None, None), tokens, none, none)
 
     @classmethod
-    def joined(cls, parts: list[tuple[Tensor, ...]]) -> DraftedWindow:
+    def joined(cls, parts: list[tuple[Tensor, Tensor, Tensor]]) -> DraftedWindow:
         """Windows one behind the other, as one of one component: of each the tokens ``(B, n)``,
         their log-probabilities, and the logarithms of the laws that they are of, ``(B, n, V)``."""
         tokens, conditional, law = (torch.cat(part, 1) for part in zip(*parts, strict=True))
@@ -167,7 +167,8 @@ class Steps:
         """
         if self.bridge is not None and pending is not None:
             return self._draft_behind(hidden, pending, uniforms)
-        circuit, kind = self.circuit(hidden, pending), self.head.kind
+        circuit = self.circuit(hidden, pending)
+        kind = self.head.kind
         evidence = None
         if pending is not None:
             evidence = pending.new_full((len(pending), self.head.n_token), -1)
@@ -193,8 +194,11 @@ class Steps:
         """Draw all windows behind a token, as one window of one component: the mixture, position by
         position. A greedy draft takes the likeliest token after those before it at every position,
         as the verifier does; the likeliest window is another."""
-        head, kind, listed = self.head, self.head.kind, self.head.listed
-        parts: list[tuple[Tensor, ...]] = []
+        head = self.head
+        kind = self.head.kind
+        listed = self.head.listed
+        greedy: list[Tensor] = []
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
         state, before = hidden, token[:, None]
         for j in range(self.chain):
             state = self.behind(state, before)
@@ -206,7 +210,7 @@ class Steps:
                     law = ops.circuit_conditional_dist(kind, *circuit, places, at)  # (B, L)
                     places[:, k] = law.argmax(-1)
                 before = listed.tokens(places)
-                parts.append((before,))
+                greedy.append(before)
                 continue
             numbers = uniforms[:, j * head.n_token : (j + 1) * head.n_token]
             places, conditional, posterior = ops.circuit_sample(kind, *circuit, numbers)
@@ -215,7 +219,7 @@ class Steps:
             before = listed.tokens(places)
             parts.append((before, conditional, listed.widen(law)))
         if self.mode == "greedy":
-            return DraftedWindow.greedy(torch.cat([tokens for (tokens,) in parts], 1))
+            return DraftedWindow.greedy(torch.cat(greedy, 1))
         return DraftedWindow.joined(parts)
 
     def behind(self, state: Tensor, tokens: Tensor) -> Tensor:
@@ -242,17 +246,21 @@ class Steps:
         evidence = None if pending is None else torch.ones_like(pending)
         if self.mode == "greedy":  # the op reads neither probability nor leaf: any will do
             unused = target.new_zeros(draft.tokens.shape, dtype=accumulator(target.dtype))
-            numbers, temperature = [target, unused, unused[..., None], target[:, :-1, None]], 0.0
-        else:
-            temperature = self.temperature
-            if self.top_p < 1:
-                wide = target.to(accumulator(target.dtype))
-                target, temperature = nucleus(wide / temperature, self.top_p), 1.0
-            numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
-            if any(t.dtype == torch.float64 for t in numbers):  # the op takes it on both sides only
-                numbers = [t.double() for t in numbers]
-        target, *law = numbers
-        return ops.spec_verify(target, draft.tokens, *law, uniforms, evidence, temperature)
+            leaf = target[:, :-1, None]
+            return ops.spec_verify(
+                target, draft.tokens, unused, unused[..., None], leaf, uniforms, evidence, 0.0
+            )
+        temperature = self.temperature
+        if self.top_p < 1:
+            wide = target.to(accumulator(target.dtype))
+            target, temperature = nucleus(wide / temperature, self.top_p), 1.0
+        numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
+        if any(t.dtype == torch.float64 for t in numbers):  # the op takes it on both sides only
+            numbers = [t.double() for t in numbers]
+        target, conditional, posterior, leaf = numbers
+        return ops.spec_verify(
+            target, draft.tokens, conditional, posterior, leaf, uniforms, evidence, temperature
+        )
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -207,7 +207,8 @@ class SumWeights(nn.Module):
         self, kind: str, sizes: LeafSizes, contextual: bool, shared: bool, stays: bool, **how: Any
     ):
         super().__init__()
-        self.init_identity, c, d = stays, sizes.rank, sizes.hidden_size
+        c, d = sizes.rank, sizes.hidden_size
+        self.init_identity = stays
         self.num_transitions = num_transitions(kind, sizes.n_token)
 
         def parameter(*shape: int) -> nn.Parameter:

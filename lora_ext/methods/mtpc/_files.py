@@ -56,10 +56,14 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
     data = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config", "shortlist"}:
         raise ValueError(f"{path}: expected version, config and shortlist, found {data!r:.200}")
-    where, version, found, ids = str(path), data["version"], data["config"], data["shortlist"]
+    where = str(path)
+    version = data["version"]
+    found = data["config"]
+    ids = data["shortlist"]
     require(version == _VERSION, where, "version", _VERSION, f"{version!r:.80}")
-    fits = isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
-    require(ids is None or fits, where, "shortlist", "token ids or null", f"{ids!r:.80}")
+    if ids is not None:
+        fits = isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
+        require(fits, where, "shortlist", "token ids or null", f"{ids!r:.80}")
     require(isinstance(found, dict), where, "config", "an object", f"{found!r:.80}")
     known = [field.name for field in dataclasses.fields(MtpcConfig)]
     for name in found:
@@ -95,8 +99,10 @@ class DraftFile:
             tail = {k: v for k, v in file.infos.items() if k.startswith(_FACTORS)}
             bridge = {k: v for k, v in file.infos.items() if k.startswith(_BRIDGE)}
             head = {k: v for k, v in file.infos.items() if k not in tail | bridge}
-            parts = {"head": head, "bridge": bridge, "tail": tail}
-            self.dtypes = {k: self._dtype(k, v) for k, v in parts.items() if v or v is head}
+            self.dtypes = {"head": self._dtype("head", head)}
+            for part, infos in (("bridge", bridge), ("tail", tail)):
+                if infos:
+                    self.dtypes[part] = self._dtype(part, infos)
             wanted = self._head_shapes(config, shortlist, *shape)
             found = {k: info.shape for k, info in (head | bridge).items()}
             if config.emission == "adapter":
@@ -107,10 +113,10 @@ class DraftFile:
                 raise ValueError(f"{file.where}: expected {expected}, found {len(tail)} tensors")
             if tail:
                 # Memory for the tail is taken layer by layer, all of this rank.
-                first, name = config.draft_rank, f"{_FACTORS}0"
-                size = tail[name].shape if name in tail else None
-                fits = size is not None and size[:1] == (first,)
-                require(fits, file.where, name, f"rank {first}", size)
+                rank, first = config.draft_rank, f"{_FACTORS}0"
+                shape_found = tail[first].shape if first in tail else None
+                fits = shape_found is not None and shape_found[:1] == (rank,)
+                require(fits, file.where, first, f"rank {rank}", shape_found)
         except BaseException:
             file.close()
             raise

@@ -83,7 +83,8 @@ def read_request(
     own = getattr(model, "generation_config", None)
     for name in _PENALTIES if config is None else ():
         value = getattr(own, name, None)
-        neutral, expected = _NEUTRAL.get(name), f"a generation_config without {name}"
+        neutral = _NEUTRAL.get(name)
+        expected = f"a generation_config without {name}"
         found = f"{value!r:.80} (pass generation_config=GenerationConfig() to decode without it)"
         require(value in (None, neutral), _WHERE, "model", expected, found)
     budget = asked.get("max_new_tokens")
@@ -91,6 +92,7 @@ def read_request(
         budget = asked["max_length"] - input_ids.shape[-1]
     found = "none, here or in generation_config" if budget is None else budget
     require(budget is not None and budget >= 1, _WHERE, "max_new_tokens", "at least 1", found)
+    assert budget is not None
     eos = asked.get("eos_token_id", getattr(own, "eos_token_id", None))
     ends = [] if eos is None else [eos] if isinstance(eos, int) else [int(e) for e in eos]
     pad = asked.get("pad_token_id", getattr(own, "pad_token_id", None))
@@ -101,7 +103,7 @@ def read_request(
         law["mode"] = "sample" if asked["do_sample"] else "greedy"
     strings = asked.get("stop_strings")
     stops = None if strings is None else _stop_rule(strings, tokenizer)
-    return Request(budget or 0, frozenset(ends), pad, stops, row_seeds(seed, len(input_ids)), law)
+    return Request(budget, frozenset(ends), pad, stops, row_seeds(seed, len(input_ids)), law)
 
 
 def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
@@ -116,8 +118,8 @@ def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
         raise TypeError(
             f"{_WHERE}: seed: expected None, an integer or {batch} of them, found {seed!r:.80}"
         ) from None
-    wrong = [s for s in seeds if not 0 <= s < 2**64]
-    require(not wrong, _WHERE, "seed", "0 to 2^64 - 1", wrong[:1])
+    for each in seeds:
+        require(0 <= each < 2**64, _WHERE, "seed", "0 to 2^64 - 1", each)
     if one:
         generator = torch.Generator().manual_seed(seeds[0])
         return torch.randint(2**63 - 1, (batch,), generator=generator).tolist()

@@ -151,17 +151,18 @@ class Trunk:
 
 
 def _check(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
-    where, config, shape = "SpeculativeDecoder", model.config, tuple(input_ids.shape)
-    fits, name = len(shape) == 2 and 0 not in shape, "attention_mask"
-    fits = fits and not input_ids.is_floating_point()
+    where = "SpeculativeDecoder"
+    config = model.config
+    shape = tuple(input_ids.shape)
+    fits = len(shape) == 2 and 0 not in shape and not input_ids.is_floating_point()
     require(fits, where, "input_ids", "integers of shape (B, S)", f"{shape} {input_ids.dtype}")
     found = tuple(attention_mask.shape)
-    require(found == shape, where, name, f"shape {shape}", found)
+    require(found == shape, where, "attention_mask", f"shape {shape}", found)
     mask = attention_mask.bool()
     fits = bool(mask[:, -1].all()) and not bool((mask[:, :-1] & ~mask[:, 1:]).any())
-    require(fits, where, name, "prompts padded on the left", "zeros after a token")
-    alibi, kind = getattr(getattr(config, "attn_config", None), "alibi", False), config.model_type
-    found = f"ALiBi that counts the cache's slots ({kind})"
+    require(fits, where, "attention_mask", "prompts padded on the left", "zeros after a token")
+    alibi = getattr(getattr(config, "attn_config", None), "alibi", False)
+    found = f"ALiBi that counts the cache's slots ({config.model_type})"
     require(not alibi, where, "model", "attention by positions", found)
     kinds = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None)

@@ -33,7 +33,7 @@ from lora_ext.rows import Names, generation_scope, of_call, pool_of, prompt_know
 
 from ._constrained import Constrained
 from ._drafting import Mode, Steps, TokenBridge
-from ._request import GeneratedRows, read_request
+from ._request import GeneratedRows, Request, read_request
 from ._trunk import Trunk
 from .layers import CircuitHead
 from .tail import DraftTail
@@ -128,7 +128,8 @@ class SpeculativeDecoder(Steps):
         expected = f"vocabulary and width {shape} as in the model's LM head"
         require(found == shape, where, "head", expected, found)
         if self.bridge is not None:
-            width, behind = self.bridge.hidden_size, self.window == "condition"
+            width = self.bridge.hidden_size
+            behind = self.window == "condition"
             require(width == shape[1], where, "bridge", f"width {shape[1]} as in the model", width)
             require(behind, where, "window", "'condition' with a bridge", repr(self.window))
         choice(where, "mode", self.mode, get_args(Mode))
@@ -187,35 +188,45 @@ class SpeculativeDecoder(Steps):
                 model's own ``generation_config`` is asked for penalties too, where the call gives
                 none. TypeError: an argument that is no setting.
         """
-        settings |= {"max_new_tokens": max_new_tokens, "stop_strings": stop_strings}
-        settings |= {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        settings |= {
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "stop_strings": stop_strings,
+        }
+        # Before a slot of the pool is taken for the call.
+        request = read_request(self.model, input_ids, seed, generation_config, tokenizer, settings)
+        decoder = self
+        if request.law:
+            decoder = copy.copy(self)  # with what a subclass keeps besides
+            vars(decoder).update(request.law)
+            decoder.__post_init__()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with contextlib.ExitStack() as stack:
             if adapter_names is not None:
                 stack.enter_context(of_call(adapter_names, pool=pool_of(self.model)))
             stack.enter_context(generation_scope())
-            how = seed, generation_config, tokenizer, settings
-            return self._decode(input_ids, mask, streamer, *how)
+            return decoder._decode(request, input_ids, mask, streamer)
 
-    def _decode(self, prompts: Tensor, mask: Tensor, streamer: Any, *how: Any) -> Generation:
-        request = read_request(self.model, prompts, *how)
-        decoder = self._under(request.law) if request.law else self
+    def _decode(self, request: Request, prompts: Tensor, mask: Tensor, streamer: Any) -> Generation:
         prompt_known(prompts)
         control = None
         if self.constraint is not None:
-            control = Constrained(decoder, request, len(prompts))
+            control = Constrained(self, request, len(prompts))
         rows = GeneratedRows(prompts, request, streamer)
         trunk = Trunk(self.model, self.tail, prompts, mask, request.budget)
         if streamer is not None:
             streamer.put(prompts.cpu())
-        n, passes, behind = self.drafted, 0, 0 if self.bridge is None else 1
+        n = self.drafted
+        behind = 0 if self.bridge is None else 1  # tokens that are fed before a window
+        passes = 0
         generators = [torch.Generator().manual_seed(s) for s in request.seeds]
         first, hidden = trunk.first_logits, trunk.first_hidden
         pending: Tensor | None = None  # (B,) tokens that are decided and not yet fed
         stay = rows.live
         if behind:
             law = first if control is None else control.first(first)
-            pending = decoder.first_token(law, decoder.uniforms(generators, law.device)[:, -1])
+            pending = self.first_token(law, self.uniforms(generators, law.device)[:, -1])
             if control is not None:
                 control.start(pending)
             stay = rows.start(pending)
@@ -232,8 +243,8 @@ class SpeculativeDecoder(Steps):
                 trunk.keep(torch.ones_like(pending), 1)
                 first, hidden, pending = logits[:, 0], states[:, 0], None
                 passes += 1
-            uniforms = decoder.uniforms([generators[row] for row in rows.live], hidden.device)
-            make = decoder.draft if control is None else control.drafted
+            uniforms = self.uniforms([generators[row] for row in rows.live], hidden.device)
+            make = self.draft if control is None else control.drafted
             draft = make(hidden, pending, uniforms[:, : 2 * n].unflatten(1, (n, 2)))
             tokens = draft.tokens if control is None else control.with_forced(draft.tokens)
             if behind and pending is not None:
@@ -247,21 +258,16 @@ class SpeculativeDecoder(Steps):
                 given = pending
             if control is not None:
                 target = control.target(target)
-            accepted, token = decoder.verify(draft, target, given, uniforms[:, 2 * n :])
+            accepted, token = self.verify(draft, target, given, uniforms[:, 2 * n :])
             if control is not None:
                 accepted = control.take(accepted, token)
             stay = rows.take(tokens, accepted, token, 0 if given is None else 1)
             # With a bridge the pending token was fed, and always stays.
             trunk.keep(accepted + behind, behind + tokens.shape[1])
             hidden = states[torch.arange(len(accepted), device=states.device), accepted]
-            pending, passes = token, passes + 1
-        padded = pad_sequence([torch.tensor(t) for t in rows.tokens], True, request.pad)
+            pending = token
+            passes += 1
+        new = [torch.tensor(tokens, dtype=torch.int64) for tokens in rows.tokens]
+        padded = pad_sequence(new, batch_first=True, padding_value=request.pad)
         found = torch.cat([prompts, padded.to(prompts.device)], 1)
         return Generation(found, rows.calls, rows.accepted, rows.emitted, passes, request.seeds)
-
-    def _under(self, law: dict[str, Any]) -> SpeculativeDecoder:
-        """Return a copy with other settings, checked as they are in a new decoder."""
-        changed = copy.copy(self)  # with what a subclass keeps besides
-        vars(changed).update(law)
-        changed.__post_init__()
-        return changed

@@ -63,16 +63,18 @@ def _rename(keys: Any, _head: Any, state_dict: dict[str, Any], prefix: str, *_: 
 def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> None:
     """Refuse leaves that the device has no memory for, and say what would be smaller."""
     free = free_bytes(options["device"])
+    if free is None:
+        return
     leaves = EMISSIONS[emission](sizes, **{**options, "device": "meta"})
     wanted = sum(t.nbytes for t in (*leaves.parameters(), *leaves.buffers()))
-    if free is not None:
-        k, c, num_leaves, width, _ = sizes
-        expected = f"leaves that fit into the {free / 1e9:.1f} GB that are free; "
-        expected += "" if emission == "adapter" else 'emission="adapter", '
-        expected += "a shortlist or a smaller n_token and rank take less"
-        found = f"{emission!r} of {k} positions x {c} components x {num_leaves} tokens x width "
-        found += f"{width}, which take {wanted / 1e9:.1f} GB"
-        require(wanted <= free, "CircuitHead", "emission", expected, found)
+    k, c, num_leaves, width, _ = sizes
+    smaller = "a shortlist or a smaller n_token and rank"
+    if emission != "adapter":
+        smaller = f'emission="adapter", {smaller}'
+    expected = f"leaves that fit into the {free / 1e9:.1f} GB that are free; {smaller} take less"
+    size = f"{k} positions x {c} components x {num_leaves} tokens x width {width}"
+    found = f"{emission!r} of {size}, which take {wanted / 1e9:.1f} GB"
+    require(wanted <= free, "CircuitHead", "emission", expected, found)
 
 
 class CircuitHead(nn.Module):
@@ -163,8 +165,7 @@ class CircuitHead(nn.Module):
         sizes = LeafSizes(n_token, rank, self.num_leaves, hidden_size, adapter_rank)
         _check_room(emission, sizes, **options)  # before they take any memory
         self.leaves = EMISSIONS[emission](sizes, **options)
-        how = contextual, share_transitions, init_identity
-        self.sums = SumWeights(kind, sizes, *how, **options)
+        self.sums = SumWeights(kind, sizes, contextual, share_transitions, init_identity, **options)
         # A state dict has the parts' parameters under the head's own names.
         self.register_state_dict_post_hook(partial(_rename, _FLAT))
         self.register_load_state_dict_pre_hook(partial(_rename, _NESTED))
@@ -209,7 +210,8 @@ class CircuitHead(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        where, shape = "CircuitHead.init_from_lm_head", (self.vocab_size, self.hidden_size)
+        where = "CircuitHead.init_from_lm_head"
+        shape = (self.vocab_size, self.hidden_size)
         require(num_blocks >= 1, where, "num_blocks", "at least 1", num_blocks)
         require_shape(where, "weight", weight, "(V, D)", (num_blocks * shape[0], shape[1]))
         blocks = weight.detach().unflatten(0, (num_blocks, self.vocab_size))
@@ -272,10 +274,12 @@ class CircuitHead(nn.Module):
         rows, tokens = self.rows(h), self.tokens(h, x)
         shape, k = h.shape[:-1], torch.as_tensor(k, device=h.device)
         require(k.dtype == torch.int64, "CircuitHead", "k", "int64", k.dtype, TypeError)
-        fits, expected = k.shape in ((), shape), f"one position or shape {tuple(shape)}"
+        fits = k.shape in ((), shape)
+        expected = f"one position or shape {tuple(shape)}"
         require(fits, "CircuitHead", "k", expected, tuple(k.shape))
         k = k.expand(shape).reshape(-1)
-        if looked_at(k) and bool((wrong := (k < 0) | (k >= self.n_token)).any()):
+        wrong = (k < 0) | (k >= self.n_token)
+        if looked_at(k) and bool(wrong.any()):
             expected, found = f"positions in [0, {self.n_token})", int(k[wrong][0])
             raise ValueError(f"CircuitHead: k: expected {expected}, found {found}")
         dist = ops.circuit_conditional_dist(self.kind, *self.circuit(rows), tokens, k)

@@ -41,7 +41,8 @@ class DraftTail(nn.Module):
     def __init__(self, model: Any, num_layers: int, rank: int = 16, alpha: float = 16.0):
         super().__init__()
         stack = decoder_layers(model)
-        fits, count = 1 <= num_layers <= len(stack), f"1 to {len(stack)}"
+        fits = 1 <= num_layers <= len(stack)
+        count = f"1 to {len(stack)}"
         require(fits, "DraftTail", "num_layers", count, num_layers)
         found = "an attached one; detach it, or draft with a head alone (draft_layers=0)"
         require(pool_of(model) is None, "DraftTail", "model", "a model that is not attached", found)

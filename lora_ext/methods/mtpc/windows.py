@@ -153,10 +153,11 @@ def window_loss(
 def _divergence(head: CircuitHead, h: Tensor, windows: Tensor, teacher: Tensor | None) -> Tensor:
     """``sum_b KL(p_k || q(. | x_<k, h))`` over the targets counted at k, ``(K,)``; arguments and
     errors as in :func:`window_loss`."""
-    shape, found = (*windows.shape, head.vocab_size), teacher is not None and tuple(teacher.shape)
-    expected = f"shape {shape} with beta > 0"
-    require(found == shape, "window_loss", "teacher_logits", expected, found or "none")
-    assert teacher is not None
+    shape = (*windows.shape, head.vocab_size)
+    if teacher is None or tuple(teacher.shape) != shape:
+        found = "none" if teacher is None else tuple(teacher.shape)
+        expected = f"shape {shape} with beta > 0"
+        raise ValueError(f"window_loss: teacher_logits: expected {expected}, found {found}")
     if windows.numel() == 0:
         return teacher.new_zeros(head.n_token)
     if windows.dim() > 2:  # windows of a teacher share memory, which flattening would undo

@@ -38,8 +38,10 @@ def solve(instance: HashInstance | str) -> str:
     if match["hops"] is not None:
         place = start
         for _ in range(int(match["hops"])):
-            following = successors.get(place, [place])  # the end of the chain stays the answer
-            require(len(following) == 1, "solve", "prompt", f"one way on from {place}", following)
+            following = successors.get(place, [])
+            require(len(following) <= 1, "solve", "prompt", f"one way on from {place}", following)
+            if not following:
+                break  # the end of the chain stays the answer
             (place,) = following
         return place
     level, seen = [start], {start}

@@ -123,6 +123,7 @@ def rank_sweep(
         )
         wrap(model, config)
         train(model, task)
-        found = score(model, task), rank_report(model, **report)
-        points.append(SweepPoint(rank, config.lora_alpha, last_n, *found))
+        found = score(model, task)
+        measured = rank_report(model, **report)
+        points.append(SweepPoint(rank, config.lora_alpha, last_n, found, measured))
     return points

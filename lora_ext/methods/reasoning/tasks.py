@@ -62,7 +62,8 @@ class _Task(Dataset[HashInstance]):
     def __getitem__(self, index: int) -> HashInstance:
         """The instance; an index below 0 counts from the end."""
         place = index + self.num_samples if index < 0 else index
-        fits, where = 0 <= place < self.num_samples, type(self).__name__
+        where = type(self).__name__
+        fits = 0 <= place < self.num_samples
         require(fits, where, "index", f"one of {self.num_samples} instances", index, IndexError)
         return self._make(random.Random(f"{where} {self.seed} {place}"))
 
@@ -176,8 +177,9 @@ class HashChain(_Task):
             require(len(lengths) >= 2, "HashChain", "chains", "two distinct lengths", chains)
             largest = max(self._longest(lengths, shortest) for shortest in lengths[:-1])
         else:
-            enough, used = num_chains <= len(chains), chains[:num_chains]
+            enough = num_chains <= len(chains)
             require(enough, "HashChain", "num_chains", f"at most {len(chains)} lengths", num_chains)
+            used = chains[:num_chains]
             unique = used.count(min(used)) == 1
             require(unique, "HashChain", "chains", "one shortest among those used", used)
             largest = sum(used)

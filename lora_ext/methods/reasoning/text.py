@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lora_ext._checks import choice, require
 from lora_ext._torch import evaluating
@@ -181,10 +180,14 @@ def _answer_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
 
 def _pad_id(tokenizer: Any) -> int:
     """Padding is masked, so any id does for a tokenizer that has none."""
-    found = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-    return next((token for token in found if token is not None), 0)
+    for name in ("pad_token_id", "eos_token_id"):
+        found = getattr(tokenizer, name, None)
+        if found is not None:
+            return found
+    return 0
 
 
 def _padded(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
-    side = "left" if left else "right"
-    return pad_sequence([torch.tensor(row) for row in rows], True, value, side)
+    padding = [[value] * (max(map(len, rows)) - len(row)) for row in rows]
+    pairs = zip(padding, rows, strict=True)
+    return torch.tensor([pad + row if left else row + pad for pad, row in pairs])

@@ -200,16 +200,15 @@ def check_shapes(where: str, b: Shape, base: Shape, aligned: Shape, a: Shape | N
     a = (b[-1], base[-1]) if a is None and len(b) == len(base) == 2 else a
     base, aligned = tuple(base), tuple(aligned)
     if len(b) != 2 or a is None or len(a) != 2 or a[0] != b[1]:
-        expected, found = "B (m, r) and A (r, n) of one rank", factors
-    elif b[1] == 0:
-        expected, found = "a rank of at least 1", f"0: {factors}"
-    elif base != aligned:
-        expected, found = f"an aligned weight of the base weight's shape {base}", aligned
-    elif base != (b[0], a[1]):
-        expected, found = f"weights of shape {(b[0], a[1])}, as {factors} have", base
-    else:
-        return
-    raise ValueError(f"{where}: expected {expected}, found {found}")
+        raise ValueError(f"{where}: expected B (m, r) and A (r, n) of one rank, found {factors}")
+    if b[1] == 0:
+        raise ValueError(f"{where}: expected a rank of at least 1, found 0: {factors}")
+    if base != aligned:
+        expected = f"an aligned weight of the base weight's shape {base}"
+        raise ValueError(f"{where}: expected {expected}, found {aligned}")
+    if base != (b[0], a[1]):
+        expected = f"weights of shape {(b[0], a[1])}, as {factors} have"
+        raise ValueError(f"{where}: expected {expected}, found {base}")
 
 
 def check_finite(where: str, **named: Tensor) -> None:

@@ -123,7 +123,8 @@ def project_layers(
         "a convolution": [n for n, f in adapter.modules.items() if f.a.dim() > 2],
     }
     for kind, others in kinds.items():
-        expected, at = "plain LoRA on linear layers", f"{kind} at {', '.join(others[:4])}"
+        expected = "plain LoRA on linear layers"
+        at = f"{kind} at {', '.join(others[:4])}"
         require(not others, where, "adapter", expected, at, NotImplementedError)
     found: list[Layer] = []
     projected: list[Projected] = []

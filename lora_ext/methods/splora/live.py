@@ -57,7 +57,8 @@ def apply_to(
         ValueError: no such adapter, or one that is merged; and what :func:`apply` raises. The model
             is then as it was.
     """
-    new, found = _KEY not in model.__dict__, "a pruned one; call splora.remove(model) first"
+    new = _KEY not in model.__dict__
+    found = "a pruned one; call splora.remove(model) first"
     require(new, "apply_to", "model", "a model that SPLoRA has not pruned", found, RuntimeError)
     value = LoraAdapter.from_model(model, adapter)
     result = apply(value, base, aligned, config, pairs=pairs, progress=progress)

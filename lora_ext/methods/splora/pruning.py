@@ -133,13 +133,15 @@ def project(
     value = read_adapter(f"{where}: adapter", adapter)
     chosen = [names] if isinstance(names, str) else list(names)
     value.check_names(f"{where}: names", chosen)
-    how = config, progress, set(chosen), _columns
-    layers, projected = project_layers(where, value, base, aligned, *how)
+    layers, projected = project_layers(
+        where, value, base, aligned, config, progress, set(chosen), _columns
+    )
     modules = dict(value.modules)
     for layer, one in zip(layers, projected, strict=True):
-        b, bias, columns = layer.factors.b, layer.factors.bias, one.columns
-        bias = None if bias is None else columns[:, -1].to(bias)
-        modules[layer.name] = layer.factors._replace(b=columns[:, : b.shape[1]].to(b), bias=bias)
+        old = layer.factors
+        b = one.columns[:, : old.b.shape[1]].to(old.b)
+        bias = None if old.bias is None else one.columns[:, -1].to(old.bias)
+        modules[layer.name] = old._replace(b=b, bias=bias)
     return dataclasses.replace(value, modules=modules)
 
 

@@ -55,7 +55,8 @@ def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) 
     Raises:
         ValueError: shapes that do not fit, r = 0, NaN or infinity. TypeError: no floating tensor.
     """
-    where, named = "pair_stats", {"a": a, "b": b, "projected_b": projected_b}
+    where = "pair_stats"
+    named = {"a": a, "b": b, "projected_b": projected_b}
     check_floating(where, **named)
     sizes = (b.shape[0], a.shape[1]) if a.dim() == b.dim() == 2 else ()
     check_shapes(where, b.shape, sizes, sizes, a.shape)
@@ -120,14 +121,14 @@ def ediem_scores(
     norms, images = stats[:, 0].sqrt(), stats[:, 1].sqrt()
     parts = zip(a, projected, scalings, strict=True)
     inner = [s * (one.along.to(device) * a_l.double().T).sum().item() for a_l, one, s in parts]
-    cosines = (torch.tensor(inner, dtype=torch.float64) / norms).clamp(-1, 1)  # <D, V> / (|D| |V|)
-    alignments = torch.where(norms > 0, cosines, 0).tolist()
+    along = (torch.tensor(inner, dtype=torch.float64) / norms).clamp(-1, 1)  # <D, V> / (|D| |V|)
+    alignments = torch.where(norms > 0, along, 0).tolist()
     if config.score == "alignment":
         scores = alignments
     elif config.reference == "population":
-        expected, found = "at least 4 layers to compare with one another", len(layers)
-        remedy = f"{found}; 'permutation' scores a layer by itself"
-        require(found >= 4, where, "reference='population'", expected, remedy)
+        expected = "at least 4 layers to compare with one another"
+        found = f"{len(layers)}; 'permutation' scores a layer by itself"
+        require(len(layers) >= 4, where, "reference='population'", expected, found)
         x = distances / sizes.double().sqrt()
         if config.score == "angle":
             x = _angles(a, b, columns, scalings, stats)
@@ -208,17 +209,20 @@ def _permuted(
 def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor | None:
     """``|X - Y|`` of each of the caller's pairs, ``(N,)`` float64; None for other references."""
     if config.reference != "pairs":
-        expected, found = f"None with reference={config.reference!r}", len(pairs or ())
-        require(pairs is None, where, "pairs", expected, f"{found} pairs")
+        if pairs is not None:
+            expected = f"None with reference={config.reference!r}"
+            raise ValueError(f"{where}: pairs: expected {expected}, found {len(pairs)} pairs")
         return None
-    require(pairs, where, "pairs", "pairs of matrices with reference='pairs'", pairs)
-    assert pairs is not None
+    if not pairs:
+        expected = "pairs of matrices with reference='pairs'"
+        raise ValueError(f"{where}: pairs: expected {expected}, found {pairs!r}")
     distances = []
     for i, (x, y) in enumerate(pairs):
-        name, found = f"pairs[{i}]", f"{tuple(x.shape)} and {tuple(y.shape)}"
+        name = f"pairs[{i}]"
         for t in (x, y):
             check_floating(where, **{name: t})
             check_finite(where, **{name: t})
+        found = f"{tuple(x.shape)} and {tuple(y.shape)}"
         require(x.shape == y.shape, where, name, "matrices of one shape", found)
         distances.append(torch.linalg.vector_norm(x.double() - y.double()).cpu())
     return torch.stack(distances)

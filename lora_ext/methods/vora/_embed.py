@@ -88,7 +88,8 @@ class VisionPatchEmbed(nn.Module):
         eps: float = 1e-5,
     ):
         super().__init__()
-        where, sizes = "VisionPatchEmbed", {"hidden_size": hidden_size, "embed_dim": embed_dim}
+        where = "VisionPatchEmbed"
+        sizes = {"hidden_size": hidden_size, "embed_dim": embed_dim}
         for name, size in {**sizes, "patch": patch, "image_size": image_size}.items():
             require(size >= 1, where, name, "at least 1", size)
         whole = image_size % patch == 0
@@ -141,7 +142,8 @@ class VisionPatchEmbed(nn.Module):
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of an image ``(..., 3, H, W)``; errors are the call's."""
-        where, real = "VisionPatchEmbed", image.is_floating_point()
+        where = "VisionPatchEmbed"
+        real = image.is_floating_point()
         fits = image.dim() >= 3 and image.shape[-3] == 3
         require(fits, where, "images", "three channels, (3, H, W)", tuple(image.shape))
         require(real, where, "images", "floating numbers", image.dtype, TypeError)
@@ -209,7 +211,9 @@ def smart_resize(
 
     Source: repository Hon-Wong/VoRA, as in Qwen2-VL.
     """
-    where, sides, found = "smart_resize", (height, width), f"{height} x {width}"
+    where = "smart_resize"
+    sides = (height, width)
+    found = f"{height} x {width}"
     require(factor >= 1, where, "factor", "at least 1", factor)
     expected = f"above 0 and at most max_pixels = {max_pixels}"
     require(0 < min_pixels <= max_pixels, where, "min_pixels", expected, min_pixels)

@@ -85,10 +85,12 @@ def _token_ids(vision_mask: Tensor) -> Tensor:
     elif vision_mask.is_floating_point() or vision_mask.is_complex():
         found = vision_mask.dtype
     elif vision_mask.dtype == torch.bool or not vision_mask.numel():
-        fits, found = True, vision_mask.dtype
+        fits = True
+        found = vision_mask.dtype
     else:
         low, high = (int(v) for v in vision_mask.aminmax())
-        fits, found = 0 <= low <= high <= 1, f"{low} to {high}"
+        fits = 0 <= low <= high <= 1
+        found = f"{low} to {high}"
     expected = "a tensor of bools, or of integers that are all 0 or 1, of the activations' shape"
     require(fits, "modality", "vision_mask", f"{expected} without features", found)
     return vision_mask.to(torch.int8) - 1

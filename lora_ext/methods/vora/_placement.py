@@ -70,15 +70,17 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
     where = "vora.apply"
     instance(where, "config", config, VoraConfig)
     state: Applied | None = model.__dict__.get(KEY)
-    new, found = state is None or state.merged, "them; call vora.remove first"
+    new = state is None or state.merged
+    found = "them; call vora.remove first"
     require(new, where, "model", "one without VoRA's layers", found, RuntimeError)
     layers: dict[str, nn.Module] = {}
-    settings = config.rank, config.route, config.scale
     for name, module in _targets(where, model, config).items():
         dtype = getattr(getattr(module, "weight", None), "dtype", None)
         wide = torch.float32 if autocast_adapter_dtype and dtype in _HALVES else None
         try:
-            layers[name] = VoraLinear.from_linear(module, *settings, adapter_dtype=wide)
+            layers[name] = VoraLinear.from_linear(
+                module, config.rank, config.route, config.scale, adapter_dtype=wide
+            )
         except TypeError as error:
             raise TypeError(f"{where}: target_modules: {name}: {error}") from error
     # Before the swap, while every parameter of the model is its own.
@@ -129,7 +131,8 @@ def merge(model: Model, force: bool = False) -> Model:
 
     Source: arXiv 2503.20680.
     """
-    language, where = language_model(model), "vora.merge"
+    language = language_model(model)
+    where = "vora.merge"
     state = applied("merge", model)
     state.require_apart("merge")
     layers = state.layers
@@ -170,7 +173,7 @@ def applied(where: str, model: nn.Module) -> Applied:
     state: Applied | None = language_model(model).__dict__.get(KEY)
     if state is None or state.merged:
         folded = "that vora.merge has folded them into its weights"
-        found = folded if state else "none; call vora.apply first"
+        found = "none; call vora.apply first" if state is None else folded
         raise RuntimeError(f"vora.{where}: model: expected one with VoRA's layers, found {found}")
     return state
 
@@ -179,11 +182,13 @@ def _targets(where: str, model: nn.Module, config: VoraConfig) -> dict[str, nn.M
     """Return the modules to adapt, by name."""
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        fits, found = not is_adapted(module), f"{type(module).__name__} at {name!r}"
+        fits = not is_adapted(module)
+        found = f"{type(module).__name__} at {name!r}"
         fits = fits and not isinstance(module, PoolLayer)
         require(fits, where, "model", "one without adapters", found, RuntimeError)
         names[module] = name
-    blocks, n = decoder_layers(model), config.n_blocks
+    blocks = decoder_layers(model)
+    n = config.n_blocks
     require(n <= len(blocks), where, "n_blocks", f"at most the model's {len(blocks)} blocks", n)
     inside = (pair for block in blocks[:n] for pair in block.named_modules() if pair[0])
     kinds = config.target_modules

@@ -95,23 +95,26 @@ def block_distill_loss(
     if teachers is None:
         teachers = () if tokens[0] else predictions
     _check_count("block_distill_loss", "teachers", teachers, blocks)
-    where, count = "block_distill_loss", tokens[0]
+    where = "block_distill_loss"
+    count = tokens[0]
     pairs: list[tuple[Grid, Grid]] | None = None  # of each image, in the teacher and the student
     if student_grids is not None and teacher_grids is not None:
         images, found = len(student_grids), len(teacher_grids)
         expected = f"one for each of the student's {images} images"
         require(images == found, where, "teacher_grids", expected, found)
-        total, expected = sum(h * w for h, w in student_grids), f"grids of {count} tokens in all"
+        total = sum(h * w for h, w in student_grids)
+        expected = f"grids of {count} tokens in all"
         require(total == count, where, "student_grids", expected, [*student_grids])
         pairs = [*zip(teacher_grids, student_grids, strict=True)]
     cosines: list[Tensor] = []
     for p, u in zip(predictions, teachers, strict=True):
-        fits, shape = u.dim() == 2 and u.shape[1] == p.shape[1], tuple(u.shape)
-        require(fits, where, "teachers", f"shape (M, {p.shape[1]})", shape)
+        fits = u.dim() == 2 and u.shape[1] == p.shape[1]
+        require(fits, where, "teachers", f"shape (M, {p.shape[1]})", tuple(u.shape))
         u = u.detach().to(p)
         if pairs is not None:
-            sizes, expected = [h * w for (h, w), _ in pairs], f"grids of {len(u)} tokens in all"
             found = [grid for grid, _ in pairs]
+            sizes = [h * w for h, w in found]
+            expected = f"grids of {len(u)} tokens in all"
             require(sum(sizes) == len(u), where, "teacher_grids", expected, found)
             parts = zip(u.split(sizes), pairs, strict=True)
             u = torch.cat([u[:0], *(resample_grid(image, *pair) for image, pair in parts)])

@@ -23,9 +23,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Names in the authors' checkpoints, and ours.
 _RELEASED = {
-    r"^llm\.": "",
-    r"^vision_embedding\.": "vision.",
-    r"^aux_vision\.aux_layer_(\d+)\.": r"heads.\1.",
+    re.compile(r"^llm\."): "",
+    re.compile(r"^vision_embedding\."): "vision.",
+    re.compile(r"^aux_vision\.aux_layer_(\d+)\."): r"heads.\1.",
 }
 _TEACHER = "aux_vision.aux_model."  # which they save as well, though it is frozen
 
@@ -93,7 +93,8 @@ def load_state_dict(
     where, state = "vora.load_state_dict", applied("load_state_dict", model)
     state.require_apart("load_state_dict")
     layers = state.layers
-    wanted, language = _expected(model, layers), language_model(model)
+    wanted = _expected(model, layers)
+    language = language_model(model)
     every = (language.named_parameters, language.named_buffers)
     tensors = (pair for named in every for pair in named(remove_duplicate=False))
     base = {base_name(name): tensor for name, tensor in tensors if parse_key(name) is None}
@@ -104,7 +105,7 @@ def load_state_dict(
     for key, value in sd.items():
         name = key
         for pattern, ours in _RELEASED.items():
-            name = re.sub(pattern, ours, name)
+            name = pattern.sub(ours, name)
         owner = layers.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
         once = name not in copies and name not in biases
         require(once, where, key, f"one tensor for {name}", "a second")
@@ -118,20 +119,23 @@ def load_state_dict(
         elif owner is not None and (allow_extra_bias or name in has_bias):
             biases[name] = owner, _fitting(key, value, owner.B.new_empty(owner.out_features))
         else:
-            fits, remedy = owner is None or not strict, "allow_extra_bias=True honours it"
-            found = f"one; {remedy}, strict=False leaves it out"
-            require(fits, where, key, "no bias, as the layer has none", found)
+            if owner is not None and strict:
+                found = "one; allow_extra_bias=True honours it, strict=False leaves it out"
+                raise ValueError(
+                    f"{where}: {key}: expected no bias, as the layer has none, found {found}"
+                )
             unexpected.append(key)
     for name, (owner, _) in biases.items():
         require(owner.scale != 0, where, name, "no bias where the scale is 0", "one")
     missing = [key for key in (*wanted, *has_bias) if key not in copies and key not in biases]
-    lets = "(strict=False lets that pass)"
     for keys, expected, found in (
         (missing, "a tensor", "none"),
         (unexpected, "only tensors that the model has a place for", "this one"),
     ):
-        more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
-        require(not (strict and keys), where, (keys or [""])[0], expected, f"{found}{more} {lets}")
+        if strict and keys:
+            more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
+            found = f"{found}{more} (strict=False lets that pass)"
+            raise ValueError(f"{where}: {keys[0]}: expected {expected}, found {found}")
     with torch.no_grad():
         for value, place in copies.values():
             place.copy_(value)
@@ -153,7 +157,8 @@ def _expected(model: nn.Module, layers: Mapping[str, VoraLinear]) -> dict[str, T
 
 def _fitting(key: str, value: Any, place: Tensor) -> Tensor:
     """``value``, if it can be copied to ``place`` and be what it was, but for rounding."""
-    where, shape = "vora.load_state_dict", tuple(place.shape)
+    where = "vora.load_state_dict"
+    shape = tuple(place.shape)
     found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     require(found == shape, where, key, f"a tensor of shape {shape}", found)
     real = place.is_floating_point()
@@ -233,20 +238,27 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
         found = list(adapter.modules)[:4]
         require(indices, "vora.from_peft", "folder", "an adapter of modules in blocks", found)
         names = dict.fromkeys(name.rpartition(".")[2] for name in adapter.modules)
-        one = next(iter(adapter.modules.values()))
-        sizes = max(indices) + 1, one.a.shape[0], float(one.scaling)
-        apply(language, VoraConfig(*sizes, target_modules=tuple(names)))
+        first = next(iter(adapter.modules.values()))
+        config = VoraConfig(
+            n_blocks=max(indices) + 1,
+            rank=first.a.shape[0],
+            scale=float(first.scaling),
+            target_modules=tuple(names),
+        )
+        apply(language, config)
     try:
         state = applied("from_peft", model)
         _check_route("from_peft", state.config)
         state.require_apart("from_peft")
-        where, kinds = "vora.from_peft", state.config.target_modules
+        where = "vora.from_peft"
+        kinds = state.config.target_modules
         expected = f"modules in the first {state.config.n_blocks} blocks that match {kinds}"
         for name in adapter.modules:
             require(name in state.layers, where, name, expected, "another")
         for name, layer in state.layers.items():
             require(name in adapter.modules, where, name, "factors", "none in the folder")
-            factors, at = adapter.modules[name], f"{where}: {name}"
+            factors = adapter.modules[name]
+            at = f"{where}: {name}"
             plain = factors.magnitude is None
             require(plain, where, name, "plain LoRA", "the magnitude of DoRA")
             for factor, given, own in (("A", factors.a, layer.A), ("B", factors.b, layer.B)):
@@ -271,5 +283,6 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
 
 
 def _check_route(where: str, config: VoraConfig) -> None:
-    fits, found = config.route != "vision", "'vision': PEFT's layers serve every token"
+    fits = config.route != "vision"
+    found = "'vision': PEFT's layers serve every token"
     require(fits, f"vora.{where}", "route", "'all'", found, UnmergeableRouteError)

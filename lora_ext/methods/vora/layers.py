@@ -79,9 +79,9 @@ class VoraLinear(LoraLinear):
             linear_size(base_layer) is not None
             or (all(isinstance(size, int) for size in sizes) and _is_quantised(base_layer))
         )
-        fits, found = linear and not isinstance(base_layer, LoraLayer), type(base_layer).__name__
+        fits = linear and not isinstance(base_layer, LoraLayer)
         expected = "nn.Linear, Conv1D or a quantised linear layer"
-        require(fits, where, "base_layer", expected, found, TypeError)
+        require(fits, where, "base_layer", expected, type(base_layer).__name__, TypeError)
         integer(where, "rank", rank, 1)
         choice(where, "route", route, get_args(Route))
         super().__init__(base_layer, adapter_name, rank, lora_alpha=rank * scale, **options)
@@ -202,10 +202,12 @@ class VoraLinear(LoraLinear):
         fits = self.route == "all" or force
         require(fits, "merge", "route", "'all'", found, UnmergeableRouteError)
         name = self.adapter_name
-        fits, found = name not in {*self.merged_adapters} & {*names}, f"{name!r} merged already"
-        require(fits, "merge", "adapter_names", "an adapter apart", found, RuntimeError)
-        fits, found = not _is_quantised(self.base_layer), type(self.base_layer).__name__
-        expected = "a weight of floating numbers to add to, not a quantised one"
+        if name in names and name in self.merged_adapters:
+            expected = "an adapter apart from the base weight"
+            raise RuntimeError(f"merge: expected {expected}, found {name!r} merged already")
+        fits = not _is_quantised(self.base_layer)
+        expected = "a weight of floating numbers to add to"
+        found = f"the quantised one of {type(self.base_layer).__name__}"
         require(fits, "merge", "base_layer", expected, found, NotImplementedError)
 
     def unmerge(self) -> None:
@@ -221,11 +223,12 @@ class VoraLinear(LoraLinear):
 
         Checkpoints of the authors' have one on layers whose base has none.
         """
-        lora_b: Any = self.lora_B[self.adapter_name]
-        lora_b.bias = None
+        value = None
         if bias is not None:
             unscaled = bias.to(self.B) / self.scale  # the layer scales what an adapter adds
-            lora_b.bias = nn.Parameter(unscaled, requires_grad=self.B.requires_grad)
+            value = nn.Parameter(unscaled, requires_grad=self.B.requires_grad)
+        lora_b: Any = self.lora_B[self.adapter_name]
+        lora_b.bias = value
         self.lora_bias[self.adapter_name] = bias is not None
 
     @property

@@ -65,7 +65,8 @@ class VoraForCausalLM(nn.Module):
         if state is None or state.merged:
             apply(model, config)
         else:
-            same, expected = state.config == config, f"the one that was applied, {state.config}"
+            same = state.config == config
+            expected = f"the one that was applied, {state.config}"
             require(same, "VoraForCausalLM", "config", expected, config)
         weight = model.get_input_embeddings().weight
         width, dtype = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
@@ -191,13 +192,14 @@ class VoraForCausalLM(nn.Module):
             ValueError: as the call; options that cut the prefill, or bring inputs of their own.
         """
         where = "VoraForCausalLM.generate"
+        for name in ("inputs_embeds", "past_key_values", "position_ids", "inputs"):
+            expected = "None, as it follows from input_ids and images"
+            found = type(options.get(name)).__name__
+            require(options.get(name) is None, where, name, expected, f"a {found}")
         given: Any = options.get("generation_config") or self.model.generation_config
         chunk = options.get("prefill_chunk_size", given.prefill_chunk_size)
-        fixed = {"prefill_chunk_size": chunk}  # an image must lie whole in one call
-        # These follow from input_ids and images.
-        own = ("inputs_embeds", "past_key_values", "position_ids", "inputs")
-        for name, value in {**fixed, **{name: options.get(name) for name in own}}.items():
-            require(value is None, where, name, "None", f"{value!r:.100}")
+        expected = "None, as an image must lie whole in one call"
+        require(chunk is None, where, "prefill_chunk_size", expected, chunk)
         cache = options.get("cache_implementation", given.cache_implementation)
         expected = "a cache that grows, as the mask of the images has a key for each token"
         require(cache in _GROWING, where, "cache_implementation", expected, repr(cache))
@@ -232,12 +234,14 @@ class VoraForCausalLM(nn.Module):
         in different ways takes a mask of each kind, by transformers' names."""
         if not flat or not self.vora_config.bidirectional:
             return batch.attention_mask if flat or attention_mask is not None else None
-        where, remedy = "VoraForCausalLM", "(bidirectional=False does without)"
+        where = "VoraForCausalLM"
+        remedy = "(bidirectional=False does without)"
         implementation = str(getattr(self.config, "_attn_implementation", "eager"))
         fits = "flash" not in implementation and "flex" not in implementation
         expected = "'eager' or 'sdpa', which take a mask for each pair of tokens"
         require(fits, where, "attn_implementation", expected, f"{implementation!r} {remedy}")
-        text, reason = self.config.get_text_config(), None
+        text = self.config.get_text_config()
+        reason = None
         if getattr(text, "alibi", text.model_type == "bloom"):
             reason = "makes its ALiBi of a mask for each token"
         biases = [pair for pair in self.model.named_buffers() if pair[0].endswith(".bias")]
@@ -267,7 +271,8 @@ class VoraForCausalLM(nn.Module):
 def _flat(images: Images | None) -> list[Tensor]:
     """All images of a batch in order."""
     flat: list[Tensor] = []
-    where, expected = "VoraForCausalLM: images", "(3, H, W) tensors as of VoraImageProcessor"
+    where = "VoraForCausalLM: images"
+    expected = "(3, H, W) tensors as of VoraImageProcessor"
     for number, sample in enumerate(() if images is None else images):
         which = f"sample {number}"
         if isinstance(sample, Tensor):

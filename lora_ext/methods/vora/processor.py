@@ -131,7 +131,8 @@ class VoraImageProcessor(BaseImageProcessor):
         if overrides:
             settings = {name: getattr(self, name) for name in FIELDS} | overrides
             return type(self)(**settings).preprocess(images, return_tensors=return_tensors)
-        where, given = "VoraImageProcessor", repr(return_tensors)
+        where = "VoraImageProcessor"
+        given = repr(return_tensors)
         known = return_tensors in (None, "pt", "np")
         require(known, where, "return_tensors", "None, 'pt' or 'np'", given)
         nested = isinstance(images, list | tuple) and any(
@@ -171,9 +172,11 @@ class VoraImageProcessor(BaseImageProcessor):
                 pixels = pixels.clamp(0, 255)  # a cubic overshoots
         if self.do_rescale:
             if not is_integer and pixels.min() >= 0 and 0 < pixels.max() <= 1:
-                expected = "values of 0 to 255 where do_rescale is True, found none above 1"
-                remedy = f"expected {expected}; pass do_rescale=False"
-                warnings.warn(f"VoraImageProcessor: images: {remedy}", stacklevel=2)
+                warnings.warn(
+                    "VoraImageProcessor: images: expected values of 0 to 255 where do_rescale is "
+                    "True, found none above 1; pass do_rescale=False",
+                    stacklevel=2,
+                )
             pixels = pixels * self.rescale_factor
         if self.do_normalize:
             mean, std = pixels.new_tensor([self.image_mean, self.image_std])[..., None, None]
@@ -219,7 +222,8 @@ def _to_tensor(image: Any) -> Tensor:
     if isinstance(image, np.ndarray) and image.dtype.kind in "buif":
         native = image.astype(image.dtype.newbyteorder("="))  # a copy
         image = torch.from_numpy(np.ascontiguousarray(native))
-    where, found = "VoraImageProcessor", getattr(image, "dtype", type(image).__name__)
+    where = "VoraImageProcessor"
+    found = getattr(image, "dtype", type(image).__name__)
     real = isinstance(image, Tensor) and image.dtype != torch.bool and not image.is_complex()
     expected = "Pillow images, paths, or arrays or tensors of numbers"
     require(real, where, "images", expected, found, TypeError)

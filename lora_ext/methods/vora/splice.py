@@ -61,7 +61,8 @@ def splice_images(
             both; another number of samples; tokens of another width; shapes that disagree; another
             ``padding_side``. TypeError: ids that are no integers.
     """
-    where, shape = "splice_images", tuple(input_ids.shape)
+    where = "splice_images"
+    shape = tuple(input_ids.shape)
     choice(where, "padding_side", padding_side, get_args(Side))
     fits = len(shape) == 2 and shape[0] > 0
     require(fits, where, "input_ids", "shape (B, S), B at least 1", shape)
@@ -82,15 +83,18 @@ def splice_images(
     ]
     is_image = valid & (input_ids == placeholder)
     is_text = valid & ~is_image
-    text = embed(input_ids[is_text])  # (all text, d)
     where = f"{where}: image_tokens"
+    # Before the lookup: another placeholder's id is out of its range.
     for sample, (count, tokens) in enumerate(zip(is_image.sum(1).tolist(), images, strict=True)):
-        which, expected = f"sample {sample}", f"as many images as placeholders, {count}"
-        require(count == len(tokens), where, which, expected, len(tokens))
+        expected = f"as many images as placeholders, {count}"
+        require(count == len(tokens), where, f"sample {sample}", expected, len(tokens))
+    text = embed(input_ids[is_text])  # (all text, d)
+    expected = f"shape (N, {text.shape[1]})"
+    for sample, tokens in enumerate(images):
         for number, one in enumerate(tokens):
             fits = one.dim() == 2 and one.shape[1] == text.shape[1] and len(one) > 0
-            expected, found = f"shape (N, {text.shape[1]})", tuple(one.shape)
-            require(fits, where, f"{which}, image {number}", expected, found)
+            which = f"sample {sample}, image {number}"
+            require(fits, where, which, expected, tuple(one.shape))
 
     rows: list[tuple[Tensor, ...]] = []
     texts = text.split(is_text.sum(1).tolist())
@@ -117,8 +121,10 @@ def splice_images(
 def _as_bool(where: str, mask: Tensor) -> Tensor:
     """A mask of bools, or of numbers that are all 0 or 1, as bools."""
     if mask.dtype != torch.bool:
-        others = mask[(mask != 0) & (mask != 1)].tolist()
-        require(not others, where, "attention_mask", "bools, or 0 and 1", (others or [0])[0])
+        others = mask[(mask != 0) & (mask != 1)]
+        if len(others):
+            found = others[0].item()
+            raise ValueError(f"{where}: attention_mask: expected bools, or 0 and 1, found {found}")
     return mask.bool()
 
 
@@ -180,11 +186,13 @@ def build_vision_mask(
 
     Source: arXiv 2503.20680. The released code takes images that touch for one; here they are two.
     """
-    where, shape, found = "build_vision_mask", tuple(attention_mask.shape), tuple(image_ids.shape)
+    where = "build_vision_mask"
+    shape, found = tuple(attention_mask.shape), tuple(image_ids.shape)
     fits = found == shape and len(shape) == 2
     require(fits, where, "image_ids", f"shape (B, T), that of attention_mask {shape}", found)
-    fits, length = dtype is None or dtype.is_floating_point, shape[1]
-    require(fits, where, "dtype", "a floating one or None", dtype)
+    length = shape[1]
+    floating = dtype is None or dtype.is_floating_point
+    require(floating, where, "dtype", "a floating one or None", dtype)
     require(0 <= past_length <= length, where, "past_length", f"0 to {length}", past_length)
     require(window is None or window >= 1, where, "window", "at least 1 or None", window)
     valid = _as_bool(where, attention_mask)
@@ -195,11 +203,12 @@ def build_vision_mask(
         apart = next((i for n, i in enumerate(starts) if i in starts[:n]), None)
         expected = f"the tokens of image {apart} side by side"
         require(apart is None, f"{where}: image_ids", which, expected, "them apart")
-        image = ids[past] if 0 < past < length else TEXT
-        whole = image == TEXT or ids[past - 1] != image
-        expected = f"all {ids.count(image)} tokens of image {image} in one call"
-        found = f"{ids[:past].count(image)} of them in the cache"
-        require(whole, f"{where}: past_length", which, expected, found)
+        if 0 < past < length:
+            image = ids[past]
+            whole = image < 0 or ids[past - 1] != image
+            expected = f"all {ids.count(image)} tokens of image {image} in one call"
+            found = f"{ids[:past].count(image)} of them in the cache"
+            require(whole, f"{where}: past_length", which, expected, found)
 
     place = torch.arange(length, device=valid.device)
     allow = place <= place[past_length:, None]  # (queries, T)

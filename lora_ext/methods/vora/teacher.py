@@ -49,7 +49,8 @@ def teacher_states(
         ValueError: a teacher of fewer blocks, in training mode, or that drops patches; images whose
             sides are no multiples of its patches; another pairing.
     """
-    where, mode = "teacher_states", "training mode; call teacher.eval()"
+    where = "teacher_states"
+    mode = "training mode; call teacher.eval()"
     choice(where, "pairing", pairing, get_args(Pairing))
     require(not teacher.training, where, "teacher", "one in evaluation mode", mode)
     blocks = list(decoder_layers(teacher))
