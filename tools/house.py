@@ -42,11 +42,11 @@ BELOW: dict[str, str] = {
 }
 MOST_FILES = 15  # that a reader meets in one folder
 MOST_LINES = 60  # of code in one function
-MOST_CODE = 34_750  # lines of code of the package, docstrings, comments and blanks not counted
-MOST_CHECKS = 0.091  # share of them that checks arguments
-MOST_TESTS = 65_000  # lines of tests/**/*.py
+MOST_CODE = 35_020  # lines of code of the package, docstrings, comments and blanks not counted
+MOST_CHECKS = 0.093  # share of them that checks arguments
+MOST_TESTS = 65_050  # lines of tests/**/*.py
 MOST_LOOSE = 0  # functions and classes that look public and are in no __all__
-MOST_WIDE = 20  # functions outside ops with more than eight parameters
+MOST_WIDE = 21  # functions outside ops with more than eight parameters
 
 
 class Import(NamedTuple):

@@ -178,6 +178,10 @@ class LoraLayer(Participants):
             store[adapter_name] = factor
         if magnitude is not None:
             self.lora_magnitude_vector[adapter_name] = magnitude
+        self._freeze(adapter_name)
+
+    def _freeze(self, adapter_name: str) -> None:
+        """Set the layer's training mode for all adapters and freeze one adapter's parameters."""
         for store in (self.lora_dropout, self.lora_magnitude_vector, *self._stores()):
             store.train(self.training)
         for parameter in self._parameters_of(adapter_name):

@@ -210,9 +210,8 @@ class SpeculativeDecoder(Steps):
 
     def _decode(self, request: Request, prompts: Tensor, mask: Tensor, streamer: Any) -> Generation:
         prompt_known(prompts)
-        control = None
-        if self.constraint is not None:
-            control = Constrained(self, request, len(prompts))
+        constrained = self.constraint is not None
+        control = Constrained(self, request, len(prompts)) if constrained else None
         rows = GeneratedRows(prompts, request, streamer)
         trunk = Trunk(self.model, self.tail, prompts, mask, request.budget)
         if streamer is not None:
