@@ -12,7 +12,8 @@ from methods.toy import make_draft, make_model, prompts
 from serving.test_ways import BELOW, ROOT
 
 MOST_STAYS = 12
-# Two stays and one climb above the aim of ten and none: `generate` checks the request before it enters the scopes of adapters, and decodes in them.
+# Two stays and one climb above the aim of ten and none: `generate` checks the request before it
+# enters the scopes of adapters, and decodes in them.
 CLIMBS = [("lora_ext.methods.mtpc._request", "lora_ext.methods.mtpc.decoder")]
 
 
