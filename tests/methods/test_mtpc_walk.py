@@ -11,10 +11,7 @@ from typing import Any
 from methods.toy import make_draft, make_model, prompts
 from serving.test_ways import BELOW, ROOT
 
-MOST_STAYS = 12
-# Two stays and one climb above the aim of ten and none: `generate` checks the request before it
-# enters the scopes of adapters, and decodes in them.
-CLIMBS = [("lora_ext.methods.mtpc._request", "lora_ext.methods.mtpc.decoder")]
+MOST_STAYS = 10
 
 
 def test_the_decoder_reads_downwards_and_stays_in_few_files() -> None:
@@ -36,4 +33,4 @@ def test_the_decoder_reads_downwards_and_stays_in_few_files() -> None:
         sys.setprofile(None)
     stays = [file for file, _ in itertools.groupby(file for file, _ in functions)]
     climbs = [(file, above) for file, above in itertools.pairwise(stays) if file in BELOW[above]]
-    assert climbs == CLIMBS and 1 < len(stays) <= MOST_STAYS, stays
+    assert not climbs and 1 < len(stays) <= MOST_STAYS, stays

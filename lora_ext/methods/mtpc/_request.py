@@ -184,6 +184,8 @@ class GeneratedRows:
         self.calls, self.accepted, self.emitted = ([0] * batch for _ in range(3))
         self.live = list(range(batch))
         self._before = [] if request.stops is None else prompts.tolist()
+        if streamer is not None:
+            streamer.put(prompts.cpu())
 
     def start(self, token: Tensor) -> list[int]:
         """Append tokens ``(live,)`` that no call has decided; returns as :meth:`take` does."""

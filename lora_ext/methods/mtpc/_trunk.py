@@ -93,6 +93,11 @@ class Trunk:
         room: how many tokens may follow a prompt; later positions share the last one, whose tokens
             are never used.
 
+    Attributes:
+        logits: ``(B, V)``, of the last token of the prompt or of :meth:`advance`.
+        hidden: ``(B, D)``, draft hidden state of the last kept token.
+        passes: number of passes after the prompt.
+
     Raises:
         ValueError: padding that is not on the left, or a model with a sliding window, or whose
             attention counts the slots of the cache (MPT).
@@ -112,18 +117,52 @@ class Trunk:
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         prompt = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
         logits, hidden = self._run(input_ids, positions, **prompt)
-        #: ``(B, V)`` and ``(B, D)`` of the last prompt tokens.
-        self.first_logits, self.first_hidden = logits[:, -1], hidden[:, -1]
+        self.logits, self.hidden = logits[:, -1], hidden[:, -1]
+        self._states = hidden[:, -1:]  # (B, K + 1, D): before and inside the window fed last
+        self.passes = 0
 
-    def feed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, Q, V)`` and draft hidden states ``(B, Q, D)`` of new tokens ``(B, Q)``."""
+    def advance(self, tokens: Tensor) -> None:
+        """Append one token per row, ``(B,)``."""
+        logits, states = self._feed(tokens[:, None])
+        self._forget(torch.ones_like(tokens), 1)
+        self.logits, self.hidden = logits[:, 0], states[:, 0]
+
+    def feed(self, tokens: Tensor, pending: Tensor | None = None) -> Tensor:
+        """Run the model over a window.
+
+        Args:
+            tokens: ``(B, K)``, the window.
+            pending: ``(B,)``, decided tokens that are fed before the window. Without them the first
+                logits are :attr:`logits`. If the first token of the window is itself a decided
+                token, the verification does not read those.
+
+        Returns:
+            ``(B, K + 1, V)``, the logits before, inside and after the window.
+        """
+        if pending is None:
+            logits, states = self._feed(tokens)
+            self._states = torch.cat([self.hidden[:, None], states], 1)
+            return torch.cat([self.logits[:, None], logits], 1)
+        logits, self._states = self._feed(torch.cat([pending[:, None], tokens], 1))
+        return logits
+
+    def keep(self, kept: Tensor) -> None:
+        """Remove all but the first ``kept (B,)`` tokens of the window that :meth:`feed` has fed.
+        A pending token stays."""
+        self._forget(kept + self._fed + 1 - self._states.shape[1], self._fed)
+        self.hidden = self._states[torch.arange(len(kept), device=kept.device), kept]
+
+    def _feed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits ``(B, Q, V)`` and draft hidden states ``(B, Q, D)`` of ``(B, Q)``."""
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = torch.minimum(self.length[:, None] + steps, self.last[:, None])
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], 1)
+        self._fed = tokens.shape[1]
+        self.passes += 1
         return self._run(tokens, positions)
 
-    def keep(self, kept: Tensor, fed: int) -> None:
-        """Forget all but the first ``kept (B,)`` of the ``fed`` tokens fed last."""
+    def _forget(self, kept: Tensor, fed: int) -> None:
+        """Remove all but the first ``kept (B,)`` of the ``fed`` newest tokens."""
         most = int(kept.max())
         if most < fed:
             self.cache.crop(most - fed)  # negative: so many are taken away
@@ -140,6 +179,7 @@ class Trunk:
             layer.batch_select_indices(torch.cat([rows, rows + batch]) if both else rows)
         select_rows(rows, batch)  # the adapters of those rows
         self.mask, self.length, self.last = self.mask[rows], self.length[rows], self.last[rows]
+        self.logits, self.hidden = self.logits[rows], self.hidden[rows]
 
     def _run(self, ids: Tensor, positions: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
         rows, length = ids.shape

@@ -1,25 +1,27 @@
-"""Exact self-speculative decoding: a circuit drafts, the model verifies, no law changes.
+"""Exact self-speculative decoding: a circuit drafts tokens, and the model verifies them.
 
-One turn of the loop in :meth:`SpeculativeDecoder.generate`:
+The distribution of the generated tokens is the model's own. One turn of the loop in
+:meth:`SpeculativeDecoder.generate`:
 
-1. :meth:`Steps.draft <lora_ext.methods.mtpc._drafting.Steps.draft>` makes a circuit of the newest
-   hidden state and draws the window; the token that the last turn decided and nobody has fed yet
-   (*pending*) is its evidence, or, with a bridge, moves the state to where the window starts;
-2. :meth:`Trunk.feed <lora_ext.methods.mtpc._trunk.Trunk.feed>` runs the model over the window: the
-   verifier's logits and new hidden states;
-3. :meth:`Steps.verify <lora_ext.methods.mtpc._drafting.Steps.verify>` accepts a prefix and draws
-   one token of the verifier's law;
+1. :meth:`Steps.draft <lora_ext.methods.mtpc._drafting.Steps.draft>` computes a circuit from the
+   newest hidden state and samples the window. The *pending* token, which the previous turn decided
+   and which has not been fed yet, is evidence for the circuit; a bridge instead moves the hidden
+   state to the start of the window.
+2. :meth:`Trunk.feed <lora_ext.methods.mtpc._trunk.Trunk.feed>` runs the model over the window and
+   returns the verifier's logits.
+3. :meth:`Steps.verify <lora_ext.methods.mtpc._drafting.Steps.verify>` accepts a prefix of the
+   window and samples one token from the verifier's distribution.
 4. :meth:`GeneratedRows.take <lora_ext.methods.mtpc._request.GeneratedRows.take>` applies the stop
-   rules;
-5. :meth:`Trunk.keep <lora_ext.methods.mtpc._trunk.Trunk.keep>` removes rejected tokens from the
-   cache, and :meth:`Trunk.select <lora_ext.methods.mtpc._trunk.Trunk.select>` the rows that ended.
+   rules.
+5. :meth:`Trunk.keep <lora_ext.methods.mtpc._trunk.Trunk.keep>` removes the rejected tokens from the
+   cache, and :meth:`Trunk.select <lora_ext.methods.mtpc._trunk.Trunk.select>` the finished rows.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -33,12 +35,12 @@ from lora_ext.rows import Names, generation_scope, of_call, pool_of, prompt_know
 
 from ._constrained import Constrained
 from ._drafting import Mode, Steps, TokenBridge
-from ._request import GeneratedRows, Request, read_request
+from ._request import GeneratedRows, read_request
 from ._trunk import Trunk
 from .layers import CircuitHead
 from .tail import DraftTail
 
-#: What becomes of the token that a call decides and nobody has fed yet.
+#: How the next window uses the pending token, which a call has decided but not yet fed.
 WindowRule = Literal["condition", "restart"]
 
 
@@ -48,11 +50,11 @@ class Generation:
 
     Attributes:
         sequences: ``(B, S + L)`` int64: prompts and new tokens, padded on the right.
-        calls: passes of the verifier over a draft, while the row was unfinished.
-        accepted: drafted tokens that the verifier kept, also those cut by a stop rule.
-        emitted: accepted tokens and the verifier's own, one per call, also those cut.
-        passes: passes of the trunk in all, after the prompts.
-        seeds: of the rows; a row with the same seed gets the same tokens again, in any batch.
+        calls: number of verifier passes over a draft while the row was unfinished.
+        accepted: number of drafted tokens that the verifier accepted, before stop rules cut any.
+        emitted: number of accepted tokens plus one verifier token per call, before stop rules.
+        passes: total number of trunk passes after the prompts.
+        seeds: one seed per row. The same seed reproduces the tokens of a row in any batch.
     """
 
     sequences: Tensor
@@ -64,50 +66,53 @@ class Generation:
 
     @property
     def accepted_per_call(self) -> float:
-        """How many drafted tokens a call keeps: the mean over all calls of all rows."""
+        """Mean number of drafted tokens accepted per call, over all rows."""
         return sum(self.accepted) / max(1, sum(self.calls))
 
     @property
     def emitted_per_call(self) -> float:
-        """How many tokens a call yields, the verifier's own among them: the mean over all calls."""
+        """Mean number of tokens per call including the verifier's own, over all rows."""
         return sum(self.emitted) / max(1, sum(self.calls))
 
 
 @dataclass(eq=False, repr=False)
 class SpeculativeDecoder(Steps):
-    """Generates from ``model`` by drafting windows with ``head`` and verifying each in one pass.
+    """Generate from ``model`` by drafting windows with ``head`` and verifying each in one pass.
 
-    "sample" follows the model's distribution exactly (after temperature and top_p), "greedy" gives
-    the model's own greedy tokens; both up to the rounding of the model's passes, whose shapes
-    differ from those of token-by-token decoding.
+    In mode "sample", tokens follow the model's distribution exactly (after temperature and top_p);
+    in mode "greedy", they are the model's greedy tokens. Both hold up to rounding, because the
+    passes of the model have other shapes than in token-by-token decoding.
 
-    A call accepts a prefix of the draft and adds one token of the verifier's law. With
-    ``window="condition"`` that token becomes evidence of the next window, and a call is one pass of
-    the trunk; with ``"restart"`` it is first fed alone, which costs a second pass and frees all of
-    the window.
+    A call accepts a prefix of the draft and adds one token sampled from the verifier. With
+    ``window="condition"`` that token is evidence for the next window, and a call costs one trunk
+    pass. With ``"restart"`` the token is first fed alone: this costs a second pass, and the whole
+    window is drafted.
 
-    While it generates, the model carries hooks: one call at a time on one model.
+    Generation registers forward hooks on the model, so run one call at a time per model.
 
     Args:
         model: a transformers causal LM with full attention, in evaluation mode.
         head: a trained head for it.
         mode: "sample" or "greedy".
         window: "condition" or "restart", see above and docs/mtpc.md, "Decoding".
-        temperature: of the model's law, above 0. top_p: nucleus of it, in (0, 1].
-        tail: the draft path's own layers, if the head was trained with them.
-        bridge: takes the decided token into the hidden state, if the head was trained with one. A
-            window then starts behind that token. The first token is the verifier's own, without a
-            call.
-        chain: with a bridge, how many windows of n tokens a call drafts one behind the other.
-        constraint: that every row satisfies at the end of its budget, or a list with one (or None)
-            per row; "sample" and "greedy" are then those of the law in docs/control.md.
-        guide: by which constraints look ahead.
+        temperature: softmax temperature of the model's distribution, above 0.
+        top_p: probability mass of the nucleus, in (0, 1].
+        tail: the layers of the draft path, if the head was trained with them.
+        bridge: module that moves the hidden state past the pending token, if the head was trained
+            with one. A window then starts after that token, and the first token comes from the
+            verifier without a call.
+        chain: number of consecutive windows of n tokens that a call drafts; above 1 only with a
+            bridge.
+        constraint: constraint that every row satisfies at the end of its budget, or a list with one
+            (or None) per row. docs/control.md defines the distribution of constrained rows.
+        guide: model of the future tokens that constraints use.
 
     Raises:
-        ValueError: a setting out of range, or a head of another width or vocabulary.
+        ValueError: If a setting is out of range, or if the head's width or vocabulary differs from
+            the model's.
 
-    Sources: speculative sampling (Leviathan et al. 2023); arXiv 2511.11346; conditioning the next
-    window on the kept token is ours.
+    Sources: speculative sampling (Leviathan et al. 2023); MTPC (arXiv 2511.11346). Conditioning the
+    next window on the accepted token is our addition.
     """
 
     model: Any
@@ -157,36 +162,37 @@ class SpeculativeDecoder(Steps):
         adapter_names: Names = None,
         **settings: Any,
     ) -> Generation:
-        """New tokens for every prompt.
+        """Generate new tokens for every prompt.
 
         Args:
             input_ids: ``(B, S)`` prompts, padded on the left.
             attention_mask: ``(B, S)``, 0 on padding; default is no padding.
-            max_new_tokens: at least 1; default is the ``generation_config``'s.
-            eos_token_id: a row ends with the first of these; default is that of the
-                ``generation_config``, then the model's own.
-            pad_token_id: of rows that end early; default as for ``eos_token_id``, then an end.
-            seed: None takes every row's seed from torch's generator, so that two calls differ and
-                ``torch.manual_seed`` makes them repeat. One seed gives every row a seed of its own,
-                and neighbouring seeds share none. Or one seed per row, which may come from
-                :attr:`Generation.seeds`. A row depends on its seed alone, not on the batch around.
-            generation_config: transformers' GenerationConfig. Its ``do_sample``, ``temperature``
-                and ``top_p`` replace the decoder's own for this call. Those of the model's own
-                configuration are not read.
+            max_new_tokens: at least 1; default is that of ``generation_config``.
+            eos_token_id: one or more tokens that end a row; default is that of
+                ``generation_config``, then that of the model.
+            pad_token_id: padding of rows that end early; default as for ``eos_token_id``, then an
+                end token.
+            seed: None, an integer or one integer per row. With None the seeds of the rows come from
+                torch's global generator, so ``torch.manual_seed`` makes a call repeatable. From one
+                integer, a different seed is derived for each row. Seeds per row may come from
+                :attr:`Generation.seeds`. The tokens of a row depend on its seed, not on other rows.
+            generation_config: a transformers ``GenerationConfig``. Its ``do_sample``,
+                ``temperature`` and ``top_p`` replace the decoder's for this call. Those of the
+                model's own configuration are not read.
             stop_strings, tokenizer: a row ends with the token that completes one of the strings.
-            streamer: gets the prompt and then every token, as transformers' streamers do; for one
-                prompt.
+            streamer: a transformers streamer, which gets the prompt and then every token; for one
+                prompt only.
             token_type_ids: ignored; tokenizers of some models return them.
-            adapter_names: whose answers these are: :func:`lora_ext.adapters` around the call. One
-                head drafts for all adapters, and the model with a row's adapter verifies.
+            adapter_names: adapters of the rows, as in :func:`lora_ext.adapters`. One head drafts
+                for all adapters; the model verifies each row with the row's adapter.
             settings: further settings of GenerationConfig, by name.
 
         Raises:
-            ValueError: shapes, padding or numbers that do not fit, naming the argument; and
-                settings that would change the model's law or ask for something else than one
-                sequence a prompt, such as ``num_beams=4`` or ``repetition_penalty=1.1``. The
-                model's own ``generation_config`` is asked for penalties too, where the call gives
-                none. TypeError: an argument that is no setting.
+            ValueError: If a shape, padding or number does not fit, or if a setting would change the
+                model's distribution or the number of sequences per prompt, such as ``num_beams=4``
+                or ``repetition_penalty=1.1``. Without a ``generation_config``, penalties in the
+                model's own ``generation_config`` are an error, too.
+            TypeError: If an argument is no setting of GenerationConfig.
         """
         settings |= {
             "max_new_tokens": max_new_tokens,
@@ -194,79 +200,71 @@ class SpeculativeDecoder(Steps):
             "pad_token_id": pad_token_id,
             "stop_strings": stop_strings,
         }
-        # Before a slot of the pool is taken for the call.
-        request = read_request(self.model, input_ids, seed, generation_config, tokenizer, settings)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        adapters: Any = nullcontext()
+        if adapter_names is not None:
+            adapters = of_call(adapter_names, pool=pool_of(self.model))
+        asked = {"seed": seed, "config": generation_config, "tokenizer": tokenizer}
+        return self._decode(input_ids, mask, streamer, adapters, **asked, arguments=settings)
+
+    def _decode(
+        self, prompts: Tensor, mask: Tensor, streamer: Any, adapters: Any, **asked: Any
+    ) -> Generation:
+        """Generate inside the context manager ``adapters``; ``asked`` are further arguments of
+        :func:`read_request`."""
+        # The request is checked before `adapters` takes slots of the pool.
+        request = read_request(self.model, prompts, **asked)
         decoder = self
         if request.law:
-            decoder = copy.copy(self)  # with what a subclass keeps besides
+            decoder = copy.copy(self)  # also copies what a subclass has added
             vars(decoder).update(request.law)
             decoder.__post_init__()
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        with contextlib.ExitStack() as stack:
-            if adapter_names is not None:
-                stack.enter_context(of_call(adapter_names, pool=pool_of(self.model)))
-            stack.enter_context(generation_scope())
-            return decoder._decode(request, input_ids, mask, streamer)
-
-    def _decode(self, request: Request, prompts: Tensor, mask: Tensor, streamer: Any) -> Generation:
-        prompt_known(prompts)
-        constrained = self.constraint is not None
-        control = Constrained(self, request, len(prompts)) if constrained else None
-        rows = GeneratedRows(prompts, request, streamer)
-        trunk = Trunk(self.model, self.tail, prompts, mask, request.budget)
-        if streamer is not None:
-            streamer.put(prompts.cpu())
-        n = self.drafted
-        behind = 0 if self.bridge is None else 1  # tokens that are fed before a window
-        passes = 0
-        generators = [torch.Generator().manual_seed(s) for s in request.seeds]
-        first, hidden = trunk.first_logits, trunk.first_hidden
-        pending: Tensor | None = None  # (B,) tokens that are decided and not yet fed
-        stay = rows.live
-        if behind:
-            law = first if control is None else control.first(first)
-            pending = self.first_token(law, self.uniforms(generators, law.device)[:, -1])
-            if control is not None:
-                control.start(pending)
-            stay = rows.start(pending)
-        while stay:
-            if len(stay) < len(hidden):
-                index = torch.tensor(stay, device=hidden.device)
-                trunk.select(index)
-                first, hidden = first[index], hidden[index]
-                pending = None if pending is None else pending[index]
+        with adapters, generation_scope():
+            prompt_known(prompts)
+            constrained = decoder.constraint is not None
+            control = Constrained(decoder, request, len(prompts)) if constrained else None
+            rows = GeneratedRows(prompts, request, streamer)
+            trunk = Trunk(decoder.model, decoder.tail, prompts, mask, request.budget)
+            n = decoder.drafted
+            bridged = decoder.bridge is not None
+            generators = [torch.Generator().manual_seed(s) for s in request.seeds]
+            pending: Tensor | None = None  # (B,) tokens that are decided and not yet fed
+            stay = rows.live
+            if bridged:
+                law = trunk.logits if control is None else control.first(trunk.logits)
+                uniforms = decoder.uniforms(generators, law.device)
+                pending = decoder.first_token(law, uniforms[:, -1])
                 if control is not None:
-                    control.select(stay)
-            if pending is not None and self.window == "restart":
-                logits, states = trunk.feed(pending[:, None])
-                trunk.keep(torch.ones_like(pending), 1)
-                first, hidden, pending = logits[:, 0], states[:, 0], None
-                passes += 1
-            uniforms = self.uniforms([generators[row] for row in rows.live], hidden.device)
-            make = self.draft if control is None else control.drafted
-            draft = make(hidden, pending, uniforms[:, : 2 * n].unflatten(1, (n, 2)))
-            tokens = draft.tokens if control is None else control.with_forced(draft.tokens)
-            if behind and pending is not None:
-                target, states = trunk.feed(torch.cat([pending[:, None], tokens], 1))
-                given = None  # the window is all draft
-            else:
-                logits, states = trunk.feed(tokens)
-                # With evidence the window's first token is not tested, whatever stands there.
-                target = torch.cat([first[:, None], logits], 1)  # (B, K + 1, V)
-                states = torch.cat([hidden[:, None], states], 1)  # (B, K + 1, D)
-                given = pending
-            if control is not None:
-                target = control.target(target)
-            accepted, token = self.verify(draft, target, given, uniforms[:, 2 * n :])
-            if control is not None:
-                accepted = control.take(accepted, token)
-            stay = rows.take(tokens, accepted, token, 0 if given is None else 1)
-            # With a bridge the pending token was fed, and always stays.
-            trunk.keep(accepted + behind, behind + tokens.shape[1])
-            hidden = states[torch.arange(len(accepted), device=states.device), accepted]
-            pending = token
-            passes += 1
+                    control.start(pending)
+                stay = rows.start(pending)
+            while stay:
+                if len(stay) < len(trunk.hidden):
+                    index = torch.tensor(stay, device=trunk.hidden.device)
+                    trunk.select(index)
+                    pending = None if pending is None else pending[index]
+                    if control is not None:
+                        control.select(stay)
+                if pending is not None and decoder.window == "restart":
+                    trunk.advance(pending)
+                    pending = None
+                live = [generators[row] for row in rows.live]
+                uniforms = decoder.uniforms(live, trunk.hidden.device)
+                make = decoder.draft if control is None else control.drafted
+                draft = make(trunk.hidden, pending, uniforms[:, : 2 * n].unflatten(1, (n, 2)))
+                tokens = draft.tokens if control is None else control.with_forced(draft.tokens)
+                # With a bridge the window starts after the pending token, otherwise with it.
+                target = trunk.feed(tokens, pending if bridged else None)
+                given = None if bridged else pending
+                if control is not None:
+                    target = control.target(target)
+                accepted, token = decoder.verify(draft, target, given, uniforms[:, 2 * n :])
+                if control is not None:
+                    accepted = control.take(accepted, token)
+                stay = rows.take(tokens, accepted, token, 0 if given is None else 1)
+                trunk.keep(accepted)
+                pending = token
         new = [torch.tensor(tokens, dtype=torch.int64) for tokens in rows.tokens]
         padded = pad_sequence(new, batch_first=True, padding_value=request.pad)
         found = torch.cat([prompts, padded.to(prompts.device)], 1)
-        return Generation(found, rows.calls, rows.accepted, rows.emitted, passes, request.seeds)
+        counts = rows.calls, rows.accepted, rows.emitted, trunk.passes
+        return Generation(found, *counts, request.seeds)
