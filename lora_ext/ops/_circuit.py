@@ -169,6 +169,11 @@ def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
 
 @fake("emission_gather")
 def _fake_emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
+    op = "emission_gather"
+    require_tensor(op, "h", h, "(B, D)", None, *FLOATS)
+    require_tensor(op, "emit", emit, "(K, C, V, D)", None, h.dtype)
+    require_shape(op, "h", h, "(B, D)", (h.shape[0], emit.shape[3]))
+    require_tensor(op, "x", x, "(B, K)", (h.shape[0], emit.shape[0]), torch.int64)
     return h.new_empty(h.shape[0], *emit.shape[:2], dtype=accumulator(h.dtype))
 
 

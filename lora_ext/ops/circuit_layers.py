@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require_dim
+from lora_ext._checks import require_dtype, require_tensor
 
 from ._registration import fake
 
 _c = torch.ops.lora_ext
+_FLOATS = (torch.float32, torch.float64)
 
 
 class Program(NamedTuple):
@@ -65,7 +66,10 @@ def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str =
 
 @fake("circuit_table")
 def _fake_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str) -> Tensor:
-    require_dim("circuit_table", "x", x, "(B, M)")
+    op = "circuit_table"
+    require_tensor(op, "table", table, "(R, V)", None, *_FLOATS)
+    require_tensor(op, "x", x, "(B, M)", None, torch.int64)
+    require_tensor(op, "row", row, "(M,)", x.shape[1:], torch.int64)
     return _unit_major(table, x.shape[0], x.shape[1] * block)
 
 
@@ -112,6 +116,8 @@ def circuit_layers(
 
 @fake("circuit_layers")
 def _fake_layers(leaf: Tensor, w: Tensor, program: Tensor, plan: list[int], *_: str) -> Tensor:
+    require_tensor("circuit_layers", "leaf", leaf, "(B, units)", None, *_FLOATS)
+    require_tensor("circuit_layers", "w", w, "(W,)", None, leaf.dtype)
     return _unit_major(leaf, leaf.shape[0], plan[0])
 
 
@@ -156,8 +162,7 @@ def _fake_layers_backward(
 def circuit_layers_walk(
     val: Tensor, w: Tensor, program: Program, root: Tensor, uniforms: Tensor | None = None
 ) -> Tensor:
-    """Walk from the roots down, one term per sum: the leaf unit that each variable comes
-    to.
+    """Walk from the roots down along one term per sum; return the leaf unit of each variable.
 
     A sum weighs its terms by ``W[o, i] exp(term[i])``. A walk takes the heaviest, the first of
     several, or draws one by the rule of :func:`reference._circuit.draw`: after
@@ -189,7 +194,13 @@ def circuit_layers_walk(
 def _fake_walk(
     val: Tensor, w: Tensor, program: Tensor, plan: list[int], root: Tensor, uniforms: Tensor | None
 ) -> Tensor:
-    walks = root if uniforms is None else uniforms
+    op, walks = "circuit_layers_walk", root
+    require_tensor(op, "val", val, "(B, U)", None, *_FLOATS)
+    require_dtype(op, "w", w, val.dtype)
+    require_tensor(op, "root", root, "(B,)", val.shape[:1], torch.int64)
+    if uniforms is not None:
+        require_tensor(op, "uniforms", uniforms, "(M, sums)", None, *_FLOATS)
+        walks = uniforms
     return root.new_empty(walks.shape[0], plan[8])
 
 

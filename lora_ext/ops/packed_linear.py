@@ -9,7 +9,7 @@ Letters: ``T`` rows, ``I`` in, ``O`` out.
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require_dim
+from lora_ext._checks import require_dtype, require_shape, require_tensor
 
 from ._registration import fake
 
@@ -68,18 +68,27 @@ def packed_linear(
 
 @fake("pack_weight")
 def _fake_pack_weight(weight: Tensor) -> Tensor:
-    require_dim("pack_weight", "weight", weight, "(O, I)")
-    out_features, in_features = weight.shape
-    panels = -(-out_features // PANEL)
-    if weight.dtype == torch.float32:
-        return weight.new_empty(panels, in_features, PANEL)
-    pairs = (PANEL, 2) if in_features % 2 == 0 else (2 * PANEL,)
-    return weight.new_empty(panels, -(-in_features // 2), *pairs)
+    require_tensor("pack_weight", "weight", weight, "(O, I)", None, torch.float32, torch.bfloat16)
+    return weight.new_empty(_packed_shape(weight.dtype, *weight.shape))
 
 
 @fake("packed_linear")
 def _fake_packed_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    require_dim("packed_linear", "x", x, "(T, I)")
+    op = "packed_linear"
+    require_tensor(op, "x", x, "(T, I)", None, torch.float32, torch.bfloat16)
+    shape = _packed_shape(x.dtype, out_features, x.shape[1])
+    require_shape(op, "packed", packed, "of pack_weight", shape)
+    require_dtype(op, "packed", packed, x.dtype)
+    if bias is not None:
+        require_tensor(op, "bias", bias, "(O,)", (out_features,), x.dtype)
     return x.new_empty(x.shape[0], out_features)
+
+
+def _packed_shape(dtype: torch.dtype, out_features: int, in_features: int) -> tuple[int, ...]:
+    panels = -(-out_features // PANEL)
+    if dtype == torch.float32:
+        return panels, in_features, PANEL
+    pairs = (PANEL, 2) if in_features % 2 == 0 else (2 * PANEL,)
+    return panels, -(-in_features // 2), *pairs

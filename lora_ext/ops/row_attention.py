@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lora_ext._checks import require, require_dim
+from lora_ext._checks import FLOATS, require, require_dim, require_dtype, require_tensor
 from lora_ext._torch import refuse_tangents
 from lora_ext.reference import seen_keys
 
@@ -99,14 +99,32 @@ def pointwise(x: Tensor, function: str) -> Tensor:
 
 @fake("pointwise")
 def _fake_pointwise(x: Tensor, function: str) -> Tensor:
+    require_dtype("pointwise", "x", x, torch.float32, torch.bfloat16)
     dense = torch.ops.aten.is_non_overlapping_and_dense.default(x)
     return torch.empty_like(x if dense else x.contiguous())
 
 
 @fake("row_attention")
-def _fake_row_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    require_dim("row_attention", "v", v, "(B, G, L, E)")
-    batch, heads, rows, _width = q.shape
+def _fake_row_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, *limits: Tensor | None
+) -> Tensor:
+    op = "row_attention"
+    require_tensor(op, "q", q, "(B, H, T, D)", None, *FLOATS)
+    require_dim(op, "k", k, "(B, G, L, D)")
+    require_dim(op, "v", v, "(B, G, L, E)")
+    batch, heads, rows, width = q.shape
+    groups, keys = k.shape[1:3]
+    require_tensor(op, "k", k, "(B, G, L, D)", (batch, groups, keys, width), q.dtype)
+    require_tensor(op, "v", v, "(B, G, L, E)", (batch, groups, keys, v.shape[3]), q.dtype)
+    divides = heads % groups == 0 if groups else heads == 0
+    require(divides, op, "k", f"heads that divide those of q, {heads}", groups)
+    spans, mask = limits
+    if spans is not None:
+        shape = (1 if spans.shape[0] == 1 else batch, rows, 2)
+        require_tensor(op, "spans", spans, "(B or 1, T, 2)", shape, torch.int64)
+    if mask is not None:
+        shape = (1 if mask.shape[0] == 1 else batch, rows, keys)
+        require_tensor(op, "mask", mask, "(B or 1, T, L)", shape, torch.bool)
     return q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._checks import FLOATS, integer, number, require, require_dtype, require_tensor
+from lora_ext._checks import FLOATS, integer, number, require, require_dim, require_tensor
 from lora_ext._torch import AUTOCASTS, refuse_tangents
 from lora_ext.reference import accumulator
 
@@ -67,9 +67,9 @@ def chunked_cross_entropy(
     Dao et al. 2022, with the output layer as keys and values.
     """
     op = "chunked_cross_entropy"
-    require_dtype(op, "hidden", hidden, *FLOATS)
-    _check_output_layer(op, weight, chunk, softcap)
-    require_dtype(op, "labels", labels, torch.int64)
+    require_tensor(op, "hidden", hidden, "(N, d)", None, *FLOATS)
+    _check_output_layer(op, hidden, weight, bias, chunk, softcap)
+    require_tensor(op, "labels", labels, "(N,)", hidden.shape[:1], torch.int64)
     refuse_tangents(op, hidden, weight, bias)
     dtype, early = _product_dtype(hidden, weight), _gradient_on_the_way(hidden, weight, bias)
     rest = chunk, ignore_index, softcap or 0.0, dtype, early
@@ -122,9 +122,9 @@ def chunked_kl(
         name, device = f"hiddens[{e}]", first.device
         require_tensor(op, name, h, "(N, d)", first.shape, first.dtype)
         require(h.device == device, op, name, f"a tensor on {device}", h.device)
-    _check_output_layer(op, weight, chunk, softcap)
+    _check_output_layer(op, first, weight, bias, chunk, softcap)
     if mask is not None:
-        require_dtype(op, "mask", mask, torch.bool)
+        require_tensor(op, "mask", mask, "(N,)", first.shape[:1], torch.bool)
     refuse_tangents(op, *hiddens, weight, bias)
     together = torch.stack(list(hiddens))  # (k, N, d)
     early = softcap is None and _gradient_on_the_way(together, weight, bias)
@@ -146,9 +146,13 @@ def _gradient_on_the_way(hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
     return torch.is_grad_enabled() and hidden.requires_grad and frozen
 
 
-def _check_output_layer(op: str, weight: Tensor, chunk: int, softcap: float | None) -> None:
-    """Check what the compiled op does not see as it was given: it casts, and takes 0 for no cap."""
-    require_dtype(op, "weight", weight, *FLOATS)
+def _check_output_layer(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, softcap: float | None
+) -> None:
+    require_dim(op, "weight", weight, "(V, d)")
+    require_tensor(op, "weight", weight, "(V, d)", (weight.shape[0], hidden.shape[1]), *FLOATS)
+    if bias is not None:
+        require_tensor(op, "bias", bias, "(V,)", weight.shape[:1], *FLOATS)
     integer(op, "chunk", chunk, 1, expected="at least 1")
     if softcap is not None:
         number(op, "softcap", softcap, above=0, expected="None or a number above 0")
