@@ -1,20 +1,10 @@
 """Every op of the table under the laws that all keep, on every backend that is open here."""
 
+import importlib
 from collections.abc import Callable
-from itertools import chain
+from pathlib import Path
 from typing import Any
 
-import cases
-import cases_circuit
-import cases_decode
-import cases_depth_mix
-import cases_gram
-import cases_packed_linear
-import cases_pointwise
-import cases_row_attention
-import cases_siblings
-import cases_train
-import cases_vocab
 import pytest
 import torch
 from backends import BACKENDS, Backend, marks_of
@@ -25,11 +15,11 @@ import lora_ext
 
 pytestmark = pytest.mark.hosts
 
-FAMILIES = (
-    cases, cases_siblings, cases_train, cases_circuit, cases_decode, cases_depth_mix, cases_gram,
-    cases_vocab, cases_packed_linear, cases_pointwise, cases_row_attention,
-)  # fmt: skip
-TABLE: list[Op] = [*chain.from_iterable(family.OPS for family in FAMILIES)]
+# Each family of ops has a table in a file cases*.py.
+FAMILIES = [
+    importlib.import_module(p.stem) for p in sorted(Path(__file__).parent.glob("cases*.py"))
+]
+TABLE: list[Op] = [op for family in FAMILIES for op in getattr(family, "OPS", ())]
 
 
 def everywhere(has: Callable[[Op], Any], large: bool = True) -> pytest.MarkDecorator:

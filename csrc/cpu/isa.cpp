@@ -16,25 +16,15 @@
 
 namespace lora_ext {
 
-// What the *_isa.cpp leave in the namespace of an instruction set.
-#define LX_DECLARE_TABLES(isa)                        \
-    namespace isa {                                   \
-    extern const LoraCpu lora_table;                  \
-    extern const LoraTrainCpu train_table;            \
-    extern const GramCpu gram_table;                  \
-    extern const CircuitCpu circuit_table;            \
-    extern const CircuitDecodeCpu decode_table;       \
-    extern const LogSumCpu log_sum_table;             \
-    extern const LayersCpu layers_table;              \
-    extern const CircuitTableCpu circuit_table_table; \
-    extern const DepthMixCpu depth_mix_table;         \
-    extern const PackedLinearCpu packed_linear_table; \
-    extern const PointwiseCpu pointwise_table;        \
-    extern const RowAttentionCpu row_attention_table; \
-    extern const VocabCpu vocab_table;                \
+// Tables that the *_isa.cpp define in the namespace of an instruction set.
+#define LX_DECLARE_TABLE(Family, table) extern const Family table;
+#define LX_DECLARE_TABLES(isa)               \
+    namespace isa {                          \
+    LX_FAMILIES(LX_DECLARE_TABLE)            \
+    LX_FAMILIES_WITH_PAIRS(LX_DECLARE_TABLE) \
     }
 
-// In the order of Isa; LX_X86_TABLES is how many of them an x86 build has.
+// In the order of Isa. LX_X86_TABLES is the number of instruction sets of an x86 build.
 LX_DECLARE_TABLES(scalar)
 #ifndef LX_X86_TABLES
 #define LX_EACH_ISA(table) &scalar::table
@@ -49,33 +39,24 @@ constexpr int kBuilt = LX_X86_TABLES;
 #else
 LX_DECLARE_TABLES(avx512)
 LX_DECLARE_TABLES(avx512bf16)
-// AVX-512-bf16 adds products of pairs of bfloat16 (dot_pairs in vec.h). A family that does not use
-// them would have the same code for both, so it is compiled for AVX-512 and registered twice.
+// A family without products of pairs would have the same code for AVX-512-bf16, so its AVX-512
+// table is registered twice.
 #define LX_EACH_ISA(table) &scalar::table, &avx2::table, &avx512::table, &avx512::table
 #define LX_EACH_ISA_WITH_PAIRS(table) \
     &scalar::table, &avx2::table, &avx512::table, &avx512bf16::table
 #endif
 #endif
 
-#define LX_TWINS(Family, ...)                                    \
+#define LX_DEFINE_TWINS(Family, ...)                             \
     template <>                                                  \
     const Family& twins<Family>(Isa isa) {                       \
         static constexpr const Family* tables[] = {__VA_ARGS__}; \
         return *tables[static_cast<int>(isa)];                   \
     }
-LX_TWINS(LoraCpu, LX_EACH_ISA_WITH_PAIRS(lora_table))
-LX_TWINS(PackedLinearCpu, LX_EACH_ISA_WITH_PAIRS(packed_linear_table))
-LX_TWINS(LoraTrainCpu, LX_EACH_ISA(train_table))
-LX_TWINS(GramCpu, LX_EACH_ISA(gram_table))
-LX_TWINS(CircuitCpu, LX_EACH_ISA(circuit_table))
-LX_TWINS(CircuitDecodeCpu, LX_EACH_ISA(decode_table))
-LX_TWINS(LogSumCpu, LX_EACH_ISA(log_sum_table))
-LX_TWINS(LayersCpu, LX_EACH_ISA(layers_table))
-LX_TWINS(CircuitTableCpu, LX_EACH_ISA(circuit_table_table))
-LX_TWINS(DepthMixCpu, LX_EACH_ISA(depth_mix_table))
-LX_TWINS(PointwiseCpu, LX_EACH_ISA(pointwise_table))
-LX_TWINS(RowAttentionCpu, LX_EACH_ISA(row_attention_table))
-LX_TWINS(VocabCpu, LX_EACH_ISA(vocab_table))
+#define LX_TWINS(Family, table) LX_DEFINE_TWINS(Family, LX_EACH_ISA(table))
+#define LX_TWINS_WITH_PAIRS(Family, table) LX_DEFINE_TWINS(Family, LX_EACH_ISA_WITH_PAIRS(table))
+LX_FAMILIES(LX_TWINS)
+LX_FAMILIES_WITH_PAIRS(LX_TWINS_WITH_PAIRS)
 
 namespace {
 

@@ -1,7 +1,7 @@
 // The instruction sets that the CPU twins are compiled for, and the choice among them.
 //
-// Every csrc/cpu/*_isa.cpp is compiled once per instruction set, each time into a namespace of its
-// own, and leaves one table of functions there. csrc/cpu/isa.cpp is the only file that knows them.
+// Every csrc/cpu/*_isa.cpp is compiled once per instruction set. Each object file defines one table
+// of functions, in the namespace of its instruction set. csrc/cpu/isa.cpp chooses among the tables.
 #pragma once
 
 #include <cstdint>
@@ -10,60 +10,45 @@
 
 namespace lora_ext {
 
-// From the least to the best. A machine that runs one of them runs all before it.
+// In ascending order: a machine that runs one of them runs all before it.
 enum class Isa : int32_t { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
 const char* isa_name(Isa isa);  // "scalar", "avx2", "avx512", "avx512bf16"
 std::optional<Isa> isa_named(std::string_view name);
-// Whether this library was built with twins for it and this machine can run them.
+// Return whether this library has twins for `isa` and this machine can run them.
 bool isa_runs(Isa isa);
-// The best that runs here; chosen once.
+// Return the best instruction set that runs here; chosen once.
 Isa best_isa();
 
-struct LoraCpu;           // lora.h
-struct LoraTrainCpu;      // lora_train.h
-struct GramCpu;           // lora_gram.h
-struct CircuitCpu;        // circuit.h
-struct CircuitDecodeCpu;  // circuit_decode.h
-struct LogSumCpu;         // circuit_sum.h
-struct LayersCpu;         // circuit_layers.h
-struct CircuitTableCpu;   // circuit_layers.h
-struct DepthMixCpu;       // depth_mix.h
-struct PackedLinearCpu;   // packed_linear.h
-struct PointwiseCpu;      // pointwise.h
-struct RowAttentionCpu;   // row_attention.h
-struct VocabCpu;          // vocab.h
+// Every family of twins: the type of its table, which its header defines, and the table's name in
+// the namespace of an instruction set. A family in the second list is also compiled for
+// AVX-512-bf16, which multiplies pairs of bfloat16 (dot_pairs in vec.h).
+#define LX_FAMILIES(X)                      \
+    X(LoraTrainCpu, train_table)            \
+    X(GramCpu, gram_table)                  \
+    X(CircuitCpu, circuit_table)            \
+    X(CircuitDecodeCpu, decode_table)       \
+    X(LogSumCpu, log_sum_table)             \
+    X(LayersCpu, layers_table)              \
+    X(CircuitTableCpu, circuit_table_table) \
+    X(DepthMixCpu, depth_mix_table)         \
+    X(PointwiseCpu, pointwise_table)        \
+    X(RowAttentionCpu, row_attention_table) \
+    X(VocabCpu, vocab_table)
+#define LX_FAMILIES_WITH_PAIRS(X) \
+    X(LoraCpu, lora_table)        \
+    X(PackedLinearCpu, packed_linear_table)
 
-// The table of one family of twins, as in twins<LoraCpu>(best_isa()), for an instruction set that
-// runs here.
+// The table of one family, as in twins<LoraCpu>(best_isa()), for an instruction set that runs here.
 template <class Family>
 const Family& twins(Isa isa);
 
-template <>
-const LoraCpu& twins<LoraCpu>(Isa isa);
-template <>
-const LoraTrainCpu& twins<LoraTrainCpu>(Isa isa);
-template <>
-const GramCpu& twins<GramCpu>(Isa isa);
-template <>
-const CircuitCpu& twins<CircuitCpu>(Isa isa);
-template <>
-const CircuitDecodeCpu& twins<CircuitDecodeCpu>(Isa isa);
-template <>
-const LogSumCpu& twins<LogSumCpu>(Isa isa);
-template <>
-const LayersCpu& twins<LayersCpu>(Isa isa);
-template <>
-const CircuitTableCpu& twins<CircuitTableCpu>(Isa isa);
-template <>
-const DepthMixCpu& twins<DepthMixCpu>(Isa isa);
-template <>
-const PackedLinearCpu& twins<PackedLinearCpu>(Isa isa);
-template <>
-const PointwiseCpu& twins<PointwiseCpu>(Isa isa);
-template <>
-const RowAttentionCpu& twins<RowAttentionCpu>(Isa isa);
-template <>
-const VocabCpu& twins<VocabCpu>(Isa isa);
+#define LX_DECLARE_TWINS(Family, table) \
+    struct Family;                      \
+    template <>                         \
+    const Family& twins<Family>(Isa isa);
+LX_FAMILIES(LX_DECLARE_TWINS)
+LX_FAMILIES_WITH_PAIRS(LX_DECLARE_TWINS)
+#undef LX_DECLARE_TWINS
 
 }  // namespace lora_ext
