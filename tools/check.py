@@ -43,6 +43,7 @@ def main() -> int:
     legs.append(Leg("pages", command, 1800, after="demo", beside=True))
     lint = ["pre-commit", "run", "--all-files", "--show-diff-on-failure"]
     legs.append(Leg("lint", lint, 600, beside=True))
+    legs.append(Leg("prose", [PY, "tools/prose.py"], 120, beside=True))
     legs.append(Leg("docs", docs, 600, env={"NO_MKDOCS_2_WARNING": "1"}, beside=True))
     if cuda == "1":
         sass = [PY, "tools/sass_gate.py"]
