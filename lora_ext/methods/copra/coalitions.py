@@ -65,19 +65,19 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
                 if _takes_part(name, layer, groups.adapter_name):
                     give = _GiveRows(name, layer, rows, groups.sees_tokens_first(name))
                     hooks.enter_context(layer.register_forward_pre_hook(give, with_kwargs=True))
-                    if give.turns:
-                        hooks.enter_context(layer.register_forward_hook(_turn_back))
+                    if give.transposes:
+                        hooks.enter_context(layer.register_forward_hook(_transpose_back))
         yield
 
 
 def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
     """Return whether a layer's rows use the adapter, given that its group is on."""
-    asked = [n for n in layer.active_adapters if n in adapters_of(layer) and is_active(layer, n)]
-    if layer.disable_adapters or adapter_name not in asked:
+    active = [n for n in layer.active_adapters if n in adapters_of(layer) and is_active(layer, n)]
+    if layer.disable_adapters or adapter_name not in active:
         return False
     expected = f"{adapter_name!r} as its one active adapter"
-    found = f"{asked}: a row has one adapter"
-    require(len(asked) <= 1, "coalitions", name, expected, found, RowwiseError)
+    found = f"{active}: a row has one adapter"
+    require(len(active) <= 1, "coalitions", name, expected, found, RowwiseError)
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     found = f"{kind} with a DoRA adapter" if layer.use_dora[adapter_name] else kind
     fits = isinstance(layer, LoraLayer) or _takes_names(layer, adapter_name)
@@ -89,8 +89,8 @@ def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
 def _takes_names(layer: Any, adapter_name: str) -> bool:
     """Return whether a PEFT layer takes ``adapter_names``; with DoRA only dense layers of
     ``from_peft`` do."""
-    theirs: Any = sys.modules["peft.tuners.lora.layer"]
-    if not isinstance(layer, theirs.Linear | theirs.Embedding | theirs._ConvNd):
+    peft_layers: Any = sys.modules["peft.tuners.lora.layer"]
+    if not isinstance(layer, peft_layers.Linear | peft_layers.Embedding | peft_layers._ConvNd):
         return False
     fused = getattr(type(layer), "asks_what_is_off", False)
     return not layer.use_dora[adapter_name] or (
@@ -105,7 +105,7 @@ class _GiveRows:
         self.name, self.rows = name, rows
         self.place = int(tokens_first)  # index of the dimension of the sequences
         #: Whether to transpose input and output: plain PEFT layers take sequences first only.
-        self.turns = tokens_first and not hasattr(type(layer), "tokens_first")
+        self.transposes = tokens_first and not hasattr(type(layer), "tokens_first")
         base = layer.get_base_layer()
         #: Smallest number of dimensions of an input with sequences first.
         self.dims = 2
@@ -128,11 +128,11 @@ class _GiveRows:
         expected = f"activations of {len(self.rows)} sequences {place}"
         found = f"shape {tuple(x.shape)}"
         require(fits, "coalitions", self.name, expected, found, RowwiseError)
-        if self.turns:
+        if self.transposes:
             args = (x.transpose(0, 1),)
         rows = {"adapter_ids": self.rows.assignment} if self.ours else {"adapter_names": self.rows}
         return args, {**kwargs, **rows}
 
 
-def _turn_back(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
+def _transpose_back(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return output.transpose(0, 1).contiguous()  # some models call `view` on it

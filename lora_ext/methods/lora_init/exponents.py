@@ -9,7 +9,7 @@ from lora_ext.layers import known_scheme
 
 _ZERO = -math.inf  # gamma[0]
 #: gamma of Z_A = A x and of B before the first step.
-_STARTS = {
+_INITIAL_EXPONENTS = {
     **dict.fromkeys(("init_a", "init_a_normal"), (0.0, _ZERO)),
     "gaussian": (0.5, _ZERO),  # Var(A_ij) does not fall with n
     **dict.fromkeys(("init_b", "init_b_normal", "init_b_unit"), (_ZERO, 0.0)),
@@ -52,13 +52,13 @@ def gamma_exponents(
     Source: Hayou et al. 2024, sections 3 and 4.
     """
     name = known_scheme(scheme, "gamma_exponents: scheme")
-    expected = f"True, False or one of {', '.join(map(repr, _STARTS))}"
-    require(name in _STARTS, "gamma_exponents", "scheme", expected, repr(scheme))
+    expected = f"True, False or one of {', '.join(map(repr, _INITIAL_EXPONENTS))}"
+    require(name in _INITIAL_EXPONENTS, "gamma_exponents", "scheme", expected, repr(scheme))
     for argument, value in (("eta_A_exp", eta_A_exp), ("eta_B_exp", eta_B_exp)):
         fits = not math.isnan(value) and value != math.inf
         require(fits, "gamma_exponents", argument, "a number or minus infinity", value)
     integer("gamma_exponents", "steps", steps, 1)
-    z_a, b = _STARTS[name]
+    z_a, b = _INITIAL_EXPONENTS[name]
     d1 = d2 = _ZERO
     for _ in range(steps):
         d1, d2 = b + eta_A_exp + 1, eta_B_exp + z_a
