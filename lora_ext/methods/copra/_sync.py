@@ -140,12 +140,11 @@ class _Gate:
         self.gates, self.index = masks.on[device], index
 
     def on(self, mode: int) -> bool:
-        """Return whether the gate is open in evaluation (``mode`` 0) or training (1)."""
+        """Return whether the gate is open, with ``mode`` 0 for evaluation and 1 for training."""
         masks, _, index = self.followed
         return bool(masks.host[mode, index])
 
     def remove(self) -> None:
-        """Remove the gate from its layer."""
         for handle in self._handles:
             handle.remove()
 

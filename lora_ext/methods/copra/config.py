@@ -34,7 +34,7 @@ class CopraConfig:
             multiplied by zero, so that a compiled graph is never recompiled.
 
     Raises:
-        ValueError: If a value is out of range; the message names the field.
+        ValueError: If a field is out of range.
 
     Source: arXiv 2410.22911; p0, p1 and rho are those of the callback in the repository of the
     authors' follow-up, zwebzone/coto.

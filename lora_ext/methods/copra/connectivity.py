@@ -57,9 +57,6 @@ def lmc_barrier(
         space: "factors" or "delta", see :func:`lora_ext.adapter.interpolate_adapters`.
         adapter: Name of the model's adapter that is replaced.
 
-    Returns:
-        :class:`Barrier`.
-
     Raises:
         ValueError: If a lambda is outside [0, 1], their number is below 2, or a sequence is empty;
             if the model's adapter is missing, not active or merged; if the adapters' modules differ
@@ -80,7 +77,8 @@ def lmc_barrier(
         other = "disabled adapters" if one.disable_adapters else one.active_adapters
         require(fits, "lmc_barrier", name, f"{adapter!r} to be active", other)
         layers[name.removeprefix(PREFIX)] = one
-    _check(layers, adapter, interpolate_adapters(*ends, 0.5, space))  # raises if there is no line
+    # Raises before the first loss if there is no line.
+    _check_modules(layers, adapter, interpolate_adapters(*ends, 0.5, space))
     losses: dict[float, float] = {}
     with evaluating(model), torch.no_grad():
         for lam in dict.fromkeys((0.0, 1.0, *grid)):
@@ -106,8 +104,7 @@ def _grid(lambdas: int | Sequence[float]) -> tuple[float, ...]:
     return grid
 
 
-def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
-    """Raise an error if the modules or shapes of ``value`` differ from the layers'."""
+def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
     where = "lmc_barrier"
     for name in (*layers, *value.modules):
         both = name in layers and name in value.modules

@@ -37,11 +37,9 @@ class CopraController:
         layers: The :class:`lora_ext.nn.LayerGroups`.
 
     Raises:
-        TypeError: If ``total_steps`` is not an int.
-        ValueError: If no layer has the adapter; if it is merged into a layer, which the message
-            names; if ``group_by`` is unknown, or an int that does not divide the number of layers,
-            which the message lists; if a layer has DoRA and ``sync`` is "tensor"; or as
-            :class:`CopraSchedule`.
+        ValueError, TypeError: If no layer has the adapter or a layer has it merged; if ``group_by``
+            is unknown, or an int that does not divide the number of layers; if a layer has DoRA and
+            ``sync`` is "tensor"; or as :class:`CopraSchedule`.
 
     Source: arXiv 2410.22911.
     """
@@ -86,9 +84,8 @@ class CopraController:
             ``(num_groups,)`` bool, True for the groups that train.
 
         Raises:
-            TypeError: If the step is not an int.
-            ValueError: If the step is below 0, or if the adapter is merged into a layer to be
-                switched off; the message names the layer.
+            ValueError, TypeError: If the step is not an int from 0, or the adapter is merged into a
+                layer to be switched off.
         """
         step = self._next if step is None else step
         mask = self.schedule.mask(step)
@@ -103,9 +100,8 @@ class CopraController:
             mask: ``(num_groups,)`` bool, True for the groups that are on.
 
         Raises:
-            ValueError: If the mask has another length or is not bool, or if the adapter is merged
-                into a layer to be switched off; the message names the layer. No layer is changed
-                then.
+            ValueError: If the mask has another length or is not bool, or the adapter is merged into
+                a layer to be switched off. No layer is changed then.
         """
         self._set(mask)
 
@@ -132,17 +128,16 @@ class CopraController:
     def state_dict(self) -> dict[str, Any]:
         """Return the next step and the settings that determine all masks, as numbers and
         strings."""
-        return {"step": self._next, **self._fixed()}
+        return {"step": self._next, **self._mask_settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state of :meth:`state_dict`; the mask of its last step is set again.
 
         Raises:
             ValueError: If the state has other keys or belongs to another schedule, for example one
-                with another ``total_steps``; the message names the difference. The controller is
-                unchanged then.
+                with another ``total_steps``. The controller is unchanged then.
         """
-        fixed, where = self._fixed(), "CopraController.load_state_dict"
+        fixed, where = self._mask_settings(), "CopraController.load_state_dict"
         expected = f"the keys {['step', *fixed]}"
         require(state.keys() == {"step", *fixed}, where, "state", expected, list(state))
         for name, value in fixed.items():
@@ -152,8 +147,7 @@ class CopraController:
             self.step(step - 1)
         self._next = step
 
-    def _fixed(self) -> dict[str, Any]:
-        """Return the settings that determine, together with the step, all masks."""
+    def _mask_settings(self) -> dict[str, Any]:
         names, ramp = ("group_by", "seed", "min_active", "p0", "p1", "ramp_ratio"), self.config.ramp
         return {
             "total_steps": self.schedule.total_steps,

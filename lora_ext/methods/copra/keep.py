@@ -100,9 +100,6 @@ def at_random(source: Source, k: int, seed: int = 0) -> list[str]:
         k: Number of groups to keep.
         seed: Seed of the draw.
 
-    Returns:
-        Names as in the base model.
-
     Raises:
         ValueError: If k is out of range, or the source has no modules.
     """

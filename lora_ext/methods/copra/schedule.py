@@ -34,13 +34,13 @@ class CopraSchedule:
     mask, on any version of torch.
 
     Args:
-        config: Settings; p0, p1, ramp_ratio, ramp, min_active and seed are used.
+        config: Its p0, p1, ramp_ratio, ramp, min_active and seed are used.
         num_groups: L, number of groups of layers.
         total_steps: T, number of optimizer steps of the whole training.
 
     Raises:
-        TypeError: If ``total_steps`` or ``num_groups`` is not an int.
-        ValueError: If one of them is below 1, or ``num_groups`` is below ``min_active``.
+        ValueError, TypeError: If ``total_steps`` or ``num_groups`` is not an int from 1, or
+            ``num_groups`` is below ``min_active``.
 
     Source: arXiv 2410.22911; the ramp is that of the authors' follow-up (zwebzone/coto). It redraws
     masks until one is not empty, which gives the same distribution.
@@ -61,8 +61,8 @@ class CopraSchedule:
         """Return p(t), the probability of each group before conditioning on ``min_active``.
 
         Raises:
-            TypeError: If the step is not an int.
-            ValueError: If the step is below 0, or the ramp returns a negative number or NaN.
+            ValueError, TypeError: If the step is not an int from 0, or the ramp returns a negative
+                number or NaN.
         """
         integer("CopraSchedule", "step", step, 0)
         p0, p1 = self.config.p0, self.config.p1
@@ -78,7 +78,7 @@ class CopraSchedule:
         """Return the mask of the groups that train at ``step``, ``(num_groups,)`` bool on the CPU.
 
         Raises:
-            TypeError, ValueError: As :meth:`probability`.
+            ValueError, TypeError: As :meth:`probability`.
         """
         p = self.probability(step)
         count_draw, *draws = _uniforms(self.config.seed, step, self.num_groups + 1)
@@ -96,7 +96,7 @@ class CopraSchedule:
         """Return the mean number of active groups at ``step``, conditioned on ``min_active``.
 
         Raises:
-            TypeError, ValueError: As :meth:`probability`.
+            ValueError, TypeError: As :meth:`probability`.
         """
         return math.fsum(k * chance for k, chance in self._counts(self.probability(step)).items())
 

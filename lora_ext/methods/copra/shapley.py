@@ -60,7 +60,7 @@ def shapley_values(
     ``phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S + i) - v(S))``.
 
     Args:
-        value_fn: v. It maps a bool tensor ``(n,)``, True for each player that takes part, to a
+        value_fn: v, which maps a bool tensor ``(n,)``, True for each player that takes part, to a
             finite number.
         n: Number of players.
         method: "exact" evaluates all 2^n coalitions. "permutation" lets the players join in random
@@ -74,12 +74,9 @@ def shapley_values(
         antithetic: Whether to use each order reversed too, which doubles the number of orders.
         levels: Number of levels of "owen".
 
-    Returns:
-        :class:`Shapley`.
-
     Raises:
         ValueError: If n, samples or levels is below 1, the method is unknown, "exact" is used with
-            more than 20 players, or a value is not finite; the message then contains its coalition.
+            more than 20 players, or a value is not finite.
 
     Source: Shapley 1953; Castro et al. 2009 for orders; Owen 1972, Okhrati and Lipani 2021 for
     levels; arXiv 2410.22911 for layers as players.
@@ -114,19 +111,16 @@ def layer_shapley(
     Args:
         model: Model of the controller.
         controller: Controller whose groups are the players.
-        eval_fn: Without a batch, ``eval_fn(model)`` returns the utility, a number such as the
-            accuracy or the negative loss. With a batch, ``eval_fn(output, batch)`` returns the
-            utility of each row of the model's output, ``(rows,)``; v(S) is their mean.
+        eval_fn: ``eval_fn(model)`` returns the utility, a number such as the accuracy or the
+            negative loss. With a batch, ``eval_fn(output, batch)`` returns the utility of each row
+            of the model's output, ``(rows,)``; v(S) is their mean.
         method: Default is "exact" up to 12 groups, else "permutation".
         samples, generator, cache, antithetic, levels: As in :func:`shapley_values`.
         batch: Keyword arguments of the model. Tensors with as many rows as the first one are
             repeated for each coalition; all other values are passed unchanged.
         batched_coalitions: K, number of coalitions in one forward, each with a copy of the batch's
             rows. The weights are read once for all of them. On the CPU a forward takes fewer if
-            they would have more than 1024 tokens, since larger batches gain nothing there.
-
-    Returns:
-        :class:`Shapley`.
+            they have over 1024 tokens, since larger batches gain nothing there.
 
     Raises:
         ValueError: If the controller belongs to another model; if ``batched_coalitions`` is below
@@ -134,8 +128,8 @@ def layer_shapley(
             one number per row; or as :func:`shapley_values`.
 
     Warns:
-        UserWarning: If a layer cannot be switched row by row; the message names it. Coalitions are
-            then evaluated one by one.
+        UserWarning: If a layer cannot be switched row by row; coalitions are then evaluated one by
+            one.
     """
     n, modules = len(controller.layers), set(model.modules())
     where = "layer_shapley"

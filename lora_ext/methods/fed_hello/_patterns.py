@@ -55,8 +55,7 @@ def pattern_weights(pattern: Pattern | str, L: int) -> Tensor:
         ``(L,)`` float64 with sum 1.
 
     Raises:
-        ValueError: If the pattern is unknown, or L is below 1.
-        TypeError: If L is not an integer.
+        ValueError, TypeError: If the pattern is unknown, or L is not an integer from 1.
 
     Source: arXiv 2506.12213 and its configurations; the interpolation and the slopes of the
     triangles are our choice.
@@ -129,9 +128,8 @@ def rgd_layers(
         Indices in ascending order.
 
     Raises:
-        ValueError: If weights are negative, not finite, or of the wrong shape; if c is outside
-            ``[0, L]``, or above the number of weights above 0.
-        TypeError: If c is not an integer.
+        ValueError, TypeError: If weights are negative, not finite, or of the wrong shape; if c is
+            not an integer from 0 to the number of weights above 0.
 
     Source: arXiv 2506.12213, RGD-HLA.
     """

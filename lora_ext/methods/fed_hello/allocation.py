@@ -43,7 +43,7 @@ class HLA:
         L: Number of layers.
 
     Raises:
-        ValueError, TypeError: As :class:`FedHelloConfig`; if L is below 1 or not an integer; if the
+        ValueError, TypeError: As :class:`FedHelloConfig`; if L is not an integer from 1, or the
             number of weights is not L.
 
     Source: arXiv 2506.12213, GD-HLA, RGD-HLA and FIM-HLA.
@@ -72,8 +72,8 @@ class HLA:
 
     @classmethod
     def of(cls, config: FedHelloConfig, L: int) -> HLA:
-        """Return the allocation of ``config``, a :class:`FedHelloConfig`, for a model of L layers;
-        it raises the errors of the class."""
+        """Return the allocation of ``config``, a :class:`FedHelloConfig`, for a model of L
+        layers."""
         found = cls.__new__(cls)  # __init__ takes single settings
         found._set(config, L)
         return found
@@ -91,8 +91,7 @@ class HLA:
         """Return g of a round, ``(L,)`` float64 with sum 1. Only "fim" changes it between rounds.
 
         Raises:
-            ValueError: If the round is below 0.
-            TypeError: If the round is not an integer.
+            ValueError, TypeError: If the round is not an integer from 0.
         """
         round = integer("HLA", "round", round, 0)
         known = [r for r in self._importance if (r <= round if self.config.hold else r == round)]
@@ -105,8 +104,7 @@ class HLA:
         """Return whether :meth:`update` should get new scores before the plans of a round.
 
         Raises:
-            ValueError: If the round is below 0.
-            TypeError: If the round is not an integer.
+            ValueError, TypeError: If the round is not an integer from 0.
         """
         round = integer("HLA", "round", round, 0)
         config = self.config
@@ -121,9 +119,8 @@ class HLA:
             scores: F of :func:`fim_scores`, ``(L,)``.
 
         Raises:
-            ValueError: If the number of scores is not L, a score is not finite, or the round is
-                below 0. Nothing is changed then.
-            TypeError: If the round is not an integer.
+            ValueError, TypeError: If the number of scores is not L, a score is not finite, or the
+                round is not an integer from 0. Nothing is changed then.
         """
         round = integer("HLA.update", "round", round, 0)
         values = torch.as_tensor(scores, dtype=torch.float64)
@@ -141,9 +138,8 @@ class HLA:
                 and the client must not be selected.
 
         Raises:
-            ValueError: If the round is below 0, the capability is outside ``[0, L]``, or fewer than
-                c layers have a weight above 0.
-            TypeError: If the round or capability is not an integer.
+            ValueError, TypeError: If the round is not an integer from 0, the capability not in
+                ``[0, L]``, or fewer than c layers have a weight above 0.
         """
         c = integer("HLA.plan", f"capability of client {client!r}", capability, 0, self.L)
         weights = self.weights(round)

@@ -35,9 +35,8 @@ def cluster_weights(
         ``(L,)`` float64 with sum 1.
 
     Raises:
-        ValueError: If k is below 1, there are fewer than k levels, a level is not finite and above
-            0, or scores have another shape or are not finite.
-        TypeError: If k is not an integer.
+        ValueError, TypeError: If k is not an integer from 1, there are fewer than k levels, a level
+            is not finite and above 0, or scores have another shape or are not finite.
 
     Source: arXiv 2506.12213, FIM-HLA: three groups, weights 1, 2 and 3. The authors' code numbers
     its groups in no order; in the paper the weights rise with the score.

@@ -36,8 +36,7 @@ class FedHelloConfig:
         score, reduce, chunk: As in :func:`fim_scores`.
 
     Raises:
-        ValueError: If a value is out of range; the message names the field.
-        TypeError: If an integer field is not an integer.
+        ValueError, TypeError: If a field is out of range or of another type.
 
     Source: arXiv 2506.12213 and its repository, TNI-playground/Fed_HeLLo; docs/fed_hello.md.
     """

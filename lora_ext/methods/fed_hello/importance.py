@@ -74,9 +74,8 @@ def fim_scores(
         EmptyProxySet: If there is no sample.
         LayerNotFound: If no LoRA tensor of an active adapter has a layer, or their indices have
             gaps.
-        ValueError: If a setting is out of range; if batches, outputs or labels do not fit; if an
-            adapter is merged.
-        TypeError: If an index is not an integer.
+        ValueError, TypeError: If a setting is out of range; if batches, outputs or labels do not
+            fit; if an adapter is merged; if an index is not an integer.
 
     Source: arXiv 2506.12213, FIM-HLA.
     """
@@ -98,8 +97,6 @@ def fim_scores(
 
 
 class _Pair(NamedTuple):
-    """Factors of one adapter in one linear layer."""
-
     name: str
     layer: Any
     adapter: str
@@ -178,7 +175,7 @@ class _Fisher:
     chunk: int
 
     def add(self, batch: Any) -> int:
-        """Add the samples of a batch and return their number."""
+        """Add a batch's samples and return their number."""
         pairs = [
             p for p in self.pairs if is_active(p.layer, p.adapter) and not p.layer.disable_adapters
         ]

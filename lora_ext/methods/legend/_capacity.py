@@ -78,8 +78,7 @@ class CapacityTracker:
         ignored: Number of outliers, by device.
 
     Raises:
-        ValueError: If a setting is out of range.
-        TypeError: If L is not an int.
+        ValueError, TypeError: If a setting is out of range, or L is not an int.
 
     Source: LEGEND (arXiv 2412.20004): capacity estimation on the server. The method is our choice.
     """

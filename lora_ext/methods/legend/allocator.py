@@ -43,14 +43,12 @@ class LegendAllocator:
         memory, mem, shares, rank_caps: As in :class:`LegendConfigurator`.
 
     Attributes:
-        tracker: The :class:`CapacityTracker`.
-        configurator: The :class:`LegendConfigurator`.
-        L: Number of layers.
-        ranks: Rank of each layer.
+        tracker, configurator: The :class:`CapacityTracker` and :class:`LegendConfigurator`.
+        L, ranks: Number and ranks of the layers.
         last: Latest :class:`Configuration`, of the devices that were not probed.
 
     Raises:
-        ValueError: If settings contradict each other; the message names them.
+        ValueError: If settings contradict each other.
 
     Source: LEGEND (arXiv 2412.20004); probes and exploration are our choice.
     """
@@ -101,7 +99,7 @@ class LegendAllocator:
 
         Args:
             state: Tensors under PEFT's names, with the ranks of ``config.total`` if that is given.
-            pattern: Regular expression for the index of a layer in a name.
+            pattern: Regular expression for the layer's index in a name.
             settings: Further arguments.
 
         Raises:
@@ -124,8 +122,7 @@ class LegendAllocator:
         """Return the plan of a device that is alone in its round.
 
         Args:
-            round: Number of the round, from 1.
-            client: Name of the device.
+            round: Number, from 1.
             capability: Largest depth of the device.
 
         Returns:
@@ -177,8 +174,7 @@ class LegendAllocator:
 
         Args:
             metrics: ``train-time-s``, ``down-time-s``, ``bytes`` of the slice, and ``up-time-s`` if
-                known. They are not checked: reports with missing or absurd values are dropped and
-                counted.
+                known. Reports with missing or absurd values are dropped and counted.
 
         Raises:
             ValueError: If the plan has no layers.
@@ -194,10 +190,7 @@ class LegendAllocator:
         """Record that a client did not answer, see :meth:`CapacityTracker.update_timeout`.
 
         Args:
-            round: Number of the round.
-            client: Name of the device.
-            plan: Its plan of the round.
-            seconds: Time that the server waited for it.
+            seconds: Time that the server waited.
 
         Raises:
             ValueError: As :meth:`observe` and :meth:`CapacityTracker.update_timeout`.
@@ -234,7 +227,6 @@ class LegendAllocator:
         return max(least, min(wanted, most))
 
     def _configured(self, round: int, limits: Mapping[Client, int]) -> dict[Client, int]:
-        """Return the depths of devices that have an estimate."""
         anew = (round - 1) % self.config.every == 0
         kept = {} if anew else {c: k for c, k in self._depths.items() if c in limits}
         kept = {c: min(k, self.configurator.deepest(c, limits[c])) for c, k in kept.items()}

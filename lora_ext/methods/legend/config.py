@@ -35,8 +35,8 @@ class LegendConfig:
             function then chooses; they need not be the last ones.
 
     Raises:
-        ValueError: If a value is out of range; the message names the field. Limits that depend on
-            the number of layers are checked once that is known.
+        ValueError: If a field is out of range. Limits that depend on the number of layers are
+            checked once that is known.
 
     Source: LEGEND (arXiv 2412.20004).
     """

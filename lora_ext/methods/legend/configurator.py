@@ -96,8 +96,7 @@ class LegendConfigurator:
         rank_caps: Largest rank by device; the server then averages rank by rank.
 
     Raises:
-        ValueError: If a setting is out of range; the message names it.
-        TypeError: If a depth or rank is not an int.
+        ValueError, TypeError: If a setting is out of range, or a depth or rank is not an int.
 
     Source: LEGEND (arXiv 2412.20004). Only its abstract could be read: the algorithm is our choice,
     with the paper's inputs and its aim.
@@ -338,8 +337,6 @@ class LegendConfigurator:
 
 
 class _Device(NamedTuple):
-    """Device that was selected for a round."""
-
     name: Client
     estimate: Estimate
     k_min: int

@@ -32,8 +32,8 @@ def rank_distribution(
     ``total``.
 
     Layer 0 is at the input. Fractions are rounded by the largest remainder; of equal ones, those
-    nearer to the output are rounded up first. Ranks are then clipped to ``[r_min, r_max]``; the
-    sum is restored at the output side first, without a change of the order.
+    nearer to the output are rounded up first. Ranks are then clipped to ``[r_min, r_max]``; the sum
+    is restored at the output side first, without a change of the order.
 
     Args:
         L: Number of layers.
@@ -50,9 +50,8 @@ def rank_distribution(
         ``L`` ranks, non-decreasing from layer 0 on ("reverse": non-increasing).
 
     Raises:
-        ValueError: If a setting is out of range, or the bounds do not allow the sum; the message
-            contains the least or the largest one.
-        TypeError: If L, the sum or a bound is not an int.
+        ValueError, TypeError: If a setting is out of range, L, the sum or a bound is not an int, or
+            the bounds do not allow the sum; the message contains the least or the largest one.
 
     Source: LEGEND (arXiv 2412.20004): higher ranks nearer to the output. The general formula, its
     rounding and its other shapes are our choice.
@@ -105,11 +104,11 @@ def layer_bytes(
     Args:
         state: Global adapter; its ranks do not matter.
         ranks: Rank of each layer.
-        pattern: Regular expression for the index of a layer in a name.
+        pattern: Regular expression for the layer's index in a name.
 
     Raises:
         ValueError: If the number of ranks is not that of the layers, or a rank is above
-            ``min(I, O)`` of a module, which no update needs; the message names the module.
+            ``min(I, O)`` of a module, which no update needs.
         TypeError: If a rank is not an int.
     """
     where = "layer_bytes"

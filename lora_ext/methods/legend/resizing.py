@@ -59,7 +59,7 @@ def resize_state(
     Args:
         state: Factors under PEFT's names; other tensors are passed on.
         ranks: Rank of each layer, from 1.
-        pattern: Regular expression for the index of a layer in a name.
+        pattern: Regular expression for the layer's index in a name.
         generator: Generator of new rows of A.
 
     Returns:

@@ -50,14 +50,14 @@ class RoundTime(NamedTuple):
 class SimulatedClock:
     """Clock of simulated rounds, computed from known speeds.
 
-    ``T = f + d mu + beta (down + up) / 2``: up is the bytes of the planned layers; down is the
-    same or, with ``send_frozen``, the bytes of all layers. d is the number of layers that the
-    backward passes through, from the output to the lowest planned one; for a suffix, its depth.
+    ``T = f + d mu + beta (down + up) / 2``: up is the bytes of the planned layers; down is the same
+    or, with ``send_frozen``, the bytes of all layers. d is the number of layers that the backward
+    passes through, from the output to the lowest planned one; for a suffix, its depth.
 
     Args:
         speeds: f, mu and beta by device.
         state: Global adapter, of which only sizes matter.
-        pattern: Regular expression for the index of a layer in a name.
+        pattern: Regular expression for the layer's index in a name.
         send_frozen: Whether devices get the layers that they do not train.
 
     Attributes:

@@ -98,14 +98,13 @@ def suggest_lr(
 
     Args:
         base_lr: Rate at ``base_width``; with LoRA+ that of A.
-        base_width: n0, inputs of the adapted layers for which ``base_lr`` was tuned.
+        base_width: n0, inputs of the adapted layers for ``base_lr``.
         width: n, inputs of the adapted layers now.
         scheme: True, "init_a", "init_a_normal"; "init_b", "init_b_normal".
         loraplus_ratio: eta_B over eta_A at ``base_width``, for two rates.
-        rank: Rank now; used only by ``rank_rule``.
-        base_rank: Rank for which ``base_lr`` was tuned; used only by ``rank_rule``.
+        rank, base_rank: Rank now and for ``base_lr``; used only by ``rank_rule``.
         rank_rule: "none": the rank does not matter; "inverse": the rate is multiplied by
-            ``base_rank / rank``. Which of the two holds depends on scheme and scaling.
+            ``base_rank / rank``. Which one holds depends on scheme and scaling.
 
     Returns:
         The rate or, with ``loraplus_ratio``, those of A and B, ``(base_lr n0 / n, base_lr ratio)``.
