@@ -131,8 +131,8 @@ def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factor
         if own is None and new is None:
             continue
         if own is None:
-            expected = "a layer with a bias beside B, as the adapters have it"
-            raise ValueError(f"lmc_barrier: {name}: expected {expected}, found one without")
+            expected = "a layer with a bias beside B, as in the adapters"
+            raise ValueError(f"lmc_barrier: {name}: expected {expected}, found no bias")
         # Zeros if the adapter has no bias.
         value = torch.zeros_like(own) if new is None else new.to(own.device, own.dtype)
         parameter = nn.Parameter(value, requires_grad=own.requires_grad)

@@ -174,8 +174,8 @@ class _Utilities:
         require(tensors, "layer_shapley", "batch", "tensors with rows", sorted(batch))
         self.first, self.rows = tensors[0], len(tensors[0])
 
-    def __call__(self, asked: Sequence[int]) -> list[float]:
-        masks = [_mask(coalition, len(self.controller.layers)) for coalition in asked]
+    def __call__(self, queried: Sequence[int]) -> list[float]:
+        masks = [_mask(coalition, len(self.controller.layers)) for coalition in queried]
         if len(masks) > 1 and self.row_by_row:
             try:
                 with coalitions(self.controller.layers, torch.stack(masks), self.rows):
@@ -229,10 +229,10 @@ def _estimator(
 
 
 def _run(estimator: _Estimator, n: int, values: Values, cache: bool, at_once: int) -> Shapley:
-    asked = list(dict.fromkeys(estimator.coalitions)) if cache else list(estimator.coalitions)
+    queried = list(dict.fromkeys(estimator.coalitions)) if cache else list(estimator.coalitions)
     found: list[float] = []
-    for start in range(0, len(asked), at_once):
-        part = asked[start : start + at_once]
+    for start in range(0, len(queried), at_once):
+        part = queried[start : start + at_once]
         for coalition, value in zip(part, values(part), strict=True):
             if not math.isfinite(value):
                 players = _mask(coalition, n).nonzero().flatten().tolist()
@@ -242,10 +242,10 @@ def _run(estimator: _Estimator, n: int, values: Values, cache: bool, at_once: in
                 )
             found.append(value)
     if cache:
-        known = dict(zip(asked, found, strict=True))
+        known = dict(zip(queried, found, strict=True))
         found = [known[coalition] for coalition in estimator.coalitions]
     phi, error = estimator.combine(torch.tensor(found, dtype=torch.float64))
-    return Shapley(phi, error, len(asked))
+    return Shapley(phi, error, len(queried))
 
 
 def _mask(coalition: int, n: int) -> Tensor:
@@ -297,7 +297,7 @@ def _permutation(
         order = torch.randperm(n, generator=generator).tolist()
         drawn += [order, order[::-1]] if antithetic else [order]
     # Coalitions along each order, from the empty to the full one.
-    asked = [c for order in drawn for c in accumulate((1 << i for i in order), initial=0)]
+    queried = [c for order in drawn for c in accumulate((1 << i for i in order), initial=0)]
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
         gains = v.view(len(drawn), n + 1).diff(dim=1)  # by position in the order
@@ -305,7 +305,7 @@ def _permutation(
         samples = by_player.view(orders, -1, n).mean(1)
         return samples.mean(0), _error_of_mean(samples)
 
-    return _Estimator(asked, combine)
+    return _Estimator(queried, combine)
 
 
 def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) -> _Estimator:
@@ -314,7 +314,7 @@ def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) ->
     ``phi_i`` is the integral of the mean gain over q in [0, 1], approximated by the mean over
     midpoints.
     """
-    asked: list[int] = []
+    queried: list[int] = []
     inside: list[list[bool]] = []
     for level in range(levels):
         q = (level + 0.5) / levels
@@ -322,7 +322,7 @@ def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) ->
             members = (torch.rand(n, generator=generator) < q).tolist()
             inside.append(members)
             coalition = sum(1 << i for i in range(n) if members[i])
-            asked += [coalition, *(coalition ^ 1 << i for i in range(n))]
+            queried += [coalition, *(coalition ^ 1 << i for i in range(n))]
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
         table = v.view(levels * draws, n + 1)
@@ -334,7 +334,7 @@ def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) ->
         errors = torch.stack([_error_of_mean(level) for level in by_level])
         return gains.mean(0), errors.square().sum(0).sqrt() / levels
 
-    return _Estimator(asked, combine)
+    return _Estimator(queried, combine)
 
 
 def _error_of_mean(samples: Tensor) -> Tensor:

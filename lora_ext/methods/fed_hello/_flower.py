@@ -34,7 +34,7 @@ class FedHello(LoraStrategy):
         model_fn: With "fim", function that returns the base model with the adapter. It is called
             once; the model gets the global adapter whenever layers are scored.
         proxy: With "fim", samples of the server, which no client has, in batches for
-            :func:`fim_scores`; or a function without arguments that returns them anew each time.
+            :func:`fim_scores`; or a function without arguments that returns them at every call.
         adapter: Name of the adapter in that model.
         strategy: Arguments of :class:`LoraStrategy`, such as ``capability``.
 
