@@ -65,9 +65,8 @@ class LegendConfigurator:
 
     1. The target tau. "fastest": ``min_i T_i(kmax_i)``, the time of the fastest device for its
        largest depth. "balanced": that, or ``max_i T_i(k_min)`` if it is larger, so that no device
-       is late. "utility": the tau of all ``T_i(k)`` with the least
-       ``max_i T_i(k_i) / sum_i p_i R(k_i)``, where R is the sum of the ranks that train; of several
-       the smallest.
+       is late. "utility": the smallest tau among all ``T_i(k)`` with the least
+       ``max_i T_i(k_i) / sum_i p_i R(k_i)``, where R is the sum of the ranks that train.
     2. ``k_i``: the largest depth with ``T_i(k) <= tau``, else ``k_min`` and the layers above it
        that take no time.
     3. No depth changes by more than ``max_step``.

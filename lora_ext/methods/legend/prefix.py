@@ -23,8 +23,8 @@ class PrefixCache:
 
     Below its depth a device runs only the base model, so that these activations depend on the
     sample alone. They are computed once; later epochs and rounds start from them. Of the work of
-    ``L + 2k`` block forwards a step then saves ``L - k``. If k falls, the blocks between run; if k
-    grows, the cached activations are from too high a block and are dropped.
+    ``L + 2k`` block forwards a step then saves ``L - k``. If k falls, the blocks in between run; if
+    k grows, the cached activations are from too high a block and are dropped.
 
         manager.apply(plan, others="disabled")
         with manager.boundary(), cache.batch(samples):
