@@ -1,4 +1,4 @@
-"""Published methods, each a small policy over the layers and the ops."""
+"""Published methods, each a small policy built on the layers and the ops."""
 
 from . import copra, fed_hello, legend, lora_init, mod, mtpc, reasoning, splora, vora
 

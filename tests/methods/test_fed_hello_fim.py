@@ -291,7 +291,7 @@ def merged_model() -> nn.Module:
         (
             lambda m, b: fim_scores(m, [(b[0], b[1] + 4)], layer_of),
             ValueError,
-            "labels: expected classes below 4, or -100, found others",
+            "labels: expected classes below 4, or -100, found [",
         ),
         (
             lambda m, b: fim_scores(merged_model(), [tokens(2, 4)], layer_of),

@@ -206,7 +206,7 @@ def test_legend_is_imported_when_it_is_asked_for():
     assert legend.Legend.__module__ == "lora_ext.methods.legend._flower"
     with pytest.raises(AttributeError, match="no attribute 'Legends'"):
         legend.Legends  # noqa: B018
-    with pytest.raises(ValueError, match="expected before_round to come first"):
+    with pytest.raises(ValueError, match="expected before_round to run first"):
         legend.Legend().plan_round(1, {0: 3})
     assert CLASSES  # the model of these tests has a head of its own, which no plan touches
 

@@ -1,5 +1,5 @@
-"""Progressive random layer dropping for LoRA, and what follows from it: Shapley values of layers,
-linear mode connectivity, merging, pruning.
+"""CopRA: progressive random layer dropping for LoRA, with Shapley values of layers, linear mode
+connectivity, merging and pruning.
 
 Source: "CopRA: A Progressive LoRA Training Strategy" (arXiv 2410.22911).
 """
@@ -27,4 +27,4 @@ __all__ = [
     "top_by_shapley",
 ]  # fmt: skip
 
-__getattr__ = on_demand(__name__, callback="CopraCallback")  # it needs transformers
+__getattr__ = on_demand(__name__, callback="CopraCallback")  # needs transformers

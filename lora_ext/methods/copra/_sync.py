@@ -1,4 +1,4 @@
-"""What becomes of layers that are off, where skipping them does not suit the training around."""
+"""Layer groups for data-parallel and compiled training, which cannot simply skip a layer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from lora_ext.layers import LayerGroups, Mask, adapter_parameters, is_active
 
 
 class TouchedGroups(LayerGroups):
-    """Groups whose layers, when they are off, give their parameters gradients of zero.
+    """Layer groups that give the parameters of inactive layers gradients of zero.
 
-    Data parallel training waits for the gradient of each parameter. A layer that is off costs one
-    graph node here, and autograd runs through all blocks, so nothing of the backward below the
-    lowest active block is saved.
+    Data-parallel training waits for the gradient of each parameter. An inactive layer costs one
+    graph node, and autograd runs through all blocks, including those below the lowest active one.
     """
 
     def __init__(self, *args: Any):
@@ -30,7 +29,7 @@ class TouchedGroups(LayerGroups):
         self._handles = [layer.register_forward_hook(touch) for layer in chain(*self.layers)]
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -43,11 +42,12 @@ def _touch(adapter_name: str, layer: nn.Module, _: Any, output: Tensor) -> Tenso
 
 
 class GatedGroups(LayerGroups):
-    """Groups whose masks are numbers on the device, 0 or 1, that the layers' scales are multiplied
-    by: a layer that is off computes a zero, and a graph compiled once serves every mask.
+    """Layer groups with masks of 0 and 1 on the device that multiply the layers' scales, so that an
+    inactive layer computes zero and a graph compiled once serves every mask.
 
-    Nothing is saved, and gradients of what is off are zeros. DoRA is refused: a scale of zero does
-    not turn it into the base layer. A layer has one gate, which follows whoever set a mask last.
+    No work is saved, and inactive layers have gradients of zero. DoRA is not supported: a scale of
+    zero does not turn it into the base layer. A layer has one gate, which follows the controller
+    that set a mask last.
     """
 
     def __init__(self, *args: Any):
@@ -66,13 +66,14 @@ class GatedGroups(LayerGroups):
 
     @property
     def mask(self) -> Tensor:
-        """``(n,)`` bool: the groups that are on, each in the mode of its first layer."""
+        """``(n,)`` bool: True for the groups that are on, each in the mode of its first layer."""
         gates = [_gate_of(group[0], self.adapter_name) for group in self.layers]
         modes = [int(group[0].training) for group in self.layers]
         return torch.tensor([g is None or g.on(m) for g, m in zip(gates, modes, strict=True)])
 
     def set_mask(self, mask: Mask, training_only: bool = False) -> None:
-        """Write the mask ``(n,)`` into the gates; ``training_only`` leaves evaluation all on."""
+        """Write the mask ``(n,)`` into the gates; with ``training_only`` all are on in
+        evaluation."""
         on = torch.tensor(self.checked(mask), dtype=torch.float32)
         self._masks.write(torch.stack([torch.ones_like(on) if training_only else on, on]))
         for layer, device, index in self._placed:
@@ -81,7 +82,7 @@ class GatedGroups(LayerGroups):
 
     @contextlib.contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
-        """A block in which a mask holds; then the gates have what they had before."""
+        """Set a mask for a ``with`` block; restore the gates after it."""
         gates = {layer: _gate_of(layer, self.adapter_name) for layer, _, _ in self._placed}
         before = {layer: gate and gate.followed for layer, gate in gates.items()}
         own = self._masks.host
@@ -97,7 +98,7 @@ class GatedGroups(LayerGroups):
 
 
 def remove_gates(groups: LayerGroups) -> None:
-    """Take the gates off the layers of ``groups``, whoever put them there."""
+    """Remove the gates from the layers of ``groups``, also those of other controllers."""
     for layer in chain(*groups.layers):
         gate = _gate_of(layer, groups.adapter_name)
         if gate is not None:
@@ -105,23 +106,23 @@ def remove_gates(groups: LayerGroups) -> None:
 
 
 class _Masks:
-    """The masks of one controller, ``(2, n)``: in evaluation, in training."""
+    """Masks of one controller, ``(2, n)``: row 0 for evaluation, row 1 for training."""
 
     def __init__(self, n: int, devices: set[torch.device]):
         self.host = torch.ones(2, n)
         self.on = {device: torch.ones(2, n, device=device) for device in devices}
 
     def write(self, state: Tensor) -> None:
-        """The state on the host and on every device, where its tensors stay the same."""
+        """Set the state on the host, and on every device in place."""
         self.host = state
         for gates in self.on.values():
             gates.copy_(state)
 
 
 class _Gate:
-    """Puts the product of scale and gate in the place of a layer's scale, for one forward.
+    """Hooks that multiply a layer's scale by a gate for one forward.
 
-    It lies in the layer's hooks, so that a copy of the model, by any way, has gates of its own.
+    The layer's hooks hold the gate, so that every copy of the model has separate gates.
     """
 
     def __init__(self, adapter_name: str, layer: nn.Module):
@@ -133,18 +134,17 @@ class _Gate:
         ]
 
     def follow(self, masks: _Masks, device: torch.device, index: int) -> None:
-        """Stand as the masks say from now on."""
+        """Use entry ``index`` of these masks from now on."""
         self.followed = masks, device, index
-        # Whole tensors: a view that is pickled, or copied by itself, is no view any more.
+        # Whole tensors, since a view that is pickled or copied alone is no longer a view.
         self.gates, self.index = masks.on[device], index
 
     def on(self, mode: int) -> bool:
-        """Whether it is open in evaluation, 0, or training, 1."""
+        """Return whether the gate is open, with ``mode`` 0 for evaluation and 1 for training."""
         masks, _, index = self.followed
         return bool(masks.host[mode, index])
 
     def remove(self) -> None:
-        """Take it off its layer."""
         for handle in self._handles:
             handle.remove()
 
@@ -158,7 +158,7 @@ class _Gate:
 
 
 def _gate_of(layer: nn.Module, adapter_name: str) -> _Gate | None:
-    """The gate of an adapter among a layer's hooks."""
+    """Return the gate of an adapter among a layer's hooks, or None."""
     for hook in layer._forward_pre_hooks.values():
         gate = getattr(hook, "__self__", None)
         if isinstance(gate, _Gate) and gate.adapter_name == adapter_name:

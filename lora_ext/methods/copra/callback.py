@@ -1,4 +1,4 @@
-"""CopRA under transformers' Trainer."""
+"""CopRA callback for the Trainer of transformers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ from .controller import CopraController
 
 
 class CopraCallback(TrainerCallback):
-    """Sets the mask of every step: ``Trainer(..., callbacks=[CopraCallback(controller)])``.
+    """Callback that sets the mask of every step:
+    ``Trainer(..., callbacks=[CopraCallback(controller)])``.
 
-    The mask is that of ``state.global_step``, so the micro-batches of an accumulated step share
-    it, a resumed run has the masks of an unbroken one, and all processes have the same. After the
-    training all layers are on. A warning tells where the Trainer takes another number of steps than
-    the controller was made for: its schedule would end early, or never.
+    The mask is that of ``state.global_step``. The micro-batches of an accumulated step therefore
+    share it, a resumed run has the masks of an uninterrupted one, and all processes have the same.
+    After the training all layers are on.
 
     Args:
-        controller: made with the number of optimizer steps that the Trainer will take.
+        controller: Controller made with the number of optimizer steps that the Trainer will take.
 
     Raises:
-        TypeError: something else than a :class:`CopraController`.
+        TypeError: If ``controller`` is not a :class:`CopraController`.
+
+    Warns:
+        UserWarning: If the Trainer takes another number of steps, since the schedule would then end
+            early or never.
 
     Source: arXiv 2410.22911.
     """
@@ -39,17 +43,17 @@ class CopraCallback(TrainerCallback):
         self.controller = controller
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Compare the Trainer's steps with those of the schedule."""
+        """Compare the Trainer's number of steps with that of the schedule."""
         own = self.controller.schedule.total_steps
         if state.max_steps != own:
             expected = f"one made with total_steps={state.max_steps}, the steps of this Trainer"
-            told = f"CopraCallback: controller: expected {expected}, found {own}"
-            warnings.warn(told, stacklevel=2)
+            message = f"CopraCallback: controller: expected {expected}, found {own}"
+            warnings.warn(message, stacklevel=2)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Set the mask of the optimizer step whose first micro-batch comes next."""
+        """Set the mask of the optimizer step that begins."""
         self.controller.step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Switch all layers on once the last step is done."""
+        """Switch all layers on after the last step."""
         self.controller.activate_all()

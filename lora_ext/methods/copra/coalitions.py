@@ -1,8 +1,8 @@
-"""Many masks in one forward: every sequence of a batch has its own set of adapted layers.
+"""Forwards in which every sequence of a batch has a different set of adapted layers.
 
 K masks over the layers of a model cost K forwards of a batch, or one forward of K times the batch,
-which reads each weight once. Row by row, a layer is then what many adapters on one layer are: an
-adapter id for each row, -1 where the row's mask leaves the layer out.
+which reads each weight once. In the latter, a layer has one adapter id for each row, which is -1 if
+the row's mask leaves the layer out.
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ from lora_ext.rows import BASE, Assignment, NamedRows
 
 
 class RowwiseError(ValueError):
-    """Raised for a layer that cannot be switched row by row; it can be switched as a whole."""
+    """Error for a layer that can be switched only as a whole, not row by row."""
 
 
 @contextlib.contextmanager
 def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) -> Iterator[None]:
-    """A block in which the sequences of every batch have masks of their own.
+    """Set different masks for the sequences of every batch in a ``with`` block.
 
-    The batch of each forward has ``K * sequences`` sequences; those from ``k * sequences`` on have
-    the groups of ``masks[k]``. A group that all masks agree about is switched as a whole: off, it
-    costs the base layers, on, the plain forward. The rows of the others are grouped by adapter
-    once per group and shape. After the block every layer is as it was.
+    The batch of each forward has ``K * sequences`` sequences; the ``sequences`` of them from
+    ``k * sequences`` on use ``masks[k]``. A group on which all masks agree is switched as a whole:
+    off, it costs the base layers; on, the plain forward. For the other groups, rows are grouped by
+    adapter once per group and shape. After the block every layer is restored.
 
     Args:
-        groups: the layers. Each that the masks disagree about has the groups' adapter alone as its
-            active one, or not at all.
+        groups: Layer groups. A layer on which the masks disagree has the groups' adapter as its
+            only active adapter, or does not use it at all.
         masks: ``(K, n)`` bool.
-        sequences: of the batch before it was repeated for each mask.
+        sequences: Number of sequences of the batch before it was repeated for each mask.
 
     Raises:
-        ValueError: masks of another shape or kind, ``sequences`` below 1, or a layer that is to be
-            switched off and is merged. RowwiseError: a layer with further active adapters, or of a
-            kind of PEFT's that takes one adapter for all rows; and from the model's forward, one
-            that sees other rows than the sequences of the batch. The layers are as they were then.
+        ValueError: If the masks have another shape or are not bool, ``sequences`` is below 1, or a
+            layer to be switched off is merged.
+        RowwiseError: If a layer has further active adapters, or is a PEFT layer that takes one
+            adapter for all rows. The model's forward raises it for a layer whose rows are not the
+            sequences of the batch. All layers are restored then.
     """
     table = torch.as_tensor(masks)
     fits = table.dtype == torch.bool and table.dim() == 2 and table.shape[1] == len(groups)
@@ -52,7 +53,7 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
     if not len(table) or sequences < 1:
         found = f"{len(table)} and {sequences}"
         raise ValueError(f"coalitions: expected at least one mask and one sequence, found {found}")
-    groups.checked(table.all(0))  # what cannot be off as a whole cannot be for some rows either
+    groups.checked(table.all(0))  # raises for a merged layer
     with groups.masked(table.any(0)), contextlib.ExitStack() as hooks:
         for names, layers, column in zip(groups.names, groups.layers, table.T, strict=True):
             if column.all() or not column.any():
@@ -64,19 +65,19 @@ def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) ->
                 if _takes_part(name, layer, groups.adapter_name):
                     give = _GiveRows(name, layer, rows, groups.sees_tokens_first(name))
                     hooks.enter_context(layer.register_forward_pre_hook(give, with_kwargs=True))
-                    if give.turns:
-                        hooks.enter_context(layer.register_forward_hook(_turn_back))
+                    if give.transposes:
+                        hooks.enter_context(layer.register_forward_hook(_transpose_back))
         yield
 
 
 def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
-    """Whether a layer's rows have the adapter at all, now that its group is on."""
-    asked = [n for n in layer.active_adapters if n in adapters_of(layer) and is_active(layer, n)]
-    if layer.disable_adapters or adapter_name not in asked:
+    """Return whether a layer's rows use the adapter, given that its group is on."""
+    active = [n for n in layer.active_adapters if n in adapters_of(layer) and is_active(layer, n)]
+    if layer.disable_adapters or adapter_name not in active:
         return False
     expected = f"{adapter_name!r} as its one active adapter"
-    found = f"{asked}: a row has one adapter"
-    require(len(asked) <= 1, "coalitions", name, expected, found, RowwiseError)
+    found = f"{active}: a row has one adapter"
+    require(len(active) <= 1, "coalitions", name, expected, found, RowwiseError)
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     found = f"{kind} with a DoRA adapter" if layer.use_dora[adapter_name] else kind
     fits = isinstance(layer, LoraLayer) or _takes_names(layer, adapter_name)
@@ -86,9 +87,10 @@ def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
 
 
 def _takes_names(layer: Any, adapter_name: str) -> bool:
-    """Whether a layer of PEFT's takes ``adapter_names``; those of ``from_peft`` do for DoRA too."""
-    theirs: Any = sys.modules["peft.tuners.lora.layer"]
-    if not isinstance(layer, theirs.Linear | theirs.Embedding | theirs._ConvNd):
+    """Return whether a PEFT layer takes ``adapter_names``; with DoRA only dense layers of
+    ``from_peft`` do."""
+    peft_layers: Any = sys.modules["peft.tuners.lora.layer"]
+    if not isinstance(layer, peft_layers.Linear | peft_layers.Embedding | peft_layers._ConvNd):
         return False
     fused = getattr(type(layer), "asks_what_is_off", False)
     return not layer.use_dora[adapter_name] or (
@@ -97,15 +99,15 @@ def _takes_names(layer: Any, adapter_name: str) -> bool:
 
 
 class _GiveRows:
-    """Hands a layer its rows; it stands before the forward, so the layer's own is left alone."""
+    """Forward pre-hook that passes a layer its rows; the layer's forward is unchanged."""
 
     def __init__(self, name: str, layer: Any, rows: NamedRows, tokens_first: bool):
         self.name, self.rows = name, rows
-        self.place = int(tokens_first)  # of the dimension that counts sequences
-        #: A layer of PEFT's own knows no other layout than sequences first.
-        self.turns = tokens_first and not hasattr(type(layer), "tokens_first")
+        self.place = int(tokens_first)  # index of the dimension of the sequences
+        #: Whether to transpose input and output: plain PEFT layers take sequences first only.
+        self.transposes = tokens_first and not hasattr(type(layer), "tokens_first")
         base = layer.get_base_layer()
-        #: The fewest dimensions of an input with sequences first.
+        #: Smallest number of dimensions of an input with sequences first.
         self.dims = 2
         if isinstance(base, nn.Embedding):
             self.dims = 1
@@ -126,11 +128,11 @@ class _GiveRows:
         expected = f"activations of {len(self.rows)} sequences {place}"
         found = f"shape {tuple(x.shape)}"
         require(fits, "coalitions", self.name, expected, found, RowwiseError)
-        if self.turns:
+        if self.transposes:
             args = (x.transpose(0, 1),)
         rows = {"adapter_ids": self.rows.assignment} if self.ours else {"adapter_names": self.rows}
         return args, {**kwargs, **rows}
 
 
-def _turn_back(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
-    return output.transpose(0, 1).contiguous()  # some models view it
+def _transpose_back(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output.transpose(0, 1).contiguous()  # some models call `view` on it

@@ -1,4 +1,4 @@
-"""Settings of progressive layer dropping, under the paper's symbols."""
+"""Settings of progressive layer dropping, with the paper's symbols."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ Sync = Literal["seed", "touch", "tensor"]
 
 @dataclass(frozen=True)
 class CopraConfig:
-    """How many layers train at each step, and what a layer that does not costs.
+    """Settings of CopRA: the schedule of layer dropping and the treatment of inactive layers.
 
     Attributes:
-        p0: probability of a layer at the first step.
-        p1: probability at the end of the ramp and after it.
-        ramp_ratio: rho, the part of the training in which the probability rises.
-        ramp: "linear"; "sine", fast at first; "exponential", slow at first; "constant", p0 until
-            the ramp's end; or a function of the fraction of the ramp that is over, in [0, 1], to
-            the fraction of the rise.
-        group_by: the layers that share a coin. "block" means those of one block, each layer outside
-            all blocks by itself; "module" each layer by itself; a number so many in a row.
-        min_active: at least so many groups train at every step.
-        seed: of all masks.
-        sync: what becomes of the layers that are off. "seed": they are skipped, and their
-            parameters get no gradient. "touch": skipped, but with gradients of zero, for data
-            parallel training that waits for every parameter. "tensor": computed and multiplied by
-            zero, so that a compiled graph is never compiled again.
+        p0: Probability that a group of layers is active at the first step.
+        p1: Probability at the end of the ramp and after it.
+        ramp_ratio: rho, the fraction of the training during which the probability rises.
+        ramp: Shape of the rise: "linear"; "sine", fast at first; "exponential", slow at first;
+            "constant", p0 until the end of the ramp; or a function that maps the completed fraction
+            of the ramp, in [0, 1], to the fraction of the rise.
+        group_by: Layers that are switched together. "block": those of one block, and each layer
+            outside all blocks alone; "module": each layer alone; an int: that many consecutive
+            layers.
+        min_active: Smallest number of groups that train at each step.
+        seed: Seed of all masks.
+        sync: Treatment of inactive layers. "seed": they are skipped, and their parameters get no
+            gradient. "touch": they are skipped, but their parameters get gradients of zero, for
+            data-parallel training that waits for every parameter. "tensor": they are computed and
+            multiplied by zero, so that a compiled graph is never recompiled.
 
     Raises:
-        ValueError: a value out of range, naming the field.
+        ValueError: If a field is out of range.
 
-    Source: arXiv 2410.22911; p0, p1 and rho of the callback in the repository of the authors'
-    follow-up, zwebzone/coto.
+    Source: arXiv 2410.22911; p0, p1 and rho are those of the callback in the repository of the
+    authors' follow-up, zwebzone/coto.
     """
 
     p0: float = 0.1

@@ -17,12 +17,13 @@ from lora_ext.layers import adapted_layers, adapter_factors
 
 
 class Barrier(NamedTuple):
-    """How much higher than the line between the ends the loss rises between two adapters.
+    """Rise of the loss between two adapters above the line between their losses.
 
     Attributes:
-        barrier: the largest rise, in the unit of the loss; 0 where nothing rises.
-        lambdas: where the loss was taken, from 0, the first adapter, to 1, the second.
-        losses: at each of them.
+        barrier: Largest rise over ``lambdas``, in the unit of the loss; at least 0 if they contain
+            an end.
+        lambdas: Positions of the losses, from 0, the first adapter, to 1, the second.
+        losses: Loss at each position.
     """
 
     barrier: float
@@ -40,35 +41,33 @@ def lmc_barrier(
     *,
     adapter: str = "default",
 ) -> Barrier:
-    """The barrier ``max over l of loss(l) - ((1 - l) loss(0) + l loss(1))``.
+    """Compute the barrier ``max over l of loss(l) - ((1 - l) loss(0) + l loss(1))``.
 
-    ``loss(l)`` is that of the model with :func:`lora_ext.adapter.interpolate_adapters` of the two
-    in the place of one of its own adapters. The model computes in evaluation mode and without
-    gradients; parameters and modes are afterwards the very ones that they were.
+    ``loss(l)`` is the loss of the model with :func:`lora_ext.adapter.interpolate_adapters` of the
+    two in place of one of the model's adapters. The model runs in evaluation mode and without
+    gradients; afterwards its modes and the same parameter objects are restored.
 
     Args:
-        model: layers of :mod:`lora_ext.nn` or PEFT's, with adapters on the modules that the two
-            have.
-        first, second: values, folders, or (config, state dict).
-        eval_fn: the loss of the model; for the barrier of an accuracy, that with its sign turned.
-        lambdas: so many from 0 to 1, or which ones; the ends are evaluated in any case.
+        model: Model with layers of :mod:`lora_ext.nn` or PEFT, with adapters on the modules of the
+            two.
+        first, second: Adapters as values, folders, or (config, state dict).
+        eval_fn: Function that returns the loss of the model; for the barrier of an accuracy, the
+            negative accuracy.
+        lambdas: Number of positions from 0 to 1, or the positions. The ends are always evaluated.
         space: "factors" or "delta", see :func:`lora_ext.adapter.interpolate_adapters`.
-        adapter: which of the model's adapters gives its place.
-
-    Returns:
-        :class:`Barrier`.
+        adapter: Name of the model's adapter that is replaced.
 
     Raises:
-        ValueError: lambdas outside [0, 1], or fewer than 2; an adapter that the model lacks, that
-            is not active or is merged; modules of the adapters that are not the model's; a loss
-            that is not finite; what ``interpolate_adapters`` refuses. NotImplementedError: DoRA,
-            in the model too; what else ``interpolate_adapters`` refuses so.
+        ValueError: If a lambda is outside [0, 1], their number is below 2, or a sequence is empty;
+            if the model's adapter is missing, not active or merged; if the adapters' modules differ
+            from the model's; if a loss is not finite; or as ``interpolate_adapters``.
+        NotImplementedError: If an adapter or the model has DoRA, or as ``interpolate_adapters``.
 
     Source: linear mode connectivity (Frankle et al. 2020), of adapters: arXiv 2410.22911.
     """
     grid = _grid(lambdas)
     ends = LoraAdapter.of(first), LoraAdapter.of(second)
-    layers: dict[str, Any] = {}  # by their names in the base model
+    layers: dict[str, Any] = {}  # by name in the base model
     for name, layer in adapted_layers(model, adapter).items():
         one: Any = layer
         expected = "an adapter apart from the base weight"
@@ -78,7 +77,8 @@ def lmc_barrier(
         other = "disabled adapters" if one.disable_adapters else one.active_adapters
         require(fits, "lmc_barrier", name, f"{adapter!r} to be active", other)
         layers[name.removeprefix(PREFIX)] = one
-    _check(layers, adapter, interpolate_adapters(*ends, 0.5, space))  # refuses what has no line
+    # Raises before the first loss if there is no line.
+    _check_modules(layers, adapter, interpolate_adapters(*ends, 0.5, space))
     losses: dict[float, float] = {}
     with evaluating(model), torch.no_grad():
         for lam in dict.fromkeys((0.0, 1.0, *grid)):
@@ -104,8 +104,7 @@ def _grid(lambdas: int | Sequence[float]) -> tuple[float, ...]:
     return grid
 
 
-def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
-    """Refuse a value that is not one of these layers."""
+def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
     where = "lmc_barrier"
     for name in (*layers, *value.modules):
         both = name in layers and name in value.modules
@@ -120,8 +119,8 @@ def _check(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> None:
 
 
 def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factors: Factors) -> None:
-    """Give a layer factors and scale, of whatever rank, until ``undo`` is closed. Other parameters
-    take the place of the layer's own, which so keep every bit."""
+    """Set factors and scale of a layer, of any rank, until ``undo`` is closed. New parameters
+    replace those of the layer, which therefore keep every bit."""
     if factors.embedding:
         places = {"a": (layer.lora_embedding_A, adapter), "b": (layer.lora_embedding_B, adapter)}
     else:
@@ -132,9 +131,9 @@ def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factor
         if own is None and new is None:
             continue
         if own is None:
-            expected = "a layer with a bias beside B, as the adapters have it"
-            raise ValueError(f"lmc_barrier: {name}: expected {expected}, found one without")
-        # Zeros, where an adapter has no bias.
+            expected = "a layer with a bias beside B, as in the adapters"
+            raise ValueError(f"lmc_barrier: {name}: expected {expected}, found no bias")
+        # Zeros if the adapter has no bias.
         value = torch.zeros_like(own) if new is None else new.to(own.device, own.dtype)
         parameter = nn.Parameter(value, requires_grad=own.requires_grad)
         undo.callback(setattr, owner, key, own)

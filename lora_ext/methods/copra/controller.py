@@ -1,4 +1,4 @@
-"""The controller: puts the masks of a schedule, or of a caller, onto the layers of a model."""
+"""Controller that applies the masks of a schedule or of a caller to the layers of a model."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ _KINDS = {"seed": LayerGroups, "touch": TouchedGroups, "tensor": GatedGroups}
 
 
 class CopraController:
-    """Switches the groups of adapted layers of one model.
+    """Controller that switches the groups of adapted layers of one model.
 
-    Call :meth:`step` before each optimizer step; the masks of evaluation are all on. A layer that
-    is off computes its base layer and nothing more, its parameters get no gradient, and an
-    optimizer leaves them and their state alone if gradients are set to None, as
+    Call :meth:`step` before each optimizer step; in evaluation all groups are on. With the default
+    ``sync="seed"``, a layer that is off computes only its base layer, and its parameters get no
+    gradient. An optimizer does not change them or their state if gradients are set to None, as
     ``zero_grad(set_to_none=True)`` does. Blocks below the lowest active layer build no graph.
 
     Args:
-        model: its layers are :mod:`lora_ext.nn`'s or PEFT's, before or after ``from_peft``.
-        config: of schedule, groups and what a layer that is off costs.
-        total_steps: T, optimizer steps of the whole training.
-        adapter: whose layers are switched.
+        model: Model with layers of :mod:`lora_ext.nn` or PEFT, before or after ``from_peft``.
+        config: Settings of the schedule, the groups and the inactive layers.
+        total_steps: T, number of optimizer steps of the whole training.
+        adapter: Name of the adapter whose layers are switched.
 
     Attributes:
-        schedule: the :class:`CopraSchedule`.
-        layers: the :class:`lora_ext.nn.LayerGroups`.
+        schedule: The :class:`CopraSchedule`.
+        layers: The :class:`lora_ext.nn.LayerGroups`.
 
     Raises:
-        TypeError: ``total_steps`` that is no int. ValueError: no layer has the adapter; one in
-            which it is merged, naming it; a ``group_by`` that is unknown, or a number that does
-            not divide that of the layers, listing them; DoRA with ``sync="tensor"``; what
-            :class:`CopraSchedule` refuses.
+        ValueError, TypeError: If no layer has the adapter or a layer has it merged; if ``group_by``
+            is unknown, or an int that does not divide the number of layers; if a layer has DoRA and
+            ``sync`` is "tensor"; or as :class:`CopraSchedule`.
 
     Source: arXiv 2410.22911.
     """
@@ -66,26 +65,27 @@ class CopraController:
 
     @property
     def groups(self) -> list[list[str]]:
-        """The names of the layers of each group, in the model's order and with its names."""
+        """Layer names of each group, in the order and with the names of the model."""
         return [list(names) for names in self.layers.names]
 
     @property
     def mask(self) -> Tensor:
-        """``(num_groups,)`` bool: the groups that are on, in the mode that the layers are in."""
+        """``(num_groups,)`` bool: True for the groups that are on in the current mode of the
+        layers."""
         return self.layers.mask
 
     def step(self, step: int | None = None) -> Tensor:
-        """Let the groups of one optimizer step train; in evaluation all are on.
+        """Set the mask of one optimizer step for training; in evaluation all groups are on.
 
         Args:
-            step: counted from 0; default is the one after the last, at first 0.
+            step: Index of the step, from 0. The default is the step after the last one, at first 0.
 
         Returns:
-            ``(num_groups,)`` bool, those that train.
+            ``(num_groups,)`` bool, True for the groups that train.
 
         Raises:
-            TypeError, ValueError: a step that is no int, or below 0; a layer that would be off and
-                is merged, naming it.
+            ValueError, TypeError: If the step is not an int from 0, or the adapter is merged into a
+                layer to be switched off.
         """
         step = self._next if step is None else step
         mask = self.schedule.mask(step)
@@ -97,26 +97,27 @@ class CopraController:
         """Switch groups on and off in training and evaluation, until the next call or step.
 
         Args:
-            mask: ``(num_groups,)`` bool, True for the groups that take part.
+            mask: ``(num_groups,)`` bool, True for the groups that are on.
 
         Raises:
-            ValueError: a mask of another length or kind, or a layer that would be off and is
-                merged, naming it. The layers are as they were then.
+            ValueError: If the mask has another length or is not bool, or the adapter is merged into
+                a layer to be switched off. No layer is changed then.
         """
         self._set(mask)
 
     def activate_all(self) -> None:
-        """Switch all groups on, in training and evaluation; ends what :meth:`set_mask` set."""
+        """Switch all groups on, in training and evaluation."""
         self._set([True] * len(self.layers))
 
     def coalition(self, mask: Mask) -> AbstractContextManager[None]:
-        """A ``with`` block in which :meth:`set_mask` of ``mask`` holds, in both modes; after it,
-        also after an exception, every layer is as it was before."""
+        """Return a context manager that sets ``mask`` as :meth:`set_mask` does and restores every
+        layer at the end, also after an exception."""
         self._check_in_use()
         return self.layers.masked(mask)
 
     def remove(self) -> None:
-        """Give the layers back: all are on, and no hook is left. The controller is done then."""
+        """Switch all layers on and remove all hooks. Setting a mask raises `RuntimeError` from then
+        on."""
         if not self._removed:
             self.activate_all()
             remove_gates(self.layers)
@@ -125,17 +126,18 @@ class CopraController:
             self._removed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The step that comes next, and what masks follow from; numbers and names alone."""
-        return {"step": self._next, **self._fixed()}
+        """Return the next step and the settings that determine all masks, as numbers and
+        strings."""
+        return {"step": self._next, **self._mask_settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was called; the mask of its last step holds again.
+        """Restore a state of :meth:`state_dict`; the mask of its last step is set again.
 
         Raises:
-            ValueError: a state with other keys, or of another schedule (another total of steps, for
-                one), naming what differs. The controller is then as it was.
+            ValueError: If the state has other keys or belongs to another schedule, for example one
+                with another ``total_steps``. The controller is unchanged then.
         """
-        fixed, where = self._fixed(), "CopraController.load_state_dict"
+        fixed, where = self._mask_settings(), "CopraController.load_state_dict"
         expected = f"the keys {['step', *fixed]}"
         require(state.keys() == {"step", *fixed}, where, "state", expected, list(state))
         for name, value in fixed.items():
@@ -145,8 +147,7 @@ class CopraController:
             self.step(step - 1)
         self._next = step
 
-    def _fixed(self) -> dict[str, Any]:
-        """What all masks follow from, beside the step."""
+    def _mask_settings(self) -> dict[str, Any]:
         names, ramp = ("group_by", "seed", "min_active", "p0", "p1", "ramp_ratio"), self.config.ramp
         return {
             "total_steps": self.schedule.total_steps,
@@ -157,7 +158,7 @@ class CopraController:
 
     def _set(self, mask: Mask, training_only: bool = False) -> None:
         self._check_in_use()
-        # What a controller of another kind has left: flags, or gates.
+        # A controller with another `sync` may have left flags or gates.
         if isinstance(self.layers, GatedGroups):
             LayerGroups.set_mask(self.layers, [True] * len(self.layers))
         else:
@@ -170,7 +171,7 @@ class CopraController:
 
 
 def _check_groups(group_by: Any, names: list[str]) -> None:
-    listed = f"of these modules: {', '.join(names)}"
+    listed = f"for the modules {', '.join(names)}"
     whole = isinstance(group_by, int) and not isinstance(group_by, bool)
     fits = group_by >= 1 if whole else group_by in ("block", "module")
     found = f"{group_by!r} {listed}"

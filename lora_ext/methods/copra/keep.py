@@ -1,4 +1,4 @@
-"""Which modules of an adapter to keep: names for :func:`lora_ext.adapter.prune_adapter`."""
+"""Selection of the modules of an adapter to keep with :func:`lora_ext.adapter.prune_adapter`."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ from lora_ext.layers import block_name, matches_suffix
 from .controller import CopraController
 from .shapley import Shapley
 
-#: What names come from: a controller or its groups; an adapter, its folder or a list of names,
-#: which are then grouped by block.
+#: Source of module names: a controller or its groups; an adapter, its folder or a list of names,
+#: which are grouped by block.
 Source = (
     CopraController | LoraAdapter | str | os.PathLike[str] | Sequence[str] | Sequence[Sequence[str]]
 )
 
 
 def every_other(source: Source, first: int = 0) -> list[str]:
-    """The modules of every second group.
+    """Return the modules of every second group.
 
     Args:
-        source: see :data:`Source`. first: 0 for the even groups, 1 for the odd ones.
+        source: See :data:`Source`.
+        first: 0 for the even groups, 1 for the odd ones.
 
     Returns:
         Names as in the base model.
 
     Raises:
-        ValueError: another ``first``, or a source without modules.
+        ValueError: If ``first`` is not 0 or 1, or the source has no modules.
     """
     require(first in (0, 1), "every_other", "first", "0 or 1", repr(first))
     return [*chain(*_groups(source, "every_other")[first::2])]
 
 
 def thirds(source: Source, part: Literal["low", "middle", "high"]) -> list[str]:
-    """The modules of a third of the groups: of the first, the middle or the last ones.
+    """Return the modules of the first ("low"), middle or last ("high") third of the groups.
 
     Raises:
-        ValueError: another part, or a source without modules.
+        ValueError: If the part is unknown, or the source has no modules.
     """
     parts = ("low", "middle", "high")
     require(part in parts, "thirds", "part", f"one of {parts}", repr(part))
@@ -54,10 +55,12 @@ def thirds(source: Source, part: Literal["low", "middle", "high"]) -> list[str]:
 
 
 def by_suffix(source: Source, *suffixes: str) -> list[str]:
-    """The modules whose names end so: ``by_suffix(adapter, "q_proj", "mlp.up_proj")``.
+    """Return the modules that end with one of these suffixes.
+
+    For example ``by_suffix(adapter, "q_proj", "mlp.up_proj")``.
 
     Raises:
-        ValueError: a suffix that no module has, or a source without modules.
+        ValueError: If no module ends with a suffix, or the source has no modules.
     """
     names = [*chain(*_groups(source, "by_suffix"))]
     kept: list[str] = []
@@ -69,14 +72,16 @@ def by_suffix(source: Source, *suffixes: str) -> list[str]:
 
 
 def top_by_shapley(source: Source, values: Shapley | Tensor | Sequence[float], k: int) -> list[str]:
-    """The modules of the k groups that are worth most.
+    """Return the modules of the k groups with the largest values.
 
     Args:
-        source: see :data:`Source`.
-        values: one for each group. k: groups to keep.
+        source: See :data:`Source`.
+        values: One value for each group.
+        k: Number of groups to keep.
 
     Raises:
-        ValueError: another number of values, k out of range, or a source without modules.
+        ValueError: If the number of values is wrong, k is out of range, or the source has no
+            modules.
     """
     groups = _groups(source, "top_by_shapley")
     worth = torch.as_tensor(values.values if isinstance(values, Shapley) else values).tolist()
@@ -88,16 +93,15 @@ def top_by_shapley(source: Source, values: Shapley | Tensor | Sequence[float], k
 
 
 def at_random(source: Source, k: int, seed: int = 0) -> list[str]:
-    """Choose the modules of k groups, drawn evenly.
+    """Return the modules of k groups, drawn uniformly.
 
     Args:
-        source: as for :func:`every_other`. k: how many groups stay. seed: of the draw.
-
-    Returns:
-        full names of the modules to keep, for ``prune_adapter``.
+        source: See :data:`Source`.
+        k: Number of groups to keep.
+        seed: Seed of the draw.
 
     Raises:
-        ValueError: k out of range, or a source without modules.
+        ValueError: If k is out of range, or the source has no modules.
     """
     groups = _groups(source, "at_random")
     integer("at_random", "k", k, 0, len(groups))
@@ -130,8 +134,8 @@ def _groups(source: Source, where: str) -> list[list[str]]:
 
 
 def _in_order(blocks: list[str]) -> list[str]:
-    """Blocks by their numbers, for files have block 10 before block 2; stacks of blocks, and what
-    stands outside of them, as they come."""
+    """Sort blocks by number, since files have block 10 before block 2. Stacks of blocks, and names
+    outside of blocks, keep their order."""
     first: dict[str, int] = {}
 
     def place(block: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The schedule: which groups of layers train at a step, from the seed and the step alone."""
+"""Schedule of the layer groups that train at each step, determined by seed and step."""
 
 from __future__ import annotations
 
@@ -25,23 +25,25 @@ class CopraSchedule:
     """Probabilities and masks of the steps ``0 .. total_steps - 1``.
 
     ``p(t) = min(p1, p0 + (p1 - p0) ramp(t / E))`` with ``E = ceil(rho T)``, and p1 from step E on.
-    The number of active groups follows the binomial of p(t) under the condition that it is at
-    least ``min_active``; which ones they are is drawn evenly. Both take the same time for every p.
+    The number of active groups has the binomial distribution of p(t), conditioned on at least
+    ``min_active``. The active groups are then drawn uniformly. Both draws take the same time for
+    every p.
 
-    A mask depends on nothing but the seed, the step and the number of groups: a resumed run, a
-    recomputed block and every process of a parallel run draw the same one, on any version of torch.
+    Besides the settings, a mask depends only on the seed, the step and the number of groups. A
+    resumed run, a recomputed block and every process of a parallel run therefore draw the same
+    mask, on any version of torch.
 
     Args:
-        config: of it p0, p1, ramp_ratio, ramp, min_active and seed.
-        num_groups: L, groups of layers.
-        total_steps: T, optimizer steps of the whole training.
+        config: Its p0, p1, ramp_ratio, ramp, min_active and seed are used.
+        num_groups: L, number of groups of layers.
+        total_steps: T, number of optimizer steps of the whole training.
 
     Raises:
-        TypeError: ``total_steps`` or ``num_groups`` that are no ints. ValueError: one of them below
-            1, or fewer groups than ``min_active``.
+        ValueError, TypeError: If ``total_steps`` or ``num_groups`` is not an int from 1, or
+            ``num_groups`` is below ``min_active``.
 
-    Source: arXiv 2410.22911; the authors' follow-up (zwebzone/coto) for the ramp. It draws masks
-    anew until one is not empty, which is the same law.
+    Source: arXiv 2410.22911; the ramp is that of the authors' follow-up (zwebzone/coto). It redraws
+    masks until one is not empty, which gives the same distribution.
     """
 
     def __init__(self, config: CopraConfig, num_groups: int, total_steps: int):
@@ -52,15 +54,15 @@ class CopraSchedule:
         self.config = config
         self.num_groups = num_groups
         self.total_steps = total_steps
-        # 0.07 * 100 is a little more than 7 in floating point.
+        # Rounded, since 0.07 * 100 is slightly above 7 in floating point.
         self.ramp_steps = max(1, math.ceil(round(config.ramp_ratio * total_steps, 9)))
 
     def probability(self, step: int) -> float:
-        """p(t), the probability of each group before the condition.
+        """Return p(t), the probability of each group before conditioning on ``min_active``.
 
         Raises:
-            TypeError: a step that is no int. ValueError: one below 0; a ramp whose value is below 0
-                or no number.
+            ValueError, TypeError: If the step is not an int from 0, or the ramp returns a negative
+                number or NaN.
         """
         integer("CopraSchedule", "step", step, 0)
         p0, p1 = self.config.p0, self.config.p1
@@ -73,10 +75,10 @@ class CopraSchedule:
         return min(p1, p0 + (p1 - p0) * value)
 
     def mask(self, step: int) -> Tensor:
-        """``(num_groups,)`` bool on the CPU: the groups that train at the step.
+        """Return the mask of the groups that train at ``step``, ``(num_groups,)`` bool on the CPU.
 
         Raises:
-            TypeError, ValueError: as :meth:`probability`.
+            ValueError, TypeError: As :meth:`probability`.
         """
         p = self.probability(step)
         count_draw, *draws = _uniforms(self.config.seed, step, self.num_groups + 1)
@@ -91,29 +93,30 @@ class CopraSchedule:
         return mask
 
     def expected_active(self, step: int) -> float:
-        """The mean number of active groups at the step, the condition included.
+        """Return the mean number of active groups at ``step``, conditioned on ``min_active``.
 
         Raises:
-            TypeError, ValueError: as :meth:`probability`.
+            ValueError, TypeError: As :meth:`probability`.
         """
         return math.fsum(k * chance for k, chance in self._counts(self.probability(step)).items())
 
     def mean_activation(self) -> float:
-        """The mean of p(t) over all steps: about what part of the adapters' work is done.
+        """Return the mean of p(t) over all steps, about the fraction of the adapters' work that is
+        done.
 
-        With a linear ramp to p1 = 1 it tends to ``rho (p0 + 1) / 2 + 1 - rho``. The condition of
-        ``min_active`` is left out.
+        With a linear ramp to p1 = 1 it tends to ``rho (p0 + 1) / 2 + 1 - rho``. It ignores
+        ``min_active``.
         """
         return math.fsum(map(self.probability, range(self.total_steps))) / self.total_steps
 
     def _counts(self, p: float) -> dict[int, float]:
-        """The probability of each possible number of active groups."""
+        """Return the probability of each possible number of active groups."""
         n, least = self.num_groups, self.config.min_active
         if p == 0:
             return {least: 1.0}
         if p == 1:
             return {n: 1.0}
-        # Logarithms, as the weights of a tiny p vanish in floating point.
+        # Logarithms, since the weights of a tiny p underflow.
         odds = math.log(p) - math.log1p(-p)
         logs = [math.log(math.comb(n, k)) + k * odds for k in range(least, n + 1)]
         highest = max(logs)
@@ -123,7 +126,8 @@ class CopraSchedule:
 
 
 def _uniforms(seed: int, step: int, count: int) -> list[float]:
-    """Numbers in [0, 1) that follow from the arguments: a hash of a counter, 53 bits of it each."""
+    """Return ``count`` numbers in [0, 1), each made of 53 bits of a hash of seed, step and
+    counter."""
     found: list[float] = []
     for block in range(math.ceil(count / 8)):
         digest = hashlib.blake2b(f"{seed}:{step}:{block}".encode()).digest()  # 64 bytes

@@ -1,4 +1,4 @@
-"""Shapley values: what each layer is worth in the game of all of them."""
+"""Shapley values of the players of a game, for example the layers of a model."""
 
 from __future__ import annotations
 
@@ -20,26 +20,28 @@ from .controller import CopraController
 
 Method = Literal["exact", "permutation", "owen"]
 
-_MOST_EXACT = 20  # players: a million coalitions
-_MOST_EXACT_LAYERS = 12  # by default, where a coalition is a forward of a model
-_ORDERS, _DRAWS, _LEVELS = 32, 4, 16  # samples by default
-# By then each weight is read for enough tokens. Beyond, activations are fresh memory every time: in
-# one forward of SmolLM2 on 4096 tokens that was a quarter of the time, in 16 on 256 a twentieth.
-_MOST_TOKENS = 1024
+_MAX_EXACT_PLAYERS = 20  # a million coalitions
+_MAX_EXACT_GROUPS = 12  # by default, since each coalition costs a forward of the model
+_ORDERS, _DRAWS, _LEVELS = 32, 4, 16  # default numbers
+# Tokens of a forward on the CPU. They suffice to amortise reading the weights. Larger forwards
+# allocate fresh memory for activations every time: this took a quarter of one forward of SmolLM2 on
+# 4096 tokens, but a twentieth of 16 forwards on 256.
+_MAX_CPU_TOKENS = 1024
 
-#: Values of coalitions, each of which is a number whose bits are its players.
+#: Values of coalitions; bit i of a coalition is set if player i takes part.
 Values = Callable[[Sequence[int]], list[float]]
 
 
 class Shapley(NamedTuple):
-    """What each player is worth.
+    """Shapley value of each player, with its standard error.
 
-    The values add up to v(all) - v(none), to rounding, with the methods "exact" and "permutation".
+    The values add up to v(all) - v(none), up to rounding, with the methods "exact" and
+    "permutation".
     """
 
     values: Tensor  # (n,) float64
-    standard_error: Tensor  # (n,) float64: 0 if exact, NaN if a single sample says nothing of it
-    evaluations: int  # coalitions whose value was asked for
+    standard_error: Tensor  # (n,) float64; 0 if exact, NaN for a single sample
+    evaluations: int  # number of evaluated coalitions
 
 
 def shapley_values(
@@ -53,29 +55,28 @@ def shapley_values(
     antithetic: bool = False,
     levels: int = _LEVELS,
 ) -> Shapley:
-    """Shapley values of a game of n players.
+    """Compute the Shapley values of a game of n players.
 
     ``phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! (v(S + i) - v(S))``.
 
     Args:
-        value_fn: v, a finite number for each bool tensor ``(n,)``, True for who takes part.
-        n: players.
-        method: "exact" asks for all 2^n coalitions. "permutation" lets the players join in random
-            orders, n + 1 coalitions each. "owen" draws players with probability q at ``levels``
-            midpoints q of [0, 1], and asks for each player with and without: n + 1 coalitions
-            each. The midpoints leave an error of the order of 1 / levels^2.
-        samples: orders (default 32), or drawn coalitions a level (default 4).
-        generator: of the samples; default is torch's, on the CPU.
-        cache: ask for each coalition once. Without, every time: for a v that is noisy.
-        antithetic: take each order reversed too, so that ``samples`` orders become twice as many.
-        levels: of "owen".
-
-    Returns:
-        :class:`Shapley`.
+        value_fn: v, which maps a bool tensor ``(n,)``, True for each player that takes part, to a
+            finite number.
+        n: Number of players.
+        method: "exact" evaluates all 2^n coalitions. "permutation" lets the players join in random
+            orders and evaluates n + 1 coalitions per order. "owen" draws players with probability q
+            at ``levels`` midpoints q of [0, 1] and evaluates n + 1 coalitions per draw: the drawn
+            one, and for each player the same one with or without it. The midpoints leave an error
+            of the order of 1 / levels^2.
+        samples: Number of orders (default 32), or of drawn coalitions per level (default 4).
+        generator: Random generator of the samples; default is torch's, on the CPU.
+        cache: Whether to evaluate each coalition only once. Use False for a noisy v.
+        antithetic: Whether to use each order reversed too, which doubles the number of orders.
+        levels: Number of levels of "owen".
 
     Raises:
-        ValueError: n, samples or levels below 1, another method, "exact" for more than 20 players,
-            or a value that is not finite, with its coalition.
+        ValueError: If n, samples or levels is below 1, the method is unknown, "exact" is used with
+            more than 20 players, or a value is not finite.
 
     Source: Shapley 1953; Castro et al. 2009 for orders; Owen 1972, Okhrati and Lipani 2021 for
     levels; arXiv 2410.22911 for layers as players.
@@ -102,36 +103,33 @@ def layer_shapley(
     antithetic: bool = False,
     levels: int = _LEVELS,
 ) -> Shapley:
-    """Shapley values of the groups of a controller: what each adds to a utility of the model.
+    """Compute the Shapley values of the groups of a controller for a utility of the model.
 
-    The model computes in evaluation mode and without gradients; modes and masks are afterwards as
-    they were.
+    The model runs in evaluation mode and without gradients; modes and masks are restored
+    afterwards.
 
     Args:
-        model: the controller's.
-        controller: its groups are the players.
-        eval_fn: ``eval_fn(model)`` is the utility, a number: accuracy, or a loss with its sign
-            turned. Given a batch, ``eval_fn(output, batch)`` is the utility of each row of
-            what the model makes of it, ``(rows,)``; v(S) is their mean.
-        method: default is "exact" up to 12 groups, else "permutation".
-        samples, generator, cache, antithetic, levels: as :func:`shapley_values`.
-        batch: keyword arguments of the model. Tensors with as many rows as the first are repeated
-            for each coalition, everything else is handed on.
-        batched_coalitions: K, coalitions in one forward, each of which has its own copy of the
-            batch's rows. The weights are read once for all of them. On the CPU a forward takes
-            fewer where they would have more than 1024 tokens: from there on nothing is gained.
-
-    Returns:
-        :class:`Shapley`.
+        model: Model of the controller.
+        controller: Controller whose groups are the players.
+        eval_fn: ``eval_fn(model)`` returns the utility, a number such as the accuracy or the
+            negative loss. With a batch, ``eval_fn(output, batch)`` returns the utility of each row
+            of the model's output, ``(rows,)``; v(S) is their mean.
+        method: Default is "exact" up to 12 groups, else "permutation".
+        samples, generator, cache, antithetic, levels: As in :func:`shapley_values`.
+        batch: Keyword arguments of the model. Tensors with as many rows as the first one are
+            repeated for each coalition; all other values are passed unchanged.
+        batched_coalitions: K, number of coalitions in one forward, each with a copy of the batch's
+            rows. The weights are read once for all of them. On the CPU a forward takes fewer if
+            they have over 1024 tokens, since larger batches gain nothing there.
 
     Raises:
-        ValueError: another model than the controller's; what :func:`shapley_values` refuses;
-            ``batched_coalitions`` below 1, or above it without a batch; a batch without tensors; an
-            ``eval_fn`` that returns something else than a number a row.
+        ValueError: If the controller belongs to another model; if ``batched_coalitions`` is below
+            1, or above 1 without a batch; if a batch has no tensors; if ``eval_fn`` does not return
+            one number per row; or as :func:`shapley_values`.
 
     Warns:
-        UserWarning: a layer cannot be switched row by row, naming it. Coalitions are then evaluated
-            one by one.
+        UserWarning: If a layer cannot be switched row by row; coalitions are then evaluated one by
+            one.
     """
     n, modules = len(controller.layers), set(model.modules())
     where = "layer_shapley"
@@ -139,7 +137,7 @@ def layer_shapley(
     fits = modules.issuperset(chain(*controller.layers.layers))
     require(fits, where, "model", "the controller's", other)
     if method is None:
-        method = "exact" if n <= _MOST_EXACT_LAYERS else "permutation"
+        method = "exact" if n <= _MAX_EXACT_GROUPS else "permutation"
     estimator = _estimator(n, method, samples, generator, antithetic, levels)
     count = batched_coalitions
     fits = count == 1 or (count > 1 and batch is not None)
@@ -152,23 +150,23 @@ def layer_shapley(
 
 
 def _coalitions_at_once(inputs: Tensor, most: int) -> int:
-    """Return how many copies of a batch a forward has: at most ``most``; on the CPU fewer, but one,
-    where they have more than 1024 tokens. Inputs are token numbers ``(rows, ...)``, or features."""
+    """Return the number of copies of a batch in one forward: ``most``, but on the CPU only as many
+    as have 1024 tokens, and at least one. Inputs are token ids ``(rows, ...)`` or features."""
     if inputs.device.type != "cpu":
         return most
     tokens = inputs.shape[:-1].numel() if inputs.is_floating_point() else inputs.numel()
-    return min(most, max(1, _MOST_TOKENS // max(1, tokens)))
+    return min(most, max(1, _MAX_CPU_TOKENS // max(1, tokens)))
 
 
 @dataclass(eq=False)
 class _Utilities:
-    """Values of coalitions; on a batch, all that are asked for at once in one forward."""
+    """Values of coalitions. With a batch, all coalitions of one call share a forward."""
 
     model: nn.Module
     controller: CopraController
     eval_fn: Callable[..., Any]
     batch: dict[str, Any] | None
-    row_by_row: bool = True  # until a layer refuses
+    row_by_row: bool = True  # until a layer raises RowwiseError
 
     def __post_init__(self) -> None:
         batch = {"": torch.empty(0)} if self.batch is None else self.batch
@@ -176,16 +174,16 @@ class _Utilities:
         require(tensors, "layer_shapley", "batch", "tensors with rows", sorted(batch))
         self.first, self.rows = tensors[0], len(tensors[0])
 
-    def __call__(self, asked: Sequence[int]) -> list[float]:
-        masks = [_mask(coalition, len(self.controller.layers)) for coalition in asked]
+    def __call__(self, queried: Sequence[int]) -> list[float]:
+        masks = [_mask(coalition, len(self.controller.layers)) for coalition in queried]
         if len(masks) > 1 and self.row_by_row:
             try:
                 with coalitions(self.controller.layers, torch.stack(masks), self.rows):
                     return self._utilities(len(masks))
             except RowwiseError as error:
                 self.row_by_row = False
-                told = f"layer_shapley: {error}; coalitions are evaluated one by one"
-                warnings.warn(told, stacklevel=6)
+                message = f"layer_shapley: {error}; coalitions are evaluated one by one"
+                warnings.warn(message, stacklevel=6)
         found: list[float] = []
         for mask in masks:
             with self.controller.coalition(mask):
@@ -223,16 +221,18 @@ def _estimator(
     if method == "owen":
         return _owen(n, samples or _DRAWS, levels, generator)
     require(method == "exact", where, "method", "'exact', 'permutation' or 'owen'", repr(method))
-    expected = f"at most {_MOST_EXACT} players for method 'exact'"
-    require(n <= _MOST_EXACT, where, "n", expected, f"{n}; 'permutation' and 'owen' take samples")
+    expected = f"at most {_MAX_EXACT_PLAYERS} players for method 'exact'"
+    require(
+        n <= _MAX_EXACT_PLAYERS, where, "n", expected, f"{n}; 'permutation' and 'owen' take samples"
+    )
     return _exact(n)
 
 
 def _run(estimator: _Estimator, n: int, values: Values, cache: bool, at_once: int) -> Shapley:
-    asked = list(dict.fromkeys(estimator.coalitions)) if cache else list(estimator.coalitions)
+    queried = list(dict.fromkeys(estimator.coalitions)) if cache else list(estimator.coalitions)
     found: list[float] = []
-    for start in range(0, len(asked), at_once):
-        part = asked[start : start + at_once]
+    for start in range(0, len(queried), at_once):
+        part = queried[start : start + at_once]
         for coalition, value in zip(part, values(part), strict=True):
             if not math.isfinite(value):
                 players = _mask(coalition, n).nonzero().flatten().tolist()
@@ -242,10 +242,10 @@ def _run(estimator: _Estimator, n: int, values: Values, cache: bool, at_once: in
                 )
             found.append(value)
     if cache:
-        known = dict(zip(asked, found, strict=True))
+        known = dict(zip(queried, found, strict=True))
         found = [known[coalition] for coalition in estimator.coalitions]
     phi, error = estimator.combine(torch.tensor(found, dtype=torch.float64))
-    return Shapley(phi, error, len(asked))
+    return Shapley(phi, error, len(queried))
 
 
 def _mask(coalition: int, n: int) -> Tensor:
@@ -257,24 +257,25 @@ def _mask(coalition: int, n: int) -> Tensor:
 
 
 class _Estimator(NamedTuple):
-    """Coalitions to ask for, and the values ``(n,)`` and standard errors ``(n,)`` that follow.
+    """Coalitions to evaluate, and the function that combines their values into Shapley values
+    ``(n,)`` and standard errors ``(n,)``.
 
-    A coalition is a number whose bit i says whether player i takes part. No estimator looks at a
-    value before it has named all coalitions, so that these can be evaluated many at a time.
+    Bit i of a coalition is set if player i takes part. An estimator lists all coalitions before it
+    uses a value, so that many can be evaluated at a time.
     """
 
-    coalitions: list[int]  # may come more than once
-    combine: Callable[[Tensor], tuple[Tensor, Tensor]]  # of their values, float64, in order
+    coalitions: list[int]  # may contain duplicates
+    combine: Callable[[Tensor], tuple[Tensor, Tensor]]  # of their values in order, float64
 
 
 def _exact(n: int) -> _Estimator:
-    """All ``2^n`` coalitions, by the definition: each player's weighted mean gain over those of
-    the others. The standard error is 0."""
+    """Return the estimator by the definition, over all ``2^n`` coalitions; its standard error is
+    0."""
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
         number = torch.arange(2**n)
         sizes = sum((number >> i & 1 for i in range(n)), torch.zeros_like(number))
-        # |S|! (n - |S| - 1)! / n! of a coalition of the others
+        # |S|! (n - |S| - 1)! / n! of a coalition S of the other players
         weights = [1 / (n * math.comb(n - 1, size)) for size in range(n)]
         weight = torch.tensor([*weights, 0.0], dtype=torch.float64)[sizes]
         phi = torch.zeros(n, dtype=torch.float64)
@@ -289,29 +290,31 @@ def _exact(n: int) -> _Estimator:
 def _permutation(
     n: int, orders: int, antithetic: bool, generator: torch.Generator | None
 ) -> _Estimator:
-    """Gains along random orders of joining; a sample is an order, or one and its reverse."""
+    """Return the estimator of gains along random orders. A sample is an order, or one and its
+    reverse."""
     drawn: list[list[int]] = []
     for _ in range(orders):
         order = torch.randperm(n, generator=generator).tolist()
         drawn += [order, order[::-1]] if antithetic else [order]
-    # The coalitions along an order, from the empty to the full one.
-    asked = [c for order in drawn for c in accumulate((1 << i for i in order), initial=0)]
+    # Coalitions along each order, from the empty to the full one.
+    queried = [c for order in drawn for c in accumulate((1 << i for i in order), initial=0)]
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
-        gains = v.view(len(drawn), n + 1).diff(dim=1)  # by place in the order
+        gains = v.view(len(drawn), n + 1).diff(dim=1)  # by position in the order
         by_player = torch.empty_like(gains).scatter_(1, torch.tensor(drawn), gains)
         samples = by_player.view(orders, -1, n).mean(1)
         return samples.mean(0), _error_of_mean(samples)
 
-    return _Estimator(asked, combine)
+    return _Estimator(queried, combine)
 
 
 def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) -> _Estimator:
-    """Gains over random coalitions of the others, by the probability q of each of them.
+    """Return the estimator of gains over random coalitions, with probability q of each player.
 
-    ``phi_i`` is the integral over q in [0, 1] of the mean gain, here the mean over midpoints.
+    ``phi_i`` is the integral of the mean gain over q in [0, 1], approximated by the mean over
+    midpoints.
     """
-    asked: list[int] = []
+    queried: list[int] = []
     inside: list[list[bool]] = []
     for level in range(levels):
         q = (level + 0.5) / levels
@@ -319,23 +322,24 @@ def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) ->
             members = (torch.rand(n, generator=generator) < q).tolist()
             inside.append(members)
             coalition = sum(1 << i for i in range(n) if members[i])
-            asked += [coalition, *(coalition ^ 1 << i for i in range(n))]
+            queried += [coalition, *(coalition ^ 1 << i for i in range(n))]
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
         table = v.view(levels * draws, n + 1)
-        changes = table[:, 1:] - table[:, :1]  # by the player's coming, or by its going
+        changes = table[:, 1:] - table[:, :1]  # when the player joins or leaves
         gains = torch.where(torch.tensor(inside), -changes, changes)
-        if draws == 1:  # between the levels, which is more than within them
+        if draws == 1:  # spread between levels, larger than that within them
             return gains.mean(0), _error_of_mean(gains)
         by_level = gains.view(levels, draws, n)
         errors = torch.stack([_error_of_mean(level) for level in by_level])
         return gains.mean(0), errors.square().sum(0).sqrt() / levels
 
-    return _Estimator(asked, combine)
+    return _Estimator(queried, combine)
 
 
 def _error_of_mean(samples: Tensor) -> Tensor:
-    """``(n,)`` standard errors of the mean of ``(samples, n)``; NaN of a single one."""
+    """Return the standard errors ``(n,)`` of the mean of ``(samples, n)``; NaN for a single
+    sample."""
     if len(samples) == 1:
         return torch.full_like(samples[0], math.nan)
     return samples.std(0) / math.sqrt(len(samples))

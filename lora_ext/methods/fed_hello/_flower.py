@@ -1,4 +1,4 @@
-"""Fed-HeLLo as a strategy of Flower's."""
+"""Fed-HeLLo as a strategy of Flower."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ _log = logging.getLogger("flwr")
 
 
 class FedHello(LoraStrategy):
-    """Each client trains as many layers as it can, by geometry, at random, or by importance.
+    """Flower strategy in which each client trains as many layers as it can.
 
-    With ``kind="fim"`` the server scores the layers on samples of its own, in the rounds that
-    :meth:`HLA.wants_scores` names, before it makes their plans. Scores that are not finite are
-    warned of, and the weights of before stay.
+    The layers are chosen by geometry, at random, or by importance. With ``kind="fim"``, in the
+    rounds for which :meth:`HLA.wants_scores` returns True, the server scores the layers on its own
+    samples before it makes the plans. If scores are not finite, a warning is logged and the
+    previous weights stay.
 
     Args:
-        allocator: an :class:`HLA`, or its settings, for as many layers as the global adapter has.
-        model_fn: with "fim", the base model with the adapter on it. It is called once, and gets the
-            global adapter whenever layers are scored.
-        proxy: with "fim", the server's samples, in batches that :func:`fim_scores` takes; no client
-            has them. A function of no argument gives them anew each time.
-        adapter: the name of the adapter in that model.
-        strategy: arguments of :class:`LoraStrategy`: capability and others.
+        allocator: An :class:`HLA`, or its settings, for as many layers as the global adapter has.
+        model_fn: With "fim", function that returns the base model with the adapter. It is called
+            once; the model gets the global adapter whenever layers are scored.
+        proxy: With "fim", samples of the server, which no client has, in batches for
+            :func:`fim_scores`; or a function without arguments that returns them at every call.
+        adapter: Name of the adapter in that model.
+        strategy: Arguments of :class:`LoraStrategy`, such as ``capability``.
 
     Raises:
-        EmptyProxySet: "fim" without samples. ValueError: "fim" without a model; what
-            :class:`LoraStrategy` refuses; at the start of a run, an allocator for another number of
-            layers. TypeError: another kind of allocator.
+        EmptyProxySet: If "fim" has no samples.
+        ValueError: If "fim" has no model; at the start of a run, if the allocator is for another
+            number of layers; or as :class:`LoraStrategy`.
+        TypeError: If the allocator has another type.
 
     Warns:
-        UserWarning: clients of these capabilities can never train some layer.
+        UserWarning: If clients of these capabilities can never train some layer.
 
     Source: arXiv 2506.12213.
     """
@@ -74,7 +76,8 @@ class FedHello(LoraStrategy):
             self._warn_uncovered(allocator, self._capabilities)
 
     def before_round(self, round: int, state: Mapping[str, Tensor]) -> None:
-        """Make the allocator where there is none yet, and score the layers where it is due."""
+        """Make the allocator if it does not exist yet, and score the layers if this round needs
+        it."""
         pairs = layer_pairs(WHERE, state, self._pattern)
         num_layers = check_layers(WHERE, {pair.layer for pair in pairs})
         hla = self._allocation(num_layers)
@@ -86,13 +89,15 @@ class FedHello(LoraStrategy):
             self._score(hla, round, state)
 
     def select(self, round: int, clients: Mapping[Client, int]) -> list[Client]:
-        """As :class:`LoraStrategy` does; warns first, once, of layers that nobody can train."""
+        """Select clients as :class:`LoraStrategy` does; warn once about layers that no client can
+        train."""
         if isinstance(self.allocator, HLA) and not self._warned:
             self._warn_uncovered(self.allocator, self._capabilities or clients.values())
         return super().select(round, clients)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what ``state_dict`` gave, the allocation with it; JSON may lie between."""
+        """Restore a state of ``state_dict``, with the allocation; it may have passed through
+        JSON."""
         if "allocator" in state:
             self._allocation(state["allocator"]["L"])
         super().load_state_dict(state)
@@ -103,7 +108,7 @@ class FedHello(LoraStrategy):
         return self.allocator
 
     def _score(self, hla: HLA, round: int, state: Mapping[str, Tensor]) -> None:
-        assert self._model_fn is not None and self._proxy is not None  # of the kind "fim"
+        assert self._model_fn is not None and self._proxy is not None  # kind "fim"
         if self._scoring_model is None:
             self._scoring_model = LoraLayerManager(self._model_fn(), self._pattern, self._adapter)
         manager, config = self._scoring_model, self.config
@@ -113,7 +118,7 @@ class FedHello(LoraStrategy):
         layer_of = partial(block_index, pattern=self._pattern)
         scores = fim_scores(manager.model, batches, layer_of, **how)
         if not bool(scores.isfinite().all()):
-            _log.warning("round %d: scores %s: the weights of before stay", round, scores.tolist())
+            _log.warning("round %d: scores %s: the previous weights stay", round, scores.tolist())
             return
         hla.update(round, scores)
         weights = [f"{g:.3f}" for g in hla.weights(round).tolist()]

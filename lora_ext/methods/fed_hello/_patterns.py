@@ -1,4 +1,4 @@
-"""GD and RGD: the layers that a pattern, or a draw from its weights, gives to a client."""
+"""GD and RGD: the layers that a client gets by a pattern or by a draw with its weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from lora_ext._checks import choice, integer, require
 
-#: What layers' weights are given as: ``(L,)``, of any sum above 0.
+#: Weights of layers, ``(L,)``, with any sum above 0.
 Weights = Tensor | Sequence[float]
 
-_BOTTLENECK = (3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3)  # of the authors' configurations, L = 12
+_BOTTLENECK = (3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3)  # from the authors' configurations, L = 12
 
 
 class Pattern(str, Enum):
-    """P: where the layers stand that most clients train. Layer 0 is next to the input."""
+    """P, the position of the layers that most clients train. Layer 0 is next to the input."""
 
     UNIFORM = "uniform"
     TRIANGLE = "triangle"  # dense at the input
@@ -36,26 +36,26 @@ _LINES = {Pattern.UNIFORM: (1, 0), Pattern.TRIANGLE: (3, -2), Pattern.INVERTED_T
 
 
 def as_pattern(where: str, pattern: Pattern | str) -> Pattern:
-    """The pattern of this name; the message about one that there is not lists them."""
+    """Return the pattern with this name; the error for an unknown name lists them."""
     return Pattern(choice(where, "pattern", pattern, [each.value for each in Pattern]))
 
 
 def pattern_weights(pattern: Pattern | str, L: int) -> Tensor:
-    """g: how likely each layer is to be drawn.
+    """Return g, the weight of each layer in a draw.
 
     With ``u = l / (L - 1)``: 1 for "uniform", ``3 - 2u`` for "triangle", ``1 + 2u`` for
     "inverted_triangle", and for "bottleneck" the authors' twelve values, interpolated at ``11 u``;
-    each divided by its sum.
+    each divided by the sum.
 
     Args:
-        pattern: one of :class:`Pattern`, or its name.
-        L: the number of layers.
+        pattern: A :class:`Pattern` or its name.
+        L: Number of layers.
 
     Returns:
-        ``(L,)`` float64, of sum 1.
+        ``(L,)`` float64 with sum 1.
 
     Raises:
-        ValueError: an unknown pattern, or L below 1. TypeError: L that is no integer.
+        ValueError, TypeError: If the pattern is unknown, or L is not an integer from 1.
 
     Source: arXiv 2506.12213 and its configurations; the interpolation and the slopes of the
     triangles are our choice.
@@ -71,7 +71,7 @@ def pattern_weights(pattern: Pattern | str, L: int) -> Tensor:
 
 
 def gd_layers(pattern: Pattern | str, L: int, c: int) -> tuple[int, ...]:
-    """S: the c layers that the pattern gives to every client that can train c.
+    """Return S, the c layers that the pattern gives to every client that can train c.
 
     =================== ==================================================================
     uniform             ``floor(i L / c)``, i from 0 to c - 1
@@ -80,18 +80,19 @@ def gd_layers(pattern: Pattern | str, L: int, c: int) -> tuple[int, ...]:
     bottleneck          from both ends: 0, L - 1, 1, L - 2, ...
     =================== ==================================================================
 
-    All but "uniform" are nested: who can train more trains the same layers and others besides.
+    All but "uniform" are nested: a client that can train more trains the same layers and others.
 
     Args:
-        pattern: one of :class:`Pattern`, or its name.
-        L: the number of layers. c: how many are trained; 0 for none.
+        pattern: A :class:`Pattern` or its name.
+        L: Number of layers.
+        c: Number of layers to train, from 0.
 
     Returns:
-        indices, rising.
+        Indices in ascending order.
 
     Raises:
-        ValueError: an unknown pattern, L below 1, c outside ``[0, L]``. TypeError: one of them that
-            is no integer.
+        ValueError: If the pattern is unknown, L is below 1, or c is outside ``[0, L]``.
+        TypeError: If L or c is not an integer.
 
     Source: arXiv 2506.12213; "uniform" gives the lists of the authors' configurations.
     """
@@ -112,23 +113,23 @@ def gd_layers(pattern: Pattern | str, L: int, c: int) -> tuple[int, ...]:
 def rgd_layers(
     weights: Weights, c: int, *, seed: int, round: int, client: int | str
 ) -> tuple[int, ...]:
-    """S: c distinct layers, drawn one after another, each in proportion to the weights of the rest.
+    """Draw S, c distinct layers, each in proportion to the weights of those not yet drawn.
 
-    Drawn at once, as the c largest of ``log g_l - log(-log U_l)``, which is the same law. The U_l
-    come from a hash of seed, round and client: which layers a client gets depends on nothing else,
-    neither on who else is in the round nor on a library's version.
+    They are drawn at once as the c largest ``log g_l - log(-log U_l)``, which gives the same
+    distribution. The U_l are hashes of seed, round and client. The layers of a client therefore
+    depend neither on the other clients of the round nor on the version of a library.
 
     Args:
-        weights: g, ``(L,)``, of any sum. A layer of weight 0 is never drawn.
-        c: how many; 0 for none.
-        seed, round, client: of the draw.
+        weights: g, ``(L,)``, with any sum above 0. A layer of weight 0 is never drawn.
+        c: Number of layers, from 0.
+        seed, round, client: Key of the draw.
 
     Returns:
-        indices, rising.
+        Indices in ascending order.
 
     Raises:
-        ValueError: weights that are negative, not finite, or of the wrong shape; c below 0 or above
-            L; fewer than c weights above 0. TypeError: c that is no integer.
+        ValueError, TypeError: If weights are negative, not finite, or of the wrong shape; if c is
+            not an integer from 0 to the number of weights above 0.
 
     Source: arXiv 2506.12213, RGD-HLA.
     """
@@ -145,7 +146,8 @@ def rgd_layers(
 
 
 def checked_weights(where: str, weights: Weights, L: int | None = None) -> Tensor:
-    """Weights as float64 of the shape ``(L,)``, finite, none negative, of any sum above 0."""
+    """Return weights as float64 ``(L,)``; raise unless they are finite, at least 0 and not all
+    0."""
     g = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
     fits = g.dim() == 1 and (g.numel() == L if L is not None else g.numel() > 0)
     require(fits, where, "weights", f"shape ({'L' if L is None else L},)", list(g.shape))
@@ -161,9 +163,9 @@ def normalised(weights: Weights) -> Tensor:
 
 
 def _uniform(seed: int, round: int, client: int | str, layer: int) -> float:
-    """A number inside (0, 1)."""
+    """Return a number in (0, 1) that is a hash of the arguments."""
     named = repr(client) if isinstance(client, str) else operator.index(client)
     text = f"{operator.index(seed)}:{operator.index(round)}:{named}:{layer}"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    # 52 bits and a half: never 0 or 1, whose logarithms the draw takes, and exact in a float.
+    # 52 bits plus a half are exact in a float and never 0 or 1, which lead to log(0).
     return ((int.from_bytes(digest, "little") >> 12) + 0.5) * 2.0**-52

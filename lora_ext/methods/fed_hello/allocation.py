@@ -26,24 +26,25 @@ from .config import FedHelloConfig, Kind
 
 
 class HLA:
-    """Gives each client as many layers as it can train: by geometry, at random, or by importance.
+    """Allocation that gives each client as many layers as it can train.
 
-    A plan is a function of the settings, the seed, the round, the client, its capability and the
-    importance that :meth:`update` was told up to that round. Nothing else counts: neither the other
-    clients nor the order of the calls.
+    Layers are chosen by geometry ("gd"), at random ("rgd"), or by importance ("fim"). A plan
+    depends only on the settings, the seed, the round, the client, its capability, and the
+    importance given to :meth:`update` up to that round; not on other clients or the order of calls.
 
     Args:
-        pattern: P, one of :class:`Pattern` or its name; :meth:`of` takes a configuration instead.
-        L: the number of layers.
+        pattern: P, a :class:`Pattern` or its name; :meth:`of` takes a configuration instead.
+        L: Number of layers.
         kind: "gd", "rgd" or "fim".
-        seed, weights, prior_rounds, every, hold, mix, k, levels: of :class:`FedHelloConfig`.
+        seed, weights, prior_rounds, every, hold, mix, k, levels: As in :class:`FedHelloConfig`.
 
     Attributes:
-        config: the settings. L: the number of layers.
+        config: The settings.
+        L: Number of layers.
 
     Raises:
-        ValueError, TypeError: what :class:`FedHelloConfig` refuses; L below 1 or no integer;
-            weights of another number than L.
+        ValueError, TypeError: As :class:`FedHelloConfig`; if L is not an integer from 1, or the
+            number of weights is not L.
 
     Source: arXiv 2506.12213, GD-HLA, RGD-HLA and FIM-HLA.
     """
@@ -71,9 +72,9 @@ class HLA:
 
     @classmethod
     def of(cls, config: FedHelloConfig, L: int) -> HLA:
-        """Return the allocation that ``config``, a :class:`FedHelloConfig`, describes for a model
-        of L layers; errors are the class's."""
-        found = cls.__new__(cls)  # __init__ takes the settings one by one
+        """Return the allocation of ``config``, a :class:`FedHelloConfig`, for a model of L
+        layers."""
+        found = cls.__new__(cls)  # __init__ takes single settings
         found._set(config, L)
         return found
 
@@ -84,13 +85,13 @@ class HLA:
             self._prior = pattern_weights(config.pattern, L)
         else:
             self._prior = normalised(checked_weights("HLA", config.weights, L))
-        self._importance: dict[int, Tensor] = {}  # by the round from which it holds
+        self._importance: dict[int, Tensor] = {}  # by the round given to `update`
 
     def weights(self, round: int) -> Tensor:
-        """The g of a round, ``(L,)`` float64 of sum 1; with "gd" it is the pattern's.
+        """Return g of a round, ``(L,)`` float64 with sum 1. Only "fim" changes it between rounds.
 
         Raises:
-            ValueError: a round below 0. TypeError: one that is no integer.
+            ValueError, TypeError: If the round is not an integer from 0.
         """
         round = integer("HLA", "round", round, 0)
         known = [r for r in self._importance if (r <= round if self.config.hold else r == round)]
@@ -100,10 +101,10 @@ class HLA:
         return mix * self._importance[max(known)] + (1 - mix) * self._prior
 
     def wants_scores(self, round: int) -> bool:
-        """Whether importance is to be computed, and told to :meth:`update`, before a round's plans.
+        """Return whether :meth:`update` should get new scores before the plans of a round.
 
         Raises:
-            ValueError: a round below 0. TypeError: one that is no integer.
+            ValueError, TypeError: If the round is not an integer from 0.
         """
         round = integer("HLA", "round", round, 0)
         config = self.config
@@ -111,15 +112,15 @@ class HLA:
         return config.kind == "fim" and due
 
     def update(self, round: int, scores: Tensor | Sequence[float]) -> None:
-        """Take the importance of all layers, which holds from this round on.
+        """Set the importance of all layers from this round on, or without ``hold`` for it alone.
 
         Args:
-            round: the one whose plans come next.
-            scores: F, ``(L,)``, of :func:`fim_scores`.
+            round: Round of the next plans.
+            scores: F of :func:`fim_scores`, ``(L,)``.
 
         Raises:
-            ValueError: another number of scores than L, or one that is not finite; a round below 0.
-                Nothing has changed then. TypeError: a round that is no integer.
+            ValueError, TypeError: If the number of scores is not L, a score is not finite, or the
+                round is not an integer from 0. Nothing is changed then.
         """
         round = integer("HLA.update", "round", round, 0)
         values = torch.as_tensor(scores, dtype=torch.float64)
@@ -128,16 +129,17 @@ class HLA:
         self._importance[round] = cluster_weights(values, self.config.k, self.config.levels)
 
     def plan(self, round: int, client: int | str, capability: int) -> LayerPlan:
-        """The layers that a client trains in a round.
+        """Return the plan of a client for a round.
 
         Args:
-            round: from 0. client: its name, which is all that tells it from the others.
-            capability: c, how many layers it can train; with 0 the plan is empty: it is not to be
-                selected.
+            round: Round, from 0.
+            client: Name of the client.
+            capability: c, number of layers that the client can train. If it is 0, the plan is empty
+                and the client must not be selected.
 
         Raises:
-            ValueError: a round below 0, a capability outside ``[0, L]``, fewer than c layers of a
-                weight above 0. TypeError: a round or capability that is no integer.
+            ValueError, TypeError: If the round is not an integer from 0, the capability not in
+                ``[0, L]``, or fewer than c layers have a weight above 0.
         """
         c = integer("HLA.plan", f"capability of client {client!r}", capability, 0, self.L)
         weights = self.weights(round)
@@ -146,10 +148,10 @@ class HLA:
         return LayerPlan(rgd_layers(weights, c, seed=self.config.seed, round=round, client=client))
 
     def uncovered(self, capabilities: Iterable[int]) -> tuple[int, ...]:
-        """Layers that no client of these capabilities can ever be given.
+        """Return the layers that no client of these capabilities can ever get.
 
         Raises:
-            ValueError, TypeError: a capability that :meth:`plan` refuses.
+            ValueError, TypeError: If :meth:`plan` does not accept a capability.
         """
         classes = {integer("HLA.uncovered", "capabilities", c, 0, self.L) for c in capabilities}
         if self.config.kind == "gd":
@@ -174,18 +176,18 @@ class HLA:
         return f"HLA({self.config.kind}, {shape}, {self.L} layers of weights {weights})"
 
     def state_dict(self) -> dict[str, Any]:
-        """All that plans depend on, as JSON holds it."""
+        """Return everything that plans depend on, as JSON can store it."""
         importance = [[round, g.tolist()] for round, g in self._importance.items()]
         config = asdict(self.config) | {"pattern": str(self.config.pattern)}
         return {"L": self.L, "config": config, "importance": importance}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up ``state``, which :meth:`state_dict` gave: plans are then those of the one that it
-        came from.
+        """Restore a state of :meth:`state_dict`; plans then equal those of its origin.
 
         Raises:
-            ValueError: another number of layers; settings or weights that are none. Nothing has
-                changed then. KeyError: an entry is missing.
+            ValueError: If the number of layers differs, or settings or weights are invalid. Nothing
+                is changed then.
+            KeyError: If an entry is missing.
         """
         where = "HLA.load_state_dict"
         require(state["L"] == self.L, where, "L", self.L, state["L"])
@@ -193,4 +195,4 @@ class HLA:
         for round, weights in state["importance"]:
             g = checked_weights(where, weights, self.L)
             fresh._importance[integer(where, "round", round, 0)] = g
-        self.__dict__.update(fresh.__dict__)  # at once, now that nothing can raise
+        self.__dict__.update(fresh.__dict__)  # `self` changes only here, after all checks

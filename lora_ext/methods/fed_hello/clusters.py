@@ -1,4 +1,4 @@
-"""Layers grouped by importance: k-means in one dimension, exactly."""
+"""Groups of layers by importance: exact k-means in one dimension."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from ._patterns import normalised
 def cluster_weights(
     scores: Tensor | Sequence[float], k: int = 3, levels: Sequence[float] = (1, 2, 3)
 ) -> Tensor:
-    """g: a weight for each layer by the group that its score falls into.
+    """Return g, a weight for each layer by the group of its score.
 
-    The groups are those of least squares within them, of all that there are: the sorted scores are
-    cut by dynamic programming. Equal scores share a group. Of two cuts as good as each other the
-    earlier one is taken. With fewer distinct scores than k there are as many groups as distinct
-    scores, with levels from the low end; where all are equal, so are the weights.
+    The groups minimise the sum of squares within groups: the sorted scores are cut by dynamic
+    programming. Equal scores share a group. Of two equally good cuts, the earlier one is taken.
+    With fewer distinct scores than k, there are as many groups as distinct scores, with the lowest
+    levels; if all scores are equal, so are the weights.
 
     Args:
         scores: ``(L,)``, finite.
-        k: the number of groups.
-        levels: the weight of each group before the division, from the group of the lowest scores.
+        k: Number of groups.
+        levels: Weight of each group before normalisation, from the group of the lowest scores.
 
     Returns:
-        ``(L,)`` float64, of sum 1.
+        ``(L,)`` float64 with sum 1.
 
     Raises:
-        ValueError: k below 1, fewer than k levels, levels that are not above 0, scores of another
-            shape or not finite. TypeError: k that is no integer.
+        ValueError, TypeError: If k is not an integer from 1, there are fewer than k levels, a level
+            is not finite and above 0, or scores have another shape or are not finite.
 
     Source: arXiv 2506.12213, FIM-HLA: three groups, weights 1, 2 and 3. The authors' code numbers
-    its groups in no order; that they rise with the score is what the paper says.
+    its groups in no order; in the paper the weights rise with the score.
     """
     where = "cluster_weights"
     k = integer(where, "k", k, 1)
@@ -56,22 +56,23 @@ def cluster_weights(
 
 
 def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
-    """The group of each of these rising points, of which ``counts[i]`` are at ``points[i]``."""
+    """Return the group of each of these ascending points; ``counts[i]`` scores equal
+    ``points[i]``."""
     n = len(points)
-    # In fractions, so that cuts as good as each other compare as equal.
+    # Fractions, so that equally good cuts compare as equal.
     pairs = zip(map(Fraction, points), counts, strict=True)
     powers = zip(*((Fraction(count), count * p, count * p * p) for p, count in pairs), strict=True)
     sums = [[*accumulate(values, initial=Fraction(0))] for values in powers]
 
     @cache
     def cost(start: int, end: int) -> Fraction:
-        """The squares around the mean of the points from start to the one before end."""
+        """Return the sum of squares of ``points[start:end]`` around their mean."""
         number, total, squares = (own[end] - own[start] for own in sums)
         return squares - total * total / number
 
-    best = [Fraction(0)] * (n + 1)  # [j]: of the first j points
-    cuts: list[list[int]] = []  # by number of groups: where the last of them begins
-    for before in range(k):  # groups before it, of at least a point each
+    best = [Fraction(0)] * (n + 1)  # [j]: least cost of the first j points
+    cuts: list[list[int]] = []  # [i][j - 1]: start of group i if j is its end
+    for before in range(k):  # number of earlier groups, each with a point or more
         found: list[tuple[Fraction, int]] = []
         for j in range(1, n + 1):
             starts = range(before, j) if before else range(1)

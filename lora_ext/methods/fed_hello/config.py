@@ -1,4 +1,4 @@
-"""Settings of Fed-HeLLo, under the paper's symbols."""
+"""Settings of Fed-HeLLo, with the paper's symbols."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ Reduce = Literal["fro", "trace"]
 
 @dataclass(frozen=True)
 class FedHelloConfig:
-    """Which layers a client gets, round by round.
+    """Settings of Fed-HeLLo: the choice of each client's layers in each round.
 
     Attributes:
-        pattern: P, one of :class:`Pattern` or its name.
-        kind: "gd", the same layers in every round; "rgd", drawn anew for each round and client;
-            "fim", drawn by importance once it is known, and by the pattern before that.
-        seed: of all draws.
+        pattern: P, a :class:`Pattern` or its name.
+        kind: "gd", the same layers in every round; "rgd", drawn for each round and client; "fim",
+            drawn by importance once it is known, and by the pattern before that.
+        seed: Seed of all draws.
         weights: g of every layer, instead of the pattern's. With "gd" the c layers of largest
             weight are taken, the lower first among equals (our choice).
-        prior_rounds: T_prior, with "fim" the rounds before it draw by the pattern.
-        every: importance is computed in the rounds from prior_rounds on that it divides.
-        hold: whether a round in between keeps the last importance (our choice), or goes back to the
-            pattern, as the authors' code does.
-        mix: ``g = mix g_FIM + (1 - mix) g_GD``, each of sum 1 (our choice).
-        k, levels: groups of importance, and their weights from the lowest; of
+        prior_rounds: T_prior; with "fim" the rounds before it draw by the pattern.
+        every: Importance is computed in the rounds from ``prior_rounds`` on that it divides.
+        hold: Whether a round in between keeps the last importance (our choice) or returns to the
+            pattern, as in the authors' code.
+        mix: ``g = mix g_FIM + (1 - mix) g_GD``, each with sum 1 (our choice).
+        k, levels: Number of groups of importance, and their weights from the lowest; see
             :func:`cluster_weights`.
-        score, reduce, chunk: of :func:`fim_scores`.
+        score, reduce, chunk: As in :func:`fim_scores`.
 
     Raises:
-        ValueError: a value out of range, naming the field. TypeError: a number that is no integer
-            where one is wanted.
+        ValueError, TypeError: If a field is out of range or of another type.
 
     Source: arXiv 2506.12213 and its repository, TNI-playground/Fed_HeLLo; docs/fed_hello.md.
     """

@@ -1,4 +1,4 @@
-"""FIM scores: how much each layer of an adapter matters for a few samples that the server has."""
+"""FIM scores: importance of each layer of an adapter, from a few samples of the server."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lora_ext.layers import (
 from .config import Reduce, Score
 
 WHERE = "fim_scores"
-#: ``layer_of(name of a parameter)``: the index of its layer, or None: it is not scored.
+#: Function from the name of a parameter to the index of its layer, or None if it has no score.
 LayerOf = Callable[[str], int | None]
 
 
 class EmptyProxySet(ValueError):
-    """Raised where importance is asked for, and no batch has a sample to compute it from."""
+    """Error raised if importance is requested and no batch has a sample."""
 
 
 def fim_scores(
@@ -43,38 +43,39 @@ def fim_scores(
     reduce: Reduce = "fro",
     chunk: int = 8,
 ) -> Tensor:
-    """F: the diagonal empirical Fisher information of each layer's LoRA tensors.
+    """Compute F, the diagonal empirical Fisher information of each layer's LoRA tensors.
 
         D = mean over samples of (d log p(y | x) / d theta)^2, elementwise
         F_l = sum over the tensors theta of layer l of norm(D)
 
-    One forward and one backward for each batch: of a linear layer, a sample's gradient is the
-    product of its inputs and of what the backward brings to the layer's outputs. Adapters of other
-    layers, with DoRA or with a bias take a backward for each sample. All layers are scored,
-    whichever of them train. The model computes as in evaluation; modes, flags, gradients and
-    values are what they were, after it.
+    Each batch takes one forward and one backward. A sample's gradient of a linear layer is the
+    product of its inputs and of the gradients of the layer's outputs. Adapters of other layers,
+    with DoRA or with a bias take one backward per sample. All layers are scored, also frozen ones.
+    The model runs in evaluation mode; modes, flags, gradients and values are restored afterwards.
 
     Args:
-        model: its adapted layers are :mod:`lora_ext.nn`'s or PEFT's, before or after ``from_peft``.
-            Samples are the first axis of their inputs.
-        batches: each a mapping of tensors with ``labels``, of which the model gets the rest, or
-            ``(x, y)``. Labels are ``(n,)`` or, of sequences, ``(n, T)``, where a sample's score is
-            the sum over its tokens; those of a mapping are shifted, as transformers has them. A
-            label of -100 counts nothing. How samples are batched changes nothing but rounding.
-        layer_of: for a LoRA tensor's name, as ``model.named_parameters()`` has it, the index of its
-            layer, or None.
+        model: Model with adapted layers of :mod:`lora_ext.nn` or PEFT, before or after
+            ``from_peft``. Samples are the first axis of their inputs.
+        batches: Each is a mapping of tensors with ``labels``, whose other entries are the model's
+            arguments, or ``(x, y)``. Labels are ``(n,)`` or, for sequences, ``(n, T)``, where a
+            sample's score is the sum over its tokens. Those of a mapping are shifted, as in
+            transformers. A label of -100 is ignored. The division into batches changes only
+            rounding.
+        layer_of: Function from the name of a LoRA tensor in ``model.named_parameters()`` to the
+            index of its layer, or None.
         score: "log_prob", or "logit", the logit of the label, as in the authors' code.
-        reduce: the norm of D is Frobenius', "fro", or the sum of its entries, "trace".
-        chunk: of so many samples at most there are gradients at a time.
+        reduce: "fro", the Frobenius norm of D, or "trace", the sum of its entries.
+        chunk: Largest number of samples with gradients at a time.
 
     Returns:
         ``(L,)`` float64 on the CPU.
 
     Raises:
-        EmptyProxySet: no sample. LayerNotFound: no LoRA tensor of an active adapter has a layer,
-            or their indices have gaps. ValueError: settings out of range; batches, outputs or
-            labels that do not fit; an adapter that is merged. TypeError: an index that is no
-            integer.
+        EmptyProxySet: If there is no sample.
+        LayerNotFound: If no LoRA tensor of an active adapter has a layer, or their indices have
+            gaps.
+        ValueError, TypeError: If a setting is out of range; if batches, outputs or labels do not
+            fit; if an adapter is merged; if an index is not an integer.
 
     Source: arXiv 2506.12213, FIM-HLA.
     """
@@ -82,7 +83,7 @@ def fim_scores(
     choice(WHERE, "reduce", reduce, get_args(Reduce))
     integer(WHERE, "chunk", chunk, 1)
     layers, pairs, alone = _scored(model, layer_of)
-    # A caller's inference_mode would make outputs that no gradient can be asked of.
+    # Outputs made in a caller's inference_mode would have no gradient.
     with _as_evaluated(model, alone), torch.inference_mode(False), torch.enable_grad():
         squares = {id(p): torch.zeros_like(p, dtype=torch.float64) for p in layers}
         fisher = _Fisher(model, pairs, alone, squares, score, chunk)
@@ -96,8 +97,6 @@ def fim_scores(
 
 
 class _Pair(NamedTuple):
-    """The factors of one adapter in one linear layer."""
-
     name: str
     layer: Any
     adapter: str
@@ -109,7 +108,8 @@ class _Pair(NamedTuple):
 def _scored(
     model: nn.Module, layer_of: LayerOf
 ) -> tuple[dict[nn.Parameter, int], list[_Pair], list[nn.Parameter]]:
-    """The layer of each LoRA tensor; pairs of factors; and tensors that need a backward each."""
+    """Return the layer of each LoRA tensor, the pairs of factors, and the tensors that need one
+    backward per sample."""
     names = {id(p): name for name, p in model.named_parameters()}
     layers: dict[nn.Parameter, int] = {}
     pairs: list[_Pair] = []
@@ -117,7 +117,7 @@ def _scored(
     for name, module in adapted_layers(model).items():
         layer: Any = module
         for adapter in layer.active_adapters:
-            own = dict.fromkeys(adapter_parameters(layer, adapter))  # PEFT names some twice
+            own = dict.fromkeys(adapter_parameters(layer, adapter))  # PEFT lists some twice
             scored = [p for p in own if id(p) in names and layer_of(names[id(p)]) is not None]
             layers |= {p: integer(WHERE, "layer_of", layer_of(names[id(p)]), 0) for p in scored}
             apart = not scored or adapter not in layer.merged_adapters
@@ -134,7 +134,7 @@ def _scored(
 
 
 def _is_plain(layer: Any, adapter: str) -> bool:
-    """Whether what the adapter adds is ``scaling * B A x`` and nothing else."""
+    """Return whether the adapter adds exactly ``scaling * B A x``."""
     peft_layers: Any = sys.modules.get("peft.tuners.lora.layer")
     linear = type(layer) is LoraLinear or (
         peft_layers is not None and isinstance(layer, peft_layers.Linear)
@@ -149,7 +149,8 @@ def _is_plain(layer: Any, adapter: str) -> bool:
 
 @contextlib.contextmanager
 def _as_evaluated(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """A block in which the model evaluates and these parameters alone take gradients."""
+    """Put the model into evaluation mode for a ``with`` block, in which only ``trained`` require
+    gradients."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     kept = {id(parameter) for parameter in trained}
     try:
@@ -201,7 +202,7 @@ class _Fisher:
                 if own:
                     sides = zip(*own, strict=True)
                     self._add_pair(pair, *(_by_sample(pair.name, ts, n) for ts in sides))
-        for sample in _samples(batch) if self.alone and n else ():  # a backward for each
+        for sample in _samples(batch) if self.alone and n else ():  # one backward each
             score = _sample_scores(self.model, sample, self.score).sum()
             gradients = torch.autograd.grad(score, self.alone, allow_unused=True)
             for parameter, gradient in zip(self.alone, gradients, strict=True):
@@ -210,14 +211,15 @@ class _Fisher:
         return n
 
     def _add_pair(self, pair: _Pair, x: Tensor, gradient: Tensor) -> None:
-        """Add ``x (n, T, I)`` and the gradients of the outputs ``(n, T, O)``, samples apart."""
+        """Add the squared gradients of ``x (n, T, I)`` and output gradients ``(n, T, O)``, per
+        sample."""
         dtype = torch.promote_types(pair.a.dtype, torch.float32)
         a, b = pair.a.detach().to(dtype), pair.b.detach().to(dtype)
         parts = (t.to(dtype).split(self.chunk) for t in (x, gradient))
         for xs, ds in zip(*parts, strict=True):
             d = pair.scaling * ds
             for key, left, right in ((id(pair.a), d @ b, xs), (id(pair.b), d, xs @ a.T)):
-                if left.shape[1] == 1:  # the square of an outer product is that of the squares
+                if left.shape[1] == 1:  # (u v^T)^2 = u^2 (v^2)^T, elementwise
                     left, right = left[:, 0].double().square(), right[:, 0].double().square()
                     self.squares[key] += left.T @ right
                 else:
@@ -225,8 +227,8 @@ class _Fisher:
 
 
 def _by_sample(name: str, tensors: Sequence[Tensor], n: int) -> Tensor:
-    """Join tensors as ``(n, T, width)``, also of a layer that gets the tokens of all samples in a
-    row."""
+    """Join tensors as ``(n, T, width)``; a layer may also get the tokens of all samples in one
+    axis."""
     for t in tensors:
         fits = t.dim() > 1 and t.shape[0] % n == 0
         require(fits, WHERE, name, f"an input of {n} samples", list(t.shape))
@@ -242,7 +244,7 @@ def _samples(batch: Any) -> Iterator[Any]:
 
 
 def _sample_scores(model: nn.Module, batch: Any, score: Score) -> Tensor:
-    """``(n,)``: log p(y | x) of each sample, or the logit of y."""
+    """Return log p(y | x) of each sample, or the logit of y, ``(n,)``."""
     named = isinstance(batch, Mapping)
     if named:
         require("labels" in batch, WHERE, "batches", "labels", list(batch))
@@ -263,8 +265,11 @@ def _sample_scores(model: nn.Module, batch: Any, score: Score) -> Tensor:
     require(found == expected, WHERE, "labels", f"shape {expected}", found)
     known = labels != IGNORE
     classes = logits.shape[-1]
-    inside = bool(((labels >= 0) & (labels < classes) | ~known).all())
-    require(inside, WHERE, "labels", f"classes below {classes}, or {IGNORE}", "others")
+    inside = (labels >= 0) & (labels < classes) | ~known
+    if not bool(inside.all()):
+        found = labels[~inside].unique().tolist()
+        expected = f"classes below {classes}, or {IGNORE}"
+        raise ValueError(f"{WHERE}: labels: expected {expected}, found {found}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     values = logits.log_softmax(-1) if score == "log_prob" else logits
     places = labels.where(known, 0).long().unsqueeze(-1)

@@ -1,8 +1,8 @@
-"""LoRA depths and ranks for devices of different speeds: each trains the last layers only, as many
-as it can in the time of the others.
+"""LoRA depths and ranks for devices of different speeds. Each device trains only the last layers,
+as many as it can in the same time as the others.
 
-Source: "Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous Devices", LEGEND
-(arXiv 2412.20004).
+Source: "Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous Devices", LEGEND (arXiv
+2412.20004).
 """
 
 from lora_ext._on_demand import on_demand
@@ -22,4 +22,4 @@ __all__ = [
     "layer_bytes", "rank_distribution", "resize_lora", "resize_state", "waiting_time",
 ]  # fmt: skip
 
-__getattr__ = on_demand(__name__, _flower="Legend")  # it needs Flower, and is of the floor above
+__getattr__ = on_demand(__name__, _flower="Legend")  # needs Flower

@@ -1,4 +1,4 @@
-"""How fast each device is, from what it reports of its rounds."""
+"""Speed of each device, estimated from its reports of rounds."""
 
 from __future__ import annotations
 
@@ -15,68 +15,72 @@ from lora_ext.federated import Client
 
 _log = logging.getLogger(__name__)
 
-#: Weight of the ratio f : mu of before, against one report of weight 1. It decides where all
-#: reports are of one depth, and is next to nothing where they are not.
+#: Weight of the previous ratio f : mu, against one report of weight 1. It decides if all reports
+#: have one depth, and is negligible otherwise.
 _RATIO_WEIGHT = 1e-3
 
 
 class CapacityReport(NamedTuple):
-    """What a device says of one round, which nobody has checked. Every duration is measured by one
-    clock, the device's."""
+    """Unchecked report of a device on one round. Every duration is measured by the device's
+    clock."""
 
     device: Client
-    depth: int  # k, how many layers it trained
+    depth: int  # k, number of trained layers
     train_time: float  # seconds
-    down_time: float  # seconds that the download of the slice took
-    bytes: float  # of the slice one way
-    up_time: float | None = None  # where it is known; else as long as the download
+    down_time: float  # seconds, download of the slice
+    bytes: float  # of the slice, one way
+    up_time: float | None = None  # seconds; None means down_time
 
 
 class Estimate(NamedTuple):
-    """The time model of a device: ``T(k) = f + k mu + beta U(k)`` seconds.
+    """Time model of a device: ``T(k) = f + k mu + beta U(k)`` seconds.
 
-    Nothing is checked here: what plans with an estimate refuses one that is out of range.
+    The values are not checked here; the functions that plan with them raise for a value out of
+    range.
     """
 
     f: float  # seconds without any trained layer
-    mu: float  # seconds for each trained layer
-    beta: float  # seconds for each byte of the slice, both directions together
-    trusted: bool = True  # False: its latest reports were no measurements
+    mu: float  # seconds per trained layer
+    beta: float  # seconds per byte of the slice, both directions together
+    trusted: bool = True  # False if its latest reports were not measurements
 
 
 @dataclass(eq=False, repr=False)
 class CapacityTracker:
-    """Estimates of the devices' speeds, kept up to date by their reports.
+    """Estimates of the devices' speeds, updated by their reports.
 
     ``beta`` is smoothed, ``rho beta + (1 - rho) observed``. ``(f, mu)`` is the least squares fit of
-    ``f + k mu`` to the training times, each report weighing ``forgetting`` times the next. The
-    depths of one device may all be equal: then its f : mu stays, at first L : 2 (a backward costs
-    two forwards).
+    ``f + k mu`` to the training times, each report weighing ``forgetting`` times the next. If all
+    depths of a device are equal, its ratio f : mu stays, at first L : 2 (a backward costs two
+    forwards).
 
-    A training time over twice or under half of what the depth of the report before took tells of
-    another speed of the whole device: what was reported before counts as if it had been so at that
-    speed. This is our choice: the slope of a line through old reports of one speed and new ones of
-    another means nothing.
+    If a report has the depth of the previous one, but over twice or under half of the estimated
+    training time, the speed of the whole device has changed: the earlier reports are rescaled to
+    the new speed. This is our choice: the slope of a line through old reports of one speed and new
+    ones of another is meaningless.
 
     Args:
-        L: number of layers.
-        rho: weight of the old value. forgetting: lambda of the least squares.
-        outlier: a report so many times off is ignored once; a second one in a row is a real
-            change, and all reports of before are forgotten.
-        most_seconds: what no duration is above; a report with more is no measurement.
-        max_bad: after so many reports in a row that are none, a device is not trusted.
-        max_timeouts: after so many timeouts in a row a device rests. cooldown: for so many rounds.
-        prior: by device the speeds that are known beforehand; they count as one report of each of
-            the depths L and ``ceil(L / 2)``.
+        L: Number of layers.
+        rho: Weight of the old value of ``beta``.
+        forgetting: lambda of the least squares.
+        outlier: A report that is off by more than this factor is ignored once. A second one in a
+            row is a real change, and all earlier reports are forgotten.
+        most_seconds: Upper bound of a duration; a report above it is not a measurement.
+        max_bad: Number of reports in a row that are not measurements after which a device is not
+            trusted.
+        max_timeouts: Number of timeouts in a row after which a device rests.
+        cooldown: Number of rounds for which it rests.
+        prior: Known speeds by device; they count as one report of each of the depths L and
+            ``ceil(L / 2)``.
 
     Attributes:
-        dropped: by device how many reports were no measurements. ignored: how many were outliers.
+        dropped: Number of reports that were not measurements, by device.
+        ignored: Number of outliers, by device.
 
     Raises:
-        ValueError: a setting out of range. TypeError: an L that is no int.
+        ValueError, TypeError: If a setting is out of range, or L is not an int.
 
-    Source: LEGEND (arXiv 2412.20004): capacity estimation on the server. How it is done here is our
-        choice.
+    Source: LEGEND (arXiv 2412.20004): capacity estimation on the server. The method is our choice.
     """
 
     L: int
@@ -112,27 +116,27 @@ class CapacityTracker:
             state.beta = float(speeds.beta)
 
     def __contains__(self, device: object) -> bool:
-        """Whether there is an estimate of the device."""
+        """Return whether there is an estimate of the device."""
         return device in self._devices and self._devices[device].count > 0  # pyright: ignore
 
     def update(self, report: CapacityReport) -> bool:
-        """Take a report in.
+        """Update the estimate of a device with its report.
 
-        One that is no measurement (a duration or size that is not finite, not above 0, or absurdly
-        large; a depth outside [1, L]) changes no estimate, and is counted. Missing figures are
-        given as NaN.
+        A report that is not a measurement (a duration or size that is not finite, not above 0, or
+        absurdly large; a depth outside [1, L]) changes no estimate and is counted. Missing figures
+        are given as NaN.
 
         Returns:
-            whether the estimate has taken it in.
+            Whether the estimate was updated.
         """
         state = self._device(report.device)
         up_time = report.down_time if report.up_time is None else report.up_time
         if not self._is_measurement(report._replace(up_time=up_time)):
             state.bad += 1
             self.dropped[report.device] += 1
-            _log.warning("CapacityTracker: no measurement, dropped: %s", report)
+            _log.warning("CapacityTracker: dropped, not a measurement: %s", report)
             return False
-        # Python's own numbers, which JSON holds.
+        # Python numbers, which JSON can store.
         depth, seconds = int(report.depth), float(report.train_time)
         beta = (float(report.down_time) + float(up_time)) / float(report.bytes)
         state.bad = state.timeouts = 0
@@ -159,16 +163,17 @@ class CapacityTracker:
     def update_timeout(
         self, device: Client, depth: int, seconds: float, round: int | None = None
     ) -> None:
-        """A device did not reply in time: it counts as if it had trained for ``seconds``.
+        """Record that a device did not reply in time, as if it had trained for ``seconds``.
 
-        That is pessimistic: the whole estimate gets slower by as much, and never faster.
+        The whole estimate becomes slower by the same factor, and never faster.
 
         Args:
-            depth: k, of its plan. seconds: the deadline.
-            round: in which it was; without it no rest begins.
+            depth: k of its plan.
+            seconds: Deadline.
+            round: Round of the timeout. With None the device does not start to rest.
 
         Raises:
-            ValueError: a depth outside [1, L], or seconds that are not finite and above 0.
+            ValueError: If the depth is outside [1, L], or the seconds are not finite and above 0.
         """
         where = "CapacityTracker.update_timeout"
         require(1 <= depth <= self.L, where, "depth", f"in [1, {self.L}]", depth)
@@ -187,20 +192,20 @@ class CapacityTracker:
             _log.warning("%s: %r rests until round %d", where, device, state.rests_until)
 
     def rests(self, device: Client, round: int) -> bool:
-        """Whether ``device`` is not to be selected in ``round``, after too many timeouts in a
+        """Return whether ``device`` must not be selected in ``round``, after too many timeouts in a
         row."""
         return device in self._devices and round <= self._devices[device].rests_until
 
     def trusted(self, device: Client) -> bool:
-        """Whether the latest reports of ``device`` were not all without a measurement; so it is at
-        first."""
+        """Return whether ``device`` has fewer than ``max_bad`` bad reports since its last
+        measurement."""
         return device not in self._devices or self._devices[device].bad < self.max_bad
 
     def estimate(self, device: Client) -> Estimate:
-        """The speeds of a device, none below 0.
+        """Return the speeds of a device, each at least 0.
 
         Raises:
-            KeyError: none of its reports was a measurement so far.
+            KeyError: If no report of the device was a measurement so far.
         """
         where = "CapacityTracker.estimate"
         require(device in self, where, "device", "one that reported", repr(device), KeyError)
@@ -208,13 +213,12 @@ class CapacityTracker:
         return Estimate(*state.solved(), state.beta or 0.0, self.trusted(device))
 
     def repeats(self, device: Client, depth: int) -> int:
-        """Count how many of the latest reports of ``device``, in a row, were of this ``depth``; 0
-        of none."""
+        """Count how many of the latest reports of ``device``, in a row, have this ``depth``."""
         state = self._devices.get(device)
         return state.repeats if state is not None and state.last == depth else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that was learned of the devices as lists and numbers, which JSON holds."""
+        """Return the state of all devices as lists and numbers, which JSON can store."""
         return {
             "devices": [[d, asdict(state)] for d, state in self._devices.items()],
             "dropped": [list(entry) for entry in self.dropped.items()],
@@ -222,10 +226,10 @@ class CapacityTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave, instead of what is here.
+        """Replace the state by one of :meth:`state_dict`.
 
         Raises:
-            KeyError, TypeError: another state; nothing has changed then.
+            KeyError, TypeError: If the state has another form; nothing is changed then.
         """
         devices = {device: _Device(**values) for device, values in state["devices"]}
         dropped, ignored = (Counter(dict(state[key])) for key in ("dropped", "ignored"))
@@ -248,18 +252,18 @@ class CapacityTracker:
 
 @dataclass
 class _Device:
-    """One device: discounted sums of its reports, which hold all that least squares need."""
+    """State of one device: discounted sums of its reports, sufficient for least squares."""
 
     ratio_f: float
     ratio_mu: float = 2.0  # a backward costs two forwards
     beta: float | None = None
-    count: float = 0.0  # the sums of the weights,
-    k: float = 0.0  # and of the weighted depths,
-    kk: float = 0.0
-    t: float = 0.0  # times,
-    kt: float = 0.0  # and products
-    last: int = 0  # depth
-    repeats: int = 0  # of it in a row
+    count: float = 0.0  # sum of the weights
+    k: float = 0.0  # weighted sum of depths
+    kk: float = 0.0  # weighted sum of squared depths
+    t: float = 0.0  # weighted sum of times
+    kt: float = 0.0  # weighted sum of depth times time
+    last: int = 0  # latest depth
+    repeats: int = 0  # reports of that depth in a row
     bad: int = 0
     off: bool = False
     timeouts: int = 0
@@ -275,12 +279,12 @@ class _Device:
         self.last = depth
 
     def rescale(self, factor: float) -> None:
-        """As if all reports so far had taken so many times as long."""
+        """Multiply the training times of all reports so far by ``factor``."""
         self.t *= factor
         self.kt *= factor
 
     def forget(self) -> None:
-        """Drop all reports; the ratio f : mu stays."""
+        """Drop all reports; keep the ratio f : mu."""
         f, mu = self.solved()
         if f + mu > 0:
             self.ratio_f, self.ratio_mu = f, mu
@@ -288,10 +292,10 @@ class _Device:
         self.count = self.k = self.kk = self.t = self.kt = 0.0
 
     def solved(self) -> tuple[float, float]:
-        """The f and mu of the least squares, neither below 0."""
+        """Return f and mu of the least squares, each at least 0."""
         if not self.count:
             return 0.0, 0.0
-        # The ratio is one more equation, (ratio_mu f - ratio_f mu) / norm = 0: never singular.
+        # The ratio adds the equation (ratio_mu f - ratio_f mu) / norm = 0; no system is singular.
         weight = _RATIO_WEIGHT / (self.ratio_f**2 + self.ratio_mu**2)
         ff = self.count + weight * self.ratio_mu**2
         fm = self.k - weight * self.ratio_f * self.ratio_mu
@@ -311,6 +315,6 @@ class _Device:
 
 
 def check_estimate(where: str, name: str, estimate: Estimate) -> None:
-    """Refuse speeds that are negative or not finite."""
+    """Raise `ValueError` unless all speeds are finite and at least 0."""
     for part, value in zip(("f", "mu", "beta"), estimate[:3], strict=True):
         number(where, f"{name}.{part}", value, 0)

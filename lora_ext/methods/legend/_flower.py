@@ -1,4 +1,4 @@
-"""LEGEND on Flower."""
+"""LEGEND as a strategy of Flower."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ _OF_ALLOCATOR = ("draw", "prior", "memory", "mem", "shares", "rank_caps")
 
 
 class Legend(LoraStrategy):
-    """Each client trains as many of the last layers as it can in the time of the others.
+    """Flower strategy in which each client trains as many of the last layers as time allows.
 
-    What clients report of their times (``train-time-s`` and ``down-time-s``) decides; every
-    duration is measured by one clock, the client's. A client that has not answered counts as if it
-    had taken the whole timeout; after three in a row it is not asked for ``cooldown`` rounds.
+    Depths follow from the times that clients report (``train-time-s`` and ``down-time-s``), each
+    measured by the client's clock. A client that does not answer counts as if it had taken the
+    whole timeout. After three timeouts in a row it is not selected for ``cooldown`` rounds.
 
     Args:
-        config: how ranks, depths and speeds are chosen. With ``total``, the global adapter has the
-            ranks of ``config.ranks(L)``; :func:`lora_ext.methods.legend.resize_state` gives them.
+        config: Settings of ranks, depths and speeds. With ``total``, the global adapter must have
+            the ranks of ``config.ranks(L)``; use :func:`lora_ext.methods.legend.resize_state`.
         settings: ``draw``, ``prior``, ``memory``, ``mem``, ``shares`` and ``rank_caps`` of
-            :class:`lora_ext.methods.legend.LegendAllocator`; all others are
-            :class:`LoraStrategy`'s. ``capability`` is the largest depth of a client.
+            :class:`lora_ext.methods.legend.LegendAllocator`; all others are those of
+            :class:`LoraStrategy`. ``capability`` is the largest depth of a client.
 
     Attributes:
-        allocator: the :class:`LegendAllocator`, once the first round has begun.
+        allocator: The :class:`LegendAllocator`, from the first round on.
 
     Raises:
-        ValueError: settings out of range; when the first round begins, an adapter that does not
-            fit the config. TypeError: another kind of config.
+        ValueError: If a setting is out of range or, at the first round, the adapter does not fit
+            the config.
+        TypeError: If ``config`` has another type.
 
     Source: LEGEND (arXiv 2412.20004).
     """
@@ -59,36 +60,37 @@ class Legend(LoraStrategy):
                 self.allocator.load_state_dict(self._restored)
 
     def select(self, round: int, clients: Mapping[Client, int]) -> list[Client]:
-        """Draw the clients of a round from those that do not rest after a timeout."""
+        """Select clients from those that do not rest after timeouts."""
         tracker = self._allocator.tracker
         awake = {client: k for client, k in clients.items() if not tracker.rests(client, round)}
         return super().select(round, awake)
 
     def plan_round(self, round: int, clients: Mapping[Client, int]) -> dict[Client, LayerPlan]:
-        """Plan a round as the allocator does; a client that rests has no plan."""
+        """Return the allocator's plans of a round; a client that rests has no plan."""
         plans = self._allocator.plan_round(round, clients)
         return {client: plans[client] for client in clients if client in plans}
 
     def observe(
         self, round: int, client: Client, plan: LayerPlan, metrics: Mapping[str, float]
     ) -> None:
-        """Let the allocator learn a client's speeds from the ``metrics`` of its reply."""
+        """Update the estimated speeds of a client from the ``metrics`` of its reply."""
         self._allocator.observe(round, client, plan, metrics)
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Let the allocator learn that a client has kept silent for ``seconds``."""
+        """Record that a client did not reply for ``seconds``."""
         self._allocator.timed_out(round, client, plan, seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """As :class:`LoraStrategy` gives it; also between a restart and its first round."""
+        """Return the state as :class:`LoraStrategy` does, also after a restart and before the next
+        round."""
         found = super().state_dict()
         if self.allocator is None and self._restored is not None:
             found["allocator"] = dict(self._restored)
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` gave, be it read back from JSON. The allocator is
-        made anew in the next round, since it belongs to an adapter."""
+        """Restore a state of :meth:`state_dict`, also from JSON. The next round makes the
+        allocator, since it depends on the adapter."""
         rest = dict(state)
         self._restored = rest.pop("allocator", None)
         super().load_state_dict(rest)
@@ -97,5 +99,5 @@ class Legend(LoraStrategy):
     @property
     def _allocator(self) -> LegendAllocator:
         if self.allocator is None:
-            raise ValueError("Legend: allocator: expected before_round to come first, found None")
+            raise ValueError("Legend: allocator: expected before_round to run first, found None")
         return self.allocator

@@ -1,4 +1,4 @@
-"""The server's part of LEGEND in one object: estimates in, plans out. It needs no Flower."""
+"""Server side of LEGEND in one object: it turns estimates into plans and does not need Flower."""
 
 from __future__ import annotations
 
@@ -17,36 +17,38 @@ from .config import LegendConfig
 from .configurator import Configuration, LegendConfigurator
 from .ranks import layer_bytes
 
-#: ``draw(count, round, client)``: the layers that a client trains, ``count`` of them.
+#: ``draw(count, round, client)`` returns the ``count`` layers that a client trains.
 Draw = Callable[[int, int, Client], Sequence[int]]
 
 WHERE = "LegendAllocator"
-#: What the configuration says to its parts, by the names that all of them have.
+#: Fields of the configuration that the tracker and the configurator take under the same names.
 _OF_TRACKER = ("rho", "forgetting", "cooldown")
 _OF_DEPTHS = ("mode", "k_min", "k_max", "byte_budget", "max_step", "cover_every", "eps", "deadline")
 
 
 class LegendAllocator:
-    """Plans rounds, and learns from what became of them how fast each device is.
+    """Planner of rounds that estimates from the results how fast each device is.
 
     A device without an estimate trains all layers the first time and half of them the next
-    (``warmup="probe"``). One that is not trusted trains the least depth; one that rests has no
+    (``warmup="probe"``). A device that is not trusted trains the least depth; one that rests has no
     plan.
 
     Args:
-        config: its ``total`` and shape are the ranks', unless ``ranks`` are given.
-        bytes_per_layer: one way at those ranks, :func:`layer_bytes`.
-        ranks: of every layer.
-        draw: with ``depth_as_count``, says which layers train; Fed-HeLLo's ``rgd_layers``, say.
-        prior: by device its speeds. memory, mem, shares, rank_caps: of
-            :class:`LegendConfigurator`.
+        config: Settings. ``total`` and the shape determine the ranks, unless ``ranks`` are given.
+        bytes_per_layer: Bytes of each layer one way at those ranks, see :func:`layer_bytes`.
+        ranks: Rank of each layer.
+        draw: With ``depth_as_count``, function that chooses the layers, for example with
+            Fed-HeLLo's ``rgd_layers``.
+        prior: Known speeds by device.
+        memory, mem, shares, rank_caps: As in :class:`LegendConfigurator`.
 
     Attributes:
-        tracker, configurator: what it is made of. L, ranks: of the layers.
-        last: the latest :class:`Configuration`, of the devices that were not probed.
+        tracker, configurator: The :class:`CapacityTracker` and :class:`LegendConfigurator`.
+        L, ranks: Number and ranks of the layers.
+        last: Latest :class:`Configuration`, of the devices that were not probed.
 
     Raises:
-        ValueError: settings that do not go together, naming them.
+        ValueError: If settings contradict each other.
 
     Source: LEGEND (arXiv 2412.20004); probes and exploration are our choice.
     """
@@ -68,7 +70,9 @@ class LegendAllocator:
         self.L = len(bytes_per_layer)
         self.ranks = tuple(ranks) if ranks is not None else config.ranks(self.L)
         fits = config.depth_as_count == (draw is not None)
-        require(fits, WHERE, "draw", f"one iff depth_as_count, {config.depth_as_count}", draw)
+        expected = "a function" if config.depth_as_count else "None"
+        expected += f" with depth_as_count={config.depth_as_count}"
+        require(fits, WHERE, "draw", expected, draw)
         known = config.warmup == "probe" or bool(prior)
         require(known, WHERE, "prior", "speeds of the devices with warmup 'prior'", prior)
         self.draw = draw
@@ -80,7 +84,7 @@ class LegendAllocator:
             self.L, bytes_per_layer, ranks=self.ranks, **settings
         )
         self.last: Configuration | None = None
-        self._depths: dict[Client, int] = {}  # as chosen, of devices without a fault since
+        self._depths: dict[Client, int] = {}  # chosen depths, of devices without a fault since
         self._probes: Counter[Client] = Counter()
 
     @classmethod
@@ -91,15 +95,16 @@ class LegendAllocator:
         pattern: str = PATTERN,
         **settings: Any,
     ) -> LegendAllocator:
-        """The allocator for a global adapter.
+        """Return the allocator for a global adapter.
 
         Args:
-            state: under PEFT's names, with the ranks of ``config.total`` where that is given.
-            pattern: finds the index of a layer in a name. settings: further arguments.
+            state: Tensors under PEFT's names, with the ranks of ``config.total`` if that is given.
+            pattern: Regular expression for the layer's index in a name.
+            settings: Further arguments.
 
         Raises:
-            ValueError: as the class and :func:`layer_bytes`; modules of one layer with other ranks;
-                an adapter whose ranks are not those of the config.
+            ValueError: If modules of one layer have different ranks; if the ranks are not those of
+                the config; or as the class and :func:`layer_bytes`.
         """
         ranks: dict[int, int] = {}
         for pair in layer_pairs(f"{WHERE}: state", state, pattern):
@@ -114,35 +119,36 @@ class LegendAllocator:
         return cls(config, sizes, ranks=found, **settings)
 
     def plan(self, round: int, client: Client, capability: int) -> LayerPlan:
-        """Plan for a device that is alone in its round.
+        """Return the plan of a device that is alone in its round.
 
         Args:
-            round: its number, from 1. client: the device. capability: its largest depth.
+            round: Number, from 1.
+            capability: Largest depth of the device.
 
         Returns:
-            the last layers, with their ranks; a plan without layers if the device rests.
+            The last layers, with their ranks; a plan without layers if the device rests.
 
         Raises:
-            ValueError: as :meth:`plan_round`.
+            ValueError: As :meth:`plan_round`.
         """
         return self.plan_round(round, {client: capability}).get(client, LayerPlan(()))
 
     def plan_round(self, round: int, clients: Mapping[Client, int]) -> dict[Client, LayerPlan]:
-        """The plans of a round.
+        """Return the plans of a round.
 
         Args:
-            clients: the selected ones, and the largest depth of each.
+            clients: Largest depth of each selected client.
 
         Returns:
-            by client; those who rest have none.
+            Plans by client; clients that rest have no plan.
 
         Raises:
-            ValueError: a client without any speed where warmup is "prior", or whose limit or memory
-                is below ``k_min``; what :meth:`LegendConfigurator.configure` refuses.
+            ValueError: If warmup is "prior" and a client has no speeds; if the limit or memory of a
+                client is below ``k_min``; or as :meth:`LegendConfigurator.configure`.
         """
         tracker, config = self.tracker, self.config
         awake = {c: limit for c, limit in clients.items() if not tracker.rests(c, round)}
-        new: list[Client] = []  # in the order of the clients, which the state keeps
+        new: list[Client] = []  # in the order of `clients`, which the state keeps
         for c in awake:
             if config.warmup == "prior":
                 require(c in tracker, WHERE, "prior", f"speeds of {c!r}", "none")
@@ -154,24 +160,24 @@ class LegendAllocator:
         self._probes.update(new)
         self._depths |= chosen
         for c, depth in chosen.items():
-            # A device that has trained this depth alone for long tries one layer more, once.
-            bored = tracker.repeats(c, depth) >= config.explore_every
+            # A device that repeated this depth `explore_every` times tries one more layer once.
+            repeated = tracker.repeats(c, depth) >= config.explore_every
             free = config.byte_budget is None and tracker.trusted(c)
-            more = bored and free and depth < self.configurator.deepest(c, known[c])
+            more = repeated and free and depth < self.configurator.deepest(c, known[c])
             depths[c] = depth + int(more)
         return {c: self._plan(round, c, depths[c]) for c in awake}
 
     def observe(
         self, round: int, client: Client, plan: LayerPlan, metrics: Mapping[str, float]
     ) -> None:
-        """Take in what a client reports of a round.
+        """Update the estimates from a client's report on a round.
 
         Args:
-            metrics: ``train-time-s``, ``down-time-s``, ``bytes`` of the slice, and ``up-time-s``
-                where it is known. Unchecked: what is missing or absurd is dropped and counted.
+            metrics: ``train-time-s``, ``down-time-s``, ``bytes`` of the slice, and ``up-time-s`` if
+                known. Reports with missing or absurd values are dropped and counted.
 
         Raises:
-            ValueError: a plan without layers, which asks for nothing.
+            ValueError: If the plan has no layers.
         """
         names = ("train-time-s", "down-time-s", "bytes")
         figures = [metrics.get(name, math.nan) for name in names]
@@ -181,20 +187,19 @@ class LegendAllocator:
             self._depths.pop(client, None)
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Take in that a client has not answered, :meth:`CapacityTracker.update_timeout`.
+        """Record that a client did not answer, see :meth:`CapacityTracker.update_timeout`.
 
         Args:
-            round: its number. client: the device. plan: what it was to train.
-            seconds: how long it was waited for.
+            seconds: Time that the server waited.
 
         Raises:
-            ValueError: as :meth:`observe`.
+            ValueError: As :meth:`observe` and :meth:`CapacityTracker.update_timeout`.
         """
         self.tracker.update_timeout(client, self._reach(plan), seconds, round)
         self._depths.pop(client, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a restarted server goes on from: lists and numbers, for JSON."""
+        """Return the state for a restarted server as lists and numbers, which JSON can store."""
         return {
             "tracker": self.tracker.state_dict(),
             "depths": [list(entry) for entry in self._depths.items()],
@@ -202,17 +207,18 @@ class LegendAllocator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up ``state``, which :meth:`state_dict` gave, by way of JSON or not.
+        """Replace the state by one of :meth:`state_dict`, also from JSON.
 
         Raises:
-            KeyError, TypeError: another state; nothing has changed then.
+            KeyError, TypeError: If the state has another form; nothing is changed then.
         """
         depths, probes = dict(state["depths"]), Counter(dict(state["probes"]))
         self.tracker.load_state_dict(state["tracker"])
         self._depths, self._probes = depths, probes
 
     def _probe(self, client: Client, limit: int) -> int:
-        """Return all layers first, then half of them; the least depth after faults."""
+        """Return all layers at first, then half of them; the least depth for a device that is not
+        trusted."""
         least = self.config.k_min
         most = self.configurator.deepest(client, limit)  # raises if the device cannot take part
         if not self.tracker.trusted(client):
@@ -221,7 +227,6 @@ class LegendAllocator:
         return max(least, min(wanted, most))
 
     def _configured(self, round: int, limits: Mapping[Client, int]) -> dict[Client, int]:
-        """Depths of devices that have an estimate."""
         anew = (round - 1) % self.config.every == 0
         kept = {} if anew else {c: k for c, k in self._depths.items() if c in limits}
         kept = {c: min(k, self.configurator.deepest(c, limits[c])) for c, k in kept.items()}
@@ -239,6 +244,6 @@ class LegendAllocator:
         return LayerPlan(layers, tuple(ranks[layer] for layer in layers))
 
     def _reach(self, plan: LayerPlan) -> int:
-        """How many blocks the backward goes through; of a suffix its depth."""
+        """Return how many blocks the backward passes through; for a suffix its depth."""
         require(bool(plan.layers), WHERE, "plan", "layers to train", "none, of a device that rests")
         return self.L - plan.layers[0]

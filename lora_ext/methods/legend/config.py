@@ -1,4 +1,4 @@
-"""Settings of LEGEND, under the specification's symbols."""
+"""Settings of LEGEND, with the symbols of the specification."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ Warmup = Literal["probe", "prior"]
 
 @dataclass(frozen=True)
 class LegendConfig:
-    """How ranks are spread, how depths are chosen, and how devices are estimated.
+    """Settings of LEGEND: the distribution of ranks, the choice of depths, and the estimates of
+    devices.
 
     Attributes:
-        total: the sum of the ranks r_l; None takes those that the global adapter has.
-        step, shape, r_min, r_max, multiple: of :func:`rank_distribution`; step is lambda.
-        mode, k_min, k_max, max_step, cover_every, byte_budget, deadline, eps: of
+        total: Sum of the ranks r_l; None keeps the ranks of the global adapter.
+        step, shape, r_min, r_max, multiple: As in :func:`rank_distribution`; step is lambda.
+        mode, k_min, k_max, max_step, cover_every, byte_budget, deadline, eps: As in
             :class:`LegendConfigurator`.
-        every: depths are chosen anew every so many rounds.
-        rho, forgetting: of :class:`CapacityTracker`. cooldown: for how many rounds a device rests
-            after three timeouts in a row.
-        warmup: how devices are estimated at first. "probe" lets each train all layers once, and
-            half of them the next time; "prior" wants speeds that are given.
-        explore_every: a device that trained the same depth so many times in a row tries the next
-            one once, as one depth alone does not tell f from mu.
-        send_frozen: whether a device also gets, and applies, the layers that it does not train.
-        depth_as_count: k is the number of layers that a device trains, of which a drawing function
-            says which; they need not be the last ones then.
+        every: Number of rounds after which depths are chosen again.
+        rho, forgetting: As in :class:`CapacityTracker`.
+        cooldown: Number of rounds for which a device rests after three timeouts in a row.
+        warmup: First estimates of devices. "probe": each trains all layers once, and half of them
+            the next time; "prior": their speeds are given.
+        explore_every: A device that trained the same depth this many times in a row tries the next
+            one once, since one depth alone cannot separate f from mu.
+        send_frozen: Whether a device also gets, and applies, the layers that it does not train.
+        depth_as_count: Whether k only counts the layers that a device trains, which a drawing
+            function then chooses; they need not be the last ones.
 
     Raises:
-        ValueError: a value out of range, naming the field. What depends on the number of layers is
-            checked where that is known.
+        ValueError: If a field is out of range. Limits that depend on the number of layers are
+            checked once that is known.
 
     Source: LEGEND (arXiv 2412.20004).
     """
@@ -78,17 +79,17 @@ class LegendConfig:
         }
         check_fields(self, table)
         for holds, name, expected in (
-            (self.r_max is None or self.r_max >= self.r_min, "r_max", "at least r_min"),
-            (self.k_max is None or self.k_max >= self.k_min, "k_max", "at least k_min"),
+            (self.r_max is None or self.r_max >= self.r_min, "r_max", f"at least {self.r_min}"),
+            (self.k_max is None or self.k_max >= self.k_min, "k_max", f"at least {self.k_min}"),
             (self.step >= 0 or self.shape in ("uniform", "geometric"), "step", rises),
         ):
             require(holds, "LegendConfig", name, expected, getattr(self, name))
 
     def ranks(self, L: int) -> tuple[int, ...]:
-        """The ranks of L layers, :func:`rank_distribution` of ``total``.
+        """Return the ranks of L layers, :func:`rank_distribution` of ``total``.
 
         Raises:
-            ValueError: there is no ``total``; what the function refuses.
+            ValueError: If ``total`` is None; or as the function.
         """
         if self.total is None:
             raise ValueError("LegendConfig: total: expected a sum of ranks, found None")

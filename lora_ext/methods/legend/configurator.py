@@ -1,4 +1,4 @@
-"""Which device trains how many layers: the server's side of LEGEND. Pure functions, no clock."""
+"""Choice of the depth of each device: the server side of LEGEND as pure functions."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ from .times import waiting_time
 
 Mode = Literal["fastest", "utility", "balanced"]
 WHERE = "LegendConfigurator"
-#: Times that differ by less, relatively, are the same: equal devices have estimates that the
-#: rounding of their reports tells apart, and are to get equal depths.
-_SAME = 1e-9
+#: Relative difference below which times are equal. Estimates of equal devices differ by the
+#: rounding of their reports, but the devices must get equal depths.
+_TIME_TOLERANCE = 1e-9
 
 _log = logging.getLogger(__name__)
 
 
 class Configuration(dict[Client, LayerPlan]):
-    """The plans of a round by device, and what they are expected to cost.
+    """Plans of a round by device, with their expected costs.
 
     Attributes:
-        depths: k by device. times: predicted seconds by device.
-        target: tau, the completion time that the depths were chosen for.
-        seconds: the longest of the times. waiting: W, what the devices wait on the mean.
-        over_target: devices that are slower than tau even at the least depth.
-        raised: the device that was made deeper so that all layers train, and None where none was.
-        extra_wait: by how many seconds W grew by that.
-        uncovered: layers that nobody trains.
-        bytes: of all slices, one way.
+        depths: k by device.
+        times: Predicted seconds by device.
+        target: tau, completion time for which the depths were chosen.
+        seconds: Longest of the times.
+        waiting: W, mean waiting time of the devices.
+        over_target: Devices that are slower than tau even at the least depth.
+        raised: Device whose depth was increased so that all layers train, or None.
+        extra_wait: Seconds by which W grew due to that.
+        uncovered: Layers that no device trains.
+        bytes: Size of all slices, one way.
     """
 
     depths: dict[Client, int]
@@ -56,45 +58,47 @@ class Configuration(dict[Client, LayerPlan]):
 
 @dataclass(eq=False, repr=False)
 class LegendConfigurator:
-    """Chooses a depth for each device such that the devices of a round finish together.
+    """Choice of a depth for each device such that the devices of a round finish together.
 
-    A device of depth k trains the last k of L layers. ``T_i(k) = f + k mu + beta U(k)`` is its
-    predicted time; ``kmax_i`` is the largest depth that its memory holds.
+    A device of depth k trains the last k of L layers. Its predicted time is
+    ``T_i(k) = f + k mu + beta U(k)``; ``kmax_i`` is the largest depth that fits its memory.
 
-    1. The target tau. "fastest": ``min_i T_i(kmax_i)``, what the fastest device needs for all it
-       can. "balanced": that, or ``max_i T_i(k_min)`` where it is more, so that nobody is late.
-       "utility": the tau of all ``T_i(k)`` with the least ``max_i T_i(k_i) / sum_i p_i R(k_i)``,
-       R the sum of the ranks that train; of several the smallest.
-    2. ``k_i``: the largest depth with ``T_i(k) <= tau``, else ``k_min``, and the layers above it
-       that take no time at all.
-    3. Nobody's depth changes by more than ``max_step``.
-    4. Every ``cover_every`` rounds somebody trains all layers.
+    1. The target tau. "fastest": ``min_i T_i(kmax_i)``, the time of the fastest device for its
+       largest depth. "balanced": that, or ``max_i T_i(k_min)`` if it is larger, so that no device
+       is late. "utility": the smallest tau among all ``T_i(k)`` with the least
+       ``max_i T_i(k_i) / sum_i p_i R(k_i)``, where R is the sum of the ranks that train.
+    2. ``k_i``: the largest depth with ``T_i(k) <= tau``, else ``k_min`` and the layers above it
+       that take no time.
+    3. No depth changes by more than ``max_step``.
+    4. Every ``cover_every`` rounds one device trains all layers.
     5. While the slices have more than ``byte_budget`` bytes, the device with the most bytes per
-       share of the data goes one layer up.
+       share of the data trains one layer less.
 
-    **Our choice** of order: 3 comes before 4 and 5, as neither can wait. Devices that are not
-    trusted get ``k_min`` and do not count for tau, unless nobody is.
+    **Our choice** of order: 3 precedes 4 and 5, since these cannot be deferred. Devices that are
+    not trusted get ``k_min`` and do not count for tau, unless all are untrusted.
 
     Args:
-        L: number of layers.
-        bytes_per_layer: of a layer's factors at its rank, one way; :func:`layer_bytes`.
-        ranks: of every layer, the same for all devices that train it.
-        mode: how tau is chosen. deadline: what tau is at most, in seconds.
-        k_min, k_max: bounds of every depth; k_max None is L.
-        memory: by device the bytes it has; without an entry it is not bound. mem: ``mem(k)``, the
-            bytes that a depth needs, which do not fall with k.
-        shares: p, by device its share of the data; default is the same for all.
-        byte_budget: of all slices of a round, one way.
-        max_step, cover_every: above.
-        eps: depths of the round before stay while they let devices wait less than ``eps`` times
-            the round's time.
-        rank_caps: by device the largest rank it trains; then the server averages rank by rank.
+        L: Number of layers.
+        bytes_per_layer: Bytes of each layer's factors at its rank, one way; see
+            :func:`layer_bytes`.
+        ranks: Rank of each layer, the same for all devices that train it.
+        mode: Rule for tau: "fastest", "balanced" or "utility".
+        deadline: Upper bound of tau, in seconds.
+        k_min, k_max: Bounds of every depth; None for k_max is L.
+        memory: Bytes of memory by device; a device without an entry has no bound.
+        mem: ``mem(k)``, the bytes that a depth needs, non-decreasing in k.
+        shares: p, share of the data by device; default is the same for all.
+        byte_budget: Upper bound of the bytes of all slices of a round, one way.
+        max_step, cover_every: See above.
+        eps: The depths of the previous round stay while the mean waiting time is below ``eps``
+            times the round's time.
+        rank_caps: Largest rank by device; the server then averages rank by rank.
 
     Raises:
-        ValueError: a setting out of range, naming it. TypeError: a depth or rank that is no int.
+        ValueError, TypeError: If a setting is out of range, or a depth or rank is not an int.
 
     Source: LEGEND (arXiv 2412.20004). Only its abstract could be read: the algorithm is our choice,
-        with the paper's inputs and its aim.
+    with the paper's inputs and its aim.
     """
 
     L: int
@@ -136,7 +140,7 @@ class LegendConfigurator:
         require(fits, where, "mem", "mem(k) beside memory", "None")
         for device, share in (self.shares or {}).items():
             number(where, f"shares[{device!r}]", share, 0)
-        # What the caller changes afterwards is no longer ours.
+        # Copies, since the caller may change its mappings later.
         self.rank_caps = {
             device: integer(where, f"rank_caps[{device!r}]", cap, 1)
             for device, cap in (self.rank_caps or {}).items()
@@ -146,16 +150,16 @@ class LegendConfigurator:
         self.shares = None if self.shares is None else dict(self.shares)
 
     def plan(self, device: Client, depth: int) -> LayerPlan:
-        """Plan the last ``depth`` of the L layers, from 1 to L, with the ranks at which ``device``
-        trains them."""
+        """Return the plan of ``device`` for the last ``depth`` layers, from 1 to L, with its
+        ranks."""
         layers = tuple(range(self.L - depth, self.L))
         return LayerPlan(layers, tuple(self.ranks_of(device)[self.L - depth :]))
 
     def deepest(self, device: Client, limit: int) -> int:
-        """The largest depth that a device's limit and memory allow.
+        """Return the largest depth that a device's limit and memory allow.
 
         Raises:
-            ValueError: they do not allow ``k_min``.
+            ValueError: If they do not allow ``k_min``.
         """
         where = f"{WHERE}.configure"
         most = min(self.k_max or self.L, limit)
@@ -169,7 +173,7 @@ class LegendConfigurator:
         return fits[-1]
 
     def ranks_of(self, device: Client) -> tuple[int, ...]:
-        """Return the rank of each of the L layers, cut to the device's cap where it has one."""
+        """Return the rank of each layer, cut to the device's cap if it has one."""
         cap = (self.rank_caps or {}).get(device, math.inf)
         return tuple(int(min(rank, cap)) for rank in self.ranks)
 
@@ -184,40 +188,41 @@ class LegendConfigurator:
         """Choose the depths of one round.
 
         Args:
-            estimates: by device, also of others than the selected.
-            selected: the devices of the round; their order changes nothing.
-            previous: by device its plan or depth of the round before. A device that is missing, as
-                after a fault, may change by any step. None bounds nobody's step.
-            round: its number; None is a round in which not all layers need to train.
-            limits: by device a depth that it does not exceed, for other reasons than memory.
+            estimates: Estimates by device, also of devices that are not selected.
+            selected: Devices of the round; their order has no effect.
+            previous: Plans or depths of the previous round by device. A device that is missing, for
+                example after a fault, may change by any step. With None no step is bounded.
+            round: Number of the round; with None not all layers need to train.
+            limits: Largest depth by device, for other reasons than memory.
 
         Returns:
-            plans by device, in ascending order of the devices.
+            Plans by device, in ascending order of the devices.
 
         Raises:
-            ValueError: nobody selected, or a device twice or without an estimate; an estimate that
-                is negative or not finite; a device whose memory or limit is below ``k_min``.
+            ValueError: If no device is selected; if a device is selected twice or has no estimate;
+                if an estimate is negative or not finite; if the memory or limit of a device is
+                below ``k_min``.
         """
         devices = self._devices(estimates, selected, limits or {})
         target = self._target(devices)
         depths = [device.deepest(target) for device in devices]
         if previous is not None:
-            depths = self._steadied(devices, depths, previous)
-        calm = waiting_time(_times(devices, depths))
+            depths = self._limit_steps(devices, depths, previous)
+        wait_before = waiting_time(_times(devices, depths))
         raised = None
         if round is not None and round % self.cover_every == 0:
             raised = self._cover(devices, depths, previous or {})
-        extra_wait = waiting_time(_times(devices, depths)) - calm
+        extra_wait = waiting_time(_times(devices, depths)) - wait_before
         if raised is not None:
-            _log.info("%s: %r trains all it can, %.3g s more wait", WHERE, raised, extra_wait)
+            _log.info("%s: raised the depth of %r, waiting %.3g s more", WHERE, raised, extra_wait)
         if self.byte_budget is not None:
-            self._spare(devices, depths, self.byte_budget)
+            self._fit_byte_budget(devices, depths, self.byte_budget)
         pairs = [(device.name, k) for device, k in zip(devices, depths, strict=True)]
         found = Configuration((name, self.plan(name, k)) for name, k in pairs)
         times = _times(devices, depths)
         found.depths, found.times = dict(pairs), dict(zip(found, times, strict=True))
         found.target, found.seconds, found.waiting = target, max(times), waiting_time(times)
-        late = target * (1 + _SAME)
+        late = target * (1 + _TIME_TOLERANCE)
         found.over_target = tuple(d.name for d in devices if d.time(self.k_min) > late)
         found.raised, found.extra_wait = raised, extra_wait
         found.uncovered = tuple(range(self.L - max(depths)))
@@ -267,7 +272,7 @@ class LegendConfigurator:
         else:
 
             def cost(tau: float) -> float:
-                """Seconds of the round for what it trains."""
+                """Return the seconds of the round per rank that trains."""
                 pairs = [(device, device.deepest(tau)) for device in trusted]
                 useful = math.fsum(d.share * d.useful[k] for d, k in pairs)
                 return max(d.time(k) for d, k in pairs) / useful if useful else math.inf
@@ -276,10 +281,11 @@ class LegendConfigurator:
             target = min(sorted(taus), key=cost)
         return target if self.deadline is None else min(target, self.deadline)
 
-    def _steadied(
+    def _limit_steps(
         self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
     ) -> list[int]:
-        """The depths of before where they are even enough, else a step of at most ``max_step``."""
+        """Return the previous depths if they are even enough, else steps of at most
+        ``max_step``."""
         before = [_depth(previous.get(d.name, k)) for d, k in zip(devices, depths, strict=True)]
         bounds = [(self.k_min, device.deepest(math.inf)) for device in devices]
         if all(
@@ -300,8 +306,8 @@ class LegendConfigurator:
     def _cover(
         self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
     ) -> Client | None:
-        """Let somebody train as many layers as anybody can: the fastest of those who can, and of
-        those whose step is not too large for it where there are any."""
+        """Increase the depth of the fastest device that can train the most layers, preferably
+        within ``max_step``, and return its name."""
         trusted = [device for device in devices if device.estimate.trusted]
         deepest = max((device.k_max for device in trusted), default=0)
         if max(depths) >= deepest:
@@ -313,7 +319,7 @@ class LegendConfigurator:
         depths[devices.index(chosen)] = deepest
         return chosen.name
 
-    def _spare(self, devices: list[_Device], depths: list[int], budget: float) -> None:
+    def _fit_byte_budget(self, devices: list[_Device], depths: list[int], budget: float) -> None:
         """Lower depths until the slices are within the budget."""
 
         def cost(i: int) -> tuple[float, float]:
@@ -330,28 +336,26 @@ class LegendConfigurator:
 
 
 class _Device(NamedTuple):
-    """One of the selected devices."""
-
     name: Client
     estimate: Estimate
     k_min: int
     k_max: int
     share: float
-    bytes_of: Sequence[float]  # U(0) to U(L): the bytes of the last k layers,
-    useful: Sequence[int]  # and the sum of their ranks
+    bytes_of: Sequence[float]  # U(0) to U(L): bytes of the last k layers
+    useful: Sequence[int]  # R(0) to R(L): sum of their ranks
 
     def time(self, depth: int) -> float:
-        """``T(k)``, seconds of a round in which the last ``depth`` layers train."""
+        """Return ``T(k)``, the seconds of a round in which the last ``depth`` layers train."""
         f, mu, beta = self.estimate[:3]
         return f + depth * mu + beta * self.bytes_of[depth]
 
     def deepest(self, target: float) -> int:
-        """The largest depth within the target; of a device that is not trusted the least."""
+        """Return the largest depth within the target, or ``k_min`` if the device is not trusted."""
         if not self.estimate.trusted:
             return self.k_min
         depths = range(self.k_min, self.k_max + 1)
-        # Less than the least depth takes is not to be had: layers that cost nothing train as well.
-        slack = max(target, self.time(self.k_min)) * (1 + _SAME)
+        # The least depth is the lower bound; layers above it that take no time train as well.
+        slack = max(target, self.time(self.k_min)) * (1 + _TIME_TOLERANCE)
         return self.k_min - 1 + bisect.bisect_right(depths, slack, key=self.time)
 
 

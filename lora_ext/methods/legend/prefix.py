@@ -1,4 +1,4 @@
-"""The activations below the trained layers, kept from one epoch and round to the next."""
+"""Cache of the activations below the trained layers, kept between epochs and rounds."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ WHERE = "PrefixCache"
 
 @dataclass(eq=False, repr=False)
 class PrefixCache:
-    """What each sample is when it leaves the blocks that neither train nor have an adapter.
+    """Cache of the samples' activations above the blocks that neither train nor have an adapter.
 
-    Below its depth a device has the base model alone, so that this depends on the sample and
-    nothing else. It is computed once; later epochs and rounds begin above. Of ``L + 2k`` block
-    forwards' worth of work a step then saves ``L - k``. Where k falls, the blocks between run;
-    where it grows, what is kept is too high up, and is dropped.
+    Below its depth a device runs only the base model, so that these activations depend on the
+    sample alone. They are computed once; later epochs and rounds start from them. Of the work of
+    ``L + 2k`` block forwards a step then saves ``L - k``. If k falls, the blocks in between run; if
+    k grows, the cached activations are from too high a block and are dropped.
 
         manager.apply(plan, others="disabled")
         with manager.boundary(), cache.batch(samples):
             loss = loss_of(model(x), y)
 
-    Updates are those without the cache, bit for bit where a sample meets the same rows in its
-    batch: in another batch the base model's own products round differently.
+    Updates equal those without the cache, bit for bit if a sample meets the same rows in its batch:
+    in another batch the base model's own products round differently.
 
     Args:
-        manager: of the model; this one or another has been applied to a plan.
-        dtype: in which activations are kept; None is their own, and exact. bfloat16 takes half the
-            memory of float32.
-        device: where they are kept; None is where they are made.
+        manager: Manager of the model; this one or another has applied a plan to the model.
+        dtype: Dtype of the cached activations; None keeps theirs, which is exact. bfloat16 takes
+            half the memory of float32.
+        device: Device of the cached activations; None keeps theirs.
 
     Attributes:
-        hits, misses: batches that began above, and that did not.
+        hits: Number of batches that used the cache.
+        misses: Number of batches that did not.
 
     Source: LEGEND (arXiv 2412.20004) trains a suffix of the layers; this cache is our choice.
     """
@@ -51,42 +52,43 @@ class PrefixCache:
 
     def __post_init__(self) -> None:
         self.hits = self.misses = 0
-        self._blocks = 0  # how many blocks lie below what is kept
+        self._blocks = 0  # number of blocks below the cached activations
         self._in_tuple = False
         self._rows: dict[Hashable, Tensor] = {}
 
     def __len__(self) -> int:
-        """How many samples are kept."""
+        """Return the number of cached samples."""
         return len(self._rows)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the kept activations take."""
+        """Size of the cached activations in bytes."""
         return sum(row.numel() * row.element_size() for row in self._rows.values())
 
     def clear(self) -> None:
-        """Drop everything, as after a change of the samples or of the base model."""
+        """Drop all activations, for example after a change of the samples or of the base model."""
         self._rows.clear()
 
     @contextlib.contextmanager
     def batch(self, samples: Sequence[Hashable]) -> Iterator[None]:
-        """A block in which the model is called with one batch, once.
+        """Use the cache in a ``with`` block, in which the model is called once with one batch.
 
         Args:
-            samples: the name of each row: the same content, padding included, has the same name.
+            samples: Name of each row. Rows with the same name must have the same content, padding
+                included.
 
         Raises:
-            ValueError: dropout or batch normalisation in training outside the blocks that train,
-                or an adapter below them that is on, naming the module; another number of rows than
-                of names; a block that returns more than its hidden state; a sample whose sequence
-                has another length than when it was kept.
+            ValueError: If a module outside the trained blocks has dropout or batch normalisation in
+                training, or an adapter below them is on; if the number of rows differs from the
+                number of names; if a block returns more than its hidden state; if a sample's
+                sequence has another length than when it was cached.
         """
         names = list(samples)
         lowest = self._lowest()
         if lowest == 0:
             yield
             return
-        # Activations may depend on nothing but their sample.
+        # Activations must depend on their sample alone.
         manager = self.manager
         blocks = [f"{name}." for name in self.manager.blocks]
         below, above = tuple(blocks[:lowest]), tuple(blocks[lowest:])
@@ -113,7 +115,7 @@ class PrefixCache:
                 yield
 
     def _lowest(self) -> int:
-        """Return the number of blocks below the lowest that trains."""
+        """Return the number of blocks below the lowest one that trains."""
         manager = self.manager
         trained = [
             f"{name}."
@@ -128,11 +130,11 @@ class PrefixCache:
     @contextlib.contextmanager
     def _skipping(self, rows: Tensor) -> Iterator[None]:
         model, names = self.manager.model, self.manager.blocks[: self._blocks]
-        stand_ins: dict[str, nn.Module] = {}
+        skipped: dict[str, nn.Module] = {}
         for name in names:
-            stand_ins[name] = _Skipped(self._in_tuple, rows if name == names[-1] else None)
-            stand_ins[name].train(model.get_submodule(name).training)
-        swap = Swap(model, stand_ins, WHERE)
+            skipped[name] = _Skipped(self._in_tuple, rows if name == names[-1] else None)
+            skipped[name].train(model.get_submodule(name).training)
+        swap = Swap(model, skipped, WHERE)
         try:
             yield
         finally:
@@ -146,7 +148,7 @@ class PrefixCache:
             require(alone, WHERE, "model", "blocks that return their hidden state", type(output))
             require(hidden.shape[0] == len(names), WHERE, "samples", hidden.shape[0], len(names))
             self._in_tuple = hidden is not output
-            # A copy in any case: the next block may write into its input.
+            # Always a copy, since the next block may write into its input.
             found = hidden.detach().to(self.device, self.dtype or hidden.dtype, copy=True)
             self._rows.update(zip(names, found.unbind(), strict=True))
 
@@ -156,7 +158,7 @@ class PrefixCache:
 
 
 def _randomness(module: nn.Module) -> str:
-    """What makes a module's rows depend on more than their sample in training; "" for nothing."""
+    """Return why a module's rows depend on more than their sample in training, or ""."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "batch normalisation"
     drops = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else {}
@@ -166,8 +168,8 @@ def _randomness(module: nn.Module) -> str:
 
 
 class _Skipped(nn.Module):
-    """In the place of a block that need not run; in that of the last one with the rows that it gave
-    for these samples."""
+    """Replacement of a block that need not run. The last one returns the cached rows of the
+    batch."""
 
     def __init__(self, in_tuple: bool, rows: Tensor | None = None):
         super().__init__()

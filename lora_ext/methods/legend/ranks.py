@@ -1,4 +1,4 @@
-"""How a sum of ranks is spread over the layers, and what the ranks weigh."""
+"""Distribution of a sum of ranks over the layers, and the bytes of the layers."""
 
 from __future__ import annotations
 
@@ -28,32 +28,33 @@ def rank_distribution(
     shape: Shape = "arithmetic",
     ratio: float = 2.0,
 ) -> tuple[int, ...]:
-    """The rank of every layer, ``r_l = r_0 + step * l``, such that the ranks sum to ``total``.
+    """Return the rank of every layer, ``r_l = r_0 + step * l``, such that the ranks sum to
+    ``total``.
 
-    Layer 0 is at the input. Fractions are rounded by the largest remainder, equal ones up at the
-    output first. Ranks are then clipped to ``[r_min, r_max]``; what that adds is taken from the
-    output side first, what it cuts is given there first, and the order of the ranks stays.
+    Layer 0 is at the input. Fractions are rounded by the largest remainder; of equal ones, those
+    nearer to the output are rounded up first. Ranks are then clipped to ``[r_min, r_max]``; the sum
+    is restored at the output side first, without a change of the order.
 
     Args:
-        L: number of layers.
-        total: the sum of the ranks.
-        step: lambda, how much the rank rises from one layer to the next.
-        r_min, r_max: bounds of every rank; None is no upper one.
-        multiple: every rank is a multiple of it, 8 for the pages of the kernels. The sum is then
-            the nearest that is possible, within ``multiple * L / 2`` of ``total``; it is logged.
+        L: Number of layers.
+        total: Sum of the ranks.
+        step: lambda, the increase of the rank from one layer to the next.
+        r_min, r_max: Bounds of every rank; None is no upper bound.
+        multiple: Every rank is a multiple of it, 8 for the pages of the kernels. The sum is then
+            the nearest possible one, within ``multiple * L / 2`` of ``total``; it is logged.
         shape: "arithmetic"; "uniform", step 0; "reverse", the arithmetic one from output to input;
             "geometric", in which the last layer has ``ratio`` times the rank of the first.
-        ratio: of "geometric".
+        ratio: Ratio of "geometric".
 
     Returns:
-        ``L`` ranks, which do not fall ("reverse": do not rise) from layer 0 on.
+        ``L`` ranks, non-decreasing from layer 0 on ("reverse": non-increasing).
 
     Raises:
-        ValueError: a setting out of range; a sum that the bounds do not allow, with the least or
-            the largest one. TypeError: an L, sum or bound that is no int.
+        ValueError, TypeError: If a setting is out of range, L, the sum or a bound is not an int, or
+            the bounds do not allow the sum; the message contains the least or the largest one.
 
     Source: LEGEND (arXiv 2412.20004): higher ranks nearer to the output. The general formula, its
-        rounding and its other shapes are our choice.
+    rounding and its other shapes are our choice.
     """
     where = "rank_distribution"
     L = integer(where, "L", L, 1)
@@ -70,7 +71,7 @@ def rank_distribution(
 
     low = -(-r_min // multiple)  # in units of ``multiple``
     high = None if r_max is None else r_max // multiple
-    units = (2 * total + multiple) // (2 * multiple)  # the nearest to the sum; of two, the more
+    units = (2 * total + multiple) // (2 * multiple)  # nearest to the sum; of two, the larger
     sum_of = min(max(units, L * low), math.inf if high is None else L * high)
     slack = multiple * L / 2 if multiple > 1 else 0
     enough = high is None or high >= low
@@ -97,15 +98,18 @@ def rank_distribution(
 def layer_bytes(
     state: Mapping[str, Tensor], ranks: Sequence[int], pattern: str = PATTERN
 ) -> tuple[int, ...]:
-    """Bytes of every layer one way, ``itemsize * r_l * sum of (I + O)`` over its modules.
+    """Return the bytes of every layer one way, ``itemsize * r_l * sum of (I + O)`` over its
+    modules.
 
     Args:
-        state: the global adapter, of which the ranks do not count. ranks: one for each layer.
-        pattern: finds the index of a layer in a name.
+        state: Global adapter; its ranks do not matter.
+        ranks: Rank of each layer.
+        pattern: Regular expression for the layer's index in a name.
 
     Raises:
-        ValueError: another number of ranks than of layers; a rank above ``min(I, O)`` of a module,
-            which no update needs, naming the module. TypeError: a rank that is no int.
+        ValueError: If the number of ranks is not that of the layers, or a rank is above
+            ``min(I, O)`` of a module, which no update needs.
+        TypeError: If a rank is not an int.
     """
     where = "layer_bytes"
     pairs = layer_pairs(f"{where}: state", state, pattern)
@@ -122,9 +126,9 @@ def layer_bytes(
 
 
 def _rounded(values: Sequence[float], total: int) -> list[int]:
-    """The integers around values that do not fall, nor do they; their sum comes nearest to
-    ``total``, and is that where the sum of the values is."""
-    # Equal remainders, which floating point tells apart, are to count as equal.
+    """Round non-decreasing values to non-decreasing integers with the sum nearest to ``total``,
+    which is ``total`` if the values have that sum."""
+    # Remainders that differ only by rounding errors must count as equal.
     found = [math.floor(value + 1e-9) for value in values]
     rest = [round(value - whole, 9) for value, whole in zip(values, found, strict=True)]
     order = sorted(range(len(values)), key=lambda i: (-rest[i], -i))
@@ -134,7 +138,7 @@ def _rounded(values: Sequence[float], total: int) -> list[int]:
 
 
 def _clipped(ranks: list[int], total: int, low: int, high: int | None) -> list[int]:
-    """Ranks within bounds, of the same sum and order."""
+    """Return ranks within the bounds, with the sum ``total`` and in the same order."""
     top = math.inf if high is None else high
     ranks = [int(min(max(rank, low), top)) for rank in ranks]
     last = len(ranks) - 1

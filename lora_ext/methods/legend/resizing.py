@@ -1,4 +1,4 @@
-"""Other ranks between two rounds."""
+"""Change of the ranks of an adapter between two rounds."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ from lora_ext.federated import PATTERN, check_layers, layer_pairs
 def resize_lora(
     a: Tensor, b: Tensor, r_new: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """Factors of another rank: the same ``B A``, or the nearest that the rank allows.
+    """Change the rank of a pair of factors: ``B A`` stays, or is the nearest that the rank allows.
 
-    A larger rank adds drawn rows to A and columns of zeros to B. A smaller one keeps the largest
-    singular values, their roots in either factor; a rank for which none is left gets a drawn row
-    as well, so that training moves every rank. The scale is one for all ranks, and stays.
+    A larger rank adds random rows to A and zero columns to B. A smaller one keeps the largest
+    singular values, with their roots in both factors. A rank without a singular value gets a random
+    row as well, so that training moves every rank. The scale is the same for all ranks, and stays.
 
     Args:
-        a: ``(r, I)``. b: ``(O, r)``.
-        r_new: rank 0 leaves ``(0, I)`` and ``(O, 0)``.
-        generator: of new rows, on the CPU; default is one of seed 0.
+        a: ``(r, I)``.
+        b: ``(O, r)``.
+        r_new: New rank; 0 gives ``(0, I)`` and ``(O, 0)``.
+        generator: Generator of new rows, on the CPU; default is one with seed 0.
 
     Returns:
         A ``(r_new, I)``, B ``(O, r_new)`` in their dtypes, and the Frobenius norm of the change of
-        ``B A``, which is 0 where the rank did not fall.
+        ``B A``, which is 0 if the rank did not fall.
 
     Raises:
-        ValueError: factors that do not fit, are no matrices or not finite; a rank below 0.
+        ValueError: If the factors do not fit, are not matrices or not finite, or the rank is below
+            0.
 
-    Source: LEGEND (our choice of how); :func:`lora_ext.adapter.resize_adapter` for a whole adapter.
+    Source: LEGEND (the method is our choice); :func:`lora_ext.adapter.resize_adapter` for a whole
+    adapter.
     """
     where = "resize_lora"
     for name, factor in (("a", a), ("b", b)):
@@ -51,18 +54,19 @@ def resize_state(
     pattern: str = PATTERN,
     generator: torch.Generator | None = None,
 ) -> tuple[dict[str, Tensor], dict[int, float]]:
-    """A global adapter whose layers have other ranks.
+    """Change the ranks of the layers of a global adapter.
 
     Args:
-        state: the factors under PEFT's names; other tensors are passed on.
-        ranks: one for each layer, from 1.
-        pattern: finds the index of a layer in a name. generator: of new rows of A.
+        state: Factors under PEFT's names; other tensors are passed on.
+        ranks: Rank of each layer, from 1.
+        pattern: Regular expression for the layer's index in a name.
+        generator: Generator of new rows of A.
 
     Returns:
-        the state, and by layer the root of the summed squares of its modules' errors.
+        The state, and by layer the root of the summed squared errors of its modules.
 
     Raises:
-        ValueError: another number of ranks than of layers; what :func:`resize_lora` refuses.
+        ValueError: If the number of ranks is not that of the layers; or as :func:`resize_lora`.
     """
     where = "resize_state"
     pairs = layer_pairs(f"{where}: state", state, pattern)

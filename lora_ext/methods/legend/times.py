@@ -1,4 +1,4 @@
-"""How long a round takes a device, and how long the devices of a round wait for each other."""
+"""Times of the devices of a round, and how long they wait for each other."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ._capacity import CapacityReport, Estimate
 
 
 def waiting_time(times: Iterable[float] | Mapping[Any, float]) -> float:
-    """``W = mean_i(max_j T_j - T_i)``: how long a device waits for the slowest, on the mean.
+    """Return ``W = mean_i(max_j T_j - T_i)``, the mean time that a device waits for the slowest.
 
     Args:
-        times: seconds of the devices of one round; of a mapping its values.
+        times: Seconds of the devices of one round; of a mapping its values.
 
     Returns:
-        seconds, 0 exactly where all are equal.
+        Seconds, exactly 0 if all times are equal.
 
     Raises:
-        ValueError: no times, or one that is negative or no finite number.
+        ValueError: If there are no times, or one is negative or not finite.
 
-    Source: LEGEND (arXiv 2412.20004), whose devices are to finish together.
+    Source: LEGEND (arXiv 2412.20004), which aims to let devices finish together.
     """
     found = list(times.values() if isinstance(times, Mapping) else times)
     require(bool(found), "waiting_time", "times", "at least one", "none")
@@ -39,31 +39,32 @@ def waiting_time(times: Iterable[float] | Mapping[Any, float]) -> float:
 
 
 class RoundTime(NamedTuple):
-    """The seconds that a simulated round took, as :meth:`SimulatedClock.advance` returns them."""
+    """Duration of a simulated round, the result of :meth:`SimulatedClock.advance`."""
 
     times: dict[Client, float]  # seconds of each device
-    seconds: float  # of the slowest
-    waiting: float  # W
+    seconds: float  # of the slowest device
+    waiting: float  # W, in seconds
 
 
 @dataclass(eq=False, repr=False)
 class SimulatedClock:
-    """Rounds timed by speeds that are known, instead of by a clock.
+    """Clock of simulated rounds, computed from known speeds.
 
-    ``T = f + d mu + beta (down + up) / 2``: the bytes are those of the planned layers, and down
-    those of all layers where a device gets all. d is how far the backward goes down, from the
-    output to the lowest planned layer, which for a suffix is its depth.
+    ``T = f + d mu + beta (down + up) / 2``: up is the bytes of the planned layers; down is the same
+    or, with ``send_frozen``, the bytes of all layers. d is the number of layers that the backward
+    passes through, from the output to the lowest planned one; for a suffix, its depth.
 
     Args:
-        speeds: by device its f, mu and beta.
-        state: the global adapter, of which sizes count. pattern: finds the index of a layer.
-        send_frozen: whether devices get the layers that they do not train.
+        speeds: f, mu and beta by device.
+        state: Global adapter, of which only sizes matter.
+        pattern: Regular expression for the layer's index in a name.
+        send_frozen: Whether devices get the layers that they do not train.
 
     Attributes:
-        seconds: of all rounds so far.
+        seconds: Sum over all rounds so far.
 
     Raises:
-        ValueError: a state without layers.
+        ValueError: If the state has no layers.
     """
 
     speeds: Mapping[Client, Estimate]
@@ -78,7 +79,7 @@ class SimulatedClock:
         self.speeds = dict(self.speeds)
 
     def report(self, device: Client, plan: LayerPlan) -> CapacityReport:
-        """Return what ``device`` would report of a round with this ``plan``: durations in seconds,
+        """Return the report of ``device`` on a round with this ``plan``: durations in seconds,
         computed from its speeds, and the bytes of the slice."""
         f, mu, beta = self.speeds[device][:3]
         up = plan_bytes(self.state, plan, self.pattern)
@@ -89,13 +90,13 @@ class SimulatedClock:
         return CapacityReport(device, len(plan.layers), *figures)
 
     def advance(self, plans: Mapping[Client, LayerPlan]) -> RoundTime:
-        """Let a round pass: the devices train in parallel, and the slowest ends it.
+        """Simulate a round, in which the devices train in parallel and the slowest one ends it.
 
         Args:
-            plans: by device what it trains.
+            plans: Plan of each device.
 
         Returns:
-            the seconds of the round and of each device; :attr:`seconds` grows by the former.
+            Seconds of the round and of each device; the former are added to :attr:`seconds`.
         """
         times: dict[Client, float] = {}
         for device, plan in plans.items():

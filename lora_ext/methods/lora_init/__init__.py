@@ -1,7 +1,8 @@
-"""LoRA initialisation: schemes, learning rates that follow the width, and the theory as code.
+"""LoRA initialisation: schemes, learning rates that depend on the width, and the theory as code.
 
 Sources: "The Impact of Initialization on LoRA Finetuning Dynamics" (Hayou, Ghosh, Yu 2024, arXiv
-2406.08447); "LoRA+: Efficient Low Rank Adaptation of Large Models" (the same, arXiv 2402.12354).
+2406.08447); "LoRA+: Efficient Low Rank Adaptation of Large Models" (the same authors, arXiv
+2402.12354).
 """
 
 from lora_ext.layers import LoraProbe, init_lora_

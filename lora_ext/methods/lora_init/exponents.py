@@ -1,4 +1,4 @@
-"""gamma_exponents: how features grow with the width n, each as the exponent g of n^g."""
+"""Growth of features with the width n, each given by the exponent g of n^g."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from lora_ext.layers import known_scheme
 
 _ZERO = -math.inf  # gamma[0]
 #: gamma of Z_A = A x and of B before the first step.
-_STARTS = {
+_INITIAL_EXPONENTS = {
     **dict.fromkeys(("init_a", "init_a_normal"), (0.0, _ZERO)),
     "gaussian": (0.5, _ZERO),  # Var(A_ij) does not fall with n
     **dict.fromkeys(("init_b", "init_b_normal", "init_b_unit"), (_ZERO, 0.0)),
     "init_ab": (0.0, 0.0),
 }
-_SLACK = 1e-9  # sums of exponents such as 2/3 - 2/3 are rounded
+_TOLERANCE = 1e-9  # for rounded sums such as 2/3 - 2/3
 
 
 def gamma_exponents(
     scheme: bool | str, eta_A_exp: float, eta_B_exp: float, steps: int = 2
 ) -> dict[str, float | bool]:
-    """The exponents in the width of what an adapter computes after some steps of Adam.
+    """Return the exponents of the width n in what an adapter computes after some steps of Adam.
 
-    With updates of entries of order one, and ``gamma[g_A x] = 1`` because the signs of the gradient
-    of A go with x,
+    The entries of an update are of order one, and ``gamma[g_A x] = 1``, since the signs of the
+    gradient of A align with x. Therefore:
 
         gamma[Z_A^t] = max(gamma[Z_A^(t-1)], gamma[eta_A] + 1)
         gamma[B_t]   = max(gamma[B_(t-1)],   gamma[eta_B])
@@ -33,36 +33,37 @@ def gamma_exponents(
         gamma[d2]    = gamma[eta_B] + gamma[Z_A^(t-1)]          d2 = (B_t - B_(t-1)) A_(t-1) x
 
     Args:
-        scheme: a scheme of :func:`lora_ext.nn.init_lora_` whose factors are independent.
-        eta_A_exp: gamma of the learning rate of A: -0.5 where it falls as ``n ** -0.5``; minus
-            infinity where A is not trained.
-        eta_B_exp: that of B.
-        steps: t, at least 1. From 2 on nothing changes.
+        scheme: A scheme of :func:`lora_ext.nn.init_lora_` with independent factors.
+        eta_A_exp: gamma of the learning rate of A: -0.5 if it falls as ``n ** -0.5``, minus
+            infinity if A is not trained.
+        eta_B_exp: gamma of the learning rate of B.
+        steps: t, at least 1. All t from 2 on give the same result.
 
     Returns:
-        ``Z_A``, ``B``, ``Z_B``, ``d1``, ``d2``: exponents, minus infinity for what is zero;
-        ``stable``: Z_B stays of order one or below; ``internally_stable``: so does Z_A;
-        ``efficient``: stable, and d1 and d2 are both of order one.
+        ``Z_A``, ``B``, ``Z_B``, ``d1``, ``d2``: exponents, minus infinity for zero; ``stable``:
+        whether Z_B is of order one or below; ``internally_stable``: whether Z_A is; ``efficient``:
+        whether ``stable`` holds and both d1 and d2 are of order one.
 
     Raises:
-        ValueError: an unknown scheme, or one without known exponents ("orthogonal", and those that
-            split the base weight); an exponent that is NaN or plus infinity; steps below 1.
+        ValueError: If the scheme is unknown or has no known exponents ("orthogonal", and the
+            schemes that split the base weight); if an exponent is NaN or plus infinity; if
+            ``steps`` is below 1.
 
     Source: Hayou et al. 2024, sections 3 and 4.
     """
     name = known_scheme(scheme, "gamma_exponents: scheme")
-    expected = f"True, False or one of {', '.join(map(repr, _STARTS))}"
-    require(name in _STARTS, "gamma_exponents", "scheme", expected, repr(scheme))
+    expected = f"True, False or one of {', '.join(map(repr, _INITIAL_EXPONENTS))}"
+    require(name in _INITIAL_EXPONENTS, "gamma_exponents", "scheme", expected, repr(scheme))
     for argument, value in (("eta_A_exp", eta_A_exp), ("eta_B_exp", eta_B_exp)):
         fits = not math.isnan(value) and value != math.inf
         require(fits, "gamma_exponents", argument, "a number or minus infinity", value)
     integer("gamma_exponents", "steps", steps, 1)
-    z_a, b = _STARTS[name]
+    z_a, b = _INITIAL_EXPONENTS[name]
     d1 = d2 = _ZERO
     for _ in range(steps):
         d1, d2 = b + eta_A_exp + 1, eta_B_exp + z_a
         z_a, b = max(z_a, eta_A_exp + 1), max(b, eta_B_exp)
-    stable = b + z_a <= _SLACK
+    stable = b + z_a <= _TOLERANCE
     return {
         "Z_A": z_a,
         "B": b,
@@ -70,6 +71,6 @@ def gamma_exponents(
         "d1": d1,
         "d2": d2,
         "stable": stable,
-        "internally_stable": z_a <= _SLACK,
-        "efficient": stable and abs(d1) <= _SLACK and abs(d2) <= _SLACK,
+        "internally_stable": z_a <= _TOLERANCE,
+        "efficient": stable and abs(d1) <= _TOLERANCE and abs(d2) <= _TOLERANCE,
     }

@@ -1,4 +1,4 @@
-"""Learning rates: one that was tuned at one width, carried over to another; larger ones for B."""
+"""Learning rates: transfer of a tuned rate to another width, and larger rates for B."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from lora_ext._checks import number, require
 from lora_ext.layers import known_scheme
 
-#: The largest stable rate goes like n to this power.
+#: The largest stable rate falls as n to this power.
 _POWERS = {"init_a": 0.5, "init_a_normal": 0.5, "init_b": 1.0, "init_b_normal": 1.0}
 _RANK_RULES = ("none", "inverse")
 
@@ -23,30 +23,30 @@ def loraplus_param_groups(
     weight_decay: float = 0.0,
     lr_embedding: float = 1e-6,
 ) -> list[dict[str, Any]]:
-    """Parameter groups of LoRA+ for a torch optimizer, divided as PEFT's own function does.
+    """Return the parameter groups of LoRA+ for a torch optimizer, divided as by PEFT's function.
 
-    Where B starts random ("init_b") theory still wants the larger rate on B: its updates are what
-    falls with the width there.
+    The theory requires the larger rate on B even if B starts random ("init_b"), since its updates
+    fall with the width.
 
     Args:
-        model: with layers of :mod:`lora_ext.nn` or of PEFT. Frozen parameters are left out.
-        lr: eta_A, of everything that the other groups do not have.
+        model: Model with layers of :mod:`lora_ext.nn` or PEFT. Frozen parameters are left out.
+        lr: eta_A, rate of all parameters that are not in another group.
         loraplus_lr_ratio: lambda, eta_B over eta_A. The LoRA+ authors' example has 20; for harder
             tasks they raise it and halve ``lr``.
-        weight_decay: of matrices and magnitudes; biases and layer norms get none.
-        lr_embedding: of both factors of adapted embeddings.
+        weight_decay: Weight decay of matrices and magnitudes; biases and layer norms get 0.
+        lr_embedding: Rate of both factors of adapted embeddings.
 
     Returns:
         Four groups, which may be empty, each with ``params``, ``lr``, ``weight_decay``: A and the
-        rest; embeddings; B and vectors; those among them that do not decay. Every parameter that
-        trains is in one of them, once.
+        rest; embeddings; B and vectors; biases and layer norms among the latter, without decay.
+        Every parameter that trains is in exactly one of them.
 
     Raises:
-        ValueError: nothing of the model trains; a rate or ratio that is not positive and finite; a
-            negative weight decay.
+        ValueError: If no parameter of the model trains; if a rate or the ratio is not positive and
+            finite; if the weight decay is negative.
 
     Warns:
-        UserWarning: a ratio below 1.
+        UserWarning: If the ratio is below 1.
 
     Source: LoRA+ (Hayou et al. 2024, arXiv 2402.12354); PEFT's ``create_loraplus_optimizer``.
     """
@@ -90,31 +90,31 @@ def suggest_lr(
     base_rank: int | None = None,
     rank_rule: str = "none",
 ) -> float | tuple[float, float]:
-    """The rate for width n, of one that was found at width n0.
+    """Return the learning rate for width n, given one that was tuned at width n0.
 
-    With one rate for both factors, ``base_lr (n0 / n) ** 0.5`` where A starts random, and
-    ``base_lr n0 / n`` where B does. With LoRA+ the rate of A falls as ``n0 / n`` and that of B does
-    not depend on the width, whichever starts random.
+    With one rate for both factors, it is ``base_lr (n0 / n) ** 0.5`` if A starts random and
+    ``base_lr n0 / n`` if B does. With LoRA+ the rate of A falls as ``n0 / n`` and that of B does
+    not depend on the width, whichever factor starts random.
 
     Args:
-        base_lr: the rate at ``base_width``; with LoRA+ that of A.
-        base_width: n0, inputs of the adapted layers where ``base_lr`` was found.
+        base_lr: Rate at ``base_width``; with LoRA+ that of A.
+        base_width: n0, inputs of the adapted layers for ``base_lr``.
         width: n, inputs of the adapted layers now.
         scheme: True, "init_a", "init_a_normal"; "init_b", "init_b_normal".
         loraplus_ratio: eta_B over eta_A at ``base_width``, for two rates.
-        rank: now. base_rank: where ``base_lr`` was found. Used by ``rank_rule`` alone.
-        rank_rule: "none": the rank does not matter; "inverse": times ``base_rank / rank``. Which of
-            the two holds depends on scheme and scaling.
+        rank, base_rank: Rank now and for ``base_lr``; used only by ``rank_rule``.
+        rank_rule: "none": the rank does not matter; "inverse": the rate is multiplied by
+            ``base_rank / rank``. Which one holds depends on scheme and scaling.
 
     Returns:
-        The rate; or, with ``loraplus_ratio``, of A and B, ``(base_lr n0 / n, base_lr ratio)``.
+        The rate or, with ``loraplus_ratio``, those of A and B, ``(base_lr n0 / n, base_lr ratio)``.
 
     Raises:
-        ValueError: an unknown scheme, or one for which no rule is known; a number that is not
-            positive and finite; an unknown ``rank_rule``, or "inverse" without both ranks.
+        ValueError: If the scheme is unknown or has no known rule; if a number is not positive and
+            finite; if ``rank_rule`` is unknown, or "inverse" without both ranks.
 
     Warns:
-        UserWarning: a ratio below 1; LoRA+ is for B learning faster.
+        UserWarning: If the ratio is below 1; in LoRA+ B learns faster.
 
     Sources: Hayou et al. 2024 (2406.08447); LoRA+ (2402.12354).
     """
@@ -139,7 +139,7 @@ def suggest_lr(
 
 
 def _check_ratio(where: str, name: str, value: float) -> None:
-    """Refuse a ratio that is no finite number above 0, and warn of one below 1."""
+    """Raise unless a ratio is finite and above 0; warn if it is below 1."""
     number(where, name, value, above=0)
     if value < 1:
         expected = "at least 1, so that B learns as fast as A or faster"
