@@ -280,8 +280,8 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Return the logits with ``-inf`` outside the smallest set of most likely tokens whose
-    probability is at least ``top_p``."""
+    """Mask logits with ``-inf`` outside the smallest set of most likely tokens that has probability
+    ``top_p`` or more."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
     dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)

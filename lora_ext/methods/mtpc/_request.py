@@ -174,7 +174,7 @@ def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
 
 class GeneratedRows:
     """Tokens, stop rules and statistics of every row of ``prompts (B, S)``, on the host. A streamer
-    needs a single row; it gets every token that the row keeps."""
+    needs a single row; it gets the prompt, then every token that the row keeps."""
 
     def __init__(self, prompts: Tensor, request: Request, streamer: Any = None):
         batch = len(prompts)

@@ -64,8 +64,8 @@ class Shortlist:
         return values if self.ids is None else values.index_select(dim, self.ids.to(values.device))
 
     def widen(self, logits: Tensor) -> Tensor:
-        """Spread logits over places ``(..., L)`` over the vocabulary ``(..., V)``, with ``-inf``
-        for tokens without a place."""
+        """Return logits over places ``(..., L)`` as logits over the vocabulary ``(..., V)``, with
+        ``-inf`` for tokens without a place."""
         if self.ids is None:
             return logits
         wide = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)

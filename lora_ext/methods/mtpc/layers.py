@@ -79,7 +79,7 @@ def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> Non
 
 
 class CircuitHead(nn.Module):
-    """``q(x_1 .. x_K | h)``: a probabilistic circuit whose parameters are functions of ``h``.
+    """``q(x_1 .. x_K | h)``: a probabilistic circuit with parameters computed from ``h``.
 
     Letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``V`` vocabulary,
     ``L`` tokens of the shortlist (without one ``L = V``), ``M`` transition matrices. Sum weights
@@ -323,8 +323,8 @@ class CircuitHead(nn.Module):
 
     @torch.no_grad()
     def argmax(self, h: Tensor, evidence: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Find the most probable combination of tokens and latents, whose tokens need not be the
-        mode over tokens alone.
+        """Find the most probable tokens and latents jointly. The tokens need not be the mode over
+        tokens alone.
 
         Args:
             h: ``(..., D)``. evidence: as in :meth:`sample`.

@@ -146,7 +146,7 @@ class Draft(nn.Module):
 
     @classmethod
     def load(cls, model: Any, folder: str | os.PathLike[str]) -> Draft:
-        """Retrofit a model with a draft that :meth:`save` wrote; the folder is not trusted.
+        """Load a draft that :meth:`save` wrote onto ``model``; the folder is not trusted.
 
         Head, bridge and tail get the dtypes in which they were saved, and the model's device.
 
