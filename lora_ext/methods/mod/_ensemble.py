@@ -187,7 +187,7 @@ class Ensemble:
 
 
 def with_mixture(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """Run the forward of a causal LM with MoD. After :func:`remove`, run its own forward: a caller
+    """Run the forward of a causal LM with MoD. After ``mod.remove``, run its own forward: a caller
     may have kept a reference to this one."""
     ensemble: Ensemble | None = lm.__dict__.get(Ensemble.KEY)
     return own(**given) if ensemble is None else ensemble.run(lm, own, given)

@@ -101,7 +101,7 @@ def kept(values: Tensor, logits_to_keep: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Targets:
-    """Positions that count, among those whose logits are kept.
+    """Positions that count in the loss terms, among those with kept logits.
 
     Attributes:
         labels: ``(N,)``, aligned with the positions that predict them, IGNORE for no label.

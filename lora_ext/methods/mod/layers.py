@@ -20,7 +20,7 @@ _MAX_HIDDENS = 8  # hidden states per call of the kernel
 
 
 class DepthMixer(nn.Module):
-    """One norm for each of k hidden states, a router that weights them, and their sum.
+    """Norms for k hidden states, a router that weights the states, and their sum.
 
     ``u[t] = sum_e w[t, e] norm_e(h_e[t])``, with ``w[t] = softmax(R norm_k(h_k[t]) + c)`` for the
     router "token", ``softmax(c)`` for "static", and given weights for "fixed". Initially ``R = 0``,
