@@ -44,10 +44,10 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     :class:`ModOutput`, and with labels a loss that includes the distillation. The rest of the
     output is the model's own, including its hidden states.
 
-    New parameters are named ``mod.*`` and are trained. The model's own parameters keep
-    ``requires_grad``, except those of the final norm: they are trained if ``share_final_norm`` and
-    ``train_final_norm`` are both set. Under PEFT, apply MoD afterwards: PEFT freezes existing
-    parameters.
+    New parameters are named ``mod.*`` and are trained, a copied final norm only with
+    ``train_final_norm``. The model's own parameters keep ``requires_grad``, except those of the
+    final norm: they are trained if ``share_final_norm`` and ``train_final_norm`` are both set.
+    Under PEFT, apply MoD afterwards: PEFT freezes existing parameters.
 
     Args:
         model: a causal LM of transformers, as it is, under PEFT before or after

@@ -16,7 +16,7 @@ Kind = Literal["ff", "cp", "hmm", "btree"]
 #: :data:`~lora_ext.methods.mtpc._emission.EMISSIONS`.
 EmissionName = Literal["full", "expander", "adapter"]
 
-MOST_FULL = 4096  # tokens up to which one unembedding per position and component is small
+MOST_FULL = 4096  # tokens up to which "full" is the default emission
 _HEAD_FIELDS = (
     "n_token", "rank", "kind", "emission", "adapter_rank", "contextual", "share_transitions",
     "init_identity",

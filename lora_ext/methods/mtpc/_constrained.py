@@ -1,13 +1,13 @@
 """Speculative decoding under a constraint: drafts that the constraint allows, and its law.
 
-The state of every row is advanced with the drafted tokens. At every position, the draft's law is
-the circuit's conditional times the ``r`` of the target (:mod:`lora_ext.control`), or times the
-mask. Draft and target use the same factor, so ``ops.spec_verify`` is used unchanged. After the end
-of a text, both laws contain only end tokens.
+The state of every row follows the drafted tokens. At every position, the draft's law is the
+circuit's conditional times the ``r`` of the target (:mod:`lora_ext.control`), or times the mask.
+Draft and target share this factor, so ``ops.spec_verify`` is used unchanged. After the end of a
+text, both laws contain only end tokens.
 
-If a constraint allows only one token, its probability is 1 in draft and target. A run of such
-tokens after a window is appended to the window. The run needs no test; the last test of the window
-reads the logits after the run.
+If only one token is allowed, it has probability 1 in draft and target. A run of such tokens after a
+window is appended to it. The run needs no test; the last test of the window reads the logits after
+the run.
 """
 
 from __future__ import annotations
@@ -82,8 +82,7 @@ class Constrained:
         self._behind = self.rows  # after the tokens that are drafted so far
         self._runs = torch.zeros(len(self.rows), dtype=torch.long)
         decoder, head = self.decoder, self.decoder.head
-        # Rows without a constraint use the unconstrained draft, so that a seed gives the same
-        # tokens with and without other rows.
+        # Rows without a constraint draft as they do alone, so that a seed gives the same tokens.
         self._free = torch.tensor([row is None for row in self.rows], device=hidden.device)
         some = bool(self._free.any())
         free = decoder.draft(hidden, pending, uniforms).tokens if some else None
@@ -128,7 +127,7 @@ class Constrained:
                 nothing = (law == -torch.inf).all(1, keepdim=True)
                 if bool(nothing.any()):
                     law = torch.where(nothing, control.moved(blocks, torch.zeros_like(q)), law)
-                    # If a matcher allows no token at all, any token does: it is not kept.
+                    # If a matcher allows no token, any token is drawn; it is not kept.
                     law = torch.where((law == -torch.inf).all(1, keepdim=True), 0.0, law)
                 law = log_softmax(law)
                 token = law.argmax(-1) if greedy else draw(law, uniforms[:, k, 1])
@@ -186,8 +185,7 @@ class Constrained:
             its whole window also keeps its run.
 
         Raises:
-            ValueError: the model has no finite score for any token that the constraint allows, so
-                that none can be chosen.
+            ValueError: the model has no finite score for any token that the constraint allows.
         """
         every = torch.arange(len(accepted), device=accepted.device)
         rows = [self._window[a].rows[i] for i, a in enumerate(accepted.tolist())]
@@ -202,8 +200,8 @@ class Constrained:
 
 
 def _possible(rows: list[Row | None], law: Tensor) -> None:
-    """Raise `ValueError` if a row may not go on: it is lost, or all its logits in ``law (B, V)``
-    are ``-inf``. Rows after their end or their budget are not checked."""
+    """Raise `ValueError` if a row is lost, or if the largest of its logits in ``law (B, V)`` is not
+    finite. Rows after their end or their budget are not checked."""
     waits = [row is not None and not row.ended and row.left > 0 for row in rows]
     lost = any(row is not None and row.lost and row.left >= 0 for row in rows)
     none = bool((~law.amax(-1).isfinite() & torch.tensor(waits, device=law.device)).any())

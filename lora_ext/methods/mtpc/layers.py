@@ -1,6 +1,6 @@
 """CircuitHead: a joint distribution over the next tokens, computed from hidden states.
 
-A hidden state is processed in four steps:
+
 
 1. :meth:`CircuitHead.rows` checks ``h (..., D)`` and reshapes it to rows ``(N, D)``;
 2. an :class:`~lora_ext.methods.mtpc._emission.Emission` computes the leaves of every row's circuit,

@@ -53,7 +53,7 @@ class DraftTail(nn.Module):
         holders: list[Any] = []
         for name, base in ((n, m) for n, m in model.named_modules() if m in inside):
             new = not isinstance(base, LoraLinear) or NAME not in base.lora_A
-            found = f"one at {name} (its remove() takes it away)"
+            found = f"one at {name}; call its remove() first"
             require(new, "DraftTail", "model", "layers without a draft tail", found)
             if linear_size(base) is not None:
                 lora = LoraLinear(base, NAME, r=rank, lora_alpha=alpha)

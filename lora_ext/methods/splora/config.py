@@ -41,9 +41,9 @@ class SploraConfig:
             the squared singular values. Both cut only the orthogonal projection.
         reference: S, sample that a distance is compared with: "population", all scored layers;
             "permutation", rows of B in random order; "pairs", matrices from the caller; "released",
-            the layer itself, as in the authors' script. Its scores have the order that the script's
-            have in exact arithmetic, by the shift of the lower quartile alone. All but "population"
-            need ``score="distance"``; "alignment" uses no reference.
+            the layer itself, as in the authors' script; scores are ordered by the shift of the
+            lower quartile alone, as the script's in exact arithmetic. All but "population" need
+            ``score="distance"``; "alignment" uses no reference.
         stat: t(S), the spread: "iqr", the interquartile range, or "std".
         n_samples: number of permutations per layer. seed: of the permutations.
         include_scaling: s, distances are those of ``s B A``; False leaves s out, as both published
