@@ -54,7 +54,8 @@ class Capture:
             return
         fits = not call.grad or torch.is_grad_enabled()
         expected = "blocks whose outputs carry gradients"
-        found = "a reentrant checkpoint; pass {'use_reentrant': False}"
+        remedy = "call gradient_checkpointing_enable({'use_reentrant': False})"
+        found = f"a reentrant checkpoint; {remedy}"
         require(fits, "mod", "model", expected, found, RuntimeError)
         call.hiddens[self.place] = output[0] if isinstance(output, tuple) else output
 

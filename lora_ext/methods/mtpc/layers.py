@@ -1,7 +1,5 @@
 """CircuitHead: a joint distribution over the next tokens, computed from hidden states.
 
-
-
 1. :meth:`CircuitHead.rows` checks ``h (..., D)`` and reshapes it to rows ``(N, D)``;
 2. an :class:`~lora_ext.methods.mtpc._emission.Emission` computes the leaves of every row's circuit,
    over the tokens of a :class:`~lora_ext.methods.mtpc._shortlist.Shortlist`;

@@ -89,8 +89,8 @@ def released_score(
     Args:
         distance: of the layer, float64.
         sample: ``(N,)`` float64, the distances of the caller's pairs. None uses what the authors'
-            script passes, 50 copies of the layer itself: ``(d + eps - d) / (0 + eps)`` is then 1,
-            which the script's float32 is far from.
+            script passes, 50 copies of the layer itself. ``(d + eps - d) / (0 + eps)`` is then 1;
+            the script's float32 result is far from it.
         projected, update: ``P D`` and D, dense.
     """
     score = 1.0

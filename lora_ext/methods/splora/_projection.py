@@ -184,7 +184,7 @@ def _orthogonal(
 
 
 def check_floating(where: str, **named: Tensor) -> None:
-    """Raise `TypeError` for a tensor that is not floating, or quantised."""
+    """Raise `TypeError` for a tensor that is quantised or otherwise not floating."""
     expected = "a tensor in float16, bfloat16, float32 or float64"
     for name, t in named.items():
         fits = isinstance(t, Tensor) and t.is_floating_point() and t.element_size() >= 2

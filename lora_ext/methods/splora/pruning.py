@@ -149,7 +149,7 @@ def project(
 
 
 def _columns(factors: Factors) -> Tensor:
-    """Return the matrix that P is applied to: B ``(m, r)``, with a bias ``(m, r + 1)``."""
+    """Return the matrix that P is applied to: B ``(m, r)``; with a bias, ``(m, r + 1)``."""
     if factors.bias is None:
         return factors.b
     return torch.cat([factors.b, factors.bias.to(factors.b)[:, None]], dim=1)
