@@ -21,4 +21,4 @@ __all__ = [
     "remove", "save", "state_dict", "trainable_report",
 ]  # fmt: skip
 
-__getattr__ = on_demand(__name__, _output="ModOutput")  # it needs transformers
+__getattr__ = on_demand(__name__, _output="ModOutput")  # needs transformers

@@ -1,4 +1,4 @@
-"""The forward of a model with MoD: the model's own, with the mixture where its last state was."""
+"""Forward of a model with MoD: the model's own, with the mixture in place of its last state."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .layers import DepthMixer
 
 
 class Call:
-    """What one forward of one model has seen so far; nothing of it outlives the forward."""
+    """State of one forward of one model; it is discarded after the forward."""
 
     def __init__(self, mixer: DepthMixer, replace: bool):
         self.mixer = mixer
-        self.replace = replace  # the mixture goes where the last hidden state was
-        self.hiddens = [torch.empty(0)] * mixer.config.k  # not normed
-        self.last = self.weights = torch.empty(0)  # what leaves the decoder; who has what part
+        self.replace = replace  # True if the mixture replaces the last hidden state
+        self.hiddens = [torch.empty(0)] * mixer.config.k  # before the norms
+        self.last = self.weights = torch.empty(0)  # output of the decoder; weights of the layers
         self.grad = torch.is_grad_enabled()
 
 
-#: The call that the hooks of a mixer's model write to, in this thread alone.
+#: Running call of this thread, which the hooks write to.
 _running: ContextVar[Call | None] = ContextVar("lora_ext.mod_call", default=None)
 
 
@@ -40,32 +40,34 @@ def _call_of(mixer: DepthMixer) -> Call | None:
 
 
 class Capture:
-    """Forward hook of a block, at a ``place`` of the ensemble: keeps its output for the mixture."""
+    """Forward hook of a block that stores its output as the ensemble's hidden state ``place``."""
 
     def __init__(self, mixer: DepthMixer, place: int):
         self.mixer, self.place = mixer, place
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
-        """Does nothing outside a forward of the model, as where a checkpoint runs a block again; a
-        reentrant one around the hook, which cuts the gradient, is refused."""
+        """Store the block's output. Outside a forward of the model, as when a checkpoint runs a
+        block again, do nothing. Raise `RuntimeError` inside a reentrant checkpoint, which cuts the
+        gradient."""
         call = _call_of(self.mixer)
         if call is None:
             return
         fits = not call.grad or torch.is_grad_enabled()
         expected = "blocks whose outputs carry gradients"
-        found = "a reentrant checkpoint: gradient_checkpointing_enable({'use_reentrant': False})"
+        remedy = "call gradient_checkpointing_enable({'use_reentrant': False})"
+        found = f"a reentrant checkpoint; {remedy}"
         require(fits, "mod", "model", expected, found, RuntimeError)
         call.hiddens[self.place] = output[0] if isinstance(output, tuple) else output
 
 
 class Mix:
-    """Forward hook of the decoder, the module around the blocks and the final norm."""
+    """Forward hook of the decoder, the module that contains the blocks and the final norm."""
 
     def __init__(self, mixer: DepthMixer):
         self.mixer = mixer
 
     def __call__(self, decoder: nn.Module, args: Any, output: Any) -> Any:
-        """Mixes the hidden states of this forward, and returns them in place of the last one."""
+        """Mix the hidden states of this forward, and replace the last one by the mixture."""
         call = _call_of(self.mixer)
         if call is None:
             return None
@@ -81,14 +83,14 @@ class Mix:
 
 
 class Ensemble:
-    """What a model with MoD keeps beside its mixer: it lies in the model's own ``__dict__``.
+    """MoD's state on a model beside the mixer, stored in the model's ``__dict__``.
 
     Args:
         config, mixer: of the model. softcap: of its logits, or None.
 
     Attributes:
-        explicit: whether the logits themselves are mixed, a chunk at a time.
-        head: what makes logits of a hidden state, once a forward has shown it.
+        explicit: True if the logits themselves are mixed, one chunk at a time.
+        head: function from hidden states to logits; None until a forward has determined it.
     """
 
     KEY = "_lora_ext_mod"
@@ -102,8 +104,14 @@ class Ensemble:
         self.explicit = config.k > 1 and not linear
 
     def run(self, lm: Any, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """The forward of the causal LM ``lm``, which ``forward`` is without us, with the mixture: a
-        :class:`ModOutput`, or a tuple where ``given`` asks for that."""
+        """Run the forward of the causal LM ``lm`` with the mixture.
+
+        Args:
+            lm: the model. forward: its forward without MoD. given: arguments of the call.
+
+        Returns:
+            a :class:`ModOutput`, or a tuple if ``return_dict`` is False.
+        """
         from ._output import mod_output
 
         asked = given.pop("return_dict", None)
@@ -116,12 +124,12 @@ class Ensemble:
             require(keep != 0 or found == shape, "mod", "labels", f"shape (B, T) = {shape}", found)
         named = inspect.signature(forward).parameters
         own = dict(given)
-        if self.explicit:  # the model makes no logits that are not needed
+        if self.explicit:  # the model's own logits are not used
             own.pop("labels", None)
             own |= {"logits_to_keep": 1} if "logits_to_keep" in named else {}
         call = Call(self.mixer, replace=self.config.k > 1 and not self.explicit)
         unknown = self.head is None and self.config.k > 1
-        # A head is told by what it makes of one state twice: dropout would make two things of it.
+        # The head is determined by running it twice on one state; dropout would change the result.
         with still(lm.get_output_embeddings()) if unknown else nullcontext():
             token = _running.set(call)
             try:
@@ -149,10 +157,10 @@ class Ensemble:
         return result if as_dict else result.to_tuple()
 
     def _terms(self, lm: Any, given: dict[str, Any], call: Call, loss: Tensor) -> dict[str, Any]:
-        """The loss and what it is made of, under their names in the output."""
+        """Return the loss and its terms, by their names in the output."""
         config, zero = self.config, torch.zeros_like(loss)
         targets = Targets.of(config, given, call.weights.shape[:-1], loss.device)
-        ce = torch.where(targets.counted.any(), loss, zero)  # the mean of nothing is no number
+        ce = torch.where(targets.counted.any(), loss, zero)  # a mean over no labels is NaN
         terms: dict[str, Any] = {"ce_loss": ce, "loss": ce}
         wanted = config.distill_weight or config.layer_ce or not lm.training
         layers = self._layers(lm, given, call).flat() if config.k > 1 and wanted else None
@@ -171,8 +179,8 @@ class Ensemble:
         return terms
 
     def _layers(self, lm: Any, given: dict[str, Any], call: Call) -> Layers:
-        """Each layer's normed hidden states at the positions that are kept, and the head."""
-        head = self.head or Head(self.softcap)  # of an empty batch nothing is known
+        """Return the head and each layer's normed hidden states at the kept positions."""
+        head = self.head or Head(self.softcap)  # an empty batch does not determine the head
         weight, bias = head.parameters(lm)
         keep = given.get("logits_to_keep", 0)
         normed = [kept(n, keep).to(weight) for n in self.mixer.normed(call.hiddens)]
@@ -180,6 +188,7 @@ class Ensemble:
 
 
 def with_mixture(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """Run the forward of a causal LM that has MoD, or has had it: somebody may have kept it."""
+    """Run the forward of a causal LM with MoD. After ``mod.remove``, run its own forward: a caller
+    may have kept a reference to this one."""
     ensemble: Ensemble | None = lm.__dict__.get(Ensemble.KEY)
     return own(**given) if ensemble is None else ensemble.run(lm, own, given)

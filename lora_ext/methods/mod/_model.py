@@ -18,63 +18,66 @@ from .layers import DepthMixer
 
 Model = TypeVar("Model", bound=nn.Module)
 
-NAME = "mod"  # of the mixer, a child of the causal LM
-_LFM2 = "embedding_norm"  # its last norm all the same: the embeddings' lies elsewhere
-_IGNORED = "keys_to_ignore_at_inference"  # of a configuration: outputs that no Trainer gathers
+NAME = "mod"  # name of the mixer as a child of the causal LM
+_LFM2 = "embedding_norm"  # LFM2's final norm, in spite of its name
+_IGNORED = "keys_to_ignore_at_inference"  # lists outputs that a Trainer does not gather
 
 
 @dataclass(eq=False)
 class Before:
-    """What :func:`remove` puts back; it lies beside the ensemble, and is copied with the model."""
+    """State that :func:`remove` restores; stored beside the ensemble and copied with the model."""
 
-    norm: nn.Module  # the model's final one
+    norm: nn.Module  # the model's final norm
     hooks: list[Any]
-    flags: list[bool]  # of the final norm's parameters
-    values: list[Tensor]  # of the same, where they are trained
-    ignored: list[str] | None  # of the configuration; None: it had none
+    flags: list[bool]  # requires_grad of the norm's parameters
+    values: list[Tensor]  # of the same parameters, if MoD trains them
+    ignored: list[str] | None  # the configuration's own list of ignored outputs, if any
 
 
 _BEFORE = f"{Ensemble.KEY}_before"
 
 
 def apply(model: Model, config: ModConfig | None = None) -> Model:
-    """Let the last k layers of a causal LM predict together, in place.
+    """Make the last k layers of a causal LM predict together, in place.
 
-    From now on ``model(...)``, ``generate`` and a Trainer get the logits of the mixture, and with
-    labels a loss that has the distillation in it, in a :class:`ModOutput`. All else of the output
-    is the model's own, its hidden states too.
+    Afterwards ``model(...)``, ``generate`` and a Trainer get the logits of the mixture in a
+    :class:`ModOutput`, and with labels a loss that includes the distillation. The rest of the
+    output is the model's own, including its hidden states.
 
-    New parameters are named ``mod.*``, and train. Of the model's own only the final norm's flag
-    changes, to ``config.train_final_norm``. Apply after PEFT to train: PEFT freezes what it finds.
+    New parameters are named ``mod.*`` and are trained, a copied final norm only with
+    ``train_final_norm``. The model's own parameters keep ``requires_grad``, except those of the
+    final norm: they are trained if ``share_final_norm`` and ``train_final_norm`` are both set.
+    Under PEFT, apply MoD afterwards: PEFT freezes existing parameters.
 
     Args:
-        model: a causal LM of transformers, as it is, or under PEFT before or after
+        model: a causal LM of transformers, as it is, under PEFT before or after
             :func:`lora_ext.from_peft`, or wrapped by :func:`lora_ext.nn.wrap`.
-        config: default is :class:`ModConfig` as it stands.
+        config: default is ``ModConfig()``.
 
     Returns:
         ``model``; :func:`remove` undoes it.
 
     Raises:
-        RuntimeError: the model has MoD already: :func:`remove` first. TypeError: ``config`` is no
-            ModConfig, or the final norm is like neither RMSNorm nor LayerNorm. ValueError: no
-            causal LM, fewer layers than k, or a model with something else named ``mod``.
-            InexactMixError: ``backend="hidden"`` where the head soft-caps its logits.
+        RuntimeError: the model has MoD already: call :func:`remove` first. TypeError: ``config`` is
+            not a ModConfig, or the final norm computes neither RMSNorm nor LayerNorm. ValueError: a
+            model that is not a causal LM, fewer layers than k, or a model with another attribute
+            ``mod``. InexactMixError: ``backend="hidden"`` with a head that soft-caps its logits.
             NotImplementedError: an encoder beside the decoder, or a projection between the final
-            norm and the head. The model is as it was then.
+            norm and the head. The model is unchanged after an error.
 
     Source: arXiv 2410.13077.
     """
     config = ModConfig() if config is None else config
     instance("apply", "config", config, ModConfig)
     lm = causal_lm(model, "apply")
-    from ._output import ADDED  # it needs transformers, as the model does
+    from ._output import ADDED  # needs transformers, as the model does
 
     where = "apply"
     remedy = "one with MoD; call mod.remove(model) first"
     new = Ensemble.KEY not in lm.__dict__
     require(new, where, "model", "a model without MoD", remedy, RuntimeError)
-    require(not hasattr(lm, NAME), where, "model", f"no attribute {NAME!r}", "one")
+    found = type(getattr(lm, NAME, None)).__name__
+    require(not hasattr(lm, NAME), where, "model", f"no attribute {NAME!r}", found)
     blocks = decoder_layers(lm)
     softcap = softcap_of(lm)
     stack = list(blocks)
@@ -82,18 +85,18 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     require(fits, where, "k", f"at most the model's {len(stack)} layers", config.k)
     exact = config.backend != "hidden" or softcap is None or config.k <= 1
     expected = f"'auto' or 'chunked' for a head that soft-caps its logits at {softcap}"
-    found = "'hidden': a mix of hidden states is no mix of such logits"
+    found = "'hidden', whose mix of hidden states is not a mix of such logits"
     require(exact, where, "backend", expected, found, InexactMixError)
     decoder = next(module for module in lm.modules() if blocks in module.children())
     norm = _final_norm(decoder, lm)
-    # OPT-350m, for one, has a head that sees something else than normed hidden states.
+    # Some models, such as OPT-350m, project the normed hidden states before the head.
     width, head = norm.weight.shape[0], head_width(lm.get_output_embeddings())
     expected = f"a head as wide as the {width} features of the hidden states"
     found = f"{head} in {type(lm).__name__}, which projects them in between"
     require(head == width, where, "model", expected, found, NotImplementedError)
     copies = [_copy(norm) for _ in range(config.k - config.share_final_norm)]
     mixer = DepthMixer([*copies, norm] if config.share_final_norm else copies, config)
-    mixer.requires_grad_(True).train(lm.training)  # not a shared norm: it is no child of the mixer
+    mixer.requires_grad_(True).train(lm.training)  # excludes a shared norm, which is not a child
     flags = [p.requires_grad for p in norm.parameters()]
     trained = config.share_final_norm and config.train_final_norm
     values = [p.detach().clone() for p in norm.parameters()] if trained else []
@@ -108,14 +111,14 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     lm.__dict__[_BEFORE] = Before(norm, hooks, flags, values, ignored)
     lm.__dict__[Ensemble.KEY] = Ensemble(config, mixer, softcap)
     Forward.put_before(lm, with_mixture)
-    # A Trainer gathers the predictions that it would gather without MoD.
-    known = getattr(lm.config, _IGNORED, ["cache", "past_key_values"])  # what it takes for none
+    # A Trainer gathers the same predictions as without MoD; the default list is the Trainer's.
+    known = getattr(lm.config, _IGNORED, ["cache", "past_key_values"])
     setattr(lm.config, _IGNORED, [*known, *ADDED])
     return model
 
 
 def remove(model: Model) -> Model:
-    """Undo :func:`apply`: no hook, module, flag or value of it is left.
+    """Undo :func:`apply`: remove its hooks and modules, and restore flags and values.
 
     Returns:
         ``model``.
@@ -143,17 +146,19 @@ def remove(model: Model) -> Model:
 
 
 def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
-    """The causal LM in a model with MoD, and what it keeps; a RuntimeError without."""
+    """Return the causal LM of a model with MoD, and its ensemble; raise `RuntimeError` without
+    MoD."""
     for module in model.modules():
         ensemble = module.__dict__.get(Ensemble.KEY)
         if ensemble is not None:
             return module, ensemble
-    raise RuntimeError(f"{where}: model: expected a model of mod.apply, found another")
+    found = f"{type(model).__name__} without MoD"
+    raise RuntimeError(f"{where}: model: expected a model of mod.apply, found {found}")
 
 
 def _final_norm(decoder: nn.Module, lm: Any) -> Any:
-    """The norm between the last block and the head: of the decoder's children that have a weight as
-    wide as the hidden states the last one, but none that norms embeddings."""
+    """Return the norm between the last block and the head: the last child of the decoder with a
+    weight as wide as the hidden states, except norms of embeddings."""
     width = lm.config.get_text_config(decoder=True).hidden_size
     children = dict(decoder.named_children())
     for name, child in reversed(children.items()):
@@ -167,7 +172,7 @@ def _final_norm(decoder: nn.Module, lm: Any) -> Any:
 
 
 def _copy(norm: Any) -> nn.Module:
-    """A norm of the same class and values, that nobody watches."""
+    """Return a copy of a norm without hooks."""
     inner = getattr(norm, "modules_to_save", None)  # PEFT's wrapper around a norm that it trains
     made = copy.deepcopy(norm if inner is None else inner[norm.active_adapter])
     for module in made.modules():

@@ -1,4 +1,4 @@
-"""Norms of language models, told apart by what they compute instead of by their class."""
+"""Norms of language models, classified by what they compute instead of by their class."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 
 
 class NormForm(NamedTuple):
-    """``(offset + weight) * h / sqrt(mean(h^2) + eps) + bias``; "layer" first takes the mean from
-    ``h``."""
+    """``(offset + weight) * h / sqrt(mean(h^2) + eps) + bias``; "layer" subtracts the mean of ``h``
+    first."""
 
     kind: str  # "rms" or "layer"
     eps: float
-    offset: int  # 1 in Gemma's norms, whose weight is the distance from 1
+    offset: int  # 1 in Gemma's norms, which store the weight minus 1
 
     def gamma(self, norm: nn.Module) -> Tensor:
-        """What the normed state is multiplied by, ``(d,)``; exact in float32 for 16-bit weights."""
+        """Return the factor of the normed state, ``(d,)``; exact in float32 for 16-bit weights."""
         weight: Any = norm.weight
         if not self.offset:
             return weight
@@ -30,9 +30,9 @@ class NormForm(NamedTuple):
 
 
 def norm_form(norm: nn.Module, where: str) -> NormForm:
-    """The form of a norm: of RMSNorm's kind, with a weight or with one plus it, or LayerNorm's.
+    """Determine the form of a norm: RMSNorm with a weight or with 1 + weight, or LayerNorm.
 
-    The norm is asked for a few rows, and its answer is compared with each formula.
+    The norm is run on a few rows, and the result is compared with each formula.
 
     Args:
         norm: any module. where: function and argument, for the message.
@@ -48,7 +48,7 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
         raise _refusal(norm, where, "a weight on the meta device, which has no values")
     bias: Any = getattr(norm, "bias", None)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    # Rows whose mean is not zero, the last of them so small that eps counts.
+    # The rows have a mean other than zero, and the last is so small that eps matters.
     steps = torch.arange(3 * weight.numel(), device=weight.device, dtype=wide).view(3, -1)
     rows = (steps * 0.7548776662).frac() - 0.3
     rows[2] *= 1e-3
@@ -57,9 +57,9 @@ def norm_form(norm: nn.Module, where: str) -> NormForm:
         try:
             found = norm(rows).to(wide)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            raise _refusal(norm, where, f"one that cannot norm (3, d): {error!s:.200}") from None
+            raise _refusal(norm, where, f"a failure with shape (3, d): {error!s:.200}") from None
         bound = 4 * torch.finfo(weight.dtype).eps * found.abs().max() + 1e-5
-        # torch's RMSNorm without eps takes that of its weight's dtype or of the one it computes in.
+        # Without eps, torch's RMSNorm uses that of its weight's dtype or of its compute dtype.
         eps = next((getattr(norm, name) for name in _EPS_NAMES if hasattr(norm, name)), None)
         unknown = [torch.finfo(dtype).eps for dtype in (weight.dtype, wide)]
         values = unknown if eps is None else [float(eps)]

@@ -1,4 +1,4 @@
-"""The layers of an ensemble: mixes of their logits, and the terms of the loss that MoD adds."""
+"""Layers of an ensemble: mixtures of their logits, and the terms of the loss that MoD adds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .config import ModConfig
 
 
 class Layers(NamedTuple):
-    """The head's parameters, and each layer's normed hidden states ``(..., d)``, the last layer's
-    last, in the dtype of W."""
+    """Parameters of the head, and the normed hidden states ``(..., d)`` of each layer in order, in
+    the dtype of W."""
 
     head: Head
     weight: Tensor
@@ -27,22 +27,23 @@ class Layers(NamedTuple):
     normed: Sequence[Tensor]
 
     def flat(self) -> Layers:
-        """Return the same with all positions in one dimension: states ``(N, d)``."""
+        """Return the same layers with all positions in one dimension: states ``(N, d)``."""
         return self._replace(normed=[n.flatten(0, -2) for n in self.normed])
 
     def late(self) -> Layers:
-        """Return the same without the last layer, from which the others are distilled."""
+        """Return the same layers without the last, from which the others are distilled."""
         return self._replace(normed=self.normed[:-1])
 
 
 def mixed_logits(layers: Layers, weights: Tensor, chunk: int, probabilities: bool) -> Tensor:
-    """The mix of the layers' own logits, or the logarithm of that of their probabilities.
+    """Mix the logits of the layers, or take the logarithm of their mixed probabilities.
 
-    ``sum_e w_e z_e``, or ``log sum_e w_e softmax(z_e)``, a chunk of the vocabulary at a time: only
-    one tensor of ``(..., V)`` stands in memory. The backward computes each chunk again.
+    Computes ``sum_e w_e z_e``, or ``log sum_e w_e softmax(z_e)``, one chunk of the vocabulary at a
+    time: only one tensor of ``(..., V)`` is in memory. The backward recomputes each chunk.
 
     Args:
-        layers: k of them. weights: ``(..., k)``. chunk: columns. probabilities: mix these.
+        layers: k layers. weights: ``(..., k)``. chunk: columns per chunk. probabilities: True to
+            mix probabilities.
 
     Returns:
         ``(..., V)`` in the dtype of the head.
@@ -76,18 +77,17 @@ def mixed_logits(layers: Layers, weights: Tensor, chunk: int, probabilities: boo
 
 
 def still(layer: nn.Module) -> AbstractContextManager[None]:
-    """A block in which an output layer draws no dropout, that of its adapters say."""
+    """Enter a block in which an output layer applies no dropout, such as that of its adapters."""
     return nullcontext() if type(layer) is nn.Linear else evaluating(layer)
 
 
 def kept(values: Tensor, logits_to_keep: Any) -> Tensor:
-    """The positions that transformers' argument of that name keeps.
+    """Select the positions that transformers' argument ``logits_to_keep`` keeps.
 
     Args:
         values: ``(B, T, ...)``.
-        logits_to_keep: a number of last positions, 0 for all; positions ``(n,)``, or ``(B, n)`` of
-            each sequence; or a bool mask ``(B, T)``, of which the positions follow each other in
-            one dimension.
+        logits_to_keep: number of last positions, 0 for all; positions ``(n,)``, or ``(B, n)`` per
+            sequence; or a bool mask ``(B, T)``, which puts all its positions into one dimension.
     """
     if not isinstance(logits_to_keep, Tensor):
         return values[:, -logits_to_keep:] if logits_to_keep else values
@@ -101,14 +101,14 @@ def kept(values: Tensor, logits_to_keep: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Targets:
-    """Which positions count, of those whose logits are kept.
+    """Positions that count in the loss terms, among those with kept logits.
 
     Attributes:
-        labels: ``(N,)``, under the positions that predict them, IGNORE elsewhere.
-        counted: ``(N,)`` bool, where they are not IGNORE.
-        mask: ``(N,)`` bool, where the distillation is taken.
-        share: of the whole batch that these labels are, where the loss is divided by the number of
-            its labels, as in gradient accumulation; else 1.
+        labels: ``(N,)``, aligned with the positions that predict them, IGNORE for no label.
+        counted: ``(N,)`` bool, True for labels other than IGNORE.
+        mask: ``(N,)`` bool, positions of the distillation.
+        share: fraction of the batch's labels in this call, if the loss is divided by their number,
+            as in gradient accumulation; else 1.
     """
 
     labels: Tensor
@@ -120,8 +120,12 @@ class Targets:
     def of(
         cls, config: ModConfig, given: Mapping[str, Any], shape: torch.Size, device: torch.device
     ) -> Targets:
-        """From the arguments of the model's forward, for hidden states ``(B, T)`` and a head on
-        ``device``, which need not be that of the labels."""
+        """Return the targets of a model's forward.
+
+        Args:
+            config: settings of MoD. given: arguments of the forward.
+            shape: ``(B, T)`` of the hidden states. device: of the head; labels may be on another.
+        """
         shifted = given.get("shift_labels")
         labels: Tensor = shift_labels(given["labels"]) if shifted is None else shifted
         keep = given.get("logits_to_keep", 0)
@@ -140,8 +144,8 @@ class Targets:
 
 
 def distillation(config: ModConfig, layers: Layers, to: Targets) -> Tensor:
-    """Divergence of the late layers from the last, ``tau^2 KL``, a mean over both layers and
-    positions; the last layer is not moved by it."""
+    """Compute the divergence of the late layers from the last, ``tau^2 KL``, averaged over layers
+    and positions; the last layer gets no gradient."""
     head, weight, bias, normed = layers
     mean = ops.chunked_kl(
         normed, weight, bias, config.tau, config.vocab_chunk, to.mask, head.softcap
@@ -150,8 +154,8 @@ def distillation(config: ModConfig, layers: Layers, to: Targets) -> Tensor:
 
 
 def layer_losses(config: ModConfig, layers: Layers, to: Targets) -> Tensor:
-    """Return the mean cross entropy of each layer's own prediction, ``(k,)``, by the targets'
-    labels; no logits of the whole vocabulary are held."""
+    """Compute the mean cross entropy of each layer's own prediction, ``(k,)``, without storing
+    logits of the whole vocabulary."""
     head, weight, bias, normed = layers
     losses = [
         ops.chunked_cross_entropy(

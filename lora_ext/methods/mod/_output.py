@@ -1,4 +1,4 @@
-"""What a model with MoD returns: all that it returned before, and the terms of the loss."""
+"""Output of a model with MoD: the model's own fields, and the terms of the loss."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ except ModuleNotFoundError as error:
 
 @dataclasses.dataclass
 class ModOutput(ModelOutput):
-    """The model's own output, of the mixture, and what MoD adds.
+    """The model's own output, computed from the mixture, and the fields that MoD adds.
 
-    What a model returns is of a class that comes from this one and from the model's own output
-    class, and has all fields of both, the model's own first.
+    The class of a model's output inherits from this class and from the model's own output class. It
+    has all fields of both, the model's own first.
 
     Attributes:
         loss: ``ce_loss + distill_weight * distill_loss + layer_ce * layer_ce_loss``.
-        logits: ``(B, T, V)``, of the mixture; log-probabilities where these are mixed.
-        ce_loss: what the model's own loss function makes of them; 0 where all labels are ignored.
-        distill_loss: divergence of the late layers from the last; None where its weight is 0.
-        layer_ce_loss: mean cross entropy of the late layers; None where its weight is 0.
+        logits: ``(B, T, V)``, of the mixture; log-probabilities if probabilities are mixed.
+        ce_loss: the model's own loss function of these logits; 0 if all labels are ignored.
+        distill_loss: divergence of the late layers from the last; None if its weight is 0.
+        layer_ce_loss: mean cross entropy of the late layers; None if its weight is 0.
         routing_weights: ``(B, T, k)``, float32 (float64 for float64).
-        layer_losses: ``(k,)``, cross entropy of each layer by itself, in evaluation with labels.
+        layer_losses: ``(k,)``, cross entropy of each layer alone, in evaluation with labels.
     """
 
     loss: Tensor | None = None
@@ -42,24 +42,24 @@ class ModOutput(ModelOutput):
     layer_losses: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class is made at run time, beside the model's own output class: pickle finds that one.
+        # The class is created at run time; pickle finds the model's own output class instead.
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return _remade, (getattr(type(self), "own_class", None), values)
 
 
-#: Fields that no model has.
+#: Fields that MoD adds to a model's output.
 ADDED = tuple(f.name for f in dataclasses.fields(ModOutput) if f.name not in ("loss", "logits"))
 
 
 @functools.cache
 def output_class(own: type) -> type[ModOutput]:
-    """A :class:`ModOutput` with the fields of a model's own output class."""
+    """Return a :class:`ModOutput` class with the fields of a model's own output class."""
     made = type(ModOutput.__name__, (ModOutput, own), {"own_class": own, "__module__": __name__})
     return dataclasses.dataclass(made)
 
 
 def mod_output(own: Any, **values: Any) -> ModOutput:
-    """The output of a model, with these values in the place of its own or beside them."""
+    """Return the output of a model with these values replaced or added."""
     kept = {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}
     return output_class(type(own))(**(kept | values))
 

@@ -1,4 +1,4 @@
-"""Settings of a mixture of depths, under the paper's symbols."""
+"""Settings of a mixture of depths, named after the paper's symbols."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ _SUM_TOLERANCE = 1e-6
 
 
 class InexactMixError(ValueError):
-    """A mix of hidden states was asked for where it is not the mix of logits or probabilities."""
+    """Raised if mixing hidden states would not equal mixing logits or probabilities."""
 
 
 @dataclass(frozen=True)
 class ModConfig:
-    """How the last layers' predictions become one.
+    """Settings of the ensemble of the last layers.
 
     Attributes:
-        k: layers in the ensemble, the last one among them.
-        router: what their weights follow from. "token": the last layer's normed hidden state, at
-            each position; "static": k parameters; "fixed": given numbers.
-        final_mass: weight of the last layer at the start, in (0, 1). Our choice.
-        fixed_weights: w, k numbers that sum to 1, of the router "fixed".
-        mix: what is mixed, "logit" or "prob".
-        distill_weight: lambda, of the divergence of the late layers from the last. Our choice.
+        k: number of layers in the ensemble, including the last.
+        router: source of their weights. "token": the last layer's normed hidden state, at each
+            position; "static": k parameters; "fixed": given numbers.
+        final_mass: initial weight of the last layer, in (0, 1). Our choice.
+        fixed_weights: w, k numbers that sum to 1, for the router "fixed".
+        mix: mixed quantity, "logit" or "prob".
+        distill_weight: lambda, weight of the divergence of the late layers from the last. Our
+            choice.
         tau: temperature of that divergence.
-        distill_on: positions that it is taken at: "labels", those whose next token counts; "all",
+        distill_on: positions of that divergence: "labels", those whose next token counts; "all",
             those of the attention mask.
-        layer_ce: weight of the late layers' own cross entropy, their mean.
+        layer_ce: weight of the mean cross entropy of the late layers.
         share_final_norm: the last layer's norm in the mixture is the model's own; otherwise a copy.
         train_final_norm: whether the last layer's norm in the mixture is trained.
-        vocab_chunk: columns of logits of one layer that are in memory at a time.
-        backend: "hidden" mixes before the head, "chunked" the logits themselves, a part of the
-            vocabulary at a time; "auto" is "hidden" where the two are the same.
+        vocab_chunk: number of columns of one layer's logits that are in memory at a time.
+        backend: "hidden" mixes before the head; "chunked" mixes the logits themselves, one part of
+            the vocabulary at a time; "auto" uses "hidden" if the two are equal.
 
     Raises:
-        ValueError: a value out of range, naming the field. InexactMixError: "prob" with "hidden".
+        ValueError: a value out of range; the message names the field. InexactMixError: "prob" with
+            "hidden".
 
     Source: arXiv 2410.13077.
     """
@@ -77,7 +79,7 @@ class ModConfig:
         require(fits, "ModConfig", "final_mass", "a number in (0, 1)", self.final_mass)
         exact = self.mix != "prob" or self.backend != "hidden" or self.k <= 1
         expected = "'auto' or 'chunked' with mix='prob'"
-        found = "'hidden': a mix of hidden states is no mix of probabilities"
+        found = "'hidden', whose mix of hidden states is not a mix of probabilities"
         require(exact, "ModConfig", "backend", expected, found, InexactMixError)
 
     def _weights(self, where: str, name: str, given: Any) -> tuple[float, ...] | None:
@@ -85,11 +87,11 @@ class ModConfig:
             require(given is None, where, name, "None unless the router is 'fixed'", repr(given))
             return None
         try:
-            # A string and a mapping are no rows of numbers, though their elements may pass for it.
+            # Strings and mappings are rejected, even if their elements convert to numbers.
             weights = () if isinstance(given, str | Mapping) else tuple(map(float, given or ()))
         except (TypeError, ValueError, OverflowError):
             weights = ()
         ok = len(weights) == self.k and all(0 <= w < math.inf for w in weights)
         expected = f"k = {self.k} numbers of at least 0 that sum to 1"
         require(ok and abs(sum(weights) - 1) <= _SUM_TOLERANCE, where, name, expected, repr(given))
-        return weights  # a list may be given, and is kept apart
+        return weights  # a copy, since the argument may be a list

@@ -1,7 +1,7 @@
-"""What MoD has learned: as a state dict, in a folder, and counted.
+"""Parameters of MoD: as a state dict, in a folder, and counted.
 
-A folder has ``mod_config.json`` and ``mod.safetensors``. It is not trusted: names, shapes and
-dtypes are compared with what the configuration asks for before memory is taken for them.
+A folder contains ``mod_config.json`` and ``mod.safetensors``. It is not trusted: names, shapes and
+dtypes are compared with the configuration before memory is allocated.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _VERSION = 1
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that MoD has in a model, by name; they share its memory.
+    """Return the parameters of MoD in a model, by name; they share the model's memory.
 
     Returns:
         ``mod.norms.<e>.*`` of the late layers, ``mod.router`` and ``mod.bias``; and
-        ``mod.final_norm.*``, where the model's own final norm is trained.
+        ``mod.final_norm.*`` if the model's own final norm is trained.
 
     Raises:
         RuntimeError: a model without MoD.
@@ -46,15 +46,17 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put values of :func:`state_dict` into a model with MoD of the same configuration.
+    """Copy values of :func:`state_dict` into a model with MoD of the same configuration.
 
     Args:
-        model: of :func:`apply`. state: every parameter of MoD by name, and nothing else; values are
-            copied, in the dtype and to the device of the model's.
+        model: of :func:`apply`.
+        state: every parameter of MoD by name, and nothing else. Values are converted to the dtype
+            and device of the model's.
 
     Raises:
-        RuntimeError: a model without MoD. ValueError: a key that is missing or too many, or a
-            tensor of another shape or not of floats, naming the key; the model is as it was then.
+        RuntimeError: a model without MoD. ValueError: a missing or unexpected key, or a tensor of
+            another shape or without floating dtype; the message names the key, and the model is
+            unchanged.
     """
     own = _mod_parameters(model, "load_state_dict")
     _compare("load_state_dict: state", own, state)
@@ -64,12 +66,13 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write what MoD has learned, and its configuration, into a folder, for :func:`load`.
+    """Write the parameters and the configuration of MoD into a folder, for :func:`load`.
 
     Raises:
-        RuntimeError: a model without MoD. OSError: what the system says; then nothing has changed.
+        RuntimeError: a model without MoD. OSError: an error of the system; no file has changed
+            then.
     """
-    from safetensors.torch import save as as_bytes  # not with lora_ext: only this needs it
+    from safetensors.torch import save as as_bytes  # imported late: only this function needs it
 
     _, ensemble = applied(model, "save")
     data = {"version": _VERSION, "config": dataclasses.asdict(ensemble.config)}
@@ -78,15 +81,16 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load(model: Model, folder: str | os.PathLike[str]) -> Model:
-    """Apply MoD to a model as :func:`save` found it on another of the same shape.
+    """Apply MoD to a model with the parameters that :func:`save` wrote for another of the same
+    shape.
 
     Returns:
         ``model``.
 
     Raises:
-        RuntimeError, ValueError, TypeError, NotImplementedError: what :func:`apply` raises; and
-            ValueError for anything in the folder that is not such a mixture, naming file and key.
-            The model is as it was then.
+        RuntimeError, ValueError, TypeError, NotImplementedError: an error of :func:`apply`; and
+            ValueError for a folder that does not contain such a mixture, naming file and key. The
+            model is unchanged after an error.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
@@ -103,7 +107,7 @@ def load(model: Model, folder: str | os.PathLike[str]) -> Model:
 
 
 def _mod_parameters(model: nn.Module, where: str) -> dict[str, nn.Parameter]:
-    """The parameters of :func:`state_dict` themselves. ``where`` opens what an error says."""
+    """Return the parameters of :func:`state_dict` themselves; ``where`` starts the message."""
     _, ensemble = applied(model, where)
     mixer, config = ensemble.mixer, ensemble.config
     found = {f"{NAME}.{name}": p for name, p in mixer.named_parameters()}
@@ -143,12 +147,12 @@ def _read_config(path: Path) -> ModConfig:
 
 
 def trainable_report(model: nn.Module) -> dict[str, Any]:
-    """Count the parameters of a model with MoD that are trained.
+    """Count the trained parameters of a model with MoD.
 
     Returns:
-        By name: ``lora``, of adapters; ``mod``, of the mixture, the final norm with it where it is
-        trained; ``head``, of the output layer, tied embeddings with it; ``other``; ``total``, their
-        sum; ``all``, the model's parameters, trained or not; ``ratio``, total / all.
+        By name: ``lora``, of adapters; ``mod``, of the mixture, including the final norm if it is
+        trained; ``head``, of the output layer, including tied embeddings; ``other``; ``total``,
+        their sum; ``all``, the model's parameters, trained or not; ``ratio``, total / all.
 
     Raises:
         RuntimeError: a model without MoD.

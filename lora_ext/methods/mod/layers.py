@@ -1,4 +1,4 @@
-"""DepthMixer: the last hidden states of a language model, each with a norm of its own, made one."""
+"""DepthMixer: a weighted sum of a language model's last hidden states, each with its own norm."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from lora_ext.rows import constant
 from ._norms import norm_form
 from .config import ModConfig
 
-_MOST = 8  # hidden states that one call of the kernel takes
+_MAX_HIDDENS = 8  # hidden states per call of the kernel
 
 
 class DepthMixer(nn.Module):
-    """A norm for each of k hidden states, a router that weighs them, and their sum.
+    """Norms for k hidden states, a router that weights the states, and their sum.
 
-    ``u[t] = sum_e w[t, e] norm_e(h_e[t])``, with ``w[t] = softmax(R norm_k(h_k[t]) + c)`` of the
-    router "token", ``softmax(c)`` of "static", and given weights of "fixed". At first ``R = 0``,
-    and ``c`` gives the last hidden state the weight ``final_mass``, the others equal parts.
+    ``u[t] = sum_e w[t, e] norm_e(h_e[t])``, with ``w[t] = softmax(R norm_k(h_k[t]) + c)`` for the
+    router "token", ``softmax(c)`` for "static", and given weights for "fixed". Initially ``R = 0``,
+    and ``c`` gives the last hidden state the weight ``final_mass`` and the others equal weights.
 
     With ``k = 1`` the norm itself runs, and the weight is 1.
 
     Args:
         norms: k modules of one form, :func:`lora_ext.methods.mod._norms.norm_form`, the model's
-            final norm last. They are held, not copied.
-        config: of it k, router, final_mass, fixed_weights, share_final_norm. With the latter the
-            last norm is another module's child: its parameters are not this module's, nor is it in
-            the state dict, but it follows where the mixer is moved to.
+            final norm last. They are not copied.
+        config: k, router, final_mass, fixed_weights and share_final_norm are used. With
+            share_final_norm, the last norm is a child of another module. Its parameters are not in
+            this module or its state dict, but it moves with the mixer.
 
     Attributes:
-        norms: those that are the mixer's own.
-        final_norm: the last of all.
+        norms: norms that belong to the mixer.
+        final_norm: the last norm.
         router: R, ``(k, d)``, of the router "token". bias: c, ``(k,)``, of "token" and "static".
 
     Raises:
-        TypeError: a norm that is like neither RMSNorm nor LayerNorm. ValueError: another number of
+        TypeError: a norm that computes neither RMSNorm nor LayerNorm. ValueError: another number of
             norms than k, or norms of different widths or forms.
 
-    Source: arXiv 2410.13077; router and start are ours (docs/mod.md).
+    Source: arXiv 2410.13077; router and initial values are ours (docs/mod.md).
     """
 
     final_norm: nn.Module
@@ -63,7 +63,7 @@ class DepthMixer(nn.Module):
         self.config = config
         self.form = forms[-1]
         self.norms = nn.ModuleList(norms[:-1] if config.share_final_norm else norms)
-        # Not a child: where it is the model's, it is in the model's state dict already.
+        # Not registered as a child: a shared norm is in the model's state dict already.
         self.__dict__["final_norm"] = norms[-1]
         width, wide = weights[-1].shape, torch.promote_types(weights[-1].dtype, torch.float32)
         settings: Any = {"dtype": wide, "device": weights[-1].device}
@@ -77,14 +77,14 @@ class DepthMixer(nn.Module):
             self.bias = nn.Parameter(bias)
 
     def forward(self, hiddens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mix.
+        """Compute the mixture.
 
         Args:
-            hiddens: k tensors ``(..., d)``, not normed, the last layer's last.
+            hiddens: k tensors ``(..., d)`` before the norms, in the order of the layers.
 
         Returns:
-            The mix ``(..., d)`` in their dtype, in the place of the normed last hidden state; and
-            the weights ``(..., k)``, in float32 (float64 for float64).
+            The mixture ``(..., d)`` in their dtype, which replaces the normed last hidden state;
+            and the weights ``(..., k)``, in float32 (float64 for float64).
 
         Raises:
             ValueError: another number of hidden states than k, or hidden states of different
@@ -94,20 +94,20 @@ class DepthMixer(nn.Module):
         if self.config.k == 1:
             return self.final_norm(hiddens[0]), self.weights(hiddens)
         (gammas, betas), (kind, eps, _) = self._affine(), self.form
-        if self.router is not None and self.bias is not None and len(hiddens) <= _MOST:
+        if self.router is not None and self.bias is not None and len(hiddens) <= _MAX_HIDDENS:
             return ops.depth_mix_routed(hiddens, gammas, self.router, self.bias, eps, betas, kind)
         weights = self.weights(hiddens)
         parts: list[Tensor] = []
-        for start in range(0, len(hiddens), _MOST):
-            part = slice(start, start + _MOST)
+        for start in range(0, len(hiddens), _MAX_HIDDENS):
+            part = slice(start, start + _MAX_HIDDENS)
             own = hiddens[part], gammas[part], weights[..., part]
             shift = None if betas is None else betas[part]
             parts.append(ops.depth_mix(*own, eps, shift, kind))
         return (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)), weights
 
     def weights(self, hiddens: Sequence[Tensor]) -> Tensor:
-        """Compute the weights ``(..., k)`` of the mix alone; ``hiddens`` and errors are
-        :meth:`forward`'s."""
+        """Compute only the weights ``(..., k)`` of the mixture; arguments and errors are those of
+        :meth:`forward`."""
         self._check(hiddens)
         last, config = hiddens[-1], self.config
         wide = torch.promote_types(last.dtype, torch.float32)
@@ -124,8 +124,9 @@ class DepthMixer(nn.Module):
         return weights.expand(*last.shape[:-1], config.k)
 
     def normed(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
-        """Put each of ``hiddens`` through its norm, as it is in the mix: what the head makes a
-        layer's own logits of. k tensors ``(..., d)``; errors are :meth:`forward`'s."""
+        """Apply the norm of each hidden state, as in the mixture. The head computes a layer's own
+        logits from the result: k tensors ``(..., d)``. Arguments and errors are those of
+        :meth:`forward`."""
         self._check(hiddens)
         return [self._normed(hidden, e) for e, hidden in enumerate(hiddens)]
 
@@ -136,7 +137,7 @@ class DepthMixer(nn.Module):
         return ops.depth_mix([hidden], [gammas[place]], one, self.form.eps, shift, self.form.kind)
 
     def _affine(self) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Gammas, and betas where the norms have them."""
+        """Return the gammas, and the betas if the norms have them."""
         norms = [*self.norms[: self.config.k - 1], self.final_norm]
         betas: list[Any] = [getattr(norm, "bias", None) for norm in norms]
         return [self.form.gamma(norm) for norm in norms], None if betas[-1] is None else betas
@@ -155,5 +156,5 @@ class DepthMixer(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        """The router, and how many hidden states it weighs."""
+        """Return k, the router and the form of the norms, for ``print``."""
         return f"k={self.config.k}, router={self.config.router!r}, form={tuple(self.form)}"

@@ -1,5 +1,4 @@
-"""Settings of multi-token prediction with circuits, under the paper's symbols; which heads there
-are."""
+"""Settings of multi-token prediction with circuits, named after the paper's symbols."""
 
 from __future__ import annotations
 
@@ -11,14 +10,14 @@ from lora_ext.reference import KINDS
 
 from ._emission import EMISSIONS
 
-#: The families of circuits.
+#: Circuit families.
 Kind = Literal["ff", "cp", "hmm", "btree"]
-#: How leaves follow from hidden states: the keys of
+#: Ways to compute leaves from hidden states: keys of
 #: :data:`~lora_ext.methods.mtpc._emission.EMISSIONS`.
 EmissionName = Literal["full", "expander", "adapter"]
 
-MOST_FULL = 4096  # tokens for which an unembedding for each position and component is small
-_OF_HEAD = (
+MOST_FULL = 4096  # tokens up to which "full" is the default emission
+_HEAD_FIELDS = (
     "n_token", "rank", "kind", "emission", "adapter_rank", "contextual", "share_transitions",
     "init_identity",
 )  # fmt: skip
@@ -27,7 +26,7 @@ _OF_HEAD = (
 def check_structure(
     where: str, n_token: int, rank: int, kind: str, emission: str | None, adapter_rank: int
 ) -> None:
-    """Raise ValueError where no head has this structure; ``where`` starts the message."""
+    """Raise `ValueError` unless a head can have this structure; ``where`` starts the message."""
     choice(where, "kind", kind, KINDS)
     if emission is not None:
         choice(where, "emission", emission, tuple(EMISSIONS))
@@ -41,29 +40,31 @@ def check_structure(
 
 @dataclass(frozen=True)
 class MtpcConfig:
-    """Head, objective and draft tail.
+    """Settings of the head, the objective and the draft tail.
 
     Attributes:
-        n_token: n (H in the authors' code), tokens in a window.
-        rank: r (R), components of the mixture, or states of a latent.
+        n_token: n (H in the authors' code), number of tokens in a window.
+        rank: r (R), number of mixture components, or of states of a latent variable.
         kind: circuit family: "ff", "cp", "hmm" or "btree".
-        emission: how leaves follow from the hidden state, :class:`lora_ext.nn.CircuitHead`. None
-            is chosen by what is drafted: "full" for up to 4096 tokens, "adapter" for more. Ours.
+        emission: how leaves are computed from the hidden state, see
+            :class:`lora_ext.nn.CircuitHead`. With None, a draft of up to 4096 tokens uses "full", a
+            larger one "adapter". Our choice.
         adapter_rank: k, rank of each adapter with emission "adapter".
-        contextual: transitions depend on the hidden state.
+        contextual: True if transitions depend on the hidden state.
         share_transitions: one transition matrix for all steps.
         init_identity: transitions start near the identity.
         gamma: discount of later positions, in (0, 1].
         beta: weight of KL(verifier || circuit) against the cross entropy, in [0, 1].
-        bridge: width of the network that takes a decided token into the hidden state, so that the
-            circuit stands behind it (:class:`lora_ext.nn.TokenBridge`); 0 for none. Ours.
-        chain: with a bridge, how many windows of n tokens stand one behind the other, each behind
-            the last token of the one before; at most 1024.
-        draft_layers: K, the last layers that carry LoRA in the draft path; 0 for none.
+        bridge: width of the network that adds a decided token to the hidden state, so that the
+            circuit covers only later tokens (:class:`lora_ext.nn.TokenBridge`); 0 for no bridge.
+            Our choice.
+        chain: with a bridge, number of consecutive windows of n tokens, each conditioned on the
+            last token of the previous one; at most 1024.
+        draft_layers: K, number of last layers that carry LoRA in the draft path; 0 for no LoRA.
         draft_rank: rank of that LoRA. draft_alpha: its alpha.
 
     Raises:
-        ValueError: a value out of range, naming the field.
+        ValueError: a value out of range; the message names the field.
 
     Source: arXiv 2511.11346; gamma, beta, rank and alpha of the published runs.
     """
@@ -89,7 +90,7 @@ class MtpcConfig:
             "gamma": within(above=0, maximum=1),
             "beta": within(0, 1),
             "bridge": within(0),
-            # No tensor of a file shows this number, and memory is taken for all windows.
+            # No tensor of a saved draft confirms this number, and every window takes memory.
             "chain": within(maximum=1024),
             "draft_layers": within(0),
             "draft_rank": within(1),
@@ -103,13 +104,16 @@ class MtpcConfig:
         require(fits, "MtpcConfig", "chain", "1, or more with a bridge", self.chain)
 
     def for_tokens(self, count: int) -> MtpcConfig:
-        """The settings with an emission, for a draft of so many tokens: the shortlist's, or the
-        vocabulary's. Our choice: "full" grows with positions times components times tokens, and has
-        7 GB for 8 x 8 x 49152 tokens of width 576; "adapter" has the model's own unembedding."""
+        """Return the settings with an emission for a draft of ``count`` tokens, which is the size
+        of the shortlist or of the vocabulary.
+
+        Our choice: "full" grows with positions times components times tokens, and takes 7 GB for 8
+        x 8 x 49152 tokens of width 576; "adapter" uses the model's own unembedding.
+        """
         chosen = "full" if count <= MOST_FULL else "adapter"
         return replace(self, emission=self.emission or chosen)
 
     def of_head(self) -> dict[str, Any]:
-        """Return the arguments of a :class:`CircuitHead` that follow from the settings; no head is
-        made before :meth:`for_tokens` has chosen an emission."""
-        return {name: getattr(self, name) for name in _OF_HEAD}
+        """Return the arguments of a :class:`CircuitHead` that follow from the settings. If
+        ``emission`` is None, call :meth:`for_tokens` first."""
+        return {name: getattr(self, name) for name in _HEAD_FIELDS}

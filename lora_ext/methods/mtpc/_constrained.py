@@ -1,11 +1,13 @@
-"""Constraints beside speculation: drafts that a constraint allows, verified under its law.
+"""Speculative decoding under a constraint: drafts that the constraint allows, and its law.
 
-The states of the rows follow the drafted tokens. At every position the draft's law is the circuit's
-conditional times the target's own ``r`` (:mod:`lora_ext.control`), or the mask; target and draft
-share it, and ``ops.spec_verify`` stays as it is. Behind the end both hold the end alone.
+The state of every row follows the drafted tokens. At every position, the draft's law is the
+circuit's conditional times the ``r`` of the target (:mod:`lora_ext.control`), or times the mask.
+Draft and target share this factor, so ``ops.spec_verify`` is used unchanged. After the end of a
+text, both laws contain only end tokens.
 
-Where one token alone may come, draft and target hold it certain. A run of such tokens behind a
-window joins it: it needs no test, and the last test of the window looks behind it.
+If only one token is allowed, it has probability 1 in draft and target. A run of such tokens after a
+window is appended to it. The run needs no test; the last test of the window reads the logits after
+the run.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from ._shortlist import Shortlist
 from .layers import Circuit
 
 _WHERE = "SpeculativeDecoder"
-_MOST_FORCED = 32  # tokens of a run; the pass of a call has so many more columns for every row
+_MAX_FORCED_TOKENS = 32  # length of a run, which widens the pass of a call for every row
 
 
 class _Position(NamedTuple):
@@ -37,15 +39,15 @@ class _Position(NamedTuple):
 
 
 class Constrained:
-    """The constraints of the rows of one call, while they are decoded.
+    """Constraint states of the rows of one call during decoding.
 
     Args:
         decoder: a :class:`SpeculativeDecoder` with a constraint.
-        request: the budget, and what ends a row. batch: rows.
+        request: budget and end tokens of the call. batch: number of rows.
 
     Raises:
-        ValueError: for rows, ends or a vocabulary that do not fit, stop strings, and constraints
-            that cannot be met within the budget.
+        ValueError: a number of constraints, end tokens or a vocabulary that do not fit; stop
+            strings; a constraint that cannot be satisfied within the budget.
     """
 
     def __init__(self, decoder: Any, request: Request, batch: int):
@@ -61,23 +63,23 @@ class Constrained:
         self.temperature = decoder.temperature if decoder.mode == "sample" else 1.0
 
     def first(self, logits: Tensor) -> Tensor:
-        """Logits of the first token ``(B, V)`` under the constraints.
+        """Return the logits of the first token ``(B, V)`` under the constraints.
 
         Raises:
-            ValueError: as :meth:`take`.
+            ValueError: as in :meth:`take`.
         """
         law = control.moved(control.log_ratios(self.rows), logits, self.temperature)
         _possible(self.rows, law)
         return law
 
     def start(self, token: Tensor) -> None:
-        """Take the first token of every row, which no call has decided."""
+        """Advance every row by its first token ``(B,)``, which was drawn without a draft."""
         self.rows = control.advance(self.rows, token.tolist())
 
     def drafted(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> DraftedWindow:
-        """A window that the constraints allow; arguments as those of ``draft``."""
+        """Draft a window that the constraints allow; arguments as in ``Steps.draft``."""
         self._window: list[_Position] = []
-        self._behind = self.rows  # the rows behind what is drafted so far
+        self._behind = self.rows  # after the tokens that are drafted so far
         self._runs = torch.zeros(len(self.rows), dtype=torch.long)
         decoder, head = self.decoder, self.decoder.head
         # Rows without a constraint draft as they do alone, so that a seed gives the same tokens.
@@ -105,7 +107,7 @@ class Constrained:
         pending: Tensor | None,
         free: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a window ``(B, n)``, its log-probabilities, and the laws ``(B, n, V)``."""
+        """Return a window ``(B, n)``, its log-probabilities, and its log laws ``(B, n, V)``."""
         batch, n = uniforms.shape[:2]
         kind, greedy = self.decoder.head.kind, self.decoder.mode == "greedy"
         rows = self._behind
@@ -114,18 +116,18 @@ class Constrained:
         for k in range(n):
             at = torch.full((batch,), k, device=uniforms.device)
             q = listed.widen(ops.circuit_conditional_dist(kind, *circuit, places, at))  # (B, V)
-            if k == 0 and pending is not None:  # decided already, and not tested
+            if k == 0 and pending is not None:  # the pending token is not tested
                 self._window.append(_Position(rows, []))
                 token, law = pending, torch.zeros_like(q)
             else:
                 blocks = control.log_ratios(rows)
                 self._window.append(_Position(rows, blocks))
                 law = control.moved(blocks, q)
-                # Where the draft has none of the tokens that may come, r alone says which.
+                # If the draft has no mass on the allowed tokens, r alone is their law.
                 nothing = (law == -torch.inf).all(1, keepdim=True)
                 if bool(nothing.any()):
                     law = torch.where(nothing, control.moved(blocks, torch.zeros_like(q)), law)
-                    # A matcher may allow no token at all: any will do, for it is not kept.
+                    # If a matcher allows no token, any token is drawn; it is not kept.
                     law = torch.where((law == -torch.inf).all(1, keepdim=True), 0.0, law)
                 law = log_softmax(law)
                 token = law.argmax(-1) if greedy else draw(law, uniforms[:, k, 1])
@@ -141,12 +143,12 @@ class Constrained:
         return token, law.gather(2, token[..., None])[..., 0], law
 
     def with_forced(self, tokens: Tensor) -> Tensor:
-        """A window ``(B, K)``, and behind it the tokens that must come there, ``(B, K + F)``.
+        """Append the only tokens that may follow a window ``(B, K)``; return ``(B, K + F)``.
 
-        Runs differ in length; behind a shorter one stand zeros, which its row does not keep.
+        Runs differ in length. A shorter run is padded with zeros, which its row does not keep.
         """
         columns: list[list[int]] = []
-        for _ in range(_MOST_FORCED):
+        for _ in range(_MAX_FORCED_TOKENS):
             only = [None if row is None else row.only for row in self._behind]
             if all(token is None for token in only):
                 break
@@ -159,8 +161,12 @@ class Constrained:
         return torch.cat([tokens, *(tokens.new_tensor(c)[:, None] for c in columns)], 1)
 
     def target(self, target: Tensor) -> Tensor:
-        """The verifier's logits ``(B, K + F + 1, V)`` under the constraints: ``(B, K + 1, V)``, the
-        last behind the run of each row."""
+        """Return the verifier's logits ``(B, K + 1, V)`` under the constraints.
+
+        Args:
+            target: ``(B, K + F + 1, V)``. The last position of the result is the one after the run
+                of each row.
+        """
         self._window.append(_Position(self._behind, control.log_ratios(self._behind)))
         n = len(self._window) - 1
         behind = target[torch.arange(len(target)), n + self._runs]
@@ -172,15 +178,14 @@ class Constrained:
         return self._law
 
     def take(self, accepted: Tensor, token: Tensor) -> Tensor:
-        """Go on behind the tokens that were kept and the one that the verifier drew.
+        """Advance the rows by their accepted tokens and the verifier's token.
 
         Returns:
-            how many tokens of :meth:`with_forced` are kept, ``(B,)``: with the whole window its run
-            is.
+            number of tokens of :meth:`with_forced` that each row keeps, ``(B,)``. A row that keeps
+            its whole window also keeps its run.
 
         Raises:
-            ValueError: where the model has no finite score for a token that may come: then nothing
-                says which one does.
+            ValueError: the model has no finite score for any token that the constraint allows.
         """
         every = torch.arange(len(accepted), device=accepted.device)
         rows = [self._window[a].rows[i] for i, a in enumerate(accepted.tolist())]
@@ -190,18 +195,20 @@ class Constrained:
         return accepted + whole * self._runs.to(accepted.device)
 
     def select(self, stay: list[int]) -> None:
-        """Go on with these rows alone."""
+        """Keep only these rows."""
         self.rows = [self.rows[i] for i in stay]
 
 
 def _possible(rows: list[Row | None], law: Tensor) -> None:
-    """Refuse to go on where nothing may come, before a token of the rows with these logits
-    ``(B, V)``. Behind the end and the budget nothing has to."""
+    """Raise `ValueError` if a row is lost, or if the largest of its logits in ``law (B, V)`` is not
+    finite. Rows after their end or their budget are not checked."""
     waits = [row is not None and not row.ended and row.left > 0 for row in rows]
     lost = any(row is not None and row.lost and row.left >= 0 for row in rows)
     none = bool((~law.amax(-1).isfinite() & torch.tensor(waits, device=law.device)).any())
-    expected = "a finite one for a token that the constraint allows"
-    require(not (lost or none), _WHERE, "logits", expected, "none")
+    if lost or none:
+        expected = "a finite one for a token that the constraint allows"
+        found = f"largest logits {law.amax(-1).tolist()!r:.200}"
+        raise ValueError(f"{_WHERE}: logits: expected {expected}, found {found}")
 
 
 def _check(plan: Plan | MatchedPlan, request: Request, vocab_size: int) -> None:

@@ -1,16 +1,16 @@
-"""The steps of a turn of speculative decoding: draft a window, verify it.
+"""Steps of a turn of speculative decoding: draft a window, verify it.
 
-With a bridge, windows start behind a decided token. Their circuits are over the ``L`` tokens of the
-head's list, and so are the draws; only the law of each position, mixed over the components, is
-spread over the vocabulary for the test.
+With a bridge, windows start after a decided token. Their circuits and draws are over the ``L``
+tokens of the head's shortlist. Only the law of each position, mixed over the components, is spread
+over the vocabulary for the test.
 
-A draft that starts behind a decided token cannot have that token's hidden state: the model has not
-seen it yet. :class:`TokenBridge` guesses it from the state before the token and the token's
-embedding.
+The hidden state after a decided token is not known when a draft starts, since the model has not
+been run on that token. :class:`TokenBridge` estimates it from the state before the token and the
+token's embedding.
 
-Source: draft heads that read the token before theirs are Hydra's (Ankner et al. 2024, arXiv
-2402.05109) and EAGLE's (Li et al. 2024, arXiv 2401.15077); a circuit behind one is ours
-(docs/mtpc.md, "Bridge").
+Source: draft heads that read the previous token are Hydra's (Ankner et al. 2024, arXiv 2402.05109)
+and EAGLE's (Li et al. 2024, arXiv 2401.15077); a circuit after one is ours (docs/mtpc.md,
+"Bridge").
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ from lora_ext.reference import accumulator, log_softmax
 
 from .layers import Circuit, CircuitHead
 
-#: Whether tokens follow the model's law or are its likeliest.
+#: "sample" draws from the model's law; "greedy" takes its most likely tokens.
 Mode = Literal["sample", "greedy"]
 
 
 class TokenBridge(nn.Module):
-    """A hidden state, moved to where one more token would bring it:
+    """Estimate of the hidden state after one more token:
     ``h + |h| (skip z + down (silu(gate z) * up z))`` with ``z = [h / |h|; e / |e|]``.
 
-    ``|.|`` is the root of the mean square. The three products with ``z`` are one. ``down`` and
-    ``skip`` start at zero, so that a new bridge changes nothing.
+    ``|.|`` is the root mean square. The three products with ``z`` are computed as one. ``down`` and
+    ``skip`` start at zero, so that a new bridge returns ``h``.
 
     Args:
-        hidden_size: ``D``, of states and embeddings. width: ``W``, of the gated layer, at least 1.
+        hidden_size: ``D``, width of states and embeddings.
+        width: ``W``, width of the gated layer, at least 1.
         dtype, device: of the parameters.
 
     Attributes:
-        read: ``(2 W + D, 2 D)``: gate, up and skip, one below the other.
+        read: ``(2 W + D, 2 D)``: gate, up and skip, stacked in this order.
         down: ``(D, W)``.
 
     Raises:
@@ -69,18 +70,18 @@ class TokenBridge(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new values from torch's generator; ``skip`` and ``down`` become zero, so that the
-        bridge changes nothing."""
+        """Draw new values from torch's generator, and zero ``skip`` and ``down``, so that the
+        bridge returns ``h``."""
         self.read.reset_parameters()
         nn.init.zeros_(self.read.weight[2 * self.width :])
         nn.init.zeros_(self.down.weight)
 
     def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
-        """Move states to where one more token brings them.
+        """Estimate the hidden states after one more token.
 
         Args:
-            h: ``(..., D)``, hidden states. embedded: ``(..., D)``, embeddings of the tokens that
-                follow.
+            h: ``(..., D)``, hidden states.
+            embedded: ``(..., D)``, embeddings of the tokens that follow.
 
         Returns:
             ``(..., D)`` in the dtype of the parameters.
@@ -90,18 +91,18 @@ class TokenBridge(nn.Module):
         z = torch.cat([F.rms_norm(h, shape), F.rms_norm(embedded, shape)], -1)
         gate, up, skip = self.read(z).split([self.width, self.width, self.hidden_size], -1)
         moved = skip + self.down(F.silu(gate) * up)
-        # As the norm's own sum: squares of halves overflow, and a root at zero has no gradient.
+        # Squares of float16 overflow, and a square root has no gradient at zero.
         length = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=accumulator(h.dtype))
         size = (length / math.sqrt(self.hidden_size)).to(h.dtype)
         return torch.addcmul(h, size, moved)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows: both sizes."""
+        """Return both sizes, for ``print``."""
         return f"{self.hidden_size}, width={self.width}"
 
 
 class DraftedWindow(NamedTuple):
-    """A window, and what its verification needs to know of the circuit that it was drawn from."""
+    """A window, and the quantities of its circuit that verification reads."""
 
     circuit: Circuit
     tokens: Tensor  # (B, K)
@@ -110,21 +111,25 @@ class DraftedWindow(NamedTuple):
 
     @classmethod
     def greedy(cls, tokens: Tensor) -> DraftedWindow:
-        """A window alone: greedy verification asks for nothing else."""
+        """Return a window with tokens only: greedy verification reads nothing else."""
         none = torch.empty(0)
         return cls(Circuit(none, None, None), tokens, none, none)
 
     @classmethod
     def joined(cls, parts: list[tuple[Tensor, Tensor, Tensor]]) -> DraftedWindow:
-        """Windows one behind the other, as one of one component: of each the tokens ``(B, n)``,
-        their log-probabilities, and the logarithms of the laws that they are of, ``(B, n, V)``."""
+        """Concatenate windows into one window with one component.
+
+        Args:
+            parts: for each window its tokens ``(B, n)``, their log-probabilities ``(B, n)``, and
+                the log laws ``(B, n, V)`` that they were drawn from.
+        """
         tokens, conditional, law = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         one = torch.ones_like(conditional)[..., None]
         return cls(Circuit(law[:, :, None], None, None), tokens, conditional, one)
 
 
 class Steps:
-    """The steps of a :class:`SpeculativeDecoder`, which has the settings."""
+    """Steps of a :class:`SpeculativeDecoder`, which defines the settings."""
 
     model: Any
     head: CircuitHead
@@ -136,17 +141,17 @@ class Steps:
 
     @property
     def drafted(self) -> int:
-        """``K``, the tokens of a call's window or windows."""
+        """``K``, number of tokens that a call drafts, in all its windows."""
         return self.head.n_token * self.chain
 
     def uniforms(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
-        """Draw a turn's random numbers, from each row's own generator: ``(B, 3 K + 1)``, two per
+        """Draw a turn's random numbers from the generator of each row: ``(B, 3 K + 1)``, two per
         drafted token, one per test, one for the verifier's token."""
         size = 3 * self.drafted + 1
         return torch.stack([torch.rand(size, generator=g) for g in generators]).to(device)
 
     def first_token(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """Draw the verifier's own token after the prompt, ``(B,)``, where no window was drafted.
+        """Draw the verifier's own token ``(B,)`` after a prompt without a drafted window.
 
         Args:
             logits: ``(B, V)``. uniforms: ``(B,)``.
@@ -161,9 +166,9 @@ class Steps:
 
         Args:
             hidden: ``(B, D)``, of the last token that was fed and kept.
-            pending: ``(B,)``, the window's first token where it is decided already; with a bridge
-                the token before the window.
-            uniforms: ``(B, K, 2)``; greedy drafts do not look at them.
+            pending: ``(B,)``, the window's first token if it is decided already; with a bridge, the
+                token before the window.
+            uniforms: ``(B, K, 2)``; not read by greedy drafts.
         """
         if self.bridge is not None and pending is not None:
             return self._draft_behind(hidden, pending, uniforms)
@@ -179,8 +184,9 @@ class Steps:
         return DraftedWindow(circuit, *ops.circuit_sample(kind, *circuit, uniforms, evidence))
 
     def circuit(self, hidden: Tensor, pending: Tensor | None) -> Circuit:
-        """Make the circuit of the window. A first token that the head has no leaf for, and so holds
-        impossible, is made certain in every component: then it does not change what follows."""
+        """Return the circuit of the window. A pending token without a leaf in the head would be
+        impossible; it gets probability 1 in every component, so that it does not change what
+        follows."""
         circuit = self.head.circuit(hidden)
         if pending is None or self.head.shortlist is None:
             return circuit
@@ -191,9 +197,9 @@ class Steps:
         return circuit
 
     def _draft_behind(self, hidden: Tensor, token: Tensor, uniforms: Tensor) -> DraftedWindow:
-        """Draw all windows behind a token, as one window of one component: the mixture, position by
-        position. A greedy draft takes the likeliest token after those before it at every position,
-        as the verifier does; the likeliest window is another."""
+        """Draw all windows after a token, as one window of one component: the mixture at each
+        position. A greedy draft takes the most likely token given the previous ones at every
+        position, as the verifier does; the most likely window may be another."""
         head = self.head
         kind = self.head.kind
         listed = self.head.listed
@@ -223,7 +229,8 @@ class Steps:
         return DraftedWindow.joined(parts)
 
     def behind(self, state: Tensor, tokens: Tensor) -> Tensor:
-        """Move states ``(B, D)`` by tokens ``(B, n)``, one after the other."""
+        """Move states ``(B, D)`` through tokens ``(B, n)``, one after the other, with the
+        bridge."""
         assert self.bridge is not None
         embed = self.model.get_input_embeddings()
         for token in tokens.unbind(1):
@@ -236,15 +243,16 @@ class Steps:
         """Accept a prefix of the window and draw the token after it.
 
         Args:
-            draft: of :meth:`draft`. pending: as there.
+            draft: result of :meth:`draft`. pending: as in :meth:`draft`.
             target: ``(B, K + 1, V)``, the verifier's logits before, inside and after the window.
             uniforms: ``(B, K + 1)``.
 
         Returns:
-            how many tokens are kept ``(B,)``, the pending one included, and the next one ``(B,)``.
+            number of tokens that are kept ``(B,)``, including the pending one, and the next token
+            ``(B,)``.
         """
         evidence = None if pending is None else torch.ones_like(pending)
-        if self.mode == "greedy":  # the op reads neither probability nor leaf: any will do
+        if self.mode == "greedy":  # at temperature 0 the op reads no probabilities and no leaves
             unused = target.new_zeros(draft.tokens.shape, dtype=accumulator(target.dtype))
             leaf = target[:, :-1, None]
             return ops.spec_verify(
@@ -255,7 +263,7 @@ class Steps:
             wide = target.to(accumulator(target.dtype))
             target, temperature = nucleus(wide / temperature, self.top_p), 1.0
         numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
-        if any(t.dtype == torch.float64 for t in numbers):  # the op takes it on both sides only
+        if any(t.dtype == torch.float64 for t in numbers):  # the op needs float64 in all or none
             numbers = [t.double() for t in numbers]
         target, conditional, posterior, leaf = numbers
         return ops.spec_verify(
@@ -264,15 +272,16 @@ class Steps:
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """A token of each row's ``softmax(logits)`` ``(B, V)`` by the inverse of its running sums;
-    ``uniforms (B,)``."""
+    """Sample one token of each row's ``softmax(logits)`` ``(B, V)`` by the inverse of its
+    cumulative sums at ``uniforms (B,)``."""
     sums = logits.double().softmax(-1).cumsum(-1)
     limit = uniforms[:, None].to(sums) * sums[:, -1:]
     return torch.searchsorted(sums, limit, right=True)[:, 0]
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Logits with ``-inf`` outside the smallest set of likeliest tokens that has ``top_p``."""
+    """Mask logits with ``-inf`` outside the smallest set of most likely tokens that has probability
+    ``top_p`` or more."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
     dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)

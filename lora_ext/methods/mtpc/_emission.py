@@ -1,20 +1,19 @@
-"""From hidden states to the parameters of a circuit: three ways to its leaves, one to its sums.
+"""Parameters of a circuit from hidden states: three ways to compute leaves, one for sums.
 
 An emission holds the parameters of the leaves. Each class has four methods:
 
-* ``logits(rows)``: all leaves of rows ``(N, D)``, ``(N, K, C, L)``, for decoding, where rows are
-  few;
-* ``observed(rows, places)``: the log-probability of one token per position, ``(N, K, C)``, for
-  training, where the logits of all rows would not fit in memory. ``places (N, K)`` are in [-1, L);
+* ``logits(rows)``: all leaves of rows ``(N, D)``, as ``(N, K, C, L)``; for decoding, with few rows;
+* ``observed(rows, places)``: the log-probability of one token per position, ``(N, K, C)``; for
+  training, since the logits of all rows would not fit in memory. ``places (N, K)`` are in [-1, L);
   -1 marginalises its position. Differentiable once;
-* ``reset_parameters(bound)``: new values from torch's generator; fresh logits are uniform in
+* ``reset_parameters(bound)``: draw new values from torch's generator; fresh logits are uniform in
   ``±bound``;
-* ``start_from(blocks)``: the values of a language model's unembedding, ``blocks (positions, L, D)``
+* ``start_from(blocks)``: start from a language model's unembedding, ``blocks (positions, L, D)``
   with one block for each position that the model predicts.
 
 Letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``L`` tokens that have
 leaves, ``R`` rank of an adapter. Rows have the dtype of the parameters. The softmax runs in float32
-(float64 stays).
+(float64 for float64).
 
 Sources: ``full`` and ``expander`` are the authors' (arXiv 2511.11346 and its code); ``adapter`` is
 ours (docs/mtpc.md, "Head").
@@ -38,18 +37,18 @@ _STAY = 0.99  # probability of keeping a latent state under init_identity; our c
 
 
 class LeafSizes(NamedTuple):
-    """The sizes of a head's leaves."""
+    """Sizes of a head's leaves."""
 
     n_token: int  # K
     rank: int  # C
     num_leaves: int  # L
     hidden_size: int  # D
-    adapter_rank: int  # R, of AdapterEmission alone
+    adapter_rank: int  # R, for AdapterEmission only
 
 
 class Emission(nn.Module):
-    """Parameters of the leaves of a circuit. A subclass makes them, without values, from sizes and
-    the options (dtype, device) of :func:`torch.empty`."""
+    """Parameters of the leaves of a circuit. A subclass allocates them from sizes and the options
+    (dtype, device) of :func:`torch.empty`, without setting values."""
 
     def __init__(self, sizes: LeafSizes) -> None:
         super().__init__()
@@ -57,7 +56,7 @@ class Emission(nn.Module):
 
 
 class FullEmission(Emission):
-    """``emit[k, z] @ h``: an unembedding of its own for every position and component."""
+    """``emit[k, z] @ h``: one unembedding per position and component."""
 
     def __init__(self, sizes: LeafSizes, **options: Any) -> None:
         super().__init__(sizes)
@@ -68,38 +67,39 @@ class FullEmission(Emission):
         nn.init.uniform_(self.emit, -bound, bound)
 
     def start_from(self, blocks: Tensor) -> None:
-        """Every component of position k becomes block k; positions beyond the blocks keep their
+        """Set every component of position k to block k; positions beyond the blocks keep their
         values."""
         for position, block in zip(self.emit, blocks, strict=False):
             position.copy_(block.expand_as(position))
 
     def logits(self, rows: Tensor) -> Tensor:
-        """One product with all unembeddings."""
+        """Multiply rows with all unembeddings in one product."""
         return linear(rows, self.emit.flatten(0, 2)).unflatten(-1, self.emit.shape[:3])
 
     def observed(self, rows: Tensor, places: Tensor) -> Tensor:
-        """Product and softmax of a position and a chunk of rows at a time, inside the op."""
+        """Gather the log-probabilities inside the op, one position and one chunk of rows at a
+        time."""
         return ops.emission_gather(rows, self.emit, places)
 
 
 class SharedEmission(Emission):
-    """``unembed @ states[k, z](h)``: one unembedding under a state for every position and
+    """``unembed @ states[k, z](h)``: one unembedding, applied to one state per position and
     component."""
 
     unembed: Tensor  # (L, D)
 
     def states(self, rows: Tensor) -> Tensor:
-        """A hidden state for every row, position and component, ``(N K C, D)``."""
+        """Return a hidden state for every row, position and component, ``(N K C, D)``."""
         raise NotImplementedError
 
     def logits(self, rows: Tensor) -> Tensor:
-        """The unembedding of every state."""
+        """Apply the unembedding to every state."""
         k, c, num_leaves = self.sizes[:3]
         return linear(self.states(rows), self.unembed).view(len(rows), k, c, num_leaves)
 
     def observed(self, rows: Tensor, places: Tensor) -> Tensor:
-        """Where the states of all rows are too many to be kept for the backward, compute them
-        again, chunk by chunk."""
+        """Gather the log-probabilities. If the states of all rows are too large to keep for the
+        backward, recompute them there, chunk by chunk."""
         chunk = rows_per_chunk(self.sizes.n_token * self.sizes.rank * self.sizes.hidden_size)
         if len(rows) <= chunk:
             return self._observed(rows, places)
@@ -109,12 +109,12 @@ class SharedEmission(Emission):
     def _observed(self, rows: Tensor, places: Tensor) -> Tensor:
         shape = len(rows), self.sizes.n_token, self.sizes.rank
         targets = places[:, :, None].expand(shape).reshape(-1, 1)
-        states = self.states(rows).to(self.unembed.dtype)  # autocast may have made them narrower
+        states = self.states(rows).to(self.unembed.dtype)  # autocast may lower their precision
         return ops.emission_gather(states, self.unembed[None, None], targets).view(shape)
 
 
 class ExpanderEmission(SharedEmission):
-    """``unembed @ (maps[k, z] @ h)``: a square map for every position and component."""
+    """``unembed @ (maps[k, z] @ h)``: one square map per position and component."""
 
     def __init__(self, sizes: LeafSizes, **options: Any) -> None:
         super().__init__(sizes)
@@ -123,23 +123,23 @@ class ExpanderEmission(SharedEmission):
         self.unembed = nn.Parameter(torch.empty(num_leaves, d, **options))
 
     def reset_parameters(self, bound: float) -> None:
-        """Make every map the identity and draw the one unembedding."""
+        """Set every map to the identity and draw the unembedding."""
         identity = torch.eye(self.sizes.hidden_size, device=self.maps.device)
         self.maps.copy_(identity.expand_as(self.maps))
         nn.init.uniform_(self.unembed, -bound, bound)
 
     def start_from(self, blocks: Tensor) -> None:
-        """Make the unembedding a copy of block 0; the maps stay."""
+        """Copy block 0 into the unembedding; the maps keep their values."""
         self.unembed.copy_(blocks[0])
 
     def states(self, rows: Tensor) -> Tensor:
-        """One product with all maps."""
+        """Multiply rows with all maps in one product."""
         return linear(rows, self.maps.flatten(0, 2)).view(-1, self.sizes.hidden_size)
 
 
 class AdapterEmission(SharedEmission):
-    """``unembed @ (h + B[k, z] @ A[k, z] @ h)``: an adapter for every position and component on a
-    frozen unembedding, which may be the language model's own memory and is then never written."""
+    """``unembed @ (h + B[k, z] @ A[k, z] @ h)``: one adapter per position and component on a frozen
+    unembedding, which may share the language model's memory and is then never written."""
 
     def __init__(self, sizes: LeafSizes, **options: Any) -> None:
         super().__init__(sizes)
@@ -149,18 +149,18 @@ class AdapterEmission(SharedEmission):
         self.register_buffer("unembed", torch.empty(num_leaves, d, **options))
 
     def reset_parameters(self, bound: float) -> None:
-        """The adapters start as LoRA does: A is random, B is zero."""
+        """Draw A and zero B, as LoRA does, and draw a new unembedding."""
         self.unembed = torch.empty_like(self.unembed).uniform_(-bound, bound)
-        bound = 1 / math.sqrt(self.sizes.hidden_size)  # what "init_a" of init_lora_ draws
+        bound = 1 / math.sqrt(self.sizes.hidden_size)  # as in init_lora_
         nn.init.uniform_(self.lora_A, -bound, bound)
         nn.init.zeros_(self.lora_B)
 
     def start_from(self, blocks: Tensor) -> None:
-        """The unembedding becomes block 0 itself where dtype and device agree, else a copy."""
+        """Use block 0 as the unembedding, without a copy if dtype and device agree."""
         self.unembed = blocks[0].to(self.unembed)
 
     def states(self, rows: Tensor) -> Tensor:
-        """Every row once under each of the ``K C`` adapters: adapter ``k C + z`` gives the state of
+        """Apply each of the ``K C`` adapters to every row; adapter ``k C + z`` gives the state of
         position k and component z."""
         adapters = len(self.lora_A)
         x = rows[:, None].expand(-1, adapters, -1).reshape(-1, self.sizes.hidden_size)
@@ -179,7 +179,7 @@ class AdapterEmission(SharedEmission):
         if saved is not None and not self.unembed.is_meta:
             same = saved.shape == self.unembed.shape
             if not (same and torch.equal(saved.to(self.unembed), self.unembed)):
-                self.unembed = torch.empty_like(self.unembed)  # the old one may be the model's own
+                self.unembed = torch.empty_like(self.unembed)  # it may share the model's memory
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -194,13 +194,15 @@ class SumWeights(nn.Module):
     """Logits of the prior, ``prior @ h``, and of ``M`` transitions, ``trans @ h + trans_bias``.
 
     Args:
-        kind, sizes, contextual: of the head. shared: share_transitions. stays: init_identity.
+        kind, sizes, contextual: as in the head. shared: share_transitions. stays: init_identity.
         how: dtype and device of the parameters.
 
     Attributes:
-        prior: ``(C, D)``, or None with ``ff``, which has no sum.
-        trans_bias: ``(M, C, C)``, or ``(1, C, C)`` where they share one; None where ``M = 0``.
-        trans: ``(M, C, C, D)`` or ``(1, C, C, D)``; None also where they do not depend on ``h``.
+        prior: ``(C, D)``; None for ``ff``, which has no sum.
+        trans_bias: ``(M, C, C)``, or ``(1, C, C)`` if the steps share one matrix; None if
+            ``M = 0``.
+        trans: ``(M, C, C, D)`` or ``(1, C, C, D)``; None also if transitions do not depend on
+            ``h``.
     """
 
     def __init__(
@@ -220,8 +222,8 @@ class SumWeights(nn.Module):
         self.trans = parameter(stored, c, c, d) if stored and contextual else None
 
     def reset_parameters(self, bound: float) -> None:
-        """New values from torch's generator, uniform in ``±bound``; the bias as ``init_identity``
-        has it."""
+        """Draw new values from torch's generator, uniform in ``±bound``; set the bias by
+        ``init_identity``."""
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
         if self.trans_bias is not None:
@@ -231,8 +233,8 @@ class SumWeights(nn.Module):
             self.trans_bias.copy_(stay * identity.expand_as(self.trans_bias))
 
     def forward(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of rows ``(N, D)``: prior ``(N, C)`` and transitions ``(N, M, C, C)``; None where
-        there are none."""
+        """Compute the logits of rows ``(N, D)``: prior ``(N, C)`` and transitions ``(N, M, C, C)``;
+        None if the circuit has no such sum."""
         if self.prior is None:
             return None, None
         prior = linear(rows, self.prior)
@@ -240,7 +242,7 @@ class SumWeights(nn.Module):
             return prior, None
         stored, c = self.trans_bias.shape[:2]
         if self.trans is None:
-            trans = self.trans_bias[None].to(prior.dtype)  # autocast may have made it narrower
+            trans = self.trans_bias[None].to(prior.dtype)  # autocast may lower its precision
         else:
             trans = linear(rows, self.trans.flatten(0, 2), self.trans_bias.flatten())
             trans = trans.view(-1, stored, c, c)

@@ -1,8 +1,8 @@
-"""A draft in a folder: ``mtpc_config.json`` and ``mtpc.safetensors``.
+"""Files of a draft: ``mtpc_config.json`` and ``mtpc.safetensors`` in a folder.
 
-The JSON has the configuration and the shortlist, the other file the parameters. An unembedding that
-is the model's own is not written; it comes from the model again. A folder is not trusted: sizes,
-names and dtypes are compared with what the configuration asks for before memory is taken for it.
+The JSON file contains the configuration and the shortlist, the other file the parameters. An
+unembedding equal to the model's is not written; loading takes it from the model. A folder is not
+trusted: sizes, names and dtypes are compared with the configuration before memory is allocated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def write_draft(
     folder: Path, config: MtpcConfig, state: Mapping[str, Tensor], unembedding: Tensor
 ) -> None:
     """Write both files or neither; ``unembedding`` is the model's, ``(V, D)``."""
-    from safetensors.torch import save as as_bytes  # not with lora_ext: only this needs it
+    from safetensors.torch import save as as_bytes  # imported late: only this function needs it
 
     kept = dict(state)
     ids = kept.pop(_SHORTLIST, None)
@@ -51,7 +51,7 @@ def write_draft(
 
 
 def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
-    """The configuration and the shortlist."""
+    """Read the configuration and the shortlist."""
     path = folder / CONFIG
     data = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(data, dict) or data.keys() != {"version", "config", "shortlist"}:
@@ -72,23 +72,24 @@ def read_config(folder: Path) -> tuple[MtpcConfig, list[int] | None]:
         config = MtpcConfig(**found)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error!s:.300}") from None
-    # A draft has an emission: the default is chosen by its tokens.
+    # A saved draft has an emission: MtpcConfig.for_tokens replaces None.
     require(config.emission is not None, where, "emission", "a string", "none")
     return config, ids
 
 
 class DraftFile:
-    """The parameters of a draft, checked against a configuration without reading them.
+    """Parameters of a draft, checked against a configuration without reading them.
 
     Args:
-        folder, config, shortlist: where the draft lies, and what :func:`read_config` found there.
-        shape: ``(V, D)``, of the model's unembedding.
+        folder: folder of the draft. config, shortlist: what :func:`read_config` returned for it.
+        shape: ``(V, D)`` of the model's unembedding.
 
     Attributes:
-        dtypes: of the parameters, by the parts that are there: "head", "bridge" and "tail".
+        dtypes: dtype of each part in the file: "head", "bridge" and "tail".
 
     Raises:
-        ValueError: keys, shapes or dtypes that are not those of such a draft, by file and key.
+        ValueError: keys, shapes or dtypes that do not fit the configuration; the message names file
+            and key.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class DraftFile:
                 expected = f"factors of {config.draft_layers} layers"
                 raise ValueError(f"{file.where}: expected {expected}, found {len(tail)} tensors")
             if tail:
-                # Memory for the tail is taken layer by layer, all of this rank.
+                # Every layer of the tail will be allocated with this rank.
                 rank, first = config.draft_rank, f"{_FACTORS}0"
                 shape_found = tail[first].shape if first in tail else None
                 fits = shape_found is not None and shape_found[:1] == (rank,)
@@ -137,7 +138,7 @@ class DraftFile:
                 arguments = config.of_head()
                 head = CircuitHead(hidden_size, vocab_size, **arguments, shortlist=shortlist)
                 bridge = TokenBridge(hidden_size, config.bridge) if config.bridge else None
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # beyond any memory
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # sizes too large
             raise ValueError(f"{self._file.where}: {error!s:.300}") from None
         parts = {"head": head} if bridge is None else {"head": head, "bridge": bridge}
         shapes = {
@@ -157,13 +158,13 @@ class DraftFile:
             require(fits, self._file.where, f"{name:.200}", wanted.get(name, "no such key"), other)
 
     def read(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict with the file's values; what it does not hold is taken from ``state``, that
-        of a draft that was made by the same configuration."""
+        """Return a state dict with the file's values; keys that the file lacks are taken from
+        ``state``, the state dict of a draft with the same configuration."""
         infos = self._file.infos
         own = {k: tuple(t.shape) for k, t in state.items() if k.startswith(_FACTORS)}
         self._compare(own, {k: i.shape for k, i in infos.items() if k.startswith(_FACTORS)})
         return {k: self._file.read(k) if k in infos else t for k, t in state.items()}
 
     def close(self) -> None:
-        """Close the file; what was read from it stays."""
+        """Close the file; tensors that were read stay valid."""
         self._file.close()

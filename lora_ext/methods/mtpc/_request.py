@@ -1,10 +1,10 @@
-"""What one call of the decoder asks for, in the words of transformers' ``generate``.
+"""Request of one call of the decoder, in the arguments of transformers' ``generate``.
 
-Arguments of the call win over its ``generation_config``. Where neither names the ends or the
-padding, the model's own configuration does; the sampling settings in there are not read, for the
-decoder has its own. The decoder's output follows the model's law, so a setting that would change
-that law, or that asks for something the decoder does not do, is refused by its name instead of
-being left out silently. :class:`GeneratedRows` carries the request out, row by row.
+Arguments of the call override its ``generation_config``. If neither sets end tokens or padding,
+those of the model's own configuration are used. Its sampling settings are not read, since the
+decoder has its own. The decoder's output follows the model's law. A setting that would change that
+law, or that the decoder does not implement, raises an error that names it, instead of being
+ignored. :class:`GeneratedRows` applies the request to each row.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _HONOURED = {
     "max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "stop_strings", "do_sample",
     "temperature", "top_p",
 }  # fmt: skip
-# Settings that have no say over the tokens that follow a prompt.
+# Settings without effect on the tokens that follow a prompt.
 _WITHOUT_EFFECT = {
     "bos_token_id", "decoder_start_token_id", "return_dict_in_generate", "transformers_version",
 }  # fmt: skip
-# Values that ask for what the decoder does anyway; of every flag but `use_cache` it is False.
+# Values at which a setting changes nothing. For a setting that is not listed the value is False.
 _ZERO = (
     "diversity_penalty", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff",
     "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "top_k",
@@ -38,27 +38,27 @@ _ONE = (
     "num_beams", "num_return_sequences", "repetition_penalty", "typical_p",
 )  # fmt: skip
 _NEUTRAL = {**dict.fromkeys(_ZERO, 0), **dict.fromkeys(_ONE, 1), "use_cache": True}
-# Settings by which a model's own configuration changes its law, greedy decoding included.
+# Settings of a model's own configuration that change its law, also in greedy decoding.
 _PENALTIES = (
     "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty",
     "forced_bos_token_id", "forced_eos_token_id", "no_repeat_ngram_size", "repetition_penalty",
     "sequence_bias", "suppress_tokens",
 )  # fmt: skip
 
-#: ``stops(before, new)``: how many of the new tokens a row keeps, or None: it goes on.
+#: ``stops(before, new)``: number of new tokens that a row keeps; None if it does not stop.
 StopRule = Callable[[list[int], list[int]], int | None]
 
 
 @dataclass(frozen=True)
 class Request:
-    """A call's stop rules and seeds, and what it changes in the decoder's settings.
+    """Stop rules and seeds of a call, and the settings of the decoder that it replaces.
 
     Attributes:
-        budget: new tokens a row may have, at least 1.
-        ends: tokens that end a row. pad: what follows in a row that ended early.
-        stops: the rule of the stop strings, or None.
+        budget: maximum number of new tokens per row, at least 1.
+        ends: tokens that end a row. pad: token that fills a row after its end.
+        stops: rule of the stop strings, or None.
         seeds: one per row.
-        law: those of mode, temperature and top_p that the call has set.
+        law: values of mode, temperature and top_p that the call sets.
     """
 
     budget: int
@@ -72,14 +72,16 @@ class Request:
 def read_request(
     model: Any, input_ids: Tensor, seed: Any, config: Any, tokenizer: Any, arguments: dict[str, Any]
 ) -> Request:
-    """Check what a call of :meth:`SpeculativeDecoder.generate` asks for; ``arguments`` are settings
-    by the names of GenerationConfig, None where the call names none.
+    """Check the arguments of :meth:`SpeculativeDecoder.generate` and return the request.
+
+    Args:
+        arguments: settings by their names in GenerationConfig; None for those that are not given.
 
     Raises:
-        ValueError: a number out of range, or a setting that cannot be honoured, by its name.
-        TypeError: an argument that no ``generate`` has.
+        ValueError: a number out of range, or a setting that is not supported; the message names it.
+        TypeError: an argument that is not a setting of ``generate``.
     """
-    asked = _asked(config, arguments)
+    settings = _merged_settings(config, arguments)
     own = getattr(model, "generation_config", None)
     for name in _PENALTIES if config is None else ():
         value = getattr(own, name, None)
@@ -87,28 +89,28 @@ def read_request(
         expected = f"a generation_config without {name}"
         found = f"{value!r:.80} (pass generation_config=GenerationConfig() to decode without it)"
         require(value in (None, neutral), _WHERE, "model", expected, found)
-    budget = asked.get("max_new_tokens")
-    if budget is None and "max_length" in asked:
-        budget = asked["max_length"] - input_ids.shape[-1]
+    budget = settings.get("max_new_tokens")
+    if budget is None and "max_length" in settings:
+        budget = settings["max_length"] - input_ids.shape[-1]
     found = "none, here or in generation_config" if budget is None else budget
     require(budget is not None and budget >= 1, _WHERE, "max_new_tokens", "at least 1", found)
     assert budget is not None
-    eos = asked.get("eos_token_id", getattr(own, "eos_token_id", None))
+    eos = settings.get("eos_token_id", getattr(own, "eos_token_id", None))
     ends = [] if eos is None else [eos] if isinstance(eos, int) else [int(e) for e in eos]
-    pad = asked.get("pad_token_id", getattr(own, "pad_token_id", None))
+    pad = settings.get("pad_token_id", getattr(own, "pad_token_id", None))
     if pad is None:
         pad = ends[0] if ends else 0
-    law = {name: asked[name] for name in ("temperature", "top_p") if name in asked}
-    if "do_sample" in asked:
-        law["mode"] = "sample" if asked["do_sample"] else "greedy"
-    strings = asked.get("stop_strings")
+    law = {name: settings[name] for name in ("temperature", "top_p") if name in settings}
+    if "do_sample" in settings:
+        law["mode"] = "sample" if settings["do_sample"] else "greedy"
+    strings = settings.get("stop_strings")
     stops = None if strings is None else _stop_rule(strings, tokenizer)
     return Request(budget, frozenset(ends), pad, stops, row_seeds(seed, len(input_ids)), law)
 
 
 def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
-    """A seed for every row. One seed gives the first numbers of its own generator, so that
-    neighbouring seeds share no row; None takes them from torch's."""
+    """Return one seed per row. A single seed is expanded with a generator, so that neighbouring
+    seeds share no row seed; None draws the seeds from torch's generator."""
     if seed is None:
         return torch.randint(2**63 - 1, (batch,)).tolist()
     one = not isinstance(seed, Iterable)
@@ -127,8 +129,8 @@ def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     return seeds
 
 
-def _asked(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that are set; those of the call win over those of its configuration."""
+def _merged_settings(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that are set; the call's own override those of its configuration."""
     from transformers import GenerationConfig
 
     plain = vars(GenerationConfig())
@@ -142,12 +144,12 @@ def _asked(config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in ({} if config is None else vars(config)).items()
         if not name.startswith("_") and value is not None and value != plain.get(name)
     }
-    asked = changed | named
-    for name, value in asked.items():
+    settings = changed | named
+    for name, value in settings.items():
         fits = name in _HONOURED | _WITHOUT_EFFECT or value == _NEUTRAL.get(name, False)
         expected = f"{_NEUTRAL.get(name, 'none')}, all that speculative decoding honours"
         require(fits, _WHERE, name, expected, f"{value!r:.80}")
-    return asked
+    return settings
 
 
 def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
@@ -157,13 +159,13 @@ def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
     strings = [strings] if isinstance(strings, str) else list(strings)
     criteria = StopStringCriteria(tokenizer, strings)
     width = criteria.maximum_token_len
-    filler = len(criteria.embedding_vec) - 1  # stands for what is no token: it matches nothing
+    filler = len(criteria.embedding_vec) - 1  # an id that matches no string
 
     def stops(before: list[int], new: list[int]) -> int | None:
         text = [*before, *new]
         ends = range(len(before) + 1, len(text) + 1)
         tails = [[*[filler] * (width - end), *text[max(0, end - width) : end]] for end in ends]
-        ids: Any = torch.tensor(tails, dtype=torch.int64)  # transformers asks for a LongTensor
+        ids: Any = torch.tensor(tails, dtype=torch.int64)  # annotated as LongTensor
         completed = criteria(ids, None).tolist()
         return completed.index(True) + 1 if True in completed else None
 
@@ -172,7 +174,7 @@ def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
 
 class GeneratedRows:
     """Tokens, stop rules and statistics of every row of ``prompts (B, S)``, on the host. A streamer
-    is for one row alone: it gets the prompt, then every token that the row keeps."""
+    needs a single row; it gets the prompt, then every token that the row keeps."""
 
     def __init__(self, prompts: Tensor, request: Request, streamer: Any = None):
         batch = len(prompts)
@@ -188,19 +190,19 @@ class GeneratedRows:
             streamer.put(prompts.cpu())
 
     def start(self, token: Tensor) -> list[int]:
-        """Append tokens ``(live,)`` that no call has decided; returns as :meth:`take` does."""
+        """Append tokens ``(live,)`` that were drawn without a draft; return as :meth:`take`."""
         return self._append([[t] for t in token.tolist()])
 
     def take(self, drafted: Tensor, accepted: Tensor, token: Tensor, evidence: int) -> list[int]:
-        """Append what a call decided, up to the first stop.
+        """Append the tokens of a call, up to the first stop.
 
         Args:
-            drafted: ``(live, K)``. accepted: ``(live,)``, how many of them are kept.
-            token: ``(live,)``, the verifier's, which follows the kept ones.
-            evidence: how many leading tokens of the draft a row has already.
+            drafted: ``(live, K)``. accepted: ``(live,)``, number of drafted tokens that are kept.
+            token: ``(live,)``, the verifier's token, which follows the kept ones.
+            evidence: number of leading tokens of the draft that a row has already.
 
         Returns:
-            which of the rows that were live go on, by their places among them.
+            the rows that go on, as places in the list of rows that were live.
         """
         decided = torch.cat([drafted, token[:, None], accepted[:, None]], 1).tolist()
         every: list[list[int]] = []
@@ -213,7 +215,7 @@ class GeneratedRows:
         return self._append(every)
 
     def _append(self, every: list[list[int]]) -> list[int]:
-        """Take new tokens of every live row up to its first stop; which rows go on."""
+        """Append new tokens to every live row up to its first stop; return as :meth:`take`."""
         stay: list[int] = []
         for i, (row, new) in enumerate(zip(self.live, every, strict=True)):
             new = new[: self.request.budget - len(self.tokens[row])]

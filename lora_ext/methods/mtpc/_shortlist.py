@@ -1,12 +1,12 @@
-"""The tokens that a circuit head knows: the whole vocabulary, or a list of it.
+"""Tokens that a circuit head covers: the whole vocabulary, or a shortlist.
 
-A head with a list computes leaves for the tokens on it alone. Their order in the leaves is their
-order on the list; the *place* of a token is its index there. Tokens become places on the way in
-(:meth:`Shortlist.places`), and leaves over places become leaves over the vocabulary on the way out
-(:meth:`Shortlist.widen`). Without a list, both change nothing.
+A head with a shortlist computes leaves for its tokens only, in the order of the list. The *place*
+of a token is its index in the list. :meth:`Shortlist.places` converts tokens to places, and
+:meth:`Shortlist.widen` converts leaves over places to leaves over the vocabulary. Without a list,
+both return their argument.
 
-Source: FR-Spec (arXiv 2502.14856), for drafts; how evidence and targets off the list are treated is
-ours (docs/mtpc.md, "Shortlist").
+Source: FR-Spec (arXiv 2502.14856), for drafts; the treatment of evidence and targets outside the
+list is ours (docs/mtpc.md, "Shortlist").
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from lora_ext._torch import compiles
 
 @dataclass(frozen=True)
 class Shortlist:
-    """The tokens of a vocabulary that have a place.
+    """Tokens of a vocabulary that have a place.
 
     Attributes:
-        ids: ``(L,)`` int64, ascending and distinct; None where every token is its own place.
+        ids: ``(L,)`` int64, ascending and distinct; None if every token is its own place.
         vocab_size: ``V``.
     """
 
@@ -34,14 +34,14 @@ class Shortlist:
 
     @property
     def size(self) -> int:
-        """``L``, the number of places."""
+        """``L``, number of places."""
         return self.vocab_size if self.ids is None else len(self.ids)
 
     def places(self, tokens: Tensor) -> Tensor:
-        """The place of each token, and -1 for a token of the vocabulary that has none.
+        """Return the place of each token, and -1 for a token of the vocabulary without a place.
 
-        A number that is no token of the vocabulary is returned unchanged: -1 stays the mark of a
-        marginalised position, and the op that takes the places refuses any other.
+        A number outside the vocabulary is returned unchanged: -1 still marks a marginalised
+        position, and the op that takes the places rejects any other.
         """
         if self.ids is None:
             return tokens
@@ -51,20 +51,21 @@ class Shortlist:
         return torch.where(self.ids[place] == tokens, place, without)
 
     def tokens(self, places: Tensor) -> Tensor:
-        """The tokens that stand at these places."""
+        """Return the tokens at these places."""
         return places if self.ids is None else self.ids[places]
 
     def lacks(self, tokens: Tensor) -> Tensor:
-        """Which tokens of the vocabulary have no place, bool; False for what is no token."""
+        """Return which tokens of the vocabulary have no place, as bool; False outside the
+        vocabulary."""
         return self._in_vocabulary(tokens) & (self.places(tokens) == -1)
 
     def narrow(self, values: Tensor, dim: int = -1) -> Tensor:
-        """Keep the values of the tokens on the list: ``V`` becomes ``L`` along ``dim``."""
+        """Keep the values of the tokens in the list: ``V`` becomes ``L`` along ``dim``."""
         return values if self.ids is None else values.index_select(dim, self.ids.to(values.device))
 
     def widen(self, logits: Tensor) -> Tensor:
-        """Logits over places ``(..., L)`` as logits over the vocabulary ``(..., V)``; tokens
-        without a place have ``-inf``."""
+        """Return logits over places ``(..., L)`` as logits over the vocabulary ``(..., V)``, with
+        ``-inf`` for tokens without a place."""
         if self.ids is None:
             return logits
         wide = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
@@ -75,13 +76,14 @@ class Shortlist:
 
 
 def looked_at(t: Tensor) -> bool:
-    """Whether the numbers of tokens may be checked here, on the host. The ops check them again
-    when they run."""
+    """Return whether the values of tokens may be checked here, on the host. The ops check them
+    again when they run."""
     return t.device.type == "cpu" and not compiles()
 
 
 def checked_ids(ids: Tensor | Sequence[int], vocab_size: int) -> Tensor:
-    """The ids of a list in ascending order, on the CPU: int64, at least 2, distinct and known."""
+    """Return the ids of a list in ascending order, on the CPU; raise unless they are int64, at
+    least 2, distinct and in the vocabulary."""
     where = "CircuitHead: shortlist: expected"
     if not isinstance(ids, Tensor | Sequence) or isinstance(ids, str):
         raise TypeError(f"{where} ids of tokens, found {ids!r:.100}")

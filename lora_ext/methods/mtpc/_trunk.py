@@ -1,5 +1,5 @@
-"""The verifier's side: a causal language model that is fed several tokens at once and may forget
-some of them again; its cache has room for what is to come."""
+"""The verifier: a causal language model that is fed several tokens at once and may drop some of
+them again. Its cache has room for the tokens to come."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from .tail import DraftTail
 
 
 def roomy_cache(room: int) -> Any:
-    """A transformers cache whose layers write new keys and values into buffers that they keep.
+    """Return a transformers cache with layers that write new keys and values into preallocated
+    buffers.
 
-    transformers' own copies a layer's whole past to append to it, at every pass. Here ``keys`` and
-    ``values`` of a layer are views of buffers, of ``room`` slots in the beginning; one that is full
-    grows to twice its size.
+    transformers' own cache copies a layer's whole past at every pass. Here ``keys`` and ``values``
+    of a layer are views of buffers with ``room`` slots at first. A full buffer is replaced by one
+    of twice the size.
     """
     from transformers.cache_utils import Cache, DynamicLayer
 
@@ -50,7 +51,7 @@ def roomy_cache(room: int) -> Any:
             return self.keys, self.values
 
         def fits(self, end: int) -> bool:
-            """Whether the buffers have room, and still are what the keys are a view of."""
+            """Return whether the buffers have room, and the keys are still a view of them."""
             assert self.buffers is not None
             own = self.keys is not None and self.keys.data_ptr() == self.buffers[0].data_ptr()
             return own and self.buffers[0].shape[-2] >= end
@@ -59,12 +60,12 @@ def roomy_cache(room: int) -> Any:
 
 
 def run_trunk(model: Any, tail: DraftTail | None, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """Run the model once: return the verifier's logits ``(B, Q, V)``, and the hidden states of the
-    draft path ``(B, Q, D)``: what enters the LM head, or with a tail what its layers return."""
+    """Run the model once. Return the verifier's logits ``(B, Q, V)`` and the hidden states of the
+    draft path ``(B, Q, D)``: the input of the LM head, or with a tail the output of its layers."""
     hidden: list[Tensor] = []
 
     def before_lm_head(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # With a tail the verifier's rows come first, and the LM head is to see no others.
+        # With a tail, the first half are the verifier's rows; only they enter the LM head.
         states, drafting = (args[0], args[0]) if tail is None else args[0].chunk(2)
         hidden.append(drafting)
         return (states, *args[1:])
@@ -77,20 +78,20 @@ def run_trunk(model: Any, tail: DraftTail | None, **inputs: Any) -> tuple[Tensor
 
 
 def cache_argument(model: Any) -> str:
-    """Return the name of the cache in the model's forward; transformers has renamed it."""
+    """Return the name of the cache argument of the model's forward; transformers has renamed it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class Trunk:
-    """Sequences of a batch, each of its own length, and the model's cache over them.
+    """Sequences of a batch, each with its own length, and the model's cache over them.
 
-    Tokens that a row does not keep stay in the cache as slots that the row's attention mask hides,
-    unless no row keeps them. Positions are counted per row. So what a row computes is what it would
+    Tokens that a row drops stay in the cache as slots that the row's attention mask hides, unless
+    all rows drop them. Positions are counted per row. A row therefore computes what it would
     compute alone, up to rounding.
 
     Args:
         model, tail, input_ids, mask: of the :class:`SpeculativeDecoder` and its call.
-        room: how many tokens may follow a prompt; later positions share the last one, whose tokens
+        room: number of tokens that may follow a prompt. Later tokens share the last position and
             are never used.
 
     Attributes:
@@ -99,7 +100,7 @@ class Trunk:
         passes: number of passes after the prompt.
 
     Raises:
-        ValueError: padding that is not on the left, or a model with a sliding window, or whose
+        ValueError: padding that is not on the left, a model with a sliding window, or a model whose
             attention counts the slots of the cache (MPT).
     """
 
@@ -111,7 +112,7 @@ class Trunk:
         self.cache = roomy_cache(input_ids.shape[1] + room)
         named = inspect.signature(model.forward).parameters
         self._cache_argument = cache_argument(model)
-        self.mask = mask.long()  # (B, slots): what a row sees
+        self.mask = mask.long()  # (B, slots)
         self.length = self.mask.sum(1)  # (B,) kept tokens
         self.last = self.length + room - 1
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
@@ -165,14 +166,14 @@ class Trunk:
         """Remove all but the first ``kept (B,)`` of the ``fed`` newest tokens."""
         most = int(kept.max())
         if most < fed:
-            self.cache.crop(most - fed)  # negative: so many are taken away
+            self.cache.crop(most - fed)  # a negative number of slots is removed at the end
         slots = self.mask.shape[1] - fed
         steps = torch.arange(most, device=kept.device)
         self.mask = torch.cat([self.mask[:, :slots], (steps < kept[:, None]).long()], 1)
         self.length = self.length + kept
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch alone."""
+        """Keep only these rows of the batch."""
         batch = len(self.length)
         for layer in self.cache.layers:
             both = len(layer.keys) == 2 * batch  # rows of the verifier, then those of the tail
@@ -200,7 +201,8 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
     require(found == shape, where, "attention_mask", f"shape {shape}", found)
     mask = attention_mask.bool()
     fits = bool(mask[:, -1].all()) and not bool((mask[:, :-1] & ~mask[:, 1:]).any())
-    require(fits, where, "attention_mask", "prompts padded on the left", "zeros after a token")
+    found = "" if fits else f"zeros after a token: {mask.long().tolist()!r:.200}"
+    require(fits, where, "attention_mask", "prompts padded on the left", found)
     alibi = getattr(getattr(config, "attn_config", None), "alibi", False)
     found = f"ALiBi that counts the cache's slots ({config.model_type})"
     require(not alibi, where, "model", "attention by positions", found)

@@ -1,13 +1,11 @@
-"""CircuitHead: hidden states to a joint distribution over the next tokens.
+"""CircuitHead: a joint distribution over the next tokens, computed from hidden states.
 
-The way of a hidden state:
-
-1. :meth:`CircuitHead.rows` checks ``h (..., D)`` and lays it out as rows ``(N, D)``;
-2. its :class:`~lora_ext.methods.mtpc._emission.Emission` makes the leaves of every row's circuit,
-   over the tokens of its :class:`~lora_ext.methods.mtpc._shortlist.Shortlist`;
-3. its :class:`~lora_ext.methods.mtpc._emission.SumWeights` make the prior and the transitions;
-4. a circuit op answers: ``circuit_scan`` a likelihood, ``circuit_conditional_dist`` the law of the
-   next token, ``circuit_sample`` and ``circuit_argmax`` a window.
+1. :meth:`CircuitHead.rows` checks ``h (..., D)`` and reshapes it to rows ``(N, D)``;
+2. an :class:`~lora_ext.methods.mtpc._emission.Emission` computes the leaves of every row's circuit,
+   over the tokens of a :class:`~lora_ext.methods.mtpc._shortlist.Shortlist`;
+3. :class:`~lora_ext.methods.mtpc._emission.SumWeights` compute the prior and the transitions;
+4. a circuit op computes the result: ``circuit_scan`` a likelihood, ``circuit_conditional_dist`` the
+   law of the next token, ``circuit_sample`` and ``circuit_argmax`` a window.
 """
 
 from __future__ import annotations
@@ -29,9 +27,9 @@ from ._config import EmissionName, Kind, check_structure
 from ._emission import EMISSIONS, LeafSizes, SumWeights
 from ._shortlist import Shortlist, checked_ids, looked_at
 
-# Of new rows, times D^-1/2, so that logits start alike at any width: the authors' at D = 4096.
+# Bound of new rows, times D^-1/2, so that first logits do not depend on D. The authors' at 4096.
 _INIT_BOUND = 0.01275 * 64
-# The parts that have parameters, by attribute, and the names under which the head has these.
+# Parts of the head, by attribute, and the names of their parameters in the head.
 _PARTS = {
     "leaves": ("emit", "maps", "unembed", "lora_A", "lora_B"),
     "sums": ("prior", "trans_bias", "trans"),
@@ -41,15 +39,15 @@ _NESTED = [(name, nested) for nested, name in _FLAT]
 
 
 class Circuit(NamedTuple):
-    """Logits of the circuits of ``N`` rows, as the circuit ops take them."""
+    """Logits of the circuits of ``N`` rows, in the form that the circuit ops take."""
 
     leaf: Tensor  # (N, K, C, V), or L instead of V
     prior: Tensor | None  # (N, C)
     trans: Tensor | None  # (N, M, C, C)
 
 
-def _of(part: str, name: str) -> Any:
-    """A parameter of a part as an attribute of the head."""
+def _part_parameter(part: str, name: str) -> Any:
+    """Return a property of the head that reads a parameter of one of its parts."""
     return property(lambda head: getattr(getattr(head, part), name))
 
 
@@ -61,7 +59,8 @@ def _rename(keys: Any, _head: Any, state_dict: dict[str, Any], prefix: str, *_: 
 
 
 def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> None:
-    """Refuse leaves that the device has no memory for, and say what would be smaller."""
+    """Raise `ValueError` if the device has too little free memory for the leaves; suggest smaller
+    ones."""
     free = free_bytes(options["device"])
     if free is None:
         return
@@ -78,7 +77,7 @@ def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> Non
 
 
 class CircuitHead(nn.Module):
-    """``q(x_1 .. x_K | h)``: a probabilistic circuit whose parameters are functions of ``h``.
+    """``q(x_1 .. x_K | h)``: a probabilistic circuit with parameters computed from ``h``.
 
     Letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``V`` vocabulary,
     ``L`` tokens of the shortlist (without one ``L = V``), ``M`` transition matrices. Sum weights
@@ -95,8 +94,8 @@ class CircuitHead(nn.Module):
                                                                is a frozen buffer
     ============  ===========================================  ================================
 
-    They live in the part ``leaves``; ``prior``, ``trans`` and ``trans_bias`` live in ``sums``. The
-    head and its state dict have all of them under these names.
+    These belong to the part ``leaves``; ``prior``, ``trans`` and ``trans_bias`` belong to ``sums``.
+    The head and its state dict have all of them under these names.
 
     Hidden states are ``(..., D)`` and windows ``(..., K)``, with the same leading dimensions, which
     results keep. A token :data:`IGNORE` is marginalised.
@@ -110,17 +109,17 @@ class CircuitHead(nn.Module):
         share_transitions: one transition matrix instead of ``M``.
         init_identity: transitions start by keeping the state with probability 0.99, so that an HMM
             or tree starts near the mixture CP; otherwise they start near uniform.
-        shortlist: ``(L,)`` int64, distinct ids of at least 2 tokens: all others have probability
-            exactly 0, no parameters and no products. As evidence they are impossible: what follows
-            one has log-probability ``-inf``. Default is the whole vocabulary. The ids are a buffer:
-            after ``to_empty()`` they are undefined until a state dict brings them.
+        shortlist: ``(L,)`` int64, at least 2 distinct ids. All other tokens have probability
+            exactly 0, no parameters and no products. As evidence they are impossible: tokens after
+            one have log-probability ``-inf``. Default is the whole vocabulary. The ids are a
+            buffer: after ``to_empty()`` they are undefined until a state dict is loaded.
         dtype, device: of the parameters; float16, bfloat16, float32 or float64.
 
     Raises:
         ValueError: sizes out of range, an unknown kind or emission, ``ff`` with a rank other than
             1, ``hmm`` or ``btree`` with rank or n_token below 2, a shortlist with fewer than 2
-            tokens, a token twice or one outside the vocabulary, leaves larger than the memory that
-            is free. NotImplementedError: other dtypes.
+            tokens, with a repeated token or one outside the vocabulary, leaves larger than the free
+            memory. NotImplementedError: other dtypes.
 
     Source: arXiv 2511.11346 and its code; ``adapter`` is ours (docs/mtpc.md). A shortlist for the
     draft: FR-Spec (arXiv 2502.14856).
@@ -156,41 +155,41 @@ class CircuitHead(nn.Module):
         self.init_identity = init_identity
         ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
         if ids is not None:
-            ids = ids.to(torch.empty(0, device=device).device)  # the default device, for None
+            ids = ids.to(torch.empty(0, device=device).device)  # None: the default device
         self.shortlist: Tensor | None
         self.register_buffer("shortlist", ids)
         self.num_leaves = self.listed.size
 
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         sizes = LeafSizes(n_token, rank, self.num_leaves, hidden_size, adapter_rank)
-        _check_room(emission, sizes, **options)  # before they take any memory
+        _check_room(emission, sizes, **options)  # before any memory is allocated
         self.leaves = EMISSIONS[emission](sizes, **options)
         self.sums = SumWeights(kind, sizes, contextual, share_transitions, init_identity, **options)
-        # A state dict has the parts' parameters under the head's own names.
+        # A state dict contains the parts' parameters under the head's names.
         self.register_state_dict_post_hook(partial(_rename, _FLAT))
         self.register_load_state_dict_pre_hook(partial(_rename, _NESTED))
         self.reset_parameters()
 
-    emit = _of("leaves", "emit")
-    maps = _of("leaves", "maps")
-    unembed = _of("leaves", "unembed")
-    lora_A = _of("leaves", "lora_A")
-    lora_B = _of("leaves", "lora_B")
-    prior = _of("sums", "prior")
-    trans_bias = _of("sums", "trans_bias")
-    trans = _of("sums", "trans")
+    emit = _part_parameter("leaves", "emit")
+    maps = _part_parameter("leaves", "maps")
+    unembed = _part_parameter("leaves", "unembed")
+    lora_A = _part_parameter("leaves", "lora_A")
+    lora_B = _part_parameter("leaves", "lora_B")
+    prior = _part_parameter("sums", "prior")
+    trans_bias = _part_parameter("sums", "trans_bias")
+    trans = _part_parameter("sums", "trans")
 
     @property
     def listed(self) -> Shortlist:
-        """The tokens that have leaves: those of the shortlist, or the whole vocabulary."""
+        """Tokens that have leaves: those of the shortlist, or the whole vocabulary."""
         return Shortlist(self.shortlist, self.vocab_size)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """New initial values, from torch's generator.
+        """Draw new initial values from torch's generator.
 
         :meth:`init_from_lm_head` makes the components of some positions equal; random sum weights
-        and later positions tell them apart.
+        and later positions make them differ.
         """
         bound = _INIT_BOUND / math.sqrt(self.hidden_size)
         self.leaves.reset_parameters(bound)
@@ -200,15 +199,16 @@ class CircuitHead(nn.Module):
     def init_from_lm_head(self, weight: Tensor, num_blocks: int = 1) -> None:
         """Start from the unembedding of a language model.
 
-        ``full``: every component of position k becomes block k; positions beyond the blocks keep
-        their values. ``expander``: a copy of block 0. ``adapter``: block 0 itself; without
-        a shortlist and where dtype and device agree it shares the model's memory.
+        ``full``: every component of position k is set to block k; positions beyond the blocks keep
+        their values. ``expander``: the unembedding is a copy of block 0. ``adapter``: it is block 0
+        itself; without a shortlist, and if dtype and device agree, it shares the model's memory.
 
         Args:
-            weight: ``(num_blocks * V, D)``. num_blocks: how many positions the model predicts.
+            weight: ``(num_blocks * V, D)``. num_blocks: number of positions that the model
+                predicts.
 
         Raises:
-            ValueError: another shape.
+            ValueError: a weight of another shape, or num_blocks below 1.
         """
         where = "CircuitHead.init_from_lm_head"
         shape = (self.vocab_size, self.hidden_size)
@@ -223,28 +223,31 @@ class CircuitHead(nn.Module):
         ids = state_dict.get(prefix + "shortlist")
         if ids is not None:
             ascends = torch.equal(ids, checked_ids(ids, self.vocab_size).to(ids.device))
-            require(ascends, "CircuitHead", "shortlist", "ascending ids", "another order")
+            found = "" if ascends else f"{ids.tolist()!r:.200}"
+            require(ascends, "CircuitHead", "shortlist", "ascending ids", found)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # ---------------------------------------------------------------------------------------------
     # Queries
 
     def circuit(self, h: Tensor) -> Circuit:
-        """Make the circuits of all rows of ``h (..., D)``, for the circuit ops: ``N K C V`` logits,
-        so for few rows. Those of tokens outside the shortlist are ``-inf``."""
+        """Return the circuits of all rows of ``h (..., D)``, for the circuit ops. They have
+        ``N K C V`` logits, so use it for few rows. Tokens outside the shortlist have ``-inf``."""
         listed, circuit = self.listed, self.narrow_circuit(h)
         return circuit if listed.ids is None else circuit._replace(leaf=listed.widen(circuit.leaf))
 
     def narrow_circuit(self, h: Tensor) -> Circuit:
-        """As :meth:`circuit`, over the L places of the shortlist alone: ``N K C L`` logits."""
+        """Return the circuits as :meth:`circuit` does, over the L places of the shortlist:
+        ``N K C L`` logits."""
         rows = self.rows(h)
         return Circuit(self.leaves.logits(rows), *self.sums(rows))
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
-        """``log q(x_1 .. x_k | h)`` for every k, ``(..., K)``; the last is the whole window's.
-        ``-inf`` from the first token outside the shortlist on.
+        """Compute ``log q(x_1 .. x_k | h)`` for every k, ``(..., K)``; the last is the whole
+        window's. It is ``-inf`` from the first token outside the shortlist on.
 
-        Differentiable. Memory is ``N K C`` and a bounded chunk: no logits over the vocabulary.
+        Differentiable. Memory is ``N K C`` numbers and a bounded chunk: no logits over the
+        vocabulary.
 
         Args:
             h: ``(..., D)`` floating. x: ``(..., K)`` int64 tokens or :data:`IGNORE`.
@@ -256,20 +259,20 @@ class CircuitHead(nn.Module):
         return self.scan(h, x).prefix.view(x.shape)
 
     def conditionals(self, h: Tensor, x: Tensor) -> Tensor:
-        """Compute ``log q(x_k | x_<k, h)`` of every token, ``(..., K)``; 0 where ``x_k`` is
-        ignored. Arguments and errors are :meth:`log_prob`'s."""
+        """Compute ``log q(x_k | x_<k, h)`` of every token, ``(..., K)``; 0 if ``x_k`` is ignored.
+        Arguments and errors are those of :meth:`log_prob`."""
         conditional = self.scan(h, x).conditional.view(x.shape)
-        return torch.where(x == IGNORE, 0, conditional)  # 0, not a sum of weights rounded to 1
+        return torch.where(x == IGNORE, 0, conditional)  # exactly 0: a sum of weights is rounded
 
     @torch.no_grad()
     def full_conditional(self, h: Tensor, x: Tensor, k: int | Tensor) -> Tensor:
-        """``log q(. | x_<k, h)`` over the vocabulary, ``(..., V)``; without gradient.
+        """Compute ``log q(. | x_<k, h)`` over the vocabulary, ``(..., V)``, without gradient.
 
         Args:
             h, x: as in :meth:`log_prob`. k: one position from 0, or one per row, ``(...)`` int64.
 
         Raises:
-            ValueError: k outside [0, K), or as :meth:`log_prob`.
+            ValueError: k outside [0, K), or an error of :meth:`log_prob`.
         """
         rows, tokens = self.rows(h), self.tokens(h, x)
         shape, k = h.shape[:-1], torch.as_tensor(k, device=h.device)
@@ -293,13 +296,14 @@ class CircuitHead(nn.Module):
         generator: torch.Generator | None = None,
         uniforms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Exact samples of the window.
+        """Draw exact samples of the window.
 
         Args:
             h: ``(..., D)``.
             evidence: ``(..., K)`` int64, given tokens first, then :data:`IGNORE`.
-            generator: of the uniforms, on the device of ``h``.
-            uniforms: ``(..., K, 2)`` in [0, 1) instead: equal uniforms, equal tokens.
+            generator: generator of the uniforms, on the device of ``h``.
+            uniforms: ``(..., K, 2)`` in [0, 1), instead of drawn ones; equal uniforms give equal
+                tokens.
 
         Returns:
             tokens ``(..., K)`` int64, and their log conditionals ``(..., K)``.
@@ -317,7 +321,7 @@ class CircuitHead(nn.Module):
 
     @torch.no_grad()
     def argmax(self, h: Tensor, evidence: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Find the most probable tokens and latents together, which need not be the mode over
+        """Find the most probable tokens and latents jointly. The tokens need not be the mode over
         tokens alone.
 
         Args:
@@ -334,7 +338,7 @@ class CircuitHead(nn.Module):
     # Steps
 
     def rows(self, h: Tensor) -> Tensor:
-        """Hidden states ``(..., D)`` as rows ``(N, D)`` in the dtype of the parameters.
+        """Reshape hidden states ``(..., D)`` to rows ``(N, D)`` in the dtype of the parameters.
 
         Raises:
             TypeError: hidden states that are not floating. ValueError: another width.
@@ -345,12 +349,12 @@ class CircuitHead(nn.Module):
         return h.reshape(-1, self.hidden_size).to(next(self.leaves.parameters()).dtype)
 
     def tokens(self, h: Tensor, x: Tensor) -> Tensor:
-        """Windows ``(..., K)`` as ``(N, K)`` tokens of the vocabulary, with -1 for what is
-        marginalised, as the circuit ops have it.
+        """Reshape windows ``(..., K)`` to ``(N, K)``, with -1 for marginalised tokens, as the
+        circuit ops expect.
 
         Raises:
-            TypeError: tokens that are not int64. ValueError: another shape than that of ``h`` asks
-                for, or (on the CPU) a token outside the vocabulary.
+            TypeError: tokens that are not int64. ValueError: a shape that does not fit ``h``, or
+                (on the CPU) a token outside the vocabulary.
         """
         require(x.dtype == torch.int64, "CircuitHead", "tokens", "int64", x.dtype, TypeError)
         shape, found = (*h.shape[:-1], self.n_token), tuple(x.shape)
@@ -363,8 +367,8 @@ class CircuitHead(nn.Module):
         return torch.where(x == IGNORE, -1, x).reshape(-1, self.n_token)
 
     def scan(self, h: Tensor, x: Tensor) -> reference.CircuitScan:
-        """Scan the windows' own tokens in one pass: prefix marginals and conditionals ``(N, K)``,
-        posteriors ``(N, K, C)``; arguments and errors are :meth:`log_prob`'s."""
+        """Compute prefix marginals and conditionals ``(N, K)`` and posteriors ``(N, K, C)`` of the
+        windows' tokens in one pass. Arguments and errors are those of :meth:`log_prob`."""
         rows, tokens = self.rows(h), self.tokens(h, x)
         observed = self.leaves.observed(rows, self.listed.places(tokens))
         if self.shortlist is not None:
@@ -376,11 +380,12 @@ class CircuitHead(nn.Module):
             return None
         given = self.tokens(h, evidence)
         if looked_at(given) and bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any()):
-            raise ValueError("CircuitHead: evidence: expected given tokens first, found a gap")
+            found = f"{given.tolist()!r:.200} (-1 is ignored)"
+            raise ValueError(f"CircuitHead: evidence: expected given tokens first, found {found}")
         return given
 
     def extra_repr(self) -> str:
-        """What ``print`` shows: width, vocabulary, window, rank, kind, emission and shortlist."""
+        """Return width, vocabulary, window, rank, kind, emission and shortlist, for ``print``."""
         listed = "" if self.shortlist is None else f", shortlist of {self.num_leaves}"
         return (
             f"{self.hidden_size}, {self.vocab_size}, n_token={self.n_token}, rank={self.rank}, "

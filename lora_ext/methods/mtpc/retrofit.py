@@ -1,4 +1,4 @@
-"""Retrofit: a head, and if wanted a draft tail, on a language model that stays as it is."""
+"""Retrofit: a circuit head, and optionally a draft tail, for a frozen language model."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from .windows import unfold_teacher, unfold_windows, window_loss
 
 
 class Draft(nn.Module):
-    """What drafts for a frozen model: its parameters are all that is trained, and saved.
+    """Modules that draft for a frozen model; only their parameters are trained and saved.
 
-    :func:`retrofit` makes one. ``loss(ids)`` trains it, ``decoder().generate(ids)`` uses it,
-    ``save`` and ``load`` are for its files.
+    :func:`retrofit` creates one. ``loss(ids)`` is for training, ``decoder().generate(ids)`` for
+    decoding, ``save`` and ``load`` for files.
 
     Attributes:
-        model: the verifier, frozen, and no child of this module. config: a :class:`MtpcConfig`.
-        head: the :class:`CircuitHead`. tail, bridge: LoRA layers of the draft's path and the
-            :class:`TokenBridge`, None where the configuration asks for neither.
+        model: the verifier, frozen, not a child of this module. config: a :class:`MtpcConfig`.
+        head: the :class:`CircuitHead`.
+        tail, bridge: LoRA layers of the draft path and the :class:`TokenBridge`; None if the
+            configuration has none.
     """
 
     model: Any
@@ -51,7 +52,7 @@ class Draft(nn.Module):
         bridge: TokenBridge | None = None,
     ):
         super().__init__()
-        # Not children: the model's weights are not the draft's.
+        # Not registered as a child: the model's weights do not belong to the draft.
         self.__dict__["model"], self.__dict__["_trained"] = model, []
         self.config, self.head, self.tail, self.bridge = config, head, tail, bridge
 
@@ -62,21 +63,21 @@ class Draft(nn.Module):
         attention_mask: Tensor | None = None,
         eos_id: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The objective on a batch, and its terms by position, :func:`window_loss`.
+        """Compute the objective on a batch, and its terms by position; see :func:`window_loss`.
 
         Args:
             input_ids: ``(B, S)``.
-            labels: ``(B, S)`` under their inputs, -100 where nothing is to be predicted; default is
-                the inputs.
-            attention_mask: ``(B, S)``; tokens of 0 are no targets, and nothing is predicted from
+            labels: ``(B, S)``, aligned with the inputs, -100 for tokens that are not predicted;
+                default is the inputs.
+            attention_mask: ``(B, S)``; tokens with 0 are not targets, and nothing is predicted from
                 them.
-            eos_id: where documents of a packed batch end; no window crosses it.
+            eos_id: token that ends a document of a packed batch; no window crosses it.
         """
         labels = input_ids if labels is None else labels
         if attention_mask is not None:
             labels = labels.masked_fill(attention_mask == 0, IGNORE)
         n, gamma, beta = self.config.n_token, self.config.gamma, self.config.beta
-        before = 0 if self.bridge is None else 1  # the token that the first window stands behind
+        before = 0 if self.bridge is None else 1  # number of tokens before the first window
         length = n * self.config.chain
         windows = unfold_windows(shift_labels(labels), before + length, eos_id)[..., before:]
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
@@ -97,11 +98,12 @@ class Draft(nn.Module):
         return (weight * each).sum() / weight.sum(), each
 
     def chained(self, hidden: Tensor, input_ids: Tensor) -> list[Tensor]:
-        """The state of every window of the chain, each ``(B, S, D)``: what the head reads where the
-        tokens before the window are those of the text.
+        """Return the state of every window of the chain, each ``(B, S, D)``: the head's input if
+        the tokens before the window are those of the text.
 
         Args:
-            hidden: ``(B, S, D)``. input_ids: ``(B, S)``. Beyond their end token 0 stands in.
+            hidden: ``(B, S, D)``.
+            input_ids: ``(B, S)``; beyond their end, token 0 is used.
         """
         if self.bridge is None:
             return [hidden]
@@ -112,7 +114,7 @@ class Draft(nn.Module):
         return states[1 :: self.config.n_token]
 
     def hidden_states(self, **inputs: Any) -> Tensor:
-        """What the head reads, ``(B, S, D)``: the last hidden states after the final norm."""
+        """Return the head's input, ``(B, S, D)``: the last hidden states after the final norm."""
         with torch.no_grad() if self.tail is None else self.tail.everywhere():
             return self.model.base_model(**inputs).last_hidden_state
 
@@ -126,8 +128,8 @@ class Draft(nn.Module):
         constraint: Constraints = None,
         guide: Guide | None = None,
     ) -> SpeculativeDecoder:
-        """A decoder that drafts with this; arguments as in :class:`SpeculativeDecoder`, and
-        ``chain`` is the configuration's where it is not given."""
+        """Return a decoder that uses this draft. Arguments are those of
+        :class:`SpeculativeDecoder`; ``chain`` defaults to the configuration's."""
         chain = self.config.chain if chain is None else chain
         law = mode, window, temperature, top_p
         parts = self.tail, self.bridge, chain, constraint, guide
@@ -136,22 +138,22 @@ class Draft(nn.Module):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write configuration, shortlist and parameters into a folder, for :meth:`load`.
 
-        What belongs to the model is not written: neither its weights nor, with emission "adapter",
-        an unembedding that is still the model's.
+        The model's weights are not written, nor, with emission "adapter", an unembedding that
+        equals the model's.
         """
         unembedding = self.model.get_output_embeddings().weight.detach()
         write_draft(Path(folder), self.config, self.state_dict(), unembedding)
 
     @classmethod
     def load(cls, model: Any, folder: str | os.PathLike[str]) -> Draft:
-        """Retrofit a model with a draft that :meth:`save` wrote; the folder is not trusted.
+        """Load a draft that :meth:`save` wrote onto ``model``; the folder is not trusted.
 
-        Head and bridge have the dtypes in which they were saved, and the model's device.
+        Head, bridge and tail get the dtypes in which they were saved, and the model's device.
 
         Raises:
-            ValueError: anything in the folder that is not such a draft, or a model of another width
-                or vocabulary or with other layers, naming file and key; the model is then as it
-                was. Memory is taken only for what the file has the size of.
+            ValueError: a folder that does not contain such a draft, or a model of another width or
+                vocabulary or with other layers; the message names file and key, and the model is
+                unchanged. Memory is allocated only for shapes that the file contains.
         """
         folder = Path(folder)
         config, shortlist = read_config(folder)
@@ -168,7 +170,7 @@ class Draft(nn.Module):
         return draft
 
     def remove(self) -> None:
-        """Give the model back as :func:`retrofit` found it: its layers, and which parameters are
+        """Restore the model as :func:`retrofit` found it: its layers, and which parameters are
         trained."""
         if self.tail is not None:
             self.tail.remove()
@@ -179,23 +181,23 @@ class Draft(nn.Module):
 def retrofit(
     model: Any, config: MtpcConfig | None = None, shortlist: Tensor | Sequence[int] | None = None
 ) -> Draft:
-    """Freeze a transformers causal LM and put a circuit head beside its LM head.
+    """Freeze a transformers causal LM and add a circuit head beside its LM head.
 
-    The head starts from the LM head, in its dtype and on its device. With ``draft_layers`` the last
-    layers get LoRA for the draft path, in place: the model's own results do not change.
+    The head starts from the LM head, in its dtype and on its device. With ``draft_layers``, the
+    last layers get LoRA for the draft path, in place: the model's own results do not change.
 
     Args:
-        model: logits are its output embeddings applied to the last hidden state.
-        config: default is :class:`MtpcConfig` as it stands.
-        shortlist: ``(L,)`` int64, the tokens that are drafted: :func:`frequent_tokens` of texts
-            like those to come. Default is the whole vocabulary. A list of a few thousand tokens of
-            a large vocabulary makes the head cheaper in that proportion, to train and to draft
-            with; the model's law stays exact.
+        model: a causal LM whose logits are its output embeddings applied to the last hidden state.
+        config: default is ``MtpcConfig()``.
+        shortlist: ``(L,)`` int64, tokens that may be drafted, such as :func:`frequent_tokens` of
+            similar texts. Default is the whole vocabulary. A list of a few thousand tokens of a
+            large vocabulary makes the head cheaper in that proportion, in training and drafting;
+            the model's law stays exact.
 
     Raises:
-        ValueError: a model without output embeddings, a head larger than the memory that is free,
-            which the message says with what would be smaller, or what :class:`CircuitHead` and
-            :class:`DraftTail` refuse; the model is then as it was.
+        ValueError: a model without output embeddings, a head larger than the free memory (the
+            message suggests smaller settings), or an error of :class:`CircuitHead` or
+            :class:`DraftTail`; the model is unchanged.
 
     Source: arXiv 2511.11346 (docs/mtpc.md, "Head" and "Draft tail").
     """

@@ -1,4 +1,4 @@
-"""The draft path's own last layers: LoRA on the verifier's, run beside them in one pass."""
+"""Last layers of the draft path: the verifier's layers with LoRA, computed in the same pass."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ NAME = "draft"
 
 
 class DraftTail(nn.Module):
-    """LoRA on the linear layers of the last K layers, for the rows of the draft path alone.
+    """LoRA on the linear layers of the last K layers, for rows of the draft path only.
 
-    The layers stay single: :meth:`beside_the_verifier` doubles the rows that enter them, and the
-    second half has the adapter. Outside its blocks the model is what it was.
+    The layers are not copied: :meth:`beside_the_verifier` doubles the rows that enter them, and the
+    second half uses the adapter. Outside the blocks of its methods the model is unchanged.
 
-    The model's modules are replaced in place; :meth:`remove` puts them back.
+    The model's modules are replaced in place; :meth:`remove` restores them.
 
     Args:
         model: a transformers causal LM. num_layers: K, at least 1. rank, alpha: of the LoRA.
 
     Raises:
-        ValueError: num_layers that the model has not, layers that have a draft tail already, or a
+        ValueError: more layers than the model has, layers that have a draft tail already, or a
             model that is attached to a pool.
 
-    Source: arXiv 2511.11346; the authors keep a merged copy of the layers instead (docs/mtpc.md).
+    Source: arXiv 2511.11346; the authors use a merged copy of the layers instead (docs/mtpc.md).
     """
 
     _model: nn.Module
@@ -46,18 +46,18 @@ class DraftTail(nn.Module):
         require(fits, "DraftTail", "num_layers", count, num_layers)
         found = "an attached one; detach it, or draft with a head alone (draft_layers=0)"
         require(pool_of(model) is None, "DraftTail", "model", "a model that is not attached", found)
-        # Not children: they are the model's.
+        # Not registered as children: they belong to the model.
         self.__dict__["_model"], self.__dict__["_layers"] = model, list(stack)[-num_layers:]
         inside = {module for layer in self._layers for module in layer.modules()}
         replacements: dict[str, nn.Module] = {}
         holders: list[Any] = []
         for name, base in ((n, m) for n, m in model.named_modules() if m in inside):
             new = not isinstance(base, LoraLinear) or NAME not in base.lora_A
-            found = f"one at {name} (its remove() takes it away)"
+            found = f"one at {name}; call its remove() first"
             require(new, "DraftTail", "model", "layers without a draft tail", found)
             if linear_size(base) is not None:
                 lora = LoraLinear(base, NAME, r=rank, lora_alpha=alpha)
-                lora.set_adapter([])  # rows without a name are rows of the verifier
+                lora.set_adapter([])  # rows without a name belong to the verifier
                 replacements[name] = lora
                 holders += [lora.lora_A[NAME], lora.lora_B[NAME]]
         self.__dict__["_holders"] = holders
@@ -66,10 +66,10 @@ class DraftTail(nn.Module):
         self._swap: Swap | None = Swap(model, replacements, "DraftTail")
 
     def remove(self) -> None:
-        """Put the model's own layers back; a second call does nothing.
+        """Restore the model's own layers; a second call does nothing.
 
         Raises:
-            RuntimeError: a layer was replaced since; the model is then as it was.
+            RuntimeError: a layer was replaced since; the model is unchanged.
         """
         if self._swap is not None:
             self._swap.restore(self._model, "DraftTail.remove")
@@ -77,13 +77,14 @@ class DraftTail(nn.Module):
 
     @contextlib.contextmanager
     def everywhere(self) -> Iterator[None]:
-        """A block in which every row is a row of the draft path: for training."""
+        """Enter a block in which every row belongs to the draft path: for training."""
         with self._own_factors(), of_call(NAME):
             yield
 
     @contextlib.contextmanager
     def beside_the_verifier(self, batch: int) -> Iterator[None]:
-        """A block in which the tail's layers see a batch twice: as verifier, then as draft."""
+        """Enter a block in which the tail's layers get a batch twice: verifier rows, then draft
+        rows."""
 
         def twice(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -97,7 +98,7 @@ class DraftTail(nn.Module):
             expected = "attention by positions"
             found = "ALiBi of all heads as an argument of the layers"
             require(kwargs.get("alibi") is None, "DraftTail", "model", expected, found)
-            # The first layer doubles the hidden states; later ones find them doubled.
+            # The first layer doubles the hidden states; later layers get them doubled.
             return twice(args), {name: twice(value) for name, value in kwargs.items()}
 
         with contextlib.ExitStack() as stack:
@@ -109,8 +110,8 @@ class DraftTail(nn.Module):
 
     @contextlib.contextmanager
     def _own_factors(self) -> Iterator[None]:
-        """A block in which the layers compute with this module's parameters: a state dict that was
-        assigned puts others in their place for good, ``torch.func`` for one call."""
+        """Enter a block in which the layers use this module's parameters. A state dict loaded by
+        assignment replaces them for good, ``torch.func`` for one call."""
         before: list[tuple[Any, Any]] = []
         for holder, factor in zip(self._holders, self.factors, strict=True):
             if holder.weight is not factor:

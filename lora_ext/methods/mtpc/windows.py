@@ -1,7 +1,8 @@
 """Training windows: the next tokens of every position, cut at the ends of documents; their loss.
 
-``c_k = log q(x_k | x_<k, h)`` is what the head says of the target at position k, and ``p_k`` what
-the frozen model says of that position. A target is *counted* unless it is ignored or has no leaf:
+``c_k = log q(x_k | x_<k, h)`` is the head's log-probability of the target at position k, and
+``p_k`` the frozen model's distribution at that position. A target is *counted* unless it is ignored
+or has no leaf:
 
     CE_k = - sum_b c[b, k] / max(1, number of targets counted at k)
     KL_k = sum_b KL(p_k || q(. | x_<k, h)) / max(1, number of targets counted at k)
@@ -30,21 +31,22 @@ from .layers import CircuitHead
 def unfold_windows(
     labels: Tensor, n: int, eos_id: int | None = None, ignore: int = IGNORE
 ) -> Tensor:
-    """The window of every position: ``w[b, t, k] = labels[b, t + k]``.
+    """Return the window of every position: ``w[b, t, k] = labels[b, t + k]``.
 
-    What lies beyond the sequence, or after an end-of-sequence token inside the window, is ignored;
-    the end itself is predicted. So no window crosses into the next document of a packed sequence.
+    Tokens beyond the sequence, or after an end-of-sequence token inside the window, are ignored;
+    the end token itself is predicted. No window therefore crosses into the next document of a
+    packed sequence.
 
     Args:
         labels: ``(B, S)`` int64, the inputs shifted by one; ``ignore`` where nothing is predicted.
         n: ``K``, the length of a window.
-        eos_id: the token that ends a document, or None: no document ends.
+        eos_id: the token that ends a document; None if no document ends.
 
     Returns:
         ``(B, S, K)`` int64.
 
     Raises:
-        ValueError: n below 1, or labels that are no matrix.
+        ValueError: n below 1, or labels that are not a matrix.
     """
     require(n >= 1, "unfold_windows", "n", "at least 1", n)
     require(labels.dim() == 2, "unfold_windows", "labels", "shape (B, S)", tuple(labels.shape))
@@ -56,10 +58,10 @@ def unfold_windows(
 
 
 def unfold_teacher(logits: Tensor, n: int) -> Tensor:
-    """Show the verifier's logits in the shape of windows, without copying.
+    """Arrange the verifier's logits as windows, which are views of one padded copy.
 
-    Row ``(t, k)`` is the verifier's prediction of ``labels[t + k]``. Beyond the sequence it is
-    zero, where windows are ignored.
+    Row ``(t, k)`` is the verifier's prediction of ``labels[t + k]``. Rows beyond the sequence are
+    zero; their targets are ignored.
 
     Args:
         logits: ``(B, S, V)``. n: K, tokens of a window.
@@ -71,13 +73,13 @@ def unfold_teacher(logits: Tensor, n: int) -> Tensor:
 
 
 def pack_documents(documents: Iterable[Sequence[int]], length: int, eos_id: int) -> Tensor:
-    """Put documents one after the other, each closed by ``eos_id``, into rows.
+    """Concatenate documents, each closed by ``eos_id``, and cut them into rows.
 
     Args:
-        documents: token ids of each. length: tokens of a row. eos_id: what ends a document.
+        documents: token ids of each document. length: tokens per row. eos_id: end of a document.
 
     Returns:
-        ``(rows, length)`` int64; tokens that do not fill a last row are left out.
+        ``(rows, length)`` int64; tokens that do not fill a last row are dropped.
 
     Raises:
         ValueError: length below 1.
@@ -89,15 +91,15 @@ def pack_documents(documents: Iterable[Sequence[int]], length: int, eos_id: int)
 
 
 def frequent_tokens(ids: Tensor, size: int) -> Tensor:
-    """The most frequent tokens of a text, for the shortlist of a draft.
+    """Return the most frequent tokens of a text, for the shortlist of a draft.
 
     Args:
-        ids: int64 of any shape; negative ones, as ignored labels are, do not count.
-        size: how many, at least 1.
+        ids: int64 of any shape; negative ids, such as ignored labels, do not count.
+        size: number of tokens, at least 1.
 
     Returns:
-        ``(L,)`` int64, ascending; ``L`` is ``size``, or less where the text has fewer tokens.
-        Among equally frequent tokens the smaller ids are taken.
+        ``(L,)`` int64, ascending; ``L`` is ``size``, or less if the text has fewer distinct tokens.
+        Of equally frequent tokens, the smaller ids are taken.
 
     Raises:
         ValueError: size below 1. TypeError: another dtype.
@@ -117,26 +119,25 @@ def window_loss(
     beta: float = 0.0,
     teacher_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The objective of a head on hidden states and the windows that follow them.
+    """Compute the objective of a head on hidden states and the windows that follow them.
 
     Args:
-        head: the head.
+        head: the circuit head.
         h: ``(..., D)``.
-        windows: ``(..., K)``, as :func:`unfold_windows` makes them. Tokens outside the shortlist
-            are marginalised, as ignored ones are.
+        windows: ``(..., K)``, from :func:`unfold_windows`. Tokens outside the shortlist are
+            marginalised, as ignored ones are.
         gamma: discount of later positions, in (0, 1].
         beta: share of distillation, in [0, 1].
-        teacher_logits: ``(..., K, V)`` of the verifier, :func:`unfold_teacher`; required with
-            ``beta > 0``. With a shortlist the head learns the teacher's law given that the token
-            is on it. Distillation is plain torch on chunks of rows, and costs ``N K C L`` logits in
-            time.
+        teacher_logits: ``(..., K, V)`` of the verifier, from :func:`unfold_teacher`; required with
+            ``beta > 0``. With a shortlist the head learns the teacher's law conditioned on the
+            list. Distillation is plain torch on chunks of rows, and computes ``N K C L`` logits.
 
     Returns:
         the loss, and ``beta KL_k + (1 - beta) CE_k`` of each position ``(K,)``.
 
     Raises:
-        ValueError: gamma or beta out of range, a teacher that is missing or of another shape; or
-            as :meth:`CircuitHead.log_prob`.
+        ValueError: gamma or beta out of range, a teacher that is missing or of another shape, or an
+            error of :meth:`CircuitHead.log_prob`.
     """
     require(0 < gamma <= 1, "window_loss", "gamma", "a number in (0, 1]", gamma)
     require(0 <= beta <= 1, "window_loss", "beta", "a number in [0, 1]", beta)
@@ -151,8 +152,8 @@ def window_loss(
 
 
 def _divergence(head: CircuitHead, h: Tensor, windows: Tensor, teacher: Tensor | None) -> Tensor:
-    """``sum_b KL(p_k || q(. | x_<k, h))`` over the targets counted at k, ``(K,)``; arguments and
-    errors as in :func:`window_loss`."""
+    """Return ``sum_b KL(p_k || q(. | x_<k, h))`` over the targets counted at k, ``(K,)``; arguments
+    and errors as in :func:`window_loss`."""
     shape = (*windows.shape, head.vocab_size)
     if teacher is None or tuple(teacher.shape) != shape:
         found = "none" if teacher is None else tuple(teacher.shape)
@@ -160,7 +161,7 @@ def _divergence(head: CircuitHead, h: Tensor, windows: Tensor, teacher: Tensor |
         raise ValueError(f"window_loss: teacher_logits: expected {expected}, found {found}")
     if windows.numel() == 0:
         return teacher.new_zeros(head.n_token)
-    if windows.dim() > 2:  # windows of a teacher share memory, which flattening would undo
+    if windows.dim() > 2:  # the teacher's windows share memory; flattening would copy them
         parts = zip(h, windows, teacher, strict=True)
         return torch.stack([_divergence(head, *part) for part in parts]).sum(0)
 

@@ -1,4 +1,4 @@
-"""SPLoRA: layers of an adapter pruned by their distance from the directions of the alignment.
+"""SPLoRA: pruning of an adapter's layers by their distance from the directions of the alignment.
 
 Source: "Safe Pruning LoRA: Robust Distance-Guided Pruning for Safety Alignment in Adaptation of
 LLMs" (arXiv 2506.18931); E-DIEM after arXiv 2407.08623; the projection of Safe LoRA, 2405.16833.

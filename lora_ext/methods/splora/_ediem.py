@@ -1,4 +1,4 @@
-"""DIEM and its empirical form E-DIEM: distances made comparable between sizes."""
+"""DIEM and its empirical form E-DIEM: distances that are comparable between sizes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lora_ext._checks import require
 from .config import SploraConfig
 
 EPS = 1e-12
-EPS_PAIRS = 1e-6  # of the authors' code
-_UNIFORM_VARIANCE = 7 / 120  # of the distance of two random vectors with entries in [0, 1]
+EPS_PAIRS = 1e-6  # as in the authors' code
+_UNIFORM_VARIANCE = 7 / 120  # of the distance of two uniform random vectors in [0, 1]^N
 
 
 class DegenerateReferenceError(ValueError):
-    """Raised where a reference sample has no spread by which distances could be judged."""
+    """Raised if a reference sample has no spread to compare distances with."""
 
 
 @torch.no_grad()
@@ -32,12 +32,12 @@ def diem(
 ) -> float:
     """Return the Dimension Insensitive Euclidean Metric of two vectors.
 
-    ``(v_max - v_min) / var * (|a - b| - expected)``: 0 on average for random pairs, with a variance
-    that does not depend on the length from about 7 entries on.
+    ``(v_max - v_min) / var * (|a - b| - expected)``: 0 on average for random pairs. Its variance
+    does not depend on the length from about 7 entries on.
 
     Args:
         a, b: ``(N,)`` floating, or other shapes of N entries.
-        v_min, v_max: the range of entries.
+        v_min, v_max: range of the entries.
         expected, var: mean and variance of the distance of two random vectors. Default is those of
             entries uniform in the range: ``sqrt(N / 6) (1 - 7 / (40 N))`` times its width, and
             7/120 times its square. Our choice: the paper's ``sqrt(N / 6)`` with its next term.
@@ -64,8 +64,9 @@ def diem(
 
 
 def standardised(where: str, x: Tensor, sample: Tensor, config: SploraConfig) -> Tensor:
-    """``(x - c(S)) / (t(S) + eps)`` of float64 of any shape, against a sample ``S (N,)``."""
-    # The median of an even number is the mean of the middle two.
+    """Return ``(x - c(S)) / (t(S) + eps)`` for ``x`` in float64 of any shape and a sample
+    ``S (N,)``."""
+    # The median of an even number of values is the mean of the middle two.
     centre = sample.mean() if config.center == "mean" else torch.quantile(sample, 0.5)
     spread = _iqr(sample) if config.stat == "iqr" else sample.std(correction=1)
     if spread.item() < 1e-12 * max(1.0, abs(centre.item())):
@@ -82,13 +83,14 @@ def standardised(where: str, x: Tensor, sample: Tensor, config: SploraConfig) ->
 def released_score(
     distance: Tensor, sample: Tensor | None, projected: Tensor, update: Tensor
 ) -> float:
-    """The score of the authors' code, which also compares the lower quartiles of the entries.
+    """Return the score of the authors' code, which also compares the lower quartiles of the
+    entries.
 
     Args:
         distance: of the layer, float64.
-        sample: ``(N,)`` float64, the distances of the caller's pairs. None is what the authors'
-            script passes, 50 copies of the layer itself: ``(d + eps - d) / (0 + eps)`` is 1 then,
-            which the script's float32 does not come near.
+        sample: ``(N,)`` float64, the distances of the caller's pairs. None uses what the authors'
+            script passes, 50 copies of the layer itself. ``(d + eps - d) / (0 + eps)`` is then 1;
+            the script's float32 result is far from it.
         projected, update: ``P D`` and D, dense.
     """
     score = 1.0
@@ -98,8 +100,8 @@ def released_score(
 
 
 def lower_quartile(t: Tensor) -> Tensor:
-    """Of all entries, with linear interpolation. ``torch.quantile`` takes no more than 2^24, and
-    ``kthvalue`` takes minutes where they come in falling order."""
+    """Return the lower quartile of all entries, with linear interpolation. ``torch.quantile`` is
+    limited to 2^24 entries, and ``kthvalue`` takes minutes if they are in descending order."""
     values = t.flatten().sort().values
     place = (values.numel() - 1) / 4
     below = int(place)

@@ -1,4 +1,4 @@
-"""The alignment map P of a layer, applied to the factor B. Neither P nor V = Wa - W0 is formed."""
+"""Alignment map P of a layer, applied to the factor B without forming P or V = Wa - W0."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .config import Projection, SploraConfig
 
 
 class ZeroAlignmentError(ValueError):
-    """Raised where base and aligned model are equal in a layer: no direction is the safe one."""
+    """Raised if the base and the aligned weight of a layer are equal: no direction is the safe
+    one."""
 
 
 @torch.no_grad()
@@ -33,8 +34,8 @@ def project_factor(
 
     With ``V = aligned_w - base_w``: "frobenius" is ``P = V V^T / |V|_F``, and "orthogonal"
     ``P = U_q U_q^T``, where ``U_q`` are the left singular vectors of V whose singular values exceed
-    ``max(m, n) eps(float32)`` of the largest, cut by ``rank`` and ``energy``. "frobenius" holds no
-    more than an eighth of a weight besides the weights.
+    ``max(m, n) eps(float32)`` of the largest, cut by ``rank`` and ``energy``. "frobenius" allocates
+    at most an eighth of a weight besides the weights.
 
     Args:
         B: ``(m, r)`` floating.
@@ -56,7 +57,7 @@ def project_factor(
 
     Source: arXiv 2506.18931; "orthogonal" is the ideal form of Safe LoRA (arXiv 2405.16833).
     """
-    # No layer is selected here: the direction says nothing.
+    # The direction is required, but not used: no layer is selected here.
     config = SploraConfig(direction="smallest", projection=projection, rank=rank, energy=energy)
     where = "project_factor"
     check_floating(where, B=B, base_w=base_w, aligned_w=aligned_w)
@@ -70,21 +71,21 @@ def project_factor(
 
 
 class Projected(NamedTuple):
-    """The factor B of a layer beside its alignment V, float64 where it was computed."""
+    """Projection of a layer's factor B, in float64 on the device of the computation."""
 
     columns: Tensor  # P B, (m, r)
-    is_identity: bool  # whether P is the identity
+    is_identity: bool  # True if P is the identity
     along: Tensor  # V^T B / |V|, (n, r)
 
 
 def project_wide(
     where: str, b: Tensor, base: Tensor, aligned: Tensor, config: SploraConfig
 ) -> Projected:
-    """:func:`project_factor` of arguments that were checked, but not for NaN in the weights."""
+    """Compute :func:`project_factor` of checked arguments; the weights may still contain NaN."""
     device = base.device if config.device is None else torch.device(config.device)
     pair = WeightPair(where, base, aligned, device)
     wide = b.to(device, torch.float64)
-    inner, norm = pair.inner(wide)  # also refuses what is zero or not finite
+    inner, norm = pair.inner(wide)  # raises if V is zero or not finite
     along = inner / norm
     if config.projection == "frobenius":
         return Projected(pair.times(along), False, along)
@@ -92,7 +93,7 @@ def project_wide(
 
 
 def warn_of_identity(where: str, layers: list[str]) -> None:
-    """Say that the orthogonal projection changed nothing."""
+    """Warn that the orthogonal projection changes nothing in these layers."""
     more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
     warnings.warn(
         f"{where}: projection: the alignment of {', '.join(layers[:4])}{more} has full row rank: "
@@ -102,7 +103,7 @@ def warn_of_identity(where: str, layers: list[str]) -> None:
 
 
 class WeightPair:
-    """``V = Wa - W0`` of weights ``(m, n)`` a few rows at a time, in float64 on a device: a block
+    """``V = Wa - W0`` for weights ``(m, n)``, a few rows at a time, in float64 on a device. A block
     has at most an eighth of a weight's bytes."""
 
     def __init__(self, where: str, base: Tensor, aligned: Tensor, device: torch.device):
@@ -110,12 +111,12 @@ class WeightPair:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The sizes ``(m, n)`` of either weight."""
+        """Shape ``(m, n)`` of either weight."""
         return self.base.shape[0], self.base.shape[1]
 
     def blocks(self, transposed: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Yield ``V = aligned - base``, or its transpose, as blocks of rows: where they lie, and
-        what they hold, float64. No more than a block is in memory."""
+        """Yield ``V = aligned - base``, or its transpose, as float64 blocks of rows, each with its
+        slice. Only one block is in memory at a time."""
         pair = [t.T if transposed else t for t in (self.aligned, self.base)]
         rows, width = pair[0].shape
         nbytes = min(t.nbytes for t in pair)
@@ -125,7 +126,7 @@ class WeightPair:
             yield part, torch.sub(*(t[part].to(self.device, torch.float64) for t in pair))
 
     def inner(self, b: Tensor) -> tuple[Tensor, Tensor]:
-        """``V^T b``, ``(n, r)``, and ``|V|_F``.
+        """Compute ``V^T b``, ``(n, r)``, and ``|V|_F``.
 
         Raises:
             ZeroAlignmentError: V is zero. ValueError: NaN or infinity in a weight.
@@ -148,15 +149,15 @@ class WeightPair:
         return product, square.sqrt()
 
     def times(self, factor: Tensor) -> Tensor:
-        """Return the product of V with a factor ``(n, k)``: ``(m, k)`` float64."""
+        """Return the product of V and a factor ``(n, k)``: ``(m, k)`` float64."""
         return torch.cat([v @ factor for _, v in self.blocks()])
 
 
 def _orthogonal(
     pair: WeightPair, b: Tensor, inner: Tensor, config: SploraConfig
 ) -> tuple[Tensor, bool]:
-    """By the eigenvectors of a Gram matrix. It squares the condition number, which float64 bears:
-    what lies below the square of the cut, 1e-14 of the largest eigenvalue at least, is not used."""
+    """Project by the eigenvectors of a Gram matrix. It squares the condition number, which float64
+    allows: eigenvalues below the square of the cut, at least 1e-14 of the largest, are not used."""
     m, n = pair.shape
     narrow = n < m  # the smaller of V^T V and V V^T is taken
     gram = torch.zeros(min(m, n), min(m, n), dtype=torch.float64, device=pair.device)
@@ -172,9 +173,9 @@ def _orthogonal(
     if config.rank is not None:
         count = min(count, config.rank)
     vectors = vectors[:, :count]
-    if not narrow:  # they are U_q
+    if not narrow:  # the vectors are U_q
         return vectors @ (vectors.T @ b), count == m
-    # They are the right singular vectors: U_q = V W / sigma, and U_q^T b = W^T V^T b / sigma.
+    # The vectors are the right singular ones: U_q = V W / sigma, U_q^T b = W^T V^T b / sigma.
     return pair.times(vectors @ ((vectors.T @ inner) / squares[:count, None])), False
 
 
@@ -183,7 +184,7 @@ def _orthogonal(
 
 
 def check_floating(where: str, **named: Tensor) -> None:
-    """Raise TypeError for a quantised tensor."""
+    """Raise `TypeError` for a tensor that is quantised or otherwise not floating."""
     expected = "a tensor in float16, bfloat16, float32 or float64"
     for name, t in named.items():
         fits = isinstance(t, Tensor) and t.is_floating_point() and t.element_size() >= 2
@@ -195,7 +196,8 @@ Shape = tuple[int, ...]
 
 
 def check_shapes(where: str, b: Shape, base: Shape, aligned: Shape, a: Shape | None = None) -> None:
-    """Refuse factors ``(m, r)``, ``(r, n)`` and weights ``(m, n)`` that do not fit one another."""
+    """Raise `ValueError` unless factors ``(m, r)``, ``(r, n)`` and weights ``(m, n)`` fit
+    together."""
     factors = f"B {tuple(b)}" + (f" and A {tuple(a)}" if a is not None else "")
     a = (b[-1], base[-1]) if a is None and len(b) == len(base) == 2 else a
     base, aligned = tuple(base), tuple(aligned)
@@ -212,7 +214,7 @@ def check_shapes(where: str, b: Shape, base: Shape, aligned: Shape, a: Shape | N
 
 
 def check_finite(where: str, **named: Tensor) -> None:
-    """Raise ValueError for NaN and infinity; a few rows are read at a time."""
+    """Raise `ValueError` for NaN or infinity, reading a few rows at a time."""
     for name, t in named.items():
         finite = all(bool(part.isfinite().all()) for part in t.split(max(1, len(t) // 8)))
         require(finite, where, name, "finite values", "NaN or infinity")

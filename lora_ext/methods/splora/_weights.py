@@ -1,4 +1,4 @@
-"""The layers of an adapter beside their weights in two models, out of whatever holds them."""
+"""Layers of an adapter with their weights in two models, read from files or models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Source = LoraAdapter | AdapterSource | Mapping[str, Tensor]
 
 
 def read_adapter(where: str, source: Source) -> LoraAdapter:
-    """The adapter as a value; a factor without the other is a KeyError."""
+    """Read the adapter as a value; raise `KeyError` for a factor without the other."""
     if isinstance(source, LoraAdapter):
         return source
     if isinstance(source, Mapping):
@@ -48,8 +48,8 @@ def read_adapter(where: str, source: Source) -> LoraAdapter:
 
 
 def _with_config(where: str, state: Mapping[str, Tensor]) -> AdapterSource:
-    """A state dict, of which all that is no factor is left out, and the configuration that says no
-    more than its tensors do: scaling is 1."""
+    """Return the LoRA tensors of a state dict, and a configuration with their ranks and scaling
+    1."""
     keys = {key: parsed for key in state if (parsed := parse_key(key)) is not None}
     if not keys:
         expected, found = "names as <module>.lora_A.weight", ", ".join(list(state)[:4])
@@ -95,7 +95,7 @@ class Layer(NamedTuple):
     transposed: bool  # the weights are stored as (n, m)
 
 
-#: What shows progress: takes the layers, gives them back one by one (``tqdm.tqdm``).
+#: Function that yields the given layers one by one and may show progress, as ``tqdm.tqdm``.
 Progress = Callable[[Iterable[Layer]], Iterable[Layer]]
 
 
@@ -109,13 +109,14 @@ def project_layers(
     names: Iterable[str] | None = None,
     columns: Callable[[Factors], Tensor] = lambda factors: factors.b,
 ) -> tuple[list[Layer], list[Projected]]:
-    """The layers, in the order of the model, and ``P B`` of each; as :func:`ediem_scores`.
+    """Return the layers in the order of the model, and the projection of each; see
+    :func:`ediem_scores`.
 
-    All shapes are checked before any weight is read; then two weights are held at a time.
+    All shapes are checked before any weight is read. Then two weights are in memory at a time.
 
     Args:
-        names: only these of the adapter's modules; default is all.
-        columns: what P is applied to, ``(m, k)``; default is B.
+        names: modules of the adapter to project; default is all.
+        columns: returns the matrix ``(m, k)`` that P is applied to; default is B.
     """
     kinds = {
         "a DoRA magnitude": [n for n, f in adapter.modules.items() if f.magnitude is not None],
@@ -128,7 +129,7 @@ def project_layers(
         require(not others, where, "adapter", expected, at, NotImplementedError)
     found: list[Layer] = []
     projected: list[Projected] = []
-    said = adapter.config.fan_in_fan_out
+    declared = adapter.config.fan_in_fan_out
     with (
         ModelWeights(base, f"{where}: base") as base_weights,
         ModelWeights(aligned, f"{where}: aligned") as aligned_weights,
@@ -138,7 +139,7 @@ def project_layers(
         layers: list[Layer] = []
         for name, key, aligned_key in zip(wanted, *both, strict=True):
             known = base_weights.is_transposed(key) or aligned_weights.is_transposed(aligned_key)
-            layers.append(Layer(name, adapter.modules[name], key, aligned_key, said or known))
+            layers.append(Layer(name, adapter.modules[name], key, aligned_key, declared or known))
             shapes = base_weights.shape(key), aligned_weights.shape(aligned_key)
             _check(f"{where}: {name}", layers[-1], *shapes)
         for layer in progress(layers):

@@ -1,4 +1,4 @@
-"""Settings of SPLoRA, under the specification's symbols."""
+"""Settings of SPLoRA, named after the specification's symbols."""
 
 from __future__ import annotations
 
@@ -23,48 +23,47 @@ OnZeroAlignment = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class SploraConfig:
-    """How layers are scored, and which are pruned.
+    """Settings for scoring layers and for selecting those to prune.
 
     Attributes:
-        num: K, so many units are pruned. Where layers are selected, exactly one of num and
-            threshold is given.
-        threshold: all units with a score of at least (direction "largest") or at most ("smallest")
-            this are pruned.
-        direction: which end of the scores is pruned, "smallest" or "largest". There is no default:
-            what an end means depends on ``score``, and docs/splora.md says it.
+        num: K, number of units to prune. To select layers, give exactly one of num and threshold.
+        threshold: units with a score of at least (direction "largest") or at most ("smallest") this
+            are pruned.
+        direction: end of the scores that is pruned, "smallest" or "largest". There is no default:
+            the meaning of an end depends on ``score``, see docs/splora.md.
         granularity: a unit is a "module", or a "block" with the mean score of its modules.
-        score: what a layer is judged by. "distance", E-DIEM of ``|P D - D|``, which ranks layers
-            much like the size of their update. "angle", E-DIEM of the same with the map normalised,
-            which no size moves: ``|c P D - D| / |D|``, c the scale at which the image is nearest.
-            "alignment", ``<D, V> / (|D| |V|)`` itself: below 0 the update undoes the alignment.
+        score: quantity that a layer is scored by. "distance", E-DIEM of ``|P D - D|``, ranks layers
+            much like the size of their update. "angle", E-DIEM of ``|c P D - D| / |D|`` with the c
+            that makes it smallest, does not depend on sizes. "alignment", ``<D, V> / (|D| |V|)``
+            itself: below 0 the update undoes the alignment.
         projection: P, "frobenius" ``V V^T / |V|`` or "orthogonal" ``U_q U_q^T``.
-        rank: q, at most so many directions. energy: only as many as have this share of the squared
-            singular values. Both cut the orthogonal projection alone.
-        reference: S, what a distance is compared with: "population", the other layers;
-            "permutation", rows of B in random order; "pairs", matrices that the caller gives;
-            "released", the layer itself, as in the authors' script: the order that its scores have
-            in exact arithmetic, by the shift of the lower quartile alone. All but "population" are
-            for ``score="distance"``, and "alignment" is compared with nothing.
-        stat: t(S), the spread: "iqr", between the quartiles, or "std".
-        n_samples: permutations of a layer. seed: of them.
+        rank: q, maximum number of directions. energy: only as many directions as have this share of
+            the squared singular values. Both cut only the orthogonal projection.
+        reference: S, sample that a distance is compared with: "population", all scored layers;
+            "permutation", rows of B in random order; "pairs", matrices from the caller; "released",
+            the layer itself, as in the authors' script; scores are ordered by the shift of the
+            lower quartile alone, as the script's in exact arithmetic. All but "population" need
+            ``score="distance"``; "alignment" uses no reference.
+        stat: t(S), the spread: "iqr", the interquartile range, or "std".
+        n_samples: number of permutations per layer. seed: of the permutations.
         include_scaling: s, distances are those of ``s B A``; False leaves s out, as both published
             codes do.
         mode: what is left of a pruned module, :func:`lora_ext.adapter.prune_adapter`.
-        device: where layers are compared; default is where the base model's weight lies.
+        device: device of the comparison; default is that of the base model's weight.
         center: c(S), "mean" or "median".
-        on_zero_alignment: a layer in which base and aligned model are equal is an error, or
-            ("skip") is left unscored and kept.
-        allow_degenerate: all scores are 0 where the reference has no spread, instead of an error.
+        on_zero_alignment: a layer with equal weights in both models raises an error, or with "skip"
+            is kept without a score.
+        allow_degenerate: all scores are 0 if the reference has no spread, instead of an error.
 
     Raises:
-        ValueError: a value out of range, naming the field; no direction.
+        ValueError: a value out of range, or no direction; the message names the field.
 
     Sources: arXiv 2506.18931 and its code; arXiv 2407.08623 for the metric; docs/splora.md.
     """
 
     num: int | None = None
     threshold: float | None = None
-    direction: Direction = None  # pyright: ignore[reportAssignmentType]  # is refused
+    direction: Direction = None  # pyright: ignore[reportAssignmentType]  # None raises
     granularity: Granularity = "module"
     score: Score = "distance"
     projection: Projection = "frobenius"

@@ -1,4 +1,4 @@
-"""SPLoRA on a live model: layers switched off in place, and on again."""
+"""SPLoRA on a live model: switch layers off in place, and on again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KEY = "_lora_ext_splora"
 
 
 class _Applied(NamedTuple):
-    """Kept on the model, by names, so that a copy of the model can be given back as well."""
+    """Record on the model, by names, so that :func:`remove` also works on a copy of the model."""
 
     adapter: str
     switched: tuple[str, ...]  # layers that were on and are off now
@@ -35,27 +35,27 @@ def apply_to(
     pairs: Pairs | None = None,
     progress: Progress = iter,
 ) -> SploraResult:
-    """Score the layers of a model's adapter, and switch off those that are singled out.
+    """Score the layers of a model's adapter, and switch off those that are selected for pruning.
 
-    A layer that is off costs the operators of its base layer and no more, and its outputs are the
-    base layer's to the bit. Parameters, and which of them train, do not change.
+    A layer that is off runs only the operators of its base layer, and its outputs are bitwise those
+    of the base layer. Parameters and their ``requires_grad`` do not change.
 
     Args:
         model: with layers of :class:`lora_ext.nn.LoraLinear` or of PEFT's ``lora.Linear``, before
             or after :func:`lora_ext.from_peft`.
         base, aligned, pairs, progress: as for :func:`ediem_scores`; ``model`` itself may be the
             aligned one, since the weights below the adapters are compared.
-        config: with num or threshold; ``mode`` has no part here.
-        adapter: the name of the adapter.
+        config: with num or threshold; ``mode`` is not used.
+        adapter: name of the adapter.
 
     Returns:
-        what :func:`apply` returns; its names are those in the base model. ``result.adapter`` is a
-        copy, pruned, for saving.
+        the result of :func:`apply`, with names of the base model. ``result.adapter`` is a pruned
+        copy, for saving.
 
     Raises:
-        RuntimeError: the model was pruned already: :func:`remove` first.
-        ValueError: no such adapter, or one that is merged; and what :func:`apply` raises. The model
-            is then as it was.
+        RuntimeError: the model was pruned already: call :func:`remove` first.
+        ValueError: no such adapter, or a merged one; or an error of :func:`apply`. The model is
+            unchanged.
     """
     new = _KEY not in model.__dict__
     found = "a pruned one; call splora.remove(model) first"
@@ -73,14 +73,15 @@ def apply_to(
 
 
 def remove(model: nn.Module) -> None:
-    """Undo :func:`apply_to`: every layer that it switched off is on again.
+    """Undo :func:`apply_to`: switch on every layer that it switched off.
 
     Raises:
         RuntimeError: a model that is not pruned.
     """
     applied: _Applied | None = model.__dict__.pop(_KEY, None)
     if applied is None:
-        raise RuntimeError("remove: model: expected a model of splora.apply_to, found another")
+        found = f"{type(model).__name__} that is not pruned"
+        raise RuntimeError(f"remove: model: expected a model of splora.apply_to, found {found}")
     layers = adapted_layers(model)
     for name in applied.switched:
         layer = layers.get(name)

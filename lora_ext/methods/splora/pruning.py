@@ -1,5 +1,5 @@
-"""SPLoRA on an adapter as a value: layers chosen by their scores and pruned, or, as Safe LoRA does,
-projected."""
+"""SPLoRA on an adapter value: select layers by their scores and prune them, or project them as Safe
+LoRA does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 
 class SploraResult(NamedTuple):
-    """What was measured (``stats``), what was ``pruned``, and what is left: the ``adapter``.
+    """Measurements of the layers (``stats``), names of the pruned and kept ones, and the pruned
+    ``adapter``.
 
     ``str()`` is one line, ``[row._asdict() for row in result.stats]`` the table.
     """
@@ -37,22 +38,24 @@ class SploraResult(NamedTuple):
 
     @property
     def direction(self) -> Direction:
-        """Which end of the scores was pruned, "smallest" or "largest": the configuration's."""
+        """End of the scores that was pruned, "smallest" or "largest", from the configuration."""
         return self.config.direction
 
     @property
     def size_correlation(self) -> float:
-        """How much the scores rank layers by the size of their update, :func:`size_correlation`."""
+        """Rank correlation between the scores and the sizes of the updates,
+        :func:`size_correlation`."""
         return size_correlation(self.stats)
 
     @property
     def unscored(self) -> list[str]:
-        """Layers in which both models are equal, kept by ``on_zero_alignment="skip"``."""
+        """Layers with equal weights in both models, kept by ``on_zero_alignment="skip"``."""
         scored = {layer.name for layer in self.stats}
         return [name for name in self.kept if name not in scored]
 
     def __str__(self) -> str:
-        """Both numbers, the direction and the rule, and how much the scores say beyond sizes."""
+        """Return the numbers of layers, the settings, and the rank correlation of score and
+        size."""
         config, total = self.config, len(self.pruned) + len(self.kept)
         rule = f"threshold={config.threshold}" if config.num is None else f"num={config.num}"
         unscored = f", {len(self.unscored)} not scored" if self.unscored else ""
@@ -75,19 +78,19 @@ def apply(
     pairs: Pairs | None = None,
     progress: Progress = iter,
 ) -> SploraResult:
-    """Score an adapter's layers, and prune those that the configuration singles out.
+    """Score an adapter's layers, and prune those that the configuration selects.
 
     Args:
-        adapter, base, aligned, pairs, progress: as for :func:`ediem_scores`. Nothing is changed.
+        adapter, base, aligned, pairs, progress: as for :func:`ediem_scores`. They are not changed.
         config: with num or threshold.
 
     Returns:
-        the result; ``result.adapter`` has the tensors of the layers that were kept, the very
-        objects, and a configuration that names them in full.
+        the result; ``result.adapter`` has the tensors of the kept layers, without copies, and a
+        configuration that lists their full names.
 
     Raises:
-        ValueError: neither num nor threshold, or num above the number of units; and what
-            :func:`ediem_scores` raises.
+        ValueError: neither num nor threshold, or num above the number of units; or an error of
+            :func:`ediem_scores`.
 
     Source: arXiv 2506.18931.
     """
@@ -111,20 +114,20 @@ def project(
     *,
     progress: Progress = iter,
 ) -> LoraAdapter:
-    """Replace B by ``P B`` in some layers, as Safe LoRA does, and keep the others as they are.
+    """Replace B by ``P B`` in some layers, as Safe LoRA does, and keep the others unchanged.
 
     Args:
-        adapter, base, aligned, progress: as for :func:`ediem_scores`. Nothing is changed.
-        names: full names of the layers; those that :func:`select_layers` returns, say.
-        config: projection, rank, energy, device and on_zero_alignment count; a layer that is
-            skipped keeps its B.
+        adapter, base, aligned, progress: as for :func:`ediem_scores`. They are not changed.
+        names: full names of the layers, such as those that :func:`select_layers` returns.
+        config: projection, rank, energy, device and on_zero_alignment are used; a skipped layer
+            keeps its B.
 
     Returns:
         the adapter. The new B has the dtype and device of the old one, rounded once. Our choice: a
         bias beside B (``lora_bias``), which the update adds to the same outputs, is mapped too.
 
     Raises:
-        ValueError: a name that the adapter lacks; and what :func:`ediem_scores` raises of layers.
+        ValueError: a name that the adapter lacks; or an error of :func:`ediem_scores` in a layer.
 
     Source: Safe LoRA (arXiv 2405.16833), eq. 2 and its code.
     """
@@ -146,21 +149,21 @@ def project(
 
 
 def _columns(factors: Factors) -> Tensor:
-    """What P is applied to, ``(m, r)``: B, and the bias as one more column where there is one."""
+    """Return the matrix that P is applied to: B ``(m, r)``; with a bias, ``(m, r + 1)``."""
     if factors.bias is None:
         return factors.b
     return torch.cat([factors.b, factors.bias.to(factors.b)[:, None]], dim=1)
 
 
 def select_layers(stats: Sequence[LayerStats], config: SploraConfig) -> list[str]:
-    """Return the names of the layers that are to be pruned, in the order of ``stats``.
+    """Return the names of the layers to prune, in the order of ``stats``.
 
-    A unit is a module, or with ``granularity="block"`` a block, whose score is the mean of its
-    modules' and which is pruned whole. Modules outside all blocks are units of their own.
+    A unit is a module, or with ``granularity="block"`` a block. A block's score is the mean of its
+    modules' scores, and it is pruned whole. Modules outside all blocks are single units.
 
     Args:
         stats: from :func:`ediem_scores`.
-        config: num, threshold, direction and granularity count.
+        config: num, threshold, direction and granularity are used.
 
     Raises:
         ValueError: neither num nor threshold is given, or num is above the number of units.
@@ -181,7 +184,7 @@ def select_layers(stats: Sequence[LayerStats], config: SploraConfig) -> list[str
         limit = sign * config.threshold
         chosen = {unit for unit, score in scores.items() if sign * score <= limit}
     else:
-        expected = "one of num and threshold, to know how many to prune"
-        raise ValueError(f"{where}: config: expected {expected}, found neither")
+        expected, found = "one of num and threshold", "None for both"
+        raise ValueError(f"{where}: config: expected {expected}, found {found}")
     names = {layer.name for unit in chosen for layer in units[unit]}
     return [layer.name for layer in stats if layer.name in names]

@@ -1,4 +1,4 @@
-"""How far each layer of an adapter is from the aligned directions."""
+"""Distance of each layer of an adapter from the aligned directions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 class LayerStats(NamedTuple):
-    """What was measured of one layer, whose update is ``D = s B A``, and its score.
+    """Measurements of one layer with the update ``D = s B A``, and its score.
 
     P is :attr:`SploraConfig.projection` of ``V = aligned - base``; norms are Frobenius norms.
     """
@@ -34,14 +34,14 @@ class LayerStats(NamedTuple):
     norm: float  # |D|
     norm_proj: float  # |P D|
     cos: float  # between P D and D; 0 where one of them is 0
-    score: float  # what selects, see SploraConfig.score
-    alignment: float = math.nan  # <D, V> / (|D| |V|): below 0 D undoes what alignment did
+    score: float  # used for selection, see SploraConfig.score
+    alignment: float = math.nan  # <D, V> / (|D| |V|): below 0 D undoes the alignment
 
 
 def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) -> Tensor:
     """Return ``(|D|^2, |PD|^2, <PD, D>, |PD - D|^2)`` of one layer, ``D = scaling * b @ a``.
 
-    :func:`lora_ext.ops.lora_pair_stats`, which takes many layers too, of checked values.
+    Checks the values and calls :func:`lora_ext.ops.lora_pair_stats`, which also takes many layers.
 
     Args:
         a: ``(r, n)`` floating.
@@ -53,7 +53,8 @@ def pair_stats(a: Tensor, b: Tensor, projected_b: Tensor, scaling: float = 1.0) 
         ``(4,)`` float64.
 
     Raises:
-        ValueError: shapes that do not fit, r = 0, NaN or infinity. TypeError: no floating tensor.
+        ValueError: shapes that do not fit, r = 0, NaN or infinity. TypeError: a tensor that is not
+            floating.
     """
     where = "pair_stats"
     named = {"a": a, "b": b, "projected_b": projected_b}
@@ -78,27 +79,27 @@ def ediem_scores(
 ) -> list[LayerStats]:
     """Return the distance of every adapted layer from its projection, and its score.
 
-    Two weights are read at a time, those of one layer. Layers are paired by name; their order is
-    that of the model, whatever order the sources have.
+    The two weights of one layer are read at a time. Layers are paired by name, and returned in the
+    order of the model, whatever the order of the sources.
 
     Args:
         adapter: a :class:`lora_ext.adapter.LoraAdapter`, PEFT's folder, ``(config, state dict)``,
-            or a state dict alone, whose scaling is taken to be 1.
-        base: W0, the model before it was aligned: a folder of safetensors, tensors by name, or a
-            model; see :class:`lora_ext.adapter.model_weights.ModelWeights`.
+            or a state dict alone, with scaling 1.
+        base: W0, the model before alignment: a folder of safetensors, tensors by name, or a model;
+            see :class:`lora_ext.adapter.model_weights.ModelWeights`.
         aligned: Wa, the model on which the adapter was trained; likewise.
-        config: how to score; default is :class:`SploraConfig` as it stands. Its direction has no
-            part here.
-        pairs: for ``reference="pairs"``, and only there.
-        progress: wraps the layers as they are read, ``tqdm.tqdm`` say.
+        config: how to score; default is ``SploraConfig(direction="smallest")``. Its direction is
+            not used.
+        pairs: for ``reference="pairs"`` only.
+        progress: wraps the layers as they are read, for example ``tqdm.tqdm``.
 
     Returns:
         One row for each layer that was scored.
 
     Raises:
         ValueError: shapes that do not fit, naming the layer and both; NaN or infinity, naming the
-            tensor; fewer than 4 layers that are to be compared with one another.
-        ZeroAlignmentError: a layer in which both models are equal.
+            tensor; fewer than 4 layers for ``reference="population"``.
+        ZeroAlignmentError: a layer with equal weights in both models.
         DegenerateReferenceError: a reference without spread.
         KeyError: layers that a model lacks; a factor without the other.
         TypeError: quantised weights. NotImplementedError: DoRA, embeddings, convolutions.
@@ -107,14 +108,14 @@ def ediem_scores(
     """
     config = SploraConfig(direction="smallest") if config is None else config
     where = "ediem_scores"
-    samples = _distances_of(where, pairs, config)
+    samples = _pair_distances(where, pairs, config)
     value = read_adapter(f"{where}: adapter", adapter)
     layers, projected = project_layers(where, value, base, aligned, config, progress)
     scalings = [f.factors.scaling if config.include_scaling else 1.0 for f in layers]
     device = projected[0].columns.device if projected else torch.device("cpu")
     a, b = ([getattr(layer.factors, k).to(device) for layer in layers] for k in "ab")
     columns = [one.columns.to(device) for one in projected]
-    # None is below 0 but by rounding: <P D, D> is not either, since P is positive semi-definite.
+    # Values below 0 are rounding errors, also of <P D, D>: P is positive semi-definite.
     stats = ops.lora_pair_stats(a, b, columns, scalings).cpu().clamp(min=0)  # (L, 4)
     distances = stats[:, 3].sqrt()
     sizes = torch.tensor([b_l.shape[0] * a_l.shape[1] for a_l, b_l in zip(a, b, strict=True)])
@@ -154,13 +155,14 @@ def ediem_scores(
 def size_correlation(stats: Sequence[LayerStats]) -> float:
     """Return Spearman's rank correlation between the scores and the sizes ``|D| / sqrt(m n)``.
 
-    Near 1 or -1 the scores rank layers by the size of their update and say little of alignment.
+    Near 1 or -1 the scores rank layers by the size of their update, and show little of the
+    alignment.
 
     Args:
         stats: from :func:`ediem_scores`.
 
     Returns:
-        from -1 to 1; NaN where the scores or the sizes do not differ.
+        from -1 to 1; NaN if all scores or all sizes are equal.
     """
     scores = [layer.score for layer in stats]
     sizes = [layer.norm / math.sqrt(layer.n_entries) for layer in stats]
@@ -170,7 +172,7 @@ def size_correlation(stats: Sequence[LayerStats]) -> float:
 
 
 def _ranks(values: Sequence[float]) -> Tensor:
-    """The places in rising order, equal values sharing the mean of theirs."""
+    """Return the ranks in ascending order; equal values share the mean of theirs."""
     _, inverse, counts = torch.tensor(values, dtype=torch.float64).unique(
         return_inverse=True, return_counts=True
     )
@@ -181,9 +183,10 @@ def _ranks(values: Sequence[float]) -> Tensor:
 def _angles(
     a: list[Tensor], b: list[Tensor], columns: list[Tensor], scalings: list[float], stats: Tensor
 ) -> Tensor:
-    """``|c P D - D| / |D|`` with the c that makes it least: the sine of the angle between the two.
+    """Return ``|c P D - D| / |D|`` with the c that makes it least: the sine of the angle between P
+    D and D.
 
-    It comes from the difference itself, so that small angles do not cancel. D = 0 has 0.
+    It is computed from the difference itself, so that small angles do not cancel; 0 for D = 0.
     """
     norms, images, inner = stats[:, 0], stats[:, 1], stats[:, 2]
     c = torch.where(images > 0, inner / images, 0).to(columns[0].device)
@@ -195,9 +198,9 @@ def _angles(
 def _permuted(
     a: Tensor, b: Tensor, projected: Tensor, scaling: float, config: SploraConfig
 ) -> Tensor:
-    """``|(P B - B[pi]) A| s`` for random permutations pi of the rows, ``(n_samples,)``.
+    """Return ``|(P B - B[pi]) A| s`` for random permutations pi of the rows, ``(n_samples,)``.
 
-    Every layer has a generator of its own, so that no score depends on which others there are.
+    Every layer starts from the seed, so that its score does not depend on other layers.
     """
     generator = torch.Generator().manual_seed(config.seed)
     orders = (torch.randperm(len(b), generator=generator) for _ in range(config.n_samples))
@@ -206,8 +209,9 @@ def _permuted(
     return torch.stack(found).cpu().clamp(min=0).sqrt()
 
 
-def _distances_of(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor | None:
-    """``|X - Y|`` of each of the caller's pairs, ``(N,)`` float64; None for other references."""
+def _pair_distances(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor | None:
+    """Return ``|X - Y|`` of each of the caller's pairs, ``(N,)`` float64; None for other
+    references."""
     if config.reference != "pairs":
         if pairs is not None:
             expected = f"None with reference={config.reference!r}"
