@@ -126,8 +126,8 @@ def _add_inspect(commands: Any) -> None:
         "inspect",
         "show the modules of an adapter: ranks, norms, bad values",
         "  norm  Frobenius norm of the update, scaling * B A\n"
-        "  bad   number of values that are NaN or infinite; if there are any, nothing else\n"
-        "        is measured and the exit status is 1\n\n"
+        "  bad   number of values that are NaN or infinite; with any, nothing else is\n"
+        "        measured and the exit status is 1\n\n"
         "The other columns are effective ranks: the number of directions that the update\n"
         "uses.",
         _reports.inspect,
