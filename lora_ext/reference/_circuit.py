@@ -89,7 +89,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 def _observe(leaf: Tensor, x: Tensor) -> Tensor:
-    """Return ``(B, ..., V)`` log-probabilities at tokens ``x (B, ...)``; 0 where ``x`` is -1."""
+    """Gather log-probabilities ``leaf (B, ..., V)`` at tokens ``x``; 0 where ``x`` is -1."""
     index = x.clamp(min=0)[..., None, None].expand(*leaf.shape[:-1], 1)
     return torch.where(x[..., None] < 0, 0, leaf.gather(-1, index).squeeze(-1))
 

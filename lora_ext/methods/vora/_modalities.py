@@ -75,7 +75,7 @@ def vision_rows(block: Block, leading: torch.Size, device: torch.device) -> Rows
 def traced_vision_rows(leading: torch.Size, device: torch.device) -> Rows | None:
     """Return :func:`vision_rows` for a compiled graph, of the block in which it will run.
 
-    The result is None while no block is open: this gives another graph.
+    The result is None while no block is open, which is compiled as a separate graph.
     """
     return pool_rows(_vision.handle, leading, device, 1) if _context.any_block else None
 

@@ -122,7 +122,7 @@ def block_distill_loss(
             require(sum(sizes) == len(u), where, "teacher_grids", expected, found)
             parts = zip(u.split(sizes), pairs, strict=True)
             u = torch.cat([u[:0], *(resample_grid(image, *pair) for image, pair in parts)])
-        expected = f"the student's {count} tokens where not both grids are given"
+        expected = f"the student's {count} tokens unless both grids are given"
         require(len(u) == count, where, "teachers", expected, len(u))
         cosines.append(F.cosine_similarity(p, u, dim=-1, eps=1e-8))  # (M,)
     if count == 0:  # A mean over no tokens would be NaN.

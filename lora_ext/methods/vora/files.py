@@ -128,7 +128,7 @@ def load_state_dict(
                 )
             unexpected.append(key)
     for name, (owner, _) in biases.items():
-        require(owner.scale != 0, where, name, "no bias where the scale is 0", "one")
+        require(owner.scale != 0, where, name, "no bias if the scale is 0", "one")
     missing = [key for key in (*wanted, *has_bias) if key not in copies and key not in biases]
     for keys, expected, found in (
         (missing, "a tensor", "none"),

@@ -144,7 +144,7 @@ class VoraLinear(LoraLinear):
         if token_mask is None or self.route == "all":
             return super().forward(x, adapter_ids)
         alone = adapter_ids is None
-        require(alone, "VoraLinear", "token_mask", "None beside adapter_ids", "a mask")
+        require(alone, "VoraLinear", "token_mask", "None with adapter_ids", "a mask")
         with modality(token_mask):
             return super().forward(x)
 
@@ -279,11 +279,11 @@ class VoraLinear(LoraLinear):
         return kept.get(key, device, _overlaid, vision, named, own, len(self.r))
 
     def _default_position(self) -> int:
-        """Return the position of the adapter for unnamed rows, which are text for route "vision"."""
+        """Return the position of the adapter for unnamed rows; with "vision" these are text."""
         if self.route == "all":
             return super()._default_position()
         active = [n for n in self._active if self._is_on(n) and n != self.adapter_name]
-        words = "one active adapter for text, beside the layer's own"
+        words = "at most one active adapter for text"
         require(len(active) <= 1, "VoraLinear", "set_adapter", words, active, NotImplementedError)
         return self.adapter_names.index(active[0]) if active else -1
 

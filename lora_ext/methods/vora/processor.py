@@ -128,7 +128,9 @@ class VoraImageProcessor(BaseImageProcessor):
             TypeError: if something is not an image, has bools as values, or a setting is unknown.
             ModuleNotFoundError: if ``images`` has a path and Pillow is missing.
         """
-        require(not args, "VoraImageProcessor", "images", "alone", f"{len(args)} more", TypeError)
+        require(
+            not args, "VoraImageProcessor", "args", "nothing after images", len(args), TypeError
+        )
         if overrides:
             settings = {name: getattr(self, name) for name in FIELDS} | overrides
             return type(self)(**settings).preprocess(images, return_tensors=return_tensors)
@@ -147,7 +149,7 @@ class VoraImageProcessor(BaseImageProcessor):
         places: Any = grids
         if return_tensors is not None:
             sizes = [tuple(image.shape[1:]) for image in flat]
-            expected = f"images that become one size where return_tensors is {given}"
+            expected = f"images that become one size if return_tensors is {given}"
             require(len(set(sizes)) == 1, where, "images", expected, sizes)
             values, places = torch.stack(flat), torch.tensor(grids)
         if return_tensors == "np":
@@ -164,7 +166,7 @@ class VoraImageProcessor(BaseImageProcessor):
         if self.do_resize:
             target = smart_resize(height, width, self.patch, self.min_pixels, self.max_pixels)
         whole = not (target[0] % self.patch or target[1] % self.patch)
-        expected = f"multiples of the patch {self.patch} where do_resize is False"
+        expected = f"multiples of the patch {self.patch} if do_resize is False"
         require(whole, "VoraImageProcessor", "images", expected, f"{height} x {width}")
         if target != (height, width):
             mode, smooth = FILTERS[self.resample], self.resample != 0
