@@ -37,7 +37,7 @@ _FOLDER = "folder of an adapter"
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Formatter that lists the commands below their title, without a placeholder line."""
+    """Formatter without a placeholder line above the commands."""
 
     def _format_action(self, action: argparse.Action) -> str:
         text = super()._format_action(action)
@@ -295,7 +295,6 @@ def _add_json(parser: argparse.ArgumentParser, out: bool = False) -> None:
 
 
 def _numbers(text: str) -> list[float]:
-    """Parse one or more numbers, separated by commas."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:

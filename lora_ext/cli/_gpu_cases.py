@@ -23,8 +23,7 @@ class Case:
     Args:
         op: short name.
         launchers: launchers of ``csrc/include`` that the op calls, without ``launch_``.
-        make: returns the inputs for a generator and a size: 0 is small, for the check, and 1 is
-            large, for the timing.
+        make: returns inputs for a generator and a size: 0 for the check, 1 (large) for the timing.
         run, formula: return tensors for the inputs; the formula gets float64.
         dtype: dtype of the inputs.
         bound: largest error, relative to the largest value of a result.
@@ -92,7 +91,7 @@ def _both(name: str, launchers: tuple[str, ...], make: Any, run: Any, **how: Any
 
 
 def _pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> Case:
-    """Return the case of an op and a formula with the same arguments."""
+    """Return the case of an op and a formula with equal arguments."""
 
     def run(function: Any, given: Inputs) -> list[Tensor]:
         found = function(*arguments(given))
@@ -222,10 +221,7 @@ def _head(given: Inputs) -> tuple[str, Tensor, Tensor, Tensor]:
 
 
 def _scored(function: Any, given: Inputs) -> list[Tensor]:
-    """Return the log-probabilities of the op's sample, from the op or from the formula.
-
-    The formula may draw another token if a uniform is at the border of two tokens.
-    """
+    """Return the log-probabilities of the op's sample: the formula may draw other tokens."""
     if function is ops.circuit_sample:
         found = function(*_head(given), given["uniforms"])
         given["drawn"] = found.tokens
@@ -291,12 +287,11 @@ def _program(
 
 
 def _wide_program(g: torch.Generator, size: int) -> Inputs:
-    """Return a program with nodes for tensor cores, which run stage by stage."""
+    """Return a program with nodes for tensor cores, run stage by stage."""
     return _program(g, size, (130, 512), homogeneous=True)
 
 
 def _layers(given: Inputs) -> list[Tensor]:
-    """Return the values of all units and the gradients of the weights."""
     program = ops.Program(given["numbers"], list(given["plan"]))
     leaf, w = given["leaf"], given["w"]
     val = ops.circuit_layers(leaf, w, program)

@@ -123,7 +123,7 @@ def describe(adapter: LoraAdapter) -> dict[str, Any]:
 def _ranks(
     adapter: LoraAdapter, name: str, arguments: Namespace, measured: bool
 ) -> dict[str, float | int | None]:
-    """Return the norm and effective ranks of a module, each None if it cannot be measured."""
+    """Return norm and effective ranks, each None if it cannot be measured."""
     factors = adapter.modules[name]
     figures: dict[str, Any] = {}
     grouped = factors.a.shape[0] != factors.b.shape[1]  # A grouped convolution's update is not B A.

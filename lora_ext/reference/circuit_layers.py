@@ -96,8 +96,6 @@ def circuit_layers_walk(
 
 
 class _Lists:
-    """Program as lists of numbers."""
-
     def __init__(self, program: Tensor):
         rest = iter([int(n) for n in program])
         self.num_units, _, _, nodes, parts, children, matrices = islice(rest, 7)
@@ -116,7 +114,7 @@ class _Lists:
 
 
 def _terms(lists: _Lists, val: list[Tensor], node: list[int]) -> Tensor:
-    """Compute the products of a node, ``(B, terms)``."""
+    # (B, terms)
     terms: list[Tensor] = []
     for _, kronecker, begin, end in lists.parts[node[4] : node[5]]:
         factors = [torch.stack(val[c : c + n], 1) for c, n in lists.children[begin:end]]
@@ -129,6 +127,6 @@ def _terms(lists: _Lists, val: list[Tensor], node: list[int]) -> Tensor:
 
 
 def _weights(lists: _Lists, w: Tensor, node: list[int]) -> Tensor:
-    """Return the matrix of a node, ``(sums, terms)``."""
+    # (sums, terms)
     offset, sums, width, *_ = lists.matrices[node[3]]
     return w[offset : offset + sums * width].view(sums, width)

@@ -75,7 +75,6 @@ class _Task(Dataset[HashInstance]):
         raise NotImplementedError
 
     def _hashes(self, rng: random.Random, count: int) -> list[str]:
-        """Draw ``count`` distinct hashes."""
         found: dict[str, None] = {}
         while len(found) < count:
             found["".join(rng.choices(ALPHABET, k=self.hash_length))] = None
@@ -192,7 +191,6 @@ class HashChain(_Task):
         return shortest + (sum(above[-count:]) if count <= len(above) else count * above[-1])
 
     def _lengths(self, rng: random.Random) -> tuple[int, ...]:
-        """Draw the lengths of an instance, sorted."""
         if not self.vary_hash:
             return tuple(sorted(self.chains[: self.num_chains]))
         lengths = sorted(set(self.chains))

@@ -142,10 +142,7 @@ class VisionPatchEmbed(nn.Module):
         return list(tokens.split(counts))
 
     def grid(self, image: Tensor) -> tuple[int, int]:
-        """Return the rows and columns of patches of an image ``(..., 3, H, W)``.
-
-        The errors are those of :meth:`forward`.
-        """
+        """Return rows and columns of patches of an image ``(..., 3, H, W)``, or raise an error."""
         where = "VisionPatchEmbed"
         real = image.is_floating_point()
         fits = image.dim() >= 3 and image.shape[-3] == 3
@@ -171,17 +168,14 @@ class VisionPatchEmbed(nn.Module):
         return resample_grid(table, (self.side, self.side), (rows, columns))
 
     def _patches(self, images: Tensor, rows: int, columns: int) -> Tensor:
-        """Cut ``(B, 3, H, W)`` into patches ``(B * rows * columns, 3 p p)``."""
+        # (B, 3, H, W) to (B * rows * columns, 3 p p)
         cut = images.reshape(len(images), 3, rows, self.patch, columns, self.patch)
         cut = cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * self.patch**2)
         return cut.to(self.pos_embed.dtype)
 
 
 def resample_grid(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Interpolate tokens ``(h * w, C)`` of one grid to another (bilinear, no aligned corners).
-
-    The dtype stays. If the grids are equal, ``tokens`` is returned.
-    """
+    """Interpolate tokens ``(h * w, C)`` of one grid to another; equal grids return ``tokens``."""
     if grid == target:
         return tokens
     image = tokens.T.reshape(1, -1, *grid)

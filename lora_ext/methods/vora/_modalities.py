@@ -62,10 +62,7 @@ def vision_block() -> Block | None:
 
 
 def vision_rows(block: Block, leading: torch.Size, device: torch.device) -> Rows:
-    """Return the rows of activations ``(*leading, I)``: id 0 for vision tokens, -1 for all others.
-
-    They are computed once for all layers.
-    """
+    """Return rows of activations ``(*leading, I)``: id 0 for vision tokens, -1 for all others."""
     found, shape = tuple(block.assignment.shape), tuple(leading)
     expected = f"the activations' shape without features, {shape}"
     require(found == shape, "modality", "vision_mask", expected, found)

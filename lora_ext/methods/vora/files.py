@@ -31,8 +31,6 @@ _TEACHER = "aux_vision.aux_model."  # the frozen teacher, which the authors also
 
 
 class _Loaded(NamedTuple):
-    """Keys that ``load_state_dict(strict=False)`` has ignored."""
-
     missing_keys: list[str]
     unexpected_keys: list[str]
 
@@ -147,7 +145,6 @@ def load_state_dict(
 
 
 def _expected(model: nn.Module, layers: Mapping[str, VoraLinear]) -> dict[str, Tensor]:
-    """Return the trained parameters by the names of :func:`state_dict`."""
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
         found |= {f"{name}.lora_A.weight": layer.A, f"{name}.lora_B.weight": layer.B}

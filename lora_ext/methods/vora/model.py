@@ -274,7 +274,6 @@ class VoraForCausalLM(nn.Module):
 
 
 def _flat(images: Images | None) -> list[Tensor]:
-    """Return all images of a batch in order."""
     flat: list[Tensor] = []
     where = "VoraForCausalLM: images"
     expected = "(3, H, W) tensors as from VoraImageProcessor"

@@ -157,7 +157,6 @@ class VoraImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": values, "image_grids": places})
 
     def _prepare(self, image: Any) -> Tensor:
-        """Process one image to ``(3, H, W)`` in float32."""
         pixels = _to_tensor(image)
         is_integer = not pixels.is_floating_point()
         pixels = pixels.float()
@@ -192,7 +191,6 @@ FIELDS = tuple(inspect.signature(VoraImageProcessor).parameters)[:-1]
 
 
 def _are_three_numbers(values: Any) -> bool:
-    """Return whether ``values`` is a sequence of three finite numbers."""
     return (
         isinstance(values, Sequence | np.ndarray)
         and len(values) == 3
@@ -201,7 +199,6 @@ def _are_three_numbers(values: Any) -> bool:
 
 
 def _as_list(images: Any) -> list[Any]:
-    """Return the images of a sample as a list."""
     if images is None:
         return []
     several = isinstance(images, list | tuple) or _is_batch(images)
