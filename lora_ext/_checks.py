@@ -257,7 +257,7 @@ def require_tensor(
     shape: Sequence[int] | None,
     *dtypes: torch.dtype,
 ) -> None:
-    """Raise ValueError for another shape or dtype; without a shape, check only the dimensions."""
+    """Raise ValueError unless ``t`` has this shape (if None, one size per letter) and dtype."""
     if shape is None:
         require_dim(op, argument, t, letters)
     else:
