@@ -8,8 +8,7 @@ from lora_ext._on_demand import on_demand
 
 _C = _loader.load()
 
-# E402: the ops exist once the compiled module is in the process, and all that follows stands on
-# them.
+# E402: the imports below need the ops, which exist once the compiled module is loaded.
 from lora_ext import adapter, ops, pool  # noqa: E402
 from lora_ext.interop import from_peft  # noqa: E402
 from lora_ext.layers import LoraConfig  # noqa: E402
@@ -29,13 +28,13 @@ __all__ = [
 ]  # fmt: skip
 __version__ = "0.2.0"
 
-# A server needs none of these, and they were half of the time that an import takes.
+# A server does not need these packages, which took half of the import time.
 _PACKAGES = frozenset({"circuits", "control", "federated", "methods", "nn", "tenants"})
 _function = on_demand(__name__, layers="chunked_loss exact", serving="capturable")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a package, or what has a function, when it is first asked for."""
+    """Import a package, or the file of a function, when it is first used."""
     return import_module(f"{__name__}.{name}") if name in _PACKAGES else _function(name)
 
 

@@ -1,4 +1,4 @@
-"""``python -m lora_ext``: the command line."""
+"""Entry point of ``python -m lora_ext``, the command line."""
 
 import sys
 

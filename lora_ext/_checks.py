@@ -1,9 +1,9 @@
-"""Checks of arguments, in one dialect: ``<where>: <argument>: expected ..., found ...``.
+"""Checks of arguments. Each message reads ``<where>: <argument>: expected ..., found ...``.
 
-A value of the right kind that is out of range is a ValueError; one of another kind a
-:class:`WrongKind`, which is a TypeError and a ValueError. Scalars of numpy and torch, which have
-no dimension, count as Python's numbers and flags, and come back as those; a bool is no number,
-NaN is in no range, and an array or a tensor with a dimension is no scalar, be it of one element.
+A value of the right type that is out of range raises ValueError. A value of another type raises
+:class:`WrongKind`, which is both a TypeError and a ValueError. Scalars of numpy and torch without
+dimensions are converted to Python's numbers and bools. A bool is not a number, NaN is outside every
+range, and an array or tensor with a dimension is not a scalar, even if it has one element.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-#: What a message says is expected; of a pair, the first of a value of another kind.
+#: Description of the expected value. The first item of a pair is for values of another type.
 Words = str | tuple[str, ...]
 
-#: What every op that computes takes, if not all in every place.
+#: Floating-point dtypes that the ops support; some arguments allow fewer.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class WrongKind(TypeError, ValueError):
-    """An argument of another type than the one that is wanted."""
+    """Error of an argument that has the wrong type."""
 
 
 def require(
@@ -49,7 +49,7 @@ def require(
 
 
 def instance(where: str, argument: str, value: object, kind: type | tuple[type, ...]) -> None:
-    """Refuse a value of another type, which the message names instead of showing the value."""
+    """Raise :class:`WrongKind`, naming the type found, unless ``value`` is of type ``kind``."""
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         name = " or ".join(each.__name__ for each in kinds)
@@ -67,8 +67,10 @@ def integer(
     *,
     expected: Words | None = None,
 ) -> int:
-    """Return ``value`` as a Python int in ``[minimum, maximum]``; ``expected`` replaces the
-    message's description."""
+    """Return ``value`` as a Python int; raise unless it is in ``[minimum, maximum]``.
+
+    ``expected`` replaces the description in the message.
+    """
     whole = value if type(value) in (int, torch.SymInt) else _whole(_plain(value))
     if whole is None or not _inside(whole, minimum, maximum):
         low = "" if minimum is None else f" from {minimum}"
@@ -90,21 +92,24 @@ def number(
     below: float | None = None,
     expected: Words | None = None,
 ) -> float:
-    """Return ``value`` as a Python number within bounds, an int if it is one.
-
-    Args:
-        where, argument: named in the message. value: to be checked.
-        minimum, maximum: bounds that are allowed. above, below: bounds that are not.
-        expected: replaces the message's description; of a pair, the first is for what is no number.
+    """Return ``value`` as a Python number, an int if it is one; raise if it is out of bounds.
 
     Infinity is allowed only with ``maximum=math.inf``, NaN never.
+
+    Args:
+        where, argument: names that the message begins with.
+        value: value to check.
+        minimum, maximum: inclusive bounds.
+        above, below: exclusive bounds.
+        expected: description in the message. Of a pair, the first is for values that are not finite
+            numbers.
     """
     real = value if type(value) in (float, torch.SymFloat, torch.SymInt) else _real(_plain(value))
     finite = maximum != math.inf
     words = expected or _interval(minimum, maximum if finite else None, above, below)
     if real is None:
         _refuse(where, argument, words, value, WrongKind)
-    # Compared as it is: an integer may be too large for a float.
+    # This compares without converting: an integer may be too large for a float.
     if not (abs(real) <= sys.float_info.max if finite else real == real):
         _refuse(where, argument, words if isinstance(words, str) else words[:1], value)
     if not _inside(real, minimum, maximum, above, below):
@@ -146,18 +151,18 @@ def flag(where: str, argument: str, value: object, *, expected: str = "True or F
 
 
 def require_flags(where: str, **flags: object) -> None:
-    """Refuse those of ``flags`` that are none."""
+    """Raise :class:`WrongKind` for the first keyword argument that is not a bool."""
     for argument, found in flags.items():
         flag(where, argument, found)
 
 
 @contextlib.contextmanager
 def renamed(where: str, **names: str) -> Iterator[None]:
-    """Let what is raised inside speak of the caller's function and arguments.
+    """Rename the function and the arguments in the messages of errors raised in a ``with`` block.
 
     Args:
-        where: comes in the place of the function that the message begins with.
-        names: of arguments: ``inner="outer"``.
+        where: replaces the function name that the message begins with.
+        names: names of arguments, as in ``inner="outer"``.
     """
     try:
         yield
@@ -174,31 +179,31 @@ def renamed(where: str, **names: str) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------
 # Frozen dataclasses
 
-#: A check of one field: of where, its name and its value; returns what the field keeps.
+#: Check of one field. Its arguments are where, the field's name and its value; it returns the value
+#: to store.
 Rule = Callable[[str, str, Any], Any]
 
 
 def within(
     minimum: float | None = None, maximum: float | None = None, **more: Any
 ) -> Mapping[str, Any]:
-    """Return bounds of a field: the arguments of :func:`integer` and :func:`number` after its
-    value."""
+    """Return the bounds of a field as keyword arguments of :func:`integer` or :func:`number`."""
     return {"minimum": minimum, "maximum": maximum, **more}
 
 
 def check_fields(
     config: Any, table: Mapping[str, Rule | Mapping[str, Any]], where: str | None = None
 ) -> None:
-    """Check the fields of a frozen dataclass, which keeps Python's own numbers and flags.
+    """Check the fields of a frozen dataclass and convert them to Python's numbers and bools.
 
-    An annotation says the kind of a field: int, float, bool or a Literal, each also ``| None``.
-    What the table has for a field are its bounds (:func:`within`) or a rule that replaces this;
-    fields of other annotations have rules or are left alone.
+    The annotation of a field (int, float, bool or a Literal, each also ``| None``) selects its
+    check. The table adds bounds (:func:`within`) or a rule that replaces the check. A field with
+    another annotation is checked only if it has a rule.
 
     Args:
         config: the dataclass, in its ``__post_init__``.
-        table: bounds and rules, by fields.
-        where: what messages speak of; the name of the class.
+        table: bounds and rules by field name.
+        where: name that the messages begin with; by default that of the class.
     """
     where = where or type(config).__name__
     kinds = _kinds(type(config))
@@ -214,7 +219,7 @@ def check_fields(
 
 @functools.cache
 def _kinds(config: type) -> dict[str, tuple[Callable[..., Any], bool]]:
-    """Return the check of each field whose annotation says one, and whether it may be None."""
+    """Return the check of each field, and whether it may be None."""
     found: dict[str, tuple[Callable[..., Any], bool]] = {}
     for name, hint in typing.get_type_hints(config).items():
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -233,13 +238,13 @@ def _kinds(config: type) -> dict[str, tuple[Callable[..., Any], bool]]:
 
 
 def require_dim(op: str, argument: str, t: Tensor, letters: str) -> None:
-    """Refuse a tensor that has not as many dimensions as there are letters, as in ``(B, K)``."""
+    """Raise ValueError unless ``t`` has one dimension per letter, as in ``(B, K)``."""
     dims = len(letters.strip("(,)").split(","))
     require(t.dim() == dims, op, argument, f"shape {letters}", list(t.shape))
 
 
 def require_shape(op: str, argument: str, t: Tensor, letters: str, shape: Sequence[int]) -> None:
-    """Refuse a tensor of another shape; ``letters`` are those of the sizes."""
+    """Raise ValueError unless ``t`` has this shape; ``letters`` name its sizes in the message."""
     holds = t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True))
     require(holds, op, argument, f"shape {letters} = {list(shape)}", list(t.shape))
 
@@ -252,7 +257,7 @@ def require_tensor(
     shape: Sequence[int] | None,
     *dtypes: torch.dtype,
 ) -> None:
-    """Refuse a tensor of another shape, or of as many dimensions where it is None, or dtype."""
+    """Raise ValueError unless ``t`` has this shape (if None, one size per letter) and dtype."""
     if shape is None:
         require_dim(op, argument, t, letters)
     else:
@@ -261,12 +266,12 @@ def require_tensor(
 
 
 def require_dtype(op: str, argument: str, t: Tensor, *dtypes: torch.dtype) -> None:
-    """Refuse a tensor whose dtype is none of these."""
+    """Raise ValueError unless the dtype of ``t`` is one of ``dtypes``."""
     require(t.dtype in dtypes, op, argument, " or ".join(map(str, dtypes)), t.dtype)
 
 
 # -------------------------------------------------------------------------------------------------
-# Kinds and words
+# Types and messages
 
 
 def _refuse(
@@ -282,7 +287,7 @@ def _refuse(
 
 
 def _plain(value: Any) -> Any:
-    """Return the Python scalar that a scalar of numpy or torch holds; anything else as it is."""
+    """Convert a scalar of numpy or torch to a Python scalar; return other values unchanged."""
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
         try:
             return value.item()

@@ -1,9 +1,8 @@
-"""Files from disk, none of them trusted: regular files, JSON, safetensors; and files that are
-written whole or not at all.
+"""Safe reading of untrusted files (regular files, JSON, safetensors) and atomic writing.
 
-Shapes and dtypes are known before any tensor is read, so the caller can refuse a file without
-allocating for it. A safetensors file is read through one descriptor and never mapped: a file that
-shrinks meanwhile gives a short read, an exception, where a mapping would give SIGBUS.
+Shapes and dtypes are known before any tensor is read, so a caller can reject a file without
+allocating memory for it. A safetensors file is read through one descriptor and is never mapped: a
+file that shrinks in the meantime raises an exception, whereas a mapping would cause SIGBUS.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from lora_ext._checks import require
 
-MAX_HEADER_BYTES = 16 << 20  # about 130 bytes per tensor: room for 100 000 of them
+MAX_HEADER_BYTES = 16 << 20  # enough for 100 000 tensors of about 130 bytes each
 
 _DTYPES = {
     "F64": torch.float64,
@@ -43,16 +42,16 @@ _DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """What the header says of one tensor; ``dtype`` is its name where we have no such type."""
+    """Shape and dtype of one tensor in a header; an unsupported dtype is given by its name."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file, or what a link to one points at (the Hub's cache is made of links).
+    """Open a regular file or a link to one (the Hub's cache consists of links).
 
-    Pipes and devices are refused, and do not block: O_NONBLOCK.
+    Raise ValueError for a pipe or device, without blocking (O_NONBLOCK).
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
@@ -65,7 +64,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_json(path: Path, limit: int) -> Any:
-    """A JSON file of at most ``limit`` bytes, of which no more are read."""
+    """Read a JSON file; raise ValueError if it has more than ``limit`` bytes."""
     with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -74,7 +73,7 @@ def read_json(path: Path, limit: int) -> Any:
 
 
 def parse_json(data: bytes | bytearray, where: str) -> Any:
-    """Parse JSON without NaN, duplicate keys or bottomless nesting."""
+    """Parse JSON; raise ValueError for NaN, infinity, duplicate keys or too deep nesting."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -96,12 +95,12 @@ def parse_json(data: bytes | bytearray, where: str) -> Any:
 
 
 class SafetensorsFile:
-    """Header checked on opening: sizes, overlaps and gaps, before any tensor is read.
+    """Open safetensors file with a header that was checked for sizes, overlaps and gaps.
 
     Attributes:
-        where: the path.
+        where: path of the file.
         infos: shape and dtype by key.
-        metadata: the header's text by key.
+        metadata: text entries of the header by key.
     """
 
     def __init__(self, path: Path):
@@ -123,7 +122,7 @@ class SafetensorsFile:
         require(length <= most, where, "header length", f"at most {most}", length)
         self._data = 8 + length
         header = parse_json(self._exactly(length), f"{where}: header")
-        # A header may have many megabytes: what an error says of it is made for an error alone.
+        # A header may have many megabytes, so its text is formatted only if an error is raised.
         if not isinstance(header, dict):
             raise ValueError(f"{where}: header: expected an object, found {header!r:.80}")
         metadata = header.pop("__metadata__", {})
@@ -160,7 +159,7 @@ class SafetensorsFile:
             expected = "two data_offsets and a dtype"
             raise ValueError(f"{where}: entry: expected {expected}, found {entry!r:.200}")
         dtype = _DTYPES.get(name)
-        if dtype is None:  # kept by name: the key may be one that the caller skips
+        if dtype is None:  # This is not an error yet: the caller may skip the key.
             return TensorInfo(tuple(shape), name), (offsets[0], offsets[1])
         nbytes, found = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
         if found != nbytes:
@@ -170,15 +169,16 @@ class SafetensorsFile:
 
     def _exactly(self, count: int) -> bytearray:
         data = bytearray(count)
-        if self._file.readinto(data) != count:
-            raise ValueError(f"{self.where}: the file ended early")
+        found = self._file.readinto(data)
+        if found != count:
+            raise ValueError(f"{self.where}: expected {count} bytes, found {found}: it ended early")
         return data
 
     def read(self, key: str) -> Tensor:
-        """Read one tensor; its bytes were checked to lie inside the file.
+        """Read one tensor.
 
         Raises:
-            ValueError: for a tensor of a dtype that is none of ours.
+            ValueError: if its dtype is not supported.
         """
         shape, dtype = self.infos[key]
         if isinstance(dtype, str):
@@ -201,18 +201,18 @@ class SafetensorsFile:
 
 
 def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
-    """Write files into a folder so that all of them appear, or none.
+    """Write files into a folder so that either all of them appear or nothing changes.
 
-    Each is written under another name, and forced to the disk, before the first is renamed. A
-    folder that is not there yet is itself made under another name. So what was there stays whole
-    whatever happens meanwhile: a full disk, a signal.
+    Every file is written under a temporary name and synced to disk before the first is renamed. A
+    new folder is also created under a temporary name. A full disk or a signal therefore leaves the
+    existing files intact.
 
     Args:
-        folder: made if it is not there; other files in it are left alone.
-        files: contents by name, in the order in which they appear.
+        folder: created if it does not exist; its other files are left alone.
+        files: contents by name, in the order in which the files appear.
 
     Raises:
-        OSError: what the system says; nothing has changed then.
+        OSError: if a file cannot be written; nothing has changed then.
     """
     path, mark = Path(folder), f".{uuid.uuid4().hex[:12]}.partial"
     if path.is_dir():
@@ -230,11 +230,11 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
         except OSError:
             if not path.is_dir():
                 raise
-            _replace_files(path, files, mark)  # somebody else has made it meanwhile
+            _replace_files(path, files, mark)  # Another process has created the folder meanwhile.
             shutil.rmtree(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
-        for parent in parents:  # the nearest first; one that others use by now is not empty
+        for parent in parents:  # The nearest comes first; `rmdir` keeps a folder with files.
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
@@ -246,7 +246,7 @@ def _replace_files(folder: Path, files: Mapping[str, bytes], mark: str) -> None:
     try:
         for (path, new), data in zip(paths.items(), files.values(), strict=True):
             _write(new, data)
-            before[path] = _second_name(path, new.with_name(f"{new.name}.old"))
+            before[path] = _back_up(path, new.with_name(f"{new.name}.old"))
         for path, new in paths.items():
             os.replace(new, path)
     except BaseException:
@@ -262,15 +262,15 @@ def _replace_files(folder: Path, files: Mapping[str, bytes], mark: str) -> None:
             new.with_name(f"{new.name}.old").unlink(missing_ok=True)
 
 
-def _second_name(path: Path, name: Path) -> Path | None:
-    """Another name for a file: it costs no room, and gives the file back. None: there is none."""
+def _back_up(path: Path, backup: Path) -> Path | None:
+    """Link ``path`` to ``backup``, which needs no disk space; return None without such a file."""
     if not os.path.lexists(path):
         return None
     try:
-        os.link(path, name, follow_symlinks=False)
-    except OSError:  # a file system without such names
-        shutil.copy2(path, name, follow_symlinks=False)
-    return name
+        os.link(path, backup, follow_symlinks=False)
+    except OSError:  # The file system has no hard links.
+        shutil.copy2(path, backup, follow_symlinks=False)
+    return backup
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Import the compiled module, or say in one sentence why that is impossible and what helps."""
+"""Import of the compiled module; a failure is explained in one sentence with its remedy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import torch  # first: its libraries are then in the process, and ours carries no path to them
+import torch  # It loads the libraries that the compiled module needs and has no path to.
 
 
 def build_info() -> dict[str, object]:
-    """What ``setup.py`` wrote down about this build; empty when nothing was built."""
+    """Return what ``setup.py`` recorded about this build; empty if nothing was built."""
     try:
         info = importlib.import_module("lora_ext._build_info")
     except ImportError:
@@ -21,11 +21,13 @@ def build_info() -> dict[str, object]:
 
 
 def hidden() -> Path | None:
-    """Another lora_ext that Python would find if it did not find this one: an installed package
-    behind the checkout that Python was started in."""
+    """Return the folder of another lora_ext that this one hides, or None.
+
+    A checkout hides an installed package if Python is started in the checkout.
+    """
     here = Path(__file__).resolve().parent
     found = [Path(entry, "lora_ext") for entry in sys.path]
-    for finder in sys.meta_path:  # editable installs are on no path
+    for finder in sys.meta_path:  # Editable installs are not on `sys.path`.
         spec = finder.find_spec("lora_ext", None)
         if spec is not None and spec.origin is not None:
             found.append(Path(spec.origin).parent)
@@ -36,7 +38,7 @@ def hidden() -> Path | None:
 
 
 def explain(error: ImportError) -> str:
-    """The sentence for a failed import of ``lora_ext._C``."""
+    """Return the message for a failed import of ``lora_ext._C``."""
     info = build_info()
     if not info:
         here, other = Path(__file__).resolve().parent, hidden()
@@ -56,9 +58,9 @@ def explain(error: ImportError) -> str:
 
 
 def load(name: str = "_C") -> ModuleType:
-    """Import ``lora_ext.<name>``; its ops are registered with the dispatcher afterwards.
+    """Import ``lora_ext.<name>``, which registers its ops with the dispatcher.
 
-    ``LORA_EXT_DEBUG=1`` makes every launch on a device check its adapter ids, which waits for it.
+    ``LORA_EXT_DEBUG=1`` makes every launch on a device check its adapter ids and synchronize.
     """
     try:
         module = importlib.import_module(f"lora_ext.{name}")
@@ -69,5 +71,8 @@ def load(name: str = "_C") -> ModuleType:
 
 
 def vllm_mode() -> str:
-    """``LORA_EXT_VLLM``: which of vLLM's platforms call lora_ext, "1" for the CPU by default."""
+    """Return ``LORA_EXT_VLLM``, which selects the vLLM platforms that call lora_ext.
+
+    The default is "1", the CPU.
+    """
     return os.environ.get("LORA_EXT_VLLM", "1")

@@ -1,4 +1,4 @@
-"""How much memory a device has left."""
+"""Free memory of a device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 def free_bytes(device: torch.device | str | None = None) -> int | None:
-    """Bytes that a device can still give out; None where nobody can say (``meta``).
+    """Return the free bytes of a device (torch's default if None); None if unknown (``meta``).
 
-    Of the CPU, what the system counts as available, and no more than a control group's limit
-    leaves, as containers have it. The default is torch's default device.
+    For the CPU this is the system's available memory, at most what the limit of the control group
+    (of a container) leaves.
     """
     device = torch.empty(0, device=device).device
     if device.type == "cuda":
@@ -25,7 +25,7 @@ def free_bytes(device: torch.device | str | None = None) -> int | None:
         line = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
         found += [int(line[1]) << 10] if line else []
     group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no group, or "max"
+    with contextlib.suppress(OSError, ValueError):  # There is no group, or its limit is "max".
         limit = int((group / "memory.max").read_text())
         found.append(limit - int((group / "memory.current").read_text()))
     return max(0, min(found)) if found else None

@@ -1,5 +1,4 @@
-"""Parts of a package that are imported when they are first asked for: an import of the whole has a
-budget of 300 ms, and a server needs few of them."""
+"""Lazy imports: an import of the package has a budget of 300 ms, and a server needs few parts."""
 
 from __future__ import annotations
 
@@ -9,9 +8,11 @@ from typing import Any
 
 
 def on_demand(package: str, **files: str) -> Callable[[str], Any]:
-    """A ``__getattr__`` for the face of a package: ``files`` are names, with blanks between, by the
-    file that has them. What a face shows to type checkers it imports under ``TYPE_CHECKING``
-    besides."""
+    """Return a ``__getattr__`` for ``package`` that imports a name when it is first used.
+
+    ``files`` maps each file to its names, separated by blanks. For type checkers, the package also
+    imports the names under ``TYPE_CHECKING``.
+    """
     where = {name: file for file, names in files.items() for name in names.split()}
 
     def get(name: str) -> Any:

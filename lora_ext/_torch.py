@@ -1,4 +1,4 @@
-"""What torch is doing around a call, and ops in Python, which a compiler takes as they are."""
+"""State of torch around a call (autocast, compilation), and ops that are written in Python."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-AUTOCASTS = ("cpu", "cuda")  # torch.autocast refuses other devices, meta among them
+AUTOCASTS = ("cpu", "cuda")  # torch.autocast raises for other devices such as meta.
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 TILE_COLUMNS = 32  # columns of one AMX tile of 16-bit numbers
 
 
 def exactly(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context manager in which autocast leaves products in the dtype that they are
-    given."""
+    """Return a context manager that disables autocast on this type of device."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if kind in AUTOCASTS else nullcontext()
 
@@ -35,16 +34,15 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def compiles() -> bool:
     """Return whether this code is compiled or exported.
 
-    ``torch.compiler.is_compiling`` is true in every thread while one of them compiles: what another
-    thread computes meanwhile must not be taken for a part of the graph.
+    ``torch.compiler.is_compiling`` is not used because it is true in every thread while one of them
+    compiles.
     """
     return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a ``with`` block; restore each module's mode after
-    it."""
+    """Set a model to evaluation mode in a ``with`` block; restore each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -69,7 +67,7 @@ def zero_gradients(y: Tensor, parameters: Iterable[Tensor]) -> Tensor:
 class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
-        # What zeros need, not the tensors: an optimizer may change these before the backward.
+        # The tensors are not saved because an optimizer may change them before the backward.
         ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
         return y.view_as(y)
 
@@ -79,10 +77,11 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
-    """Raise where a tensor carries a tangent, of ``torch.func.jvp`` too; no op has a forward mode.
+    """Raise NotImplementedError if a tensor has a tangent, also one of ``torch.func.jvp``.
 
-    Backwards registered in Python need this: where no gradient is wanted, torch calls the op
-    below autograd and would drop the tangent. Those in C++ look for themselves.
+    No op has a forward-mode derivative. If no gradient is required, torch calls an op whose
+    backward is registered in Python below autograd and would drop the tangent. Ops with a backward
+    in C++ check this themselves.
     """
     if compiles():
         return
@@ -105,11 +104,11 @@ def product_of_rows(
 ) -> Tensor:
     """Compute ``product(x)`` with :func:`spaced` operands, forward and backward.
 
-    The product gets spaced rows in two dimensions. In more, torch adds the bias in a second pass,
-    which rounds once more.
+    Spaced rows are passed in two dimensions: with more, torch adds the bias in a second pass and
+    rounds once more.
 
     Args:
-        product: a function of ``(T, I)`` rows, such as a linear layer.
+        product: function of ``(T, I)`` rows, such as a linear layer.
         x: ``(..., I)``.
         dtype: as in :func:`spaced`.
     """
@@ -165,7 +164,7 @@ def _space(x: Tensor) -> Tensor:
 
 _library = torch.library.Library("lora_ext", "FRAGMENT")
 
-#: Of an op that reads what no argument shows: a replay of a CUDA graph would not read it again.
+#: Tags of an op that reads more than its arguments. A CUDA graph's replay would not read it again.
 READS_MORE = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 
 
@@ -175,13 +174,14 @@ def traced(
     backward: tuple[Callable[..., Any], Callable[..., None] | None] | None = None,
     tags: tuple[torch.Tag, ...] = (),
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Make an op of a function that a compiled graph is to call without looking into it.
+    """Return a decorator that registers a function as an op, which a compiled graph does not trace.
 
     Args:
-        schema: name, arguments and results, ``"experts_mm(Tensor x, Tensor ends) -> Tensor"``.
-        fake: makes the empty result of the same arguments.
-        backward: called as ``backward(ctx, *gradients)``, and what saves for it.
-        tags: :data:`READS_MORE`, or none.
+        schema: name, arguments and results, as in
+            ``"experts_mm(Tensor x, Tensor ends) -> Tensor"``.
+        fake: function that returns an empty result for the same arguments.
+        backward: ``backward(ctx, *gradients)`` and the function that saves its context, or None.
+        tags: :data:`READS_MORE` or empty.
     """
     name = schema.partition("(")[0]
 

@@ -1,7 +1,7 @@
-"""``lora-ext doctor``: what is installed, how it was built, whether each device works.
+"""``lora-ext doctor``: versions, build and a test of each device, as text for a bug report.
 
-Also ``python -m lora_ext.doctor``, where the command is not on the path.
-The output is meant to be pasted into a bug report as it is. The exit status is 1 if an op failed.
+Run ``python -m lora_ext.doctor`` if the command is not on the path. The exit status is 1 if an op
+failed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _cpu_name() -> str:
 
 
 def _devices(info: dict[str, object]) -> tuple[list[torch.device], dict[str, object]]:
-    """The devices to try, and a line about CUDA: its cards, or why there are none."""
+    """Return the devices to test and report rows about CUDA: its GPUs, or why it is not used."""
     devices = [torch.device("cpu")]
     if not torch.version.cuda:
         return devices, {"cuda": "this torch is a CPU build"}
@@ -58,7 +58,7 @@ def _devices(info: dict[str, object]) -> tuple[list[torch.device], dict[str, obj
 
 
 def _try_op(device: torch.device) -> tuple[bool, str]:
-    """Run one op with mixed adapters and compare it with its formula."""
+    """Run one op with mixed adapters; return whether it matches its formula, and the result."""
     from lora_ext import ops, reference
 
     g = torch.Generator().manual_seed(0)
@@ -71,7 +71,7 @@ def _try_op(device: torch.device) -> tuple[bool, str]:
         got = ops.lora_apply(*(t.to(device) for t in (x, a, b, ids))).cpu()
     except Exception as error:
         return False, f"{type(error).__name__}: {error}"
-    # Two float32 sums of 67 and 8 terms: rounding stays under (67 + 8) * 2^-23 of sum |a||b|.
+    # Two float32 sums of 67 and 8 terms have a rounding error below (67 + 8) * 2^-23 * sum |a||b|.
     bound = reference.lora_apply(x.double().abs(), a.double().abs(), b.double().abs(), ids)
     error = (got.double() - want).abs()
     fine = bool((error <= 75 * 2**-23 * bound).all())
@@ -79,11 +79,11 @@ def _try_op(device: torch.device) -> tuple[bool, str]:
 
 
 def main(as_json: bool = False) -> int:
-    """Print the report; 0 if every device computes what the formula says."""
+    """Print the report; return 0 if the op matches its formula on every device, otherwise 1."""
     info = _loader.build_info()
     devices, cards = _devices(info)
     sections = _sections(info, cards)
-    if not as_json:  # before any op runs: it may take the process with it
+    if not as_json:  # This is printed before any op runs, because an op may crash the process.
         for title, rows in sections.items():
             print(title)
             for key, value in rows.items():
@@ -109,7 +109,7 @@ def _sections(info: dict[str, object], cards: dict[str, object]) -> dict[str, di
     package: dict[str, object] = {"imported from": str(here), "kernels from": module.__file__}
     if other is not None:
         package["note"] = (
-            f"it hides another in {other}; start Python outside of {here.parent} to use that one"
+            f"it hides another lora_ext in {other}; start Python outside of {here.parent} to use it"
         )
     build = dict(info)
     if info and info["torch"] != torch.__version__:

@@ -1,4 +1,4 @@
-"""``lora-ext``: what people do to adapters without writing code."""
+"""The command line ``lora-ext``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._output import Fault, printable
 
 __all__ = ["main"]
 
-# What bad input raises. Anything else is a defect of this package, and keeps its traceback.
+# Errors that bad input raises. Any other exception is a bug and keeps its traceback.
 _BAD_INPUT = (ValueError, NotImplementedError, OSError)
 
 
@@ -23,11 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: default are those of the process.
 
     Returns:
-        the exit status: 0; 1 where doctor finds a fault or inspect a value that is not finite; 2 on
-        bad input, after one sentence on standard error; 130 after Ctrl-C.
+        the exit status: 0 on success; 1 if doctor or gpu-report finds a fault or inspect a value
+        that is not finite; 2 on bad input, after one sentence on standard error; 130 after Ctrl-C;
+        141 if the reader of standard output has closed it.
 
     Raises:
-        SystemExit: after ``--help`` (0), ``--version`` (0) and arguments that are none (2).
+        SystemExit: after ``--help`` (0), ``--version`` (0) and invalid arguments (2).
     """
     parsed = make_parser().parse_args(arguments)
     name = f"lora-ext {parsed.command}"
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         complain("interrupted")
         return 130
-    except BrokenPipeError:  # the reader has seen enough, as `head` has
+    except BrokenPipeError:  # The reader has closed the pipe, as `head` does.
         if sys.stdout is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(error)
         return 2
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # of torch's, which has no kind of its own for it
+        if "allocate memory" not in str(error):  # torch has no exception type for this on a CPU.
             raise
-        complain("expected an adapter that fits into memory, found a larger one")
+        complain(f"expected an adapter that fits into memory: {error}")
         return 2

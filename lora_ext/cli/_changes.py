@@ -1,4 +1,4 @@
-"""The commands that write an adapter: merge, resize, prune."""
+"""Commands that write an adapter: merge, resize, prune."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _REMEDIES = {
 
 
 def merge(arguments: Namespace) -> int:
-    """``lora-ext merge``."""
+    """Run ``lora-ext merge``."""
     _check_out(arguments.out)
     adapters = [LoraAdapter.load(folder) for folder in arguments.adapters]
     if arguments.weights is None:
-        sums = arguments.mode in ("ties", "dare")  # they add updates; the others average them
+        sums = arguments.mode in ("ties", "dare")  # Other modes average the updates by default.
         weights = [1.0 if sums else 1 / len(adapters)] * len(adapters)
     else:
         weights = [w for group in arguments.weights for w in group]
@@ -49,7 +49,7 @@ def merge(arguments: Namespace) -> int:
 
 
 def resize(arguments: Namespace) -> int:
-    """``lora-ext resize``."""
+    """Run ``lora-ext resize``."""
     _check_out(arguments.out)
     if arguments.rank < 1:
         raise ValueError(f"--rank: expected at least 1, found {arguments.rank}")
@@ -60,7 +60,7 @@ def resize(arguments: Namespace) -> int:
         for f in adapter.modules.values()
     )
     if arguments.rank > most:
-        reason = f"no module of {arguments.adapter} gains from more: an update has rank min(I, O)"
+        reason = f"no module of {arguments.adapter} can use more: an update has rank min(I, O)"
         raise ValueError(f"--rank: expected at most {most}, found {arguments.rank}: {reason}")
     resized, errors = resize_adapter(adapter, arguments.rank, progress=progress)
     _save(resized, arguments.out)
@@ -81,12 +81,12 @@ def resize(arguments: Namespace) -> int:
 
 
 def prune(arguments: Namespace) -> int:
-    """``lora-ext prune``: SPLoRA, or with ``--project`` Safe LoRA."""
+    """Run ``lora-ext prune``: SPLoRA, or Safe LoRA with ``--project``."""
     from lora_ext.methods import splora
 
     _check_out(arguments.out)
     adapter = LoraAdapter.load(arguments.adapter)
-    fields = splora.SploraConfig.__dataclass_fields__  # those that have an option of their name
+    fields = splora.SploraConfig.__dataclass_fields__  # Options have the names of their fields.
     config = splora.SploraConfig(**{k: v for k, v in vars(arguments).items() if k in fields})
     models = arguments.base, arguments.aligned
     try:
@@ -97,7 +97,7 @@ def prune(arguments: Namespace) -> int:
         else:
             found = prune_adapter(adapter, lambda name: name not in chosen)
     except (TypeError, KeyError, ValueError) as error:
-        # Quantised weights, layers that a model lacks; and remedies in the words of this command.
+        # The causes are quantised weights and missing layers. Settings become options in the text.
         message = str(error.args[0])
         for setting, option in _REMEDIES.items():
             message = message.replace(setting, option)
@@ -128,13 +128,13 @@ def prune(arguments: Namespace) -> int:
 
 
 def _check_out(out: str) -> None:
-    if not out:  # which would be the current folder
+    if not out:  # An empty path would be the current folder.
         raise ValueError("--out: expected a folder, found ''")
 
 
 def _save(adapter: LoraAdapter, out: str) -> None:
     if not adapter.modules:
-        raise ValueError(f"{out}: expected an adapter with modules, found none left to write")
+        raise ValueError(f"{out}: expected an adapter with modules to write, found no modules")
     try:
         adapter.save(out)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What ``lora-ext gpu-report`` runs: every launcher beside its formula, and what must move."""
+"""Cases of ``lora-ext gpu-report``: every launcher with its inputs and its formula."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One op, its launchers, and its formula at a size.
+    """Op with its launchers, inputs and formula.
 
     Args:
-        op: a short name. launchers: of ``csrc/include`` that it goes through, without ``launch_``.
-        make: inputs from a generator and a size: 0 small, for the check; 1 large, for the time.
-        run, formula: tensors of the inputs; the formula gets float64.
-        dtype: of the inputs. bound: largest error, as a part of the largest value of a result.
-        exact: results are numbers that were drawn or found, and must be equal.
+        op: short name.
+        launchers: launchers of ``csrc/include`` that the op calls, without ``launch_``.
+        make: returns inputs for a generator and a size: 0 for the check, 1 (large) for the timing.
+        run, formula: return tensors for the inputs; the formula gets float64.
+        dtype: dtype of the inputs.
+        bound: largest error, relative to the largest value of a result.
+        exact: True if the results are indices, which must be equal.
     """
 
     op: str
@@ -39,12 +41,12 @@ class Case:
 
 
 def moved(inputs: Mapping[str, Any], outputs: list[Tensor]) -> int:
-    """Bytes of the arguments and results, each once."""
+    """Return the bytes of all arguments and results."""
     return sum(t.nbytes for t in [*tensors(inputs), *outputs])
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """All tensors in dicts and lists."""
+    """Return all tensors in nested dicts and lists."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -53,7 +55,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def convert(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """The same with every tensor moved."""
+    """Apply ``move`` to every tensor in nested dicts and lists."""
     if isinstance(value, Tensor):
         return move(value)
     if isinstance(value, Mapping):
@@ -66,7 +68,7 @@ def _randn(g: torch.Generator, *shape: int) -> Tensor:
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
-# Rows, in and out features, rank, adapters: small and large.
+# (rows, in features, out features, rank, adapters) of the small and the large size
 _DECODE = ((5, 72, 48, 12, 3), (64, 4096, 4096, 16, 64))
 _PREFILL = ((300, 72, 48, 12, 3), (4096, 4096, 4096, 16, 4))
 _WIDE = ((300, 72, 48, 264, 2), (4096, 4096, 4096, 512, 1))
@@ -83,13 +85,13 @@ def _lora(sizes: Any, g: torch.Generator, size: int) -> Inputs:
 
 
 def _both(name: str, launchers: tuple[str, ...], make: Any, run: Any, **how: Any) -> Case:
-    """An op and its formula, run in one way."""
-    op, formula, told = getattr(ops, name), getattr(reference, name), how.pop("op", name)
-    return Case(told, launchers, make, lambda i: run(op, i), lambda i: run(formula, i), **how)
+    """Return the case of an op and the formula of that name, both called through ``run``."""
+    op, formula, label = getattr(ops, name), getattr(reference, name), how.pop("op", name)
+    return Case(label, launchers, make, lambda i: run(op, i), lambda i: run(formula, i), **how)
 
 
 def _pair(name: str, make: Any, arguments: Any, *launchers: str, **how: Any) -> Case:
-    """An op whose formula has the same arguments."""
+    """Return the case of an op and a formula with equal arguments."""
 
     def run(function: Any, given: Inputs) -> list[Tensor]:
         found = function(*arguments(given))
@@ -115,7 +117,7 @@ def _siblings(given: Inputs) -> tuple[Any, ...]:
 
 
 def _plan(given: Inputs) -> list[Tensor]:
-    """The rows that each adapter's part of the plan lists, as ids."""
+    """Return the adapter ids of the rows, recovered from the plan."""
     rows, adapters = len(given["ids"]), len(given["a"])
     plan = ops.lora_plan(given["ids"], adapters).cpu()
     found = torch.full((rows,), -1)
@@ -134,7 +136,7 @@ def _segments(g: torch.Generator, size: int) -> Inputs:
 def _gradients(
     function: Callable[..., Tensor], given: Inputs, names: tuple[str, ...], *rest: Any
 ) -> list[Tensor]:
-    """The result and the gradients of a weighted sum of it."""
+    """Return the result and the gradients of a weighted sum of it."""
     leaves = {name: given[name].detach().clone().requires_grad_() for name in names}
     y = function(*leaves.values(), *rest)
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
@@ -162,7 +164,7 @@ BF16 = {"dtype": torch.bfloat16, "bound": 2.0**-6}
 
 
 def lora_cases() -> list[Case]:
-    """Serving, training, and measures of adapters."""
+    """Return the cases of serving, training and measuring adapters."""
     decode, prefill, wide = (partial(_lora, sizes) for sizes in (_DECODE, _PREFILL, _WIDE))
     halves = ("lora_shrink", "lora_expand")
     train = ("lora_train_shrink", "lora_train_backward")
@@ -219,7 +221,7 @@ def _head(given: Inputs) -> tuple[str, Tensor, Tensor, Tensor]:
 
 
 def _scored(function: Any, given: Inputs) -> list[Tensor]:
-    """What the op drew, scored: the draw itself may differ where a uniform lies on a border."""
+    """Return the log-probabilities of the op's sample: the formula may draw other tokens."""
     if function is ops.circuit_sample:
         found = function(*_head(given), given["uniforms"])
         given["drawn"] = found.tokens
@@ -285,12 +287,11 @@ def _program(
 
 
 def _wide_program(g: torch.Generator, size: int) -> Inputs:
-    """Of nodes that go to tensor cores, stage by stage."""
+    """Return a program with nodes for tensor cores, run stage by stage."""
     return _program(g, size, (130, 512), homogeneous=True)
 
 
 def _layers(given: Inputs) -> list[Tensor]:
-    """All units, and the gradients of the weights; then a walk to the likeliest leaves."""
     program = ops.Program(given["numbers"], list(given["plan"]))
     leaf, w = given["leaf"], given["w"]
     val = ops.circuit_layers(leaf, w, program)
@@ -308,7 +309,7 @@ def _layers_formula(given: Inputs) -> list[Tensor]:
 
 
 def _roots(program: ops.Program) -> list[int]:
-    """The units of the roots, which stand behind the lists of nodes and what belongs to them."""
+    """Return the units of the roots, which follow five other lists in ``program.numbers``."""
     nodes, parts, children, matrices, users = program.numbers[3:8].tolist()
     first = 10 + 6 * nodes + 4 * parts + 2 * children + 6 * matrices + users
     return program.numbers[first : first + program.plan[5]].tolist()
@@ -316,7 +317,7 @@ def _roots(program: ops.Program) -> list[int]:
 
 def _walk(given: Inputs) -> list[Tensor]:
     program = ops.Program(given["numbers"], list(given["plan"]))
-    # Values of the formula, so that both walk down the same ones.
+    # The op gets the values of the formula, so that both walks use the same values.
     leaf, w = (given[key].cpu().double() for key in ("leaf", "w"))
     val = reference.circuit_layers(leaf, w, program.numbers.cpu(), "none", "max")
     val = val.to(given["leaf"])
@@ -330,7 +331,7 @@ def _walk_formula(given: Inputs) -> list[Tensor]:
 
 
 def circuit_cases() -> list[Case]:
-    """Circuits of a network's parameters, sums, tables, and circuits of any graph."""
+    """Return the cases of emitted circuits, sums, tables and circuits of any graph."""
     scan = ("circuit_leaf", "circuit_leaf_backward", "circuit_scan", "circuit_scan_backward")
     sums = tuple(
         f"log_sum_{part}" for part in "weights values finish ratios dvalues dweights fused".split()
@@ -391,7 +392,7 @@ def _entropy(function: Any, given: Inputs) -> list[Tensor]:
 
 
 def _divergence(function: Any, given: Inputs) -> list[Tensor]:
-    def run(hidden: Tensor) -> Tensor:  # the teacher gets no gradient
+    def run(hidden: Tensor) -> Tensor:  # The teacher gets no gradient.
         return function([hidden, given["other"]], given["weight"], None)
 
     return _gradients(run, given, ("hidden",))
@@ -412,7 +413,7 @@ def _attend(function: Any, given: Inputs) -> list[Tensor]:
 
 
 def other_cases() -> list[Case]:
-    """Mixtures of depths, losses over a vocabulary, attention."""
+    """Return the cases of depth mixtures, losses over a vocabulary, and attention."""
     entropy = tuple(f"cross_entropy_{part}" for part in ("update", "finish", "gradient"))
     kl = tuple(f"kl_{part}" for part in ("update", "finish", "gradient"))
     return [
@@ -424,5 +425,5 @@ def other_cases() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every launcher at least once."""
+    """Return all cases, which call every launcher at least once."""
     return [*lora_cases(), *circuit_cases(), *other_cases()]

@@ -1,4 +1,4 @@
-"""``lora-ext gpu-report``: does this card compute what the formulas say, and how fast?
+"""``lora-ext gpu-report``: check and time the kernels on this GPU.
 
 Nothing is compiled or installed. The report has no names of people or machines, and no paths.
 """
@@ -27,13 +27,13 @@ from ._output import Fault, say, table
 
 FORMAT = 1
 MOST_BYTES = 200_000
-_STREAM = {(9, 0): 2.7e6, (8, 0): 1.6e6, (8, 9): 0.27e6}  # bytes a us that a copy reaches, assumed
-_FLUSH = 1 << 27  # bytes, more than any L2
+_STREAM = {(9, 0): 2.7e6, (8, 0): 1.6e6, (8, 9): 0.27e6}  # bytes per us of a copy, assumed
+_FLUSH = 1 << 27  # bytes, more than any L2 cache
 _RUNS = 20
 
 
 def gpu_report(arguments: Any) -> int:
-    """Check, time, and write a report; 0 if every check held."""
+    """Check and time the kernels and write a report; raise :class:`Fault` if a check fails."""
     out = Path(arguments.out)
     cases = _chosen(arguments.only)
     with _backend(arguments.backend) as (device, module):
@@ -44,13 +44,13 @@ def gpu_report(arguments: Any) -> int:
             _write(out, report)
         for case in cases:
             if device.type != "cuda" or time.monotonic() > until:
-                break  # an emulator has no times
+                break  # Only a GPU is timed.
             report["times"].append(_time(case, device))
             _write(out, report)
     say(page(report))
     failed = [check["op"] for check in report["checks"] if not check["ok"]]
     if failed:
-        raise Fault(f"expected results within their bounds, found {', '.join(failed)} outside")
+        raise Fault(f"expected errors within bounds, found larger errors of {', '.join(failed)}")
     return 0
 
 
@@ -61,31 +61,31 @@ def _chosen(only: str | None) -> list[Case]:
     wanted, known = only.split(","), [case.op for case in cases]
     for name in wanted:
         if not any(op.startswith(name) for op in known):
-            raise ValueError(f"--only: expected the beginnings of ops in {known}, found {name!r}")
+            raise ValueError(f"--only: expected prefixes of {known}, found {name!r}")
     return [case for case in cases if any(case.op.startswith(name) for name in wanted)]
 
 
 @contextmanager
 def _backend(name: str) -> Iterator[tuple[torch.device, Any]]:
-    """The device to run on and the compiled module; the emulator stands in for one where asked."""
+    """Return the device and the compiled module, of CUDA or of the emulator."""
     if name == "cuda":
         module = _loader.load()
         if not torch.cuda.is_available():
-            raise Fault("expected a GPU, found none that torch can use; `lora-ext doctor` says why")
+            raise Fault("expected a GPU, found none; `lora-ext doctor` shows the reason")
         if not module.has_kernels():
-            raise Fault("expected a lora_ext with kernels, found one that was built without CUDA")
+            raise Fault("expected a build with CUDA kernels, found a build without CUDA")
         yield torch.device("cuda", torch.cuda.current_device()), module
         return
     try:
         module = _loader.load("_emu")
     except ImportError:
-        raise Fault("expected an emulator, found a build without one (LORA_EXT_EMU=1)") from None
+        raise Fault("expected a build with LORA_EXT_EMU=1, found one without emulator") from None
     with ops.routed("lora_ext_emu"):
         yield torch.device("cpu"), module
 
 
 def _machine(device: torch.device, module: Any) -> dict[str, Any]:
-    """Versions, card, clocks, and the hash of the kernels."""
+    """Return versions, properties of the GPU, and the hash of the compiled module."""
     built = {key: _loader.build_info().get(key) for key in ("torch", "cuda", "architectures")}
     card: dict[str, Any] = {"name": "emulator", "capability": None}
     if device.type == "cuda":
@@ -96,7 +96,8 @@ def _machine(device: torch.device, module: Any) -> dict[str, Any]:
             "memory_gib": round(found.total_memory / 2**30),
             "multiprocessors": found.multi_processor_count,
             "shared_kib": found.shared_memory_per_block_optin // 1024,
-            "driver": _or_none(getattr(torch._C, "_cuda_getDriverVersion", None)),  # its CUDA's
+            # CUDA version that the driver supports
+            "driver": _or_none(getattr(torch._C, "_cuda_getDriverVersion", None)),
             "clock_mhz": _or_none(torch.cuda.clock_rate),
             "temperature": _or_none(torch.cuda.temperature),
         }
@@ -114,10 +115,10 @@ def _machine(device: torch.device, module: Any) -> dict[str, Any]:
     }
 
 
-def _or_none(ask: Any) -> Any:
-    """What a library that may be missing says of the card."""
+def _or_none(query: Any) -> Any:
+    """Return ``query()``, or None if it raises: it may need a library that is missing."""
     try:
-        return ask()
+        return query()
     except Exception:
         return None
 
@@ -134,23 +135,23 @@ def _inputs(case: Case, size: int, device: torch.device) -> dict[str, Any]:
 
 
 def _check(case: Case, device: torch.device) -> dict[str, Any]:
-    """The error of a small case as a part of what it may be; words where the op raised."""
-    said: dict[str, Any] = {"op": case.op, "launchers": list(case.launchers), "bound": case.bound}
+    """Return the relative error of a small case and its bound, or the message if it raises."""
+    entry: dict[str, Any] = {"op": case.op, "launchers": list(case.launchers), "bound": case.bound}
     try:
         given = _inputs(case, 0, device)
         found = [t.detach().cpu().double() for t in case.run(given)]
         exact = convert(given, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu())
         wanted = [t.detach().double() for t in case.formula(exact)]
         error = max(_error(a, b) for a, b in zip(found, wanted, strict=True))
-    except Exception as raised:  # whatever a kernel does on a card that nobody has tried
+    except Exception as raised:  # A kernel may raise anything on an untested GPU.
         words = re.sub(r"\S*[/\\\\]\S*", "...", f"{type(raised).__name__}: {raised}")
-        return {**said, "ok": False, "error": None, "found": words[:200]}
+        return {**entry, "ok": False, "error": None, "found": words[:200]}
     ok = error == 0 if case.exact else error <= case.bound
-    return {**said, "bound": 0 if case.exact else case.bound, "error": error, "ok": ok}
+    return {**entry, "bound": 0 if case.exact else case.bound, "error": error, "ok": ok}
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
-    """The largest, as a part of the largest value; infinite for another shape or NaN."""
+    """Return the largest error relative to the largest value; infinity if shapes or NaN differ."""
     if found.shape != wanted.shape or not torch.equal(found.isfinite(), wanted.isfinite()):
         return float("inf")
     finite = wanted.isfinite()
@@ -160,18 +161,18 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _time(case: Case, device: torch.device) -> dict[str, Any]:
-    """The median of several runs behind a flushed L2, and the time that the bytes alone take."""
-    said: dict[str, Any] = {"op": case.op, "us": None, "floor_us": None}
+    """Return the median time with a flushed L2 cache, and the time to move the bytes."""
+    entry: dict[str, Any] = {"op": case.op, "us": None, "floor_us": None}
     try:
         given = _inputs(case, 1, device)
         outputs = case.run(given)
         times = _measured(lambda: case.run(given), device)
     except Exception as raised:
-        return {**said, "found": type(raised).__name__}
+        return {**entry, "found": type(raised).__name__}
     stream = _STREAM.get(torch.cuda.get_device_capability(device))
     floor = None if stream is None else moved(given, outputs) / stream
     shapes = [list(v.shape) for v in given.values() if isinstance(v, Tensor)]
-    return {**said, "us": times[len(times) // 2], "floor_us": floor, "shapes": shapes}
+    return {**entry, "us": times[len(times) // 2], "floor_us": floor, "shapes": shapes}
 
 
 def _measured(run: Any, device: torch.device) -> list[float]:
@@ -189,7 +190,7 @@ def _measured(run: Any, device: torch.device) -> list[float]:
 
 
 def _write(out: Path, report: dict[str, Any]) -> None:
-    """The report and, beside it, the page; after every line, as a card may take the process."""
+    """Write the report and its page, after every entry because a kernel may crash the process."""
     text = json.dumps(report, indent=1)
     if len(text) > MOST_BYTES:
         raise ValueError(f"--out: expected a report below {MOST_BYTES} bytes, found {len(text)}")
@@ -198,7 +199,7 @@ def _write(out: Path, report: dict[str, Any]) -> None:
 
 
 def page(report: dict[str, Any]) -> str:
-    """For the eye."""
+    """Format a report as Markdown."""
     card, versions = report["card"], report["versions"]
     head = f"{card['name']}, lora_ext {versions['lora_ext']}, torch {versions['torch']}"
     times = {time["op"]: time for time in report["times"]}
@@ -208,14 +209,14 @@ def page(report: dict[str, Any]) -> str:
             "check": "ok" if check["ok"] else "FAILED",
             "error": "-" if check["error"] is None else f"{check['error']:.1e}",
             "bound": f"{check['bound']:.1e}",
-            "us": _told(times.get(check["op"], {}).get("us")),
-            "floor us": _told(times.get(check["op"], {}).get("floor_us")),
+            "us": _microseconds(times.get(check["op"], {}).get("us")),
+            "floor us": _microseconds(times.get(check["op"], {}).get("floor_us")),
         }
         for check in report["checks"]
     ]
-    note = "" if report["times"] else "\nNo times: nothing was timed."
+    note = "" if report["times"] else "\nNo times were measured."
     return f"# {head}\n\n```\n{table(rows)}\n```\n{note}"
 
 
-def _told(value: float | None) -> str:
+def _microseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"

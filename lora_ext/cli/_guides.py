@@ -1,4 +1,4 @@
-"""The command that learns a guide: distil-guide."""
+"""Command that trains a guide: distil-guide."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REQUESTS = (
 
 
 def distil_guide(arguments: Namespace) -> int:
-    """``lora-ext distil-guide``: a folder with the guide of a model."""
+    """Run ``lora-ext distil-guide``, which writes a folder with the guide of a model."""
     try:
         import transformers
     except ImportError:

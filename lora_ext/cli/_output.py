@@ -1,4 +1,4 @@
-"""What the commands print: tables for people, JSON for programs, progress for the impatient."""
+"""Output of the commands: tables, JSON and progress bars."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _DASH = "-"
 
 
 class Fault(Exception):
-    """What a command has shown is amiss: one sentence for standard error, and status 1."""
+    """Fault that a command has found: one sentence on standard error, and exit status 1."""
 
 
 def show(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """Print a summary, and below it a table of ``modules``; or one JSON object of both.
+    """Print a summary with a table of modules below it, or one JSON object of both.
 
     Args:
-        summary: a value for each title. A value that is None is left out of what people read.
-        rows: all with the same keys, which become headings; in the order of their modules' names.
-        as_json: print JSON. Spaces in keys become underscores.
+        summary: values by title. The text output omits values that are None.
+        rows: rows with equal keys, which become headings. They are sorted by their "module".
+        as_json: print JSON, with underscores instead of spaces in keys.
     """
     rows = sorted(rows, key=lambda row: natural_order(row["module"]))
     if as_json:
@@ -39,7 +39,10 @@ def show(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], as_json:
 
 
 def say(text: str) -> None:
-    """Print a text, with escapes for what standard output cannot write; nothing if it is closed."""
+    """Print a text, escaping characters that standard output cannot encode.
+
+    Nothing is printed if standard output is closed.
+    """
     if sys.stdout is not None:
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -50,18 +53,18 @@ def _keyed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Aligned columns below their headings; the first one to the left, the others to the right."""
+    """Return aligned columns with headings, the first left-aligned and the others right-aligned."""
     names = list(rows[0])
     return aligned([names, *([cell(row[name]) for name in names] for row in rows)])
 
 
 def printable(text: str) -> str:
-    """Text without what a terminal would obey: names come from files that nobody vouches for."""
+    """Replace characters that could control a terminal: names are read from untrusted files."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def cell(value: Any) -> str:
-    """A value as people read it."""
+    """Format a value for a table."""
     if value is None:
         return _DASH
     if isinstance(value, float):
@@ -74,8 +77,10 @@ def cell(value: Any) -> str:
 def progress(
     items: Iterable[Item], desc: str | None = None, total: int | None = None, unit: str = "module"
 ) -> Iterable[Item]:
-    """The items, with a bar on standard error once they take more than a second, in a terminal
-    that has tqdm; further arguments are tqdm's."""
+    """Return the items, with a tqdm bar on standard error if they take more than a second.
+
+    The bar needs a terminal and tqdm; the other arguments are passed to tqdm.
+    """
     if sys.stderr is None or not sys.stderr.isatty():
         return items
     try:

@@ -1,4 +1,4 @@
-"""The commands that look and change nothing: doctor, inspect, diff."""
+"""Commands that change nothing: doctor, inspect, diff."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lora_ext.adapter import Factors, LoraAdapter, compare_adapters, rank_report
 
 from ._output import Fault, progress, show
 
-_LISTED = 8  # places of bad values in a sentence
+_LISTED = 8  # most places of bad values in a message
 
 
 def doctor(arguments: Namespace) -> int:
-    """``lora-ext doctor``: see :mod:`lora_ext.doctor`."""
+    """Run ``lora-ext doctor``; see :mod:`lora_ext.doctor`."""
     return devices.main(as_json=arguments.json)
 
 
 def inspect(arguments: Namespace) -> int:
-    """``lora-ext inspect``: one row a module; :class:`Fault` where values are not finite."""
+    """Run ``lora-ext inspect``, with one row per module; raise :class:`Fault` for NaN or inf."""
     adapter = LoraAdapter.load(arguments.adapter)
     rows: list[dict[str, Any]] = []
     for name in progress(list(adapter.modules)):
@@ -29,7 +29,7 @@ def inspect(arguments: Namespace) -> int:
         row = {
             "module": name,
             "r": factors.a.shape[0],
-            "shape": (factors.b.shape[0], *factors.a.shape[1:]),  # of the weight that is adapted
+            "shape": (factors.b.shape[0], *factors.a.shape[1:]),  # shape of the adapted weight
             "scaling": factors.scaling,
             **_ranks(adapter, name, arguments, measured=not bad),
             "bad": bad,
@@ -52,7 +52,7 @@ def inspect(arguments: Namespace) -> int:
 
 
 def diff(arguments: Namespace) -> int:
-    """``lora-ext diff``: one row a module, and the whole of them."""
+    """Run ``lora-ext diff``, with one row per module and a summary."""
     first, second = LoraAdapter.load(arguments.first), LoraAdapter.load(arguments.second)
     found = compare_adapters(first, second, progress=progress)
     rows: list[dict[str, Any]] = []
@@ -94,7 +94,7 @@ def diff(arguments: Namespace) -> int:
 
 
 def describe(adapter: LoraAdapter) -> dict[str, Any]:
-    """What holds for an adapter as a whole."""
+    """Return the summary of an adapter."""
     tensors = [t for factors in adapter.modules.values() for t in _tensors(factors)]
     config = adapter.config
     kinds = {
@@ -123,10 +123,10 @@ def describe(adapter: LoraAdapter) -> dict[str, Any]:
 def _ranks(
     adapter: LoraAdapter, name: str, arguments: Namespace, measured: bool
 ) -> dict[str, float | int | None]:
-    """Norm and effective ranks of a module; None each where there is nothing to measure."""
+    """Return norm and effective ranks, each None if it cannot be measured."""
     factors = adapter.modules[name]
     figures: dict[str, Any] = {}
-    grouped = factors.a.shape[0] != factors.b.shape[1]  # a convolution that is no product
+    grouped = factors.a.shape[0] != factors.b.shape[1]  # A grouped convolution's update is not B A.
     if measured and not grouped:
         one = LoraAdapter(adapter.config, {name: factors})
         figures = dict(rank_report(one, kinds=arguments.kinds, taus=(arguments.tau,))[0])

@@ -1,4 +1,4 @@
-"""The command that answers requests: serve."""
+"""Command that runs a server: serve."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from ._output import say
 
 
 def serve(arguments: Namespace) -> int:
-    """``lora-ext serve``: until Ctrl-C."""
+    """Run ``lora-ext serve`` until Ctrl-C."""
     try:
         from lora_ext import server
     except ModuleNotFoundError as error:
         remedy = "run `pip install --no-build-isolation '.[serve]'` in a checkout of lora_ext"
         raise ValueError(f"expected {error.name}, found none: {remedy}") from None
     names = server.Settings.__dataclass_fields__
-    server.serve(server.Settings(**{name: getattr(arguments, name) for name in names}), _tell)
+    server.serve(server.Settings(**{name: getattr(arguments, name) for name in names}), _print_line)
     return 0
 
 
-def _tell(line: str) -> None:
-    """Say it at once: who reads a pipe waits for it."""
+def _print_line(line: str) -> None:
+    """Print a line and flush it, because a process may wait for it at the end of a pipe."""
     say(line)
     if sys.stdout is not None:
         sys.stdout.flush()

@@ -1,8 +1,7 @@
-"""The formula of every op in plain torch: slow, readable, exact in float64; no kernel in sight.
+"""Formula of every op in plain torch: slow, readable, exact in float64 and without kernels.
 
-A function has the name of its op; where its docstring gives the formula alone, arguments, shapes,
-what comes back and the source are those of :mod:`lora_ext.ops`. What is not checked there fails
-here as torch fails.
+A function has the name of its op. If its docstring gives only the formula, :mod:`lora_ext.ops`
+documents the arguments, shapes, results and sources. Wrong arguments raise torch's errors here.
 """
 
 # pyright: reportUnusedImport=false

@@ -1,4 +1,4 @@
-"""Probabilistic circuits whose parameters a network emits per row, one formula per function.
+"""Probabilistic circuits with parameters that a network emits per row, one formula per function.
 
 A circuit is a normalised joint distribution over a window of ``K`` tokens. Letters: ``B`` rows,
 ``K`` positions, ``C`` components (states), ``V`` vocabulary, ``M`` transition matrices.
@@ -8,18 +8,18 @@ kind       M      joint distribution
 =========  =====  ==================================================================================
 ``ff``     0      ``prod_k leaf_k(x_k)``; fully factorised, ``C = 1``
 ``cp``     0      ``sum_z prior_z prod_k leaf_{k,z}(x_k)``; one latent for the whole window
-``hmm``    K - 1  a chain of latents; ``trans_k[z, z']`` leads from state k to state k + 1
-``btree``  K - 2  a balanced binary tree of latents, one per inner node; both children of a node see
-                  its latent; ``trans_m[z, z']`` leads from a parent into inner node m, in pre-order
-                  without the root
+``hmm``    K - 1  chain of latents; ``trans_k[z, z']`` is the transition from state k to k + 1
+``btree``  K - 2  balanced binary tree with one latent per inner node, on which both children
+                  depend; ``trans_m[z, z']`` is the transition from a parent to inner node m, in
+                  pre-order without the root
 =========  =====  ==================================================================================
 
 Logits are normalised over their last axis: ``prior (B, C)``, ``trans (B, M, C, C)`` and
-``leaf (B, K, C, V)``. ``-inf`` is a legal logit; a row of nothing else stays ``-inf``, and what is
-impossible has log-probability ``-inf``, gradient zero and no NaN.
+``leaf (B, K, C, V)``. Logits may be ``-inf``; a row of only ``-inf`` stays ``-inf``. Impossible
+events have log-probability ``-inf`` and gradient zero, never NaN.
 
 Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (arXiv 2511.11346).
-The left-to-right scan, one pass for all prefixes, is ours (docs/circuits.md).
+Our choice: the left-to-right scan, one pass for all prefixes (docs/circuits.md).
 """
 
 from collections.abc import Callable
@@ -34,12 +34,12 @@ KINDS = ("ff", "cp", "hmm", "btree")
 
 
 class CircuitScan(NamedTuple):
-    """What one pass over a window gives.
+    """Result of one pass over a window.
 
     Attributes:
         prefix: ``(B, K)`` ``log p(x_1 .. x_k)``; the last column is the joint log-probability.
-        conditional: ``(B, K)`` ``log p(x_k | x_<k)``; ``-inf`` where the prefix is impossible.
-        posterior: ``(B, K, C)`` ``p(state at k | x_<k)``; rows sum to one, or are zero where the
+        conditional: ``(B, K)`` ``log p(x_k | x_<k)``; ``-inf`` if the prefix is impossible.
+        posterior: ``(B, K, C)`` ``p(state at k | x_<k)``; rows sum to one, or are zero if the
             prefix is impossible.
     """
 
@@ -49,7 +49,7 @@ class CircuitScan(NamedTuple):
 
 
 class CircuitSample(NamedTuple):
-    """A drafted window, and what its verification needs.
+    """Drafted window with the values that its verification needs.
 
     Attributes:
         tokens: ``(B, K)`` int64.
@@ -63,17 +63,17 @@ class CircuitSample(NamedTuple):
 
 
 def num_transitions(kind: str, n_token: int) -> int:
-    """``M``, the number of transition matrices of a window of ``n_token`` positions."""
+    """Return ``M``, the number of transition matrices of a window of ``n_token`` positions."""
     return {"ff": 0, "cp": 0, "hmm": n_token - 1, "btree": max(n_token - 2, 0)}[kind]
 
 
 def left_size(length: int) -> int:
-    """Positions of a tree node that go to its left child: half, rounded to even at a tie."""
+    """Return the positions in the left child of a tree node: half, rounded to even at a tie."""
     return round(length / 2)
 
 
 def logsumexp(t: Tensor, dim: int = -1) -> Tensor:
-    """``log sum exp``, where nothing but ``-inf`` gives ``-inf`` with gradient zero."""
+    """Compute ``log sum exp``; a sum of only ``-inf`` is ``-inf`` with gradient zero."""
     top = t.amax(dim, keepdim=True).detach()
     top = torch.where(top == -torch.inf, 0, top)
     total = (t - top).exp().sum(dim, keepdim=True)
@@ -83,13 +83,13 @@ def logsumexp(t: Tensor, dim: int = -1) -> Tensor:
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Log-softmax over the last axis, in which a row of nothing but ``-inf`` stays as it is."""
+    """Compute the log-softmax over the last axis; a row of only ``-inf`` stays unchanged."""
     norm = logsumexp(logits)[..., None]
     return torch.where(norm == -torch.inf, -torch.inf, logits - torch.where(norm.isinf(), 0, norm))
 
 
 def _observe(leaf: Tensor, x: Tensor) -> Tensor:
-    """``(B, ..., V)`` log-probabilities at tokens ``x (B, ...)``; 0 where ``x`` is -1."""
+    """Gather log-probabilities ``leaf (B, ..., V)`` at tokens ``x``; 0 where ``x`` is -1."""
     index = x.clamp(min=0)[..., None, None].expand(*leaf.shape[:-1], 1)
     return torch.where(x[..., None] < 0, 0, leaf.gather(-1, index).squeeze(-1))
 
@@ -97,14 +97,14 @@ def _observe(leaf: Tensor, x: Tensor) -> Tensor:
 def _walk(
     kind: str, n_token: int, prior: Tensor, trans: Tensor, observe: Callable[[int, Tensor], Tensor]
 ) -> None:
-    """Visit the positions from left to right.
+    """Traverse the positions from left to right.
 
     ``observe(k, cur)`` receives ``cur (B, C) = log p(state at k, x_<k)`` and returns
     ``e (B, C) = log p(x_k | state)``.
     """
 
     def visit(lo: int, hi: int, cur: Tensor, node: int) -> tuple[Tensor, int]:
-        """A tree node over ``[lo, hi)``: ``log p(its tokens | its state)``, the next free node."""
+        """Return ``log p(tokens | state)`` of a tree node over ``[lo, hi)``, and the next node."""
         up = torch.zeros_like(cur)
         middle = lo + left_size(hi - lo)
         for first, last in ((lo, middle), (middle, hi)):
@@ -129,10 +129,10 @@ def _walk(
 
 
 def _normalised(leaf: Tensor, prior: Tensor | None, trans: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of prior and transitions, in the accumulator's dtype."""
+    """Return the log-probabilities of prior and transitions, in the accumulator's dtype."""
     dtype = accumulator(leaf.dtype)
     rows, components = leaf.shape[0], leaf.shape[2]
-    if prior is None:  # one component, or every component alike
+    if prior is None:  # All components are equally likely.
         prior = leaf.new_zeros(rows, components)
     if trans is None:
         trans = leaf.new_zeros(rows, 0, components, components)
@@ -146,7 +146,7 @@ def circuit_scan(
     trans: Tensor | None = None,
     x: Tensor | None = None,
 ) -> CircuitScan:
-    """Compute :func:`lora_ext.ops.circuit_scan` by its formula, position after position."""
+    """Compute :func:`lora_ext.ops.circuit_scan` by its formula, one position at a time."""
     e = leaf.to(accumulator(leaf.dtype))
     if x is not None:
         e = _observe(log_softmax(e), x)
@@ -170,25 +170,25 @@ def circuit_scan(
 
 
 def _mixture(posterior: Tensor, leaf: Tensor) -> Tensor:
-    """``log sum_z posterior[z] softmax(leaf[z])``, ``(B, V)``."""
+    """Compute ``log sum_z posterior[z] softmax(leaf[z])``, ``(B, V)``."""
     return logsumexp(posterior.log()[:, :, None] + log_softmax(leaf), 1)
 
 
 def circuit_conditional_dist(
     kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, x: Tensor, k: Tensor
 ) -> Tensor:
-    """``log q(. | x_<k)`` of each row at its own position ``k (B,)``, ``(B, V)``."""
+    """Compute ``log q(. | x_<k)`` of each row at its position ``k (B,)``, ``(B, V)``."""
     rows = torch.arange(leaf.shape[0], device=leaf.device)
     posterior = circuit_scan(kind, leaf, prior, trans, x).posterior
     return _mixture(posterior[rows, k], leaf[rows, k].to(posterior.dtype))
 
 
 def draw(p: Tensor, uniform: Tensor) -> Tensor:
-    """The smallest index whose running sum exceeds ``uniform * total``, never one of weight zero.
+    """Return the smallest index of positive weight with a running sum above ``uniform * total``.
 
-    ``p (B, N)`` weights, ``uniform (B,)`` in [0, 1); where rounding runs off the end, the last
-    index with weight; index 0 where there is no weight at all. Sums are float64, so that a weight
-    counts however small it is beside those in front of it.
+    ``p (B, N)`` are weights and ``uniform (B,)`` is in [0, 1). If no sum is larger because of
+    rounding, return the last index of positive weight; if all weights are zero, return 0. Sums are
+    float64, so that small weights after large ones still count.
     """
     sums = p.double().cumsum(-1)
     hit = (sums > uniform[:, None].double() * sums[:, -1:]) & (p > 0)
@@ -204,10 +204,10 @@ def circuit_sample(
     uniforms: Tensor,
     evidence: Tensor | None = None,
 ) -> CircuitSample:
-    """Exact ancestral samples of a window, and each token's log-probability given those before.
+    """Draw exact samples of a window, with each token's log-probability given those before it.
 
-    Position by position: ``z ~ posterior_k``, ``x_k ~ leaf_{k,z}``, by :func:`draw`, then the scan
-    goes on with the drawn token under every state. A given token is taken as it is.
+    At each position, :func:`draw` samples ``z ~ posterior_k`` and ``x_k ~ leaf_{k,z}``. The scan
+    continues with the drawn token under every state. Tokens of ``evidence`` are kept.
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
@@ -240,7 +240,7 @@ def circuit_argmax(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`lora_ext.ops.circuit_argmax`: best values upward, choices downward.
 
-    No known method maximises the sum over latents, the mode over tokens alone, fast.
+    No fast method is known for the mode over tokens alone, which maximises a sum over latents.
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
@@ -259,7 +259,8 @@ def circuit_argmax(
     def after(choice: Tensor, deeper: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         return lambda state: deeper(choice[row, state])
 
-    # Upward, the best value of a part given the state above it; downward, the choices.
+    # Return the best value of a part for each state above it, the next free node, and the function
+    # that sets the tokens of the part for a chosen state.
     def up(lo: int, hi: int, node: int) -> tuple[Tensor, int, Callable[[Tensor], None]]:
         if hi - lo == 1:
             return best[:, lo], node, lambda state: take(lo, state)
@@ -315,8 +316,8 @@ def spec_verify(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`lora_ext.ops.spec_verify` by its formula.
 
-    A token with ``q = 0`` is never accepted, because the circuit cannot have drawn it. No uniform
-    is used at temperature 0.
+    A token with ``q = 0`` is never accepted, because the circuit cannot have drawn it. Temperature
+    0 does not use the uniforms.
     """
     dtype = accumulator(target.dtype)
     rows, n_token = tokens.shape
@@ -343,7 +344,10 @@ def spec_verify(
 
 
 def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
-    """``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, ``(B, K, C)``; 0 where x is -1."""
+    """Compute ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, ``(B, K, C)``.
+
+    It is 0 where ``x`` is -1.
+    """
     wide = accumulator(h.dtype)
     logits = torch.einsum("bd,kcvd->bkcv", h.to(wide), emit.to(wide))
     return _observe(log_softmax(logits), x)

@@ -1,7 +1,7 @@
 """Sum layers of probabilistic circuits in log space, one formula per function.
 
-Letters: ``B`` rows, ``I`` units summed over, ``O`` sums, ``G`` groups. ``-inf`` is a legal
-log-weight and a legal value: what is impossible stays ``-inf``, with gradient zero and no NaN.
+Letters: ``B`` rows, ``I`` units summed over, ``O`` sums, ``G`` groups. Log-weights and values may
+be ``-inf``: an impossible sum stays ``-inf`` with gradient zero, never NaN.
 """
 
 from typing import Literal, NamedTuple, overload
@@ -16,11 +16,11 @@ NORMS = ("logits", "logprobs", "probs", "none")
 
 
 class LogMax(NamedTuple):
-    """What the max semiring gives.
+    """Result of the max semiring.
 
     Attributes:
-        values: ``max_i (log W[o, i] + values[i])``, shaped like the sum.
-        indices: int64, the lowest ``i`` that attains it; 0 where nothing is possible.
+        values: ``max_i (log W[o, i] + values[i])``, in the shape of the sum.
+        indices: int64, the lowest ``i`` with that value; 0 if all are ``-inf``.
     """
 
     values: Tensor
@@ -28,7 +28,7 @@ class LogMax(NamedTuple):
 
 
 def log_weights(w: Tensor, norm: str) -> Tensor:
-    """The log-weights that ``w`` stands for, in the accumulator's dtype."""
+    """Convert weights of one of :data:`NORMS` to log-weights, in the accumulator's dtype."""
     w = w.to(accumulator(w.dtype))
     if norm == "logits":
         return log_softmax(w)
@@ -46,9 +46,9 @@ def log_einsum_exp(w: Tensor, values: Tensor, norm: str, semiring: Literal["max"
 def log_einsum_exp(
     w: Tensor, values: Tensor, norm: str = "logits", semiring: str = "sum"
 ) -> Tensor | LogMax:
-    """``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
+    """Compute the sum layer ``out[b, o] = log sum_i W[o, i] exp(values[b, i])``.
 
-    The semiring "max" takes the largest term in place of their sum.
+    The semiring "max" uses the largest term instead of the sum.
     """
     if norm not in NORMS:
         raise ValueError(f"log_einsum_exp: norm: expected one of {NORMS}, found {norm!r}")
@@ -63,6 +63,6 @@ def log_einsum_exp(
 
 
 def log_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of every batch, ``(B, M, N)``."""
+    """Compute ``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` per batch, ``(B, M, N)``."""
     dtype = accumulator(a.dtype)
     return logsumexp(a.to(dtype)[:, :, :, None] + b.to(dtype)[:, None], 2)

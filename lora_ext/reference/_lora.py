@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of ``dtype`` are added up."""
+    """Return the dtype of sums of values of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rows_of_adapters(
     adapter_ids: Tensor, adapters: int, max_rank: int, ranks: Tensor | None
 ) -> Iterator[tuple[int, Tensor, int]]:
-    """(adapter, its rows, its rank), for every adapter that has any of either."""
+    """Yield (adapter, its rows, its rank) for every adapter with rows and a positive rank."""
     for s in range(adapters):
         rank = max_rank if ranks is None else int(ranks[s])
         rows = (adapter_ids == s).nonzero()[:, 0]
@@ -39,7 +39,7 @@ def lora_shrink(
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    """Compute :func:`lora_ext.ops.lora_shrink`, one adapter after the other."""
+    """Compute :func:`lora_ext.ops.lora_shrink`, one adapter at a time."""
     if page_table is not None:
         a = paged(a, page_table).flatten(1, 2)  # (A, R, I)
     dtype = accumulator(x.dtype)
@@ -58,7 +58,7 @@ def lora_update(
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    """``delta[t] = b[s] @ v[t]``, not rounded; zero for -1; ``(T, O)`` in the dtype of ``v``."""
+    """Compute ``delta[t] = b[s] @ v[t]``, ``(T, O)`` in the dtype of ``v``; zero for id -1."""
     if page_table is not None:
         b = paged(b, page_table).transpose(1, 2).flatten(2, 3)  # (A, O, R)
     delta = v.new_zeros(v.shape[0], b.shape[1])
@@ -75,7 +75,10 @@ def lora_expand_(
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    """``y[t] = round(y[t] + b[s] @ v[t])`` in place; rows without a rank keep every bit."""
+    """Compute ``y[t] = round(y[t] + b[s] @ v[t])`` in place.
+
+    Rows with id -1 or rank 0 keep every bit.
+    """
     delta = lora_update(v, b, adapter_ids, ranks, page_table)
     total = (y.to(delta.dtype) + delta).to(y.dtype)
     active = adapter_ids >= 0
@@ -93,7 +96,9 @@ def lora_apply(
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    """``y[t] = scale[s] * b[s] @ (a[s] @ x[t])``, ``(T, O)`` in the dtype of ``x``; zero for -1.
+    """Compute ``y[t] = scale[s] * b[s] @ (a[s] @ x[t])``, ``(T, O)`` in the dtype of ``x``.
+
+    Rows with id -1 are zero.
 
     Source: LoRA (Hu et al. 2021), eq. 3, gathered per row as in Punica (Chen et al. 2023).
     """
@@ -111,7 +116,10 @@ def lora_apply_(
     ranks: Tensor | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    """``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))`` in place; -1 rows keep every bit."""
+    """Compute ``y[t] = round(y[t] + scale[s] * b[s] @ (a[s] @ x[t]))`` in place.
+
+    Rows with id -1 keep every bit.
+    """
     v = lora_shrink(x, a, adapter_ids, scale, ranks, page_table)
     return lora_expand_(y, v, b, adapter_ids, ranks, page_table)
 
@@ -126,7 +134,7 @@ def lora_apply_siblings_(
     ranks: Sequence[Tensor] = (),
     page_table: Sequence[Tensor] = (),
 ) -> Sequence[Tensor]:
-    """:func:`lora_apply_` of every module on the same rows; what is empty is None for all."""
+    """Call :func:`lora_apply_` for every module on the same rows; an empty list means None."""
     for m, each in enumerate(y):
         rest = (part[m] if part else None for part in (scale, ranks, page_table))
         lora_apply_(each, x, a[m], b[m], adapter_ids, *rest)
@@ -134,7 +142,7 @@ def lora_apply_siblings_(
 
 
 def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -> Tensor:
-    """``ids[t] = seg_adapter[s]`` for ``seg_indptr[s] <= t < seg_indptr[s + 1]``, else -1."""
+    """Set ``ids[t] = seg_adapter[s]`` for ``seg_indptr[s] <= t < seg_indptr[s + 1]``, else -1."""
     ids = torch.full((num_tokens,), -1, dtype=torch.int32)
     for s in range(seg_adapter.numel()):
         ids[int(seg_indptr[s]) : int(seg_indptr[s + 1])] = int(seg_adapter[s])
@@ -144,7 +152,7 @@ def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -
 def lora_plan(
     adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None = None
 ) -> dict[str, Tensor | int]:
-    """Rows grouped by adapter, as a dictionary of the plan's fields (``lora_ext/lora.h``)."""
+    """Group rows by adapter; return a dictionary of the plan's fields (``lora_ext/lora.h``)."""
     ids = adapter_ids.long().cpu()
     rows = ids.numel()
     bad = (ids < -1) | (ids >= num_adapters)

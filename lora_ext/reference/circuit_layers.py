@@ -1,4 +1,4 @@
-"""Whole circuits, node after node, one formula per function.
+"""Whole circuits, one node at a time, one formula per function.
 
 Letters: ``B`` rows, ``N`` leaf units, ``U`` units, ``W`` weights, ``M`` blocks of leaf units.
 """
@@ -15,7 +15,7 @@ from ._circuit_sum import log_einsum_exp
 def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
     """Compute :func:`lora_ext.ops.circuit_table` by indexing.
 
-    ``p`` is the softmax of a row of the table with the norm "logits", its exponential with "none".
+    With the norm "logits", rows of the table are logits; with "none", log-probabilities.
     """
     table = log_softmax(table) if norm == "logits" else table
     rows = row[:, None] + torch.arange(block, device=row.device)  # (M, block)
@@ -26,11 +26,11 @@ def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str =
 def circuit_layers(
     leaf: Tensor, w: Tensor, program: Tensor, norm: str = "logits", semiring: str = "sum"
 ) -> Tensor:
-    """Log-values of all units: products of children, then sums, of one node after another.
+    """Compute the log-values of all units, one node at a time: products of children, then sums.
 
     Args:
-        leaf, w, norm, semiring: as the op takes them.
-        program: int32, the ``numbers`` of what it takes; the layout is that of
+        leaf, w, norm, semiring: as in the op.
+        program: int32, the ``numbers`` of the op's program, in the layout of
             ``csrc/include/lora_ext/circuit_layers.h``.
     """
     lists = _Lists(program)
@@ -52,13 +52,16 @@ def circuit_layers(
 def circuit_layers_walk(
     val: Tensor, w: Tensor, program: Tensor, root: Tensor, uniforms: Tensor | None = None
 ) -> Tensor:
-    """Walks from the roots down: one term per sum, by :func:`draw` or the largest, and all factors
-    of a product; ``program`` as in :func:`circuit_layers`."""
+    """Walk from the roots to the leaves, into one term of each sum and all factors of a product.
+
+    The term is drawn by :func:`draw` with ``uniforms``, and the largest without. ``program`` is as
+    in :func:`circuit_layers`.
+    """
     lists = _Lists(program)
     walks = len(root) if uniforms is None else len(uniforms)
     row = torch.arange(walks) // max(walks // max(len(root), 1), 1)
     leaves = torch.full((walks, lists.num_variables), -1)
-    chosen = torch.full((walks, len(lists.nodes)), -1)  # the unit of each node that a walk is at
+    chosen = torch.full((walks, len(lists.nodes)), -1)  # unit of each node that a walk has reached
 
     def take(walk: int, owner: int, column: int) -> None:
         if owner < 0:
@@ -93,8 +96,6 @@ def circuit_layers_walk(
 
 
 class _Lists:
-    """A program as lists of numbers."""
-
     def __init__(self, program: Tensor):
         rest = iter([int(n) for n in program])
         self.num_units, _, _, nodes, parts, children, matrices = islice(rest, 7)
@@ -113,7 +114,7 @@ class _Lists:
 
 
 def _terms(lists: _Lists, val: list[Tensor], node: list[int]) -> Tensor:
-    """The products of a node, ``(B, terms)``."""
+    # (B, terms)
     terms: list[Tensor] = []
     for _, kronecker, begin, end in lists.parts[node[4] : node[5]]:
         factors = [torch.stack(val[c : c + n], 1) for c, n in lists.children[begin:end]]
@@ -126,6 +127,6 @@ def _terms(lists: _Lists, val: list[Tensor], node: list[int]) -> Tensor:
 
 
 def _weights(lists: _Lists, w: Tensor, node: list[int]) -> Tensor:
-    """The matrix of a node, ``(sums, terms)``."""
+    # (sums, terms)
     offset, sums, width, *_ = lists.matrices[node[3]]
     return w[offset : offset + sums * width].view(sums, width)

@@ -1,12 +1,12 @@
-"""The laws of constrained generation, dense: every state, every latent, every token.
+"""Formulas of constrained generation, dense over states, latents and tokens.
 
-A constraint is ``delta (S, V)`` int64: the next state, -1 where a token is forbidden, ``S`` behind
-the end of a text. A guide is a hidden Markov model, ``transition (H, H)`` and ``emission (H, V)``;
-``law (H,)`` is its law of the state at the next token. Of ``n`` tokens ``k`` may still come, the
-one that ends included, and at least ``least`` come before it.
+A constraint is ``delta (S, V)`` int64: the next state, -1 for a forbidden token, and ``S`` after
+the end of the text. A guide is a hidden Markov model with ``transition (H, H)`` and
+``emission (H, V)``; ``law (H,)`` is the distribution of its state at the next token. Of ``n``
+tokens ``k`` are left, including the one that ends the text; at least ``least`` precede it.
 
-Source: docs/control.md; the recursion is Ctrl-G's (arXiv 2406.13892) over a budget that counts the
-end.
+Source: docs/control.md; the recursion is that of Ctrl-G (arXiv 2406.13892) with a budget that
+counts the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def control_live(delta: Tensor, budget: int, least: int = 0) -> Tensor:
-    """Whether the end is reached from each state in at most k tokens, ``(n + 1, S + 1)`` bool."""
+    """Return whether each state can reach the end in k tokens or less, ``(n + 1, S + 1)`` bool."""
     states = len(delta)
     live = torch.zeros(budget + 1, states + 1, dtype=torch.bool)
     live[:, states] = True
@@ -28,9 +28,9 @@ def control_live(delta: Tensor, budget: int, least: int = 0) -> Tensor:
 def control_messages(
     delta: Tensor, transition: Tensor, emission: Tensor, budget: int, least: int = 0
 ) -> Tensor:
-    """``C (n + 1, S + 1, H)``: the probability that a guide completes the text in k tokens.
+    """Compute the probability ``C (n + 1, S + 1, H)`` that a guide completes the text in k tokens.
 
-    ``C_k(s, z) = sum_z' T(z, z') sum_x beta(z', x) C_{k-1}(delta(s, x), z')``, 1 behind the end.
+    ``C_k(s, z) = sum_z' T(z, z') sum_x beta(z', x) C_{k-1}(delta(s, x), z')``; 1 after the end.
     """
     states = len(delta)
     out = [emission.new_zeros(states + 1, len(transition))]
@@ -51,7 +51,7 @@ def control_ratio(
     k: int,
     least: int = 0,
 ) -> Tensor:
-    """``r (V,)``: the guide's probability of a satisfied constraint behind each next token.
+    """Compute the guide's probability ``r (V,)`` of satisfying the constraint after each token.
 
     ``r(x) = sum_z A(z) beta(z, x) C_{k-1}(delta(s, x), z) / sum_z A(z) beta(z, x)``.
     """
@@ -62,11 +62,11 @@ def control_ratio(
 
 
 def control_filter(law: Tensor, transition: Tensor, emission: Tensor, token: int) -> Tensor:
-    """The law of the guide's state behind one more token, ``(H,)``."""
+    """Compute the distribution of the guide's state after one more token, ``(H,)``."""
     moved = (law * emission[:, token]) @ transition
     return moved / moved.sum()
 
 
 def _open(delta: Tensor, closed: bool) -> Tensor:
-    """Which edges may be taken, ``(S, V)``; those into the end where it is not closed."""
+    """Return which edges are allowed, ``(S, V)``; edges into the end only if not ``closed``."""
     return (delta >= 0) & ~((delta == len(delta)) & closed)

@@ -1,4 +1,4 @@
-"""Hidden states of several depths, each normed, mixed to one; one formula per function."""
+"""Mixtures of normalised hidden states of several depths, one formula per function."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from ._lora import accumulator
 def depth_norm(
     hidden: Tensor, gamma: Tensor, eps: float, beta: Tensor | None = None, norm: str = "rms"
 ) -> Tensor:
-    """``gamma * h / sqrt(mean(h^2) + eps) + beta``; "layer" first takes the mean from ``h``.
+    """Compute ``gamma * h / sqrt(mean(h^2) + eps) + beta``; "layer" first subtracts the mean.
 
-    In float32 (float64 stays), not rounded to the dtype of ``hidden``.
+    The result is float32 (float64 for float64), not rounded to the dtype of ``hidden``.
     """
     wide = accumulator(hidden.dtype)
     h = hidden.to(wide)
@@ -31,7 +31,7 @@ def depth_mix(
     betas: Tensor | Sequence[Tensor] | None = None,
     norm: str = "rms",
 ) -> Tensor:
-    """``u[t] = sum_e weights[t, e] * depth_norm(hiddens[e])[t]``, rounded once."""
+    """Compute ``u[t] = sum_e weights[t, e] * depth_norm(hiddens[e])[t]``, rounded once."""
     mixed = _mix(_norms(hiddens, gammas, eps, betas, norm), weights)
     return mixed.to(hiddens[0].dtype)
 
@@ -45,9 +45,9 @@ def depth_mix_routed(
     betas: Tensor | Sequence[Tensor] | None = None,
     norm: str = "rms",
 ) -> tuple[Tensor, Tensor]:
-    """:func:`depth_mix` with ``weights = softmax(router @ n_k + bias)``, and these weights.
+    """Return :func:`depth_mix` with ``weights = softmax(router @ n_k + bias)``, and the weights.
 
-    ``n_k`` is the last hidden, normed and not rounded.
+    ``n_k`` is the last hidden state, normalised and not rounded.
     """
     norms = _norms(hiddens, gammas, eps, betas, norm)
     wide = norms[-1].dtype

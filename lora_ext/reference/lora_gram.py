@@ -1,4 +1,4 @@
-"""An adapter as numbers, and what it is to a weight, one formula per function."""
+"""Measures of adapters and their effect on a weight, one formula per function."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from ._lora import accumulator
 def lora_gram(
     a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """``a @ a^T`` and ``b^T @ b`` of every adapter, ``(r, r)`` each, not rounded."""
+    """Compute ``a @ a^T`` and ``b^T @ b`` of every adapter, ``(r, r)`` each, not rounded."""
     wide_a = [t.to(dtype or accumulator(t.dtype)) for t in a]
     wide_b = [t.to(dtype or accumulator(t.dtype)) for t in b]
     return [t @ t.T for t in wide_a], [t.T @ t for t in wide_b]
@@ -23,9 +23,9 @@ def lora_pair_stats(
     projected_b: Sequence[Tensor],
     scaling: Sequence[float],
 ) -> Tensor:
-    """``(|D|^2, |PD|^2, <PD, D>, |PD - D|^2)`` of every adapter, ``(L, 4)`` float64.
+    """Compute ``(|D|^2, |PD|^2, <PD, D>, |PD - D|^2)`` of every adapter, ``(L, 4)`` float64.
 
-    ``D = scaling * b @ a`` and ``PD = scaling * projected_b @ a`` are formed here.
+    ``D = scaling * b @ a`` and ``PD = scaling * projected_b @ a`` are computed in full.
     """
     rows: list[Tensor] = []
     for a_s, b_s, p_s, s in zip(a, b, projected_b, scaling, strict=True):
@@ -37,19 +37,19 @@ def lora_pair_stats(
 
 
 def lora_delta(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale * b @ a``, ``(O, I)``, rounded once."""
+    """Compute ``scale * b @ a``, ``(O, I)``, rounded once."""
     dtype = accumulator(a.dtype)
     return (scale * (b.to(dtype) @ a.to(dtype))).to(a.dtype)
 
 
 def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: int = 1) -> Tensor:
-    """``weight += sign * scale * b @ a`` in place, rounded once."""
+    """Compute ``weight += sign * scale * b @ a`` in place, rounded once."""
     dtype = accumulator(weight.dtype)
     return weight.copy_(weight.to(dtype) + sign * scale * (b.to(dtype) @ a.to(dtype)))
 
 
 def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """``|| weight + scale * b @ a ||`` of every row, ``(O,)``, not rounded.
+    """Compute ``|| weight + scale * b @ a ||`` of every row, ``(O,)``, not rounded.
 
     Source: DoRA (Liu et al. 2024), eq. 5.
     """

@@ -8,20 +8,20 @@ from torch import Tensor
 
 from ._lora import accumulator, rows_of_adapters
 
-_WORD = 0xFFFFFFFF  # words of 32 bits are kept in int64: torch has no unsigned arithmetic on them
+_WORD = 0xFFFFFFFF  # 32-bit words are kept in int64: torch has no unsigned arithmetic on them.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def _multiply(m: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of the 64-bit product, in halves of 16 bits that no int64 overflows."""
+    """Return the high and low word of the 64-bit product, in 16-bit halves to avoid overflow."""
     low, high = m * (word & 0xFFFF), m * (word >> 16)
     middle = (low >> 16) + (high & 0xFFFF)
     return (high >> 16) + (middle >> 16), ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def _philox4x32_10(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """Ten rounds of Philox on ``counter (..., 4)``, words in int64.
+    """Apply ten rounds of Philox to ``counter (..., 4)``, words in int64.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
     """
@@ -36,10 +36,10 @@ def _philox4x32_10(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def dropout_keep(rows: int, columns: int, p: float, seed: int | Tensor) -> Tensor:
-    """``(rows, columns)`` bool: True where dropout keeps the element.
+    """Return which elements dropout keeps, ``(rows, columns)`` bool.
 
-    Kept if ``word >= round(p * 2^32)``, where ``word`` is the entry ``column % 4`` of Philox at
-    counter ``(row, column / 4, 0, 0)`` under the key of the seed's two halves.
+    An element is kept if ``word >= round(p * 2^32)``. ``word`` is entry ``column % 4`` of Philox at
+    counter ``(row, column / 4, 0, 0)``, with the two halves of the seed as key.
     """
     seed = int(seed)
     row = torch.arange(rows)[:, None].expand(rows, -(-columns // 4))
@@ -52,7 +52,7 @@ def dropout_keep(rows: int, columns: int, p: float, seed: int | Tensor) -> Tenso
 
 
 def lora_dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tensor:
-    """``y[t, i] = x[t, i] / (1 - p)`` where kept, else 0; rounded once."""
+    """Compute ``y[t, i] = x[t, i] / (1 - p)`` for kept elements, else 0; rounded once."""
     if p == 0:
         return x.clone()
     assert seed is not None
@@ -62,9 +62,10 @@ def lora_dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tenso
 
 
 def dropout_keep_of_adapters(adapter_ids: Tensor, columns: int, p: float, seed: Tensor) -> Tensor:
-    """``(T, columns)`` bool: :func:`dropout_keep` of the rows of each adapter, under its own seed.
+    """Return :func:`dropout_keep` of the rows of each adapter with its seed, ``(T, columns)`` bool.
 
-    A row's number is its place among the rows of its adapter, ``seed (A,)``; rows of -1 are kept.
+    ``seed`` is ``(A,)``. The number of a row is its index among the rows of its adapter. Rows with
+    id -1 are kept.
     """
     keep = adapter_ids.new_ones(adapter_ids.shape[0], columns, dtype=torch.bool)
     for s in range(seed.numel()):
@@ -102,10 +103,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """Compute :func:`lora_ext.ops.lora_linear`, one adapter after the other.
-
-    Plain torch, so autograd gives the backward.
-    """
+    """Compute :func:`lora_ext.ops.lora_linear`, one adapter at a time, with autograd's backward."""
     dtype = accumulator(x.dtype)
     y = x.new_zeros(x.shape[0], b.shape[1], dtype=dtype)
     if weight is not None:
@@ -130,11 +128,11 @@ def lora_linear_backward(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dx, da, db)`` of :func:`lora_linear`, written out.
+    """Compute the gradients ``(dx, da, db)`` of :func:`lora_linear` explicitly.
 
     ``dv[t] = c * dy[t] @ b[s]``, ``db[s] = sum_t dy[t]^T v[t]``,
-    ``da[s] = sum_t dv[t]^T (m * x)[t]`` and ``dx[t] = dy[t] @ weight + m[t] * (dv[t] @ a[s])``;
-    sums over the rows of one adapter.
+    ``da[s] = sum_t dv[t]^T (m * x)[t]`` and ``dx[t] = dy[t] @ weight + m[t] * (dv[t] @ a[s])``,
+    with sums over the rows of one adapter.
     """
     dtype = accumulator(x.dtype)
     kept, dy = _masked(x, dropout_p, seed, adapter_ids, a.shape[0]).to(dtype), dy.to(dtype)

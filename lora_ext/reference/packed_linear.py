@@ -6,8 +6,11 @@ from torch.nn.functional import pad
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """``(O, I)`` in panels of 32 outputs: ``(panels, I, 32)``, or two in-features together:
-    ``(panels, ceil(I / 2), 32, 2)`` in bfloat16, ``(panels, ceil(I / 2), 64)`` of an odd I."""
+    """Pack ``(O, I)`` into panels of 32 outputs, ``(panels, I, 32)``.
+
+    Bfloat16 packs pairs of in-features: ``(panels, ceil(I / 2), 32, 2)``, or
+    ``(panels, ceil(I / 2), 64)`` if ``I`` is odd.
+    """
     together = 2 if weight.dtype == torch.bfloat16 else 1
     padded = pad(weight, (0, -weight.shape[1] % together, 0, -weight.shape[0] % 32))
     panels = padded.view(padded.shape[0] // 32, 32, padded.shape[1] // together, together)
@@ -16,7 +19,7 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """``x @ weight.T + bias`` in float64, ``(T, O)``."""
+    """Compute ``x @ weight.T + bias`` in float64, ``(T, O)``."""
     panels = packed.view(*packed.shape[:2], 32, 2 if packed.dtype == torch.bfloat16 else 1)
     padded = panels.transpose(1, 2).flatten(2).flatten(0, 1)  # (32 panels, I or one more)
     y = x.double() @ padded[:out_features, : x.shape[1]].double().t()

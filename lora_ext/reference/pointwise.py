@@ -1,4 +1,4 @@
-"""Functions of one number."""
+"""Elementwise functions."""
 
 from collections.abc import Callable
 

@@ -1,7 +1,7 @@
 """Attention, one formula per function.
 
-Letters: ``B`` sequences, ``H`` heads, ``G`` of them with keys of their own, ``T`` queries, ``L``
-keys, ``D`` and ``E`` features.
+Letters: ``B`` sequences, ``H`` heads, ``G`` key heads, ``T`` queries, ``L`` keys, ``D`` and ``E``
+features.
 """
 
 import torch
@@ -18,7 +18,7 @@ def seen_keys(
     mask: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """``(B or 1, T, L)`` bool: the keys that causal, spans and mask, where given, all allow."""
+    """Return which keys causal, spans and mask (if given) all allow, ``(B or 1, T, L)`` bool."""
     at = torch.arange(keys, device=device)
     seen = torch.ones(1, rows, keys, dtype=torch.bool, device=device)
     if causal:
@@ -48,7 +48,7 @@ def row_attention(
     scores = q.to(wide) @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~seen, -torch.inf)
     weights = (scores - scores.amax(-1, keepdim=True)).exp().masked_fill(~seen, 0)
-    # What is not seen may be anything: 0 times infinity is none of it.
+    # Values that are not seen may be infinite or NaN, and 0 times those is NaN.
     terms = (weights.unsqueeze(-1) * v.unsqueeze(2)).masked_fill(~seen.unsqueeze(-1), 0)
     y = terms.sum(3) / weights.sum(-1, keepdim=True)  # (B, H, T, E)
     return y.masked_fill(~seen.any(-1, keepdim=True), 0).to(q.dtype)

@@ -1,6 +1,6 @@
-"""Losses over a vocabulary, by the formula: all logits at once.
+"""Losses over a vocabulary, computed from all logits at once.
 
-Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states of a row.
+Letters: ``N`` rows, ``d`` features, ``V`` vocabulary, ``k`` hidden states per row.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,10 @@ from ._lora import accumulator
 def vocab_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
 ) -> Tensor:
-    """``hidden @ weight^T + bias``, with ``softcap`` the logits ``c tanh(z / c)``, in float32
-    (float64 stays)."""
+    """Compute ``z = hidden @ weight^T + bias``, or ``c tanh(z / c)`` with ``c = softcap``.
+
+    The result is float32 (float64 for float64).
+    """
     wide = accumulator(torch.promote_types(hidden.dtype, weight.dtype))
     z = F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     return z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -30,9 +32,9 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
 ) -> Tensor:
-    """``mean_n (log sum_v exp z[n, v] - z[n, y_n])`` over the rows that are not ignored.
+    """Compute ``mean_n (log sum_v exp z[n, v] - z[n, y_n])`` over the rows that are not ignored.
 
-    0 where all of them are.
+    The loss is 0 if all rows are ignored.
     """
     valid = labels != ignore_index
     log_p = vocab_logits(hidden, weight, bias, softcap).log_softmax(-1)
@@ -48,10 +50,10 @@ def chunked_kl(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """``tau^2`` times the mean over ``e < k`` and the rows of ``KL(softmax(z_k / tau) ||
-    softmax(z_e / tau))``; the last of ``hiddens`` is the teacher, and gets no gradient.
+    """Compute ``tau^2`` times the mean of ``KL(softmax(z_k / tau) || softmax(z_e / tau))``.
 
-    0 where ``mask`` has no row, or there is no student.
+    The mean is over ``e < k`` and the rows. The last of ``hiddens`` is the teacher and gets no
+    gradient. The loss is 0 if ``mask`` selects no row, or there is no student.
     """
     *students, teacher = (vocab_logits(h, weight, bias, softcap) / tau for h in hiddens)
     log_p = teacher.detach().log_softmax(-1)  # (N, V)

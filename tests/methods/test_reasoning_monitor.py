@@ -120,7 +120,7 @@ def test_an_exception_leaves_no_hook_and_the_monitor_can_be_entered_again():
     assert hooks(model) == 0 and len(watch.history) == 6
     with watch:
         model(IDS)
-        with pytest.raises(RuntimeError, match="RankMonitor: entered already"):
+        with pytest.raises(RuntimeError, match="RankMonitor: it is already entered"):
             watch.__enter__()
     assert [row["step"] for row in watch.history] == [0] * 6 + [1] * 6
 

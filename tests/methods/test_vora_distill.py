@@ -141,7 +141,7 @@ H, U = tensors(WIDTH), tensors(TEACHER)
         ((H, None), r"teachers: expected one for each of 3 blocks, found 0"),
         ((H[:2], U), r"hiddens: expected one for each of 3 blocks, found 2"),
         ((H, tensors(WIDTH)), r"teachers: expected shape \(M, 4\), found \(7, 6\)"),
-        ((H, tensors(TEACHER, 8)), r"teachers: expected the student's 7 tokens where .* found 8"),
+        ((H, tensors(TEACHER, 8)), r"teachers: expected the student's 7 tokens unless .* found 8"),
         ((H, tensors(TEACHER, 8), [(7, 1)]), r"teachers: expected the student's 7 tokens"),
         ((H, U, [(7, 1)], [(7, 1)] * 2), r"teacher_grids: expected one for .* 1 images, found 2"),
         ((H, U, [(6, 1)], [(7, 1)]), r"student_grids: expected grids of 7 tokens in all, found \["),

@@ -173,7 +173,7 @@ def test_extra_biases_are_honoured_where_they_are_allowed_alone() -> None:
     torch.testing.assert_close(logits(other), biased, rtol=1e-4, atol=1e-3)
     assert other.model.get_submodule("model.layers.0.self_attn.o_proj").bias.requires_grad
     nothing = vora.apply(language(), settings(scale=0.0))
-    with pytest.raises(ValueError, match=r"o_proj\.bias: expected no bias where the scale is 0"):
+    with pytest.raises(ValueError, match=r"o_proj\.bias: expected no bias if the scale is 0"):
         vora.load_state_dict(nothing, sd, strict=False, allow_extra_bias=True)
     vora.remove(model)  # the base model never had one
     assert model.model.get_submodule("model.layers.0.self_attn.o_proj").bias is None

@@ -445,7 +445,7 @@ def test_a_wrong_mask_is_named(mask: Tensor) -> None:
 
 
 def test_a_mask_beside_ids_is_refused() -> None:
-    with pytest.raises(ValueError, match="token_mask: expected None beside adapter_ids"):
+    with pytest.raises(ValueError, match="token_mask: expected None with adapter_ids"):
         make("vision")(inputs(2, 7), MASKS["all"], adapter_ids=["default", None])
 
 

@@ -184,7 +184,7 @@ def test_the_input_is_left_alone():
             ValueError,
             r"image_std: expected 3 numbers, none 0, found \(1, 0",
         ),
-        ({"patch_size": 16}, TypeError, r"patch_size: expected one of .* found another name"),
+        ({"patch_size": 16}, TypeError, r"patch_size: expected one of .* found 'patch_size'"),
     ],
 )
 def test_bad_settings_are_refused_by_name(fields: dict, error, message: str):

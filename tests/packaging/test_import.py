@@ -126,7 +126,8 @@ def test_doctor_passes_and_says_where_it_looks(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(rf"imported from\s+{tmp_path}/lora_ext\n", run.stdout)
     assert re.search(rf"kernels from\s+{tmp_path}/lora_ext/_C", run.stdout)
-    assert f"it hides another in {PACKAGE}; start Python outside of {tmp_path}" in run.stdout
+    note = f"it hides another lora_ext in {PACKAGE}; start Python outside of {tmp_path} to use it"
+    assert note in run.stdout
     for word in ("torch", "compiler", "cpu kernels", "all good"):
         assert word in run.stdout
     assert re.search(r"cpu\s+ok\s+lora_apply", run.stdout)

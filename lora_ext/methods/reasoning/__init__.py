@@ -1,4 +1,4 @@
-"""Planning versus reasoning: two tasks, their solver and scores, effective ranks, rank ablation.
+"""Planning versus reasoning: two tasks with solver and scores, effective ranks, rank ablation.
 
 Source: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv 2412.00029).
 """

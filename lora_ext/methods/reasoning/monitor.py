@@ -1,4 +1,4 @@
-"""RankMonitor: how large and how wide the updates of adapters become while they train."""
+"""RankMonitor: norms and participation ranks of adapter updates during training."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lora_ext.layers import adapted_layers, adapter_factors, adapters_of, recomp
 
 
 class RankMonitor:
-    """Records norm and participation rank of every adapted layer's update while it is entered.
+    """Context manager that records the norm and participation rank of every layer's update.
 
-    ``with monitor: ... training steps ...``, then :attr:`history`. Layers of
-    :class:`lora_ext.nn.LoraLinear` and its kin, and of PEFT, alike. A record is taken before a
-    forward of the model and reads each factor once, in one call of :func:`lora_ext.ops.lora_gram`
-    for all layers; nothing is decomposed, and values stay on the device until they are read.
-    Outputs are unchanged, and no hook stays on the model after the block. A compiled model is not
-    seen.
+    Run training steps in ``with monitor:``, then read :attr:`history`. The adapted layers of
+    :mod:`lora_ext.nn` and of PEFT are supported. A record is taken before a forward of the model
+    and reads each factor once, in one call of :func:`lora_ext.ops.lora_gram` for all layers. There
+    is no decomposition, and the values stay on the device until they are read. Outputs are
+    unchanged, and the hook is removed after the block. Forwards of a compiled model are not
+    recorded.
 
     Args:
-        model: holds the layers, or is one.
-        adapter: whose factors to watch.
-        every: record before the first of so many forwards of ``model``.
+        model: model that contains the layers, or one layer.
+        adapter: name of the adapter to monitor.
+        every: record before every ``every``-th forward of ``model``, from the first on.
 
     Raises:
-        ValueError: no layer of the model has the adapter, or ``every`` below 1.
+        ValueError: if no layer of the model has the adapter, or ``every`` is below 1.
 
-    Source: arXiv 2412.00029, which reads effective ranks after training.
+    Source: arXiv 2412.00029, which computes effective ranks after training.
     """
 
     def __init__(self, model: nn.Module, adapter: str = "default", every: int = 1):
@@ -46,7 +46,7 @@ class RankMonitor:
 
     def __enter__(self) -> RankMonitor:
         if self._handle is not None:
-            raise RuntimeError("RankMonitor: entered already")
+            raise RuntimeError("RankMonitor: it is already entered; leave its `with` block first")
         self._handle = self.model.register_forward_pre_hook(self._before_forward)
         return self
 
@@ -56,10 +56,11 @@ class RankMonitor:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One dictionary per record and layer, in order.
+        """Records in order, one dictionary per record and layer.
 
-        ``step``; ``module``; ``fro``, the Frobenius norm of ``scaling * B A``; ``participation``,
-        its participation rank, 0 while the update is zero. Reading it waits for the device.
+        The keys are ``step``, ``module``, ``fro``, the Frobenius norm of ``scaling * B A``, and
+        ``participation``, its participation rank, which is 0 if the update is zero. Reading the
+        property synchronizes with the device.
         """
         return [
             {"step": step, "module": name, "fro": fro.item(), "participation": rank.item()}
@@ -75,10 +76,10 @@ class RankMonitor:
     @torch.no_grad()
     def _record(self) -> None:
         pairs = [adapter_factors(layer, self.adapter) for layer in self._layers.values()]
-        # The norm of a product whose factors all but cancel is lost in sums of float32.
+        # Float32 sums would lose the norm of a product whose factors nearly cancel.
         found = ops.lora_gram([a for a, _ in pairs], [b for _, b in pairs], dtype=torch.float64)
         grams = dict(zip(self._layers, zip(*found, strict=True), strict=True))
-        alike: dict[Any, list[str]] = {}  # layers of one rank, measured together
+        alike: dict[Any, list[str]] = {}  # layers by rank and device, which share one computation
         for name, (gram, _) in grams.items():
             alike.setdefault((gram.shape, gram.device), []).append(name)
         figures: dict[str, tuple[Tensor, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""The answer to a prompt, from its text alone."""
+"""Solver that answers a prompt from its text alone."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ _PROMPT = re.compile(
 
 
 def solve(instance: HashInstance | str) -> str:
-    """Answer a prompt, of which nothing but the text is read.
+    """Return the answer to a prompt.
 
-    A hop task is walked; of a chain task the nearest end is searched breadth-first.
+    A hop task is solved by following its edges, a chain task by a breadth-first search for the
+    nearest end.
 
     Args:
-        instance: whose prompt it is; or the prompt.
+        instance: prompt, or instance whose prompt alone is read.
 
     Raises:
-        ValueError: the text is no prompt of either task, or has no single answer.
+        ValueError: if the text is not a prompt of either task, or has no single answer.
     """
     prompt = instance if isinstance(instance, str) else instance.prompt
     match = _PROMPT.match(prompt)
@@ -41,7 +42,7 @@ def solve(instance: HashInstance | str) -> str:
             following = successors.get(place, [])
             require(len(following) <= 1, "solve", "prompt", f"one way on from {place}", following)
             if not following:
-                break  # the end of the chain stays the answer
+                break  # Beyond the end of the chain, its last hash is the answer.
             (place,) = following
         return place
     level, seen = [start], {start}
@@ -53,4 +54,4 @@ def solve(instance: HashInstance | str) -> str:
         level = [following for place in level for following in successors[place]]
         level = [place for place in dict.fromkeys(level) if place not in seen]
         seen.update(level)
-    raise ValueError(f"solve: prompt: expected a chain that ends, found none from {start}")
+    raise ValueError(f"solve: prompt: expected a chain that ends, found only cycles from {start}")

@@ -1,4 +1,4 @@
-"""Ablation over ranks and blocks: which modules are adapted, and what each setting learns."""
+"""Ablation over the rank of an adapter and the number of adapted blocks."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ Task = TypeVar("Task")
 def select_modules(
     model: nn.Module, suffixes: Sequence[str] = ("mlp.c_proj",), last_n: int | None = None
 ) -> list[str]:
-    """Choose the modules of the last blocks to adapt, by the ends of their names.
+    """Select the modules to adapt by the ends of their names, optionally in the last blocks only.
 
     Args:
-        model: any module whose blocks are numbered, ``h.0``, ``h.1`` and so on.
-        suffixes: ends of names, from the beginning or from a dot on.
-        last_n: of the model's blocks, whether they have such a module or not; None is all. Of a
-            model with several stacks of blocks, the last of each.
+        model: module with numbered blocks such as ``h.0`` and ``h.1``.
+        suffixes: full names, or ends of names after a dot.
+        last_n: number of blocks at the end of the model, also counting blocks without such a
+            module; None selects all. If the model has several stacks of blocks, the last blocks of
+            each are selected.
 
     Returns:
         Full names in the model's order, for ``LoraConfig(target_modules=...)``.
 
     Raises:
-        ValueError: no module has such a name, or ``last_n`` is no number of the model's blocks.
+        ValueError: if no module has such a name, or ``last_n`` is not between 1 and the number of
+            blocks.
     """
     where = "select_modules"
     suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
@@ -39,7 +41,7 @@ def select_modules(
     require(found, where, "suffixes", f"the end of a name in {type(model).__name__}", suffixes)
     if last_n is None:
         return found
-    places: dict[str, tuple[str, int]] = {}  # the list of blocks, and the place in it
+    places: dict[str, tuple[str, int]] = {}  # stack of blocks and index in it
     depths: dict[str, int] = {}
     for name in names:
         if (block := block_name(name)) is not None:
@@ -54,13 +56,13 @@ def select_modules(
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One setting of a sweep and what became of it.
+    """Setting of a sweep and its results.
 
     Attributes:
-        rank, alpha: of the adapter, whose scale is ``alpha / rank``.
-        last_n: how many blocks it is on; None is all.
-        score: what the caller's function made of the trained model.
-        report: the effective ranks of its modules.
+        rank, alpha: rank and alpha of the adapter, whose scale is ``alpha / rank``.
+        last_n: number of adapted blocks; None means all.
+        score: score of the trained model.
+        report: effective ranks of its modules.
     """
 
     rank: int
@@ -70,7 +72,7 @@ class SweepPoint:
     report: RankReport
 
     def mean(self, figure: str) -> float:
-        """Average a figure of the report, ``"entropy"`` say, over the modules."""
+        """Average a figure of the report, such as ``"entropy"``, over the modules."""
         return sum(row[figure] for row in self.report) / len(self.report)
 
 
@@ -87,25 +89,25 @@ def rank_sweep(
     init_lora_weights: bool | str = "gaussian",
     **report: Any,
 ) -> list[SweepPoint]:
-    """Train an adapter of every rank on every number of last blocks, each on a fresh model.
+    """Train one adapter per rank and number of last blocks, each on a fresh model.
 
     Args:
-        make_model: gives the base model, a new object at every call.
-        task: is handed on to the next two.
-        ranks: to try.
-        alpha_rule: alpha of a rank; the published runs have ``rank / 2``, so a scale of 0.5.
-        train: ``train(model, task)``; all but the adapter is frozen.
-        score: ``score(model, task)``.
-        layers: values of ``last_n`` to try, as :func:`select_modules` takes them.
-        suffixes: likewise.
-        init_lora_weights: "gaussian" is that of the published runs, A ~ N(0, 1) / r and B = 0.
+        make_model: returns the base model, a new object at every call.
+        task: passed to ``train`` and ``score``.
+        ranks: ranks to try.
+        alpha_rule: returns alpha for a rank; the published runs use ``rank / 2``, a scale of 0.5.
+        train: called as ``train(model, task)``; only the adapter is trainable.
+        score: called as ``score(model, task)``.
+        layers: values of ``last_n`` to try, passed to :func:`select_modules`.
+        suffixes: passed to :func:`select_modules`.
+        init_lora_weights: the published runs use "gaussian": A ~ N(0, 1) / r and B = 0.
         report: ``kinds``, ``taus`` and ``k`` of :func:`lora_ext.adapter.rank_report`.
 
     Returns:
-        A point for each number of blocks and each rank, in this order.
+        One point per number of blocks and rank, in this order.
 
     Raises:
-        ValueError: from :func:`select_modules` and ``LoraConfig``, or no setting to try.
+        ValueError: from :func:`select_modules` and ``LoraConfig``, or if there is no setting.
 
     Source: arXiv 2412.00029.
     """

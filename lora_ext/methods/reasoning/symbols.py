@@ -1,4 +1,4 @@
-"""Both tasks without text, one id a hash: for a model that learns them on a CPU in a minute."""
+"""Both tasks with one id per hash, for a model that learns them on a CPU in a minute."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .tasks import HashInstance
 
 
 def encode_symbols(instance: HashInstance, vocab: int) -> dict[str, Any]:
-    """Give each hash of an instance an id of its own, drawn from ``0 .. vocab - 1``.
+    """Encode an instance with distinct random ids for its hashes, from ``0 .. vocab - 1``.
 
-    The draw is a function of the prompt, so that an instance is the same wherever it is encoded.
+    The ids depend on the prompt only, so an instance is always encoded in the same way.
 
     Args:
-        instance: of either task.
-        vocab: how many ids there are.
+        instance: instance of either task.
+        vocab: number of ids.
 
     Returns:
-        ``keys`` and ``values``, ``(E,)`` int64, in the order of the edges; and numbers ``start``,
-        ``target`` and ``aux``, which is the number of hops, 0 for the chain task.
+        ``keys`` and ``values``, ``(E,)`` int64, in the order of the edges; and the ints ``start``,
+        ``target`` and ``aux``, which is the number of hops, or 0 for the chain task.
 
     Raises:
-        ValueError: more hashes than ids, with both numbers.
+        ValueError: if there are more hashes than ids.
     """
     hashes = list(dict.fromkeys(name for edge in instance.edges for name in edge))
     expected = f"at least the {len(hashes)} hashes of the instance"
@@ -50,11 +50,12 @@ def collate_symbols(instances: Sequence[HashInstance], vocab: int) -> dict[str, 
     """Encode a batch for :class:`SymbolModel`.
 
     Args:
-        instances: of one task. vocab: how many ids there are for hashes.
+        instances: instances of one task.
+        vocab: number of ids for hashes.
 
     Returns:
-        ``keys`` and ``values`` ``(B, E)``, ``IGNORE`` behind the edges of a row; ``start``, ``aux``
-        and ``target`` ``(B,)``; all int64.
+        ``keys`` and ``values`` ``(B, E)``, padded with ``IGNORE``; ``start``, ``aux`` and
+        ``target`` ``(B,)``; all int64.
     """
     rows = [encode_symbols(instance, vocab) for instance in instances]
     batch = {
@@ -66,16 +67,17 @@ def collate_symbols(instances: Sequence[HashInstance], vocab: int) -> dict[str, 
 
 
 class SymbolModel(nn.Module):
-    """A small transformer over the edges of a map, each of which is one position.
+    """Small transformer over the edges of a map, with one position per edge.
 
-    An edge is the sum of the embeddings of its key and its value; the question, at the last
-    position, that of the start as a key, of no value, and of ``aux``. Positions have no numbers,
-    since the order of the edges means nothing, and see each other. The answer is read off the last.
+    The embedding of an edge is the sum of those of its key and its value. The last position is the
+    question: the sum of the embeddings of the start as a key, of "no value" and of ``aux``. All
+    positions attend to each other. There are no position embeddings, since the order of the edges
+    has no meaning. The logits are computed from the last position.
 
     Args:
-        vocab: ids of hashes.
-        max_aux: the largest ``aux``.
-        width, layers, heads: of the transformer; its MLPs are four times as wide.
+        vocab: number of ids of hashes.
+        max_aux: largest ``aux``.
+        width, layers, heads: sizes of the transformer; its MLPs are four times as wide.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class SymbolModel(nn.Module):
         super().__init__()
         self.vocab = vocab
         self.keys = nn.Embedding(vocab, width)
-        self.values = nn.Embedding(vocab + 1, width)  # the last one is that of a question
+        self.values = nn.Embedding(vocab + 1, width)  # The last one is "no value".
         self.aux = nn.Embedding(max_aux + 1, width)
         self.h = nn.ModuleList(_Block(width, heads) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width)
@@ -93,14 +95,15 @@ class SymbolModel(nn.Module):
     def forward(
         self, keys: Tensor, values: Tensor, start: Tensor, aux: Tensor, target: Tensor | None = None
     ) -> Tensor:
-        """Answer a batch of :func:`collate_symbols`.
+        """Compute the logits of the answers to a batch of :func:`collate_symbols`.
 
         Args:
-            keys, values: ``(B, E)`` int64, the edges. start, aux: ``(B,)`` int64, the question.
-            target: not read, so that a batch can be passed as it is.
+            keys, values: ``(B, E)`` int64, the edges.
+            start, aux: ``(B,)`` int64, the question.
+            target: ignored, so that a batch can be passed unchanged.
 
         Returns:
-            logits ``(B, vocab)``.
+            Logits ``(B, vocab)``.
         """
         real = F.pad(keys != IGNORE, (0, 1), value=True)  # (B, E + 1)
         edges = self.keys(keys.clamp(min=0)) + self.values(values.clamp(min=0))  # (B, E, D)
@@ -112,7 +115,7 @@ class SymbolModel(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-norm, with the names that GPT-2 gives its parts."""
+    """Pre-norm block with GPT-2's names of modules."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

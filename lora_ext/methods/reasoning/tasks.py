@@ -1,4 +1,4 @@
-"""The two tasks: HashHop, which plans along one chain, and HashChain, which compares several."""
+"""The two tasks: HashHop (planning along one chain) and HashChain (comparing several chains)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ ALPHABET = string.ascii_lowercase + string.digits
 
 @dataclass(frozen=True)
 class HashInstance:
-    """One question and its answer.
+    """Question and answer of a task.
 
     Attributes:
-        prompt: ends after ``Target:``.
+        prompt: text of the question, up to ``Target:``.
         target: the answer.
         edges: key and value of each line of the map, in the prompt's order.
-        start: the hash that all paths leave.
-        hops: k of the hop task; None of the chain task.
-        chain_lengths: how many hashes each chain has, the start included; the shortest first.
+        start: first hash of every chain.
+        hops: k in the hop task; None in the chain task.
+        chain_lengths: number of hashes of each chain, including the start; the shortest is first.
     """
 
     prompt: str
@@ -38,19 +38,19 @@ class HashInstance:
 
     @property
     def text(self) -> str:
-        """The text that a model is trained on: prompt, a space, target."""
+        """Training text: prompt, a space, target."""
         return f"{self.prompt} {self.target}"
 
 
 class _Task(Dataset[HashInstance]):
-    """``num_samples`` instances, each a pure function of the seed and its index."""
+    """Dataset of instances, each a pure function of the seed and its index."""
 
     def __init__(self, num_samples: int, hash_length: int, seed: int, needed: int):
         name = type(self).__name__
         require(num_samples >= 0, name, "num_samples", "at least 0", num_samples)
         require(hash_length >= 1, name, "hash_length", "at least 1", hash_length)
         possible = len(ALPHABET) ** hash_length
-        # Up to here distinct hashes are soon drawn, and say little about each other.
+        # Below this limit, distinct hashes are drawn quickly and are nearly independent.
         expected = f"one with at least twice the {needed} hashes that an instance needs"
         found = f"{hash_length}, with {possible}"
         require(2 * needed <= possible, name, "hash_length", expected, found)
@@ -60,7 +60,7 @@ class _Task(Dataset[HashInstance]):
         return self.num_samples
 
     def __getitem__(self, index: int) -> HashInstance:
-        """The instance; an index below 0 counts from the end."""
+        """Return one instance; a negative index counts from the end."""
         place = index + self.num_samples if index < 0 else index
         where = type(self).__name__
         fits = 0 <= place < self.num_samples
@@ -68,14 +68,13 @@ class _Task(Dataset[HashInstance]):
         return self._make(random.Random(f"{where} {self.seed} {place}"))
 
     def text(self, index: int) -> str:
-        """What a model is trained on: prompt, a space, target."""
+        """Return the training text of an instance: prompt, a space, target."""
         return self[index].text
 
     def _make(self, rng: random.Random) -> HashInstance:
         raise NotImplementedError
 
     def _hashes(self, rng: random.Random, count: int) -> list[str]:
-        """Distinct ones."""
         found: dict[str, None] = {}
         while len(found) < count:
             found["".join(rng.choices(ALPHABET, k=self.hash_length))] = None
@@ -83,24 +82,24 @@ class _Task(Dataset[HashInstance]):
 
 
 class HashHop(_Task):
-    """The planning task: where is one after k hops along a single chain?
+    """Planning task: find the hash that is k hops along a single chain.
 
     ``k`` is uniform in ``1 .. max_hops``. Beyond the end of the chain the answer is its last hash.
 
     Args:
-        num_samples: how many instances there are.
-        chain_length: C, hashes of the chain, which has C - 1 edges.
-        max_hops: the largest k.
-        vary_hops: False makes every k the largest.
-        hash_length: characters of a hash, out of a-z and 0-9.
-        seed: of the instances.
+        num_samples: number of instances.
+        chain_length: C, number of hashes of the chain, which has C - 1 edges.
+        max_hops: largest k.
+        vary_hops: if False, k is always ``max_hops``.
+        hash_length: number of characters of a hash, from a-z and 0-9.
+        seed: seed of the instances.
 
     Raises:
-        ValueError: a number that is too small; more than half of all hashes would be needed.
+        ValueError: if a number is too small, or more than half of all hashes would be needed.
 
     Warns:
-        UserWarning: ``max_hops`` reaches the end of the chain, whose last hash is the only one
-            without a successor and can be found without following the chain.
+        UserWarning: if ``max_hops`` reaches the end of the chain. Its last hash is the only one
+            without a successor, so it can be found without following the chain.
 
     Sources: arXiv 2412.00029, its code (neelr/lora-reasoning-experiments); magicproduct/hash-hop.
     """
@@ -120,8 +119,8 @@ class HashHop(_Task):
         if max_hops >= chain_length:
             warnings.warn(
                 f"HashHop: max_hops: expected less than chain_length={chain_length}, found "
-                f"{max_hops}: the last hash answers every question that goes further, and is the "
-                "only one without a successor",
+                f"{max_hops}: beyond the end, the answer is the last hash, which can be found as "
+                "the only one without a successor",
                 stacklevel=2,
             )
         self.chain_length, self.max_hops, self.vary_hops = chain_length, max_hops, vary_hops
@@ -137,24 +136,24 @@ class HashHop(_Task):
 
 
 class HashChain(_Task):
-    """The reasoning task: where does the shortest of several chains end that leave one start?
+    """Reasoning task: find the end of the shortest of several chains from one start.
 
-    With ``vary_hash`` the shortest length is uniform among the allowed ones without the largest,
-    and the others are drawn from those above it, no length twice where there are enough. So one
-    chain is the shortest.
+    With ``vary_hash`` the shortest length is uniform among the allowed lengths except the largest.
+    The others are drawn from the lengths above it, without repetition if there are enough.
+    Therefore exactly one chain is the shortest.
 
     Args:
-        num_samples: how many instances there are.
-        chains: allowed lengths, in hashes, the start included: a chain of length c has c - 1 edges.
-            Without ``vary_hash`` the first ``num_chains`` of them are the lengths.
-        num_chains: chains of an instance.
+        num_samples: number of instances.
+        chains: allowed lengths in hashes, including the start: length c means c - 1 edges. Without
+            ``vary_hash`` the first ``num_chains`` of them are used.
+        num_chains: number of chains per instance.
         vary_hash: draw the lengths.
-        hash_length: characters of a hash, out of a-z and 0-9.
-        seed: of the instances.
+        hash_length: number of characters of a hash, from a-z and 0-9.
+        seed: seed of the instances.
 
     Raises:
-        ValueError: a number that is too small; too few lengths; lengths of which two are the
-            shortest; more than half of all hashes would be needed.
+        ValueError: if a number is too small, there are too few lengths, two chains would be the
+            shortest, or more than half of all hashes would be needed.
 
     Sources: arXiv 2412.00029, its code (neelr/lora-reasoning-experiments).
     """
@@ -186,13 +185,12 @@ class HashChain(_Task):
         super().__init__(num_samples, hash_length, seed, 1 + largest - num_chains)
 
     def _longest(self, lengths: Sequence[int], shortest: int) -> int:
-        """Hashes of an instance with this shortest length, at most, each start counted."""
+        """Return the largest sum of the lengths if the shortest is ``shortest``."""
         above = [c for c in lengths if c > shortest]
         count = self.num_chains - 1
         return shortest + (sum(above[-count:]) if count <= len(above) else count * above[-1])
 
     def _lengths(self, rng: random.Random) -> tuple[int, ...]:
-        """The shortest one first."""
         if not self.vary_hash:
             return tuple(sorted(self.chains[: self.num_chains]))
         lengths = sorted(set(self.chains))

@@ -1,4 +1,4 @@
-"""Both tasks as text: what a language model is trained on, and how its answers are scored."""
+"""Both tasks as text: training batches for a language model and scores of its answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_ext.layers import IGNORE
 
 from .tasks import HashInstance
 
-#: Whether an answer hits its target.
+#: Functions that return whether an answer matches its target.
 SCORES: dict[str, Callable[[str, str], bool]] = {
     "exact": lambda answer, target: answer.split()[:1] == [target],
     "prefix3": lambda answer, target: answer.strip()[:3].lower() == target[:3].lower(),
@@ -29,21 +29,21 @@ _BREAKDOWNS: dict[str, Callable[[HashInstance], int | None]] = {
 def collate(
     tokenizer: Any, instances: Iterable[HashInstance], mask_prompt: bool = True
 ) -> dict[str, Tensor]:
-    """Tokenise a batch to train on: prompt, answer, end of text, and padding on the right.
+    """Tokenise a training batch: prompt, answer, end-of-text token, and padding on the right.
 
-    Nothing is cut; :func:`evaluate` compares lengths with the model's context.
+    Rows are not truncated; :func:`evaluate` compares lengths with the model's context.
 
     Args:
-        tokenizer: of transformers, with an end of text.
-        instances: of either task.
-        mask_prompt: learn the answer and the end of text alone, not the prompt.
+        tokenizer: tokenizer of transformers with an end-of-text token.
+        instances: instances of either task.
+        mask_prompt: mask the labels of the prompt.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, ``(B, T)`` int64, for a causal model of
-        transformers. Labels of padding are ``IGNORE`` even where it is the end of text as well.
+        transformers. Labels of padding are ``IGNORE``, even if it uses the end-of-text token.
 
     Raises:
-        ValueError: no instances, or a tokenizer without an end of text.
+        ValueError: if there are no instances, or the tokenizer has no end-of-text token.
     """
     instances = list(instances)
     require(bool(instances), "collate", "instances", "at least one", 0)
@@ -71,28 +71,28 @@ def evaluate(
     batch_size: int = 32,
     breakdown: str | None = None,
 ) -> dict[str, Any]:
-    """Let a model answer, greedily, and count.
+    """Generate the answers of a model greedily and compute their accuracy.
 
-    The published code samples, and forbids the answer to repeat a pair of tokens of the prompt, in
-    which the answer stands; here neither is done.
+    The published code samples instead, and forbids the answer to repeat a pair of tokens of the
+    prompt, although the prompt contains the answer.
 
     Args:
-        model: has ``generate`` as models of transformers have it. It runs in evaluation mode, and
-            is left in the mode that it was in.
-        tokenizer: of transformers.
-        instances: of either task.
-        score: "exact": the first word of the answer is the target; "prefix3": the first three
-            characters are, in lower case, as the published code counts the chain task.
-        batch_size: prompts of one ``generate``, padded on the left.
+        model: model with the ``generate`` of transformers. It runs in evaluation mode, and its mode
+            is restored afterwards.
+        tokenizer: tokenizer of transformers.
+        instances: instances of either task.
+        score: "exact": the first word of the answer equals the target; "prefix3": the first three
+            characters are equal in lower case, as in the published code of the chain task.
+        batch_size: number of prompts per ``generate``, padded on the left.
         breakdown: "hops", or "length" for the length of the shortest chain.
 
     Returns:
-        ``accuracy``; and with a breakdown ``by_hops`` or ``by_length``: from each value, in order,
-        to (accuracy, count).
+        ``accuracy``; with a breakdown also ``by_hops`` or ``by_length``, a dict from each value, in
+        order, to (accuracy, count).
 
     Raises:
-        ValueError: an unknown ``score`` or ``breakdown``; no instances; "hops" of an instance that
-            has none; a prompt that leaves the model's context no room for the answer.
+        ValueError: if ``score`` or ``breakdown`` is unknown, there are no instances, "hops" is used
+            for the chain task, or a prompt leaves no room for the answer in the model's context.
     """
     where = "evaluate"
     instances = list(instances)
@@ -104,11 +104,12 @@ def evaluate(
         choice(where, "breakdown", breakdown, tuple(_BREAKDOWNS))
         groups = [_BREAKDOWNS[breakdown](instance) for instance in instances]
         expected = "instances of the hop task for 'hops'"
-        require(None not in groups, where, "breakdown", expected, "others")
+        found = f"{groups.count(None)} instances of the chain task"
+        require(None not in groups, where, "breakdown", expected, found)
     prompts = [_prompt_ids(tokenizer, instance) for instance in instances]
     new_tokens = _room(model, tokenizer, instances, prompts)
     answers: list[str] = []
-    # What has `generate` need not be a module.
+    # An object with `generate` need not be a module.
     with evaluating(model) if isinstance(model, torch.nn.Module) else nullcontext():
         for first in range(0, len(prompts), batch_size):
             chosen = prompts[first : first + batch_size]
@@ -152,12 +153,11 @@ def _answers(
 def _room(
     model: Any, tokenizer: Any, instances: Sequence[HashInstance], prompts: Sequence[list[int]]
 ) -> int:
-    """Return how many tokens an answer may have: one per character, a space and an end, if they
-    fit."""
+    """Return the most tokens of an answer: one per character, a space and an end, if they fit."""
     wanted = max(len(instance.target) for instance in instances) + 2
     config = getattr(model, "config", None)
     config = getattr(config, "get_text_config", lambda: config)()
-    context = getattr(config, "max_position_embeddings", None)  # where the configuration says so
+    context = getattr(config, "max_position_embeddings", None)  # None if it is unknown
     if context is None:
         return wanted
     needed = max(len(_answer_ids(tokenizer, instance)) for instance in instances)
@@ -171,7 +171,7 @@ def _room(
 def _prompt_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
     ids = list(tokenizer(instance.prompt).input_ids)
     end = tokenizer.eos_token_id
-    return ids[:-1] if ids and ids[-1] == end else ids  # some tokenizers end every text
+    return ids[:-1] if ids and ids[-1] == end else ids  # Some tokenizers end every text.
 
 
 def _answer_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
@@ -179,7 +179,7 @@ def _answer_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
 
 
 def _pad_id(tokenizer: Any) -> int:
-    """Padding is masked, so any id does for a tokenizer that has none."""
+    """Return an id for padding, which is masked: any id is valid if the tokenizer has none."""
     for name in ("pad_token_id", "eos_token_id"):
         found = getattr(tokenizer, name, None)
         if found is not None:

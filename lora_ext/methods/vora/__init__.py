@@ -1,4 +1,4 @@
-"""Vision as LoRA: a language model that sees, without a vision tower.
+"""Vision as LoRA: images as input of a language model, without a vision tower.
 
 Source: "Vision as LoRA" (arXiv 2503.20680).
 """
@@ -28,4 +28,4 @@ __all__ = [
     "remove", "smart_resize", "splice_images", "state_dict", "teacher_states", "to_peft",
 ]  # fmt: skip
 
-__getattr__ = on_demand(__name__, processor="VoraImageProcessor")  # it needs transformers
+__getattr__ = on_demand(__name__, processor="VoraImageProcessor")  # The class needs transformers.

@@ -1,12 +1,11 @@
-"""The vision embedding: an image becomes one token for each of its patches, after
-:func:`smart_resize` gave it whole ones.
+"""Vision embedding: one token per patch of an image that :func:`smart_resize` has resized.
 
-With ``C`` the width of the embedding, ``p`` the side of a patch and ``N = (H / p) (W / p)``:
+``C`` is the width of the embedding, ``p`` the side of a patch and ``N = (H / p) (W / p)``:
 
     patches (N, 3 p p), row by row -> linear to C -> RMSNorm -> + position -> linear to d, no bias
 
-Source: arXiv 2503.20680; parameter names and the position rule "released" after the repository
-Hon-Wong/VoRA, whose embedding is that of AIMv2.
+Source: arXiv 2503.20680; parameter names and the position rule "released" are from the repository
+Hon-Wong/VoRA, which uses the embedding of AIMv2.
 """
 
 from __future__ import annotations
@@ -24,15 +23,18 @@ from lora_ext._torch import linear
 
 PosMode = Literal["interp", "released"]
 MIN_PIXELS, MAX_PIXELS = 3136, 784000  # 56 x 56; 4000 patches of 14 x 14
-MAX_RATIO = 200  # of the sides
+MAX_RATIO = 200  # largest ratio of the sides
 
 
 class RMSNorm(nn.Module):
-    """``weight * x / rms(x)``: the quotient in float32 (float64 stays), rounded to the dtype of
-    ``x``, then multiplied by the weight.
+    """Root-mean-square norm ``weight * x / rms(x)``.
+
+    The quotient is computed in float32 (float64 for float64), rounded to the dtype of ``x`` and
+    then multiplied by the weight.
 
     Args:
-        width: of the last dimension. eps: added to the mean square.
+        width: size of the last dimension.
+        eps: added to the mean square.
     """
 
     def __init__(self, width: int, eps: float = 1e-5):
@@ -47,35 +49,34 @@ class RMSNorm(nn.Module):
         return scaled.to(x.dtype) * self.weight
 
     def extra_repr(self) -> str:
-        """What ``print`` shows: width and eps."""
+        """Return the width and eps for ``print``."""
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
 class VisionPatchEmbed(nn.Module):
-    """Images to tokens, of any size whose sides are multiples of a patch.
+    """Embedding of images as tokens, for sides that are multiples of the patch.
 
-    Images of different sizes go through as one matrix of patches, without padding.
+    Images of different sizes are processed as one matrix of patches, without padding.
 
     Args:
-        hidden_size: d, the width of the language model.
-        embed_dim: C, the width of the embedding.
-        patch: p, the side of a patch.
-        image_size: the side of the square image that the table of positions is made for.
-        pos_mode: positions of another grid than that square's. "interp": the table, interpolated
-            (bilinear, ``align_corners=False``). "released": its first N rows, or the interpolation
-            where it has fewer; these are wrong rows for a grid of another width, but those that the
-            released checkpoints were trained with.
-        eps: of the norm.
+        hidden_size: d, width of the language model.
+        embed_dim: C, width of the embedding.
+        patch: p, side of a patch.
+        image_size: side of the square image that the table of positions is made for.
+        pos_mode: positions for other grids. "interp": the table, interpolated (bilinear,
+            ``align_corners=False``). "released": the first N rows of the table, or the
+            interpolation if it has fewer. These rows are wrong for a grid of another width, but the
+            released checkpoints were trained with them.
+        eps: eps of the norm.
 
     Attributes:
-        patchifier: ``proj``, the convolution whose weight ``(C, 3, p, p)`` multiplies the patches;
-            ``norm``.
-        pos_embed: ``(1, (image_size / p) ** 2, C)``, zero at first.
-        out_proj: the linear layer to d.
+        patchifier: ``proj``, the convolution with weight ``(C, 3, p, p)``, and ``norm``.
+        pos_embed: ``(1, (image_size / p) ** 2, C)``, initially zero.
+        out_proj: linear layer to d.
 
     Raises:
-        ValueError: a size below 1, an image size that is no multiple of the patch, another
-            ``pos_mode``.
+        ValueError: if a size is below 1, the image size is not a multiple of the patch, or
+            ``pos_mode`` is unknown.
     """
 
     def __init__(
@@ -107,17 +108,17 @@ class VisionPatchEmbed(nn.Module):
     @overload
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]: ...
     def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """Tokens of the images, patches row by row.
+        """Compute the tokens of the images, with patches in row order.
 
         Args:
-            images: ``(B, 3, H, W)``, or a list of ``(3, H, W)`` of any sizes; floating.
+            images: floating-point ``(B, 3, H, W)``, or a list of ``(3, H, W)`` of any sizes.
 
         Returns:
-            ``(B, N, d)``, or a list of ``(N_i, d)``; the dtype of the parameters.
+            ``(B, N, d)``, or a list of ``(N_i, d)``, in the dtype of the parameters.
 
         Raises:
-            ValueError: another shape, sides that are no multiples of the patch. TypeError: images
-                of integers, which are not normalised.
+            ValueError: if a shape is wrong or a side is not a multiple of the patch.
+            TypeError: if an image has an integer dtype, which means that it is not normalised.
         """
         batch = isinstance(images, Tensor)
         expected = "shape (B, 3, H, W), or a list of (3, H, W)"
@@ -141,7 +142,7 @@ class VisionPatchEmbed(nn.Module):
         return list(tokens.split(counts))
 
     def grid(self, image: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of an image ``(..., 3, H, W)``; errors are the call's."""
+        """Return rows and columns of patches of an image ``(..., 3, H, W)``, or raise an error."""
         where = "VisionPatchEmbed"
         real = image.is_floating_point()
         fits = image.dim() >= 3 and image.shape[-3] == 3
@@ -154,10 +155,10 @@ class VisionPatchEmbed(nn.Module):
         return height // self.patch, width // self.patch
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Return the position embeddings of a grid of patches, row by row: ``(rows * columns, C)``.
+        """Return the position embeddings of a grid of patches, ``(rows * columns, C)``.
 
-        The grid of the configuration has its own; another has them resampled, or, with the rule
-        "released" and where they suffice, the first of them.
+        The table is used for the grid of the configuration. For other grids it is resampled, or
+        with "released" its first rows are used if there are enough.
         """
         table, count = self.pos_embed[0], rows * columns
         if (rows, columns) == (self.side, self.side):
@@ -167,15 +168,14 @@ class VisionPatchEmbed(nn.Module):
         return resample_grid(table, (self.side, self.side), (rows, columns))
 
     def _patches(self, images: Tensor, rows: int, columns: int) -> Tensor:
-        """``(B, 3, H, W)`` to ``(B * rows * columns, 3 p p)``."""
+        # (B, 3, H, W) to (B * rows * columns, 3 p p)
         cut = images.reshape(len(images), 3, rows, self.patch, columns, self.patch)
         cut = cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * self.patch**2)
         return cut.to(self.pos_embed.dtype)
 
 
 def resample_grid(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Tokens ``(h * w, C)`` of one grid, interpolated as an image to another, in their dtype;
-    bilinear, ``align_corners=False``. Of equal grids they are the very tokens."""
+    """Interpolate tokens ``(h * w, C)`` of one grid to another; equal grids return ``tokens``."""
     if grid == target:
         return tokens
     image = tokens.T.reshape(1, -1, *grid)
@@ -191,23 +191,25 @@ def smart_resize(
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[int, int]:
-    """The nearest size whose sides are multiples of ``factor`` and whose area is in bounds.
+    """Return the nearest size with sides that are multiples of ``factor`` and an area in bounds.
 
-    Each side is rounded to a multiple, halves to the even one. Where the area is then above
+    Each side is rounded to a multiple, ties to the even one. If the area is then above
     ``max_pixels``, the sides are ``floor(side / beta / factor) * factor`` with
-    ``beta = sqrt(height * width / max_pixels)``; where it is below ``min_pixels``,
+    ``beta = sqrt(height * width / max_pixels)``. If it is below ``min_pixels``, they are
     ``ceil(side * beta / factor) * factor`` with ``beta = sqrt(min_pixels / (height * width))``.
 
     Args:
-        height, width: of the image. factor: the side of a patch.
+        height, width: size of the image.
+        factor: side of a patch.
         min_pixels, max_pixels: bounds of the area.
 
     Returns:
         ``(height, width)``.
 
     Raises:
-        ValueError: a factor below 1, bounds that are none, a side below the factor, sides whose
-            ratio is above 200; or ``max_pixels`` too few for one row of patches of this ratio.
+        ValueError: if ``factor`` is below 1, the bounds are invalid, a side is below ``factor``,
+            the ratio of the sides is above 200, or ``max_pixels`` is too small for one row of
+            patches with this ratio.
 
     Source: repository Hon-Wong/VoRA, as in Qwen2-VL.
     """

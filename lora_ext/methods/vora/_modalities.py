@@ -1,7 +1,7 @@
-"""``with modality(mask)``: which tokens are vision tokens, for layers that adapt these alone.
+"""``with modality(mask)``: marks vision tokens for the layers that adapt only these.
 
-A mask is an assignment of one adapter to tokens, so it is an ``adapters`` block of a pool of its
-own: threads, checkpoints and what layers share are that block's.
+A mask assigns one adapter to tokens. It is therefore implemented as an ``adapters`` block of a
+separate pool, which handles threads, checkpoints and shared rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NAME = "vision"
 
 
 class _Vision:
-    """A pool whose one slot has the vision tokens."""
+    """Pool with one slot, for the vision tokens."""
 
     max_slots = 1
     modules = ()
@@ -36,34 +36,33 @@ _vision = _Vision()
 
 @contextlib.contextmanager
 def modality(vision_mask: Tensor) -> Iterator[None]:
-    """Say which tokens of every forward inside the block are vision tokens.
+    """Mark the vision tokens of every forward in a ``with`` block.
 
-    Layers of route "vision" (:class:`lora_ext.nn.VoraLinear`) adapt these alone, all others pay no
-    attention. Blocks nest: the innermost counts. Each thread and each asyncio task has its own. A
-    backward that computes layers again (activation checkpointing) sees the block of their forward,
-    also when it has been left since.
+    Layers of route "vision" (:class:`lora_ext.nn.VoraLinear`) adapt only these tokens; all other
+    layers ignore the mask. The innermost block applies. Each thread and each asyncio task has its
+    own blocks. A backward that recomputes layers (activation checkpointing) uses the block of their
+    forward, even after it has ended.
 
     Args:
-        vision_mask: True, or 1, for vision tokens: bool, or integers that are all 0 or 1, of the
-            shape of the activations without features, ``(B, T)`` as a rule. It is copied and
-            checked here, which waits for the device.
+        vision_mask: True or 1 for vision tokens: bool, or integers 0 and 1, in the shape of the
+            activations without features, usually ``(B, T)``. It is copied and checked here, which
+            synchronizes with the device.
 
     Raises:
-        ValueError: a mask of another kind; and from the first layer whose activations have another
-            shape.
+        ValueError: if the mask has another type or other values. A layer raises it if its
+            activations have another shape.
     """
     with _context.adapters([_NAME], _token_ids(vision_mask), pool=_vision):
         yield
 
 
 def vision_block() -> Block | None:
-    """The innermost :func:`modality` block, as layers see it; not for a graph that is traced."""
+    """Return the innermost :func:`modality` block; not for use in a traced graph."""
     return _context.current(_vision.handle)
 
 
 def vision_rows(block: Block, leading: torch.Size, device: torch.device) -> Rows:
-    """Rows of activations ``(*leading, I)``: id 0 for vision tokens, -1 for all others. They are
-    made once for all layers."""
+    """Return rows of activations ``(*leading, I)``: id 0 for vision tokens, -1 for all others."""
     found, shape = tuple(block.assignment.shape), tuple(leading)
     expected = f"the activations' shape without features, {shape}"
     require(found == shape, "modality", "vision_mask", expected, found)
@@ -71,8 +70,10 @@ def vision_rows(block: Block, leading: torch.Size, device: torch.device) -> Rows
 
 
 def traced_vision_rows(leading: torch.Size, device: torch.device) -> Rows | None:
-    """:func:`vision_rows` of whatever block a compiled graph will run in; None where the graph is
-    for the time without blocks."""
+    """Return :func:`vision_rows` for a compiled graph, of the block in which it will run.
+
+    The result is None while no block is open, which is compiled as a separate graph.
+    """
     return pool_rows(_vision.handle, leading, device, 1) if _context.any_block else None
 
 

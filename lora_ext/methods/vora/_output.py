@@ -1,4 +1,4 @@
-"""What :class:`VoraForCausalLM` returns: an output of transformers."""
+"""Output of :class:`VoraForCausalLM`, a ``ModelOutput`` of transformers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ except ImportError as error:
 
 @dataclasses.dataclass
 class VoraOutput(ModelOutput):
-    """Loss, logits, and which of them are of vision tokens.
+    """Losses, logits and the mask of the vision tokens.
 
     Attributes:
-        loss: ``lm_loss + distill_weight * distill_loss``, of those that there are.
-        logits: ``(B, T, V)``, T with the tokens of the images.
-        lm_loss: mean cross entropy of the next tokens; None without labels, 0 where none counts.
-        distill_loss: of the blocks, not weighted; None for images without a teacher, 0 for a batch
-            without images.
+        loss: ``lm_loss + distill_weight * distill_loss``, or the one term that exists.
+        logits: ``(B, T, V)``; T includes the tokens of the images.
+        lm_loss: mean cross entropy of the next tokens; None without labels, 0 if all are ignored.
+        distill_loss: unweighted distillation loss of the blocks; None for images without a teacher,
+            0 for a batch without images.
         vision_mask: ``(B, T)`` bool.
     """
 

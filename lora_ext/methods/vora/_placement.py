@@ -1,4 +1,4 @@
-"""The layers of a model that see: put in, folded into its weights, taken out."""
+"""Applying VoRA's layers to a language model, merging them into its weights, removing them."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(eq=False)
 class Applied:
-    """What :func:`apply` did to a language model, which keeps it; a deep copy has a copy."""
+    """State that :func:`apply` stores on a language model; a deep copy of the model copies it."""
 
     config: VoraConfig
     swap: Swap
-    requires_grad: dict[str, bool]  # of the model's own parameters, as it was
+    requires_grad: dict[str, bool]  # flags of the model's parameters before `apply`
     merged: bool = False
 
     @property
     def layers(self) -> dict[str, VoraLinear]:
-        """VoRA's layers by their names in the language model, in its order."""
+        """VoRA's layers by name in the language model, in its order."""
         placed: Any = self.swap.placed
         return placed
 
     def require_apart(self, where: str) -> None:
-        """Raise RuntimeError where a layer's adapter is merged into its base weight by hand."""
+        """Raise RuntimeError if a layer's adapter is merged into its base weight by hand."""
         expected = "an adapter apart from the base weight"
         for name, layer in self.layers.items():
             found = f"{layer.merged_adapters} merged into it; unmerge it first"
@@ -45,25 +45,28 @@ class Applied:
 
 
 def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = True) -> Model:
-    """Let the first blocks of a language model see, and freeze all else.
+    """Add VoRA's layers to the first blocks of a language model and freeze its other parameters.
 
-    Works in place: each target in the first ``n_blocks`` blocks becomes a :class:`VoraLinear`
-    around the very module. At first the model is what it was, bit for bit; the factors of these
-    layers are all that is trained.
+    The model is changed in place: each target in the first ``n_blocks`` blocks becomes a
+    :class:`VoraLinear` around the same module. Initially the outputs are unchanged, bit for bit.
+    Only the factors of these layers are trainable.
 
     Args:
-        model: a causal LM of transformers, without adapters.
-        config: which layers, their rank and route.
-        autocast_adapter_dtype: beside a base weight of 16 bits, hold the factors in float32. False
-            takes the dtype of the base weight, which is faster.
+        model: causal LM of transformers without adapters.
+        config: layers, rank and route.
+        autocast_adapter_dtype: store the factors in float32 if the base weight has 16 bits. False
+            uses the dtype of the base weight, which is faster.
 
     Returns:
-        ``model``; :func:`remove` undoes it, :func:`merge` makes it one model.
+        ``model``; :func:`remove` undoes the change, :func:`merge` merges the adapters.
 
     Raises:
-        ValueError: the model has fewer blocks than ``n_blocks``, or none of ``target_modules`` in
-            them. TypeError: a target that is no linear layer. RuntimeError: applied already, or
-            the model has adapters of another kind. The model is then as it was.
+        ValueError: if the model has fewer than ``n_blocks`` blocks, or no ``target_modules`` in
+            them.
+        TypeError: if a target is not a linear layer.
+        RuntimeError: if the model has VoRA's layers or other adapters already.
+
+    The model is unchanged after an error.
 
     Source: arXiv 2503.20680.
     """
@@ -71,7 +74,7 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
     instance(where, "config", config, VoraConfig)
     state: Applied | None = model.__dict__.get(KEY)
     new = state is None or state.merged
-    found = "them; call vora.remove first"
+    found = "one with them; call vora.remove first"
     require(new, where, "model", "one without VoRA's layers", found, RuntimeError)
     layers: dict[str, nn.Module] = {}
     for name, module in _targets(where, model, config).items():
@@ -83,7 +86,7 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
             )
         except TypeError as error:
             raise TypeError(f"{where}: target_modules: {name}: {error}") from error
-    # Before the swap, while every parameter of the model is its own.
+    # Read before the swap, which adds the parameters of VoRA's layers.
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -92,14 +95,14 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
 
 
 def remove(model: Model) -> Model:
-    """Undo :func:`apply`: every module is the very object that it was, and trains if it did.
+    """Undo :func:`apply`: restore the module objects and the flags of their parameters.
 
     Args:
-        model: what was given to :func:`apply`, or the :class:`VoraForCausalLM` around it.
+        model: model that was passed to :func:`apply`, or the :class:`VoraForCausalLM` around it.
 
     Raises:
-        RuntimeError: nothing was applied, it was merged (:func:`merge`), layers of it are merged
-            by hand, or a layer was replaced since. The model is then as it was.
+        RuntimeError: if nothing was applied, the adapters were merged (by :func:`merge` or by
+            hand), or a layer was replaced since. The model is then unchanged.
     """
     language = language_model(model)
     state = applied("remove", model)
@@ -111,23 +114,25 @@ def remove(model: Model) -> Model:
 
 
 def merge(model: Model, force: bool = False) -> Model:
-    """Fold the adapters into the weights of the language model: ``W + scale B A``, rounded once.
+    """Merge the adapters into the weights of the language model: ``W + scale B A``, rounded once.
 
-    No :class:`VoraLinear` is left, every parameter is trained that was before :func:`apply`, and
-    there is no way back. What reads images stays: embedding and mask are the model's eyes still.
+    No :class:`VoraLinear` remains, the parameters get the flags that they had before :func:`apply`,
+    and this cannot be undone. The vision embedding and the mask of the images stay in use.
 
     Args:
         model: as for :func:`remove`.
-        force: merge route "vision" too, which changes what text tokens compute.
+        force: merge route "vision" too, which changes the outputs for text tokens.
 
     Returns:
         ``model``.
 
     Raises:
-        UnmergeableRouteError: route "vision" without ``force``. RuntimeError: nothing was applied,
-            it is merged already, or layers of it are merged by hand. NotImplementedError: a
-            quantised base weight. ValueError: a weight that is computed from others, or that
-            other modules have too. The model is then as it was.
+        UnmergeableRouteError: if the route is "vision" without ``force``.
+        RuntimeError: if nothing was applied, or the adapters were merged already or by hand.
+        NotImplementedError: if a base weight is quantised.
+        ValueError: if a weight is computed from others or shared with other modules.
+
+    The model is unchanged after an error.
 
     Source: arXiv 2503.20680.
     """
@@ -145,9 +150,9 @@ def merge(model: Model, force: bool = False) -> Model:
             layer.base_weight.check_writable("merge")
         except (RuntimeError, ValueError) as error:
             raise type(error)(f"{where}: {name}: {error}") from error
-        # Other modules that have the weight would compute with its update as well.
+        # Other modules that share the weight would also use its update.
         found = holders[id(layer.base_layer.weight)]
-        require(len(found) <= 1, where, name, "a weight of its own", f"that it is all of {found}")
+        require(len(found) <= 1, where, name, "a weight that is not shared", f"it as {found}")
     state.swap.check(language, where)
     for layer in layers.values():
         layer.merge(force, keep_copy=False)
@@ -155,21 +160,20 @@ def merge(model: Model, force: bool = False) -> Model:
     _restore_flags(language, state)
     for layer in layers.values():
         base: Any = layer.base_layer
-        if layer.has_extra_bias:  # it may be a new parameter of the model
+        if layer.has_extra_bias:  # The bias may be a new parameter of the model.
             base.bias.requires_grad_(base.weight.requires_grad)
-    # What is gone is not kept alive; that it was merged is remembered.
+    # This releases the layers and records that they were merged.
     language.__dict__[KEY] = Applied(state.config, Swap(language, {}, "vora.apply"), {}, True)
     return model
 
 
 def language_model(model: Any) -> Any:
-    """The language model inside a :class:`VoraForCausalLM`, and any other model as it is."""
+    """Return the language model of a :class:`VoraForCausalLM`; return any other model unchanged."""
     return model.model if getattr(model, "is_vora_wrapper", False) else model
 
 
 def applied(where: str, model: nn.Module) -> Applied:
-    """What :func:`apply` left on a model; a RuntimeError where that is nothing, or was merged
-    since."""
+    """Return the state of :func:`apply`; raise RuntimeError if it is missing or was merged."""
     state: Applied | None = language_model(model).__dict__.get(KEY)
     if state is None or state.merged:
         folded = "that vora.merge has folded them into its weights"

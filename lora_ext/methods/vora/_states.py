@@ -1,4 +1,4 @@
-"""Hooks on a language model: what its blocks compute, and what its prefill is given."""
+"""Hooks on a language model: hidden states of its blocks and inputs of its prefill."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .config import Pairing
 
 @contextlib.contextmanager
 def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list[Any]]:
-    """The hidden states that are distilled, of the forward inside the block: a list with
-    ``(B, T, d)`` for each of the decoder layers, of their outputs or ("released") their inputs.
+    """Collect the hidden states for the distillation during the forward in a ``with`` block.
 
-    They are taken raw: the last of transformers' ``hidden_states`` is after the final norm. A
-    forward of another thread leaves no trace.
+    Yields a list with one ``(B, T, d)`` per decoder layer: its output, or with "released" its
+    input. The states are before the final norm, unlike the last of transformers'
+    ``hidden_states``. Forwards of other threads are ignored.
 
     Raises:
-        ValueError: from the forward, where a reentrant checkpoint runs a block without gradients.
+        ValueError: from the forward, if a reentrant checkpoint runs a block without gradients.
     """
     states: list[Any] = [None] * len(blocks)
     thread, trains = threading.get_ident(), torch.is_grad_enabled()
@@ -60,13 +60,13 @@ def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list
 def prefill(
     model: nn.Module, mask: Tensor | dict[str, Tensor] | None, vision_mask: Tensor | None
 ) -> Iterator[None]:
-    """Give the prefill of ``model.generate`` its attention mask and its vision tokens.
+    """Pass an attention mask and the vision tokens to the prefill of ``model.generate``.
 
-    The prefill is the forward that gets embeddings; decode steps get tokens, all of them text.
-    Beams and returned sequences come as so many rows of each sample in a row.
+    The prefill is the forward that gets embeddings; decode steps get tokens, which are all text.
+    Beams and returned sequences are consecutive rows of each sample.
 
     Args:
-        mask: ``(B, 1, T, T)`` additive, or one for each kind of layer; None leaves the model's own.
+        mask: ``(B, 1, T, T)`` additive, or one per type of layer; None keeps the model's mask.
         vision_mask: ``(B, T)`` for layers of route "vision"; None for no block.
     """
     thread, inside = threading.get_ident(), contextlib.ExitStack()
@@ -76,7 +76,7 @@ def prefill(
         if embeds is None or threading.get_ident() != thread:
             return None
 
-        def each(tensor: Tensor) -> Tensor:  # of the rows that generate made of a sample
+        def each(tensor: Tensor) -> Tensor:  # one row per row that `generate` made of a sample
             return tensor.repeat_interleave(len(embeds) // len(tensor), 0)
 
         if vision_mask is not None:
@@ -94,6 +94,6 @@ def prefill(
     with (
         inside,
         model.register_forward_pre_hook(enter, with_kwargs=True),
-        model.register_forward_hook(leave, always_call=True),  # also where the forward raises
+        model.register_forward_hook(leave, always_call=True),  # also if the forward raises
     ):
         yield

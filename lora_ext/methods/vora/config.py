@@ -1,4 +1,4 @@
-"""Settings of Vision as LoRA, under the paper's symbols."""
+"""Settings of Vision as LoRA, with the paper's symbols."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from .splice import PLACEHOLDER
 
 Pairing = Literal["output", "released"]
 
-#: The linear layers of a block of Llama and its kin: attention and gated MLP.
+#: Linear layers of a block of Llama and similar models: attention and gated MLP.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class VoraConfig:
-    """Which layers see, what an image becomes, and how the blocks are distilled.
+    """Settings of the layers, the vision embedding and the distillation.
 
     Attributes:
-        n_blocks: N_vit, the first blocks of the language model, as many as the teacher has.
-        rank: r of the adapters.
-        scale: of their updates; the paper has no alpha.
-        target_modules: names of linear layers, or ends of their names, within these blocks.
-        route: "all": the adapters serve every token, and can be merged, as the paper does; "vision"
-            (Partial LoRA): vision tokens alone, so that text is the base model's, bit for bit.
+        n_blocks: N_vit, number of adapted blocks at the start of the model, as in the teacher.
+        rank: r, rank of the adapters.
+        scale: scale of their updates; the paper has no alpha.
+        target_modules: names of linear layers, or ends of their names, in these blocks.
+        route: "all": the adapters serve every token and can be merged, as in the paper; "vision"
+            (Partial LoRA): they serve only vision tokens, so that text gets the outputs of the base
+            model, bit for bit.
         image_size: side of the square image that the table of positions is made for.
         patch: p, side of a patch.
         embed_dim: C, width of the vision embedding.
-        pos_mode: positions of other grids than that square's: "interp", or "released" for the
-            authors' checkpoints (:class:`VisionPatchEmbed`).
+        pos_mode: positions for other grids: "interp", or "released" for the authors' checkpoints
+            (:class:`VisionPatchEmbed`).
         bidirectional: the tokens of an image attend to each other in both directions.
-        pairing: which hidden states are distilled. "output": a block's output with the output of
-            the teacher's block, as the paper says; "released": their inputs, as the authors' code
-            does.
-        distill_weight: lambda, of the distillation beside the loss of the language model.
-        placeholder: the id in ``input_ids`` that stands for an image.
+        pairing: hidden states that are compared. "output": the outputs of a block and of the
+            teacher's block, as in the paper; "released": their inputs, as in the authors' code.
+        distill_weight: lambda, weight of the distillation loss added to the language model's.
+        placeholder: id in ``input_ids`` that represents an image.
 
     Raises:
-        ValueError: a value out of range, naming the field.
+        ValueError: if a field is out of range.
 
     Source: arXiv 2503.20680; embedding and defaults of the repository Hon-Wong/VoRA.
     """
@@ -78,4 +78,4 @@ def _names(where: str, name: str, given: Any) -> tuple[str, ...]:
     names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
     ok = bool(names) and all(isinstance(each, str) and each for each in names)
     require(ok, where, name, "at least one name of linear layers", repr(given))
-    return names  # a list may be given
+    return names

@@ -1,6 +1,6 @@
-"""Block-wise distillation: each block of the language model learns what the teacher's block sees.
+"""Block-wise distillation: each block of the language model learns the teacher block's states.
 
-With ``h_i`` the outputs of block i on the vision tokens and ``u_i`` those of the teacher's block:
+``h_i`` are the outputs of block i on the vision tokens and ``u_i`` those of the teacher's block:
 
     head_i = RMSNorm(d) -> linear to d_v, no bias
     l_i = mean over the vision tokens of the batch (1 - cos(head_i(h_i), u_i))
@@ -25,13 +25,16 @@ Grid = tuple[int, int]
 
 
 class DistillHeads(nn.ModuleList):
-    """For each block a norm and a projection to the teacher's width; thrown away after training.
+    """Norm and projection to the teacher's width per block; not needed after training.
 
     Args:
-        n_blocks: heads. hidden_size: d. teacher_width: d_v. eps: of the norms.
+        n_blocks: number of heads.
+        hidden_size: d, width of the language model.
+        teacher_width: d_v, width of the teacher.
+        eps: eps of the norms.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: if a number is below 1.
     """
 
     def __init__(self, n_blocks: int, hidden_size: int, teacher_width: int, eps: float = 1e-5):
@@ -47,13 +50,13 @@ class DistillHeads(nn.ModuleList):
         """Project each block's hidden states to the teacher's width.
 
         Args:
-            hiddens: ``n_blocks`` tensors ``(M, d)``, of the vision tokens.
+            hiddens: ``n_blocks`` tensors ``(M, d)`` of the vision tokens.
 
         Returns:
-            as many ``(M, d_v)``.
+            ``n_blocks`` tensors ``(M, d_v)``.
 
         Raises:
-            ValueError: another number of tensors.
+            ValueError: if the number of tensors is not ``n_blocks``.
         """
         _check_count("DistillHeads", "hiddens", hiddens, len(self))
         return [head(hidden) for head, hidden in zip(self, hiddens, strict=True)]
@@ -66,24 +69,25 @@ def block_distill_loss(
     student_grids: Sequence[Grid] | None = None,
     teacher_grids: Sequence[Grid] | None = None,
 ) -> Tensor:
-    """``1 - cos`` of the projected hiddens and the teacher's states, over all tokens and blocks.
+    """Compute the mean of ``1 - cos`` of projected hiddens and teacher states.
+
+    The mean is over all tokens and blocks.
 
     Args:
-        heads: None where the hiddens have the teacher's width already.
-        hiddens: for each block ``(M, d)``, its outputs on the M vision tokens of the batch, in the
+        heads: None if the hiddens have the teacher's width already.
+        hiddens: one ``(M, d)`` per block, its outputs on the M vision tokens of the batch, in the
             order of samples and images.
-        teachers: for each block the teacher's ``(M', d_v)``, without a class token; they get no
+        teachers: one ``(M', d_v)`` per block of the teacher, without a class token; they get no
             gradient. None for a batch without images.
-        student_grids, teacher_grids: ``(h, w)`` of each image. Where an image's differ, the
-            teacher's states are interpolated as an image to the student's grid. Without them M' is
-            M.
+        student_grids, teacher_grids: ``(h, w)`` of each image. If the grids of an image differ, the
+            teacher's states are interpolated to the student's grid. Without grids M' must be M.
 
     Returns:
-        A scalar in float32 (float64 stays). Without images it is 0, and every head and every hidden
-        gets a gradient of zeros, as data parallel training wants it.
+        Scalar in float32 (float64 for float64). Without images it is 0, and every head and hidden
+        gets a gradient of zeros, which data-parallel training needs.
 
     Raises:
-        ValueError: another number of blocks in the teacher, of tokens, of channels or of grids.
+        ValueError: if the number of blocks, tokens, channels or grids disagrees.
     """
     blocks = max(1, len(hiddens)) if heads is None else len(heads)
     _check_count("block_distill_loss", "hiddens", hiddens, blocks)
@@ -97,7 +101,7 @@ def block_distill_loss(
     _check_count("block_distill_loss", "teachers", teachers, blocks)
     where = "block_distill_loss"
     count = tokens[0]
-    pairs: list[tuple[Grid, Grid]] | None = None  # of each image, in the teacher and the student
+    pairs: list[tuple[Grid, Grid]] | None = None  # (teacher's, student's) grid of each image
     if student_grids is not None and teacher_grids is not None:
         images, found = len(student_grids), len(teacher_grids)
         expected = f"one for each of the student's {images} images"
@@ -118,10 +122,10 @@ def block_distill_loss(
             require(sum(sizes) == len(u), where, "teacher_grids", expected, found)
             parts = zip(u.split(sizes), pairs, strict=True)
             u = torch.cat([u[:0], *(resample_grid(image, *pair) for image, pair in parts)])
-        expected = f"the student's {count} tokens where not both grids are given"
+        expected = f"the student's {count} tokens unless both grids are given"
         require(len(u) == count, where, "teachers", expected, len(u))
         cosines.append(F.cosine_similarity(p, u, dim=-1, eps=1e-8))  # (M,)
-    if count == 0:  # a mean over nothing is not a number
+    if count == 0:  # A mean over no tokens would be NaN.
         return torch.stack([p.sum() for p in predictions]).sum()
     return (1 - torch.stack(cosines)).mean()
 

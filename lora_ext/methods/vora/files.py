@@ -1,4 +1,4 @@
-"""What is trained, as tensors under names: our own, the authors', PEFT's."""
+"""State dicts of VoRA's trained tensors, with our, the authors' and PEFT's names."""
 
 from __future__ import annotations
 
@@ -21,35 +21,33 @@ from .layers import UnmergeableRouteError, VoraLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Names in the authors' checkpoints, and ours.
+# Names in the authors' checkpoints and the names here.
 _RELEASED = {
     re.compile(r"^llm\."): "",
     re.compile(r"^vision_embedding\."): "vision.",
     re.compile(r"^aux_vision\.aux_layer_(\d+)\."): r"heads.\1.",
 }
-_TEACHER = "aux_vision.aux_model."  # which they save as well, though it is frozen
+_TEACHER = "aux_vision.aux_model."  # the frozen teacher, which the authors also save
 
 
 class _Loaded(NamedTuple):
-    """The keys that ``load_state_dict(strict=False)`` let pass."""
-
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained: the factors, and of a :class:`VoraForCausalLM` the embedding and the heads.
+    """Return the trained tensors: factors, and the embedding and heads of a `VoraForCausalLM`.
 
     Args:
-        model: what was given to :func:`apply`, or the :class:`VoraForCausalLM` around it.
+        model: model that was passed to :func:`apply`, or the :class:`VoraForCausalLM` around it.
 
     Returns:
-        ``<module>.lora_A.weight``, ``<module>.lora_B.weight`` by the module's name in the language
-        model, ``<module>.bias`` where :func:`load_state_dict` honoured an extra one, ``vision.*``
-        and ``heads.*``. They share the memory of the model.
+        ``<module>.lora_A.weight`` and ``<module>.lora_B.weight`` by the module's name in the
+        language model, ``<module>.bias`` if :func:`load_state_dict` has loaded an extra bias,
+        ``vision.*`` and ``heads.*``. They share the memory of the model.
 
     Raises:
-        RuntimeError: a model without VoRA's layers, or where they are merged.
+        RuntimeError: if the model has no VoRA layers, or they are merged.
     """
     layers = applied("state_dict", model).layers
     found = {key: tensor.detach() for key, tensor in _expected(model, layers).items()}
@@ -66,27 +64,29 @@ def load_state_dict(
     allow_extra_bias: bool = False,
     load_base: bool = False,
 ) -> _Loaded:
-    """Read what :func:`state_dict` gave, or a checkpoint of the authors'.
+    """Load tensors from :func:`state_dict` or from a checkpoint of the authors.
 
-    Theirs has the prefix ``llm.``, the weights of the language model beside the factors, those of
-    the teacher, and biases on layers that have none in the language model.
+    The authors' checkpoints have the prefix ``llm.``. They also contain the weights of the language
+    model and of the teacher, and biases for layers that have none in the language model.
 
     Args:
         model: as for :func:`state_dict`.
-        sd: the tensors; they are copied, in the dtype and to the device of the model's.
-        strict: False lets missing and unexpected keys pass, and returns them.
-        allow_extra_bias: give layers a bias whose base layer has none, where ``sd`` has one. It is
-            added to every token that the adapter serves. A layer that has one already takes it.
-        load_base: load the weights of the language model too. They are ignored otherwise.
+        sd: tensors, which are copied to the dtype and device of the model's.
+        strict: False ignores missing and unexpected keys and returns them.
+        allow_extra_bias: load biases of layers whose base layer has none. Such a bias is added to
+            every token that the adapter serves. Layers that have one already always load it.
+        load_base: load the weights of the language model too; by default they are ignored.
 
     Returns:
-        The keys that were let pass.
+        The missing and unexpected keys.
 
     Raises:
-        ValueError: a key that is missing, unexpected or there twice, an extra bias that is not
-            allowed or that a scale of 0 would lose, a tensor of another shape, of no floating
-            numbers or without values, naming the key. RuntimeError: as :func:`state_dict`, or
-            layers that are merged by hand. The model is then as it was.
+        ValueError: if a key is missing, unexpected or there twice, an extra bias is not allowed or
+            would be lost by a scale of 0, or a tensor has another shape, no floating-point dtype or
+            no values.
+        RuntimeError: as :func:`state_dict`, or if layers are merged by hand.
+
+    The model is unchanged after an error.
 
     Source: the names of the repository Hon-Wong/VoRA.
     """
@@ -120,21 +120,21 @@ def load_state_dict(
             biases[name] = owner, _fitting(key, value, owner.B.new_empty(owner.out_features))
         else:
             if owner is not None and strict:
-                found = "one; allow_extra_bias=True honours it, strict=False leaves it out"
+                found = "one; allow_extra_bias=True loads it, strict=False ignores it"
                 raise ValueError(
                     f"{where}: {key}: expected no bias, as the layer has none, found {found}"
                 )
             unexpected.append(key)
     for name, (owner, _) in biases.items():
-        require(owner.scale != 0, where, name, "no bias where the scale is 0", "one")
+        require(owner.scale != 0, where, name, "no bias if the scale is 0", "one")
     missing = [key for key in (*wanted, *has_bias) if key not in copies and key not in biases]
     for keys, expected, found in (
         (missing, "a tensor", "none"),
-        (unexpected, "only tensors that the model has a place for", "this one"),
+        (unexpected, "only tensors of the model", "this one"),
     ):
         if strict and keys:
             more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
-            found = f"{found}{more} (strict=False lets that pass)"
+            found = f"{found}{more} (strict=False ignores this)"
             raise ValueError(f"{where}: {keys[0]}: expected {expected}, found {found}")
     with torch.no_grad():
         for value, place in copies.values():
@@ -145,7 +145,6 @@ def load_state_dict(
 
 
 def _expected(model: nn.Module, layers: Mapping[str, VoraLinear]) -> dict[str, Tensor]:
-    """The parameters that are trained, by our names."""
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
         found |= {f"{name}.lora_A.weight": layer.A, f"{name}.lora_B.weight": layer.B}
@@ -156,7 +155,7 @@ def _expected(model: nn.Module, layers: Mapping[str, VoraLinear]) -> dict[str, T
 
 
 def _fitting(key: str, value: Any, place: Tensor) -> Tensor:
-    """``value``, if it can be copied to ``place`` and be what it was, but for rounding."""
+    """Return ``value``; raise ValueError unless it can be copied to ``place`` up to rounding."""
     where = "vora.load_state_dict"
     shape = tuple(place.shape)
     found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -176,26 +175,29 @@ def _fitting(key: str, value: Any, place: Tensor) -> Tensor:
 def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters as a LoRA adapter that PEFT loads onto the language model.
 
-    ``lora_alpha`` is ``rank * scale``, ``layers_to_transform`` the first ``n_blocks`` blocks. Extra
-    biases become PEFT's ``lora_bias``. Embedding and heads are not PEFT's: :func:`state_dict`.
+    ``lora_alpha`` is ``rank * scale`` and ``layers_to_transform`` the first ``n_blocks`` blocks.
+    Extra biases become PEFT's ``lora_bias``. The embedding and the heads are not written; use
+    :func:`state_dict` for them.
 
     Args:
-        model: as for :func:`state_dict`. folder: made if it is not there.
+        model: as for :func:`state_dict`.
+        folder: created if it does not exist.
 
     Raises:
-        UnmergeableRouteError: route "vision", which PEFT's layers do not have. RuntimeError: as
-            :func:`state_dict`. OSError: it cannot be written.
+        UnmergeableRouteError: if the route is "vision", which PEFT does not support.
+        RuntimeError: as :func:`state_dict`.
+        OSError: if the adapter cannot be written.
     """
     state = applied("to_peft", model)
     config = state.config
     _check_route("to_peft", config)
     alpha = alpha_of(float(config.scale), config.rank, rslora=False)
-    scale = alpha / config.rank  # as PEFT computes it: no alpha gives 0.1 at rank 3 to the last bit
+    scale = alpha / config.rank  # PEFT's scale may differ in the last bit, as for 0.1 at rank 3.
     biased = any(layer.has_extra_bias for layer in state.layers.values())
     factors: dict[str, Factors] = {}
     for name, layer in state.layers.items():
         bias = layer.extra_bias
-        if biased:  # PEFT has one everywhere or nowhere, and scales it
+        if biased:  # In PEFT all layers have a bias or no layer, and it is scaled.
             bias = layer.B.new_zeros(layer.out_features) if bias is None else bias / scale
         factors[name] = Factors(layer.A.detach(), layer.B.detach(), scale, bias)
     peft = AdapterConfig(
@@ -208,27 +210,31 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         fan_in_fan_out=all(layer.fan_in_fan_out for layer in state.layers.values()),
     )
     names = [name for name, _ in language_model(model).named_modules()]
-    if peft.targeted(names, ()) != set(factors):  # by the ends of names PEFT would find others
+    if peft.targeted(names, ()) != set(factors):  # PEFT would match other modules too.
         ranks, scales = dict.fromkeys(factors, config.rank), dict.fromkeys(factors, scale)
         peft = peft.fitted(ranks, scales, names)
     LoraAdapter(peft, factors).save(folder)
 
 
 def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
-    """Read a LoRA adapter of PEFT's, as :func:`to_peft` writes it, into VoRA's layers.
+    """Load a LoRA adapter in PEFT's format, as written by :func:`to_peft`, into VoRA's layers.
 
     Args:
-        model: as for :func:`state_dict`; or a language model without such layers, which gets them
-            as the adapter has them (other fields of its configuration are defaults).
-        folder: of ``adapter_config.json`` and ``adapter_model.safetensors``; not trusted.
+        model: as for :func:`state_dict`; or a language model without VoRA's layers, to which
+            :func:`apply` adds them to match the adapter, with defaults for other settings.
+        folder: folder of ``adapter_config.json`` and ``adapter_model.safetensors``; the files need
+            not be trusted.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: no such adapter; modules, ranks or scales that are not VoRA's, or not those of
-            the model, naming them. UnmergeableRouteError: a model of route "vision".
-            RuntimeError: merged already. The model is then as it was.
+        ValueError: if there is no such adapter, or its modules, ranks or scales do not match VoRA
+            or the model.
+        UnmergeableRouteError: if the model has route "vision".
+        RuntimeError: if the adapters of the model are merged.
+
+    The model is unchanged after an error.
     """
     adapter = LoraAdapter.load(folder)
     language = language_model(model)
@@ -254,7 +260,7 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
         kinds = state.config.target_modules
         expected = f"modules in the first {state.config.n_blocks} blocks that match {kinds}"
         for name in adapter.modules:
-            require(name in state.layers, where, name, expected, "another")
+            require(name in state.layers, where, name, expected, "another module")
         for name, layer in state.layers.items():
             require(name in adapter.modules, where, name, "factors", "none in the folder")
             factors = adapter.modules[name]
@@ -275,7 +281,7 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
             factors = adapter.modules[name]
             layer.A.copy_(factors.a)
             layer.B.copy_(factors.b)
-            bias = factors.bias  # PEFT has zeros where one layer has a bias and this one none
+            bias = factors.bias  # PEFT writes zeros if only other layers have a bias.
             if bias is not None:
                 bias = bias * factors.scaling if bool(bias.any()) and layer.scale != 0 else None
             layer.set_extra_bias(bias)

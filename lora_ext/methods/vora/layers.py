@@ -1,4 +1,4 @@
-"""VoraLinear: a linear layer whose adapter makes a language model see."""
+"""VoraLinear: a linear layer with an adapter for all tokens or for vision tokens only."""
 
 from __future__ import annotations
 
@@ -25,43 +25,42 @@ from lora_ext.rows import (
 
 from ._modalities import modality, traced_vision_rows, vision_block, vision_rows
 
-#: Which tokens the adapter serves.
+#: Tokens that the adapter serves.
 Route = Literal["all", "vision"]
 
 
 class UnmergeableRouteError(RuntimeError):
-    """An adapter that serves vision tokens alone is no change of a weight, which serves all."""
+    """Error of merging an adapter for vision tokens into a weight, which serves all tokens."""
 
 
 class VoraLinear(LoraLinear):
-    """``y = base(x) + scale * m * (x A^T) B^T``, the layer of Vision as LoRA.
+    """Layer of Vision as LoRA, ``y = base(x) + scale * m * (x A^T) B^T``.
 
-    A :class:`LoraLinear` whose own adapter serves all tokens (route "all", m = 1), or those alone
-    that a :func:`modality` block calls vision tokens (route "vision"). Outside such a block a layer
-    of route "vision" takes all tokens for text: it is the base layer, bit for bit.
+    It is a :class:`LoraLinear` with an adapter that serves all tokens (route "all", m = 1) or only
+    the vision tokens of a :func:`modality` block (route "vision"). Outside such a block, route
+    "vision" treats all tokens as text: the output is that of the base layer, bit for bit.
 
-    Everything of :class:`LoraLinear` works here. Text may have adapters too: with route "vision", a
-    second adapter that is active as well serves the tokens that are not vision; an
-    :func:`lora_ext.adapters` block names adapters for them, sequence by sequence. Image, text and
-    base rows of a batch then share one launch.
+    All features of :class:`LoraLinear` are available. With route "vision" text may have adapters
+    too: a second active adapter serves the other tokens, or an :func:`lora_ext.adapters` block
+    selects adapters for them per sequence. Image, text and base rows of a batch share one launch.
 
     Args:
         base_layer: ``nn.Linear``, transformers' ``Conv1D``, or a quantised layer with
-            ``in_features`` and ``out_features``. It stays the very object, and so does its bias: a
-            layer without one gets none.
-        rank: of the adapter: A is ``(rank, I)``, Kaiming-uniform, and B ``(O, rank)``, zero.
+            ``in_features`` and ``out_features``. The object is kept, and its bias too; a layer
+            without a bias gets none.
+        rank: rank of the adapter: A is ``(rank, I)``, Kaiming-uniform, and B ``(O, rank)``, zero.
         route: "all" or "vision".
-        scale: of the update; LoRA's alpha is ``rank * scale``.
-        adapter_name: without dots.
-        adapter_dtype: default is that of the base weight, float32 where that is quantised.
-        generator: of the initial values.
+        scale: scale of the update; LoRA's alpha is ``rank * scale``.
+        adapter_name: name without dots.
+        adapter_dtype: default is that of the base weight, or float32 if that is quantised.
+        generator: generator of the initial values.
 
     Raises:
-        ValueError: a rank below 1, another route. TypeError: a layer of another kind.
+        ValueError: if the rank is below 1 or the route is unknown.
+        TypeError: if the base layer is not a linear layer.
 
     Sources: "Vision as LoRA" (arXiv 2503.20680), route "all"; InternLM-XComposer2's Partial LoRA,
-    route "vision". The authors' layer gives layers without a bias a random one, which this does
-    not.
+    route "vision". The authors' layer adds a random bias to layers without one; this does not.
     """
 
     def __init__(
@@ -85,10 +84,10 @@ class VoraLinear(LoraLinear):
         integer(where, "rank", rank, 1)
         choice(where, "route", route, get_args(Route))
         super().__init__(base_layer, adapter_name, rank, lora_alpha=rank * scale, **options)
-        self.scaling[adapter_name] = float(scale)  # rank * scale / rank is that up to rounding
+        self.scaling[adapter_name] = float(scale)  # `rank * scale / rank` may have rounding errors.
         self.adapter_name = adapter_name
         self.route: Route = route
-        self._lent_bias = False  # to the base layer, while the adapter's bias is merged
+        self._lent_bias = False  # True while the base layer's bias is the merged one of the adapter
 
     @classmethod
     def from_linear(
@@ -105,47 +104,47 @@ class VoraLinear(LoraLinear):
         """Make the layer around a linear layer.
 
         Args:
-            linear: the base layer, kept as the very object. rank, route, scale, adapter_name,
-                adapter_dtype, generator: as for the class, whose errors it has.
+            linear: base layer; the object is kept.
+            rank, route, scale, adapter_name, adapter_dtype, generator: as for the class.
         """
         options = {"adapter_dtype": adapter_dtype, "generator": generator}
         return cls(linear, rank, route, scale, adapter_name, **options)
 
     @property
     def A(self) -> Tensor:
-        """The factor ``(rank, I)`` that reads the input; the parameter itself."""
+        """Factor A ``(rank, I)``; the parameter itself."""
         return self._raw_factors(self.adapter_name)[0]
 
     @property
     def B(self) -> Tensor:
-        """The factor ``(O, rank)`` that writes the output; the parameter itself."""
+        """Factor B ``(O, rank)``; the parameter itself."""
         return self._raw_factors(self.adapter_name)[1]
 
     @property
     def scale(self) -> float:
-        """By what the update ``B A`` is multiplied."""
+        """Scale of the update ``B A``."""
         return self.scaling[self.adapter_name]
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (a mask comes second here)
         self, x: Tensor, token_mask: Tensor | None = None, adapter_ids: Tensor | Names = None
     ) -> Tensor:
-        """``(..., I)`` to ``(..., O)``, the dtype of ``base_layer(x)``.
+        """Compute the output ``(..., O)`` for ``x (..., I)``, in the dtype of ``base_layer(x)``.
 
         Args:
-            x: floating.
-            token_mask: ``x.shape[:-1]``, which tokens are vision tokens, in the place of the
-                surrounding :func:`modality` block's mask; as there. Route "all" ignores it.
-            adapter_ids: an adapter for each row, as :class:`LoraLinear` takes them, in the place of
-                all of that.
+            x: floating-point input.
+            token_mask: ``x.shape[:-1]``, mask of the vision tokens as in :func:`modality`, used
+                instead of a surrounding block. Route "all" ignores it.
+            adapter_ids: adapter of each row, as in :class:`LoraLinear`, instead of masks and
+                blocks.
 
         Raises:
-            ValueError: a mask that is none or does not fit, or one beside ``adapter_ids``; ids or
-                names that do not fit.
+            ValueError: if the mask is invalid, does not fit or is passed with ``adapter_ids``, or
+                if ids or names do not fit.
         """
         if token_mask is None or self.route == "all":
             return super().forward(x, adapter_ids)
         alone = adapter_ids is None
-        require(alone, "VoraLinear", "token_mask", "None beside adapter_ids", "a mask")
+        require(alone, "VoraLinear", "token_mask", "None with adapter_ids", "a mask")
         with modality(token_mask):
             return super().forward(x)
 
@@ -160,21 +159,24 @@ class VoraLinear(LoraLinear):
         adapter_names: Sequence[str] | None = None,
         keep_copy: bool = True,
     ) -> nn.Module:
-        """Fold the adapter into the base layer's weight: ``round(W + scale B A)``, rounded once.
+        """Merge the adapter into the base layer's weight: ``round(W + scale B A)``.
 
         Args:
-            force: merge route "vision" too, which changes what text tokens compute.
-            safe_merge, keep_copy: as :meth:`LoraLinear.merge` has them; the weight as it was is
-                kept, so that :meth:`unmerge` brings every bit back.
-            adapter_names: default is the layer's own adapter.
+            force: merge route "vision" too, which changes the outputs for text tokens.
+            safe_merge, keep_copy: as in :meth:`LoraLinear.merge`; by default the old weight is
+                kept, so that :meth:`unmerge` restores every bit.
+            adapter_names: default is the adapter of this layer.
 
         Returns:
-            ``base_layer``. An extra bias goes there too, where it has none as well.
+            ``base_layer``. An extra bias is merged too, even if the base layer has no bias.
 
         Raises:
-            UnmergeableRouteError: route "vision" without ``force``. RuntimeError: the adapter is
-                merged already. NotImplementedError: a quantised base weight. ValueError: as
-                :meth:`LoraLinear.merge`. The layer is then as it was.
+            UnmergeableRouteError: if the route is "vision" without ``force``.
+            RuntimeError: if the adapter is merged already.
+            NotImplementedError: if the base weight is quantised.
+            ValueError: as :meth:`LoraLinear.merge`.
+
+        The layer is unchanged after an error.
         """
         names = [self.adapter_name] if adapter_names is None else list(adapter_names)
         self.check_merge(force, names)
@@ -194,11 +196,10 @@ class VoraLinear(LoraLinear):
         return self.base_layer
 
     def check_merge(self, force: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Refuse what :meth:`merge` of the same ``force`` and ``adapter_names`` refuses, before
-        anything is changed."""
+        """Raise the errors of :meth:`merge` with these arguments, before anything is changed."""
         names = [self.adapter_name] if adapter_names is None else list(adapter_names)
         self._check_known(names)
-        found = "'vision'; force=True merges it for all tokens, which changes what text computes"
+        found = "'vision'; force=True merges it for all tokens, which changes the outputs for text"
         fits = self.route == "all" or force
         require(fits, "merge", "route", "'all'", found, UnmergeableRouteError)
         name = self.adapter_name
@@ -206,12 +207,12 @@ class VoraLinear(LoraLinear):
             expected = "an adapter apart from the base weight"
             raise RuntimeError(f"merge: expected {expected}, found {name!r} merged already")
         fits = not _is_quantised(self.base_layer)
-        expected = "a weight of floating numbers to add to"
+        expected = "a floating-point weight"
         found = f"the quantised one of {type(self.base_layer).__name__}"
         require(fits, "merge", "base_layer", expected, found, NotImplementedError)
 
     def unmerge(self) -> None:
-        """Take the adapter out of the base weight, every bit of which comes back."""
+        """Remove the adapter from the base weight and restore every bit of it."""
         super().unmerge()
         if self._lent_bias:
             base: Any = self.base_layer
@@ -219,13 +220,13 @@ class VoraLinear(LoraLinear):
             self._lent_bias = False
 
     def set_extra_bias(self, bias: Tensor | None) -> None:
-        """Give the adapter a bias ``(O,)`` that is added as it is, or take it away.
+        """Set the adapter's bias ``(O,)``, which is added without scaling; None removes it.
 
-        Checkpoints of the authors' have one on layers whose base has none.
+        The authors' checkpoints have one on layers whose base layer has none.
         """
         value = None
         if bias is not None:
-            unscaled = bias.to(self.B) / self.scale  # the layer scales what an adapter adds
+            unscaled = bias.to(self.B) / self.scale  # The layer scales the whole update.
             value = nn.Parameter(unscaled, requires_grad=self.B.requires_grad)
         lora_b: Any = self.lora_B[self.adapter_name]
         lora_b.bias = value
@@ -233,17 +234,17 @@ class VoraLinear(LoraLinear):
 
     @property
     def has_extra_bias(self) -> bool:
-        """Whether the adapter has a bias of its own, from :meth:`set_extra_bias`."""
+        """True if the adapter has a bias, set by :meth:`set_extra_bias`."""
         return self.lora_bias[self.adapter_name]
 
     @property
     def extra_bias(self) -> Tensor | None:
-        """The adapter's own bias ``(O,)`` as it is added, detached; None without one."""
+        """Scaled bias ``(O,)`` of the adapter, detached; None without one."""
         bias = self._raw_factors(self.adapter_name)[2]
         return None if bias is None else bias.detach() * self.scale
 
     # ---------------------------------------------------------------------------------------------
-    # Who takes part
+    # Rows of the adapters
 
     def _rows(
         self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
@@ -271,35 +272,35 @@ class VoraLinear(LoraLinear):
             return named
         if block is None:
             return _overlaid(vision, named, own, len(self.r))
-        # Made once for all layers, for each block of names around.
+        # The rows are computed once for all layers and per surrounding block of names.
         names = _context.current(layer_names.handle)
         key = (self.adapter_names, own, named.used, leading, names and names.assignment)
         kept = block.assignment.kept
         return kept.get(key, device, _overlaid, vision, named, own, len(self.r))
 
     def _default_position(self) -> int:
-        """Of the adapter that serves rows which nobody names: with route "vision", text rows."""
+        """Return the position of the adapter for unnamed rows; with "vision" these are text."""
         if self.route == "all":
             return super()._default_position()
         active = [n for n in self._active if self._is_on(n) and n != self.adapter_name]
-        words = "one active adapter for text, beside the layer's own"
+        words = "at most one active adapter for text"
         require(len(active) <= 1, "VoraLinear", "set_adapter", words, active, NotImplementedError)
         return self.adapter_names.index(active[0]) if active else -1
 
     def extra_repr(self) -> str:
-        """What ``print`` shows: adapters with their ranks, and the route."""
+        """Return the adapters with their ranks and the route for ``print``."""
         return f"{super().extra_repr()}, route={self.route}"
 
 
 def _overlaid(vision: Rows, text: Rows, own: int, num_adapters: int) -> Rows:
-    """The adapter at position ``own`` on vision rows, and on all others what ``text`` says."""
+    """Return rows with the adapter ``own`` for vision tokens and those of ``text`` for others."""
     table = constant([*text.used, -1], torch.int32, text.ids.device)
-    ids = table[text.ids.long()].masked_fill(vision.ids >= 0, own)  # -1 reads the last
+    ids = table[text.ids.long()].masked_fill(vision.ids >= 0, own)  # Index -1 is the last entry.
     return rows_of(ids, num_adapters) if compiles() else group(ids, num_adapters)
 
 
 def _is_quantised(base_layer: nn.Module) -> bool:
-    """Whether a linear layer has no plain weight of floating numbers to which one could add."""
+    """Return whether a linear layer has no plain floating-point weight for adding an update."""
     weight = getattr(base_layer, "weight", None)
     if not isinstance(weight, Tensor) or type(weight) not in (nn.Parameter, Tensor):
         return True

@@ -1,4 +1,4 @@
-"""``VoraForCausalLM``: a language model that reads images among its text."""
+"""``VoraForCausalLM``: a language model with images in its text."""
 
 from __future__ import annotations
 
@@ -23,33 +23,35 @@ from .config import VoraConfig
 from .distill import DistillHeads, Grid, block_distill_loss
 from .splice import Spliced, build_vision_mask, splice_images
 
-#: Caches of transformers that have as many keys as there are tokens. "hybrid", which old generation
-#: configurations have, it passes over; all other names are of caches of a fixed length.
+#: Names of transformers' caches with one key per token. Old generation configurations contain
+#: "hybrid", which transformers ignores. All other names are caches of a fixed length.
 _GROWING = (None, "dynamic", "offloaded", "quantized", "hybrid")
 
-#: For each sample its images ``(3, H, W)``, in the order of their placeholders.
+#: Images ``(3, H, W)`` of each sample, in the order of their placeholders.
 Images = Sequence[Sequence[Tensor] | None]
 
 
 class VoraForCausalLM(nn.Module):
-    """A causal LM of transformers, a vision embedding, and heads for the distillation.
+    """Causal LM of transformers with a vision embedding and heads for the distillation.
 
-    Trained are the factors of the :class:`lora_ext.nn.VoraLinear` layers, the embedding and the
-    heads; all else is frozen. It goes into transformers' Trainer as it is: a batch has
+    The factors of the :class:`lora_ext.nn.VoraLinear` layers, the embedding and the heads are
+    trained; everything else is frozen. The model works with transformers' Trainer: a batch has
     ``input_ids``, ``labels``, ``attention_mask`` and ``images``.
 
     Args:
-        model: a causal LM; :func:`apply` is called where it was not. It is changed in place.
-        config: which layers see, and how.
-        teacher_width: d_v, the width of the teacher whose blocks are distilled; None for no heads.
+        model: causal LM, which is changed in place; :func:`apply` is called unless it was already.
+        config: settings of the layers, the embedding and the distillation.
+        teacher_width: d_v, width of the teacher of the distillation; None for no heads.
 
     Attributes:
-        model: the language model. vision: the :class:`VisionPatchEmbed`.
+        model: the language model.
+        vision: the :class:`VisionPatchEmbed`.
         heads: the :class:`DistillHeads`, or None.
-        vora_config: ``config``; ``config`` itself is the language model's, as Trainer expects.
+        vora_config: ``config``; the attribute ``config`` is the language model's, as Trainer needs.
 
     Raises:
-        ValueError: a model to which another configuration was applied; what :func:`apply` refuses.
+        ValueError: if another configuration was applied to the model; also the errors of
+            :func:`apply`.
 
     Source: arXiv 2503.20680.
     """
@@ -91,15 +93,15 @@ class VoraForCausalLM(nn.Module):
         return self.model.device
 
     def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
-        """Compute the language model's blocks again in the backward; arguments are its own."""
+        """Enable activation checkpointing in the language model, which gets the arguments."""
         self.model.activation_checkpointing_enable(*args, **options)
 
     def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
-        """As :meth:`activation_checkpointing_enable`, by the name that transformers had before."""
+        """Enable activation checkpointing, under the old name of transformers."""
         self.model.gradient_checkpointing_enable(*args, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep what the blocks computed for the backward, as a model does that nobody asked."""
+        """Disable activation checkpointing, which is the default."""
         self.model.gradient_checkpointing_disable()
 
     def forward(
@@ -111,26 +113,26 @@ class VoraForCausalLM(nn.Module):
         teacher_states: Sequence[Tensor] | None = None,
         teacher_grids: Sequence[Grid] | None = None,
     ) -> Any:
-        """Logits and losses of a batch, of which any sample may have images or none.
+        """Compute the logits and losses of a batch, of samples with or without images.
 
         Args:
-            input_ids: ``(B, S)``, with the placeholder once for each image.
-            images: for each sample a list of ``(3, H, W)``, of any sizes that are multiples of the
-                patch; None or an empty list where it has none.
-            labels: ``(B, S)`` under their inputs, -100 where nothing is to be predicted.
+            input_ids: ``(B, S)``, with one placeholder per image.
+            images: one list of ``(3, H, W)`` per sample, with sides that are multiples of the
+                patch; None or an empty list for a sample without images.
+            labels: ``(B, S)``, aligned with ``input_ids``; -100 is ignored.
             attention_mask: ``(B, S)``; 0 is padding, on either side.
-            teacher_states: for each of the ``n_blocks`` blocks ``(M', d_v)``, what the teacher's
-                block computes of all images of the batch in order, without a class token.
+            teacher_states: one ``(M', d_v)`` per block of the ``n_blocks``, the outputs of the
+                teacher's block for all images of the batch in order, without a class token.
             teacher_grids: ``(h, w)`` of each image in the teacher; default is the student's.
 
         Returns:
-            :class:`VoraOutput`. A batch without images has a distillation loss of 0, and gives
-            every parameter that is trained a gradient, of zeros where it took no part.
+            :class:`VoraOutput`. A batch without images has a distillation loss of 0 and gives every
+            trained parameter a gradient, which is zero for unused ones.
 
         Raises:
-            ValueError: another number of images than placeholders; images, labels, masks, states or
-                grids of a wrong shape; an attention implementation that cannot be told which tokens
-                see each other; distillation through reentrant checkpoints.
+            ValueError: if the number of images and placeholders differs; images, labels, masks,
+                states or grids have a wrong shape; the attention implementation takes no mask per
+                pair of tokens; or distillation is used with reentrant checkpoints.
         """
         from ._output import VoraOutput
 
@@ -149,7 +151,7 @@ class VoraForCausalLM(nn.Module):
                 use_cache=False,
             ).logits
         distill = None
-        if not flat:  # data parallel training waits for a gradient of every parameter
+        if not flat:  # Data-parallel training waits for a gradient of every parameter.
             zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
             distill = zero_gradients(zero, [p for p in self.parameters() if p.requires_grad])
         elif states is not None:
@@ -157,7 +159,7 @@ class VoraForCausalLM(nn.Module):
             grids = None if teacher_grids is None else [self.vision.grid(one) for one in flat]
             distill = block_distill_loss(self.heads, hiddens, teacher_states, grids, teacher_grids)
         lm = None
-        if batch.labels is not None:  # mean cross entropy of the next tokens, 0 where none counts
+        if batch.labels is not None:  # mean cross entropy of the next tokens, 0 if all are ignored
             targets = shift_labels(batch.labels).flatten().to(logits.device)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
             total = F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="sum")
@@ -176,20 +178,20 @@ class VoraForCausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """Continue the samples of a batch; arguments are those of the call.
+        """Generate text after the samples of a batch; other arguments are as in :meth:`forward`.
 
-        Images are read in one prefill, and decode steps see the cache: what is generated is text.
+        Images are processed in one prefill; decode steps use the cache.
 
         Args:
-            options: of the language model's ``generate``: ``max_new_tokens``, ``do_sample``,
-                ``num_beams`` and so on.
+            options: options of the language model's ``generate``, such as ``max_new_tokens``,
+                ``do_sample`` and ``num_beams``.
 
         Returns:
-            The new tokens ``(B, n)``, or what ``generate`` returns for
+            New tokens ``(B, n)``, or the output of ``generate`` with
             ``return_dict_in_generate=True``.
 
         Raises:
-            ValueError: as the call; options that cut the prefill, or bring inputs of their own.
+            ValueError: as :meth:`forward`; if options split the prefill or contain other inputs.
         """
         where = "VoraForCausalLM.generate"
         for name in ("inputs_embeds", "past_key_values", "position_ids", "inputs"):
@@ -198,7 +200,7 @@ class VoraForCausalLM(nn.Module):
             require(options.get(name) is None, where, name, expected, f"a {found}")
         given: Any = options.get("generation_config") or self.model.generation_config
         chunk = options.get("prefill_chunk_size", given.prefill_chunk_size)
-        expected = "None, as an image must lie whole in one call"
+        expected = "None, as one call must contain a whole image"
         require(chunk is None, where, "prefill_chunk_size", expected, chunk)
         cache = options.get("cache_implementation", given.cache_implementation)
         expected = "a cache that grows, as the mask of the images has a key for each token"
@@ -216,7 +218,7 @@ class VoraForCausalLM(nn.Module):
     def _spliced(
         self, input_ids: Tensor, images: Images | None, mask: Tensor | None, **options: Any
     ) -> tuple[Spliced, list[Tensor]]:
-        """Return the batch, and all of its images in order."""
+        """Return the batch and its images in order."""
         flat, tokens = _flat(images), None
         if images is not None:
             device = self.vision.pos_embed.device
@@ -229,27 +231,30 @@ class VoraForCausalLM(nn.Module):
     def _mask(
         self, batch: Spliced, flat: list[Tensor], attention_mask: Tensor | None
     ) -> Tensor | dict[str, Tensor] | None:
-        """What the language model is given: its own kind of mask where the order of the sequence is
-        all that counts, so that text is computed as ever, bit for bit. A model whose layers attend
-        in different ways takes a mask of each kind, by transformers' names."""
+        """Return the attention mask for the language model.
+
+        If all tokens attend in causal order, this is the mask per token or None, so that text is
+        computed as in the base model, bit for bit. A model with several types of attention layers
+        gets one mask per type, by transformers' names.
+        """
         if not flat or not self.vora_config.bidirectional:
             return batch.attention_mask if flat or attention_mask is not None else None
         where = "VoraForCausalLM"
-        remedy = "(bidirectional=False does without)"
+        remedy = "(bidirectional=False avoids this)"
         implementation = str(getattr(self.config, "_attn_implementation", "eager"))
         fits = "flash" not in implementation and "flex" not in implementation
-        expected = "'eager' or 'sdpa', which take a mask for each pair of tokens"
+        expected = "'eager' or 'sdpa', which take a mask for pairs of tokens"
         require(fits, where, "attn_implementation", expected, f"{implementation!r} {remedy}")
         text = self.config.get_text_config()
         reason = None
         if getattr(text, "alibi", text.model_type == "bloom"):
-            reason = "makes its ALiBi of a mask for each token"
+            reason = "computes ALiBi from a mask per token"
         biases = [pair for pair in self.model.named_buffers() if pair[0].endswith(".bias")]
-        # The triangle that an attention of GPT-Neo's kind is masked with.
+        # Causal triangles with which attention such as GPT-Neo's masks itself.
         triangles = (n for n, b in biases if b.shape == (1, 1, *b.shape[-1:] * 2))
         if name := next(triangles, None):
-            reason = f"hides the tokens to come by itself ({name})"
-        expected = "attention that takes a mask for each pair of tokens"
+            reason = f"masks future tokens with a buffer ({name})"
+        expected = "attention that takes a mask for pairs of tokens"
         found = f"{type(self.model).__name__}, which {reason} {remedy}"
         require(reason is None, where, "model", expected, found)
         sliding, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
@@ -259,7 +264,7 @@ class VoraForCausalLM(nn.Module):
         require(not others, where, "layer_types", f"layers of {list(windows)}", found)
 
         def mask(window: int | None) -> Tensor:
-            # Additive: eager attention adds bools as 0 and 1, and masks nothing.
+            # The mask is additive, since eager attention adds bools as 0 and 1.
             dtype, ids = batch.inputs_embeds.dtype, batch.image_ids
             return build_vision_mask(batch.attention_mask, ids, dtype=dtype, window=window)
 
@@ -269,10 +274,9 @@ class VoraForCausalLM(nn.Module):
 
 
 def _flat(images: Images | None) -> list[Tensor]:
-    """All images of a batch in order."""
     flat: list[Tensor] = []
     where = "VoraForCausalLM: images"
-    expected = "(3, H, W) tensors as of VoraImageProcessor"
+    expected = "(3, H, W) tensors as from VoraImageProcessor"
     for number, sample in enumerate(() if images is None else images):
         which = f"sample {number}"
         if isinstance(sample, Tensor):
@@ -286,8 +290,10 @@ def _flat(images: Images | None) -> list[Tensor]:
 
 
 def _apart(module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
-    """Tensors that share memory (a tied head and embedding) each get their own: safetensors, which
-    Trainer saves with, refuses them else."""
+    """Clone tensors that share memory (a tied head and embedding).
+
+    Trainer saves with safetensors, which rejects shared memory.
+    """
     seen: set[int] = set()
     for key, tensor in state.items():
         if not isinstance(tensor, nn.Parameter) and tensor.numel():

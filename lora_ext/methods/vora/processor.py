@@ -1,4 +1,4 @@
-"""Images as they come to images as :class:`VisionPatchEmbed` takes them."""
+"""Image processor for :class:`VisionPatchEmbed`."""
 
 from __future__ import annotations
 
@@ -29,34 +29,35 @@ except ModuleNotFoundError as error:
     ) from error
 try:
     from PIL import Image as pillow
-except ModuleNotFoundError:  # arrays and tensors need none
+except ModuleNotFoundError:  # Arrays and tensors do not need Pillow.
     pillow = None
 
-#: Of CLIP, whose normalisation AIMv2 has, the paper's teacher.
+#: Normalisation of CLIP and of AIMv2, the paper's teacher.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
-#: What transformers writes into the file of any processor.
+#: Keys that transformers writes into the file of every processor.
 SERVICE = ("image_processor_type", "processor_class", "feature_extractor_type", "auto_map")
 
 
 class VoraImageProcessor(BaseImageProcessor):
-    """Resizes, rescales and normalises images, each to a size of its own.
+    """Processor that resizes, rescales and normalises images of different sizes.
 
-    With transformers' habits: ``from_pretrained``, ``save_pretrained``, keywords of a call that
-    override the settings, ``return_tensors``. No image is padded or cropped.
+    It follows transformers: ``from_pretrained``, ``save_pretrained``, keywords of a call that
+    override the settings, and ``return_tensors``. Images are not padded or cropped.
 
     Args:
         patch: p; sides become multiples of it.
-        do_resize: to the size of :func:`smart_resize`; else sides must be such multiples.
+        do_resize: resize to :func:`smart_resize`; otherwise sides must be multiples of the patch.
         min_pixels, max_pixels: bounds of the area.
-        resample: Pillow's number: 0 nearest, 2 bilinear, 3 bicubic; smoothed where the image
-            shrinks.
-        do_rescale, rescale_factor: whether values are multiplied, and by what.
-        do_normalize, image_mean, image_std: ``(x - mean) / std``, a number for each channel.
+        resample: Pillow's number: 0 nearest, 2 bilinear, 3 bicubic; 2 and 3 antialias when
+            shrinking.
+        do_rescale, rescale_factor: whether to multiply the values, and the factor.
+        do_normalize, image_mean, image_std: ``(x - mean) / std``, with one number per channel.
 
     Raises:
-        ValueError: a setting out of range. TypeError: an unknown one.
+        ValueError: if a setting is out of range.
+        TypeError: if a setting is unknown.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 (as transformers declares it)
@@ -77,7 +78,7 @@ class VoraImageProcessor(BaseImageProcessor):
     ):
         where = "VoraImageProcessor"
         for name in service:
-            require(name in SERVICE, where, name, f"one of {FIELDS}", "another name", TypeError)
+            require(name in SERVICE, where, name, f"one of {FIELDS}", repr(name), TypeError)
         super().__init__()
         integer(where, "patch", patch, 1)
         integer(where, "max_pixels", max_pixels, 1)
@@ -97,7 +98,7 @@ class VoraImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A processor with these settings; keywords override them, and are checked as they are."""
+        """Make a processor with these settings; keywords override them and are also checked."""
         wants_rest = kwargs.pop("return_unused_kwargs", False)
         ours = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
         processor = cls(**{**image_processor_dict, **ours})
@@ -106,28 +107,30 @@ class VoraImageProcessor(BaseImageProcessor):
     def preprocess(
         self, images: Any, *args: Any, return_tensors: str | None = None, **overrides: Any
     ) -> BatchFeature:
-        """Images for the model.
+        """Process images for :class:`VoraForCausalLM`.
 
         Args:
-            images: an image, a list of images, or for each sample its list of images. An image is a
-                Pillow image, a path to one, or a numpy array or tensor ``(3, H, W)``,
-                ``(H, W, 3)``, with 4 channels (the last, opacity, is dropped) or 1, or ``(H, W)``;
-                a batch of such is a list of images. Where both ends could be channels, the first
-                are.
-            return_tensors: "pt" or "np": one array of all images, which then have one size.
+            images: an image, a list of images, or one list of images per sample. An image is a
+                Pillow image, a path to one, or a numpy array or tensor: ``(H, W)``, ``(C, H, W)``
+                or ``(H, W, C)`` with 1, 3 or 4 channels, of which the fourth (opacity) is dropped.
+                If both the first and the last size could be C, the first is. A batch of arrays is a
+                list of images.
+            return_tensors: "pt" or "np" for one array of all images, which must get one size.
             overrides: settings of this call.
 
         Returns:
-            ``pixel_values``: a list of tensors ``(3, H, W)`` in float32, or for each sample its
-            list, as they were given: what :class:`VoraForCausalLM` takes. ``image_grids``: ``(h,
-            w)`` patches of each image, one list for all.
+            ``pixel_values``: tensors ``(3, H, W)`` in float32, as a list or one list per sample,
+            like ``images``. ``image_grids``: ``(h, w)`` patches of each image, in one list.
 
         Raises:
-            ValueError: no image; a size that cannot be; sizes that differ where one array is asked
-                for. TypeError: something else than an image, images of bools, an unknown setting.
-            ModuleNotFoundError: a path, without Pillow.
+            ValueError: if a size is invalid, or one array is requested of no image or of several
+                sizes.
+            TypeError: if something is not an image, has bools as values, or a setting is unknown.
+            ModuleNotFoundError: if ``images`` has a path and Pillow is missing.
         """
-        require(not args, "VoraImageProcessor", "images", "alone", f"{len(args)} more", TypeError)
+        require(
+            not args, "VoraImageProcessor", "args", "nothing after images", len(args), TypeError
+        )
         if overrides:
             settings = {name: getattr(self, name) for name in FIELDS} | overrides
             return type(self)(**settings).preprocess(images, return_tensors=return_tensors)
@@ -146,7 +149,7 @@ class VoraImageProcessor(BaseImageProcessor):
         places: Any = grids
         if return_tensors is not None:
             sizes = [tuple(image.shape[1:]) for image in flat]
-            expected = f"images that become one size where return_tensors is {given}"
+            expected = f"images that become one size if return_tensors is {given}"
             require(len(set(sizes)) == 1, where, "images", expected, sizes)
             values, places = torch.stack(flat), torch.tensor(grids)
         if return_tensors == "np":
@@ -154,7 +157,6 @@ class VoraImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": values, "image_grids": places})
 
     def _prepare(self, image: Any) -> Tensor:
-        """One image: ``(3, H, W)`` in float32."""
         pixels = _to_tensor(image)
         is_integer = not pixels.is_floating_point()
         pixels = pixels.float()
@@ -163,18 +165,18 @@ class VoraImageProcessor(BaseImageProcessor):
         if self.do_resize:
             target = smart_resize(height, width, self.patch, self.min_pixels, self.max_pixels)
         whole = not (target[0] % self.patch or target[1] % self.patch)
-        expected = f"multiples of the patch {self.patch} where do_resize is False"
+        expected = f"multiples of the patch {self.patch} if do_resize is False"
         require(whole, "VoraImageProcessor", "images", expected, f"{height} x {width}")
         if target != (height, width):
             mode, smooth = FILTERS[self.resample], self.resample != 0
             pixels = F.interpolate(pixels[None], target, mode=mode, antialias=smooth)[0]
             if is_integer:
-                pixels = pixels.clamp(0, 255)  # a cubic overshoots
+                pixels = pixels.clamp(0, 255)  # Bicubic interpolation overshoots.
         if self.do_rescale:
             if not is_integer and pixels.min() >= 0 and 0 < pixels.max() <= 1:
                 warnings.warn(
-                    "VoraImageProcessor: images: expected values of 0 to 255 where do_rescale is "
-                    "True, found none above 1; pass do_rescale=False",
+                    "VoraImageProcessor: images: expected values of 0 to 255 for do_rescale=True, "
+                    f"found a maximum of {pixels.max():.4g}; pass do_rescale=False",
                     stacklevel=2,
                 )
             pixels = pixels * self.rescale_factor
@@ -184,12 +186,11 @@ class VoraImageProcessor(BaseImageProcessor):
         return pixels
 
 
-#: The settings, in the order of the arguments; the last argument takes transformers' own.
+#: Settings in the order of the arguments, without the last one, which takes transformers' keys.
 FIELDS = tuple(inspect.signature(VoraImageProcessor).parameters)[:-1]
 
 
 def _are_three_numbers(values: Any) -> bool:
-    """Whether it is a sequence of three finite numbers."""
     return (
         isinstance(values, Sequence | np.ndarray)
         and len(values) == 3
@@ -198,7 +199,6 @@ def _are_three_numbers(values: Any) -> bool:
 
 
 def _as_list(images: Any) -> list[Any]:
-    """The images of a sample."""
     if images is None:
         return []
     several = isinstance(images, list | tuple) or _is_batch(images)
@@ -210,7 +210,7 @@ def _is_batch(images: Any) -> bool:
 
 
 def _to_tensor(image: Any) -> Tensor:
-    """``(3, H, W)``, values as they are."""
+    """Convert an image to a tensor ``(3, H, W)`` with unchanged values."""
     if isinstance(image, str | os.PathLike):
         if pillow is None:
             needs = f"reading {os.fspath(image)} needs Pillow; {EXTRA}"

@@ -1,5 +1,5 @@
-"""Images among text: each placeholder in the token ids gives way to the tokens of its image, whose
-patches then see each other."""
+"""Images in text: replaces each placeholder by the tokens of its image, which attend to each
+other in both directions."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lora_ext._checks import choice, require
 from lora_ext.layers import IGNORE
 
 PLACEHOLDER = -200
-TEXT = -1  # in image_ids
+TEXT = -1  # value of text and padding in image_ids
 
 Side = Literal["left", "right"]
 
 
 class Spliced(NamedTuple):
-    """A batch of text and images, as a decoder takes it; ``T`` is the longest sample's length."""
+    """Batch of text and images for a decoder; ``T`` is the length of the longest sample."""
 
     inputs_embeds: Tensor  # (B, T, d), zero on padding
-    vision_mask: Tensor  # (B, T) bool: the tokens of images
-    image_ids: Tensor  # (B, T) int32: which image of its sample a token is of, -1 for none
-    attention_mask: Tensor  # (B, T) int64: 1 on text and images, 0 on padding
-    labels: Tensor | None  # (B, T): -100 on images and padding; None where none were given
-    position_ids: Tensor  # (B, T) int64: cumsum(attention_mask) - 1, and 0 on padding before it
+    vision_mask: Tensor  # (B, T) bool, True for tokens of images
+    image_ids: Tensor  # (B, T) int32, number of the token's image in its sample, otherwise -1
+    attention_mask: Tensor  # (B, T) int64, 1 on text and images, 0 on padding
+    labels: Tensor | None  # (B, T), -100 on images and padding; None without labels
+    position_ids: Tensor  # (B, T) int64, cumsum(attention_mask) - 1, but 0 on padding before it
 
 
 def splice_images(
@@ -40,26 +40,29 @@ def splice_images(
     placeholder: int = PLACEHOLDER,
     padding_side: Side = "right",
 ) -> Spliced:
-    """Put the tokens of images where the placeholders stand.
+    """Replace placeholders by the tokens of their images.
 
-    Padding of the input is dropped and laid anew, since samples grow by different lengths.
+    The padding of the input is removed and added again, since samples grow by different lengths.
 
     Args:
-        input_ids: ``(B, S)`` integers, with a placeholder for each image.
-        embed: ids ``(n,)`` to ``(n, d)``, such as ``model.get_input_embeddings()``; called once,
-            for all text of the batch, and never with a placeholder.
-        image_tokens: for each sample its images' tokens ``(N, d)`` in order, as a list or, of one
-            image, as they are; an empty list or None where it has none. None for a batch of text.
+        input_ids: ``(B, S)`` integers, with one placeholder per image.
+        embed: maps ids ``(n,)`` to ``(n, d)``, such as ``model.get_input_embeddings()``; called
+            once with all text of the batch, without placeholders.
+        image_tokens: one list per sample with the tokens ``(N, d)`` of its images in order. A
+            sample with one image may be that tensor; a sample without images may be an empty list
+            or None. None for a batch of text.
         attention_mask: ``(B, S)``, bool or 0 and 1; 0 is padding. Default: no padding.
-        labels: ``(B, S)``. placeholder: its id. padding_side: where the new padding is.
+        labels: ``(B, S)``.
+        placeholder: id of the placeholders.
+        padding_side: side of the new padding.
 
     Returns:
-        :class:`Spliced`; embeddings have the dtype and device of ``embed``'s.
+        :class:`Spliced`; its embeddings have the dtype and device of those of ``embed``.
 
     Raises:
-        ValueError: another number of images than of placeholders in a sample, which is named with
-            both; another number of samples; tokens of another width; shapes that disagree; another
-            ``padding_side``. TypeError: ids that are no integers.
+        ValueError: if a sample has different numbers of images and placeholders, or the number of
+            samples, the width of tokens, a shape or ``padding_side`` is wrong.
+        TypeError: if the ids are not integers.
     """
     where = "splice_images"
     shape = tuple(input_ids.shape)
@@ -84,7 +87,7 @@ def splice_images(
     is_image = valid & (input_ids == placeholder)
     is_text = valid & ~is_image
     where = f"{where}: image_tokens"
-    # Before the lookup: another placeholder's id is out of its range.
+    # This precedes the lookup, since the id of another placeholder would be out of range.
     for sample, (count, tokens) in enumerate(zip(is_image.sum(1).tolist(), images, strict=True)):
         expected = f"as many images as placeholders, {count}"
         require(count == len(tokens), where, f"sample {sample}", expected, len(tokens))
@@ -119,7 +122,7 @@ def splice_images(
 
 
 def _as_bool(where: str, mask: Tensor) -> Tensor:
-    """A mask of bools, or of numbers that are all 0 or 1, as bools."""
+    """Convert a mask of bools, or of numbers 0 and 1, to bools."""
     if mask.dtype != torch.bool:
         others = mask[(mask != 0) & (mask != 1)]
         if len(others):
@@ -131,14 +134,16 @@ def _as_bool(where: str, mask: Tensor) -> Tensor:
 def _row(
     is_image: Tensor, text: Tensor, images: list[Tensor], labels: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """A sample without padding: embeddings, image ids, attention mask and, where given, labels.
-    ``is_image (n,)`` is where the placeholders stand; ``text`` are the others' embeddings."""
+    """Return a sample without padding: embeddings, image ids, attention mask and labels (if given).
+
+    ``is_image (n,)`` marks the placeholders; ``text`` has the embeddings of the other ids.
+    """
     sizes = torch.ones_like(is_image, dtype=torch.int64)
     sizes[is_image] = sizes.new_tensor([len(one) for one in images])
     number = torch.where(is_image, is_image.cumsum(0) - 1, TEXT)
     image_ids = number.repeat_interleave(sizes).to(torch.int32)  # (T,)
 
-    # Runs of text between the images, one more than there are images.
+    # There is one more run of text than there are images.
     places = [-1, *is_image.nonzero()[:, 0].tolist(), len(is_image)]
     runs = text.split([after - before - 1 for before, after in itertools.pairwise(places)])
     pieces = [runs[0]]
@@ -158,33 +163,33 @@ def build_vision_mask(
     past_length: int = 0,
     window: int | None = None,
 ) -> Tensor:
-    """The attention mask of a batch of text and images.
+    """Build the attention mask of a batch of text and images.
 
-    ``allow[b, i, j] = valid[b, j] and (j <= i or image_ids[b, i] == image_ids[b, j] >= 0)``, and
-    besides ``allow[b, i, i]`` for a query i of padding, so that no row is empty. Two images that
-    touch have different ids and do not see each other beyond the order of the sequence.
+    ``allow[b, i, j] = valid[b, j] and (j <= i or image_ids[b, i] == image_ids[b, j] >= 0)``. In
+    addition, ``allow[b, i, i]`` is True for a padding query i, so that no row is empty. Adjacent
+    images have different ids and attend to each other in causal order only.
 
     Args:
         attention_mask: ``(B, T)``, bool or 0 and 1; 0 is padding.
-        image_ids: ``(B, T)`` integers, as :func:`splice_images` makes them: which image of its
-            sample a token is of, -1 for text and padding.
-        bidirectional: False leaves the order of the sequence alone, for images too.
-        dtype: of an additive mask, 0 where it is allowed and the least finite number elsewhere;
-            None gives bools. Eager attention of transformers wants the additive form: it adds bools
-            as 0 and 1, and masks nothing.
-        past_length: so many of the T tokens lie in the cache: they are keys, and no queries.
-        window: of layers with sliding attention, which see so many tokens, ``j > i - window``; an
-            image is seen as a whole.
+        image_ids: ``(B, T)`` integers from :func:`splice_images`: number of the token's image in
+            its sample, -1 for text and padding.
+        bidirectional: False uses causal order for images too.
+        dtype: dtype of an additive mask, with 0 for allowed pairs and the lowest finite number for
+            others; None returns bools. Eager attention of transformers needs the additive form: it
+            would add bools as 0 and 1, which masks nothing.
+        past_length: number of the T tokens that are in the cache; they are keys but not queries.
+        window: window of layers with sliding attention, ``j > i - window``; the tokens of an image
+            always see the whole image.
 
     Returns:
         ``(B, 1, T - past_length, T)``.
 
     Raises:
-        ValueError: shapes that disagree, numbers other than 0 and 1 in the attention mask, an image
-            whose tokens are apart, or cut by the end of the cache; a ``past_length`` outside
-            [0, T]; a window below 1; a dtype that is not floating.
+        ValueError: if shapes disagree; the attention mask has other values than 0 and 1; the tokens
+            of an image are not adjacent, or are split by the end of the cache; ``past_length`` is
+            outside [0, T]; the window is below 1; or the dtype is not floating-point.
 
-    Source: arXiv 2503.20680. The released code takes images that touch for one; here they are two.
+    Source: arXiv 2503.20680. The released code treats adjacent images as one; here they are two.
     """
     where = "build_vision_mask"
     shape, found = tuple(attention_mask.shape), tuple(image_ids.shape)
@@ -196,7 +201,7 @@ def build_vision_mask(
     require(0 <= past_length <= length, where, "past_length", f"0 to {length}", past_length)
     require(window is None or window >= 1, where, "window", "at least 1 or None", window)
     valid = _as_bool(where, attention_mask)
-    past = past_length if bidirectional else 0  # an image is not cut by the end of the cache
+    past = past_length if bidirectional else 0  # Causal images may be split by the cache's end.
     for sample, ids in enumerate(image_ids.tolist()):
         which = f"sample {sample}"
         starts = [i for i, _ in itertools.groupby(ids) if i >= 0]

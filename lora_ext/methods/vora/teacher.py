@@ -1,4 +1,4 @@
-"""What a vision transformer makes of images, block by block: the teacher of the distillation."""
+"""Hidden states of a vision transformer, the teacher of the distillation."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .config import Pairing
 
 
 class TeacherStates(NamedTuple):
-    """What a teacher made of the images of a batch, in their order."""
+    """States of a teacher for the images of a batch, in their order."""
 
-    states: list[Tensor]  # for each block (M, d_v), without class token and registers
+    states: list[Tensor]  # one (M, d_v) per block, without class token and registers
     grids: list[tuple[int, int]]  # rows and columns of patches of each image
 
 
@@ -30,24 +30,24 @@ def teacher_states(
     n_blocks: int,
     pairing: Pairing = "output",
 ) -> TeacherStates:
-    """The states of the first blocks of a vision transformer, for :func:`block_distill_loss`.
+    """Compute the states of a vision transformer's first blocks for :func:`block_distill_loss`.
 
-    Images of different sizes are passed in groups of one size. Hooks take the states, since a
-    transformers model's last ``hidden_states`` are after its final norm.
+    Images are passed in groups of one size. Hooks collect the states, since the last
+    ``hidden_states`` of a transformers model are after its final norm.
 
     Args:
-        teacher: a vision model of transformers (ViT, CLIP's, AIMv2 ...), in evaluation mode.
-        images: ``(3, H, W)`` tensors as the teacher wants them, or for each sample its list.
-        n_blocks: so many blocks.
-        pairing: "output" takes what a block returns; "released" what it is given, as the released
-            code does.
+        teacher: vision model of transformers (ViT, CLIP's, AIMv2 ...) in evaluation mode.
+        images: ``(3, H, W)`` tensors, preprocessed for the teacher, or one list of them per sample.
+        n_blocks: number of blocks.
+        pairing: "output" collects the outputs of the blocks; "released" their inputs, as in the
+            released code.
 
     Returns:
         :class:`TeacherStates`.
 
     Raises:
-        ValueError: a teacher of fewer blocks, in training mode, or that drops patches; images whose
-            sides are no multiples of its patches; another pairing.
+        ValueError: if the teacher has fewer blocks, is in training mode or drops patches, the sides
+            of an image are not multiples of the patch, or ``pairing`` is unknown.
     """
     where = "teacher_states"
     mode = "training mode; call teacher.eval()"
@@ -77,7 +77,7 @@ def teacher_states(
             count, patches = hidden.shape[1], grid[0] * grid[1]
             expected = f"blocks that keep all {patches} patches of an image"
             require(count >= patches, where, "teacher", expected, f"{count} tokens")
-            first = count - patches  # they come last, after a class token and registers
+            first = count - patches  # The patches follow the class token and registers.
             for i, tokens in zip(own, hidden[:, first:], strict=True):
                 of_block[i] = tokens
     if not flat:
