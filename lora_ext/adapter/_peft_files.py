@@ -83,8 +83,8 @@ class CheckedAdapter:
                 reader = self.index.bypassed[module]
                 raise NotImplementedError(
                     f"{where}: expected zeros, found up to {parts['b'].abs().max().item():.6g}, "
-                    f"which would not be served: {reader} reads the weight of this module and never "
-                    "calls it"
+                    f"which would not be served: {reader} reads the weight of this module and "
+                    "never calls it"
                 )
             factors = Factors(**parts, scaling=self.scalings[module], embedding=embedding)
             yield self.index.specs[module], factors

@@ -103,7 +103,7 @@ def test_a_resized_vocabulary_is_refused_until_the_model_has_it(strict, tmp_path
     ):
         pool_of(model).load("larger", tmp_path, strict=strict)
     model.resize_token_embeddings(70)  # the new rows are not the trained ones
-    with pytest.raises(ValueError, match="expected the base model's own values, found different ones"):
+    with pytest.raises(ValueError, match="the base model's own values, found different ones"):
         pool_of(model).load("larger", tmp_path, strict=strict)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     with torch.no_grad():  # the remedy that the message names
@@ -145,7 +145,7 @@ def test_the_pool_does_not_keep_the_model_alive_and_says_when_it_is_gone(tmp_pat
     del model
     gc.collect()
     for strict in (True, False):
-        with pytest.raises(ValueError, match=rf"{HEAD}\.base_layer\.weight: .* found a deleted model"):
+        with pytest.raises(ValueError, match=rf"{HEAD}\.base_layer.* found a deleted model"):
             pool.load("a", tmp_path, strict=strict)
 
 

@@ -40,7 +40,7 @@ NOT_FINITE[1, 2] = math.inf
 FAULTS = {
     "failed": (
         dataclasses.replace(make_update(7), failed=True),
-        "reply: expected a trained update, found one that says it failed",
+        "reply: expected a trained update, found one marked as failed",
     ),
     "nested": (
         with_tensor(A0, torch.nested.nested_tensor([torch.ones(5), torch.ones(2)])),
@@ -72,7 +72,7 @@ FAULTS = {
     ),
     "an unknown name": (
         with_tensor("x.lora_A.weight", torch.ones(3, 5)),
-        "x.lora_A.weight: expected a name of the global state's, found none that it has",
+        "x.lora_A.weight: expected a name of the global state, found another name",
     ),
     "a name that is no string": (
         dataclasses.replace(make_update(7), tensors={1: torch.ones(1)}),
