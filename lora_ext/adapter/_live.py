@@ -112,7 +112,7 @@ def _describe(
 
     for name, layer in layers.items():
         expected = "an adapter of the base weight"
-        found = f"one whose initialisation {layer.init_lora_weights[adapter]!r} changed it"
+        found = f"one whose initialisation ({layer.init_lora_weights[adapter]!r}) changed it"
         require(layer.base_changed_by != adapter, where, name, expected, found, NotImplementedError)
     inits = {layer.init_lora_weights[adapter] for layer in layers.values()}
     inits = {init.lower() if isinstance(init, str) else init for init in inits}

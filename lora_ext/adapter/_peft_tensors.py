@@ -230,9 +230,11 @@ def _read_bin(path: Path) -> StateDict:
                 entries = archive.infolist()
         except Exception as error:  # zipfile raises various exceptions for a damaged directory
             raise ValueError(f"{where}: expected a zip written by torch.save: {error}") from None
-        stored = all(e.compress_type == zipfile.ZIP_STORED for e in entries)
-        stored = stored and sum(e.file_size for e in entries) <= size
-        require(stored, where, "zip", "stored zip entries", "compressed or oversize ones")
+        compressed = sum(e.compress_type != zipfile.ZIP_STORED for e in entries)
+        total = sum(e.file_size for e in entries)
+        found = f"{compressed} compressed entries and {total} bytes in a file of {size}"
+        stored = compressed == 0 and total <= size
+        require(stored, where, "zip", "stored zip entries", found)
         file.seek(0)
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)

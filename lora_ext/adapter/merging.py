@@ -288,7 +288,8 @@ def _size(factors: Factors) -> str:
 def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
     """Raise for what cannot be summed: magnitudes, whole modules, values that are not finite."""
     base: dict[str, tuple[str, Tensor]] = {}
-    biased = any(f.bias is not None for v in adapters.values() for f in v.modules.values())
+    modules = (item for v in adapters.values() for item in v.modules.items())
+    biased = next((name for name, f in modules if f.bias is not None), None)
     for label, adapter in adapters.items():
         at = f"{where}: {label}"
         for key in adapter.replacements:
@@ -300,9 +301,9 @@ def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
             found = "a magnitude, whose sum depends on the base weight: merge it into that first"
             require(plain, at, name, "no DoRA", found, NotImplementedError)
             check_matrices(factors, f"{at}: {name}")
-            fits = not (biased and factors.embedding)
+            fits = biased is None or not factors.embedding
             expected = "no lora_bias beside an adapted embedding, as PEFT does"
-            require(fits, at, name, expected, "one in another module", NotImplementedError)
+            require(fits, at, name, expected, f"one in {biased}", NotImplementedError)
         for key, weight in adapter.base_weights.items():
             other, known = base.setdefault(key, (label, weight))
             expected = f"the base model's weight as in {other}"

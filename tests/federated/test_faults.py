@@ -76,7 +76,7 @@ FAULTS = {
     ),
     "a name that is no string": (
         dataclasses.replace(make_update(7), tensors={1: torch.ones(1)}),
-        "1: expected a name of the global state's",
+        "1: expected a name of the global state",
     ),
     "outside the plan": (
         dataclasses.replace(make_update(7), plan=LayerPlan((1, 2))),

@@ -138,13 +138,14 @@ class _Division:
             return {n: p[0] for n, p in both.items()}, {n: p[1] for n, p in both.items()}
         if isinstance(value, _PLAIN):
             return value, value
-        raise Unfit(f"a block gets a {type(value).__name__}")
+        raise Unfit(f"a block has an argument of type {type(value).__name__}")
 
     def check_unchanged(self) -> None:
         """Raise for a block that writes into its arguments. Both calls would write into one tensor,
         and the second would change values that the first needs for its backward."""
-        if any(value._version != version for value, version in self._versions):
-            raise Unfit("a block changes a tensor that it gets")
+        for value, version in self._versions:
+            if value._version != version:
+                raise Unfit(f"a block changes an argument of shape {list(value.shape)}")
 
     def joined(self, first: Any, rest: Any) -> Any:
         """Concatenate two outputs in the structure that one call would have returned."""
@@ -166,4 +167,5 @@ def _check_close(parts: Any, whole: Any) -> None:
         parts, whole = parts[0], whole[0]
     eps = torch.finfo(whole.dtype).eps ** 0.5
     if not torch.allclose(parts, whole, rtol=eps, atol=eps, equal_nan=True):
-        raise Unfit("a block computes other values for a part of its rows")
+        error = float((parts - whole).abs().max())
+        raise Unfit(f"a block computes other values for a part of its rows (error {error:.3g})")
