@@ -103,7 +103,7 @@ def find_rows(
         problems = {
             "LoRA factors": each in adapted,
             "modules_to_save": config.saves_whole(f"{each}.weight"),
-            "a bias": f"{each}.bias" in index.weights,  # PEFT would not replace it
+            "a bias": f"{each}.bias" in index.weights,  # PEFT would omit it
             "a module that the pool does not serve": each not in index.modules,
         }
         found = " and ".join(name for name, holds in problems.items() if holds)

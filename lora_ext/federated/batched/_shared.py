@@ -28,12 +28,13 @@ from ._client_layers import WHERE, BatchRows, supported
 def shared_names(
     model: nn.Module, shared: str | Sequence[str] | None, pattern: str
 ) -> tuple[str, ...]:
-    """Return the parameters outside the adapters that ``shared``, a pattern or names, selects.
+    """Return the parameters outside the adapters that ``shared``, a pattern or names, selects, in the
+    order of the model.
 
     Raises:
         ValueError: a pattern is invalid or matches nothing; the model lacks a name.
-        UnsupportedModule: a named parameter cannot have one copy per client: it is in a layer,
-            contains an adapter, belongs to two modules, or has integers.
+        UnsupportedModule: a named parameter cannot have one copy per client: it is in a layer, its
+            module contains or is part of an adapted one, two modules share it, or it has integers.
     """
     if shared is None:
         return ()
@@ -146,7 +147,7 @@ def _rows(value: Any, part: slice, total: int) -> Any:
 def start_of(
     name: str, model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> Tensor:
-    """Return the initial value of a parameter: the state's, else the model's."""
+    """Return the initial value of a parameter, the state's or else the model's; check the shape."""
     parameter = model.get_parameter(name)
     value = state.get(name, parameter).detach()
     require(value.shape == parameter.shape, WHERE, name, list(parameter.shape), list(value.shape))

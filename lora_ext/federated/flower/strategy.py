@@ -148,7 +148,7 @@ class LoraStrategy(FedAvg):
     # --- hooks -------------------------------------------------------------------------------
 
     def before_round(self, round: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
-        """Return a changed adapter before the plans of a round are made, or None.
+        """Change the adapter before the plans of a round are made. The default does nothing.
 
         Args:
             round: its number, from 1.
