@@ -24,8 +24,8 @@ class LoraLayerManager:
     """The layers of a model's adapter, as a federated client trains them.
 
     A layer consists of all the adapter's parameters in one block of the model. A *planned* layer
-    trains. The others are either *frozen*, which computes without gradients, or *disabled*, which
-    computes only the base layer. Their gradients are removed, so that an optimizer's weight decay
+    trains. A *frozen* layer computes, but its parameters get no gradients. A *disabled* layer
+    computes only its base layer. Gradients of both are removed, so that an optimizer's weight decay
     does not change them. Modules of the adapter outside all layers are always frozen. The base
     model's parameters and ``model.training`` do not change.
 

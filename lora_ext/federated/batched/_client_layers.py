@@ -173,7 +173,7 @@ class UnsupportedModule(ValueError):
 
 
 def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
-    """Raise for modules that mix rows or drop values, and for adapters that payloads do not allow."""
+    """Raise for modules that mix rows or drop values, and for adapters that payloads lack."""
     own = {
         id(layer.lora_dropout[adapter])
         for name, layer in _layers(model, adapter, pattern)

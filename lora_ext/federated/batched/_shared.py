@@ -28,8 +28,9 @@ from ._client_layers import WHERE, BatchRows, supported
 def shared_names(
     model: nn.Module, shared: str | Sequence[str] | None, pattern: str
 ) -> tuple[str, ...]:
-    """Return the parameters outside the adapters that ``shared``, a pattern or names, selects, in the
-    order of the model.
+    """Return the parameters outside the adapters that ``shared``, a pattern or names, selects.
+
+    Names are in the order of the model.
 
     Raises:
         ValueError: a pattern is invalid or matches nothing; the model lacks a name.

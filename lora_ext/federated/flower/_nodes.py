@@ -51,8 +51,8 @@ class Nodes:
     def meet(self, grid: Grid, nodes: Iterable[int], timeout: float | None) -> None:
         """Query the identity of new nodes.
 
-        A node without a partition keeps its node id as its client. A node that does not answer does
-        so until it is queried again in the next round.
+        The client of a node without a partition is its node id. The same is true for a node that
+        does not answer, until it is queried again in the next round.
         """
         connected = list(nodes)
         new = [node for node in connected if node not in self._asked]
