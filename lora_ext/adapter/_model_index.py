@@ -49,7 +49,7 @@ class LinearSpec:
     """A module that can have an adapter."""
 
     name: str
-    in_features: int  # number of tokens of an embedding
+    in_features: int  # for an embedding, the number of tokens
     out_features: int
     dtype: torch.dtype
     device: torch.device
@@ -171,7 +171,7 @@ class ModelIndex:
 
 
 def _input_embedding(model: Any, head: str | None) -> dict[str, Any]:
-    """Return the vocabulary of a transformers model, the name of its input embedding, and that of
+    """Return the vocabulary size of a transformers model, and the names of its input embedding and
     a tied head; omit the names if other modules share the weight, as encoder and decoder may."""
     try:
         embedding = model.get_input_embeddings()
