@@ -27,7 +27,7 @@ class Aggregate:
     Attributes:
         state: the new global state. Untrained tensors are the original objects; if the round was
             skipped, all are.
-        accepted: clients whose replies were averaged, in ascending order.
+        accepted: clients with valid replies, in ascending order.
         rejected: the reason by client, with key, expected and found.
         uncovered: layers that no accepted client trained.
         noise: by layer, the relative difference between averaging A and B separately and averaging

@@ -155,7 +155,7 @@ class LoraStrategy(FedAvg):
             state: the global adapter, by PEFT's names.
 
         Returns:
-            None, or the adapter for this round, such as one with other ranks.
+            None, or the adapter to continue with, such as one with other ranks.
         """
 
     def select(self, round: int, clients: Mapping[Client, int]) -> list[Client]:
