@@ -1,5 +1,5 @@
-"""``adapter_config.json``: a :class:`lora_ext.nn.LoraConfig` out of an untrusted file, and whether
-several of them name one base model."""
+"""Parsing of untrusted ``adapter_config.json`` files, and a check that several of them name one
+base model."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from lora_ext.layers import FREE, LoraConfig, checked_names, matches_suffix
 
 from ._model_index import ModelIndex
 
-#: Schemes of this package that PEFT does not know.
+#: Initialisations of this package that PEFT does not know.
 OWN_INITS = frozenset(FREE) - {"gaussian", "orthogonal"}
-# Where a file keeps one of them. PEFT refuses an unknown init_lora_weights before it loads what was
-# trained; of an unknown field it says that it is ignored.
+# Field that stores one of OWN_INITS in a file. PEFT raises for an unknown init_lora_weights before
+# it loads the tensors. For an unknown field it only warns.
 _INIT_FIELD = "lora_ext_init"
 
-# Read by nobody here: training only, or a record of where the adapter came from.
+# Fields that are not read here: training only, or a record of the adapter's origin.
 _IGNORED = frozenset(
     "auto_mapping base_model_name_or_path corda_config eva_config inference_mode "
     "loftq_config lora_dropout lora_ga_config megatron_config megatron_core "
     "peft_type peft_version qalora_group_size revision runtime_config "
     f"velora_config {_INIT_FIELD}".split()
 )
-# Each changes what the adapter computes. A value that means "off" (None, False, empty) is fine.
+# Fields that change what the adapter computes. A value that means "off" (None, False, empty) is
+# accepted.
 _REFUSED = {
     "ensure_weight_tying": "it adapts the output head that shares the embedding's weight as well",
     "layer_replication": "it changes the base model's layers",
@@ -41,12 +42,12 @@ _REFUSED = {
     "kasa_config": "KaSA truncates the base weight and adds a diagonal between the factors",
     "monteclora_config": "MonteCLoRA samples its factors",
 }
-# What every PEFT knows, and what needs no data and no base weight to begin with.
+# Values that every version of PEFT accepts and that need no data and no base weight.
 _PLAIN_INITS = (True, False, "gaussian")
 _INIT_SETTINGS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
-# Initialisations that subtract something from the base weight, which every other adapter shares.
+# Initialisations that subtract from the base weight, which all adapters share.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# The fields that decide which modules have which rank and scale.
+# Fields that are parsed: ranks, scales and the adapted modules.
 _READ = frozenset(
     "r lora_alpha rank_pattern alpha_pattern use_rslora use_dora fan_in_fan_out bias lora_bias "
     "target_modules exclude_modules layers_to_transform layers_pattern task_type "
@@ -55,9 +56,9 @@ _READ = frozenset(
 _REFUSED_BESIDE = {
     "target_parameters": dict.fromkeys(
         "lora_dropout use_dora lora_bias fan_in_fan_out velora_config".split(),
-        "adapters on experts have none, nor does PEFT have it",
+        "neither PEFT nor this package supports it on experts",
     ),
-    # What would reach the tokens before an activated adapter's start, whose keys others share.
+    # These change tokens before an activated adapter starts, whose keys other rows share.
     "alora_invocation_tokens": {
         "use_dora": "PEFT refuses it too",
         "modules_to_save": "a replaced module serves every token",
@@ -67,9 +68,9 @@ _REFUSED_BESIDE = {
 }
 _TRAINED_BIASES = ("all", "lora_only")
 
-# The Hub's cache, whose last component is a revision: models--org--name/snapshots/<revision>.
+# A folder of the Hub's cache: models--org--name/snapshots/<revision>.
 _CACHED = re.compile(r"models--(?:.+--)?(.+)")
-# Another storage of the same weights, on which adapters are often trained.
+# Suffix of a quantised copy of the same weights, on which adapters are often trained.
 _STORED = re.compile(r"[-_.](unsloth[-_.])?(bnb[-_.][48]bit|awq|gptq|fp8)$")
 
 Value = TypeVar("Value", int, float)
@@ -77,16 +78,16 @@ Value = TypeVar("Value", int, float)
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(LoraConfig):
-    """The parsed config. ``where`` names the file in errors."""
+    """A parsed ``adapter_config.json``. ``where`` names the file in errors."""
 
     target_modules: str | Iterable[str] | None = None
-    modules_to_save: str | Iterable[str] | None = None  # whole modules, in place of the base's
-    target_parameters: Iterable[str] | None = None  # of routed experts, by the ends of their names
-    # Rows of the input embedding in place of the base's: tokens, or by the end of its name.
+    modules_to_save: str | Iterable[str] | None = None  # modules that are replaced as a whole
+    target_parameters: Iterable[str] | None = None  # suffixes of names of routed experts
+    # Token ids whose rows of the input embedding are replaced, or such lists by embedding name.
     trainable_token_indices: Iterable[int] | Mapping[str, Iterable[int]] | None = None
-    base_bias: str = "none"  # which biases of the base model were trained: "all", "lora_only"
-    unknown: tuple[str, ...] = ()  # fields we have never heard of that are switched on
-    raw: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all fields, as read
+    base_bias: str = "none"  # trained biases of the base model: "all" or "lora_only"
+    unknown: tuple[str, ...] = ()  # unknown fields that are switched on
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all fields as read
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,8 +103,11 @@ class AdapterConfig(LoraConfig):
 
     @classmethod
     def parse(cls, raw: Any, where: str) -> AdapterConfig:
-        """Check every field of a JSON object or a ``peft.LoraConfig``; ``where`` opens what errors
-        say. What is not supported here is a NotImplementedError."""
+        """Check every field of a JSON object or a ``peft.LoraConfig``.
+
+        ``where`` is the prefix of error messages. A feature of PEFT that is not supported here
+        raises `NotImplementedError`.
+        """
         if hasattr(raw, "to_dict"):
             raw = raw.to_dict()
         if not isinstance(raw, Mapping):
@@ -124,27 +128,27 @@ class AdapterConfig(LoraConfig):
 
     @property
     def base_model(self) -> Any:
-        """``base_model_name_or_path`` as it was read: a record that nobody has checked."""
+        """``base_model_name_or_path`` as it was read, unchecked."""
         return self.raw.get("base_model_name_or_path")
 
     def saves_whole(self, weight: str) -> bool:
-        """Whether this weight of the base model lies in a module of ``modules_to_save``.
+        """Return whether this weight of the base model belongs to a module of ``modules_to_save``.
 
-        PEFT's rule: the end of a module's name, whether or not a dot comes before it.
+        Like PEFT, compares the end of a module's name, with or without a dot before it.
         """
         ends = tuple(self.modules_to_save or ())
         return any(owner.endswith(ends) for owner in _owners(weight)) if ends else False
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT's fields: those that are parsed, and the others as they were read.
+        """Return PEFT's fields: the parsed values, and all other fields as they were read.
 
-        How the factors began no longer matters: an initialisation that not every PEFT knows, or
-        that wants data, becomes True.
+        An initialisation that not every version of PEFT knows, or that needs data, becomes True,
+        since the factors are initialised already.
         """
         parsed = {key: value for key, value in super().to_dict().items() if key in _READ}
         saved = self.modules_to_save
         if self.alora_invocation_tokens is None and "alora_invocation_tokens" not in self.raw:
-            del parsed["alora_invocation_tokens"]  # which not every PEFT knows
+            del parsed["alora_invocation_tokens"]  # older versions of PEFT do not know this field
         parsed |= {"bias": self.base_bias, "modules_to_save": saved and list(saved)}
         raw = dict(self.raw)
         if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
@@ -159,15 +163,15 @@ class AdapterConfig(LoraConfig):
         others: Iterable[str] = (),
         **changes: Any,
     ) -> AdapterConfig:
-        """This configuration for other modules, each named in full, with these ranks and scales.
+        """Return this configuration with other modules, ranks and scales; module names are full.
 
         Args:
-            ranks: by name; all the modules that are to be adapted.
-            scalings: likewise. :meth:`ranks_and_scales` gives them back, save for the last bit of
-                one that no alpha gives exactly.
-            others: modules of the model, as far as they are known, that must not be adapted though
-                their names may end like those of ``ranks``.
-            changes: of other fields. ``use_rslora`` is obeyed.
+            ranks: rank by module name; these are all the modules to adapt.
+            scalings: scale by module name. :meth:`ranks_and_scales` returns the same values, except
+                for the last bit of a scale that no alpha gives exactly.
+            others: known modules of the model that must not be adapted, even if their names end
+                like those of ``ranks``.
+            changes: new values of other fields, ``use_rslora`` included.
         """
         names = tuple(sorted(ranks))
         rslora = changes.setdefault("use_rslora", self.use_rslora)
@@ -182,8 +186,8 @@ class AdapterConfig(LoraConfig):
         return config
 
     def targets(self, index: ModelIndex) -> set[str] | None:
-        """The modules and expert parameters that PEFT would adapt, or None: the config leaves it to
-        the tensors."""
+        """Return the modules and expert parameters that PEFT would adapt, or None if only the
+        tensors decide."""
         parameters = self.targeted_parameters(index) & index.experts.keys()
         if self.target_modules is None:
             return parameters or None
@@ -192,7 +196,7 @@ class AdapterConfig(LoraConfig):
             (*index.modules, *index.unsupported), (name for name in index.linear if name != head)
         )
         saved = tuple(self.modules_to_save or ())
-        if saved:  # PEFT's other rule: it puts no factors on what it saves whole
+        if saved:  # PEFT uses another rule here: it adapts no module that it saves as a whole
             found = {
                 name
                 for name in found
@@ -207,8 +211,8 @@ class AdapterConfig(LoraConfig):
         return found | parameters
 
     def targeted_parameters(self, index: ModelIndex) -> set[str]:
-        """The expert parameters that PEFT would adapt, in full; an entry that means none is
-        refused."""
+        """Return the full names of the expert parameters that PEFT would adapt; raise for an entry
+        that matches no parameter."""
         wanted = tuple(self.target_parameters or ())
         known = [name for names in index.parameters.values() for name in names]
         other = [each for each in wanted if not any(matches_suffix(n, (each,)) for n in known)]
@@ -220,14 +224,14 @@ class AdapterConfig(LoraConfig):
     def ranks_and_scales(
         self, names: Iterable[str]
     ) -> tuple[dict[str, tuple[int, float]], list[str]]:
-        """Per module, rank and scale; and the pattern keys that match none of the modules."""
+        """Return the rank and scale of each module, and the pattern keys that match no module."""
         found, unused = self.ranks_and_alphas(names)
         root = math.sqrt if self.use_rslora else float
         return {name: (r, alpha / root(r)) for name, (r, alpha) in found.items()}, unused
 
 
 def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each field that PEFT knows and this package does not support, and the reason."""
+    """Yield each field that PEFT knows and this package does not support, with the reason."""
     for name, reason in _REFUSED.items():
         if raw.get(name):
             yield name, f": {reason}"
@@ -243,7 +247,7 @@ def _refusals(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _token_rows(where: str, argument: str, given: Any) -> Any:
-    """Return ``trainable_token_indices``, by name if they are, as tuples of different tokens."""
+    """Return ``trainable_token_indices`` as tuples of distinct tokens, by name if it is a dict."""
     if not given:
         return None
     if isinstance(given, Mapping):
@@ -259,13 +263,13 @@ def _token_rows(where: str, argument: str, given: Any) -> Any:
 
 
 def _owners(name: str) -> list[str]:
-    """The modules around: ``a`` and ``a.b`` of ``a.b.weight``."""
+    """Return the enclosing modules: ``a`` and ``a.b`` for ``a.b.weight``."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def alpha_of(scaling: float, rank: int, rslora: bool) -> float:
-    """The ``lora_alpha`` whose scale is ``scaling``, or its neighbour where none has it exactly."""
+    """Return the ``lora_alpha`` that gives ``scaling``, or the nearest one if no float does."""
     root = math.sqrt(rank) if rslora else rank
     alpha = scaling * root
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
@@ -274,11 +278,11 @@ def alpha_of(scaling: float, rank: int, rslora: bool) -> float:
 
 
 def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
-    """The most frequent value, and PEFT's pattern for each name that has another."""
+    """Return the most frequent value, and PEFT's pattern for each name with another value."""
     common = Counter(values.values()).most_common(1)[0][0]
 
     def pattern(name: str) -> str:
-        # PEFT matches a pattern with the end of a name.
+        # PEFT compares a pattern with the end of a name.
         ends = any(other.endswith(f".{name}") for other in values)
         return f"^{re.escape(name)}" if ends else name
 
@@ -286,7 +290,8 @@ def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
 
 
 def longer_than(names: Iterable[str]) -> str:
-    """A regular expression for every longer name that ends with one of ``names`` and is none."""
+    """Return a regular expression for each longer name that ends with one of ``names`` but is not
+    itself in ``names``."""
     names = sorted(names)
     first = "|".join(sorted({re.escape(name.partition(".")[0]) for name in names}))
     longer = rf".+\.(?:{first})(?:\..*)?"
@@ -295,13 +300,13 @@ def longer_than(names: Iterable[str]) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
-# Base models, as far as names tell
+# Base models, compared by name
 
 
 class BaseModels:
-    """The base models of adapters that come together, by ``base_model_name_or_path``.
+    """The base models of adapters that are used together, by ``base_model_name_or_path``.
 
-    The first name is what the others are compared with; a name that is unknown says nothing.
+    Names are compared with the first one. Unknown names are skipped.
     """
 
     def __init__(self, expected: Any = None):
@@ -310,8 +315,8 @@ class BaseModels:
         self.meet("", expected, 1)
 
     def meet(self, where: str, name: Any, stacklevel: int) -> None:
-        """Warn if ``name`` is another model than the first, once for each; ``stacklevel`` is that
-        of the caller of this function."""
+        """Warn, once per name, if ``name`` is another model than the first; ``stacklevel`` is
+        relative to the caller of this method."""
         short = _short(name)
         if short is None or short in self._met:
             return
@@ -334,21 +339,21 @@ class BaseModels:
 
 
 def model_name(model: Any) -> Any:
-    """What PEFT would write into ``base_model_name_or_path``; None where the model has no name."""
+    """Return what PEFT writes into ``base_model_name_or_path``, or None for an unnamed model."""
     return getattr(model, "name_or_path", None)
 
 
 def _is_gone(name: str) -> bool:
     """Return whether a name is the absolute path of a folder that does not exist.
 
-    A path in the Hub's cache contains the name of its model, so it does not count.
+    A path inside the Hub's cache contains the name of its model and is never missing.
     """
     cached = any(_CACHED.fullmatch(part) for part in re.split(r"[/\\]", name))
     return os.path.isabs(name) and not cached and not os.path.isdir(name)
 
 
 def _short(name: Any) -> str | None:
-    """What a folder and a name on the Hub share: the last component; None where that is nothing."""
+    """Return the last component of a path or Hub name, normalised; None if there is no name."""
     parts = re.split(r"[/\\]", name) if isinstance(name, str) else []
     parts = [part for part in parts if part not in ("", ".", "..")]
     if not parts:

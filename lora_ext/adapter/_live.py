@@ -1,4 +1,4 @@
-"""An adapter out of a model in memory: PEFT's, or one with layers of :mod:`lora_ext.nn`."""
+"""Extraction of an adapter from a model in memory: PEFT's, or one with `lora_ext.nn` layers."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from lora_ext.layers import LoraLayer, matches_suffix
 from ._config import OWN_INITS, alpha_of, patterns
 from ._peft_tensors import PREFIX, parse_key
 
-# Where PEFT's target_modules name one of these, it saves the base weight beside the factors.
+# PEFT saves the base weight with the factors if target_modules name one of these.
 _SAVED_WHOLE = ("embed_tokens", "lm_head")
 
 
 def live_adapter(
     model: nn.Module, adapter: str | None, where: str
 ) -> tuple[Any, dict[str, Tensor]]:
-    """What saving an adapter, the active one if it is None, would write: a ``peft.LoraConfig`` or a
-    dict of its fields, and tensors that share the model's memory.
+    """Return the configuration and tensors that saving an adapter would write.
+
+    ``adapter=None`` takes the active one. The configuration is a ``peft.LoraConfig`` or a dict of
+    its fields, and the tensors share the model's memory.
 
     Raises:
-        ValueError: the model has no such adapter, or several are active; settings that layers of
-            ours have and PEFT's configuration cannot say. ``where``, caller and argument, opens the
-            message.
+        ValueError: the model has no such adapter, or several are active; its layers have settings
+            that PEFT's configuration cannot express. ``where`` is the prefix of the message.
     """
     configs = getattr(model, "peft_config", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if isinstance(configs, Mapping):
         active: Any = []
-        if adapter is None:  # transformers refuses the question where PEFT alone put the layers in
+        if adapter is None:  # transformers raises here if PEFT alone added the layers
             active = getattr(model, "active_adapters", [])
             if callable(active):  # a method of transformers, a property of PEFT
                 active = active()
@@ -53,7 +54,7 @@ def live_adapter(
 def _chosen(adapter: str | None, known: Iterable[str], active: Iterable[str], where: str) -> str:
     if adapter is None:
         active = list(active)
-        expected = f"a name, where not one adapter is active but {active}"
+        expected = f"a name, since the active adapters are {active}"
         require(len(active) == 1, where, "adapter_name", expected, "None")
         return active[0]
     require(adapter in known, where, "adapter", f"one of {list(known)}", repr(adapter))
@@ -77,12 +78,12 @@ def _state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 def _replacements(
     model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What PEFT trains in the place of the base model's own, under the names of a file."""
+    """Return the trained replacements of base tensors, under PEFT's names in a file."""
     own = f".modules_to_save.{adapter}."
     found = {name.replace(own, "."): value for name, value in tensors.items() if own in name}
     own, seen = f".trainable_tokens_delta.{adapter}", set()
     for name, value in tensors.items():
-        if name.endswith(own) and value.data_ptr() not in seen:  # a tied head has the embedding's
+        if name.endswith(own) and value.data_ptr() not in seen:  # a tied head shares this tensor
             seen.add(value.data_ptr())
             found[name.removesuffix(f".{adapter}")] = value
     configs: Any = getattr(model, "peft_config", {})
@@ -99,13 +100,13 @@ def _replacements(
 def _describe(
     layers: dict[str, LoraLayer], adapter: str, names: Iterable[str], where: str
 ) -> dict[str, Any]:
-    """PEFT's configuration of an adapter in these layers, each named in full."""
+    """Return PEFT's configuration of an adapter in these layers; module names are full."""
 
     def everywhere(field: str) -> bool:
         values = {name: getattr(layer, field)[adapter] for name, layer in layers.items()}
         others = [name for name, value in values.items() if not value]
-        expected = "the same in every layer, which is all that PEFT's configuration can say"
-        found = f"it off in {', '.join(others[:4])} alone"
+        expected = "the same value in every layer, since PEFT's configuration has one for all"
+        found = f"it off in {others[:4]}"
         require(len(others) in (0, len(values)), where, field, expected, found)
         return not others
 

@@ -1,4 +1,4 @@
-"""``b @ a`` by its thin factors: cut to a smaller rank, or widened, and always able to learn.
+"""Low-rank products ``b @ a``: norms, truncation, padding, and new rows for ranks that are zero.
 
 The product is never formed.
 """
@@ -20,23 +20,23 @@ DRAWN_ROW_NORM = 3**-0.5
 
 
 def wide(factor: Tensor) -> Tensor:
-    """A factor as a float64 matrix on the CPU; a convolution's kernel belongs to its inputs."""
+    """Return a factor as a float64 matrix on the CPU; kernel dimensions count as inputs."""
     return factor.detach().flatten(1).to("cpu", torch.float64)
 
 
 def core(a: Tensor, b: Tensor) -> Tensor:
-    """A matrix of the size of the rank that has the singular values of ``b @ a``."""
+    """Return an r x r matrix with the singular values of ``b @ a``."""
     r_a, r_b = (torch.linalg.qr(t, mode="r").R for t in (a.T, b))
     return r_b @ r_a.T
 
 
 def norm_of(a: Tensor, b: Tensor) -> float:
-    """The Frobenius norm of ``b @ a``; both are float64 matrices."""
+    """Return the Frobenius norm of ``b @ a``; both are float64 matrices."""
     return float(core(a, b).norm())
 
 
 def product_norm(factors: Factors) -> float | None:
-    """The Frobenius norm of ``scaling * b @ a``; None: a grouped convolution is no such product."""
+    """Return the Frobenius norm of ``scaling * b @ a``, or None for a grouped convolution."""
     if factors.a.shape[0] != factors.b.shape[1]:
         return None
     return abs(factors.scaling) * norm_of(wide(factors.a), wide(factors.b))
@@ -76,7 +76,7 @@ def truncated(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same product with zeros for the ranks that are missing, if any are."""
+    """Pad the factors with zeros to ``rank``; their product does not change."""
     missing = rank - len(a)
     if missing == 0:
         return a, b
@@ -87,21 +87,21 @@ def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def asleep(a: Tensor, b: Tensor) -> Tensor:
-    """``(r,)``: whether both the row of A and the column of B are 0. See :func:`able_to_learn`."""
+    """Return, as ``(r,)`` bool, whether both a rank's row of A and column of B are 0."""
     return ~(a.flatten(1).any(1) | b.transpose(0, 1).flatten(1).any(1).to(a.device))
 
 
 def able_to_learn(a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A in which every rank can learn, where the product is what it was.
+    """Return A with new rows for the ranks that could not learn; ``b @ a`` does not change.
 
-    The gradient of a row of A is a multiple of the column of B, and that of the column one of the
-    row. Where both are 0 neither ever moves, so the row is drawn as those of a new adapter are,
-    from ``U(-1/sqrt(I), 1/sqrt(I))``; the column stays 0. All that makes factors ends here. Our
-    choice.
+    The gradient of a row of A is a multiple of the column of B, and that of the column a multiple
+    of the row. If both are 0, training never changes them. Such a row is drawn like those of a new
+    adapter, from ``U(-1/sqrt(I), 1/sqrt(I))``, and the column stays 0. Every function that creates
+    factors ends with this call. Our choice.
 
     Args:
-        a, b: ``(r, I)`` and ``(O, r)``, or a convolution's kernels, as they are stored: rounding
-            can make zeros. Where nothing is drawn, the very ``a`` comes back.
+        a, b: ``(r, I)`` and ``(O, r)``, or a convolution's kernels, in their stored dtype, since
+            rounding can produce zeros. If nothing is drawn, ``a`` itself is returned.
         generator: on the CPU; default is one of seed 0.
     """
     lost = asleep(a, b)
@@ -118,17 +118,17 @@ def able_to_learn(a: Tensor, b: Tensor, generator: torch.Generator | None = None
 def resized(
     where: str, a: Tensor, b: Tensor, rank: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """Matrices of another rank: the same product, or the nearest that the rank allows.
+    """Change the rank of two factors; the product stays, or becomes the best approximation.
 
     Args:
-        where: opens the message of an error.
+        where: prefix of error messages.
         a, b: ``(r, I)`` and ``(O, r)``, finite.
-        rank: above r, every bit stays, and the new ranks are those of a new adapter.
-        generator: as for :func:`able_to_learn`.
+        rank: above r, all values stay, and the new ranks are those of a new adapter.
+        generator: see :func:`able_to_learn`.
 
     Returns:
-        a and b in their dtypes, a value that they cannot hold being a ValueError, and the Frobenius
-        norm of the change of the product.
+        a and b in their dtypes (`ValueError` if a value overflows), and the Frobenius norm of the
+        change of the product.
     """
     error = 0.0
     if rank < len(a):
@@ -141,25 +141,26 @@ def resized(
 
 
 def widest(*tensors: Tensor) -> torch.dtype:
-    """The dtype that holds the values of all of them; float32 where there is none."""
+    """Return the dtype that holds the values of all tensors; float32 without tensors."""
     dtypes = [tensor.dtype for tensor in tensors] or [torch.float32]
     return functools.reduce(torch.promote_types, dtypes)
 
 
 def rounded(values: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """Float64 values as a factor in the place of ``like``; none that is finite may overflow."""
+    """Return float64 values in ``dtype`` on the device of ``like``; raise if one overflows."""
     found = values.to(dtype)
     if not bool(found.isfinite().all()):
-        raise ValueError(f"{where}: expected values that {dtype} can hold, found larger ones")
+        largest = values.abs().max().item()
+        raise ValueError(f"{where}: expected values that {dtype} can hold, found {largest:.6g}")
     return found.to(like.device)
 
 
 def check_matrices(factors: Factors, where: str) -> None:
-    """Raise for factors with NaN or infinity, and for those of a grouped convolution, whose update
-    is no product of two matrices."""
+    """Raise for NaN or infinity, and for a grouped convolution, since its update is not a product
+    of two matrices."""
     a, b = factors.a, factors.b
-    expected = f"as many columns as a has rows, {a.shape[0]} (a grouped convolution can be loaded "
-    expected += "and saved, and no more)"
+    expected = f"as many columns as a has rows, {a.shape[0]} (a grouped convolution can only be "
+    expected += "loaded and saved)"
     require(a.shape[0] == b.shape[1], where, "b", expected, b.shape[1], NotImplementedError)
     parts = {"a": a, "b": b, "bias": factors.bias, "magnitude": factors.magnitude}
     for name, values in parts.items():

@@ -1,4 +1,4 @@
-"""The factors of whatever holds an adapter, as two matrices a module."""
+"""The factors of an adapter from any source, as two matrices per module."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ Matrices = tuple[Tensor, Tensor, float]
 def factor_matrices(
     where: str, source: Source, adapter_name: str, layout: str
 ) -> dict[str, Matrices]:
-    """The factors of an adapter by the names of its modules in the base model; arguments and errors
-    are :func:`lora_ext.adapter.rank_report`'s."""
+    """Return the factors of an adapter by module names in the base model.
+
+    Arguments and errors are those of :func:`lora_ext.adapter.rank_report`.
+    """
     allowed = LAYOUTS if isinstance(source, Mapping) else LAYOUTS[:1]
     require(layout in allowed, where, "layout", f"one of {allowed}", repr(layout))
     if isinstance(source, Mapping):
@@ -57,7 +59,7 @@ def _bare(
         for key in keys:
             t = state[key]
             check_floating(f"{where}: {key}", "tensor", t)
-            t = t.flatten(1) if t.dim() > 2 else t  # of a convolution
+            t = t.flatten(1) if t.dim() > 2 else t  # kernel of a convolution
             factors.append(t.T if layout == "in_r" and t.dim() == 2 else t)
         found[name] = (*factors, 1.0)
     require(bool(found), where, "source", f"factors of an adapter {adapter_name!r}", "none")
@@ -65,7 +67,7 @@ def _bare(
 
 
 def check_floating(where: str, name: str, t: Any) -> None:
-    """Raise a TypeError unless ``t`` is a floating tensor."""
+    """Raise `TypeError` unless ``t`` is a floating tensor."""
     found = t.dtype if isinstance(t, Tensor) else type(t).__name__
     floating = isinstance(t, Tensor) and t.is_floating_point()
     require(floating, where, name, "a floating tensor", found, TypeError)

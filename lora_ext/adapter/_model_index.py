@@ -1,8 +1,8 @@
-"""What reading an adapter needs of a base model: which modules it may touch, and own weights.
+"""Index of the modules of a base model that adapters may change, and a check of saved base weights.
 
-Beside an adapted or resized embedding or output head, PEFT saves that module's weight. All adapters
-of a pool share one base model. So such a weight is right where it is the model's own; where it is
-not, the adapter was trained with another head than the one it would be served with.
+PEFT saves the whole weight of an adapted or resized embedding or output head. All adapters of a
+pool share one base model, so such a weight is accepted only if it equals the model's. A different
+weight means that the adapter was trained with another head than the one that would serve it.
 """
 
 from __future__ import annotations
@@ -33,49 +33,49 @@ from lora_ext.rows import PoolLayer
 
 from ._peft_tensors import TensorSource, base_name
 
-_CHUNK = 1 << 24  # elements that are compared at once
+_CHUNK = 1 << 24  # elements per comparison
 
 PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# PEFT has LoRA layers for these too; an adapter that targets one is refused by name, not skipped.
+# PEFT supports these too. An adapter that targets one is rejected with its name, not skipped.
 _UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
-# A routed expert sees rows in an order of its own, so that no row of it has a known adapter.
+# Routed experts receive rows in a different order, so the adapter of a row is unknown there.
 ROUTED = "routed experts"
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One module that can carry an adapter."""
+    """A module that can have an adapter."""
 
     name: str
-    in_features: int  # of an embedding: how many tokens it knows
+    in_features: int  # for an embedding, the number of tokens
     out_features: int
     dtype: torch.dtype
     device: torch.device
-    kernel: tuple[int, ...] = ()  # of a convolution, whose factors are kernels
+    kernel: tuple[int, ...] = ()  # kernel size of a convolution, whose factors are kernels
     groups: int = 1
-    plain: bool = False  # nn.Linear or nn.Embedding itself: its weight is all that it is
-    experts: int = 1  # of a parameter that holds one such matrix for each expert
+    plain: bool = False  # exactly nn.Linear or nn.Embedding, without anything besides its tensors
+    experts: int = 1  # number of matrices in a parameter with one per expert
 
 
 @dataclass(frozen=True)
 class ModelIndex:
-    """The part of a model that reading an adapter needs; it does not keep the model alive."""
+    """The part of a model that is needed to read an adapter; does not keep the model alive."""
 
     linear: dict[str, LinearSpec]
     embedding: dict[str, LinearSpec]
     unsupported: dict[str, str]  # name -> class name
-    output_head: str | None  # PEFT's "all-linear" leaves it out
-    classifier: str | None  # likewise, of a SEQ_CLS task where there is no output head
+    output_head: str | None  # not part of PEFT's "all-linear"
+    classifier: str | None  # likewise, for a SEQ_CLS task without an output head
     weights: BaseWeights
-    shared: bool = True  # by many adapters: what changes the model itself is refused
-    experts: dict[str, LinearSpec] = field(default_factory=dict)  # by the parameter's name
-    #: The expert matrices of each experts module, in its order, whether adapters may touch them.
+    shared: bool = True  # used by many adapters, which therefore must not change the model itself
+    experts: dict[str, LinearSpec] = field(default_factory=dict)  # by parameter name
+    #: All expert matrices of each experts module, in its order, adapted or not.
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    #: Modules that nobody calls, as their weights are read, and the class that reads them.
+    #: Modules that are never called, and the class that reads their weights instead.
     bypassed: dict[str, str] = field(default_factory=dict)
-    #: How many tokens the model knows; None: nobody can tell.
+    #: Number of tokens of the model; None if unknown.
     vocabulary: int | None = None
     #: Names of the input embedding, and of an output head that shares its weight.
     input_embedding: str | None = None
@@ -83,12 +83,12 @@ class ModelIndex:
 
     @cached_property
     def modules(self) -> dict[str, LinearSpec]:
-        """All modules that can carry an adapter."""
+        """All modules that can have an adapter."""
         return self.linear | self.embedding
 
     @cached_property
     def specs(self) -> dict[str, LinearSpec]:
-        """All that can carry an adapter: modules, and parameters of experts."""
+        """Everything that can have an adapter: modules, and parameters of experts."""
         return self.modules | self.experts
 
     @classmethod
@@ -99,19 +99,20 @@ class ModelIndex:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> ModelIndex:
-        """Find ``nn.Linear``, its subclasses, transformers' ``Conv1D`` and ``nn.Embedding`` (no
-        subclass: it may scale or shift) in a model.
+        """Find ``nn.Linear``, its subclasses, transformers' ``Conv1D`` and ``nn.Embedding`` in a
+        model. Subclasses of ``nn.Embedding`` are excluded, since they may scale or shift.
 
         Args:
             targets: a regular expression for whole names, or names and suffixes; None is all.
-            dtype: of the pages; default is the base weight's, or torch's default dtype where the
-                base weight is stored in another format (quantised).
-            device: of the pages; default is where the module computes: its weight's, or the
+            dtype: of the pages; default is the base weight's, or torch's default dtype if the base
+                weight is quantised.
+            device: of the pages; default is the device of the computation: the weight's, or the
                 execution device of accelerate's hooks.
 
         Raises:
-            TypeError: no module. ValueError: a module that carries adapters, or has none that may;
-                a weight on ``meta`` that nobody brings elsewhere.
+            TypeError: ``model`` is not a module.
+            ValueError: a module already has adapters; no module matches; a weight is on ``meta``
+                and no hook loads it.
         """
         known = (None, *PAGE_DTYPES)
         require(dtype in known, "AdapterPool", "dtype", f"one of {PAGE_DTYPES}", dtype)
@@ -170,11 +171,11 @@ class ModelIndex:
 
 
 def _input_embedding(model: Any, head: str | None) -> dict[str, Any]:
-    """Of a model of transformers: how many tokens it knows, and the names of its input embedding
-    and of a head with that weight, unless others have it too, as encoder and decoder may."""
+    """Return the vocabulary size of a transformers model, and the names of its input embedding and
+    a tied head; omit the names if other modules share the weight, as encoder and decoder may."""
     try:
         embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # another module, or one that embeds no tokens
+    except (AttributeError, NotImplementedError):  # not from transformers, or without tokens
         return {}
     found = {"vocabulary": getattr(embedding, "num_embeddings", None)}
     weight = getattr(embedding, "weight", None)
@@ -188,21 +189,21 @@ def _input_embedding(model: Any, head: str | None) -> dict[str, Any]:
 
 
 def _wanted(name: str, targets: str | tuple[str, ...] | None) -> bool:
-    """Whether ``targets`` mean the module of this name."""
+    """Return whether ``targets`` match this module name."""
     if isinstance(targets, str):
         return bool(re.fullmatch(targets, name))
     return targets is None or matches_suffix(name, targets)
 
 
 def in_routed_experts(name: str) -> bool:
-    """Whether the module of this name is one expert of many. Its router is not, nor are experts
-    that every token goes through (``shared_experts``)."""
+    """Return whether this module belongs to one of many routed experts. The router does not, nor do
+    ``shared_experts``, which process every token."""
     _, experts, below = f".{name}".partition(".experts.")
     return bool(experts) and "router" not in below.split(".")
 
 
 def check_base(where: str, model: object) -> None:
-    """Refuse what is no model, or carries adapters already; the error says what helps."""
+    """Raise unless ``model`` is a module without adapters; the message contains a remedy."""
     if not isinstance(model, nn.Module):
         found = repr(model) if model is None or isinstance(model, str) else type(model).__name__
         remedy = "load the base model first, with AutoModelForCausalLM, say"
@@ -217,16 +218,18 @@ def check_base(where: str, model: object) -> None:
             remedy = "save its adapters and pass model.unload(), the model without them"
         else:
             continue
-        # The layers of from_peft are called what PEFT's are called.
+        # Layers of from_peft have the same class names as PEFT's.
         found = type(module).__qualname__ + (f" at {name!r}" if name else "")
         expected = "a base model without adapter layers"
         raise ValueError(f"{where}: model: expected {expected}, found {found}; {remedy}")
 
 
 def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torch.device:
-    """Where the module computes: where its weight lies, or, as accelerate leaves that of an
-    offloaded module on ``meta`` or on the CPU, the ``execution_device`` of a hook on or around the
-    module."""
+    """Return the device on which the module computes.
+
+    It is the ``execution_device`` of the nearest hook on or around the module, as accelerate
+    offloads weights to ``meta`` or the CPU; without a hook, the weight's device.
+    """
     path = name.split(".") if name else []
     for length in range(len(path), -1, -1):  # the nearest hook first
         hook = getattr(modules[".".join(path[:length])], "_hf_hook", None)
@@ -240,35 +243,37 @@ def _device_of(name: str, weight: Tensor, modules: dict[str, nn.Module]) -> torc
 
 
 class BaseWeights:
-    """Names and shapes of a model's parameters and floating buffers, and a weak reference to it;
-    once it is gone, weights can no longer be compared."""
+    """Names and shapes of a model's parameters and floating buffers, and a weak reference to it.
+
+    After the model is deleted, weights can no longer be compared.
+    """
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
         self._shapes = {base_name(name): tuple(t.shape) for name, t in _tensors(model)}
 
     def __contains__(self, name: str) -> bool:
-        """Whether the model has a weight of that :func:`base_name`."""
+        """Return whether the model has a weight with this :func:`base_name`."""
         return name in self._shapes
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
+        """Iterate over the names."""
         return iter(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the model's weight of that name, when the index was made."""
+        """Return the weight's shape at the time when the index was built."""
         return self._shapes[name]
 
     def check_header(self, tensors: TensorSource, key: str, name: str) -> None:
-        """Refuse a weight that has not the size of the model's, before it is read."""
+        """Raise unless a weight has the shape of the model's, before it is read."""
         info, shape = tensors.infos[key], self._shapes[name]
         remedy = "copy it into the model (resize_token_embeddings) before the pool is made"
         expected, found = f"{shape} as in the base model", f"{info.shape}; {remedy}"
         require(info.shape == shape, f"{tensors.where}: {key}", "shape", expected, found)
 
     def check(self, tensors: TensorSource, key: str, name: str) -> None:
-        """Refuse a weight, ``key`` of the tensors, that would change a bit of the model's ``name``
-        if it were loaded there."""
+        """Raise if loading the tensor ``key`` as the model's weight ``name`` would change a
+        value."""
         where = f"{tensors.where}: {key}"
         own = self._values(where, name)
         dtype = tensors.infos[key].dtype
@@ -280,15 +285,15 @@ class BaseWeights:
             self.check_header(tensors, key, name)
         if not _equal(tensors.read(key), own.detach()):
             raise ValueError(
-                f"{where}: expected the base model's own values, found others: all adapters share "
-                "the base model; copy this weight into it first if it is to be everybody's"
+                f"{where}: expected the base model's own values, found different ones; all "
+                "adapters share the base model: copy this weight into it first if all may use it"
             )
 
     def _values(self, where: str, name: str) -> Tensor:
         model = self._model()
         if model is None:
-            expected = "expected the model that the pool was made for, to compare this weight with"
-            raise ValueError(f"{where}: {expected}, found that the model is gone: keep it")
+            expected = "expected the model that the pool was built for, to compare this weight with"
+            raise ValueError(f"{where}: {expected}, found a deleted model: keep a reference to it")
         for full, tensor in _tensors(model):
             if base_name(full) == name:
                 if not tensor.is_meta:
@@ -297,11 +302,11 @@ class BaseWeights:
                 if offloaded is not None:
                     return offloaded
         expected = f"expected {name} of the base model to compare this weight with"
-        raise ValueError(f"{where}: {expected}, found that it has no values there (on meta?)")
+        raise ValueError(f"{where}: {expected}, found no values there (on meta?)")
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Also those that share memory: a tied head has a name of its own."""
+    """Yield parameters and floating buffers, with every name of a shared tensor."""
     buffers = model.named_buffers(remove_duplicate=False)
     return itertools.chain(
         model.named_parameters(remove_duplicate=False),
@@ -310,7 +315,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def offloaded_values(model: nn.Module, name: str) -> Tensor | None:
-    """The values that accelerate keeps elsewhere while a module does not run."""
+    """Return the values that accelerate stores elsewhere while a module does not run."""
     owner, _, parameter = name.rpartition(".")
     hook = getattr(model.get_submodule(owner), "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
@@ -324,8 +329,10 @@ def offloaded_values(model: nn.Module, name: str) -> Tensor | None:
 def check_header(
     tensors: TensorSource, key: str, shape: tuple[int, ...], of: str = "", more: str = ""
 ) -> None:
-    """Refuse a tensor that no page could hold, or of another shape, before it is read; ``of`` says
-    whose the shape is, and ``more`` what helps."""
+    """Raise unless a tensor has a dtype of pages and this shape, before it is read.
+
+    ``of`` follows the expected shape in the message, and ``more`` the found one.
+    """
     info, where = tensors.infos[key], f"{tensors.where}: {key}"
     known = "float16, bfloat16, float32 or float64"
     require(info.dtype in PAGE_DTYPES, where, "dtype", known, info.dtype)
@@ -333,7 +340,7 @@ def check_header(
 
 
 def _equal(found: Tensor, own: Tensor) -> bool:
-    """Whether ``found``, rounded to the dtype of ``own``, has its values; a few rows at a time."""
+    """Return whether ``found``, rounded to the dtype of ``own``, equals it; compare in chunks."""
     rows = max(1, _CHUNK // max(1, own[:1].numel())) if own.dim() else 1
     pairs = zip(torch.atleast_1d(found).split(rows), torch.atleast_1d(own).split(rows), strict=True)
     return all(torch.equal(part.to(wanted.device, wanted.dtype), wanted) for part, wanted in pairs)

@@ -1,4 +1,4 @@
-"""PEFT's adapter format, read one module at a time and written back."""
+"""Reader of PEFT's adapter files, one module at a time, and writer."""
 
 from __future__ import annotations
 
@@ -32,43 +32,44 @@ from ._replaced import Replaced, find_replaced, find_rows
 # A directory, or (config, state dict).
 AdapterSource = str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
 
-CONFIG = "adapter config"  # what errors call a config that is no file
+CONFIG = "adapter config"  # name in errors of a config that is not a file
 _MAX_JSON_BYTES = 4 << 20
 
 
 class Factors(NamedTuple):
-    """One module's share of an adapter. It adds ``scaling * (b @ a @ x + bias)``.
+    """The factors of one module. They add ``scaling * (b @ a @ x + bias)`` to its output.
 
-    Of a convolution the factors are kernels, ``a (r, I, *k)`` and ``b (O, r, 1, ...)``, and the
-    magnitude is ``(1, O, 1, ...)``; with groups b has r / groups columns. Of E experts they are
-    ``a (E * r, I)``, expert by expert, and ``b (O, r * E)``, rank by rank.
+    For a convolution, the factors are kernels, ``a (r, I, *k)`` and ``b (O, r, 1, ...)``, and the
+    magnitude is ``(1, O, 1, ...)``; with groups, b has r / groups columns. For E experts they are
+    ``a (E * r, I)``, grouped by expert, and ``b (O, r * E)``, grouped by rank.
     """
 
-    a: Tensor  # (r, I); of an embedding, I is how many tokens it knows
+    a: Tensor  # (r, I); for an embedding, I is the number of tokens
     b: Tensor  # (O, r)
     scaling: float
     bias: Tensor | None = None  # (O,)
-    magnitude: Tensor | None = None  # (O,), of DoRA
+    magnitude: Tensor | None = None  # (O,), only with DoRA
     embedding: bool = False
 
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """An adapter whose names, shapes and dtypes fit the base model; no factor is read yet."""
+    """An adapter whose names, shapes and dtypes fit the base model; factors are not read yet."""
 
     config: AdapterConfig
-    leftover: tuple[str, ...]  # what strict=False skipped
+    leftover: tuple[str, ...]  # entries skipped because of strict=False
     tensors: TensorSource  # the file or state dict, open
     index: ModelIndex  # the base model's modules
-    keys: dict[str, dict[str, str]]  # of each adapted module, by role
+    keys: dict[str, dict[str, str]]  # keys of each adapted module, by role
     scalings: dict[str, float]
-    whole: dict[str, dict[str, str]]  # keys of each module that is replaced, by weight and bias
-    rows: dict[str, str]  # of each module of whose weight some rows are replaced, their key
-    tokens: tuple[int, ...]  # which rows
+    whole: dict[str, dict[str, str]]  # keys of each replaced module, by "weight" and "bias"
+    rows: dict[str, str]  # key of each module with some replaced rows
+    tokens: tuple[int, ...]  # indices of these rows
 
     def modules(self) -> Iterator[tuple[LinearSpec, Factors]]:
-        """Read one adapted module after the other, so that whoever converts each has no more than
-        one in memory twice. A NotImplementedError tells of factors of a module that nobody calls.
+        """Read the adapted modules one at a time, to limit memory during a conversion.
+
+        Raises `NotImplementedError` for nonzero factors of a module that is never called.
         """
         for module, keys in self.keys.items():
             embedding = module in self.index.embedding
@@ -81,14 +82,15 @@ class CheckedAdapter:
                 where = self.where_is(module, "b")
                 reader = self.index.bypassed[module]
                 raise NotImplementedError(
-                    f"{where}: expected zeros, found others, which would not be served: {reader} "
-                    "reads the weight of this module and never calls it"
+                    f"{where}: expected zeros, found up to {parts['b'].abs().max().item():.6g}, "
+                    f"which would not be served: {reader} reads the weight of this module and "
+                    "never calls it"
                 )
             factors = Factors(**parts, scaling=self.scalings[module], embedding=embedding)
             yield self.index.specs[module], factors
 
     def replaced(self) -> Iterator[tuple[LinearSpec, Replaced]]:
-        """Read one module after the other that the adapter brings along."""
+        """Read the modules that the adapter replaces, one at a time."""
         for module, keys in self.whole.items():
             whole = {role: self.tensors.read(key) for role, key in keys.items()}
             yield self.index.modules[module], Replaced(**whole)
@@ -97,7 +99,7 @@ class CheckedAdapter:
             yield self.index.modules[module], rows
 
     def where_is(self, module: str, part: str) -> str:
-        """File and key of a field of :class:`Factors`, for messages."""
+        """Return file and key of a field of :class:`Factors`, for messages."""
         role = roles_of(module in self.index.embedding)[part]
         return f"{self.tensors.where}: {self.keys[module].get(role, role)}"
 
@@ -106,17 +108,18 @@ class CheckedAdapter:
 def read_adapter(
     source: AdapterSource, index: ModelIndex, max_rank: int, strict: bool
 ) -> Iterator[CheckedAdapter]:
-    """Open and check an adapter; nothing of it is trusted.
+    """Open and check an untrusted adapter.
 
     Args:
         source: a directory with ``adapter_config.json`` and ``adapter_model.safetensors`` (or
             ``.bin``), or ``(config, state_dict)`` with a dict or a ``peft.LoraConfig``.
-        index: the base model's modules. max_rank: the largest rank that is accepted.
-        strict: refuse keys, config fields and patterns that nothing uses, instead of listing them.
+        index: the base model's modules.
+        max_rank: the largest rank that is accepted.
+        strict: raise for unused keys, config fields and patterns, instead of listing them.
 
     Raises:
-        ValueError: naming file, key, expected and found. NotImplementedError: what is legal in PEFT
-            and not here, such as convolutions.
+        ValueError: the adapter is invalid; the message names file, key, expected and found.
+        NotImplementedError: a feature of PEFT that is not supported here, such as convolutions.
     """
     with open_adapter(source) as (config, tensors):
         yield check_adapter(config, tensors, index, max_rank, strict)
@@ -124,7 +127,7 @@ def read_adapter(
 
 @contextlib.contextmanager
 def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorSource]]:
-    """The parsed config, and the tensors, of which none is read yet; errors name the file."""
+    """Open an adapter: parse the config, and read no tensor yet; errors name the file."""
     if isinstance(source, tuple):
         raw, state = source
         config = raw if isinstance(raw, AdapterConfig) else AdapterConfig.parse(raw, CONFIG)
@@ -143,7 +146,7 @@ def open_adapter(source: AdapterSource) -> Iterator[tuple[AdapterConfig, TensorS
 def check_adapter(
     config: AdapterConfig, tensors: TensorSource, index: ModelIndex, max_rank: int, strict: bool
 ) -> CheckedAdapter:
-    """Check what :func:`open_adapter` opened, as :func:`read_adapter` does."""
+    """Check an opened adapter; arguments and errors are those of :func:`read_adapter`."""
     where = tensors.where
     field = config.where
     if index.shared:
@@ -172,12 +175,12 @@ def check_adapter(
     expected = f"expected only what the base model and {field} account for"
     if strict and leftover:
         raise ValueError(f"{where}: {expected}, found {_some(leftover)} (strict=False skips them)")
-    for module, keys in grouped.items():  # all headers before the first byte of the first tensor
+    for module, keys in grouped.items():  # check all headers before reading any tensor
         rank, _ = ranks[module]
         require(rank <= max_rank, field, f"rank of {module}", f"at most max_rank={max_rank}", rank)
         _check_headers(tensors, keys, rank, module, index, config)
     whole = find_replaced(config, tensors, index, saved, grouped) if index.shared else {}
-    for key, name in base.items():  # all headers before the first byte, here too
+    for key, name in base.items():  # check all headers before reading any tensor
         index.weights.check_header(tensors, key, name)
     for key, name in base.items():
         index.weights.check(tensors, key, name)
@@ -190,10 +193,10 @@ def check_adapter(
 def _check_targets(
     config: AdapterConfig, where: str, index: ModelIndex, grouped: dict[str, dict[str, str]]
 ) -> None:
-    """Check that the modules with factors are those that the config targets, if it names any, and
-    that an activated adapter changes no token before its invocation."""
+    """Check that the modules with factors are those that the config targets, if it targets any,
+    and that an activated adapter changes no token before its invocation."""
     targets = config.targets(index)
-    if targets is not None:  # also if not strict: what was trained with them is another adapter
+    if targets is not None:  # also if not strict, since a part of the factors is another adapter
         stray = [key for m in sorted(grouped.keys() - targets) for key in grouped[m].values()]
         expected = f"factors of modules that {config.where} targets"
         require(not stray, where, "keys", expected, _some(stray))
@@ -204,7 +207,7 @@ def _check_targets(
     embedded = sorted(name for name in grouped if name in index.embedding)
     if config.invocation and embedded:
         expected = "adapters on linear layers"
-        found = f"one on the embedding {embedded[0]!r}, which PEFT refuses too"
+        found = f"one on the embedding {embedded[0]!r}, which PEFT rejects too"
         raise NotImplementedError(
             f"{config.where}: alora_invocation_tokens: expected {expected}, found {found}"
         )
@@ -214,7 +217,7 @@ def _group_keys(
     tensors: TensorSource, index: ModelIndex, experts: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
     """Return the keys by module and role (``A.weight``, ``embedding_A``, ``magnitude_vector``...);
-    the keys of weights of the base model, with their names there; and the other keys."""
+    the keys of base model weights, with their names there; and the remaining keys."""
     grouped: dict[str, dict[str, str]] = {}
     base: dict[str, str] = {}
     leftover: list[str] = []
@@ -233,13 +236,13 @@ def _group_keys(
         module = experts.get(parsed.module, parsed.module)
         own = module == parsed.module
         owner, _, _ = parsed.module.partition(".base_layer")
-        expected = f"factors of {len(experts)} parameters of experts, which target_parameters mean"
+        expected = f"factors of {len(experts)} parameters of experts, as in target_parameters"
         require(not (own and owner in index.parameters), where, "keys", expected, key)
         if module not in index.specs:
             kind = index.unsupported.get(module)
             if kind is None and own and in_routed_experts(module):
                 kind = f"module of {ROUTED}"
-            # Also if not strict: without these factors it is another adapter.
+            # Also if not strict, since a part of the factors is another adapter.
             expected, found = "no adapters on unsupported modules", f"a {kind}"
             require(kind is None, where, key, expected, found, NotImplementedError)
             leftover.append(key)
@@ -299,11 +302,11 @@ def save_adapter(
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does.
 
     Args:
-        directory: made if it is not there. All files appear, or none.
+        directory: created if it does not exist. All files are written, or none.
         config: a dict of PEFT's fields (at least ``target_modules``), or a ``peft.LoraConfig``.
         state: ``<module>.lora_A.weight`` and so on, with or without ``base_model.model.`` and an
             adapter's name; they are written with the former and without the latter.
-        beside: contents of other files that belong to them, by name.
+        beside: contents of additional files, by name.
     """
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -321,19 +324,19 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     beside: Mapping[str, bytes] | None = None,
 ) -> None:
-    """:func:`save_adapter` of tensors that have the names of a file already."""
+    """Write tensors that already have their names in a file; see :func:`save_adapter`."""
     from safetensors.torch import save
 
     raw = dict(config.to_dict() if hasattr(config, "to_dict") else config)
     raw.setdefault("peft_type", "LORA")
-    raw = AdapterConfig.parse(raw, CONFIG).raw  # what we cannot read we do not write
-    # Each with memory of its own: a tied head and embedding would be refused.
+    raw = AdapterConfig.parse(raw, CONFIG).raw  # raises for a config that could not be read back
+    # Copied, since safetensors rejects shared memory, as of a tied head and embedding.
     whole = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
     text = json.dumps(raw, indent=2, sort_keys=True, default=_json_value)
-    # The tensors last: a reader that finds them finds the config.
+    # The tensors are written last, so that a reader of the tensors finds the config.
     files = {
         **(beside or {}),
         "adapter_config.json": text.encode(),

@@ -1,5 +1,5 @@
-"""PEFT's tensors: what their names say, and their values out of a safetensors file, a ``.bin`` file
-or a state dict, none of them trusted: shapes and dtypes are known before any tensor is read."""
+"""PEFT's tensors: parsing of their names, and reading from a safetensors file, a ``.bin`` file or a
+state dict. Sources are untrusted: all shapes and dtypes are known before any tensor is read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lora_ext._files import SafetensorsFile, TensorInfo, open_regular
 PREFIX = "base_model.model."
 MAGNITUDE = "magnitude_vector"
 
-# Files carry no adapter name; the state dict of a live PEFT model does (`lora_A.default.weight`).
-# The magnitude of DoRA is a bare parameter in files and in older models, a module in newer ones;
-# the factors of an embedding are bare everywhere.
+# Files contain no adapter name; the state dict of a live PEFT model does (`lora_A.default.weight`).
+# DoRA's magnitude is a bare parameter in files and in older models, and a module in newer ones. The
+# factors of an embedding are always bare.
 _KEY = re.compile(
     r"(?P<module>.+)\.lora_(?:"
     r"(?P<factor>[AB])(?:\.(?P<owner>[^.]+))?\.(?P<kind>weight|bias)"
@@ -30,14 +30,14 @@ _KEY = re.compile(
     re.DOTALL,
 )
 
-# The published code has bare parameters, in a module of their own beside the base layer.
+# The published code has bare parameters in a separate module next to the base layer.
 _PUBLISHED = re.compile(r"(?P<module>.+?)(?:\.lora_layer)?\.lora_(?P<factor>[AB])", re.DOTALL)
 _FACTORS = {"A.weight": "A", "embedding_A": "A", "B.weight": "B", "embedding_B": "B"}
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
 class Key(NamedTuple):
-    """What the name of a tensor says."""
+    """The parsed name of a LoRA tensor."""
 
     module: str  # in the base model
     role: str  # A.weight, B.weight, B.bias, embedding_A, embedding_B or magnitude_vector
@@ -45,12 +45,12 @@ class Key(NamedTuple):
 
     @property
     def in_file(self) -> str:
-        """The name that PEFT writes."""
+        """Name of the tensor in PEFT's files."""
         return f"{PREFIX}{self.module}.lora_{self.role}"
 
 
 def parse_key(name: str) -> Key | None:
-    """Read the name of a LoRA tensor, in a file or in a model; None: it names something else."""
+    """Parse the name of a LoRA tensor, in a file or a model; return None for any other name."""
     match = _KEY.fullmatch(name.removeprefix(PREFIX))
     if match is None:
         return None
@@ -60,11 +60,10 @@ def parse_key(name: str) -> Key | None:
 
 
 def wrapped_names(parameters: Mapping[str, Sequence[str]], targeted: Set[str]) -> dict[str, str]:
-    """Expert parameters, given by their modules, by the name under which PEFT keeps their factors.
+    """Return the targeted expert parameters by the module name under which PEFT saves the factors.
 
-    A module with two adapted parameters is wrapped twice, in the order in which it has them: the
-    last one's factors are found under the module's own name, those before it one ``base_layer``
-    deeper each.
+    PEFT wraps a module with several adapted parameters once for each, in their order. The last
+    one's factors have the module's own name, and each earlier one's are one ``base_layer`` deeper.
     """
     return {
         module + ".base_layer" * depth: name
@@ -74,17 +73,17 @@ def wrapped_names(parameters: Mapping[str, Sequence[str]], targeted: Set[str]) -
 
 
 def base_name(name: str) -> str:
-    """The name that a weight has in the base model, whether or not PEFT has wrapped its module."""
+    """Return the name of a weight in the base model, whether or not PEFT wrapped its module."""
     return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def natural_order(name: str) -> list[str | int]:
-    """Sorts names of modules as they follow one another: layers.2 before layers.10."""
+    """Return a sort key for module names that puts layers.2 before layers.10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def roles_of(embedding: bool) -> dict[str, str]:
-    """The roles of A (r, I), B (O, r), the bias and DoRA's magnitude, by the names of the fields of
+    """Return the roles of A (r, I), B (O, r), the bias and DoRA's magnitude, by the field names of
     :class:`lora_ext.adapter.Factors`."""
     a, b = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
     return {"a": a, "b": b, "bias": "B.bias", "magnitude": MAGNITUDE}
@@ -93,8 +92,8 @@ def roles_of(embedding: bool) -> dict[str, str]:
 def factor_keys(
     where: str, keys: Iterable[str], adapter_name: str | None = None
 ) -> dict[str, tuple[str, str]]:
-    """Return the keys of A and B of each module, if ``adapter_name`` is given without those of
-    other adapters; raise a KeyError for a factor without the other."""
+    """Return the keys of A and B of each module, skipping other adapters if ``adapter_name`` is
+    given; raise `KeyError` for a factor without the other."""
     halves: dict[str, dict[str, str]] = {}
     for key in keys:
         read = _read_key(key)
@@ -111,7 +110,7 @@ def factor_keys(
 
 
 def _read_key(key: str) -> tuple[str, str, str | None] | None:
-    """Module, factor (A or B) and adapter that a name says; None: it names something else."""
+    """Return module, factor (A or B) and adapter of a name; None if it is not a factor's name."""
     parsed = parse_key(key)
     if parsed is not None:
         factor = _FACTORS.get(parsed.role)
@@ -121,13 +120,13 @@ def _read_key(key: str) -> tuple[str, str, str | None] | None:
 
 
 class TensorSource(Protocol):
-    """Keys with shapes, and the tensors one at a time."""
+    """Keys with shapes and dtypes, and tensors that are read one at a time."""
 
     where: str
     infos: dict[str, TensorInfo]
 
     def read(self, key: str) -> Tensor:
-        """The tensor, on the CPU or wherever the state dict has it."""
+        """Return the tensor, on the CPU or on the device of the state dict."""
         ...
 
     def close(self) -> None:
@@ -158,7 +157,8 @@ def directory_names(path: Path, expected: str) -> set[str]:
 
     Raises:
         ValueError: it cannot be opened, or looks like a name on the Hub; ``expected`` is part of
-            the message. NotADirectoryError: it is a file.
+            the message.
+        NotADirectoryError: it is a file.
     """
     try:
         return set(os.listdir(path))
@@ -173,7 +173,7 @@ def directory_names(path: Path, expected: str) -> set[str]:
 
 
 def open_tensors(directory: Path) -> TensorSource:
-    """``adapter_model.safetensors`` if it is there, else ``adapter_model.bin``."""
+    """Open ``adapter_model.safetensors`` if it exists, else ``adapter_model.bin``."""
     path = directory / "adapter_model.safetensors"
     if os.path.lexists(path):
         return SafetensorsFile(path)
@@ -184,7 +184,7 @@ def open_tensors(directory: Path) -> TensorSource:
 
 
 class StateDict:
-    """Tensors that are in memory already."""
+    """A source of tensors in memory."""
 
     def __init__(self, tensors: Mapping[str, Any], where: str):
         self.where = where
@@ -200,49 +200,53 @@ class StateDict:
             self.infos[key] = TensorInfo(tuple(value.shape), value.dtype)
 
     def read(self, key: str) -> Tensor:
-        """The tensor without its graph."""
+        """Return the tensor, detached."""
         tensor: Tensor = self._tensors[key]
         return tensor.detach() if tensor.requires_grad else tensor
 
     def close(self) -> None:
-        """Return at once: there is no file."""
+        """Do nothing, since there is no file."""
 
 
 def _refusal(error: str) -> str:
-    """What torch.load found, without its words: they tell how to load the file all the same."""
+    """Return a message for an error of torch.load, without its advice to load the file anyway."""
     asked = re.search(r"GLOBAL ([\w.]{1,200})", error)
     if asked is None:
         return "expected tensors as torch.save writes them, found a damaged file, or other objects"
     return (
-        f"expected tensors alone, found a pickle that asks for {asked[1]}; it is not loaded, as a "
-        "pickle can run code: ask whoever made it for adapter_model.safetensors"
+        f"expected only tensors, found a pickle that imports {asked[1]}; it is not loaded, since a "
+        "pickle can run code: ask its author for adapter_model.safetensors"
     )
 
 
 def _read_bin(path: Path) -> StateDict:
-    """A zip of ``torch.save``, its entries stored and no larger than the file; ``weights_only``."""
+    """Read a zip of ``torch.save`` with ``weights_only``; entries must be stored uncompressed and
+    not exceed the file's size."""
     where = str(path)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
-        except Exception as error:  # zipfile raises many kinds on a damaged directory
+        except Exception as error:  # zipfile raises various exceptions for a damaged directory
             raise ValueError(f"{where}: expected a zip written by torch.save: {error}") from None
-        stored = all(e.compress_type == zipfile.ZIP_STORED for e in entries)
-        stored = stored and sum(e.file_size for e in entries) <= size
-        require(stored, where, "zip", "stored zip entries", "compressed or oversize ones")
+        compressed = sum(e.compress_type != zipfile.ZIP_STORED for e in entries)
+        total = sum(e.file_size for e in entries)
+        found = f"{compressed} compressed entries and {total} bytes in a file of {size}"
+        stored = compressed == 0 and total <= size
+        require(stored, where, "zip", "stored zip entries", found)
         file.seek(0)
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # the unpickler raises whatever the bytes provoke
+        except Exception as error:  # the unpickler can raise any exception
             raise ValueError(f"{where}: {_refusal(str(error))}") from None
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{where}: expected a dict of tensors, found {type(tensors).__name__}")
     source = StateDict(tensors, where)
-    # Views may share a storage; a small one may stand on a storage of any promised size.
+    # Views may share a storage, and a small view may have a storage of any claimed size.
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
     }
-    require(sum(storages.values()) <= size, where, "tensors", f"at most {size} bytes", "more")
+    total = sum(storages.values())
+    require(total <= size, where, "tensors", f"at most {size} bytes", total)
     return source

@@ -1,7 +1,7 @@
-"""How many directions an adapter uses: the singular values of its update, and ranks made of them.
+"""Effective ranks: how many directions an adapter uses, from the singular values of its update.
 
 The update of a module is ``scaling * B A`` with A ``(r, n)`` and B ``(m, r)``. It is never formed:
-what is decomposed has the size of the rank. Everything is float64 on the CPU, whatever the factors.
+all decompositions are of r x r matrices. Everything is computed in float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ._low_rank import core
 from ._matrices import Source, check_floating, factor_matrices
 
 METHODS = ("qr", "gram")
-#: Thresholds are read off Gram matrices down to here: they square the condition number.
+#: Smallest threshold for Gram matrices, which square the condition number.
 GRAM_TAU = 1e-3
 _BY_GRAM = ("threshold", "stable", "participation")
 _BY_TAU = ("threshold", "absolute")
 
-# Each takes singular values in falling order, of which the first is above zero; tau; and k.
+# Arguments: singular values in falling order, the first above zero; tau; and k.
 _RANKS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "threshold": lambda s, tau, k: (s / s[0] > tau).sum(),
     "absolute": lambda s, tau, k: (s > tau).sum(),
@@ -41,19 +41,19 @@ KINDS = tuple(_RANKS)
 def lora_singular_values(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
     """Return the singular values of ``scaling * b @ a``, largest first.
 
-    They are those of ``R_b R_a^T``, where ``b = Q_b R_b`` and ``a^T = Q_a R_a``.
+    Computed from ``R_b R_a^T``, where ``b = Q_b R_b`` and ``a^T = Q_a R_a``.
 
     Args:
         a: ``(r, n)`` floating, on any device.
         b: ``(m, r)``.
-        scaling: of the update; its sign does not matter.
+        scaling: of the update; its sign is ignored.
 
     Returns:
         ``(min(r, m, n),)`` float64 on the CPU.
 
     Raises:
-        ValueError: shapes that do not fit or are empty; NaN or infinity.
-        TypeError: factors that are no floating tensors.
+        ValueError: shapes do not fit or are empty; values are NaN or infinite.
+        TypeError: a factor is not a floating tensor.
     """
     where = "lora_singular_values"
     return _spectrum(*_factors(where, a, b), abs(number(where, "scaling", scaling)))
@@ -68,42 +68,43 @@ def effective_rank(
     scaling: float = 1.0,
     method: str = "qr",
 ) -> float | int:
-    """Return how many directions ``scaling * b @ a``, or one dense matrix, uses.
+    """Return the number of directions that ``scaling * b @ a``, or one dense matrix, uses.
 
     With singular values ``s_1 >= s_2 >= ...``:
 
     ================ ================================================================
     kind
     ================ ================================================================
-    "threshold"      how many ``s_i / s_1 > tau``
-    "absolute"       how many ``s_i > tau``; the only one that depends on ``scaling``
+    "threshold"      number of ``s_i / s_1 > tau``
+    "absolute"       number of ``s_i > tau``; the only kind that depends on ``scaling``
     "entropy"        ``exp(-sum p_i ln p_i)``, ``p_i = s_i / sum s``
     "entropy_energy" the same with ``p_i = s_i^2 / sum s^2``
     "stable"         ``sum s^2 / s_1^2``
     "participation"  ``(sum s^2)^2 / sum s^4``
-    "top_k_share"    the first k of ``sum s``, as a share of it
+    "top_k_share"    share of the first k values in ``sum s``
     ================ ================================================================
 
-    ``1 <= stable <= participation <= entropy_energy <= entropy <= rank``, and all are 0 for an
-    update that is zero, as a fresh adapter's is.
+    ``1 <= stable <= participation <= entropy_energy <= entropy <= rank``. All are 0 if the update
+    is zero, as in a new adapter.
 
     Args:
         a: ``(r, n)`` floating; without ``b`` a dense matrix ``(m, n)``.
         b: ``(m, r)``.
         kind: a row of the table.
-        tau: threshold, between 0 and 1 where it is relative.
-        k: how many values ``top_k_share`` counts.
+        tau: threshold, between 0 and 1 if it is relative.
+        k: number of values in ``top_k_share``.
         scaling: of the update.
-        method: "qr"; or "gram", which reads the singular values off ``a a^T`` and ``b^T b`` and so
-            loses half their digits: for "threshold" with tau of 1e-3 and above, "stable" and
-            "participation" (which then needs no decomposition at all).
+        method: "qr" or "gram". "gram" computes the singular values from ``a a^T`` and ``b^T b``,
+            which loses half of the digits. It supports "threshold" with tau of at least 1e-3,
+            "stable", and "participation" (which then needs no decomposition).
 
     Returns:
-        An int for the two that count, else a float.
+        An int for "threshold" and "absolute", else a float.
 
     Raises:
-        ValueError: an argument out of range, or one that ``method`` does not allow; shapes that do
-            not fit or are empty; NaN or infinity. TypeError: what is no floating tensor.
+        ValueError: an argument is out of range, or ``method`` does not allow it; shapes do not fit
+            or are empty; values are NaN or infinite.
+        TypeError: a factor is not a floating tensor.
 
     Sources: "entropy": Roy and Vetterli, "The effective rank: a measure of effective
     dimensionality" (EUSIPCO 2007); "threshold", "absolute" and "top_k_share": the code of "Planning
@@ -141,18 +142,18 @@ def effective_rank(
 def gram_figures(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``||b a||`` (Frobenius) and the participation rank, from ``a a^T`` and ``b^T b``.
 
-    ``sum s^2 = trace(G_b G_a)`` and ``sum s^4 = trace(G_b G_a G_b G_a)``: nothing is decomposed.
+    ``sum s^2 = trace(G_b G_a)`` and ``sum s^4 = trace(G_b G_a G_b G_a)`` need no decomposition.
 
     Args:
-        gram_a, gram_b: ``(r, r)`` floating, or with leading dimensions for several.
+        gram_a, gram_b: ``(r, r)`` floating, with any leading dimensions.
 
     Returns:
-        Two float64 tensors of the leading dimensions, on the device of the Gram matrices; both are
-        zero where the product is.
+        Two float64 tensors with the leading dimensions, on the device of the Gram matrices; both
+        are zero if the product is zero.
     """
     gram_a, gram_b = gram_a.double(), gram_b.double()
     square = (gram_a * gram_b).sum((-2, -1)).clamp(min=0)  # both are symmetric
-    # Scaled first: the fourth powers of a young adapter's singular values leave float64.
+    # Scaled first, since fourth powers of small singular values may underflow.
     product = (gram_b / square.clamp(min=torch.finfo(torch.float64).tiny)[..., None, None]) @ gram_a
     fourth = (product * product.mT).sum((-2, -1))
     rank = torch.where(fourth > 0, 1 / fourth, 0).clamp(max=gram_a.shape[-1])
@@ -161,12 +162,12 @@ def gram_figures(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class RankReport(Sequence[Mapping[str, Any]]):
-    """The modules of an adapter, a mapping each, as :func:`rank_report` makes them.
+    """The modules of an adapter, one mapping each, as :func:`rank_report` returns them.
 
     Attributes:
-        rows: ``module`` its name; ``r``; ``shape (m, n)`` of the update; ``fro``, the Frobenius
-            norm of the scaled update; and an entry for each kind, ``"entropy"``, or for each kind
-            and threshold, ``"threshold@0.001"``.
+        rows: ``module``, its name; ``r``; ``shape (m, n)`` of the update; ``fro``, the Frobenius
+            norm of the scaled update; and one entry per kind, ``"entropy"``, or per kind and
+            threshold, ``"threshold@0.001"``.
     """
 
     rows: tuple[Mapping[str, Any], ...]
@@ -175,17 +176,17 @@ class RankReport(Sequence[Mapping[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        """One row; a slice gives a tuple of them."""
+        """Return one row, or a tuple of rows for a slice."""
         return self.rows[index]
 
     def to_table(self) -> str:
-        """A line for each module below a line of headings, in aligned columns."""
+        """Return a table with one line per module, in aligned columns below a heading."""
         names = list(self.rows[0]) if self.rows else ["module"]
         return aligned([names, *([_cell(row[name]) for name in names] for row in self.rows)])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Return lines of cells as text in columns, the first to the left, the others to the right."""
+    """Return lines of cells as text in columns; the first is left-aligned, others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = (
         [text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(cells)]
@@ -205,25 +206,26 @@ def rank_report(
     """Measure the update of every module of an adapter.
 
     Args:
-        source: an adapter; a model, PEFT's or ours; a folder as PEFT saves it, or (config, state
-            dict); or a state dict alone, which says no scaling, so that it is taken for 1. Names in
-            a state dict are PEFT's, with or without an adapter's name and ``base_model.model.``, or
-            those of the published code (``<module>.lora_layer.lora_A``); all else in it is skipped.
-        adapter_name: which one, of a model or of a state dict with names of adapters.
-        kinds: as :func:`effective_rank` has them.
-        taus: thresholds of the two kinds that count, an entry each.
+        source: an adapter; a model of PEFT or of this package; a folder as PEFT saves it, or
+            (config, state dict); or a state dict alone, with a scaling of 1. Names in a state dict
+            are PEFT's, with or without an adapter's name and ``base_model.model.``, or those of the
+            published code (``<module>.lora_layer.lora_A``). Its other tensors are skipped.
+        adapter_name: the adapter of a model, or of a state dict with adapter names.
+        kinds: see :func:`effective_rank`.
+        taus: thresholds of "threshold" and "absolute", one entry each.
         k: of "top_k_share".
-        layout: "in_r" for a state dict that has the factors of the published code, A ``(n, r)`` and
-            B ``(r, m)``.
+        layout: "in_r" for a state dict with the factors of the published code, A ``(n, r)`` and B
+            ``(r, m)``.
 
     Returns:
-        Rows in the order of the source. The decomposition of a module serves all of its entries.
-        What DoRA's magnitudes and biases add is not in them.
+        Rows in the order of the source. Each module is decomposed once. The contributions of
+        DoRA's magnitudes and of biases are not included.
 
     Raises:
-        KeyError: a lora_A without its lora_B, or the other way round, naming it.
-        ValueError: no adapter, or not this one; an argument out of range; shapes that do not fit;
-            NaN or infinity, naming the module. TypeError: factors that are not floating.
+        KeyError: a lora_A lacks its lora_B, or the reverse; the message names it.
+        ValueError: there is no adapter of this name; an argument is out of range; shapes do not
+            fit; values of a named module are NaN or infinite.
+        TypeError: a factor is not floating.
 
     Source: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv
     2412.00029).
@@ -239,7 +241,7 @@ def rank_report(
     rows: list[Mapping[str, Any]] = []
     for name, (a, b, scaling) in factor_matrices(where, source, adapter_name, layout).items():
         wide_a, wide_b = _factors(f"{where}: {name}", a, b)
-        scale = number(f"{where}: {name}", "scaling", float(scaling))  # PEFT's may be a tensor
+        scale = number(f"{where}: {name}", "scaling", float(scaling))  # PEFT may have a tensor
         spectrum = _spectrum(wide_a, wide_b, abs(scale))
         row: dict[str, Any] = {
             "module": name,
@@ -261,7 +263,7 @@ def _spectrum(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _gram_spectrum(gram_a: Tensor, gram_b: Tensor) -> Tensor:
-    """``s_i^2`` are the eigenvalues of ``G_b^(1/2) G_a G_b^(1/2)``."""
+    """Return the ``s_i``: ``s_i^2`` are the eigenvalues of ``G_b^(1/2) G_a G_b^(1/2)``."""
     values, vectors = torch.linalg.eigh(gram_b)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return torch.linalg.eigvalsh(root @ gram_a @ root).clamp(min=0).sqrt().flip(0)
@@ -292,7 +294,7 @@ def _factors(where: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _finite(where: str, name: str, t: Tensor) -> Tensor:
-    """Return ``t`` in float64 on the CPU, which is finite."""
+    """Return ``t`` in float64 on the CPU; raise for NaN or infinity."""
     wide = t.detach().to("cpu", torch.float64)
     require(bool(wide.isfinite().all()), where, name, "finite values", "NaN or inf")
     return wide

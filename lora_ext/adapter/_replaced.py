@@ -1,4 +1,4 @@
-"""Whole modules that an adapter brings along (PEFT's ``modules_to_save``): heads, as a rule."""
+"""Modules that an adapter replaces as a whole (PEFT's ``modules_to_save``), usually heads."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from ._peft_tensors import PREFIX, TensorSource
 
 
 class Replaced(NamedTuple):
-    """What stands in the place of a linear layer's or an embedding's own tensors, or of some rows
-    of its weight."""
+    """Replacement of the tensors of a linear layer or embedding, or of some rows of its weight."""
 
-    weight: Tensor  # (O, I); of an embedding (tokens, O); of n rows (n, ...)
+    weight: Tensor  # (O, I); (tokens, O) for an embedding; (n, ...) for n rows
     bias: Tensor | None = None  # (O,)
-    rows: Tensor | None = None  # (n,) int64: which they are; None is all
+    rows: Tensor | None = None  # (n,) int64, indices of the rows; None is all
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all three."""
+        """Size of all tensors in bytes."""
         return sum(tensor.nbytes for tensor in self if tensor is not None)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Replaced:
-        """The same of other tensors, which ``change`` makes of these."""
+        """Return the result of applying ``change`` to each tensor."""
         bias, rows = (None if t is None else change(t) for t in (self.bias, self.rows))
         return Replaced(change(self.weight), bias, rows)
 
@@ -40,12 +39,12 @@ def find_replaced(
     saved: Mapping[str, str],
     adapted: Iterable[str],
 ) -> dict[str, dict[str, str]]:
-    """The modules that an adapter replaces, by name, and their keys by ``weight`` and ``bias``. All
-    headers are checked, and no tensor is read.
+    """Return the keys of each replaced module by ``weight`` and ``bias``. All headers are checked,
+    and no tensor is read.
 
     Args:
-        saved: keys that lie in modules of ``modules_to_save``, with the weights' names in the base
-            model. adapted: modules that have LoRA factors.
+        saved: keys in modules of ``modules_to_save``, with the weights' names in the base model.
+        adapted: modules with LoRA factors.
     """
     lacking = [w for w in index.weights if config.saves_whole(w) and w not in saved.values()]
     if lacking:
@@ -67,7 +66,7 @@ def find_replaced(
             where = f"{tensors.where}: {key}"
             raise NotImplementedError(f"{where}: modules_to_save is not supported {refusal}")
         expected = "weights that the base model has"
-        require(name in index.weights, tensors.where, key, expected, "another")
+        require(name in index.weights, tensors.where, key, expected, f"{name}, which it lacks")
         remedy = "; a head with another number of labels needs a model of its own"
         check_header(tensors, key, index.weights.shape(name), " as in the base model", remedy)
         found.setdefault(module, {})[role] = key
@@ -80,13 +79,13 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 def find_rows(
     config: AdapterConfig, tensors: TensorSource, index: ModelIndex, adapted: Iterable[str]
 ) -> tuple[dict[str, str], tuple[int, ...]]:
-    """Keys of rows that stand in the place of the input embedding's, by the modules that have them
-    (PEFT's ``trainable_token_indices``: a tied head has them too), and which rows. All headers are
-    checked, and no tensor is read.
+    """Return the key of the replaced rows for the input embedding and a tied head (PEFT's
+    ``trainable_token_indices``), and the row indices. All headers are checked, and no tensor is
+    read.
 
     Raises:
-        ValueError: a key, shape or token that does not fit. NotImplementedError: rows of another
-            module than a plain input embedding.
+        ValueError: a key, shape or token does not fit.
+        NotImplementedError: rows of another module than a plain input embedding.
     """
     given: Any = config.trainable_token_indices
     field = "trainable_token_indices"
@@ -101,11 +100,15 @@ def find_rows(
     assert spec is not None and module is not None
     with_head = [module, *([index.tied_head] if index.tied_head else [])]
     for each in with_head:
-        plain = each not in adapted and not config.saves_whole(f"{each}.weight")
-        plain = plain and f"{each}.bias" not in index.weights  # PEFT would leave it out
-        alone, found = plain and each in index.modules, "more, or none that the pool serves"
-        expected = f"these rows of {each} and nothing else of it, not a bias either"
-        require(alone, config.where, field, expected, found, NotImplementedError)
+        problems = {
+            "LoRA factors": each in adapted,
+            "modules_to_save": config.saves_whole(f"{each}.weight"),
+            "a bias": f"{each}.bias" in index.weights,  # PEFT would omit it
+            "a module that the pool does not serve": each not in index.modules,
+        }
+        found = " and ".join(name for name, holds in problems.items() if holds)
+        expected = f"only these rows of {each}, in a module without a bias that the pool serves"
+        require(not found, config.where, field, expected, found, NotImplementedError)
     key = f"{PREFIX}{module}{_ROWS}"
     key = key if key in tensors.infos else key.removeprefix(PREFIX)
     require(key in tensors.infos, tensors.where, key, "the rows of trainable_token_indices", "none")

@@ -1,4 +1,4 @@
-"""``LoraAdapter``: one adapter as a value, apart from any model."""
+"""``LoraAdapter``: one adapter as a value, independent of any model."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from ._peft_tensors import PREFIX, Key, TensorSource, base_name, parse_key, role
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LoraAdapter:
-    """PEFT's configuration and, for each adapted module, its factors. Nothing of it changes.
+    """An immutable adapter: PEFT's configuration, and the factors of each adapted module.
 
     Attributes:
-        config: its fields have PEFT's names; ``to_dict()`` is ``adapter_config.json``.
+        config: its fields have PEFT's names; ``to_dict()`` returns ``adapter_config.json``.
         modules: by the module's name in the base model: ``a (r, I)``, ``b (O, r)``, ``scaling`` by
-            PEFT's rules, and ``bias``, ``magnitude`` where PEFT keeps them.
-        base_weights: weights of the base model that PEFT saves beside an adapted embedding or head,
-            under their names in the file. They share the memory of what they were read from.
-        replacements: what PEFT puts in the place of the base model's weights, likewise: whole
-            modules (``modules_to_save``) and trained biases (``bias="all"``, ``"lora_only"``).
+            PEFT's rules, and ``bias``, ``magnitude`` if PEFT stores them.
+        base_weights: weights of the base model that PEFT saves with an adapted embedding or head,
+            by their names in the file. They share the memory of their source.
+        replacements: tensors that replace weights of the base model, by their names in the file:
+            whole modules (``modules_to_save``) and trained biases (``bias="all"``,
+            ``"lora_only"``).
 
-    Two adapters are equal that change a model in the same way: names, factors, scaling, bias,
-    magnitude and replacements count, compared by value, and neither dtype nor device nor
-    configuration.
+    Two adapters are equal if they change a model in the same way. The comparison includes the
+    values of names, factors, scaling, bias, magnitude and replacements, and ignores dtype, device
+    and configuration.
     """
 
     config: AdapterConfig
@@ -56,13 +57,13 @@ class LoraAdapter:
         Args:
             source: a directory; or a dict of PEFT's fields or ``peft.LoraConfig``, and tensors
                 under PEFT's names, which are copied.
-            strict: False skips tensors and fields that nothing uses.
+            strict: False skips unused tensors and fields.
 
         Raises:
             TypeError: ``strict`` is neither True nor False.
-            ValueError: naming file, key, expected and found.
-            NotImplementedError: what is legal in PEFT and not here: rows of embeddings, bare
-                parameters, initialisations that change the base weight.
+            ValueError: the files are invalid; the message names file, key, expected and found.
+            NotImplementedError: a feature of PEFT that is not supported here: rows of embeddings,
+                bare parameters, initialisations that change the base weight.
         """
         require_flags("LoraAdapter.load", strict=strict)
         with open_adapter(source) as (config, tensors):
@@ -70,26 +71,26 @@ class LoraAdapter:
 
     @classmethod
     def from_model(cls, model: nn.Module, adapter: str = "default") -> LoraAdapter:
-        """Copy an adapter out of a PEFT model, or out of layers of :mod:`lora_ext.nn`.
+        """Copy an adapter from a PEFT model, or from layers of :mod:`lora_ext.nn`.
 
         Raises:
-            ValueError: the model has no such adapter; its layers differ in what PEFT's
-                configuration has but once (``use_dora``, ``lora_bias``).
-            NotImplementedError: as :meth:`load`.
+            ValueError: the model has no such adapter; its layers differ in a setting that PEFT's
+                configuration has only once (``use_dora``, ``lora_bias``).
+            NotImplementedError: see :meth:`load`.
         """
         return cls.load(live_adapter(model, adapter, "LoraAdapter.from_model: model"))
 
     @classmethod
     def of(cls, source: LoraAdapter | AdapterSource) -> LoraAdapter:
-        """Take ``source`` as a value: itself where it is one, and anything else as :meth:`load`
-        reads it."""
+        """Return ``source`` itself if it is a `LoraAdapter`, else what :meth:`load` reads from
+        it."""
         return source if isinstance(source, LoraAdapter) else cls.load(source)
 
     def check_names(self, where: str, names: Iterable[str]) -> None:
-        """Refuse names that are no modules of the adapter.
+        """Raise unless every name is a module of the adapter.
 
         Raises:
-            ValueError: naming the first. ``where`` opens the message: caller and argument.
+            ValueError: names the first unknown one, after the prefix ``where``.
         """
         for name in names:
             if name not in self.modules:
@@ -102,16 +103,16 @@ class LoraAdapter:
         base_weights: Mapping[str, Tensor] | None = None,
         **changes: Any,
     ) -> LoraAdapter:
-        """This adapter with other factors, and a configuration that names their modules in full.
+        """Return this adapter with other factors; its configuration names the modules in full.
 
         Args:
-            modules: by the module's name. A scale that PEFT's configuration cannot say moves by
-                one unit in the last place of float64.
-            base_weights: default is those of this adapter that lie beside ``modules``.
-            changes: of fields of the configuration.
+            modules: factors by module name. A scale that PEFT's configuration cannot express
+                changes by one unit in the last place of float64.
+            base_weights: default is this adapter's, without those of modules that are removed.
+            changes: new values of fields of the configuration.
 
-        The trained bias of a base layer that is adapted no more goes with ``bias="lora_only"``,
-        and with ``bias="all"``, which means every layer, stays.
+        The trained bias of a base layer that is no longer adapted is removed with
+        ``bias="lora_only"``, and kept with ``bias="all"``, which means every layer.
         """
         gone = tuple(f"{name}.base_layer." for name in self.modules if name not in modules)
         if base_weights is None:
@@ -130,8 +131,8 @@ class LoraAdapter:
         }
         replacements: dict[str, Tensor] = {}
         for key, value in self.replacements.items():
-            if key.removeprefix(PREFIX).startswith(gone):  # PEFT wraps that layer no more
-                if config.base_bias != "all":  # the bias was trained as one of an adapted layer
+            if key.removeprefix(PREFIX).startswith(gone):  # PEFT no longer wraps that layer
+                if config.base_bias != "all":  # the bias was trained as part of an adapted layer
                     continue
                 key = PREFIX + base_name(key)
             replacements[key] = value
@@ -141,27 +142,27 @@ class LoraAdapter:
         """Write a folder that PEFT loads, with no missing and no unexpected key.
 
         Args:
-            folder: made if it is not there. Both of its files appear, or neither does.
+            folder: created if it does not exist. Either both of its files are written, or neither.
 
         Raises:
-            ValueError: the configuration means other modules, ranks or scales than ``modules`` has.
-            OSError: it cannot be written; what was there is whole.
+            ValueError: the configuration gives other modules, ranks or scales than ``modules``.
+            OSError: the folder cannot be written; previous files stay intact.
         """
         config = self.config
-        if config.target_modules is None:  # PEFT would choose by the kind of model
+        if config.target_modules is None:  # PEFT would choose by the model's type
             config = dataclasses.replace(config, target_modules=tuple(sorted(self.modules)))
         state = self.state_dict()
         with open_adapter((config, state)) as (_, tensors):
-            # What nothing uses was skipped where this was loaded, or refused.
+            # Unused tensors were skipped or rejected when this adapter was loaded.
             meant = self._read(config, tensors, strict=False, copy=False)
         for name, factors in self.modules.items():
-            said, found = meant.modules[name].scaling, factors.scaling
-            expected = f"{said}, which the configuration says"
-            require(found == said, f"LoraAdapter.save: {name}", "scaling", expected, found)
+            configured, found = meant.modules[name].scaling, factors.scaling
+            expected = f"{configured}, as in the configuration"
+            require(found == configured, f"LoraAdapter.save: {name}", "scaling", expected, found)
         write_adapter(folder, config, state)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors under the names that PEFT gives them in a file."""
+        """Return all tensors under PEFT's names in a file."""
         tensors: dict[str, Tensor] = {}
         for name, factors in self.modules.items():
             for part, role in roles_of(factors.embedding).items():
@@ -192,7 +193,7 @@ class LoraAdapter:
         return cls(config, modules, beside, replacements)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both change a model in the same way."""
+        """Return whether both adapters change a model in the same way."""
         if not isinstance(other, LoraAdapter):
             return NotImplemented
         if self.modules.keys() != other.modules.keys():
@@ -208,29 +209,29 @@ class LoraAdapter:
         )
 
     def __repr__(self) -> str:
-        """Modules and ranks at a glance."""
+        """Show the number of modules, their ranks and the source."""
         ranks = sorted({factors.a.shape[0] for factors in self.modules.values()})
         return f"LoraAdapter({len(self.modules)} modules, ranks {ranks}, {self.config.where})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles are made of plain dicts: a read-only view cannot be pickled."""
+        """Copy and pickle the mappings as dicts, since a `MappingProxyType` cannot be pickled."""
         parts = (self.modules, self.base_weights, self.replacements)
         return LoraAdapter, (self.config, *map(dict, parts))
 
 
 def same_values(left: Any, right: Any) -> bool:
-    """Whether two values are equal; of tensors the shapes and values, wherever they lie."""
+    """Return whether two values are equal: shape and values of tensors, on any device."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.shape == right.shape and bool((left == right.to(left.device)).all())
     return bool(left == right)  # one of them may be None
 
 
 # -------------------------------------------------------------------------------------------------
-# Without a model, the tensors themselves say which modules there are.
+# Without a model, the module names and shapes are inferred from the tensors.
 
 
 class _Unknown(BaseWeights):
-    """The weights of a base model that nobody has named: whatever a file holds may be one."""
+    """Weights of an unknown base model: any weight or bias in a file may be one of them."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__(nn.Module())
@@ -249,14 +250,14 @@ class _Unknown(BaseWeights):
 
 
 def _replaces(config: AdapterConfig, name: str) -> bool:
-    """Whether PEFT puts this tensor in the place of the base model's of that name."""
+    """Return whether PEFT replaces the base model's tensor of that name by this one."""
     if config.base_bias != "none" and name.endswith("bias"):
         return True
     return config.saves_whole(name)
 
 
 def _implied_index(config: AdapterConfig, tensors: TensorSource) -> ModelIndex:
-    """The modules of a model that the factors fit: as many inputs as A has, outputs as B has."""
+    """Return an index of the modules with factors: in_features from A, out_features from B."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, info in tensors.infos.items():
         parsed = parse_key(key)

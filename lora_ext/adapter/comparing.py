@@ -1,4 +1,4 @@
-"""Two adapters compared, module by module."""
+"""Comparison of two adapters, module by module."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ._low_rank import check_matrices, norm_of, wide
 from ._peft_files import AdapterSource, Factors
 from ._value import LoraAdapter
 
-# A direction counts from here on: what float32 factors leave of one that is not there.
+# Smallest relative singular value that counts: above what rounding leaves in float32 factors.
 _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class ModuleDifference:
-    """How far the updates ``D = scaling * B A`` of one module are apart.
+    """Difference between the updates ``D = scaling * B A`` of one module.
 
     Attributes:
         module: its name in the base model.
-        ranks: of the two; 0 where an adapter lacks the module.
-        norms: Frobenius, of the two updates.
+        ranks: of the two adapters; 0 if an adapter lacks the module.
+        norms: Frobenius norms of the two updates.
         distance: ``||D_1 - D_2||``, Frobenius.
-        cosine: ``<D_1, D_2> / (||D_1|| ||D_2||)``; None where an update is zero.
-        angles: the principal angles between the column spaces of the two updates, in radians, the
-            smallest first: 0 is a direction that both write, pi / 2 one that the other does not. As
-            many as the narrower space has dimensions.
+        cosine: ``<D_1, D_2> / (||D_1|| ||D_2||)``; None if an update is zero.
+        angles: the principal angles between the column spaces of the two updates, in radians, in
+            rising order: 0 is a direction that both contain, pi / 2 one that is orthogonal to the
+            other space. Their number is the smaller of the two dimensions.
     """
 
     module: str
@@ -48,20 +48,20 @@ def compare_adapters(
     second: LoraAdapter | AdapterSource,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> list[ModuleDifference]:
-    """The distance of two adapters of the same base model, by module.
+    """Measure the distance of two adapters of the same base model, module by module.
 
-    Everything comes from the thin factors, in float64 on the CPU. Biases and magnitudes take no
-    part.
+    Everything is computed from the thin factors, in float64 on the CPU. Biases and magnitudes are
+    ignored.
 
     Args:
         first, second: values, folders, or (config, state dict).
-        progress: is given the names of the modules, and iterated over.
+        progress: wraps the list of module names, as ``tqdm`` does.
 
     Returns:
-        modules of either, those of the first in its order and then the others.
+        one entry per module of either adapter: those of the first in its order, then the others.
 
     Raises:
-        ValueError: a module that has another shape in the second; values that are not finite.
+        ValueError: a module has another shape in the second adapter; values are not finite.
         NotImplementedError: grouped convolutions.
 
     Source: Bjorck and Golub, "Numerical methods for computing angles between linear subspaces",
@@ -102,14 +102,14 @@ def _compared(name: str, first: Factors | None, second: Factors | None) -> Modul
 
 
 def _matrices(factors: Factors | None, like: Factors) -> tuple[Tensor, Tensor]:
-    """``a`` and ``scaling * b``; of rank 0 where there are none."""
+    """Return ``a`` and ``scaling * b``; matrices of rank 0 for a missing module."""
     if factors is None:
         return wide(like.a)[:0], wide(like.b)[:, :0]
     return wide(factors.a), factors.scaling * wide(factors.b)
 
 
 def _columns(a: Tensor, b: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of ``b @ a``."""
+    """Return an orthonormal basis of the columns of ``b @ a``."""
     q, r_b = torch.linalg.qr(b)
     r_a = torch.linalg.qr(a.T, mode="r").R
     u, s, _ = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)

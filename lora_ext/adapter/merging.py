@@ -1,4 +1,4 @@
-"""Several adapters made into one: a sum of their updates, or of their factors."""
+"""Merging of several adapters into one: a sum of their updates, or of their factors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ._value import LoraAdapter, same_values
 
 MergeMode = Literal["delta", "factors", "delta_svd", "ties", "dare"]
 Space = Literal["factors", "delta"]
-Parts = list[tuple[float, Factors]]  # weight and factors of each adapter that has the module
+Parts = list[tuple[float, Factors]]  # weight and factors, for each adapter with the module
 
-#: What is kept of an update where nothing else is asked for, as the papers have it.
+#: Default share of an update's values that is kept, as in the papers.
 DENSITIES: dict[str, float] = {"ties": 0.2, "dare": 0.1}
 
 
@@ -36,48 +36,49 @@ def merge_adapters(
     density: float | None = None,
     seed: int = 0,
 ) -> LoraAdapter:
-    """One adapter out of several of the same base model; other names of it are warned of.
+    """Merge several adapters of the same base model into one; warn if the base models differ.
 
     ============= ======================================= ======================================
     mode          the update of a module                  its rank
     ============= ======================================= ======================================
     "delta"       ``sum_i w_i s_i B_i A_i``, exactly:     the sum of the ranks
                   the A stacked, the B side by side
-    "delta_svd"   the nearest to it of a rank             ``rank``, or the largest of the ranks
-    "factors"     ``s (sum_i w_i B_i) (sum_i w_i A_i)``,  the common one
+    "delta_svd"   its best approximation of a rank        ``rank``, or the largest of the ranks
+    "factors"     ``s (sum_i w_i B_i) (sum_i w_i A_i)``,  the common rank
                   with ``s_i`` in ``B_i`` and s = 1
-                  where the scales differ
-    "ties"        of updates whose smaller values are 0:  as "delta_svd": the nearest of that rank
+                  if the scales differ
+    "ties"        of updates whose smaller values are 0:  as "delta_svd": the best approximation
                   the mean of the values that have the
                   sign of their sum
     "dare"        ``sum_i w_i m_i s_i B_i A_i / d`` with  as "delta_svd"
                   random masks that keep a share d
     ============= ======================================= ======================================
 
-    Sums are float64 on the CPU and are rounded once, to the widest dtype of the adapters. With
-    "delta" and "delta_svd" a module counts that any of them has. A bias is summed like its update.
-    A rank that comes out as 0 in both factors gets a drawn row of A, so that training moves it.
+    Sums are computed in float64 on the CPU and rounded once, to the widest dtype of the adapters.
+    Except with "factors", an adapter may lack modules that others have. A bias is summed like its
+    update. A rank that is 0 in both factors gets a random row of A, so that training can change it.
 
     Args:
-        adapters: values, folders, or (config, state dict). None of them changes.
-        weights: one a piece. One adapter of weight 1 comes back as it is.
+        adapters: values, folders, or (config, state dict). They are not changed.
+        weights: one per adapter. A single adapter of weight 1 is returned as it is.
         mode: see above.
-        rank: with "delta_svd", "ties" and "dare" alone.
-        progress: is given the names of the modules, and iterated over.
-        density: with "ties" and "dare" alone, the share d of an update's values that is kept, above
-            0 and at most 1: the largest, or any. Default 0.2 and 0.1, as in the papers.
-        seed: of the masks of "dare".
+        rank: only with "delta_svd", "ties" and "dare".
+        progress: wraps the list of module names, as ``tqdm`` does.
+        density: only with "ties" and "dare", the share d of an update's values that is kept, above
+            0 and at most 1: the largest ("ties") or random ones ("dare"). Default 0.2 and 0.1, as
+            in the papers.
+        seed: for the masks of "dare".
 
     Returns:
-        the merged adapter; its configuration is the first one's, and names the modules in full.
+        the merged adapter, with the first one's configuration; it names the modules in full.
 
     Raises:
-        ValueError: no adapter; weights of another number, or not finite; modules of other shapes;
-            with "factors", other modules or ranks, naming the first that differs; values that are
-            not finite; different weights of the base model beside the factors; activated adapters
-            with other invocations than the first, or beside ordinary ones.
-        NotImplementedError: DoRA, whose magnitude is not summed; what replaces weights of the base
-            model (modules_to_save, trained biases); grouped convolutions.
+        ValueError: no adapter; a wrong number of weights, or one that is not finite; modules of
+            different shapes; with "factors", different modules or ranks (the first is named);
+            values that are not finite; different weights of the base model beside the factors;
+            activated adapters with different invocations, or beside ordinary ones.
+        NotImplementedError: DoRA, whose magnitudes cannot be summed; weights that replace the base
+            model's (modules_to_save, trained biases); grouped convolutions.
 
     Source: CopRA (arXiv 2410.22911), "factors" and "delta"; TIES-Merging (arXiv 2306.01708); DARE
     (arXiv 2311.03099). Weights in TIES: as PEFT's ``ties_svd``, which is this mode.
@@ -113,20 +114,20 @@ def interpolate_adapters(
     lam: float,
     space: Space = "factors",
 ) -> LoraAdapter:
-    """The point ``(1 - lam) first + lam second`` of the line through two adapters.
+    """Return the point ``(1 - lam) first + lam second`` on the line through two adapters.
 
-    In the space of "factors" each of ``B`` and ``A`` goes along a line, and the update has the
-    cross terms ``B_1 A_2`` and ``B_2 A_1``; in that of "delta" the update itself does. See
+    With "factors", ``B`` and ``A`` are interpolated separately, and the update has the cross terms
+    ``B_1 A_2`` and ``B_2 A_1``. With "delta", the update itself is interpolated. See
     :func:`merge_adapters`.
 
     Args:
-        first, second: values, folders, or (config, state dict). With "factors" they have equal
+        first, second: values, folders, or (config, state dict). With "factors" they need equal
             modules and ranks.
-        lam: any finite number; 0 gives the first as it is, 1 the second.
-        space: of what the line is.
+        lam: any finite number; 0 returns the first as it is, 1 the second.
+        space: "factors" or "delta".
 
     Raises:
-        ValueError, NotImplementedError: as :func:`merge_adapters`.
+        ValueError, NotImplementedError: see :func:`merge_adapters`.
 
     Source: CopRA (arXiv 2410.22911), linear mode connectivity.
     """
@@ -142,11 +143,11 @@ def interpolate_adapters(
 
 
 def _thinned(parts: Parts, mode: MergeMode, density: float, masks: torch.Generator) -> Tensor:
-    """The update of a module, ``(O, I)`` float64, from updates of which a share stays."""
+    """Return the update of a module, ``(O, I)`` float64, by TIES or DARE."""
     updates = torch.stack([f.scaling * wide(f.b) @ wide(f.a) for _, f in parts])
     weights = torch.tensor([w for w, _ in parts], dtype=torch.float64)[:, None, None]
     if mode == "dare":
-        # A mask a piece, in float32: the draws of PEFT's.
+        # One float32 mask per adapter, as PEFT draws them.
         kept = torch.full(updates.shape[1:], density)
         drawn = [torch.bernoulli(kept, generator=masks) for _ in parts]
         return (weights * updates * torch.stack(drawn)).sum(0) / density
@@ -155,7 +156,7 @@ def _thinned(parts: Parts, mode: MergeMode, density: float, masks: torch.Generat
     largest = flat.abs().topk(count, dim=1).indices
     trimmed = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest))
     trimmed = trimmed.view_as(updates)
-    sign = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)  # elected
+    sign = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)  # "elected" sign of TIES
     agree = trimmed.sign() == sign
     return (weights * trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
 
@@ -170,7 +171,7 @@ def _merged(
     density: float | None = None,
     seed: int = 0,
 ) -> LoraAdapter:
-    """The sum of adapters; with a density, of thinned updates."""
+    """Return the weighted sum of adapters, thinned if ``density`` is not None."""
     values = list(adapters.values())
     first = values[0]
     whole = all(f.a.shape[0] <= (rank or math.inf) for f in first.modules.values())
@@ -209,7 +210,7 @@ def _merged(
         )
     changes: dict[str, Any] = {}
     excluded = {value.config.exclude_modules for value in values}
-    if excluded != {first.config.exclude_modules}:  # what one excludes, none of them may adapt
+    if excluded != {first.config.exclude_modules}:  # one adapter may adapt what another excludes
         changes["exclude_modules"] = longer_than(modules)
     return first.with_modules(
         modules,
@@ -222,9 +223,9 @@ def _merged(
 
 
 def _summed(parts: Parts, stacked: bool) -> tuple[Tensor, Tensor, Tensor, float]:
-    """A, B, bias, and the scale that is left: the common one, or 1."""
+    """Return A, B, bias and the remaining scale: the common one, or 1."""
     scaling = parts[0][1].scaling
-    factors = [w for w, _ in parts]  # what each B is multiplied by
+    factors = [w for w, _ in parts]  # factor of each B
     if any(f.scaling != scaling for _, f in parts):
         factors, scaling = [w * f.scaling for w, f in parts], 1.0
     b = [c * wide(f.b) for c, (_, f) in zip(factors, parts, strict=True)]
@@ -244,20 +245,20 @@ def _bias(factors: list[float], parts: Parts) -> Tensor:
 
 
 def _check_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
-    """Warn of other base models, and refuse adapters that begin at different tokens: their sum
-    would begin at none."""
+    """Warn of different base models; raise if the adapters start at different tokens."""
     bases = BaseModels()
     (first, value), *_ = adapters.items()
     expected = f"{list(value.config.invocation)!r:.200}, as {first} has"
     for label, adapter in adapters.items():
-        # The caller of the public function, which torch.no_grad wraps.
+        # stacklevel: the caller of the public function, which torch.no_grad wraps.
         bases.meet(f"{where}: {label}", adapter.config.base_model, stacklevel=4)
         found, field = adapter.config.invocation, f"{label}: alora_invocation_tokens"
         require(found == value.config.invocation, where, field, expected, list(found))
 
 
 def _check_shapes(where: str, adapters: Mapping[str, LoraAdapter], equal: bool) -> None:
-    """Modules of one name are of one shape; with ``equal`` of one rank, and the same in all."""
+    """Raise unless modules of one name have one shape; with ``equal``, also one rank and the same
+    modules in all adapters."""
     (first, reference), *others = adapters.items()
     seen = {name: (first, factors) for name, factors in reference.modules.items()}
     for label, adapter in others:
@@ -285,23 +286,24 @@ def _size(factors: Factors) -> str:
 
 
 def _check_sums(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
-    """Raise for what has no sum: magnitudes, whole modules, values that are not finite."""
+    """Raise for what cannot be summed: magnitudes, whole modules, values that are not finite."""
     base: dict[str, tuple[str, Tensor]] = {}
-    biased = any(f.bias is not None for v in adapters.values() for f in v.modules.values())
+    modules = (item for v in adapters.values() for item in v.modules.items())
+    biased = next((name for name, f in modules if f.bias is not None), None)
     for label, adapter in adapters.items():
         at = f"{where}: {label}"
         for key in adapter.replacements:
-            expected = "factors alone, which have a sum"
+            expected = "only factors, since other weights cannot be summed"
             found = "a weight that replaces the base model's (modules_to_save, a trained bias)"
             raise NotImplementedError(f"{at}: {key}: expected {expected}, found {found}")
         for name, factors in adapter.modules.items():
             plain = factors.magnitude is None
-            found = "a magnitude, whose sum depends on the base weight: merge it into that"
+            found = "a magnitude, whose sum depends on the base weight: merge it into that first"
             require(plain, at, name, "no DoRA", found, NotImplementedError)
             check_matrices(factors, f"{at}: {name}")
-            fits = not (biased and factors.embedding)
+            fits = biased is None or not factors.embedding
             expected = "no lora_bias beside an adapted embedding, as PEFT does"
-            require(fits, at, name, expected, "one in another module", NotImplementedError)
+            require(fits, at, name, expected, f"one in {biased}", NotImplementedError)
         for key, weight in adapter.base_weights.items():
             other, known = base.setdefault(key, (label, weight))
             expected = f"the base model's weight as in {other}"

@@ -1,7 +1,7 @@
-"""The weights of a whole model by module name, each read when it is asked for and not before.
+"""Weights of a whole model by module name, each read only on request.
 
-Whoever compares two models layer by layer needs two weights at a time, not two models. Files are
-untrusted: shapes and dtypes of all shards are known, and checked, before any weight is read.
+A comparison of two models layer by layer needs two weights at a time, not two models. Files are
+untrusted: shapes and dtypes of all shards are checked before any weight is read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ModelSource = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
-# What stands before a module's name where a model was saved with another class, or wrapped.
+# Prefixes of module names in models that were saved with another class, or wrapped.
 _PREFIXES = (
     PREFIX,
     "module.",
@@ -38,28 +38,29 @@ _PREFIXES = (
 )
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
-# Beside a module's name in files of quantised models, where its weight should be.
+# Names of the packed weight in files of quantised models, instead of "weight".
 _PACKED = ("qweight", "weight_packed")
 _REMEDY = "dequantise the model first (transformers: model.dequantize())"
 
 
 class ModelWeights:
-    """Weights by the names of their modules. Close it, or use it in a ``with`` block.
+    """Weights by module name. Close it, or use it in a ``with`` block.
 
-    Names are compared, never the order: ``model.layers.0.mlp.up_proj`` is the module of exactly
-    that name, or else the one that differs by nothing but prefixes that classes of models, PEFT,
-    ``torch.compile`` and the wrappers of ``torch.distributed`` put there (``base_model.model.``,
+    Weights are matched by name, never by order. ``model.layers.0.mlp.up_proj`` is the module of
+    exactly this name, else the one whose name differs only in prefixes that model classes, PEFT,
+    ``torch.compile`` and the wrappers of ``torch.distributed`` add (``base_model.model.``,
     ``model.``, ``module.``, ``_orig_mod.``, ``.base_layer`` ...).
 
     Args:
-        source: a folder of safetensors shards, with ``model.safetensors.index.json`` or without;
-            one safetensors file; tensors by name, ``<module>.weight``; or a model, with PEFT's
-            layers or ours or without.
-        where: opens the message of an error: caller and argument.
+        source: a folder of safetensors shards, with or without ``model.safetensors.index.json``;
+            one safetensors file; tensors by name, ``<module>.weight``; or a model, with or without
+            layers of PEFT or of this package.
+        where: prefix of error messages: caller and argument.
 
     Raises:
-        TypeError: another kind of source. ValueError: no such folder, or none with safetensors; a
-            damaged file or index, naming file, expected and found.
+        TypeError: another type of source.
+        ValueError: there is no such folder, or it has no safetensors; a file or index is damaged
+            (the message names file, expected and found).
     """
 
     def __init__(self, source: ModelSource, where: str):
@@ -82,12 +83,12 @@ class ModelWeights:
         self._tensors.close()
 
     def keys(self, modules: Iterable[str]) -> dict[str, str]:
-        """For each module the key of its weight, for :meth:`shape` and :meth:`read`.
+        """Return the key of the weight of each module, for :meth:`shape` and :meth:`read`.
 
         Raises:
-            KeyError: modules without a weight; the message lists up to five.
-            ValueError: a module that two weights may belong to.
-            TypeError: a weight that is quantised.
+            KeyError: modules have no weight; the message lists up to five.
+            ValueError: two weights match one module.
+            TypeError: a weight is quantised.
         """
         found: dict[str, str] = {}
         missing: list[str] = []
@@ -117,21 +118,23 @@ class ModelWeights:
         return found
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of the weight of a ``key`` that :meth:`keys` gave, without reading it."""
+        """Return the shape of the weight ``key``, a value of :meth:`keys`, without reading it."""
         return self._tensors.infos[key].shape
 
     def is_transposed(self, key: str) -> bool:
-        """Whether the weight of ``key`` is known to be stored as ``(I, O)``: that of transformers'
-        ``Conv1D`` in a model. Files and mappings do not say, so that it is False there."""
+        """Return whether the weight ``key`` is known to be stored as ``(I, O)``, as by
+        transformers' ``Conv1D``. Always False for files and mappings, which do not record it."""
         return key in getattr(self._tensors, "transposed", ())
 
     def read(self, key: str) -> Tensor:
-        """Read the weight of a ``key`` that :meth:`keys` gave, without a graph, where it lies or on
-        the CPU: of a model or a mapping the very memory, of a file a new tensor."""
+        """Return the weight ``key``, a value of :meth:`keys`, without a graph.
+
+        A model's or mapping's weight shares its memory; a file's is a new tensor on the CPU.
+        """
         return self._tensors.read(key)
 
     def _refuse_packed(self, modules: Iterable[str]) -> None:
-        """Refuse a quantised layer that has no ``weight`` at all, instead of calling it absent."""
+        """Raise for a quantised layer without ``weight``, instead of reporting it as missing."""
         packed = {
             _plain(key.removesuffix(f".{end}")): key
             for key in self._tensors.infos
@@ -145,8 +148,8 @@ class ModelWeights:
 
 
 def _plain(name: str) -> str:
-    """A module's name without what wrappers and classes of models add to it."""
-    name = base_name(f"{name}.").removesuffix(".")  # the dot shows a base_layer at the end
+    """Return a module name without the additions of wrappers and model classes."""
+    name = base_name(f"{name}.").removesuffix(".")  # with the dot, a final base_layer matches too
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     before = None
@@ -169,7 +172,7 @@ def _open(source: Any, where: str) -> TensorSource:
 
 
 class _Live:
-    """The weights of a model in memory, also those that accelerate keeps elsewhere."""
+    """The weights of a model in memory, including those that accelerate offloads."""
 
     def __init__(self, model: nn.Module, where: str):
         self.where = where
@@ -177,7 +180,7 @@ class _Live:
         self.infos: dict[str, TensorInfo] = {}
         self.transposed: set[str] = set()
         for name, module in model.named_modules(remove_duplicate=False):
-            if is_adapted(module):  # its weight is its base layer's, which has a name of its own
+            if is_adapted(module):  # its base layer is visited under another name
                 continue
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor):
@@ -208,7 +211,7 @@ class _Live:
 
 
 class _Shards:
-    """Safetensors files of one model, all headers read and no tensor."""
+    """Safetensors files of one model; all headers are read, and tensors only on request."""
 
     def __init__(self, path: Path):
         self.where = str(path)
@@ -221,7 +224,7 @@ class _Shards:
                 self._add(file, placed)
             for key, name in (placed or {}).items():
                 if key not in self.infos:
-                    expected = f"expected {key!r:.200} in {name}, as the index says"
+                    expected = f"expected {key!r:.200} in {name}, as in the index"
                     raise ValueError(f"{path / _INDEX}: {expected}, found no such tensor")
         except BaseException:
             self.close()
@@ -247,9 +250,9 @@ class _Shards:
 
 
 def _listed(path: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files of a model, and in which of them its index places each tensor.
+    """Return the files of a model, and the file of each tensor by its index, if there is one.
 
-    transformers' order: the single file, the index, and our choice last, all files there are.
+    transformers' order: the single file, then the index. Our choice: all files come last.
     """
     expected = "expected a folder of safetensors files"
     try:
@@ -275,7 +278,7 @@ def _listed(path: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Which file has which tensor; files lie beside the index, and nowhere else."""
+    """Return the file of each tensor; all files must be in the folder of the index."""
     raw = read_json(path, MAX_HEADER_BYTES)
     placed = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(placed, dict) or not placed:

@@ -1,4 +1,4 @@
-"""An adapter with other ranks, or in fewer modules."""
+"""Functions that change the ranks of an adapter, or remove modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._peft_files import AdapterSource, Factors
 from ._value import LoraAdapter
 
 PruneMode = Literal["remove", "zero"]
-_MOST = 2**31 - 1  # what a side of a tensor surely holds
+_MAX_RANK = 2**31 - 1  # a tensor size that every backend supports
 
 
 @torch.no_grad()
@@ -24,27 +24,28 @@ def resize_adapter(
     generator: torch.Generator | None = None,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> tuple[LoraAdapter, dict[str, float]]:
-    """The same adapter with other ranks: its update exactly, or the nearest that the rank allows.
+    """Change the ranks of an adapter; its update stays, or becomes the best approximation.
 
-    A smaller rank keeps the largest singular values of ``B A``, with their roots in either factor.
-    A larger one keeps every bit, and adds rows to ``A`` and zeros to ``B``. A rank that would be 0
-    in both gets a row as well, so that training moves every rank. The scale stays, so alpha
-    changes. Rank 0 takes the module out. A bias and DoRA's magnitude stay as they are.
+    A smaller rank keeps the largest singular values of ``B A``, with their roots in each factor. A
+    larger one keeps all values, and adds rows to ``A`` and zeros to ``B``. A rank that is 0 in both
+    factors also gets a row, so that training can change it. The scale stays, hence alpha changes.
+    Rank 0 removes the module. A bias and DoRA's magnitude stay as they are.
 
     Args:
-        adapter: a value, a folder, or (config, state dict). It does not change.
-        rank: for all modules, or by the full names of some; the others keep theirs.
-        generator: of new rows of ``A``, on the CPU; default is one of seed 0.
-        progress: is given the names of the modules, and iterated over.
+        adapter: a value, a folder, or (config, state dict). It is not changed.
+        rank: for all modules, or by full module name; modules without an entry keep their rank.
+        generator: for new rows of ``A``, on the CPU; default is one of seed 0.
+        progress: wraps the list of module names, as ``tqdm`` does.
 
     Returns:
-        the adapter, in the dtypes that it had, and by module the error: the Frobenius norm of the
-        change of ``scaling * B A`` (before rounding, and before DoRA's normalisation), 0 where the
-        rank did not fall.
+        the adapter, in its dtypes, and the error by module: the Frobenius norm of the change of
+        ``scaling * B A`` (before rounding, and before DoRA's normalisation), or 0 if the rank did
+        not fall.
 
     Raises:
-        ValueError: a rank that is no integer from 0; a module that the adapter lacks; values that
-            are not finite. NotImplementedError: grouped convolutions.
+        ValueError: a rank is not an integer of at least 0; the adapter lacks a module; values are
+            not finite.
+        NotImplementedError: grouped convolutions.
 
     Source: LEGEND, re-ranking between rounds; Eckart and Young, 1936.
     """
@@ -57,8 +58,8 @@ def resize_adapter(
         found = factors = adapter.modules[name]
         errors[name] = 0.0
         product = factors.a.shape[0] == factors.b.shape[1]  # else a grouped convolution
-        asks = ranks[name] != factors.a.shape[0]
-        if asks or (product and bool(asleep(factors.a, factors.b).any())):
+        changes = ranks[name] != factors.a.shape[0]
+        if changes or (product and bool(asleep(factors.a, factors.b).any())):
             where = f"resize_adapter: {name}"
             check_matrices(factors, where)
             matrices = factors.a.flatten(1), factors.b.flatten(1)
@@ -77,7 +78,7 @@ def _ranks(adapter: LoraAdapter, rank: int | Mapping[str, int]) -> dict[str, int
     given = rank if isinstance(rank, Mapping) else dict.fromkeys(adapter.modules, rank)
     adapter.check_names(where, given)
     own = {name: factors.a.shape[0] for name, factors in adapter.modules.items()}
-    return own | {name: integer(where, name, value, 0, _MOST) for name, value in given.items()}
+    return own | {name: integer(where, name, value, 0, _MAX_RANK) for name, value in given.items()}
 
 
 @torch.no_grad()
@@ -86,21 +87,22 @@ def prune_adapter(
     keep: Iterable[str] | Callable[[str], bool],
     mode: PruneMode = "remove",
 ) -> LoraAdapter:
-    """Keep an adapter in some modules, and take its update off the others.
+    """Keep an adapter in some modules, and remove its update from the others.
 
     Args:
-        adapter: a value, a folder, or (config, state dict). It does not change.
-        keep: full names of modules, or what is true of the names of those to keep. What is kept is
-            kept as the very tensors.
-        mode: "remove" leaves the others out, factors, bias and base weights of theirs, so that
-            they cost nothing; "zero" keeps their place and sets ``B`` and bias to 0. A trained bias
-            of the base layer goes with "remove" and PEFT's ``bias="lora_only"``, else it stays.
+        adapter: a value, a folder, or (config, state dict). It is not changed.
+        keep: full names of the modules to keep, or a function of a name that returns whether to
+            keep it. Their tensors are not copied.
+        mode: "remove" removes the other modules with their factors, biases and base weights;
+            "zero" keeps them and sets ``B`` and bias to 0. A trained bias of the base layer is
+            removed with "remove" and PEFT's ``bias="lora_only"``, and kept otherwise.
 
     Returns:
-        the adapter; with "remove" its configuration names the survivors in full.
+        the adapter; with "remove" its configuration names the remaining modules in full.
 
     Raises:
-        ValueError: a name that the adapter lacks. TypeError: neither names nor a function.
+        ValueError: the adapter lacks a name.
+        TypeError: ``keep`` is neither names nor a function.
         NotImplementedError: "zero" on DoRA, whose magnitude would remain.
     """
     where = "prune_adapter"
@@ -114,7 +116,7 @@ def prune_adapter(
         if name in kept:
             continue
         expected = f"'remove' for {name}, which has a DoRA magnitude"
-        found = "'zero': the base weight would still be scaled to it"
+        found = "'zero', which would still scale the base weight to that magnitude"
         require(factors.magnitude is None, where, "mode", expected, found, NotImplementedError)
         bias = None if factors.bias is None else torch.zeros_like(factors.bias)
         modules[name] = factors._replace(b=torch.zeros_like(factors.b), bias=bias)

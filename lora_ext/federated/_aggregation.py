@@ -1,4 +1,4 @@
-"""Many clients' updates made into one global adapter, layer by layer and rank by rank."""
+"""Aggregation of clients' updates into one global adapter, by layer and rank."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ WHERE = "aggregate"
 
 @dataclass(frozen=True)
 class Aggregate:
-    """What a round made of its replies.
+    """The result of aggregating one round.
 
     Attributes:
-        state: the new global state. What nobody trained is the very tensor of before; where the
-            round was skipped, everything is.
-        accepted: clients whose replies were fit to be averaged, in ascending order.
-        rejected: by client the reason, which names key, expected and found.
+        state: the new global state. Untrained tensors are the original objects; if the round was
+            skipped, all are.
+        accepted: clients with valid replies, in ascending order.
+        rejected: the reason by client, with key, expected and found.
         uncovered: layers that no accepted client trained.
-        noise: by layer how far averaging A and B apart is from averaging ``B A``; of "svd" what the
-            truncation takes away. Relative.
-        skipped: whether the state is that of before.
-        stacked: with "stack", by module in the base model ``(A, B)`` in float64, whose
-            ``scaling * B @ A`` the base weight takes up.
-        clipped: by client the factor below 1 that brought a long update down to the bound.
+        noise: by layer, the relative difference between averaging A and B separately and averaging
+            ``B A``; with "svd", the relative truncation error.
+        skipped: whether the state is unchanged.
+        stacked: with "stack", ``(A, B)`` in float64 by module name in the base model; the caller
+            adds ``scaling * B @ A`` to the base weight.
+        clipped: by client, the factor below 1 that scaled a long update down to the bound.
         reason: why the round was skipped.
     """
 
@@ -69,47 +69,50 @@ def aggregate(
 ) -> Aggregate:
     """Average the replies of a round into the global adapter.
 
-    ``theta + server_lr * (sum_i w_i theta_i / sum_i w_i - theta)`` for each tensor, over the
-    clients that trained its layer, and no others. ``theta_i`` is a client's own value.
+    Each tensor becomes ``theta + server_lr * (sum_i w_i theta_i / sum_i w_i - theta)``, summed over
+    the clients that trained its layer. ``theta_i`` is a client's value.
 
     =========== ===================================================================================
-    rank_agg    where clients have other ranks, or how their products are averaged
+    rank_agg    treatment of different ranks, or average of products
     =========== ===================================================================================
     "covered"   row j of A and column j of B over the clients of rank above j
     "zero_pad"  rows and columns that a client lacks count as zeros
-    "fro"       "covered" with weights ``w_i ||B_i A_i||_F``; the ``w_i`` where all of them are 0
-    "svd"       ``sum_i w_i B_i A_i``, cut back to the global rank, roots of the singular values in
-                either factor
+    "fro"       "covered" with weights ``w_i ||B_i A_i||_F``, or ``w_i`` if all of these are 0
+    "svd"       ``sum_i w_i B_i A_i``, truncated to the global rank, roots of the singular values in
+                each factor
     "stack"     the same sum exactly, in ``stacked``, for the base weight; B becomes 0, A stays
     =========== ===================================================================================
 
-    A rank that comes out as 0 in both factors, where the clients cancel or "svd" finds no more
-    directions, gets a drawn row of A and keeps its product, so that training moves it; "zero_pad"
-    alone has the zeros that it asks for.
+    A rank can become 0 in both factors if clients cancel or "svd" finds fewer directions. It then
+    gets a random row of A, so that training can change it, and the product stays. "zero_pad"
+    keeps its zeros.
 
-    Sums are float64, in the order of the clients, and rounded once to the dtype of the state: no
-    order of the replies changes a bit. Bad replies are rejected one by one; nothing is broadcast.
+    Sums are computed in float64, sorted by client, and rounded once to the dtype of the state, so
+    the order of replies does not change any bit. Invalid replies are rejected individually.
+    Nothing is broadcast.
 
     Args:
         state: the whole global adapter under PEFT's names: A ``(r, I)``, B ``(O, r)``.
-        updates: equal ones of one client count once.
-        upload: what the tensors of a reply are, "delta" from the state or "value".
+        updates: identical updates of one client count once.
+        upload: content of a reply's tensors: "delta", differences from the state, or "value".
         weighted_by: None gives every client the weight 1.
         server_lr: above 0.
-        scaling: s of ``s B A``, for all modules or by each one's name in the base model. Every
-            client has the same.
-        nan_policy: "drop_client" rejects a reply with NaN or infinity; "drop_tensor" leaves that
-            tensor out (and its partner, where products are averaged); "raise" ends the round.
-        max_update_norm: an update of a larger norm, over all its tensors, is scaled down to it.
-        min_replies: with fewer that are accepted, the round is skipped.
-        partial_ok: whether a reply may lack modules of its plan; never half of one.
-        pattern: finds the index of a layer in a name.
-        shared: further names of the state that every client sends beside its plan: a head.
+        scaling: s of ``s B A``, for all modules or by module name in the base model. It is the same
+            for all clients.
+        nan_policy: "drop_client" rejects a reply with NaN or infinity; "drop_tensor" drops only the
+            tensor (and its partner, if products are averaged); "raise" ends the round.
+        max_update_norm: bound of the norm of an update over all its tensors; longer ones are scaled
+            down.
+        min_replies: with fewer accepted replies, the round is skipped.
+        partial_ok: whether a reply may lack modules of its plan; both factors must be missing.
+        pattern: regular expression for the index of a layer in a name.
+        shared: additional names of the state that every client sends, such as a head.
 
     Raises:
-        ValueError: settings out of range; a state without layers, or with factors that do not fit;
-            with ``nan_policy="raise"`` what it says. TypeError: no :class:`Update`.
-            KeyError: a factor of the state without the other.
+        ValueError: settings are out of range; the state has no layers, or factors do not fit; a
+            value is not finite with ``nan_policy="raise"``.
+        TypeError: an element of ``updates`` is not an :class:`Update`.
+        KeyError: a factor of the state lacks its partner.
 
     Sources: Fed-HeLLo (arXiv 2506.12213), "covered"; HetLoRA, "zero_pad"; FlexLoRA, "svd"; FLoRA,
     "stack".
@@ -133,7 +136,7 @@ def aggregate(
 
 @torch.no_grad()
 def average(rules: Rules, updates: Iterable[Update]) -> Aggregate:
-    """:func:`aggregate` of a state whose pairs of factors are known, with checked settings."""
+    """Average the replies under checked rules; see :func:`aggregate`."""
     state, settings = rules.state, rules.settings
     for key in settings.shared:
         require(key in state, WHERE, "shared", f"names of the {len(state)} tensors", repr(key))
@@ -160,11 +163,11 @@ def average(rules: Rules, updates: Iterable[Update]) -> Aggregate:
 
 
 class _TooLarge(ArithmeticError):
-    """A result that the dtype of the state cannot hold."""
+    """Raised for a result that overflows the dtype of the state."""
 
 
 class _Round:
-    """The new values of one round, module by module."""
+    """Computation of the new values of one round, module by module."""
 
     def __init__(self, rules: Rules, replies: list[Reply]):
         self.rules = rules
@@ -174,7 +177,7 @@ class _Round:
         self.new: dict[str, Tensor] = {}
         self.stacked: dict[str, tuple[Tensor, Tensor]] = {}
         self._generator = torch.Generator().manual_seed(0)
-        self._squares: dict[int, tuple[float, float]] = {}  # of error and size, by layer
+        self._squares: dict[int, tuple[float, float]] = {}  # squared error and size, by layer
 
     def add(self, pair: Pair, scale: float) -> None:
         """Aggregate the factors of one module."""
@@ -194,14 +197,14 @@ class _Round:
             self._squares[pair.layer] = errors + (scale * error) ** 2, sizes + (scale * size) ** 2
 
     def noise(self) -> dict[int, float]:
-        """By layer, the root of the sums of squares over its modules."""
+        """Return the relative error of each layer: the root of the squares summed over modules."""
         return {
             layer: math.sqrt(error / size) if size else 0.0
             for layer, (error, size) in self._squares.items()
         }
 
     def _add_means(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
-        """A and B apart."""
+        """Average A and B separately; return the error of that and the size."""
         weights = _by_norm(parts) if self.rank_agg == "fro" else [p.weight for p in parts]
         zero_pad = self.rank_agg == "zero_pad"
         means: list[Tensor] = []
@@ -212,7 +215,7 @@ class _Round:
             if own:
                 means.append(_mean_of(start, own, axis, zero_pad))
             alone = self.parts(key) if self.rank_agg != "fro" else own
-            if len(alone) > len(own):  # somebody's other factor was dropped
+            if len(alone) > len(own):  # the partner was dropped for some clients
                 self.write(key, _mean_of(start, alone, axis, zero_pad))
             elif own:
                 self.write(key, means[-1])
@@ -222,7 +225,7 @@ class _Round:
         return _noise_of(_normalised(weighed), means[0], means[1])
 
     def _add_nearest(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
-        """The sum of the products, cut back to the rank that the module has."""
+        """Average the products, and truncate to the module's rank; return error and size."""
         if not parts:
             return 0.0, 0.0
         start_a, start_b = self._start(pair.a), self._start(pair.b)
@@ -238,7 +241,7 @@ class _Round:
         return dropped, size
 
     def _add_stack(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
-        """The sum of the products as it is, for the base weight."""
+        """Stack the products for the base weight, and set B to 0."""
         if not parts:
             return 0.0, 0.0
         start_a, start_b = self._start(pair.a), self._start(pair.b)
@@ -247,7 +250,7 @@ class _Round:
         return 0.0, 1.0
 
     def _moved(self, parts: list[PairPart], a: Tensor, b: Tensor) -> list[PairPart]:
-        """The step of ``server_lr`` from the global product towards the mean one."""
+        """Return the parts of a step of ``server_lr`` from the global to the mean product."""
         if self.server_lr == 1:
             return parts
         towards = _normalised(parts, to=self.server_lr)
@@ -264,14 +267,15 @@ class _Round:
         return self.rules.state[key].detach().to("cpu", torch.float64)
 
     def write(self, key: str, value: Tensor, moved: bool = False) -> None:
-        """Round a mean, after the step towards it where that is not done yet."""
+        """Store a value in the state's dtype; with ``moved=False``, first apply ``server_lr``."""
         before = self.rules.state[key]
         if not moved and self.server_lr != 1:
             start = self._start(key)
             value = start + self.server_lr * (value - start)
-        value = value.to(before.dtype)
+        exact, value = value, value.to(before.dtype)
         if not bool(value.isfinite().all()):
-            raise _TooLarge(f"{key}: expected values that {before.dtype} can hold, found larger")
+            found = f"{exact.abs().max().item():.6g}"
+            raise _TooLarge(f"{key}: expected values that {before.dtype} can hold, found {found}")
         self.new[key] = value.to(before.device)
 
 
@@ -286,22 +290,22 @@ def _scales(scaling: float | Mapping[str, float], pairs: Sequence[Pair]) -> dict
 
 
 # -------------------------------------------------------------------------------------------------
-# One module's factors out of those of several clients, in float64 on the CPU. A client's rank may
-# be smaller than that of the global adapter: it then has the first rows of A and the first columns
-# of B. Sums go from client to client in the order that is given, element by element, so that no
-# result depends on the number of threads.
+# Factors of one module from those of several clients, in float64 on the CPU. A client's rank may be
+# smaller than the global one; its factors are then the first rows of A and the first columns of B.
+# Sums are computed client by client in the given order, element by element, so that results do not
+# depend on the number of threads.
 
 
 class Part(NamedTuple):
-    """Value of one tensor at one client, and its weight."""
+    """One client's value of a tensor, and its weight."""
 
     weight: float
     value: Tensor
-    otherwise: float  # its weight where those of all are 0
+    otherwise: float  # its weight if all weights are 0
 
 
 class PairPart(NamedTuple):
-    """Factors of one module at one client, and their weight."""
+    """One client's factors of a module, and their weight."""
 
     weight: float
     a: Tensor  # (r, I)
@@ -309,11 +313,13 @@ class PairPart(NamedTuple):
 
 
 def _mean_of(start: Tensor, parts: Sequence[Part], axis: int, zero_pad: bool) -> Tensor:
-    """The weighted mean, rank by rank over the clients that have the rank; shaped like ``start``.
+    """Return the weighted mean of each rank over the clients that have it, shaped like ``start``.
 
     Args:
-        start: the global value, which ranks that nobody has keep. parts: at least one.
-        axis: of the ranks. zero_pad: whether a client's missing ranks count as zeros.
+        start: the global value, kept for ranks that no client has.
+        parts: at least one.
+        axis: dimension of the ranks.
+        zero_pad: whether a client's missing ranks count as zeros.
     """
     result = start.clone()
     bounds = {0, start.shape[axis], *(part.value.shape[axis] for part in parts)}
@@ -331,7 +337,7 @@ def _mean_of(start: Tensor, parts: Sequence[Part], axis: int, zero_pad: bool) ->
 
 
 def _mean(parts: Sequence[Part]) -> Tensor:
-    """The weighted mean, around the first value: that of equal values is exactly what they are."""
+    """Return the weighted mean, computed from the first value so that equal values stay exact."""
     weights = [part.weight for part in parts]
     if not any(weights):
         weights = [part.otherwise for part in parts]
@@ -339,18 +345,18 @@ def _mean(parts: Sequence[Part]) -> Tensor:
     first = parts[0].value
     away = torch.zeros_like(first)
     for weight, part in zip(weights[1:], parts[1:], strict=True):
-        away += (weight / total) * (part.value - first)  # a share: no weight makes it overflow
+        away += (weight / total) * (part.value - first)  # a ratio, so that weights cannot overflow
     return first + away
 
 
 def _by_norm(parts: Sequence[PairPart]) -> list[float]:
-    """Weights times the norm of each client's ``B A``; the weights where all norms are 0."""
+    """Return the weights times the norms of ``B A``, or the weights if all norms are 0."""
     scaled = [part.weight * norm_of(part.a.flatten(1), part.b.flatten(1)) for part in parts]
     return scaled if any(scaled) else [part.weight for part in parts]
 
 
 def _stack_of(parts: Sequence[PairPart]) -> tuple[Tensor, Tensor]:
-    """Factors of ``sum w_i B_i A_i``, the weights as they are, their roots in either factor."""
+    """Return factors of ``sum w_i B_i A_i``; each contains the roots of the weights."""
     roots = [math.sqrt(abs(part.weight)) for part in parts]
     a = torch.cat([root * part.a.flatten(1) for root, part in zip(roots, parts, strict=True)])
     signs = [math.copysign(root, part.weight) for root, part in zip(roots, parts, strict=True)]
@@ -359,14 +365,16 @@ def _stack_of(parts: Sequence[PairPart]) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(parts: Sequence[PairPart], to: float = 1.0) -> list[PairPart]:
-    """The same with weights that sum up to ``to``."""
+    """Return the parts with weights that sum to ``to``."""
     total = sum(part.weight for part in parts)
     return [part._replace(weight=to * (part.weight / total)) for part in parts]
 
 
 def _noise_of(parts: Sequence[PairPart], mean_a: Tensor, mean_b: Tensor) -> tuple[float, float]:
-    """``|| sum w_i B_i A_i - (mean B)(mean A) ||_F`` and ``|| sum w_i B_i A_i ||_F``; weights sum
-    up to 1, and ranks that no part has are left out of the means."""
+    """Return ``|| sum w_i B_i A_i - (mean B)(mean A) ||_F`` and ``|| sum w_i B_i A_i ||_F``.
+
+    Weights sum to 1. Ranks that no part has are excluded from the means.
+    """
     a, b = _stack_of(parts)
     size = norm_of(a, b)
     if len(parts) == 1:

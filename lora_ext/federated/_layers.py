@@ -1,4 +1,4 @@
-"""Layers of a model turned on and off for one client, and their tensors taken out and put in."""
+"""Switches for the layers of one client's model, and transfer of their tensors."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ Others = Literal["frozen", "disabled"]
 
 
 class LoraLayerManager:
-    """The adapter of a model as a client of a federation sees it: a row of layers.
+    """The layers of a model's adapter, as a federated client trains them.
 
-    A layer is all that the adapter has in one block of the model. A *planned* layer trains. Another
-    is *frozen*: it computes, and its tensors take no gradient; or *disabled*: it is its base layer
-    and nothing more. Neither leaves anything to an optimizer, whose weight decay would move it.
-    Modules of the adapter outside all layers are always frozen. The base model's own parameters,
-    and ``model.training``, are left alone.
+    A layer consists of all the adapter's parameters in one block of the model. A *planned* layer
+    trains. A *frozen* layer computes, but its parameters get no gradients. A *disabled* layer
+    computes only its base layer. Gradients of both are removed, so that an optimizer's weight decay
+    does not change them. Modules of the adapter outside all layers are always frozen. The base
+    model's parameters and ``model.training`` do not change.
 
     Args:
-        model: its layers are :mod:`lora_ext.nn`'s or PEFT's, before or after ``from_peft``.
-        pattern: finds the index of a layer in a module's name; its first group is the index.
+        model: with layers of :mod:`lora_ext.nn` or PEFT, before or after ``from_peft``.
+        pattern: regular expression for module names; its first group is the index of the layer.
         adapter: the adapter that is federated.
-        frozen_dropout: False switches the dropout of frozen layers off. PEFT leaves it on.
+        frozen_dropout: False switches off the dropout of frozen layers. PEFT leaves it on.
 
     Attributes:
-        num_layers: L. modules: for each layer the names of its modules in the base model.
+        num_layers: L.
+        modules: for each layer the names of its modules in the base model.
         blocks: for each layer the name of its block in the model.
-        lowest_trainable: the lowest layer that trains, None where none does, as before the first
+        lowest_trainable: the lowest layer that trains; None if no layer trains, as before the first
             :meth:`apply`.
 
     Raises:
-        LayerNotFound: the pattern finds no module of the adapter, indices with gaps, or two blocks
-            of one index. ValueError: no such adapter; DoRA, a bias of the adapter, an embedding
-            or routed experts in a layer, which no payload carries, naming the module.
+        LayerNotFound: the pattern matches no module of the adapter, or finds indices with gaps or
+            two blocks with one index.
+        ValueError: there is no such adapter; a named layer has DoRA, a bias, an embedding or routed
+            experts, which payloads do not support.
 
     Source: Fed-HeLLo (arXiv 2506.12213), local training of the planned layers.
     """
@@ -84,26 +86,25 @@ class LoraLayerManager:
         self.blocks = tuple(
             _one_block(i, {blocks[m] for m in ms}) for i, ms in enumerate(self.modules)
         )
-        # By identity: layers that PEFT adapts elsewhere have no pair, and names may have prefixes.
+        # By identity, since other adapted layers have no pair, and names may have prefixes.
         own = {id(self._layers[p.module]): p.layer for p in self._pairs}
         self._layer_of = [(layer, own.get(id(layer))) for layer in found.values()]
         dropouts = [layer.lora_dropout[adapter] for layer in found.values()]
         self._dropout = [d.p if isinstance(d, nn.Dropout) else None for d in dropouts]
 
     def apply(self, plan: LayerPlan, mode: Mode = "train", others: Others = "frozen") -> None:
-        """Turn the layers of the model to a plan, until the next call.
+        """Switch the layers of the model to a plan, until the next call.
 
         Args:
-            plan: its ranks are checked and otherwise left to :meth:`load_slice`: rows of A and
-                columns of B that are zero stay so in training.
-            mode: "train" lets the planned layers train; with "eval" nothing does.
-            others: what the layers outside the plan are, "frozen" (Fed-HeLLo) or "disabled"
+            plan: its ranks are only checked. :meth:`load_slice` sets the ranks, since rows of A and
+                columns of B that are both zero stay zero in training.
+            mode: "train" trains the planned layers, "eval" none of them.
+            others: state of the layers outside the plan, "frozen" (Fed-HeLLo) or "disabled"
                 (LEGEND).
 
         Raises:
-            ValueError: a layer or a rank that the model lacks; another mode; an adapter that is
-                merged into the base weight, or not active in a layer that is to train. No layer has
-                changed then.
+            ValueError: the model lacks a layer or a rank; the mode is unknown; the adapter is
+                merged into the base weight, or not active in a planned layer. No layer has changed.
         """
         where = "LoraLayerManager.apply"
         choice(where, "mode", mode, get_args(Mode))
@@ -129,20 +130,19 @@ class LoraLayerManager:
 
     @contextlib.contextmanager
     def boundary(self) -> Iterator[None]:
-        """A block in which no autograd graph is built below the lowest layer that trains.
+        """Return a context without an autograd graph below the lowest layer that trains.
 
-        The forward of each block below it runs without gradients, so that activations and backward
-        shrink to the trained suffix, even where something makes the inputs require gradients.
-        Whatever else is below gets no gradient either. Without a layer that trains this holds for
-        all blocks. Checkpointing of the blocks above must not be the reentrant kind, which trains
-        nothing where its inputs require no gradients.
+        Each block below it runs without gradients, even if its inputs require them. Activations and
+        the backward pass then cover only the trained blocks. Other modules below get no gradients
+        either. If no layer trains, this applies to all blocks. Checkpointing of the blocks above
+        must not be reentrant, which trains nothing if its inputs require no gradients.
         """
         lowest = self.num_layers if self.lowest_trainable is None else self.lowest_trainable
         without = _WithoutGraph()
         with contextlib.ExitStack() as hooks:
             for block in map(self.model.get_submodule, self.blocks[:lowest]):
                 hooks.enter_context(block.register_forward_pre_hook(without.enter))
-                # Called where the forward raises too: else gradients would stay off.
+                # Also called if the forward raises, to restore gradients.
                 leave = block.register_forward_hook(without.leave, always_call=True)
                 hooks.enter_context(leave)
             hooks.callback(without.end)
@@ -151,18 +151,17 @@ class LoraLayerManager:
     def state_slice(
         self, layers: Sequence[int] | None = None, ranks: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
-        """Copies of the factors of some layers, on the CPU.
+        """Copy the factors of some layers to the CPU.
 
         Args:
-            layers: indices; None for all. ranks: one for each, the first rows of A and columns of B
-                that are taken; None for all of them.
+            layers: indices; None for all.
+            ranks: one per layer, the number of rows of A and columns of B to copy; None for all.
 
         Returns:
-            by the names that PEFT's files have: A ``(r, I)``, B ``(O, r)``.
+            by PEFT's names in files: A ``(r, I)``, B ``(O, r)``.
 
         Raises:
-            ValueError, TypeError: what :class:`LayerPlan` refuses; layers or ranks that the model
-                lacks.
+            ValueError, TypeError: :class:`LayerPlan` raises; the model lacks a layer or a rank.
         """
         plan = LayerPlan(tuple(range(self.num_layers)) if layers is None else layers, ranks)  # pyright: ignore[reportArgumentType]
         self._check_plan("LoraLayerManager.state_slice", plan)
@@ -177,19 +176,20 @@ class LoraLayerManager:
 
     @torch.no_grad()
     def load_slice(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Put factors into the model; those of a smaller rank are filled up with zeros.
+        """Copy factors into the model; factors of a smaller rank are padded with zeros.
 
         A row of A and a column of B that are both zero get zero gradients: an adapter of rank 8
-        filled up to 16 trains as one of rank 8 does. The scale is the model's.
+        padded to 16 trains like one of rank 8. The model's scale does not change.
 
         Args:
-            state: as :meth:`state_slice` gives it, or with names from the base model.
-            strict: False skips names that are no factors of a layer. True also wants every module
-                of a layer that has any.
+            state: from :meth:`state_slice`, or with names from the base model.
+            strict: False skips names that are not factors of a layer. True also requires every
+                module of each layer in ``state``.
 
         Raises:
-            KeyError: a factor without the other. ValueError: a name that the model lacks, a module
-                that is missing, a shape or dtype that does not fit. The model has not changed then.
+            KeyError: a factor lacks its partner.
+            ValueError: the model lacks a name, a module is missing, a shape or dtype does not fit.
+                The model has not changed.
         """
         where = "LoraLayerManager.load_slice"
         by_module = {pair.module: pair for pair in self._pairs}
@@ -242,21 +242,21 @@ class LoraLayerManager:
 
 
 class _WithoutGraph:
-    """Hooks around a block that switch gradients off for it, and back to what they were."""
+    """Hooks that switch gradients off for the forward of a block, and restore them."""
 
     def __init__(self) -> None:
         self._before = threading.local()  # two threads may run one model
         self._ended = False
 
     def __deepcopy__(self, _memo: Any) -> _WithoutGraph:
-        return self  # a model copied in the block has the hooks too, and they end with it
+        return self  # shared with copies of the model, whose hooks must end too
 
     def end(self) -> None:
-        """Change nothing from now on, where a copy of the model still has the hooks."""
+        """Disable the hooks, also those on copies of the model."""
         self._ended = True
 
     def enter(self, *_: Any) -> None:
-        # A stack, as a checkpoint runs a block again within the forward of another.
+        # A stack, since a checkpoint may rerun a block within another block's forward.
         stack: list[bool] = self._before.__dict__.setdefault("stack", [])
         stack.append(torch.is_grad_enabled())
         torch.set_grad_enabled(self._ended and stack[-1])
@@ -267,8 +267,8 @@ class _WithoutGraph:
 
 @contextlib.contextmanager
 def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """A block in which modules have other forwards."""
-    # Forwards of the objects themselves, as accelerate puts them there; the class's is no entry.
+    """Return a context in which modules have other forwards."""
+    # Restore only instance attributes, as accelerate sets them, not the class's forward.
     before = {module: module.__dict__.get("forward") for module in replaced}
     try:
         for module, forward in replaced.items():
@@ -297,6 +297,6 @@ def _check_carried(name: str, layer: Any, adapter: str) -> None:
         found = "a bias"
     elif adapter not in layer.lora_A:
         found = f"those of a {type(layer).__name__}"
-    elif getattr(layer, "num_experts", 1) > 1:  # their rows go expert by expert: no rank is a slice
+    elif getattr(layer, "num_experts", 1) > 1:  # their rows are grouped by expert, not by rank
         found = f"a pair for each of {layer.num_experts} experts"
     require(found is None, where, repr(adapter), "lora_A and lora_B alone", found)

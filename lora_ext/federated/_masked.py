@@ -1,9 +1,9 @@
-"""Updates of one size whatever the plan, so that a server needs to see their sum alone.
+"""Updates of one size for every plan, of which the server needs only the sum.
 
-Secure summation adds vectors that nobody may read. Each client therefore sends all layers, zeros
-where it trained nothing, times its weight, and beside them the weight that each rank of each module
-has; the server divides sum by sum. This is the "covered" mean of :func:`aggregate`, whose other
-rules and whose rejections need the single reply.
+Secure summation adds vectors that nobody can read individually. Each client therefore sends all
+layers multiplied by its weight, with zeros for untrained layers, and the weight of each rank of
+each module. The server divides the two sums. The result is the "covered" mean of :func:`aggregate`;
+its other rules and its rejections need individual replies.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def masked_payload(
     max_update_norm: float | None = None,
     pattern: str = PATTERN,
 ) -> dict[str, Tensor]:
-    """One client's share of the sums: ``w * mask * delta``, and ``w * mask`` by rank.
+    """Return one client's summands: ``w * mask * delta``, and ``w * mask`` by rank.
 
     Args:
-        state, update, upload, weighted_by, max_update_norm, pattern: as for :func:`aggregate`.
+        state, update, upload, weighted_by, max_update_norm, pattern: see :func:`aggregate`.
 
     Returns:
-        float64 where the state is, else float32: by the names of the state the shape that it has
-        there, and ``<module>.rank_weights`` ``(r,)``. All of it, for every plan.
+        for every plan, all names of the state with their shapes, and ``<module>.rank_weights``
+        ``(r,)``; float64 if the state is float64, else float32.
 
     Raises:
-        ValueError: an update that :func:`aggregate` would reject, and why.
+        ValueError: :func:`aggregate` would reject the update; the message contains the reason.
     """
     pairs = layer_pairs("masked_payload: state", state, pattern)
     with renamed("masked_payload"):
@@ -68,7 +68,7 @@ def masked_payload(
 
 
 def masked_shapes(pairs: Sequence[Pair], state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of what :func:`masked_payload` sends, whatever the plan."""
+    """Return the names and shapes of :func:`masked_payload`, which are the same for every plan."""
     shapes = {key: tuple(state[key].shape) for p in pairs for key in (p.a, p.b)}
     return shapes | {weights_key(p): (state[p.a].shape[0],) for p in pairs}
 
@@ -81,17 +81,19 @@ def aggregate_masked(
     server_lr: float = 1.0,
     pattern: str = PATTERN,
 ) -> dict[str, Tensor]:
-    """The new global state out of the sums of :func:`masked_payload` over the clients.
+    """Compute the new global state from the sums of :func:`masked_payload` over the clients.
 
     Args:
-        state: as the clients had it. sums: name by name. server_lr: above 0.
+        state: the state that the clients had.
+        sums: by name.
+        server_lr: above 0.
 
     Returns:
-        the state; a tensor that no client trained is the very one of before.
+        the state; a tensor that no client trained is the original object.
 
     Raises:
-        ValueError: a name that is missing or too much, another shape or dtype, weights below 0, or
-            values that are not finite, or that the state's dtype cannot hold.
+        ValueError: a name is missing or unknown, a shape or dtype differs, weights are negative, or
+            values are not finite or overflow the state's dtype.
     """
     where = "aggregate_masked"
     number(where, "server_lr", server_lr, above=0, expected="a finite number above 0")
@@ -104,10 +106,11 @@ def aggregate_masked(
         value = sums[key]
         require(tuple(value.shape) == shape, where, key, f"shape {shape}", tuple(value.shape))
         fits = value.is_floating_point() and bool(value.isfinite().all())
-        require(fits, where, key, "finite floating values", value.dtype)
+        found = f"NaN or inf in {value.dtype}" if value.is_floating_point() else value.dtype
+        require(fits, where, key, "finite floating values", found)
     for pair in pairs:
-        holds = bool((sums[weights_key(pair)] >= 0).all())
-        require(holds, where, pair.module, "weights from 0", "some below")
+        least = min(sums[weights_key(pair)].tolist(), default=0)
+        require(least >= 0, where, pair.module, "weights from 0", least)
     return divided(pairs, state, sums, server_lr)
 
 
@@ -117,7 +120,7 @@ def divided(
     sums: Mapping[str, Tensor],
     server_lr: float,
 ) -> dict[str, Tensor]:
-    """:func:`aggregate_masked` of sums that fit the state; raises for values too large for it."""
+    """Return :func:`aggregate_masked` of sums that fit the state; raise if a value overflows."""
     result = dict(state)
     for pair in pairs:
         weights = sums[weights_key(pair)].to("cpu", torch.float64)
@@ -128,13 +131,13 @@ def divided(
             before = state[key].detach().to("cpu", torch.float64)
             by_rank = [1] * before.dim()
             by_rank[axis] = -1
-            # Ranks that nobody trained are left out below; 1 keeps NaN out of the division.
+            # Untrained ranks are excluded below; 1 prevents NaN in the division.
             total = torch.where(trained, weights, torch.ones_like(weights)).view(by_rank)
             moved = before + server_lr * sums[key].to("cpu", torch.float64) / total
             value = torch.where(trained.view(by_rank), moved, before).to(state[key].dtype)
-            holds = bool(value.isfinite().all())
-            expected = f"values that {value.dtype} can hold"
-            require(holds, "aggregate_masked", key, expected, "larger ones")
+            if not bool(value.isfinite().all()):
+                found, largest = f"values that {value.dtype} can hold", moved.abs().max().item()
+                raise ValueError(f"aggregate_masked: {key}: expected {found}, found {largest:.6g}")
             result[key] = value.to(state[key].device)
     return result
 
@@ -144,5 +147,5 @@ def _wide(value: Tensor) -> torch.dtype:
 
 
 def weights_key(pair: Pair) -> str:
-    """The name of a module's weights by rank."""
+    """Return the name of the weights of a module's ranks."""
     return f"{pair.module}.rank_weights"

@@ -1,7 +1,8 @@
-"""Tensors of planned layers as arrays that a message carries, and back. Nothing of it is trusted.
+"""Conversion of the tensors of planned layers to arrays of a message, and back.
 
-A message has named arrays and a manifest of flat lists, which is what Flower's records hold.
-numpy has no bfloat16: its bits travel as ``uint16``, and the manifest says so.
+Messages are untrusted. A message has named arrays and a manifest of flat lists, the content of
+Flower's records. numpy has no bfloat16, so its bits are sent as ``uint16`` and marked in the
+manifest.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ _DTYPES = {
     "float64": (torch.float64, np.dtype("<f8")),
 }
 _NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items()}
-_MOST_HEADER = 4096  # bytes
-_MOST_DIMS = 8
-_MOST_SIZE = 2**31 - 1
+_MAX_HEADER_BYTES = 4096
+_MAX_DIMS = 8
+_MAX_SIZE = 2**31 - 1
 
 
 class Payload(NamedTuple):
-    """What a message carries of a client's layers.
+    """The tensors of a client's layers in a message.
 
     Attributes:
-        arrays: by the tensors' names; packed, one array of bytes.
-        manifest: what the arrays do not say themselves, flat lists by name.
+        arrays: by tensor name; or one packed array of bytes.
+        manifest: flat lists by name, with what the arrays do not contain.
     """
 
     arrays: dict[str, np.ndarray]
@@ -47,21 +48,22 @@ class Payload(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays themselves, without what frames them."""
+        """Size of the arrays in bytes, without framing."""
         return sum(array.nbytes for array in self.arrays.values())
 
 
 def plan_shapes(
     state: Mapping[str, Tensor], plan: LayerPlan, pattern: str = PATTERN
 ) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of what a plan sends: A ``(r, I)``, B ``(O, r)``.
+    """Return the names and shapes of the tensors of a plan: A ``(r, I)``, B ``(O, r)``.
 
     Args:
-        state: the whole global adapter. plan: its ranks are at most the global ones.
-        pattern: finds the index of a layer in a name.
+        state: the whole global adapter.
+        plan: its ranks are at most the global ones.
+        pattern: regular expression for the index of a layer in a name.
 
     Raises:
-        ValueError: a layer or a rank that the state lacks; as :func:`aggregate` for the state.
+        ValueError: the state lacks a layer or a rank, or is invalid as in :func:`aggregate`.
     """
     return shapes_of(layer_pairs("plan_shapes: state", state, pattern), state, plan)
 
@@ -69,7 +71,7 @@ def plan_shapes(
 def shapes_of(
     pairs: Sequence[Pair], state: Mapping[str, Tensor], plan: LayerPlan
 ) -> dict[str, tuple[int, ...]]:
-    """:func:`plan_shapes` where the factors of the state are known already."""
+    """Return :func:`plan_shapes` of a state with these pairs."""
     where = "plan_shapes"
     known = {pair.layer for pair in pairs}
     for layer in plan.layers:
@@ -85,10 +87,9 @@ def shapes_of(
 
 
 def plan_bytes(state: Mapping[str, Tensor], plan: LayerPlan, pattern: str = PATTERN) -> int:
-    """Count the bytes of a plan's tensors one way, ``itemsize * sum of r (I + O)``, without
-    framing.
+    """Return the bytes of a plan's tensors in one direction, ``itemsize * sum of r (I + O)``.
 
-    Args and errors are those of :func:`plan_shapes`.
+    Framing is not included. Arguments and errors are those of :func:`plan_shapes`.
     """
     return bytes_of(state, plan_shapes(state, plan, pattern))
 
@@ -99,15 +100,15 @@ def bytes_of(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]])
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], flat: bool = False) -> Payload:
-    """Tensors as arrays of a message.
+    """Convert tensors to arrays of a message.
 
     Args:
         tensors: float16, bfloat16, float32 or float64, on any device.
-        flat: all of them in one array of bytes. Each array of a message costs over a hundred bytes
-            of framing, which is much beside factors of small ranks.
+        flat: pack all tensors in one array of bytes. Each array of a message has over a hundred
+            bytes of framing, which is much compared with factors of small ranks.
 
     Raises:
-        ValueError: another dtype, naming the tensor.
+        ValueError: a tensor has another dtype; the message names it.
     """
     arrays: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
@@ -133,18 +134,18 @@ def pack_tensors(tensors: Mapping[str, Tensor], flat: bool = False) -> Payload:
 def unpack_tensors(
     payload: Payload, shapes: Mapping[str, tuple[int, ...]], where: str = "payload"
 ) -> dict[str, Tensor]:
-    """The tensors of a message, in memory of their own.
+    """Copy the tensors out of a message.
 
-    Names, dtypes, shapes and sizes are compared before anything is allocated. A name may be
-    missing: what that means, :func:`aggregate` says.
+    Names, dtypes, shapes and sizes are compared before anything is allocated. Names may be missing;
+    :func:`aggregate` handles that.
 
     Args:
-        payload: from :func:`pack_tensors`, by way of whoever.
-        shapes: by name, the only ones that are let in; :func:`plan_shapes`.
-        where: opens the message of an error: the node, say.
+        payload: from :func:`pack_tensors`, untrusted.
+        shapes: of the allowed names, from :func:`plan_shapes`.
+        where: prefix of error messages, such as the node.
 
     Raises:
-        ValueError: naming key, expected and found.
+        ValueError: the payload is invalid; the message names key, expected and found.
     """
     manifest = payload.manifest
     found: dict[str, Tensor] = {}
@@ -157,7 +158,7 @@ def unpack_tensors(
             for key, array in payload.arrays.items()
         }
     for key, (_, array) in entries.items():
-        require(key in shapes, where, f"{key!s:.200}", "a name of the plan", "none that it has")
+        require(key in shapes, where, f"{key!s:.200}", "a name of the plan", "another name")
         fits = array.shape == tuple(shapes[key])
         require(fits, where, key, f"shape {list(shapes[key])}", f"shape {list(array.shape)}")
     for key, (name, array) in entries.items():
@@ -167,7 +168,7 @@ def unpack_tensors(
 
 
 def _name_of(key: str, array: Any, brain: bool, where: str) -> str:
-    """What the dtype of an array means."""
+    """Return the name of the dtype that an array represents."""
     require(isinstance(array, np.ndarray), where, key, "an array", type(array).__name__)
     if brain:
         require(array.dtype == np.dtype("<u2"), where, key, "uint16, of bfloat16", array.dtype)
@@ -183,17 +184,19 @@ def _flat_entries(payload: Payload, where: str) -> dict[str, tuple[str, np.ndarr
     packed = payload.arrays[_PACKED]
     require(isinstance(packed, np.ndarray), where, _PACKED, "an array", type(packed).__name__)
     plain = packed.dtype == np.uint8 and packed.ndim == 1
-    require(plain, where, _PACKED, "a row of uint8", (packed.dtype, packed.shape))
+    require(plain, where, _PACKED, "a one-dimensional uint8 array", (packed.dtype, packed.shape))
     names = _list(payload.manifest, "names", str, where)
     dtypes = _list(payload.manifest, "dtypes", str, where)
     dims = _list(payload.manifest, "dims", int, where)
     sizes = _list(payload.manifest, "sizes", int, where)
-    require(len(set(names)) == len(names), where, "names", "each once", "one of them twice")
+    repeated = len(names) - len(set(names))
+    require(repeated == 0, where, "names", "each once", f"{repeated} repeated")
     for name, each in (("dtypes", dtypes), ("dims", dims)):
         require(len(each) == len(names), where, name, f"{len(names)} entries", len(each))
-    for name, most, each in (("dims", _MOST_DIMS, dims), ("sizes", _MOST_SIZE, sizes)):
-        inside = all(0 <= value <= most for value in each)
-        require(inside, where, name, f"integers from 0 to {most}", "others")
+    for name, most, each in (("dims", _MAX_DIMS, dims), ("sizes", _MAX_SIZE, sizes)):
+        outside = sum(not 0 <= value <= most for value in each)
+        found = f"{outside} of {len(each)} outside"
+        require(outside == 0, where, name, f"integers from 0 to {most}", found)
     require(sum(dims) == len(sizes), where, "sizes", f"{sum(dims)} entries", len(sizes))
     entries: dict[str, tuple[str, np.ndarray]] = {}
     start = place = 0
@@ -217,18 +220,19 @@ def _list(manifest: Mapping[str, Any], name: str, kind: type, where: str) -> lis
 
 
 def read_npy(data: bytes, where: str = "read_npy") -> np.ndarray:
-    """Read an array out of the bytes of a .npy file, without a copy and without pickle.
+    """Read the bytes of a .npy file as an array, without a copy and without pickle.
 
-    The header is compared with the number of bytes first: nothing is allocated for its promises.
+    The size of the header's shape is compared with the number of bytes before any allocation.
 
     Args:
-        data: not trusted. where: opens the message of an error.
+        data: untrusted.
+        where: prefix of error messages.
 
     Returns:
-        an array that shares the bytes' memory, and cannot be written to.
+        a read-only array that shares the bytes' memory.
 
     Raises:
-        ValueError: bytes that are no .npy file of numbers, naming expected and found.
+        ValueError: the bytes are not a .npy file of numbers; the message names expected and found.
     """
     file = io.BytesIO(data)
     try:
@@ -237,14 +241,14 @@ def read_npy(data: bytes, where: str = "read_npy") -> np.ndarray:
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, fortran, dtype = read(file, max_header_size=_MOST_HEADER)
-    except Exception as error:  # numpy's parser raises whatever the bytes provoke
+        shape, fortran, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
+    except Exception as error:  # numpy's parser can raise any exception
         found = f"{error!s:.200}"
         raise ValueError(f"{where}: expected the bytes of a .npy file, found {found}") from None
-    plain = all(type(size) is int and size >= 0 for size in shape)  # True is none of numpy's
+    plain = all(type(size) is int and size >= 0 for size in shape)  # excludes bool
     require(plain, where, "shape", "sizes from 0", shape)
     require(dtype.kind in "fu", where, "dtype", "numbers", dtype)
-    require(len(shape) <= _MOST_DIMS, where, "shape", f"up to {_MOST_DIMS} sizes", len(shape))
+    require(len(shape) <= _MAX_DIMS, where, "shape", f"up to {_MAX_DIMS} sizes", len(shape))
     size, start = dtype.itemsize * math.prod(shape), file.tell()
     require(size == len(data) - start, where, "data", f"{size} bytes", len(data) - start)
     array = np.frombuffer(data, dtype, offset=start)

@@ -1,4 +1,4 @@
-"""What one client trains in one round, and where the names of tensors say their layer."""
+"""Plans of what a client trains in a round, and the assignment of tensor names to layers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from lora_ext.layers import block_index
 
 Client = int | str
 
-#: Where the index of a layer stands in a name, as most models of transformers have it.
+#: Pattern of the layer index in a module name, as in most models of transformers.
 PATTERN = r"layers\.(\d+)\."
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The layers that a client trains, and the rank that it trains each of them at.
+    """The layers that a client trains, and the rank of each.
 
     Attributes:
-        layers: indices from 0, rising. They may be given in any order.
-        ranks: one for each layer, ``ranks[j]`` for ``layers[j]``; None where every layer has the
-            rank of the global adapter.
+        layers: indices from 0, in rising order; the argument may have any order.
+        ranks: one for each layer, ``ranks[j]`` for ``layers[j]``; None if every layer has the rank
+            of the global adapter.
 
     Raises:
-        TypeError: an index or a rank that is no integer. ValueError: an index below 0 or given
-            twice, a rank below 1, or another number of ranks than of layers.
+        TypeError: an index or a rank is not an integer.
+        ValueError: an index is below 0 or repeated, a rank is below 1, or the numbers of ranks and
+            layers differ.
 
     Sources: Fed-HeLLo (arXiv 2506.12213), S_i^t; LEGEND (arXiv 2412.20004), r_l.
     """
@@ -50,16 +51,17 @@ class LayerPlan:
             require(len(ranks) == len(layers), "LayerPlan", "ranks", expected, len(ranks))
         order = sorted(range(len(layers)), key=layers.__getitem__)
         object.__setattr__(self, "layers", tuple(layers[i] for i in order))
-        # A plan of no layer has no ranks, so that it equals what its message is read as.
+        # A plan without layers has no ranks, so that it equals the plan read from its message.
         object.__setattr__(self, "ranks", tuple(ranks[i] for i in order) if ranks else None)
 
     def rank_of(self, layer: int, full: int) -> int:
-        """The rank at which the planned ``layer`` is trained; ``full`` is the global adapter's,
-        which holds where the plan has no ranks."""
+        """Return the rank of the planned ``layer``; ``full``, the global adapter's, if the plan has
+        no ranks."""
         return full if self.ranks is None else self.ranks[self.layers.index(layer)]
 
     def to_config(self) -> dict[str, list[int]]:
-        """Flat lists, as JSON and Flower's ``ConfigRecord`` hold them; no ``ranks`` without any."""
+        """Return flat lists, as JSON and Flower's ``ConfigRecord`` store them, without empty
+        ``ranks``."""
         found = {"layers": list(self.layers)}
         if self.ranks is not None:
             found["ranks"] = list(self.ranks)
@@ -67,23 +69,23 @@ class LayerPlan:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LayerPlan:
-        """Read what :meth:`to_config` wrote; other keys of a message are left alone.
+        """Read the output of :meth:`to_config`, ignoring other keys of a message.
 
         Args:
-            config: has "layers", and "ranks" where the plan has some: lists of integers.
+            config: lists of integers, "layers" and optionally "ranks".
 
         Raises:
-            ValueError: no ``layers``, or what the class refuses. TypeError: likewise.
+            ValueError, TypeError: ``layers`` is missing, or :class:`LayerPlan` raises.
         """
         require("layers" in config, "LayerPlan", "config", "layers", sorted(map(str, config)))
         return cls(config["layers"], config.get("ranks"))
 
 
 class Allocator(Protocol):
-    """Decides who trains what."""
+    """An object that chooses the layers of each client."""
 
     def plan(self, round: int, client: Client, capability: int) -> LayerPlan:
-        """The plan of one client, of at most ``capability`` layers; without any it is not asked."""
+        """Return the plan of one client, at most ``capability`` layers; not called for 0."""
         ...
 
 
@@ -95,7 +97,7 @@ def _integers(name: str, values: Any, least: int) -> tuple[int, ...]:
 
 
 class LayerNotFound(ValueError):
-    """A pattern that finds no layer, or layers whose indices have gaps."""
+    """A pattern that matches no layer, or layers whose indices have gaps."""
 
 
 class Pair(NamedTuple):
@@ -108,16 +110,17 @@ class Pair(NamedTuple):
 
 
 def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[Pair]:
-    """The factors of a state dict that lie in a layer, in the order of layers and modules.
+    """Return the pairs of factors in the layers of a state dict, sorted by layer and module.
 
     Args:
-        where: opens the message of an error.
-        state: tensors under PEFT's names, with ``base_model.model.`` in front or without.
+        where: prefix of error messages.
+        state: tensors under PEFT's names, with or without ``base_model.model.``.
         pattern: a regular expression whose first group is the index of the layer.
 
     Raises:
-        KeyError: a factor without the other. LayerNotFound: no name has an index. ValueError:
-            factors that do not share a rank, or are no floating matrices.
+        KeyError: a factor lacks its partner.
+        LayerNotFound: no name has an index.
+        ValueError: factors have different ranks, or are not floating matrices.
     """
     found: list[Pair] = []
     for module, (a, b) in factor_keys(where, state).items():

@@ -1,4 +1,4 @@
-"""One reply of a client, and what of it is fit to be averaged."""
+"""Replies of clients, and the checks before they are averaged."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ Upload = Literal["delta", "value"]
 NanPolicy = Literal["drop_client", "drop_tensor", "raise"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MOST_EXAMPLES = 2**53
+_MAX_EXAMPLES = 2**53
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """One reply, decoded. Nothing of it is trusted until :func:`aggregate` has looked at it.
+    """One decoded reply, untrusted until :func:`aggregate` has checked it.
 
     Attributes:
-        client: a number or a name that is the client's alone.
-        num_examples: how many examples it trained on, its weight in the mean.
+        client: unique number or name of the client.
+        num_examples: number of training examples, its weight in the mean.
         tensors: the planned layers under the names of the global state, A ``(r, I)`` and B
             ``(O, r)``: differences from the global values, or the new values.
-        plan: what the server asked of it.
-        loss: its training loss, which nothing here needs.
-        failed: it says itself that it could not train.
+        plan: the plan that the server sent.
+        loss: training loss; not used by :func:`aggregate`.
+        failed: whether the client reports that it could not train.
     """
 
     client: Client
@@ -49,7 +49,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Settings:
-    """The keyword arguments of :func:`aggregate`, which documents them, checked."""
+    """The checked keyword arguments of :func:`aggregate`; see there."""
 
     rank_agg: RankAgg = "covered"
     upload: Upload = "delta"
@@ -85,7 +85,7 @@ class Rules:
 
     @functools.cached_property
     def axes(self) -> dict[str, int]:
-        """Where each factor has its ranks: A in its rows, B in its columns."""
+        """Dimension of the ranks of each factor: 0 for A, 1 for B."""
         return {key: axis for p in self.pairs for axis, key in enumerate((p.a, p.b))}
 
     @functools.cached_property
@@ -94,26 +94,26 @@ class Rules:
         return {key: p.layer for p in self.pairs for key in (p.a, p.b)}
 
     def head(self, key: str, rank: int) -> Tensor:
-        """The part of a global tensor that a factor of a smaller rank covers, in float64."""
+        """Return the part of a global tensor that a factor of rank ``rank`` covers, in float64."""
         value = self.state[key].detach().to("cpu", torch.float64)
         return value if key not in self.axes else value.narrow(self.axes[key], 0, rank)
 
     def rank(self, key: str, value: Tensor) -> int:
-        """The rank of a factor; 0 of what is none."""
+        """Return the rank of a factor, or 0 for another tensor."""
         return value.shape[self.axes[key]] if key in self.axes else 0
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply that was accepted."""
+    """An accepted reply."""
 
     client: Client
     weight: float
     tensors: Mapping[str, Tensor]
-    factor: float  # by which its update is scaled down
+    factor: float  # scales its update down, at most 1
 
     def value(self, key: str, rules: Rules) -> Tensor:
-        """The client's own value of a tensor, in float64 on the CPU."""
+        """Return the client's value of a tensor, in float64 on the CPU."""
         sent = self.tensors[key].detach().to("cpu", torch.float64)
         is_value = rules.settings.upload == "value"
         if is_value and self.factor == 1:
@@ -124,11 +124,11 @@ class Reply:
 
 
 class Rejected(ValueError):
-    """A reply that cannot be averaged, and why."""
+    """Raised for a reply that cannot be averaged; contains the reason."""
 
 
 class _EndsRound(Rejected):
-    """A value that is not finite, with ``nan_policy="raise"``."""
+    """Raised for a value that is not finite, with ``nan_policy="raise"``."""
 
 
 def need(holds: bool, name: str, expected: object, found: object) -> None:
@@ -138,22 +138,22 @@ def need(holds: bool, name: str, expected: object, found: object) -> None:
 
 
 def by_client(updates: Iterable[Update]) -> dict[Client, list[Update]]:
-    """Return the replies of each client, in the order of the clients; raise a TypeError for what is
-    no :class:`Update`."""
+    """Return the replies of each client, sorted by client; raise `TypeError` for other types than
+    :class:`Update`."""
     found: dict[Client, list[Update]] = {}
     for update in updates:
         kind = type(update).__name__
         known = isinstance(update, Update)
         require(known, "aggregate", "updates", "Update values", kind, TypeError)
         found.setdefault(update.client, []).append(update)
-    # Numbers before names, which do not compare with them.
+    # Numbers come before names, since Python cannot compare the two types.
     return {
         c: found[c] for c in sorted(found, key=lambda client: (isinstance(client, str), client))
     }
 
 
 def only(updates: Sequence[Update]) -> Update:
-    """Return the first of a client's replies, which all must be equal."""
+    """Return the first of a client's replies; raise :class:`Rejected` unless all are equal."""
     first, *others = updates
     once = all(_same(first, other) for other in others)
     need(once, "reply", "one, or equal ones", "two that differ")
@@ -163,9 +163,13 @@ def only(updates: Sequence[Update]) -> Update:
 def accept(
     updates: Iterable[Update], rules: Rules
 ) -> tuple[list[Reply], dict[Client, str], dict[Client, float]]:
-    """Return the replies that count, in the order of the clients, the reasons of the rest, and by
-    client the factor of an update that was too long. Raise a ValueError for a value that is not
-    finite with ``nan_policy="raise"``, and a TypeError for what is no :class:`Update`."""
+    """Return the accepted replies, sorted by client, the reasons for the rejected ones, and by
+    client the factor of an update that was too long.
+
+    Raises:
+        ValueError: a value is not finite, and ``nan_policy="raise"``.
+        TypeError: an element is not an :class:`Update`.
+    """
     replies: list[Reply] = []
     reasons: dict[Client, str] = {}
     for client, own in by_client(updates).items():
@@ -179,7 +183,7 @@ def accept(
 
 
 def _accepted(update: Update, rules: Rules) -> Reply:
-    need(not update.failed, "reply", "a trained update", "one that says it failed")
+    need(not update.failed, "reply", "a trained update", "one marked as failed")
     plan: Any = update.plan
     need(isinstance(plan, LayerPlan), "plan", "a LayerPlan", type(plan).__name__)
     known = sorted(set(rules.layers.values()))
@@ -203,28 +207,29 @@ def _accepted(update: Update, rules: Rules) -> Reply:
     weight = 1.0 if rules.settings.weighted_by is None else weight
     reply = Reply(update.client, weight, tensors, factor)
     for key in tensors:
-        dtype = rules.state[key].dtype
-        holds = bool(reply.value(key, rules).to(dtype).isfinite().all())
-        need(holds, key, f"values that {dtype} can hold", "larger ones")
+        dtype, value = rules.state[key].dtype, reply.value(key, rules)
+        if not bool(value.to(dtype).isfinite().all()):
+            found = f"{value.abs().max().item():.3g}"
+            raise Rejected(f"{key:.200}: expected values that {dtype} can hold, found {found}")
     return reply
 
 
 def weight_of(examples: Any) -> float:
-    """The number of examples of a reply as its weight; :class:`Rejected` where it is none."""
-    expected = f"a number above 0, up to {_MOST_EXAMPLES}"
+    """Return the number of examples of a reply as a weight; raise :class:`Rejected` if invalid."""
+    expected = f"a number above 0, up to {_MAX_EXAMPLES}"
     real = isinstance(examples, numbers.Real) and not isinstance(examples, bool | np.bool_)
     need(real, "num-examples", expected, type(examples).__name__)
-    found = float(min(max(examples, -1e300), 1e300))  # an integer may be too large for a float
-    need(0 < found <= _MOST_EXAMPLES, "num-examples", expected, found)
+    found = float(min(max(examples, -1e300), 1e300))  # avoids overflow of a large integer
+    need(0 < found <= _MAX_EXAMPLES, "num-examples", expected, found)
     return found
 
 
 def _checked(tensors: Any, plan: LayerPlan, rules: Rules) -> dict[str, Tensor]:
-    """The tensors of a reply in the order of the global state, none of them read yet."""
+    """Return the tensors of a reply in the order of the global state, without reading values."""
     need(isinstance(tensors, Mapping), "tensors", "a mapping", type(tensors).__name__)
     for key, value in tensors.items():
         known = isinstance(key, str) and (key in rules.layers or key in rules.settings.shared)
-        need(known, str(key), "a name of the global state's", "none that it has")
+        need(known, str(key), "a name of the global state", "another name")
         if key in rules.layers:
             planned = rules.layers[key] in plan.layers
             need(planned, key, f"one of layers {plan.layers}", f"layer {rules.layers[key]}")
@@ -254,7 +259,7 @@ def _finite(tensors: dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
 
 
 def _clip_factor(tensors: dict[str, Tensor], rules: Rules) -> float:
-    """1, or what brings the norm of the whole update down to the bound."""
+    """Return the factor that limits the norm of the whole update to the bound, at most 1."""
     bound = rules.settings.max_update_norm
     if bound is None:
         return 1.0
@@ -268,8 +273,8 @@ def _clip_factor(tensors: dict[str, Tensor], rules: Rules) -> float:
     need(math.isfinite(largest), "norm", "a finite number", largest)
     if largest == 0:
         return 1.0
-    # numpy sums on one thread: the same bits on every machine of one kind. Divided by the largest,
-    # no square overflows.
+    # numpy sums on one thread, which gives the same bits on all machines of one kind. The division
+    # by the largest value prevents an overflow of the squares.
     norm = largest * math.sqrt(sum(float(np.square(c / largest).sum()) for c in changes))
     return min(1.0, bound / norm)
 
@@ -277,14 +282,14 @@ def _clip_factor(tensors: dict[str, Tensor], rules: Rules) -> float:
 def _same(first: Update, second: Update) -> bool:
     """Return whether two replies of one client are equal, bit for bit."""
     ours, theirs = first.tensors, second.tensors
-    said = [(u.plan, u.failed, *_spelled(u.num_examples, u.loss)) for u in (first, second)]
-    if said[0] != said[1] or not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
+    known = [(u.plan, u.failed, *_spelled(u.num_examples, u.loss)) for u in (first, second)]
+    if known[0] != known[1] or not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
         return False
     return ours.keys() == theirs.keys() and all(_equal(ours[k], theirs[k]) for k in ours)
 
 
 def _spelled(*values: Any) -> list[str]:
-    """Return the text of values; Python writes no integer of over 4300 digits in tens."""
+    """Return the text of values; in hex, since Python limits decimal integers to 4300 digits."""
     return [hex(value) if type(value) is int else repr(value) for value in values]
 
 

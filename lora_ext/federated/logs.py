@@ -1,4 +1,4 @@
-"""What a federation has sent, and what became of each round. All of it is plain JSON on request."""
+"""Logs of the traffic and of the rounds of a federation, convertible to JSON."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from ._update import Client
 
 
 class CommRow(NamedTuple):
-    """The bytes of one client in one round: ``up`` it sent, ``down`` it got."""
+    """The bytes of one client in one round: ``up`` were sent, ``down`` were received."""
 
     round: int
     client: Client
     up: int = 0
     down: int = 0
-    frames: int = 0  # of up and down together, what is no data: headers, names, settings
-    full: int = 0  # what up and down would have been for all layers
+    frames: int = 0  # headers, names and settings, in up and down together
+    full: int = 0  # up and down if all layers were sent
 
 
 class CommLog:
-    """Bytes by round and client, as the messages carried them.
+    """Bytes by round and client, as counted in messages.
 
-    Several records of one round and client add up: a message down is known before the reply is.
+    Records of the same round and client are added, since messages in both directions are counted
+    separately.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,7 @@ class CommLog:
 
     @property
     def rows(self) -> list[CommRow]:
-        """One for each round and client, in the order in which they came up."""
+        """One row per round and client, in the order of their first record."""
         return list(self._rows.values())
 
     def record(
@@ -53,12 +54,14 @@ class CommLog:
         """Add bytes to those of a round and client.
 
         Args:
-            round, client: whose they are.
-            up, down: bytes that the client sent and got. frames: of both, what is no data.
-            full: what up and down would have been for all layers.
+            round, client: key of the row.
+            up, down: bytes that the client sent and received.
+            frames: part of both that is not tensor data.
+            full: up and down if all layers were sent.
 
         Raises:
-            ValueError: a number below 0. TypeError: one that is no int.
+            ValueError: a number is below 0.
+            TypeError: a number is not an int.
         """
         row = self._rows.get((round, client), CommRow(round, client))
         more = {"up": up, "down": down, "frames": frames, "full": full}
@@ -68,39 +71,40 @@ class CommLog:
         self._rows[round, client] = row._replace(**sums)
 
     def total(self, name: str = "up", round: int | None = None) -> int:
-        """Add up one column, in bytes.
+        """Sum one column, in bytes.
 
         Args:
-            name: "up", "down", "frames" or "full". round: one round's alone; None is all of them.
+            name: "up", "down", "frames" or "full".
+            round: only this round; None is all of them.
 
         Raises:
-            ValueError: another name.
+            ValueError: ``name`` is unknown.
         """
         require(name in CommRow._fields[2:], "CommLog.total", "name", CommRow._fields[2:], name)
         return sum(getattr(r, name) for r in self.rows if round is None or r.round == round)
 
     def cumulative(self, name: str = "up") -> dict[int, int]:
-        """Add up one column round by round: by round, its bytes up to and with that one. ``name``
-        as for :meth:`total`."""
+        """Return, by round, the sum of one column up to and including that round. ``name`` is that
+        of :meth:`total`."""
         rounds = sorted({row.round for row in self.rows})
         totals = itertools.accumulate(self.total(name, round) for round in rounds)
         return dict(zip(rounds, totals, strict=True))
 
     @property
     def share(self) -> float:
-        """What was sent, of what all layers for the same clients would have cost; 0 of nothing."""
+        """Ratio of the bytes sent to those of all layers for the same clients; 0 if empty."""
         full = self.total("full")
         return (self.total("up") + self.total("down")) / full if full else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Lists and numbers, for JSON."""
+        """Return lists and numbers, for JSON."""
         return {"rows": [list(row) for row in self.rows]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave, instead of what is here.
+        """Replace the rows by those of :meth:`state_dict`.
 
         Raises:
-            ValueError, TypeError: rows that are no such lists; nothing has changed then.
+            ValueError, TypeError: rows are invalid; the log has not changed.
         """
         fresh = CommLog()
         for row in state["rows"]:
@@ -112,12 +116,13 @@ class CommLog:
 
 @dataclass(frozen=True)
 class RoundLog:
-    """What became of one round.
+    """The outcome of one round.
 
     Attributes:
-        round: its number. plans: by client what it was asked for.
-        accepted, rejected, clipped, uncovered, noise, skipped, reason: of its :class:`Aggregate`.
-        heights: for each layer, how many accepted clients trained it: what its mean is over.
+        round: its number.
+        plans: the plan sent to each client.
+        accepted, rejected, clipped, uncovered, noise, skipped, reason: see :class:`Aggregate`.
+        heights: for each layer, the number of accepted clients that trained it.
     """
 
     round: int
@@ -135,10 +140,11 @@ class RoundLog:
     def of(
         cls, round: int, plans: Mapping[Client, LayerPlan], result: Aggregate, num_layers: int
     ) -> RoundLog:
-        """The entry of a round.
+        """Create the entry of a round.
 
         Args:
-            plans: of all clients that were asked. num_layers: L.
+            plans: of all clients that received one.
+            num_layers: L.
         """
         trained = [plans[client].layers for client in result.accepted]
         heights = tuple(sum(i in layers for layers in trained) for i in range(num_layers))
@@ -147,7 +153,7 @@ class RoundLog:
         return cls(round, dict(plans), heights=heights, **own)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, whose mappings know no numbers as keys: pairs instead."""
+        """Return a dict for JSON; mappings become pairs, since JSON has no numeric keys."""
         found = asdict(self)
         found["plans"] = [[client, plan.to_config()] for client, plan in self.plans.items()]
         for name in ("rejected", "clipped", "noise"):
@@ -158,7 +164,7 @@ class RoundLog:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RoundLog:
-        """Read ``values`` that :meth:`to_dict` wrote, by way of JSON or not."""
+        """Read the output of :meth:`to_dict`, with or without conversion to JSON."""
         read: dict[str, Any] = dict(values)
         read["plans"] = {client: LayerPlan.from_config(plan) for client, plan in values["plans"]}
         for name in ("rejected", "clipped", "noise"):

@@ -1,4 +1,4 @@
-"""Labelled samples dealt out to clients, so that each sees other classes than the rest."""
+"""Partitions of labelled samples among clients, so that clients have different classes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ _TRIES = 100
 def partition_pathological(
     labels: ArrayLike, n_clients: int, classes_per_client: int, *, seed: int, min_per_share: int = 2
 ) -> Shares:
-    """Give each client samples of a few classes alone.
+    """Give each client samples of only a few classes.
 
-    Classes are handed out so that each has as many clients as any other, or one more. Within a
-    class the sizes of the clients' shares are drawn from Dirichlet(1).
+    Each class has as many clients as any other, or one more. Within a class, the sizes of the
+    clients' shares are drawn from Dirichlet(1).
 
     Args:
         labels: ``(samples,)``, the class of each.
-        n_clients: N. classes_per_client: exactly so many.
-        seed: of a stream of its own.
-        min_per_share: the least samples that a client has of each of its classes.
+        n_clients: N.
+        classes_per_client: exact number of classes of each client.
+        seed: of a separate random stream.
+        min_per_share: minimum number of samples that a client has of each of its classes.
 
     Returns:
-        for each client the indices of its samples, rising. Every sample is in exactly one.
+        for each client the indices of its samples, rising. Each sample has exactly one client.
 
     Raises:
-        ValueError: settings out of range; more classes per client than there are, or so few that
-            some class has no client; a class with too few samples for its clients.
+        ValueError: settings are out of range; there are more classes per client than classes, or so
+            few that some class has no client; a class has too few samples for its clients.
 
-    Source: the partition in the logs of Fed-HeLLo (arXiv 2506.12213); balance is our choice.
+    Source: the partition in the logs of Fed-HeLLo (arXiv 2506.12213); the balance is our choice.
     """
     where = "partition_pathological"
     classes, members = _by_class(where, labels)
@@ -57,7 +58,7 @@ def partition_pathological(
     shares: list[list[Any]] = [[] for _ in range(n_clients)]
     for name, own, clients in zip(classes, members, owners, strict=True):
         least = min_per_share * len(clients)
-        expected = f"at least {least} samples of class {name}, {min_per_share} a client"
+        expected = f"at least {least} samples of class {name}, {min_per_share} per client"
         require(len(own) >= least, where, "labels", expected, len(own))
         wanted = generator.dirichlet(np.ones(len(clients))) * (len(own) - least)
         sizes = min_per_share + _rounded(wanted, len(own) - least)
@@ -73,16 +74,16 @@ def partition_dirichlet(
     Args:
         labels: ``(samples,)``, the class of each.
         n_clients: N.
-        alpha: above 0; small ones give a client few classes, large ones equal parts of all.
-        seed: of a stream of its own.
-        min_size: the least samples of a client. Splits are drawn until each has as many, at most
-            a hundred times.
+        alpha: above 0; small values give a client few classes, large ones equal parts of all.
+        seed: of a separate random stream.
+        min_size: minimum number of samples of a client. At most a hundred splits are drawn until
+            it is reached.
 
     Returns:
-        for each client the indices of its samples, rising. Every sample is in exactly one.
+        for each client the indices of its samples, rising. Each sample has exactly one client.
 
     Raises:
-        ValueError: settings out of range; no draw gave every client ``min_size`` samples.
+        ValueError: settings are out of range; no draw gave every client ``min_size`` samples.
     """
     where = "partition_dirichlet"
     _, members = _by_class(where, labels)
@@ -103,13 +104,13 @@ def partition_dirichlet(
         smallest = min(sum(map(len, share)) for share in shares)
         if smallest >= min_size:
             return _sorted(shares)
-    expected = f"a split with at least {min_size} samples a client within {_TRIES} draws"
+    expected = f"a split with at least {min_size} samples per client within {_TRIES} draws"
     found = f"{smallest} in the last; raise alpha or lower min_size"
     raise ValueError(f"{where}: min_size: expected {expected}, found {found}")
 
 
 def _by_class(where: str, labels: ArrayLike) -> tuple[list[Any], Shares]:
-    """The classes, and the indices of the samples of each."""
+    """Return the classes, and the indices of the samples of each."""
     array = np.asarray(labels)
     require(array.ndim == 1 and array.size > 0, where, "labels", "(samples,)", array.shape)
     classes, inverse = np.unique(array, return_inverse=True)
@@ -117,7 +118,7 @@ def _by_class(where: str, labels: ArrayLike) -> tuple[list[Any], Shares]:
 
 
 def _rounded(wanted: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Integers beside these sizes, summing to the total; the largest remainders are rounded up."""
+    """Round sizes to integers with this sum; the largest remainders are rounded up."""
     sizes = np.floor(wanted).astype(np.int64)
     order = np.argsort(sizes - wanted, kind="stable")
     sizes[order[: total - int(sizes.sum())]] += 1

@@ -103,7 +103,7 @@ def test_a_resized_vocabulary_is_refused_until_the_model_has_it(strict, tmp_path
     ):
         pool_of(model).load("larger", tmp_path, strict=strict)
     model.resize_token_embeddings(70)  # the new rows are not the trained ones
-    with pytest.raises(ValueError, match="expected the base model's own values, found others"):
+    with pytest.raises(ValueError, match="the base model's own values, found different ones"):
         pool_of(model).load("larger", tmp_path, strict=strict)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     with torch.no_grad():  # the remedy that the message names
@@ -145,7 +145,7 @@ def test_the_pool_does_not_keep_the_model_alive_and_says_when_it_is_gone(tmp_pat
     del model
     gc.collect()
     for strict in (True, False):
-        with pytest.raises(ValueError, match=rf"{HEAD}\.base_layer\.weight: .* model is gone"):
+        with pytest.raises(ValueError, match=rf"{HEAD}\.base_layer.* found a deleted model"):
             pool.load("a", tmp_path, strict=strict)
 
 
@@ -163,7 +163,7 @@ def test_an_offloaded_weight_is_fetched_for_the_comparison(offload, tmp_path):
     assert model.lm_head.weight.is_meta
     pool = pool_of(model, **settings)
     if offload == "nowhere":
-        with pytest.raises(ValueError, match=r"lm_head.base_layer.weight: .* has no values"):
+        with pytest.raises(ValueError, match=r"lm_head.base_layer.weight: .* found no values"):
             pool.load("a", tmp_path)
         return
     pool.load("a", tmp_path)

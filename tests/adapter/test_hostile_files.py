@@ -163,7 +163,7 @@ def test_pickles_are_not_executed(pool, folder, monkeypatch, tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     path = folder / "adapter_model.bin"
     torch.save({KEY: _Runs()}, path)
-    refused(pool, folder, r"expected tensors alone, found a pickle that asks for \w+\.mkdir")
+    refused(pool, folder, r"expected only tensors, found a pickle that imports \w+\.mkdir")
     path.write_bytes(pickle.dumps(_Runs()))
     refused(pool, folder, "expected a zip")
     with zipfile.ZipFile(path, "w") as archive:
@@ -172,7 +172,7 @@ def test_pickles_are_not_executed(pool, folder, monkeypatch, tmp_path):
     torch.save([state(1)], path)
     refused(pool, folder, "expected a dict of tensors")
     torch.save({KEY: torch.zeros(3).to_sparse()}, path)
-    refused(pool, folder, "dense tensor|expected tensors alone")
+    refused(pool, folder, "dense tensor|expected only tensors")
     assert not (tmp_path / "executed").exists()
 
 

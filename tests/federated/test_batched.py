@@ -90,7 +90,7 @@ def test_a_client_that_fails_in_its_last_step_changes_no_bit_of_the_others():
         assert same_bits(dict(found[i].tensors), dict(good[i].tensors))
     result = aggregate(state, found)
     assert result.accepted == (1, 3, 4)
-    assert "found one that says it failed" in result.rejected["b"]
+    assert "found one marked as failed" in result.rejected["b"]
 
 
 def test_a_client_that_fails_early_leaves_the_others_what_they_are():

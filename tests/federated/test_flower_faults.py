@@ -122,7 +122,7 @@ FAULTS = {
     "integers": (tensor(A2, ONES.astype(np.int32)), rf"{A2}: dtype: expected numbers, found int32"),
     "an unknown name": (
         tensor(A2, ONES, "x.lora_A.weight"),
-        "x.lora_A.weight: expected a name of the plan, found none that it has",
+        "x.lora_A.weight: expected a name of the plan, found another name",
     ),
     "outside the plan": (
         tensor(A2, ONES, MODULE.format(0, "A")),

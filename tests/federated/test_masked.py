@@ -81,7 +81,7 @@ def test_bad_sums_are_refused_and_change_nothing():
         (key(0, "A"), torch.ones(1, 5), r"expected shape \(3, 5\), found \(1, 5\)"),
         (key(0, "A"), torch.full((3, 5), math.inf), "expected finite floating values"),
         (key(0, "A"), torch.ones(3, 5, dtype=torch.int64), "expected finite floating values"),
-        (weights, torch.tensor([-1.0, 1, 1]), "layers.0.q: expected weights from 0, found some"),
+        (weights, torch.tensor([-1.0, 1, 1]), "layers.0.q: expected weights from 0, found -1"),
         ("x", torch.ones(1), r"sums: expected the names of 18 tensors, found a difference: \['x'"),
     ):
         with pytest.raises(ValueError, match=message):

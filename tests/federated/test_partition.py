@@ -114,7 +114,7 @@ def test_a_large_alpha_gives_equal_shares_and_a_small_one_few_classes():
         ),
         (
             lambda: partition_pathological(LABELS, 60, 10, seed=0),
-            "labels: expected at least 120 samples of class 0, 2 a client, found 100",
+            "labels: expected at least 120 samples of class 0, 2 per client, found 100",
         ),
         (
             lambda: partition_dirichlet(LABELS, 2, 0.0, seed=0),
@@ -130,7 +130,7 @@ def test_a_large_alpha_gives_equal_shares_and_a_small_one_few_classes():
         ),
         (
             lambda: partition_dirichlet(LABELS, 6, 0.01, seed=0, min_size=150),
-            "min_size: expected a split with at least 150 samples a client within 100 draws",
+            "min_size: expected a split with at least 150 samples per client within 100 draws",
         ),
     ],
 )

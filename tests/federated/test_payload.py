@@ -117,15 +117,15 @@ FLAT = {"names": [A0], "dtypes": ["float32"], "dims": [2], "sizes": [3, 5]}
     [
         ({"sizes": [3, 6]}, "expected at most 60 bytes, found 72"),
         ({"sizes": [3, 4]}, "packed: expected 48 bytes, found 60"),
-        ({"sizes": [3, -5]}, "sizes: expected integers from 0 to 2147483647, found others"),
-        ({"sizes": [2**62, 2**62]}, "sizes: expected integers from 0 to 2147483647, found others"),
+        ({"sizes": [3, -5]}, "sizes: expected integers from 0 to 2147483647, found 1 of 2"),
+        ({"sizes": [2**62, 2**62]}, "sizes: expected integers from 0 to 2147483647, found 2 of 2"),
         ({"sizes": [3]}, "sizes: expected 2 entries, found 1"),
-        ({"dims": [9]}, "dims: expected integers from 0 to 8, found others"),
+        ({"dims": [9]}, "dims: expected integers from 0 to 8, found 1 of 1 outside"),
         ({"dims": []}, "dims: expected 1 entries, found 0"),
         ({"dims": [True]}, "dims: expected a list of int, found list"),
         ({"dtypes": ["object"]}, r"expected one of \['float16', .*, found object"),
         ({"dtypes": ["float64"]}, "expected at most 60 bytes, found 120"),
-        ({"names": [A0, A0]}, "names: expected each once, found one of them twice"),
+        ({"names": [A0, A0]}, "names: expected each once, found 1 repeated"),
         ({"names": "x"}, "names: expected a list of str, found str"),
         ({"names": ["x"]}, "x: expected a name of the plan"),
     ],
@@ -136,7 +136,7 @@ def test_forged_manifests_are_refused(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         unpack_tensors(Payload(packed.arrays, {**FLAT, **changes}), {A0: (3, 5)})
     wrong = {"packed": packed.arrays["packed"].view(np.float32)}
-    with pytest.raises(ValueError, match="packed: expected a row of uint8"):
+    with pytest.raises(ValueError, match="packed: expected a one-dimensional uint8 array"):
         unpack_tensors(Payload(wrong, FLAT), {A0: (3, 5)})
     with pytest.raises(ValueError, match="arrays: expected 'packed' alone"):
         unpack_tensors(Payload({**packed.arrays, A0: ONES}, FLAT), {A0: (3, 5)})

@@ -231,7 +231,7 @@ def only_with_a_graph(y: Tensor) -> Tensor:
     [
         (twice, lambda y: y, "block 0 runs after block 0"),
         (upside_down, lambda y: y, "block 1 runs after block 2"),
-        (with_an_object, lambda y, cache: y, "a block gets a object"),
+        (with_an_object, lambda y, cache: y, "a block has an argument of type object"),
         (with_a_table, lambda y, table: y + table.mean(), "a block computes other values"),
         (first_of, lambda y: (y, y.new_ones(3)), r"returns tensors of \[3\], \[3\]"),
         (first_of, lambda y: {0: y}, "a block returns a dict"),
@@ -248,7 +248,7 @@ def test_blocks_that_cannot_be_divided_are_left_whole_and_a_warning_says_so(run,
 
 def test_blocks_that_write_into_what_they_get_are_left_whole():
     model, state, clients = of_stack(in_order, writes=True)
-    with pytest.warns(UserWarning, match="found a block changes a tensor that it gets"):
+    with pytest.warns(UserWarning, match="found a block changes an argument of shape"):
         updates = BatchedClients(model, clients).run_round(PLANS, state)
     check_equal(model, clients, updates)
 

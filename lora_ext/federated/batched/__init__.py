@@ -1,4 +1,4 @@
-"""Many clients trained as the rows of one batch, on one base model."""
+"""Training of many clients as the rows of one batch, on one base model."""
 
 from ._batches import logits_of, merged, rows_in
 from ._client_layers import UnsupportedModule

@@ -1,7 +1,7 @@
-"""What all clients train, of each tensor as one, and one AdamW over it.
+"""Stacked parameters of all clients, one tensor per parameter, and one AdamW for them.
 
-A layer's call then copies nothing together, and a step of the optimizer is a few calls however many
-clients there are. Letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` in, ``O`` out.
+A layer therefore copies nothing, and a step of the optimizer has few calls for any number of
+clients. Letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` in, ``O`` out.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from torch.optim.adamw import adamw
 from .._plan import Pair
 from ._clients import ClientRound, ClientSpec
 
-_CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+_CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class Bank:
-    """One module's factors: the global ones first where a client needs them, then each client's.
+    """One module's factors: the global ones, if a client needs them, then those of each client.
 
     Args:
-        clients: in the order of their places; those with the first places have the most steps.
-        start: the global factors, ``(r, I)`` and ``(O, r)``, where the module is.
-        others_use_global: rows of clients that do not train the module have the global factors, not
-            none.
+        clients: in the order of their places; the first ones have the most steps.
+        start: the global factors, ``(r, I)`` and ``(O, r)``, on the module's device.
+        others_use_global: whether clients that do not train the module use the global factors, or
+            no factors.
         p: of the adapter's dropout.
 
     Attributes:
-        a, b: ``(A, R, I)`` and ``(A, O, R)``, zero beyond a client's rank. members: the places of
-            the clients that train the module, rising. num_global: how many of A are the global
-            ones: 1, or with dropout one for each client that needs them, whose masks are its own.
-            table: for each place its client's index in the bank, -1 for none.
+        a, b: ``(A, R, I)`` and ``(A, O, R)``, zero above a client's rank.
+        members: places of the clients that train the module, rising.
+        num_global: number of global entries in A: 1, or with dropout one per client that needs
+            them, since each client has separate masks.
+        table: index in the bank for each place, -1 for no factors.
     """
 
     def __init__(
@@ -77,14 +78,14 @@ class Bank:
 
     @property
     def values(self) -> tuple[Tensor, Tensor]:
-        """All that the optimizer changes."""
+        """Tensors that the optimizer changes."""
         return self.a, self.b
 
     def activate(self, places: int) -> None:
-        """Take the clients at the first places into the calls from now on, and no others."""
+        """Restrict later calls to the clients at the first ``places`` places."""
         self.trained = sum(place < places for place in self.members)
         self.size = self.num_global + self.trained
-        # Leaves over the bank's own memory: the optimizer writes there, and no graph sees it.
+        # Leaves share the bank's memory, so the optimizer's writes are not part of a graph.
         self.leaves = [t[: self.size].detach() for t in (self.a, self.b)]
         for leaf in self.leaves:
             leaf.requires_grad_(self.trained > 0)
@@ -93,11 +94,11 @@ class Bank:
         )
 
     def draw(self, seeds: Tensor) -> None:
-        """Take the seeds of a step's masks, one for each place."""
+        """Set the seeds of a step's masks, one per place."""
         self.seeds = seeds[self._places[: self.size]].to(self.a.device)
 
     def give(self, clients: Sequence[ClientRound]) -> None:
-        """Tell every client what training changed of its factors, each in memory of its own."""
+        """Store a copy of the changes of its factors in each client."""
         found: list[Tensor] = []
         for values, start in zip((self.a, self.b), self.start, strict=True):
             own = values[self.num_global :].cpu()
@@ -113,7 +114,7 @@ class Bank:
                 client.changes[key] = own.clone(memory_format=torch.contiguous_format)
 
     def _cut(self, a: Tensor, b: Tensor) -> None:
-        """Zero, in factors of the last adapters of the bank, what is beyond the rank of each."""
+        """Set the entries above each adapter's rank to zero, for the last adapters of the bank."""
         ranks = torch.tensor(self.ranks[-len(a) :], device=a.device)
         beyond = torch.arange(a.shape[1], device=a.device) >= ranks[:, None]  # (adapters, R)
         a.masked_fill_(beyond[:, :, None], 0)
@@ -121,8 +122,8 @@ class Bank:
 
 
 class SharedBank:
-    """The copies ``(A, ...)`` of one parameter outside the adapters, each client's at its place,
-    with what an optimizer needs of :class:`Bank`. ``start`` is the global value, where it is."""
+    """Copies ``(A, ...)`` of one parameter outside the adapters, one per client, with the interface
+    of :class:`Bank` for the optimizer. ``start`` is the global value, on its device."""
 
     num_global = 0
 
@@ -135,12 +136,12 @@ class SharedBank:
         self.activate(count)
 
     def activate(self, places: int) -> None:
-        """Let the clients at the first places train from now on, and no others."""
+        """Train only the clients at the first ``places`` places from now on."""
         self.trained = places
         self.leaves = [self.values[0][:places].detach().requires_grad_()]
 
     def give(self, clients: Sequence[ClientRound]) -> None:
-        """Tell every client what training changed of its copy."""
+        """Store the change of its copy in each client."""
         changes = self.values[0].cpu() - self.start.cpu()
         for client, own in zip(clients, changes, strict=True):
             client.finite &= bool(own.isfinite().all())
@@ -148,10 +149,10 @@ class SharedBank:
 
 
 class _Run(NamedTuple):
-    """A factor's clients that come one after another and have the same settings."""
+    """A factor's entries of adjacent clients with equal settings."""
 
-    gradient: int  # which of the gradients
-    at: slice  # of the bank's adapters
+    gradient: int  # index of the gradient
+    at: slice  # indices of the bank's adapters
     values: Tensor
     average: Tensor
     square: Tensor
@@ -159,12 +160,12 @@ class _Run(NamedTuple):
 
 
 class ClientsAdamW:
-    """Each client's own AdamW, all at once, in place.
+    """A separate AdamW for each client, computed together and in place.
 
-    All clients that still train have done the same number of steps, as they began together. Clients
-    at neighbouring places with the same settings take part in one call of torch's fused kernel,
-    which treats every element by itself. A client that has left is not touched, to the bit; one
-    that failed stays in its run, where it changes nothing for its neighbours, and is never read.
+    Clients start together, so all that still train have done the same number of steps. Clients with
+    adjacent places and equal settings share one call of torch's fused kernel, which updates each
+    element independently. A client that has finished does not change by a bit. A client that failed
+    stays in its run without an effect on other clients, and its values are never read.
     """
 
     def __init__(self, banks: Sequence[Bank | SharedBank], clients: Sequence[ClientRound]):
@@ -175,7 +176,7 @@ class ClientsAdamW:
         self._runs: list[tuple[ClientSpec, list[_Run]]] = []
 
     def activate(self, places: int) -> None:
-        """Let the clients at the first places train from now on, and no others."""
+        """Train only the clients at the first ``places`` places from now on."""
         if places == self._places:
             return
         self._places = places
@@ -191,12 +192,12 @@ class ClientsAdamW:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What the gradients of :meth:`step` are of."""
+        """Leaves that the gradients of :meth:`step` refer to, in that order."""
         return [leaf for bank in self._trained for leaf in bank.leaves]
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None]) -> None:
-        """One step of every client that trains; a factor without a gradient stays."""
+        """Do one step of every active client; a factor without a gradient does not change."""
         if any(c.spec.max_grad_norm is not None for c in self.clients[: self._places]):
             self._clip(gradients)
         self._done += 1
@@ -221,7 +222,7 @@ class ClientsAdamW:
             )
 
     def _runs_of(self, first: int, last: int) -> list[_Run]:
-        """Of the clients from one place to another, one for each factor that any of them has."""
+        """Return the runs of the clients from one place to another, one per factor."""
         runs: list[_Run] = []
         gradients = itertools.count()
         for bank in self._trained:

@@ -1,5 +1,4 @@
-"""The batches of several clients put together for one forward; its output taken apart, and the
-clients' losses."""
+"""Concatenation of several clients' batches for one forward, and their outputs and losses."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from lora_ext._checks import require
 from lora_ext.layers import IGNORE, shift_labels
 
-#: ``loss_fn(output, batch)``: one client's rows of the logits, and its batch, to its mean loss.
+#: ``loss_fn(output, batch)``: the mean loss of one client's rows of the logits and its batch.
 LossFn = Callable[[Tensor, Any], Tensor]
 
 WHERE = "BatchedClients"
@@ -21,28 +20,28 @@ _MASK, _IDS = "attention_mask", "input_ids"
 
 
 class Segment(NamedTuple):
-    """One client's part of the batch; the parts come one after another."""
+    """One client's rows of the batch; segments follow each other."""
 
     rows: int
-    length: int | None  # of its sequences, where others' are longer
+    length: int | None  # length of its sequences, if those of other clients are longer
 
 
 def rows_in(batch: Any, where: str) -> int:
-    """How many rows a client's batch has."""
+    """Return the number of rows of a client's batch."""
     return next(iter(_inputs(batch, where).values())).shape[0]
 
 
 def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tensor, list[Segment]]:
-    """One batch out of those of several clients, their rows one after another.
+    """Concatenate the batches of several clients.
 
-    Sequences of a mapping may differ in length between clients: shorter ones are padded on the
-    right with zeros, under an ``attention_mask`` that hides them.
+    Sequences of a mapping may differ in length between clients. Shorter ones are padded on the
+    right with zeros, and masked in ``attention_mask``.
 
     Returns:
-        what the model is called with, as keywords or as x; and each client's segment.
+        the model's arguments, as a mapping of keywords or as x; and the segment of each client.
 
     Raises:
-        ValueError: batches of other kinds, names or shapes.
+        ValueError: the batches differ in type, names or shapes.
     """
     kinds = {isinstance(batch, Mapping) for batch in batches}
     require(len(kinds) == 1, where, "batches", "mappings, or none of them", "both")
@@ -74,7 +73,7 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
 
 
 def logits_of(output: Any, segments: Sequence[Segment], where: str) -> Tensor:
-    """What the model returned, ``(rows, ...)``, or its ``logits``; checked."""
+    """Return the model's output, ``(rows, ...)``, or its ``logits``; raise if rows differ."""
     logits = getattr(output, "logits", output)
     require(isinstance(logits, Tensor), where, "model", "a tensor or logits", type(output).__name__)
     rows = sum(segment.rows for segment in segments)
@@ -84,8 +83,11 @@ def logits_of(output: Any, segments: Sequence[Segment], where: str) -> Tensor:
 
 
 def own_outputs(logits: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
-    """Each client's rows of the logits, cut to the length of its sequences. They are split at once:
-    the gradient of the whole is then put together once, not as often as there are clients."""
+    """Return each client's rows of the logits, cut to the length of its sequences.
+
+    One split of all clients lets the backward build the gradient of the whole once, not once per
+    client.
+    """
     return [
         own if segment.length is None or own.dim() < 3 else own[:, : segment.length]
         for own, segment in zip(logits.split([s.rows for s in segments]), segments, strict=True)
@@ -93,7 +95,7 @@ def own_outputs(logits: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
 
 
 def _inputs(batch: Any, where: str) -> dict[str, Tensor]:
-    """What the model gets, by name; ``x`` where it has none."""
+    """Return the inputs of the model by name; ``x`` for an input without a name."""
     if isinstance(batch, Mapping):
         found = {name: value for name, value in batch.items() if name != "labels"}
     else:
@@ -112,15 +114,15 @@ def _padded(t: Tensor, length: int | None, longest: int) -> Tensor:
 
 
 class Losses(NamedTuple):
-    """The losses of K clients, ``roots`` summed with ``weights`` being the sum of all of them."""
+    """The losses of K clients; the sum of all is ``(weights * roots).sum()``."""
 
     values: Tensor  # (K,) float64, without a graph
-    roots: Tensor  # rows first, or one a client
+    roots: Tensor  # one per row, with rows first, or one per client
     weights: Tensor  # the shape of roots
-    owners: Tensor  # (roots.shape[0],): which client's
+    owners: Tensor  # (roots.shape[0],), index of the client
 
     def gradients(self, leaves: Sequence[Tensor], going: Sequence[bool]) -> list[Tensor | None]:
-        """Of the sum over the clients that ``going`` names, in each of the leaves."""
+        """Return the gradients of the summed loss of the clients in ``going`` for each leaf."""
         if not (leaves and any(going) and self.roots.requires_grad):
             return [None] * len(leaves)
         weights = self.weights
@@ -137,8 +139,10 @@ def cross_entropies(
     segments: Sequence[Segment],
     owners: tuple[Tensor, Tensor],
 ) -> Losses:
-    """Each client's mean cross entropy, all rows at once: of the next token for mappings with
-    ``labels``, of y for ``(x, y)``. ``owners``: how many rows each client has, and whose each is.
+    """Compute each client's mean cross entropy, all rows at once: of the next token for mappings
+    with ``labels``, of y for ``(x, y)``.
+
+    ``owners`` are the number of rows of each client, and the client of each row.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     parts = zip(batches, segments, strict=True)
@@ -161,7 +165,7 @@ def cross_entropies(
 
 
 def own_losses(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any]) -> Losses:
-    """What a function of one client's rows of the logits makes of each client's."""
+    """Compute each client's loss by ``loss_fn``."""
     found = [loss_fn(own, batch) for own, batch in zip(outputs, batches, strict=True)]
     for loss in found:
         scalar = isinstance(loss, Tensor) and loss.dim() == 0
@@ -173,11 +177,11 @@ def own_losses(loss_fn: LossFn, outputs: Sequence[Tensor], batches: Sequence[Any
 
 
 def _labels(logits: Tensor, batch: Any, segment: Segment) -> Tensor:
-    """One client's, under its rows of the logits."""
+    """Return one client's labels, aligned with its rows of the logits."""
     if isinstance(batch, Mapping):
         require("labels" in batch, WHERE, "batches", "labels, or a loss_fn", sorted(batch))
         labels = batch["labels"].to(logits.device)
-        if logits.dim() == 3:  # of language models
+        if logits.dim() == 3:  # language model
             labels = shift_labels(labels)
             if segment.length is not None:
                 labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]), value=IGNORE)

@@ -1,5 +1,5 @@
-"""A layer whose rows have their clients' factors, which client has which row, and what a model must
-not have for a client's rows to be what they are alone."""
+"""A layer that applies each client's factors to its rows, the assignment of rows to clients, and
+checks that a client's rows give the same values as alone."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ _KEPT = 64
 
 
 class BatchRows:
-    """Which client has each sequence of the step; all layers look here.
+    """The client of each sequence of the step, for all layers.
 
-    A part of the batch may go through a block by itself: :meth:`only`. In the backward, a
-    checkpoint may run it again without saying so: it is always the first sequences, as the others
-    have no graph.
+    A part of the batch can pass through a block separately: :meth:`only`. In the backward, a
+    checkpoint may rerun a block without that context; this is always the part of the first
+    sequences, since the others have no graph.
 
     Attributes:
         step: the places of the clients of the step, and their segments.
     """
 
     def __init__(self) -> None:
-        self.above: str | None = None  # the shared module that the forward has come to
+        self.above: str | None = None  # the last shared module that the forward has called
         self.step: tuple[Sequence[int], Sequence[Segment]] = (), ()
         self._part = slice(0, 0)
         self._backward = False
         self._kept = Kept(_KEPT)
 
     def set(self, places: Sequence[int], segments: Sequence[Segment]) -> None:
-        """Begin a step: the client at ``places[i]`` has ``segments[i]``."""
+        """Start a step in which the client at ``places[i]`` has ``segments[i]``."""
         self._part = slice(0, sum(segment.rows for segment in segments))
-        if (places, segments) != self.step:  # ids and plans that were kept are of other rows
+        if (places, segments) != self.step:  # cached ids and plans belong to other rows
             self.step, self._kept = (places, segments), Kept(_KEPT)
 
     def check_below(self, module: str) -> None:
-        """Refuse a layer that follows a shared module. What lies below the layers would take the
-        gradient of the rows that leave the graph in them."""
+        """Raise for a layer that follows a shared module. Parameters below the layers would miss
+        the gradient of rows that leave the graph."""
         if self.above is not None:
             expected = "shared parameters above the layers"
             supported(self._backward, self.above, expected, f"{module} after it")
 
     def owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """How many sequences each client has, and for each sequence which of them has it."""
+        """Return the number of sequences of each client, and the client of each sequence."""
         return self._kept.get("owners", device, self._owners, device)
 
     def _owners(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ class BatchRows:
 
     @contextlib.contextmanager
     def only(self, first: int, last: int) -> Iterator[None]:
-        """A block in which the layers see these sequences alone."""
+        """Return a context in which the layers receive only these sequences."""
         before, self._part = self._part, slice(first, last)
         try:
             yield
@@ -73,7 +73,7 @@ class BatchRows:
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
-        """A block around the backward."""
+        """Return a context for the backward."""
         self._backward = True
         try:
             yield
@@ -83,11 +83,11 @@ class BatchRows:
     def ids(
         self, bank: Bank, leading: torch.Size, device: torch.device, tokens_first: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """For rows of shape ``leading``, sequences first or after the tokens: the index in the bank
-        that the client of each has, ``(rows,)``, and the op's plan of them.
+        """Return the bank index of each row's client, ``(rows,)``, and the op's plan of them.
 
-        With dropout, what is padding for the sake of other clients has no adapter: a mask counts
-        the rows of its adapter, and is to count those that the client has alone.
+        Rows have the shape ``leading``, with sequences before or after the tokens. With dropout,
+        padding for other clients has no adapter: masks count the rows of an adapter, and must count
+        as if the client were alone.
         """
         of_bank, part = (bank.table, bank.size, bank.p > 0), (self._part.start, self._part.stop)
         key = of_bank, part, leading, tokens_first
@@ -119,7 +119,7 @@ class BatchRows:
 
 
 class ClientsLayer(nn.Module):
-    """A base layer whose rows have the factors of their clients, the global ones, or none."""
+    """A base layer whose rows use the factors of their clients, the global ones, or no factors."""
 
     def __init__(
         self, base_layer: nn.Module, bank: Bank, rows: BatchRows, tokens_first: bool = False
@@ -132,7 +132,8 @@ class ClientsLayer(nn.Module):
         self.train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(sequences, ..., I)`` to ``(sequences, ..., O)``, the dtype of ``base_layer(x)``."""
+        """Map ``(sequences, ..., I)`` to ``(sequences, ..., O)``, in the dtype of
+        ``base_layer(x)``."""
         bank = self.bank
         self.rows.check_below(bank.pair.module)
         if not bank.size:
@@ -145,7 +146,7 @@ class ClientsLayer(nn.Module):
         dtype = compute or torch.promote_types(a.dtype, b.dtype)
         weight, bias = dense if fused and dense is not None else (None, None)
         scale = bank.call_scale
-        if scale is not None and dtype == torch.float64:  # the op holds scales in float32
+        if scale is not None and dtype == torch.float64:  # the op stores scales in float32
             b, scale = b * bank.scaling, None
         y = ops.lora_linear(
             x.reshape(-1, x.shape[-1]).to(dtype),
@@ -168,11 +169,11 @@ class ClientsLayer(nn.Module):
 
 
 class UnsupportedModule(ValueError):
-    """A module under which a client's rows would not be what they are alone."""
+    """Raised for a module with which a client's rows would differ from training alone."""
 
 
 def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
-    """Refuse modules in which rows meet or draw, and adapters that no payload carries."""
+    """Raise for modules that mix rows or drop values, and for adapters that payloads lack."""
     own = {
         id(layer.lora_dropout[adapter])
         for name, layer in _layers(model, adapter, pattern)
@@ -187,7 +188,7 @@ def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
             supported(off, name, "no dropout of the base in training", f"{setting} = {p}")
     for name, layer in _layers(model, adapter, pattern):
         linear = adapter in layer.lora_A and layer.lora_A[adapter].weight.dim() == 2
-        linear &= not hasattr(layer, "parameter_name")  # PEFT's target_parameters: of experts, say
+        linear &= not hasattr(layer, "parameter_name")  # PEFT's target_parameters, such as experts
         supported(linear, name, "a linear layer", type(layer).__name__)
         supported(not layer.use_dora[adapter], name, "LoRA", "DoRA")
         supported(not layer.lora_bias[adapter], name, "lora_A and lora_B", "a bias")
@@ -198,13 +199,13 @@ def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
 
 
 def _layers(model: nn.Module, adapter: str, pattern: str) -> list[tuple[str, Any]]:
-    """The adapted layers in a block, which a round replaces."""
+    """Return the adapted layers in blocks, which a round replaces."""
     found = adapted_layers(model, adapter).items()
     return [(n, m) for n, m in found if block_index(f"{n}.lora_A.weight", pattern) is not None]
 
 
 def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
-    """What a module may drop with, as a module of its own or in a function of its forward."""
+    """Return the dropout settings of a module, or of functions in its forward."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return [("p", module.p)]
     own = module.__dict__.items()  # attention_dropout, layerdrop, drop_prob of whole branches
@@ -212,5 +213,5 @@ def _dropouts(module: nn.Module) -> list[tuple[str, float]]:
 
 
 def supported(holds: bool, name: str, expected: object, found: object) -> None:
-    """Raise :class:`UnsupportedModule` where that does not hold of a module or parameter."""
+    """Raise :class:`UnsupportedModule` unless ``holds`` is true of a module or parameter."""
     require(holds, WHERE, name, expected, found, UnsupportedModule)

@@ -1,4 +1,4 @@
-"""One simulated client: its data, its optimizer, where it is in a round, and its seeds."""
+"""Simulated clients: data, optimizer settings, progress in a round, and seeds."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _GAMMA, _FIRST, _SECOND = (
 
 @dataclass(frozen=True, eq=False)
 class ClientSpec:
-    """One client: its data in the order of its steps, and its optimizer.
+    """The data of one client, in the order of its steps, and its optimizer settings.
 
     Attributes:
-        client: its name, the client's alone.
-        batches: one optimizer step each. A mapping of tensors, of which all but ``labels`` go to
-            the model; ``(x, y)``; or x alone. Rows come first in every tensor.
+        client: unique name.
+        batches: one per optimizer step. Each is a mapping of tensors, of which all but ``labels``
+            are inputs of the model; ``(x, y)``; or x. Rows are the first dimension of each tensor.
         lr, weight_decay, betas, eps: of AdamW.
-        max_grad_norm: its gradient is scaled down to this norm; None leaves it.
-        seed: of its dropout, with the round and its name.
+        max_grad_norm: bound of the gradient's norm; None for no bound.
+        seed: of its dropout, together with the round and the name.
 
     Raises:
-        ValueError: a rate, bound or seed that is no number, or out of range.
+        ValueError: a rate, bound or seed is not a number, or is out of range.
     """
 
     client: Client
@@ -60,8 +60,8 @@ class ClientSpec:
 
 
 class ClientRound:
-    """One client in one round: its plan, the shapes of the factors that it trains, by name, and
-    where it is in its data."""
+    """One client in one round: its plan, the shapes of its trained factors by name, and its
+    progress."""
 
     def __init__(
         self, spec: ClientSpec, plan: LayerPlan, shapes: Mapping[str, tuple[int, ...]], round: int
@@ -70,37 +70,37 @@ class ClientRound:
         self.plan = plan
         self.shapes = shapes
         self.seed = client_seed(spec.seed, round, spec.client)
-        self.lowest = plan.layers[0] if plan.layers else math.inf  # the lowest that it trains
+        self.lowest = plan.layers[0] if plan.layers else math.inf  # lowest trained layer
         self.failed = False
         self.finite = True
         self.examples = 0
         self.losses: list[float] = []
-        self.changes: dict[str, Tensor] = {}  # once the round is over
+        self.changes: dict[str, Tensor] = {}  # filled at the end of the round
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """Of its AdamW: clients for which they are equal can take one step together."""
+        """Settings of its AdamW; clients with equal settings can share a call."""
         spec = self.spec
         return spec.lr, *spec.betas, spec.eps, spec.weight_decay
 
     @property
     def has_batch(self) -> bool:
-        """Whether it has a step to do."""
+        """True if the client has another step to do."""
         return not self.failed and len(self.losses) < len(self.spec.batches)
 
     @property
     def batch(self) -> Any:
-        """The batch of the step that it is at."""
+        """The batch of the current step."""
         return self.spec.batches[len(self.losses)]
 
     def advance(self, rows: int, loss: float) -> None:
-        """Go on to the next batch, after a step of so many rows and this loss."""
+        """Advance to the next batch, after a step with this number of rows and this loss."""
         self.examples += rows
         self.losses.append(loss)
         self.failed = not math.isfinite(loss)
 
     def update(self) -> Update:
-        """The reply of the client."""
+        """Return the client's reply."""
         failed = self.failed or not self.finite
         loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
         sent = {} if failed else self.changes
@@ -108,17 +108,20 @@ class ClientRound:
 
 
 def client_seed(seed: int, round: int, client: Client) -> int:
-    """Hash what a client draws from in a round: 64 bits of ``seed``, ``round`` and ``client``
-    alone, whatever others there are, the same on every machine."""
+    """Return a 64-bit seed of a client in a round, a hash of ``seed``, ``round`` and ``client``.
+
+    It is the same on every machine, and independent of other clients.
+    """
     named = repr(client) if isinstance(client, str) else operator.index(client)
     text = f"{operator.index(seed)}:{operator.index(round)}:{named}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def step_seeds(seeds: Sequence[int], step: int, modules: int) -> Tensor:
-    """The seeds of one step: ``(len(seeds), modules)`` int64 from 0 on, one for each client's seed
-    and each of the adapter's modules, in the order of ``LoraLayerManager.modules``. An entry is
-    what ``nn.LoraLinear.dropout_seed`` takes.
+    """Return the dropout seeds of one step, ``(len(seeds), modules)`` int64 from 0 on: one for each
+    client's seed and each of the adapter's modules, in the order of ``LoraLayerManager.modules``.
+
+    An entry is a valid value of ``nn.LoraLinear.dropout_seed``.
 
     Source: SplitMix64 (Steele et al. 2014), number ``step * modules + module`` of each seed.
     """

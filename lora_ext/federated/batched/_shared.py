@@ -1,7 +1,7 @@
-"""Parameters outside the adapters that every client trains: a head, with one copy for each client.
+"""Trained parameters outside the adapters, such as a head, with one copy per client.
 
-The rows of a client go through its own copy, client by client: what lies above the adapted layers
-is small, and a product of one client's rows is the very one that it has alone.
+Each client's rows are computed with its copy, in a separate call. Modules above the adapted layers
+are small, and a product of one client's rows is bitwise the one of training that client alone.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from ._client_layers import WHERE, BatchRows, supported
 def shared_names(
     model: nn.Module, shared: str | Sequence[str] | None, pattern: str
 ) -> tuple[str, ...]:
-    """The names that ``shared``, a pattern or names, finds among the parameters outside the
-    adapters, in their order.
+    """Return the parameters outside the adapters that ``shared``, a pattern or names, selects.
+
+    Names are in the order of the model.
 
     Raises:
-        ValueError: a pattern that finds nothing, or is none; a name that the model lacks.
-        UnsupportedModule: a parameter of which clients cannot have a copy each, naming it: in a
-            layer, below an adapter, one that two modules share, or integers.
+        ValueError: a pattern is invalid or matches nothing; the model lacks a name.
+        UnsupportedModule: a named parameter cannot have one copy per client: it is in a layer, its
+            module contains or is part of an adapted one, two modules share it, or it has integers.
     """
     if shared is None:
         return ()
@@ -57,36 +58,36 @@ def shared_names(
     for name in names:
         layer = block_index(name, pattern)
         supported(layer is None, name, "shared parameters outside the layers", f"layer {layer}")
-        owner = name[: name.rfind(".") + 1]  # "" is the model itself
+        owner = name[: name.rfind(".") + 1]  # "" for the model itself
         near = [each for each in adapted if name.startswith(each) or each.startswith(owner)]
         supported(not near, name, "shared parameters of modules without adapters", near[:3])
         twins = [n for n, p in known.items() if p is known[name] and n != name]
-        supported(not twins, name, "a parameter of one module alone", f"it tied to {twins}")
+        supported(not twins, name, "a parameter of one module", f"it tied to {twins}")
         real = known[name].is_floating_point()
         supported(real, name, "floating values, which can train", known[name].dtype)
     return tuple(names)
 
 
 class SharedModules:
-    """The modules that have shared parameters, each client's rows going through its own copies."""
+    """Modules with shared parameters, in which each client's rows use its own copies."""
 
     def __init__(self, model: nn.Module, banks: Sequence[SharedBank], rows: BatchRows):
         self.rows = rows
         self._called: set[str] = set()
         self._owners: dict[str, list[SharedBank]] = {}
         direct = {bank.name.rpartition(".")[0] for bank in banks}
-        for bank in banks:  # one of a module inside another is divided with the outer one
+        for bank in banks:  # a module inside another one is divided with the outer one
             above = [each for each in direct if bank.name.startswith(f"{each}.")]
             self._owners.setdefault(min(above, key=len), []).append(bank)
         self._modules = {owner: model.get_submodule(owner) for owner in self._owners}
 
     def divided(self) -> AbstractContextManager[None]:
-        """A block in which their forward is divided between the clients."""
+        """Return a context in which the modules' forward is divided between clients."""
         return forwards({m: self._divided(owner, m) for owner, m in self._modules.items()})
 
     def check_called(self) -> None:
-        """Refuse modules that the model's forward has not called: it reads their parameters in some
-        other way, and no client's copy would count."""
+        """Raise for modules that the model's forward has not called. Something else reads their
+        parameters, so the clients' copies would have no effect."""
         for owner in self._owners:
             supported(owner in self._called, owner, "a module that the forward calls", "it unused")
 
@@ -103,7 +104,7 @@ class SharedModules:
             first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
             found = [] if first is None else [*first.shape]
             supported(found[:1] == [sum(sizes)], owner, f"{sum(sizes)} sequences at it", found)
-            # All copies at once: the gradient is put together once, not as often as there are.
+            # All copies at once, so that the backward builds the gradient once, not per client.
             copies = {name: bank.leaves[0].unbind() for name, bank in names.items()}
             outputs: list[Tensor] = []
             for place, part in zip(places, _parts(sizes), strict=True):
@@ -122,7 +123,7 @@ class SharedModules:
 
 
 class _Own(nn.Module):
-    """A module with the forward that it has of itself."""
+    """A module with its original forward."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -134,7 +135,7 @@ class _Own(nn.Module):
 
 
 def _parts(sizes: Sequence[int]) -> Iterator[slice]:
-    """The rows of each client."""
+    """Yield the rows of each client."""
     for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True):
         yield slice(stop - size, stop)
 
@@ -147,8 +148,7 @@ def _rows(value: Any, part: slice, total: int) -> Any:
 def start_of(
     name: str, model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> Tensor:
-    """The value from which clients begin: the state's, of the parameter's shape, or the model's own
-    where that has none."""
+    """Return the initial value of a parameter, the state's or else the model's; check the shape."""
     parameter = model.get_parameter(name)
     value = state.get(name, parameter).detach()
     require(value.shape == parameter.shape, WHERE, name, list(parameter.shape), list(value.shape))

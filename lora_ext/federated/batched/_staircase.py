@@ -1,8 +1,8 @@
-"""Rows that leave the graph below the lowest layer that their client trains.
+"""Removal of rows from the graph below the lowest layer that their client trains.
 
-The rows of a step are ordered by that layer. A block runs its first rows, those that need a
-gradient in it or below, with a graph, and the others without: mixed depths pay for their own
-backward. Below everyone's lowest layer all rows run together, without a graph.
+The rows of a step are sorted by that layer. A block runs the rows that need a gradient in it or
+below with a graph, and the others without. Each client thus has the backward cost of its own depth.
+Below the lowest layer of all clients, all rows run together without a graph.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
 class Unfit(Exception):
-    """Blocks that do not run the way the staircase needs."""
+    """Raised if blocks do not run as the staircase requires."""
 
 
 class Staircase:
-    """The forward of each block of a model, divided until :meth:`remove`.
+    """The divided forward of each block of a model, until :meth:`remove`.
 
-    It is exact where the blocks run once each, in the order of their indices, and their first
-    tensor has the sequences in its first dimension. Of a block's other arguments, tensors with one
-    row a sequence are divided as well; the first such call of its kind is compared with one call of
-    all rows. Whatever contradicts this raises :class:`Unfit`.
+    The result is exact if the blocks run once each, in the order of their indices, and their first
+    tensor has the sequences in its first dimension. Other tensor arguments with one row per
+    sequence are divided as well. The first such call of each kind is compared with one call of all
+    rows. A violation raises :class:`Unfit`.
 
     Args:
-        blocks: names by index. rows: is told which of the sequences a block's call has.
+        blocks: names by index.
+        rows: object that stores the sequences of each call of a block.
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[int, str], rows: BatchRows):
@@ -51,16 +52,16 @@ class Staircase:
 
     @contextlib.contextmanager
     def forward(self, lowest: Sequence[float]) -> Iterator[None]:
-        """A block around the model's forward: the client of sequence i trains nothing below
+        """Return a context for the model's forward. The client of sequence i trains nothing below
         ``lowest[i]``, which rises."""
         self._lowest, self._last = lowest, -1
         try:
             yield
         finally:
-            self._last = None  # a checkpoint runs blocks again in the backward, the last one first
+            self._last = None  # in the backward, a checkpoint reruns blocks in reverse order
 
     def remove(self) -> None:
-        """Give every block its own forward back."""
+        """Restore the forward of every block."""
         self._replaced.close()
         self.removed = True
 
@@ -81,7 +82,7 @@ class Staircase:
         return divided
 
     def _in_two(self, index: int, forward: Callable[..., Any], call: Any, going: int) -> Any:
-        """The first rows with a graph, the others without, and their outputs put together."""
+        """Run the first rows with a graph and the others without, and concatenate the outputs."""
         division = _Division(going, len(self._lowest))
         (args, kwargs), (free_args, free_kwargs) = division.of(call)
         with self.rows.only(0, going):
@@ -90,8 +91,8 @@ class Staircase:
             rest = _run(forward, free_args, free_kwargs)
         division.check_unchanged()
         output = division.joined(first, rest)
-        # Where the hidden state has another dimension of that size, a tensor that has one row for
-        # each of those may have been divided by mistake, and do no harm in this call alone.
+        # If the hidden state has another dimension of that size, a tensor indexed by that dimension
+        # may have been divided by mistake, without an effect in this call.
         doubtful = len(self._lowest) in division.shapes[0][1:]
         kind = (index, *division.shapes)
         if len(division.shapes) > 1 and (doubtful or kind not in self._compared):
@@ -102,7 +103,7 @@ class Staircase:
 
 
 def _run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """A block's forward as the staircase runs it; what it raises there, it may not raise whole."""
+    """Run a block's forward; raise `Unfit` for errors, which a call of all rows might not have."""
     try:
         return forward(*args, **kwargs)
     except (Unfit, MemoryError, torch.cuda.OutOfMemoryError):
@@ -112,15 +113,15 @@ def _run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 class _Division:
-    """The arguments of a block's call divided between its first rows and the others."""
+    """Division of the arguments of a block's call between its first rows and the others."""
 
     def __init__(self, first: int, count: int):
         self.first, self.count = first, count
-        self.shapes: list[torch.Size] = []  # of what was divided, the hidden state's first
+        self.shapes: list[torch.Size] = []  # of divided tensors, the hidden state's first
         self._versions: list[tuple[Tensor, int]] = []
 
     def of(self, value: Any) -> tuple[Any, Any]:
-        """The two parts of an argument; what has no rows goes to both."""
+        """Return both parts of an argument; an argument without rows is in both."""
         if isinstance(value, Tensor):
             self._versions.append((value, value._version))
             if value.dim() > 0 and value.shape[0] == self.count:
@@ -137,16 +138,17 @@ class _Division:
             return {n: p[0] for n, p in both.items()}, {n: p[1] for n, p in both.items()}
         if isinstance(value, _PLAIN):
             return value, value
-        raise Unfit(f"a block gets a {type(value).__name__}")
+        raise Unfit(f"a block has an argument of type {type(value).__name__}")
 
     def check_unchanged(self) -> None:
-        """Refuse a block that writes into its arguments: its parts write into one tensor, and the
-        second writes what the first one keeps for its backward."""
-        if any(value._version != version for value, version in self._versions):
-            raise Unfit("a block changes a tensor that it gets")
+        """Raise for a block that writes into its arguments. Both calls would write into one tensor,
+        and the second would change values that the first needs for its backward."""
+        for value, version in self._versions:
+            if value._version != version:
+                raise Unfit(f"a block changes an argument of shape {list(value.shape)}")
 
     def joined(self, first: Any, rest: Any) -> Any:
-        """The two outputs as one call would have returned them."""
+        """Concatenate two outputs in the structure that one call would have returned."""
         if isinstance(first, Tensor) and isinstance(rest, Tensor):
             sizes = first.shape[:1] + rest.shape[:1]
             if sizes != (self.first, self.count - self.first):
@@ -160,9 +162,10 @@ class _Division:
 
 
 def _check_close(parts: Any, whole: Any) -> None:
-    """The first tensor of a block's output, put together of parts and made in one call."""
+    """Raise unless the first tensor of a block's output is equal in two calls and in one."""
     while type(parts) in (tuple, list) and type(whole) in (tuple, list):
         parts, whole = parts[0], whole[0]
     eps = torch.finfo(whole.dtype).eps ** 0.5
     if not torch.allclose(parts, whole, rtol=eps, atol=eps, equal_nan=True):
-        raise Unfit("a block computes other values for a part of its rows")
+        error = float((parts - whole).abs().max())
+        raise Unfit(f"a block computes other values for a part of its rows (error {error:.3g})")

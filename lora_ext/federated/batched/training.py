@@ -1,8 +1,8 @@
-"""Many clients trained as the rows of one batch, on one base model.
+"""Training of many clients as the rows of one batch, on one base model.
 
-Each step of all clients is one forward and one backward: every weight of the base is read once,
-and a layer gives the rows of each client the client's own factors. What a client computes is what
-it would compute alone, up to the rounding of the base's products.
+Each step of all clients is one forward and one backward. Every weight of the base model is read
+once, and a layer applies each client's factors to its rows. The results are those of training each
+client alone, up to rounding of the base model's products.
 """
 
 from __future__ import annotations
@@ -36,42 +36,42 @@ from ._staircase import Staircase, Unfit
 class BatchedClients:
     """Clients that share one frozen base model and train together.
 
-    Client k's loss is the mean over its own rows, and the sum of the losses is differentiated. A
-    client has its own AdamW and clips its own gradient. One with fewer batches leaves the batch
-    when it is done. One whose loss is not finite is failed: its loss leaves the sum, then its rows
-    leave the batch, and nobody else's values change.
+    The loss of client k is the mean over its rows, and the sum of all losses is differentiated.
+    Each client has its own AdamW and its own gradient clipping. A client with fewer batches leaves
+    the batch when it has finished. A client whose loss is not finite has failed: its loss is
+    removed from the sum, then its rows leave the batch, and the values of others do not change.
 
-    During :meth:`run_round` the layers of the adapter are swapped for layers with the clients'
-    factors; after it the very layers are back. The model stays in the mode that it is in.
+    :meth:`run_round` temporarily replaces the layers of the adapter by layers with the clients'
+    factors. The model keeps its training or evaluation mode.
 
     Args:
-        model: its adapted layers are :mod:`lora_ext.nn`'s or PEFT's linear ones, before or after
+        model: with adapted linear layers of :mod:`lora_ext.nn` or PEFT, before or after
             ``from_peft``.
-        clients: of different names.
-        slots: how many train at once; None for all.
+        clients: with unique names.
+        slots: number of clients that train at once; None for all.
         optimizer: "adamw".
-        loss_fn: gets the client's rows of the model's output (its ``logits`` where it has them),
-            cut to the length of the client's sequences where they were padded, and the batch.
-            Default is the cross-entropy: of the next token for a mapping with ``labels``, of y for
-            ``(x, y)``.
+        loss_fn: function of the client's rows of the model's output (or its ``logits`` if it has
+            them), without padding added for other clients, and the batch. Default is the cross
+            entropy: of the next token for a mapping with ``labels``, of y for ``(x, y)``.
         dtype: of the clients' factors; default is that of the global adapter.
-        pattern: finds the index of a layer in a name. adapter: the one whose layers are trained.
-        shared: parameters outside the adapters that every client trains besides, such as a head:
-            a pattern that is searched for in their names, or the names. Each client has its own
-            copy, and one AdamW and one bound for all that it trains; its update has the changes,
-            which ``aggregate(shared=batched.shared)`` averages as Flower's path does. They lie
+        pattern: regular expression for the index of a layer in a name.
+        adapter: name of the adapter to train.
+        shared: additional parameters outside the adapters that every client trains, such as a head:
+            their names, or a pattern that is searched for in names. Each client has one copy, and
+            one AdamW and one bound for everything it trains. Its update contains the changes, which
+            ``aggregate(shared=batched.shared)`` averages as with Flower. The parameters must be
             above the adapted layers.
-        others: what layers outside a client's plan are for its rows, "frozen" or "disabled".
+        others: state of the layers outside a client's plan for its rows, "frozen" or "disabled".
         staircase: let rows leave the graph below the lowest layer that their client trains. A block
-            in which they differ then runs in two calls. Where blocks do not run once each in order,
-            or cannot run on a part of the rows, a warning says so, and all rows stay.
+            with both kinds of rows then runs in two calls. If blocks do not run once each in order,
+            or cannot run on a part of the rows, a warning is issued and all rows stay.
 
     Raises:
-        UnsupportedModule: dropout in training, batch normalisation over the batch, DoRA, a bias of
-            the adapter, a merged one, another one that is active, or a layer that is not linear,
-            naming the module; a shared parameter in or below the layers, tied to another, or of
-            integers, naming it.
-        ValueError: settings out of range, a name twice; ``shared`` that finds nothing.
+        UnsupportedModule: a named module has dropout in training, batch normalisation over the
+            batch, DoRA, a bias of the adapter, a merged adapter or another active one, or is not
+            linear; a named shared parameter is in or below the layers, tied to another, or has
+            integers.
+        ValueError: settings are out of range; a name is repeated; ``shared`` matches nothing.
 
     Source: Fed-HeLLo's and LEGEND's simulations, as segments of one batch (our choice).
     """
@@ -115,24 +115,23 @@ class BatchedClients:
         global_lora: Mapping[str, Tensor],
         round: int = 0,
     ) -> list[Update]:
-        """Train the clients that have a plan, each from the global adapter with a fresh optimizer.
+        """Train the clients that have a plan, each from the global adapter with a new optimizer.
 
         Args:
-            plans: by client, or one for each in their order.
-            global_lora: the whole global adapter, as ``LoraLayerManager.state_slice()`` gives it,
-                and the shared parameters under their names; one that it lacks begins as the model
-                has it.
-            round: with a client's name and its seed, what the masks of its dropout follow from.
+            plans: by client, or one for each client in order.
+            global_lora: the whole global adapter, from ``LoraLayerManager.state_slice()``, and the
+                shared parameters by name; a missing one starts with the model's value.
+            round: together with a client's name and seed, determines its dropout masks.
 
         Returns:
-            the changes of the planned layers and of the shared parameters, in the order of the
-            clients: num_examples counts the rows of all steps, loss is the mean over the steps. A
-            failed one has no tensors.
+            the changes of the planned layers and shared parameters, in the order of the clients:
+            num_examples counts the rows of all steps, and loss is the mean over the steps. The
+            update of a failed client has no tensors.
 
         Raises:
-            ValueError: a plan or a global adapter that does not fit; batches that do not go
-                together. UnsupportedModule: as the class; losses that depend on nothing that trains
-                (reentrant checkpointing). The model is as before then, too.
+            ValueError: a plan or the global adapter does not fit; batches cannot be combined.
+            UnsupportedModule: see the class; or the losses do not depend on trained factors
+                (reentrant checkpointing). The model is restored in all cases.
         """
         if not isinstance(plans, Mapping):
             given = list(plans)
@@ -160,7 +159,7 @@ class BatchedClients:
         layers: Mapping[str, tuple[str, Any]],
         global_lora: Mapping[str, Tensor],
     ) -> None:
-        # Places: whoever leaves first comes last, so that those who go on are always the first.
+        # Sorted by decreasing number of steps, so that active clients always have the first places.
         clients = sorted(states, key=lambda c: (-len(c.spec.batches), c.settings))
         rows = BatchRows()
         turned = _layouts.tokens_first(self.model)
@@ -205,7 +204,7 @@ class BatchedClients:
         optimizer: ClientsAdamW,
         stairs: Staircase | None,
     ) -> None:
-        """One step of the clients at these places."""
+        """Do one step of the clients at these places."""
         going = [clients[place] for place in active]
         batches = [client.batch for client in going]
         inputs, segments = merged(batches, WHERE)
@@ -213,7 +212,7 @@ class BatchedClients:
         rows.set(active, segments)
         banks = [bank for bank in optimizer.banks if isinstance(bank, Bank)]
         if any(bank.p for bank in banks):
-            step = len(going[0].losses)  # of all: they began together
+            step = len(going[0].losses)  # the same for all, since clients start together
             seeds = step_seeds([c.seed for c in clients], step, len(banks))
             for module, bank in enumerate(banks):
                 bank.draw(seeds[:, module])
@@ -233,7 +232,7 @@ class BatchedClients:
         factors = gradients[: sum(len(bank.leaves) for bank in banks if bank.trained)]
         fits = not training or not all(gradient is None for gradient in factors)
         expected = "losses that depend on the factors that train"
-        found = "none that does; checkpointing must not be the reentrant kind"
+        found = "no dependence on them; checkpointing must not be reentrant"
         require(fits, WHERE, "model", expected, found, UnsupportedModule)
         optimizer.step(gradients)
         for client, size, value in zip(going, sizes, values, strict=True):
@@ -256,9 +255,9 @@ class BatchedClients:
         try:
             with stairs.forward(lowest):
                 return call()
-        except Unfit as error:  # anything else is not of the staircase's doing
+        except Unfit as error:  # other exceptions have other causes
             stairs.remove()
-            inputs, _ = merged(batches, WHERE)  # anew: blocks may have written into them
+            inputs, _ = merged(batches, WHERE)  # again, since blocks may have changed them in place
             output = call()
             warnings.warn(
                 f"{WHERE}: staircase: expected blocks that can run on a part of the rows, found "
@@ -270,7 +269,8 @@ class BatchedClients:
     def _stairs(
         self, clients: list[ClientRound], names: Mapping[str, Pair], rows: BatchRows
     ) -> Staircase | None:
-        """Where some client trains nothing in the lowest block, and each index has one block."""
+        """Return a staircase if some client does not train the lowest block, and each index has one
+        block."""
         turned = _layouts.tokens_first(self.model)
         blocks: dict[int, str] = {}
         for name, pair in names.items():
@@ -278,14 +278,14 @@ class BatchedClients:
             if block is None or blocks.setdefault(pair.layer, block) != block:
                 return None
             if name in turned:
-                return None  # the staircase cuts the first dimension, which counts tokens here
+                return None  # the staircase divides the first dimension, which is tokens here
         needed = self.staircase and any(c.lowest > min(blocks) for c in clients)
         return Staircase(self.model, blocks, rows) if needed else None
 
     def _layers(
         self, pairs: list[Pair], global_lora: Mapping[str, Tensor]
     ) -> dict[str, tuple[str, Any]]:
-        """By module in the base model, its name in the model and the layer; checked."""
+        """Return by module in the base model its name in the model and the layer; check both."""
         found: dict[str, tuple[str, Any]] = {
             name.removeprefix(PREFIX): (name, layer)
             for name, layer in adapted_layers(self.model, self.adapter).items()
@@ -306,8 +306,8 @@ class BatchedClients:
 
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """A model of transformers keeps no keys and values meanwhile: nothing here reads them."""
-    # Its parts may have configurations of their own, as T5's decoder has.
+    """Return a context in which a transformers model does not cache keys and values."""
+    # Submodules may have separate configurations, such as T5's decoder.
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs += [getattr(config, "text_config", None) for config in configs]
     caching = [c for c in configs if getattr(c, "use_cache", False)]

@@ -1,7 +1,7 @@
 """Federated fine-tuning on Flower: a strategy, its apps, and a grid in this process.
 
-Flower's telemetry is off unless ``FLWR_TELEMETRY_ENABLED`` says otherwise. That variable counts
-when flwr is first imported: import this before it, or set it yourself.
+Flower's telemetry is off unless ``FLWR_TELEMETRY_ENABLED`` enables it. flwr reads the variable at
+its first import, so import this module before flwr, or set the variable.
 """
 
 from __future__ import annotations

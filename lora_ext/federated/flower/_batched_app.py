@@ -19,18 +19,18 @@ from ._records import read_config, who
 from ._tasks import Settings, Task, failed, shared_names
 
 State = Mapping[str, Tensor]
-#: Trains the clients of some tasks together, from the global adapter. With each task comes what
-#: ``prepare`` has made of it.
+#: Function that trains the clients of some tasks together, from the global adapter. Each task has
+#: the result of ``prepare``.
 TrainFn = Callable[[list[tuple[Task, Any]], State], list[Update]]
 
 
 class BatchedApp(ClientApp):
-    """Answers several messages at once; alone, as any ClientApp, it answers one.
+    """An app that can answer several messages together, or one like any ClientApp.
 
     Args:
-        prepare: what ``train`` needs of a task, such as its data; called for each by itself.
-        train: gives the updates in the order of the tasks.
-        state: gives the adapter of the model and the shared parameters of these names.
+        prepare: function that returns what ``train`` needs for one task, such as its data.
+        train: function that returns the updates in the order of the tasks.
+        state: function that returns the model's adapter and the shared parameters of these names.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class BatchedApp(ClientApp):
         self.query()(who)
 
     def train_together(self, pairs: Sequence[tuple[Message, Context]]) -> list[Message]:
-        """The replies, in the order of the messages; an error reply for a client that failed.
+        """Train all clients together and return the replies in the order of the messages; a failed
+        client gets an error reply.
 
-        ``train-time-s`` is a client's even share of the time that all of them took.
+        ``train-time-s`` is the total time, divided by the number of clients.
         """
         began = time.perf_counter()
         state: State = {}
@@ -80,8 +81,8 @@ class BatchedApp(ClientApp):
                 error = ArithmeticError("the loss or the update is not finite")
                 replies[place] = failed(task.message, error)
                 continue
-            told = {"num-examples": update.num_examples, "train-loss": update.loss}
-            replies[place] = task.reply(task.cut(update.tensors), {**seconds, **told}, state)
+            metrics = {"num-examples": update.num_examples, "train-loss": update.loss}
+            replies[place] = task.reply(task.cut(update.tensors), {**seconds, **metrics}, state)
         return [replies[place] for place in range(len(pairs))]
 
     def _alone(self, message: Message, context: Context) -> Message:
@@ -89,7 +90,7 @@ class BatchedApp(ClientApp):
 
 
 def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> BatchedApp:
-    """The app of a model, whose clients are made for each round."""
+    """Return the app of a model; its clients are created in each round."""
 
     def prepare(task: Task) -> ClientSpec:
         check_scaling(model.manager, task.config)
@@ -119,7 +120,7 @@ def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> Batch
 
 
 def of_clients(batched: BatchedClients) -> BatchedApp:
-    """The app of clients that are there already: partition i is the i-th of them."""
+    """Return the app of existing clients; partition i is the i-th client."""
     names = list(batched.clients)
     manager = LoraLayerManager(batched.model, batched.pattern, batched.adapter)
 
@@ -140,7 +141,7 @@ def of_clients(batched: BatchedClients) -> BatchedApp:
 
 
 def _union(tasks: Sequence[Task], state: State) -> dict[str, Tensor]:
-    """The global adapter, as far as any of the messages has it; nobody uses the rest."""
+    """Return the global adapter, as far as the messages contain it; the rest is not used."""
     found: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
     for task in tasks:

@@ -1,4 +1,4 @@
-"""A ClientApp that trains what the strategy asks for."""
+"""A ClientApp that trains by the strategy's plans."""
 
 from __future__ import annotations
 
@@ -35,33 +35,36 @@ def make_client_app(
     adapter: str = "default",
     mods: list[Any] | None = None,
 ) -> ClientApp:
-    """A client of :class:`LoraStrategy`, for any of Flower's engines and for ``LocalGrid``.
+    """Create a client of :class:`LoraStrategy`, for any of Flower's engines and for ``LocalGrid``.
 
-    It also answers the query who it is: with ``partition-id`` and ``capability`` of its node's
-    configuration, where they are integers.
+    It also answers queries of its identity, with the integers ``partition-id`` and ``capability``
+    of its node's configuration.
 
     Args:
-        model_fn: the base model with the adapter on it; called once in each process. It stays in
-            the mode in which it comes.
-        data_fn: by partition the batches of one epoch, one optimizer step each: a mapping with
-            ``labels``, or ``(x, y)``. A node without a partition is asked for its node id.
-        train_fn: ``train_fn(model, batches, config)``, with the planned layers alone to train,
-            returns numbers: ``num-examples`` (the rows of the batches where it is missing),
-            ``train-loss`` and others. Default is AdamW on the cross-entropy, with ``lr`` (1e-2),
-            ``weight-decay`` (0) and ``epochs`` (1) from the ``train_config`` of the strategy.
-        backend: "batched" trains by :class:`lora_ext.federated.BatchedClients`: all clients at once
-            under ``LocalGrid``, a single one elsewhere. It has no ``train_fn``.
-        pattern: finds the index of a layer in a name. adapter: the one that is trained.
-        mods: Flower's, around training.
+        model_fn: returns the base model with the adapter; called once in each process. The model's
+            training or evaluation mode is not changed.
+        data_fn: returns the batches of one epoch by partition, one per optimizer step: a mapping
+            with ``labels``, or ``(x, y)``. A node without a partition passes its node id.
+        train_fn: ``train_fn(model, batches, config)`` trains the planned layers, whose parameters
+            require gradients, and returns numbers: ``num-examples`` (default is the rows of the
+            batches), ``train-loss`` and others. Default is AdamW on the cross entropy, with ``lr``
+            (1e-2), ``weight-decay`` (0) and ``epochs`` (1) from the ``train_config`` of the
+            strategy.
+        backend: "batched" trains with :class:`lora_ext.federated.BatchedClients`: all clients
+            together under ``LocalGrid``, otherwise a single one. It allows no ``train_fn``.
+        pattern: regular expression for the index of a layer in a name.
+        adapter: name of the adapter to train.
+        mods: Flower's mods, applied to training.
 
     Raises:
-        ValueError: another backend, or a ``train_fn`` for "batched".
+        ValueError: the backend is unknown, or "batched" is given a ``train_fn`` or ``mods``.
     """
     require(backend in ("loop", "batched"), WHERE, "backend", "'loop' or 'batched'", repr(backend))
     model = Model(model_fn, pattern, adapter)
     if backend == "batched":
-        require(train_fn is None, WHERE, "train_fn", "None with backend 'batched'", "one")
-        require(not mods, WHERE, "mods", "None with backend 'batched'", "some")
+        found = f"{train_fn!r:.100}"
+        require(train_fn is None, WHERE, "train_fn", "None with backend 'batched'", found)
+        require(not mods, WHERE, "mods", "None with backend 'batched'", f"{mods!r:.100}")
         return in_one_batch(model, data_fn)
     app = ClientApp()
 
@@ -74,7 +77,7 @@ def make_client_app(
 
 
 def adamw(model: nn.Module, batches: Sequence[Any], config: ConfigRecord) -> dict[str, float]:
-    """The default training: AdamW on the cross-entropy of each batch.
+    """Train with AdamW on the cross entropy of each batch, the default.
 
     Returns:
         ``num-examples``, the rows of all steps; ``train-loss``, the mean over the steps.
@@ -112,7 +115,7 @@ def _train(
     manager.apply(task.plan, others=task.others)
     loaded = time.perf_counter()
     batches = data_fn(task.partition)
-    if isinstance(batches, Iterator):  # which epochs and the count of rows would find empty
+    if isinstance(batches, Iterator):  # used more than once: for epochs and the number of rows
         batches = list(batches)
     found: dict[str, Any] = {"num-examples": 0}
     if batches:

@@ -1,4 +1,4 @@
-"""Replies of which the server needs the sums alone, added up and divided."""
+"""Aggregation of masked replies, of which the server needs only the sums."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .._update import Client, Rejected, Rules, by_client, need, only, weight_of
 
 
 def aggregate_replies(rules: Rules, updates: Sequence[Update]) -> Aggregate:
-    """Return the "covered" mean of replies that :func:`lora_ext.federated.masked_payload` made.
+    """Return the "covered" mean of replies from :func:`lora_ext.federated.masked_payload`.
 
-    A reply is rejected if it is not finite, or has another weight than its plan and its number of
-    examples give. Sums are float64, in the order of the clients.
+    A reply is rejected if it is not finite, or if its weights differ from those of its plan and its
+    number of examples. Sums are computed in float64, sorted by client.
     """
     state, pairs, settings = rules.state, rules.pairs, rules.settings
     found: dict[Client, Update] = {}
@@ -41,7 +41,7 @@ def aggregate_replies(rules: Rules, updates: Sequence[Update]) -> Aggregate:
             total += update.tensors[key].double()
     try:
         new = divided(pairs, state, sums, settings.server_lr)
-    except ValueError as error:  # sums that the dtype of the state cannot hold
+    except ValueError as error:  # the sums overflow the dtype of the state
         return replace(result, skipped=True, reason=str(error))
     return replace(result, state=new)
 
@@ -52,7 +52,8 @@ def _check(update: Update, rules: Rules, shapes: Mapping[str, tuple[int, ...]]) 
         weight = weight_of(update.num_examples)
     for key in shapes:
         need(key in update.tensors, key, "a tensor of every client", "none")
-        need(bool(update.tensors[key].isfinite().all()), key, "finite values", "others")
+        count = int((~update.tensors[key].isfinite()).sum())
+        need(count == 0, key, "finite values", f"{count} that are not")
     for pair in rules.pairs:
         full = shapes[pair.a][0]
         planned = pair.layer in update.plan.layers
@@ -60,8 +61,9 @@ def _check(update: Update, rules: Rules, shapes: Mapping[str, tuple[int, ...]]) 
         key = weights_key(pair)
         weights = torch.zeros_like(update.tensors[key])
         weights[:rank] = weight
-        holds = torch.equal(update.tensors[key], weights)
-        need(holds, key, f"{weight:g} for {rank} ranks, and zeros", "others")
+        found = update.tensors[key]
+        expected = f"{weight:g} for {rank} ranks, and zeros"
+        need(torch.equal(found, weights), key, expected, found.tolist())
         for axis, key in enumerate((pair.a, pair.b)):
-            beyond = update.tensors[key].narrow(axis, rank, full - rank)
-            need(not bool(beyond.any()), key, f"zeros beyond rank {rank}", "others")
+            beyond = int(update.tensors[key].narrow(axis, rank, full - rank).count_nonzero())
+            need(beyond == 0, key, f"zeros beyond rank {rank}", f"{beyond} other values")

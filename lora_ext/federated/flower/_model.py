@@ -1,4 +1,4 @@
-"""The model of a client, and what is done to it beside its layers."""
+"""The model of a client, with its layers and shared parameters."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lora_ext.layers import adapted_layers
 
 from .. import LoraLayerManager
 
-_kept: dict[str, LoraLayerManager] = {}  # one at most, in a worker of a simulation
+_kept: dict[str, LoraLayerManager] = {}  # at most one, in a worker of a simulation
 
 
 class Model:
-    """The model of an app, and its layers, made when they are first needed.
+    """The model and layers of an app, created on first use and kept as long as the app.
 
-    They live as long as the app. Flower's simulation unpickles the app for every message: there the
-    model is not pickled, and the one that was used last stays with the worker's process.
+    Flower's simulation unpickles the app for every message. The model is not pickled; the worker's
+    process keeps the last one.
     """
 
     def __init__(self, model_fn: Callable[[], nn.Module], pattern: str, adapter: str):
@@ -39,7 +39,7 @@ class Model:
 
     @property
     def manager(self) -> LoraLayerManager:
-        """The layers of the model."""
+        """Manager of the model's layers."""
         if self._manager is None and self._unpickled:
             self._manager = _kept.get(self._token)
         if self._manager is None:
@@ -51,8 +51,8 @@ class Model:
 
 
 def check_scaling(manager: LoraLayerManager, config: Mapping[str, Any]) -> None:
-    """Compare the scale of the adapter with the server's, where that says one: averaged with the
-    others, an adapter of another scale would be none of theirs."""
+    """Raise unless the adapter's scale is the server's, if the message contains one. An average of
+    adapters with different scales would be wrong."""
     if "scaling" not in config:
         return
     for name, layer in adapted_layers(manager.model, manager.adapter).items():
@@ -62,11 +62,11 @@ def check_scaling(manager: LoraLayerManager, config: Mapping[str, Any]) -> None:
 
 
 class Tensors:
-    """What a client has of the global state: its layers, and parameters beside the adapter that
-    every client trains and sends, such as a head.
+    """A client's part of the global state: its layers, and shared parameters outside the adapter
+    that every client trains and sends, such as a head.
 
     Args:
-        shared: names of the latter, as ``model.named_parameters()`` has them.
+        shared: names of these parameters, as in ``model.named_parameters()``.
     """
 
     def __init__(self, manager: LoraLayerManager, shared: Sequence[str]):
@@ -77,20 +77,20 @@ class Tensors:
         self._shared = {name: known[name] for name in shared}
 
     def state(self, layers: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Copies of some layers, or of all, and of the parameters, on the CPU."""
+        """Return CPU copies of some layers, or of all, and of the shared parameters."""
         shared = {name: p.detach().cpu().clone() for name, p in self._shared.items()}
         return {**self._manager.state_slice(layers), **shared}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put values into the model."""
+        """Copy values into the model."""
         self._manager.load_slice({k: v for k, v in tensors.items() if k not in self._shared})
         for name, parameter in self._shared.items():
             parameter.copy_(tensors[name])
 
     @contextlib.contextmanager
     def trained(self) -> Iterator[None]:
-        """A block in which the parameters take gradients."""
+        """Return a context in which the shared parameters require gradients."""
         before = [(parameter, parameter.requires_grad) for parameter in self._shared.values()]
         try:
             for parameter, _ in before:

@@ -1,4 +1,4 @@
-"""Who is who: Flower's nodes, whose ids are random, and the clients of a federation."""
+"""Assignment of Flower's nodes, whose ids are random, to the clients of a federation."""
 
 from __future__ import annotations
 
@@ -20,54 +20,53 @@ from ._records import CAPABILITY, NODE, PARTITION, count_bytes
 
 Capability = Mapping[int, int] | Callable[[int], int] | None
 
-_PATIENCE = 180.0  # seconds for a query: on a busy machine Ray took more than 60 to start
+_QUERY_TIMEOUT_S = 180.0  # Ray took more than 60 s to start on a busy machine
 
 _log = logging.getLogger("flwr")
 
 
 class Nodes:
-    """The client that each node is: its partition where it names one, else the node itself.
+    """The client of each node: its partition if it reports one, else its node id.
 
-    A node is asked once, with a query, before its first round. One that comes back under another
-    id, with the partition that it had, is the client that it was; a partition that another
-    connected node has is nobody else's.
+    Each node receives one query before its first round. A node that returns with a new id and its
+    former partition is the same client. A partition of another connected node is not reassigned.
 
     Args:
-        capability: by client, or by node, how many layers it can train: a mapping or a function of
-            the client. None takes what nodes say of themselves, or all layers.
-        comm: takes the bytes of the queries, as round 0.
+        capability: number of layers that a client can train, by client or node: a mapping, or a
+            function of the client. None uses what nodes report, or all layers.
+        comm: counts the bytes of the queries, as round 0.
     """
 
     def __init__(self, capability: Capability, comm: CommLog):
         self._capability = capability
         self._comm = comm
         self._clients: dict[int, int] = {}
-        self._says: dict[int, int] = {}  # the capability that a node claims
+        self._says: dict[int, int] = {}  # reported capability of each node
         self._asked: set[int] = set()
 
     def client(self, node: int) -> int:
-        """The client that a node is."""
+        """Return the client of a node."""
         return self._clients.get(node, node)
 
     def meet(self, grid: Grid, nodes: Iterable[int], timeout: float | None) -> None:
-        """Ask the nodes that are new who they are.
+        """Query the identity of new nodes.
 
-        One that has no partition goes by its node id; so does one that gives no answer, until it
-        is asked again in the next round.
+        The client of a node without a partition is its node id. The same is true for a node that
+        does not answer, until it is queried again in the next round.
         """
         connected = list(nodes)
         new = [node for node in connected if node not in self._asked]
         if not new:
             return
         queries = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
-        patience = min(_PATIENCE, _PATIENCE if timeout is None else timeout)
+        patience = min(_QUERY_TIMEOUT_S, _QUERY_TIMEOUT_S if timeout is None else timeout)
         answers = grid.send_and_receive(queries, timeout=patience)
         replies = {reply.metadata.src_node_id: reply for reply in answers}
         for node in [each for each in new if each in replies]:
             self._asked.add(node)
             if replies[node].has_content():
-                said = replies[node].content.config_records.get(NODE, {})
-                self.learn(node, said, connected)
+                identity = replies[node].content.config_records.get(NODE, {})
+                self.learn(node, identity, connected)
         for query in sorted(queries, key=lambda q: self.client(q.metadata.dst_node_id)):
             node = query.metadata.dst_node_id
             answered = node in replies and replies[node].has_content()
@@ -77,8 +76,10 @@ class Nodes:
     def learn(
         self, node: int, said: Mapping[str, Any], connected: Iterable[int] | None = None
     ) -> None:
-        """Take up what a node says of itself, unless it is known already; ``connected`` are those
-        whose partitions are taken, None for all that are known."""
+        """Store what a node reports, unless it is known.
+
+        ``connected`` are the nodes whose partitions are taken; None means all known ones.
+        """
         connected = [*self._asked, *self._clients] if connected is None else connected
         count, partition = said.get(CAPABILITY), said.get(PARTITION)
         if type(count) is int:
@@ -88,21 +89,23 @@ class Nodes:
         holders = [n for n in connected if n != node and self.client(n) == partition]
         if holders:
             _log.warning(
-                "node %d: partition-id %d is that of node %d, which is connected: it goes by its "
-                "node id",
+                "node %d: partition-id %d belongs to node %d, which is connected: its client is "
+                "its node id",
                 node,
                 partition,
                 holders[0],
             )
             return
         for other in [n for n, client in self._clients.items() if client == partition]:
-            del self._clients[other]  # it has left; should it return, it is asked again
+            del self._clients[other]  # it has left, and is queried again if it returns
             self._asked.discard(other)
         self._clients[node] = partition
 
     def capable(self, nodes: list[int], num_layers: int, strict: bool) -> dict[int, int]:
-        """Return the nodes that can train, and how many layers. A node whose capability is missing
-        or out of range is left out, or raises if ``strict``."""
+        """Return the nodes that can train, with their numbers of layers.
+
+        A node whose capability is missing or out of range is skipped, or raises if ``strict``.
+        """
         found: dict[int, int] = {}
         for node in nodes:
             try:
@@ -110,7 +113,7 @@ class Nodes:
             except ValueError as error:
                 if strict:
                     raise
-                _log.warning("node %d is left out: %s", node, error)
+                _log.warning("node %d is skipped: %s", node, error)
         return {node: count for node, count in found.items() if count > 0}
 
     def _capability_of(self, node: int, num_layers: int) -> int:
@@ -132,7 +135,7 @@ class Nodes:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Lists of numbers, for JSON."""
+        """Return lists of numbers, for JSON."""
         return {
             "asked": sorted(self._asked),
             "clients": [[node, client] for node, client in sorted(self._clients.items())],
@@ -140,14 +143,14 @@ class Nodes:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave."""
+        """Restore the output of :meth:`state_dict`."""
         self._clients = {node: client for node, client in state["clients"]}
         self._says = {node: count for node, count in state["says"]}
         self._asked = set(state["asked"])
 
 
 def connected(grid: Grid, least: int, timeout: float | None) -> list[int]:
-    """The nodes that are there, after a wait for so many of them."""
+    """Return the connected nodes, after waiting for at least ``least`` of them."""
     end = time.monotonic() + (math.inf if timeout is None else timeout)
     while len(nodes := sorted(grid.get_node_ids())) < least and time.monotonic() < end:
         _log.info("Waiting for nodes: %d connected, at least %d needed", len(nodes), least)
@@ -156,6 +159,6 @@ def connected(grid: Grid, least: int, timeout: float | None) -> list[int]:
 
 
 def drawn(names: Iterable[Client], count: int, *key: int) -> list[Client]:
-    """So many of the names, by a lot for each that depends on the key and the name alone."""
+    """Draw ``count`` names; the random number of each depends only on the key and the name."""
     lots = {name: np.random.default_rng([*key, int(name)]).random() for name in names}
     return sorted(sorted(lots, key=lambda name: (lots[name], name))[:count])

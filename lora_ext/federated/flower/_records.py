@@ -1,4 +1,4 @@
-"""Tensors and plans as records of Flower's messages, and back. Nothing received is trusted.
+"""Conversion of tensors and plans to records of Flower's messages, and back. Input is untrusted.
 
 ===========  ==========  ===========================================================================
 record       direction   content
@@ -6,7 +6,7 @@ record       direction   content
 ``lora``     both        the tensors, by PEFT's names
 ``config``   down        ``server-round``, the plan (``layers``, ``ranks``), and the settings
 ``metrics``  up          ``num-examples``, ``train-loss``, ``train-time-s``, ``down-time-s``
-``echo``     up          ``server-round`` and the plan, as they came down
+``echo``     up          ``server-round`` and the plan, as received
 ``node``     up          ``partition-id`` and ``capability``, in the answer to a query
 ===========  ==========  ===========================================================================
 """
@@ -38,34 +38,37 @@ PARTITION, CAPABILITY = "partition-id", "capability"  # of a node's configuratio
 PROTOCOL = 1
 
 _NUMPY = "numpy.ndarray"  # Flower's name for the bytes of a .npy file
-_BRAIN = "bfloat16"  # which numpy lacks: its bits travel as uint16, and Array.dtype says so
-_MOST = 2**63
+_BRAIN = "bfloat16"  # not in numpy: its bits are sent as uint16, with this name in Array.dtype
+_MAX_INTEGER = 2**63
 _MANIFEST = ("names", "dtypes", "dims", "sizes")  # of tensors in one array
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Write tensors as Flower's record of arrays, those of bfloat16 as the bits of uint16.
+    """Convert tensors to Flower's record of arrays; bfloat16 is stored as the bits of uint16.
 
     Args:
-        tensors: by name, on any device: an adapter's state dict, say.
+        tensors: by name, on any device, such as an adapter's state dict.
 
     Raises:
-        ValueError: a dtype that is not float16, bfloat16, float32 or float64, naming the tensor.
+        ValueError: a dtype is not float16, bfloat16, float32 or float64; the message names the
+            tensor.
     """
     return _record(pack_tensors(tensors))
 
 
 def from_arrays(record: Mapping[str, Array], where: str = "from_arrays") -> dict[str, Tensor]:
-    """Read the tensors of a record of one's own, into memory of their own.
+    """Read the tensors of a record from :func:`to_arrays`, as copies.
 
     Args:
-        record: of :func:`to_arrays`. where: opens the message of an error.
+        record: from :func:`to_arrays`.
+        where: prefix of error messages.
 
     Returns:
         tensors on the CPU, by name.
 
     Raises:
-        ValueError: an array that is none of :func:`to_arrays`, naming key, expected and found.
+        ValueError: an array is not from :func:`to_arrays`; the message names key, expected and
+            found.
     """
     payload = _payload(record, {}, where)
     shapes = {key: array.shape for key, array in payload.arrays.items()}
@@ -73,8 +76,8 @@ def from_arrays(record: Mapping[str, Array], where: str = "from_arrays") -> dict
 
 
 def pack(tensors: Mapping[str, Tensor], flat: bool) -> tuple[ArrayRecord, dict[str, Any]]:
-    """Tensors as a record, and what the message's settings must say of it (nothing unless
-    flat)."""
+    """Return tensors as a record, and the entries for the message's settings (empty unless
+    ``flat``)."""
     payload = pack_tensors(tensors, flat)
     return _record(payload), payload.manifest if flat else {}
 
@@ -85,24 +88,24 @@ def unpack(
     shapes: Mapping[str, tuple[int, ...]],
     where: str,
 ) -> dict[str, Tensor]:
-    """The tensors of somebody's message: names and shapes are those that are expected.
+    """Read the tensors of an untrusted message, with the expected names and shapes.
 
-    An array's own ``shape`` and ``dtype`` are compared with what its bytes say. Nothing is
-    unpickled, and nothing allocated before the sizes are compared.
+    An array's ``shape`` and ``dtype`` are compared with its bytes. Nothing is unpickled, and
+    nothing is allocated before the sizes are compared.
 
     Raises:
-        ValueError: naming key, expected and found.
+        ValueError: names key, expected and found.
     """
     if "names" not in settings:  # before anything is decoded
         for key in record:
-            require(key in shapes, where, f"{key!s:.200}", "a name of the plan", "none that it has")
+            require(key in shapes, where, f"{key!s:.200}", "a name of the plan", "another name")
     return unpack_tensors(_payload(record, settings, where), shapes, where)
 
 
 def said_shapes(
     record: Mapping[str, Array], settings: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes that a message says it has; :func:`unpack` compares them with the bytes."""
+    """Return the shapes that a message declares; :func:`unpack` compares them with the bytes."""
     if "names" not in settings:
         return {key: tuple(array.shape) for key, array in record.items()}
     sizes = iter(settings.get("sizes", []))
@@ -111,7 +114,7 @@ def said_shapes(
 
 
 def read_config(message: Message) -> ConfigRecord:
-    """The settings of a message from the server."""
+    """Return the settings of a message from the server."""
     records = message.content.config_records
     require(CONFIG in records, "message", "records", f"{CONFIG!r}", sorted(message.content))
     config = records[CONFIG]
@@ -121,34 +124,34 @@ def read_config(message: Message) -> ConfigRecord:
 
 
 def who(message: Message, context: Context) -> Message:
-    """Return the answer to the query who a node is: the integers of its configuration."""
+    """Return the answer to an identity query: the integers of the node's configuration."""
     given = {name: context.node_config.get(name) for name in (PARTITION, CAPABILITY)}
-    said: Any = {name: value for name, value in given.items() if type(value) is int}
-    return Message(RecordDict({NODE: ConfigRecord(said)}), reply_to=message)
+    identity: Any = {name: value for name, value in given.items() if type(value) is int}
+    return Message(RecordDict({NODE: ConfigRecord(identity)}), reply_to=message)
 
 
 def count_bytes(content: Mapping[str, Any]) -> int:
-    """Bytes of all records, as Flower counts them; of one that it cannot count, its message's."""
+    """Count the bytes of all records, as Flower does; use the serialised size if that fails."""
     total = 0
     for record in content.values():
         try:
             total += record.count_bytes()
-        except (IndexError, ValueError):  # an empty list or string in a reply's settings
+        except (IndexError, ValueError):  # Flower cannot count an empty list or string
             total += len(record.deflate())
     return total
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The plain numbers of somebody's metrics; NaN and infinity may be among them."""
+    """Return the plain numbers of untrusted metrics, including NaN and infinity."""
     return {
         key: float(value)
         for key, value in record.items()
-        if type(value) is float or (type(value) is int and abs(value) < _MOST)
+        if type(value) is float or (type(value) is int and abs(value) < _MAX_INTEGER)
     }
 
 
 def mean_metrics(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
-    """The weighted mean of each number over the clients that report a finite one."""
+    """Compute the weighted mean of each number over the clients that report a finite one."""
     sums: dict[str, tuple[float, float]] = {}
     for content in contents:
         found = numbers(next(iter(content.metric_records.values()), {}))
@@ -172,9 +175,9 @@ def _payload(record: Mapping[str, Array], settings: Mapping[str, Any], where: st
     for key, array in record.items():
         require(array.stype == _NUMPY, where, key, f"stype {_NUMPY!r}", f"{array.stype!r:.50}")
         decoded = read_npy(array.data, f"{where}: {key:.200}")
-        own, said = list(decoded.shape), list(array.shape)
-        expected, found = f"{own} as in its bytes", f"{said!r:.100}"
-        require(own == said, where, f"{key:.200}: shape", expected, found)
+        own, declared = list(decoded.shape), list(array.shape)
+        expected, found = f"{own} as in its bytes", f"{declared!r:.100}"
+        require(own == declared, where, f"{key:.200}: shape", expected, found)
         dtype = "uint16" if array.dtype == _BRAIN else array.dtype
         own = decoded.dtype.name
         require(own == dtype, where, f"{key:.200}: dtype", f"{own} as in its bytes", f"{dtype:.50}")

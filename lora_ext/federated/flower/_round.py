@@ -1,4 +1,4 @@
-"""One round between its messages and its replies, of which none is trusted."""
+"""One round: its messages, and the reading of its untrusted replies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .._plan import Pair
 from .._update import Client, Settings
 from . import _records
 
-# What the server says of a message or a node that it has lost.
+# Error codes of the server for a lost message or node.
 _UNANSWERED = (
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
@@ -29,22 +29,22 @@ _UNANSWERED = (
 
 
 class _Unanswered(ValueError):
-    """A reply that only says that there is none."""
+    """Raised for an error reply of the server, without a reply of the client."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sending:
-    """How the messages of a run are made: the strategy's arguments of these names."""
+    """Settings of the messages of a run: arguments of the strategy with these names."""
 
     settings: Settings  # of aggregate
     send_frozen: bool
     pack: bool
     seed: int
     payload: str
-    scaling: Any  # as the strategy got it; one number alone can be told to clients
+    scaling: Any  # as the strategy received it; only a single number is sent to clients
 
     def config(self) -> dict[str, Any]:
-        """Return what a client must know of it."""
+        """Return the settings that clients need."""
         found: dict[str, Any] = {
             "protocol": _records.PROTOCOL,
             "seed": self.seed,
@@ -66,22 +66,22 @@ class Sending:
 
 @dataclasses.dataclass
 class Round:
-    """A round under way."""
+    """A round in progress."""
 
     number: int
     record: ArrayRecord  # the global adapter
-    state: Mapping[str, Tensor]  # likewise, decoded
+    state: Mapping[str, Tensor]  # the same, decoded
     pairs: Sequence[Pair]  # its factors
-    nodes: dict[int, Client]  # those that are asked, and the client that each is
+    nodes: dict[int, Client]  # nodes that receive a message, and their clients
     plans: dict[Client, LayerPlan]
     sending: Sending
-    comm: CommLog  # takes the bytes of the messages
-    #: When, by the monotonic clock.
+    comm: CommLog  # counts the bytes of the messages
+    #: Time of sending, by the monotonic clock.
     sent: float = dataclasses.field(default_factory=time.monotonic)
     _asked: list[Metadata] = dataclasses.field(default_factory=list)
 
     def messages(self, config: Mapping[str, Any]) -> list[Message]:
-        """One for each node that is asked; ``config`` has further settings for the clients."""
+        """Return one message per node; ``config`` has additional settings for the clients."""
         messages: list[Message] = []
         sending, shared = self.sending, self.sending.settings.shared
         for node, client in self.nodes.items():
@@ -97,7 +97,7 @@ class Round:
             settings = ConfigRecord({**config, **sending.config(), **own})
             content = RecordDict({_records.LORA: record, _records.CONFIG: settings})
             messages.append(Message(content, node, MessageType.TRAIN))
-        for message in messages:  # once all of them are made: nothing is counted if one cannot be
+        for message in messages:  # count only after all were created without an error
             self._asked.append(message.metadata)
             self._count(message.metadata.dst_node_id, message, "down")
         return messages
@@ -105,8 +105,12 @@ class Round:
     def collect(
         self, replies: Iterable[Message]
     ) -> tuple[list[Update], dict[Client, RecordDict], dict[Client, str], list[Client]]:
-        """Sort replies, each by itself: what can be aggregated; what it came with, by client; why
-        others cannot, by client, or by node of a stranger; and the clients that gave no answer."""
+        """Sort replies, and check each independently.
+
+        Returns:
+            the updates; their contents by client; the reasons of rejection by client, or by node
+            for an unknown node; and the clients that did not answer.
+        """
         updates: list[Update] = []
         contents: dict[Client, RecordDict] = {}
         reasons: dict[Client, str] = {}
@@ -133,16 +137,15 @@ class Round:
         return updates, contents, reasons, silent
 
     def sender(self, reply: Message) -> int:
-        """The node that a reply is of: where the server answers for one that it has lost, that."""
+        """Return the node of a reply, or the lost node for which the server replied."""
         if reply.has_error():
-            for asked in self._asked:  # the grid has given the messages their ids
+            for asked in self._asked:  # the grid has assigned ids to the messages
                 if asked.message_id and asked.message_id == reply.metadata.reply_to_message_id:
                     return asked.dst_node_id
         return reply.metadata.src_node_id
 
     def read(self, node: int, reply: Message) -> Update:
-        """Return the reply of a node as the aggregation takes it; raise for what only the wire
-        shows to be wrong."""
+        """Return a node's reply as an update; raise for errors that only the message shows."""
         where = f"node {node}"
         require(node in self.nodes, where, "reply", "none, as it was not asked", "one")
         self._count(node, reply, "up")
@@ -176,7 +179,7 @@ class Round:
         return Update(client, examples, tensors, plan)
 
     def node(self, client: Client) -> int:
-        """The node that a client is."""
+        """Return the node of a client."""
         return next(node for node, asked in self.nodes.items() if asked == client)
 
     def _count(self, node: int, message: Message, way: str) -> None:
@@ -186,7 +189,7 @@ class Round:
         arrays = message.content.array_records
         total = _records.count_bytes(message.content)
         full = total - _records.count_bytes(arrays) + self.record.count_bytes()
-        # Tensors by themselves: without names and headers of .npy files.
+        # Tensor data without names and headers of .npy files.
         data = [array.data for record in arrays.values() for array in record.values()]
         frames = total - sum(max(len(d) - 10 - int.from_bytes(d[8:10], "little"), 0) for d in data)
         client = self.nodes[node]

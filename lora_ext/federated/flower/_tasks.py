@@ -1,4 +1,4 @@
-"""What a client is asked for in one round, read from its message, and its reply."""
+"""The task of a client in one round, read from its message, and the reply."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from . import _records
 
 Metrics = Mapping[str, Any]
 
-_PLAN = ("server-round", "layers", "ranks")  # what the echo repeats
+_PLAN = ("server-round", "layers", "ranks")  # settings that the echo repeats
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a client trains, from the strategy's ``train_config``."""
+    """Training settings of a client, from the strategy's ``train_config``."""
 
-    lr: float  # of AdamW; unless it is said, that of Fed-HeLLo's authors
+    lr: float  # of AdamW; default is that of Fed-HeLLo's authors
     weight_decay: float
     epochs: int
     seed: int  # of the strategy
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
-        """Read them from a message's config."""
+        """Read the settings from a message's config."""
         found: dict[str, float] = {}
         for name, default in (("lr", 1e-2), ("weight-decay", 0.0), ("epochs", 1)):
             value, expected = config.get(name, default), "a finite number from 0"
@@ -48,39 +48,42 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One training message, decoded and checked against the client's own model."""
+    """A training message, decoded and checked against the client's model."""
 
     message: Message  # to reply to
     config: ConfigRecord  # its settings
     plan: LayerPlan
     round: int
     client: int
-    partition: int  # whose data to train on
-    tensors: dict[str, Tensor]  # at the ranks of the plan, or at any that the model can hold
-    others: Others  # what the layers outside the plan are
-    shared: list[str]  # names beside the adapter's
-    pattern: str  # finds the index of a layer in a name
+    partition: int  # index of its data
+    tensors: dict[str, Tensor]  # with the ranks of the plan, else any that the model supports
+    others: Others  # state of the layers outside the plan
+    shared: list[str]  # names of additional parameters
+    pattern: str  # regular expression for the index of a layer in a name
 
     @classmethod
     def read(
         cls, message: Message, context: Context, state: Mapping[str, Tensor], pattern: str
     ) -> Task:
-        """Read a message, for a client whose model has this state; what is not the strategy's, or
-        not for this model, is a ValueError or a TypeError."""
+        """Read a message for a client whose model has this state.
+
+        Raises:
+            ValueError, TypeError: the message is not from the strategy, or does not fit the model.
+        """
         config = _records.read_config(message)
         plan, shared = LayerPlan.from_config(config), shared_names(config)
         others = choice("message", "others", config.get("others"), get_args(Others))
         arrays = message.content.array_records
         require(_records.LORA in arrays, "message", "records", f"{_records.LORA!r}", sorted(arrays))
         record = arrays[_records.LORA]
-        # The plan's ranks, else those that the message says, up to the model's.
-        said = _records.said_shapes(record, config)
+        # Ranks are those of the plan, else those in the message, at most the model's.
+        declared = _records.said_shapes(record, config)
         pairs = layer_pairs("message: model", state, pattern)
         shapes = shapes_of(pairs, state, plan)
         for pair in pairs:
             planned = pair.layer in plan.layers
             for axis, key in enumerate((pair.a, pair.b)) if planned or others == "frozen" else ():
-                sizes, found = list(shapes.get(key, state[key].shape)), said.get(key, ())
+                sizes, found = list(shapes.get(key, state[key].shape)), declared.get(key, ())
                 if (plan.ranks is None or not planned) and len(found) == len(sizes):
                     sizes[axis] = min(max(found[axis], 1), sizes[axis])
                 shapes[key] = tuple(sizes)
@@ -103,18 +106,18 @@ class Task:
 
     @property
     def seed(self) -> int:
-        """Of whatever this client draws in this round: a function of seed, round and client."""
+        """Seed of the client's random numbers in this round, from seed, round and client."""
         entropy = [_integer(self.config, "seed"), self.round, self.client]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def cut(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The ranks that the message has, of tensors at the ranks of the model."""
+        """Return the part of tensors at the model's ranks that has the ranks of the message."""
         return {
             key: value[tuple(map(slice, self.tensors[key].shape))] for key, value in tensors.items()
         }
 
     def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The global adapter as far as the message has it, and zeros, shaped as ``state`` is."""
+        """Return the message's adapter, padded with zeros to the shapes of ``state``."""
         found: dict[str, Tensor] = {}
         for key, own in state.items():
             value = self.tensors.get(key, own[:0])
@@ -125,8 +128,13 @@ class Task:
     def reply(
         self, changes: Mapping[str, Tensor], metrics: Metrics, state: Mapping[str, Tensor]
     ) -> Message:
-        """The reply: changes of the planned and the shared tensors from those that came, and
-        metrics with ``num-examples`` among them; the state says names and shapes."""
+        """Return the reply.
+
+        Args:
+            changes: differences of the planned and shared tensors from the received ones.
+            metrics: including ``num-examples``.
+            state: names and shapes of all tensors.
+        """
         sent = dict(changes)
         if choice("message", "upload", self.config.get("upload"), get_args(Upload)) == "value":
             sent = {key: self.tensors[key] + change for key, change in changes.items()}
@@ -151,12 +159,12 @@ class Task:
 
 
 def shared_names(config: Mapping[str, Any]) -> list[str]:
-    """The parameters that a client trains beside the adapter."""
+    """Return the names of the parameters that a client trains in addition to the adapter."""
     return list(config.get("shared", []))
 
 
 def failed(message: Message, error: Exception) -> Message:
-    """The reply of a client that raised, as Flower makes it."""
+    """Return the reply of a client that raised, in Flower's format."""
     reason = f"{type(error).__name__}: {error}"
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 

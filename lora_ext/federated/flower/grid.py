@@ -1,4 +1,4 @@
-"""Flower's grid in this process: no server, no socket, no thread."""
+"""An implementation of Flower's grid in this process, without server, socket or thread."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from .. import BatchedClients
 from ._batched_app import BatchedApp, of_clients
 from ._tasks import failed
 
-RUN, SERVER = 1, 1  # the node id of Flower's own server is 1, too
+RUN, SERVER = 1, 1  # 1 is also the node id of Flower's server
 
 
 class LocalGrid(Grid):
-    """Runs the clients of a federation here, when the strategy sends them messages.
+    """A grid that runs the clients of a federation in this process.
 
-    ``strategy.start(grid=LocalGrid(app, 10), ...)`` is the whole simulation. Clients run one after
-    another in the order of the messages, or all in one batch where the app can do that; replies
-    come in that order. An exception becomes an error reply, as Flower has it. The clock is looked
-    at between clients: after the timeout nobody else starts, and a reply that took longer is lost.
+    ``strategy.start(grid=LocalGrid(app, 10), ...)`` is a complete simulation. Clients run one after
+    another in the order of the messages, or all in one batch if the app supports it. Replies have
+    the same order. An exception becomes an error reply, as in Flower. The timeout is checked
+    between clients: later clients do not start, and a reply that took longer is lost.
 
-    Node i is partition i, has a ``Context`` of its own that it keeps, and gets its own copies of
-    the records.
+    Node i is partition i. It keeps a separate ``Context``, and receives copies of the records.
 
     Args:
-        client_app: a ``ClientApp``, or ``BatchedClients``, whose clients are the nodes in their
-            order and train by their own ``ClientSpec``.
-        num_nodes: from 1; as many as there are clients.
+        client_app: a ``ClientApp``; or ``BatchedClients``, whose clients are the nodes in order and
+            train by their ``ClientSpec``.
+        num_nodes: at least 1; the number of clients for ``BatchedClients``.
         run_config: of every node's context.
-        clock: seconds, for the timeout.
+        clock: function that returns seconds, for the timeout.
 
     Raises:
-        ValueError: a number of nodes that does not fit. TypeError: another kind of app.
+        ValueError: the number of nodes does not fit.
+        TypeError: the app is not callable.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class LocalGrid(Grid):
         self._clock = clock
         self._numbers = itertools.count(1)
         self._pushed: dict[str, Message] = {}
-        try:  # Say who makes messages in this process, as Flower's engines do.
+        try:  # Set the identity of this process in messages, as Flower's engines do.
             _ = TaskIdentity.run_id
         except RuntimeError:
             TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, SERVER, 1
@@ -81,7 +81,7 @@ class LocalGrid(Grid):
         }
 
     def set_run(self, run: Run) -> None:
-        """Set the run, which nothing here looks at."""
+        """Set the run, which is not used."""
         self._run = run
 
     @property
@@ -97,40 +97,43 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Make a message to a node; Flower's ``Message`` does the same.
+        """Create a message to a node, like Flower's ``Message``.
 
         Args:
-            content: its records. message_type: "train", "evaluate" or "query".
-            dst_node_id: one of :meth:`get_node_ids`. group_id, ttl: not used.
+            content: its records.
+            message_type: "train", "evaluate" or "query".
+            dst_node_id: one of :meth:`get_node_ids`.
+            group_id, ttl: not used.
         """
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """The nodes, 0 to ``num_nodes - 1``."""
+        """Return the nodes, 0 to ``num_nodes - 1``."""
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Keep messages until their replies are pulled, and return an id for each."""
+        """Store messages until their replies are pulled, and return one id per message."""
         ids: list[str] = []
         for message in messages:
             ids.append(f"local-{next(self._numbers)}")
-            message.metadata.__dict__["_message_id"] = ids[-1]  # as Flower's own grids do
+            message.metadata.__dict__["_message_id"] = ids[-1]  # as in Flower's grids
             self._pushed[ids[-1]] = message
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Run the clients that were sent the messages of these ids, and return their replies."""
+        """Run the clients that received the messages of these ids, and return their replies."""
         found = [self._pushed.pop(each) for each in message_ids if each in self._pushed]
         return self._answers(found, None)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Run the clients that are sent messages, and return their replies in that order.
+        """Run the clients of the messages, and return their replies in that order.
 
         Args:
-            messages: one for each client. timeout: seconds; a client that would start later does
-                not run, and a reply that took longer is lost. None waits for all.
+            messages: one for each client.
+            timeout: seconds; a client that would start later does not run, and a reply that took
+                longer is lost. None waits for all.
         """
         pushed = self.push_messages(messages)
         return self._answers([self._pushed.pop(each) for each in pushed], timeout)
@@ -140,7 +143,7 @@ class LocalGrid(Grid):
         replies: list[Message] = []
         app = self._app
         groups = [[message] for message in messages]
-        if isinstance(app, BatchedApp):  # all training at once
+        if isinstance(app, BatchedApp):  # all training messages together
             train = [m for m in messages if m.metadata.message_type == "train"]
             groups = [[m] for m in messages if m.metadata.message_type != "train"]
             groups += [train] if train else []
@@ -169,6 +172,6 @@ class LocalGrid(Grid):
 
 
 def _own(message: Message) -> Message:
-    """A message whose records are the receiver's, to do with as it likes."""
+    """Return a copy of a message with records that the receiver may change."""
     records = {name: record.copy() for name, record in message.content.items()}
     return make_message(message.metadata, RecordDict(records))

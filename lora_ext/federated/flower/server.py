@@ -1,4 +1,4 @@
-"""A ServerApp that runs a strategy from the adapter of a model."""
+"""A ServerApp that runs a strategy, starting from a model's adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._model import Model, Tensors
 from ._records import from_arrays, to_arrays
 from .strategy import LoraStrategy
 
-_OWN = {"num-server-rounds", "timeout"}
+_SERVER_SETTINGS = {"num-server-rounds", "timeout"}
 
 
 def make_server_app(
@@ -31,21 +31,23 @@ def make_server_app(
     pattern: str = PATTERN,
     adapter: str = "default",
 ) -> ServerApp:
-    """The server of a federation, for any of Flower's engines and for ``LocalGrid``.
+    """Create the server of a federation, for any of Flower's engines and for ``LocalGrid``.
 
-    The run configuration of the app may say otherwise than ``num_rounds`` and ``timeout``, as
-    ``num-server-rounds`` and ``timeout``; its other numbers join ``train_config``.
+    The app's run configuration can override ``num_rounds`` and ``timeout`` with
+    ``num-server-rounds`` and ``timeout``. Its other numbers are added to ``train_config``.
 
     Args:
-        strategy_fn: the strategy, made when the app runs.
-        model_fn: the base model with the adapter on it, from whose values the federation starts.
-        eval_fn: numbers of the model with the global adapter, before the first round and after
-            each; None evaluates nothing.
-        timeout: seconds that a round is waited for. The first round of a simulation with Ray also
-            waits for its start: give it 30 seconds at least.
-        train_config: goes to the clients: ``lr``, ``epochs``, ``weight-decay``.
-        on_result: gets the strategy, with its logs, and Flower's result at the end.
-        pattern: finds the index of a layer in a name. adapter: the one that is federated.
+        strategy_fn: returns the strategy; called when the app runs.
+        model_fn: returns the base model with the adapter, whose values are the initial ones.
+        eval_fn: returns numbers for the model with the global adapter, before the first round and
+            after each; None evaluates nothing.
+        num_rounds: number of rounds.
+        timeout: seconds to wait for a round. The first round of a simulation with Ray also waits
+            for its start, so use at least 30 seconds.
+        train_config: settings for the clients: ``lr``, ``epochs``, ``weight-decay``.
+        on_result: called at the end with the strategy, including its logs, and Flower's result.
+        pattern: regular expression for the index of a layer in a name.
+        adapter: name of the adapter to train.
     """
     app = ServerApp()
 
@@ -54,8 +56,8 @@ def make_server_app(
         strategy = strategy_fn()
         manager = Model(model_fn, pattern, adapter).manager
         tensors = Tensors(manager, strategy.shared)
-        said = {k: v for k, v in context.run_config.items() if isinstance(v, int | float)}
-        settings = {**(train_config or {}), **said}
+        numbers = {k: v for k, v in context.run_config.items() if isinstance(v, int | float)}
+        settings = {**(train_config or {}), **numbers}
 
         def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if eval_fn is None:
@@ -69,7 +71,7 @@ def make_server_app(
             to_arrays(tensors.state()),
             int(settings.get("num-server-rounds", num_rounds)),
             float(settings.get("timeout", timeout)),
-            ConfigRecord({k: v for k, v in settings.items() if k not in _OWN}),
+            ConfigRecord({k: v for k, v in settings.items() if k not in _SERVER_SETTINGS}),
             evaluate_fn=evaluate,
         )
         context.state["lora"] = result.arrays

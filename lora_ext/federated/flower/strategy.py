@@ -1,4 +1,4 @@
-"""The strategy that Fed-HeLLo and LEGEND share: a plan for each client, a mean for each layer."""
+"""The common strategy of Fed-HeLLo and LEGEND: a plan for each client, a mean for each layer."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from ._round import Round, Sending
 WHERE = "LoraStrategy"
 Payload = Literal["sliced", "dense_masked"]
 
-_OWN = {"arrayrecord_key": _records.LORA, "configrecord_key": _records.CONFIG}
-_LEAST = {
+_RECORD_KEYS = {"arrayrecord_key": _records.LORA, "configrecord_key": _records.CONFIG}
+_DEFAULTS = {
     "min_train_nodes": 1,
     "min_available_nodes": 1,
     "train_metrics_aggr_fn": _records.mean_metrics,
@@ -39,47 +39,49 @@ _log = logging.getLogger("flwr")
 
 
 class LoraStrategy(FedAvg):
-    """Federated averaging in which each client has a plan of its own.
+    """Federated averaging with a separate plan for each client.
 
-    A client gets the layers that it needs, trains those of its plan and sends these back; each
+    A client receives the layers that it needs, trains those of its plan, and returns them. Each
     layer is averaged over the clients that trained it (:func:`lora_ext.federated.aggregate`). A
-    reply that does not hold what its plan says is rejected by itself, with the reason in
-    ``history``; a round with too few replies leaves the global adapter as it was, and the run goes
-    on. ``start`` takes the global adapter as :func:`lora_ext.federated.flower.to_arrays` gives it.
+    reply that differs from its plan is rejected, with the reason in ``history``. A round with too
+    few replies leaves the global adapter unchanged, and the run continues. ``start`` expects the
+    global adapter from :func:`lora_ext.federated.flower.to_arrays`.
 
-    A subclass says what differs by overriding the hooks :meth:`select`, :meth:`plan_round`,
-    :meth:`before_round`, :meth:`observe` and :meth:`timed_out`.
+    Subclasses override the hooks :meth:`select`, :meth:`plan_round`, :meth:`before_round`,
+    :meth:`observe` and :meth:`timed_out`.
 
     Args:
-        allocator: has ``plan(round, client, capability) -> LayerPlan``; None is for a subclass with
-            a :meth:`plan_round` of its own.
-        capability: by client how many layers it can train: a mapping, a function, or None for what
-            the nodes say of themselves, and all layers where they say nothing. 0: never asked.
-        weighted_by: as for :func:`lora_ext.federated.aggregate`; so are ``rank_agg``, ``upload``,
+        allocator: object with ``plan(round, client, capability) -> LayerPlan``; None for a subclass
+            that overrides :meth:`plan_round`.
+        capability: number of layers that a client can train, as a mapping or function of clients.
+            None uses what the nodes report, and all layers for nodes without a report. A client of
+            capability 0 is never asked to train.
+        weighted_by: see :func:`lora_ext.federated.aggregate`; likewise ``rank_agg``, ``upload``,
             ``max_update_norm``, ``nan_policy``, ``min_replies``, ``server_lr``, ``partial_ok``,
             ``pattern`` and ``shared``.
-        scaling: s of ``s B A``, for all modules or by each one's name. One number is compared with
-            the client's model, which otherwise answers with an error; None is not compared.
-        send_frozen: whether a client also gets the layers that it does not train, and applies them
-            (Fed-HeLLo); without them it trains as if the adapter had its planned layers alone
-            (LEGEND).
-        pack: sends all tensors of a message as one array, which saves framing.
-        payload: "dense_masked" has every client send all layers, times its weight and zeros where
-            it trained nothing, of which the server needs the sums alone (``masked_payload``): the
-            "covered" mean at the price of all bytes, and the only one.
-        seed: of the draw of clients and, on the clients, of dropout.
-        on_reject: ``on_reject(round, client, reason)`` for each rejected reply.
-        fedavg: further arguments of Flower's ``FedAvg``. By default clients do not evaluate, and a
-            round takes whichever nodes are connected. ``min_available_nodes`` are waited for before
-            the first round, no longer than the timeout.
+        scaling: s of ``s B A``, for all modules or by module name. A client with a different scale
+            replies with an error if this is one number; None is not compared.
+        send_frozen: whether a client also receives the layers that it does not train, and applies
+            them (Fed-HeLLo). Otherwise its adapter has only the planned layers (LEGEND).
+        pack: send all tensors of a message as one array, which reduces framing.
+        payload: with "dense_masked", every client sends all layers, multiplied by its weight, and
+            zeros for untrained layers. The server then needs only the sums (``masked_payload``).
+            This sends all bytes, and supports only the "covered" mean.
+        seed: for the selection of clients and, on the clients, for dropout.
+        on_reject: ``on_reject(round, client, reason)``, called for each rejected reply.
+        fedavg: other arguments of Flower's ``FedAvg``. By default, clients do not evaluate, and a
+            round uses all connected nodes. Before the first round, the strategy waits for
+            ``min_available_nodes``, at most until the timeout.
 
     Attributes:
-        comm: the bytes of all messages; those of the queries that ask new nodes who they are stand
-            in round 0. history: a :class:`RoundLog` for each round. round: the last finished one.
+        comm: bytes of all messages; identity queries to new nodes are in round 0.
+        history: a :class:`RoundLog` for each round.
+        round: the last finished round.
 
     Raises:
-        ValueError, TypeError: settings out of range, naming the argument, the expected and the
-            found. "stack" is refused: no client would have what the base weight takes up.
+        ValueError, TypeError: settings are out of range; the message names the argument, expected
+            and found. "stack" is not supported, since clients would lack the changes of the base
+            weight.
 
     Sources: Fed-HeLLo (arXiv 2506.12213); LEGEND (arXiv 2412.20004).
     """
@@ -107,7 +109,7 @@ class LoraStrategy(FedAvg):
         on_reject: Callable[[int, Client, str], None] | None = None,
         **fedavg: Any,
     ):
-        super().__init__(**{**_LEAST, **fedavg, **_OWN})
+        super().__init__(**{**_DEFAULTS, **fedavg, **_RECORD_KEYS})
         if "fraction_evaluate" not in fedavg:
             self.fraction_evaluate, self.min_evaluate_nodes = 0.0, 0
         fraction = self.fraction_train
@@ -139,36 +141,38 @@ class LoraStrategy(FedAvg):
         self.history: list[RoundLog] = []
         self.round = 0
         self._nodes = Nodes(capability, self.comm)
-        self._before = 0  # rounds before Flower's first
+        self._before = 0  # number of rounds before Flower's first one
         self._timeout: float | None = None
         self._current: Round | None = None
 
     # --- hooks -------------------------------------------------------------------------------
 
     def before_round(self, round: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
-        """Hook: is called before the plans of a round are made.
+        """Change the adapter before the plans of a round are made. The default does nothing.
 
         Args:
-            round: its number, from 1. state: the global adapter, by PEFT's names.
+            round: its number, from 1.
+            state: the global adapter, by PEFT's names.
 
         Returns:
-            None, or the adapter to go on with, such as one of other ranks.
+            None, or the adapter to continue with, such as one with other ranks.
         """
 
     def select(self, round: int, clients: Mapping[Client, int]) -> list[Client]:
-        """Those of the connected clients that are asked, out of all with a capability above 0.
+        """Select the clients of a round from the connected ones with a capability above 0.
 
-        The draw of ``fraction_train`` depends on seed, round and client alone: one that leaves
-        changes nothing for those who are drawn before it.
+        The draw for ``fraction_train`` depends only on seed, round and client. If a client leaves,
+        the draws of the others do not change.
         """
         count = max(int(len(clients) * self.fraction_train), self.min_train_nodes)
         return drawn(clients, count, self.seed, round)
 
     def plan_round(self, round: int, clients: Mapping[Client, int]) -> dict[Client, LayerPlan]:
-        """The plans of a round, by client; one without a plan, or without a layer, is not asked.
+        """Return the plans of a round by client; clients without a plan or layers are skipped.
 
         Args:
-            clients: the selected ones, and the capability of each.
+            round: its number, from 1.
+            clients: the selected clients, with their capabilities.
         """
         if self.allocator is None:
             raise ValueError(f"{WHERE}: allocator: expected one, or an own plan_round, found None")
@@ -177,21 +181,25 @@ class LoraStrategy(FedAvg):
     def observe(
         self, round: int, client: Client, plan: LayerPlan, metrics: Mapping[str, float]
     ) -> None:
-        """Hook: is called for each accepted reply.
+        """Receive the metrics of an accepted reply. The default does nothing.
 
         Args:
-            round: its number. client: who replied. plan: what it was asked for.
-            metrics: the numbers that the client reports, ``train-time-s``, ``down-time-s`` and
-                others, unchecked: any may be missing, negative or NaN. ``bytes`` is the strategy's
-                own: those of the planned tensors, one way.
+            round: its number.
+            client: the client that replied.
+            plan: the plan that it received.
+            metrics: numbers that the client reports, ``train-time-s``, ``down-time-s`` and others,
+                unchecked: any may be missing, negative or NaN. The strategy adds ``bytes``, those
+                of the planned tensors in one direction.
         """
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Hook: is called for each client that has not answered, or whose node the server has lost.
+        """Handle a client that did not answer or lost its node. The default does nothing.
 
         Args:
-            round: its number. client: who is silent. plan: what it was asked for.
-            seconds: how long it was waited for: the timeout where one is known.
+            round: its number.
+            client: the client without an answer.
+            plan: the plan that it received.
+            seconds: time waited for it: the timeout if there is one.
         """
 
     # --- Flower's interface ------------------------------------------------------------------
@@ -206,24 +214,25 @@ class LoraStrategy(FedAvg):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run rounds, as Flower's ``Strategy.start`` does.
+        """Run rounds, like Flower's ``Strategy.start``.
 
-        After :meth:`load_state_dict`, or a second time, rounds go on where they ended: with r
-        rounds before, Flower's round 1 is the clients' and the hooks' round r + 1.
+        After :meth:`load_state_dict`, and in repeated calls, rounds continue. With r rounds before,
+        Flower's round 1 is round r + 1 of clients and hooks.
 
         Args:
             grid: Flower's, or a :class:`LocalGrid`.
-            initial_arrays: the global adapter, of :func:`lora_ext.federated.flower.to_arrays`.
-            num_rounds: how many. timeout: seconds that a round waits for replies.
-            train_config, evaluate_config: further settings for the clients, ``lr`` and ``epochs``
-                say.
-            evaluate_fn: ``evaluate_fn(round, arrays)`` gives the server's own figures.
+            initial_arrays: the global adapter, from :func:`lora_ext.federated.flower.to_arrays`.
+            num_rounds: number of rounds.
+            timeout: seconds that a round waits for replies.
+            train_config, evaluate_config: additional settings for the clients, such as ``lr`` and
+                ``epochs``.
+            evaluate_fn: ``evaluate_fn(round, arrays)`` returns the server's metrics.
 
         Returns:
-            Flower's ``Result``: the last adapter is its ``arrays``.
+            Flower's ``Result``; its ``arrays`` are the last adapter.
 
         Raises:
-            ValueError, TypeError: an adapter or a plan that does not fit, naming it.
+            ValueError, TypeError: an adapter or plan does not fit; the message names it.
         """
         self._before, self._timeout = self.round, timeout
         rest = train_config, evaluate_config, evaluate_fn
@@ -232,11 +241,11 @@ class LoraStrategy(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Write one message for each selected client, with its own plan. Flower calls it.
+        """Create one message for each selected client, with its plan. Flower calls this method.
 
         Raises:
-            ValueError, TypeError: a state without layers, a plan that does not fit it, a capability
-                that is not known. Nothing has been sent to train then.
+            ValueError, TypeError: the state has no layers, a plan does not fit it, or a capability
+                is unknown. No training message was sent.
         """
         number = self._before + server_round
         state = _records.from_arrays(arrays, f"{WHERE}: arrays")
@@ -267,21 +276,22 @@ class LoraStrategy(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Make the new global adapter of the replies, and the means of what the accepted clients
-        report. Where the round is skipped, the adapter is the very record of before. Flower calls
-        it, with error messages among the replies.
+        """Compute the new global adapter from the replies, and the mean of the clients' metrics.
+
+        If the round is skipped, the adapter is the previous record. Flower calls this method, with
+        error messages among the replies.
 
         Raises:
-            ValueError: no round is under way; with ``nan_policy="raise"`` what it says.
+            ValueError: no round is in progress; a value is not finite with ``nan_policy="raise"``.
         """
         current, self._current = self._current, None
         number = self._before + server_round
         if current is None or current.number != number:
-            under_way = "none" if current is None else current.number
-            raise ValueError(f"{WHERE}: round: expected {under_way}, under way, found {number}")
+            expected = "none" if current is None else current.number
+            raise ValueError(f"{WHERE}: round: expected {expected} in progress, found {number}")
         replies = list(replies)
         updates, contents, reasons, silent = current.collect(replies)
-        for reply in replies:  # who a node is, where its echo says it, for the rounds to come
+        for reply in replies:  # an echo may contain a node's identity, for later rounds
             node = reply.metadata.src_node_id
             if node in current.nodes and reply.has_content():
                 self._nodes.learn(node, reply.content.config_records.get(_records.ECHO, {}))
@@ -306,7 +316,7 @@ class LoraStrategy(FedAvg):
             return current.record, None
         reports = [contents[client] for client in result.accepted]
         means = self.train_metrics_aggr_fn(reports, self.weighted_by_key)
-        # A tensor that is the same keeps its very array.
+        # An unchanged tensor keeps its array.
         moved = {key: t for key, t in result.state.items() if t is not current.state[key]}
         arrays = {**current.record, **_records.to_arrays(moved)}
         return ArrayRecord({key: arrays[key] for key in result.state}), means
@@ -314,9 +324,11 @@ class LoraStrategy(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Send the whole global adapter to ``fraction_evaluate`` of the connected nodes, to none
-        unless that is set: the app then needs an ``evaluate`` of its own. Arguments are
-        :meth:`configure_train`'s."""
+        """Send the whole global adapter to ``fraction_evaluate`` of the connected nodes.
+
+        The default fraction is 0. Otherwise, the app needs an ``evaluate`` function. Arguments are
+        those of :meth:`configure_train`.
+        """
         if not self.fraction_evaluate:
             return []
         number = self._before + server_round
@@ -332,8 +344,10 @@ class LoraStrategy(FedAvg):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Take the means of what the clients report in ``replies``, weighted by their examples; an
-        odd report does not end the run, and without any the result is None."""
+        """Compute the means of the clients' metrics in ``replies``, weighted by their examples.
+
+        Invalid reports are skipped; without a valid one, the result is None.
+        """
         valid, _ = self._check_and_log_replies(replies, is_train=False, validate=False)
         for reply in valid:
             client = self._nodes.client(reply.metadata.src_node_id)
@@ -342,13 +356,13 @@ class LoraStrategy(FedAvg):
         contents = [reply.content for reply in valid]
         return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if valid else None
 
-    # --- what a restarted server needs -------------------------------------------------------
+    # --- state of a restarted server ---------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run is continued from, beside the global adapter: plain JSON.
+        """Return the state of a run, without the global adapter, as plain JSON.
 
-        It has the number of the last round, the clients behind the nodes, both logs, and the
-        allocator's own ``state_dict()`` where it has one.
+        It contains the number of the last round, the clients of the nodes, both logs, and the
+        allocator's ``state_dict()`` if it has one.
         """
         found: dict[str, Any] = {
             "round": self.round,
@@ -361,10 +375,10 @@ class LoraStrategy(FedAvg):
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``, which :meth:`state_dict` gave, by way of JSON or not.
+        """Restore the output of :meth:`state_dict`, with or without conversion to JSON.
 
         Raises:
-            KeyError, ValueError, TypeError: no such state.
+            KeyError, ValueError, TypeError: ``state`` is invalid.
         """
         self.comm.load_state_dict(state["comm"])
         self.history = [RoundLog.from_dict(entry) for entry in state["history"]]
@@ -376,7 +390,7 @@ class LoraStrategy(FedAvg):
     # --- inside ------------------------------------------------------------------------------
 
     def _write(self, current: Round, result: Aggregate, reasons: dict[Client, str]) -> None:
-        """Write the round down."""
+        """Log the round, and call `on_reject`."""
         number = current.number
         for client, reason in reasons.items():
             _log.warning("round %d: client %s: rejected: %s", number, client, reason)
