@@ -180,7 +180,6 @@ def measure(model: Any, case: Case) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure or check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="a tiny model; no times are written")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "benchmarks")

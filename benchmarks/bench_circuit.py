@@ -185,7 +185,6 @@ def measure(s: Shape, rounds: int, compiled: bool) -> Iterator[Row]:
 
 
 def main() -> None:
-    """Measure and append rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=7)

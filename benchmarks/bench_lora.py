@@ -33,7 +33,6 @@ MATRICES = (
 
 
 def main() -> None:
-    """Measure and append rows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

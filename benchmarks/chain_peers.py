@@ -148,7 +148,6 @@ class Jax:
         self.version = self._answer()
 
     def peer(self, form: str) -> Peer:
-        """Return one of ``FORMS``."""
         value, step = (JaxCall(self, form, what) for what in ("value", "step"))
         return Peer(value, step, lambda: torch.cat([t.flatten() for t in step.result()[1:]]))
 
@@ -165,7 +164,6 @@ class Jax:
             return [torch.from_numpy(arrays[k]) for k in arrays.files]
 
     def close(self) -> None:
-        """End the process."""
         self._process.communicate()
         self._folder.cleanup()
 

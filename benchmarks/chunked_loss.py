@@ -48,12 +48,10 @@ def dense_kl(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tenso
 
 
 def chunked_cross_entropy(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tensor:
-    """Compute the cross entropy with lora_ext."""
     return ops.chunked_cross_entropy(hiddens[0], weight, None, labels, CHUNK)
 
 
 def chunked_kl(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tensor:
-    """Compute the divergence with lora_ext."""
     return ops.chunked_kl(hiddens, weight, None, chunk=CHUNK)
 
 

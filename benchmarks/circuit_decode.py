@@ -134,7 +134,6 @@ def bench(device: str, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, ob
 
 
 def main() -> None:
-    """Measure, print and append rows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

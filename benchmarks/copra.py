@@ -64,7 +64,6 @@ PRETRAINING, HEAD_STEPS = 1500, 100
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Return the schedules and the hash of the texts."""
     return {"methods": METHODS, "steps": STEPS, "texts": section_texts.load(quick).hash}
 
 
@@ -302,7 +301,6 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Return intervals of each schedule."""
     columns = {
         "barrier_factors": "barrier in factors",
         "merged_factors": "merged",

@@ -33,7 +33,6 @@ class Problem:
 
     @classmethod
     def make(cls, device: str, dtype: torch.dtype) -> Problem:
-        """Draw random values."""
         g = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -57,7 +56,6 @@ class Problem:
 
 
 def lora_ext(hiddens: list[Tensor], gammas: list[Tensor], weights: Tensor) -> Tensor:
-    """Run the op."""
     return ops.depth_mix(hiddens, gammas, weights, EPS)
 
 

@@ -123,7 +123,6 @@ def serving(models: dict[str, Any], sizes: Sizes) -> Iterator[Case]:
 
 
 def training(models: dict[str, Any], sizes: Sizes) -> Iterator[Case]:
-    """Yield forward and backward of an adapter."""
     ids = draw(models["plain"], 4, sizes.train)
     calls: dict[str, Call] = {k: lambda m=m: train(m, ids) for k, m in models.items()}
     yield f"training step, 4 x {sizes.train}", calls, 1.5
@@ -171,7 +170,6 @@ def measure(
 
 
 def main() -> None:
-    """Measure or check."""
     parser = argparse.ArgumentParser(description="cost of the same bits in any batch")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=7)

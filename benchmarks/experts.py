@@ -55,7 +55,6 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Name in the table."""
         return f"{self.kind}: {self.rows} rows x {self.tokens}, {self.adapters} adapters"
 
 
@@ -185,7 +184,6 @@ def check(problem: Problem) -> float:
 
 
 def measure(case: Case, device: str, rounds: int) -> Iterator[dict[str, object]]:
-    """Yield one row per provider."""
     problem = Problem(case, device)
     error = check(problem)
     calls = problem.providers()
@@ -203,7 +201,6 @@ def measure(case: Case, device: str, rounds: int) -> Iterator[dict[str, object]]
 
 
 def main() -> None:
-    """Measure, append and print rows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -57,7 +57,6 @@ CLIENTS, ROUNDS = 36, 20  # 10 rounds, tried in one arm, learned little: 0.17
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Return the sizes and the hash of the texts."""
     return {
         "sizes": dataclasses.asdict(_sizes(quick)),
         "proxy": PROXY,

@@ -63,7 +63,6 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Name in the table."""
         kind = "Llama, " if self.llama else ""
         depth = ", depths 1 to 4" if self.depths else ""
         return f"{kind}{self.clients} clients x {self.rows}, d = {self.width}{depth}"

@@ -103,7 +103,6 @@ class Transformer(nn.Module):
         self.head = nn.Linear(sizes.width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the logits."""
         h = self.embed(x) + self.place
         for layer in self.layers:
             h = layer(h)
@@ -170,7 +169,6 @@ class Run:
 
     @property
     def best(self) -> float:
-        """Best accuracy over the rounds."""
         return max(self.accuracy)
 
 

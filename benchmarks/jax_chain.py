@@ -52,7 +52,6 @@ def _observed(table, x):
 
 
 def main() -> None:
-    """Compile, then answer until the pipe closes."""
     folder = Path(sys.argv[1])
     with np.load(folder / "chain.npz") as arrays:
         parts = tuple(jnp.asarray(arrays[k]) for k in ("leaf", "steps", "first"))

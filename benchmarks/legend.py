@@ -86,7 +86,6 @@ TOYS = ("digits, shift at the input", "digits, shift at the output")
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Return the sizes, the speeds and the hash of the texts."""
     sizes, found = _sizes(quick), section_texts.load(quick).hash
     return {"sizes": dataclasses.asdict(sizes), "speeds": SPEEDS, "texts": found}
 
@@ -241,7 +240,6 @@ class Pair:
 
 
 def pairs(rows: Rows, partition: str, method: str = LEGEND, rival: str = UNIFORM) -> list[Pair]:
-    """Return one pair of runs per seed."""
     same = {"task": "sections", "partition": partition}
     found: dict[tuple[int, str], Row] = {
         (row["seed"], row["method"]): row

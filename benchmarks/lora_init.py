@@ -52,7 +52,6 @@ BATCH, MINILM_STEPS, HEAD_RATE = 32, 30, 3e-3
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Return the grids and the hash of the texts."""
     return {"widths": _widths(quick), "rates": RATES, "texts": section_texts.load(quick).hash}
 
 

@@ -84,7 +84,6 @@ def step_forward(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def step_backward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, da and db."""
     tail = p.ids, None, p.device_ranks, p.plan, 0.0, None, True, True, True
     return _c.lora_linear_backward(p.dy, p.x, p.v, None, p.a, p.b, *tail)
 

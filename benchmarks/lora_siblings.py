@@ -126,7 +126,6 @@ def decode_steps(rounds: int) -> dict[str, Timing]:
 
 
 def main() -> None:
-    """Print one line per case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=151)

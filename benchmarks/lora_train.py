@@ -85,14 +85,12 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def backward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, da and db."""
     return _c.lora_linear_backward(
         p.dy, p.x, p.v, None, p.a, p.b, p.ids, None, None, p.plan, DROPOUT, p.seed, True, True, True
     )
 
 
 def loop_forward(p: Problem) -> list[Tensor]:
-    """Run one adapter after another."""
     rows = p.shape.tokens // p.shape.adapters
     return [
         torch.dropout(p.x[i * rows : (i + 1) * rows], DROPOUT, True) @ a.T @ b.T

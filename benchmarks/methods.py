@@ -54,7 +54,6 @@ is missing and writes this page; `--from-results` writes it from the existing ro
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the studies and write the page."""
     known = studies()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=known, metavar="METHOD", help="run these")

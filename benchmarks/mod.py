@@ -47,7 +47,6 @@ STEPS, CHOOSING_STEPS, BATCH, LENGTH, HELD_OUT = 200, 60, 2, 64, 64
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Return the steps, the rates and the hash of the model."""
     sizes = (STEPS, CHOOSING_STEPS, BATCH, LENGTH, HELD_OUT)
     rates = (LORA_RATES, ROUTER_RATES, NORM_RATES)
     return {"sizes": sizes, "rates": rates, "model": language.load(quick).hash}
@@ -188,7 +187,6 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Return the held-out losses."""
     return {
         f"{kind}: held-out loss": {
             arm: study.interval(losses(rows, arm, kind)) for arm in ARMS if losses(rows, arm, kind)

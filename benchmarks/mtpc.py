@@ -85,7 +85,6 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Return the sizes."""
     return {"sizes": str(SMALL)}
 
 

@@ -45,7 +45,6 @@ class OwnTime:
         self.call = call
 
     def __call__(self) -> object:
-        """Run the call."""
         return self.call()
 
     def seconds(self, count: int) -> float:
@@ -206,7 +205,6 @@ def bench_model(
 
 
 def main() -> int:
-    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--matrix", nargs="+", choices=MATRICES, default=MATRICES[:2])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

@@ -50,7 +50,6 @@ LEAST = 1.5
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Return the ranks, the sizes and the hash of the model."""
     sizes = (RANKS, RATE, STEPS, BATCH, HELD_OUT, HASH, CHAINS)
     return {"sizes": sizes, "model": language.load(quick).hash}
 
@@ -102,7 +101,6 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def questions(task: str, chains: int, count: int, seed: int) -> HashHop | HashChain:
-    """Return the questions of a task."""
     if task == PLANNING:
         return HashHop(count, chain_length=6, max_hops=3, hash_length=HASH, seed=seed)
     lengths = CHAINS[chains]
@@ -189,7 +187,6 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Return the gains by rank."""
     seeds = sorted({r["seed"] for r in rows if r["part"] == "lora"})
     ranks = sorted({r["rank"] for r in rows if r["part"] == "lora"})
     return {

@@ -235,7 +235,6 @@ def table(rows: Rows) -> str:
 
 
 def save_chart(rows: Rows, path: Path) -> None:
-    """Draw whole-model times over those without adapters."""
     import matplotlib
 
     matplotlib.use("Agg")

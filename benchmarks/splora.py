@@ -63,7 +63,6 @@ PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the modules
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Return the sizes and the hash of the model."""
     sizes = (*alignment.SIZES, PARTS, alignment.RATES, SCORES)
     return {"sizes": sizes, "model": language.load(quick).hash}
 

@@ -179,13 +179,11 @@ def whole_seeds(study: ModuleType, rows: Rows, quick: bool = False) -> tuple[int
 
 
 def arms_of(study: ModuleType, seeds: Sequence[int], quick: bool) -> list[Row]:
-    """Return the tasks of a study."""
     each = getattr(study, "arms", lambda seeds, quick: [{"seed": seed} for seed in seeds])
     return list(each(seeds, quick))
 
 
 def missing(arms: Sequence[Row], rows: Rows) -> list[Row]:
-    """Return the arms without rows."""
     return [arm for arm in arms if not _has(rows, arm)]
 
 

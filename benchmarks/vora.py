@@ -278,7 +278,6 @@ class Encoder(nn.Module):
     def generate(
         self, input_ids: Tensor, images: Sequence[Sequence[Tensor]], **options: Any
     ) -> Tensor:
-        """Return new tokens."""
         batch = self._spliced(input_ids, images, None, "left")
         mask = batch.attention_mask
         return self.model.generate(
@@ -401,12 +400,10 @@ def staged(quick: bool) -> Stage:
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Return the sizes and the arms."""
     return {"sizes": str(Sizes()), "arms": str(ARMS), "rate": RATE}
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield every way of training."""
     for seed in seeds:
         for name in ARMS:
             yield {"seed": seed, "arm": name}
@@ -521,7 +518,6 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Return the share of right captions."""
     return {
         "captions right": {
             name: study.interval(study.column(rows, "accuracy", arm=name))

@@ -182,7 +182,6 @@ def _onednn(enabled: bool) -> Iterator[None]:
 
 
 def main() -> None:
-    """Measure and append rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

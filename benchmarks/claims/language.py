@@ -32,13 +32,11 @@ class Bytes:
     eos_token, pad_token, padding_side, vocab_size = "\0", "\0", "right", 257
 
     def __call__(self, text: str, **_: Any) -> Any:
-        """Return ``input_ids``."""
         from transformers import BatchEncoding
 
         return BatchEncoding({"input_ids": list(text.encode())})
 
     def decode(self, ids: Iterable[int], **_: Any) -> str:
-        """Return the text."""
         return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
 
 
@@ -51,7 +49,6 @@ class Language:
     hash: str
 
     def copy(self) -> Any:
-        """Copy the base model."""
         return copy.deepcopy(self.base)
 
     def ids(self, text: str) -> list[int]:
