@@ -340,7 +340,7 @@ class CMakeBuild(build_ext):
             target = package / module.name
             target.unlink(missing_ok=True)  # a process that has the old one mapped keeps it
             shutil.copy2(module, target)
-        lines = ["# Written by setup.py: what this build was made of."]
+        lines = ["# Written by setup.py: the inputs of this build."]
         lines += [f"{key} = {value!r}" for key, value in info.items()]
         (package / "_build_info.py").write_text("\n".join(lines) + "\n")
         stubs = runpy.run_path(str(ROOT / "tools/stubs.py"))["stubs"]

@@ -204,4 +204,4 @@ def jax_missing(python: str) -> str | None:
     if found.returncode == 0:
         return None
     last = (found.stderr.strip().splitlines() or ["nothing"])[-1]
-    return f"{python} says {last}; install the extra jax there, or give --jax-python"
+    return f"{python} prints {last}; install the extra jax there, or set --jax-python"

@@ -386,7 +386,7 @@ def criteria(found: list[Found]) -> list[Criterion]:
             target(name, f.value, ">= 0.9", f.value >= 0.9)
         if f.part == "guided" and f.name == "nats":
             other = at["mask", f.case, "nats"]
-            target(f"{f.case}, nats a token", f.value, f"< {other:.2f}", f.value < other)
+            target(f"{f.case}, nats per token", f.value, f"< {other:.2f}", f.value < other)
     measured = {f.part for f in found}
     if "overhead" in measured:
         for name, most in (("dense", 0.15), ("sparse", 0.05)):
@@ -402,10 +402,10 @@ def criteria(found: list[Found]) -> list[Criterion]:
     if "drafts" in measured:
         for case in ("words", "json"):
             value, plain = at["drafts", case, "masked"], at["drafts", case, "plain"]
-            name = f"{case}, masked drafts, tokens a call"
+            name = f"{case}, masked drafts, tokens per call"
             target(name, value, f">= {plain:.2f}", value >= plain)
         value, free = at["drafts", "json", "forced"], at["drafts", "free", "plain"]
-        target("json with forced runs, tokens a call", value, f">= {free:.2f}", value >= free)
+        target("json with forced runs, tokens per call", value, f">= {free:.2f}", value >= free)
     return out
 
 

@@ -141,7 +141,7 @@ def main() -> None:
                 print(
                     f"{rows} rows, {name}, us: {shown}; one op / separate {ratio:.3f}", flush=True
                 )
-                print(f"  launches, an op each and one op: {launches(rows, len(outs))}")
+                print(f"  launches, separate ops and one op: {launches(rows, len(outs))}")
     if asked.steps:
         times = decode_steps(asked.steps)
         shown = ", ".join(f"{k} {1e3 * t.median:.2f}" for k, t in times.items())

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     known = studies()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=known, metavar="METHOD", help="run these")
-    parser.add_argument("--from-results", action="store_true", help="run none")
+    parser.add_argument("--from-results", action="store_true", help="run no study")
     parser.add_argument("--seeds", type=int, metavar="N")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(arguments)

@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--compare", type=int, default=0, help="steps of other drafts")
     parser.add_argument("--shortlist", type=int, default=4096, help="tokens that they can draft")
     parser.add_argument("--longest", type=int, default=6, help="chain of the recorded calls")
-    parser.add_argument("--cost", type=float, default=0.04, help="of a drafted token over a call")
+    parser.add_argument("--cost", type=float, default=0.04, help="drafted token over a call")
     parser.add_argument("--questions", type=int, default=32, help="recorded questions")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of their answers")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the csv file")

@@ -261,7 +261,7 @@ def main() -> int:
                 with guest_comes_and_goes(servers[name], adapters):
                     result = one_round(servers[name], names, number, args.each)
                 idle = (other.processor_seconds() - before) / result.seconds
-                print(f"{name}: {result.per_second:.1f} tokens a second; other at {idle:.3f}")
+                print(f"{name}: {result.per_second:.1f} tokens per second; other at {idle:.3f}")
                 if idle > IDLE:
                     raise SystemExit(
                         f"server_load: idle server beside {name}: expected at most {IDLE} "

@@ -197,7 +197,7 @@ def ours() -> None:
         bare = least({k: lambda f=f: f(x, a, b) for k, f in calls.items()}, 200, 25)
     forward = least({k: lambda f=f: f(*leaves) for k, f in calls.items()}, 200, 25)
     whole = least({k: lambda f=f: f(*leaves).backward(dy) for k, f in calls.items()}, 200, 25)
-    print(f"{'microseconds of the processor a call':38}{'C++':>8}{'Python':>8}")
+    print(f"{'processor microseconds per call':38}{'C++':>8}{'Python':>8}")
     for name, row in (("inference", bare), ("forward", forward), ("and backward", whole)):
         print(f"{name:38}{row['C++']:8.1f}{row['Python']:8.1f}")
 
@@ -229,7 +229,7 @@ def main() -> None:
         rows = {"serving call, inference mode": least(serve)}
     rows["training call, forward"] = least(train)
     rows["training call, forward and backward"] = least(both)
-    print(f"torch {torch.__version__}; microseconds a call, the least of 60 runs of 300")
+    print(f"torch {torch.__version__}; microseconds per call, the least of 60 runs of 300")
     print(f"{'':38}{'C++':>8}{'stable':>8}{'more':>8}")
     for name, found in rows.items():
         one, two = found["probe_cpp"], found["probe_stable"]

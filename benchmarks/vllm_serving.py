@@ -179,7 +179,7 @@ def check(name: str, engine: Engine, requests: list[Any], dtype: str) -> float:
         worst = max(worst, statistics.fmean(apart))
     if not worst <= BOUND[dtype]:
         raise SystemExit(
-            f"vllm_serving: {name}: expected log-probabilities of a row on average within "
+            f"vllm_serving: {name}: expected mean log-probabilities per row within "
             f"{BOUND[dtype]} of vLLM's kernels, found a difference of {worst:.3g}"
         )
     return worst

@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--only", default="", help="only cases whose text contains this")
+    parser.add_argument("--only", default="", help="only cases with this text in the name")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

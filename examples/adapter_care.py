@@ -176,7 +176,7 @@ def serve(care: Care, adapters: dict[str, LoraAdapter], out: Path) -> dict[str, 
 
 def show(losses: dict[str, list[float]], adapters: dict[str, LoraAdapter]) -> None:
     """Print each adapter's loss on both texts and its size."""
-    table = Table(title="loss on unseen questions, nats a token")
+    table = Table(title="loss on unseen questions, nats per token")
     for column in ("adapter", *TEXTS, "modules", "numbers"):
         table.add_column(column)
     for name, values in losses.items():
@@ -194,16 +194,16 @@ def draw(
 ) -> Path:
     """Draw barriers, Shapley values and losses side by side."""
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.2), layout="constrained")
-    draw_barriers(lines, "loss on both texts, nats a token", axes[0])
+    draw_barriers(lines, "loss on both texts, nats per token", axes[0])
     axes[0].set_title(f"from {TEXTS[0]} to {TEXTS[1]}")
-    draw_shapley({"merged": game}, "nats a token", axes[1])
+    draw_shapley({"merged": game}, "nats per token", axes[1])
     axes[1].set(title="blocks of the merged adapter, on both texts", xlabel="block")
     for place, text in enumerate(TEXTS):
         x = [i + 0.4 * place - 0.2 for i in range(len(losses))]
         heights = [values[place] for values in losses.values()]
         axes[2].bar(x, heights, 0.38, label=text, color=COLORS[place])
     axes[2].set_xticks(range(len(losses)), losses, rotation=20)
-    axes[2].set(title="served from one pool", ylabel="loss, nats a token")
+    axes[2].set(title="served from one pool", ylabel="loss, nats per token")
     axes[2].legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

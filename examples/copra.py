@@ -79,11 +79,11 @@ def main() -> None:
         nn.unwrap(model)
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 4), layout="constrained")
-    draw_shapley(games, "nats a token", axes[0])
+    draw_shapley(games, "nats per token", axes[0])
     axes[0].set_xlabel("block")
     for color, (method, losses) in zip(COLORS, kept.items(), strict=False):
         axes[1].plot(keep, losses, marker="o", color=color, label=method)
-    axes[1].set(xlabel="blocks kept, most valuable first", ylabel="held-out loss, nats a token")
+    axes[1].set(xlabel="blocks kept, most valuable first", ylabel="held-out loss, nats per token")
     axes[1].legend()
     args.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out / "copra.png", dpi=120)

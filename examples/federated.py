@@ -120,7 +120,7 @@ def draw(losses: Any, log: federated.CommLog, heights: Any, path: Path) -> None:
     _, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for name, style in zip(NAMES, ("-", "--") * 4, strict=True):
         axes[0].plot([each[name] for each in losses], style, label=name)
-    axes[0].set(xlabel="round", ylabel="loss on unseen answers, nats a token")
+    axes[0].set(xlabel="round", ylabel="loss on unseen answers, nats per token")
     axes[0].legend(ncols=2, fontsize="small", frameon=False)
     rounds = range(1, len(heights) + 1)
     draw_bytes({"eight clients": [log.cumulative("up")[r] for r in rounds]}, axes[1])
@@ -164,7 +164,7 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
-        print(f"{name:>9}: {losses[0][name]:.2f} nats a token before, {losses[-1][name]:.2f} after")
+        print(f"{name:>9}: from {losses[0][name]:.2f} to {losses[-1][name]:.2f} nats per token")
     draw(losses, log, heights, args.out / "federated.png")
     model = make()
     federated.LoraLayerManager(model).load_slice(state)

@@ -180,7 +180,7 @@ def watch(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--timeout", type=int, default=40, help="seconds that a round waits")
+    parser.add_argument("--timeout", type=int, default=40, help="seconds to wait for a round")
     parser.add_argument("--out", type=Path, default=ROOT / "out/federated_deployment")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

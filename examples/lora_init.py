@@ -86,7 +86,7 @@ def draw(found: dict[str, tuple[list[float], dict]], path: Path) -> Path:
         middle.plot(steps, series["rms_Z_A"], color=color, label=name)
         right.plot(steps, series["rms_d1"], color=color, label=f"{name}: by A")
         right.plot(steps, series["rms_d2"], "--", color=color, label=f"{name}: by B")
-    left.set(xlabel="step", ylabel="loss, nats a token, mean of 8 steps")
+    left.set(xlabel="step", ylabel="loss, nats per token, mean of 8 steps")
     middle.set(xlabel="step", ylabel="rms of A x, mean of layers")
     right.set(xlabel="step", ylabel="rms of the change of B A x", yscale="log", ylim=(1e-3, 1))
     for axes in (left, middle, right):

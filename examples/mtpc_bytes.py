@@ -106,7 +106,7 @@ def trained(
         found = {kind: Found(**values) for kind, values in known.items()}
         return model, {kind: mtpc.Draft.load(model, folder / kind).eval() for kind in found}, found
     model = train_model(train, sizes)
-    console.print(f"model, held-out loss: {model_loss(model, held_out, sizes):.3f} nats a byte")
+    console.print(f"model, held-out loss: {model_loss(model, held_out, sizes):.3f} nats per byte")
     found = {kind: Found() for kind in ("ff", "cp", "hmm", "btree")}
     drafts = {
         kind: train_head(model, kind, train, held_out, sizes, one) for kind, one in found.items()

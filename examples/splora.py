@@ -92,7 +92,7 @@ def draw(result: SploraResult, curve: Curve, path: Path) -> Path:
     task = right.twinx()
     losses = [found["loss"] for found in curve.values()]
     task.plot(list(curve), losses, "s--", color="#D55E00", label="loss on the task")
-    task.set_ylabel("loss on the task, nats a token", color="#D55E00")
+    task.set_ylabel("loss on the task, nats per token", color="#D55E00")
     right.legend(frameon=False, fontsize=8, loc="upper left")
     for axes in (right, task):
         axes.spines["top"].set_visible(False)
