@@ -1,6 +1,6 @@
 """Build and import the package beside a CUDA build of torch, without a GPU.
 
-No other check compiles the whole CUDA build with CUDA headers of torch and its libraries. It
+Only this check compiles the whole CUDA build with CUDA headers of torch and its libraries. It
 downloads about 5 GB into a temporary environment, which is removed afterwards.
 """
 

@@ -37,7 +37,7 @@ NULL, L2, DRAM = 2.0, 0.2, 0.55  # us: an empty kernel in a graph, a trip to L2,
 STREAM, L2_STREAM = 2.7e6, 5.5e6  # bytes per us, of memory and of L2
 HANDOFF = 0.3  # us, to a launch that may begin before the previous one ends
 STEP = 1.1  # us: one product of a chain in one launch, with its barrier and trips
-MOST_SHARED = 227 * 1024 - 2048  # bytes of dynamic shared memory per block
+MOST_SHARED = 227 * 1024 - 2048  # most bytes of dynamic shared memory per block
 MMA_FLOPS, MMA_CYCLES = 4096, 6.4  # flops and scheduler cycles of one m16n8k16
 TENSOR = 798e6  # flops per us, 16 bits
 
@@ -409,7 +409,7 @@ CASES = [*decode_cases(), *large_cases(), *circuit_cases(), *layers_cases()]
 
 # --- the model ------------------------------------------------------------------------------------
 def floor_us(case: Case) -> float:
-    """Return the time of bytes, products or an empty launch, the largest; in a chain, per step."""
+    """Return the largest time of bytes, products and an empty launch (in a chain, of a step)."""
     each = (case, *case.beside)
     rounds = case.repeat * case.steps
     least = NULL if rounds == 1 else STEP * sum(one.flops > 0 for one in each)
