@@ -56,8 +56,7 @@ class Timing:
         return cls(statistics.median(rounds), cuts[0], cuts[3], tuple(rounds))
 
     def over(self, other: Timing) -> float:
-        """Return the median over the rounds of this time divided by the other's in the same
-        round."""
+        """Return the median ratio of this time to the other's in the same round."""
         return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
 
 

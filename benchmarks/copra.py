@@ -212,7 +212,7 @@ def network(seed: int, quick: bool) -> Task:
 
 @functools.lru_cache(1)
 def _headed(seed: int, quick: bool) -> World:
-    """Return MiniLM with a head that is trained on the frozen encoder's sections."""
+    """Return MiniLM with a head trained on the sections, over the frozen encoder."""
     sizes = section_texts.QUICK if quick else section_texts.SIZES
     world = section_texts.make_world(seed, sizes, quick)
     base = copy.deepcopy(world.base)

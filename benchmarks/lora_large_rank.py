@@ -119,8 +119,7 @@ def gather_backward(p: Problem) -> list[Tensor]:
 
 
 def check(p: Problem) -> float:
-    """Return the largest error of y and the gradients over its bound: see lora_train; no
-    dropout."""
+    """Return the largest error of y and each gradient over its bound; see lora_train."""
 
     def formula(dy: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         tail = p.ids, None, p.device_ranks, 0.0, None

@@ -1,11 +1,11 @@
 """Compare one op for q, k and v, or for gate and up, with one op per layer.
 
 Shapes are those of SmolLM2-135M, 16 adapters of rank 16. `separate` is one op per layer, `one op`
-is `ops.lora_apply_siblings_`, with the same bits, and `base` is the products that both add to. `one
-shrink` (of all A stacked) against `shrinks` bounds what reading x once can save. Launches are
-counted on the emulator if it is built. The last line is a decode step of the whole model, 16 rows
-of 16 adapters, attached with and without `fuse_siblings`, which only this benchmark enables on the
-CPU. Run
+is `ops.lora_apply_siblings_`, with the same bits, and `base` is the products that both add to.
+Comparing `one shrink` (of all A stacked) with `shrinks` bounds what reading x once can save.
+Launches are counted on the emulator if it is built. The last line is a decode step of the whole
+model, 16 rows of 16 adapters, attached with and without `fuse_siblings`, which only this benchmark
+enables on the CPU. Run
 
     python benchmarks/lora_siblings.py [--threads 1] [--rounds 151] [--steps 15]
 """

@@ -7,8 +7,8 @@ processes; the seconds of the clients, which share the cores, do not count. Both
 time, and the idle one must use nearly no time. Answers are greedy; at least 90 % must be equal
 between the servers, and must depend on the adapter.
 
-`make vllm` creates the other environment; then run `python benchmarks/server_load.py --vllm
-.venv-vllm/bin/python --check`.
+`make vllm` creates the other environment; then run
+`python benchmarks/server_load.py --vllm .venv-vllm/bin/python --check`.
 """
 
 from __future__ import annotations

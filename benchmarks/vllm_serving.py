@@ -4,8 +4,8 @@ SmolLM2-135M serves 16 rows with one adapter each, on all seven linear layers. B
 one engine, which switches them between generations; another engine has no LoRA. Rounds alternate
 between them in this process. Before timing, both kernels must give the same logits.
 
-`make vllm` creates the environment; then run `.venv-vllm/bin/python benchmarks/vllm_serving.py
---check`.
+`make vllm` creates the environment; then run
+`.venv-vllm/bin/python benchmarks/vllm_serving.py --check`.
 """
 
 from __future__ import annotations

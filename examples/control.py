@@ -4,8 +4,8 @@ Two adapters are trained for a few steps. In one batch, both adapters and the ba
 same form. Then a text of 32 tokens must contain a word. A mask alone adds the word when no later
 position is left. A guide, distilled from a few of the model's texts, prepares for the word earlier.
 The example takes two minutes on two cores, without GPU or network: `python examples/control.py` if
-`.[demo,control]` is installed. A better guide takes half an hour: `lora-ext distil-guide MODEL
---out DIR`, then `--guide DIR`.
+`.[demo,control]` is installed. A better guide takes half an hour:
+`lora-ext distil-guide MODEL --out DIR`, then `--guide DIR`.
 """
 
 from __future__ import annotations

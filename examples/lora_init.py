@@ -2,8 +2,8 @@
 
 Init[A] and Init[B] use the same learning rate; LoRA+ starts from Init[A]. Each reads the same 128
 answers once. The picture shows the loss, the size of A x, and the parts of each step that are due
-to A and to B. The example takes two minutes on two cores, without GPU or network: `python
-examples/lora_init.py`. `--quick` trains two steps.
+to A and to B. The example takes two minutes on two cores, without GPU or network:
+`python examples/lora_init.py`. `--quick` trains two steps.
 """
 
 from __future__ import annotations

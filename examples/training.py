@@ -55,8 +55,7 @@ RECIPES = (
 
 
 def train_adapter(model: Any, tokenizer: Any, recipe: Recipe, parent: Path) -> Path:
-    """Train one adapter, or return the one that an earlier run trained from the same text and
-    recipe.
+    """Train one adapter, or return that of an earlier run with the same text and recipe.
 
     Args:
         model: The base model; unchanged afterwards.

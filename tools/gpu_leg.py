@@ -1,9 +1,9 @@
 """Run the checks that need a GPU, in calls of at most nine minutes: `make gpu CALL=1 OUT=folder`.
 
 1. Build the kernels in place; without a compiler, use the modules that are there. Then run the
-   wrappers' micro-kernels, every launcher against its formula and its floor (`lora-ext
-   gpu-report`), the probe of the estimates' assumptions (tools/gpu_probe.cu), a captured 8B-shaped
-   step, and memcheck and racecheck.
+   wrappers' micro-kernels, every launcher against its formula and its floor
+   (`lora-ext gpu-report`), the probe of the estimates' assumptions (tools/gpu_probe.cu), a captured
+   8B-shaped step, and memcheck and racecheck.
 2. Run all CUDA tests, and the other tools of compute-sanitizer.
 3. Run the benchmarks.
 

@@ -6,8 +6,8 @@ Writes `docs/gpu.md` (the part between the marks) from `kernels.lock`, in which 
 recorded the numbers of the machine code, so nothing is compiled or disassembled. `--check` compares
 the page instead of writing it. Below the table, `WHY` explains each row in red. A red row without a
 reason is an error, and so is a reason without a red row. Every time is an ESTIMATE of the model
-below: no GPU has run a kernel. `gpu_page.py` adds measured columns from reports of `lora-ext
-gpu-report`.
+below: no GPU has run a kernel. `gpu_page.py` adds measured columns from reports of
+`lora-ext gpu-report`.
 """
 
 from __future__ import annotations

@@ -36,8 +36,7 @@ def run(
     clip: float = CLIP,
     seen: Callable[[Mapping[str, Tensor]], object] = lambda state: None,
 ) -> Run:
-    """Run all rounds with all layers on every client; ``seen`` gets the first and each round's
-    state."""
+    """Run all rounds, all layers on every client; ``seen`` gets the state before and after each."""
     sizes, found, rounds = world.sizes, Run(), Counter[int]()
     model = world.adapted()
     manager, head = LoraLayerManager(model), shared_state(world, model)
