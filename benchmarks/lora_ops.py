@@ -158,9 +158,9 @@ def providers_of(p: Problem) -> dict[str, Callable[[Problem], None]]:
 def check(p: Problem, provider: Callable[[Problem], None]) -> float:
     """Return the worst error over its bound, on some rows of y and the first bank.
 
-    The bound, entrywise in float64: one rounding of y, and float32 accumulation, ``1.02 u |y| + u
-    |delta| + c 2^-24 (|y0| + |b| |a| |x|)`` with ``c = 16 + sqrt(I) / 2``. The second term allows a
-    peer to round its delta. 16-bit peers round v as well: ``u |b| |v|`` more.
+    The bound, entrywise in float64: one rounding of y, and float32 accumulation,
+    ``1.02 u |y| + u |delta| + c 2^-24 (|y0| + |b| |a| |x|)`` with ``c = 16 + sqrt(I) / 2``. The
+    second term allows a peer to round its delta. 16-bit peers round v as well: ``u |b| |v|`` more.
     """
     s, (a, b) = p.shape, p.banks[0]
     rows = torch.linspace(0, s.tokens - 1, min(s.tokens, CHECKED_ROWS)).long().to(p.x.device)
