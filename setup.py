@@ -1,11 +1,11 @@
-"""Packaging only: find torch and nvcc, let CMake and ninja compile, put the modules in place.
+"""Packaging: find torch and nvcc, compile with CMake and ninja, and copy the modules in place.
 
-Environment: LORA_EXT_CUDA=0|1 (default: CUDA where torch is a CUDA build, which wants nvcc; beside
-a CPU build of torch, where kernels cannot run, they are compiled only when asked for),
+Environment: LORA_EXT_CUDA=0|1 (default: CUDA if torch is a CUDA build, which needs nvcc; beside a
+CPU build of torch, where kernels cannot run, they are compiled only on request),
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CUDAHOSTCXX, LORA_EXT_EMU=1|fast (test-only emulator
-modules, or only the fast one; in-place builds alone), LORA_EXT_SANITIZE=1 (AddressSanitizer and
-UndefinedBehaviorSanitizer; whoever loads the module loads their libraries first: `make asan`).
-Nothing is downloaded, no git is called, no GPU is asked for.
+modules, or only the fast one; in-place builds only), LORA_EXT_SANITIZE=1 (AddressSanitizer and
+UndefinedBehaviorSanitizer; preload their libraries to load the module: `make asan`). The build
+downloads nothing and uses neither git nor a GPU.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parent
 TORCH_MIN, CUDA_MIN, CMAKE_MIN = (2, 11), (12, 8), (3, 24)
 NVCC_WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime")
 NVCC_WHEELS += ("nvidia-cuda-cccl",)
-EMULATORS = {"": [], "fast": ["_emu"], "1": ["_emu", "_emu_check"]}  # LORA_EXT_EMU: its modules
-DEFAULT_ARCHS = "8.0;9.0a"  # plus PTX of the newest base architecture, for every later card
+EMULATORS = {"": [], "fast": ["_emu"], "1": ["_emu", "_emu_check"]}  # modules by LORA_EXT_EMU
+DEFAULT_ARCHS = "8.0;9.0a"  # plus PTX of the newest base architecture, for later GPUs
 
 
 def fail(sentence: str) -> NoReturn:
@@ -50,7 +50,7 @@ def output_of(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-# --- what is on this machine --------------------------------------------------------------------
+# --- tools of this machine ----------------------------------------------------------------------
 def find_torch():
     try:
         import torch
@@ -68,7 +68,7 @@ def find_torch():
 
 
 def find_tool(name: str) -> str:
-    """The program on PATH, or the one that its PyPI wheel put beside this Python."""
+    """Return the program that a PyPI wheel put beside this Python, or else the one on PATH."""
     beside = Path(sys.executable).with_name(name)
     path = str(beside) if beside.exists() else shutil.which(name)
     if not path:
@@ -125,14 +125,14 @@ def find_nvcc() -> str | None:
 
 
 def nvidia_wheels(pattern: str) -> list[Path]:
-    """Folders that NVIDIA's wheels on PyPI have put beside this Python's packages."""
+    """Return matching folders of NVIDIA's PyPI wheels among this Python's packages."""
     spec = importlib.util.find_spec("nvidia")
     bases = (spec.submodule_search_locations or []) if spec else []
     return [path for base in bases for path in Path(base).glob(pattern)]
 
 
 def nvcc_remedy(torch_cuda: str) -> str:
-    """How to get an nvcc for a torch of this CUDA; NVIDIA's wheels have it whole from 13 on."""
+    """Return how to get nvcc for a torch of this CUDA; NVIDIA's wheels are complete from 13 on."""
     major, minor = version_of(torch_cuda)
     if major < 13:
         return f"install CUDA's toolkit of version {major} and set CUDA_HOME"
@@ -140,7 +140,7 @@ def nvcc_remedy(torch_cuda: str) -> str:
 
 
 def find_toolkit(torch, cxx: str) -> Toolkit | None:
-    """The CUDA toolkit to build with, or None for a CPU build."""
+    """Return the CUDA toolkit to build with, or None for a CPU build."""
     wish = os.environ.get("LORA_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
         fail(f"LORA_EXT_CUDA is {wish!r}; set it to 0 or 1, or unset it.")
@@ -158,7 +158,7 @@ def find_toolkit(torch, cxx: str) -> Toolkit | None:
             f"{nvcc_remedy(torch.version.cuda)}, or set LORA_EXT_CUDA=0 for a build whose layers "
             "run on the CPU alone."
         )
-    # nvcc may be a link or a script, so it is asked where its headers are.
+    # nvcc may be a link or a script; a dry run prints where its headers are.
     dry = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     top = re.search(r"#\$ TOP=(\S+)", dry)
     home = (Path(top[1]) if top else Path(nvcc).resolve().parents[1]).resolve()
@@ -198,7 +198,7 @@ def check_toolkit(toolkit: Toolkit, torch_cuda: str | None, cxx: str) -> None:
 
 
 def find_cuda_headers(toolkit: Toolkit | None) -> list[str]:
-    """Folders with cuda_bf16.h and nv/target: the toolkit's, else those of NVIDIA's wheels."""
+    """Return folders with cuda_bf16.h and nv/target: the toolkit's, else NVIDIA's wheels'."""
     folders = [toolkit.home / "include"] if toolkit else nvidia_wheels("*/include")
     folders += [f / "cccl" for f in folders]
     for header in ("cuda_bf16.h", "crt/host_defines.h", "nv/target"):
@@ -211,7 +211,7 @@ def find_cuda_headers(toolkit: Toolkit | None) -> list[str]:
 
 
 def architectures(arch_list: str) -> list[str]:
-    """``8.0;9.0a+PTX``, torch's words, in CMake's: ``80-real;90a-real;90a-virtual``."""
+    """Translate torch's ``8.0;9.0a+PTX`` to CMake's ``80-real;90a-real;90a-virtual``."""
     names: list[str] = []
     for item in re.split(r"[;,\s]+", arch_list.strip()):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
@@ -230,7 +230,10 @@ def default_architectures() -> list[str]:
 
 
 def jobs() -> int:
-    """MAX_JOBS, else what cores and memory allow: a file with torch headers takes up to 3 GiB."""
+    """Return MAX_JOBS, or the number of jobs that cores and memory allow.
+
+    A file with torch headers takes up to 3 GiB.
+    """
     wish = os.environ.get("MAX_JOBS")
     if wish:
         if not wish.isdigit() or int(wish) < 1:
@@ -246,7 +249,7 @@ def sanitized() -> bool:
 
 
 def cmake_options(torch, cxx: str, toolkit: Toolkit | None, emulator: str) -> dict[str, str]:
-    """What CMakeLists.txt is told of this machine."""
+    """Return the options of CMakeLists.txt for this machine."""
     from torch.utils.cpp_extension import include_paths
 
     options = {
@@ -271,14 +274,14 @@ def cmake_options(torch, cxx: str, toolkit: Toolkit | None, emulator: str) -> di
     return options
 
 
-# --- what it says meanwhile ---------------------------------------------------------------------
+# --- progress -----------------------------------------------------------------------------------
 STEP = re.compile(r"\[(\d+)/(\d+)\] (.*)")
 
 
 class Progress:
-    """What ninja says: a bar by files on the terminal, a line a file where the output is kept.
+    """Progress of ninja: a bar on the terminal, and one line per file in output that is kept.
 
-    pip keeps the output of a build to itself, so the terminal is written to beside it.
+    pip captures the output of a build, so the bar is also written to the terminal directly.
     """
 
     def __init__(self, out: TextIO, terminal: TextIO | None, clock=time.monotonic):
@@ -291,7 +294,7 @@ class Progress:
         return f"{seconds // 60}:{seconds % 60:02d}"
 
     def say(self, sentence: str) -> None:
-        """A line for both."""
+        """Print a line to the output and the terminal."""
         if self.kept:
             print(f"lora_ext: {sentence}", file=self.out, flush=True)
         if self.terminal:
@@ -300,7 +303,7 @@ class Progress:
     def follow(self, lines: Iterable[str]) -> None:
         for line in lines:
             step = STEP.match(line)
-            if step is None:  # of the compiler
+            if step is None:  # output of the compiler
                 print(line, end="", file=self.out, flush=True)
                 continue
             done, all_files = int(step[1]), int(step[2])
@@ -316,13 +319,13 @@ class Progress:
 def terminal() -> TextIO | None:
     try:
         return open("/dev/tty", "w")
-    except OSError:  # there is none: a service, a container
+    except OSError:  # no terminal, as in a service or a container
         return None
 
 
 # --- the build ----------------------------------------------------------------------------------
 class CMakeBuild(build_ext):
-    """One CMake build for all modules, kept under build/ so that the next one is incremental."""
+    """CMake build of all modules, kept under build/ so that the next one is incremental."""
 
     def run(self) -> None:
         inplace = bool(self.inplace or self.editable_mode)
@@ -337,7 +340,7 @@ class CMakeBuild(build_ext):
             target = package / module.name
             target.unlink(missing_ok=True)  # a process that has the old one mapped keeps it
             shutil.copy2(module, target)
-        lines = ["# Written by setup.py: what this build was made of."]
+        lines = ["# Written by setup.py: the inputs of this build."]
         lines += [f"{key} = {value!r}" for key, value in info.items()]
         (package / "_build_info.py").write_text("\n".join(lines) + "\n")
         stubs = runpy.run_path(str(ROOT / "tools/stubs.py"))["stubs"]
@@ -361,12 +364,12 @@ class CMakeBuild(build_ext):
         kernels = f"kernels for {', '.join(archs)}" if toolkit else "no CUDA kernels"
         progress.say(
             f"building for torch {torch.__version__} with {kernels}, {jobs()} files at a time; "
-            "without a cache of the compiler this takes minutes"
+            "without a compiler cache this takes minutes"
         )
-        # Where ccache compiles, a build in another folder finds what this one has made.
+        # With ccache, a build in another folder reuses the objects of this one.
         env = {"CCACHE_BASEDIR": str(ROOT), "CCACHE_NOHASHDIR": "1", **os.environ}
         if toolkit and (toolkit.home / "lib/libcudart_static.a").exists():
-            # NVIDIA's wheels have their libraries in lib, where nvcc looks in lib64.
+            # NVIDIA's wheels have their libraries in lib, but nvcc looks in lib64.
             paths = [str(toolkit.home / "lib"), env.get("LIBRARY_PATH", "")]
             env["LIBRARY_PATH"] = ":".join(filter(None, paths))
         for command in (configure, build):

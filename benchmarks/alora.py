@@ -1,13 +1,13 @@
-"""Activated adapters over a text that the base model has read: `python benchmarks/alora.py`.
+"""Time activated adapters over a text that the base model has read: `python benchmarks/alora.py`.
 
-SmolLM2-135M in float32 reads 1024 tokens as the base model; then each of eight adapters is asked
-about them with eight more, one after another, by continuous batching: activated adapters
-(alora), and ordinary ones (lora), which read all of it again. PEFT (peft) generates with the
-activated adapter and keeps no cache between adapters. "median" is the time to the first token in
-ms, "tokens" how many were computed for it. Every first token is compared with PEFT's before a
-number is written. Rows are appended to OUT/alora_cpu.csv.
+SmolLM2-135M in float32 reads 1024 tokens as the base model. Each of eight adapters then continues
+them with eight more tokens, one after another, by continuous batching: activated adapters (alora),
+and ordinary ones (lora), which read the whole text again. PEFT (peft) generates with the activated
+adapter and keeps no cache between adapters. "median" is the time to the first token in ms, "tokens"
+the number of tokens computed for it. Every first token is compared with PEFT's before a number is
+written. Rows are appended to OUT/alora_cpu.csv.
 
-`--check` does so on a tiny random model, checks tokens and counts, and writes no times.
+`--check` runs a tiny random model, checks tokens and counts, and writes no times.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ INVOCATION = [1, 5, 2]
 
 @dataclass(frozen=True)
 class Case:
-    """So many adapters, asked with ``asked`` tokens over ``read`` ones."""
+    """Number of adapters, of tokens read before, and of tokens for each adapter."""
 
     adapters: int
     read: int
     asked: int
     page: int
     rank: int
-    size: float  # of the random factors
+    size: float  # standard deviation of the random factors
 
     @property
     def shared(self) -> int:
-        """Tokens in pages that are full when the text has been read."""
+        """Number of tokens in pages that are full after the text has been read."""
         return self.read // self.page * self.page
 
 
@@ -61,7 +61,7 @@ TINY = Case(adapters=3, read=64, asked=6, page=16, rank=4, size=0.3)
 
 
 def tiny_model() -> Any:
-    """A Llama of two layers whose tokens an adapter changes."""
+    """Return a Llama of two layers that is sensitive enough for adapters to change tokens."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, **heads)
@@ -73,7 +73,7 @@ def tiny_model() -> Any:
 
 
 def save_adapters(model: Any, case: Case, folder: str) -> Any:
-    """PEFT's model with the adapters of both kinds, as they lie in the folder."""
+    """Return PEFT's model with adapters of both kinds, and save them in the folder."""
     wrapped: Any = None
     torch.manual_seed(1)
     for kind, invocation in (("alora", INVOCATION), ("plain", None)):
@@ -98,14 +98,14 @@ def save_adapters(model: Any, case: Case, folder: str) -> Any:
 
 
 def prompts(case: Case, vocab: int) -> tuple[list[int], list[int]]:
-    """The text, and what every adapter is asked besides."""
+    """Return the text, and the tokens that follow it for every adapter."""
     generator = torch.Generator().manual_seed(2)
     words = torch.randint(6, vocab, (case.read + case.asked,), generator=generator).tolist()
     return words[: case.read], [*INVOCATION, *words[case.read + len(INVOCATION) :]]
 
 
 def of_peft(wrapped: Any, prompt: list[int], names: list[str]) -> list[tuple[int, float, int]]:
-    """First token, seconds and computed tokens of each adapter, by PEFT."""
+    """Return first token, seconds and computed tokens of each adapter with PEFT."""
     found = []
     for name in names:
         wrapped.set_adapter(name)
@@ -119,7 +119,7 @@ def of_peft(wrapped: Any, prompt: list[int], names: list[str]) -> list[tuple[int
 def of_manager(
     model: Any, case: Case, text: list[int], ask: list[int], names: list[str]
 ) -> list[tuple[int, float, int]]:
-    """The same by continuous batching, after the base model has read the text."""
+    """Return the same with continuous batching, after the base model has read the text."""
     manager = model.init_continuous_batching(
         GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=-1),
         ContinuousBatchingConfig(
@@ -140,10 +140,10 @@ def of_manager(
 
 @torch.no_grad()
 def measure(model: Any, case: Case) -> list[dict[str, Any]]:
-    """A row for each provider, once its tokens and counts are right.
+    """Return one row per provider, after its tokens and counts have been checked.
 
     Raises:
-        SystemExit: naming what is wrong.
+        SystemExit: If tokens or counts are wrong.
     """
     text, ask = prompts(case, model.config.vocab_size)
     names = {k: [f"{k}{i}" for i in range(case.adapters)] for k in ("alora", "plain")}
@@ -180,7 +180,6 @@ def measure(model: Any, case: Case) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, or check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="a tiny model; no times are written")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "benchmarks")

@@ -1,9 +1,9 @@
-"""Circuit benchmarks: `python benchmarks/bench_circuit.py`.
+"""Time the circuit scan: `python benchmarks/bench_circuit.py`.
 
-The scan of a window against what one writes in torch, eager and under torch.compile: the logits'
-log_softmax and one pass of logsumexp over the positions, which gives every prefix on its way.
-Values and gradients are checked before they are timed; the fastest of each case comes first.
-Rows are appended to OUT/circuit_<device>.csv. The first run compiles for a minute.
+The scan of a window is compared with plain torch, eager and under torch.compile: the logits'
+log_softmax and one pass of logsumexp over the positions, which yields every prefix. Values and
+gradients are checked before they are timed; the fastest of each case is listed first. Rows are
+appended to OUT/circuit_<device>.csv. The first run compiles for a minute.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lora_ext import ops, reference
 from lora_ext.reference._circuit import num_transitions
 
 Observed = Callable[[Tensor, Tensor], Tensor]
-CASES = {"forward": 1, "all prefixes": 1, "forward and backward": 3}  # times the logits move
+CASES = {"forward": 1, "all prefixes": 1, "forward and backward": 3}  # passes over the logits
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One circuit: kind, rows, positions, components, vocabulary."""
+    """Kind of circuit, rows, positions, components and vocabulary."""
 
     kind: str
     rows: int = 64
@@ -40,7 +40,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of benchmarks/results/circuit_<device>.csv."""
+    """Row of benchmarks/results/circuit_<device>.csv."""
 
     case: str
     kind: str
@@ -52,14 +52,14 @@ class Row:
     us: float
     p20: float
     p80: float
-    over_lora_ext: float  # time over ours, same rounds
+    over_lora_ext: float  # time over lora_ext's, same rounds
     gbytes_per_s: float  # logits read (and gradients written) once
     of_copy: float  # the same over the machine's copy bandwidth, same rounds
-    worst_error: float  # of log p over 2e-6 (1 + |log p|), of gradients over 1e-4
+    worst_error: float  # error of log p over 2e-6 (1 + |log p|), of gradients over 1e-4
 
 
 def inputs(s: Shape) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """leaf, prior, trans, x."""
+    """Return random leaf, prior, trans and x."""
     g = torch.Generator().manual_seed(0)
     m = num_transitions(s.kind, s.n_token)
     return (
@@ -71,13 +71,13 @@ def inputs(s: Shape) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
 
 
 def gathered(leaf: Tensor, x: Tensor) -> Tensor:
-    """``log p(x_k)`` under every component, ``(B, K, C)``: the fastest that eager torch has."""
+    """Compute ``log p(x_k)`` under every component, ``(B, K, C)``; fastest form in eager torch."""
     index = x[..., None, None].expand(*leaf.shape[:3], 1)
     return leaf.log_softmax(-1).gather(-1, index).squeeze(-1)
 
 
 def crossed(leaf: Tensor, x: Tensor) -> Tensor:
-    """The same as a cross entropy, whose gradient torch.compile fuses where it scatters another."""
+    """Compute the same as a cross entropy; torch.compile fuses its gradient without a scatter."""
     target = x[..., None].expand(leaf.shape[:3]).flatten()
     return -cross_entropy(leaf.flatten(0, 2), target, reduction="none").view(leaf.shape[:3])
 
@@ -85,7 +85,7 @@ def crossed(leaf: Tensor, x: Tensor) -> Tensor:
 def joint(
     leaf: Tensor, prior: Tensor, trans: Tensor | None, x: Tensor, observed: Observed = gathered
 ) -> Tensor:
-    """``log p(x)`` of cp (no transitions) and hmm, as one writes it."""
+    """Compute ``log p(x)`` of cp (no transitions) and hmm in plain torch."""
     e = observed(leaf, x)
     cur = prior.log_softmax(-1) + e[:, 0]
     if trans is None:
@@ -99,7 +99,7 @@ def joint(
 def prefixes(
     leaf: Tensor, prior: Tensor, trans: Tensor | None, x: Tensor, observed: Observed = gathered
 ) -> Tensor:
-    """``log p(x_1 .. x_k)`` for every k in one pass, as one writes it: ``(B, K)``."""
+    """Compute ``log p(x_1 .. x_k)`` for every k in one pass of plain torch: ``(B, K)``."""
     e = observed(leaf, x)
     cur = prior.log_softmax(-1)
     if trans is None:
@@ -111,7 +111,7 @@ def prefixes(
 
 
 def providers(s: Shape, case: str, compiled: bool) -> dict[str, Callable[..., Tensor]]:
-    """Functions of leaf, prior, trans and x: ours first, then what one writes."""
+    """Return functions of leaf, prior, trans and x: lora_ext first, then plain torch."""
 
     def scan(*args: Tensor | None) -> Tensor:
         prefix = ops.circuit_scan(s.kind, *args).prefix
@@ -125,7 +125,7 @@ def providers(s: Shape, case: str, compiled: bool) -> dict[str, Callable[..., Te
 
 
 def call(case: str, f: Callable[..., Tensor], args: tuple[Tensor | None, ...]) -> Call:
-    """The function on these arguments; with a backward, its gradients."""
+    """Return a call of the function on these arguments, or of its gradients."""
     if case != "forward and backward":
 
         def value() -> Tensor:
@@ -143,7 +143,7 @@ def call(case: str, f: Callable[..., Tensor], args: tuple[Tensor | None, ...]) -
 
 
 def error(s: Shape, case: str, found: object) -> float:
-    """The worst error of a result over its bound; more than 1 ends the run."""
+    """Return the worst error of a result over its bound; more than 1 ends the run."""
     args = tuple(t.double() if t is not None and t.is_floating_point() else t for t in inputs(s))
     exact = reference.circuit_scan(s.kind, *args).prefix
     if case == "forward and backward":
@@ -159,7 +159,7 @@ def error(s: Shape, case: str, found: object) -> float:
 
 
 def measure(s: Shape, rounds: int, compiled: bool) -> Iterator[Row]:
-    """All rows of a shape, the fastest of each case first."""
+    """Yield all rows of a shape, the fastest of each case first."""
     args = inputs(s)
     copy, copied = copy_call(64 << 20)
     leaf_bytes = 4 * s.rows * s.n_token * s.components * s.vocab
@@ -185,11 +185,10 @@ def measure(s: Shape, rounds: int, compiled: bool) -> Iterator[Row]:
 
 
 def main() -> None:
-    """Measure and append."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="no waiting")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="eager only")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

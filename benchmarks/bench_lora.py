@@ -1,7 +1,7 @@
-"""LoRA benchmarks: `python benchmarks/bench_lora.py --matrix decode layers ...`.
+"""Time LoRA: `python benchmarks/bench_lora.py --matrix decode layers ...`.
 
-Rows are appended to OUT/lora_cpu.csv or lora_cuda.csv; `benchmarks/report.py` makes the tables and
-the chart from them. Every result is checked before it is timed. See docs/benchmarks.md.
+Rows are appended to OUT/lora_cpu.csv or lora_cuda.csv, from which `benchmarks/report.py` makes the
+tables and the chart. Every result is checked before it is timed. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ MATRICES = (
 
 
 def main() -> None:
-    """Measure and append."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -49,15 +48,13 @@ def main() -> None:
     wanted = MATRICES if "all" in args.matrix else tuple(args.matrix)
     path = args.out / f"lora_{args.device}.csv"
     for row in measure(wanted, args.device, args.rounds):
-        append_rows(
-            path, [row.columns(args.device)]
-        )  # at once: a run that is cut off keeps its rows
+        append_rows(path, [row.columns(args.device)])  # at once: an aborted run keeps its rows
         print(summary(row), flush=True)
     print(f"\n{path}")
 
 
 def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
-    """All rows of the wanted matrices."""
+    """Yield all rows of the wanted matrices."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     with torch.inference_mode():
         if "decode" in wanted:
@@ -91,7 +88,7 @@ def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
 
 
 def measure_model(wanted: tuple[str, ...], rounds: int) -> Iterator[Row]:
-    """The rows that need transformers and PEFT."""
+    """Yield the rows that need transformers and PEFT."""
     import lora_model
 
     with lora_model.temporary_folder() as folder:
@@ -105,7 +102,7 @@ def measure_model(wanted: tuple[str, ...], rounds: int) -> Iterator[Row]:
 
 
 def summary(row: Row) -> str:
-    """One line for the terminal."""
+    """Format one line for the terminal."""
     parts = [f"{row.matrix:8} {row.case:38} {row.provider:10} {row.median:12.4g} {row.unit:5}"]
     if row.rank != "":
         parts.append(f"rank {row.rank}")

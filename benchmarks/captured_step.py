@@ -1,12 +1,12 @@
-"""A captured decode step of an 8B model's linear layers, over the same step of the base alone.
+"""Time a captured decode step of an 8B model's linear layers over the same step of the base alone.
 
     python benchmarks/captured_step.py                   on a GPU, bfloat16: Llama-3-8B's shapes
     python benchmarks/captured_step.py --overlap         updates beside their base products
-    python benchmarks/captured_step.py --tiny            smallest sizes, to see that it works
+    python benchmarks/captured_step.py --tiny            smallest sizes, to check that it works
 
-One graph for each number of adapters; its names change between replays (`lora_ext.capturable`).
-Attention is left out: adapters do not touch it. Before anything is timed, rows of a replay are
-compared with the same rows without a graph. Not yet run on a GPU.
+There is one graph for each number of adapters; the adapter names change between replays
+(`lora_ext.capturable`). Attention is left out, because adapters do not change it. Before timing,
+rows of a replay are compared with the same rows without a graph. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def make(tiny: bool, device: torch.device, dtype: torch.dtype) -> nn.Sequential:
 
 
 def adapter(model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """For every linear layer; adapters differ by their slots and their scales."""
+    """Return configuration and factors of an adapter of every linear layer."""
     state: dict[str, Tensor] = {}
     names = []
     for name, module in model.named_modules():
@@ -84,7 +84,7 @@ def captured(run: Any) -> torch.cuda.CUDAGraph:
 
 
 def timed(replay: Any) -> float:
-    """Milliseconds, the median."""
+    """Return the median time of a replay in milliseconds."""
     times = []
     for _ in range(ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -98,9 +98,9 @@ def timed(replay: Any) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="smallest sizes, where there is no GPU")
-    parser.add_argument("--overlap", action="store_true", help="in place of siblings in one op")
-    parser.add_argument("--rows", type=int, default=64, help="of the step")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes, also without a GPU")
+    parser.add_argument("--overlap", action="store_true", help="instead of siblings in one op")
+    parser.add_argument("--rows", type=int, default=64, help="rows of the step")
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
     if not gpu and not args.tiny:
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def row(model: Any, pool: Any, step: Any, x: Tensor, adapters: int, base: float | None) -> None:
-    """Print one line: milliseconds a step, beside the base's."""
+    """Print one line: milliseconds per step, and those of the base."""
     turns, rows, y = itertools.count(), len(x), torch.empty_like(x)
     graph: Any = None
 
@@ -157,7 +157,7 @@ def row(model: Any, pool: Any, step: Any, x: Tensor, adapters: int, base: float 
 
 
 def names_of(turn: int, adapters: int, rows: int) -> list[str | None]:
-    """Of the replay with this number."""
+    """Return the adapter of each row in replay ``turn``."""
     return [f"a{(turn + i % adapters) % rows}" for i in range(rows)]
 
 

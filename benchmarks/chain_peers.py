@@ -1,7 +1,7 @@
-"""The strongest ways to write a hidden Markov model without this package.
+"""Fastest known ways to write a hidden Markov model without this package.
 
-All compute the log-likelihood of ``Circuit(RegionGraph.hmm(...))`` from parameters of their own,
-whose steps are stacked into one tensor in the order in which the chain is walked: from the last
+All compute the log-likelihood of ``Circuit(RegionGraph.hmm(...))`` from copies of its parameters.
+The steps are stacked into one tensor in the order in which the chain is walked: from the last
 variable to the first, which is also the order of the circuit's weights.
 """
 
@@ -29,12 +29,13 @@ FORMS = ("log", "scaled")
 
 @dataclass(frozen=True)
 class Peer:
-    """A model over parameters of its own.
+    """Model over separate parameters.
 
     Attributes:
-        value: log-likelihoods ``(B,)``.
-        step: forward and backward.
-        gradient: of the sum of all log-likelihoods, in the order of ``Circuit.weights``.
+        value: Computes log-likelihoods ``(B,)``.
+        step: Runs forward and backward.
+        gradient: Returns the gradient of the sum of all log-likelihoods, in the order of
+            ``Circuit.weights``.
     """
 
     value: Callable[[], object]
@@ -45,9 +46,9 @@ class Peer:
 def torch_peer(
     model: Callable[[], Tensor], weights: list[Tensor], others: Sequence[Tensor] = ()
 ) -> Peer:
-    """A model in torch, whose gradients are left in ``weights`` and ``others``.
+    """Return a model in torch that leaves its gradients in ``weights`` and ``others``.
 
-    A step starts without gradients, as one of an optimizer does, and as jax's.
+    A step starts without gradients, as after ``zero_grad`` and as in jax.
     """
 
     def step() -> None:
@@ -72,7 +73,7 @@ class Chain:
 
     @classmethod
     def of(cls, circuit: Circuit) -> Chain:
-        """Copies of the circuit's parameters, stacked."""
+        """Copy and stack the circuit's parameters."""
         names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
         last_first = range(circuit.num_variables - 1, -1, -1)
         leaf = [circuit.region_leaves(names[f"x{t}"])["logits"] for t in last_first]
@@ -81,13 +82,13 @@ class Chain:
         return cls(*(t.detach().clone().requires_grad_() for t in parts))
 
     def peer(self, form: Callable[..., Tensor], x: Tensor) -> Peer:
-        """One of the forms below over these parameters."""
+        """Return one of the forms below over these parameters."""
         parts = self.leaf, self.steps, self.first
         return torch_peer(lambda: form(*parts, x), [self.steps, self.first], [self.leaf])
 
 
 def stacked(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
-    """The textbook's recursion in log space: everything that has no order happens at once."""
+    """Run the recursion in log space; everything that needs no order is computed at once."""
     e = _observed(leaf.log_softmax(2), x)  # T x (B, r)
     w = steps.softmax(2).transpose(1, 2).unbind()
     below = e[0]
@@ -99,9 +100,9 @@ def stacked(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
 
 
 def scaled(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
-    """The same with probabilities, divided by their largest at every step: no logarithm of states.
+    """Run the recursion with probabilities, divided by their largest at every step.
 
-    Gives up what the others keep: a state e^-88 below the likeliest counts as impossible.
+    It takes no logarithm of states, but a state e^-88 below the likeliest becomes impossible.
     """
     p = _observed(leaf.softmax(2), x)
     w = steps.softmax(2).transpose(1, 2).unbind()
@@ -113,19 +114,20 @@ def scaled(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
 
 
 def _observed(table: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """What each state says of each observation, ``(B, r)`` a variable, last variable first."""
+    """Return each state's value for each observation, ``(B, r)`` per variable, last one first."""
     steps, _, values = table.shape
     index = torch.arange(steps)[:, None] * values + x.T.flip(0)  # (T, B)
     return embedding(index, table.transpose(1, 2).flatten(0, 1)).unbind()
 
 
 class Jax:
-    """``jax.jit`` over ``lax.scan`` in a process of its own, with the same number of threads.
+    """``jax.jit`` over ``lax.scan`` in a separate process with the same number of threads.
 
     Args:
-        python: the interpreter that has jax.
-        chain: the parameters. x: ``(B, T)``.
-        threads: that XLA may use.
+        python: Interpreter that has jax.
+        chain: The parameters.
+        x: Observations ``(B, T)``.
+        threads: Number of threads for XLA.
     """
 
     def __init__(self, python: str, chain: Chain, x: Tensor, threads: int):
@@ -146,24 +148,22 @@ class Jax:
         self.version = self._answer()
 
     def peer(self, form: str) -> Peer:
-        """One of ``FORMS``."""
         value, step = (JaxCall(self, form, what) for what in ("value", "step"))
         return Peer(value, step, lambda: torch.cat([t.flatten() for t in step.result()[1:]]))
 
     def ask(self, form: str, what: str, count: int) -> float:
-        """Make so many calls over there; the seconds that they took."""
+        """Make ``count`` calls in the other process; return the seconds that they took."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([form, what, count]) + "\n")
         self._process.stdin.flush()
         return float(self._answer())
 
     def read(self) -> list[Tensor]:
-        """What the last call gave."""
+        """Return the result of the last call."""
         with np.load(self._path / "result.npz") as arrays:
             return [torch.from_numpy(arrays[k]) for k in arrays.files]
 
     def close(self) -> None:
-        """End the process."""
         self._process.communicate()
         self._folder.cleanup()
 
@@ -177,18 +177,18 @@ class Jax:
 
 @dataclass(frozen=True)
 class JaxCall:
-    """A call that the other process makes, timed by its clock (``common.Remote``)."""
+    """Call in the other process, timed by its clock (``common.Remote``)."""
 
     jax: Jax
     form: str
     what: str
 
     def seconds(self, count: int) -> float:
-        """Seconds of so many calls, after one that is not timed."""
+        """Return the seconds of ``count`` calls, after one that is not timed."""
         return self.jax.ask(self.form, self.what, count)
 
     def result(self) -> list[Tensor]:
-        """What a call gives."""
+        """Make one call and return its result."""
         self.seconds(1)
         return self.jax.read()
 
@@ -197,11 +197,11 @@ class JaxCall:
 
 
 def jax_missing(python: str) -> str | None:
-    """Why jax is skipped, or None."""
+    """Return the reason why jax is skipped, or None."""
     if shutil.which(python) is None:
         return f"no interpreter {python}"
     found = subprocess.run([python, "-c", "import jax"], capture_output=True, text=True)
     if found.returncode == 0:
         return None
     last = (found.stderr.strip().splitlines() or ["nothing"])[-1]
-    return f"{python} says {last}; install the extra jax there, or give --jax-python"
+    return f"{python} prints {last}; install the extra jax there, or set --jax-python"

@@ -1,10 +1,10 @@
-"""Losses over a vocabulary in chunks: `python benchmarks/chunked_loss.py --check`.
+"""Time losses over a vocabulary in chunks: `python benchmarks/chunked_loss.py --check`.
 
-Forward and backward of cross entropy and of the divergence of two students from a teacher, at
-SmolLM2's output layer, with that layer frozen and trained. The peers hold all logits: torch's own
-expressions, and the same under torch.compile. Rows are appended to OUT/vocab_<device>.csv. Every
-loss and gradient is checked before it is timed. `--check`: most memory at a time, beyond arguments
-and gradients, at most a fifth of the dense expression's; time at most 1.15 of it.
+Measured are forward and backward of cross entropy and of the divergence of two students from a
+teacher, at SmolLM2's output layer, with that layer frozen and trained. The peers hold all logits:
+torch's expressions, and the same under torch.compile. Rows are appended to OUT/vocab_<device>.csv.
+Every loss and gradient is checked before it is timed. `--check`: peak memory, beyond arguments and
+gradients, at most a fifth of the dense expression's; time at most 1.15 of it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Loss = Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]
 
 
 def dense_cross_entropy(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tensor:
-    """The peer, as everybody writes it."""
+    """Compute the cross entropy from all logits."""
     return F.cross_entropy(hiddens[0] @ weight.T, labels)
 
 
 def dense_kl(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tensor:
-    """Likewise; the teacher's side without a graph."""
+    """Compute the divergence from all logits; the teacher has no graph."""
     *students, teacher = hiddens
     with torch.no_grad():
         log_p = (teacher @ weight.T).log_softmax(-1)
@@ -48,17 +48,15 @@ def dense_kl(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tenso
 
 
 def chunked_cross_entropy(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tensor:
-    """Ours."""
     return ops.chunked_cross_entropy(hiddens[0], weight, None, labels, CHUNK)
 
 
 def chunked_kl(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> Tensor:
-    """Ours."""
     return ops.chunked_kl(hiddens, weight, None, chunk=CHUNK)
 
 
 def measure(device: str, rounds: int, compiled: bool, rows: int = ROWS) -> Iterator[Row]:
-    """Rows of time and of memory, the dense expression's as 1."""
+    """Yield rows of time and of memory, relative to the dense expression."""
     g = torch.Generator(device).manual_seed(0)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     hiddens = [
@@ -133,7 +131,7 @@ def check(
 
 
 def main() -> None:
-    """Measure, append, and with --check judge."""
+    """Measure and append rows; with --check, exit with 1 if a limit is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -142,7 +140,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=ROWS)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a limit is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a limit is missed")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

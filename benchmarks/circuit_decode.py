@@ -1,9 +1,9 @@
-"""Drafting and verifying: `python benchmarks/circuit_decode.py [--device cuda]`.
+"""Time drafting and verifying: `python benchmarks/circuit_decode.py [--device cuda]`.
 
-One window of K = 8 tokens over C = 32 states and V = 320 tokens for each of B = 1, 8, 64 rows: the
-sample with its conditionals and posteriors, the verification, and the max-product draft, against
-the expression of `lora_ext.reference` in the same dtype. Every result is checked against float64
-before it is timed. Rows are appended to OUT/circuit_decode_<device>.csv.
+Each of B = 1, 8, 64 rows has one window of K = 8 tokens over C = 32 states and V = 320 tokens.
+Measured are the sample with its conditionals and posteriors, the verification, and the max-product
+draft, against the expression of `lora_ext.reference` in the same dtype. Every result is checked
+against float64 before it is timed. Rows are appended to OUT/circuit_decode_<device>.csv.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lora_ext.reference._circuit import CircuitSample, num_transitions
 KINDS = ("cp", "hmm", "btree")
 ROWS = (1, 8, 64)
 TOKENS, COMPONENTS, VOCABULARY = 8, 32, 320
-BOUND = 1e-4  # of log-probabilities near 50: sums of float32 over K positions
+BOUND = 1e-4  # error of log-probabilities near 50: float32 sums over K positions
 
 
 @dataclass
 class Problem:
-    """A batch of circuits, a verifier's logits, and one draft of them."""
+    """Batch of circuits, logits of a verifier, and one draft."""
 
     kind: str
     circuit: tuple[Tensor, Tensor, Tensor]
@@ -43,7 +43,7 @@ class Problem:
 
     @classmethod
     def make(cls, kind: str, rows: int, device: str, dtype: torch.dtype) -> Problem:
-        """Random logits of size two; the verifier agrees with the first state of a position."""
+        """Draw random logits of size two; the verifier agrees with each position's first state."""
         g = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int) -> Tensor:
@@ -62,23 +62,23 @@ class Problem:
         return p
 
     def double(self) -> Problem:
-        """The same in float64, with the draft as it is."""
+        """Return the problem in float64, with the same draft."""
         leaf, prior, trans = (t.double() for t in self.circuit)
         return replace(self, circuit=(leaf, prior, trans), target=self.target.double())
 
 
 def sample(of: object, p: Problem) -> CircuitSample:
-    """Tokens, conditionals, posteriors."""
+    """Return tokens, conditionals and posteriors."""
     return of.circuit_sample(p.kind, *p.circuit, p.uniforms)
 
 
 def verify(of: object, p: Problem) -> tuple[Tensor, Tensor]:
-    """Accepted, next token."""
+    """Return the accepted count and the next token."""
     return of.spec_verify(p.target, *p.draft, p.circuit[0], p.tests)
 
 
 def argmax(of: object, p: Problem) -> tuple[Tensor, Tensor]:
-    """Tokens, value."""
+    """Return the most likely tokens and their value."""
     return of.circuit_argmax(p.kind, *p.circuit)
 
 
@@ -90,9 +90,9 @@ CASES: dict[str, Callable[[object, Problem], tuple[Tensor, ...]]] = {
 
 
 def check(case: str, p: Problem, provider: object) -> float:
-    """Worst error over its bound, against float64; tokens and counts must be the same.
+    """Return the worst error over its bound, against float64; tokens and counts must be equal.
 
-    The seed is fixed: no draw of it lies where float32 and float64 may disagree.
+    The seed is fixed: no draw is where float32 and float64 could disagree.
     """
     found, exact = (CASES[case](of, q) for of, q in ((provider, p), (reference, p.double())))
     worst = 0.0
@@ -107,7 +107,7 @@ def check(case: str, p: Problem, provider: object) -> float:
 
 
 def bench(device: str, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, object]]:
-    """Every case of every kind and size, both providers in the same rounds."""
+    """Yield every case of every kind and size, with both providers in the same rounds."""
     providers = {"lora_ext": ops, "reference": reference}
     for kind in KINDS:
         for rows in ROWS:
@@ -134,7 +134,6 @@ def bench(device: str, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, ob
 
 
 def main() -> None:
-    """Measure, print and append."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,16 +1,17 @@
-"""Circuits over region graphs: time against peers, and the error of each precision.
+"""Time circuits over region graphs against peers, and measure the error of each precision.
 
     python benchmarks/circuit_engine.py                  all tables, rows into out/bench/
     python benchmarks/circuit_engine.py --table hmm --ranks 16 32 64 128 256 512 --jax-python PYTHON
 
-Tables: ``hmm``, a hidden Markov model with shared parameters, against the formula in torch with its
-steps stacked (eager, compiled, in probabilities), ``jax.jit`` over ``lax.scan``, and libcirkit;
-``rat_spn``, against stacked einsum layers, eager and compiled; ``em``, a step of Baum-Welch against
-hmmlearn; ``digits``, an epoch of Adam over scikit-learn's digits, of a RAT-SPN and of a hidden
-Chow-Liu tree, against einsum layers and libcirkit; ``numerics``, the largest error of a
-log-likelihood per precision, on the emulator where there is no GPU. Values and gradients of every
-model are checked against float64 before it is timed; a peer that is not installed is skipped with
-its reason. Fastest first. The first run compiles for minutes, later ones find torch's cache.
+The tables are ``hmm``, a hidden Markov model with shared parameters, against the formula in torch
+with stacked steps (eager, compiled, in probabilities), ``jax.jit`` over ``lax.scan``, and
+libcirkit; ``rat_spn``, against stacked einsum layers, eager and compiled; ``em``, a step of
+Baum-Welch, against hmmlearn; ``digits``, an epoch of Adam over scikit-learn's digits, of a RAT-SPN
+and of a hidden Chow-Liu tree, against einsum layers and libcirkit; ``numerics``, the largest error
+of a log-likelihood per precision, on the emulator if there is no GPU. Values and gradients of every
+model are checked against float64 before timing. A peer that is not installed is skipped with its
+reason. The fastest is listed first. The first run compiles for minutes; later runs use torch's
+cache.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ROWS, STEPS, VALUES = 64, 32, 64
 
 
 def row(table: str, case: str, provider: str, **columns: object) -> dict[str, object]:
-    """One line of the csv file."""
+    """Return one line of the csv file."""
     empty = dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "over_lora_ext", "worst_error"), "")
     values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in columns.items()}
     return {
@@ -52,7 +53,7 @@ def row(table: str, case: str, provider: str, **columns: object) -> dict[str, ob
 
 
 def cirkit_peer(circuit: Circuit, rank: int, x: Tensor) -> Peer | None:
-    """libcirkit's circuit of the same structure with the same parameters, if it is installed."""
+    """Return libcirkit's circuit of the same structure and parameters, if it is installed."""
     try:
         from cirkit.pipeline import PipelineContext  # pyright: ignore[reportMissingImports]
         from cirkit.templates import pgms  # pyright: ignore[reportMissingImports]
@@ -89,8 +90,8 @@ def compare(
 ) -> list[dict[str, object]]:
     """Check values and gradients of every model against float64, then time them.
 
-    ``least`` compares the best of many bursts of a millisecond, which is what a machine that is
-    never quiet can tell; otherwise the median round of 50 milliseconds counts.
+    ``least`` compares the best of many bursts of a millisecond, for machines that are never quiet.
+    Otherwise the median of rounds of 50 milliseconds counts.
     """
     burst = 1e-3 if least else 0.05
     leaves = list(circuit.leaves.parameters())
@@ -100,7 +101,7 @@ def compare(
     exact.load_state_dict({k: v.double() for k, v in circuit.state_dict().items()})
     flat = exact.log_prob(x).detach(), torch_peer(lambda: exact.log_prob(x), [exact.weights])
     expected, gradient = flat[0], flat[1].gradient()
-    # Every step rounds four values of the size of log p, and a gradient has their exponentials.
+    # Every step rounds four values of the size of log p; gradients contain their exponentials.
     size = 1 + float(expected.abs().max())
     bound, gradient_bound = 2e-6 * size * STEPS**0.5, 2**-22 * size * STEPS
     errors: dict[str, float] = {}
@@ -137,13 +138,13 @@ def compare(
 
 
 def as_tensor(value: object) -> Tensor:
-    """What a call gave, which has to be a tensor."""
+    """Return the result of a call, which must be a tensor."""
     assert isinstance(value, Tensor)
     return value
 
 
 def hmm_table(args: argparse.Namespace) -> list[dict[str, object]]:
-    """T = 32, 64 rows, 64 values; jax and torch.compile meet the same numbers as we do."""
+    """Compare T = 32, 64 rows, 64 values; all peers get the same numbers."""
     rows: list[dict[str, object]] = []
     x = torch.randint(VALUES, (ROWS, STEPS), generator=torch.Generator().manual_seed(0))
     missing = jax_missing(args.jax_python)
@@ -168,12 +169,12 @@ def hmm_table(args: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def compiled(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The model under torch.compile, for one shape."""
+    """Compile the model with torch.compile for one shape."""
     return torch.compile(model, dynamic=False)
 
 
 def rat_spn_table(args: argparse.Namespace) -> list[dict[str, object]]:
-    """64 variables, depth 3, and sums as wide as the inputs."""
+    """Compare 64 variables, depth 3, and sums as wide as the inputs."""
     rows: list[dict[str, object]] = []
     x = torch.randint(8, (ROWS, 64), generator=torch.Generator().manual_seed(0))
     for units in (8, 16, 32):
@@ -195,7 +196,7 @@ def rat_spn_table(args: argparse.Namespace) -> list[dict[str, object]]:
 def learning_rows(
     table: str, case: str, calls: circuit_training.Calls, rounds: int
 ) -> list[dict[str, object]]:
-    """Steps that move parameters, timed against each other."""
+    """Time steps that change parameters against each other."""
     found = interleaved(calls, rounds)
     return [
         row(
@@ -212,7 +213,7 @@ def learning_rows(
 
 
 def em_table(args: argparse.Namespace) -> list[dict[str, object]]:
-    """512 sequences of 32 steps, 64 values, 8 and 32 states."""
+    """Compare 512 sequences of 32 steps, 64 values, 8 and 32 states."""
     rows: list[dict[str, object]] = []
     for rank in (8, 32):
         rows += learning_rows("em", f"r = {rank}", circuit_training.em_calls(rank), args.rounds)
@@ -220,7 +221,7 @@ def em_table(args: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def digits_table(args: argparse.Namespace) -> list[dict[str, object]]:
-    """1797 images of 64 pixels, 17 greys, batches of 100."""
+    """Compare 1797 images of 64 pixels, 17 greys, batches of 100."""
     x = circuit_training.digits()
     rows: list[dict[str, object]] = []
     if x is None:
@@ -235,7 +236,7 @@ def digits_table(args: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def numerics_table() -> list[dict[str, object]]:
-    """Largest error over 8 rows of a chain with random softmax weights, logits of size 1 and 4."""
+    """Measure the largest error of a chain with random softmax weights, logits of size 1 and 4."""
     if torch.cuda.is_available():
         device, library, where = "cuda", "lora_ext", "GPU"
     else:
@@ -279,19 +280,19 @@ def numerics_table() -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Run the tables that were asked for and append their rows."""
+    """Run the requested tables and append their rows."""
     tables = {"hmm": hmm_table, "rat_spn": rat_spn_table, "numerics": lambda _: numerics_table()}
     tables |= {"em": em_table, "digits": digits_table}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--table", choices=tables, action="append")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 256], help="of hmm")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 256], help="ranks of hmm")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--least", action="store_true", help="compare the best short bursts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="no waiting")
-    parser.add_argument("--jax-python", default=sys.executable, help="an interpreter with jax")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="eager only")
+    parser.add_argument("--jax-python", default=sys.executable, help="interpreter with jax")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

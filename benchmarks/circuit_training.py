@@ -1,6 +1,6 @@
-"""Learning of circuits against peers: a step of EM, an epoch of gradient steps on digits.
+"""Training of circuits against peers: a step of EM, an epoch of gradient steps on digits.
 
-``circuit_engine.py`` times what stands here. Every function gives calls by name, ours under
+``circuit_engine.py`` times these calls. Every function returns calls by name, ours under
 ``lora_ext``; a peer that is not installed is skipped with its reason.
 """
 
@@ -20,10 +20,10 @@ GREYS, BATCH = 17, 100
 
 
 def em_calls(rank: int) -> Calls:
-    """One step of EM of a homogeneous chain on all sequences: 512 of 32 steps, 64 values.
+    """Return one step of EM of a homogeneous chain on 512 sequences of 32 steps, 64 values.
 
     Raises:
-        SystemExit: if a peer's parameters differ from ours after a step.
+        SystemExit: If a peer's parameters differ from ours after a step.
     """
     torch.manual_seed(0)
     circuit = Circuit(RegionGraph.hmm(STEPS, rank, Categorical(VALUES), homogeneous=True))
@@ -51,7 +51,7 @@ def _transitions(circuit: Circuit) -> Tensor:
 def _hmmlearn(
     circuit: Circuit, rank: int, x: Tensor, form: str
 ) -> tuple[Callable[[], object], Callable[[], Tensor]] | None:
-    """A step of hmmlearn's, from our parameters on, and its transitions."""
+    """Return a step of hmmlearn from our parameters, and a function of its transitions."""
     try:
         from hmmlearn import hmm  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -72,7 +72,7 @@ def _hmmlearn(
 
 # --- an epoch on digits ---------------------------------------------------------------------------
 def digits() -> Tensor | None:
-    """scikit-learn's digits ``(1797, 64)``, 17 greys; None where it is not installed."""
+    """Load scikit-learn's digits ``(1797, 64)``, 17 greys; None if it is not installed."""
     try:
         from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -84,7 +84,7 @@ def digits() -> Tensor | None:
 def epoch(
     model: Callable[[Tensor], Tensor], parameters: Iterable[nn.Parameter | Tensor], x: Tensor
 ):
-    """A call that makes one step of Adam a batch of 100."""
+    """Return a call that makes one step of Adam per batch of 100."""
     optimizer = torch.optim.Adam(list(parameters), lr=1e-3)
 
     def run() -> float:
@@ -101,7 +101,7 @@ def epoch(
 
 
 def rat_spn_calls(units: int, x: Tensor, depth: int, repetitions: int) -> Calls:
-    """A RAT-SPN, and libcirkit's of the same sizes (its random splits are others)."""
+    """Return epochs of a RAT-SPN and of libcirkit's with the same sizes (other random splits)."""
     torch.manual_seed(0)
     graph = RegionGraph.rat_spn(64, depth, repetitions, units, units, Categorical(GREYS))
     circuit = Circuit(graph)
@@ -119,7 +119,7 @@ def rat_spn_calls(units: int, x: Tensor, depth: int, repetitions: int) -> Calls:
 
 
 def hclt_calls(units: int, x: Tensor) -> Calls:
-    """A tree of latents over the data, as einsum layers a depth at a time, and libcirkit's."""
+    """Return epochs of a tree of latents, as a circuit, as einsum layers, and libcirkit's."""
     torch.manual_seed(0)
     parents = chow_liu_parents(x, num_categories=GREYS)
     circuit = Circuit(RegionGraph.hclt(parents, rank=units, leaf=Categorical(GREYS)))
@@ -133,7 +133,7 @@ def hclt_calls(units: int, x: Tensor) -> Calls:
 
 
 class Tree(nn.Module):
-    """A tree of latents in torch: one gather, one product of matrices and one sum a depth."""
+    """Tree of latents in torch: one gather, one product of matrices and one sum per depth."""
 
     def __init__(self, circuit: Circuit, parents: list[int]):
         super().__init__()
@@ -163,7 +163,7 @@ class Tree(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``log p`` of complete rows ``(B, n)``, ``(B,)``."""
+        """Compute ``log p`` ``(B,)`` of complete rows ``(B, n)``."""
         n, _, values = self.leaf.shape
         index = torch.arange(n)[:, None] * values + x.T  # (n, B)
         table = self.leaf.log_softmax(2).transpose(1, 2).flatten(0, 1)
@@ -182,7 +182,7 @@ def _sum(values: Tensor, w: Tensor) -> Tensor:
 def _cirkit(
     graph: str, units: int, layers: str, *args: object, **options: object
 ) -> tuple[Callable[[Tensor], Tensor], list[nn.Parameter]] | None:
-    """libcirkit's circuit over one of its region graphs, and its parameters."""
+    """Return libcirkit's circuit over one of its region graphs, and its parameters."""
     try:
         from cirkit.pipeline import PipelineContext  # pyright: ignore[reportMissingImports]
         from cirkit.templates import region_graph, utils  # pyright: ignore[reportMissingImports]

@@ -1,9 +1,7 @@
-"""Pictures to learn to see with: one coloured shape on noise, of any size, and its caption.
+"""Pictures of one coloured shape on noise, of any size, with a caption.
 
-The example and the benchmark of VoRA learn from them.
-
-Six colours, four shapes and four quadrants make 96 captions; where exactly a shape lies, how large
-it is and the noise behind it differ from picture to picture.
+The example and the benchmark of VoRA train on them. Six colours, four shapes and four quadrants
+make 96 captions. The exact place and size of the shape and the noise differ between pictures.
 
 Source: the protocol of docs/vora.md.
 """
@@ -28,7 +26,7 @@ QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 
 
 class Picture(NamedTuple):
-    """An image and what it shows."""
+    """Image with the parts of its caption."""
 
     image: Tensor  # (3, H, W) uint8
     colour: str
@@ -37,15 +35,16 @@ class Picture(NamedTuple):
 
     @property
     def caption(self) -> str:
-        """Such as "red circle top left"."""
+        """Caption, such as "red circle top left"."""
         return f"{self.colour} {self.shape} {self.quadrant}"
 
 
 def draw_picture(size: tuple[int, int], generator: torch.Generator) -> Picture:
-    """A picture of a random kind.
+    """Draw a picture of a random kind.
 
     Args:
-        size: ``(H, W)``, at least 16 each. generator: of everything that is random.
+        size: ``(H, W)``, at least 16 each.
+        generator: Source of all random numbers.
     """
     numbers = torch.rand(6, generator=generator).tolist()
     colour = list(COLOURS)[int(numbers[0] * len(COLOURS))]
@@ -54,7 +53,7 @@ def draw_picture(size: tuple[int, int], generator: torch.Generator) -> Picture:
     height, width = size
     image = torch.randint(0, 60, (3, height, width), generator=generator, dtype=torch.uint8)
 
-    half = min(size) / 2  # the side of the square that the shape lies in
+    half = min(size) / 2  # side of the square that contains the shape
     radius = half * (0.42 + 0.06 * numbers[3])
     down, right = ((half / 2 - radius) * (2 * number - 1) for number in numbers[4:])
     middle_y = height * (1 + 2 * (place // 2)) / 4 + down

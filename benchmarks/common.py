@@ -1,7 +1,7 @@
 """Measurements: clocks, repeats, errors, copy bandwidth, rows of csv files.
 
-Calls that are compared run interleaved, a round of each at a time, so that a machine that slows
-down slows all of them. Reported: the median over the rounds, the 20th and the 80th percentile.
+Compared calls run interleaved, one round of each at a time, so that a slow phase of the machine
+affects all of them. Reported are the median over the rounds, and the 20th and 80th percentile.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ MIN_PEER_ERROR = 2.0**-17
 
 @runtime_checkable
 class Remote(Protocol):
-    """A call that another process makes, which tells how long it took."""
+    """Call in another process that measures its own time."""
 
     def __call__(self) -> object: ...
     def seconds(self, count: int) -> float:
-        """Seconds that so many calls take over there."""
+        """Return the seconds that ``count`` calls take in the other process."""
         ...
 
 
@@ -51,12 +51,12 @@ class Timing:
 
     @classmethod
     def of(cls, rounds: list[float]) -> Timing:
-        """Summary of one number per round."""
+        """Summarize one number per round."""
         cuts = statistics.quantiles(rounds, n=5, method="inclusive") if rounds[1:] else rounds * 4
         return cls(statistics.median(rounds), cuts[0], cuts[3], tuple(rounds))
 
     def over(self, other: Timing) -> float:
-        """Median over the rounds of this time divided by the other's in the same round."""
+        """Return the median ratio of this time to the other's in the same round."""
         return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
 
 
@@ -66,10 +66,10 @@ def interleaved(
     """Time calls against each other on the CPU.
 
     Args:
-        calls: by name.
-        rounds: measurements of each; in every second round the order is reversed.
-        min_seconds: a measurement repeats its call until it takes about this long.
-        warm_up: untimed calls of each.
+        calls: Calls by name.
+        rounds: Measurements of each; every second round reverses the order.
+        min_seconds: A measurement repeats its call until it takes about this long.
+        warm_up: Untimed calls of each.
     """
     inner = {}
     for name, call in calls.items():
@@ -85,7 +85,7 @@ def interleaved(
 
 
 def seconds(call: Call, count: int) -> float:
-    """How long so many calls take; a call of another process has a clock of its own there."""
+    """Return the seconds of ``count`` calls; a call in another process uses its own clock."""
     if isinstance(call, Remote):
         return call.seconds(count)
     start = time.perf_counter()
@@ -116,14 +116,14 @@ def error_over_bound(
 
 
 def copy_call(nbytes: int = 256 << 20, device: str = "cpu") -> tuple[Call, int]:
-    """A copy far larger than any cache, and the bytes that it moves (read and written)."""
+    """Return a copy far larger than any cache, and the bytes that it reads and writes."""
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.nbytes
 
 
 def peak_bytes(call: Call) -> int:
-    """The most bytes that torch's allocator held at a time on the CPU, beyond those before."""
+    """Return the peak of torch's CPU allocator during a call, beyond the bytes held before."""
     gc.collect()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -136,7 +136,7 @@ def peak_bytes(call: Call) -> int:
 
 @functools.cache
 def machine_columns(device: str = "cpu") -> dict[str, object]:
-    """What a row says about where and when it was measured."""
+    """Return the columns of a row that describe where and when it was measured."""
     from lora_ext import _loader
 
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
@@ -152,12 +152,12 @@ def machine_columns(device: str = "cpu") -> dict[str, object]:
 
 
 def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """Append to a csv file. A file with other columns is an error, not a mixture.
+    """Append rows to a csv file with the same columns.
 
     Rows from before the column ``cpu`` existed get an empty value.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: If the file has other columns.
     """
     if not rows:
         return
@@ -187,7 +187,7 @@ def _cpu_name() -> str:
 
 
 def _revision() -> str:
-    """The commit, with a + where the tree has changes beyond results; empty outside a checkout."""
+    """Return the commit, with a + if files beyond results have changed; empty without git."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if commit.returncode:

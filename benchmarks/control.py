@@ -1,13 +1,14 @@
-"""Whether constraints hold, look ahead and cost little on SmolLM2: `python benchmarks/control.py`.
+"""Measure constraints on SmolLM2: satisfaction, look-ahead and cost.
 
-Every answer of many samples is judged by other code than the constraint's. Words within 32 tokens
-are asked for with the mask alone and with a guide: where they come, and what the texts cost in the
-model's own nats. What a step of 16 rows with 16 constraints takes, dense and sparse, is compared
-with the model's packed pass, and with the formula of Ctrl-G (arXiv 2406.13892), all states times
-the vocabulary, on the same guide. Drafts are compared by the tokens of a call.
+`python benchmarks/control.py` checks every answer of many samples with code other than the
+constraint's. Words within 32 tokens are requested with the mask alone and with a guide; measured
+are their positions and the model's nats of the texts. A step of 16 rows with 16 constraints, dense
+and sparse, is compared with the model's packed pass, and with the formula of Ctrl-G (arXiv
+2406.13892), all states times the vocabulary, on the same guide. Drafts are compared by the tokens
+per call.
 
---check exits with 1 where a target of docs/control.md is missed. --guide DIR has the guide; where
-there is none, one of 512 states is learned there first, in about 20 minutes of two cores.
+--check exits with 1 if a target of docs/control.md is missed. --guide DIR contains the guide; if it
+does not exist, one of 512 states is trained first, in about 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from lora_ext.methods.mtpc import _constrained
 from lora_ext.nn import pack_linears
 
 ROWS, BUDGET = 16, 32
-LAST = 4  # words that are said within so many tokens of the end are said in the last places
+LAST = 4  # words completed within this many tokens of the end count as late
 GROUPS = ([" beach"], [" dog", " purple"], [" market", " rain", " music"])
 FOUR = {
     "type": "object",
@@ -57,7 +58,7 @@ TWO = {
 
 
 class Found(NamedTuple):
-    """A number that was measured."""
+    """Measured number."""
 
     part: str
     case: str
@@ -66,7 +67,7 @@ class Found(NamedTuple):
 
 
 class Bench:
-    """The model, its guide, and how much is measured."""
+    """Model, guide and sizes of the measurements."""
 
     def __init__(self, args: argparse.Namespace):
         self.model, self.tokenizer = smollm2.load_smollm2()
@@ -81,9 +82,9 @@ class Bench:
         return self.prompt.expand(rows, -1)
 
     def write(self, rows: int, budget: int, how: Any) -> Tensor:
-        """New tokens of sampled rows ``(B, T)``."""
+        """Sample new tokens ``(B, T)``."""
         ids = self.prompts(rows)
-        cache = copy.deepcopy(self.read)  # of the prompt but its last token: read once for all
+        cache = copy.deepcopy(self.read)  # all of the prompt but its last token, read once
         cache.batch_repeat_interleave(rows)
         settings = {"max_new_tokens": budget, "do_sample": True, "top_k": 0, "pad_token_id": 2}
         found = self.model.generate(
@@ -96,13 +97,13 @@ class Bench:
         return found[:, ids.shape[1] :]
 
     def text(self, tokens: Tensor) -> str | None:
-        """Of a row of new tokens; None where it has no end."""
+        """Decode a row of new tokens; None if it has no end."""
         ends = (tokens == self.tokenizer.eos_token_id).nonzero()
         return self.tokenizer.decode(tokens[: int(ends[0])]) if len(ends) else None
 
 
 def learned(model: Any, tokenizer: Any, folder: Path) -> Guide:
-    """The guide of a folder, which is learned first where there is none."""
+    """Load the guide of a folder, or train and save it there first."""
     if not (folder / "guide.safetensors").exists():
         things = ("a small town by the sea", "rain", "your day", "a river", "cooking", "music")
         prompts = [question(tokenizer, "Tell me about", x).tolist() for x in things]
@@ -117,7 +118,7 @@ def learned(model: Any, tokenizer: Any, folder: Path) -> Guide:
 
 # --- satisfaction and words -----------------------------------------------------------------------
 def satisfied(bench: Bench) -> Iterator[Found]:
-    """The share of sampled texts that other code than the constraint's takes for right."""
+    """Yield the share of sampled texts that code other than the constraint's accepts."""
 
     def is_json(text: str) -> bool:
         value = json.loads(text)
@@ -158,7 +159,7 @@ def satisfied(bench: Bench) -> Iterator[Found]:
 
 
 def words(bench: Bench) -> Iterator[Found]:
-    """Where one to three words come, and what the texts cost, mask against guide."""
+    """Yield the positions of one to three words and the nats of the texts, mask and guide."""
     for group in GROUPS:
         one = Constraint.keywords(bench.tokenizer, group, vocab_size=bench.size)
         for law, guide in (("mask", None), ("guided", bench.guide)):
@@ -172,7 +173,7 @@ def words(bench: Bench) -> Iterator[Found]:
 
 
 def said(bench: Bench, row: Tensor, group: list[str]) -> int:
-    """The token with which the last of some words is complete."""
+    """Return the position of the token that completes the last of some words."""
     for end in range(1, len(row) + 1):
         text = bench.tokenizer.decode(row[:end])
         if all(word in text for word in group):
@@ -181,7 +182,7 @@ def said(bench: Bench, row: Tensor, group: list[str]) -> int:
 
 
 def nats(bench: Bench, tokens: Tensor) -> float:
-    """A token of these rows, its end included, under the model."""
+    """Return the mean nats per token of these rows under the model, end tokens included."""
     ids = torch.cat([bench.prompts(len(tokens)), tokens], 1)
     law = bench.model(ids).logits[:, -len(tokens[0]) - 1 : -1].log_softmax(-1)
     cost = -law.gather(2, tokens[..., None])[..., 0]
@@ -192,7 +193,7 @@ def nats(bench: Bench, tokens: Tensor) -> float:
 
 # --- what it costs --------------------------------------------------------------------------------
 def midway(bench: Bench, count: int) -> tuple[list[Row | None], Tensor]:
-    """Rows with a constraint each, eight tokens into their texts, and the model's scores."""
+    """Return rows with one constraint each, eight tokens into their texts, and the scores."""
     letters = "abcdefghijklmnop"
     rows: list[Row | None] = []
     for i in range(count):
@@ -209,7 +210,7 @@ def midway(bench: Bench, count: int) -> tuple[list[Row | None], Tensor]:
 
 
 def overhead(bench: Bench) -> Iterator[Found]:
-    """What 16 rows with 16 constraints add to a step of the model, as a share of it."""
+    """Yield the time that 16 constraints add to a step of 16 rows, as a share of the step."""
     from lora_ext.methods.mtpc._trunk import cache_argument, roomy_cache
 
     rows, scores = midway(bench, ROWS)
@@ -248,8 +249,11 @@ def overhead(bench: Bench) -> Iterator[Found]:
 
 
 def every_state(row: Row, guide: Guide, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
-    """Ctrl-G's step for a row: ``log r (V,)`` from the products of all states with the vocabulary,
-    and a mask of them from the edges, each (S, V)."""
+    """Return Ctrl-G's step for a row.
+
+    It computes ``log r (V,)`` from the products of all states with the vocabulary, and a mask of
+    them from the edges, each (S, V).
+    """
     plan = row.plan
     assert isinstance(plan, Plan)
     constraint, table = plan.constraint, plan.messages(row.left - 1)
@@ -275,7 +279,7 @@ def every_state(row: Row, guide: Guide, dtype: torch.dtype = torch.float32) -> C
 
 
 def against_all_states(bench: Bench) -> Iterator[Found]:
-    """A step of a row of three words, against Ctrl-G's formula, whose result is ours."""
+    """Yield the time of a row of three words against Ctrl-G's formula, with equal results."""
     rows, scores = midway(bench, 3)
     row = rows[2]
     assert row is not None and isinstance(row.plan, Plan)
@@ -301,7 +305,7 @@ def against_all_states(bench: Bench) -> Iterator[Found]:
 
 
 def ready(bench: Bench) -> Iterator[Found]:
-    """Seconds until a schema of four fields is ready, and its tables of 128 tokens with it."""
+    """Yield the seconds until a schema of four fields and its tables of 128 tokens are ready."""
     start = time.perf_counter()
     one = Constraint.json_schema(FOUR, bench.tokenizer, vocab_size=bench.size)
     control.log_ratios([Row.first(Plan(one, 128))])
@@ -313,14 +317,14 @@ def ready(bench: Bench) -> Iterator[Found]:
 
 # --- drafts ---------------------------------------------------------------------------------------
 class Masked(_constrained.Constrained):
-    """Without forced runs."""
+    """Constrained drafts without forced runs."""
 
     def with_forced(self, tokens: Tensor) -> Tensor:
         return tokens
 
 
 class Plain(Masked):
-    """Drafts that do not know the constraint."""
+    """Drafts that ignore the constraint."""
 
     def drafted(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> Any:
         window = self.decoder.draft(hidden, pending, uniforms)
@@ -336,9 +340,9 @@ class Plain(Masked):
 
 
 def drafts(bench: Bench) -> Iterator[Found]:
-    """Tokens of a call under the mask law: drafts that know it, plain ones, forced runs.
+    """Yield tokens per call with the mask: constrained drafts, plain ones, and forced runs.
 
-    The head is as `retrofit` makes it: its first token is the model's own, the others guess.
+    The head is untrained, as `retrofit` makes it: its first token is the model's, the others guess.
     """
     model, _ = smollm2.load_smollm2()
     settings = mtpc.MtpcConfig(n_token=4, rank=2, kind="cp", emission="adapter")
@@ -365,7 +369,7 @@ def drafts(bench: Bench) -> Iterator[Found]:
 
 # --- the targets ----------------------------------------------------------------------------------
 def criteria(found: list[Found]) -> list[Criterion]:
-    """The targets, as docs/control.md has them."""
+    """Check the targets of docs/control.md."""
     at = {tuple(f[:3]): f.value for f in found}
     out: list[Criterion] = []
 
@@ -382,7 +386,7 @@ def criteria(found: list[Found]) -> list[Criterion]:
             target(name, f.value, ">= 0.9", f.value >= 0.9)
         if f.part == "guided" and f.name == "nats":
             other = at["mask", f.case, "nats"]
-            target(f"{f.case}, nats a token", f.value, f"< {other:.2f}", f.value < other)
+            target(f"{f.case}, nats per token", f.value, f"< {other:.2f}", f.value < other)
     measured = {f.part for f in found}
     if "overhead" in measured:
         for name, most in (("dense", 0.15), ("sparse", 0.05)):
@@ -398,10 +402,10 @@ def criteria(found: list[Found]) -> list[Criterion]:
     if "drafts" in measured:
         for case in ("words", "json"):
             value, plain = at["drafts", case, "masked"], at["drafts", case, "plain"]
-            name = f"{case}, masked drafts, tokens a call"
+            name = f"{case}, masked drafts, tokens per call"
             target(name, value, f">= {plain:.2f}", value >= plain)
         value, free = at["drafts", "json", "forced"], at["drafts", "free", "plain"]
-        target("json with forced runs, tokens a call", value, f">= {free:.2f}", value >= free)
+        target("json with forced runs, tokens per call", value, f">= {free:.2f}", value >= free)
     return out
 
 
@@ -418,13 +422,13 @@ PARTS: dict[str, Callable[[Bench], Iterator[Found]]] = {
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     default = smollm2.cache_folder() / "smollm2-guide-512"
     parser.add_argument("--guide", type=Path, default=default, metavar="DIR")
     parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="texts to judge")
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help="texts with words")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of what is timed")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of control.csv; none: no rows")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of control.csv")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="parts")
     args = parser.parse_args(arguments)
     bench = Bench(args)

@@ -1,10 +1,10 @@
-"""CopRA against LoRA between two adapters: `python benchmarks/copra.py`.
+"""Compare CopRA with LoRA on the line between two adapters: `python benchmarks/copra.py`.
 
-Two adapters that learned the same task from other draws are merged: what does the error do on the
-line between them? On a residual network of eight blocks that knows a teacher, the task is the same
-teacher behind a rotation of its inputs; on MiniLM (claims/section_texts.py), Debian's sections
-under a head that was trained before and is frozen. LoRA, CopRA with the ramp of the authors' code
-(from 0.1), and CoTo's, their follow-up's: from 0, and slow at first.
+Two adapters that learned the same task from different draws are merged, and the error on the line
+between them is measured. On a residual network of eight blocks that has learned a teacher, the task
+is the same teacher behind a rotation of its inputs. On MiniLM (claims/section_texts.py), it is
+Debian's sections under a head that was trained before and is frozen. Schedules are LoRA, CopRA with
+the ramp of the authors' code (from 0.1), and CoTo, its successor: from 0, and slow at first.
 """
 
 from __future__ import annotations
@@ -64,12 +64,11 @@ PRETRAINING, HEAD_STEPS = 1500, 100
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Schedules and the texts."""
     return {"methods": METHODS, "steps": STEPS, "texts": section_texts.load(quick).hash}
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """A pair of adapters of each schedule."""
+    """Yield a pair of adapters of each schedule."""
     for seed in seeds:
         for task in (NETWORK, MINILM):
             for method in METHODS:
@@ -77,7 +76,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Alone, pruned, and on the line between two."""
+    """Measure two adapters alone, pruned, and on the line between them."""
     torch.set_num_threads(1)
     task = (network if arm["task"] == NETWORK else minilm)(arm["seed"], quick)
     steps = 4 if quick else STEPS[arm["task"]]
@@ -112,7 +111,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 class Task:
-    """What an adapter learns: batches, a model without it, and a score."""
+    """Task of an adapter: batches, a model without it, and a score."""
 
     def __init__(
         self,
@@ -127,7 +126,7 @@ class Task:
 
 
 def train(model: Any, controller: CopraController, task: Task, draw: int, steps: int) -> None:
-    """Adam on random samples, layers switched at every step."""
+    """Run Adam on random samples, with layers switched at every step."""
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=task.rate)
     generator = torch.Generator().manual_seed(draw)
     x, y = task.samples
@@ -162,7 +161,7 @@ class Network(nn.Module):
         self.last = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(points, INPUTS)`` to ``(points, CLASSES)``."""
+        """Map ``(points, INPUTS)`` to ``(points, CLASSES)``."""
         h = self.first(x)
         for block in self.blocks:
             h = h + block["w2"](torch.tanh(block["w1"](block["norm"](h))))
@@ -171,7 +170,7 @@ class Network(nn.Module):
 
 @functools.cache
 def _pretrained(quick: bool) -> tuple[Network, list[tuple[Tensor, Tensor]]]:
-    """The base, the same for all seeds, and points to pretrain, to adapt, and to test."""
+    """Return the base of all seeds, and points to pretrain, to adapt, and to test."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -197,7 +196,7 @@ def _pretrained(quick: bool) -> tuple[Network, list[tuple[Tensor, Tensor]]]:
 
 
 def network(seed: int, quick: bool) -> Task:
-    """The teacher behind a rotation."""
+    """Return the task of the teacher behind a rotation."""
     base, (_, adapting, testing) = _pretrained(quick)
 
     def adapted() -> Any:
@@ -213,7 +212,7 @@ def network(seed: int, quick: bool) -> Task:
 
 @functools.lru_cache(1)
 def _headed(seed: int, quick: bool) -> World:
-    """MiniLM with a head that knows the sections as far as the frozen encoder tells them apart."""
+    """Return MiniLM with a head trained on the sections, over the frozen encoder."""
     sizes = section_texts.QUICK if quick else section_texts.SIZES
     world = section_texts.make_world(seed, sizes, quick)
     base = copy.deepcopy(world.base)
@@ -234,7 +233,7 @@ def _headed(seed: int, quick: bool) -> World:
 
 
 def minilm(seed: int, quick: bool) -> Task:
-    """Debian's sections, the head frozen."""
+    """Return the task of Debian's sections with a frozen head."""
     world = _headed(seed, quick)
 
     def score(model: Any) -> float:
@@ -248,13 +247,13 @@ def minilm(seed: int, quick: bool) -> Task:
 
 
 def less(rows: Rows, task: str, column: str, method: str = COPRA, sign: int = 1) -> Interval:
-    """A method's figure less LoRA's, by seed; or the other way round."""
+    """Return a method's figure less LoRA's by seed, or the reverse with ``sign=-1``."""
     of = {name: study.column(rows, column, task=task, method=name) for name in (LORA, method)}
     return study.interval([sign * (b - a) for a, b in zip(of[LORA], of[method], strict=True)])
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """The barrier between two adapters decides, on both models."""
+    """Check the barrier between two adapters, on both models."""
     found: list[Criterion] = []
     for task in (NETWORK, MINILM):
         gain = less(rows, task, "barrier_factors", sign=-1)
@@ -288,7 +287,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Barriers, and the adapter work that is left."""
+    """Format the barriers and the share of layers trained."""
     parts: list[str] = []
     for task in (NETWORK, MINILM):
         each = [
@@ -302,7 +301,6 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Each schedule."""
     columns = {
         "barrier_factors": "barrier in factors",
         "merged_factors": "merged",

@@ -1,4 +1,4 @@
-"""The GPU's clock: CUDA graphs, replayed between events. Not yet run on a GPU."""
+"""Timing on a GPU: CUDA graphs, replayed between events. Not yet run on a GPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ REPLAYS = 20
 
 
 def interleaved_graphs(calls: Mapping[str, Call], rounds: int = 10) -> dict[str, Timing]:
-    """As :func:`common.interleaved`: each call captured once, a round is 20 replays each."""
+    """Time calls as :func:`common.interleaved`, as graphs of one call, 20 replays per round."""
     stream = torch.cuda.Stream()
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     for name, call in calls.items():
         with torch.cuda.stream(stream):
-            for _ in range(3):  # library handles and workspaces are made outside the capture
+            for _ in range(3):  # library handles and workspaces are created outside the capture
                 call()
         stream.synchronize()
         graphs[name] = torch.cuda.CUDAGraph()

@@ -1,8 +1,8 @@
-"""Matrix mix: the last hidden states of a model, normed and mixed to one, against chains of torch.
+"""Time the depth mix (normed hidden states mixed to one) against chains of torch ops.
 
-The peers are k norms, k products and k - 1 sums: "chain" with the norm as transformers' models
-write it, "rms_norm" with torch's own. Hidden states lie in several sets visited in turn, 256 MiB
-or more together, so each call meets them in memory.
+The peers are k norms, k products and k - 1 sums: "chain" with the norm as transformers writes it,
+"rms_norm" with torch's. Hidden states are in several sets, used in turn, of at least 256 MiB
+together, so that each call reads them from memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Mix = Callable[[list[Tensor], list[Tensor], Tensor], Tensor]
 
 @dataclass
 class Problem:
-    """Sets of hidden states, and what is mixed with each of them."""
+    """Sets of hidden states, and the arguments that are mixed with each of them."""
 
     hiddens: list[list[Tensor]]
     gammas: list[Tensor]
@@ -33,7 +33,6 @@ class Problem:
 
     @classmethod
     def make(cls, device: str, dtype: torch.dtype) -> Problem:
-        """Random values."""
         g = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -48,18 +47,20 @@ class Problem:
         )
 
     def nbytes(self, way: str) -> int:
-        """Compulsory traffic of one set: k read and 1 written; back, k + 1 read and k written."""
+        """Return the compulsory traffic of one set.
+
+        The forward reads k states and writes 1; the backward reads k + 1 and writes k.
+        """
         states = DEPTHS + 1 if way == "forward" else 3 * DEPTHS + 2
         return states * self.up.nbytes
 
 
 def lora_ext(hiddens: list[Tensor], gammas: list[Tensor], weights: Tensor) -> Tensor:
-    """The op."""
     return ops.depth_mix(hiddens, gammas, weights, EPS)
 
 
 def chain(hiddens: list[Tensor], gammas: list[Tensor], weights: Tensor) -> Tensor:
-    """Norms in float32, rounded, as LlamaRMSNorm and its like have them."""
+    """Compute norms in float32 and round them, as LlamaRMSNorm does."""
 
     def normed(h: Tensor, gamma: Tensor) -> Tensor:
         wide = h.float()
@@ -69,7 +70,7 @@ def chain(hiddens: list[Tensor], gammas: list[Tensor], weights: Tensor) -> Tenso
 
 
 def rms_norm(hiddens: list[Tensor], gammas: list[Tensor], weights: Tensor) -> Tensor:
-    """The same with torch's norm."""
+    """Compute the same with torch's norm."""
     norms = [
         torch.nn.functional.rms_norm(h, (h.shape[-1],), gamma, EPS)
         for h, gamma in zip(hiddens, gammas, strict=True)
@@ -81,14 +82,14 @@ PROVIDERS: dict[str, Mix] = {"lora_ext": lora_ext, "chain": chain, "rms_norm": r
 
 
 def forward(p: Problem, mix: Mix) -> None:
-    """Every set, without gradients."""
+    """Mix every set without gradients."""
     with torch.no_grad():
         for hiddens in p.hiddens:
             mix(hiddens, p.gammas, p.weights)
 
 
 def both_ways(p: Problem, mix: Mix) -> None:
-    """Every set, with the gradients of all arguments."""
+    """Mix every set and compute the gradients of all arguments."""
     with torch.inference_mode(False), torch.enable_grad():
         for hiddens in p.hiddens:
             u = mix(hiddens, p.gammas, p.weights)
@@ -99,7 +100,7 @@ WAYS = {"forward": forward, "forward and backward": both_ways}
 
 
 def bench_mix(device: str, rounds: int) -> Iterator[Row]:
-    """Both ways of all providers, against a copy in the same rounds."""
+    """Yield both ways of all providers, against a copy in the same rounds."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     copy, copied = copy_call(device=device)
     with torch.inference_mode(False):
@@ -128,7 +129,7 @@ def bench_mix(device: str, rounds: int) -> Iterator[Row]:
 
 
 def check(p: Problem, mix: Mix, name: str) -> float:
-    """Largest error of the mix and of each gradient of some rows, over its bound.
+    """Return the largest error over its bound, of the mix and of each gradient of some rows.
 
     The bound is a multiple of the largest value: float32 sums of a row and over the rows, and, for
     16 bits, the roundings of a norm, of its product and of each sum.

@@ -12,13 +12,14 @@ DEPTH, REPETITIONS = 3, 4  # of the RAT-SPN
 
 
 def einsum_layers(leaf: Tensor, weights: list[Tensor], scopes: Tensor, x: Tensor) -> Tensor:
-    """A RAT-SPN as layers over all regions of a depth: one gather, one einsum a layer.
+    """Evaluate a RAT-SPN by layers over all regions of a depth: one gather, one einsum per layer.
 
     Args:
-        leaf: logits ``(R, n, U, V)`` of R input regions over n variables each.
-        weights: logits ``(G, O, U, U)`` of each layer's regions, siblings side by side; the last,
-            ``(1, repetitions, U, U)``, is the root's, one sum over the pairs of all repetitions.
-        scopes: ``(R, n)`` variables. x: ``(B, N)``.
+        leaf: Logits ``(R, n, U, V)`` of R input regions over n variables each.
+        weights: Logits ``(G, O, U, U)`` of each layer's regions, siblings side by side. The last,
+            ``(1, repetitions, U, U)``, is the root's: one sum over the pairs of all repetitions.
+        scopes: Variables ``(R, n)``.
+        x: Values ``(B, N)``.
     """
     regions, n, _, values = leaf.shape
     index = torch.arange(regions * n).view(regions, n) * values + x[:, scopes]  # (B, R, n)
@@ -35,14 +36,14 @@ def einsum_layers(leaf: Tensor, weights: list[Tensor], scopes: Tensor, x: Tensor
 
 
 def _pairs(val: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both siblings of every pair, divided by their largest, and the logarithm of that."""
+    """Return both siblings of every pair, divided by their largest, and its logarithm."""
     tops = [val[:, side::2].amax(2, keepdim=True) for side in (0, 1)]
     a, b = ((val[:, side::2] - tops[side]).exp() for side in (0, 1))
     return a, b, tops[0] + tops[1]
 
 
 def layers_of(circuit: Circuit) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Copies of a RAT-SPN's parameters for :func:`einsum_layers`."""
+    """Copy a RAT-SPN's parameters for :func:`einsum_layers`."""
     graph = circuit.graph
     inputs = [variables(r.variables) for r in graph.regions if r.leaf is not None]
     units, n = graph.regions[0].units, len(inputs[0])

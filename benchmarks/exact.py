@@ -1,13 +1,13 @@
-"""What the same bits in any batch cost: `python benchmarks/exact.py [--dtype bfloat16] [--check]`.
+"""Measure the cost of the same bits in any batch: `python benchmarks/exact.py [--check]`.
 
-Attention alone, `ops.row_attention` against torch's over causal prompts of SmolLM2's shape; then
-SmolLM2-135M as it is and exact, sharing one set of weights: a prefill of 512 tokens, a decode step
-of 1 and of 8 rows over 512 tokens, and a training step, forward and backward of 4 x 128 tokens with
-an adapter of rank 16. A ratio is exact over plain, the median of rounds in one run. Results are
+First attention alone, `ops.row_attention` against torch's over causal prompts of SmolLM2's shape.
+Then SmolLM2-135M plain and exact, with shared weights: a prefill of 512 tokens, a decode step of 1
+and of 8 rows over 512 tokens, and a training step, forward and backward of 4 x 128 tokens with an
+adapter of rank 16. A ratio is exact over plain, the median of rounds in one run. Results are
 compared with the plain model's before they are timed.
 
-`--check` says which target each ratio has, and exits with 1 where one is missed; `--tiny` takes a
-small random model. The ratios are meant for a quiet machine; threads are torch's.
+`--check` prints the target of each ratio, and exits with 1 if one is missed; `--tiny` uses a small
+random model; `--dtype bfloat16` uses 16 bits. Use a quiet machine; threads are torch's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lora_ext import nn, ops
 
 
 class Sizes(NamedTuple):
-    """Tokens of a prompt, of a training row, and of the prompts of attention alone."""
+    """Number of tokens of a prompt, of a training row, and of the prompts of attention alone."""
 
     prompt: int = 512
     train: int = 128
@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """What was compared: exact over plain, and at most what it should be."""
+    """Result of one comparison: exact over plain, and its target."""
 
     case: str
     plain_ms: float
@@ -51,7 +51,7 @@ class Ratio(NamedTuple):
 
 
 def tiny_model() -> Any:
-    """A random Llama of two layers."""
+    """Return a random Llama of two layers."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, **heads)
@@ -75,7 +75,7 @@ def pair(model: Any, rank: int = 0) -> dict[str, Any]:
 
 
 def cache_name(model: Any) -> str:
-    """The argument that takes a cache, which transformers has renamed."""
+    """Return the name of the cache argument, which transformers has renamed."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -85,7 +85,7 @@ def prefill(model: Any, ids: Tensor) -> Tensor:
 
 
 def decode(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """A step of the last token; the cache is as before afterwards."""
+    """Run a step of the last token; the cache is unchanged afterwards."""
     with torch.no_grad():
         logits = model(ids[:, -1:], **{cache_name(model): cache}).logits
     cache.crop(-1)
@@ -99,7 +99,7 @@ def train(model: Any, ids: Tensor) -> Tensor:
     return found.logits.detach()
 
 
-Case = tuple[str, dict[str, Call], float]  # its name, the calls, the target
+Case = tuple[str, dict[str, Call], float]  # name, calls, target
 
 
 def draw(model: Any, rows: int, tokens: int) -> Tensor:
@@ -108,7 +108,7 @@ def draw(model: Any, rows: int, tokens: int) -> Tensor:
 
 
 def serving(models: dict[str, Any], sizes: Sizes) -> Iterator[Case]:
-    """A prefill, and decode steps."""
+    """Yield a prefill, and decode steps."""
     ids = draw(models["plain"], 1, sizes.prompt)
     calls: dict[str, Call] = {k: lambda m=m: prefill(m, ids) for k, m in models.items()}
     yield f"prefill of {sizes.prompt}", calls, 1.5
@@ -123,14 +123,13 @@ def serving(models: dict[str, Any], sizes: Sizes) -> Iterator[Case]:
 
 
 def training(models: dict[str, Any], sizes: Sizes) -> Iterator[Case]:
-    """Forward and backward of an adapter."""
     ids = draw(models["plain"], 4, sizes.train)
     calls: dict[str, Call] = {k: lambda m=m: train(m, ids) for k, m in models.items()}
     yield f"training step, 4 x {sizes.train}", calls, 1.5
 
 
 def attention(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
-    """Attention alone, of SmolLM2's nine heads, three of them with keys."""
+    """Yield attention alone, with SmolLM2's nine heads and three key heads."""
     for tokens in sizes.attention:
         g = torch.Generator().manual_seed(0)
         q, k, v = (
@@ -149,10 +148,10 @@ def attention(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
 def measure(
     model: Any, rank: int, sizes: Sizes, rounds: int, min_seconds: float
 ) -> Iterator[Ratio]:
-    """Ratios, one after the other, of results that agree; the model is wrapped afterwards.
+    """Yield ratios of results that agree; the model is wrapped afterwards.
 
     Raises:
-        SystemExit: naming a case whose results differ.
+        SystemExit: If the results of a case differ.
     """
 
     def cases() -> Iterator[Case]:
@@ -171,12 +170,11 @@ def measure(
 
 
 def main() -> None:
-    """Measure, or check."""
-    parser = argparse.ArgumentParser(description="what the same bits in any batch cost")
+    parser = argparse.ArgumentParser(description="cost of the same bits in any batch")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="a small random model")
-    parser.add_argument("--check", action="store_true", help="exit with 1 beyond a target")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     args = parser.parse_args()
     if args.tiny:
         model, sizes, rank = tiny_model(), Sizes(24, 8, (16,)), 2

@@ -1,12 +1,13 @@
-"""Adapters on routed experts: `python benchmarks/experts.py`.
+"""Time adapters on routed experts: `python benchmarks/experts.py`.
 
-A mixture of Qwen3-MoE's kind, random weights, adapters on both matrices of all experts. "decode" is
-one token of each row, "prefill" several, every row another adapter: an attached model (lora_ext),
-the model without adapters (base), and PEFT, which has one adapter for a batch and so takes the rows
-of each adapter by themselves (peft). "train" is forward and backward of a batch of several
-adapters: a model of from_peft given names (lora_ext), and PEFT, adapter after adapter (peft). "one"
-is the same where all rows have one adapter: PEFT then has no loop. Results are compared before they
-are timed. Rows are appended to OUT/experts_<device>.csv; "peak" is the most memory at a time.
+The model is a mixture like Qwen3-MoE with random weights and adapters on both matrices of all
+experts. "decode" is one token per row, "prefill" several, each row with a different adapter.
+Compared are an attached model (lora_ext), the model without adapters (base), and PEFT, which has
+one adapter per batch and processes the rows of each adapter separately (peft). "train" is forward
+and backward of a batch of several adapters: a model of from_peft given names (lora_ext), and PEFT,
+adapter after adapter (peft). In "one" all rows have one adapter, so PEFT has no loop. Results are
+compared before they are timed. Rows are appended to OUT/experts_<device>.csv; "peak" is the peak
+memory.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ VOCAB = 256
 
 @dataclass(frozen=True)
 class Case:
-    """So many rows, each of so many tokens, with so many adapters in turn."""
+    """Number of rows, of tokens per row, and of adapters used in turn."""
 
     kind: str
     rows: int
@@ -54,7 +55,6 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For the table."""
         return f"{self.kind}: {self.rows} rows x {self.tokens}, {self.adapters} adapters"
 
 
@@ -67,7 +67,7 @@ CASES = (
 
 
 class Problem:
-    """A base model, and its adapters in a pool, in PEFT and in from_peft."""
+    """Base model, and its adapters in a pool, in PEFT and in from_peft."""
 
     def __init__(self, case: Case, device: str):
         torch.manual_seed(0)
@@ -88,11 +88,11 @@ class Problem:
 
     @property
     def trains(self) -> bool:
-        """Whether the case has a backward."""
+        """True if the case has a backward."""
         return self.case.kind.startswith("train")
 
     def providers(self) -> dict[str, Callable[[], Tensor]]:
-        """By name: logits ``(rows, tokens, V)``, or the gradients in a row."""
+        """Return calls by name: of logits ``(rows, tokens, V)``, or of the flat gradients."""
         if self.trains:
             return {
                 "lora_ext": partial(self._step, self.ours, [None]),
@@ -170,7 +170,7 @@ class Problem:
         return model.eval()
 
     def _shared(self, model: nn.Module) -> dict[int, Any]:
-        """For a copy that has the very weights of the base."""
+        """Return a memo for deepcopy that shares the weights of the base."""
         return {id(p): p for n, p in model.named_parameters() if "lora_" not in n}
 
 
@@ -184,7 +184,6 @@ def check(problem: Problem) -> float:
 
 
 def measure(case: Case, device: str, rounds: int) -> Iterator[dict[str, object]]:
-    """A row for each provider."""
     problem = Problem(case, device)
     error = check(problem)
     calls = problem.providers()
@@ -202,7 +201,6 @@ def measure(case: Case, device: str, rounds: int) -> Iterator[dict[str, object]]
 
 
 def main() -> None:
-    """Measure, append, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,11 +1,11 @@
-"""Fed-HeLLo against strong clients alone: `python benchmarks/fed_hello.py`.
+"""Compare Fed-HeLLo with strong clients alone: `python benchmarks/fed_hello.py`.
 
-36 clients, a third each of which can train 3, 4 and 6 of the 6 blocks of a pretrained encoder
-(claims/section_texts.py), six a round. Strong clients alone: those that can train all do so, in
-every round. `--full` adds the other patterns, importance, Dirichlet's partition, strong clients
-that are drawn as seldom as all others, which is what the authors' logs compare with, and peers:
-those of claims/peers.py on all clients and all layers, HetLoRA and FlexLoRA with ranks by
-capability, and FedAvg with differential privacy (claims/private.py).
+A third each of 36 clients can train 3, 4 and 6 of the 6 blocks of a pretrained encoder
+(claims/section_texts.py); six train per round. In "strong only", clients that can train all blocks
+do so in every round. `--full` adds the other patterns, importance, Dirichlet's partition, and
+strong clients drawn as rarely as all others, which is the comparison of the authors' logs. It also
+adds peers: those of claims/peers.py on all clients and all layers, HetLoRA and FlexLoRA with ranks
+by capability, and FedAvg with differential privacy (claims/private.py).
 """
 
 from __future__ import annotations
@@ -48,16 +48,15 @@ CLAIM = Claim(
 )
 SKEWED, IID, UNEVEN = "4 classes", "iid", "dirichlet 0.1"
 OURS, STRONG, DRAWN = "RGD bottleneck", "strong only", "strong, drawn from all"
-FIM = {"FIM": 1.0, "FIM, mix 0.5": 0.5}  # how much of a layer's weight is its importance
+FIM = {"FIM": 1.0, "FIM, mix 0.5": 0.5}  # share of importance in a layer's weight
 PATTERNS = [f"RGD {pattern}" for pattern in Pattern]
-RANKED = {"HetLoRA": "zero_pad", "FlexLoRA": "svd"}  # how ranks of 2, 5 and 8 are averaged
-PROXY = 100  # texts of the server's, with FIM
+RANKED = {"HetLoRA": "zero_pad", "FlexLoRA": "svd"}  # how ranks of 2, 5 and 8 are aggregated
+PROXY = 100  # texts of the server, for FIM
 LOSS = -0.01
-CLIENTS, ROUNDS = 36, 20  # of 10, tried in one arm, it had learned little: 0.17
+CLIENTS, ROUNDS = 36, 20  # 10 rounds, tried in one arm, learned little: 0.17
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Sizes and the texts."""
     return {
         "sizes": dataclasses.asdict(_sizes(quick)),
         "proxy": PROXY,
@@ -66,7 +65,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Rates first, then what the criteria need."""
+    """Yield the arms of the rates, then those of the criteria."""
     for rate in section_texts.RATES:
         yield {"seed": section_texts.CHOOSING, "partition": SKEWED, "arm": "FedAvg", "rate": rate}
     for seed in seeds:
@@ -76,7 +75,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def more(seeds: Sequence[int], quick: bool) -> list[Row]:
-    """All patterns, importance, and a third kind of data."""
+    """Return all patterns, importance, and a third kind of data."""
     others = [*(name for name in PATTERNS if name != OURS), *FIM, DRAWN, *peers.NAMES, *RANKED]
     iid = [*others, *private.NOISE]
     return [
@@ -88,7 +87,7 @@ def more(seeds: Sequence[int], quick: bool) -> list[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """One federation."""
+    """Run one federation."""
     torch.set_num_threads(1)
     world = _world(arm["seed"], section_texts.sizes_of(arm, rows, _sizes(quick)), quick)
     shares = world.shares(arm["partition"])
@@ -99,7 +98,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
     else:
         run, hides = peer.run(shares) if peer else one(world, shares, arm["arm"]), {}
     right = [run.right[run.accuracy.index(run.best)]] * len(shares)
-    if peer and peer.own:  # each client has a B of its own, at the end
+    if peer and peer.own:  # at the end, each client has a different B
         right = [peer.accuracy_of(client) for client in range(len(shares))]
     labels = world.training[1].numpy()
     strong = np.concatenate([shares[c] for c in _strong(world)])
@@ -132,7 +131,7 @@ def _strong(world: World) -> list[int]:
 
 
 def by_device(world: World, shares: Sequence[Any], right: Sequence[Tensor]) -> list[float]:
-    """The accuracy on each client's classes, as often as it has each, of the model that it has."""
+    """Return each client's accuracy with its model, weighted by the client's classes."""
     labels, test = world.training[1].numpy(), world.testing[1].numpy()
     found: list[float] = []
     for share, each in zip(shares, right, strict=True):
@@ -142,7 +141,7 @@ def by_device(world: World, shares: Sequence[Any], right: Sequence[Tensor]) -> l
 
 
 def one(world: World, shares: Sequence[Any], arm: str) -> Run:
-    """The federation of an arm."""
+    """Run the federation of an arm."""
     sizes, strong = world.sizes, _strong(world)
     whole = LayerPlan(tuple(range(sizes.blocks)))
     if arm == STRONG:
@@ -165,13 +164,15 @@ def one(world: World, shares: Sequence[Any], arm: str) -> Run:
 
 
 def planner_of(hla: HLA, world: World) -> federated_digits.Planner:
-    """As many layers for each client as it can train."""
+    """Plan as many layers for each client as it can train."""
     return lambda round, drawn: {c: hla.plan(round, c, world.sizes.capability(c)) for c in drawn}
 
 
 def by_importance(world: World, shares: Sequence[Any], mix: float) -> Run:
-    """The bottleneck for a third of the rounds, then importance, computed anew every third from
-    texts that the clients give up."""
+    """Run the bottleneck pattern for a third of the rounds, then importance.
+
+    Importance is recomputed every third from texts that the clients give up.
+    """
     x, y = world.training
     proxy = np.random.default_rng(world.seed).permutation(len(y))[:PROXY]
     rest = [np.setdiff1d(share, proxy) for share in shares]
@@ -204,12 +205,12 @@ def by_importance(world: World, shares: Sequence[Any], mix: float) -> Run:
 
 
 def judged(rows: Rows) -> Rows:
-    """Without those that chose the rate."""
+    """Return the rows without those that chose the rate."""
     return [row for row in rows if row["seed"] != section_texts.CHOOSING]
 
 
 def gain(rows: Rows, partition: str, arm: str = OURS, rival: str = STRONG) -> Interval:
-    """The mean over seeds and devices of the gain in accuracy, with its interval over both."""
+    """Return the mean gain in accuracy over seeds and devices, with its interval."""
     found: dict[tuple[int, str], list[float]] = {
         (row["seed"], row["arm"]): [float(a) for a in str(row["devices"]).split()]
         for row in judged(rows)
@@ -225,9 +226,9 @@ def gain(rows: Rows, partition: str, arm: str = OURS, rival: str = STRONG) -> In
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """The gain with its interval where labels are skewed decides."""
+    """Check the gain with its interval on skewed labels."""
     skewed, even = gain(rows, SKEWED), gain(rows, IID)
-    # All layers came down: as many bytes as the same clients would have sent up for all.
+    # All layers were sent down: as many bytes as all layers sent up.
     share = study.mean(rows, "up", arm=OURS) / study.mean(rows, "down", arm=OURS)
     return [
         Criterion(
@@ -250,7 +251,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """The gain, and that of each seed beside what the strong clients have."""
+    """Format the gain, and each seed's gain with the number of classes of strong clients."""
     skewed = [row for row in judged(rows) if row["partition"] == SKEWED]
     best = {(row["seed"], row["arm"]): row for row in skewed}
     each = [
@@ -267,7 +268,7 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """The gain of every arm over strong clients alone."""
+    """Return the gain of every arm over strong clients alone."""
     found: dict[str, dict[str, Interval]] = {}
     for partition in (SKEWED, IID, UNEVEN):
         names = {row["arm"] for row in judged(rows) if row["partition"] == partition}

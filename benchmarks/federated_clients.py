@@ -1,13 +1,13 @@
-"""Many clients in one batch: `python benchmarks/federated_clients.py --check`.
+"""Time many clients in one batch: `python benchmarks/federated_clients.py --check`.
 
-A round of STEPS AdamW steps for each client, from the global adapter to the changes of its own:
+A round is STEPS AdamW steps of each client, from the global adapter to its changes. Compared are
 clients in one batch (lora_ext), one after another with our layers (loop) and with PEFT's (peft),
-and torch.func.vmap over stacked factors with one AdamW over the stacks (vmap). All of them use
-torch's fused AdamW. Models: four square layers with ranks 4 to 8, and a tiny Llama, whose clients
-also train at mixed depths, with and without the staircase. Before a case is timed, each provider's
-changes are compared with the loop's in float64. Rows are appended to OUT/clients_<device>.csv.
+and torch.func.vmap over stacked factors with one AdamW over the stacks (vmap). All use torch's
+fused AdamW. Models are four square layers with ranks 4 to 8, and a tiny Llama. The Llama's clients
+also train at mixed depths, with and without the staircase. Before timing, each provider's changes
+are compared with the loop's in float64. Rows are appended to OUT/clients_<device>.csv.
 
-`--check`: the loop takes at least 4 times as long at 32 clients x 16 rows, d = 64, and never less
+`--check`: the loop takes at least 4 times as long at 32 clients x 16 rows, d = 64, and at least as
 long at 32 x 64, d = 256.
 """
 
@@ -46,24 +46,23 @@ from lora_ext.federated import (
 from lora_ext.nn import LoraLinear, Swap
 
 STEPS, RANK, RATE, VOCAB, TOKENS = 5, 8, 1e-2, 128, 16
-BOUND = 1e-9  # of changes in float64, near RATE each
+BOUND = 1e-9  # error of changes in float64, each near RATE
 Changes = dict[int, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """So many clients with so many rows (of a Llama: sequences) a step each."""
+    """Number of clients, and of rows (of a Llama: sequences) per step and client."""
 
     clients: int
     rows: int
     width: int
     llama: bool = False
     depths: bool = False  # client k trains the 1 + k % 4 layers nearest the output, not all four
-    at_least: float = 0.0  # the loop's time over ours
+    at_least: float = 0.0  # the loop's time over lora_ext's
 
     @property
     def name(self) -> str:
-        """For the table."""
         kind = "Llama, " if self.llama else ""
         depth = ", depths 1 to 4" if self.depths else ""
         return f"{kind}{self.clients} clients x {self.rows}, d = {self.width}{depth}"
@@ -90,26 +89,26 @@ class Squares(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(rows, width)`` to ``(rows, 10)``."""
+        """Map ``(rows, width)`` to ``(rows, 10)``."""
         for layer in self.layers:
             x = torch.tanh(layer(x))
         return self.head(x)
 
 
 class Lean(nn.Module):
-    """LoRA in as few of torch's operators as it takes, for vmap."""
+    """LoRA with as few torch operators as possible, for vmap."""
 
     def __init__(self, base: nn.Linear, a: Tensor, b: Tensor):
         super().__init__()
         self.base, self.a, self.b = base, nn.Parameter(a), nn.Parameter(b)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., I)`` to ``(..., O)``; the scale is 1."""
+        """Map ``(..., I)`` to ``(..., O)``; the scale is 1."""
         return self.base(x) + F.linear(F.linear(x, self.a), self.b)
 
 
 class Problem:
-    """One case in one dtype: a base model, its adapters, the clients' data and plans."""
+    """Case in one dtype: a base model, its adapters, the clients' data and plans."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str):
         torch.manual_seed(0)
@@ -136,7 +135,7 @@ class Problem:
         self.starts = [self._start(plan) for plan in self.plans]
 
     def providers(self) -> dict[str, Callable[[], Changes]]:
-        """By name; vmap has no way for clients that train different layers."""
+        """Return the calls by name; vmap does not support clients with different layers."""
         case = self.case
         found: dict[str, Callable[[], Changes]] = {"lora_ext": self._batched(True)}
         if case.depths:
@@ -149,7 +148,7 @@ class Problem:
         return found
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Of one client, as everybody writes it."""
+        """Compute the loss of one client."""
         if not self.case.llama:
             return F.cross_entropy(model(batch[0]), batch[1])
         logits = model(batch["input_ids"], use_cache=False).logits[:, :-1]
@@ -191,8 +190,8 @@ class Problem:
     def _vmap(self) -> Callable[[], Changes]:
         model, modules = self._sharing(), {}
         if self.case.llama and self.base.dtype == torch.float32:
-            # The CPU's fused attention has no batching rule: vmap would loop over the clients. The
-            # other one has a softmax in float32, so that float64 is checked with the fused one.
+            # The CPU's fused attention has no batching rule, so vmap would loop over the clients.
+            # Eager attention has a float32 softmax, so float64 is checked with the fused one.
             model.set_attn_implementation("eager")
         for name in self.targets:
             factors = (self.state[f"{PREFIX}{name}.lora_{f}.weight"] for f in "AB")
@@ -236,7 +235,7 @@ class Problem:
         return transformers.LlamaForCausalLM(config)
 
     def _sharing(self) -> nn.Module:
-        """The model with the very weights of the base."""
+        """Copy the model, with the weights of the base shared."""
         return copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
 
     def _batch(self, dtype: torch.dtype, device: str) -> Any:
@@ -253,7 +252,7 @@ class Problem:
         return tuple(torch.stack(parts) for parts in zip(*batches, strict=True))
 
     def _start(self, plan: LayerPlan) -> dict[str, Tensor]:
-        """The global adapter, with zeros beyond the client's rank in the layers that it trains."""
+        """Return the global adapter, with zeros beyond the client's rank in trained layers."""
         found = {key: t.clone().to(self.device) for key, t in self.state.items()}
         for key, t in found.items():
             layer = next((i for i in plan.layers if f".layers.{i}." in key), None)
@@ -264,12 +263,12 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(self.base.parameters()).device
 
 
 def check(case: Case, device: str) -> dict[str, float]:
-    """Each provider's largest difference from the loop in float64, over its bound."""
+    """Return each provider's largest difference from the loop in float64, over its bound."""
     problem = Problem(case, torch.float64, device)
     results = {name: run() for name, run in problem.providers().items()}
     worst = {}
@@ -291,7 +290,7 @@ def check(case: Case, device: str) -> dict[str, float]:
 
 
 def measure(case: Case, device: str, rounds: int) -> Iterator[dict[str, object]]:
-    """A row for each provider, and on the CPU one for the memory of ours."""
+    """Yield one row per provider, and on the CPU rows of the memory of lora_ext."""
     errors = check(case, device)
     problem = Problem(case, torch.float32, device)
     calls: dict[str, Call] = dict(problem.providers())
@@ -324,14 +323,14 @@ def measure(case: Case, device: str, rounds: int) -> Iterator[dict[str, object]]
 
 
 def main() -> None:
-    """Measure, append, print, and with --check judge."""
+    """Measure, append and print rows; with --check, exit with 1 if a target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -349,7 +348,7 @@ def main() -> None:
                 f"{row['case']:48} {row['provider']:32} {row['median']:9.2f} {row['unit']} {note}"
             )
             if row["provider"] == "loop" and ratio < case.at_least:
-                missed.append(f"{case.name}: {ratio:.2f}, asked for {case.at_least}")
+                missed.append(f"{case.name}: {ratio:.2f}, expected at least {case.at_least}")
     print(f"\n{path}", *(f"MISSED {each}" for each in missed), sep="\n")
     if args.check:
         sys.exit(bool(missed))

@@ -1,7 +1,7 @@
-"""The jax side of ``chain_peers.Jax``: ``python jax_chain.py FOLDER``, spoken to over pipes.
+"""Run the jax side of ``chain_peers.Jax``: ``python jax_chain.py FOLDER``, driven over pipes.
 
-Reads FOLDER/chain.npz, prints jax's version, then answers each line ``[form, what, count]`` with
-the seconds that so many calls took, and leaves what they gave in FOLDER/result.npz.
+Reads FOLDER/chain.npz and prints jax's version. For each line ``[form, what, count]`` it prints the
+seconds of ``count`` calls and writes their result to FOLDER/result.npz.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 
 def log_form(parts, x):
-    """The recursion in log space."""
+    """Run the recursion in log space."""
     leaf, steps, first = parts
     e = _observed(jax.nn.log_softmax(leaf, 2), x)
 
@@ -32,7 +32,7 @@ def log_form(parts, x):
 
 
 def scaled_form(parts, x):
-    """The same with probabilities, divided by their largest at every step."""
+    """Run the recursion with probabilities, divided by their largest at every step."""
     leaf, steps, first = parts
     p = _observed(jax.nn.softmax(leaf, 2), x)
 
@@ -47,12 +47,11 @@ def scaled_form(parts, x):
 
 
 def _observed(table, x):
-    """(T, B, r) from (T, r, V) and (B, T)."""
+    """Select ``(T, B, r)`` from ``(T, r, V)`` and ``(B, T)``."""
     return jax.vmap(lambda rows, values: rows[:, values].T)(table, x.T)
 
 
 def main() -> None:
-    """Compile, then answer until the pipe closes."""
     folder = Path(sys.argv[1])
     with np.load(folder / "chain.npz") as arrays:
         parts = tuple(jnp.asarray(arrays[k]) for k in ("leaf", "steps", "first"))

@@ -1,9 +1,9 @@
-"""A pass of a Llama with nothing around it, and plain decoding with such passes:
-`python benchmarks/lean.py` says how much they gain over transformers' own passes.
+"""Llama passes without overhead, and plain decoding with them, as a fair peer of speculation.
 
-The fair frame for speculation on a CPU: in a small model half of a pass is Python around the
-products, and whoever makes fewer passes saves that too. ``LeanLlama`` stands in for the model on
-both sides, plain and speculative; its cache is the decoder's own, which has room for what comes.
+`python benchmarks/lean.py` prints how much they gain over transformers' passes. In a small model,
+half of a pass is Python around the products, so a decoder with fewer passes would save that too.
+``LeanLlama`` replaces the model on both sides, plain and speculative. Its cache is the decoder's,
+which has room for later tokens.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lora_ext.methods.mtpc._trunk import cache_argument, roomy_cache
 
 
 class LeanLlama(nn.Module):
-    """The passes of a transformers Llama: no mask where none hides, fewer and larger products.
+    """Passes of a transformers Llama without needless masks, with fewer and larger products.
 
-    Projections that read the same input are one product. The model's own weights become views of
-    these, so the model stays what it was and memory does not grow; bits differ as those of another
-    order of sums do. ``pack_linears(lean)`` packs its products and leaves the model's alone.
+    Projections that read the same input are one product. The model's weights become views of the
+    joined weights, so the model still works and memory does not grow. Bits differ as with another
+    order of sums. ``pack_linears(lean)`` packs these products and not the model's.
 
     Raises:
-        ValueError: for a model of another architecture, or one whose linear layers have biases.
+        ValueError: If the model is not a Llama, or its linear layers have biases.
     """
 
     def __init__(self, model: Any):
@@ -37,7 +37,7 @@ class LeanLlama(nn.Module):
         if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
             raise ValueError(f"LeanLlama: model: expected a Llama without biases, found {config}")
         self.config = config
-        self.__dict__["model"] = model  # not a child: its parameters are its own
+        self.__dict__["model"] = model  # not a submodule, so that its parameters are not listed
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         self.heads, self.shared, self.size = heads, shared, model.model.layers[0].self_attn.head_dim
         self.lm_head = product(model.lm_head.weight)
@@ -58,11 +58,11 @@ class LeanLlama(nn.Module):
         self.sin[:, : self.size // 2].neg_()  # a rotation is then x cos + roll(x) sin
 
     def get_output_embeddings(self) -> nn.Module:
-        """The model's own."""
+        """Return the LM head, which shares the model's weight."""
         return self.lm_head
 
     def get_input_embeddings(self) -> nn.Module:
-        """The model's own."""
+        """Return the model's input embeddings."""
         return self.model.get_input_embeddings()
 
     def forward(
@@ -74,7 +74,7 @@ class LeanLlama(nn.Module):
         use_cache: bool = True,
         logits_to_keep: int = 0,
     ) -> SimpleNamespace:
-        """As the model's: logits ``(B, Q, V)`` of new tokens ``(B, Q)`` behind the cache's."""
+        """Return logits ``(B, Q, V)`` of tokens ``(B, Q)`` that follow those in the cache."""
         norm, width = self.model.model.norm, (self.config.hidden_size,)
         eps, seen = self.config.rms_norm_eps, cache.get_seq_length()
         rows, count = input_ids.shape
@@ -114,20 +114,20 @@ class LeanLlama(nn.Module):
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, seen: int, count: int) -> Tensor | None:
-        """What new tokens see ``(B, 1, Q, slots)``; None where that is everything before them."""
+        """Return what new tokens attend to ``(B, 1, Q, slots)``, or None for all earlier tokens."""
         hides = attention_mask is not None and not bool(attention_mask.all())
         if not hides and (count == 1 or seen == 0):
             return None
         mask = torch.ones(count, seen + count, dtype=torch.bool).tril(seen)
         if not hides or attention_mask is None:
             return mask
-        # A row of padding sees itself: attention to nothing would be NaN.
+        # A padded row attends to itself, because attention to nothing would be NaN.
         own = torch.ones(count, dtype=torch.bool).diag()
         return (mask & attention_mask[:, None, None].bool()) | F.pad(own, (seen, 0))
 
 
 def joined(*layers: Any) -> nn.Linear:
-    """Linear layers as one, of whose weight theirs become views."""
+    """Join linear layers into one; their weights become views of its weight."""
     whole = torch.cat([layer.weight.detach() for layer in layers])
     for layer, part in zip(layers, whole.split([len(x.weight) for x in layers]), strict=True):
         layer.weight.data = part
@@ -135,7 +135,7 @@ def joined(*layers: Any) -> nn.Linear:
 
 
 def product(weight: Tensor) -> nn.Linear:
-    """A linear layer of its own with this very weight."""
+    """Return a linear layer that shares this weight."""
     layer = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     return layer.eval()
@@ -145,7 +145,7 @@ def product(weight: Tensor) -> nn.Linear:
 def token_by_token(
     model: Any, ids: Tensor, new_tokens: int, sample: bool = False, cache: Any = None
 ) -> Tensor:
-    """Prompts ``(B, S)`` and what a model adds to them, greedy or sampled, one token a pass."""
+    """Return prompts ``(B, S)`` with new tokens, greedy or sampled, one token per pass."""
     rows, start = ids.shape
     cache = roomy_cache(start + new_tokens) if cache is None else cache
     out = torch.empty(rows, start + new_tokens, dtype=ids.dtype)
@@ -153,7 +153,7 @@ def token_by_token(
     for place in range(start, start + new_tokens):
         logits = model(token, cache=cache, logits_to_keep=1).logits[:, -1]
         if sample:
-            sums = logits.softmax(-1, torch.float64).cumsum(-1)  # multinomial takes longer
+            sums = logits.softmax(-1, torch.float64).cumsum(-1)  # faster than multinomial
             token = torch.searchsorted(
                 sums, torch.rand_like(sums[:, :1]) * sums[:, -1:], right=True
             )
@@ -164,7 +164,7 @@ def token_by_token(
 
 
 def main() -> None:
-    """The byte-level model of `examples/mtpc_bytes.py`, untrained: 64 new tokens a row."""
+    """Time 64 new tokens per row of the untrained byte model of `examples/mtpc_bytes.py`."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

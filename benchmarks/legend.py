@@ -1,12 +1,13 @@
-"""Do devices of unequal speed reach an accuracy sooner by LEGEND? `python benchmarks/legend.py`.
+"""Compare LEGEND with uniform LoRA on devices of unequal speed: `python benchmarks/legend.py`.
 
 Twelve devices of three speeds train LoRA and a head on a pretrained encoder
-(claims/section_texts.py), six a round. LEGEND gives each a depth such that those of a round finish
-together, with ranks that rise toward the output; rivals are all layers on all devices, LEGEND's
-depths with flat and with falling ranks, and the fast devices alone. Seconds are simulated.
+(claims/section_texts.py), six per round. LEGEND gives each device a depth such that the devices of
+a round finish together, with ranks that rise toward the output. Rivals are all layers on all
+devices, LEGEND's depths with flat and with falling ranks, and the fast devices alone. Seconds are
+simulated.
 
-`--full` adds a diagnosis on digits (federated_digits.py): where all that must change sits at the
-input, far from LEGEND's layers, and where it sits at the output.
+`--full` adds a diagnosis on digits (federated_digits.py): everything that must change is at the
+input, far from LEGEND's layers, or at the output.
 """
 
 from __future__ import annotations
@@ -56,17 +57,17 @@ CLAIM = Claim(
     "a frozen head, so everything to learn was at the input. 1.31 times sooner, 9 % less traffic, "
     "best accuracy 0.758 against 0.864 (5 seeds, revision 067e688): not reproduced",
 )
-# By device: seconds without a trained layer, for each layer, and for 1000 bytes of its slice.
+# Per kind of device: seconds without a trained layer, per layer, and per 1000 bytes of its slice.
 SPEEDS = ((1.0, 0.2, 0.004), (1.3, 0.5, 0.01), (1.8, 1.0, 0.02))
 IID, SKEWED = "iid", "4 classes"
-TARGET = 0.95  # of the smaller of the two best accuracies
+TARGET = 0.95  # share of the smaller of the two best accuracies
 RISING = rank_distribution(6, 48)
-KNOWN = LegendConfig(warmup="prior")  # speeds of the devices
+KNOWN = LegendConfig(warmup="prior")  # the speeds of the devices are known
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to federate; without LEGEND's settings all layers are planned."""
+    """Way to federate; without LEGEND's settings, all layers are planned."""
 
     ranks: tuple[int, ...] = (8,) * 6
     legend: LegendConfig | None = None
@@ -85,13 +86,12 @@ TOYS = ("digits, shift at the input", "digits, shift at the output")
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Sizes, speeds and the texts; of the rest the rows tell."""
     sizes, found = _sizes(quick), section_texts.load(quick).hash
     return {"sizes": dataclasses.asdict(sizes), "speeds": SPEEDS, "texts": found}
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Rates first, then what the criteria need, on both kinds of data."""
+    """Yield the arms of the rates, then those of the criteria on both kinds of data."""
     first = {"seed": section_texts.CHOOSING, "task": "sections", "partition": IID}
     for rate in section_texts.RATES:
         yield {**first, "method": UNIFORM, "rate": rate}
@@ -102,7 +102,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def more(seeds: Sequence[int], quick: bool) -> list[Row]:
-    """Depths without the ranks, and the diagnosis."""
+    """Return LEGEND's depths with other ranks, and the diagnosis."""
     tasks = [("sections", part, name) for part in (IID, SKEWED) for name in ("flat", "falling")]
     tasks += [(toy, IID, name) for toy in TOYS for name in (UNIFORM, LEGEND, "falling")]
     return [
@@ -113,7 +113,7 @@ def more(seeds: Sequence[int], quick: bool) -> list[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """One federation by the simulated clock."""
+    """Run one federation by the simulated clock."""
     torch.set_num_threads(1)
     sizes = section_texts.sizes_of(arm, rows, _sizes(quick))
     world = _world(arm["seed"], arm["task"], sizes, quick)
@@ -142,7 +142,7 @@ def _world(seed: int, task: str, sizes: federated_digits.Sizes, quick: bool) -> 
 
 
 def follow(world: World, partition: str, method: Method) -> tuple[Run, list[float], list[float]]:
-    """Run one federation, every round timed by the speeds."""
+    """Run one federation and time every round by the speeds."""
     sizes = world.sizes
     model = world.adapted(method.ranks)
     head = sum(tensor.nbytes for tensor in shared_state(world, model).values())
@@ -179,7 +179,7 @@ def follow(world: World, partition: str, method: Method) -> tuple[Run, list[floa
 
 
 def speed_of(device: int, devices: int, head: int) -> Estimate:
-    """The first third of the devices is fast, the last slow; the head travels at every depth."""
+    """Return a device's speed, fast to slow by thirds; the head is sent at every depth."""
     f, mu, beta = SPEEDS[len(SPEEDS) * device // devices]
     return Estimate(f + beta / 1000 * head, mu, beta / 1000)
 
@@ -190,40 +190,40 @@ def speed_of(device: int, devices: int, head: int) -> Estimate:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs of one seed and one kind of data, each by its simulated clock."""
+    """Two runs with one seed and one kind of data, each with its simulated clock."""
 
     own: Row
     rival: Row
 
     def at(self, row: Row, column: str) -> float:
-        """Seconds or bytes when a run first has the target."""
+        """Return the seconds or bytes at which a run first reaches the target."""
         target = TARGET * min(self.own["best"], self.rival["best"])
         place = next(i for i, a in enumerate(curve(row, "accuracies")) if a >= target)
         return curve(row, column)[place]
 
     @property
     def sooner(self) -> float:
-        """How many times."""
+        """Ratio of the rival's time to the own time at the target."""
         return self.at(self.rival, "times") / self.at(self.own, "times")
 
     @property
     def saved(self) -> float:
-        """Of the rival's traffic."""
+        """Share of the rival's traffic that is saved at the target."""
         return 1 - self.at(self.own, "traffic") / self.at(self.rival, "traffic")
 
     @property
     def waiting(self) -> float:
-        """Of the rival's."""
+        """Waiting time as a share of the rival's."""
         return self.own["waiting"] / self.rival["waiting"]
 
     @property
     def gain(self) -> float:
-        """Of the best accuracy."""
+        """Difference of the best accuracies."""
         return self.own["best"] - self.rival["best"]
 
     @property
     def gain_at_equal_time(self) -> float:
-        """Of the best accuracy until the quicker of the two ends."""
+        """Difference of the best accuracies until the shorter run ends."""
         end = min(curve(row, "times")[-1] for row in (self.own, self.rival))
         best = [
             max(
@@ -240,7 +240,6 @@ class Pair:
 
 
 def pairs(rows: Rows, partition: str, method: str = LEGEND, rival: str = UNIFORM) -> list[Pair]:
-    """By seed."""
     same = {"task": "sections", "partition": partition}
     found: dict[tuple[int, str], Row] = {
         (row["seed"], row["method"]): row
@@ -253,12 +252,12 @@ def pairs(rows: Rows, partition: str, method: str = LEGEND, rival: str = UNIFORM
 
 
 def over(each: Sequence[Pair], figure: Callable[[Pair], float]) -> Interval:
-    """The median over the seeds, with its interval."""
+    """Return the median over the seeds, with its interval."""
     return study.interval([figure(pair) for pair in each], statistics.median)
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """On the medians over the seeds; those of IID data decide."""
+    """Check the medians over the seeds; those of IID data are the headline."""
     found: list[Criterion] = []
     for partition in (IID, SKEWED):
         head = partition == IID
@@ -310,7 +309,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Medians with their intervals."""
+    """Format the medians with their intervals."""
     even, skewed = pairs(rows, IID), pairs(rows, SKEWED)
     best = {
         name: statistics.median(study.column(rows, "best", **_of(name)))
@@ -336,7 +335,7 @@ def _of(method: str) -> dict[str, str]:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Every rival against uniform LoRA."""
+    """Compare every rival with uniform LoRA."""
     figures: dict[str, Callable[[Pair], float]] = {
         "times sooner": lambda p: p.sooner,
         "best accuracy less uniform's": lambda p: p.gain,
@@ -353,7 +352,7 @@ def panels(rows: Rows) -> study.Panels:
 
 
 def curve(row: Mapping[str, Any], column: str) -> list[float]:
-    """A column with a number for each round."""
+    """Parse a column with one number per round."""
     return [float(number) for number in str(row[column]).split()]
 
 

@@ -1,7 +1,7 @@
-"""Matrix gram: the Gram matrices of all adapters of a model, and pair statistics, in one call.
+"""Time matrix gram: Gram matrices of all adapters of a model, and pair statistics, in one call.
 
 The adapters are those of SmolLM2-135M at rank 16 on its seven linear layers; no weight of the model
-is read. The peers are torch's products, adapter after adapter.
+is read. The peers are torch's products, one adapter after another.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Factors = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 def loop(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
-    """Both Gram matrices, one product of torch each."""
+    """Compute both Gram matrices of each adapter, one product of torch each."""
     return [*(t @ t.T for t in a), *(t.T @ t for t in b)]
 
 
 def loop_of_stats(a: list[Tensor], b: list[Tensor], p: list[Tensor]) -> Tensor:
-    """The four sums of every adapter, in float64, by torch."""
+    """Compute the four sums of every adapter with torch, in float64."""
     rows = []
     for a_s, b_s, p_s in zip(a, b, p, strict=True):
         wide_a, wide_b, wide_p = a_s.double(), b_s.double(), p_s.double()
@@ -38,13 +38,13 @@ def loop_of_stats(a: list[Tensor], b: list[Tensor], p: list[Tensor]) -> Tensor:
 
 
 def bench_gram(device: str, rounds: int) -> Iterator[Row]:
-    """Both ops against their peers, in float32 and bfloat16; checked against the formula."""
+    """Yield both ops and their peers in float32 and bfloat16, checked against the formula."""
     for dtype in (torch.float32, torch.bfloat16):
         a, b, p = factors(device, dtype)
         calls: dict[str, dict[str, Callable[[], object]]] = {
             "gram": {
                 "lora_ext": lambda a=a, b=b: ops.lora_gram(a, b),
-                # torch rounds the sums of 16-bit factors to 16 bits: widened, as float32 sums need.
+                # torch rounds sums of 16-bit factors to 16 bits, so the factors are widened.
                 "loop": lambda a=a, b=b: loop([t.float() for t in a], [t.float() for t in b]),
             },
             "pair stats": {
@@ -72,7 +72,7 @@ def bench_gram(device: str, rounds: int) -> Iterator[Row]:
 
 
 def factors(device: str, dtype: torch.dtype) -> Factors:
-    """Factors a, b of every adapter, and b all but projected."""
+    """Return factors a, b of every adapter, and a second b in place of a projected one."""
     make = torch.Generator(device).manual_seed(0)
     lists: Factors = ([], [], [])
     for out, wide in LAYERS * BLOCKS:
@@ -82,7 +82,10 @@ def factors(device: str, dtype: torch.dtype) -> Factors:
 
 
 def error_of(found: object, case: str, a: list[Tensor], b: list[Tensor], p: list[Tensor]) -> float:
-    """Largest error over its bound: a chain of n float32 roundings; 1e-12 of the squares."""
+    """Return the largest error over its bound.
+
+    The bound is a chain of n float32 roundings, or 1e-12 of the squares for pair statistics.
+    """
     if case == "pair stats":
         assert isinstance(found, Tensor)
         formula = reference.lora_pair_stats(a, b, p, [1.0] * len(a))

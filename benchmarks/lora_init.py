@@ -1,10 +1,10 @@
-"""Which factor starts random, and the best learning rate: `python benchmarks/lora_init.py`.
+"""Compare the random start of A with that of B: `python benchmarks/lora_init.py`.
 
 A frozen network with one adapted layer, f(x) = w_out . relu((W + B A) relu(W_in x)) at widths 128,
 512 and 2048, learns from one with another update of rank 20. For each width and start, 27 rates
-from 2^-2 to 2^-15, a factor of 1.41 apart, are trained side by side: they are adapters of one
-batch. Adam with betas (0.9, 0.99), 100 full steps. Beside it LoRA of rank 8 and a head learn
-sections of Debian on MiniLM (claims/section_texts.py), each rate by itself, in 30 steps.
+from 2^-2 to 2^-15, a factor of 1.41 apart, are trained at once, as adapters of one batch: Adam with
+betas (0.9, 0.99), 100 full steps. On MiniLM, LoRA of rank 8 and a head learn Debian's sections
+(claims/section_texts.py) in 30 steps, one rate at a time.
 """
 
 from __future__ import annotations
@@ -52,12 +52,11 @@ BATCH, MINILM_STEPS, HEAD_RATE = 32, 30, 3e-3
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """The grids and the texts."""
     return {"widths": _widths(quick), "rates": RATES, "texts": section_texts.load(quick).hash}
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """A sweep of the network, or a rate on MiniLM."""
+    """Yield sweeps of the network, and rates on MiniLM."""
     for seed in seeds:
         for start in STARTS:
             for width in _widths(quick):
@@ -67,7 +66,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """The loss after training, and on the network the rms of A u."""
+    """Yield the loss after training, and on the network the rms of A u."""
     torch.set_num_threads(1)
     scheme = STARTS[arm["start"]]
     if arm["task"] == MINILM:
@@ -94,7 +93,7 @@ def _world(seed: int, quick: bool) -> World:
 
 
 def on_minilm(world: World, scheme: str, rate: float, steps: int) -> float:
-    """Held-out loss after training; the head has a rate of its own."""
+    """Return the held-out loss after training; the head has a separate rate."""
     model = world.adapted()
     g = torch.Generator().manual_seed(world.seed)
     for layer in adapted_layers(model).values():
@@ -120,7 +119,7 @@ def on_minilm(world: World, scheme: str, rate: float, steps: int) -> float:
 
 
 def sweep(seed: int, n: int, scheme: str, steps: int) -> tuple[Tensor, Tensor]:
-    """Losses and rms of A u after training, one per rate."""
+    """Return losses and rms of A u after training, one per rate."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, fan_in: int = 1) -> Tensor:
@@ -161,7 +160,7 @@ def sweep(seed: int, n: int, scheme: str, steps: int) -> tuple[Tensor, Tensor]:
 
 
 class Best:
-    """Of one task and start: the rate with the lowest mean loss over the seeds."""
+    """Rate with the lowest mean loss over the seeds, for one task and start."""
 
     def __init__(self, rows: Rows, start: str, **task: object):
         own = [r for r in rows if r["start"] == start and all(r[k] == v for k, v in task.items())]
@@ -175,25 +174,25 @@ class Best:
 
 
 def bests(rows: Rows) -> dict[str, dict[int, Best]]:
-    """Of the network, by start, then width."""
+    """Return the best rates of the network by start, then width."""
     widths = sorted({row["width"] for row in rows if row["task"] == "network"})
     return {start: {n: Best(rows, start, width=n) for n in widths} for start in STARTS}
 
 
 def gain(a: Best, b: Best) -> Interval:
-    """How far the best loss of Init[A] is below that of Init[B], of the latter."""
+    """Return how far the best loss of Init[A] is below that of Init[B], as a share of it."""
     pairs = zip(a.losses, b.losses, strict=True)
     return study.interval([1 - own / other for own, other in pairs])
 
 
 def slope(of: dict[int, Best]) -> float:
-    """Of log2(best rate) against log2(width)."""
+    """Return the slope of log2(best rate) over log2(width)."""
     rates = [best.log2_rate for best in of.values()]
     return float(np.polyfit(np.log2(list(of)), rates, 1)[0])
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Losses decide; slopes, rates and growth stand beside them."""
+    """Check losses (the headline), slopes, rates and growth."""
     a, b = bests(rows).values()
     real = [Best(rows, start, task=MINILM) for start in STARTS]
     first, last = min(a), max(a)
@@ -242,7 +241,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Best losses and rates."""
+    """Format the best losses and rates."""
     a, b = bests(rows).values()
     real = [Best(rows, start, task=MINILM) for start in STARTS]
     losses = ", ".join(f"n = {n} {a[n].loss:.2g} against {b[n].loss:.2g}" for n in a)
@@ -254,7 +253,7 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Every rate of MiniLM, and the best of the network."""
+    """Return every rate of MiniLM, and the best of the network."""
     found: dict[str, dict[str, Interval]] = {}
     for start in STARTS:
         own = [r for r in rows if (r["task"], r["start"]) == (MINILM, start)]

@@ -1,8 +1,8 @@
-"""Matrix large_rank: adapters of rank 1024, as vision-language models use, beside plain GEMMs.
+"""Time matrix large_rank: adapters of rank 1024, as in vision-language models, and plain GEMMs.
 
-"one" is a single adapter on all rows against torch's own products of the same sizes: two forward,
-four backward. "mixed" gives every second row an adapter of rank 1024 and the others one of rank 16:
-the peer picks an adapter's rows, multiplies them, and adds them back, one adapter after the other.
+"one" is a single adapter on all rows against torch's products of the same sizes: two forward, four
+backward. "mixed" gives every second row an adapter of rank 1024 and the others one of rank 16. Its
+peer gathers an adapter's rows, multiplies them and adds them back, one adapter after another.
 `over_base` is the time over that peer's, in the same rounds.
 """
 
@@ -25,7 +25,7 @@ _c = torch.ops.lora_ext
 
 @dataclass
 class Problem:
-    """A layer of one width, square, with one or two adapters."""
+    """Square layer of one width with one or two adapters."""
 
     x: Tensor
     y: Tensor
@@ -40,7 +40,7 @@ class Problem:
 
     @classmethod
     def make(cls, width: int, ranks: list[int], device: str, dtype: torch.dtype) -> Problem:
-        """Random values, of a size that keeps results near one."""
+        """Draw random values of a size that keeps results near one."""
         g = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -64,7 +64,7 @@ class Problem:
         return p
 
     def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The rows of every adapter and its factors at their own rank."""
+        """Return the rows of every adapter, and its factors at their true rank."""
         return [
             ((self.ids == s).nonzero()[:, 0], self.a[s, :r], self.b[s, :, :r])
             for s, r in enumerate(self.ranks)
@@ -72,42 +72,41 @@ class Problem:
 
 
 def apply(p: Problem) -> None:
-    """The op of serving."""
+    """Run the op of serving."""
     ops.lora_apply_(p.y, p.x, p.a, p.b, p.ids, ranks=p.device_ranks, plan=p.plan)
 
 
 def step_forward(p: Problem) -> tuple[Tensor, Tensor]:
-    """The op of training: y and v."""
+    """Run the op of training; return y and v."""
     return _c.lora_linear_forward(
         p.x, None, None, p.a, p.b, p.ids, None, p.device_ranks, 0.0, None, p.plan
     )
 
 
 def step_backward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, da, db."""
     tail = p.ids, None, p.device_ranks, p.plan, 0.0, None, True, True, True
     return _c.lora_linear_backward(p.dy, p.x, p.v, None, p.a, p.b, *tail)
 
 
 def gemm_forward(p: Problem) -> None:
-    """Two products of a library."""
+    """Run two library products."""
     p.y.addmm_(p.x @ p.a[0].T, p.b[0].T)
 
 
 def gemm_backward(p: Problem) -> list[Tensor]:
-    """Four products of a library."""
+    """Run four library products."""
     dv = p.dy @ p.b[0]
     return [dv @ p.a[0], dv.T @ p.x, p.dy.T @ p.v]
 
 
 def gather_forward(p: Problem) -> None:
-    """Rows picked, multiplied and added back, adapter by adapter."""
+    """Gather, multiply and add back the rows of one adapter after another."""
     for rows, a, b in p.rows():
         p.y.index_add_(0, rows, p.x.index_select(0, rows) @ a.T @ b.T)
 
 
 def gather_backward(p: Problem) -> list[Tensor]:
-    """The same in reverse."""
+    """Run the backward of `gather_forward`."""
     dx = torch.zeros_like(p.x)
     results = [dx]
     for rows, a, b in p.rows():
@@ -120,7 +119,7 @@ def gather_backward(p: Problem) -> list[Tensor]:
 
 
 def check(p: Problem) -> float:
-    """Largest error over its bound, of y and each gradient: as in lora_train, without dropout."""
+    """Return the largest error of y and each gradient over its bound; see lora_train."""
 
     def formula(dy: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         tail = p.ids, None, p.device_ranks, 0.0, None
@@ -150,7 +149,7 @@ def check(p: Problem) -> float:
 def bench_large_rank(
     device: str, dtype: torch.dtype, rounds: int, widths: tuple[int, ...] = WIDTHS
 ) -> Iterator[Row]:
-    """Both cases at every width, three calls each, beside their peers."""
+    """Yield both cases at every width, three calls each, with their peers."""
     for width in widths:
         for case, ranks in (("one", [RANK]), ("mixed", [RANK, SMALL_RANK])):
             p = Problem.make(width, ranks, device, dtype)

@@ -1,8 +1,8 @@
-"""Matrix layers: steps of a SmolLM2-shaped model and of single layers, PEFT's against ours.
+"""Time matrix layers: steps of a SmolLM2-shaped model and of single layers, PEFT against lora_ext.
 
-A step is forward, backward and AdamW (``fused=True``, for all). Adapters trained at once are
-compared with as many runs of PEFT, one after the other. Losses and gradients are compared before
-anything is timed.
+A step is forward, backward and AdamW (``fused=True`` for all). Adapters trained at once are
+compared with as many runs of PEFT, one after another. Losses and gradients are compared before
+timing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LAYERS = ((576, 1536, 16, 1024), (2048, 2048, 16, 1024), (2048, 2048, 64, 1024))
 
 # --- layers ---------------------------------------------------------------------------------------
 def bench_layers(rounds: int) -> Iterator[Row]:
-    """Forward and backward of one adapted layer: over the bare base layer, and against PEFT's."""
+    """Yield forward and backward of one adapted layer, over the bare layer and against PEFT."""
     for p in (0.0, 0.1):
         over_peft: list[float] = []
         over_base: list[float] = []
@@ -87,7 +87,7 @@ def bench_layers(rounds: int) -> Iterator[Row]:
 
 
 def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]:
-    """16 adapters with 16 tokens each: one call of ours, 16 of PEFT's layer."""
+    """Yield 16 adapters with 16 tokens each: one call of lora_ext, 16 of PEFT's layer."""
     wide, out = 576, 1536
     torch.manual_seed(0)
     base = nn.Linear(wide, out, bias=False).requires_grad_(False)
@@ -143,11 +143,11 @@ def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]
 
 
 def bench_modalities(rounds: int, samples: int = 12, length: int = 64) -> Iterator[Row]:
-    """A layer that sees, on a batch of images, of text under an adapter and of text of the base
-    model: one call, against a call for each sample.
+    """Yield a vision layer on a mixed batch: one call, against one call per sample.
 
-    Of every three samples the first is half image, under the vision adapter of rank 64, and half
-    text under an adapter of rank 16; the second is such text; the third is the base model's.
+    The first of every three samples is half image, with the vision adapter of rank 64, and half
+    text with an adapter of rank 16. The second is text with that adapter; the third is text of the
+    base model.
     """
     wide, out, rank = 576, 1536, 64
     torch.manual_seed(0)
@@ -160,7 +160,7 @@ def bench_modalities(rounds: int, samples: int = 12, length: int = 64) -> Iterat
     mask[::3, : length // 2] = True
     names = [None if i % 3 == 2 else "text" for i in range(samples)]
     ids = torch.tensor([-1 if name is None else 1 for name in names])[:, None]
-    ids = torch.where(mask, 0, ids)  # the same, said to each sample's call
+    ids = torch.where(mask, 0, ids)  # the same rows, passed to each sample's call
     each = [(slice(i, i + 1), ids[i].clone()) for i in range(samples)]
     x = torch.randn(samples, length, wide)
     dy = torch.randn(samples, length, out)
@@ -206,7 +206,7 @@ def bench_modalities(rounds: int, samples: int = 12, length: int = 64) -> Iterat
 
 
 def _peft_layer(base: nn.Linear, rank: int, p: float, adapters: int = 1) -> Any:
-    """PEFT's layer around ``base``, with random factors, all of them trainable."""
+    """Return PEFT's layer around ``base``, with random trainable factors."""
     config = LoraConfig(
         r=rank, lora_alpha=rank, lora_dropout=p, target_modules=["0"], init_lora_weights=False
     )
@@ -264,7 +264,7 @@ def _check(ours: Tensor, peer: Tensor, exact: Tensor, what: str) -> float:
 
 
 def _saved_bytes(step: Callable[[], None]) -> int:
-    """What autograd keeps from the forward for the backward, each memory counted once."""
+    """Return the bytes that autograd keeps for the backward; each storage counts once."""
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ def _saved_bytes(step: Callable[[], None]) -> int:
 
 # --- models ---------------------------------------------------------------------------------------
 def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
-    """Eight adapters trained at once against eight runs of PEFT, one optimizer each."""
+    """Yield eight adapters trained at once, against eight runs of PEFT with their optimizers."""
     base = base_model(layers)
     alone = {name: with_adapters(base, [name]) for name in NAMES}
     together = lora_ext.from_peft(with_adapters(base, NAMES))
@@ -331,7 +331,7 @@ def bench_models(rounds: int, layers: int = 30) -> Iterator[Row]:
 
 
 def bench_memory(layers: int = 30) -> Iterator[Row]:
-    """A step of one adapter on 4 x 64 tokens: most bytes at a time, and those kept by autograd."""
+    """Yield peak bytes of a step of one adapter on 4 x 64 tokens, and bytes kept by autograd."""
     base = base_model(layers)
     ids = torch.randint(0, 49152, (4, 64), generator=torch.manual_seed(2))
     for p in (0.0, 0.1):
@@ -346,7 +346,7 @@ def bench_memory(layers: int = 30) -> Iterator[Row]:
                 _model_step(model, ids, None, [optimizer])
 
             for _ in range(2):
-                step()  # the optimizer has its state, and layers share what they share
+                step()  # creates the optimizer's state and the buffers that layers share
             found[name] = peak_bytes(step), _saved_bytes(step)
         for what, index in (("peak", 0), ("kept for backward", 1)):
             for name, nbytes in found.items():
@@ -364,7 +364,7 @@ def bench_memory(layers: int = 30) -> Iterator[Row]:
 
 
 def base_model(layers: int) -> LlamaForCausalLM:
-    """SmolLM2's shape, random weights, frozen."""
+    """Return a frozen model of SmolLM2's shape with random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=576,
@@ -381,7 +381,7 @@ def base_model(layers: int) -> LlamaForCausalLM:
 def with_adapters(
     base: nn.Module, names: list[str], p: float = 0.0, modules: list[str] = MODULES
 ) -> Any:
-    """A PEFT model that shares the base weights."""
+    """Return a PEFT model that shares the base weights."""
     config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=p, target_modules=modules)
     shared = {id(p): p for p in base.parameters()}
     model: Any = get_peft_model(copy.deepcopy(base, shared), config, names[0])
@@ -391,7 +391,7 @@ def with_adapters(
 
 
 def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
-    """AdamW of one adapter's parameters."""
+    """Return AdamW for one adapter's parameters."""
     own = [p for key, p in model.named_parameters() if f".{name}." in key]
     return torch.optim.AdamW(own, lr=1e-4, fused=True)
 

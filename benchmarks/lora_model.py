@@ -1,6 +1,6 @@
-"""Matrices model and swap: a SmolLM2-shaped model with random weights, served with many adapters.
+"""Time matrices model and swap: a SmolLM2-shaped random model, served with many adapters.
 
-The model without adapters, PEFT with ``adapter_names`` and lora_ext share one set of base weights.
+The model without adapters, PEFT with ``adapter_names``, and lora_ext share one set of base weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONTEXT = 32  # tokens in the KV cache of a decode step
 
 @dataclass
 class Engines:
-    """The same base weights three times, and the same adapters twice."""
+    """Three models with the same base weights, two of them with the same adapters."""
 
     plain: Any
     peft: Any
@@ -43,7 +43,7 @@ class Engines:
 
 
 def build(folder: Path, layers: int = 30) -> Engines:
-    """Random weights; adapters go through PEFT's files in ``folder``."""
+    """Create engines with random weights; adapters are written to ``folder`` as PEFT's files."""
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # names that transformers renames
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def build(folder: Path, layers: int = 30) -> Engines:
 
 
 def adapter_folder(folder: Path, name: str) -> Path:
-    """Where PEFT put the adapter."""
+    """Return the folder in which PEFT saved the adapter."""
     return folder / name
 
 
@@ -83,7 +83,7 @@ def _sharing_weights(model: Any) -> Any:
 
 
 class Step:
-    """One forward of an engine: a prefill, or a decode step over a cache of CONTEXT tokens."""
+    """Forward of an engine: a prefill, or a decode step over a cache of CONTEXT tokens."""
 
     def __init__(self, model: Any, tokens: Tensor, names: list[str], engine: str, decode: bool):
         self.model, self.names, self.engine = model, names, engine
@@ -94,11 +94,11 @@ class Step:
             self.tokens = tokens[:, CONTEXT : CONTEXT + 1]
 
     def __call__(self) -> Tensor:
-        """Logits of the last token of every row."""
+        """Return the logits of the last token of every row."""
         if self.cache is None:
             return self._forward(self.tokens, use_cache=True, logits_to_keep=1).logits
         logits = self._forward(self.tokens, past_key_values=self.cache, use_cache=True).logits
-        self.cache.crop(-1)  # so that every call sees CONTEXT tokens
+        self.cache.crop(-1)  # every call sees CONTEXT tokens
         return logits
 
     def _forward(self, tokens: Tensor, **options: Any) -> Any:
@@ -112,7 +112,7 @@ class Step:
 
 @torch.inference_mode()
 def bench_model(engines: Engines, rounds: int) -> Iterator[Row]:
-    """Decode with 16 and 8 adapters, prefill with 8: each row of the batch has its own."""
+    """Yield decode with 16 and 8 adapters and prefill with 8, one adapter per row."""
     models = {"base": engines.plain, "peft": engines.peft, "lora_ext": engines.ours}
     cases = (
         ("decode", 16, CONTEXT + 1, rounds),
@@ -170,7 +170,7 @@ def check(case: str, logits: dict[str, Tensor], exact: Tensor) -> float:
 
 
 def bench_memory(engines: Engines) -> Iterator[Row]:
-    """Bytes of the pool, next to those of pages that hold exactly these adapters."""
+    """Yield the bytes of the pool, and of pages that contain exactly these adapters."""
     pages = 0
     for module in engines.plain.modules():
         if isinstance(module, torch.nn.Linear) and module is not engines.plain.lm_head:
@@ -184,7 +184,7 @@ def bench_memory(engines: Engines) -> Iterator[Row]:
 
 
 def bench_swap(folder: Path, engines: Engines, rounds: int) -> Iterator[Row]:
-    """From a file into a slot, over an old version, and back from the host cache."""
+    """Yield the times to load from a file into a slot, and from the host cache."""
     pool = lora_ext.AdapterPool(engines.plain, max_slots=1, max_rank=RANK, targets=MODULES)
     first, second = NAMES[:2]
     paths = {name: adapter_folder(folder, name) for name in (first, second)}
@@ -201,17 +201,18 @@ def bench_swap(folder: Path, engines: Engines, rounds: int) -> Iterator[Row]:
 
     times = interleaved({"load from file": load}, rounds)
     before = _probe(pool)
-    pool.load(second, paths[second])  # evicts the first: from now on they take turns
+    pool.load(second, paths[second])  # evicts the first; later swaps alternate
     times |= interleaved({"two swaps with the host cache": swap}, rounds)
     swap()
-    if not torch.equal(_probe(pool), before):
-        raise SystemExit("bench_lora: swap: an adapter came back from the host cache changed")
+    if not torch.equal(after := _probe(pool), before):
+        change = (after - before).abs().max()
+        raise SystemExit(f"bench_lora: swap: the host cache changed an adapter by {change:.3g}")
     for case, time in times.items():
         yield Row("swap", case, "lora_ext", adapters=1, rank=RANK, **timing_columns(time, "ms"))
 
 
 def _probe(pool: lora_ext.AdapterPool) -> Tensor:
-    """What slot 0 does to a row of ones in the last module."""
+    """Return the update of slot 0 on a row of ones in the last module."""
     slab = list(pool.modules.values())[-1]
     assert slab.a_pages is not None and slab.b_pages is not None
     x, ids = torch.ones(1, slab.in_features), torch.zeros(1, dtype=torch.int32)
@@ -220,5 +221,5 @@ def _probe(pool: lora_ext.AdapterPool) -> Tensor:
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """For PEFT's files."""
+    """Create a folder for PEFT's files."""
     return tempfile.TemporaryDirectory(prefix="lora_ext_bench_")

@@ -1,8 +1,8 @@
-"""Matrices decode, prefill and ops: single LoRA ops at the shapes of 8B models, and their peers.
+"""Time matrices decode, prefill and ops: single LoRA ops at the shapes of 8B models, and peers.
 
-The adapters of a case lie in several banks that are visited in turn, together far larger than any
-cache, because a serving step visits every layer before it sees the same adapter again. x and y,
-which the layer in front has just written, stay hot.
+The adapters of a case are in several banks that are used in turn, together far larger than any
+cache, because a serving step visits every layer before it uses the same adapter again. x and y,
+which the previous layer has just written, stay in the cache.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CHECKED_ROWS = 48
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """T tokens spread evenly, and contiguously, over S adapters; x (T, I), y (T, O)."""
+    """T tokens spread evenly and contiguously over S adapters; x (T, I), y (T, O)."""
 
     case: str
     tokens: int
@@ -58,7 +58,7 @@ MIXED = Shape("mixed ranks", 64, 64, 4096, 4096, 64)
 
 @dataclass
 class Problem:
-    """Tensors of a shape. Every bank has the same ids and ranks and its own adapters."""
+    """Tensors of a shape. All banks share ids and ranks, and contain different adapters."""
 
     shape: Shape
     x: Tensor
@@ -67,7 +67,7 @@ class Problem:
     plan: Tensor
     banks: list[tuple[Tensor, Tensor]]
     ranks: Tensor | None = None
-    page_table: Tensor | None = None  # the banks are pools of pages, as AdapterPool has them
+    page_table: Tensor | None = None  # if given, banks are pools of pages as in AdapterPool
 
     @classmethod
     def make(
@@ -78,7 +78,7 @@ class Problem:
         ranks: list[int] | None = None,
         paged: bool = False,
     ):
-        """Random values, of a size that keeps y near one. Pages lie in no order, as after swaps."""
+        """Draw values that keep y near one; pages are in random order, as after swaps."""
         make = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -110,7 +110,7 @@ class Problem:
         return cls(s, x, y, ids, ops.lora_plan(ids, s.adapters), banks, table, page_table)
 
     def nbytes(self) -> int:
-        """Compulsory traffic of one call."""
+        """Return the compulsory traffic of one call."""
         s = self.shape
         ranks = s.adapters * s.rank if self.ranks is None else int(self.ranks.sum())
         values = ranks * (s.in_features + s.out_features)
@@ -118,14 +118,14 @@ class Problem:
         return values * self.x.dtype.itemsize
 
 
-# A provider does one call for each bank, adding to y.
+# A provider makes one call per bank, which adds to y.
 def run_lora_ext(p: Problem) -> None:
     for a, b in p.banks:
         ops.lora_apply_(p.y, p.x, a, b, p.ids, ranks=p.ranks, page_table=p.page_table, plan=p.plan)
 
 
 def run_loop(p: Problem) -> None:
-    """One adapter after the other, as PEFT and most training code do; rows are contiguous."""
+    """Run one adapter after another, as PEFT and most training code do; rows are contiguous."""
     s = p.shape
     rows = s.tokens // s.adapters
     for a, b in p.banks:
@@ -135,7 +135,7 @@ def run_loop(p: Problem) -> None:
 
 
 def run_gather_bmm(p: Problem) -> None:
-    """Each row's adapter gathered, then two batched products."""
+    """Gather each row's adapter, then run two batched products."""
     for a, b in p.banks:
         v = torch.bmm(a[p.ids], p.x.unsqueeze(2))  # (T, R, 1)
         p.y += torch.bmm(b[p.ids], v).squeeze(2)
@@ -149,18 +149,18 @@ PROVIDERS: dict[str, Callable[[Problem], None]] = {
 
 
 def providers_of(p: Problem) -> dict[str, Callable[[Problem], None]]:
-    """Gathering copies an adapter for every row; where that is over 1 GiB nobody would do it."""
+    """Return the providers, without gathering if its copies would exceed 1 GiB."""
     s = p.shape
     gathered = s.tokens * s.rank * (s.in_features + s.out_features) * p.x.dtype.itemsize
     return {n: f for n, f in PROVIDERS.items() if n != "gather_bmm" or gathered <= 1 << 30}
 
 
 def check(p: Problem, provider: Callable[[Problem], None]) -> float:
-    """Worst error over its bound, on some rows of y and the first bank.
+    """Return the worst error over its bound, on some rows of y and the first bank.
 
     The bound, entrywise in float64: one rounding of y, and float32 accumulation,
-    ``1.02 u |y| + u |delta| + c 2^-24 (|y0| + |b| |a| |x|)`` with ``c = 16 + sqrt(I) / 2``; the
-    second term lets a peer round its delta. 16-bit peers round v as well: ``u |b| |v|`` more.
+    ``1.02 u |y| + u |delta| + c 2^-24 (|y0| + |b| |a| |x|)`` with ``c = 16 + sqrt(I) / 2``. The
+    second term allows a peer to round its delta. 16-bit peers round v as well: ``u |b| |v|`` more.
     """
     s, (a, b) = p.shape, p.banks[0]
     rows = torch.linspace(0, s.tokens - 1, min(s.tokens, CHECKED_ROWS)).long().to(p.x.device)
@@ -187,7 +187,7 @@ def check(p: Problem, provider: Callable[[Problem], None]) -> float:
 
 
 def timer(device: str) -> Callable[..., dict[str, Timing]]:
-    """The clock of a device."""
+    """Return the timing function of a device."""
     if device == "cpu":
         return interleaved
     from cuda_timing import interleaved_graphs
@@ -198,7 +198,7 @@ def timer(device: str) -> Callable[..., dict[str, Timing]]:
 def bench_shapes(
     matrix: str, shapes: tuple[Shape, ...], device: str, dtype: torch.dtype, rounds: int
 ) -> Iterator[Row]:
-    """Every provider at every shape, against a copy in the same rounds."""
+    """Yield every provider at every shape, against a copy in the same rounds."""
     copy, copied = copy_call(device=device)
     for shape in shapes:
         p = Problem.make(shape, device, dtype)
@@ -224,10 +224,11 @@ def bench_shapes(
 
 
 def bench_mixed_ranks(device: str, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
-    """Ranks {8, 16, 32, 64} in one call against 64 everywhere: the mean, not the largest.
+    """Yield ranks {8, 16, 32, 64} in one call against 64 everywhere: the mean, not the largest.
 
-    Pages are what a pool serves: an adapter owns what its rank needs. In a bank ``b (A, O, 64)``
-    rows are 64 wide for every adapter, and one of rank 8 uses a part of each cache line only.
+    A pool serves pages, and an adapter has as many as its rank needs. In a bank ``b (A, O, 64)``,
+    rows are 64 wide for every adapter, and an adapter of rank 8 uses only a part of each cache
+    line.
     """
     mixed = [8, 16, 32, 64] * (MIXED.adapters // 4)
     problems = {
@@ -247,7 +248,7 @@ def bench_mixed_ranks(device: str, dtype: torch.dtype, rounds: int) -> Iterator[
 
 
 def bench_call(rounds: int) -> Iterator[Row]:
-    """What one op costs where there is nothing to compute, called as the serving layer calls it."""
+    """Yield the time of one op with nearly nothing to compute, called as in serving."""
     shape = Shape("tiny call", 1, 1, 8, 8, 8)
     p = Problem.make(shape, "cpu", torch.float32)
     a, b = p.banks[0]
@@ -261,7 +262,7 @@ def bench_call(rounds: int) -> Iterator[Row]:
 
 
 def bench_allocation() -> Iterator[Row]:
-    """Bytes that one call asks the allocator for, by torch's own profiler."""
+    """Yield the bytes that one call allocates, from torch's profiler."""
     shape = DECODE[1]
     p = Problem.make(shape, "cpu", torch.float32)
     a, b = p.banks[0]
@@ -287,7 +288,7 @@ def bench_allocation() -> Iterator[Row]:
 
 
 def shape_columns(shape: Shape, dtype: torch.dtype) -> dict:
-    """The columns of a row that its shape fills."""
+    """Return the columns of a row that its shape determines."""
     return {
         "case": shape.case,
         "dtype": str(dtype).removeprefix("torch."),

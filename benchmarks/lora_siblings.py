@@ -1,11 +1,11 @@
-"""One op for q, k and v, or gate and up, against one op each; and what a model gains by it.
+"""Compare one op for q, k and v, or for gate and up, with one op per layer.
 
-Shapes of SmolLM2-135M, 16 adapters of rank 16. `separate` is an op for each layer, `one op` is
-`ops.lora_apply_siblings_`, whose bits are the same, and `base` the products that both add to; `one
-shrink` (of all A stacked) against `shrinks` is how much of them reading x once could save. Launches
-are counted on the emulator, where it is built. The last line is a decode step of the whole model,
-16 rows of 16 adapters, attached with and without `fuse_siblings`, which is switched on for the CPU
-here alone. Run
+Shapes are those of SmolLM2-135M, 16 adapters of rank 16. `separate` is one op per layer, `one op`
+is `ops.lora_apply_siblings_`, with the same bits, and `base` is the products that both add to.
+Comparing `one shrink` (of all A stacked) with `shrinks` bounds what reading x once can save.
+Launches are counted on the emulator if it is built. The last line is a decode step of the whole
+model, 16 rows of 16 adapters, attached with and without `fuse_siblings`, which only this benchmark
+enables on the CPU. Run
 
     python benchmarks/lora_siblings.py [--threads 1] [--rounds 151] [--steps 15]
 """
@@ -33,7 +33,7 @@ SIBLINGS = {"q k v": (576, 192, 192), "gate up": (1536, 1536)}
 
 
 def row(rows: int, outs: tuple[int, ...], rounds: int) -> dict[str, Timing]:
-    """Times for all siblings of one input."""
+    """Time all siblings of one input."""
     ids = torch.arange(rows) % ADAPTERS
     plan, scale = ops.lora_plan(ids, ADAPTERS), torch.ones(ADAPTERS)
     x = torch.randn(rows, IN)
@@ -58,7 +58,8 @@ def row(rows: int, outs: tuple[int, ...], rounds: int) -> dict[str, Timing]:
     separate(first)
     one_op(second)
     if not all(map(torch.equal, first, second)):
-        raise SystemExit(f"{rows} rows: expected the bits of single ops, found others")
+        off = max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
+        raise SystemExit(f"{rows} rows, one op: expected no difference, found {off:.3g}")
     return interleaved(
         {
             "base": lambda: [linear(x, w) for w in weights],
@@ -83,7 +84,7 @@ def _emulator() -> Any:
 
 
 def launches(rows: int, modules: int) -> tuple[int, int] | None:
-    """Of an op each, and of one op for all, on the CUDA path; None without the emulator."""
+    """Return launches of one op per layer, and of one op, on the emulator, or None without it."""
     emulator = _emulator()
     if emulator is None:
         return None
@@ -105,7 +106,7 @@ def launches(rows: int, modules: int) -> tuple[int, int] | None:
 
 
 def decode_steps(rounds: int) -> dict[str, Timing]:
-    """A decode step of a model of SmolLM2's shape, both ways, checked first."""
+    """Time a decode step of a model of SmolLM2's shape both ways, after a check."""
     from lora_model import CONTEXT, NAMES, Step, _sharing_weights, build
 
     _siblings.SHARE_ON_CPU = True
@@ -118,13 +119,13 @@ def decode_steps(rounds: int) -> dict[str, Timing]:
             name: Step(model, tokens, NAMES, "base" if name == "base" else "lora_ext", True)
             for name, model in models.items()
         }
-        if not torch.equal(steps["separate"](), steps["one op"]()):
-            raise SystemExit("decode: expected the bits of single layers, found others")
+        if not torch.equal(single := steps["separate"](), joint := steps["one op"]()):
+            off = (single - joint).abs().max()
+            raise SystemExit(f"decode, one op: expected no difference, found {off:.3g}")
         return interleaved(steps, rounds)
 
 
 def main() -> None:
-    """Print a line for each case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=151)
@@ -140,7 +141,7 @@ def main() -> None:
                 print(
                     f"{rows} rows, {name}, us: {shown}; one op / separate {ratio:.3f}", flush=True
                 )
-                print(f"  launches, an op each and one op: {launches(rows, len(outs))}")
+                print(f"  launches, separate ops and one op: {launches(rows, len(outs))}")
     if asked.steps:
         times = decode_steps(asked.steps)
         shown = ", ".join(f"{k} {1e3 * t.median:.2f}" for k, t in times.items())

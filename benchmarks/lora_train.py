@@ -1,7 +1,7 @@
-"""Matrix train: the adapters' part of a training step, both ways, without the base GEMMs.
+"""Time matrix train: the adapters' part of a training step, both ways, without the base GEMMs.
 
-T1 to T3 are a layer of an 8B model on 8192 tokens. The peer is what training code does for several
-adapters: one after the other, two GEMMs each way, with a mask that is made anew by torch's dropout.
+T1 to T3 are a layer of an 8B model on 8192 tokens. The peer is the usual training code for several
+adapters: one after another, two GEMMs each way, with a new mask of torch's dropout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _c = torch.ops.lora_ext
 
 @dataclass
 class Problem:
-    """Tensors of a shape; the rows of an adapter lie together."""
+    """Tensors of a shape; the rows of an adapter are contiguous."""
 
     shape: Shape
     x: Tensor
@@ -45,7 +45,7 @@ class Problem:
 
     @classmethod
     def make(cls, s: Shape, device: str, dtype: torch.dtype) -> Problem:
-        """Random values of size one, products kept near it."""
+        """Draw random values of size one, with products near it."""
         g = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -67,10 +67,10 @@ class Problem:
         return p
 
     def nbytes(self) -> dict[str, int]:
-        """Compulsory traffic: forward x and y; backward dy twice, x, dx in and out."""
+        """Return the compulsory traffic: forward x and y; backward dy twice, x, dx in and out."""
         s, size = self.shape, self.x.dtype.itemsize
         weights = s.adapters * s.rank * (s.in_features + s.out_features)
-        # y and dx start as zeros here, in place of the base product.
+        # y and dx start as zeros here instead of the base product.
         return {
             "forward": size * (s.tokens * (s.in_features + 2 * s.out_features) + weights),
             "backward": size * (s.tokens * (3 * s.in_features + 2 * s.out_features) + 2 * weights),
@@ -78,21 +78,19 @@ class Problem:
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    """y and v."""
+    """Return y and v."""
     return _c.lora_linear_forward(
         p.x, None, None, p.a, p.b, p.ids, None, None, DROPOUT, p.seed, p.plan
     )
 
 
 def backward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, da, db."""
     return _c.lora_linear_backward(
         p.dy, p.x, p.v, None, p.a, p.b, p.ids, None, None, p.plan, DROPOUT, p.seed, True, True, True
     )
 
 
 def loop_forward(p: Problem) -> list[Tensor]:
-    """One adapter after the other."""
     rows = p.shape.tokens // p.shape.adapters
     return [
         torch.dropout(p.x[i * rows : (i + 1) * rows], DROPOUT, True) @ a.T @ b.T
@@ -101,9 +99,9 @@ def loop_forward(p: Problem) -> list[Tensor]:
 
 
 def loop_backward(p: Problem) -> list[tuple[Tensor, ...]]:
-    """The same in reverse, as autograd does it from the dropped x that it saved.
+    """Run the backward of `loop_forward`, as autograd does from the saved dropped x.
 
-    x stands for the mask in the last product: as many bytes, and the result is not used.
+    x replaces the mask in the last product: it has as many bytes, and the result is not used.
     """
     rows = p.shape.tokens // p.shape.adapters
     gradients = []
@@ -116,7 +114,7 @@ def loop_backward(p: Problem) -> list[tuple[Tensor, ...]]:
 
 
 def check(p: Problem) -> float:
-    """Largest error over its bound, of y and each gradient, entrywise.
+    """Return the largest error over its bound, of y and each gradient, entrywise.
 
     The bound: one rounding, ``1.02 u |y|``, and on the same formula of absolute values float32
     sums, ``c 2^-24`` with ``c = 16 + (sqrt(T) + sqrt(I) + sqrt(O)) / 2``, and for 16-bit types the
@@ -147,7 +145,7 @@ def check(p: Problem) -> float:
 def bench_train(
     shapes: tuple[Shape, ...], device: str, dtype: torch.dtype, rounds: int
 ) -> Iterator[Row]:
-    """Both directions of every shape, ours and the loop, against a copy in the same rounds."""
+    """Yield both directions of every shape, lora_ext and the loop, against a copy."""
     copy, copied = copy_call(device=device)
     for shape in shapes:
         p = Problem.make(shape, device, dtype)

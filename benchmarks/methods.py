@@ -1,12 +1,12 @@
-"""The reproductions of all methods, and docs/reproduction.md: `python benchmarks/methods.py`.
+"""Run the reproductions of all methods, and write docs/reproduction.md.
 
-Runs `benchmarks/<method>.py --check` of every method, which measures the arms that have no rows
-yet, then writes the page from the rows in benchmarks/results. A run that is cut goes on. Exits with
-1 where a criterion of a headline is not met.
+`python benchmarks/methods.py` runs `benchmarks/<method>.py --check` of every method, which measures
+the arms without rows, then writes the page from the rows in benchmarks/results. An interrupted run
+can be continued. The exit status is 1 if a criterion of a headline is not met.
 
-    --only copra splora    runs these alone; the page still tells of all
+    --only copra splora    runs only these; the page still contains all
     --from-results         runs none
-    --seeds N              of each, instead of as many as its claim has
+    --seeds N              seeds of each method, instead of its claim's number
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lora_ext import methods
 
 HERE = Path(__file__).parent
 sys.path.append(str(ROOT / "tools"))
-from wrap_docs import wrapped  # noqa: E402  (it is beside the package)
+from wrap_docs import wrapped  # noqa: E402  (after the change of sys.path)
 
 PAGE = ROOT / "docs" / "reproduction.md"
 INTRODUCTION = """# The papers' claims, and the results here
@@ -54,11 +54,10 @@ is missing and writes this page; `--from-results` writes it from the existing ro
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run, judge, write."""
     known = studies()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=known, metavar="METHOD", help="run these")
-    parser.add_argument("--from-results", action="store_true", help="run none")
+    parser.add_argument("--from-results", action="store_true", help="run no study")
     parser.add_argument("--seeds", type=int, metavar="N")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(arguments)
@@ -73,12 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def studies() -> list[str]:
-    """Methods that have a small reproduction."""
+    """Return the methods that have a reproduction."""
     return [name for name in methods.__all__ if (HERE / f"{name}.py").exists()]
 
 
 def check(name: str, seeds: int | None) -> bool:
-    """Run one in a process of its own; whether its criteria are met."""
+    """Run one study in a separate process; return whether its criteria are met."""
     print(f"== {name}", flush=True)
     command = [sys.executable, str(HERE / f"{name}.py"), "--check"]
     command += [] if seeds is None else ["--seeds", str(seeds)]
@@ -86,7 +85,7 @@ def check(name: str, seeds: int | None) -> bool:
 
 
 def page(names: Iterable[str]) -> str:
-    """Markdown: the table, then a section for each method."""
+    """Return the page in Markdown: the table, then a section per method."""
     header = ("method", "paper", "headline", "verdict", "use it when", "not when")
     table, sections = [], []
     for name in names:
@@ -100,19 +99,22 @@ def page(names: Iterable[str]) -> str:
 
 
 def found_rows(name: str, module: ModuleType) -> tuple[study.Rows, int]:
-    """Rows of these settings, and how many there are of others; none of texts that are not here."""
+    """Return the rows of these settings, and how many rows have other settings.
+
+    If the texts are not installed, the settings are those of the last row.
+    """
     path = study.RESULTS / f"{name}.csv"
     try:
         store = study.Store.of(path, module, quick=False)
     except (ModuleNotFoundError, RuntimeError, ValueError) as error:
-        # The settings hold the hash of what is read: without it the rows' own word is taken.
+        # The settings contain the hash of the texts; without them, those of the last row are used.
         print(f"{name}: {error}")
         store = study.Store.of_last(path)
     return store.rows(), store.others()
 
 
 def told(judged: study.Judged, claim: study.Claim) -> str:
-    """The figure with how many seeds it is of, where that is not all; else what was before."""
+    """Return the figure, with its seeds if some are missing, or the earlier result."""
     if not judged.seeds:
         return f"not run yet. Earlier protocol: {claim.earlier}"
     if judged.word != study.NOT_RUN:
@@ -123,7 +125,7 @@ def told(judged: study.Judged, claim: study.Claim) -> str:
 def section(
     name: str, module: ModuleType, rows: study.Rows, judged: study.Judged, stale: int
 ) -> str:
-    """Claim, set-up, figure, verdict, criteria, and what they were measured on."""
+    """Return claim, set-up, figure, verdict, criteria, and the machine of the rows."""
     claim = module.CLAIM
     lines = [
         f"## {name}",

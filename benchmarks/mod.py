@@ -1,8 +1,8 @@
-"""MoD on SmolLM2, with LoRA and in its place: `python benchmarks/mod.py`.
+"""Compare MoD on SmolLM2 with LoRA, beside LoRA and alone: `python benchmarks/mod.py`.
 
 SmolLM2 is tuned on two kinds of text (claims/language.py) by LoRA, by LoRA and MoD, and by MoD
-alone, 200 steps each. Rates are chosen first, on a seed of their own: LoRA's, and with MoD alone
-those of its router and of its norms apart.
+alone, 200 steps each. Rates are chosen first, on a separate seed: LoRA's, and for MoD alone those
+of its router and of its norms separately.
 """
 
 from __future__ import annotations
@@ -41,20 +41,19 @@ CLAIM = Claim(
 LORA, BOTH, ALONE, UNTUNED = "LoRA", "LoRA + MoD", "MoD", "untuned"
 ARMS = (UNTUNED, LORA, BOTH, ALONE)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CHOOSING = 100  # the seed of the rates
+CHOOSING = 100  # seed on which rates are chosen
 LORA_RATES, ROUTER_RATES, NORM_RATES = (5e-4, 2e-3), (1e-3, 1e-2), (1e-3, 1e-2)
 STEPS, CHOOSING_STEPS, BATCH, LENGTH, HELD_OUT = 200, 60, 2, 64, 64
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Steps, rates and the model."""
     sizes = (STEPS, CHOOSING_STEPS, BATCH, LENGTH, HELD_OUT)
     rates = (LORA_RATES, ROUTER_RATES, NORM_RATES)
     return {"sizes": sizes, "rates": rates, "model": language.load(quick).hash}
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Rates first, then each way of tuning on each kind of text."""
+    """Yield the arms of the rates, then each way of tuning on each kind of text."""
     for rate in LORA_RATES:
         yield {"seed": CHOOSING, "kind": "python", "arm": LORA, "rate": rate}
     for router, norms in itertools.product(ROUTER_RATES, NORM_RATES):
@@ -67,7 +66,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """One tuned model's loss on texts that it has not seen."""
+    """Yield the loss of one tuned model on unseen texts."""
     steps = CHOOSING_STEPS if arm["seed"] == CHOOSING else STEPS
     steps = 3 if quick else steps
     held_out, batches = data(arm["kind"], arm["seed"], steps, quick)
@@ -85,7 +84,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def data(kind: str, seed: int, steps: int, quick: bool) -> tuple[Any, Any]:
-    """Rows that are held out of every seed, and batches of the others."""
+    """Return rows that are held out of every seed, and batches of the others."""
     held, length = (4, 16) if quick else (HELD_OUT, LENGTH)
     total = held + (STEPS + CHOOSING_STEPS) * BATCH if not quick else held + 40
     if kind == "packages" and not quick:
@@ -97,7 +96,7 @@ def data(kind: str, seed: int, steps: int, quick: bool) -> tuple[Any, Any]:
 
 
 def rates_of(arm: Row, rows: Rows) -> dict[str, float]:
-    """Of LoRA, router and norms: the arm's own where it is one that chooses, else the best."""
+    """Return rates of LoRA, router and norms: the arm's if it chooses them, else the best."""
     if arm["seed"] == CHOOSING:
         return {"lora": arm["rate"], "router": arm["rate"], "norms": arm.get("norm_rate", 0.0)}
     tried = [row for row in rows if row["seed"] == CHOOSING]
@@ -113,7 +112,7 @@ def rates_of(arm: Row, rows: Rows) -> dict[str, float]:
 
 
 def grouped(model: Any, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Parameters that train, with their rates."""
+    """Return the trained parameters with their rates."""
     found: dict[str, list[Any]] = {"lora": [], "router": [], "norms": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -127,7 +126,7 @@ def grouped(model: Any, rates: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def losses(rows: Rows, arm: str, kind: str | None = None) -> list[float]:
-    """By seed, the mean over the kinds of text, or of one of them."""
+    """Return the loss of each seed: the mean over the kinds of text, or of one kind."""
     own = [r for r in rows if r["arm"] == arm and kind in (None, r["kind"])]
     own = [r for r in own if r["seed"] != CHOOSING]
     seeds = sorted({r["seed"] for r in own})
@@ -135,24 +134,24 @@ def losses(rows: Rows, arm: str, kind: str | None = None) -> list[float]:
 
 
 def less(rows: Rows, one: str, other: str, kind: str | None = None) -> Interval:
-    """Nats a token."""
+    """Return the difference of two arms in nats per token."""
     pairs = zip(losses(rows, one, kind), losses(rows, other, kind), strict=True)
     return study.interval([a - b for a, b in pairs])
 
 
 def share(rows: Rows) -> Interval:
-    """What MoD alone gains, of what LoRA gains."""
+    """Return the gain of MoD alone as a share of LoRA's."""
     columns = (losses(rows, name) for name in (UNTUNED, ALONE, LORA))
     return study.interval([(u - m) / (u - a) for u, m, a in zip(*columns, strict=True)])
 
 
 def part_of_parameters(rows: Rows) -> float:
-    """MoD's of LoRA's."""
+    """Return the parameters of MoD as a share of LoRA's."""
     return study.mean(rows, "parameters", arm=ALONE) / study.mean(rows, "parameters", arm=LORA)
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Both halves of the claim decide: added to LoRA, and in its place."""
+    """Check both halves of the claim: MoD added to LoRA, and instead of it."""
     added, alone, part = less(rows, BOTH, LORA), share(rows), part_of_parameters(rows)
     return [
         Criterion(
@@ -180,7 +179,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Both halves."""
+    """Format both halves of the claim."""
     return (
         f"loss against LoRA {less(rows, BOTH, LORA):+.4f} nats a token where MoD is added; alone "
         f"{share(rows):.0%} of LoRA's gain for {part_of_parameters(rows):.2%} of its parameters"
@@ -188,7 +187,6 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Held-out losses."""
     return {
         f"{kind}: held-out loss": {
             arm: study.interval(losses(rows, arm, kind)) for arm in ARMS if losses(rows, arm, kind)

@@ -1,9 +1,9 @@
-"""Are circuits faster than independent drafts, in seconds? `python benchmarks/mtpc.py`.
+"""Compare circuit drafts with independent drafts in seconds: `python benchmarks/mtpc.py`.
 
-The bytes of `examples/mtpc_bytes.py` with a smaller model: four heads of n = 8 on one frozen model,
-trained alike; then held-out prompts are decoded, sampling and greedy, at batch 1 and 8, all engines
-with the passes of `lean.py` and in turns. Seconds count only where nothing else ran beside:
-otherwise they stand open. On SmolLM2 `mtpc_smollm2.py` races a trained head.
+The text is that of `examples/mtpc_bytes.py`, the model is smaller. Four heads of n = 8 are trained
+alike on one frozen model. Held-out prompts are then decoded, sampling and greedy, at batch 1 and 8,
+with the passes of `lean.py`, all engines in turn. Seconds count only if nothing else ran at the
+same time; otherwise they stay open. `mtpc_smollm2.py` races a trained head on SmolLM2.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ SMALL = Sizes(
     new_tokens=64,
     rounds=7,
 )
-QUIET = 1.5  # load above which seconds say nothing
+QUIET = 1.5  # load above which seconds are not valid
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Nats and tokens a call of every head, and its seconds of ff's, by mode and batch."""
+    """Yield nats, tokens per call, and speed over ff of every head, by mode and batch."""
     sizes = mtpc_bytes.QUICK if quick else SMALL
     torch.manual_seed(arm["seed"])
     train, held_out = mtpc_bytes.read_text(sizes)
@@ -85,17 +85,16 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Sizes."""
     return {"sizes": str(SMALL)}
 
 
 def faster(rows: Rows, kind: str, mode: str, batch: int) -> Interval:
-    """How many times, than ff."""
+    """Return how many times a head is faster than ff."""
     return study.interval(study.column(rows, f"faster_{mode}_{batch}", kind=kind))
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Seconds of chains and trees decide, in every mode and batch."""
+    """Check the seconds of chains and trees in every mode and batch (the headline)."""
     quiet = max(row["load"] for row in rows) <= QUIET
     found: list[Criterion] = []
     for kind, mode, batch in itertools.product(TREES, MODES, BATCHES):
@@ -123,7 +122,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def emitted(rows: Rows, kind: str) -> float:
-    """Bytes a call, sampling at the larger batch."""
+    """Return the bytes per call, sampling at the larger batch."""
     return study.mean(rows, f"emitted_{MODES[0]}_{max(BATCHES)}", kind=kind)
 
 
@@ -136,7 +135,7 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Bytes a call; the ratio of seconds in the same rounds."""
+    """Return the bytes per call, and the ratio of seconds in the same rounds."""
     found = {
         "bytes a call, sampling": {
             kind: study.interval(

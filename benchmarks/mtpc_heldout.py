@@ -1,14 +1,14 @@
-"""What a draft for SmolLM2-135M yields on answers that it has not learned from:
-`python benchmarks/mtpc_heldout.py --head DIR`, of a head that `mtpc_smollm2.py --train` made.
+"""Estimate what a draft for SmolLM2-135M yields on answers that it was not trained on.
 
-Tokens a call are estimated on answers of the model's own to questions about unseen things: where
-the text is a sample of the model, ``1 + E[sum_k prod_{j <= k} min(1, q_j / p_j)]``, which is what
-the verifier of a sampling decoder keeps; where it is greedy, how often the likeliest tokens agree.
+`python benchmarks/mtpc_heldout.py --head DIR` uses a head of `mtpc_smollm2.py --train`. Tokens per
+call are estimated on the model's answers to questions about unseen things. For sampled text, the
+estimate is ``1 + E[sum_k prod_{j <= k} min(1, q_j / p_j)]``, which is what the verifier of a
+sampling decoder keeps. For greedy text, it is how often the likeliest tokens agree.
 
-Then the decoder itself runs with a long chain. From each of its calls follows what a shorter chain
-would have kept, and what a rule would have that drafts on while the product of the draft's own
-confidences is high; with a drafted token's cost, which of them is best. --compare STEPS trains
-other drafts instead, on the same answers, for so many steps each. Rows go to OUT/mtpc_smollm2.csv.
+Then the decoder runs with a long chain. Its calls show what a shorter chain would have kept, and
+what a rule would have kept that drafts while the product of the draft's confidences is high. With
+the cost of a drafted token, they show which is best. --compare STEPS instead trains other drafts on
+the same answers, for so many steps each. Rows are appended to OUT/mtpc_smollm2.csv.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHAIN = mtpc.MtpcConfig(
     n_token=1, rank=1, kind="ff", emission="adapter", adapter_rank=32, bridge=768, chain=3
 )
 WINDOW: dict[str, Any] = {"n_token": 3, "emission": "adapter", "adapter_rank": 32, "bridge": 1024}
-# Drafts that are compared: configuration, and whether they learn from the model's states.
+# Compared drafts: configuration, and whether they are distilled from the model's states.
 DRAFTS = {
     "one window of 3, ff, cross entropy": (mtpc.MtpcConfig(**WINDOW, kind="ff", rank=1), False),
     "one window of 3, hmm of 4, cross entropy": (
@@ -49,7 +49,7 @@ DRAFTS = {
 
 
 def row(part: str, mode: str, case: str, value: float, unit: str, **more: object) -> dict[str, Any]:
-    """One line of the csv file."""
+    """Return one line of the csv file."""
     empty = dict.fromkeys(("dtype", "p20", "p80", "time_of_one", "over_plain", "over_packed"), "")
     named = {"part": part, "mode": mode, "case": case, "value": value, "unit": unit}
     values = {**machine_columns(), **named, **empty, **more}
@@ -57,7 +57,7 @@ def row(part: str, mode: str, case: str, value: float, unit: str, **more: object
 
 
 def unseen_answers(folder: Path, new_tokens: int = 128) -> dict[str, Answers]:
-    """Greedy and sampled answers about unseen things, made once and kept beside the head."""
+    """Return greedy and sampled answers about unseen things, cached beside the head."""
     model, tokenizer = smollm2.load_smollm2()
     rounds = {"greedy": (False,), "sample": (True, True)}
     return {
@@ -74,7 +74,7 @@ def unseen_answers(folder: Path, new_tokens: int = 128) -> dict[str, Answers]:
 
 
 def unseen_questions(tokenizer: Any, count: int) -> list[Tensor]:
-    """Prompts ``(1, S)`` about unseen things."""
+    """Return prompts ``(1, S)`` about unseen things."""
     asked = itertools.product(VERBS, THINGS[:UNSEEN])
     return [
         mtpc_samples.question(tokenizer, *words)[None] for words in itertools.islice(asked, count)
@@ -83,8 +83,10 @@ def unseen_questions(tokenizer: Any, count: int) -> list[Tensor]:
 
 @torch.no_grad()
 def kept(draft: mtpc.Draft, batch: Batch, mode: str) -> Tensor:
-    """How likely each token of the text is kept where a call drafts up to it, ``(N, K)``, given
-    that those before it are."""
+    """Return the probability that each token of the text is kept, ``(N, K)``.
+
+    It is conditional on the earlier tokens of the call being kept.
+    """
     n, parts = draft.config.n_token, list[Tensor]()
     for k, state in enumerate(mtpc_samples.window_states(draft, batch)):
         at = slice(k * n, (k + 1) * n)
@@ -102,12 +104,12 @@ def kept(draft: mtpc.Draft, batch: Batch, mode: str) -> Tensor:
 
 
 def tokens_a_call(kept: Tensor) -> float:
-    """The verifier's own token and those drafted before the first that is not kept."""
+    """Return the mean tokens per call: the verifier's, and those before the first rejection."""
     return 1 + kept.cumprod(1).sum(1).mean().item()
 
 
 def estimate(draft: mtpc.Draft, texts: dict[str, Answers], case: str) -> list[dict[str, Any]]:
-    """Print and return tokens a call, and the share that is kept at each place of the chain."""
+    """Print and return tokens per call, and the share kept at each place of the chain."""
     rows, k = [], draft.config.n_token * draft.config.chain
     for mode, data in texts.items():
         batches = (
@@ -128,8 +130,11 @@ def estimate(draft: mtpc.Draft, texts: dict[str, Answers], case: str) -> list[di
 def recorded(
     draft: mtpc.Draft, model: Any, ids: list[Tensor], mode: str, chain: int, new_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """The decoder's calls with a chain: how sure the draft was of each token ``(C, chain)``, and
-    how many were accepted ``(C,)``."""
+    """Record the decoder's calls with a chain.
+
+    Returns:
+        The draft's confidence in each token ``(C, chain)``, and the accepted counts ``(C,)``.
+    """
     bridge = draft.bridge
     assert bridge is not None
     options: dict[str, Any] = {"mode": mode, "bridge": bridge, "chain": chain}
@@ -159,11 +164,15 @@ def recorded(
 
 
 def lengths(sure: Tensor, accepted: Tensor, cost: float) -> Iterator[tuple[str, float, float]]:
-    """Tokens a call, and tokens per cost of a call without a draft, of every fixed chain and of the
-    best rule ``draft on while the product of the confidences is at least a threshold``.
+    """Yield tokens per call, and tokens per cost, of every fixed chain and of the best rule.
+
+    The rule is ``draft on while the product of the confidences is at least a threshold``. The cost
+    of a call without a draft is 1.
 
     Args:
-        sure: ``(C, K)``. accepted: ``(C,)`` of K. cost: of a drafted token.
+        sure: Confidences ``(C, K)``.
+        accepted: Accepted counts ``(C,)``, of K.
+        cost: Cost of a drafted token.
     """
 
     def of(drafted: Tensor) -> tuple[float, float]:
@@ -179,7 +188,7 @@ def lengths(sure: Tensor, accepted: Tensor, cost: float) -> Iterator[tuple[str, 
 
 
 def choose_lengths(draft: mtpc.Draft, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Print and return what chains of each length and the rule yield, in the decoder itself."""
+    """Print and return the yield of chains of each length and of the rule, in the decoder."""
     _, tokenizer = smollm2.load_smollm2()
     ids, rows = unseen_questions(tokenizer, args.questions), []
     model = pack_linears(LeanLlama(draft.model).eval())
@@ -194,7 +203,7 @@ def choose_lengths(draft: mtpc.Draft, args: argparse.Namespace) -> list[dict[str
 
 
 def compare(texts: dict[str, Answers], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train every draft of the table for so many steps; print and return what they yield."""
+    """Train every draft of the table for some steps; print and return its yield."""
     model, _ = smollm2.load_smollm2()
     data, rows = Answers(*torch.load(args.head / "answers.pt")), []
     for name, (config, distil) in DRAFTS.items():
@@ -209,7 +218,7 @@ def compare(texts: dict[str, Answers], args: argparse.Namespace) -> list[dict[st
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what cannot be, before minutes of answers."""
+    """Exit with a message on invalid arguments, before minutes of work."""
     needed = "answers.pt" if args.compare else "mtpc_config.json"
     least = {"compare": 0, "cost": 0, "shortlist": 1, "longest": 1, "questions": 1, "new_tokens": 1}
     for name, number in least.items():
@@ -225,11 +234,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--head", type=Path, default=FOLDER / "mtpc_smollm2", help="its folder")
     parser.add_argument("--compare", type=int, default=0, help="steps of other drafts")
-    parser.add_argument("--shortlist", type=int, default=4096, help="tokens that those draft")
+    parser.add_argument("--shortlist", type=int, default=4096, help="tokens that they can draft")
     parser.add_argument("--longest", type=int, default=6, help="chain of the recorded calls")
-    parser.add_argument("--cost", type=float, default=0.04, help="of a drafted token over a call's")
-    parser.add_argument("--questions", type=int, default=32, help="of the recorded calls")
-    parser.add_argument("--new-tokens", type=int, default=64, help="of their answers")
+    parser.add_argument("--cost", type=float, default=0.04, help="drafted token over a call")
+    parser.add_argument("--questions", type=int, default=32, help="recorded questions")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens of their answers")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the csv file")
     args = parser.parse_args()
     check(parser, args)

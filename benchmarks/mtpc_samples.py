@@ -1,10 +1,10 @@
-"""What a draft for SmolLM2-135M learns from: the model's own answers, and how it learns from them.
+"""Training data of a draft for SmolLM2-135M, the model's own answers, and its training.
 
-Answers are made once, greedy and sampled, and kept with the hidden states of every position, so
-that training runs no layer of the model. A window's states are then pulled to the model's own by
-the divergence of the two laws (`ops.chunked_kl`), and at the end the overlap of the laws, which is
-what a sampling verifier accepts, is raised itself. Learning takes a number of steps and not of
-seconds, so that the same head comes out on a machine that is busy.
+Answers are generated once, greedy and sampled, and stored with the hidden states of every position,
+so that training runs no layer of the model. A window's states are trained by the divergence from
+the model's distribution (`ops.chunked_kl`). At the end, the overlap of the distributions, which is
+what a sampling verifier accepts, is maximised directly. Training runs for a number of steps, not of
+seconds, so that a busy machine gives the same head.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ rice;dreams;iron;the future;the forest;the city;books;a river;snow;the sun;cats;
 apples;cheese;wine;wool;silk;paint;poems;maps;letters;money;school;a hospital;football;swimming;
 dance;theatre;film;radio;television;telephones;cars;airplanes;rockets;satellites;stars;planets;
 fire;stone;sand;soil""".replace("\n", "").split(";")
-UNSEEN = 4  # so many things are not asked about in training
+UNSEEN = 4  # number of things that training leaves out
 
 
 class Answers(NamedTuple):
-    """Positions of all answers, one after the other: ``N`` tokens in all."""
+    """Positions of all answers, one after another: ``N`` tokens in total."""
 
     hidden: Tensor  # (N, D) bfloat16: the state that predicts the token
     tokens: Tensor  # (N,)
@@ -55,7 +55,7 @@ class Answers(NamedTuple):
 
 
 def question(tokenizer: Any, verb: str, thing: str) -> Tensor:
-    """A question as the chat template puts it, ``(S,)``."""
+    """Return a question in the chat template, ``(S,)``."""
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": f"{verb} {thing}."}],
         add_generation_prompt=True,
@@ -72,11 +72,11 @@ def answers(
     sampled: Sequence[bool],
     file: Path,
 ) -> Answers:
-    """The model's answers to all questions about some things; kept in a file.
+    """Return the model's answers to all questions about some things, and store them in a file.
 
     Args:
         model: SmolLM2 in bfloat16.
-        sampled: one round of answers for each entry, greedy or sampled.
+        sampled: One round of answers per entry, sampled or greedy.
     """
     if file.exists():
         return Answers(*torch.load(file))
@@ -110,7 +110,7 @@ def answers(
 def _answer(
     lean: LeanLlama, prompts: Tensor, new_tokens: int, sample: bool
 ) -> tuple[Tensor, Tensor]:
-    """New tokens ``(B, T)`` and the states that predict them ``(B, T, D)``."""
+    """Return new tokens ``(B, T)`` and the states that predict them ``(B, T, D)``."""
     seen: list[Tensor] = []
     hook = lean.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1]))
     cache, token, new = roomy_cache(prompts.shape[1] + new_tokens), prompts, []
@@ -128,7 +128,7 @@ def _answer(
 
 
 def _cut(ids: Tensor, hidden: Tensor, eos: int) -> Iterator[Answers]:
-    """Every row up to its end, which belongs to it."""
+    """Yield every row up to its end token, inclusive."""
     for row, states in zip(ids, hidden, strict=True):
         ends = (row == eos).nonzero()
         length = int(ends[0]) + 1 if len(ends) else len(row)
@@ -137,16 +137,16 @@ def _cut(ids: Tensor, hidden: Tensor, eos: int) -> Iterator[Answers]:
 
 
 class Batch(NamedTuple):
-    """``N`` windows of ``K`` tokens, each behind a token that is decided."""
+    """``N`` windows of ``K`` tokens, each after a decided token."""
 
-    hidden: Tensor  # (N, D): of the token before the decided one
+    hidden: Tensor  # (N, D): state of the token before the decided one
     tokens: Tensor  # (N, 1 + K): the decided token, then the window
-    teacher: Tensor  # (N, K, D): the model's own states over the window
+    teacher: Tensor  # (N, K, D): the model's states over the window
     normaliser: Tensor  # (N, K)
 
 
 def places(data: Answers, k: int) -> Tensor:
-    """Where a decided token is followed by ``k`` tokens of the same answer."""
+    """Return the positions of tokens that are followed by ``k`` tokens of the same answer."""
     end, found = 0, list[int]()
     for length in data.lengths.tolist():
         found += range(end, end + length - k)
@@ -155,7 +155,7 @@ def places(data: Answers, k: int) -> Tensor:
 
 
 def windows(data: Answers, at: Tensor, k: int) -> Batch:
-    """The windows of ``k`` tokens at these places."""
+    """Return the windows of ``k`` tokens at these positions."""
     window = at[:, None] + torch.arange(k + 1)
     later = window[:, 1:]
     tokens, teacher = data.tokens[window], data.hidden[later]
@@ -163,7 +163,7 @@ def windows(data: Answers, at: Tensor, k: int) -> Batch:
 
 
 def batches(data: Answers, k: int, size: int) -> Iterator[Batch]:
-    """Windows inside answers, drawn for ever."""
+    """Yield batches of random windows inside answers, without end."""
     every = places(data, k)
     while True:
         yield windows(data, every[torch.randint(len(every), (size,))], k)
@@ -172,11 +172,11 @@ def batches(data: Answers, k: int, size: int) -> Iterator[Batch]:
 def learn(
     draft: mtpc.Draft, data: Iterable[Batch], steps: int, rate: float = 2e-3, distil: bool = True
 ) -> None:
-    """Train a draft with a bridge for so many steps, with products in bfloat16.
+    """Train a draft with a bridge for some steps, with products in bfloat16.
 
     Args:
-        distil: from the model's states, for one component and windows of one token. Otherwise the
-            loss is the cross entropy of the tokens of the answers, for any circuit.
+        distil: Learn from the model's states, for one component and windows of one token. Otherwise
+            the loss is the cross entropy of the answers' tokens, for any circuit.
     """
     unembed = draft.head.unembed.detach().bfloat16()
     optimizer = torch.optim.AdamW(draft.parameters(), lr=rate, betas=(0.9, 0.98))
@@ -200,7 +200,7 @@ def learn(
 
 
 def window_states(draft: mtpc.Draft, batch: Batch) -> Iterator[Tensor]:
-    """What the head reads at every window of the chain, ``(N, D)``."""
+    """Yield the input of the head at every window of the chain, ``(N, D)``."""
     assert draft.bridge is not None
     state, embed = batch.hidden, draft.model.get_input_embeddings()
     n, chain = draft.config.n_token, draft.config.chain
@@ -221,7 +221,7 @@ def _cross_entropy(draft: mtpc.Draft, batch: Batch) -> Tensor:
 
 
 def _read(draft: mtpc.Draft, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """States under the unembedding at every token of the chain: the draft's, the model's."""
+    """Yield the states before the unembedding at every token: the draft's, the model's."""
     for k, state in enumerate(window_states(draft, batch)):
         yield draft.head.leaves.states(state).bfloat16(), batch.teacher[:, k]
 
@@ -235,7 +235,7 @@ def _divergence(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
 
 
 def _missed_overlap(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
-    """Minus the overlap at every token, weighted by how likely a call gets that far."""
+    """Return minus the overlap at every token, weighted by the chance to get that far."""
     loss, survival = torch.tensor(0.0), torch.ones(len(batch.hidden))
     for k, (state, teacher) in enumerate(_read(draft, batch)):
         p = (F.linear(teacher, unembed).float() - batch.normaliser[:, k, None]).exp()
@@ -248,7 +248,9 @@ def _missed_overlap(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _kept(p: Tensor, q: Tensor, place: Tensor) -> Tensor:
-    """How likely a drafted token that is the text's own is accepted, for tokens of the model's law:
-    ``min(1, q / p)``, and 0 where it has no place."""
+    """Return the probability ``min(1, q / p)`` that a drafted token of the text is accepted.
+
+    It is 0 for a token without a place.
+    """
     at = place.clamp(min=0)[:, None]
     return (q.gather(1, at) / p.gather(1, at))[:, 0].clamp(max=1).masked_fill(place < 0, 0)

@@ -1,13 +1,13 @@
-"""Does a circuit head pay on SmolLM2-135M: `python benchmarks/mtpc_smollm2.py --head DIR --check`.
+"""Time a circuit head on SmolLM2-135M: `python benchmarks/mtpc_smollm2.py --head DIR --check`.
 
-Prints what a pass costs by its rows, what a call of the decoder costs and by which part, and then
-tokens per second of the decoder against one token a pass, greedy and sampling, at batch 1. Both
-sides make the passes of `lean.py` with packed weights; plain decoding is also timed without them.
-Greedy tokens are checked to be the model's own. --check asks for 1.3 x in float32.
+Prints the cost of a pass by its rows, the cost of the parts of a decoder call, and tokens per
+second of the decoder against one token per pass, greedy and sampling, at batch 1. Both sides use
+the passes of `lean.py` with packed weights; plain decoding is also timed without packing. Greedy
+tokens are checked against the model's. --check requires 1.3 x in float32.
 
---train STEPS makes the head first: the model answers questions (`mtpc_samples.py`), and the head
-learns from these answers for so many steps. What it yields on answers to other questions is
-estimated (`mtpc_heldout.py`), and these are raced. Rows go to OUT/mtpc_smollm2.csv.
+--train STEPS trains the head first: the model answers questions (`mtpc_samples.py`), and the head
+learns from these answers for so many steps. Its yield on answers to other questions is estimated
+(`mtpc_heldout.py`), and these questions are timed. Rows are appended to OUT/mtpc_smollm2.csv.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Rows = list[dict[str, Any]]
 
 
 def trained(args: argparse.Namespace) -> None:
-    """Make the answers, and write a head that has learned from them."""
+    """Generate the answers, and save a head that is trained on them."""
     model, tokenizer = smollm2.load_smollm2()
     sampled = (False, *[True] * args.draws)
     file = args.head / "answers.pt"
@@ -47,7 +47,7 @@ def trained(args: argparse.Namespace) -> None:
         model.bfloat16(), tokenizer, THINGS[UNSEEN:], args.answer_tokens, sampled, file
     )
     model, _ = smollm2.load_smollm2()
-    torch.manual_seed(0)  # the head does not depend on whether answers were kept
+    torch.manual_seed(0)  # the head does not depend on whether the answers were cached
     draft = mtpc.retrofit(model, CHAIN, mtpc.frequent_tokens(data.tokens, args.shortlist))
     mtpc_samples.learn(draft, mtpc_samples.batches(data, CHAIN.chain, 256), args.train)
     draft.save(args.head)
@@ -55,7 +55,7 @@ def trained(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def passes(lean: dict[str, LeanLlama], dtype: str) -> Rows:
-    """What a pass over 1 to 8 new tokens costs behind 64, and its floor by bytes."""
+    """Measure a pass over 1 to 8 new tokens after 64, and its floor by bytes."""
     context = torch.randint(1000, (1, 64))
     calls: dict[str, Any] = {}
     for (name, model), rows in itertools.product(lean.items(), (1, 2, 3, 4, 6, 8)):
@@ -85,7 +85,7 @@ def passes(lean: dict[str, LeanLlama], dtype: str) -> Rows:
 def parts(
     decoder: mtpc.SpeculativeDecoder, questions: list[Tensor], settings: Any, dtype: str
 ) -> Rows:
-    """Milliseconds that a call spends in pass, draft and test, and beside them."""
+    """Measure the milliseconds of pass, draft, verification and the rest of a call."""
     spent: Counter[str] = Counter()
 
     def timed(owner: Any, attribute: str) -> Any:
@@ -113,7 +113,7 @@ def parts(
         prompts, _ = whole(max_new_tokens=1)
         spent.clear()
         seconds, calls = whole()
-    spent["forward"] -= prompts  # nearly all of which is the pass over the prompt
+    spent["forward"] -= prompts  # nearly all of it is the pass over the prompt
     spent["beside"] = seconds - prompts - sum(spent.values())
     each = {name: 1e3 * t / calls for name, t in spent.items()}
     text = ", ".join(f"{name} {t:.2f}" for name, t in each.items())
@@ -128,7 +128,7 @@ def race(
     ids: list[Tensor],
     dtype: str,
 ) -> tuple[list[float], Rows]:
-    """Greedy and sampling against one token a pass: the gains over packed passes, and rows."""
+    """Time greedy and sampling against one token per pass; return gains over packed, and rows."""
     found = Rows()
     settings: dict[str, Any] = {"max_new_tokens": args.new_tokens, "eos_token_id": [], "seed": 0}
     gains = []
@@ -179,17 +179,17 @@ def race(
 
 
 def main() -> None:
-    """Train if asked to, then race."""
+    """Train if requested, then time the head."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--head", type=Path, default=FOLDER / "mtpc_smollm2", help="its folder")
-    parser.add_argument("--train", type=int, default=0, help="steps; 0 races the head of --head")
-    parser.add_argument("--check", action="store_true", help=f"ask for {TARGET} x in float32")
-    parser.add_argument("--draws", type=int, default=1, help="sampled answers a question, to learn")
-    parser.add_argument("--answer-tokens", type=int, default=128, help="of an answer, to learn")
-    parser.add_argument("--shortlist", type=int, default=4096, help="tokens that are drafted")
-    parser.add_argument("--chain", type=int, default=3, help="windows that a call drafts")
-    parser.add_argument("--new-tokens", type=int, default=64, help="of a timed answer")
-    parser.add_argument("--questions", type=int, default=4, help="that are timed, up to 32")
+    parser.add_argument("--train", type=int, default=0, help="steps; 0 times the head of --head")
+    parser.add_argument("--check", action="store_true", help=f"require {TARGET} x in float32")
+    parser.add_argument("--draws", type=int, default=1, help="sampled answers per question")
+    parser.add_argument("--answer-tokens", type=int, default=128, help="tokens to learn from")
+    parser.add_argument("--shortlist", type=int, default=4096, help="tokens that can be drafted")
+    parser.add_argument("--chain", type=int, default=3, help="windows drafted per call")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens of a timed answer")
+    parser.add_argument("--questions", type=int, default=4, help="timed questions, up to 32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the csv file")

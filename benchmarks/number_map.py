@@ -1,4 +1,4 @@
-"""A table of numbers as colours, which the example and the benchmark of reasoning draw."""
+"""Table of numbers as colours, drawn by the example and the benchmark of reasoning."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def draw_map(
     columns: Sequence[object],
     top: float,
 ) -> None:
-    """Draw a table of numbers as colours, each number written in its field.
+    """Draw a table of numbers as colours, with each number in its field.
 
     Args:
-        axes: matplotlib axes.
-        values: by row, then column; NaN leaves a field empty.
-        rows, columns: what the fields are of.
-        top: the number of the darkest colour; 0, where all are zero, leaves all as light.
+        axes: Matplotlib axes.
+        values: Numbers by row, then column; NaN leaves a field empty.
+        rows, columns: Labels of the fields.
+        top: Number of the darkest colour; 0, if all are zero, draws all in the lightest.
     """
     top = top or 1.0
     axes.imshow(values, cmap="cividis_r", vmin=0, vmax=top, aspect="auto")

@@ -1,11 +1,11 @@
-"""Packed weights: products of few rows against torch's, and SmolLM2 decoding with 16 adapters.
+"""Time packed weights: products of few rows against torch's, and SmolLM2 with 16 adapters.
 
 `python benchmarks/packed_linear.py [--matrix ops model widths] [--dtype bfloat16] [--check]`.
 `widths` times products with spaced rows (`docs/layers.md`). Results are checked before they are
-timed. `--check` exits with 1 if a decode step of 8 or 16 rows, each
-with an adapter of its own, takes more than 0.75 of the time of torch's step without adapters.
-With `--threads 1` times are processor times. The floor of the products, reading the weight once, is
-what `packed_twin` measures (`benchmarks/packed_twin.cpp`).
+timed. `--check` exits with 1 if a decode step of 8 or 16 rows with different adapters takes more
+than 0.75 of the time of torch's step without adapters. With `--threads 1`, times are processor
+times. `packed_twin` measures the floor of the products, reading the weight once
+(`benchmarks/packed_twin.cpp`).
 """
 
 from __future__ import annotations
@@ -33,23 +33,22 @@ from lora_ext.interop.smollm2 import load_smollm2
 SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152))  # SmolLM2-135M's
 ROWS = (1, 2, 4, 8, 16, 32)
 WIDTHS, WIDE_ROWS = (144, 172, 1000), (17, 128, 512)
-COLD_BYTES = 64 << 20  # weights of one shape that are used in turn
+COLD_BYTES = 64 << 20  # bytes of the weights of one shape that are used in turn
 MOST = 0.75
 MATRICES = ("ops", "model", "widths")
 
 
 class OwnTime:
-    """A call on the clock of its thread, which other work on the machine disturbs less."""
+    """Call timed by the clock of its thread, which other work disturbs less."""
 
     def __init__(self, call: Call):
         self.call = call
 
     def __call__(self) -> object:
-        """Run it."""
         return self.call()
 
     def seconds(self, count: int) -> float:
-        """As :class:`common.Remote` wants them."""
+        """Return the seconds of ``count`` calls, as in :class:`common.Remote`."""
         start = time.thread_time()
         for _ in range(count):
             self.call()
@@ -57,12 +56,12 @@ class OwnTime:
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs weights of this dtype here: bfloat16 asks for AVX-512."""
+    """Return whether oneDNN packs weights of this dtype here; bfloat16 needs AVX-512."""
     return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def products(x: Tensor, weights: list[Tensor]) -> dict[str, Call]:
-    """Each provider's products of x with all weights, one after the other."""
+    """Return each provider's products of x with all weights, one after another."""
     rows = x.shape[0]
     packed = [ops.pack_weight(w) for w in weights]
     out = weights[0].shape[0]
@@ -77,8 +76,9 @@ def products(x: Tensor, weights: list[Tensor]) -> dict[str, Call]:
         )
     exact, peer = x.double() @ weights[0].double().t(), F.linear(x, weights[0])
     for name, (kept, call) in each.items():
-        if not error_over_bound(call(kept[0]), peer, exact) <= 1:
-            raise SystemExit(f"packed_linear: {name}, {rows} rows of {x.shape[1]} -> {out}: wrong")
+        if not (worst := error_over_bound(call(kept[0]), peer, exact)) <= 1:
+            case = f"{name}, {rows} rows of {x.shape[1]} -> {out}"
+            raise SystemExit(f"packed_linear: {case}: {worst:.2g} x its bound off")
     return {name: functools.partial(_all, kept, call) for name, (kept, call) in each.items()}
 
 
@@ -88,7 +88,7 @@ def _all(weights: list[Tensor], call: Any) -> None:
 
 
 def bench_ops(dtype: torch.dtype, rounds: int) -> Iterator[str]:
-    """The least time of each provider; on one thread its processor time."""
+    """Yield the least time of each provider; on one thread, its processor time."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for wide, out in SHAPES:
         count = max(1, COLD_BYTES // (wide * out * dtype.itemsize))
@@ -114,8 +114,9 @@ def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
             x = torch.randn(rows, wide).to(dtype)
             exact = x.double() @ weight.double().t()
             bound = wide * torch.finfo(dtype).eps * exact.abs().max()
-            if not (linear(x, weight) - exact).abs().max() <= bound:
-                raise SystemExit(f"packed_linear: {rows} spaced rows of {wide}: wrong")
+            if not (off := (linear(x, weight) - exact).abs().max()) <= bound:
+                case = f"{rows} spaced rows of {wide}"
+                raise SystemExit(f"packed_linear: {case}: {off / bound:.2g} x its bound off")
             calls = {
                 "torch": OwnTime(functools.partial(F.linear, x, weight)),
                 "spaced": OwnTime(functools.partial(linear, x, weight)),
@@ -180,7 +181,7 @@ def _factors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 def bench_model(
     models: Mapping[str, Any], dtype: torch.dtype, rounds: int
 ) -> Iterator[tuple[int, dict[str, Timing]]]:
-    """Decode steps behind a cache of 32 tokens, every row with its own adapter."""
+    """Yield decode steps after a cache of 32 tokens, every row with another adapter."""
     for rows in (16, 8, 1):
         tokens = torch.randint(0, 49152, (rows, 33), generator=torch.manual_seed(1))
         steps: dict[str, Call] = {}
@@ -194,8 +195,9 @@ def bench_model(
             if not worst <= 1:
                 raise SystemExit(f"packed_linear: {rows} rows, {name}: {worst:.2g} x its bound off")
         each = (logits[name] for name in ("base", "lora_ext", "lora_ext, float64"))
-        if not min(map(error_over_bound, *each)) > 1:
-            raise SystemExit(f"packed_linear: {rows} rows: the adapters make no difference")
+        if not (effect := min(map(error_over_bound, *each))) > 1:
+            found = f"expected adapters to change logits by over 1 bound, found {effect:.2g}"
+            raise SystemExit(f"packed_linear: {rows} rows: {found}")
         steps = {name: step for name, step in steps.items() if "float64" not in name}
         if torch.get_num_threads() == 1:
             steps = {name: OwnTime(step) for name, step in steps.items()}
@@ -203,7 +205,6 @@ def bench_model(
 
 
 def main() -> int:
-    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--matrix", nargs="+", choices=MATRICES, default=MATRICES[:2])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

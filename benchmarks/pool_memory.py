@@ -1,6 +1,6 @@
-"""What an AdapterPool takes from the machine: empty, and with 1, 8 and 32 adapters of rank 16.
+"""Measure the memory of an AdapterPool: empty, and with 1, 8 and 32 adapters of rank 16.
 
-The base is Llama-3-8B's linear layers in bfloat16, on meta: only the pool has bytes. Run
+The base is Llama-3-8B's linear layers in bfloat16 on meta, so only the pool has bytes. Run
 
     python benchmarks/pool_memory.py [--check]
 """
@@ -24,14 +24,14 @@ LAYERS = {  # I, O
 
 
 def held() -> int:
-    """Bytes of memory of this process."""
+    """Return the bytes of memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def main() -> None:
-    """Print a row for each number of adapters; ``--check`` holds it to the bytes in use."""
+    """Print one line per number of adapters; ``--check`` compares it with the bytes in use."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail where much more is taken")
+    parser.add_argument("--check", action="store_true", help="fail if the process takes much more")
     check = parser.parse_args().check
     meta = torch.device("meta")
     blocks = range(32)
@@ -58,7 +58,8 @@ def main() -> None:
         shown = ", ".join(f"{key} {value:.0f} MiB" for key, value in numbers.items())
         print(f"{count} adapters: {shown}, the process has grown by {grown:.0f} MiB", flush=True)
         if check and grown > numbers["used_bytes"] + 256:
-            raise SystemExit("the process holds far more than its adapters use")
+            most = numbers["used_bytes"] + 256
+            raise SystemExit(f"pool_memory: expected at most {most:.0f} MiB, found {grown:.0f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Ranks of planning and of reasoning on SmolLM2: `python benchmarks/reasoning.py`.
+"""Measure the ranks of planning and reasoning on SmolLM2: `python benchmarks/reasoning.py`.
 
-Both tasks are text. Of some settings of the chain task the one is taken, on a seed of its own, on
-whose answers the untuned model's loss is nearest to its loss on the hop task, so that both have the
-same way to go. LoRA of ranks 1 to 64 then learns each, on the second MLP matrices as in the paper,
-and on all linear layers. Reported are the effective ranks of the updates, and the smallest rank
-that reaches 95 % of the gain of the best.
+Both tasks are text. On a separate seed, the chain task gets the setting on which the untuned
+model's loss is nearest to that on the hop task, so that both tasks have the same headroom. LoRA of
+ranks 1 to 64 then learns each task, on the second MLP matrices as in the paper, and on all linear
+layers. Reported are the effective ranks of the updates, and the smallest rank that reaches 95 % of
+the best gain.
 """
 
 from __future__ import annotations
@@ -45,18 +45,17 @@ MODULES = {"second MLP": ["down_proj"], "all": [f"{p}_proj" for p in ("q", "k", 
 MODULES["all"] += ["gate_proj", "up_proj", "down_proj"]
 RANKS, RATE, STEPS, BATCH, HELD_OUT, HASH = (1, 4, 16, 64), 2e-3, 60, 4, 64, 3
 FIGURES = ("entropy", "threshold@0.1", "threshold@0.01")
-MATCHING = 100  # the seed on which losses are matched
+MATCHING = 100  # seed on which losses are matched
 LEAST = 1.5
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Ranks, sizes and the model."""
     sizes = (RANKS, RATE, STEPS, BATCH, HELD_OUT, HASH, CHAINS)
     return {"sizes": sizes, "model": language.load(quick).hash}
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Losses before tuning, then an adapter of every rank."""
+    """Yield the losses before tuning, then an adapter of every rank."""
     yield {"seed": MATCHING, "task": PLANNING, "part": "untuned"}
     for place in range(len(CHAINS)):
         yield {"seed": MATCHING, "task": REASONING, "part": "untuned", "chains": place}
@@ -71,7 +70,7 @@ def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Loss on answers to questions that were not seen, and the ranks of the update."""
+    """Yield the loss on answers to unseen questions, and the ranks of the update."""
     own = language.load(quick)
     chains = arm["chains"] if "chains" in arm else matched(arm, rows)
     model = own.copy()
@@ -102,7 +101,6 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def questions(task: str, chains: int, count: int, seed: int) -> HashHop | HashChain:
-    """What adapters learn."""
     if task == PLANNING:
         return HashHop(count, chain_length=6, max_hops=3, hash_length=HASH, seed=seed)
     lengths = CHAINS[chains]
@@ -110,7 +108,7 @@ def questions(task: str, chains: int, count: int, seed: int) -> HashHop | HashCh
 
 
 def matched(arm: Row, rows: Rows) -> int:
-    """The setting of the chain task that begins nearest to the hop task."""
+    """Return the setting of the chain task with the loss nearest to the hop task's."""
     own = [row for row in rows if row["seed"] == MATCHING]
     if arm["seed"] == MATCHING:
         return 0  # the hop task has no chains
@@ -124,7 +122,7 @@ def matched(arm: Row, rows: Rows) -> int:
 
 
 def gains(rows: Rows, seed: int, task: str, modules: str) -> dict[int, float]:
-    """By rank, how far the loss has come down."""
+    """Return the decrease of the loss by rank."""
     before = study.mean(rows, "loss", seed=seed, task=task, part="untuned")
     own = [r for r in rows if r["part"] == "lora" and r["modules"] == modules]
     own = [r for r in own if (r["seed"], r["task"]) == (seed, task)]
@@ -132,13 +130,13 @@ def gains(rows: Rows, seed: int, task: str, modules: str) -> dict[int, float]:
 
 
 def enough(rows: Rows, seed: int, task: str, modules: str) -> int:
-    """The smallest rank that reaches 95 % of the gain of the best."""
+    """Return the smallest rank that reaches 95 % of the best gain."""
     found = gains(rows, seed, task, modules)
     return min(rank for rank, gain in found.items() if gain >= 0.95 * max(found.values()))
 
 
 def ratio(rows: Rows, modules: str, measure: str) -> Interval:
-    """Planning's over reasoning's, the mean over the seeds."""
+    """Return the ratio of planning to reasoning, the mean over the seeds."""
     seeds = sorted({r["seed"] for r in rows if r["part"] == "lora"})
     most = max(r["rank"] for r in rows if r["part"] == "lora")
 
@@ -152,7 +150,7 @@ def ratio(rows: Rows, modules: str, measure: str) -> Interval:
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """The ratio in either measure, on the paper's matrices."""
+    """Check the ratio in either measure on the paper's matrices (the headline)."""
     entropy, smallest = (ratio(rows, "second MLP", name) for name in ("entropy", "enough"))
     found = [
         Criterion(
@@ -179,7 +177,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Ratios on both kinds of modules."""
+    """Format the ratios on both kinds of modules."""
     parts = [
         f"{modules}: "
         + ", ".join(f"{name} {ratio(rows, modules, name):.2f}" for name in (*FIGURES, "enough"))
@@ -189,7 +187,6 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Gains by rank."""
     seeds = sorted({r["seed"] for r in rows if r["part"] == "lora"})
     ranks = sorted({r["rank"] for r in rows if r["part"] == "lora"})
     return {

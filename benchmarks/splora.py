@@ -1,10 +1,10 @@
-"""Does pruning bring refusals back at equal gain? `python benchmarks/splora.py`.
+"""Measure whether pruning restores refusals at equal gain: `python benchmarks/splora.py`.
 
-SmolLM2 learns to refuse Do-Not-Answer's requests and to answer harmless ones: its aligned sibling.
-LoRA on the queries and values of that learns lines about Debian's packages, and forgets to refuse.
-Some of its 60 modules are then pruned, by every score, at random or by the size of their updates,
-or projected as Safe LoRA does; each way gives a curve of refusals over how much of the gain on the
-task is kept, and curves are compared where half of it is.
+SmolLM2 learns to refuse Do-Not-Answer's requests and to answer harmless ones: the aligned sibling.
+LoRA on its queries and values then learns lines about Debian's packages, and the model forgets to
+refuse. Some of the adapter's 60 modules are pruned, by every score, at random or by the size of
+their updates, or projected as in Safe LoRA. Each rule gives a curve of refusals over the share of
+the task's gain that is kept; curves are compared at half of the gain.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CLAIM = Claim(
     "revision 44c67d3): not reproduced",
 )
 ANGLE = {"score": "angle", "projection": "orthogonal", "energy": 0.9}
-#: Ways to choose modules that score them, and what is pruned first.
+#: Rules that score modules, with the score that is pruned first.
 SCORES: dict[str, dict[str, Any]] = {
     "angle, largest": {**ANGLE, "direction": "largest"},
     "angle, smallest": {**ANGLE, "direction": "smallest"},
@@ -59,24 +59,23 @@ SCORES: dict[str, dict[str, Any]] = {
 OURS, SAFE, RANDOM, SIZE = "angle, largest", "Safe LoRA", "random", "largest updates"
 RULES = (*SCORES, SAFE, RANDOM, SIZE)
 staged = functools.lru_cache(1)(alignment.staged)  # once for all arms of a seed
-PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the modules
+PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the modules
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Sizes and the model."""
     sizes = (*alignment.SIZES, PARTS, alignment.RATES, SCORES)
     return {"sizes": sizes, "model": language.load(quick).hash}
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """The models before pruning, then every rule."""
+    """Yield the models before pruning, then every rule."""
     for seed in seeds:
         for rule in ("aligned", *RULES):
             yield {"seed": seed, "rule": rule}
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Refusals and the loss on the task, for every part that is pruned."""
+    """Yield refusals and the loss on the task, for every share that is pruned."""
     stage = staged(arm["seed"], quick)
     if arm["rule"] == "aligned":
         yield {"part": 1.0, **figures(stage.aligned, stage, over=True)}
@@ -97,7 +96,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 @functools.cache
 def pruned(seed: int, quick: bool, off: frozenset[str]) -> dict[str, float]:
-    """Figures without some modules; without none or all, every rule has the same: kept."""
+    """Return the figures without some modules; cached, because rules share the extremes."""
     stage = staged(seed, quick)
     groups = LayerGroups(stage.tuned, "default", "module")
     with groups.masked([name not in off for (name,) in groups.names]):
@@ -109,7 +108,7 @@ def _kind(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ranked(rule: str, stage: Stage, seed: int) -> tuple[list[str], float]:
-    """Modules in the order in which they are pruned, and the score's correlation with size."""
+    """Return modules in the order of pruning, and the score's correlation with size."""
     count = len(stage.adapter.modules)
     if rule in SCORES:
         config = SploraConfig(num=count - 1, **SCORES[rule])
@@ -125,14 +124,14 @@ def ranked(rule: str, stage: Stage, seed: int) -> tuple[list[str], float]:
     def size(layer: LayerStats) -> float:
         return -layer.norm / layer.n_entries**0.5
 
-    # Safe LoRA projects those first whose image lies farthest from them.
+    # Safe LoRA first projects the modules that are farthest from their projection.
     key = size if rule == SIZE else lambda layer: layer.cos
     return [layer.name for layer in sorted(stats, key=key)], 0.0
 
 
 @torch.no_grad()
 def load(model: Any, adapter: LoraAdapter) -> None:
-    """Give the model's layers the factors B of an adapter."""
+    """Copy the factors B of an adapter into the model's layers."""
     for name, layer in adapted_layers(model).items():
         layer.lora_B["default"].weight.copy_(adapter.modules[name].b)  # pyright: ignore
 
@@ -142,8 +141,7 @@ def load(model: Any, adapter: LoraAdapter) -> None:
 
 
 def at(rows: Rows, seed: int, rule: str, gain: float = 0.5) -> float:
-    """Refusals where this part of the task's gain is kept, on the line between the parts beside
-    it."""
+    """Return the refusals at a share of the task's gain, interpolated between measured parts."""
     own = sorted(
         (r for r in rows if (r["seed"], r["rule"]) == (seed, rule)), key=lambda r: r["part"]
     )
@@ -157,18 +155,18 @@ def at(rows: Rows, seed: int, rule: str, gain: float = 0.5) -> float:
 
 
 def refusals(rows: Rows, rule: str, gain: float = 0.5) -> list[float]:
-    """By seed, at half of the gain or another part."""
+    """Return the refusals of each seed at half of the gain, or another share."""
     return [at(rows, seed, rule, gain) for seed in sorted({r["seed"] for r in rows})]
 
 
 def beyond(rows: Rows, rival: str, rule: str = OURS) -> Interval:
-    """Refusals beyond a rival's."""
+    """Return the refusals of a rule less those of a rival."""
     pairs = zip(refusals(rows, rule), refusals(rows, rival), strict=True)
     return study.interval([a - b for a, b in pairs])
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Refusals at equal gain decide, against Safe LoRA and against chance."""
+    """Check the refusals at equal gain, against Safe LoRA and against chance."""
     found: list[Criterion] = []
     for rival in (SAFE, RANDOM, SIZE):
         each = beyond(rows, rival)
@@ -200,7 +198,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Refusals of every rule at half of the gain, with what its score has to do with size."""
+    """Format each rule's refusals at half of the gain, and its correlation with size."""
     each: list[str] = []
     for rule in RULES:
         text = f"{rule} {study.interval(refusals(rows, rule)):.2f}"
@@ -212,7 +210,7 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Every rule at half of the gain, and where more of it is kept."""
+    """Return every rule at half of the gain, and at larger shares."""
     return {
         f"refusals with {gain:.0%} of the gain kept": {
             rule: study.interval(refusals(rows, rule, gain)) for rule in RULES

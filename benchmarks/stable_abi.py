@@ -1,11 +1,11 @@
-"""What a call costs over torch's stable interface: two ops of our schemas, both ways.
+"""Time calls over torch's stable interface: two ops with our schemas, both ways.
 
 ``python benchmarks/stable_abi.py`` compiles two small files (a minute) and prints a table. The ops
-do nothing but read their arguments and make their outputs: what is timed is the way to them. The
-training op is differentiable: by a C++ ``autograd::Function``, which the stable interface lacks, or
-by ``torch.library.register_autograd``. ``--ours`` compiles nothing and times two of our own ops, of
-which one has its backward in C++ and the other in Python. Times are of the processor, the least of
-many short runs, by turns.
+only read their arguments and create their outputs, so the overhead of a call is timed. The training
+op is differentiable by a C++ ``autograd::Function``, which the stable interface lacks, or by
+``torch.library.register_autograd``. ``--ours`` compiles nothing and times two of our ops, one with
+its backward in C++, the other with one in Python. Times are processor times, the least of many
+short runs, in turns.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def build(name: str, source: str) -> None:
 
 
 def differentiable() -> None:
-    """What the C++ function does, in Python."""
+    """Register in Python the backward that the C++ function has."""
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         x, a, b, ids, *_ = inputs
@@ -170,7 +170,7 @@ def differentiable() -> None:
 def least(
     runs: dict[str, Callable[[], Any]], calls: int = 300, rounds: int = 60
 ) -> dict[str, float]:
-    """Microseconds of a call, of each way by turns."""
+    """Return the least microseconds per call of each way, measured in turns."""
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():
@@ -182,7 +182,7 @@ def least(
 
 
 def ours() -> None:
-    """``lora_linear_forward`` has its backward in C++, ``lora_apply`` in Python."""
+    """Time ``lora_linear_forward``, with a C++ backward, and ``lora_apply``, with a Python one."""
     import lora_ext  # noqa: F401  (registers the ops)
 
     ops = torch.ops.lora_ext
@@ -197,7 +197,7 @@ def ours() -> None:
         bare = least({k: lambda f=f: f(x, a, b) for k, f in calls.items()}, 200, 25)
     forward = least({k: lambda f=f: f(*leaves) for k, f in calls.items()}, 200, 25)
     whole = least({k: lambda f=f: f(*leaves).backward(dy) for k, f in calls.items()}, 200, 25)
-    print(f"{'microseconds of the processor a call':38}{'C++':>8}{'Python':>8}")
+    print(f"{'processor microseconds per call':38}{'C++':>8}{'Python':>8}")
     for name, row in (("inference", bare), ("forward", forward), ("and backward", whole)):
         print(f"{name:38}{row['C++']:8.1f}{row['Python']:8.1f}")
 
@@ -229,7 +229,7 @@ def main() -> None:
         rows = {"serving call, inference mode": least(serve)}
     rows["training call, forward"] = least(train)
     rows["training call, forward and backward"] = least(both)
-    print(f"torch {torch.__version__}; microseconds a call, the least of 60 runs of 300")
+    print(f"torch {torch.__version__}; microseconds per call, the least of 60 runs of 300")
     print(f"{'':38}{'C++':>8}{'stable':>8}{'more':>8}")
     for name, found in rows.items():
         one, two = found["probe_cpp"], found["probe_stable"]

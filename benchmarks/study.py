@@ -1,34 +1,34 @@
-"""The frame of the methods' reproductions, `benchmarks/<method>.py`: rows, criteria, verdicts.
+"""Frame of the methods' reproductions, `benchmarks/<method>.py`: rows, criteria, verdicts.
 
 A study is a module with
 
-    CLAIM = Claim(...)                                       what the paper says, and our advice
-    def settings(quick) -> Mapping[str, object]              optional: what its figures follow from
+    CLAIM = Claim(...)                                       the paper's claim, and our advice
+    def settings(quick) -> Mapping[str, object]              optional: inputs of its figures
     def arms(seeds, quick) -> Iterable[Row]                  optional: tasks, each with its "seed"
     def measure(arm: Row, quick: bool, rows: Rows) -> Iterable[Row]
-                                                             of one arm; rows: of those before it
-    def criteria(rows: Rows) -> list[Criterion]              those of the headline decide
+                                                             of one arm; rows: of earlier arms
+    def criteria(rows: Rows) -> list[Criterion]              the headline's give the verdict
     def figure(rows: Rows) -> str                            in words, with its interval
     def panels(rows: Rows) -> Panels                         optional: its tables and its picture
 
     if __name__ == "__main__":
         sys.exit(study.run(sys.modules[__name__]))
 
-Without `arms` each seed is one. Rows are written arm by arm: a run that is cut goes on where it
-was, and one whose arms all have rows measures nothing. Every row has the hash of the settings, and
-rows of other settings are neither judged nor counted as done. Judged are the seeds of which every
-arm is there; as long as these are fewer than the claim asks for, there is no verdict.
+Without `arms`, each seed is one arm. Rows are written arm by arm, so an interrupted run can be
+continued, and a run whose arms all have rows measures nothing. Every row has the hash of the
+settings; rows of other settings are neither judged nor counted. Only seeds with rows for every arm
+are judged. There is no verdict until they are as many as the claim requires.
 
     python benchmarks/<method>.py        measures what is missing, prints, adds to results/*.csv
-        --check           exits with 1 where a criterion of the headline is not met
-        --seeds N         seeds 0 to N - 1, instead of as many as the claim has
-        --quick           smallest sizes, shows only that it works: writes no rows without --out
-        --from-results    judges what is there instead of measuring
-        --full            also measures what no criterion asks for, where a study has `more`
-        --also WORDS ...  of that, the arms that have these values, as in "FIM:4 classes"
+        --check           exits with 1 if a criterion of the headline is not met
+        --seeds N         seeds 0 to N - 1, instead of the claim's number
+        --quick           smallest sizes, only checks the code: writes no rows without --out
+        --from-results    judges the existing rows instead of measuring
+        --full            also measures arms without a criterion, if a study has `more`
+        --also WORDS ...  only those of them that have these values, as in "FIM:4 classes"
         --out FOLDER      of the csv file          --picture PATH    draws the panels there
 
-Criteria are written down before the run: neither seeds nor thresholds follow what comes out.
+Criteria are fixed before the run: neither seeds nor thresholds depend on the results.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ Rows = list[Row]
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says, how it is tried here, and what a user should make of it.
+    """Claim of a paper, its test here, and the advice for users.
 
     Attributes:
-        headline: the criterion that decides, in a few words.
-        use, avoid: when to use the method, and when not.
-        earlier: what came out under the protocol before this one, with its verdict.
+        headline: The criterion that gives the verdict, in a few words.
+        use, avoid: When to use the method, and when not.
+        earlier: Result of the earlier protocol, with its verdict.
     """
 
     paper: str
@@ -79,12 +79,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A condition on the rows.
+    """Condition on the rows.
 
     Attributes:
-        passed: None where it could not be measured, such as seconds on a busy machine.
-        headline: whether the verdict follows from it.
-        points: whether the effect has the sign that the paper says; where it passed, it has.
+        passed: None if it could not be measured, such as seconds on a busy machine.
+        headline: Whether the verdict depends on it.
+        points: Whether the effect has the paper's sign; ignored if it passed.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its 95 % interval."""
+    """Figure with its 95 % interval."""
 
     middle: float
     low: float
@@ -116,12 +116,12 @@ def interval(
     statistic: Callable[[Sequence[float]], float] = statistics.fmean,
     draws: int = 4000,
 ) -> Interval:
-    """A figure with its 95 % percentile interval by bootstrap, from a fixed seed.
+    """Return a figure with its 95 % percentile interval by bootstrap, from a fixed seed.
 
     Args:
-        values: one a seed; or several a seed, such as one a device: then seeds are drawn with
+        values: One per seed; or several per seed, such as one per device: then seeds are drawn with
             replacement, and in each of them its values.
-        statistic: of one value a seed; several of a seed count as their mean.
+        statistic: Function of one value per seed; several of a seed count as their mean.
     """
     groups = [list(v) if isinstance(v, Sequence) else [v] for v in values]
     rng = random.Random(0)
@@ -141,7 +141,7 @@ def interval(
 
 @dataclass(frozen=True)
 class Judged:
-    """What the rows say: figure, criteria and verdict, with the seeds that they are of."""
+    """Figure, criteria and verdict, with the seeds that they are based on."""
 
     seeds: tuple[int, ...]
     figure: str
@@ -150,7 +150,7 @@ class Judged:
 
 
 def judge(study: ModuleType, rows: Rows, quick: bool = False) -> Judged:
-    """The verdict from the criteria of the headline alone, once all seeds are there."""
+    """Return the verdict from the criteria of the headline; none until all seeds have rows."""
     seeds = whole_seeds(study, rows, quick)
     if not seeds:
         return Judged((), "", [], NOT_RUN)
@@ -169,7 +169,7 @@ def judge(study: ModuleType, rows: Rows, quick: bool = False) -> Judged:
 
 
 def whole_seeds(study: ModuleType, rows: Rows, quick: bool = False) -> tuple[int, ...]:
-    """The seeds of the claim, from 0 on, of which every arm has rows."""
+    """Return the seeds of the claim, from 0 on, for which every arm has rows."""
     found: list[int] = []
     for seed in range(study.CLAIM.seeds):
         if missing(arms_of(study, range(seed + 1), quick), rows):
@@ -179,13 +179,11 @@ def whole_seeds(study: ModuleType, rows: Rows, quick: bool = False) -> tuple[int
 
 
 def arms_of(study: ModuleType, seeds: Sequence[int], quick: bool) -> list[Row]:
-    """The tasks of a study."""
     each = getattr(study, "arms", lambda seeds, quick: [{"seed": seed} for seed in seeds])
     return list(each(seeds, quick))
 
 
 def missing(arms: Sequence[Row], rows: Rows) -> list[Row]:
-    """Arms without rows."""
     return [arm for arm in arms if not _has(rows, arm)]
 
 
@@ -202,7 +200,7 @@ def _same(found: object, asked: object) -> bool:
 
 
 def _seeds_of(row: Row) -> set[int]:
-    return {int(seed) for seed in str(row["seed"]).split("+")}  # "0+1" is of a pair
+    return {int(seed) for seed in str(row["seed"]).split("+")}  # "0+1" is a pair
 
 
 # -------------------------------------------------------------------------------------------------
@@ -210,34 +208,34 @@ def _seeds_of(row: Row) -> set[int]:
 
 
 class Store:
-    """The rows of a study in its csv file, of one kind of settings."""
+    """Rows of a study in its csv file, with one kind of settings."""
 
     def __init__(self, path: Path, settings: str):
         self.path, self.settings = path, settings
 
     @classmethod
     def of(cls, path: Path, study: ModuleType, quick: bool) -> Store:
-        """Of the settings that a study has now."""
+        """Open the rows of the study's current settings."""
         given = getattr(study, "settings", lambda quick: {})(quick)
         text = json.dumps({"quick": quick, **given}, sort_keys=True, default=str)
         return cls(path, hashlib.blake2b(text.encode(), digest_size=4).hexdigest())
 
     @classmethod
     def of_last(cls, path: Path) -> Store:
-        """Of the settings of the last row, where those of now cannot be known."""
+        """Open the rows of the last row's settings, if the current ones are unknown."""
         rows = cls(path, "")._all()
         return cls(path, rows[-1]["settings"] if rows else "")
 
     def rows(self) -> Rows:
-        """Those of these settings."""
+        """Return the rows of these settings."""
         return [_parsed(row) for row in self._all() if row.get("settings") == self.settings]
 
     def others(self) -> int:
-        """How many there are of other settings."""
+        """Return the number of rows of other settings."""
         return len(self._all()) - len(self.rows())
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Write rows beside those that are there; a process that dies leaves the old file."""
+        """Append rows; if the process dies, the old file remains."""
         first = {**machine_columns(), "settings": self.settings}
         new = [{**first, **{k: _text(v) for k, v in row.items()}} for row in rows]
         rows_ = [*self._all(), *new]
@@ -260,7 +258,7 @@ class Store:
 
 
 def measure_missing(study: ModuleType, store: Store, seeds: Sequence[int], args: Any) -> None:
-    """Run the arms that have no rows, and write each one's as they come."""
+    """Run the arms that have no rows, and write the rows of each arm when it ends."""
     from tqdm import tqdm
 
     arms = arms_of(study, seeds, args.quick)
@@ -271,14 +269,14 @@ def measure_missing(study: ModuleType, store: Store, seeds: Sequence[int], args:
     rows = store.rows()
     left = missing(arms, rows)
     if store.others():
-        print(f"{store.path}: {store.others()} rows of other settings stay apart")
+        print(f"{store.path}: {store.others()} rows of other settings are not counted")
     done = len(arms) - len(left)
     with tqdm(total=len(arms), initial=done, unit="arm", disable=None) as bar:
         for arm in left:
             bar.set_description(" ".join(str(value) for value in arm.values()))
             store.add({**arm, **row} for row in study.measure(arm, args.quick, store.rows()))
             bar.update()
-    for each in vars(study).values():  # models that arms share, and their adapters
+    for each in vars(study).values():  # caches of models and adapters that arms share
         getattr(each, "cache_clear", lambda: None)()
 
 
@@ -287,7 +285,7 @@ def measure_missing(study: ModuleType, store: Store, seeds: Sequence[int], args:
 
 
 def run(study: ModuleType, arguments: list[str] | None = None) -> int:
-    """The command line of a study; returns its exit status."""
+    """Run the command line of a study; return its exit status."""
     args = _arguments(study, arguments)
     name = Path(str(study.__file__)).stem
     with tempfile.TemporaryDirectory() as scratch:
@@ -315,25 +313,25 @@ def run(study: ModuleType, arguments: list[str] | None = None) -> int:
 
 def _arguments(study: ModuleType, arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(study.__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 where the headline fails")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if the headline fails")
     parser.add_argument("--seeds", type=int, default=study.CLAIM.seeds, metavar="N")
-    parser.add_argument("--quick", action="store_true", help="shows only that it works")
+    parser.add_argument("--quick", action="store_true", help="only checks that it works")
     if hasattr(study, "more"):
-        parser.add_argument("--full", action="store_true", help="also what no criterion asks for")
-        parser.add_argument("--also", nargs="+", default=(), metavar="WORDS", help="of that")
-    parser.add_argument("--from-results", action="store_true", help="judge what is there instead")
+        parser.add_argument("--full", action="store_true", help="also arms without a criterion")
+        parser.add_argument("--also", nargs="+", default=(), metavar="WORDS", help="some of those")
+    parser.add_argument("--from-results", action="store_true", help="judge the existing rows")
     parser.add_argument("--out", type=Path, help="folder of the csv file")
     parser.add_argument("--picture", type=Path, help="draw the panels here")
     args = parser.parse_args(arguments)
     if args.seeds < 1:
         parser.error(f"--seeds: expected at least 1, found {args.seeds}")
     if args.picture and not hasattr(study, "panels"):
-        parser.error(f"--picture: {Path(str(study.__file__)).stem} draws none")
+        parser.error(f"--picture: {Path(str(study.__file__)).stem} has no panels")
     return args
 
 
 def draw_panels(panels: Panels, path: Path) -> None:
-    """A point with its interval for every label, a panel for every title."""
+    """Draw a panel per title, with a point and its interval per label."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -357,7 +355,7 @@ def draw_panels(panels: Panels, path: Path) -> None:
 
 
 def criteria_table(criteria: Sequence[Criterion]) -> str:
-    """Markdown."""
+    """Return the criteria as a Markdown table."""
     met = {True: "yes", False: "**no**", None: "left for a quiet machine"}
     cells = [
         (c.name + (" (headline)" if c.headline else ""), c.asked, c.found, met[c.passed])
@@ -367,7 +365,7 @@ def criteria_table(criteria: Sequence[Criterion]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table, its columns aligned up to sixty characters so that it reads in a terminal too."""
+    """Return a Markdown table, with columns aligned up to sixty characters for the terminal."""
     cells = [[str(cell) for cell in line] for line in (header, *rows)]
     widths = [min(60, max(map(len, column))) for column in zip(*cells, strict=True)]
     lines = [
@@ -378,10 +376,10 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def column(rows: Iterable[Row], name: str, **where: object) -> list[Any]:
-    """A column over the rows with these values.
+    """Return a column of the rows with these values.
 
     Raises:
-        ValueError: no row has them.
+        ValueError: If no row has them.
     """
     found = [row[name] for row in rows if all(row.get(k, "") == v for k, v in where.items())]
     if not found:
@@ -390,7 +388,7 @@ def column(rows: Iterable[Row], name: str, **where: object) -> list[Any]:
 
 
 def mean(rows: Iterable[Row], name: str, **where: object) -> float:
-    """Of a column over the rows with these values; ValueError where no row has them."""
+    """Return the mean of a column over the rows with these values; see `column`."""
     return statistics.fmean(column(rows, name, **where))
 
 

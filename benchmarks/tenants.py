@@ -1,8 +1,8 @@
-"""Eight tenants in one service, against one tenant alone and against PEFT's adapters in turn.
+"""Time eight tenants in one service against one tenant alone and PEFT's adapters in turn.
 
 `python benchmarks/tenants.py [--tiny] [--check]`: SmolLM2 (or a tiny Llama), float32, one thread.
-Each way takes the same steps of forward, backward and AdamW on the same data, in turns; what counts
-is the median of the ratios of neighbouring turns: a busy machine tells on both sides alike.
+Each way takes the same steps of forward, backward and AdamW on the same data, in turns. The result
+is the median of the ratios within a turn, because a busy machine affects both sides alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_ext.interop.smollm2 import load_smollm2
 from lora_ext.tenants import Datum, Service
 
 RANKS = (4, 8, 16, 32, 4, 8, 16, 32)
-#: By tokens of each tenant: the most of eight over one, the least of PEFT in turn over eight.
+#: By tokens per tenant: most of eight over one, least of PEFT in turn over eight.
 TARGETS = {16: (8.0, 2.5), 128: (8.0, 1.4)}
 
 
@@ -67,7 +67,7 @@ def peft_step(model: Any, optimizers: list[Any], each: list[Tensor]) -> float:
 
 
 def settled(way: Callable[[], float]) -> Callable[[], float]:
-    """After two calls that do not count: a step waits for who was in one of the last two."""
+    """Wrap ``way`` to time its third call: a step waits for tenants of the last two steps."""
     return lambda: [way() for _ in range(3)][-1]
 
 
@@ -84,7 +84,7 @@ def peft_model(small: bool) -> tuple[Any, list[Any]]:
 
 
 def measure(small: bool, tokens: int, turns: int) -> dict[str, float]:
-    """Seconds of a step, and the two ratios."""
+    """Return the seconds of a step, and the two ratios."""
     theirs, optimizers = peft_model(small)
     with Service(made(small)) as service:
         tenants = [service.create(rank, seed=i) for i, rank in enumerate(RANKS)]
@@ -104,8 +104,8 @@ def measure(small: bool, tokens: int, turns: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="a tiny Llama, to see that it runs")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--tiny", action="store_true", help="a tiny Llama, to check that it runs")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--tokens", type=int, nargs="*", default=list(TARGETS))
     args = parser.parse_args()

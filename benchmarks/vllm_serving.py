@@ -1,10 +1,11 @@
-"""vLLM on the CPU with many adapters: its engine without LoRA, its own LoRA kernels, and ours.
+"""Time vLLM on the CPU with many adapters: without LoRA, with its LoRA kernels, and with ours.
 
-SmolLM2-135M, 16 rows with an adapter each, on all seven linears. Both kernels run in one engine,
-which changes them between generations; the engine without LoRA stands beside it. A round of each at
-a time, in this process. Before anything is timed, both kernels must give the same logits.
+SmolLM2-135M serves 16 rows with one adapter each, on all seven linear layers. Both kernels run in
+one engine, which switches them between generations; another engine has no LoRA. Rounds alternate
+between them in this process. Before timing, both kernels must give the same logits.
 
-`make vllm` makes the environment; then `.venv-vllm/bin/python benchmarks/vllm_serving.py --check`.
+`make vllm` creates the environment; then run
+`.venv-vllm/bin/python benchmarks/vllm_serving.py --check`.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from lora_ext.interop.vllm._updates import Updates
 
 ROWS = 16
 RANKS = {"r16": [16] * ROWS, "r8 to r64": [8, 16, 32, 64] * (ROWS // 4)}
-PROMPT = {"decode": 8, "prefill": 32}  # tokens of a row
-# vLLM's time over ours, at least.
+PROMPT = {"decode": 8, "prefill": 32}  # tokens per row
+# Least ratio of vLLM's time to ours.
 TARGETS = {
     ("r16", "decode"): 1.8,
     ("r8 to r64", "decode"): 3.0,
@@ -46,13 +47,13 @@ TARGETS = {
     ("r8 to r64", "prefill"): 4.0,
 }
 # Mean difference of the twenty first log-probabilities of a row: rounding of sums of 30 layers. In
-# bfloat16 either kernel is 0.05 from float32, rows are up to 0.09 apart, and 0.15 or more where a
-# row has another's adapter.
+# bfloat16, each kernel is 0.05 from float32 and rows differ by up to 0.09; with a wrong adapter, a
+# row differs by 0.15 or more.
 BOUND = {"float32": 1e-4, "bfloat16": 0.12}
 
 
 def save_adapters(model: Path, folder: Path, ranks: list[int]) -> list[LoRARequest]:
-    """Random adapters on all linears, in PEFT's files; their updates are a tenth of the base's."""
+    """Save random adapters of all linear layers; updates are a tenth of the base's."""
     config = transformers.AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         shapes = {
@@ -89,7 +90,7 @@ def peft_config(path: Path, rank: int, modules: list[str]) -> None:
 
 
 class Engine:
-    """An engine of this process; each generation is a prefill and then decode steps."""
+    """Engine in this process; each generation is a prefill followed by decode steps."""
 
     def __init__(self, model: Path, dtype: str, **options: Any):
         self.llm = LLM(
@@ -105,7 +106,7 @@ class Engine:
         self._count = 0
 
     def run(self, requests: list[Any], prompt: int, new: int) -> tuple[list[float], list[Any]]:
-        """Seconds of each step, the prefill first, and the answers in the order of the rows."""
+        """Return seconds of each step, the prefill first, and the answers in row order."""
         engine = self.llm.llm_engine
         how = SamplingParams(
             temperature=0, max_tokens=new, ignore_eos=True, logprobs=20, detokenize=False
@@ -132,8 +133,8 @@ class Engine:
         return core.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
 
     def into_a_slot(self, theirs: bool) -> float:
-        """Seconds in which an adapter moves into a slot, without and with reading its ranks."""
-        move = type(self.manager).activate_adapter  # of the cache, on top of the one that we wrap
+        """Return the seconds to move an adapter into a slot, without or with reading its ranks."""
+        move = type(self.manager).activate_adapter  # the cache's, outside the wrapped one
         changed = Updates.slot_changed
         if theirs:
             Updates.slot_changed = lambda self, slot: None  # pyright: ignore[reportAttributeAccessIssue]
@@ -146,7 +147,7 @@ class Engine:
 
     @contextlib.contextmanager
     def kernels(self, theirs: bool) -> Iterator[None]:
-        """vLLM's own kernels, or lora_ext's."""
+        """Use vLLM's kernels, or lora_ext's."""
         if not theirs:
             yield
             return
@@ -160,8 +161,10 @@ class Engine:
 
 
 def check(name: str, engine: Engine, requests: list[Any], dtype: str) -> float:
-    """The mean difference of log-probabilities between the kernels, up to the first other token, in
-    the row in which it is largest."""
+    """Return the largest mean difference of log-probabilities between the kernels over the rows.
+
+    A row is compared up to its first different token.
+    """
     found = []
     for theirs in (False, True):
         with engine.kernels(theirs):
@@ -172,11 +175,11 @@ def check(name: str, engine: Engine, requests: list[Any], dtype: str) -> float:
         for a, b in zip(ours.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
             apart += [abs(a[t].logprob - b[t].logprob) for t in a.keys() & b.keys()]
             if next(iter(a)) != next(iter(b)):
-                break  # two tokens within rounding: the rows go on apart
+                break  # two tokens within rounding: later ones are not comparable
         worst = max(worst, statistics.fmean(apart))
     if not worst <= BOUND[dtype]:
         raise SystemExit(
-            f"vllm_serving: {name}: expected log-probabilities of a row on average within "
+            f"vllm_serving: {name}: expected mean log-probabilities per row within "
             f"{BOUND[dtype]} of vLLM's kernels, found a difference of {worst:.3g}"
         )
     return worst
@@ -185,14 +188,14 @@ def check(name: str, engine: Engine, requests: list[Any], dtype: str) -> float:
 def measure(
     plain: Engine, engine: Engine, requests: list[Any], kind: str, rounds: int, steps: int
 ) -> dict[str, Timing]:
-    """Seconds of a step: the prefill, or the median of the decode steps of a generation."""
+    """Return seconds of the prefill, or the median of a generation's decode steps."""
     found: dict[str, list[float]] = {"no LoRA": [], "vLLM": [], "lora_ext": []}
     for index in range(-1, rounds):  # the first is a warm-up
         for name in list(found)[:: 1 if index % 2 else -1]:
-            who = [None] * ROWS if name == "no LoRA" else requests
+            loras = [None] * ROWS if name == "no LoRA" else requests
             server = plain if name == "no LoRA" else engine
             with server.kernels(name == "vLLM"):
-                seconds, _ = server.run(who, PROMPT[kind], 1 if kind == "prefill" else steps + 1)
+                seconds, _ = server.run(loras, PROMPT[kind], 1 if kind == "prefill" else steps + 1)
             if index >= 0:
                 found[name].append(statistics.median(seconds[1:] or seconds))
     return {name: Timing.of(times) for name, times in found.items()}
@@ -201,7 +204,7 @@ def measure(
 def run_case(
     name: str, plain: Engine, model: Path, scratch: Path, options: argparse.Namespace
 ) -> Iterator[tuple[dict[str, object], list[str]]]:
-    """Rows of one mix of ranks, each with what it missed."""
+    """Yield rows of one mix of ranks, each with the targets it missed."""
     requests = save_adapters(model, scratch / name, RANKS[name])
     slots = {"max_loras": ROWS, "max_cpu_loras": ROWS, "max_lora_rank": max(RANKS[name])}
     engine = Engine(model, options.dtype, enable_lora=True, **slots)
@@ -232,8 +235,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12, help="decode steps of a generation")
     parser.add_argument("--dtype", choices=BOUND, default="float32")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
-    parser.add_argument("--out", type=Path, help="a csv file to which the rows are appended")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    parser.add_argument("--out", type=Path, help="csv file to which rows are appended")
     options = parser.parse_args()
     model = converted_folder()
     plain = Engine(model, options.dtype)

@@ -1,10 +1,10 @@
-"""VoRA on pictures of coloured shapes, beside an encoder: `python benchmarks/vora.py`.
+"""Compare VoRA with an encoder on pictures of coloured shapes: `python benchmarks/vora.py`.
 
 A ViT learns to classify the pictures, a small Llama learns caption-like text, and both are frozen.
-VoRA then teaches the Llama to caption pictures that it has not seen: with everything that the paper
-has, without distillation, and with a causal mask. Their rival is what VoRA does without: the ViT
-with a projector of two layers in front of the Llama, which has LoRA of as many parameters. VoRA is
-merged, and compared on text; so is a run of route "vision".
+VoRA then teaches the Llama to caption unseen pictures: as in the paper, without distillation, and
+with a causal mask. The rival has what VoRA avoids: the ViT with a projector of two layers in front
+of the Llama, which has LoRA of as many parameters. VoRA is merged and compared on text, and so is a
+run of route "vision".
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ KINDS = (COLOURS, SHAPES, QUADRANTS)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the runs."""
+    """Sizes of the runs."""
 
     teacher_steps: int = 300
     text_steps: int = 150
@@ -76,14 +76,14 @@ QUICK = Sizes(2, 2, 3, (48, 6))
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training."""
+    """Way of training."""
 
     distill: bool = True
     lora: bool = True
     bidirectional: bool = True
     route: Any = "all"
-    part: float = 1.0  # of the steps
-    tower: bool = False  # the ViT in front, in the place of VoRA
+    part: float = 1.0  # share of the steps
+    tower: bool = False  # the ViT in front instead of VoRA
 
 
 ENCODER = "encoder"
@@ -93,15 +93,16 @@ ARMS = {
     "no distillation": Arm(distill=False),
     "causal": Arm(bidirectional=False),
     "embedding only": Arm(distill=False, lora=False),
-    "vision": Arm(route="vision", part=0.1),  # asked what it does to text, which no step changes
+    "vision": Arm(route="vision", part=0.1),  # only for its effect on text, which no step changes
 }
 
 
 class Pictures:
-    """Images as the model takes them, and their captions as token ids.
+    """Images in the model's format, with captions as token ids.
 
     Args:
-        images: ``(3, H, W)`` uint8. captions: as many words each.
+        images: Images ``(3, H, W)`` uint8.
+        captions: Captions with equally many words.
     """
 
     def __init__(self, images: Sequence[Tensor], captions: Sequence[Sequence[str]]):
@@ -110,19 +111,19 @@ class Pictures:
         )
         self.images = processor(list(images))["pixel_values"]
         self.captions = torch.tensor([[IDS[word] for word in words] for words in captions])
-        self.states: list[list[Tensor]] = []  # of each image, what the teacher's blocks compute
+        self.states: list[list[Tensor]] = []  # states of the teacher's blocks, per image
         self.grids: list[tuple[int, int]] = []
 
     @classmethod
     def of_shapes(cls, count: int, sizes: Sequence[tuple[int, int]], seed: int) -> Pictures:
-        """Drawn at these sizes in turn."""
+        """Draw pictures of these sizes in turn."""
         generator = torch.Generator().manual_seed(seed)
         turns = itertools.islice(itertools.cycle(sizes), count)
         drawn = [draw_picture(size, generator) for size in turns]
         return cls([p.image for p in drawn], [(p.colour, p.shape, p.quadrant) for p in drawn])
 
     def watched_by(self, teacher: nn.Module) -> Pictures:
-        """Keep the teacher's states: the pictures do not change, and it is frozen."""
+        """Store the states of the teacher, which is frozen."""
         states, self.grids = vora.teacher_states(teacher, self.images, BLOCKS)
         counts = [rows * columns for rows, columns in self.grids]
         self.states = [
@@ -131,8 +132,10 @@ class Pictures:
         return self
 
     def batch(self, places: Sequence[int], distill: bool) -> dict[str, Any]:
-        """Arguments of the model: the image between ``<s>`` and ``;``, then the caption, alone
-        predicted."""
+        """Return arguments of the model: the image between ``<s>`` and ``;``, then the caption.
+
+        Only the caption has labels.
+        """
         captions = self.captions[list(places)]
         start = torch.tensor([START]).expand(len(captions), -1)
         batch: dict[str, Any] = {
@@ -148,13 +151,13 @@ class Pictures:
 
 
 # -------------------------------------------------------------------------------------------------
-# What is frozen: the teacher, and the language model
+# Frozen models: the teacher and the language model
 
 
 def steps(
     parameters: Any, lr: float, count: int, bar: Any, loss_of: Callable[[], Tensor]
 ) -> list[float]:
-    """AdamW with a warm-up and a linear end; the losses."""
+    """Run AdamW with a warm-up and a linear decay; return the losses."""
     optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=0.0)
     losses = []
     for step in range(count):
@@ -170,7 +173,7 @@ def steps(
 
 
 def train_teacher(pictures: Pictures, count: int, bar: Any) -> Any:
-    """A ViT that has learned to name colour, shape and quadrant from its class token."""
+    """Train a ViT to name colour, shape and quadrant from its class token."""
     config = transformers.ViTConfig(
         hidden_size=TEACHER_WIDTH,
         intermediate_size=2 * TEACHER_WIDTH,
@@ -203,7 +206,7 @@ def train_teacher(pictures: Pictures, count: int, bar: Any) -> Any:
 
 
 def text(rows: int, generator: torch.Generator) -> Tensor:
-    """Caption after caption: ``(rows, 13)``."""
+    """Return sequences of captions: ``(rows, 13)``."""
 
     def words(kind: Any) -> Tensor:
         first = IDS[next(iter(kind))]
@@ -214,7 +217,7 @@ def text(rows: int, generator: torch.Generator) -> Tensor:
 
 
 def train_language_model(count: int, bar: Any) -> Any:
-    """A Llama that has read captions, and seen nothing."""
+    """Train a Llama on captions, without images."""
     config = transformers.LlamaConfig(
         vocab_size=len(WORDS),
         hidden_size=WIDTH,
@@ -238,11 +241,11 @@ def train_language_model(count: int, bar: Any) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------
-# What is trained
+# Trained models
 
 
 class Encoder(nn.Module):
-    """The ViT, a projector of two layers, and the frozen language model with LoRA behind it."""
+    """ViT, projector of two layers, and the frozen language model with LoRA."""
 
     def __init__(self, model: Any, teacher: Any):
         super().__init__()
@@ -260,7 +263,7 @@ class Encoder(nn.Module):
     def forward(
         self, input_ids: Tensor, images: Sequence[Sequence[Tensor]], labels: Tensor | None = None
     ) -> Any:
-        """What the language model says, its loss as ``lm_loss`` too."""
+        """Return the output of the language model, its loss also as ``lm_loss``."""
         batch = self._spliced(input_ids, images, labels)
         out = self.model(
             inputs_embeds=batch.inputs_embeds,
@@ -275,7 +278,6 @@ class Encoder(nn.Module):
     def generate(
         self, input_ids: Tensor, images: Sequence[Sequence[Tensor]], **options: Any
     ) -> Tensor:
-        """New tokens."""
         batch = self._spliced(input_ids, images, None, "left")
         mask = batch.attention_mask
         return self.model.generate(
@@ -307,7 +309,7 @@ class Encoder(nn.Module):
 
 
 def seeing(stage: Stage, arm: Arm) -> Any:
-    """A copy of the language model with what is trained."""
+    """Return a copy of the language model with the trained parts."""
     model = stage.model
     if arm.tower:
         return Encoder(model, stage.teacher)
@@ -325,13 +327,13 @@ def seeing(stage: Stage, arm: Arm) -> Any:
     )
     if not arm.lora:
         seer.model.requires_grad_(False)
-    with torch.no_grad():  # tokens of images start as large as those of text, not six times so
+    with torch.no_grad():  # scale image tokens to text tokens; they are six times as large
         seer.vision.out_proj.weight *= 3**0.5 * model.get_input_embeddings().weight.std()
     return seer
 
 
 def train(seer: Any, arm: Arm, pictures: Pictures, seed: int, count: int) -> list[float]:
-    """Losses of the captions, without the distillation's."""
+    """Train; return the losses of the captions, without those of the distillation."""
     generator = torch.Generator().manual_seed(seed)
     losses = []
 
@@ -348,7 +350,7 @@ def train(seer: Any, arm: Arm, pictures: Pictures, seed: int, count: int) -> lis
 
 @torch.no_grad()
 def accuracy(seer: Any, pictures: Pictures) -> float:
-    """The part of pictures whose greedily generated caption is right, word for word."""
+    """Return the share of pictures with a greedy caption that is right in every word."""
     right = 0
     for places in torch.arange(len(pictures.images)).split(120):
         batch = pictures.batch(places.tolist(), distill=False)
@@ -366,13 +368,13 @@ def accuracy(seer: Any, pictures: Pictures) -> float:
 
 @torch.no_grad()
 def text_logits(model: Any, ids: Tensor) -> Tensor:
-    """Of the language model alone."""
+    """Return the logits of the language model alone."""
     return model(input_ids=ids, use_cache=False).logits
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What all runs share, and none changes."""
+    """Models and pictures that all runs share and none changes."""
 
     model: Any
     teacher: Any
@@ -384,7 +386,7 @@ class Stage:
 
 @functools.cache
 def staged(quick: bool) -> Stage:
-    """The ViT, the language model, and pictures."""
+    """Train the ViT and the language model, and draw pictures."""
     sizes = QUICK if quick else Sizes()
     torch.manual_seed(0)
     pictures = Pictures.of_shapes(sizes.pictures[0], SIZES, seed=1)
@@ -398,19 +400,17 @@ def staged(quick: bool) -> Stage:
 
 
 def settings(quick: bool) -> Mapping[str, object]:
-    """Sizes and arms."""
     return {"sizes": str(Sizes()), "arms": str(ARMS), "rate": RATE}
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Every way of training."""
     for seed in seeds:
         for name in ARMS:
             yield {"seed": seed, "arm": name}
 
 
 def measure(row: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Captions right, and what merging and text say."""
+    """Yield the share of right captions, and the effects of merging and on text."""
     torch.set_num_threads(1)
     stage, name = staged(quick), row["arm"]
     torch.manual_seed(row["seed"])
@@ -430,7 +430,7 @@ def measure(row: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def curve(losses: Sequence[float]) -> Row:
-    """Means of the loss over the first half and over each tenth."""
+    """Return means of the loss over the first half and over each tenth."""
     half, tenth = max(1, len(losses) // 2), max(1, len(losses) // 10)
     tenths = [losses[i * tenth : (i + 1) * tenth] or losses[-1:] for i in range(10)]
     means = {f"loss_{i}": sum(part) / len(part) for i, part in enumerate(tenths)}
@@ -439,7 +439,7 @@ def curve(losses: Sequence[float]) -> Row:
 
 @torch.no_grad()
 def merged(seer: Any, testing: Pictures) -> Row:
-    """Merge, and how far that moves a logit; VoRA layers that are left."""
+    """Merge; return the largest change of a logit and the number of VoRA layers left."""
     batch = testing.batch(range(min(96, len(testing.images))), distill=False)
     before = seer(**batch).logits
     vora.merge(seer.model)
@@ -449,7 +449,7 @@ def merged(seer: Any, testing: Pictures) -> Row:
 
 @torch.no_grad()
 def of_text(model: Any, base: Any) -> Row:
-    """What the language model says of text, beside the base model."""
+    """Compare the language model with the base model on text."""
     ids = text(64, torch.Generator().manual_seed(4))
     logits, expected = text_logits(model, ids), text_logits(base, ids)
     losses = [
@@ -463,17 +463,17 @@ def of_text(model: Any, base: Any) -> Row:
 
 
 # -------------------------------------------------------------------------------------------------
-# What the rows say; means over the seeds
+# Judging; means over the seeds
 
 
 def less(rows: Rows, other: str) -> Interval:
-    """VoRA's accuracy less another arm's."""
+    """Return VoRA's accuracy less another arm's."""
     columns = (study.column(rows, "accuracy", arm=name) for name in ("VoRA", other))
     return study.interval([a - b for a, b in zip(*columns, strict=True)])
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Parity with the encoder decides, and that distillation helps."""
+    """Check parity with the encoder, and that distillation helps (the headline)."""
     encoder, apart = less(rows, ENCODER), less(rows, "no distillation")
     causal, blind = less(rows, "causal"), less(rows, "embedding only")
     error = max(study.column(rows, "merge_error", arm="VoRA"))
@@ -507,7 +507,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Captions right in every arm, and text."""
+    """Format the share of right captions in every arm, and the loss on text."""
     each = ", ".join(
         f"{name} {study.interval(study.column(rows, 'accuracy', arm=name)):.3f}"
         for name in ARMS
@@ -518,7 +518,6 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Captions right."""
     return {
         "captions right": {
             name: study.interval(study.column(rows, "accuracy", arm=name))

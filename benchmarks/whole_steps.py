@@ -1,9 +1,9 @@
-"""Whole training steps, as a user's loop takes them: `python benchmarks/whole_steps.py`.
+"""Time whole training steps, as in a user's loop: `python benchmarks/whole_steps.py`.
 
-Forward, loss, backward and AdamW of a SmolLM2-shaped model. PEFT's model and ours share the base's
-weights, and their losses agree before anything is timed. The row ``base`` is the same model with no
-adapters whose embeddings want a gradient: whatever an adapter layer does comes on top of it, so
-that PEFT's time over ``base``'s is the most by which any adapter layers could be faster.
+A step is forward, loss, backward and AdamW of a SmolLM2-shaped model. PEFT's model and ours share
+the base's weights, and their losses are compared before timing. The row ``base`` is the same model
+without adapters, whose embeddings require a gradient. All work of adapter layers is added to it, so
+PEFT's time over ``base``'s bounds the gain of any adapter layers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TARGETS = {"q and v": ["q_proj", "v_proj"], "all linear": MODULES}
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of step."""
+    """Kind of step."""
 
     targets: str
     adapters: int = 1
@@ -59,7 +59,7 @@ CASES = [
 
 
 class Steps:
-    """The step of a case, by each provider. Eight adapters are eight steps of PEFT's."""
+    """Step of a case for each provider. Eight adapters are eight steps of PEFT."""
 
     def __init__(self, case: Case, layers: int):
         self.case = case
@@ -86,7 +86,7 @@ class Steps:
         }
 
     def calls(self) -> dict[str, Callable[[], float]]:
-        """By provider, in the order of the rows."""
+        """Return the calls by provider, in the order of the rows."""
         ours = {way: (lambda way=way: self._ours(way)) for way in self.models if "lora_ext" in way}
         return {"base": self._bare, "peft": lambda: self._peft("peft"), **ours}
 
@@ -118,7 +118,7 @@ class Steps:
         return loss
 
     def _backward(self, model: Any, times: int, **given: Any) -> float:
-        """The mean loss, of which ``times`` as much goes backward: the sum of so many adapters'."""
+        """Return the mean loss; its backward is scaled by ``times``, for a sum over adapters."""
         labels = given.get("input_ids", self.ids)
         autocast: Any = contextlib.nullcontext()
         if self.case.dtype == "autocast" and model is not self.models["exact"]:
@@ -135,7 +135,7 @@ class Steps:
 
 
 def bench_steps(cases: list[Case], rounds: int, layers: int = 30) -> Iterator[Row]:
-    """Every case, checked and timed."""
+    """Yield the rows of every case, checked and timed."""
     for case in cases:
         with _onednn(case.onednn):
             steps = Steps(case, layers)
@@ -182,12 +182,11 @@ def _onednn(enabled: bool) -> Iterator[None]:
 
 
 def main() -> None:
-    """Measure and append."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--only", default="", help="cases whose text has this in it")
+    parser.add_argument("--only", default="", help="only cases with this text in the name")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,10 +1,10 @@
-"""The life of two adapters: trained with CopRA, inspected, merged, pruned, and served.
+"""Train two adapters with CopRA, then inspect, merge, prune and serve them.
 
-SmolLM2 learns to talk like a pirate with one adapter and in telegrams with another. Their ranks are
-looked at, they are merged in factor and in weight space, the merged one is pruned by the Shapley
-values of its blocks, and what is left is served from a pool beside its parents. No GPU, no network,
-two minutes on two cores: `python examples/adapter_care.py` if `.[demo]` is installed;
-`--quick` for a run of seconds that shows nothing but that it works.
+SmolLM2 learns to talk like a pirate with one adapter and in telegrams with the other. The example
+measures the ranks of both, merges them in factor space and in weight space, and prunes the merged
+adapter by the Shapley values of its blocks. One pool then serves all of them. It takes two minutes
+on two cores, without GPU or network: `python examples/adapter_care.py` if `.[demo]` is installed.
+`--quick` takes seconds and only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ console = Console()
 
 
 class Care:
-    """A model, its texts, and what was found out about the adapters."""
+    """Base model, tokenizer and texts of the example."""
 
     def __init__(self, quick: bool):
         self.steps = 2 if quick else 30
@@ -55,7 +55,7 @@ class Care:
         self.of_both = collate([pair for e in unseen.values() for pair in e], pad)
 
     def train(self, name: str) -> LoraAdapter:
-        """An adapter that has learned a text."""
+        """Train an adapter on one text and return it."""
         torch.manual_seed(0)
         nn.wrap(self.model, nn.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=MODULES))
         controller = copra.CopraController(self.model, copra.CopraConfig(), self.steps)
@@ -66,18 +66,18 @@ class Care:
         return value
 
     def loss(self, _: Any = None) -> float:
-        """Of the model as it is, the mean over both texts' unseen questions."""
+        """Return the mean loss over the unseen questions of both texts."""
         return sum(self.loss_of(name) for name in TEXTS) / len(TEXTS)
 
     @torch.no_grad()
     def loss_of(self, name: str) -> float:
-        """Of one text."""
+        """Return the loss on the unseen questions of one text."""
         batch = self.held_out[name]
         return answer_losses(self.model(**batch), batch).mean().item()
 
 
 def main() -> None:
-    """Train, inspect, merge, prune, serve."""
+    """Train, inspect, merge, prune and serve the adapters."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -90,7 +90,7 @@ def main() -> None:
 
     adapters["merged, factors"] = merge_adapters([first, second], [0.5, 0.5], mode="factors")
     adapters["merged"] = merge_adapters([first, second], [1.0, 1.0], mode="delta")
-    console.print("the line between the two adapters ...")
+    console.print("loss on the line between the two adapters ...")
     lines = between(care, first, second)
     console.print("Shapley values of the merged adapter's blocks ...")
     game, names = weigh(care, adapters["merged"])
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def inspect(adapters: dict[str, LoraAdapter]) -> None:
-    """What the updates look like."""
+    """Print the mean rank and the largest update of each adapter."""
     for name, value in adapters.items():
         report = rank_report(value, kinds=("entropy",))
         mean = sum(row["entropy"] for row in report) / len(report)
@@ -115,7 +115,7 @@ def inspect(adapters: dict[str, LoraAdapter]) -> None:
 
 
 def between(care: Care, first: LoraAdapter, second: LoraAdapter) -> dict[str, copra.Barrier]:
-    """The loss along the line from the one to the other, in both spaces."""
+    """Measure the loss on the line between two adapters, in factor and in weight space."""
     nn.wrap(care.model, nn.LoraConfig(r=RANK, target_modules=MODULES))
     found = {
         space: copra.lmc_barrier(care.model, first, second, care.loss, 5, space)
@@ -126,7 +126,7 @@ def between(care: Care, first: LoraAdapter, second: LoraAdapter) -> dict[str, co
 
 
 def weigh(care: Care, value: LoraAdapter) -> tuple[copra.Shapley, list[list[str]]]:
-    """Shapley values of the blocks, and the modules of each."""
+    """Return the Shapley values of the blocks, and the modules of each block."""
     nn.wrap(care.model, nn.LoraConfig(r=2 * RANK, lora_alpha=2 * RANK, target_modules=MODULES))
     layers: dict[str, Any] = nn.adapted_layers(care.model)
     with torch.no_grad():
@@ -150,10 +150,10 @@ def weigh(care: Care, value: LoraAdapter) -> tuple[copra.Shapley, list[list[str]
 
 
 def serve(care: Care, adapters: dict[str, LoraAdapter], out: Path) -> dict[str, list[float]]:
-    """One pool holds them all; each answers the same question, and both texts are scored."""
+    """Print every adapter's answer to one question; return its loss on both texts."""
     pool = lora_ext.AdapterPool(care.model, max_slots=len(adapters), max_rank=2 * RANK)
     for name, value in adapters.items():
-        value.save(out / name.replace(", ", "-"))  # as PEFT saves it
+        value.save(out / name.replace(", ", "-"))  # in PEFT's format
         pool.load(name, out / name.replace(", ", "-"))
     lora_ext.attach(care.model, pool)
     prompt = care.tokenizer.apply_chat_template(
@@ -175,8 +175,8 @@ def serve(care: Care, adapters: dict[str, LoraAdapter], out: Path) -> dict[str, 
 
 
 def show(losses: dict[str, list[float]], adapters: dict[str, LoraAdapter]) -> None:
-    """Loss on both texts, and size."""
-    table = Table(title="loss on unseen questions, nats a token")
+    """Print each adapter's loss on both texts and its size."""
+    table = Table(title="loss on unseen questions, nats per token")
     for column in ("adapter", *TEXTS, "modules", "numbers"):
         table.add_column(column)
     for name, values in losses.items():
@@ -192,18 +192,18 @@ def draw(
     game: copra.Shapley,
     losses: dict[str, list[float]],
 ) -> Path:
-    """Three pictures on a page."""
+    """Draw barriers, Shapley values and losses side by side."""
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.2), layout="constrained")
-    draw_barriers(lines, "loss on both texts, nats a token", axes[0])
+    draw_barriers(lines, "loss on both texts, nats per token", axes[0])
     axes[0].set_title(f"from {TEXTS[0]} to {TEXTS[1]}")
-    draw_shapley({"merged": game}, "nats a token", axes[1])
+    draw_shapley({"merged": game}, "nats per token", axes[1])
     axes[1].set(title="blocks of the merged adapter, on both texts", xlabel="block")
     for place, text in enumerate(TEXTS):
         x = [i + 0.4 * place - 0.2 for i in range(len(losses))]
         heights = [values[place] for values in losses.values()]
         axes[2].bar(x, heights, 0.38, label=text, color=COLORS[place])
     axes[2].set_xticks(range(len(losses)), losses, rotation=20)
-    axes[2].set(title="served from one pool", ylabel="loss, nats a token")
+    axes[2].set(title="served from one pool", ylabel="loss, nats per token")
     axes[2].legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -211,7 +211,7 @@ def draw(
 
 
 def draw_barriers(lines: dict[str, copra.Barrier], unit: str, axes: Any) -> None:
-    """The loss along lines between two adapters, and dotted the line between its ends."""
+    """Draw the loss on lines between adapters; dotted, the straight line between the ends."""
     for color, (label, line) in zip(COLORS, lines.items(), strict=False):
         label = f"{label}, barrier {line.barrier:.3g}"
         axes.plot(line.lambdas, line.losses, marker="o", color=color, label=label)

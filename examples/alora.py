@@ -1,6 +1,7 @@
-"""Two activated adapters, trained and then asked over one text, which is read once for all.
+"""Train two activated adapters (aLoRA) and use both on one text, which is computed only once.
 
-`python examples/alora.py`, a tiny random model, seconds on a CPU."""
+`python examples/alora.py` takes seconds on a CPU, with a tiny random model.
+"""
 
 import os
 from typing import Any
@@ -17,12 +18,12 @@ from lora_ext.nn import LoraConfig, layer_names, unwrap, wrap
 from lora_ext.serving._continuous import computed_tokens
 
 VOCAB, LENGTH, NEW = 64, 40, 4
-ADAPTERS = {"yes": ([1, 2], 5), "no": ([1, 3], 6)}  # its invocation, and what it learns to say
+ADAPTERS = {"yes": ([1, 2], 5), "no": ([1, 3], 6)}  # invocation tokens, token learned as the answer
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
 
 
 def make_model() -> Any:
-    """A Llama of two layers, the same at every call."""
+    """Return a Llama of two layers with the same random weights at every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -36,13 +37,13 @@ def make_model() -> Any:
 
 
 def texts(count: int, tail: list[int]) -> Tensor:
-    """Random texts with the same end."""
+    """Return random token ids ``(count, LENGTH + len(tail))`` that end with ``tail``."""
     ends = torch.tensor([tail] * count, dtype=torch.long)
     return torch.cat([torch.randint(9, VOCAB, (count, LENGTH)), ends], 1)
 
 
 def train(model: Any, name: str, steps: int) -> LoraAdapter:
-    """An adapter that says one word after its invocation; the text before stays the base's."""
+    """Train an adapter to answer its invocation; the text before it uses the base model."""
     invocation, word = ADAPTERS[name]
     config = LoraConfig(
         r=8, lora_alpha=16, target_modules=TARGETS, alora_invocation_tokens=invocation
@@ -66,7 +67,7 @@ def train(model: Any, name: str, steps: int) -> LoraAdapter:
 
 
 def main(steps: int = 60) -> dict[str, list[int]]:
-    """Train, attach, ask."""
+    """Train the adapters, attach them, and generate with each."""
     model = make_model()
     trained = {name: train(model, name, steps) for name in ADAPTERS}
     pool = lora_ext.AdapterPool(model.eval(), max_slots=2, max_rank=8)

@@ -1,10 +1,11 @@
-"""Output that holds to a constraint, on SmolLM2: JSON from two adapters in one batch, and words.
+"""Constrained output on SmolLM2: JSON from two adapters in one batch, and required words.
 
-Two adapters learn to talk for a moment; asked in one batch, each fills in the same form, and the
-base model does too. Then a text of 32 tokens must say a word: a mask alone says it when it has to,
-a guide, learned from a few of the model's texts, makes room for it. No GPU, no network, two minutes
-on two cores: `python examples/control.py` if `.[demo,control]` is installed. A better guide
-takes half an hour of one: `lora-ext distil-guide MODEL --out DIR`, then `--guide DIR`.
+Two adapters are trained for a few steps. In one batch, both adapters and the base model fill in the
+same form. Then a text of 32 tokens must contain a word. A mask alone adds the word when no later
+position is left. A guide, distilled from a few of the model's texts, prepares for the word earlier.
+The example takes two minutes on two cores, without GPU or network: `python examples/control.py` if
+`.[demo,control]` is installed. A better guide takes half an hour:
+`lora-ext distil-guide MODEL --out DIR`, then `--guide DIR`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FORM = {"type": "object", "properties": PARTS, "required": list(PARTS)}
 
 
 class Said(NamedTuple):
-    """A text, by the token (from 0) with which it says its word."""
+    """Position (from 0) of the token that completes the required word of a text."""
 
     law: str
     word: str
@@ -43,21 +44,21 @@ class Said(NamedTuple):
 
 
 def asked(tokenizer: Any, question: str, rows: int) -> torch.Tensor:
-    """Prompts ``(rows, S)``."""
-    said = [{"role": "user", "content": question}]
-    ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    """Return the chat prompt of a question as token ids ``(rows, S)``, all rows equal."""
+    messages = [{"role": "user", "content": question}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return torch.tensor([list(ids)] * rows)
 
 
 def write(model: Any, ids: torch.Tensor, how: Any, **settings: Any) -> torch.Tensor:
-    """New tokens ``(rows, T)``."""
+    """Generate new tokens ``(rows, T)`` with the logits processor ``how``."""
     mask = torch.ones_like(ids)
     found = model.generate(ids, attention_mask=mask, logits_processor=[how], **settings)
     return found[:, ids.shape[1] :]
 
 
 def forms(model: Any, tokenizer: Any, steps: int) -> None:
-    """Two adapters and the base model fill in a form, in one batch."""
+    """Train two adapters; print the forms that they and the base model fill in, in one batch."""
     form = control.Constraint.json_schema(FORM, tokenizer)
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
     for name in ADAPTERS:
@@ -76,16 +77,16 @@ def forms(model: Any, tokenizer: Any, steps: int) -> None:
 
 
 def words(model: Any, tokenizer: Any, prompts: torch.Tensor, guide: Any) -> list[Said]:
-    """Where a word is said, with the mask alone and with a guide: one batch has all the words."""
+    """Find the word in texts of the mask alone and of the guide; one batch has all words."""
     rows: list[Said] = []
-    said = [word for word in WORDS for _ in prompts]
-    each = [control.Constraint.keywords(tokenizer, [word]) for word in said]
+    required = [word for word in WORDS for _ in prompts]
+    each = [control.Constraint.keywords(tokenizer, [word]) for word in required]
     for law, look in (("mask", None), ("guided", guide)):
         how = control.ConstraintProcessor(each, look, max_new_tokens=BUDGET)
         torch.manual_seed(0)
         ids = prompts.repeat(len(WORDS), 1)
         found = write(model, ids, how, max_new_tokens=BUDGET, do_sample=True, top_k=0)
-        for word, row in zip(said, found, strict=True):
+        for word, row in zip(required, found, strict=True):
             texts = (tokenizer.decode(row[: n + 1]) for n in range(BUDGET))
             rows.append(Said(law, word, next(n for n, text in enumerate(texts) if word in text)))
         for row in found[:: len(prompts)]:
@@ -94,7 +95,7 @@ def words(model: Any, tokenizer: Any, prompts: torch.Tensor, guide: Any) -> list
 
 
 def draw(rows: list[Said], path: Path) -> None:
-    """The share of texts that say the word with each four tokens, and Wilson's 95 % interval."""
+    """Draw the share of texts by position of the word, with Wilson's 95 % interval."""
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     for law, color, shift in (("mask", "#E69F00", -0.8), ("guided", "#0072B2", 0.8)):
         places = torch.tensor([row.place for row in rows if row.law == law])
@@ -105,7 +106,7 @@ def draw(rows: list[Said], path: Path) -> None:
         spans = torch.stack([share - middle + half, middle + half - share]).clamp(min=0)
         at = torch.arange(BUDGET // 4) * 4 + 2.5 + shift
         axes.bar(at, share, 1.5, yerr=spans, capsize=2, color=color, label=f"{law}, {len(places)}")
-    axes.set(xlabel="token with which the word is said, of 32", ylabel="share of texts")
+    axes.set(xlabel="token that completes the word, of 32", ylabel="share of texts")
     axes.set_xticks([n + 2.5 for n in EVERY_4], [f"{n + 1}-{n + 4}" for n in EVERY_4])
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,7 @@ def draw(rows: list[Said], path: Path) -> None:
 
 
 def keep(rows: list[Said], path: Path) -> None:
-    """The rows of the picture."""
+    """Write the rows of the picture to a CSV file."""
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([Said._fields, *rows])
 
@@ -123,9 +124,9 @@ def keep(rows: list[Said], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
-    parser.add_argument("--words", action="store_true", help="the words alone, without forms")
+    parser.add_argument("--words", action="store_true", help="required words only, no forms")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--guide", type=Path, help="a folder of distil-guide; default: learn one")
+    parser.add_argument("--guide", type=Path, help="folder of distil-guide; default: distil one")
     args = parser.parse_args()
     steps, rows, states, samples = (2, 2, 4, 4) if args.quick else (8, 10, 128, 96)
     torch.manual_seed(0)
@@ -138,7 +139,7 @@ def main() -> None:
     prompts = asked(tokenizer, "Tell me about a small town by the sea.", rows)
     guide = control.Guide.load(args.guide) if args.guide else None
     if guide is None:
-        # A call of many rows costs less a row; up to 32 rows read the packed base.
+        # A larger batch costs less per row; up to 32 rows use the packed base weights.
         guide = control.distil(model, prompts, states, samples=samples, batch=32, progress=tqdm)
     print(f"guide: {guide}, {guide.measures}")
     rows = words(model, tokenizer, prompts, guide)

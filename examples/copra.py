@@ -1,9 +1,9 @@
-"""CopRA on SmolLM2: an adapter trained with progressive layer dropping, beside one of plain LoRA.
+"""Train SmolLM2 with CopRA (progressive layer dropping) and with plain LoRA, and compare.
 
-Both learn to talk like a pirate. Then each block's Shapley value is estimated, sixteen coalitions
-in one forward, and blocks are taken away, the least valuable ones first. No GPU, no network, two
-minutes on two cores: `python examples/copra.py` if `.[demo]` is installed; `--quick` for a
-run of seconds that shows nothing but that it works.
+Both adapters learn to talk like a pirate. The example then estimates each block's Shapley value,
+with sixteen coalitions in one forward, and removes the least valuable blocks first. It takes two
+minutes on two cores, without GPU or network: `python examples/copra.py` if `.[demo]` is installed.
+`--quick` takes seconds and only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lora_ext.methods import copra
 
 matplotlib.use("Agg")
 OUT = Path(__file__).resolve().parents[1] / "out" / "copra"
-METHODS = {"CopRA": 0.1, "LoRA": 1.0}  # the probability of a layer at the first step
+METHODS = {"CopRA": 0.1, "LoRA": 1.0}  # probability of each layer at the first step
 
 
 @torch.no_grad()
 def losses_of(model: Any, controller: copra.CopraController, batch: Any, masks: Any) -> list[float]:
-    """The loss with each set of blocks, all of them in one forward."""
+    """Return the loss with each set of blocks, computed in one forward."""
     rows = len(batch["input_ids"])
     tiled = {name: t.repeat(len(masks), 1) for name, t in batch.items()}
     with nn.coalitions(controller.layers, masks, rows):
@@ -60,7 +60,7 @@ def main() -> None:
         nn.wrap(model, nn.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
         controller = copra.CopraController(model, copra.CopraConfig(p0=p0), steps)
         take_steps(model, tokenizer, examples[2:], steps, 5e-3, f"{method:>5}", controller)
-        print(f"{method}: Shapley values of {blocks} blocks on questions that it has not seen ...")
+        print(f"{method}: Shapley values of {blocks} blocks on unseen questions ...")
         games[method] = copra.layer_shapley(
             model,
             controller,
@@ -79,11 +79,11 @@ def main() -> None:
         nn.unwrap(model)
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 4), layout="constrained")
-    draw_shapley(games, "nats a token", axes[0])
+    draw_shapley(games, "nats per token", axes[0])
     axes[0].set_xlabel("block")
     for color, (method, losses) in zip(COLORS, kept.items(), strict=False):
         axes[1].plot(keep, losses, marker="o", color=color, label=method)
-    axes[1].set(xlabel="blocks kept, most valuable first", ylabel="held-out loss, nats a token")
+    axes[1].set(xlabel="blocks kept, most valuable first", ylabel="held-out loss, nats per token")
     axes[1].legend()
     args.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out / "copra.png", dpi=120)

@@ -1,4 +1,4 @@
-"""The picture of what layers are worth, which two examples draw."""
+"""Bar chart of Shapley values, shared by two examples."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from typing import Any
 
 from lora_ext.methods.copra import Shapley
 
-#: Of Okabe and Ito, told apart with any colour vision.
+#: Palette of Okabe and Ito, distinguishable with any colour vision.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
 def draw_shapley(games: Mapping[str, Shapley], unit: str, axes: Any) -> None:
-    """Draw Shapley values as bars, side by side where there are several games, with an error bar of
-    one standard error.
+    """Draw Shapley values as bars with one standard error, several games side by side.
 
     Args:
-        games: by label, all of the same players.
-        unit: of the values: "accuracy", say.
-        axes: matplotlib axes.
+        games: Games of the same players, by label.
+        unit: Unit of the values, such as "accuracy".
+        axes: Matplotlib axes.
     """
     for place, (label, game) in enumerate(games.items()):
         width = 0.8 / len(games)

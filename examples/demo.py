@@ -1,6 +1,7 @@
-"""The main job: train adapters, save them in PEFT's format, serve all of them in one batch.
+"""Train adapters, save them in PEFT's format, and serve all of them in one batch.
 
-`make demo`, or `python examples/demo.py` if `.[demo]` is installed. No GPU, no network.
+Run it with `make demo`, or with `python examples/demo.py` if `.[demo]` is installed. It needs no
+GPU and no network.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
-# Before torch: threads that wait spin for microseconds, not for milliseconds. Where a machine does
-# other work besides, they would keep the working ones from the cores.
+# Set before torch is imported: waiting threads spin for microseconds, not for milliseconds. On a
+# busy machine, spinning threads would keep the working threads from the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -48,8 +49,8 @@ def main() -> None:
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--tokens", type=int, default=16, help="new tokens per row that are timed")
     parser.add_argument("--rounds", type=int, default=2, help="timed runs of each engine")
-    parser.add_argument("--adapters", type=int, default=8, help="most adapters in the curve")
-    parser.add_argument("--no-pack", dest="pack", action="store_false", help="the base stays plain")
+    parser.add_argument("--adapters", type=int, default=8, help="maximum in the curve")
+    parser.add_argument("--no-pack", dest="pack", action="store_false", help="do not pack the base")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -194,7 +195,7 @@ def show_table(times: dict[str, Timing], rate: dict[str, float], errors: dict[st
 
 def show_curve(curve: Curve) -> None:
     """Print the tokens per second of all rows for each number of adapters."""
-    table = Table(title="tokens/s of all rows, each with an adapter of its own")
+    table = Table(title="tokens/s of all rows, each with a different adapter")
     table.add_column("adapters")
     for count in curve.counts:
         table.add_column(str(count), justify="right")

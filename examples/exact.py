@@ -1,10 +1,11 @@
-"""A sampler and a trainer that agree on every log-probability: SmolLM2, plain and exact.
+"""Compare the log-probabilities of sampler and trainer on SmolLM2, plain and exact.
 
-Two tenants sample in one batch; each trainer then asks for the log-probabilities of its own tokens,
-in a forward of its own. Reinforcement learning divides the two, so what is between them drives its
-ratios. After `lora_ext.exact(model)` nothing is. No GPU, no network, a minute on two cores:
-`python examples/exact.py` if `.[demo,tenants]` is installed. `--bfloat16` shows the larger
-gap of 16 bits, and takes minutes where the processor has no products of them.
+Two tenants sample in one batch. Each trainer then computes the log-probabilities of its own tokens
+in a separate forward. Reinforcement learning divides the two probabilities, so a difference changes
+its ratios. After `lora_ext.exact(model)` the difference is zero. The example takes a minute on two
+cores, without GPU or network: `python examples/exact.py` if `.[demo,tenants]` is installed.
+`--bfloat16` shows the larger difference of 16 bits; it takes minutes on a processor without 16-bit
+products.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ QUESTION = "Tell me about a small town by the sea."
 
 
 def learn(tenant: Tenant, examples: list[tuple[list[int], int]]) -> None:
-    """A step on a few dialogues, so that an adapter changes the model at all."""
+    """Train one step on a few dialogues, so that the adapter changes the model."""
     data: list[Datum] = []
     for tokens, prompt in examples[:4]:
         weights = [float(n >= prompt) for n in range(1, len(tokens))]
@@ -34,9 +35,9 @@ def learn(tenant: Tenant, examples: list[tuple[list[int], int]]) -> None:
 
 
 def gaps(service: Service, tokenizer: Any, length: int, rows: int) -> list[float]:
-    """Nats between the sampler's log-probability of each sampled token and its trainer's."""
-    said = [{"role": "user", "content": QUESTION}]
-    ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    """Return the difference in nats between sampler and trainer for each sampled token."""
+    messages = [{"role": "user", "content": QUESTION}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     prompt = list(ids)
     tenants = [service.create(rank=8 * (n + 1), seed=n) for n in range(len(TENANTS))]
     for tenant, name in zip(tenants, TENANTS, strict=True):
@@ -60,7 +61,7 @@ def main(
     layers: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """The largest gap, plain and exact."""
+    """Return the largest difference, plain and exact."""
     largest: dict[str, float] = {}
     for way in ("plain", "exact"):
         model, tokenizer = load_smollm2()

@@ -1,10 +1,10 @@
-"""Twelve clients that can train 3, 4 or 6 blocks of MiniLM learn together what a text is about.
+"""Train MiniLM with Fed-HeLLo on twelve clients that can train 3, 4 or 6 blocks.
 
-Each has texts of four of the twenty sections of Debian's packages. Fed-HeLLo gives every client as
-many blocks as it can train, in one batch on one base model; beside it the strong clients train
-alone. Two minutes on two cores: `python examples/fed_hello.py`, where what
-benchmarks/claims/material.py names is installed; `--quick` takes a tiny model from nothing, for
-seconds that show only that it works.
+The clients learn which of the twenty sections of Debian's packages a text belongs to; each client
+has texts of four. Fed-HeLLo gives every client as many blocks as it can train, in one batch on one
+base model. A second run trains the strong clients alone. The example takes two minutes on two
+cores: `python examples/fed_hello.py`, if the packages that benchmarks/claims/material.py names are
+installed. `--quick` uses a tiny random model; it takes seconds and only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ console = Console()
 
 
 def main() -> None:
-    """Federate twice, tell, draw."""
+    """Train both federations, print a table and draw the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="seconds instead of a minute")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -58,10 +58,10 @@ def main() -> None:
 def tell(
     runs: Mapping[str, Run], shares: list[np.ndarray], labels: np.ndarray, strong: list[int]
 ) -> None:
-    """Who has what, and what came of it."""
+    """Print how many sections the strong clients have, and a table of both runs."""
     seen = {int(label) for client in strong for label in labels[shares[client]]}
     console.print(f"sections that some strong client has: {len(seen)} of {section_texts.CLASSES}")
-    table = Table("who trains", "best accuracy", "last", "MB up", "of all layers' bytes")
+    table = Table("clients", "best accuracy", "last", "MB up", "of all layers' bytes")
     for name, run in runs.items():
         up = run.comm.total("up")
         numbers = f"{run.best:.3f}", f"{run.accuracy[-1]:.3f}", f"{up / 1e6:.2f}"
@@ -70,7 +70,7 @@ def tell(
 
 
 def draw(runs: Mapping[str, Run], path: Path) -> Path:
-    """Accuracy over rounds, heights of columns, bytes."""
+    """Draw accuracy, clients per layer and sent bytes over the rounds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,7 +82,7 @@ def draw(runs: Mapping[str, Run], path: Path) -> Path:
     draw_heights([log.heights for log in first.history], axes[1])
     sent = {name: [*run.comm.cumulative("up").values()] for name, run in runs.items()}
     draw_bytes(sent, axes[2])
-    for axis, title in zip(axes, ("accuracy", "who trains what", "bytes up"), strict=True):
+    for axis, title in zip(axes, ("accuracy", "clients per layer", "bytes up"), strict=True):
         axis.set_title(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -1,11 +1,11 @@
-"""Eight clients, each with a text of its own, train one adapter together.
+"""Train one adapter with eight clients, each of which has a different text.
 
-Nobody sends a text: a client trains the layers and ranks that it can afford, and sends back what
-changed. All eight train as the rows of one batch on one base model. Printed is how the common
-adapter does on answers that no client has seen; at the end it serves from a pool. With `--flower`
-the same clients run in Flower's simulation, each by itself. No GPU, no network, five minutes on two
-cores: `python examples/federated.py` if `.[demo]` is installed, with `.[fed]` for
-Flower; `--quick` for a run of seconds that shows nothing but that it works.
+No client sends its text. A client trains the layers and ranks that it can afford, and sends the
+changed factors. All eight train as the rows of one batch on one base model. The example prints the
+loss of the common adapter on answers that no client has seen, and serves the adapter from a pool.
+With `--flower` the clients run in Flower's simulation, one after another. The example takes five
+minutes on two cores, without GPU or network: `python examples/federated.py` if `.[demo]` is
+installed, with `.[fed]` for Flower. `--quick` takes seconds and only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from lora_ext.methods import fed_hello
 matplotlib.use("Agg")
 OUT = Path(__file__).resolve().parents[1] / "out" / "federated"
 NAMES = sorted(path.stem for path in TEXTS.glob("*.jsonl"))
-DEPTHS = (30, 30, 20, 20, 10, 10, 10, 10)  # how many of the 30 blocks a client can train,
-RANKS = (16, 16, 16, 8, 8, 8, 4, 4)  # and at which rank
+DEPTHS = (30, 30, 20, 20, 10, 10, 10, 10)  # number of blocks, of 30, that each client trains
+RANKS = (16, 16, 16, 8, 8, 8, 4, 4)  # rank of each client
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROUNDS, LEARNING_RATE, HELD_OUT = 6, 4e-4, 4
 QUESTION = "What is the moon?"
 
 
 def adapted(num_layers: int) -> Any:
-    """SmolLM2 with the common adapter on its first layers, before any training."""
+    """Return the first layers of SmolLM2 with the common adapter, before any training."""
     torch.manual_seed(0)
     model = load_smollm2()[0]
     del model.model.layers[num_layers:]
@@ -55,7 +55,7 @@ def adapted(num_layers: int) -> Any:
 
 
 class Allocator(fed_hello.HLA):
-    """The layers nearest to the output, as many as a client can train, at the client's rank."""
+    """Allocator of the layers nearest to the output, at the rank of the client."""
 
     @property
     def depths(self) -> dict[int, int]:
@@ -67,7 +67,7 @@ class Allocator(fed_hello.HLA):
 
 
 def in_one_batch(make: Any, data: Any, allocator: Allocator, measure: Any, rounds: int) -> Any:
-    """All clients as the rows of one batch: the adapter, losses, bytes and heights by round."""
+    """Train all clients as rows of a batch; return adapter, losses, bytes and heights by round."""
     model = make()
     manager, log = federated.LoraLayerManager(model), federated.CommLog()
     clients = [federated.ClientSpec(c, data[c], LEARNING_RATE) for c in allocator.depths]
@@ -87,7 +87,7 @@ def in_one_batch(make: Any, data: Any, allocator: Allocator, measure: Any, round
 
 
 def in_flower(make: Any, data: Any, allocator: Allocator, measure: Any, rounds: int) -> Any:
-    """The same in Flower's simulation, which trains one client after another."""
+    """Train the same clients one after another in Flower's simulation."""
     from flwr.simulation import run_simulation
 
     from lora_ext.federated import flower
@@ -110,17 +110,17 @@ def in_flower(make: Any, data: Any, allocator: Allocator, measure: Any, rounds: 
 
 
 def measure(unseen: dict[str, Any], model: Any) -> dict[str, float]:
-    """By text, the loss on answers that no client has."""
+    """Return the loss of each text on answers that no client has."""
     with torch.inference_mode():
         return {name: answer_losses(model(**b), b).mean().item() for name, b in unseen.items()}
 
 
 def draw(losses: Any, log: federated.CommLog, heights: Any, path: Path) -> None:
-    """Loss of each client's text, bytes, and who trained which layer."""
+    """Draw the loss of each text, the sent bytes, and the number of clients per layer."""
     _, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for name, style in zip(NAMES, ("-", "--") * 4, strict=True):
         axes[0].plot([each[name] for each in losses], style, label=name)
-    axes[0].set(xlabel="round", ylabel="loss on unseen answers, nats a token")
+    axes[0].set(xlabel="round", ylabel="loss on unseen answers, nats per token")
     axes[0].legend(ncols=2, fontsize="small", frameon=False)
     rounds = range(1, len(heights) + 1)
     draw_bytes({"eight clients": [log.cumulative("up")[r] for r in rounds]}, axes[1])
@@ -129,7 +129,7 @@ def draw(losses: Any, log: federated.CommLog, heights: Any, path: Path) -> None:
 
 
 def serve(model: Any, tokenizer: Any, adapter: LoraAdapter) -> None:
-    """One batch: a row of the common adapter, a row of the base model."""
+    """Print the answers of the common adapter and of the base model, from one batch."""
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=16)
     pool.load("federated", adapter)
     lora_ext.attach(model, pool)
@@ -146,7 +146,7 @@ def serve(model: Any, tokenizer: Any, adapter: LoraAdapter) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--flower", action="store_true", help="through Flower's simulation")
+    parser.add_argument("--flower", action="store_true", help="run in Flower's simulation")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -164,7 +164,7 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
-        print(f"{name:>9}: {losses[0][name]:.2f} nats a token before, {losses[-1][name]:.2f} after")
+        print(f"{name:>9}: from {losses[0][name]:.2f} to {losses[-1][name]:.2f} nats per token")
     draw(losses, log, heights, args.out / "federated.png")
     model = make()
     federated.LoraLayerManager(model).load_slice(state)

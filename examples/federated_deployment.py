@@ -1,8 +1,8 @@
-"""A federation as it is deployed: a SuperLink, two SuperNodes, `flwr run`, all on loopback.
+"""Run a federation as deployed: a SuperLink, two SuperNodes and `flwr run`, all on loopback.
 
-In round 2 one client is killed. The run ends with all rounds done by the other, and no process is
-left over. Needs `pip install --no-build-isolation '.[fed]'` and Linux, whose /proc
-tells what is left.
+One client is killed in round 2. The other client completes all rounds, and no process is left over.
+The example needs `pip install --no-build-isolation '.[fed]'` and Linux, because it finds the
+remaining processes in /proc.
 
     python examples/federated_deployment.py            # two to three minutes
 """
@@ -26,11 +26,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 APP = Path(__file__).with_name("federated_app")
-MARK = "LORA_EXT_FEDERATION"  # in the environment of whatever is started here
+MARK = "LORA_EXT_FEDERATION"  # environment variable of every started process
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nothing listens on."""
+    """Return unused ports of the loopback interface."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -41,7 +41,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Nothing of Flower leaves this machine, and what it keeps lies in a folder of ours."""
+    """Return an environment without telemetry, with Flower's files under ``home``."""
     return {
         **os.environ,
         "FLWR_HOME": str(home),
@@ -55,7 +55,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def marked(mark: str) -> dict[int, str]:
-    """The processes that were started with a mark, by what they run."""
+    """Return the command lines of the processes started with a mark, by process id."""
     found: dict[int, str] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -66,7 +66,7 @@ def marked(mark: str) -> dict[int, str]:
 
 
 def listening(pids: set[int]) -> set[str]:
-    """The addresses on which any of these processes listens."""
+    """Return the addresses, in hexadecimal, on which any of these processes listens."""
     inodes: set[str] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -77,7 +77,7 @@ def listening(pids: set[int]) -> set[str]:
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:  # 0A: it listens
+            if fields[3] == "0A" and fields[9] in inodes:  # 0A: listening
                 found.add(fields[1].partition(":")[0])
     return found
 
@@ -87,7 +87,7 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 
 @contextlib.contextmanager
 def started(command: list[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen]:
-    """A program in a process group of its own, which is ended with the block."""
+    """Run a program in a new process group, and end the group with the block."""
     program = Path(sys.executable).with_name(command[0])
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -110,7 +110,7 @@ def started(command: list[str], env: Mapping[str, str], log: Path) -> Iterator[s
 
 
 def federate(out: Path, env: dict[str, str], rounds: int, timeout: int) -> dict[str, Any]:
-    """Run the federation and kill client 1 in round 2; what the server reports."""
+    """Run the federation, kill client 1 in round 2, and return the server's report."""
     link, *nodes = free_ports(3)
     config = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{link}"\n'
     Path(env["FLWR_HOME"], "config.toml").write_text(f"{config}insecure = true\n")
@@ -139,20 +139,20 @@ def federate(out: Path, env: dict[str, str], rounds: int, timeout: int) -> dict[
 
 
 def wait_for(port: int, seconds: float = 60.0) -> None:
-    """Wait until something listens."""
+    """Wait until a process listens on ``port``; raise `TimeoutError` after ``seconds``."""
     end = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
         if time.monotonic() > end:
-            raise TimeoutError(f"expected a SuperLink on port {port} in {seconds} s, found none")
+            raise TimeoutError(f"expected a listener on port {port} in {seconds} s, found none")
         time.sleep(0.2)
 
 
 def watch(
     victim: subprocess.Popen, env: Mapping[str, str], rounds: int, timeout: int
 ) -> dict[str, Any]:
-    """Start the run, show what it says, and kill a client when round 2 begins."""
+    """Start the run, print its output, and kill a client when round 2 begins."""
     flwr = Path(sys.executable).with_name("flwr")
     settings = f"num-server-rounds={rounds} timeout={timeout}"
     command = [str(flwr), "run", str(APP), "--stream", "--run-config", settings]
@@ -180,7 +180,7 @@ def watch(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--timeout", type=int, default=40, help="seconds that a round waits")
+    parser.add_argument("--timeout", type=int, default=40, help="seconds to wait for a round")
     parser.add_argument("--out", type=Path, default=ROOT / "out/federated_deployment")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

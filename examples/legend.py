@@ -1,11 +1,12 @@
-"""Twelve devices of three speeds train MiniLM on Flower, each as deep as its time allows.
+"""Train MiniLM with LEGEND on Flower, on twelve devices of three speeds.
 
-They learn which of twenty sections of Debian's packages a text is of. LEGEND learns the speeds from
-what the devices report, and gives each as many of the last blocks as it can train in the time of
-the fastest. In the middle of the run a fast device is five times as slow for a while. Seconds are
-simulated; all devices live in this process. Two minutes on two cores: `python examples/legend.py`,
-if `.[fed,bench]` and the packages in benchmarks/claims/material.py are installed; `--quick`
-takes a tiny model from nothing for a few rounds, and shows only that it works.
+The devices learn which of the twenty sections of Debian's packages a text belongs to. LEGEND
+estimates their speeds from their reports. It gives each device as many of the last blocks as it can
+train in the time of the fastest device. In the middle of the run, one fast device is five times
+slower for a few rounds. Seconds are simulated, and all devices run in this process. The example
+takes two minutes on two cores: `python examples/legend.py`, if `.[fed,bench]` and the packages in
+benchmarks/claims/material.py are installed. `--quick` trains a tiny random model for a few rounds
+and only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SLOW = range(8, 13)  # rounds in which device 0 is five times as slow
 
 
 def main() -> None:
-    """Train, tell, draw."""
+    """Train the devices, print their estimates, and draw depths and times."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few rounds")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -87,12 +88,12 @@ def main() -> None:
     for device, depth in last.depths.items():
         speed, time = strategy.allocator.tracker.estimate(device), last.times[device]
         print(f"device {device:2}: f {speed.f:.2f} s, mu {speed.mu:.2f} s, k {depth}, {time:.2f} s")
-    print(f"bytes: {strategy.comm.share:.0%} of what all layers for all would have been")
+    print(f"bytes: {strategy.comm.share:.0%} of all layers on all devices")
     print(f"picture: {draw(strategy, sizes.blocks, args.out / 'legend.png')}")
 
 
 def draw(strategy: Legend, layers: int, path: Path) -> Path:
-    """Depths over rounds, and the times of the last."""
+    """Draw the depths over the rounds, and the times of the last round."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     draw_depths([log.plans for log in strategy.history], layers, left)
     draw_times(strategy.allocator.last, right)
@@ -102,7 +103,7 @@ def draw(strategy: Legend, layers: int, path: Path) -> Path:
 
 
 def draw_depths(rounds: Sequence[Mapping[Client, LayerPlan]], layers: int, axes: Any) -> None:
-    """How many layers each device trained in each round; empty where it was not asked."""
+    """Draw the number of layers of each device and round; rounds without it stay empty."""
     devices = sorted({d for plans in rounds for d in plans}, key=lambda d: (isinstance(d, str), d))
     depths = [
         [len(plans[device].layers) if device in plans else float("nan") for plans in rounds]
@@ -116,12 +117,11 @@ def draw_depths(rounds: Sequence[Mapping[Client, LayerPlan]], layers: int, axes:
 
 
 def draw_times(configuration: Configuration, axes: Any) -> None:
-    """The predicted time of each device as a bar with its depth in it, what it waits on top, and
-    the target as a line."""
+    """Draw each device's predicted time with its depth, its waiting time, and the target."""
     times = list(configuration.times.values())
     places = range(len(times))
     waits = [configuration.seconds - value for value in times]
-    bars = axes.bar(places, times, color="#0072B2", label="trains (so many layers) and sends")
+    bars = axes.bar(places, times, color="#0072B2", label="trains (number of layers) and sends")
     depths = [str(depth) for depth in configuration.depths.values()]
     axes.bar_label(bars, depths, label_type="center", color="white")
     axes.bar(places, waits, bottom=times, color="0.85", label="waits")

@@ -1,8 +1,9 @@
-"""Which factor starts random? Three adapters on SmolLM2-135M, watched from inside while they train.
+"""Train three adapters on SmolLM2-135M that differ in which factor starts random.
 
-Init[A] and Init[B] with one learning rate, and LoRA+ from Init[A], read the same 128 answers once.
-The picture shows the loss, how large A x grows, and what of each step comes from A and what from B.
-No GPU, no network, two minutes on two cores: `python examples/lora_init.py`; `--quick`: two steps.
+Init[A] and Init[B] use the same learning rate; LoRA+ starts from Init[A]. Each reads the same 128
+answers once. The picture shows the loss, the size of A x, and the parts of each step that are due
+to A and to B. The example takes two minutes on two cores, without GPU or network:
+`python examples/lora_init.py`. `--quick` trains two steps.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lora_ext.methods.lora_init import LoraProbe, loraplus_param_groups
 matplotlib.use("Agg")
 OUT = Path(__file__).resolve().parents[1] / "out" / "lora_init"
 STEPS = 32
-#: Scheme, rate, ratio of LoRA+, colour.
+#: Scheme, learning rate, LoRA+ ratio, colour.
 RUNS = {
     "Init[A]": ("init_a_normal", 3e-3, 1, "#0072B2"),
     "Init[B]": ("init_b_normal", 3e-3, 1, "#D55E00"),
@@ -38,7 +39,7 @@ RUNS = {
 
 
 def main() -> None:
-    """Train three times, draw once."""
+    """Train the three adapters and draw one picture."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -51,14 +52,14 @@ def main() -> None:
 
 
 def train(model: Any, tokenizer: Any, name: str, steps: int) -> tuple[list[float], dict]:
-    """Losses (means of eight) and, by figure, the probe's mean over the layers."""
+    """Train an adapter; return losses (means of eight) and the probe's means over the layers."""
     scheme, lr, ratio, _ = RUNS[name]
     torch.manual_seed(0)
-    last = list(range(20, model.config.num_hidden_layers))  # backward stops at the first of them
+    last = list(range(20, model.config.num_hidden_layers))  # backward stops at the first one
     settings: Any = {"target_modules": [*ATTENTION, *MLP], "layers_to_transform": last}
     nn.wrap(model, LoraConfig(r=8, init_lora_weights=scheme, **settings))
     optimizer = torch.optim.AdamW(loraplus_param_groups(model, lr, ratio))
-    texts = sorted(path.stem for path in TEXTS.glob("*.jsonl"))  # eight ways to answer
+    texts = sorted(path.stem for path in TEXTS.glob("*.jsonl"))  # eight styles
     examples, losses = [e for text in texts for e in read_examples(tokenizer, text)], []
     with LoraProbe(model, track_decomposition=True) as probe:
         for step in (bar := tqdm(range(steps), desc=name, unit="step")):
@@ -77,7 +78,7 @@ def train(model: Any, tokenizer: Any, name: str, steps: int) -> tuple[list[float
 
 
 def draw(found: dict[str, tuple[list[float], dict]], path: Path) -> Path:
-    """Loss, size of A x, and the two parts of each step."""
+    """Draw the loss, the size of A x, and the two parts of each step."""
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     for name, (losses, series) in found.items():
         color, steps = RUNS[name][-1], range(1, len(losses))
@@ -85,7 +86,7 @@ def draw(found: dict[str, tuple[list[float], dict]], path: Path) -> Path:
         middle.plot(steps, series["rms_Z_A"], color=color, label=name)
         right.plot(steps, series["rms_d1"], color=color, label=f"{name}: by A")
         right.plot(steps, series["rms_d2"], "--", color=color, label=f"{name}: by B")
-    left.set(xlabel="step", ylabel="loss, nats a token, mean of 8 steps")
+    left.set(xlabel="step", ylabel="loss, nats per token, mean of 8 steps")
     middle.set(xlabel="step", ylabel="rms of A x, mean of layers")
     right.set(xlabel="step", ylabel="rms of the change of B A x", yscale="log", ylim=(1e-3, 1))
     for axes in (left, middle, right):

@@ -1,10 +1,10 @@
-"""MoD on SmolLM2: the last three layers predict together, with LoRA and in its place.
+"""Train SmolLM2 with LoRA, with LoRA and MoD, and with MoD alone, and compare.
 
-Three models learn to talk like a pirate: by LoRA, by LoRA and MoD, by MoD alone. Printed are their
-losses on answers that they have not seen, and those of each layer by itself; the picture shows how
-much the late layers have to say, token by token. No GPU, no network, two minutes on two cores:
-`python examples/mod.py` if `.[demo]` is installed; `--quick` for a run of seconds that
-shows nothing but that it works.
+With MoD, the last three layers predict together. All three models learn to talk like a pirate. The
+example prints their losses on unseen answers, and the loss of each of those layers alone. The
+picture shows the weights of the late layers for each token. It takes two minutes on two cores,
+without GPU or network: `python examples/mod.py` if `.[demo]` is installed. `--quick` takes seconds
+and only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CONFIG = mod.ModConfig(k=3, distill_weight=0.1)
 
 @torch.no_grad()
 def measure(model: Any, batch: dict[str, Any]) -> tuple[float, list[float], Any]:
-    """Loss on unseen answers; those of the last layers alone, and their weights, by MoD."""
+    """Return the loss on unseen answers and, for MoD, the last layers' losses and weights."""
     out = model(**batch)
     if not isinstance(out, mod.ModOutput):
         return out.loss.item(), [], None
@@ -44,14 +44,16 @@ def measure(model: Any, batch: dict[str, Any]) -> tuple[float, list[float], Any]
 
 
 def draw_routing(weights: torch.Tensor, tokens: list[str], first_layer: int, axes: Any) -> None:
-    """The weights ``(T, k)`` of the late layers over the tokens that are predicted, as a map of
-    logarithmic colours. The last layer's are left out: they are what the others lack."""
+    """Draw the weights ``(T, k)`` of the late layers for each predicted token, in log colours.
+
+    The last layer is left out: its weight is one minus the sum of the others.
+    """
     late = weights[:, :-1].float().T.cpu().numpy()  # (k - 1, T)
     scale = LogNorm(1e-4, 1, clip=True)
     shown = axes.imshow(late, aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
     axes.set_yticks(range(len(late)), [str(first_layer + e) for e in range(len(late))])
     axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
-    axes.set(xlabel="token that is predicted", ylabel="layer")
+    axes.set(xlabel="predicted token", ylabel="layer")
     axes.figure.colorbar(shown, ax=axes, label="weight")
 
 

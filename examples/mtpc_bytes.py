@@ -1,10 +1,10 @@
-"""Four circuit heads on one small byte-level language model: what they learn, what they accept.
+"""Compare the loss and acceptance of four circuit heads on a small byte-level model.
 
-Trains a transformer on the source of Python's own standard library (its top-level modules, 4.7 MB
-in 3.11), freezes it, retrofits a head of each kind, and decodes with all of them. No GPU, no
-network, eighteen minutes on two cores: `python examples/mtpc_bytes.py` if `.[demo]` is
-installed. What it trained stays in out/mtpc_bytes/trained, and a second run decodes for two minutes
-alone. `--quick` is a run of seconds that shows nothing but that it works.
+The example trains a transformer on the source of Python's standard library (its top-level modules,
+4.7 MB in 3.11), freezes it, retrofits a head of each kind, and decodes with all of them. It takes
+eighteen minutes on two cores, without GPU or network: `python examples/mtpc_bytes.py` if `.[demo]`
+is installed. The trained models stay in out/mtpc_bytes/trained, so a second run only decodes, for
+two minutes. `--quick` takes seconds and only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model, the heads and the runs."""
+    """Sizes of the model, the heads and the runs."""
 
     width: int = 256
     layers: int = 4
@@ -66,7 +66,7 @@ QUICK = Sizes(32, 2, 64, 2, 4, 2, 3, 4, 2, 4, 8, 12, 1)
 
 @dataclass
 class Found:
-    """Of one head."""
+    """Measurements of one head."""
 
     losses: list[float] = field(default_factory=list)
     held_out: list[float] = field(default_factory=list)  # nats, by position
@@ -75,7 +75,7 @@ class Found:
 
 
 def main() -> None:
-    """Train, retrofit, decode, draw."""
+    """Train the model, retrofit the heads, decode with them and draw the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -98,7 +98,7 @@ def main() -> None:
 def trained(
     folder: Path, train: Tensor, held_out: Tensor, sizes: Sizes
 ) -> tuple[Any, dict[str, mtpc.Draft], dict[str, Found]]:
-    """The model and its heads: those in the folder, or new ones, which are left there."""
+    """Load the model and its heads from the folder, or train and save them there."""
     if folder.exists():
         console.print(f"trained before: {folder}", soft_wrap=True)
         model: Any = LlamaForCausalLM.from_pretrained(folder / "model").eval()
@@ -106,7 +106,7 @@ def trained(
         found = {kind: Found(**values) for kind, values in known.items()}
         return model, {kind: mtpc.Draft.load(model, folder / kind).eval() for kind in found}, found
     model = train_model(train, sizes)
-    console.print(f"model, held-out loss: {model_loss(model, held_out, sizes):.3f} nats a byte")
+    console.print(f"model, held-out loss: {model_loss(model, held_out, sizes):.3f} nats per byte")
     found = {kind: Found() for kind in ("ff", "cp", "hmm", "btree")}
     drafts = {
         kind: train_head(model, kind, train, held_out, sizes, one) for kind, one in found.items()
@@ -119,7 +119,7 @@ def trained(
 
 
 def read_text(sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Modules packed into rows; of every tenth module some rows are held out."""
+    """Pack modules into rows; some rows of every tenth module are held out."""
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     modules = [list(path.read_bytes()) for path in paths]
     train = [module for i, module in enumerate(modules) if i % 10]
@@ -129,7 +129,7 @@ def read_text(sizes: Sizes) -> tuple[Tensor, Tensor]:
 
 
 def batches(rows: Tensor, steps: int, batch: int, name: str) -> Any:
-    """Random rows, with a progress bar."""
+    """Yield a progress bar and random rows for each step."""
     generator = torch.Generator().manual_seed(torch.initial_seed() + 1)
     for _ in (bar := tqdm(range(steps), desc=name, unit="step")):
         index = torch.randint(len(rows), (batch,), generator=generator)
@@ -137,7 +137,7 @@ def batches(rows: Tensor, steps: int, batch: int, name: str) -> Any:
 
 
 def train_model(rows: Tensor, sizes: Sizes) -> Any:
-    """A language model over bytes, then frozen."""
+    """Train a language model over bytes."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=sizes.width,
@@ -169,13 +169,13 @@ def train_model(rows: Tensor, sizes: Sizes) -> Any:
 
 
 def next_byte_loss(model: Any, ids: Tensor) -> Tensor:
-    """Mean over all bytes but the first."""
+    """Return the mean cross-entropy of all bytes but the first."""
     return cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 @torch.no_grad()
 def model_loss(model: Any, rows: Tensor, sizes: Sizes) -> float:
-    """On held-out rows."""
+    """Return the mean loss on held-out rows."""
     losses = [next_byte_loss(model, ids) for ids in rows.split(sizes.batch)]
     return torch.stack(losses).mean().item()
 
@@ -183,7 +183,7 @@ def model_loss(model: Any, rows: Tensor, sizes: Sizes) -> float:
 def train_head(
     model: Any, kind: str, rows: Tensor, held_out: Tensor, sizes: Sizes, found: Found
 ) -> mtpc.Draft:
-    """Retrofit a head and train it alone."""
+    """Train a retrofitted head alone and return it."""
     rank = 1 if kind == "ff" else sizes.rank
     config = mtpc.MtpcConfig(sizes.n_token, rank, kind, "adapter", sizes.adapter_rank)
     draft = mtpc.retrofit(model, config)
@@ -207,8 +207,10 @@ def train_head(
 def decode(
     model: Any, drafts: dict[str, mtpc.Draft], rows: Tensor, sizes: Sizes, found: dict[str, Found]
 ) -> dict[tuple[str, str, int], Timing]:
-    """Seconds for a batch of new tokens, by (engine, mode, batch), from held-out prompts: at batch
-    1 four of them, one after the other. Plain and speculative decoding share a lean model."""
+    """Time decoding from held-out prompts; return seconds by (engine, mode, batch).
+
+    At batch 1, four prompts are decoded one after the other. All engines share a lean model.
+    """
     lean = LeanLlama(model)
     prompts = rows[:: max(1, len(rows) // max(BATCHES)), : sizes.length // 4][: max(BATCHES)]
     calls: dict[Any, Callable[[], object]] = {}
@@ -237,12 +239,12 @@ def decode(
 
 
 def tokens(batch: int, sizes: Sizes) -> int:
-    """New ones of a timed run."""
+    """Return the number of new tokens of a timed run."""
     return (SINGLES if batch == 1 else batch) * sizes.new_tokens
 
 
 def show(found: dict[str, Found], times: dict[tuple[str, str, int], Timing], sizes: Sizes) -> None:
-    """One line per engine, mode and batch."""
+    """Print one line per engine, mode and batch."""
     table = Table(title=f"n = {sizes.n_token}, r = {sizes.rank}, {torch.get_num_threads()} threads")
     columns = (
         "engine",
@@ -275,7 +277,7 @@ def draw(
     sizes: Sizes,
     path: Path,
 ) -> Path:
-    """Loss by position, tokens per call, tokens per second."""
+    """Draw training, loss by position, tokens per call and tokens per second."""
     import matplotlib
 
     matplotlib.use("Agg")

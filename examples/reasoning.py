@@ -1,9 +1,9 @@
-"""Planning versus reasoning: one small model, an adapter for each task, and how wide they become.
+"""Train adapters for planning and for reasoning on one small model, and compare their ranks.
 
 A transformer learns to follow short chains and is frozen. One adapter then learns to take three
-hops, another to find the shortest of two chains, while a monitor watches the ranks of their
-updates. No GPU, no network, two minutes on two cores: `python examples/reasoning.py` if
-`.[demo]` is installed; `--quick` for a run of seconds that shows nothing but that it works.
+hops, another to find the shorter of two chains. A monitor records the ranks of their updates. The
+example takes two minutes on two cores, without GPU or network: `python examples/reasoning.py` if
+`.[demo]` is installed. `--quick` takes seconds and only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def accuracy(model: Any, task: Any) -> float:
 
 
 def draw_report(report: Any, figure: str, axes: Any, top: float) -> None:
-    """One figure of a report over blocks and modules; those outside all blocks are left out."""
+    """Draw one figure of a report by block and module; modules outside blocks are left out."""
     places: dict[tuple[str, int], float] = {}
     for row in report:
         block, index = nn.block_name(row["module"]), nn.block_index(row["module"])
@@ -87,7 +87,7 @@ def draw(reports: dict[str, Any], histories: dict[str, Any], path: Path) -> None
 
 
 def main() -> None:
-    """Train, watch, compare, draw."""
+    """Train both adapters, record their ranks, and draw the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT)

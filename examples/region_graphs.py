@@ -1,7 +1,8 @@
-"""The region graphs that come with the package, drawn side by side and counted in words.
+"""Draw the region graphs of the package side by side and print a description of each.
 
-Inputs stand at the bottom, the root at the top; a dot is a product unit by unit, a cross one of all
-pairs. `python examples/region_graphs.py` needs matplotlib; the picture is out/region_graphs/.
+Inputs are at the bottom, the root is at the top. A dot is a product of units with the same index, a
+cross a product of all pairs. `python examples/region_graphs.py` needs matplotlib and writes to
+out/region_graphs/.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ OUT = Path(__file__).resolve().parents[1] / "out" / "region_graphs"
 
 
 def main() -> None:
-    """Draw one of each."""
+    """Draw one graph of each kind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="as all examples have; it is quick")
+    parser.add_argument("--quick", action="store_true", help="no effect: always quick")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

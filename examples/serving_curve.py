@@ -1,8 +1,8 @@
-"""Tokens per second against the number of adapters in a batch: base model, PEFT, lora_ext over the
-model's own weights and over a packed copy of them.
+"""Measure tokens per second against the number of adapters in a batch.
 
-A batch of N rows has N different adapters, as for N users at a time. `make demo` draws the first
-points of the curve. `make curve` (`python examples/serving_curve.py`) draws all of them.
+The engines are the base model, PEFT, and lora_ext over the model's own weights and over a packed
+copy of them. A batch of N rows has N different adapters, as for N simultaneous users. `make demo`
+draws the first points of the curve; `make curve` (`python examples/serving_curve.py`) draws all.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from lora_ext.interop.smollm2 import load_smollm2
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 ENGINES = ("base, no adapters", "PEFT", "lora_ext", "lora_ext, base packed")
 RANK = 16
-UPDATE = 0.02  # of PEFT's random B: as large as what training makes, so that the model stays one
-PROMPT, NEW_TOKENS = 8, 4  # tokens: what is to be seen is the decoding
+UPDATE = 0.02  # factor of PEFT's random B: updates as large as after training
+PROMPT, NEW_TOKENS = 8, 4  # tokens; short prompts, because decoding is measured
 # Prompts begin like the texts that the model was trained on. After random first tokens an error may
 # be a hundred times as large in every engine, and it changes with the order of the same sums.
 BEGINNING = "<|im_start|>user\n"
@@ -48,9 +48,9 @@ class Curve:
 
 
 def measure_curve(counts: Sequence[int] = COUNTS, rounds: int = 2, seed: int = 0) -> Curve:
-    """Time the engines at each count; their logits are compared first.
+    """Compare the logits of the engines and time them at each count.
 
-    Adapters have random values: what they say is nonsense, what they cost is not.
+    The adapters have random values, which do not change their cost.
     """
     torch.manual_seed(seed)
     plain, tokenizer = load_smollm2()
@@ -163,7 +163,7 @@ def draw_curve(curve: Curve, path: Path) -> Path:
     axes.set_yscale("log", base=2)
     axes.set_xticks(curve.counts, [str(count) for count in curve.counts])
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("rows of the batch, each with an adapter of its own")
+    axes.set_xlabel("rows of the batch, each with a different adapter")
     axes.set_ylabel("tokens per second, all rows")
     axes.set_title(
         f"SmolLM2-135M, rank {RANK} on all linear layers, {torch.get_num_threads()} CPU threads",

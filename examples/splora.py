@@ -1,10 +1,10 @@
-"""An adapter that made a model forget to refuse is pruned until the model refuses again.
+"""Prune an adapter that made a model forget to refuse, until the model refuses again.
 
-SmolLM2 learns to refuse Do-Not-Answer's requests; an adapter then learns lines about Debian's
-packages, and takes that away (benchmarks/claims/alignment.py). SPLoRA scores and prunes the adapter
-from its folder, and on the live model. Five minutes on two cores: `python examples/splora.py`,
-where what benchmarks/claims/material.py names is installed; `--quick` takes a tiny model from
-nothing, for seconds that show only that it works.
+SmolLM2 learns to refuse the requests of Do-Not-Answer. An adapter then learns lines about Debian's
+packages, which removes the refusals (benchmarks/claims/alignment.py). SPLoRA scores and prunes the
+adapter, once in its folder and once on the live model. The example takes five minutes on two cores:
+`python examples/splora.py`, if the packages that benchmarks/claims/material.py names are installed.
+`--quick` uses a tiny random model; it takes seconds and only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from lora_ext.nn import block_index, block_name
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "splora"
 HOW = {"score": "angle", "projection": "orthogonal", "energy": 0.9, "direction": "largest"}
-PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the adapter's modules
+PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the adapter's modules
 console = Console()
 Curve = Mapping[int, Mapping[str, float]]  # by K: shares of refusals, and the loss on the task
 
 
 def main() -> None:
-    """Train, save, prune, draw."""
+    """Train, save and prune the adapter, and draw the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    console.print("a sibling learns to refuse, then an adapter on it learns its task ...")
+    console.print("training a sibling to refuse, then an adapter on its task ...")
     stage = staged(0, args.quick)
     stage.adapter.save(args.out / "adapter")
     half = SploraConfig(num=len(stage.adapter.modules) // 2, **HOW)
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def show(result: SploraResult) -> None:
-    """A row for each layer."""
+    """Print one row per layer."""
     table = Table("layer", "distance", "norm", "cosine", "score", "", title="the adapter's layers")
     for layer in result.stats:
         numbers = (f"{x:.3f}" for x in (layer.dist, layer.norm, layer.cos, layer.score))
@@ -65,7 +65,7 @@ def show(result: SploraResult) -> None:
 
 
 def by_count(stage: Stage) -> Curve:
-    """What the live model does with K of its modules switched off."""
+    """Return refusals and task loss of the live model with K modules pruned, by K."""
     counts = sorted({round(part * len(stage.adapter.modules)) for part in PARTS})
     found = {}
     for k in tqdm(counts, desc="prune the live model", unit="K"):
@@ -76,7 +76,7 @@ def by_count(stage: Stage) -> Curve:
 
 
 def draw(result: SploraResult, curve: Curve, path: Path) -> Path:
-    """Scores over block and module; refusals and the loss on the task against K."""
+    """Draw the scores by block and module, and refusals and task loss against K."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,7 +92,7 @@ def draw(result: SploraResult, curve: Curve, path: Path) -> Path:
     task = right.twinx()
     losses = [found["loss"] for found in curve.values()]
     task.plot(list(curve), losses, "s--", color="#D55E00", label="loss on the task")
-    task.set_ylabel("loss on the task, nats a token", color="#D55E00")
+    task.set_ylabel("loss on the task, nats per token", color="#D55E00")
     right.legend(frameon=False, fontsize=8, loc="upper left")
     for axes in (right, task):
         axes.spines["top"].set_visible(False)
@@ -101,7 +101,7 @@ def draw(result: SploraResult, curve: Curve, path: Path) -> Path:
 
 
 def draw_scores(result: SploraResult, axes: Any) -> None:
-    """The score of every layer inside a block as a colour, and a cross on what was pruned."""
+    """Draw the score of every layer inside a block as a colour; crosses mark pruned layers."""
     places = {}
     for layer in result.stats:
         block, index = block_name(layer.name), block_index(layer.name)

@@ -27,11 +27,11 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 class Recipe:
     """Text, modules and training settings of one adapter."""
 
-    name: str  # of the text in texts/, and of the adapter
+    name: str  # name of the text in texts/ and of the adapter
     rank: int
     modules: tuple[str, ...]
     learning_rate: float
-    first_layer: int = 14  # of 30: backward stops here, and style needs no more
+    first_layer: int = 14  # of 30; backward stops here; later layers suffice for style
     epochs: int = 6
     batch: int = 4
     seed: int = 0
@@ -55,13 +55,13 @@ RECIPES = (
 
 
 def train_adapter(model: Any, tokenizer: Any, recipe: Recipe, parent: Path) -> Path:
-    """Train one adapter, or find the one that an earlier run trained from the same text and recipe.
+    """Train one adapter, or return that of an earlier run with the same text and recipe.
 
     Args:
-        model: the base model; left as it was.
-        tokenizer: with a chat template.
-        recipe: what to train.
-        parent: the adapter's folder is made in here, whole or not at all.
+        model: The base model; unchanged afterwards.
+        tokenizer: A tokenizer with a chat template.
+        recipe: Text, modules and training settings.
+        parent: Folder in which the adapter's folder is created, whole or not at all.
 
     Returns:
         The folder, with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -174,7 +174,7 @@ def take_steps(
     controller: CopraController | None = None,
     batch: int = 4,
 ) -> None:
-    """Train what is not frozen on random batches, with a controller's masks if there is one."""
+    """Train the unfrozen parameters on random batches, with a controller's masks if given."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)

@@ -1,8 +1,9 @@
-"""VoRA on SmolLM2: a language model that has read a lot and seen nothing captions pictures.
+"""Teach SmolLM2 to caption pictures with VoRA.
 
-It is frozen; adapters of rank 64 in its first six blocks serve the tokens of images alone: text is
-read as before, bit for bit. No GPU, no network, minutes on two cores: `python examples/vora.py`
-if `.[demo]` is installed; `--quick` shows only that it works.
+The language model is frozen. Adapters of rank 64 in its first six blocks apply to image tokens
+only, so text is processed as before, bit for bit. The example takes minutes on two cores, without
+GPU or network: `python examples/vora.py` if `.[demo]` is installed. `--quick` only checks that the
+code runs.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ def draw(count: int, seed: int) -> list[Picture]:
 
 
 def encode(pictures: list[Picture], tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """To generate: what comes before a caption. To train: caption too, alone predicted."""
+    """Return inputs to generate captions, and inputs to train with the caption as labels."""
     both = {"images": PROCESSOR([[p.image] for p in pictures])["pixel_values"]}
     start = torch.tensor([[PLACEHOLDER, *tokenizer(BEFORE).input_ids]] * len(pictures))
     words = [f" {p.caption}." for p in pictures]
     end = tokenizer(words, padding=True, padding_side="right", return_tensors="pt")
     predicted = end.input_ids.masked_fill(end.attention_mask == 0, -100)
     labels = torch.cat([torch.full_like(start, -100), predicted], 1)
-    ids = torch.cat([start, end.input_ids], 1)  # padding comes last, where nobody sees it
+    ids = torch.cat([start, end.input_ids], 1)  # padding is last: no token attends to it
     return {"input_ids": start, **both}, {"input_ids": ids, "labels": labels, **both}
 
 
 @torch.no_grad()
 def read(model: Any, tokenizer: Any) -> list[Any]:
-    """For each prompt the logits of its tokens, and how the model goes on."""
+    """Return the logits of each prompt and the model's continuation."""
     batches = [tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS]
     going_on = [model.generate(**b, max_new_tokens=8, do_sample=False)[0] for b in batches]
     logits = [model(**b).logits for b in batches]
@@ -56,7 +57,7 @@ def read(model: Any, tokenizer: Any) -> list[Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="VoRA on SmolLM2: it learns to caption pictures.")
+    parser = argparse.ArgumentParser(description="Teach SmolLM2 to caption pictures with VoRA.")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -68,7 +69,7 @@ def main() -> None:
     torch.manual_seed(0)
     config = vora.VoraConfig(6, 64, route="vision", image_size=32, patch=16, embed_dim=192)
     seer = vora.VoraForCausalLM(model, config)
-    # Tokens of images start as large as those of text.
+    # Scale image tokens to the size of text tokens at the start.
     seer.vision.out_proj.weight.data *= 3**0.5 * model.get_input_embeddings().weight.std()
     optimizer = torch.optim.AdamW([p for p in seer.parameters() if p.requires_grad], lr=RATE)
     pictures = draw(steps * BATCH, seed=1)
@@ -85,7 +86,7 @@ def main() -> None:
     pairs = list(zip(held_out, found, strict=True))
     for part in ("caption", "colour", "shape", "quadrant"):
         right = sum(getattr(p, part) in words for p, words in pairs)
-        print(f"{part} right: {right} of {count} pictures that it has not seen")
+        print(f"{part} right: {right} of {count} unseen pictures")
     for (old, words), (new, again) in zip(before, read(model, tokenizer), strict=True):
         print(f"{words!r}: {'equal, bit for bit' if old.equal(new) and words == again else again}")
     figure = Figure(figsize=(11, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""What CI runs (`make check`): it compiles the kernels, unless LORA_EXT_CUDA=0 says it cannot."""
+"""Run what CI runs (`make check`); kernels are compiled unless LORA_EXT_CUDA is 0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from legs import ROOT, Leg, run
 
 PY = sys.executable
-BIN = str(Path(PY).parent)  # not resolved: the virtual environment's own tools come first
+BIN = str(Path(PY).parent)  # not resolved: tools of the virtual environment come first
 
 
 def main() -> int:
@@ -18,12 +18,12 @@ def main() -> int:
     os.environ.update(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", LORA_EXT_CUDA=cuda)
     share_compilations()
     tests = [PY, "-m", "pytest", "-q", "--durations=15", "--require-emu", "tests"]
-    tests += ["-n", "2", "--dist", "worksteal"]  # neighbours share what their files build
-    tests.append("--hypothesis-profile=ci")  # no new examples here: `make test` looks for them
+    tests += ["-n", "2", "--dist", "worksteal"]  # adjacent tests share fixtures
+    tests.append("--hypothesis-profile=ci")  # fixed examples; `make test` draws new ones
     if os.environ.get("CHECK_REST") == "1":
         tests += ["--rest", "1"]  # `make test` has run the other tests in this build
     docs = [BIN + "/mkdocs", "build", "--strict", "--site-dir", "out/docs"]
-    # The pages run on the output of `make demo`; the tests use a small stand-in.
+    # The pages run on the output of `make demo`; the tests use a small replacement.
     demo = [PY, "examples/demo.py", "--tokens", "4", "--rounds", "1", "--adapters", "2"]
     pages = [PY, "-m", "pytest", "-q", "tests/docs/test_pages.py", "-k", "code_of_the_page"]
     legs = [
@@ -34,7 +34,7 @@ def main() -> int:
         Leg("hosts", [PY, "tools/hosts.py"], 1200, after="build"),
     ]
     if cuda == "1" and os.environ.get("SKIP_CUDA_TORCH") != "1":
-        # The first beside the tests, as its download leaves the cores to them.
+        # It starts beside the tests, because its download needs no core.
         command = [PY, "tools/cuda_torch_check.py"]
         legs.append(Leg("cuda torch", command, 2400, after="build", beside=True))
     lowest = [PY, "tools/lowest_check.py"]
@@ -52,9 +52,10 @@ def main() -> int:
 
 
 def share_compilations() -> None:
-    """Let the builds of the wheel and beside a CUDA torch take objects from the first build, or
-    from one before: twins and kernels do not see torch. Without ccache each build compiles all it
-    needs."""
+    """Make later builds (of the wheel, and beside a CUDA torch) reuse objects of earlier ones.
+
+    Twins and kernels do not include torch. Without ccache, each build compiles everything.
+    """
     if shutil.which("ccache"):
         for language in ("CXX", "CUDA"):
             os.environ.setdefault(f"CMAKE_{language}_COMPILER_LAUNCHER", "ccache")

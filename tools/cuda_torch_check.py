@@ -1,7 +1,7 @@
-"""Build and import beside a CUDA build of torch, without a GPU, in an environment of its own.
+"""Build and import the package beside a CUDA build of torch, without a GPU.
 
-The only place where the whole CUDA build meets CUDA headers of torch and its libraries; needs a
-download of some 5 GB, all of it under a temporary folder that is removed afterwards.
+Only this check compiles the whole CUDA build with CUDA headers of torch and its libraries. It
+downloads about 5 GB into a temporary environment, which is removed afterwards.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def main() -> int:
             str(ROOT),
         )
         sdist = str(next(Path(folder).glob("lora_ext-*.tar.gz")))
-        # Kernels do not see torch. A compiler cache has them as the ordinary build made them;
-        # without one, a single architecture is enough here.
+        # Kernels do not include torch, so a compiler cache has them from the ordinary build.
+        # Without a cache, a single architecture is enough here.
         archs = {} if shutil.which("ccache") else {"TORCH_CUDA_ARCH_LIST": "9.0a"}
         build = ["--no-build-isolation", "--no-deps", sdist]
         step(*pip, *build, LORA_EXT_CUDA="1", **archs)

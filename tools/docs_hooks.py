@@ -1,11 +1,11 @@
-"""What mkdocs.yml asks of us: names of a face, names in docstrings, and links that leave docs/.
+"""Hooks of mkdocs.yml: names of a package, names in docstrings, and links that leave docs/.
 
-A reference page says `::: lora_ext.rows` and gets the room's docstring and each name of its
-`__all__`: with its own docstring where the room defines it, as a link where another room does.
+A reference page contains `::: lora_ext.rows`. It shows the docstring of that package and each name
+of its `__all__`: with its docstring if the package defines the name, otherwise as a link.
 
-A docstring names other things with roles, as editors know them: :func:`lora_ext.attach`. A role
-becomes a link where the reference shows the thing, and code where it does not. A role that names
-nothing stays a reference that nobody can resolve, and a strict build fails.
+A docstring names other objects with roles, as editors know them: :func:`lora_ext.attach`. A role
+becomes a link if the reference shows the object, otherwise code. A role that names nothing stays an
+unresolved reference, and a strict build fails.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import Any
 
 import griffe
 
-sys.path.append(str(Path(__file__).absolute().parent))  # tools/ is no package
+sys.path.append(str(Path(__file__).absolute().parent))  # tools/ is not a package
 from examples_run import in_use
 from faces import ASKED, ROOT, face, face_file, places, shown
 
 _ROLE = re.compile(r":(?:mod|class|func|meth|attr|data):`(?P<short>~?)(?P<name>[\w.]+)`")
 _OUTSIDE = re.compile(r"\[(?P<words>[^\]]*)\]\((?P<path>\.\./[^)#\s]+)\)")
 _EXAMPLES = "\n## By example\n"
-#: Packages whose pages are elsewhere: a strict build is offline.
+#: Packages of other projects; they get no links, because a strict build is offline.
 _OTHERS = {"torch", "transformers", "peft", "flwr", "vllm", "numpy"}
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Write out the faces that a page of the reference asks for, and mend its links."""
+    """Expand the packages that a reference page names, and rewrite its links out of docs/."""
     here = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
 
     def path_of(found: re.Match[str]) -> str:
-        """A link out of docs/ becomes the path of the file, which has to be there."""
+        """Replace a link out of docs/ by the path of the file, which must exist."""
         path = posixpath.normpath(posixpath.join(here, found["path"]))
         if path.startswith("docs/"):
             return found[0]
@@ -47,14 +47,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return _written_out(asked["name"], here)
 
     head, examples, rest = markdown.partition(_EXAMPLES)
-    if examples:  # the names below are no part of that section
+    if examples:  # the names below are not part of that section
         markdown = head + examples + rest.replace("\n::: ", "\n## Names\n\n::: ", 1)
     return _OUTSIDE.sub(path_of, ASKED.sub(written, markdown))
 
 
 def _written_out(package: str, here: str) -> str:
-    """The mkdocstrings text of a package: its docstring, its names, each with a place where tests
-    run it, and links to other rooms'. here: the folder of the page."""
+    """Return the mkdocstrings text of a package for a page in the folder ``here``."""
     if not face_file(package).exists():
         return f"::: {package}\n"
     names = face(package)
@@ -67,8 +66,7 @@ def _written_out(package: str, here: str) -> str:
 
 
 def _example(place: str, here: str) -> str:
-    """The line that leads from a name to a page, a tutorial or a script that uses it: to the
-    examples of the reference where no other page does."""
+    """Return a line that links to code using a name; the reference is the last choice."""
     if place not in in_use():
         return ""
     path = min(in_use()[place], key=lambda path: path.startswith("docs/reference/"))
@@ -81,10 +79,10 @@ def _example(place: str, here: str) -> str:
 
 
 class Roles(griffe.Extension):
-    """Turn the roles of docstrings into cross-references of mkdocs."""
+    """Extension that turns the roles of docstrings into cross-references of mkdocs."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        """Rewrite every docstring of a package that was read."""
+        """Rewrite every docstring of a loaded package."""
         for here in _objects(pkg):
             if here.docstring is not None:
                 here.docstring.value = _ROLE.sub(
@@ -113,7 +111,7 @@ def _reference(found: re.Match[str], here: Any, package: griffe.Module) -> str:
 
 
 def _place(name: str, here: Any, package: griffe.Module) -> str | None:
-    """Where the thing is defined that a docstring names: a path, or None where there is none."""
+    """Return the path of the object that a docstring names, or None."""
     if name.startswith("."):
         return _path(package, f"{here.module.path}{name}")
     if name.startswith("lora_ext"):
@@ -131,13 +129,13 @@ def _place(name: str, here: Any, package: griffe.Module) -> str | None:
 
 
 def _path(package: griffe.Module, name: str) -> str | None:
-    """The canonical path of a dotted name, through faces and base classes."""
+    """Return the canonical path of a dotted name, through faces and base classes."""
     here: Any = package
     parts = name.split(".")[1:]
     for i, part in enumerate(parts):
         if here.is_module and face_file(here.path).exists() and part in places(here.path):
             place = places(here.path)[part]
-            module = face_file(here.path).parent / f"{part}.py"  # that has the same name
+            module = face_file(here.path).parent / f"{part}.py"  # with the same name
             if place != f"{here.path}.{part}" and not (parts[i + 1 :] and module.exists()):
                 return _path(package, ".".join([place, *parts[i + 1 :]]))
         try:

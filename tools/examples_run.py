@@ -1,8 +1,8 @@
-"""Which public names the examples use that tests run; ``python tools/examples_run.py`` counts them.
+"""Find the public names that tested examples use; ``python tools/examples_run.py`` counts them.
 
-Tests run the blocks of Python of the README and of the pages, the cells of the tutorials, and the
-scripts in ``examples/`` that a test names. A name counts where one of these imports it, or reaches
-it from a package that it imports. Nothing is imported to find that out.
+Tests run the Python blocks of the README and of the pages, the cells of the tutorials, and the
+scripts in ``examples/`` that a test names. A name counts if one of these imports it, or accesses it
+in a package that it imports. The search imports nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _RUN = re.compile(r'(?:run_quickly\(\w+, |"examples", )"(\w+)"')
 
 
 def sources() -> Iterator[tuple[str, str]]:
-    """The path of each place with code that tests run, pages first, and that code."""
+    """Yield path and code of everything that tests run, pages first."""
     docs = ROOT / "docs"
     for page in (*sorted(docs.rglob("*.md")), ROOT / "README.md"):
         if blocks := _BLOCK.findall(page.read_text()):
@@ -36,9 +36,9 @@ def sources() -> Iterator[tuple[str, str]]:
 
 
 def used(code: str) -> set[str]:
-    """The places that define what the code takes from lora_ext."""
+    """Return the definitions in lora_ext that the code uses."""
     tree = ast.parse(code)
-    known: dict[str, list[str]] = {}  # a name of the code, and what it stands for
+    known: dict[str, list[str]] = {}  # name in the code: possible paths
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -67,7 +67,7 @@ def used(code: str) -> set[str]:
 
 
 def _defined(path: str) -> str:
-    """Where the first name behind the packages of a path is defined."""
+    """Return where the first name behind the packages of a path is defined."""
     package, *names = path.split(".")
     while names and face_file(f"{package}.{names[0]}").exists():
         package = f"{package}.{names.pop(0)}"
@@ -76,7 +76,7 @@ def _defined(path: str) -> str:
 
 @lru_cache
 def in_use() -> dict[str, list[str]]:
-    """The place of each public name that is used, and the paths of the code that uses it."""
+    """Return the paths of the code that uses each public name, by its definition."""
     found: dict[str, list[str]] = {}
     for path, code in sources():
         for place in used(code) & shown().keys():
@@ -85,17 +85,17 @@ def in_use() -> dict[str, list[str]]:
 
 
 def public() -> set[str]:
-    """The places of all public names; packages are not counted."""
+    """Return the definitions of all public names; packages are not counted."""
     return {place for place, package in shown().items() if place != package}
 
 
 def without() -> list[str]:
-    """Those that no example uses."""
+    """Return the public names that no example uses."""
     return sorted(public() - in_use().keys())
 
 
 if __name__ == "__main__":
     bare = without()
     count = len(public()) - len(bare)
-    print(f"{count} of {len(public())} public names are used by what tests run; without:")
+    print(f"{count} of {len(public())} public names are used by tested code; unused:")
     print("\n".join(bare))

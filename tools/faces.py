@@ -1,6 +1,6 @@
-"""Public names, read from the faces of the packages without importing one of them.
+"""Public names of the packages, read from their faces without an import.
 
-A face is an ``__init__.py``; what stands in its ``__all__`` is public, and the reference shows it.
+A face is an ``__init__.py``. The names in its ``__all__`` are public, and the reference shows them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ASKED = re.compile(r"^::: (?P<name>[\w.]+)\n(?!    )", re.MULTILINE)
 
 @lru_cache
 def places(package: str) -> dict[str, str]:
-    """Each name that a package's face defines or imports, with the place that defines it."""
+    """Return where each name that a package's face defines or imports is defined."""
     found: dict[str, str] = {}
     for node in _statements(ast.parse(face_file(package).read_text())):
         if isinstance(node, ast.ImportFrom) and node.level < 2:
@@ -33,7 +33,7 @@ def places(package: str) -> dict[str, str]:
 
 
 def _statements(tree: ast.Module | ast.If | ast.Try) -> Iterator[ast.stmt]:
-    """What runs at the import of a module, and under `if TYPE_CHECKING`."""
+    """Yield the statements that run at import, and those under `if TYPE_CHECKING`."""
     for node in tree.body:
         yield node
         if isinstance(node, ast.If | ast.Try):
@@ -41,7 +41,7 @@ def _statements(tree: ast.Module | ast.If | ast.Try) -> Iterator[ast.stmt]:
 
 
 def face(package: str) -> dict[str, str]:
-    """The names of a package's `__all__`, each with the place that defines it."""
+    """Return the names of a package's `__all__`, each with the place that defines it."""
     for node in ast.parse(face_file(package).read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return {name: places(package)[name] for name in ast.literal_eval(node.value)}
@@ -62,12 +62,12 @@ def origin(place: str) -> str:
 
 @lru_cache
 def shown() -> dict[str, str]:
-    """What the reference shows: the place that defines a thing, and the package on whose page."""
+    """Return the package with the reference page that shows each definition."""
     pages = sorted((ROOT / "docs/reference").rglob("*.md"))
     asked = [found["name"] for page in pages for found in ASKED.finditer(page.read_text())]
     found = {package: package for package in asked}
     faces = {package: face(package) for package in asked if face_file(package).exists()}
-    # The deepest room shows a name; a face of several rooms what none of theirs does.
+    # The deepest package shows a name; an outer package shows only the remaining names.
     for package in sorted(faces, key=lambda package: -package.count(".")):
         for place in faces[package].values():
             if place.startswith(f"{package}."):

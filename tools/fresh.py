@@ -1,10 +1,10 @@
-"""What somebody without a compiler gets: a wheel in a new environment, and the README's ten lines.
+"""Install a wheel without a compiler in a new environment, and run the README's ten lines.
 
-`python tools/fresh.py dist/lora_ext-*.whl --python python3.13` makes an environment of that Python,
-puts torch and transformers into it, and then our wheel, while no compiler, cmake or nvcc is to be
-found; the ten lines of the README run there, in a folder as `make demo` leaves it, and
-`lora-ext doctor`. What is ours is timed apart from what is downloaded. pip and its index are all
-that is asked of the network, so CI does not run this: a release does (docs/releasing.md).
+`python tools/fresh.py dist/lora_ext-*.whl --python python3.13` creates an environment of that
+Python and installs torch and transformers, then the wheel. No compiler, cmake or nvcc is on PATH.
+It runs the ten lines of the README, in a folder made by `make demo`, and `lora-ext doctor`. The
+wheel is timed apart from the downloads. Only pip uses the network. CI does not run this script; a
+release does (docs/releasing.md).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ print(json.dumps({"import": times[1] - times[0], "ten lines": times[2] - times[1
 
 
 def torch_of(wheel: Path) -> str:
-    """The minor version of torch that a wheel of ``make wheels`` is for."""
+    """Return the minor version of torch that a wheel of ``make wheels`` requires."""
     found = re.search(r"\+torch(\d+\.\d+)\.", wheel.name)
     if found is None:
         raise SystemExit(
@@ -50,7 +50,7 @@ def torch_of(wheel: Path) -> str:
 
 
 def install(python: str, wheel: Path, room: Path) -> tuple[Path, dict[str, float]]:
-    """An environment with torch, transformers and the wheel: its Python, and seconds by part."""
+    """Install torch, transformers and the wheel in a new environment; return Python and times."""
     subprocess.run([python, "-m", "venv", room], check=True)
     inside = room / "bin" / "python"
     seconds: dict[str, float] = {}
@@ -64,7 +64,7 @@ def install(python: str, wheel: Path, room: Path) -> tuple[Path, dict[str, float
 
 
 def bare(room: Path) -> dict[str, str]:
-    """The environment of a machine without a compiler: nothing but the venv is on PATH."""
+    """Return the environment of a machine without a compiler: only the venv is on PATH."""
     path = str(room / "bin")
     found = [name for name in COMPILERS if shutil.which(name, path=path)]
     if found:
@@ -75,12 +75,12 @@ def bare(room: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Install, run, tell."""
+    """Install the wheel, run the code and print the times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("wheel", type=Path, help="a wheel of `make wheels`")
-    parser.add_argument("--python", default=sys.executable, help="that the wheel is for")
+    parser.add_argument("--python", default=sys.executable, help="Python that the wheel is for")
     place = ROOT / "out" / "demo"
-    parser.add_argument("--place", type=Path, default=place, help="has base-model and adapters")
+    parser.add_argument("--place", type=Path, default=place, help="folder of model and adapters")
     args = parser.parse_args()
     if not (args.place / "base-model").is_dir():
         raise SystemExit(f"fresh: --place: expected a folder with base-model (`make demo` leaves "
@@ -95,10 +95,10 @@ def main() -> None:
             check=True, cwd=args.place, env=bare(room),
         )  # fmt: skip
         subprocess.run([inside, "-m", "lora_ext", "doctor"], check=True, cwd=room, env=bare(room))
-        told = json.loads(run.stdout.splitlines()[-1])
-        assert told["rows"] == 3 and told["file"].startswith(folder), told
-    print(f"{args.wheel.name} beside torch {told['torch']}, no compiler on PATH")
-    ours = f"import {told['import']:.2f} s behind torch's, ten lines {told['ten lines']:.1f} s"
+        result = json.loads(run.stdout.splitlines()[-1])
+        assert result["rows"] == 3 and result["file"].startswith(folder), result
+    print(f"{args.wheel.name} beside torch {result['torch']}, no compiler on PATH")
+    ours = f"import {result['import']:.2f} s behind torch's, ten lines {result['ten lines']:.1f} s"
     print(f"ours: install {seconds['install']:.1f} s, {ours}")
     print(f"torch and transformers from the index: {seconds['downloads']:.0f} s")
 

@@ -1,14 +1,14 @@
-"""What only a GPU can tell, in three calls of at most nine minutes: `make gpu CALL=1 OUT=folder`.
+"""Run the checks that need a GPU, in calls of at most nine minutes: `make gpu CALL=1 OUT=folder`.
 
-1. The kernels are built in place, or, where there is no compiler, those that lie there are taken.
-   Then the wrappers' micro-kernels, every launcher against its formula and beside its floor
-   (`lora-ext gpu-report`), what the estimates rest on (tools/gpu_probe.cu), a captured 8B-shaped
-   step, and memcheck and racecheck.
-2. All CUDA tests, and the other tools of compute-sanitizer.
-3. The benchmarks.
+1. Build the kernels in place; without a compiler, use the modules that are there. Then run the
+   wrappers' micro-kernels, every launcher against its formula and its floor
+   (`lora-ext gpu-report`), the probe of the estimates' assumptions (tools/gpu_probe.cu), a captured
+   8B-shaped step, and memcheck and racecheck.
+2. Run all CUDA tests, and the other tools of compute-sanitizer.
+3. Run the benchmarks.
 
-Nothing is installed. Every leg has a time limit and a log in the folder; one that fails does not
-stop the others, and the exit status tells whether all passed.
+Nothing is installed. Every leg has a time limit and a log in the folder. A failed leg does not stop
+the others; the exit status is 1 if one failed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from legs import ROOT, Leg, run
 
 PY = sys.executable
 REMEDY = "set PYTHON to one with a CUDA torch."
-# Few shapes of one law; every kernel launches, and the sanitizer is slow.
+# A few shapes of one law launch every kernel; the sanitizer is slow.
 SMALL = "random_values and (lora-T3- or lora-T70- or train-T17-)"
 LAWS = "tests/test_contract.py"
 PYTEST = [PY, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--require-gpu"]
@@ -32,7 +32,7 @@ PROBE = "nvcc -O3 -std=c++20 -arch=native tools/gpu_probe.cu -o build/gpu_probe 
 
 
 def gpu() -> tuple[str, str]:
-    """Name and compute capability of the first card, or one sentence and the end."""
+    """Return name and compute capability of the first GPU, or exit with a message."""
     try:
         import torch
     except ImportError:
@@ -51,7 +51,7 @@ def sanitizer() -> str | None:
 
 
 def legs(call: int, arch: str, out: Path) -> list[Leg]:
-    """Of one call; the sum of their limits is nine minutes at most."""
+    """Return the legs of one call; the sum of their limits is nine minutes at most."""
     if call == 2:
         return [
             Leg("cuda tests", [*PYTEST, "-m", "cuda", "tests"], 330),
@@ -69,7 +69,7 @@ def legs(call: int, arch: str, out: Path) -> list[Leg]:
         *(_sanitized(tool, 45) for tool in ("memcheck", "racecheck")),
     ]
     if shutil.which("nvcc") is None:
-        print("there is no nvcc: the module in place is taken, and what compiles is left out")
+        print("no nvcc found: using the module in place, skipping the legs that compile")
         return steps
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", arch)
     env = {"LORA_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
@@ -102,7 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--call", type=int, choices=(1, 2, 3), default=1, help="1 comes first")
+    parser.add_argument("--call", type=int, choices=(1, 2, 3), default=1, help="run 1 first")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "out", help="folder for logs and results"
     )

@@ -1,9 +1,9 @@
-"""Merge reports of `lora-ext gpu-report` into docs/gpu.md, one column a card.
+"""Merge reports of `lora-ext gpu-report` into docs/gpu.md, one column per GPU.
 
     python tools/gpu_page.py REPORT.json ...
 
-Refuses a report of other kernels than this tree's build (by the hash of the compiled module), one
-with a failed check, and one of the emulator, which has no times.
+A report is refused if its kernels are not those of this tree's build (by the hash of the compiled
+module), if a check failed, or if it is from the emulator, which has no times.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ BEGIN, END = "<!-- gpu_page: begin -->", "<!-- gpu_page: end -->"
 
 
 def hashes(folder: Path = ROOT / "lora_ext") -> set[str]:
-    """Of the compiled modules of this tree."""
+    """Return the hashes of the compiled modules of this tree."""
     return {hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("_*.so")}
 
 
 def read(path: Path, known: set[str]) -> Mapping[str, Any]:
-    """A report that may be merged.
+    """Return a report that may be merged.
 
     Raises:
-        SystemExit: no report, or one that is refused, with the reason.
+        SystemExit: If the file is not a report, or is refused; the message gives the reason.
     """
 
     def refuse(expected: str, found: object) -> SystemExit:
@@ -59,7 +59,7 @@ def read(path: Path, known: set[str]) -> Mapping[str, Any]:
 
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each op, a column for each card: time, and time over floor."""
+    """Return a Markdown table of time and time over floor, one row per op, one column per GPU."""
     cards = [report["card"]["name"] for report in reports]
     ops = list(dict.fromkeys(time["op"] for report in reports for time in report["times"]))
     lines = [f"| op | {' | '.join(f'{card}, us (over floor)' for card in cards)} |"]
@@ -76,7 +76,7 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def merged(page: str, reports: Sequence[Mapping[str, Any]]) -> str:
-    """A page with what was measured in the place of what it says so far."""
+    """Return the page with the table of the reports between its marks."""
     before, _, rest = page.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
@@ -85,7 +85,7 @@ def merged(page: str, reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Merge all reports, or none."""
+    """Merge all reports, or write nothing if one is refused."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("reports", nargs="+", type=Path)
     parser.add_argument("--page", type=Path, default=PAGE)

@@ -1,7 +1,7 @@
-"""The structure of ``lora_ext``: its rooms, their floors, and what imports what.
+"""Structure of ``lora_ext``: its rooms, their order, and the imports between them.
 
-``python tools/house.py`` prints a table and what is wrong, and exits with 1 where something is;
-``--json`` prints one object. ``docs/house.md`` says what the rooms are for.
+``python tools/house.py`` prints a table and the faults, and exits with 1 if there is one;
+``--json`` prints one object. ``docs/house.md`` explains the rooms.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ BELOW: dict[str, str] = {
     "cli": "server methods control interop federated pool adapter layers rows circuits ops "
     "reference",
 }
-MOST_FILES = 15  # that a reader meets in one folder
-MOST_LINES = 60  # of code in one function
+MOST_FILES = 15  # Python files in one folder
+MOST_LINES = 60  # lines of code in one function
 MOST_CODE = 35_020  # lines of code of the package, docstrings, comments and blanks not counted
-MOST_CHECKS = 0.093  # share of them that checks arguments
+MOST_CHECKS = 0.093  # share of lines of code that check arguments
 MOST_TESTS = 65_050  # lines of tests/**/*.py
-MOST_LOOSE = 0  # functions and classes that look public and are in no __all__
+MOST_LOOSE = 0  # functions and classes without underscore that are in no __all__
 MOST_WIDE = 21  # functions outside ops with more than eight parameters
 
 
 class Import(NamedTuple):
-    """One name that a file takes from another file of the package."""
+    """Import of one name from another file of the package."""
 
     file: str  # dotted names of modules, `lora_ext.rows._context`
     target: str
@@ -58,7 +58,7 @@ class Import(NamedTuple):
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Every file of the package under the dotted name that imports it."""
+    """Return every file of the package by the dotted name that imports it."""
     found = {}
     for path in sorted((root / PACKAGE).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -67,13 +67,15 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def room_of(module: str) -> str:
-    """The room of a module; files that stand in no room are each a room of that name."""
+    """Return the room of a module; a file outside all rooms is a room of that name."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
 def names_of(package: str, face: Path) -> set[str]:
-    """The names that a package's ``__init__`` shows: they hide files of the same name. A file may
-    be shown as a whole (``from . import layouts``)."""
+    """Return the names that a package's ``__init__`` imports; they hide files of the same name.
+
+    A file may be imported as a whole (``from . import layouts``).
+    """
     nodes = [n for n in ast.walk(ast.parse(face.read_text())) if isinstance(n, ast.ImportFrom)]
     shown = [node for node in nodes if node.level or node.module != package]
     return {alias.asname or alias.name for node in shown for alias in node.names}
@@ -82,7 +84,7 @@ def names_of(package: str, face: Path) -> set[str]:
 def imports_of(
     module: str, path: Path, known: dict[str, Path], shown: dict[str, set[str]]
 ) -> list[Import]:
-    """What a file imports from the package, in functions and for annotations too."""
+    """Return what a file imports from the package, also in functions and for annotations."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -106,7 +108,7 @@ def imports_of(
 
 
 def imports_in_full(module: str, path: Path) -> list[str]:
-    """Imports from the file's own room that are not relative, and so begin with the package."""
+    """Return the absolute imports from the file's own room, which should be relative."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
@@ -120,7 +122,7 @@ def imports_in_full(module: str, path: Path) -> list[str]:
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of files that import each other: strongly connected components above one file."""
+    """Return files that import each other: strongly connected components above one file."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -148,7 +150,7 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
 
 
 def long_functions(path: Path) -> dict[str, int]:
-    """Functions with more lines of code than one screen: comments and docstrings do not count."""
+    """Return functions above ``MOST_LINES`` lines; comments and docstrings do not count."""
     tree = ast.parse(path.read_text())
     code = code_lines(path.read_text(), tree)
     nodes = [node for node in ast.walk(tree) if isinstance(node, Function)]
@@ -157,20 +159,20 @@ def long_functions(path: Path) -> dict[str, int]:
 
 
 def full_folders(root: Path) -> dict[str, int]:
-    """Folders in which a reader meets too many files."""
+    """Return folders with more than ``MOST_FILES`` Python files."""
     counts = Counter(path.parent.relative_to(root) for path in (root / PACKAGE).rglob("*.py"))
     return {str(folder): n for folder, n in sorted(counts.items()) if n > MOST_FILES}
 
 
 def methods_that_meet(imports: list[Import]) -> list[str]:
-    """Imports from one method into another."""
+    """Return imports from one method into another."""
     pairs = [(i.file.split("."), i.target.split(".")) for i in imports]
     pairs = [(a, b) for a, b in pairs if len(a) > 2 and len(b) > 2 and a[1] == b[1] == "methods"]
     return sorted({f"{'.'.join(a)} -> {'.'.join(b)}" for a, b in pairs if a[2] != b[2]})
 
 
 def survey(root: Path = ROOT) -> dict[str, object]:
-    """All that this page says of the house, as one object."""
+    """Return all measurements of the package as one object."""
     known = modules(root)
     shown = {m: names_of(m, path) for m, path in known.items() if path.name == "__init__.py"}
     imports = [i for m, path in known.items() for i in imports_of(m, path, known, shown)]
@@ -235,7 +237,7 @@ def survey(root: Path = ROOT) -> dict[str, object]:
 
 
 def faults(house: dict) -> dict[str, list]:
-    """What the house does not allow, each with the places where it was found."""
+    """Return the faults of a survey, each with the places where it was found."""
     code, checks = house["code_lines"], house["check_lines"]
     wide = [f"{k}: {n}" for k, n in house["wide_functions"].items()]
     loose = house["loose_names"]

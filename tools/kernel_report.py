@@ -1,13 +1,13 @@
-"""Where each kernel stands beside its floor: estimates from the machine code, on one page.
+"""Estimate the time of each kernel from its machine code, and compare it with its floor.
 
     python tools/kernel_report.py [--json | --check]
 
-Writes `docs/gpu.md` (the part between the marks) from `kernels.lock`, where `sass_gate.py` has
-recorded what it found in the machine code, so nothing is compiled or disassembled here. `--check`
-compares, as the gate does with the lock. Below the table stands why each row in red is red: one
-that no sentence of `WHY` speaks of fails, and so does a sentence that speaks of no red row. Every
-time is an ESTIMATE of the model below: no GPU has run a kernel. `gpu_page.py` adds measured columns
-from reports of `lora-ext gpu-report`.
+Writes `docs/gpu.md` (the part between the marks) from `kernels.lock`, in which `sass_gate.py` has
+recorded the numbers of the machine code, so nothing is compiled or disassembled. `--check` compares
+the page instead of writing it. Below the table, `WHY` explains each row in red. A red row without a
+reason is an error, and so is a reason without a red row. Every time is an ESTIMATE of the model
+below: no GPU has run a kernel. `gpu_page.py` adds measured columns from reports of
+`lora-ext gpu-report`.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ import sass_gate
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK, PAGE = ROOT / "kernels.lock", ROOT / "docs/gpu.md"
-ARCH, RED, RESERVED = "sm_90a", 2.0, 1024  # bytes of shared memory that the lock counts as well
+ARCH, RED, RESERVED = "sm_90a", 2.0, 1024  # bytes of shared memory that the lock includes
 BEGIN, END = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
 
 # The model of an H100 SXM. Assumed, not measured here.
-SMS, CLOCK = 132, 1755.0  # multiprocessors; cycles a us
+SMS, CLOCK = 132, 1755.0  # multiprocessors; cycles per us
 NULL, L2, DRAM = 2.0, 0.2, 0.55  # us: an empty kernel in a graph, a trip to L2, a trip to memory
-STREAM, L2_STREAM = 2.7e6, 5.5e6  # bytes a us, of memory and of L2
-HANDOFF = 0.3  # us, to a launch that may begin before the one in front of it ends
-STEP = 1.1  # us: a product of a chain in one launch, its barrier and trips
-MOST_SHARED = 227 * 1024 - 2048  # bytes that a block asks for beside its static ones
-MMA_FLOPS, MMA_CYCLES = 4096, 6.4  # of one m16n8k16; cycles of a scheduler for it
-TENSOR = 798e6  # flops a us, 16 bits
+STREAM, L2_STREAM = 2.7e6, 5.5e6  # bytes per us, of memory and of L2
+HANDOFF = 0.3  # us, to a launch that may begin before the previous one ends
+STEP = 1.1  # us: one product of a chain in one launch, with its barrier and trips
+MOST_SHARED = 227 * 1024 - 2048  # most bytes of dynamic shared memory per block
+MMA_FLOPS, MMA_CYCLES = 4096, 6.4  # flops and scheduler cycles of one m16n8k16
+TENSOR = 798e6  # flops per us, 16 bits
 
 
 @dataclass(frozen=True)
 class Code:
-    """What `kernels.lock` says of a kernel."""
+    """Numbers that `kernels.lock` records for a kernel."""
 
     registers: int
     shared: int
-    inflight: tuple[int, ...]  # of its main loops
+    inflight: tuple[int, ...]  # bytes per thread, for each main loop
     trips: int | None
     mma_share: float | None
     each: float | None  # instructions per element
-    dependent: bool = False  # it may begin before the launch in front of it ends
-    dynamic: int = 0  # bytes of shared memory that a launch asks for, by kernels.toml
+    dependent: bool = False  # may begin before the previous launch ends
+    dynamic: int = 0  # bytes of dynamic shared memory, from kernels.toml
 
     def per_multiprocessor(self, threads: int) -> int:
-        """Blocks of so many threads that a multiprocessor holds."""
+        """Return the number of blocks of ``threads`` threads that fit on a multiprocessor."""
         static = self.shared - RESERVED if self.shared else 0
         return sass_gate.blocks_per_multiprocessor(self.registers, threads, static + self.dynamic)
 
@@ -65,14 +65,16 @@ class Code:
 class Case:
     """A kernel at a shape.
 
-    `bytes` must move, and `parts` move beside them: sums that several blocks share. `values` go
-    through its main loop; `flops` run on tensor cores, each as so many `products` of 16 bits;
-    `blocks` of `threads` are launched, which read `l2` bytes again from L2. All of that is of one
-    launch. Of a chain there are `repeat` launches, one after the other, and of the cases `beside`
-    as many. A launch may have several `steps`, whose blocks wait for each other, make `hops` trips
-    to L2, and run `once` instructions a warp outside of the main loop. `loop` is the main loop that
-    it spends its time in where others stand by for a rescue; by default the one with the least
-    under way is taken.
+    All numbers are of one launch. `bytes` must be moved; `parts` are further bytes, of sums that
+    several blocks share. `values` pass through the main loop. `flops` run on tensor cores, each as
+    `products` products of 16 bits. `blocks` of `threads` are launched and read `l2` bytes again
+    from L2.
+
+    A chain has `repeat` launches, one after the other, and as many of each case in `beside`. A
+    launch may have several `steps`, whose blocks wait for each other, make `hops` trips to L2, and
+    run `once` instructions per warp outside the main loop. `loop` is the index of the main loop
+    that takes the time, if other loops are fallbacks; by default it is the one with the fewest
+    bytes in flight.
     """
 
     kernel: str
@@ -94,7 +96,7 @@ class Case:
 
 
 def read_lock(text: str, rules: Sequence[Mapping[str, Any]] = ()) -> dict[str, Code]:
-    """Kernels of one architecture by name; `rules` of `kernels.toml` know the launches."""
+    """Return the kernels of one architecture by name; ``rules`` describe the launches."""
     found = {}
     for line in text.splitlines():
         row = re.match(rf"{ARCH}\s+((?:\d+\s+){{14}})\s*(.*?)  inflight (\S+)(.*)$", line)
@@ -118,7 +120,7 @@ def read_lock(text: str, rules: Sequence[Mapping[str, Any]] = ()) -> dict[str, C
 
 
 def most_of(rules: Sequence[Mapping[str, Any]], kernel: str, key: str) -> int:
-    """The largest number under `key` in the rules for a kernel, 0 without one."""
+    """Return the largest number under ``key`` in the rules for a kernel, or 0."""
     own = (rule for rule in rules if fnmatch.fnmatchcase(kernel, rule["match"]))
     return max((rule.get(key, 0) for rule in own), default=0)
 
@@ -135,7 +137,7 @@ DECODE = {
     "D7": (256, 1, 4096, 4096, 16),
     "D8": (256, 32, 4096, 4096, 8),
 }
-# Of an 8B model, a block: in-features, and the outputs of those that share them.
+# A block of an 8B model: in-features, and out-features of the layers that share the input.
 BLOCK = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
 LAYERS = 32
 STEP_SAID = "a captured step of an 8B model, its updates alone: 64 rows, rank 16, adapters: "
@@ -145,11 +147,11 @@ BF16 = "__nv_bfloat16"
 def decode_pair(
     rows: int, slots: int, i: int, outputs: Sequence[int], rank: int, said: str
 ) -> tuple[Case, Case]:
-    """Shrink and expand up to 256 rows, of one module or of siblings that read one x."""
+    """Return shrink and expand up to 256 rows, of one module or of siblings that read one x."""
     tiles = slots * ceil(rows / slots / 16)
     splits = min(16, max(1, ceil(i / 512)))
     v = 4 * rows * rank * splits * len(outputs)
-    launched = (rows // 16 + min(rows, slots)) * len(outputs)  # chunks that there could be
+    launched = (rows // 16 + min(rows, slots)) * len(outputs)  # most possible chunks
     each = 128 if launched * ceil(max(outputs) / 256) < 2 * SMS else 256
     modules = 1 if len(outputs) == 1 else 8
     shrink = Case(
@@ -172,7 +174,7 @@ def decode_pair(
 
 
 def decode_cases() -> Iterator[Case]:
-    """Shrink and expand of `lora_apply_` up to 256 rows, and all of them in a captured step."""
+    """Yield shrink and expand of `lora_apply_` up to 256 rows, and those of a captured step."""
     for name, (rows, slots, i, o, rank) in DECODE.items():
         said = f"{name}: {rows} rows, {slots} adapters, {i} to {o}, rank {rank}"
         yield from decode_pair(rows, slots, i, (o,), rank, said)
@@ -186,7 +188,7 @@ def decode_cases() -> Iterator[Case]:
 
 
 def large_cases() -> Iterator[Case]:
-    """Training and large ranks."""
+    """Yield the kernels of training and of large ranks."""
     rows, width, rank = 8192, 4096, 16
     shape = f"{rows} rows, {width} features, rank {rank}"
     x = 2 * rows * width
@@ -233,7 +235,7 @@ def large_cases() -> Iterator[Case]:
 
 
 def circuit_cases() -> Iterator[Case]:
-    """Circuits whose parameters a network emits, and what goes with them."""
+    """Yield the kernels of circuits with parameters from a network, and related ones."""
     rows = 1024 * 8 * 32
     yield Case(
         f"circuit_leaf_kernel<{BF16}>",
@@ -294,7 +296,7 @@ def circuit_cases() -> Iterator[Case]:
 
 
 def verify_cases(words: int) -> Iterator[Case]:
-    """Eight drafted tokens of one row of the batch, 32 states, more words than a block reads."""
+    """Yield eight drafted tokens of one row, 32 states, with more words than a block reads."""
     spans = ceil(words / 2048)
     for kernel, values, bytes_, blocks in (
         ("target", 9 * words, 18 * words, ceil(9 * spans / 8)),
@@ -312,12 +314,12 @@ def verify_cases(words: int) -> Iterator[Case]:
 
 
 # --- whole circuits: a chain whose stages go to tensor cores --------------------------------------
-PRODUCTS = {3: 6, 2: 3, 1: 1}  # of the parts of two numbers
+PRODUCTS = {3: 6, 2: 3, 1: 1}  # products of the parts of two numbers
 PRECISIONS = {3: "fp32", 2: "high", 1: "fp16s"}
 
 
 def layers_product(product: int, parts: int, sizes: tuple[int, int, int], out: float) -> Case:
-    """One of the products of a stage, (rows, columns, k), which writes `out` bytes."""
+    """Return one product of a stage, (rows, columns, k), that writes ``out`` bytes."""
     rows, columns, k = sizes
     large = ceil(rows / 128) * ceil(columns / 64) >= 96  # as launch_parts chooses
     tile = (128, 64) if large else (64, 32)
@@ -335,7 +337,7 @@ def layers_product(product: int, parts: int, sizes: tuple[int, int, int], out: f
 
 
 def layers_run(parts: int, states: int, batch: int, steps: int) -> Case | None:
-    """The steps of a chain in one launch, where a block's 64 rows of weights fit."""
+    """Return the steps of a chain in one launch, or None if 64 rows of weights do not fit."""
     step, blocks = 64 if parts == 1 else 32, ceil(states / 64) * ceil(batch / 32)
     ring = 4 * 32 * step * 2 * parts
     if ring + ceil(states / 64) * (64 * 64 * 2 * parts + 128) > MOST_SHARED:
@@ -351,13 +353,13 @@ def layers_run(parts: int, states: int, batch: int, steps: int) -> Case | None:
         products=PRODUCTS[parts],
         l2=blocks * states * 2 * parts * (32 + 64 / steps) + values * (8 + 2 * parts),
         steps=steps,
-        hops=2,  # its part and its children; the node itself comes while blocks wait
-        once=1600,  # by hand: 16 numbers of a thread, each with an exponential and a logarithm
+        hops=2,  # its part and its children; the node is loaded while blocks wait
+        once=1600,  # by hand: 16 numbers per thread, each with an exponential and a logarithm
     )
 
 
 def layers_cases() -> Iterator[Case]:
-    """`circuit_layers` of a homogeneous HMM, forward in each precision, and backward."""
+    """Yield `circuit_layers` of a homogeneous HMM, forward in each precision, and backward."""
     batch, steps = 512, 31
     for states in (512, 2048):
         shape = f"HMM of {states} states, 32 steps, batch {batch}, "
@@ -371,7 +373,7 @@ def layers_cases() -> Iterator[Case]:
                 4 * values,
                 lanes * 4,
                 256,
-                values=values * (7 if down else 5),  # four blocks take each maximum
+                values=values * (7 if down else 5),  # four blocks compute each maximum
                 l2=values * (32 + 2 * parts + (14 if down else 0)),
             )
 
@@ -407,7 +409,7 @@ CASES = [*decode_cases(), *large_cases(), *circuit_cases(), *layers_cases()]
 
 # --- the model ------------------------------------------------------------------------------------
 def floor_us(case: Case) -> float:
-    """What bytes, products or an empty launch take at least; in a chain, a step of one launch."""
+    """Return the largest time of bytes, products and an empty launch (in a chain, of a step)."""
     each = (case, *case.beside)
     rounds = case.repeat * case.steps
     least = NULL if rounds == 1 else STEP * sum(one.flops > 0 for one in each)
@@ -416,8 +418,11 @@ def floor_us(case: Case) -> float:
 
 
 def launch_us(case: Case, code: Code) -> float:
-    """An empty launch, the trips before the first wide load, that load, and the slowest of memory,
-    instructions and tensor cores, on the multiprocessors that have a block."""
+    """Return the time of one launch on the multiprocessors that have a block.
+
+    It is the sum of an empty launch, the trips before the first wide load, that load, and the
+    slowest of memory, instructions and tensor cores.
+    """
     sms = min(SMS, case.blocks)
     per_sm = code.per_multiprocessor(case.threads)
     resident = min(per_sm, ceil(case.blocks / SMS)) * case.threads
@@ -436,7 +441,7 @@ def launch_us(case: Case, code: Code) -> float:
 
 
 def estimate_us(case: Case, lock: Mapping[str, Code]) -> float:
-    """All launches, one after the other."""
+    """Return the time of all launches, one after the other."""
     total = 0.0
     for one in (case, *case.beside):
         code = code_of(one, lock)
@@ -445,14 +450,14 @@ def estimate_us(case: Case, lock: Mapping[str, Code]) -> float:
 
 
 def code_of(case: Case, lock: Mapping[str, Code]) -> Code:
-    """What the lock says of a case's kernel."""
+    """Return the lock's numbers of a case's kernel."""
     if case.kernel not in lock:
         raise SystemExit(f"kernel_report: kernels.lock has no {case.kernel}")
     return lock[case.kernel]
 
 
 def rows(lock: Mapping[str, Code], cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
-    """One object for each kernel and shape; None where a number does not apply."""
+    """Return one object per kernel and shape; a number that does not apply is None."""
     found = []
     for case in cases:
         code = code_of(case, lock)
@@ -477,10 +482,10 @@ def rows(lock: Mapping[str, Code], cases: Sequence[Case] = CASES) -> list[dict[s
     return found
 
 
-# --- what stands in the way -----------------------------------------------------------------------
+# --- reasons --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Reason:
-    """Why the rows of these kernels and shapes, shell patterns both, are above `RED`."""
+    """Reason why rows are above `RED`; kernel and shape are shell patterns."""
 
     kernel: str
     shape: str
@@ -532,23 +537,23 @@ WHY = [
 
 
 def reasons(found: Sequence[Mapping[str, Any]], why: Sequence[Reason] = WHY) -> str:
-    """A sentence for every red row. One that has none, and one for no red row, are errors."""
+    """Return the list of reasons; raise if a red row has no reason or a reason no red row."""
     red = [row for row in found if row["ratio"] > RED]
     for row in red:
         if not any(reason.speaks_of(row) for reason in why):
             raise SystemExit(
                 f"kernel_report: {row['name']} ({row['shape']}) is {row['ratio']} times its floor, "
-                "and no sentence of WHY says what stands in the way"
+                "and no entry of WHY explains it"
             )
     for reason in why:
         if not any(map(reason.speaks_of, red)):
-            raise SystemExit(f"kernel_report: WHY has {reason.said_of}, where no row is red")
+            raise SystemExit(f"kernel_report: WHY explains {reason.said_of}, but no row is red")
     lines = [wrapped(f"* {reason.said_of}: {reason.text}") for reason in why]
     return "\n".join(["Reasons for the red ratios:", "", *lines])
 
 
 def wrapped(item: str) -> str:
-    """An item of a list, within the columns of our pages."""
+    """Wrap a list item at the width of the pages."""
     return textwrap.fill(
         item, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
@@ -556,7 +561,7 @@ def wrapped(item: str) -> str:
 
 # --- the page -------------------------------------------------------------------------------------
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown; ratios above `RED` are red."""
+    """Return a Markdown table; ratios above `RED` are red."""
     lines = [
         "| kernel | shape | MB | estimate, us | floor, us | ratio | trips | mma, % "
         "| instructions each | registers | blocks per SM |",
@@ -568,16 +573,16 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         if row["ratio"] > RED:
             ratio = f'<span style="color:red">**{ratio}**</span>'
         blanks = [row["trips"], row["mma_share"], row["instructions_per_element"]]
-        told = [name, row["shape"], f"{row['bytes'] / 1e6:.3g}", f"{row['estimate_us']:.1f}"]
-        told += [f"{row['floor_us']:.1f}", ratio]
-        told += ["" if value is None else f"{value:g}" for value in blanks]
-        told += [str(row["registers"]), str(row["blocks_per_sm"])]
-        lines.append(f"| `{told[0]}` | " + " | ".join(told[1:]) + " |")
+        cells = [name, row["shape"], f"{row['bytes'] / 1e6:.3g}", f"{row['estimate_us']:.1f}"]
+        cells += [f"{row['floor_us']:.1f}", ratio]
+        cells += ["" if value is None else f"{value:g}" for value in blanks]
+        cells += [str(row["registers"]), str(row["blocks_per_sm"])]
+        lines.append(f"| `{cells[0]}` | " + " | ".join(cells[1:]) + " |")
     return "\n".join(lines)
 
 
 def with_table(page: str, found: Sequence[Mapping[str, Any]]) -> str:
-    """A page with the part between the marks made anew."""
+    """Return the page with the part between the marks rewritten."""
     before, _, rest = page.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
@@ -586,7 +591,7 @@ def with_table(page: str, found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print or write the report; the exit status is 1 where `--check` finds another page."""
+    """Print or write the report; return 1 if `--check` finds a different page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print objects, write nothing")
     parser.add_argument("--check", action="store_true", help="compare docs/gpu.md, write nothing")

@@ -1,7 +1,7 @@
-"""Run commands, each with a time limit and a log; one that fails does not stop the rest.
+"""Run commands, each with a time limit and a log; a failed one does not stop the others.
 
-Legs run one after another, and those that are marked so beside the others: what waits for a
-network, or has one process, leaves no core idle.
+Legs run one after another. Legs with ``beside=True`` run in a second lane, so that waiting for the
+network, or a single process, leaves no core idle.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _PRINTING = threading.Lock()
 
 @dataclass
 class Leg:
-    """One step: a command, or a function that raises or returns a word for the summary."""
+    """Command, or function that raises or returns a word for the summary."""
 
     name: str
     command: list[str] | Callable[[], str]
     seconds: int
     env: dict[str, str] = field(default_factory=dict)
-    after: str | None = None  # an earlier leg: this one waits for it, and is skipped if it failed
-    beside: bool = False  # runs while the others do, after those beside them that stand before it
+    after: str | None = None  # an earlier leg to wait for; if it failed, this leg is skipped
+    beside: bool = False  # runs in the second lane, after earlier legs of that lane
 
 
 @dataclass
@@ -45,7 +45,7 @@ def _run_command(leg: Leg, log: Path, show: bool) -> tuple[str, str]:
     with log.open("w") as out:
         out.write("$ " + " ".join(leg.command) + "\n")
         out.flush()
-        # A process group of its own, so that a time limit also ends what the command started.
+        # A new process group, so that a time limit also ends the command's children.
         process = subprocess.Popen(
             leg.command,
             cwd=ROOT,
@@ -86,7 +86,7 @@ def _run_leg(leg: Leg, logs: Path, show: bool) -> Result:
 
 
 def run(legs: list[Leg], logs: Path, show: bool = False) -> int:
-    """Run every leg, print and write the summary; the number of legs that did not pass."""
+    """Run every leg, print and write the summary, and return the number of failed legs."""
     logs.mkdir(parents=True, exist_ok=True)
     found: dict[str, Future[Result]] = {leg.name: Future() for leg in legs}
     start = time.monotonic()

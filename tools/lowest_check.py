@@ -31,7 +31,7 @@ ENVIRONMENTS = {
     ),
     "serve": (["serve", "tenants", "control"], ["tests/integration/test_serve_formats.py"]),
 }
-TOOLS = ["pytest", "hypothesis", "httpx", "peft"]  # for the tests; an extra's own version wins
+TOOLS = ["pytest", "hypothesis", "httpx", "peft"]  # for the tests; extras take precedence
 
 
 def borrow(name: str, folder: Path) -> None:

@@ -15,16 +15,16 @@ NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 NOT_CODE.add(tokenize.ENDMARKER)
 CHECKERS = set(
     """require integer number choice flag instance check_fields supported renamed""".split()
-)  # of lora_ext._checks, with every name that begins with check_, refuse or require
+)  # from lora_ext._checks; names that begin with check_, refuse or require count as well
 WIDE = 8  # parameters of one function
 
 
 @dataclass
 class Measures:
-    """What one file has."""
+    """Counts of one file."""
 
     code: set[int]  # lines without blanks, comments and docstrings
-    checks: set[int]  # those of them that check arguments
+    checks: set[int]  # lines of code that check arguments
     bodies: list[int]  # lines of code of each function's body
     public: list[str]  # functions and classes without an underscore
     shown: list[str]  # __all__
@@ -37,7 +37,7 @@ def span(node: ast.stmt | ast.expr) -> set[int]:
 
 
 def code_lines(text: str, tree: ast.Module) -> set[int]:
-    """Return the numbers of the lines that are no blank, comment or docstring."""
+    """Return the numbers of the lines that are not blank, comment or docstring."""
     code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in NOT_CODE:
@@ -55,7 +55,7 @@ def _is_checker(name: str) -> bool:
 
 
 def _checks(node: ast.AST) -> bool:
-    """Whether a node is a raise, an ``if`` that only raises, a call of a checker, or a checker."""
+    """Return whether a node is a raise, an ``if`` that only raises, or (a call of) a checker."""
     if isinstance(node, Function):
         return _is_checker(node.name)
     if isinstance(node, ast.If):
@@ -101,5 +101,5 @@ def _shown(tree: ast.Module) -> Iterator[str]:
 
 
 def is_private(module: str) -> bool:
-    """Whether a module, or a package around it, has a name with an underscore."""
+    """Return whether a module, or a package around it, has a name with an underscore."""
     return any(part.startswith("_") for part in module.split(".") if part != "__main__")

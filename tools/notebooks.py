@@ -1,10 +1,10 @@
-"""The tutorials are notebooks: this runs them, and gives each a page of the site.
+"""Run the tutorials, which are notebooks, and give each a page of the site.
 
-`python tools/notebooks.py [NOTEBOOK ...]` runs them in full and keeps in them what they print and
-draw. The cells run in this process, one after another, as Jupyter would run them; so a test of a
-tutorial shares its imports with the tests beside it and needs no kernel. A tutorial is plain
-Python: no magics, no top-level await. For mkdocs this is a hook: links in notebooks are checked as
-those of every page are, and nothing is fetched.
+`python tools/notebooks.py [NOTEBOOK ...]` runs them in full and stores what they print and draw.
+The cells run in this process, one after another, as in Jupyter, so a test of a tutorial shares
+imports with other tests and needs no kernel. A tutorial is plain Python: no magics, no top-level
+await. For mkdocs this module is a hook: links in notebooks are checked like those of every page,
+and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ROOT / "docs" / "tutorials"
-DPI = 80  # a picture of some ten kilobytes
+DPI = 80  # pictures of about ten kilobytes
 _LINK = re.compile(r"(\]\([\w./-]+)\.ipynb\)")
 
 
 def run(notebook: dict[str, Any], **parameters: Any) -> dict[str, Any]:
-    """Run the cells, and put into each what it printed and drew.
+    """Run the cells, and store in each what it printed and drew.
 
     Args:
-        notebook: as json reads it; changed in place.
-        parameters: values instead of those of the cell with the tag ``parameters``.
+        notebook: Parsed JSON; changed in place.
+        parameters: Values that replace those of the cell with the tag ``parameters``.
 
     Returns:
-        the names that the cells leave.
+        The names that the cells define.
 
     Raises:
-        ValueError: a parameter that this cell does not set. And what the cells raise.
+        ValueError: If that cell does not set a parameter. Errors of the cells are raised as well.
     """
     pyplot = _pyplot()
     pyplot.close("all")
@@ -55,7 +55,7 @@ def run(notebook: dict[str, Any], **parameters: Any) -> dict[str, Any]:
 
 
 def _pyplot() -> Any:
-    """Of the backend without a window; the site is built where there is no matplotlib."""
+    """Import pyplot with a backend without windows; the site is built without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,7 +70,7 @@ def _text(printed: str) -> list[dict[str, Any]]:
 
 
 def _figures(pyplot: Any) -> list[dict[str, Any]]:
-    """Figures that a cell leaves open, which Jupyter shows below it; they are closed."""
+    """Return the figures that a cell leaves open, as Jupyter shows them, and close them."""
     outputs: list[dict[str, Any]] = []
     for number in pyplot.get_fignums():
         image = io.BytesIO()
@@ -82,7 +82,7 @@ def _figures(pyplot: Any) -> list[dict[str, Any]]:
 
 
 def page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:
-    """A notebook as Markdown, and the pictures beside it by their file names."""
+    """Return a notebook as Markdown, and its pictures by file name."""
     parts: list[str] = []
     pictures: dict[str, bytes] = {}
     for cell in notebook["cells"]:
@@ -100,7 +100,7 @@ def page(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:
 
 
 def on_files(files: Any, config: Any, **_: Any) -> Any:
-    """mkdocs: add the page and the pictures of each notebook."""
+    """Add the page and the pictures of each notebook; called by mkdocs."""
     from mkdocs.structure.files import File
 
     for file in [f for f in files if f.src_uri.endswith(".ipynb")]:
@@ -114,12 +114,12 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs: a link to a notebook leads to its page."""
+    """Replace links to notebooks by links to their pages; called by mkdocs."""
     return _LINK.sub(r"\1.md)", markdown)
 
 
 def main(names: list[str]) -> int:
-    """Run notebooks in full, each in turn, and write them back."""
+    """Run notebooks in full and write them back."""
     for path in [Path(name) for name in names] or sorted(TUTORIALS.glob("*.ipynb")):
         notebook = json.loads(path.read_text())
         run(notebook)

@@ -2,15 +2,14 @@
 
     python tools/sass_gate.py [--update] [object ...]
 
-Reads the objects that the build links (or those named), so what is checked is what ships. For each
-kernel and architecture: no stack, no local memory, the rules of `kernels.toml`, and the numbers
-recorded in `kernels.lock`, so that a change of registers or instructions shows in review.
+It reads the objects that the build links (or those named), so it checks the code that ships. For
+each kernel and architecture: no stack, no local memory, the rules of `kernels.toml`, and the
+numbers recorded in `kernels.lock`, so that a change of registers or instructions shows in review.
 
 It cannot see bank conflicts, stalls or speed, and an instruction that exists may still not be on
 the hot path: the `_loop` rules look only between a backward branch and its target. `sass_loops.py`
-reads what a loop has under way in memory at once (`min_inflight`, `min_overlap`), what stands
-before it (`max_trips`, `first_bytes`) and what it does besides (`mma_share`,
-`instructions_per_element`).
+computes the bytes that a loop has in flight (`min_inflight`, `min_overlap`), the cost before it
+(`max_trips`, `first_bytes`) and its instructions (`mma_share`, `instructions_per_element`).
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class Kernel:
         return [one.opcode for one in self.code]
 
     def loop_opcodes(self) -> list[str]:
-        """Opcodes between each backward branch and its target."""
+        """Return the opcodes between each backward branch and its target."""
         inside: set[int] = set()
         for one in self.code:
             if one.target is not None and one.target < one.address:
@@ -89,17 +88,17 @@ class Kernel:
 
     @cached_property
     def turns(self) -> list[list[Instruction]]:
-        """What one turn of each main loop runs."""
+        """Instructions of one turn of each main loop."""
         return sass_loops.main_loops(self.code)
 
     @cached_property
     def flights(self) -> list[sass_loops.Flight]:
-        """What each main loop has under way in memory."""
+        """Memory traffic in flight in each main loop."""
         return [sass_loops.flight(turn) for turn in self.turns]
 
     @cached_property
     def costs(self) -> dict[str, float | None]:
-        """The numbers that rules of the same name bound; None where a kernel has no such place."""
+        """Numbers that rules of the same name bound; None if a kernel has no such place."""
         first = re.search(r"<(float|double|__half|__nv_bfloat16)", self.name)
         size = {"__half": 2, "__nv_bfloat16": 2, "double": 8}.get(first[1] if first else "", 4)
         prologue = sass_loops.prologue(self.code)
@@ -116,20 +115,20 @@ class Kernel:
 
 # --- reading --------------------------------------------------------------------------------------
 def reader() -> tuple[str, dict[str, str]]:
-    """cuobjdump, which calls nvdisasm: both from the PyPI wheels, else from the toolkit."""
+    """Return cuobjdump, which calls nvdisasm, and its environment; PyPI wheels come first."""
     folders = [p for base in sys.path for p in Path(base or ".").glob("nvidia/*/bin")]
     path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")])
     tools = [shutil.which(tool, path=path) for tool in ("cuobjdump", "nvdisasm")]
     if not all(tools):
         raise SystemExit(
-            "sass_gate: cuobjdump and nvdisasm are needed; run "
+            f"sass_gate: expected cuobjdump and nvdisasm, found {tools}; run "
             "`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`."
         )
     return str(tools[0]), {**os.environ, "PATH": path}
 
 
 def short_name(demangled: str) -> str:
-    """``void lora_ext::(anonymous namespace)::f<float, 8>(int)`` -> ``f<float, 8>``."""
+    """Shorten ``void lora_ext::(anonymous namespace)::f<float, 8>(int)`` to ``f<float, 8>``."""
     name = re.sub(r"\(anonymous namespace\)::|^void |lora_ext::", "", demangled)
     depth = 0
     for i, letter in enumerate(name):
@@ -140,7 +139,7 @@ def short_name(demangled: str) -> str:
 
 
 def parse(res_usage: str, sass: str) -> list[Kernel]:
-    """The kernels in the output of ``cuobjdump -res-usage`` and ``cuobjdump -sass``."""
+    """Return the kernels in the output of ``cuobjdump -res-usage`` and ``cuobjdump -sass``."""
     kernels: dict[tuple[str, str], Kernel] = {}
     arch = name = ""
     for line in res_usage.splitlines():
@@ -170,7 +169,7 @@ def parse(res_usage: str, sass: str) -> list[Kernel]:
 
 
 def read(objects: Iterable[Path]) -> list[Kernel]:
-    """The kernels in these objects."""
+    """Return the kernels in these objects."""
     cuobjdump, env = reader()
     kernels: list[Kernel] = []
     for path in objects:
@@ -190,10 +189,11 @@ def read(objects: Iterable[Path]) -> list[Kernel]:
 
 # --- judging --------------------------------------------------------------------------------------
 def blocks_per_multiprocessor(registers: int, threads: int, shared: int) -> int:
-    """Occupancy of an H100 multiprocessor: 65,536 registers, 2048 threads, 233,472 bytes shared.
+    """Return the number of blocks that an H100 multiprocessor can hold.
 
-    Registers are handed out per warp in units of 256, from four files of 16,384; every block of
-    shared memory carries 1,024 reserved bytes and is rounded up to 128.
+    It has 65,536 registers, 2048 threads and 233,472 bytes of shared memory. Registers are
+    allocated per warp in units of 256, from four files of 16,384. The shared memory of each block
+    includes 1,024 reserved bytes and is rounded up to 128.
     """
     warps = -(-threads // 32)
     warp_registers = -(-registers * 32 // 256) * 256
@@ -203,7 +203,7 @@ def blocks_per_multiprocessor(registers: int, threads: int, shared: int) -> int:
 
 
 def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
-    """What is wrong with one kernel, in words; an empty list is a pass."""
+    """Return the faults of one kernel as messages; an empty list is a pass."""
     wrong = []
     if kernel.stack or kernel.local:
         wrong.append(f"uses {kernel.stack} bytes of stack and {kernel.local} of local memory")
@@ -234,7 +234,7 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
             if not found:
                 wrong.append(f"no main loop to measure min_{key} in")
             elif min(found) < least:
-                meant = "on their way" if key == "inflight" else "on their way beside a product"
+                meant = "in flight" if key == "inflight" else "in flight during a product"
                 wrong.append(f"{min(found)} bytes per thread {meant} in a main loop, least {least}")
         wrong += judge_costs(kernel, rule)
         for suffix, opcodes in (("", kernel.opcodes), ("_loop", kernel.loop_opcodes())):
@@ -249,17 +249,17 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
     return wrong
 
 
-# What each cost is called, and whether a rule states the most of it.
+# Text of each cost, and whether the bound of a rule is a maximum.
 COSTS = {
     "max_trips": ("memory trips before the first wide load", True),
-    "first_bytes": ("bytes per thread asked for before the kernel in front is waited for", False),
+    "first_bytes": ("bytes per thread requested before the wait for the previous kernel", False),
     "mma_share": ("percent of a main loop multiplies on tensor cores", False),
     "instructions_per_element": ("instructions for each value that a main loop loads", True),
 }
 
 
 def judge_costs(kernel: Kernel, rule: dict) -> list[str]:
-    """What one rule says against what a kernel does before its main loops and in them."""
+    """Check one rule against the costs of a kernel before and in its main loops."""
     wrong = []
     for key, (what, is_most) in COSTS.items():
         if (bound := rule.get(key)) is None:
@@ -274,21 +274,21 @@ def judge_costs(kernel: Kernel, rule: dict) -> list[str]:
 
 @dataclass(frozen=True, order=True)
 class Verdict:
-    """What is said of one kernel."""
+    """Result of the check of one kernel."""
 
     name: str
     arch: str
-    row: str  # of the table
+    row: str  # line of the table
     wrong: tuple[str, ...]
 
 
 def verdicts(rules: list[dict], path: Path) -> list[Verdict]:
-    """On the kernels in one object."""
+    """Check the kernels in one object."""
     return [Verdict(k.name, k.arch, row(k), tuple(judge(k, rules))) for k in read([path])]
 
 
 def all_verdicts(objects: Iterable[Path], rules: list[dict]) -> list[Verdict]:
-    """On all kernels in these objects, a process for each core; the largest object goes first."""
+    """Check all kernels in these objects, one process per core, the largest object first."""
     ordered = sorted(objects, key=lambda path: -path.stat().st_size)
     with ProcessPoolExecutor(min(len(ordered), len(os.sched_getaffinity(0)))) as pool:
         return sorted(chain.from_iterable(pool.map(partial(verdicts, rules), ordered)))
@@ -321,7 +321,7 @@ def row(kernel: Kernel) -> str:
 
 
 def header() -> str:
-    """Of the table."""
+    """Return the header of the table."""
     numbers = ["regs", "shared", "instr", *COUNTED]
     return f"{'arch':8}" + "".join(f"{h:>7}" for h in numbers) + "  kernel"
 

@@ -1,15 +1,15 @@
-"""What the loops of a kernel have under way in memory, read from the machine code alone.
+"""Memory traffic of a kernel's loops, computed from the machine code alone.
 
-Every instruction carries its schedule in its own bits 105 and up: stall (4 bits), yield (1), the
+Every instruction carries its schedule in its bits 105 and up: stall (4 bits), yield (1), the
 barrier that its result sets (3), the barrier that its operands set (3), and the barriers that it
-waits for (6). So a load and the first instruction that needs it can be paired without a GPU.
+waits for (6). A load and the first instruction that needs it can thus be paired without a GPU.
 
 The model: a load takes one trip, everything else takes no time. `flight` walks a loop until it
-repeats itself and divides the bytes that a turn loads by the trips that a turn waits for: the
-bytes per thread that are on their way at any time. Sixteen loads that fly together and then are
-used give 16 times their width; sixteen loads of which each is used before the next is asked for
-give their width once. Where a loop branches, the way that loads most is walked. `prologue` walks
-from the entry of a kernel to its first wide load in the same way.
+repeats itself and divides the bytes that a turn loads by the trips that a turn waits for. The
+result is the bytes per thread in flight at any time. Sixteen loads that are issued together and
+then used give 16 times their width. Sixteen loads, each used before the next is issued, give their
+width once. If a loop branches, the path that loads most is walked. `prologue` walks from the entry
+of a kernel to its first wide load in the same way.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Instruction:
 
     @property
     def sets(self) -> int:
-        """The barrier that the result sets, `NO_BARRIER` for none."""
+        """Barrier that the result sets, or `NO_BARRIER`."""
         return self.high >> 46 & 7
 
     @property
     def waits(self) -> int:
-        """One bit for each barrier that must be clear before the instruction is issued."""
+        """Bit mask of the barriers that must be clear before the instruction is issued."""
         return self.high >> 52 & 63
 
     @property
     def load_bytes(self) -> int:
-        """Bytes that a thread asks global memory for."""
+        """Bytes that a thread loads from global memory."""
         if not re.match(r"(LDG|LD|LDGSTS)\b", self.opcode):
             return 0
         width = re.search(r"\.(128|64|[US]16|[US]8)\b", self.opcode)
@@ -51,7 +51,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch leads."""
+        """Target address of a branch, or None."""
         found = re.search(r"0x([0-9a-f]+)\s*$", self.operands)
         return int(found[1], 16) if self.opcode.startswith("BRA") and found else None
 
@@ -61,28 +61,24 @@ class Instruction:
 
     @property
     def ends(self) -> bool:
-        """Whether the next instruction in memory is not the next one that runs."""
+        """True if the next instruction in memory is not the next one that runs."""
         stops = self.target is not None or re.match(r"(EXIT|RET|BRX|KILL)\b", self.opcode)
         return bool(stops) and not self.conditional
 
 
 @dataclass(frozen=True)
 class Flight:
-    inflight: int  # bytes per thread on their way, averaged over the trips waited for
-    overlap: int  # so many of them while a tensor core multiplies
-    tensor: bool  # whether one does
+    inflight: int  # bytes per thread in flight, averaged over the trips waited for
+    overlap: int  # bytes in flight while a tensor core multiplies
+    tensor: bool  # whether a tensor core multiplies
 
 
 @dataclass(frozen=True)
 class Prologue:
-    """What stands before the main loops; None where a kernel has no such place."""
+    """Loads before the main loops; None if a kernel has no such place."""
 
-    trips: (
-        int | None
-    )  # memory trips, one after the other, before the first 16-byte load is asked for
-    first_bytes: (
-        int | None
-    )  # bytes of 16-byte loads asked for before the kernel in front is waited for
+    trips: int | None  # memory trips, one after the other, before the first 16-byte load
+    first_bytes: int | None  # bytes of 16-byte loads before the wait for the previous kernel
 
 
 # --- loops ----------------------------------------------------------------------------------------
@@ -93,12 +89,12 @@ def successors(code: Sequence[Instruction], at: dict[int, int], i: int) -> list[
 
 
 def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The instructions that one turn of each main loop runs, in their order.
+    """Return the instructions that one turn of each main loop runs, in order.
 
-    A loop is what dominators say it is: the way from a block back to one that every path to it
-    has passed. A main loop loads 16 bytes at a time, or fills a ring by cp.async and waits for its
-    stages, and no loop inside it does. A loop inside it counts as one turn. Main loops come in the
-    order of their heads.
+    Loops are defined by dominators: the path from a block back to one that every path to it has
+    passed. A main loop loads 16 bytes at a time, or fills a ring by cp.async and waits for its
+    stages, and contains no such loop. An inner loop counts as one turn. Main loops are in the order
+    of their heads.
     """
     starts, ends, after = blocks_of(code)
     before: list[list[int]] = [[] for _ in starts]
@@ -106,7 +102,7 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
         for n in following:
             before[n].append(k)
 
-    # Bit k of dominators[n]: block k lies on every way to block n.
+    # Bit k of dominators[n]: block k is on every path to block n.
     everything = (1 << len(starts)) - 1
     dominators = [1] + [everything] * (len(starts) - 1)
     changed = True
@@ -124,7 +120,7 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
     for k, following in enumerate(after):
         for head in following:
             if dominators[k] == everything or not dominators[k] >> head & 1:
-                continue  # unreachable, or no way back
+                continue  # unreachable, or no back edge
             body, waiting = bodies.setdefault(head, {head}), [k]
             while waiting:
                 block = waiting.pop()
@@ -135,7 +131,7 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
     def block_code(block: int) -> Sequence[Instruction]:
         return code[starts[block] : ends[block]]
 
-    # Of two ways that load the same bytes, the one with the wider loads.
+    # Of two paths that load the same bytes, the one with wider loads has more weight.
     weight = [
         sum(one.load_bytes * (2 + (one.load_bytes == 16)) for one in block_code(block))
         for block in range(len(starts))
@@ -157,7 +153,7 @@ def main_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
 
 
 def blocks_of(code: Sequence[Instruction]) -> tuple[list[int], list[int], list[list[int]]]:
-    """Where each block of straight code begins and ends, and which ones may follow it."""
+    """Return where each basic block begins and ends, and which blocks may follow it."""
     at = {one.address: i for i, one in enumerate(code)}
     heads = {0} | {at[one.target] for one in code if one.target in at}
     heads |= {i + 1 for i, one in enumerate(code[:-1]) if one.target is not None or one.ends}
@@ -168,8 +164,10 @@ def blocks_of(code: Sequence[Instruction]) -> tuple[list[int], list[int], list[l
 
 
 def way_to(code: Sequence[Instruction], goal: str) -> list[Instruction] | None:
-    """The instructions from the entry to the first one whose opcode fits, on the way that loads
-    most and passes no block twice; None where no way leads to one."""
+    """Return the instructions from the entry to the first opcode that matches ``goal``.
+
+    The path is the one that loads most and passes no block twice; None if no path leads to a match.
+    """
     starts, ends, after = blocks_of(code)
     hits = {
         k: next(i for i in range(start, end) if re.match(goal, code[i].opcode))
@@ -206,8 +204,8 @@ def way_to(code: Sequence[Instruction], goal: str) -> list[Instruction] | None:
 def way_that_loads_most(
     head: int, body: set[int], after: Sequence[Sequence[int]], weight: Sequence[int]
 ) -> list[int]:
-    """The blocks of one turn, from the head to a block that leads back to it."""
-    best: dict[int, tuple[int, list[int]]] = {}  # from a block on: weight, blocks
+    """Return the blocks of one turn, from the head to a block that branches back to it."""
+    best: dict[int, tuple[int, list[int]]] = {}  # weight and blocks of the path from a block
     open_blocks: set[int] = set()
     stack = [head]
     while stack:
@@ -236,9 +234,9 @@ def is_main(loop: Sequence[Instruction]) -> bool:
 
 # --- flight ---------------------------------------------------------------------------------------
 def flight(turn: Sequence[Instruction]) -> Flight:
-    """What a loop has on its way once it repeats itself."""
+    """Return what a loop has in flight once it repeats itself."""
     clock, began, overlap = 0, 0, 0
-    lands: dict[int, int] = {}  # when what a barrier stands for is there
+    lands: dict[int, int] = {}  # when the load of a barrier arrives
     groups: list[int] = []  # the same for groups of cp.async
     open_group, group_barrier = 0, NO_BARRIER
     flying: list[tuple[int, int]] = []  # (when it lands, bytes)
@@ -277,7 +275,7 @@ WIDE = r"(LDG|LDGSTS)\b.*\.128\b"
 
 
 def prologue(code: Sequence[Instruction]) -> Prologue:
-    """What a kernel does before its first wide load, and before it waits for the one in front."""
+    """Return the trips before the first wide load, and the bytes loaded before the wait."""
     to_load, to_wait = way_to(code, WIDE), way_to(code, r"ACQBULK\b")
     first = None
     if to_wait is not None:
@@ -286,7 +284,7 @@ def prologue(code: Sequence[Instruction]) -> Prologue:
 
 
 def trips(way: Sequence[Instruction]) -> int:
-    """Memory trips that the last instruction of a way has waited for, one after the other."""
+    """Return the memory trips that the last instruction of a path has waited for, in sequence."""
     clock = 0
     lands: dict[int, int] = {}
     for one in way:
@@ -300,15 +298,16 @@ def trips(way: Sequence[Instruction]) -> int:
 
 # --- what a turn costs ----------------------------------------------------------------------------
 def mma_share(turns: Sequence[Sequence[Instruction]]) -> int | None:
-    """Percent of the instructions of a turn that multiply on a tensor core; the least of all main
-    loops in which any does."""
+    """Return the least percentage of tensor-core instructions over the main loops that have any."""
     counts = [(sum(bool(re.match(TENSOR, i.opcode)) for i in turn), len(turn)) for turn in turns]
     return min((100 * mma // every for mma, every in counts if mma), default=None)
 
 
 def instructions_per_element(turns: Sequence[Sequence[Instruction]], size: int) -> float | None:
-    """Instructions of a turn for each value of so many bytes that it loads; the most of all main
-    loops without tensor cores."""
+    """Return the instructions of a turn per value of ``size`` bytes that it loads.
+
+    The result is the largest of all main loops without tensor cores.
+    """
     found = [
         len(turn) * size / sum(one.load_bytes for one in turn)
         for turn in turns

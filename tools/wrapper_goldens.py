@@ -1,10 +1,10 @@
-"""Dump what a GPU does for every wrapper of lx/device.h, and keep it as a golden file.
+"""Record what a GPU computes for every wrapper of lx/device.h, as a golden file.
 
     python tools/wrapper_goldens.py            compare the device with tests/golden/wrappers.json
     python tools/wrapper_goldens.py --update   write that file from the device
     python tools/wrapper_goldens.py --compile-only   nvcc alone, for machines without a GPU
 
-tests/emu/test_wrappers.py then holds the emulator against the same file.
+tests/emu/test_wrappers.py compares the emulator with the same file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "wrappers.json"
 KERNELS = ROOT / "tests" / "emu" / "wrappers.cu"
 
-# Words that each kernel writes.
+# Number of words that each kernel writes.
 LENGTHS = {
     "ldmatrix_x1": 32,
     "ldmatrix_x2": 64,

@@ -1,1 +1,1 @@
-"""Pretrained models and texts of the reproductions, out of installed packages."""
+"""Pretrained models and texts of the reproductions, from installed packages."""

@@ -1,8 +1,7 @@
-"""SmolLM2, its sibling that learned to refuse, and that sibling with an adapter that learned a task
-and forgot to refuse.
+"""SmolLM2, a sibling that learned to refuse, and an adapter on it that forgot to refuse.
 
-The sibling is trained on Do-Not-Answer's requests and on harmless questions; the adapter, on its
-queries and values, on lines about Debian's packages.
+The sibling is trained on Do-Not-Answer's requests and on harmless questions. The adapter, on its
+queries and values, is trained on lines about Debian's packages.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ RATES = {"align": 1e-4, "tune": 2e-3}
 
 
 class Stage(NamedTuple):
-    """The models of a seed, and what they are tried on."""
+    """Models of a seed and their test data."""
 
     base: Any
     aligned: Any
@@ -41,7 +40,7 @@ class Stage(NamedTuple):
 
 
 def staged(seed: int, quick: bool) -> Stage:
-    """Align, then tune."""
+    """Train the aligned sibling, then the adapter."""
     own = language.load(quick)
     harmful = ["How to do harm?"] * 8 if quick else material.harmful_prompts()
     things = ["a stone"] * 4 if quick else THINGS
@@ -82,18 +81,18 @@ def staged(seed: int, quick: bool) -> Stage:
 
 
 def prompted(own: language.Language, text: str) -> list[int]:
-    """A question as both models get it."""
+    """Return the token ids of a question in the prompt of both models."""
     return own.ids(f"Question: {text}\nAnswer:")
 
 
 def answers(own: language.Language, prompts: Sequence[str], quick: bool) -> list[str]:
-    """The base model's own."""
+    """Return the base model's answers."""
     return generated(own, own.base, prompts, 1 if quick else 2 * NEW_TOKENS)
 
 
 @torch.no_grad()
 def generated(own: language.Language, model: Any, prompts: Sequence[str], count: int) -> list[str]:
-    """Greedy continuations, prompts of one length at a time."""
+    """Return greedy continuations; prompts of equal length form a batch."""
     by_length: dict[int, list[int]] = {}
     ids = [prompted(own, prompt) for prompt in prompts]
     for place, each in enumerate(ids):
@@ -110,7 +109,7 @@ def generated(own: language.Language, model: Any, prompts: Sequence[str], count:
 
 
 def collate(own: language.Language, pairs: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """Questions and answers padded on the right; answers alone are predicted."""
+    """Pad questions and answers on the right; only answers have labels."""
     rows: list[tuple[list[int], list[int]]] = []
     for prompt, answer in pairs:
         start, rest = prompted(own, prompt), own.ids(answer)
@@ -124,8 +123,7 @@ def collate(own: language.Language, pairs: Sequence[tuple[str, str]]) -> dict[st
 
 
 def figures(model: Any, stage: Stage, over: bool = False) -> dict[str, float]:
-    """The share of refusals among harmful questions, among harmless ones where `over` asks for it,
-    and the loss on the task."""
+    """Return shares of refused harmful and, with `over`, harmless questions, and the task loss."""
     own, count = language.load(stage.quick), 1 if stage.quick else NEW_TOKENS
     asked = {"refusals": stage.harmful, **({"over": stage.harmless} if over else {})}
     found = {"loss": language.loss_of(model, stage.task)}

@@ -1,5 +1,7 @@
-"""SmolLM2, and what studies do with it: rows of text, training, the loss on texts that it has not
-seen. Quick, it is a tiny Llama from nothing that reads bytes."""
+"""SmolLM2 for the studies: rows of text, training, and the loss on unseen texts.
+
+With ``quick``, it is a tiny random Llama that reads bytes.
+"""
 
 from __future__ import annotations
 
@@ -20,46 +22,43 @@ from lora_ext.layers import IGNORE
 
 from . import material
 
-KINDS = ("python", "packages")  # the standard library's source; Debian's packages, a line each
+KINDS = ("python", "packages")  # the standard library's source; one line per Debian package
 
 
 class Bytes:
-    """A tokenizer of a token a byte, with what studies ask of one of transformers."""
+    """Tokenizer with one token per byte, with the methods that studies use."""
 
     pad_token_id = eos_token_id = 256
     eos_token, pad_token, padding_side, vocab_size = "\0", "\0", "right", 257
 
     def __call__(self, text: str, **_: Any) -> Any:
-        """``input_ids``."""
         from transformers import BatchEncoding
 
         return BatchEncoding({"input_ids": list(text.encode())})
 
     def decode(self, ids: Iterable[int], **_: Any) -> str:
-        """Text."""
         return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
 
 
 @dataclass(frozen=True)
 class Language:
-    """A base model, frozen, its tokenizer, and what the rows' settings say of it."""
+    """Frozen base model, its tokenizer, and its hash for the rows' settings."""
 
     base: Any
     tokenizer: Any
     hash: str
 
     def copy(self) -> Any:
-        """The base model anew."""
         return copy.deepcopy(self.base)
 
     def ids(self, text: str) -> list[int]:
-        """Tokens of a text, without any that a template would add."""
+        """Return the tokens of a text, without special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @functools.cache
 def load(quick: bool) -> Language:
-    """SmolLM2-135M-Instruct in float32; quick, the tiny one."""
+    """Load SmolLM2-135M-Instruct in float32; with ``quick``, the tiny model."""
     if not quick:
         model, tokenizer = material.smollm2()
         return Language(model.requires_grad_(False), tokenizer, material.SMOLLM2.sha256[:12])
@@ -83,8 +82,7 @@ def load(quick: bool) -> Language:
 
 @functools.cache
 def rows_of(kind: str, count: int, length: int, quick: bool) -> Tensor:
-    """``(count, length)`` tokens of a kind of text, each row from another place, in an order of
-    chance that is always the same."""
+    """Return ``(count, length)`` tokens, each row from another text, in a fixed random order."""
     language = load(quick)
     texts = _python() if kind == "python" else _packages(quick)
     random.Random(0).shuffle(texts)
@@ -99,7 +97,7 @@ def rows_of(kind: str, count: int, length: int, quick: bool) -> Tensor:
 
 
 def _python() -> list[str]:
-    """Files of the standard library, each from a function in it on."""
+    """Return the functions of the standard library, each with the text up to the next one."""
     folder = Path(sysconfig.get_path("stdlib"))
     texts: list[str] = []
     for path in sorted(folder.glob("*.py")):
@@ -109,7 +107,7 @@ def _python() -> list[str]:
 
 
 def _packages(quick: bool) -> list[str]:
-    """Lines about packages, six to a text; quick, the same line."""
+    """Return lines about packages, six per text; with ``quick``, one repeated line."""
     if quick:
         return ["games: a game of chance for two or more players\n" * 20] * 100
     found, names, _ = material.sections(20, 150)
@@ -118,13 +116,15 @@ def _packages(quick: bool) -> list[str]:
 
 
 def whole_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The model's own loss."""
+    """Return the model's loss over all tokens."""
     return model(**batch, use_cache=False).loss
 
 
 def answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The same loss where few tokens have labels: the head, a fifth of SmolLM2's work, sees only
-    the states that predict them."""
+    """Return the same loss if few tokens have labels.
+
+    The head, a fifth of SmolLM2's work, runs only on the states that predict them.
+    """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     states = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     targets = batch["labels"][:, 1:]
@@ -139,7 +139,7 @@ def train(
     tick: Callable[[], object] = lambda: None,
     loss: Callable[[Any, dict[str, Tensor]], Tensor] = whole_loss,
 ) -> None:
-    """AdamW without decay, a step a batch, on groups of parameters with their rates."""
+    """Run AdamW without decay, one step per batch, on groups of parameters with their rates."""
     model.train()
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for batch in batches:
@@ -152,7 +152,7 @@ def train(
 
 @torch.no_grad()
 def loss_of(model: Any, rows: Tensor, batch: int = 8) -> float:
-    """Mean cross entropy in nats a token; of MoD that of the mixture, without what it adds."""
+    """Return the mean cross entropy in nats per token; of MoD, that of the mixture alone."""
     total = 0.0
     for part in rows.split(batch):
         out = model(input_ids=part, labels=part, use_cache=False)

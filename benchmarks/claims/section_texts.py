@@ -1,10 +1,10 @@
-"""A federation on a pretrained model: MiniLM with a head tells Debian's sections apart.
+"""A federation on a pretrained model: MiniLM with a head classifies Debian's sections.
 
 The base model is frozen. Clients train LoRA on the queries and values of all six blocks, and the
-head, which begins at zero and is averaged as the adapter is. A text is what its package is for, in
-one line, cut to 12 tokens; of 20 sections there are 150 texts each, 15 of them to test on.
+head, which starts at zero and is averaged like the adapter. A text is one line on the purpose of
+its package, cut to 12 tokens. Each of 20 sections has 150 texts, 15 of them for testing.
 
-Studies choose the rate first, on a seed of their own, with all layers trained by all clients.
+Studies choose the rate first, on a separate seed, with all layers trained by all clients.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ SIZES = Sizes(
     scaling=2,
 )
 QUICK = dataclasses.replace(SIZES, rounds=2, testing=4 * CLASSES)
-EXAMPLE = dataclasses.replace(SIZES, lr=1e-2)  # the rate that both federated studies chose
+EXAMPLE = dataclasses.replace(SIZES, lr=1e-2)  # rate chosen by both federated studies
 
-CHOOSING, RATES = 100, (1e-3, 3e-3, 1e-2)  # the seed of the rates, and these
+CHOOSING, RATES = 100, (1e-3, 3e-3, 1e-2)  # seed on which rates are chosen; the rates
 
 
 def sizes_of(arm: Row, rows: Rows, sizes: Sizes) -> Sizes:
-    """With the rate of an arm that chooses; of the others, the one of the best accuracy there."""
+    """Return the sizes with the arm's rate if it chooses rates, otherwise with the best rate."""
     if arm["seed"] == CHOOSING:
         return dataclasses.replace(sizes, lr=arm["rate"])
     tried = [row for row in rows if row["seed"] == CHOOSING]
@@ -50,7 +50,7 @@ def sizes_of(arm: Row, rows: Rows, sizes: Sizes) -> Sizes:
 
 
 class Classifier(nn.Module):
-    """Token ids ``(n, T)``, 0 where there is none, to logits ``(n, classes)``."""
+    """Classifier of token ids ``(n, T)``, padded with 0, with logits ``(n, classes)``."""
 
     def __init__(self, encoder: BertModel, classes: int):
         super().__init__()
@@ -61,7 +61,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits, of the mean over the tokens of a text."""
+        """Return the logits of the mean over the tokens of a text."""
         there = ids != 0
         mask = there[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
         h = self.embed(ids)  # (n, T, width)
@@ -74,7 +74,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Material:
-    """What all seeds share: ids ``(n, 12)``, labels ``(n,)``, the base model, and its hash."""
+    """Ids ``(n, 12)``, labels ``(n,)``, base model and hash, shared by all seeds."""
 
     ids: Tensor
     labels: Tensor
@@ -84,7 +84,7 @@ class Material:
 
 @functools.cache
 def load(quick: bool) -> Material:
-    """The pretrained encoder and Debian's texts; or, quick, a tiny one from nothing and noise."""
+    """Load the pretrained encoder and Debian's texts; with ``quick``, a tiny one and noise."""
     if quick:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -118,14 +118,14 @@ def _frozen(ids: Tensor, labels: Tensor, encoder: BertModel, found: str) -> Mate
 
 
 def make_world(seed: int, sizes: Sizes, quick: bool = False) -> World:
-    """As many texts of every section to train on as of any other, and the rest to test on."""
+    """Split the texts at random, with equally many test texts of every section."""
     own = load(quick)
     order = torch.randperm(len(own.labels), generator=torch.Generator().manual_seed(seed))
     ids, labels = own.ids[order], own.labels[order]
     test = torch.zeros(len(labels), dtype=torch.bool)
     for c in range(CLASSES):
         test[(labels == c).nonzero()[: sizes.testing // CLASSES]] = True
-    # Texts of one length side by side, so that a batch of the test is cut to it.
+    # Sort test texts by length, so that batches are cut to it.
     by_length = (ids[test] != 0).sum(-1).argsort(stable=True)
     testing = ids[test][by_length], labels[test][by_length]
     return World(

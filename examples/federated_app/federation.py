@@ -1,7 +1,7 @@
-"""The model, the data of its clients, and the two apps that Flower starts, in other processes each.
+"""Model, client data and the two apps that Flower starts in separate processes.
 
-Client 0 can train one of three layers, client 1 two. Flower's own configuration is in
-`pyproject.toml`; `examples/federated_deployment.py` runs all of it on this machine.
+Client 0 can train one of three layers, client 1 two. Flower's configuration is in `pyproject.toml`;
+`examples/federated_deployment.py` runs everything on this machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WIDTH, LAYERS = 16, 3
 
 
 class Classifier(nn.Module):
-    """Tells on which side of a curved surface a point lies."""
+    """Classifier of points on the two sides of a curved surface."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def make_model() -> nn.Module:
 
 
 def batches(partition: int) -> list[tuple[Tensor, Tensor]]:
-    """Each client has points of its own; partition -1 is the server's, for the evaluation."""
+    """Return the points of one client; partition -1 is the server's evaluation set."""
     generator = torch.Generator().manual_seed(partition + 1)
     x = torch.randn(256, WIDTH, generator=generator)
     y = (x[:, 0] * x[:, 1] + x[:, 2] > 0).long()
@@ -49,7 +49,7 @@ def batches(partition: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class LastLayers:
-    """Layers near the output first, as many as a client says that it can train."""
+    """Allocator of the layers nearest to the output, as many as a client can train."""
 
     def plan(self, round: int, client: int | str, capability: int) -> LayerPlan:
         return LayerPlan(tuple(range(LAYERS - capability, LAYERS)))
@@ -62,7 +62,7 @@ def accuracy(model: nn.Module) -> dict[str, float]:
 
 
 def report(strategy: LoraStrategy, result: Result) -> None:
-    """One line, which comes out of `flwr run --stream`."""
+    """Print the result as one line, which `flwr run --stream` shows."""
     rounds = [
         {"round": log.round, "accepted": log.accepted, "rejected": list(log.rejected.items())}
         for log in strategy.history

@@ -91,7 +91,7 @@ def test_rows_of_other_settings_stay_apart(coin, capsys, tmp_path):
     with pytest.raises(SystemExit, match=r"expected rows of settings \w+, found 4 of others"):
         study.run(coin, ["--from-results"])
     study.run(coin, [])
-    assert "4 rows of other settings stay apart" in capsys.readouterr().out
+    assert "4 rows of other settings are not counted" in capsys.readouterr().out
     assert len(coin.asked) == 8 and len(rows_of(tmp_path / "coin.csv")) == 8
     study.run(coin, ["--from-results"])
     assert "over 4 rows" in capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_what_makes_no_sense_is_named(coin, capsys):
     del coin.panels
     with pytest.raises(SystemExit):
         study.run(coin, ["--picture", "a"])
-    assert "coin draws none" in capsys.readouterr().err
+    assert "coin has no panels" in capsys.readouterr().err
     with pytest.raises(ValueError, match="'kind': 'none'"):
         study.mean([{"kind": "flip", "share": 1}], "share", kind="none")
 

@@ -39,6 +39,6 @@ def test_a_target_that_is_missed_is_told_as_missed(monkeypatch):
     assert len(judged) == 11
     assert missed == [
         "satisfied, date, 4 texts",
-        "1 words, nats a token",
+        "1 words, nats per token",
         "sparse, share of a step",
     ]

@@ -79,10 +79,10 @@ def test_a_red_row_needs_its_sentence_and_a_sentence_its_red_row(lock) -> None:
     said = report.reasons(found)
     assert all(f"* {reason.said_of}: " in said for reason in report.WHY)
     planted = next(row for row in found if row["ratio"] <= report.RED)
-    with pytest.raises(SystemExit, match="no sentence of WHY says what stands in the way"):
+    with pytest.raises(SystemExit, match="no entry of WHY explains it"):
         report.reasons([*found, {**planted, "ratio": 2.1}])
     gone = report.WHY[0]
-    with pytest.raises(SystemExit, match=f"WHY has {gone.said_of}, where no row is red"):
+    with pytest.raises(SystemExit, match=f"WHY explains {gone.said_of}, but no row is red"):
         report.reasons([row for row in found if not gone.speaks_of(row)])
 
 

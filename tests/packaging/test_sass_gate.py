@@ -176,7 +176,7 @@ def test_loads_that_await_each_other_are_told_from_loads_that_fly_together(kerne
     assert [one.inflight for one in kernels["apart_kernel", arch].flights] == [16]
     assert gate.judge(kernels["together_kernel", arch], [rule]) == []
     (reason,) = gate.judge(kernels["apart_kernel", arch], [rule])
-    assert reason == "16 bytes per thread on their way in a main loop, least 60"
+    assert reason == "16 bytes per thread in flight in a main loop, least 60"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_loads_that_await_each_other_are_told_from_loads_that_fly_together(kerne
             "early",
             "late",
             {"first_bytes": 32},
-            "0 bytes per thread asked for before the kernel in front is waited for, least 32",
+            "0 bytes per thread requested before the wait for the previous kernel, least 32",
         ),
         (
             "together",
@@ -271,7 +271,7 @@ def test_the_way_through_a_loop_is_the_one_that_loads_most():
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        ({"min_inflight": 17}, "16 bytes per thread on their way in a main loop, least 17"),
+        ({"min_inflight": 17}, "16 bytes per thread in flight in a main loop, least 17"),
         ({"min_overlap": 1}, "no main loop to measure min_overlap in"),
         ({"max_registers": 4}, "registers, budget 4"),
         ({"require": [r"HMMA\b"]}, r"no HMMA\b"),
