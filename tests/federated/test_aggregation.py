@@ -340,7 +340,7 @@ def test_names_need_no_prefix_and_the_inputs_do_not_change():
     assert same_bits(state, before) and same_bits(short, sent)
 
 
-def test_kernels_of_convolutions_are_averaged_like_matrices():
+def test_convolution_kernels_are_averaged_like_matrices():
     state = {key(0, "A"): torch.randn(2, 3, 3, 3), key(0, "B"): torch.randn(4, 2, 1, 1)}
     tensors = {key(0, "A"): torch.randn(1, 3, 3, 3), key(0, "B"): torch.randn(4, 1, 1, 1)}
     reply = Update(1, 1, tensors, LayerPlan((0,), (1,)))
