@@ -28,7 +28,7 @@ def with_tensor(name: str, value: Any) -> Update:
 
 
 class Odd:
-    """Object as a client could send it, whose ``__repr__`` raises."""
+    """Object as a client could send it, with a ``__repr__`` that raises."""
 
     def __repr__(self) -> str:
         raise RuntimeError

@@ -28,7 +28,7 @@ def npy(value: np.ndarray, pickle: bool = False) -> bytes:
 
 
 def federation(meddle: dict[int, Any], rounds: int = 1, **settings: Any):
-    """Run a federation whose nodes change their replies; return strategy and final state."""
+    """Run a federation with changed replies; return the strategy and the final state."""
     app = Meddled(make_client_app(Classifier, batches), meddle)
     strategy = LoraStrategy(Suffixes(), **{"capability": CAPABILITY, **settings})
     result = run(strategy, LocalGrid(app, 3), rounds)
@@ -238,7 +238,7 @@ def test_run_of_skipped_rounds_returns_the_initial_adapter():
 
 
 class Clock:
-    """Clock whose seconds pass only when a client trains."""
+    """Clock that only advances when a client trains."""
 
     def __init__(self) -> None:
         self.now = 0.0

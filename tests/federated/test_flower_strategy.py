@@ -97,7 +97,7 @@ def test_subclass_can_plan_all_clients_and_observes_every_reply():
 
 
 class Shrinking(LoraStrategy):
-    """Strategy whose last layer has rank 1 from round 2 on."""
+    """Strategy that gives the last layer rank 1 from round 2 on."""
 
     def before_round(self, round, state):
         if round == 2:

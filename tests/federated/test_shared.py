@@ -26,7 +26,7 @@ HEAD = ("head.weight", "head.bias")
 
 
 def state_of(model: nn.Module, shared) -> dict[str, Tensor]:
-    """Return a global state whose heads differ from those of the model."""
+    """Return a global state with other heads than those of the model."""
     g = torch.Generator().manual_seed(3)
     heads = {name: model.get_parameter(name).detach() for name in shared}
     noise = {name: torch.randn(p.shape, generator=g, dtype=p.dtype) for name, p in heads.items()}
@@ -251,7 +251,7 @@ class Reads(Classifier):
 
 
 class Flattens(Classifier):
-    """Classifier whose head receives more rows than there are sequences."""
+    """Classifier that passes more rows than sequences to its head."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

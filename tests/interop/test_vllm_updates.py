@@ -45,7 +45,7 @@ class Wrapper(Updates, Base):
 
 
 def wrapper_for(tokens, samples=None):
-    """Return a wrapper whose slots 0, 1, 2 hold adapters 30, 10, 20, at a step with these rows."""
+    """Return a wrapper with adapters 30, 10, 20 in slots 0, 1, 2, at a step with these rows."""
     made = Wrapper(12, 4, "cpu", lora_config=SimpleNamespace(max_loras=SLOTS))
     step(made, tokens, samples)
     return made

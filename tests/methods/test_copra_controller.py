@@ -45,7 +45,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def masked_step(controller: CopraController) -> int:
-    """Return a step whose mask is neither full nor empty and turns the lowest group off."""
+    """Return a step with a mask that is neither full nor empty and turns the lowest group off."""
     masks = ((step, controller.schedule.mask(step)) for step in range(20))
     return next(step for step, mask in masks if not mask[0] and mask.any() and not mask.all())
 

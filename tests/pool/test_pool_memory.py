@@ -71,7 +71,7 @@ def tables(pool):
 
 
 def limited(adapters, extra=0):
-    """Return a pool whose limit fits `adapters` adapters of rank 8 and their tables."""
+    """Return a pool limited to `adapters` adapters of rank 8 and their tables."""
     probe = AdapterPool(Base(), max_slots=16, max_rank=64)
     return AdapterPool(
         Base(), max_slots=16, max_rank=64, max_bytes=adapters * BOTH + tables(probe) + extra

@@ -33,7 +33,7 @@ def adapter(name: str, seed: int = 0, dora: bool | None = None) -> tuple[dict[st
 
 
 def make(dtype: torch.dtype = torch.float64, bias: bool = True, **arguments: Any) -> Any:
-    """Return a model of one layer whose pool contains two plain and two DoRA adapters."""
+    """Return a model of one layer with two plain and two DoRA adapters in its pool."""
     torch.manual_seed(0)
     model: Any = nn.ModuleDict({"layer": nn.Linear(IN, OUT, bias=bias)}).to(dtype).eval()
     model.requires_grad_(False)
