@@ -67,27 +67,27 @@ def test_warning_for_a_missing_folder_says_that_it_may_have_moved(tmp_path):
     old, new = str(tmp_path / "trained" / "base"), str(tmp_path / "served" / "model")
     for folder in (old, new):
         os.makedirs(folder)
-    (said,) = found(lambda: BaseModels(new).meet("here", old, 1))
-    assert "the results mean nothing" in said  # both folders exist
+    (message,) = found(lambda: BaseModels(new).meet("here", old, 1))
+    assert "the results mean nothing" in message  # both folders exist
     os.rmdir(old)
     for names in ((new, old), (old, new)):
-        (said,) = found(lambda names=names: BaseModels(names[0]).meet("here", names[1], 1))
-        assert f"there is no folder {old!r} here; if it was moved" in said
-        assert "mean nothing" not in said
+        (message,) = found(lambda names=names: BaseModels(names[0]).meet("here", names[1], 1))
+        assert f"there is no folder {old!r} here; if it was moved" in message
+        assert "mean nothing" not in message
 
 
 @pytest.mark.parametrize("mode", ["delta", "factors", "delta_svd"])
 def test_merging_adapters_of_two_models_warns_once_per_pair(mode):
     values = [of("a/llama"), of("a/mistral", 1), of("b/mistral", 2), of(None, 3)]
-    said = found(lambda: merge_adapters(values, [0.25] * 4, mode))
-    assert len(said) == 1 and "adapters[1]: " in said[0]
-    assert "'a/llama' and 'a/mistral'" in said[0]
+    messages = found(lambda: merge_adapters(values, [0.25] * 4, mode))
+    assert len(messages) == 1 and "adapters[1]: " in messages[0]
+    assert "'a/llama' and 'a/mistral'" in messages[0]
     assert found(lambda: merge_adapters([values[0], values[3]], [0.5, 0.5], mode)) == []
 
 
 def test_interpolating_adapters_of_two_models_warns():
-    said = found(lambda: interpolate_adapters(of("a/llama"), of("a/mistral", 1), 0.5))
-    assert len(said) == 1 and said[0].startswith("interpolate_adapters: second: ")
+    messages = found(lambda: interpolate_adapters(of("a/llama"), of("a/mistral", 1), 0.5))
+    assert len(messages) == 1 and messages[0].startswith("interpolate_adapters: second: ")
 
 
 def named(name=""):
@@ -107,9 +107,9 @@ def test_pool_warns_of_adapters_of_another_model_and_serves_them(tmp_path):
     model = named("a/llama")
     pool = AdapterPool(model, max_rank=8)
     assert found(lambda: pool.load("one", one)) == []
-    said = found(lambda: pool.load("other", other))
-    assert len(said) == 1 and said[0].startswith("AdapterPool.load: source: ")
-    assert "'a/llama' and 'a/mistral'" in said[0]
+    messages = found(lambda: pool.load("other", other))
+    assert len(messages) == 1 and messages[0].startswith("AdapterPool.load: source: ")
+    assert "'a/llama' and 'a/mistral'" in messages[0]
     assert found(lambda: pool.prefetch({"again": other})) == [], "one warning for each base model"
     assert pool.names == ["one", "other", "again"]
     assert found(lambda: lora_ext.attach(model, pool)) == []
@@ -124,8 +124,8 @@ def test_pool_of_an_unnamed_model_compares_its_adapters_and_attached_models(
     assert len(found(lambda: pool.load("other", other))) == 1
     pool = AdapterPool(named(), max_rank=8)
     pool.load("one", one)
-    said = found(lambda: lora_ext.attach(named("a/gemma"), pool))
-    assert len(said) == 1 and said[0].startswith("attach: model: ")
+    messages = found(lambda: lora_ext.attach(named("a/gemma"), pool))
+    assert len(messages) == 1 and messages[0].startswith("attach: model: ")
 
 
 def test_from_peft_warns_of_an_adapter_of_another_model(tmp_path):
@@ -134,9 +134,9 @@ def test_from_peft_warns_of_an_adapter_of_another_model(tmp_path):
     assert found(lambda: lora_ext.from_peft(model)) == []
     model.load_adapter(other, "other")
     model.load_adapter(other, "third")
-    said = found(lambda: lora_ext.from_peft(model))
-    assert len(said) == 1 and said[0].startswith("from_peft: adapter 'other': ")
-    assert "'b/llama' and 'a/mistral'" in said[0]
+    messages = found(lambda: lora_ext.from_peft(model))
+    assert len(messages) == 1 and messages[0].startswith("from_peft: adapter 'other': ")
+    assert "'b/llama' and 'a/mistral'" in messages[0]
 
 
 def test_adapters_created_on_the_model_do_not_warn():

@@ -171,7 +171,7 @@ def test_inputs_are_unchanged_and_no_graph_is_made(mode):
 
 @given(weights=st.lists(st.floats(-4, 4), min_size=3, max_size=3), order=st.permutations(range(3)))
 @settings(max_examples=25, deadline=None)
-def test_the_order_of_the_adapters_does_not_matter(weights, order):
+def test_result_does_not_depend_on_the_order_of_adapters(weights, order):
     values = [adapter(i, ranks=i + 1, dtype=torch.float64, scale=i + 0.5) for i in range(3)]
     one = merge_adapters(values, weights)
     two = merge_adapters([values[i] for i in order], [weights[i] for i in order])

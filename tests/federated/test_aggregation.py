@@ -326,7 +326,7 @@ def test_head_is_averaged_over_all_clients_that_send_it():
     assert found.rejected[1].endswith("expected a tensor of every client, found none")
 
 
-def test_names_need_no_prefix_and_the_inputs_do_not_change():
+def test_names_need_no_prefix_and_inputs_are_unchanged():
     state = {k.removeprefix("base_model.model."): v for k, v in make_state().items()}
     reply = make_update(1)
     short = {k.removeprefix("base_model.model."): v for k, v in reply.tensors.items()}
@@ -369,7 +369,7 @@ def test_convolution_kernels_are_averaged_like_matrices():
         ({"shared": ["head"]}, "shared: expected names of the 12 tensors, found 'head'"),
     ],
 )
-def test_settings_out_of_range_are_refused(options: dict, message: str):
+def test_invalid_settings_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=f"^aggregate: {message}"):
         aggregate(make_state(), [make_update(1)], **options)
 

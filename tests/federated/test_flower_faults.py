@@ -157,15 +157,15 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_invalid_reply_is_rejected_and_the_others_are_averaged(name):
     meddle, reason = FAULTS[name]
-    heard: list[Any] = []
+    rejections: list[Any] = []
     strategy, end = federation(
-        {1: meddle}, on_reject=lambda round, client, why: heard.append((round, client, why))
+        {1: meddle}, on_reject=lambda round, client, why: rejections.append((round, client, why))
     )
     (log,) = strategy.history
     assert log.accepted == (0, 2) and not log.skipped
     assert set(log.rejected) == {1}
     assert re.search(rf"^node 1: .*{reason}", log.rejected[1]), log.rejected[1]
-    assert heard == [(1, 1, log.rejected[1])]
+    assert rejections == [(1, 1, log.rejected[1])]
     assert same_bits(end, without_client_1()), "equal to a run without the client"
 
 
@@ -177,7 +177,7 @@ def without_client_1() -> dict[str, torch.Tensor]:
 def test_exception_in_a_client_is_an_error_reply():
     def raising(partition: int):
         if partition == 1:
-            raise OSError("disk is gone")
+            raise OSError("disk failed")
         return batches(partition)
 
     for backend in ("loop", "batched"):
@@ -185,7 +185,7 @@ def test_exception_in_a_client_is_an_error_reply():
         app = make_client_app(Classifier, raising, backend=backend)
         end = from_arrays(run(strategy, LocalGrid(app, 3), rounds=1).arrays)
         (log,) = strategy.history
-        reason = "node 1: reply: expected one without error, found error 2: OSError: disk is gone"
+        reason = "node 1: reply: expected one without error, found error 2: OSError: disk failed"
         assert log.accepted == (0, 2) and log.rejected == {1: reason}
         for key, value in without_client_1().items():
             assert (value - end[key]).abs().max() < 1e-6, f"{backend}: {key}"
@@ -280,12 +280,12 @@ def test_late_reply_is_rejected_by_its_echo():
         return [replies[0], replies[2]] if len(kept) == 1 else [kept[0], *replies]
 
     strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
-    heard: list[Any] = []
-    strategy.on_reject = lambda round, client, reason: heard.append((round, client, reason))
+    rejections: list[Any] = []
+    strategy.on_reject = lambda round, client, reason: rejections.append((round, client, reason))
     run(strategy, Wire(make_client_app(Classifier, batches), 3, late), rounds=2)
     assert [log.accepted for log in strategy.history] == [(0, 2), (0, 1, 2)]
     assert strategy.history[1].rejected == {}, "its reply of this round is accepted"
-    assert heard[-1] == (2, 1, "node 1: echo: expected round 2, found 1")
+    assert rejections[-1] == (2, 1, "node 1: echo: expected round 2, found 1")
 
 
 @pytest.mark.parametrize("kind", ["equal", "another", "at another speed"])

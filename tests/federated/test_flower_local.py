@@ -232,7 +232,7 @@ def test_invalid_plans_and_capabilities_raise_before_training(name):
     allocator, capability, kind, reason = BAD[name]
 
     def nobody(partition: int):
-        raise AssertionError("it trained")
+        raise AssertionError("the client was trained")
 
     with pytest.raises(kind, match=reason):
         run(

@@ -79,7 +79,7 @@ def test_uploaded_values_and_deltas_give_the_same_state():
         assert (value - values[key]).abs().max() < 1e-6, key
 
 
-def test_a_plan_without_ranks_sends_none():
+def test_plan_without_ranks_sends_no_ranks():
     sent: list[Message] = []
 
     class Seen(LocalGrid):

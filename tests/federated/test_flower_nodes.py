@@ -159,7 +159,7 @@ def test_error_sent_by_the_server_names_the_lost_node():
     assert log.rejected == {2: f"node {BIG + 2}: {reason}"}
 
 
-def test_custom_app_is_named_by_the_unique_partition_in_its_echo():
+def test_custom_app_is_named_by_the_partition_in_its_echo_unless_taken():
     inner = make_client_app(Classifier, lambda partition: batches(partition % 7))
     own = ClientApp()  # does not answer queries
 

@@ -11,7 +11,7 @@ from federated_rounds import key, make_state, make_update
 from lora_ext.federated import CommLog, CommRow, LayerPlan, RoundLog, aggregate, pack_tensors
 
 
-def test_bytes_add_up_by_round_and_over_rounds():
+def test_bytes_are_summed_by_round_and_over_rounds():
     log = CommLog()
     log.record(1, 7, down=100, frames=10, full=300)
     log.record(1, "b", up=30, down=100)

@@ -260,11 +260,11 @@ def test_error_raised_once_outside_the_blocks_is_raised():
     def run(blocks: nn.ModuleList, x: Tensor) -> Tensor:
         calls.append(len(x))
         if len(calls) == 1:
-            raise OSError("the file of the tokens has gone")
+            raise OSError("the token file is missing")
         return in_order(blocks, x)
 
     model, state, clients = of_stack(run)
-    with pytest.raises(OSError, match="the file of the tokens has gone"):
+    with pytest.raises(OSError, match="the token file is missing"):
         BatchedClients(model, clients).run_round(PLANS, state)
     assert not any("forward" in module.__dict__ for module in model.modules())
 

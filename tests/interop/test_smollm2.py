@@ -26,7 +26,7 @@ def package(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_a_second_call_does_not_convert_again(package, monkeypatch):
+def test_second_call_does_not_convert_again(package, monkeypatch):
     folder = smollm2.converted_folder(package)
     monkeypatch.setattr(smollm2, "_convert", None)
     assert smollm2.converted_folder(package) == folder
@@ -59,7 +59,7 @@ def test_concurrent_conversion_uses_the_folder_that_is_there_first(package, monk
     assert list(package.iterdir()) == [folder]
 
 
-def test_the_cache_folder_follows_xdg(monkeypatch, tmp_path):
+def test_cache_folder_follows_xdg_cache_home(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert smollm2.cache_folder() == tmp_path / "lora_ext"
     monkeypatch.delenv("XDG_CACHE_HOME")

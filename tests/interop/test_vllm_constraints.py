@@ -97,11 +97,11 @@ class Batch:
             self.places[there] = moving
             if how == "SWAP":
                 self.places[here] = other
-        told = [(place, params, [5, 6, 7], tokens) for place, params, tokens in added]
+        rows = [(place, params, [5, 6, 7], tokens) for place, params, tokens in added]
         ways = [(a, b, SimpleNamespace(name=how)) for a, b, how in moved]
         size = len(self.places)
         self.rows.update_state(
-            SimpleNamespace(batch_size=size, removed=list(removed), added=told, moved=ways)
+            SimpleNamespace(batch_size=size, removed=list(removed), added=rows, moved=ways)
         )
 
     def step(self, seed):

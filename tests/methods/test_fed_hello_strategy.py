@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("flwr", reason="flwr is not installed: the extra `fed` has it")
+pytest.importorskip("flwr", reason="flwr is not installed; it is in the extra `fed`")
 
 import torch
 from federated_rounds import same_bits
@@ -109,8 +109,8 @@ def test_nonfinite_scores_keep_the_weights(caplog):
 def test_log_contains_the_weights_once(caplog):
     with caplog.at_level("INFO", logger="flwr"):
         run(strategy(HLA("triangle", 3, kind="rgd")), grid(), rounds=2)
-    said = [r.getMessage() for r in caplog.records if "weights" in r.getMessage()]
-    assert said == ["FedHello: HLA(rgd, triangle, 3 layers of weights 0.500, 0.333, 0.167)"]
+    logged = [r.getMessage() for r in caplog.records if "weights" in r.getMessage()]
+    assert logged == ["FedHello: HLA(rgd, triangle, 3 layers of weights 0.500, 0.333, 0.167)"]
 
 
 def test_layers_that_no_client_can_train_warn_once():

@@ -253,9 +253,11 @@ def test_untrusted_device_trains_the_least_and_sets_no_target():
 
 def test_one_warning_if_all_devices_exceed_the_deadline():
     one = configurator(deadline=0.5)
-    with pytest.warns(UserWarning, match="all devices are over the target even at depth 1") as told:
+    with pytest.warns(
+        UserWarning, match="all devices are over the target even at depth 1"
+    ) as caught:
         found = one.configure(TWELVE, range(12))
-    assert len(told) == 1
+    assert len(caught) == 1
     assert set(found.depths.values()) == {1}
     assert found.over_target == tuple(range(12))
 

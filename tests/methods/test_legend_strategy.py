@@ -46,7 +46,7 @@ class Clients:
         layers = list(config["layers"])
         factor = self.factor(device, round)
         if factor < 0:
-            raise RuntimeError("the device has died")
+            raise RuntimeError("the device has failed")
         self.trained.append((round, device, len(layers)))
         assert {
             int(n.split(".")[1]) for n, p in model.named_parameters() if p.requires_grad
@@ -84,14 +84,14 @@ class Silent(LocalGrid):
     def send_and_receive(self, messages, *, timeout=None):
         messages = list(messages)
         self.asked = [*getattr(self, "asked", []), sorted(m.metadata.dst_node_id for m in messages)]
-        heard = [
+        answered = [
             m
             for m in messages
             if m.metadata.dst_node_id != 2
             or m.metadata.message_type != "train"
             or m.content.config_records["config"]["server-round"] not in self.rounds
         ]
-        return super().send_and_receive(heard, timeout=timeout)
+        return super().send_and_receive(answered, timeout=timeout)
 
 
 def federation(
@@ -122,7 +122,7 @@ def test_failing_device_that_returns_does_not_stop_the_run():
     clients = Clients(lambda device, round: -1.0 if device == 0 and 3 <= round < 6 else 1.0)
     strategy, clients, _ = federation(8, clients)
     assert [len(log.accepted) for log in strategy.history] == [3, 3, 2, 2, 2, 3, 3, 3]
-    assert "the device has died" in strategy.history[2].rejected[0]
+    assert "the device has failed" in strategy.history[2].rejected[0]
     assert not any(log.skipped for log in strategy.history)
     assert {k for r, d, k in clients.trained if d == 0 and r >= 6} == {3}
 

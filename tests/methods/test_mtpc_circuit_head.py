@@ -266,10 +266,10 @@ def test_leaves_larger_than_the_free_memory_are_refused_before_allocation(monkey
     monkeypatch.setattr(layers, "free_bytes", lambda device: 3_000_000_000)
     with pytest.raises(ValueError) as caught:
         CircuitHead(*sizes, emission="full")
-    told = str(caught.value)
-    assert told.startswith("CircuitHead: emission: expected leaves that fit into the 3.0 GB")
-    assert 'emission="adapter", a shortlist' in told
-    assert told.endswith(
+    message = str(caught.value)
+    assert message.startswith("CircuitHead: emission: expected leaves that fit into the 3.0 GB")
+    assert 'emission="adapter", a shortlist' in message
+    assert message.endswith(
         "found 'full' of 8 positions x 8 components x 49152 tokens x width 576, which take 7.2 GB"
     )
     monkeypatch.undo()

@@ -161,7 +161,7 @@ def test_activations_of_another_shape_inside_a_block_are_refused() -> None:
 
 
 def test_modality_does_not_affect_other_lora_layers() -> None:
-    # Layers with registered adapters ignore the block, and no pool is needed.
+    # LoraLinear layers ignore the block, which needs no pool.
     layer, x = lora_ext.nn.LoraLinear(nn.Linear(5, 5), init_lora_weights=False), inputs()
     expected = layer(x)
     with modality(MASK):

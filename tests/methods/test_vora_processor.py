@@ -98,7 +98,7 @@ def test_samples_keep_their_images_and_grids_are_one_list():
     assert found["image_grids"] == [(4, 5), (6, 4), (6, 4)]
     assert [tuple(i.shape) for i in found["pixel_values"][0]] == [(3, 56, 70), (3, 84, 56)]
     batches = [np.stack([small, small]), torch.from_numpy(large.copy())[None]]
-    found = VoraImageProcessor()(batches)  # one sample per batch entry
+    found = VoraImageProcessor()(batches)  # each array is one sample
     assert [len(sample) for sample in found["pixel_values"]] == [2, 1]
 
 

@@ -151,7 +151,7 @@ def test_peft_loads_folders_written_by_save_adapter(dtype, tmp_path):
     ]
 
 
-def test_a_bin_file_of_tensors_loads(tmp_path):
+def test_bin_file_of_tensors_is_loaded(tmp_path):
     from pool_support import Base
 
     save_adapter(tmp_path, config(), state(3))

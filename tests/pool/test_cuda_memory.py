@@ -35,7 +35,7 @@ def library(tmp_path_factory):
         (p for p in (Path(h, "include") for h in homes) if (p / "cuda.h").exists()), None
     )
     if include is None or not shutil.which("g++"):
-        pytest.skip("no g++, or no cuda.h in CUDA_HOME or NVIDIA's wheels")
+        pytest.skip("needs g++, and cuda.h in CUDA_HOME or NVIDIA's wheels")
     made = tmp_path_factory.mktemp("stand_in") / "libcuda.so"
     command = ["g++", "-std=c++17", "-Wall", "-Werror", "-shared", "-fPIC", "-isystem", include]
     subprocess.run([*command, SOURCE, "-o", made], check=True)
@@ -76,7 +76,7 @@ def test_driver_loads_only_if_the_device_has_virtual_memory(library, monkeypatch
         _memory.Driver(library)("cuMemRelease", 99)
 
 
-def test_a_pool_grows_piece_by_piece_at_one_address(driver, library):
+def test_pool_grows_in_pieces_at_one_address(driver, library):
     pool = AdapterPool(Base(), max_slots=64, max_rank=64)
     assert library.stand_in_taken() == 0
     load(pool, "x0", 0, 8)
@@ -159,7 +159,7 @@ def drop_a_pool(max_slots=4):
 
 
 @pytest.mark.slow
-def test_a_finalizer_neither_waits_for_the_device_nor_calls_the_driver(driver, library, waits):
+def test_finalizer_neither_waits_for_the_device_nor_calls_the_driver(driver, library, waits):
     # A finalizer may run in a capture, or before a launch that the queued work waits for.
     drop_a_pool()
     assert waits == []
@@ -196,7 +196,9 @@ def test_memory_of_deleted_pools_is_reused_when_the_device_is_full(driver, libra
     assert library.stand_in_taken() == pool.nbytes()
 
 
-def test_a_forked_process_leaves_the_memory_to_its_parent(driver, library, waits, monkeypatch):
+def test_forked_process_does_not_release_the_memory_of_its_parent(
+    driver, library, waits, monkeypatch
+):
     drop_a_pool()
     mine, parent = list(_memory._left), os.getpid()
     with monkeypatch.context() as patch:

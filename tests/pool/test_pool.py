@@ -308,7 +308,7 @@ def test_magnitudes_are_evicted_to_the_host_and_restored():
 
 
 @pytest.mark.slow
-def test_readers_never_see_a_slot_change_while_one_thread_loads_and_unloads():
+def test_pinned_slots_do_not_change_while_another_thread_loads_and_unloads():
     pool = make(max_slots=6, pages=12)
     for seed in range(4):
         load(pool, f"x{seed}", seed, rank=1 + 4 * seed)

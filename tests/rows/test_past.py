@@ -79,7 +79,7 @@ def test_block_entered_in_the_recomputation_is_used() -> None:
         torch.testing.assert_close(found, expected(model, x, "red"), rtol=1e-12, atol=1e-12)
 
 
-def test_nested_checkpoints() -> None:
+def test_nested_checkpoints_use_their_blocks_unless_reentrant() -> None:
     model, x = make(torch.float64), inputs(2, 3, dtype=torch.float64).requires_grad_()
 
     def run(reentrant: bool) -> Tensor:

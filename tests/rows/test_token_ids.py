@@ -37,7 +37,7 @@ def own() -> LoraLinear:
     return layer.double()
 
 
-def test_layers_with_registered_adapters_accept_token_ids() -> None:
+def test_lora_layers_accept_token_ids() -> None:
     layer, x = own(), inputs(2, 3, dtype=torch.float64)
     with lora_ext.adapters(
         ["blue", "red"], torch.tensor([[0, -1, 1], [1, 1, 0]]), pool=layer_names

@@ -358,7 +358,7 @@ def test_prefill_inside_the_step_equals_prefill_without_it() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_arguments_are_checked() -> None:
+def test_invalid_arguments_are_refused() -> None:
     _, pool = make(a=adapter(1))
     with pytest.raises(TypeError, match="pool: expected an AdapterPool"):
         lora_ext.capturable(None, 4)  # pyright: ignore[reportArgumentType]

@@ -125,7 +125,7 @@ def test_activations_of_another_dtype_than_the_pool_are_served(how: str) -> None
 PER_SEQUENCE_ROWS = [name for name in PER_SEQUENCE for _ in range(5)]
 
 
-def test_the_layers_of_a_step_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_a_step_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = make(), []
     plan = lora_ext.ops.lora_plan
     monkeypatch.setattr(lora_ext.ops, "lora_plan", lambda *a: calls.append(a) or plan(*a))

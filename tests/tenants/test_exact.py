@@ -52,7 +52,7 @@ def test_sampled_logprobs_equal_training_logprobs_bitwise(dtype: torch.dtype, wi
                 assert torch.equal(alone[len(prompt) - 1 :], torch.tensor(sample.logprobs))
 
 
-def test_gradient_error_to_float64_is_that_of_the_plain_model() -> None:
+def test_gradient_is_as_close_to_float64_as_that_of_the_plain_model() -> None:
     def run(kind: str) -> tuple[Tensor, list[Tensor]]:
         model = llama().double() if kind == "wide" else llama()
         if kind == "exact":

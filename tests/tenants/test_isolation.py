@@ -83,15 +83,15 @@ def test_flood_of_tokens_delays_other_tenants_by_one_round() -> None:
         flood, other = service.create(2), service.create(2)
         order: list[str] = []
 
-        def told(name: str, future: Future[Any]) -> Future[Any]:
+        def recorded(name: str, future: Future[Any]) -> Future[Any]:
             future.add_done_callback(lambda _: order.append(f"{name} {service.counts['steps']}"))
             return future
 
         data = [datum(i, 64) for i in range(20)]  # ten steps if run alone
         together(
             service,
-            lambda: told("flood", flood.forward(data)),
-            lambda: told("other", other.forward([datum(1)])),
+            lambda: recorded("flood", flood.forward(data)),
+            lambda: recorded("other", other.forward([datum(1)])),
         )
         # Three queues take turns; the service owns one of them.
         assert order == ["other 3", "flood 11"]

@@ -157,7 +157,7 @@ def made_with(model: Any, argument: str, value: Any) -> Service:
 def refused(where: str, argument: str, value: Any, call: Any) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         found = call()
-        pytest.fail(f"{where}: {argument}: {value!r:.60} was taken: {found}")
+        pytest.fail(f"{where}: {argument}: {value!r:.60} was accepted: {found}")
     named = rf"{re.escape(where)}: {re.escape(argument)}: expected .*, found "
     assert re.match(named, str(caught.value), re.DOTALL), (value, str(caught.value))
 

@@ -49,9 +49,9 @@ class Server:
             command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
         )
         assert self.process.stdout is not None
-        said = self.process.stdout.readline()
-        found = re.match(r"listening on (http://\S+)", said)
-        assert found, said
+        line = self.process.stdout.readline()
+        found = re.match(r"listening on (http://\S+)", line)
+        assert found, line
         self.url = found[1]
 
     def close(self) -> None:
@@ -484,15 +484,17 @@ def run_client(folder: Path, script: str, *more: str) -> None:
 
 def installed(name: str) -> None:
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed: the SDK's protobuf wants another than flwr's")
+        pytest.skip(
+            f"{name} is not installed: the SDK and flwr need different versions of protobuf"
+        )
 
 
-def test_the_unmodified_sdk_trains(folder: Path) -> None:
+def test_unmodified_sdk_trains(folder: Path) -> None:
     installed("tinker")
     run_client(folder, SCRIPT)
 
 
-def test_the_cookbooks_supervised_loop_trains_evaluates_and_saves(folder: Path) -> None:
+def test_supervised_loop_of_the_cookbook_trains_evaluates_and_saves(folder: Path) -> None:
     installed("tinker_cookbook")
     letters = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, "w0")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(letters))
