@@ -106,7 +106,7 @@ def test_resized_vocabulary_is_refused_until_the_model_is_resized_too(strict, tm
     with pytest.raises(ValueError, match="expected the base model's own values, found others"):
         pool_of(model).load("larger", tmp_path, strict=strict)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    with torch.no_grad():  # the remedy in the message
+    with torch.no_grad():
         model.get_input_embeddings().weight.copy_(tensors[f"{EMBEDDING}.weight"])
         model.get_output_embeddings().weight.copy_(tensors[f"{HEAD}.weight"])
     assert pool_of(model).load("larger", tmp_path, strict=strict) == ()

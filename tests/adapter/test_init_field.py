@@ -74,7 +74,6 @@ def test_adapter_that_changed_the_base_weight_is_refused_until_restored():
         LoraAdapter.from_model(ours)
     for layer in (ours[0], ours[2]):
         layer.restore_base_weight()
-    # Works because the base weight is restored.
     assert LoraAdapter.from_model(ours).modules.keys() == {"0", "2"}
 
 

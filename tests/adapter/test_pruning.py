@@ -22,7 +22,7 @@ def test_kept_modules_share_their_tensors(mode, keep):
     value = adapter(lora_bias=True)
     before = copy.deepcopy(value)
     if not callable(keep) and not isinstance(keep, list | set):
-        keep = iter([Q])  # an iterator can be used once
+        keep = iter([Q])
     found = prune_adapter(value, keep, mode)
     assert found.modules[Q] is value.modules[Q]
     assert value == before

@@ -81,7 +81,7 @@ def test_client_that_fails_in_its_last_step_changes_no_bit_of_others():
     state = LoraLayerManager(model).state_slice()
     clients = specs()
     good = BatchedClients(model, clients).run_round(PLANS, state)
-    x, y = clients[1].batches[0]  # its only step
+    x, y = clients[1].batches[0]
     clients[1] = dataclasses.replace(clients[1], batches=[(x * math.nan, y)])
     found = BatchedClients(model, clients).run_round(PLANS, state)
     assert [u.failed for u in found] == [False, True, False, False]

@@ -166,7 +166,7 @@ def test_client_that_fails_changes_no_bit_of_other_heads():
     state = state_of(model, HEAD)
     clients = specs()
     good = BatchedClients(model, clients, shared="head").run_round(PLANS, state)
-    x, y = clients[1].batches[0]  # its only step
+    x, y = clients[1].batches[0]
     clients[1] = dataclasses.replace(clients[1], batches=[(x * math.nan, y)])
     found = BatchedClients(model, clients, shared="head").run_round(PLANS, state)
     assert [u.failed for u in found] == [False, True, False, False] and not found[1].tensors

@@ -104,7 +104,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_scores_equal_one_backward_per_sample(score, reduce, shape):
     model, batch = Classifier(), vectors(11, *shape)
     found = fim_scores(model, [batch], layer_of, score=score, reduce=reduce)
-    assert model.calls == 1  # one forward for all samples
+    assert model.calls == 1
     close(found, by_the_loop(model, [batch], score, reduce))
 
 

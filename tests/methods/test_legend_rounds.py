@@ -243,7 +243,7 @@ def test_untrained_layers_keep_every_bit():
 
 def test_reply_with_ranks_from_before_a_resize_is_rejected():
     state, _ = resize_state(make_state(layers=3), (2, 2, 2))
-    old = make_update(1, (1, 2))  # of rank 3
+    old = make_update(1, (1, 2))
     found = aggregate(state, [old, make_update(2, (2,), ranks=(2,))])
     assert found.accepted == (2,)
     assert "rank" in found.rejected[1] or "shape" in found.rejected[1]

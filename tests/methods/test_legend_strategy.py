@@ -141,7 +141,7 @@ def test_silent_device_gets_the_least_depth_and_is_then_paused():
     run(strategy, Grid(Clients().app(), 3), 9, timeout=60.0)
     asked = [2 in log.plans for log in strategy.history]
     assert asked == [True] * 5 + [False] * 2 + [True] * 2
-    assert strategy.allocator.tracker.estimate(2).f < 5  # it reports again
+    assert strategy.allocator.tracker.estimate(2).f < 5
     assert [log.plans[2].layers for log in strategy.history[-2:]] == [(2,), (2,)]
 
 

@@ -161,7 +161,7 @@ class EnumeratedBehind(Enumerated):
         return torch.zeros(len(generators), 3 * self.drafted + 1)
 
     def verify(self, draft: Any, target: Tensor, pending: Tensor | None, uniforms: Tensor) -> Any:
-        assert pending is None  # windows are drafted whole
+        assert pending is None
         return super().verify(draft, target, pending, uniforms)
 
     def head_conditional(self, draft: Any, k: int) -> Tensor:

@@ -283,7 +283,7 @@ class Dropping(Enumerated):
         return torch.where((accepted > 0)[:, None], p, super().next_law(p, q, accepted))
 
     def check(self, found: Tensor, expected: Tensor) -> None:
-        pass  # our op uses another rule
+        pass
 
 
 def test_discarding_the_kept_token_changes_the_distribution():

@@ -39,9 +39,7 @@ def test_pruned_layers_equal_base_layers_bitwise_and_remove_restores_them(kind: 
     splora.remove(model)
     assert not off(model) and torch.equal(logits(model), before)
     assert "_lora_ext_splora" not in model.__dict__
-    splora.apply_to(
-        model, base, aligned, SploraConfig(direction="smallest", num=1)
-    )  # a second time after remove
+    splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=1))
 
 
 @pytest.mark.parametrize("kind", KINDS)

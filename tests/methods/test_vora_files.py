@@ -164,7 +164,6 @@ def test_extra_biases_are_loaded_only_if_allowed() -> None:
     with pytest.raises(ValueError, match=r"load_state_dict: .*o_proj\.bias: .*found none"):
         vora.load_state_dict(model, without)
     assert torch.equal(logits(model), biased)
-    # They are saved, loaded and merged.
     saved = vora.state_dict(model)
     other = seeing()
     vora.load_state_dict(other, saved, allow_extra_bias=True)

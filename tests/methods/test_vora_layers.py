@@ -58,7 +58,7 @@ def test_remove_restores_every_object_and_flag(family: str) -> None:
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(logits(model), expected)
-    vora.apply(model, settings(family=family))  # a second time
+    vora.apply(model, settings(family=family))
     with pytest.raises(RuntimeError, match=r"vora\.apply: model: .*call vora\.remove first"):
         vora.apply(model, settings(family=family))
     vora.remove(model)
@@ -76,12 +76,11 @@ def test_merge_folds_the_layers_into_the_base_model(family: str) -> None:
     assert not any(isinstance(m, LoraLinear) for m in model.modules())
     assert dict(model.named_modules()) == modules
     assert (logits(model) - expected).abs().max() <= 1e-4 * expected.abs().max()
-    # As before, so that training can continue.
     assert all(p.requires_grad for p in model.parameters())
     for again in (vora.merge, vora.remove, vora.state_dict):
         with pytest.raises(RuntimeError, match=r"vora\.merge has folded them into its weights"):
             again(model)
-    vora.apply(model, settings(family=family))  # new layers on the merged model
+    vora.apply(model, settings(family=family))
     vora.remove(model)
 
 

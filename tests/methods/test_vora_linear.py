@@ -121,7 +121,7 @@ def test_route_all_ignores_masks() -> None:
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
     with modality(MASKS["none"]):
         assert torch.equal(layer(x), layer(x, MASKS["alternating"]))
-        assert torch.equal(layer(x), layer(x, torch.ones(3)))  # whatever the shape and dtype
+        assert torch.equal(layer(x), layer(x, torch.ones(3)))
 
 
 def test_tokens_outside_a_block_are_text() -> None:

@@ -196,7 +196,7 @@ def test_wrong_names_raise_and_leave_nothing_pinned_or_open(
         model(inputs(4, 5))
     assert pins(model) == 0
     with torch.no_grad():
-        model(inputs(4, 5))  # works because no block was left open
+        model(inputs(4, 5))
 
 
 def test_without_an_attached_model_the_pool_must_be_given() -> None:

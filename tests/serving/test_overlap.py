@@ -128,4 +128,4 @@ def test_overlap_is_refused_beside_fused_siblings() -> None:
     expected = "attach: overlap: expected False where fuse_siblings is True, found True"
     with pytest.raises(ValueError, match=expected):
         lora_ext.attach(model, pool, fuse_siblings=True, overlap=True)
-    lora_ext.attach(model, pool)  # works because nothing was changed
+    lora_ext.attach(model, pool)

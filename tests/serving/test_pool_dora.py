@@ -205,7 +205,7 @@ def test_norm_is_computed_once_per_slot_and_again_after_a_change(
     for name in ("blue", "green"):
         pool.load(f"{name} again", adapter(name, seed=1))
     for name in ("red", "gold", "blue", "green"):
-        with pool.acquire([name]):  # restored if it was evicted
+        with pool.acquire([name]):
             pass
     check(2, seed=1)
     pool.update("red", adapter("red", seed=1, dora=False))
