@@ -1,4 +1,4 @@
-"""Initializations of this package in saved files, which PEFT must be able to load."""
+"""Initialisations of this package in saved files, which PEFT must be able to load."""
 
 import copy
 import json

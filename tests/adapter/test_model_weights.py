@@ -133,7 +133,7 @@ def test_only_requested_weights_are_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # -------------------------------------------------------------------------------------------------
-# Quantized weights
+# Quantised weights
 
 
 def test_quantised_weights_raise_a_type_error_with_the_remedy(tmp_path: Path):

@@ -146,7 +146,7 @@ def test_ranks_are_ordered_and_depend_only_on_the_spectrum(spectrum, seed):
         assert low <= high * (1 + 1e-9)
 
 
-def test_ranks_do_not_depend_on_the_factorization():
+def test_ranks_do_not_depend_on_the_factorisation():
     a, b = factors(6)
     mix = factors(6, 6, 6, seed=3)[0]
     others = [

@@ -143,7 +143,7 @@ def test_scale_without_an_exact_alpha_changes_by_at_most_one_bit():
 
 
 def test_resized_adapter_loads_whatever_its_init_scheme(tmp_path):
-    # PEFT has initializations that no longer matter after training.
+    # PEFT has initialisations that no longer matter after training.
     model = peft.get_peft_model(
         CASES["plain"][0](),
         peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights="orthogonal"),

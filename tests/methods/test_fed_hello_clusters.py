@@ -45,7 +45,7 @@ def test_numbers_of_groups_and_levels_can_be_set():
 
 @given(scores=st.lists(st.integers(0, 30), min_size=1, max_size=8), k=st.integers(1, 4))
 @settings(max_examples=150, deadline=None)
-def test_clusters_minimize_the_sum_of_squares(scores, k):
+def test_clusters_minimise_the_sum_of_squares(scores, k):
     groups = [round(level) for level in levels_of(scores, k, (1, 2, 3, 4))]
     # Integers, because the first group is never empty.
     assert groups == levels_of(scores, k, (1, 2, 3, 4))

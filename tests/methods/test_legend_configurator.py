@@ -107,7 +107,7 @@ def test_depths_are_the_largest_within_the_target(found, L: int, data: st.DataOb
 
 @settings(deadline=None, max_examples=60)
 @given(devices, st.integers(1, 6))
-def test_utility_mode_minimizes_time_per_trained_rank(found, L: int):
+def test_utility_mode_minimises_time_per_trained_rank(found, L: int):
     result = configurator(L, mode="utility").configure(dict(enumerate(found)), range(len(found)))
     ranks = range(1, L + 1)
 

@@ -31,7 +31,7 @@ def test_larger_rank_keeps_every_bit_and_the_product(dtype: torch.dtype):
     assert (new_a.dtype, new_b.dtype) == (dtype, dtype)
 
 
-def test_new_rows_are_initialized_like_those_of_a_new_adapter():
+def test_new_rows_are_initialised_like_those_of_a_new_adapter():
     a, _, _ = resize_lora(torch.zeros(1, 400), torch.zeros(3, 1), 200, torch.Generator())
     bound = 1 / math.sqrt(400)
     assert a[1:].abs().max() <= bound

@@ -194,7 +194,7 @@ def _transformers_norm(model: str, name: str) -> nn.Module:
         (lambda: _transformers_norm("cohere", "CohereLayerNorm"), "layer", 0),
     ],
 )
-def test_norms_are_recognized_by_what_they_compute(
+def test_norms_are_recognised_by_what_they_compute(
     norm: Any, kind: str, offset: int, dtype: torch.dtype
 ):
     made = norm().to(dtype)

@@ -268,7 +268,7 @@ def test_loss_equals_that_of_windows_after_the_next_token(beta: float, n: int, c
             state = hidden[t : t + 1]
             for j in range(1 + (k if n == 1 else 0)):
                 state = draft.bridge(state, embed(own[t + 1 + j])[None])
-            # A token that is not a target is marginalized within its window.
+            # A token that is not a target is marginalised within its window.
             window = label[None, t + 2 + (k if n == 1 else 0) :][:, :n].clamp(min=-1)
             window = torch.cat([window, window.new_zeros(1, n)], 1)[:, :n]
             at = torch.tensor([k if n == 2 else 0])

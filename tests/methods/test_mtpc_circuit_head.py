@@ -77,7 +77,7 @@ def test_hmm_and_btree_with_identity_transitions_equal_the_mixture():
         torch.testing.assert_close(head.log_prob(h, x), cp.log_prob(h, x))
 
 
-def test_mixture_of_one_component_equals_the_factorized_head():
+def test_mixture_of_one_component_equals_the_factorised_head():
     ff, cp, x = make("ff"), make("cp", rank=1), windows()
     with torch.no_grad():
         cp.emit.copy_(ff.emit)
@@ -180,7 +180,7 @@ def test_samples_have_the_frequencies_of_the_distribution():
     assert chi < 26.1  # 0.999 quantile of chi-square with 8 degrees of freedom
 
 
-def test_argmax_accepts_evidence_and_is_the_mode_of_the_factorized_head():
+def test_argmax_accepts_evidence_and_is_the_mode_of_the_factorised_head():
     head, h = make("ff"), hidden(2, 3)
     tokens, value = head.argmax(h)
     assert torch.equal(tokens, head.circuit(h).leaf.argmax(-1).view(2, 3, K))

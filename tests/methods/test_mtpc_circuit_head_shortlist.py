@@ -66,7 +66,7 @@ def test_state_dict_restores_list_and_parameters_after_to_empty(emission: str):
     assert torch.equal(other.log_prob(h, x), head.log_prob(h, x))
 
 
-def test_shortlist_is_initialized_from_its_rows_of_the_lm_head():
+def test_shortlist_is_initialised_from_its_rows_of_the_lm_head():
     weight, h, listed = torch.randn(5, D, dtype=DOUBLE), hidden(3), torch.tensor([0, 3, 4])
     for emission in EMISSIONS:
         options = {"dtype": DOUBLE, "shortlist": listed}

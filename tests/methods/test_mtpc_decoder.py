@@ -91,7 +91,7 @@ def test_last_position_of_the_model_is_reached_and_not_exceeded():
 
 
 def test_untrained_head_drafts_the_models_first_token():
-    # Each component is initialized with the LM head, so the first token is accepted.
+    # Each component is initialised with the LM head, so the first token is accepted.
     model, (ids, mask) = make_model("llama"), prompts(1)
     decoder = make_draft(model, noise=0).decoder(mode="greedy")
     found = decoder.generate(ids, mask, max_new_tokens=1)
@@ -176,7 +176,7 @@ class Enumerated(mtpc.SpeculativeDecoder):
         assert torch.equal(found, expected)
 
     def next_law(self, p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
-        """Return unnormalized probabilities of the token after the accepted ones."""
+        """Return unnormalised probabilities of the token after the accepted ones."""
         return (p - q).clamp(min=0)
 
     def head_conditional(self, draft: Any, k: int) -> Tensor:
@@ -277,7 +277,7 @@ def test_shortlist_does_not_change_the_distribution(window: str, kind: str, new:
 
 class Dropping(Enumerated):
     """Decoder by the rule of the authors' code: after a >= 1 accepted tokens, the next one is
-    discarded, and its position is drafted and tested again, which gives it the verifier's law."""
+    discarded; its position is drafted and tested again, and gets the verifier's distribution."""
 
     def next_law(self, p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
         return torch.where((accepted > 0)[:, None], p, super().next_law(p, q, accepted))

@@ -104,7 +104,7 @@ def test_loss_does_not_depend_on_row_chunks(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_tokens_outside_the_shortlist_are_marginalized(beta: float):
+def test_tokens_outside_the_shortlist_are_marginalised(beta: float):
     small, listed = make("hmm"), torch.tensor([0, 3, 4])
     head = CircuitHead(D, 5, K, 3, "hmm", dtype=DOUBLE, shortlist=listed)
     head.load_state_dict({**small.state_dict(), "shortlist": listed})

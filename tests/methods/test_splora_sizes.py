@@ -60,7 +60,7 @@ def test_alignment_is_minus_one_for_inverse_and_one_for_equal_updates():
 
 
 @pytest.mark.parametrize("projection", ["frobenius", "orthogonal"])
-def test_angle_is_the_distance_of_a_normalized_map_and_ignores_sizes(projection: str):
+def test_angle_is_the_distance_of_a_normalised_map_and_ignores_sizes(projection: str):
     adapter, base, aligned = made(blocks())
     fields = {"direction": "largest", "score": "angle", "projection": projection, "rank": 4}
     config = SploraConfig(**fields)

@@ -337,7 +337,7 @@ def test_route_vision_is_merged_only_with_force() -> None:
 
 
 class Int8Linear(nn.Linear):
-    """Quantized linear layer: int8 weights and one scale per output."""
+    """Quantised linear layer: int8 weights and one scale per output."""
 
     def __init__(self, plain: nn.Linear):
         super().__init__(plain.in_features, plain.out_features)
