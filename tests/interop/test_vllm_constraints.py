@@ -1,4 +1,4 @@
-"""Constraints of requests, tested with small stand-ins for vLLM's batch, engine and sampler.
+"""Constraints of requests, tested with small fakes of vLLM's batch, engine and sampler.
 
 :class:`Batch` applies vLLM's ``BatchUpdate``: rows leave, are added and change places.
 """
@@ -82,7 +82,7 @@ def built(params, config=None, prompt=(5, 6, 7)):
 
 
 class Batch:
-    """Stand-in for vLLM's batch: token lists that grow, in rows that change places."""
+    """Fake of vLLM's batch: token lists that grow, in rows that change places."""
 
     def __init__(self, rows):
         self.rows, self.places = rows, {}
