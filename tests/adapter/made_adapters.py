@@ -1,4 +1,4 @@
-"""Adapters made by hand, and what they do to a weight."""
+"""Adapters with random factors, and their updates of a weight."""
 
 import torch
 import transformers
@@ -11,7 +11,7 @@ SHAPES = {Q: (24, 20), V: (12, 20)}  # (O, I)
 
 
 def llama(layers=2, **fields):
-    """A small model of transformers."""
+    """Return a small Llama model of transformers."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
@@ -21,7 +21,7 @@ def llama(layers=2, **fields):
 
 
 def adapter(seed=0, ranks=4, shapes=SHAPES, dtype=torch.float32, scale=2.0, **fields):
-    """Random factors; ``ranks`` is one for all or by name."""
+    """Return an adapter with random factors; ``ranks`` is one rank for all modules, or a dict."""
     g = torch.Generator().manual_seed(seed)
     ranks = ranks if isinstance(ranks, dict) else dict.fromkeys(shapes, ranks)
 
@@ -50,13 +50,13 @@ def adapter(seed=0, ranks=4, shapes=SHAPES, dtype=torch.float32, scale=2.0, **fi
 
 
 def rescaled(value, scaling):
-    """The same factors with another scale."""
+    """Return the same factors with another scale."""
     modules = {n: f._replace(scaling=scaling) for n, f in value.modules.items()}
     return value.with_modules(modules)
 
 
 def delta(value, name):
-    """``scaling * b @ a`` in float64, 0 where the adapter lacks the module."""
+    """Return ``scaling * b @ a`` in float64, or 0 if the adapter lacks the module."""
     factors = value.modules.get(name)
     if factors is None:
         return 0.0
@@ -64,5 +64,5 @@ def delta(value, name):
 
 
 def parse(**fields):
-    """A configuration of PEFT's."""
+    """Parse a PEFT configuration."""
     return AdapterConfig.parse({"peft_type": "LORA", **fields}, "config")

@@ -1,4 +1,4 @@
-"""Adapters of different base models that come together: one warning, and none that is false."""
+"""Warnings for adapters of different base models: one for each pair, and no false ones."""
 
 import os
 import warnings
@@ -20,7 +20,7 @@ def of(name, seed=0):
 
 
 def found(call):
-    """The warnings of a call, and that each points at the caller."""
+    """Return the warnings of a call, after a check that each points to the caller's line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
@@ -44,7 +44,7 @@ SAME = [
 
 
 @pytest.mark.parametrize("names", SAME)
-def test_one_model_under_two_names_is_no_reason_to_warn(names):
+def test_two_names_of_one_model_do_not_warn(names):
     bases = BaseModels(names[0])
     assert found(lambda: bases.meet("here", names[1], 1)) == []
 
@@ -53,7 +53,7 @@ def test_one_model_under_two_names_is_no_reason_to_warn(names):
     "names",
     [("a/llama", "a/mistral"), ("a/b", "/c/models--a--c/snapshots/b"), ("q-4B", "q-4B-Instruct")],
 )
-def test_another_model_is_named_once(names):
+def test_another_base_model_warns_once(names):
     bases = BaseModels()
     first, second, third = ([] for _ in range(3))
     first += found(lambda: bases.meet("here", names[0], 1))
@@ -63,31 +63,31 @@ def test_another_model_is_named_once(names):
     assert second[0].startswith(f"here: {OTHER}{names[0]!r} and {names[1]!r}: ")
 
 
-def test_a_folder_that_is_gone_may_have_been_moved(tmp_path):
+def test_warning_for_a_missing_folder_says_that_it_may_have_moved(tmp_path):
     old, new = str(tmp_path / "trained" / "base"), str(tmp_path / "served" / "model")
     for folder in (old, new):
         os.makedirs(folder)
-    (said,) = found(lambda: BaseModels(new).meet("here", old, 1))
-    assert "the results mean nothing" in said  # both folders are there
+    (message,) = found(lambda: BaseModels(new).meet("here", old, 1))
+    assert "the results mean nothing" in message  # both folders exist
     os.rmdir(old)
     for names in ((new, old), (old, new)):
-        (said,) = found(lambda names=names: BaseModels(names[0]).meet("here", names[1], 1))
-        assert f"there is no folder {old!r} here; if it was moved" in said
-        assert "mean nothing" not in said
+        (message,) = found(lambda names=names: BaseModels(names[0]).meet("here", names[1], 1))
+        assert f"there is no folder {old!r} here; if it was moved" in message
+        assert "mean nothing" not in message
 
 
 @pytest.mark.parametrize("mode", ["delta", "factors", "delta_svd"])
-def test_merging_adapters_of_two_models_is_warned_of_once_a_pair(mode):
+def test_merging_adapters_of_two_models_warns_once_per_pair(mode):
     values = [of("a/llama"), of("a/mistral", 1), of("b/mistral", 2), of(None, 3)]
-    said = found(lambda: merge_adapters(values, [0.25] * 4, mode))
-    assert len(said) == 1 and "adapters[1]: " in said[0]
-    assert "'a/llama' and 'a/mistral'" in said[0]
+    messages = found(lambda: merge_adapters(values, [0.25] * 4, mode))
+    assert len(messages) == 1 and "adapters[1]: " in messages[0]
+    assert "'a/llama' and 'a/mistral'" in messages[0]
     assert found(lambda: merge_adapters([values[0], values[3]], [0.5, 0.5], mode)) == []
 
 
-def test_interpolating_adapters_of_two_models_is_warned_of():
-    said = found(lambda: interpolate_adapters(of("a/llama"), of("a/mistral", 1), 0.5))
-    assert len(said) == 1 and said[0].startswith("interpolate_adapters: second: ")
+def test_interpolating_adapters_of_two_models_warns():
+    messages = found(lambda: interpolate_adapters(of("a/llama"), of("a/mistral", 1), 0.5))
+    assert len(messages) == 1 and messages[0].startswith("interpolate_adapters: second: ")
 
 
 def named(name=""):
@@ -98,24 +98,24 @@ def named(name=""):
 
 def saved(folder, base):
     model = peft.get_peft_model(named(base), peft.LoraConfig(target_modules=["q_proj"]))
-    model.save_pretrained(folder, save_embedding_layers=False)  # else it asks the Hub
+    model.save_pretrained(folder, save_embedding_layers=False)  # otherwise it queries the Hub
     return folder
 
 
-def test_a_pool_warns_of_the_adapters_of_another_model_and_serves_them(tmp_path):
+def test_pool_warns_of_adapters_of_another_model_and_serves_them(tmp_path):
     one, other = saved(tmp_path / "one", "a/llama"), saved(tmp_path / "two", "a/mistral")
     model = named("a/llama")
     pool = AdapterPool(model, max_rank=8)
     assert found(lambda: pool.load("one", one)) == []
-    said = found(lambda: pool.load("other", other))
-    assert len(said) == 1 and said[0].startswith("AdapterPool.load: source: ")
-    assert "'a/llama' and 'a/mistral'" in said[0]
-    assert found(lambda: pool.prefetch({"again": other})) == [], "once for each name"
+    messages = found(lambda: pool.load("other", other))
+    assert len(messages) == 1 and messages[0].startswith("AdapterPool.load: source: ")
+    assert "'a/llama' and 'a/mistral'" in messages[0]
+    assert found(lambda: pool.prefetch({"again": other})) == [], "one warning for each base model"
     assert pool.names == ["one", "other", "again"]
     assert found(lambda: lora_ext.attach(model, pool)) == []
 
 
-def test_a_pool_of_a_model_without_a_name_compares_its_adapters_and_what_it_is_attached_to(
+def test_pool_of_an_unnamed_model_compares_its_adapters_and_attached_models(
     tmp_path,
 ):
     one, other = saved(tmp_path / "one", "a/llama"), saved(tmp_path / "two", "a/mistral")
@@ -124,21 +124,21 @@ def test_a_pool_of_a_model_without_a_name_compares_its_adapters_and_what_it_is_a
     assert len(found(lambda: pool.load("other", other))) == 1
     pool = AdapterPool(named(), max_rank=8)
     pool.load("one", one)
-    said = found(lambda: lora_ext.attach(named("a/gemma"), pool))
-    assert len(said) == 1 and said[0].startswith("attach: model: ")
+    messages = found(lambda: lora_ext.attach(named("a/gemma"), pool))
+    assert len(messages) == 1 and messages[0].startswith("attach: model: ")
 
 
-def test_from_peft_warns_of_an_adapter_that_was_trained_on_another_model(tmp_path):
+def test_from_peft_warns_of_an_adapter_of_another_model(tmp_path):
     one, other = saved(tmp_path / "one", "a/llama"), saved(tmp_path / "two", "a/mistral")
     model = peft.PeftModel.from_pretrained(named("b/llama"), one, adapter_name="one")
     assert found(lambda: lora_ext.from_peft(model)) == []
     model.load_adapter(other, "other")
     model.load_adapter(other, "third")
-    said = found(lambda: lora_ext.from_peft(model))
-    assert len(said) == 1 and said[0].startswith("from_peft: adapter 'other': ")
-    assert "'b/llama' and 'a/mistral'" in said[0]
+    messages = found(lambda: lora_ext.from_peft(model))
+    assert len(messages) == 1 and messages[0].startswith("from_peft: adapter 'other': ")
+    assert "'b/llama' and 'a/mistral'" in messages[0]
 
 
-def test_a_model_that_was_adapted_here_is_no_reason_to_warn():
+def test_adapters_created_on_the_model_do_not_warn():
     model = peft.get_peft_model(named("a/llama"), peft.LoraConfig(target_modules=["q_proj"]))
     assert found(lambda: lora_ext.from_peft(model)) == []

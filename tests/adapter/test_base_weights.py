@@ -1,4 +1,4 @@
-"""Files that hold weights of the base model as well, as PEFT writes them beside an adapted head."""
+"""Adapter files that also contain base weights, as PEFT writes them beside an adapted head."""
 
 import copy
 import gc
@@ -25,7 +25,7 @@ def small(tied=False, vocabulary=64):
 
 
 def trained(model, targets):
-    """PEFT's model over a copy of ``model``, with random factors."""
+    """Return PEFT's model over a copy of ``model``, with random factors."""
     config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     return peft.get_peft_model(copy.deepcopy(model), config)
 
@@ -47,22 +47,22 @@ TARGETS = {
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("case", TARGETS)
-def test_the_models_own_weight_is_accepted_and_another_refused(case, strict, tied, tmp_path):
+def test_equal_base_weight_is_accepted_and_a_changed_one_is_refused(case, strict, tied, tmp_path):
     targets, expected = TARGETS[case]
     model = small(tied)
     theirs = trained(model, targets)
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
-    assert {key for key in tensors if "lora_" not in key} == expected, "as PEFT saves it"
+    assert {key for key in tensors if "lora_" not in key} == expected, "as saved by PEFT"
 
     pool = pool_of(model)
-    assert pool.load("same", tmp_path, strict=strict) == (), "accounted for, so not skipped"
+    assert pool.load("same", tmp_path, strict=strict) == (), "base weights are not skipped"
     lora_ext.attach(model, pool)
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad(), lora_ext.adapters("same"):
         assert (model(ids).logits - theirs(ids).logits).abs().max() < 1e-5
-    # The comparison is with the model as it is, so it goes on while the pool is attached.
+    # The weight is compared with that of the live model, also while the pool is attached.
     for key in expected:
         changed = dict(tensors)
         changed[key] = tensors[key].clone()
@@ -74,8 +74,8 @@ def test_the_models_own_weight_is_accepted_and_another_refused(case, strict, tie
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_head_that_was_trained_without_an_adapter_is_compared_too(strict, tmp_path):
-    """PEFT's ``save_embedding_layers=True``: embedding and head without ``base_layer``."""
+def test_head_trained_without_an_adapter_is_compared_too(strict, tmp_path):
+    # PEFT's ``save_embedding_layers=True`` saves embedding and head without ``base_layer``.
     model = small()
     theirs = trained(model, ["q_proj"])
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
@@ -91,7 +91,7 @@ def test_a_head_that_was_trained_without_an_adapter_is_compared_too(strict, tmp_
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_resized_vocabulary_is_refused_until_the_model_has_it(strict, tmp_path):
+def test_resized_vocabulary_is_refused_until_the_model_is_resized_too(strict, tmp_path):
     model = small()
     larger = copy.deepcopy(model)
     larger.resize_token_embeddings(70)
@@ -102,11 +102,11 @@ def test_a_resized_vocabulary_is_refused_until_the_model_has_it(strict, tmp_path
         match=rf"({HEAD}|{EMBEDDING})\.weight: shape: expected \(64, 32\) .*\(70, 32\)",
     ):
         pool_of(model).load("larger", tmp_path, strict=strict)
-    model.resize_token_embeddings(70)  # the new rows are not the trained ones
+    model.resize_token_embeddings(70)  # the new rows differ from the trained ones
     with pytest.raises(ValueError, match="the base model's own values, found different ones"):
         pool_of(model).load("larger", tmp_path, strict=strict)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    with torch.no_grad():  # the remedy that the message names
+    with torch.no_grad():
         model.get_input_embeddings().weight.copy_(tensors[f"{EMBEDDING}.weight"])
         model.get_output_embeddings().weight.copy_(tensors[f"{HEAD}.weight"])
     assert pool_of(model).load("larger", tmp_path, strict=strict) == ()
@@ -115,12 +115,12 @@ def test_a_resized_vocabulary_is_refused_until_the_model_has_it(strict, tmp_path
 @pytest.mark.parametrize(
     ("file", "model_dtype", "fits"),
     [
-        (torch.bfloat16, torch.float32, False),  # the model has bits that the file has lost
-        (torch.float32, torch.bfloat16, True),  # loaded into the model, the file changes no bit
+        (torch.bfloat16, torch.float32, False),  # the file has lost bits that the model has
+        (torch.float32, torch.bfloat16, True),  # loading the file changes no bit of the model
         (torch.float32, torch.float64, True),
     ],
 )
-def test_a_file_of_another_dtype_is_compared_as_the_model_would_hold_it(
+def test_file_of_another_dtype_is_compared_in_the_dtype_of_the_model(
     file, model_dtype, fits, tmp_path
 ):
     model = small()
@@ -138,7 +138,7 @@ def test_a_file_of_another_dtype_is_compared_as_the_model_would_hold_it(
             pool.load("a", tmp_path)
 
 
-def test_the_pool_does_not_keep_the_model_alive_and_says_when_it_is_gone(tmp_path):
+def test_pool_does_not_keep_the_model_alive(tmp_path):
     model = small()
     trained(model, ["lm_head"]).save_pretrained(tmp_path)
     pool = pool_of(model)
@@ -150,7 +150,7 @@ def test_the_pool_does_not_keep_the_model_alive_and_says_when_it_is_gone(tmp_pat
 
 
 @pytest.mark.parametrize("offload", ["memory", "disk", "nowhere"])
-def test_an_offloaded_weight_is_fetched_for_the_comparison(offload, tmp_path):
+def test_offloaded_weight_is_loaded_for_the_comparison(offload, tmp_path):
     model = small()
     trained(model, ["lm_head"]).save_pretrained(tmp_path)
     settings = {}
@@ -175,7 +175,7 @@ def test_an_offloaded_weight_is_fetched_for_the_comparison(offload, tmp_path):
         pool.load("b", tmp_path)
 
 
-def test_any_weight_of_the_base_is_compared_and_nothing_is_read_that_does_not_fit(tmp_path):
+def test_every_base_weight_is_compared_by_shape_dtype_and_value(tmp_path):
     model = nn.ModuleDict({"up": nn.Linear(12, 20), "norm": nn.BatchNorm1d(12)})
     pool = pool_of(model)
     lora = {"up.lora_A.weight": torch.ones(4, 12), "up.lora_B.weight": torch.ones(20, 4)}

@@ -16,7 +16,7 @@ def of(a, b):
     return value.with_modules({Q: value.modules[Q]._replace(a=a, b=b, scaling=1.0)})
 
 
-def test_distance_and_cosine_are_those_of_the_dense_updates():
+def test_distance_and_cosine_equal_those_of_the_dense_updates():
     first, second = adapter(1, ranks={Q: 4, V: 2}), adapter(2, ranks=3, scale=-0.5)
     for found in compare_adapters(first, second):
         one, two = delta(first, found.module), delta(second, found.module)
@@ -27,7 +27,7 @@ def test_distance_and_cosine_are_those_of_the_dense_updates():
         assert found.ranks == tuple(v.modules[found.module].a.shape[0] for v in (first, second))
 
 
-def test_an_adapter_and_itself_are_at_no_distance():
+def test_distance_of_an_adapter_to_itself_is_zero():
     value = adapter()
     for found in compare_adapters(value, value):
         assert found.distance == 0.0 and found.cosine == pytest.approx(1.0, abs=1e-14)
@@ -42,7 +42,7 @@ def test_an_adapter_and_itself_are_at_no_distance():
 
 
 @pytest.mark.parametrize("angle", [1e-9, 1e-3, 0.5, 1.2, math.pi / 2])
-def test_a_known_angle(angle):
+def test_principal_angles_equal_known_ones(angle):
     a = torch.randn(2, 8, dtype=torch.float64)
     one, two = torch.zeros(2, 10, 2, dtype=torch.float64)
     one[0, 0] = one[1, 1] = two[1, 1] = 1
@@ -51,21 +51,21 @@ def test_a_known_angle(angle):
     assert found.angles == pytest.approx((0.0, angle), abs=1e-12)
     wider = torch.cat([two, torch.eye(10, dtype=torch.float64)[:, 5:7]], 1)
     (found,) = compare_adapters(of(torch.randn(4, 8).double(), wider), of(a, one))
-    assert found.angles == pytest.approx((0.0, angle), abs=1e-12), "as many as the narrower has"
+    assert found.angles == pytest.approx((0.0, angle), abs=1e-12), "as many as the smaller rank"
 
 
-def test_a_direction_that_is_not_used_has_no_angle():
+def test_zero_updates_have_no_angles():
     value = adapter(shapes=SQUARE)
     fresh = value.with_modules({Q: value.modules[Q]._replace(b=torch.zeros(10, 4))})
     (found,) = compare_adapters(value, fresh)
     assert found.cosine is None and found.angles == ()
     assert found.distance == pytest.approx(found.norms[0])
-    twice = merge_adapters([value, value], [0.5, 0.5])  # rank 8, of which 4 count
+    twice = merge_adapters([value, value], [0.5, 0.5])  # rank 8, of which 4 are used
     (found,) = compare_adapters(twice, value)
     assert found.ranks == (8, 4) and len(found.angles) == 4 and max(found.angles) < 1e-5
 
 
-def test_a_module_of_one_adapter_alone():
+def test_module_of_only_one_adapter_has_rank_zero_in_the_other():
     value = adapter()
     found = compare_adapters(prune_adapter(value, [V]), value)
     assert [each.module for each in found] == [V, Q]
@@ -73,7 +73,7 @@ def test_a_module_of_one_adapter_alone():
     assert found[1].distance == pytest.approx(float(delta(value, Q).norm()))
 
 
-def test_folders_convolutions_and_progress(tmp_path):
+def test_folders_are_accepted_and_progress_is_reported(tmp_path):
     value = adapter()
     value.save(tmp_path)
     seen = []
@@ -81,7 +81,7 @@ def test_folders_convolutions_and_progress(tmp_path):
     assert sorted(seen) == sorted(SHAPES)
 
 
-def test_what_cannot_be_compared_is_named():
+def test_modules_that_cannot_be_compared_are_named():
     value, other = adapter(), adapter(shapes={Q: (24, 19)})
     with pytest.raises(ValueError, match=rf"second: {Q}: expected in 20 and out 24 .* found 19"):
         compare_adapters(value, other)

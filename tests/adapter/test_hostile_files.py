@@ -1,4 +1,4 @@
-"""Files from strangers: every one is refused with a ValueError, and the pool stays as it was."""
+"""Files from untrusted sources: each is refused with an error, and the pool stays unchanged."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def refused(pool, source, match, kind=ValueError, **arguments):
         pool.load("bad", source, **arguments)
     assert_same(before, snapshot(pool))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak  # KiB
-    assert grown < 256 << 10, "a small file does not make us allocate"
+    assert grown < 256 << 10, "a small file must not cause a large allocation"
 
 
 def header_of(path):
@@ -52,14 +52,14 @@ def write(path, header, body=b"", length=None):
 
 
 @pytest.mark.parametrize("keep", [0, 3, 8, 40, -1, -100])
-def test_truncated_safetensors(pool, folder, keep):
+def test_truncated_safetensors_are_refused(pool, folder, keep):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     refused(pool, folder, r"adapter_model\.safetensors")
 
 
 @pytest.mark.parametrize("length", [0, 1, 1 << 30, 1 << 62, (1 << 64) - 1])
-def test_a_header_length_that_lies(pool, folder, length):
+def test_wrong_header_length_is_refused(pool, folder, length):
     path = folder / "adapter_model.safetensors"
     write(path, *header_of(path), length=length)
     refused(pool, folder, "header")
@@ -78,7 +78,7 @@ def test_a_header_length_that_lies(pool, folder, length):
         b'{"x": ' + b"9" * 100_000 + b"}",
     ],
 )
-def test_absurd_json(pool, folder, text):
+def test_invalid_json_is_refused(pool, folder, text):
     good = (folder / "adapter_config.json").read_bytes()
     (folder / "adapter_config.json").write_bytes(text)
     refused(pool, folder, r"adapter_config\.json")
@@ -111,7 +111,7 @@ KEY = "base_model.model.up.lora_A.weight"
         {"shape": [48]},
     ],
 )
-def test_a_tensor_entry_that_lies(pool, folder, edit):
+def test_wrong_tensor_entry_is_refused(pool, folder, edit):
     path = folder / "adapter_model.safetensors"
     header, body = header_of(path)
     header[KEY].update(edit)
@@ -119,7 +119,7 @@ def test_a_tensor_entry_that_lies(pool, folder, edit):
     refused(pool, folder, r"up\.lora_A|data_offsets|bytes of tensors")
 
 
-def test_overlapping_tensors_and_trailing_bytes(pool, folder):
+def test_overlapping_tensors_and_trailing_bytes_are_refused(pool, folder):
     path = folder / "adapter_model.safetensors"
     header, body = header_of(path)
     write(path, header, body + b"secret")
@@ -129,7 +129,7 @@ def test_overlapping_tensors_and_trailing_bytes(pool, folder):
     refused(pool, folder, "neither overlap nor leave gaps")
 
 
-def test_links_and_pipes(pool, folder, tmp_path):
+def test_only_links_to_regular_files_are_followed(pool, folder, tmp_path):
     path = folder / "adapter_model.safetensors"
     real = path.rename(folder / "blob")
     path.symlink_to(real)
@@ -145,7 +145,7 @@ def test_links_and_pipes(pool, folder, tmp_path):
     refused(pool, "null\0byte", "cannot be opened")
 
 
-def test_a_config_that_points_elsewhere_is_not_followed(pool, folder):
+def test_paths_in_a_config_are_not_followed(pool, folder):
     raw = config(base_model_name_or_path="/etc", revision="../..", auto_mapping={"x": "os.system"})
     save_adapter(folder, raw, state(1))
     pool.load("x", folder)
@@ -176,14 +176,14 @@ def test_pickles_are_not_executed(pool, folder, monkeypatch, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_zip_bomb_is_not_inflated(pool, folder):
+def test_zip_bomb_is_not_decompressed(pool, folder):
     (folder / "adapter_model.safetensors").unlink()
     with zipfile.ZipFile(folder / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\0" * (64 << 20))
     refused(pool, folder, "stored zip entries")
 
 
-def test_content_that_does_not_fit(pool):
+def test_tensors_that_do_not_fit_are_refused(pool):
     def changed(edit, **fields):
         tensors = state(1)
         edit(tensors)
@@ -209,7 +209,7 @@ def test_content_that_does_not_fit(pool):
     refused(half, changed(lambda t: t[KEY].fill_(1e6)), "expected finite values in torch.float16")
 
 
-def test_left_over_content_is_refused_or_listed(pool):
+def test_unknown_content_is_refused_or_listed_as_skipped(pool):
     for extra, fields in (
         ({"base_model.model.nowhere.lora_A.weight": torch.zeros(1)}, {}),
         ({"surprise": torch.zeros(1)}, {}),
@@ -223,7 +223,7 @@ def test_left_over_content_is_refused_or_listed(pool):
         pool.unload("lenient")
 
 
-def test_factors_of_a_module_that_is_not_targeted_are_never_left_out(pool):
+def test_factors_of_a_module_outside_the_targets_are_never_skipped(pool):
     source = config(), {**state(1), **state(1, targets=("head",))}
     for strict in (True, False):
         refused(pool, source, "config targets, found base_model.model.head.lora_A", strict=strict)
@@ -258,7 +258,7 @@ def test_factors_of_a_module_that_is_not_targeted_are_never_left_out(pool):
         {"rank_pattern": {"(up": 3}},
     ],
 )
-def test_config_fields_that_make_no_sense(pool, fields):
+def test_invalid_config_fields_are_refused(pool, fields):
     refused(pool, ({**config(), **fields}, state(1)), next(iter(fields)))
 
 
@@ -273,12 +273,12 @@ def test_config_fields_that_make_no_sense(pool, fields):
         {"init_lora_weights": "pissa_niter_4"},
     ],
 )
-def test_what_peft_can_and_the_pool_cannot_is_named(pool, fields):
+def test_features_of_peft_that_the_pool_lacks_are_refused_by_name(pool, fields):
     name = next(iter(fields))
     refused(pool, ({**config(), **fields}, state(1)), name, NotImplementedError)
 
 
-def test_factors_of_an_embedding_that_do_not_fit(pool):
+def test_factors_of_an_embedding_that_do_not_fit_are_refused(pool):
     stem = "base_model.model.embed.lora_"
     good = {f"{stem}embedding_A": torch.ones(4, 7), f"{stem}embedding_B": torch.ones(12, 4)}
     raw = config(targets=("embed",))
@@ -303,7 +303,7 @@ def test_factors_of_an_embedding_that_do_not_fit(pool):
 MAGNITUDE = "base_model.model.up.lora_magnitude_vector"
 
 
-def test_magnitudes_that_do_not_fit(pool):
+def test_magnitudes_that_do_not_fit_are_refused(pool):
     def changed(edit, **fields):
         tensors = state(1, dora=True)
         edit(tensors)
@@ -336,10 +336,10 @@ def test_magnitudes_that_do_not_fit(pool):
     refused(pool, changed(nothing, lora_bias=True), "lora_bias: expected false beside use_dora")
     half = AdapterPool(Base(), max_slots=1, max_rank=8, dtype=torch.float16)
     half.load("x", changed(put(good * 1e6)))
-    assert half.modules["up"].magnitude.dtype == torch.float32, "as PEFT keeps them"
+    assert half.modules["up"].magnitude.dtype == torch.float32, "float32, as in PEFT"
 
 
-def test_a_regular_expression_that_never_ends_is_stopped(pool, monkeypatch):
+def test_catastrophic_regular_expression_times_out(pool, monkeypatch):
     monkeypatch.setattr(_patterns, "TIMEOUT_S", 1.0)
     base = Base()
     base.add_module("a" * 60, torch.nn.Linear(3, 3))

@@ -1,4 +1,4 @@
-"""Schemes of this package in files: PEFT loads what it would refuse to make."""
+"""Initialisations of this package in saved files, which PEFT must be able to load."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ def raw_of(folder):
 
 
 @pytest.mark.parametrize("scheme", ["init_a", "init_b", "INIT_B_NORMAL", "init_ab"])
-def test_a_scheme_that_peft_lacks_goes_into_a_field_of_its_own(scheme, tmp_path):
+def test_init_scheme_that_peft_lacks_is_saved_in_a_separate_field(scheme, tmp_path):
     ours = wrap(model(), LoraConfig(r=2, init_lora_weights=scheme))
     adapter = LoraAdapter.from_model(ours)
     adapter.save(tmp_path)
@@ -39,13 +39,13 @@ def test_a_scheme_that_peft_lacks_goes_into_a_field_of_its_own(scheme, tmp_path)
 
 
 @pytest.mark.parametrize("scheme", [True, False, "gaussian", "orthogonal"])
-def test_a_scheme_of_pefts_needs_no_field(scheme, tmp_path):
+def test_init_scheme_of_peft_needs_no_separate_field(scheme, tmp_path):
     LoraAdapter.from_model(wrap(model(), LoraConfig(r=2, init_lora_weights=scheme))).save(tmp_path)
     raw = raw_of(tmp_path)
     assert raw["init_lora_weights"] is (scheme is not False) and "lora_ext_init" not in raw
 
 
-def test_layers_that_differ_are_written_as_pefts_default(tmp_path):
+def test_layers_with_different_schemes_are_saved_with_pefts_default(tmp_path):
     ours = model()
     ours[0] = LoraLinear(ours[0], r=2, init_lora_weights="init_b")
     ours[2] = LoraLinear(ours[2], r=2, init_lora_weights="init_a")
@@ -57,7 +57,7 @@ def test_layers_that_differ_are_written_as_pefts_default(tmp_path):
     assert raw_of(tmp_path / "second")["lora_ext_init"] == "init_b"
 
 
-def test_a_configuration_of_ours_is_written_so_that_peft_reads_it(tmp_path):
+def test_saved_lora_config_of_ours_is_loadable_by_peft(tmp_path):
     config = LoraConfig(r=2, init_lora_weights="init_b", target_modules=["0"])
     ours = wrap(model(), config)
     save_adapter(tmp_path, config.to_dict(), LoraAdapter.from_model(ours).state_dict())
@@ -65,7 +65,7 @@ def test_a_configuration_of_ours_is_written_so_that_peft_reads_it(tmp_path):
     assert raw_of(tmp_path)["lora_ext_init"] == "init_b"
 
 
-def test_an_adapter_that_changed_the_base_weight_is_no_value_apart_from_it():
+def test_adapter_that_changed_the_base_weight_is_refused_until_restored():
     base = model()
     ours = wrap(copy.deepcopy(base), LoraConfig(r=2, init_lora_weights="pissa"))
     with pytest.raises(
@@ -74,10 +74,10 @@ def test_an_adapter_that_changed_the_base_weight_is_no_value_apart_from_it():
         LoraAdapter.from_model(ours)
     for layer in (ours[0], ours[2]):
         layer.restore_base_weight()
-    assert LoraAdapter.from_model(ours).modules.keys() == {"0", "2"}  # the weight is the base's
+    assert LoraAdapter.from_model(ours).modules.keys() == {"0", "2"}
 
 
-def test_a_deleted_adapter_leaves_no_record():
+def test_init_scheme_of_a_deleted_adapter_is_forgotten():
     layer = LoraEmbedding(nn.Embedding(7, 4), r=2)
     layer.add_adapter("b", r=2, init_lora_weights="init_b")
     assert layer.init_lora_weights == {"default": True, "b": "init_b"}

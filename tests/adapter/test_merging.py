@@ -19,20 +19,21 @@ MODES = ("delta", "factors", "delta_svd")
 
 
 def assert_delta(value, name, expected, tolerance=1e-5):
-    """float32 factors, rounded once: an entry is off by a few 2^-24 of a sum of products."""
+    """Check the update of ``name``: rounding the float32 factors once changes an entry by a few
+    2^-24 of a sum of products."""
     found = delta(value, name)
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "lora_alpha": 7}, {"use_dora": True}])
-def test_one_adapter_of_weight_one_comes_back_as_it_is(mode, fields):
+def test_one_adapter_of_weight_one_is_returned_unchanged(mode, fields):
     value = adapter(scale=1.7, **fields)
     assert merge_adapters([value], [1.0], mode) is value
     assert merge_adapters([value], [1], mode) == value
 
 
-def test_delta_is_the_sum_of_the_updates_whatever_ranks_and_scales():
+def test_delta_is_the_weighted_sum_of_updates_for_any_ranks_and_scales():
     first, second = adapter(1, ranks={Q: 4, V: 2}), adapter(2, ranks=3, scale=0.7)
     merged = merge_adapters([first, second], [0.25, -1.5])
     for name in SHAPES:
@@ -41,7 +42,7 @@ def test_delta_is_the_sum_of_the_updates_whatever_ranks_and_scales():
     assert merged.modules[Q].a.dtype == torch.float32
 
 
-def test_delta_of_other_modules_is_their_union():
+def test_delta_of_different_modules_is_their_union():
     first = adapter(1, shapes={Q: SHAPES[Q]})
     second = adapter(2, shapes={V: SHAPES[V]}, scale=0.3)
     merged = merge_adapters([first, second], [0.5, 2.0])
@@ -51,14 +52,14 @@ def test_delta_of_other_modules_is_their_union():
     assert set(merged.config.target_modules) == {Q, V}
 
 
-def test_an_adapter_of_no_module_adds_nothing():
+def test_adapter_without_modules_adds_nothing():
     value = adapter()
     nothing = prune_adapter(value, [])
     assert merge_adapters([value, nothing], [1.0, 5.0]) == value
     assert not merge_adapters([nothing, nothing], [1.0, 5.0], "delta_svd").modules
 
 
-def test_powers_of_two_cost_no_bit():
+def test_weights_that_are_powers_of_two_change_no_bit():
     first, second = adapter(1), adapter(2)
     merged = merge_adapters([first, second], [0.5, 2.0]).modules[Q]
     assert torch.equal(merged.a, torch.cat([first.modules[Q].a, second.modules[Q].a]))
@@ -66,7 +67,7 @@ def test_powers_of_two_cost_no_bit():
     assert merged.scaling == 2.0
 
 
-def test_factors_are_summed_each_by_itself():
+def test_factors_mode_sums_a_and_b_separately():
     first, second = adapter(1), adapter(2)
     half = interpolate_adapters(first, second, 0.5)
     (a, b), (a2, b2) = (value.modules[Q][:2] for value in (first, second))
@@ -76,7 +77,7 @@ def test_factors_are_summed_each_by_itself():
     assert_delta(merged, Q, (2.0 * (0.3 * b + 0.2 * b2) @ (0.3 * a + 0.2 * a2)).double())
 
 
-def test_scales_that_differ_are_folded_into_b():
+def test_different_scales_are_folded_into_b():
     first, second = adapter(1), rescaled(adapter(2), 0.75)
     half = interpolate_adapters(first, second, 0.5)
     (a, b), (a2, b2) = (value.modules[Q][:2] for value in (first, second))
@@ -84,7 +85,7 @@ def test_scales_that_differ_are_folded_into_b():
     assert_delta(half, Q, (0.25 * (2.0 * b + 0.75 * b2) @ (a + a2)).double())
 
 
-def test_the_svd_is_the_nearest_of_its_rank():
+def test_delta_svd_is_the_best_approximation_of_its_rank():
     first, second = adapter(1, dtype=torch.float64), adapter(2, scale=0.5, dtype=torch.float64)
     total = 0.6 * delta(first, Q) + 0.4 * delta(second, Q)
     u, s, vh = torch.linalg.svd(total)
@@ -99,7 +100,7 @@ def test_the_svd_is_the_nearest_of_its_rank():
     assert merge_adapters([first, second], [0.6, 0.4], "delta_svd").modules[Q].a.shape[0] == 4
 
 
-def test_the_product_is_never_formed(monkeypatch):
+def test_dense_product_is_never_formed(monkeypatch):
     shapes = {Q: (3000, 2000)}
     values = [adapter(i, shapes=shapes) for i in range(2)]
     largest = []
@@ -127,7 +128,7 @@ def test_the_product_is_never_formed(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("mode", MODES)
-def test_the_widest_dtype_rounded_once(mode, dtypes, widest):
+def test_merge_is_rounded_once_to_the_widest_dtype(mode, dtypes, widest):
     first, second = (adapter(i, dtype=d) for i, d in enumerate(dtypes))
     exact = [adapter(i, dtype=d) for i, d in enumerate(dtypes)]
     exact = [
@@ -157,7 +158,7 @@ def test_biases_are_summed_like_the_updates(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_inputs_do_not_change_and_no_graph_is_made(mode):
+def test_inputs_are_unchanged_and_no_graph_is_made(mode):
     values = [adapter(i) for i in range(2)]
     for value in values:
         for factors in value.modules.values():
@@ -170,7 +171,7 @@ def test_inputs_do_not_change_and_no_graph_is_made(mode):
 
 @given(weights=st.lists(st.floats(-4, 4), min_size=3, max_size=3), order=st.permutations(range(3)))
 @settings(max_examples=25, deadline=None)
-def test_the_order_of_the_adapters_does_not_matter(weights, order):
+def test_result_does_not_depend_on_the_order_of_adapters(weights, order):
     values = [adapter(i, ranks=i + 1, dtype=torch.float64, scale=i + 0.5) for i in range(3)]
     one = merge_adapters(values, weights)
     two = merge_adapters([values[i] for i in order], [weights[i] for i in order])
@@ -179,10 +180,10 @@ def test_the_order_of_the_adapters_does_not_matter(weights, order):
 
 
 # -------------------------------------------------------------------------------------------------
-# Lines
+# Interpolation
 
 
-def test_the_ends_of_a_line_are_the_adapters():
+def test_ends_of_an_interpolation_are_the_adapters():
     first, second = adapter(1), adapter(2, scale=0.5)
     for space in ("factors", "delta"):
         assert interpolate_adapters(first, second, 0, space) is first
@@ -192,7 +193,7 @@ def test_the_ends_of_a_line_are_the_adapters():
         assert torch.allclose(delta(middle, Q), delta(turned, Q), atol=1e-5)
 
 
-def test_an_adapter_on_the_way_to_itself_does_not_move():
+def test_interpolating_an_adapter_with_itself_changes_nothing():
     value = adapter(1)
     for lam in (0.1, 0.3, 0.5, 1.5):
         assert interpolate_adapters(value, value, lam) == value
@@ -200,7 +201,7 @@ def test_an_adapter_on_the_way_to_itself_does_not_move():
         assert_delta(moved, Q, delta(value, Q))
 
 
-def test_the_update_itself_goes_along_the_line_in_delta_space():
+def test_delta_space_interpolates_the_updates():
     first, second = adapter(1, ranks=2), adapter(2, ranks=5, scale=0.5)
     point = interpolate_adapters(first, second, 0.3, "delta")
     assert_delta(point, Q, 0.7 * delta(first, Q) + 0.3 * delta(second, Q))
@@ -212,7 +213,7 @@ def test_the_update_itself_goes_along_the_line_in_delta_space():
 
 @pytest.mark.parametrize("case", ["plain", "all-linear", "regex", "patterns", "bias"])
 @pytest.mark.parametrize("mode", MODES)
-def test_peft_and_the_pool_load_what_was_merged_from_folders(case, mode, tmp_path):
+def test_peft_and_the_pool_load_adapters_merged_from_folders(case, mode, tmp_path):
     base = CASES[case][0]()
     models = []
     for name in ("one", "two"):
@@ -229,7 +230,7 @@ def test_peft_and_the_pool_load_what_was_merged_from_folders(case, mode, tmp_pat
     assert LoraAdapter.load(tmp_path / "merged") == merged
 
 
-def test_an_embedding_and_its_base_weight_are_merged(tmp_path):
+def test_embedding_and_its_base_weight_are_merged(tmp_path):
     for name in ("one", "two"):
         peft_model("embedding-and-head").save_pretrained(tmp_path / name)
     merged = merge_adapters([tmp_path / "one", tmp_path / "two"], [0.5, 0.5])
@@ -244,7 +245,7 @@ def test_an_embedding_and_its_base_weight_are_merged(tmp_path):
         merge_adapters([tmp_path / "one", other], [0.5, 0.5])
 
 
-def test_what_one_adapter_excludes_the_merged_one_does_not_adapt(tmp_path):
+def test_excluded_modules_stay_excluded_after_a_merge(tmp_path):
     base = nn.ModuleDict(
         {
             "up": nn.Linear(5, 6),
@@ -263,7 +264,7 @@ def test_what_one_adapter_excludes_the_merged_one_does_not_adapt(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Refusals
+# Errors
 
 
 def refused(match, *arguments, kind=ValueError, **options):
@@ -271,7 +272,7 @@ def refused(match, *arguments, kind=ValueError, **options):
         merge_adapters(*arguments, **options)
 
 
-def test_arguments_that_do_not_fit_are_named():
+def test_invalid_arguments_are_named():
     one = adapter()
     refused(r"merge_adapters: adapters: expected at least one, found none", [], [])
     refused(r"weights: expected one for each of 1 adapters, found 2", [one], [1, 2])
@@ -287,7 +288,7 @@ def test_arguments_that_do_not_fit_are_named():
         interpolate_adapters(one, one, float("inf"))
 
 
-def test_factors_of_other_modules_or_ranks_name_the_first_that_differs():
+def test_error_for_different_modules_or_ranks_names_the_first_difference():
     one, fewer = adapter(), adapter(shapes={Q: SHAPES[Q]})
     wider = adapter(ranks={Q: 4, V: 6})
     for lam in (0.0, 0.5, 1.0):
@@ -303,14 +304,14 @@ def test_factors_of_other_modules_or_ranks_name_the_first_that_differs():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_adapters_of_another_model_are_refused(mode):
+def test_adapters_of_other_layer_sizes_are_refused(mode):
     other = adapter(shapes={Q: (24, 19), V: (12, 20)})
     match = rf"adapters\[1\]: {Q}: expected a layer of in \(20,\) and out 24 .*found .*\(19,\)"
     refused(match, [adapter(), other], [1, 1], mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_dora_and_whole_modules_are_refused_by_name(mode):
+def test_dora_is_refused_by_name(mode):
     dora = adapter(use_dora=True)
     refused(
         rf"adapters\[0\]: {Q}: .*DoRA.*magnitude", [dora, dora], [1, 1], mode,
@@ -321,19 +322,19 @@ def test_dora_and_whole_modules_are_refused_by_name(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_named(mode, value):
+def test_nonfinite_factors_are_named(mode, value):
     bad = adapter(1)
     bad.modules[V].b[3, 2] = value
     refused(rf"adapters\[1\]: {V}: b: expected finite", [adapter(), bad], [1, 1], mode)
 
 
-def test_a_sum_too_large_for_its_dtype_is_refused():
+def test_sum_that_overflows_its_dtype_is_refused():
     values = [adapter(i, dtype=torch.float16) for i in range(2)]
     refused(rf"merge_adapters: {Q}: b: .*float16 can hold", values, [1e6, 1.0])
 
 
-def test_every_pair_of_modes_agrees_where_all_are_exact():
-    """Both adapters share A: then summing factors sums updates, where the weights sum to one."""
+def test_modes_agree_if_all_are_exact():
+    # Both adapters share A, so summing factors equals summing updates if the weights sum to one.
     first = adapter(1, dtype=torch.float64)
     modules = {n: f._replace(b=f.b.flip(0)) for n, f in first.modules.items()}
     second = first.with_modules(modules)

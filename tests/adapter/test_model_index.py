@@ -1,4 +1,4 @@
-"""Which modules of a model may carry an adapter, where their pages lie, and what is refused."""
+"""`ModelIndex`: the modules of a model that can have an adapter, and the devices of their pages."""
 
 import copy
 
@@ -16,10 +16,10 @@ from lora_ext.adapter._model_index import ModelIndex
 from lora_ext.pool import AdapterPool
 
 
-def test_the_rooms_and_the_context_manager_keep_their_names():
+def test_packages_and_the_context_manager_keep_their_names():
     assert lora_ext.pool.AdapterPool is lora_ext.AdapterPool is AdapterPool
     assert lora_ext.adapter.save_adapter is not None
-    assert lora_ext.adapters is lora_ext.nn.adapters, "the context manager, no room"
+    assert lora_ext.adapters is lora_ext.nn.adapters, "the context manager, not a package"
 
 
 def _peft_model():
@@ -51,7 +51,7 @@ def _attached():
         (lambda: nn.LayerNorm(3), ValueError, "expected at least one Linear, Conv1D or Embedding"),
     ],
 )
-def test_a_model_that_cannot_have_a_pool_is_refused_with_the_remedy(make, kind, words):
+def test_model_that_cannot_have_a_pool_is_refused_with_the_remedy(make, kind, words):
     with pytest.raises(kind, match=f"AdapterPool: model: .*{words}"):
         AdapterPool(make())
 
@@ -60,7 +60,7 @@ def test_a_model_that_cannot_have_a_pool_is_refused_with_the_remedy(make, kind, 
 # Devices
 
 
-def test_a_model_on_meta_needs_a_device():
+def test_model_on_meta_needs_a_device():
     with torch.device("meta"):
         model = Base()
     with pytest.raises(ValueError, match=r"device: expected .* up's weight on meta; pass device="):
@@ -68,15 +68,15 @@ def test_a_model_on_meta_needs_a_device():
     assert AdapterPool(model, device="cpu").index.modules["up"].device.type == "cpu"
 
 
-def test_pages_of_an_offloaded_module_lie_where_accelerate_computes():
+def test_pages_of_an_offloaded_module_are_on_its_execution_device():
     model = accelerate.cpu_offload(Base(), execution_device=torch.device("cpu"))
     assert model.up.weight.is_meta
     index = ModelIndex.build(model)
     assert {spec.device for spec in index.modules.values()} == {torch.device("cpu")}
 
 
-def test_a_hook_around_a_module_counts_and_the_nearest_one_first():
-    # Hooks with a device that this machine may lack: the index only reads the name.
+def test_device_of_the_nearest_hook_is_used():
+    # The devices of these hooks need not exist: the index only reads their names.
     model = nn.ModuleDict({"far": nn.ModuleDict({"near": nn.Linear(3, 3)}), "own": nn.Linear(3, 3)})
     hooks = {"far": "cuda:1", "far.near": None, "own": "cuda:0"}
     for name, device in hooks.items():
@@ -101,7 +101,7 @@ def _offloaded_to_memory(model, _folder):
 
 
 @pytest.mark.parametrize("offload", [_offloaded_to_disk, _offloaded_to_memory])
-def test_an_offloaded_model_serves_the_same_adapters(offload, tmp_path):
+def test_offloaded_model_serves_the_same_adapters(offload, tmp_path):
     ids = torch.arange(2, 14).view(2, 6)
     model = llama()
     offloaded = offload(copy.deepcopy(model), tmp_path)
@@ -121,7 +121,7 @@ def test_an_offloaded_model_serves_the_same_adapters(offload, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Modules that see other rows than the batch's, or are not called at all
+# Modules whose rows differ from the batch's, or that are not called at all
 
 
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
@@ -129,7 +129,7 @@ _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def _small(name, kind="ForCausalLM", **fields):
-    """A function that makes a small model of transformers' class of that name."""
+    """Return a function that makes a small model of transformers' class of that name."""
     config = getattr(transformers, f"{name}Config")
     return lambda: getattr(transformers, f"{name}{kind}")(config(**fields))
 
@@ -148,7 +148,7 @@ _switch = _small(
 
 
 class _ExpertsInAList(nn.Module):
-    """As Mixtral was before its experts became one tensor, and as many models of others are."""
+    """Mixture of experts as in earlier versions of Mixtral and in many other models."""
 
     def __init__(self):
         super().__init__()
@@ -173,11 +173,11 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_a_mixture_of_experts_has_a_pool_without_its_routed_experts(family):
+def test_pool_of_a_mixture_excludes_its_routed_experts(family):
     make, some = MIXTURES[family]
     model = make()
     pool = AdapterPool(model, max_slots=1, max_rank=8)
-    assert some <= pool.modules.keys(), "what all tokens go through, routers and shared experts"
+    assert some <= pool.modules.keys(), "routers and shared experts, which all tokens pass"
     assert not [name for name in pool.modules if ".experts." in name and "router" not in name]
     lora_ext.attach(model, pool)
     lora_ext.detach(model)
@@ -196,8 +196,8 @@ def _factors(name, i=12, o=20):
     "make", [_ExpertsInAList, lambda: nn.ModuleDict({"q_proj": nn.Linear(12, 12)})]
 )
 @pytest.mark.parametrize("targets", [["q_proj", "w1"], None])
-def test_an_adapter_of_routed_experts_is_refused_by_name(make, targets, strict):
-    """Also where the model keeps its experts in one tensor, and so has no module of that name."""
+def test_adapter_of_routed_experts_is_refused_by_name(make, targets, strict):
+    # Also if the model keeps its experts in one tensor and has no module of that name.
     pool = AdapterPool(make(), max_slots=1, max_rank=8)
     raw = config(targets=()) | {"target_modules": targets}
     tensors = _factors("q_proj", 12, 12) | _factors(EXPERT)
@@ -208,7 +208,7 @@ def test_an_adapter_of_routed_experts_is_refused_by_name(make, targets, strict):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_factors_of_a_module_that_is_not_called_are_never_skipped(strict):
-    """PEFT's all-linear takes ``out_proj`` too, which attention reads past its forward."""
+    # PEFT's all-linear includes ``out_proj``, which attention reads outside its forward.
     model = nn.ModuleDict({"layer": nn.MultiheadAttention(12, 2), "up": nn.Linear(12, 20)})
     pool = AdapterPool(model, max_slots=1, max_rank=8)
     assert list(pool.modules) == ["up"]
@@ -220,12 +220,11 @@ def test_factors_of_a_module_that_is_not_called_are_never_skipped(strict):
 
 
 # -------------------------------------------------------------------------------------------------
-# Layers whose weights are read instead of the layers being called
+# Layers whose weights are read although the layers are not called
 
 
 class _Reads(nn.Module):
-    """As Mamba does with its ``dt_proj``: ``read`` is never called, ``asked`` only says its
-    dtype."""
+    """Model that, as Mamba, never calls ``read`` and reads the dtype of ``asked``."""
 
     def __init__(self):
         super().__init__()
@@ -258,13 +257,13 @@ _JAMBA = {
     ],
     ids=["ours", "mamba", "falcon-mamba", "jamba", "bloom", "exact-bloom"],
 )
-def test_layers_whose_weights_are_read_are_known(make, ends):
+def test_layers_whose_weights_are_read_are_bypassed(make, ends):
     assert {name.rpartition(".")[2] for name in ModelIndex.build(make()).bypassed} == ends
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_an_adapter_on_a_layer_that_nobody_calls_is_refused_by_name(strict):
-    """Its zeros are not: PEFT puts factors there too, and no gradient ever reaches them."""
+def test_adapter_on_a_layer_that_is_not_called_is_refused_by_name(strict):
+    # Zeros are accepted: PEFT adds factors there too, and no gradient reaches them.
     pool = AdapterPool(nn.Sequential(_Reads()), max_slots=1, max_rank=2)
     targets = ["read", "called"]
     state = {}

@@ -1,4 +1,4 @@
-"""Weights of a whole model, one at a time: paired by name, read lazily, and not trusted."""
+"""`ModelWeights`: weights of a model, paired by name, read lazily, from untrusted files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def weights(source, *modules: str) -> list[Tensor]:
 
 
 def sharded(folder: Path, index: bool = True, shards: int = 3) -> dict[str, Tensor]:
-    """A model's weights in several files, as transformers lays them out."""
+    """Save a model's weights in several files, as transformers does."""
     tensors = {k: v.clone() for k, v in llama().state_dict().items()}
     placed = {
         k: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, k in enumerate(tensors)
@@ -37,14 +37,14 @@ def sharded(folder: Path, index: bool = True, shards: int = 3) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_shards_are_read_with_an_index_and_without(tmp_path: Path, index: bool):
+def test_shards_are_read_with_and_without_an_index(tmp_path: Path, index: bool):
     tensors = sharded(tmp_path, index)
     modules = [k.removesuffix(".weight") for k in tensors if k.endswith(".weight")]
     for module, weight in zip(modules, weights(tmp_path, *modules), strict=True):
         assert torch.equal(weight, tensors[f"{module}.weight"])
 
 
-def test_a_single_file_is_read_by_its_folder_and_by_its_name(tmp_path: Path):
+def test_single_file_is_read_by_its_folder_and_by_its_name(tmp_path: Path):
     model = llama()
     model.save_pretrained(tmp_path)
     expected = model.get_submodule(Q).weight
@@ -53,7 +53,7 @@ def test_a_single_file_is_read_by_its_folder_and_by_its_name(tmp_path: Path):
         assert torch.equal(weight, expected)
 
 
-def test_a_live_model_and_its_state_dict_give_their_own_memory():
+def test_live_model_and_its_state_dict_are_not_copied():
     model = llama()
     for source in (model, model.state_dict()):
         (weight,) = weights(source, Q)
@@ -62,13 +62,13 @@ def test_a_live_model_and_its_state_dict_give_their_own_memory():
 
 
 @pytest.mark.parametrize("kind", ["ours", "peft", "fused"])
-def test_adapted_models_give_the_weights_below_their_adapters(kind: str):
+def test_adapted_models_give_their_base_weights(kind: str):
     (weight,) = weights(adapted(kind), Q)
     assert torch.equal(weight, llama().get_submodule(Q).weight)
 
 
 @pytest.mark.parametrize("kind", ["ours", "peft"])
-def test_a_weight_with_an_adapter_merged_into_it_is_refused(kind: str):
+def test_weight_with_a_merged_adapter_is_refused(kind: str):
     model = adapted(kind)
     next(m for n, m in model.named_modules() if n.endswith(Q)).merge()
     with pytest.raises(ValueError, match=r"test: base: .*q_proj.*\['default'\] merged.*unmerge"):
@@ -78,19 +78,19 @@ def test_a_weight_with_an_adapter_merged_into_it_is_refused(kind: str):
 @pytest.mark.parametrize(
     "prefix", ["base_model.model.", "module.", "_orig_mod.", "module.base_model.model."]
 )
-def test_prefixes_of_wrappers_make_no_difference(prefix: str):
+def test_prefixes_of_wrappers_are_ignored(prefix: str):
     named = {f"{prefix}{k}": v for k, v in llama().state_dict().items()}
     (weight,) = weights(named, Q)
     assert weight is not None and torch.equal(weight, llama().get_submodule(Q).weight)
 
 
-def test_a_model_without_its_head_pairs_with_one_that_has_it():
+def test_model_without_its_head_is_paired_with_one_that_has_it():
     whole, bare = llama(), llama().model
     assert torch.equal(weights(bare, Q)[0], weights(whole, Q)[0])
     assert torch.equal(weights(whole, Q.removeprefix("model."))[0], weights(bare, Q)[0])
 
 
-def test_the_exact_name_wins_and_two_others_are_not_chosen_between():
+def test_exact_name_is_preferred_and_two_others_are_ambiguous():
     one, two = torch.ones(2, 2), torch.zeros(2, 2)
     assert weights({"model.up.weight": one, "up.weight": two}, "up")[0].sum() == 0
     with pytest.raises(
@@ -100,13 +100,13 @@ def test_the_exact_name_wins_and_two_others_are_not_chosen_between():
         weights({"model.up.weight": one, "up.weight": two}, "transformer.up")
 
 
-def test_order_means_nothing():
+def test_order_of_tensors_is_ignored():
     tensors = llama().state_dict()
     turned = dict(reversed(tensors.items()))
     assert torch.equal(weights(turned, Q)[0], weights(tensors, Q)[0])
 
 
-def test_absent_modules_are_a_key_error_that_lists_five(tmp_path: Path):
+def test_absent_modules_raise_a_key_error_that_lists_five(tmp_path: Path):
     llama().save_pretrained(tmp_path)
     absent = [f"model.layers.{i}.q" for i in range(7, 14)]
     with pytest.raises(KeyError) as error:
@@ -116,7 +116,7 @@ def test_absent_modules_are_a_key_error_that_lists_five(tmp_path: Path):
     assert all(name in text for name in absent[:5]) and absent[5] not in text
 
 
-def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_requested_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from lora_ext._files import SafetensorsFile
 
     sharded(tmp_path)
@@ -133,10 +133,10 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 # -------------------------------------------------------------------------------------------------
-# What is quantised
+# Quantised weights
 
 
-def test_quantised_weights_are_a_type_error_with_advice(tmp_path: Path):
+def test_quantised_weights_raise_a_type_error_with_the_remedy(tmp_path: Path):
     packed = {f"{Q}.weight": torch.zeros(4, 1, dtype=torch.uint8)}
     save_file(packed, tmp_path / "model.safetensors")
     for source in (packed, tmp_path):
@@ -148,7 +148,7 @@ def test_quantised_weights_are_a_type_error_with_advice(tmp_path: Path):
         weights({f"{Q}.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, Q)
 
 
-def test_a_packed_layer_without_a_weight_is_quantised_and_not_absent():
+def test_packed_layer_without_a_weight_is_reported_as_quantised():
     with pytest.raises(TypeError, match=r"found model.up.qweight of a quantised model; dequantise"):
         weights({"model.up.qweight": torch.zeros(2, 2, dtype=torch.int32)}, "model.up")
 
@@ -161,13 +161,13 @@ def test_a_packed_layer_without_a_weight_is_quantised_and_not_absent():
         weights(nn.ModuleDict({"up": Packed()}), "up")
 
 
-def test_a_weight_on_meta_says_that_it_has_no_values():
+def test_weight_on_meta_is_refused():
     with pytest.raises(ValueError, match=r"q_proj.weight: expected values, found a weight on meta"):
         weights(llama().to("meta"), Q)
 
 
 # -------------------------------------------------------------------------------------------------
-# What is no model
+# Invalid sources
 
 
 @pytest.mark.parametrize(
@@ -178,12 +178,12 @@ def test_a_weight_on_meta_says_that_it_has_no_values():
         ({"a.weight": 3}, ValueError, "test: base: expected names with tensors"),
     ],
 )
-def test_what_is_no_source_is_refused(source, error: type, message: str):
+def test_invalid_sources_are_refused(source, error: type, message: str):
     with pytest.raises(error, match=message):
         weights(source, Q)
 
 
-def test_a_folder_without_safetensors_says_what_is_there(tmp_path: Path):
+def test_error_for_a_folder_without_safetensors_names_its_content(tmp_path: Path):
     with pytest.raises(ValueError, match="expected a folder of safetensors files, found none"):
         weights(tmp_path, Q)
     (tmp_path / "pytorch_model.bin").touch()
@@ -208,21 +208,21 @@ def test_a_folder_without_safetensors_says_what_is_there(tmp_path: Path):
         ("{", "expected JSON"),
     ],
 )
-def test_a_hostile_index_is_refused(tmp_path: Path, index: str, message: str):
+def test_invalid_index_is_refused(tmp_path: Path, index: str, message: str):
     save_file({"b.weight": torch.ones(2)}, tmp_path / "there.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ValueError, match=message):
         weights(tmp_path, "b")
 
 
-def test_a_tensor_in_two_files_is_refused_and_files_are_closed(tmp_path: Path):
+def test_tensor_in_two_files_is_refused(tmp_path: Path):
     for name in ("one", "two"):
         save_file({"b.weight": torch.ones(2, 2)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"b.weight: expected in one file, found in one.* and two"):
         weights(tmp_path, "b")
 
 
-def test_a_damaged_shard_is_refused_before_anything_is_read(tmp_path: Path):
+def test_damaged_shard_is_refused(tmp_path: Path):
     sharded(tmp_path)
     victim = tmp_path / "model-00002-of-00003.safetensors"
     victim.write_bytes(victim.read_bytes()[:-4])

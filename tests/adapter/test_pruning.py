@@ -1,4 +1,4 @@
-"""``prune_adapter``: fewer modules, the others as the very tensors."""
+"""``prune_adapter``: fewer modules; the kept ones share their tensors."""
 
 import copy
 import warnings
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.parametrize("mode", ["remove", "zero"])
 @pytest.mark.parametrize("keep", [[Q], {Q}, lambda name: "q_proj" in name, iter([Q])])
-def test_what_is_kept_is_kept_as_the_very_tensors(mode, keep):
+def test_kept_modules_share_their_tensors(mode, keep):
     value = adapter(lora_bias=True)
     before = copy.deepcopy(value)
     if not callable(keep) and not isinstance(keep, list | set):
-        keep = iter([Q])  # one iterator serves once
+        keep = iter([Q])
     found = prune_adapter(value, keep, mode)
     assert found.modules[Q] is value.modules[Q]
     assert value == before
@@ -35,7 +35,7 @@ def test_what_is_kept_is_kept_as_the_very_tensors(mode, keep):
         assert bias is not None and not bias.any()
 
 
-def test_keeping_all_or_nothing():
+def test_all_or_no_modules_can_be_kept():
     value = adapter()
     assert prune_adapter(value, [Q, V]) == value
     assert prune_adapter(value, lambda _: True, "zero") == value
@@ -43,7 +43,7 @@ def test_keeping_all_or_nothing():
     assert not nothing.modules and nothing.config.target_modules == ()
 
 
-def test_an_adapter_of_no_module_is_not_written(tmp_path):
+def test_adapter_without_modules_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="expected adapted modules, found none"):
         prune_adapter(adapter(), []).save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -51,7 +51,7 @@ def test_an_adapter_of_no_module_is_not_written(tmp_path):
 
 @pytest.mark.parametrize("mode", ["remove", "zero"])
 @pytest.mark.parametrize("case", CASES)
-def test_peft_and_the_pool_load_what_is_left(case, mode, tmp_path):
+def test_peft_and_the_pool_load_pruned_adapters(case, mode, tmp_path):
     base = CASES[case][0]()
     peft_model(case).save_pretrained(tmp_path / "old")
     names = sorted(LoraAdapter.load(tmp_path / "old").modules)
@@ -70,7 +70,7 @@ def test_peft_and_the_pool_load_what_is_left(case, mode, tmp_path):
     assert LoraAdapter.load(tmp_path / "new") == found
 
 
-def test_survivors_whose_names_end_others_do_not_bring_these_back(tmp_path):
+def test_kept_names_that_are_suffixes_of_others_do_not_match_these(tmp_path):
     shapes = {"up": (6, 5), "block.up": (6, 5), "block.down": (5, 6), "c.block.up": (6, 5)}
     base = nn.ModuleDict(
         {
@@ -91,7 +91,7 @@ def test_survivors_whose_names_end_others_do_not_bring_these_back(tmp_path):
         AdapterPool(base, max_slots=1, max_rank=8).load("a", tmp_path)
 
 
-def test_peft_says_nothing_when_it_loads_an_ordinary_one(tmp_path):
+def test_peft_loads_an_ordinary_pruned_adapter_without_warnings(tmp_path):
     peft_model("plain").save_pretrained(tmp_path / "old")
     found = prune_adapter(tmp_path / "old", lambda name: ".0." in name)
     assert found.config.exclude_modules is None
@@ -101,7 +101,7 @@ def test_peft_says_nothing_when_it_loads_an_ordinary_one(tmp_path):
         peft.PeftModel.from_pretrained(CASES["plain"][0](), tmp_path / "new")
 
 
-def test_the_weight_of_a_module_that_is_gone_goes_too():
+def test_base_weight_of_a_removed_module_is_removed_too():
     value = LoraAdapter.from_model(peft_model("embedding-and-head"))
     head = next(name for name in value.modules if name.endswith("lm_head"))
     found = prune_adapter(value, [head])
@@ -110,7 +110,7 @@ def test_the_weight_of_a_module_that_is_gone_goes_too():
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_the_trained_bias_of_a_base_layer_has_the_name_that_peft_gives_it_then(bias, tmp_path):
+def test_trained_bias_of_a_removed_module_is_renamed_as_in_peft(bias, tmp_path):
     base = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4))
     config = peft.LoraConfig(r=2, target_modules=["0", "1"], bias=bias, init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(base), config)
@@ -127,7 +127,7 @@ def test_the_trained_bias_of_a_base_layer_has_the_name_that_peft_gives_it_then(b
     assert LoraAdapter.load(tmp_path) == found == LoraAdapter.from_model(theirs)
 
 
-def test_bad_arguments_are_named():
+def test_invalid_arguments_are_named():
     value = adapter()
     with pytest.raises(
         ValueError, match=r"prune_adapter: keep: expected modules .* found 'q_proj'"

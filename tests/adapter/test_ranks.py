@@ -1,4 +1,4 @@
-"""Singular values and effective ranks of adapters: known answers, laws, and what is refused."""
+"""Singular values and effective ranks of adapters: known values, properties and errors."""
 
 import math
 import warnings
@@ -42,7 +42,7 @@ def orthogonal(size, seed):
 
 
 # -------------------------------------------------------------------------------------------------
-# Known answers
+# Known values
 
 SPECTRA = [
     (
@@ -80,25 +80,25 @@ SPECTRA = [
 
 
 @pytest.mark.parametrize(("spectrum", "expected"), SPECTRA, ids=str)
-def test_known_spectra(spectrum, expected):
+def test_effective_ranks_of_known_spectra(spectrum, expected):
     for kind, value in expected.items():
         assert effective_rank(diagonal(*spectrum), kind=kind, k=2) == pytest.approx(value, rel=1e-8)
 
 
-def test_known_thresholds():
+def test_threshold_ranks_of_known_spectra():
     dense = diagonal(1, 0.5, 0.05, 0.005, 0.0005)
     taus = (1e-1, 1e-2, 1e-3, 1e-4)
     found = [effective_rank(dense, kind="threshold", tau=tau) for tau in taus]
     assert found == [2, 3, 4, 5] and all(type(count) is int for count in found)
 
 
-def test_a_value_on_the_threshold_does_not_count():
+def test_value_equal_to_the_threshold_is_not_counted():
     assert effective_rank(diagonal(10, 1), kind="threshold", tau=0.1) == 1
     assert effective_rank(diagonal(0.5, 0.25), kind="absolute", tau=0.25) == 1
 
 
 @pytest.mark.parametrize("method", ["qr", "gram"])
-def test_a_fresh_adapter_has_rank_zero(method):
+def test_fresh_adapter_has_rank_zero(method):
     layer = LoraLinear(nn.Linear(8, 6), r=4)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     for kind in RANKS if method == "qr" else ("threshold", "stable", "participation"):
@@ -107,12 +107,12 @@ def test_a_fresh_adapter_has_rank_zero(method):
 
 
 # -------------------------------------------------------------------------------------------------
-# Laws
+# Properties
 
 
 @pytest.mark.parametrize(("m", "n"), [(48, 40), (20, 48), (48, 20)])
 @pytest.mark.parametrize("r", [1, 4, 33])
-def test_singular_values_are_those_of_the_product(r, m, n):
+def test_singular_values_equal_those_of_the_product(r, m, n):
     a, b = factors(r, m, n)
     expected = torch.linalg.svdvals(-0.5 * b @ a)[: min(r, m, n)]
     found = lora_singular_values(a, b, scaling=-0.5)
@@ -120,7 +120,7 @@ def test_singular_values_are_those_of_the_product(r, m, n):
     assert (found - expected).abs().max() <= 1e-12 * expected[0]
 
 
-def test_a_repeated_row_costs_one_rank():
+def test_repeated_row_lowers_the_rank_by_one():
     a, b = factors(5)
     a[3] = a[1]
     found = lora_singular_values(a, b)
@@ -135,7 +135,7 @@ def test_a_repeated_row_costs_one_rank():
     st.integers(0, 99),
 )
 @settings(max_examples=200, deadline=None)
-def test_ranks_keep_their_order_and_see_the_spectrum_alone(spectrum, seed):
+def test_ranks_are_ordered_and_depend_only_on_the_spectrum(spectrum, seed):
     size = len(spectrum)
     a = orthogonal(size, seed)
     b = orthogonal(size, seed + 1) @ diagonal(*spectrum)
@@ -146,7 +146,7 @@ def test_ranks_keep_their_order_and_see_the_spectrum_alone(spectrum, seed):
         assert low <= high * (1 + 1e-9)
 
 
-def test_ranks_do_not_depend_on_how_the_product_is_split():
+def test_ranks_do_not_depend_on_the_factorisation():
     a, b = factors(6)
     mix = factors(6, 6, 6, seed=3)[0]
     others = [
@@ -164,14 +164,14 @@ def test_ranks_do_not_depend_on_how_the_product_is_split():
             assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_absolute_counts_values_of_the_scaled_update():
+def test_absolute_rank_counts_singular_values_of_the_scaled_update():
     assert effective_rank(diagonal(1, 0.1), kind="absolute", tau=0.5) == 1
     assert effective_rank(diagonal(1, 0.1), kind="absolute", tau=0.5, scaling=6.0) == 2
     assert effective_rank(diagonal(100, 3), kind="absolute", tau=2.0) == 2
 
 
 @pytest.mark.parametrize("kind", ["threshold", "stable", "participation"])
-def test_gram_matrices_give_the_same(kind):
+def test_gram_method_equals_the_exact_method(kind):
     for seed, (r, m, n) in enumerate([(1, 9, 5), (6, 24, 17), (12, 24, 8), (12, 8, 24)]):
         a, b = factors(r, m, n, seed)
         args = {"kind": kind, "tau": 0.2, "scaling": 0.5}
@@ -180,7 +180,7 @@ def test_gram_matrices_give_the_same(kind):
         assert effective_rank(b @ a, **args, method="gram") == pytest.approx(exact, rel=1e-10)
 
 
-def test_figures_of_grams_hold_for_tiny_and_for_large_factors():
+def test_gram_figures_are_accurate_for_tiny_and_large_factors():
     a, b = factors(4)
     expected = effective_rank(a, b, "participation")
     for size in (1e-60, 1.0, 1e60):
@@ -191,13 +191,13 @@ def test_figures_of_grams_hold_for_tiny_and_for_large_factors():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_narrow_factors_are_widened_first(dtype):
+def test_low_precision_factors_are_widened_first(dtype):
     a, b = factors(4, dtype=dtype)
     expected = torch.linalg.svdvals(b.double() @ a.double())[:4]
     torch.testing.assert_close(lora_singular_values(a, b), expected, rtol=1e-12, atol=0)
 
 
-def test_arguments_stay_as_they_were():
+def test_arguments_are_unchanged():
     a, b = (t.requires_grad_() for t in factors(4))
     before = a.detach().clone(), b.detach().clone()
     assert not lora_singular_values(a, b).requires_grad
@@ -220,7 +220,7 @@ def expected_report(model, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
-def test_a_report_of_a_model(kind, settings):
+def test_report_of_a_model_equals_single_calls(kind, settings):
     model = adapted(kind, targets=("q_proj", "down_proj"), **settings)
     rows = rank_report(model, kinds=("entropy", "threshold"), taus=(0.1, 1e-5)).rows
     expected = expected_report(model, kind)
@@ -242,7 +242,7 @@ def test_a_report_of_a_model(kind, settings):
         assert row["threshold@0.1"] == effective_rank(a, b, "threshold", tau=0.1, scaling=scaling)
 
 
-def test_model_folder_value_and_state_dict_agree(tmp_path):
+def test_reports_of_model_folder_value_and_state_dict_are_equal(tmp_path):
     model = adapted("peft", use_rslora=True)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     rows = list(rank_report(model))
@@ -260,7 +260,7 @@ def test_model_folder_value_and_state_dict_agree(tmp_path):
             assert row["entropy"] == pytest.approx(by_name[name]["entropy"])
 
 
-def test_an_adapter_is_chosen_by_its_name():
+def test_adapter_is_selected_by_name():
     model = adapted("peft", "first", "second")
     first, second = (rank_report(model, name).rows for name in ("first", "second"))
     assert first[0]["fro"] != second[0]["fro"]
@@ -272,7 +272,7 @@ def test_an_adapter_is_chosen_by_its_name():
         rank_report(model.state_dict(), "third")
 
 
-def test_factors_of_the_published_code():
+def test_report_reads_the_layout_of_the_published_code():
     a, b = factors(4)
     state = {
         "transformer.h.0.mlp.c_proj.lora_layer.lora_A": a.T,
@@ -284,7 +284,7 @@ def test_factors_of_the_published_code():
     assert row["shape"] == (24, 17) and row["entropy"] == effective_rank(a, b)
 
 
-def test_embeddings_and_convolutions_are_matrices(tmp_path):
+def test_embeddings_and_convolutions_are_reported_as_matrices(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(11, 6), nn.Conv2d(3, 5, 2, stride=2))
     config = peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
@@ -298,7 +298,7 @@ def test_embeddings_and_convolutions_are_matrices(tmp_path):
     assert all(1 <= row["entropy"] <= 2 for row in rows)
 
 
-def test_a_table_has_a_line_for_each_module():
+def test_table_has_one_line_per_module():
     report = rank_report(adapted("ours"))
     lines = report.to_table().splitlines()
     assert len(lines) == 1 + len(report) == 7
@@ -307,7 +307,7 @@ def test_a_table_has_a_line_for_each_module():
         assert line.startswith(row["module"]) and f"{row['entropy']:.4g}" in line.split()
 
 
-def test_a_table_of_nothing_has_its_heading():
+def test_empty_table_has_its_heading():
     assert RankReport(()).to_table() == "module"
 
 
@@ -342,20 +342,20 @@ A, B = factors(4)
         ({"a": A, "b": B, "scaling": math.nan}, "scaling: expected a finite number, found nan"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_invalid_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=f"^effective_rank: {message}"):
         effective_rank(**arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_factors_are_floating(dtype):
+def test_integer_and_complex_factors_are_refused(dtype):
     with pytest.raises(TypeError, match="a: expected a floating tensor, found torch"):
         lora_singular_values(A.to(dtype), B)
     with pytest.raises(TypeError, match="b: expected a floating tensor, found list"):
         effective_rank(A, B.tolist())
 
 
-def test_a_bad_module_is_named(tmp_path):
+def test_nonfinite_module_is_named(tmp_path):
     model = adapted("ours")
     name = "model.layers.1.mlp.down_proj"
     with torch.no_grad():
@@ -366,7 +366,7 @@ def test_a_bad_module_is_named(tmp_path):
             rank_report(source)
 
 
-def test_half_of_a_module_is_named(tmp_path):
+def test_module_with_only_one_factor_is_named(tmp_path):
     state = {"x.lora_A.weight": A, "x.lora_B.weight": B, "y.lora_A.weight": A}
     with pytest.raises(KeyError, match=r"y: .* found y\.lora_A\.weight without its lora_B"):
         rank_report(state)
@@ -385,16 +385,16 @@ def test_half_of_a_module_is_named(tmp_path):
         ({"layout": "r_out"}, "rank_report: layout: expected one of .*, found 'r_out'"),
     ],
 )
-def test_bad_settings_of_a_report_are_named(arguments, message):
+def test_invalid_settings_of_a_report_are_named(arguments, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         rank_report({"x.lora_A.weight": A, "x.lora_B.weight": B}, **arguments)
 
 
-def test_the_layout_of_the_published_code_is_for_state_dicts():
+def test_layout_of_the_published_code_is_only_for_state_dicts():
     with pytest.raises(ValueError, match=r"layout: expected one of .*'r_in'.*, found 'in_r'"):
         rank_report(adapted("ours"), layout="in_r")
 
 
-def test_a_model_without_adapters_is_refused():
+def test_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match="expected an adapter of Linear"):
         rank_report(nn.Linear(3, 4))

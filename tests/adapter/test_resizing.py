@@ -1,4 +1,4 @@
-"""``resize_adapter``: exact where the rank grows, nearest where it falls, with the error."""
+"""``resize_adapter``: exact for larger ranks, the best approximation and its error for smaller."""
 
 import copy
 import time
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_smaller_rank_is_the_nearest_and_the_error_is_what_was_dropped(dtype):
+def test_smaller_rank_is_the_best_approximation_with_its_error(dtype):
     value = adapter(ranks={Q: 6, V: 3}, dtype=dtype, scale=-1.5)
     small, errors = resize_adapter(value, 2)
     for name in SHAPES:
@@ -27,13 +27,13 @@ def test_a_smaller_rank_is_the_nearest_and_the_error_is_what_was_dropped(dtype):
         change = (delta(value, name) - delta(small, name)).norm()
         assert errors[name] == pytest.approx(float(s[2:].square().sum().sqrt()), rel=1e-10)
         assert errors[name] == pytest.approx(float(change), rel=1e-6)
-        assert torch.allclose(factors.a.norm(dim=1), factors.b.norm(dim=0)), "roots in either"
+        assert torch.allclose(factors.a.norm(dim=1), factors.b.norm(dim=0)), "equal norms"
 
 
 @pytest.mark.parametrize(
     "fields", [{}, {"use_rslora": True}, {"lora_bias": True}, {"use_dora": True}]
 )
-def test_growing_changes_no_bit_of_the_update(fields):
+def test_larger_rank_changes_no_bit_of_the_update(fields):
     value = adapter(**fields)
     big, errors = resize_adapter(value, 9)
     assert errors == {Q: 0.0, V: 0.0}
@@ -43,12 +43,12 @@ def test_growing_changes_no_bit_of_the_update(fields):
         assert not new.b[:, 4:].any() and new.scaling == old.scaling
         assert (new.a[4:] != 0).all() and new.a[4:].abs().max() <= 20**-0.5
         assert new.bias is old.bias and new.magnitude is old.magnitude
-    assert big == resize_adapter(value, 9)[0], "the same rows every time"
+    assert big == resize_adapter(value, 9)[0], "the new rows must be deterministic"
     other, _ = resize_adapter(value, 9, torch.Generator().manual_seed(1))
     assert big != other
 
 
-def test_there_and_back_is_lossless():
+def test_growing_and_shrinking_back_is_lossless():
     value = adapter()
     big, _ = resize_adapter(value, 16)
     back, errors = resize_adapter(big, 4)
@@ -57,7 +57,7 @@ def test_there_and_back_is_lossless():
         assert errors[name] < 1e-12
 
 
-def test_ranks_by_name_leave_the_others_as_they_are():
+def test_ranks_by_name_leave_other_modules_unchanged():
     value = adapter()
     found, errors = resize_adapter(value, {V: 2})
     assert found.modules[Q].a is value.modules[Q].a and errors[Q] == 0.0
@@ -66,21 +66,21 @@ def test_ranks_by_name_leave_the_others_as_they_are():
     assert same == value and same.modules[V].b is value.modules[V].b
 
 
-def test_rank_zero_takes_the_module_out():
+def test_rank_zero_removes_the_module():
     value = adapter()
     found, errors = resize_adapter(value, {V: 0})
     assert found.modules.keys() == {Q} and set(found.config.target_modules) == {Q}
     assert errors[V] == pytest.approx(float(delta(value, V).norm()))
 
 
-def test_a_rank_beyond_the_size_of_the_layer_is_reached():
+def test_rank_may_exceed_the_size_of_the_layer():
     value = adapter(shapes={Q: (3, 5)}, ranks=7)
     small, errors = resize_adapter(value, 6)
     assert small.modules[Q].a.shape == (6, 5) and errors[Q] < 1e-12
     assert torch.allclose(delta(small, Q), delta(value, Q), atol=1e-5)
 
 
-def test_the_adapter_does_not_change():
+def test_resizing_leaves_its_input_unchanged():
     value = adapter()
     before = copy.deepcopy(value)
     resize_adapter(value, 2)
@@ -90,7 +90,7 @@ def test_the_adapter_does_not_change():
 
 @pytest.mark.parametrize("rank", [3, 9, "mixed"])
 @pytest.mark.parametrize("case", CASES)
-def test_peft_and_the_pool_load_every_rank(case, rank, tmp_path):
+def test_peft_and_the_pool_load_resized_adapters(case, rank, tmp_path):
     base = CASES[case][0]()
     peft_model(case).save_pretrained(tmp_path / "old")
     names = sorted(LoraAdapter.load(tmp_path / "old").modules)
@@ -102,7 +102,7 @@ def test_peft_and_the_pool_load_every_rank(case, rank, tmp_path):
     assert LoraAdapter.load(tmp_path / "new") == found
 
 
-def test_bad_ranks_and_values_are_named():
+def test_invalid_ranks_and_values_are_named():
     value = adapter()
     for rank, found in ((-1, "-1"), (2.0, "2.0"), (True, "True"), (None, "None")):
         with pytest.raises(ValueError, match=rf"resize_adapter: rank: .* integer .*found {found}"):
@@ -115,8 +115,8 @@ def test_bad_ranks_and_values_are_named():
 
 
 @pytest.mark.slow
-def test_large_adapters_take_seconds():
-    """24 modules of (3072, 768) at r = 64 in 3 s of one core."""
+def test_large_adapters_are_merged_and_resized_within_seconds():
+    # 24 modules of (3072, 768) at r = 64 take less than 3 s on one core.
     shapes = {f"layers.{i}.mlp": (3072, 768) for i in range(24)}
     values = [adapter(i, ranks=64, shapes=shapes) for i in range(2)]
     threads = torch.get_num_threads()
@@ -133,7 +133,7 @@ def test_large_adapters_take_seconds():
     assert merged - start < 3 and resized - merged < 3
 
 
-def test_a_scale_that_no_alpha_gives_moves_by_one_bit_at_most():
+def test_scale_without_an_exact_alpha_changes_by_at_most_one_bit():
     value = adapter(ranks=3, shapes={Q: SHAPES[Q]}, scale=1 / 3)
     for rank in range(1, 40):
         found = resize_adapter(value, rank)[0]
@@ -142,12 +142,13 @@ def test_a_scale_that_no_alpha_gives_moves_by_one_bit_at_most():
         assert new == found.config.ranks_and_scales([Q])[0][Q][1]
 
 
-def test_a_peft_config_of_another_kind_is_no_hindrance(tmp_path):
-    """PEFT knows more ways to begin than matter afterwards."""
+def test_resized_adapter_loads_whatever_its_init_scheme(tmp_path):
+    # PEFT has initialisations that no longer matter after training.
     model = peft.get_peft_model(
         CASES["plain"][0](),
         peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights="orthogonal"),
     )
-    found, _ = resize_adapter(LoraAdapter.from_model(model), 3)  # odd: "orthogonal" would refuse it
+    # Odd rank: PEFT's "orthogonal" would refuse it.
+    found, _ = resize_adapter(LoraAdapter.from_model(model), 3)
     found.save(tmp_path)
     assert_peft_finds_every_key(CASES["plain"][0](), tmp_path)

@@ -1,4 +1,4 @@
-"""All that PEFT writes survives load and save bit for bit, also what no operation takes."""
+"""Loading and saving keep every bit of PEFT's files, including parts that no operation supports."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Mixed(nn.Module):
-    """One of every kind that PEFT adapts, and two modules that are trained as a whole."""
+    """Model with every kind of layer that PEFT adapts, and two modules that are trained whole."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +102,7 @@ def test_load_and_save_keep_every_bit(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_peft_and_from_peft_load_what_was_saved(case, tmp_path):
+def test_peft_and_from_peft_load_saved_adapters(case, tmp_path):
     model = peft_model(case)
     LoraAdapter.from_model(model).save(tmp_path)
     theirs = peft.get_peft_model(mixed(), peft.LoraConfig.from_pretrained(tmp_path)).eval()
@@ -117,7 +117,7 @@ def test_peft_and_from_peft_load_what_was_saved(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_pool_goes_on_refusing_them(case, tmp_path):
+def test_pool_refuses_unsupported_adapters(case, tmp_path):
     LoraAdapter.from_model(peft_model(case)).save(tmp_path)
     pool = AdapterPool(mixed(), max_slots=2, max_rank=8)
     sources = (tmp_path, LoraAdapter.load(tmp_path), peft_model(case))
@@ -133,7 +133,7 @@ def test_the_pool_goes_on_refusing_them(case, tmp_path):
     assert len(pool.names) == (2 if case == "embedding" else 0)
 
 
-def test_layers_of_ours_on_convolutions(tmp_path):
+def test_convolutions_with_our_layers_are_saved_for_peft(tmp_path):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(2))
     model = copy.deepcopy(base)
@@ -149,7 +149,7 @@ def test_layers_of_ours_on_convolutions(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["convolutions", "convolutions-bias", "embedding"])
-def test_what_is_exact_on_convolutions_is_done(case, tmp_path):
+def test_exact_operations_support_convolutions_and_embeddings(case, tmp_path):
     model = peft_model(case)
     value = LoraAdapter.from_model(model)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_what_is_exact_on_convolutions_is_done(case, tmp_path):
             assert torch.allclose(theirs(IDS), wanted, atol=1e-5), name
 
 
-def test_what_has_no_exact_answer_is_refused_by_name():
+def test_operations_without_an_exact_result_are_refused_by_name():
     grouped = LoraAdapter.from_model(peft_model("grouped"))
     with pytest.raises(
         NotImplementedError, match=r"resize_adapter: grouped: .*grouped convolution"
@@ -184,9 +184,9 @@ def test_what_has_no_exact_answer_is_refused_by_name():
         merge_adapters([biases, biases], [0.5, 0.5])
 
 
-def test_other_operations_carry_whole_modules_along(tmp_path):
+def test_resizing_and_pruning_keep_whole_modules(tmp_path):
     whole = LoraAdapter.from_model(peft_model("whole"))
-    assert len(whole.replacements) == 3 + 5, "score: two weights and a bias; norm: and its buffers"
+    assert len(whole.replacements) == 3 + 5, "score: 3 tensors; norm: 2, and 3 buffers"
     for value in (resize_adapter(whole, 2)[0], prune_adapter(whole, ["up"])):
         assert value.replacements == whole.replacements
         value.save(tmp_path / "out")
@@ -197,7 +197,7 @@ def test_other_operations_carry_whole_modules_along(tmp_path):
     assert LoraAdapter(whole.config, whole.modules) != whole
 
 
-def test_an_initialisation_that_not_every_peft_knows_is_not_written(tmp_path):
+def test_initialisations_unknown_to_some_peft_versions_are_not_saved(tmp_path):
     for init in ("orthogonal", "eva", "gaussian", False):
         adapter(init_lora_weights=init, eva_config={"rho": 2.0}).save(tmp_path)
         raw = json.loads((tmp_path / "adapter_config.json").read_text())

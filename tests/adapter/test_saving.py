@@ -1,4 +1,4 @@
-"""Saving is whole or nothing: a full disk, a fault, an interruption."""
+"""Saving is atomic: full disks, faults and interruptions leave the old files or none."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ from lora_ext.adapter import LoraAdapter
 
 @contextmanager
 def full_disk(limit):
-    """No file grows beyond ``limit`` bytes."""
+    """Limit the size of every file to ``limit`` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -28,8 +28,8 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("limit", [0, 100, 1000])  # in the config, and in the tensors
-def test_a_full_disk_leaves_what_was_there(limit, tmp_path):
+@pytest.mark.parametrize("limit", [0, 100, 1000])  # fails in the config, and in the tensors
+def test_full_disk_leaves_the_old_files(limit, tmp_path):
     old, new = adapter(0), adapter(1)
     old.save(tmp_path / "there")
     (tmp_path / "there" / "README.md").write_text("kept")
@@ -39,7 +39,7 @@ def test_a_full_disk_leaves_what_was_there(limit, tmp_path):
             with pytest.raises(OSError):
                 new.save(tmp_path / name)
     assert contents(tmp_path / "there") == before and LoraAdapter.load(tmp_path / "there") == old
-    assert os.listdir(tmp_path) == ["there"], "nothing half-written beside it"
+    assert os.listdir(tmp_path) == ["there"], "no temporary files are left"
     new.save(tmp_path / "there")
     assert LoraAdapter.load(tmp_path / "there") == new
     assert (tmp_path / "there" / "README.md").read_text() == "kept"
@@ -48,10 +48,8 @@ def test_a_full_disk_leaves_what_was_there(limit, tmp_path):
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("function", ["fsync", "replace", "link"])
-def test_a_fault_at_any_call_leaves_what_was_there(
-    function, existing, error, tmp_path, monkeypatch
-):
-    """The n-th call fails, for every n there is."""
+def test_fault_at_any_call_leaves_the_old_files(function, existing, error, tmp_path, monkeypatch):
+    # The n-th call fails, for every n up to the number of calls.
     folder = tmp_path / "there"
     folder.mkdir()
     if existing:
@@ -78,11 +76,11 @@ def test_a_fault_at_any_call_leaves_what_was_there(
         assert LoraAdapter.load(folder) == adapter(1)
         assert sorted(contents(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
         return
-    raise AssertionError("never got to the end")
+    raise AssertionError("expected a save without a fault within 5 calls")
 
 
-def test_links_are_replaced_and_not_followed(tmp_path):
-    """The Hub's cache is made of links to files that others share."""
+def test_links_are_replaced_and_their_targets_unchanged(tmp_path):
+    # The Hub's cache consists of links to shared files.
     adapter(0).save(tmp_path / "blobs")
     before = contents(tmp_path / "blobs")
     folder = tmp_path / "snapshot"
@@ -94,7 +92,7 @@ def test_links_are_replaced_and_not_followed(tmp_path):
     assert LoraAdapter.load(folder) == adapter(1) and contents(tmp_path / "blobs") == before
 
 
-def test_a_new_folder_appears_with_both_files_and_the_usual_rights(tmp_path):
+def test_new_folder_has_all_files_and_default_permissions(tmp_path):
     (tmp_path / "usual").mkdir()
     write_files(tmp_path / "deep" / "new", {"a": b"1", "b": b"2"})
     assert contents(tmp_path / "deep" / "new") == {"a": b"1", "b": b"2"}
@@ -106,13 +104,13 @@ def test_a_new_folder_appears_with_both_files_and_the_usual_rights(tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_the_current_folder_is_a_folder(tmp_path, monkeypatch):
+def test_current_folder_can_be_saved_to_and_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapter(1).save(Path("."))
     assert torch.is_tensor(next(iter(LoraAdapter.load(".").modules.values())).a)
 
 
-def test_what_was_skipped_on_loading_does_not_stop_saving(tmp_path):
+def test_fields_skipped_on_loading_do_not_prevent_saving(tmp_path):
     value = adapter()
     fields = {"from_another_peft": True, "rank_pattern": {"no_such_module": 3}}
     config = {**value.config.to_dict(), **fields}
@@ -121,7 +119,7 @@ def test_what_was_skipped_on_loading_does_not_stop_saving(tmp_path):
     assert LoraAdapter.load(tmp_path, strict=False) == value
 
 
-def test_a_folder_that_somebody_else_makes_meanwhile_is_no_error(tmp_path, monkeypatch):
+def test_folder_created_concurrently_is_not_an_error(tmp_path, monkeypatch):
     rename, theirs = Path.rename, adapter(1)
 
     def late(self, target):

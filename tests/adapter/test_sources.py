@@ -1,4 +1,4 @@
-"""Where an adapter comes from: what is no folder of PEFT's is refused in a sentence that helps."""
+"""Sources of adapters: errors for anything but a PEFT folder name the remedy."""
 
 import pytest
 from pool_support import Base, config, state
@@ -12,7 +12,7 @@ def pool():
     return AdapterPool(Base(), max_slots=2, max_rank=8)
 
 
-def test_a_name_on_the_hub_is_not_downloaded(pool):
+def test_names_on_the_hub_are_not_downloaded(pool):
     with pytest.raises(
         ValueError,
         match=r"org/name: cannot be opened: expected a directory .*found No such file.*; nothing "
@@ -21,7 +21,7 @@ def test_a_name_on_the_hub_is_not_downloaded(pool):
         pool.load("a", "org/name")
 
 
-def test_a_path_that_is_no_adapter_says_what_is_there(pool, tmp_path):
+def test_error_for_a_path_without_an_adapter_names_its_content(pool, tmp_path):
     with pytest.raises(ValueError, match=r"found No such file or directory$"):
         pool.load("a", tmp_path / "nowhere")
     for name in ("red", "blue"):
@@ -36,7 +36,7 @@ def test_a_path_that_is_no_adapter_says_what_is_there(pool, tmp_path):
 
 
 @pytest.mark.parametrize("source", [None, {}, [config(), state(0)], 3, b"adapters/red"])
-def test_what_is_no_source_is_refused_by_its_type(pool, source):
+def test_sources_of_other_types_are_refused(pool, source):
     with pytest.raises(TypeError, match=f"expected a directory .* found {type(source).__name__}"):
         pool.load("a", source)
     assert pool.names == []

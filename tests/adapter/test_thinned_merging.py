@@ -1,4 +1,4 @@
-"""``merge_adapters`` by TIES and DARE: PEFT's results, the papers' sums by hand, refusals."""
+"""``merge_adapters`` by TIES and DARE, against PEFT's results and examples computed by hand."""
 
 import peft
 import pytest
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def two_adapters():
-    """A PEFT model of two adapters, and these as values."""
+    """Return a PEFT model with two adapters, and the adapters as values."""
     model = nn.Sequential(nn.Linear(20, 24), nn.Linear(24, 12))
     config = {"target_modules": ["0", "1"], "init_lora_weights": False}
     found = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=10, **config), "one")
@@ -22,7 +22,7 @@ def two_adapters():
 
 
 @pytest.mark.parametrize("density", [0.3, 1.0])
-def test_ties_is_pefts(density):
+def test_ties_equals_pefts(density):
     model, values = two_adapters()
     weights, how = [0.7, -1.5], {"svd_rank": 5, "density": density}
     model.add_weighted_adapter(["one", "two"], weights, "both", "ties_svd", **how)
@@ -31,13 +31,12 @@ def test_ties_is_pefts(density):
     for name in ("0", "1"):
         assert merged.modules[name].a.shape[0] == 5
         wanted = delta(expected, name)
-        # PEFT works in float32, and its singular vectors of nearly equal values with it.
+        # PEFT computes in float32, which perturbs singular vectors of nearly equal values.
         assert (delta(merged, name) - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-def test_dare_draws_pefts_masks():
-    """PEFT draws from torch's generator, behind the values of the new adapter: its function is
-    called here."""
+def test_dare_equals_pefts_for_the_same_seed():
+    # PEFT samples after it initialises the new adapter, so its function is called directly.
     _, values = two_adapters()
     weights = [0.7, -1.5]
     merged = merge_adapters(values, weights, "dare", 12, density=0.3, seed=7)
@@ -51,24 +50,24 @@ def test_dare_draws_pefts_masks():
 
 
 def update(rows):
-    """An adapter of rank 2 with this update of two rows."""
+    """Return an adapter of rank 2 with this update of two rows."""
     b, a = torch.eye(2), torch.tensor(rows)
     value = adapter(ranks=2, shapes={Q: (2, a.shape[1])}, scale=1.0)
     factors = value.modules[Q]
     return value.with_modules({Q: factors._replace(a=a, b=b, scaling=1.0)})
 
 
-def test_ties_trims_elects_a_sign_and_takes_the_mean_of_those_that_agree():
+def test_ties_trims_elects_signs_and_averages_agreeing_values():
     one = update([[4.0, -3.0, 0.1], [0.2, 2.0, 0.0]])
     two = update([[-1.0, -5.0, 0.3], [6.0, -2.5, 0.0]])
-    # Half of six values stay: 4, -3, 2 of one and -5, 6, -2.5 of the other.
+    # Half of the six values are kept: 4, -3, 2 of one and -5, 6, -2.5 of the other.
     merged = merge_adapters([one, two], [1.0, 1.0], "ties", density=0.5)
     wanted = torch.tensor([[4.0, -4.0, 0.0], [6.0, -2.5, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(delta(merged, Q), wanted, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_dare_is_the_sum_in_the_mean_and_exactly_where_nothing_is_dropped():
+def test_dare_is_unbiased_and_exact_at_density_one():
     values, weights = [adapter(1), adapter(2, scale=0.5)], [0.4, 0.8]
     whole = merge_adapters(values, weights, "delta")
     same = merge_adapters(values, weights, "dare", 8, density=1.0)
@@ -79,14 +78,14 @@ def test_dare_is_the_sum_in_the_mean_and_exactly_where_nothing_is_dropped():
         for seed in range(300)
     ]
     mean, want = torch.stack(drawn).mean(0), delta(whole, Q)
-    # A value x is 0 or 2x: its mean over 300 has the deviation |x| / sqrt(300) = 0.06 |x|.
+    # A value x becomes 0 or 2x: the mean of 300 has standard deviation |x| / sqrt(300) = 0.06 |x|.
     largest = max(float(delta(value, Q).abs().max()) for value in values)
     assert (mean - want).abs().max() < 5 * 2 * largest / 300**0.5
     again = merge_adapters(values, weights, "dare", 20, density=0.5, seed=3)
     assert torch.equal(delta(again, Q), drawn[3]) and not torch.equal(drawn[3], drawn[4])
 
 
-def test_one_adapter_is_thinned_too_and_an_absent_module_counts_as_none():
+def test_single_adapter_is_thinned_and_absent_modules_are_skipped():
     value = adapter(1, shapes={Q: SHAPES[Q]})
     merged = merge_adapters([value], [1.0], "ties", 20, density=0.1)
     kept = int(0.1 * 24 * 20)
@@ -108,6 +107,6 @@ def test_one_adapter_is_thinned_too_and_an_absent_module_counts_as_none():
         ({"mode": "ties", "rank": 0}, "rank: expected a positive"),
     ],
 )
-def test_what_does_not_go_together_is_named(how, message):
+def test_invalid_combinations_are_named(how, message):
     with pytest.raises(ValueError, match=f"merge_adapters: {message}"):
         merge_adapters([adapter(1), adapter(2)], [1.0, 1.0], **how)

@@ -1,4 +1,4 @@
-"""``LoraAdapter``: out of a folder, a state dict or a model; compared, written back, and served."""
+"""`LoraAdapter`: loaded from a folder, state dict or model; compared, saved and served."""
 
 import copy
 import dataclasses
@@ -57,7 +57,7 @@ def peft_model(case, adapter="default"):
 
 
 def assert_peft_finds_every_key(model, folder):
-    """PEFT loads the folder, with no missing and no unexpected key."""
+    """Check that PEFT loads the folder without missing or unexpected keys; return its model."""
     adapter = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
     found = adapter.load_adapter(folder, "again")
     assert found.unexpected_keys == []
@@ -66,7 +66,7 @@ def assert_peft_finds_every_key(model, folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_folder_state_dict_and_model_are_the_same_adapter(case, tmp_path):
+def test_folder_state_dict_and_model_give_the_same_adapter(case, tmp_path):
     model = peft_model(case, "red")
     model.save_pretrained(tmp_path)
     loaded = LoraAdapter.load(tmp_path / "red")
@@ -93,7 +93,7 @@ def test_folder_state_dict_and_model_are_the_same_adapter(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_save_wrote_peft_loads_and_so_do_we(case, tmp_path):
+def test_saved_adapters_load_here_and_in_peft(case, tmp_path):
     model = peft_model(case)
     adapter = LoraAdapter.from_model(model)
     adapter.save(tmp_path / "saved")
@@ -107,7 +107,7 @@ def test_what_save_wrote_peft_loads_and_so_do_we(case, tmp_path):
     assert written.keys() == load_file(tmp_path / "peft" / "adapter_model.safetensors").keys()
 
 
-def test_a_value_does_not_change_with_its_model():
+def test_adapter_is_independent_of_its_model_and_immutable():
     model = peft_model("plain")
     adapter = LoraAdapter.from_model(model)
     before = copy.deepcopy(adapter)
@@ -122,7 +122,7 @@ def test_a_value_does_not_change_with_its_model():
         adapter.config = None
 
 
-def test_equality_looks_at_what_changes_the_function_and_at_nothing_else():
+def test_equality_compares_only_what_changes_the_function():
     adapter = LoraAdapter.from_model(peft_model("dora"))
     name, factors = next(iter(adapter.modules.items()))
 
@@ -131,7 +131,7 @@ def test_equality_looks_at_what_changes_the_function_and_at_nothing_else():
 
     assert adapter == changed()
     wider = {key: value.double() for key, value in factors._asdict().items() if key in ("a", "b")}
-    assert adapter == changed(**wider), "the dtype changes no value"
+    assert adapter == changed(**wider), "the dtype is not compared"
     assert adapter == LoraAdapter(
         dataclasses.replace(adapter.config, task_type="X"), adapter.modules
     )
@@ -151,11 +151,11 @@ def test_equality_looks_at_what_changes_the_function_and_at_nothing_else():
 
 
 # -------------------------------------------------------------------------------------------------
-# Our own layers
+# Layers of this package
 
 
 def wrapped(**settings):
-    """Two blocks and an embedding, each with a rank and a scale of its own."""
+    """Return a model with three adapted layers of different ranks or scales, and its base model."""
     torch.manual_seed(0)
     model = nn.Module()
     model.embed = nn.Embedding(7, 12)
@@ -178,7 +178,7 @@ def wrapped(**settings):
     "settings",
     [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.25}],
 )
-def test_layers_of_ours_become_an_adapter_of_pefts(settings, tmp_path):
+def test_layers_of_this_package_are_saved_for_peft(settings, tmp_path):
     model, base = wrapped(**settings)
     adapter = LoraAdapter.from_model(model)
     assert adapter.modules.keys() == {"blocks.0", "blocks.1", "up"}
@@ -201,7 +201,7 @@ def test_layers_of_ours_become_an_adapter_of_pefts(settings, tmp_path):
     assert LoraAdapter.load(tmp_path) == adapter
 
 
-def test_an_embedding_of_ours_and_names_that_end_like_others(tmp_path):
+def test_embedding_layers_and_names_that_are_suffixes_are_saved(tmp_path):
     torch.manual_seed(0)
     base = nn.ModuleDict(
         {
@@ -216,7 +216,8 @@ def test_an_embedding_of_ours_and_names_that_end_like_others(tmp_path):
     model["embed"] = LoraEmbedding(model["embed"], r=2)
     model["up"] = LoraLinear(model["up"], r=2)  # block.up is not adapted
     model["a"]["b"] = LoraLinear(model["a"]["b"], r=4)
-    model["c"]["a"]["b"] = LoraLinear(model["c"]["a"]["b"], r=3)  # has another rank than a.b
+    # Its rank differs from that of a.b.
+    model["c"]["a"]["b"] = LoraLinear(model["c"]["a"]["b"], r=3)
     adapter = LoraAdapter.from_model(model)
     assert adapter.modules["embed"].a.shape == (2, 7) and adapter.modules["embed"].embedding
     assert adapter.modules.keys() == {"embed", "up", "a.b", "c.a.b"}
@@ -226,7 +227,7 @@ def test_an_embedding_of_ours_and_names_that_end_like_others(tmp_path):
     AdapterPool(base, max_slots=1, max_rank=8).load("a", tmp_path)
 
 
-def test_a_scale_that_was_set_by_hand_is_the_one_that_is_written(tmp_path):
+def test_scale_set_by_hand_is_saved(tmp_path):
     model, _ = wrapped()
     model.up.scaling["default"] = 0.7
     adapter = LoraAdapter.from_model(model)
@@ -236,10 +237,10 @@ def test_a_scale_that_was_set_by_hand_is_the_one_that_is_written(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Refusals
+# Errors
 
 
-def test_what_is_no_adapter_is_refused():
+def test_models_without_a_single_adapter_are_refused():
     with pytest.raises(ValueError, match=r"LoraAdapter.from_model: model: expected .* found none"):
         LoraAdapter.from_model(nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"adapter: expected one of \['red'\], found 'blue'"):
@@ -252,7 +253,7 @@ def test_what_is_no_adapter_is_refused():
         LoraAdapter.from_model(model)
 
 
-def test_save_refuses_a_configuration_that_means_another_adapter(tmp_path):
+def test_save_refuses_a_configuration_that_contradicts_the_factors(tmp_path):
     adapter = LoraAdapter.from_model(peft_model("plain"))
     name, factors = next(iter(adapter.modules.items()))
     doubled = {**adapter.modules, name: factors._replace(scaling=2 * factors.scaling)}
@@ -266,7 +267,7 @@ def test_save_refuses_a_configuration_that_means_another_adapter(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_contradicts_its_config_is_refused():
+def test_file_that_contradicts_its_config_is_refused():
     adapter = LoraAdapter.from_model(peft_model("plain"))
     state = adapter.state_dict()
     with pytest.raises(ValueError, match="adapter config targets, found"):
@@ -278,11 +279,11 @@ def test_a_file_that_contradicts_its_config_is_refused():
 
 
 # -------------------------------------------------------------------------------------------------
-# Into a pool
+# Loading into a pool
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_pool_takes_a_peft_model_and_a_value_as_it_takes_their_folder(case, tmp_path):
+def test_pool_loads_models_and_values_like_their_folder(case, tmp_path):
     base = CASES[case][0]().eval()
     model = peft_model(case)
     model.save_pretrained(tmp_path)
@@ -306,7 +307,7 @@ def test_a_pool_takes_a_peft_model_and_a_value_as_it_takes_their_folder(case, tm
     assert (logits[0] - model.eval()(ids).logits).abs().max() < 1e-4
 
 
-def test_a_pool_takes_the_active_adapter_of_a_model_or_the_one_that_is_named():
+def test_pool_loads_the_active_or_the_named_adapter_of_a_model():
     model = peft_model("plain", "red")
     model.add_adapter("blue", peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False))
     pool = AdapterPool(llama(), max_slots=4, max_rank=8)
@@ -317,7 +318,7 @@ def test_a_pool_takes_the_active_adapter_of_a_model_or_the_one_that_is_named():
     pool.update("one", model)
     targets = {name: set(pool._residence.by_name[name].pages) for name in pool.names}
     assert all("o_proj" in name for name in targets["two"]) and targets["two"] == targets["three"]
-    assert targets["one"] == targets["two"], "updated"
+    assert targets["one"] == targets["two"], "it was updated"
     with pytest.raises(ValueError, match=r"expected one of \['red', 'blue'\], found 'green'"):
         pool.load("four", model, adapter_name="green")
     with pytest.raises(ValueError, match="adapter_name: expected None beside a directory"):
@@ -329,7 +330,7 @@ def test_a_pool_takes_the_active_adapter_of_a_model_or_the_one_that_is_named():
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_peft_model_with_a_trained_head_is_refused_as_its_folder_is(strict):
+def test_peft_model_with_a_trained_head_is_refused(strict):
     model = peft_model("embedding-and-head")
     with torch.no_grad():
         model.get_output_embeddings().base_layer.weight[0] += 1
@@ -340,12 +341,12 @@ def test_a_peft_model_with_a_trained_head_is_refused_as_its_folder_is(strict):
             pool.load("a", source, strict=strict)
 
 
-def test_factors_are_public():
+def test_factors_have_no_bias_by_default():
     assert Factors(torch.ones(1, 2), torch.ones(3, 1), 1.0).bias is None
 
 
 @pytest.mark.parametrize("fields", [{}, {"bias": "all"}, {"modules_to_save": ["1"]}], ids=str)
-def test_layers_that_peft_put_into_a_model_without_wrapping_it(fields, tmp_path):
+def test_peft_layers_in_an_unwrapped_model_are_read(fields, tmp_path):
     base = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4))
     config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, **fields)
     wrapped = peft.get_peft_model(copy.deepcopy(base), config)
@@ -359,7 +360,7 @@ def test_layers_that_peft_put_into_a_model_without_wrapping_it(fields, tmp_path)
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == theirs.keys()
 
 
-def test_a_model_of_transformers_that_peft_put_layers_into():
+def test_transformers_model_with_injected_peft_layers_is_read():
     model = llama()
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     peft.inject_adapter_in_model(config, model)

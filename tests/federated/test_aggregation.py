@@ -1,4 +1,4 @@
-"""What a round makes of good replies: worked examples, formulas written anew, and properties."""
+"""`aggregate` on valid replies: examples computed by hand, formulas in numpy, and properties."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def product(state: dict[str, Tensor], layer: int, module: str = "q") -> np.ndarr
 
 
 def value_of(state: dict[str, Tensor], update: Update, layer: int, module: str):
-    """A client's own A and B, as plain arrays."""
+    """Return a client's A and B as numpy arrays."""
     da = update.tensors[key(layer, "A", module)].numpy()
     db = update.tensors[key(layer, "B", module)].numpy()
     r = len(da)
@@ -36,8 +36,8 @@ def value_of(state: dict[str, Tensor], update: Update, layer: int, module: str):
     return a[:r] + da, b[:, :r] + db
 
 
-def test_three_clients_by_hand():
-    """Layer 0 is trained by all, with weights 10, 30, 60; layer 1 by the second alone."""
+def test_mean_of_three_clients_equals_one_computed_by_hand():
+    # Layer 0 is trained by all clients, with weights 10, 30 and 60; layer 1 only by the second.
     state = {key(i, "A"): torch.tensor([[1.0, 2.0]]) for i in range(2)}
     state |= {key(i, "B"): torch.tensor([[0.0]]) for i in range(2)}
 
@@ -54,8 +54,9 @@ def test_three_clients_by_hand():
     assert torch.equal(found.state[key(1, "A")], torch.tensor([[3.0, 2.0]]))
     assert torch.equal(found.state[key(1, "B")], torch.tensor([[4.0]]))
     assert (found.accepted, found.rejected, found.uncovered) == ((1, 2, 3), {}, ())
-    # Products (2, 4) * (2, 2), (4) * (3, 2), (8) * (5, 2): the mean of their first entries is
-    # (10 * 4 + 30 * 12 + 60 * 40) / 100 = 28, of the second 12.4; of the means 6.2 * (4.1, 2).
+    # The products are (2, 4) * (2, 2), (4) * (3, 2) and (8) * (5, 2). The mean of their first
+    # entries is (10 * 4 + 30 * 12 + 60 * 40) / 100 = 28, and of the second 12.4. The product of the
+    # mean factors is 6.2 * (4.1, 2).
     off, size = (28 - 6.2 * 4.1, 12.4 - 12.4), (28, 12.4)
     assert found.noise[0] == pytest.approx(math.hypot(*off) / math.hypot(*size))
     assert found.noise[1] == 0
@@ -119,7 +120,7 @@ def weighted_sum(state: dict[str, Tensor], layer: int, module: str) -> np.ndarra
 
 
 @pytest.mark.parametrize("server_lr", [1.0, 0.3, 1.5])
-def test_stack_is_the_weighted_sum_of_products_exactly(server_lr: float):
+def test_stack_equals_the_weighted_sum_of_products(server_lr: float):
     state = make_state()
     found = aggregate(state, MIXED, rank_agg="stack", server_lr=server_lr)
     for layer in range(3):
@@ -134,7 +135,7 @@ def test_stack_is_the_weighted_sum_of_products_exactly(server_lr: float):
 
 
 @pytest.mark.parametrize("server_lr", [1.0, 0.3])
-def test_svd_is_the_nearest_adapter_of_the_global_rank(server_lr: float):
+def test_svd_is_the_best_approximation_of_the_global_rank(server_lr: float):
     state = make_state()
     scaling = {f"layers.{i}.{m}": 0.5 + i + (m == "v") for i in range(3) for m in MODULES}
     found = aggregate(state, MIXED, rank_agg="svd", server_lr=server_lr, scaling=scaling)
@@ -148,15 +149,16 @@ def test_svd_is_the_nearest_adapter_of_the_global_rank(server_lr: float):
             assert np.abs(product(found.state, layer, module) - nearest).max() < 1e-12
             a, b = found.state[key(layer, "A", module)], found.state[key(layer, "B", module)]
             squares = (b.T @ b).diagonal()
-            assert torch.allclose((a @ a.T).diagonal()[squares > 0], squares[squares > 0])  # roots
-            assert a.any(1).all()  # also where one client of rank 2 leaves nothing for the third
+            # Roots of the singular values.
+            assert torch.allclose((a @ a.T).diagonal()[squares > 0], squares[squares > 0])
+            assert a.any(1).all()  # also for the third rank where the only client has rank 2
             squared = scaling[f"layers.{layer}.{module}"] ** 2
             lost += squared * (s[RANK:] ** 2).sum()
             whole += squared * (s**2).sum()
         assert found.noise[layer] == pytest.approx(math.sqrt(lost / whole), abs=1e-12)
 
 
-def test_noise_is_what_averaging_the_factors_apart_misses():
+def test_noise_is_the_error_of_averaging_the_factors_separately():
     state = make_state()
     scaling = {
         f"base_model.model.layers.{i}.{m}": 2.0 + (m == "v") for i in range(3) for m in MODULES
@@ -175,7 +177,7 @@ def test_noise_is_what_averaging_the_factors_apart_misses():
 
 @pytest.mark.parametrize("factor", ["A", "B"])
 @pytest.mark.parametrize("rank_agg", ["covered", "zero_pad", "fro"])
-def test_there_is_no_noise_where_all_agree_in_one_factor(factor: str, rank_agg: str):
+def test_noise_is_zero_if_all_clients_share_one_factor(factor: str, rank_agg: str):
     state = make_state()
     replies = [make_update(i, examples=10 * i) for i in range(1, 4)]
     for reply in replies:
@@ -189,7 +191,7 @@ def test_there_is_no_noise_where_all_agree_in_one_factor(factor: str, rank_agg: 
 @pytest.mark.parametrize("rank_agg", RULES)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
-def test_no_order_of_replies_changes_a_bit(rank_agg: str, data: st.DataObject):
+def test_order_of_replies_changes_no_bit(rank_agg: str, data: st.DataObject):
     state = make_state(dtype=torch.float32)
     clients = data.draw(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=6, unique=True))
     replies = []
@@ -217,7 +219,7 @@ def test_no_order_of_replies_changes_a_bit(rank_agg: str, data: st.DataObject):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank_agg", ["covered", "zero_pad", "fro"])
-def test_one_client_gets_its_own_way(dtype: torch.dtype, rank_agg: str):
+def test_single_client_determines_the_state(dtype: torch.dtype, rank_agg: str):
     state, reply = make_state(dtype=dtype), make_update(5, (0, 2), examples=7, dtype=dtype)
     found = aggregate(state, [reply], rank_agg=rank_agg)
     values = {k: v + state[k].double() for k, v in reply.tensors.items()}
@@ -234,7 +236,7 @@ def test_one_client_gets_its_own_way(dtype: torch.dtype, rank_agg: str):
 
 @given(st.integers(1, 5), st.floats(1e-3, 1e3))
 @settings(max_examples=10, deadline=None)
-def test_equal_clients_agree_with_themselves(clients: int, examples: float):
+def test_equal_clients_give_the_state_of_one(clients: int, examples: float):
     state = make_state()
     reply = make_update(0)
     replies = [
@@ -245,7 +247,7 @@ def test_equal_clients_agree_with_themselves(clients: int, examples: float):
     assert same_bits(aggregate(state, replies).state, alone.state)
 
 
-def test_covered_equals_zero_pad_where_all_cover():
+def test_covered_equals_zero_pad_if_all_clients_train_everything():
     state = make_state()
     replies = [make_update(i, examples=i) for i in range(1, 5)]
     covered, padded = (aggregate(state, replies, rank_agg=r) for r in ("covered", "zero_pad"))
@@ -253,7 +255,7 @@ def test_covered_equals_zero_pad_where_all_cover():
     assert covered.noise == padded.noise
 
 
-def test_what_nobody_trained_is_the_very_tensor():
+def test_untrained_tensors_are_returned_uncopied():
     state = make_state()
     found = aggregate(state, [make_update(1, (2,), (2,)), make_update(2, (2,), (1,))])
     assert found.uncovered == (0, 1)
@@ -266,7 +268,7 @@ def test_what_nobody_trained_is_the_very_tensor():
     assert not padded[key(2, "A")][2:].any()
 
 
-def test_fro_without_norms_takes_the_weights():
+def test_fro_with_zero_norms_uses_the_weights_alone():
     state = {k: v if "lora_A" in k else torch.zeros_like(v) for k, v in make_state().items()}
     replies = [make_update(i, examples=10 * i) for i in range(1, 4)]
     for reply in replies:
@@ -278,7 +280,7 @@ def test_fro_without_norms_takes_the_weights():
     assert set(fro.noise.values()) == {0.0}
 
 
-def test_a_client_of_norm_0_that_alone_has_a_rank_counts_there():
+def test_fro_client_of_norm_zero_counts_in_ranks_that_it_alone_has():
     state = {k: v if "lora_A" in k else torch.zeros_like(v) for k, v in make_state(1).items()}
     narrow, wide = make_update(1, (0,), (1,)), make_update(2, (0,), (3,))
     wide.tensors[key(0, "B")] = torch.zeros_like(wide.tensors[key(0, "B")])
@@ -288,7 +290,7 @@ def test_a_client_of_norm_0_that_alone_has_a_rank_counts_there():
     assert torch.allclose(found[1:], start[1:] + wide.tensors[key(0, "A")][1:])
 
 
-def test_a_long_update_is_clipped_to_the_bound():
+def test_update_above_the_norm_bound_is_clipped():
     state = make_state()
     long, short = make_update(1), make_update(2)
     short = dataclasses.replace(short, tensors={k: v * 1e-3 for k, v in short.tensors.items()})
@@ -311,7 +313,7 @@ def test_a_long_update_is_clipped_to_the_bound():
         assert torch.allclose(as_values.state[k], wanted.state[k], atol=1e-14)
 
 
-def test_a_head_is_averaged_over_all_who_send_it():
+def test_head_is_averaged_over_all_clients_that_send_it():
     state = make_state() | {"score.weight": torch.zeros(2, 2, dtype=torch.float64)}
     replies = [make_update(i, (i,), examples=i) for i in (1, 2)]
     for reply in replies:
@@ -324,7 +326,7 @@ def test_a_head_is_averaged_over_all_who_send_it():
     assert found.rejected[1].endswith("expected a tensor of every client, found none")
 
 
-def test_names_need_no_prefix_and_the_inputs_do_not_change():
+def test_names_need_no_prefix_and_inputs_are_unchanged():
     state = {k.removeprefix("base_model.model."): v for k, v in make_state().items()}
     reply = make_update(1)
     short = {k.removeprefix("base_model.model."): v for k, v in reply.tensors.items()}
@@ -338,7 +340,7 @@ def test_names_need_no_prefix_and_the_inputs_do_not_change():
     assert same_bits(state, before) and same_bits(short, sent)
 
 
-def test_kernels_of_convolutions_are_averaged_like_matrices():
+def test_convolution_kernels_are_averaged_like_matrices():
     state = {key(0, "A"): torch.randn(2, 3, 3, 3), key(0, "B"): torch.randn(4, 2, 1, 1)}
     tensors = {key(0, "A"): torch.randn(1, 3, 3, 3), key(0, "B"): torch.randn(4, 1, 1, 1)}
     reply = Update(1, 1, tensors, LayerPlan((0,), (1,)))
@@ -367,12 +369,12 @@ def test_kernels_of_convolutions_are_averaged_like_matrices():
         ({"shared": ["head"]}, "shared: expected names of the 12 tensors, found 'head'"),
     ],
 )
-def test_settings_out_of_range_are_refused(options: dict, message: str):
+def test_invalid_settings_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=f"^aggregate: {message}"):
         aggregate(make_state(), [make_update(1)], **options)
 
 
-def test_a_state_that_is_no_adapter_is_refused():
+def test_states_without_adapter_pairs_are_refused():
     with pytest.raises(LayerNotFound, match="found none among 12 tensors"):
         aggregate(make_state(), [], pattern=r"blocks\.(\d+)\.")
     state = make_state()

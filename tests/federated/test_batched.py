@@ -1,4 +1,4 @@
-"""Clients in one batch: each gets what it would get alone, and the model comes back as it was."""
+"""`BatchedClients`: each client gets its result of training alone; the model is restored."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lora_ext.nn import LoraLinear, adapted_layers
 
 @pytest.mark.parametrize("slots", [None, 3, 1])
 @pytest.mark.parametrize("others", ["frozen", "disabled"])
-def test_a_batch_of_clients_equals_the_loop(slots: int | None, others: str):
+def test_batch_of_clients_equals_the_loop(slots: int | None, others: str):
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -52,7 +52,7 @@ def test_a_batch_of_clients_equals_the_loop(slots: int | None, others: str):
     assert aggregate(state, found).accepted == (1, 3, 4, "b")
 
 
-def test_float32_equals_the_loop_to_its_rounding():
+def test_float32_batch_equals_the_loop_up_to_rounding():
     model = Classifier()
     state = LoraLayerManager(model).state_slice()
     clients = [
@@ -63,7 +63,7 @@ def test_float32_equals_the_loop_to_its_rounding():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_language_model_with_sequences_of_other_lengths_equals_the_loop(kind: str):
+def test_language_model_with_sequences_of_different_lengths_equals_the_loop(kind: str):
     model = adapted(kind).double()
     state = LoraLayerManager(model).state_slice()
     clients = [
@@ -76,12 +76,12 @@ def test_a_language_model_with_sequences_of_other_lengths_equals_the_loop(kind: 
     assert_as_alone(found, model, state, clients, plans, loss_of=next_token)
 
 
-def test_a_client_that_fails_in_its_last_step_changes_no_bit_of_the_others():
+def test_client_that_fails_in_its_last_step_changes_no_bit_of_others():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     clients = specs()
     good = BatchedClients(model, clients).run_round(PLANS, state)
-    x, y = clients[1].batches[0]  # its one step
+    x, y = clients[1].batches[0]
     clients[1] = dataclasses.replace(clients[1], batches=[(x * math.nan, y)])
     found = BatchedClients(model, clients).run_round(PLANS, state)
     assert [u.failed for u in found] == [False, True, False, False]
@@ -93,7 +93,7 @@ def test_a_client_that_fails_in_its_last_step_changes_no_bit_of_the_others():
     assert "found one marked as failed" in result.rejected["b"]
 
 
-def test_a_client_that_fails_early_leaves_the_others_what_they_are():
+def test_client_that_fails_early_does_not_change_others():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     clients = specs()
@@ -106,7 +106,7 @@ def test_a_client_that_fails_early_leaves_the_others_what_they_are():
         assert_close(update, wanted, 1e-10)
 
 
-def test_a_client_that_has_left_keeps_every_bit():
+def test_finished_client_keeps_every_bit():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     first = [dataclasses.replace(s, batches=s.batches[:1], weight_decay=0.1) for s in specs()]
@@ -118,7 +118,7 @@ def test_a_client_that_has_left_keeps_every_bit():
     assert not same_bits(dict(found[0].tensors), dict(alone[0].tensors))
 
 
-def test_clients_of_equal_settings_and_all_ranks_share_steps_of_the_optimizer():
+def test_clients_of_equal_settings_share_optimizer_steps_at_all_ranks():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     clients = [
@@ -129,7 +129,7 @@ def test_clients_of_equal_settings_and_all_ranks_share_steps_of_the_optimizer():
     assert_as_alone(found, model, state, clients, plans)
 
 
-def test_factors_that_are_not_finite_at_the_end_are_a_failure():
+def test_nonfinite_factors_at_the_end_are_a_failure():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     client = ClientSpec(1, vectors([3], 1), lr=1e308, weight_decay=1e10)
@@ -137,7 +137,7 @@ def test_factors_that_are_not_finite_at_the_end_are_a_failure():
     assert found.failed
 
 
-def test_a_client_without_data_or_without_a_plan():
+def test_clients_without_data_are_returned_and_without_a_plan_skipped():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     clients = [ClientSpec(1, [], lr=0.1), *specs()[1:]]
@@ -149,7 +149,7 @@ def test_a_client_without_data_or_without_a_plan():
     assert "num-examples" in aggregate(state, found).rejected[1]
 
 
-def test_a_batch_without_rows_fails_alone_as_it_does_among_others():
+def test_empty_batch_fails_alone_and_among_others():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     clients = [ClientSpec(i, vectors([rows], i), lr=0.1) for i, rows in enumerate((0, 3))]
@@ -159,7 +159,7 @@ def test_a_batch_without_rows_fails_alone_as_it_does_among_others():
         assert updates[0].num_examples == 0
 
 
-def test_a_loss_of_ones_own_and_factors_of_another_dtype():
+def test_custom_loss_and_another_dtype_of_factors_are_supported():
     model = Classifier()
     state = LoraLayerManager(model).state_slice()
     seen: list[tuple[int, ...]] = []
@@ -176,7 +176,7 @@ def test_a_loss_of_ones_own_and_factors_of_another_dtype():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropout_of_the_base_is_refused_in_training_and_silent_in_evaluation(kind: str):
+def test_dropout_of_the_base_is_refused_in_training_mode(kind: str):
     model = adapted(kind).double()
     model.add_module("drop", nn.Dropout(0.1))
     state = LoraLayerManager(model).state_slice()
@@ -188,19 +188,19 @@ def test_dropout_of_the_base_is_refused_in_training_and_silent_in_evaluation(kin
         batched.run_round([LayerPlan((0,))], state)
 
 
-def test_dropout_inside_a_forward_is_refused_too():
+def test_dropout_inside_a_forward_is_refused():
     model = adapted("ours").train()
     model.model.layers[1].self_attn.attention_dropout = 0.2
     with pytest.raises(UnsupportedModule, match=r"self_attn: .*, found attention_dropout = 0.2"):
         BatchedClients(model, [ClientSpec(1, tokens([4], 1), lr=0.1)])
     model.model.layers[1].self_attn.attention_dropout = 0.0
-    model.model.layerdrop = 0.5  # as the models have it that skip whole layers
+    model.model.layerdrop = 0.5  # attribute of models that skip whole layers
     with pytest.raises(UnsupportedModule, match=r"model: .*, found layerdrop = 0.5"):
         BatchedClients(model, [ClientSpec(1, tokens([4], 1), lr=0.1)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_adapter_that_is_active_is_refused(kind: str):
+def test_second_active_adapter_is_refused(kind: str):
     model = adapted(kind, "default", "other")
     clients = [ClientSpec(1, tokens([4], 1), lr=0.1)]
     BatchedClients(model, clients)
@@ -211,9 +211,9 @@ def test_another_adapter_that_is_active_is_refused(kind: str):
         BatchedClients(model, clients)
 
 
-@pytest.mark.filterwarnings("ignore")  # of transformers' and torch's checkpointing
+@pytest.mark.filterwarnings("ignore")  # warnings of checkpointing in transformers and torch
 @pytest.mark.parametrize("embeddings", [False, True])
-def test_checkpoints_that_would_train_nothing_are_refused(embeddings: bool):
+def test_checkpoints_that_stop_gradients_are_refused(embeddings: bool):
     model = adapted("ours").double().train()
     state = LoraLayerManager(model).state_slice()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -241,7 +241,7 @@ def test_checkpoints_that_would_train_nothing_are_refused(embeddings: bool):
         ),
     ],
 )
-def test_modules_under_which_rows_meet_are_refused(change, message: str):
+def test_modules_that_mix_rows_or_change_the_base_are_refused(change, message: str):
     model = Classifier()
     change(model)
     with pytest.raises(UnsupportedModule, match=f"^BatchedClients: {message}"):
@@ -258,7 +258,7 @@ def test_modules_under_which_rows_meet_are_refused(change, message: str):
         ({"clients": [specs()[0]] * 2}, "clients: expected each name once"),
     ],
 )
-def test_settings_out_of_range_are_refused(options: dict, message: str):
+def test_invalid_settings_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=f"^BatchedClients: {message}"):
         BatchedClients(Classifier(), **{"clients": specs(), **options})
     with pytest.raises(ValueError, match="ClientSpec: lr: expected a finite number from 0"):
@@ -275,12 +275,12 @@ def test_settings_out_of_range_are_refused(options: dict, message: str):
         ({"seed": 1.5}, "seed: expected an integer, found 1.5"),
     ],
 )
-def test_a_client_with_settings_out_of_range_is_refused(options: dict, message: str):
+def test_invalid_client_settings_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=f"^ClientSpec: {message}$"):
         ClientSpec(**{"client": 1, "batches": [], "lr": 0.1, **options})
 
 
-def test_rounds_that_do_not_fit_are_refused_and_the_model_is_whole():
+def test_invalid_rounds_are_refused_and_leave_the_model_unchanged():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     modules = dict(model.named_modules())

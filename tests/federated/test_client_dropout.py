@@ -1,4 +1,4 @@
-"""A client's dropout has the masks that it has alone, whoever shares the batch."""
+"""A client's dropout masks are the same alone and in any batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLANS = [LayerPlan((2,)), LayerPlan((0, 2), (3, 2)), LayerPlan((1,)), LayerPlan(
 
 
 def with_own_masks(model: nn.Module, spec: ClientSpec, round: int, loss_of: Any) -> Any:
-    """A loss of one client's step, whose layers have the seeds of that step."""
+    """Return the loss of one client's step, which first sets the dropout seeds of that step."""
     found: dict[str, Any] = dict(adapted_layers(model))
     layers = [found[name] for names in LoraLayerManager(model).modules for name in names]
     seed = client_seed(spec.seed, round, spec.client)
@@ -43,7 +43,7 @@ def with_own_masks(model: nn.Module, spec: ClientSpec, round: int, loss_of: Any)
     return loss
 
 
-def test_seeds_follow_from_seed_round_client_step_and_module_alone():
+def test_seeds_depend_only_on_seed_round_client_step_and_module():
     names = (1, 2, "1", "b")
     seeds = [client_seed(s, r, c) for s in (0, 1) for r in (0, 1) for c in names]
     assert len(set(seeds)) == 16 and all(0 <= seed < 2**64 for seed in seeds)
@@ -53,14 +53,14 @@ def test_seeds_follow_from_seed_round_client_step_and_module_alone():
     assert together.unique().numel() == 80 and together.min() >= 0
     assert torch.equal(step_seeds(seeds[3:4], 2, 5), together[3:4])
     assert not torch.equal(step_seeds(seeds, 1, 5), together)
-    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # SplitMix64 of 0
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # SplitMix64 of seed 0
     assert step_seeds([0], 0, 3).tolist() == [[n >> 1 for n in published]]
     assert step_seeds([0], 1, 1).tolist() == [[published[1] >> 1]]
 
 
 @pytest.mark.parametrize("others", ["frozen", "disabled"])
 @pytest.mark.parametrize("slots", [None, 2, 1])
-def test_rows_of_clients_have_the_masks_of_the_loop(others: str, slots: int | None):
+def test_clients_in_a_batch_have_the_masks_of_the_loop(others: str, slots: int | None):
     model = Classifier(lora_dropout=0.4).double().train()
     manager = LoraLayerManager(model)
     state = manager.state_slice()
@@ -73,7 +73,7 @@ def test_rows_of_clients_have_the_masks_of_the_loop(others: str, slots: int | No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_for_longer_neighbours_moves_no_mask(kind: str):
+def test_padding_for_longer_sequences_changes_no_mask(kind: str):
     model = adapted(kind, lora_dropout=0.4).double().train()
     state = LoraLayerManager(model).state_slice()
     lengths = [[4, 6], [7], [3, 3, 5], [9]]
@@ -87,7 +87,7 @@ def test_padding_for_longer_neighbours_moves_no_mask(kind: str):
         assert_close(update, loop(lone, manager, state, spec, plan, loss_of=loss_of), 1e-10)
 
 
-def test_masks_change_with_the_round_and_the_seed_and_not_with_the_order_of_clients():
+def test_masks_depend_on_round_and_seed_but_not_on_the_order_of_clients():
     model = Classifier(lora_dropout=0.4).double().train()
     state = LoraLayerManager(model).state_slice()
     clients = specs()

@@ -1,4 +1,4 @@
-"""Adapters on routed experts: PEFT keeps the factors of all experts in one pair."""
+"""Adapters on routed experts are refused: PEFT stores the factors of all experts in one pair."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts"
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("parameter", ["experts.down_proj", "mlp.gate.weight"])
-def test_parameters_are_refused_by_name(parameter: str, ours: bool) -> None:
+def test_adapters_on_parameters_are_refused_by_name(parameter: str, ours: bool) -> None:
     torch.manual_seed(0)
     mixture = MixtralForCausalLM(MixtralConfig(**SIZES, **HEADS))
     config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=[parameter])

@@ -1,4 +1,4 @@
-"""Bad replies: each is rejected by itself, with client, key, expected and found."""
+"""Invalid replies: each is rejected alone, with client, key, expected and found value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ A0, B0 = key(0, "A"), key(0, "B")
 
 
 def changed(**tensors: Any) -> Update:
-    """Client 7's reply with other tensors; None takes one out."""
+    """Return client 7's reply with other tensors; None removes a tensor."""
     bad = make_update(7)
     found = {**bad.tensors, **{k.replace("__", "."): v for k, v in tensors.items()}}
     return dataclasses.replace(bad, tensors={k: v for k, v in found.items() if v is not None})
@@ -28,7 +28,7 @@ def with_tensor(name: str, value: Any) -> Update:
 
 
 class Odd:
-    """Something that an adversary may find a way to send."""
+    """Object as a client could send it, with a ``__repr__`` that raises."""
 
     def __repr__(self) -> str:
         raise RuntimeError
@@ -144,7 +144,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("rank_agg", ["covered", "svd"])
-def test_a_bad_reply_is_rejected_and_the_rest_goes_on(fault: str, rank_agg: str):
+def test_invalid_reply_is_rejected_and_the_others_are_averaged(fault: str, rank_agg: str):
     bad, message = FAULTS[fault]
     state = make_state()
     found = aggregate(state, [bad, GOOD], rank_agg=rank_agg)
@@ -158,7 +158,7 @@ def test_a_bad_reply_is_rejected_and_the_rest_goes_on(fault: str, rank_agg: str)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_round_of_bad_replies_is_skipped(fault: str):
+def test_round_of_invalid_replies_is_skipped(fault: str):
     state = make_state()
     found = aggregate(state, [FAULTS[fault][0]])
     assert found.skipped
@@ -179,7 +179,7 @@ def test_too_few_replies_skip_the_round():
     assert aggregate(state, []).skipped
 
 
-def test_all_weights_0_skip_the_round():
+def test_zero_weights_skip_the_round():
     replies = [dataclasses.replace(make_update(i), num_examples=0) for i in range(3)]
     for weighted_by in ("num-examples", None):
         found = aggregate(make_state(), replies, weighted_by=weighted_by)
@@ -187,7 +187,7 @@ def test_all_weights_0_skip_the_round():
         assert set(found.rejected) == {0, 1, 2}
 
 
-def test_drop_tensor_leaves_out_the_tensor_alone():
+def test_drop_tensor_drops_only_the_tensor():
     state, bad = make_state(), FAULTS["nan"][0]
     found = aggregate(state, [bad, GOOD], nan_policy="drop_tensor")
     assert found.accepted == (1, 7)
@@ -195,7 +195,7 @@ def test_drop_tensor_leaves_out_the_tensor_alone():
     for k in state:
         assert torch.equal(found.state[k], (alone if k == A0 else both)[k])
     assert found.noise[0] != 0
-    for rank_agg in ("svd", "stack", "fro"):  # where a product needs both
+    for rank_agg in ("svd", "stack", "fro"):  # rules whose products need both factors
         with_pair = aggregate(state, [bad, GOOD], rank_agg=rank_agg, nan_policy="drop_tensor")
         without = aggregate(state, [GOOD], rank_agg=rank_agg)
         assert torch.equal(with_pair.state[B0], without.state[B0])
@@ -205,14 +205,14 @@ def test_drop_tensor_leaves_out_the_tensor_alone():
     assert "tensors: expected at least one" in found.rejected[7]
 
 
-def test_raise_ends_the_round_and_names_client_and_key():
+def test_nan_policy_raise_names_client_and_key():
     with pytest.raises(ValueError, match=rf"^aggregate: client 7: {A0}: expected finite values"):
         aggregate(make_state(), [FAULTS["nan"][0], GOOD], nan_policy="raise")
     rejected = aggregate(make_state(), [FAULTS["turned"][0]], nan_policy="raise").rejected
-    assert "shape" in rejected[7]  # another fault ends nothing
+    assert "shape" in rejected[7]  # other faults do not raise
 
 
-def test_partial_replies_count_for_what_they_have():
+def test_partial_replies_are_averaged_for_their_modules():
     state = make_state()
     found = aggregate(state, [FAULTS["a module is missing"][0], GOOD], partial_ok=True)
     assert found.accepted == (1, 7)
@@ -223,7 +223,7 @@ def test_partial_replies_count_for_what_they_have():
     assert half.rejected[7].endswith(f"{B0}: expected it beside {A0}, found none")
 
 
-def test_equal_replies_of_one_client_count_once_and_others_not_at_all():
+def test_equal_replies_of_a_client_count_once_and_different_ones_are_rejected():
     state = make_state()
     once = aggregate(state, [GOOD, make_update(7)])
     again = aggregate(state, [make_update(7), GOOD, make_update(7)])
@@ -242,11 +242,11 @@ def test_equal_replies_of_one_client_count_once_and_others_not_at_all():
     assert "expected shape" in aggregate(state, empty).rejected[7]
     many = dataclasses.replace(make_update(7), num_examples=10**5000)
     assert "num-examples" in aggregate(state, [many, many, GOOD]).rejected[7]
-    lost = [FAULTS["nan"][0]] * 2  # equal, although no NaN equals itself
+    lost = [FAULTS["nan"][0]] * 2  # equal, although NaN != NaN
     assert aggregate(state, lost, nan_policy="drop_tensor").accepted == (7,)
 
 
-def test_what_the_state_cannot_hold_never_reaches_it():
+def test_values_outside_the_range_of_the_state_are_rejected():
     state = make_state(dtype=torch.float16)
     huge = with_tensor(A0, torch.full((3, 5), 1e6, dtype=torch.float64))
     found = aggregate(state, [huge, GOOD])
@@ -268,6 +268,6 @@ def test_what_the_state_cannot_hold_never_reaches_it():
     assert skipped.reason.startswith("layers.0.q: expected products of a finite norm, found")
 
 
-def test_what_is_no_update_is_refused():
+def test_updates_of_other_types_are_refused():
     with pytest.raises(TypeError, match="updates: expected Update values, found dict"):
         aggregate(make_state(), [{}])

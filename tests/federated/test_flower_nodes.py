@@ -1,4 +1,4 @@
-"""Servers that restart, nodes that leave and return, and who is who among them."""
+"""Servers that restart, nodes that leave and return, and the client names of nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPABILITY = {0: 1, 1: 1, 2: 2}
 
 
 class Drawn:
-    """Layers drawn from a stream that a restart must restore."""
+    """Allocator that samples layers from a generator that a restart must restore."""
 
     def __init__(self) -> None:
         self.generator = np.random.default_rng(0)
@@ -35,7 +35,7 @@ class Drawn:
         self.generator.bit_generator.state = state["stream"]
 
 
-def test_a_server_that_restarts_goes_on_as_if_it_had_not():
+def test_restarted_server_continues_bitwise():
     def make() -> LoraStrategy:
         return LoraStrategy(Drawn(), capability=lambda client: 1 + client % 2, fraction_train=0.7)
 
@@ -51,11 +51,11 @@ def test_a_server_that_restarts_goes_on_as_if_it_had_not():
     assert resumed.object_id == end.object_id
     assert after.history == whole.history and [log.round for log in after.history] == [*range(1, 6)]
     assert after.comm.rows == whole.comm.rows
-    assert len({log.accepted for log in whole.history}) > 1, "the draw varies"
+    assert len({log.accepted for log in whole.history}) > 1, "the sampled clients must vary"
 
 
 class Leaving(LocalGrid):
-    """Node 1 is away from the second until the fourth look at the grid."""
+    """Grid without node 1 in the second and third call of `get_node_ids`."""
 
     looks = 0
 
@@ -64,14 +64,14 @@ class Leaving(LocalGrid):
         return [node for node in self.contexts if node != 1 or self.looks not in (2, 3)]
 
 
-def test_a_node_that_leaves_and_comes_back_does_not_stop_the_run():
+def test_node_that_leaves_and_returns_does_not_stop_the_run():
     strategy = LoraStrategy(Suffixes(), capability=CAPABILITY, min_available_nodes=3)
     run(strategy, Leaving(make_client_app(Classifier, batches), 3), rounds=4, timeout=5.0)
     assert [log.accepted for log in strategy.history] == [(0, 1, 2), (0, 2), (0, 2), (0, 1, 2)]
 
 
 class Random(LocalGrid):
-    """Nodes with ids such as Flower draws; ``ids`` has for each the partition that it says."""
+    """Grid with large node ids as Flower draws them; ``ids`` maps each id to its partition."""
 
     def __init__(self, app: Any, ids: dict[int, int | None]):
         super().__init__(app, len(ids))
@@ -85,7 +85,7 @@ class Random(LocalGrid):
 BIG = 2**62
 
 
-def test_a_client_is_its_partition_under_whatever_node_id():
+def test_client_is_named_by_its_partition_under_any_node_id():
     app = make_client_app(Classifier, lambda partition: batches(partition % 7))
     plain = LoraStrategy(Drawn(), capability=CAPABILITY)
     end = run(plain, LocalGrid(app, 3)).arrays.object_id
@@ -94,7 +94,7 @@ def test_a_client_is_its_partition_under_whatever_node_id():
     assert other == end and strategy.history == plain.history
 
 
-def test_one_that_comes_back_as_another_node_is_the_client_that_it_was():
+def test_client_that_returns_as_another_node_keeps_its_name():
     app = make_client_app(Classifier, batches)
     strategy = LoraStrategy(Suffixes(), capability={0: 1, 1: 2})
     middle = run(strategy, Random(app, {BIG: 0, BIG + 1: 1}), rounds=1).arrays
@@ -103,14 +103,14 @@ def test_one_that_comes_back_as_another_node_is_the_client_that_it_was():
     assert [log.plans[1] for log in strategy.history] == [LayerPlan((1, 2))] * 2
 
 
-def test_nobody_takes_the_partition_of_another():
+def test_duplicate_and_invalid_partitions_are_replaced_by_node_ids():
     app = make_client_app(Classifier, lambda partition: batches(partition % 7))
     strategy = LoraStrategy(Suffixes())
     run(strategy, Random(app, {BIG: 0, BIG + 1: 0, BIG + 2: None, BIG + 3: -1}), rounds=1)
     assert strategy.history[0].accepted == (0, BIG + 1, BIG + 2, BIG + 3)
 
 
-def test_bfloat16_travels_as_its_bits_and_stays_bfloat16():
+def test_bfloat16_is_sent_as_bits_and_stays_bfloat16():
     start = {key: value.bfloat16() for key, value in initial().items()}
     seen: list[Any] = []
 
@@ -132,9 +132,8 @@ def test_bfloat16_travels_as_its_bits_and_stays_bfloat16():
     assert not same_bits(end, start)
 
 
-def test_where_the_server_answers_for_a_lost_node_that_node_is_named():
-    """Flower's server has the node id 1, which may well be a client's name."""
-
+def test_error_sent_by_the_server_names_the_lost_node():
+    # Flower's server has node id 1, which may also be the name of a client.
     class Lossy(Random):
         def send_and_receive(self, messages, *, timeout=None):
             messages = list(messages)
@@ -160,9 +159,9 @@ def test_where_the_server_answers_for_a_lost_node_that_node_is_named():
     assert log.rejected == {2: f"node {BIG + 2}: {reason}"}
 
 
-def test_an_app_of_ones_own_says_who_it_is_in_its_echo_and_takes_nobodys_name():
+def test_custom_app_is_named_by_the_partition_in_its_echo_unless_taken():
     inner = make_client_app(Classifier, lambda partition: batches(partition % 7))
-    own = ClientApp()  # answers no query
+    own = ClientApp()  # does not answer queries
 
     @own.train()
     def train(message: Message, context: Context) -> Message:

@@ -1,4 +1,4 @@
-"""Flower's simulation with Ray runs the code that runs in this process, to the same bits."""
+"""Flower's simulation with Ray gives the bits of a run in this process."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def deployment():
     importlib.util.find_spec("ray") is None,
     reason="Flower's simulation needs `pip install flwr[simulation]`",
 )
-def test_four_nodes_with_ray_do_what_they_do_here_and_leave_nothing(tmp_path):
+def test_four_nodes_on_ray_equal_a_local_run_and_leave_no_process(tmp_path):
     tools = deployment()
     env = {
         **tools.environment(tmp_path),
-        # Ray listens on all interfaces of Linux, unless it is told that this is no cluster.
+        # Ray listens on all interfaces of Linux unless this variable rules out a cluster.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # at its 15 beside other tests this one takes minutes
+        "RAY_worker_niceness": "0",  # at the default of 15, this takes minutes beside other tests
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     log = tmp_path / "log"
@@ -51,7 +51,7 @@ def test_four_nodes_with_ray_do_what_they_do_here_and_leave_nothing(tmp_path):
     end = time.monotonic() + SECONDS
     while process.poll() is None and time.monotonic() < end:
         outside |= tools.listening(set(tools.marked(env[tools.MARK]))) - tools.LOOPBACK
-        time.sleep(2)  # it reads all of /proc, beside what it waits for
+        time.sleep(2)  # listening() reads all of /proc, which slows the process down
     process.kill()
     assert process.wait() == 0, log.read_text()[-3000:]
     while (left := tools.marked(env[tools.MARK])) and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""The strategy on Flower: who is asked for what, and what subclasses can say."""
+"""`LoraStrategy` on Flower: what it sends to clients, and its hooks for subclasses."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from scripts import load_script
 from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
 from lora_ext.federated.flower import from_arrays, to_arrays
 
-MOST_STAYS = 10  # files that a reader of a round meets
+MOST_STAYS = 10  # files that the calls of a round visit
 
 
 def local(nodes: int = 3, **settings: Any) -> LocalGrid:
     return LocalGrid(make_client_app(Classifier, batches, **settings), nodes)
 
 
-def test_a_run_moves_the_layers_that_were_trained_and_no_others():
+def test_run_changes_only_the_trained_layers():
     strategy = LoraStrategy(Suffixes(), capability={0: 1, 1: 1, 2: 2})
     end = from_arrays(run(strategy, local()).arrays)
     start = initial()
@@ -33,7 +33,7 @@ def test_a_run_moves_the_layers_that_were_trained_and_no_others():
 
 
 @pytest.mark.parametrize("payload", ["sliced", "dense_masked"])
-def test_a_round_reads_downwards_and_meets_few_files(monkeypatch: pytest.MonkeyPatch, payload: str):
+def test_round_goes_down_through_few_files(monkeypatch: pytest.MonkeyPatch, payload: str):
     ways = load_script(monkeypatch, "tests/serving", "test_ways")
     monkeypatch.setattr(ways, "ROOMS", ("federated", "adapter", "layers", "rows"))
     strategy, grid = LoraStrategy(Suffixes(), payload=payload), local()
@@ -49,7 +49,7 @@ def test_a_round_reads_downwards_and_meets_few_files(monkeypatch: pytest.MonkeyP
         assert 1 < len(way.stays) <= MOST_STAYS, " ".join(way.stays)
 
 
-def test_batched_clients_train_what_a_loop_trains():
+def test_batched_backend_equals_the_loop():
     ends = []
     for backend in ("loop", "batched"):
         strategy = LoraStrategy(Suffixes(), capability={0: 1, 1: 2, 2: 3})
@@ -59,7 +59,7 @@ def test_batched_clients_train_what_a_loop_trains():
 
 
 class Hooks(LoraStrategy):
-    """All clients planned at once; every call of a hook written down."""
+    """Strategy that plans all clients at once and records every call of a hook."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -81,7 +81,7 @@ class Hooks(LoraStrategy):
         self.calls.append(("late", round, client, plan, seconds))
 
 
-def test_a_subclass_plans_for_all_at_once_and_sees_every_reply():
+def test_subclass_can_plan_all_clients_and_observes_every_reply():
     strategy = Hooks()
     run(strategy, local(), rounds=2)
     assert strategy.calls == [
@@ -97,7 +97,7 @@ def test_a_subclass_plans_for_all_at_once_and_sees_every_reply():
 
 
 class Shrinking(LoraStrategy):
-    """From round 2 on, the last layer has rank 1."""
+    """Strategy that gives the last layer rank 1 from round 2 on."""
 
     def before_round(self, round, state):
         if round == 2:
@@ -109,7 +109,7 @@ class Shrinking(LoraStrategy):
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_ranks_may_change_between_rounds(pack):
-    """A client's model has the largest rank, and trains at the one that comes."""
+    # A client's model has the largest rank, and trains at the rank that it receives.
     ends = []
     for backend in ("loop", "batched"):
         strategy = Shrinking(Suffixes(), capability={0: 0, 1: 1, 2: 2}, pack=pack)
@@ -121,7 +121,7 @@ def test_ranks_may_change_between_rounds(pack):
         assert (value - ends[1][key]).abs().max() < 1e-5, key
 
 
-def test_a_global_adapter_that_the_model_cannot_hold_is_an_error_reply():
+def test_global_adapter_of_a_larger_rank_is_an_error_reply():
     state = {
         key: torch.cat([value, value], 0 if "lora_A" in key else 1)
         for key, value in initial().items()
@@ -131,13 +131,13 @@ def test_a_global_adapter_that_the_model_cannot_hold_is_an_error_reply():
     assert "expected shape [3, 6], found shape [6, 6]" in strategy.history[0].rejected[0]
 
 
-def test_one_without_an_allocator_says_so():
+def test_strategy_without_an_allocator_raises():
     with pytest.raises(ValueError, match="allocator: expected one, or an own plan_round"):
         run(LoraStrategy(), local())
 
 
 @pytest.mark.parametrize("trained_in", ["loop", "batched"])
-def test_a_client_with_another_scale_is_an_error_reply(trained_in):
+def test_client_with_another_scale_is_an_error_reply(trained_in):
     for scaling, accepted in ((2 / 3, (0,)), (1.0, ())):  # alpha 2, rank 3
         strategy = LoraStrategy(Suffixes(), scaling=scaling)
         run(strategy, local(1, backend=trained_in), rounds=1)
@@ -146,7 +146,7 @@ def test_a_client_with_another_scale_is_an_error_reply(trained_in):
     assert reason in strategy.history[0].rejected[0]
 
 
-def test_what_a_client_draws_depends_on_seed_round_and_client_alone():
+def test_random_numbers_of_a_client_depend_only_on_seed_round_and_client():
     def replies_of_1(nodes: int, seed: int = 0) -> list[str]:
         seen: list[str] = []
 
@@ -160,5 +160,5 @@ def test_what_a_client_draws_depends_on_seed_round_and_client_alone():
         return seen
 
     alone, among = replies_of_1(2), replies_of_1(4)
-    assert alone[0] == among[0], "the same adapter came to it"
+    assert alone[0] == among[0], "both runs send it the same adapter"
     assert alone[0] != alone[1] and alone[0] != replies_of_1(2, seed=1)[0]

@@ -1,4 +1,4 @@
-"""Layers turned on and off for a client: what trains, what computes, and what is kept for it."""
+"""`LoraLayerManager`: trained, frozen and disabled layers, and the tensors saved for backward."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def names_of(model: nn.Module, layers: set[int]) -> set[str]:
 
 
 def saved_bytes(manager: LoraLayerManager) -> int:
-    """Bytes that the backward of one forward keeps, each storage once."""
+    """Return the bytes that a forward saves for its backward, counting each storage once."""
     found: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def saved_bytes(manager: LoraLayerManager) -> int:
 
 
 class Stack(nn.Module):
-    """Residual layers without anything around them; their inputs may require gradients."""
+    """Residual layers alone; their input may require gradients."""
 
     def __init__(self, layers: int = 12, width: int = 6, dropout: float = 0.0):
         super().__init__()
@@ -67,7 +67,7 @@ class Stack(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_planned_layers_train_and_the_others_are_frozen_but_compute(kind: str):
+def test_planned_layers_train_and_others_are_frozen_but_compute(kind: str):
     model = adapted(kind)
     before = model(input_ids=IDS).logits
     manager = LoraLayerManager(model)
@@ -82,7 +82,7 @@ def test_planned_layers_train_and_the_others_are_frozen_but_compute(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_disabled_layers_are_their_base_layers(kind: str):
+def test_disabled_layers_equal_their_base_layers(kind: str):
     model = adapted(kind)
     manager = LoraLayerManager(model)
     full = model(input_ids=IDS).logits
@@ -99,10 +99,10 @@ def test_disabled_layers_are_their_base_layers(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("others", ["frozen", "disabled"])
-def test_weight_decay_moves_planned_layers_alone(kind: str, others: str):
+def test_weight_decay_changes_only_planned_layers(kind: str, others: str):
     model = adapted(kind)
     manager = LoraLayerManager(model)
-    loss_of(model).backward()  # gradients of everything are left over from before
+    loss_of(model).backward()  # leaves gradients on all factors
     manager.apply(LayerPlan((0, 2)), others=others)
     before = manager.state_slice()
     optimizer = torch.optim.AdamW(
@@ -114,11 +114,11 @@ def test_weight_decay_moves_planned_layers_alone(kind: str, others: str):
     optimizer.step()
     for key, value in manager.state_slice().items():
         assert torch.equal(value, before[key]) == (".layers.1." in key)
-    assert len(optimizer.state) == 8  # of two layers with two modules of two factors
+    assert len(optimizer.state) == 8  # two layers with two modules of two factors
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_bytes_fall_with_the_depth(kind: str):
+def test_saved_bytes_decrease_with_the_trained_depth(kind: str):
     model = adapted(kind).train()
     model.get_input_embeddings().weight.requires_grad_(True)
     manager = LoraLayerManager(model)
@@ -164,8 +164,8 @@ def test_no_graph_is_built_below_the_lowest_trained_layer():
     assert all(x.grad_fn is None for x in model.seen[:10])
 
 
-def test_a_copy_made_within_the_boundary_is_a_model_of_its_own_and_learns_after_it():
-    """As a client that compares itself with the model that it began from makes one."""
+def test_copy_made_within_the_boundary_is_independent_and_trainable():
+    # A client that compares itself with its initial model makes such a copy.
     model = Stack()
     manager = LoraLayerManager(model)
     manager.apply(LayerPlan((10, 11)))
@@ -184,7 +184,7 @@ def test_a_copy_made_within_the_boundary_is_a_model_of_its_own_and_learns_after_
     assert all(p.grad is not None for n, p in copied.named_parameters() if ".lora_" in n)
 
 
-def test_an_error_below_the_boundary_leaves_gradients_on():
+def test_error_below_the_boundary_restores_the_grad_mode():
     model = Stack()
     manager = LoraLayerManager(model)
     manager.apply(LayerPlan((11,)))
@@ -193,7 +193,7 @@ def test_an_error_below_the_boundary_leaves_gradients_on():
     assert torch.is_grad_enabled()
 
 
-def test_layers_1_10_and_11_are_told_apart():
+def test_layers_1_10_and_11_are_distinguished():
     model = Stack(12)
     manager = LoraLayerManager(model)
     manager.apply(LayerPlan((1,)))
@@ -202,7 +202,7 @@ def test_layers_1_10_and_11_are_told_apart():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_slice_has_the_names_and_values_of_a_file(kind: str):
+def test_slice_has_the_names_and_values_of_a_saved_file(kind: str):
     model = adapted(kind)
     manager = LoraLayerManager(model)
     saved = LoraAdapter.from_model(model).state_dict()
@@ -211,13 +211,13 @@ def test_a_slice_has_the_names_and_values_of_a_file(kind: str):
     assert all(torch.equal(found[key], saved[key]) for key in saved)
     part = manager.state_slice([2], [3])
     assert {tuple(v.shape) for v in part.values()} == {(3, 16), (16, 3), (3, 24)}
-    next(iter(found.values())).zero_()  # a copy
+    next(iter(found.values())).zero_()  # modifies a copy
     assert torch.equal(manager.state_slice()[next(iter(saved))], next(iter(saved.values())))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_slice_of_smaller_rank_trains_as_an_adapter_of_that_rank(kind: str):
-    wide, narrow = adapted(kind), adapted(kind, r=2, lora_alpha=3)  # both have the scale 1.5
+def test_slice_of_smaller_rank_trains_as_an_adapter_of_that_rank(kind: str):
+    wide, narrow = adapted(kind), adapted(kind, r=2, lora_alpha=3)  # both have scale 1.5
     part = LoraLayerManager(narrow).state_slice()
     for model in (wide, narrow):
         manager = LoraLayerManager(model)
@@ -250,7 +250,7 @@ def test_dropout_of_frozen_layers_can_be_switched_off(kind: str):
     hook.register_forward_hook(lambda m, i, o: blocks.append(o[0] if isinstance(o, tuple) else o))
     last = [loss_of(model).item() for _ in range(2)]
     assert torch.equal(blocks[0], blocks[1])
-    assert last[0] != last[1]  # the planned layer keeps its own
+    assert last[0] != last[1]  # the planned layer keeps its dropout
     quiet.apply(LayerPlan((0, 1, 2)))
     assert {m.lora_dropout["default"].p for m in adapted_layers(model).values()} == {0.5}
     LoraLayerManager(model).apply(LayerPlan((2,)))
@@ -271,7 +271,7 @@ def test_modules_outside_all_layers_are_frozen_and_compute():
     assert not any("lm_head" in key for key in manager.state_slice())
 
 
-def test_what_has_no_layers_is_refused():
+def test_models_without_numbered_layers_are_refused():
     with pytest.raises(LayerNotFound, match="found none among 0 tensors"):
         LoraLayerManager(adapted("ours"), r"h\.(\d+)\.")
     gaps = Stack(4)
@@ -287,7 +287,7 @@ def test_what_has_no_layers_is_refused():
 @pytest.mark.parametrize(
     ("settings", "found"), [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "a bias")]
 )
-def test_what_no_payload_carries_is_refused(settings: dict, found: str):
+def test_dora_and_biases_are_refused(settings: dict, found: str):
     with pytest.raises(ValueError, match=f"expected lora_A and lora_B alone, found {found}"):
         LoraLayerManager(adapted("ours", **settings))
 
@@ -311,7 +311,7 @@ def test_what_no_payload_carries_is_refused(settings: dict, found: str):
         ),
     ],
 )
-def test_bad_calls_are_refused_and_change_nothing(call, message: str):
+def test_invalid_calls_are_refused_and_change_nothing(call, message: str):
     model = adapted("ours")
     manager = LoraLayerManager(model)
     manager.apply(LayerPlan((1,)))
@@ -323,7 +323,7 @@ def test_bad_calls_are_refused_and_change_nothing(call, message: str):
     assert trained(model) == flags
 
 
-def test_a_merged_adapter_and_one_that_is_not_active_are_refused():
+def test_merged_and_inactive_adapters_are_refused():
     model = adapted("ours", "default", "other")
     with pytest.raises(ValueError, match=r"expected 'other' to be active, found .'default'"):
         LoraLayerManager(model, adapter="other").apply(LayerPlan((1,)))
@@ -332,7 +332,7 @@ def test_a_merged_adapter_and_one_that_is_not_active_are_refused():
         LoraLayerManager(model).apply(LayerPlan((1,)))
 
 
-def test_half_a_pair_is_refused():
+def test_incomplete_pairs_are_refused():
     manager = LoraLayerManager(adapted("ours"))
     half = {k: v for k, v in manager.state_slice([0]).items() if "q_proj.lora_B" not in k}
     with pytest.raises(KeyError, match="q_proj: expected lora_A and lora_B, found"):

@@ -1,4 +1,4 @@
-"""Logs: sums of bytes, entries of rounds, and their way through JSON."""
+"""Logs: sums of bytes, entries of rounds, and their JSON form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from federated_rounds import key, make_state, make_update
 from lora_ext.federated import CommLog, CommRow, LayerPlan, RoundLog, aggregate, pack_tensors
 
 
-def test_bytes_add_up_by_round_and_over_rounds():
+def test_bytes_are_summed_by_round_and_over_rounds():
     log = CommLog()
     log.record(1, 7, down=100, frames=10, full=300)
     log.record(1, "b", up=30, down=100)
@@ -31,7 +31,7 @@ def test_bytes_add_up_by_round_and_over_rounds():
     assert again.rows == log.rows
 
 
-def test_what_is_no_number_of_bytes_is_refused_and_changes_nothing():
+def test_invalid_byte_counts_are_refused_and_change_nothing():
     log = CommLog()
     log.record(1, 7, up=3)
     with pytest.raises(ValueError, match=r"CommLog.record: down: expected bytes from 0, found -1"):
@@ -45,7 +45,7 @@ def test_what_is_no_number_of_bytes_is_refused_and_changes_nothing():
     assert log.rows == [CommRow(1, 7, up=3)]
 
 
-def test_the_entry_of_a_round_survives_json():
+def test_round_log_round_trips_through_json():
     state = make_state()
     bad = make_update(9)
     bad.tensors[key(0, "A")] = torch.ones(1, 5)
@@ -64,7 +64,7 @@ def test_the_entry_of_a_round_survives_json():
     assert RoundLog.from_dict(json.loads(json.dumps(skipped.to_dict()))) == skipped
 
 
-def test_a_flat_message_frames_less():
+def test_flat_message_has_one_array():
     tensors = make_update(1).tensors
     assert len(pack_tensors(tensors, flat=True).arrays) == 1
     assert len(pack_tensors(tensors).arrays) == len(tensors)

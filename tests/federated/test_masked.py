@@ -1,4 +1,4 @@
-"""Sums of masked updates: dividing them is the covered mean."""
+"""Sums of masked updates: divided by their weights, they are the covered mean."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def summed(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     server_lr=st.sampled_from([1.0, 0.4]),
     weighted_by=st.sampled_from(["num-examples", None]),
 )
-def test_the_sums_say_what_the_covered_mean_is(data, server_lr: float, weighted_by: str | None):
+def test_sums_of_shares_give_the_covered_mean(data, server_lr: float, weighted_by: str | None):
     state = make_state()
     replies = []
     for i in range(data.draw(st.integers(1, 4))):
@@ -44,7 +44,7 @@ def test_the_sums_say_what_the_covered_mean_is(data, server_lr: float, weighted_
         assert (found[k] is state[k]) == (layer in wanted.uncovered)
 
 
-def test_float32_equals_to_its_rounding():
+def test_float32_sums_equal_the_mean_up_to_rounding():
     state = make_state(dtype=torch.float32)
     replies = [make_update(i, examples=i, dtype=torch.float32) for i in (1, 2, 3)]
     share = masked_payload(state, replies[0])
@@ -54,7 +54,7 @@ def test_float32_equals_to_its_rounding():
     assert all(torch.allclose(found[k], wanted[k], atol=1e-6) for k in state)
 
 
-def test_a_share_hides_which_layers_were_trained_in_its_size_alone():
+def test_share_is_zero_outside_the_plan():
     state = make_state()
     share = masked_payload(state, make_update(1, (1,), (2,), examples=10))
     assert share["layers.1.q.rank_weights"].tolist() == [10, 10, 0]
@@ -63,7 +63,7 @@ def test_a_share_hides_which_layers_were_trained_in_its_size_alone():
     assert not share[key(1, "A")][2:].any()
 
 
-def test_a_bad_update_is_refused_where_it_is_made():
+def test_masked_payload_refuses_invalid_updates():
     state, bad = make_state(), make_update(1)
     bad.tensors[key(0, "A")] = torch.full((3, 5), math.nan)
     with pytest.raises(ValueError, match=r"^masked_payload: client 1: .*expected finite values"):
@@ -72,7 +72,7 @@ def test_a_bad_update_is_refused_where_it_is_made():
         masked_payload(state, dataclasses.replace(make_update(1), plan=LayerPlan((5,))))
 
 
-def test_bad_sums_are_refused_and_change_nothing():
+def test_invalid_sums_are_refused_and_change_nothing():
     state = make_state()
     before = {k: v.clone() for k, v in state.items()}
     sums = masked_payload(state, make_update(1))

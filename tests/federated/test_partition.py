@@ -1,4 +1,4 @@
-"""Samples dealt out to clients: every one once, classes as asked, errors by message."""
+"""Partitions of samples among clients: each sample once, with the requested classes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def whole(shares, samples):
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_clients_have_exactly_so_many_classes_and_all_samples_are_dealt(
-    classes, clients, each, seed
-):
+def test_clients_have_the_requested_number_of_classes_and_all_samples(classes, clients, each, seed):
     each = min(each, classes)
     if clients * each < classes:
         return
@@ -42,12 +40,12 @@ def test_clients_have_exactly_so_many_classes_and_all_samples_are_dealt(
     assert all(n == 0 or n >= 2 for row in counts for n in row)
 
 
-def test_shares_within_a_class_differ_in_size():
+def test_shares_of_a_class_differ_in_size():
     sizes = [len(share) for share in partition_pathological(LABELS, 20, 2, seed=0)]
     assert len(set(sizes)) > 10 and min(sizes) >= 4
 
 
-def test_one_client_per_class_and_all_classes_for_all_are_the_ends():
+def test_one_client_per_class_and_all_classes_per_client_are_accepted():
     shares = partition_pathological(LABELS, 10, 1, seed=0)
     assert sorted(np.unique(LABELS[share]).item() for share in shares) == list(range(10))
     assert [len(share) for share in shares] == [100] * 10
@@ -55,7 +53,7 @@ def test_one_client_per_class_and_all_classes_for_all_are_the_ends():
     assert np.array_equal(alone[0], np.arange(1000))
 
 
-def test_a_partition_is_its_seeds():
+def test_partitions_are_determined_by_their_seed():
     for split in (
         lambda seed: partition_pathological(LABELS, 12, 3, seed=seed),
         lambda seed: partition_dirichlet(LABELS, 12, 0.3, seed=seed),
@@ -67,13 +65,13 @@ def test_a_partition_is_its_seeds():
 
 @given(clients=st.integers(1, 8), alpha=st.sampled_from([0.3, 1.0, 100.0]), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_dirichlet_deals_all_samples_and_leaves_no_client_without(clients, alpha, seed):
+def test_dirichlet_assigns_all_samples_and_at_least_min_size(clients, alpha, seed):
     shares = partition_dirichlet(LABELS, clients, alpha, seed=seed, min_size=3)
     whole(shares, len(LABELS))
     assert min(map(len, shares)) >= 3
 
 
-def test_a_large_alpha_gives_equal_shares_and_a_small_one_few_classes():
+def test_large_alpha_gives_equal_shares_and_small_alpha_few_classes():
     equal = partition_dirichlet(LABELS, 5, 1e6, seed=0)
     assert {np.sum(LABELS[share] == c) for share in equal for c in range(10)} <= {19, 20, 21}
     skewed = partition_dirichlet(LABELS, 5, 0.01, seed=0)

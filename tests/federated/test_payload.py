@@ -1,4 +1,4 @@
-"""Tensors in messages: what arrives is what was sent, and what is forged is refused unread."""
+"""Tensors in messages: they arrive as sent, and forged ones are refused without being read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def npy(array: np.ndarray, **options) -> bytes:
     shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), max_size=5),
     data=st.data(),
 )
-def test_what_arrives_is_what_was_sent(flat: bool, shapes: list[list[int]], data: st.DataObject):
+def test_tensors_arrive_as_sent(flat: bool, shapes: list[list[int]], data: st.DataObject):
     tensors = {
         f"layers.{i}.x": torch.randn(shape).to(data.draw(st.sampled_from(DTYPES)))
         for i, shape in enumerate(shapes)
@@ -51,16 +51,16 @@ def test_what_arrives_is_what_was_sent(flat: bool, shapes: list[list[int]], data
     assert all(sent.manifest.values())  # no empty list
     assert sent.nbytes == sum(t.nbytes for t in tensors.values())
     for value in found.values():
-        value.zero_()  # in memory of its own
+        value.zero_()  # writable, so not in the memory of the message
 
 
-def test_a_plan_says_which_shapes_travel_and_how_many_bytes():
+def test_plan_determines_shapes_and_bytes():
     state = make_state(dtype=torch.float32)
     plan = LayerPlan((0, 2), (1, 3))
     shapes = plan_shapes(state, plan)
     reply = make_update(1, plan.layers, plan.ranks, dtype=torch.float32)
     assert shapes == {k: tuple(v.shape) for k, v in reply.tensors.items()}
-    # itemsize * sum of r (I + O) over two modules a layer
+    # itemsize * sum of r (I + O), over two modules per layer
     assert (
         plan_bytes(state, plan) == 4 * (1 + 3) * 2 * (5 + 4) == pack_tensors(reply.tensors).nbytes
     )
@@ -70,7 +70,7 @@ def test_a_plan_says_which_shapes_travel_and_how_many_bytes():
         plan_shapes(state, LayerPlan((0,), (4,)))
 
 
-def test_an_array_in_fortrans_order_arrives_in_torchs():
+def test_fortran_ordered_array_arrives_contiguous():
     array = np.asfortranarray(np.arange(15.0).reshape(3, 5))
     found = unpack_tensors(Payload({A0: read_npy(npy(array))}, {}), {A0: (3, 5)})
     assert found[A0].is_contiguous()
@@ -98,7 +98,7 @@ def test_forged_arrays_are_refused(array, message: str):
         unpack_tensors(Payload({A0: array}, {}), {A0: (3, 5)}, "node 7")
 
 
-def test_an_unknown_name_is_refused():
+def test_unknown_names_and_dtypes_are_refused():
     with pytest.raises(ValueError, match="payload: x: expected a name of the plan"):
         unpack_tensors(Payload({"x": ONES}, {}), {A0: (3, 5)})
     with pytest.raises(ValueError, match=f"{A0}: expected uint16, of bfloat16, found float32"):
@@ -156,12 +156,12 @@ def test_forged_manifests_are_refused(changes: dict, message: str):
         (npy(np.array(["x"])), "dtype: expected numbers, found <U1"),
     ],
 )
-def test_bytes_that_are_no_array_are_refused(data: bytes, message: str):
+def test_invalid_npy_bytes_are_refused(data: bytes, message: str):
     with pytest.raises(ValueError, match=f"^node 3: .*{message}"):
         read_npy(data, "node 3")
 
 
-def test_a_header_that_promises_much_allocates_nothing():
+def test_header_with_a_huge_shape_allocates_nothing():
     data = npy(np.ones((3, 5), np.float32))
     forged = data.replace(b"(3, 5), }        ", b"(3, 99999999999),}")[:200]
     assert forged != data

@@ -1,4 +1,4 @@
-"""Plans: what they hold, what they refuse, and that a message carries them."""
+"""`LayerPlan`: its contents, errors and message form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lora_ext.federated import LayerPlan
 
 
-def test_ranks_stay_with_their_layers():
+def test_ranks_are_sorted_with_their_layers():
     plan = LayerPlan([5, 0, 3], [16, 4, 8])
     assert (plan.layers, plan.ranks) == ((0, 3, 5), (4, 8, 16))
     assert plan.rank_of(3, full=64) == 8
@@ -23,14 +23,14 @@ def test_ranks_stay_with_their_layers():
     st.dictionaries(st.integers(0, 99), st.integers(1, 512), max_size=8),
     st.booleans(),
 )
-def test_a_message_carries_a_plan(ranks: dict[int, int], with_ranks: bool):
+def test_plan_round_trips_through_a_message(ranks: dict[int, int], with_ranks: bool):
     plan = LayerPlan(tuple(ranks), tuple(ranks.values()) if with_ranks else None)
     config = plan.to_config()
     assert ("ranks" in config) == bool(with_ranks and ranks)
     assert LayerPlan.from_config({**json.loads(json.dumps(config)), "lr": 0.1}) == plan
 
 
-def test_integers_of_numpy_are_integers():
+def test_numpy_integers_are_accepted():
     plan = LayerPlan(np.array([2, 1]), np.array([4, 8]))
     assert plan == LayerPlan((1, 2), (8, 4))
     json.dumps(plan.to_config())
@@ -50,18 +50,18 @@ def test_integers_of_numpy_are_integers():
         (((1,), (True,)), TypeError, "ranks: expected integers, found True"),
     ],
 )
-def test_what_is_no_plan_is_refused(arguments: tuple, error: type[Exception], message: str):
+def test_invalid_plans_are_refused(arguments: tuple, error: type[Exception], message: str):
     with pytest.raises(error, match=f"^LayerPlan: {message}"):
         LayerPlan(*arguments)
 
 
-def test_a_message_without_a_plan_is_refused():
+def test_message_without_a_plan_is_refused():
     with pytest.raises(ValueError, match=r"config: expected layers, found .'ranks'"):
         LayerPlan.from_config({"ranks": [1]})
 
 
-def test_the_check_for_layers_given_twice_does_not_grow_with_their_square():
-    layers = range(200_000)  # an echo of a hostile client
+def test_check_for_duplicate_layers_is_not_quadratic():
+    layers = range(200_000)  # as in an echo of a hostile client
     assert LayerPlan(tuple(layers)).layers[-1] == 199_999
     with pytest.raises(ValueError, match="each layer once, found 199999 twice"):
         LayerPlan((*layers, 199_999))

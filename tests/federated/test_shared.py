@@ -1,4 +1,4 @@
-"""Heads that all clients train beside their adapters, in one batch as in a loop or by Flower."""
+"""Heads trained by all clients beside their adapters: batched, looped and by Flower."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAD = ("head.weight", "head.bias")
 
 
 def state_of(model: nn.Module, shared) -> dict[str, Tensor]:
-    """A global state in which the heads are not those that the model has."""
+    """Return a global state with other heads than those of the model."""
     g = torch.Generator().manual_seed(3)
     heads = {name: model.get_parameter(name).detach() for name in shared}
     noise = {name: torch.randn(p.shape, generator=g, dtype=p.dtype) for name, p in heads.items()}
@@ -35,7 +35,7 @@ def state_of(model: nn.Module, shared) -> dict[str, Tensor]:
 
 
 class Pooled(nn.Module):
-    """A head of several modules, with a parameter of its own and a keyword."""
+    """Head of several modules, with a direct parameter and a keyword argument."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ class Pooled(nn.Module):
 
 
 class WithHead(Classifier):
-    """The classifier with whatever head a test gives it."""
+    """Classifier with a given head."""
 
     def __init__(self, head: nn.Module, **keywords: str):
         super().__init__()
@@ -63,13 +63,13 @@ class WithHead(Classifier):
 
 
 # -------------------------------------------------------------------------------------------------
-# The same as alone
+# Equality with training alone
 
 
 @pytest.mark.parametrize("slots", [None, 3, 1])
 @pytest.mark.parametrize("others", ["frozen", "disabled"])
 @pytest.mark.parametrize("shared", [r"^head\.", HEAD, "head.weight"])
-def test_a_batch_of_clients_with_a_head_equals_the_loop(shared, slots: int | None, others: str):
+def test_batch_of_clients_with_a_head_equals_the_loop(shared, slots: int | None, others: str):
     model = Classifier().double()
     names = HEAD if shared != "head.weight" else HEAD[:1]
     state = state_of(model, names)
@@ -85,7 +85,7 @@ def test_a_batch_of_clients_with_a_head_equals_the_loop(shared, slots: int | Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_language_model_s_head_and_last_norm_equal_the_loop(kind: str):
+def test_head_and_last_norm_of_a_language_model_equal_the_loop(kind: str):
     model = adapted(kind).double()
     names = tuple(
         n
@@ -106,7 +106,7 @@ def test_a_language_model_s_head_and_last_norm_equal_the_loop(kind: str):
     assert_as_alone(found, model, state, clients, plans, loss_of=next_token, shared=names)
 
 
-def test_a_head_of_several_modules_goes_as_one():
+def test_head_of_several_modules_equals_the_loop():
     torch.manual_seed(1)
     model = WithHead(Pooled(), residual="first").double()
     names = tuple(n for n, _ in model.named_parameters() if n.startswith("head."))
@@ -116,7 +116,7 @@ def test_a_head_of_several_modules_goes_as_one():
     assert_as_alone(found, model, state, specs(), PLANS, shared=names)
 
 
-def test_a_client_that_trains_no_layer_trains_the_head():
+def test_client_without_layers_trains_the_head():
     model = Classifier().double()
     state = state_of(model, HEAD)
     plans = {1: LayerPlan(()), "b": LayerPlan((2,)), 3: LayerPlan(()), 4: LayerPlan(())}
@@ -127,7 +127,7 @@ def test_a_client_that_trains_no_layer_trains_the_head():
     assert found[0].tensors.keys() == {*HEAD}
 
 
-def test_what_the_state_lacks_begins_as_the_model_has_it():
+def test_head_missing_in_the_state_starts_from_the_model():
     model = Classifier().double()
     manager = LoraLayerManager(model)
     own = {name: model.get_parameter(name).detach() for name in HEAD}
@@ -138,7 +138,7 @@ def test_what_the_state_lacks_begins_as_the_model_has_it():
         assert same_bits(dict(one.tensors), dict(two.tensors))
 
 
-def test_without_a_head_to_share_nothing_is_sent_of_it():
+def test_unshared_head_is_not_sent():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     batched = BatchedClients(model, specs())
@@ -146,7 +146,7 @@ def test_without_a_head_to_share_nothing_is_sent_of_it():
     assert not any("head" in k for u in batched.run_round(PLANS, state) for k in u.tensors)
 
 
-def test_aggregate_takes_the_weighted_mean_of_the_heads():
+def test_aggregate_computes_the_weighted_mean_of_heads():
     model = Classifier().double()
     state = state_of(model, HEAD)
     batched = BatchedClients(model, specs(), shared="head")
@@ -161,12 +161,12 @@ def test_aggregate_takes_the_weighted_mean_of_the_heads():
         state = found.state
 
 
-def test_a_client_that_fails_changes_no_bit_of_the_others_heads():
+def test_client_that_fails_changes_no_bit_of_other_heads():
     model = Classifier().double()
     state = state_of(model, HEAD)
     clients = specs()
     good = BatchedClients(model, clients, shared="head").run_round(PLANS, state)
-    x, y = clients[1].batches[0]  # its one step
+    x, y = clients[1].batches[0]
     clients[1] = dataclasses.replace(clients[1], batches=[(x * math.nan, y)])
     found = BatchedClients(model, clients, shared="head").run_round(PLANS, state)
     assert [u.failed for u in found] == [False, True, False, False] and not found[1].tensors
@@ -174,7 +174,7 @@ def test_a_client_that_fails_changes_no_bit_of_the_others_heads():
         assert same_bits(dict(found[i].tensors), dict(good[i].tensors))
 
 
-def test_a_head_that_is_not_finite_at_the_end_is_a_failure():
+def test_nonfinite_head_at_the_end_is_a_failure():
     model = Classifier().double()
     state = LoraLayerManager(model).state_slice()
     client = ClientSpec(1, specs()[0].batches[:1], lr=1e308, weight_decay=1e10)
@@ -186,7 +186,7 @@ def test_a_head_that_is_not_finite_at_the_end_is_a_failure():
 # Flower
 
 
-def test_flower_s_loop_flower_s_batch_and_clients_that_are_there_agree():
+def test_flowers_loop_and_batch_and_existing_clients_agree():
     pytest.importorskip("flwr")
     import flower_apps as apps
 
@@ -213,7 +213,7 @@ def test_flower_s_loop_flower_s_batch_and_clients_that_are_there_agree():
     assert all(not torch.equal(ends["loop"][name], heads[name]) for name in HEAD)
 
 
-def test_clients_that_share_another_head_than_the_strategy_say_so():
+def test_clients_that_share_another_head_than_the_strategy_are_rejected():
     pytest.importorskip("flwr")
     import flower_apps as apps
 
@@ -227,11 +227,11 @@ def test_clients_that_share_another_head_than_the_strategy_say_so():
 
 
 # -------------------------------------------------------------------------------------------------
-# What cannot be
+# Errors
 
 
 class Below(Classifier):
-    """With a module below its layers."""
+    """Classifier with a module below its layers."""
 
     def __init__(self):
         super().__init__()
@@ -242,7 +242,7 @@ class Below(Classifier):
 
 
 class Reads(Classifier):
-    """Whose forward reads the weight of its head and does not call it."""
+    """Classifier that reads the weight of its head and does not call the head."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -251,7 +251,7 @@ class Reads(Classifier):
 
 
 class Flattens(Classifier):
-    """Whose head sees other rows than sequences."""
+    """Classifier that passes more rows than sequences to its head."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -319,7 +319,7 @@ def of_the_model_itself() -> nn.Module:
         (of_integers, "head", UnsupportedModule, "head.weight: expected floating values.*int8"),
     ],
 )
-def test_parameters_that_clients_cannot_have_a_copy_of_are_refused_by_name(
+def test_parameters_that_cannot_be_copied_per_client_are_refused_by_name(
     make, shared, kind, message: str
 ):
     with pytest.raises(kind, match=f"^BatchedClients: {message}"):
@@ -339,9 +339,7 @@ def test_parameters_that_clients_cannot_have_a_copy_of_are_refused_by_name(
         ),
     ],
 )
-def test_what_only_a_forward_shows_is_refused_by_name_and_the_model_is_whole(
-    make, shared: str, message: str
-):
+def test_errors_found_in_the_forward_leave_the_model_unchanged(make, shared: str, message: str):
     model = make().double()
     modules = {name: (m, {*m.__dict__}) for name, m in model.named_modules()}
     state = LoraLayerManager(model).state_slice()
@@ -351,7 +349,7 @@ def test_what_only_a_forward_shows_is_refused_by_name_and_the_model_is_whole(
     assert {name: (m, {*m.__dict__}) for name, m in model.named_modules()} == modules
 
 
-def test_a_head_of_another_shape_in_the_state_is_refused():
+def test_head_of_another_shape_in_the_state_is_refused():
     model = Classifier().double()
     state = {**LoraLayerManager(model).state_slice(), "head.weight": torch.ones(3, WIDTH)}
     with pytest.raises(ValueError, match=r"head.weight: expected \[4, 6\], found \[3, 6\]"):

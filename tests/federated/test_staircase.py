@@ -1,4 +1,4 @@
-"""Rows leave the graph below their client's lowest layer, and nobody's result changes."""
+"""The staircase: rows below their client's lowest layer need no graph; results are unchanged."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from lora_ext.federated import BatchedClients, ClientSpec, LayerPlan, LoraLayerM
 from lora_ext.nn import LoraLinear
 
 ALL = (0, 1, 2)
-ROWS = 8  # of the four clients' first steps together
+ROWS = 8  # rows of the four clients' first steps together
 
 
 def trained(model: nn.Module, clients, plans, state, **options) -> list[Update]:
-    """A round in which the staircase may not give up."""
+    """Run a round in which a warning of the staircase is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return BatchedClients(model, clients, **options).run_round(plans, state)
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
-    """Of all tensors that a graph keeps for its backward, but for the model's own."""
+    """Return the bytes of the tensors that a graph saves for its backward, without the weights."""
     total = 0
     weights = {p.data_ptr() for p in model.parameters()}
 
@@ -53,7 +53,7 @@ def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("others", ["frozen", "disabled"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_depths_of_all_kinds_equal_the_loop(kind: str, others: str):
+def test_mixed_depths_equal_the_loop(kind: str, others: str):
     model = adapted(kind).double()
     state = LoraLayerManager(model).state_slice()
     plans = [LayerPlan((2,)), LayerPlan((0, 2)), LayerPlan(()), LayerPlan((1, 2)), LayerPlan((2,))]
@@ -72,7 +72,7 @@ def test_depths_of_all_kinds_equal_the_loop(kind: str, others: str):
 
 
 def rows_with_a_graph(model: nn.Module, run: Callable[[], object]) -> list[list[tuple[int, bool]]]:
-    """Of each block's calls, how many rows they had and whether there was a graph."""
+    """Return for each call of each block its number of rows, and whether gradients were enabled."""
     calls: list[list[tuple[int, bool]]] = [[] for _ in ALL]
     for index, layer in enumerate(model.model.layers):
 
@@ -84,7 +84,7 @@ def rows_with_a_graph(model: nn.Module, run: Callable[[], object]) -> list[list[
     return calls
 
 
-def test_a_block_runs_the_rows_of_deep_clients_with_a_graph_and_the_others_without():
+def test_block_runs_rows_of_deep_clients_with_a_graph_and_others_without():
     model = adapted("ours").double()
     state = LoraLayerManager(model).state_slice()
     clients = [ClientSpec(i, tokens([5], i, rows=2), lr=0.1) for i in range(3)]
@@ -93,7 +93,7 @@ def test_a_block_runs_the_rows_of_deep_clients_with_a_graph_and_the_others_witho
     assert calls == [[(6, False)], [(4, True), (2, False)], [(6, True)]]
 
 
-def test_what_is_saved_for_the_backward_falls_with_each_clients_depth():
+def test_saved_bytes_decrease_with_each_clients_depth():
     model = adapted("ours")
     state = LoraLayerManager(model).state_slice()
     clients = [ClientSpec(i, tokens([9], i, rows=16), lr=0.1) for i in range(2)]
@@ -104,13 +104,14 @@ def test_what_is_saved_for_the_backward_falls_with_each_clients_depth():
 
     whole, two, one = (saved(depth, depth) for depth in (3, 2, 1))
     assert one < two < whole
-    assert one + whole == pytest.approx(2 * two, rel=0.05)  # as much for each layer
+    assert one + whole == pytest.approx(2 * two, rel=0.05)  # the same for each layer
     assert saved(3, 1) == pytest.approx((whole + one) / 2, rel=0.05)
     assert saved(3, 1, staircase=False) > 0.95 * whole
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames what it calls it
-def test_a_checkpoint_computes_the_same_parts_again():
+# Transformers renames arguments that it passes.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_checkpoint_recomputes_the_same_rows():
     model = adapted("ours").double().train()
     state = LoraLayerManager(model).state_slice()
     clients = [ClientSpec(i, tokens([4 + i, 6], i), lr=0.05) for i in range(4)]
@@ -122,7 +123,7 @@ def test_a_checkpoint_computes_the_same_parts_again():
         assert_close(update, other, 1e-12)
 
 
-def test_a_part_of_the_model_with_a_configuration_of_its_own_keeps_no_cache_either():
+def test_submodule_with_its_own_config_keeps_no_cache():
     model = adapted("ours").double()
     model.model.config = copy.deepcopy(model.config)
     state = LoraLayerManager(model).state_slice()
@@ -132,7 +133,7 @@ def test_a_part_of_the_model_with_a_configuration_of_its_own_keeps_no_cache_eith
 
 
 class Block(nn.Module):
-    """A layer that takes and returns whatever a model likes."""
+    """Layer with arbitrary further inputs and outputs."""
 
     def __init__(self, q: LoraLinear, compute: Callable[..., Any]):
         super().__init__()
@@ -148,7 +149,7 @@ class Writing(Block):
 
 
 class Stack(nn.Module):
-    """Blocks that run as ``run(blocks, x)`` says."""
+    """Model that runs its blocks by ``run(blocks, x)``."""
 
     def __init__(self, run: Callable[..., Tensor], compute: Callable[..., Any] = lambda y: y):
         super().__init__()
@@ -193,7 +194,7 @@ def first_of(blocks: nn.ModuleList, x: Tensor) -> Tensor:
 
 
 def of_stack(*arguments: Any, writes: bool = False, rows: tuple[int, int] = (2, 2)) -> Any:
-    """A stack, the global adapter, and clients of it."""
+    """Return a stack, its global adapter, and its clients."""
     model = Stack(*arguments).double()
     for block in model.layers if writes else ():
         block.__class__ = Writing
@@ -207,7 +208,7 @@ def check_equal(model: Stack, clients: list[ClientSpec], updates: list[Update]) 
     assert_as_alone(updates, model, state, clients, PLANS)
 
 
-def test_blocks_that_take_and_return_structures_are_divided():
+def test_blocks_with_nested_inputs_and_outputs_are_split():
     def run(blocks: nn.ModuleList, x: Tensor) -> Tensor:
         for block in blocks:
             x, shared, (again, factor) = block(x, [x], scale={"by": 2.0, "rows": x[:, :1]})
@@ -238,37 +239,37 @@ def only_with_a_graph(y: Tensor) -> Tensor:
         (in_order, only_with_a_graph, "division or modulo by zero"),
     ],
 )
-def test_blocks_that_cannot_be_divided_are_left_whole_and_a_warning_says_so(run, compute, found):
+def test_blocks_that_cannot_be_split_run_whole_with_a_warning(run, compute, found):
     model, state, clients = of_stack(run, compute)
     with pytest.warns(UserWarning, match=f"^BatchedClients: staircase: .*{found}") as caught:
         updates = BatchedClients(model, clients).run_round(PLANS, state)
-    assert len(caught) == 1  # of the round's first step; the others do without
+    assert len(caught) == 1  # only in the round's first step
     check_equal(model, clients, updates)
 
 
-def test_blocks_that_write_into_what_they_get_are_left_whole():
+def test_blocks_that_write_into_their_inputs_run_whole():
     model, state, clients = of_stack(in_order, writes=True)
     with pytest.warns(UserWarning, match="found a block changes an argument of shape"):
         updates = BatchedClients(model, clients).run_round(PLANS, state)
     check_equal(model, clients, updates)
 
 
-def test_what_a_model_raises_outside_its_blocks_is_raised_though_it_raises_it_but_once():
+def test_error_raised_once_outside_the_blocks_is_raised():
     calls: list[int] = []
 
     def run(blocks: nn.ModuleList, x: Tensor) -> Tensor:
         calls.append(len(x))
         if len(calls) == 1:
-            raise OSError("the file of the tokens has gone")
+            raise OSError("the token file is missing")
         return in_order(blocks, x)
 
     model, state, clients = of_stack(run)
-    with pytest.raises(OSError, match="the file of the tokens has gone"):
+    with pytest.raises(OSError, match="the token file is missing"):
         BatchedClients(model, clients).run_round(PLANS, state)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_a_block_that_finds_no_memory_says_so():
+def test_out_of_memory_in_a_block_is_raised():
     calls: list[int] = []
 
     def compute(y: Tensor) -> Tensor:

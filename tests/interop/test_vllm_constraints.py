@@ -1,6 +1,6 @@
-"""Constraints of requests, without vLLM: its batch, its engine's door and its sampler in small.
+"""Constraints of requests, tested with small fakes of vLLM's batch, engine and sampler.
 
-A batch is what :class:`Batch` does with vLLM's ``BatchUpdate``: rows leave, come and change places.
+:class:`Batch` applies vLLM's ``BatchUpdate``: rows leave, are added and change places.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EOS = tokenizer().eos_token_id
 
 
 def sampling(constraint=None, max_tokens=20, temperature=1.0, min_tokens=0, **more):
-    """The fields of vLLM's SamplingParams that count."""
+    """Return the fields of vLLM's SamplingParams that are read."""
     neutral = dict.fromkeys(("allowed_token_ids", "structured_outputs", "thinking_token_budget"))
     neutral |= {"stop": [], "bad_words": [], "ignore_eos": False, "all_stop_token_ids": {EOS}}
     given = None if constraint is None else {"other": 1, KEY: constraint}
@@ -42,7 +42,7 @@ def sampling(constraint=None, max_tokens=20, temperature=1.0, min_tokens=0, **mo
 
 
 def settings(processors=(PROCESSOR,), folder=None, **more):
-    """The fields of vLLM's VllmConfig that count."""
+    """Return the fields of vLLM's VllmConfig that are read."""
     model = {"logits_processors": list(processors), "max_model_len": LENGTH, "tokenizer": "here"}
     model |= {"tokenizer_revision": None, "trust_remote_code": False, "get_vocab_size": lambda: V}
     also = {} if folder is None else {GUIDE: str(folder)}
@@ -76,13 +76,13 @@ def engine_with(config):
 
 
 def built(params, config=None, prompt=(5, 6, 7)):
-    """The parameters as the workers get them."""
+    """Return the parameters as the workers receive them."""
     request = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
     return engine_with(config or settings()).preprocess_add_request(request)[0]
 
 
 class Batch:
-    """vLLM's batch: lists of tokens that grow, in places that change."""
+    """Fake of vLLM's batch: token lists that grow, in rows that change places."""
 
     def __init__(self, rows):
         self.rows, self.places = rows, {}
@@ -97,15 +97,15 @@ class Batch:
             self.places[there] = moving
             if how == "SWAP":
                 self.places[here] = other
-        told = [(place, params, [5, 6, 7], tokens) for place, params, tokens in added]
+        rows = [(place, params, [5, 6, 7], tokens) for place, params, tokens in added]
         ways = [(a, b, SimpleNamespace(name=how)) for a, b, how in moved]
         size = len(self.places)
         self.rows.update_state(
-            SimpleNamespace(batch_size=size, removed=list(removed), added=told, moved=ways)
+            SimpleNamespace(batch_size=size, removed=list(removed), added=rows, moved=ways)
         )
 
     def step(self, seed):
-        """Draw a token for every row; the scores are new at each step."""
+        """Sample a token for every row; the scores are new at each step."""
         scores = torch.randn(len(self.places), V, generator=torch.Generator().manual_seed(seed))
         changed = self.rows.apply(scores.clone())
         generator = torch.Generator().manual_seed(seed)
@@ -121,7 +121,7 @@ def told(tokens):
     return tokenizer().decode(tokens[: tokens.index(EOS)])
 
 
-def test_each_row_keeps_its_constraint_where_it_comes_leaves_and_changes_place():
+def test_rows_keep_their_constraints_when_the_batch_changes():
     rows = ConstrainedRows(settings())
     date = built(sampling({"choice": ["2024-10", "1999-12"]}, temperature=0.5))
     dog = built(sampling({"keywords": {"all_of": [" dog"], "none_of": ["b"]}}, max_tokens=12))
@@ -129,7 +129,7 @@ def test_each_row_keeps_its_constraint_where_it_comes_leaves_and_changes_place()
     batch, texts = Batch(rows), {name: [] for name in ("date", "dog", "answer", "plain", "late")}
     batch.update(added=[(0, date, texts["date"]), (1, sampling(), texts["plain"])])
     scores, changed = batch.step(0)
-    assert torch.equal(changed[1], scores[1])  # without a constraint every bit is kept
+    assert torch.equal(changed[1], scores[1])  # rows without a constraint keep every bit
     batch.update(added=[(2, dog, texts["dog"]), (3, answer, texts["answer"])])
     batch.step(1)
     batch.update(moved=[(0, 2, "SWAP")])
@@ -137,7 +137,7 @@ def test_each_row_keeps_its_constraint_where_it_comes_leaves_and_changes_place()
     batch.update(removed=[1], moved=[(3, 1, "UNIDIRECTIONAL")])
     for seed in range(3, 20):
         batch.step(seed)
-        if seed == 9:  # put off, and taken back with its tokens in another place
+        if seed == 9:  # preempted, and resumed with its tokens in another place
             batch.update(removed=[0])
             batch.update(added=[(0, dog, texts["dog"])])
     assert told(texts["date"]) in ("2024-10", "1999-12")
@@ -147,8 +147,8 @@ def test_each_row_keeps_its_constraint_where_it_comes_leaves_and_changes_place()
 
 
 @pytest.mark.parametrize("warm", [0.0, 0.7])
-def test_the_law_of_a_row_is_that_of_generate(warm, tmp_path):
-    """The same scores as ConstraintProcessor's, at the row's temperature; greedy is 1."""
+def test_scores_of_a_row_equal_those_of_constraint_processor(warm, tmp_path):
+    # The scores are compared at the row's temperature, which is 1 for greedy decoding.
     save_guide(tmp_path)
     params = built(sampling({"choice": ["aba", "abab", "babba", "bbaa"]}, 8, warm, min_tokens=4))
     rows, tokens, one = ConstrainedRows(settings(folder=tmp_path)), [], params.extra_args[KEY]
@@ -167,17 +167,18 @@ def test_the_law_of_a_row_is_that_of_generate(warm, tmp_path):
     assert 4 <= tokens.index(EOS) <= 7
 
 
-def test_the_budget_ends_where_the_model_does():
+def test_token_budget_is_limited_by_max_model_len():
     word = {"keywords": {"all_of": ["a"]}}
     params = built(sampling(word, max_tokens=None), prompt=range(LENGTH - 3))
-    batch, tokens = Batch(ConstrainedRows(settings(max_model_len=6))), []  # a prompt of three
+    # A prompt of three tokens.
+    batch, tokens = Batch(ConstrainedRows(settings(max_model_len=6))), []
     batch.update(added=[(0, params, tokens)])
     for seed in range(3):
         batch.step(seed)
     assert EOS in tokens
 
 
-def test_what_cannot_be_met_is_refused_at_the_door():
+def test_unsatisfiable_constraints_are_refused_by_the_engine_core():
     date = {"choice": ["2024-10"]}
     with pytest.raises(ValueError, match="max_new_tokens: expected at least"):
         built(sampling(date, max_tokens=3))
@@ -196,9 +197,8 @@ def test_what_cannot_be_met_is_refused_at_the_door():
     assert built(sampling()).extra_args is None and built(None) is None
 
 
-def test_an_engine_of_ones_own_refuses_before_it_waits():
-    """vLLM's notes a request before its core sees it, and waits for its end."""
-
+def test_llm_engine_refuses_a_request_before_it_is_recorded():
+    # vLLM's LLMEngine records a request before its core checks it, and waits for its end.
     class LLMEngine:
         def __init__(self, config):
             self.vllm_config, self.waits = config, []
@@ -232,12 +232,12 @@ def test_an_engine_of_ones_own_refuses_before_it_waits():
         ({"regex": "a"}, {}, "expected the plug-in"),
     ],
 )
-def test_what_is_no_constraint_is_refused_before_the_engine_sees_it(given, more, message):
+def test_invalid_constraints_are_refused_by_validate_params(given, more, message):
     with pytest.raises(ValueError, match=message):
         ConstrainedRows.validate_params(sampling(given, **more))
 
 
-def test_vllm_is_given_a_class_of_its_own_kind(monkeypatch, tmp_path):
+def test_processor_is_a_subclass_of_vllms_logits_processor(monkeypatch, tmp_path):
     class LogitsProcessor:
         pass
 

@@ -1,4 +1,4 @@
-"""Names and numbers of loads, without vLLM: an engine that notes what comes through its doors."""
+"""Names and ids of loaded adapters, tested without vLLM on an engine that records its calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_ext.interop.vllm._loads import follow_loads
 
 @dataclasses.dataclass
 class Request:
-    """The fields of vLLM's LoRARequest that count."""
+    """The fields of vLLM's LoRARequest that are read."""
 
     lora_name: str
     lora_int_id: int
@@ -54,11 +54,11 @@ def engine():
 
 
 def asked(engine, request):
-    """How the engine knows the adapter of a request."""
+    """Return the request as the engine receives it."""
     return engine.preprocess_add_request(SimpleNamespace(lora_request=request))[0]
 
 
-def test_whoever_reloads_nothing_sees_no_difference(engine):
+def test_requests_without_reloads_are_unchanged(engine):
     assert asked(engine, None) is None
     for request in (Request("a", 1), Request("b", 2, load_inplace=False), Request("a", 1)):
         assert asked(engine, request) == request
@@ -69,8 +69,8 @@ def test_whoever_reloads_nothing_sees_no_difference(engine):
     assert engine.remove_lora(1) and not engine.remove_lora(1) and not engine.remove_lora(7)
 
 
-def test_a_name_under_another_number_gets_a_name_of_its_own(engine):
-    """As vLLM's server gives it after unload and load, though the old one still answers."""
+def test_name_with_another_id_is_renamed(engine):
+    # vLLM's server gives a new id after unload and load, while old requests are still running.
     old, new = asked(engine, Request("a", 1)), asked(engine, Request("a", 2))
     assert (old.lora_name, old.lora_int_id) == ("a", 1)
     assert (new.lora_name, new.lora_int_id) == ("a#2", 2)
@@ -78,31 +78,31 @@ def test_a_name_under_another_number_gets_a_name_of_its_own(engine):
     assert asked(engine, Request("a#2", 3)).lora_name == "a#2#2"
 
 
-def test_a_load_in_place_is_another_adapter_to_the_engine(engine):
+def test_load_in_place_is_a_new_adapter_for_the_engine(engine):
     first = asked(engine, Request("a", 1, "/one"))
     assert engine.add_lora(Request("a", 1, "/one", load_inplace=True))
     second = asked(engine, Request("a", 1, "/one"))
     assert engine.add_lora(Request("a", 1, "/two", load_inplace=True))
     third = asked(engine, Request("a", 1, "/two"))
-    assert asked(engine, Request("a", 1, "/one")) == second, "those that were queued before"
+    assert asked(engine, Request("a", 1, "/one")) == second, "queued before the load"
     known = [first, second, third]
     assert [each.lora_name for each in known] == ["a", "a#2", "a#3"]
     assert len({each.lora_int_id for each in known}) == 3
     assert not any(each.load_inplace for each in (*known, *engine.loaded.values()))
-    assert engine.list_loras() == {1}, "the number that the caller knows"
-    assert asked(engine, third) == third, "a request that comes a second time"
+    assert engine.list_loras() == {1}, "the caller's id"
+    assert asked(engine, third) == third, "the same request again"
     assert engine.pin_lora(1) and engine.pinned == [third.lora_int_id]
     assert engine.remove_lora(1) and not engine.loaded
 
 
-def test_a_number_of_several_adapters_is_several_loads(engine):
-    """Several servers on one engine count each for itself."""
+def test_one_id_with_several_adapters_is_several_loads(engine):
+    # Several servers on one engine each count their own ids.
     a, b = asked(engine, Request("a", 1, "/a")), asked(engine, Request("b", 1, "/b"))
     assert (b.lora_name, a.lora_int_id) == ("b", 1) and b.lora_int_id != 1
     assert asked(engine, Request("a", 1, "/a")) == a and asked(engine, Request("b", 1, "/b")) == b
 
 
-def test_a_load_that_fails_leaves_the_one_before(engine):
+def test_failed_load_keeps_the_previous_adapter(engine):
     first = asked(engine, Request("a", 1))
     engine.fails = True
     with pytest.raises(ValueError, match="no such file"):
@@ -111,14 +111,14 @@ def test_a_load_that_fails_leaves_the_one_before(engine):
     assert engine.pin_lora(1) and engine.pinned == [1]
 
 
-def test_what_was_removed_is_another_load_when_it_comes_back(engine):
+def test_removed_adapter_is_a_new_load_when_loaded_again(engine):
     engine.add_lora(Request("a", 1))
     assert engine.remove_lora(1)
     assert asked(engine, Request("a", 1)).lora_name == "a#2"
 
 
-def test_a_request_that_says_in_place_loads_again_only_what_has_changed(engine, tmp_path):
-    """vLLM's server hands the flag of a load on to every request after it."""
+def test_request_with_load_inplace_reloads_only_changed_files(engine, tmp_path):
+    # vLLM's server copies the flag of a load into all later requests.
     file = tmp_path / "one" / "adapter_model.safetensors"
     file.parent.mkdir()
     file.write_bytes(b"one")
@@ -127,7 +127,7 @@ def test_a_request_that_says_in_place_loads_again_only_what_has_changed(engine, 
     assert asked(engine, request) == first and first.lora_name == "a"
     times = os.stat(file)
     file.write_bytes(b"two")
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `cp -p` leaves it
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as after `cp -p`
     second = asked(engine, request)
     assert second.lora_name == "a#2" and asked(engine, request) == second
     file.write_bytes(b"three")
@@ -136,8 +136,8 @@ def test_a_request_that_says_in_place_loads_again_only_what_has_changed(engine, 
     assert asked(engine, request).lora_name == "a#3" and not os.path.exists(request.lora_path)
 
 
-def test_an_activated_adapter_is_refused_where_vllm_was_not_prepared_for_it(engine, tmp_path):
-    """In a step it would end the engine, or be given all tokens."""
+def test_activated_adapter_is_refused_if_vllm_is_not_prepared(engine, tmp_path):
+    # In a step it would stop the engine, or apply to all tokens.
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({"r": 4, "alora_invocation_tokens": [7, 8]}))
     request = Request("judge", 1, str(tmp_path))

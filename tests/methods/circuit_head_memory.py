@@ -1,5 +1,5 @@
-"""Run by test_circuit_head_memory.py in a process of its own: prints the growth of its peak memory
-over one loss and backward, in bytes."""
+"""Script of test_mtpc_circuit_head_memory.py, run in another process: prints the growth of its peak
+memory over one loss and backward, in bytes."""
 
 import resource
 import sys
@@ -11,7 +11,7 @@ from lora_ext.nn import CircuitHead
 
 
 def main() -> None:
-    """Arguments: rows, hidden, vocabulary, positions, rank, kind, emission."""
+    """Print the growth; arguments: rows, hidden, vocabulary, positions, rank, kind, emission."""
     rows, hidden, vocabulary, n_token, rank = map(int, sys.argv[1:6])
     torch.set_num_threads(1)
     head = CircuitHead(hidden, vocabulary, n_token, rank, *sys.argv[6:8])
@@ -21,7 +21,7 @@ def main() -> None:
         loss, _ = window_loss(head, h, torch.randint(0, vocabulary, (n, n_token)))
         loss.backward()
 
-    step(2)  # code, gradients of the parameters
+    step(2)  # loads code and allocates the gradients of the parameters
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step(rows)
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)

@@ -1,4 +1,4 @@
-"""Settings of this folder."""
+"""Fixtures of this folder."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from threads, and lose much where others want the cores."""
+    """Use one thread, since matrices this small gain nothing from threads and compete for cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

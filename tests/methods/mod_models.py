@@ -41,7 +41,7 @@ IDS = torch.randint(3, 19, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
 def make(family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    """The same weights at every call, large enough that layers and tokens differ."""
+    """Return a model with fixed weights, large enough that layers and tokens differ."""
     name, shape = CONFIGS[family]
     names = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = getattr(transformers, f"{name}Config")(**(shape | names | settings))
@@ -56,7 +56,7 @@ def make(family: str = "llama", dtype: torch.dtype = torch.float32, **settings: 
 
 
 def shake(model: nn.Module, amount: float = 0.3) -> None:
-    """Move the parameters of MoD away from where they start."""
+    """Add noise to the parameters of MoD."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -70,13 +70,13 @@ def softcapped(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def logits(model: Any, **inputs: Any) -> Tensor:
-    """Of :data:`IDS`."""
+    """Return the logits of :data:`IDS`."""
     with torch.no_grad():
         return model(input_ids=IDS, **inputs).logits
 
 
 def hiddens_of(model: Any, k: int) -> list[Tensor]:
-    """What leaves the last k blocks, by hooks of our own."""
+    """Return the outputs of the last k blocks, recorded by separate hooks."""
     found: list[Tensor] = []
     hooks = [
         block.register_forward_hook(
@@ -91,7 +91,7 @@ def hiddens_of(model: Any, k: int) -> list[Tensor]:
 
 
 def explicit(model: Any, mix: str = "logit") -> Tensor:
-    """The mixture of k tensors of logits, by the model's own norms and head."""
+    """Return the mixture of k tensors of logits, by the model's norms and head."""
     mixer = model.mod
     norms = [*mixer.norms, mixer.final_norm]
     normed = [n(h) for n, h in zip(norms, hiddens_of(model, mixer.config.k), strict=True)]
@@ -109,7 +109,7 @@ def explicit(model: Any, mix: str = "logit") -> Tensor:
 
 
 def traces(model: nn.Module) -> list[Any]:
-    """Modules by name and identity, flags, values, hooks, and what lies in each ``__dict__``."""
+    """Return names, identities, flags, values, hooks and ``__dict__`` keys of a model's modules."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
     return [
         [(name, id(module), sorted(module.__dict__)) for name, module in model.named_modules()],

@@ -1,4 +1,4 @@
-"""How far the memory of a process rises while an adapter of a whole model is scored.
+"""Growth of the peak memory of a process while an adapter of a whole model is scored.
 
 `python tests/methods/splora_memory.py ADAPTER BASE ALIGNED` prints mebibytes and the layers.
 """
@@ -11,17 +11,17 @@ from lora_ext.adapter import LoraAdapter
 
 
 def memory(field: str) -> int:
-    """Kibibytes: VmRSS is what the process holds now, VmHWM the most that it held."""
+    """Return kibibytes: VmRSS is the current resident memory, VmHWM its peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1])
-    raise LookupError(field)
+    raise LookupError(f"memory: field: expected a line of /proc/self/status, found {field!r}")
 
 
 def main() -> None:
-    """Score, and print the peak beyond what the process held before it."""
+    """Score the adapter, and print the peak memory beyond that before scoring."""
     adapter = LoraAdapter.load(sys.argv[1])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = memory("VmRSS")
     stats = methods.splora.ediem_scores(adapter, *sys.argv[2:4])
     print((memory("VmHWM") - before) / 1024, len(stats))

@@ -1,4 +1,4 @@
-"""Adapters and pairs of models for SPLoRA, made by hand."""
+"""Adapters and pairs of models for SPLoRA, with random weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def name_of(layer: int, module: str = "q_proj") -> str:
 def made(
     shapes: dict[str, tuple[int, int]], r: int = 3, dtype: torch.dtype = torch.float64, **fields
 ) -> tuple[LoraAdapter, Weights, Weights]:
-    """An adapter, base and aligned weights, all random; ``shapes`` are (m, n) by module."""
+    """Return a random adapter, base and aligned weights; ``shapes`` are (m, n) by module."""
     g = torch.Generator().manual_seed(1)
 
     def draw(*size: int) -> Tensor:
@@ -37,18 +37,18 @@ def made(
 
 
 def blocks(count: int = 4, size: tuple[int, int] = (12, 10)) -> dict[str, tuple[int, int]]:
-    """Shapes of two modules in each of some blocks."""
+    """Return the shapes of two modules in each of `count` blocks."""
     return {name_of(i, m): size for i in range(count) for m in ("q_proj", "v_proj")}
 
 
 def scaled(adapter: LoraAdapter, by: dict[str, float]) -> LoraAdapter:
-    """The adapter with some B multiplied."""
+    """Return the adapter with some B multiplied."""
     modules = {n: f._replace(b=f.b * by.get(n, 1.0)) for n, f in adapter.modules.items()}
     return LoraAdapter(adapter.config, modules)
 
 
 def dense_map(base: Tensor, aligned: Tensor, projection: str, q: int | None = None) -> Tensor:
-    """P as the specification writes it, m x m in float64."""
+    """Return P of the paper as an m x m matrix in float64."""
     v = aligned.double() - base.double()
     if projection == "frobenius":
         return v @ v.T / v.norm()

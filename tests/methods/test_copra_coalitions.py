@@ -1,4 +1,4 @@
-"""Many masks in one forward: each sequence has the layers of its own mask."""
+"""Several masks in one forward: each sequence uses the layers of its mask."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def together(model: nn.Module, groups: LayerGroups, masks: Tensor = MASKS) -> Te
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
 @pytest.mark.parametrize("group_by", ["block", "module"])
-def test_rows_have_what_one_forward_a_mask_gives(kind: str, settings: dict, group_by: str):
+def test_rows_equal_one_forward_per_mask(kind: str, settings: dict, group_by: str):
     model = adapted(kind, **settings)
     groups = LayerGroups(model, group_by=group_by)
     if kind == "peft" and settings == {"use_dora": True}:
@@ -51,7 +51,7 @@ def test_rows_have_what_one_forward_a_mask_gives(kind: str, settings: dict, grou
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_hook_and_no_flag_stays_also_after_an_exception(kind: str):
+def test_hooks_and_flags_are_removed_also_after_an_exception(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     groups.set_mask([True, True, False])
@@ -65,14 +65,14 @@ def test_no_hook_and_no_flag_stays_also_after_an_exception(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["ours", "fused"])
-def test_layers_that_all_masks_agree_about_cost_the_base_or_the_plain_path(kind: str):
+def test_layers_that_all_masks_share_run_the_base_or_the_plain_path(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     x = {n: torch.randn(10, 4, 16) for n in ("off", "on")}
     layers = {"off": groups.layers[0][0], "on": groups.layers[2][0]}
 
     def operations(layer: nn.Module, given: Tensor) -> list[str]:
-        layer(given)  # the first forward of a shape makes what all later ones share
+        layer(given)  # the first forward of a shape makes values that later ones share
         with profile(activities=[ProfilerActivity.CPU]) as found:
             layer(given)
         return [e.name for e in found.events()]
@@ -86,17 +86,17 @@ def test_layers_that_all_masks_agree_about_cost_the_base_or_the_plain_path(kind:
 
 
 @pytest.mark.parametrize("kind", ["ours", "fused"])
-def test_the_layers_of_a_group_share_one_plan(kind: str, monkeypatch: pytest.MonkeyPatch):
+def test_layers_of_a_group_share_one_plan(kind: str, monkeypatch: pytest.MonkeyPatch):
     model = adapted(kind, targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj"))
     groups, plans = LayerGroups(model), []
     plan = ops.lora_plan
     monkeypatch.setattr(ops, "lora_plan", lambda *args: plans.append(0) or plan(*args))
     together(model, groups)
-    assert len(plans) == 2  # one for each group that the masks disagree about
+    assert len(plans) == 2  # one for each group on which the masks differ
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_a_mixed_layer_have_the_gradients_of_their_masks(kind: str):
+def test_gradients_of_rows_are_those_of_their_masks(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     gradients = []
@@ -117,7 +117,7 @@ def test_rows_of_a_mixed_layer_have_the_gradients_of_their_masks(kind: str):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=float(close))
 
 
-def test_embeddings_and_convolutions_have_rows_too():
+def test_row_masks_support_embeddings_and_convolutions():
     torch.manual_seed(0)
     embedding = LoraEmbedding(nn.Embedding(7, 6), r=2, init_lora_weights=False)
     conv = LoraConv(nn.Conv2d(3, 5, 2, stride=2), r=2, init_lora_weights=False)
@@ -138,7 +138,7 @@ def test_embeddings_and_convolutions_have_rows_too():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_has_no_rows_is_refused_by_name(kind: str):
+def test_layers_with_two_active_adapters_are_refused_by_name(kind: str):
     model = adapted(kind, "first", "second")
     groups = LayerGroups(model, "first")
     for layer in adapted_layers(model).values():
@@ -152,7 +152,7 @@ def test_what_has_no_rows_is_refused_by_name(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_are_no_sequences_are_refused_by_the_layers_name(kind: str):
+def test_activations_of_other_shapes_are_refused_by_the_layers_name(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     layer = groups.layers[0][0]
@@ -166,7 +166,7 @@ def test_rows_that_are_no_sequences_are_refused_by_the_layers_name(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_that_is_not_chosen_or_disabled_stays_out(kind: str):
+def test_inactive_or_disabled_adapter_is_not_used(kind: str):
     model = adapted(kind, "first", "second")
     for layer in adapted_layers(model).values():
         layer.set_adapter("second")
@@ -182,7 +182,7 @@ def test_an_adapter_that_is_not_chosen_or_disabled_stays_out(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:unmerge")
-def test_bad_masks_and_merged_layers_are_refused(kind: str):
+def test_invalid_masks_and_merged_layers_are_refused(kind: str):
     groups = LayerGroups(adapted(kind))
     for masks, sequences, message in (
         (MASKS[:, :2], 2, r"masks: expected bools of shape \(K, 3\), found .* \(5, 2\)"),

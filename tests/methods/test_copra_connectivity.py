@@ -1,4 +1,4 @@
-"""Linear mode connectivity, the modules to keep, and merging as CopRA uses it."""
+"""Linear mode connectivity, choice of modules, and merging as used for CopRA."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def loss(model: nn.Module) -> float:
 
 
 def other(value: LoraAdapter, seed: int) -> LoraAdapter:
-    """Other factors on the same modules."""
+    """Return an adapter with other factors on the same modules."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(t: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def other(value: LoraAdapter, seed: int) -> LoraAdapter:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("space", ["factors", "delta"])
-def test_the_barrier_is_the_formula_and_the_model_is_as_it_was(kind: str, space: str):
+def test_barrier_equals_the_formula_and_the_model_is_restored(kind: str, space: str):
     model = adapted(kind).train()
     model.get_submodule("model.model" if kind != "ours" else "model").eval()
     first = LoraAdapter.from_model(model)
@@ -90,7 +90,7 @@ def test_the_barrier_is_the_formula_and_the_model_is_as_it_was(kind: str, space:
 def with_deltas(
     kind: str, values: list[LoraAdapter], weights: list[float], space: str
 ) -> nn.Module:
-    """The model with updates that are written out, in float64, into its base weights."""
+    """Return the model with the interpolated updates added to its base weights in float64."""
     model = adapted(kind)
     for name, layer in adapted_layers(model).items():
         factors = [v.modules[name.removeprefix("base_model.model.")] for v in values]
@@ -111,9 +111,7 @@ def with_deltas(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("space", ["factors", "delta"])
-def test_an_adapter_and_itself_have_no_barrier_and_the_ends_may_change_places(
-    kind: str, space: str
-):
+def test_barrier_is_zero_for_equal_adapters_and_symmetric(kind: str, space: str):
     model = adapted(kind)
     first = LoraAdapter.from_model(model)
     second = other(first, 2)
@@ -124,7 +122,7 @@ def test_an_adapter_and_itself_have_no_barrier_and_the_ends_may_change_places(
     assert there.losses == pytest.approx(back.losses[::-1], rel=1e-5)
 
 
-def test_folders_and_chosen_points_are_taken(tmp_path):
+def test_folders_and_given_lambdas_are_accepted(tmp_path):
     model = adapted("peft")
     first = LoraAdapter.from_model(model)
     second = other(first, 3)
@@ -141,7 +139,7 @@ def test_folders_and_chosen_points_are_taken(tmp_path):
     assert found.losses == (whole.losses[2], whole.losses[1])
 
 
-def test_an_exception_in_the_loss_leaves_the_model_alone():
+def test_exception_in_the_loss_leaves_the_model_unchanged():
     model = adapted("fused")
     first, before = LoraAdapter.from_model(model), dict(model.named_parameters())
 
@@ -154,7 +152,7 @@ def test_an_exception_in_the_loss_leaves_the_model_alone():
 
 
 @pytest.mark.filterwarnings("ignore:unmerge")
-def test_what_cannot_be_compared_is_refused_by_name():
+def test_adapters_that_cannot_be_compared_are_refused_by_name():
     model = adapted("peft", "default", "second")
     first = LoraAdapter.from_model(model)
     less = LoraAdapter(first.config, dict(list(first.modules.items())[1:]))
@@ -179,7 +177,7 @@ def test_what_cannot_be_compared_is_refused_by_name():
 
 
 # -------------------------------------------------------------------------------------------------
-# Which modules to keep
+# Choice of modules
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,7 +203,7 @@ def test_adapters_of_another_shape_and_dora_are_refused_before_the_first_loss(ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_modules_to_keep_are_names_that_pruning_takes(kind: str, tmp_path: Path):
+def test_chosen_modules_are_names_that_pruning_accepts(kind: str, tmp_path: Path):
     model = adapted(kind)
     controller = CopraController(model, CopraConfig(), 10)
     value = LoraAdapter.from_model(model)
@@ -232,12 +230,12 @@ def test_modules_to_keep_are_names_that_pruning_takes(kind: str, tmp_path: Path)
         drawn = {tuple(at_random(source, 1, seed)) for seed in range(20)}
         assert drawn == {tuple(names[i : i + 2]) for i in (0, 2, 4)}
         assert at_random(source, 2, 5) == at_random(source, 2, 5)
-    value.save(tmp_path / "adapter")  # whose files have names in another order
+    value.save(tmp_path / "adapter")  # the files list the names in another order
     assert set(every_other(tmp_path / "adapter")) == set(every_other(value))
 
 
-def test_the_tenth_block_comes_behind_the_ninth_whatever_the_order_of_names():
-    names = sorted(f"model.layers.{i}.q_proj" for i in range(12))  # as files have them: 0, 1, 10
+def test_tenth_block_follows_the_ninth_in_any_order_of_names():
+    names = sorted(f"model.layers.{i}.q_proj" for i in range(12))  # as in files: 0, 1, 10
 
     def of(*blocks: int) -> list[str]:
         return [f"model.layers.{i}.q_proj" for i in blocks]
@@ -249,7 +247,7 @@ def test_the_tenth_block_comes_behind_the_ninth_whatever_the_order_of_names():
     assert thirds([*other, "lm_head"], "high")[-2:] == ["decoder.model.layers.11.q_proj", "lm_head"]
 
 
-def test_thirds_of_any_number_of_groups_are_a_partition():
+def test_thirds_are_a_partition_of_any_number_of_groups():
     for n in (1, 2, 3, 4, 7, 30):
         groups = [[f"layers.{i}.q"] for i in range(n)]
         parts = [thirds(groups, part) for part in ("low", "middle", "high")]
@@ -273,23 +271,23 @@ def test_thirds_of_any_number_of_groups_are_a_partition():
         (lambda g: every_other(torch.nn.Linear(1, 1)), r"source: expected .* found Linear"),
     ],
 )
-def test_a_choice_that_is_none_is_refused(pick, message: str):
+def test_invalid_choices_are_refused(pick, message: str):
     with pytest.raises(ValueError, match=message):
         pick([[f"layers.{i}.q_proj"] for i in range(3)])
 
 
 # -------------------------------------------------------------------------------------------------
-# The merging rules that CopRA's measure rests on
+# Merging rules that CopRA's measures use
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "lora_alpha": 5}], ids=str)
-def test_one_adapter_of_weight_one_is_that_adapter(settings: dict):
+def test_one_adapter_of_weight_one_is_unchanged(settings: dict):
     value = LoraAdapter.from_model(adapted("ours", **settings))
     for mode in ("delta", "factors", "delta_svd"):
         assert merge_adapters([value], [1.0], mode=mode) == value
 
 
-def test_half_way_in_factors_has_the_cross_terms():
+def test_interpolated_factors_have_cross_terms():
     first = LoraAdapter.from_model(adapted("ours"))
     second = other(first, 4)
     half = interpolate_adapters(first, second, 0.5, "factors")
@@ -300,7 +298,7 @@ def test_half_way_in_factors_has_the_cross_terms():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pruned_adapter_is_the_coalition_of_what_is_kept(kind: str):
+def test_pruned_adapter_equals_the_coalition_of_kept_modules(kind: str):
     model = adapted(kind)
     controller = CopraController(model, CopraConfig(), 10)
     kept = prune_adapter(LoraAdapter.from_model(model), every_other(controller))

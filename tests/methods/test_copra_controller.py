@@ -1,4 +1,4 @@
-"""The controller: masks in training and evaluation, what an off layer costs, state, errors."""
+"""`CopraController`: masks in training and evaluation, cost of off layers, state and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def without(kind: str, mask: Tensor) -> Tensor:
-    """Logits where the adapters of the other groups are zero."""
+    """Return the logits with the adapters of masked groups set to zero."""
     model = adapted(kind)
     for group, on in zip(controller_of(model).layers.layers, mask.tolist(), strict=True):
         for layer in group if not on else ():
@@ -45,7 +45,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def masked_step(controller: CopraController) -> int:
-    """A step whose mask is neither full nor only the lowest groups."""
+    """Return a step with a mask that is neither full nor empty and turns the lowest group off."""
     masks = ((step, controller.schedule.mask(step)) for step in range(20))
     return next(step for step, mask in masks if not mask[0] and mask.any() and not mask.all())
 
@@ -56,7 +56,7 @@ def masked_step(controller: CopraController) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sync", SYNCS)
-def test_a_step_masks_training_and_leaves_evaluation_all_on(kind: str, sync: str):
+def test_step_masks_training_and_not_evaluation(kind: str, sync: str):
     model = adapted(kind)
     full = logits(model)
     controller = controller_of(model, sync=sync)
@@ -75,7 +75,7 @@ def test_a_step_masks_training_and_leaves_evaluation_all_on(kind: str, sync: str
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sync", SYNCS)
-def test_explicit_masks_hold_in_both_modes_until_told_otherwise(kind: str, sync: str):
+def test_explicit_masks_apply_in_both_modes_until_changed(kind: str, sync: str):
     model = adapted(kind)
     full = logits(model)
     controller = controller_of(model, sync=sync)
@@ -94,7 +94,7 @@ def test_explicit_masks_hold_in_both_modes_until_told_otherwise(kind: str, sync:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sync", SYNCS)
-def test_coalitions_nest_and_give_back_the_step_also_after_an_exception(kind: str, sync: str):
+def test_coalitions_nest_and_restore_the_step_also_after_an_exception(kind: str, sync: str):
     model = adapted(kind).train()
     controller = controller_of(model, sync=sync)
     mask = controller.step(masked_step(controller))
@@ -114,7 +114,7 @@ def test_coalitions_nest_and_give_back_the_step_also_after_an_exception(kind: st
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sync", SYNCS)
-def test_remove_leaves_no_hook_no_flag_and_no_bit(kind: str, sync: str):
+def test_remove_restores_hooks_flags_and_bits(kind: str, sync: str):
     model = adapted(kind)
     before = logits(model)
     attributes = [set(m.__dict__) for m in model.modules()]
@@ -140,7 +140,7 @@ def test_remove_leaves_no_hook_no_flag_and_no_bit(kind: str, sync: str):
 
 @pytest.mark.parametrize("way", ["pickle", "save", "copy"])
 @pytest.mark.parametrize("sync", SYNCS)
-def test_a_model_and_its_controller_are_kept_together(sync: str, way: str):
+def test_model_and_controller_are_copied_and_pickled_together(sync: str, way: str):
     model = adapted("fused").train()
     controller = controller_of(model, sync=sync)
     controller.step(masked_step(controller))
@@ -160,7 +160,7 @@ def test_a_model_and_its_controller_are_kept_together(sync: str, way: str):
 
 @pytest.mark.parametrize("first", SYNCS)
 @pytest.mark.parametrize("second", SYNCS)
-def test_whoever_sets_a_mask_last_is_obeyed(first: str, second: str):
+def test_last_mask_of_any_controller_applies(first: str, second: str):
     model = adapted("fused").train()
     one, other = controller_of(model, sync=first), controller_of(model, sync=second)
     one.step(masked_step(one))
@@ -177,7 +177,7 @@ def test_whoever_sets_a_mask_last_is_obeyed(first: str, second: str):
 @pytest.mark.parametrize(
     ("group_by", "sizes"), [("block", [2, 2, 2]), ("module", [1] * 6), (3, [3, 3])]
 )
-def test_groups_are_lists_of_the_models_names(group_by, sizes: list[int]):
+def test_groups_are_lists_of_module_names(group_by, sizes: list[int]):
     model = adapted("peft")
     controller = controller_of(model, group_by=group_by)
     assert [len(group) for group in controller.groups] == sizes
@@ -186,11 +186,11 @@ def test_groups_are_lists_of_the_models_names(group_by, sizes: list[int]):
 
 
 # -------------------------------------------------------------------------------------------------
-# What an off layer costs
+# Cost of off layers
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_off_layer_runs_the_base_layers_operators_in_forward_and_backward(kind: str):
+def test_off_layer_runs_the_operators_of_its_base_layer(kind: str):
     model = adapted(kind).train()
     controller = controller_of(model)
     controller.set_mask([False, True, False])
@@ -231,7 +231,7 @@ def test_blocks_below_the_lowest_active_one_build_no_graph(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_optimizer_leaves_off_parameters_and_their_state_alone(kind: str):
+def test_optimizer_leaves_off_parameters_and_their_state_unchanged(kind: str):
     model = adapted(kind).train()
     controller = controller_of(model)
     names = {p: n for n, p in model.named_parameters()}
@@ -257,7 +257,7 @@ def test_an_optimizer_leaves_off_parameters_and_their_state_alone(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sync", ["touch", "tensor"])
-def test_the_other_ways_give_off_parameters_gradients_of_zero(kind: str, sync: str):
+def test_touch_and_tensor_give_off_parameters_zero_gradients(kind: str, sync: str):
     model = adapted(kind).train()
     controller = controller_of(model, sync=sync)
     expected = {}
@@ -278,7 +278,7 @@ def test_the_other_ways_give_off_parameters_gradients_of_zero(kind: str, sync: s
 
 
 @pytest.mark.parametrize("kind", ["ours", "fused", "peft"])
-def test_a_graph_with_gates_is_compiled_once_for_all_masks(kind: str):
+def test_graph_with_gates_is_compiled_once_for_all_masks(kind: str):
     layer_model = adapted(kind, targets=("q_proj",)).train()
     controller = controller_of(layer_model, sync="tensor")
     layer = controller.layers.layers[1][0]
@@ -304,7 +304,7 @@ def test_a_graph_with_gates_is_compiled_once_for_all_masks(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpointed_block_is_computed_again_with_the_same_mask(kind: str):
+def test_checkpointed_block_is_recomputed_with_the_same_mask(kind: str):
     gradients = []
     for checkpointing in (False, True):
         model = adapted(kind).train()
@@ -322,7 +322,7 @@ def test_a_checkpointed_block_is_computed_again_with_the_same_mask(kind: str):
 # State
 
 
-def test_a_state_resumes_the_masks_and_is_plain_json():
+def test_state_resumes_the_masks_and_is_plain_json():
     controller = controller_of(adapted("ours"), seed=5)
     for _ in range(7):
         controller.step()
@@ -349,7 +349,7 @@ def test_a_state_resumes_the_masks_and_is_plain_json():
         ({"group_by": "module"}, r"load_state_dict: num_groups: expected 6, found 3"),
     ],
 )
-def test_the_state_of_another_schedule_is_refused(other: dict, message: str):
+def test_state_of_another_schedule_is_refused(other: dict, message: str):
     controller = controller_of(adapted("ours"))
     controller.step()
     another = controller_of(adapted("ours"), **other)
@@ -366,7 +366,7 @@ def test_the_state_of_another_schedule_is_refused(other: dict, message: str):
         ({"epoch": 1}, r"state: expected the keys \['step', .*\], found"),
     ],
 )
-def test_a_state_that_is_none_is_refused(change: dict, message: str):
+def test_invalid_states_are_refused(change: dict, message: str):
     controller = controller_of(adapted("ours"))
     with pytest.raises(ValueError, match=message):
         controller.load_state_dict({**controller.state_dict(), **change})
@@ -376,7 +376,7 @@ def test_a_state_that_is_none_is_refused(change: dict, message: str):
 # Errors
 
 
-def test_a_model_without_adapters_is_refused():
+def test_model_without_the_adapter_is_refused():
     with pytest.raises(ValueError, match=r"adapter_name: .* found 'default'"):
         controller_of(nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match=r"which has \['default'\], found 'other'"):
@@ -384,7 +384,7 @@ def test_a_model_without_adapters_is_refused():
 
 
 @pytest.mark.parametrize("group_by", ["head", 0, -2, True, 4, 2.0])
-def test_groups_that_do_not_come_out_are_refused_with_the_modules(group_by):
+def test_invalid_groupings_are_refused_with_the_modules(group_by):
     model = adapted("ours")
     listed = re.escape(", ".join(adapted_layers(model)))
     with pytest.raises(
@@ -395,7 +395,7 @@ def test_groups_that_do_not_come_out_are_refused_with_the_modules(group_by):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:unmerge")
-def test_merged_adapters_are_refused_by_the_layers_name(kind: str):
+def test_merged_adapters_are_refused_by_layer_name(kind: str):
     model = adapted(kind)
     controller = controller_of(model)
     layer, name = controller.layers.layers[2][1], controller.groups[2][1]
@@ -413,7 +413,7 @@ def test_merged_adapters_are_refused_by_the_layers_name(kind: str):
 
 
 @pytest.mark.parametrize("sync", SYNCS)
-def test_bad_masks_are_refused_and_change_nothing(sync: str):
+def test_invalid_masks_are_refused_and_change_nothing(sync: str):
     controller = controller_of(adapted("ours"), sync=sync)
     controller.set_mask([True, False, True])
     for mask in ([True], torch.ones(3), torch.ones(3, 1, dtype=torch.bool)):
@@ -423,7 +423,7 @@ def test_bad_masks_are_refused_and_change_nothing(sync: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gates_cannot_switch_dora_off(kind: str):
+def test_dora_is_refused_with_gates(kind: str):
     model = adapted(kind, use_dora=True)
     with pytest.raises(ValueError, match=r"sync='tensor': .*q_proj: expected .* found DoRA"):
         controller_of(model, sync="tensor")

@@ -1,4 +1,4 @@
-"""examples/copra.py with its smallest sizes; the pictures that it draws."""
+"""examples/copra.py and examples/adapter_care.py at their smallest sizes, and their plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 
-def test_both_adapters_are_trained_weighed_and_drawn(tmp_path, monkeypatch, capsys):
+def test_copra_example_trains_evaluates_and_plots_both_adapters(tmp_path, monkeypatch, capsys):
     run_quickly(monkeypatch, "copra", tmp_path)
     assert (tmp_path / "copra.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
@@ -24,7 +24,7 @@ def test_both_adapters_are_trained_weighed_and_drawn(tmp_path, monkeypatch, caps
         assert f"{method}: the 4 most valuable blocks: loss " in printed
 
 
-def test_two_adapters_are_trained_merged_pruned_and_served(tmp_path, monkeypatch, capsys):
+def test_care_example_trains_merges_prunes_and_serves_adapters(tmp_path, monkeypatch, capsys):
     run_quickly(monkeypatch, "adapter_care", tmp_path)
     assert (tmp_path / "adapter_care.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
@@ -33,7 +33,7 @@ def test_two_adapters_are_trained_merged_pruned_and_served(tmp_path, monkeypatch
     assert (tmp_path / "merged-pruned" / "adapter_model.safetensors").is_file()
 
 
-def test_shapley_values_are_bars_and_a_line_is_drawn_with_that_between_its_ends(monkeypatch):
+def test_plots_show_shapley_values_as_bars_and_barriers_as_lines(monkeypatch):
     from matplotlib import pyplot
 
     bars = load_script(monkeypatch, "examples", "copra_pictures")

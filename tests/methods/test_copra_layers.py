@@ -1,4 +1,4 @@
-"""Shapley values of layers: one by one and many coalitions in one forward."""
+"""Shapley values of layers, with coalitions evaluated one by one and in one forward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def controller_of(model: nn.Module, **fields) -> CopraController:
 
 
 def of_rows(output: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Log-probability of the row's tokens."""
+    """Return the log-probability of each row's tokens."""
     found = output.logits[:, :-1].log_softmax(-1)
     return found.gather(2, batch["labels"][:, 1:, None]).sum((1, 2))
 
@@ -34,7 +34,7 @@ def of_model(model: nn.Module) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sync", ["seed", "touch", "tensor"])
 @pytest.mark.parametrize("method", ["exact", "permutation", "owen"])
-def test_batched_coalitions_are_worth_what_they_are_one_by_one(kind: str, sync: str, method: str):
+def test_batched_coalitions_equal_single_ones(kind: str, sync: str, method: str):
     model = adapted(kind)
     controller = controller_of(model, sync=sync)
     settings = {"method": method, "samples": 3}
@@ -56,9 +56,9 @@ def test_batched_coalitions_are_worth_what_they_are_one_by_one(kind: str, sync: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_add_up_and_the_model_is_as_it_was(kind: str):
+def test_values_sum_to_the_full_utility_and_the_model_is_restored(kind: str):
     model = adapted(kind, lora_dropout=0.5).train()
-    model.get_submodule("model.model" if kind != "ours" else "model").eval()  # modes are mixed
+    model.get_submodule("model.model" if kind != "ours" else "model").eval()  # mixed modes
     controller = controller_of(model)
     controller.step(0)
     modes, mask = [m.training for m in model.modules()], controller.mask
@@ -74,7 +74,7 @@ def test_values_add_up_and_the_model_is_as_it_was(kind: str):
     assert found.evaluations == 8
 
 
-def test_a_utility_that_fails_leaves_model_and_masks_as_they_were():
+def test_failing_utility_leaves_model_and_masks_unchanged():
     model = adapted("fused").train()
     controller = controller_of(model)
     mask = controller.step(0)
@@ -89,7 +89,7 @@ def test_a_utility_that_fails_leaves_model_and_masks_as_they_were():
         assert not any(m._forward_pre_hooks for m in adapted_layers(model).values())
 
 
-def test_other_entries_of_a_batch_are_handed_on():
+def test_other_entries_of_a_batch_are_passed_unchanged():
     seen = []
 
     class Model(nn.Module):
@@ -120,11 +120,11 @@ def test_other_entries_of_a_batch_are_handed_on():
         (torch.zeros(8, 200, dtype=torch.int64, device="meta"), 16),
     ],
 )
-def test_a_forward_on_the_cpu_has_a_thousand_tokens_at_most(inputs: Tensor, copies: int):
+def test_forward_on_the_cpu_has_at_most_a_thousand_tokens(inputs: Tensor, copies: int):
     assert _coalitions_at_once(inputs, 16) == copies
 
 
-def test_a_large_batch_takes_several_forwards():
+def test_large_batch_is_split_into_several_forwards():
     model, seen = adapted("fused"), []
     model.register_forward_pre_hook(
         lambda _, __, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -144,7 +144,7 @@ def test_more_than_twelve_groups_are_sampled_by_default():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_without_rows_are_named_and_evaluated_one_by_one(kind: str):
+def test_layers_without_row_masks_are_named_and_evaluated_one_by_one(kind: str):
     model = adapted(kind, "default", "second")
     for layer in adapted_layers(model).values():
         layer.set_adapter(["default", "second"])
@@ -155,7 +155,7 @@ def test_layers_without_rows_are_named_and_evaluated_one_by_one(kind: str):
     torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_that_the_model_flattens_are_evaluated_one_by_one():
+def test_flattened_rows_are_evaluated_one_by_one():
     class Flat(nn.Module):
         def __init__(self, inner: nn.Module):
             super().__init__()
@@ -187,19 +187,19 @@ def test_rows_that_the_model_flattens_are_evaluated_one_by_one():
         ({"batch": BATCH, "samples": 0}, r"samples: expected an integer from 1, found 0"),
     ],
 )
-def test_bad_arguments_are_refused(settings: dict, message: str):
+def test_invalid_arguments_are_refused(settings: dict, message: str):
     model = adapted("ours")
     with pytest.raises(ValueError, match=message):
         layer_shapley(model, controller_of(model), of_rows, **settings)
 
 
-def test_another_model_than_the_controllers_is_refused():
+def test_model_of_another_controller_is_refused():
     with pytest.raises(ValueError, match=r"model: expected the controller's, found a Llama"):
         layer_shapley(adapted("ours"), controller_of(adapted("ours")), of_model)
 
 
 @pytest.mark.parametrize("result", [1.0, torch.zeros(3), torch.zeros(2, 4)])
-def test_a_utility_of_another_shape_is_refused(result):
+def test_utility_of_another_shape_is_refused(result):
     model = adapted("ours")
     with pytest.raises(ValueError, match=r"eval_fn: expected the utility of each row, of shape"):
         layer_shapley(model, controller_of(model), lambda y, b: result, batch=BATCH)

@@ -1,4 +1,4 @@
-"""The schedule: probabilities, the law of the masks, and that they follow from seed and step."""
+"""`CopraSchedule`: probabilities, distribution of the masks, and their seeds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_probability_rises_to_one_after_three_quarters(step: int, p: float):
 
 
 @pytest.mark.parametrize(("ratio", "total", "steps"), [(0.75, 10, 8), (0.07, 100, 7), (1e-9, 5, 1)])
-def test_the_ramp_ends_at_the_first_whole_step(ratio: float, total: int, steps: int):
+def test_ramp_ends_at_the_first_whole_step(ratio: float, total: int, steps: int):
     one = schedule(total=total, ramp_ratio=ratio, p0=0.2, p1=0.9)
     assert one.ramp_steps == steps
     assert one.probability(steps - 1) < 0.9 == one.probability(steps)
@@ -36,28 +36,28 @@ def test_the_ramp_ends_at_the_first_whole_step(ratio: float, total: int, steps: 
         ("exponential", (math.exp(0.5) - 1) / (math.e - 1)),
         ("constant", 0.0),
         (lambda fraction: fraction**3, 0.125),
-        (lambda fraction: 5 * fraction, 1.0),  # beyond p1 there is nothing
+        (lambda fraction: 5 * fraction, 1.0),  # limited to p1
     ],
     ids=["linear", "sine", "exponential", "constant", "cubic", "beyond p1"],
 )
-def test_ramps_at_half_way(ramp, expected: float):
+def test_ramps_at_their_middle_equal_the_formulas(ramp, expected: float):
     one = schedule(ramp=ramp, p0=0.2, p1=0.6, ramp_ratio=1.0)
     assert one.probability(50) == pytest.approx(0.2 + 0.4 * expected)
     assert one.probability(100) == 0.6
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan])
-def test_a_ramp_that_is_no_fraction_is_refused(value: float):
+def test_ramp_outside_zero_to_one_is_refused(value: float):
     with pytest.raises(ValueError, match=r"CopraSchedule: ramp: expected a fraction .* found"):
         schedule(ramp=lambda fraction: value).probability(3)
 
 
 @pytest.mark.parametrize(("p0", "mean"), [(0.0, 0.625), (0.1, 0.6625)])
-def test_mean_activation_is_the_formula_to_a_step(p0: float, mean: float):
+def test_mean_activation_equals_the_formula_up_to_one_step(p0: float, mean: float):
     assert schedule(total=400, p0=p0).mean_activation() == pytest.approx(mean, abs=1 / 400)
 
 
-def test_expected_active_is_that_of_the_truncated_binomial():
+def test_expected_active_is_the_mean_of_the_truncated_binomial():
     assert schedule().expected_active(0) == pytest.approx(1.163129, abs=1e-6)
     assert schedule(min_active=0).expected_active(0) == pytest.approx(0.4)
     assert schedule(p0=0.0).expected_active(0) == 1
@@ -70,7 +70,7 @@ def chi_square(counts: list[int], chances: list[float]) -> float:
     return sum((c - total * p) ** 2 / (total * p) for c, p in zip(counts, chances, strict=True))
 
 
-# Bounds are 0.999 quantiles of chi-square: of right samplers one seed in a thousand fails.
+# Bounds are 0.999 quantiles of chi-square: a correct sampler fails for one seed in a thousand.
 @pytest.mark.parametrize(
     ("p", "least", "bound"), [(0.1, 1, 16.27), (0.6, 1, 16.27), (0.3, 0, 18.47), (0.5, 2, 13.82)]
 )
@@ -84,7 +84,7 @@ def test_counts_follow_the_truncated_binomial(p: float, least: int, bound: float
     assert chi_square(counts[least:], [c / sum(chances) for c in chances]) < bound
 
 
-def test_every_group_is_drawn_as_often_and_pairs_too():
+def test_groups_and_pairs_are_sampled_uniformly():
     one = schedule(p0=0.0, min_active=2, total=10**6, ramp="constant")
     masks = torch.stack([one.mask(step) for step in range(12000)])
     pairs = [int((masks[:, i] & masks[:, j]).sum()) for i in range(4) for j in range(i)]
@@ -92,7 +92,7 @@ def test_every_group_is_drawn_as_often_and_pairs_too():
 
 
 @pytest.mark.parametrize("p0", [0.0, 5e-324, 1e-300, 1e-12])
-def test_a_vanishing_probability_draws_as_fast_as_any(p0: float):
+def test_vanishing_probability_is_sampled_without_delay(p0: float):
     one = schedule(groups=30, p0=p0, ramp="constant", min_active=2)
     assert {int(one.mask(step).sum()) for step in range(50)} == {2}
 
@@ -106,7 +106,7 @@ def test_a_vanishing_probability_draws_as_fast_as_any(p0: float):
     seed=st.integers(-(2**70), 2**70),
     data=st.data(),
 )
-def test_a_mask_has_enough_groups_and_follows_from_seed_and_step(
+def test_masks_have_min_active_groups_and_depend_on_seed_and_step(
     groups: int, total: int, step: int, p: list[float], ratio: float, seed: int, data
 ):
     least = data.draw(st.integers(0, groups))
@@ -124,12 +124,12 @@ def test_a_mask_has_enough_groups_and_follows_from_seed_and_step(
         assert mask.all()
 
 
-def test_masks_are_these_on_every_machine():
+def test_masks_are_the_same_on_every_machine():
     found = [schedule(6, 10, p0=0.4, seed=3).mask(step).int().tolist() for step in range(3)]
     assert found == [[1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 1, 0], [0, 1, 1, 1, 0, 1]]
 
 
-def test_other_seeds_and_steps_have_other_masks():
+def test_masks_differ_between_seeds_and_steps():
     masks = {
         tuple(schedule(24, 10, p0=0.5, seed=seed).mask(step).tolist())
         for seed in range(5)
@@ -138,7 +138,7 @@ def test_other_seeds_and_steps_have_other_masks():
     assert len(masks) == 25
 
 
-def test_drawing_leaves_torchs_generator_alone():
+def test_sampling_does_not_use_torchs_generator():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -165,7 +165,7 @@ def test_drawing_leaves_torchs_generator_alone():
         ({"sync": "barrier"}, r"CopraConfig: sync: expected one of .* found 'barrier'"),
     ],
 )
-def test_a_bad_field_is_refused_by_name(fields: dict, message: str):
+def test_invalid_fields_are_refused_by_name(fields: dict, message: str):
     with pytest.raises(ValueError, match=message):
         CopraConfig(**fields)
 
@@ -183,19 +183,19 @@ def test_a_bad_field_is_refused_by_name(fields: dict, message: str):
         ((0, 5), ValueError, r"CopraSchedule: num_groups: expected an integer from 1, found 0"),
     ],
 )
-def test_bad_numbers_of_steps_and_groups_are_refused(arguments, error, message: str):
+def test_invalid_numbers_of_steps_and_groups_are_refused(arguments, error, message: str):
     with pytest.raises(error, match=message):
         CopraSchedule(CopraConfig(), *arguments)
 
 
-def test_more_groups_than_there_are_cannot_be_active():
+def test_min_active_above_the_number_of_groups_is_refused():
     message = r"CopraSchedule: min_active: expected at most the 4 groups, found 5"
     with pytest.raises(ValueError, match=message):
         schedule(min_active=5)
 
 
 @pytest.mark.parametrize("method", ["probability", "mask", "expected_active"])
-def test_a_step_before_the_first_is_refused(method: str):
+def test_negative_steps_are_refused(method: str):
     with pytest.raises(
         ValueError, match=r"CopraSchedule: step: expected an integer from 0, found -1"
     ):

@@ -1,4 +1,4 @@
-"""Shapley values: games whose values are known, properties, three estimators, errors."""
+"""Shapley values: known games, properties, three estimators and errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_ext.methods.copra import Shapley, shapley_values
 
 
-def glove(mask: Tensor) -> float:  # left glove, two right ones
+def glove(mask: Tensor) -> float:  # one left glove, two right ones
     return float(mask[0] and mask[1:].any())
 
 
@@ -50,7 +50,7 @@ def test_exact_values_of_known_games(game: str):
 @pytest.mark.parametrize("method", ["permutation", "owen"])
 @pytest.mark.parametrize("antithetic", [False, True])
 @pytest.mark.parametrize("game", ["glove", "airport", "majority", "squares"])
-def test_samples_converge_within_four_standard_errors(method: str, antithetic: bool, game: str):
+def test_sampled_values_are_within_four_standard_errors(method: str, antithetic: bool, game: str):
     value_fn, expected = KNOWN[game]
     generator = torch.Generator().manual_seed(0)
     found = shapley_values(
@@ -63,7 +63,7 @@ def test_samples_converge_within_four_standard_errors(method: str, antithetic: b
 
 
 @pytest.mark.parametrize("method", ["permutation", "owen"])
-def test_standard_errors_are_the_spread_of_repeated_runs(method: str):
+def test_standard_errors_equal_the_spread_of_repeated_runs(method: str):
     game, n = random_game(5), 5
     runs: list[Shapley] = []
     for seed in range(300):
@@ -74,18 +74,18 @@ def test_standard_errors_are_the_spread_of_repeated_runs(method: str):
     torch.testing.assert_close(reported, spread, rtol=0.15, atol=0)  # 4 sigma of 300 runs
 
 
-def test_a_reversed_order_halves_the_error_of_a_game_of_pairs():
+def test_antithetic_sampling_is_exact_for_games_of_pairs():
     weights = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     value_fn = lambda m: float(m.double() @ weights @ m.double())  # noqa: E731
     exact = shapley_values(value_fn, 6).values
     found = shapley_values(value_fn, 6, "permutation", 3, antithetic=True)
-    # Of pairs, the one comes after the other in exactly one of an order and its reverse.
+    # In exactly one of an order and its reverse, a player follows the other one of a pair.
     torch.testing.assert_close(found.values, exact)
 
 
 @settings(deadline=None)
 @given(n=st.integers(1, 7), seed=st.integers(0, 10**6), orders=st.integers(1, 4))
-def test_efficiency_and_additivity(n: int, seed: int, orders: int):
+def test_values_are_efficient_and_additive(n: int, seed: int, orders: int):
     first, second = random_game(n, seed), random_game(n, seed + 1)
     total = first(torch.ones(n, dtype=torch.bool)) - first(torch.zeros(n, dtype=torch.bool))
     exact = shapley_values(first, n)
@@ -100,10 +100,10 @@ def test_efficiency_and_additivity(n: int, seed: int, orders: int):
 
 @settings(deadline=None)
 @given(n=st.integers(3, 7), seed=st.integers(0, 10**6))
-def test_symmetric_players_are_worth_the_same_and_a_null_player_nothing(n: int, seed: int):
+def test_symmetric_players_have_equal_values_and_null_players_zero(n: int, seed: int):
     game = random_game(n, seed)
 
-    def value_fn(mask: Tensor) -> float:  # players 0 and 1 count alike, 2 does not count
+    def value_fn(mask: Tensor) -> float:  # players 0 and 1 are symmetric, player 2 is null
         mask = mask.clone()
         mask[:2] = mask[:2].sort().values
         mask[2] = False
@@ -117,7 +117,7 @@ def test_symmetric_players_are_worth_the_same_and_a_null_player_nothing(n: int, 
 
 
 @pytest.mark.parametrize("method", ["exact", "permutation", "owen"])
-def test_each_coalition_is_asked_for_once_unless_told_otherwise(method: str):
+def test_coalitions_are_evaluated_once_unless_the_cache_is_off(method: str):
     asked: list[tuple[bool, ...]] = []
 
     def value_fn(mask: Tensor) -> float:
@@ -133,7 +133,7 @@ def test_each_coalition_is_asked_for_once_unless_told_otherwise(method: str):
     assert len(asked) == found.evaluations == counts[method]
 
 
-def test_the_generator_governs_the_samples():
+def test_generator_determines_the_samples():
     game = random_game(6)
     for method in ("permutation", "owen"):
         one, same, other = (
@@ -143,14 +143,14 @@ def test_the_generator_governs_the_samples():
         assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-def test_a_single_sample_knows_no_error():
+def test_standard_error_of_a_single_sample_is_nan():
     found = shapley_values(glove, 3, "permutation", 1)
     assert found.standard_error.isnan().all()
     assert shapley_values(glove, 3, "owen", 1, levels=1).standard_error.isnan().all()
     assert shapley_values(glove, 3, "owen", 1, levels=30).standard_error.isfinite().all()
 
 
-def test_thirty_players_take_samples():
+def test_thirty_and_more_players_can_be_sampled():
     found = shapley_values(lambda m: float(m.sum()), 30, "permutation", 2)
     torch.testing.assert_close(found.values, torch.ones(30, dtype=torch.float64))
     found = shapley_values(lambda m: float(m[-1]), 70, "owen", 1, levels=3)
@@ -158,7 +158,7 @@ def test_thirty_players_take_samples():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_is_refused_with_its_coalition(value: float):
+def test_nonfinite_value_is_refused_with_its_coalition(value: float):
     message = rf"value_fn: expected a finite number, found {value} for the coalition \[0, 2\] of 3"
     asked = []
 
@@ -168,7 +168,7 @@ def test_a_value_that_is_not_finite_is_refused_with_its_coalition(value: float):
 
     with pytest.raises(ValueError, match=message):
         shapley_values(v, 3)
-    assert asked[-1] == [True, False, True], "nothing is evaluated after it"
+    assert asked[-1] == [True, False, True], "evaluation must stop at the first error"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,6 @@ def test_a_value_that_is_not_finite_is_refused_with_its_coalition(value: float):
         ((3, "owen", 0), r"samples: expected an integer from 1, found 0"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: tuple, message: str):
+def test_invalid_arguments_are_refused(arguments: tuple, message: str):
     with pytest.raises(ValueError, match=message):
         shapley_values(lambda m: 0.0, *arguments)

@@ -1,4 +1,4 @@
-"""HLA: plans of clients, importance in its rounds, state, and errors by message."""
+"""`HLA`: plans of clients, importance by round, state and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lora_ext.methods.fed_hello import (
 SCORES = [0.1, 0.11, 5, 5.2, 9, 9]
 
 
-def test_each_kind_gives_its_layers():
+def test_each_kind_selects_its_layers():
     for pattern in Pattern:
         for c in range(7):
             assert HLA(pattern, 6).plan(3, 1, c) == LayerPlan(gd_layers(pattern, 6, c))
@@ -36,7 +36,8 @@ def test_each_kind_gives_its_layers():
 
 def test_given_weights_replace_the_pattern():
     weights = [0.0, 1.0, 5.0, 1.0]
-    assert HLA("uniform", 4, weights=weights).plan(0, 0, 2).layers == (1, 2)  # the lower of equals
+    # The lower of equal weights.
+    assert HLA("uniform", 4, weights=weights).plan(0, 0, 2).layers == (1, 2)
     drawn = HLA("uniform", 4, kind="rgd", weights=weights)
     assert {layer for r in range(50) for layer in drawn.plan(r, 0, 2).layers} == {1, 2, 3}
     assert drawn.weights(0).tolist() == pytest.approx([0, 1 / 7, 5 / 7, 1 / 7])
@@ -45,13 +46,13 @@ def test_given_weights_replace_the_pattern():
             HLA("uniform", 4, kind=kind, weights=weights).plan(0, 0, 4)
 
 
-def test_importance_is_asked_for_in_its_rounds_and_draws_from_then_on():
+def test_importance_is_requested_by_round_and_applies_from_then_on():
     hla = HLA("bottleneck", 6, kind="fim", prior_rounds=4, every=3)
     assert [round for round in range(14) if hla.wants_scores(round)] == [6, 9, 12]
     prior, scored = pattern_weights("bottleneck", 6), cluster_weights(SCORES)
     assert torch.equal(hla.weights(5), prior)
     hla.update(6, SCORES)
-    assert torch.equal(hla.weights(5), prior)  # a round that is over keeps its own
+    assert torch.equal(hla.weights(5), prior)  # a past round keeps its weights
     for round in (6, 7, 8):
         assert torch.equal(hla.weights(round), scored)
     hla.update(9, torch.tensor(SCORES).flip(0))
@@ -62,12 +63,12 @@ def test_importance_is_asked_for_in_its_rounds_and_draws_from_then_on():
     assert not any(HLA("bottleneck", 6, kind="rgd").wants_scores(round) for round in range(200))
 
 
-def test_defaults_are_the_authors_fifty_rounds():
+def test_default_rounds_are_multiples_of_fifty():
     hla = HLA("bottleneck", 6, kind="fim")
     assert [round for round in range(151) if hla.wants_scores(round)] == [50, 100, 150]
 
 
-def test_importance_may_lapse_between_its_rounds_or_be_mixed_with_the_pattern():
+def test_importance_may_expire_or_be_mixed_with_the_pattern():
     prior, scored = pattern_weights("triangle", 6), cluster_weights(SCORES)
     lapsing = HLA("triangle", 6, kind="fim", prior_rounds=2, every=2, hold=False)
     lapsing.update(2, SCORES)
@@ -87,7 +88,7 @@ def test_importance_may_lapse_between_its_rounds_or_be_mixed_with_the_pattern():
     data=st.data(),
 )
 @settings(max_examples=80, deadline=None)
-def test_a_plan_depends_on_seed_round_and_client_alone(pattern, kind, L, data):
+def test_plans_depend_only_on_seed_round_and_client(pattern, kind, L, data):
     asked = data.draw(
         st.lists(
             st.tuples(st.integers(0, 99), st.integers(0, 2**63), st.integers(0, L)),
@@ -106,7 +107,7 @@ def test_a_plan_depends_on_seed_round_and_client_alone(pattern, kind, L, data):
         assert len(layers) == each[2] and set(layers) <= set(range(L))
 
 
-def test_a_state_restores_every_plan_by_way_of_json():
+def test_state_restores_every_plan_through_json():
     before = HLA("inverted_triangle", 6, kind="fim", seed=3, prior_rounds=2, every=2, mix=0.5)
     before.update(2, SCORES)
     before.update(4, SCORES[::-1])
@@ -129,7 +130,7 @@ def test_a_state_restores_every_plan_by_way_of_json():
         assert after.state_dict() == before.state_dict()
 
 
-def test_layers_that_nobody_can_be_given_are_known():
+def test_uncovered_lists_layers_that_no_client_can_train():
     assert HLA("bottleneck", 6).uncovered([3, 4]) == (2, 3)
     assert HLA("bottleneck", 6).uncovered([3, 6]) == ()
     assert HLA("triangle", 4).uncovered([]) == (0, 1, 2, 3)
@@ -141,13 +142,13 @@ def test_layers_that_nobody_can_be_given_are_known():
     assert HLA("triangle", 4, kind="fim", mix=0.0, **given).uncovered([1]) == (0,)
 
 
-def test_an_allocation_says_what_it_draws_by():
+def test_repr_shows_the_weights():
     text = repr(HLA("triangle", 3, kind="rgd"))
     assert text == "HLA(rgd, triangle, 3 layers of weights 0.500, 0.333, 0.167)"
     assert "given weights" in repr(HLA("triangle", 1, weights=[2.0]))
 
 
-def test_settings_make_the_same_allocation():
+def test_config_and_arguments_give_the_same_allocation():
     config = FedHelloConfig("triangle", "fim", seed=1, prior_rounds=3, every=2, weights=(1, 2, 3))
     hla = HLA("triangle", 3, kind="fim", seed=1, prior_rounds=3, every=2, weights=[1, 2, 3])
     assert HLA.of(config, 3).state_dict() == hla.state_dict()
@@ -233,7 +234,7 @@ def test_errors_name_the_field(call, error, message):
         call()
 
 
-def test_numbers_of_numpy_are_numbers_and_json_holds_the_state():
+def test_numpy_numbers_are_accepted_and_the_state_is_json():
     one = HLA(
         "uniform",
         np.int64(6),

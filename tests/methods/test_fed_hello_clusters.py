@@ -1,4 +1,4 @@
-"""Layers grouped by importance: worked examples, and every other grouping for comparison."""
+"""Layers clustered by importance: known results, and comparison with all other clusterings."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def levels_of(scores, k=3, levels=(1, 2, 3)):
     ("scores", "expected"),
     [
         ([0.1, 0.11, 5, 5.2, 9], [1, 1, 2, 2, 3]),
-        ([9, 5.2, 0.1, 5, 0.11], [3, 2, 1, 2, 1]),  # order is the layers', not the scores'
+        ([9, 5.2, 0.1, 5, 0.11], [3, 2, 1, 2, 1]),  # in the order of the layers
         ([4.0, 4.0, 4.0], [1, 1, 1]),
         ([2.0, 1.0, 2.0, 1.0], [2, 1, 2, 1]),  # fewer distinct scores than groups
         ([0.0, 0.0, 7.0], [1, 1, 2]),
         ([3.0], [1]),
-        ([0, 1, 2, 3], [1, 2, 3, 3]),  # cuts as good as each other: the earlier
+        ([0, 1, 2, 3], [1, 2, 3, 3]),  # the first of equally good cuts
         ([1e-300, 2e-300, 1e300], [1, 2, 3]),
         ([-1.0, 0.0, 1.0], [1, 2, 3]),
     ],
 )
-def test_levels_rise_with_the_group(scores, expected):
+def test_levels_increase_with_the_score_of_the_group(scores, expected):
     assert levels_of(scores) == expected
 
 
-def test_one_group_or_more_and_other_levels_can_be_asked_for():
+def test_numbers_of_groups_and_levels_can_be_set():
     assert levels_of([1.0, 2.0, 9.0], k=1) == [1, 1, 1]
     assert levels_of([1.0, 2.0, 9.0], k=2, levels=(1, 5)) == [1, 1, 5]
     assert levels_of([1.0, 2.0, 9.0, 20.0], k=4, levels=(1, 2, 4, 8)) == [1, 2, 4, 8]
@@ -45,9 +45,10 @@ def test_one_group_or_more_and_other_levels_can_be_asked_for():
 
 @given(scores=st.lists(st.integers(0, 30), min_size=1, max_size=8), k=st.integers(1, 4))
 @settings(max_examples=150, deadline=None)
-def test_no_grouping_has_smaller_squares(scores, k):
+def test_clusters_minimise_the_sum_of_squares(scores, k):
     groups = [round(level) for level in levels_of(scores, k, (1, 2, 3, 4))]
-    assert groups == levels_of(scores, k, (1, 2, 3, 4))  # whole: the first group is never empty
+    # Integers, because the first group is never empty.
+    assert groups == levels_of(scores, k, (1, 2, 3, 4))
 
     def squares(parts):
         return sum(sum((v - sum(p) / len(p)) ** 2 for v in p) for p in parts if p)

@@ -1,4 +1,4 @@
-"""examples/fed_hello.py with its smallest sizes, and the pictures of a federation."""
+"""examples/fed_hello.py at its smallest sizes, and the plots of a federation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 
-def test_two_federations_are_told_of_and_drawn(
+def test_example_prints_and_plots_two_federations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_quickly(monkeypatch, "fed_hello", tmp_path)
@@ -25,7 +25,7 @@ def test_two_federations_are_told_of_and_drawn(
     assert "│ 1.00" in printed  # strong clients send all layers
 
 
-def test_pictures_say_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plots_show_accuracy_bytes_and_heights(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
     pictures = load_script(monkeypatch, "benchmarks", "federated_pictures")

@@ -1,4 +1,4 @@
-"""FIM scores: equal to a backward for each sample, whatever the layers, batches and flags."""
+"""FIM scores: equal to one backward per sample, for all layers, batches and flags."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def layer_of(name: str) -> int | None:
 
 
 class Classifier(nn.Module):
-    """Blocks that see samples ``(n, 6)``, tokens ``(n, T, 6)``, or the tokens of all in a row."""
+    """Classifier with block inputs ``(n, 6)``, ``(n, T, 6)`` or, if `flat`, ``(n * T, 6)``."""
 
     def __init__(self, flat: bool = False, **settings: Any):
         super().__init__()
@@ -63,7 +63,7 @@ def tokens(n: int, length: int, seed: int = 0) -> dict[str, Tensor]:
 def by_the_loop(
     model: nn.Module, batches: Iterable[Any], score: str = "log_prob", reduce: str = "fro"
 ) -> Tensor:
-    """The definition: a forward and a backward for each sample."""
+    """Compute the definition: one forward and one backward per sample."""
     named = {n: p for n, p in model.named_parameters() if "lora_" in n and layer_of(n) is not None}
     total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in named.items()}
     samples = 0
@@ -101,10 +101,10 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("score", ["log_prob", "logit"])
 @pytest.mark.parametrize("reduce", ["fro", "trace"])
 @pytest.mark.parametrize("shape", [(), (5,), (1,)])
-def test_scores_equal_a_backward_for_each_sample(score, reduce, shape):
+def test_scores_equal_one_backward_per_sample(score, reduce, shape):
     model, batch = Classifier(), vectors(11, *shape)
     found = fim_scores(model, [batch], layer_of, score=score, reduce=reduce)
-    assert model.calls == 1  # for all samples
+    assert model.calls == 1
     close(found, by_the_loop(model, [batch], score, reduce))
 
 
@@ -114,7 +114,7 @@ def test_scores_of_a_language_model_sum_over_its_tokens(kind):
     close(fim_scores(model, batches, layer_of, chunk=3), by_the_loop(model, batches))
 
 
-def test_how_samples_are_batched_ordered_and_chunked_changes_rounding_alone():
+def test_batching_order_and_chunks_change_only_rounding():
     model, (x, y) = Classifier().double(), vectors(12, 4)
     x = x.double()
     whole = fim_scores(model, [(x, y)], layer_of)
@@ -133,7 +133,7 @@ def test_how_samples_are_batched_ordered_and_chunked_changes_rounding_alone():
         torch.testing.assert_close(other, whole, rtol=1e-12, atol=0)
 
 
-def test_one_layer_by_hand():
+def test_scores_of_one_layer_equal_those_computed_by_hand():
     model = nn.ModuleDict(
         {"layers": nn.ModuleList([LoraLinear(nn.Linear(2, 2), r=1, lora_alpha=3)])}
     )
@@ -152,7 +152,7 @@ def test_one_layer_by_hand():
     assert found.tolist() == pytest.approx([(36 + 144 + 81 + 81) / 2])
 
 
-def test_a_layer_that_gets_the_tokens_of_all_samples_in_a_row_is_taken_apart():
+def test_layers_with_flattened_tokens_are_scored_per_sample():
     batch = vectors(6, 4)
     close(
         fim_scores(Classifier(flat=True), [batch], layer_of),
@@ -160,14 +160,14 @@ def test_a_layer_that_gets_the_tokens_of_all_samples_in_a_row_is_taken_apart():
     )
 
 
-def test_a_layer_that_runs_twice_has_the_sum_of_both_gradients():
+def test_layer_that_runs_twice_sums_both_gradients():
     model, batch = Classifier(), vectors(5, 3)
-    model.layers[2] = model.layers[0]  # under two names, of which the first counts
+    model.layers[2] = model.layers[0]  # one module under two names; the first is used
     close(fim_scores(model, [batch], layer_of), by_the_loop(model, [batch]))
 
 
 @pytest.mark.parametrize("special", [{"use_dora": True}, {"lora_bias": True}])
-def test_adapters_with_more_than_two_factors_are_scored_sample_by_sample(special):
+def test_dora_and_biased_adapters_are_scored_sample_by_sample(special):
     model, batch = Classifier(**special), vectors(5, 3)
     close(fim_scores(model, [batch], layer_of), by_the_loop(model, [batch]))
     mixed = Classifier()
@@ -175,7 +175,7 @@ def test_adapters_with_more_than_two_factors_are_scored_sample_by_sample(special
     close(fim_scores(mixed, [batch], layer_of), by_the_loop(mixed, [batch]))
 
 
-def test_peft_layers_that_compute_something_else_are_scored_sample_by_sample():
+def test_peft_dora_layers_are_scored_sample_by_sample():
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q"], use_dora=True, init_lora_weights=False)
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(6, 4)})])})
@@ -186,7 +186,7 @@ def test_peft_layers_that_compute_something_else_are_scored_sample_by_sample():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_flags_modes_and_gradients_are_as_before_and_have_no_say(kind):
+def test_flags_modes_and_gradients_are_restored_and_ignored(kind):
     model, batch = adapted(kind), tokens(3, 6)
     expected = fim_scores(model, [batch], layer_of)
     model.train()
@@ -211,20 +211,20 @@ def test_flags_modes_and_gradients_are_as_before_and_have_no_say(kind):
     assert not [m for m in model.modules() if m._forward_hooks]
 
 
-def test_dropout_is_off():
+def test_dropout_is_off_during_scoring():
     batch = vectors(6, 3)
     wet, dry = Classifier(lora_dropout=0.5).train(), Classifier()
     assert torch.equal(fim_scores(wet, [batch], layer_of), fim_scores(dry, [batch], layer_of))
 
 
-def test_a_layer_that_is_switched_off_scores_nothing_and_the_head_is_not_scored():
+def test_inactive_layer_scores_zero_and_the_head_is_excluded():
     model, batch = Classifier(), vectors(6)
     model.layers[1]["q"].adapter_active["default"] = False  # pyright: ignore
     found = fim_scores(model, [batch], layer_of)
     assert found[1] == 0 and bool((found[[0, 2]] > 0).all()) and found.shape == (3,)
 
 
-def test_sixteen_bits_are_summed_in_more():
+def test_bfloat16_gradients_are_summed_in_higher_precision():
     model, batch = adapted("ours"), tokens(6, 6)
     expected = fim_scores(model, [batch], layer_of)
     found = fim_scores(model.to(torch.bfloat16), [batch], layer_of)
@@ -300,25 +300,25 @@ def merged_model() -> nn.Module:
         ),
     ],
 )
-def test_errors_name_what_is_wrong(call, error, message):
+def test_errors_name_the_argument_or_module(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call(Classifier(), vectors(4))
 
 
-def test_an_adapter_from_peft_before_and_after_has_the_same_scores():
+def test_scores_are_the_same_before_and_after_from_peft():
     model, batch = adapted("peft"), tokens(4, 6)
     before = fim_scores(model, [batch], layer_of)
     close(fim_scores(lora_ext.from_peft(model), [batch], layer_of), before)
 
 
-def test_a_batch_without_rows_is_no_sample_whatever_the_layers():
+def test_empty_batches_are_skipped():
     model = Classifier(use_dora=True)
     with pytest.raises(EmptyProxySet, match="expected at least one sample"):
         fim_scores(model, [vectors(0)], layer_of)
     close(fim_scores(model, [vectors(0), vectors(3)], layer_of), by_the_loop(model, [vectors(3)]))
 
 
-def test_scores_can_be_computed_where_nothing_else_takes_gradients():
+def test_scores_can_be_computed_under_no_grad_and_inference_mode():
     model, batch = Classifier(), vectors(5)
     expected = fim_scores(model, [batch], layer_of)
     for block in (torch.no_grad, torch.inference_mode):

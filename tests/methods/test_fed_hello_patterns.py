@@ -1,4 +1,4 @@
-"""Patterns and draws of layers: the paper's lists, exact frequencies, errors by message."""
+"""Patterns and sampling of layers: the paper's lists, exact frequencies and errors."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ AUTHORS = [3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3]
         ("uniform", 1, 0, ()),
     ],
 )
-def test_layers_of_a_pattern_are_those_of_the_paper(pattern, L, c, expected):
+def test_layers_of_a_pattern_equal_the_papers(pattern, L, c, expected):
     assert gd_layers(pattern, L, c) == expected
 
 
 @given(pattern=st.sampled_from(PATTERNS), L=st.integers(1, 30), data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_a_pattern_gives_as_many_distinct_layers_as_asked_and_most_patterns_nest(pattern, L, data):
+def test_patterns_give_the_requested_number_of_layers_and_nest(pattern, L, data):
     c = data.draw(st.integers(0, L))
     layers = gd_layers(pattern, L, c)
     assert len(layers) == c and list(layers) == sorted(set(layers) & set(range(L)))
@@ -45,7 +45,7 @@ def test_a_pattern_gives_as_many_distinct_layers_as_asked_and_most_patterns_nest
         assert set(layers) < set(gd_layers(pattern, L, c + 1))
 
 
-def test_columns_fall_from_the_dense_end_and_bottleneck_from_both():
+def test_heights_decrease_from_the_dense_ends():
     heights = {
         pattern: [
             sum(layer in gd_layers(pattern, 12, c) for c in (6, 9, 12)) for layer in range(12)
@@ -54,17 +54,18 @@ def test_columns_fall_from_the_dense_end_and_bottleneck_from_both():
     }
     assert heights[Pattern.TRIANGLE] == [3] * 6 + [2] * 3 + [1] * 3
     assert heights[Pattern.INVERTED_TRIANGLE] == [1] * 3 + [2] * 3 + [3] * 6
-    assert heights[Pattern.BOTTLENECK] == [3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3]  # as the weights
+    # Equal to the authors' weights.
+    assert heights[Pattern.BOTTLENECK] == [3, 3, 3, 2, 2, 1, 1, 1, 2, 3, 3, 3]
 
 
-def test_weights_are_the_authors_for_twelve_layers_and_interpolated_for_others():
+def test_weights_equal_the_authors_and_are_interpolated():
     for pattern in PATTERNS:
         for L in (1, 2, 6, 12, 24):
             weights = pattern_weights(pattern, L)
             assert weights.shape == (L,) and weights.dtype == torch.float64
             assert float(weights.sum()) == pytest.approx(1, abs=1e-12) and float(weights.min()) > 0
     assert torch.equal(pattern_weights("bottleneck", 12) * 27, torch.tensor(AUTHORS).double())
-    double = pattern_weights("bottleneck", 23)  # each second position is one of the twelve
+    double = pattern_weights("bottleneck", 23)  # every second position is one of the twelve
     torch.testing.assert_close(double[::2] / double[0], torch.tensor(AUTHORS).double() / 3)
     torch.testing.assert_close(double[1::2], (double[:-1:2] + double[2::2]) / 2)
     for pattern, expected in (
@@ -76,7 +77,7 @@ def test_weights_are_the_authors_for_twelve_layers_and_interpolated_for_others()
 
 
 def of_successive_sampling(weights: list[float], c: int) -> dict[tuple[int, ...], float]:
-    """The probability of every set, by all orders in which its layers can be drawn."""
+    """Return the probability of every set, summed over all orders of sampling its layers."""
     found: Counter[tuple[int, ...]] = Counter()
     for order in itertools.permutations(range(len(weights)), c):
         probability, left = 1.0, sum(weights)
@@ -100,7 +101,7 @@ def p_value(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], fl
     ("weights", "c"),
     [([1, 2, 3], 1), ([1, 2, 3], 2), ([1.0, 1.0, 5.0, 0.0, 0.5], 3), ([3, 1, 1, 1, 2, 3], 4)],
 )
-def test_sets_are_drawn_as_often_as_exact_enumeration_of_successive_sampling_says(weights, c):
+def test_sampled_sets_have_the_exact_probabilities_of_successive_sampling(weights, c):
     draws = 20_000
     counts = Counter(rgd_layers(weights, c, seed=7, round=r, client=r % 5) for r in range(draws))
     expected = of_successive_sampling([float(w) for w in weights], c)
@@ -109,7 +110,7 @@ def test_sets_are_drawn_as_often_as_exact_enumeration_of_successive_sampling_say
         rgd_layers([1.0] * len(weights), c, seed=7, round=r, client=0) for r in range(500)
     )
     possible = Counter({s: n for s, n in others.items() if expected.get(s, 0) > 0})
-    assert p_value(possible, expected) < 1e-6  # what is drawn by other weights is told apart
+    assert p_value(possible, expected) < 1e-6  # samples with other weights are rejected
 
 
 @pytest.mark.slow
@@ -121,9 +122,7 @@ def test_sets_are_drawn_as_often_as_exact_enumeration_of_successive_sampling_say
     data=st.data(),
 )
 @settings(max_examples=100, deadline=None)
-def test_a_draw_has_as_many_distinct_layers_as_asked_and_repeats(
-    weights, seed, round, client, data
-):
+def test_sampled_layers_are_distinct_and_reproducible(weights, seed, round, client, data):
     c = data.draw(st.integers(0, len(weights)))
     layers = rgd_layers(weights, c, seed=seed, round=round, client=client)
     assert len(layers) == c
@@ -132,7 +131,7 @@ def test_a_draw_has_as_many_distinct_layers_as_asked_and_repeats(
     assert layers == rgd_layers(doubled, c, seed=seed, round=round, client=client)
 
 
-def test_a_draw_depends_on_each_of_seed_round_and_client():
+def test_samples_depend_on_seed_round_and_client():
     def draw(seed, round, client):
         return rgd_layers([1.0] * 40, 20, seed=seed, round=round, client=client)
 

@@ -1,4 +1,4 @@
-"""FedHello on Flower's interface, its clients in this process."""
+"""`FedHello` on Flower's interface, with clients in this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("flwr", reason="flwr is not installed: the extra `fed` has it")
+pytest.importorskip("flwr", reason="flwr is not installed; it is in the extra `fed`")
 
 import torch
 from federated_rounds import same_bits
@@ -40,7 +40,7 @@ def strategy(allocator: HLA | FedHelloConfig, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("trained", ["loop", "batched"])
-def test_clients_get_the_plans_of_the_allocation(trained):
+def test_clients_receive_the_plans_of_the_allocation(trained):
     hla = HLA("triangle", 3, kind="rgd", seed=5)
     own = strategy(hla)
     run(own, grid(backend=trained), rounds=3)
@@ -51,7 +51,7 @@ def test_clients_get_the_plans_of_the_allocation(trained):
         assert sum(log.heights) == 6
 
 
-def test_layers_are_scored_with_the_global_adapter_before_the_plans_of_their_rounds():
+def test_layers_are_scored_with_the_global_adapter_before_planning():
     own = strategy(fim())
     first = from_arrays(run(own, grid(), rounds=1).arrays)
     expected = HLA.of(own.config, 3)
@@ -66,7 +66,7 @@ def test_layers_are_scored_with_the_global_adapter_before_the_plans_of_their_rou
     assert own.allocator.state_dict()["importance"][0][0] == 2
 
 
-def test_settings_are_enough_and_samples_may_come_from_a_function():
+def test_config_suffices_and_the_proxy_may_be_a_function():
     calls = []
 
     def proxy():
@@ -81,7 +81,7 @@ def test_settings_are_enough_and_samples_may_come_from_a_function():
 
 
 @pytest.mark.parametrize("given", [fim(), FedHelloConfig(kind="fim", prior_rounds=2, every=2)])
-def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(given):
+def test_restarted_server_continues_bitwise(given):
     whole = strategy(fim())
     end = from_arrays(run(whole, grid(), rounds=5).arrays)
     stopped = strategy(fim())
@@ -94,7 +94,7 @@ def test_a_restarted_server_goes_on_as_if_it_had_not_stopped(given):
     assert plans == [{c: p.layers for c, p in log.plans.items()} for log in whole.history]
 
 
-def test_scores_that_are_not_finite_leave_the_weights(caplog):
+def test_nonfinite_scores_keep_the_weights(caplog):
     x, y = PROXY[0]
     hla = fim()
     own = strategy(hla, proxy=[(x * float("inf"), y)])
@@ -106,26 +106,26 @@ def test_scores_that_are_not_finite_leave_the_weights(caplog):
     assert any(m.startswith("round 2: scores [nan") and "stay" in m for m in warned)
 
 
-def test_the_log_says_what_is_drawn_by(caplog):
+def test_log_contains_the_weights_once(caplog):
     with caplog.at_level("INFO", logger="flwr"):
         run(strategy(HLA("triangle", 3, kind="rgd")), grid(), rounds=2)
-    said = [r.getMessage() for r in caplog.records if "weights" in r.getMessage()]
-    assert said == ["FedHello: HLA(rgd, triangle, 3 layers of weights 0.500, 0.333, 0.167)"]
+    logged = [r.getMessage() for r in caplog.records if "weights" in r.getMessage()]
+    assert logged == ["FedHello: HLA(rgd, triangle, 3 layers of weights 0.500, 0.333, 0.167)"]
 
 
-def test_layers_that_nobody_can_be_given_are_warned_of_once():
+def test_layers_that_no_client_can_train_warn_once():
     message = re.escape("layers [2] can never be trained: HLA(gd, triangle, 3 layers")
     with pytest.warns(UserWarning, match=message):
         own = fed_hello.FedHello(HLA("triangle", 3), capability={0: 1, 1: 2, 2: 0, 3: 2})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(own, grid())
-        strategy(HLA("triangle", 3))  # client 2 trains all
+        strategy(HLA("triangle", 3))  # works because client 2 trains all layers
     with pytest.warns(UserWarning, match=message):
         run(fed_hello.FedHello(HLA("triangle", 3), capability=lambda client: 2), grid())
 
 
-def test_a_round_without_plans_is_skipped():
+def test_round_without_plans_is_skipped():
     hla = HLA("triangle", 3)
     own = fed_hello.FedHello(hla, capability=lambda client: 0)
     result = run(own, grid(), rounds=1)
@@ -176,6 +176,6 @@ def test_errors_name_the_argument_before_anything_is_sent(call, error, message):
         call()
 
 
-def test_another_name_is_an_attribute_error():
+def test_unknown_attribute_raises():
     with pytest.raises(AttributeError, match="has no attribute 'FedGoodbye'"):
         fed_hello.FedGoodbye  # noqa: B018

@@ -1,4 +1,4 @@
-"""Depths chosen such that devices finish together: known answers, laws, corrections, refusals."""
+"""Depths that let devices finish together: known results, properties, limits and errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def time_of(estimate: Estimate, depth: int, sizes=RANKS) -> float:
     return estimate.f + depth * estimate.mu + estimate.beta * sum(sizes[len(sizes) - depth :])
 
 
-def test_the_known_answer_of_twelve_devices():
+def test_depths_of_twelve_devices_equal_known_ones():
     found = configurator().configure(TWELVE, range(12))
     assert found.target == pytest.approx(2.98)
     assert list(found.depths.values()) == [12, 12, 4, 4, 4, 4, 1, 1, 1, 1, 1, 1]
@@ -53,14 +53,14 @@ def test_the_known_answer_of_twelve_devices():
         {0: Estimate(1, 0, 0), 1: Estimate(1, 0, 0)},  # depth costs nothing
     ],
 )
-def test_all_layers_train_where_nobody_need_wait(mode: str, estimates: dict[int, Estimate]):
+def test_all_layers_train_if_no_device_waits(mode: str, estimates: dict[int, Estimate]):
     found = configurator(mode=mode).configure(estimates, estimates)
     assert set(found.depths.values()) == {12}
     assert found.waiting == 0
 
 
 @pytest.mark.parametrize("mode", ["fastest", "balanced", "utility"])
-def test_a_late_device_trains_what_costs_it_no_time(mode: str):
+def test_late_device_trains_layers_that_cost_no_time(mode: str):
     estimates = {0: Estimate(1, 0, 0), 1: Estimate(2, 0, 0), 2: Estimate(2, 0.1, 0)}
     found = configurator(mode=mode).configure(estimates, [0, 1])
     assert found.depths == {0: 12, 1: 12}
@@ -68,9 +68,10 @@ def test_a_late_device_trains_what_costs_it_no_time(mode: str):
     assert (late.depths, late.over_target) == ({0: 12, 1: 12, 2: 1}, (1, 2))
 
 
-def test_balanced_lets_fast_devices_fill_the_time_that_the_slowest_needs_anyway():
+def test_balanced_mode_fills_the_time_of_the_slowest_device():
     found = configurator(mode="balanced", k_min=3).configure(TWELVE, range(12))
-    assert found.target == pytest.approx(4.35)  # 1.5 + 3 * .4 + .05 * 33, of the slowest
+    # 1.5 + 3 * .4 + .05 * 33, the time of the slowest device.
+    assert found.target == pytest.approx(4.35)
     assert list(found.depths.values()) == [12] * 2 + [8] * 4 + [3] * 6
     assert not found.over_target
     fastest = configurator(k_min=3).configure(TWELVE, range(12))
@@ -86,7 +87,7 @@ devices = st.lists(
 
 @settings(deadline=None, max_examples=60)
 @given(devices, st.integers(1, 6), st.data())
-def test_every_depth_is_the_largest_within_the_target(found, L: int, data: st.DataObject):
+def test_depths_are_the_largest_within_the_target(found, L: int, data: st.DataObject):
     k_min = data.draw(st.integers(1, L))
     mode = data.draw(st.sampled_from(["fastest", "utility", "balanced"]))
     result = configurator(L, k_min=k_min, mode=mode).configure(
@@ -106,7 +107,7 @@ def test_every_depth_is_the_largest_within_the_target(found, L: int, data: st.Da
 
 @settings(deadline=None, max_examples=60)
 @given(devices, st.integers(1, 6))
-def test_utility_has_the_shortest_round_for_what_it_trains(found, L: int):
+def test_utility_mode_minimises_time_per_trained_rank(found, L: int):
     result = configurator(L, mode="utility").configure(dict(enumerate(found)), range(len(found)))
     ranks = range(1, L + 1)
 
@@ -122,13 +123,13 @@ def test_utility_has_the_shortest_round_for_what_it_trains(found, L: int):
     assert cost(result.depths.values()) == pytest.approx(min(map(cost, each)))
 
 
-def test_utility_weighs_devices_by_their_data():
+def test_utility_mode_weights_devices_by_their_data():
     estimates = {0: Estimate(1, 0.1, 0), 1: Estimate(1, 1, 0)}
     chosen = [
         configurator(3, mode="utility", shares={0: p, 1: 1 - p}).configure(estimates, (0, 1)).depths
         for p in (0.99, 0.01)
     ]
-    # Seconds over rank: 2 / 5.97 against 3 / 5.99; 2 / 3.03 against 3 / 5.01 and 4 / 6.
+    # Seconds over rank: 2 / 5.97 and 3 / 5.99; 2 / 3.03, 3 / 5.01 and 4 / 6.
     assert chosen == [{0: 3, 1: 1}, {0: 3, 1: 2}]
 
 
@@ -137,28 +138,28 @@ def test_utility_weighs_devices_by_their_data():
     st.tuples(*(st.floats(0, 1) for _ in range(3))),
     st.floats(0.1, 20),
 )
-def test_depth_falls_with_time_and_rises_with_the_target(base, more, deadline: float):
-    fast = Estimate(0, 0, 0)  # sets no target, so that the deadline does
+def test_depth_decreases_with_time_and_increases_with_the_target(base, more, deadline: float):
+    fast = Estimate(0, 0, 0)  # sets no target, so the deadline does
     slower = tuple(a + b for a, b in zip(base, more, strict=True))
     one = configurator(deadline=deadline)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         estimates = {0: Estimate(*base), 1: Estimate(*slower)}
-        # Only then is it the deadline that counts.
+        # The deadline only matters in this case.
         assume(min(time_of(e, 12) for e in estimates.values()) >= deadline)
         depths = one.configure(estimates, (0, 1)).depths
         later = configurator(deadline=2 * deadline).configure({0: Estimate(*base), 2: fast}, (0,))
     assert depths[1] <= depths[0] <= later.depths[0]
 
 
-def test_times_that_rounding_tells_apart_are_the_same():
+def test_times_that_differ_by_rounding_are_equal():
     estimates = {0: Estimate(0.3, 0, 0), 1: Estimate(0.1 + 0.2, 0, 0)}
     found = configurator().configure(estimates, (0, 1))
     assert found.times[0] != found.times[1]
     assert found.depths == {0: 12, 1: 12}
 
 
-def test_the_order_of_the_selected_changes_nothing():
+def test_order_of_selected_devices_is_ignored():
     one = configurator(byte_budget=300, mode="balanced")
     order = list(range(12))
     expected = one.configure(TWELVE, order, round=5)
@@ -170,19 +171,19 @@ def test_the_order_of_the_selected_changes_nothing():
 
 
 # -------------------------------------------------------------------------------------------------
-# Corrections
+# Limits
 
 
-def test_memory_bounds_the_depth_and_sets_the_target():
+def test_memory_limits_the_depth_and_sets_the_target():
     one = configurator(memory={0: 5, 1: 5}, mem=lambda k: k)
     found = one.configure(TWELVE, range(12))
     assert found.depths[0] == 5
-    # The fastest at what its memory allows: 1 + 5 * .1 + .01 * 50
+    # The fastest device at the depth that its memory allows: 1 + 5 * .1 + .01 * 50.
     assert found.target == pytest.approx(2.0)
     assert found.uncovered == tuple(range(7))
 
 
-def test_a_device_whose_memory_is_below_the_least_depth_cannot_take_part():
+def test_device_without_memory_for_the_least_depth_is_refused():
     one = configurator(memory={3: 1.5}, mem=lambda k: k, k_min=2)
     one.configure(TWELVE, (0, 1))
     with pytest.raises(
@@ -191,7 +192,7 @@ def test_a_device_whose_memory_is_below_the_least_depth_cannot_take_part():
         one.configure(TWELVE, (0, 3))
 
 
-def test_now_and_then_the_fastest_of_those_who_can_trains_all_layers():
+def test_fastest_able_device_periodically_trains_all_layers():
     slow = {0: Estimate(1, 1, 0), 1: Estimate(1, 0.9, 0), 2: Estimate(1, 0, 0)}
     one = configurator(memory={2: 2}, mem=lambda k: k, cover_every=3)
     by_round = {r: one.configure(slow, slow, round=r) for r in range(1, 8)}
@@ -199,20 +200,20 @@ def test_now_and_then_the_fastest_of_those_who_can_trains_all_layers():
     assert (by_round[3].raised, by_round[3].depths[1]) == (1, 12)
     assert by_round[3].extra_wait == pytest.approx(by_round[3].waiting - by_round[2].waiting)
     assert by_round[3].extra_wait > 0
-    assert one.configure(slow, slow).uncovered  # without a round nothing is periodic
+    assert one.configure(slow, slow).uncovered  # no round given, so nothing is periodic
 
 
-def test_a_byte_budget_lowers_whoever_sends_most_for_its_data():
+def test_byte_budget_lowers_devices_that_send_most_for_their_data():
     shares = {0: 0.7, 1: 0.1, 2: 0.1, 3: 0.1}
     same = dict.fromkeys(range(4), Estimate(1, 0.1, 0))
-    one = configurator(4, shares=shares, byte_budget=31)  # U is 4, 7, 9, 10
+    one = configurator(4, shares=shares, byte_budget=31)  # cumulative rank sums U: 4, 7, 9, 10
     assert one.configure(same, same).depths == {0: 4, 1: 2, 2: 2, 3: 2}
     found = configurator(4, shares=shares, byte_budget=30).configure(same, same)
     assert found.depths == {0: 4, 1: 1, 2: 2, 3: 2}
     assert found.bytes == 28
 
 
-def test_the_budget_wins_over_coverage_and_says_when_it_cannot_be_kept():
+def test_byte_budget_precedes_coverage_and_warns_if_exceeded():
     one = configurator(
         4, byte_budget=9, memory={0: 1}, mem=lambda k: 0 if k < 3 else 2, cover_every=1
     )
@@ -223,25 +224,25 @@ def test_the_budget_wins_over_coverage_and_says_when_it_cannot_be_kept():
         assert set(tight.configure(same, same).depths.values()) == {1}
 
 
-def test_a_depth_changes_by_no_more_than_a_step_except_after_a_fault():
+def test_depth_changes_by_at_most_max_step_except_after_a_fault():
     one = configurator(max_step=3)
     before = {0: 1, 1: LayerPlan(tuple(range(12))), 6: 12, 7: 12}
     after = one.configure(TWELVE, (0, 1, 2, 6, 7), previous=before).depths
-    assert after == {0: 4, 1: 12, 2: 4, 6: 9, 7: 9}  # 2 was not there before
+    assert after == {0: 4, 1: 12, 2: 4, 6: 9, 7: 9}  # 2 is new
     assert one.configure(TWELVE, (0, 6), previous={}).depths == {0: 12, 6: 1}
 
 
-def test_depths_stay_while_hardly_anybody_waits():
+def test_depths_stay_if_waiting_is_below_eps():
     before = {0: 11, 1: 12}
     same = dict.fromkeys(range(2), Estimate(10, 0.1, 0))
     assert configurator(eps=0.1).configure(same, same, previous=before).depths == before
     assert configurator().configure(same, same, previous=before).depths == {0: 12, 1: 12}
-    # Not so where a limit says otherwise.
+    # Limits apply anyway.
     found = configurator(eps=0.1).configure(same, same, previous=before, limits={1: 11})
     assert found.depths == {0: 11, 1: 11}
 
 
-def test_a_device_that_is_not_trusted_trains_the_least_and_sets_no_target():
+def test_untrusted_device_trains_the_least_and_sets_no_target():
     estimates = {**TWELVE, 0: Estimate(0.1, 0, 0, trusted=False)}
     found = configurator(k_min=2).configure(estimates, range(3))
     assert found.depths[0] == 2
@@ -250,16 +251,18 @@ def test_a_device_that_is_not_trusted_trains_the_least_and_sets_no_target():
     assert alone.depths == {0: 2}
 
 
-def test_all_over_a_deadline_train_the_least_and_one_warning_says_so():
+def test_one_warning_if_all_devices_exceed_the_deadline():
     one = configurator(deadline=0.5)
-    with pytest.warns(UserWarning, match="all devices are over the target even at depth 1") as told:
+    with pytest.warns(
+        UserWarning, match="all devices are over the target even at depth 1"
+    ) as caught:
         found = one.configure(TWELVE, range(12))
-    assert len(told) == 1
+    assert len(caught) == 1
     assert set(found.depths.values()) == {1}
     assert found.over_target == tuple(range(12))
 
 
-def test_a_cap_lowers_the_ranks_of_a_device_and_its_bytes():
+def test_rank_cap_lowers_ranks_and_bytes_of_a_device():
     one = configurator(4, bytes_per_layer=(10, 20, 30, 40), rank_caps={1: 2})
     same = dict.fromkeys(range(2), Estimate(1, 0.1, 0))
     found = one.configure(same, same)
@@ -269,7 +272,7 @@ def test_a_cap_lowers_the_ranks_of_a_device_and_its_bytes():
 
 
 # -------------------------------------------------------------------------------------------------
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -300,7 +303,7 @@ def test_a_cap_lowers_the_ranks_of_a_device_and_its_bytes():
         ({"rank_caps": {0: 0}}, r"rank_caps\[0\]: expected an integer from 1"),
     ],
 )
-def test_bad_settings_are_refused(fields: dict, message: str):
+def test_invalid_settings_are_refused(fields: dict, message: str):
     given = {"L": 3, "bytes_per_layer": (1, 2, 3), "ranks": (1, 2, 3), **fields}
     with pytest.raises(ValueError, match=f"LegendConfigurator: {message}"):
         LegendConfigurator(**given)
@@ -308,7 +311,7 @@ def test_bad_settings_are_refused(fields: dict, message: str):
 
 @pytest.mark.parametrize("part", ["f", "mu", "beta"])
 @pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf])
-def test_an_estimate_out_of_range_is_refused_and_never_clipped(part: str, value: float):
+def test_invalid_estimates_are_refused_and_never_clipped(part: str, value: float):
     bad = KINDS[0]._replace(**{part: value})
     with pytest.raises(ValueError, match=rf"estimates\[1\].{part}: expected a number from 0"):
         configurator().configure({0: KINDS[0], 1: bad}, (0, 1))
@@ -323,12 +326,12 @@ def test_an_estimate_out_of_range_is_refused_and_never_clipped(part: str, value:
         ((0, 1), {"limits": {1: 0}}, r"limits\[1\]: expected an integer from 1, found 0"),
     ],
 )
-def test_a_bad_selection_is_refused(selected: tuple[int, ...], fields: dict, message: str):
+def test_invalid_selections_are_refused(selected: tuple[int, ...], fields: dict, message: str):
     with pytest.raises(ValueError, match=f"configure: {message}"):
         configurator().configure(TWELVE, selected, **fields)
 
 
-def test_waiting_is_zero_only_where_all_finish_together():
+def test_waiting_time_is_zero_only_if_all_finish_together():
     assert waiting_time([2.5, 2.5, 2.5]) == 0
     assert waiting_time({"a": 1, "b": 2, "c": 6}) == pytest.approx(3)
     assert waiting_time([3]) == 0
@@ -341,7 +344,7 @@ def test_waiting_is_zero_only_where_all_finish_together():
             waiting_time(times)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     sizes = np.arange(1, 13)
     estimates = {i: Estimate(*map(np.float64, each[:3])) for i, each in TWELVE.items()}
     one = LegendConfigurator(np.int64(12), sizes, ranks=sizes, k_min=np.int64(1))
@@ -352,7 +355,7 @@ def test_numbers_of_numpy_are_numbers():
     assert one.configure({0: half}, [0]).depths == {0: 12}
 
 
-def test_what_a_caller_changes_afterwards_changes_no_plan():
+def test_arguments_are_copied():
     caps, memory, shares = {0: 2}, {0: 5.0}, {0: 1.0}
     made = LegendConfigurator(
         4, [8] * 4, ranks=[4] * 4, memory=memory, mem=float, shares=shares, rank_caps=caps

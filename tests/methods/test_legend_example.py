@@ -1,4 +1,4 @@
-"""examples/legend.py with its smallest sizes; the pictures."""
+"""examples/legend.py at its smallest sizes, and its plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WITHOUT_FLOWER = missing("flwr")
 
 
 @pytest.mark.skipif(bool(MISSING + WITHOUT_FLOWER), reason=f"not installed: {MISSING}, flwr?")
-def test_devices_train_report_and_are_drawn(tmp_path: Path, monkeypatch, capsys):
+def test_example_trains_and_plots_devices(tmp_path: Path, monkeypatch, capsys):
     run_quickly(monkeypatch, "legend", tmp_path)
     assert (tmp_path / "legend.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
@@ -31,7 +31,7 @@ def test_devices_train_report_and_are_drawn(tmp_path: Path, monkeypatch, capsys)
 
 
 @pytest.mark.skipif(bool(MISSING + WITHOUT_FLOWER), reason=f"not installed: {MISSING}, flwr?")
-def test_pictures_show_depths_times_and_waits(monkeypatch):
+def test_plots_show_depths_times_and_waits(monkeypatch):
     from matplotlib.figure import Figure
 
     example = load_script(monkeypatch, "examples", "legend")

@@ -1,4 +1,4 @@
-"""Activations kept below the trained layers: the same updates, and when they are not to be kept."""
+"""`PrefixCache`: cached activations below the trained layers, equal updates, and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCHES = ([0, 1], [2, 3])
 
 
 class Stack(nn.Module):
-    """Residual blocks on vectors, with whatever else a test puts in."""
+    """Residual blocks on vectors, with an optional extra module."""
 
     def __init__(self, block: nn.Module | None = None, in_tuple: bool = False):
         super().__init__()
@@ -51,7 +51,7 @@ class Block(nn.Module):
 def trained(
     model: nn.Module, plans: list[LayerPlan], cache_dtype: torch.dtype | None, cached: bool
 ) -> dict[str, Tensor]:
-    """Rounds of two epochs; the state after them."""
+    """Train rounds of two epochs; return the state after them."""
     manager = LoraLayerManager(model)
     cache = PrefixCache(manager, cache_dtype)
     for plan in plans:
@@ -77,12 +77,12 @@ PLANS = [LayerPlan((2,)), LayerPlan((1, 2)), LayerPlan((2,)), LayerPlan((0, 1, 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_updates_are_those_without_the_cache_bit_for_bit(kind: str):
+def test_cache_changes_no_bit_of_the_updates(kind: str):
     with_cache, without = (trained(adapted(kind), PLANS, None, cached) for cached in (True, False))
     assert same_bits(with_cache, without)
 
 
-def test_half_precision_takes_half_the_memory_and_nearly_the_same_updates():
+def test_bfloat16_cache_takes_half_the_memory_and_changes_updates_little():
     with_cache, without = (
         trained(adapted("ours"), PLANS[:1], torch.bfloat16, cached) for cached in (True, False)
     )
@@ -100,7 +100,7 @@ def test_half_precision_takes_half_the_memory_and_nearly_the_same_updates():
 
 
 @pytest.mark.parametrize("in_tuple", [False, True])
-def test_blocks_below_do_not_run_again_until_depth_grows(in_tuple: bool):
+def test_cached_blocks_do_not_run_again_until_depth_grows(in_tuple: bool):
     model = Stack(in_tuple=in_tuple)
     manager = LoraLayerManager(model)
     cache = PrefixCache(manager)
@@ -111,8 +111,8 @@ def test_blocks_below_do_not_run_again_until_depth_grows(in_tuple: bool):
         (LayerPlan((2,)), (1, 1, 2), (1, 1)),
         (LayerPlan((1, 2)), (2, 2, 3), (1, 2)),  # one block fewer is below
         (LayerPlan((1, 2)), (2, 3, 4), (2, 2)),
-        (LayerPlan((2,)), (2, 4, 5), (3, 2)),  # what is kept holds for fewer layers, too
-        (LayerPlan((0, 1, 2)), (3, 5, 6), (3, 2)),  # nothing is below
+        (LayerPlan((2,)), (2, 4, 5), (3, 2)),  # cached activations also serve fewer layers
+        (LayerPlan((0, 1, 2)), (3, 5, 6), (3, 2)),  # no block is below
     ):
         manager.apply(plan, others="disabled")
         with cache.batch(["a", "b"]):
@@ -123,7 +123,7 @@ def test_blocks_below_do_not_run_again_until_depth_grows(in_tuple: bool):
         assert not any(block._forward_hooks for block in model.layers)
 
 
-def test_samples_are_kept_one_by_one_and_found_in_any_order():
+def test_samples_are_cached_separately_and_found_in_any_order():
     model = Stack()
     manager = LoraLayerManager(model)
     manager.apply(LayerPlan((2,)), others="disabled")
@@ -148,7 +148,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def test_gradients_of_the_suffix_are_those_of_the_whole_graph_and_none_is_below():
+def test_suffix_gradients_equal_those_of_the_whole_graph():
     model, x = Stack(), torch.randn(2, 6)
     manager = LoraLayerManager(model)
     manager.apply(LayerPlan((1, 2)), others="disabled")
@@ -157,7 +157,7 @@ def test_gradients_of_the_suffix_are_those_of_the_whole_graph_and_none_is_below(
     model(x.clone().requires_grad_()).square().sum().backward()
     expected = gradients(model)
     assert len(expected) == 4
-    assert seen.pop().grad_fn is not None  # without a boundary the graph goes down to the input
+    assert seen.pop().grad_fn is not None  # without a boundary, the graph reaches the input
     cache = PrefixCache(manager)
     for _ in ("computed", "recalled"):
         with manager.boundary(), cache.batch([0, 1]):
@@ -175,7 +175,7 @@ def test_gradients_of_the_suffix_are_those_of_the_whole_graph_and_none_is_below(
         (nn.MultiheadAttention(6, 2, dropout=0.2), "extra: .* found dropout = 0.2"),
     ],
 )
-def test_what_is_random_below_is_refused_in_training(extra: nn.Module, found: str):
+def test_random_modules_below_are_refused_in_training(extra: nn.Module, found: str):
     model = Stack(extra)
     manager = LoraLayerManager(model)
     manager.apply(LayerPlan((2,)), others="disabled")
@@ -187,10 +187,10 @@ def test_what_is_random_below_is_refused_in_training(extra: nn.Module, found: st
         pass
 
 
-def test_dropout_of_the_layers_that_train_is_let_in():
+def test_dropout_is_accepted_in_trained_layers_and_disabled_adapters():
     model = Stack()
     model.layers[2].drop = nn.Dropout(0.5)
-    model.layers[0].linear.lora_dropout["default"] = nn.Dropout(0.5)  # of an adapter that is off
+    model.layers[0].linear.lora_dropout["default"] = nn.Dropout(0.5)  # of a disabled adapter
     manager = LoraLayerManager(model.train())
     manager.apply(LayerPlan((2,)), others="disabled")
     with PrefixCache(manager).batch([0]):
@@ -200,7 +200,7 @@ def test_dropout_of_the_layers_that_train_is_let_in():
         pass
 
 
-def test_an_adapter_that_computes_below_is_refused():
+def test_active_adapter_below_is_refused():
     manager = LoraLayerManager(Stack())
     manager.apply(LayerPlan((2,)))  # frozen, not disabled
     wanted = r"layers.0.linear: expected no adapter below .* apply\(plan, others='disabled'\)"
@@ -208,7 +208,7 @@ def test_an_adapter_that_computes_below_is_refused():
         pass
 
 
-def test_names_that_do_not_go_with_the_rows_are_refused():
+def test_sample_names_that_do_not_fit_the_rows_are_refused():
     model = Stack()
     manager = LoraLayerManager(model)
     manager.apply(LayerPlan((2,)), others="disabled")
@@ -224,4 +224,4 @@ def test_names_that_do_not_go_with_the_rows_are_refused():
         cache.batch([0]),
     ):
         model(torch.ones(1, 5, 6))
-    assert dict(model.named_modules()) == before  # whatever happens, the very blocks are back
+    assert dict(model.named_modules()) == before  # the same blocks are back after an error

@@ -1,4 +1,4 @@
-"""Ranks spread over layers: known answers, laws, and what is refused; and their bytes."""
+"""`rank_distribution` and `layer_bytes`: known results, properties and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lora_ext.methods.legend import LegendConfig, layer_bytes, rank_distribution, resize_lora
 
 
-def test_twelve_layers_of_270_ranks_rise_from_17_to_28():
+def test_total_of_270_ranks_in_twelve_layers_rises_from_17_to_28():
     ranks = rank_distribution(12, 270)
     assert ranks == tuple(range(17, 29))
     assert (sum(ranks[-9:]), sum(ranks[-6:])) == (216, 153)
@@ -28,26 +28,27 @@ def test_twelve_layers_of_270_ranks_rise_from_17_to_28():
         (
             {"L": 4, "total": 18, "shape": "uniform"},
             (4, 4, 5, 5),
-        ),  # what is left goes to the output
+        ),  # the remainder is added at the output
         ({"L": 4, "total": 17, "step": 2}, (1, 3, 5, 8)),
         ({"L": 4, "total": 16, "step": 2, "shape": "reverse"}, (7, 5, 3, 1)),
         ({"L": 3, "total": 14, "shape": "geometric", "ratio": 4}, (2, 4, 8)),
-        # -1, 1, 3, 5 is raised to 1, 1, 3, 5, and the last layer gives back what that added.
+        # -1, 1, 3, 5 is raised to 1, 1, 3, 5; the last layer gives back the sum that this adds.
         ({"L": 4, "total": 8, "step": 2}, (1, 1, 3, 3)),
         ({"L": 4, "total": 7, "step": 2}, (1, 1, 2, 3)),
-        # 1, 3, 5, 7 is cut to 1, 3, 5, 5, and the last layer that can takes what that cut.
+        # 1, 3, 5, 7 is cut to 1, 3, 5, 5; the last layer with room takes the sum that this removes.
         ({"L": 4, "total": 16, "step": 2, "r_max": 5}, (1, 5, 5, 5)),
         ({"L": 3, "total": 0, "step": 0, "r_min": 0}, (0, 0, 0)),
         ({"L": 12, "total": 270, "multiple": 8}, (16,) * 3 + (24,) * 8 + (32,)),
-        ({"L": 2, "total": 9, "multiple": 8}, (8, 8)),  # the least that has pages, 7 above
+        # The least multiple in each layer; the sum is 7 larger.
+        ({"L": 2, "total": 9, "multiple": 8}, (8, 8)),
     ],
 )
-def test_known_answers(settings: dict, expected: tuple[int, ...]):
+def test_ranks_equal_known_distributions(settings: dict, expected: tuple[int, ...]):
     assert rank_distribution(**settings) == expected
 
 
 @given(st.data(), st.sampled_from(["arithmetic", "uniform", "reverse", "geometric"]))
-def test_ranks_sum_keep_their_order_and_their_bounds(data: st.DataObject, shape: str):
+def test_ranks_have_the_sum_order_and_bounds(data: st.DataObject, shape: str):
     L = data.draw(st.integers(1, 14))
     low = data.draw(st.integers(0, 5))
     high = data.draw(st.integers(low, 40))
@@ -63,7 +64,7 @@ def test_ranks_sum_keep_their_order_and_their_bounds(data: st.DataObject, shape:
 
 
 @given(st.integers(1, 12), st.floats(0, 3), st.data())
-def test_multiples_of_eight_keep_the_sum_to_half_a_page_for_each_layer(L, step, data):
+def test_multiples_of_eight_change_the_sum_by_at_most_half_a_page_per_layer(L, step, data):
     total = data.draw(st.integers(8 * L, 40 * L))
     ranks = rank_distribution(L, total, step=step, multiple=8)
     assert all(rank % 8 == 0 and rank >= 8 for rank in ranks)
@@ -71,7 +72,7 @@ def test_multiples_of_eight_keep_the_sum_to_half_a_page_for_each_layer(L, step, 
     assert abs(sum(ranks) - total) <= 4 * L
 
 
-def test_the_true_sum_of_rounded_ranks_is_told(caplog: pytest.LogCaptureFixture):
+def test_sum_of_rounded_ranks_is_logged(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO):
         rank_distribution(12, 270, multiple=8)
     assert "multiples of 8 sum to 272" in caplog.text
@@ -93,25 +94,25 @@ def test_the_true_sum_of_rounded_ranks_is_told(caplog: pytest.LogCaptureFixture)
         ({"shape": "geometric", "ratio": 0.5}, "ratio: expected a number from 1"),
     ],
 )
-def test_bad_settings_are_refused(settings: dict, message: str):
+def test_invalid_settings_are_refused(settings: dict, message: str):
     with pytest.raises(ValueError, match=f"rank_distribution: {message}"):
         rank_distribution(**{"L": 12, "total": 48, **settings})
 
 
 @pytest.mark.parametrize("name", ["L", "total", "r_max"])
 @pytest.mark.parametrize("value", [True, 2.0])
-def test_what_is_no_int_is_refused(name: str, value: object):
+def test_non_integers_are_refused(name: str, value: object):
     with pytest.raises(TypeError, match=f"rank_distribution: {name}: expected an integer"):
         rank_distribution(**{"L": 3, "total": 9, name: value})
 
 
-def test_bytes_of_a_layer_are_those_of_its_modules_at_its_rank():
-    state = make_state(layers=3)  # float64, two modules a layer
+def test_layer_bytes_are_those_of_its_modules_at_its_rank():
+    state = make_state(layers=3)  # float64, two modules per layer
     each = 8 * 2 * (INPUTS + OUTPUTS)
     assert layer_bytes(state, (1, 2, 3)) == (each, 2 * each, 3 * each)
 
 
-def test_a_rank_beyond_a_module_is_refused_by_the_name_of_the_module():
+def test_rank_above_a_module_is_refused_by_the_modules_name():
     state = make_state(layers=2)
     with pytest.raises(ValueError, match=r"ranks\[1\]: layers.1.q: expected at most 4, found 5"):
         layer_bytes(state, (4, 5))
@@ -121,7 +122,7 @@ def test_a_rank_beyond_a_module_is_refused_by_the_name_of_the_module():
         layer_bytes(state, (0, 1))
 
 
-def test_a_config_spreads_its_total():
+def test_config_distributes_its_total():
     assert LegendConfig(total=21).ranks(6) == (1, 2, 3, 4, 5, 6)
     with pytest.raises(
         ValueError, match="LegendConfig: total: expected a sum of ranks, found None"
@@ -149,12 +150,12 @@ def test_a_config_spreads_its_total():
         ({"send_frozen": 1}, "send_frozen: expected True or False, found 1"),
     ],
 )
-def test_a_config_names_what_is_out_of_range(settings: dict, message: str):
+def test_invalid_config_fields_are_named(settings: dict, message: str):
     with pytest.raises(ValueError, match=f"LegendConfig: {message}"):
         LegendConfig(**settings)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     found = rank_distribution(np.int64(12), np.int64(270), r_min=np.int32(1), r_max=np.int32(28))
     assert found == tuple(range(17, 29))
     assert {type(rank) for rank in found} == {int}

@@ -1,4 +1,4 @@
-"""Ranks changed between rounds: growing is exact, shrinking is the nearest product."""
+"""Ranks changed between rounds: larger ranks are exact, smaller ones the best approximation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def factors(rank: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_growing_keeps_every_bit_and_the_product(dtype: torch.dtype):
+def test_larger_rank_keeps_every_bit_and_the_product(dtype: torch.dtype):
     a, b = (torch.randint(-4, 5, t.shape).to(dtype) for t in factors())
     new_a, new_b, error = resize_lora(a, b, 6)
     assert error == 0
@@ -31,7 +31,7 @@ def test_growing_keeps_every_bit_and_the_product(dtype: torch.dtype):
     assert (new_a.dtype, new_b.dtype) == (dtype, dtype)
 
 
-def test_new_rows_are_drawn_as_those_of_a_new_adapter():
+def test_new_rows_are_initialised_like_those_of_a_new_adapter():
     a, _, _ = resize_lora(torch.zeros(1, 400), torch.zeros(3, 1), 200, torch.Generator())
     bound = 1 / math.sqrt(400)
     assert a[1:].abs().max() <= bound
@@ -39,7 +39,7 @@ def test_new_rows_are_drawn_as_those_of_a_new_adapter():
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 3])
-def test_shrinking_leaves_out_the_smallest_singular_values(rank: int):
+def test_smaller_rank_drops_the_smallest_singular_values(rank: int):
     a, b = factors()
     new_a, new_b, error = resize_lora(a, b, rank)
     u, s, vh = torch.linalg.svd(b @ a)
@@ -47,11 +47,11 @@ def test_shrinking_leaves_out_the_smallest_singular_values(rank: int):
     assert error == pytest.approx(s[rank:].norm().item(), abs=1e-10)
     nearest = u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank]
     assert torch.allclose(new_b @ new_a, nearest, rtol=0, atol=1e-10)
-    # Roots of the singular values stand in either factor.
+    # Both factors contain the roots of the singular values.
     assert torch.allclose(torch.linalg.svdvals(new_a)[:rank], s[:rank].sqrt(), atol=1e-10)
 
 
-def test_growing_and_shrinking_again_is_the_same_product():
+def test_growing_and_shrinking_back_keeps_the_product():
     a, b = factors()
     grown_a, grown_b, _ = resize_lora(a, b, 6)
     new_a, new_b, error = resize_lora(grown_a, grown_b, 4)
@@ -69,13 +69,13 @@ def test_growing_and_shrinking_again_is_the_same_product():
         ({"b": torch.full((6, 4), math.nan)}, "b: expected finite values, found NaN or inf"),
     ],
 )
-def test_bad_factors_are_refused(change: dict, message: str):
+def test_invalid_factors_are_refused(change: dict, message: str):
     a, b = factors()
     with pytest.raises(ValueError, match=f"resize_lora: {message}"):
         resize_lora(**{"a": a, "b": b, "r_new": 2, **change})
 
 
-def test_a_state_gets_the_ranks_of_its_layers_and_an_error_for_each():
+def test_state_is_resized_by_layer_with_an_error_per_layer():
     state = {**make_state(layers=3), "head.weight": torch.ones(2)}
     before = {name: t.clone() for name, t in state.items()}
     found, errors = resize_state(state, (3, 2, 5))
@@ -92,6 +92,6 @@ def test_a_state_gets_the_ranks_of_its_layers_and_an_error_for_each():
 
 
 @pytest.mark.parametrize("ranks", [(3, 3), (3, 3, 0)])
-def test_a_state_wants_a_rank_for_every_layer(ranks: tuple[int, ...]):
+def test_resize_state_needs_a_positive_rank_per_layer(ranks: tuple[int, ...]):
     with pytest.raises(ValueError, match="resize_state: ranks: expected"):
         resize_state(make_state(layers=3), ranks)

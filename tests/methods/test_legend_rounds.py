@@ -1,4 +1,4 @@
-"""Whole rounds without Flower: plans from estimates, estimates from rounds, means of suffixes."""
+"""Rounds without Flower: plans from estimates, estimates from reports, and aggregation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def report(device: int, plan: LayerPlan, factor: float = 1.0) -> dict[str, float
 
 
 def play(one: LegendAllocator, rounds: range, factor=lambda device, round: 1.0) -> list[list[int]]:
-    """By round the depth of every device."""
+    """Run rounds; return the depth of every device in each round."""
     depths = []
     for round in rounds:
         plans = one.plan_round(round, dict.fromkeys(SPEEDS, L))
@@ -58,10 +58,10 @@ def test_devices_are_probed_twice_and_then_finish_together():
     assert plan == LayerPlan(tuple(range(4, 12)), tuple(range(21, 29)))
 
 
-def test_a_device_that_slows_down_tenfold_gets_shallow_and_comes_back():
+def test_depth_of_a_device_falls_when_it_slows_down_and_recovers():
     depths = play(allocator(), range(1, 90), lambda d, r: 10.0 if d == 0 and 20 <= r < 40 else 1.0)
     first = [each[0] for each in depths]
-    assert set(first[15:20]) == {12}  # rounds 16 to 20, the last of them slow
+    assert set(first[15:20]) == {12}  # rounds 16 to 20, of which the last is slow
     assert first[20] < 12
     assert first[30] == 1  # ten rounds later
     back = next(i for i in range(39, 80) if first[i] >= 11)
@@ -70,7 +70,7 @@ def test_a_device_that_slows_down_tenfold_gets_shallow_and_comes_back():
     assert max(abs(a - b) for a, b in itertools.pairwise(first[2:])) <= 3
 
 
-def test_a_device_at_one_depth_tries_the_next_now_and_then():
+def test_device_at_constant_depth_periodically_tries_one_more_layer():
     slow = {2: Estimate(1.0, 1.0, 1e-6)}
     one = allocator(LegendConfig(total=270, warmup="prior", explore_every=4), prior=SPEEDS | slow)
     found = []
@@ -83,7 +83,7 @@ def test_a_device_at_one_depth_tries_the_next_now_and_then():
     assert found.count(1) == 13
 
 
-def test_three_bad_reports_in_a_row_fall_back_to_the_least_depth():
+def test_three_invalid_reports_in_a_row_lower_the_depth_to_the_least():
     one = allocator(LegendConfig(total=270, k_min=2))
     play(one, range(1, 7))
     before = one.tracker.estimate(0)
@@ -92,12 +92,13 @@ def test_three_bad_reports_in_a_row_fall_back_to_the_least_depth():
         assert len(plan.layers) == 12
         one.observe(round, 0, plan, {"train-time-s": math.nan})
     assert one.tracker.estimate(0)[:3] == before[:3]
-    assert one.plan(10, 0, L).layers == (10, 11)  # at once, whatever max_step
+    assert one.plan(10, 0, L).layers == (10, 11)  # immediately, whatever max_step
     one.observe(10, 0, LayerPlan((10, 11)), report(0, LayerPlan((10, 11))))
-    assert len(one.plan_round(11, dict.fromkeys(SPEEDS, L))[0].layers) == 5  # max_step again
+    # max_step applies again.
+    assert len(one.plan_round(11, dict.fromkeys(SPEEDS, L))[0].layers) == 5
 
 
-def test_one_that_never_reports_what_it_took_is_probed_at_the_least_depth():
+def test_device_without_times_is_probed_at_the_least_depth():
     one = allocator()
     for round, depth in ((1, 12), (2, 6), (3, 12), (4, 1), (5, 1)):
         plan = one.plan(round, 0, L)
@@ -105,7 +106,7 @@ def test_one_that_never_reports_what_it_took_is_probed_at_the_least_depth():
         one.observe(round, 0, plan, {})
 
 
-def test_timeouts_lower_the_depth_and_the_third_is_a_rest():
+def test_timeouts_lower_the_depth_and_the_third_one_pauses_the_device():
     one = allocator(LegendConfig(total=270, cooldown=2))
     play(one, range(1, 6))
     depths = []
@@ -125,7 +126,7 @@ def test_timeouts_lower_the_depth_and_the_third_is_a_rest():
         one.timed_out(12, 0, rest, 30.0)
 
 
-def test_depths_are_chosen_every_so_many_rounds():
+def test_depths_are_recomputed_every_n_rounds():
     one = allocator(LegendConfig(total=270, every=4, max_step=12))
     depths = play(one, range(1, 13), lambda d, r: 10.0 if d == 2 and r == 6 else 1.0)
     assert [each[2] for each in depths] == [12, 6, *[8] * 10]
@@ -136,7 +137,7 @@ def test_depths_are_chosen_every_so_many_rounds():
     assert [each[2] for each in slow] == [12, 6, 8, 8, 8, 8, 8, 8, 1, 1, 1, 1, 1]
 
 
-def test_limits_of_clients_bound_probes_and_plans():
+def test_client_limits_bound_probes_and_plans():
     one = allocator()
     for round in (1, 2, 3, 4):
         plans = one.plan_round(round, {0: 3, 1: 12})
@@ -150,7 +151,7 @@ def test_limits_of_clients_bound_probes_and_plans():
         )
 
 
-def test_depth_as_count_lets_a_function_say_which_layers():
+def test_depth_as_count_selects_layers_by_a_function():
     calls = []
 
     def draw(count: int, round: int, client: int | str) -> tuple[int, ...]:
@@ -162,7 +163,7 @@ def test_depth_as_count_lets_a_function_say_which_layers():
     plans = one.plan_round(1, dict.fromkeys(SPEEDS, L))
     assert calls == [(12, 1, 0), (12, 1, 1), (8, 1, 2)]
     assert plans[2] == LayerPlan(tuple(range(8)), tuple(range(17, 25)))
-    # The backward goes through all twelve blocks: that is what its time is of.
+    # The backward runs through all twelve blocks, so the time is that of depth 12.
     before = one.tracker.estimate(2)
     one.observe(1, 2, plans[2], {**report(2, LayerPlan(tuple(range(12)))), "bytes": sum(SIZES)})
     assert one.tracker.estimate(2) == pytest.approx(before)
@@ -172,7 +173,7 @@ def test_depth_as_count_lets_a_function_say_which_layers():
             allocator(wrong, **settings)
 
 
-def test_a_restarted_server_plans_as_one_that_went_on():
+def test_restored_allocator_continues_with_the_same_plans():
     one, other = allocator(), allocator()
     play(one, range(1, 8))
     one.timed_out(8, 2, LayerPlan((11,)), 60.0)
@@ -181,13 +182,13 @@ def test_a_restarted_server_plans_as_one_that_went_on():
     assert one.state_dict() == other.state_dict()
 
 
-def test_the_state_keeps_the_order_of_the_clients():
+def test_state_keeps_the_order_of_clients():
     one, names = allocator(), [f"client {i}" for i in range(9, 0, -1)]
     one.plan_round(1, dict.fromkeys(names, L))
     assert [name for name, _ in one.state_dict()["probes"]] == names
 
 
-def test_an_allocator_takes_ranks_and_bytes_from_the_adapter():
+def test_allocator_reads_ranks_and_bytes_from_the_adapter():
     state = make_state(layers=3, rank=2)
     one = LegendAllocator.of(LegendConfig(), state)
     assert one.ranks == (2, 2, 2)
@@ -205,7 +206,7 @@ def test_an_allocator_takes_ranks_and_bytes_from_the_adapter():
         LegendAllocator.of(LegendConfig(), state)
 
 
-def test_prior_speeds_are_wanted_where_the_config_says_so():
+def test_prior_speeds_are_required_by_the_prior_warmup():
     config = LegendConfig(total=270, warmup="prior")
     with pytest.raises(ValueError, match="prior: expected speeds of the devices"):
         allocator(config)
@@ -217,7 +218,7 @@ def test_prior_speeds_are_wanted_where_the_config_says_so():
 # Aggregation
 
 
-def test_a_layer_is_the_mean_of_the_devices_that_are_deep_enough():
+def test_layer_is_the_mean_of_devices_that_train_it():
     state = make_state(layers=3)
     updates = [
         make_update(device, range(3 - depth, 3), examples=examples)
@@ -233,27 +234,27 @@ def test_a_layer_is_the_mean_of_the_devices_that_are_deep_enough():
     assert torch.equal(found[key(0, "A")], state[key(0, "A")] + deep)
 
 
-def test_what_nobody_trains_keeps_every_bit():
+def test_untrained_layers_keep_every_bit():
     state = make_state(layers=3)
     found = aggregate(state, [make_update(1, (2,)), make_update(2, (1, 2))])
     assert found.uncovered == (0,)
     assert torch.equal(bits(found.state[key(0, "A")]), bits(state[key(0, "A")]))
 
 
-def test_a_reply_of_ranks_from_before_a_resize_is_rejected():
+def test_reply_with_ranks_from_before_a_resize_is_rejected():
     state, _ = resize_state(make_state(layers=3), (2, 2, 2))
-    old = make_update(1, (1, 2))  # of rank 3
+    old = make_update(1, (1, 2))
     found = aggregate(state, [old, make_update(2, (2,), ranks=(2,))])
     assert found.accepted == (2,)
     assert "rank" in found.rejected[1] or "shape" in found.rejected[1]
 
 
 # -------------------------------------------------------------------------------------------------
-# The simulated clock
+# Simulated clock
 
 
-def test_a_clock_adds_up_the_slowest_device_of_each_round():
-    state = make_state(layers=3)  # float64; 2 modules of rank 3
+def test_clock_adds_the_time_of_the_slowest_device_per_round():
+    state = make_state(layers=3)  # float64, 2 modules of rank 3
     each = 8 * 2 * 3 * 9
     speeds = {"slow": Estimate(1.0, 0.5, 1e-3), "fast": Estimate(1.0, 0.0, 0.0)}
     clock = SimulatedClock(speeds, state)
@@ -261,7 +262,7 @@ def test_a_clock_adds_up_the_slowest_device_of_each_round():
     round = clock.advance(plans)
     assert round.times == pytest.approx({"slow": 1.5 + 1e-3 * each, "fast": 1.0})
     assert round.waiting == pytest.approx((round.seconds - 1.0) / 2)
-    clock.advance({"slow": LayerPlan((0,), ranks=(1,))})  # the backward goes all the way down
+    clock.advance({"slow": LayerPlan((0,), ranks=(1,))})  # the backward runs down to layer 0
     assert clock.seconds == pytest.approx(round.seconds + 2.5 + 1e-3 * each / 3)
     assert clock.advance({}) == ({}, 0.0, 0.0)
     expected = CapacityReport("slow", 1, 1.5, 1e-3 * each / 2, each, 1e-3 * each / 2)
@@ -270,14 +271,14 @@ def test_a_clock_adds_up_the_slowest_device_of_each_round():
     assert frozen.down_time == pytest.approx(3e-3 * each / 2)
 
 
-def test_depths_that_are_kept_for_some_rounds_stay_within_a_limit_that_falls():
+def test_kept_depths_obey_a_limit_that_falls():
     one = allocator(LegendConfig(total=270, every=4))
     play(one, range(1, 6))
-    plans = one.plan_round(6, {0: 3, 1: L, 2: L})  # 5 chose, 6 keeps
+    plans = one.plan_round(6, {0: 3, 1: L, 2: L})  # round 5 computed the depths, round 6 keeps them
     assert [len(plans[device].layers) for device in SPEEDS] == [3, 12, 8]
 
 
-def test_a_probe_stays_within_the_memory_of_its_device():
+def test_probes_obey_the_memory_of_their_device():
     one = allocator(memory={0: 50.0}, mem=lambda k: 10.0 * k)
     assert play(one, range(1, 3)) == [[5, 12, 12], [5, 6, 6]]
     small = allocator(LegendConfig(total=270, k_min=6), memory={0: 50.0}, mem=lambda k: 10.0 * k)

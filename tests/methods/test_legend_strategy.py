@@ -1,4 +1,4 @@
-"""LEGEND on Flower: a scripted clock, shuffled replies, devices that die and come back."""
+"""LEGEND on Flower: a scripted clock, shuffled replies, and devices that fail and return."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLANNED = {0: (0, 1, 2), 1: (1, 2), 2: (2,)}
 
 
 class Clients:
-    """Three devices with a scripted clock; each trains with its planned layers alone."""
+    """Three devices with a scripted clock; each trains only its planned layers."""
 
     def __init__(self, factor: Callable[[int, int], float] = lambda device, round: 1.0):
         self.factor = factor
@@ -46,7 +46,7 @@ class Clients:
         layers = list(config["layers"])
         factor = self.factor(device, round)
         if factor < 0:
-            raise RuntimeError("the device has died")
+            raise RuntimeError("the device has failed")
         self.trained.append((round, device, len(layers)))
         assert {
             int(n.split(".")[1]) for n, p in model.named_parameters() if p.requires_grad
@@ -65,7 +65,7 @@ class Clients:
 
 
 class Shuffled(LocalGrid):
-    """Replies come in any order."""
+    """Grid that shuffles the replies."""
 
     order = random.Random(0)
 
@@ -76,7 +76,7 @@ class Shuffled(LocalGrid):
 
 
 class Silent(LocalGrid):
-    """Device 2 does not answer in some rounds."""
+    """Grid in which device 2 does not reply in some rounds."""
 
     rounds: tuple[int, ...] = ()
     asked: list[list[int]]
@@ -84,14 +84,14 @@ class Silent(LocalGrid):
     def send_and_receive(self, messages, *, timeout=None):
         messages = list(messages)
         self.asked = [*getattr(self, "asked", []), sorted(m.metadata.dst_node_id for m in messages)]
-        heard = [
+        answered = [
             m
             for m in messages
             if m.metadata.dst_node_id != 2
             or m.metadata.message_type != "train"
             or m.content.config_records["config"]["server-round"] not in self.rounds
         ]
-        return super().send_and_receive(heard, timeout=timeout)
+        return super().send_and_receive(answered, timeout=timeout)
 
 
 def federation(
@@ -103,31 +103,31 @@ def federation(
     return strategy, clients, from_arrays(result.arrays)
 
 
-def test_a_scripted_clock_leads_to_the_planned_depths():
+def test_scripted_clock_leads_to_the_planned_depths():
     strategy, clients, _ = federation(6)
     depths = {d: [k for r, e, k in clients.trained if e == d] for d in range(3)}
-    # The first needs 1.64 s for three layers; the second 1.63 s for one and 2.06 s for two.
+    # Device 0 needs 1.64 s for three layers; device 1 needs 1.63 s for one and 2.06 s for two.
     assert depths == {0: [3, 2, 3, 3, 3, 3], 1: [3, 2, 1, 1, 1, 1], 2: [3, 2, 1, 1, 1, 1]}
     assert strategy.history[-1].heights == (1, 1, 3)
     assert strategy.allocator.tracker.estimate(0)[:3] == pytest.approx(SPEEDS[0][:3], rel=1e-2)
     assert strategy.allocator.last.over_target == (2,)
 
 
-def test_the_order_of_replies_changes_no_bit():
+def test_order_of_replies_changes_no_bit():
     first, second = (federation(5, grid=grid)[2] for grid in (LocalGrid, Shuffled))
     assert same_bits(first, second)
 
 
-def test_a_device_that_dies_in_round_three_and_returns_in_round_six_stops_nothing():
+def test_failing_device_that_returns_does_not_stop_the_run():
     clients = Clients(lambda device, round: -1.0 if device == 0 and 3 <= round < 6 else 1.0)
     strategy, clients, _ = federation(8, clients)
     assert [len(log.accepted) for log in strategy.history] == [3, 3, 2, 2, 2, 3, 3, 3]
-    assert "the device has died" in strategy.history[2].rejected[0]
+    assert "the device has failed" in strategy.history[2].rejected[0]
     assert not any(log.skipped for log in strategy.history)
     assert {k for r, d, k in clients.trained if d == 0 and r >= 6} == {3}
 
 
-def test_a_device_that_stays_silent_gets_shallow_and_then_rests():
+def test_silent_device_gets_the_least_depth_and_is_then_paused():
     grids = []
 
     class Grid(Silent):
@@ -141,11 +141,11 @@ def test_a_device_that_stays_silent_gets_shallow_and_then_rests():
     run(strategy, Grid(Clients().app(), 3), 9, timeout=60.0)
     asked = [2 in log.plans for log in strategy.history]
     assert asked == [True] * 5 + [False] * 2 + [True] * 2
-    assert strategy.allocator.tracker.estimate(2).f < 5  # it reports again
+    assert strategy.allocator.tracker.estimate(2).f < 5
     assert [log.plans[2].layers for log in strategy.history[-2:]] == [(2,), (2,)]
 
 
-def test_suffixes_travel_without_what_is_below_unless_frozen_layers_do():
+def test_lower_layers_are_sent_only_with_send_frozen():
     frames = {}
     for frozen in (False, True):
         strategy = legend.Legend(
@@ -162,7 +162,7 @@ def test_suffixes_travel_without_what_is_below_unless_frozen_layers_do():
     assert all(count > 0 for count in frames.values())
 
 
-def test_a_restarted_server_goes_on_as_if_it_had_not_stopped():
+def test_restarted_server_continues_bitwise():
     whole, _, end = federation(7)
     first, _, middle = federation(4)
     saved = json.loads(json.dumps(first.state_dict()))
@@ -174,7 +174,7 @@ def test_a_restarted_server_goes_on_as_if_it_had_not_stopped():
     assert second.state_dict()["allocator"] == whole.state_dict()["allocator"]
 
 
-def test_a_reply_of_another_depth_than_planned_is_rejected():
+def test_reply_of_another_depth_than_planned_is_rejected():
     class Liar(LocalGrid):
         def send_and_receive(self, messages, *, timeout=None):
             replies = list(super().send_and_receive(messages, timeout=timeout))
@@ -189,7 +189,7 @@ def test_a_reply_of_another_depth_than_planned_is_rejected():
     assert 1 not in strategy.allocator.tracker
 
 
-def test_ranks_of_the_config_are_those_of_the_adapter():
+def test_ranks_of_the_config_must_be_those_of_the_adapter():
     config = LegendConfig(total=6)
     state: dict[str, Tensor] = initial()
     with pytest.raises(ValueError, match=r"state: expected ranks \(1, 2, 3\), see resize_state"):
@@ -202,16 +202,16 @@ def test_ranks_of_the_config_are_those_of_the_adapter():
     assert strategy.history[0].rejected == {}
 
 
-def test_legend_is_imported_when_it_is_asked_for():
+def test_legend_is_imported_on_first_access():
     assert legend.Legend.__module__ == "lora_ext.methods.legend._flower"
     with pytest.raises(AttributeError, match="no attribute 'Legends'"):
         legend.Legends  # noqa: B018
     with pytest.raises(ValueError, match="expected before_round to run first"):
         legend.Legend().plan_round(1, {0: 3})
-    assert CLASSES  # the model of these tests has a head of its own, which no plan touches
+    assert CLASSES  # The model of these tests has a head, which no plan contains.
 
 
-def test_a_state_that_is_saved_again_before_the_first_round_is_still_all_of_it():
+def test_state_saved_again_before_the_first_round_is_complete():
     first, _, _ = federation(4)
     saved = json.loads(json.dumps(first.state_dict()))
     second = legend.Legend(LegendConfig())
@@ -219,6 +219,6 @@ def test_a_state_that_is_saved_again_before_the_first_round_is_still_all_of_it()
     assert json.loads(json.dumps(second.state_dict())) == saved
 
 
-def test_a_config_of_another_kind_is_refused():
+def test_config_of_another_type_is_refused():
     with pytest.raises(TypeError, match="Legend: config: expected a LegendConfig, found str"):
         legend.Legend("balanced")  # pyright: ignore[reportArgumentType]

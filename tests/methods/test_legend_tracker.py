@@ -1,4 +1,4 @@
-"""Speeds of devices from their reports: what is learned, what is dropped, what is remembered."""
+"""`CapacityTracker`: speeds of devices from their reports, dropped reports and saved state."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def learned(*reports: CapacityReport, **fields) -> CapacityTracker:
     return tracker
 
 
-def test_one_report_is_split_as_the_work_is():
+def test_one_report_is_split_by_forward_and_backward_work():
     # A forward through 12 layers and a backward through 4, each of which costs two forwards.
     found = learned(CapacityReport(0, 4, 10.0, 3.0, 1000)).estimate(0)
     assert found == pytest.approx((6.0, 1.0, 0.006, True))
 
 
-def test_an_upload_that_is_known_counts_instead_of_the_download():
+def test_upload_time_is_used_instead_of_download_time_if_given():
     found = learned(CapacityReport(0, 4, 10.0, 3.0, 1000, up_time=7.0)).estimate(0)
     assert found.beta == pytest.approx(0.01)
 
 
-def test_two_depths_without_noise_give_the_speeds_themselves():
+def test_two_noise_free_depths_give_the_exact_speeds():
     found = learned(*(report(k) for k in (12, 6, 12, 6, 3))).estimate(0)
     assert found[:3] == pytest.approx(TRUE[:3], rel=1e-3)
 
@@ -63,7 +63,7 @@ def test_beta_is_smoothed():
     assert tracker.estimate(0).beta == pytest.approx(0.75 * 0.02 + 0.25 * 0.04)
 
 
-def test_noisy_reports_of_several_depths_predict_the_times_at_these():
+def test_noisy_reports_of_several_depths_predict_their_times():
     errors, betas = [], []
     for seed in range(40):
         draw, noise = random.Random(seed), jitter(100 + seed)
@@ -76,14 +76,14 @@ def test_noisy_reports_of_several_depths_predict_the_times_at_these():
 
 
 @pytest.mark.parametrize("depth", [1, 5, 12])
-def test_one_depth_alone_stays_finite_and_right_at_that_depth(depth: int):
+def test_reports_of_one_depth_give_finite_estimates(depth: int):
     noise = jitter(0)
     found = learned(*(report(depth, noise=noise) for _ in range(1000))).estimate(0)
     assert found.f / found.mu == pytest.approx(L / 2)
     assert seconds(found, depth) == pytest.approx(seconds(TRUE, depth), rel=0.08)
 
 
-def test_no_estimate_is_below_zero():
+def test_estimates_are_never_negative():
     steep = [CapacityReport(0, k, t, 1e-3, 100) for k, t in ((12, 24.0), (6, 13.5), (1, 0.5))]
     found = learned(*steep, outlier=100.0).estimate(0)
     assert (found.f, found.mu > 0) == (0, True)
@@ -102,7 +102,7 @@ def test_no_estimate_is_below_zero():
         *({"depth": v} for v in (0, 13, -1, 1.5, True)),
     ],
 )
-def test_what_is_no_measurement_changes_nothing_and_is_counted(change: dict):
+def test_invalid_reports_change_nothing_and_are_counted(change: dict):
     tracker = learned(report(12), report(6))
     before = tracker.estimate(0)
     assert not tracker.update(report(6)._replace(**change))
@@ -110,7 +110,7 @@ def test_what_is_no_measurement_changes_nothing_and_is_counted(change: dict):
     assert tracker.dropped == {0: 1}
 
 
-def test_three_in_a_row_that_are_none_lose_the_trust_until_the_next_measurement():
+def test_three_invalid_reports_lose_trust_until_the_next_valid_one():
     tracker = learned(report(12), report(6))
     bad = report(6)._replace(train_time=math.nan)
     for count in (1, 2, 3):
@@ -123,7 +123,7 @@ def test_three_in_a_row_that_are_none_lose_the_trust_until_the_next_measurement(
 
 
 @pytest.mark.parametrize("factor", [25, 1 / 25])
-def test_far_off_is_ignored_once_and_believed_twice(factor: float):
+def test_outlier_is_ignored_once_and_accepted_the_second_time(factor: float):
     tracker = learned(report(12), report(6))
     before = tracker.estimate(0)
     assert not tracker.update(report(6, factor=factor))
@@ -137,7 +137,7 @@ def test_far_off_is_ignored_once_and_believed_twice(factor: float):
     assert found.f / found.mu == pytest.approx(TRUE.f / TRUE.mu, rel=0.01)
 
 
-def test_far_off_bytes_are_a_change_too():
+def test_outlier_in_transfer_time_is_accepted_the_second_time():
     tracker = learned(report(12), report(6))
     slow = report(6)._replace(down_time=30 * report(6).down_time)
     assert not tracker.update(slow)
@@ -146,22 +146,22 @@ def test_far_off_bytes_are_a_change_too():
 
 
 @pytest.mark.parametrize("factor", [10, 0.1])
-def test_another_speed_of_the_whole_device_keeps_f_to_mu(factor: float):
+def test_change_of_speed_keeps_the_ratio_of_f_to_mu(factor: float):
     tracker = learned(*(report(k) for k in (12, 6, 12, 6, 1)))
     tracker.update(report(1, factor=factor))
     found = tracker.estimate(0)
     assert found[:2] == pytest.approx((factor * TRUE.f, factor * TRUE.mu), rel=0.01)
-    tracker.update(report(1))  # it was for one round
+    tracker.update(report(1))  # it lasted one round
     assert tracker.estimate(0)[:2] == pytest.approx(TRUE[:2], rel=0.01)
 
 
-def test_far_apart_depths_are_no_change_of_speed():
+def test_distant_depths_are_not_a_change_of_speed():
     steep = Estimate(0.1, 1.0, 1e-6)
     found = learned(*(report(k, steep) for k in (12, 1, 12, 1))).estimate(0)
     assert found[:2] == pytest.approx(steep[:2], rel=0.01)
 
 
-def test_a_timeout_slows_the_whole_estimate_down_and_never_up():
+def test_timeout_only_slows_the_estimate_down():
     tracker = learned(report(12), report(6))
     tracker.update_timeout(0, 6, 22.0)
     found = tracker.estimate(0)
@@ -173,7 +173,7 @@ def test_a_timeout_slows_the_whole_estimate_down_and_never_up():
     assert tracker.estimate("new") == pytest.approx((24.0, 4.0, 0.0, True))
 
 
-def test_three_timeouts_in_a_row_are_a_rest():
+def test_three_timeouts_in_a_row_pause_the_device():
     tracker = CapacityTracker(L, cooldown=4)
     for round in (1, 2):
         tracker.update_timeout(0, 12, 5.0, round)
@@ -184,11 +184,11 @@ def test_three_timeouts_in_a_row_are_a_rest():
     tracker.update_timeout(0, 12, 5.0, 6)
     assert [r for r in range(5, 14) if tracker.rests(0, r)] == [*range(5, 11)]
     assert not tracker.rests("another", 7)
-    tracker.update_timeout(0, 12, 5.0, 11)  # counts anew after the rest
+    tracker.update_timeout(0, 12, 5.0, 11)  # the count restarts after the pause
     assert not tracker.rests(0, 12)
 
 
-def test_speeds_that_are_given_are_the_estimate_until_reports_say_more():
+def test_prior_speeds_are_used_until_reports_replace_them():
     tracker = CapacityTracker(L, prior={0: TRUE})
     assert tracker.estimate(0)[:3] == pytest.approx(TRUE[:3])
     faster = TRUE._replace(f=0.8, mu=0.16)
@@ -197,7 +197,7 @@ def test_speeds_that_are_given_are_the_estimate_until_reports_say_more():
     assert tracker.estimate(0)[:2] == pytest.approx(faster[:2], rel=0.05)
 
 
-def test_a_tracker_goes_on_from_its_state():
+def test_restored_tracker_continues_equally():
     noise = jitter(1)
     one = learned(*(report(k, noise=noise) for k in (12, 6, 9)))
     one.update(report(5, device=3))
@@ -215,7 +215,7 @@ def test_a_tracker_goes_on_from_its_state():
     assert [other.estimate(i) for i in (0, 3)] == [one.estimate(i) for i in (0, 3)]
 
 
-def test_a_state_of_something_else_changes_nothing():
+def test_invalid_state_changes_nothing():
     tracker = learned(report(12))
     before = tracker.state_dict()
     with pytest.raises((KeyError, TypeError)):
@@ -223,7 +223,7 @@ def test_a_state_of_something_else_changes_nothing():
     assert tracker.state_dict() == before
 
 
-def test_a_device_that_has_not_reported_has_no_estimate():
+def test_device_without_reports_has_no_estimate():
     tracker = learned(report(12))
     assert 0 in tracker
     assert 5 not in tracker
@@ -244,12 +244,12 @@ def test_a_device_that_has_not_reported_has_no_estimate():
         ({"prior": {4: Estimate(1, -1, 0)}}, r"prior\[4\].mu: expected a number from 0"),
     ],
 )
-def test_bad_settings_are_refused(fields: dict, message: str):
+def test_invalid_settings_are_refused(fields: dict, message: str):
     with pytest.raises(ValueError, match=f"CapacityTracker: {message}"):
         CapacityTracker(**{"L": 3, **fields})
 
 
-def test_bad_timeouts_are_refused():
+def test_invalid_timeouts_are_refused():
     with pytest.raises(ValueError, match=r"depth: expected in \[1, 12\], found 13"):
         CapacityTracker(L).update_timeout(0, 13, 1.0)
     with pytest.raises(ValueError, match="seconds: expected a finite number above 0, found inf"):
@@ -258,7 +258,7 @@ def test_bad_timeouts_are_refused():
         CapacityTracker(3.0)  # pyright: ignore[reportArgumentType]
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     plain, numpy = CapacityTracker(L), CapacityTracker(L)
     for depth in (12, 6, 3):
         one = CapacityReport(0, depth, 1.5 + depth, 0.25, 1000)

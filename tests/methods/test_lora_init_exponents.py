@@ -1,4 +1,4 @@
-"""The table of exponents, and six runs of sign descent whose features grow by it."""
+"""The table of exponents, and six runs of sign descent whose features grow accordingly."""
 
 import math
 
@@ -10,7 +10,7 @@ from lora_ext.layers.model._probe import decompose_step
 from lora_ext.methods.lora_init import gamma_exponents, init_lora_
 
 INF = math.inf
-# scheme, gamma of the rates; Z_A, Z_B, d1, d2
+# scheme, gamma of both rates; Z_A, Z_B, d1, d2
 TABLE = [
     ("init_a", -0.5, -0.5, (0.5, 0, 0, 0)),
     ("init_a", -1, -1, (0, -1, -1, -1)),
@@ -23,7 +23,7 @@ COLUMNS = ("Z_A", "Z_B", "d1", "d2")
 
 
 @pytest.mark.parametrize(("scheme", "eta_a", "eta_b", "expected"), TABLE, ids=str)
-def test_exponents_are_those_of_the_table(scheme, eta_a, eta_b, expected):
+def test_exponents_equal_the_table(scheme, eta_a, eta_b, expected):
     found = gamma_exponents(scheme, eta_a, eta_b)
     assert tuple(found[name] for name in COLUMNS) == expected
     z_a, z_b, d1, d2 = expected
@@ -38,22 +38,23 @@ def test_exponents_are_those_of_the_table(scheme, eta_a, eta_b, expected):
     assert gamma_exponents(f"{scheme}_normal", eta_a, eta_b) == found
 
 
-def test_the_first_step_moves_only_the_factor_that_is_zero():
+def test_first_step_changes_only_the_factor_that_is_zero():
     found = gamma_exponents(True, -0.5, -0.5, steps=1)
     assert (found["d1"], found["d2"], found["B"]) == (-INF, -0.5, -0.5)
     found = gamma_exponents("init_b", -0.5, -0.5, steps=1)
     assert (found["d1"], found["d2"], found["Z_B"]) == (0.5, -INF, 0.5)
 
 
-def test_a_factor_that_is_not_trained_has_no_exponent():
+def test_untrained_factor_has_no_exponent():
     frozen_a = gamma_exponents("init_a", -INF, 0)
     assert (frozen_a["Z_A"], frozen_a["d1"], frozen_a["d2"]) == (0, -INF, 0)
     assert frozen_a["stable"] and not frozen_a["efficient"]
     assert gamma_exponents("init_b", -1, -INF)["d2"] == -INF
 
 
-def test_other_starts():
-    gaussian = gamma_exponents("gaussian", -1, -0.5)  # A x is n^(1/2) before the first step
+def test_other_init_schemes_equal_known_exponents():
+    # A x is of order n^(1/2) before the first step.
+    gaussian = gamma_exponents("gaussian", -1, -0.5)
     assert gaussian["Z_A"] == 0.5 and gaussian["stable"] and not gaussian["internally_stable"]
     assert gamma_exponents(False, -1, 0)["efficient"]
     assert gamma_exponents("init_a", -1 / 3, -2 / 3)["stable"]  # 2/3 - 2/3, rounded
@@ -72,28 +73,28 @@ def test_other_starts():
     ],
     ids=str,
 )
-def test_exponents_that_make_no_sense_are_refused(changed, text):
+def test_invalid_arguments_are_refused(changed, text):
     arguments = {"scheme": True, "eta_A_exp": -0.5, "eta_B_exp": -0.5, **changed}
     with pytest.raises(ValueError, match=text):
         gamma_exponents(**arguments)
 
 
 # -------------------------------------------------------------------------------------------------
-# The same as slopes of a simulation: one input and one output gradient that stay, steps of signs.
+# Slopes of a simulation with sign steps, for one constant input and output gradient.
 
 WIDTHS = [256, 512, 1024, 2048, 4096, 8192]
 RANK, STEPS, SEEDS = 4, 5, 5
 
 
 def sizes(scheme, n, eta_a, eta_b, seed):
-    """RMS of Z_A, Z_B, d1 and d2 in the last step, at width n."""
+    """Return the RMS of Z_A, Z_B, d1 and d2 in the last step, at width n."""
     generator = torch.Generator().manual_seed(seed)
     x, dz = torch.randn(2, n, generator=generator)
     a, b = torch.empty(RANK, n), torch.empty(n, RANK)
     init_lora_(a, b, f"{scheme}_normal", generator=generator)
     for _ in range(STEPS):
         before = a.clone(), b.clone()
-        # Both signs are those of the gradients before the update: dz (A x)^T and (B^T dz) x^T.
+        # Both signs are of gradients before the update: dz (A x)^T and (B^T dz) x^T.
         step_a = torch.outer((b.T @ dz).sign(), x.sign())
         step_b = torch.outer(dz.sign(), (a @ x).sign())
         a, b = a - eta_a * step_a, b - eta_b * step_b
@@ -103,7 +104,7 @@ def sizes(scheme, n, eta_a, eta_b, seed):
 
 
 @pytest.mark.parametrize(("scheme", "eta_a", "eta_b", "theory"), TABLE, ids=str)
-def test_features_grow_with_the_width_as_the_theory_says(scheme, eta_a, eta_b, theory):
+def test_features_grow_with_the_width_by_the_exponents(scheme, eta_a, eta_b, theory):
     mean = [
         np.mean(
             [sizes(scheme, n, n**eta_a, 0.1 if eta_b == 0 else n**eta_b, s) for s in range(SEEDS)],
@@ -114,7 +115,7 @@ def test_features_grow_with_the_width_as_the_theory_says(scheme, eta_a, eta_b, t
     slopes, _ = np.polyfit(np.log(WIDTHS), np.log(mean), 1)
     for name, slope, expected in zip(COLUMNS, slopes, theory, strict=True):
         if (scheme, eta_a) == ("init_b", -0.5) and name in ("Z_B", "d1"):
-            # Steps of n^-1/2 against a B of order one: at these widths not yet n^(1/2).
+            # Steps of n^-1/2 from B = O(1): at these widths, Z_B is not yet of order n^(1/2).
             assert 0.3 <= slope <= 0.6
         else:
             assert slope == pytest.approx(expected, abs=0.05), name

@@ -1,4 +1,4 @@
-"""Learning rates that follow the width, and LoRA+'s groups against PEFT's."""
+"""Learning rates by width, and LoRA+ parameter groups compared with PEFT's."""
 
 import math
 
@@ -25,19 +25,19 @@ from lora_ext.methods.lora_init import loraplus_param_groups, suggest_lr
         ("init_b_normal", 2.5e-5),
     ],
 )
-def test_the_rate_falls_with_the_width_as_the_scheme_says(scheme, expected):
+def test_rate_decreases_with_the_width_by_the_scheme(scheme, expected):
     assert suggest_lr(1e-4, 1024, 4096, scheme) == expected
     assert suggest_lr(expected, 4096, 1024, scheme) == pytest.approx(1e-4)
     assert suggest_lr(1e-4, 1024, 1024, scheme) == 1e-4
 
 
 @pytest.mark.parametrize("scheme", [True, "init_b"])
-def test_lora_plus_carries_the_rate_of_a_alone(scheme):
+def test_only_the_rate_of_a_is_transferred_with_lora_plus(scheme):
     found = suggest_lr(1e-4, 1024, 4096, scheme, loraplus_ratio=16)
     assert found == (2.5e-5, 1.6e-3)
 
 
-def test_the_rank_counts_where_asked():
+def test_rank_changes_the_rate_only_with_rank_rule_inverse():
     ranks = {"rank": 16, "base_rank": 8}
     assert suggest_lr(1e-4, 64, 64, True, **ranks) == 1e-4
     assert suggest_lr(1e-4, 64, 64, True, **ranks, rank_rule="inverse") == 5e-5
@@ -69,14 +69,14 @@ def test_the_rank_counts_where_asked():
     ],
     ids=str,
 )
-def test_a_rate_that_makes_no_sense_is_refused(changed, error, text):
+def test_invalid_arguments_of_suggest_lr_are_refused(changed, error, text):
     arguments = {"base_lr": 1e-4, "base_width": 64, "width": 128, "scheme": True, **changed}
     with pytest.raises(error, match=f"suggest_lr: {text}"):
         suggest_lr(**arguments)
 
 
 def grouped(model, groups):
-    """Rate and decay of every parameter, by its name; and that each is there once."""
+    """Return rate and weight decay by parameter name; check that each parameter occurs once."""
     names = {id(p): name for name, p in model.named_parameters()}
     found = [(names[id(p)], g["lr"], g["weight_decay"]) for g in groups for p in g["params"]]
     assert len(dict.fromkeys(name for name, *_ in found)) == len(found)
@@ -96,7 +96,7 @@ def of_peft(model, lr, ratio, decay, embedding):
 
 
 class Classifier(nn.Module):
-    """An embedding, a norm, a matrix and a head that is trained whole."""
+    """Classifier of an embedding, a norm, a linear layer and a head."""
 
     def __init__(self):
         super().__init__()
@@ -118,7 +118,7 @@ class Classifier(nn.Module):
     ids=["embedding and whole modules", "biases of B", "DoRA", "all biases"],
 )
 @pytest.mark.parametrize("fused", [False, True])
-def test_groups_are_those_of_peft(settings, fused):
+def test_groups_equal_those_of_peft(settings, fused):
     model = get_peft_model(Classifier(), LoraConfig(r=4, **settings))
     if fused:
         lora_ext.from_peft(model)
@@ -131,7 +131,7 @@ def test_groups_are_those_of_peft(settings, fused):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_b_learns_faster_than_a(kind):
+def test_rate_of_b_is_the_ratio_times_that_of_a(kind):
     model = adapted(kind)
     found = grouped(model, loraplus_param_groups(model, 1e-3, 16))
     assert found and found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
@@ -139,7 +139,7 @@ def test_b_learns_faster_than_a(kind):
         assert lr == (16e-3 if "lora_B" in name else 1e-3) and decay == 0
 
 
-def test_an_optimizer_takes_the_groups_and_keeps_their_rates():
+def test_optimizer_accepts_the_groups_and_uses_their_rates():
     model = adapted("ours", init_lora_weights=True)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(loraplus_param_groups(model, 1e-3, 8), eps=0)
@@ -151,7 +151,7 @@ def test_an_optimizer_takes_the_groups_and_keeps_their_rates():
             assert moved == pytest.approx(8e-3, rel=1e-3)
 
 
-def test_embeddings_of_ours_have_their_own_rate():
+def test_our_embeddings_have_a_separate_rate():
     model = lora_ext.nn.wrap(Classifier(), lora_ext.LoraConfig(target_modules=["embed", "inner"]))
     groups = loraplus_param_groups(model, 1e-3, 16)
     assert [(len(g["params"]), g["lr"]) for g in groups] == [
@@ -162,7 +162,7 @@ def test_embeddings_of_ours_have_their_own_rate():
     ]
 
 
-def test_a_ratio_below_one_is_warned_of():
+def test_ratio_below_one_warns():
     model = adapted("ours")
     with pytest.warns(UserWarning, match="loraplus_lr_ratio: expected at least 1.*found 0.5"):
         groups = loraplus_param_groups(model, 1e-3, 0.5)
@@ -184,13 +184,13 @@ def test_a_ratio_below_one_is_warned_of():
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_groups_that_make_no_sense_are_refused(changed, text):
+def test_invalid_arguments_of_loraplus_param_groups_are_refused(changed, text):
     arguments = {"model": adapted("ours"), "lr": 1e-3, "loraplus_lr_ratio": 4, **changed}
     with pytest.raises(ValueError, match=f"loraplus_param_groups: {text}"):
         loraplus_param_groups(**arguments)
 
 
-def test_what_the_page_mentions_is_in_one_room():
+def test_lora_init_exports_its_related_functions():
     assert lora_init.init_lora_ is lora_ext.nn.init_lora_
     assert lora_init.LoraProbe is lora_ext.nn.LoraProbe
     assert lora_ext.methods.lora_init is lora_init

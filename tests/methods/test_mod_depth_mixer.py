@@ -1,4 +1,4 @@
-"""DepthMixer: its formula, its routers, the norms that it takes, and what it refuses."""
+"""`DepthMixer`: formula, routers, accepted norms and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def random_hiddens(k: int, *shape: int, seed: int = 1) -> list[Tensor]:
     return [torch.randn(*shape, WIDTH, generator=generator, dtype=torch.float64) for _ in range(k)]
 
 
-def test_the_known_answer():
+def test_mix_equals_a_known_result():
     config = ModConfig(k=2, router="fixed", fixed_weights=(0.25, 0.75))
     mixer = DepthMixer([rms([1, 2]), rms([1, 1])], config)
     hiddens = [torch.tensor([[3.0, 4.0]]).double(), torch.tensor([[1.0, 0.0]]).double()]
@@ -57,7 +57,7 @@ def test_the_known_answer():
 @pytest.mark.parametrize("k", [1, 2, 3, 8, 11])
 @pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
 @pytest.mark.parametrize("router", ["token", "static"])
-def test_the_mix_is_the_sum_of_normed_states_by_the_softmax(k: int, kind: Any, router: Any):
+def test_mix_is_the_softmax_weighted_sum_of_normed_states(k: int, kind: Any, router: Any):
     mixer = DepthMixer(random_norms(k, kind), ModConfig(k=k, router=router))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -80,9 +80,7 @@ def test_the_mix_is_the_sum_of_normed_states_by_the_softmax(k: int, kind: Any, r
 
 @pytest.mark.parametrize("router", ["token", "static"])
 @pytest.mark.parametrize(("k", "mass"), [(2, 0.9), (3, 0.9), (3, 1 / 3), (5, 0.01), (1, 0.9)])
-def test_at_first_the_last_state_has_its_mass_and_the_others_share_the_rest(
-    router: Any, k: int, mass: float
-):
+def test_initial_weights_give_the_last_state_its_mass(router: Any, k: int, mass: float):
     mixer = DepthMixer(random_norms(k), ModConfig(k=k, router=router, final_mass=mass))
     _, weights = mixer(random_hiddens(k, 4))
     expected = torch.tensor(
@@ -91,7 +89,7 @@ def test_at_first_the_last_state_has_its_mass_and_the_others_share_the_rest(
     torch.testing.assert_close(weights, expected.expand(4, k), rtol=1e-12, atol=0)
 
 
-def test_weights_of_a_static_router_do_not_depend_on_the_position():
+def test_static_weights_do_not_depend_on_the_position():
     static = DepthMixer(random_norms(3), ModConfig(router="static"))
     token = DepthMixer(random_norms(3), ModConfig())
     with torch.no_grad():
@@ -102,7 +100,7 @@ def test_weights_of_a_static_router_do_not_depend_on_the_position():
     assert token(hiddens)[1].flatten(0, 1).unique(dim=0).shape == (8, 3)
 
 
-def test_a_fixed_router_has_no_parameter_and_takes_a_weight_of_zero():
+def test_fixed_router_has_no_parameter_and_accepts_zero_weights():
     config = ModConfig(router="fixed", fixed_weights=[0.0, 0.0, 1.0])  # pyright: ignore
     mixer = DepthMixer(random_norms(3), config)
     assert not [n for n, _ in mixer.named_parameters() if not n.startswith("norms.")]
@@ -111,7 +109,7 @@ def test_a_fixed_router_has_no_parameter_and_takes_a_weight_of_zero():
 
 
 @given(st.permutations(range(3)), st.floats(0.1, 10))
-def test_order_is_of_no_matter_and_nor_is_size_without_eps(order: list[int], size: float):
+def test_mix_is_invariant_to_order_and_without_eps_to_scale(order: list[int], size: float):
     weights, norms = [0.2, 0.3, 0.5], [rms([0.5, 1, -2]), rms([1, 1, 3]), rms([2, 0.1, 1])]
     generator = torch.Generator().manual_seed(0)
     hiddens = [torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
@@ -140,10 +138,10 @@ def test_gradients_reach_states_norms_and_router(k: int):
 
 
 # -------------------------------------------------------------------------------------------------
-# Whose the last norm is
+# Ownership of the last norm
 
 
-def test_a_shared_last_norm_is_no_child_but_moves_along():
+def test_shared_last_norm_is_not_a_child_but_follows_to():
     norms = random_norms(3)
     mixer = DepthMixer(norms, ModConfig())
     assert list(mixer.state_dict()) == ["router", "bias", "norms.0.weight", "norms.1.weight"]
@@ -176,7 +174,7 @@ def test_half_precision_mixes_in_float32_and_rounds_once(dtype: torch.dtype):
 
 
 # -------------------------------------------------------------------------------------------------
-# Forms of norms
+# Kinds of norms
 
 
 def _transformers_norm(model: str, name: str) -> nn.Module:
@@ -196,7 +194,7 @@ def _transformers_norm(model: str, name: str) -> nn.Module:
         (lambda: _transformers_norm("cohere", "CohereLayerNorm"), "layer", 0),
     ],
 )
-def test_norms_are_told_apart_by_what_they_compute(
+def test_norms_are_recognised_by_what_they_compute(
     norm: Any, kind: str, offset: int, dtype: torch.dtype
 ):
     made = norm().to(dtype)
@@ -213,7 +211,7 @@ def test_norms_are_told_apart_by_what_they_compute(
 
 
 class _Half(nn.Module):
-    """A norm of nobody: RMSNorm whose answer is halved."""
+    """RMSNorm with a halved output, which no known kind of norm computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,7 +233,7 @@ class _Half(nn.Module):
         _Half,
     ],
 )
-def test_what_is_no_such_norm_is_refused(norm: Any):
+def test_other_modules_are_refused_as_norms(norm: Any):
     made = norm()
     if isinstance(made, nn.BatchNorm1d):
         made.eval().running_mean.fill_(1.0)
@@ -249,7 +247,7 @@ def test_what_is_no_such_norm_is_refused(norm: Any):
 # Errors
 
 
-def test_norms_of_another_number_width_or_form_are_refused():
+def test_norms_of_another_number_width_or_kind_are_refused():
     with pytest.raises(ValueError, match=r"DepthMixer: norms: expected k = 3 modules, found 2"):
         DepthMixer(random_norms(2), ModConfig())
     for other in (nn.RMSNorm(WIDTH + 1), nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH, eps=0.1)):

@@ -1,4 +1,4 @@
-"""What MoD has learned, kept and read again; example and reproduction with smallest sizes."""
+"""Saving and loading of MoD; its example at the smallest sizes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_save_and_load_give_the_same_model(family: str, config: ModConfig, tmp_p
     assert torch.equal(logits(mod.remove(other)), logits(make(family)))
 
 
-def test_the_state_has_the_names_of_the_models_parameters_and_their_number():
+def test_state_has_the_models_parameter_names_and_counts():
     model = mod.apply(make())
     state = mod.state_dict(model)
     assert list(state) == ["mod.router", "mod.bias", "mod.norms.0.weight", "mod.norms.1.weight"]
@@ -74,7 +74,7 @@ def test_the_state_has_the_names_of_the_models_parameters_and_their_number():
     assert mod.trainable_report(model)["mod"] == k * d + k * d + k
 
 
-def test_a_whole_checkpoint_of_transformers_has_the_mixture_in_it(tmp_path: Path):
+def test_transformers_checkpoint_contains_the_mixture(tmp_path: Path):
     model = mod.apply(make(tie_word_embeddings=True))
     shake(model)
     model.save_pretrained(tmp_path)
@@ -100,7 +100,7 @@ def test_a_whole_checkpoint_of_transformers_has_the_mixture_in_it(tmp_path: Path
         ),
     ],
 )
-def test_a_state_of_another_mixture_is_refused_by_key(change: Any, message: str, tmp_path: Path):
+def test_state_of_another_mixture_is_refused_by_key(change: Any, message: str, tmp_path: Path):
     model = mod.apply(make())
     shake(model)
     before, state = logits(model), {n: t.clone() for n, t in mod.state_dict(model).items()}
@@ -127,7 +127,7 @@ def test_a_state_of_another_mixture_is_refused_by_key(change: Any, message: str,
         ('{"version": 1, "config": {"k": 40}}', r"apply: k: expected at most the model's 4 layers"),
     ],
 )
-def test_a_configuration_that_is_none_is_refused(data: str, message: str, tmp_path: Path):
+def test_invalid_configurations_are_refused(data: str, message: str, tmp_path: Path):
     mod.save(mod.apply(make()), tmp_path)
     written = json.loads((tmp_path / "mod_config.json").read_text())
     assert written["config"]["k"] == 3
@@ -138,14 +138,14 @@ def test_a_configuration_that_is_none_is_refused(data: str, message: str, tmp_pa
     assert not hasattr(base, "mod")
 
 
-def test_a_folder_without_files_is_refused(tmp_path: Path):
+def test_folder_without_files_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"mod_config\.json: cannot be opened"):
         mod.load(make(), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-def test_the_example_trains_three_ways_and_draws(tmp_path: Path, monkeypatch: Any, capsys: Any):
+def test_example_trains_and_plots_three_variants(tmp_path: Path, monkeypatch: Any, capsys: Any):
     run_quickly(monkeypatch, "mod", tmp_path)
     assert (tmp_path / "mod.png").stat().st_size > 10_000
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""MoD's hooks beside checkpoints, threads, copies and adapters."""
+"""MoD's hooks with checkpoints, threads, copies and adapters."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients(family: str, reent
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_reentrant_checkpoint_around_the_hooks_is_refused_by_name():
+def test_reentrant_checkpoint_around_the_hooks_is_refused():
     model = mod.apply(make()).train()
     block = decoder_layers(model)[-2]
     kept = torch.is_grad_enabled()
@@ -60,7 +60,7 @@ def test_a_reentrant_checkpoint_around_the_hooks_is_refused_by_name():
     assert torch.is_grad_enabled() == kept
 
 
-def test_the_decoder_by_itself_is_the_base_models():
+def test_decoder_alone_gives_the_base_models_states():
     model = make()
     base = model.model(input_ids=IDS).last_hidden_state
     mod.apply(model)
@@ -68,7 +68,7 @@ def test_the_decoder_by_itself_is_the_base_models():
     assert torch.equal(model.model(input_ids=IDS).last_hidden_state, base)
 
 
-def test_two_models_do_not_meet_even_where_one_calls_the_other():
+def test_nested_models_do_not_interfere():
     first, second = make("llama"), make("gpt2")
     mod.apply(first, ModConfig(k=2))
     mod.apply(second, ModConfig(k=4))
@@ -87,7 +87,7 @@ def test_two_models_do_not_meet_even_where_one_calls_the_other():
     assert torch.equal(logits(second), alone[1]) and torch.equal(logits(shared), before)
 
 
-def test_two_threads_on_one_model_do_not_meet():
+def test_threads_on_one_model_do_not_interfere():
     model = mod.apply(make())
     shake(model)
     rows = [IDS[:1], IDS[1:, :4], IDS[1:], IDS[:1, :3]]
@@ -110,7 +110,7 @@ def test_two_threads_on_one_model_do_not_meet():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_copy_is_a_model_of_its_own(family: str):
+def test_copies_are_independent(family: str):
     model = make(family)
     base = logits(model)
     mod.apply(model)
@@ -126,7 +126,7 @@ def test_a_copy_is_a_model_of_its_own(family: str):
         assert torch.equal(logits(model), mixed)
 
 
-def test_a_model_is_gone_with_its_last_name():
+def test_model_is_freed_without_garbage_collection():
     import gc
     import weakref
 
@@ -142,7 +142,7 @@ def test_a_model_is_gone_with_its_last_name():
         gc.enable()
 
 
-def test_a_wrapped_forward_goes_on_after_remove():
+def test_wrapped_forward_works_after_remove():
     model = make()
     base = logits(model)
     mod.apply(model)
@@ -163,7 +163,7 @@ def test_a_wrapped_forward_goes_on_after_remove():
 
 
 @pytest.mark.parametrize("kind", ["ours", "peft", "fused"])
-def test_with_adapters_only_they_and_the_mixture_train(kind: str):
+def test_only_adapters_and_the_mixture_train(kind: str):
     model = adapted(kind)
     base = model(input_ids=IDS % 11).logits
     before = traces(model)
@@ -188,7 +188,7 @@ def test_with_adapters_only_they_and_the_mixture_train(kind: str):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_peft_may_come_later_and_saves(fused: bool, tmp_path: Any):
+def test_peft_model_can_be_made_after_mod_and_saved(fused: bool, tmp_path: Any):
     model = mod.apply(make())
     shake(model)
     mixed = logits(model)
@@ -206,7 +206,7 @@ def test_peft_may_come_later_and_saves(fused: bool, tmp_path: Any):
     torch.testing.assert_close(base, logits(make()))
 
 
-def test_a_model_that_we_have_wrapped_comes_back_step_by_step():
+def test_remove_and_unwrap_restore_the_model_step_by_step():
     model = make()
     before = traces(model)
     wrap(model, LoraConfig(target_modules=["q_proj"]))
@@ -219,7 +219,7 @@ def test_a_model_that_we_have_wrapped_comes_back_step_by_step():
 
 
 @pytest.mark.parametrize("where", ["adapter", "copy"])
-def test_a_head_that_is_trained_is_the_head_of_all_layers(where: str):
+def test_trained_head_is_used_for_all_layers(where: str):
     settings = {"modules_to_save": ["lm_head"]} if where == "copy" else {}
     targets = ["q_proj"] if where == "copy" else ["q_proj", "lm_head"]
     config = peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False, **settings)
@@ -241,7 +241,7 @@ def test_a_head_that_is_trained_is_the_head_of_all_layers(where: str):
     assert trained and all(p.grad is not None and p.grad.any() for p in trained)
 
 
-def test_rows_may_have_adapters_of_their_own_on_the_head_as_long_as_no_loss_is_asked_for():
+def test_rows_may_have_different_head_adapters_without_a_loss():
     config = peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)
     model: Any = peft.get_peft_model(make(), config, adapter_name="a")
     model.add_adapter("b", config)
@@ -254,7 +254,7 @@ def test_rows_may_have_adapters_of_their_own_on_the_head_as_long_as_no_loss_is_a
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_dropout_in_the_head_does_not_hide_what_the_head_is(family: str):
+def test_head_with_dropout_is_accepted(family: str):
     torch.manual_seed(0)
     config = peft.LoraConfig(target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False)
     model: Any = peft.get_peft_model(make(family, tie_word_embeddings=False), config)

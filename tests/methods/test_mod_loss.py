@@ -1,4 +1,4 @@
-"""The loss of a model with MoD: its terms against dense expressions, and where it is zero."""
+"""The loss of MoD: its terms against dense expressions, and cases where it is zero."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABELS = IDS.masked_fill(
 
 
 def layers_logits(model: Any, **inputs: Any) -> list[Tensor]:
-    """Each layer's own logits, by the model's norms and head."""
+    """Return each layer's logits, by the model's norms and head."""
     found: list[Tensor] = []
     hooks = [
         block.register_forward_hook(
@@ -55,7 +55,7 @@ def shifted_mask(labels: Tensor = LABELS) -> Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("training", [False, True])
-def test_the_loss_is_the_sum_of_its_terms_and_these_are_the_dense_ones(family: str, training: bool):
+def test_loss_is_the_weighted_sum_of_terms_that_equal_dense_ones(family: str, training: bool):
     model = make(family, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0).train(training)
     config = ModConfig(distill_weight=0.3, tau=2.0, layer_ce=0.2, vocab_chunk=8)
     mod.apply(model, config).requires_grad_(True)
@@ -92,7 +92,7 @@ def test_terms_without_weight_are_not_computed():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_distillation_may_be_at_all_positions_of_the_attention_mask(family: str):
+def test_distillation_can_use_all_positions_of_the_attention_mask(family: str):
     model = mod.apply(make(family), ModConfig(distill_on="all"))
     shake(model)
     mask = torch.ones_like(IDS)
@@ -105,7 +105,7 @@ def test_distillation_may_be_at_all_positions_of_the_attention_mask(family: str)
     torch.testing.assert_close(whole.distill_loss, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_last_layer_is_not_moved_by_the_distillation():
+def test_distillation_gives_the_last_layer_no_gradient():
     model = mod.apply(make())
     shake(model)
     model(input_ids=IDS, labels=LABELS).distill_loss.backward()
@@ -118,7 +118,7 @@ def test_the_last_layer_is_not_moved_by_the_distillation():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("mix", ["logit", "prob"])
 @pytest.mark.parametrize("count", [None, 0, 5])
-def test_a_batch_without_labels_gives_zero_and_zero_gradients(family: str, mix: Any, count: Any):
+def test_batch_without_labels_gives_zero_loss_and_gradients(family: str, mix: Any, count: Any):
     model = mod.apply(make(family), ModConfig(mix=mix, layer_ce=0.5))
     shake(model)
     more = {} if count is None else {"num_items_in_batch": torch.tensor(count)}
@@ -135,7 +135,7 @@ def test_a_batch_without_labels_gives_zero_and_zero_gradients(family: str, mix: 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("positions", ["labels", "all"])
-def test_accumulated_micro_batches_are_the_whole_batch(family: str, positions: Any):
+def test_accumulated_micro_batches_equal_the_whole_batch(family: str, positions: Any):
     model = mod.apply(make(family), ModConfig(distill_weight=0.5, layer_ce=0.3))
     shake(model)
     whole = model(input_ids=IDS, labels=LABELS)
@@ -152,7 +152,7 @@ def test_accumulated_micro_batches_are_the_whole_batch(family: str, positions: A
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_labels_that_are_shifted_already_are_taken_as_they_are(family: str):
+def test_given_shift_labels_are_used_unchanged(family: str):
     model = mod.apply(make(family))
     shake(model)
     out = model(input_ids=IDS, labels=LABELS)
@@ -182,7 +182,7 @@ def test_half_precision_and_autocast_train(family: str, dtype: torch.dtype):
     assert model.mod.router.dtype == torch.float32
 
 
-def test_the_late_norms_learn_from_the_distillation():
+def test_distillation_trains_the_late_norms():
     model = make().requires_grad_(False)
     mod.apply(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
@@ -196,7 +196,7 @@ def test_the_late_norms_learn_from_the_distillation():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_an_unshared_norm_is_a_copy_that_trains_in_place_of_the_models():
+def test_unshared_norm_is_a_copy_that_trains_instead_of_the_models():
     model = make()
     mod.apply(model, ModConfig(share_final_norm=False, train_final_norm=True))
     assert model.mod.final_norm is not model.model.norm
@@ -249,12 +249,12 @@ def test_an_unshared_norm_is_a_copy_that_trains_in_place_of_the_models():
         ),
     ],
 )
-def test_a_setting_out_of_range_is_refused_by_name(fields: dict, message: str):
+def test_invalid_settings_are_refused_by_name(fields: dict, message: str):
     with pytest.raises(ValueError, match=re.escape(f"ModConfig: {message}")):
         ModConfig(**fields)
 
 
-def test_settings_at_their_limits():
+def test_settings_at_their_limits_are_accepted():
     assert ModConfig(k=1, final_mass=1.0).k == 1
     assert ModConfig(router="fixed", fixed_weights=(0.5, 0.5 + 5e-7, 0.0)).fixed_weights is not None
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""MoD on models of many families: the mixture is what it says, and nothing else changes."""
+"""MoD on models of many families: outputs equal the formula, and remove restores the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FIXED = {"router": "fixed", "fixed_weights": (0.0, 0.0, 1.0)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_layer_is_the_base_model_bit_for_bit_and_remove_leaves_nothing(family: str):
+def test_one_layer_equals_the_base_model_bitwise_and_remove_restores_it(family: str):
     model = make(family)
     base, before = model(input_ids=IDS, labels=IDS), traces(model)
     mod.apply(model, ModConfig(k=1))
@@ -54,7 +54,7 @@ def test_one_layer_is_the_base_model_bit_for_bit_and_remove_leaves_nothing(famil
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("router", ["token", "static"])
-def test_the_mixture_is_that_of_the_layers_logits(family: str, router: Any):
+def test_mixture_equals_that_of_the_layers_logits(family: str, router: Any):
     model = make(family)
     mod.apply(model, ModConfig(router=router))
     shake(model)
@@ -64,7 +64,7 @@ def test_the_mixture_is_that_of_the_layers_logits(family: str, router: Any):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite"])
-def test_probabilities_are_mixed_too(family: str):
+def test_mixed_probabilities_equal_the_formula(family: str):
     model = make(family)
     mod.apply(model, ModConfig(mix="prob", vocab_chunk=5))
     shake(model)
@@ -73,7 +73,7 @@ def test_probabilities_are_mixed_too(family: str):
     torch.testing.assert_close(found.logsumexp(-1), torch.zeros(2, 7), rtol=0, atol=1e-5)
 
 
-def test_probabilities_of_layers_without_weight_are_left_out():
+def test_layers_of_zero_weight_are_skipped_in_mixed_probabilities():
     model = make("gpt2")
     base = logits(model)
     mod.apply(model, ModConfig(mix="prob", **FIXED))
@@ -84,8 +84,8 @@ def test_probabilities_of_layers_without_weight_are_left_out():
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 19, 24])
-def test_mixing_before_the_head_is_mixing_logits_in_float64(chunk: int):
-    model = make("gpt2", torch.float64)  # LayerNorm, tied embeddings
+def test_mixing_before_the_head_equals_mixing_logits_in_float64(chunk: int):
+    model = make("gpt2", torch.float64)  # with LayerNorm and tied embeddings
     head = nn.Linear(16, 19, dtype=torch.float64)  # and a bias
     head.weight = model.lm_head.weight
     model.lm_head = head
@@ -99,11 +99,11 @@ def test_mixing_before_the_head_is_mixing_logits_in_float64(chunk: int):
         out.loss.backward()
         found[backend] = [out.loss, *(p.grad for p in model.parameters())]
         mod.remove(model)
-    # The model's own loss is in float32.
+    # The model computes its loss in float32.
     torch.testing.assert_close(found["hidden"], found["chunked"], rtol=1e-5, atol=1e-6)
 
 
-def test_under_a_soft_cap_the_two_differ_and_auto_takes_the_exact_one():
+def test_auto_backend_is_exact_under_a_softcap():
     model = make("gemma2")
     mod.apply(model, ModConfig(vocab_chunk=4))
     shake(model, 1.0)
@@ -120,7 +120,7 @@ def test_under_a_soft_cap_the_two_differ_and_auto_takes_the_exact_one():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_all_weight_on_the_last_layer_is_the_base_model(family: str):
+def test_all_weight_on_the_last_layer_equals_the_base_model(family: str):
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
         model = make(family, dtype)
         base = logits(model)
@@ -128,7 +128,7 @@ def test_all_weight_on_the_last_layer_is_the_base_model(family: str):
         torch.testing.assert_close(logits(model), base, rtol=bound, atol=bound)
 
 
-def test_a_head_that_is_something_else_is_refused():
+def test_nonlinear_head_is_refused():
     model = make()
     mod.apply(model)
     own = model.lm_head.forward
@@ -138,7 +138,7 @@ def test_a_head_that_is_something_else_is_refused():
 
 
 @pytest.mark.parametrize("scale", [0.985, 0.9999, 1.01])
-def test_a_scale_close_to_one_is_no_scale_of_one(scale: float):
+def test_scales_close_to_one_are_detected(scale: float):
     model = make("cohere", logit_scale=scale)
     base = logits(model)
     mod.apply(model, ModConfig(**FIXED))
@@ -147,7 +147,7 @@ def test_a_scale_close_to_one_is_no_scale_of_one(scale: float):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_scale_that_nothing_names_is_refused(family: str, dtype: torch.dtype):
+def test_undeclared_scale_is_refused(family: str, dtype: torch.dtype):
     model = make(family, dtype)
     mod.apply(model)
     own = model.lm_head.forward
@@ -157,11 +157,11 @@ def test_a_scale_that_nothing_names_is_refused(family: str, dtype: torch.dtype):
 
 
 # -------------------------------------------------------------------------------------------------
-# What a model returns
+# Outputs
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_the_output_has_all_that_the_model_returns(family: str):
+def test_output_has_all_fields_of_the_model(family: str):
     model = make(family, attn_implementation="eager")
     asked = {"output_hidden_states": True, "output_attentions": True, "use_cache": True}
     model.requires_grad_(False)
@@ -182,7 +182,7 @@ def test_the_output_has_all_that_the_model_returns(family: str):
     as_tuple = model(input_ids=IDS, labels=IDS, return_dict=False, **asked)
     assert isinstance(as_tuple, tuple) and len(as_tuple) == len(out)
     assert torch.equal(as_tuple[0], out.loss) and torch.equal(as_tuple[1], out.logits)
-    again = type(out)((name, value) for name, value in out.items())  # as a gather makes it
+    again = type(out)((name, value) for name, value in out.items())  # as a gather constructs it
     assert list(again) == list(out) and torch.equal(again.logits, out.logits)
     assert model.forward.__signature__ == inspect.signature(type(model).forward.__get__(model))
     positional = model(IDS)
@@ -195,7 +195,7 @@ def test_the_output_has_all_that_the_model_returns(family: str):
     [1, 3, torch.tensor([0, 4]), torch.tensor([[0, 1], [3, 5]]), IDS > 9],
     ids=["last", "last three", "positions", "positions of each", "mask"],
 )
-def test_logits_to_keep_keeps_those_logits(family: str, keep: Any):
+def test_logits_to_keep_selects_logits(family: str, keep: Any):
     model = mod.apply(make(family))
     shake(model)
     full = logits(model)
@@ -206,7 +206,7 @@ def test_logits_to_keep_keeps_those_logits(family: str, keep: Any):
     else:
         rows = torch.arange(2)[:, None] if keep.dim() == 2 else slice(None)
         expected = full[rows, keep]
-    fresh = mod.apply(make(family))  # whose first forward this is
+    fresh = mod.apply(make(family))  # its first forward uses logits_to_keep
     shake(fresh)
     for tried in (model, fresh):
         torch.testing.assert_close(logits(tried, logits_to_keep=keep), expected)
@@ -214,7 +214,7 @@ def test_logits_to_keep_keeps_those_logits(family: str, keep: Any):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_generation_with_a_cache_beams_and_padding(family: str):
+def test_generation_with_cache_beams_and_padding(family: str):
     model = mod.apply(make(family))
     shake(model)
     model.generation_config.eos_token_id = None
@@ -242,7 +242,7 @@ def test_generation_with_a_cache_beams_and_padding(family: str):
 # Errors
 
 
-def test_a_second_apply_raises_and_names_remove():
+def test_second_apply_raises_and_names_remove():
     model = mod.apply(make())
     before = traces(model)
     with pytest.raises(
@@ -256,7 +256,7 @@ def test_a_second_apply_raises_and_names_remove():
             use(model)
 
 
-def test_what_is_no_causal_lm_is_refused_and_stays_as_it_was():
+def test_models_other_than_causal_lms_are_refused_unchanged():
     import transformers
 
     llama = make()
@@ -297,8 +297,8 @@ def test_labels_of_another_shape_are_refused():
             model(input_ids=IDS, labels=labels)
 
 
-def test_a_head_of_another_width_is_refused_by_name():
-    """OPT-350m projects its hidden states down to its embeddings."""
+def test_head_of_another_width_is_refused_by_name():
+    # OPT-350m projects its hidden states to the width of its embeddings.
     model = make("opt", word_embed_proj_dim=8)
     before = traces(model)
     with pytest.raises(NotImplementedError, match=r"expected a head as wide as the 16.*found 8 in"):
@@ -307,7 +307,7 @@ def test_a_head_of_another_width_is_refused_by_name():
 
 
 @pytest.mark.parametrize("how", ["auto", "chunked"])
-def test_a_first_forward_with_nan_says_so_and_a_later_one_serves(how: Any):
+def test_first_forward_with_nan_raises_and_later_ones_are_accepted(how: Any):
     model, other = mod.apply(make(), ModConfig(backend=how)), make()
     mod.apply(other, ModConfig(backend=how))
     embeds = model.get_input_embeddings()(IDS).detach()

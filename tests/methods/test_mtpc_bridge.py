@@ -1,4 +1,4 @@
-"""A draft with a bridge: its window starts behind the token that the last call decided."""
+"""Drafts with a bridge: their windows start after the token that the last call decided."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ NEW = 40
 # The module
 
 
-def test_a_new_bridge_changes_nothing():
+def test_new_bridge_is_the_identity():
     bridge = TokenBridge(4, 6)
     h, embedded = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     assert torch.equal(bridge(h, embedded), h)
 
 
-def test_a_bridge_adds_skip_and_gate_in_units_of_the_state():
+def test_bridge_adds_skip_and_gate_in_units_of_the_state():
     bridge = TokenBridge(2, 1, dtype=torch.float64)
     with torch.no_grad():
         # h / |h| = (1, 1) and e / |e| = (1, -1): gate 2, up 3, skip (5, 0), down (1, 10).
@@ -50,13 +50,13 @@ def test_states_whose_squares_overflow_keep_their_size(dtype: torch.dtype):
     assert torch.equal(bridge(h, torch.randn(1, 8)), h)
 
 
-def test_a_state_of_zeros_has_a_gradient():
+def test_zero_state_has_a_gradient():
     h, bridge = torch.zeros(1, 8, requires_grad=True), TokenBridge(8, 4)
     bridge(h, torch.randn(1, 8)).sum().backward()
     assert torch.equal(h.grad, torch.ones(1, 8))
 
 
-def test_sizes_of_a_bridge_are_checked():
+def test_invalid_sizes_of_a_bridge_are_refused():
     for sizes, name in (((0, 1), "hidden_size"), ((1, 0), "width")):
         with pytest.raises(ValueError, match=f"TokenBridge: {name}: expected at least 1, found 0"):
             TokenBridge(*sizes)
@@ -69,7 +69,7 @@ def test_sizes_of_a_bridge_are_checked():
 @pytest.mark.parametrize(("n", "chain", "draft_layers"), [(4, 1, 0), (4, 1, 1), (2, 2, 0)])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_those_of_generate(
+def test_greedy_tokens_equal_those_of_generate(
     family: str, batch: int, n: int, chain: int, draft_layers: int
 ):
     model, (ids, mask) = make_model(family), prompts(batch)
@@ -93,7 +93,7 @@ def test_greedy_tokens_do_not_depend_on_the_shortlist(kind: str):
         assert torch.equal(found.sequences, expected)
 
 
-def test_a_greedy_window_takes_the_likeliest_token_after_those_before_it():
+def test_greedy_window_takes_the_likeliest_next_tokens():
     model = make_model("llama")
     shortlist = torch.tensor([0, 2, 3, 4])
     draft = make_draft(model, "hmm", noise=0.1, bridge=8, shortlist=shortlist)
@@ -108,15 +108,15 @@ def test_a_greedy_window_takes_the_likeliest_token_after_those_before_it():
         dist = reference.circuit_conditional_dist("hmm", *circuit, found, at)
         assert torch.equal(dist.argmax(-1), found[:, k])
     likeliest = reference.circuit_argmax("hmm", *circuit)[0]
-    assert (likeliest != found).any(1).sum() > 3  # the likeliest window is another
+    assert (likeliest != found).any(1).sum() > 3  # the likeliest window differs
 
 
 # -------------------------------------------------------------------------------------------------
-# The law of samples
+# Distribution of samples
 
 
 class EnumeratedBehind(Enumerated):
-    """Call 0 decides the first token; the windows of later calls are all draft."""
+    """Decoder of a bridge: call 0 decides the first token, later calls draft whole windows."""
 
     def first_token(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         token, p = self.code, law(logits, self.temperature, self.top_p)
@@ -150,7 +150,7 @@ class EnumeratedBehind(Enumerated):
                 dist = reference.circuit_conditional_dist(kind, *circuit, window, at)
                 mixtures.append(dist.exp())
         self.weight[self.rows] *= drawn
-        self.possible = drawn > 1e-6  # narrower cells may lie between two float32 numbers
+        self.possible = drawn > 1e-6  # cells narrower than this may contain no float32 number
         self.mixture = torch.stack(mixtures, 1)
         draft = mtpc.SpeculativeDecoder.draft(self, hidden, pending, uniforms)
         assert torch.equal(draft.tokens[self.possible], tokens[self.possible])
@@ -161,7 +161,7 @@ class EnumeratedBehind(Enumerated):
         return torch.zeros(len(generators), 3 * self.drafted + 1)
 
     def verify(self, draft: Any, target: Tensor, pending: Tensor | None, uniforms: Tensor) -> Any:
-        assert pending is None  # the windows are all draft
+        assert pending is None
         return super().verify(draft, target, pending, uniforms)
 
     def head_conditional(self, draft: Any, k: int) -> Tensor:
@@ -178,7 +178,7 @@ class EnumeratedBehind(Enumerated):
         ("hmm", 2, 2, 2, 1.0, 1.0, None),
     ],
 )
-def test_samples_have_the_law_of_the_verifier(
+def test_samples_have_the_distribution_of_the_verifier(
     kind: str,
     v: int,
     n: int,
@@ -199,7 +199,7 @@ def test_samples_have_the_law_of_the_verifier(
     paths = torch.cartesian_prod(*(torch.arange(c) for c in codes))
     windows: Any = torch.tensor(list(itertools.product(range(v), repeat=k))).view(-1, k)
     decoder.follow(paths, windows)
-    rows = range(len(paths))  # a row's seed is the number of its path
+    rows = range(len(paths))  # the seed of a row is the number of its path
     found = decoder.generate(prompt.expand(len(paths), -1), max_new_tokens=new, seed=rows)
     assert {*found.calls} == {1, 2}
     unused = torch.cat([codes.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.int64)])
@@ -215,7 +215,7 @@ def test_samples_have_the_law_of_the_verifier(
 # Stop rules, statistics, batches
 
 
-def test_the_first_token_takes_no_call():
+def test_first_token_needs_no_call():
     model, (ids, mask) = make_model("llama"), prompts(2)
     decoder = make_draft(model, bridge=8).decoder()
     one = decoder.generate(ids, mask, max_new_tokens=1, seed=4)
@@ -227,7 +227,7 @@ def test_the_first_token_takes_no_call():
     assert whole.passes == max(whole.calls)
 
 
-def test_a_row_depends_on_its_seed_and_not_on_its_batch():
+def test_row_depends_on_its_seed_and_not_on_its_batch():
     model, (ids, mask) = make_model("llama"), prompts(3)
     decoder = make_draft(model, n_token=2, bridge=8, chain=2, draft_layers=1).decoder()
     ended = set()
@@ -248,7 +248,7 @@ def test_a_row_depends_on_its_seed_and_not_on_its_batch():
 
 
 @pytest.mark.parametrize(("beta", "n", "chain"), [(0.0, 2, 1), (0.5, 2, 1), (0.5, 1, 2)])
-def test_the_loss_is_that_of_windows_behind_the_next_token(beta: float, n: int, chain: int):
+def test_loss_equals_that_of_windows_after_the_next_token(beta: float, n: int, chain: int):
     model, (ids, mask) = make_model("llama"), prompts(2, length=9)
     draft = make_draft(model, "cp", n_token=n, bridge=8, chain=chain, beta=beta)
     assert draft.bridge is not None
@@ -268,7 +268,7 @@ def test_the_loss_is_that_of_windows_behind_the_next_token(beta: float, n: int, 
             state = hidden[t : t + 1]
             for j in range(1 + (k if n == 1 else 0)):
                 state = draft.bridge(state, embed(own[t + 1 + j])[None])
-            # A token that is no target is marginalised within its window.
+            # A token that is not a target is marginalised within its window.
             window = label[None, t + 2 + (k if n == 1 else 0) :][:, :n].clamp(min=-1)
             window = torch.cat([window, window.new_zeros(1, n)], 1)[:, :n]
             at = torch.tensor([k if n == 2 else 0])
@@ -282,7 +282,7 @@ def test_the_loss_is_that_of_windows_behind_the_next_token(beta: float, n: int, 
     assert loss.item() == pytest.approx(((expected[0] + 0.9 * expected[1]) / 1.9).item(), rel=1e-5)
 
 
-def test_a_bridge_learns_with_the_head_and_the_model_does_not():
+def test_bridge_trains_with_the_head_and_the_model_stays_frozen():
     model, (ids, _) = make_model("llama"), prompts(1)
     before = {name: p.clone() for name, p in model.state_dict().items()}
     draft = make_draft(model, bridge=8)
@@ -294,7 +294,7 @@ def test_a_bridge_learns_with_the_head_and_the_model_does_not():
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
-def test_a_saved_draft_brings_its_bridge_back(tmp_path: Path):
+def test_saved_draft_restores_its_bridge(tmp_path: Path):
     model, (ids, mask) = make_model("llama"), prompts(2)
     draft = make_draft(model, bridge=8, shortlist=torch.tensor([0, 1, 3]))
     draft.save(tmp_path)
@@ -306,7 +306,7 @@ def test_a_saved_draft_brings_its_bridge_back(tmp_path: Path):
     assert torch.equal(found[0].sequences, found[1].sequences)
 
 
-def test_a_bridge_and_a_head_may_be_saved_in_two_dtypes(tmp_path: Path):
+def test_bridge_and_head_may_be_saved_in_two_dtypes(tmp_path: Path):
     model = make_model("llama")
     draft = make_draft(model, bridge=8)
     draft.bridge.bfloat16()
@@ -318,7 +318,7 @@ def test_a_bridge_and_a_head_may_be_saved_in_two_dtypes(tmp_path: Path):
 
 
 @pytest.mark.parametrize("chain", [1025, 10**9, 10**30])
-def test_a_file_may_not_ask_for_any_length_of_chain(tmp_path: Path, chain: int):
+def test_chain_in_a_file_is_limited(tmp_path: Path, chain: int):
     model = make_model("llama")
     make_draft(model, bridge=8).save(tmp_path)
     path = tmp_path / "mtpc_config.json"
@@ -327,7 +327,7 @@ def test_a_file_may_not_ask_for_any_length_of_chain(tmp_path: Path, chain: int):
         mtpc.Draft.load(model, tmp_path)
 
 
-def test_a_file_without_the_bridge_is_refused(tmp_path: Path):
+def test_file_without_the_bridge_is_refused(tmp_path: Path):
     model = make_model("llama")
     draft = make_draft(model)
     draft.config = dataclasses.replace(draft.config, bridge=8)
@@ -336,7 +336,7 @@ def test_a_file_without_the_bridge_is_refused(tmp_path: Path):
         mtpc.Draft.load(model, tmp_path)
 
 
-def test_wrong_arguments_are_named():
+def test_invalid_arguments_are_named():
     model = make_model("llama")
     draft = make_draft(model, bridge=8)
     with pytest.raises(ValueError, match="window: expected 'condition' with a bridge"):

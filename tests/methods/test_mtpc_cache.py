@@ -1,4 +1,4 @@
-"""The cache with room gives what transformers' growing cache gives, without copying the past."""
+"""The preallocated cache equals transformers' dynamic cache and copies no past keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def feed(caches, count: int, rows: int = 2, seed: int = 0) -> None:
             assert torch.equal(mine, theirs)
 
 
-def test_feeding_forgetting_and_selecting_give_what_the_growing_cache_gives():
+def test_updates_crops_and_selections_equal_those_of_the_dynamic_cache():
     caches = both()
     feed(caches, 5)
     feed(caches, 2, seed=1)
@@ -33,12 +33,12 @@ def test_feeding_forgetting_and_selecting_give_what_the_growing_cache_gives():
     feed(caches, 1, seed=2)
     for cache in caches:
         cache.batch_select_indices(torch.tensor([1]))
-    feed(caches, 4, rows=1, seed=3)  # beyond the room
+    feed(caches, 4, rows=1, seed=3)  # more than is allocated
     assert [cache.get_seq_length() for cache in caches] == [11, 11]
     feed(caches, 9, rows=1, seed=4)
 
 
-def test_nothing_is_copied_while_there_is_room():
+def test_nothing_is_copied_within_the_allocated_size():
     cache, _ = both(room=6)
     one = torch.ones(1, 1, 1, 2)
     places = {cache.update(one * k, one, 0)[0].data_ptr() for k in range(6)}

@@ -1,4 +1,4 @@
-"""CircuitHead: distributions, limits, evidence, state, errors."""
+"""`CircuitHead`: distributions, special cases, evidence, state and errors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_probabilities_of_all_windows_sum_to_one(kind: str, emission: str):
 
 @pytest.mark.parametrize("emission", EMISSIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_log_prob_is_the_formula_on_the_logits_of_circuit(kind: str, emission: str):
-    """Training never sees the logits that decoding sees; both are one distribution."""
+def test_log_prob_equals_the_formula_on_the_logits_of_circuit(kind: str, emission: str):
+    # Training and decoding compute different logits of one distribution.
     head, h = make(kind, emission), hidden(2, 3)
     x = torch.randint(0, V, (2, 3, K))
     x[0, 1, 2] = IGNORE
@@ -38,7 +38,7 @@ def test_log_prob_is_the_formula_on_the_logits_of_circuit(kind: str, emission: s
     torch.testing.assert_close(head.log_prob(h, x).view(-1, K), expected.prefix)
 
 
-def test_emissions_are_their_formulas():
+def test_emissions_equal_their_formulas():
     h = hidden(2)
     head = make("cp", "expander")
     expected = torch.einsum("vd,kcde,ne->nkcv", head.unembed, head.maps, h)
@@ -50,7 +50,7 @@ def test_emissions_are_their_formulas():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_full_conditional_is_the_conditional_of_every_token(kind: str):
+def test_full_conditional_equals_the_conditionals_of_every_token(kind: str):
     head, h, x = make(kind), hidden(V), torch.randint(0, V, (V, K))
     for k in range(K):
         prefix, same = x[:1].repeat(V, 1), h[:1].expand(V, D)
@@ -64,7 +64,7 @@ def test_full_conditional_is_the_conditional_of_every_token(kind: str):
         torch.testing.assert_close(both[row : row + 1], alone)
 
 
-def test_identity_transitions_make_hmm_and_btree_the_mixture():
+def test_hmm_and_btree_with_identity_transitions_equal_the_mixture():
     cp, x = make("cp"), windows()
     h = hidden(1).expand(len(x), D)
     for kind in ("hmm", "btree"):
@@ -77,7 +77,7 @@ def test_identity_transitions_make_hmm_and_btree_the_mixture():
         torch.testing.assert_close(head.log_prob(h, x), cp.log_prob(h, x))
 
 
-def test_a_mixture_of_one_component_is_the_factorised_head():
+def test_mixture_of_one_component_equals_the_factorised_head():
     ff, cp, x = make("ff"), make("cp", rank=1), windows()
     with torch.no_grad():
         cp.emit.copy_(ff.emit)
@@ -85,7 +85,7 @@ def test_a_mixture_of_one_component_is_the_factorised_head():
     torch.testing.assert_close(cp.log_prob(h, x), ff.log_prob(h, x))
 
 
-def test_a_tree_over_two_positions_is_the_mixture():
+def test_tree_over_two_positions_equals_the_mixture():
     cp, tree, x = make("cp", n_token=2), make("btree", n_token=2), windows(2)
     assert tree.trans is None and tree.trans_bias is None
     tree.load_state_dict(cp.state_dict())
@@ -93,7 +93,7 @@ def test_a_tree_over_two_positions_is_the_mixture():
     torch.testing.assert_close(tree.log_prob(h, x), cp.log_prob(h, x))
 
 
-def test_one_token_is_a_mixture_of_softmaxes():
+def test_head_of_one_token_is_a_mixture_of_softmaxes():
     head, h = make("cp", n_token=1), hidden(5)
     w = F.linear(h, head.prior).softmax(-1)
     p = torch.einsum(
@@ -104,7 +104,7 @@ def test_one_token_is_a_mixture_of_softmaxes():
 
 
 @pytest.mark.parametrize("kind", ["hmm", "btree"])
-def test_options_of_transitions_store_what_they_say(kind: str):
+def test_options_of_transitions_change_stored_parameters(kind: str):
     m = {"hmm": K - 1, "btree": K - 2}[kind]
     free = make(kind, contextual=False)
     assert free.trans is None and free.trans_bias.shape == (m, 3, 3)
@@ -118,7 +118,7 @@ def test_options_of_transitions_store_what_they_say(kind: str):
     assert not torch.equal(trans[0], trans[1])
 
 
-def test_transitions_start_by_keeping_the_state():
+def test_transitions_initially_keep_the_state():
     head = CircuitHead(D, V, K, 8, "hmm")
     stay = head.circuit(torch.zeros(1, D)).trans.softmax(-1).diagonal(dim1=-2, dim2=-1)
     assert stay.min() > 0.98
@@ -126,7 +126,7 @@ def test_transitions_start_by_keeping_the_state():
     assert even.softmax(-1).max() < 0.14
 
 
-def test_init_from_lm_head_makes_every_component_the_language_model():
+def test_init_from_lm_head_gives_every_component_the_lm_head():
     weight, h = torch.randn(2 * V, D, dtype=DOUBLE), hidden(3)
     head = CircuitHead(D, V, K, 3, "btree", dtype=DOUBLE)
     before = head.circuit(h).leaf
@@ -135,7 +135,8 @@ def test_init_from_lm_head_makes_every_component_the_language_model():
     for k in range(2):
         expected = F.linear(h, weight[k * V : (k + 1) * V]).softmax(-1)
         torch.testing.assert_close(leaf[:, k], expected[:, None].expand(3, 3, V))
-    torch.testing.assert_close(leaf[:, 2:], before[:, 2:].softmax(-1))  # beyond the blocks
+    # Positions without a block of the weight.
+    torch.testing.assert_close(leaf[:, 2:], before[:, 2:].softmax(-1))
     for emission in ("expander", "adapter"):
         head = CircuitHead(D, V, K, 3, "btree", emission, dtype=DOUBLE)
         head.init_from_lm_head(weight, num_blocks=2)
@@ -144,7 +145,7 @@ def test_init_from_lm_head_makes_every_component_the_language_model():
         torch.testing.assert_close(leaf, expected[:, None, None].expand_as(leaf))
 
 
-def test_adapters_share_the_memory_of_the_frozen_unembedding():
+def test_adapter_emission_shares_the_frozen_unembedding():
     weight = torch.randn(V, D)
     head = CircuitHead(D, V, K, 3, "cp", "adapter")
     head.init_from_lm_head(weight)
@@ -154,7 +155,7 @@ def test_adapters_share_the_memory_of_the_frozen_unembedding():
 
 @pytest.mark.parametrize("emission", EMISSIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_follow_from_the_uniforms_and_have_their_conditionals(kind: str, emission: str):
+def test_samples_are_determined_by_uniforms_and_have_their_conditionals(kind: str, emission: str):
     head, h = make(kind, emission), hidden(2, 3)
     uniforms = torch.rand(2, 3, K, 2)
     tokens, conditional = head.sample(h, uniforms=uniforms)
@@ -179,7 +180,7 @@ def test_samples_have_the_frequencies_of_the_distribution():
     assert chi < 26.1  # 0.999 quantile of chi-square with 8 degrees of freedom
 
 
-def test_argmax_takes_evidence_and_is_the_mode_of_the_factorised_head():
+def test_argmax_accepts_evidence_and_is_the_mode_of_the_factorised_head():
     head, h = make("ff"), hidden(2, 3)
     tokens, value = head.argmax(h)
     assert torch.equal(tokens, head.circuit(h).leaf.argmax(-1).view(2, 3, K))
@@ -190,7 +191,7 @@ def test_argmax_takes_evidence_and_is_the_mode_of_the_factorised_head():
 
 
 @pytest.mark.parametrize("emission", EMISSIONS)
-def test_no_rows_give_empty_results_and_zero_gradients(emission: str):
+def test_empty_batch_gives_empty_results_and_zero_gradients(emission: str):
     head, h, x = make("hmm", emission), hidden(0), torch.empty(0, K, dtype=torch.int64)
     assert head.log_prob(h, x).shape == (0, K) and head.sample(h)[0].shape == (0, K)
     assert head.full_conditional(h, x, 0).shape == (0, V) and head.argmax(h)[1].shape == (0,)
@@ -201,13 +202,13 @@ def test_no_rows_give_empty_results_and_zero_gradients(emission: str):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_parameters_give_float32_results_near_those_of_float64(dtype: torch.dtype):
+def test_low_precision_parameters_give_float32_results_near_float64(dtype: torch.dtype):
     head, h, x = make("btree"), hidden(4), torch.randint(0, V, (4, K))
     narrow = CircuitHead(D, V, K, 3, "btree", dtype=dtype)
     narrow.load_state_dict(head.state_dict())
     found, expected = narrow.log_prob(h.to(dtype), x), head.log_prob(h, x)
     assert found.dtype == torch.float32
-    # Logits are about 2.5 in size; parameters and logits are rounded to 8 or 24 bits.
+    # Logits are about 2.5; parameters and logits are rounded to 8 or 24 bits.
     bound = {torch.float32: 1e-5, torch.bfloat16: 0.3}[dtype]
     assert (found - expected).abs().max() < bound
 
@@ -218,7 +219,7 @@ def test_narrow_parameters_give_float32_results_near_those_of_float64(dtype: tor
 
 @pytest.mark.parametrize("emission", EMISSIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_dict_carries_the_distribution(kind: str, emission: str):
+def test_state_dict_restores_the_distribution(kind: str, emission: str):
     head, h = make(kind, emission), hidden(3)
     other = CircuitHead(D, V, K, KINDS[kind], kind, emission, adapter_rank=2, dtype=DOUBLE)
     other.load_state_dict(head.state_dict())
@@ -226,12 +227,12 @@ def test_a_state_dict_carries_the_distribution(kind: str, emission: str):
     assert torch.equal(other.log_prob(h, x), head.log_prob(h, x))
 
 
-def test_the_shared_lm_head_is_never_written():
+def test_shared_lm_head_is_never_written():
     weight = torch.randn(V, D, dtype=DOUBLE)
     before = weight.clone()
     head = CircuitHead(D, V, K, 3, "cp", "adapter", dtype=DOUBLE)
     head.init_from_lm_head(weight)
-    head.load_state_dict(head.state_dict())  # nothing new: still shared
+    head.load_state_dict(head.state_dict())  # equal values: the memory stays shared
     assert head.unembed.data_ptr() == weight.data_ptr()
     head.load_state_dict({k: t + 1 for k, t in head.state_dict().items()})
     assert torch.equal(weight, before) and torch.equal(head.unembed, before + 1)
@@ -254,41 +255,41 @@ def test_the_shared_lm_head_is_never_written():
         ({"adapter_rank": 0}, "adapter_rank"),
     ],
 )
-def test_sizes_out_of_range_are_named(options: dict[str, Any], name: str):
+def test_invalid_sizes_are_named(options: dict[str, Any], name: str):
     sizes = {"hidden_size": D, "vocab_size": V, "n_token": K, "rank": 3, "kind": "cp"}
     with pytest.raises(ValueError, match=f"CircuitHead: {name}: expected .*, found"):
         CircuitHead(**{**sizes, **options})
 
 
-def test_leaves_beyond_the_free_memory_are_refused_before_they_take_any(monkeypatch):
+def test_leaves_larger_than_the_free_memory_are_refused_before_allocation(monkeypatch):
     sizes = (576, 49152, 8, 8, "btree")
     monkeypatch.setattr(layers, "free_bytes", lambda device: 3_000_000_000)
     with pytest.raises(ValueError) as caught:
         CircuitHead(*sizes, emission="full")
-    told = str(caught.value)
-    assert told.startswith("CircuitHead: emission: expected leaves that fit into the 3.0 GB")
-    assert 'emission="adapter", a shortlist' in told
-    assert told.endswith(
+    message = str(caught.value)
+    assert message.startswith("CircuitHead: emission: expected leaves that fit into the 3.0 GB")
+    assert 'emission="adapter", a shortlist' in message
+    assert message.endswith(
         "found 'full' of 8 positions x 8 components x 49152 tokens x width 576, which take 7.2 GB"
     )
     monkeypatch.undo()
-    # Larger than any machine's memory: the real one is asked.
+    # Larger than the memory of any machine, so the real function can be called.
     with pytest.raises(ValueError, match="n_token and rank take less, found 'adapter'"):
         CircuitHead(1 << 20, 1 << 40, 1, 1, "ff", emission="adapter")
 
 
-def test_without_an_emission_it_follows_from_the_tokens_that_are_drafted():
+def test_default_emission_depends_on_the_number_of_drafted_tokens():
     for count, emission in ((4096, "full"), (4097, "adapter"), (49152, "adapter")):
         assert MtpcConfig(rank=8).for_tokens(count).emission == emission
     assert MtpcConfig(emission="expander").for_tokens(9).emission == "expander"
 
 
-def test_other_dtypes_are_not_implemented():
+def test_unsupported_dtypes_are_refused():
     with pytest.raises(NotImplementedError, match="dtype"):
         CircuitHead(D, V, K, 3, "cp", dtype=torch.float8_e4m3fn)
 
 
-def test_wrong_inputs_are_named():
+def test_invalid_inputs_are_named():
     head, h, x = make("cp"), hidden(2, 3), torch.zeros(2, 3, K, dtype=torch.int64)
     gap = x.clone()
     gap[0, 0, 1] = IGNORE
@@ -328,7 +329,7 @@ def test_wrong_inputs_are_named():
 @pytest.mark.parametrize("contextual", [True, False])
 @pytest.mark.parametrize("emission", EMISSIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast_changes_results_by_its_rounding_alone(kind: str, emission: str, contextual: bool):
+def test_autocast_changes_results_only_by_its_rounding(kind: str, emission: str, contextual: bool):
     head = make(kind, emission, contextual=contextual, dtype=torch.float32)
     h, x = hidden(3).float(), torch.randint(0, V, (3, K))
     exact = head.log_prob(h, x)
@@ -337,7 +338,7 @@ def test_autocast_changes_results_by_its_rounding_alone(kind: str, emission: str
         tokens, conditional = head.sample(h, uniforms=torch.rand(3, K, 2))
         dist = head.full_conditional(h, x, 1)
     assert found.dtype == torch.float32
-    # Logits up to 60 in size are rounded to 8 bits: 0.125 each, and there are four positions.
+    # Logits up to 60 are rounded to 8 bits: an error of 0.125 at each of four positions.
     assert (found - exact).abs().max() < 1
     assert conditional.isfinite().all() and tokens.max() < V
     torch.testing.assert_close(dist.exp().sum(-1), torch.ones(3))
@@ -353,9 +354,7 @@ def test_autocast_changes_results_by_its_rounding_alone(kind: str, emission: str
     ("emission", "names"),
     [("full", {"emit"}), ("expander", {"maps", "unembed"}), ("adapter", {"lora_A", "lora_B"})],
 )
-def test_the_leaves_parameters_have_their_own_names_in_head_and_state_dict(
-    emission: str, names: set[str]
-):
+def test_parameters_of_the_leaves_are_attributes_of_the_head(emission: str, names: set[str]):
     head = make("hmm", emission)
     assert all(getattr(head, name) is getattr(head.leaves, name) for name in names)
     assert head.trans is head.sums.trans and not hasattr(head, "other")

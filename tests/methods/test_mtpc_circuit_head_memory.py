@@ -1,4 +1,4 @@
-"""Training never holds the logits over the vocabulary."""
+"""Peak memory of a training step: logits over the vocabulary are never stored whole."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("circuit_head_memory.py")
         (64, 64, 49152, 4, 8, "hmm", "adapter"),
     ],
 )
-def test_the_peak_of_a_step_is_at_most_a_quarter_of_the_logits(
+def test_peak_of_a_step_is_at_most_a_quarter_of_the_logits(
     rows: int, hidden: int, vocabulary: int, n_token: int, rank: int, kind: str, emission: str
 ):
     arguments = [rows, hidden, vocabulary, n_token, rank, kind, emission]

@@ -1,4 +1,4 @@
-"""CircuitHead with a shortlist: a head over a smaller vocabulary."""
+"""`CircuitHead` with a shortlist equals a head over a smaller vocabulary."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lora_ext.nn import CircuitHead
 
 @pytest.mark.parametrize("emission", EMISSIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_shortlist_is_the_head_of_a_smaller_vocabulary(kind: str, emission: str):
-    shortlist = torch.tensor([4, 0, 3])  # in any order; kept in ascending order
+def test_shortlist_equals_the_head_of_a_smaller_vocabulary(kind: str, emission: str):
+    shortlist = torch.tensor([4, 0, 3])  # given in any order, stored in ascending order
     small = make(kind, emission)
     head = CircuitHead(D, 5, K, KINDS[kind], kind, emission, 2, dtype=DOUBLE, shortlist=shortlist)
     head.load_state_dict({**small.state_dict(), "shortlist": shortlist.sort().values})
@@ -40,7 +40,7 @@ def test_a_shortlist_is_the_head_of_a_smaller_vocabulary(kind: str, emission: st
     assert torch.equal(head.argmax(h)[0], listed[small.argmax(h)[0]])
 
 
-def test_a_state_dict_brings_its_shortlist_or_is_refused():
+def test_state_dict_restores_its_shortlist_or_is_refused():
     listed, other = (CircuitHead(D, 9, K, 3, "cp", shortlist=ids) for ids in ([8, 5], [0, 1]))
     state = listed.state_dict()
     other.load_state_dict(state)
@@ -57,7 +57,7 @@ def test_a_state_dict_brings_its_shortlist_or_is_refused():
 
 
 @pytest.mark.parametrize("emission", EMISSIONS)
-def test_after_to_empty_a_state_dict_brings_list_and_parameters(emission: str):
+def test_state_dict_restores_list_and_parameters_after_to_empty(emission: str):
     head = make("hmm", emission, shortlist=[2, 0])
     with torch.device("meta"):
         other = CircuitHead(D, V, K, 3, "hmm", emission, 2, dtype=DOUBLE, shortlist=[0, 1])
@@ -66,7 +66,7 @@ def test_after_to_empty_a_state_dict_brings_list_and_parameters(emission: str):
     assert torch.equal(other.log_prob(h, x), head.log_prob(h, x))
 
 
-def test_a_shortlist_takes_its_rows_of_the_lm_head():
+def test_shortlist_is_initialised_from_its_rows_of_the_lm_head():
     weight, h, listed = torch.randn(5, D, dtype=DOUBLE), hidden(3), torch.tensor([0, 3, 4])
     for emission in EMISSIONS:
         options = {"dtype": DOUBLE, "shortlist": listed}
@@ -87,14 +87,14 @@ def test_a_shortlist_takes_its_rows_of_the_lm_head():
         (torch.tensor([[0, 1]]), r"found \(1, 2\)"),
     ],
 )
-def test_wrong_shortlists_are_named(shortlist: Tensor, error: str):
+def test_invalid_shortlists_are_named(shortlist: Tensor, error: str):
     with pytest.raises(ValueError, match=f"CircuitHead: shortlist: .*{error}"):
         CircuitHead(D, V, K, 3, "cp", shortlist=shortlist)
     with pytest.raises(TypeError, match="CircuitHead: shortlist: expected int64"):
         CircuitHead(D, V, K, 3, "cp", shortlist=torch.tensor([0, 1], dtype=torch.int32))
 
 
-def test_tokens_have_the_places_of_a_list_and_other_numbers_pass():
+def test_tokens_are_mapped_to_places_in_the_list():
     listed = Shortlist(torch.tensor([2, 5, 6]), 8)
     tokens = torch.tensor([5, 2, 6, 0, 7, -1, -9, 8])
     assert listed.places(tokens).tolist() == [1, 0, 2, -1, -1, -1, -9, 8]

@@ -1,4 +1,4 @@
-"""Decoders under constraints: satisfaction, greedy tokens, the law of samples, refusals."""
+"""Decoders under constraints: satisfaction, greedy tokens, distribution of samples and errors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ KINDS = ("ff", "cp", "hmm", "btree")
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"window": "restart"},
-    {"shortlist": torch.tensor([0, 1, 3])},  # neither the 2 that must come nor the end
+    {"shortlist": torch.tensor([0, 1, 3])},  # without the required 2 and the end
 ]
 
 
 def text(row: list[int]) -> tuple[int, ...]:
-    """Tokens before the end; fails where there is none."""
+    """Return the tokens before the end; raise if the row has no end."""
     return tuple(row[: row.index(EOS)])
 
 
@@ -33,7 +33,7 @@ def decoder(kind: str = "hmm", mode: str = "sample", guided: bool = True, **opti
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_row_satisfies_its_constraint_with_drafts_of_every_kind(
+def test_every_row_satisfies_its_constraint_with_every_kind_of_draft(
     kind: str, guided: bool
 ) -> None:
     ids, mask = prompts(3)
@@ -47,7 +47,7 @@ def test_every_row_satisfies_its_constraint_with_drafts_of_every_kind(
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_greedy_tokens_are_those_of_the_processor_in_generate(
+def test_greedy_tokens_equal_those_of_generate_with_the_processor(
     options: dict[str, Any], guided: bool
 ) -> None:
     ids, mask = prompts(3)
@@ -67,7 +67,7 @@ def test_greedy_tokens_are_those_of_the_processor_in_generate(
 
 
 def law_of_samples(guided: bool, temperature: float) -> dict[tuple[int, ...], float]:
-    """Of all texts, from the processor over every prefix of the model."""
+    """Return the probability of each text, by the processor on every prefix."""
     model, ids = make_model("llama"), prompts(1)[0]
     rows: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
     out: dict[tuple[int, ...], float] = {}
@@ -96,7 +96,7 @@ def law_of_samples(guided: bool, temperature: float) -> dict[tuple[int, ...], fl
 @pytest.mark.parametrize(
     ("options", "guided"), [(OPTIONS[0], False), (OPTIONS[0], True), (OPTIONS[2], True)]
 )
-def test_samples_follow_the_law_of_the_processor(options: dict[str, Any], guided: bool) -> None:
+def test_samples_have_the_processors_distribution(options: dict[str, Any], guided: bool) -> None:
     wanted = law_of_samples(guided, 1.5)
     assert sum(wanted.values()) == pytest.approx(1)
     count, ids = 800, prompts(1)[0]
@@ -105,7 +105,7 @@ def test_samples_follow_the_law_of_the_processor(options: dict[str, Any], guided
     )
     texts = [text(row) for row in found.sequences[:, ids.shape[1] :].tolist()]
     assert set(texts) <= set(wanted)
-    # The statistic of Pearson over texts that are expected often enough, within five deviations.
+    # Pearson's statistic over texts of sufficient expected count, within five deviations.
     often = {t: p for t, p in wanted.items() if p * count >= 5}
     assert len(often) > 8
     score = sum((texts.count(t) - count * p) ** 2 / (count * p) for t, p in often.items())
@@ -113,7 +113,7 @@ def test_samples_follow_the_law_of_the_processor(options: dict[str, Any], guided
     assert found.emitted_per_call > 1.2
 
 
-def test_a_bridge_and_a_chain_of_windows_are_constrained_too() -> None:
+def test_bridges_and_chains_of_windows_are_constrained_too() -> None:
     ids, mask = prompts(2)
     for mode, guided in itertools.product(("greedy", "sample"), (False, True)):
         found = decoder("cp", mode, guided, n_token=2, bridge=8, chain=2).generate(
@@ -122,7 +122,7 @@ def test_a_bridge_and_a_chain_of_windows_are_constrained_too() -> None:
         assert all(satisfies(text(r)) for r in found.sequences[:, ids.shape[1] :].tolist())
 
 
-def test_rows_have_constraints_of_their_own_and_the_others_keep_their_tokens() -> None:
+def test_rows_have_separate_constraints_and_free_rows_keep_their_tokens() -> None:
     ids, mask = prompts(3)
     other = Constraint.from_edges([(0, 1, 1), (1, 3, 1)], 0, {1}, V, EOS)
     mixed = decoder(constraint=[constraint(), None, other]).generate(
@@ -148,10 +148,8 @@ def test_stop_strings_beside_a_constraint_are_refused() -> None:
 
 @pytest.mark.parametrize("mode", ["sample", "greedy"])
 @pytest.mark.parametrize("options", [{}, {"bridge": 8, "n_token": 2}])
-def test_a_model_that_holds_impossible_what_must_come_is_told_and_not_followed(
-    options: dict[str, Any], mode: str
-) -> None:
-    """Here the 2 that every text contains; rows without a constraint go on."""
+def test_model_that_forbids_a_required_token_raises(options: dict[str, Any], mode: str) -> None:
+    # Every text contains 2; rows without a constraint continue.
     ids, mask = prompts(2)
     settings: dict[str, Any] = {"max_new_tokens": BUDGET, "eos_token_id": EOS, "seed": 1}
 
@@ -168,7 +166,7 @@ def test_a_model_that_holds_impossible_what_must_come_is_told_and_not_followed(
 
 
 class Short:
-    """A matcher of any text whose third token may not come."""
+    """Matcher that allows no third token."""
 
     def __init__(self) -> None:
         self.read = 0
@@ -186,7 +184,7 @@ class Short:
 
 @pytest.mark.parametrize("mode", ["sample", "greedy"])
 @pytest.mark.parametrize("options", [{}, {"bridge": 8, "n_token": 2}])
-def test_a_matcher_that_allows_nothing_more_is_told_unless_the_budget_ends_before(
+def test_matcher_that_allows_no_token_raises_within_the_budget(
     options: dict[str, Any], mode: str
 ) -> None:
     ids, mask = prompts(2)
@@ -198,8 +196,8 @@ def test_a_matcher_that_allows_nothing_more_is_told_unless_the_budget_ends_befor
         one.generate(ids, mask, max_new_tokens=3, eos_token_id=EOS, seed=1)
 
 
-def test_masked_drafts_emit_at_least_what_plain_drafts_would() -> None:
-    """A plain draft of the masked target is one whose tokens outside the mask are rejected."""
+def test_masked_drafts_are_accepted_at_least_as_often_as_plain_ones() -> None:
+    # A plain draft samples without the mask; its tokens outside the mask are rejected.
     torch.manual_seed(0)
     p, q = ((2 * torch.randn(200, 8)).softmax(-1) for _ in range(2))
     live = torch.rand(200, 8) < 0.6
@@ -222,7 +220,7 @@ def test_masked_drafts_emit_at_least_what_plain_drafts_would() -> None:
         ({}, {"repetition_penalty": 1.1}, "repetition_penalty: expected"),
     ],
 )
-def test_what_cannot_be_met_is_refused_before_the_model_runs(
+def test_unsatisfiable_requests_are_refused_before_the_model_runs(
     given: dict[str, Any], call: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = decoder(**given)

@@ -1,7 +1,7 @@
-"""The law of a constrained call, draft, forced run and test together, by enumeration.
+"""The distribution of a constrained call (draft, forced run and test) by enumeration.
 
-Every draw and every test is a step function of its uniform; bisection finds the steps, as
-``test_circuit_decode_law`` does. The model is a table of next-token laws.
+Every sample and every test is a step function of its uniform; bisection finds the steps, as in
+``test_circuit_decode_law``. The model is a table of next-token distributions.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lora_ext.control import Constraint, ConstraintProcessor
 from lora_ext.methods.mtpc._constrained import Constrained
 from lora_ext.methods.mtpc._request import Request
 
-N, BUDGET, LONG = 2, 7, 5  # tokens of a window, of a text, and those whose law is compared
+N, BUDGET, LONG = 2, 7, 5  # tokens of a window, of a text, and of compared prefixes
 Tokens = tuple[int, ...]
-# Behind two tokens comes a run of "2 3", of "0", or none, by the second of them.
+# After two tokens, the second one determines the forced run: "2 3", "0" or none.
 EDGES = [(0, 0, 1), (0, 1, 1), (1, 0, 2), (1, 1, 3), (1, 2, 5), (1, 3, 4), (2, 2, 6), (6, 3, 5)]
 EDGES += [(3, 0, 5), (4, 1, 5), (4, 3, 5), (5, 0, 5), (5, 1, 5), (5, 3, 5)]
 
@@ -32,7 +32,7 @@ def constraint() -> Constraint:
 
 
 class Call:
-    """One call of a decoder on a table instead of a model, for many rows at once."""
+    """Call of a decoder for many rows at once, with a table instead of a model."""
 
     def __init__(self, guided: bool, control: type[Constrained] = Constrained):
         draft = make_draft(make_model("llama"), "cp", n_token=N, rank=2)
@@ -43,8 +43,8 @@ class Call:
 
     @torch.no_grad()
     def __call__(self, drawing: Tensor, testing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Uniforms ``(B, N)`` and ``(B, N + 1)`` to window and runs, how many stay, the token."""
-        batch, most = len(drawing), 1 - 2.0**-24  # bisection would ask for 1 itself
+        """Map uniforms ``(B, N)`` and ``(B, N + 1)`` to tokens, accepted count and next token."""
+        batch, most = len(drawing), 1 - 2.0**-24  # bisection would pass 1 itself
         drawing, testing = drawing.clamp(max=most), testing.clamp(max=most)
         request = Request(BUDGET, frozenset([EOS]), 0, None, [0] * batch, {})
         control = self.control(self.decoder, request, batch)
@@ -60,7 +60,7 @@ class Call:
         return torch.stack([self.model(tokens[:k]) for k in range(len(tokens) + 1)]).log()
 
     def drafts(self) -> dict[Tokens, tuple[float, list[float]]]:
-        """Of every window: how likely it is drawn, and uniforms that draw it."""
+        """Return for every window its probability, and uniforms that sample it."""
         found: dict[Tokens, tuple[float, list[float]]] = {(): (1.0, [])}
         for k in range(N):
             at = torch.tensor([u for _, u in found.values()], dtype=torch.float64)
@@ -81,8 +81,7 @@ class Call:
         return found
 
     def law(self) -> dict[Tokens, float]:
-        """Of the first ``LONG`` tokens behind the call; the table's own law behind what it
-        emits."""
+        """Return the distribution of ``LONG`` tokens, completed by the table after the call."""
         found = self.drafts()
         at = torch.tensor([u for _, u in found.values()], dtype=torch.float64)
         chance = [p for p, _ in found.values()]
@@ -91,7 +90,7 @@ class Call:
 
             def run(u: Tensor, which: int, k: int = k) -> tuple[Tensor, Tensor, Tensor]:
                 numbers = torch.zeros(len(u), N + 1, dtype=torch.float64)
-                numbers[:, k] = 1 - 2.0**-24  # rejected there if it can be
+                numbers[:, k] = 1 - 2.0**-24  # rejected at k if possible
                 numbers[:, which] = u
                 return self(at.repeat(len(u) // len(at), 1), numbers)
 
@@ -122,14 +121,14 @@ class Call:
 
     @cache  # noqa: B019
     def next(self, text: Tokens) -> list[float]:
-        """The stated law behind some tokens, by the processor of ``generate``."""
+        """Return the expected distribution after `text`, by the processor of ``generate``."""
         how = ConstraintProcessor(constraint(), self.decoder.guide, max_new_tokens=BUDGET)
         for k in range(len(text) + 1):
             law = how(torch.tensor([[0, *text[:k]]]), self.model(text[:k]).log()[None])
         return law[0].softmax(-1).tolist()
 
     def distance(self) -> float:
-        """Total variation between the law of the call and the stated one."""
+        """Return the total variation between the call's and the expected distribution."""
         expected: dict[Tokens, float] = {}
         self.emit(expected, (), 1.0)
         found = self.law()
@@ -138,11 +137,11 @@ class Call:
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_constrained_call_has_the_stated_law_forced_runs_included(guided: bool) -> None:
+def test_constrained_call_with_forced_runs_has_the_expected_distribution(guided: bool) -> None:
     assert Call(guided).distance() < 1e-6
 
 
-def test_runs_of_a_batch_have_lengths_of_their_own() -> None:
+def test_forced_runs_of_a_batch_have_different_lengths() -> None:
     call = Call(False)
     drawn = torch.tensor([u for _, u in call.drafts().values()], dtype=torch.float64)
     tokens, accepted, _ = call(drawn, torch.zeros(len(drawn), N + 1).double())
@@ -151,7 +150,7 @@ def test_runs_of_a_batch_have_lengths_of_their_own() -> None:
     }  # fmt: skip
 
 
-def test_states_that_ignore_the_draft_fail_the_same_test() -> None:
+def test_enumeration_detects_states_that_ignore_the_draft() -> None:
     class Standing(Constrained):
         def target(self, target: Tensor) -> Tensor:
             self._window = [p._replace(blocks=self._window[0].blocks) for p in self._window]
@@ -160,8 +159,8 @@ def test_states_that_ignore_the_draft_fail_the_same_test() -> None:
     assert Call(False, Standing).distance() > 1e-3
 
 
-def test_an_answer_that_is_mostly_forced_takes_few_calls() -> None:
-    """Greedy tokens stay those of the processor, and a run of ten comes with the first call."""
+def test_mostly_forced_answer_takes_one_call() -> None:
+    # The tokens must equal those of the processor; a run of ten is part of the first call.
     run = [(s, s % 4, s + 1) for s in range(1, 11)]
     one = Constraint.from_edges([(0, 0, 1), (0, 1, 1), *run], 0, {11}, V, EOS)
     free: Any = [None, one]

@@ -1,4 +1,4 @@
-"""SpeculativeDecoder: greedy tokens, the law of samples, batches, stop rules, statistics."""
+"""`SpeculativeDecoder`: greedy tokens, distribution of samples, batches, stopping, statistics."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ def greedy(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_those_of_generate(
+def test_greedy_tokens_equal_those_of_generate(
     family: str, batch: int, window: str, draft_layers: int
 ):
     model, (ids, mask) = make_model(family), prompts(batch)
     expected = greedy(model, ids, mask, max_new_tokens=NEW)
     draft = make_draft(model, draft_layers=draft_layers)
-    train(draft, expected[:, :26], steps=10)  # a head that knows the answers in part
+    train(draft, expected[:, :26], steps=10)  # so that the head predicts some tokens correctly
     found = draft.decoder(mode="greedy", window=window).generate(ids, mask, max_new_tokens=NEW)
     assert torch.equal(found.sequences, expected)
-    assert 0.5 < found.accepted_per_call < 2.9  # of 4, or 3 with evidence: it accepts and rejects
+    # Of 4, or 3 with evidence: some tokens are accepted, some rejected.
+    assert 0.5 < found.accepted_per_call < 2.9
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_greedy_tokens_do_not_depend_on_the_shortlist(window: str, emission: str
 
 
 @pytest.mark.parametrize("eos", range(5))
-def test_greedy_rows_end_where_those_of_generate_end(eos: int):
+def test_greedy_rows_end_like_those_of_generate(eos: int):
     model, (ids, mask) = make_model("llama"), prompts(3)
     expected = greedy(model, ids, mask, max_new_tokens=NEW, eos_token_id=eos)
     decoder = make_draft(model).decoder(mode="greedy")
@@ -81,16 +82,16 @@ def test_greedy_rows_end_where_those_of_generate_end(eos: int):
     assert torch.equal(found.sequences, expected)
 
 
-def test_the_last_position_of_the_model_is_reached_and_not_passed():
+def test_last_position_of_the_model_is_reached_and_not_exceeded():
     model, (ids, mask) = make_model("gpt2"), prompts(2)
-    room = 64 - ids.shape[1]  # GPT-2 has no embedding for a later position
+    room = 64 - ids.shape[1]  # GPT-2 has no embedding for later positions
     expected = greedy(model, ids, mask, max_new_tokens=room)
     found = make_draft(model).decoder(mode="greedy").generate(ids, mask, max_new_tokens=room)
     assert torch.equal(found.sequences, expected)
 
 
-def test_the_first_draft_of_an_untrained_head_starts_with_the_models_token():
-    """Component by component it is the LM head, so a call accepts at least its first token."""
+def test_untrained_head_drafts_the_models_first_token():
+    # Each component is initialised with the LM head, so the first token is accepted.
     model, (ids, mask) = make_model("llama"), prompts(1)
     decoder = make_draft(model, noise=0).decoder(mode="greedy")
     found = decoder.generate(ids, mask, max_new_tokens=1)
@@ -98,18 +99,18 @@ def test_the_first_draft_of_an_untrained_head_starts_with_the_models_token():
 
 
 # -------------------------------------------------------------------------------------------------
-# The law of samples, by enumeration of all paths of the decoder
+# Distribution of samples, by enumeration of all paths of the decoder
 
 
 class Enumerated(mtpc.SpeculativeDecoder):
-    """Row b follows path b: at each call a given draft and a given outcome of the tests.
+    """Decoder in which row b follows path b: a given draft and test outcome at each call.
 
-    ``weight[b]`` becomes the probability of the path, by the rules; the ops are run on uniforms
-    from inside the path's region, and must give the path.
+    ``weight[b]`` becomes the probability of the path by the rules. The ops run on uniforms from
+    inside the path's region, and must give the path.
     """
 
     def follow(self, paths: Tensor, drafts: list[Tensor]) -> None:
-        """``paths (B, calls)`` numbers the drafts (rows of ``drafts[call]``) and outcomes."""
+        """Set ``paths (B, calls)``: numbers of drafts (rows of ``drafts[call]``) and outcomes."""
         self.paths, self.drafts, self.call = paths, drafts, -1
         self.weight = torch.ones(len(paths), dtype=torch.float64)
 
@@ -133,7 +134,7 @@ class Enumerated(mtpc.SpeculativeDecoder):
         self.weight[self.rows] *= drawn
         self.possible = drawn > 0
         uniforms = torch.zeros(len(tokens), n, 2)
-        for k in range(n):  # the likeliest state, then the token, in the middle of their cells
+        for k in range(n):  # the likeliest state, then the token, each in the middle of its cell
             state = scan.posterior[:, k].argmax(-1)
             leaf = circuit.leaf[torch.arange(len(tokens)), k, state].softmax(-1)
             uniforms[:, k, 0] = middle(scan.posterior[:, k], state)
@@ -165,7 +166,7 @@ class Enumerated(mtpc.SpeculativeDecoder):
         uniforms[:, n] = middle(residual, token)
         self.weight[self.rows] *= weight
         found = super().verify(draft, target, pending, uniforms.float())
-        # Narrower cells may lie between two float32 numbers.
+        # Cells narrower than this may contain no float32 number.
         likely = self.possible & (weight > 1e-6)
         self.check(found[0][likely], accepted[likely])
         self.check(found[1][likely], token[likely])
@@ -175,7 +176,7 @@ class Enumerated(mtpc.SpeculativeDecoder):
         assert torch.equal(found, expected)
 
     def next_law(self, p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
-        """Of the token after the accepted ones, not normalised."""
+        """Return unnormalised probabilities of the token after the accepted ones."""
         return (p - q).clamp(min=0)
 
     def head_conditional(self, draft: Any, k: int) -> Tensor:
@@ -186,7 +187,7 @@ class Enumerated(mtpc.SpeculativeDecoder):
 
 
 def middle(weights: Tensor, index: Tensor) -> Tensor:
-    """The middle of the cell of ``index`` under inverse-CDF sampling."""
+    """Return the middle of the cell of ``index`` under inverse-CDF sampling."""
     sums = weights.cumsum(-1)
     at = index[:, None]
     end, width = sums.gather(1, at), weights.gather(1, at)
@@ -201,7 +202,7 @@ def law(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def true_law(model: Any, prompt: Tensor, new: int, temperature: float, top_p: float) -> Tensor:
-    """Of all sequences of ``new`` tokens, in the order of itertools.product."""
+    """Return the probabilities of all ``new``-token sequences, ordered as itertools.product."""
     v = model.config.vocab_size
     tails = torch.tensor(list(itertools.product(range(v), repeat=new)))
     ids = torch.cat([prompt.expand(len(tails), -1), tails], 1)
@@ -221,20 +222,20 @@ def enumerate_paths(
     new: int = 3,
     shortlist: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The decoder's law of the first tokens, and the verifier's."""
+    """Return the distributions of the first tokens by the decoder and by the verifier."""
     model = make_model("llama", vocab=v, layers=1, width=8)
     head = make_draft(model, kind, n_token=n, noise=1.0, shortlist=shortlist).head
     decoder = kind_of_decoder(model, head, window=window, temperature=temperature, top_p=top_p)
-    free = [n, *[n - 1 if window == "condition" else n] * (new - 1)]  # drafted at each call
+    free = [n, *[n - 1 if window == "condition" else n] * (new - 1)]  # tokens drafted at each call
     drafts = [torch.tensor(list(itertools.product(range(v), repeat=k))).view(-1, k) for k in free]
     codes = torch.tensor([v**k * (k + 1) * v for k in free])
     paths = torch.cartesian_prod(*(torch.arange(c) for c in codes))
     decoder.follow(paths, drafts)
     prompt = torch.tensor([[1, 0, 1]])
-    rows = range(len(paths))  # a row's seed is the number of its path
+    rows = range(len(paths))  # the seed of a row is the number of its path
     found = decoder.generate(prompt.expand(len(paths), -1), max_new_tokens=new, seed=rows)
-    assert len({*found.calls}) == new  # some paths took one call, some one for every token
-    # A path that was over after c calls was followed once for every continuation.
+    assert len({*found.calls}) == new  # some paths need one call, some one per token
+    # A path that ends after c calls is counted once for every continuation.
     unused = torch.cat([codes.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.int64)])
     weight = decoder.weight / unused[torch.tensor(found.calls)]
     place = (found.sequences[:, 3:] * v ** torch.arange(new - 1, -1, -1)).sum(1)
@@ -253,7 +254,7 @@ def enumerate_paths(
         ("restart", "ff", 2, 2, 1.0, 0.6),
     ],
 )
-def test_samples_have_the_law_of_the_verifier(
+def test_samples_have_the_distribution_of_the_verifier(
     window: str, kind: str, v: int, n: int, temperature: float, top_p: float
 ):
     total, expected = enumerate_paths(Enumerated, window, kind, v, n, temperature, top_p)
@@ -266,35 +267,35 @@ def test_samples_have_the_law_of_the_verifier(
     ("window", "kind", "new"),
     [("condition", "cp", 3), ("condition", "hmm", 3), ("restart", "hmm", 2)],
 )
-def test_a_shortlist_changes_no_law(window: str, kind: str, new: int):
-    """Token 1 is never drafted; it is emitted all the same, and then stands as evidence."""
+def test_shortlist_does_not_change_the_distribution(window: str, kind: str, new: int):
+    # Token 1 is never drafted, but it is emitted and then used as evidence.
     shortlist = torch.tensor([2, 0])
     total, expected = enumerate_paths(Enumerated, window, kind, 3, 2, new=new, shortlist=shortlist)
-    assert expected[3**new // 2] > 1e-3  # token 1 throughout
+    assert expected[3**new // 2] > 1e-3  # token 1 at every position
     assert (total - expected).abs().sum().item() / 2 < 1e-12
 
 
 class Dropping(Enumerated):
-    """The rule of the authors' code: where a >= 1 tokens are accepted the next one is thrown away,
-    and its position is drafted and tested anew, which gives it the verifier's law."""
+    """Decoder by the rule of the authors' code: after a >= 1 accepted tokens, the next one is
+    discarded; its position is drafted and tested again, and gets the verifier's distribution."""
 
     def next_law(self, p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
         return torch.where((accepted > 0)[:, None], p, super().next_law(p, q, accepted))
 
     def check(self, found: Tensor, expected: Tensor) -> None:
-        pass  # our op has another rule
+        pass
 
 
-def test_a_decoder_that_drops_the_kept_token_would_have_another_law():
+def test_discarding_the_kept_token_changes_the_distribution():
     total, expected = enumerate_paths(Dropping, "condition", "hmm", 3, 2)
     assert total.sum().item() == pytest.approx(1, abs=1e-12)
     assert (total - expected).abs().sum().item() / 2 > 0.01
 
 
-def test_tokens_that_the_verifier_forbids_are_never_emitted():
+def test_tokens_forbidden_by_the_verifier_are_never_emitted():
     model, (ids, mask) = make_model("llama"), prompts(3)
     draft = make_draft(model, "hmm")
-    with torch.no_grad():  # a draft that wants the forbidden token most of the time
+    with torch.no_grad():  # makes the draft prefer the forbidden token
         draft.head.emit[:, :, 3] = 0
         draft.head.emit[:, :, 3, :] += 5 * draft.hidden_states(input_ids=ids).mean((0, 1)).sign()
 
@@ -313,7 +314,7 @@ def test_tokens_that_the_verifier_forbids_are_never_emitted():
     handle.remove()
 
 
-def test_top_p_keeps_the_likeliest_tokens_that_reach_it():
+def test_top_p_keeps_the_likeliest_tokens_up_to_its_mass():
     p = torch.tensor([0.05, 0.5, 0.2, 0.25])
     kept = [nucleus(p.log(), top_p).softmax(-1) for top_p in (0.4, 0.5, 0.51, 1.0)]
     torch.testing.assert_close(kept[0], torch.tensor([0, 1.0, 0, 0]))
@@ -328,7 +329,7 @@ def test_top_p_keeps_the_likeliest_tokens_that_reach_it():
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_depends_on_its_seed_and_not_on_its_batch(family: str, window: str):
+def test_row_depends_on_its_seed_and_not_on_its_batch(family: str, window: str):
     model, (ids, mask) = make_model(family), prompts(3)
     decoder = make_draft(model, draft_layers=1).decoder(window=window)
     together = decoder.generate(ids, mask, max_new_tokens=NEW, eos_token_id=3, seed=[5, 6, 7])
@@ -365,7 +366,7 @@ def test_emission_stops_at_the_first_end_and_at_the_budget(window: str):
     assert ends.sequences.shape[1] == 6 + longest
 
 
-def test_statistics_count_calls_and_uncut_tokens():
+def test_statistics_count_calls_and_untruncated_tokens():
     model, (ids, mask) = make_model("llama"), prompts(2)
     draft = make_draft(model)
     for window, passes in (("condition", 1), ("restart", 2)):
@@ -387,7 +388,7 @@ def sampled(seed: Any = None, batch: int = 3) -> mtpc.Generation:
     return make_draft(model).decoder().generate(ids, max_new_tokens=NEW, seed=seed)
 
 
-def test_without_a_seed_calls_differ_and_follow_torchs_generator():
+def test_calls_without_a_seed_use_torchs_generator():
     model, (ids, mask) = make_model("llama"), prompts(3)
     decoder = make_draft(model).decoder()
 
@@ -402,15 +403,15 @@ def test_without_a_seed_calls_differ_and_follow_torchs_generator():
 
 
 @pytest.mark.slow
-def test_neighbouring_seeds_share_no_row():
+def test_successive_seeds_share_no_row():
     rows = [tuple(row) for seed in range(4) for row in sampled(seed).sequences.tolist()]
-    assert len(set(rows)) == 12  # equal prompts; equal draws would give equal rows
+    assert len(set(rows)) == 12  # equal prompts: equal random numbers would give equal rows
     assert torch.equal(sampled(1).sequences, sampled(1).sequences)
     assert torch.equal(sampled(1, batch=2).sequences, sampled(1).sequences[:2])
     assert len({seed for s in range(50) for seed in sampled(s, batch=2).seeds}) == 100
 
 
-def test_a_row_can_be_drawn_again_by_the_seed_that_it_had():
+def test_rows_are_reproduced_by_their_recorded_seeds():
     found = sampled()
     again = sampled(found.seeds[1:], batch=2)
     assert found.seeds[1:] == again.seeds
@@ -418,7 +419,7 @@ def test_a_row_can_be_drawn_again_by_the_seed_that_it_had():
     assert torch.equal(sampled(found.seeds[2:], batch=1).sequences, found.sequences[2:])
 
 
-def test_seeds_that_are_no_integers_or_of_another_number_are_refused():
+def test_invalid_seeds_are_refused():
     with pytest.raises(ValueError, match="seed: expected None, one or 3, found 2"):
         sampled([1, 2])
     for wrong in ([1.5, 2, 3], 1.5, "abc"):
@@ -445,7 +446,7 @@ def test_head_and_model_may_differ_in_dtype(model_dtype: str, head_dtype: str, w
     assert sampled.sequences.shape == expected.shape
 
 
-def test_wrong_arguments_are_named():
+def test_invalid_arguments_are_named():
     model, (ids, mask) = make_model("llama"), prompts(2)
     head = make_draft(model).head
     make: Any = mtpc.SpeculativeDecoder

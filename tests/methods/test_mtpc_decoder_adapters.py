@@ -1,4 +1,4 @@
-"""SpeculativeDecoder inside ``adapters``: the block follows the rows that are left."""
+"""`SpeculativeDecoder` in ``adapters`` blocks, which follow the rows that remain."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def with_layers() -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("window", ["condition", "restart"])
 @pytest.mark.parametrize("kind", [with_pool, with_layers])
-def test_rows_that_go_on_keep_their_adapters(kind: Any, window: str) -> None:
+def test_remaining_rows_keep_their_adapters(kind: Any, window: str) -> None:
     model, pool = kind()
     ids, mask = prompts(3)
     decoder = make_draft(model).decoder(mode="greedy", window=window)
@@ -57,7 +57,7 @@ def test_rows_that_go_on_keep_their_adapters(kind: Any, window: str) -> None:
     with lora_ext.adapters(NAMES, pool=pool):
         found = decoder.generate(ids, mask, **how)
         with torch.no_grad():
-            model(ids)  # the block means its three rows again
+            model(ids)  # the block applies to its three rows again
     answers = []
     for row, name in enumerate(NAMES):
         with lora_ext.adapters(name, pool=pool):
@@ -68,13 +68,13 @@ def test_rows_that_go_on_keep_their_adapters(kind: Any, window: str) -> None:
         mine = found.sequences[row, ids.shape[1] :]
         assert torch.equal(mine[: len(alone)], alone)
         answers.append(len(alone))
-    assert len(set(answers)) == 3  # each row ends by itself, so the batch shrinks twice
+    assert len(set(answers)) == 3  # rows end at different steps, so the batch shrinks twice
     base = model.generate(ids, attention_mask=mask, do_sample=False, **how)
     assert not torch.equal(base, found.sequences)
 
 
 @pytest.mark.parametrize("kind", [with_pool, with_layers])
-def test_names_of_the_call_are_a_block_around_it(kind: Any) -> None:
+def test_adapter_names_of_a_call_equal_a_block_around_it(kind: Any) -> None:
     model, pool = kind()
     decoder = make_draft(model).decoder(mode="greedy")
     ids, mask = prompts(3)
@@ -82,7 +82,7 @@ def test_names_of_the_call_are_a_block_around_it(kind: Any) -> None:
         expected = decoder.generate(ids, mask, max_new_tokens=NEW).sequences
     found = decoder.generate(ids, mask, max_new_tokens=NEW, adapter_names=NAMES)
     assert torch.equal(found.sequences, expected)
-    with lora_ext.adapters("red", pool=pool):  # the call's own names win
+    with lora_ext.adapters("red", pool=pool):  # the names of the call take precedence
         found = decoder.generate(ids, mask, max_new_tokens=NEW, adapter_names=NAMES)
     assert torch.equal(found.sequences, expected)
     assert not torch.equal(expected, decoder.generate(ids, mask, max_new_tokens=NEW).sequences)
@@ -90,8 +90,8 @@ def test_names_of_the_call_are_a_block_around_it(kind: Any) -> None:
         decoder.generate(ids, mask, max_new_tokens=NEW, adapter_names=["red", "bleu", None])
 
 
-def test_one_head_drafts_for_two_adapters_and_each_verifies_its_own_rows() -> None:
-    """Sampled rows have the law of their adapter: with their seeds they are the rows alone."""
+def test_one_head_drafts_for_rows_of_two_adapters() -> None:
+    # Each row must equal the row sampled alone with its seed and adapter.
     model, pool = with_pool()
     decoder = make_draft(model).decoder(mode="sample")
     ids, mask = prompts(4)
@@ -103,21 +103,21 @@ def test_one_head_drafts_for_two_adapters_and_each_verifies_its_own_rows() -> No
         alone = decoder.generate(prompt, seed=[5 + row], adapter_names=[name], **how)
         mine, its = found.sequences[row, ids.shape[1] :], alone.sequences[0, prompt.shape[1] :]
         assert torch.equal(mine[: len(its)], its)
-    assert sum(found.accepted) > 0  # the head helps
+    assert sum(found.accepted) > 0  # drafts are accepted
     assert pool.stats()["pins"] == 0
 
 
-def test_a_tail_and_a_pool_do_not_meet() -> None:
+def test_draft_tail_on_an_attached_model_is_refused() -> None:
     model, _ = with_pool()
     with pytest.raises(ValueError, match=r"DraftTail: model: .*attached.*draft_layers=0"):
         make_draft(model, draft_layers=1)
 
 
-def test_activated_adapters_begin_in_the_prompt_whatever_is_drafted() -> None:
+def test_activated_adapters_start_in_the_prompt_only() -> None:
     model, _ = with_pool(alora_invocation_tokens=[1])
     ids, mask = prompts(3)
     ids[ids == 1] = 2
-    ids[0, 2] = ids[2, 5] = 1  # the second row is the base model's
+    ids[0, 2] = ids[2, 5] = 1  # the second row has no invocation
     how: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None}
     decoder = make_draft(model).decoder(mode="greedy")
     found = decoder.generate(ids, mask, adapter_names=NAMES, **how).sequences[:, ids.shape[1] :]

@@ -1,4 +1,4 @@
-"""A draft in a folder: what is written, what comes back, what is refused."""
+"""Drafts in folders: written files, restored drafts and errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def saved(folder: Path, **fields: Any) -> mtpc.Draft:
 @pytest.mark.parametrize("draft_layers", [0, 1])
 @pytest.mark.parametrize("shortlist", [None, [0, 2, 4]])
 @pytest.mark.parametrize("emission", ["full", "expander", "adapter"])
-def test_a_draft_comes_back_with_its_configuration(
+def test_saved_draft_is_restored_with_its_configuration(
     tmp_path: Path, emission: str, shortlist: list[int] | None, draft_layers: int
 ):
     draft = saved(tmp_path, emission=emission, shortlist=shortlist, draft_layers=draft_layers)
@@ -42,7 +42,7 @@ def test_a_draft_comes_back_with_its_configuration(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_and_option_comes_back(tmp_path: Path, kind: str):
+def test_every_kind_and_option_is_restored(tmp_path: Path, kind: str):
     options = {"contextual": False, "share_transitions": True, "gamma": 1.0, "beta": 0.25}
     draft = saved(tmp_path, kind=kind, **options)
     found = mtpc.Draft.load(make_model("llama"), str(tmp_path))
@@ -51,9 +51,7 @@ def test_every_kind_and_option_comes_back(tmp_path: Path, kind: str):
 
 
 @pytest.mark.parametrize("shortlist", [None, [0, 2, 4]])
-def test_an_unembedding_that_is_the_models_is_not_written(
-    tmp_path: Path, shortlist: list[int] | None
-):
+def test_unembedding_of_the_model_is_not_saved(tmp_path: Path, shortlist: list[int] | None):
     draft = saved(tmp_path, emission="adapter", shortlist=shortlist)
     assert "head.unembed" not in load_file(tmp_path / TENSORS)
     model = make_model("llama")
@@ -69,7 +67,7 @@ def test_an_unembedding_that_is_the_models_is_not_written(
     assert torch.equal(again.head.unembed, draft.head.unembed) and torch.equal(own, before)
 
 
-def test_the_head_keeps_the_dtype_in_which_it_was_saved(tmp_path: Path):
+def test_head_keeps_its_saved_dtype(tmp_path: Path):
     draft = make_draft(make_model("llama"), emission="adapter", draft_layers=1)
     draft.float()
     draft.save(tmp_path)
@@ -116,14 +114,14 @@ def hostile_configs() -> list[Any]:
 
 
 @pytest.mark.parametrize(("change", "message"), hostile_configs())
-def test_a_configuration_that_does_not_fit_is_refused(tmp_path: Path, change: Any, message: str):
+def test_invalid_configurations_are_refused(tmp_path: Path, change: Any, message: str):
     saved(tmp_path)
     rewrite(tmp_path, change)
     refused(tmp_path, message)
 
 
 def refused(folder: Path, message: str) -> None:
-    """The folder is refused, and the model stays as it was."""
+    """Check that the folder is refused and the model stays unchanged."""
     model = make_model("llama").requires_grad_(True)
     modules = {name: id(m) for name, m in model.named_modules()}
     with pytest.raises(ValueError, match=message):
@@ -132,7 +130,7 @@ def refused(folder: Path, message: str) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_other_files_are_refused(tmp_path: Path):
+def test_invalid_files_are_refused(tmp_path: Path):
     refused(tmp_path / "nowhere", "cannot be opened")
     saved(tmp_path)
     text = (tmp_path / CONFIG).read_text()
@@ -179,7 +177,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path):
     refused(tmp_path, "head: expected one floating dtype, found {torch.int64}")
 
 
-def test_a_draft_of_another_model_is_refused(tmp_path: Path):
+def test_draft_of_another_model_is_refused(tmp_path: Path):
     saved(tmp_path)
     with pytest.raises(ValueError, match=r"head\.emit: expected \(4, 3, 7, 16\), found"):
         mtpc.Draft.load(make_model("llama", vocab=7), tmp_path)
@@ -187,7 +185,7 @@ def test_a_draft_of_another_model_is_refused(tmp_path: Path):
         mtpc.Draft.load(make_model("llama").base_model, tmp_path)
 
 
-def test_a_save_that_fails_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_failed_save_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     draft = saved(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
@@ -201,7 +199,7 @@ def test_a_save_that_fails_leaves_the_old_files(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("draft_layers", [0, 2])
-def test_a_removed_draft_leaves_the_model_as_it_was_found(draft_layers: int):
+def test_removing_a_draft_restores_the_model(draft_layers: int):
     model = make_model("gpt2").requires_grad_(True)
     model.get_output_embeddings().requires_grad_(False)
     modules = {name: id(m) for name, m in model.named_modules()}

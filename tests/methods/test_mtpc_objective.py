@@ -1,4 +1,4 @@
-"""The objective: cross entropy, distillation, gradients, a shortlist, errors."""
+"""`window_loss`: cross entropy, distillation, gradients, shortlist and errors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lora_ext.nn import CircuitHead
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_without_discount_is_the_joint_likelihood(kind: str):
+def test_loss_without_discount_equals_the_joint_likelihood(kind: str):
     head, h, x = make(kind), hidden(2, 3), torch.randint(0, V, (2, 3, K))
     loss, _ = window_loss(head, h, x, gamma=1.0)
     expected = -head.log_prob(h, x)[..., -1].mean() / K
     torch.testing.assert_close(loss, expected)
 
 
-def test_loss_is_the_formula_with_ignored_targets():
+def test_loss_equals_the_formula_with_ignored_targets():
     head, h, x = make("hmm"), hidden(5), torch.randint(0, V, (5, K))
     x[0, 1] = x[1, 2:] = IGNORE
-    x[:, 3] = IGNORE  # no valid target: its term is zero, not 0 / 0
+    x[:, 3] = IGNORE  # no valid target: the term is zero instead of 0 / 0
     loss, each = window_loss(head, h, x, gamma=0.5)
     c = head.conditionals(h, x)
     terms = [-c[:, k].sum() / max(1, int((x[:, k] != IGNORE).sum())) for k in range(K)]
@@ -37,11 +37,11 @@ def test_loss_is_the_formula_with_ignored_targets():
 
 @pytest.mark.parametrize("leading", [(5,), (2, 3)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_distillation_is_the_divergence_from_the_teacher(kind: str, leading: tuple[int, ...]):
+def test_distillation_equals_the_divergence_from_the_teacher(kind: str, leading: tuple[int, ...]):
     head, h, x = make(kind), hidden(*leading), torch.randint(0, V, (*leading, K))
     x[0, ..., -1] = IGNORE
     teacher = torch.randn(*leading, K, V, dtype=DOUBLE)
-    teacher[..., 0, 0] = -torch.inf  # a token that the teacher forbids costs nothing
+    teacher[..., 0, 0] = -torch.inf  # a token forbidden by the teacher adds nothing
     _, each = window_loss(head, h, x, beta=1.0, teacher_logits=teacher)
     for k in range(K):
         q = head.full_conditional(h, x, k)
@@ -57,7 +57,7 @@ def test_distillation_is_the_divergence_from_the_teacher(kind: str, leading: tup
 @pytest.mark.parametrize(
     ("kind", "emission"), [*((k, "full") for k in KINDS), ("cp", "expander"), ("hmm", "adapter")]
 )
-def test_gradients_of_all_parameters_are_those_of_finite_differences(kind: str, emission: str):
+def test_gradients_of_all_parameters_equal_finite_differences(kind: str, emission: str):
     head, h, x = (
         make(kind, emission, n_token=3),
         hidden(2),
@@ -76,7 +76,7 @@ def test_gradients_of_all_parameters_are_those_of_finite_differences(kind: str, 
 
 
 class Loss(torch.nn.Module):
-    """The loss as a forward, for functional_call."""
+    """Module with the loss as its forward, for functional_call."""
 
     def __init__(self, head: CircuitHead):
         super().__init__()
@@ -86,7 +86,7 @@ class Loss(torch.nn.Module):
         return window_loss(self.head, h, x)[0]
 
 
-def test_windows_without_targets_have_no_loss_and_no_gradient():
+def test_windows_without_targets_have_zero_loss_and_gradient():
     head, x = make("btree"), torch.full((3, K), IGNORE)
     loss, _ = window_loss(head, hidden(3), x)
     loss.backward()
@@ -94,7 +94,7 @@ def test_windows_without_targets_have_no_loss_and_no_gradient():
     assert all(p.grad is None or not p.grad.any() for p in head.parameters())
 
 
-def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_loss_does_not_depend_on_row_chunks(monkeypatch: pytest.MonkeyPatch):
     head, h, x = make("hmm", "adapter"), hidden(7), torch.randint(0, V, (7, K))
     teacher = torch.randn(7, K, V, dtype=DOUBLE)
     whole, _ = window_loss(head, h, x, beta=0.5, teacher_logits=teacher)
@@ -104,7 +104,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_the_loss_marginalises_what_is_not_on_the_shortlist(beta: float):
+def test_tokens_outside_the_shortlist_are_marginalised(beta: float):
     small, listed = make("hmm"), torch.tensor([0, 3, 4])
     head = CircuitHead(D, 5, K, 3, "hmm", dtype=DOUBLE, shortlist=listed)
     head.load_state_dict({**small.state_dict(), "shortlist": listed})
@@ -121,11 +121,11 @@ def test_the_loss_marginalises_what_is_not_on_the_shortlist(beta: float):
     torch.testing.assert_close(head.emit.grad, small.emit.grad)
 
 
-def test_a_teacher_that_forbids_the_shortlist_leaves_finite_gradients():
+def test_teacher_that_forbids_the_shortlist_gives_finite_gradients():
     head = CircuitHead(D, 5, K, 3, "hmm", dtype=DOUBLE, shortlist=[0, 3])
     labels = torch.tensor([[0, 3, 1, 0]])
     teacher = torch.zeros(1, K, 5, dtype=DOUBLE)
-    teacher[0, 1:3, [0, 3]] = -torch.inf  # where the label counts, and where it does not
+    teacher[0, 1:3, [0, 3]] = -torch.inf  # at a valid and an ignored label
     loss, each = window_loss(head, hidden(1), labels, beta=0.5, teacher_logits=teacher)
     loss.backward()
     assert each.isfinite().all()
@@ -135,7 +135,7 @@ def test_a_teacher_that_forbids_the_shortlist_leaves_finite_gradients():
 @pytest.mark.slow
 @pytest.mark.parametrize("shortlist", [None, [2, 0]])
 @pytest.mark.parametrize("emission", ["full", "adapter"])
-def test_the_loss_compiles_in_one_piece(emission: str, shortlist: list[int] | None):
+def test_loss_compiles_without_graph_breaks(emission: str, shortlist: list[int] | None):
     head, h = make("hmm", emission, shortlist=shortlist), hidden(3)
     labels = torch.randint(V, (3, K))
     labels[1, 2] = IGNORE
@@ -154,7 +154,7 @@ def test_the_loss_compiles_in_one_piece(emission: str, shortlist: list[int] | No
             compiled(h, wrong)
 
 
-def test_no_rows_have_no_loss_and_zero_gradients():
+def test_empty_batch_has_zero_loss_and_gradients():
     head, h = make("hmm"), hidden(0)
     x, teacher = torch.empty(0, K, dtype=torch.int64), torch.empty(0, K, V, dtype=DOUBLE)
     loss, _ = window_loss(head, h, x, beta=0.5, teacher_logits=teacher)
@@ -162,7 +162,7 @@ def test_no_rows_have_no_loss_and_zero_gradients():
     assert loss == 0
 
 
-def test_wrong_arguments_of_the_objective_are_named():
+def test_invalid_arguments_are_named():
     head, h, x = make("cp"), hidden(2, 3), torch.zeros(2, 3, K, dtype=torch.int64)
     wide = torch.zeros(2, 3, K, V + 1)
     cases: list[tuple[str, dict[str, Any]]] = [

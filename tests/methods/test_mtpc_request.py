@@ -1,4 +1,4 @@
-"""What ``generate`` takes from transformers: configurations, stop strings, streamers; refusals."""
+"""Arguments of transformers' ``generate``: configurations, stop strings, streamers and errors."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WORDS = ["ab", "c", "bc", "a", "ca"]
 
 
 def make_tokenizer() -> Any:
-    """Words that continue each other: a stop string may begin and end inside of one."""
+    """Return a tokenizer of words in which a stop string can start and end inside a word."""
     words = [
         *WORDS,
         "abcdef",
         "[UNK]",
-    ]  # transformers puts the first of these before a word, to see its text
+    ]  # transformers prepends the first of these to a word to get its text
     model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
     inner = tokenizers.Tokenizer(model)
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -34,7 +34,7 @@ def make_tokenizer() -> Any:
 
 
 class Recorder:
-    """A streamer that keeps what it gets."""
+    """Streamer that records its values."""
 
     def __init__(self) -> None:
         self.got: list[list[int]] = []
@@ -56,7 +56,7 @@ def make(batch: int = 1, **settings: Any) -> tuple[Any, mtpc.SpeculativeDecoder,
 # Configuration
 
 
-def test_a_configuration_names_budget_ends_and_padding():
+def test_configuration_sets_budget_ends_and_padding():
     _, decoder, ids, mask = make(3)
     plain = decoder.generate(
         ids, mask, max_new_tokens=9, eos_token_id=[2, 3], pad_token_id=4, seed=1
@@ -71,7 +71,7 @@ def test_a_configuration_names_budget_ends_and_padding():
     assert length.sequences.shape[1] == ids.shape[1] + 3
 
 
-def test_a_configuration_replaces_the_law_for_its_call_alone():
+def test_configuration_changes_sampling_for_one_call():
     model, decoder, ids, mask = make(2, temperature=3.0)
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
     config = GenerationConfig(do_sample=False, max_new_tokens=NEW)
@@ -113,7 +113,7 @@ def test_a_configuration_replaces_the_law_for_its_call_alone():
         ("cache_implementation", "static"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(name: str, value: Any):
+def test_unsupported_settings_are_refused_by_name(name: str, value: Any):
     _, decoder, ids, mask = make()
     with pytest.raises(ValueError, match=f"SpeculativeDecoder: {name}: expected .*, found"):
         decoder.generate(ids, mask, max_new_tokens=2, **{name: value})
@@ -123,13 +123,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(name: str, value: Any):
         decoder.generate(ids, mask, generation_config=config)
 
 
-def test_prompts_that_are_no_integers_are_named():
+def test_non_integer_prompts_are_refused():
     _, decoder, ids, mask = make()
     with pytest.raises(ValueError, match=r"input_ids: expected integers of shape \(B, S\), found"):
         decoder.generate(ids.float(), mask, max_new_tokens=2)
 
 
-def test_settings_that_ask_for_nothing_else_pass():
+def test_neutral_settings_are_accepted():
     _, decoder, ids, mask = make()
     config = GenerationConfig(num_beams=1, repetition_penalty=1.0, top_k=0, use_cache=True)
     config.bos_token_id, config.output_scores = 1, False
@@ -138,13 +138,13 @@ def test_settings_that_ask_for_nothing_else_pass():
     assert found.sequences.shape[1] == ids.shape[1] + 2
 
 
-def test_arguments_that_are_no_settings_are_refused_by_name():
+def test_unknown_arguments_are_refused_by_name():
     _, decoder, ids, mask = make()
     with pytest.raises(TypeError, match="SpeculativeDecoder: logits_processor: expected settings"):
         decoder.generate(ids, mask, max_new_tokens=2, logits_processor=[1])
 
 
-def test_a_penalty_of_the_models_own_configuration_is_refused_until_one_is_given():
+def test_penalty_in_the_models_configuration_is_refused_without_another():
     model, decoder, ids, mask = make()
     model.generation_config.repetition_penalty = 1.3
     with pytest.raises(
@@ -173,9 +173,9 @@ def test_token_type_ids_of_a_tokenizer_are_ignored():
 
 @pytest.mark.parametrize("window", ["condition", "restart"])
 @pytest.mark.parametrize("strings", ["abc", ["cc", "bcab"], ["cab"], "aca", "cb", "abab"])
-def test_rows_end_where_those_of_generate_complete_a_stop_string(window: str, strings: Any):
+def test_rows_end_at_stop_strings_like_those_of_generate(window: str, strings: Any):
     model, decoder, ids, mask = make(3, mode="greedy", window=window)
-    # Only where there is an end does generate pad the rows that are done; no row emits this one.
+    # generate pads finished rows only if there is an end token; no row emits this one.
     more: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": 5}
     more |= {"stop_strings": strings, "tokenizer": make_tokenizer()}
     expected = model.generate(ids, attention_mask=mask, do_sample=False, **more)
@@ -183,7 +183,7 @@ def test_rows_end_where_those_of_generate_complete_a_stop_string(window: str, st
     assert torch.equal(found.sequences, expected)
 
 
-def test_stop_strings_cut_samples_as_they_cut_text():
+def test_stop_strings_truncate_samples():
     _, decoder, ids, mask = make(3)
     tokenizer, whole = make_tokenizer(), decoder.generate(ids, mask, max_new_tokens=NEW, seed=6)
     for strings in (["cc"], ["abc", "caca"], ["bcb"]):
@@ -196,7 +196,7 @@ def test_stop_strings_cut_samples_as_they_cut_text():
             for token in whole.sequences[row, 6:].tolist():
                 lengths[row] += 1
                 before, text = len(text), text + WORDS[token]
-                # A string may begin in the prompt; it ends inside the last token.
+                # A string may start in the prompt and ends inside the last token.
                 ends = [text.find(s, max(0, before - len(s) + 1)) for s in strings]
                 if max(ends) >= 0:
                     break
@@ -208,7 +208,7 @@ def test_stop_strings_cut_samples_as_they_cut_text():
         assert found.sequences.shape[1] == 6 + max(lengths)
 
 
-def test_stop_strings_come_from_a_configuration_too_and_need_a_tokenizer():
+def test_stop_strings_may_be_in_the_configuration_and_need_a_tokenizer():
     _, decoder, ids, mask = make(1)
     config = GenerationConfig(max_new_tokens=NEW, stop_strings=["cc"])
     tokenizer = make_tokenizer()
@@ -223,7 +223,7 @@ def test_stop_strings_come_from_a_configuration_too_and_need_a_tokenizer():
         decoder.generate(ids, mask, generation_config=config)
 
 
-def test_a_streamer_gets_what_generates_streamer_gets():
+def test_streamer_receives_the_values_of_generate():
     model, decoder, ids, mask = make(1, mode="greedy")
     mine, theirs = Recorder(), Recorder()
     options: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": 2}
@@ -233,7 +233,7 @@ def test_a_streamer_gets_what_generates_streamer_gets():
     assert [t for part in mine.got for t in part] == found.sequences[0].tolist()
 
 
-def test_transformers_own_streamer_prints_the_text(capsys: pytest.CaptureFixture[str]):
+def test_text_streamer_of_transformers_prints_the_text(capsys: pytest.CaptureFixture[str]):
     _, decoder, ids, mask = make(1)
     tokenizer = make_tokenizer()
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True)
@@ -242,19 +242,19 @@ def test_transformers_own_streamer_prints_the_text(capsys: pytest.CaptureFixture
     assert text == tokenizer.decode(found.sequences[0, 6:])
 
 
-def test_a_streamer_beside_several_prompts_is_refused():
+def test_streamer_with_several_prompts_is_refused():
     _, decoder, ids, mask = make(2)
     with pytest.raises(ValueError, match="streamer: expected one prompt, found 2"):
         decoder.generate(ids, mask, max_new_tokens=2, streamer=Recorder())
 
 
 @pytest.mark.parametrize("seed", [2**64, -1, [0, -7]])
-def test_a_seed_out_of_range_is_named(seed: int | list[int]) -> None:
+def test_seed_out_of_range_is_named(seed: int | list[int]) -> None:
     with pytest.raises(ValueError, match=r"seed: expected 0 to 2\^64 - 1, found"):
         row_seeds(seed, 2)
 
 
 @pytest.mark.parametrize("field", ["n_token", "rank", "adapter_rank"])
-def test_a_size_that_is_no_integer_is_named(field: str) -> None:
+def test_non_integer_size_is_named(field: str) -> None:
     with pytest.raises(ValueError, match=f"MtpcConfig: {field}: expected an integer.*, found 2.5"):
         mtpc.MtpcConfig(**{field: 2.5})

@@ -1,4 +1,4 @@
-"""Retrofit: a frozen model, the objective, the draft tail, learning."""
+"""`retrofit`: the frozen model, the loss, the draft tail and training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_ext.nn import CircuitHead
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_head_reads_what_the_lm_head_reads(family: str):
+def test_head_gets_the_hidden_states_of_the_lm_head(family: str):
     model, (ids, mask) = make_model(family), prompts(2)
     draft = make_draft(model)
     logits, hidden = run_trunk(model, None, input_ids=ids, attention_mask=mask)
@@ -26,7 +26,7 @@ def test_the_head_reads_what_the_lm_head_reads(family: str):
     torch.testing.assert_close(trained[mask == 1], hidden[mask == 1])
 
 
-def test_the_model_is_frozen_and_is_no_part_of_the_draft():
+def test_model_is_frozen_and_not_part_of_the_draft():
     model = make_model("llama")
     draft = make_draft(model, draft_layers=1)
     trained = {id(p) for p in draft.parameters() if p.requires_grad}
@@ -36,7 +36,7 @@ def test_the_model_is_frozen_and_is_no_part_of_the_draft():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_is_that_of_the_windows(family: str):
+def test_loss_equals_that_of_the_windows(family: str):
     model, (ids, mask) = make_model(family), prompts(3, length=8)
     draft = make_draft(model, gamma=0.8)
     loss, each = draft.loss(ids, attention_mask=mask, eos_id=3)
@@ -58,8 +58,8 @@ def test_the_loss_is_that_of_the_windows(family: str):
     torch.testing.assert_close(loss, (weight * total / count.clamp(min=1)).sum() / weight.sum())
 
 
-def test_distillation_pulls_the_first_position_to_the_model():
-    """There the teacher's law is the LM head's on the very hidden state that the head reads."""
+def test_distillation_is_zero_at_the_first_position_and_trains_the_others():
+    # At the first position, the teacher is the LM head on the same hidden state.
     model, (ids, _) = make_model("llama"), prompts(3, length=8)
     draft = make_draft(model, noise=0, beta=1.0)
     _, each = draft.loss(ids)
@@ -70,7 +70,7 @@ def test_distillation_pulls_the_first_position_to_the_model():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_draft_tail_leaves_the_model_as_it_was(family: str):
+def test_draft_tail_does_not_change_the_model(family: str):
     model, (ids, mask) = make_model(family), prompts(3)
     inputs = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_a_draft_tail_leaves_the_model_as_it_was(family: str):
         draft = make_draft(model, draft_layers=2)
         assert torch.equal(model(**inputs).logits, expected)
         logits, hidden = run_trunk(model, draft.tail, **inputs)
-        # Rows of the verifier beside rows of the draft: the same, up to the shape of the products.
+        # Products of other shapes round verifier and draft rows differently.
         torch.testing.assert_close(logits, expected)
         torch.testing.assert_close(hidden, draft.hidden_states(**inputs))
         _, plain = run_trunk(model, None, **inputs)
@@ -89,7 +89,7 @@ def test_a_draft_tail_leaves_the_model_as_it_was(family: str):
     assert {n: id(m) for n, m in model.named_modules()} == {n: id(m) for n, m in modules.items()}
 
 
-def test_a_draft_tail_that_starts_at_zero_reads_what_the_lm_head_reads():
+def test_new_draft_tail_gives_the_hidden_states_of_the_lm_head():
     model, (ids, mask) = make_model("llama"), prompts(2)
     tail = mtpc.DraftTail(model, num_layers=1)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_a_draft_tail_that_starts_at_zero_reads_what_the_lm_head_reads():
     torch.testing.assert_close(hidden, plain)
 
 
-def test_a_draft_tail_trains_its_factors_alone_and_lowers_the_loss():
+def test_draft_tail_trains_only_its_factors_and_lowers_the_loss():
     model, (ids, _) = make_model("llama"), prompts(4, length=12)
     ids = ids % 5
     frozen = {n: p.clone() for n, p in model.named_parameters()}
@@ -114,7 +114,7 @@ def test_a_draft_tail_trains_its_factors_alone_and_lowers_the_loss():
 
 
 @pytest.mark.parametrize("layers", [0, 1])
-def test_a_state_dict_restores_the_draft(layers: int):
+def test_state_dict_restores_the_draft(layers: int):
     model, (ids, _) = make_model("llama"), prompts(2)
     draft = make_draft(model, draft_layers=layers)
     expected, state = draft.loss(ids)[0], draft.state_dict()
@@ -125,7 +125,7 @@ def test_a_state_dict_restores_the_draft(layers: int):
 
 
 class Loss(torch.nn.Module):
-    """A draft's loss as a module's forward."""
+    """Module with the loss of a draft as its forward."""
 
     def __init__(self, draft: mtpc.Draft):
         super().__init__()
@@ -136,7 +136,7 @@ class Loss(torch.nn.Module):
 
 
 @pytest.mark.parametrize("way", ["assigned", "functional"])
-def test_the_layers_have_whatever_factors_the_tail_is_given(way: str):
+def test_layers_use_assigned_and_functional_factors(way: str):
     model, (ids, _) = make_model("llama"), prompts(2, length=8)
     draft = make_draft(model, draft_layers=1)
     given = {n: 1.1 * p.detach() for n, p in draft.named_parameters()}
@@ -162,14 +162,14 @@ def test_the_layers_have_whatever_factors_the_tail_is_given(way: str):
         assert torch.allclose(draft.loss(ids)[0], plain, rtol=1e-12)
 
 
-def test_layers_that_the_model_lacks_are_named():
+def test_more_draft_layers_than_the_model_has_are_refused():
     with pytest.raises(ValueError, match="num_layers: expected 1 to 2, found 3"):
         mtpc.retrofit(make_model("llama"), mtpc.MtpcConfig(draft_layers=3))
 
 
 def test_latents_learn_a_bigram_that_factors_cannot():
-    """x_1 is one of four and the rest follows from it: the best loss of FF is log 4 a position, the
-    best with latents log 4 in all."""
+    # x_1 is one of four tokens and determines the rest: the best loss of FF is log 4 per position,
+    # with latents log 4 in total.
     follows = torch.tensor([2, 3, 1, 0])
     x = [torch.arange(4)]
     for _ in range(3):
@@ -193,7 +193,7 @@ def test_latents_learn_a_bigram_that_factors_cannot():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_changes_no_loss(family: str):
+def test_padding_does_not_change_the_loss(family: str):
     model = make_model(family)
     draft = make_draft(model)
     ids = prompts(1, length=7)[0]
@@ -205,7 +205,7 @@ def test_padding_changes_no_loss(family: str):
     )
 
 
-def test_a_failed_retrofit_leaves_the_model_as_it_was():
+def test_failed_retrofit_leaves_the_model_unchanged():
     model = make_model("llama").requires_grad_(True)
     for config in (mtpc.MtpcConfig(n_token=2, rank=2, draft_layers=99),):
         with pytest.raises(ValueError, match="num_layers"):
@@ -217,7 +217,7 @@ def test_a_failed_retrofit_leaves_the_model_as_it_was():
         mtpc.retrofit(model, shortlist="abc")
 
 
-def test_a_second_draft_tail_is_refused_until_the_first_is_removed():
+def test_second_draft_tail_is_refused_until_the_first_is_removed():
     model, (ids, _) = make_model("llama"), prompts(1)
     first = make_draft(model, draft_layers=2)
     expected = first.loss(ids)[0]
@@ -228,7 +228,7 @@ def test_a_second_draft_tail_is_refused_until_the_first_is_removed():
     make_draft(model, draft_layers=1)
 
 
-def test_a_configuration_is_checked_where_it_is_made():
+def test_configuration_is_checked_on_construction():
     cases: list[tuple[str, dict[str, Any]]] = [
         (r"kind: expected one of .*, found 'pcfg'", {"kind": "pcfg"}),
         ("emission: expected one of .*, found 'mlp'", {"emission": "mlp"}),
@@ -245,7 +245,7 @@ def test_a_configuration_is_checked_where_it_is_made():
             mtpc.MtpcConfig(**fields)
 
 
-def test_string_arguments_have_their_values_in_their_types():
+def test_types_of_string_arguments_list_their_values():
     hints = get_type_hints(mtpc.Draft.decoder)
     assert get_args(hints["mode"]) == ("sample", "greedy")
     assert get_args(hints["window"]) == ("condition", "restart")
@@ -258,9 +258,7 @@ def test_string_arguments_have_their_values_in_their_types():
 
 
 @pytest.mark.parametrize(("listed", "emission"), [(None, "adapter"), (4096, "full")])
-def test_a_large_vocabulary_is_drafted_by_adapters_and_a_short_list_in_full(
-    listed: int | None, emission: str
-):
+def test_default_emission_is_adapter_for_large_vocabularies(listed: int | None, emission: str):
     config = transformers.LlamaConfig(
         vocab_size=4200,
         hidden_size=16,
@@ -277,7 +275,7 @@ def test_a_large_vocabulary_is_drafted_by_adapters_and_a_short_list_in_full(
         assert draft.head.unembed.data_ptr() == model.lm_head.weight.data_ptr()
 
 
-def test_a_draft_tail_refuses_alibi_by_name():
+def test_draft_tail_refuses_alibi_by_name():
     config = transformers.BloomConfig(vocab_size=9, hidden_size=16, n_layer=2, n_head=4)
     model = transformers.BloomForCausalLM(config).eval()
     tail = mtpc.DraftTail(model, num_layers=1)

@@ -1,4 +1,4 @@
-"""A reader who follows a call of the speculative decoder stays in few files, and never climbs."""
+"""Layering of the speculative decoder: a call goes down through few files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serving.test_ways import BELOW, ROOT
 MOST_STAYS = 10
 
 
-def test_the_decoder_reads_downwards_and_stays_in_few_files() -> None:
+def test_decoder_goes_down_through_few_files() -> None:
     decoder = make_draft(make_model("llama"), "hmm").decoder()
     ids, mask = prompts(2)
     functions: dict[tuple[str, int], None] = {}  # in the order of their first calls

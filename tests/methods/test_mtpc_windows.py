@@ -1,4 +1,4 @@
-"""Windows: values, documents that end, packing."""
+"""Windows of labels: values, ends of documents and packing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_ext.methods.mtpc import (
 X = -100
 
 
-def test_a_window_is_the_next_tokens_and_ignores_what_lies_beyond():
+def test_window_is_the_next_tokens_and_ignores_positions_beyond_the_end():
     windows = unfold_windows(torch.tensor([[5, 6, 7]]), 3)
     assert windows.tolist() == [[[5, 6, 7], [6, 7, X], [7, X, X]]]
     assert unfold_windows(torch.tensor([[5, 6, 7]]), 1).tolist() == [[[5], [6], [7]]]
@@ -30,26 +30,27 @@ def test_no_window_crosses_the_end_of_a_document():
     ]
 
 
-def test_labels_that_are_ignored_stay_ignored():
+def test_ignored_labels_stay_ignored():
     assert unfold_windows(torch.tensor([[X, 6]]), 2).tolist() == [[[X, 6], [6, X]]]
     assert unfold_windows(torch.tensor([[-1, 6]]), 2, ignore=-1).tolist() == [[[-1, 6], [6, -1]]]
 
 
-def test_windows_of_a_teacher_lie_where_those_of_the_labels_do():
+def test_teacher_windows_are_aligned_with_label_windows():
     labels = torch.randint(0, 7, (2, 5))
     logits = torch.nn.functional.one_hot(labels, 7).double()
     windows, teacher = unfold_windows(labels, 3), unfold_teacher(logits, 3)
     assert teacher.shape == (2, 5, 3, 7)
     inside = windows != X
     assert torch.equal(teacher.argmax(-1)[inside], windows[inside])
-    assert teacher.untyped_storage().nbytes() == 2 * (5 + 2) * 7 * 8  # the padded logits, once
+    # One copy of the padded logits.
+    assert teacher.untyped_storage().nbytes() == 2 * (5 + 2) * 7 * 8
 
 
-def test_shifted_labels_lie_where_they_are_predicted():
+def test_shifted_labels_are_aligned_with_their_predictions():
     assert shift_labels(torch.tensor([[1, 2, 3]])).tolist() == [[2, 3, X]]
 
 
-def test_packed_documents_follow_each_other_closed_by_the_end():
+def test_packed_documents_are_separated_by_the_end_token():
     packed = pack_documents([[1, 2], [], [3, 4, 5]], 4, eos_id=9)
     assert packed.tolist() == [[1, 2, 9, 9], [3, 4, 5, 9]]
     assert pack_documents([[1]], 4, eos_id=9).shape == (0, 4)
@@ -65,7 +66,7 @@ def test_frequent_tokens_are_the_most_frequent_in_ascending_order():
         frequent_tokens(ids.int(), 3)
 
 
-def test_wrong_arguments_are_named():
+def test_invalid_arguments_are_named():
     for call, name in (
         (lambda: unfold_windows(torch.zeros(1, 2), 0), "n: expected"),
         (lambda: unfold_windows(torch.zeros(2), 1), "labels: expected shape"),

@@ -1,4 +1,4 @@
-"""examples/reasoning.py with its smallest sizes; and the pictures that it and the study draw."""
+"""examples/reasoning.py at its smallest sizes, and the plots of example and study."""
 
 import pytest
 from scripts import load_script, missing, run_quickly
@@ -12,7 +12,7 @@ pytestmark = [
 ]
 
 
-def test_both_adapters_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):
+def test_example_trains_evaluates_and_plots_both_adapters(tmp_path, monkeypatch, capsys):
     run_quickly(monkeypatch, "reasoning", tmp_path)
     assert (tmp_path / "reasoning.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
@@ -20,7 +20,7 @@ def test_both_adapters_are_trained_measured_and_drawn(tmp_path, monkeypatch, cap
         assert f"{task}: accuracy " in printed
 
 
-def test_a_map_has_a_field_for_each_block_and_module(monkeypatch):
+def test_map_has_one_field_per_block_and_module(monkeypatch):
     from matplotlib.figure import Figure
 
     example = load_script(monkeypatch, "examples", "reasoning")
@@ -38,4 +38,4 @@ def test_a_map_has_a_field_for_each_block_and_module(monkeypatch):
     (image,) = axes.get_images()
     assert image.get_clim() == (0, 3.5)
     example.draw_report(report, "fro", other, 0.0)
-    assert other.get_images()[0].get_clim() == (0, 1)  # all zero: any scale but an empty one
+    assert other.get_images()[0].get_clim() == (0, 1)  # all zero: the color scale must not be empty

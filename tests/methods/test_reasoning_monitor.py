@@ -1,4 +1,4 @@
-"""RankMonitor: its figures against the decomposition, one grouped call a record, no trace left."""
+"""`RankMonitor`: values equal the decomposition, one grouped call per record, no hooks left."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def hooks(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_figures_are_those_of_the_update(kind):
+def test_recorded_values_equal_those_of_the_update(kind):
     model = adapted(kind, targets=("q_proj", "down_proj"))
     before = hooks(model)
     with RankMonitor(model) as watch:
@@ -39,7 +39,7 @@ def test_figures_are_those_of_the_update(kind):
         }
 
 
-def test_history_follows_training_and_outputs_do_not_change():
+def test_history_follows_training_and_outputs_are_unchanged():
     def run(watch: bool):
         torch.manual_seed(0)
         model = wrap(byte_gpt2(), LoraConfig(r=4, target_modules=["mlp.c_proj"]))
@@ -66,7 +66,7 @@ def test_history_follows_training_and_outputs_do_not_change():
     assert all(1 <= row["participation"] <= 4 for row in history[2:])
 
 
-def test_a_record_is_one_grouped_call(monkeypatch):
+def test_record_is_one_grouped_call(monkeypatch):
     model = adapted("ours")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.add_adapter("other", r=7)
@@ -81,7 +81,7 @@ def test_a_record_is_one_grouped_call(monkeypatch):
     assert calls == [6, 6]
 
 
-def test_ranks_may_differ_and_a_switched_off_scale_is_no_update():
+def test_different_ranks_are_supported_and_scale_zero_records_zero():
     model = nn.Sequential(
         LoraLinear(nn.Linear(6, 6), r=2, init_lora_weights=False),
         LoraLinear(nn.Linear(6, 6), r=3, init_lora_weights=False),
@@ -95,7 +95,7 @@ def test_ranks_may_differ_and_a_switched_off_scale_is_no_update():
     assert second["fro"] > 0 and 1 <= second["participation"] <= 3
 
 
-def test_the_norm_of_a_product_that_vanishes():
+def test_norm_of_a_vanishing_product_is_small():
     layer = LoraLinear(nn.Linear(64, 48), r=8, init_lora_weights="orthogonal")
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     with RankMonitor(layer) as watch:
@@ -103,7 +103,7 @@ def test_the_norm_of_a_product_that_vanishes():
     assert watch.history[0]["fro"] <= 1e-5 * (a.norm() * b.norm()).item()
 
 
-def test_a_recomputed_forward_does_not_count():
+def test_recomputed_forward_is_not_counted():
     layer = LoraLinear(nn.Linear(6, 6), init_lora_weights=False)
     with RankMonitor(layer) as watch:
         for _ in range(2):
@@ -111,7 +111,7 @@ def test_a_recomputed_forward_does_not_count():
     assert [row["step"] for row in watch.history] == [0, 1]
 
 
-def test_an_exception_leaves_no_hook_and_the_monitor_can_be_entered_again():
+def test_exception_leaves_no_hook_and_the_monitor_can_be_reentered():
     model = adapted("ours")
     watch = RankMonitor(model)
     with pytest.raises(ZeroDivisionError), watch:
@@ -125,7 +125,7 @@ def test_an_exception_leaves_no_hook_and_the_monitor_can_be_entered_again():
     assert [row["step"] for row in watch.history] == [0] * 6 + [1] * 6
 
 
-def test_bad_arguments_are_named():
+def test_invalid_arguments_are_named():
     with pytest.raises(ValueError, match="RankMonitor: every: expected at least 1, found 0"):
         RankMonitor(adapted("ours"), every=0)
     with pytest.raises(

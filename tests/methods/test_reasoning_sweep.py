@@ -1,4 +1,4 @@
-"""Which modules are adapted, and the sweep over ranks and blocks."""
+"""`select_modules`, and the sweep over ranks and blocks."""
 
 import peft
 import pytest
@@ -13,7 +13,7 @@ from lora_ext.nn import LoraConfig, LoraLinear, wrap
 IDS = torch.tensor([[1, 2, 3, 4]])
 
 
-def test_modules_of_the_last_blocks():
+def test_select_modules_returns_modules_of_the_last_blocks():
     model = byte_gpt2(layers=4, width=8)
     names = [f"transformer.h.{i}.mlp.c_proj" for i in range(4)]
     assert select_modules(model) == names
@@ -22,14 +22,14 @@ def test_modules_of_the_last_blocks():
     assert both == ["transformer.h.3.attn.c_proj", "transformer.h.3.mlp.c_proj"]
 
 
-def test_blocks_count_whether_they_have_such_a_module_or_not():
+def test_blocks_without_such_a_module_are_counted():
     model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"ln": nn.Identity()}) for _ in "abc")})
     model["h"][1]["fc"] = nn.Linear(2, 2)
     assert select_modules(model, ("fc",), 2) == ["h.1.fc"]
     assert select_modules(model, ("fc",), 1) == []
 
 
-def test_each_stack_has_last_blocks_of_its_own():
+def test_last_blocks_are_taken_in_each_stack():
     model = nn.ModuleDict(
         {
             "vision": nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(4)),
@@ -47,7 +47,7 @@ def test_each_stack_has_last_blocks_of_its_own():
         ({"last_n": 5}, "last_n: expected one of 4 blocks, found 5"),
     ],
 )
-def test_bad_choices_are_named(arguments, message):
+def test_invalid_choices_are_named(arguments, message):
     with pytest.raises(ValueError, match=f"^select_modules: {message}"):
         select_modules(SymbolModel(), **arguments)
 
@@ -72,7 +72,7 @@ def test_conv1d_of_gpt2_is_adapted_and_reported(by):
     assert torch.isfinite(model(input_ids=IDS).logits).all()
 
 
-def test_a_sweep_trains_each_setting_on_a_fresh_model():
+def test_sweep_trains_each_setting_on_a_fresh_model():
     made, trained = [], []
 
     def make_model():
@@ -122,6 +122,6 @@ def test_a_sweep_trains_each_setting_on_a_fresh_model():
     assert a.std().item() == pytest.approx(1 / 4, rel=0.2)  # N(0, 1) / r
 
 
-def test_a_sweep_of_nothing_is_refused():
+def test_empty_sweep_is_refused():
     with pytest.raises(ValueError, match="rank_sweep: ranks and layers: expected at least one"):
         rank_sweep(llama, IDS, (), train=print, score=print)

@@ -1,4 +1,4 @@
-"""The tasks as ids, and the small model of them."""
+"""The tasks encoded as ids, and the small model of them."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ CHAINS = HashChain(50, chains=(2, 3, 4), num_chains=2, seed=1)
 
 
 @pytest.mark.parametrize("task", [HOPS, CHAINS], ids=["hops", "chains"])
-def test_ids_stand_for_hashes(task):
+def test_ids_represent_hashes_one_to_one(task):
     for instance in task:
         found = encode_symbols(instance, 32)
         names = {
@@ -34,7 +34,7 @@ def test_ids_stand_for_hashes(task):
         assert found["aux"] == (instance.hops or 0)
 
 
-def test_ids_are_a_function_of_the_instance_and_use_the_whole_vocabulary():
+def test_ids_depend_only_on_the_instance_and_cover_the_vocabulary():
     found = [encode_symbols(instance, 32)["start"] for instance in HOPS]
     assert found == [encode_symbols(instance, 32)["start"] for instance in HOPS]
     assert len(set(found)) > 20
@@ -46,7 +46,7 @@ def test_too_few_ids_are_refused():
         encode_symbols(HOPS[0], 5)
 
 
-def test_a_batch_pads_behind_the_edges():
+def test_batch_is_padded_after_the_edges():
     batch = collate_symbols([CHAINS[i] for i in range(8)] + [HOPS[0]], 32)
     assert batch["keys"].shape == batch["values"].shape == (9, 5)
     real = (batch["keys"] != IGNORE).sum(1).tolist()
@@ -54,7 +54,7 @@ def test_a_batch_pads_behind_the_edges():
     assert batch["aux"].tolist()[:8] == [0] * 8
 
 
-def test_the_model_sees_neither_order_nor_padding():
+def test_model_is_invariant_to_order_and_padding():
     torch.manual_seed(0)
     model = SymbolModel(width=16, layers=2, heads=2).double()
     one = collate_symbols([CHAINS[0]], 32)

@@ -1,4 +1,4 @@
-"""HashHop, HashChain and the solver: golden texts, structure, laws of chance, errors by message."""
+"""HashHop, HashChain and the solver: known texts, structure, distributions and errors."""
 
 from collections import Counter
 
@@ -36,22 +36,22 @@ def identity(batch):
 
 
 # -------------------------------------------------------------------------------------------------
-# Known answers
+# Known texts
 
 
-def test_a_seed_gives_its_text():
+def test_seed_determines_the_text():
     assert HashHop(3, chain_length=4, max_hops=3, seed=7).text(1) == HOP
     assert HashChain(3, chains=(2, 3, 4), num_chains=2, seed=7).text(1) == CHAIN
 
 
 @pytest.mark.parametrize(("hops", "answer"), [(0, "a"), (1, "b"), (2, "c"), (10**12, "c")])
-def test_a_walk_ends_with_the_chain(hops, answer):
+def test_walk_stops_at_the_end_of_the_chain(hops, answer):
     assert solve(f"Map:\nb=>c\na=>b\nStart: a\nHops: {hops}\nTarget:") == answer
 
 
-def test_the_nearest_end_is_the_answer():
+def test_nearest_end_is_the_answer():
     assert solve(BY_HAND) == "q94b"
-    instance = HashInstance(BY_HAND, "", (), "", None, ())  # nothing but the prompt is read
+    instance = HashInstance(BY_HAND, "", (), "", None, ())  # only the prompt is read
     assert solve(instance) == "q94b"
 
 
@@ -62,7 +62,7 @@ def test_the_nearest_end_is_the_answer():
 @given(st.integers(2, 12), st.integers(1, 14), st.booleans(), st.integers(2, 4), st.integers())
 @settings(max_examples=60, deadline=None)
 @pytest.mark.filterwarnings("ignore:HashHop. max_hops")
-def test_a_hop_instance_is_a_path(chain_length, max_hops, vary, hash_length, seed):
+def test_hop_instance_is_a_path(chain_length, max_hops, vary, hash_length, seed):
     task = HashHop(2, chain_length, max_hops, vary, hash_length, seed)
     for instance in task:
         following = dict(instance.edges)
@@ -83,7 +83,7 @@ def test_a_hop_instance_is_a_path(chain_length, max_hops, vary, hash_length, see
     st.integers(),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_chain_instance_has_one_shortest_chain(chains, num_chains, seed):
+def test_chain_instance_has_one_shortest_chain(chains, num_chains, seed):
     for instance in HashChain(2, chains, num_chains, seed=seed):
         lengths = instance.chain_lengths
         assert len(lengths) == num_chains and set(lengths) <= set(chains)
@@ -98,35 +98,35 @@ def test_a_chain_instance_has_one_shortest_chain(chains, num_chains, seed):
         assert instance.hops is None and solve(instance) == instance.target
 
 
-def test_no_length_comes_twice_where_there_are_enough():
+def test_lengths_are_distinct_if_there_are_enough():
     for instance in HashChain(200, chains=range(2, 9), num_chains=3):
         if instance.chain_lengths[0] <= 6:
             assert len(set(instance.chain_lengths)) == 3
 
 
-def test_given_lengths_are_taken_as_they_are():
+def test_given_lengths_are_used_without_vary_hash():
     task = HashChain(5, chains=(4, 3, 6, 2), num_chains=3, vary_hash=False)
     assert {instance.chain_lengths for instance in task} == {(3, 4, 6)}
 
 
-def test_generator_and_solver_agree_on_two_thousand_instances_of_each():
+def test_generator_and_solver_agree_on_two_thousand_instances_each():
     for task in (HashHop(2000), HashChain(2000, chains=range(2, 9))):
         assert all(solve(instance) == instance.target for instance in task)
 
 
 # -------------------------------------------------------------------------------------------------
-# Laws of chance
+# Distributions
 
 
 def chi_square(counts, expected):
     return sum((count - expected) ** 2 / expected for count in counts)
 
 
-def test_the_shortest_length_is_uniform():
+def test_shortest_length_is_uniform():
     task = HashChain(6000, chains=range(2, 9), num_chains=4, seed=1)
     counts = Counter(instance.chain_lengths[0] for instance in task)
     assert set(counts) == {2, 3, 4, 5, 6, 7}
-    assert chi_square(counts.values(), 1000) < 20.5  # 5 degrees of freedom, one in a thousand
+    assert chi_square(counts.values(), 1000) < 20.5  # 0.999 quantile with 5 degrees of freedom
 
 
 def test_hops_are_uniform():
@@ -146,17 +146,17 @@ def test_lines_are_shuffled():
     assert moved > 0.9 * 300
 
 
-def test_hashes_are_distinct_where_there_are_few():
+def test_hashes_are_distinct_even_if_few_are_possible():
     for instance in HashHop(200, chain_length=18, hash_length=1, seed=3):
         assert len({instance.start, *(value for _, value in instance.edges)}) == 18
 
 
 # -------------------------------------------------------------------------------------------------
-# A function of seed and index
+# Reproducibility
 
 
 @pytest.mark.parametrize("make", [HashHop, HashChain])
-def test_an_item_depends_on_seed_and_index_alone(make):
+def test_item_depends_only_on_seed_and_index(make):
     long, short = make(50, seed=4), make(10, seed=4)
     assert [long[i] for i in reversed(range(10))] == list(reversed(list(short)))
     assert long[3] != long[4] and make(50, seed=5)[3] != long[3]
@@ -164,7 +164,7 @@ def test_an_item_depends_on_seed_and_index_alone(make):
 
 
 @pytest.mark.parametrize("make", [HashHop, HashChain])
-def test_items_are_equal_whatever_the_number_of_workers(make):
+def test_items_do_not_depend_on_the_number_of_workers(make):
     task = make(12, seed=2)
     for workers in (0, 2):
         loader = DataLoader(task, batch_size=5, num_workers=workers, collate_fn=identity)
@@ -206,23 +206,23 @@ def test_items_are_equal_whatever_the_number_of_workers(make):
         ),
     ],
 )
-def test_bad_settings_are_named(make, message):
+def test_invalid_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_half_of_all_hashes_are_enough():
+def test_at_most_half_of_all_hashes_may_be_used():
     assert len(HashHop(1, chain_length=18, hash_length=1)[0].edges) == 17
     with pytest.raises(ValueError, match="the 19 hashes"):
         HashHop(1, chain_length=19, hash_length=1)
 
 
-def test_hops_beyond_the_chain_are_warned_of():
+def test_hops_beyond_the_chain_warn():
     with pytest.warns(UserWarning, match=r"max_hops: expected less than chain_length=5, found 5"):
         HashHop(1, chain_length=5, max_hops=5)
 
 
-def test_an_index_beyond_the_task_is_refused():
+def test_index_out_of_range_is_refused():
     assert list(HashHop(0)) == []
     with pytest.raises(IndexError, match="HashHop: index: expected one of 3 instances, found 3"):
         HashHop(3)[3]
@@ -241,7 +241,7 @@ def test_an_index_beyond_the_task_is_refused():
         ("Map:\na=>b\na=>c\nStart: a\nHops: 1\nTarget:", r"one way on from a, found .*b.*c"),
     ],
 )
-def test_a_prompt_without_an_answer_is_refused(prompt, message):
+def test_prompt_without_an_answer_is_refused(prompt, message):
     with pytest.raises(
         ValueError, match=f"^solve: prompt: expected {message.removeprefix('expected ')}"
     ):

@@ -1,4 +1,4 @@
-"""collate and evaluate: what is learned, and how answers are counted."""
+"""`collate` and `evaluate`: labels, scores and errors."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CHAINS = HashChain(40, chains=(2, 3, 4), num_chains=2, seed=1)
 
 
 class Oracle:
-    """Answers what ``answer`` makes of the right answer."""
+    """Model that generates ``answer(target)`` of the correct target."""
 
     def __init__(self, tokenizer=TOKENIZER, answer=lambda target: f" {target}", end=True):
         self.tokenizer, self.answer, self.end = tokenizer, answer, end
@@ -34,11 +34,11 @@ class Oracle:
 
 
 # -------------------------------------------------------------------------------------------------
-# What is learned
+# Labels
 
 
 @pytest.mark.parametrize("pad", [True, False])
-def test_labels_are_the_answer_and_the_end(pad):
+def test_labels_are_the_answer_and_the_end_token(pad):
     tokenizer = byte_tokenizer(pad)
     instances = [HOPS[0], CHAINS[0], CHAINS[1]]
     batch = collate(tokenizer, instances)
@@ -55,7 +55,7 @@ def test_labels_are_the_answer_and_the_end(pad):
         assert torch.equal(ids[labels != IGNORE], learned)
 
 
-def test_without_the_mask_the_prompt_is_learned_too():
+def test_prompt_is_labelled_without_mask_prompt():
     batch = collate(TOKENIZER, [HOPS[0], CHAINS[0]], mask_prompt=False)
     real = batch["attention_mask"].bool()
     assert torch.equal(batch["labels"][real], batch["input_ids"][real])
@@ -68,12 +68,12 @@ def test_more_padding_does_not_change_the_loss():
     fill = {"input_ids": TOKENIZER.pad_token_id, "attention_mask": 0, "labels": IGNORE}
     wider = {name: F.pad(t, (0, 9), value=fill[name]) for name, t in batch.items()}
     with torch.no_grad():
-        # transformers takes the loss of float64 logits in float32.
+        # transformers computes the loss of float64 logits in float32.
         assert model(**batch).loss.item() == pytest.approx(model(**wider).loss.item(), rel=1e-6)
 
 
 @pytest.mark.slow
-def test_a_model_that_has_learned_its_instances_answers_them():
+def test_model_trained_on_its_instances_answers_them():
     task = HashHop(4, chain_length=3, max_hops=2, hash_length=2, seed=3)
     model = byte_gpt2()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -87,7 +87,7 @@ def test_a_model_that_has_learned_its_instances_answers_them():
     assert sum(count for _, count in result["by_hops"].values()) == 4
 
 
-def test_a_model_with_adapters_is_evaluated_as_any_other():
+def test_model_with_adapters_can_be_evaluated():
     task = HashHop(2, chain_length=3, max_hops=1, hash_length=1)
     tokenizer = byte_tokenizer()
     model = adapted("ours")
@@ -96,12 +96,12 @@ def test_a_model_with_adapters_is_evaluated_as_any_other():
 
 
 # -------------------------------------------------------------------------------------------------
-# What is counted
+# Scores
 
 
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize(("task", "breakdown"), [(HOPS, "hops"), (CHAINS, "length")])
-def test_an_oracle_is_always_right(task, breakdown, end):
+def test_oracle_has_accuracy_one(task, breakdown, end):
     model = Oracle(end=end)
     result = evaluate(model, TOKENIZER, task, batch_size=16, breakdown=breakdown)
     assert result["accuracy"] == 1.0 and [shape[0] for shape, _, _ in model.calls] == [16, 16, 8]
@@ -112,17 +112,17 @@ def test_an_oracle_is_always_right(task, breakdown, end):
         assert settings["do_sample"] is False and settings["no_repeat_ngram_size"] == 0
 
 
-def test_without_a_breakdown_there_is_the_accuracy_alone():
+def test_result_without_a_breakdown_is_only_the_accuracy():
     assert evaluate(Oracle(), TOKENIZER, HOPS) == {"accuracy": 1.0}
 
 
-def test_a_constant_answer_is_chance_at_most():
+def test_constant_answer_has_accuracy_zero():
     result = evaluate(Oracle(answer=lambda _: " abcd"), TOKENIZER, CHAINS, breakdown="length")
     assert result["accuracy"] == 0
     assert all(accuracy == 0 for accuracy, _ in result["by_length"].values())
 
 
-def test_parts_add_up_to_the_whole():
+def test_parts_of_a_breakdown_add_up_to_the_accuracy():
     right = {instance.target for instance in list(HOPS)[::3]}
     model = Oracle(answer=lambda target: target if target in right else "none")
     result = evaluate(model, TOKENIZER, HOPS, breakdown="hops")
@@ -143,7 +143,7 @@ def test_parts_add_up_to_the_whole():
         (lambda t: "", 0, 0),
     ],
 )
-def test_scores(answer, exact, prefix):
+def test_scores_count_exact_answers_and_prefixes(answer, exact, prefix):
     found = [
         evaluate(Oracle(answer=answer), TOKENIZER, CHAINS, score=score)["accuracy"]
         for score in ("exact", "prefix3")
@@ -155,7 +155,7 @@ def test_scores(answer, exact, prefix):
         assert found == expected
 
 
-def test_the_model_keeps_its_mode():
+def test_evaluate_restores_the_training_mode():
     model = byte_gpt2().train()
     model.transformer.h[0].eval()
     before = {name: m.training for name, m in model.named_modules()}
@@ -170,9 +170,9 @@ def test_the_model_keeps_its_mode():
     assert {name: m.training for name, m in model.named_modules()} == before
 
 
-def test_an_end_that_the_tokenizer_adds_is_not_the_prompts():
+def test_end_token_added_by_the_tokenizer_is_not_in_the_prompt():
     class Ending:
-        """As tokenizers with ``add_eos_token``."""
+        """Tokenizer with ``add_eos_token``."""
 
         eos_token_id, pad_token_id = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
         decode = staticmethod(TOKENIZER.decode)
@@ -190,7 +190,7 @@ def test_an_end_that_the_tokenizer_adds_is_not_the_prompts():
 # Errors
 
 
-def test_the_context_must_hold_prompt_and_answer():
+def test_context_must_fit_prompt_and_answer():
     instance = HOPS[0]
     prompt, answer = len(instance.prompt), len(instance.target) + 1
     for context in (prompt + answer, prompt + answer + 1):
@@ -210,12 +210,12 @@ def test_the_context_must_hold_prompt_and_answer():
         ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_invalid_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=f"^evaluate: {message}"):
         evaluate(**{"model": Oracle(), "tokenizer": TOKENIZER, "instances": CHAINS, **arguments})
 
 
-def test_an_answer_must_be_able_to_end():
+def test_tokenizer_without_an_end_token_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"^collate: tokenizer: expected one with an end of text"):

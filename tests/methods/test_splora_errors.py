@@ -1,4 +1,4 @@
-"""SPLoRA: every error of the specification, by its message."""
+"""Errors of SPLoRA, by their messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY = f"{Q}.weight"
 
 
 def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapter:
-    """The adapter with other factors in one module."""
+    """Return the adapter with other factors in one module."""
     changed = adapter.modules[name]._replace(**changes)
     return LoraAdapter(adapter.config, {**adapter.modules, name: changed})
 
@@ -71,18 +71,18 @@ def factors(adapter: LoraAdapter, name: str = Q, **changes: Tensor) -> LoraAdapt
     ],
     ids=str,
 )
-def test_a_setting_out_of_range_is_named(fields: dict, message: str):
+def test_invalid_settings_are_named(fields: dict, message: str):
     with pytest.raises(ValueError, match=f"^SploraConfig: {message}"):
         SploraConfig(**{"direction": "smallest", **fields})
 
 
-def test_a_direction_is_asked_for():
+def test_direction_is_required():
     for fields in ({}, {"num": 3}, {"threshold": 0.0, "score": "alignment"}):
         with pytest.raises(ValueError, match=r"direction: expected one of \('smallest', 'largest'"):
             SploraConfig(**fields)
 
 
-def test_a_selection_needs_num_or_threshold_and_no_more_units_than_there_are():
+def test_selection_needs_num_or_threshold_and_enough_units():
     adapter, base, aligned = made(blocks())
     stats = ediem_scores(adapter, base, aligned)  # scoring needs neither
     with pytest.raises(ValueError, match="select_layers: config: expected one of num and threshol"):
@@ -97,7 +97,7 @@ def test_a_selection_needs_num_or_threshold_and_no_more_units_than_there_are():
 # Shapes
 
 
-def test_weights_of_two_shapes_are_refused():
+def test_weights_of_different_shapes_are_refused():
     adapter, base, aligned = made(blocks())
     aligned[KEY] = torch.ones(10, 12)
     message = rf"ediem_scores: {Q}: .*base weight's shape \(12, 10\), found \(10, 12\)"
@@ -123,13 +123,13 @@ def test_weights_of_two_shapes_are_refused():
         ),
     ],
 )
-def test_factors_that_do_not_fit_name_the_layer_and_both_shapes(changes: dict, shapes: str):
+def test_error_for_factors_that_do_not_fit_names_layer_and_shapes(changes: dict, shapes: str):
     adapter, base, aligned = made(blocks())
     with pytest.raises(ValueError, match=rf"ediem_scores: {Q}: expected .*{shapes}"):
         ediem_scores(factors(adapter, **changes), base, aligned)
 
 
-def test_a_state_dict_whose_ranks_differ_or_are_zero_is_refused():
+def test_state_dict_with_different_or_zero_ranks_is_refused():
     adapter, base, aligned = made(blocks())
     state = adapter.state_dict()
     key = f"base_model.model.{Q}.lora_B.weight"
@@ -142,7 +142,7 @@ def test_a_state_dict_whose_ranks_differ_or_are_zero_is_refused():
         ediem_scores(empty, base, aligned)
 
 
-def test_a_transposed_weight_is_refused_without_fan_in_fan_out():
+def test_transposed_weight_is_refused_without_fan_in_fan_out():
     adapter, base, aligned = made(blocks())
     turned = [{k: t.T for k, t in model.items()} for model in (base, aligned)]
     with pytest.raises(ValueError, match=r"expected weights of shape \(12, 10\).*found \(10, 12\)"):
@@ -154,7 +154,7 @@ def test_a_transposed_weight_is_refused_without_fan_in_fan_out():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_name_their_tensor(bad: float):
+def test_error_for_nonfinite_values_names_the_tensor(bad: float):
     adapter, base, aligned = made(blocks())
     for role in ("a", "b"):
         broken = getattr(adapter.modules[Q], role).clone()
@@ -171,7 +171,7 @@ def test_values_that_are_not_finite_name_their_tensor(bad: float):
             splora.project(adapter, *pair, [Q])
 
 
-def test_equal_weights_are_a_zero_alignment():
+def test_equal_weights_raise_zero_alignment_error():
     adapter, base, aligned = made(blocks())
     aligned[KEY] = base[KEY].clone()
     for projection in ("frobenius", "orthogonal"):
@@ -183,7 +183,7 @@ def test_equal_weights_are_a_zero_alignment():
         project_factor(torch.ones(3, 1), torch.ones(3, 4), torch.ones(3, 4))
 
 
-def test_fewer_than_four_layers_are_no_population():
+def test_population_of_fewer_than_four_layers_is_refused():
     adapter, base, aligned = made({name_of(i): (4, 4) for i in range(3)})
     with pytest.raises(
         ValueError, match=r"reference='population': expected at least 4 layers.*d 3"
@@ -199,7 +199,7 @@ def test_fewer_than_four_layers_are_no_population():
     )
 
 
-def test_a_reference_without_spread_is_degenerate():
+def test_reference_without_spread_is_degenerate():
     adapter, base, aligned = made({name_of(i): (4, 4) for i in range(4)})
     one = adapter.modules[Q]
     same = LoraAdapter(adapter.config, dict.fromkeys(adapter.modules, one))
@@ -211,13 +211,13 @@ def test_a_reference_without_spread_is_degenerate():
     found = ediem_scores(same, *alike, SploraConfig(direction="smallest", allow_degenerate=True))
     assert [row.score for row in found] == [0.0] * 4
     assert issubclass(DegenerateReferenceError, ValueError)
-    single, base, aligned = made({Q: (1, 4)})  # one row has one order
+    single, base, aligned = made({Q: (1, 4)})  # one row has only one permutation
     config = SploraConfig(direction="smallest", reference="permutation")
     with pytest.raises(DegenerateReferenceError, match=rf"ediem_scores: {Q}: reference='permut"):
         ediem_scores(single, base, aligned, config)
 
 
-def test_the_identity_as_a_projection_is_a_warning():
+def test_identity_projection_warns():
     adapter, base, aligned = made({name_of(i): (4, 6) for i in range(5)})
     config = SploraConfig(direction="smallest", projection="orthogonal", allow_degenerate=True)
     with pytest.warns(
@@ -230,10 +230,10 @@ def test_the_identity_as_a_projection_is_a_warning():
 
 
 # -------------------------------------------------------------------------------------------------
-# Names and kinds
+# Names and kinds of adapters
 
 
-def test_absent_layers_are_a_key_error_that_lists_five():
+def test_absent_layers_raise_a_key_error_that_lists_five():
     adapter, base, aligned = made(blocks())
     with pytest.raises(KeyError, match=r"ediem_scores: aligned: .*none for .*and 3 more"):
         ediem_scores(adapter, base, {"model.norm.weight": torch.ones(3)})
@@ -242,7 +242,7 @@ def test_absent_layers_are_a_key_error_that_lists_five():
         ediem_scores(adapter, base, aligned)
 
 
-def test_an_a_without_its_b_is_a_key_error(tmp_path: Path):
+def test_factor_without_its_partner_raises_a_key_error(tmp_path: Path):
     adapter, base, aligned = made(blocks())
     state = adapter.state_dict()
     del state[f"base_model.model.{Q}.lora_B.weight"]
@@ -254,12 +254,12 @@ def test_an_a_without_its_b_is_a_key_error(tmp_path: Path):
             ediem_scores(source, base, aligned)
 
 
-def test_a_state_dict_without_factors_is_refused():
+def test_state_dict_without_factors_is_refused():
     with pytest.raises(ValueError, match=r"adapter: expected names as <module>.lora_A.weight, f"):
         ediem_scores({"up.weight": torch.ones(2, 2)}, {}, {})
 
 
-def test_quantised_weights_are_a_type_error_with_advice():
+def test_quantised_weights_raise_a_type_error_with_the_remedy():
     adapter, base, aligned = made(blocks())
     packed = {**base, KEY: torch.zeros(12, 10, dtype=torch.int8)}
     with pytest.raises(TypeError, match=rf"ediem_scores: base: {KEY}: .*int8; dequantise"):
@@ -275,13 +275,13 @@ def test_quantised_weights_are_a_type_error_with_advice():
         ({}, ("embed_tokens", "q_proj"), "found an embedding at model.embed_tokens"),
     ],
 )
-def test_other_kinds_of_adapters_are_not_implemented(fields: dict, targets, message: str):
+def test_dora_and_embedding_adapters_are_refused(fields: dict, targets, message: str):
     adapter = LoraAdapter.from_model(adapted("peft", targets=targets, **fields))
     with pytest.raises(NotImplementedError, match=f"ediem_scores: adapter: .*{message}"):
         ediem_scores(adapter, *models())
 
 
-def test_convolutions_are_not_implemented():
+def test_convolutions_are_refused():
     state = {
         "conv.lora_A.weight": torch.ones(2, 3, 3, 3),
         "conv.lora_B.weight": torch.ones(4, 2, 1, 1),
@@ -292,17 +292,17 @@ def test_convolutions_are_not_implemented():
             ediem_scores(source, {}, {})
 
 
-def test_projecting_a_module_that_the_adapter_lacks_names_it():
+def test_projecting_an_absent_module_names_it():
     adapter, base, aligned = made(blocks())
     with pytest.raises(ValueError, match=r"project: names: .*found 'model.gone', which it lacks"):
         splora.project(adapter, base, aligned, [Q, "model.gone"])
 
 
 # -------------------------------------------------------------------------------------------------
-# The parts by themselves
+# Single functions
 
 
-def test_pair_stats_checks_its_factors():
+def test_pair_stats_refuses_invalid_factors():
     a, b = torch.ones(2, 5), torch.ones(4, 2)
     assert pair_stats(a, b, b).tolist() == [80, 80, 80, 0]
     with pytest.raises(ValueError, match="pair_stats: expected a rank of at least 1, found 0"):
@@ -319,7 +319,7 @@ def test_pair_stats_checks_its_factors():
         pair_stats(a, b.long(), b)
 
 
-def test_diem_checks_its_vectors():
+def test_diem_refuses_invalid_vectors():
     x = torch.rand(4)
     with pytest.raises(ValueError, match=r"diem: b: expected as many entries as in a \(4,\)"):
         diem(x, x[:3], v_min=0, v_max=1)
@@ -331,14 +331,14 @@ def test_diem_checks_its_vectors():
         diem(x, x, v_min=0, v_max=1, var=0)
 
 
-def test_a_pair_that_is_no_tensor_is_named():
+def test_pair_of_lists_is_refused_by_index():
     adapter, base, aligned = made(blocks())
     config = SploraConfig(direction="smallest", reference="pairs")
     with pytest.raises(TypeError, match=r"pairs\[0\]: expected a tensor in float16"):
         ediem_scores(adapter, base, aligned, config, pairs=[([1.0], [2.0])])
 
 
-def test_pairs_belong_to_their_reference():
+def test_pairs_are_only_accepted_with_their_reference():
     adapter, base, aligned = made(blocks())
     pairs = [(torch.ones(2, 2), torch.zeros(2, 2))]
     with pytest.raises(

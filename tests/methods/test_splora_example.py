@@ -1,4 +1,4 @@
-"""examples/splora.py with its smallest sizes: trains, prunes folders and the live model, draws."""
+"""examples/splora.py at its smallest sizes: trains, prunes a folder and a live model, plots."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ MISSING = missing("matplotlib", "rich", "tqdm", "transformers")
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-def test_an_adapter_in_a_folder_is_pruned_and_drawn(
+def test_example_prunes_and_plots_an_adapter_in_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_quickly(monkeypatch, "splora", tmp_path)
@@ -27,7 +27,7 @@ def test_an_adapter_in_a_folder_is_pruned_and_drawn(
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-def test_a_map_has_a_field_for_each_block_and_module_and_crosses_what_was_pruned(
+def test_map_marks_pruned_modules(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""SPLoRA on a live model: layers of three kinds switched off and on again."""
+"""SPLoRA on live models: layers of three kinds are switched off and on again."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lora_ext.nn import adapted_layers, is_active, set_active
 
 
 def off(model: nn.Module, adapter: str = "default") -> list[str]:
-    """Names in the base model of the layers that are switched off."""
+    """Return the base names of the layers that are switched off."""
     layers = adapted_layers(model, adapter)
     return [base_name(name) for name, m in layers.items() if not is_active(m, adapter)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_chosen_layers_are_the_base_layers_to_the_bit_and_remove_restores_all(kind: str):
+def test_pruned_layers_equal_base_layers_bitwise_and_remove_restores_them(kind: str):
     model, (base, aligned) = adapted(kind), models()
     before, flags = logits(model), {n: p.requires_grad for n, p in model.named_parameters()}
     result = splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=2))
@@ -39,13 +39,11 @@ def test_chosen_layers_are_the_base_layers_to_the_bit_and_remove_restores_all(ki
     splora.remove(model)
     assert not off(model) and torch.equal(logits(model), before)
     assert "_lora_ext_splora" not in model.__dict__
-    splora.apply_to(
-        model, base, aligned, SploraConfig(direction="smallest", num=1)
-    )  # and once more
+    splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_none_is_no_change_and_all_are_the_base_model_to_the_bit(kind: str):
+def test_pruning_none_changes_no_bit_and_pruning_all_gives_the_base_model(kind: str):
     model, (base, aligned) = adapted(kind), models()
     before = logits(model)
     splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=0))
@@ -56,7 +54,7 @@ def test_none_is_no_change_and_all_are_the_base_model_to_the_bit(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_that_is_off_costs_its_base_layer_and_no_more(kind: str):
+def test_off_layer_runs_only_the_operators_of_its_base_layer(kind: str):
     model, (base, aligned) = adapted(kind), models()
     splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=6))
     layer = next(m for n, m in adapted_layers(model).items() if n.endswith("0.mlp.down_proj"))
@@ -70,7 +68,7 @@ def test_a_layer_that_is_off_costs_its_base_layer_and_no_more(kind: str):
     assert operators(lambda: layer(x)) == operators(lambda: layer.base_layer(x))
 
 
-def test_the_same_layers_are_chosen_for_every_kind():
+def test_same_layers_are_selected_for_every_kind():
     base, aligned = models()
     results = [
         splora.apply_to(adapted(k), base, aligned, SploraConfig(direction="smallest", num=3))
@@ -80,8 +78,8 @@ def test_the_same_layers_are_chosen_for_every_kind():
     assert results[0].stats == results[1].stats == results[2].stats
 
 
-def test_the_model_may_be_its_own_aligned_one():
-    """What lies below the adapters is compared."""
+def test_model_may_be_its_own_aligned_model():
+    # The weights below the adapters are compared.
     base, _ = models()
     model = adapted("peft")
     with torch.no_grad():
@@ -92,7 +90,7 @@ def test_the_model_may_be_its_own_aligned_one():
     assert result.pruned == off(model)
 
 
-def test_a_second_apply_names_remove_and_remove_needs_an_apply():
+def test_second_apply_names_remove_and_remove_needs_an_apply():
     model, (base, aligned) = adapted("ours"), models()
     with pytest.raises(RuntimeError, match=r"remove: model: expected a model of splora.apply_to"):
         splora.remove(model)
@@ -103,7 +101,7 @@ def test_a_second_apply_names_remove_and_remove_needs_an_apply():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_off_before_stays_off(kind: str):
+def test_layers_that_were_off_before_stay_off(kind: str):
     model, (base, aligned) = adapted(kind), models()
     name, layer = next(iter(adapted_layers(model).items()))
     set_active(layer, "default", False)
@@ -114,14 +112,14 @@ def test_what_was_off_before_stays_off(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_adapters_of_the_model_are_left_alone(kind: str):
+def test_other_adapters_of_the_model_are_unchanged(kind: str):
     model, (base, aligned) = adapted(kind, "red", "blue"), models()
     splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=6), adapter="blue")
     assert len(off(model, "blue")) == 6 and not off(model, "red")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_copy_is_given_back_by_itself(kind: str):
+def test_copy_is_restored_independently(kind: str):
     model, (base, aligned) = adapted(kind), models()
     splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=2))
     twin = copy.deepcopy(model)
@@ -129,7 +127,7 @@ def test_a_copy_is_given_back_by_itself(kind: str):
     assert not off(twin) and len(off(model)) == 2
 
 
-def test_from_peft_after_pruning_keeps_what_is_off():
+def test_from_peft_keeps_pruned_layers_off():
     model, (base, aligned) = adapted("peft"), models()
     splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=2))
     pruned, expected = off(model), logits(model)
@@ -141,7 +139,7 @@ def test_from_peft_after_pruning_keeps_what_is_off():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_whose_adapter_is_merged_is_refused_as_it_is(kind: str):
+def test_model_with_a_merged_adapter_is_refused_unchanged(kind: str):
     model, (base, aligned) = adapted(kind), models()
     for layer in adapted_layers(model).values():
         layer.merge()
@@ -152,14 +150,14 @@ def test_a_model_whose_adapter_is_merged_is_refused_as_it_is(kind: str):
     assert "_lora_ext_splora" not in model.__dict__
 
 
-def test_an_adapter_that_the_model_lacks_is_named():
+def test_absent_adapter_is_named():
     with pytest.raises(ValueError, match=r"adapter: expected one of \['default'\], found 'gone'"):
         splora.apply_to(
             adapted("ours"), *models(), SploraConfig(direction="smallest", num=1), adapter="gone"
         )
 
 
-def test_an_adapter_deleted_since_is_no_obstacle_to_remove():
+def test_remove_accepts_a_deleted_adapter():
     model, (base, aligned) = adapted("ours", "red", "blue"), models()
     splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=3), adapter="blue")
     for layer in adapted_layers(model).values():

@@ -1,4 +1,4 @@
-"""SPLoRA holds the two weights of one layer, and little besides."""
+"""Memory of SPLoRA: little more than the two weights of one layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE, RANK = 4096, 8
 
 
 class Sizes(TorchDispatchMode):
-    """Records bytes of the largest tensor that any operator made, views left out."""
+    """Mode that records the bytes of the largest tensor made by any operator, without views."""
 
     def __init__(self, *known: torch.Tensor):
         super().__init__()
@@ -60,7 +60,7 @@ def map_alone(a: torch.Tensor, b: torch.Tensor, base: torch.Tensor, aligned: tor
 
 @pytest.mark.parametrize("run", [score, map_alone])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_large_layer_makes_no_tensor_above_an_eighth_of_a_weight(
+def test_tensors_of_a_large_layer_take_at_most_an_eighth_of_a_weight(
     run: Callable[..., None], dtype: torch.dtype
 ):
     tensors = large_layer(dtype)
@@ -73,7 +73,7 @@ def test_a_large_layer_makes_no_tensor_above_an_eighth_of_a_weight(
 
 @pytest.mark.slow
 def test_smollm2_is_scored_within_a_hundred_megabytes(tmp_path: Path):
-    """Beside a sibling, both in folders; an adapter on every linear layer of every block."""
+    # Base and aligned model are folders; the adapter has every linear layer of every block.
     pytest.importorskip("transformers")
     from safetensors.torch import load_file, save_file
 

@@ -1,4 +1,4 @@
-"""SPLoRA on adapters as values: what is selected, pruned, projected and saved."""
+"""SPLoRA on adapters as values: selection, pruning, projection and saving."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rows(*scores: float, names: list[str] | None = None) -> list[LayerStats]:
 
 
 def models() -> tuple[nn.Module, nn.Module]:
-    """A base model and its sibling, in which every matrix is a little different."""
+    """Return a base model, and an aligned one in which every matrix differs slightly."""
     base, aligned = llama(), llama()
     g = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -50,7 +50,7 @@ SCORES = rows(3, 1, 2, 1, 5)
     ("fields", "chosen"),
     [
         ({"num": 0}, []),
-        ({"num": 1}, [1]),  # of two equal ones the first in the model
+        ({"num": 1}, [1]),  # of two equal scores, the first in the model
         ({"num": 3}, [1, 2, 3]),
         ({"num": 5}, [0, 1, 2, 3, 4]),
         ({"num": 2, "direction": "largest"}, [0, 4]),
@@ -62,15 +62,15 @@ SCORES = rows(3, 1, 2, 1, 5)
     ],
     ids=str,
 )
-def test_exactly_the_layers_at_one_end_are_selected(fields: dict, chosen: list[int]):
+def test_selected_layers_are_those_at_one_end_of_the_scores(fields: dict, chosen: list[int]):
     assert select_layers(SCORES, SploraConfig(**{"direction": "smallest", **fields})) == [
         name_of(i) for i in chosen
     ]
 
 
-def test_blocks_are_pruned_whole_by_the_mean_of_their_modules():
+def test_blocks_are_pruned_whole_by_the_mean_score_of_their_modules():
     names = [*blocks(2), "model.score"]
-    stats = rows(1, 5, 2, 3, 4, names=names)  # means 3, 2.5, and 4 of the module outside
+    stats = rows(1, 5, 2, 3, 4, names=names)  # means 3, 2.5, and 4 for the module outside of blocks
     found = select_layers(stats, SploraConfig(direction="smallest", num=1, granularity="block"))
     assert found == [name_of(1), name_of(1, "v_proj")]
     largest = SploraConfig(num=1, granularity="block", direction="largest")
@@ -88,7 +88,7 @@ def test_blocks_are_pruned_whole_by_the_mean_of_their_modules():
 
 
 @pytest.mark.parametrize("mode", ["remove", "zero"])
-def test_what_is_kept_is_the_very_tensors_and_nothing_is_written(mode: str):
+def test_kept_layers_share_their_tensors_and_inputs_are_unchanged(mode: str):
     adapter, base, aligned = made(blocks())
     before = [
         {k: (t, t.clone()) for k, t in s.items()} for s in (adapter.state_dict(), base, aligned)
@@ -112,7 +112,7 @@ def test_what_is_kept_is_the_very_tensors_and_nothing_is_written(mode: str):
             assert state[key] is tensor and torch.equal(tensor, copy)
 
 
-def test_none_changes_nothing_and_all_leave_nothing():
+def test_pruning_none_changes_nothing_and_pruning_all_leaves_no_module():
     adapter, base, aligned = made(blocks())
     none = splora.apply(adapter, base, aligned, SploraConfig(direction="smallest", num=0))
     assert none.adapter == adapter and none.pruned == [] and none.kept == [*blocks()]
@@ -120,13 +120,13 @@ def test_none_changes_nothing_and_all_leave_nothing():
     assert not every.adapter.modules and every.kept == []
 
 
-def test_the_survivors_are_named_in_full():
+def test_kept_modules_are_named_in_full():
     adapter, base, aligned = made(blocks(), r=2)
     result = splora.apply(adapter, base, aligned, SploraConfig(direction="smallest", num=3))
     assert sorted(result.adapter.config.target_modules) == sorted(result.kept)
 
 
-def test_direction_and_numbers_are_in_the_log_line_and_in_the_result(
+def test_log_and_result_contain_direction_and_numbers(
     caplog: pytest.LogCaptureFixture,
 ):
     adapter, base, aligned = made(blocks())
@@ -140,7 +140,7 @@ def test_direction_and_numbers_are_in_the_log_line_and_in_the_result(
     )
 
 
-def test_equal_layers_are_left_alone_where_that_is_asked_for():
+def test_layers_with_equal_weights_are_kept_with_on_zero_alignment_skip():
     adapter, base, aligned = made(blocks())
     same = name_of(1)
     aligned[f"{same}.weight"] = base[f"{same}.weight"].clone()
@@ -151,7 +151,7 @@ def test_equal_layers_are_left_alone_where_that_is_asked_for():
     assert splora.project(adapter, base, aligned, [same], config) == adapter
 
 
-def test_progress_sees_every_layer():
+def test_progress_iterates_over_every_layer():
     adapter, base, aligned = made(blocks())
     seen: list[str] = []
 
@@ -171,7 +171,7 @@ def test_progress_sees_every_layer():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_projected_layers_have_p_b_in_the_dtype_of_b_and_others_are_kept(dtype: torch.dtype):
+def test_projected_layers_have_p_b_in_the_dtype_of_b(dtype: torch.dtype):
     adapter, base, aligned = made(blocks(), dtype=dtype)
     chosen = [name_of(0), name_of(2, "v_proj")]
     found = splora.project(adapter, base, aligned, chosen)
@@ -187,7 +187,7 @@ def test_projected_layers_have_p_b_in_the_dtype_of_b_and_others_are_kept(dtype: 
     assert found.config == adapter.config
 
 
-def test_a_bias_of_the_update_is_mapped_as_its_other_outputs_are():
+def test_bias_of_an_update_is_projected_like_b():
     adapter, base, aligned = made(blocks(), lora_bias=True)
     name = name_of(0)
     found = splora.project(adapter, base, aligned, [name]).modules[name]
@@ -202,7 +202,7 @@ def test_a_bias_of_the_update_is_mapped_as_its_other_outputs_are():
 
 
 @pytest.mark.parametrize("safe_lora", [False, True])
-def test_a_pruned_adapter_goes_through_its_folder_to_peft_and_back(tmp_path: Path, safe_lora: bool):
+def test_pruned_adapter_is_saved_and_loaded_by_peft_and_a_pool(tmp_path: Path, safe_lora: bool):
     base, aligned = models()
     for name, model in (("base", base), ("aligned", aligned)):
         model.save_pretrained(tmp_path / name)
@@ -232,7 +232,7 @@ def test_a_pruned_adapter_goes_through_its_folder_to_peft_and_back(tmp_path: Pat
     assert not torch.equal(expected, logits(models()[1]))
 
 
-def test_zeroed_layers_compute_what_removed_ones_do(tmp_path: Path):
+def test_zeroed_layers_equal_removed_ones(tmp_path: Path):
     base, aligned = models()
     adapter = LoraAdapter.from_model(adapted("peft"))
     found = []

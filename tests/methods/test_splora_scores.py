@@ -1,4 +1,4 @@
-"""SPLoRA: distances and scores against formulas in dense matrices and answers worked by hand."""
+"""SPLoRA: distances and scores against dense formulas and results computed by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ A = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
 
 
 # -------------------------------------------------------------------------------------------------
-# Known answers
+# Known results
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ A = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
         ([[1.0], [1.0]], "orthogonal", 5.0, math.sqrt(0.5)),
     ],
 )
-def test_the_example_of_two_directions(b, projection: str, dist: float, cos: float):
+def test_distances_of_two_directions_equal_known_ones(b, projection: str, dist: float, cos: float):
     B = torch.tensor(b, dtype=torch.float64)
     projected = project_factor(B, ZERO, V, projection=projection)
     stats = pair_stats(A, B, projected)
@@ -54,8 +54,8 @@ def test_the_example_of_two_directions(b, projection: str, dist: float, cos: flo
         ({"center": "median"}, [-1, -0.5, 0, 0.5, 3.5]),
     ],
 )
-def test_scores_of_five_distances(fields: dict, expected: list[float]):
-    """Distances 1, 2, 3, 4, 10 of 2 x 2 layers whose update the map takes to zero."""
+def test_scores_of_five_distances_equal_known_ones(fields: dict, expected: list[float]):
+    # The distances of 2 x 2 layers, whose updates P maps to zero, are 1, 2, 3, 4 and 10.
     names = [name_of(i) for i in range(5)]
     state = {}
     for name, d in zip(names, (1.0, 2, 3, 4, 10), strict=True):
@@ -69,7 +69,7 @@ def test_scores_of_five_distances(fields: dict, expected: list[float]):
 
 
 # -------------------------------------------------------------------------------------------------
-# Gram matrices against dense ones
+# Gram matrices against dense matrices
 
 SIZES = [(1, 7, 2), (7, 1, 2), (1, 1, 1), (5, 4, 9), (24, 17, 3), (17, 24, 3), (16, 16, 4)]
 
@@ -99,7 +99,7 @@ def test_gram_path_equals_dense_path(size: tuple[int, int, int], projection: str
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_narrow_inputs_are_computed_as_if_they_were_wide(dtype: torch.dtype):
+def test_low_precision_inputs_are_computed_in_float64(dtype: torch.dtype):
     adapter, base, aligned = made(blocks(), dtype=dtype)
     wide = LoraAdapter(
         adapter.config,
@@ -113,7 +113,7 @@ def test_narrow_inputs_are_computed_as_if_they_were_wide(dtype: torch.dtype):
 
 @pytest.mark.parametrize("projection", ["frobenius", "orthogonal"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_projected_factor_has_the_widest_dtype_and_is_rounded_once(projection, dtype):
+def test_projected_factor_has_the_widest_dtype_and_is_rounded_once(projection, dtype):
     _, base, aligned = made({"up": (12, 7)}, dtype=dtype)
     b = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     found = project_factor(
@@ -125,7 +125,7 @@ def test_a_projected_factor_has_the_widest_dtype_and_is_rounded_once(projection,
     torch.testing.assert_close(found, expected.to(dtype), **tolerance)
 
 
-def test_energy_keeps_the_fewest_directions_that_hold_it():
+def test_energy_keeps_the_fewest_sufficient_directions():
     u = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64))[0]
     values = torch.tensor([3.0, 2, 1, 0.5], dtype=torch.float64)  # squares 9, 4, 1, 0.25
     v = (u[:, :4] * values) @ torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0][:4]
@@ -140,7 +140,7 @@ def test_energy_keeps_the_fewest_directions_that_hold_it():
             torch.testing.assert_close(found, expected)
 
 
-def test_a_transposed_weight_is_turned_where_the_configuration_says_so():
+def test_fan_in_fan_out_transposes_weights():
     shapes = {name_of(i): (12, 7) for i in range(4)}
     adapter, base, aligned = made(shapes, fan_in_fan_out=True)
     assert base[f"{name_of(0)}.weight"].shape == (7, 12)
@@ -154,7 +154,7 @@ def test_a_transposed_weight_is_turned_where_the_configuration_says_so():
         assert found[1:] == pytest.approx(expected[1:], rel=1e-12)
 
 
-def test_square_weights_of_gpt2_are_turned_in_a_live_model_whatever_the_configuration_says():
+def test_square_gpt2_weights_of_a_live_model_are_always_transposed():
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=7, n_embd=8, n_layer=4, n_head=2, n_positions=8)
     )
@@ -174,7 +174,7 @@ def test_square_weights_of_gpt2_are_turned_in_a_live_model_whatever_the_configur
 
 
 @pytest.mark.parametrize("projection", ["frobenius", "orthogonal"])
-def test_another_basis_of_the_factors_changes_nothing(projection: str):
+def test_scores_do_not_depend_on_the_basis_of_the_factors(projection: str):
     adapter, base, aligned = made(blocks())
     q = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     turned = LoraAdapter(
@@ -192,7 +192,7 @@ def test_another_basis_of_the_factors_changes_nothing(projection: str):
 
 @settings(max_examples=15)
 @given(c=st.floats(-4, 4).filter(lambda c: abs(c) > 0.1))
-def test_scaling_all_updates_scales_distances_and_leaves_scores(c: float):
+def test_scaling_all_updates_scales_distances_but_not_scores(c: float):
     adapter, base, aligned = made(blocks())
     larger = scaled(adapter, dict.fromkeys(adapter.modules, c))
     for one, two in zip(
@@ -203,7 +203,7 @@ def test_scaling_all_updates_scales_distances_and_leaves_scores(c: float):
         assert two.score == pytest.approx(one.score, rel=1e-6, abs=1e-6)
 
 
-def test_scaling_the_alignment_moves_distances_of_frobenius_alone():
+def test_scaling_the_alignment_changes_only_frobenius_distances():
     adapter, base, aligned = made(blocks())
     further = {k: base[k] + 3 * (aligned[k] - base[k]) for k in base}
     for projection, moves in (("frobenius", True), ("orthogonal", False)):
@@ -217,8 +217,8 @@ def test_scaling_the_alignment_moves_distances_of_frobenius_alone():
             assert (two.dist == pytest.approx(one.dist)) is not moves
 
 
-def test_six_equal_singular_values_make_both_projections_one():
-    """|V|_F = 6 and V V^T = 6 U U^T where all six singular values are sqrt(6)."""
+def test_both_projections_are_equal_for_six_equal_singular_values():
+    # If all six singular values are sqrt(6), |V|_F = 6 and V V^T = 6 U U^T.
     g = torch.Generator().manual_seed(2)
     u = torch.linalg.qr(torch.randn(11, 6, dtype=torch.float64, generator=g))[0]
     w = torch.linalg.qr(torch.randn(9, 6, dtype=torch.float64, generator=g))[0]
@@ -230,7 +230,7 @@ def test_six_equal_singular_values_make_both_projections_one():
     torch.testing.assert_close(project_factor(one, torch.zeros_like(v), v), one)
 
 
-def test_order_of_names_changes_no_bit():
+def test_order_of_names_changes_no_bit_of_the_scores():
     adapter, base, aligned = made(blocks(12))
     expected = ediem_scores(adapter, base, aligned)
     assert [s.name for s in expected] == [*blocks(12)]  # layers.2 before layers.10
@@ -239,7 +239,7 @@ def test_order_of_names_changes_no_bit():
     assert ediem_scores(turned, *models) == expected
 
 
-def test_a_layer_with_as_many_outputs_as_ranks_and_biases_beside_weights():
+def test_square_layers_and_biases_beside_weights_are_supported():
     shapes = {name_of(i): (3, 3) for i in range(3)} | {"model.score": (3, 7)}
     adapter, base, aligned = made(shapes, r=3)
     biased = [{**m, **{f"{n}.bias": torch.ones(3) for n in shapes}} for m in (base, aligned)]
@@ -250,7 +250,7 @@ def test_a_layer_with_as_many_outputs_as_ranks_and_biases_beside_weights():
         assert row.norm == pytest.approx((s * b @ a).norm().item())
 
 
-def test_the_scale_of_a_layer_counts_unless_it_is_left_out():
+def test_scale_of_a_layer_is_included_unless_disabled():
     adapter, base, aligned = made(blocks(), alpha_pattern={name_of(1): 18})
     with_s = ediem_scores(adapter, base, aligned)
     without = ediem_scores(
@@ -261,7 +261,7 @@ def test_the_scale_of_a_layer_counts_unless_it_is_left_out():
     assert list(ratios.values()) == pytest.approx([2] * 7)
 
 
-def test_a_state_dict_may_come_from_a_live_model_or_from_a_file():
+def test_state_dicts_of_live_models_and_files_are_accepted():
     adapter, base, aligned = made(blocks(), r=2)
     saved = adapter.state_dict()
     live = {k.replace(".weight", ".default.weight"): t for k, t in saved.items()}
@@ -277,7 +277,7 @@ def test_a_state_dict_may_come_from_a_live_model_or_from_a_file():
 # References
 
 
-def test_permutation_compares_a_layer_with_its_own_shuffled_rows():
+def test_permutation_compares_a_layer_with_its_shuffled_rows():
     adapter, base, aligned = made({name_of(0): (12, 10)})
     config = SploraConfig(
         direction="smallest", reference="permutation", n_samples=20, seed=3, stat="std"
@@ -293,7 +293,7 @@ def test_permutation_compares_a_layer_with_its_own_shuffled_rows():
     assert ediem_scores(adapter, base, aligned, config) == [row]
 
 
-def test_permutation_scores_a_layer_whatever_others_there_are():
+def test_permutation_score_does_not_depend_on_other_layers():
     adapter, base, aligned = made(blocks())
     config = SploraConfig(direction="smallest", reference="permutation")
     alone = LoraAdapter(adapter.config, {name_of(2): adapter.modules[name_of(2)]})
@@ -301,7 +301,7 @@ def test_permutation_scores_a_layer_whatever_others_there_are():
     assert row in ediem_scores(adapter, base, aligned, config)
 
 
-def test_pairs_give_the_released_formula():
+def test_pairs_equal_the_released_formula():
     adapter, base, aligned = made({name_of(0): (12, 10)})
     g = torch.Generator().manual_seed(0)
     pairs = [tuple(torch.randn(2, 12, 10, generator=g)) for _ in range(9)]
@@ -322,8 +322,8 @@ def test_pairs_give_the_released_formula():
     assert row.score == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_pairs_that_repeat_the_layer_itself_give_one_less_the_quartiles():
-    """What the released script passes: 50 copies of the pair that is scored."""
+def test_pairs_that_repeat_the_layer_give_one_minus_the_quartile_shift():
+    # The released script passes 50 copies of the scored pair.
     adapter, base, aligned = made({name_of(0): (12, 10)})
     a, b, s, *_ = adapter.modules[name_of(0)]
     key = f"{name_of(0)}.weight"
@@ -336,7 +336,7 @@ def test_pairs_that_repeat_the_layer_itself_give_one_less_the_quartiles():
 
 
 @pytest.mark.slow
-def test_a_quartile_is_found_beyond_the_limit_of_torch_quantile():
+def test_lower_quartile_works_beyond_the_limit_of_torch_quantile():
     values = torch.arange((1 << 24) + 5, dtype=torch.float32).flip(0)
     with pytest.raises(RuntimeError, match="too large"):
         torch.quantile(values, 0.25)
@@ -351,7 +351,7 @@ def test_a_quartile_is_found_beyond_the_limit_of_torch_quantile():
 
 
 @pytest.mark.parametrize("n", [64, 1024])
-def test_diem_of_random_uniform_pairs_has_mean_zero_and_the_stated_variance(n: int):
+def test_diem_of_uniform_pairs_has_mean_zero_and_the_stated_variance(n: int):
     g = torch.Generator().manual_seed(0)
     x, y = torch.rand(2, 4_000, n, generator=g)
     scores = torch.tensor([diem(a, b, v_min=0, v_max=1) for a, b in zip(x, y, strict=True)])
@@ -366,15 +366,15 @@ def test_diem_does_not_depend_on_the_unit_of_its_entries():
     )
 
 
-def test_diem_with_statistics_of_ones_own():
-    """Standard normal entries: mean sqrt(2 N) (1 - 1 / (4 N)), variance 1."""
+def test_diem_accepts_given_statistics():
+    # For standard normal entries, the mean is sqrt(2 N) (1 - 1 / (4 N)) and the variance 1.
     x, y = torch.ones(8), torch.zeros(8)
     expected = math.sqrt(16) * (1 - 1 / 32)
     found = diem(x, y, v_min=-1, v_max=1, expected=expected, var=1.0)
     assert found == pytest.approx(2 * (math.sqrt(8) - expected))
 
 
-def test_twice_the_same_bits():
+def test_scores_are_deterministic():
     adapter, base, aligned = made(blocks())
     for reference, projection in itertools.product(
         ("population", "permutation"), ("frobenius", "orthogonal")

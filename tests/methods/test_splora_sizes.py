@@ -1,4 +1,4 @@
-"""SPLoRA: scores that the size of an update does not move, and how much the others follow it."""
+"""SPLoRA scores that do not depend on update sizes, and the correlation of others with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ A = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
 
 
 def dense_layers(adapter, base, aligned):
-    """By name the update D and the alignment V, dense."""
+    """Return by name the update D and the alignment V as dense matrices."""
     found = {}
     for name, (a, b, s, *_) in adapter.modules.items():
         found[name] = s * b @ a, aligned[f"{name}.weight"] - base[f"{name}.weight"]
@@ -28,7 +28,7 @@ def dense_layers(adapter, base, aligned):
 
 @pytest.mark.parametrize("fields", [{}, {"alpha_pattern": {name_of(1): -9}}], ids=str)
 @pytest.mark.parametrize("projection", ["frobenius", "orthogonal"])
-def test_the_alignment_is_the_cosine_of_update_and_alignment(projection: str, fields: dict):
+def test_alignment_is_the_cosine_of_update_and_alignment(projection: str, fields: dict):
     adapter, base, aligned = made(blocks(), **fields)
     config = SploraConfig(direction="smallest", score="alignment", projection=projection, rank=4)
     layers = dense_layers(adapter, base, aligned)
@@ -37,11 +37,11 @@ def test_the_alignment_is_the_cosine_of_update_and_alignment(projection: str, fi
         expected = ((update * v).sum() / (update.norm() * v.norm())).item()
         assert row.alignment == row.score == pytest.approx(expected, abs=1e-12)
     signs = {row.alignment > 0 for row in ediem_scores(adapter, base, aligned)}
-    assert signs == {True, False}, "the cosine with the map has no sign: P is positive"
+    assert signs == {True, False}, "the cosine with P D is never negative"
 
 
-def test_what_undoes_the_alignment_has_minus_one_and_what_repeats_it_one():
-    """D = c V, of rank one: the distances of both signs are nearly the same."""
+def test_alignment_is_minus_one_for_inverse_and_one_for_equal_updates():
+    # D = c V has rank one: both signs have nearly the same distance.
     names, state = [name_of(i) for i in range(4)], {}
     for name, c in zip(names, (1.0, -1.0, 0.5, -3.0), strict=True):
         state[f"{name}.lora_A.weight"] = A / 5
@@ -60,7 +60,7 @@ def test_what_undoes_the_alignment_has_minus_one_and_what_repeats_it_one():
 
 
 @pytest.mark.parametrize("projection", ["frobenius", "orthogonal"])
-def test_the_angle_is_the_distance_of_a_normalised_map_and_no_size_moves_it(projection: str):
+def test_angle_is_the_distance_of_a_normalised_map_and_ignores_sizes(projection: str):
     adapter, base, aligned = made(blocks())
     fields = {"direction": "largest", "score": "angle", "projection": projection, "rank": 4}
     config = SploraConfig(**fields)
@@ -86,7 +86,7 @@ def test_the_angle_is_the_distance_of_a_normalised_map_and_no_size_moves_it(proj
         assert [row.score for row in other] == pytest.approx(expected, rel=1e-8)
 
 
-def test_small_angles_do_not_cancel_and_an_update_of_nothing_has_none():
+def test_small_angles_do_not_cancel_and_zero_updates_have_angle_zero():
     names = [name_of(i) for i in range(4)]
     v = torch.diag(torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64))
     state = {}
@@ -101,12 +101,12 @@ def test_small_angles_do_not_cancel_and_an_update_of_nothing_has_none():
     found = [row.score for row in ediem_scores(state, base, aligned, config)]
     x = torch.tensor([1.0, 2.0, 4.0, 0.0], dtype=torch.float64)
     iqr = torch.quantile(x, 0.75) - torch.quantile(x, 0.25)
-    # A spread of 1.75e-9 is judged beside the 1e-12 that keeps the division finite.
+    # A spread of 1.75e-9 is compared beside the 1e-12 that keeps the division finite.
     assert found == pytest.approx(((x - x.median() - 0.5) / iqr).tolist(), rel=1e-2)
 
 
-def test_a_result_says_how_much_its_scores_follow_the_sizes_of_updates():
-    """V is small beside what makes P an isometry, so that P D is, and the distance is |D|."""
+def test_size_correlation_shows_how_scores_follow_update_sizes():
+    # V is small, so P D is negligible and the distance is |D|.
     adapter, base, aligned = made(blocks())
     sizes = {name: 1.5 ** ((5 * i) % 8) for i, name in enumerate(blocks())}
     adapter = scaled(adapter, sizes)
@@ -119,16 +119,16 @@ def test_a_result_says_how_much_its_scores_follow_the_sizes_of_updates():
         config = SploraConfig(num=2, direction="smallest", score=score)
         found = splora.apply(adapter, base, near, config)
         as_made = splora.apply(made(blocks())[0], base, near, config)
-        assert found.pruned == as_made.pruned, "no size moves it"
+        assert found.pruned == as_made.pruned, "pruning must not depend on sizes"
         assert found.size_correlation != pytest.approx(as_made.size_correlation)
     released = SploraConfig(num=2, direction="smallest", reference="released")
     found = splora.apply(adapter, base, near, released)
-    assert found.size_correlation < -0.9, "its smallest scores are the largest updates"
+    assert found.size_correlation < -0.9, "the smallest scores belong to the largest updates"
     largest = sorted(by_distance.stats, key=lambda row: row.norm)[-2:]
     assert {*found.pruned} == {row.name for row in largest}
 
 
-def test_the_rank_correlation_shares_places_between_equal_values():
+def test_rank_correlation_averages_the_ranks_of_ties():
     def rows(scores: list[float], sizes: list[float]) -> list[splora.LayerStats]:
         each = enumerate(zip(scores, sizes, strict=True))
         return [splora.LayerStats(name_of(i), 4, 0, 2 * n, 0, 0, s) for i, (s, n) in each]
@@ -142,7 +142,7 @@ def test_the_rank_correlation_shares_places_between_equal_values():
     assert math.isnan(splora.size_correlation([]))
 
 
-def test_the_released_reference_is_the_limit_of_the_script_s_fifty_copies_without_its_noise():
+def test_released_reference_is_the_noise_free_limit_of_fifty_copies():
     adapter, base, aligned = made(blocks(), dtype=torch.float32)
     config = SploraConfig(direction="smallest", reference="released")
     rows = ediem_scores(adapter, base, aligned, config)

@@ -1,4 +1,4 @@
-"""Block-wise distillation: its known values, its gradients, grids that differ, batches of text."""
+"""Block-wise distillation: known values, gradients, different grids, and batches of text."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def test_heads_are_a_norm_and_a_projection():
 
 
 @pytest.mark.parametrize(("sign", "expected"), [(1, 0.0), (-1, 2.0)])
-def test_a_teacher_that_agrees_or_contradicts(sign: int, expected: float):
+def test_equal_and_opposite_teachers_give_zero_and_two(sign: int, expected: float):
     module, hiddens = heads(), tensors(WIDTH)
     teachers = [sign * out for out in module(hiddens)]
     assert block_distill_loss(module, hiddens, teachers).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_an_orthogonal_teacher_costs_one():
+def test_orthogonal_teacher_gives_one():
     hiddens = [torch.tensor([[1.0, 0.0], [0.0, 2.0]])]
     teachers = [torch.tensor([[0.0, 3.0], [1.0, 0.0]])]
     assert block_distill_loss(None, hiddens, teachers).item() == 1
 
 
-def test_the_loss_is_the_mean_over_tokens_and_blocks():
+def test_loss_is_the_mean_over_tokens_and_blocks():
     module, hiddens, teachers = heads(), tensors(WIDTH), tensors(TEACHER, seed=1)
     of_blocks = [
         (1 - F.cosine_similarity(out, u, dim=-1)).mean()
@@ -57,7 +57,7 @@ def test_the_loss_is_the_mean_over_tokens_and_blocks():
 
 
 @given(scale=st.floats(1e-3, 1e3))
-def test_the_teacher_s_scale_does_not_matter(scale: float):
+def test_loss_does_not_depend_on_the_teachers_scale(scale: float):
     module, hiddens, teachers = heads(), tensors(WIDTH), tensors(TEACHER, seed=1)
     scaled = [u * scale for u in teachers]
     torch.testing.assert_close(
@@ -65,7 +65,7 @@ def test_the_teacher_s_scale_does_not_matter(scale: float):
     )
 
 
-def test_gradients_reach_heads_and_hiddens_and_not_the_teacher():
+def test_gradients_reach_heads_and_hiddens_but_not_the_teacher():
     module = heads()
     hiddens, teachers = ([t.requires_grad_() for t in tensors(w, seed=w)] for w in (WIDTH, TEACHER))
     block_distill_loss(module, hiddens, teachers).backward()
@@ -73,7 +73,7 @@ def test_gradients_reach_heads_and_hiddens_and_not_the_teacher():
     assert all(u.grad is None for u in teachers)
 
 
-def test_gradients_are_right():
+def test_gradients_equal_finite_differences():
     module = heads().double()
     hiddens = [t.double().requires_grad_() for t in tensors(WIDTH)]
     teachers = [t.double() for t in tensors(TEACHER, seed=1)]
@@ -84,7 +84,7 @@ def test_gradients_are_right():
 
 @pytest.mark.parametrize("teachers", [None, "empty"])
 @pytest.mark.parametrize("grids", [None, []])
-def test_without_images_the_loss_is_zero_with_gradients_of_zero(teachers, grids):
+def test_batch_without_images_has_zero_loss_and_gradients(teachers, grids):
     module = heads()
     whole = [t.requires_grad_() for t in tensors(WIDTH)]
     hiddens = [t[torch.zeros(TOKENS, dtype=torch.bool)] for t in whole]
@@ -110,7 +110,7 @@ def test_low_precision_is_compared_in_float32():
     assert torch.equal(found, expected)
 
 
-def test_grids_that_differ_are_interpolated_as_images():
+def test_different_grids_are_interpolated_as_images():
     student, teacher = [(2, 3), (4, 1)], [(4, 2), (4, 1)]
     hiddens, states = tensors(TEACHER, tokens=10), tensors(TEACHER, tokens=12, seed=1)
     resampled = []
@@ -122,7 +122,7 @@ def test_grids_that_differ_are_interpolated_as_images():
     torch.testing.assert_close(found, block_distill_loss(None, hiddens, resampled))
 
 
-def test_equal_grids_change_nothing():
+def test_equal_grids_are_not_interpolated():
     hiddens, teachers = tensors(TEACHER, tokens=6), tensors(TEACHER, tokens=6, seed=1)
     grids = [(2, 2), (1, 2)]
     assert torch.equal(
@@ -150,12 +150,12 @@ H, U = tensors(WIDTH), tensors(TEACHER)
         (([h[:0] for h in H], U), r"teachers: expected the student's 0 tokens .* found 7"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(arguments, message: str):
+def test_inputs_that_cannot_be_compared_are_refused(arguments, message: str):
     with pytest.raises(ValueError, match=f"block_distill_loss: {message}"):
         block_distill_loss(heads(), *arguments)
 
 
-def test_heads_are_refused_by_name():
+def test_invalid_heads_are_refused_by_name():
     with pytest.raises(ValueError, match=r"DistillHeads: teacher_width: .* at least 1, found 0"):
         DistillHeads(2, 3, 0)
     with pytest.raises(ValueError, match=r"DistillHeads: hiddens: expected one for each of 3 bloc"):

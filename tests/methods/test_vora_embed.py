@@ -1,4 +1,4 @@
-"""The vision embedding: tokens of patches, positions of any grid, images of any size."""
+"""`VisionPatchEmbed`: tokens of patches, positions of any grid, images of any size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_ext.methods.vora._embed import RMSNorm, resample_grid
 
 
 def embedding(seed: int = 0, **fields) -> VisionPatchEmbed:
-    """A small one with a table of positions that is not zero, in float64."""
+    """Return a small module in float64 with a nonzero table of positions."""
     torch.manual_seed(seed)
     module = VisionPatchEmbed(
         **{"hidden_size": 6, "embed_dim": 5, "patch": 4, "image_size": 12} | fields
@@ -29,14 +29,14 @@ def images(*sizes: tuple[int, int]) -> list[Tensor]:
     return [torch.randn(3, h, w, generator=generator, dtype=torch.float64) for h, w in sizes]
 
 
-def test_the_paper_s_sizes_have_its_parameters():
+def test_papers_sizes_give_its_number_of_parameters():
     with torch.device("meta"):
         module = VisionPatchEmbed(3584)
     assert sum(p.numel() for p in module.parameters()) == 7_984_128
     assert module.pos_embed.shape == (1, 1024, 1536)
 
 
-def test_tokens_are_those_of_a_convolution_a_norm_a_table_and_a_projection():
+def test_tokens_equal_convolution_norm_positions_and_projection():
     module = embedding()
     x = torch.stack(images((12, 12), (12, 12)))
     proj = module.patchifier["proj"]
@@ -50,7 +50,7 @@ def test_positions_start_at_zero():
     assert not VisionPatchEmbed(6, 5, 4, 12).pos_embed.any()
 
 
-def test_the_norm_is_taken_in_float32_and_rounded_before_the_weight():
+def test_norm_is_computed_in_float32_and_rounded_before_the_weight():
     norm = RMSNorm(5).to(torch.bfloat16)
     nn.init.constant_(norm.weight, 3.0)
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
@@ -59,13 +59,13 @@ def test_the_norm_is_taken_in_float32_and_rounded_before_the_weight():
 
 
 @pytest.mark.parametrize("mode", ["interp", "released"])
-def test_the_stored_grid_takes_the_table_as_it_is(mode: str):
+def test_stored_grid_uses_the_table_unchanged(mode: str):
     module = embedding(pos_mode=mode)
     assert torch.equal(module.positions(3, 3), module.pos_embed[0])
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9))
-def test_a_constant_table_stays_constant_under_any_grid(rows: int, columns: int):
+def test_constant_table_stays_constant_on_any_grid(rows: int, columns: int):
     module = embedding()
     nn.init.constant_(module.pos_embed, 0.7)
     found = module.positions(rows, columns)
@@ -80,14 +80,14 @@ def test_positions_of_another_grid_are_interpolated():
     torch.testing.assert_close(module.positions(2, 5), expected[0].flatten(1).T)
 
 
-def test_released_positions_are_the_first_rows_and_interpolated_where_there_are_too_few():
+def test_released_positions_are_first_rows_or_interpolated_if_too_few():
     module, interpolated = embedding(pos_mode="released"), embedding()
     assert torch.equal(module.positions(2, 4), module.pos_embed[0, :8])
     assert torch.equal(module.positions(1, 9), module.pos_embed[0])
     assert torch.equal(module.positions(4, 3), interpolated.positions(4, 3))
 
 
-def test_a_transposed_image_with_a_transposed_table_gives_transposed_tokens():
+def test_transposed_image_and_table_give_transposed_tokens():
     module, flipped = embedding(), embedding()
     with torch.no_grad():
         flipped.patchifier["proj"].weight.copy_(module.patchifier["proj"].weight.mT)
@@ -99,7 +99,7 @@ def test_a_transposed_image_with_a_transposed_table_gives_transposed_tokens():
 
 
 @given(sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), max_size=5))
-def test_a_list_of_images_gives_what_each_gives_alone(sizes: list[tuple[int, int]]):
+def test_list_of_images_equals_single_images(sizes: list[tuple[int, int]]):
     module = embedding()
     given_ = images(*((4 * h, 4 * w) for h, w in sizes))
     found = module(given_)
@@ -108,7 +108,7 @@ def test_a_list_of_images_gives_what_each_gives_alone(sizes: list[tuple[int, int
         torch.testing.assert_close(tokens, module(image[None])[0])
 
 
-def test_every_parameter_and_the_images_get_gradients():
+def test_gradients_reach_every_parameter_and_the_images():
     module = embedding()
     given_ = [image.requires_grad_() for image in images((4, 8), (12, 12))]
     sum(tokens.square().sum() for tokens in module(given_)).backward()
@@ -116,12 +116,12 @@ def test_every_parameter_and_the_images_get_gradients():
     assert all(image.grad is not None and image.grad.any() for image in given_)
 
 
-def test_a_batch_of_no_image_has_no_token():
+def test_empty_batch_has_no_tokens():
     assert embedding()(torch.zeros(0, 3, 8, 4, dtype=torch.float64)).shape == (0, 2, 6)
     assert embedding()([]) == []
 
 
-def test_images_take_the_dtype_of_the_parameters():
+def test_images_are_cast_to_the_dtype_of_the_parameters():
     module = embedding().to(torch.bfloat16)
     assert module(torch.rand(1, 3, 8, 8)).dtype == torch.bfloat16
 
@@ -144,7 +144,7 @@ def test_equal_grids_are_not_resampled():
         ),
     ],
 )
-def test_bad_fields_are_refused_by_name(fields: dict, message: str):
+def test_invalid_fields_are_refused_by_name(fields: dict, message: str):
     with pytest.raises(ValueError, match=f"VisionPatchEmbed: {message}"):
         VisionPatchEmbed(8, **fields)
 
@@ -161,6 +161,6 @@ def test_bad_fields_are_refused_by_name(fields: dict, message: str):
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), TypeError, r"floating numbers, found torch.u"),
     ],
 )
-def test_images_that_are_none_are_refused(given_, error, message: str):
+def test_invalid_images_are_refused(given_, error, message: str):
     with pytest.raises(error, match=f"VisionPatchEmbed: images: expected .*{message}"):
         embedding()(given_)

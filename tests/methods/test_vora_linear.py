@@ -1,4 +1,4 @@
-"""VoraLinear against its dense formula: routes, masks, gradients, merging, kinds of base layers."""
+"""`VoraLinear` against its dense formula: routes, masks, gradients, merging and base layers."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def formula(layer: VoraLinear, x: Tensor, mask: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------
-# At init
+# Initial values
 
 
 @pytest.mark.parametrize("route", ["all", "vision"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_at_init_it_is_the_base_layer_bit_for_bit(
+def test_initial_layer_equals_the_base_layer_bitwise(
     route: str, bias: bool, dtype: torch.dtype
 ) -> None:
     layer, x = make(route, bias=bias, dtype=dtype, trained=False), inputs(2, 7, dtype=dtype)
@@ -81,7 +81,7 @@ def test_at_init_it_is_the_base_layer_bit_for_bit(
     ]
 
 
-def test_the_base_layer_is_the_very_object() -> None:
+def test_base_layer_is_not_copied() -> None:
     base = nn.Linear(IN, OUT)
     layer = VoraLinear.from_linear(base, 4)
     assert layer.base_layer is base and isinstance(layer, LoraLinear)
@@ -89,7 +89,7 @@ def test_the_base_layer_is_the_very_object() -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Against the formula
+# Comparison with the formula
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
@@ -98,7 +98,7 @@ def test_the_base_layer_is_the_very_object() -> None:
     ("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
 )
 @pytest.mark.parametrize("name", MASKS)
-def test_a_masked_layer_equals_the_dense_formula(
+def test_masked_layer_equals_the_dense_formula(
     name: str, dtype: torch.dtype, atol: float, rank: int, kind: str
 ) -> None:
     layer, mask = make(rank=rank, kind=kind, scale=0.1 / rank, dtype=dtype), MASKS[name]
@@ -121,15 +121,15 @@ def test_route_all_ignores_masks() -> None:
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
     with modality(MASKS["none"]):
         assert torch.equal(layer(x), layer(x, MASKS["alternating"]))
-        assert torch.equal(layer(x), layer(x, torch.ones(3)))  # of whatever shape and kind
+        assert torch.equal(layer(x), layer(x, torch.ones(3)))
 
 
-def test_outside_a_block_all_tokens_are_text() -> None:
+def test_tokens_outside_a_block_are_text() -> None:
     layer, x = make("vision"), inputs(2, 7)
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
-def test_an_explicit_mask_wins_over_the_block() -> None:
+def test_explicit_mask_takes_precedence_over_the_block() -> None:
     layer, x = make("vision"), inputs(2, 7)
     expected = layer(x, MASKS["alternating"])
     with modality(MASKS["random"]):
@@ -139,7 +139,7 @@ def test_an_explicit_mask_wins_over_the_block() -> None:
 
 @pytest.mark.parametrize("rank", [RANK, 300])
 @pytest.mark.parametrize("name", MASKS)
-def test_gradients_are_autograds(name: str, rank: int) -> None:
+def test_gradients_equal_those_of_the_formula(name: str, rank: int) -> None:
     layer, mask = make(rank=rank).double(), MASKS[name]
     x = inputs(2, 7, dtype=torch.float64).requires_grad_()
     wanted = [x, layer.A, layer.B]
@@ -165,7 +165,7 @@ def test_gradcheck_in_float64() -> None:
 
 @pytest.mark.parametrize("rank", [RANK, 300])
 def test_text_rows_are_never_read(backend: Backend, rank: int) -> None:
-    """NaN where m = 0: neither the adapter's gradients nor any other row hears of it."""
+    # NaN in text rows (m = 0) must not reach the adapter's gradients or other rows.
     layer, mask = make(rank=rank).to(backend.device), MASKS["random"].to(backend.device)
     x = inputs(2, 7).to(backend.device)
     clean_x = x.clone()
@@ -189,14 +189,14 @@ def test_text_rows_are_never_read(backend: Backend, rank: int) -> None:
     torch.testing.assert_close(found, formula(layer, clean_x, mask), rtol=0, atol=1e-4)
 
 
-def test_a_batch_without_vision_builds_no_graph_node_of_the_adapter() -> None:
+def test_batch_without_vision_builds_no_graph_for_the_adapter() -> None:
     layer, x = make("vision"), inputs(2, 7)
     with modality(MASKS["none"]):
         assert not layer(x).requires_grad
 
 
 # -------------------------------------------------------------------------------------------------
-# Together with text adapters
+# Beside text adapters
 
 
 def both(*text: str) -> VoraLinear:
@@ -209,7 +209,7 @@ def both(*text: str) -> VoraLinear:
 
 
 def rows(layer: VoraLinear, x: Tensor, names: list[str | None]) -> Tensor:
-    """Row by row, with plain products."""
+    """Compute each row with plain products."""
     out: list[Tensor] = []
     for each, name in zip(x.reshape(-1, IN), names, strict=True):
         y = layer.base_layer(each)
@@ -238,13 +238,13 @@ def test_image_text_and_base_rows_share_one_launch(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(found, rows(layer, x, names), rtol=1e-5, atol=1e-5)
         with modality(mask), lora_ext.adapters(of_text):
             assert torch.equal(layer(x), found)
-        # Text alone has the block's names.
+        # Text alone uses the names of the block.
         with lora_ext.adapters(of_text), torch.no_grad():
             every = [name for name in of_text for _ in range(7)]
             torch.testing.assert_close(layer(x), rows(layer, x, every), rtol=1e-5, atol=1e-5)
 
 
-def test_token_ids_name_the_vision_adapter_too() -> None:
+def test_token_ids_can_select_the_vision_adapter() -> None:
     layer, mask, x = both("red"), MASKS["random"], inputs(2, 7)
     ids = torch.where(mask, 0, torch.tensor([[1], [-1]]))
     names = [("default", "red", None)[i] for i in ids.flatten()]
@@ -252,14 +252,14 @@ def test_token_ids_name_the_vision_adapter_too() -> None:
         torch.testing.assert_close(layer(x), rows(layer, x, names), rtol=1e-5, atol=1e-5)
 
 
-def test_a_second_active_adapter_serves_text() -> None:
+def test_second_active_adapter_is_used_for_text() -> None:
     layer, mask, x = both("red", "blue"), MASKS["random"], inputs(2, 7)
     layer.set_adapter(["default", "red"])
     names = ["default" if sees else "red" for sees in mask.flatten()]
     with modality(mask):
         torch.testing.assert_close(layer(x), rows(layer, x, names), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer(x), rows(layer, x, ["red"] * 14), rtol=1e-5, atol=1e-5)
-    layer.set_adapter("red")  # the vision adapter is off
+    layer.set_adapter("red")  # turns the vision adapter off
     with modality(mask):
         torch.testing.assert_close(layer(x), rows(layer, x, ["red"] * 14), rtol=1e-5, atol=1e-5)
     layer.set_adapter(["default", "red", "blue"])
@@ -267,7 +267,7 @@ def test_a_second_active_adapter_serves_text() -> None:
         layer(x)
 
 
-def test_permuting_the_samples_permutes_the_outputs() -> None:
+def test_permuted_samples_give_permuted_outputs() -> None:
     layer, mask, x = both("red"), MASKS["random"], inputs(2, 7)
     with lora_ext.adapters(["red", None]), modality(mask):
         expected = layer(x)
@@ -280,7 +280,7 @@ def test_permuting_the_samples_permutes_the_outputs() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [(), ("red",)])
-def test_a_compiled_graph_serves_every_mask(text: tuple[str, ...]) -> None:
+def test_one_compiled_graph_serves_every_mask(text: tuple[str, ...]) -> None:
     torch._dynamo.reset()
     layer, x = both(*text), inputs(2, 7)
     layer.requires_grad_(False)
@@ -300,7 +300,7 @@ def test_a_compiled_graph_serves_every_mask(text: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_folds_and_unmerge_brings_every_bit_back(dtype: torch.dtype, kind: str) -> None:
+def test_unmerge_restores_every_bit_after_merge(dtype: torch.dtype, kind: str) -> None:
     layer, x = make("all", dtype=dtype, kind=kind), inputs(2, 7, dtype=dtype)
     base: Any = layer.base_layer
     before, expected = base.weight.clone(), layer(x)
@@ -320,7 +320,7 @@ def test_merge_folds_and_unmerge_brings_every_bit_back(dtype: torch.dtype, kind:
     assert torch.equal(layer(x), expected)
 
 
-def test_route_vision_refuses_to_merge_unless_forced() -> None:
+def test_route_vision_is_merged_only_with_force() -> None:
     layer, x = make("vision"), inputs(2, 7)
     before = layer.base_layer.weight.clone()
     with pytest.raises(UnmergeableRouteError, match="merge: route: expected 'all', found 'vision'"):
@@ -329,7 +329,7 @@ def test_route_vision_refuses_to_merge_unless_forced() -> None:
     assert torch.equal(layer.base_layer.weight, before)
     everywhere = layer(x, MASKS["all"])
     assert layer.merge(force=True) is layer.base_layer
-    for mask in MASKS.values():  # all tokens are changed now
+    for mask in MASKS.values():  # all tokens use the adapter now
         with modality(mask):
             torch.testing.assert_close(layer(x), everywhere, rtol=0, atol=1e-4)
     layer.unmerge()
@@ -337,7 +337,7 @@ def test_route_vision_refuses_to_merge_unless_forced() -> None:
 
 
 class Int8Linear(nn.Linear):
-    """A linear layer as quantisation leaves it: whole numbers and a scale for each output."""
+    """Quantised linear layer: int8 weights and one scale per output."""
 
     def __init__(self, plain: nn.Linear):
         super().__init__(plain.in_features, plain.out_features)
@@ -352,7 +352,7 @@ class Int8Linear(nn.Linear):
 
 
 class Foreign(nn.Module):
-    """One that is no ``nn.Linear`` and keeps its numbers packed."""
+    """Layer other than ``nn.Linear``, with a packed weight."""
 
     def __init__(self, plain: nn.Linear):
         super().__init__()
@@ -366,7 +366,7 @@ class Foreign(nn.Module):
 
 @pytest.mark.parametrize("kind", [Int8Linear, Foreign])
 @pytest.mark.parametrize("route", ["all", "vision"])
-def test_quantised_layers_run_and_do_not_merge(route: Any, kind: Any) -> None:
+def test_quantised_layers_run_but_do_not_merge(route: Any, kind: Any) -> None:
     base = kind(nn.Linear(IN, OUT).requires_grad_(False))
     layer, x, mask = VoraLinear.from_linear(base, 4, route, 2.0), inputs(2, 7), MASKS["random"]
     assert layer.A.dtype == torch.float32
@@ -382,7 +382,7 @@ def test_quantised_layers_run_and_do_not_merge(route: Any, kind: Any) -> None:
         layer.merge(force=True)
 
 
-def test_a_bad_extra_bias_leaves_the_old_one() -> None:
+def test_invalid_extra_bias_keeps_the_old_one() -> None:
     layer = make(bias=False)
     layer.set_extra_bias(torch.ones(OUT))
     with pytest.raises(AttributeError):
@@ -390,7 +390,7 @@ def test_a_bad_extra_bias_leaves_the_old_one() -> None:
     assert layer.has_extra_bias and torch.equal(layer.extra_bias, torch.ones(OUT))
 
 
-def test_an_extra_bias_goes_with_the_adapter() -> None:
+def test_extra_bias_is_merged_and_removed_with_the_adapter() -> None:
     layer, x = make("all", bias=False), inputs(2, 7)
     plain, extra = layer(x), torch.randn(OUT)
     layer.set_extra_bias(extra)
@@ -405,16 +405,16 @@ def test_an_extra_bias_goes_with_the_adapter() -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Errors, copies
+# Errors and copies
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True])
-def test_a_wrong_rank_is_named(rank: Any) -> None:
+def test_invalid_rank_is_named(rank: Any) -> None:
     with pytest.raises(ValueError, match=f"VoraLinear: rank: expected .*found {rank!r}"):
         VoraLinear.from_linear(nn.Linear(2, 3), rank)
 
 
-def test_an_unknown_route_is_named() -> None:
+def test_unknown_route_is_named() -> None:
     with pytest.raises(ValueError, match=r"VoraLinear: route: expected .*found 'text'"):
         VoraLinear.from_linear(nn.Linear(2, 3), 2, "text")  # pyright: ignore[reportArgumentType]
 
@@ -428,7 +428,7 @@ def test_an_unknown_route_is_named() -> None:
         lambda: LoraLinear(nn.Linear(2, 2)),
     ],
 )
-def test_other_kinds_of_modules_are_refused(make_module: Callable[[], nn.Module]) -> None:
+def test_other_modules_are_refused(make_module: Callable[[], nn.Module]) -> None:
     module = make_module()
     with pytest.raises(TypeError, match=f"base_layer: expected .*found {type(module).__name__}"):
         VoraLinear.from_linear(module, 2)
@@ -439,17 +439,17 @@ def test_other_kinds_of_modules_are_refused(make_module: Callable[[], nn.Module]
     [torch.ones(2, 6), torch.full((2, 7), 2), torch.ones(2, 7), torch.ones(2, 6, dtype=torch.bool)],
     ids=["floats of another shape", "twos", "floats", "another shape"],
 )
-def test_a_wrong_mask_is_named(mask: Tensor) -> None:
+def test_invalid_mask_is_named(mask: Tensor) -> None:
     with pytest.raises(ValueError, match="vision_mask: expected"):
         make("vision")(inputs(2, 7), mask)
 
 
-def test_a_mask_beside_ids_is_refused() -> None:
+def test_mask_beside_adapter_ids_is_refused() -> None:
     with pytest.raises(ValueError, match="token_mask: expected None with adapter_ids"):
         make("vision")(inputs(2, 7), MASKS["all"], adapter_ids=["default", None])
 
 
-def test_copies_are_layers_of_their_own() -> None:
+def test_copies_are_independent() -> None:
     layer, x = make("vision"), inputs(2, 7)
     twin = copy.deepcopy(layer)
     with torch.no_grad():

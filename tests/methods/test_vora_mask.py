@@ -1,4 +1,4 @@
-"""The attention mask: patches see each other, text sees what came before it, no row is empty."""
+"""`build_vision_mask`: patches attend to each other, text to earlier tokens; no row is empty."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def mask_of(image_ids: list[list[int]], valid: list[list[int]] | None = None, **
     return build_vision_mask(valid_, ids, **fields)
 
 
-def test_six_tokens_by_hand():
+def test_mask_of_six_tokens_equals_a_known_one():
     found = mask_of([[-1, 0, 0, 0, -1, -1]])
     assert found.shape == (1, 1, 6, 6) and found.dtype == torch.bool
     expected = rows("100000", "111100", "111100", "111100", "111110", "111111")
     assert torch.equal(found[0, 0], expected)
 
 
-def test_without_both_directions_it_is_causal():
+def test_mask_without_bidirectional_is_causal():
     found = mask_of([[-1, 0, 0, 0, -1, -1]], bidirectional=False)
     assert torch.equal(found[0, 0], torch.ones(6, 6, dtype=torch.bool).tril())
 
 
-def test_a_window_cuts_what_came_before_and_no_image():
+def test_window_limits_earlier_tokens_but_not_an_image():
     found = mask_of([[-1, 0, 0, 0, -1, -1]], window=2)[0, 0].int().tolist()
     assert found == [
         [1, 0, 0, 0, 0, 0],
@@ -48,18 +48,18 @@ def test_a_window_cuts_what_came_before_and_no_image():
     ]
 
 
-def test_two_images_that_touch_are_apart():
+def test_adjacent_images_do_not_attend_to_each_other():
     found = mask_of([[0, 0, 1, 1, -1]])
     assert torch.equal(found[0, 0], rows("11000", "11000", "11110", "11110", "11111"))
 
 
-def test_the_end_of_one_sample_and_the_start_of_the_next_do_not_touch():
+def test_samples_do_not_attend_to_each_other():
     found = mask_of([[-1, -1, 0, 0], [0, 0, -1, -1]])
     assert torch.equal(found[0, 0], rows("1000", "1100", "1111", "1111"))
     assert torch.equal(found[1, 0], rows("1100", "1100", "1110", "1111"))
 
 
-def test_padding_is_no_key_and_its_rows_have_themselves():
+def test_padding_is_not_a_key_and_its_rows_attend_to_themselves():
     right = mask_of([[0, 0, -1, -1, -1]], [[1, 1, 1, 0, 0]])
     assert torch.equal(right[0, 0], rows("11000", "11000", "11100", "11110", "11101"))
     left = mask_of([[-1, -1, -1, 0, 0]], [[0, 0, 1, 1, 1]])
@@ -67,7 +67,7 @@ def test_padding_is_no_key_and_its_rows_have_themselves():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_the_additive_form_has_the_least_finite_number_once(dtype: torch.dtype):
+def test_additive_mask_uses_the_least_finite_number(dtype: torch.dtype):
     ids, valid = [[-1, 0, 0, -1], [0, 0, -1, -1]], [[0, 1, 1, 1], [1, 1, 1, 0]]
     found = mask_of(ids, valid, dtype=dtype)
     assert found.dtype == dtype
@@ -77,7 +77,7 @@ def test_the_additive_form_has_the_least_finite_number_once(dtype: torch.dtype):
 
 @st.composite
 def samples(draw, batch: int = 2) -> tuple[Tensor, Tensor]:
-    """Image ids and validity of samples of text and images, padded on either side."""
+    """Draw image ids and validity of samples of text and images, padded on either side."""
     ids = []
     for _ in range(batch):
         pieces = draw(st.lists(st.tuples(st.booleans(), st.integers(1, 3)), min_size=1, max_size=4))
@@ -99,7 +99,7 @@ def samples(draw, batch: int = 2) -> tuple[Tensor, Tensor]:
 
 
 @given(samples=samples())
-def test_the_mask_is_its_formula(samples: tuple[Tensor, Tensor]):
+def test_mask_equals_its_formula(samples: tuple[Tensor, Tensor]):
     ids, valid = samples
     found = build_vision_mask(valid, ids)
     assert found.any(-1).all()
@@ -111,7 +111,7 @@ def test_the_mask_is_its_formula(samples: tuple[Tensor, Tensor]):
 
 
 @given(samples=samples(), data=st.data())
-def test_rows_after_the_cache_are_those_of_the_whole_or_an_image_is_cut(samples, data):
+def test_rows_after_the_cache_equal_those_of_the_whole_mask(samples, data):
     ids, valid = samples
     past = data.draw(st.integers(0, ids.shape[1]))
     cut = 0 < past < ids.shape[1] and ((ids[:, past] == ids[:, past - 1]) & (ids[:, past] >= 0))
@@ -123,12 +123,12 @@ def test_rows_after_the_cache_are_those_of_the_whole_or_an_image_is_cut(samples,
         assert torch.equal(found, build_vision_mask(valid, ids)[:, :, past:])
 
 
-def test_a_decode_step_is_a_row_over_valid_keys():
+def test_decode_step_is_one_row_over_valid_keys():
     found = mask_of([[-1, -1, 0, 0, -1, -1]], [[0, 1, 1, 1, 1, 1]], past_length=5)
     assert torch.equal(found, rows("011111")[None, None])
 
 
-def test_an_image_cut_by_the_cache_is_refused_where_it_matters():
+def test_image_cut_by_the_cache_is_refused_if_bidirectional():
     message = (
         r"build_vision_mask: past_length: sample 1: expected all 3 tokens of image 0 in one call, "
         r"found 2 of them in the cache"
@@ -150,13 +150,13 @@ def test_an_image_cut_by_the_cache_is_refused_where_it_matters():
         (((1, 3), (1, 3)), {"past_length": -1}, r"past_length: expected 0 to 3, found -1"),
     ],
 )
-def test_what_makes_no_mask_is_refused(arguments, fields: dict, message: str):
+def test_invalid_arguments_are_refused(arguments, fields: dict, message: str):
     valid, ids = (torch.ones(shape, dtype=torch.int64) for shape in arguments)
     with pytest.raises(ValueError, match=f"build_vision_mask: {message}"):
         build_vision_mask(valid, ids, **fields)
 
 
-def test_an_image_in_two_pieces_is_refused():
+def test_image_in_two_pieces_is_refused():
     message = r"image_ids: sample 0: expected the tokens of image 0 side by side, found them apart"
     with pytest.raises(ValueError, match=message):
         mask_of([[0, 0, -1, 0]])
@@ -164,14 +164,14 @@ def test_an_image_in_two_pieces_is_refused():
         mask_of([[0, 1, 1, 0]])
 
 
-def test_an_attention_mask_of_other_numbers_is_refused():
+def test_attention_mask_of_other_numbers_is_refused():
     message = r"build_vision_mask: attention_mask: expected bools, or 0 and 1, found 2"
     with pytest.raises(ValueError, match=message):
         mask_of([[0, 0, -1]], [[1, 1, 2]])
 
 
 # -------------------------------------------------------------------------------------------------
-# Under a model
+# In a model
 
 
 def llama(attention: str) -> Any:
@@ -228,7 +228,7 @@ def test_left_and_right_padding_give_the_same_logits(attention: str, form: torch
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_the_last_patch_reaches_the_first_in_both_directions_alone(bidirectional: bool):
+def test_last_patch_reaches_the_first_only_if_bidirectional(bidirectional: bool):
     model, images = llama("sdpa"), image_tokens()
     before = spliced(model, images)
     images[0][0] = images[0][0].clone()
@@ -238,13 +238,13 @@ def test_the_last_patch_reaches_the_first_in_both_directions_alone(bidirectional
         hidden_states(model, batch, None, bidirectional=bidirectional).hidden_states[-1]
         for batch in (before, after)
     )
-    assert torch.equal(one[0, 0], two[0, 0])  # the text before the image
-    assert torch.equal(one[0, 1], two[0, 1]) is not bidirectional  # the first patch
-    assert not torch.equal(one[0, 5:], two[0, 5:])  # the text after it
-    torch.testing.assert_close(one[1], two[1], atol=1e-6, rtol=0)  # the other sample
+    assert torch.equal(one[0, 0], two[0, 0])  # text before the image
+    assert torch.equal(one[0, 1], two[0, 1]) is not bidirectional  # first patch
+    assert not torch.equal(one[0, 5:], two[0, 5:])  # text after the image
+    torch.testing.assert_close(one[1], two[1], atol=1e-6, rtol=0)  # other sample
 
 
-def test_images_that_touch_do_not_see_ahead():
+def test_adjacent_images_do_not_see_later_ones():
     model, images = llama("sdpa"), image_tokens()
     before = spliced(model, images)
     images[1][1] = images[1][1] + 1

@@ -1,4 +1,4 @@
-"""``with modality(mask)``: who sees the block, and which masks are refused."""
+"""``with modality(mask)``: layers that use the block, and rejected masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MASK = torch.tensor([[True, True, False], [False, True, False]])
 
 
 class Two(nn.Module):
-    """Two layers of route "vision"."""
+    """Model of two layers of route "vision"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,11 +37,11 @@ def inputs() -> Tensor:
 
 
 def masked(model: Two, x: Tensor, mask: Tensor) -> Tensor:
-    """With explicit masks, layer by layer."""
+    """Compute the model with explicit masks, layer by layer."""
     return model.down(model.up(x, mask).tanh(), mask)
 
 
-def test_the_innermost_block_counts() -> None:
+def test_innermost_block_applies() -> None:
     model, x = Two(), inputs()
     outer, inner = masked(model, x, MASK), masked(model, x, ~MASK)
     with modality(MASK):
@@ -57,7 +57,7 @@ def test_the_innermost_block_counts() -> None:
     assert not torch.equal(model(x), outer)
 
 
-def test_each_thread_has_its_own() -> None:
+def test_threads_have_separate_blocks() -> None:
     model, x = Two(), inputs()
     expected = {True: masked(model, x, MASK), False: masked(model, x, ~MASK)}
     found: dict[bool, Tensor] = {}
@@ -91,12 +91,12 @@ def test_rows_are_grouped_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -
     with modality(MASK), lora_ext.adapters(["text", None]):
         model(inputs())
         model(inputs())
-    assert len(calls) == 3  # of the names, of the mask, and of both together
+    assert len(calls) == 3  # for the names, for the mask, and for both together
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_see_the_mask_of_their_forward(reentrant: bool) -> None:
-    """After the block, with the tensor overwritten, and with the blocks of two forwards."""
+def test_checkpoints_use_the_mask_of_their_forward(reentrant: bool) -> None:
+    # The backward runs after the blocks, with the mask overwritten and two forwards pending.
     model, x = Two(), inputs().requires_grad_()
     wanted = [p for p in model.parameters() if p.requires_grad]
     expected = []
@@ -118,7 +118,7 @@ def test_checkpoints_see_the_mask_of_their_forward(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.uint8])
-def test_integers_that_are_0_or_1_are_a_mask(dtype: torch.dtype) -> None:
+def test_integers_0_and_1_are_accepted_as_a_mask(dtype: torch.dtype) -> None:
     model, x = Two(), inputs()
     with modality(MASK.to(dtype)):
         assert torch.equal(model(x), masked(model, x, MASK))
@@ -135,7 +135,7 @@ def test_integers_that_are_0_or_1_are_a_mask(dtype: torch.dtype) -> None:
         (None, "NoneType"),
     ],
 )
-def test_no_mask_is_refused_where_it_is_given(mask: Any, found: str) -> None:
+def test_invalid_masks_are_refused_on_entry(mask: Any, found: str) -> None:
     with pytest.raises(ValueError, match=f"modality: vision_mask: expected .*found {found}"):
         with modality(mask):
             pass
@@ -144,13 +144,13 @@ def test_no_mask_is_refused_where_it_is_given(mask: Any, found: str) -> None:
 @pytest.mark.parametrize(
     "mask", [MASK[:1], MASK[:, :2], MASK.t(), MASK[0], MASK.flatten(), MASK[None]]
 )
-def test_another_shape_than_the_activations_is_refused_at_the_first_layer(mask: Tensor) -> None:
+def test_mask_of_another_shape_is_refused_at_the_first_layer(mask: Tensor) -> None:
     shapes = r"expected .*\(2, 3\), found \(" + ", ".join(map(str, mask.shape))
     with modality(mask), pytest.raises(ValueError, match=f"modality: vision_mask: {shapes}"):
         Two()(inputs())
 
 
-def test_another_shape_of_activations_inside_a_block_is_refused() -> None:
+def test_activations_of_another_shape_inside_a_block_are_refused() -> None:
     model, x = Two(), inputs()
     with modality(MASK):
         model(x)
@@ -160,8 +160,8 @@ def test_another_shape_of_activations_inside_a_block_is_refused() -> None:
             model(x.flatten(0, 1))
 
 
-def test_blocks_are_no_adapters_blocks() -> None:
-    """Layers with adapters of their own take no notice, and no pool is asked for."""
+def test_modality_does_not_affect_other_lora_layers() -> None:
+    # LoraLinear layers ignore the block, which needs no pool.
     layer, x = lora_ext.nn.LoraLinear(nn.Linear(5, 5), init_lora_weights=False), inputs()
     expected = layer(x)
     with modality(MASK):

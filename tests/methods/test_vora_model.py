@@ -1,4 +1,4 @@
-"""VoraForCausalLM: forward, generate, and what it refuses."""
+"""`VoraForCausalLM`: forward, generate and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(model: Any, **given: Any) -> Any:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("route", ["all", "vision"])
-def test_a_mixed_batch_equals_its_samples(route: str, family: str, attention: str) -> None:
+def test_mixed_batch_equals_its_samples(route: str, family: str, attention: str) -> None:
     model, given = seeing(route, family, attn_implementation=attention), batch()
     found = run(model, **given)
     assert found.logits.isfinite().all()
@@ -60,7 +60,7 @@ def test_a_mixed_batch_equals_its_samples(route: str, family: str, attention: st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_text_alone_is_the_base_model_with_route_vision(family: str) -> None:
+def test_text_equals_the_base_model_with_route_vision(family: str) -> None:
     model, given = seeing("vision", family), text()
     expected = run(language(family), **given)
     found = run(model, **given)
@@ -76,7 +76,7 @@ def test_text_alone_is_the_base_model_with_route_vision(family: str) -> None:
     assert not torch.equal(moved.logits, run(language(family), **given).logits)
 
 
-def test_the_vision_mask_says_which_logits_are_of_images() -> None:
+def test_vision_mask_marks_logits_of_images() -> None:
     model, given = seeing(), batch()
     found = run(model, **given)
     assert found.vision_mask.dtype == torch.bool
@@ -85,20 +85,20 @@ def test_the_vision_mask_says_which_logits_are_of_images() -> None:
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_the_last_patch_reaches_the_first_in_both_directions(bidirectional: bool) -> None:
+def test_last_patch_reaches_the_first_only_if_bidirectional(bidirectional: bool) -> None:
     model, given = seeing(bidirectional=bidirectional), batch()
     before = run(model, **given).logits
     changed = copy.deepcopy(given)
     changed["images"][0][0][:, -PATCH:, -PATCH:] += 1  # the last patch of the first image
     after = run(model, **changed).logits
-    first = 1  # sample 0: a token of text, then the image's four
+    first = 1  # sample 0: one text token, then the image's four
     assert torch.equal(after[0, first], before[0, first]) is not bidirectional
-    assert torch.equal(after[0, 0], before[0, 0])  # text before it does not see it
+    assert torch.equal(after[0, 0], before[0, 0])  # text before the image does not attend to it
     assert not torch.equal(after[0, -1], before[0, -1])
     torch.testing.assert_close(after[1:], before[1:], rtol=1e-4, atol=1e-4)
 
 
-def test_positions_and_padding_do_not_matter() -> None:
+def test_padding_side_does_not_matter() -> None:
     model, given = seeing(), batch()
     left = {key: value for key, value in given.items() if key != "labels"}
     length = given["attention_mask"].sum(1).tolist()
@@ -109,8 +109,8 @@ def test_positions_and_padding_do_not_matter() -> None:
     torch.testing.assert_close(found.logits, expected.logits)
 
 
-def test_adapters_blocks_serve_the_text_of_a_batch() -> None:
-    """Text rows under text adapters, image rows under the vision adapter, one launch a layer."""
+def test_adapters_blocks_apply_to_the_text_of_a_batch() -> None:
+    # Text rows use text adapters, image rows the vision adapter, in one launch per layer.
     model, given = seeing("vision"), batch()
     layers = [m for m in model.modules() if isinstance(m, vora.VoraLinear)]
     for i, layer in enumerate(layers):
@@ -140,7 +140,7 @@ def test_adapters_blocks_serve_the_text_of_a_batch() -> None:
 
 
 def continued(model: Any, given: dict[str, Any], count: int) -> Tensor:
-    """Greedy, without a cache: the whole sample anew for every token."""
+    """Generate greedily without a cache, recomputing the whole sample for every token."""
     out = []
     for sample in range(len(given["input_ids"])):
         alone = {k: v for k, v in of_sample(given, sample).items() if k != "labels"}
@@ -154,7 +154,9 @@ def continued(model: Any, given: dict[str, Any], count: int) -> Tensor:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("route", ["all", "vision"])
-def test_greedy_with_the_cache_equals_without(route: str, family: str, attention: str) -> None:
+def test_greedy_tokens_with_and_without_a_cache_are_equal(
+    route: str, family: str, attention: str
+) -> None:
     model, given = seeing(route, family, attn_implementation=attention), batch()
     expected = continued(model, given, 6)
     found = model.generate(
@@ -165,11 +167,12 @@ def test_greedy_with_the_cache_equals_without(route: str, family: str, attention
         do_sample=False,
     )
     assert torch.equal(found, expected)
-    assert len(set(found.flatten().tolist())) > 3  # the check has something to see
+    # The tokens vary, so the comparison is meaningful.
+    assert len(set(found.flatten().tolist())) > 3
     beams = model.generate(
         given["input_ids"], given["images"], given["attention_mask"], max_new_tokens=4, num_beams=2
     )
-    for sample in range(3):  # beams of a sample alone
+    for sample in range(3):  # beams of each sample alone
         alone = of_sample(given, sample)
         one = model.generate(alone["input_ids"], alone["images"], max_new_tokens=4, num_beams=2)
         assert torch.equal(beams[sample], one[0])
@@ -178,7 +181,7 @@ def test_greedy_with_the_cache_equals_without(route: str, family: str, attention
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["mistral", "qwen3"])
 def test_layers_with_sliding_attention_keep_their_window(family: str, attention: str) -> None:
-    """Mistral's all slide; Qwen3's do from the second on, and take a mask of each kind."""
+    # All layers of Mistral slide; Qwen3's do from the second on and need masks of both kinds.
     window: dict[str, Any] = {"sliding_window": 3, "attn_implementation": attention}
     if family == "qwen3":
         window |= {"use_sliding_window": True, "max_window_layers": 1}
@@ -194,13 +197,13 @@ def test_layers_with_sliding_attention_keep_their_window(family: str, attention:
     assert torch.equal(found, continued(model, given, 6))
 
 
-def test_text_alone_is_generated_as_ever_with_route_vision() -> None:
+def test_text_is_generated_as_by_the_base_model_with_route_vision() -> None:
     model, given = seeing("vision"), text()
     expected = language().generate(given["input_ids"], max_new_tokens=5, do_sample=False)[:, 6:]
     assert torch.equal(model.generate(given["input_ids"], max_new_tokens=5), expected)
 
 
-def test_two_threads_generate_side_by_side() -> None:
+def test_threads_can_generate_concurrently() -> None:
     model, given = seeing("vision"), batch()
     jobs = [of_sample(given, sample) for sample in (0, 2, 1)]
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -219,7 +222,7 @@ def test_two_threads_generate_side_by_side() -> None:
     assert all(torch.equal(found[i], expected[i]) for i in range(3))
 
 
-def test_what_cannot_hold_a_whole_image_is_refused() -> None:
+def test_settings_that_would_split_an_image_are_refused() -> None:
     model, given = seeing("vision"), batch()
     arguments = given["input_ids"], given["images"], given["attention_mask"]
     with pytest.raises(ValueError, match=r"prefill_chunk_size: expected None.*found 4"):
@@ -235,7 +238,7 @@ def test_what_cannot_hold_a_whole_image_is_refused() -> None:
 # Errors
 
 
-def test_placeholders_and_images_are_counted_by_sample() -> None:
+def test_placeholders_and_images_must_match_by_sample() -> None:
     model, given = seeing(), batch()
     given["images"][2] = []
     with pytest.raises(ValueError, match=r"sample 2: expected .*placeholders, 1, found 0"):
@@ -253,7 +256,7 @@ def test_placeholders_and_images_are_counted_by_sample() -> None:
         run(model, **given)
 
 
-def test_attention_that_takes_no_mask_of_pairs_is_refused() -> None:
+def test_attention_without_pairwise_masks_is_refused() -> None:
     model, given = seeing(), batch()
     model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
     with pytest.raises(ValueError, match=r"layer_types: expected .*found 'chunked_attention'"):
@@ -263,7 +266,7 @@ def test_attention_that_takes_no_mask_of_pairs_is_refused() -> None:
         run(model, **given)
 
 
-def test_a_model_keeps_the_configuration_that_was_applied() -> None:
+def test_model_keeps_the_configuration_of_apply() -> None:
     model = vora.apply(language(), settings())
     assert vora.VoraForCausalLM(model, settings()).model is model
     with pytest.raises(ValueError, match="VoraForCausalLM: config: expected the one"):
@@ -271,7 +274,7 @@ def test_a_model_keeps_the_configuration_that_was_applied() -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Attention that no mask for each pair of tokens reaches
+# Attention that does not use a mask per pair of tokens
 
 
 def _other(family: str) -> Any:
@@ -301,7 +304,7 @@ def _other(family: str) -> Any:
         ("falcon", None),
     ],
 )
-def test_attention_that_takes_no_mask_for_each_pair_is_refused_by_name(
+def test_attention_that_ignores_pairwise_masks_is_refused_by_name(
     family: str, found: str | None
 ) -> None:
     language_model, targets = _other(family)

@@ -1,4 +1,4 @@
-"""VoraImageProcessor: what it takes, what it gives, its files."""
+"""`VoraImageProcessor`: inputs, outputs and files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PLAIN = {"do_rescale": False, "do_normalize": False}
 
 
 def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A smooth image, ``(H, W, 3)`` uint8."""
+    """Return a smooth image, ``(H, W, 3)`` uint8."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def test_all_forms_of_an_image_give_the_same(tmp_path):
+def test_all_forms_of_an_image_give_equal_pixels(tmp_path):
     array = pixels(100, 200)
     image = Image.fromarray(array)
     image.save(tmp_path / "image.png")
@@ -61,10 +61,10 @@ def test_grey_images_have_three_equal_channels():
         assert torch.equal(found, torch.from_numpy(grey.copy()).float().expand(3, -1, -1))
 
 
-# Pillow rounds to levels after each of two passes; a cubic multiplies the first error by 1.25.
+# Pillow rounds after each of two passes; a cubic kernel multiplies the first error by 1.25.
 @pytest.mark.parametrize(("resample", "worst"), [(2, 1.0), (3, 1.125)])
 @pytest.mark.parametrize("size", [(1000, 700), (40, 30)])
-def test_resizing_is_pillow_s_to_a_level(size: tuple[int, int], resample: int, worst: float):
+def test_resizing_equals_pillow_up_to_one_level(size: tuple[int, int], resample: int, worst: float):
     array = pixels(*size)
     (found,) = VoraImageProcessor(resample=resample, **PLAIN)(array)["pixel_values"]
     height, width = smart_resize(*size)
@@ -74,7 +74,7 @@ def test_resizing_is_pillow_s_to_a_level(size: tuple[int, int], resample: int, w
     assert (found - expected).abs().max() <= worst
 
 
-def test_an_image_of_the_right_size_keeps_its_pixels():
+def test_image_of_a_valid_size_keeps_its_pixels():
     array = pixels(56, 70)
     (found,) = VoraImageProcessor(**PLAIN)(array)["pixel_values"]
     assert torch.equal(found, torch.from_numpy(array.copy()).movedim(2, 0).float())
@@ -98,11 +98,11 @@ def test_samples_keep_their_images_and_grids_are_one_list():
     assert found["image_grids"] == [(4, 5), (6, 4), (6, 4)]
     assert [tuple(i.shape) for i in found["pixel_values"][0]] == [(3, 56, 70), (3, 84, 56)]
     batches = [np.stack([small, small]), torch.from_numpy(large.copy())[None]]
-    found = VoraImageProcessor()(batches)  # of a sample each
+    found = VoraImageProcessor()(batches)  # each array is one sample
     assert [len(sample) for sample in found["pixel_values"]] == [2, 1]
 
 
-def test_one_array_is_made_where_it_is_asked_for():
+def test_return_tensors_gives_one_array():
     batch = np.stack([pixels(56, 70, seed) for seed in range(2)])
     found = VoraImageProcessor()(batch, return_tensors="pt")
     assert found["pixel_values"].shape == (2, 3, 56, 70)
@@ -112,7 +112,7 @@ def test_one_array_is_made_where_it_is_asked_for():
     assert np.array_equal(as_numpy["pixel_values"], found["pixel_values"].numpy())
 
 
-def test_settings_survive_a_file_and_may_be_overridden(tmp_path):
+def test_settings_are_saved_and_may_be_overridden(tmp_path):
     processor = VoraImageProcessor(
         patch=8, min_pixels=64, max_pixels=4096, resample=2, image_mean=(0, 0.5, 1)
     )
@@ -132,21 +132,21 @@ def test_settings_survive_a_file_and_may_be_overridden(tmp_path):
     assert torch.equal(one, two) and one.shape == (3, 40, 80)
 
 
-def test_a_call_overrides_settings_for_itself_alone():
+def test_settings_of_a_call_apply_only_to_it():
     processor, image = VoraImageProcessor(), pixels(64, 64)
     (found,) = processor(image, patch=16, do_normalize=False)["pixel_values"]
     assert found.shape == (3, 64, 64) and found.min() >= 0
     assert processor.patch == 14 and processor.do_normalize
 
 
-def test_values_that_were_rescaled_before_are_warned_of():
+def test_rescaled_values_warn():
     with pytest.warns(UserWarning, match=r"expected values of 0 to 255 .* do_rescale=False"):
         VoraImageProcessor()(np.ones((56, 56), np.float32))
     (found,) = VoraImageProcessor(**PLAIN)(np.ones((56, 56), np.float32))["pixel_values"]
     assert (found == 1).all()
 
 
-def test_the_input_is_left_alone():
+def test_inputs_are_unchanged():
     array = pixels(60, 80)
     before, tensor = array.copy(), torch.from_numpy(array.copy())
     VoraImageProcessor()([array, tensor])
@@ -187,7 +187,7 @@ def test_the_input_is_left_alone():
         ({"patch_size": 16}, TypeError, r"patch_size: expected one of .* found 'patch_size'"),
     ],
 )
-def test_bad_settings_are_refused_by_name(fields: dict, error, message: str):
+def test_invalid_settings_are_refused_by_name(fields: dict, error, message: str):
     with pytest.raises(error, match=f"VoraImageProcessor: {message}"):
         VoraImageProcessor(**fields)
     with pytest.raises(error, match=f"VoraImageProcessor: {message}"):
@@ -223,13 +223,13 @@ def test_bad_settings_are_refused_by_name(fields: dict, error, message: str):
         ),
     ],
 )
-def test_bad_images_are_refused(images, fields: dict, error, message: str):
+def test_invalid_images_are_refused(images, fields: dict, error, message: str):
     with pytest.raises(error, match=f"VoraImageProcessor: .*{message}"):
         VoraImageProcessor()(images, **fields)
 
 
 def reloaded_without(monkeypatch: pytest.MonkeyPatch, package: str):
-    """The module as it is where a package is not installed."""
+    """Import the module as if `package` were not installed."""
     importing = builtins.__import__
 
     def refuse(name, *args, **kwargs):
@@ -242,7 +242,7 @@ def reloaded_without(monkeypatch: pytest.MonkeyPatch, package: str):
     return importlib.import_module("lora_ext.methods.vora.processor")
 
 
-def test_without_transformers_the_extra_is_named(monkeypatch):
+def test_error_without_transformers_names_the_extra(monkeypatch):
     message = (
         r"VoraImageProcessor: transformers is not installed; "
         r"run `pip install --no-build-isolation '\.\[vision\]'`"
@@ -251,7 +251,7 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
         reloaded_without(monkeypatch, "transformers")
 
 
-def test_without_pillow_arrays_work_and_a_path_names_the_extra(monkeypatch, tmp_path):
+def test_without_pillow_arrays_work_and_paths_name_the_extra(monkeypatch, tmp_path):
     module = reloaded_without(monkeypatch, "PIL")
     processor = module.VoraImageProcessor()
     assert processor(torch.zeros(3, 56, 56))["pixel_values"][0].shape == (3, 56, 56)

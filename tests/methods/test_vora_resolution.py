@@ -1,4 +1,4 @@
-"""smart_resize: known sizes, and what holds for all."""
+"""`smart_resize`: known sizes and properties."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lora_ext.methods.vora import smart_resize
         ((3000, 2000), (1078, 714)),
         ((14, 14), (56, 56)),
         ((56, 56), (56, 56)),
-        ((63, 77), (56, 84)),  # halves go to the even multiple
+        ((63, 77), (56, 84)),  # halves are rounded to the even multiple
     ],
 )
-def test_known_sizes(size, expected):
+def test_sizes_equal_known_ones(size, expected):
     assert smart_resize(*size) == expected
 
 
@@ -29,13 +29,13 @@ def test_sides_are_multiples_and_the_area_is_in_bounds(height: int, width: int, 
     found = smart_resize(height, width, factor)
     assert all(side % factor == 0 and side > 0 for side in found)
     assert 3136 <= found[0] * found[1]
-    # Upwards to whole patches an image at the lower bound may grow beyond it, never to the upper.
+    # Rounding up at the lower bound may exceed that bound, but never the upper one.
     assert found[0] * found[1] <= 784000
     assert smart_resize(*found, factor) == found
 
 
 @given(height=st.integers(14, 4000), width=st.integers(14, 4000))
-def test_a_transposed_image_has_the_transposed_size(height: int, width: int):
+def test_transposed_image_has_the_transposed_size(height: int, width: int):
     assume(max(height, width) <= 200 * min(height, width))
     assert smart_resize(width, height) == smart_resize(height, width)[::-1]
 
@@ -51,10 +51,10 @@ def test_a_transposed_image_has_the_transposed_size(height: int, width: int):
         ((100, 20000, 14, 1, 3136), r"max_pixels: expected enough for patches of side 14"),
     ],
 )
-def test_sizes_that_are_none_are_refused(arguments, message: str):
+def test_invalid_sizes_are_refused(arguments, message: str):
     with pytest.raises(ValueError, match=f"smart_resize: {message}"):
         smart_resize(*arguments)
 
 
-def test_a_ratio_of_200_is_taken():
+def test_ratio_of_200_is_accepted():
     assert smart_resize(14, 2800) == (14, 2800)

@@ -1,4 +1,4 @@
-"""Splicing: images take the place of their placeholders, padding is laid anew."""
+"""`splice_images`: images replace their placeholders, and padding is recomputed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH = 3
 
 
 class Embedding(nn.Embedding):
-    """Remembers what it was asked for."""
+    """Embedding that records its inputs."""
 
     def __init__(self) -> None:
         super().__init__(20, WIDTH)
@@ -30,7 +30,7 @@ def image(tokens: int, value: float = 1.0) -> Tensor:
     return torch.full((tokens, WIDTH), value) + torch.arange(tokens)[:, None]
 
 
-def test_a_batch_by_hand():
+def test_spliced_batch_equals_a_known_one():
     embed = Embedding()
     ids = torch.tensor([[5, P, 6, 7], [8, 9, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
@@ -56,7 +56,7 @@ def test_a_batch_by_hand():
     assert found.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 1, 1, 1]]
 
 
-def test_padding_on_the_left_counts_positions_from_the_text():
+def test_left_padding_counts_positions_from_the_text():
     ids = torch.tensor([[5, P, 6], [0, 8, 9]])
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
     found = splice_images(ids, Embedding(), [[image(3)], None], mask, ids, padding_side="left")
@@ -67,7 +67,7 @@ def test_padding_on_the_left_counts_positions_from_the_text():
     assert found.image_ids[0].tolist() == [-1, 0, 0, 0, -1]
 
 
-def test_the_embedding_never_sees_a_placeholder_or_padding():
+def test_embedding_never_gets_placeholders_or_padding():
     embed = Embedding()
     ids = torch.tensor([[P, P, 4, 19], [3, P, -7, -7]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
@@ -82,13 +82,13 @@ def test_images_without_a_placeholder_are_refused_before_the_lookup():
     assert not embed.asked
 
 
-def test_images_that_touch_have_numbers_of_their_own():
+def test_adjacent_images_have_different_numbers():
     found = splice_images(torch.tensor([[P, P]]), Embedding(), [[image(2), image(1)]])
     assert found.image_ids.tolist() == [[0, 0, 1]]
     assert torch.equal(found.inputs_embeds[0], torch.cat([image(2), image(1)]))
 
 
-def test_one_image_may_stand_without_a_list():
+def test_single_image_needs_no_list():
     ids = torch.tensor([[4, P], [P, 5]])
     tokens = [image(2), image(3)]
     found = splice_images(ids, Embedding(), tokens)
@@ -96,13 +96,13 @@ def test_one_image_may_stand_without_a_list():
     assert torch.equal(found.inputs_embeds[1, :3], tokens[1])
 
 
-def test_a_placeholder_in_the_padding_is_none():
+def test_placeholder_in_the_padding_is_ignored():
     ids = torch.tensor([[4, P, P]])
     found = splice_images(ids, Embedding(), [[image(2)]], torch.tensor([[1, 1, 0]]))
     assert found.image_ids.tolist() == [[-1, 0, 0]]
 
 
-def test_text_alone_needs_no_images_and_another_placeholder_may_be_given():
+def test_text_needs_no_images_and_the_placeholder_can_be_set():
     ids = torch.tensor([[4, 5], [6, 7]])
     found = splice_images(ids, Embedding(), None)
     assert not found.vision_mask.any() and found.labels is None
@@ -110,7 +110,7 @@ def test_text_alone_needs_no_images_and_another_placeholder_may_be_given():
     assert found.image_ids.tolist() == [[0, 0, 0, -1], [-1] * 4]
 
 
-def test_the_inputs_stay_as_they_are_and_images_take_the_embedding_s_dtype():
+def test_inputs_are_unchanged_and_embeds_have_the_embeddings_dtype():
     ids, labels = torch.tensor([[4, P]]), torch.tensor([[4, P]])
     embed = Embedding().to(torch.bfloat16)
     found = splice_images(ids, embed, [[image(2)]], None, labels)
@@ -128,7 +128,7 @@ def test_gradients_reach_images_and_embedding():
 
 @st.composite
 def batches(draw) -> tuple[list[list[int]], list[list[int]]]:
-    """Ids of samples, and the sizes of their images."""
+    """Draw ids of samples, and the sizes of their images."""
     ids = draw(
         st.lists(
             st.lists(st.sampled_from([P, 1, 2, 3]), min_size=1, max_size=5), min_size=1, max_size=3
@@ -140,7 +140,7 @@ def batches(draw) -> tuple[list[list[int]], list[list[int]]]:
 
 @pytest.mark.slow
 @given(batch=batches(), side=st.sampled_from(["left", "right"]), before=st.booleans())
-def test_a_sample_is_what_it_is_alone(batch, side: str, before: bool):
+def test_batched_sample_equals_the_sample_alone(batch, side: str, before: bool):
     rows, sizes = batch
     torch.manual_seed(0)
     embed = Embedding()
@@ -186,7 +186,7 @@ IDS = torch.tensor([[4, 5], [P, 6]])
         ([[], [torch.zeros(0, 3)]], r"expected shape \(N, 3\), found \(0, 3\)"),
     ],
 )
-def test_images_that_do_not_fit_are_refused_with_sample_and_counts(images, message: str):
+def test_error_for_images_that_do_not_fit_names_sample_and_counts(images, message: str):
     with pytest.raises(ValueError, match=f"splice_images: .*{message}"):
         splice_images(IDS, Embedding(), images)
 
@@ -207,7 +207,7 @@ def test_images_that_do_not_fit_are_refused_with_sample_and_counts(images, messa
         ({"padding_side": "both"}, ValueError, r"padding_side: expected one of .* found 'both'"),
     ],
 )
-def test_arguments_that_disagree_are_refused(fields: dict, error, message: str):
+def test_inconsistent_arguments_are_refused(fields: dict, error, message: str):
     arguments = {"input_ids": IDS, "embed": Embedding(), "image_tokens": [[], [image(1)]]}
     with pytest.raises(error, match=f"splice_images: {message}"):
         splice_images(**{**arguments, **fields})

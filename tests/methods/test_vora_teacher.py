@@ -1,4 +1,4 @@
-"""The teacher's states: those of its blocks, without its class token, for images of any size."""
+"""`teacher_states`: states of the blocks without class token, for images of any size."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def images(*sizes: tuple[int, int]) -> list[Tensor]:
     return [torch.randn(3, *size, generator=generator) for size in sizes]
 
 
-def test_states_are_the_blocks_outputs_and_the_released_ones_their_inputs():
+def test_states_are_block_outputs_or_in_released_mode_inputs():
     model, (one, two) = vit(), images((16, 16), (16, 16))
     hidden = model(torch.stack([one, two]), output_hidden_states=True).hidden_states
     outputs, grids = teacher_states(model, [one, two], 3)
     assert grids == [(4, 4), (4, 4)]
-    for i in range(2):  # the last of the tuple may be after the norm
+    for i in range(2):  # the last of the tuple may be normalised
         torch.testing.assert_close(outputs[i], hidden[i + 1][:, 1:].reshape(32, 8))
     normed = model.layernorm(outputs[2])
     expected = model(torch.stack([one, two])).last_hidden_state[:, 1:].reshape(32, 8)
@@ -49,7 +49,7 @@ def test_images_of_any_size_keep_their_order():
         torch.testing.assert_close(states, torch.cat([one[i] for one in alone]))
 
 
-def test_states_have_no_gradient_and_hooks_are_gone():
+def test_states_have_no_gradient_and_hooks_are_removed():
     model = vit()
     states, grids = teacher_states(model, images((16, 16)), 2)
     assert not any(state.requires_grad for state in states)
@@ -57,12 +57,12 @@ def test_states_have_no_gradient_and_hooks_are_gone():
     assert block_distill_loss(None, states, states, grids, grids).abs() < 1e-6
 
 
-def test_a_batch_without_images_has_no_states():
+def test_batch_without_images_has_empty_states():
     states, grids = teacher_states(vit(), [[], []], 3)
     assert [tuple(state.shape) for state in states] == [(0, 8)] * 3 and grids == []
 
 
-def test_clip_is_a_teacher_too():
+def test_clip_can_be_a_teacher():
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
     config = transformers.CLIPVisionConfig(
         **sizes, num_attention_heads=2, image_size=16, patch_size=4
@@ -82,19 +82,19 @@ def test_clip_is_a_teacher_too():
         ((images((16, 16)), 2, "both"), r"pairing: expected one of .* found 'both'"),
     ],
 )
-def test_what_cannot_teach_is_refused(arguments, message: str):
+def test_invalid_arguments_are_refused(arguments, message: str):
     with pytest.raises(ValueError, match=f"teacher_states: {message}"):
         teacher_states(vit(), *arguments)
 
 
-def test_a_teacher_in_training_mode_is_refused():
+def test_teacher_in_training_mode_is_refused():
     with pytest.raises(
         ValueError, match=r"teacher_states: teacher: expected one in evaluation mode"
     ):
         teacher_states(vit().train(), images((16, 16)), 2)
 
 
-def test_a_teacher_that_drops_patches_is_refused():
+def test_teacher_that_drops_patches_is_refused():
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
     config = transformers.ViTMAEConfig(**sizes, num_attention_heads=2, image_size=16, patch_size=4)
     teacher = transformers.ViTMAEModel(config).eval()

@@ -1,4 +1,4 @@
-"""VoraForCausalLM: losses, gradients, merged and saved models, Trainer."""
+"""`VoraForCausalLM`: losses, gradients, merged and saved models, and Trainer."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def run(model: Any, **given: Any) -> Any:
 
 @pytest.mark.parametrize("pairing", ["output", "released"])
 @pytest.mark.parametrize("n_blocks", [2, 3])
-def test_losses_are_what_they_say(n_blocks: int, pairing: str) -> None:
+def test_losses_equal_those_computed_by_hand(n_blocks: int, pairing: str) -> None:
     model = seeing(pairing=pairing, n_blocks=n_blocks, teacher=7, distill_weight=0.3)
     given = batch()
     states = teacher_states(tokens(given), n_blocks)
     found = run(model, **given, teacher_states=states)
     torch.testing.assert_close(found.loss, found.lm_loss + 0.3 * found.distill_loss)
 
-    hiddens: list[Tensor] = []  # by hand: hooks of our own on every block
+    hiddens: list[Tensor] = []  # by hand: separate hooks on every block
 
     def take(_: Any, args: Any, out: Any) -> None:
         hiddens.append(out if pairing == "output" else args[0])
@@ -65,7 +65,7 @@ def test_losses_are_what_they_say(n_blocks: int, pairing: str) -> None:
 
     logits, mask = found.logits, given["attention_mask"]
     counted = []
-    for sample in range(3):  # by hand: the text after each token, images between them
+    for sample in range(3):  # by hand: the next text token after each one, skipping images
         places = (~found.vision_mask[sample]).nonzero()[:, 0].tolist()
         ids = given["input_ids"][sample][mask[sample].bool()]
         ids = ids[ids != PLACEHOLDER].tolist()
@@ -75,7 +75,7 @@ def test_losses_are_what_they_say(n_blocks: int, pairing: str) -> None:
     torch.testing.assert_close(found.lm_loss, torch.stack(counted).mean())
 
 
-def test_without_labels_or_teacher_there_is_no_loss() -> None:
+def test_batch_without_labels_and_teacher_has_no_loss() -> None:
     model, given = seeing(teacher=7), batch()
     states = teacher_states(tokens(given))
     labels = given.pop("labels")
@@ -87,7 +87,7 @@ def test_without_labels_or_teacher_there_is_no_loss() -> None:
     assert found.loss == 0
 
 
-def test_teacher_grids_are_brought_to_the_students() -> None:
+def test_teacher_states_are_resampled_to_the_students_grids() -> None:
     model, given = seeing(teacher=7), batch()
     one = teacher_states(sum(h * w for h, w in ((4, 4), (1, 6), (2, 1))))
     found = run(model, **given, teacher_states=one, teacher_grids=[(4, 4), (1, 6), (2, 1)])
@@ -99,7 +99,7 @@ def test_teacher_grids_are_brought_to_the_students() -> None:
 
 
 @pytest.mark.parametrize("route", ["all", "vision"])
-def test_only_what_is_new_is_trained(route: str) -> None:
+def test_only_new_parameters_are_trained(route: str) -> None:
     model, given = seeing(route, teacher=7), batch()
     states = teacher_states(tokens(given))
     base = {id(p) for p in model.model.parameters()} - {
@@ -114,8 +114,8 @@ def test_only_what_is_new_is_trained(route: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_sixteen_bits_are_near_to_thirty_two(attention: str) -> None:
-    """In bfloat16, whose factors are held in float32, and under autocast."""
+def test_bfloat16_and_autocast_losses_are_near_float32(attention: str) -> None:
+    # The bfloat16 model has its factors in float32.
     model, given = seeing("vision", teacher=7, attn_implementation=attention), batch()
     states = teacher_states(tokens(given))
     expected = model(**given, teacher_states=states)
@@ -138,9 +138,7 @@ def test_sixteen_bits_are_near_to_thirty_two(attention: str) -> None:
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("route", ["all", "vision"])
-def test_a_batch_without_images_gives_every_parameter_a_gradient(
-    route: str, labelled: bool
-) -> None:
+def test_batch_without_images_gives_every_parameter_a_gradient(route: str, labelled: bool) -> None:
     model, given = seeing(route, teacher=7), text()
     if not labelled:
         del given["labels"]
@@ -160,7 +158,7 @@ def test_a_batch_without_images_gives_every_parameter_a_gradient(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("route", ["all", "vision"])
-def test_checkpointing_changes_no_gradient(route: str, family: str) -> None:
+def test_checkpointing_changes_no_gradient_beyond_rounding(route: str, family: str) -> None:
     model, given = seeing(route, family, teacher=7), batch()
     model.train()
     for module in model.modules():
@@ -171,7 +169,7 @@ def test_checkpointing_changes_no_gradient(route: str, family: str) -> None:
     def grads() -> list[Tensor]:
         model.zero_grad()
         found = model(**given, teacher_states=states)
-        run(model, **text())  # another forward, before the backward of the first
+        run(model, **text())  # a second forward before the backward of the first
         found.loss.backward()
         return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
@@ -183,7 +181,7 @@ def test_checkpointing_changes_no_gradient(route: str, family: str) -> None:
     torch.testing.assert_close(grads(), expected, rtol=0, atol=0)
 
 
-def test_hooks_are_gone_after_a_forward() -> None:
+def test_hooks_are_removed_after_a_forward() -> None:
     model, given = seeing("vision", teacher=7), batch()
     for _ in range(2):
         model(**given, teacher_states=teacher_states(tokens(given)))
@@ -196,10 +194,10 @@ def test_hooks_are_gone_after_a_forward() -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Merged, copied, saved, trained
+# Merging, copies, saving and training
 
 
-def test_merge_keeps_the_logits_and_remove_gives_the_model_back() -> None:
+def test_merge_keeps_the_logits_and_remove_restores_the_model() -> None:
     model, given = seeing(), batch()
     expected = run(model, **given).logits
     twin = copy.deepcopy(model)
@@ -213,14 +211,14 @@ def test_merge_keeps_the_logits_and_remove_gives_the_model_back() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
-def test_trainer_trains_it_as_it_is(tied: bool, tmp_path: Path) -> None:
+def test_trainer_trains_and_saves_the_model(tied: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     lm = language(tie_word_embeddings=tied)
     model = vora.VoraForCausalLM(lm, settings("vision"), teacher_width=7)
     given = batch()
     rows = [
         {key: value[i] for key, value in given.items()} for i in (0, 1, 2, 1)
-    ]  # the second batch is text alone in one sample
+    ]  # one sample of the second batch is text alone
 
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         found = {key: [sample[key] for sample in samples] for key in samples[0]}
@@ -262,8 +260,8 @@ def test_trainer_trains_it_as_it_is(tied: bool, tmp_path: Path) -> None:
     assert torch.equal(run(other.eval(), **given).logits, expected)
 
 
-def test_nothing_is_distilled_inside_a_reentrant_checkpoint() -> None:
-    """Older versions of transformers run the hooks of a block inside its checkpoint."""
+def test_distillation_inside_a_reentrant_checkpoint_is_refused() -> None:
+    # Older versions of transformers run the hooks of a block inside its checkpoint.
     block, x = torch.nn.Linear(3, 3), torch.randn(2, 3, requires_grad=True)
     with block_states([block], "output") as states:
         checkpoint(block, x, use_reentrant=False)

@@ -14,7 +14,7 @@ FAMILIES = ("llama", "gpt2")
 
 
 def make_model(family: str, vocab: int = 5, layers: int = 2, width: int = 16) -> Any:
-    """The same weights at every call, large enough that greedy tokens vary."""
+    """Return a model with fixed weights, large enough that greedy tokens vary."""
     torch.manual_seed(0)
     if family == "llama":
         config = transformers.LlamaConfig(
@@ -52,7 +52,7 @@ def make_model(family: str, vocab: int = 5, layers: int = 2, width: int = 16) ->
 
 
 def make_draft(model: Any, kind: str = "btree", noise: float = 0.3, **fields: Any) -> mtpc.Draft:
-    """An untrained draft, with noise so that its components differ."""
+    """Return an untrained draft, with noise so that its components differ."""
     fields = {"n_token": 4, "rank": 1 if kind == "ff" else 3, **fields}
     shortlist = fields.pop("shortlist", None)
     draft = mtpc.retrofit(model, mtpc.MtpcConfig(kind=kind, **fields), shortlist)
@@ -64,7 +64,7 @@ def make_draft(model: Any, kind: str = "btree", noise: float = 0.3, **fields: An
 
 
 def train(draft: mtpc.Draft, ids: Tensor, steps: int, lr: float = 0.03) -> float:
-    """The last loss."""
+    """Train the draft; return the last loss."""
     optimizer = torch.optim.Adam([p for p in draft.parameters() if p.requires_grad], lr=lr)
     loss = torch.tensor(0.0)
     for _ in range(steps):
@@ -76,7 +76,7 @@ def train(draft: mtpc.Draft, ids: Tensor, steps: int, lr: float = 0.03) -> float
 
 
 def prompts(batch: int, length: int = 6, vocab: int = 5) -> tuple[Tensor, Tensor]:
-    """Prompts of different lengths, padded on the left, and their mask."""
+    """Return prompts of different lengths, padded on the left, and their mask."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, vocab, (batch, length), generator=generator)
     mask = torch.ones_like(ids)

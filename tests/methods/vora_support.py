@@ -1,4 +1,4 @@
-"""Tiny language models that see, batches of text and images, and a teacher of random states."""
+"""Tiny vision language models, batches of text and images, and random teacher states."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LANGUAGE_FIELDS = (
 
 
 def language(family: str = "llama", layers: int = 3, **fields: Any) -> Any:
-    """The same weights at every call, large enough that greedy tokens vary."""
+    """Return a model with fixed weights, large enough that greedy tokens vary."""
     torch.manual_seed(0)
     ids: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     if family == "gpt2":
@@ -73,7 +73,7 @@ def settings(route: Any = "all", n_blocks: int = 2, family: str = "llama", **fie
 
 
 def shake(model: Any) -> Any:
-    """The adapters and positions as training would leave them: away from zero."""
+    """Replace zero adapters and positions by random values, as after training."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -84,7 +84,7 @@ def shake(model: Any) -> Any:
 
 
 def seeing(route: Any = "all", family: str = "llama", teacher: int | None = None, **fields: Any):
-    """A :class:`VoraForCausalLM` that has been trained, as far as anyone can tell."""
+    """Return a :class:`VoraForCausalLM` with random adapters and positions, as after training."""
     lm = {key: fields.pop(key) for key in list(fields) if key in LANGUAGE_FIELDS}
     torch.manual_seed(1)
     config = settings(route, family=family, **fields)
@@ -98,7 +98,7 @@ def image(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def batch() -> dict[str, Any]:
-    """Two images of different sizes, text alone, and one image, padded on the right."""
+    """Return a batch: two images of different sizes, text alone, one image; right-padded."""
     p = PLACEHOLDER
     ids = torch.tensor([[3, p, 4, p, 5, 6], [7, 8, 9, 1, 0, 0], [p, 2, 3, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
@@ -113,14 +113,14 @@ def text() -> dict[str, Any]:
 
 
 def of_sample(given: dict[str, Any], sample: int) -> dict[str, Any]:
-    """One sample of a batch, without its padding."""
+    """Return one sample of a batch, without its padding."""
     keep = given["attention_mask"][sample].bool()
     found = {name: given[name][sample : sample + 1, keep] for name in ("input_ids", "labels")}
     return {**found, "images": given["images"][sample : sample + 1]}
 
 
 def tokens(given: dict[str, Any]) -> int:
-    """How many vision tokens a batch has."""
+    """Return the number of vision tokens in a batch."""
     every = [one for sample in given["images"] for one in sample or ()]
     return sum(one.shape[1] * one.shape[2] // PATCH**2 for one in every)
 

@@ -1,4 +1,4 @@
-"""What PEFT saves, the pool holds; what we save, PEFT loads."""
+"""Adapters saved by PEFT and loaded into a pool, and adapters saved here and loaded by PEFT."""
 
 import peft
 import pytest
@@ -85,7 +85,7 @@ def test_pages_equal_the_tensors_that_peft_saved(case, tmp_path):
                 torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path)
     assert pool.load("a", tmp_path) == ()
-    # The live state dict, with the adapter's name in its keys, is the same adapter.
+    # The live state dict, whose keys contain the adapter's name, gives the same adapter.
     live = {k: v for k, v in model.state_dict().items() if "lora_" in k}
     pool.load("b", (lora, live))
     layers = {
@@ -98,7 +98,7 @@ def test_pages_equal_the_tensors_that_peft_saved(case, tmp_path):
         for slot in slots:
             for name, slab in pool.modules.items():
                 if name not in layers:
-                    assert slab.a_pages is None, "a module that nobody targets costs nothing"
+                    assert slab.a_pages is None, "a module without an adapter takes no pages"
                     continue
                 layer, rank = layers[name], int(slab.ranks[slot])
                 pages = [q for q in slab.page_table[slot].tolist() if q >= 0]
@@ -113,7 +113,7 @@ def test_pages_equal_the_tensors_that_peft_saved(case, tmp_path):
         )
 
 
-def test_the_delta_out_of_the_pages_is_pefts_delta():
+def test_delta_computed_from_the_pages_equals_pefts_delta():
     torch.manual_seed(1)
     base = llama()
     pool = AdapterPool(base, max_slots=1, max_rank=16)
@@ -128,7 +128,7 @@ def test_the_delta_out_of_the_pages_is_pefts_delta():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_peft_loads_what_save_adapter_wrote(dtype, tmp_path):
+def test_peft_loads_folders_written_by_save_adapter(dtype, tmp_path):
     base = llama()
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
     g = torch.Generator().manual_seed(2)
@@ -151,7 +151,7 @@ def test_peft_loads_what_save_adapter_wrote(dtype, tmp_path):
     ]
 
 
-def test_a_bin_file_of_tensors_loads(tmp_path):
+def test_bin_file_of_tensors_is_loaded(tmp_path):
     from pool_support import Base
 
     save_adapter(tmp_path, config(), state(3))

@@ -1,5 +1,5 @@
-"""Memory that grows on CUDA, on a stand-in for the driver that is compiled from ``cuda.h``: its
-structures and signatures are checked by the compiler, every touch by the processor."""
+"""Memory that grows on CUDA, run on a fake driver that is compiled against ``cuda.h``. The compiler
+checks structures and signatures; the processor checks every access."""
 
 import ctypes
 import gc
@@ -35,7 +35,7 @@ def library(tmp_path_factory):
         (p for p in (Path(h, "include") for h in homes) if (p / "cuda.h").exists()), None
     )
     if include is None or not shutil.which("g++"):
-        pytest.skip("no g++, or no cuda.h in CUDA_HOME or NVIDIA's wheels")
+        pytest.skip("needs g++, and cuda.h in CUDA_HOME or NVIDIA's wheels")
     made = tmp_path_factory.mktemp("stand_in") / "libcuda.so"
     command = ["g++", "-std=c++17", "-Wall", "-Werror", "-shared", "-fPIC", "-isystem", include]
     subprocess.run([*command, SOURCE, "-o", made], check=True)
@@ -44,7 +44,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def driver(library, monkeypatch):
-    """The stand-in, and every pool on the CPU takes its memory from it."""
+    """Return the fake driver, with every pool on the CPU allocating its memory from it."""
     driver = _memory.Driver(library)
 
     def tensor(self):
@@ -65,24 +65,24 @@ def driver(library, monkeypatch):
     _memory.give_back()
 
 
-def test_the_driver_is_asked_whether_the_device_has_virtual_memory(library, monkeypatch):
+def test_driver_loads_only_if_the_device_has_virtual_memory(library, monkeypatch):
     _memory.Driver.load.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert _memory.Driver.load(DEVICE) is not None
-    assert _memory.Driver.load(2) is None, "another device is refused"
+    assert _memory.Driver.load(2) is None, "device 2 has no virtual memory"
     _memory.Driver.load.cache_clear()
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="cuMemRelease returned CUresult 1"):
         _memory.Driver(library)("cuMemRelease", 99)
 
 
-def test_a_pool_grows_piece_by_piece_at_one_address(driver, library):
+def test_pool_grows_in_pieces_at_one_address(driver, library):
     pool = AdapterPool(Base(), max_slots=64, max_rank=64)
     assert library.stand_in_taken() == 0
     load(pool, "x0", 0, 8)
     slab = pool.modules["up"]
     address = slab.a_pages.data_ptr()
-    assert pool.nbytes() == library.stand_in_taken() == 2 * 8192  # 8 KiB for 8 pages of each module
+    assert pool.nbytes() == library.stand_in_taken() == 2 * 8192  # 8 KiB: 8 pages of each module
     fill(pool, range(1, 20), 8)
     assert pool.nbytes() == library.stand_in_taken() == 2 * 24 * 1024
     for seed in range(20):
@@ -97,7 +97,7 @@ def test_a_pool_grows_piece_by_piece_at_one_address(driver, library):
     assert address == slab.a_pages.data_ptr()
 
 
-def test_a_device_without_room_leaves_the_pool_as_it_was(driver, library):
+def test_load_without_device_memory_leaves_the_pool_unchanged(driver, library):
     pool = fill(AdapterPool(Base(), max_slots=64, max_rank=64), range(8), 8)
     library.stand_in_limit(library.stand_in_taken() + 4096)
     before, taken = snapshot(pool), library.stand_in_taken()
@@ -112,7 +112,7 @@ def test_a_device_without_room_leaves_the_pool_as_it_was(driver, library):
     assert_same(before, snapshot(pool))
 
 
-def test_under_a_limit_pieces_go_from_one_module_to_another(driver, library):
+def test_memory_moves_between_modules_under_a_limit(driver, library):
     tables = 2 * 16 * (8 + 2) * 4
     pool = AdapterPool(Base(), max_slots=16, max_rank=64, max_bytes=2 * 4 * 4096 + tables)
     fill(pool, range(16), 8)
@@ -126,7 +126,7 @@ def test_under_a_limit_pieces_go_from_one_module_to_another(driver, library):
         assert_slot_holds(pool, slots[2], state(0, 8), 1.0)
 
 
-def test_memory_goes_back_after_the_last_tensor_on_it(driver, library):
+def test_memory_is_released_after_its_last_tensor(driver, library):
     _memory.give_back()
     reserved = library.stand_in_reserved()
     pool = AdapterPool(Base(), max_slots=4, max_rank=8)
@@ -136,7 +136,7 @@ def test_memory_goes_back_after_the_last_tensor_on_it(driver, library):
     del pool
     gc.collect()
     _memory.give_back()
-    assert torch.equal(kept[0], expected), "a forward may still hold it"
+    assert torch.equal(kept[0], expected), "a running forward may still hold the pages"
     del kept
     gc.collect()
     _memory.give_back()
@@ -145,7 +145,7 @@ def test_memory_goes_back_after_the_last_tensor_on_it(driver, library):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The devices that somebody has waited for."""
+    """Return a list of the devices that were synchronized."""
     calls = []
     monkeypatch.setattr(torch.cuda, "synchronize", calls.append)
     return calls
@@ -159,21 +159,21 @@ def drop_a_pool(max_slots=4):
 
 
 @pytest.mark.slow
-def test_a_finalizer_neither_waits_for_the_device_nor_calls_the_driver(driver, library, waits):
-    """It may run within a capture, or before a launch that the queued work waits for."""
+def test_finalizer_neither_waits_for_the_device_nor_calls_the_driver(driver, library, waits):
+    # A finalizer may run in a capture, or before a launch that the queued work waits for.
     drop_a_pool()
     assert waits == []
     assert library.stand_in_taken() == 2 * 4096
     other = AdapterPool(Base(), max_slots=4, max_rank=8)
     load(other, "y", 1)
-    assert waits == [DEVICE] * 2, "one wait before each module's memory goes"
-    assert library.stand_in_taken() == 2 * 4096, "the next pool gives back what the last one left"
+    assert waits == [DEVICE] * 2, "one wait before the memory of each module is released"
+    assert library.stand_in_taken() == 2 * 4096, "a new pool frees memory of deleted pools"
     drop_a_pool()
     other.trim()
     assert library.stand_in_taken() == 2 * 4096
 
 
-def test_a_device_that_fails_keeps_what_is_left_for_later(driver, library, monkeypatch):
+def test_release_that_fails_is_retried_later(driver, library, monkeypatch):
     drop_a_pool()
 
     def fail(device):
@@ -188,21 +188,23 @@ def test_a_device_that_fails_keeps_what_is_left_for_later(driver, library, monke
     assert library.stand_in_taken() == 0
 
 
-def test_what_is_left_makes_room_where_the_device_has_none(driver, library):
+def test_memory_of_deleted_pools_is_reused_when_the_device_is_full(driver, library):
     pool = fill(AdapterPool(Base(), max_slots=64, max_rank=8), range(4), 8)
     drop_a_pool(max_slots=8)
     library.stand_in_limit(library.stand_in_taken())
-    fill(pool, range(4, 9), 8)  # one page more of both modules than is mapped
+    fill(pool, range(4, 9), 8)  # both modules need one page more than is mapped
     assert library.stand_in_taken() == pool.nbytes()
 
 
-def test_a_forked_process_leaves_the_memory_to_its_parent(driver, library, waits, monkeypatch):
+def test_forked_process_does_not_release_the_memory_of_its_parent(
+    driver, library, waits, monkeypatch
+):
     drop_a_pool()
     mine, parent = list(_memory._left), os.getpid()
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: parent + 1)
         _memory.give_back()
     assert waits == [] and library.stand_in_taken() == 2 * 4096
-    _memory._left.extend(mine)  # a fork has copied the list
+    _memory._left.extend(mine)  # A fork copies this list.
     _memory.give_back()
     assert waits == [DEVICE] * 2 and library.stand_in_taken() == 0

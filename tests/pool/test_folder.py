@@ -1,4 +1,4 @@
-"""Adapters by the names of their folders, and nothing outside."""
+"""`AdapterFolder`: adapters are named by their folders, and nothing outside the root is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_ext.pool._folder import AdapterFolder
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two adapters below the root, and one outside."""
+    """Return a folder with two adapters in it and a third one beside it."""
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
     root = tmp_path / "adapters"
     for folder in (root / "a", root / "deep" / "b", tmp_path / "secret"):
@@ -31,7 +31,7 @@ def folder(root: Path) -> AdapterFolder:
     return AdapterFolder(AdapterPool(nn.Sequential(nn.Linear(4, 4)), max_slots=4, max_rank=8), root)
 
 
-def test_names_are_those_of_folders_and_load_at_first_use(folder: AdapterFolder) -> None:
+def test_adapters_are_named_by_folder_and_load_at_first_use(folder: AdapterFolder) -> None:
     for _ in range(2):
         folder.ready("a")
     assert folder.pool.names == ["a"]
@@ -40,7 +40,7 @@ def test_names_are_those_of_folders_and_load_at_first_use(folder: AdapterFolder)
         folder.ready("x")
 
 
-def test_a_second_load_replaces_and_pins_keep_what_they_have(folder: AdapterFolder) -> None:
+def test_second_load_replaces_the_adapter_and_keeps_pinned_versions(folder: AdapterFolder) -> None:
     folder.load("a")
     with folder.pool.acquire(["a"]) as lease:
         folder.load("a", "deep/b")
@@ -54,8 +54,7 @@ def test_a_second_load_replaces_and_pins_keep_what_they_have(folder: AdapterFold
 
 
 @pytest.mark.parametrize("back", [True, False])
-def test_an_evicted_adapter_comes_back_from_where_it_was_loaded(root: Path, back: bool) -> None:
-    """Unless it is unloaded."""
+def test_evicted_adapter_reloads_from_its_path_until_unloaded(root: Path, back: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     folder = AdapterFolder(AdapterPool(model, max_slots=1, max_rank=8, host_cache_bytes=0), root)
     folder.load("mine", "deep/b")
@@ -90,7 +89,7 @@ def test_nothing_outside_the_folder_is_read(folder: AdapterFolder, root: Path, p
     assert folder.pool.names == []
 
 
-def test_links_and_absolute_paths_inside_are_followed(folder: AdapterFolder, root: Path) -> None:
+def test_links_and_absolute_paths_below_the_root_work(folder: AdapterFolder, root: Path) -> None:
     os.symlink(root / "deep" / "b", root / "alias")
     folder.ready("alias")
     folder.load("abs", root / "a")

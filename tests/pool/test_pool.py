@@ -23,7 +23,7 @@ from lora_ext.pool import AdapterPool, PoolFullError, UnknownAdapterError, _tran
 from lora_ext.pool._pages import in_words
 
 
-def test_bytes_of_the_pool_are_the_bytes_of_its_pages():
+def test_nbytes_counts_allocated_pages():
     pool = make(pages=5)
     assert pool.nbytes() == 0
     load(pool, "x", 0)
@@ -31,10 +31,10 @@ def test_bytes_of_the_pool_are_the_bytes_of_its_pages():
     held = [t for s in pool.modules.values() for t in (s.a_pages, s.b_pages) if t is not None]
     assert pool.nbytes() == sum(t.nbytes for t in held)
     load(pool, "y", 1, rank=16)
-    assert pool.nbytes() == 5 * 8 * 64 * 4, "more adapters take pages, not memory"
+    assert pool.nbytes() == 5 * 8 * 64 * 4, "further adapters use allocated pages"
 
 
-def test_a_pool_says_what_it_will_take_before_it_takes_it():
+def test_limit_bytes_is_known_before_memory_is_allocated():
     pool = make(pages=5, targets=["up", "down"])
     expected = 5 * 8 * ((12 + 20) + (20 + 12)) * 4
     assert pool.limit_bytes == expected and pool.nbytes() == pool.reserved_bytes == 0
@@ -61,11 +61,11 @@ def test_a_pool_says_what_it_will_take_before_it_takes_it():
         (3000 * 2**30, "2.9 TiB"),
     ],
 )
-def test_sizes_are_told_in_a_unit_that_reads(count, words):
+def test_sizes_are_printed_in_binary_units(count, words):
     assert in_words(int(count)) == words
 
 
-def test_addresses_stay_and_base_rows_get_no_slot():
+def test_addresses_are_stable_and_base_rows_get_no_slot():
     pool = make()
     load(pool, "x", 0)
     slab = pool.modules["up"]
@@ -108,19 +108,19 @@ def test_loading_a_name_twice_is_refused():
     assert_same(before, snapshot(pool))
 
 
-def test_the_least_recently_used_makes_way_and_comes_back_from_the_host():
+def test_least_recently_used_adapter_is_evicted_and_restored_from_host():
     pool = make()
     for seed in range(3):
         load(pool, f"x{seed}", seed, rank=3 + seed, lora_bias=seed == 1)
     pool.acquire(["x0"]).pool.release([pool._residence.by_name["x0"].slot])
     load(pool, "x3", 3)
     assert pool.stats()["evictions"] == 1 and pool.stats()["cached"] == 1
-    assert "x1" in pool and "x1" not in pool._residence.by_name, "x0 was used, x1 was not"
+    assert "x1" in pool and "x1" not in pool._residence.by_name, "x1 is the least recently used"
     assert_holds(pool, "x1", state(1, 4, bias=True), 2.0)
     assert pool.stats()["cache_hits"] == 1
 
 
-def test_without_a_host_cache_an_evicted_adapter_is_gone_and_the_error_says_so():
+def test_evicted_adapter_without_host_cache_raises_unknown_adapter():
     pool = make(max_slots=1, host_cache_bytes=0)
     load(pool, "x", 0)
     load(pool, "y", 1)
@@ -133,7 +133,7 @@ def test_without_a_host_cache_an_evicted_adapter_is_gone_and_the_error_says_so()
         pool.acquire(["x"])
 
 
-def test_bringing_back_several_does_not_push_them_out_of_a_small_cache():
+def test_restoring_several_adapters_does_not_overflow_a_small_cache():
     one = sum(8 * (a + b) * 4 for a, b in ((12, 20), (20, 12)))
     pool = fill(make(max_slots=2, host_cache_bytes=2 * one), range(4))
     for _ in range(3):
@@ -161,7 +161,7 @@ def test_prefetched_adapters_are_known_and_take_no_slot():
     assert_same(before, snapshot(pool))
 
 
-def test_all_pinned_is_an_error_that_says_what_is_needed():
+def test_error_of_a_fully_pinned_pool_names_pages_and_adapters():
     pool = make(pages=4)
     load(pool, "x", 0, rank=16)
     load(pool, "y", 1, rank=8)
@@ -183,7 +183,7 @@ def test_all_pinned_is_an_error_that_says_what_is_needed():
         load(make(pages=1), "x", 0, rank=16)
 
 
-def test_update_moves_the_name_and_the_pinned_version_stays():
+def test_update_leaves_the_pinned_version_unchanged():
     pool = make()
     load(pool, "x", 0)
     old = pool.acquire(["x"])
@@ -211,7 +211,7 @@ def test_update_works_in_a_pool_of_one_slot_and_on_an_evicted_adapter():
     assert sorted(pool.names) == ["x", "y"] and pool.stats()["cached"] == 1
 
 
-def test_a_pinned_adapter_is_unloaded_by_name_at_once_and_by_page_at_the_last_release():
+def test_unloading_a_pinned_adapter_frees_its_pages_at_the_last_release():
     pool = make()
     load(pool, "x", 0)
     lease = pool.acquire(["x", "x"])
@@ -225,8 +225,8 @@ def test_a_pinned_adapter_is_unloaded_by_name_at_once_and_by_page_at_the_last_re
     assert pool.stats()["pages_free"] == pool.stats()["pages_total"]
 
 
-def test_a_pin_that_garbage_collection_releases_within_a_load_costs_no_page(monkeypatch):
-    """A generator that is dropped inside a block is closed wherever Python collects garbage."""
+def test_pin_released_by_garbage_collection_during_a_load_frees_its_pages(monkeypatch):
+    # The garbage collector may close a generator, and with it its block, at any point.
     pool = make()
     load(pool, "x", 0)
     lease = pool.acquire(["x"])
@@ -261,7 +261,7 @@ def test_a_pin_cannot_be_released_twice():
     assert pool.stats()["pins"] == 0
 
 
-def test_pages_scattered_by_unloading_are_as_good_as_any():
+def test_adapters_use_noncontiguous_pages():
     pool = fill(make(max_slots=8, pages=8, max_rank=32), range(8), 8)
     for seed in (1, 3, 4, 6):
         pool.unload(f"x{seed}")
@@ -275,7 +275,7 @@ def test_pages_scattered_by_unloading_are_as_good_as_any():
     assert pool.stats()["evictions"] == 0
 
 
-def test_magnitudes_go_to_the_host_and_come_back():
+def test_magnitudes_are_evicted_to_the_host_and_restored():
     pool = make(max_slots=2)
     load(pool, "x", 0)
     tables = pool.stats()["table_bytes"]
@@ -288,7 +288,7 @@ def test_magnitudes_go_to_the_host_and_come_back():
         first = slab.dora[slots[0]]
         load(pool, "y", 2)
         load(pool, "z", 3, targets=("head",))
-        assert slab.dora == {slots[0]: first}, "others come and go, a slot keeps its mark"
+        assert slab.dora == {slots[0]: first}, "other loads keep the slot's version"
     size = pool._residence.cache["x"].nbytes
     for seed, name in ((4, "p"), (5, "q")):
         load(pool, name, seed)
@@ -308,7 +308,7 @@ def test_magnitudes_go_to_the_host_and_come_back():
 
 
 @pytest.mark.slow
-def test_readers_never_see_a_slot_change_while_one_thread_loads_and_unloads():
+def test_pinned_slots_do_not_change_while_another_thread_loads_and_unloads():
     pool = make(max_slots=6, pages=12)
     for seed in range(4):
         load(pool, f"x{seed}", seed, rank=1 + 4 * seed)
@@ -369,10 +369,10 @@ def test_acquire_and_release_are_fast():
         for _ in range(100):
             pool.release(pool.acquire(names))
         best = min(best, (time.perf_counter() - start) / 100)
-    assert best < 20e-6, "an acquire and a release of four names, 10 us each"
+    assert best < 20e-6, "an acquire and a release of four names take about 10 us each"
 
 
-def test_a_pool_filled_in_inference_mode_is_updated_outside():
+def test_pool_loaded_in_inference_mode_is_updated_outside_it():
     pool = AdapterPool(Base(), max_slots=2, max_rank=8)
     with torch.inference_mode():
         pool.load("a", (config(), state(1)))

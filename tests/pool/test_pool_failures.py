@@ -1,4 +1,4 @@
-"""What a pool refuses, and that a failure changes nothing."""
+"""Rejected arguments of a pool, and failures that leave it unchanged."""
 
 import copy
 import itertools
@@ -23,13 +23,13 @@ from lora_ext.pool import AdapterPool, _memory, _transfer
 
 
 @pytest.mark.parametrize("name", ["", "__base__", None, 3])
-def test_names_that_mean_nothing_are_refused(name):
+def test_reserved_and_invalid_names_are_refused(name):
     with pytest.raises(ValueError, match="name"):
         make().load(name, (config(), state(0)))
 
 
 def _crowded():
-    """Two slots, both taken; loading ``new`` evicts, brings a new module and the first bias."""
+    """Return a pool with both slots taken; loading ``new`` evicts and adds a module and a bias."""
     pool = make(max_slots=2, pages=3)
     load(pool, "x", 0, rank=16)
     load(pool, "y", 1, rank=8)
@@ -47,7 +47,7 @@ ACTIONS = {
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_a_copy_that_fails_at_any_point_leaves_the_pool_as_it_was(action, monkeypatch):
+def test_failed_copy_at_any_point_leaves_the_pool_unchanged(action, monkeypatch):
     for at in itertools.count(1):
         pool = _crowded()
         before = snapshot(pool)
@@ -59,14 +59,14 @@ def test_a_copy_that_fails_at_any_point_leaves_the_pool_as_it_was(action, monkey
             except RuntimeError as error:
                 assert "the copy failed" in str(error)
             else:
-                assert at > fails.count > 10, "past the last copy: every point was tried"
+                assert at > fails.count > 10, "the loop must have failed at every copy"
                 break
         assert_same(before, snapshot(pool))
         ACTIONS[action](pool)
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_a_device_that_fails_for_good_loses_no_adapter(action, monkeypatch):
+def test_permanently_failing_device_loses_no_adapter(action, monkeypatch):
     pool = _crowded()
     with monkeypatch.context() as patch:
         patch.setattr(_transfer, "copy_", FailingCopies(3, for_good=True))
@@ -77,7 +77,7 @@ def test_a_device_that_fails_for_good_loses_no_adapter(action, monkeypatch):
         assert_holds(pool, name, state(seed, rank), 8 / rank)
 
 
-def test_bringing_back_that_fails_keeps_the_adapter_and_the_pins(monkeypatch):
+def test_failed_restore_keeps_the_adapter_and_releases_the_pins(monkeypatch):
     pool = fill(make(max_slots=2), range(3))
     with monkeypatch.context() as patch:
         patch.setattr(_transfer, "copy_", FailingCopies(2))
@@ -89,7 +89,7 @@ def test_bringing_back_that_fails_keeps_the_adapter_and_the_pins(monkeypatch):
         assert_slot_holds(pool, slots[1], state(0), 2.0)
 
 
-def test_no_memory_for_a_new_module_leaves_the_pool_as_it_was(monkeypatch):
+def test_out_of_memory_for_a_new_module_leaves_the_pool_unchanged(monkeypatch):
     pool = _crowded()
     before = snapshot(pool)
 
@@ -103,7 +103,7 @@ def test_no_memory_for_a_new_module_leaves_the_pool_as_it_was(monkeypatch):
     assert_same(before, snapshot(pool))
 
 
-def test_a_pool_refuses_a_cache_of_less_than_nothing_and_a_device_that_is_not_there():
+def test_negative_cache_sizes_and_missing_devices_are_refused():
     with pytest.raises(ValueError, match=r"host_cache_bytes: expected .*, found -1"):
         AdapterPool(Base(), host_cache_bytes=-1)
     with pytest.raises(ValueError, match=r"host_cache_bytes: expected .*, found True"):
@@ -117,7 +117,7 @@ def test_a_pool_refuses_a_cache_of_less_than_nothing_and_a_device_that_is_not_th
         AdapterPool(Base(), device="cuda:77")
 
 
-def test_a_pool_says_that_it_is_not_copied():
+def test_copying_a_pool_raises():
     with pytest.raises(TypeError, match="AdapterPool: expected not to be copied or pickled"):
         copy.deepcopy(AdapterPool(Base()))
 
@@ -129,7 +129,7 @@ def test_a_pool_says_that_it_is_not_copied():
         (torch.nn.TransformerEncoderLayer(8, 2, 16), "linear1"),
     ],
 )
-def test_layers_whose_weights_are_read_past_their_forward_are_refused(layer, target):
+def test_layers_whose_weights_are_read_outside_forward_are_refused(layer, target):
     model = torch.nn.ModuleDict({"layer": layer, "after": torch.nn.Linear(8, 8)})
     raw = config(targets=(f"layer.{target}",))
     width = getattr(layer, target).out_features
@@ -151,7 +151,7 @@ def test_layers_whose_weights_are_read_past_their_forward_are_refused(layer, tar
         {"max_bytes": True},
     ],
 )
-def test_sizes_that_are_no_integers_are_refused_by_name(sizes):
+def test_non_integer_sizes_are_refused_by_name(sizes):
     name, value = next(iter(sizes.items()))
     message = f"AdapterPool: {name}: expected an integer, found {value!r}"
     with pytest.raises(TypeError, match=message):

@@ -1,4 +1,4 @@
-"""A pool whose adapters have ranks from 1 to 1024: mixed in one batch, swapped under a model."""
+"""Adapters of ranks 1 to 1024 in one pool: mixed in one batch, and replaced while attached."""
 
 import pytest
 import torch
@@ -51,17 +51,17 @@ def test_adapters_of_any_rank_share_a_batch() -> None:
     names = ["vision", None, "text", "odd", "vision", "text", None]
     with lora_ext.adapters(names, pool=pool):
         y = model(x)
-    # Two layers, of products up to 1024 terms near one each, in float32.
+    # Tolerance: two layers of float32 sums of up to 1024 terms near 1.
     torch.testing.assert_close(y.double(), formula(model, x, names, tensors), rtol=1e-5, atol=2e-4)
     with lora_ext.adapters(["text", "odd", None, None, "vision", None, "vision"], pool=pool):
-        assert torch.equal(model(x)[4], y[4])  # whatever the other rows have
+        assert torch.equal(model(x)[4], y[4])  # independent of the adapters of other rows
     with lora_ext.adapters([None] * 7, pool=pool):
         assert torch.equal(model(x)[1], y[1])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("order", [(8, 1024, 8), (1024, 8, 1024)], ids=str)
-def test_a_swap_between_small_and_large_leaves_nothing_behind(order: tuple[int, ...]) -> None:
+def test_replacing_small_by_large_ranks_equals_a_fresh_pool(order: tuple[int, ...]) -> None:
     model, pool, _ = loaded({"a": 16, "other": 300})
     x, names = torch.randn(6, 12), ["a", "other", "a", "a", "other", None]
     others = None
@@ -71,7 +71,7 @@ def test_a_swap_between_small_and_large_leaves_nothing_behind(order: tuple[int, 
         assert_holds(pool, "a", tensors, 8 / rank)
         with lora_ext.adapters(names, pool=pool):
             y = model(x)
-        fresh, fresh_pool, _ = loaded({"other": 300})  # the same seed as above, other data
+        fresh, fresh_pool, _ = loaded({"other": 300})  # same seed as above, other adapters
         fresh_pool.load("a", (config(rank), tensors))
         fresh_pool.update("other", (config(300), state(1, 300)))
         with lora_ext.adapters(names, pool=fresh_pool):

@@ -1,4 +1,4 @@
-"""Memory of a pool: it grows as adapters come, stays under its limit, and says what it holds."""
+"""Memory of a pool: growth with its adapters, limits in bytes, and reported sizes."""
 
 import itertools
 import subprocess
@@ -27,7 +27,7 @@ PAGE = {name: 8 * (i + o) * 4 for name, (i, o) in SIZES.items()}  # bytes, float
 BOTH = PAGE["up"] + PAGE["down"]
 
 
-def test_memory_grows_with_the_pages_in_use_and_addresses_stay():
+def test_memory_grows_with_pages_in_use_at_stable_addresses():
     pool = AdapterPool(Base(), max_slots=64, max_rank=64)
     assert pool.limit_bytes == 512 * sum(
         8 * (s.in_features + s.out_features) * 4 for s in pool.index.modules.values()
@@ -46,13 +46,13 @@ def test_memory_grows_with_the_pages_in_use_and_addresses_stay():
         assert_holds(pool, f"x{seed}", state(seed, 8), 1.0)
 
 
-def test_trim_gives_back_what_lies_beyond_the_last_page_in_use():
+def test_trim_releases_memory_after_the_last_page_in_use():
     pool = fill(AdapterPool(Base(), max_slots=64, max_rank=64), range(20), 8)
     assert pool.nbytes() == 24 * BOTH
     assert pool.trim() == 4 * BOTH and pool.trim() == 0
     for seed in range(1, 20):
         pool.unload(f"x{seed}")
-    assert pool.nbytes() == 20 * BOTH, "unloading leaves the memory for the next adapter"
+    assert pool.nbytes() == 20 * BOTH, "unloading keeps the memory for later adapters"
     assert pool.trim() == 19 * BOTH and pool.nbytes() == BOTH
     assert_holds(pool, "x0", state(0, 8), 1.0)
     load(pool, "x1", 1, 8)
@@ -66,19 +66,19 @@ def test_trim_gives_back_what_lies_beyond_the_last_page_in_use():
 
 
 def tables(pool):
-    """Bytes of the tables of ``up`` and ``down``."""
+    """Return the bytes of the tables of ``up`` and ``down``."""
     return 2 * pool.max_slots * (8 + 1 + 1) * 4
 
 
 def limited(adapters, extra=0):
-    """Room for so many adapters of rank 8 and their tables."""
+    """Return a pool limited to `adapters` adapters of rank 8 and their tables."""
     probe = AdapterPool(Base(), max_slots=16, max_rank=64)
     return AdapterPool(
         Base(), max_slots=16, max_rank=64, max_bytes=adapters * BOTH + tables(probe) + extra
     )
 
 
-def test_a_limit_in_bytes_makes_adapters_give_way_before_the_slots_are_full():
+def test_byte_limit_evicts_adapters_before_the_slots_are_full():
     pool = fill(limited(3), range(3), 8)
     numbers = pool.stats()
     assert numbers["reserved_bytes"] == numbers["limit_bytes"] == pool.max_bytes
@@ -86,13 +86,13 @@ def test_a_limit_in_bytes_makes_adapters_give_way_before_the_slots_are_full():
     with pool.acquire(["x0"]):
         pass
     load(pool, "x3", 3, 8)
-    assert "x1" not in pool._residence.by_name and "x1" in pool, "the least recently used makes way"
+    assert "x1" not in pool._residence.by_name and "x1" in pool, "x1 was used least recently"
     assert pool.stats()["evictions"] == 1 and pool.reserved_bytes == pool.max_bytes
     for name in ("x0", "x2", "x3", "x1"):
         assert_holds(pool, name, state(int(name[1]), 8), 1.0)
 
 
-def test_the_error_beyond_the_limit_says_limit_reserved_pinned_and_what_to_do():
+def test_error_at_the_byte_limit_names_limit_pins_and_remedy():
     pool = limited(2)
     load(pool, "x", 0, 8)
     load(pool, "y", 1, 8)
@@ -111,7 +111,7 @@ def test_the_error_beyond_the_limit_says_limit_reserved_pinned_and_what_to_do():
         load(AdapterPool(Base(), max_bytes=BOTH), "z", 2, 8)
 
 
-def test_pages_that_one_module_left_serve_another_under_the_limit():
+def test_pages_freed_by_one_module_are_used_by_another_under_the_limit():
     pool = fill(limited(4), range(4), 8)
     for seed in range(1, 4):
         pool.unload(f"x{seed}")
@@ -141,12 +141,12 @@ def test_random_loads_under_a_limit_stay_under_it_and_keep_every_adapter():
         held = [n for n in pool.names if n in pool._residence.by_name]
         pages = sum(numbers["adapters"][n]["bytes"] for n in held)
         assert pages == numbers["used_bytes"] <= numbers["page_bytes"]
-    assert pool.stats()["evictions"] > 10, "the limit was felt"
+    assert pool.stats()["evictions"] > 10, "the limit must have caused evictions"
     for name, (tensors, scale) in meaning.items():
         assert_holds(pool, name, tensors, scale)
 
 
-def test_a_copy_that_fails_puts_back_bytes_that_were_to_go_to_another_module(monkeypatch):
+def test_failed_copy_restores_memory_moved_to_another_module(monkeypatch):
     for at in itertools.count(1):
         pool = fill(limited(3), range(3), 8)
         before, refuses = snapshot(pool), FailingCopies(at)
@@ -158,12 +158,12 @@ def test_a_copy_that_fails_puts_back_bytes_that_were_to_go_to_another_module(mon
                 assert "the copy failed" in str(error)
                 assert_same(before, snapshot(pool))
             else:
-                assert at > refuses.count > 10, "past the last copy: every point was tried"
+                assert at > refuses.count > 10, "the loop must have failed at every copy"
                 assert pool.stats()["evictions"] > 0
                 break
 
 
-def test_a_device_that_fails_for_good_under_a_limit_loses_no_adapter(monkeypatch):
+def test_permanently_failing_device_under_a_limit_loses_no_adapter(monkeypatch):
     pool = fill(limited(3), range(3), 8)
     with monkeypatch.context() as patch:
         patch.setattr(_transfer, "copy_", FailingCopies(1, for_good=True))
@@ -174,7 +174,7 @@ def test_a_device_that_fails_for_good_under_a_limit_loses_no_adapter(monkeypatch
         assert_holds(pool, name, state(int(name[1]), 8), 1.0)
 
 
-def test_stats_have_a_line_for_each_adapter():
+def test_stats_contain_an_entry_per_adapter():
     start = time.time()
     pool = AdapterPool(Base(), max_slots=2, max_rank=16)
     load(pool, "a", 0, rank=4)
@@ -197,7 +197,7 @@ def test_stats_have_a_line_for_each_adapter():
 
 
 @pytest.mark.parametrize("value", [0, -5])
-def test_a_limit_of_nothing_is_refused(value):
+def test_limit_below_one_byte_is_refused(value):
     with pytest.raises(ValueError, match=f"max_bytes: expected at least 1, found {value}"):
         AdapterPool(Base(), max_bytes=value)
     with pytest.raises(TypeError, match="max_bytes: expected an integer, found '1 GiB'"):
@@ -231,18 +231,18 @@ print(empty, held() - start, pool.nbytes())
 
 
 @pytest.mark.slow
-def test_the_process_holds_what_adapters_use_and_not_what_they_might():
-    """1 GiB at the limit; an adapter of rank 16 is 4 MiB."""
+def test_resident_memory_of_the_process_grows_only_with_loaded_adapters():
+    # The limit is 1 GiB; an adapter of rank 16 takes 4 MiB.
     run = subprocess.run(
         [sys.executable, "-c", WHAT_A_PROCESS_HOLDS], capture_output=True, text=True, check=True
     )
     empty, loaded, reserved = map(int, run.stdout.split())
     assert empty < 2**22 and reserved == 32 * 8 * 8 * 4096 * 2 == 2**24
-    assert loaded < reserved + 2**25, "and the reading of an adapter"
+    assert loaded < reserved + 2**25, "the pages, and the memory to read an adapter"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pages_that_lie_apart_give_the_bits_of_pages_side_by_side(backend, dtype):
+def test_strided_pages_give_the_bits_of_contiguous_pages(backend, dtype):
     g = torch.Generator().manual_seed(3)
     x = torch.randn(5, 20, generator=g).to(dtype)
     apart = torch.randn(4, 8 * (20 + 12), generator=g).to(dtype)

@@ -1,4 +1,4 @@
-"""Random operations on the pool against a dict that says what each name must mean."""
+"""Random operations on a pool, compared with a dict of the expected adapter of each name."""
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -14,7 +14,8 @@ TARGETS = st.sampled_from([("up", "down"), ("up",), ("down", "head"), ("up", "do
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """``meaning[name]`` is (tensors, scale); a lease keeps what its slots meant when made."""
+    """State machine of a pool. ``meaning[name]`` is (tensors, scale); a lease keeps the values of
+    its slots when it was made."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +71,7 @@ class PoolMachine(RuleBasedStateMachine):
         except UnknownAdapterError:
             assert not set(names) - {None} <= self.meaning.keys()
         except PoolFullError:
-            pass  # the invariant checks that nothing was lost or pinned
+            pass  # The invariant checks that nothing was lost or pinned.
         else:
             self.leases.append((lease, [n and self.meaning[n] for n in names]))
 
@@ -106,7 +107,7 @@ class PoolMachine(RuleBasedStateMachine):
     def every_page_is_free_or_has_one_owner(self):
         pool, store = self.pool, self.pool._store
         live = [r for r in store.residents if r is not None]
-        assert all(r.pins or not r.retired for r in live), "an unpinned retired slot is a leak"
+        assert all(r.pins or not r.retired for r in live), "a retired slot without pins is a leak"
         for module, slab in store.slabs.items():
             owned = [p for r in live for p in r.pages.get(module, ())]
             assert sorted([*owned, *slab.free]) == list(range(pool.pages))

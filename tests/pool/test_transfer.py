@@ -1,4 +1,4 @@
-"""The order of copies and steps on a device, on streams that run as late as they are allowed to."""
+"""Order of copies and steps on a device, on fake streams that run as late as allowed."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SEEDS = range(40)
 
 @pytest.fixture
 def cuda(request, monkeypatch):
-    """A fake device, and every copy of the pool queued on it."""
+    """Return a fake device on which every copy of the pool is queued."""
     world = FakeCuda(getattr(request, "param", 0))
 
     def copy_(destination, source):
@@ -53,8 +53,8 @@ def factor(seed):
 
 
 @pytest.mark.parametrize("cuda", SEEDS, indirect=True)
-def test_a_step_sees_the_adapter_that_it_was_queued_with(cuda, pool):
-    """Its slot goes to another adapter as soon as the lease is released, and the step runs late."""
+def test_step_reads_the_adapter_it_was_queued_with(cuda, pool):
+    # The slot is reused as soon as the lease is released, and the step runs late.
     before, after = [], []
     with pool.acquire(["a"]) as slots:
         step(cuda, pool, slots[0], before)
@@ -83,12 +83,12 @@ def test_steps_on_other_streams_are_ordered_too(cuda, pool):
 
 
 @pytest.mark.parametrize("cuda", SEEDS, indirect=True)
-def test_an_adapter_that_makes_way_at_once_is_read_back_whole(cuda, pool):
-    """It goes to the host before anybody has waited for it to come to the device."""
+def test_adapter_evicted_right_after_its_load_is_restored_intact(cuda, pool):
+    # The copy to the host is queued before the copy to the device has finished.
     pool.unload("a")
     load(pool, "c", 3)
-    load(pool, "d", 4)  # b makes way
-    load(pool, "e", 5)  # c makes way
+    load(pool, "d", 4)  # evicts b
+    load(pool, "e", 5)  # evicts c
     assert "c" in pool._residence.cache
     seen = []
     with pool.acquire(["c"]) as slots:
@@ -97,19 +97,19 @@ def test_an_adapter_that_makes_way_at_once_is_read_back_whole(cuda, pool):
     assert torch.equal(seen[0], factor(3))
 
 
-def test_the_host_waits_for_the_first_adapter_of_a_module_and_for_no_other(cuda, pool):
+def test_host_waits_only_for_new_modules_and_the_first_bias(cuda, pool):
     cuda.waits = 0
     pool.unload("a")
     load(pool, "c", 3)
-    assert cuda.waits == 0 and cuda.streams, "the copies are queued, and load has returned"
+    assert cuda.waits == 0 and cuda.streams, "load returned while the copies are queued"
     assert any(stream.queue for stream in cuda.streams)
     pool.unload("b")
-    # Tables of a new module are read by whoever has a lease already: they must be there at once.
+    # Open leases read the tables of a new module, which must be there at once.
     pool.load("h", (config(targets=("head",)), state(4, targets=("head",))))
     assert cuda.waits == 1
     pool.unload("c")
     pool.load("bias", (config(lora_bias=True), state(5, bias=True)))
-    assert cuda.waits == 2, "and those of the first bias"
+    assert cuda.waits == 2, "the table of the first bias is waited for as well"
 
 
 def test_a_pin_inside_a_capture_is_refused(cuda, pool):
@@ -120,8 +120,8 @@ def test_a_pin_inside_a_capture_is_refused(cuda, pool):
     assert pool.stats()["pins"] == 0
 
 
-def test_a_copy_that_fails_leaves_nothing_queued(cuda, pool, monkeypatch):
-    """The memory that was allocated for the adapter is given back, and must not be written then."""
+def test_failed_copy_leaves_nothing_queued(cuda, pool, monkeypatch):
+    # The memory of the failed load is released and must not be written later.
     queued, real = [], _transfer.copy_
 
     def copy_(destination, source):
@@ -138,8 +138,8 @@ def test_a_copy_that_fails_leaves_nothing_queued(cuda, pool, monkeypatch):
 
 
 @pytest.mark.parametrize("cuda", SEEDS, indirect=True)
-def test_a_graph_reads_its_adapter_for_as_long_as_its_lease_is_open(cuda, pool):
-    """A replay is invisible to the pool: it neither pins nor releases. Its lease does."""
+def test_graph_reads_its_adapter_while_its_lease_is_open(cuda, pool):
+    # A replay neither pins nor releases an adapter; only the lease does.
     lease = pool.acquire(["a"])
     seen = []
 
@@ -147,7 +147,8 @@ def test_a_graph_reads_its_adapter_for_as_long_as_its_lease_is_open(cuda, pool):
         step(cuda, pool, lease[0], seen)
 
     replay()
-    for seed in range(10, 16):  # names come and go, the graph's included
+    # Other adapters are loaded; at 12 and 14 the name of the graph is unloaded and loaded.
+    for seed in range(10, 16):
         load(pool, f"x{seed}", seed)
         replay()
         if seed == 12:
@@ -155,7 +156,7 @@ def test_a_graph_reads_its_adapter_for_as_long_as_its_lease_is_open(cuda, pool):
         if seed == 14:
             load(pool, "a", 14)
             replay()
-    pool.release(lease)  # on the stream of the replays: they are part of its last use
+    pool.release(lease)  # on the stream of the replays, which are part of its last use
     load(pool, "y", 20)
     load(pool, "z", 21)
     cuda.run()

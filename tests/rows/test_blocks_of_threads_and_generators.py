@@ -1,4 +1,4 @@
-"""Where a block does not reach, or reaches too far: threads, executors and generators."""
+"""Blocks in threads, executors and generators, which do not inherit them or leave them late."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLD = r"runs a model without a block, and serves the base.*\(\['red'\]\).*\(Non
 
 
 def forwards(model: Any) -> tuple[Forward, dict[str | None, torch.Tensor]]:
-    """A forward, and what it gives in each block."""
+    """Return a forward pass, and its expected output in each block."""
     x = inputs(2, 3)
     expected = {}
     with torch.no_grad():
@@ -56,7 +56,7 @@ def in_an_executor_of_the_loop(forward: Forward) -> None:
 
 
 @pytest.mark.parametrize("run", [in_a_thread, in_a_new_executor, in_an_executor_of_the_loop])
-def test_a_thread_without_the_block_is_told_once(run: Callable[[Forward], None]) -> None:
+def test_forward_in_a_thread_without_the_block_warns_once(run: Callable[[Forward], None]) -> None:
     model = make()
     forward, _ = forwards(model)
     with lora_ext.adapters("red"):
@@ -67,7 +67,7 @@ def test_a_thread_without_the_block_is_told_once(run: Callable[[Forward], None])
             run(forward)
 
 
-def test_a_thread_that_is_older_than_the_block_is_told_too() -> None:
+def test_forward_in_a_thread_older_than_the_block_warns() -> None:
     model = make()
     forward, _ = forwards(model)
     with ThreadPoolExecutor(1) as executor:
@@ -76,8 +76,8 @@ def test_a_thread_that_is_older_than_the_block_is_told_too() -> None:
             executor.submit(forward).result()
 
 
-def test_nobody_is_told_who_says_what_is_meant() -> None:
-    """The base by a block of None, another pool's layers, the block's own thread, after it."""
+def test_forward_in_a_thread_does_not_warn_if_the_intent_is_clear() -> None:
+    # A block of None, layers of another pool, the block's own thread, and calls after the block.
     model, other = make(), make()
     x = inputs(2, 3)
 
@@ -118,8 +118,8 @@ def test_nobody_is_told_who_says_what_is_meant() -> None:
 INSIDE = r"block of \['blue'\] is entered inside one of \['red'\] that has served"
 
 
-def test_generators_that_yield_inside_blocks_are_told_of_before_one_serves_the_other() -> None:
-    """Nothing but the caller's frames could tell which of them goes on."""
+def test_generators_that_yield_inside_blocks_warn_before_one_uses_the_others_block() -> None:
+    # Only the frames of the caller could show which generator continues.
     model = make()
     forward, expected = forwards(model)
 
@@ -130,10 +130,10 @@ def test_generators_that_yield_inside_blocks_are_told_of_before_one_serves_the_o
 
     red, blue = serve("red"), serve("blue")
     assert torch.equal(next(red), expected["red"])
-    with pytest.warns(UserWarning, match=INSIDE) as told:
+    with pytest.warns(UserWarning, match=INSIDE) as caught:
         assert torch.equal(next(blue), expected["blue"])
-    assert [warning.filename for warning in told] == [__file__]
-    assert torch.equal(next(red), expected["blue"])  # what the warning says
+    assert [warning.filename for warning in caught] == [__file__]
+    assert torch.equal(next(red), expected["blue"])  # as the warning says
     with pytest.raises(RuntimeError, match=r"expected the innermost block to be left first"):
         red.close()
     assert torch.equal(next(blue), expected["blue"])
@@ -142,7 +142,7 @@ def test_generators_that_yield_inside_blocks_are_told_of_before_one_serves_the_o
     assert pins(model) == 0
 
 
-def test_a_block_that_is_left_out_of_order_raises_and_leaves_the_others_whole() -> None:
+def test_block_left_out_of_order_raises_and_keeps_the_others() -> None:
     model = make()
     forward, expected = forwards(model)
     first, second = lora_ext.adapters("red"), lora_ext.adapters("blue")
@@ -156,8 +156,8 @@ def test_a_block_that_is_left_out_of_order_raises_and_leaves_the_others_whole() 
     assert pins(model) == 0
 
 
-def test_nobody_is_told_of_a_block_inside_another_that_is_meant() -> None:
-    """The base, the same names, a block that served nothing, the block of a call or a parent."""
+def test_nested_blocks_do_not_warn_if_they_are_intended() -> None:
+    # The base model, the same names, an unused outer block, and blocks of a call or a parent task.
     model = make()
     forward, expected = forwards(model)
 
@@ -181,7 +181,7 @@ def test_nobody_is_told_of_a_block_inside_another_that_is_meant() -> None:
             asyncio.run(parent())
 
 
-def test_async_generators_that_yield_inside_blocks_are_told_of_and_raise() -> None:
+def test_async_generators_that_yield_inside_blocks_warn_and_raise() -> None:
     model = make()
     forward, expected = forwards(model)
 
@@ -235,7 +235,7 @@ def test_context_managers_made_of_generators_and_children_of_tasks_nest() -> Non
             assert torch.equal(forward(), expected["blue"])
 
 
-def test_a_generator_that_nobody_finishes_leaves_its_block() -> None:
+def test_unfinished_generator_leaves_its_block_when_collected() -> None:
     model = make()
     forward, expected = forwards(model)
 

@@ -1,4 +1,4 @@
-"""A backward that computes layers again sees the block of their forward, or says why it cannot."""
+"""A backward pass that recomputes layers uses the block of their forward pass, or raises."""
 
 import contextvars
 import threading
@@ -26,7 +26,7 @@ def expected(model: Any, x: Tensor, name: str | None) -> Tensor:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_pools_layers_see_the_block_that_was_left(reentrant: bool) -> None:
+def test_recomputed_pool_layers_use_the_block_of_their_forward(reentrant: bool) -> None:
     model, x = make(torch.float64), inputs(2, 3, dtype=torch.float64).requires_grad_()
     runs = {}
     for name in ("red", None, "blue"):
@@ -34,9 +34,9 @@ def test_a_pools_layers_see_the_block_that_was_left(reentrant: bool) -> None:
             runs[name] = checkpoint(model, x, use_reentrant=reentrant)
     outside = checkpoint(model, x, use_reentrant=reentrant)
     for name in ("blue", "red", None):
-        with lora_ext.adapters("green"):  # not of the forward
+        with lora_ext.adapters("green"):  # not the block of the forward pass
             found = gradient(runs[name], x)
-            # Pinned by the block that is open, and by nobody else once the backward is over.
+            # Pinned by the open block, and by nothing else after the backward pass.
             assert pins(model) == 1
         torch.testing.assert_close(found, expected(model, x, name), rtol=1e-12, atol=1e-12)
     with lora_ext.adapters("green"):
@@ -46,7 +46,7 @@ def test_a_pools_layers_see_the_block_that_was_left(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("change", ["update", "unload", "evict"])
-def test_an_adapter_that_changed_since_is_named(change: str) -> None:
+def test_adapter_changed_since_the_forward_is_named(change: str) -> None:
     model, x = make(), inputs(2, 3).requires_grad_()
     pool = model.up.pool
     with lora_ext.adapters("red"):
@@ -63,10 +63,11 @@ def test_an_adapter_that_changed_since_is_named(change: str) -> None:
     with pytest.raises(RuntimeError, match="adapter 'red' was unloaded, updated or evicted after"):
         run.sum().backward()
     assert pins(model) == 0
-    lora_ext.detach(model)  # it may outlive the test: why, after this error, is not known
+    # The model may outlive the test after this error; the reason is unknown.
+    lora_ext.detach(model)
 
 
-def test_a_block_entered_in_the_recomputation_counts() -> None:
+def test_block_entered_in_the_recomputation_is_used() -> None:
     model, x = make(torch.float64), inputs(2, 3, dtype=torch.float64).requires_grad_()
 
     def run(x: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def test_a_block_entered_in_the_recomputation_counts() -> None:
         torch.testing.assert_close(found, expected(model, x, "red"), rtol=1e-12, atol=1e-12)
 
 
-def test_nested_checkpoints() -> None:
+def test_nested_checkpoints_use_their_blocks_unless_reentrant() -> None:
     model, x = make(torch.float64), inputs(2, 3, dtype=torch.float64).requires_grad_()
 
     def run(reentrant: bool) -> Tensor:
@@ -96,7 +97,7 @@ def test_nested_checkpoints() -> None:
     lora_ext.detach(model)
 
 
-def test_a_checkpoint_inside_a_compiled_graph_sees_its_block_too() -> None:
+def test_checkpoint_inside_a_compiled_graph_uses_the_block_of_its_forward() -> None:
     torch._dynamo.reset()
     model, x = make(torch.float64), inputs(2, 3, dtype=torch.float64).requires_grad_()
 
@@ -111,8 +112,8 @@ def test_a_checkpoint_inside_a_compiled_graph_sees_its_block_too() -> None:
     torch.testing.assert_close(found, expected(model, x, "red"), rtol=1e-12, atol=1e-12)
 
 
-def test_threads_have_pasts_of_their_own() -> None:
-    """Nodes are numbered by thread: equal numbers, other blocks."""
+def test_threads_record_their_blocks_separately() -> None:
+    # Autograd nodes are numbered per thread: equal numbers belong to different blocks.
     model, x = make(torch.float64), inputs(2, 3, dtype=torch.float64)
     found: dict[str | None, Tensor] = {}
 
@@ -140,7 +141,7 @@ def test_threads_have_pasts_of_their_own() -> None:
     assert len(found) == 4
 
 
-def test_serving_leaves_no_past() -> None:
+def test_forwards_without_grad_are_not_recorded() -> None:
     model, x = make(), inputs(2, 3)
     with torch.no_grad():
         model(x)
@@ -151,7 +152,7 @@ def test_serving_leaves_no_past() -> None:
     assert len(_past.here.timeline.starts) <= before + 1
 
 
-def test_a_forgotten_block_is_an_error() -> None:
+def test_backward_after_too_many_blocks_raises() -> None:
     model, x = make(), inputs(2, 3).requires_grad_()
     with lora_ext.adapters("red"):
         run = checkpoint(model, x, use_reentrant=False)

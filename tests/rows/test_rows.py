@@ -1,4 +1,4 @@
-"""What layers share: by shape, device and stream, and never across the border of a graph."""
+"""Values that layers share by shape, device and stream, and never across a graph's boundary."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What torch.cuda says of streams, to be set by a test."""
+    """Return the state of the fake ``torch.cuda`` streams, for a test to set."""
     state = SimpleNamespace(stream=1, capturing=False)
 
     def current(_device: torch.device) -> SimpleNamespace:
@@ -29,7 +29,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return state
 
 
-def test_what_one_stream_makes_another_does_not_find(streams: SimpleNamespace) -> None:
+def test_values_are_not_shared_between_streams(streams: SimpleNamespace) -> None:
     kept, made = Kept(8), iter(range(9))
 
     def get() -> int:
@@ -40,13 +40,13 @@ def test_what_one_stream_makes_another_does_not_find(streams: SimpleNamespace) -
     assert get() == get() == 2
     streams.stream = 1
     assert get() == 1
-    streams.capturing = True  # a graph owns what it reads: nothing found, nothing kept
+    streams.capturing = True  # a graph owns what it reads, so nothing is reused or kept
     assert (get(), get()) == (3, 4)
     streams.capturing = False
     assert get() == 1 and len(kept) == 2
 
 
-def test_the_oldest_goes_first() -> None:
+def test_oldest_value_is_dropped_first() -> None:
     kept = Kept(2)
     device = torch.device("cpu")
     assert [kept.get(key, device, lambda k=key: k) for key in "abca"] == list("abca")
@@ -54,7 +54,7 @@ def test_the_oldest_goes_first() -> None:
 
 
 def test_rows_of_a_block_are_kept_by_names_shape_and_device(streams: SimpleNamespace) -> None:
-    """``Kept`` adds the stream: test_what_one_stream_makes_another_does_not_find."""
+    # `Kept` adds the stream to the key: test_values_are_not_shared_between_streams.
     keys: list[Any] = []
 
     class Spy(Kept):
@@ -69,20 +69,21 @@ def test_rows_of_a_block_are_kept_by_names_shape_and_device(streams: SimpleNames
         assignment.rows_among(("red",), layout)
     assert {device for _, device in keys} == {"cpu"}
     assert [key[:2] for key, _ in keys] == [(("red",), (2, 3)), *[(("red",), (2, 2))] * 2]
-    assert len({key for key, _ in keys}) == 3  # a square of rows is another one where it is turned
+    assert len({key for key, _ in keys}) == 3  # a square layout differs from its transpose
     ids = torch.tensor([0, -1])
     assert rows_of(ids, 1) is rows_of(ids, 1)
 
 
-def test_a_capture_needs_no_copy_from_the_host(streams: SimpleNamespace) -> None:
-    """Filled where they are wanted, in as many pieces as there are runs."""
+def test_capture_copies_nothing_from_the_host(streams: SimpleNamespace) -> None:
+    # Ids are filled on the device, with one call per run of equal values.
     for values, times in (([3, 3, -1, 0, 0], 2), ([5], 7), ([1, 2], 0)):
         expected = torch.tensor(values, dtype=torch.int32).repeat_interleave(times)
         assert torch.equal(repeated(values, times, torch.int32, torch.device("cpu")), expected)
     assignment = Assignment.of(["red", None, "red"])
     layout = Layout(torch.Size([3, 2]), torch.device("meta"))
     streams.capturing = True
-    with torch.device("meta"):  # there is no device here: what matters is that nothing is copied
+    # Not a device to compute on: the test only checks that nothing is copied.
+    with torch.device("meta"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("lora_ext.rows._assignment.capturing", lambda _device: True)
             ids = assignment.ids([4], layout)
@@ -92,7 +93,9 @@ def test_a_capture_needs_no_copy_from_the_host(streams: SimpleNamespace) -> None
     assert ids.shape == (6,) and ids.dtype == torch.int32
 
 
-def test_a_capture_with_dora_rows_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_a_capture_with_dora_rows_names_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config, state = adapter("red")
     vectors = {
         f"base_model.model.{name}.lora_magnitude_vector.weight": torch.ones(size)
@@ -111,7 +114,7 @@ def test_a_capture_with_dora_rows_names_the_remedy(monkeypatch: pytest.MonkeyPat
             model(inputs(2, 3))
 
 
-def test_a_fake_forward_leaves_nothing_behind() -> None:
+def test_forward_with_fake_tensors_leaves_nothing_behind() -> None:
     model, x = make(), inputs(2, 3)
     names = list(RANKS)[:2]
     with torch.no_grad(), lora_ext.adapters(names):

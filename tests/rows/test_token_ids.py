@@ -1,4 +1,4 @@
-"""``adapters(names, token_ids=...)``: an adapter for each token, from a tensor."""
+"""``adapters(names, token_ids=...)``: one adapter per token, from a tensor of ids."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ ROWS = ["red", None, "blue", "green", None, "blue"]
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
 @pytest.mark.parametrize("flat", [False, True])
-def test_a_pools_tokens_follow_the_formula(dtype: torch.dtype, flat: bool) -> None:
+def test_tokens_of_pool_layers_follow_the_formula(dtype: torch.dtype, flat: bool) -> None:
     model, x = make(torch.float64), inputs(2, 3, dtype=torch.float64)
     expected, ids = formula(model, x, ROWS), IDS.to(dtype)
     if flat:
         x, expected, ids = x.flatten(0, 1), expected.flatten(0, 1), ids.flatten()
     with torch.no_grad(), lora_ext.adapters(NAMES, token_ids=ids):
         torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
-        # The model may flatten a batch itself.
+        # The model may flatten a batch internally.
         flattened = model(x.reshape(6, -1))
     torch.testing.assert_close(flattened, expected.reshape(6, -1), rtol=1e-12, atol=1e-12)
 
@@ -37,7 +37,7 @@ def own() -> LoraLinear:
     return layer.double()
 
 
-def test_layers_with_adapters_of_their_own_take_tokens_too() -> None:
+def test_lora_layers_accept_token_ids() -> None:
     layer, x = own(), inputs(2, 3, dtype=torch.float64)
     with lora_ext.adapters(
         ["blue", "red"], torch.tensor([[0, -1, 1], [1, 1, 0]]), pool=layer_names
@@ -99,14 +99,14 @@ def test_rows_are_grouped_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -
         with lora_ext.adapters(["blue", "red"], IDS.clamp(max=1), pool=layer_names):
             for layer in layers:
                 layer(inputs(2, 3))
-    subsets = 2  # of each DoRA layer's forward: its plain rows, and those of their own
+    subsets = 2  # rows of each DoRA layer's forward: plain rows and DoRA rows
     assert len(calls) - 2 <= subsets * len(layers)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("pooled", [True, False])
-def test_checkpoints_see_the_ids_of_their_forward(reentrant: bool, pooled: bool) -> None:
-    """After the block, with the tensor overwritten, and with the blocks of several forwards."""
+def test_checkpoints_use_the_ids_of_their_forward(reentrant: bool, pooled: bool) -> None:
+    # The backward runs after the block, with the ids overwritten and several forwards pending.
     model: Any = make(torch.float64) if pooled else own()
     pool = model.up.pool if pooled else layer_names
     names = ["red", "blue"]
@@ -129,7 +129,7 @@ def test_checkpoints_see_the_ids_of_their_forward(reentrant: bool, pooled: bool)
         with lora_ext.adapters(names, given, pool=pool):
             runs.append(checkpoint(model, x, use_reentrant=reentrant))
         given.fill_(-1)
-    if reentrant:  # which supports backward alone
+    if reentrant:  # reentrant checkpoints support only backward
         found = []
         for run in runs:
             model.zero_grad()
@@ -145,7 +145,7 @@ def test_checkpoints_see_the_ids_of_their_forward(reentrant: bool, pooled: bool)
         assert pool.stats()["pins"] == 0
 
 
-def test_a_graph_reads_the_ids_of_the_block_it_runs_in() -> None:
+def test_compiled_graph_reads_the_ids_of_the_current_block() -> None:
     torch._dynamo.reset()
     model, x = make(), inputs(2, 3)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

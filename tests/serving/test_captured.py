@@ -1,4 +1,4 @@
-"""A captured step follows names, ranks, loads and unloads, and takes one copy and one plan."""
+"""A captured step whose replays follow names, ranks, loads and unloads, with one copy and plan."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """The products of SmolLM2's decoder, and no mixing of rows."""
+    """Model with the products of SmolLM2's decoder and without mixing of rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def tokens(rows: int) -> Tensor:
 
 
 def row_by_row(model: Any, pool: Any, names: list[str | None], x: Tensor) -> Tensor:
-    """Each row as a batch of its own, in a block of its own, outside of the step."""
+    """Return the output of `model` with each row as a batch in its own block, outside the step."""
     parts = []
     for row, name in enumerate(names):
         with lora_ext.adapters(name, pool=pool):
@@ -97,7 +97,7 @@ def captured(
     device: Device, model: Any, step: Any, names: Any, x: Tensor
 ) -> tuple[FakeGraph, Tensor]:
     with step, lora_ext.adapters(names, pool=step.pool), torch.no_grad():
-        model(x), model(x)  # siblings are learned; tables are made
+        model(x), model(x)  # The first call learns siblings and makes tables.
         with device.capture() as graph:
             y = model(x)
     return graph, y
@@ -118,7 +118,7 @@ def emulated(backend: Backend) -> None:
 
 
 # --- launches -----------------------------------------------------------------------------------
-def test_a_step_is_one_copy_one_plan_and_the_launches_of_its_ops(
+def test_step_is_one_copy_one_plan_and_the_launches_of_its_ops(
     backend: Backend, device: Device, shared_on_cpu: None
 ) -> None:
     emulated(backend)
@@ -131,12 +131,12 @@ def test_a_step_is_one_copy_one_plan_and_the_launches_of_its_ops(
         with device.capture() as graph:
             model(x)
         kernels = backend.module.launches() - before
-    groups = 4  # q k v; o; gate up; down
+    groups = 4  # q, k and v; o; gate and up; down
     assert kernels == 1 + 2 * groups * LAYERS  # the plan; shrink and expand of each group
     ours = {op for op in graph.launches if op.startswith("lora_")}
     assert ours == {"lora_plan", "lora_apply_", "lora_apply_siblings_"}
     assert graph.launches["lora_plan"] == 1
-    # All else is the model's own: nothing is filled, copied or gathered for the rows.
+    # All other launches belong to the model: none fills, copies or gathers for the rows.
     with torch.no_grad(), counted() as own:
         Model().eval()(x)
     made = Model()
@@ -149,12 +149,12 @@ def test_a_step_is_one_copy_one_plan_and_the_launches_of_its_ops(
     assert launches == {"copy_": 1}
 
 
-def test_a_capture_without_a_step_makes_ids_and_plan_once(backend: Backend, device: Device) -> None:
+def test_capture_without_a_step_makes_ids_and_plan_once(backend: Backend, device: Device) -> None:
     emulated(backend)
     model, pool = make(a=adapter(1), b=adapter(2))
     with lora_ext.adapters(["a", "b", None], pool=pool), torch.no_grad():
         model(tokens(3))
-        for _ in range(2):  # the second graph finds nothing of the first one
+        for _ in range(2):  # the second graph reuses nothing of the first
             with device.capture() as graph:
                 model(tokens(3))
             assert graph.launches["lora_plan"] == 1
@@ -162,11 +162,11 @@ def test_a_capture_without_a_step_makes_ids_and_plan_once(backend: Backend, devi
 
 
 # --- replays ------------------------------------------------------------------------------------
-def test_a_replay_follows_names_ranks_loads_and_unloads(
+def test_replay_follows_names_ranks_loads_and_unloads(
     backend: Backend, device: Device, shared_on_cpu: None
 ) -> None:
     if backend.name not in ("cpu", "emu"):
-        pytest.skip("one twin and the emulator")
+        pytest.skip("runs on one CPU twin and the emulator")
     model, pool = make(a=adapter(1), b=adapter(2, rank=12))
     step, x = lora_ext.capturable(pool, max_rows=5), tokens(4)
     graph, y = captured(device, model, step, ["a", None, "b", "a"], x)
@@ -181,8 +181,8 @@ def test_a_replay_follows_names_ranks_loads_and_unloads(
     check(model, step, graph, y, x, ["a", "b", "c", "a"])
 
 
-def test_a_replay_behind_its_block_serves_the_names_written_last(device: Device) -> None:
-    """Their adapters stay pinned, also where the name is gone and the pool is full."""
+def test_replay_outside_its_block_uses_the_names_written_last(device: Device) -> None:
+    # Their adapters stay pinned, even if the name is unloaded and the pool is full.
     model, pool = make(a=adapter(1), b=adapter(2))
     step, x = lora_ext.capturable(pool, max_rows=2), tokens(2)
     graph, y = captured(device, model, step, None, x)
@@ -199,7 +199,7 @@ def test_a_replay_behind_its_block_serves_the_names_written_last(device: Device)
             with step, lora_ext.adapters(["a", "b"], pool=pool):
                 pass
         base = row_by_row(model, pool, [None, None], x)
-        graph.replay()  # after the error nobody's adapter answers
+        graph.replay()  # after the error, all rows use the base model
         torch.testing.assert_close(y, base, rtol=1e-4, atol=1e-4)
         check(model, step, graph, y, x, ["other 4", "b"])
         step.close()
@@ -226,11 +226,11 @@ def test_dora_rows_and_replaced_heads_are_captured(device: Device) -> None:
     pool.update("head", adapter(6, **whole))
     check(model, step, graph, y, x, ["head", "dora", "both", "plain"])
     pool.unload("both")
-    pool.load("other", adapter(9, **whole))  # a third one in time, no more than two at once
+    pool.load("other", adapter(9, **whole))  # a third head; at most two are used at once
     check(model, step, graph, y, x, ["other", "head", "dora", None])
 
 
-def test_rows_may_be_named_by_token_ids(device: Device) -> None:
+def test_token_ids_select_adapters_in_a_captured_step(device: Device) -> None:
     model, pool = make(a=adapter(1), b=adapter(2))
     step, x = lora_ext.capturable(pool, max_rows=3), tokens(3)
     graph, y = captured(device, model, step, ["a", "b", None], x)
@@ -242,7 +242,7 @@ def test_rows_may_be_named_by_token_ids(device: Device) -> None:
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_graph_keeps_its_pool(device: Device) -> None:
+def test_graph_keeps_its_pool_alive(device: Device) -> None:
     model, pool = make(a=adapter(1), b=adapter(2))
     step, x = lora_ext.capturable(pool, max_rows=2), tokens(2)
     graph, y = captured(device, model, step, ["a", "b"], x)
@@ -266,7 +266,7 @@ def write(step: Any, names: Any) -> None:
         pass
 
 
-def test_more_rows_than_there_is_room_for_are_refused(device: Device) -> None:
+def test_more_rows_than_max_rows_or_captured_are_refused(device: Device) -> None:
     model, pool = make(a=adapter(1))
     step = lora_ext.capturable(pool, max_rows=3)
     with pytest.raises(ValueError, match="names: expected at most max_rows=3, found 4"):
@@ -290,7 +290,7 @@ def test_more_rows_than_there_is_room_for_are_refused(device: Device) -> None:
         ),
     ],
 )
-def test_an_adapter_that_needs_what_the_graph_lacks_is_refused(
+def test_adapter_that_needs_parts_missing_in_the_graph_is_refused(
     device: Device, source: Any, lacks: str
 ) -> None:
     model, pool = make(a=adapter(1, target_modules=["q"]))
@@ -304,7 +304,7 @@ def test_an_adapter_that_needs_what_the_graph_lacks_is_refused(
     check(model, again, *captured(device, model, again, ["a", None], x), x, ["late", "a"])
 
 
-def test_a_graph_of_a_pool_without_adapters_serves_none(device: Device) -> None:
+def test_graph_captured_without_adapters_refuses_adapters(device: Device) -> None:
     model, pool = make()
     step = lora_ext.capturable(pool, max_rows=2)
     captured(device, model, step, None, tokens(2))
@@ -313,7 +313,7 @@ def test_a_graph_of_a_pool_without_adapters_serves_none(device: Device) -> None:
         write(step, ["late"])
 
 
-def test_what_a_graph_could_not_follow_is_not_captured(device: Device) -> None:
+def test_captures_that_replays_could_not_follow_are_refused(device: Device) -> None:
     model, pool = make(a=adapter(1), dora=adapter(2, use_dora=True))
     step, x = lora_ext.capturable(pool, max_rows=2), tokens(2)
     with step, torch.no_grad():
@@ -338,7 +338,7 @@ def write_inside(pool: Any) -> None:
         pass
 
 
-def test_more_replaced_modules_than_places_are_refused(device: Device) -> None:
+def test_more_replaced_modules_than_reserved_are_refused(device: Device) -> None:
     whole = {"modules_to_save": ["head"]}
     _, pool = make(one=adapter(1, **whole), two=adapter(2, **whole))
     step = lora_ext.capturable(pool, max_rows=2)
@@ -348,7 +348,7 @@ def test_more_replaced_modules_than_places_are_refused(device: Device) -> None:
     assert pool.stats()["pins"] == 0
 
 
-def test_a_prefill_inside_the_step_is_served_as_without_it() -> None:
+def test_prefill_inside_the_step_equals_prefill_without_it() -> None:
     model, pool = make(a=adapter(1), b=adapter(2))
     x = torch.randint(VOCABULARY, (2, 5))
     with torch.no_grad():
@@ -358,7 +358,7 @@ def test_a_prefill_inside_the_step_is_served_as_without_it() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_arguments_are_checked() -> None:
+def test_invalid_arguments_are_refused() -> None:
     _, pool = make(a=adapter(1))
     with pytest.raises(TypeError, match="pool: expected an AdapterPool"):
         lora_ext.capturable(None, 4)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""What clients say an answer must be, in OpenAI's and vLLM's words."""
+"""Output formats in requests, in the fields of OpenAI and of vLLM."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
         (None, {"json_object": True}, Format("json_object")),
     ],
 )
-def test_both_dialects_say_the_same(openai: Any, vllm: Any, wanted: Any) -> None:
+def test_openai_and_vllm_fields_give_the_same_format(openai: Any, vllm: Any, wanted: Any) -> None:
     assert read_format(openai, vllm) == wanted
 
 
@@ -61,30 +61,30 @@ def test_both_dialects_say_the_same(openai: Any, vllm: Any, wanted: Any) -> None
         (None, {"json": {}, "structural_tag": "{}"}, "structural_tag: expected json, regex"),
     ],
 )
-def test_what_is_not_held_to_is_refused_by_name(openai: Any, vllm: Any, message: str) -> None:
+def test_unsupported_fields_are_refused_by_name(openai: Any, vllm: Any, message: str) -> None:
     with pytest.raises((ValueError, NotImplementedError), match=message):
         read_format(openai, vllm)
 
 
-def test_what_is_too_long_is_told_so_before_anything_reads_it() -> None:
+def test_formats_that_are_too_long_are_refused_before_parsing() -> None:
     for given in ({"regex": "a" * 70_000}, {"choice": ["b" * 70_000]}, {"json": "[" * 70_000}):
         with pytest.raises(FormatTooLongError, match="at most 65536 bytes, found 70000") as error:
             read_format(None, given)
         assert error.value.status_code == 413
 
 
-def test_names_of_before_vllm_0_12_are_told_the_new_ones() -> None:
+def test_field_names_from_before_vllm_0_12_are_refused_with_the_new_ones() -> None:
     refuse_old_names({"guided_json": None, "model": "a"})
     with pytest.raises(ValueError, match=r'guided_regex: expected structured_outputs \{"regex"'):
         refuse_old_names({"guided_regex": "a"})
 
 
-def test_without_outlines_core_a_client_reads_how_the_server_would_have_it(
+def test_error_without_outlines_core_names_the_command_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from control_tokenizer import tokenizer
 
-    vocabulary = tokenizer()  # by transformers, which looks for packages itself
+    vocabulary = tokenizer()  # made first: transformers also looks for packages with find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         NotImplementedError, match=r"`pip install --no-build-isolation '\.\[control\]'`"

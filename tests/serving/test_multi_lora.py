@@ -1,4 +1,4 @@
-"""MultiLoraLinear against its formula, and the blocks that steer it, on a model of two layers."""
+"""`MultiLoraLinear` against its formula, and the blocks that select adapters, on two layers."""
 
 import asyncio
 import contextvars
@@ -45,14 +45,14 @@ def test_tokens_follow_the_formula(spelling: str) -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_one_list_is_not_read_per_sequence_and_per_row(order: int, compiled: bool) -> None:
-    """As DeBERTa's relative positions where the batch happens to be as large."""
+def test_one_list_is_not_read_both_per_sequence_and_per_row(order: int, compiled: bool) -> None:
+    # DeBERTa's relative positions can be as many rows as the batch has sequences.
     model: Any = make()
     run = torch.compile(model, backend="aot_eager") if compiled else model
     forwards = [inputs(4, 3), inputs(1, 4)][::order]
     message = r"as one per sequence .* shape \(4, 3, features\) and as one per row by \(1, 4, feat"
     with torch.no_grad(), lora_ext.adapters(PER_SEQUENCE):
-        run(inputs(4))  # is both
+        run(inputs(4))  # fits both readings
         run(forwards[0])
         with pytest.raises(ValueError, match=message):
             run(forwards[1])
@@ -63,7 +63,7 @@ def test_one_list_is_not_read_per_sequence_and_per_row(order: int, compiled: boo
         run(inputs(1))
 
 
-def test_one_name_serves_every_row_and_one_vector() -> None:
+def test_one_name_applies_to_every_row_and_to_one_vector() -> None:
     model = make(torch.float64)
     for leading in [(), (1,), (5,), (2, 3)]:
         x = inputs(*leading, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_one_name_serves_every_row_and_one_vector() -> None:
             torch.testing.assert_close(model(x), formula(model, x, rows), rtol=1e-12, atol=1e-12)
 
 
-def test_an_empty_batch_passes() -> None:
+def test_empty_batch_is_accepted() -> None:
     model = make()
     with torch.no_grad(), lora_ext.adapters("red"):
         assert model(inputs(0, 3)).shape == (0, 3, OUT)
@@ -100,14 +100,14 @@ def test_gradients_reach_the_input() -> None:
     weights = torch.randn(4, 2, OUT, dtype=torch.float64)
     with lora_ext.adapters(PER_SEQUENCE):
         with torch.inference_mode():
-            model(x)  # what this puts into the block's cache must serve autograd too
+            model(x)  # Tensors that this call caches in the block must be usable by autograd.
         (ours,) = torch.autograd.grad((model(x) * weights).sum(), x)
     (expected,) = torch.autograd.grad((formula(model, x, rows) * weights).sum(), x)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("how", ["autocast", "model.bfloat16() after attach"])
-def test_other_dtypes_than_the_pools_are_served(how: str) -> None:
+def test_activations_of_another_dtype_than_the_pool_are_served(how: str) -> None:
     model, x = make(), inputs(4, 5)
     exact = formula(copy.deepcopy(model).double(), x.double(), PER_SEQUENCE_ROWS)
     if how == "autocast":
@@ -117,15 +117,15 @@ def test_other_dtypes_than_the_pools_are_served(how: str) -> None:
     with torch.no_grad(), scope, lora_ext.adapters(PER_SEQUENCE):
         y = model(x)
     assert y.dtype == torch.bfloat16
-    # Relative to the largest output: x, both weights, both outputs of up and down are each rounded
-    # once or twice at 2**-9, and the two layers pass such errors on with gain about one.
+    # Relative to the largest output: x, both weights, and both outputs of up and down are each
+    # rounded once or twice at 2**-9. The two layers pass such errors on with a gain of about one.
     assert (y - exact).abs().max() <= 8 * 2**-9 * exact.abs().max()
 
 
 PER_SEQUENCE_ROWS = [name for name in PER_SEQUENCE for _ in range(5)]
 
 
-def test_the_layers_of_a_step_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_a_step_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = make(), []
     plan = lora_ext.ops.lora_plan
     monkeypatch.setattr(lora_ext.ops, "lora_plan", lambda *a: calls.append(a) or plan(*a))
@@ -153,13 +153,13 @@ def test_blocks_nest_and_pin() -> None:
                 assert torch.equal(model(x), blue)
                 _ = 1 / 0
             assert pins(model) == 1
-            model.up.pool.unload("red")  # pinned: it stays until the block is left
+            model.up.pool.unload("red")  # pinned, so it stays until the block is left
             assert torch.equal(model(x), red)
     assert pins(model) == 0
     assert model.up.pool.stats()["slots_used"] == 2
 
 
-def test_two_pools_do_not_mix() -> None:
+def test_blocks_of_two_pools_are_independent() -> None:
     one, other, x = make(), make(), inputs(2, 3)
     with torch.no_grad():
         with pytest.raises(ValueError, match=r"pool: expected one of the 2 pools .*, found None"):
@@ -188,7 +188,7 @@ ERRORS: list[tuple[Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("names", "kind", "message"), ERRORS)
-def test_wrong_names_raise_and_leave_nothing_pinned(
+def test_wrong_names_raise_and_leave_nothing_pinned_or_open(
     names: Any, kind: type[Exception], message: str
 ) -> None:
     model = make()
@@ -196,7 +196,7 @@ def test_wrong_names_raise_and_leave_nothing_pinned(
         model(inputs(4, 5))
     assert pins(model) == 0
     with torch.no_grad():
-        model(inputs(4, 5))  # and no block is left behind
+        model(inputs(4, 5))
 
 
 def test_without_an_attached_model_the_pool_must_be_given() -> None:
@@ -208,7 +208,7 @@ def test_without_an_attached_model_the_pool_must_be_given() -> None:
         pass
 
 
-def test_a_layer_says_what_does_not_fit() -> None:
+def test_wrong_layers_and_shapes_are_named() -> None:
     model = make()
     pool = model.up.pool
     with pytest.raises(ValueError, match="name: expected a module of the pool, found 'side'"):
@@ -224,7 +224,7 @@ def test_a_layer_says_what_does_not_fit() -> None:
             model(inputs(4, 5))
 
 
-def test_work_that_outlives_its_block_raises() -> None:
+def test_forward_after_its_block_was_left_raises() -> None:
     model = make()
     with lora_ext.adapters("red"):
         kept = contextvars.copy_context()
@@ -232,7 +232,7 @@ def test_work_that_outlives_its_block_raises() -> None:
         kept.run(model, inputs(4, 5))
 
 
-def test_asyncio_tasks_and_threads_have_blocks_of_their_own() -> None:
+def test_asyncio_tasks_and_threads_have_separate_blocks() -> None:
     model, x = make(), inputs(2, 3)
     expected = {}
     with torch.no_grad():
@@ -252,20 +252,20 @@ def test_asyncio_tasks_and_threads_have_blocks_of_their_own() -> None:
     async def main() -> None:
         await asyncio.gather(*(serve(name) for name in (*RANKS, None)))
 
-    with torch.no_grad():  # around all tasks: grad mode belongs to the thread
+    with torch.no_grad():  # around all tasks, because the grad mode belongs to the thread
         asyncio.run(main())
     seen = []
     with lora_ext.adapters("red"), pytest.warns(UserWarning, match="without a block"):
         thread = threading.Thread(target=lambda: seen.append(model(x).detach()))
         thread.start()
         thread.join()
-    # Close, not equal: a new thread may have the library split its GEMM another way.
+    # Close, not equal: a library may split its GEMM differently on a new thread.
     torch.testing.assert_close(seen[0], expected[None])
     assert not torch.allclose(expected["red"], expected[None])
     assert pins(model) == 0
 
 
-def test_the_layer_has_the_state_of_its_base() -> None:
+def test_layer_has_the_state_and_attributes_of_its_base() -> None:
     plain = Mlp()
     model = make()
     assert list(model.state_dict()) == list(plain.state_dict())
@@ -283,7 +283,7 @@ def test_the_layer_has_the_state_of_its_base() -> None:
     assert "base=Linear(in_features=24, out_features=40" in repr(model)
 
 
-def test_a_deep_copy_is_attached_to_the_same_pool() -> None:
+def test_deep_copy_is_attached_to_the_same_pool() -> None:
     model, x = make(), inputs(2, 3)
     twin = copy.deepcopy(model)
     nn.init.zeros_(twin.down.weight)
@@ -295,7 +295,7 @@ def test_a_deep_copy_is_attached_to_the_same_pool() -> None:
 
 
 class Counted:
-    """A backend that counts the graphs it is given."""
+    """Backend that counts the graphs it compiles."""
 
     def __init__(self, name: str) -> None:
         from torch._dynamo.backends.registry import lookup_backend
@@ -323,7 +323,7 @@ def test_one_compiled_graph_serves_every_assignment(target: str) -> None:
             with lora_ext.adapters(names):
                 torch.testing.assert_close(compiled(x), eager(x))
         torch.testing.assert_close(compiled(x), eager(x))
-        model.up.pool.update("red", (adapter("green")[0], adapter("green")[1]))  # another rank
+        model.up.pool.update("red", (adapter("green")[0], adapter("green")[1]))  # with another rank
         with lora_ext.adapters("red"):
             torch.testing.assert_close(compiled(x), eager(x))
         with pytest.raises(ValueError, match="expected a batch of 2 sequences"):
@@ -332,7 +332,7 @@ def test_one_compiled_graph_serves_every_assignment(target: str) -> None:
     assert backend.graphs == 1
 
 
-def test_a_compiled_layer_is_differentiable() -> None:
+def test_compiled_layer_is_differentiable() -> None:
     torch._dynamo.reset()
     model, x = make(), inputs(4, 5).requires_grad_()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""An update begun on a second stream: off unless asked for, the same bits in every legal order."""
+"""Updates on a second stream: off by default, and the same bits in every legal order."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def outputs(layer: Any, tokens: int = 5) -> Tensor:
 
 
 class Queues:
-    """Products that are queued on the current stream of a world, and done when it runs."""
+    """Products that are queued on the current stream of a fake device and computed when it runs."""
 
     def __init__(self, world: FakeCuda, monkeypatch: pytest.MonkeyPatch):
-        self.seen: list[tuple[str, Any]] = []  # what was queued, and where
+        self.seen: list[tuple[str, Any]] = []  # name and stream of each product queued
         self._world = world
         self._linear, self._shrink, self._expand = F.linear, ops.lora_shrink, ops.lora_expand_
         monkeypatch.setattr(F, "linear", self.linear)
@@ -69,7 +69,7 @@ class Queues:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_order_that_the_events_allow_has_the_bits_of_one_stream(
+def test_every_legal_order_has_the_bits_of_one_stream(
     backend: Backend, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = attached()
@@ -77,17 +77,17 @@ def test_every_order_that_the_events_allow_has_the_bits_of_one_stream(
     world = FakeCuda(seed)
     layer.overlap = Overlap(world, devices=("cpu",))
     queues = Queues(world, monkeypatch)
-    found = [outputs(layer), outputs(layer)]  # the second one forks behind the first
+    found = [outputs(layer), outputs(layer)]  # the second fork waits for the first
     world.run()
     for y in found:
         assert_same_bits(y, expected)
     here = world.streams[0]
     assert [name for name, _ in queues.seen] == ["shrink", "base", "expand"] * 2
     assert [stream is here for _, stream in queues.seen] == [False, True, True] * 2
-    assert len(world.streams) == 2  # one beside that of the caller
+    assert len(world.streams) == 2  # the caller's stream and one more
 
 
-def test_without_the_joins_some_order_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_order_is_wrong_without_the_joins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fake_cuda.Stream.wait_stream", lambda *_: None)
     wrong = 0
     for seed in range(8):
@@ -101,14 +101,14 @@ def test_without_the_joins_some_order_is_wrong(monkeypatch: pytest.MonkeyPatch) 
     assert wrong
 
 
-def test_it_is_off_by_default_and_on_a_cpu() -> None:
+def test_overlap_is_off_by_default_and_on_a_cpu() -> None:
     assert attached().overlap is None
     layer = attached(overlap=True)
     assert_same_bits(outputs(layer), outputs(attached()))
     assert layer.overlap._sides == {}
 
 
-def test_many_rows_and_gradients_take_one_stream() -> None:
+def test_many_rows_and_gradients_use_one_stream() -> None:
     layer, world = attached(), FakeCuda(0)
     layer.overlap = Overlap(world, devices=("cpu",))
     outputs(layer, MOST_ROWS // 3 + 1)
@@ -122,10 +122,10 @@ def test_many_rows_and_gradients_take_one_stream() -> None:
     assert len(world.streams) == 2
 
 
-def test_siblings_have_one_op_for_all_and_no_stream_of_their_own() -> None:
+def test_overlap_is_refused_beside_fused_siblings() -> None:
     model = nn.ModuleDict({"q": nn.Linear(24, 16)})
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8)
     expected = "attach: overlap: expected False where fuse_siblings is True, found True"
     with pytest.raises(ValueError, match=expected):
         lora_ext.attach(model, pool, fuse_siblings=True, overlap=True)
-    lora_ext.attach(model, pool)  # nothing was changed
+    lora_ext.attach(model, pool)

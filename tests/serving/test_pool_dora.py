@@ -1,4 +1,4 @@
-"""DoRA in MultiLoraLinear against its formula; the factors follow slot and weight."""
+"""DoRA in `MultiLoraLinear` against its formula; its norms follow changes of slot and weight."""
 
 import copy
 import threading
@@ -13,7 +13,8 @@ from lora_ext import ops
 from lora_ext.nn import MultiLoraLinear
 
 IN, OUT = 24, 19
-RANKS = {"red": 3, "green": 8, "blue": 12, "gold": 6}  # 6 / rank is exact: scales are float32
+# 6 / rank is exact because scales are float32.
+RANKS = {"red": 3, "green": 8, "blue": 12, "gold": 6}
 DORA = ("red", "gold")
 
 
@@ -32,7 +33,7 @@ def adapter(name: str, seed: int = 0, dora: bool | None = None) -> tuple[dict[st
 
 
 def make(dtype: torch.dtype = torch.float64, bias: bool = True, **arguments: Any) -> Any:
-    """A model of one layer; its pool holds two plain adapters and two DoRA ones."""
+    """Return a model of one layer with two plain and two DoRA adapters in its pool."""
     torch.manual_seed(0)
     model: Any = nn.ModuleDict({"layer": nn.Linear(IN, OUT, bias=bias)}).to(dtype).eval()
     model.requires_grad_(False)
@@ -43,7 +44,7 @@ def make(dtype: torch.dtype = torch.float64, bias: bool = True, **arguments: Any
 
 
 def formula(layer: Any, x: Tensor, names: list[str | None], seed: int = 0) -> Tensor:
-    """Row by row, with ``W + scale B A`` formed, in the dtype of ``x``."""
+    """Compute each row with ``W + scale B A`` materialized, in the dtype of ``x``."""
     bias = 0 if layer.bias is None else layer.bias.to(x)
     out = []
     for row, name in zip(x, names, strict=True):
@@ -90,15 +91,15 @@ def test_tokens_and_a_single_name_follow_the_formula() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_other_rows_keep_every_bit(dtype: torch.dtype) -> None:
-    """They are those of a pool that never saw a DoRA adapter."""
+def test_rows_without_dora_keep_every_bit(dtype: torch.dtype) -> None:
+    # Their bits are those of a pool that never contained a DoRA adapter.
     model, plain, x = make(dtype), make(dtype), inputs(6, 5, dtype=dtype)
     other = lora_ext.AdapterPool(lora_ext.detach(plain), max_slots=4, max_rank=16)
     for name in RANKS:
         other.load(name, adapter(name, dora=False))
     lora_ext.attach(plain, other)
     assert other.modules["layer"].magnitude is None
-    for context in (torch.no_grad, torch.enable_grad):  # in place, and not
+    for context in (torch.no_grad, torch.enable_grad):  # with and without in-place updates
         leaf = x.clone().requires_grad_(context is torch.enable_grad)
         results = []
         for m in (model, plain):
@@ -109,17 +110,17 @@ def test_other_rows_keep_every_bit(dtype: torch.dtype) -> None:
             assert same == (name not in DORA), name
 
 
-def test_bfloat16_loses_no_more_than_its_roundings() -> None:
+def test_bfloat16_error_is_bounded_by_its_roundings() -> None:
     model, x = make(torch.bfloat16), inputs(6, 5, dtype=torch.bfloat16)
     with torch.no_grad(), lora_ext.adapters(NAMES):
         y = model.layer(x)
     rows = [name for name in NAMES for _ in range(5)]
     layer, x = model.layer, x.double().reshape(-1, IN)
     exact = formula(layer, x, rows).view(y.shape)
-    # Base, product added, scaled: each rounds once, to half of 2**-8 of what it then is; the first
-    # two are multiplied by c. So is the error of A and B, rounded to bfloat16 in the pool, where
-    # the formula has them exact: at most 2 * 2**-9 of the sum of |B| |A| |x|, and as much again
-    # through the norm. All bounded by the largest of each.
+    # The base output, its sum with the update and the scaled sum are each rounded once, to half of
+    # 2**-8 of their values; the factor c scales the first two errors. c also scales the error of A
+    # and B, which the pool rounds to bfloat16 and the formula keeps exact: at most 2 * 2**-9 of the
+    # sum of |B| |A| |x|, and as much again through the norm. The bound takes the largest of each.
     for t, name in enumerate(NAMES):
         if name not in DORA:
             continue
@@ -172,7 +173,7 @@ def count_norms(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def test_a_factor_is_computed_once_per_slot_and_again_when_it_changes(
+def test_norm_is_computed_once_per_slot_and_again_after_a_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls, model, x = count_norms(monkeypatch), make(), inputs(6)
@@ -189,7 +190,7 @@ def test_a_factor_is_computed_once_per_slot_and_again_when_it_changes(
 
     check(0, ["blue", None, "green"] * 2)
     check(2)
-    pool.load("extra", adapter("green"))  # in the place of red, the least recently used
+    pool.load("extra", adapter("green"))  # replaces red, the least recently used
     check(0, ["gold"] * 6)
     pool.unload("extra")
     check(1)
@@ -204,7 +205,7 @@ def test_a_factor_is_computed_once_per_slot_and_again_when_it_changes(
     for name in ("blue", "green"):
         pool.load(f"{name} again", adapter(name, seed=1))
     for name in ("red", "gold", "blue", "green"):
-        with pool.acquire([name]):  # evicted or not, it is brought back
+        with pool.acquire([name]):
             pass
     check(2, seed=1)
     pool.update("red", adapter("red", seed=1, dora=False))
@@ -216,18 +217,18 @@ def test_a_factor_is_computed_once_per_slot_and_again_when_it_changes(
     torch.testing.assert_close(y, base + config["lora_alpha"] / 3 * x @ a.T @ b.T)
 
 
-def test_attaching_again_learns_of_what_data_hid() -> None:
+def test_attaching_again_detects_changes_made_through_data() -> None:
     model, x = make(), inputs(6)
     with torch.no_grad(), lora_ext.adapters(NAMES):
         model.layer(x)
-        model.layer.weight.data.mul_(1.5)  # counted by no version
+        model.layer.weight.data.mul_(1.5)  # does not change the weight's version
         pool = model.layer.pool
         lora_ext.attach(lora_ext.detach(model), pool)
         y = model.layer(x)
     torch.testing.assert_close(y, formula(model.layer, x, NAMES), rtol=1e-12, atol=1e-12)
 
 
-def test_an_open_block_keeps_the_version_it_began_with() -> None:
+def test_open_block_keeps_its_version_of_an_adapter() -> None:
     model, x = make(max_slots=5), inputs(6)
     with torch.no_grad(), lora_ext.adapters(NAMES):
         before = model.layer(x)
@@ -238,14 +239,14 @@ def test_an_open_block_keeps_the_version_it_began_with() -> None:
     torch.testing.assert_close(after, formula(model.layer, x, ["red"] * 6, 1))
 
 
-def test_a_base_without_a_readable_weight_is_named() -> None:
+def test_base_without_a_readable_weight_is_refused_by_name() -> None:
     for dtype, found in (
         (torch.int8, "found Linear with one of torch.int8"),
         (torch.float8_e4m3fn, "found torch.float8_e4m3fn on cpu"),
     ):
         model, x = make(torch.float32), inputs(6, dtype=torch.float32)
         layer, dense = model.layer, model.layer.weight.clone()
-        layer.base.forward = lambda x, dense=dense: x @ dense.T  # as a quantised layer would
+        layer.base.forward = lambda x, dense=dense: x @ dense.T  # as in a quantised layer
         quantised = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
         layer.base.weight = quantised
         with torch.no_grad():
@@ -257,7 +258,7 @@ def test_a_base_without_a_readable_weight_is_named() -> None:
         assert layer.pool.stats()["pins"] == 0
 
 
-def test_threads_agree() -> None:
+def test_threads_give_the_same_outputs() -> None:
     model, x = make(), inputs(6)
     expected = formula(model.layer, x, NAMES)
     start, wrong = threading.Barrier(8), []
@@ -281,7 +282,7 @@ def test_threads_agree() -> None:
 @pytest.mark.parametrize(
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )
-def test_a_compiled_graph_serves_dora_and_every_other_assignment(compiler: str) -> None:
+def test_one_compiled_graph_serves_dora_and_other_assignments(compiler: str) -> None:
     torch._dynamo.reset()
     model, x = make(torch.float32), inputs(6, 2, dtype=torch.float32)
     compiled = torch.compile(model.layer, backend=compiler, fullgraph=True)
@@ -298,7 +299,7 @@ def test_a_compiled_graph_serves_dora_and_every_other_assignment(compiler: str) 
             torch.testing.assert_close(compiled(x), model.layer(x))
 
 
-def test_a_graph_compiled_before_the_first_dora_adapter_is_compiled_again() -> None:
+def test_graph_is_recompiled_after_the_first_dora_adapter() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model: Any = nn.ModuleDict({"layer": nn.Linear(IN, OUT)}).eval().requires_grad_(False)
@@ -314,7 +315,7 @@ def test_a_graph_compiled_before_the_first_dora_adapter_is_compiled_again() -> N
             torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_a_deep_copy_has_factors_of_its_own() -> None:
+def test_deep_copy_has_separate_norms() -> None:
     model, x = make(), inputs(6)
     twin = copy.deepcopy(model)
     with torch.no_grad():

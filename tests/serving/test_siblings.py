@@ -1,4 +1,4 @@
-"""Layers of one parent share an op where they see the very same tensor, and nowhere else."""
+"""Sibling layers that share one op when they receive the identical tensor, and only then."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("shared_on_cpu")
 
 
 class Attention(nn.Module):
-    """Four layers of which three have the same input, or two of them another one."""
+    """Four layers: q, k and v have the same input, or k and v have another one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def kept(model: Any) -> list[Tensor]:
 
 
 def taught(**how: Any) -> tuple[Any, Any]:
-    """A model that has learned who its siblings are, and one that shares nothing."""
+    """Return a model that has learned its siblings, and one without sharing."""
     model, plain = make(**how), make(**{**how, "fuse": False})
     with serving(model):
         model(inputs())
@@ -83,19 +83,19 @@ def agree(model: Any, plain: Any, run: Callable[[Any], Tensor], names: Any = ROW
         assert torch.equal(run(model), expected)
 
 
-# --- who are siblings ---------------------------------------------------------------------------
-def test_the_first_forward_teaches_and_the_next_ones_share(fused: list[int]) -> None:
+# --- learning siblings --------------------------------------------------------------------------
+def test_siblings_are_learned_in_the_first_forward_and_shared_later(fused: list[int]) -> None:
     model, plain = make(), make(fuse=False)
     for seed in range(3):
         agree(model, plain, lambda m, seed=seed: m(inputs(seed)))
         assert fused == [3] * seed
         assert kept(model) == []
     x = inputs()
-    agree(model, plain, lambda m: torch.cat([m(x), m(x)]))  # the same tensor again is shared again
+    agree(model, plain, lambda m: torch.cat([m(x), m(x)]))  # a tensor passed again is shared again
     assert fused == [3] * 4
 
 
-def test_on_the_cpu_each_layer_has_its_own(
+def test_layers_on_the_cpu_do_not_share_by_default(
     fused: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_siblings, "SHARE_ON_CPU", False)
@@ -104,24 +104,24 @@ def test_on_the_cpu_each_layer_has_its_own(
     assert fused == [] and kept(model) == []
 
 
-def test_layers_share_nothing_unless_they_are_told_to(fused: list[int]) -> None:
+def test_layers_share_nothing_without_fuse_siblings(fused: list[int]) -> None:
     model = make(fuse=False)
     with serving(model):
         model(inputs()), model(inputs())
     assert fused == [] and model.q.siblings is None
 
 
-def test_states_of_others_are_shared_by_those_who_see_them(fused: list[int]) -> None:
+def test_layers_with_other_states_share_among_themselves(fused: list[int]) -> None:
     model, plain = make(), make(fuse=False)
     for seed in range(3):
         agree(model, plain, lambda m, seed=seed: m(inputs(seed), inputs(9)))
     assert fused == [2, 2]
-    for _ in range(3):  # now and then all see the same
+    for _ in range(3):  # sometimes all layers have the same input
         agree(model, plain, lambda m: m(inputs()))
         agree(model, plain, lambda m: m(inputs(), inputs(9)))
 
 
-def test_modules_that_an_adapter_comes_to_later_join(fused: list[int]) -> None:
+def test_modules_that_get_an_adapter_later_join(fused: list[int]) -> None:
     model = make(red=adapter(3, "qv"), blue=adapter(12, "qv"))
     plain = make(False, red=adapter(3, "qv"), blue=adapter(12, "qv"))
     for _ in range(2):
@@ -134,7 +134,7 @@ def test_modules_that_an_adapter_comes_to_later_join(fused: list[int]) -> None:
     assert fused == [2, 2, 3]
 
 
-def test_a_layer_that_was_alone_for_long_gets_a_sibling_with_an_adapter(fused: list[int]) -> None:
+def test_layer_without_siblings_for_long_learns_a_new_one(fused: list[int]) -> None:
     how: dict[str, Any] = {"red": adapter(3, "q"), "blue": adapter(12, "q")}
     model, plain = make(**how), make(False, **how)
     with serving(model):
@@ -143,7 +143,7 @@ def test_a_layer_that_was_alone_for_long_gets_a_sibling_with_an_adapter(fused: l
     assert model.q.siblings._observations == 0
     for each in (model, plain):
         each.q.pool.load("late", adapter(5, "qk"))
-    for _ in range(3):  # one to notice, one to learn
+    for _ in range(3):  # one call to notice the new sibling, one to learn it
         agree(model, plain, lambda m: m(inputs()), ["late", "red", None])
     assert fused == [2]
 
@@ -156,7 +156,7 @@ def test_any_order_of_calls_gives_the_bits_of_single_layers(order: str) -> None:
         agree(model, plain, lambda m: torch.cat([getattr(m, n)(x) for n in order], -1))
 
 
-# --- what must not be handed over ---------------------------------------------------------------
+# --- outputs that must not be shared ------------------------------------------------------------
 def q_then_k(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor]:
     def run(model: Any) -> Tensor:
         x = inputs()
@@ -179,13 +179,13 @@ def q_then_k(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor]:
     ],
     ids=["changed in place", "another", "equal", "a view", "a part", "wants gradients"],
 )
-def test_a_tensor_that_is_not_the_same_gets_its_own(change: Any, fused: list[int]) -> None:
+def test_tensor_that_is_not_identical_is_computed_separately(change: Any, fused: list[int]) -> None:
     model, plain = taught()
     agree(model, plain, q_then_k(change))
     assert fused == [3]
 
 
-def test_a_sibling_that_never_comes_leaves_nothing_behind(fused: list[int]) -> None:
+def test_missing_sibling_call_leaves_no_output_behind(fused: list[int]) -> None:
     model, plain = taught()
     ends: list[Any] = []
     gc.disable()
@@ -202,12 +202,12 @@ def test_a_sibling_that_never_comes_leaves_nothing_behind(fused: list[int]) -> N
         assert len(ends) == 6 and not any(end() is not None for end in ends)
     finally:
         gc.enable()
-    assert fused == [3] * 3, "its leader waits three times for a sibling, then no more"
+    assert fused == [3] * 3, "sharing stops after three missing sibling calls"
     agree(model, plain, lambda m: m(inputs()))
     assert fused == [3] * 3
 
 
-def test_a_call_that_comes_after_a_miss_is_forgiven(fused: list[int]) -> None:
+def test_sharing_continues_after_single_missing_calls(fused: list[int]) -> None:
     model, plain = taught()
     for _ in range(4):
         agree(model, plain, lambda m: m.q(inputs()))
@@ -215,7 +215,7 @@ def test_a_call_that_comes_after_a_miss_is_forgiven(fused: list[int]) -> None:
     assert fused == [3] * 8
 
 
-def test_threads_do_not_take_each_others_outputs() -> None:
+def test_threads_do_not_use_outputs_of_other_threads() -> None:
     model, plain = taught()
     x = inputs()
     with serving(plain):
@@ -238,7 +238,7 @@ def test_threads_do_not_take_each_others_outputs() -> None:
         assert model.k(x) is mine
 
 
-def test_threads_at_once_get_the_bits_of_single_layers() -> None:
+def test_concurrent_threads_get_the_bits_of_single_layers() -> None:
     model, plain = make(), make(fuse=False)
     names = [["red", None, "blue"], ["blue", "red", "red"], [None, "blue", "red"]]
     wrong: list[int] = []
@@ -259,7 +259,7 @@ def test_threads_at_once_get_the_bits_of_single_layers() -> None:
     assert not wrong
 
 
-def test_a_block_in_between_has_its_own_adapters() -> None:
+def test_inner_block_between_siblings_uses_its_own_adapters() -> None:
     model, plain = taught()
 
     def run(m: Any) -> Tensor:
@@ -272,8 +272,8 @@ def test_a_block_in_between_has_its_own_adapters() -> None:
     agree(model, plain, run)
 
 
-def test_a_block_that_is_left_takes_its_outputs_with_it() -> None:
-    """Also where no block is around: a dead reference to a block is not the lack of one."""
+def test_outputs_are_dropped_when_their_block_is_left() -> None:
+    # Also without a surrounding block: a dead reference to a block differs from None.
     for default in (None, "red"):
         model, plain = taught(default=default)
         x, found = inputs(), []
@@ -302,7 +302,7 @@ def hooked(model: Any) -> Iterator[None]:
 
 @contextmanager
 def forward_of_its_own(model: Any) -> Iterator[None]:
-    """As accelerate's offloading."""
+    """Replace ``forward`` of ``k``, as accelerate's offloading does."""
     k = model.k.base
     k.forward = lambda x: nn.functional.linear(x, k.weight * 2)
     try:
@@ -313,7 +313,7 @@ def forward_of_its_own(model: Any) -> Iterator[None]:
 
 @contextmanager
 def pruned(model: Any) -> Iterator[None]:
-    """A hook computes the weight, which is no parameter then."""
+    """Prune ``k``, so that a hook computes the weight, which is no longer a parameter."""
     k = model.k.base
     prune.random_unstructured(k, "weight", 0.0)
     try:
@@ -332,7 +332,7 @@ ELSEWHERE: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)
-def test_elsewhere_each_layer_computes_its_own(
+def test_nothing_is_shared_under_gradients_autocast_or_global_hooks(
     where: str, fused: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, plain = taught()
@@ -351,8 +351,8 @@ def test_elsewhere_each_layer_computes_its_own(
     assert fused == [3]
 
 
-def test_inference_mode_shares_what_was_seen_to_stay_the_same(fused: list[int]) -> None:
-    """There no version counts changes in place: the first call compares, the next ones share."""
+def test_inference_mode_shares_inputs_that_did_not_change(fused: list[int]) -> None:
+    # Inference mode counts no versions: the first call compares values, the next ones share.
     model, plain = make(), make(fuse=False)
     for seed in range(3):
         with torch.inference_mode():
@@ -360,7 +360,7 @@ def test_inference_mode_shares_what_was_seen_to_stay_the_same(fused: list[int]) 
         assert fused == [3] * seed
 
 
-def test_inference_mode_shares_nothing_that_is_changed_in_place(fused: list[int]) -> None:
+def test_inference_mode_does_not_share_inputs_changed_in_place(fused: list[int]) -> None:
     model, plain = make(), make(fuse=False)
 
     def run(m: Any) -> Tensor:
@@ -375,7 +375,9 @@ def test_inference_mode_shares_nothing_that_is_changed_in_place(fused: list[int]
 
 
 @pytest.mark.parametrize("where", [hooked, forward_of_its_own, pruned], ids=lambda f: f.__name__)
-def test_a_base_with_rules_of_its_own_computes_in_its_turn(where: Any, fused: list[int]) -> None:
+def test_base_with_hooks_or_its_own_forward_is_computed_separately(
+    where: Any, fused: list[int]
+) -> None:
     model, plain = taught()
 
     def run(m: Any) -> Tensor:
@@ -386,7 +388,7 @@ def test_a_base_with_rules_of_its_own_computes_in_its_turn(where: Any, fused: li
     assert fused == [2]
 
 
-def test_a_grad_mode_in_between_is_followed() -> None:
+def test_change_of_grad_mode_between_siblings_is_followed() -> None:
     model, _ = taught()
     with serving(model):
         x = inputs()
@@ -396,16 +398,16 @@ def test_a_grad_mode_in_between_is_followed() -> None:
         assert not model.v(x).requires_grad
 
 
-def test_dora_goes_its_own_way(fused: list[int]) -> None:
+def test_dora_layers_are_computed_separately(fused: list[int]) -> None:
     how: dict[str, Any] = {"blue": adapter(12, "k", use_dora=True)}
     model, plain = taught(**how)
     agree(model, plain, lambda m: m(inputs()))
     assert fused == [2]
 
 
-# --- around it ----------------------------------------------------------------------------------
+# --- other settings -----------------------------------------------------------------------------
 @pytest.mark.parametrize("how", [{"pack_base": True}, {"default": "red"}], ids=str)
-def test_siblings_go_together_with_the_other_settings(
+def test_siblings_work_with_pack_base_and_a_default_adapter(
     how: dict[str, Any], fused: list[int]
 ) -> None:
     model, plain = taught(**how)
@@ -415,7 +417,7 @@ def test_siblings_go_together_with_the_other_settings(
         assert torch.equal(model(inputs()), plain(inputs()))
 
 
-def test_copies_share_among_themselves_and_detach_leaves_nothing(fused: list[int]) -> None:
+def test_copies_share_separately_and_detach_frees_the_layers(fused: list[int]) -> None:
     model, plain = taught()
     twin = copy.deepcopy(model)
     assert twin.q.siblings is twin.k.siblings is not model.q.siblings
@@ -438,7 +440,7 @@ def test_copies_share_among_themselves_and_detach_leaves_nothing(fused: list[int
         gc.enable()
 
 
-def test_a_compiled_model_shares_nothing_and_is_right(fused: list[int]) -> None:
+def test_compiled_model_shares_nothing_and_is_correct(fused: list[int]) -> None:
     model, plain = taught()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with serving(plain):
@@ -449,15 +451,15 @@ def test_a_compiled_model_shares_nothing_and_is_right(fused: list[int]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_a_recording_has_an_op_for_each_layer() -> None:
-    """torch.jit.trace follows no tensor into a list that an op changes."""
+def test_traced_model_has_one_op_per_layer() -> None:
+    # torch.jit.trace does not follow tensors into a list that an op changes.
     model, _ = taught()
     with serving(model):
         recorded: Any = torch.jit.trace(model, (inputs(),), check_trace=False)
         assert torch.equal(recorded(inputs(8)), model(inputs(8)))
 
 
-def test_siblings_take_the_launches_of_one_layer(backend: Backend) -> None:
+def test_siblings_need_the_launches_of_one_layer(backend: Backend) -> None:
     if backend.is_twin or backend.device == "cuda":
         pytest.skip("the emulator counts launches")
     model, plain = make(), make(fuse=False)
@@ -473,5 +475,5 @@ def test_siblings_take_the_launches_of_one_layer(backend: Backend) -> None:
         assert launches(plain) == 4 * 2
     with serving(model):
         model(x)
-        assert launches(model) == 2 * 2  # of q, k and v together, and of o
+        assert launches(model) == 2 * 2  # q, k and v together, and o
         assert torch.equal(model(x), expected)

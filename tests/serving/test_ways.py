@@ -1,4 +1,4 @@
-"""A reader who follows a call goes down through the files, meets few of them, and each once."""
+"""Layering of calls: a call goes down through few files and visits each of them once."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ import lora_ext
 from lora_ext.rows import Block
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_STAYS = 12  # from_peft, which also registers the spacing of 16-bit rows, meets as many
-_MADE_TO_BE_KEPT = ("get", "keep", "_ordinary", "<module>")  # functions that only call for it
-#: What a reader follows: not what a pool does with its pages, nor how an op is called.
+MOST_STAYS = 12  # from_peft visits as many; it also registers the spacing of 16-bit rows
+# Functions that are only called to make a value.
+_MADE_TO_BE_KEPT = ("get", "keep", "_ordinary", "<module>")
+#: Rooms whose calls are followed; pages of a pool and calls of ops are not.
 ROOMS = ("serving", "rows", "layers", "interop", "adapter")
 
 
 def _below() -> dict[str, set[str]]:
-    """What each file imports, and what that imports, and so on."""
+    """Return for each file everything that it imports, directly or indirectly."""
     house = tool("house")
     known = house.modules(ROOT)
     shown = {m: house.names_of(m, p) for m, p in known.items() if p.name == "__init__.py"}
@@ -46,10 +47,10 @@ BELOW = _below()
 
 
 class Way:
-    """The calls from file to file while it is open.
+    """Recorder of the calls from file to file while it is entered.
 
     Args:
-        handed: whether a call is a stay of what is followed; others only count as steps.
+        handed: Whether to count the file of a call as visited; other calls only count as steps.
     """
 
     def __init__(self, handed: Callable[[FrameType], bool]):
@@ -59,7 +60,7 @@ class Way:
         self.returns: set[str] = set()
 
     def __enter__(self) -> Way:
-        gc.collect()  # what earlier tests left is finalised now, and not on the way
+        gc.collect()  # finalize objects of earlier tests before recording
         sys.setprofile(self._on)
         return self
 
@@ -68,13 +69,13 @@ class Way:
 
     def _on(self, frame: FrameType, event: str, _: Any) -> None:
         file = _file(frame) if event == "call" else None
-        # What runs while a module is imported is no step of a call.
+        # Code that runs while a module is imported is not a step of a call.
         if file is None or frame.f_code.co_name == "<module>":
             return
         around = []
         outer = frame.f_back
         while outer is not None:
-            # What is made to be kept is made by whoever asks for it.
+            # Functions in _MADE_TO_BE_KEPT count as part of their caller.
             if (name := _file(outer)) and outer.f_code.co_name not in _MADE_TO_BE_KEPT:
                 around.append(name)
             outer = outer.f_back
@@ -103,7 +104,7 @@ CONFIG = LlamaConfig(
     num_hidden_layers=1,
     num_attention_heads=2,
     num_key_value_heads=2,
-    attn_implementation="eager",  # "sdpa" asks others first once continuous batching has run
+    attn_implementation="eager",  # "sdpa" makes other calls first once continuous batching has run
 )
 LORA = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
 IDS = torch.arange(8).view(2, 4)
@@ -129,7 +130,7 @@ def _knows(value: Any, pool: lora_ext.AdapterPool) -> bool:
     return value is pool or isinstance(value, Block) or getattr(value, "pool", None) is pool
 
 
-def test_a_pool_comes_down_through_attach_and_meets_few_files(model_and_pool: Any) -> None:
+def test_attach_passes_a_pool_down_through_few_files(model_and_pool: Any) -> None:
     model, pool = model_and_pool
     with Way(lambda frame: any(v is pool for v in frame.f_locals.values())) as way:
         lora_ext.attach(model, pool)
@@ -137,7 +138,7 @@ def test_a_pool_comes_down_through_attach_and_meets_few_files(model_and_pool: An
 
 
 @pytest.mark.parametrize("by", ["block", "names", "generate"])
-def test_a_call_of_an_attached_model_reads_downwards(model_and_pool: Any, by: str) -> None:
+def test_calls_of_an_attached_model_go_down_through_few_files(model_and_pool: Any, by: str) -> None:
     model, pool = model_and_pool
     lora_ext.attach(model, pool)
     with Way(lambda frame: any(_knows(v, pool) for v in frame.f_locals.values())) as way:
@@ -153,7 +154,7 @@ def test_a_call_of_an_attached_model_reads_downwards(model_and_pool: Any, by: st
 
 
 @pytest.mark.slow
-def test_from_peft_and_a_step_of_its_model_read_downwards() -> None:
+def test_from_peft_and_a_training_step_go_down_through_few_files() -> None:
     model = peft.get_peft_model(LlamaForCausalLM(CONFIG), LORA)
     model.add_adapter("other", LORA)
     with Way(lambda _: True) as way:

@@ -1,4 +1,4 @@
-"""What one tenant does, others do not feel: overflowing adapters, floods, and those who leave."""
+"""Isolation of tenants: overflowing adapters, floods of calls and tenants that close."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ NAN = float("nan")
 
 
 def assert_like(expected: Sample, found: list[Sample]) -> None:
-    """The same tokens; their log-probabilities up to the rounding of another batch."""
+    """Check for the same tokens, with log-probabilities up to the rounding of another batch."""
     assert [each.tokens for each in found] == [expected.tokens]
     assert found[0].logprobs == pytest.approx(expected.logprobs, abs=1e-5)
 
 
 @pytest.mark.slow
-def test_an_adapter_that_overflows_spoils_its_own_samples_and_ends_nobodys() -> None:
+def test_overflowing_adapter_fails_only_its_own_samples() -> None:
     with Service(llama()) as service:
         good, bad = service.create(4), service.create(4, seed=1)
-        with torch.no_grad():  # finite, each of them; their product is not
+        with torch.no_grad():  # each factor is finite, their product is not
             for parameter in bad.adapter.parameters.values():
                 parameter.normal_().mul_(1e30)
         samplers = good.sampler(), bad.sampler()
@@ -40,26 +40,26 @@ def test_an_adapter_that_overflows_spoils_its_own_samples_and_ends_nobodys() -> 
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf"), float("-inf")])
-def test_a_draw_from_no_distribution_is_some_token_and_no_error(bad: float) -> None:
+def test_draw_from_invalid_logits_returns_a_token(bad: float) -> None:
     for logits in (torch.full((5,), bad), torch.tensor([0.0, bad, NAN, 1.0, 2.0])):
         for how in (Sampling(), Sampling(top_k=2, top_p=0.5), Sampling(0.0)):
             assert 0 <= int(how.draw(logits)) < 5
 
 
 @pytest.mark.slow
-def test_samples_of_those_who_leave_end_and_the_others_go_on() -> None:
+def test_running_samples_of_a_closed_tenant_finish() -> None:
     with Service(llama()) as service:
         good, gone = service.create(4), service.create(4, seed=1)
         mine, theirs = good.sampler(), gone.sampler()
         begun = theirs.begin([1, 2], 30)
         gone.close()
-        del theirs  # which unloads it, under the sample that runs
+        del theirs  # unloads the adapter while its sample runs
         (expected,) = mine.sample([1, 2], 5, seed=1)
         assert len(begun[0].result().tokens) == 30
         assert_like(expected, mine.sample([1, 2], 5, seed=1))
 
 
-def test_calls_of_those_who_leave_are_dropped_and_change_no_bit() -> None:
+def test_queued_calls_of_a_closed_tenant_are_dropped_without_changing_a_bit() -> None:
     def run(leaves: bool) -> list[torch.Tensor]:
         with Service(llama()) as service:
             good, gone = service.create(4), service.create(4, seed=1)
@@ -78,26 +78,27 @@ def test_calls_of_those_who_leave_are_dropped_and_change_no_bit() -> None:
     assert all(map(torch.equal, run(False), run(True)))
 
 
-def test_a_flood_of_tokens_keeps_a_neighbour_waiting_for_one_round() -> None:
+def test_flood_of_tokens_delays_other_tenants_by_one_round() -> None:
     with Service(llama(), max_tokens=128) as service:
         flood, other = service.create(2), service.create(2)
         order: list[str] = []
 
-        def told(name: str, future: Future[Any]) -> Future[Any]:
+        def recorded(name: str, future: Future[Any]) -> Future[Any]:
             future.add_done_callback(lambda _: order.append(f"{name} {service.counts['steps']}"))
             return future
 
-        data = [datum(i, 64) for i in range(20)]  # ten steps alone
+        data = [datum(i, 64) for i in range(20)]  # ten steps if run alone
         together(
             service,
-            lambda: told("flood", flood.forward(data)),
-            lambda: told("other", other.forward([datum(1)])),
+            lambda: recorded("flood", flood.forward(data)),
+            lambda: recorded("other", other.forward([datum(1)])),
         )
-        assert order == ["other 3", "flood 11"]  # three queues take turns, one is the service's
+        # Three queues take turns; the service owns one of them.
+        assert order == ["other 3", "flood 11"]
 
 
-def test_a_flood_of_targets_takes_the_memory_of_its_own_alone() -> None:
-    many = 5000  # of one token, beside whom another has 200 tokens: never 200 * 5000 places
+def test_many_targets_take_memory_only_for_their_own_rows() -> None:
+    many = 5000  # targets of one token; another tenant has 200 tokens. Never 200 * 5000 places.
     with Service(llama(), max_tokens=512) as service:
         flood, other = service.create(2), service.create(2)
         targets = torch.arange(many)[None] % VOCAB
@@ -118,7 +119,7 @@ def test_a_flood_of_targets_takes_the_memory_of_its_own_alone() -> None:
         assert found[0].logprobs[0].shape == (1, many) and abs(float(law.sum()) - 1) < 1e-5
 
 
-def test_a_norm_that_overflows_moves_nothing() -> None:
+def test_overflowing_gradient_norm_changes_no_parameter() -> None:
     with Service(llama()) as service:
         tenant = service.create(4)
         before = factors(tenant)
@@ -130,7 +131,7 @@ def test_a_norm_that_overflows_moves_nothing() -> None:
 
 
 class Letters:
-    """A tokenizer of one letter for each token, which counts how often it is asked."""
+    """Tokenizer with one letter per token that counts the calls of `decode`."""
 
     asked = 0
 
@@ -140,7 +141,7 @@ class Letters:
 
 
 @pytest.mark.slow
-def test_a_stop_text_is_found_in_few_decodes_as_one_thread_serves_all() -> None:
+def test_stop_text_is_found_in_few_decodes() -> None:
     letters = Letters()
     with Service(llama(), tokenizer=letters) as service:
         sampler = service.sampler()
@@ -150,5 +151,5 @@ def test_a_stop_text_is_found_in_few_decodes_as_one_thread_serves_all() -> None:
         letters.asked = 0
         (cut,) = sampler.sample([1, 2], 60, seed=5, stop=["no such text", text])
         assert cut.tokens == whole.tokens[:first] and cut.stop_reason == "stop"
-        assert letters.asked <= 8  # the whole, and then halves of 60
+        assert letters.asked <= 8  # the whole text, then a bisection of 60 tokens
         assert sampler.sample([1, 2], 60, seed=5, stop=["no such text"])[0].tokens == whole.tokens

@@ -1,4 +1,4 @@
-"""What is refused is named as the caller knows it: one table of wrong values for each argument."""
+"""Rejected values: one table of wrong values per argument; errors name the caller's argument."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def learns(**inputs: Any) -> list[Datum]:
     return [Datum([1], {"target_tokens": [1], **inputs})]
 
 
-#: Of each function the argument that errors name, how it is given, and what it does not take.
+#: Per entry: function, argument as errors name it, how it is passed, and rejected values.
 SERVICE: list[tuple[str, Any]] = [
     ("max_tokens", COUNT),
     ("queue", COUNT),
@@ -89,7 +89,7 @@ TENANT: list[tuple[str, str, Any, Any]] = [
         "forward", "data[0].inputs['advantages']",
         lambda s, t, d, v: t.forward(one(advantages=v), "ppo"), FLOATS,
     ),
-    (  # the loss needs both
+    (  # the loss needs both inputs
         "forward", "data[0].inputs", lambda s, t, d, v: t.forward(learns(**v), "ppo"),
         ({}, {"logprobs": [0.0]}, {"advantages": [0.0]}),
     ),
@@ -157,12 +157,12 @@ def made_with(model: Any, argument: str, value: Any) -> Service:
 def refused(where: str, argument: str, value: Any, call: Any) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         found = call()
-        pytest.fail(f"{where}: {argument}: {value!r:.60} was taken: {found}")
+        pytest.fail(f"{where}: {argument}: {value!r:.60} was accepted: {found}")
     named = rf"{re.escape(where)}: {re.escape(argument)}: expected .*, found "
     assert re.match(named, str(caught.value), re.DOTALL), (value, str(caught.value))
 
 
-def test_every_argument_is_named_as_the_caller_has_it(made: Any) -> None:
+def test_every_error_names_the_argument_of_the_caller(made: Any) -> None:
     service, tenant, sampler = made
     model = llama()
     for argument, values in SERVICE:
@@ -177,19 +177,19 @@ def test_every_argument_is_named_as_the_caller_has_it(made: Any) -> None:
             refused("Sampler.sample", argument, value, lambda: sampler.sample(**how))  # noqa: B023
     for value in (*TOKENS, [1] * 129):
         refused("Sampler.logprobs", "tokens", value, lambda: sampler.logprobs(value))  # noqa: B023
-    # None of it has done harm.
+    # The rejected calls have changed nothing.
     assert tenant.forward([datum(1)]).result().metrics["loss:sum"] > 0
     assert len(sampler.sample([1], 2, temperature=HUGE, top_k=HUGE, seed=HUGE)[0].tokens) == 2
 
 
-def test_models_are_causal_and_without_adapters() -> None:
+def test_only_causal_models_without_adapters_are_accepted() -> None:
     wrapped = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
     for model in (
         None,
         "name",
         torch.nn.Linear(2, 2),
         small(BertModel, BertConfig),
-        small(BertForMaskedLM, BertConfig),  # padding would reach the tokens before it
+        small(BertForMaskedLM, BertConfig),  # not causal: a token sees the padding after it
         small(T5ForConditionalGeneration, T5Config, d_model=16, d_kv=8, d_ff=16, num_layers=1),
         wrapped,
     ):
@@ -198,8 +198,8 @@ def test_models_are_causal_and_without_adapters() -> None:
         assert getattr(model, "training", None) == training
 
 
-def test_an_encoder_of_low_precision_is_refused() -> None:
-    """Its first logits change by about one unit in the last place, and a causal model's by 0."""
+def test_low_precision_encoder_is_refused() -> None:
+    # Its first logits change by only one unit in the last place; a causal model's by 0.
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = small(BertForMaskedLM, BertConfig, **sizes).to(torch.bfloat16)
@@ -207,8 +207,8 @@ def test_an_encoder_of_low_precision_is_refused() -> None:
     Service(llama().to(torch.bfloat16)).close()
 
 
-def test_a_causal_model_is_taken_however_its_rows_are_rounded() -> None:
-    """Equal rows of a batch differ by rounding: by 25 eps in libraries for older processors."""
+def test_causal_model_is_accepted_however_its_rows_are_rounded() -> None:
+    # Equal rows of a batch differ by up to 25 eps in libraries for older processors.
     model = llama()
 
     def round_rows(_: Any, __: Any, out: Any) -> None:
@@ -220,8 +220,8 @@ def test_a_causal_model_is_taken_however_its_rows_are_rounded() -> None:
     handle.remove()
 
 
-def test_a_causal_mixture_of_experts_is_taken() -> None:
-    """Experts compute tokens of all rows together, so one row changes others by rounding."""
+def test_causal_mixture_of_experts_is_accepted() -> None:
+    # Experts process tokens of all rows together, so rows change each other's rounding.
     torch.manual_seed(0)
     experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     Service(small(MixtralForCausalLM, MixtralConfig, hidden_size=64, **experts)).close()
@@ -231,7 +231,7 @@ def test_a_causal_mixture_of_experts_is_taken() -> None:
     "more",
     [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
 )
-def test_a_save_of_more_than_factors_is_refused_by_name(
+def test_saved_adapter_with_unsupported_fields_is_refused_by_name(
     made: Any, tmp_path: Path, more: dict[str, Any]
 ) -> None:
     service, tenant, _ = made

@@ -1,4 +1,4 @@
-"""Tenants on one tiny Llama: equal to a plain loop, apart from each other, saved and sampled."""
+"""Tenants on one tiny Llama: equality with a plain loop, isolation, saving and sampling."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def factors(tenant: Tenant) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Granite"])
-def test_logits_that_are_capped_or_scaled_are_seen_where_the_padding_token_is_zero(family: str):
+def test_capped_or_scaled_logits_are_detected_if_the_padding_embedding_is_zero(family: str):
     shape = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     own = {"final_logit_softcapping": 1.0, "logits_scaling": 3.0, "pad_token_id": 0}
@@ -84,7 +84,7 @@ def test_logits_that_are_capped_or_scaled_are_seen_where_the_padding_token_is_ze
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_tenant_learns_what_peft_learns(service: Service, tmp_path: Path) -> None:
+def test_training_a_tenant_equals_training_with_peft(service: Service, tmp_path: Path) -> None:
     tenant = service.create(4, seed=1)
     tenant.save("start")
     model: Any = peft.PeftModel.from_pretrained(
@@ -110,7 +110,7 @@ def test_a_tenant_learns_what_peft_learns(service: Service, tmp_path: Path) -> N
         assert step.result().metrics["grad_norm:mean"] == pytest.approx(norm, rel=1e-5)
 
 
-def test_a_tenant_among_others_is_what_it_is_alone() -> None:
+def test_training_beside_other_tenants_equals_training_alone() -> None:
     with Service(llama()) as service:
         start = [factors(service.create(r, seed=i)) for i, r in enumerate((4, 8, 16, 5))]
 
@@ -139,7 +139,7 @@ def test_a_tenant_among_others_is_what_it_is_alone() -> None:
     assert all(error_over_bound(*each) <= 1 for each in zip(among, alone, exact, strict=True))
 
 
-def test_a_neighbours_faults_change_no_bit() -> None:
+def test_faults_of_another_tenant_change_no_bit() -> None:
     def run(fault: str | None) -> list[Tensor]:
         with Service(llama(), max_tokens=64, queue=2) as service:
             good, bad = service.create(4), service.create(8)
@@ -147,7 +147,7 @@ def test_a_neighbours_faults_change_no_bit() -> None:
                 next(iter(bad.adapter.parameters.values())).data.fill_(NAN)
             weights = torch.full((24,), NAN if fault == "loss" else 1.0)
             if fault == "gradient":
-                weights.fill_(2e37)  # the loss is finite, its gradient is not
+                weights.fill_(2e37)  # finite loss, infinite gradient
             calls = [
                 lambda: good.forward_backward([datum(1, 24)]),
                 lambda: bad.forward_backward([datum(2, 24, weights=weights)]),
@@ -176,26 +176,26 @@ def test_a_neighbours_faults_change_no_bit() -> None:
         assert all(map(torch.equal, expected, run(fault))), fault
 
 
-def test_an_idle_service_keeps_nothing_of_a_closed_tenant(service: Service) -> None:
+def test_idle_service_frees_a_closed_tenant(service: Service) -> None:
     tenant = service.create(4)
     adapter = weakref.ref(tenant.adapter)
     tenant.close()
     del tenant
-    deadline = time.monotonic() + 10  # the service's thread may be at the end of the call still
+    deadline = time.monotonic() + 10  # the service's thread may still be finishing the call
     while adapter() is not None and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)
     assert adapter() is None
 
 
-def test_a_step_without_memory_goes_in_halves_and_fails_whom_it_must(service: Service) -> None:
+def test_step_out_of_memory_is_split_and_fails_only_calls_that_do_not_fit(service: Service) -> None:
     tenants = [service.create(4, seed=i) for i in range(3)]
     alone = [t.forward_backward([datum(i)]).result() for i, t in enumerate(tenants)]
     base: Any = service.model.model
     inner = base.forward
 
     def forward(input_ids: Tensor, **how: Any) -> Any:
-        if len(input_ids) > 1:  # rows that one call alone has too
+        if len(input_ids) > 1:  # rows of the single call of two data
             raise MemoryError("no room")
         return inner(input_ids=input_ids, **how)
 
@@ -210,7 +210,7 @@ def test_a_step_without_memory_goes_in_halves_and_fails_whom_it_must(service: Se
     assert tenants[1].forward_backward([datum(1)]).result().metrics == alone[1].metrics
 
 
-def test_no_end_of_steps_keeps_a_neighbour_waiting(service: Service) -> None:
+def test_endless_steps_of_one_tenant_do_not_block_another(service: Service) -> None:
     busy, other = service.create(2), service.create(2)
     stop, scheduler = threading.Event(), service._scheduler
 
@@ -226,14 +226,14 @@ def test_no_end_of_steps_keeps_a_neighbour_waiting(service: Service) -> None:
 
 
 @pytest.mark.slow
-def test_queues_hold_so_many_calls_and_so_many_tokens(
+def test_queues_are_limited_in_calls_and_tokens(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = service.create(2), service.create(2)
-    large = [datum(i, 64) for i in range(40)]  # above 8 calls of 256 tokens
+    large = [datum(i, 64) for i in range(40)]  # more tokens than 8 calls of 256
     found = together(
         service,
-        lambda: one.forward(large),  # alone it may
+        lambda: one.forward(large),  # one call may exceed the limit if it is alone
         lambda: two.forward(large[:20]),
         lambda: two.optim_step(0.0),
     )
@@ -256,7 +256,7 @@ def test_queues_hold_so_many_calls_and_so_many_tokens(
 
 
 @pytest.mark.slow
-def test_samplers_stay_whoever_fills_the_pool(tmp_path: Path) -> None:
+def test_samplers_survive_eviction_from_the_pool(tmp_path: Path) -> None:
     with Service(llama(), max_adapters=2) as service:
         tenant, other = service.create(4), service.create(4, seed=1)
         tenant.forward_backward([datum(1)])
@@ -272,7 +272,7 @@ def test_samplers_stay_whoever_fills_the_pool(tmp_path: Path) -> None:
         tenant.optim_step(0.0).result()
 
 
-def test_a_call_that_waits_cannot_be_cancelled_and_the_service_goes_on(service: Service) -> None:
+def test_waiting_call_cannot_be_cancelled(service: Service) -> None:
     tenant = service.create(2)
 
     def impatient() -> Any:
@@ -284,7 +284,7 @@ def test_a_call_that_waits_cannot_be_cancelled_and_the_service_goes_on(service: 
     assert tenant.forward([datum(0)]).result().metrics["loss:sum"] > 0
 
 
-def test_losses_are_the_sums_that_tinker_names(service: Service) -> None:
+def test_losses_are_summed_as_in_tinker(service: Service) -> None:
     tenant = service.create(4)
     old, advantages = torch.full((6,), -4.4), torch.linspace(-1, 1, 6)
     d = datum(1, 6, logprobs=old, advantages=advantages)
@@ -309,9 +309,9 @@ def test_losses_are_the_sums_that_tinker_names(service: Service) -> None:
     assert result.metrics["loss:sum"] == pytest.approx(-float(lp.sum()), rel=1e-5)
 
 
-def test_a_call_in_many_parts_is_the_sum_of_its_data(service: Service) -> None:
+def test_call_split_into_steps_equals_the_sum_of_its_data(service: Service) -> None:
     tenant = service.create(4)
-    data = [datum(i, 5 + 7 * i % 60) for i in range(30)]  # 256 tokens a step
+    data = [datum(i, 5 + 7 * i % 60) for i in range(30)]  # 256 tokens per step
     result = tenant.forward_backward(data).result()
     assert service.counts["steps"] > 3
     norm = tenant.optim_step(0.0).result().metrics["grad_norm:mean"]
@@ -325,7 +325,7 @@ def test_a_call_in_many_parts_is_the_sum_of_its_data(service: Service) -> None:
         assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_a_save_goes_on_where_it_was_and_stays_in_the_store(
+def test_saved_tenant_resumes_training_and_paths_stay_in_the_store(
     service: Service, tmp_path: Path
 ) -> None:
     tenant = service.create(4, targets=["q_proj", "down_proj"])
@@ -349,7 +349,7 @@ def test_a_save_goes_on_where_it_was_and_stays_in_the_store(
 
 
 @pytest.mark.slow
-def test_samples_have_the_trainers_logprobs(service: Service) -> None:
+def test_sample_logprobs_are_close_to_training_logprobs(service: Service) -> None:
     tenant = service.create(4)
     tenant.forward_backward([datum(1)])
     tenant.optim_step(5e-2)
@@ -374,7 +374,7 @@ def test_samples_have_the_trainers_logprobs(service: Service) -> None:
     assert live.sample(prompt, 6, seed=3)[0].logprobs != pytest.approx(one.logprobs, abs=1e-3)
 
 
-def test_the_model_comes_back_as_it_was() -> None:
+def test_closing_a_service_restores_the_model() -> None:
     model = llama()
     before = dict(model.named_modules())
     with Service(model) as service:
@@ -385,13 +385,13 @@ def test_the_model_comes_back_as_it_was() -> None:
         service.create(0)
 
 
-def test_an_optimizer_goes_on_with_all_of_its_state_where_its_weights_are() -> None:
+def test_restored_optimizer_state_is_on_the_device_of_its_weights() -> None:
     def parameters(device: str) -> dict[str, torch.nn.Parameter]:
         return {"a": torch.nn.Parameter(torch.ones(3, device=device))}
 
     saved = Optimizer(parameters("cpu"))
     saved.step([torch.ones(3)], checked_settings(1e-2, (0.9, 0.95), 1e-12, 0.0, None))
-    other = Optimizer(parameters("meta"))  # which stands for any device but the file's
+    other = Optimizer(parameters("meta"))  # "meta" represents any device other than the file's
     other.restore(saved.tensors())
     assert {t.device.type for t in other.tensors().values()} == {"meta"}
     assert len(other.tensors()) == 3

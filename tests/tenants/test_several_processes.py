@@ -1,4 +1,4 @@
-"""Eight tenants spread over two processes that train one tiny Llama: each is what it is alone."""
+"""Eight tenants on two processes that train one tiny Llama; each equals its training alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lora_ext
 from lora_ext.nn import wrap
 
-BOUND = 1e-6  # of the largest change: float64 but for the float32 angles and norms of Llama
+BOUND = 1e-6  # of the largest change; float64, except the float32 angles and norms of Llama
 TENANTS = [f"tenant{i}" for i in range(8)]
-#: Of the rows: whose each is. The first process has the first four, and no tenant has rows in both.
+#: Tenant of each row. The first process has rows 0 to 3; no tenant has rows in both.
 SPREADS = {
     "one row each": [5, 0, 3, 6, 1, 7, 2, 4],
     "some without": [2, 2, 2, 0, 7, 7, 5, 5],
@@ -26,7 +26,7 @@ ROWS = torch.randint(0, VOCAB, (8, 7), generator=torch.Generator().manual_seed(2
 
 
 def make() -> Any:
-    """A model with eight adapters of unequal ranks, all of which train."""
+    """Return a model with eight trainable adapters of unequal ranks."""
     torch.manual_seed(0)
     sizes: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = LlamaConfig(vocab_size=VOCAB, num_attention_heads=2, eos_token_id=None, **sizes)
@@ -43,7 +43,7 @@ def make() -> Any:
 
 
 def step(rank: int | None, way: str | None, spread: list[int]) -> dict[str, Tensor]:
-    """What the tenants become on a process, or on one that has all rows."""
+    """Return the tenants' parameters after a step on one of two processes, or on all rows."""
     model = make()
     own = slice(None) if rank is None else slice(rank * 4, rank * 4 + 4)
     names = [TENANTS[i] for i in spread[own]]
@@ -56,7 +56,7 @@ def step(rank: int | None, way: str | None, spread: list[int]) -> dict[str, Tens
 
 
 def alone(tenant: int, spread: list[int]) -> dict[str, Tensor]:
-    """What one tenant becomes with its rows alone, each of which counts what it counts in all."""
+    """Return one tenant's parameters after a step on its rows alone, weighted as in all rows."""
     model, rows = make(), [k for k, i in enumerate(spread) if i == tenant]
 
     def loss(wrapped: nn.Module) -> Tensor:
@@ -71,7 +71,7 @@ def alone(tenant: int, spread: list[int]) -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS[:2])
 @pytest.mark.parametrize("case", SPREADS)
-def test_tenants_learn_on_two_processes_what_they_learn_on_one_and_alone(
+def test_training_on_two_processes_equals_one_process_and_each_tenant_alone(
     way: str, case: str, two_processes: TwoProcesses
 ) -> None:
     spread = SPREADS[case]

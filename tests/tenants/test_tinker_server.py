@@ -1,4 +1,4 @@
-"""The server of examples/: Tinker's wire by hand, and its SDK as it is where it is installed."""
+"""The server of examples/, tested through handwritten requests and, if installed, Tinker's SDK."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KEY = {"X-API-Key": "tml-a"}
 
 
 class Server:
-    """One process of the server over a folder."""
+    """Server process over a folder."""
 
     def __init__(self, folder: Path, *more: str):
         self.model = str(folder / "model")
@@ -49,9 +49,9 @@ class Server:
             command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
         )
         assert self.process.stdout is not None
-        said = self.process.stdout.readline()
-        found = re.match(r"listening on (http://\S+)", said)
-        assert found, said
+        line = self.process.stdout.readline()
+        found = re.match(r"listening on (http://\S+)", line)
+        assert found, line
         self.url = found[1]
 
     def close(self) -> None:
@@ -125,11 +125,11 @@ def new_model(server: Server, key: str = "tml-a", **more: Any) -> str:
 
 
 @pytest.mark.slow
-def test_the_wire_trains_saves_loads_and_samples(server: Server, folder: Path) -> None:
+def test_requests_train_save_load_and_sample(server: Server, folder: Path) -> None:
     assert server.status("create_session", {}, "tml-c") == 401
     model, tokens = new_model(server), [1, 2, 3, 4, 5]
     step = {"model_id": model, "seq_id": 2, "adam_params": {"learning_rate": 0.05}}
-    second = server.post("optim_step", step)  # the first comes after it
+    second = server.post("optim_step", step)  # waits for the first
     third = server.post("forward_backward", request(model, 3, tokens))
     first = server.post("forward_backward", request(model, 1, tokens))
     assert server.post("forward_backward", request(model, 1, tokens)) == first
@@ -159,10 +159,10 @@ def test_the_wire_trains_saves_loads_and_samples(server: Server, folder: Path) -
 
     other = {"session_id": "none", "model_seq_id": 0, "path": saved["path"]}
     assert server.status("load_weights", other) == 410
-    with pytest.raises(KeyError):  # another key's save is none
+    with pytest.raises(KeyError):  # a save of another key is not found
         new_model(server, "tml-b", path=saved["path"])
     server.close()
-    again = Server(folder)  # without a file of keys any will do
+    again = Server(folder)  # without a file of keys, any key is accepted
     try:
         assert again.status("retrieve_future", first) == 410
         loaded = new_model(again, path=saved["path"])
@@ -174,7 +174,7 @@ def test_the_wire_trains_saves_loads_and_samples(server: Server, folder: Path) -
 
 @pytest.fixture
 def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """What a server without a process answers: ``ask(path, body, key) -> (code, JSON)``."""
+    """Yield a server without a process: ``ask(path, body, key) -> (code, JSON)``."""
     from starlette.testclient import TestClient
 
     from lora_ext.server import tinker
@@ -197,7 +197,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             yield SimpleNamespace(ask=ask, begun=begun, **made)
 
 
-def test_floods_are_answered_429_and_are_one_keys_own(
+def test_floods_are_answered_429_for_the_flooding_key_only(
     app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_ext.server.tinker import _promises
@@ -205,17 +205,18 @@ def test_floods_are_answered_429_and_are_one_keys_own(
     monkeypatch.setattr(_promises, "MOST", 6)
     model, other = app.begun(), app.begun("tml-b")
     tokens = [1, 2, 3]
-    # Calls whose turn never comes wait for it; so many may.
+    # Calls with a later number wait for missing ones; up to MOST may wait.
     codes = [app.ask("forward_backward", request(model, n, tokens))[0] for n in range(2, 11)]
     assert codes == [200] * 6 + [429] * 3
-    # A tenant's queue that is full, behind something that lasts.
+    # The tenant's queue fills up while a long call runs.
     monkeypatch.setattr(_promises, "MOST", 100)
     with held(app.service):
         calls = [request(other, n, tokens) for n in range(1, 6)]
         codes = [app.ask("forward_backward", call, "tml-b")[0] for call in calls]
     assert codes == [200] * 4 + [429]
     session = other.partition(":")[0]
-    assert app.ask("session_heartbeat", {"session_id": session})[0] == 410  # another key's
+    # The session belongs to another key.
+    assert app.ask("session_heartbeat", {"session_id": session})[0] == 410
     assert app.ask(f"sessions/{session}/finish")[0] == 410
     assert app.ask("session_heartbeat", {"session_id": session}, "tml-b")[0] == 200
     assert app.ask("telemetry", b"[]")[0] == app.ask("telemetry", b"{")[0] == 400
@@ -223,7 +224,7 @@ def test_floods_are_answered_429_and_are_one_keys_own(
     assert app.ask("create_session", {}, "tml-b")[0] == 200
 
 
-def test_calls_without_a_number_are_calls_of_their_own(app: Any) -> None:
+def test_calls_without_a_number_are_independent(app: Any) -> None:
     model = app.begun()
 
     def loss(number: int | None, tokens: list[int]) -> float:
@@ -238,7 +239,7 @@ def test_calls_without_a_number_are_calls_of_their_own(app: Any) -> None:
     assert loss(1, second) == expected[0]  # the same number means the same call
 
 
-def test_bodies_that_no_route_can_read_are_the_clients_fault(app: Any) -> None:
+def test_unreadable_bodies_are_answered_400(app: Any) -> None:
     model, deep = app.begun(), b"[" * 100_000
     for path in ("create_session", "optim_step", "retrieve_future"):
         code, answer = app.ask(path, deep)
@@ -248,10 +249,10 @@ def test_bodies_that_no_route_can_read_are_the_clients_fault(app: Any) -> None:
         code, answer = app.ask(path, {"model_id": None, "path": "a"})
         assert (code, answer["error"]) == (400, "model_id: expected in the body, found none"), path
     kept = {"model_id": model, "path": "a", "optimizer": None, "overwrite": None, "seq_id": None}
-    assert app.ask("save_weights", kept)[0] == 200  # null is a field that was not given
+    assert app.ask("save_weights", kept)[0] == 200  # null means that the field is not given
 
 
-def test_no_answer_shows_where_the_store_is(app: Any, tmp_path: Path) -> None:
+def test_answers_do_not_reveal_the_path_of_the_store(app: Any, tmp_path: Path) -> None:
     model, answers = app.begun(), []
     long, owner = "n" * 300, f"tinker://{model}/weights"
     for path, asked in (
@@ -304,9 +305,9 @@ def test_only_the_whole_path_of_the_store_is_replaced_in_a_message(
 
 
 def wrong_fields(model: str) -> list[tuple[str, dict[str, Any], str]]:
-    """Path, body, and the field that the answer names."""
+    """Return path, body, and the field that the answer names."""
     begins = {"session_id": model.partition(":")[0], "model_seq_id": 1, "base_model": "base"}
-    step = {"model_id": model}  # without a number its turn has come
+    step = {"model_id": model}  # runs at once because it has no number
     prompt = {"chunks": [{"tokens": [1, 2, 3]}]}
     sample = {"base_model": "base", "prompt": prompt, "sampling_params": {"max_tokens": 1}}
     numbers = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
@@ -351,10 +352,10 @@ def wrong_fields(model: str) -> list[tuple[str, dict[str, Any], str]]:
 
 
 @pytest.mark.slow
-def test_wrong_fields_are_refused_by_the_names_that_they_have_on_the_wire(app: Any) -> None:
+def test_wrong_fields_are_refused_by_their_names_in_the_protocol(app: Any) -> None:
     model, tokens = app.begun(), [1, 2, 3]
     for path, body, field in wrong_fields(model):
-        code, answer = app.ask(path, json.dumps(body).encode())  # with NaN
+        code, answer = app.ask(path, json.dumps(body).encode())  # allows NaN
         named = answer["error"].partition(": expected")[0]
         assert code == 400 and field in named, (path, body, answer)
     cases: Any = (
@@ -375,10 +376,11 @@ def test_wrong_fields_are_refused_by_the_names_that_they_have_on_the_wire(app: A
         promise = app.ask("create_model", {**begins, "lora_config": lora})[1]
         answer = app.ask("retrieve_future", promise)[1]
         assert answer["category"] == "user" and f": {field}: expected" in answer["error"], answer
-    assert app.ask("forward_backward", request(model, 4, tokens))[0] == 200  # no harm is done
+    # The rejected calls have changed nothing.
+    assert app.ask("forward_backward", request(model, 4, tokens))[0] == 200
 
 
-def test_what_starts_a_server_is_checked_before_the_model_is_read(
+def test_server_arguments_are_checked_before_the_model_is_read(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lora_ext.server import tinker
@@ -399,9 +401,7 @@ def test_what_starts_a_server_is_checked_before_the_model_is_read(
             tinker.make_app(service, "base", "tml-a")  # pyright: ignore[reportArgumentType]
 
 
-def test_a_session_that_is_silent_or_ends_is_saved(
-    app: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_idle_and_finished_sessions_are_saved(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_ext.server.tinker import app as routes
 
     ended, silent = app.begun(), app.begun()
@@ -470,7 +470,7 @@ print("ok", saved[-1]["state_path"])
 
 
 def run_client(folder: Path, script: str, *more: str) -> None:
-    """A program in a process of its own, which knows the server by its address alone."""
+    """Run `script` in another process, which is given only the address of the server."""
     server = Server(folder)
     try:
         env = {**os.environ, "TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local"}
@@ -484,15 +484,17 @@ def run_client(folder: Path, script: str, *more: str) -> None:
 
 def installed(name: str) -> None:
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed: the SDK's protobuf wants another than flwr's")
+        pytest.skip(
+            f"{name} is not installed: the SDK and flwr need different versions of protobuf"
+        )
 
 
-def test_the_unmodified_sdk_trains(folder: Path) -> None:
+def test_unmodified_sdk_trains(folder: Path) -> None:
     installed("tinker")
     run_client(folder, SCRIPT)
 
 
-def test_the_cookbooks_supervised_loop_trains_evaluates_and_saves(folder: Path) -> None:
+def test_supervised_loop_of_the_cookbook_trains_evaluates_and_saves(folder: Path) -> None:
     installed("tinker_cookbook")
     letters = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, "w0")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(letters))
