@@ -1,4 +1,8 @@
-"""Install what the named extras of pyproject.toml list, without building the package itself."""
+"""Install what the named extras of pyproject.toml list, without building the package itself.
+
+``pip install .[extra]`` would build the package, and cannot leave out the dependencies of single
+requirements.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 """Write stubs of the compiled module from the schemas of csrc/ops/table.h; setup.py calls it.
 
 usage: python tools/stubs.py > lora_ext/_C.pyi
+
+pybind11-stubgen would have to import the compiled module, and would not find the types of the
+dispatcher's ops.
 """
 
 from __future__ import annotations

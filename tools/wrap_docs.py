@@ -1,7 +1,7 @@
 """Wrap the prose of Markdown pages at 100 columns: `python tools/wrap_docs.py [PAGE ...]`.
 
-Headings, tables, code, HTML and pictures keep their lines; a list keeps its items. Nothing but
-line breaks changes.
+Headings, tables, code, HTML and pictures keep their lines; a list keeps its items. Only line breaks
+change; mdformat would also rewrite lists, tables and escapes.
 """
 
 from __future__ import annotations
