@@ -1,8 +1,8 @@
 """Structure of ``lora_ext``: its rooms, their order, and the imports between them.
 
 ``python tools/house.py`` prints a table and the faults, and exits with 1 if there is one;
-``--json`` prints one object. ``docs/house.md`` explains the rooms. import-linter checks the order of
-layers, but not what an ``__init__.py`` exports, nor sizes and argument checks; here one program
+``--json`` prints one object. ``docs/house.md`` explains the rooms. import-linter checks the order
+of layers, but not what an ``__init__.py`` exports, nor sizes and argument checks; here one program
 measures all of them.
 """
 

@@ -2,9 +2,9 @@
 
 `python tools/notebooks.py [NOTEBOOK ...]` runs them in full and stores what they print and draw.
 The cells run in this process, one after another, as in Jupyter, so a test of a tutorial shares
-imports with other tests and needs no kernel, as nbmake would. A tutorial is plain Python: no magics, no top-level
-await. For mkdocs this module is a hook: links in notebooks are checked like those of every page,
-and nothing is downloaded.
+imports with other tests and needs no kernel, as nbmake would. A tutorial is plain Python: no
+magics, no top-level await. For mkdocs this module is a hook: links in notebooks are checked like
+those of every page, and nothing is downloaded.
 """
 
 from __future__ import annotations
