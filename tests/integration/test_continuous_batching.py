@@ -298,7 +298,7 @@ def test_managers_without_adapters_and_compiled_steps_are_refused() -> None:
     manager.add_request([5, 6, 7])
     result = manager.get_result(timeout=30)
     manager.stop()
-    assert "a manager that knows no adapters" in result.error
+    assert "a manager without adapters" in result.error
     assert result.generated_tokens == []
     model.set_attn_implementation("eager")
     how = batching(varlen_compile_config=CompileConfig(fullgraph=False))
