@@ -107,7 +107,7 @@ def test_the_error_beyond_the_limit_says_limit_reserved_pinned_and_what_to_do():
         load(pool, "z", 2, 8)
     assert_same(before, snapshot(pool))
     pool.release(lease)
-    with pytest.raises(PoolFullError, match="but no adapter is there to make way"):
+    with pytest.raises(PoolFullError, match="but there is no adapter to evict"):
         load(AdapterPool(Base(), max_bytes=BOTH), "z", 2, 8)
 
 
