@@ -1,6 +1,6 @@
-"""The regions of the well-known circuits, children first; ``RegionGraph`` offers them as methods.
+"""The regions of well-known circuits, children first; methods of ``RegionGraph`` call these.
 
-Nothing here knows the graph itself: a builder gives regions, the graph checks them.
+A builder returns regions. ``RegionGraph`` checks them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Leaves = Leaf | Sequence[Leaf]
 
 
 def _checked_leaves(builder: str, leaf: Leaves, count: int, /, **sizes: int) -> list[Leaf]:
-    """Return the family of every variable, after a check of the builder's sizes."""
+    """Return the family of each variable after a check of the sizes and the number of families."""
     for name, size in sizes.items():
         require(size >= 1, builder, name, "at least 1", size, PCStructureError)
     if isinstance(leaf, Leaf):
@@ -40,7 +40,7 @@ def _checked_leaves(builder: str, leaf: Leaves, count: int, /, **sizes: int) -> 
 
 
 def _inputs(units: int, leaves: Sequence[Leaf], scope: int, name: str = "") -> list[Region]:
-    """Return an input for each family of the scope's variables."""
+    """Return one input region per family in the scope."""
     families: dict[Leaf, int] = {}
     for v in variables(scope):
         families[leaves[v]] = families.get(leaves[v], 0) | 1 << v
@@ -50,7 +50,9 @@ def _inputs(units: int, leaves: Sequence[Leaf], scope: int, name: str = "") -> l
 def _add_input(
     regions: list[Region], units: int, leaves: Sequence[Leaf], scope: int, name: str = ""
 ) -> int:
-    """Append a product of one distribution a variable; of several families, a mixture of them."""
+    """Append the input regions of a scope, with a region of sums over their product if the scope
+    has several families; return the index of the last region.
+    """
     inputs = _inputs(units, leaves, scope, name)
     regions += inputs
     if len(inputs) > 1:
@@ -60,14 +62,14 @@ def _add_input(
 
 
 def cp(num_variables: int, rank: int, leaf: Leaves) -> Regions:
-    """Return one input per family over all of its variables, and the sum that mixes their units."""
+    """Return one input region per family and the root, which mixes their units."""
     leaves = _checked_leaves("cp", leaf, num_variables, num_variables=num_variables, rank=rank)
     inputs = _inputs(rank, leaves, (1 << num_variables) - 1, "leaves")
     return *inputs, Region(1, (Partition(tuple(range(len(inputs)))),), name="root")
 
 
 def hmm(num_variables: int, rank: int, leaf: Leaves, homogeneous: bool) -> Regions:
-    """Return the tree in which each variable hangs from the one before it: a chain."""
+    """Return the tree in which the parent of each variable is the one before it: a chain."""
     leaves = _checked_leaves("hmm", leaf, num_variables, num_variables=num_variables, rank=rank)
     return hclt([t - 1 for t in range(num_variables)], rank, leaves, homogeneous)
 
@@ -88,7 +90,7 @@ def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> 
     order = [v for v, parent in enumerate(parents) if parent < 0]
     one, found = len(order) == 1, f"{len(order)}: {order[:12]}"
     require(one, "hclt", "parents", "one variable with parent -1", found, PCStructureError)
-    for v in order:  # grows while it is read: parents first
+    for v in order:  # The loop appends to the list, parents first.
         order += below[v]
     lost = sorted(set(range(len(parents))) - set(order))
     found = f"a cycle: variables {lost[:12]} do not hang from the root"
@@ -108,8 +110,9 @@ def hclt(parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool) -> 
 
 
 def btree(num_variables: int, rank: int, leaf: Leaves) -> Regions:
-    """Return halves of halves; the left half is ``left_size`` long, as in
-    ``reference.circuit_scan``."""
+    """Return a balanced binary tree; a left half has ``left_size`` variables, as in
+    ``reference.circuit_scan``.
+    """
     leaves = _checked_leaves("btree", leaf, num_variables, num_variables=num_variables, rank=rank)
     if num_variables == 1:
         return cp(1, rank, leaves)
@@ -138,7 +141,7 @@ def rat_spn(
     seed: int,
     num_roots: int,
 ) -> Regions:
-    """Return one random tree of binary splits per repetition, all mixed by the root."""
+    """Return a random tree of binary splits per repetition, and the root, which mixes them."""
     sizes = {"depth": depth, "repetitions": repetitions, "num_sums": num_sums}
     sizes |= {"num_inputs": num_inputs, "num_roots": num_roots}
     found = num_variables
@@ -165,7 +168,7 @@ def rat_spn(
 
 
 def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: int) -> Regions:
-    """Return one region per rectangle on the grid of ``delta``, small ones first."""
+    """Return one region per rectangle on the grid of ``delta`` pixels, smallest first."""
     sizes = {"height": height, "width": width, "num_units": num_units, "delta": delta}
     leaves = _checked_leaves("poon_domingos", leaf, height * width, **sizes)
     regions: list[Region] = []
@@ -199,7 +202,7 @@ def poon_domingos(height: int, width: int, num_units: int, leaf: Leaves, delta: 
 
 
 def join(graphs: Sequence[Regions]) -> Regions:
-    """Return the regions of all graphs; the number of a graph is put before its names and ties."""
+    """Return the regions of all graphs; names and ties get the number of their graph as prefix."""
     require(len(graphs) > 0, "join", "graphs", "at least one", "none", PCStructureError)
     joined: list[Region] = []
     for number, regions in enumerate(graphs):
@@ -220,7 +223,7 @@ def from_edges(
     units: Mapping[str, int],
     ties: Mapping[str, str],
 ) -> Regions:
-    """Return the regions that names describe, sorted so that children come before parents."""
+    """Return the regions of inputs and products given by name, sorted children first."""
     for name, given in inputs.items():
         wrong = [v for v in given.variables if not 0 <= v <= MAX_VARIABLE]
         where, expected = f"unit {name}", f"0 .. {MAX_VARIABLE}"
@@ -275,7 +278,7 @@ def chow_liu_parents(x: Tensor, num_categories: int) -> list[int]:
         Parents for ``RegionGraph.hclt``; variable 0 is the root.
 
     Raises:
-        ValueError: if ``x`` is no integer tensor of that shape and range, or has no rows.
+        ValueError: If ``x`` is no integer tensor of that shape and range, or has no rows.
 
     Source: Chow and Liu 1968.
     """

@@ -1,4 +1,4 @@
-"""Expected flows, and what stands on them: marginals of every variable, entropy, divergence, EM."""
+"""Expected flows and the queries that use them: univariate marginals, entropy, divergence, EM."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .multivariate import MultivariateGaussian
 
 
 class Flows(NamedTuple):
-    """Expected use of every unit and weight, given the data.
+    """Expected use of each unit and weight, given the data.
 
     Attributes:
         log_prob: ``(B,)``.
-        units: ``(B, U)``, the probability that a unit is on the path of a sample, given the row;
-            columns as ``Circuit.columns`` gives them.
+        units: ``(B, U)``, the probability that a sample given the row uses the unit; columns as in
+            ``Circuit.columns``.
         weights: ``(num_weights,)``, summed over rows, in the order of ``Circuit.weights``.
     """
 
@@ -38,7 +38,7 @@ class Flows(NamedTuple):
 def flows(
     circuit: Parameters, name: str, leaf: Tensor, log_weights: Tensor, root: int | Tensor | None
 ) -> Flows:
-    """``Circuit.flows``, from the values of the leaves and the normalised weights."""
+    """Compute ``Circuit.flows`` from log-values of the leaves and normalised log-weights."""
     execution, weights = circuit._run(), Weights(log_weights, "none")
     top = circuit._root_numbers(name, root, len(leaf))[:, None]
     val = execution.up(leaf, weights)
@@ -58,7 +58,9 @@ def em_step(
     keep_zero: bool,
     root: int | Tensor | None,
 ) -> Tensor:
-    """``Circuit.em_step``."""
+    """Make one EM step in place and return the mean log-likelihood before it, see
+    ``Circuit.em_step``.
+    """
     finite = 0 <= pseudocount < math.inf
     _require_logits(circuit, "em_step")
     require(0 < step <= 1, "em_step", "step", "a number in (0, 1]", step)
@@ -84,7 +86,7 @@ def em_step(
         if isinstance(family, Indicator | External):
             continue
         flow = units[:, FIRST_LEAF:][:, span]
-        if isinstance(family, MultivariateGaussian):  # which knows itself what it sees in part
+        if isinstance(family, MultivariateGaussian):  # It handles rows with missing variables.
             observed = circuit._joint_data(span, filled, missing)
         else:
             var = circuit._var[span]
@@ -98,10 +100,10 @@ def em_step(
 def _seen(
     circuit: Parameters, log_weights: Tensor, units: Tensor, weight_flows: Tensor, missing: Tensor
 ) -> Tensor:
-    """Return flows of the weights without those of rows in which a region sees nothing at all.
+    """Return weight flows without those of rows in which a region's whole scope is missing.
 
-    There the posterior is the prior, ``units * W``: it would only hold the weights where they are,
-    as the padding of a short sequence would the transitions of a chain.
+    There the posterior is the prior, ``units * W``, which would only slow down learning. An example
+    is the padding of a short sequence in a chain.
     """
     graph = circuit.graph
     scopes = torch.zeros(missing.shape[1], len(graph.regions), dtype=units.dtype)
@@ -116,20 +118,21 @@ def _seen(
             used = torch.where(blind[:, i, None], units[:, circuit.columns(i)], 0)
             weight = log_weights[own].view(region.units, -1).exp()
             unseen[own] += (weight * last_sum(used.T)[:, None]).flatten()
-    # Both are rounded: a difference below 1e3 eps of `weight_flows` is rounding, not a count.
+    # Both are rounded: a difference below 1e3 eps of `weight_flows` is rounding error.
     seen, eps = weight_flows - unseen, torch.finfo(weight_flows.dtype).eps
     return torch.where(seen > 1e3 * eps * weight_flows, seen, 0)
 
 
 # --- queries --------------------------------------------------------------------------------------
 class Marginals(NamedTuple):
-    """Each variable by itself, given the evidence of its row.
+    """Marginal distributions of single variables, given the evidence of a row.
 
     Attributes:
         log_prob: ``(B, n, V)``, ``log p(x_v = value | evidence)``; ``-inf`` for values that a
-            variable does not have, NaN for a continuous variable. What the evidence gives is
-            certain.
-        mean: ``(B, n)`` of the value. variance: ``(B, n)``.
+            variable does not have, NaN for a continuous variable. An observed value has probability
+            1.
+        mean: ``(B, n)``.
+        variance: ``(B, n)``.
     """
 
     log_prob: Tensor
@@ -140,8 +143,10 @@ class Marginals(NamedTuple):
 def univariate_marginals(
     circuit: Parameters, evidence: Tensor, root: int | Tensor | None
 ) -> Marginals:
-    """``Circuit.univariate_marginals``: a leaf unit's flow is the probability of its distribution,
-    so a variable's law is the mixture of its leaves' by their flows."""
+    """Compute ``Circuit.univariate_marginals``.
+
+    The marginal of a variable is the mixture of its leaf distributions, weighted by their flows.
+    """
     name = "univariate_marginals"
     filled, missing = circuit._read(name, evidence, "evidence")
     circuit._refuse_external(name)
@@ -149,7 +154,7 @@ def univariate_marginals(
     use = flows(circuit, name, leaf, circuit._log_weights(), root)
     units = use.units[:, FIRST_LEAF:]
     rows, n = filled.shape
-    supports = [  # how many values the variables of a family take; 0 for a continuous one
+    supports = [  # The number of values of each family, 0 for a continuous one.
         int(circuit._indicators[span].max()) + 1
         if isinstance(family, Indicator)
         else family.num_values() or 0
@@ -187,7 +192,8 @@ def univariate_marginals(
                 continuous[var] = True
         add_at(mean, var, flow * center)
         parts.append((var, flow, center, spread))
-    for var, flow, center, spread in parts:  # about the mean, because squares would cancel
+    # Deviations are taken from the mean: differences of large squares would lose digits.
+    for var, flow, center, spread in parts:
         add_at(variance, var, flow * (spread + (center - mean[:, var]).square()))
     found = Marginals(table.view(rows, n, size).log(), mean, variance)
     return _given(found, filled, missing, use.log_prob > -torch.inf, continuous)
@@ -196,8 +202,9 @@ def univariate_marginals(
 def _given(
     found: Marginals, filled: Tensor, missing: Tensor, possible: Tensor, continuous: Tensor
 ) -> Marginals:
-    """Return marginals in which what the evidence says of a variable replaces the mixture over its
-    leaves."""
+    """Return marginals in which observed variables have their observed value, and impossible rows
+    and continuous variables have NaN.
+    """
     log_prob, mean, variance = found
     value = torch.arange(log_prob.shape[2], device=filled.device)
     certain = torch.where(value == filled[..., None], 0.0, -torch.inf).to(log_prob.dtype)
@@ -212,19 +219,22 @@ def _given(
 
 
 def entropy(circuit: Parameters, root: int | None) -> Tensor:
-    """``Circuit.entropy``: a deterministic circuit has one tree per assignment, so ``log p`` is a
-    sum over what the tree uses, and its expectation a sum over the flows."""
+    """Compute ``Circuit.entropy``.
+
+    A deterministic circuit has one tree per assignment. ``log p`` is then a sum over the weights
+    and leaves of this tree, and its expectation a sum over the flows.
+    """
     _require_deterministic(circuit, "entropy")
     log_weights, used = _usage(circuit, "entropy", root)
     return _total(used, -log_weights, lambda family, table: family.entropy(table), circuit)
 
 
 def kl_divergence(circuit: Parameters, other: Parameters, root: int | None) -> Tensor:
-    """``Circuit.kl_divergence``: both have the same tree for an assignment."""
+    """Compute ``Circuit.kl_divergence``; both circuits have the same tree for an assignment."""
     name = "kl_divergence"
     same = isinstance(other, Parameters) and other.graph == circuit.graph
-    found = "another graph" if isinstance(other, Parameters) else type(other).__name__
-    require(same, name, "other", "a circuit of the same graph", found)
+    found = f"one of {other.graph}" if isinstance(other, Parameters) else type(other).__name__
+    require(same, name, "other", f"a circuit of the same graph, {circuit.graph}", found)
     for each in (circuit, other):
         _require_deterministic(each, name)
     log_weights, used = _usage(circuit, name, root)
@@ -238,17 +248,17 @@ def _require_logits(circuit: Parameters, name: str) -> None:
 
 
 def _require_deterministic(circuit: Parameters, name: str) -> None:
-    """Refuse circuits in which several trees may share an assignment."""
+    """Raise ValueError for circuits in which an assignment may have several trees."""
     _require_logits(circuit, name)
     circuit._refuse_external(name)
     known = _structure.is_deterministic(circuit.graph)
-    found = "one that is not" if known is False else "one of which that is unknown"
+    found = "one that is not" if known is False else "one that is not known to be"
     remedy = "; estimate it from samples: -circuit.log_prob(circuit.sample(10000)[0]).mean()"
     require(known is True, name, "graph", "a deterministic circuit", found + remedy)
 
 
 def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Flows]:
-    """Return log-weights, and how often a sample uses each part of the circuit."""
+    """Return normalised log-weights and the flows of rows without observations."""
     leaf = circuit._leaf_values(name, circuit._nothing(), None)
     log_weights = circuit._log_weights()
     return log_weights, flows(circuit, name, leaf, log_weights, root)
@@ -257,8 +267,10 @@ def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Fl
 def _total(
     used: Flows, of_weights: Tensor, of_family: Callable[..., Tensor], *circuits: Parameters
 ) -> Tensor:
-    """Return the expectation of a sum over the weights and leaves that a sample uses. ``of_family``
-    takes a family and its table in each of the circuits."""
+    """Return the expectation of a sum over the weights and leaves that a sample uses.
+
+    ``of_family`` takes a family and its table in each circuit.
+    """
     total = _expectation(used.weights, of_weights)
     for parts in zip(*(circuit._families() for circuit in circuits), strict=True):
         family, _, span = parts[0]
@@ -269,6 +281,7 @@ def _total(
 
 
 def _expectation(flow: Tensor, value: Tensor) -> Tensor:
-    """Return the sum of flow times value; what is never used counts 0, also where it is
-    infinite."""
+    """Return the sum of flow times value; terms of flow 0 count 0, also where the value is
+    infinite.
+    """
     return torch.where(flow > 0, flow * value, 0).sum()

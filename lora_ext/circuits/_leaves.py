@@ -1,12 +1,12 @@
 """Input distributions of circuits.
 
-A family is a frozen value that says what its parameters are and how to use them; circuits keep the
-parameters of all leaf units of one family in one table, a row per distribution. Letters: ``R`` rows
-of the table, ``N`` leaf units, each with its row; ``B`` rows of data. Leaf units come in blocks of
-equal size that see one variable and have consecutive rows.
+A family is a frozen dataclass that defines parameters and computations with them. A circuit keeps
+the parameters of all leaf units of one family in one table, with one row per distribution. Letters:
+``R`` rows of the table, ``N`` leaf units, each with a row of the table, ``B`` rows of data. Leaf
+units form blocks of equal size that see one variable and have consecutive rows.
 
-An observation that is missing (-1, or NaN in floating data) never reaches a family, except
-``MultivariateGaussian``, whose units see several variables.
+A family never gets a missing value (-1, or NaN in floating data). Only ``MultivariateGaussian``
+does, whose units see several variables.
 """
 
 from __future__ import annotations
@@ -31,69 +31,72 @@ COUNT = "a whole number, at least 1"
 
 @dataclass(frozen=True)
 class Leaf:
-    """A family of input distributions: a frozen value that says what parameters it has and how to
-    use them.
+    """A family of input distributions: its parameters, and computations with them.
 
-    In all methods ``table`` is the family's parameters by name, each with a row per distribution,
-    ``R`` in all, as :meth:`table` makes them; ``row``, int64, says which row is that of each leaf
-    unit, ``(N,)``, or of each draw, ``(A,)``. This class has neither parameters nor values; a
-    family of your own overrides what its circuits are asked for, and the others raise
-    NotImplementedError.
+    In all methods ``table`` holds the parameters by name, with R rows, one per distribution, as
+    :meth:`table` makes them. ``row``, int64, is the row of each leaf unit, ``(N,)``, or of each
+    draw, ``(A,)``. This class has neither parameters nor values. A subclass overrides the methods
+    that the queries of its circuits call; the others raise `NotImplementedError`.
     """
 
     def num_values(self) -> int | None:
-        """Values run over ``0 .. num_values - 1``; None for a continuous family."""
+        """Return the number of values ``0 .. num_values - 1``, or None for a continuous family."""
         return None
 
     def table(self, rows: int) -> Table:
-        """Make fresh parameters of ``rows`` distributions, all different: tensors by name whose
-        first axis is R, float32 on the CPU."""
+        """Return initial parameters of ``rows`` distributions, all different: tensors by name whose
+        first axis is R, float32 on the CPU.
+        """
         return {}
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
         """Compute ``log p(x[b, m])`` under the distributions of block m, ``(B, M, N / M)``.
 
         Args:
-            table, row: see the class; ``row`` is of the leaf units.
-            x: ``(B, M)``, one value for each of the M blocks, never a missing one.
+            table: Parameters, see the class.
+            row: ``(N,)``, see the class.
+            x: ``(B, M)``, one value for each of the M blocks, none missing.
         """
         raise NotImplementedError
 
     def sample(self, table: Table, row: Tensor, u: Tensor) -> Tensor:
-        """Draw a value for each entry of ``row``: the one whose cumulative probability first
+        """Draw a value for each entry of ``row``: the first one whose cumulative probability
         exceeds ``u``.
 
         Args:
-            table, row: see the class; ``row`` is of the draws.
+            table: Parameters, see the class.
+            row: ``(A,)``, see the class.
             u: ``(A,)`` in [0, 1); the same numbers give the same values.
 
         Returns:
-            ``(A,)``, int64 of a family of values, else in the dtype of the parameters.
+            ``(A,)``, int64 if the family is finite, else in the dtype of the parameters.
         """
         raise NotImplementedError
 
     def mode(self, table: Table, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the most probable value of each entry of ``row (A,)``: the values ``(A,)`` and their
-        log-probabilities ``(A,)``."""
+        """Return the most probable value of each entry of ``row (A,)`` and its log-probability,
+        ``(A,)`` each.
+        """
         raise NotImplementedError
 
     def log_table(self, table: Table) -> Tensor:
-        """Tabulate the log-probabilities of all values, ``(R, num_values)``, of a family that has
-        finitely many."""
+        """Return the log-probabilities of all values of a finite family, ``(R, num_values)``."""
         raise NotImplementedError
 
     def moments(self, table: Table) -> tuple[Tensor, Tensor]:
-        """Compute mean and variance of the value under every row of ``table``, ``(R,)`` each."""
+        """Compute mean and variance of each distribution, ``(R,)`` each."""
         raise NotImplementedError
 
     def entropy(self, table: Table) -> Tensor:
-        """Compute the entropy of every row of ``table`` in nats, ``(R,)``; differential if
-        continuous."""
+        """Compute the entropy of each distribution in nats, ``(R,)``; the differential entropy if
+        continuous.
+        """
         raise NotImplementedError
 
     def divergence(self, table: Table, other: Table) -> Tensor:
-        """Compute the Kullback-Leibler divergence, in nats, of every row of ``table`` from the same
-        row of ``other``, ``(R,)``."""
+        """Compute the Kullback-Leibler divergence of each row of ``table`` from the same row of
+        ``other`` in nats, ``(R,)``.
+        """
         raise NotImplementedError
 
     def update(
@@ -102,23 +105,22 @@ class Leaf:
         """Move the parameters towards the maximum of ``sum flow * log_prob``, in place.
 
         Args:
-            table, row: see the class; ``row`` is of the leaf units.
+            table: Parameters, see the class.
+            row: ``(N,)``, see the class.
             x: ``(B, N)`` data.
             flow: ``(B, N)`` expected counts, zero where ``x`` is missing.
-            step: how far, 1 is all the way.
-            pseudocount: added to every row's counts, spread evenly over the values.
+            step: Fraction of the way to the maximum, in (0, 1].
+            pseudocount: Count added to each row, spread evenly over the values.
         """
 
 
 def normal_quantile(u: Tensor) -> Tensor:
-    """Return the standard normal number below which lies the probability ``u`` of [0, 1), never
-    inf."""
+    """Return the standard normal quantile of ``u`` in [0, 1), always finite."""
     return torch.special.ndtri(u.clamp(2.0**-25, 1 - 2.0**-24))
 
 
 def _per_row(row: Tensor, values: Tensor, rows: int) -> Tensor:
-    """Return values ``(B, N)`` of leaf units, added up over the data and the units of a row,
-    ``(R,)``."""
+    """Return the sum of ``values (B, N)`` over the data and leaf units of each row, ``(R,)``."""
     return sums_at(row.expand_as(values), values, rows)
 
 
@@ -127,13 +129,13 @@ def _mix(old: Tensor, new: Tensor, step: float) -> Tensor:
 
 
 def require_min_std(where: str, min_std: float) -> None:
-    """Refuse what is no bound of a deviation."""
+    """Raise ValueError unless ``min_std`` is positive and finite."""
     positive = 0 < min_std < math.inf
     require(positive, where, "min_std", "a positive number", min_std)
 
 
 class Finite(Leaf):
-    """A family over finitely many values: all it needs is the table of log-probabilities."""
+    """A family over finitely many values; all methods use the table of log-probabilities."""
 
     def moments(self, table: Table) -> tuple[Tensor, Tensor]:
         p = self.log_table(table).exp()
@@ -168,32 +170,34 @@ class Finite(Leaf):
 
 
 def _draw(p: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
-    """Return ``draw(p[row], uniform)``, with the running sums of a row taken once for all its
-    draws."""
+    """Return ``draw(p[row], uniform)``; the cumulative sums of a row are computed once for all of
+    its draws.
+    """
     num_values = p.shape[1]
     sums = p.double().cumsum(1)
     limit = uniform.double() * sums[row, -1]
-    below = torch.zeros_like(row)  # running sums that do not exceed the limit
+    below = torch.zeros_like(row)  # The number of cumulative sums that do not exceed the limit.
     for step in (1 << k for k in reversed(range(num_values.bit_length()))):
         more = below + step
         inside = sums[row, more.clamp(max=num_values) - 1] <= limit
         below = torch.where(inside & (more <= num_values), more, below)
     place = torch.arange(num_values, device=p.device)
-    last = torch.where(p > 0, place, 0).amax(1)  # where rounding runs off the end
+    last = torch.where(p > 0, place, 0).amax(1)  # Taken if rounding leads behind the last value.
     return torch.where(below < num_values, below, last[row])
 
 
 @dataclass(frozen=True)
 class Categorical(Finite):
-    """One of ``num_categories`` values, each with a probability of its own.
+    """A categorical distribution over ``num_categories`` values.
 
-    Parameters: ``logits (R, num_categories)``, log-softmaxed over the values; ``-inf`` forbids one.
+    Parameters: ``logits (R, num_categories)``, log-softmaxed over the values. A value with logit
+    ``-inf`` has probability 0.
 
     Args:
-        num_categories: values run over ``0 .. num_categories - 1``.
+        num_categories: Number of values ``0 .. num_categories - 1``.
 
     Raises:
-        ValueError: fewer than one, or no whole number.
+        ValueError: If ``num_categories`` is not a whole number of at least 1.
     """
 
     num_categories: int
@@ -226,7 +230,7 @@ class Categorical(Finite):
 
 
 class _Trials(Finite):
-    """How many of ``total`` trials succeed, by the ``logit (R,)`` of one success."""
+    """The number of successes in ``total`` trials, by the ``logit (R,)`` of one success."""
 
     total: int
 
@@ -242,7 +246,7 @@ class _Trials(Finite):
         choose = (
             math.lgamma(self.total + 1) - torch.lgamma(k + 1) - torch.lgamma(self.total - k + 1)
         )
-        # Where a success is certain or impossible, 0 failures or successes count 0, not 0 * -inf.
+        # If a success has probability 1 or 0, zero failures or successes add 0, not 0 * -inf.
         hits = torch.where(k > 0, k * F.logsigmoid(logit), 0)
         misses = torch.where(k < self.total, (self.total - k) * F.logsigmoid(-logit), 0)
         return choose + hits + misses
@@ -255,7 +259,7 @@ class _Trials(Finite):
         seen = hits + misses > 0
         hits, misses = (t + pseudocount * self.total / 2 for t in (hits, misses))
         old, count = logit.double(), hits + misses
-        # The logit is log p - log (1 - p), of which both are kept: neither rounds to 0 or 1.
+        # The logit is log p - log q with q = 1 - p; p and q are mixed apart, for precision near 1.
         p = _mix(old.sigmoid(), hits / count, step)
         q = _mix((-old).sigmoid(), misses / count, step)
         logit.copy_(torch.where(seen, p.log() - q.log(), old))
@@ -263,26 +267,29 @@ class _Trials(Finite):
 
 @dataclass(frozen=True)
 class Bernoulli(_Trials):
-    """0 or 1. Parameters: ``logit (R,)``, ``log p(1) - log p(0)``."""
+    """A Bernoulli distribution over 0 and 1.
+
+    Parameters: ``logit (R,)``, ``log p(1) - log p(0)``.
+    """
 
     total = 1
 
     def log_table(self, table: Table) -> Tensor:
-        # The same bits as of one trial among others, in half the time.
+        # The result is bit-identical to that of the base class, in half the time.
         return torch.stack([F.logsigmoid(-table["logit"]), F.logsigmoid(table["logit"])], 1)
 
 
 @dataclass(frozen=True)
 class Binomial(_Trials):
-    """How many of ``total`` trials succeed, each with the same probability.
+    """A binomial distribution: the number of successes in ``total`` independent trials.
 
-    Parameters: ``logit (R,)``, ``log p - log (1 - p)`` of one success.
+    Parameters: ``logit (R,)``, ``log p - log (1 - p)`` for the probability p of one success.
 
     Args:
-        total: trials; values run over ``0 .. total``.
+        total: Number of trials; values are ``0 .. total``.
 
     Raises:
-        ValueError: fewer than one, or no whole number.
+        ValueError: If ``total`` is not a whole number of at least 1.
     """
 
     total: int
@@ -293,16 +300,16 @@ class Binomial(_Trials):
 
 @dataclass(frozen=True)
 class Gaussian(Leaf):
-    """A real number, normally distributed.
+    """A normal distribution over real numbers.
 
     Parameters: ``mean (R,)`` and ``log_std (R,)``, the logarithm of the standard deviation.
+    Pseudocounts have no effect, as no number is impossible under a Gaussian.
 
     Args:
-        min_std: what EM shrinks no deviation below. Pseudocounts do not touch it: no number is
-            impossible under a Gaussian.
+        min_std: Lower bound of standard deviations in EM.
 
     Raises:
-        ValueError: a bound that is not above 0 and finite.
+        ValueError: If ``min_std`` is not positive and finite.
     """
 
     min_std: float = 1e-3
@@ -314,7 +321,7 @@ class Gaussian(Leaf):
         return {"mean": torch.randn(rows), "log_std": torch.zeros(rows)}
 
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        mean, log_std = (  # embedding, because its backward adds in a fixed order
+        mean, log_std = (  # The backward of embedding adds in a fixed order.
             F.embedding(row, table[k][:, None]).view(x.shape[1], -1) for k in ("mean", "log_std")
         )
         x = x[..., None]
@@ -342,12 +349,12 @@ class Gaussian(Leaf):
         self, table: Table, row: Tensor, x: Tensor, flow: Tensor, step: float, pseudocount: float
     ) -> None:
         mean, log_std = table["mean"].double(), table["log_std"].double()
-        # Moments are taken about a mean nearby, because squares of large means would cancel.
+        # Moments are taken about a close mean: differences of large squares would lose digits.
         count = _per_row(row, flow, len(mean))
         seen, safe = count > 0, torch.where(count > 0, count, 1)
         new_mean = mean + _per_row(row, flow * (x - mean[row]), len(mean)) / safe
         new_variance = _per_row(row, flow * (x - new_mean[row]).square(), len(mean)) / safe
-        # The step mixes the two distributions, not their variances, and so stays an increase.
+        # The step mixes the two distributions, not their variances: the likelihood does not fall.
         between = step * (1 - step) * (mean - new_mean).square()
         variance = _mix((2 * log_std).exp(), new_variance, step) + between
         new_log_std = 0.5 * variance.clamp(min=self.min_std**2).log()
@@ -357,14 +364,13 @@ class Gaussian(Leaf):
 
 @dataclass(frozen=True)
 class Indicator(Leaf):
-    """Unit ``u`` of the region says ``x == values[u]``: its value is 1 or 0, and there is nothing
-    to learn.
+    """An indicator without parameters: unit ``u`` of the region is 1 if ``x == values[u]``, else 0.
 
     Args:
-        values: one for each unit of the region, whole numbers from 0.
+        values: Whole numbers of at least 0, one per unit of the region.
 
     Raises:
-        ValueError: other values.
+        ValueError: If a value is not a whole number of at least 0.
     """
 
     values: tuple[int, ...]
@@ -377,8 +383,8 @@ class Indicator(Leaf):
 
 @dataclass(frozen=True)
 class External(Leaf):
-    """A distribution that the caller evaluates: a network's head, say.
+    """A distribution that the caller evaluates, such as the head of a network.
 
-    :meth:`lora_ext.circuits.Circuit.log_prob` takes ``external (B, N)``, the log-value of each of
-    the N external leaf units in their order. They have no parameters here, and cannot be sampled.
+    :meth:`lora_ext.circuits.Circuit.log_prob` takes ``external (B, N)``, the log-values of the N
+    external leaf units in their order. They have no parameters, and cannot be sampled.
     """

@@ -1,6 +1,6 @@
-"""The parameters of a compiled graph, where they lie, their files, and values of leaves on data.
+"""The parameters of a compiled graph, their layout and files, and log-values of leaves on data.
 
-What queries, sampling, learning and files share: all of them stand above this.
+Queries, sampling and learning are built on this module.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from .multivariate import MultivariateGaussian
 from .region_graph import RegionGraph
 
 _METADATA = "lora_ext.circuit"
-_MAX_UNITS = 1 << 24  # leaf, sum and product units: a small file may describe many
+_MAX_UNITS = 1 << 24  # leaf, sum and product units; a small file could describe many more
 
 
 def require_tensor(where: str, name: str, x: object) -> None:
-    """Refuse data that are no tensor; only the caller knows their device and what is missing."""
+    """Raise ValueError unless ``x`` is a tensor; other data have no device."""
     remedy = f"{type(x).__module__}.{type(x).__name__}; torch.as_tensor(...) makes a tensor of it"
     require(isinstance(x, Tensor), where, name, "a tensor", remedy)
 
 
 def signed(x: Tensor) -> Tensor:
-    """Return bytes as numbers among which -1 can stand."""
+    """Return ``x`` in a dtype that can hold -1: uint8 becomes int64."""
     return x.long() if x.dtype == torch.uint8 else x
 
 
 class Parameters(nn.Module):
-    """Weights of the sums and tables of the leaves; see ``Circuit``, which answers the queries."""
+    """Weights of the sums and tables of the leaves; ``Circuit`` adds the queries."""
 
     def __init__(self, graph: RegionGraph, norm: str = "logits", precision: str = "fp32"):
         super().__init__()
@@ -64,9 +64,9 @@ class Parameters(nn.Module):
         self._matrices = rows_of_one_width(program)
         self.weights = nn.Parameter(torch.randn(self.layered.num_weights))
         self.leaves = nn.ModuleList()
-        # The leaf units of a family come in blocks that see one variable and have consecutive rows;
-        # kept are the size of a block and the variables that the family sees; if one unit sees
-        # several, also those of each block.
+        # The leaf units of a family form blocks that see one variable and have consecutive rows.
+        # Kept per family are the size of a block, and the variables. If a unit sees several
+        # variables, those of each block are kept too.
         self._blocks: list[int] = []
         self._names: list[list[int]] = []
         firsts = {i: columns[0] for i, columns in self.layered.first_leaves.items()}
@@ -87,7 +87,9 @@ class Parameters(nn.Module):
         self._var: Tensor
         self._row: Tensor
         self._indicators: Tensor
-        self._places: tuple[Tensor | None, Tensor, int] | None = None  # of a single family, on CPU
+        # Variables (None: all in order) and rows of the blocks, and the block size; set in
+        # `_looked_up` for a single family on the CPU.
+        self._places: tuple[Tensor | None, Tensor, int] | None = None
 
     def __repr__(self) -> str:
         total, sums = sum(p.numel() for p in self.parameters()), self.weights.numel()
@@ -99,19 +101,21 @@ class Parameters(nn.Module):
         ]
         return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
 
-    # --- where things lie -------------------------------------------------------------------------
+    # --- layout -----------------------------------------------------------------------------------
     @property
     def num_variables(self) -> int:
-        """Columns of the data."""
+        """The number of variables, which are the columns of the data."""
         return self.graph.num_variables
 
     def columns(self, region: int) -> range:
-        """Return columns of ``Flows.units`` that belong to a region."""
+        """Return the columns of a region in ``Flows.units``."""
         first = self.layered.first_unit[region]
         return range(first, first + self.graph.regions[region].units)
 
     def region_weights(self, region: int) -> Tensor:
-        """Return log-weights of a sum region before normalisation, a view ``(units, products)``."""
+        """Return the log-weights of a region of sums before normalisation, a view ``(units,
+        products)``.
+        """
         inner, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, an input"
         require(bool(inner.partitions), "region_weights", "region", "a region of sums", found)
@@ -120,8 +124,9 @@ class Parameters(nn.Module):
         return self.weights[first : first + units * products].view(units, products)
 
     def region_leaves(self, region: int) -> dict[str, Tensor]:
-        """Return parameters of an input region, views with a row per unit, of each variable in
-        turn."""
+        """Return the parameters of an input region: views with one row per variable and unit,
+        variable by variable.
+        """
         node, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, a region of sums"
         require(node.leaf is not None, "region_leaves", "region", "an input", found)
@@ -142,19 +147,20 @@ class Parameters(nn.Module):
             yield leaf, self._table(family), slice(begin - FIRST_LEAF, end - FIRST_LEAF)
 
     def _scopes(self, span: slice) -> Tensor:
-        """Return variables of the blocks of leaf units in the range of a joint family, ``(M,
-        d)``."""
+        """Return the variables of each block of a joint family, ``(M, d)``; ``span`` is its range
+        of leaf units.
+        """
         return self.get_buffer(f"_scopes{int(self.layered.inputs.dist[span.start])}")
 
     def _joint_data(self, span: slice, filled: Tensor, missing: Tensor) -> Tensor:
-        """Return what the blocks of a joint family see, ``(B, M, d)``, NaN where it is missing."""
+        """Return the data of the blocks of a joint family, ``(B, M, d)``, NaN where missing."""
         scopes = self._scopes(span)
         seen = filled[:, scopes].to(self.weights.dtype)
         return torch.where(missing[:, scopes], torch.nan, seen)
 
-    # --- what is executed -------------------------------------------------------------------------
+    # --- execution --------------------------------------------------------------------------------
     def _run(self) -> Execution:
-        """Return the layered form, on the device of the parameters."""
+        """Return the program on the device of the parameters."""
         self._execution.to(self.weights.device)
         return self._execution
 
@@ -169,12 +175,13 @@ class Parameters(nn.Module):
         return flat
 
     def _rows(self, flat: Tensor) -> list[Tensor]:
-        """Return views ``(rows, terms)`` that cover numbers in the order of the weights, few of
-        them."""
+        """Return few views ``(rows, terms)`` that together cover ``flat``, which has the order of
+        the weights.
+        """
         return [flat[span].view(-1, width) for span, width in self._matrices]
 
     def _root_numbers(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
-        """Return the root unit that answers for each row, counted from 0, ``(rows,)``."""
+        """Return the index of the root unit of each row, ``(rows,)``."""
         number = len(self._execution.roots)
         expected = f"one of 0 .. {number - 1}, or one per row, in a circuit of {number} root units"
         require(root is not None or number == 1, name, "root", expected, "none")
@@ -194,7 +201,9 @@ class Parameters(nn.Module):
         return torch.full((rows, self.num_variables), -1, device=self.weights.device)
 
     def _read(self, where: str, x: Tensor, argument: str = "x") -> tuple[Tensor, Tensor]:
-        """Return data, 0 where an entry is missing, and whether it is missing, ``(B, n)`` each."""
+        """Return checked data with 0 for missing entries, and the mask of the missing ones, ``(B,
+        n)`` each.
+        """
         n, device = self.num_variables, self.weights.device
         require_tensor(where, argument, x)
         fits = x.dim() == 2 and x.shape[1] == n
@@ -203,7 +212,7 @@ class Parameters(nn.Module):
         if x.is_floating_point():
             x = x.to(self.weights.dtype)
         elif x.dtype in (torch.int8, torch.int16):
-            x = x.long()  # a number of values may be none of theirs
+            x = x.long()  # These dtypes may be too small for the number of values.
         missing = x.isnan() if x.is_floating_point() else x < 0
         low = high = math.inf
         if x.numel() and not x.is_floating_point() and x.dtype != torch.uint8:
@@ -221,7 +230,7 @@ class Parameters(nn.Module):
             elif isinstance(leaf, External | Indicator):
                 continue
             else:
-                # Densities square their argument: past that, gradients would be 0 times infinity.
+                # Densities square their argument. If that is infinite, gradients are 0 * infinity.
                 wrong = known.to(self.weights.dtype).square().isinf()
                 expected = f"finite numbers, whose squares are finite in {self.weights.dtype}"
             if wrong.any():
@@ -233,7 +242,7 @@ class Parameters(nn.Module):
         return torch.where(missing, 0, x) if missing.any() else x, missing
 
     def _leaf_values(self, name: str, x: Tensor, external: Tensor | None) -> Tensor:
-        """Return log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""
+        """Return the log-values of the leaf units, ``(B, N)``; 0 where a variable is missing."""
         if isinstance(x, Tensor) and x.dtype == torch.long and x.device.type == "cpu":
             values = self._looked_up(x)
             if values is not None:
@@ -241,9 +250,10 @@ class Parameters(nn.Module):
         return self._leaf_values_of(name, *self._read(name, x), external)
 
     def _looked_up(self, x: Tensor) -> Tensor | None:
-        """Return the same if all leaves are tables, which check their data themselves.
+        """Return the log-values of the leaf units by a table look-up, which checks the data.
 
-        None for other leaves, and for data that are refused: :meth:`_read` says why.
+        Return None if the leaves are not tables of one family, and for wrong data, for which
+        :meth:`_read` raises an error.
         """
         if len(self.leaves) != 1 or x.dim() != 2 or x.shape[1] != self.num_variables:
             return None
@@ -290,7 +300,7 @@ class Parameters(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _refuse_external(self, name: str) -> None:
-        """Raise for external leaves, in queries that have no argument for their values."""
+        """Raise ValueError for external leaves: the query has no argument for their values."""
         for leaf, _, span in self._families():
             own = not isinstance(leaf, External)
             variable = int(self._var[span][0])
@@ -299,7 +309,7 @@ class Parameters(nn.Module):
     # --- files ------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> None:
         """Write parameters and structure into one safetensors file."""
-        from safetensors.torch import save_file  # not with lora_ext: only this needs it
+        from safetensors.torch import save_file  # imported here, as only this method needs it
 
         tensors = {k: t.detach().cpu().contiguous() for k, t in self.state_dict().items()}
         text = f'{{"norm": "{self.norm}", "graph": {self.graph.to_json()}}}'
@@ -307,8 +317,7 @@ class Parameters(nn.Module):
 
 
 def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
-    """Return graph, norm and state of the circuit in a file; nothing is read before all is
-    checked."""
+    """Return graph, norm and state of the circuit in a file; tensors are read after all checks."""
     with contextlib.closing(SafetensorsFile(Path(path))) as file:
         where = file.where
         data = parse_json(file.metadata.get(_METADATA, "null").encode(), where)
@@ -335,6 +344,6 @@ def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
 
 
 def _fresh_table(leaf: Leaf, rows: int, size: int) -> Table:
-    """Return fresh parameters of a family for regions of ``size`` variables."""
+    """Return initial parameters of a family for regions of ``size`` variables."""
     joint = isinstance(leaf, MultivariateGaussian)
     return leaf.table(rows, size) if joint else leaf.table(rows)

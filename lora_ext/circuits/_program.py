@@ -1,26 +1,24 @@
-"""The compiled form of a region graph: where its units and weights lie, and what runs them.
+"""The compiled form of a region graph: the layout of its units and weights, and its execution.
 
-Values of all units lie in one buffer ``val (B, U)``. Column 0 is a unit that is always 1 (log 0),
-column 1 one that is always 0 (log -inf). Then come leaf units, inputs over several variables, and
-sums, stage by stage: a stage holds regions of one depth, which is the longest distance from the
-inputs, and none of them reads another. No product is ever kept, backward computes it again.
+The values of all units are in one buffer ``val (B, U)``. Column 0 is a unit that is always 1 (log
+0), column 1 one that is always 0 (log -inf). The next columns are leaf units, inputs over several
+variables, and sums, stage by stage. A stage holds regions of one depth, which is the longest
+distance from the inputs; none of them reads another. Products are not kept, backward computes them
+again.
 
-:class:`Layered` says where things lie. A program tells what is computed, as one list of int32 that
-``ops.circuit_layers`` walks in one call:
+:class:`Layered` is the layout. A program is the computation, one list of int32 that
+``ops.circuit_layers`` executes in one call:
 
-    header    units, leaf units, rows of all matrices, then how many there are of each list below
-    nodes     first column of the results, sums, terms, matrix or -1, range of parts
-    parts     first term, 1 if of pairs, range of children
-    children  first column, units
-    matrices  first weight, sums, terms, number of the first row, range of users
-    users     the nodes that a matrix belongs to
-    roots     columns
-    stages    first node of each, and the number of nodes: a stage reads the stages before it
-    owners    of each child, then of each root: its node, or -1 - the variable of a leaf
-    draws     of each node with a matrix: the place of its region among the inner regions
+    header    units, leaf units, rows of all matrices, then the length of each list below nodes
+    first column of the results, sums, terms, matrix or -1, range of parts parts     first term, 1
+    if of pairs, range of children children  first column, units matrices  first weight, sums,
+    terms, number of the first row, range of users users     the nodes of each matrix roots columns
+    stages    first node of each, and the number of nodes: a stage reads the stages before it owners
+    of each child, then of each root: its node, or -1 - the variable of a leaf draws of each node
+    with a matrix: the place of its region among the inner regions
 
-A node without a matrix is its products: an input over several variables. Matrices of regions whose
-parameters are tied are one.
+A node without a matrix is an input over several variables: its results are its products. Regions
+with tied parameters share a matrix.
 """
 
 from __future__ import annotations
@@ -47,10 +45,10 @@ _MAX_BINS = 4
 
 
 class InputLayer(NamedTuple):
-    """Where each leaf unit finds its data and parameters, int32.
+    """Variable, family and row of each leaf unit, int32.
 
-    ``var`` holds its variable, ``dist`` its family, ``row`` its row in the table of the family. Of
-    a leaf over several variables, ``var`` has the last, for no two leaves of a walk share one.
+    ``var`` holds its variable, ``dist`` its family, ``row`` its row in the table of the family. For
+    a leaf over several variables, ``var`` is the last one: no two leaves of a walk share it.
     """
 
     var: Tensor
@@ -59,7 +57,7 @@ class InputLayer(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A family of leaf units: its columns, rows of its table, and variables that a unit sees."""
+    """A family of leaf units: range of columns, rows of its table, number of variables per unit."""
 
     leaf: Leaf
     begin: int
@@ -70,18 +68,18 @@ class Family(NamedTuple):
 
 @dataclass(frozen=True)
 class Layered:
-    """Where the units and weights of a circuit lie.
+    """The layout of the units and weights of a circuit.
 
     Attributes:
-        num_units: columns of ``val``.
-        families: of the leaf units, in their order.
-        indicator_values: of each leaf unit, the value that an indicator looks for.
-        inputs: leaf units.
-        first_leaves: of each input region, the first column of its leaf units for each variable.
-        stages: the regions of each, in order of execution.
-        first_unit: of each region, its first column.
-        weight_off: of each region, its first weight, or -1; ``(units, products)`` row-major.
-        num_weights: length of the weights.
+        num_units: Number of columns of ``val``.
+        families: Families of the leaf units, in their order.
+        indicator_values: For each leaf unit, the value at which an indicator is 1.
+        inputs: Variable, family and row of the leaf units.
+        first_leaves: For each input region, the first column of its leaf units per variable.
+        stages: Regions of each stage, in order of execution.
+        first_unit: First column of each region.
+        weight_off: First weight of each region, or -1; ``(units, products)`` row-major.
+        num_weights: Number of weights.
     """
 
     num_units: int
@@ -99,7 +97,7 @@ def compile_graph(graph: RegionGraph) -> Layered:
     """Lay out the units and weights of a graph.
 
     Raises:
-        PCStructureError: if the circuit has 2^31 weights or more.
+        PCStructureError: If the circuit has 2^31 weights or more.
     """
     first_unit, weight_off = [-1] * len(graph.regions), [-1] * len(graph.regions)
     families, indicators, inputs, first_leaves = _leaves(graph)
@@ -134,7 +132,9 @@ def compile_graph(graph: RegionGraph) -> Layered:
 
 
 def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], Tensor, InputLayer, dict[int, Any]]:
-    """Lay the leaf units out family by family; return four fields of :class:`Layered`."""
+    """Lay out the leaf units family by family; return ``families``, ``indicator_values``,
+    ``inputs`` and ``first_leaves`` of :class:`Layered`.
+    """
     grouped: dict[tuple[object, int], list[int]] = {}
     for i, region in enumerate(graph.regions):
         if region.leaf is not None:
@@ -168,10 +168,10 @@ def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], Tensor, InputLayer,
 
 
 def _stages(graph: RegionGraph) -> tuple[tuple[int, ...], ...]:
-    """Return the inner regions by depth, and within one depth by shape, or by size if shapes are
-    many.
+    """Return the regions of sums by depth, and within a depth by shape, or by size if there are
+    many shapes.
 
-    Weights lie in this order, which files depend on.
+    This is the order of the weights; files depend on it.
     """
     layers: dict[int, list[int]] = {}
     for i, depth in enumerate(graph.depths()):
@@ -201,7 +201,7 @@ def _stages(graph: RegionGraph) -> tuple[tuple[int, ...], ...]:
 
 
 class _Writer:
-    """The lists of a program, as they grow; a node is a region."""
+    """The lists of a program under construction; a node is a region."""
 
     def __init__(self, graph: RegionGraph, layered: Layered):
         self.graph, self.layered = graph, layered
@@ -261,7 +261,7 @@ class _Writer:
         self.nodes.append([first, units, width, matrix, first_part, len(self.parts)])
 
     def owner(self, region: int) -> int:
-        """Return the node of a region, or -1 - the variable of one that is leaf units."""
+        """Return the node of a region, or -1 - variable if the region is only leaf units."""
         found = self.node_of.get(region)
         if found is None:
             found = -1 - max(variables(self.graph.regions[region].variables))
@@ -310,7 +310,9 @@ def matrices_of(program: Program) -> list[tuple[int, int, int]]:
 
 
 def rows_of_one_width(program: Program) -> list[tuple[slice, int]]:
-    """Return ranges of the weights in which all sums have as many terms, and how many those are."""
+    """Return ranges of the weights in which all sums have the same number of terms, each with this
+    number.
+    """
     found: list[tuple[slice, int]] = []
     for first, sums, terms in matrices_of(program):
         end = first + sums * terms
@@ -322,7 +324,7 @@ def rows_of_one_width(program: Program) -> list[tuple[slice, int]]:
 
 
 class Weights(NamedTuple):
-    """The weights of an evaluation, flat; what they are; the precision of sums going up."""
+    """Flat weights of an evaluation, their norm, and the precision of sums in the upward pass."""
 
     flat: Tensor
     norm: str
@@ -330,28 +332,30 @@ class Weights(NamedTuple):
 
 
 class Execution:
-    """A program on one device, ready to run: upward, backward, and down along one tree."""
+    """A program on one device, with the upward pass, the backward pass and the walk down a tree."""
 
     def __init__(self, program: Program, roots: list[int]):
         self.program, self.roots = program, roots
 
     def to(self, device: torch.device) -> None:
-        """Move the program, once per change of device."""
+        """Move the program to ``device`` if it is on another one."""
         if device != self.program.numbers.device:
             self.program = self.program.to(device)
 
     def up(self, leaf: Tensor, weights: Weights, semiring: str = "sum") -> Tensor:
-        """Return values of all units, ``(B, U)``, from those of the leaves ``(B, N)``."""
+        """Return log-values of all units, ``(B, U)``, from those of the leaves, ``(B, N)``."""
         flat, norm, precision = weights
-        with torch._C._AutoDispatchBelowAutograd():  # Evaluate gives the gradient
+        with torch._C._AutoDispatchBelowAutograd():  # `Evaluate` computes the gradient.
             return ops.circuit_layers(leaf, flat, self.program, norm, semiring, precision)
 
     def down(
         self, droots: Tensor, val: Tensor, weights: Weights, need_weights: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the weights.
+        """Return the gradients of all units ``(B, U)``, of the leaves ``(B, N)`` and of the
+        weights.
 
-        ``droots (B, R)`` has those of the roots. What is not needed comes back empty.
+        ``droots (B, R)`` are the gradients of the roots. That of the weights is empty without
+        ``need_weights``.
         """
         with torch._C._AutoDispatchBelowAutograd():
             grad, dflat = ops.circuit_layers_backward(
@@ -360,7 +364,7 @@ class Execution:
         return grad, grad[:, FIRST_LEAF : FIRST_LEAF + self.program.plan[1]], dflat
 
     def root_values(self, val: Tensor) -> Tensor:
-        """Return the values of the roots, ``(B, R)``, in memory of their own."""
+        """Return a copy of the values of the roots, ``(B, R)``."""
         if len(self.roots) == 1:
             return val.narrow(1, self.roots[0], 1).clone()
         return val[:, self.roots]
@@ -368,14 +372,15 @@ class Execution:
     def walk(
         self, val: Tensor, weights: Weights, root: Tensor, uniforms: Tensor | None = None
     ) -> Tensor:
-        """Return the leaf unit that each variable comes to, or -1, ``(M, n)``:
-        ops.circuit_layers_walk."""
+        """Return the leaf unit that a walk reaches for each variable, or -1, ``(M, n)``, see
+        ``ops.circuit_layers_walk``.
+        """
         with torch._C._AutoDispatchBelowAutograd():
             return ops.circuit_layers_walk(val, weights.flat, self.program, root, uniforms)
 
 
 class Evaluate(torch.autograd.Function):
-    """Takes leaves and weights to the roots; its backward computes flows."""
+    """The evaluation of the roots from leaves and weights; its backward computes flows."""
 
     @staticmethod
     def forward(
@@ -392,7 +397,7 @@ class Evaluate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of leaves and weights."""
-        val, _ = ctx.saved_tensors  # raises if somebody has changed the weights in place
+        val, _ = ctx.saved_tensors  # raises if the weights were changed in place
         need = ctx.needs_input_grad[1]
         _, dleaf, dflat = ctx.execution.down(grads[0], val, ctx.weights, need)
         return dleaf, dflat if need else None, None, None, None

@@ -1,4 +1,4 @@
-"""The parts of a region graph as plain values, and as JSON; what is read is not trusted."""
+"""The parts of a region graph as dataclasses and as JSON; JSON is not trusted."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Partition:
     """A product of regions.
 
     Attributes:
-        children: their indices in the graph, each below the region's own.
-        kind: "hadamard", unit u of the product is that of the children's units u; or "kronecker",
-            of two children each unit of one with each of the other.
+        children: Indices of the regions, each below the index of the region that has the partition.
+        kind: ``"hadamard"``: unit u of the product is the product of the units u of the children.
+            ``"kronecker"``: each unit of the first of two children times each of the second.
     """
 
     children: tuple[int, ...]
@@ -37,7 +37,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Region:
-    """Either ``leaf`` and ``variables`` (a bitset), or ``partitions``.
+    """A region: an input with ``leaf`` and ``variables`` (a bitset), or sums with ``partitions``.
 
     Regions of one ``tie`` share their parameters: the weights of sums, the distributions of inputs.
     """
@@ -52,11 +52,13 @@ class Region:
 
 @dataclass(frozen=True)
 class Input:
-    """An input region, as :meth:`RegionGraph.from_edges` takes it.
+    """An input region for :meth:`RegionGraph.from_edges`.
 
     Attributes:
-        variables: their numbers. leaf: the family. units: distributions for each variable.
-        tie: input regions with the same word share their parameters; None shares nothing.
+        variables: Variables by number.
+        leaf: The family.
+        units: Number of distributions for each variable.
+        tie: Input regions with the same text share their parameters; None: not shared.
     """
 
     variables: Sequence[int]
@@ -67,7 +69,7 @@ class Input:
 
 # --- leaves ---------------------------------------------------------------------------------------
 def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
-    """Return name and fields of a family of this package; no reader would know another."""
+    """Return name and fields of a family of this package; raise ValueError for another one."""
     name = type(leaf).__name__.lower()
     known = FAMILIES.get(name) is type(leaf)
     require(known, "leaf", "family", f"one of {[*FAMILIES]}", type(leaf).__qualname__)
@@ -76,7 +78,7 @@ def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
 
 
 def leaf_from_json(data: Any, where: str) -> Leaf:
-    """Parse an untrusted description."""
+    """Return the family of an untrusted description."""
     known = isinstance(data, dict) and data.get("family") in list(FAMILIES)
     require(known, where, "family", f"one of {[*FAMILIES]}", f"{data!r:.100}")
     family = FAMILIES[data["family"]]
@@ -123,7 +125,7 @@ def regions_to_json(regions: tuple[Region, ...], multi_root: bool) -> str:
 
 
 def regions_from_json(data: Any, where: str) -> tuple[tuple[Region, ...], bool]:
-    """Return regions and ``multi_root`` of a parsed description, which is not trusted."""
+    """Return regions and ``multi_root`` of an untrusted parsed description."""
     whole = isinstance(data, dict) and data.keys() == {"multi_root", "regions"}
     require(whole, where, "graph", "multi_root and regions", f"{data!r:.100}")
     listed, multi_root = data["regions"], data["multi_root"]

@@ -1,4 +1,4 @@
-"""From the root down: exact samples, and the best trees, one or the k best of a chain."""
+"""Queries with a walk from the root down: exact samples, the best tree, the k best of a chain."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .multivariate import MultivariateGaussian
 
 
 class MapResult(NamedTuple):
-    """The best tree of the circuit.
+    """The most probable assignment and latents of each row.
 
     Attributes:
-        x: ``(B, n)`` assignment, evidence kept.
+        x: ``(B, n)`` assignment, with the evidence.
         value: ``(B,)`` log-probability of the assignment together with all latents.
-        exact: whether ``x`` is also known to maximise ``log_prob(x)``: True only if the circuit is
-            deterministic; otherwise this is max-product, an approximation of that.
+        exact: Whether ``x`` is known to maximise ``log_prob(x)`` too: True only if the circuit is
+            deterministic. Otherwise ``x`` is the max-product approximation.
     """
 
     x: Tensor
@@ -34,7 +34,7 @@ class MapResult(NamedTuple):
 
 
 class _Evidence(NamedTuple):
-    """Rows of evidence, checked, and the root unit that each starts from."""
+    """Checked rows of evidence and the root unit of each."""
 
     given: Tensor  # (B, n)
     filled: Tensor  # (B, n), 0 where an entry is missing
@@ -45,7 +45,7 @@ class _Evidence(NamedTuple):
     def read(
         cls, circuit: Parameters, name: str, evidence: Tensor | None, root: int | Tensor | None
     ) -> _Evidence:
-        """Check evidence; None stands for as many rows of nothing as there are roots."""
+        """Check evidence; None becomes rows without observations, one per entry of ``root``."""
         if evidence is None:
             rows = len(root) if isinstance(root, Tensor) and root.dim() == 1 else 1
             evidence = circuit._nothing(rows)
@@ -55,7 +55,7 @@ class _Evidence(NamedTuple):
         return cls(evidence, filled, missing, start)
 
     def room(self, circuit: Parameters) -> Tensor:
-        """Return a copy of the evidence in a dtype that can hold what is drawn."""
+        """Return a copy of the evidence in a dtype that can hold the drawn values."""
         if self.given.is_floating_point():
             return self.given.clone()
         families = [family for family, _, _ in circuit._families()]
@@ -73,7 +73,7 @@ def sample(
     generator: torch.Generator | None,
     root: int | Tensor | None,
 ) -> Tensor:
-    """``Circuit.sample``."""
+    """Draw samples, see ``Circuit.sample``."""
     integer("sample", "num_samples", num_samples, 0, expected="a whole number, at least 0")
     rows = _Evidence.read(circuit, "sample", evidence, root)
     inner = sum(bool(r.partitions) for r in circuit.graph.regions)
@@ -90,7 +90,7 @@ def sample(
     impossible = (top == -torch.inf).nonzero()
     if len(impossible):
         where = f"sample: evidence: row {int(impossible[0])}"
-        raise ValueError(f"{where}: expected a possible row, found an impossible row")
+        raise ValueError(f"{where}: expected a possible row, found log-probability -inf")
     u = uniforms.flatten(0, 1)
     chosen = execution.walk(val, weights, rows.start, u[:, :inner])
     row = torch.arange(len(rows.given), device=device).repeat_interleave(num_samples)
@@ -105,7 +105,7 @@ def _check_uniforms(uniforms: Tensor, shape: tuple[int, ...], device: torch.devi
     require(uniforms.shape == shape, *where, f"shape {shape}", tuple(uniforms.shape))
     require(uniforms.dtype in dtypes, *where, "float32 or float64", uniforms.dtype)
     require(uniforms.device == device, *where, device, uniforms.device)
-    if device.type == "cpu":  # elsewhere the host would wait for it
+    if device.type == "cpu":  # On a GPU the check would make the host wait.
         outside = uniforms[~((uniforms >= 0) & (uniforms <= 1))]
         if len(outside):
             found = float(outside[0])
@@ -113,7 +113,7 @@ def _check_uniforms(uniforms: Tensor, shape: tuple[int, ...], device: torch.devi
 
 
 def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None) -> MapResult:
-    """``Circuit.map``."""
+    """Find the most probable assignment and latents, see ``Circuit.map``."""
     rows = _Evidence.read(circuit, "map", evidence, root)
     val = best_values(circuit, rows.filled, rows.missing)
     execution = circuit._run()
@@ -125,7 +125,7 @@ def best(circuit: Parameters, evidence: Tensor | None, root: int | Tensor | None
 
 
 def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
-    """Return the values of all units by max-product, where missing variables take their mode."""
+    """Return the log-values of all units by max-product; missing variables have their mode."""
     leaves = circuit._leaf_values_of("map", filled, missing).clone()
     for leaf, table, span in circuit._families():
         if isinstance(leaf, MultivariateGaussian):
@@ -141,9 +141,9 @@ def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:
 def _fill(
     circuit: Parameters, x: Tensor, chosen: Tensor, missing: Tensor, uniforms: Tensor | None = None
 ) -> None:
-    """Write the values of the chosen leaf units into what is missing of ``x``, in place.
+    """Write values of the chosen leaf units into the missing entries of ``x``, in place.
 
-    They are drawn from ``uniforms``, of ``x``'s shape; None: they are the most probable.
+    They are drawn with ``uniforms``, which has the shape of ``x``; None: the most probable values.
     """
     for (leaf, table, span), block in zip(circuit._families(), circuit._blocks, strict=True):
         inside = (chosen >= span.start + FIRST_LEAF) & (chosen < span.stop + FIRST_LEAF)
@@ -165,12 +165,12 @@ def _fill(
             x[m, v] = values.to(x.dtype)
 
 
-# --- the k best of a chain: Viterbi, with k candidates where it keeps one ------------------------
+# --- the k best of a chain: list Viterbi decoding -------------------------------------------------
 class KBest(NamedTuple):
-    """The best pairs of values and states, best first; where there are fewer, -1 and ``-inf``.
+    """The k best pairs of values and states, best first; padded with -1 (or NaN) and ``-inf``.
 
     Attributes:
-        x: ``(B, k, n)``, evidence kept.
+        x: ``(B, k, n)``, with the evidence.
         states: ``(B, k, n)``, the leaf unit of each variable.
         value: ``(B, k)``, log-probability of values and states together.
     """
@@ -181,7 +181,7 @@ class KBest(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A place of the chain: its latent, and the input that it sees."""
+    """A place of the chain: the regions of its latent and its input, and its variable."""
 
     latent: int
     input: int
@@ -189,14 +189,14 @@ class _Step(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """How the candidates of a place came about: indices ``(B, r, k)`` into what they join."""
+    """The choices behind the candidates of a place: indices ``(B, r, k)``."""
 
     step: _Step
     inside: Tensor  # (B,), whether the place is before the end of a row's sequence
-    state: Tensor  # of this place, below a unit of the latent
-    rank: Tensor  # which candidate of that state
-    value: Tensor  # by state: which of its values
-    below: Tensor  # by state: which candidate of the next place
+    state: Tensor  # the state of this place, by unit of the latent
+    rank: Tensor  # the candidate of this state
+    value: Tensor  # by state: the rank of its value
+    below: Tensor  # by state: the candidate of the next place
 
 
 def k_best(
@@ -206,13 +206,13 @@ def k_best(
     lengths: Tensor | None,
     root: int | Tensor | None,
 ) -> KBest:
-    """``Circuit.k_best``."""
+    """Find the k best pairs of values and states, see ``Circuit.k_best``."""
     integer("k_best", "k", k, 1, expected=COUNT)
     steps = _chain(circuit)
     rows = _Evidence.read(circuit, "k_best", evidence, root)
     lengths = _lengths(lengths, len(rows.given), len(steps), rows.start.device)
     leaf = circuit._leaf_values_of("k_best", rows.filled, rows.missing)
-    below: Tensor | None = None  # (B, r, k) of the next place
+    below: Tensor | None = None  # candidates of the next place, (B, r, k)
     choices: list[_Choice] = []
     for place in range(len(steps) - 1, -1, -1):
         step = steps[place]
@@ -237,7 +237,7 @@ def k_best(
 
 
 def _chain(circuit: Parameters) -> list[_Step]:
-    """Return the places of a chain from the root down."""
+    """Return the places of a chain from the root down; raise ValueError for another graph."""
     graph, regions = circuit.graph, circuit.graph.regions
     expected = "a chain, each latent above one input of one variable and the next latent"
     steps: list[_Step] = []
@@ -275,7 +275,7 @@ def _lengths(lengths: Tensor | None, rows: int, most: int, device: torch.device)
 
 
 def _observed(circuit: Parameters, step: _Step, leaf: Tensor, missing: Tensor, k: int) -> Tensor:
-    """Return log-probabilities of the values that a place may take, best first, ``(B, r, J)``."""
+    """Return the log-probabilities of the possible values of a place, best first, ``(B, r, J)``."""
     first = circuit.columns(step.input)[0] - FIRST_LEAF
     given = leaf[:, first : first + len(circuit.columns(step.input)), None]
     absent = missing[:, step.variable]
@@ -310,7 +310,7 @@ def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of the last axis and their indices, lowest index first among equals."""
+    """Return the k largest entries of the last axis and their indices, ties by lowest index."""
     found, index = values.sort(dim=-1, descending=True, stable=True)
     return found[..., :k], index[..., :k]
 
@@ -318,7 +318,7 @@ def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _read_back(
     circuit: Parameters, rows: _Evidence, choices: list[_Choice], value: Tensor, k: int
 ) -> KBest:
-    """Follow the choices from the root down."""
+    """Return the k best pairs that the choices lead to from the root down."""
     batch, count = value.shape
     row = torch.arange(batch, device=value.device)[:, None]
     room = rows.room(circuit)

@@ -1,10 +1,10 @@
-"""Scopes, which are sets of variables as bitsets in Python integers."""
+"""Scopes: sets of variables as bitsets in Python integers."""
 
 from __future__ import annotations
 
 
 class PCStructureError(ValueError):
-    """The graph is not the circuit that somebody asked for; names the unit and the variables."""
+    """An error in the structure of a circuit; the message names the unit and the variables."""
 
 
 def variables(scope: int) -> list[int]:
@@ -18,7 +18,7 @@ def variables(scope: int) -> list[int]:
 
 
 def braces(scope: int) -> str:
-    """Return a scope as errors print it, cut after twelve variables."""
+    """Return a scope as text for messages, cut after twelve variables."""
     shown = variables(scope)
     tail = ", ..." if len(shown) > 12 else ""
     return "{" + ", ".join(map(str, shown[:12])) + tail + "}"

@@ -1,4 +1,4 @@
-"""What the structure of a circuit promises: smooth, decomposable, deterministic, and so on.
+"""Checks of the structure of a circuit: smooth, decomposable, deterministic and others.
 
 Scopes are bitsets in Python integers, so each check costs one pass over the edges.
 """
@@ -19,7 +19,7 @@ Truth = Literal[True, False, "unknown"]
 
 
 def why_not_smooth(graph: RegionGraph) -> str | None:
-    """Return which sum has terms over different variables; None if all terms share a scope."""
+    """Return a message about a sum whose terms differ in scope; None if the graph is smooth."""
     for i, region in enumerate(graph.regions):
         first, *others = [graph.partition_scope(p) for p in region.partitions] or [0]
         for scope in others:
@@ -30,7 +30,9 @@ def why_not_smooth(graph: RegionGraph) -> str | None:
 
 
 def why_not_decomposable(graph: RegionGraph) -> str | None:
-    """Return which product has factors that share variables; None if there is no such product."""
+    """Return a message about a product whose factors share variables; None if the graph is
+    decomposable.
+    """
     for i, region in enumerate(graph.regions):
         for p in region.partitions:
             seen = 0
@@ -45,7 +47,7 @@ def why_not_decomposable(graph: RegionGraph) -> str | None:
 
 
 def is_structured_decomposable(graph: RegionGraph) -> bool:
-    """Return whether all products split a scope in the same way: they then agree with one vtree."""
+    """Return whether all products split a scope in the same way, as one vtree does."""
     if why_not_decomposable(graph) is not None:
         return False
     split: dict[int, frozenset[int]] = {}
@@ -62,10 +64,10 @@ def is_structured_decomposable(graph: RegionGraph) -> bool:
 def is_deterministic(graph: RegionGraph) -> Truth:
     """Return whether at most one term of each sum is nonzero on any input.
 
-    A syntactic test. True: the terms of every sum differ in an indicator on a common variable.
-    False: two terms of a sum are positive everywhere. Anything else is ``"unknown"``.
+    The test is syntactic. True: the terms of each sum differ in an indicator on a common variable.
+    False: two terms of a sum are positive everywhere. ``"unknown"``: all other cases.
     """
-    # For each unit, the variables that it restricts and the values that it allows, as a bitset.
+    # For each unit: the variables that it restricts, each with the allowed values as a bitset.
     units: list[list[dict[int, int]]] = []
     verdict: Truth = True
     for region in graph.regions:
@@ -89,7 +91,7 @@ def is_deterministic(graph: RegionGraph) -> Truth:
         merged = {v: reduce(or_, (t[v] for t in terms)) for v in common}
         if not _disjoint(terms, merged):
             verdict = "unknown"
-        # All units of a region weigh the same terms, so they allow the same values.
+        # All units of a region are sums over the same terms, so they allow the same values.
         units.append([merged] * region.units)
     return verdict
 
@@ -103,8 +105,11 @@ def _jointly(*parts: dict[int, int]) -> dict[int, int]:
 
 
 def _disjoint(terms: list[dict[int, int]], merged: dict[int, int]) -> bool:
-    """Return whether one variable tells all terms apart or, among few terms, each pair has one that
-    does; ``merged`` is what they allow of the variables that all of them restrict."""
+    """Return whether a variable separates all terms or, for at most 64 terms, each pair has a
+    variable that separates it.
+
+    ``merged`` holds the values allowed by any term, for each variable that all terms restrict.
+    """
     if any(sum(t[v].bit_count() for t in terms) == m.bit_count() for v, m in merged.items()):
         return True
     return len(terms) <= 64 and all(
@@ -115,7 +120,7 @@ def _disjoint(terms: list[dict[int, int]], merged: dict[int, int]) -> bool:
 
 
 def check_tractable(graph: RegionGraph, where: str) -> None:
-    """Raise unless a graph is smooth and decomposable: all queries but evaluation need it."""
+    """Raise `PCStructureError` unless a graph is smooth and decomposable."""
     problem = why_not_smooth(graph) or why_not_decomposable(graph)
     expected, found = "a smooth and decomposable circuit", f"one that is {problem}"
     require(problem is None, where, "graph", expected, found, PCStructureError)

@@ -1,7 +1,7 @@
 """Sums in one fixed order, on every device and for any number of threads.
 
-torch adds with atomics where indices repeat, on the CPU in ``index_put_`` and on CUDA in
-``index_add_``; the other of the two goes through the entries in order.
+For repeated indices torch adds with atomics, on the CPU in ``index_put_`` and on CUDA in
+``index_add_``. The other one of the two adds the entries in order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 def add_at(target: Tensor, index: Tensor, values: Tensor) -> None:
     """Add ``values[..., j]`` to ``target[..., index[j]]`` in place; indices may repeat.
 
-    ``target`` has one dimension or two, ``index`` one.
+    ``target`` has one or two dimensions, ``index`` has one.
     """
     if target.device.type == "cpu":
         target.index_add_(-1, index, values)
@@ -23,22 +23,22 @@ def add_at(target: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def sums_at(index: Tensor, values: Tensor, size: int) -> Tensor:
-    """Return values added up by index in float64, ``(size,)``: long sums of small counts lose
-    nothing."""
+    """Return the sums of ``values`` by index, ``(size,)``, in float64 for long sums of small
+    counts.
+    """
     sums = torch.zeros(size, dtype=torch.float64, device=values.device)
     add_at(sums, index.flatten(), values.double().flatten())
     return sums
 
 
 def in_rows(t: Tensor) -> Tensor:
-    """Return ``t`` below a new first axis, which shows it twice where it is one row and nothing
-    else.
+    """Return ``t`` with a new first axis, of size 2 if ``t`` is a single row and 1 otherwise.
 
-    torch cuts the sum of a single long row among its threads, the sums of two rows never.
+    torch divides the sum of a single long row among its threads, but not the sums of two rows.
     """
     return t.expand(2, *t.shape) if t.numel() == t.shape[-1] else t[None]
 
 
 def last_sum(t: Tensor) -> Tensor:
-    """Return ``t.sum(-1)``."""
+    """Return ``t.sum(-1)`` in an order independent of the number of threads."""
     return in_rows(t).sum(-1)[0]

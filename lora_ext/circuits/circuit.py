@@ -1,6 +1,6 @@
 """A circuit over a region graph as an ``nn.Module``: evaluation and queries.
 
-Sampling, learning and files are functions of their own; the methods here are their documentation.
+Sampling, learning and files are implemented in other modules and documented by the methods here.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ._sampling import KBest, MapResult
 
 
 class Report(NamedTuple):
-    """What :meth:`Circuit.check` finds.
+    """The result of :meth:`Circuit.check`.
 
     Attributes:
-        smooth: every term of a sum has the scope of the sum.
-        decomposable: the factors of a product share no variable.
-        structured_decomposable: products split a scope in one way, as one vtree does.
-        deterministic: at most one term of each sum is nonzero, where that can be told; else
-            "unknown".
-        normalisation_error: how far the worst sum of weights is from 1.
+        smooth: Whether every term of a sum has the scope of the sum.
+        decomposable: Whether the factors of each product share no variable.
+        structured_decomposable: Whether all products split a scope in one way, as one vtree does.
+        deterministic: Whether at most one term of each sum is nonzero on any input; ``"unknown"``
+            if the check cannot decide.
+        normalisation_error: Largest distance of a sum of weights from 1.
     """
 
     smooth: bool
@@ -42,52 +42,52 @@ class Report(NamedTuple):
 
 
 class Circuit(Parameters):
-    """A probabilistic circuit with parameters of its own, shared by all rows of data.
+    """A probabilistic circuit whose parameters are shared by all rows of data.
 
-    Data ``x (B, n)``: integer, where -1 marginalises a variable in its row, or floating, where NaN
-    does. Impossible data has log-probability ``-inf``, gradient zero and no NaN.
+    Data ``x (B, n)`` are integers, where -1 marginalises a variable in its row, or floating, where
+    NaN does. Impossible data have log-probability ``-inf`` and gradient zero, never NaN.
 
-    A circuit of several root units is several distributions over one body: ``log_prob`` gives all
-    of them where ``root`` is open, and every other query needs it: the number of one of them, or a
-    tensor ``(B,)`` of one per row, such as the class of each row.
+    A circuit with several root units has several distributions that share their lower parts.
+    ``log_prob`` without ``root`` returns all of them. Every other query needs ``root``: the index
+    of one of them, or a tensor ``(B,)`` with one index per row, such as the class of each row.
 
-    Evidence is data whose gaps are filled; None stands for one row of nothing, or for one per entry
-    of ``root``.
+    Evidence is data with missing entries, which a query fills. None is one row without
+    observations, or one per entry of ``root``.
 
     Args:
-        graph: the structure.
-        norm: ``"logits"``: weights are log-softmaxed over each sum; ``"none"``: log-weights as they
-            are, and :meth:`log_partition` is not zero.
-        precision: of ``log_prob``, as ``ops.circuit_layers`` takes it; may be set later.
+        graph: The structure.
+        norm: ``"logits"``: weights are log-softmaxed over each sum. ``"none"``: log-weights are
+            used as they are, and :meth:`log_partition` is not zero.
+        precision: Precision of ``log_prob``, see ``ops.circuit_layers``; may be set later.
 
     Attributes:
-        weights: all log-weights, flat; :meth:`region_weights` views those of a region.
-        leaves: per family of inputs, its table of parameters.
+        weights: All log-weights, flat; :meth:`region_weights` is a view of those of a region.
+        leaves: For each family of inputs, its table of parameters.
 
     Raises:
-        PCStructureError: if the graph is not smooth and decomposable; only evaluation of complete
-            data would mean anything.
+        PCStructureError: If the graph is not smooth and decomposable; only evaluation of complete
+            data would have a meaning.
     """
 
     # --- evaluation -------------------------------------------------------------------------------
     def log_prob(
         self, x: Tensor, external: Tensor | None = None, root: int | Tensor | None = None
     ) -> Tensor:
-        """Compute ``log p`` of the variables that are given, the others summed out.
+        """Compute ``log p`` of the observed variables; missing ones are marginalised.
 
-        Differentiable once, in the parameters and in ``external``.
+        The result is once differentiable in the parameters and in ``external``.
 
         Args:
-            x: ``(B, n)``, -1 or NaN where a variable is marginalised.
+            x: ``(B, n)``, -1 or NaN where a variable is missing.
             external: ``(B, N)`` log-values of the external leaf units, if there are any.
-            root: see the class.
+            root: Index of a root unit, or one per row, see the class.
 
         Returns:
-            ``(B,)`` in the dtype of the parameters; ``(B, R)`` if there are R root units and
-            ``root`` is open.
+            ``(B,)`` in the dtype of the parameters; ``(B, R)`` for R > 1 root units without
+            ``root``.
 
         Raises:
-            ValueError: on a wrong shape, device or value, naming the variable.
+            ValueError: If a shape, device or value is wrong; the message names the variable.
         """
         values = self._log_probs("log_prob", x, external)
         if root is not None:
@@ -97,7 +97,7 @@ class Circuit(Parameters):
     forward = log_prob
 
     def _log_probs(self, name: str, x: Tensor, external: Tensor | None = None) -> Any:
-        """Return a column per root unit, ``(B, R)``."""
+        """Return the log-probabilities under each root unit, ``(B, R)``."""
         leaf, execution = self._leaf_values(name, x, external), self._run()
         if torch.is_grad_enabled():
             return Evaluate.apply(leaf, self.weights, execution, self.norm, self.precision)
@@ -106,8 +106,9 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def log_partition(self) -> Tensor:
-        """Return the log of the sum over all assignments, one number or ``(R,)``; 0 where
-        normalised."""
+        """Return the log of the sum over all assignments, one number or ``(R,)``; 0 if the circuit
+        is normalised.
+        """
         self._refuse_external("log_partition")
         return self.log_prob(self._nothing())[0]
 
@@ -118,16 +119,16 @@ class Circuit(Parameters):
         external: Tensor | None = None,
         root: int | Tensor | None = None,
     ) -> Tensor:
-        """Return ``log p(x_keep)``, as :meth:`log_prob`: the other variables of ``x`` are not
-        looked at.
+        """Return ``log p(x_keep)``; the other variables of ``x`` are ignored.
 
         Args:
             x: ``(B, n)``.
-            keep: variables by number.
-            external, root: as :meth:`log_prob` takes them.
+            keep: Variables by number.
+            external: See :meth:`log_prob`.
+            root: See :meth:`log_prob`.
 
         Raises:
-            ValueError: for a variable that is none, and all that :meth:`log_prob` refuses.
+            ValueError: If ``keep`` has an unknown variable, and as :meth:`log_prob`.
         """
         require_tensor("marginal", "x", x)
         names = list(keep)
@@ -142,34 +143,35 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def univariate_marginals(self, evidence: Tensor, root: int | Tensor | None = None) -> Marginals:
-        """Compute the law of every variable by itself given the evidence, in one pass up and one
-        down.
+        """Compute the marginal distribution of each variable given the evidence, in one upward and
+        one downward pass.
 
         Args:
-            evidence: ``(B, n)``, -1 or NaN where a variable is not given. root: see the class.
+            evidence: ``(B, n)``, -1 or NaN where a variable is missing.
+            root: Index of a root unit, or one per row, see the class.
 
         Returns:
-            log-probabilities of all values ``(B, n, V)``, means and variances ``(B, n)``. Rows of
+            Log-probabilities of all values ``(B, n, V)``, means and variances ``(B, n)``. Rows of
             impossible evidence have ``-inf`` and NaN. Probabilities below the smallest number of
             the dtype are 0.
 
         Raises:
-            ValueError: as :meth:`log_prob`, for external variables, and if several roots leave
-                ``root`` open.
+            ValueError: As :meth:`log_prob`, for external leaves, and if ``root`` is missing for
+                several root units.
         """
         return _flows.univariate_marginals(self, evidence, root)
 
     @torch.no_grad()
     def entropy(self, root: int | None = None) -> Tensor:
-        """Compute the entropy in nats, a single number; differential where variables are
-        continuous.
+        """Compute the entropy in nats, a single number; the differential entropy for continuous
+        variables.
 
         Args:
-            root: the number of one of several root units.
+            root: Index of one of several root units.
 
         Raises:
-            ValueError: if the circuit is not known to be deterministic (:meth:`check`): then no
-                formula of its size is known. And for unnormalised circuits and external leaves.
+            ValueError: If the circuit is not known to be deterministic (:meth:`check`): no formula
+                of its size is known for others. Also for unnormalised circuits and external leaves.
 
         Source: Vergari et al. 2021, "A compositional atlas of tractable circuit operations".
         """
@@ -177,15 +179,15 @@ class Circuit(Parameters):
 
     @torch.no_grad()
     def kl_divergence(self, other: Circuit, root: int | None = None) -> Tensor:
-        """Compute ``sum p log (p / q)`` in nats with ``q`` the other circuit, a single number,
-        maybe inf.
+        """Compute the divergence ``sum p log (p / q)`` in nats, a single number, possibly infinite;
+        q is ``other``.
 
         Args:
-            other: a circuit of the same graph.
-            root: as :meth:`entropy` takes it.
+            other: A circuit of the same graph.
+            root: See :meth:`entropy`.
 
         Raises:
-            ValueError: for another graph, and all that :meth:`entropy` refuses.
+            ValueError: If the graphs differ, and as :meth:`entropy`.
 
         Source: as :meth:`entropy`.
         """
@@ -196,13 +198,14 @@ class Circuit(Parameters):
         """Compute ``log p(x_k | x_<k)`` in variable order, ``(B, n)``; ``-inf`` after an impossible
         prefix.
 
-        The general graph costs n passes; ``ops.circuit_scan`` does cp, hmm and btree in one.
+        This needs n passes for any graph; ``ops.circuit_scan`` needs one for cp, hmm and btree.
 
         Args:
-            x: ``(B, n)``. root: see the class.
+            x: ``(B, n)``.
+            root: Index of a root unit, or one per row, see the class.
 
         Raises:
-            ValueError: as :meth:`log_prob`, and if several roots leave ``root`` open.
+            ValueError: As :meth:`log_prob`, and if ``root`` is missing for several root units.
         """
         self._read("conditionals", x)
         top = self._root_numbers("conditionals", root, len(x))[:, None]
@@ -219,7 +222,7 @@ class Circuit(Parameters):
             before = prefix
         return torch.cat(out, 1)
 
-    # --- from the root down -----------------------------------------------------------------------
+    # --- sampling and maximisation ----------------------------------------------------------------
     @torch.no_grad()
     def sample(
         self,
@@ -229,41 +232,44 @@ class Circuit(Parameters):
         generator: torch.Generator | None = None,
         root: int | Tensor | None = None,
     ) -> Tensor:
-        """Draw exact samples given evidence, the same for the same uniforms.
+        """Draw exact samples given evidence; the same uniforms give the same samples.
 
-        Upward once with the evidence, then down from the root: every sum on the way draws a term in
-        proportion to weight times value, every leaf its value, by the rule of
-        ``reference._circuit.draw``.
+        An upward pass with the evidence is followed by a walk down from the root. Each sum on the
+        way draws a term in proportion to weight times value, each leaf draws its value, by the rule
+        of ``reference._circuit.draw``.
 
         Args:
-            num_samples: S per row of evidence.
+            num_samples: Number S of samples per row of evidence.
             evidence: ``(B, n)``, or None, see the class.
-            uniforms: ``(B, S, sum regions + n)`` in [0, 1), float32 or float64: one per sum region
-                in graph order, one per variable; None: drawn from ``generator``.
-            generator: source of uniforms.
-            root: see the class. What lies outside its scope stays missing.
+            uniforms: ``(B, S, sum regions + n)`` in [0, 1), float32 or float64: one per region of
+                sums in graph order, then one per variable. None: drawn with ``generator``.
+            generator: Source of uniforms.
+            root: Index of a root unit, or one per row, see the class. Variables outside its scope
+                stay missing.
 
         Returns:
-            ``(B, S, n)``: int64, or floating where evidence or a family is.
+            ``(B, S, n)``: int64, or floating if the evidence or a family is.
 
         Raises:
-            ValueError: on wrong shapes, impossible evidence, external variables to be drawn,
-                several roots that leave ``root`` open or, on the CPU, uniforms outside [0, 1].
+            ValueError: If shapes are wrong, the evidence is impossible, the circuit has external
+                leaves, ``root`` is missing for several root units or, on the CPU, uniforms are
+                outside [0, 1].
         """
         return _sampling.sample(self, num_samples, evidence, uniforms, generator, root)
 
     @torch.no_grad()
     def map(self, evidence: Tensor | None = None, root: int | Tensor | None = None) -> MapResult:
-        """Find the assignment and latents of largest joint probability: max-product, up and down.
+        """Find the assignment and latents of largest joint probability by max-product.
 
-        Ties go to the lowest index.
+        The lowest index wins a tie.
 
         Args:
-            evidence: ``(B, n)`` or None; root: see the class.
+            evidence: ``(B, n)`` or None, see the class.
+            root: Index of a root unit, or one per row, see the class.
 
         Raises:
-            ValueError: on a wrong shape, external variables that are sought, or several roots that
-                leave ``root`` open.
+            ValueError: If a shape is wrong, the circuit has external leaves, or ``root`` is missing
+                for several root units.
         """
         return _sampling.best(self, evidence, root)
 
@@ -275,20 +281,22 @@ class Circuit(Parameters):
         lengths: Tensor | None = None,
         root: int | Tensor | None = None,
     ) -> KBest:
-        """Find the k likeliest pairs of values and states of a chain, such as ``RegionGraph.hmm``.
+        """Find the k most probable pairs of values and states of a chain, such as
+        ``RegionGraph.hmm``.
 
-        With complete evidence these are the k best paths of states. Ties go to the lowest indices.
+        With complete evidence these are the k best paths of states. The lowest indices win a tie.
         Memory is ``B r^2 k`` for r states.
 
         Args:
-            k: how many, at least 1.
-            evidence: ``(B, n)`` or None; root: see the class.
-            lengths: ``(B,)`` integers in ``1 .. n``: a shorter sequence ends there, and nothing is
-                sought behind its end.
+            k: Number of pairs, at least 1.
+            evidence: ``(B, n)`` or None, see the class.
+            lengths: ``(B,)`` integers in ``1 .. n``, the lengths of shorter sequences: variables
+                behind the end stay missing.
+            root: Index of a root unit, or one per row, see the class.
 
         Raises:
-            ValueError: for a graph that is no chain, external leaves, continuous variables that are
-                sought with k above 1, or arguments out of range.
+            ValueError: If the graph is no chain, a leaf is external, a continuous variable is
+                missing with k above 1, or an argument is out of range.
 
         Source: list Viterbi decoding, Seshadri and Sundberg 1994.
         """
@@ -299,17 +307,18 @@ class Circuit(Parameters):
     def flows(
         self, x: Tensor, external: Tensor | None = None, root: int | Tensor | None = None
     ) -> Flows:
-        """Compute expected flows: the posterior probability of every unit, and of every weight's
-        use.
+        """Compute expected flows: the posterior probability that a unit or a weight is used.
 
-        They are the derivatives of ``log p(x)`` in the log-values of units and in the normalised
-        log-weights. Over the leaf units of one variable they sum to one. Impossible rows have none.
+        Flows are the derivatives of ``log p(x)`` in the log-values of units and in the normalised
+        log-weights. They sum to 1 over the leaf units of a variable, and are 0 in impossible rows.
 
         Args:
-            x, external, root: as :meth:`log_prob` takes them.
+            x: See :meth:`log_prob`.
+            external: See :meth:`log_prob`.
+            root: Index of a root unit, or one per row, see the class.
 
         Raises:
-            ValueError: as :meth:`log_prob`, and if several roots leave ``root`` open.
+            ValueError: As :meth:`log_prob`, and if ``root`` is missing for several root units.
         """
         leaf = self._leaf_values("flows", x, external)
         return _flows.flows(self, "flows", leaf, self._log_weights(), root)
@@ -325,38 +334,38 @@ class Circuit(Parameters):
     ) -> Tensor:
         """Make one step of expectation maximisation on a batch, in place.
 
-        ``W' = (F + c / I) / (sum F + c)`` of every sum and likewise of every leaf, then
-        ``W <- (1 - step) W + step W'``. Sums and leaves without flow stay as they are. With a full
-        batch, ``step=1`` and ``pseudocount=0`` the mean log-likelihood never falls; with a
-        pseudocount, the sum of all log-likelihoods plus ``c / I`` times all log-weights never does.
+        Each sum with I terms and flows F, and likewise each leaf, gets the new weights ``W' = (F +
+        c / I) / (sum F + c)`` and then ``W <- (1 - step) W + step W'``. Sums and leaves without
+        flow are not changed. With a full batch, ``step=1`` and ``pseudocount=0`` the mean
+        log-likelihood never decreases. With a pseudocount, the sum of all log-likelihoods plus ``c
+        / I`` times all log-weights never decreases.
 
-        Our choice: a pseudocount of 0.1, a tenth of a row. Without one, a value that the batch
-        does not show has probability zero afterwards, and held-out rows ``-inf``.
+        Our choice: a pseudocount of 0.1, a tenth of a row. Without one, a value that does not occur
+        in the batch has probability zero afterwards, and held-out rows with it have ``-inf``.
 
         Args:
-            x: ``(B, n)``; a leaf learns from the rows that show it something, and so does a sum:
-                one whose whole scope is missing, such as the end of a short sequence, does not.
-            step: in (0, 1].
-            pseudocount: c, spread evenly over the terms of a sum and the values of a leaf.
-                Gaussians have none.
-            keep_zero: sums keep their terms of weight zero at zero, such as the forbidden
-                transitions of a left-to-right chain, which a pseudocount would open.
-            root: the one to train, or ``(B,)``, the root that each row belongs to.
+            x: ``(B, n)``. A leaf or sum does not learn from rows in which its whole scope is
+                missing, such as the padding of a short sequence.
+            step: Step size in (0, 1].
+            pseudocount: The count c, spread evenly over the terms of a sum and the values of a
+                leaf. Gaussians have none.
+            keep_zero: Whether terms of weight zero keep weight zero, such as the forbidden
+                transitions of a left-to-right chain; a pseudocount would allow them.
+            root: Index of the root unit to train, or ``(B,)`` with the root unit of each row.
 
         Returns:
             Mean log-likelihood of the batch before the step.
 
         Raises:
-            ValueError: for unnormalised circuits, wrong data or a wrong step, or if several roots
-                leave ``root`` open.
+            ValueError: If the circuit is unnormalised, the data or the step are wrong, or ``root``
+                is missing for several root units.
         """
         return _flows.em_step(self, x, step, pseudocount, keep_zero, root)
 
     # --- structure and files ----------------------------------------------------------------------
     @torch.no_grad()
     def check(self) -> Report:
-        """Return properties of the structure, and how far the worst row of weights is from sum
-        one."""
+        """Return properties of the structure and the largest error of a sum of weights."""
         error = 0.0
         for rows in self._rows(self.weights):
             w = log_weights(rows, self.norm)
@@ -371,11 +380,12 @@ class Circuit(Parameters):
 
     @staticmethod
     def load(path: str | Path) -> Circuit:
-        """Read the file ``path`` of :meth:`save`, which is not trusted: the circuit on the CPU, in
-        the dtype that was saved.
+        """Return the circuit in a file of :meth:`save`, on the CPU in the saved dtype.
+
+        The file is not trusted.
 
         Raises:
-            ValueError: on anything unexpected, before memory is taken for it.
+            ValueError: If the file has any unexpected content; no memory is allocated for it.
         """
         graph, norm, tensors = read_file(path)
         circuit = Circuit(graph, norm).to(tensors["weights"].dtype)
@@ -383,5 +393,5 @@ class Circuit(Parameters):
         return circuit
 
     def to_dot(self) -> str:
-        """Return the region graph in Graphviz' language."""
+        """Return the region graph in the Graphviz language."""
         return self.graph.to_dot()

@@ -1,14 +1,15 @@
 """The Gaussian over all variables of a region at once.
 
-Rows of data that miss the same variables share all matrices, so they are computed together. Letters
-as in ``leaves``, and ``d`` variables of a region, ``M`` blocks of ``K`` units, ``E`` rows of data,
-each with an owner: the block, or the one distribution, that it meets.
+Rows of data with the same missing variables share all matrices, so they are computed together.
+Letters are those of ``_leaves``, and ``d`` variables of a region, ``M`` blocks of ``K`` units,
+``E`` rows of data. Each row of data has an owner, the block or distribution that evaluates it.
 
-One factorisation answers everything. Let the rows of ``L``, the Cholesky factor of the covariance,
-be sorted so that those of the variables seen come first. The triangle of its QR decomposition is
-the Cholesky factor of the covariance in that order, ``[[A, 0], [D, C]]``: ``A`` is that of what is
-seen, ``D A^-1`` takes its distance from the mean to the mean of the rest, and ``C`` is the factor
-of the rest's covariance given what is seen. No covariance is formed, so no digits are lost.
+All queries use one factorisation. Let the rows of ``L``, the Cholesky factor of the covariance, be
+sorted so that the observed variables are first. The triangle of its QR decomposition is the
+Cholesky factor of the covariance in this order, ``[[A, 0], [D, C]]``. ``A`` is the factor of the
+observed variables. ``D A^-1`` maps their deviation from the mean to that of the conditional mean of
+the others. ``C`` is the factor of the conditional covariance of the others. No covariance is
+formed, so no digits are lost.
 
 Source: Ghahramani and Jordan 1994 (EM of mixtures with missing data).
 """
@@ -28,26 +29,27 @@ from ._sums import add_at
 
 
 class _Group(NamedTuple):
-    """Rows of data that see the same variables, by owner: G owners of up to T rows each."""
+    """Rows of data with the same observed variables: up to T rows for each of G owners."""
 
-    seen: Tensor  # variables, ascending
-    hidden: Tensor
+    seen: Tensor  # observed variables, ascending
+    hidden: Tensor  # missing variables, ascending
     owner: Tensor  # (G,)
-    entry: Tensor  # (G, T), rows of data; the owner's first again where it has fewer
-    inside: Tensor  # (G, T), whether it counts
+    entry: Tensor  # (G, T), rows of data; padded with the first row of the owner
+    inside: Tensor  # (G, T), False for padding
 
     def fill(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """Return data ``x (E, d)`` with ``(G, T, K, h)`` in place of what is hidden, ``(G, T, K,
-        d)``."""
+        """Return data ``x (E, d)`` of the group with ``hidden (G, T, K, h)`` in place of the
+        missing variables, ``(G, T, K, d)``.
+        """
         full = x[self.entry][:, :, None].repeat(1, 1, hidden.shape[2], 1)
         full[..., self.hidden] = hidden
         return full
 
 
 class _Given(NamedTuple):
-    """Distributions of a group's h hidden variables given what it sees."""
+    """Distributions of the h missing variables of a group given the observed ones."""
 
-    log_prob: Tensor  # (G, T, K), of what is seen
+    log_prob: Tensor  # (G, T, K), of the observed variables
     mean: Tensor  # (G, T, K, h)
     factor: Tensor  # (G, K, h, h), Cholesky
 
@@ -59,9 +61,9 @@ class _Gaussians(NamedTuple):
     factor: Tensor
 
     def given(self, group: _Group, x: Tensor, row: Tensor, hidden: bool = True) -> _Given:
-        """Condition the distributions ``row (G, K)`` on what the group sees of ``x (E, d)``.
+        """Condition the distributions ``row (G, K)`` on the observed variables of ``x (E, d)``.
 
-        Without ``hidden``, what is hidden is left out at once, for the triangle is then smaller.
+        Without ``hidden`` the result has no missing variables, which makes the triangle smaller.
         """
         mean, factor = _take(row, self.mean)[:, :, None], _take(row, self.factor)
         k, variables = len(group.seen), group.seen
@@ -70,14 +72,15 @@ class _Gaussians(NamedTuple):
             factor = _triangle(factor[..., variables, :])
         known, cross, rest = factor[..., :k, :k], factor[..., k:, :k], factor[..., k:, k:]
         distance = x[group.entry][:, None, :, group.seen] - mean[..., group.seen]  # (G, K, T, k)
-        units = torch.linalg.solve_triangular(known, distance.mT, upper=False)  # of deviation
+        # Distances in standard deviations.
+        units = torch.linalg.solve_triangular(known, distance.mT, upper=False)
         log_prob = _log_peak(known)[..., None] - 0.5 * units.square().sum(-2)
         shifted = mean[..., variables[k:]] + (cross @ units).mT
         return _Given(log_prob.mT, shifted.transpose(1, 2), rest)
 
 
 def _groups(x: Tensor, owner: Tensor) -> Iterator[_Group]:
-    """Split data ``(E, d)`` of owners ``(E,)`` by what is missing in it."""
+    """Split data ``(E, d)`` of owners ``(E,)`` into groups by their missing variables."""
     missing = x.isnan()
     patterns, number, sizes = missing.new_zeros(1, x.shape[1]), torch.zeros_like(owner), [len(x)]
     if missing.any():
@@ -96,7 +99,9 @@ def _groups(x: Tensor, owner: Tensor) -> Iterator[_Group]:
 
 
 def _each(x: Tensor, owner: Tensor, answer: Callable[[_Group], Tensor]) -> Tensor:
-    """Return what ``answer`` says of every row of data, ``(G, T, ...)`` a group."""
+    """Return the results of ``answer`` for all rows of data; it returns ``(G, T, ...)`` for a
+    group.
+    """
     groups = list(_groups(x, owner))
     values = torch.cat([answer(g)[g.inside] for g in groups])
     order = torch.cat([g.entry[g.inside] for g in groups])
@@ -104,7 +109,7 @@ def _each(x: Tensor, owner: Tensor, answer: Callable[[_Group], Tensor]) -> Tenso
 
 
 def _take(row: Tensor, table: Tensor) -> Tensor:
-    """Return ``table[row]``; embedding, because its backward adds in a fixed order."""
+    """Return ``table[row]``, by embedding, as its backward adds in a fixed order."""
     return F.embedding(row, table.flatten(1)).view(*row.shape, *table.shape[1:])
 
 
@@ -118,13 +123,13 @@ def _gaussians(table: Table) -> _Gaussians:
 
 
 def _log_peak(factor: Tensor) -> Tensor:
-    """Return the log-density at the mean, by Cholesky factor."""
+    """Return the log-density at the mean from the Cholesky factor of the covariance."""
     log_scale = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return -0.5 * factor.shape[-1] * LOG_TAU - log_scale
 
 
 def _by_block(row: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return data ``(B M, d)``, the block of each row, and the rows of the table of each block."""
+    """Return data ``(B M, d)``, the block of each row, and the table rows of each block."""
     rows, blocks, _ = x.shape
     owner = torch.arange(blocks, device=x.device).repeat(rows)
     return x.flatten(0, 1), owner, row.view(blocks, -1)
@@ -133,16 +138,17 @@ def _by_block(row: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _of_blocks(
     row: Tensor, x: Tensor, answer: Callable[[_Group, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Return answers ``(G, T, K, ...)`` about a group, its data and its units, as ``(B, M, K,
-    ...)``."""
+    """Return the results of ``answer(group, data, units)``, ``(G, T, K, ...)`` each, as ``(B, M, K,
+    ...)``.
+    """
     flat, owner, units = _by_block(row, x)
     found = _each(flat, owner, lambda group: answer(group, flat, units[group.owner]))
     return found.unflatten(0, x.shape[:2])
 
 
 def _triangle(rows: Tensor) -> Tensor:
-    """Return the lower triangle of positive diagonal whose rows have the inner products of
-    ``rows``.
+    """Return the lower triangle of positive diagonal with the inner products of ``rows``, the
+    Cholesky factor of ``rows @ rows.mT``.
 
     Args:
         rows: ``(..., k, d)`` of rank k.
@@ -153,16 +159,18 @@ def _triangle(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MultivariateGaussian(Leaf):
-    """Real numbers with a covariance: each unit is one Gaussian over the d variables of its region.
+    """A multivariate Gaussian: each unit is a distribution over the d variables of its region.
 
-    Parameters, a row each: ``mean (R, d)``, and the Cholesky factor of the covariance as the
-    logarithms of its diagonal, ``log_diagonal (R, d)``, and what lies below it, row by row, ``lower
-    (R, d (d - 1) / 2)``. Any numbers are a distribution, as long as the exponential of
-    ``log_diagonal`` is neither 0 nor infinite in its dtype. ``min_std`` bounds what EM may shrink
-    the deviation to, in any direction. Pseudocounts do not touch it.
+    Parameters: ``mean (R, d)``, and the Cholesky factor of the covariance as the logarithms of its
+    diagonal, ``log_diagonal (R, d)``, and its entries below the diagonal, row by row, ``lower (R, d
+    (d - 1) / 2)``. Any numbers are a distribution if the exponential of ``log_diagonal`` is neither
+    0 nor infinite in its dtype. Pseudocounts have no effect.
 
     A region has one leaf unit per unit, and blocks see d variables. Data are ``(B, M, d)`` in
-    floating point, NaN where they are missing.
+    floating point, NaN where missing.
+
+    Args:
+        min_std: Lower bound of the standard deviation in EM, in any direction.
     """
 
     min_std: float = 1e-3
@@ -171,7 +179,7 @@ class MultivariateGaussian(Leaf):
         require_min_std("MultivariateGaussian", self.min_std)
 
     def table(self, rows: int, size: int = 1) -> Table:
-        """Return fresh parameters for ``rows`` distributions over ``size`` variables."""
+        """Return initial parameters of ``rows`` distributions over ``size`` variables."""
         return {
             "mean": torch.randn(rows, size),
             "log_diagonal": torch.zeros(rows, size),
@@ -187,7 +195,7 @@ class MultivariateGaussian(Leaf):
         return _of_blocks(row, x, answer)
 
     def peak(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        """Return ``log_prob`` where what is missing takes its most probable values."""
+        """Return the log-density with missing variables at their most probable values."""
         gaussians = _gaussians(table)
 
         def answer(group: _Group, flat: Tensor, units: Tensor) -> Tensor:
@@ -197,7 +205,9 @@ class MultivariateGaussian(Leaf):
         return _of_blocks(row, x, answer)
 
     def moments_given(self, table: Table, row: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of every variable given what is seen, ``(B, M, N / M, d)``."""
+        """Return mean and variance of each variable given the observed ones, ``(B, M, N / M, d)``
+        each.
+        """
         gaussians = _gaussians(table)
 
         def answer(group: _Group, flat: Tensor, units: Tensor) -> Tensor:
@@ -211,12 +221,13 @@ class MultivariateGaussian(Leaf):
         return mean, variance
 
     def complete(self, table: Table, row: Tensor, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """Return data ``(A, d)`` with what is missing in it.
+        """Return data ``(A, d)`` with all missing entries filled.
 
         Args:
-            table, row: as for :meth:`log_prob`; ``row`` is of the rows of data.
+            table: Parameters, see :meth:`log_prob`.
+            row: ``(A,)``, the distribution of each row of data.
             x: ``(A, d)``.
-            u: ``(A, d)`` in [0, 1), from which what is missing is drawn; None: its most probable
+            u: ``(A, d)`` in [0, 1), with which missing entries are drawn; None: their most probable
                 values.
         """
         gaussians = _gaussians(table)
@@ -249,7 +260,7 @@ class MultivariateGaussian(Leaf):
     ) -> None:
         old = _gaussians({k: t.double() for k, t in table.items()})
         count, mean, covariance = _expected(old, row, x.double(), flow.double())
-        # The step mixes the two distributions, not their covariances, and so stays an increase.
+        # The step mixes the two distributions, not their covariances: the likelihood does not fall.
         far = (mean - old.mean)[..., None]
         mixed = (1 - step) * old.factor @ old.factor.mT + step * covariance
         values, vectors = torch.linalg.eigh(mixed + step * (1 - step) * far * far.mT)
@@ -267,11 +278,10 @@ class MultivariateGaussian(Leaf):
 def _expected(
     old: _Gaussians, row: Tensor, x: Tensor, flow: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return counts ``(R,)``, and mean and covariance of the data of every row, what is missing
-    included.
+    """Return expected count ``(R,)``, mean and covariance of the data of each table row.
 
-    A value that is missing is its mean given the others, and adds its covariance given them. Where
-    there is no count, both are the old ones.
+    A missing value counts with its conditional mean and covariance given the observed ones. Without
+    a count the mean is the old one.
     """
     flat, owner, units = _by_block(row, x)
     weight = flow.reshape(-1, units.shape[1])
@@ -293,14 +303,15 @@ def _expected(
         parts.append((rows, w, value))
     safe = torch.where(count > 0, count, 1)
     mean = old.mean + total / safe[:, None]
-    for rows, w, value in parts:  # about the new mean, because squares of large means would cancel
+    # Deviations are taken from the new mean: differences of large squares would lose digits.
+    for rows, w, value in parts:
         away = value - mean[rows][:, :, None]
         _add(scatter, rows, (w[..., None] * away).mT @ away)
     return count, mean, scatter / safe[:, None, None]
 
 
 def _add(target: Tensor, row: Tensor, values: Tensor) -> None:
-    """``target[row] += values`` of ``(R, ...)`` and ``(G, K, ...)``, in place, in a fixed order."""
+    """Add ``values (G, K, ...)`` to ``target[row]``, in place and in a fixed order."""
     each = target[0].numel()
     index = row.flatten()[:, None] * each + torch.arange(each, device=row.device)
     add_at(target.view(-1), index.flatten(), values.flatten())

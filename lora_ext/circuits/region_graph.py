@@ -1,16 +1,18 @@
 """Structure of a circuit: regions of variables, split into smaller regions.
 
-A region is a set of variables with a number of units, each a function of these variables. The units
-of an input region are distributions; over several variables, a product of one per variable, or one
-for all of them if the family is ``MultivariateGaussian``. Any other region has partitions, and each
-of its units is a weighted sum over the product units of all of them:
+A region is a set of variables with a number of units. Each unit is a function of these variables.
+The units of an input region are distributions. Over several variables a unit is a product of one
+distribution per variable, or a joint distribution if the family is ``MultivariateGaussian``. Any
+other region has partitions, and each of its units is a weighted sum over the product units of all
+its partitions:
 
-* ``hadamard``: the children have equal unit counts, unit u of the product is the product of their
-  units u;
-* ``kronecker``: two children, unit ``u * n + v`` is the product of unit u of the first and unit v
-  of the second, which has n.
+* ``hadamard``: the children have the same number of units; unit u of the product is the product of
+  their units u;
+* ``kronecker``: there are two children; unit ``u * n + v`` is the product of unit u of the first
+  and unit v of the second, which has n units.
 
-With one unit everywhere a region is a sum unit and a partition a product unit: any circuit.
+With one unit per region, a region is a sum unit and a partition is a product unit, so any circuit
+can be described.
 """
 
 from __future__ import annotations
@@ -30,18 +32,20 @@ from ._scopes import PCStructureError, variables
 
 @dataclass(frozen=True, repr=False)
 class RegionGraph:
-    """Regions, children before parents; whether it is smooth and so on is for ``checks``.
+    """The regions of a circuit, children before parents.
+
+    The graph does not have to be smooth or decomposable, see :meth:`Circuit.check`.
 
     Attributes:
-        regions: all regions.
-        multi_root: allow several regions that are nobody's child.
-        scopes: of each region, the union of its inputs' variables, a bitset.
-        roots: the regions that are nobody's child.
-        num_variables: variables are ``0 .. num_variables - 1``.
+        regions: All regions.
+        multi_root: Whether several regions without a parent are allowed.
+        scopes: For each region, the union of the variables of its inputs, a bitset.
+        roots: Indices of the regions without a parent.
+        num_variables: Number of variables, which are ``0 .. num_variables - 1``.
 
     Raises:
-        PCStructureError: if children do not come first, unit counts disagree, a variable is missing
-            or there are several roots.
+        PCStructureError: If a child does not precede its parent, numbers of units disagree, a
+            variable is missing, or there are several roots without ``multi_root``.
     """
 
     regions: tuple[Region, ...]
@@ -62,7 +66,7 @@ class RegionGraph:
                     scope |= scopes[c]
                     parentless[c] = False
             scopes.append(scope)
-            if region.tie is not None:  # its regions have parameters of one shape and meaning
+            if region.tie is not None:  # Tied regions have the same family and parameter shape.
                 width = region.variables.bit_count() if region.leaf else self.num_products(region)
                 shape = (region.leaf, region.units, width)
                 first = ties.setdefault(region.tie, shape)
@@ -87,29 +91,29 @@ class RegionGraph:
         object.__setattr__(self, "num_variables", union.bit_length())
 
     def label(self, i: int) -> str:
-        """Name region ``i`` as errors and pictures do: its own name, or its index."""
+        """Return the name of region ``i`` for messages and pictures, or its index without one."""
         return self.regions[i].name or str(i)
 
     def partition_scope(self, partition: Partition) -> int:
-        """Return the union of the scopes of the children of ``partition``, a bitset of
-        variables."""
+        """Return the union of the scopes of the children of a partition, a bitset."""
         scope = 0
         for c in partition.children:
             scope |= self.scopes[c]
         return scope
 
     def partition_units(self, partition: Partition) -> int:
-        """Return how many product units a partition has: those of a child, or of a Kronecker
-        product n times m."""
+        """Return the number of product units of a partition: that of a child, or n times m for a
+        Kronecker product.
+        """
         counts = [self.regions[c].units for c in partition.children]
         return counts[0] if partition.kind == "hadamard" else counts[0] * counts[1]
 
     def num_products(self, region: Region) -> int:
-        """Return how many product units each unit of a region sums over; 0 for an input."""
+        """Return the number of product units in each sum of a region; 0 for an input."""
         return sum(self.partition_units(p) for p in region.partitions)
 
     def depths(self) -> list[int]:
-        """Return the longest distance of each region from the inputs, which have 0."""
+        """Return the longest distance of each region from an input; inputs have 0."""
         found: list[int] = []
         for region in self.regions:
             below = (found[c] for p in region.partitions for c in p.children)
@@ -126,7 +130,7 @@ class RegionGraph:
         check(region.units >= 1, "units", "at least 1", region.units)
         if leaf is None:
             check(bool(region.partitions), "region", "either a leaf or partitions", "neither")
-            check(not given, "variables", "none of its own beside partitions", variables(given))
+            check(not given, "variables", "no variables beside partitions", variables(given))
         else:
             check(not region.partitions, "region", "either a leaf or partitions", "both")
             check(given > 0, "variables", "at least one of an input", "none")
@@ -135,7 +139,7 @@ class RegionGraph:
                 check(found == region.units, "leaf", f"{region.units} values, one per unit", found)
         for p in region.partitions:
             before = bool(p.children) and all(0 <= c < i for c in p.children)
-            check(before, "children", "regions that come before it", p.children)
+            check(before, "children", f"regions before region {i}", p.children)
             check(p.kind in ("hadamard", "kronecker"), "kind", "hadamard or kronecker", p.kind)
             if p.kind == "kronecker":
                 number = len(p.children)
@@ -151,11 +155,12 @@ class RegionGraph:
         """Build a mixture of ``rank`` fully factorised distributions: one latent for all variables.
 
         Args:
-            num_variables: n. rank: states of the latent.
-            leaf: the family of every variable, or one for each.
+            num_variables: Number of variables.
+            rank: Number of states of the latent.
+            leaf: Family of all variables, or one for each.
 
         Raises:
-            PCStructureError: a size below 1, another number of families.
+            PCStructureError: If a size is below 1, or the number of families is wrong.
         """
         return RegionGraph(_builders.cp(num_variables, rank, leaf))
 
@@ -164,11 +169,13 @@ class RegionGraph:
         """Build a hidden Markov model over ``num_variables`` steps with ``rank`` states.
 
         Args:
-            num_variables, rank: above. leaf: the emissions' family, or one for each step.
-            homogeneous: transitions, and emissions, are shared by all steps.
+            num_variables: Number of steps.
+            rank: Number of states.
+            leaf: Family of the emissions, or one for each step.
+            homogeneous: Whether all steps share transitions, and share emissions.
 
         Raises:
-            PCStructureError: as :meth:`hclt`.
+            PCStructureError: As :meth:`hclt`.
         """
         return RegionGraph(_builders.hmm(num_variables, rank, leaf, homogeneous))
 
@@ -176,32 +183,36 @@ class RegionGraph:
     def hclt(
         parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool = False
     ) -> RegionGraph:
-        """Build a tree of latents, one per variable, each seen by its own variable.
+        """Build a hidden Chow-Liu tree: a tree of latents, each with one variable as its emission.
 
-        The region of variable v holds, per state of its parent, the distribution of all variables
-        below: row s of its weights is ``p(state of v | s)``.
+        The region of variable v holds, for each state of its parent, the distribution of v and all
+        variables below it: row s of its weights is ``p(state of v | s)``.
 
         Args:
-            parents: of each variable, the variable above it; -1 for the one root.
-            rank: states of a latent.
-            leaf: family of every variable, or one for each.
-            homogeneous: share transitions among all edges, and leaves among all variables.
+            parents: For each variable its parent, -1 for the root.
+            rank: Number of states of a latent.
+            leaf: Family of all variables, or one for each.
+            homogeneous: Whether all edges share transitions, and all variables share leaves.
 
-        Source: hidden Chow-Liu trees, Liu and Van den Broeck 2021.
+        Raises:
+            PCStructureError: If ``parents`` is no tree, ``rank`` is below 1, the number of families
+                is wrong, or a homogeneous circuit has several families.
+
+        Source: Liu and Van den Broeck 2021.
         """
         return RegionGraph(_builders.hclt(parents, rank, leaf, homogeneous))
 
     @staticmethod
     def btree(num_variables: int, rank: int, leaf: Leaves) -> RegionGraph:
-        """Build the tree of ``reference.circuit_scan``: variables in their order, halved again and
-        again.
+        """Build the balanced binary tree of ``reference.circuit_scan`` over the variables in order.
 
         Args:
-            num_variables: n. rank: units of every region but the root.
-            leaf: the family of every variable, or one for each.
+            num_variables: Number of variables.
+            rank: Number of units of every region but the root.
+            leaf: Family of all variables, or one for each.
 
         Raises:
-            PCStructureError: a size below 1, another number of families.
+            PCStructureError: If a size is below 1, or the number of families is wrong.
         """
         return RegionGraph(_builders.btree(num_variables, rank, leaf))
 
@@ -216,19 +227,22 @@ class RegionGraph:
         seed: int = 0,
         num_roots: int = 1,
     ) -> RegionGraph:
-        """Split the variables at random into halves to ``depth``, ``repetitions`` times, below
-        common roots.
+        """Build a RAT-SPN: trees of random halvings of the variables below common roots.
 
         Args:
-            num_variables: n, at least 2. depth: of a repetition's tree. repetitions: trees.
-            num_sums: units of a region of sums. num_inputs: units of an input region.
-            leaf: the family of every variable, or one for each.
-            seed: of the splits. num_roots: root units, one per class, say.
+            num_variables: Number of variables, at least 2.
+            depth: Depth of each tree.
+            repetitions: Number of trees.
+            num_sums: Number of units of a region of sums.
+            num_inputs: Number of units of an input region.
+            leaf: Family of all variables, or one for each.
+            seed: Seed of the splits.
+            num_roots: Number of root units, such as one per class.
 
         Raises:
-            PCStructureError: a size out of range, another number of families.
+            PCStructureError: If a size is out of range, or the number of families is wrong.
 
-        Source: RAT-SPN, Peharz et al. 2019.
+        Source: Peharz et al. 2019.
         """
         sizes = (num_variables, depth, repetitions, num_sums, num_inputs)
         return RegionGraph(_builders.rat_spn(*sizes, leaf, seed, num_roots))
@@ -237,17 +251,19 @@ class RegionGraph:
     def poon_domingos(
         height: int, width: int, num_units: int, leaf: Leaves, delta: int = 1
     ) -> RegionGraph:
-        """Build all rectangles of an image, and all their cuts at multiples of ``delta``.
+        """Build a region per rectangle of an image, with all cuts at multiples of ``delta``.
 
         Variable ``y * width + x`` is the pixel at (y, x). A rectangle that has no cut is an input.
 
         Args:
-            height, width: of the image, in pixels. num_units: of every rectangle but the whole
-                image.
-            leaf: the family of every pixel, or one for each. delta: of the cuts, in pixels.
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
+            num_units: Number of units of every rectangle but the whole image.
+            leaf: Family of all pixels, or one for each.
+            delta: Distance of the cuts in pixels.
 
         Raises:
-            PCStructureError: a size below 1, another number of families.
+            PCStructureError: If a size is below 1, or the number of families is wrong.
 
         Source: Poon and Domingos 2011.
         """
@@ -255,10 +271,10 @@ class RegionGraph:
 
     @staticmethod
     def join(graphs: Sequence[RegionGraph]) -> RegionGraph:
-        """Join several graphs over the same variables into one of several roots, such as one per
+        """Join graphs over the same variables into one graph with all their roots, such as one per
         class.
 
-        They share no parameters. Region ``name`` of graph i is ``i/name``.
+        They share no parameters. Region ``name`` of graph i becomes ``i/name``.
         """
         return RegionGraph(_builders.join([g.regions for g in graphs]), multi_root=True)
 
@@ -270,18 +286,18 @@ class RegionGraph:
         ties: Mapping[str, str] | None = None,
         multi_root: bool = False,
     ) -> RegionGraph:
-        """Build any graph: input regions by name, and every product as (sum above it, factors,
-        kind).
+        """Build any graph from named input regions and a list of products.
 
         Args:
-            inputs: by name.
-            products: ``(parent, children)`` or ``(parent, children, kind)``.
-            units: of sums, 1 where none is given.
-            ties: of sums.
-            multi_root: allow several roots.
+            inputs: Input regions by name.
+            products: ``(parent, children)`` or ``(parent, children, kind)`` for each product;
+                ``parent`` is the region of sums above it.
+            units: Number of units of regions of sums, 1 by default.
+            ties: Ties of regions of sums.
+            multi_root: Whether several roots are allowed.
 
         Raises:
-            PCStructureError: on a cycle, an unknown name, and all that the constructor refuses.
+            PCStructureError: If there is a cycle or an unknown name, and as the class.
         """
         regions = _builders.from_edges(inputs, products, units or {}, ties or {})
         return RegionGraph(regions, multi_root)
@@ -291,8 +307,9 @@ class RegionGraph:
         return f"RegionGraph({', '.join(self.counts())})"
 
     def counts(self) -> list[str]:
-        """Return what there is, in words: variables, inputs, sums, partitions, layers, roots,
-        families."""
+        """Return texts with the numbers of variables, inputs, regions of sums, partitions, layers
+        and roots, and with the families.
+        """
         inputs = sum(r.leaf is not None for r in self.regions)
         partitions = sum(len(r.partitions) for r in self.regions)
         families = list(dict.fromkeys(repr(r.leaf) for r in self.regions if r.leaf is not None))
@@ -310,24 +327,24 @@ class RegionGraph:
         return [*words, f"leaves {', '.join(families[:3])}{more}"]
 
     def to_json(self) -> str:
-        """Return a description that :meth:`from_json` reads."""
+        """Return the graph as JSON text for :meth:`from_json`."""
         return _regions.regions_to_json(self.regions, self.multi_root)
 
     @staticmethod
     def from_json(data: Any, where: str = "region graph") -> RegionGraph:
-        """Read the graph of a parsed description, which is not trusted.
+        """Return the graph of a parsed description, which is not trusted.
 
         Args:
-            data: what ``json.loads`` made of :meth:`to_json`'s text. where: opens the message of an
-                error.
+            data: The text of :meth:`to_json` parsed by ``json.loads``.
+            where: First words of error messages.
 
         Raises:
-            ValueError: naming the region and the field.
+            ValueError: If the description is wrong; the message names the region and the field.
         """
         return RegionGraph(*_regions.regions_from_json(data, where))
 
     def to_dot(self) -> str:
-        """Return the graph in Graphviz' language; a partition is a point."""
+        """Return the graph in the Graphviz language; partitions are circles."""
         lines = ["digraph circuit {", "  rankdir=BT; node [fontsize=10];"]
         for i, region in enumerate(self.regions):
             shape = "box" if region.leaf else "ellipse"

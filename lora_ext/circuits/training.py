@@ -14,18 +14,18 @@ from ._leaves import COUNT
 from ._parameters import require_tensor
 from .circuit import Circuit
 
-# Batches as a DataLoader gives them: rows, or rows and the root of each.
+# Batches as from a DataLoader: rows, or rows and the root of each row.
 Batches = Tensor | Iterable[Any]
-# Wraps the batches of an epoch to show how far it is; ``tqdm.tqdm``, say.
+# A wrapper of the batches of an epoch that shows progress, such as ``tqdm.tqdm``.
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class Epoch(NamedTuple):
-    """What an epoch of training came to, in nats a row.
+    """Mean log-likelihoods of an epoch of training, in nats per row.
 
     Attributes:
-        log_prob: mean over its rows, each before the step of its batch.
-        held_out: mean over the held-out rows after the epoch; None without any.
+        log_prob: Mean over the rows of the epoch, each before the step of its batch.
+        held_out: Mean over the held-out rows after the epoch; None if there are none.
     """
 
     log_prob: float
@@ -47,26 +47,27 @@ def train_em(
     entry per epoch.
 
     Args:
-        circuit: is trained in place.
-        batches: a tensor, which is one batch; or batches that can be read again every epoch, such
-            as a ``DataLoader``: tensors ``(B, n)``, or pairs of one and of the roots ``(B,)`` that
-            the rows belong to, such as their classes.
-        epochs: how often to read them.
-        step: of every step, or a function of the number of steps made. Our choice for None: 1 with
-            one batch an epoch, else ``(1 + k) ** -0.6`` with k the epochs made, not below 0.05.
-        pseudocount, keep_zero: as :meth:`Circuit.em_step` takes them.
-        held_out: rows, or a pair of rows and roots, to be scored after every epoch.
-        progress: wraps the batches of an epoch, ``tqdm.tqdm`` say; a bar that has ``set_postfix``
-            is told the figures.
-        epochs_before: of a training that goes on, the epochs of the calls before, from which the
-            default step follows. Without them its first step is 1, and what was learned is lost to
-            one batch. A ``step`` of yours counts from 0 in every call.
+        circuit: The circuit, trained in place.
+        batches: A tensor, which is one batch, or an iterable of batches that can be iterated again
+            in each epoch, such as a ``DataLoader``. A batch is a tensor ``(B, n)``, or a pair of
+            one and the roots ``(B,)`` of its rows, such as their classes.
+        epochs: Number of epochs.
+        step: Step size, or a function of the number of steps made. Our choice for None: 1 with one
+            batch per epoch, else ``(1 + k) ** -0.6`` after k epochs, not below 0.05.
+        pseudocount: See :meth:`Circuit.em_step`.
+        keep_zero: See :meth:`Circuit.em_step`.
+        held_out: Rows, or a pair of rows and roots, to be scored after each epoch.
+        progress: A function that wraps the batches of an epoch, such as ``tqdm.tqdm``. Its result
+            gets the epoch and the log-likelihood by ``set_postfix``, if it has that method.
+        epochs_before: Number of epochs of earlier calls, for the default step when a training is
+            continued. Without it the first step has size 1, and one batch replaces all that was
+            learned. A given function ``step`` gets numbers from 0 in each call.
 
     Raises:
-        ValueError: for batches that are none or can be read once only, ``epochs_before`` below 0,
-            and all that :meth:`Circuit.em_step` refuses.
+        ValueError: If ``batches`` is empty or can be iterated only once, ``epochs_before`` is below
+            0, and as :meth:`Circuit.em_step`.
 
-    Source: steps that shrink, Cappe and Moulines 2009 (online EM).
+    Source: decreasing steps, Cappe and Moulines 2009 (online EM).
     """
     integer("train_em", "epochs_before", epochs_before, 0)
     number = 0
@@ -96,12 +97,16 @@ def train_gradient(
     epoch.
 
     Args:
-        circuit, batches, epochs, held_out, progress: as :func:`train_em` takes them.
-        optimizer: None: Adam on all parameters with ``lr``.
-        lr: of that Adam.
+        circuit: See :func:`train_em`.
+        batches: See :func:`train_em`.
+        epochs: See :func:`train_em`.
+        optimizer: The optimizer; None: Adam on all parameters.
+        lr: Learning rate of the default optimizer.
+        held_out: See :func:`train_em`.
+        progress: See :func:`train_em`.
 
     Raises:
-        ValueError: as :func:`train_em`, and all that :meth:`Circuit.log_prob` refuses.
+        ValueError: As :func:`train_em` and :meth:`Circuit.log_prob`.
     """
     chosen = optimizer or torch.optim.Adam(circuit.parameters(), lr)
 
@@ -124,7 +129,7 @@ def _train(
     held_out: Any,
     progress: Progress | None,
 ) -> list[Epoch]:
-    """Run the loop over epochs and batches with any kind of step."""
+    """Run the loop over epochs and batches; ``make`` makes a step."""
     integer(name, "epochs", epochs, 1, expected=COUNT)
     listed = [batches] if isinstance(batches, Tensor) else batches
     again, found = not isinstance(listed, Iterator), f"a {type(listed).__name__}"
@@ -149,39 +154,43 @@ def _train(
 
 
 def _split(name: str, circuit: Circuit, batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Return rows and roots of a batch, on the circuit's device."""
+    """Return rows and roots of a batch on the device of the circuit."""
     parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     good = len(parts) in (1, 2) and all(isinstance(t, Tensor) for t in parts)
     found = ", ".join(type(t).__name__ for t in parts)
     require(good, name, "batches", "rows, or rows and roots, as tensors", f"({found})")
-    x, root, *_ = (*(t.to(circuit.weights.device) for t in parts), None)  # rows alone: no roots
+    x, root, *_ = (*(t.to(circuit.weights.device) for t in parts), None)  # None without roots
     assert x is not None
     return x, root
 
 
 def _log_prob(name: str, circuit: Circuit, x: Tensor, root: Tensor | None) -> Tensor:
-    """Return ``log_prob``, which must be of one root a row."""
+    """Return the log-probability of each row; raise ValueError if several root units have no
+    ``root``.
+    """
     log_prob = circuit.log_prob(x, root=root)
     expected = "rows and their roots in a circuit of several root units"
-    require(log_prob.dim() == 1, name, "batches", expected, "rows alone")
+    found = f"rows without roots and {log_prob.shape[-1]} root units"
+    require(log_prob.dim() == 1, name, "batches", expected, found)
     return log_prob
 
 
 def pad_sequences(sequences: Sequence[Tensor], num_variables: int | None = None) -> Tensor:
-    """Return sequences of different lengths as rows of data, with what is missing at their ends.
+    """Return sequences of different lengths as rows of data, padded with missing values.
 
-    Chains, whose transitions sum to one, give a padded row the probability that a shorter chain
-    gives its sequence; EM learns from it what it would learn there.
+    A chain whose transitions sum to one gives a padded row the probability that a shorter chain
+    gives its sequence. EM learns the same from both.
 
     Args:
-        sequences: one dimension each, of one dtype.
-        num_variables: columns of the result; default is the longest.
+        sequences: Tensors of one dimension and one dtype.
+        num_variables: Number of columns of the result; default: length of the longest sequence.
 
     Returns:
-        ``(B, num_variables)``, int64 with -1 behind the ends, or NaN behind those of numbers.
+        ``(B, num_variables)``, int64 padded with -1, or floating padded with NaN.
 
     Raises:
-        ValueError: for no sequences, other dimensions, several dtypes, or one that is too long.
+        ValueError: If there are no sequences, they have other dimensions or several dtypes, or one
+            is too long.
     """
     where = "pad_sequences"
     require(len(sequences) > 0, where, "sequences", "at least one", "none")

@@ -1,10 +1,10 @@
-"""Constraints on generation that always hold, and guides that look ahead for them."""
+"""Constraints on generated texts, which always hold, and guides that look ahead for them."""
 
 from ._guide import Guide
 from ._law import Block, Row, advance, apply, log_ratios, moved
 from ._messages import MatchedPlan, Plan
 from ._rejection import draw, likeliest
-from ._rejection import draw_from as draw_from  # for other rooms of the package
+from ._rejection import draw_from as draw_from  # for other subpackages
 from ._rejection import proposal_scores as proposal_scores
 from .distil import distil
 from .language import Constraint, ConstraintTooLarge, Limits, Matched, vocabulary_of

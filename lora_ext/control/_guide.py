@@ -1,4 +1,4 @@
-"""Guides: a hidden Markov model of a language model's text, by which a constraint looks ahead."""
+"""Guides: hidden Markov models of a language model's text, with which constraints look ahead."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
 _FILE, _METADATA = "guide.safetensors", "lora_ext.guide"
 _NAMES, _PRIOR = ("initial", "transition", "emission"), "prior"
-MAX_ERROR_OF_SUM = 1e-3  # of many probabilities in float32
+MAX_ERROR_OF_SUM = 1e-3  # for the sum of many probabilities in float32
 
 
 class Guide:
-    """A hidden Markov model over tokens.
+    """Hidden Markov model over tokens.
 
     ``p(x_1 .. x_n) = sum_z initial(z_1) emission(z_1, x_1) prod transition(z_t, z_t+1) ...``.
     Letters: ``H`` states, ``V`` tokens.
 
     Args:
-        initial: ``(H,)``, the law of the state at the first new token.
+        initial: ``(H,)``, the distribution of the state at the first new token.
         transition: ``(H, H)``, rows sum to one.
         emission: ``(H, V)``, rows sum to one.
 
     Attributes:
-        measures: what was measured of it, by name; :func:`distil` says what.
+        measures: measurements by name, see :func:`distil`.
         prior: ``(H, D)``, the weight of its :class:`~lora_ext.control.PriorHead`, saved and loaded
-            with it; None where none was learned.
+            with it; None if none was learned.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit, and numbers that are no probabilities.
+        ValueError: If shapes or dtypes do not fit, or values are not probabilities.
     """
 
     def __init__(self, initial: Tensor, transition: Tensor, emission: Tensor):
@@ -62,16 +62,16 @@ class Guide:
         self.measures: dict[str, float] = {}
         self.prior: Tensor | None = None
 
-    # --- from elsewhere ---------------------------------------------------------------------------
+    # --- conversion and files ---------------------------------------------------------------------
     @classmethod
     def from_circuit(cls, circuit: Circuit) -> Guide:
-        """Return the guide that a circuit over ``RegionGraph.hmm(..., homogeneous=True)`` holds.
+        """Return the guide of a circuit over ``RegionGraph.hmm(..., homogeneous=True)``.
 
         Args:
-            circuit: of ``Categorical`` leaves, such as ``train_em`` has learned.
+            circuit: a circuit with ``Categorical`` leaves, for example trained by ``train_em``.
 
         Raises:
-            ValueError: for another graph, or one of fewer than two variables.
+            ValueError: If it has another graph, or fewer than two variables.
         """
         graph = circuit.graph
         where = "Guide.from_circuit", "circuit"
@@ -93,8 +93,8 @@ class Guide:
         return cls(*(t.detach().clone() for t in (*tensors, emission)))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``guide.safetensors`` into a folder, whole or not at all."""
-        from safetensors.torch import save  # not with lora_ext: only this needs it
+        """Write ``guide.safetensors`` into a folder atomically."""
+        from safetensors.torch import save  # imported here, as only this function needs it
 
         kept = {name: getattr(self, name) for name in (*_NAMES, _PRIOR)}
         tensors = {name: t.cpu().contiguous() for name, t in kept.items() if t is not None}
@@ -103,10 +103,10 @@ class Guide:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Guide:
-        """Read what :meth:`save` wrote; nothing of it is trusted.
+        """Load a guide that :meth:`save` wrote, from an untrusted file.
 
         Raises:
-            ValueError: for a file that is none, or numbers that are no probabilities.
+            ValueError: If the file is malformed, or values are not probabilities.
         """
         file = SafetensorsFile(Path(folder) / _FILE)
         with contextlib.closing(file):
@@ -132,12 +132,12 @@ class Guide:
 
     @property
     def num_states(self) -> int:
-        """``H``."""
+        """Number of states ``H``."""
         return len(self.initial)
 
     @property
     def vocab_size(self) -> int:
-        """``V``."""
+        """Number of tokens ``V``."""
         return self.emission.shape[1]
 
     def __repr__(self) -> str:
@@ -145,12 +145,14 @@ class Guide:
 
     # --- following a text -------------------------------------------------------------------------
     def step(self, law: Tensor, tokens: Tensor) -> Tensor:
-        """Return the law of the state after one more token of each row.
+        """Return the distribution of the state after one more token of each row.
 
-        A token that the guide holds impossible says nothing of the state.
+        A token of probability 0 in the guide does not change the distribution before the
+        transition.
 
         Args:
-            law: ``(B, H)`` before it. tokens: ``(B,)`` int64.
+            law: ``(B, H)``, the distribution before the token.
+            tokens: ``(B,)`` int64.
         """
         seen = law * self.by_token[tokens]
         total = seen.sum(-1, keepdim=True)
@@ -159,20 +161,20 @@ class Guide:
         return moved / moved.sum(-1, keepdim=True)
 
     def filter(self, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
-        """Return the law of the state behind each row of tokens, such as a prompt: ``(B, H)``.
+        """Return the distribution of the state after rows of tokens, such as prompts: ``(B, H)``.
 
         Args:
-            tokens: ``(B, T)`` integers; -1 is padding and leaves the law alone.
-            prior: ``(B, H)`` before the first token; None: :attr:`initial`.
+            tokens: ``(B, T)`` integers; -1 is padding and does not change the distribution.
+            prior: ``(B, H)``, the distribution before the first token; None uses :attr:`initial`.
 
         Raises:
-            ValueError: tokens out of range, or another shape.
+            ValueError: If tokens are out of range, or a shape does not fit.
         """
         where = "Guide.filter", "tokens"
         whole = isinstance(tokens, Tensor) and not tokens.is_floating_point()
         require(whole and tokens.dim() == 2, *where, "integers (B, T)", _told(tokens))
-        inside = bool(((tokens >= -1) & (tokens < self.vocab_size)).all())
-        require(inside, *where, f"values in -1 .. {self.vocab_size - 1}", "others")
+        wrong = tokens[(tokens < -1) | (tokens >= self.vocab_size)].tolist()
+        require(not wrong, *where, f"values in -1 .. {self.vocab_size - 1}", wrong[:3])
         law = self.initial.expand(len(tokens), -1) if prior is None else prior
         shape = len(tokens), self.num_states
         require(law.shape == shape, "Guide.filter", "prior", f"shape {shape}", tuple(law.shape))
@@ -181,10 +183,11 @@ class Guide:
         return law
 
     def log_prob(self, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
-        """Return ``log p`` of each row of tokens, ``(B,)``; -1 behind the end of a shorter one.
+        """Return ``log p`` of each row of tokens, ``(B,)``.
 
         Args:
-            tokens: ``(B, T)``. prior: as :meth:`filter` takes them.
+            tokens: ``(B, T)``, padded with -1.
+            prior: see :meth:`filter`.
         """
         law = self.initial.expand(len(tokens), -1) if prior is None else prior
         total = law.new_zeros(len(tokens))
@@ -198,7 +201,7 @@ class Guide:
     # --- products ---------------------------------------------------------------------------------
     @cached_property
     def by_token(self) -> Tensor:
-        """The emission with a row per token, ``(V, H)``."""
+        """Emission with a row per token, ``(V, H)``."""
         return self.emission.t().contiguous()
 
     @cached_property
@@ -210,8 +213,10 @@ class Guide:
         return _packed(self.transition.t().contiguous())
 
     def over_vocabulary(self, vectors: Tensor) -> Tensor:
-        """Return ``vectors (R, H)`` times the emission, ``(R, V)``; in float32 on the CPU a row's
-        bits are its own."""
+        """Return ``vectors (R, H)`` times the emission, ``(R, V)``.
+
+        In float32 on the CPU, the bits of a row do not depend on the other rows.
+        """
         return _product(vectors, self._packed_emission, self.emission)
 
 
@@ -220,10 +225,13 @@ def _finite(value: Any) -> bool:
 
 
 def require_distributions(where: str, argument: str, tensor: Tensor) -> None:
-    """Raise ValueError unless the last axis holds probabilities that sum to one."""
-    near = bool(((tensor.double().sum(-1) - 1).abs() <= MAX_ERROR_OF_SUM).all())
-    right = near and bool((tensor >= 0).all())
-    require(right, where, argument, "probabilities whose rows sum to one", "other numbers")
+    """Raise ValueError unless the last axis contains probabilities that sum to one."""
+    sums = tensor.double().sum(-1)
+    near = bool(((sums - 1).abs() <= MAX_ERROR_OF_SUM).all())
+    if not (near and bool((tensor >= 0).all())):
+        found = f"sums of {float(sums.min()):.6g} to {float(sums.max()):.6g}"
+        found += f" and a smallest value of {float(tensor.min()):.6g}"
+        require(False, where, argument, "probabilities whose rows sum to one", found)
 
 
 def _packed(weight: Tensor) -> Tensor | None:
@@ -238,8 +246,10 @@ def _product(rows: Tensor, packed: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 def regions_of_hmm(graph: RegionGraph) -> tuple[int, int, int]:
-    """Return three regions of ``RegionGraph.hmm(..., homogeneous=True)``: the root, which is z0; a
-    latent, whose transitions all others share; and an input, whose leaves all others share."""
+    """Return three regions of ``RegionGraph.hmm(..., homogeneous=True)``.
+
+    They are the root z0, a latent with the shared transitions, and an input with the shared leaves.
+    """
     latent = next(i for i, r in enumerate(graph.regions) if r.tie == "transition")
     inputs = next(i for i, r in enumerate(graph.regions) if r.leaf is not None)
     return graph.roots[0], latent, inputs

@@ -33,8 +33,8 @@ class Row:
 
     Attributes:
         plan: the constraint and its budget.
-        state: of the constraint's automaton; -1 after a forbidden token.
-        left: ``k``, the number of tokens that may still come.
+        state: state of the constraint's automaton; -1 after a forbidden token.
+        left: ``k``, the number of tokens left in the budget.
         law: ``A (H,)``, the guide's distribution of its next state; None without a guide.
     """
 
@@ -48,8 +48,9 @@ class Row:
         """Return a row before its first token.
 
         Args:
-            plan: of the row. prior: ``(H,)``, the guide's distribution of the first state; None for
-                the guide's ``initial``.
+            plan: plan of the row.
+            prior: ``(H,)``, the guide's distribution of the first state; None for the guide's
+                ``initial``.
         """
         if plan.guide is None:
             return cls(plan, 0, plan.budget)
@@ -57,24 +58,24 @@ class Row:
 
     @property
     def ended(self) -> bool:
-        """True if the text is complete and its end token has come."""
+        """True after the end token."""
         return self.state == self.plan.constraint.end
 
     @property
     def lost(self) -> bool:
-        """True if a forbidden token has come."""
+        """True after a forbidden token."""
         return self.state < 0
 
     @property
     def only(self) -> int | None:
-        """The next token if only one is allowed, else None; None after the end."""
+        """Next token if only one is allowed, else None; None after the end."""
         if self.ended or self.lost:
             return None
         return self.plan.only(self.state, self.left)
 
     @property
     def guided_plan(self) -> Plan | None:
-        """The plan if a guide takes part in the law of the next token, else None."""
+        """Plan if a guide determines the distribution of the next token, else None."""
         if isinstance(self.plan, MatchedPlan) or self.plan.guide is None:
             return None
         return None if self.ended or self.lost else self.plan
@@ -111,7 +112,7 @@ class Block(NamedTuple):
     """Rows with one constraint, state and budget.
 
     Attributes:
-        places: of the rows in the batch.
+        places: indices of the rows in the batch.
         ratio: ``log r (n, V)``, ``-inf`` on forbidden tokens.
     """
 
@@ -120,10 +121,11 @@ class Block(NamedTuple):
 
 
 def log_ratios(rows: Sequence[Row | None]) -> list[Block]:
-    """Return ``log r`` of the rows, except those without a constraint, those that are lost, and
-    those of which the mask law allows every token.
+    """Return ``log r`` of the rows.
 
-    The bits of a row do not depend on the batch if its guide is in float32 on the CPU.
+    Rows without a constraint, rows that are lost, and rows in which the mask law allows every token
+    are left out. The bits of a row do not depend on the batch if its guide is in float32 on the
+    CPU.
     """
     alike: dict[tuple[Plan | MatchedPlan, int, int], dict[int, Row]] = {}
     for i, row in enumerate(rows):
@@ -149,9 +151,9 @@ class _GuidedRows:
     """Guided rows with one plan, state and number of tokens left.
 
     Attributes:
-        places: of the rows in the batch.
+        places: indices of the rows in the batch.
         laws: ``(n, H)``, the guide's distributions of the rows.
-        layout: the tokens of the step by the state that they lead to.
+        layout: the tokens of the step by their next state.
         weighted: ``(w n, H)``, the laws times the message of each of the w wide successors.
         weighted_scales: ``(w n,)``, the logarithms of these messages' scales.
     """
@@ -222,7 +224,9 @@ def log_quotient(law: Tensor, emitted: Tensor, messages: Tensor) -> Tensor:
     that the guide holds impossible does not change the distribution of the state.
 
     Args:
-        law: ``A (..., H)``. emitted: ``beta (..., H)`` of each token. messages: ``C (..., H)``.
+        law: ``A (..., H)``.
+        emitted: ``beta (..., H)`` of each token.
+        messages: ``C (..., H)``.
     """
     joint = law * emitted
     total = joint.sum(-1)
@@ -267,7 +271,7 @@ def moved(blocks: Sequence[Block], scores: Tensor, temperature: float = 1.0) -> 
     for places, ratio in blocks:
         ratio = ratio.to(scores)
         if temperature != 1:
-            ratio = temperature * ratio  # apart: a fused product would round by the place in memory
+            ratio = temperature * ratio  # a fused product's rounding would depend on the address
         first, last = places[0], places[-1]
         if places == list(range(first, last + 1)):
             scores[first : last + 1].add_(ratio)

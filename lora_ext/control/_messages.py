@@ -1,13 +1,12 @@
-"""Which states can still end in time, and how likely a guide holds that they do.
+"""States from which a text can still end in time, and the guide's probability of this.
 
-A :class:`Plan` is a constraint with its budget: of ``n`` tokens, the one that ends included, at
-least ``lo`` come before the end. Its tables are shared by all rows that have it.
+A :class:`Plan` is a constraint with its budget of ``n`` tokens, including the end token, of which
+at least ``lo`` precede the end. Its tables are shared by all rows with this plan.
 
-    C_k(END) = 1, else C_0(s) = 0
-    C_k(s, z) = sum_z' T(z, z') sum_s' w(s->s', z') C_{k-1}(s', z')
+    C_k(END) = 1, else C_0(s) = 0 C_k(s, z) = sum_z' T(z, z') sum_s' w(s->s', z') C_{k-1}(s', z')
     w(s->s', z) = sum of beta(z, x) over the tokens x of the edge
 
-``k`` tokens may still come; edges into END are closed while fewer than ``lo`` have come.
+``k`` tokens are left; edges into END are closed until ``lo`` tokens have been written.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ from .language import DEFAULT, Constraint, Limits, Matched
 _WHERE = "constraint"
 _KEPT_SEGMENTS = 3
 _KEPT_STEPS = 1024
-_PART = 8  # a successor with more than V / 8 tokens has a product of its own, others are gathered
-_FEW = 64  # up to V / 64 tokens are written one by one, more by a mask
+_PART = 8  # a successor with more than V / 8 tokens has a separate product, others are gathered
+_FEW = 64  # up to V / 64 tokens are written by index, more by a mask
 _shared: weakref.WeakKeyDictionary[Guide, weakref.WeakValueDictionary[tuple[object, ...], Messages]]
 _shared = weakref.WeakKeyDictionary()
 _shared_lock = threading.Lock()
 
 
 class Plan:
-    """A constraint, its budget, and the guide that looks ahead.
+    """Constraint with its budget and guide.
 
     Args:
-        constraint: of the text.
-        budget: ``n``, tokens that may come, the one that ends the text included. Messages call it
-            max_new_tokens, and the next one min_new_tokens, as ``generate`` does.
-        least: ``lo``, tokens that must come before it.
-        guide: None: the mask law.
-        limits: of the guide's tables.
+        constraint: the constraint of the text.
+        budget: ``n``, the most tokens, including the end token. Messages call it max_new_tokens,
+            and ``least`` min_new_tokens, as in ``generate``.
+        least: ``lo``, the fewest tokens before the end token.
+        guide: the guide; None gives the mask law.
+        limits: limits of the guide's tables.
 
     Raises:
-        ValueError: if no text of the constraint fits between ``least`` and the budget, or the
-            guide has another vocabulary.
+        ValueError: If no text of the constraint fits between ``least`` and the budget, or the guide
+            has another vocabulary.
     """
 
     def __init__(
@@ -79,14 +78,16 @@ class Plan:
         expected = f"at least {fewest}, the shortest text of the constraint and its end"
         require(fewest <= budget, _WHERE, "max_new_tokens", expected, budget)
         fits = self.alive(0, budget)
-        found = "none, for each text is shorter or the end comes too late"
+        found = "none, as each text is shorter or too long"
         require(fits, _WHERE, "min_new_tokens", f"a text of {least} to {budget - 1} tokens", found)
 
     # --- dead ends --------------------------------------------------------------------------------
     @cached_property
     def _alive(self) -> Tensor | None:
-        """Whether END is reached from each state in at most k tokens, ``(n + 1, S + 1)``; None:
-        the distance says it."""
+        """Table ``(n + 1, S + 1)``: True if END can be reached from a state in at most k tokens.
+
+        None if it follows from the distance.
+        """
         if self.least == 0:
             return None
         source, target, _ = self.edges
@@ -104,7 +105,7 @@ class Plan:
         return int(self.constraint.distance.max())
 
     def alive(self, state: int, k: int) -> bool:
-        """Return whether a text may still end if ``k`` tokens may come."""
+        """Return whether a text can still end within ``k`` tokens."""
         if state < 0:
             return False
         if self._alive is None:
@@ -112,8 +113,8 @@ class Plan:
         return bool(self._alive[k, state])
 
     def step(self, state: int, k: int) -> NextTokens:
-        """Return what may come in a state if ``k`` tokens may, that one included."""
-        if self.least == 0:  # more tokens than the longest way to the end make no difference
+        """Return the allowed next tokens in a state with ``k`` tokens left, including this one."""
+        if self.least == 0:  # the result is the same for all k above the longest distance
             k = min(k, self._longest + 1)
         known = self._steps.get((state, k))
         if known is None:
@@ -123,7 +124,7 @@ class Plan:
         return known
 
     def after(self, state: int, k: int, token: int) -> int:
-        """The state behind a token, -1 where it must not come."""
+        """Return the state after a token, -1 if the token is forbidden."""
         constraint = self.constraint
         kind = constraint.classes[token] if 0 <= token < constraint.vocab_size else -1
         if kind < 0 or not self.step(state, k).allows[kind]:
@@ -131,21 +132,25 @@ class Plan:
         return constraint.rows[state][kind]
 
     def mask(self, state: int, k: int) -> Tensor | None:
-        """Return 0 on tokens that may come and ``-inf`` on others, ``(V,)``; None where all may."""
+        """Return 0 for allowed and ``-inf`` for forbidden tokens, ``(V,)``; None if all are
+        allowed.
+        """
         live = self.step(state, k).live
         if live.all():
             return None
         return torch.where(live, 0.0, -torch.inf)[self.constraint.class_index]
 
     def only(self, state: int, k: int) -> int | None:
-        """The token that may come where there is just one, else None."""
+        """Return the allowed token if there is only one, else None."""
         return self.step(state, k).only
 
     # --- messages ---------------------------------------------------------------------------------
     @cached_property
     def edges(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs of a state and one behind it, each once, and which of them each place of the table
-        is, ``(S, classes)``, -1 where forbidden."""
+        """Sources and targets of all edges, and the index of the edge of each table entry.
+
+        The indices are ``(S, classes)``, -1 for forbidden classes.
+        """
         table = self.constraint.table.long()
         states = len(table) + 1
         joint = torch.arange(len(table))[:, None] * states + table
@@ -168,7 +173,7 @@ class Plan:
 
     @cached_property
     def messages(self) -> Messages:
-        """The guide's tables, shared by plans of the same content while one of them lives.
+        """Tables of the guide, shared by plans of the same content while one of them exists.
 
         Without a least length they do not depend on the budget.
         """
@@ -188,10 +193,11 @@ class Plan:
 
 
 class MatchedPlan:
-    """A matcher's constraint in the place of a :class:`Plan`: whatever the budget, its own mask.
+    """Plan of a matcher's constraint, whose mask does not depend on the budget.
 
     Args:
-        constraint: of the text. budget: tokens that may come; a text may be cut there.
+        constraint: the constraint of the text.
+        budget: most tokens; a text may be cut there.
     """
 
     guide: Guide | None = None
@@ -200,33 +206,33 @@ class MatchedPlan:
         self.constraint, self.budget = constraint, budget
 
     def after(self, state: int, k: int, token: int) -> int:
-        """As :meth:`Plan.after`."""
+        """Return the state after a token, see :meth:`Plan.after`."""
         return self.constraint.next_state(state, token)
 
     def mask(self, state: int, k: int) -> Tensor | None:
-        """As :meth:`Plan.mask`."""
+        """Return the mask of allowed tokens, see :meth:`Plan.mask`."""
         live = self.constraint.mask(state)
         return None if live.all() else torch.where(live, 0.0, -torch.inf)
 
     def only(self, state: int, k: int) -> int | None:
-        """As :meth:`Plan.only`."""
+        """Return the only allowed token, see :meth:`Plan.only`."""
         live = self.constraint.mask(state).nonzero()
         return int(live) if len(live) == 1 else None
 
 
 class NextTokens:
-    """The tokens that may come in a state, by where they lead.
+    """Allowed tokens in a state, by their next state.
 
     Attributes:
-        live: ``(classes,)``.
-        after: ``(classes,)``, the state behind each class, -1 where it is not live.
-        states: those behind live classes, each once, the end left out.
+        live: ``(classes,)``, True for allowed classes.
+        after: ``(classes,)``, the state after each class, -1 if it is not allowed.
+        states: the distinct states after allowed classes, without the end.
     """
 
     def __init__(self, plan: Plan, state: int, k: int):
         constraint = plan.constraint
         self._constraint = constraint
-        if state == constraint.end:  # behind the end: the end again
+        if state == constraint.end:  # only end tokens follow the end
             self.live = torch.arange(constraint.table.shape[1]) == 0
             self.after = torch.where(self.live, constraint.end, -1)
         else:
@@ -246,14 +252,14 @@ class NextTokens:
 
     @cached_property
     def layout(self) -> Layout:
-        """The tokens by how the guide's ratio of them is found."""
+        """Tokens by the way in which the guide's ratio is computed."""
         constraint = self._constraint
         vocab, end = constraint.vocab_size, constraint.end
         after = self.after[constraint.class_index]  # (V,)
         inside = after[(after >= 0) & (after != end)]
         count = torch.bincount(inside, minlength=1)
         wide: list[int] = []
-        if len(inside) > vocab // _PART:  # at least one has a product of its own then
+        if len(inside) > vocab // _PART:  # at least one then has a separate product
             wide = (count > vocab // _PART).nonzero()[:, 0].tolist() or [int(count.argmax())]
         narrow = (after >= 0) & (after != end)
         for s in wide:
@@ -271,7 +277,7 @@ class NextTokens:
 
     @cached_property
     def only(self) -> int | None:
-        """The token that may come where there is just one, else None."""
+        """Allowed token if there is only one, else None."""
         order, first = self._constraint.tokens_by_class
         if int(first.diff()[self.live].sum()) != 1:
             return None
@@ -280,14 +286,14 @@ class NextTokens:
 
 
 class Layout(NamedTuple):
-    """The tokens of a step, by where they lead.
+    """Tokens of a step, by their next state.
 
     Attributes:
-        wide: states that many tokens lead to, which have a product with the vocabulary.
-        others: of all but the first of them ``(V,)`` bool: their tokens.
-        narrow: the other live tokens that do not end the text, ``(t,)``.
-        behind: the states behind these.
-        dead: tokens that must not come, ``(d,)``, or ``(V,)`` bool where they are many.
+        wide: next states of many tokens, which are computed by a product with the vocabulary.
+        others: masks ``(V,)`` bool of the tokens of all wide states except the first.
+        narrow: the other allowed tokens that do not end the text, ``(t,)``.
+        behind: the states after the narrow tokens.
+        dead: forbidden tokens, ``(d,)``, or ``(V,)`` bool if there are many.
         ends: tokens that end the text.
     """
 
@@ -300,9 +306,9 @@ class Layout(NamedTuple):
 
 
 class Messages:
-    """``C_k`` for all k, or every so many of them with the rest computed again where asked.
+    """Tables ``C_k``: stored for every ``stride``-th k, the others are recomputed when needed.
 
-    A row ``C_k(s)`` is kept relative to its largest entry, beside the logarithm of that.
+    A row ``C_k(s)`` is divided by its largest entry, whose logarithm is stored as the row's scale.
     """
 
     def __init__(self, plan: Plan, stride: int):
@@ -317,12 +323,14 @@ class Messages:
         first[-1] = 1
         scale = plan.guide.initial.new_full((states,), -torch.inf)
         scale[-1] = 0
-        self._marks: list[tuple[Tensor, Tensor]] = [(first, scale)]  # every stride-th
+        self._marks: list[tuple[Tensor, Tensor]] = [(first, scale)]  # every stride-th table
         self._segments: OrderedDict[int, list[tuple[Tensor, Tensor]]] = OrderedDict()
 
     def __call__(self, k: int) -> tuple[Tensor, Tensor]:
-        """``C_k (S + 1, H)`` with rows of largest entry 1, or 0 where END is out of reach, and the
-        logarithms of their scales ``(S + 1,)``."""
+        """Return ``C_k (S + 1, H)`` and the logarithms of the scales of its rows ``(S + 1,)``.
+
+        The largest entry of a row is 1, or 0 if END cannot be reached.
+        """
         with self._lock:
             mark, rest = divmod(k, self._stride)
             while len(self._marks) <= mark:
@@ -345,11 +353,11 @@ class Messages:
         """Return ``C_k`` from ``C_{k-1}``."""
         source, target, weights = self._source, self._target, self._weights
         end = len(table) - 1
-        # Without a least length any budget shares these, and k may be above the first one's.
+        # Without a least length, all budgets share these tables, and k may exceed self._budget.
         if self._least and self._budget - k < self._least:
             inside = target != end
             source, target, weights = source[inside], target[inside], weights[inside]
-        # Edges of a state are added at the scale of the largest state behind it.
+        # Edges of a state are added at the scale of its largest successor.
         largest = torch.full_like(scale, -torch.inf)
         largest.scatter_reduce_(0, source, scale[target], "amax")
         factor = (scale[target] - largest[source]).exp().nan_to_num(0.0)  # (E,)

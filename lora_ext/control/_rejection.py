@@ -1,8 +1,8 @@
-"""Draws from the guided law that do not multiply with the whole vocabulary.
+"""Draws from the guided law without a product over the whole vocabulary.
 
-``r(x) <= b(x) = max_z C_{k-1}(delta(s, x), z)``, and ``b`` is looked up by the class of a token. So
-``p(x) b(x)``, the envelope, serves as the proposal of rejection sampling: a token drawn from it is
-kept with probability ``r(x) / b(x)``, for which only the drawn tokens are looked at.
+``r(x) <= b(x) = max_z C_{k-1}(delta(s, x), z)``, and ``b`` is looked up by the class of a token.
+``p(x) b(x)``, the envelope, is therefore the proposal of rejection sampling: a token drawn from it
+is kept with probability ``r(x) / b(x)``, which is computed only for drawn tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def keep_probabilities(rows: Sequence[Row | None], tokens: Tensor) -> Tensor:
     """Return ``r(x) / b(x)`` of allowed tokens, ``(n, m)`` float64 on the CPU; 1 without a guide.
 
     Args:
-        rows: n rows. tokens: ``(n, m)`` int64 on the CPU.
+        rows: n rows.
+        tokens: ``(n, m)`` int64 on the CPU.
     """
     out = torch.ones(tokens.shape, dtype=torch.float64)
     guided: dict[Guide, list[tuple[int, Row, Tensor]]] = {}
@@ -64,28 +65,29 @@ def draw(
     tries: int = _TOKENS_PER_ROUND,
     rounds: int = 3,
 ) -> tuple[list[int], int]:
-    """Draw a token of every row from its law, exactly.
+    """Draw a token of every row from its exact distribution.
 
     In a round ``tries`` tokens are drawn from ``p(x) b(x)``, and the first that is kept is taken.
     If none is kept, ``r`` replaces ``b`` for these tokens in the next round. Rows in which no round
-    keeps a token are drawn from the law over the whole vocabulary.
+    keeps a token are drawn from the distribution over the whole vocabulary.
 
     Args:
-        rows, scores, temperature: as in :func:`apply`.
-        uniforms: called with the places of n rows and a number m; returns new ``(n, m, 2)`` numbers
-            in [0, 1) at every call.
-        tries: tokens per round. rounds: before the whole vocabulary is used.
+        rows, scores, temperature: see :func:`apply`.
+        uniforms: function of the places of n rows and a number m that returns new ``(n, m, 2)``
+            numbers in [0, 1) at every call.
+        tries: tokens per round.
+        rounds: most rounds before the whole vocabulary is used.
 
     Returns:
-        The tokens, and how many were looked at in all.
+        The tokens, and the number of drawn tokens that were examined.
 
     Raises:
         ValueError: If all allowed tokens of a row have the score ``-inf``, or one is NaN or inf.
     """
     tempered, envelope = proposal_scores(rows, scores, temperature)
-    finite = bool(envelope.amax(-1).isfinite().all())
+    wrong = (~envelope.amax(-1).isfinite()).nonzero()[:, 0].tolist()
     expected = "a finite largest score among the tokens that each row's constraint allows"
-    require(finite, "draw", "scores", expected, "a row without")
+    require(not wrong, "draw", "scores", expected, f"none in rows {wrong[:4]}")
     return draw_from(rows, tempered, envelope, uniforms, tries, rounds)
 
 
@@ -95,7 +97,8 @@ def proposal_scores(
     """Return the scores at a temperature and the envelope ``log p b``, ``(B, V)`` each.
 
     Args:
-        rows, scores: as in :func:`apply`. temperature: one number, or ``(B, 1)``.
+        rows, scores: see :func:`apply`.
+        temperature: one number, or ``(B, 1)``.
 
     Returns:
         ``scores`` themselves at temperature 1, else :func:`_tempered`; and the envelope in float32
@@ -120,7 +123,8 @@ def _tempered(scores: Tensor, bounds: Tensor | None, temperature: float | Tensor
     ``top`` is the largest score of an allowed token. Without it a quotient could overflow.
 
     Args:
-        scores: ``(B, V)`` float32 or wider. bounds: ``(B, V)``, ``-inf`` on forbidden tokens.
+        scores: ``(B, V)`` float32 or wider.
+        bounds: ``(B, V)``, ``-inf`` on forbidden tokens.
         temperature: one number, or ``(B, 1)``.
     """
     allowed = scores
@@ -139,7 +143,7 @@ def draw_from(
     tries: int = _TOKENS_PER_ROUND,
     rounds: int = 3,
 ) -> tuple[list[int], int]:
-    """Draw as :func:`draw` does, from the two results of :func:`proposal_scores`."""
+    """Draw tokens as :func:`draw`, from the two results of :func:`proposal_scores`."""
     tokens, looked_at = [-1] * len(rows), 0
     waiting, bounded = list(range(len(rows))), envelope
     # Rows without a guide keep every token, and most other rows keep one of the first few.
@@ -164,7 +168,7 @@ def draw_from(
         if not waiting:
             return tokens, looked_at
         bounded, envelope, at, keep = bounded[still], envelope[still], at[still], keep[still]
-        # Not an addition in place: a token may have been drawn twice.
+        # Not added in place, as a token may have been drawn twice.
         envelope = envelope.scatter(1, at, envelope.gather(1, at) + keep.log().to(envelope))
         count = tries
     whole = moved(log_ratios([rows[i] for i in waiting]), tempered[waiting])
@@ -182,10 +186,10 @@ def _sampled(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def likeliest(rows: Sequence[Row | None], scores: Tensor, tries: int = 256) -> list[int]:
-    """Return the likeliest token of every row under its law at temperature 1.
+    """Return the likeliest token of every row under its distribution at temperature 1.
 
-    Tokens are looked at in descending order of ``p(x) b(x)`` until it is below the best ``p(x)
-    r(x)``; after ``tries`` tokens the law over the whole vocabulary decides.
+    Tokens are examined in descending order of ``p(x) b(x)`` until it is below the best ``p(x)
+    r(x)``; after ``tries`` tokens, the distribution over the whole vocabulary is computed.
     """
     found = [(i, log_bound(row)) for i, row in enumerate(rows) if row is not None]
     envelope = moved([Block([i], bound[None]) for i, bound in found if bound is not None], scores)

@@ -1,9 +1,9 @@
-"""Learning a guide from a language model's own text and laws.
+"""Learning a guide from sampled texts of a language model and its distributions.
 
-The model writes texts; its hidden states are clustered into the guide's states. What a state emits
-is the mean of the model's own laws over its cluster, not a count of tokens: a few thousand hidden
-states say more that way than as many tokens do. Transitions are counted, and then learned by EM for
-as long as texts that were held out become likelier.
+The model writes texts; its hidden states are clustered into the guide's states. The emission of a
+state is the mean of the model's distributions over its cluster instead of a count of tokens, so a
+few thousand hidden states suffice. Transitions are counted, and then improved by EM while held-out
+texts become likelier.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lora_ext.circuits import Categorical, Circuit, RegionGraph
 from ._guide import Guide, regions_of_hmm
 from .prior import PriorHead
 
-#: Wraps an iterable to show how far it is; ``tqdm.tqdm``, say.
+#: Function that wraps an iterable to show its progress, such as ``tqdm.tqdm``.
 Progress = Callable[..., Iterable[Any]]
 _WHERE = "distil"
 _CHUNK = 256
 _TRIED = 8  # candidate points of the first centres, per cluster
-_AHEAD = 8  # tokens by whose likelihood a prior head is learned and measured
+_AHEAD = 8  # following tokens in the likelihood of a prior head
 
 
 @torch.no_grad()
@@ -45,30 +45,32 @@ def distil(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Guide:
-    """Learn a guide from what a model writes behind prompts.
+    """Learn a guide from texts that a model writes after prompts.
 
     Args:
         model: a transformers causal LM, in evaluation mode.
         prompts: ``(N, S)``, or lists of tokens of any lengths; used in turn.
-        states: ``H``.
-        samples: texts to write, at least 2. length: tokens of each at most.
+        states: number of states ``H``.
+        samples: number of texts, at least 2.
+        length: most tokens of a text.
         batch: rows of a call of the model.
-        em_steps: of the transitions at most; fewer once held-out texts become less likely.
-        prior_steps: of the guide's :class:`~lora_ext.control.PriorHead`; 0 learns none.
-        held_out: the share of texts to measure by.
-        eos_token_id: what ends a text; None: that of the model's ``generation_config``.
-        seed: of the samples and the clusters; torch's own generator is left as it was.
-        progress: ``progress(iterable, desc=..., total=...)`` shows how far it is, such as
-            ``tqdm.tqdm``.
+        em_steps: most EM steps for the transitions; EM stops when held-out texts become less
+            likely.
+        prior_steps: steps of the guide's :class:`~lora_ext.control.PriorHead`; 0 learns none.
+        held_out: share of the texts that are held out for the measures.
+        eos_token_id: end tokens; None uses those of the model's ``generation_config``.
+        seed: seed of the samples and the clusters; torch's generator is restored.
+        progress: function ``progress(iterable, desc=..., total=...)`` that shows the progress, such
+            as ``tqdm.tqdm``.
 
     Returns:
-        a guide whose ``measures`` are ``held_out_nats`` a token under the guide,
-        ``model_nats`` under the model, and ``tokens`` that it learned from; with a prior head
-        ``prior_nats`` a token of the 8 that follow a held-out place, from the state that the head
-        reads off the model there.
+        A guide with the ``measures`` ``held_out_nats`` per token under the guide, ``model_nats``
+        per token under the model, and ``tokens``, the number of training tokens. With a prior head
+        also ``prior_nats``: nats per token of the 8 tokens after a held-out position, given the
+        head's distribution there.
 
     Raises:
-        ValueError: for numbers out of range, naming the argument.
+        ValueError: If a number is out of range; the message names the argument.
     """
     for name, value, low in (
         ("states", states, 1),
@@ -89,7 +91,7 @@ def distil(
         config = getattr(model, "generation_config", None)
         eos = getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id
         ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        # Rows of one call have prompts of one length, so that nothing is padded.
+        # Rows of one call have prompts of the same length, so no padding is needed.
         order = sorted((rows[i % len(rows)] for i in range(samples)), key=len)
         calls: list[list[list[int]]] = []
         for prompt in order:
@@ -110,8 +112,8 @@ class _Texts(NamedTuple):
 
     Attributes:
         tokens: ``(N, L)``, -1 after the end of a text.
-        hidden: ``(N, L, D)`` float32, the hidden state that each token was drawn from.
-        nats: ``(N, L)``, of each token under the model; 0 after the end.
+        hidden: ``(N, L, D)`` float32, the hidden state from which each token was drawn.
+        nats: ``(N, L)``, negative log-probability of each token by the model; 0 after the end.
     """
 
     tokens: Tensor
@@ -120,7 +122,7 @@ class _Texts(NamedTuple):
 
 
 def _written(model: Any, ids: Tensor, length: int, eos: list[int]) -> _Texts:
-    """Return one batch of texts, sampled token by token from the model's distribution."""
+    """Sample a batch of texts from the model."""
     device = model.get_input_embeddings().weight.device
     fed, settings = ids.to(device), _settings(model)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
@@ -145,10 +147,9 @@ def _written(model: Any, ids: Tensor, length: int, eos: list[int]) -> _Texts:
 
 
 def _settings(model: Any) -> dict[str, Any]:
-    """Return an empty cache, which grows in place, under the name that the model's forward has for
-    it.
+    """Return arguments of the model's forward: an empty cache that grows in place.
 
-    Where the model can be told so, its head reads the last token alone, not all of a prompt.
+    If the model supports ``logits_to_keep``, its head only computes the last token of a prompt.
     """
     from transformers import DynamicCache
 
@@ -166,8 +167,7 @@ def _learned(
     held_out: float,
     progress: Progress | None,
 ) -> Guide:
-    """Return the guide of texts: clusters, laws, counts, EM, and the head that reads off its
-    state."""
+    """Learn a guide from texts: clusters, emissions, counted transitions, EM, and a prior head."""
     tokens, order = written.tokens, torch.randperm(len(written.tokens))
     apart = min(len(order) - 1, max(1, round(held_out * len(order))))
     train, test = tokens[order[:-apart]], tokens[order[-apart:]]
@@ -178,7 +178,7 @@ def _learned(
     cluster[seen] = _clusters(hidden, states, progress)
     emission = _emission(head, hidden, cluster[seen], states, progress)
     before, after = cluster[:, :-1].flatten(), cluster[:, 1:].flatten()
-    both = after >= 0  # then the one before it is, too
+    both = after >= 0  # the preceding token is then known too
     transition = torch.full((states, states), 1 / states)
     transition.index_put_((before[both], after[both]), torch.ones(int(both.sum())), accumulate=True)
     first = torch.bincount(cluster[:, 0], minlength=states).float() + 0.1
@@ -191,7 +191,7 @@ def _learned(
         "tokens": float(seen.sum()),
     }
     if prior_steps:
-        # Every place of every text, and the tokens behind it, -1 behind the end.
+        # Every position of every text, and the tokens from there on, -1 after the end.
         behind = torch.nn.functional.pad(tokens, (0, _AHEAD - 1), value=-1).unfold(1, _AHEAD, 1)
         there = tokens[order] >= 0
         places, following = written.hidden[order][there], behind[order][there]  # (n, D), (n, m)
@@ -238,8 +238,7 @@ def _nearest(points: Tensor, centres: Tensor) -> Tensor:
 def _emission(
     head: Any, hidden: Tensor, cluster: Tensor, states: int, progress: Progress | None
 ) -> Tensor:
-    """Return the mean of the model's distributions over each cluster, mixed with a little of their
-    mean over all."""
+    """Return the mean of the model's distributions over each cluster, with smoothing."""
     weight, sums = head.weight, torch.empty(0)
     parts = list(zip(hidden.split(_CHUNK), cluster.split(_CHUNK), strict=True))
     for points, places in _shown(parts, progress, "laws"):
@@ -255,7 +254,7 @@ def _with_transitions(
 ) -> tuple[Guide, float]:
     """Improve the transitions and the first state by EM while held-out texts become likelier.
 
-    Emissions stay: EM would fit them to the few tokens that were drawn.
+    Emissions do not change, as EM would overfit them to the few sampled tokens.
     """
     best = float(guide.log_prob(test).double().sum())
     if steps == 0:

@@ -1,7 +1,7 @@
-"""Reading the guide's state off the model's hidden state: what was written before needs no filter.
+"""Prediction of the guide's state from the model's hidden state, instead of filtering the prompt.
 
-Source: LTLA (arXiv 2511.16054) has a network for the prior of its hidden Markov model; this one is
-a single layer.
+Source: LTLA (arXiv 2511.16054) uses a network for the prior of its hidden Markov model; this is a
+single layer.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ _WHERE = "PriorHead"
 
 
 class PriorHead(nn.Module):
-    """``A = softmax(P h)``: the law of the guide's state at the next token, from a hidden state.
+    """Layer ``A = softmax(P h)``: distribution of the guide's state at the next token.
 
-    ``ConstraintProcessor(..., prior=head(hidden))`` starts every row where its prompt has led, with
-    ``hidden`` the state that enters the model's LM head at the last token of the prompt.
+    ``ConstraintProcessor(..., prior=head(hidden))`` starts every row in the state after its prompt;
+    ``hidden`` is the input of the model's LM head at the last token of the prompt.
 
     Args:
-        guide: whose states they are.
-        hidden_size: ``D``; None: of the head that was learned with the guide (``guide.prior``).
+        guide: the guide.
+        hidden_size: ``D``; None uses that of the head learned with the guide (``guide.prior``).
 
     Attributes:
-        weight: ``(H, D)``: that of the guide's own head, or zeros, with which every state is as
-            likely as another.
+        weight: ``(H, D)``, initialised with ``guide.prior``, or with zeros, which give a uniform
+            distribution.
 
     Raises:
-        ValueError: for another size than the guide's head has, or None without one.
+        ValueError: If the size differs from that of the guide's head, or is None without a head.
     """
 
     def __init__(self, guide: Guide, hidden_size: int | None = None):
@@ -43,7 +43,7 @@ class PriorHead(nn.Module):
         if hidden_size is not None:
             integer(_WHERE, "hidden_size", hidden_size, 1)
         size = known if hidden_size is None else hidden_size
-        expected = "a size, for the guide has no head" if known is None else f"{known}, the guide's"
+        expected = "a size, as the guide has no head" if known is None else f"{known}, the guide's"
         require(size is not None and known in (None, size), _WHERE, "hidden_size", expected, size)
         if guide.prior is not None:
             self.weight = nn.Parameter(guide.prior.clone())
@@ -52,16 +52,17 @@ class PriorHead(nn.Module):
             self.weight = nn.Parameter(guide.initial.new_zeros(guide.num_states, size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Laws ``(B, H)`` of hidden states ``(B, D)``, in the dtype of the guide."""
+        """Map hidden states ``(B, D)`` to distributions ``(B, H)`` in the dtype of the guide."""
         return (hidden.to(self.weight) @ self.weight.t()).softmax(-1)
 
     def log_prob(self, hidden: Tensor, following: Tensor) -> Tensor:
         """Return ``log p`` of the tokens that follow hidden states, ``(B,)``.
 
-        ``log sum_z A(z) p(x_1 .. x_m | z)``, with the guide's own law of a text from a state.
+        ``log sum_z A(z) p(x_1 .. x_m | z)``, with the guide's probability of a text from a state.
 
         Args:
-            hidden: ``(B, D)``. following: ``(B, m)`` int64; -1 behind the end of a text.
+            hidden: ``(B, D)``.
+            following: ``(B, m)`` int64; -1 after the end of a text.
         """
         law, guide = self(hidden), self.guide
         behind, scale = torch.ones_like(law), law.new_zeros(len(law))
@@ -88,19 +89,23 @@ class PriorHead(nn.Module):
         seed: int = 0,
         progress: Any = None,
     ) -> float:
-        """Learn from places of texts, by the likelihood of what follows them.
+        """Fit the layer to positions of texts, by the likelihood of the following tokens.
 
         Args:
-            hidden: ``(N, D)``. following: ``(N, m)``, as :meth:`log_prob` takes them.
-            steps: of Adam, whose rate falls to zero. batch: places of each.
-            apart: how many of the last places are measured by and not learned from; None: a tenth.
-            progress: as :func:`distil` takes it.
+            hidden: ``(N, D)``, see :meth:`log_prob`.
+            following: ``(N, m)``, see :meth:`log_prob`.
+            steps: steps of Adam, with a learning rate that falls to zero.
+            batch: positions per step.
+            learning_rate: initial learning rate.
+            apart: number of the last positions that are held out; None holds out a tenth.
+            seed: seed of the batches.
+            progress: see :func:`distil`.
 
         Returns:
-            nats a token on the places that are set apart.
+            Nats per token on the held-out positions.
 
         Raises:
-            ValueError: for fewer than two places, or numbers out of range.
+            ValueError: If there are fewer than two positions, or a number is out of range.
         """
         integer(_WHERE, "steps", steps, 0)
         integer(_WHERE, "batch", batch, 1)

@@ -1,4 +1,4 @@
-"""Constraints in transformers' ``generate``."""
+"""Logits processor that applies constraints in transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from ._law import Row, advance
 from ._messages import MatchedPlan, Plan
 from .language import DEFAULT, Constraint, Limits, Matched
 
-#: One constraint, or None, for all rows, or one of them per row.
+#: One constraint or None for all rows, or a sequence of them with one per row.
 Constraints = Constraint | Matched | None | Sequence[Constraint | Matched | None]
 _WHERE = "ConstraintProcessor"
 
 
 class ConstraintProcessor:
-    """Makes every row of ``generate`` satisfy its constraint at the end of its budget.
+    """Logits processor that makes every row of ``generate`` satisfy its constraint in its budget.
 
-    ``model.generate(..., logits_processor=[ConstraintProcessor(...)])`` samples, takes the
-    likeliest or searches beams. ``softmax(scores / temperature)`` of what it returns is the mask
-    law, or with a guide the guided law (docs/control.md). No row ends by its length: the last token
-    of the budget ends a text that has not ended before. Rows without a constraint keep their bits.
+    Pass it as ``model.generate(..., logits_processor=[ConstraintProcessor(...)])`` for sampling,
+    greedy or beam search. ``softmax(scores / temperature)`` of its result is the mask law, or with
+    a guide the guided law (docs/control.md). No row is cut: the last token of the budget ends a
+    text that has not ended before. Rows without a constraint keep their bits.
 
     One processor can be passed to several calls of ``generate``, one after the other. Call
     :meth:`reset` before a call with rows that an earlier call returned: the processor cannot
-    distinguish its first step from one more step of the earlier call. Whatever else changes the
-    scores afterwards, such as top_p, changes the law but not the satisfaction; penalties,
-    ``min_new_tokens`` of ``generate`` and stop rules may take away what a constraint needs.
+    distinguish its first step from one more step of the earlier call. Later changes of the scores,
+    such as top_p, change the distribution, but the constraint still holds. Penalties,
+    ``min_new_tokens`` of ``generate`` and stop rules may forbid all tokens that a constraint
+    allows.
 
     Args:
         constraints: one for all rows, or a list with one (or None) per prompt.
-        guide: looks ahead; None: the mask law.
-        max_new_tokens: the budget of every row, the token that ends it included, as ``generate``
-            takes it.
-        min_new_tokens: tokens that come before the end at least.
-        temperature: as ``generate`` takes it, whose warper divides by it afterwards.
-        prior: ``(B, H)``, the guide's law of the state at the first new token of every row, such as
-            ``guide.filter(prompts)``; None: its ``initial``.
-        limits: of the guide's tables.
+        guide: the guide; None gives the mask law.
+        max_new_tokens: the budget of every row, including the end token, as in ``generate``.
+        min_new_tokens: fewest tokens before the end.
+        temperature: temperature of ``generate``, whose warper divides by it afterwards.
+        prior: ``(B, H)``, the guide's distribution of the state at the first new token of every
+            row, such as ``guide.filter(prompts)``; None uses its ``initial``.
+        limits: limits of the guide's tables.
 
     Attributes:
-        log_weight: ``(B,)``, after a run: ``log (p / p_drawn)`` of each row, with ``p`` the law of
-            the scores at the temperature. Drawn rows weighted by it follow ``p`` given the
-            constraint, but for one factor.
+        log_weight: ``(B,)``, after a run: ``log (p / p_drawn)`` of each row, with ``p`` the
+            distribution of the scores at the temperature. Rows weighted by it follow ``p`` given
+            the constraint, up to a constant factor.
 
     Raises:
-        ValueError: if a constraint cannot be met within the budget, and for a guide or numbers that
-            do not fit, naming the argument.
+        ValueError: If a constraint cannot be met within the budget, or a guide or number does not
+            fit; the message names the argument.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class ConstraintProcessor:
         return prior.to(self._guide.initial)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores of the next token of every row.
+        """Return the constrained scores of the next token of every row.
 
         Args:
-            input_ids: ``(B, T)``, prompts and what came behind them.
+            input_ids: ``(B, T)``, prompts and the new tokens so far.
             scores: ``(B, V)``.
 
         Raises:
-            ValueError: rows or a vocabulary that do not fit, or scores that leave no live token.
+            ValueError: If rows or vocabulary do not fit, or the scores exclude all allowed tokens.
         """
         batch = len(input_ids)
         if self._goes_on(input_ids):
@@ -121,7 +121,7 @@ class ConstraintProcessor:
             gone = (after == -torch.inf) & (before > -torch.inf)
             none = [i for i, g in zip(places, gone.tolist(), strict=True) if g]
             expected = "a finite score for a token that the constraint allows"
-            why = "something else, such as a penalty or min_new_tokens, forbids them all"
+            why = "another processor, such as a penalty or min_new_tokens, forbids them all"
             require(not none, _WHERE, "scores", expected, f"none in rows {none[:4]}: {why}")
             self._next[places] = (after - before).double().cpu().nan_to_num(0.0)
         ended = [i for i in range(batch) if self._at_end(i)]
@@ -135,13 +135,15 @@ class ConstraintProcessor:
 
     @property
     def log_weight(self) -> Tensor:
-        """``(B,)`` float64; see the class. Rows that have not ended are taken to end with the token
-        that this call decides."""
+        """Log weights ``(B,)`` float64, see the class.
+
+        Rows that have not ended are assumed to end with the next token.
+        """
         return self._weight + self._next
 
     # --- one run and the next ---------------------------------------------------------------------
     def reset(self) -> None:
-        """Begin a new run, with the whole budget, at the next call; it sets ``log_weight`` anew."""
+        """Start a new run, with the whole budget and new log weights, at the next call."""
         self._prompt = None
 
     def _goes_on(self, input_ids: Tensor) -> bool:
@@ -155,14 +157,14 @@ class ConstraintProcessor:
             return True
         before = self._before.shape[1]
         expected = "the rows of the last call with one token more, or other prompts"
-        found = f"{length} columns behind {before} (reset() begins a new run)"
+        found = f"{length} columns after {before} (reset() begins a new run)"
         require(length > before, _WHERE, "input_ids", expected, found)
         return False
 
     def _warn_if_over(self, input_ids: Tensor) -> None:
-        """Warn, once per run, if ``generate`` with the same budget and end tokens had stopped.
+        """Warn, once per run, if ``generate`` would have stopped with this budget and end tokens.
 
-        Beams that changed places belong to the same call of ``generate``.
+        Reordered beams belong to the same call of ``generate``.
         """
         if self._warned or not torch.equal(input_ids[:, :-1], self._before):
             return
@@ -176,8 +178,8 @@ class ConstraintProcessor:
             f"{_WHERE}: input_ids: expected no more tokens after max_new_tokens={self._budget} or "
             f"an end token in every row, found {new.shape[1]} new tokens and one more call, which "
             "continues the run: its ended rows get end tokens only. For a new call of generate "
-            "with the returned rows, call reset() first; otherwise give generate the same "
-            "max_new_tokens and eos_token_id",
+            "with the returned rows, call reset() first; otherwise pass the same max_new_tokens "
+            "and eos_token_id to generate",
             stacklevel=3,
         )
 
@@ -205,7 +207,7 @@ class ConstraintProcessor:
         self._weight = torch.zeros(batch, dtype=torch.float64)
 
     def _parents(self, input_ids: Tensor) -> list[int]:
-        """Return which row of the last call each row goes on from: beams change places."""
+        """Return the row of the last call that each row continues, as beams are reordered."""
         batch = len(input_ids)
         if torch.equal(input_ids[:, :-1], self._before):
             return list(range(batch))
@@ -217,7 +219,8 @@ class ConstraintProcessor:
         expected = "a row of the last call with one token more"
         for i, tokens in enumerate(input_ids[:, :-1].tolist()):
             place = (i * count // batch, *tokens)
-            require(place in known, _WHERE, f"input_ids: row {i}", expected, "another one")
+            found = f"one that ends with {tokens[-3:]} before the new token"
+            require(place in known, _WHERE, f"input_ids: row {i}", expected, found)
             parents.append(known[place])
         return parents
 
@@ -252,16 +255,16 @@ def plans_of(
     least: int = 0,
     limits: Limits = DEFAULT,
 ) -> list[Plan | MatchedPlan | None]:
-    """Return the plan of each constraint of a list, or of the one that all rows have.
+    """Return the plan of each constraint of a list, or of the only one for all rows.
 
     Args:
-        where: opens the message of an error.
-        constraints, guide, limits: as :class:`ConstraintProcessor` takes them.
-        budget, least: as :class:`Plan` does; a matcher's plan has no least length.
+        where: begin of error messages.
+        constraints, guide, limits: see :class:`ConstraintProcessor`.
+        budget, least: see :class:`Plan`; a matcher's plan has no least length.
 
     Raises:
-        ValueError: for what is no constraint, and as :class:`Plan`. NotImplementedError: for a
-            guide or a least length beside a matcher.
+        ValueError: If an item is not a constraint, and as :class:`Plan`.
+        NotImplementedError: For a guide or a least length with a matcher.
     """
     listed = list(constraints) if isinstance(constraints, Sequence) else [constraints]
     good = bool(listed) and all(c is None or isinstance(c, Constraint | Matched) for c in listed)
@@ -271,7 +274,7 @@ def plans_of(
     for c in listed:
         if isinstance(c, Matched):
             for name, value, none in (("guide", guide, None), ("min_new_tokens", least, 0)):
-                expected = f"{none} beside from_matcher, which says nothing of what comes later"
+                expected = f"{none} beside from_matcher, which cannot look ahead"
                 require(value == none, where, name, expected, value, NotImplementedError)
             plans[c] = MatchedPlan(c, budget)
         elif c is not None and c not in plans:

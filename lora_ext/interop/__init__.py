@@ -1,4 +1,4 @@
-"""Other people's models and formats."""
+"""Models and formats of other packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def __getattr__(name: str) -> Any:
-    """What needs another package is imported when it is asked for."""
+    """Import `CopraCallback` on first access, since it needs another package."""
     if name == "CopraCallback":
         from lora_ext.methods.copra import CopraCallback
 
@@ -24,16 +24,16 @@ def __getattr__(name: str) -> Any:
 
 
 def from_peft(model: Model) -> Model:
-    """Let lora_ext's kernels run the LoRA layers of a PEFT model, forward and backward.
+    """Run the LoRA layers of a PEFT model with lora_ext's kernels, forward and backward.
 
-    Works in place, and may be called again after more modules were adapted. Parameters,
+    Changes ``model`` in place; call it again after adapting more modules. Parameters,
     ``state_dict``, ``set_adapter``, ``merge_and_unload``, ``save_pretrained`` and
-    ``adapter_names=`` stay what they are; ``adapter_names=`` now also works in training, one name
-    per sequence, under gradient checkpointing too; a frozen adapter among them is warned of. Over a
-    base layer of bitsandbytes, torchao or quanto the base is called, and the update is fused. PEFT
-    still runs what lora_ext cannot, such as embeddings: :func:`lora_ext.interop.peft.report` lists
-    them, and a model without any other layer is warned of, with the list.
-    :func:`lora_ext.interop.peft.to_peft` undoes the whole.
+    ``adapter_names=`` work as before. ``adapter_names=`` also works in training, with one name per
+    sequence, and under gradient checkpointing; a frozen adapter among the names causes a warning. A
+    base layer of bitsandbytes, torchao or quanto is called, and the update is fused. PEFT still
+    runs the layers that lora_ext does not support, such as embeddings:
+    :func:`lora_ext.interop.peft.report` lists them. A model without any supported layer causes a
+    warning with the list. :func:`lora_ext.interop.peft.to_peft` undoes all changes.
 
     Args:
         model: a ``PeftModel`` with LoRA adapters, or any model whose layers PEFT has adapted.
@@ -42,8 +42,10 @@ def from_peft(model: Model) -> Model:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module. ValueError: it has no LoRA layer, or adapters whose
-            values were lost on an offloaded base. ModuleNotFoundError: peft is not installed.
+        TypeError: If ``model`` is not a module.
+        ValueError: If it has no LoRA layer, or adapters whose values were lost on an offloaded
+            base.
+        ModuleNotFoundError: If peft is not installed.
 
     Source: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the layers.
     """

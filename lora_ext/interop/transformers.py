@@ -1,4 +1,4 @@
-"""``attach`` and ``detach`` under the name they had: they are of :mod:`lora_ext.serving`."""
+"""Former module of ``attach`` and ``detach``, which are in :mod:`lora_ext.serving`."""
 
 from lora_ext.serving import attach, detach
 

@@ -1,6 +1,8 @@
-"""Layers that train: LoRA over linear layers, convolutions, embeddings and experts, and how they
-come into a model. Their base layers lie in :mod:`.base`, what is done to a whole model in
-:mod:`.model`. What is not in ``__all__`` is for other rooms."""
+"""Trainable layers: LoRA over linear layers, convolutions, embeddings and experts.
+
+:mod:`.base` contains their base layers, :mod:`.model` the operations on a whole model. Names that
+are not in ``__all__`` are for other subpackages.
+"""
 
 from typing import TYPE_CHECKING
 

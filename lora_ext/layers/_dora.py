@@ -1,8 +1,8 @@
-"""DoRA: the direction of ``W + s B A`` with a magnitude of its own per output.
+"""DoRA: the direction of ``W + s B A`` with a separate magnitude per output.
 
 ``y = (m / norm) * ((W + s B A) x) + bias`` with ``norm = || W + s B A ||`` per row, a constant for
-the backward. Forward and gradients are those of PEFT's layer, its order of several adapters
-included: a DoRA adapter scales what the adapters before it have added.
+the backward. Forward and gradients are those of PEFT's layer, as is the order of several adapters:
+a DoRA adapter also scales the updates of the adapters before it.
 
 Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eqs. 5 and 6, section 4.3.
 """
@@ -31,7 +31,7 @@ from .base._spacing import base_product
 
 
 class Magnitude(nn.Module):
-    """The magnitude of one adapter, under PEFT's key ``lora_magnitude_vector.<name>.weight``."""
+    """Magnitude of one adapter, under PEFT's key ``lora_magnitude_vector.<name>.weight``."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -47,27 +47,27 @@ def dora_forward(
     rows: Rows | None = None,
     norms: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """:func:`lora_forward` where some adapters have a magnitude.
+    """Compute :func:`lora_forward` for adapters of which some have a magnitude.
 
-    Where ``b`` is zero and the magnitudes are the norms of the base weight, as in a fresh adapter,
-    what comes back is ``base(x)`` to the bit.
+    If ``b`` is zero and the magnitudes are the norms of the base weight, as in a fresh adapter, the
+    result equals ``base(x)`` bit for bit.
 
     Args:
-        x, base, adapters: as there.
-        dense: reads weight and bias of ``base`` (:func:`readable_weight`). It is called after
-            ``base``: what ZeRO-3 has gathered for the base's forward is gone by then.
+        x, base, adapters: see :func:`lora_forward`.
+        dense: function that reads weight and bias of ``base`` (:func:`readable_weight`). It is
+            called after ``base``, whose forward releases the weights that ZeRO-3 has gathered.
         magnitudes: ``(O,)`` for each adapter, None for plain LoRA.
-        rows: of these adapters; None: every adapter on every row, in their order.
-        norms: of :func:`lora_ext.ops.lora_dora_norm`, where they are known already.
+        rows: rows of these adapters; None applies every adapter to every row, in order.
+        norms: results of :func:`lora_ext.ops.lora_dora_norm`, if they are known already.
     """
     norms = [None] * len(adapters) if norms is None else norms
     if rows is None:
         return _in_order(x, base, dense, adapters, magnitudes, norms)
-    # The rows of the plain adapters in one go, those of each DoRA adapter on their own.
+    # The rows of the plain adapters are computed together, those of each DoRA adapter separately.
     plain = [i for i in rows.used if magnitudes[i] is None]
     plain_rows = subset(rows, [slot for slot, i in enumerate(rows.used) if i in plain])
     y = lora_forward(x, base, adapters, plain_rows)
-    read = dense()  # once, by every process, whichever adapters its rows have
+    read = dense()  # once on every process, whichever adapters its rows have
     x2d, y2d = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     for slot, i in enumerate(rows.used):
         magnitude = magnitudes[i]
@@ -95,7 +95,7 @@ def _in_order(
         y = fused_forward(x, read, first)
         scale = _scale(weight, first, magnitude, norms[0])
         scaled = y * scale
-        # The bias is no part of the direction. Where the scale is 1, y keeps every bit.
+        # The bias is not part of the direction. If the scale is 1, y keeps every bit.
         return (scaled if bias is None else scaled + bias * (1 - scale)).to(y.dtype)
     y = base_product(base, x)
     dtype, read = y.dtype, dense()
@@ -115,14 +115,14 @@ def _scaled(
     magnitude: Tensor,
     norm: Tensor | None,
 ) -> Tensor:
-    """``y``, which base and adapters before it have made of ``x``, after a DoRA adapter."""
+    """Apply a DoRA adapter to ``y``, the result of the base and earlier adapters on ``x``."""
     weight, bias = dense
     scale = _scale(weight, f, magnitude, norm)
     if f.p == 0:
         inner = y if bias is None else y - bias
         update = lora_update(x, [f])
-    else:  # the base takes part in the direction, so it sees the dropped input too
-        # Its rows are those of the adapter, in their order: one seed, the mask of `lora_forward`.
+    else:  # the base is part of the direction, so it also receives the dropped input
+        # The rows of x are those of the adapter, in order: one seed gives the mask of lora_forward.
         seed = draw_seed(x.device) if f.seed is None else f.seed
         x2d = x.reshape(-1, x.shape[-1]).to(f.a.dtype)
         dropped = ops.lora_dropout(x2d, f.p, seed).view(x.shape)

@@ -1,12 +1,12 @@
-"""Routed experts: the products of a mixture's tokens with the expert each was sent to.
+"""Routed experts: products of the tokens of a mixture with the experts that they are routed to.
 
-Letters: ``T`` tokens, ``k`` experts a token is sent to, ``P = T * k`` pairs of a token and an
-expert, ``E`` experts, ``H`` hidden and ``M`` intermediate features.
+Letters: ``T`` tokens, ``k`` experts per token, ``P = T * k`` pairs of a token and an expert, ``E``
+experts, ``H`` hidden and ``M`` intermediate features.
 
 transformers keeps the experts of a layer in one module, whose matrices are parameters of three
-dimensions: ``gate_up_proj (E, 2M, H)``, or ``up_proj (E, M, H)`` where there is no gate, and
-``down_proj (E, H, M)``; with ``is_transposed`` the last two dimensions change places. Flags on the
-module say the rest, and its ``_apply_gate`` is what happens between the two products.
+dimensions: ``gate_up_proj (E, 2M, H)``, or ``up_proj (E, M, H)`` without a gate, and ``down_proj
+(E, H, M)``; with ``is_transposed`` the last two dimensions are exchanged. Flags of the module
+describe the rest, and its ``_apply_gate`` is computed between the two products.
 """
 
 from __future__ import annotations
@@ -29,34 +29,36 @@ from lora_ext.rows import constant, scales
 from ._lora_forward import LoraFactors
 from .base._dense import is_plain
 
-#: What every experts module of transformers 5 says of itself.
+#: Attributes of every experts module of transformers 5.
 _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
 class Routing(NamedTuple):
-    """The pairs of a batch, in the order in which they are multiplied."""
+    """Pairs of a batch, in the order in which they are multiplied."""
 
-    order: Tensor  # (P,) int64, which pair comes at each place: pair p is token p // k
+    order: Tensor  # (P,) int64, the pair at each place; pair p is token p // k
     token: Tensor  # (P,) int64
     expert: Tensor  # (P,) int64
-    ends: Tensor | None  # (E,) int32, where the pairs of each expert end; None: not sorted by it
-    autocast: bool  # whether transformers' own products follow autocast: the grouped one does not
+    ends: Tensor | None  # (E,) int32, the end of each expert's pairs; None if not sorted by expert
+    autocast: bool  # True if transformers' products follow autocast; its grouped one does not
 
 
-#: Adds the adapters' share to one product: the parameter's name, the product ``(P, O)``, which may
-#: be changed in place, and what was multiplied, ``(P, I)``.
+#: Function that adds the updates of adapters to one product. Arguments: the parameter's name, the
+#: product ``(P, O)``, which may be changed in place, its input ``(P, I)``, and the routing.
 Update = Callable[[str, Tensor, Tensor, Routing], Tensor]
 
 
 def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the in and out features of a module's expert matrices by the parameter's name, in the
-    module's order; empty if it is not an experts module of transformers."""
+    """Return the in and out features of a module's expert matrices, by the parameter's name.
+
+    The result is empty if ``module`` is not an experts module of transformers.
+    """
     if not all(hasattr(module, flag) for flag in _FLAGS):
         return {}
     known = (up_name(module), "down_proj")
     found: dict[str, tuple[int, int]] = {}
     for name, parameter in module.named_parameters(recurse=False):
-        plain = type(parameter) is nn.Parameter  # not quantised, not spread over devices
+        plain = type(parameter) is nn.Parameter  # neither quantised nor distributed
         if name in known and plain and parameter.dim() == 3 and parameter.dtype in FLOATS:
             _, out, inner = parameter.shape
             found[name] = (out, inner) if module.is_transposed else (inner, out)
@@ -64,7 +66,7 @@ def projections(module: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def obstacle_of(experts: nn.Module) -> str | None:
-    """Return why :func:`experts_forward` may not stand in for the module's own forward, or None."""
+    """Return the reason why :func:`experts_forward` may not replace a module's forward, or None."""
     if getattr(experts, "_is_expert_parallel", False):
         return "expert parallelism"
     if not is_plain(experts):
@@ -78,13 +80,16 @@ def up_name(experts: Any) -> str:
 
 
 def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Routing:
-    """Return the pairs of ``top_k_index (T, k)`` in the order in which an implementation of
-    transformers multiplies them: the bits of a product depend on it. On its device, and without
-    waiting.
+    """Return the pairs of ``top_k_index (T, k)`` in the order of transformers' implementation.
+
+    The bits of a product depend on this order. The pairs are computed on the device of
+    ``top_k_index``, without synchronisation.
 
     Args:
+        top_k_index: the experts of each token.
+        num_experts: ``E``.
         how: "eager", which takes the first choice of all tokens before the second; "batched_mm",
-            which sorts nothing; any other is taken for "grouped_mm".
+            which sorts nothing; any other value is treated as "grouped_mm".
     """
     tokens, choices = top_k_index.shape
     if how == "eager":
@@ -108,21 +113,22 @@ def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Rout
 def experts_forward(
     experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, update: Update
 ) -> Tensor:
-    """Return what an experts module of transformers computes, with adapters on its matrices, ``(T,
-    H)``.
+    """Compute an experts module of transformers with adapters on its matrices, ``(T, H)``.
 
     ``y[t] = sum over j of top_k_weights[t, j] * down_e(gate(up_e(x[t])))``, ``e = top_k_index[t,
-    j]``, where ``update`` has added to the results of ``up_e`` and ``down_e``. Rows to which it
-    adds nothing are, on the CPU, those of the module's own forward to the bit.
+    j]``, with ``update`` added to the results of ``up_e`` and ``down_e``. On the CPU, rows without
+    an update equal those of the module's own forward bit for bit.
 
     Args:
-        experts: an experts module; its own gate, biases and norm are used, and of its
-            ``experts_implementation`` the way to multiply.
-        x: ``(T, H)``. top_k_index: ``(T, k)`` integers in ``[0, E)``. top_k_weights: ``(T, k)``.
+        experts: an experts module, whose gate, biases and norm are used. Its
+            ``experts_implementation`` determines how the products are computed.
+        x: ``(T, H)``.
+        top_k_index: ``(T, k)`` integers in ``[0, E)``.
+        top_k_weights: ``(T, k)``.
         update: called once for each of the two products.
 
     Raises:
-        NotImplementedError: see :func:`obstacle_of`.
+        NotImplementedError: If :func:`obstacle_of` finds a reason.
     """
     module: Any = experts
     obstacle = obstacle_of(experts)
@@ -147,7 +153,7 @@ def experts_forward(
 
 
 def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tensor:
-    """Return ``weight[e] @ x[p] + bias[e]`` of every pair p in the order of ``routing``, new."""
+    """Return ``weight[e] @ x[p] + bias[e]`` of every pair p, in the order of ``routing``."""
     weight: Tensor = getattr(experts, name)
     x = x.to(weight.dtype)
     if routing.ends is not None:
@@ -163,16 +169,18 @@ def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tenso
 
 
 class Slots(NamedTuple):
-    """For every pair the adapter and the expert it has, as one number: adapter ``s`` of expert
-    ``e`` is slot ``s * E + e``."""
+    """Slots of all pairs: adapter ``s`` of expert ``e`` is slot ``s * E + e``."""
 
-    ids: Tensor  # (P,) int32, -1 where the row has no adapter
-    plan: Tensor  # ops.lora_plan of them
+    ids: Tensor  # (P,) int32, -1 for rows without an adapter
+    plan: Tensor  # ops.lora_plan of the ids
 
 
 def slots_of(routing: Routing, rows: Tensor | None, num_adapters: int, num_experts: int) -> Slots:
-    """Return the slots of all pairs, found on the device; ``rows (T,)`` int32 is the adapter of
-    each row in ``[-1, num_adapters)``, None where all rows have the first."""
+    """Compute the slots of all pairs on the device.
+
+    ``rows (T,)`` int32 is the adapter of each row in ``[-1, num_adapters)``; with None all rows
+    have the first adapter.
+    """
     if rows is None:
         ids = routing.expert.int()
     else:
@@ -184,21 +192,23 @@ def slots_of(routing: Routing, rows: Tensor | None, num_adapters: int, num_exper
 def experts_update(
     y: Tensor, x: Tensor, adapters: Sequence[LoraFactors], slots: Slots, num_experts: int
 ) -> Tensor:
-    """Return ``y[p] + scaling * B[s, e] A[s, e] x[p]``, in the dtype of the adapters and rounded
-    once.
+    """Return ``y[p] + scaling * B[s, e] A[s, e] x[p]``, computed in the dtype of the adapters.
 
-    Differentiable once in ``x`` and the factors, by the kernels of ``ops.lora_linear``.
+    The sum is rounded once. It is differentiable once in ``x`` and the factors, by the kernels of
+    ``ops.lora_linear``.
 
     Args:
-        y: ``(P, O)``, changed in place. x: ``(P, I)``.
-        adapters: factors as PEFT keeps them: ``a (E * r, I)``, whose rows go expert by expert, and
-            ``b (O, r * E)``, whose columns go rank by rank.
+        y: ``(P, O)``, changed in place.
+        x: ``(P, I)``.
+        adapters: factors in PEFT's layout: ``a (E * r, I)``, whose rows are ordered by expert, and
+            ``b (O, r * E)``, whose columns are ordered by rank.
         slots: :func:`slots_of` these adapters.
+        num_experts: ``E``.
     """
     dtype = functools.reduce(torch.promote_types, (f.a.dtype for f in adapters))
     all_ranks = [f.a.shape[0] // num_experts for f in adapters]
     scale = scales([f.scaling for f in adapters], x.device)
-    if scale is not None and dtype == torch.float64:  # the op holds scales in float32
+    if scale is not None and dtype == torch.float64:  # the op keeps scales in float32
         adapters, scale = [f._replace(b=f.b * f.scaling) for f in adapters], None
     ranks = None
     if min(all_ranks) < max(all_ranks):
@@ -214,8 +224,7 @@ def experts_update(
 def _bank(
     adapters: Sequence[LoraFactors], ranks: Sequence[int], num_experts: int
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(A * E, R, I)`` and ``(A * E, O, R)``, filled up with zeros beyond an adapter's
-    rank."""
+    """Return ``(A * E, R, I)`` and ``(A * E, O, R)``, padded with zeros beyond each rank."""
     pairs = list(zip(adapters, ranks, strict=True))
     a = [f.a.reshape(num_experts, r, -1) for f, r in pairs]
     b = [f.b.reshape(-1, r, num_experts).permute(2, 0, 1) for f, r in pairs]

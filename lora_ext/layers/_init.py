@@ -1,7 +1,7 @@
-"""Initial values of LoRA factors: what training starts from, and how fast each factor learns.
+"""Initial values of LoRA factors.
 
-With ``B A = 0`` the adapted model starts as the base model. Which factor is zero decides which one
-moves first, and at what learning rates training is stable (``docs/layers.md``).
+With ``B A = 0`` the adapted model starts as the base model. The choice of the zero factor decides
+which factor changes first, and at which learning rates training is stable (``docs/layers.md``).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from lora_ext._checks import require
 
-#: Schemes that need the two factors alone.
+#: Schemes that need only the two factors.
 FREE = (
     "init_a", "init_b", "init_a_normal", "init_b_normal", "init_b_unit", "init_ab", "gaussian",
     "orthogonal",
 )  # fmt: skip
 #: Schemes that split the base weight between itself and the adapter.
 DECOMPOSING = ("pissa", "pissa_niter_<K>", "olora")
-#: PEFT's schemes that look at data, or at a quantised weight.
+#: PEFT's schemes that need data or a quantised weight.
 _ELSEWHERE = ("loftq", "eva", "corda", "lora_ga", "mica")
 
 
@@ -34,36 +34,34 @@ def init_lora_(
 ) -> None:
     """Fill the factors of one adapter, in place.
 
-    ==================== ============================== =========================
-    scheme               A                              B
-    ==================== ============================== =========================
-    True, "init_a"       U(-1/sqrt(n), 1/sqrt(n))       0
-    "init_a_normal"      N(0, 1/n)                      0
-    "gaussian"           N(0, 1/r^2), whatever n        0
-    "init_b"             0                              U(-1/sqrt(r), 1/sqrt(r))
-    "init_b_normal"      0                              N(0, 1/r)
-    "init_b_unit"        0                              N(0, 1), PEFT's for embeddings
-    "init_ab", False     as "init_a"                    as "init_b": B A is not 0
-    "orthogonal"         randn(n, r/2) by odd rows of   even rows likewise:
+    ==================== ============================== ========================= scheme A B
+    ==================== ============================== ========================= True, "init_a"
+    U(-1/sqrt(n), 1/sqrt(n))       0 "init_a_normal" N(0, 1/n)                      0 "gaussian"
+    N(0, 1/r^2), whatever n        0 "init_b" 0                              U(-1/sqrt(r),
+    1/sqrt(r)) "init_b_normal"      0 N(0, 1/r) "init_b_unit"        0 N(0, 1), PEFT's for
+    embeddings "init_ab", False     as "init_a"                    as "init_b": B A is not 0
+    "orthogonal" randn(n, r/2) by odd rows of   even rows likewise:
                          an orthogonal matrix, over 10  B A = 0, neither is 0
     ==================== ============================== =========================
 
-    Drawn in float32 on the device of ``A`` and then rounded, so that one seed gives factors of any
-    dtype the same values up to that rounding. True equals ``nn.init.kaiming_uniform_(A,
-    a=sqrt(5))``, PEFT's law, bit for bit. False is what two ``nn.Linear`` would start with.
+    Values are drawn in float32 on the device of ``A`` and then rounded, so that one seed gives
+    factors of any dtype the same values up to rounding. True equals ``nn.init.kaiming_uniform_(A,
+    a=sqrt(5))``, PEFT's initialisation, bit for bit. False initialises the factors like two
+    ``nn.Linear``.
 
     Args:
         A: ``(r, n)``, any further dimensions belong to n; float16, bfloat16, float32 or float64.
         B: ``(m, r)``, likewise.
         scheme: a row of the table.
-        fan_in: n of the laws, where it is not what follows from the shape of ``A``.
+        fan_in: n of the distributions, if it does not follow from the shape of ``A``.
         generator: default is torch's own for the device of ``A``.
 
     Raises:
-        ValueError: an unknown scheme, or one that needs the base weight (a layer's affair); unequal
-            r, or fewer than two dimensions; an odd r for "orthogonal". NotImplementedError: a
-            scheme of PEFT's that is not offered. TypeError: a dtype that is not floating.
-            RuntimeError: factors on the meta device.
+        ValueError: If the scheme is unknown, or needs the base weight of a layer; r differs; a
+            factor has fewer than two dimensions; or r is odd for "orthogonal".
+        NotImplementedError: If only PEFT has the scheme.
+        TypeError: If a dtype is not floating.
+        RuntimeError: If the factors are on the meta device.
 
     Sources: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics";
     "gaussian", "orthogonal" and False: PEFT.
@@ -107,12 +105,12 @@ def init_lora_(
 
 
 def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
-    """Return the scheme's one name: of True "init_a", of False "init_ab"; "pissa_niter_<K>" as it
-    is.
+    """Return the canonical name of a scheme: "init_a" for True, "init_ab" for False.
 
     Raises:
-        ValueError: an unknown scheme, listing the known ones. NotImplementedError: one that PEFT
-            has and this package has not. TypeError: neither bool nor str.
+        ValueError: If the scheme is unknown; the message lists the known ones.
+        NotImplementedError: If only PEFT has the scheme.
+        TypeError: If it is neither a bool nor a str.
     """
     if scheme is True:
         return "init_a"
@@ -125,19 +123,20 @@ def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
     if name in FREE or name in ("pissa", "olora") or (niter != name and niter.isdecimal()):
         return name
     if name in _ELSEWHERE or name.startswith("corda"):
-        remedy = "let PEFT initialise the adapter, and load what it saves"
+        remedy = "let PEFT initialise the adapter, and load the file that it saves"
         raise NotImplementedError(f"{where}: {scheme!r} is not offered here; {remedy}")
     known = ", ".join(map(repr, FREE + DECOMPOSING))
     raise ValueError(f"{where}: expected True, False or one of {known}, found {scheme!r}")
 
 
 def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tensor, Tensor]:
-    """Return factors that carry the leading part of the base weight ``(m, n)``, ``scaling * B A``:
-    A ``(r, n)`` and B ``(m, r)``, float32.
+    """Return factors whose ``scaling * B A`` is the leading part of the base weight ``(m, n)``.
+
+    A is ``(r, n)`` and B ``(m, r)``, both float32.
 
     "pissa": the top r of the singular value decomposition, each factor with the square root of the
     singular values; "pissa_niter_<K>": by the randomised one with K iterations; "olora": the first
-    r columns of Q and rows of R. The caller takes ``scaling * B A`` off the base weight.
+    r columns of Q and rows of R. The caller subtracts ``scaling * B A`` from the base weight.
 
     Sources: PiSSA (Meng et al. 2024), eqs. 2 and 3; OLoRA (Büyükakyüz 2024), algorithm 1; both as
     in PEFT.
@@ -162,7 +161,7 @@ def decompose(weight: Tensor, r: int, scaling: float, scheme: str) -> tuple[Tens
 
 
 def _uniform(like: Tensor, fan_in: int, generator: torch.Generator | None) -> Tensor:
-    # The bound of kaiming_uniform_(a=sqrt(5)), by the very expression that torch evaluates.
+    # The bound of kaiming_uniform_(a=sqrt(5)), by the same expression as in torch.
     std = nn.init.calculate_gain("leaky_relu", math.sqrt(5)) / math.sqrt(fan_in)
     bound = math.sqrt(3.0) * std
     new = torch.empty_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)

@@ -1,7 +1,6 @@
-"""The forward of a linear layer with LoRA adapters, as a function of plain parameters.
+"""Forward of a linear layer with LoRA adapters, as a function of plain parameters.
 
-:class:`lora_ext.nn.LoraLinear` and the layers of other packages that :func:`lora_ext.from_peft`
-speeds up call the same function: what an adapter does is written here and nowhere else.
+:class:`lora_ext.nn.LoraLinear` and the PEFT layers of :func:`lora_ext.from_peft` both call it.
 """
 
 from __future__ import annotations
@@ -31,24 +30,24 @@ from .base._dense import BaseLayer, DenseParameters, dense_parameters
 from .base._packed_linear import PackedLinear
 from .base._spacing import base_product
 
-# A bank has room for its largest rank in every adapter: one that would be so many times as large as
-# its adapters is made in two, of the ranks up to _SMALL_RANK and of those above.
+# A bank has space for its largest rank in every adapter. If it would be more than _MOST_ROOM times
+# as large as its adapters, it is split in two: ranks up to _SMALL_RANK, and larger ranks.
 _MOST_ROOM, _SMALL_RANK = 4, 256
 
 
 class LoraFactors(NamedTuple):
-    """One adapter of one layer: ``scaling * (b @ a @ dropout(x) + bias)``."""
+    """Factors of an adapter in one layer: ``scaling * (b @ a @ dropout(x) + bias)``."""
 
     a: Tensor  # (r, I)
     b: Tensor  # (O, r), dtype of a
     scaling: float | Tensor
-    p: float = 0.0  # the dropout in effect: 0 outside training
+    p: float = 0.0  # dropout probability in effect: 0 outside training
     bias: Tensor | None = None  # (O,): PEFT's lora_bias
-    seed: Tensor | None = None  # of the dropout: one int64 beside x; None: it is drawn
+    seed: Tensor | None = None  # seed of the dropout, one int64 on the device of x; None: drawn
 
 
 def dropout_now(dropout: nn.Module) -> float:
-    """Return the probability with which the dropout of an adapter drops now: 0 outside training."""
+    """Return the current dropout probability of an adapter: 0 outside training."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
@@ -58,37 +57,37 @@ def lora_forward(
     adapters: Sequence[LoraFactors],
     adapter_ids: Tensor | Rows | None = None,
 ) -> Tensor:
-    """Return ``base(x)`` plus what the adapters add.
+    """Compute ``base(x)`` plus the updates of the adapters.
 
     ``y[t] = base(x[t]) + sum of scaling * (b @ a @ dropout(x[t]) + bias)``: over all adapters, or
-    over the one that ``adapter_ids[t]`` names. An adapter without rows takes no part: it costs
-    nothing and its ``grad`` stays None. Without any, this is ``base(x)`` and nothing else. Where
-    torch.distributed has several processes, an adapter without rows that requires gradients gets
-    zeros, as its rows may be on another process.
+    over the one that ``adapter_ids[t]`` selects. An adapter without rows costs nothing and its
+    ``grad`` stays None. Without adapters the result is ``base(x)``. If torch.distributed has
+    several processes, an adapter without rows that requires gradients gets zeros, as its rows may
+    be on another process.
 
-    A plain ``nn.Linear`` or transformers ``Conv1D`` takes part in the fused op with its weight. Any
-    other base (quantised, wrapped, with hooks) is called, and the update added in the dtype of the
-    adapters, with one rounding to that of ``base(x)``. Under autocast the layer computes in the
-    autocast dtype. All as PEFT's layers do; the update itself is rounded fewer times than there.
+    A plain ``nn.Linear`` or transformers ``Conv1D`` is computed in the fused op with its weight.
+    Any other base (quantised, wrapped, with hooks) is called, and the update is added in the dtype
+    of the adapters, with one rounding to that of ``base(x)``. Under autocast the layer computes in
+    the autocast dtype. PEFT's layers do the same, but round the update more often.
 
     Each dropout draws its seed from torch's generator of the device of ``x``, so ``manual_seed``
-    governs the masks and activation checkpointing repeats them. Adapters with dropout that share
-    rows get independent masks. An adapter with a seed of its own draws none: the mask of a row
-    follows from that seed and from the row's place among the adapter's rows, so it is the same
-    whether the adapter has the batch for itself or shares it.
+    determines the masks and activation checkpointing repeats them. Adapters with dropout that share
+    rows get independent masks. For an adapter with a given seed, the mask of a row follows from
+    that seed and the row's position among the adapter's rows, so it does not depend on the other
+    rows of the batch.
 
     Args:
         x: ``(..., I)``.
         base: maps ``(..., I)`` to ``(..., O)``.
         adapters: of any ranks; those that share a call are promoted to one dtype.
-        adapter_ids: ``(T,)`` int64 or int32 positions in ``adapters``, -1 for none, ``T`` the
+        adapter_ids: ``(T,)`` int64 or int32 positions in ``adapters``, -1 for no adapter, ``T`` the
             number of rows of ``x``; or :func:`rows_of` of them; or None: all adapters on all rows.
 
     Returns:
         ``(..., O)``, the dtype of ``base(x)``; differentiable in ``x``, the adapters and ``base``.
 
     Raises:
-        ValueError: a shape, dtype, device or id that does not fit, naming it.
+        ValueError: If a shape, dtype, device or id does not fit; the message names it.
 
     Source: LoRA (Hu et al. 2021), eq. 3; several adapters on one row: PEFT's ``set_adapter``.
     """
@@ -110,8 +109,10 @@ def lora_forward(
 
 
 def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFactors) -> Tensor:
-    """Compute :func:`_forward` of the commonest case without what only the others need: at decode
-    its Python would take longer than the op."""
+    """Compute :func:`_forward` for one adapter in the dtype of the base, without other checks.
+
+    When decoding, the Python code of the general case would take longer than the op.
+    """
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
     a, b, scaling, p, _, own_seed = f
     num_rows, device = x2d.shape[0], x.device
@@ -141,8 +142,11 @@ def _scaled_rows(
 def lora_update(
     x: Tensor, adapters: Sequence[LoraFactors], adapter_ids: Tensor | Rows | None = None
 ) -> Tensor:
-    """Return what :func:`lora_forward` adds to ``base(x)``, ``(..., O)`` in the dtype of the
-    adapters (or autocast's). Arguments are as there, ``adapters`` at least one."""
+    """Compute the update that :func:`lora_forward` adds to ``base(x)``.
+
+    The result is ``(..., O)`` in the dtype of the adapters, or of autocast. The arguments are those
+    of :func:`lora_forward`, with at least one adapter.
+    """
     found, rows = _participants(x, adapters, adapter_ids)
     if not found:
         return x.new_zeros(*x.shape[:-1], adapters[0].b.shape[0])
@@ -150,14 +154,14 @@ def lora_update(
 
 
 def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> bool:
-    """Return whether base and update compute in one dtype, so that one op can do both."""
+    """Return whether base and update have one dtype, so that one op can compute both."""
     if dense is None:
         return False
     return autocast_dtype(x) is not None or x.dtype == dense[0].dtype == factors.a.dtype
 
 
 def fused_forward(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
-    """Return :func:`lora_forward` of one adapter on all rows where it :func:`fuses`."""
+    """Compute :func:`lora_forward` of one adapter on all rows, if it :func:`fuses`."""
     return _forward(x, None, dense, [factors], None)
 
 
@@ -187,8 +191,10 @@ def _forward(
     adapters: Sequence[LoraFactors],
     rows: Rows | None,
 ) -> Tensor:
-    """Return base and update. ``base`` is called if ``dense`` cannot take part; without either,
-    only the update is returned."""
+    """Compute base and update; without ``base`` and ``dense`` only the update.
+
+    ``base`` is called if ``dense`` cannot be fused.
+    """
     x2d = x.reshape(-1, x.shape[-1])  # (T, I)
     calls = _shared_rows(adapters, x2d) if rows is None else _own_rows(adapters, rows)
     compute = autocast_dtype(x)
@@ -219,12 +225,12 @@ def _forward(
 
 
 class _Call(NamedTuple):
-    """One call of the op: the adapters that it takes, and the rows of each."""
+    """Call of the op: its adapters and the rows of each."""
 
-    adapters: Sequence[LoraFactors]  # of one dropout
+    adapters: Sequence[LoraFactors]  # with the same dropout
     ids: Tensor  # (T,), the position of each row's adapter
     plan: Tensor | None
-    biases: Sequence[Tensor | None]  # of the adapters, or of those that the only one was made of
+    biases: Sequence[Tensor | None]  # of the adapters, or of those concatenated to the only one
     everywhere: bool  # True if there is one adapter, which every row has
 
 
@@ -242,7 +248,7 @@ def _run(
     if dtype is None:
         dtype = functools.reduce(torch.promote_types, (f.dtype for f in (*a, *b)))
     scale, ranks = scales(scaling, x.device), None
-    if scale is not None and dtype == torch.float64:  # the op holds scales in float32
+    if scale is not None and dtype == torch.float64:  # the op keeps scales in float32
         b, scale = [f * s for f, s in zip(b, scaling, strict=True)], None
     all_ranks = [f.shape[0] for f in a]
     if min(all_ranks) < max(all_ranks):
@@ -261,8 +267,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def _seed(seeds: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Return one seed for all adapters of a call, or, where one has its own, ``(A,)``: one for
-    each."""
+    """Return one seed for all adapters of a call; ``(A,)`` seeds if an adapter has its own."""
     if all(seed is None for seed in seeds):
         return draw_seed(device)
     each = [draw_seed(device) if seed is None else seed for seed in seeds]
@@ -270,13 +275,12 @@ def _seed(seeds: Sequence[Tensor | None], device: torch.device) -> Tensor:
 
 
 def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
-    """Return calls of all adapters on all rows: one call if their factors can be stacked along the
-    rank."""
+    """Return calls of all adapters on all rows: one if the factors can be concatenated by rank."""
     ids, plan = all_rows(x.shape[0], x.device)
     first = adapters[0]
     together = len(adapters) > 1 and all(
         f.p == 0
-        and not isinstance(f.scaling, Tensor)  # comparing would wait for the device
+        and not isinstance(f.scaling, Tensor)  # a comparison would synchronise with the device
         and f.scaling == first.scaling
         and f.a.dtype == first.a.dtype
         for f in adapters
@@ -289,15 +293,17 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
 
 
 def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
-    """Return calls in which every row has its own adapter: one for all adapters that have the same
-    dropout, and ranks that fit into one bank."""
+    """Return calls in which each row has one adapter.
+
+    Adapters with the same dropout, and ranks that fit into one bank, share a call.
+    """
     calls: list[_Call] = []
     all_ranks = [f.a.shape[0] for f in adapters]
     in_two = len(adapters) * max(all_ranks) > _MOST_ROOM * sum(all_ranks)
     groups: dict[tuple[float, bool], list[int]] = {}
     for i, (f, rank) in enumerate(zip(adapters, all_ranks, strict=True)):
         groups.setdefault((f.p, in_two and rank > _SMALL_RANK), []).append(i)
-    for _, members in sorted(groups.items()):  # in one order, whichever come first
+    for _, members in sorted(groups.items()):  # in an order that does not depend on the batch
         _, ids, plan = rows if len(groups) == 1 else subset(rows, members)
         group = [adapters[i] for i in members]
         calls.append(_Call(group, ids, plan, [f.bias for f in group], everywhere=False))
@@ -309,8 +315,10 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
 
 
 def _with_base_bias(calls: list[_Call], bias: Tensor | None) -> tuple[Tensor | None, list[_Call]]:
-    """Return the base's bias with the biases of adapters that every row has, and calls without
-    these."""
+    """Add the biases of adapters that every row has to the base's bias; return it and the calls.
+
+    The calls no longer contain these biases.
+    """
     first = calls[0]
     if not first.everywhere or all(b is None for b in first.biases):
         return bias, calls
@@ -322,7 +330,7 @@ def _with_base_bias(calls: list[_Call], bias: Tensor | None) -> tuple[Tensor | N
 
 
 def _add_bias(y: Tensor, call: _Call) -> Tensor:
-    """Add ``scaling * bias`` on the rows of each adapter that has one."""
+    """Add ``scaling * bias`` to the rows of each adapter with a bias."""
     if all(b is None for b in call.biases):
         return y
     if call.everywhere:
@@ -331,7 +339,7 @@ def _add_bias(y: Tensor, call: _Call) -> Tensor:
         return y
     for slot, bias in enumerate(call.biases):
         if bias is not None:
-            # Chosen, not multiplied: a NaN in one adapter's bias or rows stays with that adapter.
+            # `where` instead of a product keeps a NaN of one adapter out of the others' rows.
             own = (call.ids == slot)[:, None]
             y = torch.where(own, y + bias * call.adapters[slot].scaling, y)
     return y

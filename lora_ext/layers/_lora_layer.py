@@ -1,4 +1,4 @@
-"""What layers with adapters of their own have in common: names, settings, flags, merging."""
+"""Base class of layers with trainable adapters: names, settings, flags, merging."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _BY_ADAPTER = (
 
 
 class LoraLayer(Participants):
-    """A base layer and named adapters beside it, with PEFT's names for parameters and settings.
+    """Base layer and named adapters, with PEFT's names for parameters and settings.
 
-    Not for use by itself. A subclass says what forward does and of which kind its
-    :attr:`base_weight` is, which knows how weights and factors are stored.
+    Abstract. A subclass defines ``forward`` and :attr:`base_weight`, which reads and writes weights
+    and factors in the layout of the layer.
     """
 
     base_layer: nn.Module
     lora_alpha: dict[str, float]
     use_rslora: dict[str, bool]
-    #: What the values of each adapter started from, as its caller said it.
+    #: Scheme of the initial values of each adapter, as passed by the caller.
     init_lora_weights: dict[str, bool | str]
-    #: The seed of an adapter's dropout, one int64 on the device of its input; an adapter that is
-    #: not in here draws one in each forward.
+    #: Seed of an adapter's dropout, one int64 on the device of its input. Other adapters draw a
+    #: seed in each forward.
     dropout_seed: dict[str, Tensor]
 
-    #: Whether its adapters may begin in mid-sequence.
+    #: True if its adapters may begin in mid-sequence.
     takes_invocation = False
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False):
@@ -64,11 +64,11 @@ class LoraLayer(Participants):
 
     @property
     def pool(self) -> LayerNames:
-        """Where ``adapters`` blocks find the names of this layer."""
+        """Registry in which ``adapters`` blocks look up the names of this layer."""
         return layer_names
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Register copies and unpickled layers too, so that ``adapters`` blocks reach them."""
+        """Register a copied or unpickled layer for ``adapters`` blocks."""
         super().__setstate__(state)
         layer_names.add(self)
 
@@ -77,16 +77,16 @@ class LoraLayer(Participants):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Adapters that serve rows without a name; several are summed."""
+        """Adapters of rows without a name; the updates of several are summed."""
         return list(self._active)
 
     @property
     def base_changed_by(self) -> str | None:
-        """The adapter whose initialisation took its part off the base weight, or None."""
+        """Adapter whose initialisation changed the base weight, or None."""
         return None if self._before_init is None else self._before_init[0]
 
     def get_base_layer(self) -> nn.Module:
-        """Return the layer that was wrapped, as PEFT's layers give it."""
+        """Return the wrapped layer, as in PEFT."""
         return self.base_layer
 
     def add_adapter(
@@ -105,34 +105,35 @@ class LoraLayer(Participants):
         alora_invocation_tokens: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Add an adapter. It is not active, and not trained, until :meth:`set_adapter` says so.
+        """Add an adapter, which is neither active nor trained until :meth:`set_adapter` is called.
 
         Args:
             adapter_name: without dots, as it becomes part of parameter names.
-            r: rank. lora_alpha: the update is scaled by ``lora_alpha / r``.
+            r: rank.
+            lora_alpha: the update is scaled by ``lora_alpha / r``.
             lora_dropout: probability of dropping an input of the adapter, in training.
             init_lora_weights: a scheme of :func:`init_lora_`; or "pissa", "pissa_niter_<K>",
                 "olora", which move part of the base weight into the adapter (one adapter per layer;
                 :meth:`restore_base_weight` undoes it).
             use_rslora: scale by ``lora_alpha / sqrt(r)``.
             use_dora: train a magnitude per output as well.
-            lora_bias: a bias beside B.
-            preserve_base_output: with "init_ab" or False, take the adapter's first update off the
-                base weight, so that training starts at the base model.
-            adapter_dtype: default is that of the base weight, float32 where that is quantised.
-            alora_invocation_tokens: of an activated adapter (aLoRA), which serves a row from the
-                last place on at which they stand in it: give the rows with
-                ``lora_ext.adapters(names, input_ids=...)``. None or none is off.
+            lora_bias: add a bias to B.
+            preserve_base_output: with "init_ab" or False, subtract the adapter's initial update
+                from the base weight, so that training starts at the base model.
+            adapter_dtype: default is that of the base weight, or float32 if that is quantised.
+            alora_invocation_tokens: of an activated adapter (aLoRA), which serves a row from their
+                last occurrence in it: pass the rows with ``lora_ext.adapters(names,
+                input_ids=...)``. None or an empty sequence is off.
             generator: of the initial values, on the CPU; they are drawn there and then moved.
 
         Raises:
-            ValueError: a name that exists, or is no name; r, alpha or dropout out of range; an
-                unknown scheme; DoRA with a bias or an invocation; DoRA or a decomposing scheme
-                where the base weight cannot be read, or is computed from others and would have to
-                change.
-            NotImplementedError: an invocation on a layer that is not linear.
-            TypeError: r that is not an int, a flag neither True nor False. The layer is then as it
-                was.
+            ValueError: If the name is invalid or exists already; r, alpha or dropout is out of
+                range; the scheme is unknown; DoRA is combined with a bias or an invocation; or DoRA
+                or a decomposing scheme is used and the base weight cannot be read, or would have to
+                change and is computed from other parameters.
+            NotImplementedError: If an invocation is given to a layer that is not linear.
+            TypeError: If r is not an int, or a flag is neither True nor False. After any error the
+                layer is unchanged.
         """
         flags = {"use_rslora": use_rslora, "use_dora": use_dora, "lora_bias": lora_bias}
         require_flags("add_adapter", **flags, preserve_base_output=preserve_base_output)
@@ -156,7 +157,7 @@ class LoraLayer(Participants):
             weight = base.matrix() if changed is None else changed
             norm = ops.lora_dora_norm(weight, flat_a, flat_b, scaling)
             magnitude = Magnitude(base.magnitude(norm.to(dtype)))
-        # From here on nothing raises.
+        # The code below does not raise.
         if changed is not None:
             self._before_init = (adapter_name, base.weight.detach().clone())
             base.write(base.as_stored(changed), None)
@@ -188,11 +189,10 @@ class LoraLayer(Participants):
             parameter.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove the adapter ``adapter_name``; a base weight that its initialisation changed is put
-        back.
+        """Remove an adapter and restore the base weight if its initialisation changed it.
 
         Raises:
-            ValueError: no such adapter, or it is merged.
+            ValueError: If the layer lacks the adapter, or it is merged.
         """
         self._check_known([adapter_name])
         if adapter_name in self.merged_adapters:
@@ -209,14 +209,14 @@ class LoraLayer(Participants):
             self._active.remove(adapter_name)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Choose the active adapters: their parameters train, those of all others do not.
+        """Choose the active adapters; only their parameters require gradients.
 
         Args:
             adapter_names: a name, or several whose updates are summed.
-            inference_mode: the active ones do not train either.
+            inference_mode: True freezes the active adapters too.
 
         Raises:
-            ValueError: a name that this layer lacks.
+            ValueError: If this layer lacks a name.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_known(names)
@@ -226,8 +226,7 @@ class LoraLayer(Participants):
                 parameter.requires_grad_(name in names and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on (``enabled``) or off, as PEFT's layers do; off, they do not train
-        either."""
+        """Switch all adapters on or off, as in PEFT; adapters that are off are also frozen."""
         self.disable_adapters = not enabled
         if enabled:
             self.set_adapter(self._active)
@@ -237,8 +236,7 @@ class LoraLayer(Participants):
                     parameter.requires_grad_(False)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiply the update of ``adapter_name`` by ``scale`` from now on; 1 is what the adapter
-        was made with."""
+        """Scale the update of ``adapter_name`` by ``scale`` times its original factor."""
         self._check_known([adapter_name])
         r, alpha = self.r[adapter_name], self.lora_alpha[adapter_name]
         self.scaling[adapter_name] = scale * _scaling(r, alpha, self.use_rslora[adapter_name])
@@ -249,16 +247,16 @@ class LoraLayer(Participants):
         init_lora_weights: bool | str = True,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Give an adapter new initial values, drawn on its device.
+        """Reset an adapter to new initial values, drawn on its device.
 
         Args:
-            adapter_name: which one. init_lora_weights: a scheme of :func:`init_lora_`, True the
-                default.
-            generator: of that device.
+            adapter_name: the adapter.
+            init_lora_weights: a scheme of :func:`init_lora_`; True is the layer's default.
+            generator: generator of that device.
 
         Raises:
-            ValueError: no such adapter, or a scheme that splits the base weight (add an adapter for
-                that).
+            ValueError: If the layer lacks the adapter, or the scheme splits the base weight, which
+                only :meth:`add_adapter` does.
         """
         self._check_known([adapter_name])
         a, b, bias = self._raw_factors(adapter_name)
@@ -269,11 +267,13 @@ class LoraLayer(Participants):
         self.init_lora_weights[adapter_name] = init_lora_weights
 
     def restore_base_weight(self) -> None:
-        """Put back, bit for bit, the base weight that "pissa", "olora" or
-        ``preserve_base_output`` changed. The adapter keeps its values.
+        """Restore, bit for bit, the base weight before "pissa", "olora" or
+        ``preserve_base_output``.
+
+        The adapter keeps its values.
 
         Raises:
-            ValueError: no initialisation changed it, or adapters are merged.
+            ValueError: If no initialisation changed the weight, or adapters are merged.
         """
         if self._before_init is None:
             raise ValueError("restore_base_weight: no adapter's initialisation changed the weight")
@@ -293,7 +293,7 @@ class LoraLayer(Participants):
         expected = 'a name without dots that is not "__base__"'
         require(fits, where, "adapter_name", expected, repr(name))
         free = not hasattr(nn.ModuleDict(), name)
-        expected = "a name that is no attribute of nn.ModuleDict"
+        expected = "a name that is not an attribute of nn.ModuleDict"
         require(free, where, "adapter_name", expected, repr(name))
         if name in self.r:
             remedy = "give the new one another adapter_name, or delete or unwrap the old one"
@@ -317,7 +317,7 @@ class LoraLayer(Participants):
     def _check_scheme(self, scheme: bool | str, preserve_base_output: bool) -> str:
         name = known_scheme(self.base_weight.default_scheme if scheme is True else scheme)
         if name in FREE and not preserve_base_output:
-            return name  # leaves the base weight as it is
+            return name  # does not change the base weight
         if name not in FREE and preserve_base_output:
             raise ValueError(
                 f"init_lora_weights: {scheme!r} preserves the output by itself; expected "
@@ -340,10 +340,10 @@ class LoraLayer(Participants):
         return ", ".join(f"{name}: r={r}" for name, r in self.r.items())
 
     # ---------------------------------------------------------------------------------------------
-    # Of one adapter
+    # One adapter
 
     def factors(self, adapter_name: str) -> LoraFactors:
-        """Return an adapter as :func:`lora_forward` takes it, its parameters themselves."""
+        """Return the parameters of an adapter for :func:`lora_forward`, without copying them."""
         a, b, bias = self._raw_factors(adapter_name)
         scaling, seed = self.scaling[adapter_name], self.dropout_seed.get(adapter_name)
         dropout: Any = self._modules["lora_dropout"]._modules[adapter_name]  # pyright: ignore[reportOptionalMemberAccess]
@@ -352,7 +352,7 @@ class LoraLayer(Participants):
     def _adapted(
         self, x: Tensor, base: BaseLayer, names: Sequence[str], rows: Rows | None
     ) -> Tensor:
-        """Return ``base(x)`` with these adapters, for rows ``(..., I)``."""
+        """Compute ``base(x)`` with these adapters, for rows ``(..., I)``."""
         factors = [self.factors(name) for name in names]
         if not any(self.use_dora[name] for name in names):
             return lora_forward(x, base, factors, rows)
@@ -379,7 +379,7 @@ def _checked_scaling(r: int, alpha: float, dropout: float, use_rslora: bool) -> 
 def _new_factors(
     base: BaseWeight, r: int, scaling: float, scheme: str, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Return A and B in float32 on the CPU, as PEFT draws them: one seed, one adapter."""
+    """Return A and B in float32 on the CPU, so that one seed gives the same adapter as in PEFT."""
     memory = "meta" if base.place()[0].type == "meta" else "cpu"
     a, b = (torch.zeros(shape, device=memory) for shape in base.factor_shapes(r))
     if memory == "cpu" and scheme in FREE:
@@ -391,7 +391,7 @@ def _new_factors(
 
 
 def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | None:
-    """Return tokens of an invocation, or None; a ValueError of something else."""
+    """Return the tokens of an invocation, or None; raise ValueError for anything else."""
     if value is None:
         return None
     expected = "None or a list of token ids, integers from 0 on"

@@ -1,4 +1,4 @@
-"""Which adapters of a layer take part in a forward, and which rows each of them has."""
+"""Choice of the adapters that take part in a forward of a layer, and of their rows."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from .base._merging import Merging
 
 
 class Participants(Merging):
-    """The part of :class:`LoraLayer` that chooses among its adapters."""
+    """Base class of :class:`LoraLayer` that chooses among its adapters."""
 
-    #: False: the adapter takes no part at all; where none is left, forward is ``base(x)``.
+    #: False if the adapter is switched off; if all are off, forward computes ``base(x)``.
     adapter_active: dict[str, bool]
-    #: Adapters that take no part while the layer is in training mode, and do otherwise.
+    #: Adapters that are off only while the layer is in training mode.
     off_in_training: frozenset[str]
     disable_adapters: bool
 
-    #: Whether the first dimension of the input counts tokens, the second sequences.
+    #: True if the first dimension of the input is tokens and the second is sequences.
     tokens_first = False
 
-    #: Whether the rows are tokens, which all sequences may share: positions.
+    #: True if the rows are token ids; sequences may share such rows, as they share positions.
     _of_tokens = False
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """All adapters, in the order of ``adapter_ids``."""
+        """Names of all adapters, in the order of ``adapter_ids``."""
         return tuple(self.r)
 
     def _participants(
@@ -72,7 +72,7 @@ class Participants(Merging):
             active = [n for n in self._active if self._is_on(n)]
             if self.alora_invocation_tokens:
                 for name in active:
-                    if name in self.alora_invocation_tokens:  # it cannot serve every token
+                    if name in self.alora_invocation_tokens:  # not for all tokens
                         raise no_rows(repr(name))
             return active, None
         return (list(self.adapter_names) if rows.used else []), rows
@@ -80,10 +80,12 @@ class Participants(Merging):
     def _rows_of_all(
         self, rows: Rows | None, leading: torch.Size, device: torch.device
     ) -> Rows | None:
-        """Return the rows, and among the adapters used all that train: :func:`together` says why.
-        None: every row has all active adapters, and no other one trains."""
-        # Each is asked for its parameters, in one order on every process, though none need train:
-        # ZeRO-3 gathers a parameter when it is read, and all processes have to take part.
+        """Return the rows, with all trained adapters among those used, see :func:`together`.
+
+        Returns None if every row has all active adapters, and no other adapter is trained.
+        """
+        # Read the parameters of each adapter, in the same order on every process: ZeRO-3 gathers a
+        # parameter when it is read, and all processes have to take part.
         asked = [any(p.requires_grad for p in self._parameters_of(name)) for name in self.r]
         trained: set[int] = set()
         if torch.is_grad_enabled():
@@ -96,7 +98,7 @@ class Participants(Merging):
         return together(rows, tuple(trained))
 
     def _is_on(self, name: str) -> bool:
-        """Return whether an adapter takes part in the mode that the layer is in."""
+        """Return whether an adapter is switched on in the layer's current mode."""
         return self.adapter_active[name] and not (self.training and name in self.off_in_training)
 
     def _rows(
@@ -111,7 +113,7 @@ class Participants(Merging):
         if isinstance(adapter_ids, Tensor):
             enabled = tuple(self._is_on(name) for name in names)
             return rows_of(adapter_ids, len(names), leading, enabled, self.tokens_first)
-        reachable = tuple(n if self._is_on(n) else "" for n in names)  # "" is no name
+        reachable = tuple(n if self._is_on(n) else "" for n in names)  # "" matches no name
         if adapter_ids is not None:
             made = isinstance(adapter_ids, Assignment)
             assignment = adapter_ids if made else Assignment.of(adapter_ids)

@@ -1,4 +1,4 @@
-"""LoraConv: a convolution that cuts its input into patches, with trainable low-rank adapters."""
+"""LoraConv: a convolution over patches with trainable low-rank adapters."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from .base._weight import ConvWeight
 
 
 class LoraConv(LoraLayer):
-    """PEFT's layer for convolutions whose stride is their kernel: the patches of a vision model.
+    """PEFT's layer for convolutions with stride equal to the kernel, as in vision models.
 
     Such a convolution is a linear layer on patches, ``(N, C, H, W)`` to ``(N, H/k, W/k, C k k)``,
-    and so is its adapter: ``y = base(x) + scaling * B A dropout(patch)``. Pixels that fill no patch
-    are left out, as the convolution leaves them out.
+    and so is its adapter: ``y = base(x) + scaling * B A dropout(patch)``. Pixels beyond the last
+    whole patch are ignored, as in the convolution.
 
     Parameters have PEFT's names and shapes: ``lora_A.<name>.weight (r, C, k, k)``,
     ``lora_B.<name>.weight (O, r, 1, 1)``, ``lora_magnitude_vector.<name>.weight (1, O, 1, 1)``.
-    Which adapters serve a row, and what an inactive one costs, is as in
-    :class:`lora_ext.nn.LoraLinear`; a row is a patch, a sequence an image.
+    Adapters are chosen for rows as in :class:`lora_ext.nn.LoraLinear`; a row is a patch, a sequence
+    an image.
 
     Args:
         base_layer: ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
-        adapter_name: of the first adapter, which is active.
-        r, options: as :meth:`add_adapter`.
+        adapter_name: name of the first adapter, which is active.
+        r, options: see :meth:`add_adapter`.
 
     Raises:
-        NotImplementedError: a convolution with overlapping or spaced windows, padding, dilation or
-            groups. ValueError: no convolution, or what :meth:`add_adapter` refuses.
+        NotImplementedError: If the convolution has overlapping or spaced windows, padding, dilation
+            or groups.
+        ValueError: If the base is not a convolution, or :meth:`add_adapter` raises.
 
     Sources: LoRA (Hu et al. 2021); DoRA (Liu et al. 2024); PEFT.
     """
@@ -65,14 +66,14 @@ class LoraConv(LoraLayer):
         self.set_adapter(adapter_name)
 
     def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
-        """``(N, C, *S)`` or ``(C, *S)`` to ``(N, O, *S / k)`` or ``(O, *S / k)``.
+        """Map ``(N, C, *S)`` or ``(C, *S)`` to ``(N, O, *S / k)`` or ``(O, *S / k)``.
 
         Args:
-            x: floating.
-            adapter_ids: as :meth:`lora_ext.nn.LoraLinear.forward`, one per patch or image.
+            x: floating tensor.
+            adapter_ids: see :meth:`lora_ext.nn.LoraLinear.forward`; one per patch or image.
 
         Raises:
-            ValueError: ids or names that do not fit, or given while adapters are merged.
+            ValueError: If ids or names do not fit, or are given while adapters are merged.
         """
         batched = x.dim() == len(self.kernel_size) + 2
         images = x if batched else x[None]
@@ -87,19 +88,18 @@ class LoraConv(LoraLayer):
         return y if batched else y[0]
 
     def factors(self, adapter_name: str) -> LoraFactors:
-        """Return an adapter on patches, as :func:`lora_forward` takes it: ``a`` is ``(r, C k
-        k)``."""
+        """Return an adapter on patches for :func:`lora_forward`: ``a`` is ``(r, C k k)``."""
         found = super().factors(adapter_name)
         return found._replace(a=found.a.flatten(1), b=found.b.flatten(1))
 
     @property
     def base_weight(self) -> ConvWeight:
-        """The weight of the base layer, as a matrix on patches."""
+        """Weight of the base layer, as a matrix on patches."""
         return ConvWeight(self.base_layer)
 
 
 class _OnPatches:
-    """The convolution as a linear layer on patches."""
+    """Convolution as a linear layer on patches."""
 
     def __init__(self, conv: nn.Module):
         self.conv: Any = conv
@@ -111,8 +111,8 @@ class _OnPatches:
         return self.conv.weight.flatten(1), self.conv.bias
 
     def __call__(self, patches: Tensor) -> Tensor:
-        """``(..., C k k)`` to ``(..., O)``, through the module itself, one patch an image."""
-        # Not by the weight's shape: ZeRO-3 leaves none of it but inside the forward.
+        """Map ``(..., C k k)`` to ``(..., O)`` by the convolution, with one patch per image."""
+        # The weight's shape cannot be used: with ZeRO-3 the weight is empty outside the forward.
         images = patches.reshape(-1, self.conv.in_channels, *self.conv.kernel_size)
         return self.conv(images).view(*patches.shape[:-1], self.conv.out_channels)
 

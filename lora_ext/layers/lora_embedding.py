@@ -15,30 +15,30 @@ from lora_ext.rows import Names
 from ._lora_layer import LoraLayer
 from .base._weight import EmbeddingWeight
 
-#: Of ``nn.Embedding``: how it looks up.
+#: Attributes of ``nn.Embedding`` that are arguments of ``F.embedding``.
 _SETTINGS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
 
 class LoraEmbedding(LoraLayer):
-    """``y[t] = base(x)[t] + embed_scale * scaling * B A[:, x[t]]``, PEFT's layer.
+    """PEFT's embedding layer: ``y[t] = base(x)[t] + embed_scale * scaling * B A[:, x[t]]``.
 
     The adapter reads one column of A per token; the product with the one-hot row is never formed.
     Parameters have PEFT's names: ``base_layer.weight (V, O)``, ``lora_embedding_A.<name> (r, V)``,
-    ``lora_embedding_B.<name> (O, r)``, ``lora_magnitude_vector.<name>.weight (O,)``. A base that
-    scales what it looks up (an attribute ``embed_scale``, as Gemma's) scales the update too.
+    ``lora_embedding_B.<name> (O, r)``, ``lora_magnitude_vector.<name>.weight (O,)``. If the base
+    scales its output (attribute ``embed_scale``, as in Gemma), the update is scaled too.
 
-    Which adapters serve a row, and what an inactive one costs, is as in
-    :class:`lora_ext.nn.LoraLinear`.
+    Adapters are chosen for rows as in :class:`lora_ext.nn.LoraLinear`.
 
     Args:
         base_layer: ``nn.Embedding`` or a subclass.
-        adapter_name: of the first adapter, which is active.
-        r, options: as :meth:`add_adapter`. ``init_lora_weights=True`` is PEFT's law for embeddings:
-            A zero, B from N(0, 1). Dropout is kept for PEFT's sake and does nothing: there is no
-            input to drop.
+        adapter_name: name of the first adapter, which is active.
+        r, options: see :meth:`add_adapter`. ``init_lora_weights=True`` is PEFT's initialisation of
+            embeddings: A zero, B from N(0, 1). Dropout is accepted as in PEFT and has no effect, as
+            there is no input to drop.
 
     Raises:
-        ValueError: a base that is no embedding, ``lora_bias``, or what :meth:`add_adapter` refuses.
+        ValueError: If the base is not an embedding, ``lora_bias`` is set, or :meth:`add_adapter`
+            raises.
 
     Sources: LoRA (Hu et al. 2021); DoRA (Liu et al. 2024); PEFT.
     """
@@ -55,14 +55,14 @@ class LoraEmbedding(LoraLayer):
         self.set_adapter(adapter_name)
 
     def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
-        """``(...)`` to ``(..., O)``.
+        """Map token ids ``(...)`` to ``(..., O)``.
 
         Args:
-            x: token numbers, int64 or int32.
-            adapter_ids: as :meth:`lora_ext.nn.LoraLinear.forward`, one per token or sequence.
+            x: token ids, int64 or int32.
+            adapter_ids: see :meth:`lora_ext.nn.LoraLinear.forward`; one per token or sequence.
 
         Raises:
-            ValueError: ids or names that do not fit, or given while adapters are merged.
+            ValueError: If ids or names do not fit, or are given while adapters are merged.
         """
         names, rows = self._participants(x.shape, x.device, adapter_ids)
         y = self.base_layer(x)
@@ -81,7 +81,7 @@ class LoraEmbedding(LoraLayer):
         return flat.view(y.shape)
 
     def _add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return ``y`` with one adapter added; DoRA scales what was added before it too."""
+        """Return ``y`` with one adapter added; DoRA also scales the updates before it."""
         a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
         base: Any = self.base_layer
         how = {setting: getattr(base, setting) for setting in _SETTINGS}
@@ -99,11 +99,11 @@ class LoraEmbedding(LoraLayer):
         magnitude = self._magnitude(name)
         return magnitude / norm.to(magnitude.dtype) * (y + update)
 
-    # Of LoraLayer
+    # Overrides of LoraLayer
 
     _of_tokens = True
 
     @property
     def base_weight(self) -> EmbeddingWeight:
-        """The weight of the base layer, as a matrix on one-hot rows."""
+        """Weight of the base layer, as a matrix on one-hot rows."""
         return EmbeddingWeight(self.base_layer)

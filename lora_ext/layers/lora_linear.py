@@ -16,34 +16,35 @@ from .base._weight import LinearWeight
 
 
 class LoraLinear(LoraLayer):
-    """``y = base(x) + scaling * (B A dropout(x) + bias)``, PEFT's layer on fused ops.
+    """PEFT's linear layer on fused ops: ``y = base(x) + scaling * (B A dropout(x) + bias)``.
 
-    Parameters have PEFT's names, so a state dict of the one loads into the other:
-    ``base_layer.*``, ``lora_A.<name>.weight (r, I)``, ``lora_B.<name>.weight (O, r)``,
-    ``lora_B.<name>.bias``, ``lora_magnitude_vector.<name>.weight (O,)``. The base layer is never
-    changed, but by :meth:`merge` and by the schemes that say so. It is left trainable, as PEFT's
-    layer leaves it: freeze it with ``layer.base_layer.requires_grad_(False)``, or adapt the model
-    with :func:`lora_ext.nn.wrap`, which freezes all but the adapters.
+    Parameters have PEFT's names, so state dicts can be exchanged: ``base_layer.*``,
+    ``lora_A.<name>.weight (r, I)``, ``lora_B.<name>.weight (O, r)``, ``lora_B.<name>.bias``,
+    ``lora_magnitude_vector.<name>.weight (O,)``. Only :meth:`merge` and some initialisation schemes
+    change the base layer. It is left trainable, as in PEFT: freeze it with
+    ``layer.base_layer.requires_grad_(False)``, or adapt the model with :func:`lora_ext.nn.wrap`,
+    which freezes all but the adapters.
 
-    Rows take the active adapters (:meth:`set_adapter`; several are summed), or the one that
-    :func:`lora_ext.adapters` or ``adapter_ids`` names for them. An adapter whose ``adapter_active``
-    is False takes no part: no allocation, no launch, no graph node, and ``grad`` stays None. So do
-    adapters that have no rows; where torch.distributed has several processes, those of them that
-    train get zero gradients, as another process may have their rows.
+    Rows use the active adapters (:meth:`set_adapter`; several are summed), or the one that
+    :func:`lora_ext.adapters` or ``adapter_ids`` selects for them. An adapter whose
+    ``adapter_active`` is False causes no allocation, no launch and no graph node, and its ``grad``
+    stays None. The same holds for adapters without rows. If torch.distributed has several
+    processes, trained adapters without rows get zero gradients, as another process may have their
+    rows.
 
     Under ``torch.compile`` an adapter of a mixed batch that has no rows gets a zero gradient
     instead, and rows of DoRA adapters break the graph.
 
     Args:
         base_layer: maps ``(..., I)`` to ``(..., O)``: ``nn.Linear`` and transformers' ``Conv1D``
-            take part in the fused op, anything else is called.
-        adapter_name: of the first adapter, which is active.
-        r, options: as :meth:`add_adapter`.
-        fan_in_fan_out: the base stores its weight as ``(I, O)``. ``Conv1D`` is known to.
+            are computed in the fused op, any other module is called.
+        adapter_name: name of the first adapter, which is active.
+        r, options: see :meth:`add_adapter`.
+        fan_in_fan_out: True if the base stores its weight as ``(I, O)``. ``Conv1D`` is recognised.
 
     Raises:
-        ValueError: sizes that cannot be read off the base layer, ``fan_in_fan_out`` for an
-            ``nn.Linear``, or what :meth:`add_adapter` refuses.
+        ValueError: If the sizes of the base layer cannot be determined, ``fan_in_fan_out`` is set
+            for an ``nn.Linear``, or :meth:`add_adapter` raises.
 
     Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); DoRA (Liu et al. 2024); PEFT.
     """
@@ -61,7 +62,8 @@ class LoraLinear(LoraLayer):
     ):
         if fan_in_fan_out and isinstance(base_layer, nn.Linear):
             raise ValueError(
-                "LoraLinear: fan_in_fan_out: expected False for nn.Linear, whose weight is (O, I)"
+                "LoraLinear: fan_in_fan_out: expected False for nn.Linear, whose weight is (O, I), "
+                f"found {fan_in_fan_out!r}"
             )
         super().__init__(base_layer, LinearWeight(base_layer, fan_in_fan_out).fan_in_fan_out)
         self.lora_A = nn.ModuleDict()
@@ -70,16 +72,17 @@ class LoraLinear(LoraLayer):
         self.set_adapter(adapter_name)
 
     def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
-        """``(..., I)`` to ``(..., O)``, the dtype of ``base_layer(x)``.
+        """Map ``(..., I)`` to ``(..., O)`` in the dtype of ``base_layer(x)``.
 
         Args:
-            x: floating.
-            adapter_ids: positions in :attr:`adapter_names`, int64 or int32, -1 for none, or names
-                (None and ``"__base__"`` for none): one per row or one per sequence. Default is the
-                surrounding :func:`lora_ext.adapters` block, then the active adapters.
+            x: floating tensor.
+            adapter_ids: positions in :attr:`adapter_names`, int64 or int32, -1 for no adapter, or
+                names (None and ``"__base__"`` for no adapter): one per row or one per sequence.
+                Default is the surrounding :func:`lora_ext.adapters` block, then the active
+                adapters.
 
         Raises:
-            ValueError: ids or names that do not fit, or given while adapters are merged.
+            ValueError: If ids or names do not fit, or are given while adapters are merged.
         """
         names, rows = self._participants(x.shape[:-1], x.device, adapter_ids)
         base: nn.Module = self._modules["base_layer"]  # pyright: ignore[reportAssignmentType]
@@ -91,11 +94,11 @@ class LoraLinear(LoraLayer):
 
     @property
     def base_weight(self) -> LinearWeight:
-        """The weight of the base layer, as a matrix."""
+        """Weight of the base layer, as a matrix."""
         return LinearWeight(self.base_layer, self.fan_in_fan_out)
 
     def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        # Of every forward: without asking the base weight where the factors are, and without
-        # nn.Module's lookups, which would take as long as the op.
+        # Every forward calls this: base_weight and nn.Module's lookups would take as long as the
+        # op.
         a, b = (self._modules[side]._modules[name] for side in ("lora_A", "lora_B"))  # pyright: ignore[reportOptionalMemberAccess]
         return parameter(a, "weight"), parameter(b, "weight"), parameter(b, "bias")  # pyright: ignore[reportArgumentType]

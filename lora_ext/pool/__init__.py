@@ -1,4 +1,4 @@
-"""Adapters of one base model in pages that rows of a batch share."""
+"""Adapters of one base model, stored in pages and shared by the rows of a batch."""
 
 from lora_ext.rows import UnknownAdapterError
 

@@ -1,4 +1,4 @@
-"""Adapters of one folder by name, for servers: nothing outside it is read."""
+"""Adapters of one folder by name, for servers; nothing outside the folder is read."""
 
 from __future__ import annotations
 
@@ -14,41 +14,44 @@ from ._residence import BASE
 from .pool import AdapterPool
 
 _log = logging.getLogger(__name__)
-_MAX_NAME_LENGTH = 200  # characters of a name; most file systems take 255 bytes
+_MAX_NAME_LENGTH = 200  # characters of a name; most file systems allow 255 bytes
 
 
 class AdapterFolder:
-    """Loads adapters from below one folder. Names and paths may come from strangers.
+    """Loader of adapters below one folder. Names and paths may be untrusted.
 
     Args:
-        pool: that serves them. root: the folder.
+        pool: the pool of the adapters.
+        root: the folder.
 
-    Every method may be called from any thread, and waits while another one loads. An error names an
-    adapter and no path but what the caller gave; what is wrong with its files is logged.
+    Every method may be called from any thread, and waits while another one loads. An error contains
+    the name of an adapter and only the path that the caller gave. Errors in its files are logged.
     """
 
     def __init__(self, pool: AdapterPool, root: str | os.PathLike[str]):
         self.pool = pool
         self.root = Path(root).resolve(strict=True)
-        self._paths: dict[str, Path] = {}  # of the names that were loaded
+        self._paths: dict[str, Path] = {}  # folders of the loaded names
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """Return the sorted names of the folders that look like adapters, without reading them."""
+        """Return the sorted names of folders with an ``adapter_config.json``."""
         found = sorted(file.parent.name for file in self.root.glob("*/adapter_config.json"))
         return [name for name in found if self._has(name)]
 
     def load(self, name: str, path: str | os.PathLike[str] | None = None) -> None:
-        """Load an adapter, or replace the one of that name for whoever comes from now on.
+        """Load an adapter, or replace the one with this name for later requests.
 
         Args:
-            name: what a folder may be called: printable, without slashes, of at most 200 characters
-                and not ``"__base__"``. path: below the folder; default is the name.
+            name: a valid name of a folder: printable, without slashes, of at most 200 characters
+                and not ``"__base__"``.
+            path: path below the folder; default is the name.
 
         Raises:
-            ValueError: another name, a path that leads out of the folder, or files that
-                :meth:`AdapterPool.load` refuses.
-            FileNotFoundError: nothing there. PoolFullError: all that could make way is pinned.
+            ValueError: If the name is invalid, the path is outside the folder, or
+                :meth:`AdapterPool.load` rejects the files.
+            FileNotFoundError: If the path does not exist.
+            PoolFullError: If all adapters that could be evicted are pinned.
         """
         _check_name(name)
         found = self._checked(name if path is None else path)
@@ -59,7 +62,9 @@ class AdapterFolder:
         """Load an adapter if the pool does not have it: again, or from the folder of that name.
 
         Raises:
-            UnknownAdapterError: there is none. And what :meth:`load` raises for what is in it.
+            UnknownAdapterError: If there is no such folder.
+
+        Errors of :meth:`load` are raised too.
         """
         with self._lock:
             if name in self.pool:
@@ -75,7 +80,7 @@ class AdapterFolder:
         """Unload an adapter. Leases on it stay valid.
 
         Raises:
-            UnknownAdapterError: a name that is not loaded.
+            UnknownAdapterError: If the adapter is not loaded.
         """
         with self._lock:
             known = self._paths.pop(name, None)
@@ -90,7 +95,7 @@ class AdapterFolder:
             _log.warning("adapter %r is not loaded: %s", name, error)
             raise ValueError(
                 f"AdapterFolder: adapter {name!r}: expected files of an adapter for this model, "
-                "found others; the log says which and why"
+                f"found others ({type(error).__name__}); the log says which and why"
             ) from error
         self._paths[name] = path
 
@@ -102,14 +107,14 @@ class AdapterFolder:
             return False
 
     def _checked(self, path: str | os.PathLike[str]) -> Path:
-        """Return a folder below the root, as its files are with links followed."""
+        """Return a folder below the root, with links in its path and to its files checked."""
         try:
             found = (self.root / path).resolve()
             inside = self.root in found.parents and all(
                 self.root in file.resolve().parents for file in found.glob("*")
             )
             missing = inside and not found.is_dir()
-        except (OSError, RuntimeError, ValueError):  # a loop of links, a path that cannot be one
+        except (OSError, RuntimeError, ValueError):  # a loop of links, or an invalid path
             found, inside, missing = self.root, False, False
         expected = f"a folder below {self.root.name!r} without links that lead out of it"
         require(inside, "AdapterFolder", "path", expected, f"{str(path)!r:.200}")
@@ -122,8 +127,8 @@ class AdapterFolder:
 
 
 def _check_name(name: str) -> None:
-    """Refuse a name that no folder has: it would be lost with the process."""
+    """Raise ValueError for a name that is not a valid name of a folder."""
     printable = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _MAX_NAME_LENGTH
     fits = printable and name not in (BASE, "..") and Path(name).name == name
-    expected = f"what a folder may be called, of at most {_MAX_NAME_LENGTH} printable characters"
+    expected = f"a name of a folder, of at most {_MAX_NAME_LENGTH} printable characters"
     require(fits, "AdapterFolder", "name", f"{expected} and not {BASE!r}", f"{name!r:.200}")

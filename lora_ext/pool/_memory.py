@@ -1,12 +1,13 @@
-"""Memory that has its address from the start and takes bytes of the device as it grows.
+"""Memory with a fixed address that allocates bytes of the device as it grows.
 
-A kernel gets one pointer for all pages of a module, and a captured graph keeps it. So the address
-space of every page is reserved at once, which costs nothing, and the front of it is backed: on the
-CPU by the operating system, which backs what is touched; on CUDA by the driver's virtual memory,
-where nothing is copied and no address changes. Elsewhere all of it is allocated at once.
+A kernel gets one pointer for all pages of a module, and a captured graph keeps it. The address
+space of all pages is therefore reserved at once, which costs nothing, and only its front is backed.
+On the CPU the operating system backs memory when it is first written. On CUDA the driver's virtual
+memory maps it without copies or changes of addresses. On other devices all of it is allocated at
+once.
 
-The driver's functions are called through ctypes: torch has no door to them. That half has run
-against a stand-in that is compiled from ``cuda.h``, and not on a device yet.
+The driver's functions are called with ctypes, as torch does not expose them. This part has been
+tested with a mock that is compiled from ``cuda.h``, but not on a device.
 
 Source: CUDA Driver API, "Virtual Memory Management".
 """
@@ -33,13 +34,13 @@ _READ_WRITE = 3  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 
 
 class Memory:
-    """Bytes of a device that cannot grow: all of them are taken when they are asked for.
+    """Memory of a device that cannot grow: all bytes are allocated at once.
 
     Attributes:
-        tensor: uint8 ``(nbytes,)``; only the first ``backed`` bytes may be touched.
-        backed: bytes taken from the device.
-        least: bytes that are always taken. granularity: what ``backed`` is a multiple of, unless
-            it is all of ``nbytes``.
+        tensor: uint8 ``(nbytes,)``; only the first ``backed`` bytes may be used.
+        backed: bytes allocated on the device.
+        least: bytes that are always allocated.
+        granularity: ``backed`` is a multiple of this, or equal to ``nbytes``.
     """
 
     def __init__(self, nbytes: int, device: torch.device):
@@ -48,22 +49,22 @@ class Memory:
         self.granularity = 1
 
     def rounded(self, nbytes: int) -> int:
-        """Return the bytes that are taken if the first ``nbytes`` are in use."""
+        """Return the bytes that are allocated if the first ``nbytes`` are in use."""
         whole = -(-nbytes // self.granularity) * self.granularity
         return max(self.least, min(whole, self.nbytes))
 
     def resize(self, nbytes: int) -> None:
-        """Back the first ``nbytes``, a result of :meth:`rounded`, and no others.
+        """Set the backed size to ``nbytes``, a result of :meth:`rounded`.
 
-        What lay beyond is lost. A device waits for its queued work before bytes are given back.
+        Values beyond it are lost. A device waits for its queued work before bytes are freed.
 
         Raises:
-            RuntimeError: the device has no room; the size is as before.
+            RuntimeError: If the device has no room; the size is then unchanged.
         """
 
 
 class HostMemory(Memory):
-    """Bytes of the CPU: a private mapping."""
+    """Memory of the CPU, in a private mapping."""
 
     def __init__(self, nbytes: int):
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -72,7 +73,7 @@ class HostMemory(Memory):
         self.nbytes, self.least, self.backed, self.granularity = nbytes, 0, 0, 1
 
     def resize(self, nbytes: int) -> None:
-        """Growing is the operating system's, at the first touch."""
+        """Free pages beyond ``nbytes``; the operating system backs new ones at the first write."""
         start = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if start < self.backed:
             self._mapping.madvise(mmap.MADV_DONTNEED, start, self.backed - start)
@@ -80,19 +81,19 @@ class HostMemory(Memory):
 
 
 class CudaMemory(Memory):
-    """Bytes of a CUDA device, in pieces of its granularity (2 MiB, as a rule)."""
+    """Memory of a CUDA device, in pieces of its granularity (usually 2 MiB)."""
 
     def __init__(self, nbytes: int, index: int, driver: Driver):
         self.granularity = driver.granularity(index)
         size = -(-nbytes // self.granularity) * self.granularity
         self._reservation = Reservation(driver, index, size, self.granularity)
-        self._reservation.grow(self.granularity)  # torch looks at the address of a tensor
+        self._reservation.grow(self.granularity)  # torch queries the address of a tensor
         self.tensor = self._reservation.tensor()[:nbytes]
         self.nbytes, self.least, self.backed = size, self.granularity, self.granularity
         self._index = index
 
     def resize(self, nbytes: int) -> None:
-        """Map what is missing, or wait for the device and unmap what is too much."""
+        """Map missing pieces, or wait for the device and unmap excess ones."""
         if nbytes > self.backed:
             self._reservation.grow(nbytes)
         elif nbytes < self.backed:
@@ -162,7 +163,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class Driver:
-    """The driver's functions that are needed, each raising RuntimeError with its name."""
+    """Functions of the CUDA driver; a failed call raises RuntimeError with the function's name."""
 
     def __init__(self, library: ctypes.CDLL):
         self._functions = {name: getattr(library, name) for name in _SIGNATURES}
@@ -170,7 +171,7 @@ class Driver:
             self._functions[name].argtypes, self._functions[name].restype = types, c_int
 
     def __call__(self, name: str, *arguments: Any) -> None:
-        """Call a function; RuntimeError where it returns an error."""
+        """Call a function; raise RuntimeError if it returns an error."""
         code = self.code(name, *arguments)
         if code:
             raise RuntimeError(f"{name} returned CUresult {code}")
@@ -182,7 +183,7 @@ class Driver:
     @staticmethod
     @functools.cache
     def load(index: int) -> Driver | None:
-        """Return the machine's driver; None if it or the device has no virtual memory."""
+        """Return the driver; None if it or the device does not support virtual memory."""
         try:
             driver = Driver(ctypes.CDLL("libcuda.so.1"))
         except (OSError, AttributeError):
@@ -194,7 +195,7 @@ class Driver:
         return driver if supported.value and not failed else None
 
     def granularity(self, index: int) -> int:
-        """Return the bytes of the smallest piece of a device's memory."""
+        """Return the smallest size of a piece of a device's memory in bytes."""
         found = c_size_t(0)
         self("cuMemGetAllocationGranularity", byref(found), byref(_properties(index)), 0)
         return found.value
@@ -205,8 +206,10 @@ def _properties(index: int) -> _Properties:
 
 
 class Reservation:
-    """Addresses of ``size`` bytes, a multiple of ``piece``, whose front is backed piece by piece.
-    When neither this object nor a tensor on it is held any more, :func:`give_back` may have it."""
+    """Reserved addresses of ``size`` bytes, a multiple of ``piece``, backed from the front.
+
+    When neither this object nor a tensor on it is referenced, :func:`give_back` frees it.
+    """
 
     def __init__(self, driver: Driver, index: int, size: int, piece: int):
         give_back()
@@ -216,7 +219,7 @@ class Reservation:
         self.address: int = address.value
         self._handles: list[int] = []
         rest = _Rest(driver, index, self.address, size, self._handles, piece, os.getpid())
-        weakref.finalize(self, _left.append, rest).atexit = False  # the process gives all back
+        weakref.finalize(self, _left.append, rest).atexit = False  # the exit frees everything
 
     def tensor(self) -> Tensor:
         """Return a uint8 tensor ``(size,)`` on these addresses; it keeps them reserved."""
@@ -224,11 +227,11 @@ class Reservation:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        data = self.address, False  # may be written
+        data = self.address, False  # not read-only
         return {"shape": (self._size,), "typestr": "|u1", "data": data, "version": 3}
 
     def grow(self, nbytes: int) -> None:
-        """Back the first ``nbytes``, a multiple of the piece; RuntimeError leaves all as it was."""
+        """Map the first ``nbytes``, a multiple of the piece; after RuntimeError nothing changes."""
         before = len(self._handles)
         try:
             while len(self._handles) * self._piece < nbytes:
@@ -244,7 +247,7 @@ class Reservation:
         code = driver.code(*create)
         if code == _OUT_OF_MEMORY:
             give_back()
-            torch.cuda.empty_cache()  # what torch keeps for later may do
+            torch.cuda.empty_cache()  # torch's cached memory may suffice
         if code:
             driver(*create)
         at = self.address + len(self._handles) * piece
@@ -258,7 +261,7 @@ class Reservation:
         driver("cuMemSetAccess", at, piece, byref(access), 1)
 
     def shrink(self, nbytes: int) -> None:
-        """Give back what lies beyond ``nbytes``; nobody reads it any more."""
+        """Free the memory beyond ``nbytes``, which must not be in use."""
         _unmap(self._driver, self.address, self._handles, self._piece, nbytes)
 
 
@@ -270,7 +273,7 @@ def _unmap(driver: Driver, address: int, handles: list[int], piece: int, nbytes:
 
 
 class _Rest(NamedTuple):
-    """What a reservation that is gone has left."""
+    """Addresses and memory of a deleted reservation."""
 
     driver: Driver
     device: int
@@ -285,22 +288,22 @@ _left: deque[_Rest] = deque()
 
 
 def give_back() -> None:
-    """Give back what nobody holds any more, behind the work that its devices have queued.
+    """Free the memory of deleted reservations, after the queued work of their devices.
 
-    Pools call this before they reserve addresses for a module, where a device has no room, and in
-    ``trim()``. A finalizer must not: it runs wherever Python happens to collect garbage, inside the
-    capture of a graph, which fails when somebody waits for the device, or before a launch that the
-    queued work waits for, such as the other half of a collective.
+    Pools call this before they reserve addresses for a module, if a device has no room, and in
+    ``trim()``. A finalizer must not call it, as Python may collect garbage anywhere: inside the
+    capture of a graph, which fails on synchronisation, or before a launch for which the queued work
+    waits, such as the other half of a collective.
 
     Raises:
-        RuntimeError: the device or its driver failed; what is left is kept for the next call.
+        RuntimeError: If the device or its driver failed; the rest is kept for the next call.
     """
     while _left:
         try:
             rest = _left.popleft()
-        except IndexError:  # another thread was first
+        except IndexError:  # another thread took the last one
             return
-        if rest.process != os.getpid():  # it is the parent's
+        if rest.process != os.getpid():  # it belongs to the parent process
             continue
         try:
             torch.cuda.synchronize(rest.device)

@@ -1,6 +1,6 @@
-"""Pages of eight ranks: adapters read into them, and what a module keeps of them.
+"""Pages of eight ranks: packed adapters, and the tables and memory of a module.
 
-A page holds 8 consecutive ranks of one module, the last one of an adapter filled up with zeros::
+A page holds 8 consecutive ranks of one module; the last page of an adapter is padded with zeros::
 
     a_pages[q, j, :] = lora_A[8p + j, :]      (P, 8, I)
     b_pages[q, :, j] = lora_B[:, 8p + j]      (P, O, 8)      q = page_table[slot, p]
@@ -44,7 +44,7 @@ def page_bytes(spec: LinearSpec) -> int:
 
 
 def in_words(nbytes: int) -> str:
-    """Return a size in words, such as ``20.0 GiB``."""
+    """Format a size, such as ``20.0 GiB``."""
     size, unit = float(nbytes), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
@@ -55,10 +55,10 @@ def in_words(nbytes: int) -> str:
 
 @dataclass(frozen=True)
 class PackedModule:
-    """One module of one adapter in host memory, in page format."""
+    """Module of an adapter in host memory, in page format."""
 
-    a: Tensor  # (n, 8, I); of experts (E * n, 8, I), expert by expert
-    b: Tensor  # (n, O, 8); (E * n, O, 8)
+    a: Tensor  # (n, 8, I); for experts (E * n, 8, I), ordered by expert
+    b: Tensor  # (n, O, 8); for experts (E * n, O, 8)
     bias: Tensor | None  # (O,)
     rank: int
     scale: float
@@ -66,28 +66,28 @@ class PackedModule:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of pages, bias and magnitude."""
+        """Size of pages, bias and magnitude in bytes."""
         tensors = (self.a, self.b, self.bias, self.magnitude)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True)
 class PackedAdapter:
-    """A whole adapter in host memory, checked and packed."""
+    """Checked and packed adapter in host memory."""
 
     config: AdapterConfig
     modules: dict[str, PackedModule]
     replaced: dict[str, Replaced] = field(default_factory=dict)
-    leftover: tuple[str, ...] = ()  # what strict=False skipped
+    leftover: tuple[str, ...] = ()  # keys and fields that strict=False skipped
 
     @property
     def rank(self) -> int:
-        """The largest of its modules."""
+        """Largest rank of its modules."""
         return max((part.rank for part in self.modules.values()), default=0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of pages, biases, magnitudes and replaced modules."""
+        """Size of pages, biases, magnitudes and replaced modules in bytes."""
         return sum(part.nbytes for part in (*self.modules.values(), *self.replaced.values()))
 
 
@@ -105,7 +105,7 @@ def read_packed(
         for spec, factors in adapter.modules():
             packed = modules[spec.name] = pack(spec, factors)
             for part in ("a", "b", "bias", "magnitude"):
-                # After the conversion, so that what float16 cannot hold is found as well.
+                # Checked after the conversion, since a value may overflow float16.
                 _check_finite(getattr(packed, part), adapter.where_is(spec.name, part))
         for spec, whole in adapter.replaced():
             kept = whole.each(functools.partial(_host, spec))
@@ -133,7 +133,7 @@ def _host(spec: LinearSpec, values: Tensor, dtype: torch.dtype | None = None) ->
 
 
 def magnitude_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of magnitudes beside pages of ``dtype``: at least float32, as in PEFT."""
+    """Return the dtype of magnitudes for pages of ``dtype``: at least float32, as in PEFT."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -163,9 +163,9 @@ def unpack(
     """Return copies of the factors in pages, ``lora_A`` (r, I) and ``lora_B`` (O, r).
 
     Args:
-        a_pages, b_pages: of a :class:`ModuleSlab`.
+        a_pages, b_pages: pages of a :class:`ModuleSlab`.
         pages: the numbers in a row of its ``page_table`` that are not -1.
-        rank: of the adapter, from ``ranks``.
+        rank: rank of the adapter, from ``ranks``.
     """
     index = torch.as_tensor(pages, dtype=torch.int64, device=a_pages.device)
     a = a_pages[index].flatten(0, 1)  # (8n, I)
@@ -175,41 +175,43 @@ def unpack(
 
 @dataclass
 class ModuleSlab:
-    """What the serving layer reads on every forward, for one module.
+    """Tensors of one module that the serving layer reads in every forward.
 
-    The tensors are None until an adapter that targets the module is loaded, and the very same
-    tensors from then on, so a captured CUDA graph may hold their addresses. (``bias`` and
-    ``magnitude`` appear by themselves, when the first adapter with ``lora_bias`` or ``use_dora``
-    arrives.) The rows of a slot change only while nobody has it pinned. The adapter of slot s adds
-    ``scale[s] * (B A x + bias[s])``: the bias is PEFT's, not yet scaled. A slot in ``dora`` also
-    brings the rows of the weight, ``scale[s] * B A`` included, to the lengths ``magnitude[s]``.
+    The tensors are None until an adapter that targets the module is loaded, and the same objects
+    from then on, so a captured CUDA graph may use their addresses. ``bias`` and ``magnitude`` are
+    made for the first adapter with ``lora_bias`` or ``use_dora``. The rows of a slot change only
+    while it is not pinned. The adapter of slot s adds ``scale[s] * (B A x + bias[s])``: the bias is
+    PEFT's, before scaling. For a slot in ``dora`` the rows of the weight, including ``scale[s] * B
+    A``, are also scaled to the norms ``magnitude[s]``.
 
-    A parameter of ``E`` experts has E rows of the tables for each slot: those of slot s begin at
-    ``s * E``, and S stands for ``slots * E`` there.
+    A parameter of ``E`` experts has E rows of the tables for each slot, which begin at ``s * E``
+    for slot s; S is then ``slots * E``.
     """
 
     in_features: int
     out_features: int
     a_pages: Tensor | None = None  # (P, 8, I)
     b_pages: Tensor | None = None  # (P, O, 8)
-    page_table: Tensor | None = None  # int32 (S, ceil(max_rank / 8)), -1 = none
-    ranks: Tensor | None = None  # int32 (S,), 0 = the slot's adapter leaves this module alone
+    page_table: Tensor | None = None  # int32 (S, ceil(max_rank / 8)), -1 for no page
+    ranks: Tensor | None = None  # int32 (S,), 0 if the slot's adapter does not target this module
     scale: Tensor | None = None  # float32 (S,), alpha / r or alpha / sqrt(r)
-    bias: Tensor | None = None  # (S, O), or None while no adapter has one
-    magnitude: Tensor | None = None  # (S, O), or None while no adapter has one
-    version: int = 0  # counts publications that touch this module
-    # Slots whose adapter is a DoRA one here, with the version that published them. On the host, and
-    # replaced, never changed: a forward learns without waiting whether there is anything to do.
+    bias: Tensor | None = None  # (S, O), or None while no adapter has a bias
+    magnitude: Tensor | None = None  # (S, O), or None while no adapter has a magnitude
+    version: int = 0  # number of published adapters that target this module
+    # Slots with a DoRA adapter on this module, with the version that published them. The mapping is
+    # on the host and is replaced, never changed, so a forward reads it without synchronisation.
     dora: Mapping[int, int] = field(default_factory=dict)
-    # Weight and bias of the slots whose adapter replaces the module; likewise never changed.
+    # Weight and bias of the slots whose adapter replaces the module; also never changed.
     replaced: Mapping[int, Replaced] = field(default_factory=dict)
-    was_replaced: bool = False  # by any adapter so far: a compiled graph is made anew once
+    was_replaced: bool = False  # by any adapter so far; a change recompiles a graph once
     experts: int = 1  # E
 
 
 class TableBlock:
-    """Tables of the modules, all of so many experts, that one load targets first: to publish a
-    slot is three copies. All slots are empty at first."""
+    """Tables of the modules that one load targets first, all with the same number of experts.
+
+    Publishing a slot takes three copies. All slots are empty at first.
+    """
 
     def __init__(
         self, names: Sequence[str], slots: int, max_pages: int, device: torch.device, experts: int
@@ -222,7 +224,7 @@ class TableBlock:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the three tables."""
+        """Size of the three tables in bytes."""
         return self.page_table.nbytes + self.ranks.nbytes + self.scale.nbytes
 
     def rows(
@@ -249,14 +251,14 @@ class TableBlock:
 
 
 class Slab:
-    """The pool's own half of a module: its memory and its free pages.
+    """Memory and free pages of one module.
 
-    A and B of a page lie side by side, so that one piece of memory is a number of whole pages. The
-    pages that are used are the first ones, as far as possible, and only they are backed.
+    A and B of a page are adjacent, so that one piece of memory is a number of whole pages. The
+    first pages are used first, and only the used front of the memory is backed.
 
     Attributes:
-        a, b: ``(P, 8, I)`` and ``(P, O, 8)``, for the life of the pool; uninitialised: no table row
-            points at a page that was not written.
+        a, b: ``(P, 8, I)`` and ``(P, O, 8)``, for the life of the pool; uninitialised, but no table
+            row refers to a page that was not written.
         free: pages without an owner, the highest first.
     """
 
@@ -268,7 +270,7 @@ class Slab:
         self.free = list(reversed(range(pages)))
         try:
             self.memory = memory_on(spec.device, pages * self.page_bytes)
-        except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is one
+        except (RuntimeError, OSError) as error:  # includes torch.OutOfMemoryError
             raise MemoryError(
                 f"AdapterPool: pages: expected room for {pages} pages of {spec.name!r} ("
                 f"{in_words(pages * self.page_bytes)}), found none ({error}); pass a smaller pages="
@@ -276,16 +278,19 @@ class Slab:
         i, o = spec.in_features, spec.out_features
         values = self.memory.tensor.view(spec.dtype)
         page = PAGE * (i + o)
-        # Not views: torch.compile looks twice at inputs that are.
+        # Not views: torch.compile adds guards for inputs that are views.
         self.a, self.b = (
             values.new_empty(0).set_(values.untyped_storage(), start, size, (page, size[2], 1))
             for start, size in ((0, (pages, PAGE, i)), (PAGE * i, (pages, o, PAGE)))
         )
 
     def bytes_for(self, free: Sequence[int], round_up: int = 1) -> int:
-        """Bytes of memory without which a page is missing, where these are free, the highest
-        first, and the rest is rounded up to a multiple of so many pages."""
-        # The pages at the end that are free: entry i is the page P - 1 - i, up to the first gap.
+        """Return the bytes of memory that the used pages need.
+
+        ``free`` are the free pages, the highest first. The number of pages up to the last used one
+        is rounded up to a multiple of ``round_up``.
+        """
+        # Count the free pages at the end: entry i is the page P - 1 - i, up to the first gap.
         used = self.pages - bisect(
             range(len(free)), False, key=lambda i: free[i] != self.pages - 1 - i
         )

@@ -1,4 +1,4 @@
-"""Where a new adapter goes: slot, pages, the bytes behind them, and who makes way."""
+"""Placement of a new adapter: its slot, pages and memory, and the adapters to evict."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from ._pages import (
 )
 from ._store import PageStore, Placement, Resident
 
-_AHEAD = 8  # memory grows by so many pages of a module: 64 ranks
+_AHEAD = 8  # pages by which the memory of a module grows: 64 ranks
 
 
 class PoolFullError(RuntimeError):
-    """No room, and nothing unpinned that could make way."""
+    """Error for an adapter without room in the pool, if no unpinned adapter can be evicted."""
 
 
 def find_place(
     store: PageStore, name: str, packed: PackedAdapter, order: Iterable[Resident]
 ) -> Placement:
-    """Choose slot, pages and victims for an adapter: residents in this order, but for pinned ones.
+    """Choose slot, pages and victims for an adapter: residents in this order, except pinned ones.
 
     Raises:
-        PoolFullError: says what would be needed, who holds it, and what to do.
+        PoolFullError: If there is no room; the message contains the need, the pinned adapters and a
+            remedy.
     """
     need = {module: part.a.shape[0] for module, part in packed.modules.items()}
     for module, count in need.items():
         experts = store.index.specs[module].experts
         if count > store.pages * experts:
             needs = f"{name!r} needs {count // experts} pages of {module}"
-            has = f"the pool has pages={store.pages}; make the pool with at least so many"
+            has = f"the pool has pages={store.pages}; make the pool with at least as many"
             raise PoolFullError(f"AdapterPool: {needs}, {has}")
     search = _Search(store, need, packed)
     victims: list[Resident] = []
@@ -48,7 +49,7 @@ def find_place(
         if slots and not lacking and not missing:
             break
         if resident.pins or (slots and not missing and lacking.isdisjoint(resident.pages)):
-            continue  # in use, or of no help
+            continue  # pinned, or its eviction does not help
         victims.append(resident)
         slots = [*slots, resident.slot]
         search.without(resident)
@@ -67,7 +68,7 @@ def find_place(
         others = f"the rest is pinned, by {count}: {names[:8]}"
         raise PoolFullError(
             f"AdapterPool: {name!r} needs {' and '.join(wanted)}, but "
-            f"{others if names else 'no adapter is there to make way'}. With max_slots="
+            f"{others if names else 'there is no adapter to evict'}. With max_slots="
             f"{store.max_slots}, pages={store.pages} and {limit}, "
             f"{in_words(store.reserved_bytes)} are reserved, {held} of it pinned; release leases "
             "and leave blocks, or make the pool with more room"
@@ -76,7 +77,7 @@ def find_place(
 
 
 class _Search:
-    """Free pages and bytes as they would be, while victims are chosen."""
+    """Free pages and bytes after the eviction of the victims chosen so far."""
 
     def __init__(self, store: PageStore, need: dict[str, int], packed: PackedAdapter):
         self.store, self.need = store, need  # pages by module
@@ -115,22 +116,25 @@ class _Search:
         return slab.bytes_for(free[: len(free) - self.need.get(module, 0)], round_up)
 
     def without(self, resident: Resident) -> None:
-        """Remove a resident."""
+        """Count the pages and bytes of a resident as free."""
         self.others -= self.store.replaced_bytes_of(resident.slot)
         for module, pages in resident.pages.items():
             free = self.free.get(module, self.store.slabs[module].free)
             self.free[module] = sorted([*free, *pages], reverse=True)
 
     def placement(self, slot: int, victims: list[Resident], packed: PackedAdapter) -> Placement:
-        """Return the placement that was found."""
+        """Return the placement for this search."""
         sizes = self._sizes()
         pages = {m: [self.free[m].pop() for _ in range(count)] for m, count in self.need.items()}
         rooms = {m: _room_for(self.store, m, whole) for m, whole in packed.replaced.items()}
         return Placement(slot, pages, self.free, victims, self.new, *self.tables, rooms, sizes)
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
-        """Bytes behind the pages of each module whose bytes change, now and then: in steps of some
-        pages where that fits, else as many as are needed, else nowhere more than are needed."""
+        """Return the bytes of pages before and after, for each module in which they change.
+
+        Memory grows in steps of `_AHEAD` pages if that fits, otherwise exactly. If that does not
+        fit either, all modules are trimmed.
+        """
         kept = {module: slab.memory.backed for module, slab in self.slabs.items()}
         ahead, exact = (
             kept | {module: max(kept[module], self._least(module, step)) for module in self.need}
@@ -149,7 +153,7 @@ def _room_for(store: PageStore, module: str, whole: Replaced) -> Replaced:
     device = store.index.modules[module].device
     try:
         return whole.each(lambda t: torch.empty_like(t, device=device))
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
+    except RuntimeError as error:  # includes torch.OutOfMemoryError
         raise MemoryError(
             f"AdapterPool: expected room for {module} of an adapter that replaces it "
             f"({in_words(whole.nbytes)}), found none ({error}); unload other adapters"
@@ -159,7 +163,7 @@ def _room_for(store: PageStore, module: str, whole: Replaced) -> Replaced:
 def _new_vectors(
     store: PageStore, slabs: dict[str, Slab], packed: PackedAdapter
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return biases and magnitudes (S, O) of modules that have none so far."""
+    """Return new biases and magnitudes (S, O) of modules that have none yet."""
     biases, magnitudes = {}, {}
     for module, part in packed.modules.items():
         slab = slabs[module]
@@ -173,8 +177,10 @@ def _new_vectors(
 
 
 def resize(store: PageStore, place: Placement) -> None:
-    """Give pages the bytes that it needs there. What is taken away has belonged to its victims.
-    After a MemoryError what was changed by then is for :func:`set_sizes`."""
+    """Resize the memory of pages for a placement; only its victims lose pages.
+
+    After a MemoryError, :func:`set_sizes` undoes the changes.
+    """
     try:
         set_sizes(store, place, {module: after for module, (_, after) in place.sizes.items()})
     except RuntimeError as error:
@@ -182,14 +188,16 @@ def resize(store: PageStore, place: Placement) -> None:
         raise MemoryError(
             f"AdapterPool: expected room for {more} of pages beside the "
             f"{in_words(store.reserved_bytes)} that are reserved, found less ({error}); unload "
-            "adapters, or pass max_bytes=, within which adapters make way for each other"
+            "adapters, or pass max_bytes=, above which adapters are evicted"
         ) from error
 
 
 def set_sizes(store: PageStore, place: Placement, sizes: dict[str, int]) -> None:
-    """Back the pages of each module by so many bytes, or raise RuntimeError; with those of before,
-    undo a resize."""
+    """Set the backed bytes of each module's pages; raise RuntimeError without room.
+
+    With the previous sizes it undoes a resize.
+    """
     slabs = store.slabs | place.slabs
-    # What is given back comes first, for what is taken.
+    # Memory is freed first, so that it can be allocated again.
     for module, size in sorted(sizes.items(), key=lambda s: s[1] - slabs[s[0]].memory.backed):
         slabs[module].memory.resize(size)

@@ -1,5 +1,4 @@
-"""Where each adapter of a pool is, in a slot or in host memory, who holds it, and which one makes
-way."""
+"""Adapters of a pool by name: their slots or copies in host memory, pins and evictions."""
 
 from __future__ import annotations
 
@@ -22,15 +21,15 @@ from ._store import PageStore, Placement, Resident
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 NO_SLOT = -1
-_REMEMBERED = 1024  # names of adapters that were let go, for errors
+_REMEMBERED = 1024  # stored names of dropped adapters, for errors
 
 
 class PoolLock:
-    """One thread at a time, as often as it likes.
+    """Reentrant lock that can run jobs when its thread releases it.
 
-    Python may collect garbage anywhere: a generator that was dropped inside a block then lets its
-    adapters go in the middle of a load by the same thread, which this lock does not stop. So what
-    lets adapters go is put off until the thread is done: :meth:`at_end`.
+    Python may collect garbage anywhere: a generator that was dropped inside a block may release its
+    adapters in the middle of a load by the same thread, which a reentrant lock does not prevent.
+    Releases are therefore delayed until the thread leaves the lock, see :meth:`at_end`.
     """
 
     def __init__(self) -> None:
@@ -51,21 +50,22 @@ class PoolLock:
             self._lock.release()
 
     def at_end(self, job: Callable[[], None]) -> None:
-        """Do something when the thread, which has the lock, leaves it; what it raises is raised
-        there."""
+        """Run a job, and raise its errors, when the thread that holds the lock releases it."""
         self._jobs.append(job)
 
 
 class HostCache(UserDict[str, PackedAdapter]):
-    """Adapters by name, the least recently used first. Above ``limit`` bytes of pages :meth:`put`
-    lets them go."""
+    """Adapters in host memory by name, the least recently used first.
+
+    :meth:`put` drops adapters above ``limit`` bytes.
+    """
 
     def __init__(self, limit: int):
         super().__init__()
         self.limit = limit
-        self.nbytes = 0  # of all that is here
-        self.dropped = 0  # how many were let go so far
-        self.let_go: OrderedDict[str, None] = OrderedDict()  # the last of them
+        self.nbytes = 0  # size of all adapters
+        self.dropped = 0  # number of dropped adapters so far
+        self.let_go: OrderedDict[str, None] = OrderedDict()  # names of the last dropped ones
 
     def __setitem__(self, name: str, adapter: PackedAdapter) -> None:
         super().__setitem__(name, adapter)
@@ -76,7 +76,7 @@ class HostCache(UserDict[str, PackedAdapter]):
         super().__delitem__(name)
 
     def put(self, name: str, adapter: PackedAdapter) -> None:
-        """Keep an adapter; let the least recently used go until all fits, itself at last."""
+        """Add an adapter; drop the least recently used until all fit, at last this one."""
         self[name] = adapter
         while self.nbytes > self.limit:
             gone = next(iter(self))
@@ -87,40 +87,39 @@ class HostCache(UserDict[str, PackedAdapter]):
                 self.let_go.popitem(last=False)
 
     def forget(self, name: str) -> None:
-        """Take an adapter out, if it is here, and no longer tell that one of that name was let
-        go."""
+        """Remove an adapter, and its name from the dropped ones."""
         self.let_go.pop(name, None)
         self.pop(name, None)
 
 
 class Residence:
-    """Adapters by name. Its lock, that of all that the pool has, is held around every method."""
+    """Adapters of a pool by name. The pool holds the lock around every method."""
 
     def __init__(self, store: PageStore, host_cache_bytes: int):
         self.lock = PoolLock()
-        #: What is in a slot, the least recently used first.
+        #: Adapters in slots, the least recently used first.
         self.by_name: OrderedDict[str, Resident] = OrderedDict()
-        self.cache = HostCache(host_cache_bytes)  # what is not
+        self.cache = HostCache(host_cache_bytes)  # all other adapters
         self.counts = Counter(loads=0, evictions=0, cache_hits=0)
         self._store = store
 
     @property
     def names(self) -> list[str]:
-        """All that are known."""
+        """Names of all adapters."""
         return [*self.by_name, *self.cache]
 
     def __contains__(self, name: object) -> bool:
         return name in self.by_name or name in self.cache
 
     def check_new(self, name: str) -> None:
-        """Refuse what is no name, or one that is known."""
+        """Raise ValueError for an invalid or a known name."""
         fits = isinstance(name, str) and name not in ("", BASE)
         require(fits, "AdapterPool", "name", f"a non-empty name but {BASE!r}", repr(name))
         if name in self:
             raise ValueError(f"AdapterPool: name: {name!r} is loaded already; update() replaces it")
 
     def check_known(self, names: Iterable[str]) -> None:
-        """Refuse names that are not known."""
+        """Raise UnknownAdapterError for unknown names."""
         for name in names:
             if name in self:
                 continue
@@ -137,19 +136,19 @@ class Residence:
         return (self.by_name.get(name) or self.cache[name]).config
 
     def forget(self, name: str) -> None:
-        """Forget a name. Slot and pages are freed now, or with the last pin."""
+        """Remove a name; its slot and pages are freed at once, or with the last pin."""
         self.check_known([name])
         self.cache.forget(name)
         if name in self.by_name:
             self._retire(self.by_name.pop(name))
 
     def bring_back(self, names: Sequence[str | None], absent: list[str]) -> None:
-        """Install evicted adapters, none at the cost of another that the caller named."""
+        """Install evicted adapters without evicting others of ``names``."""
         self.check_known(absent)
         held = [self.by_name[n] for n in set(names) if n is not None and n in self.by_name]
         for resident in held:
             resident.pins += 1
-        # Out of the cache first: what is evicted for one of them must not push out the next.
+        # First take them out of the cache: an adapter evicted for one must not drop another.
         wanted = {name: self.cache.pop(name) for name in dict.fromkeys(absent)}
         try:
             for name in list(wanted):
@@ -161,15 +160,15 @@ class Residence:
         finally:
             for resident in held:
                 resident.pins -= 1
-            for name, adapter in wanted.items():  # even above the limit: nothing is lost
+            for name, adapter in wanted.items():  # even above the limit, so that none is lost
                 self.cache[name] = adapter
 
-    # A pool that is first filled inside inference mode is updated outside of it, too, and its pages
-    # are saved for backward.
+    # Pages must not be inference tensors, since they are also updated outside of inference mode and
+    # saved for backward.
     @torch.inference_mode(False)
     @torch.no_grad()
     def install(self, name: str, packed: PackedAdapter) -> None:
-        """Write an adapter into a free slot, then publish the name, new or moved."""
+        """Write an adapter into a free slot, then publish the new or changed name."""
         old = self.by_name.get(name)
         order = [*([old] if old else []), *(r for r in self.by_name.values() if r is not old)]
         place = find_place(self._store, name, packed, order)
@@ -180,7 +179,7 @@ class Residence:
         except BaseException:
             self._undo(place, saved)
             raise
-        # Python assignments only from here on: nothing fails half-way.
+        # Only Python assignments follow, so the change is not interrupted by an error.
         config, pages = packed.config, place.pages
         resident = Resident(
             name, place.slot, config, pages, packed.rank, packed.nbytes, config.invocation, written
@@ -199,7 +198,7 @@ class Residence:
                 self.cache.put(victim.name, adapter)
 
     def _undo(self, place: Placement, saved: list[PackedAdapter]) -> None:
-        """Restore the victims' bytes after a failed copy, or keep what the device refuses."""
+        """Restore the victims after a failed copy; cache those that the device has no room for."""
         backed = True
         try:
             set_sizes(self._store, place, {m: before for m, (before, _) in place.sizes.items()})
@@ -229,8 +228,10 @@ class Residence:
     # Pins
 
     def pin(self, names: Sequence[str | None]) -> tuple[list[int], list[Resident]]:
-        """Pin one adapter per entry, all or none: the slots, -1 for the base model, and what is in
-        the others."""
+        """Pin one adapter per entry, all or none.
+
+        Returns the slots, -1 for the base model, and the residents of the other slots.
+        """
         now, slots, pinned = time.time(), [], []
         absent = [n for n in names if n is not None and n != BASE and n not in self.by_name]
         if absent:
@@ -240,7 +241,7 @@ class Residence:
                 slots.append(NO_SLOT)
                 continue
             resident = self.by_name[name]
-            if resident.written:  # let the current stream wait for copies under way
+            if resident.written:  # make the current stream wait for queued copies
                 if all([transfer.before_reading(each) for transfer, each in resident.written]):
                     resident.written = []
             resident.pins += 1
@@ -251,18 +252,18 @@ class Residence:
         return slots, pinned
 
     def pin_again(self, residents: Sequence[Resident]) -> None:
-        """Pin what was pinned before; RuntimeError where one of them is there no more."""
+        """Pin residents again; raise RuntimeError if one of them is no longer in its slot."""
         for resident in residents:
             if self._store.residents[resident.slot] is not resident:
                 raise RuntimeError(
                     f"AdapterPool: adapter {resident.name!r} was unloaded, updated or evicted "
-                    "after the forward that backward computes again; leave its block after backward"
+                    "after the forward that backward recomputes; leave its block after backward"
                 )
         for resident in residents:
             resident.pins += 1
 
     def unpin(self, slots: Sequence[int], checked: bool) -> None:
-        """Take one pin off each entry; unless ``checked``, refuse more pins than there are."""
+        """Remove one pin per entry; unless ``checked``, raise ValueError if there are too few."""
         residents = self._store.residents
         for slot in () if checked else {*slots} - {NO_SLOT}:
             resident = residents[slot] if 0 <= slot < len(residents) else None
@@ -274,7 +275,7 @@ class Residence:
             if slot == NO_SLOT:
                 continue
             resident = residents[slot]
-            assert resident is not None  # pinned, so still there
+            assert resident is not None  # it was pinned
             resident.pins -= 1
             if resident.retired and resident.pins == 0:
                 self._store.vacate(resident)

@@ -1,6 +1,6 @@
-"""Slots, pages and tables on the device: the half of the pool that knows nothing of names.
+"""Slots, pages and tables of a pool on the device, without names.
 
-An adapter is written into pages and a slot that nothing refers to; the pool publishes the name
+An adapter is written into pages and a slot that nothing refers to. The pool publishes the name
 last, and holds its lock around every method here.
 """
 
@@ -33,44 +33,44 @@ Written = list[tuple[Transfer, Any]]  # copies that may still be queued
 
 @dataclass
 class Resident:
-    """An adapter in a slot. Once published, only pins, copies and the fate of the name change."""
+    """Adapter in a slot. After publication only copies, last use, pins and retirement change."""
 
     name: str
     slot: int
     config: AdapterConfig
     pages: dict[str, list[int]]
-    rank: int  # the largest of its modules
+    rank: int  # largest rank of its modules
     nbytes: int
-    invocation: tuple[int, ...] = ()  # with which an activated adapter begins
+    invocation: tuple[int, ...] = ()  # tokens with which an activated adapter begins
     written: Written = field(default_factory=list)  # empty once every stream may read it
     last_use: float = field(default_factory=time.time)  # of the load or the last acquire
     pins: int = 0
-    retired: bool = False  # the name is gone or means another slot; freed with the last pin
-    #: No other adapter of the process has it, nor a later version of this one.
+    retired: bool = False  # the name was removed or has another slot; freed with the last pin
+    #: Number of this version of the adapter, unique in the process.
     serial: int = field(default_factory=itertools.count(1).__next__)
 
 
 @dataclass
 class Placement:
-    """Where an adapter goes, made without touching anything."""
+    """Slot, pages and memory of a new adapter, before the store is changed."""
 
     slot: int
     pages: dict[str, list[int]]
-    free: dict[str, list[int]] = field(default_factory=dict)  # afterwards, where that changes
+    free: dict[str, list[int]] = field(default_factory=dict)  # free pages afterwards, if changed
     victims: list[Resident] = field(default_factory=list)
-    slabs: dict[str, Slab] = field(default_factory=dict)  # new, unknown to the store until commit
-    blocks: list[TableBlock] = field(default_factory=list)  # as are these
+    slabs: dict[str, Slab] = field(default_factory=dict)  # new; the store gets them in commit
+    blocks: list[TableBlock] = field(default_factory=list)  # new, as well as the following fields
     biases: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     replaced: dict[str, Replaced] = field(default_factory=dict)
-    #: Bytes behind pages before and after, of the modules where they change.
+    #: Bytes of pages before and after, for the modules in which they change.
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class PageStore:
     """Memory for ``max_slots`` adapters, ``pages`` pages per module, ``max_bytes`` in all.
 
-    Pages have addresses from the first adapter of their module on, and bytes as they are used.
+    Pages get addresses with the first adapter of their module, and memory when they are used.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class PageStore:
         self.blocks: list[TableBlock] = []
         self._replacing: set[str] = set()  # modules that an adapter has replaced
         self.max_pages = page_count(max_rank)
-        self.free_slots = list(range(max_slots - 1, -1, -1))  # the next one last
+        self.free_slots = list(range(max_slots - 1, -1, -1))  # the last one is used next
         devices = {spec.device for spec in index.specs.values()}
         self.transfers = {
             device: StreamTransfer(device) if device.type == "cuda" else Transfer()
@@ -101,40 +101,40 @@ class PageStore:
 
     @property
     def page_bytes(self) -> int:
-        """Taken from the devices for pages."""
+        """Bytes allocated on the devices for pages."""
         return sum(slab.memory.backed for slab in self.slabs.values())
 
     @property
     def table_bytes(self) -> int:
-        """Of tables, biases and magnitudes."""
+        """Bytes of tables, biases and magnitudes."""
         vectors = [v for slab in self.slabs.values() for v in (slab.bias, slab.magnitude)]
         vector_bytes = sum(v.nbytes for v in vectors if v is not None)
         return vector_bytes + sum(block.nbytes for block in self.blocks)
 
     @property
     def replaced_bytes(self) -> int:
-        """Of whole modules that adapters brought along."""
+        """Bytes of modules that adapters replace."""
         return sum(self.replaced_bytes_of(slot) for slot in range(self.max_slots))
 
     def replaced_bytes_of(self, slot: int) -> int:
-        """Return the bytes of whole modules of one slot."""
+        """Return the bytes of replaced modules of one slot."""
         wholes = [self.modules[name].replaced.get(slot) for name in self._replacing]
         return sum(whole.nbytes for whole in wholes if whole)
 
     @property
     def reserved_bytes(self) -> int:
-        """Taken from the devices."""
+        """Bytes allocated on the devices."""
         return self.page_bytes + self.table_bytes + self.replaced_bytes
 
     @property
     def limit_bytes(self) -> int:
-        """All ``pages`` of every module, or ``max_bytes`` where that is less."""
+        """Bytes of all ``pages`` of every module, at most ``max_bytes``."""
         specs = self.index.specs.values()
         pages = sum(self.pages * spec.experts * page_bytes(spec) for spec in specs)
         return pages if self.max_bytes is None else min(pages, self.max_bytes)
 
     def trim(self) -> int:
-        """Give back the bytes behind pages that lie beyond the last one in use; how many."""
+        """Free the memory after the last used page of each module; return its bytes."""
         give_back()
         before = self.page_bytes
         for slab in self.slabs.values():
@@ -145,12 +145,13 @@ class PageStore:
     # Copies
 
     def upload(self, packed: PackedAdapter, place: Placement) -> Written:
-        """Write pages, and the slot's rows of every table: no row of an earlier owner survives.
-        What the adapter replaces stays where it was, unless the placement has room for it.
+        """Write pages, and all rows of the slot in every table.
+
+        Modules that the adapter replaces are only written if the placement has room for them.
 
         Returns:
-            the copies, which may still be queued; :attr:`Resident.written`. They are done where the
-            placement brings new memory: whoever has pinned another slot reads it without waiting.
+            The copies, which may still be queued, for :attr:`Resident.written`. If the placement
+            has new memory the copies are done, as forwards with other slots also read it.
         """
         slot, slabs = place.slot, self.slabs | place.slabs
         jobs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {d: [] for d in self.transfers}
@@ -196,7 +197,7 @@ class PageStore:
         modules = {}
         for module, pages in resident.pages.items():
             slab, view = self.slabs[module], self.modules[module]
-            assert view.ranks is not None and view.scale is not None  # the module has a slab
+            assert view.ranks is not None and view.scale is not None  # set with the module's slab
             index = torch.tensor(pages, device=slab.a.device)
             row = resident.slot * self.index.specs[module].experts
             a, b = to_host(slab.a[index]), to_host(slab.b[index])
@@ -217,7 +218,7 @@ class PageStore:
     # Bookkeeping that cannot fail
 
     def commit(self, place: Placement, resident: Resident) -> None:
-        """Make a placement's memory the store's, and let the modules see it."""
+        """Add a placement's memory to the store and publish it to the modules."""
         self.slabs |= place.slabs
         self.blocks += place.blocks
         for module, free in place.free.items():
@@ -235,7 +236,7 @@ class PageStore:
             self.slabs[name].bias = self.modules[name].bias = bias
         for name, magnitude in place.magnitudes.items():
             self.slabs[name].magnitude = self.modules[name].magnitude = magnitude
-        for name, slab in place.slabs.items():  # last: a forward that sees the pages sees the rest
+        for name, slab in place.slabs.items():  # pages last: forwards check them first
             self.modules[name].b_pages = slab.b
             self.modules[name].a_pages = slab.a
         for name in resident.pages:
@@ -254,7 +255,7 @@ class PageStore:
                 view.dora = dora
 
     def vacate(self, resident: Resident) -> None:
-        """Free slot and pages. The rows stay: the slot's next owner writes all of them."""
+        """Free slot and pages. The slot's next adapter overwrites the rows of the tables."""
         self._free(resident.slot)
         for module, pages in resident.pages.items():
             slab = self.slabs[module]

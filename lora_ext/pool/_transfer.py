@@ -1,4 +1,4 @@
-"""Copies between host and device. The one place in this package that knows about CUDA streams."""
+"""Copies between host and device, with CUDA streams."""
 
 from __future__ import annotations
 
@@ -10,72 +10,73 @@ from torch import Tensor
 
 
 def copy_(destination: Tensor, source: Tensor) -> None:
-    """Copy; every byte that the pool writes to a slab or a table goes through here."""
+    """Copy a tensor; all writes of the pool to slabs and tables use this function."""
     destination.copy_(source, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Copy to host memory, pinned for a CUDA tensor; done on return."""
+    """Copy a tensor to host memory, pinned for a CUDA tensor, and wait for the copy."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
     return host.copy_(tensor)
 
 
 class Transfer:
-    """Copies to the host's own memory: done when :meth:`run` returns, so that nobody waits."""
+    """Copies in host memory, which are done when :meth:`run` returns."""
 
     def mark_use(self) -> None:
-        """A pin is released: the step that used it has been queued on the current stream."""
+        """Record that steps queued on the current stream may still read the freed pages."""
 
     def run(self, jobs: Iterable[tuple[Tensor, Tensor]], wait: bool) -> Any:
-        """Copy to destinations from sources, which are in pinned memory where they go to a device;
-        return what :meth:`before_reading` and :meth:`finish` are to be given.
+        """Copy sources to destinations; return the argument of the methods below.
 
         Args:
-            wait: return when the bytes are there. Otherwise they are queued.
+            jobs: pairs of destination and source. Sources of copies to a device are in pinned
+                memory.
+            wait: True returns after the copies are done; otherwise they are queued.
         """
         for destination, source in jobs:
             copy_(destination, source)
 
     def before_reading(self, written: Any) -> bool:
-        """Let the current stream read what :meth:`run` wrote. True: every stream may, by now."""
+        """Make the current stream wait for :meth:`run`; return True if the copies are done."""
         return True
 
     def finish(self, written: Any) -> None:
-        """Wait until the bytes are there."""
+        """Wait until the copies are done."""
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Copies to this memory may still be queued when it is given back."""
+        """Record that copies to this memory may still be queued when it is freed."""
 
     def check_outside_capture(self) -> None:
-        """Refuse a pin that begins inside the capture of a graph."""
+        """Raise RuntimeError inside the capture of a graph."""
 
 
 class StreamTransfer(Transfer):
     """Ordered copies to one CUDA device, which the host does not wait for.
 
-    They run on a side stream, behind everything that may still read the memory they overwrite: what
-    is queued on the stream of the caller, and all steps whose pins have been released. An event
-    marks their end; a stream that will read them waits for it. This half has not run on a device
-    yet: its order is tested on streams that are queues.
+    They run on a side stream, after all work that may still read the overwritten memory: the work
+    queued on the caller's stream, and all steps whose pins have been released. An event marks their
+    end, and a stream that reads them waits for it. This class has not run on a device yet: the
+    order is tested with a mock of streams.
 
-    ``cuda`` is ``torch.cuda``, or what stands for it in a test.
+    ``cuda`` is ``torch.cuda``, or its mock in a test.
     """
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda):
         self._device = device
         self._cuda = cuda
         self._side: Any = None
-        self._last_use: dict[int, Any] = {}  # by stream, the end of the last step seen on it
+        self._last_use: dict[int, Any] = {}  # stream: event after the last step on it
 
     def mark_use(self) -> None:
-        """The next copies go behind what is queued on the current stream now."""
+        """Make later copies wait for the work queued on the current stream."""
         stream = self._cuda.current_stream(self._device)
         self._last_use.setdefault(stream.cuda_stream, self._cuda.Event()).record(stream)
 
     def run(self, jobs: Iterable[tuple[Tensor, Tensor]], wait: bool) -> Any:
-        """Queue the copies; an event that marks their end."""
+        """Queue the copies; return an event that marks their end."""
         side = self._side = self._side or self._cuda.Stream(self._device)
-        side.wait_stream(self._cuda.current_stream(self._device))  # the slabs' own allocation too
+        side.wait_stream(self._cuda.current_stream(self._device))  # also for the slabs' allocation
         for event in self._last_use.values():
             side.wait_event(event)
         try:
@@ -83,7 +84,7 @@ class StreamTransfer(Transfer):
                 for destination, source in jobs:
                     copy_(destination, source)
         except BaseException:
-            side.synchronize()  # nothing may be written into memory that is given up now
+            side.synchronize()  # no copy may write after the memory is freed
             raise
         written = self._cuda.Event()
         written.record(side)
@@ -92,7 +93,7 @@ class StreamTransfer(Transfer):
         return written
 
     def before_reading(self, written: Any) -> bool:
-        """Make the current stream wait for the event, unless it has passed."""
+        """Make the current stream wait for the event; return True if it has passed already."""
         if written.query():
             return True
         self._cuda.current_stream(self._device).wait_event(written)
@@ -103,14 +104,17 @@ class StreamTransfer(Transfer):
         written.synchronize()
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Tell torch's allocator that the side stream uses this memory."""
+        """Record the side stream's use of this memory in torch's allocator."""
         for tensor in tensors:
             if tensor.is_cuda:
                 tensor.record_stream(self._side)
 
     def check_outside_capture(self) -> None:
-        """The graph cannot wait for an event from outside, and its replays would not be covered by
-        a pin that ends with the capture."""
+        """Raise RuntimeError inside the capture of a graph.
+
+        A graph cannot wait for an event from outside, and a pin that ends with the capture would
+        not protect its replays.
+        """
         if self._cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "AdapterPool.acquire: expected a stream that is not capturing a graph, found one "

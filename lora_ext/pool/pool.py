@@ -1,4 +1,4 @@
-"""AdapterPool: many adapters of one base model in paged slabs, swapped while the model runs."""
+"""AdapterPool: many adapters of one base model in pages, exchanged while the model runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Source = AdapterSource | LoraAdapter | nn.Module
 
 
 class Lease(list[int]):
-    """Pinned slot ids, -1 for the base model; a context manager that releases them."""
+    """List of pinned slot ids, -1 for the base model; a context manager that releases them."""
 
     def __init__(
         self, pool: AdapterPool, slots: Iterable[int] = (), residents: Sequence[Resident] = ()
@@ -37,18 +37,18 @@ class Lease(list[int]):
         super().__init__(slots)
         self.pool = pool
         self.released = False
-        self.residents = residents  # what is pinned
+        self.residents = residents  # the pinned adapters
 
     @property
     def invocations(self) -> list[tuple[int, ...]]:
-        """Of each adapter that is pinned, the tokens that it begins with; none for all tokens."""
+        """Tokens with which each pinned adapter begins; empty for ordinary adapters."""
         return [resident.invocation for resident in self.residents]
 
     def renew(self) -> None:
-        """Pin the same again after the release: a backward may compute layers once more.
+        """Pin the same adapters again after the release, for layers that a backward recomputes.
 
         Raises:
-            RuntimeError: one of the adapters was unloaded, updated or evicted since.
+            RuntimeError: If an adapter was unloaded, updated or evicted since.
         """
         self.pool.renew(self)
 
@@ -64,21 +64,22 @@ class AdapterPool:
     """LoRA adapters of one base model, addressed by slot, stored in pages of eight ranks.
 
     Args:
-        model: its linear and embedding layers are found by name; a weak reference is kept.
-        max_slots: adapters that can be on the device at once.
-        max_rank: largest rank of any adapter in any module, a multiple of 8 wastes nothing.
-        pages: most pages of a module, or of each expert of one; default
-            ``max_slots * ceil(max_rank / 8)``, so that any ``max_slots`` adapters fit. No page
-            takes memory before it is used.
-        dtype, device: of the pages; default is each module's own, on the device where it computes.
-        targets: modules that adapters may touch (names, suffixes, or a regex); default all.
-        host_cache_bytes: evicted adapters are kept in host memory up to this size.
-        max_bytes: most bytes that the pool takes from its devices, pages, tables and replaced
-            modules together; beyond it the least recently used adapters make way. Default no limit
-            but ``pages``.
+        model: the base model; only a weak reference to it is kept. Its linear and embedding layers
+            are found by name.
+        max_slots: most adapters on the device at once.
+        max_rank: largest rank of any adapter in any module; use a multiple of 8 to save memory.
+        pages: most pages of a module, or of each of its experts; default ``max_slots *
+            ceil(max_rank / 8)``, so that any ``max_slots`` adapters fit. A page uses no memory
+            before it is needed.
+        dtype, device: dtype and device of the pages; default is those of each module.
+        targets: modules that adapters may target (names, suffixes, or a regex); default all.
+        host_cache_bytes: most bytes of evicted adapters that are kept in host memory.
+        max_bytes: most bytes that the pool allocates on its devices for pages, tables and replaced
+            modules together; above it the least recently used adapters are evicted. Default is no
+            limit except ``pages``.
 
-    Every method may be called from any thread. A method that raises leaves the pool as it was. An
-    adapter whose configuration names another base model is served, and warned of once.
+    Every method may be called from any thread. A method that raises does not change the pool. An
+    adapter for another base model, by its configuration, is served with a warning.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class AdapterPool:
             integer("AdapterPool", argument, value, 1, expected=("an integer", "at least 1"))
         _check_host_cache_bytes(host_cache_bytes)
         if device is not None:
-            device = torch.empty(0, device=device).device  # a device that is not there says so now
+            device = torch.empty(0, device=device).device  # raises for a missing device
         self.max_slots = max_slots
         self.max_rank = max_rank
         self.targets = targets if isinstance(targets, str | None) else tuple(targets)
@@ -110,7 +111,7 @@ class AdapterPool:
         self.base_models = BaseModels(model_name(model))
         self._store = PageStore(self.index, max_slots, max_rank, self.pages, max_bytes)
         self.modules = {name: self._store.modules[name] for name in self.index.modules}
-        #: What the layer of an experts module reads, by the parameter's name.
+        #: Slabs of the layer of an experts module, by the parameter's name.
         self.experts = {name: self._store.modules[name] for name in self.index.experts}
         self._residence = Residence(self._store, host_cache_bytes)
         self._lock = self._residence.lock
@@ -127,38 +128,39 @@ class AdapterPool:
 
     @property
     def names(self) -> list[str]:
-        """Every adapter that :meth:`acquire` knows, on the device or in the host cache."""
+        """Names of all adapters, on the device or in the host cache."""
         with self._lock:
             return self._residence.names
 
     def __contains__(self, name: object) -> bool:
-        """Return whether :meth:`acquire` knows the name."""
+        """Return whether the pool has an adapter with this name."""
         with self._lock:
             return name in self._residence
 
     def load(
         self, name: str, source: Source, strict: bool = True, *, adapter_name: str | None = None
     ) -> tuple[str, ...]:
-        """Read an adapter and put it into a free slot, evicting the least recently used if need be.
+        """Load an adapter into a free slot; evict the least recently used ones if necessary.
 
         Args:
-            name: new to the pool.
+            name: a name that the pool does not have.
             source: PEFT's directory; ``(config, state_dict)``; a :class:`LoraAdapter`; or a PEFT
                 model, or one with layers of :mod:`lora_ext.nn`, as if it had been saved.
-            strict: False skips keys and fields that nothing uses.
-            adapter_name: which adapter of a model; default is the one that is active.
+            strict: False skips unused keys and fields.
+            adapter_name: the adapter of a model; default is the active one.
 
         Returns:
-            What was skipped; empty when strict.
+            The skipped keys and fields; empty if ``strict``.
 
         Raises:
-            TypeError: ``strict`` is neither True nor False.
-            ValueError: bad name or content, naming file, key, expected and found.
-            NotImplementedError: a PEFT feature that the pool cannot apply.
-            PoolFullError: every adapter that could make way is pinned.
+            TypeError: If ``strict`` is neither True nor False.
+            ValueError: If the name or content is invalid; the message contains file, key, expected
+                and found.
+            NotImplementedError: If the adapter uses a feature of PEFT that the pool lacks.
+            PoolFullError: If all adapters that could be evicted are pinned.
         """
         self._residence.check_new(name)
-        packed = self._read("load", source, strict, adapter_name)  # slow, so not under the lock
+        packed = self._read("load", source, strict, adapter_name)  # slow, so without the lock
         with self._lock:
             self._residence.check_new(name)
             self._residence.install(name, packed)
@@ -173,14 +175,14 @@ class AdapterPool:
         *,
         adapter_name: str | None = None,
     ) -> tuple[str, ...]:
-        """Replace an adapter's weights: built in a new slot, then the name is moved there.
+        """Replace an adapter's weights: write them to a new slot, then move the name there.
 
-        Whoever has the old slot pinned keeps it, unchanged, until the last release.
+        Leases of the old slot keep it, unchanged, until the last release.
 
         Args:
-            name: in the pool.
-            source: as for :meth:`load`, or a state dict alone, which keeps the config.
-            strict, adapter_name: as for :meth:`load`.
+            name: name of the adapter in the pool.
+            source: see :meth:`load`; or a state dict alone, which keeps the config.
+            strict, adapter_name: see :meth:`load`.
         """
         with self._lock:
             config = self._residence.config_of(name)
@@ -194,7 +196,7 @@ class AdapterPool:
         return packed.leftover
 
     def unload(self, name: str) -> None:
-        """Forget a name. Its pages are free at once, or when the last pin is released."""
+        """Remove an adapter; its pages are freed at once, or with the release of the last pin."""
         with self._lock:
             self._residence.forget(name)
 
@@ -203,14 +205,14 @@ class AdapterPool:
         sources: Mapping[str, Source] | Iterable[str | os.PathLike[str]],
         strict: bool = True,
     ) -> list[str]:
-        """Read adapters into the host cache: their first :meth:`acquire` then copies, no more.
+        """Read adapters into the host cache, so that their first :meth:`acquire` only copies them.
 
         Args:
             sources: name to source, or directories, each named by its last component.
-            strict: as for :meth:`load`.
+            strict: see :meth:`load`.
 
         Returns:
-            The names. All of them are known afterwards, or none if one fails.
+            The names. Either all adapters are added, or none if one fails.
         """
         named: dict[str, Source]
         if isinstance(sources, Mapping):
@@ -256,12 +258,13 @@ class AdapterPool:
     def acquire(self, names: Sequence[str | None]) -> Lease:
         """Pin one adapter per entry and return the slots; None and ``"__base__"`` give -1.
 
-        An adapter that was evicted to the host cache is brought back. All or none are pinned.
+        An adapter that was evicted to the host cache is loaded again. Either all adapters are
+        pinned or none.
 
         Raises:
-            UnknownAdapterError: naming the name and its close matches.
-            PoolFullError: an evicted adapter finds no room.
-            RuntimeError: the current stream is capturing a graph.
+            UnknownAdapterError: If a name is unknown; the message contains close matches.
+            PoolFullError: If there is no room for an evicted adapter.
+            RuntimeError: If the current stream is capturing a graph.
         """
         if isinstance(names, str):
             raise TypeError(
@@ -280,14 +283,14 @@ class AdapterPool:
                 lease.released = False
 
     def release(self, slots: Iterable[int]) -> None:
-        """Undo one :meth:`acquire`: its lease, or any slots out of leases, one pin per entry."""
+        """Release a lease of :meth:`acquire`, or any slots of leases, one pin per entry."""
         with self._lock:
             leased = isinstance(slots, Lease)
             if leased:
                 if slots.released or slots.pool is not self:
-                    raise ValueError(
-                        "AdapterPool.release: expected an unreleased lease of this pool"
-                    )
+                    found = "a released one" if slots.released else "one of another pool"
+                    expected = "an unreleased lease of this pool"
+                    raise ValueError(f"AdapterPool.release: expected {expected}, found {found}")
                 slots.released = True
             unpin = functools.partial(self._residence.unpin, list(slots), checked=leased)
             self._lock.at_end(unpin)
@@ -296,7 +299,7 @@ class AdapterPool:
         """Return the tokens with which an activated adapter begins; empty for other adapters.
 
         Raises:
-            UnknownAdapterError: no adapter of that name.
+            UnknownAdapterError: If the pool has no such adapter.
         """
         with self._lock:
             return self._residence.config_of(name).invocation
@@ -306,14 +309,13 @@ class AdapterPool:
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes taken from the devices so far: pages, tables, replaced modules."""
+        """Bytes allocated on the devices so far: pages, tables, replaced modules."""
         with self._lock:
             return self._store.reserved_bytes
 
     @property
     def host_cache_bytes(self) -> int:
-        """How much of what is evicted is kept in host memory; a change counts from the next
-        eviction on."""
+        """Most bytes of evicted adapters in host memory; a change applies at the next eviction."""
         return self._residence.cache.limit
 
     @host_cache_bytes.setter
@@ -323,11 +325,11 @@ class AdapterPool:
 
     @property
     def limit_bytes(self) -> int:
-        """Bytes of pages that the pool may come to: what to leave free for it."""
+        """Most bytes of pages that the pool may allocate."""
         return self._store.limit_bytes
 
     def nbytes(self) -> int:
-        """Return the bytes taken for pages so far.
+        """Return the bytes allocated for pages so far.
 
         They grow by at least eight pages of a module.
         """
@@ -335,37 +337,36 @@ class AdapterPool:
             return self._store.page_bytes
 
     def stats(self) -> dict[str, Any]:
-        """Return numbers of this moment.
+        """Return the current statistics.
 
         Returns:
-            ``limit_bytes``, ``reserved_bytes`` and ``used_bytes``: what the pool may take, has
-            taken from its devices (``page_bytes + table_bytes + replaced_bytes``), and what its
-            adapters fill, those included that are pinned but have lost their name.
+            ``limit_bytes``, ``reserved_bytes`` and ``used_bytes``: the bytes that the pool may
+            allocate, has allocated on its devices (``page_bytes + table_bytes + replaced_bytes``),
+            and that its adapters use, including pinned adapters that were unloaded.
 
             ``adapters``: by name, a dict with ``rank`` (the largest of its modules), ``bytes``,
-            ``pins`` and ``last_use`` (seconds since 1970, of the load or the last
-            :meth:`acquire`); ``slot`` is None for one in the host cache, which has no ``last_use``
-            either.
+            ``pins`` and ``last_use`` (seconds since 1970, of the load or the last :meth:`acquire`);
+            ``slot`` and ``last_use`` are None for an adapter in the host cache.
 
-            The rest are counts: of slots, pins and pages (``pages_total``: as many as the modules
-            that were touched may have), of the host cache, and of what has happened so far.
+            All other values are counts: of slots, pins and pages (``pages_total``: the most pages
+            of the modules targeted so far), of the host cache, and of events so far.
         """
         with self._lock:
             return self._residence.stats()
 
     def trim(self) -> int:
-        """Give memory back to the devices, where adapters have left it.
+        """Free memory of pages that are no longer used.
 
-        A page in use keeps all pages below it. A CUDA device waits for its queued work.
+        A page in use keeps all pages before it. A CUDA device waits for its queued work.
 
         Returns:
-            how many bytes.
+            The number of freed bytes.
         """
         with self._lock:
             return self._store.trim()
 
     def __repr__(self) -> str:
-        """Return the settings, and the memory that they mean."""
+        """Return the settings and the resulting memory."""
         count = len(self.names)
         return (
             f"AdapterPool(max_slots={self.max_slots}, max_rank={self.max_rank}, "

@@ -1,5 +1,7 @@
-"""OpenAI's API over HTTP, where ``model`` names an adapter or the base: what ``lora-ext serve``
-runs. Needs the extra ``serve``."""
+"""OpenAI's API over HTTP, as served by ``lora-ext serve``. Needs the extra ``serve``.
+
+The field ``model`` of a request names an adapter or the base model.
+"""
 
 from ._running import Settings, embedding_of, serve
 from .app import make_app

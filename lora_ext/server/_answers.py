@@ -1,4 +1,4 @@
-"""Answers as OpenAI's clients read them: whole, and as events of a stream."""
+"""Responses in OpenAI's format: whole, and as events of a stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_ext.serving import RequestStream
 
 from ._requests import Chat, Completion, Embedding
 
-_OBJECTS = {  # whole and in pieces
+_OBJECTS = {  # names of whole and streamed responses
     Chat: ("chat.completion", "chat.completion.chunk"),
     Completion: ("text_completion", "text_completion"),
 }
@@ -26,7 +26,7 @@ def _head(asked: Chat | Completion, stream: RequestStream) -> dict[str, Any]:
 
 
 def whole(asked: Chat | Completion, stream: RequestStream, text: str) -> dict[str, Any]:
-    """Return the answer of a request that has ended."""
+    """Return the response of a finished request."""
     said: dict[str, Any] = {"text": text}
     if isinstance(asked, Chat):
         said = {"message": {"role": "assistant", "content": text}}
@@ -40,11 +40,16 @@ async def events(
     texts: AsyncIterator[str],
     failed: Callable[[Exception], str],
 ) -> AsyncIterator[str]:
-    """Server-sent events of a request while it runs. What fails behind the status 200 is an event
-    of its own, after which, as always, ``[DONE]`` comes.
+    """Yield the server-sent events of a running request.
+
+    The status 200 has been sent already, so an error is sent as an event. ``[DONE]`` always follows
+    as the last event.
 
     Args:
-        texts: of the stream. failed: makes the JSON of an error.
+        asked: the request.
+        stream: its stream.
+        texts: the texts of the stream.
+        failed: function that formats an error as JSON.
     """
     head = _head(asked, stream)
     if asked.usage_wanted:
@@ -71,10 +76,12 @@ async def events(
 
 
 def embeddings(asked: Embedding, vectors: Tensor, tokens: int) -> dict[str, Any]:
-    """Return the answer of ``/v1/embeddings``.
+    """Return the response of ``/v1/embeddings``.
 
     Args:
-        vectors: ``(N, D)`` float32 on the CPU. tokens: of all texts together.
+        asked: the request.
+        vectors: ``(N, D)`` float32 on the CPU.
+        tokens: number of tokens of all texts.
     """
     if asked.encoding_format == "base64":
         kept = [base64.b64encode(v.numpy().astype("<f4").tobytes()).decode() for v in vectors]

@@ -1,7 +1,8 @@
-"""What clients may ask for: OpenAI's fields, each with what is served of it; all else is refused.
+"""Requests of clients: the supported fields of OpenAI's API; other fields are rejected.
 
-A field that changes no answer is taken and not read. One that would change it may have its neutral
-value alone, which is what leaving it out means. A field may be null: OpenAI's are a value or null.
+A field without effect on the response is accepted and ignored. An unsupported field with an effect
+may only have its neutral value, which is also its default. All fields may be null, as in OpenAI's
+API.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lora_ext.serving import Sampling, read_format, refuse_old_names
 
-_MOST_TOLD = 4  # errors of one request
+_MAX_ERRORS = 4  # errors of one request in a message
 
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens: TypeAlias = Annotated[list[int], Field(min_length=1)]
@@ -23,20 +24,20 @@ Prompt: TypeAlias = str | list[int] | list[dict[str, Any]]
 
 
 class _Asked(BaseModel):
-    """A body of JSON."""
+    """JSON body of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
 
 class Text(_Asked):
-    """A part of a message's content."""
+    """Part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(_Asked):
-    """A message of a chat; the fields that a client sends back as it got them may be null."""
+    """Message of a chat; fields that clients return from earlier responses may be null."""
 
     role: str
     content: str | Annotated[list[Text], Field(min_length=1)]
@@ -48,7 +49,7 @@ class Message(_Asked):
     tool_calls: Empty | None = None
 
     def said(self) -> dict[str, str]:
-        """Return the message for a chat template, its parts joined by line ends."""
+        """Return the message for a chat template, with its parts joined by newlines."""
         content = self.content
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
@@ -57,15 +58,15 @@ class Message(_Asked):
 
 
 class StreamOptions(_Asked):
-    """``stream_options``."""
+    """Field ``stream_options``."""
 
     include_usage: bool | None = None
 
 
 class _Generates(_Asked):
-    """Fields of chats and of completions."""
+    """Common fields of chats and completions."""
 
-    #: Used if the client gives no number; None leaves it to :meth:`Engine.begin`.
+    #: Default of ``max_tokens``; None uses that of :meth:`Engine.begin`.
     default_max_tokens: ClassVar[int | None] = None
 
     model: str
@@ -78,12 +79,12 @@ class _Generates(_Asked):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     n: Literal[1] | None = None
     response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None  # as vLLM has it
-    # They change no answer.
+    structured_outputs: dict[str, Any] | None = None  # as in vLLM
+    # Fields without effect on the response.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # Neutral values.
+    # Fields that may only have their neutral value.
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -97,20 +98,22 @@ class _Generates(_Asked):
 
     @property
     def usage_wanted(self) -> bool:
-        """Whether a stream ends with its usage."""
+        """True if a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def settings(self) -> dict[str, Any]:
-        """Return keywords of :meth:`Engine.begin` beside prompt and adapter.
+        """Return the arguments of :meth:`Engine.begin` except prompt and adapter.
 
         Raises:
             ValueError: If fields contradict each other.
         """
         if self.stream_options and not self.stream:
-            raise ValueError("stream_options: expected beside stream: true, found without it")
+            found = f"stream={self.stream}"
+            raise ValueError(f"stream_options: expected beside stream=True, found {found}")
         form = read_format(self.response_format, self.structured_outputs)
         if form is not None and self.stop:
-            raise ValueError("stop: expected none beside a format, which it would cut, found some")
+            expected = "none with a format, which it would cut"
+            raise ValueError(f"stop: expected {expected}, found {self.stop!r:.200}")
         temperature, top_p = (1.0 if x is None else x for x in (self.temperature, self.top_p))
         most = self.default_max_tokens if self.max_tokens is None else self.max_tokens
         sampling = Sampling(temperature, top_p, self.seed)
@@ -118,14 +121,14 @@ class _Generates(_Asked):
 
 
 class Chat(_Generates):
-    """``POST /v1/chat/completions``."""
+    """Body of ``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, alias="max_completion_tokens")
     store: bool | None = None
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    parallel_tool_calls: bool | None = None  # of no tools
+    parallel_tool_calls: bool | None = None  # no effect, as there are no tools
     tools: Empty | None = None
     tool_choice: Literal["none", "auto"] | None = None
     logprobs: Literal[False] | None = None
@@ -145,9 +148,9 @@ class Chat(_Generates):
 
 
 class Completion(_Generates):
-    """``POST /v1/completions``: one prompt, a text or its tokens."""
+    """Body of ``POST /v1/completions``: one prompt, a text or its tokens."""
 
-    default_max_tokens: ClassVar[int | None] = 16  # as OpenAI's
+    default_max_tokens: ClassVar[int | None] = 16  # as in OpenAI's API
 
     text: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=1)] = (
         Field(alias="prompt")
@@ -165,7 +168,7 @@ class Completion(_Generates):
 
 
 class Embedding(_Asked):
-    """``POST /v1/embeddings``: texts or their tokens."""
+    """Body of ``POST /v1/embeddings``: texts or their tokens."""
 
     model: str
     input: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=2048)]
@@ -181,21 +184,21 @@ class Embedding(_Asked):
 
 
 class Load(_Asked):
-    """``POST /v1/load_lora_adapter``, as vLLM has it."""
+    """Body of ``POST /v1/load_lora_adapter``, as in vLLM."""
 
     lora_name: str
     lora_path: str | None = None
 
 
 class Unload(_Asked):
-    """``POST /v1/unload_lora_adapter``, as vLLM has it."""
+    """Body of ``POST /v1/unload_lora_adapter``, as in vLLM."""
 
     lora_name: str
     lora_int_id: int | None = None
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """Read the body of a request; status 413 if it has more bytes."""
+    """Read the body of a request; raise status 413 if it has more than ``most`` bytes."""
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -205,12 +208,12 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 def told(error: ValidationError) -> str:
-    """Describe what is wrong with a body on one line, each field by its name."""
+    """Describe the errors of a body in one line, with the name of each field."""
     found = error.errors(include_url=False, include_context=False)
     lines = []
-    for one in found[:_MOST_TOLD]:
+    for one in found[:_MAX_ERRORS]:
         place = ".".join(map(str, one["loc"])) or "body"
         value = f", found {one['input']!r:.100}" if one["type"] != "missing" and one["loc"] else ""
         lines.append(f"{place}: {one['msg']}{value}")
-    more = f"; and {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else ""
+    more = f"; and {len(found) - _MAX_ERRORS} more" if len(found) > _MAX_ERRORS else ""
     return "; ".join(lines) + more

@@ -1,4 +1,4 @@
-"""A server from its arguments: they are checked before the model is read, and Ctrl-C ends it."""
+"""Start of a server from its settings, which are checked before the model is read."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ from lora_ext.serving import Embedder, Engine, pooling_of, preparation_of
 from .app import make_app
 
 _WHERE = "serve"
-_SLOW = 1.0  # seconds that a client has to read how its request ended when the server stops
-_OLDEST = (5, 24)  # transformers, of the extra `serve`
+_SLOW = 1.0  # seconds for clients to read the end of their response when the server stops
+_OLDEST = (5, 24)  # oldest version of transformers in the extra `serve`
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server is told.
+    """Settings of a server.
 
     Args:
-        model: a folder of transformers with its tokenizer; of sentence-transformers too.
-        adapters: the folder of all adapters, each in a folder of its name.
-        host, port: to listen at. Port 0 is any that is free.
-        device: None takes a GPU where torch finds one.
-        max_requests: that wait or run. max_rank: of an adapter.
-        context: tokens of prompt and answer of a request. max_body: bytes of one.
-        origins: of web pages whose scripts may ask.
-        pack: keep a packed copy of the base for decoding on a CPU, where it takes at most a quarter
-            of the memory that is free.
+        model: a folder with a model of transformers or sentence-transformers and its tokenizer.
+        adapters: the folder of all adapters, each in a subfolder of its name.
+        host, port: address of the server. Port 0 is any free port.
+        device: None uses a GPU if torch finds one.
+        max_requests: most waiting and running requests.
+        max_rank: largest rank of an adapter.
+        context: most tokens of prompt and answer of a request.
+        max_body: most bytes of a request's body.
+        origins: origins of web pages that may send requests (CORS).
+        pack: keep a packed copy of the base for decoding on a CPU, if it takes at most a quarter of
+            the free memory.
     """
 
     model: str | os.PathLike[str]
@@ -57,10 +59,10 @@ class Settings:
     pack: bool = True
 
     def check(self) -> None:
-        """Refuse what cannot be served, before anything large is read.
+        """Check the settings before the model is read.
 
         Raises:
-            ValueError: naming the argument.
+            ValueError: If an argument is invalid; the message names it.
         """
         import transformers
 
@@ -79,20 +81,20 @@ class Settings:
         for name in ("max_requests", "max_rank", "context", "max_body"):
             value, words = getattr(self, name), ("an integer, at least 1", "at least 1")
             integer(_WHERE, f"--{name.replace('_', '-')}", value, 1, expected=words)
-        instance(_WHERE, "--allow-origin", self.origins, (list, tuple))  # of a text, its letters
+        instance(_WHERE, "--allow-origin", self.origins, (list, tuple))  # a str is a sequence too
         if self.device is not None:
             try:
                 torch.empty(0, device=self.device)
             except (RuntimeError, AssertionError) as error:
                 found = f"{self.device!r} ({str(error).splitlines()[0]})"
-                expected = "expected one that torch has here"
+                expected = "expected a device of this machine"
                 raise ValueError(f"{_WHERE}: --device: {expected}, found {found}") from error
 
     def listen(self) -> socket.socket:
-        """Return a socket at host and port.
+        """Return a socket bound to host and port.
 
         Raises:
-            ValueError: somebody listens there, or nobody may.
+            ValueError: If the address is in use or not allowed.
         """
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         listening = socket.socket(family)
@@ -108,11 +110,10 @@ class Settings:
         return listening
 
     def engine(self, say: Callable[[str], None] = print) -> Engine | Embedder:
-        """Read model and tokenizer: those of an embedding model answer ``/v1/embeddings``, others
-        the rest.
+        """Read model and tokenizer; an embedding model gives an :class:`Embedder`.
 
         Args:
-            say: takes a line about what that costs.
+            say: function that prints a line about the memory of the packed copy.
         """
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -138,11 +139,13 @@ class Settings:
 
 
 def embedding_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
-    """Pooling of a model that embeds, and whether its vectors are normalised; None of a model that
-    generates. Our choice: the mean, normalised, where the folder does not say it.
+    """Return the pooling of an embedding model, and whether its vectors are normalised.
+
+    Returns None for a model that generates. Our choice: the mean, normalised, if the folder does
+    not specify the pooling.
 
     Raises:
-        ValueError: what :func:`~lora_ext.serving.pooling_of` refuses.
+        ValueError: As :func:`~lora_ext.serving.pooling_of`.
     """
     said = pooling_of(folder)
     if said is not None:
@@ -154,7 +157,7 @@ def embedding_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
 
 
 class _Server(uvicorn.Server):
-    """Ends what runs, with an error for who reads it, before it waits for connections."""
+    """Server that fails running requests at shutdown before it waits for connections."""
 
     def __init__(
         self, config: uvicorn.Config, begins: Callable[[], None], interrupt: Callable[[], None]
@@ -187,7 +190,10 @@ def run(
     """Serve an application at a socket until Ctrl-C or SIGTERM.
 
     Args:
-        begins: called once requests are answered. interrupt: before connections are waited for.
+        config: the configuration, with the application.
+        listening: the socket.
+        begins: called once the server accepts requests.
+        interrupt: called at shutdown, before the server waits for connections.
 
     Raises:
         KeyboardInterrupt: After SIGINT, even if the process started with SIGINT ignored. Shells
@@ -200,7 +206,7 @@ def run(
 @contextlib.contextmanager
 def _sigint_raises() -> Iterator[None]:
     """Make SIGINT raise KeyboardInterrupt inside the block if the process ignores SIGINT."""
-    in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    in_main = threading.current_thread() is threading.main_thread()  # only it can set handlers
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         yield
         return
@@ -212,17 +218,20 @@ def _sigint_raises() -> Iterator[None]:
 
 
 def serve(settings: Settings, say: Callable[[str], None] = print) -> None:
-    """Serve until Ctrl-C or SIGTERM: requests that run end with an error then, within two seconds.
+    """Serve until Ctrl-C or SIGTERM; running requests then end with an error in two seconds.
 
     Args:
-        say: takes a line of what the model costs, and one once requests are answered.
+        settings: the settings.
+        say: function that prints a line about the memory of the packed copy, and one once the
+            server accepts requests.
 
     Raises:
-        ValueError: what cannot be served. KeyboardInterrupt: after Ctrl-C.
+        ValueError: If a setting is invalid.
+        KeyboardInterrupt: After Ctrl-C.
     """
     settings.check()
     with settings.listen() as listening, settings.engine(say) as engine:
-        base = Path(os.path.abspath(settings.model)).name  # name of a link, not of its target
+        base = Path(os.path.abspath(settings.model)).name  # of a link, the name of the link
         app = make_app(engine, base, settings.max_body, settings.origins)
         config = uvicorn.Config(app, timeout_graceful_shutdown=2)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -1,4 +1,4 @@
-"""The routes."""
+"""Routes of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ._requests import Chat, Completion, Embedding, Load, Unload, read_body, tol
 
 Body = TypeVar("Body", bound=BaseModel)
 
-#: What an error of each kind is answered with; the first that fits.
+#: Status codes by type of error; the first match is used.
 _CODES: dict[type[Exception], int] = {
     ValidationError: 422,
     UnknownAdapterError: 404,
@@ -47,7 +47,7 @@ _CODES: dict[type[Exception], int] = {
 
 
 class _Refusals:
-    """Errors as OpenAI's clients read them, and how many there were by their code."""
+    """Handler of errors that makes responses in OpenAI's format, and counts them by code."""
 
     def __init__(self) -> None:
         self.counts: Counter[int] = Counter()
@@ -72,16 +72,17 @@ def make_app(
     max_body: int = 1 << 20,
     origins: Sequence[str] = (),
 ) -> FastAPI:
-    """Make OpenAI's API over an engine; you can add routes to the result.
+    """Make an application with OpenAI's API for an engine; you can add routes to it.
 
     Args:
-        engine: that runs. An :class:`Engine` answers chats and completions, an :class:`Embedder`
-            embeddings.
+        engine: a running engine. An :class:`Engine` serves chats and completions, an
+            :class:`Embedder` embeddings.
         base: name of the base model; every other ``model`` is an adapter of the engine's folder.
-        max_body: bytes of a request's body. origins: of web pages whose scripts may ask (CORS).
+        max_body: most bytes of a request's body.
+        origins: origins of web pages that may send requests (CORS).
 
     Returns:
-        the application, for uvicorn or another ASGI server.
+        The application, for uvicorn or another ASGI server.
     """
     refuse = _Refusals()
     handlers: Any = dict.fromkeys(_CODES, refuse)

@@ -1,5 +1,7 @@
-"""A pool's adapters served by somebody else's model: its layers, ``attach``, ``generate``, streams,
-continuous batching, and what a server runs on."""
+"""Serving a pool's adapters with any model.
+
+Contains the layers, ``attach``, ``generate``, streams, continuous batching and engines of servers.
+"""
 
 from typing import TYPE_CHECKING
 

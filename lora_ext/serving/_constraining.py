@@ -1,4 +1,4 @@
-"""Constraints of requests of continuous batching: each its own, beside its adapter."""
+"""Constraints of requests of continuous batching."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ._sampling import Sampling
 if TYPE_CHECKING:
     from lora_ext.control import Constraint, Guide, Matched, MatchedPlan, Plan, Row
 
-# lora_ext.control is imported where a request has a constraint: circuits, on which it stands, are
-# half of the time that an import of the package takes.
+# lora_ext.control is imported only if a request has a constraint: it imports circuits, which would
+# take half of the import time of the package.
 
 _WHERE = "add_request"
-_NAMES = ("max_new_tokens", "streaming", "record_timestamps", "eos_token_id")  # of the manager's
-_MAX_FORKS = 64  # forks of a request whose rows are kept
+_NAMES = ("max_new_tokens", "streaming", "record_timestamps", "eos_token_id")  # in add_request
+_MAX_FORKS = 64  # most forks of a request with a cached row
 NO_LOGPROBS = "None beside return_logprobs, which has the probabilities of the manager's own tokens"
 
 
 class RequestConstraint:
-    """Where a request, and those forked from it, stand behind the tokens that they have.
+    """State of the constraint of a request, and of the requests forked from it.
 
     Args:
         plan: the constraint and its budget.
-        temperature: of the request's own way to choose tokens; 1 without one.
+        temperature: temperature of the request's sampling; 1 without one.
     """
 
     def __init__(self, plan: Plan | MatchedPlan, temperature: float):
@@ -40,11 +40,11 @@ class RequestConstraint:
         self._known: dict[str, tuple[list[int], Row | None]] = {}
 
     def row(self, state: Any) -> Row | None:
-        """Return the constraint's state behind the tokens of a request's state."""
+        """Return the constraint's state after the tokens of a request's state."""
         from lora_ext import control
 
         tokens = state.generated_tokens
-        if state._true_initial_tokens:  # it was put back and will be read again as a prompt
+        if state._true_initial_tokens:  # preempted; its tokens are read again as a prompt
             tokens = state.initial_tokens[state._true_initial_tokens :] + tokens
         before, row = self._known.get(state.request_id, ([], self._first))
         if tokens[: len(before)] != before:
@@ -65,16 +65,17 @@ def request_constraint(
     arguments: Sequence[Any],
     settings: dict[str, Any],
 ) -> RequestConstraint | None:
-    """Return the constraint of a request, checked before it waits; None without one.
+    """Check the constraint of a request before it is queued, and return it; None without one.
 
     Args:
-        manager: of transformers.
-        constraint, guide, sampling: of the request.
+        manager: transformers' manager.
+        constraint, guide, sampling: arguments of the request.
         arguments, settings: further arguments of the manager's ``add_request``.
 
     Raises:
-        ValueError: for a constraint that its budget cannot meet, other ends or another vocabulary.
-        NotImplementedError: beside ``return_logprobs``.
+        ValueError: If the budget is too small for the constraint, or its end tokens or vocabulary
+            are not those of the model.
+        NotImplementedError: With ``return_logprobs``.
     """
     if constraint is None:
         require(guide is None, _WHERE, "guide", "None without a constraint", guide)
@@ -104,14 +105,14 @@ def request_constraint(
 
 
 class Standing(NamedTuple):
-    """A row of a step's scores that has a constraint.
+    """Row of a step's scores with a constraint.
 
     Attributes:
-        place: of the row among the scores.
+        place: index of the row in the scores.
         row: state of the constraint.
         temperature: divides the scores before a token is drawn.
-        whole: whether the token is drawn from the whole distribution, without top-k or top-p.
-        generator: of the request.
+        whole: True if the token is drawn from the whole distribution, without top-k or top-p.
+        generator: generator of the request.
     """
 
     place: int
@@ -124,12 +125,16 @@ class Standing(NamedTuple):
 def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], list[Standing]]:
     """Draw the tokens of rows that have a guide and sample from the whole distribution.
 
-    That needs no product with the vocabulary. Returns the tokens by place, and the other rows.
+    This needs no product with the vocabulary. On a GPU the product is cheaper, so no token is drawn
+    here. Rows with a NaN, or without a finite score for an allowed token, are left too, since an
+    error would end the steps of all other requests.
 
     Args:
-        scores: ``(1, N, V)``, not changed. On a GPU the product is the cheaper way: all rows are
-            left. So is one that has a NaN, or no finite score for a token that may come: an error
-            would end the steps of all other requests.
+        scores: ``(1, N, V)``, not changed.
+        rows: the rows with constraints.
+
+    Returns:
+        The tokens by place, and the rows that are left.
     """
     apart = [e for e in rows if e.whole and e.row and not e.row.lost and e.row.plan.guide]
     if scores.device.type != "cpu" or not apart:
@@ -155,10 +160,9 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
 
 
 def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:
-    """Return scores ``(1, N, V)`` in which the rows with constraints are changed, in one call.
+    """Return a copy of ``scores (1, N, V)`` with the constraints applied to their rows.
 
-    The others keep their bits, and so do ``scores`` themselves. A row of which no token is left,
-    because its model or its matcher allows none, ends with what it has: an error would end the
+    Other rows keep their bits. A row without an allowed token ends, since an error would end the
     steps of all other requests.
     """
     if not rows:
@@ -166,7 +170,7 @@ def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:
     from lora_ext import control
 
     ratios = control.log_ratios([each.row for each in rows])
-    # Of float32: beyond it 0 times infinity would let through what must not come.
+    # Clamped to float32: otherwise 0 times infinity would allow a forbidden token.
     warm = torch.tensor([each.temperature for each in rows]).clamp(1e-30, 1e30)
     blocks = [
         control.Block(inside, ratio * warm[inside, None].to(ratio)) for inside, ratio in ratios

@@ -1,17 +1,18 @@
 """Continuous batching of transformers on an attached model: every request has its adapter.
 
-The life of a request:
+Steps of a request:
 
-1. ``add_request`` pins its adapter. The request ends with the version that it began with.
+1. ``add_request`` pins its adapter. The request uses this version until its end.
 2. A step packs tokens of many requests into one row. A block around the step has a name for each
-   token, and attention takes the requests apart again. Tokens before the start of an activated
-   adapter are the base model's.
+   token, and attention separates the requests again. Tokens before the start of an activated
+   adapter use the base model.
 3. Requests share pages of keys and values. From the start of their adapter on, only requests with
    the same version of the same adapter do.
 4. A request may have its own sampling and constraint (``_sampling.py``, ``_constraining.py``).
 5. The adapter is unpinned when the result is delivered, or the request is cancelled.
 
-Methods of a manager, and of what it makes, are wrapped on the instance; no class is touched.
+Methods of a manager, and of the objects that it makes, are wrapped on the instance; no class is
+changed.
 """
 
 from __future__ import annotations
@@ -61,15 +62,15 @@ _all: weakref.WeakSet[AdapterRequests] = weakref.WeakSet()
 
 @dataclass
 class _Request:
-    """One request, from ``add_request`` to its result; forks of it share the object.
+    """Request between ``add_request`` and its result; forks of it share the object.
 
     Attributes:
-        name: of the adapter; None is the base model.
+        name: name of the adapter; None is the base model.
         lease: the pin.
-        start: number of tokens before the adapter begins; they are the base model's.
-        sampling, generator, constraint: how its tokens are chosen; None leaves it to the manager.
-        logprobs: receives the log-probability of each new token; None if nobody wants them.
-        cancelled: whether ``cancel_request`` was called.
+        start: number of tokens before the adapter begins, which use the base model.
+        sampling, generator, constraint: choice of its tokens; None leaves it to the manager.
+        logprobs: receives the log-probability of each new token, unless it is None.
+        cancelled: True after ``cancel_request``.
     """
 
     name: str | None
@@ -94,11 +95,11 @@ class _Request:
 
 
 class AdapterRequests:
-    """The requests of one manager with their adapters. Stored on the manager.
+    """Requests of one manager with their adapters. Stored on the manager.
 
     State: ``_requests``, by id, is guarded by ``_unpinned``, which is notified when a request ends.
-    Used by the manager's thread alone: ``_choosing``, the requests that choose a token in the
-    current step, in the order of its logits; ``_constrained``, those of them with a constraint; and
+    Only the manager's thread uses ``_choosing``, the requests that choose a token in the current
+    step, in the order of its logits; ``_constrained``, those of them with a constraint; and
     ``_last``, the rows of the last step and their block.
 
     Args:
@@ -109,8 +110,8 @@ class AdapterRequests:
         computed: tokens that steps have read so far, without those of shared pages.
 
     Raises:
-        NotImplementedError: tensor parallelism, compiled steps, or a transformers whose manager has
-            other methods.
+        NotImplementedError: For tensor parallelism, compiled steps, or a version of transformers
+            with other methods of the manager.
     """
 
     def __init__(self, manager: Any, names: CallNames):
@@ -125,9 +126,9 @@ class AdapterRequests:
                 manager.model.set_attn_implementation(manager._original_attn_impl)
             raise NotImplementedError(
                 f"{_INIT}: expected an attached model without {found[0]}, found it: the rows of a "
-                "step would not find their adapters"
+                "step could not be assigned to their adapters"
             )
-        # Both would replay a step with the block of an earlier one.
+        # Both options would replay a step with the block of an earlier one.
         config.use_cuda_graph, config.use_async_batching = (False, False), False
         self.manager, self.names, self.pool = manager, names, names.pool
         self._requests: dict[str, _Request] = {}
@@ -232,7 +233,7 @@ class AdapterRequests:
                 request_id = f"req_{self.manager._request_counter}"
                 self.manager._request_counter += 1
         try:
-            if len(input_ids) == 0:  # it would end the thread that serves all others
+            if len(input_ids) == 0:  # it would end the thread that serves all requests
                 raise ValueError("add_request: input_ids: expected at least one token, found none")
             built = request_constraint(self.manager, constraint, guide, sampling, args, kwargs)
             tokens = list(map(int, input_ids))
@@ -271,7 +272,7 @@ class AdapterRequests:
         allow_base: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Add requests, one name each. If the pool is full, wait until others have ended."""
+        """Add requests with one name each. If the pool is full, wait until others have ended."""
         if not all(isinstance(prompt, NamedPrompt) for prompt in inputs):
             names = self.names.of_requests("add_requests", adapter_names, len(inputs))
             inputs = named_prompts(inputs, names, allow_base)
@@ -291,10 +292,10 @@ class AdapterRequests:
     def _started_request(
         self, name: str | None, lease: Lease, request_id: str, prompt: list[int], allow_base: bool
     ) -> _Request:
-        """Return a request whose adapter begins where the prompt invokes it.
+        """Return a request with its adapter beginning at the invocation in the prompt.
 
         Raises:
-            ValueError: The prompt has no invocation, and the base model is not to serve it.
+            ValueError: If the prompt has no invocation and ``allow_base`` is False.
         """
         for invocation in filter(None, lease.invocations):
             (start,) = last_start(torch.tensor([prompt]), invocation)
@@ -307,7 +308,7 @@ class AdapterRequests:
         return _Request(name, lease)
 
     def _end(self, request_id: str) -> None:
-        """Unpin a request's adapter, unless another fork of the request goes on."""
+        """Unpin a request's adapter, unless another fork of the request continues."""
         with self._unpinned:
             root = self._root_id(request_id)
             if root not in self._requests:
@@ -322,7 +323,7 @@ class AdapterRequests:
             self._unpinned.notify_all()
 
     def _root_id(self, request_id: str) -> str:
-        """Return the id of the request that this one was forked from; otherwise its own."""
+        """Return the id of the request from which this one was forked, or its own id."""
         known = request_id in self._requests
         return request_id if known else request_id.rpartition(_FORK_SUFFIX)[0]
 
@@ -332,7 +333,7 @@ class AdapterRequests:
             self._unpinned.notify_all()
 
     def _deliver(self, original: _Method, outputs: Any) -> None:
-        for output in outputs if isinstance(outputs, list) else [outputs]:  # of deliver_batch
+        for output in outputs if isinstance(outputs, list) else [outputs]:  # deliver_batch: a list
             if output.is_finished():
                 self._end(output.request_id)
         original(outputs)
@@ -360,14 +361,14 @@ class AdapterRequests:
         self._count_as(running=True)
 
     def stop(self, original: _Method, *args: Any, **kwargs: Any) -> None:
-        """Stop the manager, and unpin what it no longer runs."""
+        """Stop the manager, and unpin all adapters if it has stopped."""
         original(*args, **kwargs)
         if not self.manager.is_running():
             self._count_as(running=False)
             self._end_all()
 
     def destroy(self, original: Callable[[], None]) -> None:
-        """Destroy the manager, which does not stop one that was never started."""
+        """Destroy the manager, and unpin all adapters even if it was never started."""
         original()
         if not self.manager.is_running():
             self._end_all()
@@ -390,7 +391,7 @@ class AdapterRequests:
         self._constrained = []
         for each in batch:
             request = self._request(each.state.request_id)
-            past = each.state.position_offset - each.query_length  # it has been advanced already
+            past = each.state.position_offset - each.query_length  # the offset is advanced already
             runs += request.runs(past, each.query_length)
             ends.append(len(runs) - 1)
             if each.has_new_token:
@@ -408,9 +409,9 @@ class AdapterRequests:
         kept = None
         if processor.model_runner.supports_logits_to_keep(model):
             kept = [end for end, each in zip(ends, batch, strict=True) if each.has_new_token]
-            kept += ends[:1] * (len(batch) - len(kept))  # as transformers fills up
+            kept += ends[:1] * (len(batch) - len(kept))  # transformers pads in the same way
         key = runs, kept
-        if self._last is None or self._last[0] != key:  # decoding has the same rows again
+        if self._last is None or self._last[0] != key:  # decoding steps have the same rows
             names, slots, lengths = zip(*runs, strict=True)
             block = packed_block(
                 self.names.handle, self.pool.max_slots, names, slots, lengths, kept
@@ -440,7 +441,7 @@ class AdapterRequests:
             return self._requests[self._root_id(request_id)]
 
     # ---------------------------------------------------------------------------------------------
-    # Pages that requests share: they are found by a hash of their tokens and those before
+    # Pages that requests share: they are found by a hash of their tokens and all tokens before
 
     def _search_prefix_match(
         self, original: Callable[..., int], request_id: str, prompt_ids: list[int]
@@ -455,9 +456,9 @@ class AdapterRequests:
     def _mark_finished_blocks(
         self, original: Callable[..., None], state: Any, complete_blocks: dict[str, int]
     ) -> None:
-        """Share also the pages of the step in which a request ends.
+        """Also share the pages of the step in which a request ends.
 
-        The manager does not, for steps that overlap; these do not.
+        The manager does not share them because its steps may overlap, but these do not.
         """
         cache = self.manager.batch_processor.cache
         if state.status.name != "FINISHED" or not cache.allow_block_sharing:
@@ -472,8 +473,8 @@ class AdapterRequests:
         """Return a prompt's tokens with the adapter's version in bits that no token uses.
 
         The first tokens of the page in which the adapter begins have the mark. It contains the
-        version and the start, because equal tokens of that page may have different starts. If there
-        is no room for it, only the tokens before that page are returned: the base model's.
+        version and the start, because equal tokens of that page may have different starts. If the
+        mark does not fit, only the tokens before that page are returned, which use the base model.
         """
         request, result = self._request(request_id), list(tokens)
         caches = self.manager.batch_processor.cache.cache_allocators.values()
@@ -495,13 +496,13 @@ def _unpin_all(requests: dict[str, _Request]) -> None:
 
 
 def add_adapters_to(manager: Any, names: CallNames) -> None:
-    """Give the requests of an attached model's manager adapters, once."""
+    """Make an attached model's manager support adapters per request; further calls do nothing."""
     if _KEY not in manager.__dict__:
         AdapterRequests(manager, names)
 
 
 def unfinished(manager: Any) -> int:
-    """Return the number of requests of a manager that wait or run; each pins its adapter."""
+    """Return the number of waiting and running requests, each of which pins its adapter."""
     return len(manager.__dict__[_KEY]._requests)
 
 
@@ -535,6 +536,6 @@ def computed_tokens(manager: Any) -> int:
 
 
 def requests_of(model: nn.Module) -> list[AdapterRequests]:
-    """Return those of the managers of a model, or of a part of it."""
+    """Return the requests of all managers of a model, or of a part of it."""
     parts = set(model.modules())
     return [requests for requests in list(_all) if requests.manager.model in parts]

@@ -1,4 +1,4 @@
-"""Vectors of texts, each with its adapter: what waits is computed in one forward."""
+"""Embedding of texts, each with its adapter; waiting requests are computed in one forward."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ._metrics import Load
 from .attaching import attach
 
 POOLINGS = ("cls", "mean", "lasttoken")
-#: Kinds in the names of sentence-transformers' files, in the order in which they are tried.
+#: Kinds of models in the names of sentence-transformers' files, in the order of the search.
 _KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-_TRIES = 8  # somebody may unload an adapter between its load and its forward
+_TRIES = 8  # attempts, as an adapter may be unloaded between its load and its forward
 
 
 class _Waiting(NamedTuple):
@@ -39,9 +39,9 @@ class Preparation:
 
     Args:
         prompt: prefix of every text.
-        max_length: largest number of tokens; longer texts are cut. None: the tokenizer's limit. A
-            smaller context of the embedder or the model comes first.
-        lower_case: whether to convert the text to lower case.
+        max_length: largest number of tokens; longer texts are cut. None uses the tokenizer's limit.
+            A smaller context of the embedder or the model takes precedence.
+        lower_case: True converts the text to lower case.
     """
 
     prompt: str = ""
@@ -57,15 +57,16 @@ class Preparation:
 
 
 class Embedder(ServedPool):
-    """A model of vectors over a pool that is loaded from a folder at first use.
+    """Embedding model with adapters of a folder, each loaded at first use.
 
     Args:
-        model: of transformers, with a ``last_hidden_state``, on its device.
-        tokenizer: of the model.
-        folder: where adapters are. Nothing outside it is read.
-        pooling: one vector of a text's tokens: the first one's, their mean, or the last one's.
-        normalize: whether vectors have length 1.
-        max_requests: largest number of requests that wait or run.
+        model: a model of transformers with a ``last_hidden_state``, on its device.
+        tokenizer: tokenizer of the model.
+        folder: folder of the adapters. Nothing outside it is read.
+        pooling: vector of a text: "cls" for the first token's, "mean" for the mean of all, or
+            "lasttoken" for the last one's.
+        normalize: True gives vectors of length 1.
+        max_requests: largest number of waiting and running requests.
         max_rank: largest rank of an adapter.
         context: largest number of tokens of a text.
         max_batch_tokens: largest number of tokens of one forward, with padding. A longer text gets
@@ -107,17 +108,19 @@ class Embedder(ServedPool):
 
     @property
     def healthy(self) -> bool:
-        """Whether requests are answered."""
+        """True until :meth:`interrupt` or the end of the block."""
         return not self._stopped
 
     @property
     def requests(self) -> int:
-        """Number of requests that are being tokenized, wait or run."""
+        """Number of requests that are tokenized, wait or run."""
         return self._preparing + len(self._waiting) + len(self._running)
 
     def interrupt(self) -> None:
-        """Take no more requests, and refuse those that wait or run. To be called in the event loop
-        that they began in."""
+        """Reject new requests, and fail all waiting and running ones.
+
+        Call this in the event loop in which they began.
+        """
         self._stopped = True
         for each in (*self._waiting, *self._running):
             if not each.vectors.done():
@@ -129,7 +132,8 @@ class Embedder(ServedPool):
         """Compute the vectors of texts, in one forward with other waiting requests if possible.
 
         Args:
-            texts: each a text, or its tokens. adapter_name: None is the base model.
+            texts: texts, or their tokens.
+            adapter_name: None is the base model.
 
         Returns:
             ``(N, D)`` float32 on the CPU, all finite, and the number of tokens of the texts.
@@ -139,7 +143,7 @@ class Embedder(ServedPool):
             StoppedError: After :meth:`interrupt`.
             ValueError: If a text has no tokens, too many, or one that the model lacks, or if a
                 vector is not finite, for example because an adapter overflows.
-            UnknownAdapterError: If there is no such adapter.
+            UnknownAdapterError: If the folder has no such adapter.
             PoolFullError: If the pool has no room for the adapter.
 
         Errors of :meth:`AdapterPool.load` are raised too.
@@ -180,7 +184,7 @@ class Embedder(ServedPool):
         return ids
 
     async def _work(self) -> None:
-        """Take what waits, as much as a forward may have, until nothing does."""
+        """Run batches of waiting requests, as large as a forward may be, until none waits."""
         while self._waiting:
             batch, rows, widest = self._running, 0, 0
             while self._waiting:
@@ -193,7 +197,7 @@ class Embedder(ServedPool):
             batch.clear()
 
     async def _ready(self, each: _Waiting) -> bool:
-        """Load the request's adapter; return False if that fails, which is its answer then."""
+        """Load the request's adapter; if that fails, set the error and return False."""
         try:
             await self._load(each.name)
             return True
@@ -202,7 +206,7 @@ class Embedder(ServedPool):
             return False
 
     async def _answer(self, batch: list[_Waiting]) -> None:
-        """Compute a batch; if that fails, compute its halves, as one request may be the cause."""
+        """Compute a batch; after an error compute its halves, as one request may be the cause."""
         for left in reversed(range(_TRIES)):
             try:
                 vectors = await asyncio.to_thread(self._forward, batch) if batch else None
@@ -261,7 +265,7 @@ class Embedder(ServedPool):
 
 
 def _positions(model: Any) -> int:
-    """Return the largest number of tokens of a text that a model has positions for.
+    """Return the largest number of tokens for which a model has positions.
 
     RoBERTa and similar models count from the position after that of the padding token.
     """
@@ -274,11 +278,11 @@ def _positions(model: Any) -> int:
 
 
 def _end(each: _Waiting, answer: Tensor | Exception | None) -> None:
-    if not each.vectors.done():  # its client may have gone
+    if not each.vectors.done():  # its client may have disconnected
         if isinstance(answer, Tensor) and not answer.isfinite().all():
-            who = "the base model" if each.name is None else f"adapter {each.name!r:.200}"
+            source = "the base model" if each.name is None else f"adapter {each.name!r:.200}"
             answer = ValueError(
-                f"embed: model: expected finite vectors, found NaN or inf: {who} overflows"
+                f"embed: model: expected finite vectors, found NaN or inf: {source} overflows"
             )
         if isinstance(answer, Tensor):
             each.vectors.set_result(answer)
@@ -287,12 +291,12 @@ def _end(each: _Waiting, answer: Tensor | Exception | None) -> None:
 
 
 def pooling_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
-    """Return pooling and whether vectors are normalised, of a folder of sentence-transformers.
+    """Return the pooling in a folder of sentence-transformers, and whether vectors are normalised.
 
-    None for a folder in another format.
+    Returns None for a folder in another format.
 
     Raises:
-        ValueError: parts or poolings other than one of :class:`Embedder`'s.
+        ValueError: If it has other parts, or a pooling that :class:`Embedder` does not support.
     """
     parts = _read(Path(folder) / "modules.json")
     if parts is None:
@@ -342,5 +346,5 @@ def preparation_of(folder: str | os.PathLike[str]) -> Preparation | None:
 
 
 def _read(file: Path) -> Any:
-    """Return the content of a JSON file; None if there is no such file."""
+    """Return the content of a JSON file, None if the file is missing."""
     return json.loads(file.read_text()) if file.is_file() else None

@@ -1,4 +1,4 @@
-"""What a server runs on: one model, the adapters of a folder, and a bounded number of requests."""
+"""Engine of a server: one model, the adapters of a folder, and a bounded number of requests."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .attaching import attach
 if TYPE_CHECKING:
     from lora_ext.control import Constraint
 
-_TRIES = 8  # somebody may unload an adapter between its load and its pin
-_RECHECK_SECONDS = 1.0  # after which a waiting request looks whether the manager still runs
+_TRIES = 8  # attempts, as an adapter may be unloaded between its load and its pin
+_RECHECK_SECONDS = 1.0  # interval in which a waiting request checks that the manager runs
 _MAX_READ_PROMPTS = 16  # latest prompts whose pages may still be in the cache
 
 #: The messages of a chat, a text, or its tokens.
@@ -36,19 +36,19 @@ Prompt: TypeAlias = Sequence[Mapping[str, str]] | str | Sequence[int]
 
 
 class QueueFullError(RuntimeError):
-    """As many requests as the engine takes wait or run."""
+    """Error for a request beyond the limit of waiting and running requests."""
 
 
 class StoppedError(RuntimeError):
-    """The engine stops, and takes no more requests."""
+    """Error for a request to an engine that is stopping."""
 
 
 class ServedPool:
-    """What an engine has besides its model: a pool loaded from a folder, and counts of requests.
+    """Base class of engines: a pool loaded from a folder, and counts of requests.
 
     Attributes:
         pool, folder: see :class:`lora_ext.pool.AdapterFolder`.
-        tokenizer, max_requests: of the engine.
+        tokenizer, max_requests: arguments of the engine.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class ServedPool:
         self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
         self._preparing = 0  # requests that are being tokenized
         self._stopped = False
-        self._encoding = asyncio.Lock()  # tokenizers are not made for threads
+        self._encoding = asyncio.Lock()  # tokenizers are not thread-safe
 
     @property
     def requests(self) -> int:
-        """Number of requests that are being tokenized, wait or run."""
+        """Number of requests that are tokenized, wait or run."""
         return self._preparing
 
     def stats(self) -> dict[str, int]:
-        """Return numbers for a monitor: ended requests, running ones, and the pool."""
+        """Return metrics: numbers of ended and running requests, and those of the pool."""
         pool = {f"pool_{k}": v for k, v in self.pool.stats().items() if isinstance(v, int)}
         return {**self._counts, "requests": self.requests, **pool}
 
@@ -86,7 +86,8 @@ class ServedPool:
         """
         if self.requests >= self.max_requests:
             raise QueueFullError(
-                f"{where}: expected at most {self.max_requests} requests at a time"
+                f"{where}: expected at most {self.max_requests} requests at a time, found "
+                f"{self.requests + 1}"
             )
         self._preparing += 1
         try:
@@ -101,20 +102,21 @@ class ServedPool:
 
 
 class Engine(ServedPool):
-    """Continuous batching over a pool that is loaded from a folder at first use.
+    """Continuous batching with adapters of a folder, each loaded at first use.
 
     Attaches the model and makes its manager, which runs inside ``with engine:``.
 
     Args:
-        model: of transformers, with ``generate_batch``, on its device.
-        tokenizer: of the model.
-        folder: where adapters are. Nothing outside it is read.
-        max_requests: that wait or run; each may have an adapter of its own.
-        max_rank: of an adapter. The pool has room for ``max_requests`` of rank 16.
-        context: tokens of prompt and answer of one request. The cache has room for four such, and
-            for 256 tokens of each request.
-        pack_base: of :func:`attach`.
-        page_size, max_batch_tokens: of transformers' ``ContinuousBatchingConfig``.
+        model: a model of transformers with ``generate_batch``, on its device.
+        tokenizer: tokenizer of the model.
+        folder: folder of the adapters. Nothing outside it is read.
+        max_requests: most waiting and running requests; each may have a different adapter.
+        max_rank: largest rank of an adapter. The pool has room for ``max_requests`` adapters of
+            rank 16.
+        context: most tokens of prompt and answer of one request. The cache has room for four such
+            requests, and for 256 tokens of each request.
+        pack_base: argument of :func:`attach`.
+        page_size, max_batch_tokens: arguments of transformers' ``ContinuousBatchingConfig``.
     """
 
     def __init__(
@@ -150,29 +152,31 @@ class Engine(ServedPool):
         self._vocabulary: Any = None
 
     def __enter__(self) -> Engine:
-        with torch.inference_mode():  # the manager's thread takes it over
+        with torch.inference_mode():  # the manager's thread inherits this
             self.manager.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the manager's thread, and with an error the requests that it has."""
+        """Stop the manager's thread and fail its requests."""
         self.manager.stop(hard_stop=True)
 
     def interrupt(self) -> None:
-        """Take no more requests, and end those that run with an error for their readers. To be
-        called in the event loop that they began in."""
+        """Reject new requests, and end running ones with an error for their readers.
+
+        Call this in the event loop in which they began.
+        """
         self._stopped = True
         for stream in list(self._streams):
             stream.interrupt("the server stops")
 
     @property
     def healthy(self) -> bool:
-        """Whether requests are answered."""
+        """True while the manager runs."""
         return self.manager.is_running()
 
     @property
     def requests(self) -> int:
-        """Number of requests that are being tokenized, wait or run."""
+        """Number of requests that are tokenized, wait or run."""
         return self._preparing + unfinished(self.manager)
 
     async def begin(
@@ -185,24 +189,28 @@ class Engine(ServedPool):
         allow_base: bool = False,
         form: Format | None = None,
     ) -> RequestStream:
-        """Put a prompt into the next batches, its adapter pinned, and loaded where it is not.
+        """Start a request: load its adapter if necessary, pin it, and add the prompt to the batch.
 
         Args:
-            prompt: messages as the tokenizer's chat template takes them, a text, or its tokens.
+            prompt: messages for the tokenizer's chat template, a text, or its tokens.
             adapter_name: None is the base model.
-            max_new_tokens: default is what is left of the context, at most 256.
+            max_new_tokens: default is the rest of the context, at most 256.
             sampling: None takes the largest logit.
-            allow_base: the base model serves a chat without the invocation of its activated
-                adapter.
-            form: what the answer must be. Its constraint is built in a thread of its own, and kept.
+            allow_base: True lets the base model serve a chat without the invocation of its
+                activated adapter.
+            form: format of the answer. Its constraint is built in another thread and cached.
 
         Raises:
-            QueueFullError: too many requests. StoppedError: after :meth:`interrupt`. ValueError: a
-                chat that the template does not take, that lacks the invocation, no tokens, too
-                many, or one that the model lacks, or a form that these tokens cannot meet.
-                NotImplementedError: a form that nothing here holds to. UnknownAdapterError: no such
-                adapter. PoolFullError: no room for it. And what :meth:`AdapterPool.load` finds in
-                its files.
+            QueueFullError: If too many requests wait or run.
+            StoppedError: After :meth:`interrupt`.
+            ValueError: If the template rejects the chat; the invocation is missing; the prompt has
+                no tokens, too many, or one that the model lacks; or the budget is too small for the
+                form.
+            NotImplementedError: If no constraint supports the form.
+            UnknownAdapterError: If the folder has no such adapter.
+            PoolFullError: If the pool has no room for it.
+
+        Errors of :meth:`AdapterPool.load` are raised too.
         """
         with self._prepared("begin"):
             async with self._encoding:
@@ -265,9 +273,9 @@ class Engine(ServedPool):
         return load_of(self.manager)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt; of a chat, up to where the answer begins.
+        """Return the token ids of a prompt; for a chat, up to the begin of the answer.
 
-        Without a chat template these are the contents of the messages, one per line.
+        Without a chat template, the text is the contents of the messages, one per line.
         """
         if isinstance(prompt, str):
             return self.tokenizer(prompt).input_ids
@@ -287,23 +295,21 @@ class Engine(ServedPool):
             )
             return self.tokenizer(text, add_special_tokens=False).input_ids
         except (TemplateError, TypeError, KeyError) as error:
-            words = f"begin: messages: the chat template does not take them: {error}"
+            words = f"begin: messages: expected messages for the chat template, found {error}"
             raise ValueError(words) from None
 
 
 # -------------------------------------------------------------------------------------------------
-# Of requests that come together over a text that nobody has read, one goes ahead. Pages of keys and
-# values can be shared once they are computed. Requests in one batch over the same unread text would
-# each compute all of it; those that come second wait here until the first has its first token, and
-# then read what it has written.
+# Waiting for shared prompts. Pages of keys and values can be shared once they are computed.
+# Requests in one batch with the same new prompt would each compute all of it. Later requests
+# therefore wait here until the first has its first token, and then share its pages.
 @dataclass(frozen=True)
 class Asked:
-    """A request's tokens, its adapter (None: the base model), and where that begins: what lies
-    before is the base model's."""
+    """Tokens, adapter and start of a request."""
 
     tokens: Sequence[int]
-    adapter: str | None
-    start: int
+    adapter: str | None  # None is the base model
+    start: int  # number of tokens before the adapter begins, which use the base model
 
     def shared(self, other: Asked, page: int) -> int:
         """Return the number of tokens in pages that both requests may read."""
@@ -315,10 +321,11 @@ class Asked:
 
 
 class Ahead:
-    """The prompts that a manager reads and has read.
+    """Prompts that a manager is reading or has read.
 
     Args:
-        page: tokens of a page. alive: whether the manager still runs.
+        page: tokens of a page.
+        alive: function that returns whether the manager runs.
     """
 
     def __init__(self, page: int, alive: Callable[[], bool]):
@@ -327,7 +334,7 @@ class Ahead:
         self._read: deque[Asked] = deque(maxlen=_MAX_READ_PROMPTS)
 
     async def wait(self, asked: Asked) -> None:
-        """Wait until no other request reads more of this prompt for the first time."""
+        """Wait while another request reads a part of this prompt that no request has read."""
         while self._alive():
             known = max((asked.shared(other, self._page) for other in self._read), default=0)
             reading = self._reading.values()

@@ -1,7 +1,8 @@
-"""What an answer must be, as clients of a server say it, and the constraint that holds it to that.
+"""Formats of answers that clients of a server request, and their constraints.
 
-Two dialects: OpenAI's ``response_format`` and vLLM's ``structured_outputs``. What is asked for is
-checked and measured as it comes in; the constraint is built later, in another thread.
+Two notations are supported: OpenAI's ``response_format`` and vLLM's ``structured_outputs``. A
+format and its size are checked when the request arrives; the constraint is built later, in another
+thread.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from lora_ext._checks import instance, renamed, require
 if TYPE_CHECKING:
     from lora_ext.control import Constraint
 
-# lora_ext.control is imported where a request has a format: see _constraining.py.
+# lora_ext.control is imported only if a request has a format: see _constraining.py.
 
-MOST_BYTES = 64 << 10  # of a schema, an expression, or all choices
+MOST_BYTES = 64 << 10  # largest size of a schema, an expression, or all choices
 _KINDS = ("json", "regex", "choice", "json_object")
 _OLD = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
 _REFUSED = ("grammar", "structural_tag")
@@ -27,19 +28,19 @@ _SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
 
 
 class FormatTooLongError(ValueError):
-    """A schema or an expression of more bytes than a server reads."""
+    """Error for a schema or an expression that is too large."""
 
     status_code = 413
 
 
 @dataclass(frozen=True)
 class Format:
-    """What an answer must be.
+    """Format of an answer.
 
     Attributes:
         kind: "json" with a schema, "regex", "choice", or "json_object".
         content: the schema as JSON, the expression, or the choices.
-        field: of the request, which errors name.
+        field: field of the request, for error messages.
     """
 
     kind: str
@@ -47,14 +48,14 @@ class Format:
     field: str = dataclasses.field(default="format", compare=False, repr=False)
 
     def constraint(self, vocabulary: Any) -> Constraint:
-        """Build it, within the limits of ``lora_ext.control``; kept by its content.
+        """Build the constraint, within the limits of ``lora_ext.control``; cached by content.
 
         Args:
-            vocabulary: what :func:`lora_ext.control.vocabulary_of` has read.
+            vocabulary: result of :func:`lora_ext.control.vocabulary_of`.
 
         Raises:
-            ValueError: for what is no schema or expression, or is above the limits.
-            NotImplementedError: for what no automaton holds to, and without outlines-core.
+            ValueError: If the content is not a schema or expression, or exceeds the limits.
+            NotImplementedError: If no automaton supports it, or outlines-core is not installed.
         """
         from lora_ext.control import Constraint
 
@@ -82,22 +83,20 @@ def read_format(
         structured_outputs: one of ``json`` (a schema), ``regex``, ``choice``, ``json_object``.
 
     Raises:
-        ValueError: for anything else, naming the field; :class:`FormatTooLongError`.
-        NotImplementedError: for ``grammar`` and ``structural_tag``.
+        ValueError: For anything else; the message names the field. :class:`FormatTooLongError` if
+            it is too large.
+        NotImplementedError: For ``grammar`` and ``structural_tag``.
     """
     first = None if response_format is None else _of_openai(response_format)
     if structured_outputs is None:
         return first
-    require(first is None, "structured_outputs", "value", "none beside response_format", "one")
+    expected, found = "none beside response_format", f"{structured_outputs!r:.200}"
+    require(first is None, "structured_outputs", "value", expected, found)
     return _of_vllm(structured_outputs)
 
 
 def refuse_old_names(body: Mapping[str, Any]) -> None:
-    """Tell who uses vLLM's names of before 0.12 the new ones.
-
-    Raises:
-        ValueError: naming both.
-    """
+    """Raise ValueError for vLLM's names before 0.12; the message gives the new ones."""
     for old, kind in _OLD.items():
         if body.get(old) is not None:
             raise ValueError(f'{old}: expected structured_outputs {{"{kind}": ...}}, found {old}')
@@ -128,7 +127,7 @@ def _of_vllm(given: Mapping[str, Any]) -> Format:
     for name in _REFUSED:
         if name in named:
             raise NotImplementedError(
-                f"{where}: {name}: expected {', '.join(_KINDS)}, which automata hold to, found it"
+                f"{where}: {name}: expected {', '.join(_KINDS)}, which automata support, found it"
             )
     require(len(named) == 1, where, "fields", f"one of {_KINDS}", sorted(named)[:5])
     ((kind, content),) = named.items()

@@ -1,7 +1,7 @@
-"""Methods of an attached model that lora_ext replaces on its instances; classes stay as they are.
+"""Methods of an attached model that lora_ext replaces on its instances; no class is changed.
 
-The replacements make ``adapter_names=`` reach the layers, keep the rows of a block equal to those
-of the batch through beams and returned sequences, and refuse what cannot be served.
+The replacements pass ``adapter_names=`` to the layers, keep the rows of a block equal to those of
+the batch through beams and returned sequences, and reject calls that cannot be served.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from ._pipelines import report_lost_names
 
 _Run = Callable[..., Any]
 
-#: Prefix of the attribute that keeps the method that an instance had itself before ``attach``.
+#: Prefix of the attribute for a method in an instance's ``__dict__`` before ``attach``.
 _OWN_PREFIX = "_lora_ext_own_"
-#: Arguments of a forward whose first dimension counts sequences.
+#: Arguments of a forward whose first dimension is the sequences.
 _INPUTS = (
     "input_ids",
     "inputs_embeds",
@@ -57,14 +57,14 @@ _INPUTS = (
     "pixel_values",
     "input_features",
 )
-#: Arguments of a forward that hold its cache, in the versions of transformers.
+#: Arguments of a forward for its cache, in different versions of transformers.
 _CACHES = ("cache", "past_key_values", "cache_params")
 #: Arguments of a forward that only a step of transformers' continuous batching has.
 _PACKED = ("read_index", "write_index", "block_table")
 
 
 class Hooks:
-    """The replacements of one attached model; one object for its life.
+    """Replacements of the methods of one attached model.
 
     A method here has the name of the method of transformers that it replaces. Its arguments are the
     model, ``own``, the bound original, and the arguments of the call.
@@ -76,27 +76,27 @@ class Hooks:
     def __init__(self, names: CallNames):
         self.names = names
         self._lock = _ForwardLock()
-        # Not a decorator, which would import dynamo with this file: that takes a second.
+        # As a decorator, this would import dynamo with this file, which takes a second.
         self._uncompiled: Any = torch.compiler.disable(
             self._locked_forward,
             reason="a manager of continuous batching runs, and a compiled forward would not wait; "
-            "or the tokens have to tell whose images, videos or sounds there are, or where an "
-            "activated adapter begins",
+            "or the tokens determine the sequences of images, videos or sounds, or the start of an "
+            "activated adapter",
         )
 
     def install(self, model: nn.Module) -> list[tuple[str, str]]:
-        """Replace the methods of a model and its modules. Returns the module and name of each."""
+        """Replace the methods of a model and its modules; return the module and name of each."""
         installed = []
         for name, module in model.named_modules():
             kind = type(module)
             found = {
                 method: replacement
                 for method, replacement in _REPLACEMENTS.items()
-                # A method of the instance itself stays, except for a repository's generate.
+                # A method in the instance's __dict__ stays, except for a repository's generate.
                 if (method == "generate" or method not in module.__dict__)
                 and callable(getattr(kind, method, None))
             }
-            # Models of transformers swallow unknown arguments: the names would be lost.
+            # Models of transformers ignore unknown arguments: the names would be lost.
             is_model = hasattr(kind, "get_input_embeddings")
             if is_model or (self.names.default is not None and not name):
                 found["forward"] = Hooks.forward
@@ -111,7 +111,7 @@ class Hooks:
     def forward(
         self, model: Any, own: _Run, /, *args: Any, adapter_names: Names = None, **kw: Any
     ) -> Any:
-        """Run a forward under its names, behind the model's lock, with its batch described."""
+        """Run a forward with its names, the model's lock and the sizes of its batch."""
         refuse_singular("forward", kw)
         if not compiles():
             return self._locked_forward(own, model, args, kw, adapter_names)
@@ -126,7 +126,7 @@ class Hooks:
     ) -> Any:
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
         if str(attention).startswith("paged|") and not any(name in kw for name in _PACKED):
-            # transformers makes no mask for it outside the manager's steps.
+            # transformers makes no mask for this attention outside the manager's steps.
             raise RuntimeError(
                 f"attach: attention: expected one that masks later tokens, found {attention!r}, "
                 "set by continuous batching; stop it or call set_attn_implementation('sdpa')"
@@ -141,7 +141,7 @@ class Hooks:
     def generate(
         self, model: Any, own: _Run, /, *args: Any, adapter_names: Names = None, **kw: Any
     ) -> Any:
-        """Generate under the call's names; changes of the rows end with the call."""
+        """Generate with the call's names; changes of the rows end with the call."""
         refuse_singular("generate", kw)
         names = self.names.of_call(adapter_names)
         with self.names.block(names), generation_scope(), media_noted(model, args, kw):
@@ -151,7 +151,7 @@ class Hooks:
                 if scale is not None and scale != 1:
                     raise NotImplementedError(
                         "generate: guidance_scale: expected none beside an activated adapter, "
-                        f"found {scale}: where it begins in the unconditional prompt is not known"
+                        f"found {scale}: its start in the unconditional prompt is not known"
                     )
                 prompt_known(*_prompt_and_past(args, kw))
             return own(*args, **kw)
@@ -191,7 +191,7 @@ class Hooks:
         return reduced
 
     def init_continuous_batching(self, _model: Any, own: _Run, /, *args: Any, **kw: Any) -> Any:
-        """Return a manager whose requests have adapters."""
+        """Return a manager that supports adapters per request."""
         manager = own(*args, **kw)
         _continuous.add_adapters_to(manager, self.names)
         return manager
@@ -215,7 +215,7 @@ class Hooks:
         refuse_singular("generate_batch", kw)
         require_flags("generate_batch", allow_base=allow_base)
         names = self.names.of_requests("generate_batch", adapter_names, len(inputs))
-        # A paged `generate` has looked for the invocations, and warned.
+        # A paged `generate` has already searched the invocations, and warned.
         found = activated_in(self.names.handle) if adapter_names is None else None
         looked = found is not None and found.fixed
         prompts = named_prompts(inputs, names, allow_base or looked)
@@ -226,17 +226,18 @@ class Hooks:
         return results
 
     def resize_token_embeddings(self, model: Any, own: _Run, /, *args: Any, **kw: Any) -> Any:
-        """Raise RuntimeError if the pool has the embeddings, whose sizes it depends on."""
+        """Raise RuntimeError if the pool has the embeddings, since it depends on their sizes."""
         found = model.get_input_embeddings(), model.get_output_embeddings()
-        if any(isinstance(embeddings, PoolLayer) for embeddings in found):
-            raise RuntimeError(
-                "resize_token_embeddings: expected embeddings that are not attached, found "
-                "attached ones; detach the model, resize it, and make a new pool"
-            )
+        for embeddings in found:
+            if isinstance(embeddings, PoolLayer):
+                raise RuntimeError(
+                    "resize_token_embeddings: expected embeddings that are not attached, found a "
+                    f"{type(embeddings).__name__}; detach the model, resize it, and make a new pool"
+                )
         return own(*args, **kw)
 
 
-#: The replacements by method, besides :meth:`Hooks.forward`, which not every module gets.
+#: Replacements by method. :meth:`Hooks.forward` is not included, as not every module gets it.
 _REPLACEMENTS: dict[str, _Run] = {
     method.__name__: method
     for method in (
@@ -287,11 +288,11 @@ def uninstall(model: nn.Module, installed: list[tuple[str, str]]) -> None:
 
 
 def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a forward; inside, layers find the sizes, media and activations of its batch."""
+    """Run a forward in contexts that give layers the sizes, media and activations of its batch."""
     if any(name in kwargs for name in _PACKED) and not getattr(innermost(), "packed", False):
         raise NotImplementedError(
-            "attach: expected one row per sequence, found continuous batching by a manager that "
-            "knows no adapters; use the attached model's init_continuous_batching or generate_batch"
+            "attach: expected one row per sequence, found continuous batching by a manager without "
+            "adapters; use the attached model's init_continuous_batching or generate_batch"
         )
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise NotImplementedError(
@@ -307,7 +308,7 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
         return run(*args, **kwargs)
     lengths = [x.shape[1] for x in tensors if x.dim() == 2 or x.is_floating_point()]
     sequences = tensors[0].shape[0]
-    if traced:  # dynamo sees a changed attribute, and no ContextVar
+    if traced:  # dynamo traces a changed attribute, but no ContextVar
         before, noted.batch = noted.batch, (sequences, *lengths)
         try:
             return run(*args, **kwargs)
@@ -335,12 +336,12 @@ def _activation(
     given = dict(zip(_parameters(type(model)), args, strict=False)) | kwargs
     ids = given.get("input_ids")
     tokens = given.get("inputs_embeds") if ids is None else ids
-    if not isinstance(tokens, Tensor) or tokens.dim() < 2:  # of a tower, say
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2:  # in a vision tower, for example
         return contextlib.nullcontext()
     past = next((given[name] for name in _CACHES if given.get(name) is not None), None)
     if past is not None and not hasattr(past, "get_seq_length"):
         raise NotImplementedError(
-            "adapters: names: expected a cache that knows its length beside an activated adapter, "
+            "adapters: names: expected a cache with get_seq_length beside an activated adapter, "
             f"found a {type(past).__name__}"
         )
     length = 0 if past is None else int(past.get_seq_length())
@@ -372,12 +373,12 @@ def _prompt_and_past(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ten
 
 
 class _ForwardLock:
-    """A lock of one model's forwards: many shared holders, or an exclusive one; first come, first
-    served.
+    """Readers-writer lock of one model's forwards, in order of arrival.
 
     transformers writes the ``is_causal=`` of a call into the model's configuration, from which the
-    masks of all threads are made, and takes it out when the call ends. Each step of continuous
-    batching is such a call. So a forward with ``is_causal=`` runs alone; others run in parallel.
+    masks of all threads are made, and removes it when the call ends. Each step of continuous
+    batching is such a call. A forward with ``is_causal=`` therefore runs alone; others run in
+    parallel.
 
     State: ``_entrance`` is held while a forward enters, and by an exclusive one until it ends.
     ``_sharing`` is the number of shared holders, guarded by ``_changed``. ``_thread.held`` is set

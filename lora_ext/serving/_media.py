@@ -1,8 +1,8 @@
 """Give the images, videos and sounds of a batch the adapter of the sequence that contains them.
 
-Vision and audio towers, and their projectors, see images and not sequences. The tokens that stand
-for an image tell which sequence it belongs to. If they do not, a block with several names is
-refused at the first layer of the tower that has adapters.
+The input of vision and audio towers, and of their projectors, is images and not sequences. The
+placeholder tokens of an image determine its sequence. If they do not, a block with several names is
+rejected at the first layer of the tower that has adapters.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lora_ext.rows import Assignment, Layout, change_blocks, generation_scope, i
 
 
 class _Kind(NamedTuple):
-    """One kind of media, as the models of transformers call it."""
+    """Kind of media, with its names in models of transformers."""
 
-    method: str  # which runs tower and projector
-    given: str  # the argument of a forward that has them
-    token: str  # of the configuration, for the token that stands for a part of one
+    method: str  # method that runs tower and projector
+    given: str  # argument of a forward
+    token: str  # attribute of the configuration: id of the placeholder token
 
 
 KINDS = (
@@ -36,15 +36,15 @@ KINDS = (
 
 
 class _Owners(NamedTuple):
-    """Whose the media of a batch are."""
+    """Sequences of the media of a batch."""
 
-    rows: list[int] | None  # the sequence of each unit, in order; None: nobody can tell
-    uniform: bool  # a tower has as many rows for each unit
-    given: int  # rows of the argument that has them
+    rows: list[int] | None  # sequence of each unit, in order; None if unknown
+    uniform: bool  # True if a tower has equally many rows for each unit
+    given: int  # rows of the argument with the media
     sequences: int
 
 
-#: Arguments that tell sizes: what differs from image to image there may differ in its tokens.
+#: Arguments with sizes; images that differ in them may have different numbers of tokens.
 _SIZES = re.compile("image|pixel|spatial|video|audio|feature")
 
 _noted: ContextVar[Mapping[str, _Owners] | None] = ContextVar("lora_ext.media", default=None)
@@ -55,11 +55,11 @@ def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
     """Store which sequences own the images, videos and sounds of a forward or ``generate``.
 
     Raises:
-        ValueError: the model has no method that runs its tower apart, its media are as many as the
-            sequences and not one in each, and the block names several adapters.
+        ValueError: If the model has no method that runs its tower separately, it has as many media
+            as sequences but not one in each, and the block names several adapters.
     """
-    found = _whose(model, args, kwargs)
-    if not found:  # a part of a model, or a later step: as the whole has noted
+    found = _owners(model, args, kwargs)
+    if not found:  # a part of a model, or a later step: keep the stored value
         yield
         return
     for kind in KINDS:
@@ -73,7 +73,7 @@ def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
             raise ValueError(
                 f"adapters: names: expected one name for all sequences, or one of {kind.given} in "
                 f"each of them, found several names and {owners.given} in other places: "
-                f"{type(model).__name__} does not run its tower apart, in {kind.method}"
+                f"{type(model).__name__} does not run its tower separately, in {kind.method}"
             )
     token = _noted.set(found)
     try:
@@ -83,7 +83,7 @@ def media_noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
 
 
 def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a forward has media whose tokens must be read, which no graph does."""
+    """Return whether a forward has media, so that it must read tokens, which no graph can."""
     config = getattr(model, "config", None)
     return any(
         kwargs.get(kind.given) is not None and getattr(config, kind.token, None) is not None
@@ -97,7 +97,9 @@ def of_media(
     """Run a method of a tower with blocks that have a name per image, video or sound.
 
     Args:
-        kind: of the media. model: whose method it is. own: the method. And then its arguments.
+        kind: kind of the media.
+        model: the model.
+        own: the method of ``model``, called with ``args`` and ``kwargs``.
     """
     owners = (_noted.get() or {}).get(kind.method)
     if owners is None:
@@ -105,7 +107,7 @@ def of_media(
     given = kwargs.get(kind.given, args[0] if args else None)
     if not isinstance(given, Tensor) or len(given) != owners.given:
         owners = owners._replace(rows=None)
-    token = _noted.set(None)  # they follow once: a model hands them to a part of it
+    token = _noted.set(None)  # applied once: a model may call the same method of a part
     try:
         with generation_scope():
             change_blocks(lambda block: _assigned(block.assignment, owners))
@@ -114,7 +116,7 @@ def of_media(
         _noted.reset(token)
 
 
-def _whose(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, _Owners]:
+def _owners(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, _Owners]:
     config = getattr(model, "config", None)
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     tokens = ids if isinstance(ids, Tensor) and ids.dim() == 2 else kwargs.get("inputs_embeds")
@@ -137,14 +139,14 @@ def _rows(
     """Return the sequence of each of the media, and whether a tower has equally many rows for each.
 
     Args:
-        counts: of each sequence's tokens that stand for a part of one.
-        given: ``(N, ...)`` media, or ``(patches, features)`` of all of them, one after another.
-        kwargs: of the forward.
+        counts: number of placeholder tokens of each sequence.
+        given: ``(N, ...)`` media, or ``(patches, features)`` of all of them, concatenated.
+        kwargs: arguments of the forward.
     """
     total, number = sum(counts), len(given)
     if given.dim() == 5 and "pixel_attention_mask" in kwargs and number == len(counts):
-        # Idefics: (B, n, 3, H, W), filled up with blank images that no tower sees. All images have
-        # the same number of tokens.
+        # Idefics: (B, n, 3, H, W), padded with blank images that the model removes. All images
+        # have the same number of tokens.
         seen = (given != 0).flatten(2).any(-1).sum(1).tolist()
         if not total or [n * total for n in seen] != [count * sum(seen) for count in counts]:
             return None, True
@@ -189,15 +191,14 @@ def _alike(number: int, kwargs: Mapping[str, Any]) -> bool:
 
 
 class _Units(Assignment):
-    """A name for each unit: an image, or a token that stands for a part of one."""
+    """Names for units: images, or placeholder tokens."""
 
     def __init__(self, names: tuple[str, ...], places: tuple[int, ...], uniform: bool):
         super().__init__(names, places, (len(places),))
         self._uniform = uniform
 
     def check_tokens(self, layout: Layout) -> None:
-        """Refuse an embedding that does not see units: its rows may be positions, which all
-        share."""
+        """Raise ValueError if the rows of an embedding are not units, but for example positions."""
         if layout.leading[:1] != (len(self.places),):
             raise self._misfit(layout.leading)
 
@@ -211,17 +212,17 @@ class _Units(Assignment):
 
 
 class _Unknown(Assignment):
-    """Names of sequences, in a layer that sees something else."""
+    """Names of sequences, in a layer whose rows are not sequences."""
 
     def spread(self, layout: Layout) -> tuple[int, int]:
         raise ValueError(
             "adapters: names: expected one name for all sequences, as their tokens do not tell "
-            f"whose each image, video or sound is, found {self.each()!r:.200}"
+            f"which one contains each image, video or sound, found {self.each()!r:.200}"
         )
 
 
 def _has_several_names() -> bool:
-    """Return whether a block around has several names."""
+    """Return whether any surrounding block has several names."""
     block = innermost()
     while block is not None and len(block.assignment.each()) <= 1:
         block = block.outer

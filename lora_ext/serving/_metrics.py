@@ -1,4 +1,4 @@
-"""Numbers of a server as Prometheus reads them, text format 0.0.4."""
+"""Metrics of a server in Prometheus's text format 0.0.4."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-#: What the response's Content-Type is to say.
+#: Content-Type of the response.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _COUNTERS = {
     "requests_total": "Requests that have ended.",
     "tokens_total": "Tokens of the answers of requests that have ended.",
-    "cancelled_total": "Requests that have ended because their client has gone.",
-    "refused_total": "Requests that were answered by an error, by its code.",
+    "cancelled_total": "Requests that have ended because their client has disconnected.",
+    "refused_total": "Requests that were answered with an error, by its code.",
     "pool_loads": "Adapters that were read.",
-    "pool_evictions": "Adapters that made way for others.",
-    "pool_cache_hits": "Adapters that came back from host memory.",
-    "pool_dropped": "Adapters that host memory had no room for.",
+    "pool_evictions": "Adapters that were evicted for others.",
+    "pool_cache_hits": "Adapters that were loaded from host memory.",
+    "pool_dropped": "Adapters that did not fit into host memory.",
 }
 _GAUGES = {
-    "requests": "Requests that wait or run.",
+    "requests": "Waiting and running requests.",
     "pool_slots_used": "Adapters on the device.",
-    "pool_slots_pinned": "Adapters on the device that requests hold.",
-    "pool_pins": "Requests that hold an adapter.",
-    "pool_modules_targeted": "Modules that an adapter has touched.",
-    "pool_pages_total": "Pages that these modules may have.",
-    "pool_pages_free": "Pages of these that no adapter has.",
-    "pool_limit_bytes": "Bytes that the pool may take from its devices.",
-    "pool_reserved_bytes": "Bytes that it has taken: pages, tables and replaced modules.",
-    "pool_used_bytes": "Bytes that its adapters fill.",
-    "pool_page_bytes": "Bytes taken for pages.",
-    "pool_table_bytes": "Bytes taken for tables.",
-    "pool_replaced_bytes": "Bytes taken for replaced modules.",
+    "pool_slots_pinned": "Adapters on the device that requests pin.",
+    "pool_pins": "Requests that pin an adapter.",
+    "pool_modules_targeted": "Modules that an adapter has targeted.",
+    "pool_pages_total": "Most pages of these modules.",
+    "pool_pages_free": "Free pages of these modules.",
+    "pool_limit_bytes": "Most bytes that the pool may allocate on its devices.",
+    "pool_reserved_bytes": "Bytes that it has allocated: pages, tables and replaced modules.",
+    "pool_used_bytes": "Bytes that its adapters use.",
+    "pool_page_bytes": "Bytes allocated for pages.",
+    "pool_table_bytes": "Bytes allocated for tables.",
+    "pool_replaced_bytes": "Bytes allocated for replaced modules.",
     "pool_cached": "Adapters in host memory.",
-    "pool_cache_bytes": "Bytes of these.",
+    "pool_cache_bytes": "Bytes of the adapters in host memory.",
 }
 
 
@@ -45,7 +45,7 @@ class Load(NamedTuple):
         running: adapter of each running request; None is the base model.
         waiting: adapter of each waiting request.
         most_adapters: number of adapters that fit at a time.
-        cache: share of the cache that requests hold.
+        cache: share of the cache that requests use.
     """
 
     running: Sequence[str | None]
@@ -55,11 +55,12 @@ class Load(NamedTuple):
 
 
 def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load) -> str:
-    """Return a page of metrics, each with its type and a line of help.
+    """Return the text of all metrics, each with its type and a line of help.
 
     Args:
-        stats: of :meth:`Engine.stats`. refused: how many requests by the code of their error.
-        load: of :meth:`Engine.load`; it is told under vLLM's names, which routers know.
+        stats: result of :meth:`Engine.stats`.
+        refused: number of rejected requests by the code of their error.
+        load: result of :meth:`Engine.load`; it has vLLM's names, which routers support.
     """
     samples = {name: {"": value} for name, value in stats.items()}
     if refused:
@@ -71,7 +72,7 @@ def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load)
             lines += _lines(f"lora_ext_{short}", "gauge", _GAUGES[name], values)
         else:
             lines += _lines(f"lora_ext_{name}", "counter", _COUNTERS[name], values)
-    # Gauges of vLLM's names, by which the Gateway API's inference extension places requests:
+    # Gauges with vLLM's names, by which the Gateway API's inference extension routes requests:
     # https://github.com/kubernetes-sigs/gateway-api-inference-extension,
     # docs/proposals/003-model-server-protocol.
     labels = (
@@ -81,9 +82,9 @@ def prometheus(stats: Mapping[str, int], refused: Mapping[int, int], load: Load)
     info = "Adapters of requests; its value is the time."
     lines += _lines("vllm:lora_requests_info", "gauge", info, {labels: time.time()})
     gauges = {
-        "num_requests_running": ("Requests that run.", len(load.running)),
-        "num_requests_waiting": ("Requests that wait.", len(load.waiting)),
-        "kv_cache_usage_perc": ("Share of the cache that requests hold.", load.cache),
+        "num_requests_running": ("Running requests.", len(load.running)),
+        "num_requests_waiting": ("Waiting requests.", len(load.waiting)),
+        "kv_cache_usage_perc": ("Share of the cache that requests use.", load.cache),
     }
     for name, (text, value) in gauges.items():
         lines += _lines(f"vllm:{name}", "gauge", text, {"": value})

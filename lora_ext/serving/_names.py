@@ -1,8 +1,8 @@
-"""Whose names a call of an attached model goes by: this is the one place that says it.
+"""Choice of the adapter names of a call of an attached model.
 
-A call goes by names of its own, ``adapter_names=``; without them by those of the block around it;
-without a block by the default of ``attach``. Calls whose names somebody else has dropped on the way
-are refused, as the base model would answer them.
+A call uses its argument ``adapter_names=``; without it the names of the surrounding block; without
+a block the default of ``attach``. Calls whose names another package has dropped are rejected, as
+the base model would answer them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from lora_ext.rows import (
 
 
 class CallNames:
-    """The names of the calls of an attached model.
+    """Names of the calls of an attached model.
 
     Args:
-        pool: of the model. default: of ``attach``.
+        pool: pool of the model.
+        default: argument of ``attach``.
     """
 
     def __init__(self, pool: AdapterPool, default: str | None):
@@ -39,14 +40,14 @@ class CallNames:
         self.handle = pool_handle(pool)
 
     def block(self, names: Names) -> contextlib.AbstractContextManager[Any]:
-        """Return the block of a call with these names; None stays in the block around."""
+        """Return the block of a call with these names; None keeps the surrounding block."""
         return contextlib.nullcontext() if names is None else of_call(names, pool=self.pool)
 
     def of_call(self, given: Names) -> Names:
         """Return the names of a call: the given ones, or the default outside every block.
 
         Raises:
-            RuntimeError: the default is "error".
+            RuntimeError: If the default is "error" and used.
         """
         if given is not None or self.default is None or current(self.handle) is not None:
             return given
@@ -55,15 +56,17 @@ class CallNames:
         return self.default
 
     def of_requests(self, where: str, given: Names, count: int) -> list[str | None]:
-        """Return a name per request: the given ones, those of the block around, or the default.
+        """Return a name per request: the given ones, those of the block, or the default.
 
         Args:
-            where: the function, for messages. given: one name for all, one per request, or None.
-            count: of requests.
+            where: name of the function, for messages.
+            given: one name for all, one per request, or None.
+            count: number of requests.
 
         Raises:
-            ValueError: another number of names, or a block that names tokens. UnknownAdapterError:
-                a name that the pool lacks. RuntimeError: no name, and the default is "error".
+            ValueError: If the number of names differs, or the block names tokens.
+            UnknownAdapterError: If the pool lacks a name.
+            RuntimeError: If no names are given and the default is "error".
         """
         given = self.of_call(given)
         block = current(self.handle) if given is None else None
@@ -71,7 +74,8 @@ class CallNames:
             shape = block.assignment.shape
             if len(shape) > 1 or not isinstance(block.assignment.places, tuple):
                 raise ValueError(
-                    f"{where}: expected a block with one name per request, found names of tokens"
+                    f"{where}: expected a block with one name per request, found names of tokens, "
+                    f"{list(shape)}"
                 )
             given = block.assignment.spelled()
             given = given if shape else given[0]
@@ -85,15 +89,11 @@ class CallNames:
             fits = name is None or isinstance(name, str)
             require(fits, where, "adapter_names", "str or None", f"{name!r:.200}")
             if name not in (None, BASE) and name not in self.pool:
-                self.pool.acquire([name])  # says what is wrong with it
+                self.pool.acquire([name])  # raises with the reason
         return names
 
     def check_invoked(self, where: str, prompts: Sequence[NamedPrompt]) -> None:
-        """Refuse a prompt without the invocation of its adapter, before any of them is served.
-
-        Raises:
-            ValueError: naming the first such adapter and request.
-        """
+        """Raise ValueError for the first prompt without the invocation of its adapter."""
         for i, prompt in enumerate(prompts):
             name, allowed = prompt.adapter, prompt.allow_base
             invocation = () if name in (None, BASE) or allowed else self.pool.invocation(name)
@@ -102,11 +102,11 @@ class CallNames:
 
 
 class NamedPrompt(list[int]):
-    """A prompt with its adapter, on its way through ``generate_batch`` and ``add_requests``."""
+    """Prompt with its adapter, passed through ``generate_batch`` and ``add_requests``."""
 
     adapter: str | None
-    allow_base: bool  # where it lacks the adapter's invocation
-    errors: list[BaseException]  # what befell one: generate_batch itself only logs it
+    allow_base: bool  # use the base model if the prompt lacks the adapter's invocation
+    errors: list[BaseException]  # errors of all prompts, which generate_batch only logs
 
 
 def not_invoked(where: str, name: str | None, invocation: Sequence[int]) -> ValueError:

@@ -1,9 +1,9 @@
-"""Refuse calls of transformers' pipelines whose names are lost before they reach the model.
+"""Detection of calls of transformers' pipelines whose names do not reach the model.
 
-Some pipelines drop the names of a call, some make several rows of an input, and some compute where
-their result is read. The model's forward cannot see that. ``Pipeline.__call__`` and
-``Pipeline.forward``, which every pipeline runs, are therefore wrapped on the class: they store in a
-ContextVar which call and which step runs. Models that are not attached are not affected.
+Some pipelines drop the names of a call, some make several rows of an input, and some compute when
+their result is read. The model's forward cannot detect this. ``Pipeline.__call__`` and
+``Pipeline.forward``, which every pipeline runs, are therefore wrapped on the class: they store the
+running call and step in a ContextVar. Models that are not attached are not affected.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _warned: set[int] = set()  # pools
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a pipeline, for as long as it computes.
+    """Running call of a pipeline.
 
     Attributes:
-        names: whether it was given ``adapter_names``.
-        blocks: handles of the pools whose innermost block around it names adapters.
-        lazy: whether it has returned an iterator, which may be read outside the block.
+        names: True if ``adapter_names`` was an argument.
+        blocks: handles of the pools whose innermost surrounding block names adapters.
+        lazy: True if the call has returned an iterator, which may be read outside the block.
     """
 
     names: bool
@@ -45,7 +45,7 @@ def watch_pipelines() -> None:
     """Wrap the methods of transformers' pipelines, once, if transformers has been imported."""
     if "transformers.modeling_utils" not in sys.modules:
         return
-    from transformers.pipelines.base import Pipeline  # 30 ms beside a model of theirs
+    from transformers.pipelines.base import Pipeline  # takes 30 ms after a model was imported
 
     call, step = Pipeline.__call__, Pipeline.forward
     if hasattr(step, "of_lora_ext"):
@@ -61,7 +61,7 @@ def watch_pipelines() -> None:
         blocks = frozenset(h for h, b in innermost_of.items() if b.assignment.names)
         names = kwargs.get("adapter_names") is not None
         result = _inside(_call, _Call(names, blocks), call)(self, inputs, *args, **kwargs)
-        # Of a generator or a dataset: an iterator over results, around one that runs the steps.
+        # For a generator or a dataset, the result is an iterator over one that runs the steps.
         steps: Any = getattr(result, "loader", None)
         if callable(getattr(steps, "infer", None)):
             steps.infer = _inside(_call, _Call(names, blocks, lazy=True), steps.infer)
@@ -92,11 +92,11 @@ def report_lost_names(handle: int) -> None:
     """Raise if another adapter or the base model would serve a call; warn if it may.
 
     Args:
-        handle: of the pool.
+        handle: handle of the pool.
 
     Raises:
-        ValueError: no block, though the pipeline was given ``adapter_names``; or a block with
-            several names around a pipeline that makes several rows of an input.
+        ValueError: If the pipeline received ``adapter_names`` and there is no block, or a block has
+            several names and the pipeline makes several rows of an input.
     """
     call, step = _call.get(), _step.get()
     if call is None and step is None:
@@ -106,7 +106,7 @@ def report_lost_names(handle: int) -> None:
         if step is not None and len(set(block.assignment.each())) > 1:
             pipeline, inputs = step
             cuts = any(kind.__name__ == "ChunkPipeline" for kind in type(pipeline).__mro__)
-            # The pipeline notes which rows are the last ones of their inputs.
+            # The pipeline marks the last row of each input.
             last = inputs.get("is_last", False) if isinstance(inputs, Mapping) else False
             whole = all(last) if isinstance(last, list) else last
             if cuts and not whole:
@@ -120,7 +120,7 @@ def report_lost_names(handle: int) -> None:
         kind = "a pipeline" if step is None else f"a {type(step[0]).__name__}"
         raise ValueError(
             "adapter_names: expected a block around the pipeline, found an argument of its call: "
-            f"{kind} does not give it to the model; enter lora_ext.adapters(...)"
+            f"{kind} does not pass it to the model; enter lora_ext.adapters(...)"
         )
     if call is not None and call.lazy and handle in call.blocks and handle not in _warned:
         _warned.add(handle)

@@ -1,4 +1,4 @@
-"""How a request of continuous batching chooses its tokens, whatever its neighbours do."""
+"""Sampling of a request of continuous batching, independent of the other requests."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lora_ext._checks import check_fields, require, within
 
 @dataclass(frozen=True)
 class Sampling:
-    """One request's way to choose tokens.
+    """Sampling settings of one request.
 
     Args:
-        temperature: 0 takes the largest logit, of equals the first; larger is more random.
-        top_p: draw from the fewest tokens whose probabilities, the largest first, reach it.
-        seed: of the request's own generator: the same draws whatever is in the batch. None: torch's
-            generator for all. Requests forked from one share its generator.
-        top_k: draw from so many tokens, the likeliest; -1 from all. It comes before ``top_p``.
+        temperature: 0 takes the largest logit, the first of equal ones; larger is more random.
+        top_p: draw from the fewest likeliest tokens whose probabilities sum to at least this.
+        seed: seed of a generator for this request, whose draws do not depend on the batch. None
+            uses torch's generator. Requests forked from one share its generator.
+        top_k: number of the likeliest tokens to draw from; -1 for all. Applied before ``top_p``.
 
     Raises:
-        ValueError: naming the argument, what was expected and what was found.
+        ValueError: If an argument is invalid; the message names it.
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", for ``top_p``.
     """
@@ -40,14 +40,14 @@ class Sampling:
             "top_k": within(-1, expected=("an integer", "a number of tokens, or -1 for all")),
         }
         check_fields(self, bounds)
-        # torch divides by no integer above 64 bits
+        # torch cannot divide by integers of more than 64 bits.
         object.__setattr__(self, "temperature", float(self.temperature))
         found = self.top_k
         require(found != 0, "Sampling", "top_k", "a number of tokens, or -1 for all", found)
 
     @property
     def draws_from_all(self) -> bool:
-        """Whether a token is drawn, and from the whole distribution."""
+        """True if tokens are drawn from the whole distribution."""
         return self.temperature > 0 and self.top_p == 1 and self.top_k == -1
 
     def generator(self, device: torch.device) -> torch.Generator | None:
@@ -58,18 +58,19 @@ class Sampling:
         """Sample one token id from ``logits``.
 
         Args:
-            logits: ``(V,)``, floating. generator: on their device; None is torch's own.
+            logits: ``(V,)``, floating.
+            generator: generator on their device; None is torch's own.
 
         Returns:
-            Its number, ``()`` int64. Of logits that have a NaN, or none that is finite, any.
+            A token id, ``()`` int64; an arbitrary one if a logit is NaN or no logit is finite.
         """
         if self.temperature == 0:
             return logits.argmax()
-        # The largest becomes 0 first, so that no quotient overflows.
+        # The largest logit becomes 0 before the division, so that no quotient overflows.
         heat = (logits - logits.max()).double() / self.temperature
         if 0 < self.top_k < heat.shape[0]:
             least = heat.topk(self.top_k).values[-1]
-            heat = heat.masked_fill(heat < least, float("-inf"))  # equals of the last stay
+            heat = heat.masked_fill(heat < least, float("-inf"))  # keeps ties with the last
         # An error here, or on a GPU an assertion, would end the steps of all other requests.
         probabilities = heat.softmax(-1).nan_to_num(1.0)
         if self.top_p < 1:

@@ -7,26 +7,27 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-_RECHECK_SECONDS = 1.0  # without a token, after which a stream looks whether the manager runs
+_RECHECK_SECONDS = 1.0  # time without a token after which a stream checks that the manager runs
 
 
 class RequestStream:
-    """The new tokens of one request, as an asynchronous iterator of lists.
+    """Asynchronous iterator over the new tokens of one request, in lists.
 
-    The request begins here, inside a running event loop. A reader that is slow gets longer lists,
-    and neither the manager nor another reader waits for it.
+    The constructor starts the request, inside a running event loop. A slow reader gets longer
+    lists, and neither the manager nor another reader waits for it.
 
     Args:
         manager: transformers' manager of an attached model, started.
         input_ids: the prompt.
-        settings: of the manager's ``add_request``: ``adapter_name``, ``max_new_tokens``,
+        ended: called once, with this stream, after the last token.
+        begun: called with this stream after the first token, or if there is none.
+        settings: arguments of the manager's ``add_request``: ``adapter_name``, ``max_new_tokens``,
             ``eos_token_id``, ``sampling``.
-        ended: called once, with this stream, when no token will come any more.
-        begun: called with this stream when its first token has come, or none will.
 
     Raises:
-        RuntimeError: the manager takes no requests, or, from the iterator, the request failed. And
-            what ``add_request`` raises.
+        RuntimeError: If the manager takes no requests, or, from the iterator, the request failed.
+
+    Errors of ``add_request`` are raised too.
     """
 
     def __init__(
@@ -40,9 +41,9 @@ class RequestStream:
     ):
         self.request_id = uuid.uuid4().hex
         self._prompt_length = len(input_ids)
-        #: Every token so far.
+        #: All tokens so far.
         self.tokens: list[int] = []
-        self.cancelled = self.stopped = False  # the latter by a stop string
+        self.cancelled = self.stopped = False  # stopped: ended by a stop string
         self._broken: str | None = None
         self._manager, self._read = manager, 0
         ends = settings.get("eos_token_id", manager.generation_config.eos_token_id)
@@ -61,17 +62,21 @@ class RequestStream:
             if accepted is None:
                 self._forget()
         if accepted is None:
-            raise RuntimeError("RequestStream: the manager takes no requests: it stops or failed")
+            raise RuntimeError(
+                "RequestStream: manager: expected a running one, found one that stops or failed"
+            )
 
     @property
     def finished(self) -> bool:
-        """Whether no token will come any more."""
+        """True if there will be no more tokens."""
         return self.cancelled or (self._last is not None and self._last.is_finished())
 
     @property
     def finish_reason(self) -> str | None:
-        """What OpenAI calls it: after an end token, a stop string or :meth:`cancel` "stop", else
-        "length"; None while it runs."""
+        """OpenAI's ``finish_reason``; None while the request runs.
+
+        It is "stop" after an end token, a stop string or :meth:`cancel`, else "length".
+        """
         if not self.finished:
             return None
         ended = self.stopped or self.cancelled or self.tokens[-1:] in self._ends
@@ -79,7 +84,7 @@ class RequestStream:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens of the prompt and of the answer so far, as OpenAI calls them."""
+        """Numbers of tokens of the prompt and of the answer so far, with OpenAI's names."""
         prompt, answer = self._prompt_length, len(self.tokens)
         return {
             "prompt_tokens": prompt,
@@ -88,7 +93,7 @@ class RequestStream:
         }
 
     def cancel(self) -> None:
-        """End the request, and let its adapter go. Whoever has all it wants calls this."""
+        """End the request and unpin its adapter, for example when no more tokens are needed."""
         if not self.finished:
             self.cancelled = True
             self._manager.cancel_request(self.request_id)
@@ -96,16 +101,16 @@ class RequestStream:
             self._arrived.set()
 
     def interrupt(self, why: str) -> None:
-        """End the request with an error for its reader, a :class:`RuntimeError` of these words."""
+        """End the request; its reader gets a :class:`RuntimeError` with the message ``why``."""
         if not self.finished:
             self._broken = why
             self.cancel()
 
     def until_gone(self, receive: Callable[[], Awaitable[Any]]) -> None:
-        """Cancel when the client of an ASGI connection has gone.
+        """Cancel the request when the client of an ASGI connection disconnects.
 
         Args:
-            receive: of the connection, whose body has been read.
+            receive: function of the connection, whose body has been read.
         """
 
         async def watch() -> None:
@@ -154,7 +159,7 @@ class RequestStream:
         if self.finished:
             return
         self._last = output
-        self.tokens = output.generated_tokens  # all since the prompt
+        self.tokens = output.generated_tokens  # all tokens since the prompt
         self._arrived.set()
         if self.finished:
             self._end()
@@ -177,43 +182,43 @@ class RequestStream:
 
 
 class TextStream:
-    """Text of tokens that come one after another: whole characters, up to the first stop string.
+    """Incremental decoder of tokens: whole characters, up to the first stop string.
 
     Args:
-        tokenizer: of transformers. stop: a text, or several, that ends the answer and is no part
-            of it.
+        tokenizer: a tokenizer of transformers.
+        stop: a text, or several, that ends the answer and is not part of it.
     """
 
     def __init__(self, tokenizer: Any, stop: str | Sequence[str] = ()):
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        self._window: list[int] = []  # what was told already, and what comes after it
-        self._told = 0
-        self._held = ""  # may be the beginning of a stop string
+        self._window: list[int] = []  # tokens returned last, and the following ones
+        self._told = 0  # number of tokens in the window that were returned
+        self._held = ""  # text that may be the beginning of a stop string
 
     def feed(self, tokens: Sequence[int]) -> str:
         """Return the text that is certain after these tokens."""
         self._window += tokens
         text = self._text()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""  # a character whose other bytes are yet to come
+            return ""  # an incomplete character
         return self._tell(text)
 
     def flush(self) -> str:
-        """Return the rest of the text when no more tokens come."""
+        """Return the rest of the text after the last token."""
         text = self._tell(self._text()) + self._held
         self._held = ""
         return text
 
     def _text(self) -> str:
-        """Return the text after what was returned; tokenizers join words by their predecessors."""
+        """Return the text that follows the returned one; decoding depends on preceding tokens."""
         how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         told = self._tokenizer.decode(self._window[: self._told], **how)
         return self._tokenizer.decode(self._window, **how)[len(told) :]
 
     def _tell(self, text: str) -> str:
-        if text:  # tokens without a text are nothing to join to
+        if text:  # tokens without text are kept with the preceding ones
             self._window = self._window[self._told :]
         self._told = len(self._window)
         if self.stopped:

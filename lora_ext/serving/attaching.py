@@ -1,5 +1,7 @@
-"""``attach`` and ``detach``: a pool's layers in somebody else's model. transformers itself is not
-imported."""
+"""``attach`` and ``detach``: replace modules of a model by layers of a pool.
+
+This module does not import transformers.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _KEY = "_lora_ext_attachment"
 
-# Modules that see pairs of positions, or a learned prompt, and no sequences: of T5, MPNet, WavLM,
-# SpeechT5 and MVP.
+# Modules of T5, MPNet, WavLM, SpeechT5 and MVP whose input is pairs of positions or a learned
+# prompt instead of sequences.
 _SHARED = re.compile(
     r"(^|\.)(\w*relative_attention_bias|rel_attn_embed|distance_embedding|pe_k|"
     r"(self|cross)_attn_prompt\..*)$"
@@ -48,13 +50,13 @@ _SHARED = re.compile(
 
 @dataclass(eq=False)
 class _Attachment:
-    """Kept on the attached model; a deep copy of the model is attached too."""
+    """State of an attached model, in its ``__dict__``; a deep copy of the model is attached too."""
 
     pool: AdapterPool
     swap: Swap
     packed: bool
     fused: bool
-    hooked: list[tuple[str, str]]  # of Hooks.install
+    hooked: list[tuple[str, str]]  # result of Hooks.install
     spaced: list[nn.Module]  # layers with hooks of space_products
 
     def __post_init__(self) -> None:
@@ -78,47 +80,49 @@ def attach(
     fuse_siblings: bool = False,
     overlap: bool = False,
 ) -> Model:
-    """Put a :class:`MultiLoraLinear`, :class:`MultiLoraEmbedding` or :class:`MultiLoraExperts` in
-    the place of every module that the pool may adapt.
+    """Replace every module that the pool may adapt by a layer of the pool.
 
-    Works in place; :func:`detach` undoes it. Parameters, names and checkpoints stay what they are.
-    A module that is registered under several names is replaced under its first, as PEFT does.
-    Where the model can ``generate``, its rows keep their adapters through beams and returned
+    The layers are :class:`MultiLoraLinear`, :class:`MultiLoraEmbedding` and
+    :class:`MultiLoraExperts`. The model is changed in place; :func:`detach` undoes it. Parameters,
+    names and checkpoints do not change. A module with several names is replaced under its first, as
+    in PEFT. If the model has ``generate``, its rows keep their adapters through beams and returned
     sequences. ``generate`` and the call of a transformers model take PEFT's ``adapter_names=``,
-    which is :func:`lora_ext.adapters` around them.
+    which is equivalent to :func:`lora_ext.adapters` around them.
 
     Args:
         model: the model that the pool was made for, or one of the same shape.
-        pool: where the adapters are.
-        default: who serves a call outside every block and without ``adapter_names=``: None the
-            base model, an adapter by its name, or "error" nobody, which raises RuntimeError.
+        pool: the pool of the adapters.
+        default: adapter of a call outside every block and without ``adapter_names=``: None for the
+            base model, the name of an adapter, or "error" to raise RuntimeError.
         pack_base: keep a packed copy of the weight of every linear layer, which makes products of
-            at most 32 rows on a CPU faster: :func:`lora_ext.nn.pack_linears` of the model. It costs
-            the weights' bytes once more; a decode step of SmolLM2-135M with 16 adapters then takes
-            0.58 of the time of the bare model, and without packing 1.2. It is not the default since
-            it takes memory that nobody named: :func:`lora_ext.nn.packing` says whether it fits.
-        fuse_siblings: compute the updates of layers of one parent that are called with the very
-            same tensor (q, k, v; gate, up) in one op, which takes the launches of one layer on a
-            GPU: :mod:`lora_ext.serving.layers._siblings`. The first of them calls the bases of the
-            others too, a little earlier than the model does. The bits are the same. It holds on a
-            GPU, outside gradients, autocast and ``torch.compile``, beside
-            plain linear bases without hooks and adapters without DoRA; elsewhere each layer
-            computes its own.
+            at most 32 rows on a CPU faster: see :func:`lora_ext.nn.pack_linears`. The copy needs as
+            many bytes as the weights. A decode step of SmolLM2-135M with 16 adapters then takes
+            0.58 of the time of the bare model, and without packing 1.2. It is not the default
+            because of the memory: :func:`lora_ext.nn.packing` checks whether it fits.
+        fuse_siblings: compute the updates of layers of one parent that are called with the same
+            tensor (q, k, v; gate, up) in one op, which needs the launches of one layer on a GPU:
+            see :mod:`lora_ext.serving.layers._siblings`. The first of them also calls the base
+            layers of the others, a little earlier than the model does. The bits are the same. It
+            applies on a GPU, outside gradients, autocast and ``torch.compile``, to plain linear
+            bases without hooks and adapters without DoRA; other layers are computed separately.
         overlap: begin each layer's update on a second CUDA stream while its base product runs, in
-            calls of at most 256 rows: :mod:`lora_ext.serving.layers._overlap`. It holds where
-            ``fuse_siblings`` would, but for the output head, and not beside it. The bits are the
-            same. No GPU has timed it.
+            calls of at most 256 rows: see :mod:`lora_ext.serving.layers._overlap`. It applies under
+            the conditions of ``fuse_siblings``, except to the output head, and excludes it. The
+            bits are the same. It has not been timed on a GPU.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: no module, no pool, or a flag that is neither True nor False.
-            UnknownAdapterError: a default that the pool lacks. RuntimeError: the model, or a part
-            of it, is attached or carries PEFT's layers. ValueError: a module of the pool is missing
-            or has another size, or the model has one that the pool lacks; ``overlap`` beside
-            ``fuse_siblings``; or what ``pack_linears`` refuses. NotImplementedError: transformers'
-            ``tp_plan`` has divided the weights. The model is unchanged then.
+        TypeError: If ``model`` is not a module, ``pool`` is not a pool, or a flag is neither True
+            nor False.
+        UnknownAdapterError: If the pool lacks the default.
+        RuntimeError: If the model, or a part of it, is attached or has PEFT's layers.
+        ValueError: If a module of the pool is missing or has another size; the pool lacks a module
+            of the model; ``overlap`` and ``fuse_siblings`` are both True; or ``pack_linears``
+            raises.
+        NotImplementedError: If transformers' ``tp_plan`` has divided the weights. After any error
+            the model is unchanged.
     """
     _check_module("attach", model)
     instance("attach", "pool", pool, AdapterPool)
@@ -145,9 +149,9 @@ def attach(
         layer.default = default
     found = ModelIndex.build(model, pool.targets, device="cpu").specs
     if more := [name for name in found if name not in pool.index.specs]:
-        raise ValueError(  # these layers would serve the base model in silence
-            f"attach: pool: expected a pool of this model, found none of its pages for {len(more)} "
-            f"modules of the model, {more[0]!r} first; make the pool of this model"
+        raise ValueError(  # these layers would silently compute the base model
+            f"attach: pool: expected a pool of this model, found one without {len(more)} modules "
+            f"of the model, {more[0]!r} first; make the pool of this model"
         )
     pool.base_models.meet("attach: model", model_name(model), stacklevel=2)
     if pack_base:
@@ -166,20 +170,22 @@ def attach(
 
 
 def detach(model: Model) -> Model:
-    """Put back the very module objects that :func:`attach` replaced.
+    """Restore the module objects that :func:`attach` replaced.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: no module. RuntimeError: the model is not attached, a layer was replaced or
-            offloaded since, or a manager of continuous batching runs. The model is unchanged then.
+        TypeError: If ``model`` is not a module.
+        RuntimeError: If the model is not attached, a layer was replaced or offloaded since, or a
+            manager of continuous batching runs. The model is then unchanged.
     """
     _check_module("detach", model)
     attachment: _Attachment | None = model.__dict__.get(_KEY)
     if attachment is None:
-        raise RuntimeError("detach: expected an attached model, found one that is not")
-    for name, module in model.named_modules():  # weights would stay on meta
+        found = f"a {type(model).__name__} that is not"
+        raise RuntimeError(f"detach: expected an attached model, found {found}")
+    for name, module in model.named_modules():  # accelerate would leave weights on meta
         on_layer = name in attachment.swap.placed and "_hf_hook" in module.__dict__
         if on_layer or is_hook(module.__dict__.get("_old_forward")):
             raise RuntimeError(
@@ -188,7 +194,7 @@ def detach(model: Model) -> Model:
             )
     managers = requests_of(model)
     if any(requests.manager.is_running() for requests in managers):
-        expected = "no manager of continuous batching that runs"
+        expected = "no running manager of continuous batching"
         raise RuntimeError(f"detach: expected {expected}, found one; stop it first")
     packed = packed_layers(model, "detach") if attachment.packed else []
     attachment.swap.restore(model, "detach")
@@ -213,7 +219,7 @@ def _check_free(model: nn.Module) -> None:
         raise RuntimeError(
             "attach: expected a model that is not attached, found an attached one; detach it first"
         )
-    parts = getattr(model, "_tp_size", None) or 1  # transformers' own mark
+    parts = getattr(model, "_tp_size", None) or 1  # attribute of transformers
     found = f"weights that tp_plan has divided between {parts} processes"
     require(parts == 1, "attach", "model", "undivided weights", found, NotImplementedError)
     for name, module in model.named_modules():

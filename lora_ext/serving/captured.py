@@ -1,8 +1,8 @@
-"""``capturable``: a decode step whose CUDA graph serves other names, ranks, loads and unloads.
+"""``capturable``: a decode step whose CUDA graph supports changes of names, ranks and adapters.
 
-A captured graph reads memory and no names. The adapter of each row, and everything that depends on
-it, therefore has a fixed address and is written before a replay. The graph's first layer groups the
-rows by adapter, and all other layers use its plan.
+A captured graph reads memory but no names. The adapter of each row, and all values that depend on
+it, therefore have a fixed address and are written before a replay. The graph's first layer groups
+the rows by adapter, and all other layers use its plan.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REPLACED = "a module of its own"
 
 
 def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Capturable:
-    """Make room for a captured step of at most ``max_rows`` rows, one name each.
+    """Allocate memory for a captured step of at most ``max_rows`` rows, one name each.
 
     ::
 
@@ -42,14 +42,15 @@ def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Captur
             graph.replay()
 
     Args:
-        pool: whose adapters the step serves; all its modules on one device.
+        pool: the pool of the adapters; all its modules must be on one device.
         max_rows: most rows of a step: sequences with one token each, or tokens.
-        replaced: most adapters of one step that bring modules of their own (``modules_to_save``).
-            Each is a copy of its weight and a product of all rows more, wherever an adapter has
-            replaced a module.
+        replaced: most adapters of one step that replace modules (``modules_to_save``). Each needs a
+            copy of its weight and another product of all rows, for every replaced module.
 
     Raises:
-        TypeError: no pool. ValueError: numbers below 1 and 0, or a pool on several devices.
+        TypeError: If ``pool`` is not a pool.
+        ValueError: If ``max_rows`` is below 1, ``replaced`` is below 0, or the pool is on several
+            devices.
     """
     instance("capturable", "pool", pool, AdapterPool)
     integer("capturable", "max_rows", max_rows, 1, expected="an integer, at least 1")
@@ -62,12 +63,12 @@ def capturable(pool: AdapterPool, max_rows: int, *, replaced: int = 1) -> Captur
 
 @dataclass
 class _Graphs:
-    """What the graphs that were captured in a step compute; grows with each capture.
+    """Properties of all graphs that were captured in a step.
 
     Attributes:
         rows: rows of the largest graph; 0 before the first capture.
         parts: values of :data:`_PARTS` and :data:`_REPLACED` by module, fixed at the first capture.
-        served: serial numbers of adapters that were found to need no other parts.
+        served: serial numbers of checked adapters that need no other parts.
     """
 
     rows: int = 0
@@ -76,22 +77,23 @@ class _Graphs:
 
 
 class Capturable:
-    """What :func:`capturable` makes. Blocks of :func:`lora_ext.adapters` that are entered inside
-    ``with step`` write their names here, with one copy.
+    """Capturable step, made by :func:`capturable`.
 
-    The adapters named last stay pinned until other names are written, so a replay behind a block
-    serves them, also where they were unloaded since. A graph that was captured inside keeps this
-    object, and with it the pool, alive (from the torch on that shows the graph it captures).
+    Blocks of :func:`lora_ext.adapters` that are entered inside ``with step`` write their names
+    here, with one copy. The adapters named last stay pinned until other names are written, so a
+    replay after a block uses them, even if they were unloaded since. A graph that was captured
+    inside keeps this object and the pool alive, in versions of torch that expose the graph being
+    captured.
 
-    One thread at a time. A forward with another number of rows than names, such as a prefill, is
-    served as without the step; captured, it raises.
+    Only one thread may use the step at a time. A forward whose number of rows differs from the
+    number of names, such as a prefill, is computed as without the step; in a capture it raises.
 
     State, all owned by this object:
 
-    * For its life, at fixed addresses that graphs read: ``_ids``, the slot of each row, and
+    * Permanent, at fixed addresses that graphs read: ``_ids``, the slot of each row, and
       ``_places``, the place of the adapter that replaces modules in that row. Both are views of
       ``_buffer``, and -1 for the base model. ``_dora`` has a table of DoRA's factors per layer,
-      ``_banks`` the weights of replaced modules by name; each appears in the first forward.
+      ``_banks`` the weights of replaced modules by name; each is made in the first forward.
     * Until other names are written: ``_lease``, the pins, ``_assignment``, the names, and
       ``_owners``, the adapter at each place of the banks.
     * ``_graphs`` grows with captures. ``_entered`` is the context of ``with step``, None outside.
@@ -117,7 +119,7 @@ class Capturable:
         return f"Capturable(max_rows={self.max_rows}, replaced={self.replaced}, {self.device})"
 
     def __enter__(self) -> Capturable:
-        """Let blocks of the pool, in this thread and task, write their names here."""
+        """Make blocks of the pool, in this thread and task, write their names here."""
         self._check_open()
         if self._entered is not None:
             raise RuntimeError("capturable: expected a step to be entered once, found it entered")
@@ -148,15 +150,16 @@ class Capturable:
     # Before a replay
 
     def write(self, assignment: Assignment) -> None:
-        """Write the names that replays serve, and pin their adapters until the next write.
+        """Write the names for replays, and pin their adapters until the next write.
 
-        After an error, and what the pool raises, replays serve the base model; in a capture nothing
-        has changed.
+        After an error, also of the pool, replays use the base model. In a capture, or after
+        :meth:`close`, nothing changes.
 
         Raises:
-            ValueError: more names than rows, or an adapter that needs what a captured graph lacks.
-            RuntimeError: the step is closed, or a graph is being captured. NotImplementedError: an
-                activated adapter.
+            ValueError: If there are more names than rows, or an adapter needs a part that a
+                captured graph lacks.
+            RuntimeError: If the step is closed, or a graph is being captured.
+            NotImplementedError: If an adapter is activated.
         """
         self._check_open()
         if capture(self.device) is not None:
@@ -173,13 +176,13 @@ class Capturable:
 
     def _rows_of_names(self, assignment: Assignment) -> Tensor:
         """Pin the adapters; return the slot and the place of each row, ``(2, max_rows)`` int32."""
-        named = assignment.shape != ()  # rows without a name are the base model's
+        named = assignment.shape != ()  # rows without a name use the base model
         count = len(assignment.places) if named else 0
         most = self._graphs.rows or self.max_rows
         if count > most:
             limit = f"max_rows={most}" if most == self.max_rows else f"the {most} rows captured"
             raise ValueError(f"adapters: names: expected at most {limit}, found {count}")
-        self._release()  # first, so that these adapters can make way
+        self._release()  # before the new lease, so that the pool can evict these adapters
         self._lease = lease = self.pool.acquire(assignment.names)
         for name, invocation in zip(assignment.names, lease.invocations, strict=True):
             if invocation:
@@ -202,7 +205,7 @@ class Capturable:
             bank.follow(self._owners)
         owners = [None if owner is None else owner.slot for owner in self._owners]
         places = [owners.index(slot) if slot in owners else -1 for slot in lease]
-        of_names = [[*lease, -1], [*places, -1]]  # index -1, the base model, reads the last
+        of_names = [[*lease, -1], [*places, -1]]  # index -1, the base model, selects the last
         rest = self.max_rows - count
         names = assignment.places  # the index of each row's name
         if isinstance(names, Tensor):  # on a device: its values are not known here
@@ -247,7 +250,7 @@ class Capturable:
                 for name, slab in self._slabs().items()
             }
         if getattr(graph, "lora_ext_step", None) is not self:
-            graph.lora_ext_step = self  # it reads our memory, and the pool's
+            graph.lora_ext_step = self  # keep the memory alive that the graph reads
 
     def check_outside_capture(self) -> None:
         """Raise RuntimeError if a layer is captured outside of every block.
@@ -261,7 +264,7 @@ class Capturable:
             )
 
     def _missing_parts(self, resident: Any) -> tuple[str, list[str]] | None:
-        """Return the first module where the adapter needs parts that the graphs lack; and these."""
+        """Return the first module for which the graphs lack parts of the adapter, and these."""
         graphs = self._graphs
         if graphs.parts is None or resident.serial in graphs.served:
             return None
@@ -281,7 +284,7 @@ class Capturable:
         return None
 
     def _place(self, residents: Collection[Any]) -> None:
-        """Give each adapter that replaces modules a place, the one that it has if possible."""
+        """Assign a place to each adapter that replaces modules, if possible its current one."""
         slabs = [slab for slab in self._slabs().values() if slab.replaced]
         for r in residents:
             if any(r.slot in s.replaced and s.replaced[r.slot].rows is not None for s in slabs):
@@ -290,7 +293,7 @@ class Capturable:
                     f"capturable: adapters: expected {expected}, found {r.name!r}"
                 )
         replacing = [r for r in residents if any(r.slot in slab.replaced for slab in slabs)]
-        expected = f"at most {self.replaced} adapters of a step that bring modules of their own"
+        expected = f"at most {self.replaced} adapters of a step that replace modules"
         found = f"{[r.name for r in replacing]!r:.200}"
         require(len(replacing) <= self.replaced, "capturable", "replaced", expected, found)
         self._owners = [owner if owner in replacing else None for owner in self._owners]
@@ -304,8 +307,8 @@ class Capturable:
     def rows(self, assignment: Assignment, layout: Layout) -> Rows | None:
         """Return the rows that replays read, with all slots in use.
 
-        None if a name has several rows, or if other names were written since; in a capture this
-        raises ValueError.
+        Returns None if a name has several rows, or other names were written since; in a capture
+        this raises ValueError.
         """
         device, count = layout.device, math.prod(layout.leading)
         if (

@@ -1,6 +1,9 @@
-"""Training for many tenants on one base model: ``Service`` merges their calls, samples from their
-adapters and keeps their saves. No HTTP is in here; :mod:`lora_ext.server.tinker` speaks it. What is
-not in ``__all__`` is for other rooms."""
+"""Training for many tenants on one base model.
+
+``Service`` merges the calls of tenants, samples from their adapters and stores their saves.
+:mod:`lora_ext.server.tinker` serves it over HTTP. Names that are not in ``__all__`` are for other
+subpackages.
+"""
 
 from lora_ext.serving import QueueFullError
 

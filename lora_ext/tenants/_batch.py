@@ -1,4 +1,4 @@
-"""One step: data of many calls in one forward, a loss for each call, and one backward."""
+"""Steps: data of many calls in one forward, a loss for each call, and one backward."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ._data import Checked, Result
 from ._live import LiveAdapter
 from ._losses import LOSSES
 
-#: What a model has to be: padding stands behind a sequence, unmasked.
-CAUSAL = "a causal language model of transformers, no token of which sees those behind it"
+#: Kind of model that a service needs: padding follows each sequence and is not masked.
+CAUSAL = "a causal language model of transformers, in which no token depends on later tokens"
 
 
 @dataclass(eq=False)
 class Call:
-    """A ``forward_backward`` or ``forward`` on its way.
+    """Pending ``forward_backward`` or ``forward``.
 
-    It is cut into parts by its own data alone, so its numbers do not follow from who waits beside
-    it: data from long to short, as many as make ``most`` tokens with their padding.
+    It is split into parts of at most ``most`` tokens with padding, from long to short data. The
+    split depends only on the call's own data, so its results do not depend on other calls.
     """
 
     adapter: LiveAdapter
@@ -55,17 +55,17 @@ class Call:
 
     @property
     def tokens(self) -> int:
-        """Of its data; where targets are more, of those."""
+        """Number of tokens, or of targets if a datum has more of these."""
         return sum(max(each.length, each.targets.numel()) for each in self.data)
 
     def fail(self, error: BaseException) -> None:
-        """Give the caller the error; parts to come are dropped, and no gradient stays."""
+        """Set the error of the future and drop the remaining parts."""
         self.parts.clear()
         if not self.future.done():
             self.future.set_exception(error)
 
     def finish(self) -> None:
-        """Give the adapter its gradients and the caller the result, after the last part."""
+        """Add the gradients to the adapter and set the result, after the last part."""
         if self.backward and self.gradients is not None:
             self.adapter.add(self.gradients)
         each = [self.logprobs[i] for i in range(len(self.data))]
@@ -75,26 +75,26 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some data of a call that go into one step together."""
+    """Data of a call that are computed in one step."""
 
     call: Call
     rows: list[int]
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each datum."""
+        """Number of tokens of each datum."""
         return [self.call.data[i].length for i in self.rows]
 
 
 class BatchStep:
-    """Steps over one model of transformers with a head for the next token, in evaluation mode."""
+    """Steps of a causal language model of transformers, in evaluation mode."""
 
     def __init__(self, model: Any):
         self.model, self.head = model, model.get_output_embeddings()
         self.device = model.get_input_embeddings().weight.device
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         require(not self._looks_ahead(), "Service", "model", CAUSAL, type(model).__name__)
-        self._apart = self._has_its_head_apart()
+        self._apart = self._head_is_separate()
 
     def _looks_ahead(self) -> bool:
         """Return whether a token's logits depend on later tokens, padding included.
@@ -117,10 +117,12 @@ class BatchStep:
         moved, *rounding = ((logits(*it) - base).abs().max() for it in ((1, 1), (0, 1), (0, 0)))
         return not bool(moved <= 16 * max(rounding))
 
-    def _has_its_head_apart(self) -> bool:
-        """Whether the model's logits are those of its head on what its body gives: some models cap
-        or scale them. It is tried, once, on tokens whose logits tell: a scale does nothing to the
-        zeros of a padding token, and a cap little to small numbers."""
+    def _head_is_separate(self) -> bool:
+        """Return whether the model's logits are its head applied to its body's hidden states.
+
+        Some models cap or scale them. This is tested once. The logits must not all be zero, as for
+        a padding token, since a scale would not change them.
+        """
         body = getattr(self.model, "base_model", None)
         if body is None or body is self.model or self.head is None:
             return False
@@ -133,13 +135,14 @@ class BatchStep:
             return bool(logits.any()) and torch.equal(logits, own)
 
     def run(self, parts: Sequence[Part]) -> None:
-        """Compute the parts, and let each call have its share, or its failure.
+        """Compute the parts, and pass its results or its error to each call.
 
-        What fails with many is tried with fewer: memory, or a fault that is one call's alone.
+        After an error the parts are computed in halves, since memory may suffice for fewer, and an
+        error of one call must not fail the others.
         """
         try:
             self._run(parts)
-        except Exception as error:  # whatever the model raises is some caller's to know
+        except Exception as error:  # any error of the model is passed to a caller
             if len(parts) == 1:
                 parts[0].call.fail(error)
                 return
@@ -164,7 +167,7 @@ class BatchStep:
                 part.call.fail(_not_finite("loss", total))
         wanted = [p for p in parts if p.call.backward and math.isfinite(totals[p])]
         gradients = self._gradients(wanted, sums)
-        # From here on nothing raises.
+        # The code below does not raise.
         for (part, i), logprobs in zip(owners, found, strict=True):
             part.call.logprobs[i] = logprobs.detach().cpu()
         for part in parts:
@@ -172,7 +175,7 @@ class BatchStep:
             if part in gradients:
                 own, finite = gradients[part]
                 if not finite:
-                    call.fail(_not_finite("gradient", "one that is not"))
+                    call.fail(_not_finite("gradient", "NaN or infinity"))
                 elif call.gradients is None:
                     call.gradients = own
                 else:
@@ -182,8 +185,10 @@ class BatchStep:
     def _gradients(
         self, parts: Sequence[Part], sums: dict[Part, Tensor]
     ) -> dict[Part, tuple[list[Tensor], bool]]:
-        """Of each part with respect to its own adapter, float32 or wider, and whether all of them
-        are finite."""
+        """Compute the gradients of each part with respect to its adapter, in float32 or wider.
+
+        The second item of each pair is whether all of them are finite.
+        """
         if not parts:
             return {}
         total = torch.stack([sums[part] for part in parts]).sum()
@@ -191,7 +196,7 @@ class BatchStep:
         flat = [p for own in factors for p in own]
         grads = iter(torch.autograd.grad(total, flat, allow_unused=True))
         return {
-            part: _together(own, [next(grads) for _ in own])
+            part: _copied(own, [next(grads) for _ in own])
             for part, own in zip(parts, factors, strict=True)
         }
 
@@ -200,10 +205,10 @@ class BatchStep:
         data = [part.call.data[i] for part, i in owners]
         longest = data[0].length
         ids = pad_sequence([datum.tokens for datum in data], batch_first=True)
-        # Padding stands behind the tokens, which do not look there: no mask, and a sequence runs
-        # through the kernels that it runs through alone.
+        # Padding follows the tokens, which do not depend on it. No mask is needed, and a sequence
+        # uses the same kernels as alone.
         at = [torch.arange(datum.length) + row * longest for row, datum in enumerate(data)]
-        # Flat, as one datum may have many targets for each token.
+        # Targets are flat, as one datum may have many targets for each token.
         targets = torch.cat([d.targets.flatten() for d in data])
         counts = [torch.full((d.length,), d.targets.numel() // d.length) for d in data]
         names = [part.call.adapter.name for part, _ in owners]
@@ -218,8 +223,10 @@ class BatchStep:
         return [lp.view(d.targets.shape) for lp, d in zip(each, data, strict=True)]
 
     def _of_rows(self, ids: Tensor, at: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities of the targets, place for place, at some places ``(M,)`` of a batch, of
-        which each has ``counts`` targets ``(M,)``, on the CPU."""
+        """Return the log-probabilities of the targets at positions ``at (M,)`` of a batch.
+
+        ``counts (M,)``, on the CPU, is the number of targets of each position.
+        """
         if not self._apart or isinstance(self.model.get_output_embeddings(), LoraLayer):
             logits = self.model(input_ids=ids, use_cache=False).logits
             return _chosen(logits.flatten(0, 1)[at], counts, targets)
@@ -238,11 +245,11 @@ class BatchStep:
 
 
 class _OneTarget(torch.autograd.Function):
-    """Log-probabilities ``(M,)`` of a target of each row ``(M, d)``, by a frozen head.
+    """Log-probabilities ``(M,)`` of one target of each row ``(M, d)``, by a frozen head.
 
-    A row's gradient is a number times ``d log p(target) / d row``, which needs no more than the
-    logits: it is found with them, a chunk of rows at a time, so that the backward does not have to
-    keep logits or compute them again.
+    The gradient of a row is a multiple of ``d log p(target) / d row``, which follows from the
+    logits. It is computed together with them in chunks of rows, so that the backward neither stores
+    nor recomputes logits.
     """
 
     @staticmethod
@@ -278,11 +285,13 @@ def _chosen(logits: Tensor, counts: Tensor, targets: Tensor) -> Tensor:
     return _wide_logits(logits).log_softmax(-1)[rows, targets]
 
 
-def _together(
+def _copied(
     parameters: list[nn.Parameter], gradients: list[Tensor | None]
 ) -> tuple[list[Tensor], bool]:
-    """Copies, since gradients of several factors may be views of one bank, that lie in one piece:
-    what is asked of all of them is asked once."""
+    """Copy gradients, which may be views of one bank; return the copies and whether all are finite.
+
+    The copies share one tensor per device, so that one operation checks all of them.
+    """
     by_device: dict[torch.device, list[int]] = {}
     for i, parameter in enumerate(parameters):
         by_device.setdefault(parameter.device, []).append(i)
@@ -295,7 +304,7 @@ def _together(
         for i, part in zip(places, piece.split(sizes), strict=True):
             own[i], gradient = part.view_as(parameters[i]), gradients[i]
             own[i].copy_(torch.zeros((), device=device) if gradient is None else gradient)
-        low, high = piece.aminmax()  # a NaN is both
+        low, high = piece.aminmax()  # both are NaN if a value is
         finite = finite and bool(low.isfinite() & high.isfinite())
     return own, finite
 

@@ -1,4 +1,4 @@
-"""What goes into a call and what comes out of it: data, results, samples."""
+"""Data and results of calls, and checks of data."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _TARGETS = "target_tokens"
 
 @dataclass(frozen=True, eq=False)
 class Datum:
-    """One sequence to learn from.
+    """Training sequence with the inputs of its loss.
 
     Args:
-        tokens: ``(N,)`` integers, what the model reads.
-        inputs: of the loss, by Tinker's names: ``target_tokens`` ``(N,)``, or ``(N, K)`` for
-            "cross_entropy"; ``weights`` of their shape, 1 by default; ``logprobs`` and
+        tokens: ``(N,)`` integers, the input of the model.
+        inputs: inputs of the loss, with Tinker's names: ``target_tokens`` ``(N,)``, or ``(N, K)``
+            for "cross_entropy"; ``weights`` of the same shape, 1 by default; ``logprobs`` and
             ``advantages`` ``(N,)`` for the losses of reinforcement learning.
     """
 
@@ -34,10 +34,11 @@ class Datum:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a call gives back.
+    """Result of a training call.
 
     Args:
-        logprobs: of the targets of each datum, float32, of their shape, on the CPU.
+        logprobs: log-probabilities of the targets of each datum, float32, in the shape of the
+            targets, on the CPU.
         metrics: numbers by name; ``loss:sum`` is the loss.
     """
 
@@ -46,7 +47,7 @@ class Result:
 
 
 class Checked(NamedTuple):
-    """A datum whose shapes, ranges and dtypes are right."""
+    """Datum with checked shapes, ranges and dtypes."""
 
     tokens: Tensor  # (N,) int64
     targets: Tensor  # (N,) or (N, K) int64
@@ -54,7 +55,7 @@ class Checked(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens that the model reads."""
+        """Number of tokens of the model's input."""
         return self.tokens.shape[0]
 
 
@@ -69,7 +70,7 @@ def checked_tokens(where: str, argument: str, tokens: Any, vocabulary: int) -> T
 def checked_data(
     where: str, data: Sequence[Datum], loss: str, vocabulary: int, max_tokens: int
 ) -> list[Checked]:
-    """Return the data of a call as its loss takes them; raise ValueError for other values."""
+    """Return the checked data of a call; raise ValueError if they do not fit its loss."""
     instance(where, "data", data, (list, tuple))
     require(len(data) > 0, where, "data", "at least one Datum", "none")
     found = []
@@ -105,8 +106,8 @@ def _checked(
         given = _tensor(where, argument, value)
         fits = given.shape == targets.shape
         require(fits, where, argument, f"shape {list(targets.shape)}", list(given.shape))
-        # A copy: the caller may go on with the tensor. Values are not looked at: what is not
-        # finite makes a loss that is not, and fails the call then.
+        # Copied, as the caller may change the tensor. Values are not checked: if one is not
+        # finite, the loss is not finite either, and the call fails.
         floats[key] = torch.empty(targets.shape).copy_(given)
     return Checked(tokens, targets, floats)
 

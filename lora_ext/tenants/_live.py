@@ -1,4 +1,4 @@
-"""An adapter that trains inside the model: its factors, gradients and optimizer."""
+"""Trainable adapters inside a model: factors, gradients and optimizer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ Targets = str | Iterable[str] | None
 
 
 class LiveAdapter:
-    """One tenant's adapter, under a name of its own in every layer that it reaches; layers are
-    wrapped where they are not yet. The initial values depend on the seed and nothing else."""
+    """Adapter of one tenant, with a unique name in all its layers.
+
+    Layers are wrapped if necessary. The initial values depend only on the seed.
+    """
 
     def __init__(self, model: nn.Module, name: str, config: LoraConfig, seed: int):
         self.model, self.name, self.config = model, name, config
         first = not any(isinstance(module, LoraLayer) for module in model.modules())
-        with torch.random.fork_rng(devices=[]):  # nobody's draws move
-            # The dtype of the base, as a pool has it: 16 bits are trained beside 32 of their own.
+        with torch.random.fork_rng(devices=[]):  # keeps the state of torch's generator
+            # The adapter has the dtype of the base, as in a pool. The optimizer keeps float32
+            # copies of 16-bit factors.
             wrap(model, config, name, autocast_adapter_dtype=False)
         layers: Any = adapted_layers(model, name)
         self.layers: dict[str, Any] = layers
-        if first:  # which wrap made active: nobody's rows are anybody's by default
+        if first:  # wrap has made it active; rows without a name must use the base model
             for layer in self.layers.values():
                 layer.set_adapter([])
         generators: dict[torch.device, torch.Generator] = {}
@@ -43,23 +46,23 @@ class LiveAdapter:
                 parameter.requires_grad_(True)
                 self.parameters[f"{path}.lora_{'AB'[i]}"] = parameter
         self.optimizer = Optimizer(self.parameters)
-        #: Sums over the calls since the last step; None: there was none.
+        #: Sums of gradients over the calls since the last step; None without a call.
         self.gradients: list[Tensor] | None = None
 
     def add(self, gradients: list[Tensor]) -> None:
-        """Add a call's gradients to those that wait for a step."""
+        """Add a call's gradients to those for the next step."""
         if self.gradients is None:
             self.gradients = gradients
         else:
             torch._foreach_add_(self.gradients, gradients)  # pyright: ignore[reportPrivateImportUsage]
 
     def take(self) -> list[Tensor] | None:
-        """Return and forget the gradients since the last step."""
+        """Return and clear the gradients since the last step."""
         taken, self.gradients = self.gradients, None
         return taken
 
     def source(self) -> tuple[Any, dict[str, Tensor]]:
-        """Return configuration and factors as in PEFT's file; the tensors are the model's own."""
+        """Return configuration and factors as in PEFT's file; the tensors are not copied."""
         config, state = live_adapter(self.model, self.name, "tenants")
         return {**config, "task_type": "CAUSAL_LM"}, state
 
@@ -68,13 +71,13 @@ class LiveAdapter:
         return all(bool(p.detach().isfinite().all()) for p in self.parameters.values())
 
     def write(self, adapter: LoraAdapter) -> None:
-        """Take the values of an adapter of the same modules and ranks."""
+        """Copy the values of an adapter with the same modules and ranks."""
         with torch.no_grad():
             for path, factors in adapter.modules.items():
                 self.parameters[f"{path}.lora_A"].copy_(factors.a)
                 self.parameters[f"{path}.lora_B"].copy_(factors.b)
 
     def delete(self) -> None:
-        """Take it out of the model."""
+        """Remove the adapter from the model."""
         for layer in self.layers.values():
             layer.delete_adapter(self.name)

@@ -1,4 +1,4 @@
-"""Losses of a call: sums over the tokens of a datum, under the names that Tinker gives them."""
+"""Losses of calls: sums over the tokens of a datum, with Tinker's names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Inputs = Mapping[str, Tensor]
 
 
 class Loss(NamedTuple):
-    """One loss: ``function(logprobs, inputs, **options)``, a term for each token."""
+    """Loss with ``function(logprobs, inputs, **options)`` that returns a term for each token."""
 
     function: Callable[..., Tensor]
     needs: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ def _cross_entropy(logprobs: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _ratio(logprobs: Tensor, inputs: Inputs) -> Tensor:
-    """Return the probability of each token over the one when it was sampled."""
+    """Return the ratio of the probability of each token to its probability when it was sampled."""
     return (logprobs - inputs["logprobs"]).exp()
 
 
@@ -69,8 +69,10 @@ LOSSES: dict[str, Loss] = {
 
 
 def checked_options(where: str, loss: Any, config: Mapping[str, Any] | None) -> dict[str, float]:
-    """The options of a loss, those that are not given at their defaults; a ValueError names the
-    argument that does not fit."""
+    """Return the options of a loss, with defaults for missing ones.
+
+    Raises ValueError, which names the argument, for a value that does not fit.
+    """
     known = LOSSES[choice(where, "loss", loss, tuple(LOSSES))].options
     options = dict(known)
     if config is not None:

@@ -1,4 +1,4 @@
-"""AdamW of one tenant: moments, clipping and, beside factors of 16 bits, weights of 32."""
+"""AdamW of one tenant: moments, clipping, and float32 copies of 16-bit factors."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Settings(NamedTuple):
-    """Of one step, checked."""
+    """Checked settings of one step."""
 
     lr: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    max_norm: float  # infinity: gradients are not clipped
+    max_norm: float  # infinity for no clipping
 
 
 def checked_settings(
     lr: Any, betas: Any, eps: Any, weight_decay: Any, max_grad_norm: Any
 ) -> Settings:
-    """Return the checked arguments of ``optim_step``; a ValueError names a wrong one."""
+    """Return the arguments of ``optim_step``; raise ValueError that names an invalid one."""
     where = "optim_step"
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     require(pair, where, "betas", "two numbers in [0, 1)", repr(betas))
@@ -38,7 +38,7 @@ def checked_settings(
     return Settings(
         float(number(where, "lr", lr, 0)),
         (first, second),
-        # With 0 the first step would divide 0 by 0: B is 0, and so A's gradient.
+        # With eps = 0 the first step would divide 0 by 0: B is 0, and so is A's gradient.
         float(number(where, "eps", eps, above=0)),
         float(number(where, "weight_decay", weight_decay, 0)),
         norm,
@@ -46,8 +46,11 @@ def checked_settings(
 
 
 class Optimizer:
-    """Torch's AdamW over the factors of one adapter. Those of 16 bits are trained as float32 copies
-    and rounded after each step: steps smaller than their last place would be lost otherwise."""
+    """Torch's AdamW for the factors of one adapter.
+
+    16-bit factors are trained as float32 copies and rounded after each step. Otherwise, steps
+    smaller than their precision would be lost.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]):
         self._parameters = dict(parameters)
@@ -59,12 +62,15 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(self._trained.values(), fused=True)
 
     def step(self, gradients: list[Tensor] | None, settings: Settings) -> float:
-        """Clip, step, and return the norm that the gradients had. Without any nothing moves; nor
-        does it where the norm is not finite, which is a ValueError."""
+        """Clip the gradients, take a step, and return the norm before clipping.
+
+        Without gradients nothing changes. If the norm is not finite, nothing changes and ValueError
+        is raised.
+        """
         if gradients is None:
             return 0.0
         norm = float(torch.nn.utils.get_total_norm(gradients))
-        expected = "a norm of the gradients that float32 holds"
+        expected = "a norm of the gradients that is finite in float32"
         require(math.isfinite(norm), "optim_step", "gradients", expected, norm)
         if settings.max_norm < math.inf:
             factor = min(1.0, settings.max_norm / (norm + 1e-6))  # as clip_grad_norm_
@@ -80,14 +86,14 @@ class Optimizer:
         return norm
 
     def round(self) -> None:
-        """Give the factors the values that are trained."""
+        """Copy the trained values to the factors, rounded to their dtype."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 if self._trained[name] is not parameter:
                     parameter.copy_(self._trained[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the whole state, by names of a file."""
+        """Return the whole state, by the names in a file."""
         found: dict[str, Tensor] = {}
         for name, trained in self._trained.items():
             if trained is not self._parameters[name]:
@@ -105,14 +111,14 @@ class Optimizer:
         return found
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`tensors` gave, an empty one for a fresh start."""
+        """Restore the state that :meth:`tensors` returned; an empty one resets the optimizer."""
         with torch.no_grad():
             for name, trained in self._trained.items():
                 trained.copy_(tensors.get(f"{name}:weight", self._parameters[name]))
                 self._adamw.state.pop(trained, None)
                 if f"{name}:step" in tensors:
                     state = {k: tensors[f"{name}:{k}"].to(trained, copy=True) for k in MOMENTS}
-                    # The fused step reads it where the weights are, and does not ask.
+                    # The fused step requires it on the device of the weights, without a check.
                     step = tensors[f"{name}:step"].to(trained.device, torch.float32, copy=True)
                     self._adamw.state[trained] = {"step": step, **state}
         self.round()

@@ -1,4 +1,4 @@
-"""Samples of tenants' adapters: a second set of modules over the same weights, with a pool."""
+"""Sampling from tenants' adapters: a second set of modules with the same weights, and a pool."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ from lora_ext.serving import QueueFullError, Sampling, attach
 
 from ._data import checked_tokens
 
-MAX_RANK = 512  # of the pool; pages that no adapter needs take no memory
-_MOST = 1024  # samples of one adapter that wait
-_TRIES = 8  # others may fill the pool between a load and its use
+MAX_RANK = 512  # largest rank of the pool; unused pages take no memory
+_MOST = 1024  # most waiting samples of one adapter
+_TRIES = 8  # attempts, as other adapters may fill the pool between a load and its use
 _ERROR = "Sampler.sample"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer.
+    """Sampled continuation of a prompt.
 
     Args:
-        tokens: those that were drawn, an end token among them.
-        logprobs: of each under the model, at temperature 1 and without cuts.
-        stop_reason: "stop" after an end or a stop, else "length".
+        tokens: the sampled tokens, including an end token.
+        logprobs: log-probability of each token by the model, at temperature 1 and without top-k or
+            top-p.
+        stop_reason: "stop" after an end token or a stop, else "length".
     """
 
     tokens: list[int]
@@ -49,7 +50,7 @@ class Sample:
 
 @dataclass(eq=False)
 class _Asked:
-    """One request of the manager."""
+    """Pending request of the manager."""
 
     adapter: str | None
     future: Future[Any] = field(default_factory=Future)
@@ -57,8 +58,16 @@ class _Asked:
 
 
 class SamplingModel:
-    """The base model once more as modules, over the very same weights, attached to a pool, under
-    transformers' continuous batching. ``context``: most tokens of prompt and answer."""
+    """Second copy of the base model's modules, with the same weights, attached to a pool.
+
+    It runs transformers' continuous batching.
+
+    Args:
+        model: the base model.
+        context: most tokens of prompt and answer.
+        max_adapters: most adapters of the pool.
+        tokenizer: for stops that are texts, or None.
+    """
 
     def __init__(self, model: Any, context: int, max_adapters: int, tokenizer: Any):
         from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -81,21 +90,21 @@ class SamplingModel:
         )
         self.asked: dict[str, _Asked] = {}
         self._closed = False
-        with torch.inference_mode():  # the manager's thread takes it over
+        with torch.inference_mode():  # the manager's thread inherits this
             self.manager.start()
         self._thread = threading.Thread(target=self._deliver, daemon=True)
         self._thread.start()
 
     def ask(self, prompt: list[int], adapter: str | None, count: int, **how: Any) -> _Asked:
-        """Put a request into the next steps."""
+        """Add a request to the manager."""
         asked, name = _Asked(adapter), uuid.uuid4().hex
         self.asked[name] = asked
         how |= {"request_id": name, "adapter_name": adapter, "logprobs": asked.logprobs}
         try:
             accepted = self.manager.add_request(prompt, max_new_tokens=count, **how)
-            require(accepted, _ERROR, "sampler", "a manager that runs", "none", RuntimeError)
+            require(accepted, _ERROR, "sampler", "a running manager", "it stopped", RuntimeError)
         except BaseException:
-            self.asked.pop(name, None)  # a manager that has just died has failed it already
+            self.asked.pop(name, None)  # a manager that has just failed may have removed it
             raise
         return asked
 
@@ -118,14 +127,14 @@ class SamplingModel:
                 asked.future.set_exception(RuntimeError(f"{_ERROR}: {why}"))
 
     def prompt_logprobs(self, tokens: list[int], adapter: str | None) -> list[float]:
-        """Return the log-probability of each token after the first, as a training forward does."""
+        """Return the log-probability of each token after the first, as in a training forward."""
         with torch.no_grad(), of_call(adapter, pool=self.pool):
             ids = torch.tensor([tokens], device=self.model.device)
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
         return logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
 
     def close(self) -> None:
-        """End the manager, and with an error the requests that it has."""
+        """Stop the manager and fail its requests."""
         self._closed = True
         self.manager.stop(hard_stop=True)
         self._thread.join()
@@ -139,26 +148,28 @@ def twin_of(model: Any) -> Any:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 memo[id(tensor)] = tensor
-        packed = module.__dict__.get("_packed_weight")  # a copy of its own would be made
+        packed = module.__dict__.get("_packed_weight")  # otherwise deepcopy would make a second one
         if packed is not None:
             memo[id(packed)] = packed
     twin = copy.deepcopy(model, memo)
     if any(isinstance(module, LoraLayer) for module in twin.modules()):
-        unwrap(twin)  # which lets the base train again, in both
+        unwrap(twin)  # makes the shared base parameters require gradients again
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
     return twin.eval()
 
 
 class Sampler:
-    """Draws from one adapter, or from the base model.
+    """Sampler of one adapter, or of the base model.
 
     Args:
-        models: what it runs on. adapter: its name in the pool, None for the base model.
-        load: puts it there again, where others have filled the pool meanwhile.
-        kept: whether the adapter stays when the sampler goes.
+        models: the model that it runs.
+        adapter: name of the adapter in the pool, None for the base model.
+        load: loads the adapter again after the pool has evicted it.
+        kept: True keeps the adapter in the pool when the sampler is deleted.
 
-    Its ``context`` is how many tokens prompt and answer may have together.
+    Attributes:
+        context: most tokens of prompt and answer together.
     """
 
     def __init__(
@@ -184,21 +195,23 @@ class Sampler:
         seed: int | None = None,
         stop: Sequence[int | str] = (),
     ) -> list[Sample]:
-        """Continue a prompt, ``num_samples`` times.
+        """Sample ``num_samples`` continuations of a prompt.
 
         Args:
             tokens: the prompt, at least one token.
             max_tokens: most new tokens of a sample.
-            temperature: 0 takes the likeliest token. top_p: see
-                :class:`~lora_ext.serving._sampling.Sampling`. top_k: draw from so many of the
-                likeliest tokens; -1 from all.
-            seed: the same samples again; sample ``i`` has the seed ``seed + i``.
-            stop: tokens, or texts, that end a sample, which keeps the tokens that made them. The
-                model's end token does so too, but for ``[]``: nothing but ``max_tokens`` ends it.
+            num_samples: number of samples.
+            temperature: 0 takes the likeliest token.
+            top_p: see :class:`~lora_ext.serving._sampling.Sampling`.
+            top_k: number of the likeliest tokens to draw from; -1 for all.
+            seed: makes the samples reproducible; sample ``i`` has the seed ``seed + i``.
+            stop: tokens or texts that end a sample; their tokens are kept. The model's end token
+                also ends it, except with ``[]``: only ``max_tokens`` then does.
 
         Raises:
-            ValueError: naming the argument; a log-probability that is not finite, as of an adapter
-                that overflows. QueueFullError: too many samples of the adapter wait.
+            ValueError: If an argument is invalid, which the message names, or a log-probability is
+                not finite, because the adapter overflows.
+            QueueFullError: If too many samples of the adapter wait.
         """
         begun = self.begin(tokens, max_tokens, num_samples, temperature, top_p, top_k, seed, stop)
         return [each.result() for each in begun]
@@ -237,20 +250,20 @@ class Sampler:
                 "sampling": Sampling(temperature, top_p, mine, top_k),
                 "eos_token_id": ends or -1,
             }
-            asked = self._there(functools.partial(models.ask, *of_all, **how))
-            begun.append(self._told(asked, ends, texts))
+            asked = self._run_loaded(functools.partial(models.ask, *of_all, **how))
+            begun.append(self._sample_of(asked, ends, texts))
         return begun
 
     def logprobs(self, tokens: Sequence[int] | Tensor) -> list[float]:
-        """Return the log-probability of each token of a prompt but the first."""
+        """Return the log-probability of each token of a prompt after the first."""
         where, most = "Sampler.logprobs", self._models.context
         prompt = checked_tokens(where, "tokens", tokens, self._models.vocabulary)
         require(len(prompt) <= most, where, "tokens", f"at most {most} tokens", len(prompt))
-        told = functools.partial(self._models.prompt_logprobs, prompt.tolist(), self.adapter)
-        return self._there(told)
+        action = functools.partial(self._models.prompt_logprobs, prompt.tolist(), self.adapter)
+        return self._run_loaded(action)
 
-    def _there(self, action: Callable[[], Any]) -> Any:
-        """Run an action once the pool has the adapter."""
+    def _run_loaded(self, action: Callable[[], Any]) -> Any:
+        """Run an action; load the adapter and try again if the pool lacks it."""
         for _ in range(_TRIES):
             try:
                 return action()
@@ -277,14 +290,14 @@ class Sampler:
                 ends.append(integer(_ERROR, "stop", item, 0, most, expected="tokens or texts"))
         return ends, texts
 
-    def _told(self, asked: _Asked, ends: list[int], texts: list[str]) -> Future[Sample]:
+    def _sample_of(self, asked: _Asked, ends: list[int], texts: list[str]) -> Future[Sample]:
         future: Future[Sample] = Future()
 
         def tell(done: Future[Any]) -> None:
             try:
                 tokens: list[int] = done.result()
                 finite = all(map(math.isfinite, asked.logprobs))
-                expected = "finite ones of the drawn tokens"
+                expected = "finite values for the sampled tokens"
                 require(finite, _ERROR, "logprobs", expected, "NaN: the adapter overflows")
                 cut = self._cut(tokens, texts)
                 kept = tokens[:cut]
@@ -297,7 +310,7 @@ class Sampler:
         return future
 
     def _cut(self, tokens: list[int], texts: list[str]) -> int | None:
-        """Return the number of tokens at which a stop text is complete; None if there is none."""
+        """Return the number of tokens up to the first stop text, None without one."""
 
         def complete(count: int) -> bool:
             said = self._models.tokenizer.decode(tokens[:count], skip_special_tokens=False)
@@ -305,11 +318,11 @@ class Sampler:
 
         if not texts or not complete(len(tokens)):
             return None
-        # Halves: the thread that runs this serves everybody's samples.
+        # Bisection, because one thread runs this for the samples of all tenants.
         return bisect.bisect_left(range(len(tokens)), True, key=complete)
 
 
 def forget(pool: AdapterPool, name: str) -> None:
-    """Unload an adapter, if it is there."""
+    """Unload an adapter if the pool has it."""
     if name in pool:
         pool.unload(name)

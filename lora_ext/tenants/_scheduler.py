@@ -1,4 +1,4 @@
-"""Whose turn it is: a queue for each tenant, and the one thread that runs the model."""
+"""Scheduling of tenants: a queue for each, and one thread that runs the model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ._batch import BatchStep, Call, Part
 
 #: Tokens that a tenant gains with each step in which it has to wait.
 QUANTUM = 1024
-_MAX_WAIT_SHARE = 1 / 3  # of the last step's time that a step waits for tenants of the last two
-_MAX_ROUNDS = 8  # of items that are no calls, between two steps, so that they cannot stop calls
+_MAX_WAIT_SHARE = 1 / 3  # part of the last step's time that a step waits for recent tenants
+_MAX_ROUNDS = 8  # most rounds of other items between two steps, so that they cannot delay calls
 
 
 def settle(future: Future[Any], action: Callable[[], Any]) -> None:
-    """Do it, and let the future have what came of it, errors included."""
+    """Run ``action`` and set its result or error on the future."""
     try:
         done = action()
     except BaseException as error:
@@ -33,14 +33,14 @@ def settle(future: Future[Any], action: Callable[[], Any]) -> None:
 
 
 class Queue:
-    """What one tenant wants, in order."""
+    """Pending calls and other items of one tenant, in order."""
 
     def __init__(self, size: int | None = None, tokens: int = 0) -> None:
-        self.size = size  # most items that wait; None: any number
-        self.tokens = tokens  # most of the calls among them, but for a call that waits alone
+        self.size = size  # most waiting items; None for any number
+        self.tokens = tokens  # most tokens of the waiting calls, except if only one call waits
         self.items: deque[Call | tuple[Future[Any], Callable[[], Any]]] = deque()
         self.credit = 0
-        self.closed: str | None = None  # why nothing more is taken
+        self.closed: str | None = None  # reason why new items are rejected
 
     def head(self) -> Call | None:
         """Return the first item if it is a call."""
@@ -49,28 +49,29 @@ class Queue:
 
     @property
     def ready(self) -> bool:
-        """Whether it begins with something that is no call."""
+        """True if the first item is not a call."""
         return bool(self.items) and self.head() is None
 
     def check_room(self, where: str, item: Call | Callable[[], Any]) -> None:
-        """Raise QueueFullError where an item has none."""
+        """Raise QueueFullError if there is no space for an item."""
         if self.size is None or not self.items:
             return
         expected, fits = f"at most {self.size} calls that wait", len(self.items) < self.size
-        require(fits, where, "queue", expected, "more", QueueFullError)
+        require(fits, where, "queue", expected, len(self.items) + 1, QueueFullError)
         if isinstance(item, Call):
             held = sum(each.tokens for each in self.items if isinstance(each, Call))
             expected = f"at most {self.tokens} tokens of calls that wait"
             fits = held + item.tokens <= self.tokens
-            require(fits, where, "queue", expected, "more", QueueFullError)
+            require(fits, where, "queue", expected, held + item.tokens, QueueFullError)
 
 
 class Scheduler:
-    """Runs calls in the order of their tenants' queues, those of several tenants together.
+    """Scheduler that runs calls of several tenants together, in the order of each queue.
 
-    Saving, stepping and the like run at once; parts of calls join a step by deficit round robin in
-    tokens. A step waits a little for tenants that were in one of the last two: those that were late
-    once would alternate with the others for ever. ``max_tokens`` of a step count its padding.
+    Other items, such as saves and optimizer steps, run at once. Parts of calls join a step by
+    deficit round robin in tokens. A step waits shortly for tenants of the last two steps: otherwise
+    a tenant that was late once would always alternate with the others. ``max_tokens`` of a step
+    include padding.
     """
 
     def __init__(self, step: BatchStep, max_tokens: int, size: int):
@@ -88,7 +89,7 @@ class Scheduler:
         self._thread.start()
 
     def add(self, bounded: bool = True) -> Queue:
-        """Add a queue for one more tenant."""
+        """Add a queue for a tenant."""
         queue = Queue(self.size, self.size * self.max_tokens) if bounded else Queue()
         with self._changed:
             self._queues.append(queue)
@@ -98,7 +99,8 @@ class Scheduler:
         """Queue an item; return its future.
 
         Raises:
-            QueueFullError: as many wait as may. RuntimeError: the tenant or the service is closed.
+            QueueFullError: If the queue is full.
+            RuntimeError: If the tenant or the service is closed.
         """
         future = item.future if isinstance(item, Call) else Future()
         with self._changed:
@@ -106,13 +108,13 @@ class Scheduler:
                 why = queue.closed or "the service is closed"
                 raise RuntimeError(f"{where}: expected an open tenant, found that {why}")
             queue.check_room(where, item)
-            future.set_running_or_notify_cancel()  # its tenant's next calls count on it
+            future.set_running_or_notify_cancel()  # not cancellable: later calls depend on it
             queue.items.append(item if isinstance(item, Call) else (future, item))
             self._changed.notify()
         return future
 
     def close(self, queue: Queue, why: str, last: Callable[[], Any]) -> Future[Any]:
-        """Drop what a tenant wants; ``last`` is done before nothing more is taken."""
+        """Drop the items of a tenant, close its queue, and run ``last`` as its last item."""
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
         with self._changed:
@@ -124,7 +126,7 @@ class Scheduler:
         return future
 
     def stop(self) -> None:
-        """End the thread after the step that runs."""
+        """End the thread after the running step."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -155,10 +157,10 @@ class Scheduler:
                 self._rounds = 0
 
     def _run_ready_items(self) -> bool:
-        """Run one item of each queue whose first item is not a call; return whether one had any.
+        """Run the first item of each queue if it is not a call; return whether there was any.
 
-        This is a method of its own so that the waiting loop keeps no reference to the items: the
-        last one may be the end of a tenant, with all its tensors.
+        This is a separate method so that the waiting loop keeps no reference to the items: the last
+        item of a tenant refers to all its tensors.
         """
         with self._changed:
             items = [queue.items.popleft() for queue in self._queues if queue.ready]
@@ -176,7 +178,7 @@ class Scheduler:
                 if all(queue.head() is not None for queue in late):
                     return
                 if any(queue.ready for queue in self._queues):
-                    return  # something to do at once, after which its tenant may have a call
+                    return  # this item runs at once, and its tenant may then have a call
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     return
@@ -205,7 +207,7 @@ class Scheduler:
                 members.add(queue)
             if members:
                 self._recent.append(members)
-            self._queues.append(self._queues.pop(0))  # who comes first changes
+            self._queues.append(self._queues.pop(0))  # the next step begins with another tenant
         return parts
 
     def _run(self, parts: list[Part]) -> None:

@@ -1,4 +1,4 @@
-"""Saves: folders that PEFT reads, with the optimizer beside the adapter, inside one folder."""
+"""Saves of tenants: folders in PEFT's format with the optimizer's state, in one store folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ._live import LiveAdapter
 from ._optimizer import MOMENTS, Optimizer
 
 _OPTIMIZER = "optimizer.safetensors"
-_MAX_NAME_BYTES = 200  # file systems allow 255; a save in progress needs some
+_MAX_NAME_BYTES = 200  # file systems allow 255; the temporary name of a save is longer
 
 
 class Store:
-    """The folder of all saves, made if it is not there; without one, all calls are refused."""
+    """Folder of all saves, created if it is missing; without one, all calls raise."""
 
     def __init__(self, root: str | os.PathLike[str] | None):
         self.root: Path | None = None
@@ -36,17 +36,17 @@ class Store:
                 self.root.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 found = f"{str(root)!r:.200} ({error.strerror})"
-                expected = "expected a folder that can be made"
+                expected = "expected a folder that can be created"
                 raise ValueError(f"Service: store: {expected}, found {found}") from error
 
     def folder(self, where: str, path: Any, argument: str = "path") -> Path:
         """Return the folder of a save.
 
         Raises:
-            ValueError: If there is no store, or if the path leads out of it.
+            ValueError: If there is no store, or the path is outside it.
         """
         if self.root is None:
-            raise ValueError(f"{where}: store: expected a folder, found None; make Service(store=)")
+            raise ValueError(f"{where}: store: expected a folder, found None; use Service(store=)")
         expected = "a path inside the store, relative to it"
         text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
         usable = isinstance(text, str) and text.strip("/.") != "" and "\0" not in text
@@ -59,13 +59,13 @@ class Store:
         expected_names = f"names of at most {_MAX_NAME_BYTES} bytes"
         require(long <= _MAX_NAME_BYTES, where, argument, expected_names, long)
         folder = self.root / inner
-        # A link inside the store may lead anywhere.
+        # A link inside the store may point outside.
         inside = folder.resolve().is_relative_to(self.root.resolve())
-        require(inside, where, argument, expected, f"{path!r:.200}, a link that leads out of it")
+        require(inside, where, argument, expected, f"{path!r:.200}, a link that points outside")
         return folder
 
     def save(self, where: str, path: Any, adapter: LiveAdapter) -> None:
-        """Write the adapter and its optimizer: all files appear, or none."""
+        """Write the adapter and its optimizer atomically."""
         from safetensors.torch import save
 
         folder = self.folder(where, path)
@@ -74,14 +74,16 @@ class Store:
         save_adapter(folder, config, state, beside={_OPTIMIZER: save(tensors)})
 
     def read(self, where: str, path: Any) -> tuple[Path, LoraAdapter]:
-        """A save's folder and its adapter; :meth:`restore` reads the rest. No such save, or one
-        that is not well-formed, is a ValueError."""
+        """Return a save's folder and its adapter; :meth:`restore` reads the optimizer.
+
+        Raises ValueError if the save is missing or malformed.
+        """
         folder = self.folder(where, path)
         require(os.path.isdir(folder), where, "path", "a save in the store", f"{path!r:.200}")
         return folder, LoraAdapter.load(folder)
 
     def restore(self, folder: Path, optimizer: Optimizer, with_state: bool) -> None:
-        """Let an optimizer go on where the save's was; without a file, or state, begin anew."""
+        """Restore an optimizer's state from a save; without a file or ``with_state``, reset it."""
         path = folder / _OPTIMIZER
         tensors: dict[str, Tensor] = {}
         if path.exists():

@@ -1,4 +1,4 @@
-"""``Service``: one base model, and the tenants that train on it."""
+"""``Service``: one base model and the tenants that train adapters on it."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ _MOST, _MOST_ADAPTERS = 1 << 31, 1 << 16
 
 
 class Service:
-    """Training for many tenants on one base model: the calls of all of them that wait go through
-    one forward and one backward.
+    """Training for many tenants on one base model, with their waiting calls in one forward.
 
-    Each tenant has an adapter, an optimizer, gradients and a queue of its own; its numbers are what
-    it would get alone, up to the rounding of library products (``docs/tenants.md``). A tenant's
-    fault fails its own call.
+    Each tenant has its own adapter, optimizer, gradients and queue. Its results equal those of a
+    service with only this tenant, up to the rounding of library products (``docs/tenants.md``). An
+    error of one tenant only fails its own call.
 
     Args:
-        model: of transformers, in place: its layers are wrapped, it is frozen, and in evaluation
-            mode. :meth:`close` gives it back.
-        max_tokens: most tokens of one step, and so of one datum.
-        store: the folder of saves, made if it is not there; None: there are none.
-        queue: most calls of a tenant that wait; with more than ``queue * max_tokens`` tokens, one.
+        model: a model of transformers. It is changed in place: its layers are wrapped, and it is
+            frozen and set to evaluation mode. :meth:`close` restores it.
+        max_tokens: most tokens of one step, and therefore of one datum.
+        store: the folder of saves, created if it is missing; None disables saves.
+        queue: most waiting calls of a tenant, with at most ``queue * max_tokens`` tokens together;
+            a single waiting call may have more.
         tokenizer: for samples with stops that are texts.
         max_adapters: most adapters that are sampled from at a time.
     """
@@ -79,7 +79,7 @@ class Service:
             model.train(self._was)
             raise
         self._scheduler = Scheduler(self._step, self.max_tokens, size)
-        self._own = self._scheduler.add(bounded=False)  # its callers wait for it
+        self._own = self._scheduler.add(bounded=False)  # its callers wait for the results
         self._numbers, self._marks = itertools.count(), itertools.count(1)
         self._sampling: SamplingModel | None = None
         self._lock, self._closed = threading.Lock(), False
@@ -93,7 +93,7 @@ class Service:
 
     @property
     def counts(self) -> dict[str, int]:
-        """``steps`` so far, ``parts`` of calls in them, and the ``most`` in one."""
+        """Number of ``steps`` so far, of ``parts`` of calls in them, and the ``most`` in one."""
         return dict(self._scheduler.counts)
 
     def create(
@@ -102,12 +102,13 @@ class Service:
         """Create a tenant with a new adapter.
 
         Args:
-            rank: of the adapter, at most 512. alpha: its update is scaled by ``alpha / rank``.
-            seed: of its initial values.
-            targets: as ``target_modules`` of :class:`lora_ext.LoraConfig`; None is "all-linear".
+            rank: rank of the adapter, at most 512.
+            seed: seed of its initial values.
+            alpha: its update is scaled by ``alpha / rank``.
+            targets: see ``target_modules`` of :class:`lora_ext.LoraConfig`; None is "all-linear".
 
         Raises:
-            ValueError: naming the argument.
+            ValueError: If an argument is invalid; the message names it.
         """
         integer("create", "rank", rank, 1, MAX_RANK)
         seed = integer("create", "seed", seed, *_SEEDS)
@@ -122,32 +123,32 @@ class Service:
         """Load a tenant from a save: adapter and optimizer.
 
         Raises:
-            ValueError: naming the path, or what of the save is not well-formed.
+            ValueError: If the path is invalid or the save is malformed.
         """
         return self._wait("load", functools.partial(self._load, path))
 
     def sampler(self, path: str | os.PathLike[str] | None = None) -> Sampler:
-        """Samples of a save, or of the base model.
+        """Return a sampler of a save, or of the base model.
 
         Raises:
-            ValueError: naming the path, or what of the save is not well-formed.
+            ValueError: If the path is invalid or the save is malformed.
         """
         if path is None:
             return Sampler(self.sampling(), None)
         folder, saved = self.store.read("sampler", path)
         for name, factors in saved.modules.items():
             finite = bool(factors.a.isfinite().all() and factors.b.isfinite().all())
-            require(finite, "sampler", f"{folder}: {name}", "finite factors", "others")
+            require(finite, "sampler", f"{folder}: {name}", "finite factors", "NaN or infinity")
         return self._wait("sampler", lambda: self.sampled(f"save@{next(self._marks)}", saved))
 
     def sampled(self, name: str, source: Any) -> Sampler:
-        """Return a sampler of an adapter that is loaded under a new name."""
+        """Load an adapter under a new name and return its sampler."""
         models = self.sampling()
         models.pool.load(name, source)
         return Sampler(models, name, lambda: models.pool.load(name, source))
 
     def close(self) -> None:
-        """Drop what waits, and give the model back as it was. Safe to repeat."""
+        """Drop all waiting calls and restore the model. Further calls do nothing."""
         with self._lock:
             if self._closed:
                 return
@@ -163,7 +164,7 @@ class Service:
     # For tenants
 
     def sampling(self) -> SamplingModel:
-        """Return the model of samplers, made at first use."""
+        """Return the model of samplers, which is made at first use."""
         with self._lock:
             if self._sampling is None:
                 self._sampling = SamplingModel(
@@ -195,10 +196,10 @@ class Service:
 
 
 class Tenant:
-    """One adapter that trains. Made by :meth:`Service.create` and :meth:`Service.load`.
+    """Tenant with one trainable adapter, made by :meth:`Service.create` or :meth:`Service.load`.
 
-    Calls run in their order; each returns at once, and its future has the result. A future cannot
-    be cancelled, as later calls build on it; :meth:`close` drops what waits.
+    Calls run in order; each returns at once with a future of its result. A future cannot be
+    cancelled, as later calls depend on it; :meth:`close` drops all waiting calls.
     """
 
     def __init__(self, service: Service, adapter: LiveAdapter):
@@ -209,26 +210,27 @@ class Tenant:
 
     @property
     def rank(self) -> int:
-        """Of the adapter."""
+        """Rank of the adapter."""
         return self.adapter.config.r
 
     def forward_backward(
         self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
     ) -> Future[Result]:
-        """Add the gradient of a loss, summed over the data, to those that wait for a step.
+        """Add the gradient of a loss, summed over the data, to the gradients of the next step.
 
         Args:
-            data: each at most ``max_tokens`` long.
+            data: sequences of at most ``max_tokens`` tokens each.
             loss: "cross_entropy", "importance_sampling", "ppo" or "cispo":
                 :data:`lora_ext.tenants.LOSSES`.
             config: ``clip_low_threshold`` and ``clip_high_threshold`` of the last two.
 
         Returns:
-            A future of log-probabilities and ``loss:sum``. A loss or a gradient that is not finite
-            is its ValueError, and no gradient of the call stays.
+            A future of log-probabilities and ``loss:sum``. If the loss or a gradient is not finite,
+            the future raises ValueError, and no gradient of the call is added.
 
         Raises:
-            ValueError: naming the field. QueueFullError: as many calls wait as may.
+            ValueError: If an argument is invalid; the message names the field.
+            QueueFullError: If the queue is full.
         """
         return self._call("forward_backward", data, loss, config, True)
 
@@ -254,13 +256,15 @@ class Tenant:
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> Future[Result]:
-        """Take one step of AdamW with the gradients since the last; without any nothing changes.
+        """Take a step of AdamW with the gradients since the last; without any nothing changes.
 
         Args:
-            max_grad_norm: the norm that gradients are clipped to; None: they are not.
+            lr: learning rate.
+            betas, eps, weight_decay: see :class:`torch.optim.AdamW`.
+            max_grad_norm: norm to which gradients are clipped; None does not clip.
 
         Returns:
-            A future whose metrics have ``grad_norm:mean``, from before the clipping.
+            A future of metrics with ``grad_norm:mean``, the norm before clipping.
         """
         settings = checked_settings(lr, betas, eps, weight_decay, max_grad_norm)
 
@@ -273,14 +277,14 @@ class Tenant:
         return self._done("optim_step", step, wait=False)
 
     def save(self, path: str | os.PathLike[str], wait: bool = True) -> Any:
-        """Write the adapter, in PEFT's format, and the optimizer, after the calls before this one.
+        """Save the adapter, in PEFT's format, and the optimizer, after all earlier calls.
 
         Args:
-            path: inside the store and relative to it; what is there is replaced whole.
+            path: path inside the store, relative to it; an existing save is replaced.
             wait: False returns a future at once.
 
         Raises:
-            ValueError: naming the path.
+            ValueError: If the path is invalid.
         """
         require_flags("save", wait=wait)
         self.service.store.folder("save", path)
@@ -294,10 +298,12 @@ class Tenant:
     def restore(
         self, path: str | os.PathLike[str], optimizer: bool = True, wait: bool = True
     ) -> Any:
-        """Take the values of a save of an adapter of the same modules and ranks.
+        """Restore the values of a save with the same modules and ranks.
 
         Args:
-            optimizer: False lets the optimizer begin anew.
+            path: path of the save in the store.
+            optimizer: False resets the optimizer.
+            wait: False returns a future at once.
         """
         require_flags("restore", optimizer=optimizer, wait=wait)
         self.service.store.folder("restore", path)
@@ -314,7 +320,7 @@ class Tenant:
         mine = {path: layer.r[self.adapter.name] for path, layer in self.adapter.layers.items()}
         theirs = {path: factors.a.shape[0] for path, factors in saved.modules.items()}
         expected = "the modules and ranks of this adapter"
-        require(mine == theirs, "restore", "path", expected, f"others in {folder}")
+        require(mine == theirs, "restore", "path", expected, f"{theirs!r:.200} in {folder}")
         for path, layer in self.adapter.layers.items():
             scaling = saved.modules[path].scaling
             same = abs(layer.scaling[self.adapter.name] - scaling) <= 1e-6 * abs(scaling)
@@ -324,15 +330,15 @@ class Tenant:
         self.adapter.take()
 
     def sampler(self, mode: Literal["snapshot", "inflight"] = "snapshot", wait: bool = True) -> Any:
-        """Samples of the adapter, after the calls before this one.
+        """Return a sampler of the adapter, after all earlier calls.
 
         Args:
-            mode: "snapshot" keeps the values of now. "inflight" follows the optimizer's steps; a
-                sample ends on the values that it began with.
+            mode: "snapshot" keeps the current values. "inflight" uses the values after each
+                optimizer step; a running sample keeps the values with which it began.
             wait: False returns a future at once.
 
         Raises:
-            ValueError: a factor that is not finite: in a shared batch it would reach others.
+            ValueError: If a factor is not finite, since it could affect other rows of a batch.
         """
         require_flags("sampler", wait=wait)
         choice("sampler", "mode", mode, ("snapshot", "inflight"))
@@ -350,22 +356,24 @@ class Tenant:
         return self.service.sampled(f"{self.adapter.name}@{next(self.service._marks)}", kept)
 
     def _follow(self, name: str) -> None:
-        """Give the pool the values of now; it may have let go of those of before."""
+        """Copy the current values to the pool, which may have evicted the previous ones."""
         pool = self.service.sampling().pool
         (pool.update if name in pool else pool.load)(name, self._finite())
 
     def _finite(self) -> Any:
-        require(self.adapter.finite(), "sampler", "adapter", "finite factors", "others")
+        finite = self.adapter.finite()
+        require(finite, "sampler", "adapter", "finite factors", "NaN or infinity")
         return self.adapter.source()
 
     def close(self, wait: bool = True, save_as: str | None = None) -> Any:
-        """Drop what waits and take the adapter out of the model. Safe to repeat.
+        """Drop all waiting calls and remove the adapter. Further calls do nothing.
 
         Args:
-            wait: False returns a future at once. save_as: save it there first.
+            wait: False returns a future at once.
+            save_as: path in the store to save the adapter to first.
 
         Raises:
-            ValueError: naming the argument; the tenant is open still.
+            ValueError: If an argument is invalid; the tenant then remains open.
         """
         require_flags("close", wait=wait)
         if save_as is not None:
@@ -391,9 +399,9 @@ class Tenant:
 
 
 def _check_trained(where: str, folder: Any, saved: LoraAdapter) -> None:
-    """Refuse a save that PEFT made of more than factors: the rest would be left out in silence."""
+    """Raise ValueError for a save with more than factors, as the rest would be ignored silently."""
     fields = ("use_dora", "lora_bias", "alora_invocation_tokens", "modules_to_save")
     more = [field for field in (*fields, "target_parameters") if getattr(saved.config, field)]
     more += ["bias"] if saved.config.base_bias != "none" else []
-    expected = "an adapter that is factors of modules alone"
+    expected = "an adapter with only factors of modules"
     require(not more, where, "path", expected, f"{', '.join(more)} in {folder}")

@@ -52,7 +52,7 @@ def parts(path):
         ),
         (
             lambda t, d: d["graph"]["regions"][1].update(partitions=[["hadamard", 9]]),
-            "children: expected regions that come before it",
+            "children: expected regions before region ",
         ),
         (
             lambda t, d: d["graph"]["regions"][1].update(partitions=[["hadamard", "0"]]),

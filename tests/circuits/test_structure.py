@@ -85,7 +85,7 @@ def test_gaps_among_the_variables_are_refused():
         ([Region(0, leaf=BIT, variables=1)], "units: expected at least 1, found 0"),
         ([Region(1, leaf=BIT)], "variables: expected at least one of an input, found none"),
         ([Region(2, leaf=Indicator((1,)), variables=1)], "leaf: expected 2 values, one per unit"),
-        ([Region(1, (Partition((0,)),))], "children: expected regions that come before it, found"),
+        ([Region(1, (Partition((0,)),))], "children: expected regions before region 0, found"),
         (
             [
                 Region(2, leaf=BIT, variables=1, tie="t"),

@@ -67,7 +67,7 @@ def test_the_distance_is_the_fewest_tokens_to_the_end() -> None:
     [
         (([(0, 9, 1)], 0, {1}, V, EOS), "edges: expected tokens below vocab_size 5, found \\[9\\]"),
         (([(0, EOS, 1)], 0, {1}, V, EOS), "name its state in final"),
-        (([(0, 1, 1), (0, 1, 2)], 0, {1}, V, EOS), "one state behind state 0 and token 1"),
+        (([(0, 1, 1), (0, 1, 2)], 0, {1}, V, EOS), "one next state of state 0 and token 1"),
         (([(0, 1, 1)], 0, set(), V, EOS), "language with a text, found an empty one"),
         (([(0, 1)], 0, {1}, V, EOS), "triples"),
         (([(0, 1, 1)], -1, {1}, V, EOS), "start: expected a state"),
@@ -235,7 +235,7 @@ def test_what_is_no_regular_expression_is_refused(pattern: str) -> None:
 )
 def test_ends_in_the_middle_of_an_expression_are_refused_by_name(place: str) -> None:
     expected = (
-        r"pattern: expected \^ and \$ at the beginning and end of the whole text alone, found "
+        r"pattern: expected \^ and \$ only at the beginning and end of the whole text, found "
     )
     with pytest.raises(ValueError, match=f"regex: {expected}"):
         Constraint.regex(place, tokenizer())

@@ -76,7 +76,7 @@ def test_numbers_out_of_range_are_refused(wrong: dict[str, Any], expected: str) 
 
 def test_a_guide_brings_its_own_head() -> None:
     whole = guide()
-    with pytest.raises(ValueError, match="hidden_size: expected a size, for the guide has no head"):
+    with pytest.raises(ValueError, match="hidden_size: expected a size, as the guide has no head"):
         PriorHead(whole)
     whole.prior = torch.arange(3.0 * H, dtype=torch.float64).reshape(H, 3)
     assert torch.equal(PriorHead(whole).weight, whole.prior)

@@ -298,7 +298,7 @@ def test_managers_without_adapters_and_compiled_steps_are_refused() -> None:
     manager.add_request([5, 6, 7])
     result = manager.get_result(timeout=30)
     manager.stop()
-    assert "a manager that knows no adapters" in result.error
+    assert "a manager without adapters" in result.error
     assert result.generated_tokens == []
     model.set_attn_implementation("eager")
     how = batching(varlen_compile_config=CompileConfig(fullgraph=False))
@@ -312,7 +312,7 @@ def test_a_peft_model_serves_its_active_adapter_and_takes_no_names() -> None:
     plain = make_model("llama")
     model = lora_ext.from_peft(make_peft(plain, CONFIGS["llama"]))
     given = prompts(2)
-    with pytest.raises(NotImplementedError, match="no adapter_names on a PEFT model"):
+    with pytest.raises(NotImplementedError, match="adapter_names: expected none on a PEFT model"):
         model.generate_batch(given, adapter_names=["red", "green"], **batching())
     model.set_adapter("green")
     found = generated(model.generate_batch(given, **batching()))

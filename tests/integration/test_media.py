@@ -202,7 +202,7 @@ def test_a_batch_whose_tokens_do_not_tell_takes_one_name() -> None:
             assert (same - judges["red"](**whole).logits).abs().max() < 1e-8
         with lora_ext.adapters(NAMES):
             with pytest.raises(
-                ValueError, match=r"do not tell whose each image.* at 'model.vision"
+                ValueError, match=r"do not tell which one contains each image.* at 'model.vision"
             ):
                 model(**whole)
 

@@ -50,7 +50,7 @@ def test_names_that_no_folder_has_are_refused(server: Any, name: str) -> None:
     response = server.client.post("/v1/load_lora_adapter", json=body)
     assert response.status_code == 400
     told = response.json()["error"]["message"]
-    assert told.startswith("AdapterFolder: name: expected what a folder may be called")
+    assert told.startswith("AdapterFolder: name: expected a name of a folder")
     assert len(told) < 400 and told.isprintable()
     listed = [m["id"] for m in server.client.get("/v1/models").json()["data"]]
     assert name not in listed

@@ -79,7 +79,7 @@ def test_labels_before_the_start_alone_are_told_of() -> None:
     labels = ids.clone()
     labels[0, 13:] = labels[1, 4:] = -100  # under 12 and 3: what the tokens before them predict
     with lora_ext.adapters("default", input_ids=ids, pool=layer_names):
-        with pytest.warns(UserWarning, match="labels: expected some behind the place"):
+        with pytest.warns(UserWarning, match="labels: expected some after the start"):
             model(input_ids=ids, labels=labels)
         labels[1, 4] = 8
         model(input_ids=ids, labels=labels)  # warnings are errors here

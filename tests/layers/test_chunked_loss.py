@@ -188,7 +188,7 @@ def test_what_cannot_do_without_its_logits_is_refused_and_stays_as_it_was() -> N
     assert "forward" not in odd.__dict__ and odd.loss_function is own_loss
     wrapped = lora_ext.chunked_loss(model_of())
     wrapped.lm_head = nn.Linear(16, 61)
-    with pytest.raises(NotImplementedError, match="the output layer as it was"):
+    with pytest.raises(NotImplementedError, match="the output layer of the time of enabling"):
         wrapped(IDS, labels=LABELS)
 
 

@@ -80,8 +80,8 @@ def test_ranks_and_alphas_are_those_that_peft_would_take(pattern: dict):
         ({"target_modules": [3]}, r"target_modules: expected a string or a list of strings"),
         ({"exclude_modules": {"a": 1}}, r"exclude_modules: expected a string or a list"),
         ({"layers_to_transform": [1.5]}, r"layers_to_transform: expected an integer or a list"),
-        ({"layers_to_transform": [1]}, r"expected none of it beside a target_modules string"),
-        ({"layers_pattern": "h"}, r"layers_pattern: expected none of it .* found 'h'"),
+        ({"layers_to_transform": [1]}, r"expected None beside a target_modules string"),
+        ({"layers_pattern": "h"}, r"layers_pattern: expected None beside .* found 'h'"),
         (
             {"target_modules": ["q"], "layers_pattern": "h"},
             r"layers_pattern: expected layers_to_transform beside it, found None",

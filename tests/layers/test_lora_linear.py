@@ -298,7 +298,7 @@ def test_a_name_that_a_module_dict_cannot_hold_leaves_the_layer_as_it_was() -> N
     made = layer({})
     before = list(made.state_dict()), made.adapter_names
     for name in ("keys", "pop", "training"):
-        with pytest.raises(ValueError, match="adapter_name: expected a name that is no attribute"):
+        with pytest.raises(ValueError, match="adapter_name: expected a name that is not an"):
             made.add_adapter(name, r=4)
     assert (list(made.state_dict()), made.adapter_names) == before
     made(torch.randn(4, 24), ["0", "0", None, "0"])

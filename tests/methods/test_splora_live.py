@@ -144,7 +144,7 @@ def test_model_with_a_merged_adapter_is_refused_unchanged(kind: str):
     for layer in adapted_layers(model).values():
         layer.merge()
     before = logits(model)
-    with pytest.raises(ValueError, match="merged into it; unmerge it first"):
+    with pytest.raises(ValueError, match="merged into the base weight; unmerge it first"):
         splora.apply_to(model, base, aligned, SploraConfig(direction="smallest", num=2))
     assert not off(model) and torch.equal(logits(model), before)
     assert "_lora_ext_splora" not in model.__dict__

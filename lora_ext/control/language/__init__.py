@@ -1,4 +1,4 @@
-"""Constraints as languages: what a text may be, before anything is generated."""
+"""Constraints as formal languages over tokens."""
 
 from ._limits import DEFAULT, ConstraintTooLarge, Limits
 from ._vocabulary import vocabulary_of

@@ -1,8 +1,7 @@
-"""Deterministic automata as plain arrays: merge, join, complement, and from bytes to tokens.
+"""Deterministic automata as arrays: minimisation, products, complements, and bytes to tokens.
 
-An automaton is a table ``(S, classes)`` of next states, -1 where there is none, a flag per state
-that says whether a text may end there, and the state that it starts in. Symbols with equal columns
-are one class.
+An automaton is a table ``(S, classes)`` of next states, -1 for a missing one, a flag per state that
+is True if a text may end there, and the start state. Symbols with equal columns are one class.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from ._limits import Clock
 
 Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
-_CHUNK = 1 << 22  # entries of a table that are filled together
-_HASHED = 1 << 18  # and that are hashed together: in larger parts caches no longer hold them
+_CHUNK = 1 << 22  # entries of a table that are filled at once
+_HASHED = 1 << 18  # entries of a table that are hashed at once, so that they fit into the cache
 
 
 class Automaton(NamedTuple):
-    """States, and the classes of the symbols.
+    """Deterministic finite automaton.
 
     Attributes:
-        class_of: ``(symbols,)``, the class of each; -1: no state reads it.
-        table: ``(S, classes)`` int32.
-        final: ``(S,)``.
-        start: a state.
+        class_of: ``(symbols,)``, the class of each symbol, or -1 if no state reads it.
+        table: ``(S, classes)`` int32, the next states.
+        final: ``(S,)`` bool, True if a text may end in a state.
+        start: the start state.
     """
 
     class_of: Ints
@@ -44,8 +43,7 @@ def _mixed(table: Ints) -> NDArray[np.uint64]:
 
 
 def _hash_rows(table: Ints) -> NDArray[np.uint64]:
-    """Return a 64-bit number per row; rows that differ have different ones, up to chance 2^-64 a
-    pair."""
+    """Return a 64-bit hash of each row, with a collision probability of 2^-64 per pair."""
     width = table.shape[1]
     random = np.random.default_rng(20250101).integers(1, 2**63, width, dtype=np.uint64)
     random, step = random | np.uint64(1), max(1, _HASHED // max(1, width))
@@ -54,14 +52,14 @@ def _hash_rows(table: Ints) -> NDArray[np.uint64]:
 
 
 def edges(table: Ints) -> tuple[Ints, Ints]:
-    """Return all pairs of a state and one behind it, each once: sources and targets."""
+    """Return the distinct pairs of a state and a next state, as sources and targets."""
     sources, classes = np.nonzero(table >= 0)
     pairs = np.unique(sources.astype(np.int64) * len(table) + table[sources, classes])
     return pairs // len(table), pairs % len(table)
 
 
 def distances(sources: Ints, targets: Ints, seeds: Ints, states: int) -> Ints:
-    """Return the fewest edges from each state to a seed, -1 where none leads there."""
+    """Return the fewest edges from each state to a seed, -1 for states without a path."""
     order = np.argsort(targets, kind="stable")
     before = sources[order]
     first = np.searchsorted(targets[order], np.arange(states + 1))
@@ -79,11 +77,11 @@ def distances(sources: Ints, targets: Ints, seeds: Ints, states: int) -> Ints:
 
 
 def minimal(automaton: Automaton, clock: Clock) -> Automaton:
-    """Return the one smallest automaton of the same texts: equal languages give equal arrays.
+    """Return the minimal automaton of the same language; equal languages give equal arrays.
 
-    States are numbered as a walk from the start meets them, classes by their smallest symbol; no
-    state is left that no text leads to or from which none can end. Of an empty language only the
-    start is left.
+    States are numbered in breadth-first order from the start, classes by their smallest symbol.
+    States that cannot be reached, or from which no text can end, are removed; for an empty language
+    only the start remains.
     """
     class_of, table, final, start = _merged_columns(automaton)
     sources, targets = edges(table)
@@ -95,7 +93,7 @@ def minimal(automaton: Automaton, clock: Clock) -> Automaton:
     number[:-1][keep] = np.arange(keep.sum())
     table, final, end = number[table[keep]], final[keep], end[keep]
     start = int(number[start])
-    # Equal residual texts have equal shortest ones, so the distance is a partition to begin with.
+    # Equivalent states have equal distances to the end, so the distance is the first partition.
     label = np.unique(end, return_inverse=True)[1].astype(np.int32)
     count = label.max() + 1
     while True:
@@ -112,10 +110,9 @@ def minimal(automaton: Automaton, clock: Clock) -> Automaton:
 
 
 def _merged_columns(automaton: Automaton) -> Automaton:
-    """Merge symbols with equal columns into one class; classes are numbered by their first
-    symbol."""
+    """Merge symbols with equal columns into classes, numbered by their first symbol."""
     class_of, table, final, start = automaton
-    unread = np.full((len(table), 1), -1, table.dtype)  # the column of class -1, behind the others
+    unread = np.full((len(table), 1), -1, table.dtype)  # the column of class -1, after the others
     hashes = np.append(_hash_rows(table.T), _hash_rows(unread.T))
     raw = np.unique(hashes, return_inverse=True)[1][class_of]
     values, first, inverse = np.unique(raw, return_index=True, return_inverse=True)
@@ -130,10 +127,10 @@ def _merged_columns(automaton: Automaton) -> Automaton:
 
 
 def _canonical(automaton: Automaton) -> Automaton:
-    """Merge columns and number the states as they are met."""
+    """Merge columns and number the states in breadth-first order."""
     class_of, table, final, start = _merged_columns(automaton)
     order, seen = [start], {start}
-    for state in order:  # grows while it is read
+    for state in order:  # the list grows during the loop
         row = table[state]
         after, place = np.unique(row, return_index=True)
         for s in after[np.argsort(place)].tolist():
@@ -148,22 +145,24 @@ def _canonical(automaton: Automaton) -> Automaton:
 def joined(
     a: Automaton, b: Automaton, both: Callable[[Bools, Bools], Bools], clock: Clock
 ) -> Automaton:
-    """Walk both at once: ``both`` is ``and`` or ``or`` of their ends; only pairs that are met.
+    """Return the product automaton of the reachable pairs of states.
+
+    ``both`` is ``and`` or ``or`` of the flags of a pair.
 
     Raises:
-        ConstraintTooLarge: if there are too many pairs.
+        ConstraintTooLarge: If there are too many pairs.
     """
     part = f"{len(a.table)} states times {len(b.table)}"
-    width = len(b.table) + 1  # the last state of either reads everything and never ends
+    width = len(b.table) + 1  # each has a sink as last state, in which no text ends
     mixed = (a.class_of.astype(np.int64) + 1) * (b.table.shape[1] + 1) + b.class_of + 1
     classes, class_of = np.unique(mixed, return_inverse=True)
     of_a = _with_sink(a)[:, classes // (b.table.shape[1] + 1) - 1]
     of_b = _with_sink(b)[:, classes % (b.table.shape[1] + 1) - 1]
     final_a, final_b = np.append(a.final, False), np.append(b.final, False)
-    stuck = both(np.array([True]), np.array([False]))[0]  # "or": one of them may be lost
+    stuck = both(np.array([True]), np.array([False]))[0]  # "or": one of the two may be in its sink
     pairs, known = [a.start * width + b.start], {a.start * width + b.start: 0}
     rows: list[Ints] = []
-    for pair in pairs:  # grows while it is read
+    for pair in pairs:  # the list grows during the loop
         sa, sb = divmod(pair, width)
         row = of_a[sa].astype(np.int64) * width + of_b[sb]
         lost_a, lost_b = of_a[sa] == len(a.table), of_b[sb] == len(b.table)
@@ -187,7 +186,7 @@ def joined(
 
 
 def complement(a: Automaton) -> Automaton:
-    """Return all texts that ``a`` does not accept, symbols that it never reads included."""
+    """Return the automaton of all texts that ``a`` does not accept, over all symbols."""
     table = _with_sink(a)
     return Automaton(
         np.where(a.class_of < 0, table.shape[1] - 1, a.class_of).astype(np.int32),
@@ -198,8 +197,7 @@ def complement(a: Automaton) -> Automaton:
 
 
 def _with_sink(a: Automaton) -> Ints:
-    """Return the table with a last state for what is lost, and a last class for what nobody
-    reads."""
+    """Return the table with a sink as last state, and a last class for symbols never read."""
     lost = len(a.table)
     table = np.where(a.table < 0, lost, a.table)
     table = np.concatenate([table, np.full((lost, 1), lost, table.dtype)], 1)
@@ -209,16 +207,15 @@ def _with_sink(a: Automaton) -> Ints:
 def over_tokens(
     byte: Automaton, tokens: Sequence[bytes | None], clock: Clock, part: str
 ) -> Automaton:
-    """Return an automaton over bytes read token by token: every way to cut a text into tokens
-    counts.
+    """Convert an automaton over bytes to one over tokens, for every tokenization of a text.
 
     Args:
-        byte: over the 256 values of a byte.
-        tokens: the bytes of each token; None for one that is no text, which nothing reads.
+        byte: automaton over the 256 values of a byte.
+        tokens: the bytes of each token; None for a token without text, which is not read.
         clock: the limits.
-        part: what multiplies the states, for the error.
+        part: description of the factors of the size, for errors.
     """
-    # Bytes of one class are the same to every state, and so are tokens that spell the same classes.
+    # Tokens with equal sequences of byte classes have equal columns, and share one class.
     reads = byte.class_of.astype(np.uint8).tobytes()
     unread = np.flatnonzero(byte.class_of < 0).astype(np.uint8).tobytes()
     spelled: dict[bytes, int] = {}
@@ -243,11 +240,13 @@ def over_tokens(
 
 
 class _Level(NamedTuple):
-    """The different beginnings of some length that words have, ``n`` of them.
+    """Distinct prefixes of words with one length, ``n`` of them.
 
     Attributes:
-        parents: the beginning that each prolongs, among those of the length before, ``(n,)``.
-        letters: and by which letter. words: those that end here. ends: with which beginning.
+        parents: ``(n,)``, index of each prefix without its last letter in the previous level.
+        letters: ``(n,)``, last letter of each prefix.
+        words: the words with this length.
+        ends: index of the prefix that equals each of these words.
     """
 
     parents: Ints
@@ -257,8 +256,7 @@ class _Level(NamedTuple):
 
 
 def _prefixes(words: list[bytes]) -> list[_Level]:
-    """Return beginnings of words, from the shortest on. A walk along them reads once what many
-    words begin with."""
+    """Return the prefixes of words by length, so that shared prefixes are read only once."""
     length = np.array([len(w) for w in words], np.int64)
     first = np.cumsum(length) - length
     letters = np.frombuffer(b"".join(words), np.uint8).astype(np.int64)

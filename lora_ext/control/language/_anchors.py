@@ -1,7 +1,7 @@
-r"""The ``^`` and ``$`` (or ``\A`` and ``\z``) of expressions that match from end to end.
+r"""Anchors ``^`` and ``$`` (or ``\A`` and ``\z``) of expressions that match a whole text.
 
-At the two ends they say nothing, and are dropped. Anywhere else outlines-core has no state for
-them, or reads them as what never holds; so they are refused.
+At the two ends they have no effect, and are removed. Elsewhere outlines-core does not support them,
+so they are rejected.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 
 from lora_ext._checks import require
 
-# What a look at single characters would misread: an escape, flags, the beginning of a class.
+# Parts of an expression: an escape, flags, the begin of a character class, or a character.
 _PART = re.compile(r"\\(?:[pP]\{[\w=!: .-]*\}|.)|\(\?[a-zA-Z-]+\)|\[\^?\]?|.", re.DOTALL)
 _FLAGS = re.compile(r"\(\?[a-zA-Z-]+\)")
 _BEGIN, _END = ("^", r"\A"), ("$", r"\z")
@@ -18,27 +18,26 @@ _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 
 
 def unanchored(where: str, argument: str, pattern: str) -> str:
-    """Return the expression without the ``^`` that its alternatives begin with and the ``$`` that
-    they end with.
+    """Remove the ``^`` at the begin and the ``$`` at the end of an expression's alternatives.
 
     Args:
-        where, argument: name the expression in the error.
-        pattern: in the syntax of Rust's regex crate.
+        where, argument: names in the error message.
+        pattern: expression in the syntax of Rust's regex crate.
 
     Raises:
-        ValueError: for one in another place.
+        ValueError: If there is an anchor in another position.
     """
     parts = _PART.findall(pattern)
-    # Comments may hide brackets then: only the two ends of the whole are told for certain.
+    # Comments may then contain brackets, so only the two ends of the whole are certain.
     verbose = _VERBOSE.search(pattern) is not None
     kept: list[str] = []
     groups = classes = 0
-    before = True  # nothing but flags since the alternative began
+    before = True  # only flags since the begin of the alternative
     for i, part in enumerate(parts):
         if part in _BEGIN + _END and (verbose or not classes):
             first = part in _BEGIN and before
             last = part in _END and _ends(parts, i, verbose)
-            expected = "^ and $ at the beginning and end of the whole text alone"
+            expected = "^ and $ only at the beginning and end of the whole text"
             found = f"{part} as part {i + 1} of {pattern!r:.80}"
             require(groups == 0 and (first or last), where, argument, expected, found)
             continue
@@ -53,7 +52,7 @@ def unanchored(where: str, argument: str, pattern: str) -> str:
 
 
 def _ends(parts: list[str], place: int, verbose: bool) -> bool:
-    """Return whether an alternative ends behind a place."""
+    """Return whether an alternative ends after a part."""
     for part in parts[place + 1 :]:
         if part not in _END:
             return part == "|" and not verbose

@@ -1,4 +1,4 @@
-"""JSON objects of any content, as an automaton over bytes: no schema, but a fixed depth."""
+"""Automaton over bytes of JSON objects with any content, up to a fixed depth."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from ._algebra import Automaton
 from ._limits import Clock
 
-DEPTH = 3  # objects and arrays inside each other
+DEPTH = 3  # levels of nested objects and arrays
 _DIGITS, _HEX = b"0123456789", b"0123456789abcdefABCDEF"
 _PLAIN = bytes(b for b in range(32, 127) if b not in b'"\\')
-# First bytes of a letter of several, the next byte's range, and how many follow that one.
+# Multi-byte characters of UTF-8: first bytes, range of the second, and number of further bytes.
 _LETTERS = [
     (range(0xC2, 0xE0), range(0x80, 0xC0), 0),
     (range(0xE0, 0xE1), range(0xA0, 0xC0), 1),
@@ -23,7 +23,7 @@ _LETTERS = [
     (range(0xF1, 0xF4), range(0x80, 0xC0), 2),
     (range(0xF4, 0xF5), range(0x80, 0x90), 2),
 ]
-# What follows a number's beginning, by the kind of its last byte; those with "end" may end there.
+# Transitions inside a number, by the kind of its last byte; a number may end in "... end".
 _NUMBER: dict[str, list[tuple[bytes, str]]] = {
     "-": [(b"0", "0 end"), (b"123456789", "1 end")],
     "0 end": [(b".", "."), (b"eE", "e")],
@@ -37,13 +37,19 @@ _NUMBER: dict[str, list[tuple[bytes, str]]] = {
 
 
 def json_object(depth: int, clock: Clock) -> Automaton:
-    """Return JSON objects with at most one space between their parts. Each level of ``depth``, of
-    which the outer object is one, doubles the states."""
+    """Return the automaton of JSON objects with at most one space between their parts.
+
+    Each level of ``depth``, which includes the outer object, doubles the states.
+    """
     return _Walk(depth, clock).automaton()
 
 
 class _Walk:
-    """States are a place of the grammar behind the containers that are open: "o" and "a"."""
+    """Builder of the automaton.
+
+    A state is a position in the grammar and the open containers, "o" for objects and "a" for
+    arrays.
+    """
 
     def __init__(self, depth: int, clock: Clock):
         self._depth, self._clock = depth, clock
@@ -54,7 +60,7 @@ class _Walk:
     def automaton(self) -> Automaton:
         start = self._state("begin", "")
         self._link(start, b"{", "{", "o")
-        for place, within in self._places:  # grows while it is read
+        for place, within in self._places:  # the list grows during the loop
             self._fill(place, within)
             self._clock.states(len(self._places), f"2^{self._depth} ways to nest", merged=False)
         table = np.full((len(self._rows), 256), -1, np.int32)
@@ -75,9 +81,9 @@ class _Walk:
         self._rows[state].update(dict.fromkeys(read, target))
 
     def _fill(self, place: str, within: str) -> None:
-        """Add the edges that leave a state."""
+        """Add the outgoing edges of a state."""
         state, bare = self._state(place, within), place.removesuffix("_")
-        if place in ("{", "[", ":", ",", "key end", "value end"):  # one space may come here
+        if place in ("{", "[", ":", ",", "key end", "value end"):  # one space is allowed here
             self._link(state, b" ", f"{place}_", within)
         if bare == "{" or (bare == "," and within[-1] == "o"):
             self._link(state, b'"', "key", within)
@@ -116,8 +122,10 @@ class _Walk:
             self._link(state, b"[", "[", f"{within}a")
 
     def _letters(self, state: int, place: str, within: str) -> None:
-        """Add the edges inside a string: "key" or "text", and after a colon what is left of a
-        letter."""
+        """Add the edges inside a string.
+
+        ``place`` is "key" or "text", and after a colon the rest of an incomplete character.
+        """
         kind, _, rest = place.partition(":")
         if rest == "":
             self._link(state, _PLAIN, kind, within)

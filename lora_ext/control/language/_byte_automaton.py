@@ -1,31 +1,31 @@
-"""A program of its own: reads a regular expression or a schema, writes its automaton over bytes.
+"""Child program that converts a regular expression or a schema to an automaton over bytes.
 
-It runs as a child process, for outlines-core cannot be told to stop: a few characters can ask it
-for more states than there is memory. It imports nothing of this package and sees no token.
+It runs as a child process because outlines-core cannot be interrupted, and a few characters can
+require more states than fit into memory. It does not import this package and receives no tokens.
 
 Standard input: a JSON object with ``folder`` (of outlines_core), ``seconds``, ``bytes``,
 ``pattern`` or ``schema``, and ``inner``: patterns that must stay inside a JSON string. Standard
-output: a line of JSON, ``{"states": S, "start": s}`` or ``{"error": text}``, then S times 256 next
-states and S flags, int32 in the machine's order.
+output: a line of JSON, ``{"states": S}`` or ``{"error": text}``, then S times 256 next states and S
+flags, int32 in the machine's byte order.
 """
 
 import sys
 
-sys.path = sys.path[1:]  # not this folder, whose names are no modules of anybody else
+sys.path = sys.path[1:]  # without this folder, whose files could shadow other modules
 
 import array  # noqa: E402
 import json  # noqa: E402
 import resource  # noqa: E402
 
-# Behind the end of the expression: outlines-core drops tokens that end one byte behind a place
-# where a match may end, and with this byte there is one such place, and no token ends behind it.
+# Appended to the expression: outlines-core drops tokens that end one byte after a position where a
+# match may end. With this byte there is only one such position, and no token ends after it.
 SENTINEL = 0
-# What ends a JSON string or must be escaped in it.
+# Bytes that end a JSON string or must be escaped in it.
 UNSAFE = [*range(1, 32), 34, 92, 127]
 
 
 def automaton(index_of, pattern):
-    """Return next states of every state, the start, and where a text may end."""
+    """Return the next states of every state, and flags for states in which a text may end."""
     index = index_of(f"(?:{pattern})\\x00")
     moves, ends = index.get_transitions(), set(index.get_final_states())
     start = index.get_initial_state()
@@ -47,7 +47,7 @@ def automaton(index_of, pattern):
 
 
 def main():
-    """Answer one request."""
+    """Read a request from standard input and write the result to standard output."""
     request = json.load(sys.stdin)
     seconds = max(1, int(request["seconds"]) + 1)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
@@ -59,14 +59,14 @@ def main():
     try:
         pattern = request.get("pattern")
         if pattern is None:
-            # The package makes this module as it is imported: no file of that name is there.
+            # The package makes this module at import; there is no such file.
             from outlines_core.json_schema import (  # pyright: ignore[reportMissingImports]
                 build_regex_from_schema,
             )
 
             pattern = build_regex_from_schema(request["schema"])
         elif ")" in pattern:
-            Index(pattern + "\\x00", every)  # a bracket of its own must not close the group
+            Index(pattern + "\\x00", every)  # an unmatched bracket must not close the group
         for inner in request.get("inner", ()):
             Index(inner + "\\x00", every)
             table, final = automaton(lambda rx: Index(rx, every), inner)

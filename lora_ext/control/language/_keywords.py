@@ -1,4 +1,4 @@
-"""Automata over bytes of lists of texts: one of them exactly, or as parts of a longer text."""
+"""Automata over bytes of choices between texts, and of texts with required or forbidden words."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ._algebra import Automaton
 from ._limits import Clock
 from ._vocabulary import utf8
 
-#: A text that must occur, or several of which one must.
+#: Text that must occur, or several texts of which one must occur.
 Group = str | Sequence[str]
 
 
 def choice(texts: Sequence[str], clock: Clock) -> Automaton:
-    """Exactly one of the texts: a tree of their bytes."""
+    """Return the automaton that accepts exactly the given texts, a tree of their bytes."""
     listed = [] if isinstance(texts, str) else list(texts)
     good = bool(listed) and all(isinstance(t, str) for t in listed)
     require(good, "choice", "texts", "a list of at least one text", repr(texts)[:80])
@@ -33,15 +33,15 @@ def choice(texts: Sequence[str], clock: Clock) -> Automaton:
 
 
 def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> Automaton:
-    """Return texts in which each group of ``all_of`` occurs and nothing of ``none_of`` does.
+    """Return the automaton of texts with each group of ``all_of`` and no word of ``none_of``.
 
-    One tree of all words that knows where to go on after a letter that does not fit (Aho and
-    Corasick), times the set of groups that have occurred.
+    It is the product of the Aho-Corasick automaton of all words and the set of groups that have
+    occurred.
     """
     groups = [_group(f"all_of[{i}]", g) for i, g in enumerate(_listed("all_of", all_of))]
     banned = [_word("none_of", w) for w in _listed("none_of", none_of)]
     tree = _Tree(clock, "the letters of all words")
-    marks: dict[int, int] = {}  # a bit for each group; the highest is what must not occur
+    marks: dict[int, int] = {}  # a bit for each group; the highest bit is for forbidden words
     for i, words in enumerate([*groups, banned]):
         for word in words:
             node = tree.add(word)
@@ -53,9 +53,9 @@ def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> A
     part = f"the words times 2^{len(groups)} sets of them that have occurred"
     number = {(0, 0): 0}
     order, rows = [(0, 0)], []
-    for node, have in order:  # grows while it is read
+    for node, have in order:  # the list grows during the loop
         row = []
-        for target in (*moves[node], 0):  # 0: a letter of no word begins again
+        for target in (*moves[node], 0):  # 0: after a letter that is in no word
             new = have | seen[target]
             if new & never:
                 row.append(-1)
@@ -76,14 +76,14 @@ def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> A
 
 
 class _Tree:
-    """Words by their first letters; node 0 is the empty word."""
+    """Prefix tree of words; node 0 is the empty word."""
 
     def __init__(self, clock: Clock, part: str):
         self.below: list[dict[int, int]] = [{}]
         self._clock, self._part = clock, part
 
     def add(self, word: bytes) -> int:
-        """Return the node of a word."""
+        """Add a word and return its node."""
         node = 0
         for byte in word:
             if byte not in self.below[node]:
@@ -96,14 +96,16 @@ class _Tree:
     def moves(
         self, letters: Sequence[int], marks: dict[int, int]
     ) -> tuple[list[list[int]], list[int]]:
-        """Return the longest word's beginning that a text ends with, behind each letter; and the
-        marks of all words that end there."""
+        """Return the transitions of the Aho-Corasick automaton, and the marks of each node.
+
+        A node's marks include those of all words that are suffixes of it.
+        """
         moves: list[list[int]] = [[] for _ in self.below]
         seen = [marks.get(node, 0) for node in range(len(self.below))]
         moves[0] = [self.below[0].get(b, 0) for b in letters]
         place_of = {b: i for i, b in enumerate(letters)}
         queue = [(child, 0) for child in self.below[0].values()]
-        for node, back in queue:  # by depth: what is shorter is known
+        for node, back in queue:  # in order of depth, so that shorter suffixes are known
             seen[node] |= seen[back]
             moves[node] = [self.below[node].get(b, moves[back][i]) for i, b in enumerate(letters)]
             queue += [(child, moves[back][place_of[b]]) for b, child in self.below[node].items()]

@@ -1,8 +1,7 @@
-"""How large a constraint may become, and the error of one that does not keep within that.
+"""Limits of the size and build time of constraints, and the error of exceeding them.
 
-A schema or a regular expression comes from a stranger, and a few characters of it can stand for
-more states than there is memory. So everything that builds looks at a clock and at the sizes before
-it goes on.
+A schema or a regular expression may be untrusted, and a few characters can require more states than
+fit into memory. All builders therefore check a clock and the sizes.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ MEBIBYTE = 1 << 20
 
 
 class ConstraintTooLarge(ValueError):
-    """The constraint needs more states, bytes or seconds than its limits; says what multiplies."""
+    """Error for a constraint that needs more states, bytes or seconds than its limits."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What building a constraint and its tables may take.
+    """Limits for building a constraint and its tables.
 
     Attributes:
-        max_states: of the automaton over tokens.
-        max_table_bytes: of one table; look-ahead tables above it keep a part and compute the rest
-            again.
-        max_seconds: of building one constraint.
-        max_pattern: characters of a regular expression, or of a schema as JSON.
+        max_states: most states of the automaton over tokens.
+        max_table_bytes: most bytes of one table; larger look-ahead tables are stored in part and
+            recomputed.
+        max_seconds: most seconds for building one constraint.
+        max_pattern: most characters of a regular expression, or of a schema as JSON.
     """
 
     max_states: int = 4096
@@ -42,7 +41,7 @@ class Limits:
 
     @property
     def max_pairs(self) -> int:
-        """States that an automaton may have before equal ones are merged."""
+        """Most states of an automaton before equivalent ones are merged."""
         return 16 * self.max_states
 
 
@@ -50,11 +49,11 @@ DEFAULT = Limits()
 
 
 class Clock:
-    """Time and sizes of one construction.
+    """Checks of the time and sizes of one construction.
 
     Args:
-        what: is built, for the messages.
-        limits: what it may take.
+        what: name of the construction, for messages.
+        limits: the limits.
     """
 
     def __init__(self, what: str, limits: Limits = DEFAULT):
@@ -64,22 +63,22 @@ class Clock:
 
     @property
     def seconds_left(self) -> float:
-        """Never below 0."""
+        """Seconds left, at least 0."""
         return max(0.0, self._end - time.monotonic())
 
     def look(self, part: str) -> None:
-        """Raise if the time is over; ``part`` says what is being done."""
+        """Raise ConstraintTooLarge if the time is over; ``part`` describes the current step."""
         if time.monotonic() > self._end:
             self.refuse(f"{self.limits.max_seconds} seconds", f"more, {part}")
 
     def states(self, found: int, part: str, merged: bool = True) -> None:
-        """Raise if there are too many states; ``part`` says what multiplies them."""
+        """Raise ConstraintTooLarge for too many states; ``part`` describes the factors."""
         most = self.limits.max_states if merged else self.limits.max_pairs
         if found > most:
             self.refuse(f"{most} states", f"{found} or more, from {part}")
 
     def table(self, nbytes: int, part: str) -> None:
-        """Raise if a table has too many bytes; ``part`` says what multiplies them."""
+        """Raise ConstraintTooLarge for too large a table; ``part`` describes the factors."""
         if nbytes > self.limits.max_table_bytes:
             self.refuse(f"{self.limits.max_table_bytes} bytes", f"{nbytes}, from {part}")
 

@@ -1,7 +1,7 @@
 """Regular expressions and JSON schemas as automata over bytes, built by outlines-core.
 
-The build runs in a process of its own under limits of time and memory, so that no expression can
-hold up or bring down the one that asked (``_byte_automaton.py``).
+The build runs in a child process with limits of time and memory, so that no expression can block or
+crash the caller (``_byte_automaton.py``).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _MEMORY = 2 << 30
 
 
 def pattern(text: str, clock: Clock) -> Automaton:
-    """Return all texts that match a regular expression from end to end.
+    """Return the automaton of all texts that match a regular expression as a whole.
 
     Raises:
-        ValueError: for an expression that is none, or that looks around or back.
+        ValueError: If the expression is invalid, or has look-around or back references.
     """
     where = "regex: pattern"
     require(isinstance(text, str), "regex", "pattern", "a text", repr(text)[:80])
@@ -42,11 +42,11 @@ def pattern(text: str, clock: Clock) -> Automaton:
 
 
 def json_schema(schema: dict[str, Any] | str, clock: Clock) -> Automaton:
-    """Return all JSON texts of a schema, with at most one space between their parts.
+    """Return the automaton of JSON texts of a schema, with at most one space between their parts.
 
     Raises:
-        NotImplementedError: for words that the automaton would not hold to.
-        ValueError: for a schema that is none.
+        NotImplementedError: For keywords that the automaton cannot enforce.
+        ValueError: If the schema is invalid.
     """
     where = "json_schema: schema"
     if isinstance(schema, str):
@@ -58,10 +58,10 @@ def json_schema(schema: dict[str, Any] | str, clock: Clock) -> Automaton:
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: expected what JSON can say, found {error!s:.120}") from None
+        raise ValueError(f"{where}: expected values of JSON, found {error!s:.120}") from None
     _measure(where, text, clock)
     utf8("json_schema", "schema", json.dumps(schema, ensure_ascii=False))
-    schema = json.loads(text)  # a copy, which check may change
+    schema = json.loads(text)  # a copy, since check may change it
     inner = schemas.check(schema)
     return _built(where, {"schema": json.dumps(schema), "inner": inner}, clock, text[:80])
 

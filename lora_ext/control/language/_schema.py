@@ -1,8 +1,8 @@
-"""Which JSON schemas a regular language can hold to, checked word by word.
+"""Check that a regular language can enforce a JSON schema, keyword by keyword.
 
-outlines-core turns a schema into a regular expression and passes over words that it does not know.
-A constraint that says it holds a schema must not, so every word is looked at here first: what is
-left out, or is only nearly right there, is refused by name.
+outlines-core converts a schema to a regular expression and ignores unknown keywords. A constraint
+must enforce its whole schema, so every keyword is checked here first. Keywords that outlines-core
+ignores, or does not implement exactly, are rejected by name.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ _WORDS = {
     "boolean": set(),
     "null": set(),
 }
-# Of the others some let a quote or a backslash into the string, and some are no formats there.
+# Other formats allow a quote or a backslash in the string, or are not supported.
 _FORMATS = ("date", "date-time", "uuid")
-# outlines-core takes the digits of any script for those of a date.
+# outlines-core would accept the digits of any script in a date.
 _DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
-_LETTERS = "\\.+*?()|[]{}^$"  # that mean something in an expression
+_LETTERS = "\\.+*?()|[]{}^$"  # special characters of an expression
 _WHERE = "json_schema"
 _MOST_DEPTH = 32
-_MOST_LENGTH = (1 << 31) - 1  # outlines-core passes over a length that no machine word holds
+_MOST_LENGTH = (1 << 31) - 1  # outlines-core ignores a length that exceeds a machine word
 
 
 def check(schema: Any) -> list[str]:
-    """Return the patterns in a schema, which must stay inside a JSON string; what outlines-core
-    misreads is changed in the schema itself.
+    """Check a schema, and return its patterns, which must stay inside a JSON string.
+
+    Parts that outlines-core would misread are changed in place.
 
     Raises:
-        NotImplementedError: for a word that would be ignored, by its name and place.
-        ValueError: for something that is no schema.
+        NotImplementedError: For a keyword that would be ignored, with its name and place.
+        ValueError: If it is not a schema.
     """
     patterns: list[str] = []
     _check(schema, schema, "#", (), patterns, set())
@@ -53,8 +54,11 @@ def check(schema: Any) -> list[str]:
 def _check(
     schema: Any, root: Any, at: str, refs: tuple[str, ...], patterns: list[str], seen: set[str]
 ) -> None:
-    """Check one schema. ``seen`` has the places that a ``$ref`` names and that were checked: each
-    once, because their number may double from one to the next."""
+    """Check one schema.
+
+    ``seen`` contains the targets of ``$ref`` that were checked. Each is checked only once, because
+    otherwise nested references could double the work at each level.
+    """
     require(isinstance(schema, Mapping), _WHERE, at, "an object", repr(schema)[:80])
     if at.count("/") > 2 * _MOST_DEPTH:
         _refuse(at, f"more than {_MOST_DEPTH} schemas inside each other")
@@ -114,8 +118,10 @@ def _check(
 
 
 def _string(schema: dict[str, Any], words: Mapping[str, Any], at: str, patterns: list[str]) -> None:
-    """Look at the words of a string. A pattern becomes a group, or its ``|`` would reach the
-    quotes."""
+    """Check the keywords of a string.
+
+    A pattern is put in a group, as its ``|`` would otherwise include the quotes.
+    """
     if len(words) > 1 and {"pattern", "format"} & set(words):
         _refuse(at, "pattern or format beside another word for strings")
     if "format" in words and words["format"] not in _FORMATS:
@@ -131,7 +137,7 @@ def _string(schema: dict[str, Any], words: Mapping[str, Any], at: str, patterns:
 
 
 def _kinds(kinds: Any, at: str) -> list[str]:
-    """Return the types that a schema names, one or several."""
+    """Return the types of a schema as a list."""
     listed = kinds if isinstance(kinds, list) else [kinds]
     wrong = [k for k in listed if not isinstance(k, str) or k not in _WORDS]
     expected = f"one of {sorted(_WORDS)}"
@@ -140,8 +146,10 @@ def _kinds(kinds: Any, at: str) -> list[str]:
 
 
 def _plain(value: Any, at: str) -> None:
-    """Refuse values that outlines-core writes as others: names come as they are, also where they
-    mean something in an expression, and numbers that take more than one step are rounded twice."""
+    """Raise NotImplementedError for values that outlines-core would change.
+
+    It does not escape special characters in names, and rounds numbers with many digits twice.
+    """
     if isinstance(value, list):
         for part in value:
             _plain(part, at)
@@ -156,7 +164,7 @@ def _plain(value: Any, at: str) -> None:
 
 
 def _unescaped(name: str, at: str) -> None:
-    """Refuse a name that JSON escapes, which outlines-core does not."""
+    """Raise NotImplementedError for a name that JSON escapes but outlines-core does not."""
     if json.dumps(name, ensure_ascii=False) != f'"{name}"':
         _refuse(at, f"the name {name!r:.40}, of which JSON escapes a letter")
 
@@ -165,12 +173,12 @@ def _exact(number: float) -> bool:
     if isinstance(number, int):
         return -(1 << 63) <= number < 1 << 64
     _, digits, exponent = Decimal(repr(number)).as_tuple()
-    # A double holds these digits and these powers of ten, so that one product rounds once.
+    # These digits and powers of ten are exact doubles, so their product is rounded only once.
     return int("".join(map(str, digits))) <= 1 << 53 and abs(int(exponent)) <= 22
 
 
 def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[Any, str]]:
-    """Yield the schemas inside an object or array, after a check of the value's own words."""
+    """Check the keywords of a value, and yield the schemas inside an object or array."""
     for name in ("minLength", "maxLength", "minItems", "maxItems"):
         value = words.get(name, 0)
         whole = type(value) is int and 0 <= value <= _MOST_LENGTH
@@ -213,7 +221,7 @@ def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[An
 
 def _refuse(at: str, what: str) -> NoReturn:
     raise NotImplementedError(
-        f"{_WHERE}: {at}: expected words that an automaton holds to, found {what}"
+        f"{_WHERE}: {at}: expected keywords that an automaton can enforce, found {what}"
     )
 
 
@@ -242,7 +250,7 @@ def _wide(kinds: str | Sequence[str]) -> set[str]:
 
 
 def _apart(parts: Sequence[Any], root: Any) -> bool:
-    """Return whether no value satisfies two of the schemas, as far as types and constants say."""
+    """Return whether types and constants show that no value satisfies two of the schemas."""
     resolved = [p if "$ref" not in p else _resolved(p["$ref"], root, "#") for p in parts]
     pairs = ((a, b) for i, a in enumerate(resolved) for b in resolved[:i])
     return all(_differ(a, b) for a, b in pairs)

@@ -1,7 +1,7 @@
-"""The bytes that each token of a tokenizer writes.
+"""Bytes of the text of each token of a tokenizer.
 
-Three ways of writing are known: byte-level BPE (a letter per byte), SentencePiece (``\u2581`` for a
-space, ``<0x0A>`` for a byte), and tokens that are the text itself.
+Three notations of tokens are supported: byte-level BPE (a letter per byte), SentencePiece
+(``\u2581`` for a space, ``<0x0A>`` for a byte), and plain text.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _SPACE = "\u2581"
 
 
 def utf8(where: str, argument: str, text: str) -> bytes:
-    """Return the bytes of a text.
+    """Return the UTF-8 bytes of a text.
 
     Raises:
-        ValueError: for one with half of a surrogate pair, which has none.
+        ValueError: If the text has half of a surrogate pair.
     """
     try:
         return text.encode()
@@ -34,7 +34,7 @@ def utf8(where: str, argument: str, text: str) -> bytes:
 
 
 def end_tokens(where: str, eos: int | Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    """Return the tokens that end a text, ascending and checked."""
+    """Return the checked end tokens in ascending order."""
     ends = (eos,) if isinstance(eos, int) else tuple(eos)
     whole = bool(ends) and all(type(e) is int and 0 <= e < vocab_size for e in ends)
     require(whole, where, "eos_token_id", f"tokens in 0 .. {vocab_size - 1}", repr(eos))
@@ -42,11 +42,11 @@ def end_tokens(where: str, eos: int | Sequence[int], vocab_size: int) -> tuple[i
 
 
 class Vocabulary:
-    """Tokens as bytes.
+    """Bytes of all tokens.
 
     Attributes:
-        tokens: the bytes of each token; None for one that is no text: ends, padding, the marks of
-            a chat, and ids that the tokenizer does not have.
+        tokens: the bytes of each token; None for a token without text: ends, padding, special
+            tokens of a chat, and ids that the tokenizer does not have.
         eos: the tokens that end a text.
         key: equal for equal vocabularies.
     """
@@ -68,18 +68,17 @@ def vocabulary_of(
     vocab_size: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Vocabulary:
-    """Return the vocabulary of a transformers tokenizer; read once as long as the tokenizer lives.
+    """Return the vocabulary of a transformers tokenizer, cached for the life of the tokenizer.
 
     Args:
-        where: names the caller in messages.
-        tokenizer: has ``get_vocab``.
-        vocab_size: ``V`` of the model, whose last ids may be no tokens; None: as many as the
-            tokenizer has.
-        eos_token_id: what ends a text; None: the tokenizer's own.
+        where: name of the caller, for messages.
+        tokenizer: a tokenizer with ``get_vocab``.
+        vocab_size: ``V`` of the model, which may exceed the tokenizer's; None uses the tokenizer's.
+        eos_token_id: the tokens that end a text; None uses the tokenizer's.
 
     Raises:
-        ValueError: for an object that is no tokenizer, one without an end, or a ``vocab_size``
-            below its tokens.
+        ValueError: If the object is not a tokenizer, has no end token, or has more tokens than
+            ``vocab_size``.
     """
     if isinstance(tokenizer, Vocabulary):
         return tokenizer
@@ -128,16 +127,16 @@ def _token_bytes(tokenizer: Any, ids: dict[str, int], size: int) -> list[bytes |
 
 
 def _is_byte_level(tokenizer: Any, ids: dict[str, int]) -> bool:
-    """Return whether tokens are written in the alphabet of byte-level BPE."""
+    """Return whether tokens use the alphabet of byte-level BPE."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         parts = json.loads(backend.to_str())
         return '"ByteLevel"' in json.dumps([parts.get("decoder"), parts.get("pre_tokenizer")])
-    return hasattr(tokenizer, "byte_decoder") or "\u0120" in ids  # how a space is written there
+    return hasattr(tokenizer, "byte_decoder") or "\u0120" in ids  # a space in byte-level BPE
 
 
 def _byte_letters() -> dict[str, int]:
-    """Return the letter of each byte in byte-level BPE: printable ones are themselves."""
+    """Return the byte of each letter of byte-level BPE; printable bytes are unchanged."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {chr(b): b for b in plain}
     others = (b for b in range(256) if b not in set(plain))

@@ -1,4 +1,4 @@
-"""Constraints from what people write: texts, words, regular expressions, JSON schemas."""
+"""Constraints from texts, words, regular expressions and JSON schemas."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _kept_lock = threading.Lock()
 
 
 class Written:
-    """What :class:`~lora_ext.control.Constraint` can be made from, given a tokenizer.
+    """Constructors of :class:`~lora_ext.control.Constraint` that need a tokenizer.
 
-    A constraint is built once and kept by its content and vocabulary. Those that outlines-core
-    builds raise ImportError without it, with the line that installs it.
+    A constraint is built once and cached by its content and vocabulary. Constructors that use
+    outlines-core raise ImportError without it, with the command that installs it.
     """
 
     @classmethod
@@ -46,18 +46,18 @@ class Written:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Self:
-        """Exactly one of the texts, in any way that tokens spell it.
+        """Return the constraint that allows exactly the given texts, in any tokenization.
 
         Args:
-            texts: at least one.
-            tokenizer: of transformers.
-            vocab_size: ``V`` of the model, where it has more ids than the tokenizer.
-            eos_token_id: what ends a text; None: the tokenizer's own.
-            limits: of states, bytes and seconds.
+            texts: at least one text.
+            tokenizer: a tokenizer of transformers.
+            vocab_size: ``V`` of the model, if it has more ids than the tokenizer.
+            eos_token_id: the tokens that end a text; None uses the tokenizer's.
+            limits: limits of states, bytes and seconds.
 
         Raises:
-            ValueError: for no texts, or an unusable tokenizer.
-            ConstraintTooLarge: above the limits.
+            ValueError: If there is no text, or the tokenizer cannot be used.
+            ConstraintTooLarge: If it exceeds the limits.
         """
         how = tokenizer, vocab_size, eos_token_id, limits
         return cls._spelled("choice", (texts,), _keywords.choice, *how)
@@ -73,18 +73,18 @@ class Written:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Self:
-        """Return texts that contain all of some words and none of others.
+        """Return the constraint that a text contains all of some words and none of others.
 
-        A word is contained if its letters stand in the text one behind the other, whatever tokens
-        spell them and whatever stands around them: "dog" is contained in "a dog" and in "dogma".
+        A word may be any substring of the text, in any tokenization: "dog" is contained in "a dog"
+        and in "dogma".
 
         Args:
-            tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes and refuses them.
+            tokenizer, vocab_size, eos_token_id, limits: see :meth:`choice`.
             all_of: words, or lists of words of which one must occur.
             none_of: words that must not occur.
 
         Raises:
-            ValueError: for an empty word, and words that rule each other out.
+            ValueError: If a word is empty, or words exclude each other.
         """
         how = tokenizer, vocab_size, eos_token_id, limits
         return cls._spelled("keywords", (all_of, none_of), _keywords.keywords, *how)
@@ -99,18 +99,18 @@ class Written:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Self:
-        r"""Return texts that match a regular expression from end to end, however tokens spell them.
+        r"""Return the constraint that a whole text matches a regular expression.
 
-        The syntax is that of Rust's regex crate, without ``\b``, and with ``^`` and ``$`` at the
-        beginning and end of the whole text alone, where they say nothing.
-        A text with a NUL byte matches nothing. Needs the extra ``control``.
+        The syntax is that of Rust's regex crate, without ``\b``. ``^`` and ``$`` are only allowed
+        at the beginning and end of the whole text, where they have no effect. A text with a NUL
+        byte matches nothing. Needs the extra ``control``.
 
         Args:
             pattern: the expression.
-            tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes and refuses them.
+            tokenizer, vocab_size, eos_token_id, limits: see :meth:`choice`.
 
         Raises:
-            ValueError: for something that is no expression.
+            ValueError: If the expression is invalid.
         """
         how = tokenizer, vocab_size, eos_token_id, limits
         return cls._spelled("regex", (pattern,), _regex.pattern, *how)
@@ -125,21 +125,22 @@ class Written:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Self:
-        """Return JSON texts of a schema, with at most one space between their parts.
+        """Return the constraint of JSON texts of a schema, with at most one space between parts.
 
-        Properties come in the order of the schema, and no others come. ``date`` and ``date-time``
-        are held to their shape, not to the calendar. Needs the extra ``control``.
+        Properties have the order of the schema, and no other properties are allowed. ``date`` and
+        ``date-time`` are checked for their format, not for the calendar. Needs the extra
+        ``control``.
 
         Args:
-            schema: as a dictionary or as JSON.
-            tokenizer, vocab_size, eos_token_id, limits: as :meth:`regex` takes them.
+            schema: a dictionary, or JSON.
+            tokenizer, vocab_size, eos_token_id, limits: see :meth:`choice`.
 
         Raises:
-            NotImplementedError: for a word that the automaton would not hold to, by its name, such
-                as ``minimum`` or ``uniqueItems``; and for values of ``enum`` and ``const`` that
-                would be written as others: numbers of more digits than a double's product keeps,
-                names with a letter that means something in an expression.
-            ValueError: for something that is no schema.
+            NotImplementedError: For a keyword that the automaton cannot enforce, such as
+                ``minimum`` or ``uniqueItems``, which the message names; and for values of ``enum``
+                and ``const`` that outlines-core would change: numbers with too many digits, or
+                names with a special character of expressions.
+            ValueError: If the schema is invalid.
         """
         how = tokenizer, vocab_size, eos_token_id, limits
         return cls._spelled("json_schema", (schema,), _regex.json_schema, *how)
@@ -154,12 +155,13 @@ class Written:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Self:
-        """Return JSON objects of any content, with at most one space between their parts.
+        """Return the constraint of JSON objects of any content, with at most one space between
+        parts.
 
         Args:
-            tokenizer, vocab_size, eos_token_id, limits: as :meth:`choice` takes and refuses them.
-            depth: objects and arrays inside each other, the outer object included, at least 1;
-                every further one doubles the states.
+            tokenizer, vocab_size, eos_token_id, limits: see :meth:`choice`.
+            depth: levels of nested objects and arrays, including the outer object, at least 1;
+                every level doubles the states.
         """
         integer("json_object", "depth", depth, 1)
         how = tokenizer, vocab_size, eos_token_id, limits
@@ -176,7 +178,7 @@ class Written:
         eos_token_id: int | Sequence[int] | None,
         limits: Limits,
     ) -> Self:
-        """Return the constraint of an automaton over bytes, kept by what it was built from."""
+        """Build the constraint of an automaton over bytes; cached by its content."""
         vocabulary = vocabulary_of(what, tokenizer, vocab_size, eos_token_id)
         content = tuple(map(_settled, content))
         told = hashlib.blake2b(repr(content).encode(), digest_size=24).digest()
@@ -198,8 +200,7 @@ class Written:
 
 
 def _settled(content: Any) -> Any:
-    """Return plain lists, whose ``repr`` shows all that they hold; that of iterators, arrays and
-    tables does not."""
+    """Convert nested iterables to lists, since ``repr`` abbreviates arrays and iterators."""
     if isinstance(content, (str, bytes, Mapping)) or not isinstance(content, Iterable):
         return content
     return [_settled(part) for part in content]

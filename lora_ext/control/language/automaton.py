@@ -20,20 +20,22 @@ from ._vocabulary import end_tokens
 from ._written import Written
 from .matched import Matched
 
-_MOST_CLASSES = 1 << 15  # what int16 holds
+_MOST_CLASSES = 1 << 15  # range of int16
 
 
 class Constraint(Written):
-    """Which sequences of tokens a text may be: a regular language, kept as its smallest automaton.
+    """Regular language of token sequences that a text may have, stored as its minimal automaton.
 
-    Constraints of one vocabulary combine: ``a & b`` is both, ``a | b`` either, ``~a`` every other
-    text. Two constraints with the same texts are equal, however they were written.
+    Constraints with one vocabulary can be combined: ``a & b`` is the intersection, ``a | b`` the
+    union, ``~a`` the complement. Two constraints with the same language are equal.
 
     Attributes:
-        vocab_size: ``V``. eos: the tokens that end a text.
-        class_of: ``(V,)`` int16 on the CPU; tokens of a class lead to the same states everywhere.
-        table: ``(S, classes)`` int16 on the CPU, the next state, -1 forbidden, ``S`` the end.
-            Class 0 is that of the tokens that end a text.
+        vocab_size: ``V``.
+        eos: the tokens that end a text.
+        class_of: ``(V,)`` int16 on the CPU; tokens of one class have the same next state in every
+            state.
+        table: ``(S, classes)`` int16 on the CPU, the next state, -1 forbidden, ``S`` the end. Class
+            0 contains the end tokens.
     """
 
     def __init__(self, content: Automaton, vocab_size: int, eos: tuple[int, ...]):
@@ -48,7 +50,7 @@ class Constraint(Written):
         self.table = torch.from_numpy(table)
         self._content = content
 
-    # --- making -----------------------------------------------------------------------------------
+    # --- construction -----------------------------------------------------------------------------
     @classmethod
     def _of(
         cls, what: str, automaton: Automaton, eos: tuple[int, ...], clock: Clock, part: str
@@ -75,20 +77,20 @@ class Constraint(Written):
         *,
         limits: Limits = DEFAULT,
     ) -> Constraint:
-        """A constraint from its automaton.
+        """Return the constraint of an automaton.
 
         Args:
-            edges: triples (state, token, next state). A state is any number from 0 on.
+            edges: triples (state, token, next state). A state is any non-negative integer.
             start: the state before the first token.
             final: states in which a text may end.
             vocab_size: ``V``.
-            eos_token_id: the token, or tokens, that end a text; no edge has one.
-            limits: of states, bytes and seconds.
+            eos_token_id: the token, or tokens, that end a text; no edge may have one.
+            limits: limits of states, bytes and seconds.
 
         Raises:
-            ValueError: for states or tokens out of range, two edges of one token that leave a state
-                for different ones, and a language without any text.
-            ConstraintTooLarge: above the limits.
+            ValueError: If states or tokens are out of range, a state and token have two next
+                states, or the language is empty.
+            ConstraintTooLarge: If it exceeds the limits.
         """
         what = "from_edges"
         whole = type(vocab_size) is int and vocab_size >= 1
@@ -96,9 +98,9 @@ class Constraint(Written):
         eos = end_tokens(what, eos_token_id, vocab_size)
         clock = Clock(what, limits)
         listed = [tuple(edge) for edge in edges]
-        good = all(len(e) == 3 and all(_whole(n) for n in e) for e in listed)
+        wrong = [e for e in listed if len(e) != 3 or not all(_whole(n) for n in e)]
         expected = "triples (state, token, next state) of whole numbers"
-        require(good, what, "edges", expected, "others")
+        require(not wrong, what, "edges", expected, f"{wrong[:1]!r:.80}")
         ends = list(final)
         require(_whole(start), what, "start", "a state, a whole number from 0 on", repr(start))
         require(all(map(_whole, ends)), what, "final", "states, whole numbers from 0 on", ends)
@@ -117,7 +119,7 @@ class Constraint(Written):
         for s, t, after in listed:
             at = number[s], place[t]
             one = table[at] in (-1, number[after])
-            require(one, what, "edges", f"one state behind state {s} and token {t}", "two")
+            require(one, what, "edges", f"one next state of state {s} and token {t}", "two")
             table[at] = number[after]
         class_of = np.full(vocab_size, -1, np.int32)
         class_of[tokens] = np.arange(len(tokens))
@@ -127,26 +129,26 @@ class Constraint(Written):
 
     @staticmethod
     def from_matcher(matcher: Any, vocab_size: int, eos_token_id: int | Sequence[int]) -> Matched:
-        """Return what a matcher of xgrammar or llguidance allows, such as a grammar that nests
-        freely.
+        """Return the constraint of a matcher of xgrammar or llguidance, such as a grammar.
 
-        The mask law without a budget: nobody can list the states of a parser, so nothing says which
-        texts still end in time. A text that its budget cuts is a beginning of one that satisfies
-        it. No guide looks ahead for it, and it has no ``&``, ``|`` and ``~``.
+        It uses the mask law without a budget: the states of a parser cannot be enumerated, so it is
+        not known whether a text can still end in time. A text that the budget cuts is a prefix of
+        one that satisfies the constraint. Guides, ``&``, ``|`` and ``~`` are not supported.
 
         Args:
-            matcher: as xgrammar's ``GrammarMatcher`` (``fill_next_token_bitmask``,
+            matcher: an object like xgrammar's ``GrammarMatcher`` (``fill_next_token_bitmask``,
                 ``accept_token``, ``rollback``) or llguidance's ``LLMatcher`` (``compute_bitmask``,
-                ``consume_token``, ``rollback``), before its first token. It is not used elsewhere.
-                One serves all rows that have it; with one a row nothing is taken back.
-            vocab_size: ``V`` of the model. eos_token_id: what ends a text, as the matcher has it.
+                ``consume_token``, ``rollback``), before its first token. Do not use it elsewhere.
+                All rows may share one; with one per row no rollback is needed.
+            vocab_size: ``V`` of the model.
+            eos_token_id: the tokens that end a text, as in the matcher.
 
         Raises:
-            ValueError: for another object, or tokens out of range.
+            ValueError: If the object is not a matcher, or tokens are out of range.
         """
         return Matched(matcher, vocab_size, eos_token_id)
 
-    # --- combining --------------------------------------------------------------------------------
+    # --- combination ------------------------------------------------------------------------------
     def __and__(self, other: Constraint) -> Constraint:
         return self._joined(other, "&", np.logical_and)
 
@@ -168,29 +170,29 @@ class Constraint(Written):
         part = f"{self.num_states} states times {other.num_states}"
         return self._of(sign, joined, self.eos, clock, part)
 
-    # --- asking -----------------------------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------------
     @property
     def num_states(self) -> int:
-        """States of the smallest automaton, the end left out."""
+        """Number of states of the minimal automaton, without the end."""
         return len(self.table)
 
     @property
     def end(self) -> int:
-        """The state behind the end of a text."""
+        """State after the end of a text."""
         return len(self.table)
 
     @cached_property
     def rows(self) -> list[list[int]]:
-        """The table as lists, for a look-up of one token."""
+        """Table as lists, for looking up single tokens."""
         return self.table.tolist()
 
     @cached_property
     def classes(self) -> list[int]:
-        """The class of each token as a list."""
+        """Class of each token, as a list."""
         return self.class_of.tolist()
 
     def next_state(self, state: int, token: int) -> int:
-        """Return the state behind a token, -1 where it is forbidden; the end stays the end."""
+        """Return the state after a token, -1 if it is forbidden; after the end, the end."""
         if state in (-1, self.end):
             return state
         if not 0 <= token < self.vocab_size:
@@ -198,11 +200,11 @@ class Constraint(Written):
         return self.rows[state][self.classes[token]]
 
     def reads(self, token: int) -> bool:
-        """Return whether some text contains a token."""
+        """Return whether any text of the language contains a token."""
         return bool((self.table[:, self.classes[token]] >= 0).any())
 
     def accepts(self, tokens: Iterable[int] | Tensor) -> bool:
-        """Return whether a text is one of the language; ``tokens`` are those before the end."""
+        """Return whether a text is in the language; ``tokens`` are without the end token."""
         state = 0
         for token in tokens.tolist() if isinstance(tokens, Tensor) else tokens:
             state = self.next_state(state, int(token))
@@ -212,8 +214,7 @@ class Constraint(Written):
 
     @cached_property
     def distance(self) -> Tensor:
-        """The fewest tokens to the end from each state, the one that ends included, ``(S + 1,)``;
-        of the end 0."""
+        """Fewest tokens to the end from each state, including the end token, ``(S + 1,)``."""
         table = np.concatenate([self.table.numpy(), np.full((1, self.table.shape[1]), -1)])
         sources, targets = _algebra.edges(table)
         seeds = np.array([self.end])
@@ -221,19 +222,19 @@ class Constraint(Written):
 
     @cached_property
     def class_index(self) -> Tensor:
-        """:attr:`class_of` as numbers that a tensor is looked up by."""
+        """Copy of :attr:`class_of` as int64, for indexing."""
         return self.class_of.long()
 
     @cached_property
     def tokens_by_class(self) -> tuple[Tensor, Tensor]:
-        """All tokens ordered by class, and where each class begins, ``(classes + 1,)``."""
+        """All tokens ordered by class, and the start of each class, ``(classes + 1,)``."""
         counts = torch.bincount(self.class_index, minlength=self.table.shape[1])
         first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return self.class_of.argsort(stable=True), first
 
     @cached_property
     def key(self) -> bytes:
-        """The content: equal for equal languages over equal vocabularies."""
+        """Hash of the content, equal for equal languages over equal vocabularies."""
         digest = hashlib.blake2b(repr((self.vocab_size, self.eos)).encode(), digest_size=24)
         digest.update(self.class_of.numpy().tobytes())
         digest.update(self.table.numpy().tobytes())

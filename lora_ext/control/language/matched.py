@@ -1,4 +1,4 @@
-"""Constraints whose states nobody can list: a parser of another package, asked token by token."""
+"""Constraints given by a parser of another package, which is queried token by token."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ _ONE_OF = (
 
 
 class Matched:
-    """What a matcher allows, with the texts so far as its states.
+    """Constraint of a matcher, with the prefixes of texts as states.
 
     Made by :meth:`Constraint.from_matcher <lora_ext.control.Constraint.from_matcher>`. A state is
-    the number of a text's beginning; the matcher is taken back to where two beginnings part and on
-    from there, so one serves all rows. It belongs to this object from then on.
+    the number of a prefix. To change states, the matcher is rolled back to the common prefix and
+    then reads the rest, so one matcher serves all rows. It must not be used elsewhere.
 
     Attributes:
-        vocab_size: ``V``. eos: the tokens that end a text. end: the state behind the end.
+        vocab_size: ``V``.
+        eos: the tokens that end a text.
+        end: the state after the end.
     """
 
     end = sys.maxsize
@@ -47,13 +49,13 @@ class Matched:
         self.eos = end_tokens(where, eos_token_id, vocab_size)
         self._matcher, self._fills = matcher, hasattr(matcher, _ONE_OF[0][0])
         self._lock = threading.Lock()
-        self._standing: list[int] = []  # what the matcher has read
-        self._texts: list[tuple[int, int]] = [(-1, -1)]  # of each state: the one before, the token
+        self._standing: list[int] = []  # tokens that the matcher has read
+        self._texts: list[tuple[int, int]] = [(-1, -1)]  # previous state and token of each state
         self._number: dict[tuple[int, int], int] = {}
         self._masks: OrderedDict[int, Tensor] = OrderedDict()
 
     def mask(self, state: int) -> Tensor:
-        """Return which tokens may come in a state, ``(V,)`` bool; behind the end those that end."""
+        """Return the allowed tokens in a state, ``(V,)`` bool; after the end, the end tokens."""
         if state == self.end:
             found = torch.zeros(self.vocab_size, dtype=torch.bool)
             found[list(self.eos)] = True
@@ -69,7 +71,7 @@ class Matched:
         return bits.flatten()[: self.vocab_size].bool()
 
     def next_state(self, state: int, token: int) -> int:
-        """Return the state behind a token, -1 where it is forbidden; the end stays the end."""
+        """Return the state after a token, -1 if it is forbidden; after the end, the end."""
         if state in (-1, self.end):
             return state
         if not (0 <= token < self.vocab_size and bool(self.mask(state)[token])):
@@ -84,7 +86,7 @@ class Matched:
             return self._number[key]
 
     def accepts(self, tokens: Sequence[int] | Tensor) -> bool:
-        """Return whether a text is one of the language; ``tokens`` are those before the end."""
+        """Return whether a text is in the language; ``tokens`` are without the end token."""
         state = 0
         for token in tokens.tolist() if isinstance(tokens, Tensor) else tokens:
             state = self.next_state(state, int(token))
@@ -93,7 +95,7 @@ class Matched:
         return bool(self.mask(state)[list(self.eos)].any())
 
     def reads(self, token: int) -> bool:
-        """Return whether a text may contain a token, as far as can be said before it is written."""
+        """Return whether a text may contain a token; True for all tokens except end tokens."""
         return token not in self.eos
 
     def _bits(self) -> Tensor:
@@ -106,7 +108,7 @@ class Matched:
         return torch.frombuffer(told.ljust(4 * words, b"\0"), dtype=torch.int32)[:words].clone()
 
     def _go(self, state: int) -> None:
-        """Bring the matcher to where a text stands."""
+        """Roll back and advance the matcher to a state."""
         text: list[int] = []
         while state:
             state, token = self._texts[state]
@@ -123,7 +125,8 @@ class Matched:
         self._standing = text[:shared]
         for token in text[shared:]:
             taken = take(token)
-            require(taken, "from_matcher", "matcher", "one that takes what its mask allows", token)
+            expected, found = "one that accepts the tokens of its mask", f"{token} rejected"
+            require(taken, "from_matcher", "matcher", expected, found)
             self._standing.append(token)
 
     def __repr__(self) -> str:

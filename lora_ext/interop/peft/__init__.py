@@ -1,4 +1,4 @@
-"""PEFT's models, run by lora_ext's kernels: :func:`lora_ext.from_peft`, and the way back."""
+"""PEFT models run by lora_ext's kernels: :func:`lora_ext.from_peft` and its inverse."""
 
 from .model import Report, report, take_over, to_peft
 

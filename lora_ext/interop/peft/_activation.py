@@ -1,6 +1,9 @@
-"""Activated adapters of a PEFT model: PEFT says of each row how many tokens at the end of what a
-forward sees are the adapter's, ``alora_offsets``. With a cache that holds for every forward of
-``generate``; where a forward sees another part of the row it does not, and is refused."""
+"""Activated adapters of a PEFT model.
+
+PEFT's ``alora_offsets`` give, for each row, the number of tokens at the end of a forward's input to
+which the adapter applies. With a cache these numbers are right in every forward of ``generate``.
+Settings with which a forward receives another part of the row are rejected.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,27 @@ Offsets = Sequence[int | None]
 _CHUNK = "prefill_chunk_size"
 _COPIES = ("num_beams", "num_return_sequences")
 
-# All layers of a forward are given the same; the last one is kept.
+# All layers of a forward receive the same arguments; the last result is cached.
 _last: ContextVar[tuple[tuple[Any, ...], Activated] | None]
 _last = ContextVar("lora_ext.peft_activated", default=None)
 
 
 def activated(layer: Any, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of a layer's adapters that begin in mid-sequence."""
+    """Return the names of a layer's adapters that begin in mid-sequence."""
     return tuple(n for n in names if type(layer.lora_variant.get(n)) is ALoraLinearVariant)
 
 
 def rows_of_offsets(
     names: Assignment, begin: Sequence[str], offsets: Offsets | None, leading: torch.Size
 ) -> Activated | None:
-    """Which tokens have which adapter, as PEFT's own layer gives it to them.
+    """Return the adapter of each token, as PEFT's own layer applies it.
 
     Args:
-        names: of the rows, or one for all of them. begin: those of them that are activated.
-        offsets: of each row; None: they serve nobody. leading: ``(B, T)`` or ``(B,)``.
+        names: adapters of the rows, or one for all of them.
+        begin: names of the activated adapters.
+        offsets: number of adapted tokens of each row; without it, activated adapters apply to no
+            token.
+        leading: ``(B, T)`` or ``(B,)``.
 
     Returns:
         None if ``leading`` has more than two dimensions.
@@ -65,7 +71,7 @@ def rows_of_offsets(
             else 0
             for place, offset in zip(places, each, strict=True)
         )
-        invocations = [(0,) if it else () for it in table]  # which tokens, PEFT has looked
+        invocations = [(0,) if it else () for it in table]  # any token: PEFT has found the starts
         entries = Assignment(names.names, places, (count,))
         found = Activated(entries, invocations, starts, True, length)
         last = key, found
@@ -75,8 +81,10 @@ def rows_of_offsets(
 
 @contextmanager
 def offsets_given(model: nn.Module, offsets: Offsets | None) -> Iterator[None]:
-    """Around a call: its layers are given the offsets, as by PEFT's hooks, which checkpoints allow
-    one forward for each backward."""
+    """Pass the offsets to all layers of a call, by hooks that stay for its whole duration.
+
+    PEFT's hooks would allow a checkpoint only one forward per backward.
+    """
 
     def give(_layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "alora_offsets": offsets}
@@ -122,7 +130,7 @@ def refuse_other_forwards(model: Any, settings: dict[str, Any]) -> None:
     if chosen["use_cache"] is False or chosen[_CHUNK] is not None:
         found = "use_cache=False" if chosen["use_cache"] is False else f"{_CHUNK}={chosen[_CHUNK]}"
         raise NotImplementedError(
-            "from_peft: generate: expected a cache and a prompt in one piece beside an activated "
-            f"adapter, found {found}: PEFT counts from the end of what a forward sees, and would "
-            "adapt other tokens; lora_ext.attach serves it"
+            "from_peft: generate: expected a cache and a prompt in one piece for an activated "
+            f"adapter, found {found}: PEFT counts from the end of a forward's input, and would "
+            "adapt other tokens; use lora_ext.attach"
         )

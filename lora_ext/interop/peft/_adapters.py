@@ -1,4 +1,4 @@
-"""The adapters of a PEFT model that take part in a forward, and errors and warnings about them."""
+"""Adapters of a PEFT model that take part in a forward, with errors and warnings about them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lora_ext.adapter import BaseModels, model_name
 from lora_ext.layers import adapters_of, switched_off
 from lora_ext.rows import Assignment, PoolLayer, _layouts, innermost, several_processes
 
-_LISTED = 8  # names of layers in a warning
+_LISTED = 8  # most names of layers in a warning
 _REFERENCE = "ref"  # TRL's name for the frozen copy of an adapter that is its reference
 
 
 def check_values(model: nn.Module) -> None:
     """Raise ValueError for adapters without values: on ``meta``, over an offloaded base.
 
-    Adapters that accelerate has offloaded itself have a hook that loads them.
+    Adapters that accelerate offloaded have a hook that loads them, and are allowed.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -40,7 +40,7 @@ def check_values(model: nn.Module) -> None:
 
 
 def warn_of_other_bases(model: nn.Module) -> None:
-    """Warn of adapters that were trained on another base model than this, once for each name."""
+    """Warn of adapters that were trained on another base model, once for each name."""
     configs = getattr(model, "peft_config", None)
     bases = BaseModels(model_name(model))
     for name, config in (configs if isinstance(configs, Mapping) else {}).items():
@@ -76,13 +76,13 @@ def warn_of_frozen(model: nn.Module, names: Assignment) -> None:
         found = ", ".join(repr(name) for name in sorted(frozen))
         warnings.warn(
             f"from_peft: adapter_names: expected adapters that are trained, found {found} frozen; "
-            "model.set_requires_grad([...]) says which ones are, model.eval() that none is",
+            "call model.set_requires_grad([...]) to train them, or model.eval()",
             stacklevel=1,
         )
 
 
 def trains(layer: Any, name: str) -> bool:
-    """Return whether an adapter of a layer requires a gradient; reads all its parameters."""
+    """Return whether an adapter of a layer requires a gradient; read all its parameters."""
     factors = [getattr(layer, kind) for kind in layer.adapter_layer_names if hasattr(layer, kind)]
     return any([p.requires_grad for f in factors if name in f for p in _parameters(f[name])])
 
@@ -94,11 +94,11 @@ def _parameters(factor: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
 def taking_part(
     layer: Any, rows: Assignment | None
 ) -> tuple[tuple[str, ...], Assignment | None, tuple[int, ...]]:
-    """Return the adapters of a layer of PEFT's that take part in a forward.
+    """Return the adapters of a PEFT layer that take part in a forward.
 
     Returns:
         Their names; the rows, None if every row has all of them; and the positions of adapters that
-        are in use even without rows: on several processes all that train, see
+        are in use even without rows. On several processes these are all trained adapters, see
         :func:`lora_ext.rows._rows.together`.
     """
     off = switched_off(layer)
@@ -107,7 +107,7 @@ def taking_part(
     if not several_processes():
         wanted = rows.names if rows is not None else layer.active_adapters
         return tuple(n for n in wanted if n in layer.lora_A and n not in off), rows, ()
-    # Read the parameters of every adapter: ZeRO-3 gathers them then, on all processes.
+    # Read the parameters of every adapter, so that ZeRO-3 gathers them on all processes.
     asked = {name: trains(layer, name) for name in layer.lora_A}
     present = tuple(name for name in asked if name not in off)
     trained: tuple[int, ...] = ()
@@ -129,8 +129,8 @@ def refuse_block(
 ) -> None:
     """Raise or warn if a forward without names would ignore a block that contains one of ``names``.
 
-    Warn, once per pool, if the pool of the block serves no layer of ``module``: the block may be
-    for another model, such as a student beside its teacher.
+    If the pool of the block serves no layer of ``module``, warn once per pool: the block may be for
+    another model, such as the teacher of a student.
 
     Args:
         module: a layer or model of PEFT.
@@ -155,7 +155,7 @@ def refuse_block(
         isinstance(layer, PoolLayer) and layer.handle == block.handle for layer in module.modules()
     ):
         raise RuntimeError(message)
-    # Blocks that methods enter name the adapters of layers and have no slots.
+    # Blocks that training methods enter name the adapters of layers and have no slots.
     other = other_names and block.num_slots and block.assignment.names
     if (ours or other) and block.handle not in _warned:
         _warned.add(block.handle)
@@ -195,16 +195,17 @@ def turned_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
-    """Raise ValueError for several names if there are such layers."""
+    """Raise ValueError for several names if ``turned`` contains layers."""
     if turned and len(set(names)) > 1:
         raise ValueError(
-            f"from_peft: adapter_names: {turned[0]}: expected one name for all rows where PEFT "
-            "runs a layer that sees tokens first, found several; leave it out of target_modules"
+            f"from_peft: adapter_names: {turned[0]}: expected one name for all rows, as PEFT runs "
+            "this layer and its input has tokens first, found "
+            f"{', '.join(sorted(set(names)))!r:.200}; leave it out of target_modules"
         )
 
 
 def by_reason(left: dict[str, str]) -> str:
-    """Return each reason once, with its first few layers: a large model has hundreds."""
+    """Return each reason once, with at most `_LISTED` of its layers."""
     layers: dict[str, list[str]] = {}
     for name, reason in left.items():
         layers.setdefault(reason, []).append(name)

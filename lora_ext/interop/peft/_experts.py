@@ -1,8 +1,9 @@
 """PEFT's adapters on the parameters of routed experts, run by lora_ext's kernels.
 
 PEFT wraps an experts module once for each adapted parameter and, in each forward, adds the update
-to all of its matrices. Here the outermost wrapper computes the whole module: each token meets the
-factors of its experts and of its adapter alone. Parameters, names and files stay PEFT's.
+to all of its matrices. Here the outermost wrapper computes the whole module: each token is
+multiplied only by the factors of its experts and its adapter. Parameters, names and files stay as
+in PEFT.
 """
 
 from __future__ import annotations
@@ -35,17 +36,19 @@ class FusedExperts(Fused, ParamWrapper):
     of_peft = ParamWrapper
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's; ``adapter_names``, one per sequence, may be given too, in training as well.
+        """Compute the experts as PEFT does, with an adapter per row if ``adapter_names`` is given.
 
         Args:
-            x: ``(T, H)``, then the experts of each row and their weights, both ``(T, k)``.
+            x: ``(T, H)``.
+            args: the experts of each row and their weights, both ``(T, k)``.
+            kwargs: ``adapter_names``, one per sequence, also in training.
 
         Returns:
             ``(T, H)``.
 
         Raises:
-            ValueError: PEFT's own, where PEFT has to run this and names are given.
-            RuntimeError: a foreign checkpoint recomputes the layer and has lost the names.
+            ValueError: From PEFT, if names are given and PEFT has to run this layer.
+            RuntimeError: If a foreign checkpoint recomputes the layer and has lost the names.
         """
         names = kwargs.pop("adapter_names", None)
         given = names_of_layer(self, names)
@@ -79,7 +82,7 @@ class FusedExperts(Fused, ParamWrapper):
         return experts_forward(self.get_base_layer(), x, *args, update)
 
     def uncovered(self, adapter: str) -> str | None:
-        """Why an adapter is left to PEFT's forward."""
+        """Return the reason for which PEFT's forward runs an adapter, or None."""
         experts: Any = self.get_base_layer()
         if self.parameter_name not in projections(experts):
             return (
@@ -90,7 +93,7 @@ class FusedExperts(Fused, ParamWrapper):
         return uncovered(self, adapter) if obstacle is None else f"its experts have {obstacle}"
 
     def _wrappers(self) -> list[FusedExperts]:
-        """This and those inside: one for each adapted parameter."""
+        """Return this wrapper and the wrappers inside: one for each adapted parameter."""
         found: list[Any] = [self]
         while isinstance(found[-1].base_layer, ParamWrapper):
             found.append(found[-1].base_layer)
@@ -102,14 +105,13 @@ class FusedExperts(Fused, ParamWrapper):
         return LoraFactors(a.weight, b.weight, self.scaling[name])
 
 
-FusedExperts.__name__ = ParamWrapper.__name__  # what PEFT shows, and compares
+FusedExperts.__name__ = ParamWrapper.__name__  # PEFT prints and compares this name
 
 
 def _calls(
     adapters: tuple[str, ...], rows: Assignment | None, trained: tuple[int, ...], x: Tensor
 ) -> list[tuple[tuple[str, ...], Tensor | None]]:
-    """Which adapters share a call, and whose each row is: all rows have all of them, or their
-    own."""
+    """Return the adapters of each call and the adapter of each row in it, None for all rows."""
     if rows is None:
         return [((name,), None) for name in adapters]
     if not adapters:

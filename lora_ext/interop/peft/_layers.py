@@ -32,11 +32,11 @@ from ._activation import activated, rows_of_offsets
 from ._adapters import no_gradients_without_rows, taking_part
 from ._names import names_of_layer, offsets_of_layer
 
-_OF_ROWS = {"adapter_names", "alora_offsets"}  # what PEFT gives its layers of a forward's rows
+_OF_ROWS = {"adapter_names", "alora_offsets"}  # arguments that PEFT passes for a forward's rows
 
 
 def uncovered(module: Any, adapter: str) -> str | None:
-    """Why an adapter of a fused layer is left to PEFT's forward."""
+    """Return the reason for which PEFT's forward runs an adapter of a fused layer, or None."""
     variant = module.lora_variant.get(adapter)
     if variant is not None and type(variant) not in (DoraLinearVariant, ALoraLinearVariant):
         return f"adapter {adapter!r} is a {type(variant).__name__}"
@@ -62,28 +62,31 @@ def uncovered(module: Any, adapter: str) -> str | None:
 
 
 class Fused(PeftLinear if TYPE_CHECKING else object):
-    """What a layer of PEFT's becomes: the updates and their gradients fused, with the base product
-    where that is a plain one. A mixin in front of the class :attr:`of_peft`."""
+    """Mixin before the PEFT class :attr:`of_peft` that fuses the updates and their gradients.
+
+    The base product is fused too if it is a plain one.
+    """
 
     asks_what_is_off = True
-    #: Whether the first dimension of the input counts tokens, the second sequences.
+    #: True if the first dimension of the input is tokens and the second is sequences.
     tokens_first = False
     of_peft: ClassVar[Any]
     uncovered = uncovered
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's; ``adapter_names``, one per sequence, may also be given in training, and may
-        name DoRA adapters.
+        """Compute the layer as PEFT does, with an adapter per sequence if names are given.
 
         Args:
             x: ``(..., I)``.
+            kwargs: ``adapter_names``, one per sequence, also in training and for DoRA adapters.
 
         Returns:
             ``(..., O)``.
 
         Raises:
-            ValueError: PEFT's own: names of another number than sequences, or merged adapters.
-            RuntimeError: a foreign checkpoint recomputes the layer and has lost the names.
+            ValueError: From PEFT, if the number of names is not the number of sequences, or
+                adapters are merged.
+            RuntimeError: If a foreign checkpoint recomputes the layer and has lost the names.
         """
         names = kwargs.get("adapter_names")
         given = names_of_layer(self, names)
@@ -94,7 +97,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
             return self._forward_of_peft(x, *args, **kwargs)
         present, rows, trained = taking_part(self, given)
         begin = activated(self, present)
-        # PEFT raises where they do not fit.
+        # PEFT raises if the number of names does not fit.
         sequences = x.shape[1:2] if self.tokens_first else x.shape[:1]
         fits = given is None or sequences == given.shape
         left = [why for why in map(self.uncovered, present) if why is not None]
@@ -139,7 +142,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
 
     def _dense(self) -> DenseParameters:
         found = dense_parameters(self.base_layer, divided=True)
-        assert found is not None  # uncovered lets no other base pass
+        assert found is not None  # `uncovered` excludes other bases
         return found
 
     def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -165,8 +168,8 @@ class FusedLinear(Fused, PeftLinear):
     of_peft = PeftLinear
 
 
-# ``repr``, ``get_layer_status``, ``get_model_status`` and model cards show this name, as PEFT has
-# it. Pickle finds the class by its qualified name, which stays.
+# ``repr``, ``get_layer_status``, ``get_model_status`` and model cards show PEFT's name. Pickle
+# finds the class by its qualified name, which does not change.
 FusedLinear.__name__ = PeftLinear.__name__
 
 
@@ -176,5 +179,5 @@ _cached = getattr(dora, "cache_decorator", lambda _key: lambda function: functio
 
 @_cached("weight-norm")
 def _norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: str) -> Tensor:
-    """The norm of a DoRA adapter, which PEFT keeps in its layer ``_`` under ``DoraCaching``."""
+    """Return the norm of a DoRA adapter; PEFT caches it in its layer ``_`` with ``DoraCaching``."""
     return ops.lora_dora_norm(weight, factors.a, factors.b, factors.scaling)

@@ -1,7 +1,7 @@
-"""The names that a forward of a PEFT model was given, and how checkpoints keep them.
+"""Adapter names of a forward of a PEFT model, kept by checkpoints for the recomputation.
 
-PEFT passes ``adapter_names`` to its layers by hooks. When a checkpoint computes a block again, in
-the backward, the hooks are gone, and the names come from the checkpoint.
+PEFT passes ``adapter_names`` to its layers by hooks. When a checkpoint recomputes a block in the
+backward, the hooks are removed already, and the checkpoint supplies the names.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from torch import nn
 from lora_ext._torch import compiles
 from lora_ext.rows import Assignment, NamedRows, context_value
 
-# PEFT's hooks pass a batch's names to every layer as a list; the last one is kept.
+# PEFT's hooks pass a batch's names to every layer as a list; the last assignment is cached.
 _last: ContextVar[tuple[tuple[str, ...], Assignment] | None]
 _last = ContextVar("lora_ext.peft_names", default=None)
 
 
 class Given(NamedTuple):
-    """What a forward of a PEFT model was given for its rows."""
+    """Adapter arguments of a forward of a PEFT model."""
 
     names: Assignment | None
-    #: Of each row, how many tokens at its end an activated adapter has; None where it has none.
+    #: Number of tokens at the end of each row that its activated adapter changes; None without one.
     offsets: Sequence[int | None] | None = None
 
 
-# What the forward was given: for checkpoints, which hand it on to their recomputation.
+# Arguments of the running forward; checkpoints pass them to their recomputation.
 _current: ContextVar[Given | None] = ContextVar("lora_ext.peft_current", default=None)
-# What a checkpointed block was given in the forward, while it is recomputed in the backward.
+# Arguments of the forward of a checkpointed block, while the backward recomputes it.
 _recomputed: ContextVar[Given | None] = ContextVar("lora_ext.peft_recomputed", default=None)
 
-# Layers whose last forward had names that no checkpoint of ours keeps: recomputed without any, they
-# would train other adapters.
+# Layers whose last forward had names that no checkpoint of lora_ext keeps. A recomputation without
+# names would train other adapters.
 _named: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -55,9 +55,7 @@ def assignment_of(names: Sequence[str]) -> Assignment:
 
 
 def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment | None:
-    """Return the names of a layer's forward.
-
-    PEFT's hooks give them; a checkpoint that computes the layer again has those of its forward.
+    """Return the names of a layer's forward: from PEFT's hooks, or from the checkpoint.
 
     Raises:
         RuntimeError: If another library's checkpoint has lost them.
@@ -74,22 +72,22 @@ def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment 
         if torch._C._current_graph_task_id() != -1:  # inside a backward
             raise RuntimeError(
                 "from_peft: adapter_names: expected transformers' own gradient checkpointing, "
-                "found another, which recomputes a layer whose forward had adapter_names and "
-                "has lost them; pass no names, or do not checkpoint these layers"
+                f"found another, which recomputes a {type(layer).__name__} whose forward had "
+                "adapter_names and has lost them; pass no names, or do not checkpoint these layers"
             )
         _named.discard(layer)
     return recomputed
 
 
 def offsets_of_layer(given: Sequence[int | None] | None) -> Sequence[int | None] | None:
-    """Return ``alora_offsets`` of a layer's forward, from the same sources."""
+    """Return ``alora_offsets`` of a layer's forward, from PEFT's hooks or the checkpoint."""
     again = None if given is not None or compiles() else _recomputed.get()
     return given if again is None else again.offsets
 
 
 @contextlib.contextmanager
 def kept_by_checkpoints(model: nn.Module, given: Given) -> Iterator[None]:
-    """Let the checkpoints of a forward that trains give their recomputation the same."""
+    """Make the checkpoints of a training forward pass ``given`` to their recomputation."""
     block: Any
     for block in model.modules():
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
@@ -99,17 +97,17 @@ def kept_by_checkpoints(model: nn.Module, given: Given) -> Iterator[None]:
             block._gradient_checkpointing_func = _KeepsNames(checkpoint)
         for layer in block.modules():
             if hasattr(type(layer), "of_peft") or _remind in layer._forward_pre_hooks.values():
-                continue  # our own layers read the names themselves
-            if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper):  # PEFT's own
+                continue  # fused layers read the names themselves
+            if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper):  # run by PEFT
                 nn.Module.register_forward_pre_hook(layer, _remind, with_kwargs=True)  # pyright: ignore[reportArgumentType]
     with context_value(_current, given):
         yield
 
 
 class _KeepsNames:
-    """A checkpoint function that also keeps the names of its forward for the recomputation.
+    """Checkpoint function that also keeps the names of its forward for the recomputation.
 
-    It stays on its module, as another thread may be inside it. Without names it only calls the
+    It remains on its module, as another thread may be running it. Without names it only calls the
     function that it wraps.
     """
 
@@ -129,7 +127,7 @@ class _KeepsNames:
 
 
 def _remind(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Give a layer of PEFT's own the names and offsets in a recomputation."""
+    """Pass the names and offsets to a layer that PEFT runs, in a recomputation."""
     again = None if compiles() else _recomputed.get()
     if again is None:
         return args, kwargs

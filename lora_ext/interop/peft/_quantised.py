@@ -1,8 +1,8 @@
-"""PEFT's layers over quantised bases: a fused class for each of PEFT's own.
+"""Fused classes of PEFT's layers over quantised bases, one for each class of PEFT.
 
-They lie in modules of PEFT's that import only beside the quantiser, so their fused classes are made
-when a model has one. The base is called, whatever it is, and its own autograd gives the gradient of
-its input; the update is one fused op.
+PEFT's classes are in modules that can be imported only if the quantiser is installed, so each fused
+class is made when a model first needs it. The base layer is called, its own autograd computes the
+gradient of its input, and the update is one fused op.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ._layers import Fused
 
 _MODULES = "peft.tuners.lora."
-_CLASSES = {  # name here: PEFT's
+_CLASSES = {  # name of the fused class: class of PEFT
     "FusedLinear8bitLt": "bnb.Linear8bitLt",
     "FusedLinear4bit": "bnb.Linear4bit",
     "FusedTorchaoLinear": "torchao.TorchaoLoraLinear",
@@ -23,12 +23,12 @@ COVERED = f"{_MODULES}layer.Linear, layer.ParamWrapper and {', '.join(_CLASSES.v
 
 
 def full_name(kind: type) -> str:
-    """Of a class, with its module."""
+    """Return the name of a class with its module."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def fused_class(kind: type) -> type:
-    """The fused class of one of PEFT's, or the very class where there is none."""
+    """Return the fused class of a class of PEFT, or ``kind`` if it has none."""
     for name, of_peft in _CLASSES.items():
         if full_name(kind) == _MODULES + of_peft:
             return _made(name)
@@ -45,7 +45,7 @@ def _made(name: str) -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """A fused class by its qualified name, as pickle asks for it."""
+    """Return a fused class by its qualified name, for pickle."""
     if name in _CLASSES:
         return _made(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

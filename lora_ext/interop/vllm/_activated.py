@@ -1,15 +1,15 @@
 """Activated adapters in vLLM: their starts, their rows, and the blocks that they share.
 
-vLLM knows one adapter for a whole request, and refuses those of another kind. It knows it in two
-places: a block of its prefix cache is keyed by the adapter, and so is each token of a step. An
-activated adapter (:mod:`lora_ext.rows._activation`) begins where its invocation stands for the last
-time in the prompt. What lies before is the base model's: those tokens get no adapter, and blocks
-that end there no key, so that they are shared with the base model and with other such adapters. A
-later block is keyed by the start as well: the same tokens may begin earlier in another prompt.
+vLLM applies one adapter to a whole request, and rejects activated adapters. It uses the adapter in
+two places: the key of a block of its prefix cache, and each token of a step. An activated adapter
+(:mod:`lora_ext.rows._activation`) begins at the last occurrence of its invocation in the prompt.
+Tokens before it use the base model: they get no adapter, and blocks that end there have no key of
+the adapter, so they are shared with the base model and with other activated adapters. The key of a
+later block also contains the start, since the same tokens may begin earlier in another prompt.
 
-The invocation travels in ``base_model_name`` of the engine's own copy of the request, which nothing
-in vLLM's engine or workers reads: processes that have never seen the door know it, and files that
-change meanwhile do not change it.
+The invocation is sent in ``base_model_name`` of the engine's own copy of the request, which nothing
+in vLLM's engine or workers reads. Worker processes therefore have it, and changed files do not
+change it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _TRAVELS = "lora_ext:invocation:"
 _KEYS, _BATCH = "vllm.v1.core.kv_cache_utils", "vllm.v1.worker.gpu_input_batch"
 _HELPER = "vllm.lora.peft_helper"
 _KEY = "generate_block_hash_extra_keys"
-_START = "_lora_ext_start"  # of a request, once it was looked for
+_START = "_lora_ext_start"  # attribute of a request: cached position of the invocation
 
-#: What stands in the way of activated adapters here; None once :func:`follow_starts` has run.
+#: Reason why activated adapters are not supported; None once :func:`follow_starts` has run.
 _lacking: str | None = "vLLM's engine was not prepared"
 
 
 def invocation_of(lora_request: Any) -> tuple[int, ...]:
-    """The invocation that travels with a request, empty for an ordinary adapter."""
+    """Return the invocation that was sent with a request, empty for an ordinary adapter."""
     name = getattr(lora_request, "base_model_name", None) or ""
     if not name.startswith(_TRAVELS):
         return ()
@@ -44,11 +44,10 @@ def invocation_of(lora_request: Any) -> tuple[int, ...]:
 
 
 def read(lora_request: Any) -> tuple[int, ...]:
-    """The invocation in a folder's configuration; what else is wrong with a folder, or is not here,
-    is vLLM's to find.
+    """Read the invocation in a folder's configuration; leave other errors in it to vLLM.
 
     Raises:
-        ValueError: it is no list of tokens, or this vLLM cannot serve activated adapters.
+        ValueError: If it is not a list of tokens, or this vLLM cannot serve activated adapters.
     """
     path = os.path.join(os.path.expanduser(lora_request.lora_path), "adapter_config.json")
     try:
@@ -64,7 +63,7 @@ def read(lora_request: Any) -> tuple[int, ...]:
         raise ValueError(f"{where} a list of tokens, found {found!r:.200}")
     lacking = _lacking
     if lacking is None and not importlib.import_module("vllm.platforms").current_platform.is_cpu():
-        lacking = "vLLM serves them on the CPU alone"
+        lacking = "vLLM serves them only on the CPU"
     elif lacking is None and importlib.import_module("vllm.envs").VLLM_USE_V2_MODEL_RUNNER:
         lacking = "VLLM_USE_V2_MODEL_RUNNER is set"
     if lacking is not None:
@@ -74,7 +73,7 @@ def read(lora_request: Any) -> tuple[int, ...]:
 
 
 def send(lora_request: Any, invocation: tuple[int, ...]) -> None:
-    """Let an invocation travel with the engine's copy of a request."""
+    """Write an invocation into the engine's copy of a request."""
     lora_request.base_model_name = f"{_TRAVELS}{json.dumps(invocation)}"
 
 
@@ -89,7 +88,7 @@ def in_front(settings: Any) -> Callable[[Any], None]:
 
 
 def check(request: Any, invocation: tuple[int, ...]) -> None:
-    """Raise ValueError, before anything runs, for a request that its adapter cannot answer."""
+    """Raise ValueError for a request that its activated adapter cannot answer."""
     adapter = request.lora_request
     if not invocation:
         return
@@ -106,14 +105,16 @@ def check(request: Any, invocation: tuple[int, ...]) -> None:
 
 
 def _last(ids: torch.Tensor, invocation: tuple[int, ...]) -> int | None:
-    from lora_ext.rows import last_start  # loads the kernels: vLLM's processes come by here first
+    from lora_ext.rows import last_start  # imported here, as it loads the kernels
 
     return last_start(ids[None], invocation)[0]
 
 
 def follow_starts(lacking: str | None = None) -> None:
-    """Give vLLM's keys of blocks and rows of a step the starts, for the process; works once. What
-    is lacking for it is said where such an adapter is loaded."""
+    """Wrap vLLM's keys of blocks and rows of a step to use the starts, for the process; once.
+
+    ``lacking`` is part of the error when an activated adapter is loaded.
+    """
     global _lacking
     _lacking = lacking
     if lacking is not None:
@@ -129,14 +130,14 @@ def follow_starts(lacking: str | None = None) -> None:
         wrap(batch, "make_lora_inputs", _rows)
         wrap(helper, "_validate_features", _features)
         inner = getattr(keys, _KEY)
-        importlib.import_module("vllm.v1.core.block_pool")  # takes the function by its name
+        importlib.import_module("vllm.v1.core.block_pool")  # imports the function by name
         for name, module in list(sys.modules.items()):
             if name.startswith("vllm.") and vars(module).get(_KEY) is inner:
                 wrap(module, _KEY, _keys)
 
 
 def _features(inner: Any, helper: Any) -> Any:
-    """What vLLM finds wrong with a configuration, without the invocation, which the door met."""
+    """Run vLLM's check of a configuration without the invocation, which was read before."""
     helper.alora_invocation_tokens = None
     return inner(helper)
 
@@ -144,7 +145,7 @@ def _features(inner: Any, helper: Any) -> Any:
 def _keys(
     inner: Any, request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
 ) -> Any:
-    """The keys of one block of a request."""
+    """Return the keys of one block of a request."""
     keys, place = inner(request, start_token_idx, end_token_idx, start_mm_idx)
     if not hasattr(request, _START):  # called for each block, and the prompt may be long
         invocation, prompt = invocation_of(request.lora_request), request.prompt_token_ids
@@ -161,7 +162,7 @@ def _keys(
 
 
 def _rows(inner: Any, batch: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any) -> Any:
-    """The adapter of each sampled position and of each token of a step."""
+    """Return the adapter of each sampled position and of each token of a step."""
     samples, tokens, requests = inner(batch, num_scheduled_tokens, num_sampled_tokens)
     invocations = {each.lora_int_id: invocation_of(each) for each in requests}
     if not any(invocations.values()):
@@ -172,7 +173,7 @@ def _rows(inner: Any, batch: Any, num_scheduled_tokens: Any, num_sampled_tokens:
         count, sampled = int(num_scheduled_tokens[row]), int(num_sampled_tokens[row])
         prompt, done = int(batch.num_prompt_tokens[row]), int(batch.num_computed_tokens_cpu[row])
         invocation = invocations.get(int(batch.request_lora_mapping[row]), ())
-        if invocation and done < prompt:  # else all of this step lies behind the prompt
+        if invocation and done < prompt:  # otherwise all tokens of this step follow the prompt
             start = _last(torch.from_numpy(batch.token_ids_cpu[row, :prompt]), invocation)
             base = min(count, max(0, (prompt if start is None else start) - done))
             of_tokens[token : token + base] = [0] * base

@@ -1,7 +1,7 @@
-"""Constraints of requests, from the entrance of vLLM's engine to the scores of each step.
+"""Constraints of requests, from the arrival at vLLM's engine to the logits of each step.
 
 A request has its constraint in ``SamplingParams.extra_args``. The engine builds it when the request
-comes and checks it against the budget. A constraint that cannot be met raises there, for that
+arrives and checks it against the budget. A constraint that cannot be met raises there, for that
 request alone, since an error in a step would end the engine for all requests. The workers receive
 the built constraint. This file does not need vLLM; vLLM loads the class in :mod:`.processor`.
 """
@@ -23,13 +23,13 @@ from lora_ext.serving import Standing, constrained, read_format
 
 from ._interface import wrap
 
-KEY = "lora_ext_constraint"  # of SamplingParams.extra_args
-GUIDE = "lora_ext_guide"  # of the engine's additional_config: a folder
+KEY = "lora_ext_constraint"  # key in SamplingParams.extra_args
+GUIDE = "lora_ext_guide"  # key in the engine's additional_config: the folder of a guide
 PROCESSOR = "lora_ext.interop.vllm.processor:Constraints"
 _MARK = "_lora_ext_constrains"
 _KEPT_VOCABULARIES, _KEPT_PLANS = 4, 256
 _GREEDY = 1e-5  # vLLM takes the likeliest token below this temperature
-#: Fields of SamplingParams that would cut a text or take away what a constraint needs.
+#: Fields of SamplingParams that would cut a text or forbid tokens that a constraint needs.
 _NONE_OF = (
     "stop",
     "bad_words",
@@ -38,11 +38,11 @@ _NONE_OF = (
     "ignore_eos",
     "thinking_token_budget",
 )
-_doors: set[type] = set()  # classes of engines of this process that build constraints
+_doors: set[type] = set()  # engine classes of this process that build constraints
 
 
 def asked_for(params: Any) -> Callable[[Any], Constraint] | None:
-    """Return the function of a vocabulary that builds a request's constraint; None without one.
+    """Return a function that builds a request's constraint from a vocabulary; None without one.
 
     Args:
         params: vLLM's ``SamplingParams``.
@@ -74,12 +74,12 @@ def asked_for(params: Any) -> Callable[[Any], Constraint] | None:
 
 
 def budget_of(params: Any, prompt: Sequence[int] | None, length: int) -> int:
-    """Return the most tokens that a text may get, by ``max_tokens`` and the model's length."""
+    """Return the most tokens of a text, by ``max_tokens`` and the model's length."""
     left = length - len(prompt or ())
     return left if params.max_tokens is None else min(params.max_tokens, left)
 
 
-# --- the door of the engine -----------------------------------------------------------------------
+# --- arrival at the engine ------------------------------------------------------------------------
 class Builder:
     """Builder of the constraints of requests to one engine.
 
@@ -98,7 +98,7 @@ class Builder:
 
         Raises:
             ValueError, NotImplementedError: As :func:`asked_for`; if the constraint is too large or
-                does not fit into the budget; or without our logits processor.
+                does not fit into the budget; or without lora_ext's logits processor.
         """
         params = request.sampling_params
         if params is None or (asked := asked_for(params)) is None:
@@ -130,7 +130,7 @@ class Builder:
 
 
 def build_at_door(engine: Any) -> None:
-    """Let vLLM's ``EngineCore`` build constraints by a :class:`Builder`, for the process; once."""
+    """Wrap vLLM's ``EngineCore`` to build constraints with :class:`Builder`, for the process."""
 
     def preprocess_add_request(inner: Any, self: Any, request: Any, *args: Any) -> Any:
         if getattr(request, "sampling_params", None) is not None:
@@ -148,10 +148,10 @@ def in_front(settings: Any) -> Callable[[Any], None]:
     return Builder(settings).built
 
 
-# --- the scores of a step -------------------------------------------------------------------------
+# --- logits of a step -----------------------------------------------------------------------------
 @dataclass
 class _Following:
-    """A request of the batch with the state of its text."""
+    """Request of the batch and the state of its text."""
 
     row: Row | None
     temperature: float
@@ -201,7 +201,7 @@ class ConstrainedRows:
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """Apply the changes of vLLM's batch: rows leave, come and change places, in this order."""
+        """Apply the changes of vLLM's batch: removed, added and moved rows, in this order."""
         if batch_update is None:
             return
         rows = self._following
@@ -224,7 +224,7 @@ class ConstrainedRows:
 
     def apply(self, logits: Tensor) -> Tensor:
         """Return ``logits (B, V) + temperature * log r`` of the rows with constraints."""
-        # Read the tokens since the last step; a request that was put off returns with all of its.
+        # Read the tokens since the last step; a preempted request returns with all its tokens.
         while behind := [r for r in self._following.values() if r.seen < len(r.tokens)]:
             rows = advance([r.row for r in behind], [r.tokens[r.seen] for r in behind])
             for each, row in zip(behind, rows, strict=True):

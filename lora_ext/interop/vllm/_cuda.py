@@ -1,8 +1,8 @@
-"""The wrapper for vLLM's CUDA platform: written, run on the emulator in parts, never on a GPU.
+"""Wrapper for vLLM's CUDA platform: tested in parts on the emulator, never on a GPU.
 
-Off by default; ``LORA_EXT_VLLM=cuda`` chooses it. A captured graph follows the step: ids and ranks
-are read from buffers that keep their place, and what the host knows of a step decides nothing in a
-capture.
+Off by default; ``LORA_EXT_VLLM=cuda`` enables it. A captured graph uses the rows of each step: it
+reads ids and ranks from buffers with a fixed address. During a capture, no decision depends on the
+step's state on the host.
 """
 
 from __future__ import annotations
@@ -18,6 +18,6 @@ _Base: Any = importlib.import_module("vllm.lora.punica_wrapper.punica_gpu").Puni
 class LoraExtWrapperCUDA(Updates, _Base):
     """vLLM's CUDA wrapper with the updates of lora_ext.
 
-    What remains vLLM's: the buffers of ids, routed experts, and classification heads that an
-    adapter replaces.
+    vLLM still manages the buffers of ids, routed experts and classification heads that an adapter
+    replaces.
     """

@@ -1,8 +1,9 @@
-"""Requests are looked at in front of vLLM's engine, too.
+"""Checks of requests in vLLM's ``LLMEngine``, before they reach the engine's core.
 
-vLLM's ``LLMEngine`` notes a request first and hands it to the engine's core then. What the core
-refuses it would wait for, for ever. So what our parts refuse at the core's door they refuse here
-before it waits. A server's engine has the core's word for it, and an event loop that must not wait.
+``LLMEngine`` registers a request and then passes it to the core. It would wait forever for a
+request that the core rejects. The checks of the core therefore run here as well, before the request
+is registered. The engine of a server needs no check: it receives the core's errors, and its event
+loop must not block.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from typing import Any
 from ._interface import wrap
 
 _MARK = "_lora_ext_checks"
-_checkers: dict[type, list[Callable[[Any], Callable[[Any], object]]]] = {}  # by the class in front
+_checkers: dict[type, list[Callable[[Any], Callable[[Any], object]]]] = {}  # by class of engine
 
 
 def register_check(front: Any, checker: Callable[[Any], Callable[[Any], object]]) -> None:
-    """Look at each request of vLLM's ``LLMEngine``, for the process; a checker is added once.
+    """Check each request of vLLM's ``LLMEngine``, for the process; a checker is added only once.
 
     Args:
-        front: the class.
-        checker: makes of an engine's settings what is called with each of its requests, and raises.
+        front: the class ``LLMEngine``.
+        checker: function of an engine's settings that returns the check. The check is called with
+            each request of the engine, and raises.
     """
     checkers = _checkers.setdefault(front, [])
     if checker not in checkers:

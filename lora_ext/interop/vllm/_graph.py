@@ -1,7 +1,7 @@
 """Methods that a compiled graph calls as ops.
 
-A traced graph would keep the rows of the step that it was traced in. What reads them is therefore
-an op of its own, which finds its wrapper, and with it the rows, when the graph runs.
+A traced graph would keep the rows of the step in which it was traced. A method that reads them is
+therefore an op, which looks up its wrapper, and the rows in it, when the graph runs.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _handles = itertools.count()
 
 
 def known(wrapper: Any) -> int:
-    """The number by which ops find this wrapper, as long as it lives."""
+    """Return the number by which ops find this wrapper; holds only a weak reference."""
     handle = next(_handles)
     _wrappers[handle] = wrapper
     return handle
 
 
 def in_graph(arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A method of an object with a ``handle``; traced, it becomes the op ``lora_ext::vllm_<name>``.
+    """Decorate a method of an object with a ``handle``; a trace calls ``lora_ext::vllm_<name>``.
 
     Args:
-        arguments: those after ``self``, as a schema.
+        arguments: schema of the arguments after ``self``.
     """
 
     def decorate(method: Callable[..., None]) -> Callable[..., None]:

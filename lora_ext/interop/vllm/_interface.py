@@ -1,4 +1,4 @@
-"""The internal interface of vLLM that lora_ext uses: how it is checked, and how it is wrapped."""
+"""Checks and wrappers of the internal interface of vLLM that lora_ext uses."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 MARK = "_lora_ext_follows"  # attribute of a function that was wrapped
 # Functions that are called or wrapped, by their owner: parameters in vLLM's order, without
-# ``self``. The owners are a wrapper of kernels, the manager of adapters, the engine's core, its
-# entrance for constraints, the object in front of it, the keys of blocks, the batch of a step, and
-# the reader of PEFT's files.
+# ``self``. The owners are the wrapper of kernels, the manager of adapters, the engine's core, its
+# method that receives requests, ``LLMEngine``, the keys of blocks, the batch of a step, and the
+# reader of PEFT's files.
 _CALLED: dict[str, dict[str, str]] = {
     "wrapper": {
         "update_metadata": "mapping lora_index_to_id",
@@ -38,7 +38,7 @@ _CALLED: dict[str, dict[str, str]] = {
     "batch": {"make_lora_inputs": "num_scheduled_tokens num_sampled_tokens"},
     "helper": {"_validate_features": ""},
 }
-# Attributes that the owner's methods use.
+# Attributes that each owner's methods use.
 _READ = {
     "wrapper": "_token_lora_indices _sampler_indices",
     "manager": "lora_index_to_id punica_wrapper_mapping",
@@ -56,7 +56,7 @@ def found(name: str) -> Any:
 
 
 def lacking(part: str, name: str) -> str | None:
-    """Return what :func:`missing` finds, or why there is no owner of this name."""
+    """Return the result of :func:`missing`, or the error of importing ``name``."""
     try:
         return missing(part, found(name))
     except (ImportError, AttributeError) as error:
@@ -64,7 +64,7 @@ def lacking(part: str, name: str) -> str | None:
 
 
 def missing(part: str, owner: Any) -> str | None:
-    """Return what a class of vLLM, or its module of "keys", lacks to be this part, or None."""
+    """Return the first member of ``part`` that a class or module of vLLM lacks, or None."""
     for name, wanted in _CALLED[part].items():
         lacks = _differs(owner, name, wanted.split(), int(isinstance(owner, type)))
         if lacks is not None:
@@ -75,12 +75,12 @@ def missing(part: str, owner: Any) -> str | None:
 
 
 def _differs(owner: Any, name: str, wanted: Sequence[str], first: int) -> str | None:
-    """Return a function that an owner lacks, or whose parameters from ``first`` on differ."""
+    """Return the function if ``owner`` lacks it or its parameters from ``first`` on differ."""
     function = getattr(owner, name, None)
     if not callable(function):
         return f"{owner.__name__}.{name}"
     parameters = list(inspect.signature(function).parameters.values())
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters):  # of another plug-in
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):  # another plug-in wrapped it
         return None
     if [each.name for each in parameters[first : len(wanted) + first]] != list(wanted):
         return f"{owner.__name__}.{name}({', '.join(wanted)})"
@@ -96,12 +96,12 @@ def _names(kind: type) -> Iterator[str]:
 
 
 def wrap(owner: Any, name: str, ours: Callable[..., Any], mark: str = MARK) -> None:
-    """Replace a function of vLLM's by ``ours(function, *arguments)``, for the process; once.
+    """Replace a function of vLLM by ``ours(function, *arguments)``, for the process.
 
-    Works once even if another plug-in has wrapped ``ours`` since.
+    Further calls do nothing, even if another plug-in has wrapped the result.
     """
     inner = getattr(owner, name)
-    if hasattr(inner, mark):  # functools.wraps copies it to a wrapper around ours
+    if hasattr(inner, mark):  # functools.wraps copies the mark to a wrapper around ours
         return
 
     @functools.wraps(inner)

@@ -1,13 +1,14 @@
-"""One name and one number for each load of an adapter, inside vLLM's engine.
+"""Unique name and number for each load of an adapter, inside vLLM's engine.
 
 vLLM keys blocks of its prefix cache by an adapter's name and path, a step's adapters by name, and
-slots by number. After a reload these no longer mean one set of weights: a name under two numbers
-leaves one of them out of the step, which ends the engine, and changed files at one path meet blocks
-of the old ones. The engine's door therefore gives each load after the first a name and a number
-of its own; a request keeps those of the load that was there when it came.
+slots by number. After a reload these no longer identify one set of weights. A name with two numbers
+leaves one of them out of the step, which ends the engine, and changed files at one path would use
+cached blocks of the old files. The wrapped engine therefore gives each load after the first a new
+name and number. A request keeps those of the load that was current when it arrived.
 
-At that door the invocation of an activated adapter is read and sent along (:mod:`._activated`), and
-what it cannot answer is refused: found in the middle of a step, it would end the engine.
+The same wrapper reads the invocation of an activated adapter and sends it along
+(:mod:`._activated`). It rejects requests that the adapter cannot answer, since an error in the
+middle of a step would end the engine.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ _LOADS = "_lora_ext_loads"
 @dataclass(frozen=True)
 class _Load:
     user_id: int
-    request: Any  # as the engine knows it
-    stamp: object  # of the files, when they were loaded
+    request: Any  # with the engine's name and number
+    stamp: object  # state of the files when they were loaded
 
 
 class Loads:
-    """The loads of one engine."""
+    """Loads of the adapters of one engine."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int, str], _Load] = {}
-        self._user_ids: dict[int, int] = {}  # by the engine's
-        self._last: dict[int, int] = {}  # and the engine's of the last load, by the user's
+        self._user_ids: dict[int, int] = {}  # engine's number: user's number
+        self._last: dict[int, int] = {}  # user's number: engine's number of the last load
         self._names: set[str] = set()
-        self._fresh = itertools.count(1 << 48)  # beyond what people count to
-        self._lock = threading.Lock()  # requests come in a thread of their own
+        self._fresh = itertools.count(1 << 48)  # above any number that a user gives
+        self._lock = threading.Lock()  # requests arrive in a separate thread
 
     def of_request(self, request: Any) -> Any:
-        """What a request for an answer means: the last load of its adapter, or the first one.
+        """Return the last load of a request's adapter; load it first if there is none.
 
-        ``load_inplace`` asks for another load where the files have changed since.
+        With ``load_inplace`` it is loaded again if the files have changed.
         """
         with self._lock:
             load = self._known.get(_key(request))
@@ -57,7 +58,7 @@ class Loads:
             return load.request
 
     def load(self, request: Any, into: Callable[[Any], bool]) -> bool:
-        """A load by itself. into: the engine's own; where it raises, the load before stays."""
+        """Load an adapter with ``into``, the engine's function; if it raises, nothing changes."""
         with self._lock:
             load = self._known.get(_key(request))
             if load is None or request.load_inplace:
@@ -68,7 +69,7 @@ class Loads:
         return loaded
 
     def remove(self, user_id: int, out_of: Callable[[int], bool]) -> bool:
-        """Remove all loads of a number. What comes back is loaded anew, and another load."""
+        """Remove all loads of a number; a later request for it makes a new load."""
         with self._lock:
             ids = [i for i, user in self._user_ids.items() if user == user_id] or [user_id]
             self._known = {k: each for k, each in self._known.items() if each.user_id != user_id}
@@ -81,7 +82,7 @@ class Loads:
         return into(last)
 
     def listed(self, ids: set[int]) -> set[int]:
-        """The numbers that the engine's caller gave."""
+        """Return the user's numbers of the engine's numbers ``ids``."""
         with self._lock:
             return {self._user_ids.get(each, each) for each in ids}
 
@@ -98,7 +99,7 @@ class Loads:
             for name in itertools.chain([request.lora_name], numbered)
             if name not in self._names
         )
-        made.load_inplace = False  # its number is new to the workers, so they read the files
+        made.load_inplace = False  # the number is new to the workers, so they read the files
         self._names.add(made.lora_name)
         self._user_ids[made.lora_int_id] = request.lora_int_id
         return _Load(request.lora_int_id, made, _stamp(request))
@@ -113,7 +114,7 @@ def _key(request: Any) -> tuple[str, int, str]:
 
 
 def _stamp(request: Any) -> object:
-    """What changes with the files of a folder; nothing does for a name on the Hub."""
+    """Return a value that changes with the files of a folder; None for a name on the Hub."""
     try:
         with os.scandir(os.path.expanduser(request.lora_path)) as entries:
             found = [(entry.name, entry.stat()) for entry in entries]
@@ -123,7 +124,7 @@ def _stamp(request: Any) -> object:
 
 
 def follow_loads(engine: Any) -> None:
-    """Put :class:`Loads` behind the doors of vLLM's ``EngineCore``, for the process; works once."""
+    """Wrap the methods of vLLM's ``EngineCore`` with :class:`Loads`, for the process; once."""
 
     def loads(self: Any) -> Loads:
         return self.__dict__.setdefault(_LOADS, Loads())

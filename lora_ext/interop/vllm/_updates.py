@@ -1,10 +1,10 @@
 """The low-rank updates of vLLM's LoRA layers, computed by lora_ext's ops.
 
 The layers of vLLM share one *wrapper* object. They pass it their input, output and stacks, and it
-adds to each row of the output the update of that row's adapter, in place. Letters: ``T`` rows,
-``I`` in, ``O`` out, ``R`` the engine's ``max_lora_rank``.
+adds the update of each row's adapter to the output, in place. Letters: ``T`` rows, ``I`` in, ``O``
+out, ``R`` the engine's ``max_lora_rank``.
 
-Source: Punica (Chen et al. 2023), section 4, for the two halves; vLLM's ``PunicaWrapperABC`` for
+Source: Punica (Chen et al. 2023), section 4, for shrink and expand; vLLM's ``PunicaWrapperABC`` for
 names and arguments.
 """
 
@@ -26,13 +26,13 @@ from ._stacks import Stack, Stacks
 
 
 class Updates:
-    """The methods of a wrapper, to be placed before one of vLLM's wrapper classes.
+    """Mixin of a wrapper's methods, to be placed before one of vLLM's wrapper classes.
 
-    Rows without an adapter keep every bit, whatever lies in the slots. Nothing is computed where
-    no row of the step has an adapter, nor in a layer that no adapter touches.
+    Rows without an adapter keep every bit, whatever the slots contain. Nothing is computed if no
+    row of the step has an adapter, or no adapter changes the layer.
     """
 
-    _token_lora_indices: Tensor  # vLLM's buffers, (most rows,) int64
+    _token_lora_indices: Tensor  # vLLM's buffers, (max_num_batched_tokens,) int64
     _sampler_indices: Tensor
 
     def __init__(
@@ -48,7 +48,7 @@ class Updates:
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any
     ) -> None:
-        """Take over the rows of a new step; vLLM calls it when they have changed."""
+        """Store the adapters of the rows of a new step; vLLM calls this when they have changed."""
         super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         self._tokens.follow(mapping.index_mapping)
         self._samples.follow(mapping.prompt_mapping)
@@ -86,17 +86,19 @@ class Updates:
         output_slices: Sequence[int],
         **kwargs: Any,
     ) -> None:
-        """``y[:, slice i] += scale * b[i] @ (a[i] @ x)`` for each row by its own adapter.
+        """Compute ``y[:, slice i] += scale * b[i] @ (a[i] @ x)`` with the adapter of each row.
 
         Args:
-            y: ``(T, O)``, the columns of all slices. x: ``(T, I)``.
-            lora_a_stacked: a ``(slots, 1, R, I)`` per slice. lora_b_stacked: ``(slots, 1, O, R)``.
-            scale: of the update; vLLM has folded the adapters' own into ``b``.
+            y: ``(T, O)``, the columns of all slices.
+            x: ``(T, I)``.
+            lora_a_stacked: one ``(slots, 1, R, I)`` per slice.
+            lora_b_stacked: one ``(slots, 1, O, R)`` per slice.
+            scale: factor of the update; vLLM has multiplied the adapters' own scales into ``b``.
             output_slices: the width of each slice.
             kwargs: ``add_inputs=False`` overwrites ``y``.
 
         Raises:
-            RuntimeError: several adapters have rows, and the step has fewer rows than ``x``.
+            RuntimeError: If several adapters have rows, and ``x`` has fewer rows than the step.
         """
         if not kwargs.get("add_inputs", True):
             y.zero_()
@@ -118,16 +120,20 @@ class Updates:
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """:meth:`add_lora_linear` of an output head, whose rows are the positions sampled from, or
-        those of a prompt.
+        """Compute :meth:`add_lora_linear` of an output head.
+
+        Its rows are the sampled positions, or the positions of a prompt.
 
         Args:
-            y: ``(T, vocabulary)``, or more columns where vLLM pads. x: ``(T, I)``.
-            lora_a_stacked: ``(slots, 1, R, I)``. lora_b_stacked: ``(slots, 1, O, R)``.
-            scale: of the update. kwargs: not used.
+            y: ``(T, vocabulary)``, or more columns if vLLM pads.
+            x: ``(T, I)``.
+            lora_a_stacked: ``(slots, 1, R, I)``.
+            lora_b_stacked: ``(slots, 1, O, R)``.
+            scale: factor of the update.
+            kwargs: not used.
 
         Raises:
-            RuntimeError: an adapter touches the head, and ``x`` is neither.
+            RuntimeError: If an adapter changes the head, and the rows of ``x`` are neither.
         """
         self._logits(
             y.view(-1, y.shape[-1]), x.flatten(0, -2), lora_a_stacked, lora_b_stacked, scale
@@ -153,7 +159,10 @@ class Updates:
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """``y[i] = scale * a[i] @ x``, zero for rows without an adapter; ``y[i]`` is ``(T, R)``."""
+        """Compute ``y[i] = scale * a[i] @ x``; rows without an adapter are zero.
+
+        ``y[i]`` is ``(T, R)``.
+        """
         x = x.flatten(0, -2)
         for of_y, of_a in zip(y, lora_a_stacked, strict=True):
             self._shrink(of_y, x, of_a, scale)
@@ -185,9 +194,9 @@ class Updates:
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """``y[:, slice i] += b[i] @ x[i]``, the slices from column ``offset_start`` on.
+        """Compute ``y[:, slice i] += b[i] @ x[i]``; the slices begin at column ``offset_start``.
 
-        ``x[i]`` is ``(T, R)``, what :meth:`add_shrink` gave, reduced over processes or not.
+        ``x[i]`` is ``(T, R)``, the result of :meth:`add_shrink`, possibly reduced over processes.
         """
         y, left = y.view(-1, y.shape[-1]), offset_start
         for of_x, of_b, width in zip(x, lora_b_stacked, output_slices, strict=True):
@@ -197,7 +206,7 @@ class Updates:
     def add_lora_embedding(
         self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
-        """``y += b @ x`` with ``x (T, R)``, the columns of ``a`` that vLLM has picked."""
+        """Compute ``y += b @ x`` with ``x (T, R)``, the columns of ``a`` that vLLM looked up."""
         self._expand(y, x, lora_b_stacked, 0, y.shape[1], add_inputs)
 
     def _rows_of_tokens(self, x: Tensor) -> OwnedRows | None:
@@ -206,8 +215,11 @@ class Updates:
         return self._tokens.rows(x.shape[0])
 
     def _rows_of_hidden_states(self, x: Tensor) -> OwnedRows | None:
-        """Rows of ``x``, hidden states of samples, or, where log-probabilities of prompts are asked
-        for, a part of those of all tokens. How many rows its memory has tells which."""
+        """Return the rows of ``x``, hidden states of samples or a part of those of all tokens.
+
+        vLLM passes the latter for log-probabilities of prompts. The number of rows in the memory of
+        ``x`` distinguishes the two.
+        """
         held, begin = x.shape[0], 0
         if x.is_contiguous():
             held = x.untyped_storage().nbytes() // (x.shape[1] * x.element_size())
@@ -222,8 +234,10 @@ class Updates:
 
 
 def follow_activations() -> None:
-    """Tell wrappers about each adapter that vLLM moves into a slot: the method of its adapter
-    manager is wrapped, for the process; works once. Managers with other wrappers see no difference.
+    """Notify wrappers of each adapter that vLLM moves into a slot.
+
+    Wraps the method of vLLM's adapter manager for the process; further calls do nothing. Managers
+    with other wrappers are not affected.
     """
     manager = importlib.import_module("vllm.lora.model_manager").LoRAModelManager
     wrap(manager, "activate_adapter", _activate)
@@ -251,7 +265,7 @@ def _add(y: Tensor, x: Tensor, a: Stack, b: Tensor, scale: float, rows: OwnedRow
     if a.idle():
         return
     b = b.flatten(0, 1)
-    if y.shape[1] != b.shape[1]:  # vLLM pads the vocabulary, on either side
+    if y.shape[1] != b.shape[1]:  # vLLM pads the vocabulary of one of the two
         width = min(y.shape[1], b.shape[1])
         y, b = y[:, :width], b[:, :width]
     rest = (a.bank, b, rows.ids, _scales(scale, a), a.ranks, None, rows.plan)
@@ -262,5 +276,5 @@ def _add(y: Tensor, x: Tensor, a: Stack, b: Tensor, scale: float, rows: OwnedRow
 
 
 def _exact(update: Tensor, rows: OwnedRows) -> Tensor:
-    """Updates to be added: rows of the base model get -0.0, which leaves 0.0 and -0.0 alike."""
+    """Set the rows of the base model to -0.0, which changes neither 0.0 nor -0.0 when added."""
     return update.masked_fill_((rows.ids < 0)[:, None], -0.0)

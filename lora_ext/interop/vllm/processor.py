@@ -1,4 +1,4 @@
-"""The logits processor that vLLM is told of, by name."""
+"""Logits processor that vLLM imports by name."""
 
 from __future__ import annotations
 
@@ -11,5 +11,8 @@ _Base: Any = importlib.import_module("vllm.v1.sample.logits_processor").LogitsPr
 
 
 class Constraints(ConstrainedRows, _Base):
-    """``LLM(..., logits_processors=["lora_ext.interop.vllm.processor:Constraints"])``; docs/vllm.md
-    has what a request says."""
+    """Logits processor for constraints of requests.
+
+    Use ``LLM(..., logits_processors=["lora_ext.interop.vllm.processor:Constraints"])``;
+    docs/vllm.md describes the arguments of a request.
+    """

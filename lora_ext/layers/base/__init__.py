@@ -1,1 +1,1 @@
-"""The layer below the adapters: its weight, packed or not, and adapters merged into it."""
+"""Base layers of adapters: their weights, packed or not, and adapters merged into them."""

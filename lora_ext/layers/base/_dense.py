@@ -1,4 +1,4 @@
-"""The matrix and the bias of a layer that is linear and nothing else."""
+"""Weight and bias of layers that compute only a linear function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._modules import CONV1D
 from ._packed_linear import PackedLinear
 from ._spacing import has_other_hooks
 
-_PLAIN = (nn.Parameter, Tensor, type(None))  # a quantised weight is of another type
+_PLAIN = (nn.Parameter, Tensor, type(None))  # a quantised weight has another type
 
 _OF_ALL_MODULES = (
     module_globals._global_forward_hooks,
@@ -22,20 +22,20 @@ _OF_ALL_MODULES = (
     module_globals._global_backward_pre_hooks,
 )
 
-#: ``nn.Module``, or what computes as one: maps ``(..., I)`` to ``(..., O)``.
+#: ``nn.Module`` or function that maps ``(..., I)`` to ``(..., O)``.
 BaseLayer = nn.Module | Callable[[Tensor], Tensor]
 DenseParameters = tuple[Tensor, Tensor | None]  # weight (O, I), bias (O,)
 
 
 def dense_parameters(base: BaseLayer, divided: bool = False) -> DenseParameters | None:
-    """Return ``(O, I)`` weight and bias, where ``base(x)`` is ``x @ weight.T + bias`` and nothing
-    more.
+    """Return the weight ``(O, I)`` and bias if ``base(x)`` is just ``x @ weight.T + bias``.
 
     Args:
-        divided: as :func:`is_plain` takes it.
+        base: the layer.
+        divided: see :func:`is_plain`.
     """
     kind = type(base)
-    disguised = getattr(kind, "dense_parameters", None)  # something else that is linear at heart
+    disguised = getattr(kind, "dense_parameters", None)  # a convolution on patches, for example
     if disguised is not None:
         return disguised(base)
     if not isinstance(base, nn.Module):
@@ -50,12 +50,12 @@ def dense_parameters(base: BaseLayer, divided: bool = False) -> DenseParameters 
 
 
 def is_plain(module: nn.Module, divided: bool = False) -> bool:
-    """Return whether the weight, if any, is an ordinary one and nobody watches or replaces the
-    forward.
+    """Return whether a module has an ordinary weight, or none, and no hooks or replaced forward.
 
     Args:
-        divided: DeepSpeed's ZeRO-3 may watch it, which divides a weight among processes: each time
-            that the weight is read all gather it, and after the module's forward it is gone again.
+        module: the module.
+        divided: allow the hooks of DeepSpeed's ZeRO-3, which divides a weight among processes. All
+            processes gather it when it is read, and release it after the module's forward.
     """
     return _is_plain(module, getattr(module, "weight", None), divided)
 
@@ -73,11 +73,12 @@ def _is_plain(module: nn.Module, weight: object, divided: bool) -> bool:
 
 
 def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False) -> DenseParameters:
-    """Return weight ``(O, I)`` and bias of a linear layer, also where hooks or a subclass forbid
-    fusing.
+    """Return the weight ``(O, I)`` and bias of a linear layer, even if it cannot be fused.
 
-    ``purpose`` opens the message about a weight that is no floating matrix, but quantised, say;
-    ``fan_in_fan_out``: the layer stores its weight as ``(I, O)``.
+    Args:
+        base: a linear layer, possibly a subclass or with hooks.
+        purpose: begin of the error message for a weight that is not a floating matrix.
+        fan_in_fan_out: True if the layer stores its weight as ``(I, O)``.
     """
     dense = dense_parameters(base)
     if dense is not None:
@@ -91,7 +92,7 @@ def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False)
 
 
 def _of_zero3(module: nn.Module) -> bool:
-    """Return whether all its hooks are those by which DeepSpeed divides and gathers weights."""
+    """Return whether all hooks of a module are those of DeepSpeed's ZeRO-3."""
     if not hasattr(module, "ds_id") or any(_OF_ALL_MODULES):
         return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())

@@ -1,4 +1,4 @@
-"""Adapters added to the weight of their base layer, and taken out again."""
+"""Merging of adapters into the weight of their base layer, and unmerging."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ._weight import BaseWeight
 
 
 class _Merged(NamedTuple):
-    """What was done to the base weight, so that it can be undone."""
+    """Record of an adapter that was merged, from which it is unmerged."""
 
     name: str
     scaling: float
-    factor: Tensor | None  # DoRA: magnitude / norm, per output
+    factor: Tensor | None  # (O,), magnitude / norm of DoRA
 
 
 class Merging(nn.Module):
-    """The part of :class:`LoraLayer` that changes the base weight."""
+    """Base class of :class:`LoraLayer` that changes the base weight."""
 
     base_layer: nn.Module
     r: dict[str, int]
     scaling: dict[str, float]
     use_dora: dict[str, bool]
     lora_bias: dict[str, bool]
-    #: Of each activated adapter, the tokens with which it begins.
+    #: Tokens with which each activated adapter begins.
     alora_invocation_tokens: dict[str, tuple[int, ...]]
     lora_magnitude_vector: nn.ModuleDict
     _active: list[str]
@@ -43,22 +43,22 @@ class Merging(nn.Module):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """Adapters that are in the base weight now."""
+        """Names of the adapters that are merged into the base weight."""
         return [m.name for m in self._merged]
 
     @property
     def merged(self) -> bool:
-        """Whether any adapter is in the base weight."""
+        """True if any adapter is merged into the base weight."""
         return bool(self._merged)
 
     @property
     def weight(self) -> Tensor:
-        """Of the base layer."""
+        """Weight of the base layer."""
         return self.base_weight.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """Of the base layer."""
+        """Bias of the base layer."""
         return self.base_weight.bias
 
     def merge(
@@ -71,15 +71,15 @@ class Merging(nn.Module):
         """Add adapters to the base weight: ``round(W + sum of s B A)``, rounded once.
 
         Args:
-            safe_merge: refuse values that are not finite; the layer is unchanged then.
-            adapter_names: default is the active ones. Those that are merged already are skipped.
-            keep_copy: keep the weight as it was, so that :meth:`unmerge` restores every bit.
+            safe_merge: raise if a merged value is not finite; the layer is then unchanged.
+            adapter_names: default is the active ones. Merged adapters are skipped.
+            keep_copy: keep a copy of the weight, so that :meth:`unmerge` restores every bit.
 
         Raises:
-            ValueError: a name this layer lacks, an activated adapter, a base weight that cannot be
-                read or that a parametrization computes, a result that is not finite, or
-                ``keep_copy`` where adapters are merged without. RuntimeError: ``lora_bias`` on a
-                base without a bias.
+            ValueError: If this layer lacks a name; an adapter is activated; the base weight cannot
+                be read or is computed by a parametrization; a result is not finite; or
+                ``keep_copy`` is set and adapters are merged without a copy.
+            RuntimeError: If an adapter has ``lora_bias`` and the base has no bias.
         """
         names = self._active if adapter_names is None else list(adapter_names)
         self._check_known(names)
@@ -109,10 +109,10 @@ class Merging(nn.Module):
             if self.lora_bias[name]:
                 if new_bias is None:
                     found = f"adapter {name!r} has a bias (lora_bias=True)"
-                    raise RuntimeError(f"merge: {found}, the base layer has none to take it")
+                    raise RuntimeError(f"merge: {found}, but the base layer has none")
                 new_bias = new_bias + self._bias_delta(name, scaling)
             records.append(_Merged(name, scaling, factor))
-        # Rounded once, and written when nothing can fail any more: an error leaves the layer alone.
+        # The sum is rounded once and written after all checks: an error changes nothing.
         new = new.to(weight.dtype)
         results = [new] if bias is None or new_bias is None else [new, new_bias.to(bias.dtype)]
         if safe_merge and not all(bool(torch.isfinite(r).all()) for r in results):
@@ -125,11 +125,11 @@ class Merging(nn.Module):
         self._merged += records
 
     def unmerge(self) -> None:
-        """Take the merged adapters out of the base weight.
+        """Remove the merged adapters from the base weight.
 
-        Every bit is restored where ``merge(keep_copy=True)`` kept them and no other base weight was
-        loaded since. Otherwise the updates are computed again and subtracted, which is exact up to
-        rounding: a UserWarning says so. Their parameters must then be what they were.
+        Every bit is restored after ``merge(keep_copy=True)``, if no other base weight was loaded
+        since. Otherwise the updates are computed again and subtracted, which is exact up to
+        rounding, and a UserWarning is issued. The adapters' parameters must not have changed.
         """
         if not self._merged:
             warnings.warn("unmerge: nothing is merged", stacklevel=2)
@@ -149,8 +149,10 @@ class Merging(nn.Module):
         self._merged, self._copy = [], None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return ``scaling * B @ A`` in the layout of the base weight and the dtype of the factors,
-        rounded once; a ValueError where there is no such adapter."""
+        """Return ``scaling * B @ A`` in the layout of the base weight, rounded once.
+
+        The dtype is that of the factors. Raises ValueError if the layer lacks the adapter.
+        """
         self._check_known([adapter])
         a, b, _ = self._raw_factors(adapter)
         delta = ops.lora_delta(a.flatten(1), b.flatten(1), self.scaling[adapter])
@@ -169,7 +171,7 @@ class Merging(nn.Module):
         return _widened(bias) * scaling
 
     def _dora_factor(self, name: str) -> Tensor:
-        """Return ``magnitude / norm``; the norm is that of the weight without anything merged."""
+        """Return ``magnitude / norm``, with the norm of the unmerged weight."""
         a, b, _ = self._raw_factors(name)
         weight, _ = self._unmerged()
         norm = ops.lora_dora_norm(weight, a.flatten(1), b.flatten(1), self.scaling[name])
@@ -179,7 +181,7 @@ class Merging(nn.Module):
         return self.lora_magnitude_vector[name].weight  # pyright: ignore[reportReturnType]
 
     def _unmerged(self) -> tuple[Tensor, Tensor | None]:
-        """Return the base weight ``(O, I)`` and bias without what is merged, in wide precision."""
+        """Return the base weight ``(O, I)`` and bias without merged adapters."""
         if self._copy is not None:
             weight, bias = self._copy
             return self.base_weight.as_matrix(weight), bias
@@ -197,15 +199,15 @@ class Merging(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
-            self._copy = None  # of another weight than the one that comes
+            self._copy = None  # the copy does not belong to the loaded weight
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # ---------------------------------------------------------------------------------------------
-    # Of one adapter
+    # One adapter
 
     @property
     def base_weight(self) -> BaseWeight:
-        """The weight of the base layer, as a matrix."""
+        """Weight of the base layer, as a matrix."""
         raise NotImplementedError
 
     def _check_known(self, names: Sequence[str | None]) -> None:
@@ -215,7 +217,7 @@ class Merging(nn.Module):
                 raise ValueError(f"{where}: expected an adapter of {known}, found {name!r}")
 
     def _stores(self) -> list[Any]:
-        """Return the dictionaries by adapter that hold A and B."""
+        """Return the dictionaries that contain A and B by adapter."""
         return [getattr(self, name) for name in self.base_weight.stores]
 
     def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -231,5 +233,5 @@ class Merging(nn.Module):
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """Return a tensor in the dtype in which a weight is changed before it is rounded."""
+    """Convert a tensor to float32, or float64 if it is that, in which weights are merged."""
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)

@@ -1,4 +1,4 @@
-"""The modules of a base model that adapters go on, told apart without importing transformers."""
+"""Modules of a base model that can have adapters, identified without importing transformers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from torch import nn
 
 from lora_ext.rows import PoolLayer
 
-# These read the weights of their linear children without calling them: an adapter on such a child
-# would be ignored, always or on torch's fast path for evaluation.
+# These modules read the weights of their linear children without calling them. An adapter on such
+# a child would be ignored, always or on torch's fast path for evaluation.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 CONV1D = ("Conv1D", "transformers.pytorch_utils")  # name and module of the class
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """Return the in and out features of a linear layer, transformers' ``Conv1D`` included; None for
-    others."""
+    """Return the in and out features of a linear layer or transformers' ``Conv1D``, else None."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     for base in type(module).__mro__:
@@ -48,10 +47,10 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def head_names(model: nn.Module) -> tuple[str | None, str | None]:
-    """Return the names of the output head and of the classifier, where the model has them.
+    """Return the names of the output head and of the classifier, None for a missing one.
 
-    PEFT's "all-linear" leaves the first out; and the second, where there is no first and the task
-    is "SEQ_CLS".
+    PEFT's "all-linear" excludes the head; without a head, it excludes the classifier of a "SEQ_CLS"
+    task.
     """
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
@@ -64,7 +63,7 @@ def head_names(model: nn.Module) -> tuple[str | None, str | None]:
 # -------------------------------------------------------------------------------------------------
 # Layers that are bypassed
 
-# What may be asked of a weight without its numbers.
+# Attributes of a weight that do not depend on its values.
 _ASKED = frozenset({"dtype", "device", "shape", "is_meta", "ndim"})
 
 # These classes of transformers call the layers in some models and read their weights in others.
@@ -73,13 +72,15 @@ _BY_SETTING = {
     "JambaMambaMixer": ("dt_proj",),
     "BloomAttention": ("dense",),
     "BloomMLP": ("dense_4h_to_h",),
-    "LSHSelfAttention": ("query_key", "value"),  # while it generates with a cache
+    "LSHSelfAttention": ("query_key", "value"),  # during generation with a cache
 }
 
 
 def bypassed(parent: nn.Module) -> frozenset[str]:
-    """Return the children of a module whose weights it reads instead of calling them, as Mamba does
-    with ``dt_proj``. What stands in for such a child is never asked for its output."""
+    """Return the children whose weights a module reads instead of calling them.
+
+    Mamba does this with ``dt_proj``. A replacement of such a child would never be called.
+    """
     kind = type(parent)
     found = _read_and_not_called(kind)
     by_setting = _BY_SETTING.get(kind.__name__, ())
@@ -93,13 +94,14 @@ def bypassed(parent: nn.Module) -> frozenset[str]:
 
 @functools.cache
 def _read_and_not_called(kind: type) -> frozenset[str]:
-    """Return the children with ``self.child.weight`` in the source of a method, and ``self.child``
-    alone in none."""
+    """Return the children with ``self.child.weight`` in a method, and a bare ``self.child`` in
+    none.
+    """
     methods = [method for _, method in inspect.getmembers(kind, inspect.isfunction)]
     methods = [inspect.unwrap(m) for m in methods if not m.__module__.startswith("torch.nn.")]
     read: set[str] = set()
     for method in methods:
-        names = method.__code__.co_names  # those of functions inside it are left out
+        names = method.__code__.co_names  # without the names in nested functions
         if "weight" in names and not any(w in method.__name__ for w in ("init", "tie")):
             read.update(child for child, asked in _uses(method) if asked == "weight")
     for method in methods if read else ():
@@ -109,12 +111,14 @@ def _read_and_not_called(kind: type) -> frozenset[str]:
 
 
 def _uses(method: Any) -> Iterator[tuple[str, str | None]]:
-    """Yield each ``self.child`` of a method: with "weight" where that is read, with the
-    attribute's own name where another one is, and with None where it stands alone, to be called or
-    handed on."""
+    """Yield each ``self.child`` in a method with the attribute that is read from it.
+
+    The second item is "asked" if the use does not depend on the values, and None for a bare
+    ``self.child``, which is called or passed on.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-    except (OSError, TypeError, SyntaxError):  # nobody has its source
+    except (OSError, TypeError, SyntaxError):  # the source is not available
         return
     above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):

@@ -1,12 +1,12 @@
-"""Base weights kept packed for products of few rows: what decoding and verification consist of.
+"""Packed copies of base weights for products of few rows, as in decoding and verification.
 
-A product of 1 to 32 rows waits for its weight to come from memory, unless the product itself is in
-the way, as that of torch is: see ``docs/packed.md``. A second copy of the weight, laid out as the
-product reads it, brings it near to what memory gives.
+The time of a product of 1 to 32 rows is bounded by reading the weight from memory, but torch's
+product is slower than that: see ``docs/packed.md``. A second copy of the weight, in the order in
+which the product reads it, brings the time near the memory bound.
 
     pack_linears(model)        # every linear layer, in place; the model may have adapters or none
     model.generate(...)        # outside gradients; everything else is as before
-    unpack_linears(model)      # the very modules, as they were
+    unpack_linears(model)      # restores the modules
 
 ``lora_ext.attach(model, pool, pack_base=True)`` does the same for a model with a pool's adapters.
 """
@@ -32,7 +32,7 @@ from ._packed_weight import PackedWeight, why_not_packed
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: Products of more rows are torch's.
+#: Most rows of a packed product; torch computes larger products.
 MOST_ROWS = 32
 
 # Compiler of the torch.compile that calls this code. It is also set while torch.compile runs a
@@ -44,19 +44,18 @@ _STATE = "_packed_weight"
 
 
 class PackedLinear(nn.Linear):
-    """An ``nn.Linear`` with a second, packed copy of its weight, which evaluation on the CPU reads.
+    """``nn.Linear`` with a second, packed copy of its weight for evaluation on the CPU.
 
-    :func:`pack_linears` makes it of an ``nn.Linear``, which stays the same object and keeps its
-    parameters; :func:`unpack_linears` undoes it. The copy is checked against the weight, and made
-    anew where that was changed.
+    :func:`pack_linears` changes an ``nn.Linear`` into this class: the object and its parameters
+    remain the same. :func:`unpack_linears` undoes it. The copy is compared with the weight, and
+    made again if the weight has changed.
     """
 
-    #: Whether every product, of any number of rows and with gradients, is the packed copy's.
+    #: True if every product, of any number of rows and with gradients, uses the packed copy.
     exact = False
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute ``x W^T + b`` of ``input (..., I)``, ``(..., O)``: from the packed copy where
-        that serves, else as ``nn.Linear`` does."""
+        """Compute ``x W^T + b`` of ``input (..., I)``, with the packed copy if possible."""
         y = self.packed_product(input)
         return linear(input, self.weight, self.bias) if y is None else y
 
@@ -127,30 +126,27 @@ class PackedLinear(nn.Linear):
         return y.view(*shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> PackedLinear:
-        """Set training (``mode``) or evaluation as ``nn.Linear`` does; training gives the memory of
-        the copy back."""
+        """Set training or evaluation mode; training mode frees the copy."""
         if mode:
             self.__dict__[_STATE].drop()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
-        """Drop the copy before ``to`` and its like: products on other devices would never drop
-        it."""
+        """Free the copy before ``to`` and similar calls, as products on other devices never do."""
         self.__dict__[_STATE].drop()
         return super()._apply(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
-        """Return a packed layer, which has a copy of the weight of its own as soon as it is
-        used."""
-        # copy's own way leads through __reduce_ex__ below, which makes a plain layer.
+        """Return a packed layer, which makes its copy of the weight when it is first used."""
+        # The default deepcopy would call __reduce_ex__ below, which makes a plain layer.
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the layer as the plain one, which can be opened without this package."""
-        if type(self) is not PackedLinear:  # parametrized since: torch has a class for it
+        """Return the state of a plain ``nn.Linear``, which is unpickled without this package."""
+        if type(self) is not PackedLinear:  # torch has changed the class to parametrize it
             return super().__reduce_ex__(protocol)
         state = {k: value for k, value in self.__dict__.items() if k not in (_STATE, "exact")}
         return copyreg._reconstructor, (nn.Linear, object, None), state  # pyright: ignore
@@ -162,7 +158,7 @@ def _not_exact(expected_and_found: str) -> RuntimeError:
 
 
 class _Exact(torch.autograd.Function):
-    """A packed product with the plain product's gradients."""
+    """Packed product with the gradients of the plain product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor) -> Tensor:
@@ -183,31 +179,34 @@ class _Exact(torch.autograd.Function):
 
 
 def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
-    """Keep packed copies of the weights of linear layers, for products of at most 32 rows.
+    """Make packed copies of the weights of linear layers, for products of at most 32 rows.
 
-    Works in place and on any model, with adapters or without: ``nn.Linear`` layers, also the base
-    layers of :class:`LoraLinear`, of PEFT and of an attached model; adapters' factors are left
-    alone. They stay the same objects, and so do their parameters, names, hooks, state dicts and
-    pickled files. :func:`unpack_linears` undoes it.
+    Changes any model in place, with adapters or without: its ``nn.Linear`` layers, including base
+    layers of :class:`LoraLinear`, of PEFT and of an attached model, but not adapters' factors. The
+    layers remain the same objects, with the same parameters, names, hooks, state dicts and pickled
+    files. :func:`unpack_linears` undoes it.
 
-    A copy serves products without gradient, in evaluation mode, in the weight's own dtype, outside
-    ``torch.compile``; all others are torch's. It takes the weight's bytes once more; tied weights
-    share one. It is made here, and made anew where the weight has changed: at its second product
-    after that. A change is seen by the weight's identity, address, dtype, shape and version, and by
-    a sample of its values out of every few rows and columns, which change where an adapter is
-    merged through ``weight.data``, as PEFT does. A change of single rows, columns or values through
+    A copy is used for products without gradient, in evaluation mode, in the weight's own dtype,
+    outside ``torch.compile``; torch computes all others. It needs as many bytes as the weight; tied
+    weights share one copy. It is made here, and made again at the second product after a change of
+    the weight. A change is detected by the weight's identity, address, dtype, shape and version,
+    and by a sample of its values from every few rows and columns, which change if an adapter is
+    merged through ``weight.data``, as in PEFT. A change of single rows, columns or values through
     ``weight.data`` or ``weight.numpy()`` may be missed: unpack first.
 
     Args:
-        model: in evaluation mode; it may be a layer itself. It comes back.
-        names: of the modules to pack, as ``model.named_modules()`` has them; None for all that are
-            exactly ``nn.Linear``, but for adapters' factors. Subclasses with a forward of their own
-            are left alone.
+        model: in evaluation mode; it may be a layer itself.
+        names: names of the modules to pack, as in ``model.named_modules()``; None for all that are
+            exactly ``nn.Linear``, except adapters' factors. Subclasses with their own forward are
+            not changed.
+
+    Returns:
+        ``model``.
 
     Raises:
-        ValueError: no such module, or one that is in training mode, not on the CPU, not of float32
-            or bfloat16 (quantised, say), made in inference mode, or has a forward of its own.
-        RuntimeError: one is packed already. The model is unchanged then.
+        ValueError: If a module is missing, in training mode, not on the CPU, not of float32 or
+            bfloat16 (quantised, for example), made in inference mode, or has its own forward.
+        RuntimeError: If a module is packed already. After any error the model is unchanged.
     """
     chosen = linears = dict(linears_of(model))
     if names is not None:
@@ -229,11 +228,11 @@ def pack_linears(model: Model, names: Iterable[str] | None = None) -> Model:
 
 
 def unpack_linears(model: Model) -> Model:
-    """Undo :func:`pack_linears` in all of ``model``, which comes back.
+    """Undo :func:`pack_linears` in all of ``model``, and return ``model``.
 
     Raises:
-        RuntimeError: nothing in it is packed, or a layer was parametrized since, for which torch
-            has a class of its own. The model is unchanged then.
+        RuntimeError: If nothing is packed, or a packed layer was parametrized, which changes its
+            class. The model is then unchanged.
     """
     packed = packed_layers(model, "unpack_linears")
     require(packed, "unpack_linears", "model", "one with packed layers", "none", RuntimeError)
@@ -242,8 +241,11 @@ def unpack_linears(model: Model) -> Model:
 
 
 def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
-    """Return what :func:`unpack` takes: all packed layers of a model; ``where`` opens the message
-    about one that has parametrizations."""
+    """Return all packed layers of a model, for :func:`unpack`.
+
+    Raises RuntimeError, with a message that begins with ``where``, if a layer is exact or
+    parametrized.
+    """
     packed = {name: m for name, m in linears_of(model) if isinstance(m, PackedLinear)}
     remedy = "call torch.nn.utils.parametrize.remove_parametrizations first"
     for name, module in packed.items():
@@ -256,7 +258,7 @@ def packed_layers(model: nn.Module, where: str) -> list[PackedLinear]:
 
 
 def unpack(layers: Iterable[PackedLinear]) -> None:
-    """Make them ``nn.Linear`` again."""
+    """Change packed layers back to ``nn.Linear``."""
     for module in layers:
         del module.__dict__[_STATE]
         module.__dict__.pop("exact", None)
@@ -264,16 +266,15 @@ def unpack(layers: Iterable[PackedLinear]) -> None:
 
 
 class Packing(NamedTuple):
-    """Whether a model's base should be packed: what its copy takes, in bytes, what is free, and why
-    it should not, or None. As a text it is a line for users."""
+    """Result of :func:`packing`; ``str()`` gives one line for users."""
 
-    bytes: int
-    free: int
-    reason: str | None
+    bytes: int  # size of the copy
+    free: int  # free memory in bytes
+    reason: str | None  # why the base should not be packed, or None
 
     @property
     def fits(self) -> bool:
-        """Whether to pack."""
+        """True if the base should be packed."""
         return self.reason is None
 
     def __str__(self) -> str:
@@ -284,14 +285,16 @@ class Packing(NamedTuple):
 
 
 def packing(model: nn.Module, share: float = 0.25) -> Packing:
-    """Ask whether :func:`pack_linears` of a model gains and fits; nothing is packed.
+    """Check whether :func:`pack_linears` is possible for a model and fits into memory.
+
+    Nothing is packed.
 
     Args:
-        model: not packed.
-        share: of the memory that is free, which the copy may take; above 0, at most 1.
+        model: a model that is not packed.
+        share: most part of the free memory that the copy may use; above 0, at most 1.
 
     Raises:
-        ValueError: a share out of range.
+        ValueError: If ``share`` is out of range.
     """
     number("packing", "share", share, above=0, maximum=1)
     weights = {id(m.weight): m.weight for _, m in linears_of(model)}
@@ -313,8 +316,7 @@ def packing(model: nn.Module, share: float = 0.25) -> Packing:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Count the bytes that the packed copies of all layers of ``model`` take, beside their
-    weights."""
+    """Return the size in bytes of the packed copies of all layers of ``model``."""
     states = {m.__dict__[_STATE] for _, m in linears_of(model) if isinstance(m, PackedLinear)}
     return sum(state.nbytes for state in states)
 
@@ -341,7 +343,7 @@ def _check(name: str, module: nn.Linear) -> None:
 
 
 def _watched() -> bool:
-    """Return whether autocast, tracing or a transform of torch takes part in this product."""
+    """Return whether autocast, tracing or a transform of torch is active."""
     return (
         torch.is_autocast_enabled("cpu")
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

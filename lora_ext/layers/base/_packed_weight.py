@@ -17,9 +17,9 @@ from lora_ext import ops
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
-#: Weights of at most so many values are compared as a whole.
+#: Most values of a weight that is compared as a whole.
 MAX_VALUES_COMPARED_WHOLE = 4096
-#: A sample has one value for about so many rows or columns, whichever are more.
+#: Number of rows or columns, whichever are more, per value of a sample.
 LINES_PER_SAMPLED_VALUE = 4
 #: Fraction of the golden ratio: its multiples are spread evenly over the unit interval.
 _GOLDEN_FRACTION = 0.381966
@@ -28,7 +28,7 @@ _GOLDEN_FRACTION = 0.381966
 class PackedWeight:
     """Packed copy of the weight of a layer, or of several layers with tied weights.
 
-    The copy is made for the second product in a row that sees an unchanged weight. A weight that
+    The copy is made at the second successive product with an unchanged weight. A weight that
     changes before every product is never packed.
 
     All state is in one :class:`_Snapshot`, which is replaced as a whole: another thread may be
@@ -66,7 +66,7 @@ class PackedWeight:
 
 
 class _Snapshot:
-    """A weight as it was at one product, and the copy that was packed from it."""
+    """State of a weight at one product, and the copy that was packed from it."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight, self._version = weakref.ref(weight), _version(weight)

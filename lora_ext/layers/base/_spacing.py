@@ -32,8 +32,8 @@ def space_products(model: nn.Module) -> list[nn.Module]:
     """Register the hooks on the linear layers of ``model`` that need them.
 
     A layer needs them if it is ``nn.Linear`` or ``Conv1D``, its weights have 16 bits or are
-    quantised, and one of its widths is not a multiple of 32. Subclasses with a forward of their own
-    get no hooks, because ``view`` of spaced rows may fail. The factors of adapters get none either.
+    quantised, and one of its widths is not a multiple of 32. Subclasses with their own forward get
+    no hooks, because ``view`` of spaced rows may fail. The factors of adapters get none either.
 
     Returns:
         The layers that had no such hooks before; pass them to :func:`unspace_products`.
@@ -46,7 +46,7 @@ def space_products(model: nn.Module) -> list[nn.Module]:
         wide = getattr(getattr(base, "weight", None), "dtype", None) in _WIDE
         if not wide and any(width % TILE_COLUMNS for width in size):
             base.register_forward_pre_hook(_space_input)
-            base.register_forward_hook(_space_gradient, prepend=True)  # before those of others
+            base.register_forward_hook(_space_gradient, prepend=True)  # before other hooks
             found.append(base)
     return found
 

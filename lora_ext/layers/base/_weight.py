@@ -1,7 +1,7 @@
-"""The weight of a base layer, whatever its kind: read as a matrix, written back in its own layout.
+"""Weights of base layers of any kind, read as a matrix and written in the layout of the layer.
 
-What adapters do to a weight (merging, splitting, DoRA's norms) is stated for a matrix ``(O, I)``.
-How a kind of layer stores it, and how PEFT stores the factors beside it, stands here alone.
+Operations of adapters on a weight (merging, splitting, DoRA's norms) use a matrix ``(O, I)``. This
+module defines how each kind of layer stores it, and how PEFT stores the factors.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from torch import Tensor, nn
 
 from ._dense import readable_weight
 
-#: What holds one factor under PEFT's key: a module with a ``weight``, or the parameter itself.
+#: Object of one factor under PEFT's key: a module with a ``weight``, or the parameter itself.
 Factor = nn.Module | nn.Parameter
 
 
 class BaseWeight:
-    """The weight of a base layer. This object has no state of its own: it sees the layer as it
-    is."""
+    """View of the weight of a base layer."""
 
-    #: Names of the dictionaries that hold A and B by adapter.
+    #: Names of the dictionaries that contain A and B by adapter.
     stores = ("lora_A", "lora_B")
-    #: The scheme that ``init_lora_weights=True`` stands for.
+    #: Scheme of ``init_lora_weights=True``.
     default_scheme = "init_a"
-    #: Whether an adapter may have a bias.
+    #: True if an adapter may have a bias.
     takes_bias = True
 
     def __init__(self, layer: nn.Module):
@@ -33,21 +32,21 @@ class BaseWeight:
 
     @property
     def weight(self) -> Tensor:
-        """In the layout of the layer."""
+        """Weight in the layout of the layer."""
         return self.layer.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """``(O,)``, or None."""
+        """Bias ``(O,)``, or None."""
         return getattr(self.layer, "bias", None)
 
     @property
     def features(self) -> tuple[int, int]:
-        """``I`` and ``O``."""
+        """Sizes ``I`` and ``O``."""
         raise NotImplementedError
 
     def matrix(self) -> Tensor:
-        """Return the weight as ``(O, I)``; ValueError where it cannot be read."""
+        """Return the weight as ``(O, I)``; raise ValueError if it cannot be read."""
         return self.as_matrix(self.weight)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -59,9 +58,9 @@ class BaseWeight:
         raise NotImplementedError
 
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Change the weight, given in the layout of the layer, and the bias where one is given.
+        """Write the weight, in the layout of the layer, and the bias if one is given.
 
-        In place: whoever shares or has captured this memory keeps seeing the layer's weight.
+        The values are written in place, so that tied weights and captured graphs see them.
         """
         with torch.no_grad():
             self.weight.copy_(weight)
@@ -69,8 +68,10 @@ class BaseWeight:
                 self.bias.copy_(bias)
 
     def check_writable(self, purpose: str) -> None:
-        """Refuse a weight that is computed, and no parameter or buffer of the layer: what is
-        written there is gone with the next forward."""
+        """Raise ValueError if weight or bias is not a parameter or buffer of the layer.
+
+        The next forward would overwrite a computed weight.
+        """
         kept = {id(t) for t in (*self.layer.parameters(), *self.layer.buffers())}
         for name, tensor in (("weight", self.weight), ("bias", self.bias)):
             if tensor is not None and id(tensor) not in kept:
@@ -81,14 +82,14 @@ class BaseWeight:
                 )
 
     def place(self) -> tuple[torch.device, torch.dtype]:
-        """Return where the adapters of the layer belong, and in which dtype."""
+        """Return the device and dtype of the layer's adapters."""
         own = (*self.layer.parameters(recurse=False), *self.layer.buffers(recurse=False))
         for tensor in (*own, *self.layer.parameters()):
             floating = tensor.is_floating_point() and tensor.element_size() > 1
             return tensor.device, tensor.dtype if floating else torch.float32
         return torch.device("cpu"), torch.float32
 
-    # Beside the weight
+    # Factors and magnitudes
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A and of B; A flattens to ``(r, I)``, B to ``(O, r)``."""
@@ -96,7 +97,7 @@ class BaseWeight:
         return (r, in_features), (out_features, r)
 
     def factors(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
-        """Return what holds these values in the two stores."""
+        """Return the objects that hold these values in the two stores."""
         raise NotImplementedError
 
     def magnitude(self, norm: Tensor) -> Tensor:
@@ -105,8 +106,12 @@ class BaseWeight:
 
 
 class LinearWeight(BaseWeight):
-    """Of a layer that computes ``x W^T``: ``nn.Linear``, transformers' ``Conv1D``, or anything with
-    sizes or a matrix. ``fan_in_fan_out``: stored as ``(I, O)``; ``Conv1D`` is known to."""
+    """Weight of a layer that computes ``x W^T``: ``nn.Linear``, ``Conv1D``, or a similar layer.
+
+    Args:
+        layer: a layer with sizes or a matrix.
+        fan_in_fan_out: True if the weight is stored as ``(I, O)``; ``Conv1D`` is recognised.
+    """
 
     def __init__(self, layer: nn.Module, fan_in_fan_out: bool = False):
         super().__init__(layer)
@@ -126,14 +131,14 @@ class LinearWeight(BaseWeight):
         return matrix.t() if self.fan_in_fan_out else matrix
 
     def factors(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
-        # On meta first, so that the values torch would draw are not drawn.
+        # Modules on meta draw no initial values.
         lora_a = nn.Linear(a.shape[1], a.shape[0], bias=False, device="meta")
         lora_b = nn.Linear(b.shape[1], b.shape[0], bias is not None, device="meta")
         return _filled(lora_a, a, None), _filled(lora_b, b, bias)
 
 
 class ConvWeight(BaseWeight):
-    """Of a convolution, ``(O, C, *kernel)``: a matrix on patches."""
+    """Weight of a convolution, ``(O, C, *kernel)``: a matrix on patches."""
 
     @property
     def features(self) -> tuple[int, int]:
@@ -151,7 +156,7 @@ class ConvWeight(BaseWeight):
 
     def factors(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
         kind, kernel = type(self.layer), tuple(self.layer.kernel_size)
-        # On meta first, as above.
+        # Modules on meta draw no initial values.
         lora_a = kind(a.shape[1], a.shape[0], kernel, kernel, bias=False, device="meta")
         lora_b = kind(b.shape[1], b.shape[0], 1, bias=bias is not None, device="meta")
         return _filled(lora_a, a, None), _filled(lora_b, b, bias)
@@ -161,7 +166,7 @@ class ConvWeight(BaseWeight):
 
 
 class EmbeddingWeight(BaseWeight):
-    """Of an embedding, ``(V, O)``: a matrix on one-hot rows."""
+    """Weight of an embedding, ``(V, O)``: a matrix on one-hot rows."""
 
     stores = ("lora_embedding_A", "lora_embedding_B")
     default_scheme = "init_b_unit"
@@ -189,7 +194,7 @@ def _filled(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module
 
 
 def _sizes(layer: nn.Module, fan_in_fan_out: bool) -> tuple[int, int, bool]:
-    """Return the in and out features, and whether the weight is ``(I, O)``."""
+    """Return the in and out features, and whether the weight is stored as ``(I, O)``."""
     named = ("in_features", "out_features", fan_in_fan_out), ("nx", "nf", True)
     for inner, outer, transposed in named:
         sizes = getattr(layer, inner, None), getattr(layer, outer, None)
@@ -199,5 +204,5 @@ def _sizes(layer: nn.Module, fan_in_fan_out: bool) -> tuple[int, int, bool]:
     if isinstance(weight, Tensor) and weight.dim() == 2:
         out_features, in_features = weight.shape[::-1] if fan_in_fan_out else weight.shape
         return in_features, out_features, fan_in_fan_out
-    expected = "in_features and out_features, nx and nf, or a matrix for a weight"
+    expected = "in_features and out_features, nx and nf, or a matrix as weight"
     raise ValueError(f"LoraLinear: base_layer: expected {expected}, found {type(layer).__name__}")

@@ -1,1 +1,1 @@
-"""What is done to all layers of a model: adapted, switched, measured, put back."""
+"""Operations on all layers of a model: adapt, switch, measure and restore them."""

@@ -1,4 +1,4 @@
-"""Layers of a model that carry adapters: ours and PEFT's, found alike."""
+"""Layers of a model that have adapters, of this package or of PEFT."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .._lora_layer import LoraLayer
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.Module]:
     """Return the layers of a model that have LoRA adapters, by their full names.
 
-    Those of this package (:class:`LoraLinear`, :class:`LoraEmbedding`, :class:`LoraConv`) and those
-    of PEFT (``lora.Linear`` and its kin), before and after :func:`lora_ext.from_peft`. Layers that
-    serve a pool have no adapters of their own.
+    These are layers of this package (:class:`LoraLinear`, :class:`LoraEmbedding`,
+    :class:`LoraConv`) and of PEFT (``lora.Linear`` and related classes), before and after
+    :func:`lora_ext.from_peft`. Layers of a pool are not included: the pool has their adapters.
 
     Args:
         model: any module; it may be such a layer itself, whose name is ``""``.
         adapter_name: only layers that have this adapter; None for all.
 
     Returns:
-        In the order and with the names of ``model.named_modules()``.
+        Layers by name, in the order of ``model.named_modules()``.
 
     Raises:
-        ValueError: no layer has the adapter that is asked for.
+        ValueError: If no layer has the adapter.
     """
     found = {name: module for name, module in model.named_modules() if is_adapted(module)}
     if adapter_name is None:
@@ -40,17 +40,16 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[st
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Return whether a module is a layer that carries LoRA adapters of its own."""
+    """Return whether a module is a layer with LoRA adapters."""
     if isinstance(module, LoraLayer):
         return True
-    # Whoever has a layer of PEFT's has imported peft; this package need not.
+    # A layer of PEFT exists only if peft has been imported; it is not imported here.
     peft_layers: Any = sys.modules.get("peft.tuners.lora.layer")
     return peft_layers is not None and isinstance(module, peft_layers.LoraLayer)
 
 
 def adapters_of(layer: nn.Module) -> tuple[str, ...]:
-    """List the names of the adapters that ``layer`` has, active or not; none of a layer without
-    any."""
+    """Return the names of all adapters of ``layer``, active or not."""
     ranks: Any = layer.r
     return tuple(ranks)
 
@@ -59,9 +58,10 @@ def adapter_parameters(layer: nn.Module, adapter_name: str) -> list[nn.Parameter
     """Return the parameters of one adapter of one layer: factors, bias, magnitude.
 
     Args:
-        layer: one of :func:`adapted_layers`. adapter_name: one of :func:`adapters_of` it.
+        layer: one of :func:`adapted_layers`.
+        adapter_name: one of ``adapters_of(layer)``.
     """
-    names: Any = getattr(layer, "adapter_layer_names", ())  # PEFT's
+    names: Any = getattr(layer, "adapter_layer_names", ())  # attribute of PEFT's layers
     if isinstance(layer, LoraLayer):
         names = (*layer.base_weight.stores, "lora_magnitude_vector")
     found: list[nn.Parameter] = []
@@ -76,14 +76,15 @@ def adapter_parameters(layer: nn.Module, adapter_name: str) -> list[nn.Parameter
 def adapter_factors(layer: nn.Module, adapter_name: str) -> tuple[Tensor, Tensor]:
     """Return the factors of one adapter of one layer as matrices: A ``(r, n)`` and B ``(m, r)``.
 
-    They share the memory of the parameters. An embedding's n are its tokens, a convolution's the
-    numbers in one of its windows.
+    They share the memory of the parameters. For an embedding n is the number of tokens, for a
+    convolution the size of a window.
 
     Args:
-        layer: one of :func:`adapted_layers`. adapter_name: one of :func:`adapters_of` it.
+        layer: one of :func:`adapted_layers`.
+        adapter_name: one of ``adapters_of(layer)``.
 
     Raises:
-        NotImplementedError: the adapter has factors for each of several experts.
+        NotImplementedError: If the adapter has factors for each of several experts.
     """
     experts: Any = getattr(layer, "num_experts", 1)
     expected = "one pair of factors"

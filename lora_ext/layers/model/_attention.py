@@ -1,4 +1,4 @@
-"""Transformers' attention "sdpa", which asks others first: exact models, steps of many requests."""
+"""Replacements of transformers' attention "sdpa", for exact models and continuous batching."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ _here = threading.local()
 
 
 def ask_first(function: Callable[..., Any]) -> None:
-    """Let "sdpa" be ``function(inner, module, query, key, value, mask, **how)`` for the process,
-    once; ``inner`` is what it was before. The name stays: masks and caches go by it."""
+    """Replace "sdpa" by ``function(inner, module, query, key, value, mask, **how)``, once.
+
+    The replacement is for the process; ``inner`` is the function before it. The name remains
+    "sdpa", since masks and caches depend on it.
+    """
     from transformers.modeling_utils import AttentionInterface
 
     with _lock:
@@ -30,12 +33,12 @@ def ask_first(function: Callable[..., Any]) -> None:
 
 @contextmanager
 def requests_apart() -> Iterator[None]:
-    """Let each request's queries meet its own keys alone in forwards of a ``with`` block, in this
-    thread: steps of continuous batching.
+    """Compute attention for each request separately in a ``with`` block, in this thread.
 
-    Transformers packs the requests of a step into one row, where a mask keeps them apart: every
-    query is multiplied with every request's keys, and what is not finite in one of them reaches
-    all. On other devices than the CPU, and with other attentions, that stays.
+    In a step of continuous batching, transformers packs the requests into one row and separates
+    them by a mask. Every query is multiplied with the keys of every request, so a value of one
+    request that is not finite would reach all others. This has no effect on devices other than the
+    CPU, and with other attentions.
     """
     ask_first(_each_request)
     before, _here.apart = getattr(_here, "apart", False), True

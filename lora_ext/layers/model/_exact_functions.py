@@ -121,7 +121,8 @@ def _function_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
     if name == "gelu" and kwargs.get("approximate") == "tanh":
         return "gelu_tanh"
     if name == "softplus" and (*args[1:], *kwargs.values()) not in ((), (1,), (1, 20)):
-        raise _Unknown("softplus with a beta other than 1 or a threshold other than 20")
+        found = (*args[1:], *kwargs.values())
+        raise _Unknown(f"softplus with beta and threshold {found} instead of (1, 20)")
     return name
 
 

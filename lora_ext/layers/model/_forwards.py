@@ -1,4 +1,4 @@
-"""A forward that stands before a module's own."""
+"""Replacement of a module's forward that can call the original."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 
 from torch import nn
 
-#: What is run in the place of a forward: of the module, its own forward, the arguments by name.
+#: Function that replaces a forward. Arguments: the module, its forward, the arguments by name.
 Run = Callable[[Any, Callable[..., Any], dict[str, Any]], Any]
 
 
 class Forward:
-    """Stands in a module's ``__dict__`` as its ``forward``; a copy of the module gets its own.
+    """Forward in a module's ``__dict__``; a copy of the module gets a copy of it.
 
-    A hook would not do where a wrapper calls ``forward`` itself, as PEFT does with its model's.
+    A hook would not be called by a wrapper that calls ``forward`` directly, as PEFT does.
 
     Args:
-        module: is not kept alive. run: what to run; it is copied with the module.
+        module: the module, weakly referenced.
+        run: function to run; it is copied with the module.
     """
 
     def __init__(self, module: nn.Module, run: Run):
@@ -30,13 +31,16 @@ class Forward:
 
     @classmethod
     def put_before(cls, module: nn.Module, run: Run) -> None:
-        """Put a forward before what the module has."""
+        """Replace the module's forward by one that runs ``run``."""
         module.__dict__["forward"] = cls(module, run)
 
     @classmethod
     def remove(cls, module: nn.Module, run: Callable[[Run], bool]) -> bool:
-        """Undo :meth:`put_before` of what ``run`` says is meant. False: it did not stand first;
-        somebody has wrapped it, and it has to pass calls on."""
+        """Undo :meth:`put_before` if the predicate ``run`` accepts its function.
+
+        Returns False if another wrapper has replaced the forward since, so that this one has to
+        remain and pass calls on.
+        """
         found = module.__dict__.get("forward")
         if not isinstance(found, cls) or not run(found.run):
             return False
@@ -47,7 +51,7 @@ class Forward:
 
     @property
     def own(self) -> Callable[..., Any]:
-        """The module's own forward."""
+        """Forward of the module before the replacement."""
         module: Any = self._module()
         return self.before or types.MethodType(type(module).forward, module)
 
@@ -56,7 +60,7 @@ class Forward:
         return inspect.signature(self.own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Arguments are the module's own, and what comes back is up to ``run``."""
+        """Call ``run`` with the module's arguments by name."""
         given = kwargs
         if args:
             parameters: Mapping[str, inspect.Parameter] = self.__signature__.parameters

@@ -1,4 +1,4 @@
-"""The output layer of a causal language model: where it is, and what it makes of a hidden state."""
+"""Output layer of a causal language model, and the computation of logits from hidden states."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from lora_ext._checks import require
 from lora_ext._torch import linear
 
-#: What models call the number that their logits are multiplied by or divided by.
+#: Attributes of models for a factor or divisor of their logits.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
 @dataclass(frozen=True)
 class Head:
-    """``z = c tanh(s (W n + b) / c)``, or ``s (W n + b)`` without a cap.
+    """Output head: ``z = c tanh(s (W n + b) / c)``, or ``s (W n + b)`` without a cap.
 
     Attributes:
         softcap: c, or None.
@@ -30,10 +30,10 @@ class Head:
     scale: float = 1.0
 
     def parameters(self, lm: Any) -> tuple[Tensor, Tensor | None]:
-        """Return W ``(V, d)`` and b ``(V,)`` or None, as the model has them now, with their graph.
+        """Return the current W ``(V, d)`` and b ``(V,)`` or None of the model, with their graph.
 
-        Of a head that is no plain linear layer, one with adapters say, W is what the head makes of
-        the unit vectors.
+        For a head that is not a plain linear layer, such as one with adapters, W is computed by
+        applying the head to the unit vectors.
         """
         layer: Any = lm.get_output_embeddings()
         if type(layer) is nn.Linear:
@@ -48,20 +48,20 @@ class Head:
         return self.scale * weight, None if bias is None else self.scale * bias
 
     def logits(self, normed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the logits of normed states ``(..., d)``: ``(..., V)``, or those of the rows of W
-        that are given."""
+        """Return the logits of normed states ``(..., d)`` for the given rows of W."""
         return self.capped(linear(normed, weight, bias))
 
     def capped(self, z: Tensor) -> Tensor:
-        """Return logits bounded by ``softcap tanh(z / softcap)``, or as they are without a cap."""
+        """Return ``softcap tanh(z / softcap)``, or ``z`` without a cap."""
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 def causal_lm(model: Any, where: str) -> Any:
-    """Return the causal LM of transformers in a model, which may be wrapped by PEFT or by others.
+    """Return the causal LM of transformers in a model, which may be wrapped by PEFT or others.
 
     Raises:
-        ValueError: there is none. NotImplementedError: one with an encoder beside its decoder.
+        ValueError: If there is no causal LM.
+        NotImplementedError: If it has an encoder and a decoder.
     """
     found = type(model).__name__
     module: Any
@@ -81,24 +81,29 @@ def causal_lm(model: Any, where: str) -> Any:
 def measured_head(
     where: str, lm: Any, softcap: float | None, entered: Tensor, logits: Tensor
 ) -> Head:
-    """Return the head of a model whose logits are known; those of the last position are looked at.
+    """Determine the head of a model from the logits of the last position.
 
     Args:
-        where: who asks, for its errors. lm: the causal LM. softcap: what its configuration says.
-        entered: ``(..., d)``, what entered the head. logits: ``(..., V)``, what came out.
+        where: begin of error messages.
+        lm: the causal LM.
+        softcap: the value in its configuration.
+        entered: ``(..., d)``, the input of the head.
+        logits: ``(..., V)``, the output of the model.
 
     Raises:
-        NotImplementedError: the logits are no such function of ``W n + b``. ValueError: one is NaN.
+        NotImplementedError: If the logits are not a function of ``W n + b`` that :class:`Head`
+            describes.
+        ValueError: If a logit is NaN.
     """
     layer: Any = lm.get_output_embeddings()
     with torch.no_grad():
         if type(layer) is nn.Linear:
             last = entered.flatten(0, -2)[-1].to(layer.weight)
             z = F.linear(last, layer.weight, layer.bias).float()
-        else:  # each row may have adapters of its own, so that one alone would be another's
+        else:  # rows may have different adapters, so all rows are computed
             z = layer(entered).flatten(0, -2)[-1].float()
         wanted = logits.flatten(0, -2)[-1].float()
-        expected = "logits that are numbers in the first forward, which shows what the head does"
+        expected = "logits that are numbers in the first forward, which determines the head"
         found = f"NaN among those of {type(lm).__name__}"
         require(not bool(wanted.isnan().any()), where, "model", expected, found)
         heads = [Head(softcap, scale) for scale in _scales(lm)]
@@ -111,12 +116,11 @@ def measured_head(
 
 
 def _explains(head: Head, z: Tensor, wanted: Tensor) -> bool:
-    """Return whether the logits ``(V,)`` of a head, scaled but not capped, are those of the model
-    but for rounding.
+    """Return whether scaled logits ``(V,)``, after the cap, are the model's up to rounding.
 
-    Half precision, or autocast in the head alone, is the coarsest that is to be told apart. What
-    rounding does points anywhere; another scale moves the logits along their derivative in it, and
-    is seen where they move farther that way than rounding explains by what they do otherwise.
+    The tolerance allows half precision, or autocast in the head alone. Rounding errors have any
+    direction, but another scale moves the logits along their derivative with respect to it. The
+    error along this direction must therefore not exceed what the remaining error explains.
     """
     found, off = head.capped(z), wanted - head.capped(z)
     if not bool((off.abs() <= 0.02 * wanted.abs().max() + 1e-5).all()):
@@ -145,7 +149,7 @@ def _scales(lm: Any) -> Iterator[float]:
 
 
 def head_width(layer: Any) -> int:
-    """Return how many features an output layer takes, below PEFT's wrappers where it has them."""
+    """Return the input width of an output layer, which PEFT may have wrapped."""
     base = getattr(layer, "get_base_layer", lambda: layer)()
     base = getattr(base, "original_module", base)
     return getattr(base, "in_features", base.weight.shape[1])

@@ -1,7 +1,7 @@
-"""LoraConfig: which modules of a model get which adapter, in PEFT's words and by PEFT's rules.
+"""LoraConfig: the adapters of a model's modules, with PEFT's fields and rules.
 
-The rules are those of PEFT's ``tuners_utils.check_target_module_exists`` and
-``utils.other.get_pattern_key``, written anew.
+The rules reimplement PEFT's ``tuners_utils.check_target_module_exists`` and
+``utils.other.get_pattern_key``.
 """
 
 from __future__ import annotations
@@ -27,39 +27,41 @@ _NOT_IN_FILES = ("where", "preserve_base_output")
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """PEFT's configuration of a LoRA adapter, as far as this package has what it asks for.
+    """PEFT's configuration of a LoRA adapter, with the fields that this package supports.
 
     Args:
         r: the rank.
         lora_alpha: the update is scaled by ``lora_alpha / r``.
         lora_dropout: the probability of dropping an input of the adapter, in training.
-        target_modules: which modules are adapted: a regular expression for whole names; or names
-            and suffixes of names, ``"q_proj"`` for every ``...q_proj``; or "all-linear" for every
-            linear layer but the output head (of a "SEQ_CLS" task without one, but the classifier).
-            Our choice: "all-linear" is the default; PEFT looks one up by architecture.
-        exclude_modules: which of them are not, in the same words.
-        layers_to_transform: of the modules that a suffix matched, only those in blocks of these
-            indices.
-        layers_pattern: what comes before the index in a name, ``"layers"``; default is whatever
-            precedes the first number.
+        target_modules: modules to adapt: a regular expression for whole names; or names and
+            suffixes of names, ``"q_proj"`` for every ``...q_proj``; or "all-linear" for every
+            linear layer except the output head (in a "SEQ_CLS" task without a head, except the
+            classifier). Our choice: "all-linear" is the default; PEFT's depends on the
+            architecture.
+        exclude_modules: modules to exclude from them, in the same format.
+        layers_to_transform: indices of blocks; modules that match a suffix are adapted only in
+            these blocks.
+        layers_pattern: the part of a name before the index, for example ``"layers"``; default is
+            the part before the first number.
         rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the end of a
-            name; the first that matches counts.
+            name; the first match is used.
         use_rslora: scale by ``lora_alpha / sqrt(r)``.
         use_dora: train a magnitude per output as well.
-        lora_bias: a bias beside B.
+        lora_bias: add a bias to B.
         init_lora_weights: see :meth:`lora_ext.nn.LoraLinear.add_adapter`.
-        preserve_base_output: of that method too; it changes the base weight, so no file has it.
-        fan_in_fan_out: accepted and without effect: a layer is known to store ``(I, O)`` or not to.
-        alora_invocation_tokens: of an activated adapter (aLoRA): it serves a row from the last
-            place on at which these tokens stand in it; None or none is off.
+        preserve_base_output: see the same method. It changes the base weight, so it is not written
+            to files.
+        fan_in_fan_out: accepted without effect: the layout of a layer's weight is detected.
+        alora_invocation_tokens: of an activated adapter (aLoRA), which serves a row from the last
+            occurrence of these tokens; None or an empty sequence is off.
         bias: "none": the base model's biases stay frozen.
-        task_type: what PEFT calls the task, "CAUSAL_LM" say; goes into files.
-        where: what errors speak of.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM"; written to files.
+        where: begin of error messages.
 
     Raises:
-        ValueError: a field that is malformed or out of range, naming it, what was expected and what
-            was found. NotImplementedError: an initialisation that PEFT has and this package has
-            not.
+        ValueError: If a field is malformed or out of range; the message names the field, the
+            expected and the found value.
+        NotImplementedError: If only PEFT has the initialisation.
 
     Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); DoRA (Liu et al. 2024); PEFT.
     """
@@ -101,7 +103,7 @@ class LoraConfig:
         known_scheme(self.init_lora_weights)
         layers, pattern = self.layers_to_transform, self.layers_pattern
         listed = not isinstance(self.target_modules, str)
-        alone = "none of it beside a target_modules string"
+        alone = "None beside a target_modules string"
         for ok, name, expected in (
             (self.bias == "none", "bias", "'none' (the base model's biases are shared)"),
             (not (self.use_dora and self.invocation), "use_dora", "false for an activated adapter"),
@@ -115,17 +117,17 @@ class LoraConfig:
 
     @property
     def invocation(self) -> tuple[int, ...]:
-        """The tokens with which an activated adapter begins; none for one that serves all."""
+        """Tokens with which an activated adapter begins; empty for an ordinary adapter."""
         return tuple(self.alora_invocation_tokens or ())
 
     def check_vocabulary(self, where: str, size: int | None) -> None:
-        """Refuse an invocation that no prompt has; a size that is None is not known."""
+        """Raise ValueError for an invocation outside a vocabulary of ``size``, if it is known."""
         if self.invocation and size is not None:
             expected, most = f"token ids below the vocabulary, {size}", max(self.invocation)
             require(most < size, where, "alora_invocation_tokens", expected, most)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as PEFT's ``adapter_config.json`` has them."""
+        """Return the fields in the format of PEFT's ``adapter_config.json``."""
         found: dict[str, Any] = {"peft_type": "LORA"}
         for each in fields(LoraConfig):
             value = getattr(self, each.name)
@@ -137,18 +139,21 @@ class LoraConfig:
     # Rules
 
     def head_of(self, output_head: str | None, classifier: str | None) -> str | None:
-        """Return the layer that "all-linear" leaves out: of a "SEQ_CLS" task without an output
-        head, the classifier."""
+        """Return the layer that "all-linear" excludes.
+
+        It is the output head; in a "SEQ_CLS" task without a head, it is the classifier.
+        """
         return classifier if output_head is None and self.task_type == "SEQ_CLS" else output_head
 
     def targeted(self, names: Iterable[str], linear: Iterable[str]) -> set[str]:
         """Return the modules that PEFT would adapt.
 
         Args:
-            names: all modules that may be. linear: what "all-linear" stands for.
+            names: all modules that may be adapted.
+            linear: the modules of "all-linear".
 
         Raises:
-            ValueError: ``target_modules`` is None, or a pattern is no regular expression.
+            ValueError: If ``target_modules`` is None, or a pattern is not a regular expression.
         """
         wanted, names = self.target_modules, tuple(names)
         if wanted is None:
@@ -172,13 +177,13 @@ class LoraConfig:
     def ranks_and_alphas(
         self, names: Iterable[str]
     ) -> tuple[dict[str, tuple[int, float]], list[str]]:
-        """Look rank and alpha of modules up in the patterns, as PEFT does.
+        """Look up rank and alpha of modules in the patterns, as PEFT does.
 
         Args:
-            names: of the modules, in full.
+            names: full names of the modules.
 
         Returns:
-            by name ``(r, lora_alpha)``; and the pattern keys that match none of the names.
+            ``(r, lora_alpha)`` by name, and the pattern keys that match no name.
         """
         names = tuple(sorted(names))
         ranks, unused_r = self._patterned("rank_pattern", self.rank_pattern, self.r, names)
@@ -190,8 +195,7 @@ class LoraConfig:
     def _patterned(
         self, where: str, table: Mapping[str, float], default: float, names: tuple[str, ...]
     ) -> tuple[list[float], list[str]]:
-        """Look values up by name: the first pattern that matches the name, or its end after a dot,
-        wins."""
+        """Look up values by name: the first pattern is used that matches the name or a suffix."""
         keys = tuple(table)
         rows = self._match(where, "match", r"(.*\.)?({})$", keys, names)
         by_key = list(zip(keys, rows, strict=True))
@@ -207,7 +211,7 @@ class LoraConfig:
         return {name for name, m in zip(names, row, strict=True) if m is not None}
 
     def _in_layers(self, found: set[str]) -> set[str]:
-        """Keep the names whose first numbered segment is one of ``layers_to_transform``."""
+        """Return the names with a first number in ``layers_to_transform``."""
         names, pattern = tuple(sorted(found)), self.layers_pattern
         if pattern:
             keys = (pattern,) if isinstance(pattern, str) else tuple(pattern)
@@ -232,8 +236,7 @@ class LoraConfig:
 
 
 def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a list names a module by PEFT's rule: its whole name, or everything after one
-    of its dots."""
+    """Return whether ``patterns`` contains a module's name, or its part after one of its dots."""
     patterns = patterns if isinstance(patterns, frozenset) else frozenset(patterns)
     parts = name.split(".")
     return any(".".join(parts[i:]) in patterns for i in range(len(parts)))

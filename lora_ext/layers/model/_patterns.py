@@ -1,9 +1,9 @@
-"""Regular expressions out of untrusted files.
+"""Regular expressions from untrusted files.
 
-PEFT reads several config fields as Python regular expressions. ``re`` backtracks, holds the GIL
-and cannot be interrupted, so a pattern such as ``(a+)+$`` in a downloaded adapter would hang the
-server. Names without operators are matched here; everything else in a child process that is killed
-when its time is up.
+PEFT reads several config fields as Python regular expressions. ``re`` backtracks, holds the GIL and
+cannot be interrupted, so a pattern such as ``(a+)+$`` in a downloaded adapter would hang the
+server. Names without operators are matched in this process, all other patterns in a child process
+that is killed after a timeout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 TIMEOUT_S = 10.0
 MAX_PATTERN = 1 << 16
 
-# One dotted name, perhaps anchored: no operator but ".", so matching is linear in the name.
+# A dotted name, possibly anchored: the only operator is ".", so matching takes linear time.
 _PLAIN = re.compile(r"\^?[\w.\-]*\$?")
 
 _CHILD = """
@@ -38,11 +38,11 @@ json.dump(out, sys.stdout)
 def match_names(
     method: str, template: str, patterns: tuple[str, ...], names: tuple[str, ...]
 ) -> tuple[tuple[str | None, ...], ...]:
-    """Match every pattern against every name; what does not finish in time is refused.
+    """Match every pattern against every name; raise ValueError after a timeout.
 
-    ``method`` is one of ``re``, ``template`` a regular expression with ``{}`` where a pattern goes.
-    There is a row per pattern and an entry per name: None without a match, else the text of group
-    ``idx`` (empty if the template has none).
+    ``method`` is a function of ``re``; ``template`` is a regular expression with ``{}`` for the
+    pattern. The result has a row per pattern and an entry per name: None without a match, else the
+    text of group ``idx`` (empty if the template has no such group).
     """
     rows: list[tuple[str | None, ...] | None] = [None] * len(patterns)
     hard: list[int] = []

@@ -1,4 +1,4 @@
-"""LoraProbe: how large the inner features of adapters grow while they train."""
+"""LoraProbe: record the size of the inner features of adapters during training."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from ._adapted import adapted_layers
 
 
 class Decomposition(NamedTuple):
-    """What one step changed in ``Z_B = B A x``; the sum is the whole change."""
+    """Parts of the change of ``Z_B = B A x`` in one step; their sum is the whole change."""
 
-    d1: Tensor  # B' (A - A') x: by training A
-    d2: Tensor  # (B - B') A' x: by training B
-    d3: Tensor  # (B - B') (A - A') x: by both
+    d1: Tensor  # B' (A - A') x: from training A
+    d2: Tensor  # (B - B') A' x: from training B
+    d3: Tensor  # (B - B') (A - A') x: from both
 
 
 def decompose_step(x: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> Decomposition:
     """Split the change of ``B A x`` between two steps into three tensors ``(T, m)``.
 
     Args:
-        x: ``(T, n)``. before, after: A ``(r, n)`` and B ``(m, r)`` of the two steps.
+        x: ``(T, n)``.
+        before, after: A ``(r, n)`` and B ``(m, r)`` of the two steps.
 
     Source: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics".
     """
@@ -38,29 +39,31 @@ def decompose_step(x: Tensor, before: Sequence[Tensor], after: Sequence[Tensor])
 
 
 class LoraProbe:
-    """Records ``Z_A = A x`` and ``Z_B = B A x`` of every adapted linear layer while it is entered.
+    """Context manager that records ``Z_A = A x`` and ``Z_B = B A x`` of all adapted linear layers.
 
-    Init[A] with its best learning rate lets ``Z_A`` grow with the width and over time; this shows
-    where. ``with probe: ... training steps ...``, then :attr:`history` and :meth:`report`.
+    With Init[A] and its best learning rate, ``Z_A`` grows with the width and over time; the probe
+    shows in which layers. Use ``with probe: ... training steps ...``, then :attr:`history` and
+    :meth:`report`.
 
-    Layers of :class:`lora_ext.nn.LoraLinear` and of PEFT alike. Outputs are unchanged, and nothing
-    stays on the model after the block, also after an exception. Entered, each record costs the
-    products of the adapter once more, in float32 and without its dropout; values stay on the device
-    until they are read. A compiled model is not seen.
+    Layers may be :class:`lora_ext.nn.LoraLinear` or PEFT's. Outputs are unchanged, and all hooks
+    are removed after the block, also after an exception. Each record computes the products of the
+    adapter once more, in float32 and without dropout; values remain on the device until they are
+    read. A compiled model is not recorded.
 
     Args:
-        model: holds the layers, or is one.
-        adapter: whose factors to watch.
-        every: record the first of so many forwards of ``model``.
+        model: contains the layers, or is one.
+        adapter: name of the adapter.
+        every: number of forwards of ``model`` per record.
         track_decomposition: keep the factors of the previous record and add the rms of
             :func:`decompose_step`.
 
     Attributes:
         mask: None, or a bool tensor of the leading dimensions of the layers' inputs: rows that are
-            False, padding say, are left out of ``rms`` and ``max``. May be set before each forward.
+            False, such as padding, are excluded from ``rms`` and ``max``. May be set before each
+            forward.
 
     Raises:
-        ValueError: no layer of the model has the adapter, or ``every`` below 1.
+        ValueError: If no layer of the model has the adapter, or ``every`` is below 1.
 
     Source: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics".
     """
@@ -94,8 +97,8 @@ class LoraProbe:
 
     def __enter__(self) -> LoraProbe:
         if self._handles:
-            raise RuntimeError("LoraProbe: entered already")
-        # The step is counted before a layer that is the model itself records it.
+            raise RuntimeError("LoraProbe: expected to be entered once, found it entered already")
+        # The step is counted first, since ``model`` may be a recorded layer itself.
         self._handles.append(self.model.register_forward_pre_hook(self._count))
         for name, layer in self._layers:
             hook = self._hook(name)
@@ -109,11 +112,12 @@ class LoraProbe:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One dictionary per record, in order.
+        """Records in order, as dictionaries.
 
-        ``step``, ``module``; ``rms_Z_A``, ``rms_Z_B``, ``max_Z_A`` over all rows and features;
-        Frobenius norms ``fro_A``, ``fro_B``, ``fro_BA``; and, where tracked and not the first,
-        ``rms_d1``, ``rms_d2``, ``rms_d3``. Reading it waits for the device.
+        Keys are ``step``, ``module``; ``rms_Z_A``, ``rms_Z_B``, ``max_Z_A`` over all rows and
+        features; Frobenius norms ``fro_A``, ``fro_B``, ``fro_BA``; and, with
+        ``track_decomposition`` and from the second record on, ``rms_d1``, ``rms_d2``, ``rms_d3``.
+        Reading this synchronises with the device.
         """
         return [
             {"step": step, "module": name, **{key: value.item() for key, value in values.items()}}
@@ -121,11 +125,11 @@ class LoraProbe:
         ]
 
     def report(self, threshold: float = 10.0) -> dict[str, float]:
-        """List the modules whose ``rms_Z_A`` grew by more than ``threshold`` since their first
+        """Return the modules with a growth of ``rms_Z_A`` above ``threshold`` since the first
         record.
 
         Returns:
-            by name the factor, infinity where a value is not finite or grew from zero.
+            The factor of growth by name; infinity if a value is not finite or grew from zero.
         """
         first: dict[str, float] = {}
         growth: dict[str, float] = {}
@@ -152,7 +156,7 @@ class LoraProbe:
     @torch.no_grad()
     def _record(self, name: str, layer: Any, x: Tensor) -> None:
         with exactly(x.device):
-            # Copies where steps are compared: the optimiser writes into the parameters.
+            # Copy the factors if steps are compared: the optimiser changes the parameters in place.
             factors = [layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight]
             a, b = (f.detach().to(torch.float32, copy=self.track_decomposition) for f in factors)
             rows = x.detach().reshape(-1, x.shape[-1]).float()  # (T, n)
@@ -160,7 +164,7 @@ class LoraProbe:
                 rows = rows[self.mask.reshape(-1)]
             z = rows @ a.T  # (T, r)
             gram_a, gram_b = gram(a), gram(b.T)  # (r, r)
-            # |B z|^2 = z^T (B^T B) z: the rows of B z, m wide, are not formed.
+            # |B z|^2 = z^T (B^T B) z, without computing B z (T, m).
             square = ((z.double() @ gram_b) * z).sum()
             values = {
                 "rms_Z_A": _rms(z),
@@ -182,8 +186,8 @@ class LoraProbe:
 def gram(rows: Tensor) -> Tensor:
     """Return ``rows @ rows^T`` in float64.
 
-    ``||B A||^2 = trace((B^T B) (A A^T))`` cancels where the product is small beside its factors;
-    float64 leaves it 1e-8 of them, float32 would leave 3e-4.
+    ``||B A||^2 = trace((B^T B) (A A^T))`` cancels if the product is small compared with its
+    factors. The error of the norm is 1e-8 of the factors in float64; in float32 it would be 3e-4.
     """
     wide = rows.double()
     return wide @ wide.T
@@ -194,5 +198,5 @@ def _rms(z: Tensor) -> Tensor:
 
 
 def recomputing() -> bool:
-    """Return whether a checkpointed layer runs again inside a backward."""
+    """Return whether a backward is running, in which a checkpoint recomputes layers."""
     return torch._C._current_graph_task_id() >= 0

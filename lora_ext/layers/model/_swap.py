@@ -1,4 +1,4 @@
-"""Modules of a model replaced by others, and the very objects put back."""
+"""Replacement of modules of a model, and restoring the original objects."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ from lora_ext._checks import require
 
 
 class Swap:
-    """Modules that stand in for modules of a model, until :meth:`restore`.
+    """Replacement of modules of a model, undone by :meth:`restore`.
 
-    A module that the model holds under several names is replaced under the one that is given; the
-    others still lead to the original. Either all are replaced or none: an error leaves the model as
-    it was.
+    A module with several names is replaced only under the given name. Either all modules are
+    replaced, or an error leaves the model unchanged.
 
-    A swap that is kept on its model, in ``model.__dict__``, is copied with it: the copy restores
-    the copies of the originals. It does not refer to the model, which goes as soon as nobody else
-    does.
+    A swap in ``model.__dict__`` is copied with the model: the copy restores the copies of the
+    originals. It does not keep the model alive.
 
     Args:
-        model: holds the modules.
-        replacements: by name, as ``model.named_modules()`` has it, what comes there; no name lies
-            inside another. Usually each holds the module that it replaces.
-        by: the function that swaps, for messages.
+        model: contains the modules.
+        replacements: new modules by name, as in ``model.named_modules()``; no name may be inside
+            another. Usually each contains the module that it replaces.
+        by: name of the calling function, for messages.
 
     Attributes:
-        originals, placed: by name, what was there and what came.
+        originals, placed: the original and the new modules by name.
 
     Raises:
-        ValueError: a name that the model lacks, or that of the model itself.
+        ValueError: If the model lacks a name, or a name is that of the model itself.
     """
 
     def __init__(self, model: nn.Module, replacements: Mapping[str, nn.Module], by: str):
@@ -40,8 +38,10 @@ class Swap:
         self.add(model, replacements)
 
     def add(self, model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
-        """Replace further modules of the same model, under names that are not replaced yet;
-        arguments and errors are those of the class."""
+        """Replace further modules of the same model.
+
+        The names must not be replaced yet; arguments and errors are those of the class.
+        """
         originals: dict[str, nn.Module] = {}
         for name in replacements:
             original = find_module(model, name) if name else None
@@ -56,22 +56,21 @@ class Swap:
         self.placed |= replacements
 
     def restore(self, model: nn.Module, by: str) -> None:
-        """Put every original back.
+        """Restore all originals.
 
         Args:
-            model: the one of the swap. by: the function that restores, for messages.
+            model: the model of the swap.
+            by: name of the calling function, for messages.
 
         Raises:
-            RuntimeError: something else stands in the place of a replacement; the model is then as
-                it was.
+            RuntimeError: If a replacement has been replaced; the model is then unchanged.
         """
         self.check(model, by)
         for name, original in self.originals.items():
             model.set_submodule(name, original)
 
     def check(self, model: nn.Module, by: str) -> None:
-        """Raise what :meth:`restore` of ``model`` would, and change nothing; ``by`` is the function
-        that asks, for the message."""
+        """Raise the errors of :meth:`restore` without changing ``model``."""
         for name, module in self.placed.items():
             found = find_module(model, name)
             kind = "nothing" if found is None else type(found).__name__
@@ -81,7 +80,7 @@ class Swap:
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module | None:
-    """Return the module of that name, or None where the model has none."""
+    """Return the module with this name, or None."""
     try:
         return model.get_submodule(name)
     except AttributeError:

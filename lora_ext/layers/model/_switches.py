@@ -1,10 +1,10 @@
-"""Adapted layers switched on and off: one by one, or in groups under a mask.
+"""Switching the adapters of layers on and off, one by one or in groups by a mask.
 
-A layer whose adapter is off computes its base layer and nothing more. Nothing else changes: not the
-parameters and their ``requires_grad``, not ``state_dict``, not which adapters were chosen.
+A layer whose adapter is off computes only its base layer. Parameters, their ``requires_grad``,
+``state_dict`` and the choice of active adapters do not change.
 
-An adapter may also be off in training alone. Then the layer's own ``training`` decides at each
-forward, so that an evaluation in between sees it on, whoever calls which part of the model.
+An adapter may also be off only in training. The layer's ``training`` flag then decides in each
+forward, so that an evaluation during training uses the adapter.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from .._lora_layer import LoraLayer
 from ._adapted import adapted_layers, adapters_of
 from .blocks import block_name
 
-#: What a mask is given as.
+#: Type of a mask.
 Mask = Tensor | Sequence[bool]
 
 
 def is_active(layer: nn.Module, adapter_name: str) -> bool:
-    """Return whether an adapter of a layer is switched on in the mode that the layer is in,
-    training or evaluation; it is, until :func:`set_active` switches it off.
+    """Return whether an adapter is switched on in the layer's current mode.
 
-    That says nothing about whether ``adapter_name`` is among the active ones of ``layer``, which
-    ``set_adapter`` chooses.
+    Adapters are on until :func:`set_active` switches them off. The result does not depend on
+    ``set_adapter``, which chooses the active adapters of ``layer``.
     """
     state = _state(layer, adapter_name)
     return state.in_training if layer.training else state.in_evaluation
@@ -44,21 +43,21 @@ def set_active(
 ) -> None:
     """Switch an adapter of one layer on or off.
 
-    Off, it takes no part, whether it is among the layer's active adapters or named for rows: no
-    operator runs, no graph node is made, and no gradient comes. A layer of PEFT's knows the adapter
-    by its name alone: deleted while it is off and added anew, it is off still.
+    An adapter that is off runs no operator, makes no graph node and gets no gradient, even if it is
+    active or named for rows. On a PEFT layer the switch belongs to the adapter's name: an adapter
+    that is deleted while it is off and added again is still off.
 
     Args:
         layer: one of :func:`lora_ext.nn.adapted_layers`.
-        adapter_name: an adapter of it.
-        active: whether it takes part from now on.
-        training_only: whether an adapter that is off is on while the layer is in evaluation mode.
+        adapter_name: an adapter of the layer.
+        active: True to switch it on.
+        training_only: True leaves an adapter that is switched off on in evaluation mode.
 
     Raises:
-        TypeError: a flag neither True nor False.
-        ValueError: an adapter that the layer lacks; or it is to be switched off and is merged into
-            the base weight, or the layer's forward was replaced by somebody (accelerate's
-            offloading, say).
+        TypeError: If a flag is neither True nor False.
+        ValueError: If the layer lacks the adapter; or the adapter is to be switched off and is
+            merged into the base weight, or another package has replaced the layer's forward
+            (accelerate's offloading, for example).
     """
     require_flags("set_active", active=active, training_only=training_only)
     _check(layer, adapter_name, active, "set_active")
@@ -66,29 +65,30 @@ def set_active(
 
 
 class _State(NamedTuple):
-    """In which modes of a layer an adapter is on; where it is on in training, it is in both."""
+    """Modes of a layer in which an adapter is on; if it is on in training, it is on in both."""
 
     in_evaluation: bool
     in_training: bool
 
 
 class LayerGroups:
-    """The layers with one adapter, in groups that are switched on and off together.
+    """Layers with one adapter, in groups that are switched on and off together.
 
     Args:
-        model: its layers may be ours or PEFT's, before or after :func:`lora_ext.from_peft`.
-        adapter_name: the adapter that is switched; others of the same layers are left alone.
-        group_by: "block" puts the layers of one block together, and leaves each layer outside all
-            blocks to itself; "module" makes every layer a group; a number makes groups of so many
-            consecutive layers, the last of which may be smaller.
-        pattern: what a block is, see :func:`lora_ext.nn.block_name`.
+        model: model with layers of this package or PEFT's, before or after
+            :func:`lora_ext.from_peft`.
+        adapter_name: the adapter to switch; other adapters of the same layers are not changed.
+        group_by: "block" makes one group of the layers of a block, and one of each layer outside
+            all blocks; "module" makes every layer a group; an integer makes groups of this many
+            consecutive layers, of which the last may be smaller.
+        pattern: pattern of blocks, see :func:`lora_ext.nn.block_name`.
 
     Attributes:
-        names: for each group the names of its layers, as ``model.named_modules()`` has them.
-        layers: for each group its layers.
+        names: names of the layers of each group, as in ``model.named_modules()``.
+        layers: layers of each group.
 
     Raises:
-        ValueError: no layer has the adapter, or another ``group_by``.
+        ValueError: If no layer has the adapter, or ``group_by`` has another value.
     """
 
     def __init__(
@@ -113,13 +113,12 @@ class LayerGroups:
         return len(self.names)
 
     def sees_tokens_first(self, name: str) -> bool:
-        """Return whether the input of the layer of that name is ``(tokens, sequences,
-        features)``."""
+        """Return whether the input of the layer ``name`` is ``(tokens, sequences, features)``."""
         return name in self._tokens_first
 
     @property
     def mask(self) -> Tensor:
-        """``(n,)`` bool: the groups of which every layer is on, in the mode that it is in."""
+        """Mask ``(n,)`` bool: True for groups with all layers on, in their current mode."""
         on = [all(is_active(m, self.adapter_name) for m in group) for group in self.layers]
         return torch.tensor(on, dtype=torch.bool)
 
@@ -127,13 +126,13 @@ class LayerGroups:
         """Switch every group on or off, until the next call.
 
         Args:
-            mask: ``(n,)`` bool, True for the groups that take part.
-            training_only: whether the groups that are off are on in evaluation.
+            mask: ``(n,)`` bool, True for the groups to switch on.
+            training_only: True leaves the groups that are off on in evaluation.
 
         Raises:
-            TypeError: ``training_only`` is neither True nor False.
-            ValueError: a mask of another length or kind, or a layer that is to be switched off and
-                is merged, which it names; all layers are then as they were.
+            TypeError: If ``training_only`` is neither True nor False.
+            ValueError: If the mask has another length or type, or a layer to be switched off is
+                merged, which the message names. All layers are then unchanged.
         """
         require_flags("LayerGroups", training_only=training_only)
         for group, on in zip(self.layers, self.checked(mask), strict=True):
@@ -142,8 +141,7 @@ class LayerGroups:
 
     @contextlib.contextmanager
     def masked(self, mask: Mask) -> Iterator[None]:
-        """Set ``mask`` as :meth:`set_mask` does for a ``with`` block; after it, also after an
-        exception, every layer is as it was before."""
+        """Set ``mask`` for a ``with`` block, and restore all layers after it."""
         layers = itertools.chain(*self.layers)
         before = [(layer, _state(layer, self.adapter_name)) for layer in layers]
         self.set_mask(mask)
@@ -155,10 +153,10 @@ class LayerGroups:
                     _switch(layer, self.adapter_name, state)
 
     def checked(self, mask: Mask) -> list[bool]:
-        """Return a mask that can be set, as a list.
+        """Return a mask as a list, after the checks of :meth:`set_mask`.
 
         Raises:
-            ValueError: as :meth:`set_mask`, which calls this.
+            ValueError: See :meth:`set_mask`.
         """
         values: Any = mask.tolist() if isinstance(mask, Tensor) else mask
         bools = isinstance(values, Sequence) and all(isinstance(v, bool) for v in values)
@@ -173,7 +171,7 @@ class LayerGroups:
 
 
 def _key(name: str, position: int, group_by: str | int, pattern: str | None) -> Any:
-    """Return what the layers of one group have in common."""
+    """Return a key that is the same for all layers of one group."""
     if group_by == "block":
         return block_name(name, pattern) or position
     if group_by == "module":
@@ -189,8 +187,8 @@ def _check(layer: Any, adapter_name: str, active: bool, where: str) -> None:
     require(adapter_name in adapters_of(layer), where, "adapter_name", expected, repr(adapter_name))
     if active:
         return
-    expected = "an adapter apart from the base weight"
-    found = "one that is merged into it; unmerge it first"
+    expected = "an adapter that is not merged"
+    found = "one merged into the base weight; unmerge it first"
     require(adapter_name not in layer.merged_adapters, where, repr(adapter_name), expected, found)
     forward = layer.__dict__.get("forward")
     fits = isinstance(layer, LoraLayer) or isinstance(forward, _Switch | None)
@@ -225,10 +223,11 @@ def _switch(layer: Any, adapter_name: str, state: _State) -> None:
 
 
 class _Switch:
-    """The forward of one layer of PEFT's while adapters of it are off.
+    """Forward of one PEFT layer while some of its adapters are off.
 
-    It stands on the layer itself, not on its class, and goes when all are on again. The layer is
-    not touched otherwise, so that choosing, training, disabling and saving adapters stay PEFT's.
+    It is an attribute of the layer, not of its class, and is removed when all adapters are on
+    again. The layer is not changed otherwise: PEFT still chooses, trains, disables and saves
+    adapters.
     """
 
     def __init__(self, layer: Any, off: frozenset[str], off_in_training: frozenset[str]):
@@ -238,13 +237,13 @@ class _Switch:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kind = type(self.layer)
-        if getattr(kind, "asks_what_is_off", False):  # from_peft's layers
+        if getattr(kind, "asks_what_is_off", False):  # layers of from_peft
             return kind.forward(self.layer, x, *args, **kwargs)
         return forward_of_the_rest(kind.forward, self.layer, x, *args, **kwargs)
 
 
 def switched_off(layer: nn.Module) -> frozenset[str]:
-    """Return the adapters of a layer of PEFT's that are off in the mode that it is in."""
+    """Return the adapters of a PEFT layer that are off in its current mode."""
     switch = layer.__dict__.get("forward")
     if not isinstance(switch, _Switch):
         return _NONE
@@ -255,25 +254,24 @@ _NONE: frozenset[str] = frozenset()
 
 
 _BASE = "__base__"  # PEFT's name for rows without an adapter
-_OF_ADAPTERS = ("adapter_names", "alora_offsets")  # arguments that PEFT keeps from the base layer
+_OF_ADAPTERS = ("adapter_names", "alora_offsets")  # arguments that the base layer does not take
 
 
 def forward_of_the_rest(
     forward: Callable[..., Tensor], layer: Any, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Run a forward of PEFT's, ``forward(layer, x, *args, **kwargs)``, without the adapters that
-    are switched off.
+    """Run PEFT's ``forward(layer, x, *args, **kwargs)`` without the adapters that are off.
 
     Raises:
-        ValueError: an adapter that is off is merged into the base weight.
+        ValueError: If an adapter that is off is merged into the base weight.
     """
     off = switched_off(layer)
     if not off or layer.disable_adapters:
         return forward(layer, x, *args, **kwargs)
     merged = [name for name in layer.merged_adapters if name in off]
     if merged:
-        expected = "adapters apart from the base weight where they are switched off"
-        found = f"{merged} merged into it; unmerge them first"
+        expected = "adapters that are switched off and not merged"
+        found = f"{merged} merged into the base weight; unmerge them first"
         raise ValueError(f"{type(layer).__name__}: expected {expected}, found {found}")
     names = kwargs.get("adapter_names")
     if names is not None:
@@ -284,7 +282,7 @@ def forward_of_the_rest(
         of_base = {key: value for key, value in kwargs.items() if key not in _OF_ADAPTERS}
         return layer.base_layer(x, *args, **of_base)
     if names is None:
-        # A second object over the same parameters: another thread's forward does not see these.
+        # A second object with the same parameters, so that other threads' forwards do not change.
         view = object.__new__(type(layer))
         view.__dict__.update(layer.__dict__, _active_adapter=on)
         layer = view
@@ -299,7 +297,7 @@ def _switch_peft(layer: Any, adapter_name: str, state: _State) -> None:
         off |= {adapter_name}
     elif not state.in_training:
         off_in_training |= {adapter_name}
-    if off or off_in_training:  # a new one: another thread may be inside of the one before
+    if off or off_in_training:  # a new object, as another thread may be running the old one
         layer.forward = _Switch(layer, off, off_in_training)
     elif isinstance(before, _Switch):
         del layer.forward

@@ -1,4 +1,4 @@
-"""Blocks of a model: the list of its layers, and the block that a module's name lies in."""
+"""Blocks of a model: the list of its layers, and the block of a module by name."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from torch import nn
 
 from lora_ext._checks import require
 
-#: The first number of a module's name: that of an expert, or of a part of the block, comes later.
+#: First number of a module's name; the numbers of experts and of parts of a block follow it.
 _FIRST_NUMBER = r"(?:^|\.)[^.]*[^.\d][^.]*\.(\d+)(?=\.|$)"
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """Return the stack of layers of a transformers model, the very list that its forward walks.
+    """Return the list of layers of a transformers model that its forward iterates over.
 
-    It is the outermost ``nn.ModuleList`` of as many modules as the configuration has layers, looked
-    for in the decoder first. Of a model with an encoder alone (BERT, ViT) it is the encoder's, of a
-    model with both (T5, Whisper) the decoder's, of a model of several modalities that of the text.
+    It is the outermost ``nn.ModuleList`` with as many modules as the configuration has layers,
+    first searched in the decoder. For a model with only an encoder (BERT, ViT) it is the encoder's,
+    for a model with both (T5, Whisper) the decoder's, for a model of several modalities that of the
+    text.
 
     Args:
-        model: a transformers model, with a head or without, or one that PEFT has wrapped.
+        model: a transformers model, with or without a head, possibly wrapped by PEFT.
 
     Raises:
-        ValueError: a model without a transformers configuration, or without such a list.
+        ValueError: If the model has no transformers configuration, or no such list.
     """
     found = type(model).__name__
     text_config = getattr(getattr(model, "config", None), "get_text_config", None)
@@ -46,30 +47,31 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def block_name(module_name: str, pattern: str | None = None) -> str | None:
-    """Return the name of the block that a module lies in: ``model.layers.7`` of
-    ``model.layers.7.mlp.up_proj``.
+    """Return the name of a module's block: ``model.layers.7`` for ``model.layers.7.mlp.up_proj``.
 
-    Two stacks of one model, its vision and its text say, have blocks of the same index and of
-    different names.
+    Two stacks of one model, such as vision and text, have blocks of the same index and of different
+    names.
 
     Args:
-        module_name: as ``named_modules()`` or ``named_parameters()`` has it.
-        pattern: a regular expression whose first group is the index, to be found anywhere in the
-            name; default is the first part of the name that is a number.
+        module_name: name of a module or parameter, as in ``named_modules()``.
+        pattern: a regular expression whose first group is the index, searched anywhere in the name;
+            default is the first part of the name that is a number.
 
     Returns:
         None for a module outside all blocks.
 
     Raises:
-        ValueError: a pattern that is no regular expression, or has no group that is a number.
+        ValueError: If the pattern is not a regular expression, or its first group is not a number.
     """
     match = _find(module_name, pattern)
     return None if match is None else module_name[: match.end(1)]
 
 
 def block_index(module_name: str, pattern: str | None = None) -> int | None:
-    """Find the index of the block that a module lies in, or None: 7 of
-    ``model.layers.7.mlp.up_proj``. Arguments and errors are those of :func:`block_name`."""
+    """Return the index of a module's block, or None: 7 for ``model.layers.7.mlp.up_proj``.
+
+    Arguments and errors are those of :func:`block_name`.
+    """
     match = _find(module_name, pattern)
     return None if match is None else int(match[1])
 

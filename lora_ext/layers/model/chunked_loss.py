@@ -1,4 +1,4 @@
-"""Training's loss of a causal LM a part of the vocabulary at a time, without the logits."""
+"""Training loss of a causal LM in chunks of the vocabulary, without all logits in memory."""
 
 from __future__ import annotations
 
@@ -25,31 +25,35 @@ from ._head import Head, causal_lm, measured_head, softcap_of
 Model = TypeVar("Model", bound=nn.Module)
 
 _WHERE = "chunked_loss"
-_LOSS = "_loss_function"  # where transformers keeps a model's own loss
+_LOSS = "_loss_function"  # attribute of a model that replaces transformers' loss
 
 
 def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Model:
-    """Let a causal LM compute its training loss without holding its logits, in place.
+    """Compute the training loss of a causal LM in chunks of the logits; change the model in place.
 
-    A forward in training mode with ``labels`` then gives the loss of transformers' own
-    ``ForCausalLMLoss``, ``num_items_in_batch`` and ``shift_labels`` understood, and ``logits`` of
-    None. The output layer's product, the softmax and their gradients are taken ``chunk`` columns at
-    a time, by :func:`lora_ext.ops.chunked_cross_entropy`: of B sequences of T tokens and a
-    vocabulary of V, not ``B T V`` numbers are in memory but ``B T chunk``. All other forwards are
-    as they were: in evaluation mode, without labels, or without gradients.
+    A forward in training mode with ``labels`` then returns the loss of transformers'
+    ``ForCausalLMLoss``, with its arguments ``num_items_in_batch`` and ``shift_labels``, and
+    ``logits=None``. The output layer's product, the softmax and their gradients are computed
+    ``chunk`` columns at a time, by :func:`lora_ext.ops.chunked_cross_entropy`. For B sequences of T
+    tokens and a vocabulary of V, ``B T chunk`` numbers are in memory instead of ``B T V``. Other
+    forwards do not change: in evaluation mode, without labels, or without gradients.
 
     Args:
-        model: a causal LM of transformers, or one in PEFT's or another wrapper, by itself on one
-            process or under DDP. Its output layer is an ``nn.Linear``, which may train. It comes
-            back; copies of it have their own.
-        enabled: False brings back what was there.
+        model: a causal LM of transformers, possibly wrapped by PEFT or others, on one process or
+            with DDP. Its output layer is an ``nn.Linear``, which may be trained. A copy of the
+            model also computes its loss in chunks.
+        enabled: False restores the model.
         chunk: columns of the logits that are in memory at a time.
 
+    Returns:
+        ``model``.
+
     Raises:
-        ValueError: no causal LM, ``chunk`` below 1, or a loss that is not transformers' own.
-        NotImplementedError: an encoder beside the decoder; an output layer that has adapters or is
-            quantised; parameters that FSDP2 has sharded; logits that are not the output layer's
-            product, scaled or soft-capped; a model that computes its loss itself.
+        ValueError: If the model is not a causal LM, ``chunk`` is below 1, or the loss is not
+            transformers' own.
+        NotImplementedError: If the model has an encoder and a decoder; the output layer has
+            adapters or is quantised; FSDP2 has sharded the parameters; the logits are not the
+            output layer's product, scaled or soft-capped; or the model computes its loss itself.
 
     To detect these, enabling runs the model once on four tokens. If all labels of a batch are
     ignored, the loss is 0 instead of NaN. Training steps that compute the hidden states without the
@@ -90,17 +94,16 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
 
 @dataclass(eq=False)
 class _Call:
-    """What one forward has seen so far; nothing of it outlives the forward."""
+    """State of one running forward."""
 
-    layer: nn.Module  # the output layer of the model that runs
-    skip: bool  # whether its product is left out
-    entered: Tensor | None = None  # it: hidden states, (..., d)
-    logits: Tensor | None = None  # what the model gave to its loss
+    layer: nn.Module  # output layer of the running model
+    skip: bool  # True if its product is not computed
+    entered: Tensor | None = None  # its input: hidden states, (..., d)
+    logits: Tensor | None = None  # logits that the model passed to its loss
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Let the layer and the loss of this forward write here in a ``with`` block, in this
-        thread."""
+        """Make this the current call of this thread in a ``with`` block."""
         token = _running.set(self)
         try:
             yield
@@ -112,24 +115,24 @@ _running: ContextVar[_Call | None] = ContextVar("lora_ext.chunked_loss", default
 
 
 def _call_of(layer: nn.Module) -> _Call | None:
-    """Return the call of the model whose output layer this is: models may run inside of others."""
+    """Return the current call if ``layer`` is its output layer: models may call other models."""
     call = _running.get()
     return call if call is not None and call.layer is layer else None
 
 
 @dataclass(eq=False)
 class _Loss:
-    """Stands where transformers keeps a model's loss function; it is copied with the model."""
+    """Loss function of a model in chunks; it is copied with the model."""
 
     layer: nn.Module
     own: Callable[..., Any]
-    before: Callable[..., Any] | None  # what stood there: the model's class has its own
+    before: Callable[..., Any] | None  # previous attribute of the model; None for its class's loss
     chunk: int
     head: Head = field(default_factory=lambda: Head(None))
-    hook: RemovableHandle | None = None  # of the warning
+    hook: RemovableHandle | None = None  # hook that warns
 
     def __call__(self, logits: Tensor, labels: Tensor | None, *args: Any, **given: Any) -> Any:
-        """As transformers calls it; the logits of a forward that leaves them out are none."""
+        """Compute the loss for transformers; ``logits`` is not used if the call skips them."""
         call = _call_of(self.layer)
         if call is not None:
             call.logits = logits
@@ -150,8 +153,8 @@ class _Loss:
         layer: Any = self.layer
         weight, bias, scale = layer.weight, layer.bias, self.head.scale
         if hidden is None or hasattr(weight, "full_tensor"):
-            expected = "the output layer as it was when this was enabled, and whole on each process"
-            found = "it wrapped or divided"
+            expected = "the output layer of the time of enabling, not sharded"
+            found = f"a {type(weight).__name__} or another output layer"
             raise NotImplementedError(f"{_WHERE}: model: expected {expected}, found {found}")
         targets: Any = shifted(labels, ignore_index) if shift_labels is None else shift_labels
         targets = targets.to(hidden.device).flatten()
@@ -169,7 +172,8 @@ def _layer_forward(layer: nn.Module, own: Callable[..., Any], given: dict[str, A
     if call is None:
         return own(**given)
     call.entered = given["input"]
-    # What the model then does to its logits, it does to these, whose last dimension is another.
+    # The model applies its later operations on logits to the hidden states, whose last dimension
+    # differs.
     return call.entered if call.skip else own(**given)
 
 
@@ -221,13 +225,13 @@ def _remove_hook(base: nn.Module) -> bool:
 
 
 def _probed(lm: Any, loss: _Loss) -> Head:
-    """Run a model on four tokens; return how it computes logits from its output layer's product."""
+    """Run a model on four tokens to determine its head."""
     ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
     call = _Call(loss.layer, skip=False)
     with evaluating(lm), torch.no_grad(), call.running():
         lm(input_ids=ids, labels=ids)
     if call.logits is None or call.entered is None:
-        expected = "a forward that gives its logits to loss_function"
+        expected = "a forward that passes its logits to loss_function"
         found = f"none in {type(lm).__name__}"
         raise NotImplementedError(f"{_WHERE}: model: expected {expected}, found {found}")
     return measured_head(_WHERE, lm, softcap_of(lm), call.entered, call.logits)
@@ -239,7 +243,7 @@ def _remove(lm: Any) -> None:
     loss = lm.__dict__.get(_LOSS)
     if isinstance(loss, _Loss):
         Forward.remove(loss.layer, lambda run: run is _layer_forward)
-        if loss.hook is not None:  # base_model may be another module than when this was enabled
+        if loss.hook is not None:  # base_model may have changed since
             loss.hook.remove()
         del lm.__dict__[_LOSS]
         if loss.before is not None:

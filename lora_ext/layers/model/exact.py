@@ -19,7 +19,7 @@ from ._exact_functions import MARK, has_adapters, replace_functions, restore_fun
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_OWN = "_lora_ext_exact_packed"  # in the layers that exact has packed
+_OWN = "_lora_ext_exact_packed"  # attribute of layers that exact has packed
 _TREE = "_lora_ext_exact_tree"  # children of every module at the last check
 
 _AGAIN = "call lora_ext.exact(model, enabled=False), then lora_ext.exact(model)"
@@ -102,7 +102,7 @@ def _check_weights(model: nn.Module) -> None:
     These are experts, convolutions, GPT-2's ``Conv1D``, subclasses of ``nn.Linear`` and PEFT's
     layers.
     """
-    known = (nn.Embedding, nn.ParameterDict, nn.ParameterList)  # the last two hold factors
+    known = (nn.Embedding, nn.ParameterDict, nn.ParameterList)  # the last two contain factors
     for name, module in model.named_modules():
         if isinstance(module, PoolLayer):
             module = module.base
@@ -111,7 +111,7 @@ def _check_weights(model: nn.Module) -> None:
             found = f"PEFT's {kind.__name__}; call lora_ext.from_peft(model) first"
             require(False, "exact: model", repr(name), "layers of lora_ext", found)
         fits = kind in (nn.Linear, PackedLinear) or isinstance(module, known)
-        if fits or "norm" in kind.__name__.lower():  # of which some have a weight for each head
+        if fits or "norm" in kind.__name__.lower():  # some norms have a weight for each head
             continue
         for own, weight in module.named_parameters(recurse=False):
             expected = "a model whose weights are those of nn.Linear and nn.Embedding"
@@ -121,7 +121,7 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _with_bases(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield all modules, and those that a pool's layers have replaced."""
+    """Yield all modules, and the base layers of pool layers."""
     for module in model.modules():
         yield module
         if isinstance(module, PoolLayer):
@@ -163,7 +163,7 @@ def _check_unchanged(module: nn.Module, _: Any) -> None:
 
 
 def _check_modules(model: nn.Module) -> None:
-    """Raise ValueError for a module that is not exact; layers of adapters are."""
+    """Raise ValueError for a module that is not exact; parts of adapter layers need no mark."""
     _check_weights(model)
     for name, layer in linears_of(model):
         packed = isinstance(layer, PackedLinear) and layer.exact

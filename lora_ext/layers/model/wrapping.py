@@ -1,4 +1,4 @@
-"""``wrap`` and ``unwrap``: trainable adapters in a model, without PEFT."""
+"""``wrap`` and ``unwrap``: add trainable adapters to a model without PEFT, and remove them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ._swap import Swap
 Model = TypeVar("Model", bound=nn.Module)
 
 _KEY = "_lora_ext_wrap"
-#: What an adapter's configuration and ``add_adapter`` call by one name.
+#: Fields of LoraConfig that are arguments of ``add_adapter`` with the same name.
 _SETTINGS = (
     "lora_dropout", "init_lora_weights", "preserve_base_output", "use_rslora", "use_dora",
     "lora_bias",
@@ -34,10 +34,10 @@ _SETTINGS = (
 
 @dataclass(eq=False)
 class _Wrap:
-    """Kept on the wrapped model."""
+    """State of a wrapped model, in its ``__dict__``."""
 
     swap: Swap
-    requires_grad: dict[str, bool]  # of the model's own parameters, as it was
+    requires_grad: dict[str, bool]  # of the model's parameters before wrapping
     spaced: list[nn.Module] = field(default_factory=list)  # layers with hooks of space_products
 
 
@@ -48,31 +48,34 @@ def wrap(
     *,
     autocast_adapter_dtype: bool = True,
 ) -> Model:
-    """Give a model trainable adapters, as PEFT's ``get_peft_model`` does, and freeze all else.
+    """Add trainable adapters to a model, as PEFT's ``get_peft_model``, and freeze all else.
 
-    Works in place, returns the model, and needs no peft; :func:`unwrap` undoes it. Linear layers
-    (transformers' ``Conv1D`` too), embeddings and convolutions of patches become
-    :class:`LoraLinear`, :class:`LoraEmbedding` and :class:`LoraConv`. The adapter's parameters are
-    all that trains: a classifier, which PEFT trains as well for some tasks, stays frozen. The keys
-    of ``state_dict`` are PEFT's without ``base_model.model.``.
+    Changes the model in place and does not need peft; :func:`unwrap` undoes it. Linear layers
+    (including transformers' ``Conv1D``), embeddings and convolutions of patches become
+    :class:`LoraLinear`, :class:`LoraEmbedding` and :class:`LoraConv`. Only the adapter's parameters
+    are trained: a classifier, which PEFT also trains for some tasks, stays frozen. The keys of
+    ``state_dict`` are PEFT's without ``base_model.model.``.
 
-    A wrapped model takes further adapters under other names. They are not active, and do not train,
-    until each layer's ``set_adapter`` says so.
+    Call it again with another name to add an adapter. Further adapters are neither active nor
+    trained until each layer's ``set_adapter`` is called.
 
     Args:
-        model: any module that carries no adapters of somebody else's.
-        config: which modules get which adapter.
+        model: any module without adapters of other packages.
+        config: the modules to adapt and the settings of their adapters.
         adapter_name: without dots.
-        autocast_adapter_dtype: beside a base weight of 16 bits, hold the adapter in float32, as
-            PEFT does. False takes the dtype of the base weight, which is faster.
+        autocast_adapter_dtype: keep the adapter of a 16-bit base weight in float32, as PEFT does.
+            False uses the dtype of the base weight, which is faster.
+
+    Returns:
+        ``model``.
 
     Raises:
-        TypeError: ``config`` is no :class:`LoraConfig`, or a flag neither True nor False.
-            RuntimeError: the model carries adapters that ``wrap`` did not put there. ValueError:
-            the configuration matches no module, or one that takes no adapter; or what
-            :meth:`LoraLinear.add_adapter` refuses. NotImplementedError: a convolution whose windows
-            overlap, or a layer whose weight its parent reads without calling it. The model is then
-            as it was.
+        TypeError: If ``config`` is not a :class:`LoraConfig`, or a flag is neither True nor False.
+        RuntimeError: If the model has adapters that ``wrap`` did not add.
+        ValueError: If the configuration matches no module, or one that cannot have an adapter; or
+            :meth:`LoraLinear.add_adapter` raises.
+        NotImplementedError: If the windows of a convolution overlap, or the parent of a layer reads
+            its weight without calling it. After any error the model is unchanged.
 
     Sources: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the rules.
     """
@@ -99,7 +102,7 @@ def wrap(
             adapted[name] = _adapt(name, modules[name], adapter_name, shared | own)
     except BaseException:
         for layer in adapted.values():
-            layer.delete_adapter(adapter_name)  # and put back the base weight, if it changed
+            layer.delete_adapter(adapter_name)  # also restores the base weight
         raise
     new = {name: layer for name, layer in adapted.items() if layer is not modules[name]}
     if state is None:
@@ -119,22 +122,22 @@ def wrap(
 
 
 def unwrap(model: Model) -> Model:
-    """Undo :func:`wrap`: every module is the very object that it was, and trains if it did.
+    """Undo :func:`wrap`: restore all modules and their ``requires_grad``, and return ``model``.
 
-    A base weight that an initialisation ("pissa", say) has changed gets its own bits back. The
-    adapters are gone from ``model``, which comes back.
+    A base weight that an initialisation (such as "pissa") has changed is restored bit for bit.
 
     Raises:
-        RuntimeError: the model is not wrapped, a layer was replaced since, or adapters are merged.
-            The model is then as it was.
+        RuntimeError: If the model is not wrapped, a layer was replaced since, or adapters are
+            merged. The model is then unchanged.
     """
     state: _Wrap | None = model.__dict__.get(_KEY)
     if state is None:
-        raise RuntimeError("unwrap: model: expected a wrapped model, found one that is not")
+        found = f"a {type(model).__name__} that is not"
+        raise RuntimeError(f"unwrap: model: expected a wrapped model, found {found}")
     layers: dict[str, Any] = state.swap.placed
     for name, layer in layers.items():
-        expected = "adapters apart from the base weight"
-        found = f"{layer.merged_adapters} merged into it; unmerge them first"
+        expected = "adapters that are not merged"
+        found = f"{layer.merged_adapters} merged into the base weight; unmerge them first"
         require(not layer.merged, "unwrap", name, expected, found, RuntimeError)
     state.swap.restore(model, "unwrap")
     for layer in layers.values():
@@ -152,7 +155,7 @@ def unwrap(model: Model) -> Model:
 
 
 def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> None:
-    """Warn before a forward of activated adapters that its labels do not reach."""
+    """Warn before a forward in which no label follows the start of an activated adapter."""
     labels, found = given.get("labels"), activated_in(layer_names.handle)
     if not isinstance(labels, Tensor) or found is None or found.starts is None:
         return
@@ -162,13 +165,13 @@ def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> Non
         if place >= 0 and found.invocations[place]
         for _ in range(found.repeat)
     ]
-    # The label under a token is what the token before it is to predict.
+    # A token predicts the label of the next position.
     if starts and not any(
         start is not None and bool((row[start + 1 :] != IGNORE).any())
         for start, row in zip(starts, labels, strict=False)
     ):
         warnings.warn(
-            "wrap: labels: expected some behind the place where an adapter begins "
+            "wrap: labels: expected some after the start of an activated adapter "
             f"(alora_invocation_tokens), found none in any row: {found.names!r:.200} would learn "
             "nothing from this batch",
             stacklevel=4,
@@ -176,8 +179,7 @@ def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> Non
 
 
 def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the modules that may be adapted: all but the model, what lies in adapted layers, and
-    what its parent does not call."""
+    """Return the modules that may be adapted: all inside the model but outside adapted layers."""
     found: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -187,7 +189,7 @@ def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Mo
         peft = any(base.__module__.startswith("peft.") for base in type(module).__mro__)
         foreign = peft or isinstance(module, PoolLayer)
         foreign |= isinstance(module, LoraLayer) and not ours
-        expected, kind = "a model without adapters of somebody else's", type(module).__name__
+        expected, kind = "a model without other packages' adapters", type(module).__name__
         require(not foreign, "wrap", "model", expected, f"{kind} at {name!r}", RuntimeError)
         if ours:
             inside.update(module.modules())
@@ -212,7 +214,7 @@ def _targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig
     if ignored := sorted(found & uncalled):
         raise NotImplementedError(
             f"wrap: target_modules: expected layers that are called, found {ignored[0]!r}, whose "
-            "weight the module around it reads: its adapter would be ignored"
+            "weight its parent reads: its adapter would be ignored"
         )
     return [name for name in modules if name in found]
 
@@ -222,7 +224,7 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def _adapt(name: str, module: nn.Module, adapter_name: str, settings: dict[str, Any]) -> LoraLayer:
-    """Return the module as a layer with the adapter; errors name it."""
+    """Return ``module`` as a layer with the adapter; errors contain its name."""
     try:
         if isinstance(module, LoraLayer):
             module.add_adapter(adapter_name, **settings)

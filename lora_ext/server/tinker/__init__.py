@@ -1,5 +1,7 @@
-"""Tinker's API over HTTP on one machine, with many tenants on one base model: what
-``examples/tinker_server.py`` runs. Needs the extra ``tenants``."""
+"""Tinker's API over HTTP on one machine, with many tenants on one base model.
+
+``examples/tinker_server.py`` runs it. Needs the extra ``tenants``.
+"""
 
 from .app import make_app
 from .running import main

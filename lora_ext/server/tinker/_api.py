@@ -1,4 +1,4 @@
-"""Sessions, models, samplers and saves of a server of Tinker's API, apart from its routes."""
+"""Sessions, models, samplers and saves of a server of Tinker's API, without its routes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lora_ext.tenants import QueueFullError, Sampler, Service
 from ._promises import KEPT, Answer, GoneError, Model, Promises
 from ._wire import prompt_of, written_samples
 
-_SESSIONS, _MODELS, _SAMPLERS = 64, 64, 64  # of a key, of a key, of a session
+_SESSIONS, _MODELS, _SAMPLERS = 64, 64, 64  # most per key, per key, and per session
 _NOT_HERE = ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k")
 
 
 @dataclass(eq=False)
 class Session:
-    """One program of a client, while its heart beats."""
+    """Session of a client program, which ends without heartbeats."""
 
     key: str
     beat: float = field(default_factory=time.monotonic)
@@ -34,17 +34,18 @@ class Session:
     asked: OrderedDict[Any, Answer] = field(default_factory=OrderedDict)
 
     def keep(self, name: str, sampler: Sampler) -> None:
-        """Add a sampler; forget the oldest one if there are too many, as adapters take memory."""
+        """Add a sampler; remove the oldest one if there are too many, as adapters take memory."""
         self.samplers[name] = sampler
         if len(self.samplers) > _SAMPLERS:
             self.samplers.popitem(last=False)
 
 
 class Api:
-    """State and rules: a key is a namespace.
+    """State and rules of the API; each API key is a namespace.
 
     Args:
-        service: that trains. base: the model's name on the wire.
+        service: the training service.
+        base: name of the base model in requests.
     """
 
     def __init__(self, service: Service, base: str):
@@ -56,17 +57,18 @@ class Api:
         """Return the message of an error without the path of the store."""
         words, root = str(error), self.service.store.root
         for place in () if root is None else (root.resolve(), root):
-            # Names that only contain the path, such as /database for /data, stay.
+            # Paths that only begin with the store's path, such as /database for /data, are kept.
             whole = rf"(?<![\w.-]){re.escape(str(place))}"
             words = re.sub(rf"{whole}{re.escape(os.sep)}", "", words)
             words = re.sub(rf"{whole}(?![\w-]|\.\w)", "the store", words)
         return words
 
     def begin(self, key: str) -> str:
-        """Begin a session, unless the key has too many."""
+        """Create a session; raise QueueFullError if the key has too many."""
         with self.promises.lock:
-            if len(self._of(key)) >= _SESSIONS:
-                raise QueueFullError(f"session: expected at most {_SESSIONS} of a key, found more")
+            if (found := len(self._of(key)) + 1) > _SESSIONS:
+                expected = f"at most {_SESSIONS} of a key"
+                raise QueueFullError(f"session: expected {expected}, found {found}")
             name = uuid.uuid4().hex
             self.sessions[name] = Session(key)
         return name
@@ -75,14 +77,14 @@ class Api:
         return [each for each in list(self.sessions.values()) if each.key == key]
 
     def alive(self, key: str, session: Any) -> Session:
-        """Return a key's session; raise GoneError if there is none."""
+        """Return a key's session; raise GoneError if it has no such session."""
         found = self.sessions.get(session)
         if found is None or found.key != key:
-            raise GoneError(f"session_id: expected a session that lives, found {session!r:.200}")
+            raise GoneError(f"session_id: expected an open session, found {session!r:.200}")
         return found
 
     def end(self, name: str, wait: bool = False) -> None:
-        """Drop what a session's models wait for, and keep their adapters."""
+        """End a session: drop its models' waiting calls, and save their adapters."""
         with self.promises.lock:
             session = self.sessions.pop(name, None)
             models = {} if session is None else dict(session.models)
@@ -91,7 +93,7 @@ class Api:
             model.tenant.close(wait, save_as=last)
 
     def pass_time(self, silence: float) -> list[str]:
-        """Begin the calls whose turn has come; names of sessions that are silent for so long."""
+        """Start calls that have waited long enough; return sessions silent for longer."""
         with self.promises.lock:
             for session in self.sessions.values():
                 for model in session.models.values():
@@ -100,7 +102,7 @@ class Api:
             return [name for name, each in self.sessions.items() if now - each.beat > silence]
 
     def model(self, key: str, name: Any) -> tuple[Session, Model]:
-        """Return a key's model and its session; raise GoneError if there is none."""
+        """Return a key's model and its session; raise GoneError if it has no such model."""
         with self.promises.lock:
             for session in self._of(key):
                 if name in session.models:
@@ -113,12 +115,12 @@ class Api:
         return self.promises.in_order(key, model, asked.get("seq_id"), begin, told)
 
     def new_model(self, key: str, asked: Answer) -> Answer:
-        """Return a promise of a new model, or of one that is loaded from a save."""
+        """Return a promise of a new model, or of a model loaded from a save."""
         session = self.alive(key, asked["session_id"])
         name = f"{asked['session_id']}:train:{asked['model_seq_id']}"
-        if sum(len(each.models) for each in self._of(key)) >= _MODELS:
-            raise ValueError(f"model: expected at most {_MODELS} of a key, found more")
-        path = parsed(key, asked["path"]) if "path" in asked else None  # of load_weights
+        if (count := sum(len(each.models) for each in self._of(key)) + 1) > _MODELS:
+            raise ValueError(f"model: expected at most {_MODELS} of a key, found {count}")
+        path = parsed(key, asked["path"]) if "path" in asked else None  # given by load_weights
         if path is None:
             self.check_base(asked.get("base_model"))
         lora = asked.get("lora_config") or {}
@@ -136,7 +138,7 @@ class Api:
                 with self.promises.lock:
                     lives = self.sessions.get(asked["session_id"]) is session
                     kept = session.models.setdefault(name, Model(tenant)) if lives else None
-                if kept is None or kept.tenant is not tenant:  # asked for twice, or by who has gone
+                if kept is None or kept.tenant is not tenant:  # a repeated call or ended session
                     tenant.close(wait=False)
             kind = "create_model" if path is None else "load_weights"
             return {"type": kind, "model_id": name, "path": asked.get("path")}
@@ -144,7 +146,7 @@ class Api:
         return self.promises.at_once(key, make)
 
     def _targets(self, lora: Answer) -> list[str]:
-        """Return the linear layers that the client wants to train, without the head."""
+        """Return the names of the linear layers to train, without the head."""
         found, head = set(), self.service.model.get_output_embeddings()
         for name, module in self.service.model.named_modules():
             inside = name.partition(".base_layer")[0].partition(".lora_")[0]
@@ -168,14 +170,14 @@ class Api:
         return self.service.sampler()
 
     def samplers(self, key: str, name: Any) -> tuple[Session, Sampler]:
-        """Return a key's sampler and its session; raise GoneError if there is none."""
+        """Return a key's sampler and its session; raise GoneError if it has no such sampler."""
         for session in self._of(key):
             if name in session.samplers:
                 return session, session.samplers[name]
         raise GoneError(f"sampling_session_id: expected one of this key, found {name!r:.200}")
 
     def sample(self, key: str, asked: Answer) -> Answer:
-        """Return a promise of samples; the same number again is the same call."""
+        """Return a promise of samples; a repeated ``seq_id`` returns the same promise."""
         name, number = asked.get("sampling_session_id"), asked.get("seq_id")
         session, sampler = self.samplers(key, name) if name else (None, self.sampler(key, asked))
         if session is not None and (name, number) in session.asked:
@@ -206,7 +208,7 @@ class Api:
 
 
 def folder(key: str, model: str, kind: str, name: str) -> str:
-    """Return the place of a save in the store, which only its key finds."""
+    """Return the path of a save in the store, in a folder that depends on the key."""
     owner = hashlib.sha256(key.encode()).hexdigest()[:24]
     return os.path.join(owner, model.replace(":", "-"), kind, name)
 

@@ -1,4 +1,4 @@
-"""Promises of answers by key, and calls that run in the order of their numbers."""
+"""Promises of responses by API key, and calls that run in the order of their numbers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 
 from lora_ext.tenants import QueueFullError, Tenant, settle
 
-KEPT = 1024  # answers of a key
-MOST = 512  # promises of a key that are open
-GAP = 10.0  # seconds after which a call that never came is not waited for
+KEPT = 1024  # most stored responses of a key
+MOST = 512  # most open promises of a key
+GAP = 10.0  # seconds to wait for a missing call before later ones run
 
 Answer = dict[str, Any]
 
 
 class GoneError(LookupError):
-    """What somebody asks for was never there, is not theirs, or is no more."""
+    """Error for an object that does not exist, has another owner, or was removed."""
 
 
 @dataclass(eq=False)
 class Model:
-    """A training client's model: its calls run by their numbers, in whatever order they come."""
+    """Model of a training client; its calls run by number, whatever their order of arrival."""
 
     tenant: Tenant
     next: int = 1
@@ -34,7 +34,7 @@ class Model:
     promised: OrderedDict[int, str] = field(default_factory=OrderedDict)
 
     def pump(self, asking: int | None = None) -> None:
-        """Begin the calls whose turn it is; what the asking one raises goes to its caller."""
+        """Start the calls that are next; raise an error of call ``asking`` to the caller."""
         while self.waiting:
             first = min(self.waiting)
             future, start, since = self.waiting[first]
@@ -46,7 +46,7 @@ class Model:
                 if first == asking:
                     del self.waiting[first]
                     raise
-                return  # it was promised: later
+                return  # it has been promised and is tried again later
             except Exception as error:
                 self._begun(first)
                 if first == asking:
@@ -61,20 +61,20 @@ class Model:
 
 
 class Promises:
-    """What was promised to whom; what one key asks for takes nothing of another's."""
+    """Promises by key, with separate limits for each key."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._of_keys: defaultdict[str, OrderedDict[str, Future[Any]]] = defaultdict(OrderedDict)
 
     def new(self, key: str, future: Future[Any] | None = None) -> tuple[str, Future[Any]]:
-        """One more of a key, unless too many are open: its name and the future behind it."""
+        """Add a promise of a key, unless too many are open; return its name and future."""
         name, future = uuid.uuid4().hex, future or Future()
         with self.lock:
             own = self._of_keys[key]
             done = [each for each, known in own.items() if known.done()]
-            if len(own) - len(done) >= MOST:
-                raise QueueFullError(f"queue: expected at most {MOST} open promises, found as many")
+            if (count := len(own) - len(done) + 1) > MOST:
+                raise QueueFullError(f"queue: expected at most {MOST} open promises, found {count}")
             for each in done[: max(0, len(own) + 1 - KEPT)]:
                 del own[each]
             own[name] = future
@@ -102,8 +102,11 @@ class Promises:
         begin: Callable[[Tenant], Future[Any]],
         told: Callable[[Any], Any],
     ) -> Answer:
-        """Of a call of a model, which ``begin`` puts into its tenant's queue; ``told`` makes the
-        answer of its result. The same number again is the same call."""
+        """Return a promise of a call of a model; a repeated number returns the same promise.
+
+        ``begin`` puts the call into the tenant's queue; ``told`` makes the response from its
+        result.
+        """
         with self.lock:
             if number is not None and number in model.promised:
                 return {"request_id": model.promised[number]}
@@ -122,8 +125,8 @@ class Promises:
             except BaseException as error:
                 del self._of_keys[key][request]
                 if isinstance(error, QueueFullError):
-                    raise  # it comes again under its number
-                if number is not None:  # refused, and so done with
+                    raise  # the client repeats it with the same number
+                if number is not None:  # a repeated call gets the same error
                     refused: Future[Any] = Future()
                     refused.set_exception(error)
                     self._promised(model, number, self.new(key, refused)[0])

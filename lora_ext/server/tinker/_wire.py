@@ -1,7 +1,7 @@
-"""What Tinker's protobuf bodies hold: https://pypi.org/project/tinker, of version 0.25 and later.
+"""Tinker's protobuf bodies: https://pypi.org/project/tinker, version 0.25 and later.
 
-Messages are made here by field numbers, which is all that travels: maps are lists of key and value,
-enumerations numbers. No package but ``protobuf`` is needed.
+Messages are defined here by field numbers, which determine the encoding: maps are lists of key and
+value, enumerations are numbers. Only the package ``protobuf`` is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_ext._checks import instance
 from lora_ext.tenants import Datum, Result, Sample
 
 MIME = "application/x-protobuf"
-# Of each message its fields: name, number, type; "*" before a type: any number of them.
+# Fields of each message: name, number, type; "*" before a type marks a repeated field.
 _MESSAGES = {
     "Tensor": "dense 1 bytes, sparse_csr 2 bytes, dtype 3 int32, shape 4 *int64",
     "Text": "tokens 1 bytes",
@@ -67,7 +67,7 @@ def read_request(body: bytes) -> tuple[Any, list[Datum], dict[str, float]]:
     """Return the request, its data and the options of its loss.
 
     Raises:
-        ValueError: what is no such message, or holds what a causal language model cannot take.
+        ValueError: If the body is not such a message, or contains an image or sound.
     """
     try:
         request = messages["ForwardBackwardRequest"].FromString(body)
@@ -94,7 +94,8 @@ def _array(where: str, data: bytes, dtype: Any) -> torch.Tensor:
 
 def _tensor(where: str, tensor: Any) -> torch.Tensor:
     if tensor.sparse_csr or tensor.dtype not in _DTYPES:
-        raise ValueError(f"{where}: expected a dense float32 or int64, found another tensor")
+        found = "a sparse tensor" if tensor.sparse_csr else f"dtype {tensor.dtype}"
+        raise ValueError(f"{where}: expected a dense float32 or int64, found {found}")
     found, shape = _array(where, tensor.dense, _DTYPES[tensor.dtype]), list(tensor.shape)
     if any(n < 0 for n in shape) or math.prod(shape) != found.numel():
         raise ValueError(f"{where}: expected {found.numel()} numbers, found shape {shape}")
@@ -102,7 +103,7 @@ def _tensor(where: str, tensor: Any) -> torch.Tensor:
 
 
 def written_result(result: Result) -> bytes:
-    """Return the answer to a ``forward_backward``."""
+    """Return the response to a ``forward_backward``."""
     answer = messages["ForwardBackwardOutput"](type="ArrayRecord")
     each = [np.ascontiguousarray(lp.numpy(), np.float32) for lp in result.logprobs]
     record = answer.loss_fn_outputs.add(num_datums=len(each))
@@ -117,7 +118,10 @@ def written_result(result: Result) -> bytes:
 
 
 def written_samples(samples: Sequence[Sample], prompt: Sequence[float] | None) -> bytes:
-    """The answer to an ``asample``; ``prompt`` are log-probabilities after its first token."""
+    """Return the response to an ``asample``.
+
+    ``prompt`` contains the log-probabilities of the prompt after its first token.
+    """
     answer = messages["SampleResponse"]()
     for sample in samples:
         answer.sequences.add(

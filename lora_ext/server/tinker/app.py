@@ -1,4 +1,4 @@
-"""The routes."""
+"""Routes of Tinker's API."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from ._wire import MIME, read_request, written_result
 
 try:
     import zstandard  # pyright: ignore[reportMissingImports]
-except ImportError:  # the client is told to send bodies as they are
+except ImportError:  # create_session's config asks clients for uncompressed bodies
     zstandard = None
 
-PATIENCE = 25.0  # seconds that an answer is waited for
+PATIENCE = 25.0  # seconds to wait for a result before the client must try again
 SILENCE = 120.0  # seconds without a heartbeat after which a session ends
 MAX_BODY = 1 << 28
 _OF_LOSSES = {"loss": "loss_fn", "config": "loss_fn_config"}
 _OF_LOSSES |= {"tokens": "model_input", "inputs": "loss_fn_inputs"}
 
-#: Kinds of the fields that bodies of JSON have; null is a field that was not given.
+#: Types of the fields of JSON bodies; null is treated as a missing field.
 _KINDS: dict[type, str] = {
     str: "session_id model_id base_model path model_path tinker_path sampling_session_id "
     "request_id kind",
@@ -49,17 +49,19 @@ _CODES |= {QueueFullError: 429, PoolFullError: 429}
 
 
 def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
-    """Make Tinker's API over a service.
+    """Make an application with Tinker's API for a service.
 
     Args:
-        service: that trains. base: the model's name on the wire. keys: that may ask; None: any.
+        service: the training service.
+        base: name of the base model in requests.
+        keys: accepted API keys; None accepts any.
 
     Raises:
-        TypeError: naming the argument.
+        TypeError: If an argument has the wrong type; the message names it.
     """
     instance("make_app", "service", service, Service)
     instance("make_app", "base", base, str)
-    if keys is not None:  # in a string of keys, parts of one would be keys too
+    if keys is not None:  # `in` of a str would also accept parts of a key
         instance("make_app", "keys", keys, (set, frozenset))
     api = Api(service, base)
     app = FastAPI(lifespan=lambda _: _life(api))

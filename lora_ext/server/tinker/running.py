@@ -1,4 +1,4 @@
-"""A server of Tinker's API from the arguments of a command."""
+"""Command-line entry point of the server of Tinker's API."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .app import make_app
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until Ctrl-C or SIGTERM; a line says where, once requests are answered.
+    """Serve until Ctrl-C or SIGTERM; print the address once the server accepts requests.
 
     Args:
-        argv: of the command; None takes the program's.
+        argv: command-line arguments; None uses those of the program.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parser = argparse.ArgumentParser(description="A server of Tinker's API on one machine.")
-    parser.add_argument("--model", type=Path, required=True, help="a folder of transformers")
-    parser.add_argument("--store", type=Path, required=True, help="the folder of all saves")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--host", default="127.0.0.1", help="which by default nobody else reaches")
-    parser.add_argument("--keys", type=Path, help="a file of keys, one a line; without it any")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
+    parser.add_argument("--store", type=Path, required=True, help="folder of all saves")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 uses a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="address; default: only this machine")
+    parser.add_argument("--keys", type=Path, help="file of API keys, one per line; default: any")
     args = parser.parse_args(argv)
     settings, keys = Settings(args.model, args.store, args.host, args.port), None
     try:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.model)
         except (OSError, ValueError, KeyError):
-            tokenizer = None  # stops that are texts are refused
+            tokenizer = None  # stops that are texts are then rejected
         with Service(model, store=args.store, tokenizer=tokenizer) as service:
             app = make_app(service, str(args.model), keys)
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)

@@ -1,1 +1,1 @@
-"""The layers that serve a pool's adapters, each in the place of a base module."""
+"""Layers that serve a pool's adapters and replace base modules."""

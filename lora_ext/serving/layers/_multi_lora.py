@@ -16,23 +16,25 @@ from ._pool_replaced import traced_replaced, with_replaced
 
 
 class MultiLoraLinear(PoolLayer):
-    """``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, ``s`` the adapter of row
-    ``t``. Rows of a DoRA adapter get their outputs' lengths from its magnitudes:
+    """Linear layer with an adapter of a pool for each row.
+
+    ``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, ``s`` the adapter of row ``t``.
+    Outputs of DoRA adapters are scaled by their magnitudes:
     :mod:`lora_ext.serving.layers._pool_dora`.
 
-    Rows get their adapters from :func:`lora_ext.adapters`; outside such a block this is ``base``
-    and nothing else. For inference, and differentiable in ``x``; adapters in a pool are not
-    trained.
+    Rows get their adapters from :func:`lora_ext.adapters`; outside such a block the layer computes
+    ``base``. It is for inference, and differentiable in ``x``; adapters in a pool are not trained.
 
     Args:
-        base: ``nn.Linear`` or transformers' ``Conv1D``, or anything that maps (..., I) to a new
-            (..., O). pool: :class:`lora_ext.AdapterPool`. name: the module's name in the pool.
+        base: ``nn.Linear``, transformers' ``Conv1D``, or any module that maps (..., I) to a new
+            (..., O).
+        pool: :class:`lora_ext.AdapterPool`.
+        name: the module's name in the pool.
     """
 
-    #: The ``Siblings`` of ``_siblings.py``, which builds on this file; None without
-    #: ``fuse_siblings``.
+    #: ``Siblings`` of ``_siblings.py``, which imports this file; None without ``fuse_siblings``.
     siblings: Any = None
-    #: The ``Overlap`` of ``_overlap.py``, which builds on this file; None without ``overlap``.
+    #: ``Overlap`` of ``_overlap.py``, which imports this file; None without ``overlap``.
     overlap: Any = None
 
     def __init__(self, base: nn.Module, pool: Pool, name: str):
@@ -106,8 +108,8 @@ class MultiLoraLinear(PoolLayer):
 
     def _explained(self, error: ValueError) -> ValueError:
         return ValueError(
-            f"MultiLoraLinear: {self.name}: {error} (a pool keeps the model's first dtypes and "
-            "devices; make it of the model in its place, or pass device= and dtype=)"
+            f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices that the "
+            "model had; make the pool after moving the model, or pass device= and dtype=)"
         )
 
 
@@ -122,24 +124,24 @@ def traced_rows(
 def add_adapters(
     y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor, rescale: Rescale | None
 ) -> Tensor:
-    """Return ``y (..., O)`` with the update of each row, in place where ``y`` may be changed.
+    """Return ``y (..., O)`` with the update of each row, in place if ``y`` may be changed.
 
-    Hundreds of calls a decode step: each line here was timed.
+    A decode step calls this hundreds of times: each line here was timed.
     """
     a, b = slab.a_pages, slab.b_pages
     scale, ranks, table = slab.scale, slab.ranks, slab.page_table
     dtype = a.dtype
     differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
     if y.dtype == dtype == x.dtype and y.is_contiguous() and not differentiable:
-        # y is fresh from base, so it is ours to change. A view costs less than a reshape.
+        # base has just made y, so it may be changed. A view costs less than a reshape.
         i = slab.in_features
         x2d = x.view(-1, i) if x.is_contiguous() else x.reshape(-1, i)  # (T, I)
         ops.lora_apply_(y.view(-1, y.shape[-1]), x2d, a, b, ids, scale, ranks, table, plan)
         if rescale is not None:
             y = rescaled(y, rescale)
     else:
-        # Also under autocast, and where the model has left the pool's dtype: the update in the
-        # pool's dtype, then one rounding to that of y.
+        # Under autocast, or if the model's dtype is not the pool's, the update is computed in the
+        # pool's dtype, and the sum is rounded once to that of y.
         x2d = x.reshape(-1, slab.in_features).to(dtype)  # (T, I)
         delta = ops.lora_apply(x2d, a, b, ids, scale, ranks, table, plan)  # (T, O)
         total = y + delta.view(y.shape)

@@ -1,12 +1,13 @@
-"""The first half of an update beside the base product, on a second CUDA stream.
+"""The first half of an update in parallel with the base product, on a second CUDA stream.
 
-``lora_ext.attach(model, pool, overlap=True)`` gives every layer an :class:`Overlap`. Shrink needs x
-alone, so it may run while the base product does; expand adds to what the base has written, so it
-comes behind both. In a captured graph the two streams become two branches of it.
+``lora_ext.attach(model, pool, overlap=True)`` gives every layer an :class:`Overlap`. Shrink needs
+only x, so it can run at the same time as the base product. Expand adds to the output of the base,
+so it runs after both. In a captured graph the two streams become two branches.
 
-Our choice: off by default, and for at most :data:`MOST_ROWS` rows. Up to there the base product
-waits for its weights and leaves multiprocessors idle, and an update is latency; above, its blocks
-fill the device, and shrink would only take turns with them. No card has timed either.
+Our choice: off by default, and for at most :data:`MOST_ROWS` rows. With few rows the base product
+is bounded by reading its weights and leaves multiprocessors idle, so the latency of shrink can be
+hidden. With more rows its blocks fill the device, and shrink would compete with them. Neither has
+been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from lora_ext.rows import current
 from ._multi_lora import MultiLoraLinear, with_bias
 from ._siblings import is_plain_input, is_plain_layer
 
-#: Most rows that are computed so: those of the kernels of decode.
+#: Most rows of an overlapped update: those of the decode kernels.
 MOST_ROWS = 256
 
 
 def begin_early(layers: Mapping[str, nn.Module]) -> None:
-    """Give the linear layers among ``layers`` streams to share."""
+    """Set one :class:`Overlap` on all linear layers among ``layers``."""
     overlap = Overlap()
     for layer in layers.values():
         if type(layer) is MultiLoraLinear:
@@ -38,12 +39,12 @@ def begin_early(layers: Mapping[str, nn.Module]) -> None:
 class Overlap:
     """Side streams, one for each stream that calls layers.
 
-    What a side stream allocates and gives back is used again behind the next fork, which is behind
-    all that the calling stream has queued; two calling streams therefore never share one.
+    Memory that a side stream frees is reused after the next fork, which waits for all work of the
+    calling stream. Two calling streams therefore never share a side stream.
 
     Args:
-        cuda: ``torch.cuda``, or what stands for it in a test. devices: types of device with
-            streams.
+        cuda: ``torch.cuda``, or its replacement in a test.
+        devices: types of device with streams.
     """
 
     def __init__(self, cuda: Any = torch.cuda, devices: Collection[str] = ("cuda",)):
@@ -55,10 +56,10 @@ class Overlap:
         return self
 
     def output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
-        """Return the layer's output; None if it is to be computed in one stream.
+        """Return the layer's output; None if it has to be computed in one stream.
 
         Raises:
-            ValueError: what the ops refuse.
+            ValueError: From the ops.
         """
         slab = layer.slab
         few = x.numel() <= MOST_ROWS * slab.in_features
@@ -85,7 +86,7 @@ class Overlap:
                 )  # (T, R)
             y = layer.base(x)
         finally:
-            here.wait_stream(side)  # x and v are free to go behind this
+            here.wait_stream(side)  # x and v may be freed after this
         y = y.contiguous()
         y2d = y.view(-1, y.shape[-1])  # (T, O)
         ops.lora_expand_(y2d, v, slab.b_pages, rows.ids, ranks, table, rows.plan)

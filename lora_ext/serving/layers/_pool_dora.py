@@ -1,9 +1,8 @@
-"""DoRA adapters of a pool: the rows they serve get outputs of the lengths that the adapter learned.
+"""DoRA adapters of a pool.
 
-``y = c[s] * ((W + scale[s] B[s] A[s]) x) + bias`` with a factor for each output,
-``c[s] = m[s] / || W + scale[s] B[s] A[s] ||``, ``m`` the magnitude in the pool. The pool has no
-base weight, so each layer computes ``c`` from its own when a slot is first used, and keeps it until
-slot or weight change.
+``y = c[s] * ((W + scale[s] B[s] A[s]) x) + bias`` with a factor for each output, ``c[s] = m[s] / ||
+W + scale[s] B[s] A[s] ||``, ``m`` the magnitude in the pool. The pool has no base weight, so each
+layer computes ``c`` when a slot is first used, and caches it until slot or weight change.
 
 Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5.
 """
@@ -34,16 +33,16 @@ from lora_ext.rows import (
     noted,
 )
 
-# A graph holds numbers and tensors, no objects: its op finds a layer's factors by number, and the
-# registry keeps no layer alive.
+# A graph contains numbers and tensors but no objects. Its op finds a layer's factors by number in
+# this registry, which keeps no layer alive.
 _numbers = itertools.count()
 _by_number: weakref.WeakValueDictionary[int, DoraFactors] = weakref.WeakValueDictionary()
 
 
 class Rescale(NamedTuple):
-    """Rows and their factors."""
+    """Rows of DoRA adapters and their factors."""
 
-    # (D,), or None in a graph: all T rows, with factors 1 where there are none
+    # (D,), or None for all T rows in a graph, where rows without DoRA have factors 1
     rows: Tensor | None
     c: Tensor  # (D, O)
     bias: Tensor | None  # (O,)
@@ -52,7 +51,7 @@ class Rescale(NamedTuple):
 def rescaled(y: Tensor, rescale: Rescale) -> Tensor:
     """Return ``c * (y - bias) + bias`` for some rows of ``y (..., O)``, rounded once to its dtype.
 
-    Other rows keep every bit. ``y`` itself is changed where it is contiguous.
+    Other rows keep every bit. ``y`` is changed in place if it is contiguous.
     """
     rows, c, bias = rescale
     flat = y.reshape(-1, y.shape[-1])  # (T, O)
@@ -67,19 +66,20 @@ def rescaled(y: Tensor, rescale: Rescale) -> Tensor:
 
 
 class DoraFactors:
-    """``c`` of one layer, slot by slot.
+    """Factors ``c`` of one layer by slot.
 
-    Any thread may ask. A pinned slot does not change, so threads that compute the same factor at
-    once compute the same bits, and it does not matter which of them is kept.
+    Thread-safe: a pinned slot does not change, so threads that compute the same factor at once
+    compute the same bits, and any of the results may be cached.
 
     Args:
-        base: the layer that the adapters are added to. slab: its half in the pool. name: for
-            errors.
+        base: the base layer of the adapters.
+        slab: data of the layer in the pool.
+        name: name of the layer, for errors.
     """
 
     def __init__(self, base: nn.Module, slab: Any, name: str):
         self.base, self.slab, self.name = base, slab, name
-        self.number = next(_numbers)  # what a compiled graph can hold of this object
+        self.number = next(_numbers)  # reference to this object in a compiled graph
         self._known: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
         _by_number[self.number] = self
 
@@ -118,7 +118,7 @@ class DoraFactors:
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's, which is not scaled."""
+        """Bias of the base layer, which is not scaled."""
         return getattr(self.base, "bias", None)
 
     def table(self, slots: Sequence[int]) -> Tensor:
@@ -137,11 +137,11 @@ class DoraFactors:
         if known is not None and known[0] == key:
             return known[1]
         slab = self.slab
-        # An ordinary tensor even inside inference mode: a later forward may need gradients.
+        # Make an ordinary tensor even in inference mode: a later forward may need gradients.
         with torch.inference_mode(False), torch.no_grad():
             pages = slab.page_table[slot]
             pages = pages[pages >= 0].long()
-            a = slab.a_pages[pages].flatten(0, 1)  # (8n, I): what fills the last page is zero
+            a = slab.a_pages[pages].flatten(0, 1)  # (8n, I), zero beyond the rank
             b = slab.b_pages[pages].permute(1, 0, 2).flatten(1)  # (O, 8n)
             a, b = a.to(weight.device), b.to(weight.device)
             norm = ops.lora_dora_norm(weight.detach(), a, b, float(slab.scale[slot]))  # (O,)
@@ -149,7 +149,7 @@ class DoraFactors:
             c = magnitude / norm.to(magnitude)
         if c.is_cuda:
             if capturing(c.device):
-                return c  # the graph computes it again: nothing outside may read its memory
+                return c  # not cached, as only the graph may read its memory
             torch.cuda.current_stream(c.device).synchronize()  # other streams will read it
         self._known[slot] = key, c
         return c
@@ -158,7 +158,7 @@ class DoraFactors:
         purpose = f"MultiLoraLinear: {self.name}: DoRA"
         linear = isinstance(self.base, nn.Linear)
         weight, _ = readable_weight(self.base, purpose, fan_in_fan_out=not linear)
-        if weight.is_meta or weight.dtype not in FLOATS:  # others have scales elsewhere
+        if weight.is_meta or weight.dtype not in FLOATS:  # quantised weights have separate scales
             raise ValueError(
                 f"{purpose}: expected a base weight of float16, bfloat16, float32 or float64 to "
                 f"take norms of, found {weight.dtype} on {weight.device}"
@@ -167,14 +167,15 @@ class DoraFactors:
 
 
 class DoraTable:
-    """The factors of one layer at a fixed address, for a captured graph.
+    """Factors of one layer at a fixed address, for a captured graph.
 
     Args:
-        factors: of the layer. slots: of the pool.
+        factors: factors of the layer.
+        slots: number of slots of the pool.
 
     Attributes:
-        c: ``(slots + 1, O)``; ones where a slot has no DoRA adapter, and for rows of the base
-            model, whose slot -1 finds the last.
+        c: ``(slots + 1, O)``; ones for slots without a DoRA adapter, and in the last row for the
+            base model, whose slot is -1.
     """
 
     def __init__(self, factors: DoraFactors, slots: int):
@@ -185,7 +186,7 @@ class DoraTable:
             self.c = torch.ones(slots + 1, like.shape[1], dtype=like.dtype, device=like.device)
 
     def follow(self, residents: Iterable[Any]) -> None:
-        """Write the factors of the adapters of a step, where they have changed."""
+        """Write the factors of the adapters of a step that have changed."""
         for slot in (resident.slot for resident in residents):
             c = self._factors.factor(slot) if slot in self._factors.slab.dora else None
             if self._holds.get(slot) is c:
@@ -198,7 +199,7 @@ class DoraTable:
                 self._holds[slot] = c
 
 
-# Beside ``active_adapter_ids``, and for the same reason: a graph cannot read a ContextVar.
+# An op for the same reason as ``active_adapter_ids``: a graph cannot read a ContextVar.
 @traced(
     "active_dora_factors(int handle, int layer, SymInt[] leading, SymInt features, "
     "ScalarType dtype, Device device, bool tokens_first, SymInt[] batch) -> Tensor",

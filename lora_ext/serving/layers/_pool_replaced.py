@@ -1,8 +1,8 @@
-"""Rows whose adapter brings a module of its own (PEFT's ``modules_to_save``), a head as a rule, or
-some rows of the embedding (``trainable_token_indices``).
+"""Adapters that replace a module (PEFT's ``modules_to_save``), usually the head.
 
-The base module computes all rows, so that its own keep every bit; then those of such adapters are
-computed again with their own weight and put in their places.
+They may also replace only some rows of the embedding (``trainable_token_indices``). The base module
+computes all rows, so that rows of other adapters keep every bit. The rows of such adapters are then
+computed again with their own weight and overwritten.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def with_replaced(
     """Return ``y (..., O)`` with the rows of these slots computed by their own weights.
 
     Args:
-        y: of the base module; changed in place where no gradient is wanted.
+        y: output of the base module; changed in place if it needs no gradient.
         x: its input: ``(..., I)``, or token ids ``(...)`` of an embedding.
-        name: of the module in the pool.
-        of_slots: by slot, the ``weight`` and ``bias`` that replace the module's.
-        block: has the slot of each row.
+        name: name of the module in the pool.
+        of_slots: ``weight`` and ``bias`` that replace the module's, by slot.
+        block: the block with the slot of each row.
         tokens_first: the layout of ``x``.
     """
     of_tokens = not x.is_floating_point()
@@ -48,7 +48,7 @@ def with_replaced(
     ours = not (torch.is_grad_enabled() and (y.requires_grad or x.requires_grad))
     for slot, rows in zip(found.slots, found.by_slot, strict=True):
         weight, bias, own = of_slots[slot]
-        if weight.is_cuda:  # its adapter may be unloaded before the device has read it
+        if weight.is_cuda:  # the adapter may be unloaded before the device has read the weight
             for tensor in (weight, own):
                 if tensor is not None:
                     tensor.record_stream(torch.cuda.current_stream(weight.device))
@@ -61,16 +61,17 @@ def with_replaced(
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the product for rows ``(T, I)``, or the embeddings of tokens ``(T,)``."""
+    """Compute the product with rows ``(T, I)``, or the embeddings of tokens ``(T,)``."""
     if not x.is_floating_point():
         return F.embedding(x, weight)
     return F.linear(x.to(weight), weight, bias)
 
 
 def _with_rows(y: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-    """Return outputs ``y (T, O)`` of a module, some ``rows (n,)`` of whose weight are replaced.
+    """Return outputs ``y (T, O)`` of a module with ``rows (n,)`` of its weight replaced.
 
-    Of an embedding, the tokens ``x (T,)`` among them change; of a head, the outputs ``rows``.
+    For an embedding, the outputs of tokens ``x (T,)`` in ``rows`` change; for a head, the outputs
+    ``rows``.
     """
     if x.is_floating_point():
         return y.index_copy(1, rows, F.linear(x.to(weight), weight).to(y.dtype))
@@ -80,11 +81,11 @@ def _with_rows(y: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
 
 
 class ReplacedBank:
-    """The weights of the adapters of a step that replace one module, at fixed addresses, for a
-    captured graph.
+    """Weights that replace one module in a step, at fixed addresses, for a captured graph.
 
     Args:
-        slab: the module in the pool; an adapter there replaces it. places: how many fit.
+        slab: data of the module in the pool, with at least one adapter that replaces it.
+        places: most adapters of a step.
     """
 
     def __init__(self, slab: Any, places: int):
@@ -99,10 +100,10 @@ class ReplacedBank:
             self._active = torch.zeros(places, dtype=torch.bool, device=like.weight.device)
 
     def follow(self, residents: Sequence[Any]) -> None:
-        """Copy the weights of who has each place, where they have changed.
+        """Copy the weights of the adapter at each place that have changed.
 
         Args:
-            residents: an adapter in a slot, or None, for each place.
+            residents: the adapter at each place, or None.
         """
         for place, resident in enumerate(residents):
             whole = None if resident is None else self._slab.replaced.get(resident.slot)
@@ -120,7 +121,9 @@ class ReplacedBank:
         """Return ``y (..., O)`` with the rows of each place computed by its weights.
 
         Args:
-            y: of the base module. x: its input. places: ``(T,)`` or longer, -1 for other rows.
+            y: output of the base module.
+            x: its input.
+            places: ``(T,)`` or longer, -1 for other rows.
         """
         flat = y.reshape(-1, y.shape[-1])  # (T, O)
         rows = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
@@ -140,12 +143,12 @@ def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
 
 def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
     raise NotImplementedError(
-        "lora_ext: expected a compiled graph without gradients where an adapter replaces a module "
+        "lora_ext: expected a compiled graph without gradients, as an adapter replaces a module "
         "(modules_to_save), found a backward; compile inside torch.no_grad(), or do not compile"
     )
 
 
-# Beside ``active_adapter_ids``, and for the same reason: a graph cannot read a ContextVar.
+# An op for the same reason as ``active_adapter_ids``: a graph cannot read a ContextVar.
 @traced(
     "replaced_rows(Tensor y, Tensor x, int handle, str name, bool tokens_first, SymInt[] batch, "
     "str? default) -> Tensor",

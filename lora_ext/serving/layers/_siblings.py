@@ -1,9 +1,9 @@
 """Compute the updates of layers that receive the same tensor (q, k, v; gate, up) in one op.
 
 ``lora_ext.attach(model, pool, fuse_siblings=True)`` gives the layers of each parent one
-:class:`Siblings`. It learns from the calls which layers belong together: if a layer is called with
-the tensor that another layer, the leader, was called with before it in the same block, it becomes a
-follower of that leader. Names do not matter, so cross-attention finds its own groups.
+:class:`Siblings`. The groups are determined from the calls: if a layer is called with the tensor
+that another layer, the leader, was called with before it in the same block, it becomes a follower
+of that leader. Names do not matter, so cross-attention gets its own groups.
 
 A model calls ``q_proj(x)`` before ``k_proj(x)``. The leader therefore also calls the base modules
 of its followers, runs one op for all of them, and stores the followers' outputs. A follower takes
@@ -40,7 +40,7 @@ MAX_MISSED_CALLS = 3
 #: Calls of layers without followers that are compared with the next calls to find followers.
 #: Counted again from 0 when a layer serves its first adapter.
 MAX_OBSERVED_CALLS = 64
-#: Whether layers on the CPU share ops too. There are no launches to save there, and no decode step
+#: True if layers on the CPU share ops too. There are no launches to save there, and no decode step
 #: or prefill of a whole model became faster (docs/notes/lora.md).
 SHARE_ON_CPU = False
 
@@ -60,13 +60,13 @@ def set_siblings(layers: Mapping[str, nn.Module]) -> None:
 
 @dataclass(eq=False)
 class _Member:
-    """State of one layer, shared by all threads and as old as the layer.
+    """State of one layer, shared by all threads.
 
     Attributes:
-        layer: weak, because the layer owns its :class:`Siblings`.
+        layer: weak reference, because the layer owns its :class:`Siblings`.
         followers: layers whose outputs this one computes too. Replaced, never changed in place.
         missed_calls: latest consecutive calls in which a follower did not take its output.
-        adapted: whether the layer has served an adapter.
+        adapted: True if the layer has served an adapter.
     """
 
     layer: weakref.ref[MultiLoraLinear]
@@ -76,9 +76,9 @@ class _Member:
 
 
 class _Call:
-    """One thread's latest call of a leader, or of a layer that may become one.
+    """Latest call in a thread of a leader, or of a layer that may become one.
 
-    Keeps neither the input nor the block alive. When one of them is freed, so are the outputs.
+    It keeps neither the input nor the block alive. When one of them is freed, so are the outputs.
 
     Attributes:
         leader: the layer.
@@ -124,13 +124,13 @@ class _ThreadState(threading.local):
 
 
 class Siblings:
-    """The layers of one parent that have one input width. Any thread may call them.
+    """Layers of one parent with one input width. Any thread may call them.
 
-    State, which lives as long as the layers:
+    State:
 
     * ``_members``: one :class:`_Member` per layer, by name, shared by all threads.
     * ``_observations``: calls left of :data:`MAX_OBSERVED_CALLS`, shared by all threads.
-    * ``_needs_copy``: whether the next call keeps a copy of its input, for
+    * ``_needs_copy``: True if the next call keeps a copy of its input, for
       :meth:`_Call.is_unchanged`.
     * ``_thread.call``: this thread's latest call, until the next one with another tensor.
     """
@@ -142,7 +142,7 @@ class Siblings:
         self._thread = _ThreadState()
 
     def stored_output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
-        """Return and forget the output that the layer's leader has computed for ``x``."""
+        """Return and remove the output that the layer's leader has computed for ``x``."""
         call = self._thread.call
         if call is None or not call.outputs:
             return None
@@ -162,10 +162,10 @@ class Siblings:
         """Return ``y``, the base's output, with the update of each row; store the followers' too.
 
         Returns:
-            None if the layer has no followers to compute; then it adds its update alone.
+            None if the layer has no followers to compute; the caller then adds only its update.
 
         Raises:
-            ValueError: If the op refuses the tensors.
+            ValueError: From the op.
         """
         if not (x.is_cuda or SHARE_ON_CPU):
             return None
@@ -174,7 +174,7 @@ class Siblings:
             member.adapted, self._observations = True, MAX_OBSERVED_CALLS
         if not (member.followers or self._observations > 0):
             return None
-        block = innermost()  # None in a backward, which sees the block of its forward
+        block = innermost()  # None in a backward, which uses the block of its forward
         if block is None or not is_plain_input(x):
             return None
         last = self._thread.call
@@ -215,7 +215,7 @@ class Siblings:
         return ys[0]
 
     def _drop(self, call: _Call) -> None:
-        """Forget a call; count it as missed if a follower has not taken its output."""
+        """Discard a call; count it as missed if a follower has not taken its output."""
         self._thread.call = None
         if call.waiting:
             call.outputs.clear()
@@ -232,7 +232,7 @@ def _add_follower(leader: _Member, member: _Member) -> None:
 
 
 def _is_plain_mode(x: Tensor) -> bool:
-    """Return whether nothing records operations on ``x`` now or changes how they are computed."""
+    """Return whether no mode of torch records or changes operations on ``x``."""
     return not (
         torch.is_grad_enabled()
         or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
@@ -244,7 +244,7 @@ def _is_plain_mode(x: Tensor) -> bool:
 
 
 def is_plain_input(x: Tensor) -> bool:
-    """Return whether a product with ``x`` may be computed earlier than the model asks for it."""
+    """Return whether a product with ``x`` may be computed before the model calls its layer."""
     return type(x) is Tensor and _is_plain_mode(x)
 
 
@@ -257,9 +257,9 @@ def _stream(x: Tensor) -> int:
 
 
 def is_plain_layer(layer: MultiLoraLinear, x: Tensor) -> bool:
-    """Return whether a layer computes for ``x`` a product and an update and nothing else.
+    """Return whether a layer computes only a product and an update for ``x``.
 
-    False if its base has hooks, is offloaded or stores its weight in another format, and for DoRA.
+    False for DoRA, or if its base has hooks, is offloaded or stores its weight in another format.
     """
     base, slab = layer.base, layer.slab
     a, kind = slab.a_pages, type(base)

@@ -16,14 +16,15 @@ from ._pool_replaced import traced_replaced, with_replaced
 
 
 class MultiLoraEmbedding(PoolLayer):
-    """``y[t] = base(x[t]) + scale[s] * B[s] A[s][:, x[t]]``, ``s`` the adapter of row ``t``.
+    """Embedding with an adapter of a pool for each row.
 
-    To :class:`MultiLoraLinear` what ``nn.Embedding`` is to ``nn.Linear``: the product with a
-    one-hot row picks a column of ``A``. Not differentiable in the adapters.
+    ``y[t] = base(x[t]) + scale[s] * B[s] A[s][:, x[t]]``, ``s`` the adapter of row ``t``. It is not
+    differentiable in the adapters.
 
     Args:
-        base: ``nn.Embedding``. pool: :class:`lora_ext.AdapterPool`. name: the module's name in the
-            pool.
+        base: ``nn.Embedding``.
+        pool: :class:`lora_ext.AdapterPool`.
+        name: the module's name in the pool.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) ->
     b, ranks, table = slab.b_pages, slab.ranks, slab.page_table
     with torch.no_grad():
         slot = ids.clamp(min=0)
-        # Missing pages are -1. Any page will do there: nothing beyond a slot's rank is read below.
+        # Missing pages are -1. Any page may be read for them: values beyond the rank are not used.
         pages = table[slot].clamp(min=0).long()  # (T, n)
         v = slab.a_pages[pages, :, x.long().unsqueeze(1)]  # (T, n, 8)
         v = v.to(torch.promote_types(v.dtype, torch.float32)).flatten(1)  # (T, R)
@@ -72,7 +73,7 @@ def _add_adapters(y: Tensor, x: Tensor, slab: Any, ids: Tensor, plan: Tensor) ->
         and y.is_contiguous()
         and not (torch.is_grad_enabled() and y.requires_grad)
     ):
-        # y is fresh from base, so it is ours to change.
+        # base has just made y, so it may be changed.
         ops.lora_expand_(y.view(-1, y.shape[-1]), v, b, ids, ranks, table, plan)
         return y
     delta = torch.zeros(len(x), slab.out_features, dtype=b.dtype, device=x.device)

@@ -16,17 +16,19 @@ from ._multi_lora import add_adapters
 
 
 class MultiLoraExperts(PoolLayer):
-    """An experts module of transformers, with ``scale[s] * B[s, e] A[s, e] x[t]`` added to both of
-    its products: ``s`` the adapter of row ``t``, ``e`` each of the experts that it is sent to.
+    """Experts module of transformers with an adapter of a pool for each row.
 
-    Rows get their adapters from :func:`lora_ext.adapters`; where no row has one this is ``base``
-    and nothing else. An expert of an adapter is a slot of the kernels: the router's choice and the
-    row's adapter give its number on the device, and all pairs of row and expert share one launch
-    for each product. The router itself is not adapted.
+    Adds ``scale[s] * B[s, e] A[s, e] x[t]`` to both products: ``s`` is the adapter of row ``t``,
+    ``e`` each of the experts that the row is routed to. Rows get their adapters from
+    :func:`lora_ext.adapters`; if no row has one, the layer computes ``base``. Each pair of adapter
+    and expert is a slot of the kernels. Its number is computed on the device from the router's
+    choice and the row's adapter, and all pairs of row and expert share one launch per product. The
+    router is not adapted.
 
     Args:
-        base: see :mod:`lora_ext.layers._experts`. pool: :class:`lora_ext.AdapterPool`.
-        name: the module's name in the model; its parameters are the pool's.
+        base: see :mod:`lora_ext.layers._experts`.
+        pool: :class:`lora_ext.AdapterPool`.
+        name: the module's name in the model; the pool has its parameters.
     """
 
     def __init__(self, base: nn.Module, pool: Any, name: str):
@@ -71,7 +73,7 @@ class MultiLoraExperts(PoolLayer):
             return add_adapters(y, rows, slabs[name], *found[0], None)
 
         experts: Any = self.base.num_experts
-        found: list[Slots] = []  # which both products share
+        found: list[Slots] = []  # shared by both products
         y = experts_forward(self.base, x, index, weights, update)
         if not compiles():
             self.watch_backward(y)
