@@ -26,7 +26,7 @@ from lora_ext.serving.layers import _siblings
 
 QUICK_CASES = 2  # cases per test, op and backend with --quick
 
-# Makes `common` importable. The path goes last because benchmarks/ has modules named control and
+# Makes `common` importable. The path is appended because benchmarks/ has modules named control and
 # methods.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Slow tests run first, so no worker ends with one.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not config.getoption("--sanitizers"):
-        skip = pytest.mark.skip(reason="`make asan` runs it, with --sanitizers")
+        skip = pytest.mark.skip(reason="run by `make asan` (--sanitizers)")
         for item in items:
             if item.get_closest_marker("sanitized"):
                 item.add_marker(skip)

@@ -110,7 +110,7 @@ def _serve(pipe: Connection, rank: int, port: int) -> None:
             torch.manual_seed(0)
             module = module_of(Path(path), "of_processes_" + path.replace(os.sep, "_"))
             answer = None, getattr(module, name)(rank, *args)
-            distributed.barrier()  # No process goes on while the other still needs it.
+            distributed.barrier()  # No process continues while the other still needs it.
         except Exception:
             answer = traceback.format_exc(), None
         pipe.send_bytes(pickle.dumps(answer))

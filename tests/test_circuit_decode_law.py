@@ -231,7 +231,7 @@ def test_output_law_without_the_residual_token_is_wrong() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_drafted_tokens_have_the_law_of_the_conditionals(backend: Backend, kind: str) -> None:
     if backend.small:
-        pytest.skip("the large backends will do")
+        pytest.skip("the large backends are sufficient")
     game = Game(backend, kind, tokens_of(backend), torch.float32)
     for prefix, q in game.draft_law().items():
         for token in range(V):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.hosts
 @pytest.fixture(autouse=True)
 def on_the_cpu(backend: Backend) -> None:
     if backend.device != "cpu":
-        pytest.skip("weights are packed on the CPU alone")
+        pytest.skip("weights are packed only on the CPU")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -50,7 +50,7 @@ def test_extreme_logits_stay_finite(backend: Backend, frozen: bool) -> None:
 def test_sum_beyond_float16_does_not_overflow(backend: Backend) -> None:
     """Check a chunk of equal logits, which weighs its rows of W by one each: 8192 * 16 > 65504."""
     if backend.library != "lora_ext":
-        pytest.skip("the emulator's float16 goes to a library that has no float32 result")
+        pytest.skip("the library of the emulator has no float32 results for float16")
     hidden = torch.zeros(2, 4, dtype=torch.float16, device=backend.device, requires_grad=True)
     weight = torch.full((8192, 4), 16.0, dtype=torch.float16, device=backend.device)
     labels = torch.zeros(2, dtype=torch.int64, device=backend.device)

@@ -155,7 +155,9 @@ def test_draft_is_equal_after_the_same_steps(model):
     ],
 )
 def test_invalid_arguments_raise_before_minutes_of_answers(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(mtpc_heldout, "unseen_answers", lambda _: pytest.fail("it answers"))
+    monkeypatch.setattr(
+        mtpc_heldout, "unseen_answers", lambda _: pytest.fail("unseen_answers was called")
+    )
     monkeypatch.setattr("sys.argv", ["mtpc_heldout.py", *arguments.split()])
     with pytest.raises(SystemExit):
         mtpc_heldout.main()

@@ -124,7 +124,9 @@ def test_resize_writes_the_adapter_and_prints_the_loss(run, run_json, folders, t
         assert row["relative"] == pytest.approx(row["error"] / row["norm"])
         assert (row["r_before"], row["r"]) == (4, 2)
     status, text, _ = run("resize", folders[0], "--rank", 9, "--out", folders[0])
-    assert status == 0 and LoraAdapter.load(folders[0]) != wanted, "the source changed"
+    assert status == 0 and LoraAdapter.load(folders[0]) != wanted, (
+        "expected a changed adapter after resizing in place"
+    )
     assert re.search(rf"{re.escape(Q)} +4 +9 +\S+ +0 +0$", text, re.M)
 
 

@@ -121,7 +121,7 @@ def test_command_without_a_card_fails_with_a_message(tmp_path: Path, capsys: Any
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("a CUDA device is available")
     assert main(["gpu-report", "--out", str(tmp_path / "x.json")]) == 1
     assert "expected a GPU, found none" in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()

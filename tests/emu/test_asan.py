@@ -1,7 +1,7 @@
 """The asan flavour: silent for a correct run, on all those stacks, and an error for a bad one.
 
 The flavour `check` compares every access of every kernel with the size that the launcher declares.
-The asan flavour knows the buffers; with all kernels it is run by `make asan`.
+The asan flavour checks the buffers themselves; with all kernels it runs only in `make asan`.
 """
 
 import subprocess

@@ -18,9 +18,9 @@ import lora_ext
 from lora_ext.interop.peft import report, to_peft
 
 trl = pytest.importorskip(
-    "trl", reason="trl is not installed: the extra `test` has it (Python 3.11)"
+    "trl", reason="trl is not installed: it is in the extra `test` (Python 3.11)"
 )
-datasets = pytest.importorskip("datasets", reason="datasets, which trl brings, is not installed")
+datasets = pytest.importorskip("datasets", reason="datasets, a dependency of trl, is not installed")
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
 PROMPTS = ["w3 w4 w5", "w9 w8", "w20 w21 w22 w23", "w40"]

@@ -36,7 +36,7 @@ def test_plan_equals_the_reference(
     backend: Backend, tokens: int, slots: int, valid: int | None
 ) -> None:
     if backend.is_twin or (backend.small and tokens > 1000):
-        pytest.skip("twins have their own test; the checker runs small plans")
+        pytest.skip("twins have another test; the checking emulator runs small plans")
     g = torch.Generator().manual_seed(tokens)
     ids = torch.randint(-3, slots + 2, (tokens,), generator=g)  # Some are out of range.
     num_valid = None if valid is None else torch.tensor([valid], dtype=torch.int32)

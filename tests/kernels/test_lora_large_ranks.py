@@ -142,7 +142,7 @@ def test_gradients_of_many_tiles_stay_within_the_bound(
     db."""
     skip_unless_kernels(backend, dtype=dtype)
     if backend.small and not wide_input:
-        pytest.skip("the checker runs one of the two")
+        pytest.skip("the checking emulator runs one of the two")
     width = 904 if dtype == torch.bfloat16 else 456  # 8 tiles of 128 or 64 columns
     if wide_input:
         shape = Shape(40, width, 8, (1032, 8), "skewed")

@@ -205,7 +205,7 @@ def test_model_inside_another_module_is_checked_too() -> None:
 
 
 def test_peft_layers_raise_and_from_peft_makes_them_exact() -> None:
-    peft = pytest.importorskip("peft", reason="the layers that are refused are PEFT's")
+    peft = pytest.importorskip("peft", reason="tests layers of PEFT")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = peft.get_peft_model(build(), config).eval()
     with pytest.raises(ValueError, match=r"q_proj': .*PEFT's Linear; call lora_ext\.from_peft"):

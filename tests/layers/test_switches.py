@@ -333,7 +333,7 @@ def test_invalid_grouping_raises(group_by):
 
 
 # -------------------------------------------------------------------------------------------------
-# Off in training alone
+# Off only in training
 
 
 @pytest.mark.parametrize("kind", KINDS)

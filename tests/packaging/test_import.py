@@ -143,7 +143,7 @@ def test_package_outside_the_path_is_found_too(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "meta_path", [Finder])
-    assert _loader.hidden() is None, "nothing is there"
+    assert _loader.hidden() is None, "expected None before the package exists"
     (tmp_path / "lora_ext").mkdir()
     (tmp_path / "lora_ext" / "__init__.py").touch()
     assert _loader.hidden() == tmp_path / "lora_ext"
