@@ -22,8 +22,7 @@ OP_MODULES = [m for m in _MODULES if hasattr(m, "_c")]
 
 @dataclass(frozen=True)
 class Backend:
-    """Device, library and instruction set that run every op. ``small`` backends run only small
-    shapes."""
+    """Device and library that run every op. ``small`` backends run only small shapes."""
 
     name: str
     device: str = "cpu"

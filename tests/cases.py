@@ -15,8 +15,7 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one batch: ``tokens`` rows of width ``wide`` onto ``out``, adapters of the given
-    ranks."""
+    """A batch: ``tokens`` rows of width ``wide`` onto ``out``, adapters of the given ranks."""
 
     tokens: int
     wide: int
@@ -57,8 +56,7 @@ MEDIUM = [
     Shape(300, 130, 514, (12, 24, 40), "uniform", bank_rank=42),
     Shape(1000, 200, 136, (8,) * 5 + (128,), "contiguous"),
 ]
-# Ranks of several tiles, mixed with ranks of one tile and rank 0. They are small enough for
-# emulators.
+# Ranks of several tiles, mixed with ranks of one tile and 0; small enough for emulators.
 DEEP = [
     Shape(5, 24, 17, (257,), bank_rank=257),
     Shape(18, 40, 24, (300, 8, 0), "interleaved", bank_rank=300),
@@ -74,8 +72,7 @@ LARGE = [
 
 
 def assign(shape: Shape, g: torch.Generator) -> Tensor:
-    """Return the adapter ids of the rows by the named pattern; -1 occurs if the pattern allows
-    it."""
+    """Return the adapter ids of the rows by the named pattern; some patterns contain -1."""
     t, a = shape.tokens, len(shape.ranks)
     if shape.pattern == "none" or a == 0:
         return torch.full((t,), -1)
@@ -136,8 +133,7 @@ def make_inputs(
     paged: bool = False,
     device: str = "cpu",
 ) -> Inputs:
-    """Return the inputs of every LoRA op. Entries beyond an adapter's rank are NaN, so a read
-    shows."""
+    """Return the inputs of every LoRA op. Entries beyond a rank are NaN, which reveals reads."""
     g = torch.Generator().manual_seed(seed)
     slots, rank = len(shape.ranks), shape.max_rank
     ranks = torch.tensor(shape.ranks, dtype=torch.int32)
@@ -171,8 +167,7 @@ ROUNDING = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
 }
-# v enters a 16-bit matrix product as hi + lo. These are the remainders that the pair cannot hold,
-# relative to |v|.
+# v enters a 16-bit matrix product as hi + lo. The pair cannot represent this part of |v|.
 SPLIT = {torch.float16: 2.0**-21, torch.bfloat16: 2.0**-16}
 
 
@@ -202,8 +197,7 @@ def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
 
 
 def v_bound(inputs: Inputs) -> Tensor:
-    """Return the largest |error| allowed for v: accumulation of I products and the product with
-    scale."""
+    """Return the largest |error| allowed for v: I accumulated products and one with the scale."""
     exactly = wider(inputs)
     args = (exactly["adapter_ids"], exactly["scale"], exactly["ranks"], exactly["page_table"])
     total = reference.lora_shrink(exactly["x"].abs(), exactly["a"].abs(), *args)

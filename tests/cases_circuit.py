@@ -115,8 +115,7 @@ def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
     terms. It consists of a few roundings u per position, of numbers of the size of the logits and
     of log p, therefore of ``(8 + K) (8 + |log p|) u``. The relative error of a posterior is the
     absolute error of its logarithm. Gradients are sums of products of such probabilities. Their
-    error is within ``64 K u`` of the sum of the upstream gradients, and they are rounded to their
-    dtype.
+    error is within ``64 K u`` of the sum of upstream gradients, before the last rounding.
     """
     u = 2.0**-53 if inputs["leaf"].dtype == torch.float64 else 2.0**-24
     n_token = inputs["leaf"].shape[1]

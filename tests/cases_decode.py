@@ -65,8 +65,7 @@ def make_inputs(
     """Return every argument of every op. A tenth of the logits is -inf, but never a row's first.
 
     If ``exact``, logits are 0 or -inf, a row has a power of two of zeros, and uniforms are odd
-    multiples of a power of two. No draw is near a border, therefore every device takes the same
-    token.
+    multiples of a power of two. No draw is near a border, so every device takes the same token.
     """
     g = torch.Generator().manual_seed(seed)
     b, k, c, v = shape.rows, shape.tokens, shape.components, shape.vocabulary

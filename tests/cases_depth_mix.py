@@ -76,8 +76,7 @@ def make(
     routed: bool = False,
     exact: bool = False,
 ) -> Mix:
-    """Return random arguments; ``exact``: rows of plus and minus a power of two, with exact
-    norms."""
+    """Return random arguments; ``exact``: rows of plus and minus a power of two (exact norms)."""
     lead, width, depths = shape
     g = torch.Generator().manual_seed(width + 31 * depths + 7 * len(lead))
     sums = torch.float64 if dtype == torch.float64 else torch.float32

@@ -13,8 +13,7 @@ from lora_ext import ops, reference
 
 
 def family(shape: Shape, dtype: torch.dtype, **how: Any) -> list[Inputs]:
-    """Return three modules with different widths and adapters that share the first one's rows and
-    ids."""
+    """Return three modules with different widths and adapters for the same rows and ids."""
     first = make_inputs(shape, dtype, **how)
     others = [
         make_inputs(replace(shape, out=out), dtype, **{**how, "seed": how.get("seed", 0) + 100 + i})

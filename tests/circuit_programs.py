@@ -26,8 +26,7 @@ STAGED: dict[str, Callable[[], RegionGraph]] = {
 
 
 def case(name: str, rows: int, seed: int = 0) -> tuple[ops.Program, Tensor, Tensor, int]:
-    """Return ``(program, leaf (B, N), w (W,), roots)``. A tenth of leaves and weights is
-    impossible."""
+    """Return ``(program, leaf (B, N), w (W,), roots)``. A tenth is impossible."""
     circuit = Circuit({**GRAPHS, **STAGED}[name]())
     g = torch.Generator().manual_seed(seed)
     program = circuit._execution.program

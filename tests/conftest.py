@@ -26,8 +26,7 @@ from lora_ext.serving.layers import _siblings
 
 QUICK_CASES = 2  # cases per test, op and backend with --quick
 
-# Makes `common` importable. The path is appended because benchmarks/ has modules named control and
-# methods.
+# Makes `common` importable. Appended, because benchmarks/ has modules control and methods.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 settings.register_profile("default", deadline=None, print_blob=True)

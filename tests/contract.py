@@ -28,8 +28,7 @@ class Op:
 
     ``inputs(shape, dtype, seed=, exact=, device=, **variant)`` returns the argument of ``run`` (the
     op) and of ``formula`` (the reference, in float64 on the CPU). Both return every output and
-    gradient by name. ``exact`` inputs are small integers, or other values for which the op has the
-    formula's bits.
+    gradient by name. ``exact`` inputs are small integers, or others with the formula's bits.
     """
 
     name: str
@@ -156,8 +155,7 @@ def transposed(t: Tensor) -> Tensor:
 
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Return few rows in which every pair of values of two axes occurs; greedy and
-    deterministic."""
+    """Return few rows with every pair of values of two axes; greedy and deterministic."""
     rows = list(itertools.product(*(range(len(axis)) for axis in axes)))
 
     def pairs(row: tuple[int, ...]) -> set[Any]:

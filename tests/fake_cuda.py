@@ -1,8 +1,7 @@
 """Streams and events without a GPU: work is queued, and executed later in any allowed order.
 
 A stream is a queue. ``run`` picks with a seed any stream whose first entry is ready, which means
-that it waits for no event or for a passed one. Every order that no event forbids can therefore
-occur.
+that it waits for no event or for a passed one. Any order that no event forbids can occur.
 """
 
 import contextlib
@@ -89,8 +88,7 @@ class FakeCuda:
         self.active.queue.append((None, work))
 
     def run(self, until=None):
-        """Execute the queued work, all of it or until a condition holds; the latter counts as a
-        host wait."""
+        """Execute all queued work, or until a condition holds, which counts as a host wait."""
         if until is not None and not until():
             self.waits += 1
         while not (until is not None and until()):

@@ -64,8 +64,7 @@ def run(
 class Meddled(ClientApp):
     """App in which some nodes send another reply.
 
-    ``meddle`` maps a node to a function of its reply, which changes the reply or returns another
-    one.
+    ``meddle`` maps a node to a function of its reply, which changes or replaces it.
     """
 
     def __init__(self, app: ClientApp, meddle: Mapping[int, Callable[[Message], Any]]):
@@ -82,8 +81,7 @@ class Meddled(ClientApp):
 
 
 class Wire(LocalGrid):
-    """Grid that counts the bytes sent, and applies ``change`` to replies before the strategy sees
-    them."""
+    """Grid that counts the bytes sent and applies ``change`` to replies for the strategy."""
 
     def __init__(self, app: Any, nodes: int, change: Callable[[list[Message]], Any] | None = None):
         super().__init__(app, nodes)

@@ -21,8 +21,7 @@ def main() -> None:
     server = make_server_app(
         strategy, Classifier, num_rounds=2, on_result=lambda *result: kept.append(result)
     )
-    # Use one process for all nodes, because each process that Ray starts loads torch and Flower
-    # again.
+    # Use one process for all nodes, because each process loads torch and Flower again.
     resources = {"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 1}}
     run_simulation(server, make_client_app(Classifier, batches), 4, backend_config=resources)
     ((end, result),) = kept

@@ -51,8 +51,7 @@ def assert_same(
 
 
 def assert_layers_agree(ours: nn.Module, theirs: nn.Module, x: Tensor, **names) -> None:
-    """Compare the output and every gradient. ``names`` are PEFT's ``adapter_names`` and our
-    ``adapter_ids``."""
+    """Compare outputs and gradients; ``names``: PEFT's ``adapter_names``, our ``adapter_ids``."""
     mine = _results(lambda: ours(x, *names.values()), ours, x)
     peft = _results(lambda: theirs(x, **names), theirs, x)
     wide = copy.deepcopy(theirs).double()

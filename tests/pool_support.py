@@ -78,8 +78,7 @@ class FailingCopies:
 
 
 def read_slot(pool, slot):
-    """Return ``{module: (A, B, bias or None, scale, magnitude or None)}`` of a slot from the
-    tables."""
+    """Return ``{module: (A, B, bias or None, scale, magnitude or None)}`` of a slot."""
     found = {}
     for name, slab in pool.modules.items():
         if slab.a_pages is None:

@@ -39,8 +39,7 @@ def joint_by_latents(kind: str, leaf: Tensor, prior: Tensor, trans: Tensor, x: l
     """Return p(x) as the sum over all latents, without a scan or a recursion over values."""
     n_token, c = leaf.shape[1:3]
     emit, w, a = leaf[0].softmax(-1), prior[0].softmax(-1), trans[0].softmax(-1)
-    # Pairs (latent, parent) of every latent except the root, and the latent that each position
-    # sees.
+    # Pairs (latent, parent) except the root's, and the latent that each position sees.
     edges: list[tuple[int, int]] = []
     sees = [0] * n_token
     if kind == "hmm":
@@ -240,8 +239,7 @@ def test_spec_verify_accepts_rejects_and_adds_the_bonus_token():
         )
         return int(a), int(nxt)
 
-    # At position 0, p = q, so every u accepts. At position 1, p forbids the token, so even u = 0
-    # rejects.
+    # At position 0, p = q, so every u accepts. At position 1, p is 0, so even u = 0 rejects.
     for u in (0.0, 0.5, 0.99999994):
         accepted, token = verify([0.99999994, 0.0, u])
         assert accepted == 1 and token != 1

@@ -244,8 +244,7 @@ def test_emission_gather_equals_the_formula(backend: Backend, rows: int) -> None
         wide = [t.detach().cpu().double().requires_grad_() for t in (h, emit)]
         formula = reference.emission_gather(*wide, x.cpu())
         exact = [formula.detach(), *torch.autograd.grad(formula, wide, de.cpu().double())]
-        # Logits, |l| <= 12, are rounded to dtype, and so are their gradients and the sums over
-        # them.
+        # Logits, |l| <= 12, their gradients and sums of them are rounded to dtype.
         u = torch.finfo(dtype).eps / 2
         for mine, exactly, size in zip(got, exact, (12, 8, 8), strict=True):
             error = (mine.cpu().double() - exactly).abs()

@@ -160,8 +160,7 @@ def test_shared_strided_and_unaligned_parameters_change_no_bit(
     expected = run_all({n: t.contiguous() if n in names else t for n, t in first.items()})
 
     def off_grid(t: Tensor) -> Tensor:
-        """Return the rows of the batch three elements further apart, one element off their
-        alignment."""
+        """Return the rows three elements further apart, one element off their alignment."""
         width = t[0].numel()
         store = t.new_full((len(t) * (width + 3) + 1,), torch.nan)
         view = store[1:].view(len(t), width + 3)[:, :width]

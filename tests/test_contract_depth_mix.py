@@ -233,8 +233,7 @@ def test_gradients_equal_the_formula_bit_for_bit_if_norms_are_exact(
 
 
 def near_formula(mix: Mix, what: object) -> None:
-    """Check the gradients within a multiple of the number of terms and of the largest of each
-    kind."""
+    """Check gradients within a multiple of the number of terms and the largest of each kind."""
     up = upstream(mix)
     formula = gradients(mix.wide(), [t.cpu().double() for t in up], reference)
     h = mix.hiddens[0]
@@ -256,8 +255,7 @@ def test_gradients_agree_with_the_formula(backend: Backend, norm: str) -> None:
     for dtype, scales in each(backend):
         for shape in SMALL if backend.small else [*SMALL, *LARGE[:-1]]:
             if shape[1] <= (3 if norm == "layer" else 1):
-                # The norm of so few numbers is almost constant, so its gradient is only
-                # cancellation.
+                # The norm of few numbers is almost constant: its gradient is only cancellation.
                 continue
             near_formula(make(shape, dtype, backend, norm=norm, scales=scales), (dtype, shape))
 

@@ -16,8 +16,7 @@ from lora_ext import ops, reference
 def test_grams_stay_within_the_bound_on_random_values(
     backend: Backend, asked: torch.dtype | None
 ) -> None:
-    """Check the error of each sum of n terms: at most one rounding per term, and at most n / 32 +
-    140.
+    """Check the error of sums of n terms: at most n roundings, and at most n / 32 + 140.
 
     Twins add a span of 256 in at least four lanes; kernels add a step of 32 to 128 at 64 ranks. The
     lanes are then added, followed by the spans or steps in turn. A product is exact, or rounded

@@ -24,8 +24,7 @@ def draw(rows: int, keys: int, dtype: torch.dtype, device: str = "cpu") -> tuple
 
 
 def alone(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Iterator[Tensor]:
-    """Yield the result ``(H, E)`` of each row in a separate call with copies of the keys it
-    sees."""
+    """Yield each row's result ``(H, E)`` from a separate call with copies of its keys."""
     for b in range(q.shape[0]):
         for t in range(q.shape[2]):
             keys = seen[b % seen.shape[0], t].nonzero()[:, 0].to(q.device)

@@ -78,8 +78,7 @@ def test_slots_and_other_rows_change_no_bit(backend: Backend) -> None:
 
 
 def test_one_seed_for_all_counts_the_rows_of_the_batch(backend: Backend) -> None:
-    """Check also a single adapter: shape `()` is one seed for all rows, `(1,)` the adapter's
-    seed."""
+    """Check a single adapter too: `()` is one seed for all rows, `(1,)` the adapter's."""
     i = inputs(Shape(40, 48, 24, (8,), "half"), seed=5, device=backend.device)
     of_adapter, of_batch = run(i), run({**i, "seed": i["seed"][0]})
     own = i["adapter_ids"] == 0

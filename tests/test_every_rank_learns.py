@@ -144,8 +144,7 @@ def with_state(value: LoraAdapter, state: dict[str, Tensor]) -> LoraAdapter:
 
 
 def aggregated(rank_agg: str, server_lr: float = 1.0, rank: int = RANK) -> Way:
-    """Aggregate two clients of equal weight with the values of the two adapters, starting at the
-    first."""
+    """Aggregate two equal clients with the values of the adapters, starting at the first."""
 
     def way(one: LoraAdapter, two: LoraAdapter, folder: Path):
         state, plan = one.state_dict(), LayerPlan((0,), None if rank == RANK else (rank,))
@@ -294,8 +293,7 @@ def test_ranks_that_are_only_rounding_get_gradients_like_the_others(way: str, tm
     for name, factors in found.modules.items():
         gradients = gradients_of_a_step(factors.a, factors.b, factors.scaling)
         sizes = torch.hypot(gradients[0].norm(dim=1), gradients[1].norm(dim=0))
-        # If both factors had the root of a singular value that is only rounding, it would be about
-        # sqrt(eps).
+        # With the root of a rounding-only singular value in both factors, it is about sqrt(eps).
         assert sizes.min() >= 10 * eps**0.5 * sizes.max(), f"{name}: {sizes.tolist()}"
         size = one.modules[name].a.norm() * one.modules[name].b.norm() * factors.scaling
         assert (delta(found, name) - expected[name]).norm() <= 8 * eps * size

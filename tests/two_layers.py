@@ -27,8 +27,7 @@ class Mlp(nn.Module):
 def random_adapter(sizes: Any, rank: int, seed: int, **fields: Any) -> Adapter:
     """Return PEFT's config and weights for modules of the given sizes ``(I, O)``. Alpha is 6.
 
-    ``fields`` are added to the config. With ``lora_bias`` and ``use_dora``, their tensors are added
-    too.
+    ``fields`` are added to the config; ``lora_bias`` and ``use_dora`` also add their tensors.
     """
     g = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}

@@ -1,5 +1,4 @@
-"""The benchmark of clients in one batch checks results before timing; a round copies no base
-weight."""
+"""The benchmark of clients checks results before timing; a round copies no base weight."""
 
 from collections import OrderedDict
 

@@ -1,5 +1,4 @@
-"""Benchmarks of activated adapters, experts, exact models and packed weights check their
-results."""
+"""Checks in the benchmarks of activated adapters, experts, exact models, packed weights."""
 
 import pytest
 

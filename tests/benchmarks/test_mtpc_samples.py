@@ -114,8 +114,7 @@ WINDOW = mtpc.MtpcConfig(2, 3, "hmm", "adapter", adapter_rank=4, bridge=32)
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "distil"), [(CHAIN, True), (CHAIN, False), (WINDOW, False)])
 def test_draft_learns_what_the_model_accepts(model, config, distil):
-    """Check also that the estimate on texts of the model equals the tokens that the decoder
-    emits."""
+    """Check also that the estimate on the model's texts equals the decoder's tokens per call."""
     draft = mtpc.retrofit(model, config, torch.arange(21))
     data = texts(model, sample=True)
     before = estimated(draft, data, "sample")

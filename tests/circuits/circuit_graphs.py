@@ -120,8 +120,7 @@ def evaluate(circuit: Circuit, x: list[int]) -> float:
 
 
 def random_graph(seed: int) -> RegionGraph:
-    """Return a smooth, decomposable graph: shared regions, odd unit counts, both products, all
-    leaves."""
+    """Return a smooth, decomposable graph with shared regions, both products and all leaves."""
     rng = random.Random(seed)
     num_variables = rng.randint(1, 5)
     families: list[Leaf] = [

@@ -61,8 +61,7 @@ def normals(made: Circuit, region: int) -> MultivariateNormal:
 
 
 def given(normal: MultivariateNormal, unit: int, x: Tensor) -> tuple[MultivariateNormal, float]:
-    """Return the distribution of the NaN entries of ``x (d,)`` given the rest, and the rest's
-    density."""
+    """Return the distribution of the NaNs of ``x (d,)`` given the rest, and its density."""
     mean, cov = normal.mean[unit], normal.covariance_matrix[unit]
     h, o = x.isnan(), ~x.isnan()
     log_prob, gain = 0.0, cov[h][:, o]

@@ -346,8 +346,7 @@ def test_samples_given_evidence_follow_the_posterior():
 
 
 def test_uniforms_determine_a_sample_by_inverse_cumulative_sums():
-    """Check a chain that is sampled by hand: one uniform per sum region in graph order, then one
-    per variable."""
+    """Check a chain sampled by hand: one uniform per sum region, then one per variable."""
     n, rank = 4, 3
     circuit = circuit_of(RegionGraph.hmm(n, rank, Categorical(5)), seed=6)
     u = torch.rand(1, 50, n + n, generator=torch.Generator().manual_seed(2))
@@ -380,8 +379,7 @@ def test_samples_of_continuous_leaves_follow_the_distribution():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_map_equals_the_best_tree(seed):
-    """Check against the maximum over assignments and latents, by the recursive evaluator with
-    max."""
+    """Check against the maximum over assignments and latents, by the recursive evaluator."""
     circuit = circuit_of(random_graph(seed), seed)
     x = assignments(circuit)
     nothing_missing = torch.zeros_like(x, dtype=torch.bool)

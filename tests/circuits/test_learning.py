@@ -25,8 +25,7 @@ BIT = Bernoulli()
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_flows_sum_to_one(name):
-    """Check leaf units of each variable in every circuit, and every region if the circuit is a
-    tree."""
+    """Check the leaf units of each variable, and every region if the circuit is a tree."""
     circuit = circuit_of(GRAPHS[name](), seed=8)
     x = assignments(circuit)[:20]
     x[1::2, 0] = -1
@@ -180,8 +179,7 @@ def test_columns_that_are_always_zero_or_total_stay_finite(leaf, step, dtype):
 
 
 def test_rounded_shares_of_successes_stay_probabilities():
-    """Check flows of 1/3 and 2/3 in float32, for which the hits of a row may sum to more than its
-    count."""
+    """Check flows of 1/3 and 2/3 in float32: the hits of a row may exceed its count."""
     for seed in range(50):
         circuit = circuit_of(RegionGraph.cp(2, 3, Binomial(7)), seed=seed).float()
         x = torch.full((33, 2), 7)
@@ -203,8 +201,7 @@ def test_gaussian_far_from_zero_stays_at_its_optimum(dtype, step):
     x = x.to(dtype)
     before = circuit.em_step(x, step)
     after = circuit.log_prob(x).mean()
-    # Means near 10000 are rounded to 2^-11 in float32. The loss may grow by half the square of
-    # that.
+    # Means near 10000 are rounded to 2^-11 in float32. The cost is at most half its square.
     assert abs(after - before) < 2.0**-22
     assert circuit.leaves[0]["mean"].item() == pytest.approx(10000, abs=0.1)
 
@@ -278,8 +275,7 @@ def test_steps_flows_and_gradients_have_the_same_bits_for_any_number_of_threads(
             torch.set_num_threads(number)
             circuit = Circuit(graph)
             circuit.load_state_dict(state)
-            # torch splits the gradient of a single number among threads, which matters only for one
-            # leaf.
+            # torch splits the gradient of a single number among threads, so one leaf is left out.
             circuit.log_prob(x[:30000]).sum().backward()
             results = [p.grad for p in circuit.parameters()] + [*circuit.flows(x)]
             results += [circuit.em_step(x) for _ in range(2)] + [*circuit.parameters()]

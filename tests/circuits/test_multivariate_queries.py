@@ -60,8 +60,7 @@ def test_marginals_equal_a_mixture_of_conditionals():
 
 
 def test_correlations_near_one_keep_their_digits_in_float32():
-    """Check that 1 - 1 / (1 + 1e-6) keeps its digits; from a covariance it is off by several
-    percent."""
+    """Check 1 - 1 / (1 + 1e-6), which from a covariance is off by several percent."""
     made = Circuit(RegionGraph.cp(2, 1, LEAF))
     with torch.no_grad():
         made.leaves[0]["lower"].fill_(1.0)

@@ -128,8 +128,7 @@ def test_padded_sequences_have_the_scores_of_shorter_chains():
     for row, sequence in enumerate(sequences):
         short = circuit_of(RegionGraph.hmm(len(sequence), 3, Categorical(4), homogeneous=True))
         with torch.no_grad():
-            # In both circuits the first weights belong to the last variable: transitions, then
-            # prior.
+            # In both, the first weights belong to the last variable: transitions, then prior.
             short.leaves[0]["logits"].copy_(circuit.leaves[0]["logits"])
             short.weights.copy_(circuit.weights[-len(short.weights) :])
         close(circuit.log_prob(x[row : row + 1]), short.log_prob(sequence[None]))

@@ -102,8 +102,7 @@ def test_progress_is_shown_only_on_terminals(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_bar_appears_after_a_second_and_is_removed():
-    """Check that the bar is on standard error if it is a terminal; standard output has only the
-    table."""
+    """Check that the bar is on a terminal's standard error, and not on standard output."""
     code = (
         "import time\n"
         "from lora_ext.cli._output import progress\n"

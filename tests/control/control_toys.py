@@ -86,8 +86,7 @@ def probability(model: Callable[[Prefix], Tensor], text: Prefix) -> float:
 
 
 def satisfaction(guide: Guide, prefix: Prefix, budget: int = BUDGET, least: int = LEAST) -> float:
-    """Return ``P_hmm(constraint | prefix)`` as the sum over all texts that begin with the
-    prefix."""
+    """Return ``P_hmm(constraint | prefix)``, summed over all texts with this prefix."""
     model = hmm_model(guide)
     ways = [t for t in texts(budget, least) if t[: len(prefix)] == prefix]
     return sum(probability(model, t) for t in ways) / (probability(model, prefix) or 1.0)

@@ -202,8 +202,7 @@ PATTERNS = [
 @outlines
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_token_sequences_are_accepted_if_their_text_matches(pattern: str) -> None:
-    """Check also sequences with a last token that ends one byte after a possible end of the
-    match."""
+    """Check also a last token that ends one byte after a possible end of the match."""
     import re
 
     tokens = tokenizer()

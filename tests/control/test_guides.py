@@ -170,8 +170,7 @@ def test_distilled_guide_is_better_than_one_state_and_reports_its_measures() -> 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_contexts_get_separate_states_if_there_are_enough(seed: int) -> None:
-    """Check a model in which the next token depends on the last one, not the end: eleven
-    contexts."""
+    """Check a model with eleven contexts: the next token depends on the last one."""
     settings = {"samples": 100, "length": 8, "batch": 50, "em_steps": 0, "prior_steps": 0}
     found = distil(cyclic_model(), [[0], [1, 2]], 11, seed=seed, **settings)
     assert len(set(found.emission.argmax(1).tolist())) == 11

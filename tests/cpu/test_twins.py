@@ -1,5 +1,4 @@
-"""Laws of the twins in C++; with --sanitizers also under address and undefined behaviour
-sanitizers.
+"""Laws of the twins in C++; with --sanitizers, under address and undefined sanitizers.
 
 They are built at -O1, and only for the plain source and the widest vectors: sanitized -O3 code of
 every instruction set takes the compiler a quarter of an hour.

@@ -142,8 +142,7 @@ def test_links_of_the_page_have_targets(page: str) -> None:
 
 
 def test_pages_and_sections_that_code_names_exist() -> None:
-    """Check comments of the form `docs/page.md` or `docs/page.md, "Section"`: a heading or bold
-    words."""
+    """Check comments `docs/page.md` or `docs/page.md, "Section"` (a heading or bold words)."""
     named = re.compile(r'(docs/[\w/]+\.md)`*(?:,\s+"([^"]+)"(?: and "([^"]+)")?)?')
     seen = 0
     for file in [p for d in ("lora_ext", "csrc") for p in (ROOT / d).rglob("*") if p.is_file()]:
@@ -191,8 +190,7 @@ def test_paragraphs_and_items_are_separate_and_wrapping_changes_only_line_breaks
 
 @pytest.mark.parametrize("page", ["generating.md", "works_with.md"])
 def test_tests_that_the_tables_name_exist(page: str) -> None:
-    """Check a line's last cell, which names files below tests/; a bare name is in the previous
-    folder."""
+    """Check each line's last cell: files below tests/, or names in the previous folder."""
     rows = [row for row in (ROOT / "docs" / page).read_text().splitlines() if row.startswith("| ")]
     named = [re.findall(r"`(?:(\w+)/)?(test_\w+\.py)`", row.rsplit("|", 2)[1]) for row in rows]
     for row, files in zip(rows, named, strict=True):

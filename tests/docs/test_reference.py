@@ -1,5 +1,4 @@
-"""Check that every room and method has a reference page, and that every tutorial makes a
-picture."""
+"""Check that rooms and methods have reference pages and that tutorials make pictures."""
 
 import json
 import re

@@ -14,8 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def build(*targets: str) -> Path:
-    """Return the up-to-date CMake build of this folder, kept with the checkout's build so that a
-    rerun compiles nothing."""
+    """Return the CMake build of this folder, kept with the checkout's build for reruns."""
     folder = HERE.parents[1] / "build" / "emu-tests"
     folder.mkdir(parents=True, exist_ok=True)
     # A kept cache contains the path of ninja in its environment, which may no longer exist.

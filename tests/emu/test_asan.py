@@ -59,8 +59,7 @@ def test_kernels_stay_inside_their_buffers(sanitized_kernels: Path, program: str
 def test_access_one_element_beyond_a_kernel_buffer_is_found(
     sanitized_kernels: Path, program: str, mode: str, kernel: str
 ):
-    """Check ``workspace`` with one float less than the launcher's size, so the size above is
-    exact."""
+    """Check that ``workspace`` fails with one float less than the launcher's size."""
     done = subprocess.run([sanitized_kernels / program, mode], capture_output=True, text=True)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr

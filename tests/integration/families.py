@@ -79,8 +79,7 @@ def make(build: Maker) -> Any:
 
 
 def merged(model: nn.Module, deltas: dict[str, Tensor]) -> Any:
-    """Return a copy with an adapter merged into its weights; a head tied to an embedding is
-    separated."""
+    """Return a copy with a merged adapter; a head tied to an embedding is separated."""
     copied = copy.deepcopy(model)
     for name, delta in deltas.items():
         module: Any = copied.get_submodule(name)

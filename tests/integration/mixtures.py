@@ -42,8 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def make_mixture(family: str, implementation: str = "eager") -> Any:
-    """Return the same weights at every call, large enough that adapters change tokens and
-    routes."""
+    """Return the same weights at every call; adapters change its tokens and routes."""
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     model.set_experts_implementation(implementation)

@@ -83,8 +83,7 @@ def test_several_active_and_merged_adapters_and_experts_work(compiling: None) ->
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_keeps_its_names(reentrant: bool, compiling: None) -> None:
-    """Check recomputations, which do not receive PEFT's names: our layers and PEFT's look them
-    up."""
+    """Check recomputations, which do not receive PEFT's names: all layers look them up."""
     configs = {n: {"r": 4, "target_modules": "all-linear"} for n in ("red", "green", "blue")}
     names = ["red", "green", "__base__", "blue", "green"]
     ids = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))

@@ -20,8 +20,7 @@ FOUR = ["a0", None, "a1", "a2"]
 
 
 def adapter(pool: lora_ext.AdapterPool, seed: int, **fields: Any) -> Any:
-    """Return random factors, large enough to change tokens, with a rank that depends on the
-    seed."""
+    """Return random factors that change tokens; the rank depends on the seed."""
     generator = torch.Generator().manual_seed(seed)
     targets = fields.setdefault("target_modules", ["q_proj", "v_proj", "down_proj", "lm_head"])
     rank, state = 2 + seed % 5, {}
@@ -408,8 +407,7 @@ def test_forwards_and_generate_beside_a_busy_manager_are_correct() -> None:
 
 @pytest.mark.slow
 def test_compiled_model_beside_a_busy_manager_is_correct() -> None:
-    """Check that the model runs uncompiled meanwhile, and that a compiling thread disturbs no
-    other."""
+    """Check that the model runs uncompiled and a compiling thread disturbs no other."""
     model, pool = attached(slots=4)
     (prompt,) = prompts(1)
     ids, expected = torch.tensor([prompt]), logits(model, prompt, "a0")

@@ -1,5 +1,4 @@
-"""Check that examples/demo.py and examples/serving_curve.py compare logits with PEFT, and print
-measurements before errors."""
+"""examples/demo.py and examples/serving_curve.py: comparison with PEFT, output and errors."""
 
 import sys
 from pathlib import Path

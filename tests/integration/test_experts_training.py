@@ -160,8 +160,7 @@ def test_switched_off_adapter_has_no_effect() -> None:
 
 
 def test_bfloat16_experts_keep_adapters_in_float32() -> None:
-    """Check float32 adapters, as PEFT makes them; the update is rounded once, and W + BA in
-    PEFT."""
+    """Check float32 adapters, as in PEFT. The update is rounded once; PEFT rounds W + BA."""
     model = make_mixture("mixtral")
     exact = lora_ext.from_peft(make_peft(model.double(), {"red": {"r": 4}}))
     ours = copy.deepcopy(exact).bfloat16()

@@ -172,8 +172,7 @@ def test_adapter_on_dt_proj_of_mamba_raises() -> None:
 
 
 def test_pairs_of_positions_use_one_name() -> None:
-    """Check T5's table of distances, with input (tokens, tokens) that may look like (sequences,
-    tokens)."""
+    """Check T5's table of distances: (tokens, tokens) may look like (sequences, tokens)."""
     model: Any = make(SEQ2SEQ["t5"])
     table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=4, targets=[table])

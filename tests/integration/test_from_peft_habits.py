@@ -223,8 +223,7 @@ def test_names_raise_while_a_trainer_calls_its_reference() -> None:
 
 @pytest.mark.parametrize("name", ["default", "other-name"])
 def test_layers_with_bare_parameters_as_factors_stay_with_peft(name):
-    """Check AdaLora layers, which are LoRA layers in PEFT but have parameters instead of
-    modules."""
+    """Check AdaLora: LoRA layers in PEFT, but with parameters instead of modules."""
     torch.manual_seed(0)
     config = peft.AdaLoraConfig(target_modules=["0"], init_lora_weights=False, total_step=1)
     base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))

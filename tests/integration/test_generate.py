@@ -1,5 +1,4 @@
-"""``model.generate`` with a different adapter per row: caches, padding, sampling, beams,
-threads."""
+"""``model.generate`` with one adapter per row: caches, padding, sampling, beams, threads."""
 
 import threading
 from pathlib import Path

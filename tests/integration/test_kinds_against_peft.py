@@ -50,7 +50,7 @@ EMBEDDINGS: dict[str, dict[str, dict[str, Any]]] = {
 }
 NAMES = ["red", "green", "__base__", "blue", "green", None, "red"]
 # All float64 except the scale, which the pool keeps in float32. Scales are exact there or, like 16
-# / sqrt(12), wrong by a factor of 2**-25. Activations are of size one.
+# / sqrt(12), have a relative error of 2**-25. Activations are of size one.
 BOUND = 1e-6
 
 

@@ -75,8 +75,7 @@ def test_fsmt_generates_with_one_adapter_per_row() -> None:
 @pytest.mark.parametrize("family", TOKENS_FIRST)
 @pytest.mark.parametrize("length", [4, 8])
 def test_names_of_tokens_and_copies_of_models_with_tokens_first(family: str, length: int) -> None:
-    """Check that entries are (B, L) in every layer: layers with (L, B) transpose them, also
-    squares."""
+    """Check that entries are (B, L) in every layer; layers with (L, B) transpose them."""
     model = attached(TOKENS_FIRST[family])
     ids = tokens(len(NAMES), length)
     known = ["red", "blue", "green"]

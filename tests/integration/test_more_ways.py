@@ -47,8 +47,7 @@ def test_streamers_of_a_thread_use_the_names_of_the_call(kind: str, tmp_path: Pa
 
 
 def test_generate_of_the_instance_accepts_names_and_is_restored(tmp_path: Path) -> None:
-    """Check the attribute that transformers sets on a model with a custom_generate in its
-    repository."""
+    """Check what transformers sets on a model with a custom_generate in its repository."""
 
     def by_hand(model: Any, inputs: torch.Tensor, **_: Any) -> torch.Tensor:
         for _step in range(6):

@@ -305,8 +305,7 @@ def test_modules_other_than_linear_and_embedding_raise(saved_whole: list[str]) -
 
 
 def test_base_weights_that_differ_raise() -> None:
-    """Check PEFT's saved base weight of an adapted head, which is allowed if it is the model's
-    own."""
+    """Check that PEFT's saved base weight of a head must equal the model's."""
     model = make_model("llama")
     fields = {"r": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}
     reference = make_peft(model, {"default": fields})

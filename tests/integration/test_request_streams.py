@@ -35,8 +35,7 @@ def test_tokens_follow_temperature_and_top_p() -> None:
     for temperature in (1.0, 2.0):
         found = drawn(Sampling(temperature), scores, 4000)
         for token, p in enumerate((scores / temperature).softmax(-1).tolist()):
-            # Five standard deviations of a binomial: 1 in 3 million by chance, and the seed is
-            # fixed.
+            # Five standard deviations of a binomial: 1 in 3 million by chance; the seed is fixed.
             assert abs(found[token] - 4000 * p) < 5 * (4000 * p * (1 - p)) ** 0.5
     scores = logits(0.2, 0.5, 0.3)
     assert set(drawn(Sampling(1.0, top_p=0.4), scores)) == {1}

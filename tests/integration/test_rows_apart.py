@@ -37,8 +37,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 @pytest.fixture(params=[False, True], ids=["torch", "planted"], autouse=True)
 def planted(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Run a test with torch's products, and with a substitute that has the fault on any
-    processor."""
+    """Run a test with torch's products, and with a substitute that always has the fault."""
     with reading_behind() if request.param else nullcontext():
         yield request.param
 
@@ -87,8 +86,7 @@ def test_substitute_has_the_fault(planted: bool, width: int) -> None:
 
 @widths
 def test_rows_in_more_dimensions_have_the_bits_of_rows_in_two(planted: bool, width: int) -> None:
-    """Check strided rows in three dimensions, for which torch adds the bias in a second, rounded
-    pass."""
+    """Check strided rows in three dimensions: torch adds their bias in a second rounding."""
     layer = nn.Linear(width, OTHER).bfloat16().requires_grad_(False)
     x = randn(0, 4, 10, width, dtype=torch.bfloat16)
     expected = linear(x.view(ROWS, width), layer.weight, layer.bias).view(4, 10, OTHER)

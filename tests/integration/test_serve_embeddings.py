@@ -30,8 +30,7 @@ ORIGIN = "https://page.example"
 
 
 def save_embedder(folder: Path, mode: str | None) -> Any:
-    """Save a tiny random Llama without a head, with sentence-transformers' files for its
-    pooling."""
+    """Save a tiny random Llama without a head, with sentence-transformers' pooling files."""
     from transformers import AutoModel
 
     save_model(folder)

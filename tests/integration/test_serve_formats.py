@@ -1,5 +1,4 @@
-"""Structured answers over HTTP: satisfied forms, rejected requests, and unchanged other
-requests."""
+"""Structured answers over HTTP: satisfied forms, errors, and unchanged other requests."""
 
 import concurrent.futures
 import json

@@ -120,9 +120,9 @@ def test_twenty_steps_have_the_losses_of_peft(base: tuple[Any, Any]) -> None:
 
 
 def test_eight_adapters_at_once_have_the_losses_of_eight_runs(base: tuple[Any, Any]) -> None:
-    # oneDNN computes 128 rows at once, and torch's library 16 rows alone. Each product thus has two
-    # roundings, which the first steps of AdamW amplify, as they have equal size. Measured on
-    # AVX-512: 2.0e-4.
+    # oneDNN computes 128 rows at once, and torch's library 16 rows alone. The two roundings of each
+    # product are amplified by the first steps of AdamW, which have equal size. Measured on AVX-512:
+    # 2.0e-4.
     bound = 4 * LOSS_BOUND
     model, tokenizer = base
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
@@ -171,7 +171,7 @@ def test_adapter_head_learns_and_decodes_like_the_model(base: tuple[Any, Any], t
     found = draft.decoder(mode="greedy").generate(**batch, max_new_tokens=24)
     # float32: the gaps between the two best logits are far above the rounding of either pass.
     assert torch.equal(found.sequences, expected[:, : found.sequences.shape[1]])
-    # How many drafts are accepted after twelve steps of training depends on the seed, but each call
+    # The number of accepted drafts after twelve steps of training depends on the seed. Each call
     # emits at least one token. benchmarks/mtpc_smollm2.py measures the acceptance.
     assert 1 <= found.emitted_per_call <= 4
     sampled = draft.decoder(temperature=0.7, top_p=0.9).generate(**batch, max_new_tokens=24)

@@ -72,8 +72,7 @@ def train(
 ) -> Any:
     """Return the trainer after four steps on the CPU without autocast.
 
-    Other settings are TRL's defaults, such as activation checkpointing. ``given`` are arguments of
-    the trainer.
+    Other settings are TRL's defaults. ``given`` are arguments of the trainer.
     """
     arguments = getattr(trl, f"{kind}Config")(
         output_dir=str(folder),
@@ -126,8 +125,7 @@ def weights_of(model: Any, part: str = ".default.") -> dict[str, Tensor]:
 def assert_learned(
     got: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Mapping[str, Tensor]
 ) -> None:
-    """Check that the adapters learned the same, up to some tens of float64 roundings (1e-14
-    measured)."""
+    """Check that adapters learned the same up to some float64 roundings (1e-14 measured)."""
     assert got.keys() == expected.keys() <= start.keys() and got
     for key, weight in expected.items():
         way = (weight - start[key]).norm()
@@ -274,8 +272,7 @@ def two_adapters(dropout: float = 0.0) -> Any:
 
 @pytest.mark.slow
 def test_adapters_of_one_batch_learn_as_each_alone_with_peft(tmp_path: Path) -> None:
-    """Check one batch for two adapters: its loss has twice the tokens, so it needs twice the
-    rate."""
+    """Check one batch for two adapters: twice the tokens in its loss need twice the rate."""
     texts = [f"w{i} w{i + 20} w{i + 40} w{i + 60}" for i in range(3, 11)]
     options: Any = {
         "optim": "sgd",

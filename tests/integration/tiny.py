@@ -132,8 +132,7 @@ def make_pair(
     family: str, directory: Path, configs: Mapping[str, Mapping[str, Any]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, Any, lora_ext.AdapterPool]:  # fmt: skip
-    """Return the attached model, PEFT's with the same adapters, and the pool loaded from PEFT's
-    files."""
+    """Return the attached model, PEFT's, and the pool loaded from PEFT's files."""
     configs = configs or CONFIGS[family]
     model = make_model(family).to(dtype)
     reference = make_peft(model, configs).to(dtype)
@@ -172,8 +171,7 @@ def enlarged(make: Maker, factor: float) -> Any:
 
 
 def trainer_of(model: Any, folder: Path, rows: Any, how: Any = None, **settings: Any) -> Any:
-    """Return transformers' Trainer; ``how`` are its own arguments, the settings are
-    TrainingArguments."""
+    """Return transformers' Trainer; ``how``: its arguments, ``settings``: TrainingArguments."""
     usual: dict[str, Any] = {
         "learning_rate": 1e-2,
         "report_to": [],

@@ -1,5 +1,4 @@
-"""Sum layers on tensor cores: both modes against float64, and the rescue of terms that
-underflow."""
+"""Sum layers on tensor cores: both modes against float64, and rescued underflows."""
 
 import pytest
 import torch
@@ -7,8 +6,7 @@ from backends import Backend
 
 from lora_ext import ops, reference
 
-# Per layer, each term has two roundings of 2^-12 (fp16s) or 2^-17 (high), and float32 roundings
-# elsewhere.
+# Per layer: two roundings of 2^-12 (fp16s) or 2^-17 (high) in each term, float32 in the rest.
 MODES = {"fp16s": 2.0**-10, "high": 2.0**-15}
 SHAPES = [(1, 1, 1), (16, 8, 32), (17, 9, 33), (5, 130, 70), (40, 256, 250), (3, 20, 256)]
 
@@ -47,8 +45,8 @@ def test_modes_keep_their_bound(
 def test_terms_far_below_a_closed_path_are_rescued(
     backend: Backend, depth: float, mode: str
 ) -> None:
-    """Check a left-to-right chain: each state is reached from itself and its predecessor, and the
-    mass is elsewhere, ``depth`` per state above."""
+    """Check a left-to-right chain: each sum reaches a state and its predecessor, and the mass is on
+    later states, ``depth`` higher per state."""
     states = 40
     w = torch.full((states, states), -torch.inf)
     for o in range(states):
@@ -62,8 +60,7 @@ def test_terms_far_below_a_closed_path_are_rescued(
 
 
 def test_exact_data_gives_exact_sums(backend: Backend) -> None:
-    """Check powers of two: every term and partial sum is exact in every mode, so all modes
-    agree."""
+    """Check powers of two: terms and partial sums are exact in every mode."""
     g = torch.Generator().manual_seed(1)
     w = 2.0 ** torch.randint(-3, 1, (24, 64), generator=g)
     values = torch.zeros(19, 64)

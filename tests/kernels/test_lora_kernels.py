@@ -1,5 +1,4 @@
-"""Cases that the contract table does not reach: plans of several tiles, extreme float16, long
-sums."""
+"""Cases beyond the contract table: plans of several tiles, extreme float16, long sums."""
 
 import pytest
 import torch
@@ -57,8 +56,7 @@ def test_plan_equals_the_reference(
 @pytest.mark.parametrize("size", [2.0**-20, 2.0**13], ids=["tiny v", "huge v"])
 @pytest.mark.parametrize("rank", [8, 264])
 def test_float16_v_may_be_far_from_one(backend: Backend, rank: int, size: float) -> None:
-    """Check values for which plain float16 would lose the low part of a tiny v or overflow for a
-    large v.
+    """Check v for which plain float16 would lose its low part or overflow.
 
     With large ranks v is a tf32 operand, which has the exponents of float32.
     """
@@ -76,8 +74,7 @@ def test_float16_v_may_be_far_from_one(backend: Backend, rank: int, size: float)
 
 
 def test_float32_sums_of_one_sign_are_not_rounded_in_one_direction(backend: Backend) -> None:
-    """Check that the sum is not rounded toward zero, as in a tensor core; random signs would hide
-    it.
+    """Check sums of one sign: tensor cores round toward zero, and random signs hide it.
 
     The rows without an adapter make so many tiles that the sum is not split; they cost no time.
     """
@@ -214,7 +211,7 @@ def test_v_does_not_depend_on_the_number_of_rows(backend: Backend) -> None:
 
 @pytest.mark.parametrize("size", [2.0**-20, 2.0**13], ids=["tiny v", "huge v"])
 def test_float16_v_of_training_may_be_far_from_one(backend: Backend, size: float) -> None:
-    """Check values for which plain float16 would lose a tiny v in db or overflow for a large v."""
+    """Check v for which plain float16 would vanish from db or overflow."""
     g = torch.Generator().manual_seed(2)
     tokens, wide, out, rank = 40, 64, 24, 8
     small = 2.0**6 if size < 1 else 2.0**-10
@@ -235,8 +232,7 @@ def test_float16_v_of_training_may_be_far_from_one(backend: Backend, size: float
 
 
 def test_float32_gradients_of_one_sign_are_not_rounded_in_one_direction(backend: Backend) -> None:
-    """Check that the sum is not rounded toward zero, as in a tensor core; random signs would hide
-    it."""
+    """Check sums of one sign: tensor cores round toward zero, and random signs hide it."""
     if backend.small:
         pytest.skip("many rows need the fast emulator")
     shape = Shape(2048, 16, 16, (24,), "identical")

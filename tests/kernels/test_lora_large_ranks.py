@@ -17,8 +17,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def among_idle_rows(inputs: Inputs, rows: int) -> Inputs:
-    """Return a batch of ``rows`` with the active rows at its end. The others are NaN, without
-    adapter."""
+    """Return a batch of ``rows`` that ends in the active rows; the others are NaN."""
     wider_batch = dict(inputs)
     for name, value in inputs.items():
         if name in ("x", "y", "dy"):
@@ -138,8 +137,7 @@ def test_gradients_with_dropout_stay_within_the_bound(backend: Backend, dtype: t
 def test_gradients_of_many_tiles_stay_within_the_bound(
     backend: Backend, wide_input: bool, dtype: torch.dtype
 ) -> None:
-    """Check 64 or more tiles: a gradient is then a grouped product, aligned for da but not for
-    db."""
+    """Check at least 64 tiles: gradients are grouped products, aligned for da, not for db."""
     skip_unless_kernels(backend, dtype=dtype)
     if backend.small and not wide_input:
         pytest.skip("the checking emulator runs one of the two")

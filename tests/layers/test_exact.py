@@ -112,8 +112,7 @@ def test_law_holds_in_every_family(family: str, threads: None) -> None:
 def test_torch_ops_in_exact_models_are_independent_of_the_batch(
     hidden: int, dtype: torch.dtype, threads: None
 ) -> None:
-    """Check torch's norms, softmax over the vocabulary, and sums of numbers, which exact models
-    use."""
+    """Check torch's norms, softmax and sums, which exact models use."""
     x = 3 * torch.randn(64, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
     norms: list[Any] = [nn.RMSNorm(hidden), nn.LayerNorm(hidden)]
     norms.append(transformers.models.llama.modeling_llama.LlamaRMSNorm(hidden))

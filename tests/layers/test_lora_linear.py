@@ -19,8 +19,7 @@ pytestmark = pytest.mark.hosts
 
 
 def pair(*settings: dict, base: nn.Module | None = None):
-    """Return PEFT's layer, and ours with its state dict, on equal bases; all adapters are
-    active."""
+    """Return PEFT's layer and ours with its state dict on equal bases, all adapters active."""
     torch.manual_seed(0)
     base = nn.Linear(24, 17) if base is None else base
     conv1d = isinstance(base, Conv1D)

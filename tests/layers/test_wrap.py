@@ -41,8 +41,7 @@ def vision() -> transformers.ViTForImageClassification:
 
 
 def pair(make, **fields) -> tuple[nn.Module, nn.Module]:
-    """Return our and PEFT's version of a model and configuration, with PEFT's random values in
-    both."""
+    """Return our and PEFT's version of a model, with PEFT's random values in both."""
     fields = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, **fields}
     ours = wrap(make(), LoraConfig(**fields))
     with warnings.catch_warnings():

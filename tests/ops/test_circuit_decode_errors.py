@@ -208,8 +208,7 @@ def test_nan_uniforms_raise_and_nan_logits_give_some_token() -> None:
 
 @pytest.mark.slow  # `make test` does not build _emu_check
 def test_kernels_check_values_only_in_debug_mode() -> None:
-    """Check a token out of range: without debug mode it is impossible, and no memory is
-    accessed."""
+    """Check a token out of range; without debug mode it has probability 0."""
     from lora_ext import _loader
 
     try:

@@ -97,8 +97,7 @@ def test_max_product_equals_the_formula(backend: Backend, name: str) -> None:
 
 
 def test_path_far_below_the_dominant_states_keeps_its_value(backend: Backend) -> None:
-    """Check a chain in which the likely state has no successor, and the other is e^-900 below
-    it."""
+    """Check a sum in which the likely state has weight 0; the other is e^-900 below it."""
     program = Circuit(RegionGraph.cp(1, 2, LEAF))._execution.program
     leaf = torch.tensor([[0.0, -900.0], [-900.0, 0.0], [-torch.inf, -900.0]])
     w = torch.tensor([-torch.inf, 1.5])
@@ -114,8 +113,8 @@ def test_path_far_below_the_dominant_states_keeps_its_value(backend: Backend) ->
 
 @pytest.mark.slow
 def test_rescued_sums_of_a_stage_keep_their_values_and_flows(backend: Backend) -> None:
-    """Check a left-to-right chain with its mass on states without a successor. Each state is
-    reached from itself and from its predecessor, which is 90 below it."""
+    """Check a left-to-right chain with its mass on the last states, which most sums do not reach.
+    Each sum reaches a state and its predecessor, which is 90 below it."""
     states = 130
     program = Circuit(RegionGraph.hmm(2, states, LEAF))._execution.program
     g = torch.Generator().manual_seed(0)
@@ -165,8 +164,7 @@ def test_lower_precisions_keep_their_bound_above_256_terms(
 
 @pytest.mark.slow
 def test_tile_size_changes_no_bit_of_a_row(backend: Backend) -> None:
-    """Check flows of 3072 rows in tiles of 128 x 64 against those of one row in a tile of 64 x
-    32."""
+    """Check flows of 3072 rows in tiles of 128 x 64 against one row in a tile of 64 x 32."""
     if backend.is_twin or backend.small:
         pytest.skip("the tiles are those of kernels, and the emulator that checks them is slow")
     circuit = Circuit(RegionGraph.hmm(2, 130, LEAF))
@@ -185,8 +183,7 @@ def test_tile_size_changes_no_bit_of_a_row(backend: Backend) -> None:
 
 @pytest.mark.slow
 def test_chain_is_one_launch_and_more_rows_need_another(backend: Backend) -> None:
-    """Check 130 states: three blocks share 32 rows, so 132 multiprocessors process 1408 rows at
-    once."""
+    """Check 130 states: three blocks share 32 rows, so 132 multiprocessors run 1408 rows."""
     if backend.is_twin or backend.small or backend.device != "cpu":
         pytest.skip("the emulator counts launches, and the one that checks them is slow")
     circuit = Circuit(RegionGraph.hmm(3, 130, LEAF, homogeneous=True))

@@ -69,8 +69,7 @@ def test_draws_and_best_trees_equal_the_formula(backend: Backend, name: str) -> 
     for semiring, u in (("sum", uniforms_of(program, 10)), ("max", None)):
         val = reference.circuit_layers(leaf.double(), w.double(), program.numbers, "none", semiring)
         root = start(program, 5)
-        # The reference uses float64: no running sum of these weights is within a rounding of its
-        # uniform.
+        # The reference is in float64: no running sum is within a rounding of its uniform.
         expected = reference.circuit_layers_walk(val, w.double(), program.numbers, root, u)
         assert torch.equal(walk(backend, program, val.float(), w, root, u), expected)
 

@@ -46,8 +46,7 @@ def inputs(regime: str, shape: tuple[int, ...], norm: str, dtype: torch.dtype, s
 
 
 def allowed(expected: Tensor, terms: int) -> Tensor:
-    """Return the bound: four roundings per term, I more of the sum, and shifts of the result's
-    size."""
+    """Return the bound: four roundings per term, I of the sum, and shifts like the result."""
     bound = (terms + 16) * 2.0**-24 + 2.0**-22 * (20 + expected.abs())
     return torch.where(expected == -torch.inf, 0, bound)
 
@@ -148,7 +147,7 @@ def test_impossible_sums_stay_impossible_without_nan(
 
 
 def banded(states: int, rows: int, regime: str):
-    """Return left-to-right transitions with all mass on states that do not reach the next state."""
+    """Return left-to-right transitions, and values with their mass on later states."""
     w = torch.full((states, states), -torch.inf)
     for o in range(states):
         w[o, max(0, o - 1) : o + 1] = torch.tensor([-0.3, -1.35])[-(o + 1) :]

@@ -55,8 +55,7 @@ def test_random_values_are_rounded_once(shape: tuple[int, int, int], dtype: torc
         tiny = torch.finfo(dtype).smallest_normal
         allowed = 1.02 * ROUNDING[dtype] * (expected.abs() + tiny) + sums
         assert ((got.double() - expected).abs() <= allowed).all()
-    # The error of the square is that of its three sums of up to I products, all within (|w| +
-    # |b||a|)^2.
+    # The square errs by its three sums of up to I products, all within (|w| + |b||a|)^2.
     norm = (wide[0] + exact).norm(dim=1)
     square = (16 + 2 * shape[1] ** 0.5) * accumulator * magnitude.sum(1).square()
     got = ops.lora_dora_norm(weight, a, b, 3.0).double()

@@ -312,8 +312,7 @@ def test_unknown_key_raises_and_the_rules_of_the_repository_are_valid(tmp_path):
 
 
 def test_loop_with_too_few_products_fails():
-    """Check two products among eight instructions, which are a quarter; among four they are a
-    half."""
+    """Check two products among eight instructions (a quarter) and among four (a half)."""
     product, move = "HMMA.16816.F32.BF16 R8, R4, R6, R8", "IMAD R9, R9, R9, RZ"
 
     def kernel(moves):

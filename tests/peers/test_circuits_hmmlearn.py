@@ -16,8 +16,7 @@ STEPS, RANK, VALUES, ROWS = 7, 3, 4, 40
 
 
 def chain(leaf: Leaf, seed: int) -> Circuit:
-    """Return a chain with one transition matrix and one table of emissions for all steps, in
-    float64."""
+    """Return a float64 chain with one transition matrix and one table of emissions."""
     circuit = circuit_of(RegionGraph.hmm(STEPS, RANK, leaf, homogeneous=True), seed)
     if isinstance(leaf, Gaussian):
         with torch.no_grad():

@@ -18,8 +18,7 @@ STEPS, RANK, VALUES, ROWS = 6, 4, 5, 7
 
 
 def chain(seed: int) -> tuple[Circuit, Tensor, Tensor, Tensor]:
-    """Return a hidden Markov model and its log-probabilities: prior (C), steps (T-1 C C),
-    leaves."""
+    """Return an HMM and its log-probabilities: prior (C), steps (T-1 C C), leaves."""
     circuit = circuit_of(RegionGraph.hmm(STEPS, RANK, Categorical(VALUES)), seed)
     names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
     prior = circuit.region_weights(names["z0"])[0].log_softmax(0)

@@ -52,8 +52,8 @@ def _environment(processes: bool) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def make_engine(folder: Path) -> Iterator[Callable]:
-    """Yield ``make_engine(**options)``: a block with an engine in this process, with the default
-    kernels of LORA_EXT_VLLM."""
+    """Yield ``make_engine(**options)``: a block with an engine in this process and the kernels that
+    LORA_EXT_VLLM selects by default."""
     import served_llama
 
     with _environment(processes=False):
@@ -62,8 +62,7 @@ def make_engine(folder: Path) -> Iterator[Callable]:
 
 @pytest.fixture
 def make_processes(folder: Path) -> Iterator[Callable]:
-    """Yield a function for engines with separate processes for engine and workers, vLLM's
-    default."""
+    """Yield a function for engines in separate processes, which is vLLM's default."""
     import served_llama
 
     with _environment(processes=True):

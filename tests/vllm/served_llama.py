@@ -130,8 +130,7 @@ class Reference:
         return module(input_ids=torch.tensor([ids]))
 
     def check(self, answers: Sequence[Answer], names: Sequence[str | None], atol: float) -> None:
-        """Check that every row has the log-probabilities of its adapter, and the tokens that
-        follow."""
+        """Check that every row has the log-probabilities and tokens of its adapter."""
         for answer, name in zip(answers, names, strict=True):
             whole = [*answer.prompt, *answer.tokens]
             wanted = self.logprobs(name, whole)[len(answer.prompt) - 1 : -1]
@@ -223,8 +222,7 @@ class Engine:
     def forget(self) -> None:
         """Clear all slots and the prefix cache.
 
-        vLLM keeps removed adapters in place, and its kernels apply those of the last slot to rows
-        of the base.
+        vLLM keeps removed adapters in place, and its kernels apply the last slot's to base rows.
         """
         self.manager.remove_all_adapters()
         for module in self.manager.modules.values():

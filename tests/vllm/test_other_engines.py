@@ -28,8 +28,7 @@ def test_bfloat16_is_as_close_to_peft_as_the_vllm_kernels(make_engine, peft_mode
 
 
 def test_engine_that_may_compile_gives_the_same_results(make_engine, peft_model):
-    """Check only an engine: with LoRA, vLLM compiles nothing on the CPU. Graphs are tested with the
-    updates."""
+    """Check an engine only: with LoRA, vLLM compiles nothing on the CPU."""
     with make_engine(enforce_eager=False) as engine:
         assert int(engine.runner.compilation_config.mode) == 0
         peft_model.check(engine.run(NAMES), NAMES, ATOL)

@@ -35,8 +35,7 @@ def wrapper(request, monkeypatch, backend):
 
 
 def test_rows_follow_the_mapping_of_vllm(wrapper):
-    """Check small integers, which are exact. Slots contain adapters 7, 3, 5, 9; the fifth row has
-    none."""
+    """Check small integers in slots of adapters 7, 3, 5, 9; the fifth row has no adapter."""
     from vllm.lora.layers import LoRAMapping
 
     device = wrapper._token_lora_indices.device
