@@ -1,4 +1,4 @@
-"""One small language model whose layers carry adapters of three kinds."""
+"""A small language model whose layers carry adapters, as ours, PEFT's or fused PEFT layers."""
 
 import warnings
 
@@ -29,15 +29,15 @@ def llama(layers: int = 3) -> transformers.LlamaForCausalLM:
 
 
 def operations(run) -> list[str]:
-    """Names of all operators and kernels, in order."""
+    """Return the names of all operators and kernels that ``run`` calls, in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     return [e.name for e in found.events() if "profiler" not in e.name.lower()]
 
 
 def adapted(kind: str, *names: str, targets: tuple[str, ...] = TARGETS, **settings) -> nn.Module:
-    """The model with random adapters of these names, "default" where none is given; the first is
-    active."""
+    """Return the model with random adapters of the given names, by default one named "default". The
+    first adapter is active."""
     model, names = llama(), names or ("default",)
     settings = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, **settings}
     if kind == "ours":

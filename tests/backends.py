@@ -1,4 +1,4 @@
-"""The ways in which one op is run, and what decides whether a way is open here."""
+"""Backends on which every op is run, and the reasons why one cannot run on this machine."""
 
 import importlib
 import pkgutil
@@ -12,8 +12,8 @@ import torch
 import lora_ext
 from lora_ext import _loader, ops
 
-# The modules that call compiled ops, all through their own name for the library, ``_c``. They are
-# found: one that a list forgot would test the twins under the name of every other backend.
+# Modules that call compiled ops, each through its name ``_c`` for the library. They are discovered:
+# a module that a list forgot would test the twins under the name of every other backend.
 _MODULES = (
     importlib.import_module(m.name) for m in pkgutil.iter_modules(ops.__path__, "lora_ext.ops.")
 )
@@ -22,7 +22,7 @@ OP_MODULES = [m for m in _MODULES if hasattr(m, "_c")]
 
 @dataclass(frozen=True)
 class Backend:
-    """One way of running every op. ``small`` backends get the small shapes only."""
+    """Device and library that run every op. ``small`` backends run only small shapes."""
 
     name: str
     device: str = "cpu"
@@ -37,7 +37,7 @@ class Backend:
 
     @property
     def module(self) -> ModuleType:
-        """The compiled module whose ops this backend calls."""
+        """Compiled module with the ops of this backend."""
         return _loader.load(self.library.removeprefix("lora_ext") or "_C")
 
     def dtypes(self) -> list[torch.dtype]:
@@ -66,7 +66,7 @@ def marks_of(backend: Backend) -> list[Any]:
 
 
 def closed(backend: Backend) -> str | None:
-    """The reason why a backend cannot run here, or None."""
+    """Return the reason why ``backend`` cannot run here, or None if it can."""
     if backend.device == "cuda":
         if not torch.cuda.is_available():
             return "no CUDA device"

@@ -1,4 +1,4 @@
-"""LoRA's rows of the table: what its ops are fed, and how far they may lie from the formula."""
+"""Inputs, error bounds and table rows of the LoRA ops."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """One batch: ``tokens`` rows of width ``wide`` onto ``out``, adapters of the given ranks."""
+    """A batch: ``tokens`` rows of width ``wide`` onto ``out``, adapters of the given ranks."""
 
     tokens: int
     wide: int
     out: int
     ranks: tuple[int, ...]
-    pattern: str = "uniform"  # how rows choose adapters: see `assign`
+    pattern: str = "uniform"  # how rows choose adapters, see `assign`
     bank_rank: int | None = None  # R of the bank; None: the largest rank, rounded up to 8
 
     @property
@@ -56,7 +56,7 @@ MEDIUM = [
     Shape(300, 130, 514, (12, 24, 40), "uniform", bank_rank=42),
     Shape(1000, 200, 136, (8,) * 5 + (128,), "contiguous"),
 ]
-# Ranks of several tiles, mixed with ranks of one and of none; small enough for emulators.
+# Ranks of several tiles, mixed with ranks of one tile and 0; small enough for emulators.
 DEEP = [
     Shape(5, 24, 17, (257,), bank_rank=257),
     Shape(18, 40, 24, (300, 8, 0), "interleaved", bank_rank=300),
@@ -72,7 +72,7 @@ LARGE = [
 
 
 def assign(shape: Shape, g: torch.Generator) -> Tensor:
-    """Adapter ids of the rows, by the named pattern; -1 occurs where the pattern allows."""
+    """Return the adapter ids of the rows by the named pattern; some patterns contain -1."""
     t, a = shape.tokens, len(shape.ranks)
     if shape.pattern == "none" or a == 0:
         return torch.full((t,), -1)
@@ -90,7 +90,7 @@ def assign(shape: Shape, g: torch.Generator) -> Tensor:
             ids = torch.arange(t) % a
         case "contiguous":
             ids = torch.sort(ids.clamp(min=0)).values
-        case "zipf" if t > 0:  # multinomial draws at least one
+        case "zipf" if t > 0:  # multinomial needs at least one draw
             weights = 1 / torch.arange(1, a + 1)
             ids = torch.multinomial(weights, t, replacement=True, generator=g)
     return ids
@@ -99,7 +99,8 @@ def assign(shape: Shape, g: torch.Generator) -> Tensor:
 def _values(
     g: torch.Generator, exact: bool, size: tuple[int, ...], dtype: torch.dtype, spread: float = 1.0
 ) -> Tensor:
-    if exact:  # every partial sum is a small integer: any order of summation gives the same bits
+    # Every partial sum is a small integer, therefore any order of summation gives the same bits.
+    if exact:
         return torch.randint(-1, 2, size, generator=g).to(dtype)
     return (torch.randn(size, generator=g, dtype=torch.float64) * spread).to(dtype)
 
@@ -107,7 +108,7 @@ def _values(
 def to_pages(
     a: Tensor, b: Tensor, ranks: Tensor, g: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A bank as shuffled pages with a page to spare; pages that no rank needs are absent (-1)."""
+    """Return a bank as shuffled pages with one page to spare; unneeded pages are absent (-1)."""
     slots, max_rank, wide = a.shape
     per_slot = -(-max_rank // 8)
     pad = per_slot * 8 - max_rank
@@ -132,7 +133,7 @@ def make_inputs(
     paged: bool = False,
     device: str = "cpu",
 ) -> Inputs:
-    """Inputs of every LoRA op. Whatever lies beyond an adapter's rank is NaN: reading it shows."""
+    """Return the inputs of every LoRA op. Entries beyond a rank are NaN, which reveals reads."""
     g = torch.Generator().manual_seed(seed)
     slots, rank = len(shape.ranks), shape.max_rank
     ranks = torch.tensor(shape.ranks, dtype=torch.int32)
@@ -166,15 +167,16 @@ ROUNDING = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
 }
-# v enters a 16-bit matrix product as hi + lo; what the pair cannot hold, relative to |v|.
+# v enters a 16-bit matrix product as hi + lo. The pair cannot represent this part of |v|.
 SPLIT = {torch.float16: 2.0**-21, torch.bfloat16: 2.0**-16}
 
 
 def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
-    """Largest |error| allowed for y, entry by entry.
+    """Return the largest |error| allowed for y, entry by entry.
 
-    One final rounding of ``result``; the split of v; and the accumulation of I products, then of R,
-    in the accumulator's precision: its constant covers fp32 fused multiply-adds and tensor cores.
+    It is the sum of one final rounding of ``result``, the split of v, and the accumulation of I and
+    then R products in the accumulator's precision. The constant of the accumulation covers float32
+    fused multiply-adds and tensor cores.
     """
     dtype = inputs["x"].dtype
     exactly = wider(inputs)
@@ -190,12 +192,12 @@ def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
         total = total + start.cpu().double().abs()
     accumulator = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     constant = 16 + inputs["x"].shape[1] ** 0.5 / 2
-    tiny = torch.finfo(dtype).smallest_normal  # below it the spacing of dtype is constant
+    tiny = torch.finfo(dtype).smallest_normal  # Below it the spacing of dtype is constant.
     return 1.02 * ROUNDING[dtype] * (result.abs() + tiny) + split + constant * accumulator * total
 
 
 def v_bound(inputs: Inputs) -> Tensor:
-    """Largest |error| allowed for v: the accumulation of I products, the product with the scale."""
+    """Return the largest |error| allowed for v: I accumulated products and one with the scale."""
     exactly = wider(inputs)
     args = (exactly["adapter_ids"], exactly["scale"], exactly["ranks"], exactly["page_table"])
     total = reference.lora_shrink(exactly["x"].abs(), exactly["a"].abs(), *args)
@@ -205,7 +207,7 @@ def v_bound(inputs: Inputs) -> Tensor:
 
 @dataclass(frozen=True)
 class OpCase:
-    """One op: how to call it and its formula on the same inputs, and its error bound."""
+    """Call, formula and error bound of one op on the same inputs."""
 
     name: str
     call: Callable[[Inputs], Tensor]
@@ -219,7 +221,7 @@ def _tail(i: Inputs) -> tuple[Tensor, ...]:
 
 
 def _v(i: Inputs) -> Tensor:
-    """v for expand alone: what the reference says, in the accumulator's dtype."""
+    """Return the reference's v in the accumulator's dtype, as the input of expand alone."""
     v = reference.lora_shrink(*(wider(i)[k] for k in ("x", "a")), *_tail(wider(i)))
     return v.to(i["x"].device, torch.float64 if i["x"].dtype == torch.float64 else torch.float32)
 

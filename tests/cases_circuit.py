@@ -1,4 +1,4 @@
-"""The row of the scan of circuits: what it is fed, every output, how far each may lie off."""
+"""Inputs, error bounds and table row of the circuit scan."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ LEAVES = ("leaf", "prior", "trans")
 
 @dataclass(frozen=True)
 class Window:
-    """One circuit: kind, rows, positions, components, vocabulary."""
+    """Sizes of one circuit: kind, rows, positions, components, vocabulary."""
 
     kind: str
     rows: int
@@ -34,7 +34,7 @@ class Window:
 
 
 def window_of(kind: str, rows: int, n_token: int, components: int, vocab: int) -> Window:
-    """With one component if the kind has no others."""
+    """Return the window; kind "ff" always has one component."""
     return Window(kind, rows, n_token, 1 if kind == "ff" else components, vocab)
 
 
@@ -62,7 +62,7 @@ def circuit_inputs(
     marginalised: bool = True,
     device: str = "cpu",
 ) -> Inputs:
-    """Random logits, tokens (some of them -1), and the gradients of prefix and conditional."""
+    """Return random logits, tokens (some are -1), and the gradients of prefix and conditional."""
     g = torch.Generator().manual_seed(seed)
     b, n, c, v = window.rows, window.n_token, window.components, window.vocab
 
@@ -98,7 +98,7 @@ def _gradients(scan: reference.CircuitScan, i: Inputs, leaves: dict[str, Tensor]
 
 
 def run(i: Inputs, scan: Any = None) -> Outputs:
-    """The three outputs, and the gradient of every leaf that there is."""
+    """Return the three outputs and the gradient of every leaf that is present."""
     leaves = {k: i[k].detach().requires_grad_() for k in LEAVES if i[k] is not None}
     out = (scan or ops.circuit_scan)(i["kind"], *(leaves.get(k) for k in LEAVES), i["x"])
     return {**{k: t.detach() for k, t in out._asdict().items()}, **_gradients(out, i, leaves)}
@@ -109,13 +109,13 @@ def formula(inputs: Inputs) -> Outputs:
 
 
 def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
-    """Largest |error| allowed, entry by entry; the inputs are taken as exact.
+    """Return the largest |error| allowed, entry by entry; the inputs are taken as exact.
 
-    A logarithm of a sum of positive terms has the absolute error that its terms have relatively: a
-    few roundings u per position of numbers of the size of the logits and of log p, so of ``(8 + K)
-    (8 + |log p|) u``. A posterior's relative error is the absolute error of its logarithm.
-    Gradients are sums of products of such probabilities, within ``64 K u`` of the sum of the
-    gradients that come in, and are rounded to their dtype.
+    The absolute error of the logarithm of a sum of positive terms is the relative error of its
+    terms. It consists of a few roundings u per position, of numbers of the size of the logits and
+    of log p, therefore of ``(8 + K) (8 + |log p|) u``. The relative error of a posterior is the
+    absolute error of its logarithm. Gradients are sums of products of such probabilities. Their
+    error is within ``64 K u`` of the sum of upstream gradients, before the last rounding.
     """
     u = 2.0**-53 if inputs["leaf"].dtype == torch.float64 else 2.0**-24
     n_token = inputs["leaf"].shape[1]

@@ -1,4 +1,4 @@
-"""What the decoding ops are fed, and how far their answers may lie from the formula."""
+"""Inputs, error bounds and table row of the decoding ops."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lora_ext import ops, reference
 from lora_ext.reference._circuit import CircuitSample, log_softmax, num_transitions
 
 Inputs = dict[str, Any]
-BAND = 1e-5  # of the total, within which two devices may draw differently
+BAND = 1e-5  # share of the total within which two devices may draw differently
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ SMALL = [
     Shape("btree", 2, 5, 4, 6),
     Shape("btree", 2, 2, 3, 17),
     Shape("btree", 2, 7, 3, 33),
-    Shape("cp", 2, 2, 3, 6001),  # verified by a grid of blocks, as are the last two below
+    Shape("cp", 2, 2, 3, 6001),  # A grid of blocks verifies this shape and the last two below.
     Shape("ff", 1, 1, 1, 11264),
 ]
 MEDIUM = [
@@ -47,7 +47,8 @@ MEDIUM = [
     Shape("hmm", 5, 8, 32, 320),
     Shape("hmm", 2, 4, 130, 40),
     Shape("btree", 2, 9, 40, 321),
-    Shape("btree", 1, 4, 16, 3008),  # norms taken by a kernel of their own, here and below
+    # A separate kernel computes the norms of this shape and the next.
+    Shape("btree", 1, 4, 16, 3008),
     Shape("hmm", 1, 2, 2, 49152),
 ]
 
@@ -61,10 +62,10 @@ def make_inputs(
     exact: bool = False,
     device: str = "cpu",
 ) -> Inputs:
-    """Every argument of every op. A tenth of the logits is -inf, but never a row's first.
+    """Return every argument of every op. A tenth of the logits is -inf, but never a row's first.
 
-    ``exact``: logits are 0 or -inf, a row has a power of two of zeros, and uniforms are odd
-    multiples of a power of two: no draw lies near a border, so every device takes the same token.
+    If ``exact``, logits are 0 or -inf, a row has a power of two of zeros, and uniforms are odd
+    multiples of a power of two. No draw is near a border, so every device takes the same token.
     """
     g = torch.Generator().manual_seed(seed)
     b, k, c, v = shape.rows, shape.tokens, shape.components, shape.vocabulary
@@ -88,7 +89,7 @@ def make_inputs(
     weights = weights or dtype
     evidence = torch.full((b, k), -1)
     x = torch.randint(-1, v, (b, k), generator=g)
-    # Given tokens must be possible: the first token of a row always is.
+    # Evidence tokens must be possible. The first token of a row always is.
     given = torch.arange(k) < torch.randint(0, k + 1, (b, 1), generator=g)
     leaf = logits(b, k, c, v)
     possible = leaf[:, :, 0].argmax(-1)
@@ -113,15 +114,16 @@ def circuit(i: Inputs) -> tuple[Any, ...]:
 
 
 def draft(i: Inputs, sample: CircuitSample) -> tuple[Tensor, ...]:
-    """The arguments of ``spec_verify`` up to the uniforms."""
+    """Return the arguments of ``spec_verify`` up to the uniforms."""
     return i["target"], *sample, i["leaf"], i["accept"]
 
 
 def log_bound(exact: Tensor, dtype: torch.dtype, shape: Shape) -> Tensor:
-    """Largest |error| of a log-probability.
+    """Return the largest |error| of a log-probability.
 
-    Per position a shift (|logit - max| below 20), two transitions and a logarithm, each off by a
-    few units of 2^-24 of a number of size 20 at most; sums of C or V terms in vectors or warps.
+    Each position adds a shift (|logit - max| below 20), two transitions and a logarithm. Each is
+    off by a few units of 2^-24 of a number of size 20 at most. Sums have C or V terms and are
+    computed in vectors or warps.
     """
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     sums = (shape.vocabulary**0.5 + shape.components**0.5) / 4
@@ -129,7 +131,7 @@ def log_bound(exact: Tensor, dtype: torch.dtype, shape: Shape) -> Tensor:
 
 
 def within_band(weights: Tensor, uniform: Tensor, index: Tensor) -> Tensor:
-    """Whether ``index`` may be the draw of ``uniform`` from ``weights (..., N)``, in float64."""
+    """Return whether ``uniform`` may draw ``index`` from ``weights (..., N)``, in float64."""
     sums = weights.cumsum(-1)
     total = sums[..., -1]
     at = index[..., None]
@@ -141,7 +143,7 @@ def within_band(weights: Tensor, uniform: Tensor, index: Tensor) -> Tensor:
 
 
 def sample_within_band(i: Inputs, tokens: Tensor) -> Tensor:
-    """Whether every token of a sample may be what the uniforms draw, given those before it."""
+    """Return whether the uniforms may draw every token of a sample, given the tokens before it."""
     w = wide(i)
     posterior = reference.circuit_scan(*circuit(w), tokens).posterior
     emit = log_softmax(w["leaf"]).exp()  # (B, K, C, V)
@@ -162,7 +164,7 @@ def sample_within_band(i: Inputs, tokens: Tensor) -> Tensor:
 def verify_within_band(
     i: Inputs, sample: CircuitSample, accepted: Tensor, next_token: Tensor, given: Tensor, t: float
 ) -> Tensor:
-    """Whether each row of a verification follows from its uniforms, in float64."""
+    """Return whether each row of a verification follows from its uniforms, in float64."""
     w = wide(i)
     rows, n_token = sample.tokens.shape
     row, position = torch.arange(rows), torch.arange(n_token)
@@ -186,7 +188,7 @@ def verify_within_band(
 
 
 def run_all(i: Inputs, temperature: float = 0.75) -> Outputs:
-    """Every result of every op, for questions of bits."""
+    """Return every result of every op, for comparisons of bits."""
     sample = ops.circuit_sample(*circuit(i), i["uniforms"], i["evidence"])
     accepted, token = ops.spec_verify(*draft(i, sample), i["num_evidence"], temperature)
     greedy = ops.spec_verify(*draft(i, sample), i["num_evidence"], 0.0)
@@ -221,7 +223,7 @@ def checks() -> Iterator[Check]:
         yield from ((name, call(i)) for name, call in CALLS.items())
 
 
-# Draws have no formula in float64, but bands: see test_contract_circuit_decode.py.
+# Draws are checked with bands instead of a formula: see test_contract_circuit_decode.py.
 OPS = [
     Op(
         "decode",

@@ -1,4 +1,4 @@
-"""Arguments of mixes of normed hidden states, and what their laws share."""
+"""Arguments of mixes of normed hidden states, and helpers of their laws."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ norms = pytest.mark.parametrize("norm", NORMS)
 
 @dataclass(frozen=True)
 class Mix:
-    """The arguments of one call; ``router`` and ``bias`` stand where ``weights`` would."""
+    """Arguments of one call; ``router`` and ``bias`` replace ``weights`` if they are given."""
 
     hiddens: list[Tensor]
     gammas: list[Tensor]
@@ -57,7 +57,7 @@ class Mix:
         return replace(self, **{f.name: of(getattr(self, f.name)) for f in fields(self)})
 
     def tensors(self) -> list[Tensor]:
-        """Whatever has a gradient, in the order of the arguments."""
+        """Return all tensors that have a gradient, in the order of the arguments."""
         last = [self.weights] if self.router is None else [self.router, self.bias]
         return [*self.hiddens, *self.gammas, *(self.betas or []), *last]  # type: ignore[list-item]
 
@@ -76,7 +76,7 @@ def make(
     routed: bool = False,
     exact: bool = False,
 ) -> Mix:
-    """Random values; ``exact``: rows of plus and minus a power of two, whose norms are exact."""
+    """Return random arguments; ``exact``: rows of plus and minus a power of two (exact norms)."""
     lead, width, depths = shape
     g = torch.Generator().manual_seed(width + 31 * depths + 7 * len(lead))
     sums = torch.float64 if dtype == torch.float64 else torch.float32
@@ -89,7 +89,7 @@ def make(
 
     hiddens = []
     for e in range(depths):
-        if exact:  # as many plus as minus, so the mean is zero too
+        if exact:  # Equally many plus and minus signs make the mean zero too.
             signs = torch.rand((*lead, width), generator=g).argsort(-1) * 2 < width
             size = 2.0 ** torch.randint(-1, 2, (*lead, 1), generator=g)
             hiddens.append(torch.where(signs, size, -size).to(dtype))
@@ -116,7 +116,7 @@ def shapes_of(backend: Backend) -> list[Shape]:
 
 
 def scale_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
-    """Those that gammas may have: the hiddens' and that of sums."""
+    """Return the dtypes allowed for gammas: that of the hiddens and that of sums."""
     return [dtype] if dtype in (torch.float32, torch.float64) else [dtype, torch.float32]
 
 
@@ -129,7 +129,7 @@ def each(backend: Backend) -> Iterator[tuple[torch.dtype, torch.dtype]]:
 def gradients(
     mix: Mix, ups: Sequence[Tensor], library: Any = ops, *, copies: bool = True
 ) -> list[Tensor]:
-    """Of copies of the arguments, or of themselves, whose layout a copy would straighten."""
+    """Return gradients of copies of the arguments; ``copies=False`` keeps their strided layout."""
     mix = mix.map(lambda t: (t.detach().clone() if copies else t.detach()).requires_grad_())
     return list(torch.autograd.grad(mix.run(library), mix.tensors(), list(ups)))
 
@@ -160,7 +160,7 @@ def inputs(
 
 
 def run(i: dict[str, Any]) -> Outputs:
-    """Every result and, of a fixed gradient of them, every gradient."""
+    """Return every result and, for a fixed gradient of the results, every gradient."""
     mix = Mix(**i)
     found = [*mix.run(), *gradients(mix, upstream(mix))]
     return {str(n): t for n, t in enumerate(found)}
@@ -189,7 +189,7 @@ def checks() -> Iterator[Check]:
                 yield "depth_mix_backward", (up[0], up[1] if routed else None, *head, *rest, need)
 
 
-# Bounds and exact values are those of a norm: see test_contract_depth_mix.py.
+# Bounds and exact values depend on the norm: see test_contract_depth_mix.py.
 OPS = [
     Op(
         "depth_mix",

@@ -1,4 +1,4 @@
-"""Factors of adapters of many shapes, and the row of what is computed of them."""
+"""Factors of adapters of many shapes, and the table row of the ops on them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ LARGE: list[Shape] = [
     (576, 1536, 16), (192, 576, 16), (1100, 300, 32), (300, 640, 100), (130, 90, 256),
     (64, 40, 300),
 ]  # fmt: skip
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]  # kernels take float64 too
+# The kernels take float64 too.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
@@ -35,7 +36,7 @@ def adapters(
     exact: bool = False,
     device: str = "cpu",
 ) -> Lists:
-    """Factors a and b and the projected b of adapters of these shapes."""
+    """Return factors a and b and the projected b of adapters of these shapes."""
     lists: Lists = ([], [], [])
     for out, wide, rank in shapes:
         g = torch.Generator().manual_seed(out + 7 * wide + 31 * rank)

@@ -1,4 +1,4 @@
-"""Functions of one number, and their row of the table of cases. The op is for the CPU only."""
+"""Pointwise functions and their table row. The op runs on the CPU only."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -49,7 +49,7 @@ def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
         bound = 2.0**-24 * (8 + 2 * grown.get(f, x)) * y.abs() + 4e-37
         if f in ("cos", "sin"):
             bound = bound + 2.0**-40
-        if f in ("gelu", "gelu_tanh"):  # float64 loses digits of 1 + erf and 1 + tanh
+        if f in ("gelu", "gelu_tanh"):  # float64 loses digits of 1 + erf and 1 + tanh.
             bound = bound + 2.0**-50 * x
         if f in ("rsqrt",):
             bound = 2.0**-23 * y.abs()
@@ -60,7 +60,7 @@ def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
 def checks() -> Iterator[Check]:
     for dtype in DTYPES:
         x = inputs((5, 33), dtype)["x"]
-        for each in (x, x.t(), x.t()[:, ::2], x[:1].expand(4, 33)):  # two are not dense
+        for each in (x, x.t(), x.t()[:, ::2], x[:1].expand(4, 33)):  # Two of these are not dense.
             yield "pointwise", (each, "silu")
 
 

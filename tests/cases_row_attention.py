@@ -1,4 +1,4 @@
-"""Attention by rows: queries, keys, values and what each row sees of them."""
+"""Queries, keys and values of row attention, and the keys that each row sees."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lora_ext import ops, reference
 
 @dataclass(frozen=True)
 class Case:
-    """One call; ``sees`` says what a row sees of the keys."""
+    """Sizes of one call; ``sees`` names the pattern of keys that a row sees."""
 
     batch: int
     heads: int
@@ -36,8 +36,8 @@ SMALL = [
     Case(1, 1, 1, 1, 1, 1, 1),
     Case(1, 3, 1, 1, 21, 64, 64),
     Case(2, 4, 2, 5, 5, 12, 20, "causal"),
-    Case(2, 9, 3, 7, 19, 16, 16, "causal"),  # keys of earlier calls
-    Case(1, 2, 1, 9, 4, 8, 8, "causal"),  # rows before the first key
+    Case(2, 9, 3, 7, 19, 16, 16, "causal"),  # The first keys belong to earlier calls.
+    Case(1, 2, 1, 9, 4, 8, 8, "causal"),  # The first rows are before the first key.
     Case(3, 2, 2, 6, 17, 10, 33, "padded"),
     Case(2, 6, 2, 11, 40, 8, 32, "holes"),
     Case(2, 5, 1, 8, 35, 3, 5, "window"),
@@ -50,9 +50,9 @@ MEDIUM = [
 
 
 def seen_of(case: Case, g: torch.Generator) -> dict[str, Any]:
-    """causal, spans and mask, of which some rows get no key."""
+    """Return ``causal``, ``spans`` and ``mask``; some rows see no key."""
     how: dict[str, Any] = {"causal": case.sees in ("causal", "padded", "holes")}
-    if case.sees == "padded":  # on the left, so many of each sequence
+    if case.sees == "padded":  # on the left, a different number for each sequence
         pads = torch.arange(case.batch)[:, None, None] * 3
         mask = torch.arange(case.keys) >= pads
         how["mask"] = mask.expand(case.batch, case.rows, case.keys)
@@ -69,8 +69,11 @@ def seen_of(case: Case, g: torch.Generator) -> dict[str, Any]:
 def inputs(
     case: Case, dtype: torch.dtype, *, seed: int = 0, exact: bool = False, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Exact ones: scores are multiples of 1024, so that weights are 1 or nothing, and a row's
-    result is the mean of few small integers."""
+    """Return the arguments of a case.
+
+    If ``exact``, scores are multiples of 1024, therefore weights are 1 or 0, and a row's result is
+    the mean of a few small integers.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def numbers(*size: int) -> Tensor:
@@ -78,7 +81,7 @@ def inputs(
             return torch.randint(-2, 3, size, generator=g).to(dtype)
         return torch.randn(size, generator=g).to(dtype)
 
-    # As a model has them: heads last but one, q and k together.
+    # Use a model's layout: the heads are the last dimension but one, and q and k share one tensor.
     q, k = (
         numbers(case.batch, n, heads, 2 * case.width)[..., : case.width].transpose(1, 2)
         for n, heads in ((case.rows, case.heads), (case.keys, case.groups))
@@ -90,9 +93,12 @@ def inputs(
 
 
 def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
-    """Scores are sums of D products; their error is that of the weights, relatively, besides the
-    exponential's (its last place, and half a place of its argument) and that of two sums over L;
-    then the result is rounded once."""
+    """Bound the error of the output.
+
+    Scores are sums of D products, and their error is the relative error of the weights. The
+    exponential adds its last place and half a place of its argument, and the two sums over L add
+    their error. The result is rounded once.
+    """
     w = wide(i)
     eps = torch.finfo(torch.float64 if i["q"].dtype == torch.float64 else torch.float32).eps
     heads, width = w["q"].shape[1], w["q"].shape[3]

@@ -1,4 +1,4 @@
-"""Three modules that see the same rows: what one op for them all is fed, and its row."""
+"""Inputs and table row of the op for three modules that see the same rows."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +13,7 @@ from lora_ext import ops, reference
 
 
 def family(shape: Shape, dtype: torch.dtype, **how: Any) -> list[Inputs]:
-    """Three modules of other widths and other adapters, the rows and ids of the first."""
+    """Return three modules with different widths and adapters for the same rows and ids."""
     first = make_inputs(shape, dtype, **how)
     others = [
         make_inputs(replace(shape, out=out), dtype, **{**how, "seed": how.get("seed", 0) + 100 + i})

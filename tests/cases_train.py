@@ -1,4 +1,4 @@
-"""The training ops' rows: what they are fed, every output, and how far each may lie off."""
+"""Inputs, error bounds and table rows of the training ops."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +33,7 @@ DEEP = [
 LARGE = [
     Shape(40, 2100, 1200, (8, 16), "uniform"),
     Shape(4100, 72, 40, (16, 8), "contiguous"),
-    Shape(66, 320, 307, (8, 16), "contiguous"),  # no idle row: the faster library
+    Shape(66, 320, 307, (8, 16), "contiguous"),  # There is no idle row: the faster library.
 ]
 
 
@@ -48,12 +48,13 @@ def train_inputs(
     base: bool = True,
     device: str = "cpu",
 ) -> Inputs:
-    """`make_inputs` of a bank, with base layer, dropout and the gradient of y; own_seeds: each
-    adapter has a seed."""
+    """Return `make_inputs` of a bank, with base layer, dropout and gradient of y; ``own_seeds``:
+    one seed per adapter."""
     inputs = make_inputs(shape, dtype, seed=seed, exact=exact)
     g = torch.Generator().manual_seed(seed + 1000)
     weight = _values(g, exact, (shape.out, shape.wide), dtype, shape.wide**-0.5)
-    if exact:  # one in eight, so that the base product is a small integer even in bfloat16
+    # One entry in eight is not zero, so the base product is a small integer even in bfloat16.
+    if exact:
         weight = weight * (torch.rand(weight.shape, generator=g) < 0.125)
     inputs |= {
         "weight": weight if base else None,
@@ -72,7 +73,7 @@ def _tail(i: Inputs) -> tuple[object, ...]:
 
 
 def run(i: Inputs, leaves: tuple[str, ...] = LEAVES) -> Outputs:
-    """y, and the gradient of every leaf that there is: dx, dweight, dbias, da, db."""
+    """Return y and the gradient of every leaf that is present: dx, dweight, dbias, da, db."""
     values = {k: i[k] for k in LEAVES}
     wanted = {
         k: v.detach().requires_grad_() for k, v in values.items() if k in leaves and v is not None
@@ -95,12 +96,12 @@ def formula(inputs: Inputs) -> Outputs:
 
 
 def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
-    """Largest |error| allowed, entry by entry.
+    """Return the largest |error| allowed, entry by entry.
 
-    Every output is rounded once to its dtype; y and dx twice, since the library rounds the base
-    product. Accumulation, of O, I, R and T products in turn, is in float32 (float64) and bounded on
-    the same formula of absolute values; the constant covers fused multiply-adds and tensor cores. v
-    and dv enter a 16-bit matrix product as hi + lo.
+    Every output is rounded once to its dtype; y and dx are rounded twice, since the library rounds
+    the base product. The accumulations of O, I, R and T products are in float32 (float64 for
+    float64). The same formula of absolute values bounds them, and its constant covers fused
+    multiply-adds and tensor cores. v and dv enter a 16-bit matrix product as hi + lo.
     """
     dtype = inputs["x"].dtype
     signless = {
@@ -114,7 +115,7 @@ def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
     accumulator = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     tokens, wide = inputs["x"].shape
     constant = 16 + (tokens**0.5 + wide**0.5 + inputs["b"].shape[1] ** 0.5) / 2
-    tiny = torch.finfo(dtype).smallest_normal  # below it the spacing of dtype is constant
+    tiny = torch.finfo(dtype).smallest_normal  # Below it the spacing of dtype is constant.
     return {
         k: 1.02 * ROUNDING[dtype] * (v.abs() + base.get(k, 0) + tiny)
         + (SPLIT.get(dtype, 0.0) + constant * accumulator) * magnitude[k]
@@ -125,7 +126,7 @@ def bounds(inputs: Inputs, exact: Outputs) -> Outputs:
 def checks() -> Iterator[Check]:
     for p in (0.0, 0.5):
         i = train_inputs(SMALL[3], torch.float32, seed=22, dropout_p=p)
-        i["adapter_ids"] = torch.arange(16)  # every entry of v is defined
+        i["adapter_ids"] = torch.arange(16)  # Every entry of v is defined.
         head = [i[k].requires_grad_() for k in LEAVES]
         ids, scale, seed = i["adapter_ids"], i["scale"], i["seed"]
         yield "lora_linear_forward", (*head, ids, scale, None, p, seed, None)
@@ -138,7 +139,7 @@ def checks() -> Iterator[Check]:
 
 def checks_of_seeds() -> Iterator[Check]:
     i = train_inputs(SMALL[3], torch.float32, seed=13, dropout_p=0.5, own_seeds=True)
-    i["adapter_ids"] = torch.arange(16)  # every entry of v is defined
+    i["adapter_ids"] = torch.arange(16)  # Every entry of v is defined.
     head = [i[k].requires_grad_() for k in LEAVES]
     tail = (i["adapter_ids"], i["scale"], None, 0.5, i["seed"], None)
     yield "lora_linear_forward", (*head, *tail)
@@ -148,7 +149,7 @@ def with_seeds(shape: Shape, dtype: torch.dtype, **how: Any) -> Inputs:
     return train_inputs(shape, dtype, **{"dropout_p": 0.5, "own_seeds": True, "base": False} | how)
 
 
-# Large ranks in enough rows for tiles of 64: the grouped products of matrices.
+# Large ranks in enough rows for tiles of 64: they use grouped matrix products.
 GEMM = Shape(270, 40, 48, (264, 0, 3), "interleaved", bank_rank=264)
 PLAIN, MASKED, UPDATE = {"dropout_p": 0.0}, {"dropout_p": 0.5}, {"base": False}
 
@@ -164,7 +165,7 @@ OPS = [
         large=LARGE,
         variants=((PLAIN, MASKED | UPDATE), (MASKED, PLAIN | UPDATE)),
         random={"dropout_p": 0.1},
-        threads=UPDATE,  # the base is a product of the library's
+        threads=UPDATE,  # The base is a product of the library.
         checks=checks,
     ),
     Op(

@@ -1,4 +1,4 @@
-"""Losses over a vocabulary in chunks: arguments of both, and their row."""
+"""Arguments and table row of the losses over a vocabulary in chunks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lora_ext import ops, reference
 
-# How far from the formula: products of d numbers of order one in float32; 16-bit logits are rounded
-# to 2^-12 (2^-9) of themselves, and so are weights and gradients.
+# Largest error. The products of d numbers of order one are in float32. 16-bit logits are rounded to
+# 2^-12 (2^-9) of themselves, and so are weights and gradients.
 BOUNDS = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,
@@ -32,7 +32,7 @@ class Case:
     bias: bool = False
     softcap: float | None = None
     tau: float = 1.0
-    some: bool = True  # some rows do not count
+    some: bool = True  # Some rows do not count.
     frozen: bool = False
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ LARGE = [
 
 
 class Layer:
-    """Arguments of a case, hiddens as leaves of their own."""
+    """Arguments of a case; the hiddens are leaves."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str, exact: bool = False) -> None:
         g = torch.Generator().manual_seed(case.rows + 7 * case.vocab + case.chunk)
@@ -143,7 +143,7 @@ def run(layer: Layer, ours: bool = True) -> Outputs:
     for loss in ("cross_entropy", "kl"):
         value = both(layer, loss, ours)
         found[loss] = value.detach()
-        if loss == "cross_entropy" or layer.case.hiddens > 1:  # one alone is the teacher's
+        if loss == "cross_entropy" or layer.case.hiddens > 1:  # A single hidden is the teacher.
             grads = gradients(value, layer.leaves())
             found |= {f"{loss} gradient {n}": g for n, g in enumerate(grads)}
     return found
@@ -171,7 +171,7 @@ def checks() -> Iterator[Check]:
         yield "vocab_kl", (together, *head, layer.mask, 2.0, 16, 0.0, *tail)
 
 
-# The library's products have neither the formula's bits nor the same ones with other threads.
+# The library's products differ in their bits from the formula's, and between numbers of threads.
 OPS = [
     Op(
         "vocab",

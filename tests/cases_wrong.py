@@ -1,4 +1,4 @@
-"""Changes of an op's inputs, for the tests of what it refuses."""
+"""Changes of an op's inputs that make it raise."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def is_(**named: Any) -> Change:
-    """Replace arguments."""
+    """Return a change that replaces arguments."""
     return lambda i: named
 
 
 def cut(name: str, dim: int = 0) -> Change:
-    """Take the first entry of a dimension away."""
+    """Return a change that removes the first entry of a dimension."""
     return lambda i: {name: i[name].narrow(dim, 1, i[name].shape[dim] - 1)}
 
 
 def cast(*names: str, dtype: torch.dtype) -> Change:
-    """Convert arguments to another dtype."""
+    """Return a change that converts arguments to another dtype."""
     return lambda i: {name: i[name].nan_to_num(0).to(dtype) for name in names}
 
 
 def ints(*values: int) -> torch.Tensor:
-    """Return an int32 tensor."""
     return torch.tensor(values, dtype=torch.int32)

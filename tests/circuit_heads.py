@@ -1,4 +1,4 @@
-"""Circuit heads with random parameters, for the tests of the head and of its objective."""
+"""Circuit heads with random parameters, for the tests of the head and its objective."""
 
 import itertools
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from lora_ext.nn import CircuitHead
 
-KINDS = {"ff": 1, "cp": 3, "hmm": 3, "btree": 3}  # the rank of each
+KINDS = {"ff": 1, "cp": 3, "hmm": 3, "btree": 3}  # rank of each kind
 D, V, K = 6, 3, 4
 DOUBLE = torch.float64
 
 
 def make(kind: str, emission: str = "full", n_token: int = K, **options: Any) -> CircuitHead:
-    """A head with parameters of size one, so that components and contexts differ."""
+    """Return a head with parameters of order one, so that components and contexts differ."""
     torch.manual_seed(7)
     options = {"rank": KINDS[kind], "adapter_rank": 2, "dtype": DOUBLE, **options}
     head = CircuitHead(D, V, n_token, kind=kind, emission=emission, **options)

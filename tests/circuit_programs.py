@@ -18,7 +18,7 @@ GRAPHS: dict[str, Callable[[], RegionGraph]] = {
     "shared parts": lambda: RegionGraph.poon_domingos(2, 3, 2, LEAF),
     "a stage a launch": lambda: RegionGraph.hmm(3, 140, LEAF),
 }
-# Of more than 2^14 weights a node, whose sums go by stages.
+# More than 2^14 weights per node, which are summed in stages.
 STAGED: dict[str, Callable[[], RegionGraph]] = {
     "tied, a stage a launch": lambda: RegionGraph.hmm(4, 130, LEAF, homogeneous=True),
     "pairs, a stage a launch": lambda: RegionGraph.rat_spn(4, 2, 2, 26, 26, LEAF, num_roots=2),
@@ -26,7 +26,7 @@ STAGED: dict[str, Callable[[], RegionGraph]] = {
 
 
 def case(name: str, rows: int, seed: int = 0) -> tuple[ops.Program, Tensor, Tensor, int]:
-    """(program, leaf (B, N), w (W,), roots): a tenth of the leaves and weights is impossible."""
+    """Return ``(program, leaf (B, N), w (W,), roots)``. A tenth is impossible."""
     circuit = Circuit({**GRAPHS, **STAGED}[name]())
     g = torch.Generator().manual_seed(seed)
     program = circuit._execution.program

@@ -1,4 +1,4 @@
-"""Clients of small models, and one of them trained by itself: what a batch is compared with."""
+"""Clients of small models, and the training of one client alone, which a batch is compared with."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def vectors(rows: list[int], seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def specs() -> list[ClientSpec]:
-    """Ragged batches, other numbers of steps, rates and bounds."""
+    """Return clients with ragged batches and different numbers of steps, rates and bounds."""
     return [
         ClientSpec(1, vectors([3, 5, 2], 1), lr=0.05, weight_decay=0.1),
         ClientSpec("b", vectors([4], 2), lr=0.1),
@@ -59,7 +59,7 @@ def cross_entropy(model: nn.Module, batch) -> Tensor:
 def loop(
     model, manager, state, spec, plan, others="frozen", loss_of=cross_entropy, shared=()
 ) -> Update:
-    """One client by itself; parameters of the names ``shared`` come back as they were."""
+    """Train one client alone; the parameters named in ``shared`` are restored afterwards."""
     heads = {name: model.get_parameter(name) for name in shared}
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in heads.items()}
     with torch.no_grad():
@@ -103,7 +103,7 @@ def assert_close(found: Update, wanted: Update, atol: float) -> None:
 
 
 def assert_as_alone(updates, model, state, clients, plans, *options, atol=1e-10, **more) -> None:
-    """Compare the update of each client that trains something with :func:`loop`."""
+    """Check the update of each client that trains something against :func:`loop`."""
     manager = LoraLayerManager(model)
     for i, (update, spec) in enumerate(zip(updates, clients, strict=True)):
         plan = plans[spec.client if isinstance(plans, dict) else i]
@@ -123,6 +123,6 @@ def tokens(lengths: list[int], seed: int, rows: int = 2) -> list[dict[str, Tenso
 
 
 def next_token(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """transformers' own loss, but for its rounding to float32."""
+    """Return transformers' loss, without its rounding to float32."""
     logits = model(**batch).logits[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch: threads that wait sleep instead of spinning, so that tests that run side by side, or
-# beside other work, do not take the cores from each other.
+# This must run before torch is imported. Waiting threads then sleep instead of spinning, so
+# parallel tests and other work keep their cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Import tests/methods first; otherwise the name means benchmarks/methods.py.
@@ -26,7 +26,7 @@ from lora_ext.serving.layers import _siblings
 
 QUICK_CASES = 2  # cases per test, op and backend with --quick
 
-# Makes `common` importable. At the end, because benchmarks/ has modules named control and methods.
+# Makes `common` importable. Appended, because benchmarks/ has modules control and methods.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 settings.register_profile("default", deadline=None, print_blob=True)
@@ -38,19 +38,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-emu", action="store_true", help="a skipped emulator test is a failure"
     )
-    parser.addoption(
-        "--sanitizers", action="store_true", help="also what only `make asan` has the time for"
-    )
+    parser.addoption("--sanitizers", action="store_true", help="also run the tests of `make asan`")
     parser.addoption(
         "--quick",
         type=int,
         metavar="N",
-        help="no slow test, and at most N cases of each test, op and backend: `make test` has 1",
+        help="run no slow test and at most N cases of each test, op and backend (`make test`: 1)",
     )
-    parser.addoption("--rest", type=int, metavar="N", help="the tests that --quick N leaves out")
+    parser.addoption("--rest", type=int, metavar="N", help="run the tests that --quick N skips")
     parser.addoption(
         "--demo", type=lambda path: Path(path).resolve(), metavar="DIR",
-        help="run the code of the pages on the output of `make demo` in DIR, not on a stand-in",
+        help="run the code of the pages on the output of `make demo` in DIR, not on a substitute",
     )  # fmt: skip
 
 
@@ -72,20 +70,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = _quick(items, quick or rest)
         config.hook.pytest_deselected(items=[it for it in items if (it in chosen) != bool(quick)])
         items[:] = [it for it in items if (it in chosen) == bool(quick)]
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no worker ends with one
+    # Slow tests run first, so no worker ends with one.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not config.getoption("--sanitizers"):
-        skip = pytest.mark.skip(reason="`make asan` runs it, with --sanitizers")
+        skip = pytest.mark.skip(reason="run by `make asan` (--sanitizers)")
         for item in items:
             if item.get_closest_marker("sanitized"):
                 item.add_marker(skip)
 
 
 def _quick(items: list[pytest.Item], cases: int) -> set[pytest.Item]:
-    """Return the tests that are not slow: of each test, op and backend some evenly spaced cases.
+    """Return the tests that are not slow: for each test, op and backend some evenly spaced cases.
 
-    Every test function that is not slow keeps at least one case on each backend that it has, so
-    every op and every room is touched. Only ``emu-check``, which `make test` does not build, has
-    none.
+    Every test function that is not slow keeps at least one case on each of its backends, so every
+    op and every room is covered. Only ``emu-check``, which `make test` does not build, has no case.
     """
     groups: defaultdict[tuple[Any, ...], list[pytest.Item]] = defaultdict(list)
     for item in items:
@@ -102,7 +100,8 @@ def _quick(items: list[pytest.Item], cases: int) -> set[pytest.Item]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    lora_ext._C.set_cpu_isa(os.environ.get("LX_ISA", ""))  # for tests that choose none
+    # for tests that choose no instruction set
+    lora_ext._C.set_cpu_isa(os.environ.get("LX_ISA", ""))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -136,7 +135,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def two_processes() -> Iterator[TwoProcesses]:
-    """A pair of processes that trains together; it starts with its first test."""
+    """Yield a pair of processes that train together; they start with their first test."""
     pair = TwoProcesses()
     yield pair
     pair.close()
@@ -144,13 +143,13 @@ def two_processes() -> Iterator[TwoProcesses]:
 
 @pytest.fixture
 def shared_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Siblings share ops on the CPU as they do on a GPU."""
+    """Share ops between siblings on the CPU, as on a GPU."""
     monkeypatch.setattr(_siblings, "SHARE_ON_CPU", True)
 
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many modules each op that siblings share has had."""
+    """Record the number of modules in each call of the op that siblings share."""
     found: list[int] = []
     op = ops.lora_apply_siblings_
 

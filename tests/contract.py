@@ -1,8 +1,8 @@
-"""A row of the table of ops, and the ways in which laws compare what an op gives.
+"""Row type of the table of ops, and the comparisons that its laws use.
 
-Each family has its rows beside its inputs, in ``cases*.py``; ``test_contract.py`` lists them all
-and drives them through the laws that every op keeps. What one family alone promises is in
-``test_contract_<family>.py``.
+Each family defines its rows beside its inputs, in ``cases*.py``. ``test_contract.py`` lists all
+rows and checks them against the laws that every op keeps. ``test_contract_<family>.py`` checks the
+laws of one family.
 """
 
 import functools
@@ -19,16 +19,16 @@ from torch import Tensor
 
 Outputs = dict[str, Tensor]
 Check = tuple[Any, tuple[Any, ...]]  # an op of torch.ops.lora_ext, and arguments
-Wrong = tuple[str, Callable[[], Any]]  # what the error must say, and the call
+Wrong = tuple[str, Callable[[], Any]]  # the error message expected, and the call
 
 
 @dataclass(frozen=True)
 class Op:
-    """One op, or several that are fed alike.
+    """A row of the table: one op, or several that take the same inputs.
 
-    ``inputs(shape, dtype, seed=, exact=, device=, **variant)`` gives what ``run`` (the op) and
-    ``formula`` (the reference, in float64 on the CPU) take; both give every output and gradient by
-    name. ``exact`` inputs are small integers, or whatever gives the formula's very bits.
+    ``inputs(shape, dtype, seed=, exact=, device=, **variant)`` returns the argument of ``run`` (the
+    op) and of ``formula`` (the reference, in float64 on the CPU). Both return every output and
+    gradient by name. ``exact`` inputs are small integers, or others with the formula's bits.
     """
 
     name: str
@@ -38,18 +38,20 @@ class Op:
     bounds: Callable[[Any, Outputs], Outputs] | None = None  # largest |error|, entry by entry
     small: Sequence[Any] = ()  # shapes for every backend
     medium: Sequence[Any] = ()  # not for lesser twins and the emulator that checks every access
-    large: Sequence[Any] = ()  # for the best twin alone
-    # Groups of variants, which the shapes take in turns: every pair of a shape and a value of an
-    # axis occurs, not every product of them.
+    large: Sequence[Any] = ()  # for the best twin only
+    # Groups of variants, which the shapes use in turn: every pair of a shape and a value of an axis
+    # occurs, but not every product of them.
     variants: Sequence[Sequence[dict[str, Any]]] = (({},),)
     dtypes: Callable[[Backend], list[torch.dtype]] = Backend.dtypes
     on_gpu: bool = True
-    exact: bool = True  # whether the formula's bits are promised on exact inputs
-    steady: bool = True  # whether every run gives the same bits
-    random: dict[str, Any] = field(default_factory=dict)  # stands above the variants, for bounds
-    threads: dict[str, Any] | None = field(default_factory=dict)  # likewise; None: bits may differ
-    replays: Sequence[Any] | None = None  # shapes for CUDA graphs; None: small and medium ones
-    captured: Callable[[Any], Outputs] | None = None  # what such a graph holds; None: run
+    exact: bool = True  # the op has the formula's bits on exact inputs
+    steady: bool = True  # every run gives the same bits
+    # overrides the variants in tests of bounds
+    random: dict[str, Any] = field(default_factory=dict)
+    # likewise for threads; None: bits may differ
+    threads: dict[str, Any] | None = field(default_factory=dict)
+    replays: Sequence[Any] | None = None  # shapes for CUDA graphs; None: small and medium
+    captured: Callable[[Any], Outputs] | None = None  # outputs of a captured graph; None: run
     checks: Callable[[], Iterator[Check]] | None = None  # for torch.library.opcheck
     wrong: Callable[[str], list[Wrong]] | None = None  # bad input on a device
 
@@ -61,14 +63,14 @@ class Op:
         return [*self.small, *self.medium, *(self.large if backend.is_twin else ())]
 
     def feed(self, shape: Any, dtype: torch.dtype, turn: int = 0, **how: Any) -> Iterator[Any]:
-        """The inputs of a shape, once for each variant of its turn."""
+        """Yield the inputs of a shape, once for each variant of its turn."""
         at = [*self.small, *self.medium, *self.large].index(shape) + turn
         for variant in self.variants[at % len(self.variants)]:
             yield self.inputs(shape, dtype, **{**variant, **how})
 
 
 def shapes(op: Op, *groups: Sequence[Any], name: str = "shape") -> pytest.MarkDecorator:
-    """Each of these shapes on each backend that takes it."""
+    """Return a mark for each shape on each backend that runs it."""
     params = [
         pytest.param(b, s, id=f"{b.name}-{s}", marks=marks_of(b))
         for b in BACKENDS
@@ -80,12 +82,12 @@ def shapes(op: Op, *groups: Sequence[Any], name: str = "shape") -> pytest.MarkDe
 
 
 def wrong_calls(name: str, op: Callable[..., Any], rows: Sequence[tuple[Any, ...]]) -> list[Wrong]:
-    """Of rows of a message and the arguments that it is about, what :attr:`Op.wrong` gives."""
+    """Return :attr:`Op.wrong` for rows of a message and the arguments that cause it."""
     return [(f"{name}: {message}", functools.partial(op, *args)) for message, *args in rows]
 
 
 def wide(inputs: dict[str, Any], keep: Sequence[str] = ()) -> dict[str, Any]:
-    """The same inputs in float64 on the CPU, for the reference; those to keep in their dtype."""
+    """Return the inputs in float64 on the CPU; those named in ``keep`` keep their dtype."""
     return {
         k: v.cpu().double() if v.is_floating_point() and k not in keep else v.cpu()
         for k, v in inputs.items()
@@ -94,7 +96,7 @@ def wide(inputs: dict[str, Any], keep: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def with_threads(*counts: int) -> Iterator[int]:
-    """Yield each count, while so many threads compute."""
+    """Yield each count while that number of threads computes."""
     before = torch.get_num_threads()
     try:
         for count in counts:
@@ -113,14 +115,14 @@ def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
 
 
 def same(got: Outputs, expected: Outputs, what: object = "") -> None:
-    """Bit for bit; a formula in float64 is rounded to the dtype that was found."""
+    """Check bitwise equality; a float64 formula is first rounded to the dtype that was found."""
     assert got.keys() == expected.keys()
     for name, value in got.items():
         assert_same_bits(value, expected[name].to(value.dtype), f"{what} {name}: ")
 
 
 def within(got: Outputs, exact: Outputs, allowed: Outputs, what: object = "") -> None:
-    """Each error below its bound; minus infinity where the formula has it, and nowhere else."""
+    """Check each error against its bound. Minus infinity must be where the formula has it."""
     assert got.keys() == exact.keys()
     for name, value in got.items():
         value = value.cpu().double()
@@ -133,7 +135,7 @@ def within(got: Outputs, exact: Outputs, allowed: Outputs, what: object = "") ->
 
 
 def off_grid(t: Tensor, gap: int = 3) -> Tensor:
-    """The same values in rows `gap` elements further apart, one element off their alignment."""
+    """Return the values in rows `gap` elements further apart, one element off their alignment."""
     rows, width = t.shape
     store = t.new_full((rows * (width + gap) + 1,), float("nan"))
     view = store[1:].view(rows, width + gap)[:, :width]
@@ -141,19 +143,19 @@ def off_grid(t: Tensor, gap: int = 3) -> Tensor:
 
 
 def strided(t: Tensor) -> Tensor:
-    """The same values, rows further apart, at an address that is not aligned."""
+    """Return the values with rows further apart, at an unaligned address."""
     room = t.new_full((*t.shape[:-1], t.shape[-1] + 3), float("nan"))
     room[..., 1:-2] = t
     return room[..., 1:-2]
 
 
 def transposed(t: Tensor) -> Tensor:
-    """The same values, the elements of a row apart."""
+    """Return the values in a layout with rows that are not contiguous."""
     return t.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Few rows, in which every pair of values of any two axes occurs: greedily, the same always."""
+    """Return few rows with every pair of values of two axes; greedy and deterministic."""
     rows = list(itertools.product(*(range(len(axis)) for axis in axes)))
 
     def pairs(row: tuple[int, ...]) -> set[Any]:

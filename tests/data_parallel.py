@@ -1,4 +1,4 @@
-"""Training in this process, or as one of two, with whatever spreads a model over processes."""
+"""Training in one process, or as one of two processes with DDP, FSDP2 or DeepSpeed."""
 
 import importlib
 import importlib.util
@@ -23,8 +23,8 @@ WAYS = [
     pytest.param("zero3", marks=needs_deepspeed),
 ]
 STEPS, RATE = 2, 0.5
-# DeepSpeed keeps what it optimizes in float32, whose sums lie 1e-6 to 1e-5 apart after two steps;
-# gradients of other adapters in the sum put it off by more than 0.1.
+# DeepSpeed keeps the parameters that it optimizes in float32. Their sums differ by 1e-6 to 1e-5
+# after two steps. Gradients of other adapters in a sum would change it by more than 0.1.
 BOUND = {"zero2": 1e-4, "zero3": 1e-4}
 
 LossOf = Callable[[nn.Module], Tensor]
@@ -33,12 +33,12 @@ LossOf = Callable[[nn.Module], Tensor]
 def trained(
     model: Any, way: str | None, units: Iterable[nn.Module], loss_of: LossOf
 ) -> dict[str, Tensor]:
-    """The adapters after some steps of SGD.
+    """Return the adapters after some steps of SGD.
 
     Args:
-        way: of :data:`WAYS`; None for one process.
-        units: parts of the model that FSDP2 shards by themselves.
-        loss_of: the mean over this process's rows, of the model as it then is.
+        way: One of :data:`WAYS`; None for one process.
+        units: Parts of the model that FSDP2 shards separately.
+        loss_of: Returns the mean loss over the rows of this process for the (wrapped) model.
     """
     own = {k: p for k, p in model.named_parameters() if p.requires_grad}
     if way in ("zero2", "zero3"):
@@ -66,16 +66,17 @@ def _by_deepspeed(
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    # Compiling faster sums for the CPU takes minutes.
+    # Compiling the faster sums for the CPU takes minutes.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,  # which is 1 otherwise
+        "gradient_clipping": 0.0,  # The default is 1.
         "zero_optimization": {
             "stage": stage,
-            "stage3_param_persistence_threshold": 0,  # small parameters would not be partitioned
+            # Otherwise small parameters are not partitioned.
+            "stage3_param_persistence_threshold": 0,
         },
     }
     optimizer = torch.optim.SGD(own.values(), lr=RATE)
@@ -90,10 +91,10 @@ def _by_deepspeed(
 def assert_same(
     found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor], bound: float
 ) -> None:
-    """Every parameter changed by what it would have changed by in one process.
+    """Check that every parameter changed as it does in one process.
 
     Args:
-        bound: on the distance of the two changes, beside the largest change of all parameters.
+        bound: Largest distance of the two changes, relative to the largest change of all.
     """
     assert found.keys() == expected.keys() == start.keys()
     largest = max((expected[k] - start[k]).abs().max().item() for k in start)

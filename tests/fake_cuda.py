@@ -1,7 +1,7 @@
-"""Streams and events without a GPU: work is queued, and done later in any order that is allowed.
+"""Streams and events without a GPU: work is queued, and executed later in any allowed order.
 
-A stream is a queue. ``run`` picks, with a seed, any stream whose first entry may go: an event that
-it waits for has been passed, or it waits for none. So an order that no event forbids does occur.
+A stream is a queue. ``run`` picks with a seed any stream whose first entry is ready, which means
+that it waits for no event or for a passed one. Any order that no event forbids can occur.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import random
 
 
 class Event:
-    """Passed once the work that was queued before its last record is done."""
+    """Event that is passed once the work queued before its last record is done."""
 
     def __init__(self, world):
         self.world = world
@@ -32,7 +32,7 @@ class Event:
 
 
 class Stream:
-    """A queue of ``(ready or None, work)``."""
+    """Queue of ``(ready or None, work)``."""
 
     numbers = iter(range(1, 10**9))
 
@@ -42,7 +42,7 @@ class Stream:
         world.streams.append(self)
 
     def wait_event(self, event):
-        number = event.recorded  # a later record is not waited for
+        number = event.recorded  # A later record is not waited for.
         self.queue.append((lambda: event.passed >= number, lambda: None))
 
     def wait_stream(self, other):
@@ -55,14 +55,14 @@ class Stream:
 
 
 class FakeCuda:
-    """What ``lora_ext.pool._transfer`` uses of ``torch.cuda``."""
+    """Substitute for the part of ``torch.cuda`` that ``lora_ext.pool._transfer`` uses."""
 
     def __init__(self, seed):
         self.streams = []
         self.random = random.Random(seed)
         self.active = Stream(self)
         self.capturing = False
-        self.waits = 0  # how often the host waited with work left to do
+        self.waits = 0  # number of host waits with work left to do
 
     def Stream(self, device=None):
         return Stream(self)
@@ -88,7 +88,7 @@ class FakeCuda:
         self.active.queue.append((None, work))
 
     def run(self, until=None):
-        """Do what is queued: all of it, or until a condition holds, at which the host waited."""
+        """Execute all queued work, or until a condition holds, which counts as a host wait."""
         if until is not None and not until():
             self.waits += 1
         while not (until is not None and until()):

@@ -1,4 +1,4 @@
-"""A CUDA graph for tests without a GPU: every op of a capture, run again on the same tensors."""
+"""A CUDA graph for tests without a GPU: a replay runs every captured op on the same tensors."""
 
 import contextlib
 from collections import Counter
@@ -19,8 +19,8 @@ _FREE = ("empty", "permute", "squeeze", "_unsafe_view", "as_strided", "lift_fres
 
 
 class FakeGraph:
-    """Ops in their order; a replay writes where the capture wrote. ``launches`` counts those that
-    would be kernels, copies or fills on a device, by name."""
+    """Captured ops in their order; a replay writes where the capture wrote. ``launches`` counts by
+    name the ops that are kernels, copies or fills on a device."""
 
     def __init__(self) -> None:
         self.ops: list[tuple[Any, Any, Any, Any]] = []
@@ -43,7 +43,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = op(*args, **(kwargs or {}))
-        # A list of outputs that the caller changes would change here: the leaves are kept.
+        # Keep the leaves, because the caller may change the list of outputs.
         self._graph.ops.append((op, args, kwargs or {}, pytree.tree_leaves(outputs)))
         name = op.overloadpacket.__name__
         if name not in _FREE:
@@ -52,13 +52,13 @@ class _Recorder(TorchDispatchMode):
 
 
 class Device:
-    """Whether a capture is on, as ``lora_ext.rows`` is told."""
+    """Capture state that replaces the one of ``lora_ext.rows``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self._graph: FakeGraph | None = None
         for module in (_rows, captured):
             monkeypatch.setattr(module, "capture", lambda device: self._graph)
-        # The recorder is no tracer: what is seen of the ops is what a device would be given.
+        # The recorder is not a tracer: it sees the ops that a device would receive.
         for module in (_rows, _siblings):
             monkeypatch.setattr(module, "traced_by_python", lambda: False)
 
@@ -74,7 +74,7 @@ class Device:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Launches of what is done inside, by name."""
+    """Yield a counter of the launches inside the block, by name."""
     graph = FakeGraph()
     with _Recorder(graph):
         yield graph.launches

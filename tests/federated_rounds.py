@@ -1,4 +1,4 @@
-"""States and replies of small rounds."""
+"""States and replies of small federated rounds."""
 
 import zlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A small model on vectors, its data, and federations of it."""
+"""A small model on vectors, its data, and federations that train it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODULE = "base_model.model.layers.{}.lora_{}.weight"
 
 
 class Classifier(client_models.Classifier):
-    """Three blocks with an adapter each, and a frozen head."""
+    """Three blocks with one adapter each, and a frozen head."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__(LAYERS, lora_dropout=dropout)
@@ -27,7 +27,7 @@ class Classifier(client_models.Classifier):
 
 
 def batches(partition: int) -> list[tuple[Tensor, Tensor]]:
-    """Two steps; client i has i + 2 rows in each."""
+    """Return two steps; client i has i + 2 rows in each."""
     generator = torch.Generator().manual_seed(partition)
     rows = partition + 2
     return [
@@ -40,7 +40,7 @@ def batches(partition: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class Suffixes:
-    """The layers nearest to the output, as many as the client can train."""
+    """Plan of the layers nearest to the output, as many as the client can train."""
 
     def plan(self, round: int, client: int | str, capability: int) -> LayerPlan:
         return LayerPlan(tuple(range(LAYERS - capability, LAYERS)))
@@ -57,14 +57,14 @@ def run(
     state: Mapping[str, Tensor] | None = None,
     **settings: Any,
 ):
-    """A whole run; Flower's result."""
+    """Run all rounds and return Flower's result."""
     return strategy.start(grid, to_arrays(state or initial()), rounds, **settings)
 
 
 class Meddled(ClientApp):
-    """An app some of whose nodes send something else than it replies.
+    """App in which some nodes send another reply.
 
-    ``meddle`` has for a node a function of its reply, which changes it or returns another.
+    ``meddle`` maps a node to a function of its reply, which changes or replaces it.
     """
 
     def __init__(self, app: ClientApp, meddle: Mapping[int, Callable[[Message], Any]]):
@@ -81,7 +81,7 @@ class Meddled(ClientApp):
 
 
 class Wire(LocalGrid):
-    """A grid that adds up what passes, and hands replies to ``change`` before the strategy."""
+    """Grid that counts the bytes sent and applies ``change`` to replies for the strategy."""
 
     def __init__(self, app: Any, nodes: int, change: Callable[[list[Message]], Any] | None = None):
         super().__init__(app, nodes)

@@ -1,4 +1,4 @@
-"""Two rounds of four nodes in Flower's simulation with Ray; a line of JSON at the end."""
+"""Run two rounds of four nodes in Flower's simulation with Ray; print one line of JSON."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ def main() -> None:
     server = make_server_app(
         strategy, Classifier, num_rounds=2, on_result=lambda *result: kept.append(result)
     )
-    # One process for all nodes: each that Ray starts reads torch and Flower anew.
+    # Use one process for all nodes, because each process loads torch and Flower again.
     resources = {"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 1}}
     run_simulation(server, make_client_app(Classifier, batches), 4, backend_config=resources)
     ((end, result),) = kept

@@ -1,4 +1,4 @@
-"""PEFT's layers, and what it means to agree with them."""
+"""PEFT's layers, and comparisons of our layers with them."""
 
 import copy
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
-# float32 sums of some tens of products of order one, in two orders.
+# float32 sums of some tens of products of order one, in two orders
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def peft_layer(base: nn.Module, *settings: dict, seed: int = 0) -> PeftLinear:
-    """PEFT's layer with adapters "0", "1", ... whose factors are all random."""
+    """Return PEFT's layer with random adapters "0", "1", ..."""
     torch.manual_seed(seed)
     configs = [
         LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **s}) for s in settings
@@ -27,7 +27,7 @@ def peft_layer(base: nn.Module, *settings: dict, seed: int = 0) -> PeftLinear:
 
 
 def gradients(y: Tensor, layer: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
-    """Of a loss that is not the same in every row, leaving none behind."""
+    """Return the gradients of a loss that weighs every row differently, and clear them."""
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float32).reshape(y.shape)
     (y.float() * weights).sum().backward()
     found = {"x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}}
@@ -51,8 +51,7 @@ def assert_same(
 
 
 def assert_layers_agree(ours: nn.Module, theirs: nn.Module, x: Tensor, **names) -> None:
-    """Output and every gradient; ``names`` go to PEFT's ``adapter_names`` and our
-    ``adapter_ids``."""
+    """Compare outputs and gradients; ``names``: PEFT's ``adapter_names``, our ``adapter_ids``."""
     mine = _results(lambda: ours(x, *names.values()), ours, x)
     peft = _results(lambda: theirs(x, **names), theirs, x)
     wide = copy.deepcopy(theirs).double()
@@ -82,10 +81,10 @@ def _assert_within(mine: Results, peft: Results, exact: Results) -> None:
 
 
 def assert_as_exact(run, ours: nn.Module, theirs: nn.Module, x: Tensor, unit: float) -> None:
-    """The distance of ``run(x)`` from the exact result is PEFT's, give or take one rounding of
-    every entry; so are those of the gradients in ``ours``.
+    """Check that ``run(x)`` is as far from the exact result as PEFT's, up to one rounding of every
+    entry. The gradients in ``ours`` are checked likewise.
 
-    PEFT rounds more often, so no entry of the one need be near the same entry of the other.
+    PEFT rounds more often, so single entries of the two results need not be close to each other.
     """
     y, expected = run(x), theirs(x)
     assert y.dtype == expected.dtype

@@ -1,4 +1,4 @@
-"""A small base model, random adapters for it, and the reading of a slot back out of its pages."""
+"""A small base model, random adapters for it, and a reader of the pages of a slot."""
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ class Base(nn.Module):
         for name, (i, o) in SIZES.items():
             setattr(self, name, nn.Linear(i, o))
         self.embed = nn.Embedding(7, 12)
-        self.norm = nn.Embedding(7, 12, max_norm=1.0)  # its forward changes its weight
+        self.norm = nn.Embedding(7, 12, max_norm=1.0)  # Its forward changes its weight.
 
 
 def config(rank=4, targets=("up", "down"), **fields):
@@ -44,12 +44,12 @@ def state(seed, rank=4, targets=("up", "down"), bias=False, dtype=torch.float32,
 
 
 def make(**arguments):
-    """A pool of three slots for the small model."""
+    """Return a pool of three slots for the small model."""
     return AdapterPool(Base(), **{"max_slots": 3, "max_rank": 16, **arguments})
 
 
 def load(pool, name, seed, rank=4, **fields):
-    """Load a random adapter; ``fields`` are of its configuration."""
+    """Load a random adapter; ``fields`` belong to its configuration."""
     bias, dora = fields.get("lora_bias", False), fields.get("use_dora", False)
     targets = fields.pop("targets", ("up", "down"))
     tensors = state(seed, rank, targets, bias, dora=dora)
@@ -57,14 +57,14 @@ def load(pool, name, seed, rank=4, **fields):
 
 
 def fill(pool, seeds, rank=4):
-    """Load an adapter ``x<seed>`` for each of ``seeds``; returns the pool."""
+    """Load an adapter ``x<seed>`` for each of ``seeds`` and return the pool."""
     for seed in seeds:
         load(pool, f"x{seed}", seed, rank)
     return pool
 
 
 class FailingCopies:
-    """A ``copy_`` that fails at the call numbered ``at``, or from there on ``for_good``."""
+    """``copy_`` that fails at call number ``at`` and, if ``for_good``, at every later call."""
 
     def __init__(self, at, for_good=False):
         self.count, self.at, self.for_good = 0, at, for_good
@@ -78,31 +78,33 @@ class FailingCopies:
 
 
 def read_slot(pool, slot):
-    """{module: (A, B, bias or None, scale, magnitude or None)} of a slot, by the tables alone."""
+    """Return ``{module: (A, B, bias or None, scale, magnitude or None)}`` of a slot."""
     found = {}
     for name, slab in pool.modules.items():
         if slab.a_pages is None:
             continue
         rank = int(slab.ranks[slot])
         pages = [q for q in slab.page_table[slot].tolist() if q >= 0]
-        assert len(pages) == -(-rank // 8), "a table row has as many pages as its rank needs"
+        assert len(pages) == -(-rank // 8), f"slot {slot}: {len(pages)} pages for rank {rank}"
         bias = None if slab.bias is None else slab.bias[slot]
         if rank:
             a, b = unpack(slab.a_pages, slab.b_pages, pages, rank)
             magnitude = slab.magnitude[slot] if slot in slab.dora else None
             found[name] = (a, b, bias, float(slab.scale[slot]), magnitude)
             tail = slab.b_pages[pages[-1], :, rank % 8 :] if rank % 8 else torch.zeros(1)
-            assert not tail.any(), "the last page is filled up with zeros"
+            assert not tail.any(), f"{name}: beyond rank {rank}: {tail}"
         elif bias is not None:
-            assert not bias.any(), "a slot that leaves a module alone has no bias there"
+            assert not bias.any(), f"{name}: slot {slot} has rank 0 and a bias"
         if slot not in slab.dora and slab.magnitude is not None:
-            assert not slab.magnitude[slot].any(), "nor a magnitude without DoRA"
+            assert not slab.magnitude[slot].any(), (
+                f"{name}: slot {slot} has a magnitude without DoRA"
+            )
         assert rank or slot not in slab.dora
     return found
 
 
 def assert_slot_holds(pool, slot, tensors, scale):
-    """The slot has exactly these tensors, bit for bit."""
+    """Check that the slot has exactly these tensors, bit for bit."""
     found = read_slot(pool, slot)
     expected = {key.split(".")[2] for key in tensors}
     assert found.keys() == expected
@@ -122,13 +124,13 @@ def assert_slot_holds(pool, slot, tensors, scale):
 
 
 def assert_holds(pool, name, tensors, scale):
-    """The adapter of this name has exactly these tensors, bit for bit."""
+    """Check that the adapter of this name has exactly these tensors, bit for bit."""
     with pool.acquire([name]) as slots:
         assert_slot_holds(pool, slots[0], tensors, scale)
 
 
 def snapshot(pool):
-    """All that an observer can see: names, numbers, and every adapter's bytes, slot by slot."""
+    """Return the observable state: names, numbers, and every adapter's bytes, slot by slot."""
     numbers = pool.stats()
     slots = {r.name: r.slot for r in pool._residence.by_name.values()}
     tensors = {}

@@ -1,8 +1,8 @@
-"""Two processes of one group, for tests of what several processes do together.
+"""A group of two processes, for tests of collective behaviour.
 
-They start once and then take one function after another: most of a short test would be their start.
-A function is found by its file and name, so that it may lie in a test whose module a new process
-cannot import.
+The processes start once and then run one function after another, because starting them takes most
+of the time of a short test. A function is found by its file and name, so it may be defined in a
+test module that a new process cannot import.
 """
 
 import multiprocessing
@@ -22,26 +22,26 @@ from scripts import module_of
 from torch import distributed
 
 WORLD = 2
-_PATIENCE = (
-    240.0  # seconds, for a function and its imports; a pair that waits for itself would not end
-)
+# Seconds for a function and its imports; a deadlocked pair would never end.
+_TIMEOUT_S = 240.0
 
 
 class TwoProcesses:
-    """A group of two on the CPU, with gloo. Use :meth:`close` in the end."""
+    """Group of two CPU processes with gloo. Call :meth:`close` at the end."""
 
     def __init__(self) -> None:
         self._members: list[tuple[Any, Connection]] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """``function(rank, *args)`` in each of the two, and what they return, by rank.
+        """Return the results of ``function(rank, *args)`` in the two processes, by rank.
 
         Args:
-            function: at the top of a module. args: that pickle can take.
+            function: Function at the top level of a module.
+            args: Arguments that pickle can serialize.
 
         Raises:
-            RuntimeError: with the traceback of a process in which the function raises, or where
-                they take too long. The next call has new processes.
+            RuntimeError: If the function raises in a process, with its traceback, or takes too
+                long. The next call starts new processes.
         """
         if not self._members:
             self._start()
@@ -52,14 +52,14 @@ class TwoProcesses:
         for _, pipe in self._members:
             pipe.send_bytes(work)
         for rank, (_, pipe) in enumerate(self._members):
-            # The other of a pair that has failed waits for ever.
-            if not pipe.poll(5.0 if failures else _PATIENCE):
+            # The other process of a failed pair waits for ever.
+            if not pipe.poll(5.0 if failures else _TIMEOUT_S):
                 failures.append(f"process {rank}: no answer")
                 continue
             try:
                 failure, result = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                failure, result = "it ended", None
+                failure, result = "the process ended", None
             if failure:
                 failures.append(f"process {rank}: {failure}")
             results.append(result)
@@ -99,7 +99,7 @@ def _serve(pipe: Connection, rank: int, port: int) -> None:
         WORLD_SIZE=str(WORLD),
     )
     distributed.init_process_group(
-        "gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=_PATIENCE)
+        "gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=_TIMEOUT_S)
     )
     while True:
         try:
@@ -110,7 +110,7 @@ def _serve(pipe: Connection, rank: int, port: int) -> None:
             torch.manual_seed(0)
             module = module_of(Path(path), "of_processes_" + path.replace(os.sep, "_"))
             answer = None, getattr(module, name)(rank, *args)
-            distributed.barrier()  # nobody goes on while the other still needs it
+            distributed.barrier()  # No process continues while the other still needs it.
         except Exception:
             answer = traceback.format_exc(), None
         pipe.send_bytes(pickle.dumps(answer))

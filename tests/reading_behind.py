@@ -1,4 +1,4 @@
-"""Stand-in for torch's 16-bit CPU products that reads behind rows, as the AMX products do."""
+"""Substitute for torch's 16-bit CPU products that reads behind rows, as the AMX products do."""
 
 import warnings
 from collections.abc import Iterator

@@ -20,8 +20,8 @@ def needs(*names: str) -> pytest.MarkDecorator:
 
 
 def load_script(monkeypatch: pytest.MonkeyPatch, folder: str, name: str) -> ModuleType:
-    """``folder/name.py`` as a module of a name that nothing else has; its folder is on the path,
-    as it is when the script runs. Both end with the test."""
+    """Load ``folder/name.py`` under a unique module name, with its folder on the path, as if it
+    were run as a script. The test's end undoes both."""
     path = ROOT / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"{folder}_{name}", path)
     assert spec is not None and spec.loader is not None
@@ -33,8 +33,8 @@ def load_script(monkeypatch: pytest.MonkeyPatch, folder: str, name: str) -> Modu
 
 
 def module_of(path: Path, name: str) -> ModuleType:
-    """A file as a module of this name: the same for all who ask, as its classes are looked up by
-    its name when they come back from another process."""
+    """Return the file as a module of this name. All calls return the same module, because pickle
+    looks up its classes by this name."""
     known = sys.modules.get(name)
     if known is None or known.__file__ != str(path):
         spec = importlib.util.spec_from_file_location(name, path)
@@ -44,7 +44,7 @@ def module_of(path: Path, name: str) -> ModuleType:
 
 
 def tool(name: str) -> ModuleType:
-    """A module of the folder ``tools``, which is no package."""
+    """Return a module of the folder ``tools``, which is not a package."""
     if str(ROOT / "tools") not in sys.path:  # for the tools that it imports
         sys.path.append(str(ROOT / "tools"))
     return module_of(ROOT / f"tools/{name}.py", name)

@@ -1,4 +1,4 @@
-"""Let calls of a :class:`lora_ext.tenants.Service` wait in their queues."""
+"""A block that keeps the calls of a :class:`lora_ext.tenants.Service` in their queues."""
 
 import threading
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def held(service: Service) -> Iterator[None]:
         gate.result()
 
     service._scheduler.put("test", service._own, hold)
-    assert begun.wait(60)  # an earlier call, and one of another queue, may run first
+    assert begun.wait(60)  # An earlier call, or one of another queue, may run first.
     try:
         yield
     finally:

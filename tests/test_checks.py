@@ -1,4 +1,4 @@
-"""The checks of arguments: what counts as an integer, a number, a flag, and what is said of it."""
+"""Argument checks for integers, numbers, flags, choices and dataclasses, and their messages."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ NO_NUMBERS = (None, "3", True, np.bool_(True), torch.tensor(True), [3], np.array
 
 
 @pytest.mark.parametrize("three", THREES, ids=repr)
-def test_scalars_of_numpy_and_torch_are_integers_and_come_back_as_pythons(three):
+def test_numpy_and_torch_integers_return_python_numbers(three):
     for found in (integer("op", "n", three), number("op", "x", three)):
         assert (type(found), found) == (int, 3)
 
 
 @pytest.mark.parametrize("half", [0.5, np.float16(0.5), np.array(0.5), torch.tensor(0.5)], ids=repr)
-def test_scalars_of_numpy_and_torch_are_numbers_and_come_back_as_pythons(half):
+def test_numpy_and_torch_floats_return_python_floats(half):
     found = number("op", "x", half)
     assert (type(found), found) == (float, 0.5)
 
 
 @pytest.mark.parametrize("true", [True, np.bool_(True), np.array(True), torch.tensor(True)])
-def test_flags_come_back_as_pythons(true):
+def test_numpy_and_torch_flags_return_python_bools(true):
     assert flag("op", "on", true) is True
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, torch.tensor([3]), torch.ones((), device="meta")])
-def test_what_is_no_number_is_of_the_wrong_kind_to_both_who_expect_a_type_and_a_value(value):
+def test_values_that_are_not_numbers_raise_type_error_and_value_error(value):
     for check in (integer, number):
         with pytest.raises(WrongKind, match=r"^op: n: expected an? (finite n|inte)"):
             check("op", "n", value)
@@ -53,19 +53,19 @@ def test_what_is_no_number_is_of_the_wrong_kind_to_both_who_expect_a_type_and_a_
 
 
 @pytest.mark.parametrize("value", [1, 0.0, "no", None, torch.tensor(1), torch.tensor([True])])
-def test_what_is_no_bool_is_no_flag(value):
+def test_values_that_are_not_bools_are_rejected_as_flags(value):
     with pytest.raises(WrongKind, match=r"^op: on: expected True or False, found "):
         flag("op", "on", value)
 
 
 @pytest.mark.parametrize("value", [2.0, np.float64(2), torch.tensor(2.0), math.nan])
-def test_a_float_is_no_integer(value):
+def test_floats_are_rejected_as_integers(value):
     with pytest.raises(WrongKind, match="expected an integer from 1, found "):
         integer("op", "n", value, 1)
 
 
 @pytest.mark.parametrize("value", [math.nan, np.float32("nan"), math.inf, -math.inf, 10**400])
-def test_nan_infinity_and_integers_beyond_every_float_are_in_no_range(value):
+def test_nan_infinity_and_integers_too_large_for_floats_are_out_of_range(value):
     with pytest.raises(ValueError, match=r"^op: x: expected a finite number, found"):
         number("op", "x", value)
     for bounds in ({"minimum": -5}, {"maximum": 5}, {"above": 0, "below": 1}):
@@ -73,7 +73,7 @@ def test_nan_infinity_and_integers_beyond_every_float_are_in_no_range(value):
             number("op", "x", value, **bounds)
 
 
-def test_infinity_passes_where_it_is_asked_for_and_nan_does_not():
+def test_infinity_is_allowed_if_it_is_a_bound_but_nan_is_not():
     assert number("op", "x", math.inf, 0, math.inf) == math.inf
     with pytest.raises(ValueError, match="found nan"):
         number("op", "x", math.nan, maximum=math.inf)
@@ -87,7 +87,7 @@ def test_infinity_passes_where_it_is_asked_for_and_nan_does_not():
         ((None, 6), "an integer up to 6", [-9, 6], [7]),
     ],
 )
-def test_bounds_of_integers(bounds, expected, inside, outside):
+def test_bounds_of_integers_are_checked(bounds, expected, inside, outside):
     assert [integer("op", "n", value, *bounds) for value in inside] == inside
     for value in outside:
         with pytest.raises(ValueError, match=rf"^op: n: expected {expected}, found {value}$") as e:
@@ -107,7 +107,7 @@ def test_bounds_of_integers(bounds, expected, inside, outside):
         ({"maximum": 1}, "a number up to 1", [1], [1.5]),
     ],
 )
-def test_bounds_of_numbers(bounds, expected, inside, outside):
+def test_bounds_of_numbers_are_checked(bounds, expected, inside, outside):
     assert [number("op", "x", value, **bounds) for value in inside] == inside
     for value in outside:
         with pytest.raises(ValueError) as error:
@@ -115,25 +115,25 @@ def test_bounds_of_numbers(bounds, expected, inside, outside):
         assert str(error.value) == f"op: x: expected {expected}, found {value!r}"
 
 
-def test_other_words_replace_those_of_the_bounds():
+def test_expected_text_replaces_the_text_of_the_bounds():
     with pytest.raises(ValueError, match=r"^op: n: expected a rank, found 0$"):
         integer("op", "n", 0, 1, expected="a rank")
 
 
-def test_a_choice_is_the_one_that_is_equal_and_of_its_type():
+def test_choice_returns_the_equal_option_of_the_same_type():
     assert choice("op", "mode", np.str_("b"), ("a", "b")) == "b"
     for value in ("c", 1, None, ["a"], np.array(["a", "b"])):
         with pytest.raises(ValueError, match=r"^op: mode: expected one of \('a', 'b'\), found"):
             choice("op", "mode", value, ("a", "b"))
 
 
-def test_an_instance_of_another_type_is_named_and_not_shown():
+def test_instance_error_contains_the_type_and_not_the_value():
     instance("op", "layer", torch.nn.Linear(1, 1), torch.nn.Module)
     with pytest.raises(WrongKind, match=r"^op: n: expected an int or str, found list$"):
         instance("op", "n", [1], (int, str))
 
 
-def test_require_raises_the_error_that_it_is_given():
+def test_require_raises_the_given_exception():
     with pytest.raises(KeyError, match="op: name: expected one that is loaded, found 'a'"):
         require(False, "op", "name", "one that is loaded", "'a'", KeyError)
 
@@ -157,7 +157,7 @@ class Settings:
         check_fields(self, table)
 
 
-def test_a_dataclass_keeps_what_its_checks_return():
+def test_dataclass_stores_the_values_that_its_checks_return():
     found = Settings(np.int32(4), torch.tensor(1.0), "b", np.bool_(False), np.int64(2), ["x"])
     assert found == Settings(4, 1.0, "b", False, 2, ("x",))
     assert [type(v) for v in vars(found).values()] == [int, float, str, bool, int, tuple]
@@ -174,6 +174,6 @@ def test_a_dataclass_keeps_what_its_checks_return():
         ("most", 0, "an integer from 1"),
     ],
 )
-def test_a_dataclass_refuses_by_its_annotations_and_its_table(field, value, expected):
+def test_dataclass_fields_are_checked_by_annotations_and_table(field, value, expected):
     with pytest.raises(ValueError, match=f"^Settings: {field}: expected {expected}, found"):
         Settings(**{field: value})

@@ -1,8 +1,8 @@
-"""The law of drafting and verifying, through the ops themselves, by enumeration.
+"""The law of drafting and verifying, checked by enumeration through the ops themselves.
 
-Every draw and every test is a step function of its uniform. Bisection finds where the steps lie, so
-the probability of each outcome is measured on the op that ships, not assumed; the law of the output
-is then a sum over all paths, without chance. The verifier is a table of next-token distributions.
+Every draw and every test is a step function of its uniform. Bisection finds the steps, so the
+probability of each outcome is measured on the op and not assumed. The law of the output is then a
+sum over all paths, without chance. The verifier is a table of next-token distributions.
 """
 
 import itertools
@@ -22,10 +22,10 @@ Prefix = tuple[int, ...]
 
 
 def step_sizes(f: Callable[[Tensor], Tensor], rows: int, outcomes: int, dtype: torch.dtype):
-    """``(rows, outcomes)``: for how much of [0, 1) each outcome comes out, in float64.
+    """Return the share of [0, 1) that gives each outcome, ``(rows, outcomes)``, in float64.
 
-    ``f`` gives the outcome of each row at a uniform of its own and does not decrease. Bisection
-    over all borders at once: ``outcomes - 1`` copies of the rows.
+    ``f`` returns the outcome of each row for one uniform per row, and does not decrease. All
+    borders are bisected at once, with ``outcomes - 1`` copies of the rows.
     """
     border = torch.arange(1, outcomes).repeat_interleave(
         rows
@@ -62,7 +62,7 @@ class Game:
             p for n in range(self.n_token + 1) for p in itertools.product(range(V), repeat=n)
         ]
         self.table = {p: logits(V) for p in prefixes}
-        self.table[()][1] = -torch.inf  # forbidden, and where the draft likes it
+        self.table[()][1] = -torch.inf  # The verifier forbids a token that the draft prefers.
         self.leaf[0, 0, :, 1] += 1
         self.drafts = torch.tensor(list(itertools.product(range(V), repeat=self.n_token)))
 
@@ -84,7 +84,7 @@ class Game:
         return CircuitSample(*(t.cpu() for t in got))
 
     def draft_law(self) -> dict[Prefix, Tensor]:
-        """``q(. | prefix)`` of every prefix, as ``circuit_sample`` draws."""
+        """Return ``q(. | prefix)`` of every prefix, as ``circuit_sample`` draws."""
         law: dict[Prefix, Tensor] = {}
         c = self.leaf.shape[2]
         for k in range(self.n_token):
@@ -98,8 +98,8 @@ class Game:
                 uniforms[:, k, 0], uniforms[:, k, 1] = u_state, u_token
                 return self.sample(rows, uniforms).tokens[:, k]
 
-            # The state is not to be seen, but its own probability is: the posterior, and the token
-            # given the state at a uniform in the middle of the state's share.
+            # The state is not an output, but its probability is: the posterior. The token given the
+            # state is read at a uniform in the middle of the state's share.
             full = evidence.clone()
             share = self.sample(full, torch.zeros(len(full), self.n_token, 2, dtype=self.uniform()))
             share = share.posterior[:, k].double()  # (prefixes, C)
@@ -115,9 +115,12 @@ class Game:
         return law
 
     def step_law(self) -> dict[Prefix, tuple[Tensor, Tensor]]:
-        """Of every prefix of a draft: how likely each token behind it is kept, ``(V,)``, and the
-        law of what ``spec_verify`` emits instead, ``(V, V)`` by the token rejected. Behind a whole
-        window the law of the next token, in row 0."""
+        """Return for every prefix of a draft the law of its next step.
+
+        It contains the probability that each next token is kept, ``(V,)``, and the law of the token
+        that ``spec_verify`` emits instead, ``(V, V)`` by the rejected token. After a full window,
+        row 0 is the law of the next token.
+        """
         n, rows = self.n_token, len(self.drafts)
         zeros = torch.zeros(rows, n, 2, dtype=self.uniform())
         sample = self.sample(self.drafts, zeros)
@@ -134,7 +137,7 @@ class Game:
             def run(u: Tensor, which: int, k: int = k) -> tuple[Tensor, Tensor]:
                 copies = len(u) // rows
                 uniforms = torch.zeros(len(u), n + 1, dtype=self.uniform())
-                uniforms[:, k] = 1 - 2.0**-24  # rejected there if it can be
+                uniforms[:, k] = 1 - 2.0**-24  # rejected there if possible
                 uniforms[:, which] = u
                 tensors = (t.repeat(copies, *[1] * (t.dim() - 1)) for t in (target, *sample, leaf))
                 got = ops.spec_verify(*self.put(*tensors, uniforms), temperature=self.temperature)
@@ -155,9 +158,11 @@ class Game:
         return steps
 
     def output_law(self, *, keep_residual: bool = True) -> Tensor:
-        """The law of the first two tokens that a step emits, ``(V, V)``. Where it emits one alone,
-        the second is the verifier's own. Without the residual token: a position that was rejected
-        behind an acceptance is left to the verifier, as a rule in use does."""
+        """Return the law of the first two tokens that a step emits, ``(V, V)``.
+
+        If a step emits one token, the verifier draws the second. With ``keep_residual=False``, the
+        verifier also draws the position of a rejection after an acceptance, as a common rule does.
+        """
         q, steps = self.draft_law(), self.step_law()
         law = torch.zeros(V, V, dtype=torch.float64)
 
@@ -195,38 +200,38 @@ def total_variation(game: Game, **options: bool) -> float:
 
 
 def tokens_of(backend: Backend) -> int:
-    """Windows of three tokens where they cost nothing."""
+    """Return the window length: three tokens for fast backends, two otherwise."""
     return 3 if backend.is_twin and not backend.small else 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_draft_and_verify_have_the_verifiers_law(backend: Backend, kind: str) -> None:
+def test_draft_and_verify_have_the_law_of_the_verifier(backend: Backend, kind: str) -> None:
     if backend.small and not backend.is_twin and kind != "hmm":
         pytest.skip("one kind is enough for the checks of the emulator")
     game = Game(backend, kind, tokens_of(backend), torch.float32)
     law = game.output_law()
     assert (law - game.expected_law()).abs().sum() / 2 < 1e-6
-    assert law[1].sum() == 0  # what the verifier forbids, to the last bit
+    assert law[1].sum() == 0  # The verifier forbids it, to the last bit.
     if backend.is_twin:
         assert total_variation(Game(backend, kind, 3, torch.float64)) < 1e-12
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_the_law_is_that_of_the_temperature(temperature: float) -> None:
+def test_output_law_includes_the_temperature(temperature: float) -> None:
     game = Game(Backend("cpu"), "hmm", 3, torch.float64, temperature)
     assert total_variation(game) < 1e-12
 
 
-def test_dropping_the_residual_token_fails_the_same_test() -> None:
+def test_output_law_without_the_residual_token_is_wrong() -> None:
     game = Game(Backend("cpu"), "hmm", 3, torch.float64)
     assert total_variation(game, keep_residual=False) > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_drafted_has_the_law_of_the_conditionals(backend: Backend, kind: str) -> None:
+def test_drafted_tokens_have_the_law_of_the_conditionals(backend: Backend, kind: str) -> None:
     if backend.small:
-        pytest.skip("the large backends will do")
+        pytest.skip("the large backends are sufficient")
     game = Game(backend, kind, tokens_of(backend), torch.float32)
     for prefix, q in game.draft_law().items():
         for token in range(V):
@@ -237,8 +242,8 @@ def test_what_is_drafted_has_the_law_of_the_conditionals(backend: Backend, kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_decoding_equals_token_by_token(backend: Backend, kind: str) -> None:
-    """Drafts by max-product, three rows at a time, conditioned on the token kept last."""
+def test_greedy_decoding_equals_token_by_token_decoding(backend: Backend, kind: str) -> None:
+    """Check drafts by max-product, three rows at a time, conditioned on the last token kept."""
     n, length, rows = tokens_of(backend), 12, 3
     game = Game(backend, kind, n, torch.float32)
 
@@ -256,7 +261,7 @@ def test_greedy_decoding_equals_token_by_token(backend: Backend, kind: str) -> N
     g = torch.Generator().manual_seed(5)
     kept = 0
     while min(map(len, contexts)) < length:
-        # The window begins with the last token, which is given.
+        # The window begins with the last token as evidence.
         evidence = torch.full((rows, n), -1)
         evidence[:, 0] = torch.tensor([c[-1] for c in contexts])
         m = num_transitions(kind, n)
@@ -268,7 +273,7 @@ def test_greedy_decoding_equals_token_by_token(backend: Backend, kind: str) -> N
         drafts = tokens.cpu().tolist()
         target = torch.stack(
             [
-                # Of position 0, which is given, nothing is looked at.
+                # Position 0 is evidence, so its target is not read.
                 torch.stack(
                     [torch.full((V,), torch.nan)]
                     + [verifier_logits(x[:-1] + d[:k]) for k in range(1, n + 1)]

@@ -1,4 +1,4 @@
-"""The formulas of the circuits against enumeration of windows and, where it counts, latents."""
+"""Formulas of the circuits against enumeration of windows and, in one test, of latents."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ COMPONENTS, VOCABULARY = 2, 3
 
 
 def circuit(kind: str, n_token: int, seed: int = 0, c: int = COMPONENTS, v: int = VOCABULARY):
-    """(leaf, prior, trans) of one row, as float64 logits."""
+    """Return (leaf, prior, trans) of one row, as float64 logits."""
     g = torch.Generator().manual_seed(seed)
     c = 1 if kind == "ff" else c
 
@@ -36,10 +36,10 @@ def scan_all(kind: str, leaf: Tensor, prior: Tensor, trans: Tensor, x: Tensor):
 
 
 def joint_by_latents(kind: str, leaf: Tensor, prior: Tensor, trans: Tensor, x: list[int]) -> float:
-    """p(x) as the plain sum over all latents: no scan, no recursion over values."""
+    """Return p(x) as the sum over all latents, without a scan or a recursion over values."""
     n_token, c = leaf.shape[1:3]
     emit, w, a = leaf[0].softmax(-1), prior[0].softmax(-1), trans[0].softmax(-1)
-    # (latent, its parent) of every latent but the root's, and the latent that each position sees.
+    # Pairs (latent, parent) except the root's, and the latent that each position sees.
     edges: list[tuple[int, int]] = []
     sees = [0] * n_token
     if kind == "hmm":
@@ -82,7 +82,7 @@ def test_circuit_scan_is_the_sum_over_all_latents(kind: str, n_token: int):
 
 @pytest.mark.parametrize("n_token", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_prefix_is_a_marginal_and_all_sum_to_one(kind: str, n_token: int):
+def test_prefixes_are_marginals_and_all_windows_sum_to_one(kind: str, n_token: int):
     x = windows(n_token)
     scan = scan_all(kind, *circuit(kind, n_token), x)
     joint = scan.prefix[:, -1].exp()
@@ -115,7 +115,7 @@ def test_minus_one_marginalises_and_conditionals_are_ratios_of_marginals(kind: s
         torch.testing.assert_close(dist.exp().sum(1), torch.ones(len(x)), check_dtype=False)
 
 
-def test_kinds_agree_and_a_draw_never_takes_what_has_no_weight():
+def test_kinds_agree_and_draws_skip_zero_weights():
     leaf, prior, _ = circuit("cp", 4)
     x = windows(4)
     identity = torch.full((1, 3, 2, 2), -math.inf, dtype=torch.float64)
@@ -146,7 +146,7 @@ def test_circuit_scan_gradient(kind: str):
 @pytest.mark.parametrize("kind", ["cp", "hmm", "btree"])
 def test_impossible_windows_are_minus_infinity_without_nan(kind: str):
     leaf, prior, trans = circuit(kind, 4)
-    leaf[0, 2, :, 1] = -math.inf  # token 1 cannot stand at position 2
+    leaf[0, 2, :, 1] = -math.inf  # Token 1 is impossible at position 2.
     prior[0, 0] = -math.inf
     trans[..., 0, 1] = -math.inf
     for t in (leaf, prior, trans):
@@ -196,7 +196,7 @@ def test_circuit_argmax_is_the_best_pair_of_tokens_and_latents(kind, n_token, gi
     evidence[:, :given] = 1
     tokens, value = reference.circuit_argmax(kind, leaf, prior, trans, evidence)
     assert (tokens[:, :given] == 1).all()
-    # Max over latents by making every sum a maximum: temperature to zero of all logs at once.
+    # The max over latents is the limit of sums at temperature 0 of all logs at once.
     cold = 400.0
     x = windows(n_token)
     x = x[(x[:, :given] == 1).all(1)]
@@ -207,7 +207,7 @@ def test_circuit_argmax_is_the_best_pair_of_tokens_and_latents(kind, n_token, gi
 
 
 def reference_unnormalised(kind: str, leaf: Tensor, prior: Tensor, trans: Tensor, x: Tensor):
-    """The scan with logits taken as they are: log of the sum over latents of the products."""
+    """Return the scan of unnormalised logits: log of the sum over latents of the products."""
     e = leaf[0][torch.arange(x.shape[1]), :, x].double()  # (B, K, C)
     last: list[Tensor] = []
 
@@ -222,7 +222,7 @@ def reference_unnormalised(kind: str, leaf: Tensor, prior: Tensor, trans: Tensor
     return last[0]
 
 
-def test_spec_verify_takes_the_branches_it_should():
+def test_spec_verify_accepts_rejects_and_adds_the_bonus_token():
     kind, n_token, v = "hmm", 2, VOCABULARY
     leaf, prior, trans = circuit(kind, n_token)
     tokens = torch.tensor([[0, 1]])
@@ -239,7 +239,7 @@ def test_spec_verify_takes_the_branches_it_should():
         )
         return int(a), int(nxt)
 
-    # Position 0: p = q, accepted for every u; position 1: p forbids the token, rejected even at 0.
+    # At position 0, p = q, so every u accepts. At position 1, p is 0, so even u = 0 rejects.
     for u in (0.0, 0.5, 0.99999994):
         accepted, token = verify([0.99999994, 0.0, u])
         assert accepted == 1 and token != 1

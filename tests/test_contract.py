@@ -1,4 +1,4 @@
-"""Every op of the table under the laws that all keep, on every backend that is open here."""
+"""Laws that every op of the table keeps, on every backend that can run here."""
 
 import importlib
 from collections.abc import Callable
@@ -23,7 +23,7 @@ TABLE: list[Op] = [op for family in FAMILIES for op in getattr(family, "OPS", ()
 
 
 def everywhere(has: Callable[[Op], Any], large: bool = True) -> pytest.MarkDecorator:
-    """Each shape of each op that `has` what a law is about, on each backend that takes it."""
+    """Return a mark for each shape and backend of each op for which ``has`` is true."""
     params = [
         pytest.param(b, op, shape, id=f"{b.name}-{op.name}-{shape}", marks=marks_of(b))
         for b in BACKENDS
@@ -81,7 +81,7 @@ def test_passes_opcheck(op: Op) -> None:
 
 @pytest.mark.cuda
 @alone(lambda op: op.on_gpu and op.steady)
-def test_a_captured_graph_replays_with_changed_contents(op: Op, request: Any) -> None:
+def test_captured_graph_replays_with_changed_contents(op: Op, request: Any) -> None:
     if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
         if request.config.getoption("--require-gpu"):
             pytest.fail("--require-gpu: no CUDA device, or a build without kernels")
@@ -94,7 +94,7 @@ def test_a_captured_graph_replays_with_changed_contents(op: Op, request: Any) ->
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = run(live)
-        for seed in (19, 20):  # ids, ranks and the seed of a mask change as well
+        for seed in (19, 20):  # Ids, ranks and the seed of a mask change as well.
             fresh = op.inputs(shape, torch.bfloat16, seed=seed, **how)
             for old, new in zip(tree_leaves(live), tree_leaves(fresh), strict=True):
                 if isinstance(old, torch.Tensor):
@@ -104,7 +104,7 @@ def test_a_captured_graph_replays_with_changed_contents(op: Op, request: Any) ->
 
 
 @alone(lambda op: op.wrong)
-def test_wrong_input_is_named(backend: Backend, op: Op) -> None:
+def test_wrong_input_raises_and_names_the_argument(backend: Backend, op: Op) -> None:
     for message, call in op.wrong(backend.device):
         with pytest.raises(ValueError, match=message):
             call()

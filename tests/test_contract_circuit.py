@@ -1,4 +1,4 @@
-"""What the circuit ops of training promise beside the laws of ``test_contract.py``."""
+"""Laws of the circuit ops for training, in addition to ``test_contract.py``."""
 
 import math
 
@@ -31,9 +31,7 @@ def check_bounds(got: Outputs, inputs: Inputs, what: object) -> None:
 
 
 @pytest.mark.parametrize("params", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_leaves_and_parameters_have_dtypes_of_their_own(
-    backend: Backend, params: torch.dtype
-) -> None:
+def test_leaf_and_parameter_dtypes_may_differ(backend: Backend, params: torch.dtype) -> None:
     for dtype in backend.dtypes():
         window = Window("btree", 2, 4, 6, 9)
         i = circuit_inputs(window, dtype, seed=2, params=params, device=backend.device)
@@ -42,7 +40,7 @@ def test_leaves_and_parameters_have_dtypes_of_their_own(
         check_bounds(got, i, (dtype, params))
 
 
-def test_log_probabilities_may_take_the_place_of_logits(backend: Backend) -> None:
+def test_log_probabilities_may_replace_logits(backend: Backend) -> None:
     for kind in KINDS:
         i = circuit_inputs(window_of(kind, 3, 5, 4, 1), torch.float32, seed=3)
         i = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in i.items()}
@@ -67,10 +65,10 @@ def impossible_cases(device: str) -> dict[str, Inputs]:
     for kind in ("cp", "hmm", "btree"):
         i = circuit_inputs(Window(kind, 4, 5, 6, 7), torch.float32, seed=5, marginalised=False)
         i["x"] %= 6
-        i["leaf"][1, 2, :, i["x"][1, 2]] = inf  # no state may emit the token
-        i["leaf"][2, 1] = inf  # rows of nothing but -inf
-        i["prior"][0, :5] = inf  # one legal start
-        i["prior"][3] = inf  # none
+        i["leaf"][1, 2, :, i["x"][1, 2]] = inf  # No state may emit the token.
+        i["leaf"][2, 1] = inf  # rows that are all -inf
+        i["prior"][0, :5] = inf  # one possible start
+        i["prior"][3] = inf  # no possible start
         if i["trans"] is not None:
             i["trans"][:, :, 2, 1:] = inf
             i["trans"][0, 1, 4] = inf  # a state without a successor
@@ -85,19 +83,20 @@ def impossible_cases(device: str) -> dict[str, Inputs]:
         band.diagonal(shift).zero_()
     i["trans"] = i["trans"] + band
     i["prior"] = torch.where(torch.arange(40) == 0, 0.0, inf).expand(2, 40).contiguous()
-    # The path that the tokens allow is far below the states that they forbid later.
+    # The path that the tokens allow is far below the states that later tokens forbid.
     i["leaf"] = i["leaf"] * 40
     cases["left to right"] = i
     i = circuit_inputs(Window("hmm", 1, 4, 3, 3), torch.float32, seed=8, marginalised=False)
-    i["prior"] = torch.tensor([[0.0, -200.0, inf]])  # e^-200 is no float, and yet a path
+    # e^-200 is not a float, but the path is possible.
+    i["prior"] = torch.tensor([[0.0, -200.0, inf]])
     i["leaf"][:, 1:, 0] = inf
     i["trans"][:] = torch.tensor([[0.0, inf, inf], [inf, 0.0, -150.0], [inf, inf, 0.0]])
     i["leaf"][:, 3, 1] = inf
     cases["one path below the smallest float"] = i
     i = circuit_inputs(Window("btree", 1, 4, 2, 3), torch.float32, seed=9, marginalised=False)
     i["trans"][:] = torch.tensor([[0.0, -180.0], [-300.0, 0.0]])
-    i["leaf"][:, 0, 0] = inf  # only the second state starts ...
-    i["leaf"][:, 3, 1] = inf  # ... and only the first one ends
+    i["leaf"][:, 0, 0] = inf  # Only the second state starts,
+    i["leaf"][:, 3, 1] = inf  # and only the first one ends.
     i["leaf"][:, 2, 1] = inf
     cases["a tree whose halves need different states"] = i
     return {
@@ -107,12 +106,12 @@ def impossible_cases(device: str) -> dict[str, Inputs]:
 
 
 @pytest.mark.parametrize("name", impossible_cases("cpu"))
-def test_impossible_is_minus_infinity_with_gradient_zero_and_nothing_else_is(
+def test_only_impossible_windows_are_minus_infinity_with_zero_gradient(
     backend: Backend, name: str
 ) -> None:
     i = impossible_cases(backend.device)[name]
     got, exact = run(i), formula(i)
-    # e of the size of the logits is rounded once, and so is every sum with it.
+    # e has the size of the logits and is rounded once, as is every sum with it.
     largest = max(i[k].nan_to_num(neginf=0).abs().max() for k in LEAVES if i[k] is not None)
     near = 2.0**-24 * (256 + 4 * float(largest))
     for key, value in got.items():
@@ -126,7 +125,7 @@ def test_impossible_is_minus_infinity_with_gradient_zero_and_nothing_else_is(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_chain_of_thousands_keeps_its_digits(backend: Backend, kind: str) -> None:
+def test_long_chain_keeps_its_digits(backend: Backend, kind: str) -> None:
     if backend.small:
         pytest.skip("this backend runs the small shapes")
     window = window_of(kind, 1, 2048 if backend.is_twin else 256, 3, 5)
@@ -135,12 +134,12 @@ def test_a_chain_of_thousands_keeps_its_digits(backend: Backend, kind: str) -> N
     for key, value in got.items():
         assert value.isfinite().all()
         exactly = exact[key].float()
-        # A component of cp sums its own log-probabilities, in float32.
+        # A component of cp sums its own log-probabilities in float32.
         torch.testing.assert_close(value.cpu(), exactly, rtol=3e-6, atol=1.3e-3)
 
 
 @shapes(OPS[0], SMALL, MEDIUM, name="window")
-def test_a_row_has_its_bits_whatever_the_batch(backend: Backend, window: Window) -> None:
+def test_row_bits_do_not_depend_on_the_batch(backend: Backend, window: Window) -> None:
     i = circuit_inputs(window, torch.float32, seed=11, device=backend.device)
     together = run(i)
     for b in range(min(2, window.rows)):
@@ -149,7 +148,7 @@ def test_a_row_has_its_bits_whatever_the_batch(backend: Backend, window: Window)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_may_lie_apart_or_be_one_and_the_same(backend: Backend, kind: str) -> None:
+def test_rows_may_be_strided_or_expanded(backend: Backend, kind: str) -> None:
     for c, v in ((4, 8), (3, 5)):
         window = window_of(kind, 3, 4, c, v)
         i = circuit_inputs(window, torch.float32, seed=13, device=backend.device)
@@ -165,13 +164,13 @@ def test_rows_may_lie_apart_or_be_one_and_the_same(backend: Backend, kind: str) 
         same(run({**i, **one}), run({**i, **copies}), "one for all")
 
 
-def test_an_expanded_leaf_is_not_copied() -> None:
+def test_expanded_leaf_is_not_copied() -> None:
     leaf = torch.randn(1, 4, 8, 500).expand(64, 4, 8, 500)
     x = torch.zeros(64, 4, dtype=torch.long)
     with torch.profiler.profile(profile_memory=True) as profile:
         ops.circuit_scan("cp", leaf, None, None, x)
     most = max(event.cpu_memory_usage for event in profile.key_averages())
-    assert most < leaf[0].nelement() * 4 * 8  # the copy would be 64 times that
+    assert most < leaf[0].nelement() * 4 * 8  # The copy would be 64 times as large.
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,7 +191,7 @@ def test_compiles_without_a_graph_break(backend: Backend, kind: str) -> None:
         assert_same_bits(mine, eager)
 
 
-def test_gradients_come_only_where_they_are_wanted(backend: Backend) -> None:
+def test_gradients_are_computed_only_if_needed(backend: Backend) -> None:
     i = circuit_inputs(Window("hmm", 2, 3, 4, 5), torch.float32, seed=16, device=backend.device)
     every = run({**i, "dconditional": torch.zeros_like(i["dconditional"])})
     for wanted in LEAVES:
@@ -203,7 +202,7 @@ def test_gradients_come_only_where_they_are_wanted(backend: Backend) -> None:
         assert not scan.posterior.requires_grad
 
 
-def test_double_backward_and_forward_mode_are_refused() -> None:
+def test_double_backward_and_forward_mode_raise() -> None:
     i = circuit_inputs(Window("hmm", 2, 3, 4, 5), torch.float32, seed=17)
     leaf = i["leaf"].requires_grad_()
     prefix = ops.circuit_scan("hmm", leaf, i["prior"], i["trans"], i["x"]).prefix
@@ -225,7 +224,7 @@ def head(
     seed: int = 0,
     sizes: tuple[int, ...] = (3, 4, 9, 8),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h, emit, x and the gradient of e; sizes: K, C, V, D."""
+    """Return h, emit, x and the gradient of e; ``sizes``: K, C, V, D."""
     g = torch.Generator().manual_seed(seed)
     h = torch.randn(rows, sizes[-1], generator=g).to(dtype)
     emit = torch.randn(sizes, generator=g).to(dtype)
@@ -236,7 +235,7 @@ def head(
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7])
-def test_emission_gather_is_the_formula(backend: Backend, rows: int) -> None:
+def test_emission_gather_equals_the_formula(backend: Backend, rows: int) -> None:
     for dtype in backend.dtypes():
         h, emit, x, de = head(rows, dtype, backend.device)
         leaves = [t.detach().requires_grad_() for t in (h, emit)]
@@ -245,15 +244,15 @@ def test_emission_gather_is_the_formula(backend: Backend, rows: int) -> None:
         wide = [t.detach().cpu().double().requires_grad_() for t in (h, emit)]
         formula = reference.emission_gather(*wide, x.cpu())
         exact = [formula.detach(), *torch.autograd.grad(formula, wide, de.cpu().double())]
-        # Logits, |l| <= 12, are rounded to dtype; so are their gradients and the sums over them.
+        # Logits, |l| <= 12, their gradients and sums of them are rounded to dtype.
         u = torch.finfo(dtype).eps / 2
         for mine, exactly, size in zip(got, exact, (12, 8, 8), strict=True):
             error = (mine.cpu().double() - exactly).abs()
             assert (error <= 4 * u * size * (1 + exactly.abs())).all(), dtype
 
 
-def test_emission_gather_goes_in_chunks_of_bounded_size() -> None:
-    rows, sizes = 300, (2, 8, 4100, 16)  # 131 KB of logits a row and position: 511 rows a chunk
+def test_emission_gather_uses_chunks_of_bounded_size() -> None:
+    rows, sizes = 300, (2, 8, 4100, 16)  # 131 KB of logits per row and position: 511 rows per chunk
     h, emit, x, de = head(rows, torch.float32, "cpu", sizes=sizes)
     h, de = h.repeat(4, 1), de.repeat(4, 1, 1)
     leaves = [t.requires_grad_() for t in (h, emit)]
@@ -271,7 +270,7 @@ def test_emission_gather_goes_in_chunks_of_bounded_size() -> None:
     torch.testing.assert_close(grads[1], 4 * few[1], rtol=1e-4, atol=1e-4)
 
 
-def test_emission_gather_keeps_torchs_laws() -> None:
+def test_emission_gather_passes_gradcheck_opcheck_and_compile() -> None:
     h, emit, x, de = head(3, torch.float64, "cpu", seed=1, sizes=(2, 2, 3, 4))
     leaves = [t.requires_grad_() for t in (h, emit)]
     assert torch.autograd.gradcheck(lambda *t: ops.emission_gather(*t, x), leaves)

@@ -1,4 +1,4 @@
-"""Decoding from circuits: every op against the formula, on every backend that is open here."""
+"""Decoding ops of circuits against the formula, on every backend that can run here."""
 
 from dataclasses import replace
 from typing import Any
@@ -31,8 +31,8 @@ small_shapes = pytest.mark.parametrize("shape", SMALL, ids=str)
 
 
 def dtype_pairs(backend: Backend, shape: Shape) -> list[tuple[torch.dtype, torch.dtype]]:
-    """Of the leaves, and of prior and transitions: each dtype once, in turns by shape, so that
-    every pair occurs."""
+    """Return pairs of a leaf dtype and a dtype of prior and transitions. Each dtype occurs once,
+    shifted by shape so that every pair occurs."""
     narrow = [t for t in backend.dtypes() if t != torch.float64]
     turn = (SMALL + MEDIUM).index(shape) % len(narrow)
     pairs = list(zip(narrow, narrow[turn:] + narrow[:turn], strict=True))
@@ -63,7 +63,9 @@ def test_conditional_dist_equals_the_formula(backend: Backend, shape: Shape) -> 
 
 @shapes(OP, SMALL, MEDIUM)
 @pytest.mark.parametrize("given", [False, True])
-def test_sample_draws_what_the_uniforms_say(backend: Backend, shape: Shape, given: bool) -> None:
+def test_sample_draws_the_tokens_of_the_uniforms(
+    backend: Backend, shape: Shape, given: bool
+) -> None:
     for dtype, weights in dtype_pairs(backend, shape):
         i = make_inputs(shape, dtype, weights=weights, seed=2, device=backend.device)
         evidence = i["evidence"] if given else None
@@ -81,13 +83,13 @@ def test_sample_draws_what_the_uniforms_say(backend: Backend, shape: Shape, give
 
 @shapes(OP, SMALL, MEDIUM)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_verify_accepts_and_draws_what_the_uniforms_say(
+def test_verify_accepts_and_draws_by_the_uniforms(
     backend: Backend, shape: Shape, temperature: float
 ) -> None:
     for dtype, leaf_dtype in dtype_pairs(backend, shape):
         i = make_inputs(shape, leaf_dtype, seed=3, device=backend.device)
         i["target"] = i["target"].to(dtype)
-        if shape.rows > 1:  # a draft that its verifier likes, so that rows are accepted in full
+        if shape.rows > 1:  # The verifier prefers this draft, so rows are accepted in full.
             i["accept"][1:, :-1] *= 1e-3
         sample = ops.circuit_sample(*circuit(i), i["uniforms"])
         for num_evidence in (None, i["num_evidence"]):
@@ -101,17 +103,17 @@ def test_verify_accepts_and_draws_what_the_uniforms_say(
 
 @shapes(OP, SMALL, MEDIUM)
 @pytest.mark.parametrize("given", [False, True])
-def test_argmax_is_that_of_the_formula(backend: Backend, shape: Shape, given: bool) -> None:
+def test_argmax_equals_the_formula(backend: Backend, shape: Shape, given: bool) -> None:
     for dtype, weights in dtype_pairs(backend, shape):
-        # Coarse 16-bit logits would tie within float32's rounding; these differ, in every dtype.
+        # Coarse 16-bit logits would tie within float32's rounding. These differ in every dtype.
         i = make_inputs(shape, dtype, weights=weights, seed=4, device=backend.device)
         w = wide(i)
         evidence = i["evidence"] if given else None
         tokens, value = ops.circuit_argmax(*circuit(i), evidence)
         exact = reference.circuit_argmax(*circuit(w), w["evidence"] if given else None)
         assert_log_close(value, exact[1], dtype, shape)
-        # Where another path is as good within rounding, the tokens need not be the same, but theirs
-        # must be as probable: the best value with all of them given.
+        # If another path is equally good within rounding, the tokens may differ. They must be
+        # equally probable then: the best value with all of them given.
         best = reference.circuit_argmax(*circuit(w), tokens.cpu())[1]
         assert_log_close(best, exact[1], torch.float32, shape)
         if dtype in (torch.float32, torch.float64):
@@ -119,7 +121,7 @@ def test_argmax_is_that_of_the_formula(backend: Backend, shape: Shape, given: bo
 
 
 @shapes(OP, SMALL, MEDIUM)
-def test_weights_of_powers_of_two_give_the_same_tokens_everywhere(
+def test_power_of_two_weights_give_the_same_tokens_on_every_backend(
     backend: Backend, shape: Shape
 ) -> None:
     for dtype in backend.dtypes():
@@ -131,13 +133,13 @@ def test_weights_of_powers_of_two_give_the_same_tokens_everywhere(
         verified = reference.spec_verify(*draft(w, sample), w["num_evidence"])
         assert_same_bits(got["accepted"], verified[0], f"{dtype} accepted: ")
         assert_same_bits(got["next_token"], verified[1], f"{dtype} next token: ")
-        # Every row of a matrix has as many ways out as the next: ties throughout.
+        # Every row of a matrix has equally many possible transitions: ties everywhere.
         expected = reference.circuit_argmax(*circuit(w), w["evidence"])[0]
         assert_same_bits(got["argmax"], expected, f"{dtype} argmax: ")
 
 
 @small_shapes
-def test_a_row_does_not_depend_on_its_batch(backend: Backend, shape: Shape) -> None:
+def test_row_does_not_depend_on_its_batch(backend: Backend, shape: Shape) -> None:
     i = make_inputs(shape, torch.bfloat16, seed=7, device=backend.device)
     together = run_all(i)
     for row in range(shape.rows):
@@ -158,7 +160,7 @@ def test_shared_strided_and_unaligned_parameters_change_no_bit(
     expected = run_all({n: t.contiguous() if n in names else t for n, t in first.items()})
 
     def off_grid(t: Tensor) -> Tensor:
-        """Rows of the batch three elements further apart, one element off their alignment."""
+        """Return the rows three elements further apart, one element off their alignment."""
         width = t[0].numel()
         store = t.new_full((len(t) * (width + 3) + 1,), torch.nan)
         view = store[1:].view(len(t), width + 3)[:, :width]
@@ -172,7 +174,7 @@ def test_shared_strided_and_unaligned_parameters_change_no_bit(
             assert_same_bits(value, expected[name], f"{name}: ")
 
 
-def test_no_prior_and_no_transitions_are_uniform(backend: Backend) -> None:
+def test_missing_prior_and_transitions_are_uniform(backend: Backend) -> None:
     i = make_inputs(Shape("cp", 3, 3, 4, 5), torch.float32, seed=9, device=backend.device)
     zeros = {**i, "prior": torch.zeros_like(i["prior"]), "trans": None}
     none = {**i, "prior": None, "trans": None}
@@ -180,7 +182,7 @@ def test_no_prior_and_no_transitions_are_uniform(backend: Backend) -> None:
         assert_same_bits(a, b, f"{name}: ")
 
 
-def test_one_hot_rows_leave_no_choice_and_impossible_ones_no_chance(
+def test_one_hot_rows_are_deterministic_and_impossible_rows_give_token_zero(
     backend: Backend,
 ) -> None:
     shape = Shape("hmm", 4, 5, 3, 70)
@@ -194,7 +196,7 @@ def test_one_hot_rows_leave_no_choice_and_impossible_ones_no_chance(
     assert sample.conditional.abs().max() < 1e-6
     assert_same_bits(ops.circuit_argmax(*circuit(i))[0], only[..., 0])
     i = make_inputs(Shape("hmm", 2, 3, 3, 6), torch.float32, seed=11, device=backend.device)
-    i["leaf"][:, 1] = -torch.inf  # nothing can stand at position 1
+    i["leaf"][:, 1] = -torch.inf  # No token is possible at position 1.
     sample = ops.circuit_sample(*circuit(i), i["uniforms"])
     assert (sample.tokens[:, 1:] == 0).sum() >= 2 and (sample.tokens[:, 1] == 0).all()
     assert sample.conditional[:, 0].isfinite().all()
@@ -207,8 +209,8 @@ def test_one_hot_rows_leave_no_choice_and_impossible_ones_no_chance(
     assert (dist == -torch.inf).all()
 
 
-def test_a_mixture_keeps_probabilities_below_the_smallest_number(backend: Backend) -> None:
-    """A sum of probabilities would be 0 here, and its logarithm -inf."""
+def test_mixture_keeps_probabilities_below_the_smallest_float(backend: Backend) -> None:
+    """Check a value for which a sum of probabilities is 0 and its logarithm -inf."""
     leaf = torch.zeros(1, 1, 2, 3)
     leaf[..., 1] = -200.0
     got = ops.circuit_conditional_dist(
@@ -231,7 +233,9 @@ def test_large_logits_lose_no_digits(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1e-3, 1e-40, 1e30])
-def test_what_the_verifier_forbids_is_never_emitted(backend: Backend, temperature: float) -> None:
+def test_tokens_that_the_verifier_forbids_are_never_emitted(
+    backend: Backend, temperature: float
+) -> None:
     shape = Shape("hmm", 64, 3, 2, 37)
     i = make_inputs(shape, torch.float32, seed=12, device=backend.device)
     g = torch.Generator().manual_seed(1)
@@ -249,8 +253,8 @@ def test_what_the_verifier_forbids_is_never_emitted(backend: Backend, temperatur
     assert (accepted == 0).any() and (accepted > 0).any()
 
 
-def test_nothing_is_left_of_equal_laws(backend: Backend) -> None:
-    """Rejected although p = q (the caller's conditional is off): drawn from p."""
+def test_rejection_with_equal_laws_draws_from_p(backend: Backend) -> None:
+    """Check a rejection although p = q, which happens if the caller's conditional is wrong."""
     leaf = torch.tensor([0.0, 0.0, -torch.inf, 0.0]).view(1, 1, 1, 4).to(backend.device)
     target = leaf[:, :, 0].repeat(1, 2, 1)
     far = torch.full((1, 1), 9.0, device=backend.device)
@@ -264,7 +268,7 @@ def test_nothing_is_left_of_equal_laws(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 31, 257, 4097])
-def test_greedy_takes_the_first_of_the_largest(backend: Backend, vocabulary: int) -> None:
+def test_greedy_chooses_the_first_of_the_largest(backend: Backend, vocabulary: int) -> None:
     shape = Shape("cp", 6, 2, 2, vocabulary)
     i = make_inputs(shape, torch.bfloat16, seed=13, device=backend.device)
     g = torch.Generator().manual_seed(2)
@@ -283,7 +287,7 @@ every_op = pytest.mark.parametrize("name", CALLS)
 
 
 @every_op
-def test_refuses_a_gradient(name: str) -> None:
+def test_leaf_with_gradient_raises(name: str) -> None:
     i = make_inputs(Shape("hmm", 2, 3, 2, 4), torch.float32, seed=15)
     i["leaf"].requires_grad_()
     args = [t.detach() if isinstance(t, Tensor) and t.grad_fn else t for t in CALLS[name](i)]

@@ -26,7 +26,7 @@ from torch import Tensor
 from lora_ext import ops, reference
 
 
-def test_a_known_answer(backend: Backend) -> None:
+def test_mix_has_the_known_value(backend: Backend) -> None:
     h = [torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]])]
     gammas = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])]
     mix = Mix(h, gammas, None, torch.tensor([[0.25, 0.75]]), eps=0.0)
@@ -35,12 +35,12 @@ def test_a_known_answer(backend: Backend) -> None:
 
 
 @norms
-def test_equals_the_formula_bit_for_bit_where_norms_are_exact(backend: Backend, norm: str) -> None:
-    """And where a router is even."""
+def test_equals_the_formula_bit_for_bit_if_norms_are_exact(backend: Backend, norm: str) -> None:
+    """Check also that a router with equal weights is exact."""
     for dtype, scales in each(backend):
         for shape in shapes_of(backend):
             if norm == "layer" and shape[1] % 2:
-                continue  # a row of plus and minus one has a mean of zero at even widths alone
+                continue  # A row of plus and minus one has mean zero only at even widths.
             mix = make(shape, dtype, backend, norm=norm, scales=scales, exact=True)
             (got,), (formula,) = mix.run(), mix.wide().run(reference)
             assert got.device == mix.weights.device
@@ -52,10 +52,10 @@ def test_equals_the_formula_bit_for_bit_where_norms_are_exact(backend: Backend, 
 
 
 def norm_bound(mix: Mix, width: int) -> list[Tensor]:
-    """How far each n_e may be from its float64 value, before it is rounded.
+    """Return the largest |error| of each n_e against float64, before n_e is rounded.
 
-    A row's sum rounds once a term at most, which moves a root by half as much; a mean, by its own
-    terms; then five products and sums.
+    A row's sum rounds at most once per term, which changes a root by half as much. A mean changes
+    by its own terms. Five products and sums follow.
     """
     u = unit(torch.float64 if mix.hiddens[0].dtype == torch.float64 else torch.float32)
     wide, found = mix.wide(), []
@@ -65,7 +65,7 @@ def norm_bound(mix: Mix, width: int) -> list[Tensor]:
         x, gamma = (h - mean) * rinv, wide.gammas[e]
         beta = wide.betas[e].abs() if wide.betas else 0
         bound = (width / 2 + 8) * u * (gamma * x).abs() + 4 * u * beta
-        if mix.norm == "layer":  # the shift by a wrong mean also comes into the root
+        if mix.norm == "layer":  # The shift by a wrong mean also changes the root.
             shift = (width + 1) * u * h.abs().mean(-1, keepdim=True) * rinv
             bound = bound + 2 * shift * (gamma.abs() + (gamma * x).abs())
         found.append(bound)
@@ -96,14 +96,14 @@ def test_stays_within_the_bound_on_random_values(backend: Backend, norm: str) ->
 
 
 @norms
-def test_a_router_agrees_with_the_formula(backend: Backend, norm: str) -> None:
+def test_router_agrees_with_the_formula(backend: Backend, norm: str) -> None:
     for dtype, scales in each(backend):
         for shape in SMALL if backend.small else [*SMALL, *LARGE[:3]]:
             mix = make(shape, dtype, backend, norm=norm, scales=scales, routed=True)
             (u, w), formula = mix.run(), mix.wide().run(reference)
             sums = torch.float64 if dtype == torch.float64 else torch.float32
             assert w.dtype == sums and u.dtype == dtype
-            # A logit errs by the terms of its row; so, relatively, does a weight.
+            # A logit errs by the terms of its row, and a weight by the same relative error.
             near = 4 * (shape[1] + 16) * unit(sums)
             assert torch.allclose(w.cpu().double(), formula[1], rtol=near, atol=0)
             assert torch.allclose(w.sum(-1), torch.ones_like(w[..., 0]), rtol=8 * unit(sums))
@@ -112,19 +112,19 @@ def test_a_router_agrees_with_the_formula(backend: Backend, norm: str) -> None:
             assert torch.allclose(u.cpu().double(), formula[0], rtol=0, atol=near), (dtype, shape)
 
 
-def test_a_router_mixes_as_its_weights_would(backend: Backend) -> None:
+def test_router_mixes_like_its_weights(backend: Backend) -> None:
     for dtype, scales in each(backend):
         mix = make(((7,), 48, 3), dtype, backend, scales=scales, routed=True)
         u, w = mix.run()
         (other,) = replace(mix, router=None, bias=None, weights=w).run()
         if backend.is_twin:
             assert_same_bits(u, other)
-        else:  # a kernel with a router adds the last depth first
+        else:  # A kernel with a router adds the last depth first.
             near = 2 * unit(dtype) * u.abs().max().item() + 1e-5
             assert torch.allclose(u.float(), other.float(), rtol=0, atol=near)
 
 
-def test_depths_may_change_places_and_sizes_of_hidden_states_do_not_count(backend: Backend) -> None:
+def test_depths_may_be_permuted_and_hidden_states_scaled(backend: Backend) -> None:
     mix = make(((9,), 72, 4), torch.float32, backend)
     order = [2, 0, 3, 1]
     other = replace(
@@ -141,7 +141,7 @@ def test_depths_may_change_places_and_sizes_of_hidden_states_do_not_count(backen
 
 
 def last_token(t: Tensor) -> Tensor:
-    """The same values as the last position of a longer sequence."""
+    """Return the values as the last position of a longer sequence."""
     longer = t.new_full((t.shape[0], 3, *t.shape[1:]), float("nan"))
     longer[:, -1] = t
     return longer[:, -1]
@@ -149,10 +149,10 @@ def last_token(t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", [strided, transposed, last_token])
 @pytest.mark.parametrize("routed", [False, True], ids=["weights", "router"])
-def test_layouts_change_no_more_than_an_address_may(
+def test_layouts_change_no_bit_of_twins_and_only_rounding_of_kernels(
     backend: Backend, layout: Callable[[Tensor], Tensor], routed: bool
 ) -> None:
-    """Of twins no bit; kernels take rows that are not aligned another way."""
+    """Check layouts; kernels process unaligned rows on another path."""
     for dtype, scales in each(backend):
         for shape in [((5,), 24, 3), ((20,), 40, 2), ((3,), 33, 4)]:
             mix = make(shape, dtype, backend, scales=scales, routed=routed)
@@ -168,7 +168,7 @@ def test_layouts_change_no_more_than_an_address_may(
                     assert torch.allclose(got.cpu(), expected.cpu(), rtol=0, atol=near)
 
 
-def test_expanded_arguments_and_gradients_count_as_the_values_that_they_show(
+def test_expanded_arguments_and_gradients_equal_their_copies(
     backend: Backend,
 ) -> None:
     mix = make(((5,), 24, 2), torch.float32, backend)
@@ -186,7 +186,7 @@ def test_expanded_arguments_and_gradients_count_as_the_values_that_they_show(
 
 
 @pytest.mark.parametrize("routed", [False, True], ids=["weights", "router"])
-def test_a_rows_bits_do_not_depend_on_its_batch(backend: Backend, routed: bool) -> None:
+def test_row_bits_do_not_depend_on_the_batch(backend: Backend, routed: bool) -> None:
     for dtype, scales in each(backend):
         for width in (40, 33):
             mix = make(((7,), width, 3), dtype, backend, scales=scales, routed=routed)
@@ -203,8 +203,8 @@ def test_a_rows_bits_do_not_depend_on_its_batch(backend: Backend, routed: bool) 
                     assert_same_bits(got, expected[rows])
 
 
-def test_a_mix_too_large_for_caches_has_the_same_bits() -> None:
-    """From 4 MiB on, twins write it past them."""
+def test_mix_too_large_for_caches_has_the_same_bits() -> None:
+    """Check mixes of at least 4 MiB, which twins write past the caches."""
     for dtype, width in [(torch.float32, 2048), (torch.float32, 2052), (torch.float64, 1040)]:
         mix = make(((520,), width, 2), dtype)
         (together,) = mix.run()
@@ -216,7 +216,7 @@ def test_a_mix_too_large_for_caches_has_the_same_bits() -> None:
 
 @norms
 @pytest.mark.parametrize("betas", [False, True], ids=["plain", "betas"])
-def test_gradients_equal_the_formula_bit_for_bit_where_norms_are_exact(
+def test_gradients_equal_the_formula_bit_for_bit_if_norms_are_exact(
     backend: Backend, norm: str, betas: bool
 ) -> None:
     for dtype, scales in each(backend):
@@ -233,12 +233,12 @@ def test_gradients_equal_the_formula_bit_for_bit_where_norms_are_exact(
 
 
 def near_formula(mix: Mix, what: object) -> None:
-    """Gradients within a multiple of the terms that are added up, of the largest of each kind."""
+    """Check gradients within a multiple of the number of terms and the largest of each kind."""
     up = upstream(mix)
     formula = gradients(mix.wide(), [t.cpu().double() for t in up], reference)
     h = mix.hiddens[0]
     sums = torch.float64 if h.dtype == torch.float64 else torch.float32
-    # Terms of a row, then of rows: each sum errs by no more than a unit a term of its largest.
+    # Terms of a row, then of rows. Each sum errs by at most one unit per term of its largest term.
     terms = h.shape[-1] + math.prod(h.shape[:-1]) + 32
     for mine, exact, of in zip(gradients(mix, up), formula, mix.tensors(), strict=True):
         assert mine.dtype == of.dtype and mine.shape == of.shape
@@ -255,7 +255,8 @@ def test_gradients_agree_with_the_formula(backend: Backend, norm: str) -> None:
     for dtype, scales in each(backend):
         for shape in SMALL if backend.small else [*SMALL, *LARGE[:-1]]:
             if shape[1] <= (3 if norm == "layer" else 1):
-                continue  # a norm of so few numbers is all but constant: nothing but cancellation
+                # The norm of few numbers is almost constant: its gradient is only cancellation.
+                continue
             near_formula(make(shape, dtype, backend, norm=norm, scales=scales), (dtype, shape))
 
 
@@ -267,7 +268,7 @@ def test_gradients_of_a_router_agree_with_the_formula(backend: Backend, norm: st
             near_formula(mix, (dtype, shape))
 
 
-def test_a_router_hears_of_both_results(backend: Backend) -> None:
+def test_router_gradient_sums_those_of_both_results(backend: Backend) -> None:
     mix = make(((6,), 40, 3), torch.float32, backend, routed=True)
     up = upstream(mix)
     both = gradients(mix, up)
@@ -300,7 +301,7 @@ def test_gradcheck_in_float64(norm: str, routed: bool) -> None:
     assert torch.autograd.gradcheck(run, live)
 
 
-def test_gradients_come_to_those_that_ask_alone(backend: Backend) -> None:
+def test_gradients_are_computed_only_for_tensors_that_require_them(backend: Backend) -> None:
     mix = make(((5,), 24, 3), torch.float32, backend)
     up = upstream(mix)
     all_of_them = gradients(mix, up)
@@ -311,7 +312,7 @@ def test_gradients_come_to_those_that_ask_alone(backend: Backend) -> None:
         assert_same_bits(got, all_of_them[at])
 
 
-def test_one_tensor_of_gammas_is_as_good_as_its_rows(backend: Backend) -> None:
+def test_stacked_gammas_equal_a_list_of_rows(backend: Backend) -> None:
     mix = make(((5,), 24, 3), torch.bfloat16, backend, scales=torch.bfloat16)
     gammas = torch.stack(mix.gammas).requires_grad_()
     betas = torch.stack(mix.betas).requires_grad_()
@@ -324,7 +325,7 @@ def test_one_tensor_of_gammas_is_as_good_as_its_rows(backend: Backend) -> None:
         assert_same_bits(got, expected)
 
 
-def test_the_forward_keeps_few_numbers_and_is_differentiable_once() -> None:
+def test_forward_saves_few_numbers_and_is_differentiable_once() -> None:
     for norm, routed, extra in [("rms", False, 1), ("layer", False, 2), ("layer", True, 3)]:
         mix = make(((6,), 40, 3), torch.float32, norm=norm, routed=routed)
         mix = mix.map(lambda t: t.requires_grad_())

@@ -1,4 +1,4 @@
-"""What Gram matrices of adapters promise beyond the laws of the table."""
+"""Laws of the Gram matrices of adapters, in addition to those of the table."""
 
 from collections.abc import Callable
 
@@ -16,11 +16,11 @@ from lora_ext import ops, reference
 def test_grams_stay_within_the_bound_on_random_values(
     backend: Backend, asked: torch.dtype | None
 ) -> None:
-    """No sum rounds more often than once for each of its n terms, nor than n / 32 + 140 times.
+    """Check the error of sums of n terms: at most n roundings, and at most n / 32 + 140.
 
-    Twins add a span of 256 in four lanes or more, kernels a step of 32 to 128 at 64 ranks; then
-    the lanes meet, and the spans, or steps, follow each other. A product is exact, or rounded with
-    its sum; on the emulator once before.
+    Twins add a span of 256 in at least four lanes; kernels add a step of 32 to 128 at 64 ranks. The
+    lanes are then added, followed by the spans or steps in turn. A product is exact, or rounded
+    with its sum. On the emulator it is rounded once before.
     """
     for dtype in DTYPES:
         shapes = shapes_of(backend)
@@ -32,25 +32,26 @@ def test_grams_stay_within_the_bound_on_random_values(
             grams(a, b, asked), exact, magnitude, lengths, strict=True
         ):
             unit = 2.0**-53 if got.dtype == torch.float64 else 2.0**-24
-            # The formula in float64 is itself a sum of n terms.
+            # The float64 formula is a sum of n terms too.
             allowed = (min(n + 1, n / 32 + 140) * unit + n * 2.0**-53) * total
             assert ((got.cpu().double() - formula).abs() <= allowed).all(), (dtype, n)
             assert_same_bits(got, got.T)
 
 
-def test_pair_stats_agree_with_the_dense_products(backend: Backend) -> None:
+def test_pair_stats_agree_with_dense_products(backend: Backend) -> None:
     for dtype in DTYPES:
         lists = adapters(shapes_of(backend), dtype, backend)
         for b, projected in zip(lists[1], lists[2], strict=True):
-            projected.mul_(1e-3).add_(b)  # all but the same: the expanded form would cancel
+            # They are almost equal, so the expanded form would cancel.
+            projected.mul_(1e-3).add_(b)
         scaling = [1.0 + i for i in range(len(lists[0]))]
         got = ops.lora_pair_stats(*lists, scaling).cpu()
         dense = reference.lora_pair_stats(*([t.cpu() for t in kept] for kept in lists), scaling)
         assert torch.allclose(got, dense, rtol=1e-10, atol=1e-12)
 
 
-def test_known_answers_and_those_of_empty_lists_and_adapters(backend: Backend) -> None:
-    """V = diag(2, 0) takes b = (1, 1) to (2, 0): |D|^2 = 50, |PD|^2 = 100, d^2 = 50."""
+def test_known_values_and_empty_lists_and_adapters(backend: Backend) -> None:
+    """Check V = diag(2, 0), which maps b = (1, 1) to (2, 0): |D|^2 = 50, |PD|^2 = 100, d^2 = 50."""
     a = torch.tensor([[3.0, 4.0]], device=backend.device)
     b = torch.tensor([[1.0], [1.0]], device=backend.device)
     moved = torch.tensor([[2.0], [0.0]], device=backend.device)
@@ -79,13 +80,13 @@ def test_layouts_change_no_bit(backend: Backend, layout: Callable[[Tensor], Tens
 
 def test_factors_may_be_expanded_and_rows_may_overlap(backend: Backend) -> None:
     row = torch.arange(-3.0, 4.0, device=backend.device)
-    windows = torch.arange(12.0, device=backend.device).unfold(0, 8, 1)  # (5, 8), a row every 1
+    windows = torch.arange(12.0, device=backend.device).unfold(0, 8, 1)  # (5, 8), row stride 1
     for a, b in ((row.expand(3, 7), row[:, None].expand(7, 3)), (windows, windows[:, :5])):
         for got, expected in zip(grams([a], [b]), wide_grams([a], [b]), strict=True):
             assert_same_bits(got, expected.float())
 
 
-def test_neither_a_single_rows_stride_nor_what_lies_beside_is_read(
+def test_stride_of_a_single_row_and_neighbouring_memory_are_not_read(
     backend: Backend,
 ) -> None:
     numbers = torch.arange(8.0, device=backend.device)
@@ -99,8 +100,8 @@ def test_neither_a_single_rows_stride_nor_what_lies_beside_is_read(
     assert torch.equal(gram, torch.full_like(gram, 40.0))
 
 
-def test_rows_may_lie_further_apart_than_an_int32_counts(backend: Backend) -> None:
-    """The pages between the rows are never touched."""
+def test_rows_may_be_further_apart_than_int32_counts(backend: Backend) -> None:
+    """Check rows with untouched pages between them."""
     far = torch.empty(2**31 + 8, dtype=torch.float16, device=backend.device)
     far[:4], far[2**31 : 2**31 + 4] = 1, 2
     rows = far.as_strided((2, 4), (2**31, 1))
@@ -109,7 +110,7 @@ def test_rows_may_lie_further_apart_than_an_int32_counts(backend: Backend) -> No
 
 
 @pytest.mark.slow
-def test_together_and_alone_and_again_give_the_same_bits(backend: Backend) -> None:
+def test_list_single_adapter_and_repetition_give_the_same_bits(backend: Backend) -> None:
     for dtype in DTYPES:
         a, b, p = adapters(shapes_of(backend), dtype, backend)
         together, stats = ops.lora_gram(a, b), ops.lora_pair_stats(a, b, p, 3.0)
@@ -140,8 +141,8 @@ def test_dtypes_may_be_mixed_in_a_list_and_in_an_adapter(backend: Backend) -> No
 
 
 @pytest.mark.slow
-def test_a_list_may_be_longer_than_a_launch_holds(backend: Backend) -> None:
-    """Kernels take 500 adapters of one dtype at a time."""
+def test_list_may_be_longer_than_one_launch(backend: Backend) -> None:
+    """Check more than the 500 adapters of one dtype that a kernel processes at a time."""
     count = 40 if backend.small else 502
     shapes = [(20, 24, 65) if i == 500 else (4, 5 + i % 7, 1 + i % 3) for i in range(count)]
     a, b, p = adapters(shapes, torch.float32, backend)
@@ -155,7 +156,7 @@ def test_a_list_may_be_longer_than_a_launch_holds(backend: Backend) -> None:
     assert torch.allclose(torch.stack([g.trace().double().cpu() for g in first]), wide, rtol=1e-5)
 
 
-def test_a_list_may_be_spread_over_devices() -> None:
+def test_list_may_be_spread_over_devices() -> None:
     shapes = [(6, 5, 3), (4, 7, 2), (9, 4, 2)]
     a, b, p = adapters(shapes, torch.float32, Backend("cpu"))
     spread = [[kept[0], kept[1].to("meta"), kept[2]] for kept in (a, b, p)]
@@ -166,7 +167,7 @@ def test_a_list_may_be_spread_over_devices() -> None:
         assert_same_bits(got[2], expected[2])
     with pytest.raises(ValueError, match=r"lora_pair_stats: a\[1\]: expected a tensor on meta"):
         ops.lora_pair_stats(*(kept[1:] + kept[:1] for kept in spread))
-    a[0], b[0] = a[0].to("meta"), b[0].to("meta")  # a fault is named by its place in the list
+    a[0], b[0] = a[0].to("meta"), b[0].to("meta")  # The error contains the index in the list.
     for at, wrong, message in [
         (2, b[2][:, 1:], r"b\[2\]: expected shape \(O, r\) with r = 2, found \[9, 1\]"),
         (1, b[1].to("meta"), r"b\[1\]: expected a tensor on cpu, found meta"),
@@ -176,7 +177,7 @@ def test_a_list_may_be_spread_over_devices() -> None:
             ops.lora_gram(a, [wrong if i == at else t for i, t in enumerate(b)])
 
 
-def test_what_is_not_finite_stays_with_its_adapter_and_infinite(
+def test_non_finite_values_affect_only_their_adapter_and_stay_infinite(
     backend: Backend,
 ) -> None:
     a, b, p = adapters([(40, 32, 8), (40, 48, 8)], torch.float32, backend)
@@ -195,7 +196,7 @@ def test_what_is_not_finite_stays_with_its_adapter_and_infinite(
             assert ops.lora_pair_stats(a, b, 2 * b).tolist() == [torch.inf] * 4, (dtype, rank)
 
 
-def test_autograd_autocast_and_inference_mode_leave_them_alone(backend: Backend) -> None:
+def test_autograd_autocast_and_inference_mode_change_nothing(backend: Backend) -> None:
     a, b, p = adapters([(40, 32, 8), (9, 4, 2)], torch.float32, backend)
 
     def run(a: list[Tensor], b: list[Tensor], p: list[Tensor]) -> list[Tensor]:
@@ -215,7 +216,7 @@ def test_autograd_autocast_and_inference_mode_leave_them_alone(backend: Backend)
             assert_same_bits(one, other)
 
 
-def test_a_tangent_and_a_gradient_are_refused(backend: Backend) -> None:
+def test_tangents_and_gradients_raise(backend: Backend) -> None:
     a, b, _ = adapters([(5, 7, 3)], torch.float32, backend)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(b[0], torch.ones_like(b[0]))
@@ -232,7 +233,7 @@ def test_a_tangent_and_a_gradient_are_refused(backend: Backend) -> None:
             call()
 
 
-def test_the_fake_kernels_refuse_what_the_ops_refuse() -> None:
+def test_fake_kernels_raise_like_the_ops() -> None:
     a, b, p = (
         [t.to("meta") for t in kept] for kept in adapters([(5, 7, 3)], DTYPES[0], Backend("cpu"))
     )
@@ -253,7 +254,7 @@ def test_the_fake_kernels_refuse_what_the_ops_refuse() -> None:
             call()
 
 
-def test_traces_without_a_break() -> None:
+def test_grams_and_stats_compile_without_a_graph_break() -> None:
     a, b, p = adapters([(5, 7, 3), (9, 4, 2)], torch.float32, Backend("cpu"))
 
     @torch.compile(fullgraph=True, backend="eager")
@@ -266,7 +267,7 @@ def test_traces_without_a_break() -> None:
 
 
 @pytest.mark.parametrize("scaling", [2.0, [2.0, 3.0], torch.tensor([2.0, 3.0])], ids=str)
-def test_stats_of_any_scaling_trace_without_a_break(scaling: object) -> None:
+def test_stats_of_any_scaling_compile_without_a_graph_break(scaling: object) -> None:
     lists = adapters([(5, 7, 3), (9, 4, 2)], torch.float32, Backend("cpu"))
     traced = torch.compile(ops.lora_pair_stats, fullgraph=True, backend="eager")
     assert_same_bits(traced(*lists, scaling), ops.lora_pair_stats(*lists, scaling))

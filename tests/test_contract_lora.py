@@ -1,4 +1,4 @@
-"""What LoRA's ops promise beyond the laws of the table, for one module and for siblings."""
+"""Laws of the LoRA ops beyond those of the table, for one module and for siblings."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from lora_ext import ops, reference
 (OP,) = OPS
 
 
-def test_v_has_the_dtype_of_sums_and_y_that_of_x(backend: Backend) -> None:
+def test_v_has_the_accumulation_dtype_and_y_that_of_x(backend: Backend) -> None:
     for dtype in backend.dtypes():
         found = OP.run(make_inputs(SMALL[2], dtype, device=backend.device))
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -34,7 +34,7 @@ def test_rows_without_adapter_or_rank_keep_every_bit(backend: Backend, shape: Sh
         if len(shape.ranks):
             idle = idle | (inputs["ranks"][ids.clamp(min=0)] == 0)
         y = inputs["y"]
-        y[idle] = -0.0  # a kernel that adds zero would turn it into +0.0
+        y[idle] = -0.0  # A kernel that adds zero would turn it into +0.0.
         got = APPLY_.call(inputs)
         assert torch.equal(torch.signbit(got[idle]), torch.signbit(y[idle]))
         assert_same_bits(got[idle], y[idle])
@@ -59,12 +59,12 @@ def test_pages_give_the_bits_of_a_bank(backend: Backend, shape: Shape) -> None:
     for dtype in backend.dtypes():
         bank = OP.run(make_inputs(shape, dtype, seed=6, device=backend.device))
         pages = OP.run(make_inputs(shape, dtype, seed=6, paged=True, device=backend.device))
-        # A bank may be narrower than pages, and so may its v.
+        # A bank and its v may be narrower than pages.
         same({k: t[:, : bank[k].shape[1]] for k, t in pages.items()}, bank)
 
 
 @shapes(OP, SMALL, DEEP)
-def test_rows_may_lie_apart_and_unaligned(backend: Backend, shape: Shape) -> None:
+def test_rows_may_be_strided_and_unaligned(backend: Backend, shape: Shape) -> None:
     for dtype in backend.dtypes():
         inputs = make_inputs(shape, dtype, seed=8, exact=True, device=backend.device)
         expected = APPLY_.call(inputs)
@@ -75,7 +75,7 @@ def test_rows_may_lie_apart_and_unaligned(backend: Backend, shape: Shape) -> Non
         assert_same_bits(y, expected)
 
 
-def test_one_row_may_serve_many_tokens_and_a_bank_be_a_view(backend: Backend) -> None:
+def test_x_may_be_expanded_and_a_bank_a_view(backend: Backend) -> None:
     shape = SMALL[4]
     inputs = make_inputs(shape, torch.float32, seed=9, exact=True, device=backend.device)
     inputs["x"] = inputs["x"][:1].expand(shape.tokens, -1)
@@ -90,7 +90,7 @@ def test_one_row_may_serve_many_tokens_and_a_bank_be_a_view(backend: Backend) ->
 
 
 @pytest.mark.parametrize("shape", [*SMALL, *DEEP], ids=str)
-def test_a_row_does_not_depend_on_its_batch_on_the_cpu(shape: Shape) -> None:
+def test_row_does_not_depend_on_its_batch_on_the_cpu(shape: Shape) -> None:
     inputs = make_inputs(shape, torch.float32, seed=13)
     together = APPLY_.call(inputs)
     for t in range(min(shape.tokens, 8)):
@@ -103,7 +103,7 @@ def gradients(inputs: Inputs, names: str, function: Any) -> list[Tensor]:
     tail = (inputs[k] for k in ("adapter_ids", "scale", "ranks", "page_table"))
     values = [leaves.get(k, inputs[k]) for k in "xab"]
     y = function(*values, *tail)
-    if not y.requires_grad:  # no row has an adapter: the formula never touched a leaf
+    if not y.requires_grad:  # No row has an adapter, so the formula does not use the leaves.
         return [torch.zeros_like(leaf) for leaf in leaves.values()]
     weights = torch.arange(y.numel()).reshape(y.shape) % 3 - 1
     return list(torch.autograd.grad(y, list(leaves.values()), weights.to(y)))
@@ -111,7 +111,7 @@ def gradients(inputs: Inputs, names: str, function: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize(("paged", "names"), [(False, "xab"), (True, "x")], ids=["bank", "paged"])
 @shapes(OP, SMALL, DEEP)
-def test_gradients_are_those_of_the_formula(
+def test_gradients_equal_the_formula(
     backend: Backend, shape: Shape, paged: bool, names: str
 ) -> None:
     dtype = torch.float64 if backend.is_twin else torch.float32
@@ -128,7 +128,7 @@ def test_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda *values: ops.lora_apply(*values, *tail), leaves)
 
 
-def test_nan_stays_with_its_adapter_and_no_gradient_reaches_beyond_a_rank() -> None:
+def test_nan_affects_only_its_adapter_and_no_gradient_exceeds_the_rank() -> None:
     inputs = make_inputs(Shape(6, 16, 12, (8, 8), "interleaved"), torch.float32, seed=15)
     inputs["x"][1] = torch.nan
     a, b = inputs["a"].requires_grad_(), inputs["b"].requires_grad_()
@@ -159,8 +159,8 @@ def test_compiles_without_a_graph_break(backend: Backend) -> None:
 
 
 @shapes(SIBLINGS[0], SMALL, DEEP, MEDIUM)
-def test_siblings_have_the_bits_of_a_module_alone(backend: Backend, shape: Shape) -> None:
-    """With a plan and without, of banks and of pages: each dtype has its turn at either."""
+def test_siblings_have_the_bits_of_a_single_module(backend: Backend, shape: Shape) -> None:
+    """Check siblings with and without a plan, in banks and pages; each dtype is used with both."""
     for turn, dtype in enumerate(backend.dtypes()):
         (modules,) = SIBLINGS[0].feed(shape, dtype, turn, seed=2, device=backend.device)
         plan = ops.lora_plan(modules[0]["adapter_ids"], len(shape.ranks))
@@ -168,8 +168,8 @@ def test_siblings_have_the_bits_of_a_module_alone(backend: Backend, shape: Shape
             assert_same_bits(got, alone(module), f"{dtype}: ")
 
 
-def test_siblings_may_differ_in_ranks_and_lie_off_the_grid(backend: Backend) -> None:
-    """Adapters of none, some and many ranks, a module without any, outputs that are not aligned."""
+def test_siblings_may_differ_in_ranks_and_alignment(backend: Backend) -> None:
+    """Check no, few and many ranks, a module without adapters, and unaligned outputs."""
     shape = Shape(19, 64, 48, (8, 3), "uniform")
     for dtype in backend.dtypes():
         modules = family(shape, dtype, seed=3, device=backend.device)
@@ -195,10 +195,10 @@ def test_siblings_may_differ_in_ranks_and_lie_off_the_grid(backend: Backend) -> 
         (16, 60, True, 6),
     ],
 )
-def test_siblings_take_the_launches_of_one_module(
+def test_siblings_need_the_launches_of_one_module(
     backend: Backend, tokens: int, out: int, paged: bool, launches: int
 ) -> None:
-    """Prefill and rows that do not lie on 16 bytes take launches of their own for each module."""
+    """Check launches; prefill and rows not aligned to 16 bytes need some per module."""
     if backend.is_twin or backend.device == "cuda":
         pytest.skip("the emulator counts launches")
     modules = family(Shape(tokens, 64, out, (16, 8)), torch.bfloat16, seed=6, paged=paged)
@@ -211,9 +211,11 @@ def test_siblings_take_the_launches_of_one_module(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_two_calls_in_a_row_may_add_to_the_same_ys(backend: Backend, dtype: torch.dtype) -> None:
-    """Expand reads y before it waits for the shrink in front of it; the emulator would report it
-    if the second call's expand could meet the first one's."""
+def test_two_successive_calls_may_add_to_the_same_outputs(
+    backend: Backend, dtype: torch.dtype
+) -> None:
+    """Check that the expand of a second call does not race with that of the first, which the
+    emulator would report. Expand reads y before it waits for the preceding shrink."""
     modules = family(Shape(5, 64, 32, (8, 8)), dtype, seed=7, paged=True, exact=True)
     modules = [{k: v if v is None else v.to(backend.device) for k, v in m.items()} for m in modules]
     once = together(modules)
@@ -236,7 +238,7 @@ def call(modules: list[Inputs], **changed: Any) -> None:
     ops.lora_apply_siblings_(**given)
 
 
-def test_wrong_siblings_are_named_and_nothing_is_touched() -> None:
+def test_wrong_siblings_raise_and_change_nothing() -> None:
     modules = family(Shape(4, 16, 24, (8, 3), "interleaved"), torch.float32, seed=8)
     y, a, b = (each(modules, k) for k in "yab")
     before = [t.clone() for t in y]
@@ -280,8 +282,8 @@ def test_wrong_siblings_are_named_and_nothing_is_touched() -> None:
 
 
 @pytest.mark.parametrize("name", ["y", "x", "a", "b", "adapter_ids", "scale", "ranks"])
-def test_a_meta_tensor_among_siblings_is_named(name: str) -> None:
-    """The fake kernel runs where one of them is on meta, and would do nothing without a word."""
+def test_meta_tensor_among_siblings_raises(name: str) -> None:
+    """Check the fake kernel, which runs if a tensor is on meta and would silently do nothing."""
     modules = family(Shape(4, 16, 24, (8, 3)), torch.float32, seed=8)
     if name in ("x", "adapter_ids"):
         changed = modules[0][name].to("meta")
@@ -294,8 +296,8 @@ def test_a_meta_tensor_among_siblings_is_named(name: str) -> None:
         call(modules, **{name: changed})
 
 
-def test_a_change_of_siblings_is_counted_and_gradients_are_refused() -> None:
-    """Or autograd would not notice that a tensor it had saved is another one now."""
+def test_siblings_increment_versions_and_reject_gradients() -> None:
+    """Check the version counters, by which autograd notices that a saved tensor changed."""
     modules = family(Shape(4, 16, 24, (8, 3)), torch.float32, seed=11)
     with torch.no_grad():
         before = [m["y"]._version for m in modules]

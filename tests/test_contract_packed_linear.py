@@ -1,4 +1,4 @@
-"""Products with packed weights and functions of one number: for tensors on the CPU alone."""
+"""Products with packed weights and pointwise functions, on the CPU only."""
 
 import pytest
 import torch
@@ -15,11 +15,11 @@ pytestmark = pytest.mark.hosts
 @pytest.fixture(autouse=True)
 def on_the_cpu(backend: Backend) -> None:
     if backend.device != "cpu":
-        pytest.skip("weights are packed on the CPU alone")
+        pytest.skip("weights are packed only on the CPU")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packing_follows_the_formula(backend: Backend, dtype: torch.dtype) -> None:
+def test_packing_equals_the_formula(backend: Backend, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         weight = make(shape, dtype, exact=False)[1]
         assert_same_bits(ops.pack_weight(weight), reference.pack_weight(weight))
@@ -29,7 +29,7 @@ def test_packing_follows_the_formula(backend: Backend, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_rows_bits_do_not_depend_on_the_other_rows(backend: Backend, dtype: torch.dtype) -> None:
+def test_row_bits_do_not_depend_on_other_rows(backend: Backend, dtype: torch.dtype) -> None:
     x, weight, bias = make((70, 301, 70), dtype, exact=False)
     packed = ops.pack_weight(weight)
     together = ops.packed_linear(x, packed, bias, 70)
@@ -50,7 +50,7 @@ def test_threads_and_strides_change_no_bit(backend: Backend, dtype: torch.dtype)
     assert_same_bits(ops.packed_linear(off_grid(x), packed, apart, 301), expected)
 
 
-def test_what_is_not_finite_stays_with_its_row_and_output(backend: Backend) -> None:
+def test_non_finite_values_affect_only_their_row_and_output(backend: Backend) -> None:
     for dtype in DTYPES:
         x, weight, bias = make((12, 35, 40), dtype, exact=True)
         x[3, 34], weight[7, 2] = torch.nan, torch.inf
@@ -63,7 +63,7 @@ def test_what_is_not_finite_stays_with_its_row_and_output(backend: Backend) -> N
 X, W = torch.zeros(3, 4), torch.zeros(40, 4)
 
 
-def test_gradients_are_refused(backend: Backend) -> None:
+def test_inputs_that_require_gradients_raise(backend: Backend) -> None:
     with pytest.raises(RuntimeError, match="packed_linear has no backward"):
         ops.packed_linear(X.clone().requires_grad_(), ops.pack_weight(W), None, 40)
     with pytest.raises(RuntimeError, match="pointwise has no backward"):
@@ -71,7 +71,7 @@ def test_gradients_are_refused(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_numbers_bits_do_not_depend_on_its_position_or_on_threads(
+def test_bits_of_a_number_do_not_depend_on_position_or_threads(
     backend: Backend, function: str
 ) -> None:
     for dtype in DTYPES:
@@ -86,7 +86,7 @@ def test_a_numbers_bits_do_not_depend_on_its_position_or_on_threads(
                 assert_same_bits(alone, expected[:, :width])
 
 
-def test_strides_are_those_of_the_input_and_change_no_bit(backend: Backend) -> None:
+def test_output_has_the_strides_of_the_input_and_strides_change_no_bit(backend: Backend) -> None:
     x = inputs((12, 35), torch.float32)["x"]
     y = ops.pointwise(x, "silu")
     assert_same_bits(ops.pointwise(off_grid(x), "silu"), y)
@@ -96,7 +96,7 @@ def test_strides_are_those_of_the_input_and_change_no_bit(backend: Backend) -> N
     assert_same_bits(ops.pointwise(x[:1].expand(4, 35), "silu"), y[:1].expand(4, 35))
 
 
-def test_a_number_that_is_not_finite_or_too_large_stays_with_its_position(
+def test_non_finite_and_large_numbers_affect_only_their_position(
     backend: Backend,
 ) -> None:
     values = torch.tensor([torch.nan, torch.inf, -torch.inf, 2.0**25, 0.0, 1e-40, -100.0, 90.0])
@@ -113,7 +113,7 @@ def test_a_number_that_is_not_finite_or_too_large_stays_with_its_position(
 
 
 @pytest.mark.parametrize("function", ["sin", "gelu", "gelu_tanh", "silu", "tanh"])
-def test_a_zero_keeps_its_sign_in_functions_that_are_zero_at_zero(
+def test_zero_keeps_its_sign_in_functions_that_map_zero_to_zero(
     backend: Backend, function: str
 ) -> None:
     for dtype in DTYPES:

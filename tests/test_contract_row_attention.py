@@ -1,4 +1,4 @@
-"""What attention by rows alone promises: a row's bits are its query's and its own keys'."""
+"""Laws of row attention: the bits of a row depend only on its query and the keys that it sees."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ def draw(rows: int, keys: int, dtype: torch.dtype, device: str = "cpu") -> tuple
 
 
 def alone(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Iterator[Tensor]:
-    """Each row by a call of its own over copies of the keys that it sees, ``(H, E)``."""
+    """Yield each row's result ``(H, E)`` from a separate call with copies of its keys."""
     for b in range(q.shape[0]):
         for t in range(q.shape[2]):
             keys = seen[b % seen.shape[0], t].nonzero()[:, 0].to(q.device)
@@ -33,7 +33,9 @@ def alone(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_has_the_bits_that_it_has_alone(backend: Backend, dtype: torch.dtype) -> None:
+def test_row_has_the_bits_of_a_call_with_that_row_only(
+    backend: Backend, dtype: torch.dtype
+) -> None:
     rows, keys = (9, 21) if backend.small else (23, 150)
     q, k, v = draw(rows, keys, dtype, backend.device)
     at, t = torch.arange(keys), torch.arange(rows)[:, None]
@@ -59,7 +61,7 @@ def test_a_row_has_the_bits_that_it_has_alone(backend: Backend, dtype: torch.dty
         assert_same_bits(together.transpose(1, 2).flatten(0, 1), rows_alone, str(sorted(how)))
 
 
-def test_keys_that_are_not_seen_change_no_bit_whatever_they_hold(backend: Backend) -> None:
+def test_unseen_keys_change_no_bit_whatever_they_contain(backend: Backend) -> None:
     q, k, v = draw(5, 12, torch.float32, backend.device)
     seen = torch.arange(12, device=q.device) % 3 != 1
     expected = ops.row_attention(q, k[:, :, seen], v[:, :, seen])
@@ -68,14 +70,14 @@ def test_keys_that_are_not_seen_change_no_bit_whatever_they_hold(backend: Backen
             t[:, :, ~seen] = garbage
         mask = seen.expand(1, 5, 12)
         assert_same_bits(ops.row_attention(q, k, v, mask=mask), expected)
-    q[1, 2, 3] = torch.nan  # and one row's faults are its own
+    q[1, 2, 3] = torch.nan  # One row's faults do not reach other rows.
     found = ops.row_attention(q, k, v, mask=mask)
     assert found[1, 2, 3].isnan().all()
     found[1, 2, 3] = expected[1, 2, 3]
     assert_same_bits(found, expected)
 
 
-def test_threads_and_strides_change_no_bit_and_a_second_gradient_is_refused() -> None:
+def test_threads_and_strides_change_no_bit_and_double_backward_raises() -> None:
     q, k, v = draw(60, 70, torch.float32)
     expected = ops.row_attention(q, k, v, causal=True)
     for _ in with_threads(1, 2, 3):
@@ -91,7 +93,7 @@ def test_threads_and_strides_change_no_bit_and_a_second_gradient_is_refused() ->
 
 
 @pytest.mark.parametrize("sees", ["causal", "cached", "padded"])
-def test_the_gradient_is_that_of_torchs_attention(sees: str) -> None:
+def test_gradient_equals_that_of_torch_attention(sees: str) -> None:
     rows, keys = 7, 11 if sees == "cached" else 7
     q, k, v = draw(rows, keys, torch.float32)
     seen = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows).expand(2, 1, rows, keys)

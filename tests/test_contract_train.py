@@ -1,4 +1,4 @@
-"""The training ops under every law, on every backend that is open here."""
+"""Laws of the training ops beyond those of the table, on every backend that can run here."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ seeds = pytest.mark.parametrize("own_seeds", [False, True], ids=["one seed", "a 
 
 
 @pytest.mark.parametrize("shape", [*SMALL, *DEEP, *MEDIUM], ids=str)
-def test_the_explicit_backward_is_autograd_of_the_formula(shape: Shape) -> None:
+def test_explicit_backward_equals_autograd_of_the_formula(shape: Shape) -> None:
     i = train_inputs(shape, torch.float64, seed=3, dropout_p=0.25)
     leaves = {k: i[k].nan_to_num(0.5).requires_grad_() for k in LEAVES}
     tail = (i["adapter_ids"], i["scale"], i["ranks"], i["dropout_p"], i["seed"])
@@ -48,7 +48,7 @@ def test_gradcheck_in_float64(own_seeds: bool) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 5, -(2**63)])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1 - 2**-40])
-def test_dropout_is_the_formula_bit_for_bit(backend: Backend, seed: int, p: float) -> None:
+def test_dropout_equals_the_formula_bit_for_bit(backend: Backend, seed: int, p: float) -> None:
     word = torch.tensor(seed, device=backend.device)
     g = torch.Generator().manual_seed(5)
     for rows, columns in [(0, 5), (1, 1), (3, 31), (5, 64), (2, 130), (1, 1027)]:
@@ -61,8 +61,8 @@ def test_dropout_is_the_formula_bit_for_bit(backend: Backend, seed: int, p: floa
 
 
 @pytest.mark.parametrize("isa", ["scalar", ""])
-def test_float64_divides_by_the_share_kept_in_double(isa: str) -> None:
-    """1 / 0.9 in float32 would be off by 2e-9, and 1 / 0.7 by 3e-8."""
+def test_float64_divides_by_the_kept_share_in_float64(isa: str) -> None:
+    """Check values for which 1 / 0.9 in float32 would be off by 2e-9, and 1 / 0.7 by 3e-8."""
     lora_ext._C.set_cpu_isa(isa)
     try:
         x = torch.randn(5, 33, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_float64_divides_by_the_share_kept_in_double(isa: str) -> None:
         lora_ext._C.set_cpu_isa("")
 
 
-def test_philox_gives_its_published_answers_and_dropout_keeps_its_share() -> None:
+def test_philox_gives_its_published_values_and_dropout_keeps_its_share() -> None:
     kept = ops.lora_dropout(torch.ones(512, 2048), 0.1, torch.tensor(7)) != 0
     expected = 0.9 * kept.numel()
     assert abs(int(kept.sum()) - expected) < 5 * (expected * 0.1) ** 0.5
@@ -121,7 +121,7 @@ def test_dropped_elements_do_not_count_even_if_nan(backend: Backend) -> None:
 
 @shapes(OPS[0], SMALL, DEEP)
 @dropouts
-def test_rows_without_adapter_or_rank_are_the_base_bit_for_bit(
+def test_rows_without_adapter_or_rank_equal_the_base_bit_for_bit(
     backend: Backend, shape: Shape, p: float
 ) -> None:
     for dtype in backend.dtypes():
@@ -129,7 +129,7 @@ def test_rows_without_adapter_or_rank_are_the_base_bit_for_bit(
         ids = i["adapter_ids"]
         idle = (ids < 0) | (i["ranks"][ids.clamp(min=0)] == 0)
         i["dy"][idle] = -0.0
-        i["x"][idle] = -0.0  # a kernel that adds zero would turn -0.0 into +0.0
+        i["x"][idle] = -0.0  # A kernel that adds zero would turn -0.0 into +0.0.
         out = run(i)
         base = {
             "y": torch.nn.functional.linear(i["x"], i["weight"], i["bias"]),
@@ -141,7 +141,7 @@ def test_rows_without_adapter_or_rank_are_the_base_bit_for_bit(
 
 
 @pytest.mark.parametrize("idle", ["no adapter", "rank 0"])
-def test_a_large_call_with_an_idle_row_has_the_bits_of_the_base(idle: str) -> None:
+def test_large_call_with_an_idle_row_has_the_bits_of_the_base(idle: str) -> None:
     i = train_inputs(LARGE[2], torch.float32, seed=17)
     if idle == "rank 0":
         i["ranks"] = torch.tensor([0, 16], dtype=torch.int32)
@@ -155,7 +155,7 @@ def test_a_large_call_with_an_idle_row_has_the_bits_of_the_base(idle: str) -> No
     assert_same_bits(out["dx"][rows], (i["dy"] @ i["weight"])[rows], "dx: ")
 
 
-def test_a_large_call_takes_a_bias_of_any_stride() -> None:
+def test_large_call_accepts_a_bias_of_any_stride() -> None:
     i = train_inputs(LARGE[2], torch.float32, seed=18)
     for bias in (torch.randn(2 * LARGE[2].out)[::2], torch.randn(1).expand(LARGE[2].out)):
         i["bias"] = bias.clone()
@@ -164,7 +164,7 @@ def test_a_large_call_takes_a_bias_of_any_stride() -> None:
         assert_same_bits(run(i)["y"], expected, "y: ")
 
 
-def test_adapters_without_a_row_and_ranks_beyond_get_no_gradient(
+def test_adapters_without_rows_and_entries_beyond_a_rank_get_no_gradient(
     backend: Backend,
 ) -> None:
     shape = Shape(9, 40, 24, (8, 16, 8, 5))
@@ -182,7 +182,7 @@ def test_adapters_without_a_row_and_ranks_beyond_get_no_gradient(
         out = run(i)
         beyond = torch.arange(shape.max_rank, device=backend.device) >= i["ranks"][:, None]
         assert not out["da"][beyond].any() and not out["db"].transpose(1, 2)[beyond].any()
-        if shape.tokens:  # nor where the sums are not finite
+        if shape.tokens:  # The same holds if the sums are not finite.
             i["x"][0, 0] = i["dy"][0, 0] = torch.inf
             out = run(i)
             assert not out["da"][beyond].any() and not out["db"].transpose(1, 2)[beyond].any()
@@ -190,7 +190,7 @@ def test_adapters_without_a_row_and_ranks_beyond_get_no_gradient(
 
 @shapes(OPS[0], SMALL, DEEP, MEDIUM)
 @pytest.mark.parametrize("how", [{}, DROPOUT, {**DROPOUT, "own_seeds": True}], ids=len)
-def test_neither_a_plan_nor_int32_ids_change_a_bit(
+def test_plans_and_int32_ids_change_no_bit(
     backend: Backend, shape: Shape, how: dict[str, Any]
 ) -> None:
     i = train_inputs(shape, torch.float32, seed=10, device=backend.device, **how)
@@ -201,7 +201,7 @@ def test_neither_a_plan_nor_int32_ids_change_a_bit(
 
 
 @shapes(OPS[0], SMALL, DEEP, MEDIUM)
-def test_an_adapters_gradient_does_not_depend_on_who_shares_the_batch(
+def test_gradient_of_an_adapter_does_not_depend_on_other_rows(
     backend: Backend, shape: Shape
 ) -> None:
     i = train_inputs(shape, torch.float32, seed=12, base=False, device=backend.device)
@@ -214,7 +214,7 @@ def test_an_adapters_gradient_does_not_depend_on_who_shares_the_batch(
         assert_same_bits(alone["dx"], together["dx"][own], "dx: ")
 
 
-# Slices of 256 and 512 outputs, the last one cut, and ranges of 512 rows.
+# Slices of 256 and 512 outputs, the last one partial, and ranges of 512 rows.
 PASSES = [
     Shape(35, 24, 600, (8, 16), "interleaved"),
     Shape(40, 40, 1030, (64, 5, 0), "interleaved"),
@@ -227,13 +227,15 @@ def test_one_pass_over_dy_has_the_bits_of_two(backend: Backend, shape: Shape) ->
     for dtype in backend.dtypes():
         i = train_inputs(shape, dtype, seed=23, base=False, device=backend.device)
         together = run(i)
-        for leaf in ("a", "b"):  # without db, and without dv
+        for leaf in ("a", "b"):  # without db, then without dv
             alone = run(i, (leaf,))[f"d{leaf}"]
             assert_same_bits(alone, together[f"d{leaf}"], f"{dtype} d{leaf}: ")
 
 
 @dropouts
-def test_nan_in_one_adapters_rows_stays_with_it(backend: Backend, p: float) -> None:
+def test_nan_in_the_rows_of_an_adapter_affects_only_that_adapter(
+    backend: Backend, p: float
+) -> None:
     for dtype in backend.dtypes():
         shape = Shape(48, 70, 37, (8, 20, 4), "interleaved")
         i = train_inputs(shape, dtype, seed=13, dropout_p=p, base=False, device=backend.device)
@@ -250,7 +252,7 @@ def test_nan_in_one_adapters_rows_stays_with_it(backend: Backend, p: float) -> N
 
 @shapes(OPS[0], SMALL, DEEP)
 @dropouts
-def test_rows_may_lie_apart_and_unaligned(backend: Backend, shape: Shape, p: float) -> None:
+def test_rows_may_be_strided_and_unaligned(backend: Backend, shape: Shape, p: float) -> None:
     for dtype in backend.dtypes():
         i = train_inputs(shape, dtype, seed=14, exact=True, dropout_p=p, device=backend.device)
         expected = run(i)
@@ -258,7 +260,7 @@ def test_rows_may_lie_apart_and_unaligned(backend: Backend, shape: Shape, p: flo
         same(run({**i, "x": i["x"].T.contiguous().T, "dy": i["dy"].T.contiguous().T}), expected)
 
 
-def test_one_gradient_may_serve_every_entry(backend: Backend) -> None:
+def test_upstream_gradient_may_be_expanded(backend: Backend) -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=15, exact=True, device=backend.device)
     i["dy"] = torch.ones(1, 1, device=backend.device).expand(i["dy"].shape)  # of y.sum()
     same(run(i), formula(i))
@@ -267,14 +269,14 @@ def test_one_gradient_may_serve_every_entry(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_what_needs_no_gradient_gets_none(backend: Backend, leaf: str) -> None:
+def test_only_leaves_that_require_gradients_get_one(backend: Backend, leaf: str) -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=16, dropout_p=0.5, device=backend.device)
     every, one = run(i), run(i, (leaf,))
     assert one.keys() == {"y", f"d{leaf}"}
     same(one, {k: every[k] for k in one})
 
 
-def test_nothing_is_tracked_needlessly_and_double_backward_is_refused() -> None:
+def test_nothing_is_tracked_without_gradients_and_double_backward_raises() -> None:
     i = train_inputs(SMALL[4], torch.float32, seed=17, dropout_p=0.5)
     args = [i[k] for k in (*LEAVES, "adapter_ids", "scale", "ranks", "dropout_p", "seed")]
     y = ops.lora_linear(*args)
@@ -310,7 +312,7 @@ def test_autocast_casts_as_linear_does(backend: Backend, own_seeds: bool) -> Non
         assert_same_bits(out[name].bfloat16(), expected[name], f"{name}: ")
     leaves = [i[k].requires_grad_() for k in LEAVES]
     y = ops.lora_linear(*leaves, i["adapter_ids"], i["scale"], i["ranks"])
-    with torch.autocast(backend.device, torch.bfloat16):  # a backward inside is not cast either
+    with torch.autocast(backend.device, torch.bfloat16):  # A backward inside is not cast either.
         (dx,) = torch.autograd.grad(y, leaves[:1], i["dy"])
     assert dx.dtype == torch.float32
 
@@ -342,7 +344,7 @@ def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool, own_see
         )
         return y * 2 + ops.lora_dropout(y, 0.5, seed[0])
 
-    torch._dynamo.reset()  # the backends share `step`, and its limit of recompilations
+    torch._dynamo.reset()  # The backends share `step` and its limit of recompilations.
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (17, 9):
         seed = i["seed"] + rows
@@ -362,16 +364,14 @@ def test_compiles_without_a_graph_break(backend: Backend, dynamic: bool, own_see
         Shape(70, 333, 41, (4, 16, 1, 8)),
         Shape(70, 333, 41, (64, 256)),
         Shape(70, 333, 41, (300, 8)),
-        Shape(300, 1100, 24, (4, 16, 1)),  # of the kernels': decode and prefill, several slices
+        Shape(300, 1100, 24, (4, 16, 1)),  # for the kernels: decode and prefill, several slices
         Shape(300, 8200, 8, (4,)),  # slices of 768
         Shape(4_100, 520, 8, (8,)),  # tiles of 128 rows
-        Shape(8_500, 520, 8, (72,)),  # a block walks over all slices
+        Shape(8_500, 520, 8, (72,)),  # A block iterates over all slices.
     ],
     ids=str,
 )
-def test_a_rows_update_without_dropout_has_the_bits_of_a_pool(
-    backend: Backend, shape: Shape
-) -> None:
+def test_update_without_dropout_has_the_bits_of_a_pool(backend: Backend, shape: Shape) -> None:
     if backend.small:
         pytest.skip("this backend runs the small shapes")
     if not backend.is_twin and max(shape.ranks) > 256:

@@ -1,4 +1,4 @@
-"""A seed of dropout for each adapter: its rows get the masks that they get alone."""
+"""Dropout with one seed per adapter: its rows get the masks that they get alone."""
 
 from typing import Any
 
@@ -20,14 +20,14 @@ def inputs(shape: Shape, dtype: torch.dtype = torch.float32, **options: Any) -> 
 
 
 def one_adapter(i: Inputs, s: int, rows: Tensor) -> Inputs:
-    """These rows in a bank that has adapter `s` alone."""
+    """Return these rows with a bank that contains only adapter ``s``."""
     i = {**i, **{k: i[k][rows] for k in ROWS}}
     i |= {k: i[k][s : s + 1].clone() for k in ("a", "b", "scale", "ranks", "seed")}
     i["adapter_ids"] = torch.where(i["adapter_ids"] == s, 0, -1)
     return i
 
 
-def test_the_mask_counts_an_adapters_own_rows() -> None:
+def test_mask_counts_only_the_rows_of_the_adapter() -> None:
     ids, seed = torch.tensor([1, -1, 0, 1, 0, 1]), torch.tensor([7, 2**40 + 5])
     keep = reference.dropout_keep_of_adapters(ids, 20, 0.5, seed)
     assert keep[1].all()
@@ -40,7 +40,7 @@ def test_the_mask_counts_an_adapters_own_rows() -> None:
 
 
 @shapes(OPS[1], SMALL, DEEP, MEDIUM, LARGE[1:2], [GEMM])
-def test_an_adapter_gets_the_same_bits_alone(backend: Backend, shape: Shape) -> None:
+def test_adapter_gets_the_same_bits_alone(backend: Backend, shape: Shape) -> None:
     i = inputs(shape, seed=3, base=False, device=backend.device)
     together = run(i)
     for s in range(min(len(shape.ranks), 3)):
@@ -57,7 +57,7 @@ def test_an_adapter_gets_the_same_bits_alone(backend: Backend, shape: Shape) -> 
                     assert_same_bits(alone[name][0], together[name][s], f"{name}: ")
 
 
-def test_neither_slots_nor_other_rows_matter(backend: Backend) -> None:
+def test_slots_and_other_rows_change_no_bit(backend: Backend) -> None:
     shape = Shape(48, 70, 37, (8, 20, 4), "interleaved")
     for dtype in backend.dtypes():
         i = inputs(shape, dtype, seed=4, base=False, device=backend.device)
@@ -78,7 +78,7 @@ def test_neither_slots_nor_other_rows_matter(backend: Backend) -> None:
 
 
 def test_one_seed_for_all_counts_the_rows_of_the_batch(backend: Backend) -> None:
-    """Also where there is one adapter: `()` is one seed, `(1,)` that of the adapter."""
+    """Check a single adapter too: `()` is one seed for all rows, `(1,)` the adapter's."""
     i = inputs(Shape(40, 48, 24, (8,), "half"), seed=5, device=backend.device)
     of_adapter, of_batch = run(i), run({**i, "seed": i["seed"][0]})
     own = i["adapter_ids"] == 0
@@ -93,7 +93,7 @@ def test_one_seed_for_all_counts_the_rows_of_the_batch(backend: Backend) -> None
     torch.testing.assert_close(of_batch["y"], base + update, rtol=1e-4, atol=1e-4)
 
 
-def test_no_seed_is_read_without_dropout_nor_without_rows(backend: Backend) -> None:
+def test_seed_is_not_read_without_dropout_or_rows(backend: Backend) -> None:
     i = inputs(SMALL[5], seed=8, device=backend.device)
     expected = run({**i, "dropout_p": 0.0, "seed": None})
     same(run({**i, "dropout_p": 0.0}), expected)
@@ -110,7 +110,7 @@ def formula_of_base(i: Inputs) -> Outputs:
     return {"y": y, "dx": i["dy"] @ i["weight"], "dweight": weight, "dbias": bias, **zeros}
 
 
-def test_adapters_apart_have_the_seeds_of_a_bank(backend: Backend) -> None:
+def test_separate_adapters_have_the_seeds_of_a_bank(backend: Backend) -> None:
     shape = Shape(33, 40, 31, (8, 8, 8))
     i = inputs(shape, seed=9, device=backend.device)
     expected = run(i)

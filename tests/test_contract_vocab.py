@@ -1,4 +1,4 @@
-"""What losses over a vocabulary promise beyond the laws of the table."""
+"""Laws of the losses over a vocabulary, in addition to those of the table."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from lora_ext import ops, reference
 both_losses = pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
 
 
-def test_known_answers(backend: Backend) -> None:
+def test_losses_have_known_values(backend: Backend) -> None:
     p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
     eye = torch.eye(3, device=backend.device)
     teacher, student = p.log().to(backend.device), q.log().to(backend.device)
@@ -47,19 +47,19 @@ def test_extreme_logits_stay_finite(backend: Backend, frozen: bool) -> None:
             t.grad = None
 
 
-def test_a_sum_beyond_float16_does_not_overflow(backend: Backend) -> None:
-    """A chunk of equal logits weighs its rows of W by one each: 8192 * 16 is more than 65504."""
+def test_sum_beyond_float16_does_not_overflow(backend: Backend) -> None:
+    """Check a chunk of equal logits, which weighs its rows of W by one each: 8192 * 16 > 65504."""
     if backend.library != "lora_ext":
-        pytest.skip("the emulator's float16 goes to a library that has no float32 result")
+        pytest.skip("the library of the emulator has no float32 results for float16")
     hidden = torch.zeros(2, 4, dtype=torch.float16, device=backend.device, requires_grad=True)
     weight = torch.full((8192, 4), 16.0, dtype=torch.float16, device=backend.device)
     labels = torch.zeros(2, dtype=torch.int64, device=backend.device)
     ops.chunked_cross_entropy(hidden, weight, None, labels).backward()
-    assert torch.equal(hidden.grad, torch.zeros_like(hidden))  # all rows of W are alike
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))  # All rows of W are equal.
 
 
-def test_closed_tokens_of_the_bias_have_no_share(backend: Backend) -> None:
-    """A bias of -inf, as tokens are closed by it: both distributions give them nothing."""
+def test_tokens_with_a_bias_of_minus_infinity_have_no_share(backend: Backend) -> None:
+    """Check that both distributions give probability 0 to tokens with a bias of -inf."""
     layer = Layer(Case(4, 8, 20, 6, bias=True, frozen=True), torch.float32, backend.device)
     layer.bias[:8] = -torch.inf
     layer.labels = layer.labels % 10 + 9
@@ -72,10 +72,10 @@ def test_closed_tokens_of_the_bias_have_no_share(backend: Backend) -> None:
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("label", [2, 17], ids=["another", "the label"])
-def test_a_logit_that_is_no_number_does_what_it_does_to_the_formula(
+def test_non_finite_logit_has_the_effect_it_has_in_the_formula(
     backend: Backend, label: int, value: float, softcap: float | None
 ) -> None:
-    """In the last chunk, which is not a whole one; the row beside it does not count."""
+    """Check the last, partial chunk; the second row does not count."""
     bias = torch.linspace(-1, 1, 18)
     bias[17] = value
     weight = torch.randn(18, 4, generator=torch.Generator().manual_seed(0))
@@ -94,8 +94,8 @@ def test_a_logit_that_is_no_number_does_what_it_does_to_the_formula(
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def test_a_sure_prediction_keeps_its_small_loss_and_gradient(backend: Backend) -> None:
-    """exp(-20) is below the last bit of 1: the formula in float32 would give 0."""
+def test_confident_prediction_keeps_its_small_loss_and_gradient(backend: Backend) -> None:
+    """Check exp(-20), which is below the last bit of 1: the formula in float32 would give 0."""
     hidden = torch.tensor([[20.0, 0.0]], device=backend.device, requires_grad=True)
     eye = torch.eye(2, device=backend.device)
     loss = ops.chunked_cross_entropy(
@@ -109,7 +109,7 @@ def test_a_sure_prediction_keeps_its_small_loss_and_gradient(backend: Backend) -
 
 @pytest.mark.parametrize("frozen", [False, True])
 @both_losses
-def test_without_a_row_that_counts_loss_and_gradients_are_zero(
+def test_loss_and_gradients_are_zero_without_counted_rows(
     backend: Backend, frozen: bool, loss: str
 ) -> None:
     for softcap in (None, 2.0):
@@ -123,9 +123,11 @@ def test_without_a_row_that_counts_loss_and_gradients_are_zero(
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_teacher_agrees_with_itself_and_learns_nothing(backend: Backend, frozen: bool) -> None:
-    """Equal logits give exactly 0. A library may round equal rows of a product unequally, so those
-    of integers are equal, and others nearly so."""
+def test_teacher_equal_to_the_student_gives_no_loss_and_no_gradient(
+    backend: Backend, frozen: bool
+) -> None:
+    """Check that equal logits give exactly 0. A library may round equal rows of a product
+    differently; rows of integers are equal, and others almost equal."""
     for dtype in backend.dtypes():
         for exact in (True, False):
             case = Case(5, 16, 40, 16, some=False, frozen=frozen)
@@ -142,7 +144,7 @@ def test_a_teacher_agrees_with_itself_and_learns_nothing(backend: Backend, froze
             assert all(g.any() for g in students) and not of_teacher.any()
 
 
-def test_another_label_can_be_ignored_and_one_out_of_range_is_refused(backend: Backend) -> None:
+def test_ignore_index_is_respected_and_labels_out_of_range_raise(backend: Backend) -> None:
     layer = Layer(Case(6, 8, 12, 5, some=False), torch.float32, backend.device)
     layer.labels[::2] = 3
     args = layer.hiddens[0], layer.weight, None, layer.labels
@@ -161,7 +163,7 @@ def test_another_label_can_be_ignored_and_one_out_of_range_is_refused(backend: B
 
 
 def test_layouts_and_repetition_change_no_bit(backend: Backend) -> None:
-    """Integers multiply exactly, so that the library's order of additions does not show."""
+    """Check with integers: their products are exact in any order of additions."""
 
     def strided(t: Tensor) -> Tensor:
         room = t.detach().new_zeros(*t.shape[:-1], 2 * t.shape[-1] + 3)
@@ -183,8 +185,8 @@ def test_layouts_and_repetition_change_no_bit(backend: Backend) -> None:
                 assert g.shape == e.shape and torch.allclose(g, e, rtol=1e-2, atol=1e-3)
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
-    """Of losses and of the gradient by the label: their products are exact."""
+def test_number_of_threads_changes_no_bit() -> None:
+    """Check the losses and the gradient by the label: their products are exact."""
     layer = Layer(Case(70, 16, 3000, 1000, hiddens=2), torch.float32, "cpu", exact=True)
     for loss in ("cross_entropy", "kl"):
         one, two = (both(layer, loss, True) for _ in with_threads(1, 2))
@@ -192,7 +194,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_two_dtypes_meet_in_the_wider(backend: Backend, frozen: bool) -> None:
+def test_mixed_dtypes_use_the_wider_one(backend: Backend, frozen: bool) -> None:
     for low in (torch.bfloat16, torch.float16):
         for first, second in ((low, torch.float32), (torch.float32, low)):
             case = Case(5, 16, 40, 16, bias=True, frozen=frozen)
@@ -215,7 +217,7 @@ def test_two_dtypes_meet_in_the_wider(backend: Backend, frozen: bool) -> None:
                     close(g, e, 1e-5 if leaf.dtype == torch.float32 else 1e-2, loss)
 
 
-def test_autocast_decides_the_dtype_of_the_products(backend: Backend) -> None:
+def test_autocast_sets_the_dtype_of_the_products(backend: Backend) -> None:
     layer = Layer(Case(5, 16, 40, 16), torch.float32, backend.device)
     hidden, weight = layer.hiddens[0], layer.weight
     with torch.autocast(backend.device, torch.bfloat16):
@@ -229,7 +231,7 @@ def test_autocast_decides_the_dtype_of_the_products(backend: Backend) -> None:
 @both_losses
 def test_gradcheck_in_float64(loss: str) -> None:
     for case in (SMALL[3], SMALL[4], SMALL[6], SMALL[7]):
-        # The teacher is held on purpose, and with it the layer: differences would move it.
+        # The teacher is constant on purpose, and so is the layer: finite differences would move it.
         kl = loss == "kl"
         layer = Layer(replace(case, frozen=case.frozen or kl), torch.float64, "cpu")
         layer.hiddens = layer.hiddens if kl else layer.hiddens[:1]
@@ -249,7 +251,7 @@ def test_gradcheck_in_float64(loss: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_compiler_changes_nothing(frozen: bool) -> None:
+def test_compiled_losses_equal_eager_ones(frozen: bool) -> None:
     layer = Layer(Case(5, 16, 40, 16, bias=True, frozen=frozen), torch.float32, "cpu")
 
     def f(hiddens: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -266,7 +268,7 @@ def test_the_compiler_changes_nothing(frozen: bool) -> None:
         assert torch.allclose(g, e, rtol=1e-5, atol=1e-7)
 
 
-def test_a_second_backward_gives_the_same_and_a_second_derivative_is_refused(
+def test_second_backward_gives_the_same_and_double_backward_raises(
     backend: Backend,
 ) -> None:
     for frozen in (False, True):

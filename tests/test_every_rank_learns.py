@@ -1,7 +1,7 @@
-"""The law of factors: however they are made, one step of training moves every rank.
+"""The law of factors: one training step changes every rank, however the factors were made.
 
-The gradient of a row of A is a multiple of its column of B, and the other way round: a rank that is
-0 in both is lost for good, and nothing says so.
+The gradient of a row of A is a multiple of its column of B, and vice versa. A rank that is 0 in
+both can therefore never change, and no error reports it.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def with_a_rank_twice(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-#: What two adapters are before anything is done with them.
+#: The two adapters before an operation.
 STARTS: dict[str, tuple[Callable, Callable]] = {
     "trained": (lambda a, b: (a, b), lambda a, b: (a.flip(0), b + 1)),
     "fresh": (lambda a, b: (a, b * 0), lambda a, b: (a.flip(0), b * 0)),
@@ -72,7 +72,7 @@ def summed(one: LoraAdapter, two: LoraAdapter, weights: tuple[float, float]) -> 
 
 
 def of_means(one: LoraAdapter, two: LoraAdapter, weights: tuple[float, float]) -> Products:
-    """``s (sum w B) (sum w A)``."""
+    """Return ``s (sum w B) (sum w A)``."""
     found = {}
     for name, factors in one.modules.items():
         other = two.modules[name]
@@ -132,7 +132,7 @@ def interpolated(space: str, lam: float) -> Way:
 
 
 def with_state(value: LoraAdapter, state: dict[str, Tensor]) -> LoraAdapter:
-    """The adapter with the factors of a state; ``resize_adapter`` makes room for other ranks."""
+    """Return the adapter with the factors of a state; ``resize_adapter`` handles other ranks."""
     modules = {
         name: f._replace(
             a=state[f"base_model.model.{name}.lora_A.weight"],
@@ -144,7 +144,7 @@ def with_state(value: LoraAdapter, state: dict[str, Tensor]) -> LoraAdapter:
 
 
 def aggregated(rank_agg: str, server_lr: float = 1.0, rank: int = RANK) -> Way:
-    """Two clients of equal weight, whose values the two adapters are; they began from the first."""
+    """Aggregate two equal clients with the values of the adapters, starting at the first."""
 
     def way(one: LoraAdapter, two: LoraAdapter, folder: Path):
         state, plan = one.state_dict(), LayerPlan((0,), None if rank == RANK else (rank,))
@@ -245,7 +245,7 @@ def assert_a_step_moves_every_rank(a: Tensor, b: Tensor, scaling: float, where: 
     ids=str,
 )
 @pytest.mark.parametrize("way", WAYS)
-def test_a_step_moves_every_rank_and_the_function_is_what_was_asked_for(
+def test_one_step_changes_every_rank_and_the_product_is_as_expected(
     way: str, start: str, dtype: torch.dtype, tmp_path: Path
 ):
     one, two = (changed(adapter(0, RANK, dtype=dtype), change) for change in STARTS[start])
@@ -258,11 +258,11 @@ def test_a_step_moves_every_rank_and_the_function_is_what_was_asked_for(
                 for f in (one.modules[name], two.modules[name])
             )
             off = (delta(found, name) - expected[name]).norm()
-            # A product is rounded to the dtype once; both SVDs round in float64 before.
+            # A product is rounded to the dtype once. Both SVDs round in float64 before that.
             eps = max(8 * torch.finfo(dtype).eps, 64 * torch.finfo(torch.float64).eps)
             assert off <= eps * size
     again, _ = WAYS[way](one, two, tmp_path / "again")
-    assert again == found, "the same rows every time"
+    assert again == found, "two calls gave different rows"
 
 
 def of_two_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,7 +282,7 @@ def of_two_ranks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         "LEGEND's resizing of a state, smaller",
     ],
 )
-def test_a_rank_that_is_rounding_alone_gets_a_gradient_like_the_others(way: str, tmp_path: Path):
+def test_ranks_that_are_only_rounding_get_gradients_like_the_others(way: str, tmp_path: Path):
     ways = WAYS | {
         "resize, three of four": resized(3),
         "LEGEND's resizing of a module, smaller": resized_by_legend(3, whole_state=False),
@@ -310,8 +310,8 @@ def test_no_rank_of_independent_factors_counts_as_rounding(rank: int):
     assert (ratio - 1).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps
 
 
-def test_rows_are_drawn_for_lost_ranks_alone_and_zeros_that_were_asked_for_stay():
-    """HetLoRA's rule counts what a client lacks as zeros."""
+def test_rows_are_drawn_only_for_lost_ranks_and_requested_zeros_stay():
+    """Check HetLoRA's rule, which counts the missing ranks of a client as zeros."""
     one = adapter(0, RANK)
     state = one.state_dict()
     cut = {k: v[:2] if "lora_A" in k else v[:, :2] for k, v in state.items()}
@@ -322,7 +322,9 @@ def test_rows_are_drawn_for_lost_ranks_alone_and_zeros_that_were_asked_for_stay(
     value = changed(adapter(0, RANK), with_a_rank_twice)
     found, _ = resize_adapter(value, 3)
     for factors in found.modules.values():
-        assert factors.b.any(0).all() and factors.a.any(1).all(), "three ranks of three are left"
+        assert factors.b.any(0).all() and factors.a.any(1).all(), (
+            "expected three ranks that are not 0"
+        )
     merged_value = merge_adapters([value, value], [0.5, 0.5], "delta_svd")
     for factors in merged_value.modules.values():
         assert factors.b.any(0).tolist() == [True] * 3 + [False]
@@ -330,8 +332,8 @@ def test_rows_are_drawn_for_lost_ranks_alone_and_zeros_that_were_asked_for_stay(
 
 
 @pytest.mark.parametrize("total", [3, 6, 9])
-def test_a_round_of_legend_moves_every_rank_of_the_layers_that_it_trains(total: int):
-    """A fresh adapter in other ranks, trained above activations that are kept."""
+def test_legend_round_changes_every_rank_of_the_trained_layers(total: int):
+    """Check a fresh adapter with other ranks, trained above cached activations."""
     model = adapted("ours", init_lora_weights=True)
     manager = LoraLayerManager(model)
     ranks = legend.LegendConfig(total=total).ranks(manager.num_layers)
@@ -343,7 +345,7 @@ def test_a_round_of_legend_moves_every_rank_of_the_layers_that_it_trains(total: 
     cache = legend.PrefixCache(manager)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-    for _ in range(2):  # the first is kept, the second begins above
+    for _ in range(2):  # The first step fills the cache, the second one starts above it.
         before = {k: v.clone() for k, v in manager.state_slice(plan.layers, plan.ranks).items()}
         with manager.boundary(), cache.batch([0, 1]):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss

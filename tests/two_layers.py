@@ -9,11 +9,11 @@ import lora_ext
 
 Adapter = tuple[dict[str, Any], dict[str, Tensor]]
 IN, MID, OUT = 24, 40, 9
-RANKS = {"red": 3, "green": 8, "blue": 12}  # 6 / rank is exact: scales are float32
+RANKS = {"red": 3, "green": 8, "blue": 12}  # 6 / rank is exact, because scales are float32.
 
 
 class Mlp(nn.Module):
-    """Two linears, one without a bias of its own."""
+    """Two linear layers; the second has no bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,9 +25,9 @@ class Mlp(nn.Module):
 
 
 def random_adapter(sizes: Any, rank: int, seed: int, **fields: Any) -> Adapter:
-    """PEFT's config and weights for modules of these sizes ``(I, O)``. Alpha is 6.
+    """Return PEFT's config and weights for modules of the given sizes ``(I, O)``. Alpha is 6.
 
-    ``fields`` are of the config; with ``lora_bias`` and ``use_dora`` it has their tensors too.
+    ``fields`` are added to the config; ``lora_bias`` and ``use_dora`` also add their tensors.
     """
     g = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
@@ -44,7 +44,7 @@ def random_adapter(sizes: Any, rank: int, seed: int, **fields: Any) -> Adapter:
 
 
 def adapter(name: str, lora_bias: bool = False) -> Adapter:
-    """An adapter of the model; the scale differs with the rank."""
+    """Return an adapter of the model; its scale depends on its rank."""
     sizes = {"up": (IN, MID), "down": (MID, OUT)}
     return random_adapter(sizes, RANKS[name], RANKS[name], lora_bias=lora_bias)
 
@@ -59,7 +59,7 @@ def make(dtype: torch.dtype = torch.float32, biased: str = "") -> Mlp:
 
 
 def formula(model: Mlp, x: Tensor, rows: list[str | None], biased: str = "") -> Tensor:
-    """Row by row, in the dtype of x: ``base(x) + scale * (B A x + bias)``."""
+    """Return the output in the dtype of x, row by row: ``base(x) + scale * (B A x + bias)``."""
     out = []
     for t, name in enumerate(rows):
         h = x.reshape(-1, IN)[t]

@@ -1,4 +1,4 @@
-"""The benchmarks check what they time, keep their files straight, and report misses as misses."""
+"""The benchmarks check results before timing, keep their files valid, and report misses."""
 
 import copy
 import csv
@@ -30,13 +30,13 @@ def problem(monkeypatch):
 
 
 @pytest.mark.parametrize("name", lora_ops.PROVIDERS)
-def test_every_provider_computes_the_reference(problem, name):
+def test_every_provider_equals_the_reference(problem, name):
     before = problem.y.clone()
     assert lora_ops.check(problem, lora_ops.PROVIDERS[name]) <= 1
     assert torch.equal(problem.y, before)
 
 
-def test_a_provider_that_is_slightly_wrong_is_not_timed(problem):
+def test_provider_that_is_slightly_wrong_is_not_timed(problem):
     def wrong(p: lora_ops.Problem) -> None:
         lora_ops.run_lora_ext(p)
         p.y.mul_(1 + 1e-4)
@@ -45,13 +45,13 @@ def test_a_provider_that_is_slightly_wrong_is_not_timed(problem):
         lora_ops.check(problem, wrong)
 
 
-def test_mixed_ranks_are_charged_at_their_own_rank_in_banks_and_in_pages(monkeypatch):
+def test_mixed_ranks_are_counted_at_their_rank_in_banks_and_pages(monkeypatch):
     monkeypatch.setattr(lora_ops, "COLD_BYTES", 1)
     full = lora_ops.Problem.make(SMALL, "cpu", torch.float32)
     mixed = lora_ops.Problem.make(SMALL, "cpu", torch.float32, ranks=[8, 16, 8, 16])
     assert lora_ops.check(mixed, lora_ops.run_lora_ext) <= 1
     assert full.nbytes() - mixed.nbytes() == 4 * 16 * (SMALL.in_features + SMALL.out_features)
-    with pytest.raises(SystemExit):  # the peers know of no ranks
+    with pytest.raises(SystemExit):  # The peers do not support ranks.
         lora_ops.check(mixed, lora_ops.run_loop)
     pool = lora_ops.Problem.make(SMALL, "cpu", torch.float32, [8, 16, 8, 16], paged=True)
     assert [a.shape[0] for a, _ in pool.banks] == [6, 6]  # pages of eight ranks
@@ -59,7 +59,7 @@ def test_mixed_ranks_are_charged_at_their_own_rank_in_banks_and_in_pages(monkeyp
     assert lora_ops.check(pool, lora_ops.run_lora_ext) <= 1
 
 
-def test_an_error_may_be_three_times_that_of_the_peer_in_the_same_run():
+def test_error_may_be_three_times_that_of_the_peer_in_the_same_run():
     exact = torch.tensor([4.0, 1.0], dtype=torch.float64)
     peer, ours = (exact + exact.new_tensor([0.0, off]) for off in (0.01, -0.03))
     assert common.error_over_bound(ours, peer, exact) == pytest.approx(1)
@@ -72,7 +72,7 @@ def test_an_error_may_be_three_times_that_of_the_peer_in_the_same_run():
     assert not common.error_over_bound(ours, peer * torch.nan, exact) <= 1
 
 
-def test_the_training_benchmark_checks_what_it_times(monkeypatch):
+def test_training_benchmark_checks_what_it_times(monkeypatch):
     rows = list(lora_train.bench_train((SMALL,), "cpu", torch.float32, rounds=1))
     assert [(r.case, r.provider) for r in rows] == [
         (f"small {way}", name) for way in ("forward", "backward") for name in ("lora_ext", "loop")
@@ -84,7 +84,7 @@ def test_the_training_benchmark_checks_what_it_times(monkeypatch):
         lora_train.check(p)
 
 
-def test_the_gram_benchmark_checks_what_it_times(monkeypatch):
+def test_gram_benchmark_checks_what_it_times(monkeypatch):
     monkeypatch.setattr(lora_gram, "BLOCKS", 1)
     rows = list(lora_gram.bench_gram("cpu", rounds=1))
     assert [(r.dtype, r.provider) for r in rows] == [
@@ -101,19 +101,19 @@ def test_the_gram_benchmark_checks_what_it_times(monkeypatch):
             lora_gram.error_of(found, case, a, b, p)
 
 
-def test_a_batch_of_mixed_modalities_is_checked_before_it_is_timed(monkeypatch):
+def test_batch_of_mixed_modalities_is_checked_before_it_is_timed(monkeypatch):
     rows = list(lora_layers.bench_modalities(rounds=1, samples=3, length=4))
     case = "mixed modalities, 3 samples x 4 tokens, forward"
     ways = [case, case, f"{case} and backward", f"{case} and backward"]
     assert [(r.case, r.provider) for r in rows] == [
         *zip(ways, ["per sample", "lora_ext"] * 2, strict=True)
     ]
-    monkeypatch.setattr(VoraLinear, "_rows", LoraLinear._rows)  # which sees no images
+    monkeypatch.setattr(VoraLinear, "_rows", LoraLinear._rows)  # This function ignores images.
     with pytest.raises(SystemExit, match=r"modalities: found .* times the bound"):
         list(lora_layers.bench_modalities(rounds=1, samples=3, length=4))
 
 
-def test_the_mix_benchmark_checks_what_it_times(monkeypatch):
+def test_mix_benchmark_checks_what_it_times(monkeypatch):
     for name, value in (("WIDTH", 64), ("TOKENS", 16), ("COLD_BYTES", 1)):
         monkeypatch.setattr(depth_mix, name, value)
     rows = list(depth_mix.bench_mix("cpu", rounds=1))
@@ -125,7 +125,7 @@ def test_the_mix_benchmark_checks_what_it_times(monkeypatch):
         depth_mix.check(p, lambda *args: 1.001 * depth_mix.lora_ext(*args), "off")
 
 
-def test_calls_are_timed_in_rounds_that_alternate_and_ratios_are_taken_by_round():
+def test_calls_alternate_in_rounds_and_ratios_are_per_round():
     log: list[str] = []
     calls = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
     times = common.interleaved(calls, rounds=2, warm_up=0)
@@ -135,7 +135,7 @@ def test_calls_are_timed_in_rounds_that_alternate_and_ratios_are_taken_by_round(
     assert slow.over(fast) == 2.0
 
 
-def test_rows_without_the_processor_get_an_empty_column_and_other_columns_are_refused(tmp_path):
+def test_rows_without_the_processor_get_an_empty_column_and_other_columns_raise(tmp_path):
     row = {"device": "H100", "cpu": "Xeon", "a": "3"}
     for name, old in (
         ("old", [{"device": "T4", "a": "1,5"}, {"device": "T4", "a": "2"}]),
@@ -158,7 +158,7 @@ def test_rows_without_the_processor_get_an_empty_column_and_other_columns_are_re
     assert path.read_text().split() == ["a,b", "1,2", "3,4"]
 
 
-def test_rows_name_the_processor_beside_the_device(monkeypatch):
+def test_rows_contain_processor_and_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
     common.machine_columns.cache_clear()
     gpu, cpu = common.machine_columns("cuda"), common.machine_columns("cpu")
@@ -167,7 +167,7 @@ def test_rows_name_the_processor_beside_the_device(monkeypatch):
     assert gpu["device"] == "H100" and gpu["cpu"] == cpu["cpu"] == cpu["device"] != ""
 
 
-def test_the_report_takes_the_last_row_and_names_misses_and_gaps(tmp_path, monkeypatch, capsys):
+def test_report_uses_the_last_row_and_names_misses_and_gaps(tmp_path, monkeypatch, capsys):
     path = tmp_path / "lora_cpu.csv"
     case = "decode 16 rows of 16 adapters"
     for over_base, over_peft in ((9.0, 9.0), (1.5, 2.6)):
@@ -191,13 +191,13 @@ def engines(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_model_benchmark_checks_and_measures_three_engines(engines):
+def test_model_benchmark_checks_and_measures_three_engines(engines):
     rows = list(lora_model.bench_model(engines[1], rounds=1))
     assert [r.provider for r in rows] == ["base", "peft", "lora_ext"] * 3
     assert all(r.worst_error <= 1 for r in rows if r.provider == "lora_ext")
 
 
-def test_logits_of_swapped_adapters_are_refused(engines):
+def test_logits_of_swapped_adapters_raise(engines):
     tokens = torch.arange(8).view(2, 4)
     names = lora_model.NAMES
     with torch.inference_mode():
@@ -214,12 +214,12 @@ def test_logits_of_swapped_adapters_are_refused(engines):
         lora_model.check("no adapters", dict.fromkeys(step, step["peft"]), exact)
 
 
-def test_the_pool_holds_the_adapters_pages_and_no_byte_more(engines):
+def test_pool_memory_equals_the_pages_of_its_adapters(engines):
     pool, pages, _ = lora_model.bench_memory(engines[1])
     assert pool.median == pages.median
 
 
-def test_an_adapter_survives_the_swap_benchmark(engines):
+def test_adapter_is_unchanged_by_the_swap_benchmark(engines):
     assert [r.case for r in lora_model.bench_swap(*engines, rounds=1)] == [
         "load from file",
         "two swaps with the host cache",
@@ -227,7 +227,7 @@ def test_an_adapter_survives_the_swap_benchmark(engines):
 
 
 @pytest.mark.slow
-def test_the_peak_is_what_lives_at_a_time():
+def test_peak_counts_tensors_that_exist_at_the_same_time():
     def one_after_the_other():
         first = torch.empty(1 << 18)
         del first

@@ -25,10 +25,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("loss", ["chunked_cross_entropy", "chunked_kl"])
-def test_peak_memory_does_not_know_the_vocabulary(
+def test_peak_memory_does_not_depend_on_the_vocabulary(
     bench: ModuleType, loss: str, trained: bool
 ) -> None:
-    """Beyond arguments and gradients: two chunks of logits at most, and a few sums per row."""
+    """Check further memory: at most two chunks of logits and a few sums per row."""
     k = 3 if loss == "chunked_kl" else 1
     peaks: list[int] = []
     for vocab in (4096, 16384):
@@ -48,7 +48,7 @@ def test_peak_memory_does_not_know_the_vocabulary(
 
 
 @pytest.mark.slow
-def test_the_benchmark_checks_and_compares(bench: ModuleType) -> None:
+def test_benchmark_checks_and_compares(bench: ModuleType) -> None:
     rows = list(bench.measure("cpu", rounds=1, compiled=False, rows=ROWS))
     memory = [r for r in rows if r.provider == "lora_ext" and r.unit == "x"]
     assert len(memory) == 4 and all(r.median < 0.5 for r in memory)
@@ -59,8 +59,8 @@ def test_the_benchmark_checks_and_compares(bench: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_a_language_model_trains_without_its_logits(bench: ModuleType) -> None:
-    """The gradients of the model's own loss, in less memory than its logits alone take."""
+def test_language_model_trains_without_its_logits(bench: ModuleType) -> None:
+    """Check that the gradients of the model's loss need less memory than its logits alone."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=WIDE, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,

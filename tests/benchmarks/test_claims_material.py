@@ -1,4 +1,4 @@
-"""What the reproductions read: packages that lack or differ, Debian's texts, both small models."""
+"""Inputs of the reproductions: missing or different packages, Debian's texts, both small models."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from lora_ext.federated import LayerPlan
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed package with one file."""
+    """Return an installed package with one file."""
     folder = tmp_path / "some_package"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise AssertionError('nobody imports it')")
@@ -27,7 +27,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_a_file_is_the_one_that_was_measured_with_or_refused(package: Path):
+def test_file_has_the_measured_hash_or_raises(package: Path):
     assert material.path_of(material.File("some_package", "words.txt", "some", ABC)) == package
     other = material.File("some_package", "words.txt", "some", "0" * 64)
     with pytest.raises(ValueError, match=r"expected the SHA-256 0{12}\.\.\., found ba7816bf8f01"):
@@ -45,19 +45,20 @@ LISTS = "\n\n".join(
 )
 
 
-def test_texts_are_of_the_largest_sections_one_a_source_and_once(monkeypatch: pytest.MonkeyPatch):
+def test_texts_are_of_the_largest_sections_and_unique(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(material, "_available", lambda: LISTS)
     material.sections.cache_clear()
     texts, names, found = material.sections(2, 8)
     assert names == ["games", "net"] and len(found) == 12
-    assert len(texts) == len(set(texts)) == 16  # of 16 net texts that two sources have each, 8
+    # Two sources have 16 net texts each, of which 8 are used.
+    assert len(texts) == len(set(texts)) == 16
     assert all(text.startswith(f"text {names[place]} ") for text, place in texts)
     with pytest.raises(RuntimeError, match="run `apt-get update`"):
         material.sections(2, 9)
     material.sections.cache_clear()
 
 
-def test_the_classifier_is_the_encoder_and_padding_changes_nothing():
+def test_classifier_is_the_encoder_and_padding_changes_nothing():
     own = section_texts.load(quick=True)
     world = section_texts.make_world(0, section_texts.QUICK, quick=True)
     assert {int(c) for c in world.testing[1]} == set(range(section_texts.CLASSES))
@@ -70,7 +71,7 @@ def test_the_classifier_is_the_encoder_and_padding_changes_nothing():
         torch.testing.assert_close(model(padded), model(ids))
 
 
-def test_the_head_is_trained_averaged_and_counted():
+def test_head_is_trained_averaged_and_counted():
     world = section_texts.make_world(0, section_texts.QUICK, quick=True)
     model, seen = world.adapted(), []
     head = shared_state(world, model)
@@ -82,21 +83,21 @@ def test_the_head_is_trained_averaged_and_counted():
         model=model,
         before=lambda round, state: seen.append(state["head.weight"].clone()),
     )
-    assert not torch.equal(seen[0], seen[1])  # the state of the second round has learned
+    assert not torch.equal(seen[0], seen[1])  # The state of the second round has changed.
     assert not torch.equal(model.get_parameter("head.weight"), head["head.weight"])
     layer = 2 * world.sizes.rank * (16 + 16) * 4
     nbytes = sum(tensor.nbytes for tensor in head.values())
     assert run.comm.rows[0].up == layer + nbytes and run.comm.rows[0].down == 6 * layer + nbytes
 
 
-def test_rows_of_text_are_the_same_in_every_process_and_bytes_come_back():
+def test_rows_of_text_are_equal_in_every_process_and_decode_to_the_text():
     rows = language.rows_of("python", 5, 16, quick=True)
     assert rows.shape == (5, 16)
     text = language.Bytes().decode(rows[0])
     assert text.startswith("def ") and re.fullmatch(r"[\x00-\x7f]{16}", text)
 
 
-def test_peers_train_and_keep_what_they_say():
+def test_peers_train_and_keep_their_documented_parameters():
     world = section_texts.make_world(0, section_texts.QUICK, quick=True)
     shares = world.shares("iid")
     module = "layers.0.attention.self.query"
@@ -131,7 +132,7 @@ def test_peers_train_and_keep_what_they_say():
 
 
 @pytest.mark.slow
-def test_private_changes_are_clipped_and_noise_is_what_the_accountant_hears():
+def test_private_changes_are_clipped_and_noise_agrees_with_the_accountant():
     world = section_texts.make_world(0, section_texts.QUICK, quick=True)
     clip, noise = 1e-3, 200.0
     found: dict[float, list[torch.Tensor]] = {}
@@ -154,7 +155,7 @@ def test_private_changes_are_clipped_and_noise_is_what_the_accountant_hears():
     pytest.importorskip(
         "opacus", reason="opacus is not installed: pip install --no-build-isolation '.[claims]'"
     )
-    # Known: the subsampled Gaussian's bound falls with noise, and grows with rounds.
+    # The bound of the subsampled Gaussian falls with noise and grows with rounds.
     whole = section_texts.make_world(0, section_texts.SIZES, quick=True)
     assert private.epsilon(world, 1.0) < private.epsilon(whole, 1.0) < 20
     assert private.epsilon(whole, 2.0) < private.epsilon(whole, 1.0) / 2

@@ -1,4 +1,4 @@
-"""The benchmark of clients in one batch checks what it times, and a round copies no base weight."""
+"""The benchmark of clients checks results before timing; a round copies no base weight."""
 
 from collections import OrderedDict
 
@@ -48,7 +48,7 @@ def test_changes_that_are_slightly_wrong_are_not_timed(monkeypatch: pytest.Monke
         federated_clients.check(SMALL[0], "cpu")
 
 
-def test_a_round_copies_no_weight_of_the_base() -> None:
+def test_round_copies_no_weight_of_the_base() -> None:
     width, clients = 512, 4
     linears = [nn.Linear(width, width).requires_grad_(False) for _ in range(3)]
     layers = [LoraLinear(linear, r=1, init_lora_weights=False) for linear in linears]

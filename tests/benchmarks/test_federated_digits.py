@@ -1,4 +1,4 @@
-"""The federation of digits that two studies share: smallest sizes."""
+"""The federation of digits that two studies use, with the smallest sizes."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def world():
     return make_world(0, QUICK)
 
 
-def test_every_picture_is_some_clients_and_ranks_may_differ_by_layer(world):
+def test_every_picture_belongs_to_a_client_and_ranks_may_differ_by_layer(world):
     for partition in ("iid", "3 classes", "dirichlet 0.3"):
         shares = world.shares(partition)
         assert len(shares) == 12
@@ -27,7 +27,7 @@ def test_every_picture_is_some_clients_and_ranks_may_differ_by_layer(world):
     assert {layer.scaling["default"] for layer in layers.values()} == {4.0}
 
 
-def test_a_run_draws_clients_asks_the_planner_and_counts_bytes(world):
+def test_run_draws_clients_calls_the_planner_and_counts_bytes(world):
     asked = []
 
     def planner(round, clients):
@@ -45,7 +45,7 @@ def test_a_run_draws_clients_asks_the_planner_and_counts_bytes(world):
     assert again.accuracy == run.accuracy
 
 
-def test_rounds_in_which_nobody_trains_or_layers_are_disabled(world):
+def test_rounds_without_training_or_with_disabled_layers(world):
     states = []
     before = accuracy(world.base, world.testing)
     run = federate(
@@ -55,7 +55,7 @@ def test_rounds_in_which_nobody_trains_or_layers_are_disabled(world):
         clients=(0, 3),
         before=lambda round, state: states.append(state),
     )
-    assert run.accuracy == [before, before]  # B is 0
+    assert run.accuracy == [before, before]  # B is 0.
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert run.best == before and all(log.skipped for log in run.history)
 

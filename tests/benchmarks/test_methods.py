@@ -1,4 +1,4 @@
-"""The page of reproductions: every study that is there, as its rows say."""
+"""The page of reproductions: it contains every study as in its rows."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import study
 from scripts import module_of, needs
 
-# Under another name: `methods` is the folder tests/methods.
+# Loaded under another name, because `methods` is the folder tests/methods.
 path = Path(study.__file__).with_name("methods.py")
 methods = module_of(path, "reproductions")
 
@@ -16,8 +16,8 @@ pytestmark = needs("matplotlib", "peft", "rich", "sklearn", "tqdm", "transformer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", methods.studies())
-def test_a_study_runs_and_judges_its_file_as_its_run(name, tmp_path, capsys):
-    """Smallest sizes: all functions that the frame asks for are there and agree on columns."""
+def test_study_judges_its_file_like_its_run(name, tmp_path, capsys):
+    """Check with the smallest sizes that all required functions exist and agree on the columns."""
     module = importlib.import_module(name)
     arguments = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
     assert study.run(module, arguments) == 0
@@ -31,12 +31,12 @@ def test_a_study_runs_and_judges_its_file_as_its_run(name, tmp_path, capsys):
     assert "(headline) " in of_the_run
 
 
-def test_the_page_tells_of_every_study(tmp_path, monkeypatch):
+def test_page_contains_every_study(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(methods, "found_rows", lambda name, module: (ROWS.get(name, []), 0))
     assert methods.main(["--from-results", "--page", str(tmp_path / "page.md")]) == 0
     text = (tmp_path / "page.md").read_text()
-    flat = " ".join(text.split())  # it is wrapped
+    flat = " ".join(text.split())  # The page is wrapped.
     for name in methods.studies():
         claim = importlib.import_module(name).CLAIM
         assert f"\n## {name}\n" in text
@@ -45,13 +45,13 @@ def test_the_page_tells_of_every_study(tmp_path, monkeypatch):
         own = " ".join(path.parents[1].joinpath(f"docs/{name}.md").read_text().split())
         assert f"**Use it when** {claim.use}. **Not when** {claim.avoid}." in own
     assert text.count("not run yet. Earlier protocol") == len(methods.studies())
-    assert "0 of 23 arms have rows" in flat  # Fed-HeLLo's
+    assert "0 of 23 arms have rows" in flat  # of Fed-HeLLo
 
 
 ROWS: dict[str, list[study.Row]] = {}
 
 
-def test_the_checks_that_are_named_are_run_and_decide_the_status(tmp_path, monkeypatch, capsys):
+def test_named_checks_run_and_determine_the_status(tmp_path, monkeypatch, capsys):
     run: list[tuple[str, int | None]] = []
 
     def check(name, seeds):

@@ -1,4 +1,4 @@
-"""Benchmarks of activated adapters, experts, exact models and packed weights check themselves."""
+"""Checks in the benchmarks of activated adapters, experts, exact models, packed weights."""
 
 import pytest
 
@@ -20,13 +20,13 @@ from lora_ext import ops
 
 
 @pytest.mark.slow
-def test_providers_agree_and_activated_adapters_read_their_own_tokens_alone() -> None:
+def test_providers_agree_and_activated_adapters_read_only_their_tokens() -> None:
     rows = {row["provider"]: row["tokens"] for row in alora.measure(alora.tiny_model(), alora.TINY)}
     assert rows == {"peft": 70, "lora": 70, "alora": 6}
 
 
 @pytest.mark.slow
-def test_a_wrong_count_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_count_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(alora.TINY, adapters=1)
     monkeypatch.setattr(alora.Case, "shared", 0)
     with pytest.raises(SystemExit, match="alora: expected 70 tokens computed, found"):
@@ -34,7 +34,7 @@ def test_a_wrong_count_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_example_s_adapters_say_what_they_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_of_the_example_answer_what_they_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     example = load_script(monkeypatch, "examples", "alora")
     answers = example.main(steps=40)
     assert answers["yes"] == [5] * 4 and answers["no"] == [6] * 4
@@ -52,7 +52,7 @@ def test_every_case_of_exact_models_agrees_with_the_plain_model() -> None:
     assert all(r.over > 0 for r in found)
 
 
-def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.row_attention
     monkeypatch.setattr(ops, "row_attention", lambda *a, **k: right(*a, **k) * (1 + 1e-2))
     with pytest.raises(SystemExit, match="attention alone, causal, 9: the error"):
@@ -80,7 +80,7 @@ def test_rows_of_another_adapter_are_not_timed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_line_has_every_provider(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_line_has_every_provider(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(packed_linear, "SHAPES", ((40, 33),))
     monkeypatch.setattr(packed_linear, "COLD_BYTES", 1)
     lines = list(packed_linear.bench_ops(dtype, rounds=1))
@@ -96,7 +96,7 @@ def test_spaced_products_are_compared_with_those_of_torch(monkeypatch: pytest.Mo
     assert line.startswith("   33 ->   132,  17 rows: torch ") and line.endswith(" of torch")
 
 
-def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, product = torch.ones(2, 40), torch.ones(33, 40), ops.packed_linear
 
     def wrong(*args: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_over_packed_weights_is_checked_against_float64(
+def test_step_with_packed_weights_is_checked_against_float64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""The lean passes of the decoding benchmarks, and what the draft of SmolLM2's learns from."""
+"""The lean passes of the decoding benchmarks, and the training data of SmolLM2's draft."""
 
 import pytest
 
@@ -23,24 +23,24 @@ def model() -> LlamaForCausalLM:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.mul_(20)  # else all tokens are as likely
+                parameter.mul_(20)  # Otherwise all tokens are equally likely.
     return model.eval()
 
 
-def test_lean_decoding_gives_the_tokens_of_generate_for_llamas_alone(model) -> None:
+def test_lean_decoding_gives_the_tokens_of_generate_only_for_llamas(model) -> None:
     model.double()
     ids = torch.randint(1, 23, (3, 5))
     options = {"do_sample": False, "max_new_tokens": 12}
     expected = model.generate(ids, **options)
     assert torch.equal(token_by_token(LeanLlama(model), ids, 12), expected)
-    assert torch.equal(model.generate(ids, **options), expected)  # the model is what it was
+    assert torch.equal(model.generate(ids, **options), expected)  # The model is unchanged.
     config = LlamaConfig(**SIZES, **HEADS, attention_bias=True)
     with pytest.raises(ValueError, match="expected a Llama without biases"):
         LeanLlama(LlamaForCausalLM(config))
 
 
 @pytest.mark.parametrize("mode", ["greedy", "sample"])
-def test_speculation_over_lean_passes_gives_the_tokens_over_the_model(model, mode) -> None:
+def test_speculation_with_lean_passes_gives_the_tokens_of_the_model(model, mode) -> None:
     draft = mtpc.retrofit(model.double(), mtpc.MtpcConfig(3, 2, "hmm", "adapter", 4)).eval()
     ids = torch.randint(1, 23, (2, 6))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])  # rows of two lengths
@@ -62,12 +62,12 @@ def answered(model: LlamaForCausalLM, sample: bool) -> tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_greedy_answers_alone_are_the_likeliest_tokens_of_their_states(model, sample):
+def test_only_greedy_answers_are_the_most_likely_tokens_of_their_states(model, sample):
     ids, logits = answered(model, sample)
     assert torch.equal(logits.argmax(-1), ids) != sample
 
 
-def test_answers_are_cut_behind_their_end_and_windows_stay_within_them():
+def test_answers_end_at_their_end_token_and_windows_stay_within_them():
     ids = torch.tensor([[5, 9, 7, 9], [1, 2, 3, 4]])
     hidden = torch.arange(8.0).view(2, 4, 1)
     first, second = mtpc_samples._cut(ids, hidden, eos=9)
@@ -83,7 +83,7 @@ def test_answers_are_cut_behind_their_end_and_windows_stay_within_them():
     assert torch.equal(batch.teacher[..., 0].float(), batch.normaliser)
 
 
-def test_a_draft_is_kept_by_the_smaller_of_one_and_the_ratio_and_so_are_those_before():
+def test_acceptance_is_the_smaller_of_one_and_the_ratio_and_cumulative():
     p = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [0.5, 0.25, 0.25]])
     q = torch.tensor([[0.25, 0.5, 0.25]] * 3)
     assert mtpc_samples._kept(p, q, torch.tensor([0, 1, -1])).tolist() == [0.5, 1, 0]
@@ -92,7 +92,7 @@ def test_a_draft_is_kept_by_the_smaller_of_one_and_the_ratio_and_so_are_those_be
 
 
 def texts(model: LlamaForCausalLM, sample: bool) -> mtpc_samples.Answers:
-    """64 answers of 40 tokens."""
+    """Return 64 answers of 40 tokens."""
     prompts = torch.randint(1, 23, (64, 5))
     ids, hidden = mtpc_samples._answer(LeanLlama(model), prompts, 40, sample)
     parts = list(mtpc_samples._cut(ids, hidden.bfloat16(), eos=-1))
@@ -113,8 +113,8 @@ WINDOW = mtpc.MtpcConfig(2, 3, "hmm", "adapter", adapter_rank=4, bridge=32)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "distil"), [(CHAIN, True), (CHAIN, False), (WINDOW, False)])
-def test_a_draft_learns_what_the_model_accepts(model, config, distil):
-    """And what is estimated on texts of the model is what the decoder then emits."""
+def test_draft_learns_what_the_model_accepts(model, config, distil):
+    """Check also that the estimate on the model's texts equals the decoder's tokens per call."""
     draft = mtpc.retrofit(model, config, torch.arange(21))
     data = texts(model, sample=True)
     before = estimated(draft, data, "sample")
@@ -125,11 +125,11 @@ def test_a_draft_learns_what_the_model_accepts(model, config, distil):
     for mode, text in (("sample", data), ("greedy", texts(model, sample=False))):
         decoder = draft.eval().decoder(mode=mode)
         found = decoder.generate(prompts, max_new_tokens=40, eos_token_id=[], seed=0)
-        # Other prompts than those of the texts: 0.02 to 0.07 apart when this was written.
+        # The prompts differ from those of the texts: differences of 0.02 to 0.07 were measured.
         assert abs(estimated(draft, text, mode) - found.emitted_per_call) < 0.12
 
 
-def test_a_draft_is_the_same_after_the_same_steps(model):
+def test_draft_is_equal_after_the_same_steps(model):
     data = texts(model, sample=True)
     found = []
     for _ in range(2):
@@ -153,17 +153,17 @@ def test_a_draft_is_the_same_after_the_same_steps(model):
         ("--cost nan", "--cost: expected at least 0, found nan"),
     ],
 )
-def test_what_cannot_be_is_refused_before_minutes_of_answers(
-    arguments, message, monkeypatch, capsys
-):
-    monkeypatch.setattr(mtpc_heldout, "unseen_answers", lambda _: pytest.fail("it answers"))
+def test_invalid_arguments_raise_before_minutes_of_answers(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(
+        mtpc_heldout, "unseen_answers", lambda _: pytest.fail("unseen_answers was called")
+    )
     monkeypatch.setattr("sys.argv", ["mtpc_heldout.py", *arguments.split()])
     with pytest.raises(SystemExit):
         mtpc_heldout.main()
     assert message in capsys.readouterr().err
 
 
-def test_shorter_chains_and_the_rule_keep_what_they_would_have_drafted():
+def test_shorter_chains_and_the_rule_keep_their_drafts():
     sure = torch.tensor([[0.9, 0.9, 0.9], [0.2, 0.2, 0.2]])
     accepted = torch.tensor([3, 0])
     found = {name: rest for name, *rest in mtpc_heldout.lengths(sure, accepted, 0.1)}
@@ -172,7 +172,7 @@ def test_shorter_chains_and_the_rule_keep_what_they_would_have_drafted():
     assert found["rule"] == pytest.approx([2.5, 2.5 / 1.2])  # three tokens, and one
 
 
-def test_the_decoders_calls_are_recorded_with_its_confidence(model):
+def test_calls_of_the_decoder_are_recorded_with_its_confidence(model):
     draft = mtpc.retrofit(model, CHAIN).eval()
     lean = LeanLlama(model)
     prompts = [torch.randint(1, 23, (1, 5)) for _ in range(3)]

@@ -12,7 +12,7 @@ from study import Claim, Criterion, Interval
 
 @pytest.fixture
 def coin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """A study that asks its seeds for heads, and writes beside the test."""
+    """Return a study that counts heads of its seeds and writes beside the test."""
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     module = ModuleType("coin")
     module.__doc__ = "A coin."
@@ -54,8 +54,8 @@ def claimed(module: ModuleType, seeds: int) -> None:
     module.CLAIM = Claim("a paper", "coins fall.", "a coin", "heads", "you toss", "not", seeds)
 
 
-def test_the_headline_alone_decides_verdict_and_status(coin, capsys):
-    assert study.run(coin, ["--check"]) == 0  # the other criterion fails
+def test_only_the_headline_determines_verdict_and_status(coin, capsys):
+    assert study.run(coin, ["--check"]) == 0  # The other criterion fails.
     assert "reproduced, 2 of 2 seeds: 0.333333 over 4 rows" in capsys.readouterr().out
     claimed(coin, 3)
     assert study.run(coin, ["--check"]) == 1
@@ -67,7 +67,7 @@ def test_the_headline_alone_decides_verdict_and_status(coin, capsys):
     assert "not reproduced, 5 of 5 seeds" in capsys.readouterr().out
 
 
-def test_a_run_that_was_cut_goes_on_and_has_no_verdict_until_it_is_whole(coin, capsys, tmp_path):
+def test_interrupted_run_resumes_and_has_no_verdict_until_it_is_complete(coin, capsys, tmp_path):
     coin.cut = 3
     with pytest.raises(KeyboardInterrupt):
         study.run(coin, [])
@@ -82,10 +82,10 @@ def test_a_run_that_was_cut_goes_on_and_has_no_verdict_until_it_is_whole(coin, c
         (1, "obverse", 2),
         (1, "reverse", 3),
     ]
-    assert study.run(coin, ["--check"]) == 0 and len(coin.asked) == 4  # nothing was missing
+    assert study.run(coin, ["--check"]) == 0 and len(coin.asked) == 4  # Nothing was missing.
 
 
-def test_rows_of_other_settings_stay_apart(coin, capsys, tmp_path):
+def test_rows_of_other_settings_are_separate(coin, capsys, tmp_path):
     study.run(coin, [])
     coin.sides = 3
     with pytest.raises(SystemExit, match=r"expected rows of settings \w+, found 4 of others"):
@@ -97,20 +97,20 @@ def test_rows_of_other_settings_stay_apart(coin, capsys, tmp_path):
     assert "over 4 rows" in capsys.readouterr().out
 
 
-def test_rows_say_where_they_come_from_and_may_have_other_columns(coin, tmp_path):
+def test_rows_contain_their_origin_and_may_have_other_columns(coin, tmp_path):
     study.run(coin, ["--seeds", "1"])
     first = rows_of(tmp_path / "coin.csv")[0]
     assert first["date"] and first["device"] and first["torch"] and "revision" in first
     assert (first["seed"], first["heads"], first["share"]) == ("0", "1", "0.333333")
     study.run(coin, ["--quick", "--seeds", "1"])
-    assert len(rows_of(tmp_path / "coin.csv")) == 2  # quick runs leave nothing here
+    assert len(rows_of(tmp_path / "coin.csv")) == 2  # Quick runs write nothing here.
     study.run(coin, ["--quick", "--seeds", "1", "--out", str(tmp_path)])
     old, new = rows_of(tmp_path / "coin.csv")[0::3]
     assert (old["quick"], new["quick"]) == ("", "1")
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_what_could_not_be_measured_leaves_the_verdict_open(coin):
+def test_unmeasured_criterion_leaves_the_verdict_open(coin):
     study.run(coin, [])
     rows = study.Store.of(study.RESULTS / "coin.csv", coin, quick=False).rows()
     coin.criteria = lambda rows: [Criterion("seconds", "few", "busy", None, True)]
@@ -122,7 +122,7 @@ def test_what_could_not_be_measured_leaves_the_verdict_open(coin):
         study.judge(coin, rows)
 
 
-def test_an_interval_holds_the_figure_and_knows_groups():
+def test_interval_contains_the_figure_and_supports_groups():
     found = study.interval([1.0, 2.0, 3.0, 4.0])
     # Of 256 equally likely draws of four, 2.5 % of the means are at most 1.25 or 1.5.
     assert found.middle == 2.5 and 1.25 <= found.low <= 1.5 and 3.5 <= found.high <= 3.75
@@ -134,14 +134,14 @@ def test_an_interval_holds_the_figure_and_knows_groups():
     assert grouped.middle == 1.5 and grouped.low < study.interval([1.0, 2.0]).low
 
 
-def test_a_revision_that_looks_like_a_number_stays_what_it_is(tmp_path):
+def test_revision_that_looks_like_a_number_stays_text(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("date,revision,settings,share\n2026-11-26,067e688,12345678,0.5\n")
     (row,) = study.Store.of_last(path).rows()
     assert (row["revision"], row["settings"], row["share"]) == ("067e688", "12345678", 0.5)
 
 
-def test_what_makes_no_sense_is_named(coin, capsys):
+def test_invalid_arguments_are_reported(coin, capsys):
     for arguments, text in ((["--seeds", "0"], "at least 1, found 0"), (["--full"], "--full")):
         with pytest.raises(SystemExit):
             study.run(coin, arguments)
@@ -154,7 +154,7 @@ def test_what_makes_no_sense_is_named(coin, capsys):
         study.mean([{"kind": "flip", "share": 1}], "share", kind="none")
 
 
-def test_a_study_may_measure_more_than_is_judged(coin, tmp_path):
+def test_study_may_measure_more_than_it_judges(coin, tmp_path):
     coin.more = lambda seeds, quick: [{"seed": 0, "side": side} for side in ("rim", "edge")]
     study.run(coin, ["--also", "edge:0", "rim:1"])
     assert [row["side"] for row in rows_of(tmp_path / "coin.csv")].count("rim") == 0

@@ -1,4 +1,4 @@
-"""Graphs to test on, and a circuit evaluated as slowly and plainly as possible."""
+"""Graphs for tests, and a slow and simple evaluation of a circuit."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ GRAPHS = {
 
 
 def circuit_of(graph: RegionGraph, seed: int = 0, **options) -> Circuit:
-    """A circuit of reproducible random parameters in float64."""
+    """Return a circuit with reproducible random parameters in float64."""
     torch.manual_seed(seed)
     return Circuit(graph, **options).double()
 
 
 def mixed() -> RegionGraph:
-    """A mixture over one variable of each kind."""
+    """Return a mixture over one variable of each kind."""
     families = {"g": Gaussian(), "k": Binomial(3), "c": Categorical(4)}
     inputs = {k: Input([v], leaf, 2) for v, (k, leaf) in enumerate(families.items())}
     return RegionGraph.from_edges(inputs, [("s", list(families))])
@@ -49,7 +49,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -
 
 
 def num_values(circuit: Circuit) -> list[int]:
-    """How many values each variable takes; indicators count up to their largest."""
+    """Return the number of values of each variable; indicators count up to their largest."""
     sizes = [1] * circuit.num_variables
     for i, region in enumerate(circuit.graph.regions):
         if region.leaf is None:
@@ -64,7 +64,7 @@ def num_values(circuit: Circuit) -> list[int]:
 
 
 def assignments(circuit: Circuit) -> torch.Tensor:
-    """All rows of data."""
+    """Return all rows of data."""
     axes = [torch.arange(size) for size in num_values(circuit)]
     return torch.cartesian_prod(*axes).view(-1, len(axes))
 
@@ -78,7 +78,7 @@ def leaf_probability(leaf: Leaf, parameters: dict[str, torch.Tensor], row: int, 
 
 
 def evaluate(circuit: Circuit, x: list[int]) -> float:
-    """p(x) by recursion over units in plain Python; -1 sums a variable out."""
+    """Return p(x) by recursion over units in plain Python; -1 sums a variable out."""
     graph = circuit.graph
     known: dict[tuple[int, int], float] = {}
 
@@ -120,7 +120,7 @@ def evaluate(circuit: Circuit, x: list[int]) -> float:
 
 
 def random_graph(seed: int) -> RegionGraph:
-    """A smooth, decomposable graph: shared regions, odd unit counts, both products, all leaves."""
+    """Return a smooth, decomposable graph with shared regions, both products and all leaves."""
     rng = random.Random(seed)
     num_variables = rng.randint(1, 5)
     families: list[Leaf] = [

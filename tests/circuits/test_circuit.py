@@ -41,7 +41,7 @@ def test_probabilities_of_all_assignments_sum_to_one(name):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_marginals_and_conditionals_are_those_of_the_table(name):
+def test_marginals_and_conditionals_equal_the_table(name):
     circuit = circuit_of(GRAPHS[name](), seed=1)
     x = assignments(circuit)
     p = circuit.log_prob(x).exp().detach()
@@ -72,7 +72,7 @@ def test_random_graphs_agree_with_the_recursive_evaluator(first):
 
 
 @pytest.mark.parametrize("name", ["hmm tied", "btree", "poon_domingos"])
-def test_gradients_are_those_of_finite_differences(name):
+def test_gradients_equal_finite_differences(name):
     circuit = circuit_of(GRAPHS[name](), seed=2)
     x = assignments(circuit)[::17][:4]
     x[1, 0] = -1
@@ -86,7 +86,7 @@ def test_gradients_are_those_of_finite_differences(name):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_gradients_of_random_graphs_have_no_nan_and_sum_to_zero(seed):
-    """Moving all logits of a sum by the same amount changes nothing."""
+    """Check that adding a constant to all logits of a sum changes nothing."""
     circuit = circuit_of(random_graph(seed), seed)
     log_prob = circuit.log_prob(assignments(circuit)[:20])
     log_prob[log_prob > -torch.inf].sum().backward()
@@ -98,7 +98,7 @@ def test_gradients_of_random_graphs_have_no_nan_and_sum_to_zero(seed):
             assert rows.sum(1).abs().max() < 1e-10
 
 
-def test_a_row_does_not_depend_on_its_batch():
+def test_row_does_not_depend_on_its_batch():
     circuit = circuit_of(GRAPHS["rat_spn"]()).float()
     x = assignments(circuit)
     together = circuit.log_prob(x)
@@ -149,7 +149,7 @@ def test_circuits_agree_with_circuit_scan(kind, n_token):
     close(circuit.conditionals(full), scan.conditional.detach())
 
 
-def test_several_roots_give_a_column_each():
+def test_several_roots_give_one_column_each():
     graph = RegionGraph.rat_spn(5, 2, 2, 3, 2, BIT, num_roots=3)
     circuit = circuit_of(graph)
     log_prob = circuit.log_prob(assignments(circuit))
@@ -161,7 +161,7 @@ def test_several_roots_give_a_column_each():
     assert circuit_of(two).log_prob(torch.zeros(3, 2, dtype=torch.long)).shape == (3, 2)
 
 
-# --- the impossible -------------------------------------------------------------------------------
+# --- impossible data ------------------------------------------------------------------------------
 def test_impossible_data_is_minus_infinity_with_gradient_zero():
     inputs = {f"{v}{n}": Input([v], Indicator((n,))) for v in range(2) for n in range(2)}
     products = [("s", ["00", "10"]), ("s", ["01", "11"])]
@@ -180,7 +180,7 @@ def test_impossible_data_is_minus_infinity_with_gradient_zero():
     assert circuit.map(torch.tensor([[-1, 1]])).x.tolist() == [[1, 1]]
 
 
-def test_weights_of_minus_infinity_and_huge_logits():
+def test_weights_of_minus_infinity_and_huge_logits_keep_probabilities():
     circuit = circuit_of(GRAPHS["hmm"](), seed=3)
     with torch.no_grad():
         circuit.weights[:2] = torch.tensor([-torch.inf, 1e4], dtype=torch.float64)
@@ -197,7 +197,7 @@ def test_weights_of_minus_infinity_and_huge_logits():
     assert circuit.weights.grad[0] == 0
 
 
-def test_a_long_chain_keeps_its_log_partition():
+def test_long_chain_keeps_its_log_partition():
     circuit = circuit_of(RegionGraph.hmm(500, 4, Categorical(3), homogeneous=True)).float()
     assert circuit.log_partition().abs() < 1e-3
     x = torch.zeros(1, 500, dtype=torch.long)
@@ -207,12 +207,12 @@ def test_a_long_chain_keeps_its_log_partition():
 
 
 # --- leaves ---------------------------------------------------------------------------------------
-def test_families_are_those_of_torch_distributions():
+def test_families_equal_torch_distributions():
     circuit = circuit_of(mixed())
     x = torch.tensor([[0.3, 2, 3], [-1.2, 0, torch.nan], [torch.nan, 3, 1]]).double()
     g, k, c = (circuit.region_leaves(i) for i in range(3))
     d = torch.distributions
-    d.Distribution.set_default_validate_args(False)  # NaN is for us to mask
+    d.Distribution.set_default_validate_args(False)  # NaN is masked by our code.
     each = [
         d.Normal(g["mean"], g["log_std"].exp()).log_prob(x[:, :1]),
         d.Binomial(3, logits=k["logit"]).log_prob(x[:, 1:2]),
@@ -223,7 +223,7 @@ def test_families_are_those_of_torch_distributions():
     close(circuit.log_prob(x), expected)
 
 
-def test_external_leaves_take_the_callers_values_and_give_gradients():
+def test_external_leaves_use_the_given_values_and_have_gradients():
     inputs = {"e": Input([0], External(), 3), "b": Input([1], BIT, 3)}
     circuit = circuit_of(RegionGraph.from_edges(inputs, [("s", ["e", "b"])]))
     x = torch.tensor([[-1, 1], [0, 0]])
@@ -251,21 +251,21 @@ def test_external_leaves_take_the_callers_values_and_give_gradients():
         (torch.tensor([[0.5, 1, 0, 0]]), "variable 0: expected values 0 .. 2, found 0.5"),
     ],
 )
-def test_data_out_of_range_is_refused(x, message):
+def test_data_out_of_range_raise(x, message):
     circuit = circuit_of(GRAPHS["hmm"]())
     for query in (circuit.log_prob, circuit.conditionals, circuit.map, circuit.em_step):
         with pytest.raises(ValueError, match=message):
             query(x)
 
 
-def test_infinite_numbers_are_refused():
+def test_infinite_numbers_raise():
     circuit = Circuit(RegionGraph.cp(2, 2, Gaussian()))
     for query in (circuit.log_prob, circuit.conditionals, circuit.map, circuit.em_step):
         with pytest.raises(ValueError, match=r"variable 1: expected finite .*, found -inf"):
             query(torch.tensor([[0.5, -torch.inf]]))
 
 
-def test_data_that_are_no_tensors_are_refused_with_the_remedy():
+def test_data_that_are_not_tensors_raise_with_the_remedy():
     circuit, x = circuit_of(GRAPHS["hmm"]()), np.zeros((1, 4), dtype=np.int64)
     for query in (
         circuit.log_prob,
@@ -282,8 +282,8 @@ def test_data_that_are_no_tensors_are_refused_with_the_remedy():
         circuit.log_prob([[0, 0, 0, 0]])
 
 
-def test_data_come_in_any_precision():
-    """numpy's numbers are float64: they are read in the precision of the parameters."""
+def test_data_may_have_any_precision():
+    """Check numpy's float64 numbers, which are converted to the precision of the parameters."""
     circuit = circuit_of(mixed()).float()
     x = torch.tensor([[0.3, 2, 3], [-1.25, 0, torch.nan]])
     for dtype in (torch.float64, torch.float16):
@@ -295,8 +295,8 @@ def test_data_come_in_any_precision():
         circuit.log_prob(torch.tensor([[1e300, 2, 3]], dtype=torch.float64))
 
 
-def test_numbers_far_outside_have_gradient_zero_and_no_nan():
-    """Their densities underflow to 0; numbers whose squares overflow are refused."""
+def test_numbers_far_outside_have_gradient_zero_without_nan():
+    """Check densities that underflow to 0; numbers that overflow when squared raise."""
     circuit = circuit_of(mixed()).float()
     with torch.no_grad():
         circuit.leaves[0]["log_std"].fill_(-5)
@@ -345,8 +345,8 @@ def test_samples_given_evidence_follow_the_posterior():
         assert (got - p).abs().max() < 0.03
 
 
-def test_uniforms_decide_a_sample_by_inverse_cumulative_sums():
-    """A chain walked by hand: one uniform per sum region in graph order, then one per variable."""
+def test_uniforms_determine_a_sample_by_inverse_cumulative_sums():
+    """Check a chain sampled by hand: one uniform per sum region, then one per variable."""
     n, rank = 4, 3
     circuit = circuit_of(RegionGraph.hmm(n, rank, Categorical(5)), seed=6)
     u = torch.rand(1, 50, n + n, generator=torch.Generator().manual_seed(2))
@@ -363,7 +363,7 @@ def test_uniforms_decide_a_sample_by_inverse_cumulative_sums():
         assert torch.equal(got[:, k], draw(leaf[state], u[0, :, len(inner) + k]))
 
 
-def test_samples_of_continuous_leaves():
+def test_samples_of_continuous_leaves_follow_the_distribution():
     circuit = circuit_of(mixed(), seed=7)
     x = circuit.sample(20000, generator=torch.Generator().manual_seed(0))[0]
     assert x.dtype == torch.float64
@@ -378,8 +378,8 @@ def test_samples_of_continuous_leaves():
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_map_is_the_best_tree(seed):
-    """Against the maximum over all assignments and latents, by the recursive evaluator with max."""
+def test_map_equals_the_best_tree(seed):
+    """Check against the maximum over assignments and latents, by the recursive evaluator."""
     circuit = circuit_of(random_graph(seed), seed)
     x = assignments(circuit)
     nothing_missing = torch.zeros_like(x, dtype=torch.bool)
@@ -391,7 +391,7 @@ def test_map_is_the_best_tree(seed):
         close(circuit.log_prob(result.x), circuit.log_prob(x).max()[None])
 
 
-def test_map_of_a_deterministic_circuit_is_the_mode():
+def test_map_of_a_deterministic_circuit_equals_the_mode():
     inputs = {f"i{n}": Input([0], Indicator((n,))) for n in range(3)}
     inputs |= {f"c{n}": Input([1], Categorical(4)) for n in range(3)}
     products = [("s", [f"i{n}", f"c{n}"]) for n in range(3)]
@@ -406,7 +406,7 @@ def test_map_of_a_deterministic_circuit_is_the_mode():
         assert torch.equal(circuit.map(evidence).x[0], given[circuit.log_prob(given).argmax()])
 
 
-def test_unnormalised_circuits_offer_their_log_partition():
+def test_unnormalised_circuits_have_a_log_partition():
     circuit = circuit_of(GRAPHS["btree"](), seed=16, norm="none")
     x = assignments(circuit)
     close(circuit.log_partition(), circuit.log_prob(x).logsumexp(0).detach())
@@ -420,7 +420,7 @@ def test_unnormalised_circuits_offer_their_log_partition():
         circuit.em_step(x)
 
 
-def test_bytes_are_data():
+def test_bytes_are_valid_data():
     circuit = circuit_of(GRAPHS["hmm"]())
     x = torch.tensor([[0, 2, 1, 1], [2, 2, 0, 1]])
     assert torch.equal(circuit.log_prob(x.byte()), circuit.log_prob(x))
@@ -428,7 +428,7 @@ def test_bytes_are_data():
     assert torch.equal(circuit.conditionals(x.byte()), circuit.conditionals(x))
 
 
-def test_wrong_variables_and_pseudocounts_are_named():
+def test_wrong_variables_and_pseudocounts_raise():
     circuit, x = circuit_of(GRAPHS["hmm"]()), torch.zeros(1, 4, dtype=torch.int64)
     for keep in ([-1], [4], [1.5]):
         with pytest.raises(ValueError, match="keep"):
@@ -439,7 +439,7 @@ def test_wrong_variables_and_pseudocounts_are_named():
         circuit.em_step(x[:0])
 
 
-def test_what_is_printed_counts_the_parts():
+def test_repr_counts_the_parts():
     graph = RegionGraph.hmm(4, 3, Categorical(5))
     shown = str(graph)
     assert shown.startswith("RegionGraph(4 variables, ") and len(shown) < 250

@@ -11,7 +11,7 @@ from lora_ext.circuits import Categorical, RegionGraph
 
 
 def run_on_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What follows is computed by the twins, which have float64."""
+    """Run the following calls on the twins, which have float64."""
     for module in OP_MODULES:
         monkeypatch.setattr(module, "_c", torch.ops.lora_ext)
 
@@ -22,7 +22,7 @@ def test_values_flows_and_gradients_agree_with_float64(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, name: str, precision: str
 ) -> None:
     if precision != "fp32" and backend.is_twin:
-        pytest.skip("the twins know one precision")
+        pytest.skip("twins have one precision")
     exact = circuit_of(GRAPHS[name](), seed=1)
     circuit = circuit_of(GRAPHS[name](), seed=1).float().to(backend.device)
     circuit.precision = precision
@@ -42,7 +42,7 @@ def test_values_flows_and_gradients_agree_with_float64(
     assert error <= 10 * tolerance * exact.weights.grad.abs().max()
 
 
-def test_samples_and_maps_are_the_same_everywhere(
+def test_samples_and_maps_are_equal_on_every_backend(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = RegionGraph.hmm(5, 3, Categorical(4))
@@ -51,6 +51,6 @@ def test_samples_and_maps_are_the_same_everywhere(
     u = torch.rand(1, 40, 10, generator=torch.Generator().manual_seed(0))
     samples, best = circuit.sample(40, uniforms=u.to(backend.device)), circuit.map().x
     run_on_twins(monkeypatch)
-    # No running sum of these weights lies within a rounding of its uniform.
+    # No running sum of these weights is within a rounding of its uniform.
     assert torch.equal(samples.cpu(), exact.sample(40, uniforms=u))
     assert torch.equal(best.cpu(), exact.map().x)

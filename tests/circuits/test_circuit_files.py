@@ -14,7 +14,7 @@ from lora_ext.circuits import Circuit
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_loaded_circuit_is_the_saved_one(tmp_path, seed):
+def test_loaded_circuit_equals_the_saved_one(tmp_path, seed):
     circuit = circuit_of(random_graph(seed), seed)
     circuit.save(tmp_path / "c.safetensors")
     loaded = Circuit.load(tmp_path / "c.safetensors")
@@ -62,7 +62,7 @@ def parts(path):
         (lambda t, d: d["graph"]["regions"].append(7), "region 2: expected an object"),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path, change, message):
+def test_invalid_file_raises(tmp_path, change, message):
     path = tmp_path / "c.safetensors"
     circuit_of(GRAPHS["cp"]()).save(path)
     tensors, metadata = parts(path)
@@ -73,7 +73,7 @@ def test_a_wrong_file_is_refused(tmp_path, change, message):
         Circuit.load(path)
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
+def test_file_without_a_circuit_raises(tmp_path):
     path = tmp_path / "c.safetensors"
     save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="expected a circuit"):

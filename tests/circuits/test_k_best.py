@@ -23,7 +23,7 @@ STEPS, RANK, VALUES = 4, 3, 3
 
 
 def tables(circuit: Circuit) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Log prior, transitions and emissions of every step."""
+    """Return log prior, transitions and emissions of every step."""
     names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
     weights = [circuit.region_weights(names[f"z{t}"]).detach().log_softmax(1) for t in range(STEPS)]
     leaves = [circuit.region_leaves(names[f"x{t}"])["logits"].detach() for t in range(STEPS)]
@@ -31,7 +31,7 @@ def tables(circuit: Circuit) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 
 
 def enumerated(circuit: Circuit, given: list[int], length: int) -> list[tuple[float, tuple, tuple]]:
-    """(value, states, x) of all, the best first."""
+    """Return (value, states, x) of all pairs, the best first."""
     prior, steps, leaves = tables(circuit)
     found = []
     for states in itertools.product(range(RANK), repeat=length):
@@ -45,7 +45,7 @@ def enumerated(circuit: Circuit, given: list[int], length: int) -> list[tuple[fl
 
 @pytest.mark.parametrize("homogeneous", [False, True])
 @pytest.mark.parametrize("k", [1, 4, 25])
-def test_the_best_are_those_of_the_enumeration(k, homogeneous):
+def test_best_pairs_equal_those_of_the_enumeration(k, homogeneous):
     circuit = circuit_of(RegionGraph.hmm(STEPS, RANK, Categorical(VALUES), homogeneous), seed=k)
     evidence = torch.tensor([[0, 1, 2, 0], [-1, 1, -1, 2], [-1, -1, -1, -1], [2, -1, -1, -1]])
     lengths = torch.tensor([4, 4, 4, 2])
@@ -59,14 +59,14 @@ def test_the_best_are_those_of_the_enumeration(k, homogeneous):
             ((*got.states[row, i, :length].tolist(),), (*got.x[row, i, :length].tolist(),))
             for i in range(k)
         ]
-        assert len({*pairs}) == k  # which of equal ones comes first is a matter of rounding
+        assert len({*pairs}) == k  # Rounding decides which of equal pairs is first.
         expected = torch.tensor([value for value, *_ in every[:k]], dtype=torch.float64)
         close(got.value[row], expected)
         close(torch.tensor([table[pair] for pair in pairs], dtype=torch.float64), expected)
         assert (got.x[row, :, length:] == -1).all() and (got.states[row, :, length:] == -1).all()
 
 
-def test_the_best_is_the_map():
+def test_best_pair_equals_the_map():
     circuit = circuit_of(GRAPHS["hmm"](), seed=5)
     evidence = torch.tensor([[-1, 1, -1, -1], [0, -1, 2, -1]])
     best, one = circuit.map(evidence), circuit.k_best(1, evidence)
@@ -75,7 +75,7 @@ def test_the_best_is_the_map():
     assert torch.equal(circuit.k_best(2).x[:, 0], circuit.map().x)
 
 
-def test_where_there_are_fewer_the_rest_is_impossible():
+def test_missing_pairs_are_impossible():
     circuit = circuit_of(RegionGraph.hmm(2, 2, Categorical(2)), seed=6)
     got = circuit.k_best(6, torch.tensor([[0, 1]]))  # four paths
     assert got.value[0, :4].isfinite().all() and (got.value[0, 4:] == -torch.inf).all()
@@ -85,8 +85,8 @@ def test_where_there_are_fewer_the_rest_is_impossible():
     assert (circuit.k_best(2, torch.tensor([[0, 1]])).value == -torch.inf).all()
 
 
-def test_what_is_chosen_fits_whatever_integers_the_evidence_has():
-    """Bytes have no -1, and a value above 127 is no int8."""
+def test_chosen_values_fit_the_integers_of_the_evidence():
+    """Check bytes, which cannot represent -1, and a value above 127, which is not an int8."""
     circuit = circuit_of(RegionGraph.hmm(2, 2, Categorical(200)))
     with torch.no_grad():
         circuit.region_leaves(0)["logits"][:, 199] = 50  # of variable 1, children first
@@ -102,7 +102,7 @@ def test_what_is_chosen_fits_whatever_integers_the_evidence_has():
     assert (got.x[0, :4] == torch.tensor([0, 1])).all() and (got.x[0, 4:] == -1).all()
 
 
-def test_chains_of_other_leaves():
+def test_chains_of_other_leaves_are_supported():
     circuit = circuit_of(RegionGraph.hmm(3, 2, Gaussian()), seed=7)
     x = torch.tensor([[0.5, -0.5, 1.0]], dtype=torch.float64)
     got = circuit.k_best(8, x)
@@ -122,11 +122,12 @@ def test_markov_chains_of_indicators_have_a_value_per_state():
     circuit = circuit_of(RegionGraph.from_edges(inputs, products, {"z1": 2, "z2": 2}), seed=8)
     got = circuit.k_best(8)
     assert torch.equal(got.x, got.states)
-    close(got.value[0], circuit.log_prob(got.x[0]).detach())  # deterministic: a path per value
+    # The circuit is deterministic, with one path per value.
+    close(got.value[0], circuit.log_prob(got.x[0]).detach())
     close(got.value.logsumexp(1), torch.zeros(1, dtype=torch.float64))
 
 
-def test_what_is_no_chain_is_refused_by_name():
+def test_graph_that_is_not_a_chain_raises():
     message = "k_best: graph: expected a chain, .* found unit"
     for name in ("btree", "hclt", "rat_spn", "cp"):
         with pytest.raises(ValueError, match=message):

@@ -25,7 +25,7 @@ BIT = Bernoulli()
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_flows_sum_to_one(name):
-    """Over the leaf units of a variable always; over every region where the circuit is a tree."""
+    """Check the leaf units of each variable, and every region if the circuit is a tree."""
     circuit = circuit_of(GRAPHS[name](), seed=8)
     x = assignments(circuit)[:20]
     x[1::2, 0] = -1
@@ -40,7 +40,7 @@ def test_flows_sum_to_one(name):
             close(flows.units[:, list(circuit.columns(i))].sum(1), ones)
 
 
-def test_flows_of_a_sum_are_the_posterior_of_its_latent():
+def test_flows_of_a_sum_equal_the_posterior_of_its_latent():
     circuit = circuit_of(GRAPHS["cp"](), seed=9)
     x = assignments(circuit)[:10]
     leaf = circuit.region_leaves(0)["logits"].view(4, 3, 3).log_softmax(2)
@@ -54,7 +54,7 @@ def test_flows_of_a_sum_are_the_posterior_of_its_latent():
 
 
 @pytest.mark.parametrize("name", [*GRAPHS, "mixed"])
-def test_em_never_lowers_the_likelihood(name):
+def test_em_never_decreases_the_likelihood(name):
     graph = mixed() if name == "mixed" else GRAPHS[name]()
     circuit = circuit_of(graph, seed=10)
     other = circuit_of(graph, seed=11)
@@ -67,7 +67,7 @@ def test_em_never_lowers_the_likelihood(name):
     assert values[-1] > values[0] + 1e-3
 
 
-def test_em_with_a_small_step_and_pseudocounts():
+def test_em_uses_step_size_and_pseudocounts():
     circuit = circuit_of(GRAPHS["hmm"](), seed=12)
     with torch.no_grad():
         circuit.weights[0] = -torch.inf
@@ -97,7 +97,7 @@ def test_rows_without_flow_keep_their_weights():
     assert torch.equal(circuit.region_leaves(names["b"])["logit"].detach(), leaf)
 
 
-def test_tied_parameters_gather_gradients_and_flows_of_all_their_places():
+def test_tied_parameters_sum_gradients_and_flows_of_all_their_uses():
     tied = circuit_of(RegionGraph.hmm(5, 3, Categorical(4), homogeneous=True), seed=14)
     free = circuit_of(RegionGraph.hmm(5, 3, Categorical(4)), seed=15)
     t, f = ({c.graph.label(i): i for i in range(len(c.graph.regions))} for c in (tied, free))
@@ -123,8 +123,8 @@ def test_tied_parameters_gather_gradients_and_flows_of_all_their_places():
         close(gathered(got, tied, "tied", t), gathered(expected, free, "free", f))
 
 
-def test_em_with_pseudocounts_never_lowers_likelihood_and_prior():
-    """The prior of c / I per term: what the docstring of ``em_step`` promises."""
+def test_em_with_pseudocounts_never_decreases_likelihood_times_prior():
+    """Check the prior of c / I per term, which the docstring of ``em_step`` describes."""
     circuit = circuit_of(GRAPHS["hmm"](), seed=20)
     x = circuit_of(GRAPHS["hmm"](), seed=21).sample(60, generator=torch.manual_seed(0))[0]
     c = 2.0
@@ -143,17 +143,17 @@ def test_em_with_pseudocounts_never_lowers_likelihood_and_prior():
     assert values[-1] > values[0] + 1
 
 
-def test_the_default_pseudocount_leaves_held_out_rows_possible():
+def test_default_pseudocount_keeps_held_out_rows_possible():
     circuit = circuit_of(RegionGraph.hmm(4, 3, Categorical(5)), seed=22).float()
     x = circuit_of(RegionGraph.hmm(4, 3, Categorical(5)), seed=23).sample(
         40, generator=torch.manual_seed(0)
     )[0]
-    x[x == 4] = 3  # a value that training does not show
+    x[x == 4] = 3  # The training data do not contain this value.
     for _ in range(50):
         circuit.em_step(x)
     held_out = torch.full((1, 4), 4)
     assert circuit.log_prob(held_out).isfinite().all()
-    # A tenth of a row over five values: what is learnt hardly moves.
+    # A tenth of a row over five values changes the learned values very little.
     assert circuit.leaves[0]["logits"].softmax(1)[:, 4].max() < 0.02
 
 
@@ -161,7 +161,7 @@ def test_the_default_pseudocount_leaves_held_out_rows_possible():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("step", [1.0, 0.5])
 @pytest.mark.parametrize("leaf", [Bernoulli(), Binomial(3), Binomial(7)])
-def test_columns_that_are_always_zero_or_always_total_stay_numbers(leaf, step, dtype):
+def test_columns_that_are_always_zero_or_total_stay_finite(leaf, step, dtype):
     total = leaf.num_values() - 1
     circuit = circuit_of(RegionGraph.cp(3, 2, leaf), seed=24).to(dtype)
     x = torch.tensor([[0, total, 0], [0, total, total], [0, total, 1], [0, total, 0]])
@@ -178,8 +178,8 @@ def test_columns_that_are_always_zero_or_always_total_stay_numbers(leaf, step, d
         assert not circuit.log_prob(torch.tensor([[-1, -1, -1]])).isnan().any()
 
 
-def test_shares_of_successes_that_round_above_one_stay_probabilities():
-    """Flows of 1/3 and 2/3 in float32: the hits of a row may add up to more than its count."""
+def test_rounded_shares_of_successes_stay_probabilities():
+    """Check flows of 1/3 and 2/3 in float32: the hits of a row may exceed its count."""
     for seed in range(50):
         circuit = circuit_of(RegionGraph.cp(2, 3, Binomial(7)), seed=seed).float()
         x = torch.full((33, 2), 7)
@@ -192,7 +192,7 @@ def test_shares_of_successes_that_round_above_one_stay_probabilities():
 
 @pytest.mark.parametrize("step", [1.0, 0.5, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_gaussian_far_from_zero_stays_at_its_optimum(dtype, step):
+def test_gaussian_far_from_zero_stays_at_its_optimum(dtype, step):
     circuit = Circuit(RegionGraph.cp(1, 1, Gaussian())).to(dtype)
     x = 10000 + torch.randn(2000, 1, generator=torch.manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
@@ -201,13 +201,13 @@ def test_a_gaussian_far_from_zero_stays_at_its_optimum(dtype, step):
     x = x.to(dtype)
     before = circuit.em_step(x, step)
     after = circuit.log_prob(x).mean()
-    # Means near 10000 are rounded to 2^-11 in float32; half the square of that is all it may cost.
+    # Means near 10000 are rounded to 2^-11 in float32. The cost is at most half its square.
     assert abs(after - before) < 2.0**-22
     assert circuit.leaves[0]["mean"].item() == pytest.approx(10000, abs=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_gaussian_finds_data_far_away_in_one_step(dtype):
+def test_gaussian_fits_data_far_away_in_one_step(dtype):
     circuit = Circuit(RegionGraph.cp(1, 1, Gaussian())).to(dtype)
     x = -30000 + 2 * torch.randn(500, 1, generator=torch.manual_seed(2), dtype=torch.float64)
     circuit.em_step(x.to(dtype))
@@ -227,14 +227,14 @@ def test_a_gaussian_finds_data_far_away_in_one_step(dtype):
         (lambda: Indicator((0, -1)), "Indicator: values: expected whole numbers from 0"),
     ],
 )
-def test_families_without_meaning_are_refused(make, message):
+def test_families_without_meaning_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-# --- one row, and the same bits -------------------------------------------------------------------
+# --- single rows and threads ----------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["rat_spn", "poon_domingos delta 2"])
-def test_one_row_of_a_circuit_with_inputs_of_several_variables(name):
+def test_single_row_of_a_circuit_with_multivariate_inputs(name):
     circuit = circuit_of(GRAPHS[name](), seed=25)
     x = assignments(circuit)[[5, 9]]
     both = circuit.flows(x)
@@ -275,7 +275,7 @@ def test_steps_flows_and_gradients_have_the_same_bits_for_any_number_of_threads(
             torch.set_num_threads(number)
             circuit = Circuit(graph)
             circuit.load_state_dict(state)
-            # torch cuts the gradient of a single number among threads: not where there is one leaf.
+            # torch splits the gradient of a single number among threads, so one leaf is left out.
             circuit.log_prob(x[:30000]).sum().backward()
             results = [p.grad for p in circuit.parameters()] + [*circuit.flows(x)]
             results += [circuit.em_step(x) for _ in range(2)] + [*circuit.parameters()]

@@ -1,4 +1,4 @@
-"""Every builder with a family of its own for each variable."""
+"""Every builder with a different family for each variable."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BUILDERS = {
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_circuits_of_several_families_are_what_their_graph_says(name):
+def test_circuits_of_several_families_match_their_graph(name):
     circuit = circuit_of(BUILDERS[name](LEAVES))
     x = assignments(circuit)
     log_prob = circuit.log_prob(x)
@@ -47,18 +47,18 @@ def scope_of(variables: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_list_of_one_family_is_that_family(name):
+def test_list_of_one_repeated_family_equals_that_family(name):
     assert BUILDERS[name]([Bernoulli()] * 6) == BUILDERS[name](Bernoulli())
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_list_of_another_length_is_refused(name):
+def test_list_of_the_wrong_length_raises(name):
     message = "leaf: expected one family, or one for each of 6 variables, found 5"
     with pytest.raises(PCStructureError, match=message):
         BUILDERS[name](LEAVES[:5])
 
 
-def test_numbers_and_categories_learn_together():
+def test_numbers_and_categories_are_learned_together():
     graph = RegionGraph.rat_spn(
         4, 1, 3, 2, 2, [Gaussian(), Categorical(3), Gaussian(), Bernoulli()]
     )
@@ -68,14 +68,14 @@ def test_numbers_and_categories_learn_together():
     assert torch.stack(values).diff().min() > -1e-9
 
 
-def test_a_homogeneous_chain_has_one_family():
+def test_homogeneous_chain_accepts_one_family_only():
     with pytest.raises(PCStructureError, match="hclt: leaf: expected one family of a homogeneous"):
         RegionGraph.hmm(6, 2, LEAVES, homogeneous=True)
 
 
 @pytest.mark.parametrize("leaf", [Bernoulli(), Binomial(8), Categorical(1), Categorical(13)])
-def test_values_are_drawn_by_the_rule(leaf):
-    """As ``draw`` does it row by row, also at the steps of the running sums and at the ends."""
+def test_values_are_drawn_like_draw_does_row_by_row(leaf):
+    """Check also uniforms at the steps of the running sums and at both ends."""
     g = torch.Generator().manual_seed(0)
     table = {k: 3 * torch.randn(t.shape, generator=g) for k, t in leaf.table(20).items()}
     if isinstance(leaf, Categorical):

@@ -16,7 +16,7 @@ from lora_ext.circuits import Circuit, Gaussian, MultivariateGaussian, RegionGra
 
 
 # --- densities ------------------------------------------------------------------------------------
-def test_every_marginal_of_a_mixture_is_torchs():
+def test_every_marginal_of_a_mixture_equals_torch():
     made = circuit("mixture")
     normal, weight = normals(made, 0), made.weights.detach().log_softmax(0)
     point = torch.tensor([0.3, -1.2, 0.7], dtype=torch.float64)
@@ -32,7 +32,7 @@ def test_every_marginal_of_a_mixture_is_torchs():
 
 
 @pytest.mark.parametrize("name", ["rat_spn", "images", "chain"])
-def test_leaves_of_several_regions_with_gaps_are_torchs(name):
+def test_leaves_of_several_regions_with_gaps_equal_torch(name):
     made = circuit(name)
     x = rows_with_gaps(6, 40)
     values = made._leaf_values("test", x, None).detach()
@@ -46,7 +46,7 @@ def test_leaves_of_several_regions_with_gaps_are_torchs(name):
             close(values[:, column - 2], torch.tensor(expected, dtype=torch.float64))
 
 
-def test_one_variable_is_a_gaussian():
+def test_one_variable_equals_a_gaussian():
     one = circuit_of(RegionGraph.hmm(4, 3, Gaussian()), 1)
     many = circuit_of(RegionGraph.hmm(4, 3, MultivariateGaussian()), 1)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_one_variable_is_a_gaussian():
         close(one.leaves[0]["log_std"], many.leaves[0]["log_diagonal"][:, 0])
 
 
-def test_gradients_with_gaps_are_those_of_differences():
+def test_gradients_with_gaps_equal_finite_differences():
     made = circuit("images", 2)
     x = rows_with_gaps(6, 4, seed=1)
     names = [k for k, _ in made.named_parameters()]
@@ -89,7 +89,7 @@ def test_gradients_with_gaps_are_those_of_differences():
 
 # --- learning -------------------------------------------------------------------------------------
 def clusters(rows: int, seed: int = 0) -> Tensor:
-    """Two long clouds of three numbers."""
+    """Return two elongated clouds of three numbers."""
     g = torch.Generator().manual_seed(seed)
     z = torch.randn(rows, 3, generator=g, dtype=torch.float64)
     turn = torch.tensor([[1.0, 0, 0], [0.9, 0.3, 0], [-0.5, 0.4, 0.6]], dtype=torch.float64)
@@ -98,7 +98,7 @@ def clusters(rows: int, seed: int = 0) -> Tensor:
     return x
 
 
-def test_a_mixture_is_scikit_learns_before_and_after_a_step():
+def test_mixture_equals_scikit_learn_before_and_after_a_step():
     mixture = pytest.importorskip("sklearn.mixture", reason="compares with scikit-learn")
     x, made = clusters(200), circuit("mixture", 3)
     normal = normals(made, 0)
@@ -115,7 +115,7 @@ def test_a_mixture_is_scikit_learns_before_and_after_a_step():
     before = made.log_prob(x).mean()
     assert made.em_step(x, pseudocount=0) == pytest.approx(before.item())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one step does not converge
+        warnings.simplefilter("ignore")  # One step does not converge.
         peer.fit(x.numpy())
     after = normals(made, 0)
     close(made.weights.detach().softmax(0), torch.from_numpy(peer.weights_))
@@ -125,8 +125,8 @@ def test_a_mixture_is_scikit_learns_before_and_after_a_step():
 
 
 @pytest.mark.parametrize("step", [1.0, 0.3])
-def test_a_step_with_gaps_is_the_plain_formula(step):
-    """Row by row: a missing value is its mean given the others, and adds its covariance."""
+def test_step_with_gaps_equals_the_plain_formula(step):
+    """Check row by row: a missing value is its conditional mean and adds its covariance."""
     made = circuit_of(RegionGraph.cp(3, 1, LEAF), 4)
     with torch.no_grad():
         made.leaves[0]["lower"].normal_()
@@ -155,7 +155,7 @@ def test_a_step_with_gaps_is_the_plain_formula(step):
 
 @pytest.mark.parametrize("step", [1.0, 0.4])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_em_with_gaps_never_lowers_the_likelihood(name, step):
+def test_em_with_gaps_never_decreases_the_likelihood(name, step):
     made, other = circuit(name, 5), circuit(name, 6)
     x = other.sample(60, generator=torch.Generator().manual_seed(3))[0]
     gaps = torch.rand(x.shape, generator=torch.Generator().manual_seed(4)) < 0.3
@@ -176,7 +176,7 @@ def test_no_direction_becomes_narrower_than_min_std():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_step_finds_data_far_away(dtype):
+def test_step_fits_data_far_away(dtype):
     made = Circuit(RegionGraph.cp(3, 1, LEAF)).to(dtype)
     x = clusters(500) - 30000
     made.em_step(x.to(dtype))
@@ -186,7 +186,7 @@ def test_a_step_finds_data_far_away(dtype):
     torch.testing.assert_close(found.covariance_matrix[0].double(), near, atol=2e-3, rtol=0)
 
 
-def test_tied_regions_learn_from_all_their_places():
+def test_tied_regions_learn_from_all_their_uses():
     tied = circuit("chain", 7)
     free = circuit_of(chain(tie=None), 7)
     names = {c: {c.graph.label(i): i for i in range(len(c.graph.regions))} for c in (tied, free)}
@@ -211,7 +211,7 @@ def test_tied_regions_learn_from_all_their_places():
         close(again.leaves[0][k].detach(), v)
 
 
-def test_a_step_and_gradients_have_the_same_bits_for_any_number_of_threads():
+def test_step_and_gradients_have_the_same_bits_for_any_number_of_threads():
     graph = RegionGraph.rat_spn(24, 2, 4, 9, 9, MultivariateGaussian())
     state = Circuit(graph).state_dict()
     x = rows_with_gaps(24, 300, share=0.02).float()

@@ -1,4 +1,4 @@
-"""What circuits of Gaussians over several variables answer, against torch and plain formulas."""
+"""Queries of circuits of Gaussians over several variables, against torch and plain formulas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.distributions import kl_divergence
 from lora_ext.circuits import Circuit, Indicator, Input, MultivariateGaussian, RegionGraph
 
 
-# --- given evidence -------------------------------------------------------------------------------
+# --- queries with evidence ------------------------------------------------------------------------
 def test_samples_given_evidence_follow_the_conditional():
     made = circuit_of(RegionGraph.cp(4, 1, LEAF), 8)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def test_samples_given_evidence_follow_the_conditional():
 
 
 @pytest.mark.parametrize("name", ["rat_spn", "families"])
-def test_moments_of_samples_are_the_marginals(name):
+def test_moments_of_samples_equal_the_marginals(name):
     made = circuit(name, 9)
     evidence = made.sample(2, generator=torch.Generator().manual_seed(0))[0]
     evidence[0, [0, 3, 4]], evidence[1, [1, 2]] = math.nan, math.nan
@@ -42,7 +42,7 @@ def test_moments_of_samples_are_the_marginals(name):
     torch.testing.assert_close(x.var(1), found.variance, rtol=0.15, atol=1e-12)
 
 
-def test_marginals_are_a_mixture_of_conditionals():
+def test_marginals_equal_a_mixture_of_conditionals():
     made, x = circuit("mixture", 10), rows_with_gaps(3, 20, seed=5)
     normal, prior = normals(made, 0), made.weights.detach().log_softmax(0)
     found = made.univariate_marginals(x)
@@ -60,7 +60,7 @@ def test_marginals_are_a_mixture_of_conditionals():
 
 
 def test_correlations_near_one_keep_their_digits_in_float32():
-    """1 - 1 / (1 + 1e-6) from a covariance would be off by several percent."""
+    """Check 1 - 1 / (1 + 1e-6), which from a covariance is off by several percent."""
     made = Circuit(RegionGraph.cp(2, 1, LEAF))
     with torch.no_grad():
         made.leaves[0]["lower"].fill_(1.0)
@@ -69,7 +69,7 @@ def test_correlations_near_one_keep_their_digits_in_float32():
     assert found.variance[0, 0].item() == pytest.approx(1e-6 / (1 + 1e-6), rel=1e-5)
 
 
-def test_map_is_the_best_component_at_its_conditional_mean():
+def test_map_equals_the_best_component_at_its_conditional_mean():
     made, x = circuit("mixture", 11), rows_with_gaps(3, 20, seed=6)
     normal, prior = normals(made, 0), made.weights.detach().log_softmax(0)
     found = made.map(x)
@@ -85,7 +85,7 @@ def test_map_is_the_best_component_at_its_conditional_mean():
         close(found.x[b], full)
 
 
-def test_one_gaussian_has_torchs_entropy_and_divergence():
+def test_one_gaussian_has_the_entropy_and_divergence_of_torch():
     p, q = (circuit_of(RegionGraph.cp(3, 1, LEAF), seed) for seed in (12, 13))
     with torch.no_grad():
         p.leaves[0]["lower"].normal_()
@@ -95,7 +95,7 @@ def test_one_gaussian_has_torchs_entropy_and_divergence():
     assert p.kl_divergence(p).abs() < 1e-12
 
 
-def test_entropy_and_divergence_of_a_decision_between_gaussians():
+def test_entropy_and_divergence_of_a_decision_between_gaussians_equal_the_formula():
     inputs = {f"is {v}": Input([0], Indicator((v,))) for v in range(2)}
     inputs |= {f"then {v}": Input([1, 2], LEAF) for v in range(2)}
     graph = RegionGraph.from_edges(inputs, [("s", [f"is {v}", f"then {v}"]) for v in range(2)])
@@ -111,9 +111,9 @@ def test_entropy_and_divergence_of_a_decision_between_gaussians():
     close(p.kl_divergence(q), u.exp() @ (distances + u - w))
 
 
-# --- the house around it --------------------------------------------------------------------------
+# --- files, copies and errors ---------------------------------------------------------------------
 @pytest.mark.parametrize("name", GRAPHS)
-def test_a_circuit_is_the_same_after_a_file_a_copy_and_a_pickle(name, tmp_path):
+def test_circuit_is_equal_after_a_file_a_copy_and_a_pickle(name, tmp_path):
     made = circuit(name, 14)
     made.save(tmp_path / "c.safetensors")
     x = made.sample(5, generator=torch.Generator().manual_seed(0))[0]
@@ -127,18 +127,18 @@ def test_a_circuit_is_the_same_after_a_file_a_copy_and_a_pickle(name, tmp_path):
     torch.testing.assert_close(narrow.log_prob(x), again[1].log_prob(x).float(), rtol=1e-4, atol=0)
 
 
-def test_rows_without_data_are_answered():
+def test_rows_without_data_have_results():
     made = circuit("rat_spn")
     empty = torch.empty(0, 6, dtype=torch.float64)
     assert made.log_prob(empty).shape == (0,)
     assert made.sample(2, empty).shape == (0, 2, 6)
     assert made.map(empty).x.shape == made.univariate_marginals(empty).mean.shape == (0, 6)
-    whole = torch.full((2, 6), -1)  # integers say nothing of Gaussians but that they are missing
+    whole = torch.full((2, 6), -1)  # Integers can only mark Gaussian variables as missing.
     close(made.log_prob(whole), torch.zeros(2, dtype=torch.float64))
     assert made.sample(1, whole).dtype == torch.float64
 
 
-def test_what_has_no_meaning_is_refused():
+def test_arguments_without_meaning_raise():
     with pytest.raises(ValueError, match="MultivariateGaussian: min_std: expected a positive numb"):
         MultivariateGaussian(-1.0)
     with pytest.raises(ValueError, match="k_best: graph: expected a chain, each latent above one"):

@@ -23,7 +23,7 @@ from lora_ext.circuits import (
 
 
 def enumerated(circuit: Circuit, evidence: Tensor, root: int | None = None) -> Tensor:
-    """``p(x_v = value | evidence)`` by summing the whole table, ``(B, n, V)``."""
+    """Return ``p(x_v = value | evidence)`` by summing the whole table, ``(B, n, V)``."""
     x = assignments(circuit)
     p = circuit.log_prob(x, root=root).exp().detach()
     out = torch.zeros(*evidence.shape, max(num_values(circuit)), dtype=torch.float64)
@@ -46,7 +46,7 @@ def some_evidence(circuit: Circuit, seed: int = 0) -> Tensor:
 
 # --- marginals of every variable ------------------------------------------------------------------
 @pytest.mark.parametrize("name", GRAPHS)
-def test_marginals_of_every_variable_are_those_of_the_table(name):
+def test_marginals_of_every_variable_equal_the_table(name):
     circuit = circuit_of(GRAPHS[name](), seed=1)
     evidence = some_evidence(circuit)
     got = circuit.univariate_marginals(evidence)
@@ -58,7 +58,7 @@ def test_marginals_of_every_variable_are_those_of_the_table(name):
     close(got.variance, expected @ values.square() - mean.square(), 1e-9)
 
 
-def test_marginals_of_a_class_are_those_of_its_root():
+def test_marginals_of_a_class_equal_those_of_its_root():
     circuit = circuit_of(RegionGraph.rat_spn(4, 2, 2, 2, 2, Bernoulli(), num_roots=3), seed=2)
     evidence = some_evidence(circuit, seed=1)[:3]
     root = torch.tensor([2, 0, 1])
@@ -70,7 +70,7 @@ def test_marginals_of_a_class_are_those_of_its_root():
         circuit.univariate_marginals(evidence)
 
 
-def test_a_gaussian_has_moments_and_no_table():
+def test_gaussian_has_moments_and_no_table():
     circuit = circuit_of(mixed(), seed=3)
     evidence = torch.tensor([[math.nan, 2, math.nan], [0.5, math.nan, 1]], dtype=torch.float64)
     got = circuit.univariate_marginals(evidence)
@@ -81,12 +81,12 @@ def test_a_gaussian_has_moments_and_no_table():
     close(got.mean[0, 0], expected)
     close(got.variance[0, 0], posterior[0] @ (variance + mean.square()) - expected.square())
     assert got.mean[1, 0] == 0.5 and got.variance[1, 0] == 0
-    assert got.log_prob[:, 0].isnan().all()  # a density has no table
+    assert got.log_prob[:, 0].isnan().all()  # A density has no table.
     assert got.log_prob[0, 1].exp().tolist() == [0, 0, 1, 0]
     close(got.log_prob[0, 2].exp().sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
-def test_one_pass_is_enough(monkeypatch):
+def test_marginals_need_one_pass(monkeypatch):
     circuit = circuit_of(GRAPHS["hmm"](), seed=4)
     calls = []
     up = circuit._execution.up
@@ -108,7 +108,7 @@ def test_impossible_evidence_has_no_marginals():
     assert got.log_prob[1].exp().tolist() == [[1, 0], [0, 1]]
 
 
-def test_no_rows_have_no_marginals_also_where_leaves_are_indicators():
+def test_no_rows_have_no_marginals_even_for_indicator_leaves():
     graph = RegionGraph.from_edges(
         {"a": Input([0], Indicator((0, 1)), 2), "b": Input([1], Categorical(3), 2)},
         [("s", ["a", "b"])],
@@ -124,7 +124,7 @@ def test_external_leaves_have_no_marginals():
 
 
 # --- one root of several --------------------------------------------------------------------------
-def test_log_prob_of_a_root_is_its_column():
+def test_log_prob_of_a_root_equals_its_column():
     circuit = circuit_of(RegionGraph.rat_spn(4, 2, 2, 2, 2, Bernoulli(), num_roots=3))
     x = assignments(circuit)[:6]
     every = circuit.log_prob(x)
@@ -140,7 +140,7 @@ def test_log_prob_of_a_root_is_its_column():
 
 # --- entropy and divergence -----------------------------------------------------------------------
 def decision(seed: int = 0, categories: int = 3) -> Circuit:
-    """A deterministic circuit: what x1 and x2 are depends on x0."""
+    """Return a deterministic circuit: the distributions of x1 and x2 depend on x0."""
     inputs = {f"x0={v}": Input([0], Indicator((v,))) for v in range(3)}
     inputs |= {f"x1|{v}": Input([1], Categorical(categories)) for v in range(3)}
     inputs["x2"] = Input([2], Binomial(2))
@@ -148,7 +148,7 @@ def decision(seed: int = 0, categories: int = 3) -> Circuit:
     return circuit_of(RegionGraph.from_edges(inputs, [*products, ("root", ["s", "x2"])]), seed)
 
 
-def test_entropy_of_a_deterministic_circuit_is_that_of_the_table():
+def test_entropy_of_a_deterministic_circuit_equals_the_table():
     circuit = decision()
     p = circuit.log_prob(assignments(circuit)).detach()
     close(circuit.entropy(), -(p.exp() * p).sum())
@@ -164,7 +164,7 @@ def test_entropy_of_gaussians_is_differential():
     close(circuit.entropy(), torch.tensor(2.0 + math.log(2 * math.pi), dtype=torch.float64))
 
 
-def test_divergence_of_deterministic_circuits_is_that_of_the_tables():
+def test_divergence_of_deterministic_circuits_equals_the_tables():
     p, q = decision(1), decision(2)
     x = assignments(p)
     a, b = p.log_prob(x).detach(), q.log_prob(x).detach()
@@ -181,7 +181,7 @@ def test_divergence_of_deterministic_circuits_is_that_of_the_tables():
     )
 
 
-def test_divergence_of_gaussians_is_the_known_formula():
+def test_divergence_of_gaussians_equals_the_known_formula():
     p, q = (circuit_of(RegionGraph.cp(1, 1, Gaussian())) for _ in range(2))
     with torch.no_grad():
         p.leaves[0]["mean"].fill_(1.0), p.leaves[0]["log_std"].fill_(0.0)
@@ -189,7 +189,7 @@ def test_divergence_of_gaussians_is_the_known_formula():
     close(p.kl_divergence(q), torch.tensor(math.log(2) + 2 / 8 - 0.5, dtype=torch.float64))
 
 
-def test_what_is_not_tractable_is_refused_by_name():
+def test_intractable_queries_raise():
     hmm, one = circuit_of(GRAPHS["hmm"]()), decision()
     message = "entropy: graph: expected a deterministic circuit, found one that is not"
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""examples/region_graphs.py: every graph is counted and drawn."""
+"""Run examples/region_graphs.py and check that it counts and draws every graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Circuits of several root units: every query but ``log_prob`` asks which of them is meant."""
+"""Circuits of several root units: every query except ``log_prob`` needs the argument ``root``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lora_ext.circuits import Bernoulli, Categorical, Circuit, Input, PCStructur
 
 
 def classes(seed: int = 0, num_roots: int = 3) -> Circuit:
-    """A RAT-SPN with a root unit per class."""
+    """Return a RAT-SPN with one root unit per class."""
     return circuit_of(RegionGraph.rat_spn(5, 2, 2, 3, 2, Bernoulli(), num_roots=num_roots), seed)
 
 
 def alone(circuit: Circuit, root: int) -> Circuit:
-    """The same distribution as a circuit of one root unit."""
+    """Return the same distribution as a circuit with one root unit."""
     graph = RegionGraph.rat_spn(5, 2, 2, 3, 2, Bernoulli())
     one = circuit_of(graph)
     width = circuit.graph.num_products(circuit.graph.regions[-1])
@@ -29,7 +29,7 @@ def alone(circuit: Circuit, root: int) -> Circuit:
     return one
 
 
-def test_queries_refuse_to_guess_a_root():
+def test_queries_without_a_root_raise():
     circuit, x = classes(), torch.zeros(2, 5, dtype=torch.long)
     for query in (
         lambda: circuit.em_step(x),
@@ -48,7 +48,7 @@ def test_queries_refuse_to_guess_a_root():
 
 
 @pytest.mark.parametrize("root", [0, 2])
-def test_a_root_answers_as_a_circuit_of_its_own(root):
+def test_root_equals_a_circuit_with_one_root(root):
     circuit = classes(seed=1)
     one = alone(circuit, root)
     x = assignments(circuit)[::3]
@@ -65,7 +65,7 @@ def test_a_root_answers_as_a_circuit_of_its_own(root):
     assert torch.equal(circuit.sample(50, evidence, u, root=root), one.sample(50, evidence, u))
 
 
-def test_every_row_may_have_its_own_root():
+def test_every_row_may_have_a_different_root():
     circuit = classes(seed=2)
     x = assignments(circuit)[::4]
     root = torch.arange(len(x)) % 3
@@ -83,7 +83,7 @@ def test_every_row_may_have_its_own_root():
 
 
 def test_em_trains_each_root_on_its_rows():
-    """Two classes of data: the labelled likelihood never falls, and labels are told afterwards."""
+    """Check two classes of data: the labelled likelihood never falls, and EM learns the labels."""
     circuit = classes(seed=3, num_roots=2)
     g = torch.Generator().manual_seed(0)
     label = torch.arange(200) % 2
@@ -95,7 +95,7 @@ def test_em_trains_each_root_on_its_rows():
     assert (circuit.log_prob(x).argmax(1) == label).double().mean() > 0.9
 
 
-def test_a_root_that_sees_part_of_the_variables_leaves_the_others_missing():
+def test_variables_outside_the_scope_of_a_root_stay_missing():
     inputs = {"a": Input([0], Bernoulli()), "b": Input([1], Categorical(3))}
     products = [("s", ["a", "b"]), ("t", ["b"])]
     circuit = circuit_of(RegionGraph.from_edges(inputs, products, multi_root=True))
@@ -105,8 +105,8 @@ def test_a_root_that_sees_part_of_the_variables_leaves_the_others_missing():
     assert (circuit.sample(20, root=names.index("s")) >= 0).all()
 
 
-def test_joined_graphs_are_the_roots_of_one_circuit():
-    """Two graphs with names and ties of their own: each root is the circuit of its graph."""
+def test_joined_graphs_are_roots_of_one_circuit():
+    """Check two graphs with separate names and ties: each root equals the circuit of its graph."""
     graphs = [
         RegionGraph.hmm(3, 2, Categorical(3), homogeneous=True),
         RegionGraph.cp(3, 4, Categorical(3)),
@@ -129,7 +129,7 @@ def test_joined_graphs_are_the_roots_of_one_circuit():
         RegionGraph.join([])
 
 
-def test_what_is_no_number_of_a_root_or_of_samples_is_refused_by_name():
+def test_invalid_roots_and_numbers_of_samples_raise():
     circuit = classes()
     x = assignments(circuit)[:2]
     for root in (True, False, 0.0, "", []):
@@ -140,7 +140,7 @@ def test_what_is_no_number_of_a_root_or_of_samples_is_refused_by_name():
             circuit.sample(number, root=0)  # pyright: ignore[reportArgumentType]
 
 
-def test_uniforms_that_cannot_be_are_refused_by_name():
+def test_invalid_uniforms_raise():
     circuit = classes()
     shape = (1, 2, sum(bool(r.partitions) for r in circuit.graph.regions) + 5)
     for uniforms, message in (

@@ -1,4 +1,4 @@
-"""Region graphs: what is refused, by message, and what the checks say."""
+"""Region graphs: error messages, and results of the structure checks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(products, inputs=None, **options) -> RegionGraph:
     return RegionGraph.from_edges(inputs, products, **options)
 
 
-def test_a_sum_over_different_scopes_is_not_smooth():
+def test_sum_over_different_scopes_is_not_smooth():
     graph = build([("s", ["a", "b"]), ("s", ["c"])])
     problem = "not smooth: sum unit s mixes scopes {0, 1} and {0}"
     assert _structure.why_not_smooth(graph) == problem
@@ -46,7 +46,7 @@ def test_a_sum_over_different_scopes_is_not_smooth():
         Circuit(graph)
 
 
-def test_a_product_over_a_shared_variable_is_not_decomposable():
+def test_product_over_a_shared_variable_is_not_decomposable():
     graph = build([("s", ["a", "b", "c"])])
     problem = _structure.why_not_decomposable(graph)
     assert problem is not None and "unit s: children a and c share {0}" in problem
@@ -67,12 +67,12 @@ def test_a_product_over_a_shared_variable_is_not_decomposable():
         ([("s", ["a", "b", "c"], "tensor")], {}, "kind: expected hadamard or kronecker"),
     ],
 )
-def test_a_graph_that_is_none_is_refused(products, options, message):
+def test_invalid_graph_raises(products, options, message):
     with pytest.raises(PCStructureError, match=message):
         build(products, **options)
 
 
-def test_gaps_among_the_variables_are_refused():
+def test_gaps_among_the_variables_raise():
     with pytest.raises(PCStructureError, match=r"expected all .*, found variables \[0, 2\] in no"):
         build([("s", ["a", "b"])], {"a": Input([1], BIT), "b": Input([3], BIT)})
 
@@ -96,12 +96,12 @@ def test_gaps_among_the_variables_are_refused():
         ),
     ],
 )
-def test_regions_that_do_not_fit_are_refused(regions, message):
+def test_invalid_regions_raise(regions, message):
     with pytest.raises(PCStructureError, match=message):
         RegionGraph(tuple(regions))
 
 
-def test_a_tree_of_variables_needs_one_root_and_no_cycle():
+def test_tree_of_variables_needs_one_root_and_no_cycle():
     with pytest.raises(PCStructureError, match=r"one variable with parent -1, found 2: \[0, 1\]"):
         RegionGraph.hclt([-1, -1], 2, BIT)
     with pytest.raises(PCStructureError, match=r"found a cycle: variables \[1, 2\]"):
@@ -128,7 +128,7 @@ def test_a_tree_of_variables_needs_one_root_and_no_cycle():
         ),
     ],
 )
-def test_builders_name_an_argument_out_of_range(build, message):
+def test_builders_raise_for_an_argument_out_of_range(build, message):
     with pytest.raises(PCStructureError, match=message):
         build(BIT)
 
@@ -143,7 +143,7 @@ def test_builders_are_smooth_and_decomposable(name):
     assert RegionGraph.from_json(json.loads(graph.to_json())) == graph
 
 
-def test_determinism_is_seen_where_indicators_tell_terms_apart():
+def test_determinism_is_detected_if_indicators_separate_terms():
     def graph(*values: int) -> RegionGraph:
         inputs = {f"i{n}": Input([0], Indicator((v,))) for n, v in enumerate(values)}
         inputs |= {f"b{n}": Input([1], BIT) for n in range(len(values))}
@@ -151,14 +151,14 @@ def test_determinism_is_seen_where_indicators_tell_terms_apart():
 
     assert _structure.is_deterministic(graph(0, 1, 2)) is True
     assert _structure.is_deterministic(graph(0, 1, 0)) == "unknown"
-    # No one variable tells all three apart, but every pair has one that does.
+    # No single variable separates all three, but for every pair one variable does.
     corner = {"a": ([0, 1], (0,)), "b": ([0], (1,)), "c": ([1], (0,)), "d": ([0, 1], (1,))}
     inputs = {k: Input(v, Indicator(values)) for k, (v, values) in corner.items()}
     products = [("s", ["a"]), ("s", ["b", "c"]), ("s", ["d"])]
     assert _structure.is_deterministic(build(products, inputs)) is True
 
 
-def test_a_region_with_a_kronecker_product_counts_all_pairs():
+def test_region_with_a_kronecker_product_counts_all_pairs():
     graph = build(
         [("s", ["a", "b"], "kronecker")], {"a": Input([0], BIT, 3), "b": Input([1], BIT, 4)}
     )
@@ -175,7 +175,7 @@ def test_tied_regions_share_their_weights_and_inputs_their_tables():
     assert layered.inputs.row.tolist() == list(range(8)) * 4
 
 
-def test_many_shapes_of_a_layer_go_into_few_stages():
+def test_many_shapes_of_a_layer_need_few_stages():
     inputs = {f"i{n}": Input([n], BIT) for n in range(9)}
     inputs |= {f"j{n}": Input([n], BIT) for n in range(9)}
     products = [(f"s{n}", [c]) for n in range(9) for c in ([f"i{n}", f"j{n}"] * 5)[: n + 2]]
@@ -186,7 +186,7 @@ def test_many_shapes_of_a_layer_go_into_few_stages():
     assert widths == [2, 4, 8, 10, 1]
 
 
-def test_chow_liu_finds_the_chain_that_made_the_data():
+def test_chow_liu_finds_the_chain_of_the_data():
     g = torch.Generator().manual_seed(0)
     order, columns = [2, 0, 3, 1], {}
     last = torch.randint(2, (4000,), generator=g)
@@ -209,21 +209,21 @@ def test_chow_liu_finds_the_chain_that_made_the_data():
         (torch.zeros(0, 3).long(), r"x: expected shape \(B, n\), not empty, found \(0, 3\)"),
     ],
 )
-def test_chow_liu_names_the_remedy_for_data_it_cannot_take(x, message):
+def test_chow_liu_errors_contain_the_remedy(x, message):
     with pytest.raises(ValueError, match="chow_liu_parents: " + message):
         chow_liu_parents(x, 2)
 
 
-def test_a_family_that_no_reader_knows_is_not_written():
-    class Categorical(Bernoulli):  # the name of one of ours
+def test_family_without_a_reader_is_not_written():
+    class Categorical(Bernoulli):  # the name of one of our families
         pass
 
     with pytest.raises(ValueError, match="family: expected one of"):
         RegionGraph.cp(2, 2, Categorical()).to_json()
 
 
-def test_no_two_modules_of_the_room_import_each_other():
-    """Imports for type checkers count: a circle of names is a circle."""
+def test_modules_of_the_room_do_not_import_each_other_in_a_circle():
+    """Check imports for type checkers too, because a circle of names is also a circle."""
     room = Path(_structure.__file__).parent
     graph: dict[str, set[str]] = {}
     for path in room.glob("*.py"):
@@ -234,10 +234,10 @@ def test_no_two_modules_of_the_room_import_each_other():
         graph[path.stem] = {n.removeprefix("lora_ext.circuits.") for n in names}
     modules = graph.keys() - {"__init__"}
     order = TopologicalSorter({m: graph[m] & modules for m in modules}).static_order()
-    assert set(order) == modules  # and no CycleError on the way
+    assert set(order) == modules  # No CycleError was raised.
 
 
-def test_a_picture_in_words_has_all_arrows():
+def test_dot_text_has_all_arrows():
     graph = RegionGraph.rat_spn(4, 1, 2, 2, 2, BIT)
     dot = graph.to_dot()
     assert dot.count("->") == sum(1 + len(p.children) for r in graph.regions for p in r.partitions)

@@ -21,7 +21,7 @@ from lora_ext.circuits import (
 
 
 def data(rows: int = 60, seed: int = 0) -> torch.Tensor:
-    """Four ternary variables, of which the first two agree."""
+    """Return rows of four ternary variables; the first two are equal."""
     x = torch.randint(3, (rows, 4), generator=torch.Generator().manual_seed(seed))
     x[:, 1] = x[:, 0]
     return x
@@ -33,18 +33,19 @@ def loader(*tensors: torch.Tensor, batch_size: int = 16) -> DataLoader:
 
 
 # --- over a loader --------------------------------------------------------------------------------
-def test_a_tensor_is_one_batch_of_full_steps():
+def test_tensor_is_one_batch_with_full_steps():
     one, other = circuit_of(GRAPHS["hmm"]()), circuit_of(GRAPHS["hmm"]())
     history = train_em(one, data(), epochs=3)
     for epoch in history:
         assert epoch.log_prob == other.em_step(data()).item()
     assert torch.equal(one.weights, other.weights)
-    train_em(one, loader(data(), batch_size=60), epochs=1)  # so is a loader with a single batch
+    # A loader with a single batch is equivalent.
+    train_em(one, loader(data(), batch_size=60), epochs=1)
     other.em_step(data())
     close(one.weights, other.weights)
 
 
-def test_a_training_that_goes_on_is_the_unbroken_one_bit_for_bit():
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit():
     batches = data().split(30)
     unbroken, broken = circuit_of(GRAPHS["hmm"]()), circuit_of(GRAPHS["hmm"]())
     expected = train_em(unbroken, batches, epochs=4)
@@ -69,7 +70,7 @@ def test_training_over_a_loader_raises_the_likelihood_of_held_out_data(train):
 
 
 @pytest.mark.parametrize("train", [train_em, train_gradient])
-def test_the_second_tensor_of_a_batch_is_the_root_of_each_row(train):
+def test_second_tensor_of_a_batch_is_the_root_of_each_row(train):
     graph = RegionGraph.rat_spn(4, 2, 2, 2, 2, Bernoulli(), num_roots=2)
     circuit = circuit_of(graph, seed=2)
     g = torch.Generator().manual_seed(0)
@@ -79,7 +80,7 @@ def test_the_second_tensor_of_a_batch_is_the_root_of_each_row(train):
     assert (circuit.log_prob(x.long()).argmax(1) == label).double().mean() > 0.85
 
 
-def test_steps_may_follow_a_schedule_and_a_bar_sees_the_figures():
+def test_step_size_may_follow_a_schedule_and_a_bar_receives_the_figures():
     asked: list[int] = []
     seen: list[dict[str, str]] = []
 
@@ -98,14 +99,14 @@ def test_steps_may_follow_a_schedule_and_a_bar_sees_the_figures():
     assert len(seen) == 4 and set(seen[0]) == {"epoch", "log_prob"}
 
 
-def test_an_optimizer_of_ones_own_is_used():
+def test_given_optimizer_is_used():
     circuit = circuit_of(GRAPHS["cp"]())
     before = circuit.weights.detach().clone()
     train_gradient(circuit, data(), 1, optimizer=torch.optim.SGD([circuit.leaves[0]["logits"]], 1))
     assert torch.equal(circuit.weights, before)
 
 
-def test_what_cannot_be_trained_on_is_refused():
+def test_invalid_batches_raise():
     circuit = circuit_of(GRAPHS["cp"]())
     for train, batches, message in (
         (train_em, iter([data()]), "train_em: batches: expected batches that can be read again"),
@@ -119,7 +120,7 @@ def test_what_cannot_be_trained_on_is_refused():
 
 
 # --- sequences of different lengths ---------------------------------------------------------------
-def test_padded_sequences_are_scored_as_shorter_chains():
+def test_padded_sequences_have_the_scores_of_shorter_chains():
     circuit = circuit_of(RegionGraph.hmm(5, 3, Categorical(4), homogeneous=True))
     sequences = [torch.tensor(s) for s in ([1, 2, 3], [0], [3, 3, 1, 2, 0])]
     x = pad_sequences(sequences, 5)
@@ -127,7 +128,7 @@ def test_padded_sequences_are_scored_as_shorter_chains():
     for row, sequence in enumerate(sequences):
         short = circuit_of(RegionGraph.hmm(len(sequence), 3, Categorical(4), homogeneous=True))
         with torch.no_grad():
-            # In both, the first weights are those of the last variable: transitions, then prior.
+            # In both, the first weights belong to the last variable: transitions, then prior.
             short.leaves[0]["logits"].copy_(circuit.leaves[0]["logits"])
             short.weights.copy_(circuit.weights[-len(short.weights) :])
         close(circuit.log_prob(x[row : row + 1]), short.log_prob(sequence[None]))
@@ -150,9 +151,9 @@ def test_floating_sequences_are_padded_with_nan():
         pad_sequences([])
 
 
-def test_what_sees_nothing_learns_nothing():
-    """A transition into the padding keeps its weights; with none of its own, EM learns as fast as
-    on shorter chains."""
+def test_parameters_without_data_learn_nothing():
+    """Check that a transition into the padding keeps its weights. Without its own transitions, EM
+    learns as fast as on shorter chains."""
     circuit = circuit_of(RegionGraph.hmm(4, 2, Categorical(3)))
     names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
     before = circuit.region_weights(names["z3"]).detach().clone()
@@ -162,7 +163,7 @@ def test_what_sees_nothing_learns_nothing():
     assert not torch.equal(circuit.region_weights(names["z2"]), before)
 
 
-def test_em_over_gaps_never_lowers_the_likelihood():
+def test_em_over_gaps_never_decreases_the_likelihood():
     for leaf in (Categorical(3), Gaussian()):
         circuit = circuit_of(RegionGraph.hmm(5, 3, leaf, homogeneous=True), seed=3)
         x = circuit_of(circuit.graph, seed=4).sample(

@@ -1,4 +1,4 @@
-"""What tests of ``lora-ext`` share."""
+"""Helpers of the tests of ``lora-ext``."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ ROOT = Path(lora_ext.__file__).parent.parent
 
 
 def as_process(*arguments, **options):
-    """Run a command in a process of its own."""
+    """Run a command in a separate process."""
     return subprocess.run(
         [sys.executable, "-m", "lora_ext", *map(str, arguments)],
         cwd=ROOT,
@@ -21,7 +21,7 @@ def as_process(*arguments, **options):
 
 
 def assert_refused(found, *words):
-    """Status 2, nothing on standard output, one sentence on standard error."""
+    """Check for status 2, no standard output, and one sentence on standard error."""
     status, out, err = found
     assert status == 2 and out == "", (out, err)
     assert err.count("\n") == 1 and "Traceback" not in err and err.startswith("lora-ext")

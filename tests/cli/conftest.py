@@ -10,7 +10,7 @@ from lora_ext import cli
 
 @pytest.fixture
 def run(capsys):
-    """Run a command: its status, what it printed, and what it complained of."""
+    """Return a function that runs a command and returns its status, output and error output."""
 
     def run(*arguments):
         try:

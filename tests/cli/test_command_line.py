@@ -51,7 +51,7 @@ def test_inspect_prints_the_invocation_of_an_activated_adapter(run, run_json, fo
     assert status != 0 and "alora_invocation_tokens" in err
 
 
-def test_inspect_counts_what_is_not_finite_names_the_modules_and_fails(run, folders):
+def test_inspect_reports_modules_with_non_finite_values_and_fails(run, folders):
     path = folders[0] / "adapter_model.safetensors"
     tensors = load_file(path)
     tensors[f"base_model.model.{Q}.lora_A.weight"][0, :3] = float("nan")
@@ -73,7 +73,7 @@ def test_inspect_counts_what_is_not_finite_names_the_modules_and_fails(run, fold
     assert re.search(rf"{re.escape(Q)} .* - +- +- +4$", out, re.M)
 
 
-def test_inspect_names_bad_values_of_replaced_weights_and_no_more_than_a_line_holds(run, tmp_path):
+def test_inspect_reports_bad_values_of_replaced_weights_in_a_short_line(run, tmp_path):
     shapes = {f"layers.{i}.up": (6, 5) for i in range(12)}
     value = adapter(shapes=shapes, modules_to_save=["norm"])
     for factors in value.modules.values():
@@ -106,7 +106,7 @@ def test_merge_writes_what_the_function_returns(case, mode, run_json, tmp_path):
     AdapterPool(base, max_slots=1, max_rank=16).load("merged", out)
 
 
-def test_merge_without_weights_is_the_mean_and_three_are_no_harder(run_json, folders, tmp_path):
+def test_merge_without_weights_is_the_mean_of_any_number_of_adapters(run_json, folders, tmp_path):
     three = (*folders, folders[0])
     run_json("merge", *three, "--out", tmp_path / "out")
     assert LoraAdapter.load(tmp_path / "out") == merge_adapters(three, [1 / 3] * 3)
@@ -114,7 +114,7 @@ def test_merge_without_weights_is_the_mean_and_three_are_no_harder(run_json, fol
     assert LoraAdapter.load(tmp_path / "out") == merge_adapters(three, [0.5, 0.25, 1])
 
 
-def test_resize_writes_the_adapter_and_says_what_is_lost(run, run_json, folders, tmp_path):
+def test_resize_writes_the_adapter_and_prints_the_loss(run, run_json, folders, tmp_path):
     out = tmp_path / "out"
     found = run_json("resize", folders[0], "--rank", 2, "--out", out)
     wanted, errors = resize_adapter(folders[0], 2)
@@ -124,11 +124,13 @@ def test_resize_writes_the_adapter_and_says_what_is_lost(run, run_json, folders,
         assert row["relative"] == pytest.approx(row["error"] / row["norm"])
         assert (row["r_before"], row["r"]) == (4, 2)
     status, text, _ = run("resize", folders[0], "--rank", 9, "--out", folders[0])
-    assert status == 0 and LoraAdapter.load(folders[0]) != wanted, "in place"
+    assert status == 0 and LoraAdapter.load(folders[0]) != wanted, (
+        "expected a changed adapter after resizing in place"
+    )
     assert re.search(rf"{re.escape(Q)} +4 +9 +\S+ +0 +0$", text, re.M)
 
 
-def test_diff_of_two_and_of_one_with_itself(run, run_json, folders):
+def test_diff_of_two_adapters_and_of_one_with_itself(run, run_json, folders):
     found = run_json("diff", *folders)
     wanted = {each.module: each for each in compare_adapters(*folders)}
     for row in found["modules"]:
@@ -144,7 +146,7 @@ def test_diff_of_two_and_of_one_with_itself(run, run_json, folders):
     assert status == 0 and re.search(rf"{re.escape(Q)} +4/4 .* \d+\.\d \.\. \d+\.\d$", out, re.M)
 
 
-def test_diff_says_what_it_does_not_compare(run, run_json, tmp_path):
+def test_diff_prints_what_it_does_not_compare(run, run_json, tmp_path):
     adapter(use_dora=True).save(tmp_path / "dora")
     assert run_json("diff", tmp_path / "dora", tmp_path / "dora")["not_compared"] == ["magnitude"]
     assert "not compared  magnitude" in run("diff", tmp_path / "dora", tmp_path / "dora")[1]
@@ -152,7 +154,7 @@ def test_diff_says_what_it_does_not_compare(run, run_json, tmp_path):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """An adapter of PEFT's in eight modules, and the two models that SPLoRA compares."""
+    """Return an adapter of PEFT in eight modules, and the two models that SPLoRA compares."""
     folder = tmp_path_factory.mktemp("models")
     base, aligned = llama(), llama()
     with torch.no_grad():
@@ -172,7 +174,7 @@ def of(models):
     return models / "adapter", *folders, "--direction", "smallest"
 
 
-def test_prune_takes_out_what_splora_singles_out(run, run_json, models, tmp_path):
+def test_prune_removes_the_modules_that_splora_selects(run, run_json, models, tmp_path):
     out = tmp_path / "out"
     found = run_json("prune", *of(models), "--num", 3, "--out", out)
     config = splora.SploraConfig(direction="smallest", num=3)
@@ -195,11 +197,12 @@ def test_prune_takes_out_what_splora_singles_out(run, run_json, models, tmp_path
     assert LoraAdapter.load(out) == wanted.adapter and 0 < len(wanted.pruned) < 8
 
 
-def test_a_warning_is_one_line(run, models, tmp_path):
+def test_warning_is_one_line(run, models, tmp_path):
     out = ("--num", 1, "--projection", "orthogonal", "--out", tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        status, text, err = run("prune", *of(models), *out)  # all directions: no distance is left
+        # All directions are removed, so no distance remains.
+        status, text, err = run("prune", *of(models), *out)
     assert status == 2 and text == ""
     assert [line.startswith("lora-ext prune: ") for line in err.splitlines()] == [True, True]
     assert "warning: " in err.splitlines()[0] and "spread" in err.splitlines()[1]
@@ -214,7 +217,7 @@ def test_prune_can_project_instead(run_json, models, tmp_path):
     assert len(wanted.modules) == 8
 
 
-def test_a_direction_is_asked_for_and_remedies_are_options_of_the_command(
+def test_missing_direction_is_reported_and_remedies_are_options_of_the_command(
     run, run_json, models, tmp_path
 ):
     folders = ("--base", models / "base", "--aligned", models / "base", "--num", 0)
@@ -228,7 +231,7 @@ def test_a_direction_is_asked_for_and_remedies_are_options_of_the_command(
     shutil.rmtree(tmp_path / "out")
     same = ("prune", *of(models), "--num", 0, "--projection", "orthogonal", *out)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the identity
+        warnings.simplefilter("ignore")  # the warning about the identity
         status, text, err = run(*same)
         assert status == 2 and text == "" and "(--allow-degenerate makes all scores 0)" in err
         found = run_json(*same, "--allow-degenerate")
@@ -237,7 +240,7 @@ def test_a_direction_is_asked_for_and_remedies_are_options_of_the_command(
 
 
 @pytest.mark.parametrize("score", ["angle", "alignment", "distance"])
-def test_prune_by_a_score_that_knows_the_sign(run_json, models, tmp_path, score):
+def test_prune_with_a_score_that_determines_the_direction(run_json, models, tmp_path, score):
     out = ("--score", score, "--out", tmp_path / "out")
     found = run_json("prune", *of(models), "--num", 2, *out)
     config = splora.SploraConfig(num=2, direction="smallest", score=score)
@@ -250,7 +253,7 @@ def test_prune_by_a_score_that_knows_the_sign(run_json, models, tmp_path, score)
     assert by_module == pytest.approx({row.name: row.alignment for row in wanted.stats})
 
 
-def test_prune_of_models_that_do_not_fit_is_one_sentence(run, models, tmp_path):
+def test_prune_of_models_that_do_not_fit_prints_one_sentence(run, models, tmp_path):
     out = ("--direction", "largest", "--out", tmp_path / "out")
     other = adapter()
     other.save(tmp_path / "other")
@@ -272,7 +275,7 @@ def test_prune_of_models_that_do_not_fit_is_one_sentence(run, models, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_doctor_as_json_and_as_text(run, run_json):
+def test_doctor_prints_json_and_text(run, run_json):
     found = run_json("doctor")
     assert found["ops"]["cpu"]["ok"] and "torch" in found["versions"]
     status, out, _ = run("doctor")

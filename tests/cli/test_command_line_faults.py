@@ -1,4 +1,4 @@
-"""``lora-ext`` on hostile folders, bad arguments, too little memory and a full disk."""
+"""``lora-ext`` with hostile folders, bad arguments, too little memory and a full disk."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def spoiled(folder, how):
-    """A folder that is no adapter, in one of the ways that happen."""
+    """Return a folder that is not a valid adapter, in one of several ways."""
     tensors, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     if how == "missing":
         return folder / "nowhere"
@@ -54,7 +54,7 @@ HOW = [
 ]  # fmt: skip
 
 
-def test_names_from_a_file_do_not_command_the_terminal(run, tmp_path):
+def test_names_from_a_file_cannot_control_the_terminal(run, tmp_path):
     name = "up\x1b[2J\n\u202e\ud800"
     value = adapter(shapes={"up": (6, 5)})
     value = value.with_modules({name.replace("\ud800", ""): value.modules["up"]})
@@ -69,7 +69,7 @@ def test_names_from_a_file_do_not_command_the_terminal(run, tmp_path):
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_hostile_folder_is_one_sentence(how, run, folders, tmp_path):
+def test_hostile_folder_prints_one_sentence(how, run, folders, tmp_path):
     good, bad = folders
     bad = spoiled(bad, how)
     out = tmp_path / "out"
@@ -84,7 +84,7 @@ def test_a_hostile_folder_is_one_sentence(how, run, folders, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["one", "two"]
 
 
-def test_what_cannot_be_done_is_one_sentence(run, folders, tmp_path):
+def test_unsupported_operation_prints_one_sentence(run, folders, tmp_path):
     one, two = folders
     out = ("--out", tmp_path / "out")
     adapter(use_dora=True).save(tmp_path / "dora")
@@ -118,7 +118,7 @@ def test_what_cannot_be_done_is_one_sentence(run, folders, tmp_path):
         ("prune", "x", "--base", "b", "--aligned", "a", "--num", 1, "--direction", "smallest"),
     ],
 )
-def test_a_folder_without_a_name_is_refused_before_anything_is_read(arguments, run):
+def test_empty_folder_name_is_rejected_before_anything_is_read(arguments, run):
     words = f"lora-ext {arguments[0]}: --out: expected a folder, found ''"
     assert_refused(run(*arguments, "--out", ""), words)
 
@@ -140,11 +140,11 @@ def test_a_folder_without_a_name_is_refused_before_anything_is_read(arguments, r
         ("diff", "x"),
     ],
 )
-def test_arguments_that_are_none_are_one_sentence(arguments, run):
+def test_invalid_arguments_print_one_sentence(arguments, run):
     assert_refused(run(*arguments), "--help)")
 
 
-def test_more_than_memory_holds_is_one_sentence(run, tmp_path):
+def test_too_little_memory_prints_one_sentence(run, tmp_path):
     adapter(ranks=1, shapes={Q: (40_000, 40_000)}).save(tmp_path / "wide")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -158,7 +158,7 @@ def test_more_than_memory_holds_is_one_sentence(run, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, 100, 1000])
-def test_a_full_disk_leaves_what_was_there(limit, run, folders, tmp_path):
+def test_full_disk_leaves_existing_files_unchanged(limit, run, folders, tmp_path):
     one, two = folders
     before = contents(two)
     for out in (two, tmp_path / "deep" / "new"):
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_what_was_there(limit, run, folders, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["one", "two"]
 
 
-def test_an_interruption_leaves_what_was_there(run, folders, monkeypatch):
+def test_interruption_leaves_existing_files_unchanged(run, folders, monkeypatch):
     one, two = folders
     before = contents(two)
 
@@ -183,7 +183,7 @@ def test_an_interruption_leaves_what_was_there(run, folders, monkeypatch):
     assert contents(two) == before
 
 
-def test_a_defect_of_ours_keeps_its_traceback(monkeypatch, folders):
+def test_internal_error_keeps_its_traceback(monkeypatch, folders):
     def broken(*_, **__):
         raise TypeError("a defect")
 
@@ -192,18 +192,20 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch, folders):
         cli.main(["diff", *map(str, folders)])
 
 
-def test_a_rank_that_no_module_can_use_is_refused_before_anything_is_made(run, folders, tmp_path):
+def test_rank_that_no_module_can_use_is_rejected_early(run, folders, tmp_path):
     out = tmp_path / "out"
     found = run("resize", folders[0], "--rank", 1_000_000, "--out", out)  # of (24, 20) and (12, 20)
     assert_refused(found, "--rank: expected at most 20", "1000000", str(folders[0]), "min(I, O)")
     assert_refused(run("resize", folders[0], "--rank", 21, "--out", out), "expected at most 20")
     assert not out.exists()
     status, _, _ = run("resize", folders[0], "--rank", 20, "--out", out)
-    assert status == 0, "one rank for all modules, though the smaller one can use 12"
+    assert status == 0, (
+        "expected one rank for all modules, although the smaller one can use only 12"
+    )
     assert {f.a.shape[0] for f in LoraAdapter.load(out).modules.values()} == {20}
 
 
-def test_a_rank_that_is_too_large_already_may_stay_or_fall(run, tmp_path):
+def test_rank_that_is_already_too_large_may_stay_or_decrease(run, tmp_path):
     adapter(ranks=40).save(tmp_path / "large")
     for rank in (40, 30, 20):
         out = tmp_path / str(rank)
@@ -213,13 +215,15 @@ def test_a_rank_that_is_too_large_already_may_stay_or_fall(run, tmp_path):
     assert_refused(found, "--rank: expected at most 40")
 
 
-def test_a_pickle_that_wants_code_is_refused_in_our_own_words(run, folders):
+def test_pickle_with_code_is_rejected_with_our_message(run, folders):
     (folders[0] / "adapter_model.safetensors").unlink()
     torch.save({"lora_A": _Runs()}, folders[0] / "adapter_model.bin")
     found = run("inspect", folders[0])
     assert_refused(found, "adapter_model.bin", "mkdir", "adapter_model.safetensors")
     for advice in ("weights_only", "torch.load", "add_safe_globals", "trust", "Re-running"):
-        assert advice not in found[2], "nothing that leads to loading it all the same"
+        assert advice not in found[2], (
+            f"the message contains {advice!r}, which leads to loading the pickle"
+        )
 
 
 class _Runs:

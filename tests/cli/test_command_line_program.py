@@ -38,7 +38,7 @@ def test_help_of_all_commands_fits_a_terminal(run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_module_and_a_signal(folders, tmp_path):
+def test_module_runs_as_a_program_and_handles_a_signal(folders, tmp_path):
     found = as_process("diff", *folders, "--json")
     assert found.returncode == 0 and json.loads(found.stdout)["distance"] > 0
     found = as_process("inspect", tmp_path / "nowhere")
@@ -56,7 +56,7 @@ def test_the_module_and_a_signal(folders, tmp_path):
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A shell starts what it runs in the background with this signal ignored.
+        # A shell starts its background jobs with this signal ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -70,7 +70,7 @@ def test_the_module_and_a_signal(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reader_that_has_seen_enough_is_no_error(folders):
+def test_reader_that_closes_its_pipe_is_no_error(folders):
     command = f"{sys.executable} -m lora_ext inspect {folders[0]} | true; echo ${{PIPESTATUS[0]}}"
     found = subprocess.run(
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -78,31 +78,31 @@ def test_a_reader_that_has_seen_enough_is_no_error(folders):
     assert found.stderr == "" and found.stdout.strip() in ("0", "141")
 
 
-def test_a_closed_output_and_one_of_few_letters_are_no_errors(tmp_path, monkeypatch):
+def test_closed_output_and_limited_encoding_are_no_errors(tmp_path, monkeypatch):
     folder = tmp_path / "für"
     adapter().save(folder)
-    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    monkeypatch.setattr(sys, "stdout", None)  # Python's value for `>&-`
     assert cli.main(["resize", str(folder), "--rank", "2", "--out", str(tmp_path / "a")]) == 0
     letters = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", letters)
     assert cli.main(["inspect", str(folder)]) == 0
     assert rb"f\xfcr" in letters.buffer.getvalue()
-    assert letters.errors == "strict", "as it was"
+    assert letters.errors == "strict", "the stream's error handling changed"
 
 
-def test_progress_is_for_terminals_alone(monkeypatch, capsys):
+def test_progress_is_shown_only_on_terminals(monkeypatch, capsys):
     items = ["a", "b"]
     assert _output.progress(items) is items
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert list(_output.progress(items)) == items
-    assert capsys.readouterr().err == "", "nothing in the first second"
+    assert capsys.readouterr().err == "", "expected no output in the first second"
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert _output.progress(items) is items, "where there is no tqdm"
+    assert _output.progress(items) is items, "expected the items themselves without tqdm"
 
 
 @pytest.mark.slow
-def test_a_bar_appears_after_a_second_and_goes():
-    """On standard error, where that is a terminal; standard output has the table alone."""
+def test_bar_appears_after_a_second_and_is_removed():
+    """Check that the bar is on a terminal's standard error, and not on standard output."""
     code = (
         "import time\n"
         "from lora_ext.cli._output import progress\n"
@@ -117,7 +117,7 @@ def test_a_bar_appears_after_a_second_and_goes():
     )
     os.close(slave)
     shown = b""
-    with contextlib.suppress(OSError):  # the terminal ends with the process
+    with contextlib.suppress(OSError):  # The terminal ends with the process.
         while data := os.read(master, 4096):
             shown += data
     os.close(master)
@@ -125,13 +125,13 @@ def test_a_bar_appears_after_a_second_and_goes():
     assert b"3/4" in shown and shown.endswith(b"\r")
 
 
-def test_modules_are_shown_as_they_follow_one_another(run_json, tmp_path):
+def test_modules_are_sorted_by_number(run_json, tmp_path):
     names = [f"layers.{i}.up" for i in range(12)]
     adapter(shapes=dict.fromkeys(names, (6, 5))).save(tmp_path)
     assert [row["module"] for row in run_json("inspect", tmp_path)["modules"]] == names
 
 
-def test_cells_and_tables():
+def test_cells_and_tables_are_formatted():
     rows = [
         {"module": "a.b", "r": 4, "x": 0.123456, "y": None},
         {"module": "c", "r": 12} | {"x": 1e9, "y": (1, 2)},
@@ -145,7 +145,7 @@ def test_cells_and_tables():
 
 @pytest.mark.slow
 def test_peft_is_not_needed():
-    """The commands read PEFT's files, and import neither PEFT nor transformers."""
+    """Check that the commands read PEFT's files without importing PEFT or transformers."""
     code = (
         "import sys; from lora_ext import cli; print({'peft', 'transformers'} & set(sys.modules))"
     )

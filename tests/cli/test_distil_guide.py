@@ -33,7 +33,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_writes_a_guide_that_loads_and_says_its_measures(
+def test_command_writes_a_guide_that_loads_and_prints_its_measures(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "guide"
@@ -47,7 +47,7 @@ def test_it_writes_a_guide_that_loads_and_says_its_measures(
     assert guide.prior is not None and guide.prior.shape == (4, 16)
 
 
-def test_a_folder_that_is_none_is_refused(
+def test_missing_model_folder_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = str(tmp_path / "none")

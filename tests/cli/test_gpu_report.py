@@ -1,4 +1,4 @@
-"""The report of a card, with the emulator as the card, and what becomes of it."""
+"""The report of a card, with the emulator as the card, and the page made from it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 
 @pytest.mark.emulated
-def test_a_report_says_what_was_checked_and_nobodys_name(report: Path) -> None:
+def test_report_contains_the_checks_and_no_personal_name(report: Path) -> None:
     found = json.loads(report.read_text())
     assert report.stat().st_size < 200_000
     assert found["checks"][0]["op"] == "lora_plan"
@@ -45,7 +45,7 @@ def test_a_report_says_what_was_checked_and_nobodys_name(report: Path) -> None:
 
 
 def on_a_card(report: Path, tmp_path: Path, name: str = "Card A", **changes: Any) -> Path:
-    """What the report would be if a card had made it."""
+    """Return the report as if a card had made it."""
     found = json.loads(report.read_text())
     found["card"] = {"name": name, "capability": [9, 0]}
     found["times"] = [{"op": "lora_plan", "us": 6.0, "floor_us": 2.0}]
@@ -62,7 +62,7 @@ def page(tmp_path: Path) -> Path:
 
 
 @pytest.mark.emulated
-def test_reports_become_a_column_a_card(report: Path, page: Path, tmp_path: Path) -> None:
+def test_reports_become_one_column_per_card(report: Path, page: Path, tmp_path: Path) -> None:
     cards = [on_a_card(report, tmp_path, name) for name in ("Card A", "Card B")]
     assert gpu_page.main([*map(str, cards), "--page", str(page)]) == 0
     text = page.read_text()
@@ -82,7 +82,7 @@ def test_reports_become_a_column_a_card(report: Path, page: Path, tmp_path: Path
         ({"format": 2}, "expected format 1, found 2"),
     ],
 )
-def test_a_report_that_proves_nothing_is_refused(
+def test_report_without_valid_checks_is_rejected(
     report: Path, page: Path, tmp_path: Path, changes: Any, reason: str
 ) -> None:
     before = page.read_text()
@@ -92,7 +92,7 @@ def test_a_report_that_proves_nothing_is_refused(
 
 
 @pytest.mark.emulated
-def test_a_wrong_result_fails_the_command(
+def test_wrong_result_fails_the_command(
     report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     cases = [case for case in _gpu_cases.all_cases() if case.op == "lora_shrink"]
@@ -117,11 +117,11 @@ def test_every_launcher_is_checked() -> None:
     assert checked == launchers
 
 
-def test_without_a_card_the_command_says_so(tmp_path: Path, capsys: Any) -> None:
+def test_command_without_a_card_fails_with_a_message(tmp_path: Path, capsys: Any) -> None:
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("a CUDA device is available")
     assert main(["gpu-report", "--out", str(tmp_path / "x.json")]) == 1
     assert "expected a GPU, found none" in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()

@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer: a token per byte, and some that join several."""
+"""A small byte-level tokenizer: one token per byte, and some tokens that join several bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def accepts(constraint: Constraint, text: str) -> bool:
 
 
 def random_texts(constraint: Constraint, count: int, longest: int, seed: int = 0) -> list[str]:
-    """Texts of the constraint, walked at random along all tokens that may come."""
+    """Return texts of the constraint, from random walks along all allowed tokens."""
     rng, tokens = random.Random(seed), tokenizer()
     order, first = constraint.tokens_by_class
     out: list[str] = []

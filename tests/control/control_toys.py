@@ -1,7 +1,7 @@
-"""A language small enough to be enumerated: five tokens, a text of at most four and its end.
+"""A language small enough to enumerate: five tokens, a text of at most four and its end.
 
-A text must contain a 2, and has no two 3s side by side. ``budget`` counts the end; at least
-``LEAST`` tokens come before it. The language model is a table, so every law is a finite sum.
+A text must contain a 2 and may not contain two adjacent 3s. ``budget`` counts the end; at least
+``LEAST`` tokens precede it. The language model is a table, so every law is a finite sum.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def constraint() -> Constraint:
 
 
 def satisfies(text: Prefix) -> bool:
-    """The constraint in other words."""
+    """Return whether a text satisfies the constraint, by another formula."""
     return 2 in text and all(pair != (3, 3) for pair in itertools.pairwise(text))
 
 
 def texts(budget: int = BUDGET, least: int = LEAST) -> Iterator[Prefix]:
-    """All texts of the constraint that fit, with their ends."""
+    """Yield all texts of the constraint that fit, with their ends."""
     for length in range(least, budget):
         for text in itertools.product(range(4), repeat=length):
             if satisfies(text):
@@ -51,12 +51,12 @@ def guide(seed: int = 0, states: int = H, vocab: int = V) -> Guide:
 
 
 def table_model(seed: int = 5) -> Callable[[Prefix], Tensor]:
-    """A language model: a law of the next token behind every prefix, in float64."""
+    """Return a language model: the law of the next token after every prefix, in float64."""
     known: dict[Prefix, Tensor] = {}
 
     def model(prefix: Prefix) -> Tensor:
         if prefix not in known:
-            # The numbers of a prefix are its own, whatever is asked first.
+            # The numbers depend only on the prefix and not on the order of calls.
             number = seed + sum((t + 1) * 7**i for i, t in enumerate(prefix))
             g = torch.Generator().manual_seed(number)
             known[prefix] = (1.5 * torch.randn(V, generator=g, dtype=torch.float64)).softmax(-1)
@@ -66,7 +66,7 @@ def table_model(seed: int = 5) -> Callable[[Prefix], Tensor]:
 
 
 def hmm_model(guide: Guide) -> Callable[[Prefix], Tensor]:
-    """The language model that is the guide."""
+    """Return the language model with the law of the guide."""
 
     def model(prefix: Prefix) -> Tensor:
         law = guide.initial
@@ -78,7 +78,7 @@ def hmm_model(guide: Guide) -> Callable[[Prefix], Tensor]:
 
 
 def probability(model: Callable[[Prefix], Tensor], text: Prefix) -> float:
-    """Of a text with its end."""
+    """Return the probability of a text with its end."""
     product = 1.0
     for i, token in enumerate(text):
         product *= float(model(text[:i])[token])
@@ -86,7 +86,7 @@ def probability(model: Callable[[Prefix], Tensor], text: Prefix) -> float:
 
 
 def satisfaction(guide: Guide, prefix: Prefix, budget: int = BUDGET, least: int = LEAST) -> float:
-    """``P_hmm(constraint | prefix)``, by adding up all texts that begin so."""
+    """Return ``P_hmm(constraint | prefix)``, summed over all texts with this prefix."""
     model = hmm_model(guide)
     ways = [t for t in texts(budget, least) if t[: len(prefix)] == prefix]
     return sum(probability(model, t) for t in ways) / (probability(model, prefix) or 1.0)

@@ -1,4 +1,4 @@
-"""JSON objects of any content: against json.loads."""
+"""JSON objects of any content, against json.loads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRONG += ['{"a":"\n"}', '{"a":+1}', '{"a":.5}', '{"a":1.}', "{}}", '{"a":1 "b":2
 WRONG += ['{"a":"\\x"}', '{"a":-}', '{"a":1e}']
 
 
-def test_json_objects_are_those_of_pythons_reader_up_to_their_depth() -> None:
+def test_json_objects_equal_those_of_python_up_to_the_depth() -> None:
     one = Constraint.json_object(tokenizer())
     for text in RIGHT:
         assert type(json.loads(text)) is dict and accepts(one, text), text
@@ -32,12 +32,12 @@ def test_json_objects_are_those_of_pythons_reader_up_to_their_depth() -> None:
     assert not accepts(Constraint.json_object(tokenizer(), depth=2), deep)
 
 
-def test_every_text_of_it_is_an_object() -> None:
+def test_every_text_is_an_object() -> None:
     for text in random_texts(Constraint.json_object(tokenizer()), 200, 40):
         assert type(json.loads(text)) is dict
 
 
-def test_a_depth_of_nothing_is_refused_and_a_large_one_says_what_multiplies() -> None:
+def test_depth_below_one_raises_and_a_large_one_names_the_factors() -> None:
     with pytest.raises(ValueError, match="json_object: depth: expected an integer from 1, found 0"):
         Constraint.json_object(tokenizer(), depth=0)
     with pytest.raises(ValueError, match=r"states.*2\^30 ways to nest"):

@@ -1,4 +1,4 @@
-"""Constraints as languages: how they are written, combined, kept, and refused."""
+"""Constraints as languages: construction, combination, caching and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def every(longest: int, tokens: int = 4) -> list[tuple[int, ...]]:
 
 
 def small(*texts: tuple[int, ...]) -> Constraint:
-    """Exactly these texts, as a tree."""
+    """Return the constraint that accepts exactly these texts, as a tree."""
     number: dict[tuple[int, ...], int] = {(): 0}
     edges = []
     for text in texts:
@@ -38,16 +38,16 @@ def small(*texts: tuple[int, ...]) -> Constraint:
 
 
 # --- from edges -----------------------------------------------------------------------------------
-def test_an_automaton_accepts_what_its_edges_say() -> None:
+def test_automaton_accepts_the_texts_of_its_edges() -> None:
     one = constraint()
     assert [one.accepts(t) for t in every(5)] == [satisfies(t) for t in every(5)]
     assert one.num_states == len({s for s, _, _ in EDGES})
     assert one.accepts(torch.tensor([2])) and not one.accepts([EOS]) and not one.accepts([99])
 
 
-def test_equal_languages_are_equal_however_they_are_written() -> None:
-    twice = [(s + 10, t, n + 10) for s, t, n in EDGES]  # a copy of it that nothing leads to
-    lost = [(0, 0, 77)]  # a state from which no text ends: the edge is none
+def test_equal_languages_are_equal_for_any_edges() -> None:
+    twice = [(s + 10, t, n + 10) for s, t, n in EDGES]  # an unreachable copy of the automaton
+    lost = [(0, 0, 77)]  # No text ends from this state, so the edge is dropped.
     again = Constraint.from_edges([*EDGES[1:], *twice], 0, {2, 3, 12, 13}, V, EOS)
     other = Constraint.from_edges([*EDGES[1:], *lost], 0, {2, 3}, V, EOS)
     assert again == other and hash(again) == hash(other) and again.key == other.key
@@ -55,7 +55,7 @@ def test_equal_languages_are_equal_however_they_are_written() -> None:
     assert small((0,), (0, 1), (2, 1)) == small((2, 1), (0, 1), (0,))
 
 
-def test_the_distance_is_the_fewest_tokens_to_the_end() -> None:
+def test_distance_is_the_fewest_tokens_to_the_end() -> None:
     one = small((0, 1, 2), (1,))
     assert one.distance[0] == 2  # a 1 and the end
     assert one.distance[one.next_state(0, 0)] == 3
@@ -75,13 +75,13 @@ def test_the_distance_is_the_fewest_tokens_to_the_end() -> None:
         (([(0, 1, 1)], 0, {1}, 0, EOS), "vocab_size: expected a whole number"),
     ],
 )
-def test_edges_that_are_no_automaton_are_refused(arguments: Any, message: str) -> None:
+def test_edges_that_are_not_an_automaton_raise(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Constraint.from_edges(*arguments)
 
 
 # --- combining ------------------------------------------------------------------------------------
-def test_both_either_and_every_other_are_those_of_sets() -> None:
+def test_and_or_and_not_equal_those_of_sets() -> None:
     a, b = constraint(), small((2,), (3, 3), (2, 1, 0), (3, 2))
     for text in every(4):
         one, two = a.accepts(text), b.accepts(text)
@@ -92,15 +92,15 @@ def test_both_either_and_every_other_are_those_of_sets() -> None:
     assert ~(a & b) == (~a | ~b)
 
 
-def test_texts_that_rule_each_other_out_and_other_vocabularies_are_refused() -> None:
+def test_empty_intersections_and_different_vocabularies_raise() -> None:
     with pytest.raises(ValueError, match="found an empty one"):
         _ = constraint() & ~constraint()
     with pytest.raises(ValueError, match="other vocabulary"):
         _ = constraint() & Constraint.from_edges([(0, 1, 1)], 0, {1}, V + 1, EOS)
 
 
-def test_products_above_the_limit_say_what_multiplies() -> None:
-    """Lengths that are multiples of 61, 67 and 71: their product has 290177 states."""
+def test_products_above_the_limit_name_the_factors() -> None:
+    """Check lengths that are multiples of 61, 67 and 71: their product has 290177 states."""
     cycles = [
         Constraint.from_edges([(s, 0, (s + 1) % n) for s in range(n)], 0, {0}, V, EOS)
         for n in (61, 67, 71)
@@ -110,7 +110,7 @@ def test_products_above_the_limit_say_what_multiplies() -> None:
 
 
 # --- texts and words ------------------------------------------------------------------------------
-def test_a_choice_is_exactly_its_texts_in_every_way_that_tokens_spell_them() -> None:
+def test_choice_accepts_its_texts_in_every_tokenization() -> None:
     tokens = tokenizer()
     one = Constraint.choice(["yes", "no", "yes, dog"], tokens)
     assert accepts(one, "yes") and accepts(one, "no") and accepts(one, "yes, dog")
@@ -121,7 +121,7 @@ def test_a_choice_is_exactly_its_texts_in_every_way_that_tokens_spell_them() -> 
     assert accepts(Constraint.choice(["", "é"], tokens), "é")
 
 
-def test_words_are_contained_where_their_letters_stand_whatever_tokens_spell_them() -> None:
+def test_keywords_are_found_in_every_tokenization() -> None:
     tokens = tokenizer()
     one = Constraint.keywords(tokens, all_of=["dog", ["cat", "ab"]], none_of=["bad"])
     texts = [
@@ -135,7 +135,7 @@ def test_words_are_contained_where_their_letters_stand_whatever_tokens_spell_the
         )
 
 
-def test_words_that_overlap_or_contain_each_other_all_count() -> None:
+def test_overlapping_and_nested_keywords_all_count() -> None:
     one = Constraint.keywords(tokenizer(), all_of=["abab", "bab", "a"])
     for text in ("abab", "babab", "ababab"):
         assert accepts(one, text)
@@ -143,7 +143,7 @@ def test_words_that_overlap_or_contain_each_other_all_count() -> None:
         assert not accepts(one, text)
 
 
-def test_no_words_forbid_nothing_but_marks_that_are_no_text() -> None:
+def test_empty_keywords_forbid_only_special_tokens() -> None:
     tokens = tokenizer()
     free = Constraint.keywords(tokens)
     assert free.num_states == 1
@@ -160,23 +160,23 @@ def test_no_words_forbid_nothing_but_marks_that_are_no_text() -> None:
         ({"none_of": [3]}, "none_of: expected a text"),
     ],
 )
-def test_words_that_are_none_are_refused(arguments: Any, message: str) -> None:
+def test_invalid_keywords_raise(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Constraint.keywords(tokenizer(), **arguments)
 
 
-def test_tables_above_the_limit_say_what_multiplies() -> None:
+def test_tables_above_the_limit_name_the_factors() -> None:
     with pytest.raises(ConstraintTooLarge, match=r"50 bytes, found \d+, from .* vocabulary"):
         Constraint.choice(["no", "yes"], tokenizer(), limits=Limits(max_table_bytes=50))
 
 
-def test_many_words_at_once_are_refused_with_what_multiplies() -> None:
+def test_too_many_keywords_raise_and_name_the_factors() -> None:
     words = [f"{i:02d}!" for i in range(16)]
     with pytest.raises(ConstraintTooLarge, match=r"2\^16 sets"):
         Constraint.keywords(tokenizer(), all_of=words)
 
 
-def test_a_tokenizer_without_an_end_or_that_is_none_is_refused() -> None:
+def test_invalid_tokenizer_raises() -> None:
     with pytest.raises(ValueError, match="tokenizer: expected a transformers tokenizer"):
         Constraint.choice(["a"], "smollm2")
     with pytest.raises(ValueError, match="vocab_size: expected at least"):
@@ -185,7 +185,7 @@ def test_a_tokenizer_without_an_end_or_that_is_none_is_refused() -> None:
     assert wide.vocab_size == 400 and wide.next_state(0, 399) == -1
 
 
-def test_a_constraint_is_built_once_for_its_content_and_tokenizer() -> None:
+def test_constraint_is_cached_by_content_and_tokenizer() -> None:
     first = Constraint.choice(["yes", "no"], tokenizer())
     assert Constraint.choice(["yes", "no"], tokenizer()) is first
     assert Constraint.choice(["no", "yes"], tokenizer()) == first
@@ -201,8 +201,8 @@ PATTERNS = [
 
 @outlines
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_token_sequences_are_accepted_where_their_text_matches(pattern: str) -> None:
-    """Also those whose last token ends one byte behind a place where the match might end."""
+def test_token_sequences_are_accepted_if_their_text_matches(pattern: str) -> None:
+    """Check also a last token that ends one byte after a possible end of the match."""
     import re
 
     tokens = tokenizer()
@@ -217,14 +217,14 @@ def test_token_sequences_are_accepted_where_their_text_matches(pattern: str) -> 
 
 
 @outlines
-def test_letters_of_several_bytes_match_as_one() -> None:
+def test_characters_of_several_bytes_match_as_one() -> None:
     one = Constraint.regex("[é-ü]{2}.", tokenizer())
     assert accepts(one, "éü日") and not accepts(one, "éü") and not accepts(one, "éé12")
 
 
 @outlines
 @pytest.mark.parametrize("pattern", ["(", "(?=a)b", r"(a)\1", "a{3,1}", r"\bdog"])
-def test_what_is_no_regular_expression_is_refused(pattern: str) -> None:
+def test_invalid_regular_expression_raises(pattern: str) -> None:
     with pytest.raises(ValueError, match="regex: pattern: expected one that outlines-core reads"):
         Constraint.regex(pattern, tokenizer())
 
@@ -233,7 +233,7 @@ def test_what_is_no_regular_expression_is_refused(pattern: str) -> None:
 @pytest.mark.parametrize(
     "place", ["a$b", "a^b", "a($|b)", "(^a)", "a$?", "(?x)[a#]\n$|b]", r"a\Ab"]
 )
-def test_ends_in_the_middle_of_an_expression_are_refused_by_name(place: str) -> None:
+def test_anchors_inside_an_expression_raise(place: str) -> None:
     expected = (
         r"pattern: expected \^ and \$ only at the beginning and end of the whole text, found "
     )
@@ -245,7 +245,7 @@ def test_ends_in_the_middle_of_an_expression_are_refused_by_name(place: str) -> 
 
 
 @outlines
-def test_a_dollar_that_stands_for_itself_stays() -> None:
+def test_escaped_dollar_is_a_literal() -> None:
     assert accepts(Constraint.regex(r"[$]\$", tokenizer()), "$$")
     assert not accepts(Constraint.regex(r"[$]\$", tokenizer()), "$")
     one = Constraint.json_schema({"type": "string", "pattern": r"^a\$$|^\$"}, tokenizer())
@@ -263,9 +263,7 @@ def test_a_dollar_that_stands_for_itself_stays() -> None:
         ("json_schema", {"type": "object", "properties": {"\ud800": {"type": "null"}}}, "schema"),
     ],
 )
-def test_half_of_a_surrogate_pair_is_told_as_what_it_is(
-    what: str, content: Any, argument: str
-) -> None:
+def test_half_of_a_surrogate_pair_raises(what: str, content: Any, argument: str) -> None:
     with pytest.raises(ValueError, match=f"{argument}: expected no half of a surrogate pair"):
         getattr(Constraint, what)(content, tokenizer())
     with pytest.raises(ValueError, match=r"none_of: .* surrogate pair, found '.ud800' at place 1"):
@@ -274,20 +272,20 @@ def test_half_of_a_surrogate_pair_is_told_as_what_it_is(
 
 @outlines
 @pytest.mark.parametrize("pattern", ["(a|b)*a(a|b){24}", "((a{1,50}){1,50}){1,50}"])
-def test_hostile_expressions_end_within_the_limits(pattern: str) -> None:
+def test_hostile_expressions_stop_within_the_limits(pattern: str) -> None:
     start = time.monotonic()
     with pytest.raises(ConstraintTooLarge, match=r"seconds|states|bytes"):
         Constraint.regex(pattern, tokenizer(), limits=Limits(max_seconds=2))
-    assert time.monotonic() - start < 20  # of a machine that others use too
-    assert accepts(Constraint.regex("a+", tokenizer()), "aa")  # and nothing is broken
+    assert time.monotonic() - start < 20  # The machine may be shared.
+    assert accepts(Constraint.regex("a+", tokenizer()), "aa")  # Later calls still work.
 
 
-def test_expressions_that_are_too_long_are_refused_before_anything_reads_them() -> None:
+def test_expressions_that_are_too_long_raise_before_they_are_parsed() -> None:
     with pytest.raises(ConstraintTooLarge, match="65536 characters, found 70000"):
         Constraint.regex("a" * 70_000, tokenizer())
 
 
-def test_without_outlines_core_the_error_says_how_to_install_it(
+def test_missing_outlines_core_raises_with_the_install_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -311,7 +309,7 @@ SCHEMA = {
 
 
 def holds(value: Any) -> bool:
-    """The schema in other words."""
+    """Return whether a value satisfies the schema, by another formula."""
     keys = {"name", "age", "tags", "kind", "size"}
     return (
         {"name", "kind"} <= set(value) <= keys
@@ -325,7 +323,7 @@ def holds(value: Any) -> bool:
 
 
 @outlines
-def test_every_text_of_a_schema_is_json_that_holds_to_it() -> None:
+def test_every_text_of_a_schema_is_valid_json_of_it() -> None:
     one = Constraint.json_schema(SCHEMA, tokenizer())
     assert one == Constraint.json_schema(json.dumps(SCHEMA), tokenizer())
     for text in random_texts(one, 300, 60):
@@ -354,13 +352,13 @@ def test_every_text_of_a_schema_is_json_that_holds_to_it() -> None:
         ({"type": "object"}, "an object without properties"),
     ],
 )
-def test_words_that_the_automaton_would_ignore_are_refused_by_name(schema: Any, word: str) -> None:
+def test_schema_words_that_would_be_ignored_raise(schema: Any, word: str) -> None:
     with pytest.raises(NotImplementedError, match=word):
         Constraint.json_schema(schema, tokenizer())
 
 
 @pytest.mark.parametrize("schema", ["{", [], 3, '"text"', {"type": "text"}, {"enum": []}])
-def test_what_is_no_schema_is_refused(schema: Any) -> None:
+def test_invalid_schema_raises(schema: Any) -> None:
     with pytest.raises(ValueError, match="json_schema"):
         Constraint.json_schema(schema, tokenizer())
 
@@ -386,22 +384,20 @@ def test_what_is_no_schema_is_refused(schema: Any) -> None:
         ),
         ({"enum": [9373.711634780513]}, "9373.711634780513, a number of more digits than are kept"),
         ({"const": {"a": [2**64 + 1]}}, "18446744073709551617, a number of more digits"),
-        ({"const": {"a.b": 1}}, "the name 'a.b' in a value"),  # any letter came for the point
+        ({"const": {"a.b": 1}}, "the name 'a.b' in a value"),  # The point matched any letter.
         ({"enum": [1, [{"a|b": 1}]]}, r"the name 'a\|b' in a value"),
     ],
 )
-def test_what_outlines_core_would_pass_over_or_read_as_another_is_refused(
-    schema: Any, message: str
-) -> None:
-    """A length that no machine word holds was none, the last digit of a number another, and a name
-    inside a value an expression."""
+def test_schemas_that_outlines_core_misreads_raise(schema: Any, message: str) -> None:
+    """Check that outlines-core does not drop a length above a machine word, change the last digit
+    of a number, or read a name inside a value as an expression."""
     with pytest.raises((ValueError, NotImplementedError), match=message) as error:
         Constraint.json_schema(schema, tokenizer())
     assert not isinstance(error.value, ConstraintTooLarge)
 
 
 @outlines
-def test_numbers_and_names_of_properties_are_written_as_they_are() -> None:
+def test_numbers_and_property_names_are_written_literally() -> None:
     dotted = {"type": "object", "properties": {"a.b|$": {"type": "null"}}, "required": ["a.b|$"]}
     for text in random_texts(Constraint.json_schema(dotted, tokenizer()), 9, 40):
         assert json.loads(text) == {"a.b|$": None}
@@ -411,18 +407,18 @@ def test_numbers_and_names_of_properties_are_written_as_they_are() -> None:
         assert json.loads(text) == number
 
 
-def test_schemas_inside_each_other_without_end_are_refused() -> None:
+def test_schemas_nested_too_deeply_raise() -> None:
     deep = '{"type":"array","items":' * 5000 + '{"type":"null"}' + "}" * 5000
     with pytest.raises((ConstraintTooLarge, NotImplementedError, ValueError)):
         Constraint.json_schema(deep, tokenizer())
 
 
-# --- found by a hostile reader --------------------------------------------------------------------
-def test_texts_of_an_iterator_or_array_are_not_mistaken_for_others_that_print_alike() -> None:
+# --- hostile input --------------------------------------------------------------------------------
+def test_iterators_and_arrays_with_equal_repr_are_not_confused() -> None:
     import numpy as np
 
     for i in range(8):
-        texts: Any = (text for text in [f"w{i}"])  # no Sequence, as the annotation has it
+        texts: Any = (text for text in [f"w{i}"])  # This is not a Sequence, unlike the annotation.
         assert accepts(Constraint.choice(texts, tokenizer()), f"w{i}")
     many: Any = np.array([f"a{i:04d}" for i in range(1100)])
     other = many.copy()
@@ -431,7 +427,7 @@ def test_texts_of_an_iterator_or_array_are_not_mistaken_for_others_that_print_al
     assert accepts(Constraint.choice(other, tokenizer()), "b")
 
 
-def test_all_256_bytes_may_be_different_to_an_automaton() -> None:
+def test_all_256_bytes_may_be_different_classes() -> None:
     import numpy as np
 
     from lora_ext.control.language._algebra import Automaton, over_tokens
@@ -457,7 +453,7 @@ def test_all_256_bytes_may_be_different_to_an_automaton() -> None:
         ({"type": "string", "format": "date"}, ['"2024-12-31"'], ['"२०२४-12-31"']),
     ],
 )
-def test_a_string_is_held_inside_its_quotes(
+def test_string_constraints_apply_inside_the_quotes(
     schema: dict[str, Any], good: list[str], bad: list[str]
 ) -> None:
     before = json.dumps(schema)
@@ -479,18 +475,18 @@ def test_a_string_is_held_inside_its_quotes(
         ({"type": "object", "properties": {"a": {"type": "null"}}, "required": "a"}, "required"),
     ],
 )
-def test_a_schema_that_outlines_misreads_is_refused(schema: dict[str, Any], message: str) -> None:
+def test_schemas_that_outlines_misreads_raise(schema: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, NotImplementedError), match=message):
         Constraint.json_schema(schema, tokenizer())
 
 
 @outlines
-def test_a_bracket_too_many_is_no_expression() -> None:
+def test_unbalanced_bracket_raises() -> None:
     with pytest.raises(ValueError, match="outlines-core reads"):
         Constraint.regex("a)|(b", tokenizer())
 
 
-def test_names_that_double_from_one_to_the_next_are_looked_at_once() -> None:
+def test_names_that_double_from_one_to_the_next_are_visited_once() -> None:
     from lora_ext.control.language import _schema
 
     names = {
@@ -500,4 +496,4 @@ def test_names_that_double_from_one_to_the_next_are_looked_at_once() -> None:
     names["n18"] = {"anyOf": [{"type": "null"}]}
     begun = time.monotonic()
     _schema.check({"$defs": names, "$ref": "#/$defs/n0"})
-    assert time.monotonic() - begun < 1  # 2^18 of them take many
+    assert time.monotonic() - begun < 1  # 2^18 visits take many seconds.

@@ -37,7 +37,7 @@ def every_text() -> list[Prefix]:
 def forced(
     processor: ConstraintProcessor, model: Model, rows: Sequence[Prefix]
 ) -> tuple[list[float], Tensor]:
-    """Probabilities of whole texts as the processor draws them, and their log weights."""
+    """Return probabilities of whole texts as the processor draws them, and their log weights."""
     out = [1.0] * len(rows)
     for step in range(max(map(len, rows))):
         ids = torch.tensor([[PROMPT, *(row + (0,) * step)[:step]] for row in rows])
@@ -56,7 +56,7 @@ def processor(guide: Guide | None, **settings: object) -> ConstraintProcessor:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_where_the_model_is_the_guide_the_guided_law_is_the_exact_conditional(
+def test_guided_law_is_the_exact_conditional_if_the_model_is_the_guide(
     temperature: float,
 ) -> None:
     model, rows = hmm_model(guide()), every_text()
@@ -66,17 +66,17 @@ def test_where_the_model_is_the_guide_the_guided_law_is_the_exact_conditional(
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_every_text_that_is_drawn_satisfies_the_constraint_and_its_weight_brings_the_model_back(
+def test_drawn_texts_satisfy_the_constraint_and_weights_recover_the_model(
     guided: bool,
 ) -> None:
     model, rows = table_model(), every_text()
     law, weight = forced(processor(guide() if guided else None), model, rows)
-    assert sum(law) == pytest.approx(1, abs=1e-13)  # so nothing is left for other texts
+    assert sum(law) == pytest.approx(1, abs=1e-13)  # No probability is left for other texts.
     back = [p * math.exp(w) for p, w in zip(law, weight.tolist(), strict=True)]
     assert back == pytest.approx([probability(model, row) for row in rows], rel=1e-11)
 
 
-def test_the_mask_law_is_the_model_on_the_tokens_from_which_a_text_can_end_in_time() -> None:
+def test_mask_law_is_the_model_on_tokens_that_can_still_end_in_time() -> None:
     model, rows = table_model(), every_text()
     wanted = []
     for row in rows:
@@ -91,7 +91,7 @@ def test_the_mask_law_is_the_model_on_the_tokens_from_which_a_text_can_end_in_ti
 
 
 @pytest.mark.parametrize("prefix", [(), (0,), (3,), (2, 0), (0, 3), (1, 2, 3)])
-def test_r_is_the_probability_that_the_guide_gives_to_the_constraint(prefix: Prefix) -> None:
+def test_r_is_the_probability_of_the_constraint_under_the_guide(prefix: Prefix) -> None:
     rows = torch.tensor([[PROMPT]])
     how = processor(guide())
     got = how(rows, torch.zeros(1, V, dtype=torch.float64))
@@ -102,7 +102,7 @@ def test_r_is_the_probability_that_the_guide_gives_to_the_constraint(prefix: Pre
     assert got[0].exp().tolist() == pytest.approx(wanted, abs=1e-14)
 
 
-def test_with_one_state_r_does_not_depend_on_what_came_before() -> None:
+def test_r_of_a_single_state_does_not_depend_on_the_prefix() -> None:
     one = guide(3, states=1)
     behind = []
     for prefix in ((0, 2), (1, 2)):
@@ -119,7 +119,7 @@ def test_with_one_state_r_does_not_depend_on_what_came_before() -> None:
     assert float(behind[0][0, 0]) == pytest.approx(float(table[state, 0].log() + scale[state]))
 
 
-def test_a_constraint_that_forbids_nothing_keeps_every_bit_until_the_last_token() -> None:
+def test_empty_constraint_keeps_every_bit_until_the_last_token() -> None:
     free = Constraint.from_edges([(0, t, 0) for t in range(4)], 0, {0}, V, EOS)
     how = ConstraintProcessor(free, max_new_tokens=3)
     ids, scores = torch.zeros(2, 1, dtype=torch.long), torch.randn(2, V)
@@ -131,7 +131,7 @@ def test_a_constraint_that_forbids_nothing_keeps_every_bit_until_the_last_token(
     assert (got > -torch.inf).tolist() == [[False] * 4 + [True]] * 2
 
 
-def test_a_prior_takes_the_prompt_into_account() -> None:
+def test_prior_takes_the_prompt_into_account() -> None:
     whole, model = guide(), hmm_model(guide())
     prompt = (0, 3, 1)
     prior = whole.filter(torch.tensor([prompt]))
@@ -141,27 +141,27 @@ def test_a_prior_takes_the_prompt_into_account() -> None:
     assert law == pytest.approx([p / sum(joint) for p in joint], abs=1e-13)
 
 
-def test_padding_before_a_prompt_leaves_the_law_of_the_state_alone() -> None:
+def test_padding_before_a_prompt_does_not_change_the_state_law() -> None:
     prompts = torch.tensor([[-1, -1, 0, 3], [1, 2, 0, 3]])
     laws = guide().filter(prompts)
     assert torch.allclose(laws[:1], guide().filter(torch.tensor([[0, 3]])), atol=1e-15)
     assert torch.allclose(laws[1:], guide().filter(prompts[1:]), atol=1e-15)
 
 
-def test_a_token_that_the_guide_holds_impossible_leaves_the_constraint_satisfied() -> None:
+def test_token_that_is_impossible_for_the_guide_can_still_satisfy_the_constraint() -> None:
     whole = guide()
     emission = whole.emission.clone()
-    emission[:, 2] = 0  # the very token that must come
+    emission[:, 2] = 0  # the required token
     emission /= emission.sum(1, keepdim=True)
     rows = every_text()
     law, _ = forced(
         processor(Guide(whole.initial, whole.transition, emission)), table_model(), rows
     )
-    assert sum(law) == pytest.approx(1, abs=1e-13)  # nothing else, and no NaN
+    assert sum(law) == pytest.approx(1, abs=1e-13)  # No other text and no NaN occurs.
 
 
-def test_a_float32_guide_keeps_live_tokens_alive_through_a_long_budget() -> None:
-    """Of 300 tokens all but one in a thousand would break the constraint, as the guide sees it."""
+def test_float32_guide_keeps_allowed_tokens_through_a_long_budget() -> None:
+    """Check 300 tokens: under the guide, all but one in a thousand break the constraint."""
     emission = torch.tensor([[0.001, 0.9989, 1e-4], [0.001, 0.9989, 1e-4]])
     whole = Guide(torch.tensor([0.5, 0.5]), torch.full((2, 2), 0.5), emission)
     zeros = Constraint.from_edges([(s, 0, s + 1) for s in range(299)], 0, {299}, 3, 2)
@@ -175,7 +175,7 @@ def test_a_float32_guide_keeps_live_tokens_alive_through_a_long_budget() -> None
     assert drawn == [0] * 299 + [2]
 
 
-def test_tables_above_the_limit_are_computed_again_and_say_the_same() -> None:
+def test_tables_above_the_limit_are_recomputed_with_equal_values() -> None:
     from lora_ext.control import Limits
 
     many = Plan(constraint(), 40, 2, guide(), Limits(max_table_bytes=300))
@@ -193,11 +193,11 @@ def test_plans_of_equal_content_share_their_tables() -> None:
     assert Plan(constraint(), 9, 1, whole).messages is not first.messages
 
 
-def test_tables_that_a_small_budget_made_serve_a_large_one() -> None:
+def test_tables_of_a_small_budget_are_reused_for_a_large_one() -> None:
     whole = guide()
     small, large = Plan(constraint(), 3, 0, whole), Plan(constraint(), 30, 0, whole)
     alone = Plan(constraint(), 30, 0, guide())
-    assert small.messages is large.messages  # of the first one, whose budget is 3
+    assert small.messages is large.messages  # The first plan, with budget 3, made these tables.
     for k in range(31):
         for got, wanted in zip(large.messages(k), alone.messages(k), strict=True):
             assert torch.equal(got, wanted)

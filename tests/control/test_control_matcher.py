@@ -1,4 +1,4 @@
-"""Constraints of matchers: the mask law without a budget, whoever writes the matcher."""
+"""Constraints of matchers: the mask law without a budget, for matchers of any package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_ext.control import Constraint, ConstraintProcessor, Row, advance, plan
 
 
 class Bits:
-    """A matcher as xgrammar has it, of the toy language; it counts what it reads."""
+    """Matcher of the toy language with the interface of xgrammar; it counts the tokens it reads."""
 
     def __init__(self) -> None:
         self.states, self.read = [0], 0
@@ -40,7 +40,7 @@ class Bits:
 
 
 class Bytes:
-    """The same as llguidance has it."""
+    """Matcher of the toy language with the interface of llguidance."""
 
     def __init__(self) -> None:
         self.own = Bits()
@@ -54,7 +54,7 @@ MATCHERS = pytest.mark.parametrize("make", [Bits, Bytes])
 
 
 @MATCHERS
-def test_a_matcher_is_taken_back_to_where_texts_part(make: Any) -> None:
+def test_matcher_is_rolled_back_to_the_common_prefix(make: Any) -> None:
     one = Constraint.from_matcher(make(), V, EOS)
     for text in itertools.chain(*(itertools.product(range(4), repeat=n) for n in (3, 0, 2, 4))):
         assert one.accepts(text) == satisfies(text)
@@ -62,8 +62,8 @@ def test_a_matcher_is_taken_back_to_where_texts_part(make: Any) -> None:
 
 
 @MATCHERS
-def test_the_law_is_that_of_the_edges_where_the_budget_is_long(make: Any) -> None:
-    """Rows that part and rows that stay together, one matcher for all."""
+def test_law_equals_that_of_the_edges_if_the_budget_is_large(make: Any) -> None:
+    """Check rows that diverge and rows that stay equal, with one matcher for all."""
     plans = [plans_of("test", c, None, 99)[0] for c in
              (Constraint.from_matcher(make(), V, EOS), constraint())]  # fmt: skip
     texts = torch.randint(0, 4, (6, 5), generator=torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def test_the_law_is_that_of_the_edges_where_the_budget_is_long(make: Any) -> Non
     assert [r.lost for r in both[0]] == [r.lost for r in both[1]]  # type: ignore[union-attr]
 
 
-def test_one_row_is_never_taken_back() -> None:
+def test_single_row_is_never_rolled_back() -> None:
     matcher = Bits()
     how = ConstraintProcessor(Constraint.from_matcher(matcher, V, EOS), max_new_tokens=9)
     ids = torch.tensor([[1]])
@@ -88,7 +88,7 @@ def test_one_row_is_never_taken_back() -> None:
     assert matcher.read == 4
 
 
-def test_drafts_are_masked_by_a_matcher_too() -> None:
+def test_drafts_are_masked_by_a_matcher() -> None:
     ids, mask = prompts(3)
     for mode in ("greedy", "sample"):
         found = []
@@ -97,11 +97,11 @@ def test_drafts_are_masked_by_a_matcher_too() -> None:
             found.append(draft.decoder(mode=mode, constraint=one).generate(
                 ids, mask, max_new_tokens=30, eos_token_id=EOS, seed=1
             ).sequences)  # fmt: skip
-        same = min(f.shape[1] for f in found) - 8  # where the budget is far, both are one law
+        same = min(f.shape[1] for f in found) - 8  # If the budget is far away, both laws are equal.
         assert torch.equal(found[0][:, :same], found[1][:, :same])
 
 
-def test_guides_least_lengths_and_other_objects_are_refused_by_name() -> None:
+def test_guides_least_lengths_and_other_objects_raise() -> None:
     one = Constraint.from_matcher(Bits(), V, EOS)
     with pytest.raises(NotImplementedError, match="guide: expected None beside from_matcher"):
         ConstraintProcessor(one, guide(), max_new_tokens=9)
@@ -113,7 +113,7 @@ def test_guides_least_lengths_and_other_objects_are_refused_by_name() -> None:
         Constraint.from_matcher(Bits(), V, 9)
 
 
-def test_a_grammar_of_llguidance_nests_as_deep_as_it_likes() -> None:
+def test_llguidance_grammar_may_nest_to_any_depth() -> None:
     reason = "llguidance is not installed: pip install llguidance"
     llguidance = pytest.importorskip("llguidance", reason=reason)
     tokens = tokenizer()

@@ -1,4 +1,4 @@
-"""The processor in transformers' generate, and what it refuses."""
+"""The processor in transformers' generate, and its errors."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def tiny_model(vocab: int = V, seed: int = 0) -> Any:
     )
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(config).eval()
-    model.lm_head.weight.data *= 20  # laws that are not flat
+    model.lm_head.weight.data *= 20  # The laws are not flat.
     return model
 
 
 def new_texts(tokens: Tensor, prompt: int) -> list[tuple[int, ...]]:
-    """What came behind the prompts, without the ends; fails where a row has none."""
+    """Return the new tokens without the ends; raise if a row has no end."""
     rows = [tuple(row[prompt:]) for row in tokens.tolist()]
     return [row[: row.index(EOS)] for row in rows]
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_of_ten_thousand_samples_none_lies_outside_the_constraint(guided: bool) -> None:
+def test_ten_thousand_samples_satisfy_the_constraint(guided: bool) -> None:
     how = ConstraintProcessor(
         constraint(), guide() if guided else None, max_new_tokens=BUDGET, min_new_tokens=1
     )
@@ -61,7 +61,7 @@ def test_of_ten_thousand_samples_none_lies_outside_the_constraint(guided: bool) 
 
 @pytest.mark.slow
 def test_resampling_by_the_weights_gives_the_model_given_the_constraint() -> None:
-    """Means under the weights, against all texts enumerated with the model itself."""
+    """Check weighted means against all texts, enumerated with the model."""
     from control_toys import texts
 
     model, rows = tiny_model(), list(texts(BUDGET, 0))
@@ -91,7 +91,7 @@ def test_resampling_by_the_weights_gives_the_model_given_the_constraint() -> Non
     assert (got - wanted).abs().max() < 4 * 0.5 / effective**0.5
 
 
-def test_greedy_and_beams_satisfy_it_too_and_beams_find_what_is_at_least_as_likely() -> None:
+def test_greedy_and_beams_satisfy_the_constraint_and_beams_are_at_least_as_likely() -> None:
     model, ids = tiny_model(), torch.tensor([[1, 2], [3, 0]])
     best: dict[int, list[float]] = {}
     for beams in (1, 4):
@@ -109,8 +109,8 @@ def test_greedy_and_beams_satisfy_it_too_and_beams_find_what_is_at_least_as_like
     assert len(best) == 2
 
 
-def test_beams_keep_the_states_of_the_rows_that_they_go_on_from() -> None:
-    """Against scores that a new processor gives to each row's tokens alone."""
+def test_beams_keep_the_states_of_the_rows_that_they_continue() -> None:
+    """Check against scores of a new processor for each row's tokens alone."""
 
     class Watched(ConstraintProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -136,8 +136,8 @@ def test_beams_keep_the_states_of_the_rows_that_they_go_on_from() -> None:
     assert all(map(satisfies, new_texts(out, 2)))
 
 
-@pytest.mark.filterwarnings("ignore:ConstraintProcessor")  # alone, a row goes on after its end
-def test_rows_have_constraints_of_their_own_and_each_rows_bits_are_its_own() -> None:
+@pytest.mark.filterwarnings("ignore:ConstraintProcessor")  # A single row continues after its end.
+def test_rows_may_have_different_constraints_and_keep_their_bits() -> None:
     whole = guide()
     small = Guide(whole.initial.float(), whole.transition.float(), whole.emission.float())
     other = Constraint.from_edges([(0, 1, 1), (1, 3, 1)], 0, {1}, V, EOS)
@@ -165,7 +165,7 @@ def test_rows_have_constraints_of_their_own_and_each_rows_bits_are_its_own() -> 
                 assert torch.equal(one[0], scores[step, i])
 
 
-def test_one_processor_serves_one_call_after_the_other() -> None:
+def test_one_processor_is_used_for_successive_calls() -> None:
     how = ConstraintProcessor(constraint(), max_new_tokens=BUDGET)
     model = tiny_model()
     for prompt in ([[1, 2]], [[1, 2]], [[0, 0, 3], [1, 1, 1]], [[2]]):
@@ -176,7 +176,7 @@ def test_one_processor_serves_one_call_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("ends", ["early", "at the budget", "beside a row without a constraint"])
-def test_after_reset_a_run_on_the_rows_of_the_run_before_has_a_budget_of_its_own(ends: str) -> None:
+def test_run_after_reset_on_the_same_rows_has_a_new_budget(ends: str) -> None:
     early = ends == "early"
     one = Constraint.from_edges([(0, 2, 1)], 0, {1}, V, EOS) if early else constraint()
     listed = [one, None] if ends.startswith("beside") else one
@@ -196,7 +196,7 @@ def test_after_reset_a_run_on_the_rows_of_the_run_before_has_a_budget_of_its_own
         assert all(map(one.accepts, new_texts(constrained, start)))
 
 
-def test_a_run_on_the_rows_of_the_run_before_without_reset_warns() -> None:
+def test_run_without_reset_on_the_same_rows_warns() -> None:
     how = ConstraintProcessor(constraint(), max_new_tokens=BUDGET)
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": BUDGET, "eos_token_id": EOS}
     model = tiny_model()
@@ -207,7 +207,7 @@ def test_a_run_on_the_rows_of_the_run_before_without_reset_warns() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:ConstraintProcessor")
-def test_a_generate_without_the_constraints_end_token_writes_one_text_and_end_tokens() -> None:
+def test_generate_without_the_end_token_writes_one_text_and_end_tokens() -> None:
     once = Constraint.from_edges([(0, 1, 1), (1, 2, 2), (2, 3, 3)], 0, {3}, V, EOS)
     how = ConstraintProcessor(once, max_new_tokens=10)
     model = tiny_model()
@@ -218,7 +218,7 @@ def test_a_generate_without_the_constraints_end_token_writes_one_text_and_end_to
     assert out[0, 2:].tolist() == [1, 2, 3] + [EOS] * 7
 
 
-def test_a_row_that_goes_on_beyond_the_budget_changes_no_weight_of_the_others() -> None:
+def test_row_beyond_the_budget_changes_no_weight_of_other_rows() -> None:
     how = ConstraintProcessor([constraint(), None], max_new_tokens=3)
     rows, weights = torch.ones(2, 3, dtype=torch.long), []
     scores = torch.randn(2, V, generator=torch.Generator().manual_seed(0))
@@ -233,7 +233,7 @@ def test_a_row_that_goes_on_beyond_the_budget_changes_no_weight_of_the_others() 
     assert all(torch.equal(each, weights[2]) for each in weights[3:]) and weights[2][0] != 0
 
 
-def test_rows_that_another_call_cannot_explain_are_refused() -> None:
+def test_rows_that_do_not_continue_the_last_call_raise() -> None:
     how = ConstraintProcessor(constraint(), max_new_tokens=BUDGET)
     ids, scores = torch.tensor([[1, 2]]), torch.zeros(1, V)
     how(ids, scores)
@@ -253,20 +253,20 @@ def test_rows_that_another_call_cannot_explain_are_refused() -> None:
         ({"max_new_tokens": 5, "prior": torch.ones(1, H) / H}, "prior: expected none without"),
     ],
 )
-def test_what_cannot_be_met_is_refused_before_anything_runs(
+def test_settings_that_cannot_be_satisfied_raise_early(
     settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         ConstraintProcessor(constraint(), **settings)
 
 
-def test_a_text_that_must_be_longer_than_the_language_has_is_refused() -> None:
+def test_minimum_length_beyond_the_language_raises() -> None:
     short = Constraint.from_edges([(0, 1, 1)], 0, {1}, V, EOS)
     with pytest.raises(ValueError, match="min_new_tokens: expected a text of 3 to 7 tokens"):
         ConstraintProcessor(short, max_new_tokens=8, min_new_tokens=3)
 
 
-def test_vocabularies_and_rows_that_do_not_fit_are_refused_by_name() -> None:
+def test_vocabularies_and_rows_that_do_not_fit_raise() -> None:
     how = ConstraintProcessor(constraint(), max_new_tokens=BUDGET)
     with pytest.raises(ValueError, match="vocabulary of the scores, 6, found 5"):
         how(torch.tensor([[1]]), torch.zeros(1, 6))
@@ -278,8 +278,8 @@ def test_vocabularies_and_rows_that_do_not_fit_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_row_that_is_lost_touches_no_other(guided: bool) -> None:
-    """Somebody forces a token that a constraint forbids: that row is left alone from then on."""
+def test_lost_row_does_not_change_other_rows(guided: bool) -> None:
+    """Check a token forced against the constraint: the row is left unconstrained from then on."""
     look, scores = guide() if guided else None, torch.randn(2, V, dtype=torch.float64)
     both = ConstraintProcessor(constraint(), look, max_new_tokens=BUDGET)
     alone = ConstraintProcessor(constraint(), look, max_new_tokens=BUDGET)
@@ -294,13 +294,13 @@ def test_a_row_that_is_lost_touches_no_other(guided: bool) -> None:
     assert torch.equal(got[0], scores[0])
 
 
-def test_a_penalty_that_forbids_all_that_the_constraint_allows_is_named() -> None:
-    how = ConstraintProcessor(constraint(), max_new_tokens=2)  # only a 2 may come
+def test_penalty_that_forbids_all_allowed_tokens_raises() -> None:
+    how = ConstraintProcessor(constraint(), max_new_tokens=2)  # Only a 2 is allowed.
     scores = torch.zeros(1, V)
     scores[0, 2] = -torch.inf
     with pytest.raises(ValueError, match=re.escape("min_new_tokens, forbids them all")):
         how(torch.tensor([[1]]), scores)
 
 
-def test_the_edges_of_the_toy_are_its_smallest_automaton() -> None:
+def test_toy_edges_are_the_smallest_automaton() -> None:
     assert constraint().num_states == len({s for s, _, _ in EDGES})

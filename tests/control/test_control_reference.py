@@ -1,4 +1,4 @@
-"""The laws against the dense formulas of ``reference``, on automata and guides drawn at random."""
+"""The laws against the dense formulas of ``reference``, on random automata and guides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ V, EOS, BUDGET = 9, 8, 7
 
 
 def drawn(seed: int) -> Constraint:
-    """Six states, a third of whose edges are missing."""
+    """Return an automaton of six states without a third of its edges."""
     g = torch.Generator().manual_seed(seed)
     table = torch.where(torch.rand(6, 8, generator=g) < 0.67, 0, -7) + torch.randint(
         6, (6, 8), generator=g
@@ -28,7 +28,7 @@ def delta(constraint: Constraint) -> Tensor:
 
 
 @pytest.mark.parametrize(("seed", "least"), [(0, 0), (1, 2), (2, 3), (3, 0)])
-def test_live_states_messages_and_ratios_are_those_of_the_formulas(seed: int, least: int) -> None:
+def test_live_states_messages_and_ratios_equal_the_formulas(seed: int, least: int) -> None:
     one, whole = drawn(seed), guide(seed, states=4, vocab=V)
     plan, edges = Plan(one, BUDGET, least, whole), delta(one)
     live = reference.control_live(edges, BUDGET, least)
@@ -53,8 +53,8 @@ def test_live_states_messages_and_ratios_are_those_of_the_formulas(seed: int, le
 
 @pytest.mark.parametrize("forbidden", [2, 40])
 def test_tokens_of_every_layout_have_the_ratio_of_the_formula(forbidden: int) -> None:
-    """Two successors with many tokens, one with few, few or many that must not come; rows that
-    share a state, and one that has another."""
+    """Check two successors with many tokens, one with few, and few or many forbidden tokens; two
+    rows share a state, one has another."""
     vocab, eos = 200, 199
     ways = [(100, 0), (40, 1), (3, 2), (56 - forbidden, 0)]
     targets = [target for count, target in ways for _ in range(count)]
@@ -74,7 +74,7 @@ def test_tokens_of_every_layout_have_the_ratio_of_the_formula(forbidden: int) ->
         assert torch.allclose(found[i].exp(), ratio, rtol=1e-11, atol=1e-300)
 
 
-def test_every_bit_that_is_not_allowed_is_off_in_both() -> None:
+def test_every_forbidden_bit_is_off_in_both() -> None:
     one = drawn(4)
     how = ConstraintProcessor(one, max_new_tokens=BUDGET)
     scores = how(torch.tensor([[0]]), torch.zeros(1, V))[0]

@@ -1,4 +1,4 @@
-"""The sparse way: the same law, without a product with the vocabulary."""
+"""The sparse path: the same law without a product with the vocabulary."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def normal(scores: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("prefix", [p for p in PREFIXES if not row_at(p).lost])
-def test_what_is_proposed_and_kept_follows_the_guided_law(prefix: Prefix) -> None:
+def test_proposed_and_accepted_tokens_follow_the_guided_law(prefix: Prefix) -> None:
     row, scores = row_at(prefix), table_model()(prefix).log()[None]
     bound = _rejection.log_bound(row)
     assert bound is not None
@@ -44,37 +44,37 @@ def test_what_is_proposed_and_kept_follows_the_guided_law(prefix: Prefix) -> Non
     assert torch.allclose(got / got.sum(), wanted, atol=1e-14)
 
 
-def test_a_draw_follows_its_uniforms_and_falls_back_to_the_dense_law() -> None:
+def test_draw_follows_its_uniforms_and_falls_back_to_the_dense_law() -> None:
     row, scores = row_at(()), table_model()(()).log()[None]
     dense = normal(control.apply([row], scores)[0])[0].cumsum(-1)
     for u in torch.linspace(0.01, 0.99, 25).tolist():
 
         def never(rows: list[int], count: int, u: float = u) -> Tensor:
-            return torch.tensor([u, 1.0]).expand(len(rows), count, 2)  # 1.0 keeps nothing
+            return torch.tensor([u, 1.0]).expand(len(rows), count, 2)  # 1.0 accepts nothing.
 
         token, drawn = control.draw([row], scores, 1.0, never, tries=4, rounds=2)
         assert token == [int(torch.searchsorted(dense, torch.tensor(u).double(), right=True))]
         assert drawn == 1 + 4 + 1
 
 
-def test_a_refused_token_stands_at_its_law_in_the_next_round() -> None:
+def test_rejected_token_has_its_law_in_the_next_round() -> None:
     row, scores = row_at(()), table_model()(()).log()[None]
     wanted = normal(control.apply([row], scores)[0])[0].cumsum(-1)
     for u in torch.linspace(0.01, 0.99, 25).tolist():
         turns = itertools.count()
 
         def numbers(rows: list[int], count: int, u: float = u, turns: Any = turns) -> Tensor:
-            if next(turns) == 0:  # meets every token, and keeps none
+            if next(turns) == 0:  # The uniforms meet every token and accept none.
                 first = torch.linspace(0.001, 0.999, count)
                 return torch.stack([first, torch.ones(count)], -1).expand(len(rows), count, 2)
             return torch.tensor([u, 0.999]).expand(len(rows), count, 2)
 
         token, drawn = control.draw([row], scores, 1.0, numbers, tries=400)
         assert token == [int(torch.searchsorted(wanted, torch.tensor(u).double(), right=True))]
-        assert drawn == 100 + 1  # the first of the second round is kept
+        assert drawn == 100 + 1  # The first draw of the second round is accepted.
 
 
-def test_many_draws_of_mixed_rows_have_the_dense_laws() -> None:
+def test_draws_of_mixed_rows_have_the_dense_laws() -> None:
     kinds: list[Row | None] = [
         row_at(()),
         None,
@@ -100,7 +100,7 @@ def test_many_draws_of_mixed_rows_have_the_dense_laws() -> None:
 
 
 @pytest.mark.parametrize("tries", [1, 2, 5])
-def test_the_likeliest_token_is_that_of_the_dense_law(tries: int) -> None:
+def test_most_likely_token_equals_that_of_the_dense_law(tries: int) -> None:
     for prefix in PREFIXES:
         row = row_at(prefix)
         if row.lost:
@@ -111,10 +111,11 @@ def test_the_likeliest_token_is_that_of_the_dense_law(tries: int) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 1e-300])
-def test_a_draw_at_nearly_no_temperature_is_the_likeliest_token_that_may_come(
+def test_draw_at_almost_zero_temperature_is_the_most_likely_allowed_token(
     temperature: float,
 ) -> None:
-    row, scores = row_at(()), torch.tensor([[1.0, 0.5, 3.0, 2.0, 40.0]])  # the end may not come
+    # The end is not allowed here.
+    row, scores = row_at(()), torch.tensor([[1.0, 0.5, 3.0, 2.0, 40.0]])
     numbers = torch.tensor([0.7, 0.5])
     for one in (row, row_at((), guided=False)):
         tokens, _ = control.draw(
@@ -124,9 +125,9 @@ def test_a_draw_at_nearly_no_temperature_is_the_likeliest_token_that_may_come(
 
 
 @pytest.mark.parametrize("guided", [True, False])
-def test_a_draw_refuses_scores_that_leave_no_token(guided: bool) -> None:
+def test_draw_raises_if_no_token_is_possible(guided: bool) -> None:
     scores = torch.full((1, V), -torch.inf)
-    scores[0, 4] = 0.0  # of the end alone, which may not come
+    scores[0, 4] = 0.0  # Only the end has a score, and it is not allowed.
     for bad in (scores, torch.full((1, V), torch.nan)):
         with pytest.raises(ValueError, match="scores"):
             control.draw([row_at((), guided)], bad, 1.0, lambda n, m: torch.rand(len(n), m, 2))

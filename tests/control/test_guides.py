@@ -18,7 +18,7 @@ from lora_ext.circuits import Bernoulli, Categorical, Circuit, RegionGraph
 from lora_ext.control import Guide, distil
 
 
-def test_a_circuit_and_its_guide_give_every_text_the_same_probability() -> None:
+def test_circuit_and_its_guide_give_every_text_the_same_probability() -> None:
     torch.manual_seed(0)
     circuit = Circuit(RegionGraph.hmm(4, 3, Categorical(V), homogeneous=True)).double()
     found = Guide.from_circuit(circuit)
@@ -38,12 +38,12 @@ def test_a_circuit_and_its_guide_give_every_text_the_same_probability() -> None:
         RegionGraph.hmm(1, 3, Categorical(V), homogeneous=True),
     ],
 )
-def test_circuits_that_are_no_homogeneous_chain_of_tokens_are_refused(graph: RegionGraph) -> None:
+def test_circuits_that_are_not_homogeneous_token_chains_raise(graph: RegionGraph) -> None:
     with pytest.raises(ValueError, match=r"from_circuit: circuit: expected RegionGraph\.hmm"):
         Guide.from_circuit(Circuit(graph))
 
 
-def test_a_saved_guide_is_the_same_guide(tmp_path: Path) -> None:
+def test_loaded_guide_equals_the_saved_one(tmp_path: Path) -> None:
     one = guide()
     one.measures = {"held_out_nats": 3.5}
     one.prior = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -54,7 +54,7 @@ def test_a_saved_guide_is_the_same_guide(tmp_path: Path) -> None:
     assert again.measures == one.measures
 
 
-def test_files_that_are_no_guide_are_refused(tmp_path: Path) -> None:
+def test_files_without_a_guide_raise(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     with pytest.raises(ValueError, match="cannot be opened"):
@@ -75,8 +75,8 @@ def test_files_that_are_no_guide_are_refused(tmp_path: Path) -> None:
             Guide.load(tmp_path)
 
 
-def test_every_damage_of_a_file_is_told_with_its_name(tmp_path: Path) -> None:
-    """Bytes are changed at random, and lengths; most of them leave no guide."""
+def test_damaged_files_raise_and_are_named(tmp_path: Path) -> None:
+    """Check random changes of bytes and lengths; most of them do not leave a valid guide."""
     one, rng, refused = guide(), random.Random(4), 0
     one.measures = {"abcdef": 2.5, "more": 10**400}  # above every float
     one.save(tmp_path)
@@ -84,7 +84,7 @@ def test_every_damage_of_a_file_is_told_with_its_name(tmp_path: Path) -> None:
     whole = path.read_bytes()
     dtype = b'"F64","shape":[3]'
     damaged = [whole, whole.replace(b"abcdef", b"\\ud800")]  # half of a surrogate pair
-    damaged += [whole.replace(dtype, b'"U64","shape":[3]')]  # a dtype that nothing here reads
+    damaged += [whole.replace(dtype, b'"U64","shape":[3]')]  # No reader here supports this dtype.
     for _ in range(300):
         data = bytearray(whole)
         data[rng.randrange(700)] = rng.randrange(32, 127)
@@ -112,7 +112,7 @@ def test_every_damage_of_a_file_is_told_with_its_name(tmp_path: Path) -> None:
         ({"emission": torch.ones(3, 5) / 5}, "emission: expected torch.float64"),
     ],
 )
-def test_numbers_that_are_no_guide_are_refused_by_name(change: Any, message: str) -> None:
+def test_numbers_that_are_not_a_guide_raise(change: Any, message: str) -> None:
     whole = guide()
     given = {k: getattr(whole, k) for k in ("initial", "transition", "emission")}
     with pytest.raises(ValueError, match=message):
@@ -121,7 +121,7 @@ def test_numbers_that_are_no_guide_are_refused_by_name(change: Any, message: str
 
 # --- learning -------------------------------------------------------------------------------------
 def cyclic_model(vocab: int = 12) -> Any:
-    """A model whose next token nearly follows from the last one: a few states hold it."""
+    """Return a model in which the last token almost determines the next: few states suffice."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=vocab,
@@ -133,7 +133,7 @@ def cyclic_model(vocab: int = 12) -> Any:
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
-    for layer in model.model.layers:  # the hidden state is that of the last token alone
+    for layer in model.model.layers:  # The hidden state depends only on the last token.
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
     table = torch.linalg.qr(torch.randn(16, 16))[0][:vocab]
@@ -142,7 +142,7 @@ def cyclic_model(vocab: int = 12) -> Any:
     return model
 
 
-def test_a_distilled_guide_knows_more_than_one_state_does_and_says_what_was_measured() -> None:
+def test_distilled_guide_is_better_than_one_state_and_reports_its_measures() -> None:
     model, said = cyclic_model(), []
 
     def bar(items: Any, desc: str, total: int) -> Any:
@@ -159,7 +159,7 @@ def test_a_distilled_guide_knows_more_than_one_state_does_and_says_what_was_meas
     model_nats = many.measures["model_nats"]
     assert nats[1] - model_nats < 0.2 * (nats[0] - model_nats)
     assert {d for d, _ in said} == {"texts", "clusters", "laws", "EM steps", "prior"}
-    # The head sees where a text is, which the guide's own law of the first state cannot.
+    # The head depends on the place in the text, unlike the guide's law of the first state.
     assert many.prior is not None and many.prior.shape == (12, 16)
     assert many.measures["prior_nats"] - model_nats < 0.2 * (nats[0] - model_nats)
     again = distil(model, [[0], [1, 2]], 12, **arguments)
@@ -169,8 +169,8 @@ def test_a_distilled_guide_knows_more_than_one_state_does_and_says_what_was_meas
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_context_has_a_state_of_its_own_where_there_are_as_many(seed: int) -> None:
-    """The next token depends on the last one, not the end: eleven contexts, all frequent."""
+def test_contexts_get_separate_states_if_there_are_enough(seed: int) -> None:
+    """Check a model with eleven contexts: the next token depends on the last one."""
     settings = {"samples": 100, "length": 8, "batch": 50, "em_steps": 0, "prior_steps": 0}
     found = distil(cyclic_model(), [[0], [1, 2]], 11, seed=seed, **settings)
     assert len(set(found.emission.argmax(1).tolist())) == 11
@@ -188,7 +188,7 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-def test_drawing_the_first_centres_copies_no_points_and_draws_equal_points_once() -> None:
+def test_first_centres_copy_no_points_and_equal_points_are_drawn_once() -> None:
     torch.manual_seed(0)
     contexts = torch.randn(9, 64)
     points = contexts.repeat(20, 1)
@@ -199,13 +199,13 @@ def test_drawing_the_first_centres_copies_no_points_and_draws_equal_points_once(
     assert len(centres.unique(dim=0)) == 9
 
 
-def test_a_guide_of_one_state_emits_the_mean_of_the_models_laws() -> None:
+def test_guide_of_one_state_emits_the_mean_of_the_model_laws() -> None:
     model = cyclic_model()
     one = distil(model, torch.tensor([[3]]), 1, samples=40, length=2, em_steps=0, prior_steps=0)
     assert one.prior is None
     with torch.no_grad():
         start = model(torch.tensor([[3]])).logits[0, -1].softmax(-1)
-    # Half of the places are the first, whose law is the prompt's.
+    # Half of the places are first ones, where the law is that of the prompt.
     assert torch.all(one.emission[0] >= 0.45 * start)
     assert math.isclose(float(one.emission.sum()), 1, abs_tol=1e-5)
 
@@ -220,7 +220,7 @@ def test_a_guide_of_one_state_emits_the_mean_of_the_models_laws() -> None:
         ({"length": 1}, "length: expected a whole number, at least 2"),
     ],
 )
-def test_what_cannot_be_learned_is_refused_by_name(settings: Any, message: str) -> None:
+def test_invalid_arguments_of_distil_raise(settings: Any, message: str) -> None:
     given = {"prompts": [[1]], "states": 2, "samples": 4, "length": 2} | settings
     with pytest.raises(ValueError, match=message):
         distil(cyclic_model(), **given)

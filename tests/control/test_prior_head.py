@@ -1,4 +1,4 @@
-"""The guide's state read off a hidden state."""
+"""The prior head, which reads the guide's state from a hidden state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_ext.control import ConstraintProcessor, PriorHead
 
 
 def places(count: int) -> tuple[Tensor, Tensor]:
-    """Hidden states that tell the guide's state but for some noise, and three tokens behind."""
+    """Return hidden states that show the guide's state with noise, and the next three tokens."""
     g, whole = torch.Generator().manual_seed(0), guide()
     state = torch.multinomial(whole.initial, count, replacement=True, generator=g)
     hidden = 2 * torch.eye(H, dtype=torch.float64)[state]
@@ -25,7 +25,7 @@ def places(count: int) -> tuple[Tensor, Tensor]:
     return hidden, torch.stack(tokens, 1)
 
 
-def test_texts_have_the_probability_that_the_guide_gives_them_from_the_law_of_the_head() -> None:
+def test_texts_have_the_guide_probability_under_the_law_of_the_head() -> None:
     head = PriorHead(guide(), H)
     torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
     hidden, following = places(40)
@@ -34,7 +34,7 @@ def test_texts_have_the_probability_that_the_guide_gives_them_from_the_law_of_th
     assert torch.allclose(head.log_prob(hidden, following), wanted, atol=1e-12)
 
 
-def test_a_head_learns_what_hidden_states_tell_and_a_run_starts_there() -> None:
+def test_head_learns_the_state_of_hidden_states_and_is_a_prior_of_a_run() -> None:
     hidden, following = places(2000)
     before = PriorHead(guide(), H).fit(hidden, following, steps=0)
     head = PriorHead(guide(), H)
@@ -43,14 +43,14 @@ def test_a_head_learns_what_hidden_states_tell_and_a_run_starts_there() -> None:
     known = -float(guide().log_prob(following[-200:], torch.eye(H, dtype=torch.float64)[
         hidden[-200:].argmax(1)]).mean()) / 3  # fmt: skip
     assert known < before and after < before - 0.8 * (before - known)
-    assert torch.equal(laws[:2].argmax(1), torch.arange(2))  # the third state is rare
+    assert torch.equal(laws[:2].argmax(1), torch.arange(2))  # The third state is rare.
     how = ConstraintProcessor(constraint(), guide(), max_new_tokens=BUDGET, prior=laws[:1])
     other = ConstraintProcessor(constraint(), guide(), max_new_tokens=BUDGET, prior=laws[1:2])
     ids, scores = torch.tensor([[1]]), torch.zeros(1, V, dtype=torch.float64)
     assert not torch.allclose(how(ids, scores), other(ids, scores))
 
 
-def test_places_that_do_not_fit_are_refused() -> None:
+def test_places_that_do_not_fit_raise() -> None:
     head, (hidden, following) = PriorHead(guide(), H), places(4)
     for bad in ((hidden[:3], following), (hidden[:, :2], following), (hidden[:1], following[:1])):
         with pytest.raises(ValueError, match="PriorHead: hidden and following: expected"):
@@ -67,14 +67,14 @@ def test_places_that_do_not_fit_are_refused() -> None:
         ({"apart": 4}, "apart: expected an integer from 1 to 3"),
     ],
 )
-def test_numbers_out_of_range_are_refused(wrong: dict[str, Any], expected: str) -> None:
+def test_numbers_out_of_range_raise(wrong: dict[str, Any], expected: str) -> None:
     head = PriorHead(guide(), H)
     with pytest.raises(ValueError, match=f"PriorHead: {expected}"):
         head.fit(*places(4), **wrong)
     assert not head.weight.any()
 
 
-def test_a_guide_brings_its_own_head() -> None:
+def test_guide_contains_its_head() -> None:
     whole = guide()
     with pytest.raises(ValueError, match="hidden_size: expected a size, as the guide has no head"):
         PriorHead(whole)

@@ -1,7 +1,7 @@
-"""The twins' own laws in C++; with --sanitizers under those for addresses and undefined behaviour.
+"""Laws of the twins in C++; with --sanitizers, under address and undefined sanitizers.
 
-At -O1, and for the plain source and the widest vectors only: sanitized -O3 code of every
-instruction set takes the compiler a quarter of an hour.
+They are built at -O1, and only for the plain source and the widest vectors: sanitized -O3 code of
+every instruction set takes the compiler a quarter of an hour.
 """
 
 from __future__ import annotations

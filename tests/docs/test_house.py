@@ -1,4 +1,4 @@
-"""docs/house.md says what is so, and the package's rooms are as ``tools/house.py`` finds them."""
+"""Check docs/house.md and the package's rooms against ``tools/house.py``."""
 
 import ast
 import json
@@ -22,11 +22,11 @@ def found() -> dict[str, list]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", sorted(house.faults(house.survey(ROOT / "no such folder"))))
-def test_the_house_has_no_fault(found: dict[str, list], what: str) -> None:
+def test_house_has_no_fault(found: dict[str, list], what: str) -> None:
     assert not found[what]
 
 
-def test_every_room_has_a_floor_below_all_that_may_import_it() -> None:
+def test_rooms_are_ordered_below_their_importers() -> None:
     folders = {p.parent.name for p in (ROOT / "lora_ext").glob("*/__init__.py")}
     assert folders <= house.BELOW.keys()
     order = list(house.BELOW)
@@ -121,7 +121,7 @@ def test_names_checks_and_parameters_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_program_prints_one_object() -> None:
+def test_program_prints_one_object() -> None:
     command = [sys.executable, "tools/house.py", "--json"]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     found = json.loads(out.stdout)
@@ -135,12 +135,12 @@ _STEP = re.compile(r"^\d+\. `([^`]+)`: `([^`]+)`", re.MULTILINE)
 
 
 def section(title: str) -> str:
-    """The text of the section, without those below the next heading of its level."""
+    """Return the text of the section, up to the next heading of its level."""
     return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def rows(title: str) -> list[list[str]]:
-    """The cells of the section's table, without its head."""
+    """Return the cells of the section's table, without its head."""
     lines = [line for line in section(title).splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -156,7 +156,7 @@ PLACES = [
 ]
 
 
-def test_the_table_of_rooms_is_that_of_the_tool_and_they_are_there() -> None:
+def test_table_of_rooms_equals_the_tool_and_the_rooms_exist() -> None:
     told = {room.strip("`"): set(re.findall(r"\w+", below)) for room, _, below in rows("Rooms")}
     assert told == {room: set(below.split()) for room, below in house.BELOW.items()}
     there = {p.parent.name for p in (ROOT / "lora_ext").glob("*/__init__.py")}
@@ -164,7 +164,7 @@ def test_the_table_of_rooms_is_that_of_the_tool_and_they_are_there() -> None:
 
 
 @pytest.mark.parametrize(("file", "name"), sorted(set(PLACES)))
-def test_code_that_the_page_names_is_there(file: str, name: str) -> None:
+def test_code_that_the_page_names_exists(file: str, name: str) -> None:
     text = (ROOT / file).read_text()
     if not file.endswith(".py"):
         assert re.search(rf"\b{re.escape(name)}\b", text), f"{file} has no {name}"
@@ -176,20 +176,20 @@ def test_code_that_the_page_names_is_there(file: str, name: str) -> None:
         body = getattr(found[0], "body", [])
 
 
-def test_there_are_five_doors_of_at_most_eight_steps() -> None:
+def test_page_has_five_doors_of_at_most_eight_steps() -> None:
     assert list(DOORS) == ["Serving", "Training", "Scan", "Head", "Federation"]
     for door, part in zip(DOORS, section("The five doors").split("\n### ")[1:], strict=True):
         items = re.findall(r"^\d+\.", part, re.MULTILINE)
         assert 1 < len(DOORS[door]) == len(items) <= 8, door
 
 
-def test_the_way_into_a_pool_and_the_glossary_are_short() -> None:
+def test_path_into_a_pool_and_glossary_are_short() -> None:
     files = [file for file, _ in LOADING]
     assert 1 < len(files) <= 10 and len(set(files)) == len(files)
     words = [word for word, _ in rows("Words")]
     assert words == sorted(set(words)) and 30 < len(words) <= 40
 
 
-def test_files_of_the_package_are_named_where_they_are() -> None:
+def test_files_that_the_page_names_exist() -> None:
     for file in set(re.findall(r"`((?:lora_ext|csrc|tools|tests)/[\w/.]+\.\w+)`", PAGE)):
         assert (ROOT / file).exists(), file

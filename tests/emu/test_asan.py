@@ -1,7 +1,7 @@
-"""The asan flavour: quiet on a correct run, on all those stacks, and loud on a bad one.
+"""The asan flavour: silent for a correct run, on all those stacks, and an error for a bad one.
 
-The flavour `check` holds every access of every kernel against the size that the launcher declares;
-with all kernels, this one, which knows the buffers themselves, is for `make asan`.
+The flavour `check` compares every access of every kernel with the size that the launcher declares.
+The asan flavour checks the buffers themselves; with all kernels it runs only in `make asan`.
 """
 
 import subprocess
@@ -12,12 +12,12 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_a_correct_run_is_quiet(build_folder: Path):
+def test_correct_run_reports_nothing(build_folder: Path):
     done = subprocess.run([build_folder / "emu_asan"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "exact\n", "")
 
 
-def test_a_buffer_shorter_than_declared_is_found(build_folder: Path):
+def test_buffer_shorter_than_declared_is_found(build_folder: Path):
     done = subprocess.run([build_folder / "emu_asan", "short"], capture_output=True, text=True)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
@@ -39,7 +39,7 @@ def test_a_buffer_shorter_than_declared_is_found(build_folder: Path):
         "vocab_asan",
     ],
 )
-def test_the_kernels_stay_inside_their_buffers(sanitized_kernels: Path, program: str):
+def test_kernels_stay_inside_their_buffers(sanitized_kernels: Path, program: str):
     done = subprocess.run([sanitized_kernels / program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "exact\n", "")
 
@@ -48,7 +48,7 @@ def test_the_kernels_stay_inside_their_buffers(sanitized_kernels: Path, program:
 @pytest.mark.parametrize(
     ("program", "mode", "kernel"),
     [
-        ("lora_asan", "workspace", "lora_expand_kernel"),  # reads rows padded to whole pages
+        ("lora_asan", "workspace", "lora_expand_kernel"),  # reads rows padded to full pieces
         ("lora_asan", "overread", "lora_shrink_decode_kernel"),
         ("lora_train_asan", "workspace", "lora_train_project_kernel"),
         ("circuit_asan", "overread", "circuit_leaf_kernel"),
@@ -56,10 +56,10 @@ def test_the_kernels_stay_inside_their_buffers(sanitized_kernels: Path, program:
         ("circuit_decode_asan", "overread", "circuit_sample_kernel"),
     ],
 )
-def test_one_element_beyond_a_buffer_of_the_kernels_is_found(
+def test_access_one_element_beyond_a_kernel_buffer_is_found(
     sanitized_kernels: Path, program: str, mode: str, kernel: str
 ):
-    """``workspace``: the launcher's own size less one float, so the exact size above is needed."""
+    """Check that ``workspace`` fails with one float less than the launcher's size."""
     done = subprocess.run([sanitized_kernels / program, mode], capture_output=True, text=True)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr

@@ -1,11 +1,11 @@
-"""Broken kernels: each mistake is reported, by the check that is meant for it; a seed replays."""
+"""Broken kernels: the right check reports each mistake, and a seed replays it."""
 
 import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow
 
-# The check that must report; after it, further symptoms that some orders of threads show.
+# The check that must report, followed by further symptoms of some thread orders.
 GUARDS = {
     "wait_one_fewer": "asynchrony",
     "no_barrier_after_wait": "race initialisation asynchrony",
@@ -54,13 +54,13 @@ def buffers() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", [*GUARDS, "swapped_registers"])
-def test_the_correct_form_is_clean(emulator, name, seed):
+def test_correct_form_is_clean(emulator, name, seed):
     emulator.run(f"guard_{name}", 0, *buffers(), seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("name", "category"), GUARDS.items())
-def test_the_mistake_is_reported(check, name, category, seed):
+def test_mistake_is_reported(check, name, category, seed):
     status = check.call(f"guard_{name}", 1, *buffers(), seed=seed)
     assert status == LAUNCH_FAILURE
     expected, *also = category.split()
@@ -69,17 +69,17 @@ def test_the_mistake_is_reported(check, name, category, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_blocks_that_run_at_once_hand_numbers_on(emulator, seed):
+def test_concurrent_blocks_pass_numbers_on(emulator, seed):
     values, out = buffers()
     emulator.run("guard_hand_on_unfenced", 0, values, out, seed=seed)
     assert out[:1].view(np.uint32)[0] == 10
     np.testing.assert_array_equal(out[11:16], np.roll(values[:5], -2) + 2)
 
 
-def test_more_blocks_at_once_than_the_machine_runs_are_refused(check):
+def test_more_concurrent_blocks_than_the_machine_runs_raise(check):
     values, out = buffers()
     check.run("guard_hand_on_too_wide", 0, values, out)
-    assert check.call("guard_hand_on_too_wide", 1, values, out) == 720  # as CUDA calls it
+    assert check.call("guard_hand_on_too_wide", 1, values, out) == 720  # CUDA's code of this error
     assert check.reports[0].startswith("resources: ") and "133 blocks at once" in check.reports[0]
 
 
@@ -92,7 +92,7 @@ def test_swapped_fragment_registers_give_wrong_numbers(fast):
     assert not np.array_equal(*results)
 
 
-def test_an_access_out_of_bounds_stops_before_it_happens_and_a_deadlock_says_where(check):
+def test_access_out_of_bounds_stops_before_it_happens_and_a_deadlock_is_located(check):
     values, out = buffers()
     out[:] = 5
     check.call("guard_row_guard", 1, values, out)
@@ -105,7 +105,7 @@ def test_an_access_out_of_bounds_stops_before_it_happens_and_a_deadlock_says_whe
     assert "waits in bar_sync at guards.cu:" in check.reports[0]
 
 
-def test_a_launch_after_a_stopped_one_is_clean(check):
+def test_launch_after_a_stopped_one_is_clean(check):
     assert check.call("guard_shared_past_end", 1, *buffers()) == LAUNCH_FAILURE
     check.run("guard_shared_past_end", 0, *buffers())
 
@@ -119,7 +119,7 @@ def broken_run(emulator, seed: int) -> tuple[list[float], list[str]]:
     return out.tolist(), list(emulator.reports)
 
 
-def test_a_seed_replays(check):
+def test_seed_replays_the_run(check):
     for seed in (0, 1, 2, 12345):
         first, again = broken_run(check, seed), broken_run(check, seed)
         np.testing.assert_array_equal(first[0], again[0])

@@ -1,4 +1,4 @@
-"""Every wrapper's micro-kernel against formulas, and against a GPU's dump once there is one."""
+"""Every wrapper's micro-kernel against formulas, and against a dump of a GPU if there is one."""
 
 import ctypes
 import json
@@ -15,9 +15,9 @@ G, T = LANES // 4, LANES % 4
 
 
 def golden_input() -> np.ndarray:
-    """4096 words; read as bf16 or f16 pairs they are finite and of moderate size."""
+    """Return 4096 words that are finite and of moderate size as bf16 or f16 pairs."""
     words = np.random.default_rng(1).integers(0, 1 << 32, 4096, dtype=np.uint32)
-    return words & np.uint32(0xBFFFBFFF)  # the exponent's upper bit off
+    return words & np.uint32(0xBFFFBFFF)  # clears the upper bit of the exponent
 
 
 def run(emulator, name: str, words: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -51,7 +51,7 @@ def one_of(kind: str) -> int:
 
 
 def a_register(kind: str, row: int, column: int) -> tuple[int, int, int]:
-    """(lane, register, half) of an element of A, from the tables of the PTX ISA read backwards."""
+    """Return (lane, register, half) of an element of A, from the inverted tables of the PTX ISA."""
     if kind == "tf32":
         return row % 8 * 4 + column % 4, row // 8 + 2 * (column // 4), 0
     return row % 8 * 4 + column % 8 // 2, row // 8 + 2 * (column // 8), column % 2
@@ -64,7 +64,7 @@ def b_register(kind: str, row: int, column: int) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
-def test_mma_of_one_hot_operands_hits_one_accumulator(fast, kind):
+def test_mma_of_one_hot_operands_changes_one_accumulator(fast, kind):
     depth = 8 if kind == "tf32" else 16
     rng = np.random.default_rng(3)
     triples = [(i, k, j) for i in range(16) for k in range(depth) for j in range(8)]
@@ -75,7 +75,7 @@ def test_mma_of_one_hot_operands_hits_one_accumulator(fast, kind):
         words[lane * 4 + register] = one_of(kind) << 16 * half
         lane, register, half = b_register(kind, k, j)
         words[128 + lane * 2 + register] = one_of(kind) << 16 * half
-        words[192:320] = np.float32(2).view(np.uint32)  # d += : the accumulator is kept
+        words[192:320] = np.float32(2).view(np.uint32)  # d += : the accumulator is kept.
         d = run(fast, f"mma_{kind}", words)[:128].view(np.float32).reshape(32, 4)
         expected = np.full((32, 4), 2, np.float32)
         expected[i % 8 * 4 + j // 2, j % 2 + i // 8 * 2] = 3
@@ -84,7 +84,7 @@ def test_mma_of_one_hot_operands_hits_one_accumulator(fast, kind):
 
 @pytest.mark.parametrize("size", [4, 8, 16])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_cp_async_fills_what_the_source_size_leaves_with_zeros(emulator, size, seed):
+def test_cp_async_zero_fills_beyond_the_source_size(emulator, size, seed):
     words = golden_input()
     out = run(emulator, f"cp_async_{size}", words, seed).view(np.uint8)[: 32 * size]
     expected = words.view(np.uint8)[: 32 * size].reshape(32, size).copy()
@@ -110,7 +110,7 @@ def test_shuffles_stay_in_their_segment(emulator, seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_votes_matches_and_reductions(emulator, seed):
+def test_votes_matches_and_reductions_equal_the_formula(emulator, seed):
     words = golden_input()
     x = words[:32]
     few = x % 5
@@ -137,7 +137,7 @@ def test_votes_matches_and_reductions(emulator, seed):
         np.testing.assert_array_equal(row, expected)
 
 
-def test_bits_and_conversions(emulator):
+def test_bits_and_conversions_equal_the_formula(emulator):
     words = golden_input()
     out = run(emulator, "bits", words)[: 9 * 32].reshape(9, 32)
     for lane in range(32):
@@ -159,14 +159,14 @@ def test_bits_and_conversions(emulator):
     np.testing.assert_array_equal(out[8], low | (low ^ 0x8000) << 16)
 
 
-def test_the_emulator_agrees_with_the_dump_of_a_gpu(fast):
+def test_emulator_agrees_with_the_dump_of_a_gpu(fast):
     if not GOLDEN.exists():
         pytest.skip(f"no {GOLDEN.name} yet: run tools/wrapper_goldens.py --update on a GPU")
     golden = json.loads(GOLDEN.read_text())
     for name, words in golden["dumps"].items():
         expected = np.array(words, np.uint32)
         out = run(fast, name, golden_input())[: len(expected)]
-        if name.startswith("mma"):  # the order of a tensor core's sum is not documented
+        if name.startswith("mma"):  # The order of a tensor core's sum is not documented.
             actual, wanted = out.view(np.float32), expected.view(np.float32)
             scale = np.abs(wanted).max()
             np.testing.assert_allclose(actual, wanted, rtol=0, atol=16 * 2.0**-23 * scale)

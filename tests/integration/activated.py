@@ -1,4 +1,4 @@
-"""A tiny Llama with activated, ordinary and no adapters: attached, and PEFT's own."""
+"""A tiny Llama with activated, ordinary and no adapters: attached, and in PEFT's layers."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def activated_configs(**more: Any) -> dict[str, peft.LoraConfig]:
 
 
 def activated_pair(folder: Path, family: str = "llama", **more: Any) -> tuple[Any, Any, Any]:
-    """The attached model, PEFT's with the same adapters, and the pool, loaded from its files."""
+    """Return the attached model, PEFT's, and the pool loaded from PEFT's files."""
     model = make_model(family)
     reference = adapted(model, activated_configs(**more), 0.3)
     reference.save_pretrained(folder)
@@ -39,14 +39,13 @@ def activated_pair(folder: Path, family: str = "llama", **more: Any) -> tuple[An
 
 
 def words(count: int, seed: int) -> list[int]:
-    """Tokens that invoke nobody."""
+    """Return tokens that invoke no adapter."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(9, 97, (count,), generator=generator).tolist()
 
 
 def prompts(rows: int = 4, length: int = 20, seed: int = 0) -> Tensor:
-    """Tokens from 9 on, in which ``act`` is invoked twice, the last time at 12, and ``other`` at
-    15."""
+    """Return tokens from 9 on that invoke ``act`` at 4 and 12, and ``other`` at 15."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(9, 97, (rows, length), generator=generator)
     ids[0, 4:6] = ids[0, 12:14] = torch.tensor([7, 8])

@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from threads, and lose much where others want the cores."""
+    """Run tests with one thread: these matrices are too small to gain from more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,7 +1,7 @@
 """Tiny random models of many families, served and merged.
 
-The merged model is a judge of its own: its weights hold one adapter, so it needs no block, and what
-a model does with a weight that it reads, or with rows that it turns, shows in it.
+The merged model is an independent check. Its weights contain one adapter, so it needs no block.
+Weights that a model reads without a call, and rows that it transposes, have their effect in it.
 """
 
 import copy
@@ -59,13 +59,16 @@ SEQ2SEQ: dict[str, Maker] = {
 
 
 def make(build: Maker) -> Any:
-    """The same weights at every call. In float64 two ways to one logit differ by 1e-12; but the
-    masks of eager attention overflow in it, so that left padding would give NaN."""
+    """Return the same weights at every call, in float64 if possible.
+
+    In float64 two computations of a logit differ by 1e-12. The masks of eager attention overflow in
+    it, so left padding would give NaN.
+    """
     torch.manual_seed(0)
     model = build().eval()
     if model.config._attn_implementation != "eager" or model.config.model_type == "mamba":
         model.double()
-    model.generation_config.eos_token_id = None  # some configurations have one of their own
+    model.generation_config.eos_token_id = None  # Some configurations set one.
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     with torch.no_grad():
@@ -76,7 +79,7 @@ def make(build: Maker) -> Any:
 
 
 def merged(model: nn.Module, deltas: dict[str, Tensor]) -> Any:
-    """A copy whose weights hold an adapter; those of a head that is tied to an embedding, apart."""
+    """Return a copy with a merged adapter; a head tied to an embedding is separated."""
     copied = copy.deepcopy(model)
     for name, delta in deltas.items():
         module: Any = copied.get_submodule(name)
@@ -86,8 +89,10 @@ def merged(model: nn.Module, deltas: dict[str, Tensor]) -> Any:
 
 
 def served(build: Maker, only: str = "") -> tuple[Any, dict[str | None, Any]]:
-    """An attached model with random adapters on all linear layers whose names have ``only`` in
-    them; and by name the model that each is merged into."""
+    """Return an attached model with random adapters, and the merged model of each by name.
+
+    The adapters are on all linear layers with ``only`` in their name.
+    """
     model = make(build)
     pool = lora_ext.AdapterPool(model, max_slots=3, max_rank=4)
     judges: dict[str | None, Any] = {None: copy.deepcopy(model)}

@@ -1,4 +1,4 @@
-"""Tiny random mixtures of experts, and PEFT's adapters for them with weights that matter."""
+"""Tiny random mixtures of experts, and PEFT's adapters for them that change the logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,8 +27,8 @@ FAMILIES = {
 }
 UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 
-# Both parameters; ranks that fill a page and that do not, per parameter and per layer; a scale per
-# rank and per root of rank; attention beside the experts.
+# Both parameters; ranks that fill a page or not, per parameter and per layer; a scale per rank and
+# per root of rank; attention beside the experts.
 CONFIGS: dict[str, dict[str, Any]] = {
     "red": {"r": 4},
     "green": {
@@ -42,7 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def make_mixture(family: str, implementation: str = "eager") -> Any:
-    """The same weights at every call, large enough that adapters change tokens and routes."""
+    """Return the same weights at every call; adapters change its tokens and routes."""
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     model.set_experts_implementation(implementation)
@@ -58,12 +58,12 @@ def make_mixture(family: str, implementation: str = "eager") -> Any:
 def make_peft(
     model: nn.Module, configs: Mapping[str, Mapping[str, Any]], size: float = 0.25, **extra: Any
 ) -> Any:
-    """A PeftModel over a copy of ``model``, with random B as well: PEFT starts at zero."""
+    """Return a PeftModel over a copy of ``model``, with a random B too, which is zero in PEFT."""
     given = {"target_modules": [], "target_parameters": [UP, DOWN], "lora_alpha": 6}
     full = {n: peft.LoraConfig(**{**given, **f, **extra}) for n, f in configs.items()}
     return adapted(model, full, size)
 
 
 def tokens(rows: int, length: int) -> torch.Tensor:
-    """The same at every call, without the padding token."""
+    """Return the same tokens at every call, without the padding token."""
     return torch.randint(2, VOCAB, (rows, length), generator=torch.manual_seed(3))

@@ -1,4 +1,4 @@
-"""A training step of two models that should do the same, compared in float64."""
+"""A training step of two models that must be equal, compared in float64."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lora_ext
 
-CLOSE = 1e-11  # of the largest entry: some hundred roundings of float64
+CLOSE = 1e-11  # relative to the largest entry: some hundred float64 roundings
 
 
 def assert_close(got: Tensor, expected: Tensor, what: str = "") -> None:
@@ -25,7 +25,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 def assert_same_gradients(
     ours: nn.Module, expected: dict[str, Tensor | None], moved: int = 1
 ) -> None:
-    """At least ``moved`` of them are no zeros."""
+    """Check that gradients are equal, and that at least ``moved`` of them are not zero."""
     found = gradients(ours)
     assert found.keys() == expected.keys()
     assert sum(g is not None and bool(g.abs().max() > 1e-3) for g in expected.values()) >= moved
@@ -47,13 +47,13 @@ def step(model: Any, run: Callable[[Any], Tensor]) -> Tensor:
 def pair(
     family: str = "llama", configs: dict[str, dict[str, Any]] | None = None
 ) -> tuple[Any, Any]:
-    """The same adapters twice, in float64: PEFT's own layers, and ours."""
+    """Return the same adapters twice, in float64: in PEFT's layers, and in ours."""
     theirs = make_peft(make_model(family), configs or CONFIGS[family]).double()
     return theirs, lora_ext.from_peft(copy.deepcopy(theirs))
 
 
 def tokens(rows: int = 5, length: int = 7) -> Tensor:
-    """The same at every call; the models' own dropout then draws the same masks too."""
+    """Return the same tokens at every call; the models' dropout then has the same masks too."""
     return torch.randint(1, VOCAB, (rows, length), generator=torch.manual_seed(3))
 
 
@@ -62,7 +62,7 @@ def logits(model: Any, **kwargs: Any) -> Tensor:
 
 
 def checkpointed(model: Any, reentrant: bool | None) -> None:
-    """Let a model compute its activations again in the backward, unless None is given."""
+    """Make a model recompute its activations in the backward, unless ``reentrant`` is None."""
     if reentrant is not None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})

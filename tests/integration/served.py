@@ -1,4 +1,4 @@
-"""``lora-ext serve`` in a thread, with a tiny model, and what its tests ask it for."""
+"""``lora-ext serve`` in a thread with a tiny model, and the requests of its tests."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ TEMPLATE = (
 
 
 def save_model(folder: Path) -> None:
-    """A tiny random Llama whose words are w5 to w96, and sixteen adapters for it."""
+    """Save a tiny random Llama with the words w5 to w96, and sixteen adapters for it."""
     marks = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
     words = {word: i for i, word in enumerate([*marks, *(f"w{i}" for i in range(5, 97))])}
     tokenizer = word_tokenizer(words, **SPECIAL)
@@ -50,7 +50,7 @@ def save_model(folder: Path) -> None:
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[Any]:
-    """A server of a new model below a folder, in a thread of its own, and a client for it."""
+    """Yield a client for a server of a new model in ``folder``, which runs in a separate thread."""
     import httpx
 
     from lora_ext.server import Settings, _running, serve
@@ -128,7 +128,7 @@ def metric(server: Any, name: str) -> int:
 
 
 def settle(server: Any) -> None:
-    """Wait until nothing runs; nothing may be pinned then."""
+    """Wait until no request runs; no adapter may be pinned then."""
     end = time.monotonic() + 20
     while server.engine.requests and time.monotonic() < end:
         time.sleep(0.02)

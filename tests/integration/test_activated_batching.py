@@ -1,4 +1,4 @@
-"""Activated adapters in an attached model: forwards, generate, continuous batching, as PEFT's."""
+"""Activated adapters in an attached model against PEFT: forwards, generate, continuous batching."""
 
 import asyncio
 import warnings
@@ -27,7 +27,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield activated_pair(tmp_path_factory.mktemp("activated"))
 
 
-def test_a_forward_of_a_mixed_batch_is_peft_s(pair: Any) -> None:
+def test_forward_of_a_mixed_batch_equals_peft(pair: Any) -> None:
     model, reference, _ = pair
     ids = prompts()
     theirs = reference(input_ids=ids, adapter_names=NAMES).logits
@@ -41,7 +41,7 @@ def test_a_forward_of_a_mixed_batch_is_peft_s(pair: Any) -> None:
             torch.testing.assert_close(kept, theirs[:, -6:], atol=1e-5, rtol=1e-5)
 
 
-def test_pads_on_the_left_count_in_places(pair: Any) -> None:
+def test_left_padding_counts_as_positions(pair: Any) -> None:
     model, reference, _ = pair
     ids, mask = prompts(), torch.ones(4, 20, dtype=torch.long)
     mask[0, :6] = mask[2, :9] = 0
@@ -62,7 +62,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_generate_gives_peft_s_cached_answer(pair: Any, mode: str) -> None:
+def test_generate_gives_the_cached_answer_of_peft(pair: Any, mode: str) -> None:
     model, reference, _ = pair
     ids = prompts()
     theirs = reference.generate(input_ids=ids, adapter_names=NAMES, **GREEDY)
@@ -70,14 +70,14 @@ def test_generate_gives_peft_s_cached_answer(pair: Any, mode: str) -> None:
     assert (theirs != base)[:3].any(1).all()
     ours = model.generate(ids, adapter_names=NAMES, **GREEDY, **MODES[mode])
     assert torch.equal(ours, theirs)
-    with lora_ext.adapters(NAMES):  # a block serves one prompt after the other
+    with lora_ext.adapters(NAMES):  # One block is used for successive prompts.
         other = model.generate(prompts(seed=1), **GREEDY, **MODES[mode])
         assert torch.equal(model.generate(ids, **GREEDY, **MODES[mode]), theirs)
     assert not torch.equal(other, theirs)
 
 
 @pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}])
-def test_one_row_with_an_assistant(pair: Any, how: dict[str, Any]) -> None:
+def test_generate_for_one_row_equals_peft(pair: Any, how: dict[str, Any]) -> None:
     model, reference, _ = pair
     ids = prompts()[:1]
     theirs = reference.generate(input_ids=ids, adapter_names=["act"], **GREEDY)
@@ -100,7 +100,7 @@ def test_beams_inherit_the_start_of_their_prompt(pair: Any) -> None:
     torch.testing.assert_close(out.sequences_scores, scores, atol=1e-5, rtol=1e-5)
 
 
-def test_forwards_over_a_cache_by_hand(pair: Any) -> None:
+def test_forwards_over_a_manual_cache(pair: Any) -> None:
     from transformers import DynamicCache
 
     model, reference, _ = pair
@@ -113,12 +113,12 @@ def test_forwards_over_a_cache_by_hand(pair: Any) -> None:
         model(ids[:, :upto], cache=cache, adapter_names="__base__")
         return {"cache": cache}
 
-    with lora_ext.adapters("act"):  # the base has read what lies before the start
+    with lora_ext.adapters("act"):  # The base model read the tokens before the start.
         ours = model(ids[:, 10:], **read_by_base(10)).logits[:, -1]
         torch.testing.assert_close(ours, whole, **close)
         cache = DynamicCache()
         model(ids[:, :14], cache=cache)
-        for t in range(14, 20):  # the block has seen the start
+        for t in range(14, 20):  # The block contains the start.
             ours = model(ids[:, t : t + 1], cache=cache).logits[:, -1]
         torch.testing.assert_close(ours, whole, **close)
     with lora_ext.adapters("act", starts=12):
@@ -135,9 +135,9 @@ def test_forwards_over_a_cache_by_hand(pair: Any) -> None:
     assert torch.equal(ours, reference.generate(input_ids=ids, adapter_names=["act"], **GREEDY))
 
 
-def test_a_row_without_its_invocation_is_the_base_model_s(pair: Any) -> None:
+def test_row_without_its_invocation_equals_the_base_model(pair: Any) -> None:
     model, reference, _ = pair
-    ids = prompts()[2:3]  # which invokes nobody
+    ids = prompts()[2:3]  # This row invokes no adapter.
     base = model.generate(ids, **GREEDY)
     with pytest.warns(UserWarning, match=r"row 0 lacks the invocation of adapter 'act', \[7, 8\]"):
         assert torch.equal(model.generate(ids, adapter_names=["act"], **GREEDY), base)
@@ -175,7 +175,7 @@ def test_wrong_starts_raise_and_name_the_argument(
         pass
 
 
-def test_tokens_named_one_by_one_say_it_themselves_and_guidance_is_refused(pair: Any) -> None:
+def test_tokens_given_singly_set_their_starts_and_guidance_raises(pair: Any) -> None:
     model, _, _ = pair
     ids = prompts()[:1]
     with lora_ext.adapters("act"):
@@ -198,7 +198,7 @@ REFUSED: list[tuple[dict[str, Any], Any, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), REFUSED)
-def test_what_would_reach_the_prefix_is_refused_at_load(
+def test_adapters_that_would_change_the_prefix_raise_at_load(
     pair: Any, changes: dict[str, Any], error: type, message: str
 ) -> None:
     from peft import get_peft_model_state_dict
@@ -211,7 +211,7 @@ def test_what_would_reach_the_prefix_is_refused_at_load(
     assert "new" not in pool
 
 
-def test_an_activated_adapter_on_an_embedding_is_refused_at_load(pair: Any) -> None:
+def test_activated_adapter_on_an_embedding_raises_at_load(pair: Any) -> None:
     from peft import get_peft_model_state_dict
 
     model, reference, pool = pair
@@ -253,7 +253,7 @@ def running(model: Any) -> Iterator[Any]:
 
 
 def ask(manager: Any, prompt: list[int], name: str | None, **how: Any) -> tuple[list[int], int]:
-    """What a request alone is answered, and how many tokens were computed for it."""
+    """Return the answer of a single request, and the number of tokens computed for it."""
     before = computed_tokens(manager)
     request = manager.add_request(prompt, adapter_name=name, **how)
     result = manager.get_result(request_id=request, timeout=120)
@@ -267,7 +267,7 @@ def tailed(shared: list[int], name: str | None, seed: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("most", [8, 64])
-def test_requests_that_share_a_prefix_are_as_alone(pair: Any, most: int) -> None:
+def test_requests_that_share_a_prefix_answer_as_alone(pair: Any, most: int) -> None:
     model, reference, _ = pair
     shared = words(37, 9)
     names = [*ENDS, *ENDS]
@@ -278,7 +278,7 @@ def test_requests_that_share_a_prefix_are_as_alone(pair: Any, most: int) -> None
 
 
 @pytest.mark.slow
-def test_adapters_read_the_pages_that_the_base_model_has_written(pair: Any) -> None:
+def test_adapters_read_the_pages_that_the_base_model_wrote(pair: Any) -> None:
     model, reference, _ = pair
     shared = words(40, 9)
     with running(model) as manager:
@@ -289,7 +289,7 @@ def test_adapters_read_the_pages_that_the_base_model_has_written(pair: Any) -> N
             asked = tailed(read, name, seed)
             answer, computed = ask(manager, asked, name)
             assert answer == alone(reference, asked, name)
-            # All but the page of the base's last token, which nobody has read yet.
+            # All tokens except the page of the base's last token, which was not read yet.
             assert computed == len(asked) - (32 if seed == 0 else 40) + NEW - 1
         asked = tailed(read, "plain", 3)
         answer, computed = ask(manager, asked, "plain")
@@ -298,7 +298,7 @@ def test_adapters_read_the_pages_that_the_base_model_has_written(pair: Any) -> N
 
 
 @pytest.mark.slow
-def test_the_last_steps_page_is_shared_and_equal_tokens_with_two_starts_are_not(pair: Any) -> None:
+def test_page_of_the_last_step_is_shared_but_not_equal_tokens_with_two_starts(pair: Any) -> None:
     model, _, _ = pair
     shared = words(40, 9)
     with running(model) as manager:
@@ -317,7 +317,7 @@ def test_the_last_steps_page_is_shared_and_equal_tokens_with_two_starts_are_not(
 
 
 @pytest.mark.slow
-def test_a_prompt_without_its_invocation_is_refused_or_the_base_model_s(pair: Any) -> None:
+def test_prompt_without_its_invocation_raises_or_uses_the_base_model(pair: Any) -> None:
     model, reference, _ = pair
     plain = words(12, 9)
     asked, names = [[*plain, 7, 8], plain], ["act", "act"]
@@ -336,7 +336,7 @@ def test_a_prompt_without_its_invocation_is_refused_or_the_base_model_s(pair: An
 
 
 @pytest.mark.slow
-def test_an_engine_sends_one_request_ahead_over_an_unread_text(tmp_path: Path) -> None:
+def test_engine_sends_one_request_ahead_over_an_unread_text(tmp_path: Path) -> None:
     _, reference, _ = activated_pair(tmp_path)
     tokenizer = SimpleNamespace(eos_token_id=-1, chat_template=None)
     engine = Engine(make_model("llama"), tokenizer, tmp_path, context=64, page_size=PAGE)

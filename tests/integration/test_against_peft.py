@@ -1,4 +1,4 @@
-"""Attached models compute what PEFT computes for a mixed batch."""
+"""Attached models against PEFT for a mixed batch."""
 
 from pathlib import Path
 

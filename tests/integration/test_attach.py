@@ -1,4 +1,4 @@
-"""attach and detach: what they leave behind, what they refuse, and who serves by default."""
+"""attach and detach: restoration, errors, and default adapters."""
 
 import copy
 import inspect
@@ -32,7 +32,7 @@ def snapshot(model: nn.Module) -> dict[str, tuple[int, list[str]]]:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_detach_restores_the_very_same_model(family: str) -> None:
+def test_detach_restores_the_same_model(family: str) -> None:
     model = make_model(family)
     objects, state = snapshot(model), {k: v.clone() for k, v in model.state_dict().items()}
     parameters = {name: id(p) for name, p in model.named_parameters()}
@@ -52,7 +52,7 @@ def test_detach_restores_the_very_same_model(family: str) -> None:
     assert snapshot(model) == objects
 
 
-def test_packed_bases_serve_every_layer_and_leave_nothing_behind(tmp_path: Path) -> None:
+def test_packed_bases_are_used_by_every_layer_and_removed(tmp_path: Path) -> None:
     model, _, pool = make_pair("llama", tmp_path)
     names, ids = [*CONFIGS["llama"]][:2], tokens(3, 5)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_packed_bases_serve_every_layer_and_leave_nothing_behind(tmp_path: Path)
     assert type(model.get_submodule("lm_head")) is type(twin.get_submodule("lm_head")) is nn.Linear
 
 
-def test_packing_or_unpacking_that_is_refused_changes_nothing() -> None:
+def test_failed_packing_or_unpacking_changes_nothing() -> None:
     model = make_model("llama").train()
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
     plain = snapshot(model)
@@ -92,12 +92,15 @@ def test_packing_or_unpacking_that_is_refused_changes_nothing() -> None:
     parametrize.remove_parametrizations(base, "weight")
     lora_ext.detach(model)
     assert snapshot(model) == plain
-    unpack_linears(lora_ext.attach(model, pool, pack_base=True))  # which a detach may find done
+    # A detach may find this already done.
+    unpack_linears(lora_ext.attach(model, pool, pack_base=True))
     assert snapshot(lora_ext.detach(model)) == plain
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_checkpoints_of_an_attached_model_are_the_bases(family: str, tmp_path: Path) -> None:
+def test_checkpoints_of_an_attached_model_equal_those_of_the_base(
+    family: str, tmp_path: Path
+) -> None:
     plain, model = make_model(family), make_model(family)
     lora_ext.attach(model, lora_ext.AdapterPool(model, max_slots=2, max_rank=8))
     plain.save_pretrained(tmp_path / "plain")
@@ -111,7 +114,7 @@ def test_checkpoints_of_an_attached_model_are_the_bases(family: str, tmp_path: P
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_a_copy_generates_by_itself(tmp_path: Path) -> None:
+def test_copy_generates_independently(tmp_path: Path) -> None:
     model, _, _ = make_pair("llama", tmp_path)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -125,21 +128,21 @@ def test_a_copy_generates_by_itself(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-def test_a_call_takes_names_as_pefts_does(family: str, tmp_path: Path) -> None:
+def test_call_accepts_names_like_peft(family: str, tmp_path: Path) -> None:
     model, reference, pool = make_pair(family, tmp_path)
     ids, names = tokens(3, 5), ["green", "__base__", "red"]
     signature = inspect.signature(type(model).forward)
     assert list(inspect.signature(model.forward).parameters) == list(signature.parameters)[1:]
     with torch.no_grad():
         got = model(ids, adapter_names=names).logits
-        # float32, logits near 1 through two layers.
+        # float32, logits near 1 through two layers
         torch.testing.assert_close(
             got, reference(input_ids=ids, adapter_names=names).logits, rtol=0, atol=1e-4
         )
         with lora_ext.adapters(["green", None, "red"]):
             assert torch.equal(got, model(ids).logits)
             assert torch.equal(got, model(ids, adapter_names=names).logits)
-        body = model.base_model  # the part without a head takes names as well
+        body = model.base_model  # The part without a head accepts names too.
         with lora_ext.adapters(names):
             expected = body(ids).last_hidden_state
         assert torch.equal(body(ids, adapter_names=names).last_hidden_state, expected)
@@ -156,14 +159,14 @@ def test_a_call_takes_names_as_pefts_does(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_attached_model_is_one_graph(tmp_path: Path) -> None:
+def test_attached_model_compiles_into_one_graph(tmp_path: Path) -> None:
     model, ids = make_pair("llama", tmp_path)[0], tokens(2, 4)
     whole = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad(), lora_ext.adapters(["red", None]):
         torch.testing.assert_close(whole(ids).logits, model(ids).logits)
 
 
-def test_a_forward_of_the_instances_own_takes_names_and_comes_back(tmp_path: Path) -> None:
+def test_forward_of_the_instance_accepts_names_and_is_restored(tmp_path: Path) -> None:
     model = make_pair("llama", tmp_path)[0]
     pool = next(m.pool for m in model.modules() if isinstance(m, MultiLoraLinear))
     lora_ext.detach(model)
@@ -179,7 +182,7 @@ def test_a_forward_of_the_instances_own_takes_names_and_comes_back(tmp_path: Pat
     assert lora_ext.detach(model).__dict__["forward"] is own
 
 
-def test_a_model_that_was_offloaded_after_attach_is_detached_without_hooks(tmp_path: Path) -> None:
+def test_model_offloaded_after_attach_is_detached_without_hooks(tmp_path: Path) -> None:
     model, ids = make_pair("llama", tmp_path)[0], tokens(2, 4)
     with torch.no_grad(), lora_ext.adapters(["red", None]):
         expected = model(ids).logits
@@ -194,7 +197,7 @@ def test_a_model_that_was_offloaded_after_attach_is_detached_without_hooks(tmp_p
         assert torch.equal(lora_ext.detach(model)(ids).logits[1], base.logits[1])
 
 
-def test_an_exported_model_follows_the_blocks_and_a_recorded_one_is_refused(
+def test_exported_model_follows_the_blocks_and_a_recorded_one_raises(
     tmp_path: Path,
 ) -> None:
     model, _, _ = make_pair("llama", tmp_path)
@@ -231,7 +234,7 @@ class Shared(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-def test_a_shared_module_is_adapted_where_peft_adapts_it(tmp_path: Path) -> None:
+def test_shared_module_is_adapted_where_peft_adapts_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Shared(), torch.randn(3, 8)
     shared = model.first
@@ -241,13 +244,13 @@ def test_a_shared_module_is_adapted_where_peft_adapts_it(tmp_path: Path) -> None
     pool.load("red", tmp_path / "red")
     lora_ext.attach(model, pool)
     with torch.no_grad(), lora_ext.adapters("red"):
-        # Two float32 sums of 8 and 4 terms per layer, outputs near 1.
+        # Two float32 sums of 8 and 4 terms per layer; outputs are near 1.
         torch.testing.assert_close(model(x), reference(x), rtol=0, atol=1e-5)
         assert not torch.allclose(model(x), Shared.forward(lora_ext.detach(model), x))
     assert model.first is shared and model.second is shared
 
 
-def test_attach_refuses_and_changes_nothing() -> None:
+def test_failed_attach_changes_nothing() -> None:
     model = make_model("llama")
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
     with pytest.raises(RuntimeError, match=r"detach: expected an attached model, found one that"):
@@ -266,7 +269,7 @@ def test_attach_refuses_and_changes_nothing() -> None:
         lora_ext.attach(small, pool)
     assert snapshot(other) == before and snapshot(small) == before_small
     divided = make_model("llama")
-    divided._tp_size = 2  # as transformers marks a model that tp_plan= has divided
+    divided._tp_size = 2  # transformers sets this for a model that tp_plan= divided.
     with pytest.raises(NotImplementedError, match="tp_plan has divided between 2 processes"):
         lora_ext.attach(divided, pool)
     wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
@@ -284,7 +287,7 @@ def test_attach_refuses_and_changes_nothing() -> None:
         lora_ext.attach(nn.Sequential(model), pool)
 
 
-def test_more_layers_than_the_pools_and_replaced_layers_are_refused() -> None:
+def test_more_layers_than_the_pool_and_replaced_layers_raise() -> None:
     pool = lora_ext.AdapterPool(make_model("llama"), max_slots=2, max_rank=8)
     larger = make_model("llama")
     larger.model.layers.append(copy.deepcopy(larger.model.layers[0]))
@@ -294,7 +297,7 @@ def test_more_layers_than_the_pools_and_replaced_layers_are_refused() -> None:
         lora_ext.attach(larger, pool)
     assert snapshot(larger) == before
     some = lora_ext.AdapterPool(make_model("llama"), targets=r".*layers\.[01]\..*_proj")
-    lora_ext.attach(larger, some)  # whoever names the layers means them
+    lora_ext.attach(larger, some)  # A caller can select layers explicitly.
     model = make_model("llama")
     lora_ext.attach(model, lora_ext.AdapterPool(model, max_slots=2, max_rank=8))
     layer = model.model.layers[0].mlp.up_proj
@@ -307,7 +310,7 @@ def test_more_layers_than_the_pools_and_replaced_layers_are_refused() -> None:
     lora_ext.detach(model)
 
 
-def test_a_model_changed_after_attach_is_served_as_it_is_now(tmp_path: Path) -> None:
+def test_model_changed_after_attach_uses_its_current_weights(tmp_path: Path) -> None:
     model, reference, _ = make_pair("llama", tmp_path)
     other = make_model("llama").state_dict()
     other = {k: v + 0.01 if "down_proj" in k else v for k, v in other.items()}
@@ -324,12 +327,12 @@ def test_a_model_changed_after_attach_is_served_as_it_is_now(tmp_path: Path) -> 
             model.bfloat16()
             half = model(ids).logits
     assert half.dtype == torch.bfloat16 and torch.isfinite(half).all()
-    # bfloat16 keeps 8 bits; the 20 roundings on the way to a logit grow with the logits' own size.
+    # bfloat16 keeps 8 bits; the 20 roundings before a logit grow with the size of the logits.
     assert (half - expected).abs().max() < 20 * 2**-9 * expected.abs().max()
 
 
 @pytest.mark.parametrize("model, pool", [(None, None), (nn.Linear(2, 2), None)])
-def test_attach_names_the_argument_of_another_kind(model: Any, pool: Any) -> None:
+def test_attach_error_names_the_argument_of_the_wrong_type(model: Any, pool: Any) -> None:
     with pytest.raises(
         TypeError,
         match=r"attach: (model: expected a torch.nn.Module|pool: expected an AdapterPool)",
@@ -339,7 +342,7 @@ def test_attach_names_the_argument_of_another_kind(model: Any, pool: Any) -> Non
         lora_ext.detach(model)
 
 
-def test_a_backward_that_trains_the_base_model_is_warned_of_once(tmp_path: Path) -> None:
+def test_backward_that_trains_the_base_model_warns_once(tmp_path: Path) -> None:
     model, _, _ = make_pair("llama", tmp_path)
     ids, names = tokens(2, 4), ["red", "green"]
     with warnings.catch_warnings():
@@ -362,7 +365,7 @@ def attached(directory: Path, default: str | None) -> tuple[Any, lora_ext.Adapte
     return lora_ext.attach(model, pool, default=default), pool
 
 
-def test_a_name_serves_calls_outside_every_block(tmp_path: Path) -> None:
+def test_default_name_applies_outside_every_block(tmp_path: Path) -> None:
     model, pool = attached(tmp_path, "green")
     ids = tokens(2, 5)
     how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
@@ -384,7 +387,7 @@ def test_a_name_serves_calls_outside_every_block(tmp_path: Path) -> None:
     assert pool.stats()["pins"] == 0
 
 
-def test_error_refuses_calls_outside_every_block(tmp_path: Path) -> None:
+def test_default_error_raises_outside_every_block(tmp_path: Path) -> None:
     model, _ = attached(tmp_path, "error")
     ids = tokens(2, 5)
     layer = model.model.layers[0].self_attn.q_proj
@@ -398,7 +401,7 @@ def test_error_refuses_calls_outside_every_block(tmp_path: Path) -> None:
         assert torch.equal(base, lora_ext.detach(model)(ids).logits)
 
 
-def test_models_of_other_libraries_and_their_parts_have_defaults_too() -> None:
+def test_models_of_other_libraries_and_their_parts_have_defaults() -> None:
     model, x = make(), inputs(2, 3)
     pool = model.up.pool
     lora_ext.detach(model)
@@ -417,7 +420,7 @@ def test_models_of_other_libraries_and_their_parts_have_defaults_too() -> None:
 
 
 @pytest.mark.parametrize("default", ["red", "error"])
-def test_a_compiled_model_asks_for_a_block(default: str) -> None:
+def test_compiled_model_requires_a_block(default: str) -> None:
     torch._dynamo.reset()
     model, x = make(), inputs(2, 3)
     pool = model.up.pool
@@ -430,7 +433,7 @@ def test_a_compiled_model_asks_for_a_block(default: str) -> None:
             compiled(x)
 
 
-def test_a_default_that_is_not_loaded_is_refused(tmp_path: Path) -> None:
+def test_default_that_is_not_loaded_raises(tmp_path: Path) -> None:
     model, _, pool = make_pair("llama", tmp_path)
     lora_ext.detach(model)
     with pytest.raises(KeyError, match=r"default: expected None, 'error' or one of .*found 'rde'"):

@@ -1,4 +1,4 @@
-"""Layers and ops that run while another thread compiles, for which torch's own flag is no help."""
+"""Layers and ops while another thread compiles, which sets torch's flag in all threads."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from lora_ext.rows._rows import rows_of
 
 @pytest.fixture
 def compiling() -> Iterator[None]:
-    """Another thread is inside torch.compile until the test ends."""
+    """Keep another thread inside torch.compile until the test ends."""
     inside, leave = threading.Event(), threading.Event()
 
     def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
@@ -33,13 +33,13 @@ def compiling() -> Iterator[None]:
     )
     thread.start()
     assert inside.wait(60)
-    assert torch.compiler.is_compiling(), "which is true in this thread, too"
+    assert torch.compiler.is_compiling(), "torch's flag is not set in this thread"
     yield
     leave.set()
     thread.join()
 
 
-def test_ids_are_checked_and_numbers_and_products_come_out(compiling: None) -> None:
+def test_ids_are_checked_and_products_are_correct(compiling: None) -> None:
     with pytest.raises(ValueError, match="adapter_ids"):
         rows_of(torch.tensor([0, 5]), 2)
     assert rows_of(torch.tensor([1, 1]), 2).used == (1,)
@@ -50,13 +50,13 @@ def test_ids_are_checked_and_numbers_and_products_come_out(compiling: None) -> N
 
 
 @torch.no_grad()
-def test_tangents_are_refused_that_torch_would_drop(compiling: None) -> None:
+def test_tangents_that_torch_would_drop_raise(compiling: None) -> None:
     x, a, b = torch.randn(3, 4), torch.randn(2, 2, 4), torch.randn(2, 5, 2)
     with pytest.raises(NotImplementedError, match="lora_apply has no forward-mode derivative"):
         torch.func.jvp(lambda x: ops.lora_apply(x, a, b, torch.tensor([0, 1, 1])), (x,), (x,))
 
 
-def test_several_active_and_merged_adapters_and_experts_serve(compiling: None) -> None:
+def test_several_active_and_merged_adapters_and_experts_work(compiling: None) -> None:
     layer = LoraLinear(nn.Linear(6, 5), "default", 2, init_lora_weights=False).requires_grad_(False)
     layer.add_adapter("other", 3, init_lora_weights=False)
     layer.set_adapter(["default", "other"], inference_mode=True)
@@ -65,7 +65,7 @@ def test_several_active_and_merged_adapters_and_experts_serve(compiling: None) -
     expected = layer(x)
     model = nn.Linear(2, 2)
     pool = lora_ext.AdapterPool(nn.Sequential(model), max_slots=1, max_rank=8)
-    with lora_ext.adapters(None, pool=pool):  # a graph would follow blocks now
+    with lora_ext.adapters(None, pool=pool):  # A graph would follow blocks here.
         assert torch.equal(layer(x), expected)
         layer.merge()
         torch.testing.assert_close(layer(x), expected)
@@ -82,8 +82,8 @@ def test_several_active_and_merged_adapters_and_experts_serve(compiling: None) -
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_recomputation_keeps_its_names(reentrant: bool, compiling: None) -> None:
-    """PEFT's names do not come with it: our layers and PEFT's own look them up."""
+def test_recomputation_keeps_its_names(reentrant: bool, compiling: None) -> None:
+    """Check recomputations, which do not receive PEFT's names: all layers look them up."""
     configs = {n: {"r": 4, "target_modules": "all-linear"} for n in ("red", "green", "blue")}
     names = ["red", "green", "__base__", "blue", "green"]
     ids = torch.randint(1, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))

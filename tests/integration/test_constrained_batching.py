@@ -1,4 +1,4 @@
-"""Constraints of requests of continuous batching, beside their adapters."""
+"""Constraints of requests in continuous batching, beside their adapters."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def constrained_alone(model: Any, prompt: list[int], name: str | None, how: Any)
 
 
 def texts_of(manager: Any, ids: list[str]) -> list[list[int]]:
-    """The new tokens of requests, in their order, when all are done."""
+    """Return the new tokens of requests in their order, when all are done."""
     found: dict[str, list[int]] = {}
     while len(found) < len(ids):
         result = manager.get_result(timeout=60)
@@ -48,7 +48,7 @@ def texts_of(manager: Any, ids: list[str]) -> list[list[int]]:
 
 
 @pytest.mark.slow
-def test_constrained_requests_among_free_ones_equal_those_alone() -> None:
+def test_constrained_requests_among_free_ones_equal_single_requests() -> None:
     model, _ = attached()
     given, names = prompts(8), [*MANY[:7], None]
     constraints = [None if i % 3 == 0 else three_of((5 + i, 20, 21)) for i in range(len(given))]
@@ -79,7 +79,7 @@ def test_constrained_requests_among_free_ones_equal_those_alone() -> None:
 
 
 @pytest.mark.slow
-def test_a_way_to_choose_tokens_and_a_constraint_go_together() -> None:
+def test_sampling_settings_and_a_constraint_may_be_combined() -> None:
     model, _ = attached()
     one = three_of((5, 20, 21))
     with model.continuous_batching_context_manager(**batching()) as manager:
@@ -126,7 +126,7 @@ def test_guided_requests_draw_from_their_law_without_a_product(
             for seed in range(many + 1)
         ]
         texts = texts_of(manager, ids)
-    assert texts[-1] == texts[0]  # one seed, other neighbours
+    assert texts[-1] == texts[0]  # the same seed with other neighbours
     assert all(one.accepts(t[:-1]) and t[-1] == EOS for t in texts)
     share = torch.bincount(torch.tensor([t[0] for t in texts[:many]]), minlength=VOCAB) / many
     assert (share - wanted).abs().max() < 4 * 0.5 / many**0.5
@@ -141,7 +141,7 @@ def test_guided_requests_draw_from_their_law_without_a_product(
         ({"guide": guide(11)}, "guide: expected"),
     ],
 )
-def test_requests_that_cannot_be_met_fail_before_they_wait(
+def test_requests_that_cannot_be_satisfied_fail_before_waiting(
     settings: dict[str, Any], message: str
 ) -> None:
     model, pool = attached(slots=2)
@@ -149,15 +149,15 @@ def test_requests_that_cannot_be_met_fail_before_they_wait(
     with model.continuous_batching_context_manager(**batching()) as manager:
         with pytest.raises(ValueError, match=message):
             manager.add_request(prompts(1)[0], adapter_name="a0", **given)
-        manager.add_request(prompts(1)[0], adapter_name="a0")  # it still serves
+        manager.add_request(prompts(1)[0], adapter_name="a0")  # The manager still works.
         assert manager.get_result(timeout=60).error is None
     assert pool.stats()["pins"] == 0
 
 
-def test_scores_that_leave_no_token_and_a_tiny_temperature_are_no_error() -> None:
+def test_scores_without_a_token_and_a_tiny_temperature_do_not_raise() -> None:
     row = Row.first(Plan(three_of((5, 20, 21)), NEW, guide=guide()))
     scores = torch.randn(1, 3, VOCAB)
-    scores[0, 0, [5, 20, 21]] = -torch.inf  # another processor forbids them, no others
+    scores[0, 0, [5, 20, 21]] = -torch.inf  # Another processor forbids only these.
     scores[0, 1, 20] = 9.0
     rows = [
         Standing(i, row, heat, True, torch.Generator().manual_seed(i))
@@ -165,12 +165,12 @@ def test_scores_that_leave_no_token_and_a_tiny_temperature_are_no_error() -> Non
     ]
     tokens, left = drawn(scores, rows)
     assert tokens[1] == 20 and tokens[2] in (5, 20, 21) and left == rows[:1]
-    ended = constrained(scores, rows)[0]  # the request ends there: no other token may stand there
+    ended = constrained(scores, rows)[0]  # The request ends there, so no other token is possible.
     assert ended[0].isfinite().nonzero()[:, 0].tolist() == [EOS]
     assert not ended[1:, EOS].isfinite().any() and not ended.isnan().any()
 
 
-def test_the_bounds_of_each_row_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_of_each_row_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, look_up = [], _rejection.log_bound
     row = Row.first(Plan(three_of((5, 20, 21)), NEW, guide=guide()))
     monkeypatch.setattr(_rejection, "log_bound", lambda row: asked.append(row) or look_up(row))
@@ -180,7 +180,7 @@ def test_the_bounds_of_each_row_are_looked_up_once(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("temperature", [1e-50, 1e300])
-def test_no_temperature_lets_through_what_must_not_come(temperature: float) -> None:
+def test_forbidden_tokens_are_impossible_at_any_temperature(temperature: float) -> None:
     plans = [Plan(three_of((5, 20, 21)), NEW, guide=g) for g in (None, guide())]
     rows = [Standing(i, Row.first(p), temperature, False, None) for i, p in enumerate(plans)]
     scores = constrained(torch.randn(1, 2, VOCAB), rows)[0]

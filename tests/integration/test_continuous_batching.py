@@ -1,4 +1,4 @@
-"""Continuous batching of transformers on an attached model, on the CPU, and what runs beside it."""
+"""Continuous batching of transformers on an attached model, on the CPU, and concurrent calls."""
 
 import gc
 import threading
@@ -20,7 +20,7 @@ FOUR = ["a0", None, "a1", "a2"]
 
 
 def adapter(pool: lora_ext.AdapterPool, seed: int, **fields: Any) -> Any:
-    """Random factors, big enough to change tokens, of a rank that depends on the seed."""
+    """Return random factors that change tokens; the rank depends on the seed."""
     generator = torch.Generator().manual_seed(seed)
     targets = fields.setdefault("target_modules", ["q_proj", "v_proj", "down_proj", "lm_head"])
     rank, state = 2 + seed % 5, {}
@@ -50,7 +50,7 @@ def batching(**fields: Any) -> dict[str, Any]:
 
 
 def prompts(count: int, shared: int = 0) -> list[list[int]]:
-    """Prompts of different lengths, the first tokens of which are the same."""
+    """Return prompts of different lengths with equal first tokens."""
     start = tokens(1, shared, 99)[0].tolist() if shared else []
     return [start + tokens(1, 2 + 3 * i % 11, i)[0].tolist() for i in range(count)]
 
@@ -75,21 +75,21 @@ def generated(results: dict[str, Any]) -> list[list[int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_requests_of_16_adapters_equal_the_same_requests_alone(family: str, attention: str) -> None:
+def test_requests_of_16_adapters_equal_single_requests(family: str, attention: str) -> None:
     model, pool = attached(family)
     model.set_attn_implementation(attention)
     given, names = [*prompts(16), *prompts(3)], [*MANY, None, "__base__", "a3"]
     found = generated(model.generate_batch(given, adapter_names=names, **batching()))
     expected = [alone(model, *each) for each in zip(given, names, strict=True)]
     assert found == expected
-    assert len({str(tokens) for tokens in expected}) > 16  # adapters matter
+    assert len({str(tokens) for tokens in expected}) > 16  # The adapters change the tokens.
     assert pool.stats()["pins"] == 0
     assert model.config._attn_implementation == attention
 
 
 @pytest.mark.slow
-def test_shared_prefixes_never_cross_adapters() -> None:
-    """The same prompt for all; each adapter's second request finds the blocks of its first."""
+def test_shared_prefixes_are_never_used_by_other_adapters() -> None:
+    """Check equal prompts: each adapter's second request finds the blocks of its first."""
     model, _ = attached()
     prompt = tokens(1, 4 * PAGE + 2, 7)[0].tolist()
     names = FOUR
@@ -109,7 +109,7 @@ def test_shared_prefixes_never_cross_adapters() -> None:
 
 
 @pytest.mark.slow
-def test_prompts_that_are_tensors_stay_and_empty_ones_are_refused() -> None:
+def test_tensor_prompts_are_unchanged_and_empty_ones_raise() -> None:
     model, _ = attached(slots=2)
     given = [torch.tensor(prompt) for prompt in prompts(2, shared=2 * PAGE)]
     before = [prompt.tolist() for prompt in given]
@@ -141,7 +141,7 @@ def test_prompts_that_are_tensors_stay_and_empty_ones_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_new_version_of_an_adapter_shares_no_prefix_with_the_old_one() -> None:
+def test_new_version_of_an_adapter_shares_no_prefix_with_the_old_one() -> None:
     model, pool = attached()
     prompt = tokens(1, 4 * PAGE + 2, 7)[0].tolist()
     answers = []
@@ -155,7 +155,7 @@ def test_a_new_version_of_an_adapter_shares_no_prefix_with_the_old_one() -> None
 
 
 @pytest.mark.slow
-def test_a_running_request_ends_with_the_adapter_that_it_began_with() -> None:
+def test_running_request_keeps_its_adapter() -> None:
     model, pool = attached()
     prompt = tokens(1, 9, 7)[0].tolist()
     how = batching()
@@ -190,7 +190,7 @@ def test_parallel_sequences_and_prompts_of_several_steps_keep_their_adapter() ->
 
 
 @pytest.mark.slow
-def test_requests_that_were_preempted_keep_their_adapter() -> None:
+def test_preempted_requests_keep_their_adapter() -> None:
     model, pool = attached()
     given = prompts(8, shared=13)
     how = batching(num_blocks=24, allow_block_sharing=False)
@@ -211,7 +211,7 @@ def test_requests_that_were_preempted_keep_their_adapter() -> None:
 
 
 @pytest.mark.slow
-def test_a_full_pool_makes_batches_wait_and_single_requests_raise() -> None:
+def test_full_pool_delays_batches_and_single_requests_raise() -> None:
     model, pool = attached(slots=2)
     state = adapter(pool, 40)
     pool.prefetch({f"b{i}": adapter(pool, 40 + i) for i in range(4)})
@@ -230,7 +230,7 @@ def test_a_full_pool_makes_batches_wait_and_single_requests_raise() -> None:
 
 
 @pytest.mark.slow
-def test_a_block_or_a_default_names_the_requests() -> None:
+def test_block_or_default_sets_the_names_of_requests() -> None:
     model, pool = attached(slots=2)
     given, names = prompts(2), ["a1", None]
     expected = [alone(model, *each) for each in zip(given, names, strict=True)]
@@ -257,7 +257,7 @@ def _result(manager: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_single_requests_take_the_block_too_and_wrong_names_raise() -> None:
+def test_single_requests_use_the_block_and_wrong_names_raise() -> None:
     model, pool = attached(slots=2)
     for names, error, message in (
         (["a0", "a7"], KeyError, "'a7' is not loaded; 2 are loaded"),
@@ -288,7 +288,7 @@ def test_single_requests_take_the_block_too_and_wrong_names_raise() -> None:
     }
 
 
-def test_managers_without_adapters_and_compiled_steps_are_refused() -> None:
+def test_managers_without_adapters_and_compiled_steps_raise() -> None:
     model, _ = attached(slots=2)
     how = batching()
     manager = ContinuousBatchingManager(
@@ -308,7 +308,7 @@ def test_managers_without_adapters_and_compiled_steps_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_peft_model_serves_its_active_adapter_and_takes_no_names() -> None:
+def test_peft_model_uses_its_active_adapter_and_rejects_names() -> None:
     plain = make_model("llama")
     model = lora_ext.from_peft(make_peft(plain, CONFIGS["llama"]))
     given = prompts(2)
@@ -324,7 +324,7 @@ def test_a_peft_model_serves_its_active_adapter_and_takes_no_names() -> None:
 
 
 @pytest.mark.slow
-def test_detach_gives_the_same_methods_back_and_waits_for_nobody() -> None:
+def test_detach_restores_the_methods_and_does_not_wait() -> None:
     model, pool = attached(slots=2)
     given = prompts(2)
     expected = [alone(model, prompt, None) for prompt in given]
@@ -347,7 +347,7 @@ def test_detach_gives_the_same_methods_back_and_waits_for_nobody() -> None:
 
 
 @pytest.mark.slow
-def test_dora_rows_and_threads_of_their_own_are_served() -> None:
+def test_dora_rows_and_separate_threads_work() -> None:
     model, pool = attached(slots=4)
     pool.update("a0", adapter(pool, 50, use_dora=True, target_modules=["q_proj", "down_proj"]))
     twin = make_model("llama")
@@ -367,8 +367,8 @@ def test_dora_rows_and_threads_of_their_own_are_served() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_not_finite_in_a_request_reaches_no_other() -> None:
-    """Tokens of all requests of a step lie in one row; a mask alone would let a NaN through."""
+def test_non_finite_values_of_a_request_reach_no_other() -> None:
+    """Check requests with tokens in one row: a mask alone would not stop a NaN."""
     model, pool = attached(slots=3)
     config, state = adapter(pool, 3)
     pool.load("overflows", (config, {name: tensor * 1e25 for name, tensor in state.items()}))
@@ -387,8 +387,8 @@ def logits(model: Any, prompt: list[int], name: str | None) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_forwards_and_generate_beside_a_busy_manager_are_right() -> None:
-    """transformers writes is_causal of a manager's step to the configuration that all read."""
+def test_forwards_and_generate_beside_a_busy_manager_are_correct() -> None:
+    """Check is_causal: a manager's step writes it to the shared configuration."""
     model, _ = attached(slots=4)
     given = prompts(len(FOUR))
     rows = list(zip(given, FOUR, strict=True))
@@ -406,8 +406,8 @@ def test_forwards_and_generate_beside_a_busy_manager_are_right() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_model_beside_a_busy_manager_is_right() -> None:
-    """It is not compiled for that time; and a thread that compiles disturbs no other."""
+def test_compiled_model_beside_a_busy_manager_is_correct() -> None:
+    """Check that the model runs uncompiled and a compiling thread disturbs no other."""
     model, pool = attached(slots=4)
     (prompt,) = prompts(1)
     ids, expected = torch.tensor([prompt]), logits(model, prompt, "a0")
@@ -415,7 +415,7 @@ def test_a_compiled_model_beside_a_busy_manager_is_right() -> None:
 
     def same() -> bool:
         with torch.no_grad(), lora_ext.adapters("a0", pool=pool):
-            # float32, two layers, logits of about 1: another sum's order.
+            # float32, two layers, logits of about 1: the order of sums differs.
             return bool((compiled(ids).logits - expected).abs().max() < 1e-5)
 
     assert same()
@@ -428,7 +428,7 @@ def test_a_compiled_model_beside_a_busy_manager_is_right() -> None:
 
 
 @pytest.mark.slow
-def test_two_managers_on_one_model_are_right_and_leave_it_as_it_was() -> None:
+def test_two_managers_on_one_model_are_correct_and_leave_it_unchanged() -> None:
     model, _ = attached(slots=4)
     given = prompts(len(FOUR))
     rows = list(zip(given, FOUR, strict=True))
@@ -446,8 +446,8 @@ def test_two_managers_on_one_model_are_right_and_leave_it_as_it_was() -> None:
 
 
 @pytest.mark.slow
-def test_paged_attention_outside_a_manager_is_refused() -> None:
-    """transformers makes no mask for it: each token would see the whole sequence."""
+def test_paged_attention_outside_a_manager_raises() -> None:
+    """Check this because transformers makes no mask: each token would see the whole sequence."""
     model, pool = attached(slots=2)
     model.set_attn_implementation("eager")
     ids = tokens(1, 6)
@@ -463,7 +463,7 @@ def test_paged_attention_outside_a_manager_is_refused() -> None:
 
 
 @pytest.mark.parametrize("end", ["destroy", "forget"])
-def test_a_manager_that_never_started_lets_its_adapters_go(end: str) -> None:
+def test_manager_that_never_started_releases_its_adapters(end: str) -> None:
     model, pool = attached(slots=2)
     manager = model.init_continuous_batching(**batching())
     manager.add_request([5, 6, 7], adapter_name="a0")

@@ -1,5 +1,4 @@
-"""examples/demo.py and examples/serving_curve.py compare their logits with PEFT's, and print their
-measurements before they report an error."""
+"""examples/demo.py and examples/serving_curve.py: comparison with PEFT, output and errors."""
 
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ pytestmark = pytest.mark.hosts
 NAMES = ["red", "blue", "green"]
 
 
-def test_an_error_is_compared_with_that_of_peft_on_the_same_prompt(
+def test_error_is_compared_with_that_of_peft_on_the_same_prompt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     curve = load_script(monkeypatch, "examples", "serving_curve")
@@ -27,7 +26,7 @@ def test_an_error_is_compared_with_that_of_peft_on_the_same_prompt(
     assert "report this" in message and "lora-ext doctor" in message
 
 
-def test_right_logits_pass_and_those_of_another_adapter_do_not(
+def test_correct_logits_pass_and_those_of_another_adapter_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     curve = load_script(monkeypatch, "examples", "serving_curve")
@@ -46,7 +45,7 @@ def test_right_logits_pass_and_those_of_another_adapter_do_not(
 
 
 @needs("matplotlib", "rich")
-def test_the_demo_prints_its_tables_before_it_reports_wrong_logits(
+def test_demo_prints_its_tables_before_it_reports_wrong_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     demo = load_script(monkeypatch, "examples", "demo")

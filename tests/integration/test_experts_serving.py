@@ -1,4 +1,4 @@
-"""Adapters on routed experts, served from a pool, against PEFT's own ``target_parameters``."""
+"""Adapters on routed experts, served from a pool, against PEFT's ``target_parameters``."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import lora_ext.adapter
 import lora_ext.rows._pool_layer
 
 NAMES = ["red", "green", None, "blue", "green", "red"]
-CLOSE = 2e-5  # of logits of about 10 in float32; an adapter moves them by more than 0.5
+CLOSE = 2e-5  # of logits of about 10 in float32; an adapter changes them by more than 0.5
 
 
 def served(family: str, folder: Path, configs: Any = CONFIGS) -> tuple[Any, Any]:
@@ -25,14 +25,14 @@ def served(family: str, folder: Path, configs: Any = CONFIGS) -> tuple[Any, Any]
 
 
 def alone(reference: Any, name: str | None, ids: torch.Tensor) -> torch.Tensor:
-    """What PEFT gives one adapter, which has the batch for itself."""
+    """Return PEFT's logits for one adapter on the whole batch."""
     with only(reference, name):
         return reference(input_ids=ids).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_every_row_of_a_mixed_batch_and_its_tokens_are_pefts(family: str, tmp_path: Path) -> None:
+def test_rows_of_a_mixed_batch_and_their_tokens_equal_peft(family: str, tmp_path: Path) -> None:
     model, reference = served(family, tmp_path)
     ids = tokens(len(NAMES), 7)
     with lora_ext.adapters(NAMES):
@@ -77,7 +77,7 @@ def test_rows_of_the_base_model_keep_every_bit(family: str, how: str) -> None:
 
 
 @torch.no_grad()
-def test_adapters_of_one_parameter_of_both_and_of_none_share_a_batch() -> None:
+def test_adapters_of_one_both_and_no_parameter_share_a_batch() -> None:
     model = make_mixture("gpt_oss")
     fields: dict[str, Any] = {
         "up": {"r": 3, "target_parameters": [UP]},
@@ -100,7 +100,7 @@ def test_adapters_of_one_parameter_of_both_and_of_none_share_a_batch() -> None:
 
 
 @torch.no_grad()
-def test_an_evicted_adapter_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_evicted_adapter_is_restored(tmp_path: Path) -> None:
     model, _ = served("qwen3", tmp_path)
     lora_ext.detach(model)
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=16)
@@ -122,7 +122,7 @@ def test_an_evicted_adapter_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_default_and_names_per_token_reach_the_experts(tmp_path: Path) -> None:
+def test_default_and_names_per_token_reach_the_experts(tmp_path: Path) -> None:
     model, reference = served("mixtral", tmp_path)
     pool = lora_ext.rows._pool_layer.pool_of(model)
     ids = tokens(2, 5)
@@ -140,7 +140,7 @@ def test_a_default_and_names_per_token_reach_the_experts(tmp_path: Path) -> None
         model(ids)
 
 
-def test_attach_and_detach_leave_the_model_as_it_was(tmp_path: Path) -> None:
+def test_attach_and_detach_leave_the_model_unchanged(tmp_path: Path) -> None:
     model = make_mixture("gpt_oss")
     keys, experts = list(model.state_dict()), model.model.layers[0].mlp.experts
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8)
@@ -154,8 +154,8 @@ def test_attach_and_detach_leave_the_model_as_it_was(tmp_path: Path) -> None:
     assert model.model.layers[0].mlp.experts is experts
 
 
-def test_the_gradient_reaches_the_input_embeddings(tmp_path: Path) -> None:
-    """A pool trains no adapters, and lets gradients through them."""
+def test_gradient_reaches_the_input_embeddings(tmp_path: Path) -> None:
+    """Check that a pool trains no adapters, but propagates gradients through them."""
     model, reference = served("gpt_oss", tmp_path)
     embed = model.get_input_embeddings()
     x = embed(tokens(1, 5)).detach().requires_grad_()
@@ -169,7 +169,7 @@ def test_the_gradient_reaches_the_input_embeddings(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_packed_requests_are_those_of_each_alone(tmp_path: Path) -> None:
+def test_packed_requests_equal_single_requests(tmp_path: Path) -> None:
     model, _ = served("mixtral", tmp_path)
     names = ["red", None, "blue", "green"]
     prompts = [tokens(4, 6)[i].tolist()[: 6 - i] for i in range(4)]
@@ -182,7 +182,7 @@ def test_packed_requests_are_those_of_each_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_graph_follows_the_blocks() -> None:
+def test_graph_follows_the_blocks() -> None:
     model = make_mixture("gpt_oss", "grouped_mm")
     pool = lora_ext.AdapterPool(model, max_slots=2, max_rank=8)
     for name in ("red", "blue"):
@@ -206,7 +206,7 @@ def test_a_graph_follows_the_blocks() -> None:
         assert (ours - eager).abs().max() < 1e-4 * eager.abs().max()
 
 
-def test_a_pool_of_another_number_of_experts_is_refused() -> None:
+def test_pool_of_another_number_of_experts_raises() -> None:
     pool = lora_ext.AdapterPool(make_mixture("mixtral"), max_slots=1, max_rank=8)
     config = make_mixture("mixtral").config
     config.num_local_experts = 6
@@ -218,7 +218,7 @@ def test_a_pool_of_another_number_of_experts_is_refused() -> None:
 
 
 def saved(family: str = "mixtral", **fields: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The base model, and an adapter's configuration and tensors as PEFT saves them."""
+    """Return the base model, and an adapter's configuration and tensors as saved by PEFT."""
     model = make_mixture(family)
     reference = make_peft(model, {"red": {"r": 4, **fields}})
     return (
@@ -232,7 +232,7 @@ def saved(family: str = "mixtral", **fields: Any) -> tuple[Any, dict[str, Any], 
     ("field", "value"),
     [("use_dora", True), ("lora_dropout", 0.1), ("lora_bias", True), ("fan_in_fan_out", True)],
 )
-def test_what_peft_has_not_on_parameters_is_refused_by_name(field: str, value: Any) -> None:
+def test_fields_without_support_for_parameters_raise(field: str, value: Any) -> None:
     model, config, tensors = saved()
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8)
     message = rf"{field}={value} is not supported beside target_parameters"
@@ -241,7 +241,7 @@ def test_what_peft_has_not_on_parameters_is_refused_by_name(field: str, value: A
     assert pool.names == []
 
 
-def test_other_parameters_and_adapters_apart_from_a_model_are_refused_by_name() -> None:
+def test_other_parameters_and_adapters_without_a_model_raise() -> None:
     model, config, tensors = saved()
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8)
     with pytest.raises(NotImplementedError, match="target_parameters is not supported apart from"):
@@ -260,7 +260,7 @@ def test_other_parameters_and_adapters_apart_from_a_model_are_refused_by_name() 
     ],
 )
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_configuration_that_does_not_fit_the_tensors_is_refused(
+def test_configuration_that_does_not_fit_the_tensors_raises(
     change: dict[str, Any], message: str, strict: bool
 ) -> None:
     model, config, tensors = saved()
@@ -269,7 +269,7 @@ def test_a_configuration_that_does_not_fit_the_tensors_is_refused(
         pool.load("red", ({**config, **change}, tensors), strict=strict)
 
 
-def test_a_pool_of_some_parameters_refuses_the_others_or_skips_them() -> None:
+def test_pool_of_some_parameters_rejects_or_skips_the_others() -> None:
     model, config, tensors = saved()
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8, targets=[UP, "q_proj"])
     with pytest.raises(ValueError, match=r"found .*0\.mlp\.experts\.lora_A\.weight"):
@@ -280,7 +280,7 @@ def test_a_pool_of_some_parameters_refuses_the_others_or_skips_them() -> None:
         model(tokens(1, 3))
 
 
-def test_experts_whose_forward_cannot_be_replaced_are_refused(tmp_path: Path) -> None:
+def test_experts_with_a_forward_that_cannot_be_replaced_raise(tmp_path: Path) -> None:
     model, _ = served("mixtral", tmp_path, {"red": {"r": 4}})
     experts = model.model.layers[1].mlp.experts.base
     experts._is_expert_parallel = True

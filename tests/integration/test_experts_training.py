@@ -1,4 +1,4 @@
-"""Adapters on routed experts in training: from_peft against PEFT itself, in float64."""
+"""Adapters on routed experts in training: from_peft against PEFT, in float64."""
 
 import copy
 from pathlib import Path
@@ -29,7 +29,7 @@ def logits(model: Any, **kwargs: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_wrapper_is_taken(family: str) -> None:
+def test_every_wrapper_is_replaced(family: str) -> None:
     _, ours = pair(family)
     found = report(ours)
     assert not found.left
@@ -41,7 +41,7 @@ def test_every_wrapper_is_taken(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("adapter", CONFIGS)
-def test_forward_and_gradients_are_those_of_peft(family: str, adapter: str) -> None:
+def test_forward_and_gradients_equal_peft(family: str, adapter: str) -> None:
     theirs, ours = pair(family)
     for model in (theirs, ours):
         model.set_adapter(adapter)
@@ -51,7 +51,7 @@ def test_forward_and_gradients_are_those_of_peft(family: str, adapter: str) -> N
 
 
 @pytest.mark.parametrize("parameter", [UP, DOWN])
-def test_one_parameter_alone(parameter: str) -> None:
+def test_single_parameter_equals_peft(parameter: str) -> None:
     configs = {"red": {"r": 4, "target_parameters": [parameter]}}
     for family in FAMILIES:
         theirs, ours = pair(family, configs)
@@ -63,7 +63,7 @@ def test_one_parameter_alone(parameter: str) -> None:
                 assert_close(ours.get_parameter(name).grad, gradient, name)
 
 
-def test_several_active_adapters_add_up() -> None:
+def test_several_active_adapters_are_added() -> None:
     theirs, ours = pair("gpt_oss")
     for model in (theirs, ours):
         model.base_model.set_adapter(["red", "green", "blue"])
@@ -72,7 +72,7 @@ def test_several_active_adapters_add_up() -> None:
 
 
 def trained_alone(theirs: Any, ids: Tensor, names: list[str]) -> tuple[Tensor, dict[str, Any]]:
-    """Each row by its adapter alone: what a loop over PEFT's adapters gives."""
+    """Return the logits and gradients of a loop over the rows, each with its adapter in PEFT."""
     theirs.zero_grad(set_to_none=True)
     weights = torch.randn((*ids.shape, 61), generator=torch.manual_seed(7), dtype=torch.float64)
     rows = []
@@ -86,7 +86,7 @@ def trained_alone(theirs: Any, ids: Tensor, names: list[str]) -> tuple[Tensor, d
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_adapter_per_row_trains_as_each_alone(family: str, checkpointing: bool) -> None:
+def test_adapter_per_row_trains_as_each_alone(family: str, checkpointing: bool) -> None:
     theirs, ours = pair(family)
     theirs.train()
     ours.train()
@@ -98,8 +98,8 @@ def test_an_adapter_per_row_trains_as_each_alone(family: str, checkpointing: boo
     assert_same_gradients(ours, wanted, moved=8)
 
 
-def test_names_of_a_batch_that_peft_has_to_run_raise_its_own_error() -> None:
-    """A watched experts module is left to PEFT, which has no adapters per row."""
+def test_names_of_a_batch_that_peft_must_run_raise_the_error_of_peft() -> None:
+    """Check an experts module with a hook, which uses PEFT's code without adapters per row."""
     _, ours = pair("mixtral")
     experts = ours.base_model.model.model.layers[0].mlp.experts.get_base_layer()
     handle = experts.register_forward_hook(lambda *_: None)
@@ -115,7 +115,7 @@ def test_names_of_a_batch_that_peft_has_to_run_raise_its_own_error() -> None:
     assert not report(ours).left
 
 
-def test_what_peft_does_with_its_layers_stays_peft(tmp_path: Path) -> None:
+def test_other_functions_of_peft_layers_are_unchanged(tmp_path: Path) -> None:
     theirs, ours = pair("qwen3")
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_what_peft_does_with_its_layers_stays_peft(tmp_path: Path) -> None:
         assert_close(logits(to_peft(ours)), logits(theirs))
 
 
-def test_an_adapter_that_is_switched_off_takes_no_part() -> None:
+def test_switched_off_adapter_has_no_effect() -> None:
     _, ours = pair("mixtral")
     ours.set_adapter("red")
     groups = LayerGroups(ours, "red")
@@ -160,7 +160,7 @@ def test_an_adapter_that_is_switched_off_takes_no_part() -> None:
 
 
 def test_bfloat16_experts_keep_adapters_in_float32() -> None:
-    """As PEFT makes them for training; the update is rounded once, where PEFT rounds W + BA."""
+    """Check float32 adapters, as in PEFT. The update is rounded once; PEFT rounds W + BA."""
     model = make_mixture("mixtral")
     exact = lora_ext.from_peft(make_peft(model.double(), {"red": {"r": 4}}))
     ours = copy.deepcopy(exact).bfloat16()
@@ -176,13 +176,13 @@ def test_bfloat16_experts_keep_adapters_in_float32() -> None:
         layer(x.to(dtype), index, weights.to(dtype)).detach().double()
         for layer, dtype in zip(layers, (torch.float64, torch.bfloat16), strict=True)
     )
-    # Weights, and both products, are rounded to 2^-9 each.
+    # Weights and both products are rounded to 2^-9 each.
     assert (got - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 @pytest.mark.parametrize("how", ["eager", "grouped_mm"])
-def test_under_autocast_as_transformers_multiplies(how: str) -> None:
-    """The grouped product stays in the weights' dtype, and so does PEFT's update of them."""
+def test_autocast_equals_the_products_of_transformers(how: str) -> None:
+    """Check that the grouped product and PEFT's update use the dtype of the weights."""
     theirs = make_peft(make_mixture("gpt_oss", how), {"red": {"r": 4}})
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
     layers = [m.base_model.model.model.layers[0].mlp.experts for m in (theirs, ours)]
@@ -193,11 +193,11 @@ def test_under_autocast_as_transformers_multiplies(how: str) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, got = (layer(x, index, weights) for layer in layers)
     assert got.dtype == expected.dtype
-    bound = 0.02 if how == "eager" else 1e-5  # there, two products of bfloat16
+    bound = 0.02 if how == "eager" else 1e-5  # In eager mode there are two bfloat16 products.
     assert (got - expected).abs().max() < bound * expected.abs().max()
 
 
-def test_a_model_of_from_peft_generates_with_an_adapter_per_row() -> None:
+def test_from_peft_model_generates_with_an_adapter_per_row() -> None:
     theirs, ours = pair("qwen3")
     ids, how = tokens(5, 4), {"max_new_tokens": 5, "do_sample": False}
     mixed = ours.generate(input_ids=ids, adapter_names=NAMES, **how)
@@ -207,8 +207,8 @@ def test_a_model_of_from_peft_generates_with_an_adapter_per_row() -> None:
         assert mixed[row].tolist() == alone[0].tolist()
 
 
-def test_parameters_that_are_no_experts_stay_with_peft() -> None:
-    """Of a router, say: PEFT wraps whatever parameter it is told to."""
+def test_parameters_that_are_not_experts_stay_with_peft() -> None:
+    """Check a router's parameter; PEFT wraps any parameter that it is given."""
     fields = {"r": 2, "target_parameters": [UP, DOWN, "mlp.gate.weight"]}
     theirs, ours = pair("qwen3", {"red": fields})
     found = report(ours)

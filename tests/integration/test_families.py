@@ -1,5 +1,5 @@
-"""Ways to generate, on many families of models: a row of a mixed batch is the row of a model that
-holds its adapter in its weights, or the call raises."""
+"""Generation with many families of models: each row of a mixed batch equals the row of a model with
+the merged adapter, or the call raises."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "beams": {**GREEDY, "num_beams": 3, "num_return_sequences": 2},
     "chunked prefill": {**GREEDY, "prefill_chunk_size": 2},
 }
-# What transformers itself refuses, attached or not.
+# What transformers rejects, attached or not.
 LACKS = {
     ("mamba", "chunked prefill"), ("bamba", "embeds"), ("opt", "batch"), ("jamba", "batch"),
 }  # fmt: skip
@@ -31,7 +31,7 @@ def left_padded() -> tuple[Tensor, Tensor]:
 
 
 def assert_rows_are_the_judges(model: Any, judges: Any, inputs: Any, **how: Any) -> None:
-    """``inputs``: keyword arguments with a row for each name."""
+    """Check generation; ``inputs`` are keyword arguments with one row per name."""
     copies = how.get("num_return_sequences", 1)
     mixed = model.generate(**inputs, adapter_names=NAMES, **how)
     base = model.generate(**inputs, **how)
@@ -47,7 +47,7 @@ def assert_rows_are_the_judges(model: Any, judges: Any, inputs: Any, **how: Any)
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_decoders(family: str) -> None:
+def test_decoders_equal_the_merged_models(family: str) -> None:
     model, judges = served(DECODERS[family])
     ids, mask = left_padded()
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -66,7 +66,7 @@ def test_decoders(family: str) -> None:
 
 
 def _sampled(model: Any, judges: Any) -> None:
-    """Each step's logits are those that the judge gives the sequence that came out."""
+    """Check each step's logits against the merged model for the generated sequence."""
     prompt = tokens(4, 4)
     torch.manual_seed(3)
     out = model.generate(
@@ -80,7 +80,7 @@ def _sampled(model: Any, judges: Any) -> None:
             logits = judges[NAMES[row // 2]](sequence[None]).logits[0, 3:-1].double()
             # transformers keeps logits in float32; values of at most 100: some ten roundings.
             torch.testing.assert_close(steps[row], logits, rtol=0, atol=1e-4)
-    assert len(out.sequences.unique(dim=0)) > 4  # it did sample
+    assert len(out.sequences.unique(dim=0)) > 4  # Sampling gave different sequences.
 
 
 def _threads_and_default(model: Any, judges: Any) -> None:
@@ -103,7 +103,7 @@ def _threads_and_default(model: Any, judges: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3", "qwen3-moe", "phi3", "opt", "jamba"])
-def test_continuous_batching(family: str) -> None:
+def test_continuous_batching_equals_the_merged_models(family: str) -> None:
     model, judges = served(DECODERS[family])
     prompts = [tokens(1, n, n)[0].tolist() for n in (6, 3, 5, 2)]
     how = batching(num_blocks=32, max_batch_tokens=8)
@@ -122,7 +122,7 @@ def test_continuous_batching(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3-moe", "falcon", "t5"])
 @pytest.mark.parametrize("way", ["lookup", "assistant"])
-def test_speculation(family: str, way: str) -> None:
+def test_speculation_equals_the_merged_models(family: str, way: str) -> None:
     model, judges = served({**DECODERS, **SEQ2SEQ}[family])
     how = {"prompt_lookup_num_tokens": 2} if way == "lookup" else {"assistant_model": judges["red"]}
     prompt = tokens(1, 6)
@@ -132,7 +132,7 @@ def test_speculation(family: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("family", SEQ2SEQ)
-def test_encoders_and_decoders(family: str) -> None:
+def test_encoder_decoders_equal_the_merged_models(family: str) -> None:
     model, judges = served(SEQ2SEQ[family])
     mask = (torch.arange(6) < torch.tensor([6, 3, 5, 2])[:, None]).long()
     ids = tokens(4, 6).masked_fill(mask == 0, 0)
@@ -148,11 +148,11 @@ def test_encoders_and_decoders(family: str) -> None:
         for row, name in enumerate(NAMES):
             one = ids[row : row + 1, :4]
             alone = judges[name](one, decoder_input_ids=one).logits[0]
-            assert (mixed[row] - alone).abs().max() < 1e-4  # float32 where it is eager
+            assert (mixed[row] - alone).abs().max() < 1e-4  # Eager attention is in float32.
 
 
-def test_an_adapter_on_mambas_dt_proj_is_refused_by_name() -> None:
-    """Mamba reads that layer's weight and never calls it."""
+def test_adapter_on_dt_proj_of_mamba_raises() -> None:
+    """Check the layer ``dt_proj``, because Mamba reads its weight and never calls it."""
     model: Any = make(DECODERS["mamba"])
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=4)
     spec = pool.index.linear["backbone.layers.0.mixer.dt_proj"]
@@ -165,14 +165,14 @@ def test_an_adapter_on_mambas_dt_proj_is_refused_by_name() -> None:
     with pytest.raises(NotImplementedError, match=r"dt_proj.lora_B.*MambaMixer reads the weight"):
         pool.load("red", (config, state))
     ids, weight = tokens(1, 4), torch.ones(spec.out_features, spec.in_features) * 2
-    with torch.no_grad():  # it would have mattered
+    with torch.no_grad():  # The adapter would change the logits.
         assert not torch.equal(
             model(ids).logits, merged(model, {spec.name: weight.double()})(ids).logits
         )
 
 
-def test_pairs_of_positions_take_one_name() -> None:
-    """T5's table of distances sees (tokens, tokens), which may look like (sequences, tokens)."""
+def test_pairs_of_positions_use_one_name() -> None:
+    """Check T5's table of distances: (tokens, tokens) may look like (sequences, tokens)."""
     model: Any = make(SEQ2SEQ["t5"])
     table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=4, targets=[table])

@@ -1,4 +1,4 @@
-"""from_peft against PEFT itself, in float64, where both may differ by a few roundings only."""
+"""from_peft against PEFT, in float64, where they may differ only by a few roundings."""
 
 import copy
 import warnings
@@ -36,7 +36,7 @@ NAMES = ["red", "green", "__base__", "blue", "green"]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_layer_that_can_be_is_taken(family: str) -> None:
+def test_every_supported_layer_is_replaced(family: str) -> None:
     _, ours = pair(family)
     found = report(ours)
     biased = {name for name, fields in CONFIGS[family].items() if fields.get("lora_bias")}
@@ -46,7 +46,7 @@ def test_every_layer_that_can_be_is_taken(family: str) -> None:
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("adapter", ["red", "green", "blue"])
-def test_forward_and_gradients_are_those_of_peft(family: str, adapter: str) -> None:
+def test_forward_and_gradients_equal_peft(family: str, adapter: str) -> None:
     theirs, ours = pair(family)
     for model in (theirs, ours):
         model.set_adapter(adapter)
@@ -74,7 +74,7 @@ def test_dora_alone_and_beside_lora_in_one_batch() -> None:
         assert_close(mixed[rows], logits(theirs)[rows])
 
 
-def test_parameters_keys_and_modules_stay_the_very_same() -> None:
+def test_parameters_keys_and_modules_are_kept() -> None:
     model: Any = make_peft(make_model("llama"), CONFIGS["llama"])
     modules, parameters = list(model.named_modules()), dict(model.named_parameters())
     keys = list(model.state_dict())
@@ -82,13 +82,13 @@ def test_parameters_keys_and_modules_stay_the_very_same() -> None:
     assert [(n, id(m)) for n, m in model.named_modules()] == [(n, id(m)) for n, m in modules]
     assert all(parameters[n] is p for n, p in model.named_parameters())
     assert list(model.state_dict()) == keys
-    lora_ext.from_peft(model)  # again: nothing happens
+    lora_ext.from_peft(model)  # A second call changes nothing.
     assert any(type(m) is FusedLinear for m in model.modules())
     to_peft(model)
     assert not any(type(m).__module__.startswith("lora_ext") for m in model.modules())
 
 
-def test_saves_what_peft_saves(tmp_path: Any) -> None:
+def test_saved_files_equal_those_of_peft(tmp_path: Any) -> None:
     theirs, ours = pair("llama")
     for model, name in ((theirs, "theirs"), (ours, "ours")):
         model.save_pretrained(tmp_path / name)
@@ -97,7 +97,7 @@ def test_saves_what_peft_saves(tmp_path: Any) -> None:
         assert twin.read_bytes() == path.read_bytes()
 
 
-def test_hot_swapped_scalings_are_seen(tmp_path: Any) -> None:
+def test_hot_swapped_scalings_are_used(tmp_path: Any) -> None:
     configs = {"red": {"r": 4, "target_modules": ["q_proj"]}}
     for alpha in (16, 64):
         model = make_peft(make_model("llama"), configs)
@@ -110,7 +110,7 @@ def test_hot_swapped_scalings_are_seen(tmp_path: Any) -> None:
         before = logits(ours)
         for each in (ours, theirs):
             hotswap_adapter(each, tmp_path / "64" / "red", adapter_name="default")
-        # float32: the layers take scalings in float64 another way. Logits near 1.
+        # float32: the layers use float64 scalings differently. Logits are near 1.
         torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
         assert (logits(ours) - before).abs().max() > 0.1
 
@@ -160,14 +160,14 @@ def test_adapters_without_rows_get_no_gradient_and_two_forwards_keep_their_names
 
 
 @checkpointings
-def test_an_unnamed_forward_before_a_named_one(checkpointing: bool | None) -> None:
+def test_unnamed_forward_before_a_named_one(checkpointing: bool | None) -> None:
     theirs, ours = pair("llama")
     theirs.set_adapter("red")
     trainable(ours).set_adapter("red")
     ours.set_requires_grad(["red", "green", "blue"])
     checkpointed(ours, checkpointing)
     for _ in range(2):
-        for model in (ours, theirs.eval()):  # without dropout, PEFT takes names in evaluation
+        for model in (ours, theirs.eval()):  # Without dropout, PEFT accepts names in evaluation.
             model.set_requires_grad(["red", "green", "blue"])
             model.zero_grad(set_to_none=True)
             first, second = logits(model), logits(model, adapter_names=NAMES)
@@ -176,10 +176,10 @@ def test_an_unnamed_forward_before_a_named_one(checkpointing: bool | None) -> No
 
 
 @checkpointings
-def test_pefts_own_layers_in_a_checkpointed_block_keep_the_names(
+def test_peft_layers_in_a_checkpointed_block_keep_the_names(
     checkpointing: bool | None,
 ) -> None:
-    """A module to save and a layer that is fused by nobody, inside the blocks."""
+    """Check a module to save and an unsupported layer inside the blocks."""
     fields = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["up_proj"]}
     theirs = make_peft(make_model("llama"), {"red": fields, "green": fields}).double()
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_pefts_own_layers_in_a_checkpointed_block_keep_the_names(
 
 
 class Checkpointed(nn.Module):
-    """A model that checkpoints by itself, so that names do not reach the recomputation."""
+    """Model that calls checkpoint itself, so names do not reach the recomputation."""
 
     def __init__(self, reentrant: bool):
         super().__init__()
@@ -222,7 +222,7 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_foreign_checkpoint_that_lost_the_names_is_an_error(reentrant: bool) -> None:
+def test_foreign_checkpoint_without_the_names_raises(reentrant: bool) -> None:
     config = peft.LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False)
     model: Any = peft.get_peft_model(Checkpointed(reentrant), config, "red")
     model.add_adapter("green", config)
@@ -231,10 +231,10 @@ def test_a_foreign_checkpoint_that_lost_the_names_is_an_error(reentrant: bool) -
     out = model(x, adapter_names=["green"] * 3)
     with pytest.raises(RuntimeError, match=r"recomputes a \w+ whose forward had adapter_names"):
         out.sum().backward()
-    model(x).sum().backward()  # without names it is as ever
+    model(x).sum().backward()  # Without names it still works.
 
 
-def test_nan_in_one_adapters_bias_stays_with_its_rows() -> None:
+def test_nan_in_the_bias_of_an_adapter_stays_in_its_rows() -> None:
     configs = {name: {"r": 4, "target_modules": ["c_fc"], "lora_bias": True} for name in "ab"}
     ours = lora_ext.from_peft(make_peft(make_model("gpt2"), configs))
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_nan_in_one_adapters_bias_stays_with_its_rows() -> None:
 @pytest.mark.parametrize(
     "dropout", [nn.Sequential(nn.Tanh()), nn.AlphaDropout(0.5), nn.Dropout(1.0)], ids=str
 )
-def test_a_dropout_of_another_kind_is_left_to_peft(dropout: nn.Module) -> None:
+def test_unsupported_dropout_uses_peft(dropout: nn.Module) -> None:
     theirs, ours = pair("llama")
     for model in (theirs, ours):
         model.set_adapter("red")
@@ -258,11 +258,11 @@ def test_a_dropout_of_another_kind_is_left_to_peft(dropout: nn.Module) -> None:
                 module.lora_dropout["red"] = dropout
     assert report(ours).left
     assert_close(step(ours, logits), step(theirs, logits))
-    if not isinstance(dropout, nn.Dropout):  # with p = 1 there are none
+    if not isinstance(dropout, nn.Dropout):  # With p = 1 there are no gradients.
         assert_same_gradients(ours, gradients(theirs))
 
 
-def test_one_graph_of_a_layer_compiles() -> None:
+def test_layer_compiles_into_one_graph() -> None:
     _, ours = pair("llama")
     layer = next(m for m in ours.modules() if isinstance(m, FusedLinear))
     x = torch.randn(2, 3, layer.in_features, dtype=torch.float64)
@@ -272,14 +272,14 @@ def test_one_graph_of_a_layer_compiles() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
-def test_one_graph_of_a_model_compiles(training: bool) -> None:
+def test_model_compiles_into_one_graph(training: bool) -> None:
     for model in pair("llama"):  # PEFT's model first
         model.train(training).set_adapter("green")
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert_close(logits(compiled), logits(model))
 
 
-def test_wrong_names_and_names_of_merged_adapters_are_errors_and_leave_no_hooks() -> None:
+def test_wrong_names_and_names_of_merged_adapters_raise_and_leave_no_hooks() -> None:
     ours = trainable(pair("llama")[1])
     with pytest.raises(ValueError, match="non-existing"):
         logits(ours, adapter_names=["rot"] * 5)
@@ -292,11 +292,11 @@ def test_wrong_names_and_names_of_merged_adapters_are_errors_and_leave_no_hooks(
         logits(ours, adapter_names=NAMES)
 
 
-def test_embeddings_stay_with_peft_and_what_is_no_peft_model_is_refused() -> None:
+def test_embeddings_stay_with_peft_and_other_models_raise() -> None:
     torch.manual_seed(0)
     configs = {"red": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT speaks of tied embeddings
+        warnings.simplefilter("ignore")  # PEFT warns about tied embeddings.
         theirs: Any = make_peft(make_model("llama"), configs).double()
     ours: Any = lora_ext.from_peft(copy.deepcopy(theirs))
     (reason,) = report(ours).left.values()
@@ -311,7 +311,7 @@ def test_embeddings_stay_with_peft_and_what_is_no_peft_model_is_refused() -> Non
 
 def merge_and_unmerge(model: Any) -> Any:
     model.merge_adapter()
-    logits(model), logits(model)  # the merged weight is packed
+    logits(model), logits(model)  # The merged weight is packed.
     model.unmerge_adapter()
     return model
 
@@ -327,7 +327,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @torch.no_grad()
-def test_merging_reaches_the_products(change: Callable[[Any], Any], dtype: torch.dtype) -> None:
+def test_merging_changes_the_products(change: Callable[[Any], Any], dtype: torch.dtype) -> None:
     base = enlarged(maker("Llama", **SIZES), 1).to(dtype)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     plain: Any = get_peft_model(base, config).eval()

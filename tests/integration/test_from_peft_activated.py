@@ -1,4 +1,4 @@
-"""``from_peft`` of models with activated adapters: PEFT's own numbers, by fused layers."""
+"""``from_peft`` of models with activated adapters: fused layers against PEFT's."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ def pair() -> Iterator[Any]:
     yield ours, made()
 
 
-def test_forwards_and_generate_are_peft_s(pair: Any) -> None:
+def test_forwards_and_generate_equal_peft(pair: Any) -> None:
     ids = prompts()
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -53,7 +53,8 @@ def test_training_with_checkpoints_and_several_forwards(pair: Any, named: bool) 
         if named:
             model.set_requires_grad(["act", "other", "plain"])
         if model is pair[1]:
-            model.eval()  # PEFT takes names there alone; no dropout, so the numbers are the same
+            # PEFT accepts names only in evaluation; without dropout the numbers are equal.
+            model.eval()
         toggle = (
             "gradient_checkpointing_enable" if checkpoints else "gradient_checkpointing_disable"
         )
@@ -61,7 +62,7 @@ def test_training_with_checkpoints_and_several_forwards(pair: Any, named: bool) 
         if checkpoints:
             model.enable_input_require_grads()
         how = {"adapter_names": names} if named else {}
-        outs = [model(input_ids=each, **how).logits for each in ids]  # then one backward
+        outs = [model(input_ids=each, **how).logits for each in ids]  # followed by one backward
         sum(out.log_softmax(-1)[..., 3].sum() for out in outs).backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     checkpointed, plain, theirs = found
@@ -73,11 +74,11 @@ def test_training_with_checkpoints_and_several_forwards(pair: Any, named: bool) 
 
 
 @pytest.mark.parametrize("how", [{"use_cache": False}, {"prefill_chunk_size": 7}])
-def test_forwards_that_peft_would_adapt_elsewhere_are_refused(pair: Any, how: Any) -> None:
+def test_forwards_that_peft_would_adapt_elsewhere_raise(pair: Any, how: Any) -> None:
     ours, _ = pair
     with pytest.raises(NotImplementedError, match="from_peft: generate: expected a cache"):
         ours.generate(input_ids=prompts()[:1], **GREEDY, **how)
-    ours.set_adapter("plain")  # which serves all tokens
+    ours.set_adapter("plain")  # This adapter applies to all tokens.
     ours.generate(input_ids=prompts()[:1], **GREEDY, **how)
 
 
@@ -85,7 +86,7 @@ MANY = {"num_beams": 3, "num_return_sequences": 2}
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_beams_are_those_of_an_attached_model(tmp_path: Path, named: bool) -> None:
+def test_beams_equal_those_of_an_attached_model(tmp_path: Path, named: bool) -> None:
     attached, theirs, _ = activated_pair(tmp_path)
     ours = lora_ext.from_peft(theirs)
     layer = ours.base_model.model.model.layers[0].self_attn.q_proj
@@ -97,12 +98,12 @@ def test_beams_are_those_of_an_attached_model(tmp_path: Path, named: bool) -> No
     ours.set_adapter("act")
     how = {"adapter_names": names} if named else {}
     assert torch.equal(ours.generate(input_ids=ids, **how, **MANY, **GREEDY), wanted)
-    if not named:  # PEFT repeats names only for the argument num_beams and refuses others
+    if not named:  # PEFT repeats names only for the argument num_beams and rejects other settings.
         config = transformers.GenerationConfig(**MANY, **GREEDY)
         assert torch.equal(ours.generate(input_ids=ids, generation_config=config), wanted)
 
 
-def test_beams_by_the_models_own_config_and_wrong_offsets_are_refused_by_name(pair: Any) -> None:
+def test_beams_of_the_model_config_and_wrong_offsets_raise(pair: Any) -> None:
     ours, _ = pair
     ours.base_model.model.generation_config.num_beams = 2
     with pytest.raises(NotImplementedError, match="from_peft: generate: expected num_beams"):

@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert"])
-def test_a_fresh_adapter_is_the_identity_to_the_bit(
+def test_fresh_adapter_is_the_identity_to_the_bit(
     family: str, dtype: torch.dtype, training: bool
 ) -> None:
     torch.manual_seed(0)
@@ -40,13 +40,14 @@ def test_a_fresh_adapter_is_the_identity_to_the_bit(
     assert report(model).taken and not report(model).left
     if training:
         for module in model.modules():
-            if isinstance(module, FusedLinear):  # and not the model, which has dropouts of its own
+            # The model has other dropouts, which stay in evaluation.
+            if isinstance(module, FusedLinear):
                 module.train()
     assert torch.equal(theirs, expected)
     assert torch.equal(logits(model), expected)
 
 
-def test_a_fresh_adapter_beside_a_trained_one_is_the_identity_on_its_rows() -> None:
+def test_fresh_adapter_beside_a_trained_one_is_the_identity_on_its_rows() -> None:
     fields = {"r": 4, "target_modules": ["q_proj", "down_proj"], "use_dora": True}
     model: Any = make_peft(make_model("llama"), {"trained": fields})
     torch.manual_seed(1)
@@ -66,7 +67,7 @@ def caches(model: nn.Module) -> list[dict[str, Tensor]]:
 
 
 @caching
-def test_norms_are_kept_while_dora_caching_is_on_and_no_longer() -> None:
+def test_norms_are_cached_only_while_dora_caching_is_on() -> None:
     fields = {"r": 4, "target_modules": ["q_proj", "down_proj"], "use_dora": True}
     model: Any = lora_ext.from_peft(make_peft(make_model("llama"), {"red": fields})).eval()
     plain = logits(model)
@@ -79,11 +80,12 @@ def test_norms_are_kept_while_dora_caching_is_on_and_no_longer() -> None:
         assert kept == [{k: id(v) for k, v in c.items()} for c in caches(model)]
     assert torch.equal(first, plain) and torch.equal(second, plain)
     assert torch.equal(logits(model), plain)
-    assert not any(caches(model))  # as PEFT's layer: the next forward without it forgets
+    # As in PEFT's layer, the next forward without it clears the cache.
+    assert not any(caches(model))
 
 
 @caching
-def test_a_kept_norm_is_what_the_next_forward_takes() -> None:
+def test_next_forward_uses_the_cached_norm() -> None:
     fields = {"r": 4, "target_modules": ["q_proj"], "use_dora": True}
     model: Any = lora_ext.from_peft(make_peft(make_model("llama"), {"red": fields})).eval()
     plain = logits(model)
@@ -93,13 +95,13 @@ def test_a_kept_norm_is_what_the_next_forward_takes() -> None:
             for norm in cache.values():
                 norm.mul_(2.0)
         assert (logits(model) - plain).abs().max() > 0.01
-        model.train()  # forgets at once
+        model.train()  # This clears the cache at once.
         assert not any(caches(model))
         assert torch.equal(logits(model), plain) and not any(caches(model))
 
 
 @caching
-def test_the_cache_changes_nothing_for_an_adapter_that_pefts_forward_runs() -> None:
+def test_cache_changes_nothing_for_an_adapter_run_by_peft() -> None:
     fields = {"r": 4, "target_modules": ["q_proj"], "use_dora": True}
     theirs: Any = make_peft(make_model("llama"), {"red": fields}).eval()
     ours: Any = lora_ext.from_peft(copy.deepcopy(theirs))

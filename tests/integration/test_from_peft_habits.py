@@ -1,4 +1,4 @@
-"""What users and PEFT itself see of a layer from the outside stays as it was with PEFT's layers."""
+"""Behaviour of fused layers that users and PEFT observe, compared with PEFT's layers."""
 
 import copy
 import pickle
@@ -29,7 +29,7 @@ def fused_layers(model: nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if isinstance(m, FusedLinear))
 
 
-def test_the_model_prints_pickles_and_tells_its_status_as_pefts() -> None:
+def test_repr_pickle_and_status_equal_peft() -> None:
     theirs, ours = pair()
     assert repr(ours) == repr(theirs)
     assert "FusedLinear" in repr(FusedLinear) and "FusedLoraModel" in repr(_FusedLoraModel)
@@ -44,7 +44,7 @@ def test_the_model_prints_pickles_and_tells_its_status_as_pefts() -> None:
 
 
 @pytest.mark.parametrize("names", [[], ["__base__"], ["__base__"] * 7, ["red"]], ids=len)
-def test_a_wrong_number_of_names_is_pefts_error(names: list[str]) -> None:
+def test_wrong_number_of_names_raises_the_error_of_peft(names: list[str]) -> None:
     theirs, ours = pair()
     with pytest.raises(ValueError) as expected:
         logits(theirs, adapter_names=names)
@@ -57,7 +57,7 @@ def test_a_wrong_number_of_names_is_pefts_error(names: list[str]) -> None:
     assert str(found.value) == str(expected.value)
 
 
-def test_a_block_of_a_pool_around_the_model_is_not_ignored_in_silence(tmp_path: Path) -> None:
+def test_block_of_a_pool_around_the_model_warns(tmp_path: Path) -> None:
     _attached, _, pool = make_pair("llama", tmp_path)
     pool.load("other", tmp_path / "red")
     _, ours = pair()
@@ -73,15 +73,13 @@ def test_a_block_of_a_pool_around_the_model_is_not_ignored_in_silence(tmp_path: 
             logits(ours, adapter_names=NAMES)
             with ours.disable_adapter():
                 logits(ours)
-    with lora_ext.adapters("other"):  # the block may be for another model
+    with lora_ext.adapters("other"):  # The block may be for another model.
         assert_one_warning(lambda: logits(ours), alone)
 
 
 @pytest.mark.parametrize("names", [["red", "green", None, "blue", "green"], "blue"])
-def test_a_block_of_another_model_with_a_name_in_common_is_warned_of(
-    names: Any, tmp_path: Path
-) -> None:
-    """A teacher with its active adapter beside a student, which the block is for."""
+def test_block_of_another_model_with_a_common_name_warns(names: Any, tmp_path: Path) -> None:
+    """Check a teacher with its active adapter beside the student of the block."""
     student, _, _ = make_pair("llama", tmp_path)
     _, teacher = pair()
     teacher.set_adapter("red")
@@ -100,7 +98,7 @@ def assert_one_warning(forward: Callable[[], Tensor], expected: Tensor) -> None:
         forward()
 
 
-def test_a_block_of_the_pool_that_serves_layers_of_the_same_model_is_refused(
+def test_block_of_a_pool_that_serves_layers_of_the_same_model_raises(
     tmp_path: Path,
 ) -> None:
     base = make_model("llama")
@@ -116,7 +114,7 @@ def test_a_block_of_the_pool_that_serves_layers_of_the_same_model_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["learned", "per output", "per token"])
-def test_a_scaling_that_is_no_plain_number_is_pefts_business(kind: str) -> None:
+def test_scaling_that_is_not_a_plain_number_uses_peft(kind: str) -> None:
     theirs, ours = pair(configs={"red": CONFIGS["llama"]["red"]})
     found: list[Tensor] = []
     for model in (theirs, ours):
@@ -140,7 +138,7 @@ def test_a_scaling_that_is_no_plain_number_is_pefts_business(kind: str) -> None:
     assert report(ours).left and not report(ours).taken
 
 
-def test_attention_that_reads_its_output_projection_is_not_listed_as_taken() -> None:
+def test_attention_that_reads_its_output_projection_is_not_listed() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -161,7 +159,7 @@ def test_attention_that_reads_its_output_projection_is_not_listed_as_taken() -> 
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_says_so_where_no_layer_is_taken() -> None:
+def test_model_without_a_supported_layer_warns() -> None:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Embedding(11, 8), nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1))
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "1", "2"]))
@@ -173,7 +171,7 @@ def test_says_so_where_no_layer_is_taken() -> None:
     assert caught[0].filename == __file__
 
 
-def test_training_by_name_says_which_adapters_are_frozen_and_nothing_else() -> None:
+def test_training_by_name_warns_only_about_frozen_adapters() -> None:
     _, ours = pair()
     ours.set_adapter("red")
     with warnings.catch_warnings():
@@ -185,7 +183,7 @@ def test_training_by_name_says_which_adapters_are_frozen_and_nothing_else() -> N
         ours.set_requires_grad(["red", "green", "blue"])
         logits(ours, adapter_names=NAMES)
     _, ours = pair()
-    ours.train().set_adapter("red")  # PEFT freezes the others
+    ours.train().set_adapter("red")  # PEFT freezes the others.
     with pytest.warns(
         UserWarning, match=r"adapter_names: .*found 'blue', 'green' frozen"
     ) as caught:
@@ -193,7 +191,7 @@ def test_training_by_name_says_which_adapters_are_frozen_and_nothing_else() -> N
     assert len(caught) == 1 and "set_requires_grad" in str(caught[0].message)
 
 
-def test_taken_in_silence_and_undone_everything_is_pefts_again() -> None:
+def test_replacing_is_silent_and_undoing_restores_the_types_of_peft() -> None:
     model = make_peft(make_model("llama"), CONFIGS["llama"])
     kinds = [type(m) for m in model.modules()]
     with warnings.catch_warnings():
@@ -202,8 +200,8 @@ def test_taken_in_silence_and_undone_everything_is_pefts_again() -> None:
     assert [type(m) for m in to_peft(model).modules()] == kinds
 
 
-def test_names_are_refused_where_a_trainer_asks_its_reference() -> None:
-    """As TRL does: adapter ``ref``, a copy, is set active for a forward without gradients."""
+def test_names_raise_while_a_trainer_calls_its_reference() -> None:
+    """Check TRL's case: adapter ``ref``, a copy, is active for a forward without gradients."""
     _, ours = pair(configs={**CONFIGS["llama"], "ref": CONFIGS["llama"]["red"]})
     ours.train().set_adapter("ref")
     with torch.no_grad(), pytest.raises(ValueError, match=r"adapter_names: .*'ref' is active"):
@@ -213,7 +211,8 @@ def test_names_are_refused_where_a_trainer_asks_its_reference() -> None:
         assert torch.equal(logits(ours, adapter_names=["ref"] * 5), alone)
         with ours.disable_adapter():
             base = logits(ours)
-        assert torch.equal(logits(ours, adapter_names=["__base__"] * 5), base)  # is no policy
+        # This is not a policy.
+        assert torch.equal(logits(ours, adapter_names=["__base__"] * 5), base)
         ours.set_adapter("red")
         trained = logits(ours, adapter_names=NAMES)
         ours.eval().set_adapter("ref")
@@ -223,8 +222,8 @@ def test_names_are_refused_where_a_trainer_asks_its_reference() -> None:
 
 
 @pytest.mark.parametrize("name", ["default", "other-name"])
-def test_layers_whose_factors_are_bare_parameters_stay_pefts(name):
-    """AdaLora's layers are LoRA layers to PEFT, and have parameters where others have modules."""
+def test_layers_with_bare_parameters_as_factors_stay_with_peft(name):
+    """Check AdaLora: LoRA layers in PEFT, but with parameters instead of modules."""
     torch.manual_seed(0)
     config = peft.AdaLoraConfig(target_modules=["0"], init_lora_weights=False, total_step=1)
     base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
@@ -237,7 +236,7 @@ def test_layers_whose_factors_are_bare_parameters_stay_pefts(name):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_trainable_tokens_stay_peft_s_beside_fused_layers(tied: bool) -> None:
+def test_trainable_tokens_stay_with_peft_beside_fused_layers(tied: bool) -> None:
     model = make_model("llama")
     if tied:
         model.config.tie_word_embeddings = True
@@ -264,7 +263,7 @@ def test_trainable_tokens_stay_peft_s_beside_fused_layers(tied: bool) -> None:
         torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_pefts_warning_of_a_layer_that_it_does_not_know_stays_beside_ours() -> None:
+def test_warning_of_peft_about_an_unknown_layer_is_kept() -> None:
     class OwnLayer(nn.Module, LoraLayer):
         def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any):
             super().__init__()

@@ -1,4 +1,4 @@
-"""from_peft on models that accelerate offloads: what is fused, what is left, what is refused."""
+"""from_peft on models that accelerate offloads: fused layers, layers left to PEFT, and errors."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def step(model: Any) -> dict[str, Tensor]:
     return {"logits": y.detach(), "inputs": x.grad, **grads}
 
 
-def test_base_layers_offloaded_after_the_adapters_came_train_as_they_do_in_memory() -> None:
+def test_base_layers_offloaded_after_the_adapters_train_as_in_memory() -> None:
     expected, model = step(adapted()), adapted()
     for layer in list(model.modules()):
         if isinstance(layer, LoraLayer):
@@ -51,7 +51,7 @@ def test_base_layers_offloaded_after_the_adapters_came_train_as_they_do_in_memor
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_adapters_that_were_lost_on_an_offloaded_base_are_refused_with_the_remedy() -> None:
+def test_adapters_lost_on_an_offloaded_base_raise_with_the_remedy() -> None:
     torch.manual_seed(0)
     model = accelerate.cpu_offload(make_model("llama"), execution_device=CPU)
     model = peft.get_peft_model(model, peft.LoraConfig(**CONFIG))
@@ -61,7 +61,7 @@ def test_adapters_that_were_lost_on_an_offloaded_base_are_refused_with_the_remed
     assert [type(m) for m in model.modules()] == kinds
 
 
-def test_adapters_that_are_offloaded_themselves_stay_with_peft_and_are_listed(
+def test_offloaded_adapters_stay_with_peft_and_are_listed(
     tmp_path: Path,
 ) -> None:
     expected, model = adapted(), adapted()

@@ -1,4 +1,4 @@
-"""from_peft over quantised bases: PEFT's own layers on real quantisers, or what looks like them."""
+"""from_peft over quantised bases: PEFT's layers on real quantisers, or on an imitation of one."""
 
 import copy
 import importlib.util
@@ -86,7 +86,7 @@ def quanto() -> nn.Module:
 
 
 class Rounded(nn.Linear):
-    """Looks like a layer of a quantiser: whole numbers, a scale, and a function of its own."""
+    """Layer that imitates a quantiser: whole numbers, a scale, and a custom function."""
 
     class Product(torch.autograd.Function):
         @staticmethod
@@ -130,10 +130,10 @@ BASES = {
 
 def pair(base: str, **fields: Any) -> tuple[Any, Any]:
     made = []
-    for _ in range(2):  # not copied: quanto's weights refuse it
+    for _ in range(2):  # Not copied, because quanto's weights cannot be copied.
         torch.manual_seed(0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchao's merge, which nobody asks for
+            warnings.simplefilter("ignore")  # torchao warns about merging, which is not used here.
             model = peft.get_peft_model(BASES[base](), peft.LoraConfig(**CONFIG, **fields))
             model.add_adapter("other", peft.LoraConfig(**{**CONFIG, "r": 2}))
         made.append(model)
@@ -142,7 +142,7 @@ def pair(base: str, **fields: Any) -> tuple[Any, Any]:
 
 
 def embedded(model: Any, rows: int = 4) -> Tensor:
-    """Inputs of the first layer, whose gradient goes through every base's own backward."""
+    """Return inputs of the first layer; their gradient uses the backward of every base."""
     ids = torch.randint(1, VOCAB, (rows, 6), generator=torch.Generator().manual_seed(3))
     return model.get_input_embeddings()(ids).detach().requires_grad_()
 
@@ -158,8 +158,8 @@ def step(model: Any, **kwargs: Any) -> dict[str, Tensor]:
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Within what float32 sums of other orders may differ by; an 8-bit base rounds its input anew,
-    where one rounding apart is a step of 1/127."""
+    """Check that values differ at most by the order of float32 sums. An 8-bit base rounds its
+    input, and one rounding of difference is a step of 1/127."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         worst = (found[name] - value).abs().max().item()
@@ -167,7 +167,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_training_is_that_of_peft_with_the_base_called_and_one_op_for_the_update(
+def test_training_equals_peft_with_the_base_called_and_one_op_for_the_update(
     base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs, ours = pair(base)
@@ -178,7 +178,7 @@ def test_training_is_that_of_peft_with_the_base_called_and_one_op_for_the_update
     update = ops.lora_linear_apart
 
     def counted(x: Tensor, weight: Any, *rest: Any) -> Tensor:
-        assert weight is None, "the base product is the base's"
+        assert weight is None, "the base must compute its product"
         updates.append(1)
         return update(x, weight, *rest)
 
@@ -208,13 +208,13 @@ def test_names_in_training_give_the_gradients_of_separate_runs(base: str) -> Non
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_undone_copied_and_pickled_they_are_pefts_and_ours_again(base: str) -> None:
+def test_undone_copied_and_pickled_layers_have_the_right_types(base: str) -> None:
     theirs, ours = pair(base)
     names = [type(m).__qualname__ for m in theirs.modules()]
     assert [type(m).__name__ for m in ours.modules()] == [n.rpartition(".")[2] for n in names]
     fused = next(m for m in ours.modules() if isinstance(m, Fused))
     assert pickle.loads(pickle.dumps(type(fused))) is type(fused)
-    if base != "quanto int8":  # whose weights refuse to be copied
+    if base != "quanto int8":  # Its weights cannot be copied.
         assert type(copy.deepcopy(fused)) is type(fused)
     assert lora_ext.from_peft(ours) is ours and len(report(ours).taken) == LAYERS
     to_peft(ours)
@@ -223,12 +223,12 @@ def test_undone_copied_and_pickled_they_are_pefts_and_ours_again(base: str) -> N
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_pool_serves_the_same_bases(base: str, tmp_path: Path) -> None:
+def test_pool_serves_the_same_bases(base: str, tmp_path: Path) -> None:
     theirs, _ = pair(base)
     theirs.save_pretrained(tmp_path)
     torch.manual_seed(0)
     model = BASES[base]()
-    attach_saved(model, tmp_path, (".", "other"))  # the folder itself has "default"
+    attach_saved(model, tmp_path, (".", "other"))  # The folder itself contains "default".
     with torch.no_grad():
         x = embedded(model)
         y = model(inputs_embeds=x, adapter_names=["other", ".", None, "other"]).logits
@@ -262,9 +262,9 @@ def test_sixteen_bit_inputs_and_float32_adapters_round_once() -> None:
                 assert (y.float() - exact).abs().max() <= 2**-7 * exact.abs().max()
 
 
-def test_a_model_of_which_nothing_is_taken_is_told_with_the_list_of_its_layers() -> None:
+def test_model_without_a_supported_layer_raises_with_a_list() -> None:
     class Foreign(PeftLinear):
-        """Of a quantiser that nobody knows."""
+        """Layer of an unknown quantiser."""
 
     model = peft.get_peft_model(make_model("llama"), peft.LoraConfig(**CONFIG))
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""``model.generate``, another adapter in every row: caches, padding, sampling, beams, threads."""
+"""``model.generate`` with one adapter per row: caches, padding, sampling, beams, threads."""
 
 import threading
 from pathlib import Path
@@ -25,7 +25,7 @@ def left_padded(lengths: tuple[int, ...] = (5, 3, 5, 2)) -> dict[str, Tensor]:
 
 
 def alone(reference: Any, inputs: dict[str, Tensor], row: int, **how: Any) -> Tensor:
-    """PEFT's answer to one row with one active adapter: no mixed batch, no padding."""
+    """Return PEFT's answer to one row with one active adapter, without a mixed batch or padding."""
     keep = inputs["attention_mask"][row].bool()
     prompt = inputs["input_ids"][row, keep].unsqueeze(0)
     with only(reference, NAMES[row]):
@@ -44,13 +44,13 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("mode", MODES)
-def test_every_row_answers_as_if_alone(family: str, mode: str, tmp_path: Path) -> None:
+def test_every_row_answers_as_alone(family: str, mode: str, tmp_path: Path) -> None:
     model, reference, pool = make_pair(family, tmp_path)
     inputs, how = left_padded(), MODES[mode]
     with lora_ext.adapters(NAMES):
         ours = model.generate(**inputs, max_new_tokens=NEW, **how)
         again = model.generate(**inputs, max_new_tokens=NEW, adapter_names=PEFT_NAMES, **how)
-        with torch.no_grad():  # beams are over: the block means its four rows again
+        with torch.no_grad():  # After the beams the block applies to its four rows again.
             model(**inputs)
     assert torch.equal(ours, again)
     assert pool.stats()["pins"] == 0
@@ -62,7 +62,7 @@ def test_every_row_answers_as_if_alone(family: str, mode: str, tmp_path: Path) -
     base = model.generate(**inputs, max_new_tokens=NEW, **how)
     rows = torch.arange(len(ours)) // returned
     assert torch.equal(base[rows == 2], ours[rows == 2])
-    assert not torch.equal(base[rows == 1], ours[rows == 1])  # the adapters do show
+    assert not torch.equal(base[rows == 1], ours[rows == 1])  # The adapters change the tokens.
 
 
 def test_sampled_sequences_follow_their_rows_and_wrong_names_raise(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_sampled_sequences_follow_their_rows_and_wrong_names_raise(tmp_path: Pat
         logits = reference(input_ids=out.sequences, adapter_names=names).logits
     # float32 on both sides, sums of at most 48 terms, logits of at most about 10: 1e-4 is 100 ulp.
     torch.testing.assert_close(torch.stack(out.logits, 1), logits[:, 3:-1], rtol=0, atol=1e-4)
-    assert len(out.sequences.unique(dim=0)) == 12  # it did sample
+    assert len(out.sequences.unique(dim=0)) == 12  # Sampling gave different sequences.
     prompt = tokens(4, 5)
     with lora_ext.adapters(["red", "blue"]):
         with pytest.raises(ValueError, match=r"expected a batch of 2 seq.*found .*\(4, 5, feat"):
@@ -86,7 +86,7 @@ def test_sampled_sequences_follow_their_rows_and_wrong_names_raise(tmp_path: Pat
         with pytest.raises(ValueError, match=message):
             model.generate(input_ids=prompt, max_new_tokens=2, num_beams=3)
         with torch.no_grad():
-            model(prompt[:2])  # the failed generate left the block as it was
+            model(prompt[:2])  # The failed generate left the block unchanged.
             with pytest.raises(ValueError, match="expected a batch of 2 sequences"):
                 model(prompt)
     with pytest.raises(KeyError, match="adapter 'rot' is not loaded"):

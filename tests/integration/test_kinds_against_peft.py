@@ -1,4 +1,4 @@
-"""Adapters of DoRA and of embeddings compute what PEFT computes, alone and beside others."""
+"""DoRA and embedding adapters against PEFT, alone and beside others."""
 
 import copy
 from pathlib import Path
@@ -49,8 +49,8 @@ EMBEDDINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 NAMES = ["red", "green", "__base__", "blue", "green", None, "red"]
-# float64 throughout, but for the scale, which the pool keeps in float32: these are exact there or,
-# like 16 / sqrt(12), wrong by 2**-25 of themselves. Activations are of size one.
+# All float64 except the scale, which the pool keeps in float32. Scales are exact there or, like 16
+# / sqrt(12), have a relative error of 2**-25. Activations are of size one.
 BOUND = 1e-6
 
 
@@ -60,7 +60,7 @@ def test_alone_and_mixed_equal_peft(family: str, kind: Any, tmp_path: Path) -> N
     model, reference, pool = make_pair(family, tmp_path, kind[family], torch.float64)
     moved = assert_alone_and_mixed_equal_peft(model, reference, NAMES, BOUND)
     assert (moved if kind is DORA else moved.amax(1)).min() > 1e-3
-    # PEFT finds Llama's input embedding and saves its weight as well: the base model's, again.
+    # PEFT finds Llama's input embedding and saves its weight too, which is that of the base model.
     assert pool.update("red", tmp_path / "red") == ()
 
 
@@ -69,7 +69,7 @@ def make(directory: Path, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_rows_keep_every_bit_and_own_rows_round_once(
+def test_other_rows_keep_every_bit_and_adapted_rows_round_once(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model, _ = make(tmp_path, dtype)
@@ -93,7 +93,7 @@ def test_other_rows_keep_every_bit_and_own_rows_round_once(
                 t.double() for t in unpack(slab.a_pages, slab.b_pages, pages, int(slab.ranks[slot]))
             )
             exact = base[row].double() + float(slab.scale[slot]) * a[:, ids[row]].T @ b.T
-        # v and the sum are float32 for both; then one rounding, and two where gradients are wanted.
+        # v and the sum are float32 for both, followed by one rounding, or two with gradients.
         unit = torch.finfo(dtype).eps / 2
         size = exact.abs().max() + (exact - base[row]).abs().max()
         assert (results[0][row] - exact).abs().max() <= (unit + 20 * 2**-24) * size
@@ -114,13 +114,13 @@ def test_tokens_and_one_name(tmp_path: Path) -> None:
     for i, row in enumerate(names):
         for j, name in enumerate(row):
             assert torch.equal(mixed[i, j], whole[name][i, j])
-    assert torch.equal(whole["blue"], whole[None]), "blue leaves the embedding alone"
+    assert torch.equal(whole["blue"], whole[None]), "blue must not change the embedding"
     assert not torch.equal(whole["red"], whole["green"])
 
 
 @pytest.mark.parametrize("length", [4, 5])
-def test_positions_that_all_sequences_share_raise(length: int, tmp_path: Path) -> None:
-    """Also where there are as many positions as sequences, which would pass for names of tokens."""
+def test_positions_shared_by_all_sequences_raise(length: int, tmp_path: Path) -> None:
+    """Check also as many positions as sequences, which look like names of tokens."""
     base = make_model("gpt2")
     make_peft(base, {"red": {"r": 4, "target_modules": ["wpe"]}}).save_pretrained(tmp_path)
     pool = lora_ext.AdapterPool(base, max_slots=1, max_rank=8)
@@ -138,7 +138,7 @@ def test_positions_that_all_sequences_share_raise(length: int, tmp_path: Path) -
             for embed in (wpe, compiled):
                 with pytest.raises(ValueError, match=r"one row of 4 tokens .* \[\[\.\.\.\]\]"):
                     embed(positions)
-        with lora_ext.adapters([names]):  # of one sequence, token by token
+        with lora_ext.adapters([names]):  # for one sequence, token by token
             one, whole = compiled(positions), wpe(positions)
         with lora_ext.adapters("red"):
             red, four = wpe(positions), model(ids).logits
@@ -149,14 +149,14 @@ def test_positions_that_all_sequences_share_raise(length: int, tmp_path: Path) -
     assert torch.equal(whole[0, 1:3], wpe.base(positions)[0, 1:3])
 
 
-def test_evicted_saved_copied_compiled_detached(tmp_path: Path) -> None:
+def test_adapters_work_after_eviction_saving_copy_compile_and_detach(tmp_path: Path) -> None:
     model, reference = make(tmp_path)
     pool, ids = model.model.embed_tokens.pool, tokens(2, 3)
     with torch.no_grad(), lora_ext.adapters("red"):
         expected = model(ids).logits
     state = {k: v for k, v in reference.state_dict().items() if ".red" in k and "lora_" in k}
     save_adapter(tmp_path / "ours", reference.peft_config["red"], state)
-    for number in range(4):  # four slots: the others go to the host
+    for number in range(4):  # There are four slots: the others move to the host.
         pool.load(f"other {number}", tmp_path / "ours")
     assert "red" not in pool._residence.by_name
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Models whose layers do not see (sequences, tokens): tokens first, or one row for all."""
+"""Models with layers whose input is not (sequences, tokens): tokens first, or one row for all."""
 
 import copy
 from typing import Any
@@ -33,17 +33,19 @@ def assert_rows_are_their_own(model: Any, ids: Tensor, names: list[str | None]) 
         for row, name in enumerate(names):
             with lora_ext.adapters(name):
                 alone = model(ids).logits
-            # float32, two layers, logits of about 1.
+            # float32, two layers, logits of about 1
             torch.testing.assert_close(mixed[row], alone[row], rtol=0, atol=2e-5)
         with lora_ext.adapters("red"):
             red = model(ids).logits
-    assert (red[1] - mixed[1]).abs().max() > 1e-3  # another adapter would have shown
+    assert (red[1] - mixed[1]).abs().max() > 1e-3  # Another adapter would change the logits.
 
 
 @pytest.mark.parametrize("family", TOKENS_FIRST)
 @pytest.mark.parametrize("known", [True, False])
-def test_tokens_first(family: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many tokens as sequences, too: from the first batch on where the model is known."""
+def test_models_with_tokens_first_keep_rows(
+    family: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check also as many tokens as sequences, from the first batch on if the model is known."""
     if not known:
         monkeypatch.setattr(_layouts, "TOKENS_FIRST", {})
     model = attached(TOKENS_FIRST[family])
@@ -57,7 +59,7 @@ def test_tokens_first(family: str, known: bool, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FLATTENING)
-def test_flattened_batches(family: str) -> None:
+def test_models_that_flatten_their_batch_keep_rows(family: str) -> None:
     model = attached(FLATTENING[family])
     for shape in [(4, 5), (4, 4), (4, 1)]:
         assert_rows_are_their_own(model, tokens(*shape), NAMES)
@@ -65,17 +67,15 @@ def test_flattened_batches(family: str) -> None:
     assert_answers_as_alone(model, tokens(4, 3), NAMES, **how)
 
 
-def test_fsmt_generates_with_each_row_its_own() -> None:
+def test_fsmt_generates_with_one_adapter_per_row() -> None:
     how = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
     assert_answers_as_alone(attached(TOKENS_FIRST["fsmt"]), tokens(4, 4), NAMES, **how)
 
 
 @pytest.mark.parametrize("family", TOKENS_FIRST)
 @pytest.mark.parametrize("length", [4, 8])
-def test_names_of_tokens_and_copies_of_models_that_see_tokens_first(
-    family: str, length: int
-) -> None:
-    """Entries are (B, L) in every layer: those that see (L, B) turn them, squares included."""
+def test_names_of_tokens_and_copies_of_models_with_tokens_first(family: str, length: int) -> None:
+    """Check that entries are (B, L) in every layer; layers with (L, B) transpose them."""
     model = attached(TOKENS_FIRST[family])
     ids = tokens(len(NAMES), length)
     known = ["red", "blue", "green"]
@@ -93,8 +93,8 @@ def test_names_of_tokens_and_copies_of_models_that_see_tokens_first(
 
 
 @pytest.mark.slow
-def test_a_compiled_model_that_flattens_its_batch_serves_names() -> None:
-    """A graph asks for its rows as it runs, and hands on what the model was given."""
+def test_compiled_model_that_flattens_its_batch_accepts_names() -> None:
+    """Check that a graph looks up its rows as it runs, and keeps the model's input."""
     model = attached(FLATTENING["opt"])
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_a_compiled_model_that_flattens_its_batch_serves_names() -> None:
                 compiled(tokens(4, 6))
 
 
-def test_one_token_of_each_sequence_reaches_an_embedding_that_sees_tokens_first() -> None:
+def test_single_tokens_reach_an_embedding_with_tokens_first() -> None:
     torch.manual_seed(0)
     model = TOKENS_FIRST["xlnet"]().eval()
     pool = lora_ext.AdapterPool(model, max_slots=4, max_rank=8, targets=["word_embedding"])

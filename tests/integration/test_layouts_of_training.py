@@ -1,5 +1,7 @@
-"""Layers that see tokens first, by every door that gives rows adapters of their own but the pool's:
-as many sequences as tokens, where the activations' shape tells nothing, and fewer."""
+"""Layers with tokens first, with adapters per row from every interface except the pool.
+
+The batches have as many sequences as tokens, for which the shape is ambiguous, and fewer.
+"""
 
 from typing import Any
 
@@ -16,7 +18,7 @@ from lora_ext.federated import BatchedClients, ClientSpec, LayerPlan, LoraLayerM
 from lora_ext.interop.peft import to_peft
 from lora_ext.nn import LayerGroups, LoraConfig, RowwiseError, coalitions, unwrap, wrap
 
-#: Two kinds of layers that see tokens first, and (by XLNet's) an embedding that does.
+#: Two kinds of layers with tokens first, and (in XLNet) an embedding with tokens first.
 TARGETS = {"xlnet": ["layer_1", "layer_2"], "fsmt": ["q_proj", "v_proj", "fc1", "fc2"]}
 NAMES = ["red", "blue", None, "green"]
 PATTERNS = {"xlnet": r"\.layer\.(\d+)\.", "fsmt": r"decoder\.layers\.(\d+)\."}
@@ -91,7 +93,7 @@ def test_ids_of_sequences_reach_the_rows_of_a_layer_compiled_or_not(
 def test_names_reach_the_rows_of_from_peft(
     family: str, shape: tuple[int, int], settings: dict[str, Any]
 ) -> None:
-    """Dropout 1 is one of the rarer adapters that PEFT's own forward runs."""
+    """Check dropout 1 too, which is a rare case that PEFT's forward runs."""
     model = of_peft(family, "fused", "red", "blue", "green", **settings)
     ids, names = tokens(*shape), [name or "__base__" for name in NAMES]
     mixed = model(ids, adapter_names=names).logits
@@ -103,7 +105,7 @@ def test_names_reach_the_rows_of_from_peft(
     assert not any("tokens_first" in module.__dict__ for module in model.modules())
 
 
-def test_a_layer_that_peft_runs_takes_one_name_where_it_sees_tokens_first() -> None:
+def test_layer_run_by_peft_with_tokens_first_needs_one_name() -> None:
     model = of_peft("xlnet", "fused", "red", "blue", target_modules=["layer_1", "word_embedding"])
     ids, message = tokens(2, 2), r"adapter_names: .*word_embedding: expected one name for all rows"
     with torch.no_grad():
@@ -117,7 +119,7 @@ def test_a_layer_that_peft_runs_takes_one_name_where_it_sees_tokens_first() -> N
 @pytest.mark.parametrize("kind", ["ours", "peft", "fused"])
 @pytest.mark.parametrize("length", [6, 4])
 @torch.no_grad()
-def test_masks_reach_the_rows_that_they_are_for(family: str, kind: str, length: int) -> None:
+def test_masks_reach_their_rows(family: str, kind: str, length: int) -> None:
     if kind == "ours":
         model = wrapped(family)
     else:
@@ -140,11 +142,13 @@ def test_masks_reach_the_rows_that_they_are_for(family: str, kind: str, length: 
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("lengths", [(4, 4), (4, 3), (6, 6)])
 def test_clients_train_their_own_rows(family: str, lengths: tuple[int, int]) -> None:
-    """Two clients of two sequences: four by four, padded, and fewer sequences than tokens; one of
-    them trains the last layer alone, where rows might leave the graph."""
+    """Check two clients of two sequences: four by four, padded, and fewer sequences than tokens.
+
+    One client trains only the last layer, for which rows might not be part of the graph.
+    """
     torch.manual_seed(0)
     model: Any = TOKENS_FIRST[family]().eval()
-    if family == "xlnet":  # FSMT has masks that float64 does not take
+    if family == "xlnet":  # FSMT's masks do not support float64.
         model.double()
     settings = {
         "target_modules": rf".*{PATTERNS[family]}.*(layer_1|fc1|k_proj)",
@@ -161,7 +165,7 @@ def test_clients_train_their_own_rows(family: str, lengths: tuple[int, int]) -> 
     found = BatchedClients(model, clients, pattern=PATTERNS[family]).run_round(plans, state)
     for update, spec, plan in zip(found, clients, plans, strict=True):
         wanted = loop(model, manager, state, spec, plan, loss_of=next_token)
-        # Of changes of 0.05: float64, and float32 through two steps of AdamW.
+        # Changes are about 0.05: float64, and float32 through two steps of AdamW.
         assert_close(update, wanted, 1e-9 if family == "xlnet" else 2e-4)
         assert all(bool(t.any()) for t in update.tensors.values())
 

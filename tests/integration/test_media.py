@@ -1,5 +1,7 @@
-"""Towers that see patches, frames or sounds: each of these has the adapter of the sequence that its
-tokens are in, and a batch that does not tell is refused."""
+"""Models with patches, frames or sounds as input.
+
+Each of them uses the adapter of the sequence that contains its tokens. An ambiguous batch raises.
+"""
 
 from typing import Any
 
@@ -94,7 +96,7 @@ def noise(*shape: int) -> Tensor:
 
 
 def rows(token: int, counts: list[int], length: int = 16) -> Tensor:
-    """Sequences that begin with so many tokens of media."""
+    """Return sequences that begin with the given numbers of media tokens."""
     texts = [[token] * n + [*range(5 + i, 5 + i + length - n)] for i, n in enumerate(counts)]
     return torch.tensor(texts)
 
@@ -107,7 +109,7 @@ def split(given: Tensor, counts: list[int]) -> list[dict[str, Tensor]]:
 def assert_rows_are_the_judges(
     build: Any, ids: Tensor, whole: Any, alone: list[Any], beams: int = 1
 ) -> None:
-    """``whole``: the media of the batch. ``alone``: those of each sequence."""
+    """Check rows; ``whole``: media of the batch, ``alone``: media of each sequence."""
     model, judges = served(build)
     how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": beams}
     with torch.no_grad():
@@ -126,13 +128,15 @@ def assert_rows_are_the_judges(
 @pytest.mark.parametrize(
     "grids",
     [
-        [(1, 4, 4), None, None, None],  # four tokens, as many as there are sequences
+        [(1, 4, 4), None, None, None],  # four tokens, as many as sequences
         [None, (1, 2, 2), None, None],  # four patches
         [(1, 2, 4), None, (1, 2, 4), None],
         [(1, 4, 4), (1, 2, 2), None, (1, 4, 2)],
     ],
 )
-def test_patches_of_images_in_a_row(grids: list[tuple[int, int, int] | None]) -> None:
+def test_patches_of_images_in_one_row_use_their_adapters(
+    grids: list[tuple[int, int, int] | None],
+) -> None:
     counts = [h * w // 4 if grid else 0 for grid in grids for _, h, w in [grid or (0, 0, 0)]]
     ids = torch.cat([torch.full((4, 1), 93), rows(IMAGE, counts)], 1)
     patches = noise(4 * sum(counts), 3 * 2 * 16).split([4 * n for n in counts])
@@ -150,15 +154,15 @@ def test_patches_of_images_in_a_row(grids: list[tuple[int, int, int] | None]) ->
 
 
 @pytest.mark.parametrize("counts", [[2, 0, 0, 0], [1, 0, 2, 1]])
-def test_videos_of_two_frames(counts: list[int]) -> None:
-    """Two videos have four frames: as many as there are sequences."""
+def test_videos_of_two_frames_use_their_adapters(counts: list[int]) -> None:
+    """Check two videos with four frames, as many as sequences."""
     given = noise(sum(counts), 2, 3, 8, 8)
     alone = [{"pixel_values_videos": v["pixel_values"]} if v else {} for v in split(given, counts)]
     ids = rows(VIDEO, [3 * n for n in counts])
     assert_rows_are_the_judges(onevision, ids, {"pixel_values_videos": given}, alone)
 
 
-def test_sounds_and_images_beside_blank_ones() -> None:
+def test_sounds_and_images_beside_blank_ones_use_their_adapters() -> None:
     counts = [2, 0, 1, 1]
     given = noise(4, 8, 32)
     alone = [{"input_features": v["pixel_values"]} if v else {} for v in split(given, counts)]
@@ -177,15 +181,15 @@ def test_sounds_and_images_beside_blank_ones() -> None:
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1], [2, 0, 2, 0], [0, 3, 0, 1]])
-def test_images_under_beams(counts: list[int]) -> None:
-    """Four images, as many as there are sequences, though some may have none."""
+def test_images_with_beams_use_their_adapters(counts: list[int]) -> None:
+    """Check four images, as many as sequences, though some sequences have no image."""
     given = noise(4, 3, 8, 8)
     ids = rows(IMAGE, [4 * n for n in counts])
     assert_rows_are_the_judges(llava, ids, {"pixel_values": given}, split(given, counts), beams=2)
 
 
-def test_a_batch_whose_tokens_do_not_tell_takes_one_name() -> None:
-    """Two images of unlike sizes make four tiles, as many as there are sequences."""
+def test_ambiguous_batch_needs_one_name() -> None:
+    """Check two images of different sizes with four tiles, as many as sequences."""
     model, judges = served(llava_next)
     sizes = torch.tensor([[8, 8], [7, 8]])
     given = noise(2, 2, 3, 8, 8)
@@ -207,7 +211,7 @@ def test_a_batch_whose_tokens_do_not_tell_takes_one_name() -> None:
                 model(**whole)
 
 
-def test_a_tower_that_is_not_run_apart_takes_a_sound_in_each_sequence() -> None:
+def test_inseparable_tower_accepts_one_sound_per_sequence() -> None:
     given = {
         "input_features": noise(4, 8, 32),
         "feature_attention_mask": torch.ones(4, 32).long(),
@@ -225,8 +229,8 @@ def test_a_tower_that_is_not_run_apart_takes_a_sound_in_each_sequence() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_model_runs_batches_with_media_uncompiled() -> None:
-    """Both videos are in one sequence; the text alone is compiled."""
+def test_compiled_model_runs_batches_with_media_uncompiled() -> None:
+    """Check two videos in one sequence; only the text is compiled."""
     counts = [2, 0, 0, 0]
     model, _ = served(onevision)
     given, ids = noise(2, 2, 3, 8, 8), rows(VIDEO, [3 * n for n in counts])

@@ -1,4 +1,4 @@
-"""transformers' Trainer on a model with MoD, as on any other."""
+"""transformers' Trainer on a model with MoD."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from adapted_models import adapted, llama
 from lora_ext.methods import mod
 
 ROWS = torch.randint(1, 11, (10, 6), generator=torch.Generator().manual_seed(0))
-#: The rows, each its own label but for its first tokens.
+#: Rows that are their own labels except for the first tokens.
 SEQUENCES = [
     {"input_ids": row, "labels": torch.where(torch.arange(6) < i % 4, -100, row)}
     for i, row in enumerate(ROWS)
@@ -27,7 +27,7 @@ def trainer_of(model: Any, folder: Path, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["ours", "peft", "fused", "whole"])
-def test_it_trains_evaluates_and_predicts_what_it_did_before(kind: str, tmp_path: Path):
+def test_model_trains_evaluates_and_predicts_as_before(kind: str, tmp_path: Path):
     base = llama() if kind == "whole" else adapted(kind)
     expected = trainer_of(base, tmp_path).predict(SEQUENCES)
     model = mod.apply(llama() if kind == "whole" else adapted(kind))
@@ -52,7 +52,7 @@ def test_it_trains_evaluates_and_predicts_what_it_did_before(kind: str, tmp_path
 
 
 @pytest.mark.parametrize("settings", [{"label_smoothing_factor": 0.1}, {"bf16": True}])
-def test_label_smoothing_and_mixed_precision(settings: dict, tmp_path: Path):
+def test_label_smoothing_and_mixed_precision_give_finite_losses(settings: dict, tmp_path: Path):
     model = mod.apply(adapted("peft"))
     trainer = trainer_of(model, tmp_path, **settings)
     assert np.isfinite(trainer.train().training_loss)
@@ -65,7 +65,7 @@ def test_label_smoothing_and_mixed_precision(settings: dict, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_accumulated_steps_are_those_of_one_batch(tmp_path: Path):
+def test_accumulated_steps_equal_those_of_one_batch(tmp_path: Path):
     found = []
     for rows, steps in ((4, 1), (1, 4)):
         model = mod.apply(adapted("fused"), mod.ModConfig(distill_weight=1.0))
@@ -83,7 +83,7 @@ def test_accumulated_steps_are_those_of_one_batch(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path):
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path):
     settings: dict[str, Any] = {
         "max_steps": 4,
         "save_strategy": "steps",

@@ -1,5 +1,7 @@
-"""Rarer ways to generate, ways that pass names by, and ways that give the model other rows than the
-caller's: each answers as the row alone, or is refused by name."""
+"""Rarer ways to generate: each gives the answer of the row alone, or raises.
+
+Some do not pass names on, and some give the model other rows than the caller's.
+"""
 
 import asyncio
 import copy
@@ -26,7 +28,7 @@ TEXTS = ["w5 w6 w7", "w9 w3", "w10 w11 w12 w13"]
 
 
 @pytest.mark.parametrize("kind", ["TextIteratorStreamer", "AsyncTextIteratorStreamer"])
-def test_streamers_of_a_thread_take_the_names_of_the_call(kind: str, tmp_path: Path) -> None:
+def test_streamers_of_a_thread_use_the_names_of_the_call(kind: str, tmp_path: Path) -> None:
     model, _, _ = make_pair("llama", tmp_path)
     ids = tokens(1, 6)
     how = {"inputs": ids, "attention_mask": torch.ones_like(ids), **GREEDY}
@@ -44,8 +46,8 @@ def test_streamers_of_a_thread_take_the_names_of_the_call(kind: str, tmp_path: P
     assert expected != TOKENIZER.decode(model.generate(**how)[0])
 
 
-def test_a_generate_of_the_instances_own_takes_names_and_comes_back(tmp_path: Path) -> None:
-    """As transformers leaves it on a model whose repository has a custom_generate."""
+def test_generate_of_the_instance_accepts_names_and_is_restored(tmp_path: Path) -> None:
+    """Check what transformers sets on a model with a custom_generate in its repository."""
 
     def by_hand(model: Any, inputs: torch.Tensor, **_: Any) -> torch.Tensor:
         for _step in range(6):
@@ -73,8 +75,8 @@ def scores(outputs: Any) -> list[float]:
     return [output["score"] for output in outputs]
 
 
-def test_classifying_pipelines_serve_blocks_and_refuse_names(tmp_path: Path) -> None:
-    """transformers gives names of the call to the tokenizer, which drops them."""
+def test_classification_pipelines_use_blocks_and_reject_names(tmp_path: Path) -> None:
+    """Check names of a call, which transformers passes to the tokenizer, which drops them."""
     model, _, pool = make_pair("bert", tmp_path)
     pipe: Any = transformers.pipeline("text-classification", model=model, tokenizer=TOKENIZER)
     alone = []
@@ -92,7 +94,7 @@ def test_classifying_pipelines_serve_blocks_and_refuse_names(tmp_path: Path) -> 
             pipe(given, batch_size=3, adapter_names=NAMES)
 
 
-def test_an_iterator_of_a_pipeline_belongs_inside_the_block(tmp_path: Path) -> None:
+def test_iterator_of_a_pipeline_must_be_read_inside_the_block(tmp_path: Path) -> None:
     model, _, pool = make_pair("bert", tmp_path)
     pipe: Any = transformers.pipeline("text-classification", model=model, tokenizer=TOKENIZER)
     message = "is read outside every block, and the base model or attach's default serves it"
@@ -107,13 +109,14 @@ def test_an_iterator_of_a_pipeline_belongs_inside_the_block(tmp_path: Path) -> N
     with pytest.warns(UserWarning, match=message):
         base = scores(lazy)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once, and never for what is meant
+        warnings.simplefilter("error")  # once, and never for correct use
         assert scores(pipe(texts())) == base == pytest.approx(scores(pipe(TEXTS)), abs=1e-6)
     twin, _, other = make_pair("bert", tmp_path / "other")
     pipe = transformers.pipeline("text-classification", model=twin, tokenizer=TOKENIZER)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)  # called outside, too
+        # The call is outside every block too.
+        assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)
         with lora_ext.adapters(None, pool=other):
             assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)
             lazy = pipe(texts())
@@ -122,7 +125,7 @@ def test_an_iterator_of_a_pipeline_belongs_inside_the_block(tmp_path: Path) -> N
         scores(pipe(texts(), adapter_names=NAMES))
 
 
-def test_pipelines_that_cut_an_input_into_rows_take_one_name(tmp_path: Path) -> None:
+def test_pipelines_that_split_an_input_into_rows_accept_one_name(tmp_path: Path) -> None:
     model, _, pool = make_pair("bert", tmp_path)
     pipe: Any = transformers.pipeline("zero-shot-classification", model=model, tokenizer=TOKENIZER)
     how = {"candidate_labels": ["w20", "w21"], "hypothesis_template": "w8 {}"}
@@ -135,7 +138,7 @@ def test_pipelines_that_cut_an_input_into_rows_take_one_name(tmp_path: Path) -> 
             pipe(TEXTS[:2], **how, batch_size=2)
 
 
-def test_a_trainer_predicts_with_the_block_around_it(tmp_path: Path) -> None:
+def test_trainer_predicts_with_the_surrounding_block(tmp_path: Path) -> None:
     model, _, pool = make_pair("bert", tmp_path)
     rows = [{"input_ids": row, "labels": torch.tensor(0)} for row in tokens(5, 6)]
     settings = transformers.TrainingArguments(
@@ -149,11 +152,11 @@ def test_a_trainer_predicts_with_the_block_around_it(tmp_path: Path) -> None:
             assert (found[name] - model(tokens(5, 6)).logits).abs().max() < 1e-5
     assert (found["red"] - found["green"]).abs().max() > 1e-3
     with lora_ext.adapters(NAMES, pool=pool), pytest.raises(ValueError, match="expected a batch"):
-        trainer.predict(rows)  # the last batch has two
+        trainer.predict(rows)  # The last batch has two rows.
 
 
-def test_an_attached_model_names_the_argument_that_is_meant(tmp_path: Path) -> None:
-    """``adapter_name=`` where ``adapter_names=`` is meant: a model would swallow it."""
+def test_attached_model_error_names_the_right_argument(tmp_path: Path) -> None:
+    """Check ``adapter_name=`` in place of ``adapter_names=``, which a model would ignore."""
     model, _, _ = make_pair("llama", tmp_path)
     ids = tokens(2, 3)
     for call in (model, model.model, model.forward):
@@ -217,7 +220,7 @@ def test_speculation_of_transformers_verifies_with_the_adapter(way: str, tmp_pat
             assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY, **how), expected)
 
 
-def test_pipelines_take_names_for_their_batches(tmp_path: Path) -> None:
+def test_pipelines_accept_names_for_their_batches(tmp_path: Path) -> None:
     model, _, _ = make_pair("llama", tmp_path)
     tokenizer = numbered_words(padding_side="left")
     texts = ["w5 w6 w7", "w9 w3", "w10 w11 w12 w13"]

@@ -1,4 +1,4 @@
-"""examples/mtpc_bytes.py with its smallest sizes: trains, decodes, draws."""
+"""Run examples/mtpc_bytes.py with its smallest sizes: it trains, decodes and draws."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, needs("matplotlib", "rich", "tqdm")]
 def test_four_heads_are_trained_compared_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for known in (False, True):  # the second run finds what the first has trained
+    for known in (False, True):  # The second run loads the models of the first.
         run_quickly(monkeypatch, "mtpc_bytes", tmp_path)
         assert (tmp_path / "mtpc.png").stat().st_size > 10_000
         printed = capsys.readouterr().out

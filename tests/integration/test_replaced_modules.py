@@ -1,4 +1,4 @@
-"""Adapters with whole modules (PEFT's ``modules_to_save``): their rows see their head."""
+"""Adapters with whole modules (PEFT's ``modules_to_save``): each row uses its adapter's head."""
 
 import copy
 from pathlib import Path
@@ -28,7 +28,7 @@ def tied() -> nn.Module:
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "bert": (lambda: make_model("bert"), {"task_type": "SEQ_CLS", "target_modules": ["query"]}),
-    # Its classifier is a module of two linear layers.
+    # The classifier is a module of two linear layers.
     "roberta": (
         lambda: enlarged(classifier("Roberta"), 1),
         {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]},
@@ -46,11 +46,12 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ),
 }
-NAMES = ["red", None, "blue", "green", "red", "__base__"]  # green has none but a classifier's
+# green has no head, except for a classifier
+NAMES = ["red", None, "blue", "green", "red", "__base__"]
 
 
 def make_trained(case: str) -> tuple[nn.Module, Any]:
-    """The base model, and PEFT's with three adapters whose heads differ from the base's."""
+    """Return the base model, and PEFT's with three adapters that replace the base head."""
     make, fields = CASES[case]
     model = make()
     plain = {"r": 4, "target_modules": fields["target_modules"]}
@@ -86,7 +87,7 @@ def theirs(reference: Any, name: str, ids: torch.Tensor) -> torch.Tensor:
     return reference(input_ids=ids).logits
 
 
-def test_rows_of_an_adapter_see_its_head(trained: Any) -> None:
+def test_rows_of_an_adapter_use_its_head(trained: Any) -> None:
     case, plain, reference, folder = trained
     model, pool = serve(plain, folder)
     ids = tokens(len(NAMES), 6)
@@ -103,7 +104,7 @@ def test_rows_of_an_adapter_see_its_head(trained: Any) -> None:
             assert (mixed[row] - alone[name][row]).abs().max() < BOUND
             assert (mixed[row] - base[row]).abs().max() > 100 * BOUND
         with lora_ext.adapters([[name] * 6 for name in NAMES]):
-            if case in ("llama", "tied"):  # a classifier sees no tokens
+            if case in ("llama", "tied"):  # A classifier does not see tokens.
                 assert (model(ids).logits - mixed).abs().max() < BOUND
     lora_ext.detach(model)
     with torch.no_grad():
@@ -111,7 +112,7 @@ def test_rows_of_an_adapter_see_its_head(trained: Any) -> None:
     assert pool.stats()["replaced_bytes"] > 0
 
 
-def test_heads_come_and_go_with_their_adapters(trained: Any) -> None:
+def test_heads_are_loaded_and_evicted_with_their_adapters(trained: Any) -> None:
     case, plain, reference, folder = trained
     model, _ = serve(plain, folder)
     lora_ext.detach(model)
@@ -131,13 +132,13 @@ def test_heads_come_and_go_with_their_adapters(trained: Any) -> None:
         with lora_ext.adapters("blue"):
             found = model(ids).logits
             pool.unload("blue")
-            assert torch.equal(model(ids).logits, found)  # until the block is left
+            assert torch.equal(model(ids).logits, found)  # until the block ends
         assert (found - theirs(reference, "red", ids)).abs().max() < BOUND
         assert pool.stats()["replaced_bytes"] == 0
         assert torch.equal(model(ids).logits, base)
 
 
-def test_sources_in_memory_and_files_are_one(trained: Any) -> None:
+def test_sources_in_memory_and_in_files_are_equal(trained: Any) -> None:
     _, plain, reference, folder = trained
     model, pool = serve(plain, folder)
     pool.unload("green")
@@ -151,7 +152,7 @@ def test_sources_in_memory_and_files_are_one(trained: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_model_follows_heads_that_come_later(trained: Any) -> None:
+def test_compiled_model_follows_heads_that_are_loaded_later(trained: Any) -> None:
     torch._dynamo.reset()
     _, plain, _, folder = trained
     model, pool = serve(plain, folder)
@@ -173,18 +174,18 @@ def test_a_compiled_model_follows_heads_that_come_later(trained: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_backward_through_a_head_is_refused(tmp_path: Path) -> None:
+def test_compiled_backward_through_a_head_raises(tmp_path: Path) -> None:
     torch._dynamo.reset()
     plain, reference = make_trained("bert")
     reference.save_pretrained(tmp_path)
     model, _ = serve(plain, tmp_path)
     compiled = torch.compile(model, backend="aot_eager")
-    error = torch._dynamo.exc.BackendCompilerFailed  # it says what ours says
+    error = torch._dynamo.exc.BackendCompilerFailed  # It contains the message of our error.
     with lora_ext.adapters("red"), pytest.raises(error, match="compiled graph without gradients"):
         compiled(tokens(2, 5)).logits.sum().backward()
 
 
-def test_gradients_reach_what_is_below_a_head(trained: Any) -> None:
+def test_gradients_reach_the_layers_below_a_head(trained: Any) -> None:
     _, plain, reference, folder = trained
     model, _ = serve(plain, folder)
     model.requires_grad_(False)
@@ -235,7 +236,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_does_not_fit_is_refused_and_the_pool_stays(saved: Path) -> None:
+def test_head_that_does_not_fit_raises_and_the_pool_is_unchanged(saved: Path) -> None:
     pool = lora_ext.AdapterPool(make_model("bert"), max_slots=2, max_rank=8)
     file, stem = saved / "adapter_model.safetensors", "base_model.model.classifier"
     good = load_file(file)
@@ -267,7 +268,7 @@ def test_what_does_not_fit_is_refused_and_the_pool_stays(saved: Path) -> None:
     pool.load("good", saved)
 
 
-def test_a_copy_that_fails_leaves_the_head_of_who_was_to_make_way(
+def test_failed_copy_keeps_the_head_of_the_adapter_to_evict(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model("bert")
@@ -292,7 +293,7 @@ def test_a_copy_that_fails_leaves_the_head_of_who_was_to_make_way(
 
 
 @pytest.mark.parametrize("saved_whole", [["norm"], ["layers.0"]])
-def test_other_modules_than_linear_and_embedding_are_refused(saved_whole: list[str]) -> None:
+def test_modules_other_than_linear_and_embedding_raise(saved_whole: list[str]) -> None:
     model = make_model("llama")
     fields = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": saved_whole}
     if saved_whole == ["layers.0"]:
@@ -303,8 +304,8 @@ def test_other_modules_than_linear_and_embedding_are_refused(saved_whole: list[s
         pool.load("bad", reference)
 
 
-def test_base_weights_that_differ_are_refused_still() -> None:
-    """PEFT saves an adapted head's base weight: where it is the model's own, it is nothing new."""
+def test_base_weights_that_differ_raise() -> None:
+    """Check that PEFT's saved base weight of a head must equal the model's."""
     model = make_model("llama")
     fields = {"r": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}
     reference = make_peft(model, {"default": fields})

@@ -1,4 +1,4 @@
-"""What a server needs of a manager: requests as streams, each with its own way to choose tokens."""
+"""Requests of a manager as streams, each with its own sampling settings."""
 
 import asyncio
 import time
@@ -29,12 +29,13 @@ def drawn(sampling: Sampling, scores: torch.Tensor, count: int = 300) -> Counter
 
 def test_tokens_follow_temperature_and_top_p() -> None:
     scores = logits(0.5, 0.3, 0.2)
-    assert drawn(Sampling(0.0), torch.tensor([1.0, 2.0, 2.0])) == {1: 300}  # the first of equals
+    # the first of equal scores
+    assert drawn(Sampling(0.0), torch.tensor([1.0, 2.0, 2.0])) == {1: 300}
     assert drawn(Sampling(1e-40), scores) == {0: 300}
     for temperature in (1.0, 2.0):
         found = drawn(Sampling(temperature), scores, 4000)
         for token, p in enumerate((scores / temperature).softmax(-1).tolist()):
-            # Five standard deviations of a binomial: 1 in 3 million by chance, and the seed is set.
+            # Five standard deviations of a binomial: 1 in 3 million by chance; the seed is fixed.
             assert abs(found[token] - 4000 * p) < 5 * (4000 * p * (1 - p)) ** 0.5
     scores = logits(0.2, 0.5, 0.3)
     assert set(drawn(Sampling(1.0, top_p=0.4), scores)) == {1}
@@ -42,7 +43,7 @@ def test_tokens_follow_temperature_and_top_p() -> None:
     assert set(drawn(Sampling(1.0, top_p=0.9), scores)) == {0, 1, 2}
 
 
-def test_bad_ways_to_choose_are_refused_by_name() -> None:
+def test_invalid_sampling_settings_raise() -> None:
     for fields, message in (
         ({"temperature": -1.0}, "temperature: expected a number from 0, found -1.0"),
         ({"temperature": float("nan")}, "temperature: expected a number from 0, found nan"),
@@ -56,7 +57,7 @@ def test_bad_ways_to_choose_are_refused_by_name() -> None:
 
 
 @pytest.mark.slow
-def test_each_request_chooses_its_tokens_in_its_own_way() -> None:
+def test_each_request_uses_its_sampling_settings() -> None:
     model, pool = attached(slots=4)
     given = prompts(4)
     seeded = Sampling(1.5, top_p=0.9, seed=7)
@@ -86,14 +87,14 @@ def test_each_request_chooses_its_tokens_in_its_own_way() -> None:
 
 
 @pytest.mark.slow
-def test_a_cancelled_request_that_the_loop_has_not_seen_yet_is_cancelled_too() -> None:
+def test_request_cancelled_before_the_loop_receives_it_is_cancelled() -> None:
     model, pool = attached(slots=2)
     with model.continuous_batching_context_manager(**batching()) as manager:
         put = manager.input_queue.put
 
         def late(state: Any, **how: Any) -> None:
             manager.cancel_request("mine")
-            time.sleep(0.3)  # the loop takes the cancellation, and finds no such request
+            time.sleep(0.3)  # The loop processes the cancellation and finds no such request.
             put(state, **how)
 
         manager.input_queue.put = late
@@ -106,7 +107,7 @@ def test_a_cancelled_request_that_the_loop_has_not_seen_yet_is_cancelled_too() -
 
 
 @pytest.mark.slow
-def test_streams_give_the_tokens_of_the_request_alone() -> None:
+def test_streams_give_the_tokens_of_the_single_request() -> None:
     model, pool = attached(slots=4)
     given = prompts(4)
     expected = [alone(model, *row) for row in zip(given, NAMES, strict=True)]
@@ -128,7 +129,7 @@ def test_streams_give_the_tokens_of_the_request_alone() -> None:
     assert pool.stats()["pins"] == 0
 
 
-def test_a_stream_that_is_cancelled_or_fails_leaves_nothing_behind() -> None:
+def test_cancelled_or_failed_stream_releases_everything() -> None:
     model, pool = attached(slots=4)
     how = batching()
 
@@ -145,7 +146,7 @@ def test_a_stream_that_is_cancelled_or_fails_leaves_nothing_behind() -> None:
         assert manager.output_router.result_handlers == {}
         broken = RequestStream(manager, [5, 6, 7], adapter_name="a1", max_new_tokens=100_000)
         await anext(broken)
-        manager.batch_processor.update_batch = None  # ends the manager's thread
+        manager.batch_processor.update_batch = None  # This ends the manager's thread.
         with pytest.raises(RuntimeError, match="RequestStream: the request failed: "):
             async for _ in broken:
                 pass
@@ -159,7 +160,7 @@ def test_a_stream_that_is_cancelled_or_fails_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.slow
-def test_streams_of_a_manager_that_is_stopped_end_with_an_error() -> None:
+def test_streams_of_a_stopped_manager_end_with_an_error() -> None:
     model, pool = attached(slots=4)
     how = batching(max_batch_tokens=16, num_blocks=8)
 
@@ -218,7 +219,7 @@ def byte_tokenizer(size: int = 256) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
-def test_texts_come_in_whole_characters_and_words_and_end_before_a_stop() -> None:
+def test_texts_are_whole_characters_and_words_and_end_before_a_stop() -> None:
     tokenizer = byte_tokenizer()
 
     def pieces(text: str, *stop: str, step: int = 1) -> tuple[list[str], bool]:
@@ -255,7 +256,7 @@ ALPHABETS = [
 
 
 def fallback_tokenizer() -> Any:
-    """Words that are known, and bytes of all others, as Llama has them."""
+    """Return a tokenizer of known words, and bytes for all others, as in Llama."""
     names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "日", "o", "k"]
     inner = Tokenizer(
         models.BPE({n: i for i, n in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True)
@@ -275,7 +276,7 @@ def fallback_tokenizer() -> Any:
 @pytest.mark.parametrize("text", ALPHABETS)
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 100])
 @pytest.mark.parametrize("make", [byte_tokenizer, fallback_tokenizer])
-def test_characters_of_several_bytes_are_not_torn(make: Any, text: str, step: int) -> None:
+def test_characters_of_several_bytes_are_not_split(make: Any, text: str, step: int) -> None:
     tokenizer = make()
     ids = tokenizer(text).input_ids
     assert len(ids) >= len(text) and tokenizer.decode(ids) == text

@@ -1,4 +1,4 @@
-"""Rerankers: pairs of any length in one batch, each scored by the adapter and head of its own."""
+"""Rerankers: pairs of any length in one batch, each scored by its own adapter and head."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ import lora_ext
 BOUND = 1e-5
 NAMES = ["law", None, "news", "news", "__base__", "law"]
 LENGTHS = [9, 4, 6, 12, 7, 3]  # of the pairs: question, then text
-HEADS = {"encoder": "classifier", "decoder": "score"}  # both linear: one logit
+HEADS = {"encoder": "classifier", "decoder": "score"}  # Both are linear with one logit.
 
 
 def make(kind: str) -> Any:
@@ -24,7 +24,7 @@ def make(kind: str) -> Any:
 
 
 def pairs(kind: str) -> dict[str, torch.Tensor]:
-    """Padded at their end; an encoder is told which half of a pair a token is of."""
+    """Return pairs padded at the end; an encoder also gets the half of the pair of each token."""
     tokens = torch.randint(3, VOCAB, (6, 12), generator=torch.Generator().manual_seed(4))
     mask = (torch.arange(12) < torch.tensor(LENGTHS)[:, None]).long()
     found = {"input_ids": tokens * mask, "attention_mask": mask}
@@ -51,7 +51,7 @@ def served(request: Any, tmp_path_factory: Any) -> Iterator[tuple[str, Any, Any,
     yield kind, attach_saved(make(kind), folder, ("law", "news")), theirs, folder
 
 
-def test_each_pair_of_a_mixed_batch_scores_what_it_scores_alone_and_in_peft(served: Any) -> None:
+def test_each_pair_of_a_mixed_batch_has_its_score_alone_and_in_peft(served: Any) -> None:
     kind, model, theirs, _ = served
     batch, base = pairs(kind), make(kind)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_each_pair_of_a_mixed_batch_scores_what_it_scores_alone_and_in_peft(serv
             assert abs(expected - scores[row]).item() < BOUND
 
 
-def test_a_block_ranks_a_question_s_texts_by_one_adapter(served: Any) -> None:
+def test_block_ranks_the_texts_of_a_question_with_one_adapter(served: Any) -> None:
     kind, model, theirs, _ = served
     batch = pairs(kind)
     theirs.set_adapter("law")

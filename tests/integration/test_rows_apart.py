@@ -37,7 +37,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 @pytest.fixture(params=[False, True], ids=["torch", "planted"], autouse=True)
 def planted(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Run a test with torch's products, and with a stand-in that has the fault on any processor."""
+    """Run a test with torch's products, and with a substitute that always has the fault."""
     with reading_behind() if request.param else nullcontext():
         yield request.param
 
@@ -74,9 +74,9 @@ def assert_apart_both_ways(f: Callable[[Tensor], Tensor], x: Tensor, out: int) -
 
 
 @widths
-def test_the_stand_in_has_the_fault(planted: bool, width: int) -> None:
+def test_substitute_has_the_fault(planted: bool, width: int) -> None:
     if not planted:
-        pytest.skip("tests only the stand-in")
+        pytest.skip("tests only the substitute")
     x = one_bad(randn(0, ROWS, width, dtype=torch.bfloat16))
     weight = randn(1, OTHER, width, dtype=torch.bfloat16)
     for y in (torch.nn.functional.linear(x, weight), torch.addmm(weight[:, 0], x, weight.t())):
@@ -86,7 +86,7 @@ def test_the_stand_in_has_the_fault(planted: bool, width: int) -> None:
 
 @widths
 def test_rows_in_more_dimensions_have_the_bits_of_rows_in_two(planted: bool, width: int) -> None:
-    """torch adds the bias of strided rows in three dimensions in a second, rounded pass."""
+    """Check strided rows in three dimensions: torch adds their bias in a second rounding."""
     layer = nn.Linear(width, OTHER).bfloat16().requires_grad_(False)
     x = randn(0, 4, 10, width, dtype=torch.bfloat16)
     expected = linear(x.view(ROWS, width), layer.weight, layer.bias).view(4, 10, OTHER)
@@ -116,7 +116,7 @@ def test_spaced_rows_are_the_same_numbers_with_zeros_behind_them(
 
 @widths
 @dtypes
-def test_a_guarded_product_has_the_gradients_of_the_formula(width: int, dtype: torch.dtype) -> None:
+def test_guarded_product_has_the_gradients_of_the_formula(width: int, dtype: torch.dtype) -> None:
     shapes = (2, ROWS // 2, width), (OTHER + 1, width), (OTHER + 1,)
     leaves = [randn(i, *shape, dtype=dtype).requires_grad_() for i, shape in enumerate(shapes)]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -131,7 +131,7 @@ def test_a_guarded_product_has_the_gradients_of_the_formula(width: int, dtype: t
     expected = torch.autograd.grad(exact, wide, dy.double())
     for name, one, ideal, most in zip("xwb", found, expected, bound, strict=True):
         allowed = torch.finfo(dtype).eps * ideal.abs() + 256 * torch.finfo(torch.float32).eps * most
-        if dtype != torch.float32 and name == "b":  # torch sums a bias's gradient in another order
+        if dtype != torch.float32 and name == "b":  # torch sums a bias's gradient in another order.
             allowed = allowed + torch.finfo(dtype).eps * most
         assert ((one.double() - ideal).abs() <= allowed).all(), name
 
@@ -157,7 +157,7 @@ def test_ops_keep_rows_apart(width: int, dtype: torch.dtype, turned: bool) -> No
 
 @widths
 @dtypes
-def test_the_chunked_loss_and_leaves_keep_rows_apart(width: int, dtype: torch.dtype) -> None:
+def test_chunked_loss_and_leaves_keep_rows_apart(width: int, dtype: torch.dtype) -> None:
     hidden, weight = randn(0, ROWS, width, dtype=dtype), randn(1, 77, width, dtype=dtype)
     labels = torch.arange(ROWS) % 77
 
@@ -178,7 +178,7 @@ def test_the_chunked_loss_and_leaves_keep_rows_apart(width: int, dtype: torch.dt
 
 
 @widths
-def test_a_dora_adapter_and_an_embedding_keep_rows_apart(width: int) -> None:
+def test_dora_adapter_and_embedding_keep_rows_apart(width: int) -> None:
     dtype = torch.bfloat16
     base = nn.Linear(width, OTHER).to(dtype)
     layer = lora_ext.nn.LoraLinear(base, r=RANK, use_dora=True, lora_dropout=0.5)
@@ -193,7 +193,7 @@ def test_a_dora_adapter_and_an_embedding_keep_rows_apart(width: int) -> None:
 
 
 class Three(nn.Module):
-    """Model of a layer for adapters, one without, transformers' ``Conv1D`` and a head."""
+    """Model with a layer for adapters, one without, transformers' ``Conv1D`` and a head."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ def test_models_keep_rows_apart(way: str, width: int, dtype: torch.dtype) -> Non
 
 
 @ways
-def test_the_base_alone_keeps_rows_apart(way: str) -> None:
+def test_base_alone_keeps_rows_apart(way: str) -> None:
     model: Any = WAYS[way](Three(144, torch.bfloat16))
     x = one_bad(randn(0, ROWS, 144, dtype=torch.bfloat16))
     if way == "attach":
@@ -265,7 +265,7 @@ def test_the_base_alone_keeps_rows_apart(way: str) -> None:
 
 
 @ways
-def test_layers_get_hooks_where_they_need_them_and_lose_them(way: str) -> None:
+def test_layers_get_the_hooks_they_need_and_undoing_removes_them(way: str) -> None:
     undo: dict[str, Callable[[Any], Any]] = {
         "wrap": lora_ext.nn.unwrap,
         "from_peft": to_peft,
@@ -283,7 +283,7 @@ def test_layers_get_hooks_where_they_need_them_and_lose_them(way: str) -> None:
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["unload", "merge_and_unload"])
-def test_a_model_that_peft_unloads_has_no_hooks_of_this_package(merge: bool) -> None:
+def test_model_unloaded_by_peft_has_no_hooks_of_this_package(merge: bool) -> None:
     fused: Any = from_peft(Three(144, torch.bfloat16))
     plain: nn.Module = fused.merge_and_unload() if merge else fused.unload()
     assert type(plain) is Three
@@ -300,7 +300,7 @@ class Grouped(nn.Linear):
 
 @ways
 @pytest.mark.parametrize("adapted", [False, True], ids=["beside", "adapted"])
-def test_a_subclass_that_views_its_input_runs(way: str, adapted: bool) -> None:
+def test_subclass_that_views_its_input_runs(way: str, adapted: bool) -> None:
     model = Three(80, torch.bfloat16)
     setattr(model, "up" if adapted else "head", Grouped(80, 172 if adapted else 33).bfloat16())
     x = randn(0, 2, 20, 80, dtype=torch.bfloat16)
@@ -324,7 +324,7 @@ class CountedOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_the_base_of_an_adapter_spaces_its_rows_once_and_is_in_the_fused_op() -> None:
+def test_base_of_an_adapter_spaces_its_rows_once_and_is_in_the_fused_op() -> None:
     model: Any = wrapped(Three(144, torch.bfloat16))
     model.up.set_adapter([])
     x = randn(0, 2, 20, 144, dtype=torch.bfloat16).requires_grad_()
@@ -342,7 +342,7 @@ def test_the_base_of_an_adapter_spaces_its_rows_once_and_is_in_the_fused_op() ->
 
 
 @ways
-def test_a_product_of_a_packed_weight_has_no_spaced_copy(planted: bool, way: str) -> None:
+def test_product_of_a_packed_weight_has_no_spaced_copy(planted: bool, way: str) -> None:
     if planted:
         pytest.skip("counts the ops of torch's products")
     model: Any = WAYS[way](Three(144, torch.bfloat16)).eval().requires_grad_(False)
@@ -361,7 +361,7 @@ def test_a_product_of_a_packed_weight_has_no_spaced_copy(planted: bool, way: str
 
 
 @pytest.mark.slow
-def test_a_compiled_model_keeps_rows_in_three_dimensions_apart(planted: bool) -> None:
+def test_compiled_model_keeps_rows_in_three_dimensions_apart(planted: bool) -> None:
     if planted:
         pytest.skip("a compiled graph calls torch's products")
     model = wrapped(Three(144, torch.bfloat16)).eval()
@@ -378,14 +378,14 @@ def llama() -> Any:
 
 
 @pytest.mark.slow
-def test_an_overflowing_tenant_fails_alone() -> None:
+def test_overflowing_tenant_fails_alone() -> None:
     def datum(seed: int) -> Datum:
         x = torch.randint(0, 77, (21,), generator=torch.Generator().manual_seed(seed))
         return Datum(x[:-1], {"target_tokens": x[1:]})
 
     with Service(llama()) as service:
         bad, good = service.create(4, seed=1), service.create(4)
-        with torch.no_grad():  # each factor is finite, their product is not
+        with torch.no_grad():  # Each factor is finite, but their product is not.
             for parameter in bad.adapter.parameters.values():
                 parameter.normal_().mul_(1e30)
         with held(service):

@@ -1,4 +1,4 @@
-"""``lora-ext serve`` and a real HTTP client: answers, adapters, and many requests at once."""
+"""``lora-ext serve`` with a real HTTP client: answers, adapters, and many concurrent requests."""
 
 import concurrent.futures
 import json
@@ -29,10 +29,10 @@ pytestmark = needs_packages
 
 
 @pytest.mark.slow
-def test_32_clients_over_16_adapters_while_others_load_and_unload_200_times(server: Any) -> None:
+def test_32_clients_over_16_adapters_during_200_loads_and_unloads(server: Any) -> None:
     jobs = [(MANY[i % 16], f"w{5 + i} w{90 - i} w7") for i in range(32)]
     alone = {job: text_of(ask(server, *job)) for job in jobs}
-    assert len(set(alone.values())) > 16  # adapters and prompts matter
+    assert len(set(alone.values())) > 16  # Adapters and prompts change the answers.
     assert alone[jobs[3]] == by_generate(server, *jobs[3], 8)
 
     def churn() -> int:
@@ -57,7 +57,7 @@ def test_32_clients_over_16_adapters_while_others_load_and_unload_200_times(serv
     settle(server)
 
 
-def test_adapters_that_are_loaded_or_unloaded_meanwhile_serve(server: Any) -> None:
+def test_adapters_loaded_or_unloaded_concurrently_work(server: Any) -> None:
     expected = text_of(ask(server, "a3"))
     with concurrent.futures.ThreadPoolExecutor(24) as threads:
         loads = [threads.submit(post, server, "load", "a3") for _ in range(12)]
@@ -78,7 +78,7 @@ def test_adapters_that_are_loaded_or_unloaded_meanwhile_serve(server: Any) -> No
 
 
 @pytest.mark.slow
-def test_two_servers_in_one_process_keep_apart(server: Any, tmp_path: Path) -> None:
+def test_two_servers_in_one_process_are_independent(server: Any, tmp_path: Path) -> None:
     with serving(tmp_path) as other, concurrent.futures.ThreadPoolExecutor(32) as threads:
         assert post(other, "load", "a1", lora_path="a2") == 200
         asks = [
@@ -92,7 +92,7 @@ def test_two_servers_in_one_process_keep_apart(server: Any, tmp_path: Path) -> N
         assert found[1, "a5"] == found[0, "a5"]
 
 
-def test_answers_have_openais_shape(server: Any) -> None:
+def test_answers_have_the_format_of_openai(server: Any) -> None:
     answer = ask(server, "a1").json()
     assert answer["object"] == "chat.completion" and answer["model"] == "a1"
     choice = answer["choices"][0]
@@ -110,7 +110,7 @@ def test_answers_have_openais_shape(server: Any) -> None:
     assert deltas[0]["delta"] == {"role": "assistant", "content": ""}
     end = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
     assert deltas[-1] == end
-    assert len(deltas) > 4  # it came piece by piece
+    assert len(deltas) > 4  # The answer was streamed in pieces.
     assert {delta["finish_reason"] for delta in deltas[:-1]} == {None}
     body = {**chat("a1"), "max_completion_tokens": 2}
     del body["max_tokens"]
@@ -118,7 +118,7 @@ def test_answers_have_openais_shape(server: Any) -> None:
     assert text_of(shorter).split() == choice["message"]["content"].split()[:2]
 
 
-def test_a_tokenizer_without_a_template_gets_the_contents(
+def test_tokenizer_without_a_template_gets_the_contents(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server.engine.tokenizer, "chat_template", None)
@@ -126,7 +126,7 @@ def test_a_tokenizer_without_a_template_gets_the_contents(
     assert server.engine.encode(said) == [5, 6, 7]
 
 
-def test_completions_take_a_text_or_its_tokens(server: Any) -> None:
+def test_completions_accept_a_text_or_its_tokens(server: Any) -> None:
     def complete(prompt: Any, **fields: Any) -> Any:
         body = {"model": "a1", "prompt": prompt, "temperature": 0, **fields}
         return server.client.post("/v1/completions", json=body)
@@ -164,7 +164,7 @@ def body_of(model: str) -> dict[str, Any]:
     return {"model": model, "prompt": "w5 w6 w7", "temperature": 0, "stream": True}
 
 
-def test_neutral_values_of_openais_fields_and_null_change_nothing(server: Any) -> None:
+def test_neutral_values_of_openai_fields_and_null_change_nothing(server: Any) -> None:
     expected = text_of(ask(server, "a1"))
     for fields in (
         {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto"},
@@ -188,11 +188,12 @@ def test_neutral_values_of_openais_fields_and_null_change_nothing(server: Any) -
     assert said == [text_of(ask(server, "a1", temperature=1.0, top_p=1.0, seed=3))] * 2
 
 
-def test_routers_read_whose_adapters_run_and_how_full_the_cache_is(server: Any) -> None:
+def test_metrics_for_routers_contain_running_adapters_and_cache_usage(server: Any) -> None:
     body = chat("a3", stream=True, max_tokens=1900)
     with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
         events = (line for line in response.iter_lines() if line)
-        assert "assistant" in next(events) and next(events)  # a token, so it runs
+        # The first token shows that the request runs.
+        assert "assistant" in next(events) and next(events)
         lines = server.client.get("/metrics").text.splitlines()
     (info,) = [line for line in lines if line.startswith("vllm:lora_requests_info{")]
     assert 'running_lora_adapters="a3",waiting_lora_adapters=""' in info
@@ -202,7 +203,9 @@ def test_routers_read_whose_adapters_run_and_how_full_the_cache_is(server: Any) 
     text_of(ask(server, "a3", " ".join(f"w{5 + i % 90}" for i in range(200))))  # several pages
     settle(server)
     allocators = server.engine.manager.batch_processor.cache.cache_allocators.values()
-    assert any(each.ledger.cached_blocks for each in allocators), "pages are kept for reuse"
+    assert any(each.ledger.cached_blocks for each in allocators), (
+        "expected pages that are kept for reuse"
+    )
     assert cache_usage(server.client.get("/metrics").text.splitlines()) == 0
     found = server.client.options("/v1/chat/completions")
     assert (found.status_code, found.headers["Allow"], found.content) == (204, "POST, OPTIONS", b"")
@@ -214,7 +217,7 @@ def cache_usage(lines: list[str]) -> float:
     return float(used.split()[1])
 
 
-def test_stop_seed_and_temperature(server: Any) -> None:
+def test_stop_seed_and_temperature_are_used(server: Any) -> None:
     words = text_of(ask(server, "a1", max_tokens=20)).split()
     first = words.index(words[4])
     for stop in (words[4], ["nothing", words[4]]):
@@ -235,7 +238,7 @@ def test_models_are_listed_loaded_and_unloaded(server: Any) -> None:
     text_of(ask(server, "a5"))
     listed = server.client.get("/v1/models").json()
     assert listed["object"] == "list"
-    folder = {*MANY, "broken"}  # whatever of it is loaded
+    folder = {*MANY, "broken"}  # loaded or not
     assert [m["id"] for m in listed["data"]][:3] == ["tiny", "mine", "a5"]
     parents = {m["id"]: m.get("parent") for m in listed["data"]}
     assert parents == {"tiny": None, **dict.fromkeys(folder | {"mine"}, "tiny")}
@@ -254,7 +257,7 @@ def test_models_are_listed_loaded_and_unloaded(server: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_running_request_ends_with_the_adapter_that_it_began_with(server: Any) -> None:
+def test_running_request_keeps_its_adapter(server: Any) -> None:
     assert post(server, "load", "mine", lora_path="a1") == 200
     count = 800
     expected = text_of(ask(server, "a1", max_tokens=count))
@@ -271,7 +274,7 @@ def test_a_running_request_ends_with_the_adapter_that_it_began_with(server: Any)
     settle(server)
 
 
-def test_streams_end_with_their_usage_where_that_is_asked_for(server: Any) -> None:
+def test_streams_end_with_their_usage_if_requested(server: Any) -> None:
     *events, last = streamed(server, "a1", stream_options={"include_usage": True})
     assert {event["usage"] for event in events} == {None}
     assert events[-1]["choices"][0]["finish_reason"] == "length"
@@ -295,7 +298,7 @@ def test_metrics_are_prometheus_text(server: Any) -> None:
     for line in lines:
         if line.startswith("# HELP "):
             name, told = line.removeprefix("# HELP ").split(" ", 1)
-            assert told and name not in kinds, "all samples of a name are together"
+            assert told and name not in kinds, f"{name}: expected all samples of a name together"
             _, _, same, kinds[name] = next(lines).split(" ")
             assert same == name
         else:
@@ -318,7 +321,7 @@ def test_metrics_are_prometheus_text(server: Any) -> None:
     assert {"lora_ext_requests", "lora_ext_pool_pins"} <= set(found)
 
 
-def test_a_router_does_not_take_a_name_with_a_comma_for_two() -> None:
+def test_name_with_a_comma_is_escaped_in_the_metrics() -> None:
     load = Load(running=["a,b", None, "a"], waiting=['"'], most_adapters=4, cache=0)
     page = prometheus({}, {}, load)
     assert r'running_lora_adapters="a,a%2Cb",waiting_lora_adapters="\""' in page
@@ -328,7 +331,7 @@ def test_a_router_does_not_take_a_name_with_a_comma_for_two() -> None:
     ("method", "path", "code"),
     [("GET", "/v1/nothing", 404), ("DELETE", "/v1/models", 405), ("OPTIONS", "/v1/nothing", 404)],
 )
-def test_what_is_not_there_has_openais_error(
+def test_unknown_routes_return_the_error_of_openai(
     server: Any, method: str, path: str, code: int
 ) -> None:
     found = server.client.request(method, path)
@@ -336,8 +339,8 @@ def test_what_is_not_there_has_openais_error(
     assert found.headers.get("Allow") == ("GET" if code == 405 else None)
 
 
-def test_the_server_is_on_the_loopback_and_says_when_it_is_ill(server: Any) -> None:
-    """The last test: it ends the manager's thread."""
+def test_server_listens_on_loopback_and_reports_failed_health(server: Any) -> None:
+    """Check the health last, because it ends the manager's thread."""
     packed, answers = server.said
     assert packed.startswith("the base is packed") and packed.endswith("--no-pack leaves it plain")
     assert answers.startswith("tiny with 17 adapters answers at http://127.0.0.1:")

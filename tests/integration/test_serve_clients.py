@@ -1,4 +1,4 @@
-"""``lora-ext serve`` and what clients do wrong, or do without a word: it serves on."""
+"""``lora-ext serve`` with faulty or disconnecting clients: the server keeps working."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ pytestmark = needs_packages
 @pytest.mark.parametrize(
     "path", ["../secret/x", "/etc", "a0/../../secret/x", "link", "linked", "", "a\0"]
 )
-def test_nothing_outside_the_folder_is_loaded(server: Any, path: str) -> None:
+def test_path_outside_the_folder_is_not_loaded(server: Any, path: str) -> None:
     root, secret = server.folder / "adapters", server.folder / "secret" / "x"
     with contextlib.suppress(FileExistsError):
         (root / "link").symlink_to(secret)
@@ -45,7 +45,7 @@ def test_nothing_outside_the_folder_is_loaded(server: Any, path: str) -> None:
         "\u202eb",
     ],
 )
-def test_names_that_no_folder_has_are_refused(server: Any, name: str) -> None:
+def test_names_that_are_not_a_folder_return_400(server: Any, name: str) -> None:
     body = {"lora_name": name, "lora_path": "a4"}
     response = server.client.post("/v1/load_lora_adapter", json=body)
     assert response.status_code == 400
@@ -72,7 +72,7 @@ DAMAGES: dict[str, Callable[[Path, Path], Any]] = {
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_what_is_wrong_with_an_adapter_is_for_the_log(
+def test_details_of_an_invalid_adapter_are_only_in_the_log(
     server: Any, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapter = server.folder / "adapters" / how
@@ -89,7 +89,7 @@ def test_what_is_wrong_with_an_adapter_is_for_the_log(
     assert sum(" is not loaded: " in message for message in caplog.messages) == 2
 
 
-def test_bad_requests_are_refused_by_name_and_the_server_serves_on(server: Any) -> None:
+def test_bad_requests_name_the_field_and_the_server_keeps_working(server: Any) -> None:
     before = text_of(ask(server, "a1"))
     for fields, code, named in (
         ({"model": "nobody"}, 404, "nobody"),
@@ -124,7 +124,7 @@ def test_bad_requests_are_refused_by_name_and_the_server_serves_on(server: Any) 
     settle(server)
 
 
-def test_bodies_above_the_limit_are_refused_with_and_without_a_length(server: Any) -> None:
+def test_bodies_above_the_limit_are_rejected_with_and_without_a_length(server: Any) -> None:
     large = json.dumps(chat("a1", "w5 " * LIMIT)).encode()
 
     def chunks() -> Iterator[bytes]:
@@ -142,7 +142,7 @@ def test_bodies_above_the_limit_are_refused_with_and_without_a_length(server: An
     assert server.client.post("/v1/chat/completions", content=body.ljust(LIMIT + 1)).is_error
 
 
-def test_a_client_that_goes_within_its_body_is_no_error_of_the_server(
+def test_client_that_disconnects_within_its_body_is_no_server_error(
     server: Any,
 ) -> None:
     refused = metric(server, 'refused_total{code="400"}')
@@ -155,7 +155,7 @@ def test_a_client_that_goes_within_its_body_is_no_error_of_the_server(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_clients_that_go_end_their_requests(server: Any, stream: bool) -> None:
+def test_disconnected_clients_end_their_requests(server: Any, stream: bool) -> None:
     cancelled = server.engine.stats()["cancelled_total"]
     gone = [connect(server, model=name, stream=stream, max_tokens=1900) for name in NAMES]
     while server.engine.requests < len(gone):
@@ -169,12 +169,13 @@ def test_clients_that_go_end_their_requests(server: Any, stream: bool) -> None:
 
 
 @pytest.mark.slow
-def test_slow_readers_stop_nobody(server: Any) -> None:
+def test_slow_readers_do_not_delay_other_clients(server: Any) -> None:
     expected = text_of(ask(server, "a1"))
     tokens = server.engine.stats()["tokens_total"]
     slow = [connect(server, model=f"a{i}", stream=True, max_tokens=900) for i in range(2)]
     assert [text_of(ask(server, "a1")) for _ in range(3)] == [expected] * 3
-    end = time.monotonic() + 60  # a busy server may still have to read what the slow ones ask
+    # A busy server may still have to read the requests of the slow clients.
+    end = time.monotonic() + 60
     while server.engine.stats()["tokens_total"] < tokens + 2 * 900 and time.monotonic() < end:
         time.sleep(0.02)
     settle(server)
@@ -188,7 +189,7 @@ def test_slow_readers_stop_nobody(server: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_stream_that_fails_midway_says_so_and_the_server_serves_on(
+def test_stream_that_fails_midway_reports_it_and_the_server_keeps_working(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, told = text_of(ask(server, "a1")), metric(server, 'refused_total{code="500"}')
@@ -209,12 +210,12 @@ def test_a_stream_that_fails_midway_says_so_and_the_server_serves_on(
     found = json.loads(error.removeprefix("data: "))
     assert found == {"error": {"message": "no such token", "code": 500}}
     assert metric(server, 'refused_total{code="500"}') == told + 1
-    settle(server)  # what nobody reads is not generated
+    settle(server)  # Tokens without a reader are not generated.
     assert text_of(ask(server, "a1")) == expected
 
 
 @pytest.mark.slow
-def test_a_full_queue_says_when_to_come_again(server: Any) -> None:
+def test_full_queue_returns_a_retry_time(server: Any) -> None:
     most = server.engine.max_requests
     waiting = [connect(server, model="a0", max_tokens=1900) for _ in range(most)]
     while server.engine.requests < most:

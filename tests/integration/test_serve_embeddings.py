@@ -1,4 +1,4 @@
-"""``/v1/embeddings`` of a model that embeds, against PEFT's layers, and whose scripts may ask."""
+"""``/v1/embeddings`` of an embedding model, against PEFT's layers, and cross-origin requests."""
 
 import asyncio
 import base64
@@ -30,7 +30,7 @@ ORIGIN = "https://page.example"
 
 
 def save_embedder(folder: Path, mode: str | None) -> Any:
-    """A tiny random Llama without a head, with sentence-transformers' files for its pooling."""
+    """Save a tiny random Llama without a head, with sentence-transformers' pooling files."""
     from transformers import AutoModel
 
     save_model(folder)
@@ -52,7 +52,7 @@ def save_embedder(folder: Path, mode: str | None) -> Any:
 def save_pooling(folder: Path, mode: str, *more: str) -> None:
     kinds = ("models.Transformer", "models.Pooling", "models.Normalize", *more)
     parts = [{"type": f"sentence_transformers.{k}", "path": k[7:]} for k in kinds]
-    parts[0]["path"] = ""  # the model itself is in the folder
+    parts[0]["path"] = ""  # The model is in the folder itself.
     (folder / "modules.json").write_text(json.dumps(parts))
     (folder / "Pooling").mkdir(exist_ok=True)
     modes = ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
@@ -72,7 +72,7 @@ def expected(model: Any, folder: Path, name: str | None, ids: list[int], mode: s
 
 @pytest.fixture(scope="module", params=["lasttoken", None])
 def server(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """What answers a list of bodies, all at once."""
+    """Yield a function that sends a list of bodies at the same time."""
     import httpx
 
     from lora_ext.server import Settings, make_app
@@ -82,7 +82,7 @@ def server(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     engine = Settings(folder / "tiny", folder / "embedders", device="cpu").engine()
     transport = httpx.ASGITransport(make_app(engine, "tiny", origins=[ORIGIN]))
 
-    loop = asyncio.new_event_loop()  # the engine's, as a server has one
+    loop = asyncio.new_event_loop()  # the engine's loop, as in a server
 
     def ask(path: str, bodies: list[Any], method: str = "POST", **how: Any) -> list[Any]:
         async def all_of_them() -> list[Any]:
@@ -97,7 +97,7 @@ def server(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     loop.close()
 
 
-def test_embeddings_are_pefts_whoever_is_in_the_batch(server: Any) -> None:
+def test_embeddings_equal_peft_for_any_batch(server: Any) -> None:
     from transformers import AutoModel
 
     names = [None, "x", "y"]
@@ -119,7 +119,7 @@ def test_embeddings_are_pefts_whoever_is_in_the_batch(server: Any) -> None:
     assert server.engine.requests == 0 and server.engine.pool.stats()["pins"] == 0
 
 
-def test_what_a_model_of_vectors_refuses(server: Any) -> None:
+def test_invalid_requests_of_an_embedding_model_are_rejected(server: Any) -> None:
     ask = {"model": "x", "input": "w5"}
     refusals = (
         ({"model": "nobody"}, 404, "nobody"),
@@ -142,7 +142,7 @@ def test_what_a_model_of_vectors_refuses(server: Any) -> None:
     assert chat.status_code == 400 and "which embeds" in chat.json()["error"]["message"]
 
 
-def test_files_of_sentence_transformers_are_followed_or_refused(tmp_path: Path) -> None:
+def test_files_of_sentence_transformers_are_used_or_rejected(tmp_path: Path) -> None:
     assert pooling_of(tmp_path) is None
     for mode in ("cls", "mean", "lasttoken"):
         save_pooling(tmp_path, mode)
@@ -174,7 +174,7 @@ def test_files_of_sentence_transformers_are_followed_or_refused(tmp_path: Path) 
         preparation_of(tmp_path)
 
 
-def test_scripts_of_an_allowed_page_may_ask(server: Any) -> None:
+def test_scripts_of_an_allowed_page_are_accepted(server: Any) -> None:
     wants = {"Access-Control-Request-Method": "POST"}
     for origin, allowed in ((ORIGIN, True), ("https://other.example", False)):
         (found,) = server.ask(
@@ -183,7 +183,7 @@ def test_scripts_of_an_allowed_page_may_ask(server: Any) -> None:
         assert found.headers.get("access-control-allow-origin") == (origin if allowed else None)
 
 
-def test_texts_are_read_as_sentence_transformers_reads_them(tmp_path: Path) -> None:
+def test_texts_are_tokenized_like_in_sentence_transformers(tmp_path: Path) -> None:
     from lora_ext.server import Settings
 
     model = save_embedder(tmp_path, "mean")
@@ -207,7 +207,7 @@ def test_texts_are_read_as_sentence_transformers_reads_them(tmp_path: Path) -> N
     ("max_length", "context", "kept"),
     [(None, 6, 6), (10, 6, 6), (9000, 4096, 2048), (10, 4096, 10)],
 )
-def test_long_texts_are_cut_at_the_smallest_of_all_limits(
+def test_long_texts_are_truncated_at_the_smallest_limit(
     max_length: int | None, context: int, kept: int, tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
@@ -229,7 +229,7 @@ def test_long_texts_are_cut_at_the_smallest_of_all_limits(
     torch.testing.assert_close(vectors[0], wanted)
 
 
-def test_an_adapter_that_overflows_fails_its_own_request(server: Any) -> None:
+def test_adapter_that_overflows_fails_only_its_request(server: Any) -> None:
     from lora_ext import adapter
 
     value = adapter.LoraAdapter.load(server.folder / "embedders" / "x")
@@ -243,7 +243,7 @@ def test_an_adapter_that_overflows_fails_its_own_request(server: Any) -> None:
     assert all(torch.tensor(e["embedding"]).isfinite().all() for e in one.json()["data"])
 
 
-def test_texts_that_fail_and_requests_beyond_the_most_leave_others_alone(tmp_path: Path) -> None:
+def test_failing_texts_and_requests_beyond_the_limit_do_not_affect_others(tmp_path: Path) -> None:
     embedder = save_bert(tmp_path)[1]
 
     def refuse(_: Any, __: Any, given: dict[str, Any]) -> None:
@@ -262,7 +262,7 @@ def test_texts_that_fail_and_requests_beyond_the_most_leave_others_alone(tmp_pat
     assert not isinstance(asyncio.run(all_at_once(embedder, [([[5]], None)]))[0], Exception)
 
 
-def test_roberta_counts_its_positions_from_after_the_padding_token(tmp_path: Path) -> None:
+def test_positions_of_roberta_start_after_the_padding_token(tmp_path: Path) -> None:
     from transformers import RobertaConfig, RobertaModel
 
     from lora_ext.serving import Embedder
@@ -275,7 +275,7 @@ def test_roberta_counts_its_positions_from_after_the_padding_token(tmp_path: Pat
     assert "input[0]: expected 1 to 16 tokens, found 17" in str(found[1])
 
 
-def test_a_forward_has_no_more_tokens_than_max_batch_tokens_says(tmp_path: Path) -> None:
+def test_forward_has_at_most_max_batch_tokens(tmp_path: Path) -> None:
     model, embedder = save_bert(tmp_path, max_batch_tokens=64)
     shapes: list[tuple[int, int]] = []
 
@@ -285,7 +285,7 @@ def test_a_forward_has_no_more_tokens_than_max_batch_tokens_says(tmp_path: Path)
     embedder.model.register_forward_pre_hook(note, with_kwargs=True)
     texts = [[5 + i % 90, 6] for i in range(40)]
     texts[7] = list(range(5, 55))  # one long text among short ones
-    texts[30] = [8] * 80  # longer than a forward may be, so computed alone
+    texts[30] = [8] * 80  # too long for a forward, so it is computed alone
     vectors, _ = asyncio.run(embedder.embed(texts, "x"))
     assert max(rows * width for rows, width in shapes if rows > 1) <= 64
     assert len(shapes) <= 4 and (1, 80) in shapes
@@ -295,7 +295,9 @@ def test_a_forward_has_no_more_tokens_than_max_batch_tokens_says(tmp_path: Path)
     shapes.clear()
     embedder.model.register_forward_hook(lambda *_: embedder.__exit__())
     (found,) = asyncio.run(all_at_once(embedder, [(texts, None)]))
-    assert isinstance(found, StoppedError) and len(shapes) == 1, "the rest is not computed"
+    assert isinstance(found, StoppedError) and len(shapes) == 1, (
+        f"expected StoppedError after one forward, found {found!r}"
+    )
 
 
 SMALL: Any = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -318,13 +320,13 @@ def save_bert(folder: Path, **settings: Any) -> tuple[Any, Any]:
 
 
 async def all_at_once(embedder: Any, asked: list[tuple[Any, str | None]]) -> list[Any]:
-    """Send all requests at a time; return the vectors or the error of each."""
+    """Send all requests at a time and return the vectors or the error of each."""
     calls = (embedder.embed(texts, name) for texts, name in asked)
     found = await asyncio.gather(*calls, return_exceptions=True)
     return [each if isinstance(each, BaseException) else each[0] for each in found]
 
 
-def test_an_encoder_embeds_each_text_with_its_adapter(tmp_path: Path) -> None:
+def test_encoder_embeds_each_text_with_its_adapter(tmp_path: Path) -> None:
     model, embedder = save_bert(tmp_path)
     texts, names = [[5, 6, 7], [8], [9, 10, 11, 12]], (None, "x", "y")
     found = asyncio.run(all_at_once(embedder, [(texts, name) for name in names]))

@@ -1,4 +1,4 @@
-"""Answers of a form over HTTP: what holds, what is refused, and that nobody else notices."""
+"""Structured answers over HTTP: satisfied forms, errors, and unchanged other requests."""
 
 import concurrent.futures
 import json
@@ -43,7 +43,7 @@ def holds(form: dict[str, Any], text: str) -> bool:
 
 
 def save_letters(folder: Path, save: Any = served.save_model) -> None:
-    """The same model with a token per letter."""
+    """Save the same model with one token per letter."""
     save(folder)
     marks = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
     listed = [*marks, *string.ascii_letters, *string.digits, *' {}[]":,.-_']
@@ -63,7 +63,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_answers_hold_to_their_forms_beside_others_whose_bits_stay(server: Any) -> None:
+def test_answers_satisfy_their_forms_and_others_keep_their_bits(server: Any) -> None:
     plain = {name: text_of(ask(server, name, max_tokens=30)) for name in NAMES[:4]}
     jobs = [(NAMES[i % 4], form) for i, form in enumerate([*FORMATS, {}] * 3)]
 
@@ -85,7 +85,7 @@ def test_answers_hold_to_their_forms_beside_others_whose_bits_stay(server: Any) 
     assert holds(FORMATS[1], text_of(warm))
 
 
-def test_completions_have_forms_too(server: Any) -> None:
+def test_completions_support_forms(server: Any) -> None:
     body = {"model": "a1", "prompt": "a b", "max_tokens": 12, **FORMATS[3]}
     choice = server.client.post("/v1/completions", json=body).json()["choices"][0]
     assert holds(FORMATS[3], choice["text"]) and choice["finish_reason"] == "stop"
@@ -126,7 +126,7 @@ def test_completions_have_forms_too(server: Any) -> None:
         ({"response_format": "json"}, 422, "response_format"),
     ],
 )
-def test_what_cannot_be_met_is_refused_before_it_runs_and_the_server_serves_on(
+def test_forms_that_cannot_be_satisfied_are_rejected_early(
     server: Any, fields: dict[str, Any], code: int, message: str
 ) -> None:
     response = ask(server, "a1", **fields)
@@ -136,12 +136,12 @@ def test_what_cannot_be_met_is_refused_before_it_runs_and_the_server_serves_on(
 
 
 @pytest.mark.slow
-def test_a_format_that_is_too_long_is_answered_413(server: Any) -> None:
+def test_format_that_is_too_long_returns_413(server: Any) -> None:
     assert ask(server, "a1", structured_outputs={"regex": "a" * 30_000}).status_code == 413
 
 
 @pytest.mark.slow
-def test_a_constraint_is_built_once_and_beside_the_loop(
+def test_constraint_is_built_once_and_outside_the_loop(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import threading

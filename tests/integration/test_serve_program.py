@@ -33,7 +33,7 @@ def test_arguments_are_checked_before_the_model_is_read(
     model, adapters = ["--model", str(folder / "tiny")], ["--adapters", str(folder / "adapters")]
     bad = folder / "bad"
     bad.mkdir()
-    (bad / "config.json").write_text("{}")  # reading it as a model would say something else
+    (bad / "config.json").write_text("{}")  # Reading it as a model would give another message.
     for given, named in (
         ([], "--model, --adapters"),
         (["--model", "nowhere", *adapters], "--model: expected a folder, found 'nowhere'"),
@@ -58,7 +58,7 @@ def test_arguments_are_checked_before_the_model_is_read(
     taken.close()
 
 
-def test_ctrl_c_ends_a_server_whose_shell_has_the_signal_ignored() -> None:
+def test_ctrl_c_ends_a_server_even_if_the_shell_ignores_the_signal() -> None:
     import uvicorn
 
     from lora_ext.server._running import run
@@ -79,7 +79,7 @@ def test_ctrl_c_ends_a_server_whose_shell_has_the_signal_ignored() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("reads", [True, False])
 def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads: bool) -> None:
-    """A client that does not read is hung up on."""
+    """Check also a client that does not read, which is disconnected."""
     command = [sys.executable, "-m", "lora_ext", "serve", "--port", "0"]
     arguments = ["--model", str(folder / "tiny"), "--adapters", str(folder / "adapters")]
     process = subprocess.Popen(
@@ -89,14 +89,15 @@ def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads:
         stderr=subprocess.PIPE,
         text=True,
         bufsize=1,
-        # A shell starts what it runs in the background with this signal ignored.
+        # A shell starts its background jobs with this signal ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
     reader.start()
     try:
-        told = process.stdout.readline() + process.stdout.readline()  # of packing, and the address
+        # the lines on packing and on the address
+        told = process.stdout.readline() + process.stdout.readline()
         place = re.search(r"answers at http://127\.0\.0\.1:(\d+)/v1", told)
         assert place, told + "".join(errors)
         body = json.dumps(chat("a1", stream=True, max_tokens=1900)).encode()
@@ -109,7 +110,7 @@ def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads:
         while reads and (more := connection.recv(1 << 16)):
             found += more
         took = time.monotonic() - begin
-        status = process.wait(120)  # Python itself may take its time on a busy machine
+        status = process.wait(120)  # Python may need time on a busy machine.
         connection.close()
     finally:
         process.kill()

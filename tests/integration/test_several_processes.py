@@ -1,4 +1,4 @@
-"""PEFT's adapters per row where two processes train one model: each process has other rows."""
+"""PEFT's adapters per row if two processes train one model on different rows."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def check(
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["linears", "dora", "experts", "checkpoints"])
-def test_adapters_of_peft_learn_on_two_processes_what_they_learn_on_one(
+def test_peft_adapters_learn_on_two_processes_as_on_one(
     kind: str, way: str, two_processes: TwoProcesses
 ) -> None:
     check(two_processes, way, kind)
@@ -65,7 +65,7 @@ def test_adapters_of_peft_learn_on_two_processes_what_they_learn_on_one(
 @pytest.mark.parametrize(
     "names", [["green", "red", "red", "green"], ["__base__", "__base__", "blue", "red"]]
 )
-def test_in_whatever_order_they_come_and_beside_rows_of_the_base_alone(
+def test_names_may_be_in_any_order_and_beside_base_rows(
     names: list[str], way: str, two_processes: TwoProcesses
 ) -> None:
     check(two_processes, way, "linears", names)
@@ -80,7 +80,7 @@ def _refused(rank: int) -> str:
     return str(caught.value)
 
 
-def test_layers_that_peft_runs_are_refused_there_by_name(two_processes: TwoProcesses) -> None:
+def test_layers_run_by_peft_raise_and_are_named(two_processes: TwoProcesses) -> None:
     for found in two_processes.run(_refused):
         assert found.startswith("from_peft: adapter_names: expected trained adapters")
         assert "embed_tokens" in found

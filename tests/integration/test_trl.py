@@ -1,4 +1,4 @@
-"""from_peft under TRL's trainers learns what PEFT alone learns under them."""
+"""from_peft with TRL's trainers, against PEFT with the same trainers."""
 
 import copy
 import sys
@@ -18,9 +18,9 @@ import lora_ext
 from lora_ext.interop.peft import report, to_peft
 
 trl = pytest.importorskip(
-    "trl", reason="trl is not installed: the extra `test` has it (Python 3.11)"
+    "trl", reason="trl is not installed: it is in the extra `test` (Python 3.11)"
 )
-datasets = pytest.importorskip("datasets", reason="datasets, which trl brings, is not installed")
+datasets = pytest.importorskip("datasets", reason="datasets, a dependency of trl, is not installed")
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
 PROMPTS = ["w3 w4 w5", "w9 w8", "w20 w21 w22 w23", "w40"]
@@ -32,7 +32,7 @@ NAMES = ["red", "green"] * 4
 
 @pytest.fixture(autouse=True)
 def no_folder_is_taken_for_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our tests/vllm, whose parent is on the path, looks to TRL like a vLLM without a version."""
+    """Remove the parent of tests/vllm from the path: TRL takes that folder for vLLM."""
     tests = str(Path(__file__).parents[1])
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != tests])
 
@@ -70,8 +70,10 @@ def train(
     given: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """The trainer of this kind after four steps on the CPU, without autocast, with TRL's defaults
-    for the rest: activation checkpointing is one. ``given`` goes to the trainer itself."""
+    """Return the trainer after four steps on the CPU without autocast.
+
+    Other settings are TRL's defaults. ``given`` are arguments of the trainer.
+    """
     arguments = getattr(trl, f"{kind}Config")(
         output_dir=str(folder),
         **{
@@ -107,7 +109,7 @@ def one_adapter(dropout: float = 0.0) -> Any:
 
 
 def classifier_with_a_head() -> Any:
-    """PEFT trains the new head beside the adapter."""
+    """Return a classifier; PEFT trains its new head beside the adapter."""
     config: Any = make_model("llama").config
     config.num_labels = 1
     torch.manual_seed(0)
@@ -123,7 +125,7 @@ def weights_of(model: Any, part: str = ".default.") -> dict[str, Tensor]:
 def assert_learned(
     got: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Mapping[str, Tensor]
 ) -> None:
-    """In float64 some tens of roundings: 1e-14 was seen."""
+    """Check that adapters learned the same up to some float64 roundings (1e-14 measured)."""
     assert got.keys() == expected.keys() <= start.keys() and got
     for key, weight in expected.items():
         way = (weight - start[key]).norm()
@@ -133,7 +135,7 @@ def assert_learned(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "Reward", "GRPO"])
-def test_learns_what_it_learns_with_peft(kind: str, tmp_path: Path) -> None:
+def test_trained_adapters_equal_those_of_peft(kind: str, tmp_path: Path) -> None:
     theirs = (classifier_with_a_head() if kind == "Reward" else one_adapter()).double()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
     start = weights_of(ours)
@@ -146,7 +148,7 @@ def test_learns_what_it_learns_with_peft(kind: str, tmp_path: Path) -> None:
     for got, expected in zip(*reversed(logs), strict=True):
         for key in expected.keys() & {"loss", "rewards/margins", "logps/chosen", "kl", "reward"}:
             assert got[key] == pytest.approx(expected[key], rel=1e-6), key
-    if kind in ("DPO", "KTO", "GRPO"):  # what preferences are measured from
+    if kind in ("DPO", "KTO", "GRPO"):  # the reference of the preferences
         reference = weights_of(ours, ".ref.")
         assert {k.replace(".ref.", ".default.") for k in reference} == start.keys()
         for key, weight in reference.items():
@@ -171,7 +173,7 @@ def test_chunked_loss_warns_once_that_sft_computes_its_own(first: str, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "by name"])
-def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(kind: str, tmp_path: Path) -> None:
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind: str, tmp_path: Path) -> None:
     by_name = kind == "by name"
     kind, how = ("SFT", BY_NAME) if by_name else (kind, {})
     unbroken = two_adapters(0.3) if by_name else lora_ext.from_peft(one_adapter(0.3))
@@ -185,14 +187,14 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(kind: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_an_adapter_that_the_trainer_made_is_measured_from_the_base(tmp_path: Path) -> None:
-    """Given a ``peft_config`` DPO makes the adapter, and turns it off to ask its reference."""
+def test_adapter_made_by_the_trainer_has_the_base_as_reference(tmp_path: Path) -> None:
+    """Check DPO with a ``peft_config``: it makes the adapter and disables it for its reference."""
     found = []
     for take in (lambda model: model, lora_ext.from_peft):
 
         class Taken(trl.DPOTrainer):
             def create_optimizer(self, *args: Any) -> Any:
-                take(self.model)  # noqa: B023  # used in this turn of the loop
+                take(self.model)  # noqa: B023  # used in this iteration of the loop
                 return super().create_optimizer(*args)
 
         config = peft.LoraConfig(r=4, target_modules="all-linear")
@@ -209,7 +211,7 @@ def test_an_adapter_that_the_trainer_made_is_measured_from_the_base(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batching", [False, True], ids=["generate", "continuous batching"])
-def test_completions_are_the_adapters(batching: bool, tmp_path: Path) -> None:
+def test_completions_use_the_adapter(batching: bool, tmp_path: Path) -> None:
     said: dict[str, list[str]] = {"theirs": [], "ours": [], "base": []}
     for side, texts in said.items():
         model = one_adapter()
@@ -236,7 +238,7 @@ def test_completions_are_the_adapters(batching: bool, tmp_path: Path) -> None:
 
 
 class ByName:
-    """Puts the rows' column ``adapter`` into the batch, ``times`` over, as its adapter_names."""
+    """Collator that adds the column ``adapter``, repeated ``times`` times, as adapter_names."""
 
     def __init__(self, collator: Any, times: int = 1):
         self.collator, self.times = collator, times
@@ -248,7 +250,7 @@ class ByName:
 
 
 class NamedTrainer(trl.SFTTrainer):
-    """Trains all adapters: PEFT freezes those that are not active, Trainer's resume does so too."""
+    """Trainer of all adapters; PEFT and Trainer's resume freeze the inactive ones."""
 
     def create_optimizer(self, *args: Any) -> Any:
         self.model.set_requires_grad(NAMES[:2])
@@ -269,8 +271,8 @@ def two_adapters(dropout: float = 0.0) -> Any:
 
 
 @pytest.mark.slow
-def test_adapters_of_one_batch_learn_what_each_learns_alone_with_peft(tmp_path: Path) -> None:
-    """One batch of two divides its loss by twice the tokens, so it takes twice the rate."""
+def test_adapters_of_one_batch_learn_as_each_alone_with_peft(tmp_path: Path) -> None:
+    """Check one batch for two adapters: twice the tokens in its loss need twice the rate."""
     texts = [f"w{i} w{i + 20} w{i + 40} w{i + 60}" for i in range(3, 11)]
     options: Any = {
         "optim": "sgd",
@@ -293,7 +295,7 @@ def test_adapters_of_one_batch_learn_what_each_learns_alone_with_peft(tmp_path: 
 
 
 @pytest.mark.slow
-def test_names_beside_a_reference_that_is_an_adapter_are_refused(tmp_path: Path) -> None:
+def test_names_beside_a_reference_adapter_raise(tmp_path: Path) -> None:
     fields = {"default": CONFIGS["llama"]["green"], "red": CONFIGS["llama"]["red"]}
     names = ["default", "red"]
     pairs = trl.trainer.dpo_trainer.DataCollatorForPreference(0)  # chosen rows, then rejected ones

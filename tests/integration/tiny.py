@@ -1,4 +1,4 @@
-"""Tiny random transformers models, and PEFT adapters for them with weights that matter."""
+"""Tiny random transformers models, and PEFT adapters for them that change the logits."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ T5 = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers"
 
 
 def maker(name: str, head: str = "ForCausalLM", config: str = "", **fields: Any) -> Maker:
-    """What makes a model of transformers, by the names of its classes and its configuration."""
+    """Return a function that makes a transformers model of the given class and configuration."""
 
     def make() -> Any:
         kind = getattr(transformers, config or f"{name}Config")
@@ -42,7 +42,7 @@ def maker(name: str, head: str = "ForCausalLM", config: str = "", **fields: Any)
 
 
 def classifier(name: str, **fields: Any) -> Maker:
-    """What makes a model that sorts sequences into five classes."""
+    """Return a function that makes a classifier of sequences with five classes."""
     return maker(name, "ForSequenceClassification", **{**SIZES, "num_labels": 5, **fields})
 
 
@@ -53,8 +53,7 @@ FAMILIES: dict[str, Maker] = {
     "bert": classifier("Bert"),
 }
 
-# Ranks that fill a page and that do not, all modules and some, a scale per rank and per root of
-# rank.
+# Ranks that fill a page or not, all modules and some, a scale per rank and per root of rank.
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         "red": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
@@ -76,8 +75,7 @@ CONFIGS["qwen2"] = CONFIGS["llama"]
 
 
 def make_model(family: str) -> nn.Module:
-    """The same weights at every call. Logits are about 1 in size, so that adapters change
-    tokens."""
+    """Return the same weights at every call. Logits are about 1, so adapters change tokens."""
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     with torch.no_grad():
@@ -90,14 +88,14 @@ def make_model(family: str) -> nn.Module:
 def make_peft(
     model: nn.Module, configs: Mapping[str, Mapping[str, Any]], size: float = 0.15
 ) -> nn.Module:
-    """A PeftModel over a copy of ``model``, with random B as well: PEFT starts at zero."""
+    """Return a PeftModel over a copy of ``model``, with a random B too, which is zero in PEFT."""
     conv1d = any(type(m).__name__ == "Conv1D" for m in model.modules())
     given = {"lora_alpha": 16, "fan_in_fan_out": conv1d}
     return adapted(model, {n: peft.LoraConfig(**given, **f) for n, f in configs.items()}, size)
 
 
 def adapted(model: nn.Module, configs: Mapping[str, peft.LoraConfig], size: float) -> Any:
-    """PEFT's adapters on a copy of ``model``, all of their factors random and of this size."""
+    """Return PEFT's adapters on a copy of ``model``, with random factors of the given size."""
     torch.manual_seed(1)
     wrapped: Any = None
     for name, config in configs.items():
@@ -113,7 +111,7 @@ def adapted(model: nn.Module, configs: Mapping[str, peft.LoraConfig], size: floa
 
 
 def only(reference: Any, name: str | None) -> Any:
-    """Let PEFT's model serve this adapter alone, or none inside the block."""
+    """Activate one adapter of PEFT's model, or disable all inside the block."""
     if name in (None, "__base__"):
         return reference.disable_adapter()
     reference.set_adapter(name)
@@ -123,7 +121,7 @@ def only(reference: Any, name: str | None) -> Any:
 def attach_saved(
     model: Any, folder: Path, names: Iterable[str], slots: int = 4, rank: int = 16, **how: Any
 ) -> Any:
-    """The model, attached to a pool with the adapters of a folder."""
+    """Return the model, attached to a pool with the adapters of a folder."""
     pool = lora_ext.AdapterPool(model, max_slots=slots, max_rank=rank)
     for name in names:
         pool.load(name, folder / name)
@@ -134,14 +132,14 @@ def make_pair(
     family: str, directory: Path, configs: Mapping[str, Mapping[str, Any]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, Any, lora_ext.AdapterPool]:  # fmt: skip
-    """The attached model, PEFT's own with the same adapters, and the pool, loaded from PEFT's
-    files."""
+    """Return the attached model, PEFT's, and the pool loaded from PEFT's files."""
     configs = configs or CONFIGS[family]
     model = make_model(family).to(dtype)
     reference = make_peft(model, configs).to(dtype)
     with torch.no_grad():
         for key, parameter in reference.named_parameters():
-            if "magnitude" in key:  # of both signs, and far from the norms that PEFT starts with
+            # Magnitudes have both signs and are far from PEFT's initial norms.
+            if "magnitude" in key:
                 parameter.copy_(torch.randn_like(parameter))
     reference.save_pretrained(directory)
     model = attach_saved(model, directory, configs)
@@ -162,7 +160,7 @@ def load_random(pool: lora_ext.AdapterPool, *names: str) -> None:
 
 
 def enlarged(make: Maker, factor: float) -> Any:
-    """The same weights at every call, at which adapters change tokens."""
+    """Return the same weights at every call, for which adapters change tokens."""
     torch.manual_seed(0)
     model = make().eval()
     with torch.no_grad():
@@ -173,7 +171,7 @@ def enlarged(make: Maker, factor: float) -> Any:
 
 
 def trainer_of(model: Any, folder: Path, rows: Any, how: Any = None, **settings: Any) -> Any:
-    """transformers' Trainer; ``how`` goes to itself, the settings to its arguments."""
+    """Return transformers' Trainer; ``how``: its arguments, ``settings``: TrainingArguments."""
     usual: dict[str, Any] = {
         "learning_rate": 1e-2,
         "report_to": [],
@@ -191,7 +189,7 @@ def trainer_of(model: Any, folder: Path, rows: Any, how: Any = None, **settings:
 
 
 def batching(new: int = 4, **fields: Any) -> dict[str, Any]:
-    """What continuous batching is given for greedy answers of so many tokens."""
+    """Return settings of continuous batching for greedy answers of ``new`` tokens."""
     how = {"max_new_tokens": new, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
     sizes = {"num_blocks": 64, "page_size": 4, **fields}
     return {
@@ -201,33 +199,33 @@ def batching(new: int = 4, **fields: Any) -> dict[str, Any]:
 
 
 def word_tokenizer(words: Mapping[str, int], unknown: str | None, **marks: Any) -> Any:
-    """A tokenizer with a token for each word."""
+    """Return a tokenizer with one token for each word."""
     inner = WordTokenizer(models.WordLevel(dict(words), unk_token=unknown))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **marks)
 
 
 def numbered_words(**how: Any) -> Any:
-    """A tokenizer to which w5 is 5."""
+    """Return a tokenizer in which the word w5 is token 5."""
     words = {f"w{i}": i for i in range(VOCAB)}
     return word_tokenizer(words, "w2", pad_token="w0", eos_token="w1", **how)
 
 
 def assert_answers_as_alone(model: Any, ids: Tensor, names: list[str | None], **how: Any) -> None:
-    """Each row of a mixed batch, as far as it goes, is that row of a batch with its adapter."""
+    """Check that each row of a mixed batch equals that row in a batch with its adapter."""
     with lora_ext.adapters(names):
         mixed = model.generate(ids, **how)
     for row, name in enumerate(names):
         with lora_ext.adapters(name):
             alone = model.generate(ids, **how)[row]
-        length = min(len(alone), mixed.shape[1])  # each batch is padded to its own longest
+        length = min(len(alone), mixed.shape[1])  # Each batch is padded to its longest row.
         assert torch.equal(alone[:length], mixed[row, :length])
         for rest in (alone[length:], mixed[row, length:]):
             assert (rest == model.config.pad_token_id).all()
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    """Random tokens without the padding token."""
+    """Return random tokens without the padding token."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCAB, (batch, length), generator=generator)
 
@@ -235,9 +233,9 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 def assert_alone_and_mixed_equal_peft(
     model: Any, reference: Any, names: list[str | None], bound: float
 ) -> Tensor:
-    """The adapters of ``names``, each on all rows and each on its own, as PEFT computes them alone.
+    """Check adapters on all rows, and one per row, against PEFT with one adapter.
 
-    Returns ``(adapters, rows * tokens)``: the largest change of a logit that each makes.
+    Returns ``(adapters, rows * tokens)``: the largest change of a logit by each adapter.
     """
     ids, moved = tokens(len(names), 6), []
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Sum layers on tensor cores: both modes against float64, and the rescue of what they lose."""
+"""Sum layers on tensor cores: both modes against float64, and rescued underflows."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_modes_keep_their_bound(
     alone = ops.log_einsum_exp(
         w.to(backend.device), values[:, :1].contiguous().to(backend.device), precision=mode
     )
-    if not backend.is_twin:  # the library's GEMM promises no such thing
+    if not backend.is_twin:  # The library's GEMM does not promise this.
         assert torch.equal(alone.cpu().double(), got[:, :1])
 
 
@@ -45,8 +45,8 @@ def test_modes_keep_their_bound(
 def test_terms_far_below_a_closed_path_are_rescued(
     backend: Backend, depth: float, mode: str
 ) -> None:
-    """A left-to-right chain: each state is reached from itself and the one before, and the mass is
-    elsewhere, ``depth`` per state above."""
+    """Check a left-to-right chain: each sum reaches a state and its predecessor, and the mass is on
+    later states, ``depth`` higher per state."""
     states = 40
     w = torch.full((states, states), -torch.inf)
     for o in range(states):
@@ -60,7 +60,7 @@ def test_terms_far_below_a_closed_path_are_rescued(
 
 
 def test_exact_data_gives_exact_sums(backend: Backend) -> None:
-    """Powers of two: every term and every partial sum is exact in every mode, so all agree."""
+    """Check powers of two: terms and partial sums are exact in every mode."""
     g = torch.Generator().manual_seed(1)
     w = 2.0 ** torch.randint(-3, 1, (24, 64), generator=g)
     values = torch.zeros(19, 64)

@@ -1,4 +1,4 @@
-"""What the contract table does not reach: plans of several tiles, extreme float16, long sums."""
+"""Cases beyond the contract table: plans of several tiles, extreme float16, long sums."""
 
 import pytest
 import torch
@@ -35,9 +35,9 @@ def test_plan_equals_the_reference(
     backend: Backend, tokens: int, slots: int, valid: int | None
 ) -> None:
     if backend.is_twin or (backend.small and tokens > 1000):
-        pytest.skip("twins have their own test; the checker runs small plans")
+        pytest.skip("twins have another test; the checking emulator runs small plans")
     g = torch.Generator().manual_seed(tokens)
-    ids = torch.randint(-3, slots + 2, (tokens,), generator=g)  # some are out of range
+    ids = torch.randint(-3, slots + 2, (tokens,), generator=g)  # Some are out of range.
     num_valid = None if valid is None else torch.tensor([valid], dtype=torch.int32)
     for typed in (ids, ids.int()):
         got = ops.lora_plan(
@@ -56,9 +56,9 @@ def test_plan_equals_the_reference(
 @pytest.mark.parametrize("size", [2.0**-20, 2.0**13], ids=["tiny v", "huge v"])
 @pytest.mark.parametrize("rank", [8, 264])
 def test_float16_v_may_be_far_from_one(backend: Backend, rank: int, size: float) -> None:
-    """As plain float16 a tiny v would lose its low part, and a huge one overflow.
+    """Check v for which plain float16 would lose its low part or overflow.
 
-    Beside large ranks v goes through tf32, whose exponents are those of float32.
+    With large ranks v is a tf32 operand, which has the exponents of float32.
     """
     g = torch.Generator().manual_seed(0)
     x, a = torch.randn(20, 64, generator=g).half(), torch.randn(1, rank, 64, generator=g).half()
@@ -73,13 +73,13 @@ def test_float16_v_may_be_far_from_one(backend: Backend, rank: int, size: float)
     assert ((got.double() - exact).abs() <= allowed).all()
 
 
-def test_float32_sums_of_one_sign_are_not_rounded_all_one_way(backend: Backend) -> None:
-    """A tensor core rounds its sum toward zero, which random signs would hide.
+def test_float32_sums_of_one_sign_are_not_rounded_in_one_direction(backend: Backend) -> None:
+    """Check sums of one sign: tensor cores round toward zero, and random signs hide it.
 
-    The rows without an adapter make so many tiles that nobody splits the sum; they cost nothing.
+    The rows without an adapter make so many tiles that the sum is not split; they cost no time.
     """
     if backend.small:
-        pytest.skip("so many rows are for the fast emulator")
+        pytest.skip("many rows need the fast emulator")
     g = torch.Generator().manual_seed(0)
     rows, features, rank = 34000, 4096, 8
     x = torch.rand(1, features, generator=g).expand(rows, -1)
@@ -97,9 +97,9 @@ def test_float32_sums_of_one_sign_are_not_rounded_all_one_way(backend: Backend) 
 def test_splits_summed_before_expand_give_the_bits_of_the_halves(
     backend: Backend, dtype: torch.dtype
 ) -> None:
-    """So many rows, outputs and ranks that apply sums the splits of v in place first."""
+    """Check so many rows, outputs and ranks that apply first sums the splits of v in place."""
     if backend.small:
-        pytest.skip("so many rows are for the fast emulator")
+        pytest.skip("many rows need the fast emulator")
     g = torch.Generator().manual_seed(0)
     rows, features, out, rank = 8192, 2048, 2056, 64
     x = torch.randn(1, features, generator=g).to(dtype).expand(rows, -1)
@@ -113,11 +113,11 @@ def test_splits_summed_before_expand_give_the_bits_of_the_halves(
     assert_same_bits(got, ops.lora_expand_(x.new_ones(rows, out), v, b, ids))
 
 
-def test_two_calls_in_a_row_may_add_to_one_y(backend: Backend) -> None:
-    """Expand reads y before it waits for the shrink in front of it, which must start in order.
+def test_two_successive_calls_may_add_to_one_y(backend: Backend) -> None:
+    """Check the order of shrink and expand, as expand reads y before it waits for its shrink.
 
-    A shrink that started early, as expand does, would let the second expand read what the first
-    is writing; the emulator reports that.
+    If a shrink started early, as expand does, the second expand could read what the first one is
+    writing. The emulator would report that.
     """
     g = torch.Generator().manual_seed(0)
     x, a = torch.randn(3, 64, generator=g), torch.randn(1, 8, 64, generator=g)
@@ -131,12 +131,12 @@ def test_two_calls_in_a_row_may_add_to_one_y(backend: Backend) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("features", [64, 72, 1096], ids=str)
-def test_what_stands_in_for_rows_and_ranks_that_are_not_there_reaches_nobody(
+def test_padding_of_missing_rows_and_ranks_changes_nothing(
     backend: Backend, dtype: torch.dtype, features: int
 ) -> None:
-    """Loads read a row that exists for one that does not.
+    """Check loads that read an existing row in place of a missing one.
 
-    Here an adapter's first row of x is NaN, and so are a and b behind its rank.
+    The first row of x of an adapter is NaN, and so are a and b beyond its rank.
     """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(5, features, generator=g).to(dtype)
@@ -160,7 +160,7 @@ def test_what_stands_in_for_rows_and_ranks_that_are_not_there_reaches_nobody(
 def gradients(
     backend: Backend, x: torch.Tensor, dy: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slot: int
 ) -> dict[str, torch.Tensor]:
-    """da and db of the one adapter that has rows, and dx."""
+    """Return da and db of the one adapter that has rows, and dx."""
     x, dy, a, b = (t.to(backend.device) for t in (x, dy, a, b))
     leaves = [t.requires_grad_() for t in (x, a, b)]
     ids = torch.full((len(x),), slot, device=backend.device)
@@ -174,12 +174,12 @@ def gradients(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_block_for_an_adapter_and_blocks_for_its_ranges_agree(
+def test_one_block_per_adapter_and_blocks_per_range_agree(
     backend: Backend, dtype: torch.dtype
 ) -> None:
-    """Room for partial sums depends on the size of the bank, and no bit of a gradient may."""
+    """Check that no bit depends on the room for partial sums, which depends on the bank's size."""
     if backend.is_twin or backend.small:
-        pytest.skip("about kernels; a bank that large is for the fast emulator")
+        pytest.skip("only kernels; the large bank needs the fast emulator")
     g = torch.Generator().manual_seed(0)
     rows, width = 1100, 16  # ranges of 1024 rows
     x, dy = (torch.randn(rows, width, generator=g).to(dtype) for _ in range(2))
@@ -194,9 +194,9 @@ def test_a_block_for_an_adapter_and_blocks_for_its_ranges_agree(
 
 
 def test_v_does_not_depend_on_the_number_of_rows(backend: Backend) -> None:
-    """Above 264 tiles of 128 rows a block walks through all features instead of a slice."""
+    """Check more than 264 tiles of 128 rows, for which a block iterates over all features."""
     if backend.is_twin or backend.small:
-        pytest.skip("about kernels; so many rows are for the fast emulator")
+        pytest.skip("only kernels; many rows need the fast emulator")
     g = torch.Generator().manual_seed(1)
     x = torch.randn(1, 1100, generator=g).bfloat16().expand(34000, 1100).contiguous()
     a = torch.randn(1, 1, 1100, generator=g).bfloat16()
@@ -211,7 +211,7 @@ def test_v_does_not_depend_on_the_number_of_rows(backend: Backend) -> None:
 
 @pytest.mark.parametrize("size", [2.0**-20, 2.0**13], ids=["tiny v", "huge v"])
 def test_float16_v_of_training_may_be_far_from_one(backend: Backend, size: float) -> None:
-    """As plain float16 a tiny v would vanish from db, and a huge one overflow."""
+    """Check v for which plain float16 would vanish from db or overflow."""
     g = torch.Generator().manual_seed(2)
     tokens, wide, out, rank = 40, 64, 24, 8
     small = 2.0**6 if size < 1 else 2.0**-10
@@ -231,10 +231,10 @@ def test_float16_v_of_training_may_be_far_from_one(backend: Backend, size: float
     assert ((db[0].cpu().double() - exact).abs() <= allowed).all()
 
 
-def test_float32_gradients_of_one_sign_are_not_rounded_all_one_way(backend: Backend) -> None:
-    """A tensor core rounds its sum toward zero, which random signs would hide."""
+def test_float32_gradients_of_one_sign_are_not_rounded_in_one_direction(backend: Backend) -> None:
+    """Check sums of one sign: tensor cores round toward zero, and random signs hide it."""
     if backend.small:
-        pytest.skip("so many rows are for the fast emulator")
+        pytest.skip("many rows need the fast emulator")
     shape = Shape(2048, 16, 16, (24,), "identical")
     i = train_inputs(shape, torch.float32, base=False, device=backend.device)
     i |= {k: i[k].abs() for k in ("x", "a", "b", "dy")}

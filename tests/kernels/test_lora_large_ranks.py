@@ -1,4 +1,4 @@
-"""Ranks above 256, whose kernels are products of matrices: every tile, and its bits."""
+"""Kernels of ranks above 256, which are matrix products: every tile, and its bits."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from contract import assert_same_bits, pairwise, within
 from lora_ext import ops
 
 APPLY_ = next(c for c in CASES if c.name == "lora_apply_")
-# Chunks of 16, 64 and 128 rows. The rows without an adapter cost nothing.
+# Chunks of 16, 64 and 128 rows. The rows without an adapter cost no time.
 ROWS = [20, 270, 4100]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def among_idle_rows(inputs: Inputs, rows: int) -> Inputs:
-    """The same active rows, the last of ``rows``; the others have NaN and no adapter."""
+    """Return a batch of ``rows`` that ends in the active rows; the others are NaN."""
     wider_batch = dict(inputs)
     for name, value in inputs.items():
         if name in ("x", "y", "dy"):
@@ -30,15 +30,15 @@ def among_idle_rows(inputs: Inputs, rows: int) -> Inputs:
 
 def skip_unless_kernels(backend: Backend, rows: int = 0, dtype: torch.dtype | None = None) -> None:
     if backend.is_twin:
-        pytest.skip("about kernels")
+        pytest.skip("only kernels")
     if backend.small and dtype not in (None, torch.bfloat16):
         pytest.skip("one dtype is enough for the emulator that checks every access")
     if backend.small and rows > 1000:
-        pytest.skip("so many rows are for the fast emulator")
+        pytest.skip("many rows need the fast emulator")
 
 
 TILES = [
-    Shape(19, 72, 136, (300, 8, 0, 40), "interleaved"),  # two column tiles, in whole pieces
+    Shape(19, 72, 136, (300, 8, 0, 40), "interleaved"),  # two column tiles without a remainder
     Shape(18, 37, 131, (1030, 5, 257), "interleaved", bank_rank=1030),  # nothing aligned
 ]
 
@@ -57,7 +57,7 @@ def test_mixed_ranks_in_every_tile_stay_within_the_bound(
 
 
 @every_dtype
-def test_an_update_has_the_same_bits_in_every_tile(backend: Backend, dtype: torch.dtype) -> None:
+def test_update_has_the_same_bits_in_every_tile(backend: Backend, dtype: torch.dtype) -> None:
     skip_unless_kernels(backend)
     shape = Shape(19, 8, 40, (272, 24), "interleaved")
     inputs = make_inputs(shape, dtype, device=backend.device)
@@ -78,7 +78,7 @@ def test_an_update_has_the_same_bits_in_every_tile(backend: Backend, dtype: torc
 def test_training_has_the_same_bits_in_every_tile(
     backend: Backend, features: int, dtype: torch.dtype
 ) -> None:
-    """Up to 256 rows the kernels of small ranks serve large ones too."""
+    """Check up to 256 rows, where the kernels of small ranks also process large ranks."""
     skip_unless_kernels(backend, dtype=dtype)
     small = backend.small
     shape = Shape(18, 64 if small else features, 40, (264, 9), "interleaved")
@@ -97,10 +97,10 @@ def test_training_has_the_same_bits_in_every_tile(
 
 
 @every_dtype
-def test_a_block_that_walks_over_slices_adds_as_their_own_blocks_would(
+def test_block_that_iterates_over_slices_adds_like_separate_blocks(
     backend: Backend, dtype: torch.dtype
 ) -> None:
-    """With tiles enough for the machine, here by the rank of the bank, a block takes all slices."""
+    """Check a bank rank with enough tiles for the machine: one block then processes all slices."""
     skip_unless_kernels(backend, dtype=dtype)
     rank, tiles = 264, 264
     shape = Shape(18, 1100, 8 if backend.small else 1030, (rank, 9), "interleaved")
@@ -117,7 +117,7 @@ def test_a_block_that_walks_over_slices_adds_as_their_own_blocks_would(
         got = run(i)
         return got | {"da": got["da"][:, :rank], "db": got["db"][:, :, :rank]}
 
-    apart, walked = step(rank), step(-(-tiles // 5) * 128)  # 270 rows are five chunks
+    apart, walked = step(rank), step(-(-tiles // 5) * 128)  # 270 rows are five chunks.
     for name, value in walked.items():
         assert_same_bits(value, apart[name], f"{name}: ")
 
@@ -137,14 +137,14 @@ def test_gradients_with_dropout_stay_within_the_bound(backend: Backend, dtype: t
 def test_gradients_of_many_tiles_stay_within_the_bound(
     backend: Backend, wide_input: bool, dtype: torch.dtype
 ) -> None:
-    """From 64 tiles on a gradient is a grouped product as well: of da aligned, of db not."""
+    """Check at least 64 tiles: gradients are grouped products, aligned for da, not for db."""
     skip_unless_kernels(backend, dtype=dtype)
     if backend.small and not wide_input:
-        pytest.skip("the checker runs one of the two")
-    width = 904 if dtype == torch.bfloat16 else 456  # 8 tiles of 128 columns, of 64
+        pytest.skip("the checking emulator runs one of the two")
+    width = 904 if dtype == torch.bfloat16 else 456  # 8 tiles of 128 or 64 columns
     if wide_input:
         shape = Shape(40, width, 8, (1032, 8), "skewed")
-    else:  # more rows than the ring has stages of 32
+    else:  # The ring has stages of 32 rows; these are more rows.
         shape = Shape(150, 5, width - 3, (8, 1030), "skewed", bank_rank=1030)
     inputs = train_inputs(shape, dtype, dropout_p=0.25, base=False, device=backend.device)
     exact = formula(inputs)

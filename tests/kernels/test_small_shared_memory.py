@@ -1,4 +1,4 @@
-"""Devices whose blocks have 99 KiB of shared memory get smaller tiles, and the same bits."""
+"""Devices with 99 KiB of shared memory per block use smaller tiles and give the same bits."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ LARGE, SMALL = 227 * 1024, 99 * 1024  # sm_90; sm_86, sm_89 and sm_120
 
 def under_both_limits(backend: Backend, run: Callable[[], Outputs]) -> tuple[Outputs, Outputs]:
     if backend.is_twin or backend.device == "cuda" or backend.small:
-        pytest.skip("the limit is a setting of the emulator; so many rows are for the fast one")
+        pytest.skip("the limit is a setting of the emulator, and many rows need the fast one")
     large = run()
     backend.module.set_shared_memory(SMALL)
     try:
@@ -27,7 +27,7 @@ def under_both_limits(backend: Backend, run: Callable[[], Outputs]) -> tuple[Out
 def factors(
     dtype: torch.dtype, rank: int, width: int, tokens: int = 4096, adapters: int = 2, out: int = 0
 ) -> list[Tensor]:
-    """x, a, b and dy."""
+    """Return x, a, b and dy."""
     g, out = torch.Generator().manual_seed(0), out or width
     sizes = (tokens, width), (adapters, rank, width), (adapters, out, rank), (tokens, out)
     return [torch.randn(size, generator=g).to(dtype) for size in sizes]
@@ -47,13 +47,13 @@ def step(x: Tensor, a: Tensor, b: Tensor, dy: Tensor, ids: Tensor) -> Outputs:
 
 
 @pytest.mark.parametrize("tokens", [8097, 20000])
-def test_a_plan_is_sorted_in_smaller_tiles(backend: Backend, tokens: int) -> None:
+def test_plan_is_sorted_in_smaller_tiles(backend: Backend, tokens: int) -> None:
     ids = torch.randint(-1, 70, (tokens,), generator=torch.Generator().manual_seed(0))
     same(*under_both_limits(backend, lambda: {"plan": ops.lora_plan(ids, 70)}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_expand_takes_fewer_rows_of_a_large_rank(backend: Backend, dtype: torch.dtype) -> None:
+def test_expand_processes_fewer_rows_of_a_large_rank(backend: Backend, dtype: torch.dtype) -> None:
     x, a, b, dy = factors(dtype, rank=256, width=32)
     ids = some(len(x), 40, slot=1)
 
@@ -64,17 +64,17 @@ def test_expand_takes_fewer_rows_of_a_large_rank(backend: Backend, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_training_takes_fewer_rows_and_ranks(backend: Backend, dtype: torch.dtype) -> None:
+def test_training_processes_fewer_rows_and_ranks(backend: Backend, dtype: torch.dtype) -> None:
     given = factors(dtype, rank=64, width=32, adapters=1)
     same(*under_both_limits(backend, lambda: step(*given, some(4096, 16, slot=0))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [114, 256])
-def test_the_gradient_of_the_input_takes_the_ranks_in_stages(
+def test_gradient_of_the_input_processes_ranks_in_stages(
     backend: Backend, rank: int, dtype: torch.dtype
 ) -> None:
-    """Bands of 256 bytes: three of them, the last one short."""
+    """Check three bands of 256 bytes, the last one partial."""
     x, a, b, dy = factors(dtype, rank, 600 // dtype.itemsize, tokens=70, out=8)
     ids, ranks = torch.arange(70) % 3 - 1, torch.tensor([rank, 9], dtype=torch.int32)
     x.requires_grad_()
@@ -101,8 +101,8 @@ def test_large_ranks_need_no_smaller_tiles(
     same(*under_both_limits(backend, run))
 
 
-def test_a_window_that_no_longer_fits_a_warp_is_walked_by_the_block(backend: Backend) -> None:
-    """32 states at 400 positions: 100 KiB of norms where a warp walks."""
+def test_window_too_large_for_a_warp_is_processed_by_the_block(backend: Backend) -> None:
+    """Check 32 states at 400 positions, for which a warp would need 100 KiB of norms."""
     g = torch.Generator().manual_seed(0)
     leaf = torch.randn(1, 400, 32, 4, generator=g)
     prior, trans = torch.randn(1, 32, generator=g), torch.randn(1, 399, 32, 32, generator=g)
@@ -117,7 +117,7 @@ def test_a_window_that_no_longer_fits_a_warp_is_walked_by_the_block(backend: Bac
     torch.testing.assert_close(large["conditional"], small["conditional"])
 
 
-def test_a_window_too_large_for_any_block_is_named(backend: Backend) -> None:
+def test_window_too_large_for_any_block_raises(backend: Backend) -> None:
     leaf = torch.zeros(1, 28, 1024, 1)
     message = r"circuit_argmax: leaf: expected .* 99328 bytes of shared"
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Activated adapters in training: layers of lora_ext.nn against PEFT's, and what they refuse."""
+"""Activated adapters in training: layers of lora_ext.nn against PEFT's, and their errors."""
 
 import gc
 from typing import Any
@@ -19,7 +19,7 @@ INVOKED = {**FIELDS, "alora_invocation_tokens": [7, 8]}
 
 
 def texts() -> Tensor:
-    """Two texts that invoke the adapter, at 12 and 3, and one that does not."""
+    """Return two texts that invoke the adapter, at 12 and 3, and one that does not."""
     rows = [[*words(12, 0), 7, 8, *words(6, 1)], [*words(3, 2), 7, 8, *words(15, 3)], words(20, 4)]
     return torch.tensor(rows)
 
@@ -32,7 +32,7 @@ def gradients(model: Any, logits: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_wrapped_layers_train_as_peft_s_do(checkpointing: bool) -> None:
+def test_wrapped_layers_train_like_those_of_peft(checkpointing: bool) -> None:
     config = peft.LoraConfig(**INVOKED, task_type="CAUSAL_LM")
     reference = adapted(make_model("llama"), {"default": config}, 0.3).double().train()
     model = wrap(make_model("llama").double(), LoraConfig(**INVOKED)).train()
@@ -46,7 +46,8 @@ def test_wrapped_layers_train_as_peft_s_do(checkpointing: bool) -> None:
         torch.randn(3, 20, 97, generator=torch.Generator().manual_seed(0)).double(),
     )
     warned = pytest.warns(UserWarning, match="lacks the invocation of adapter 'default'")
-    for rows in ([0, 1, 2], [2]):  # the last invokes nobody: gradients are zeros, as PEFT's
+    # The last row invokes no adapter: gradients are zeros, as in PEFT.
+    for rows in ([0, 1, 2], [2]):
         theirs = gradients(reference, reference(input_ids=ids[rows]).logits, weights[rows])
         with warned, lora_ext.adapters("default", input_ids=ids[rows], pool=layer_names):
             logits = model(ids[rows]).logits
@@ -58,7 +59,7 @@ def test_wrapped_layers_train_as_peft_s_do(checkpointing: bool) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_is_gone_does_not_speak_for_an_adapter_of_its_name() -> None:
+def test_deleted_model_does_not_define_an_adapter_of_its_name() -> None:
     gone = wrap(make_model("llama"), LoraConfig(**FIELDS))
     model, ids = wrap(make_model("llama"), LoraConfig(**INVOKED)), texts()[:2]
     with pytest.raises(ValueError, match=r"expected one invocation of 'default'.*\(7, 8\)"):
@@ -66,7 +67,7 @@ def test_a_model_that_is_gone_does_not_speak_for_an_adapter_of_its_name() -> Non
             pass
     gc.disable()
     try:
-        gone.itself = [gone]  # garbage that only the collector finds
+        gone.itself = [gone]  # This garbage is found only by the collector.
         del gone
         with lora_ext.adapters("default", input_ids=ids, pool=layer_names):
             model(ids)
@@ -74,20 +75,21 @@ def test_a_model_that_is_gone_does_not_speak_for_an_adapter_of_its_name() -> Non
         gc.enable()
 
 
-def test_labels_before_the_start_alone_are_told_of() -> None:
+def test_labels_only_before_the_start_warn() -> None:
     model, ids = wrap(make_model("llama"), LoraConfig(**INVOKED)), texts()[:2]
     labels = ids.clone()
-    labels[0, 13:] = labels[1, 4:] = -100  # under 12 and 3: what the tokens before them predict
+    # Labels under 12 and 3 remain: the preceding tokens predict them.
+    labels[0, 13:] = labels[1, 4:] = -100
     with lora_ext.adapters("default", input_ids=ids, pool=layer_names):
         with pytest.warns(UserWarning, match="labels: expected some after the start"):
             model(input_ids=ids, labels=labels)
         labels[1, 4] = 8
-        model(input_ids=ids, labels=labels)  # warnings are errors here
+        model(input_ids=ids, labels=labels)  # Warnings are errors here.
     lora_ext.nn.unwrap(model)
     assert not model._forward_pre_hooks
 
 
-def test_what_an_activated_adapter_cannot_do_is_refused() -> None:
+def test_unsupported_calls_of_an_activated_adapter_raise() -> None:
     ids = texts()
     model = wrap(make_model("llama"), LoraConfig(**INVOKED))
     layer: Any = model.model.layers[0].self_attn.q_proj
@@ -114,7 +116,7 @@ def test_what_an_activated_adapter_cannot_do_is_refused() -> None:
         LoraLinear(nn.Linear(3, 4), use_dora=True, alora_invocation_tokens=[1])
 
 
-def test_an_invocation_comes_through_files_and_merging(tmp_path: Any) -> None:
+def test_invocation_is_kept_by_files_and_merging(tmp_path: Any) -> None:
     model = wrap(make_model("llama"), LoraConfig(**INVOKED))
     value = LoraAdapter.from_model(model)
     value.save(tmp_path / "act")

@@ -1,4 +1,4 @@
-"""Layers with adapters are found alike, whoever made them."""
+"""Discovery of layers with adapters, for every package that makes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_ext.nn import (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_adapted_layer_is_found_under_its_full_name_in_the_models_order(kind: str):
+def test_adapted_layers_are_found_by_full_name_in_model_order(kind: str):
     model = adapted(kind)
     found = adapted_layers(model)
     assert found == {n: m for n, m in model.named_modules() if n.endswith(TARGETS)}
@@ -28,7 +28,7 @@ def test_every_adapted_layer_is_found_under_its_full_name_in_the_models_order(ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_layers_with_the_adapter_that_is_asked_for(kind: str):
+def test_only_layers_with_the_given_adapter_are_found(kind: str):
     model = adapted(kind, "first", "second")
     one = next(m for n, m in model.named_modules() if n.endswith("layers.1.self_attn.q_proj"))
     one.delete_adapter("second")
@@ -44,13 +44,13 @@ def test_only_layers_with_the_adapter_that_is_asked_for(kind: str):
         adapted_layers(model, "third")
 
 
-def test_a_model_without_adapters_has_no_such_layers():
+def test_model_without_adapters_has_no_adapted_layers():
     assert adapted_layers(llama()) == {}
     with pytest.raises(ValueError, match=r"which has \[\], found 'default'"):
         adapted_layers(llama(), "default")
 
 
-def test_layers_of_every_kind_and_a_layer_by_itself():
+def test_layers_of_every_kind_and_a_single_layer_are_found():
     model = nn.ModuleDict(
         {
             "linear": LoraLinear(nn.Linear(4, 4)),
@@ -63,7 +63,7 @@ def test_layers_of_every_kind_and_a_layer_by_itself():
     assert adapted_layers(model["linear"]) == {"": model["linear"]}
 
 
-def test_pefts_other_layers_are_found_before_and_after_from_peft():
+def test_other_layers_of_peft_are_found_before_and_after_from_peft():
     model = adapted("peft", targets=("q_proj", "embed_tokens"))
     before = adapted_layers(model)
     assert [n for n in before if n.endswith("embed_tokens")]
@@ -72,7 +72,7 @@ def test_pefts_other_layers_are_found_before_and_after_from_peft():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
-def test_the_parameters_of_an_adapter_are_those_that_bear_its_name(kind: str, settings: dict):
+def test_parameters_of_an_adapter_contain_its_name(kind: str, settings: dict):
     model = adapted(kind, "first", "second", **settings)
     for layer in adapted_layers(model).values():
         named = {id(p) for n, p in layer.named_parameters() if ".second." in f".{n}."}
@@ -80,7 +80,7 @@ def test_the_parameters_of_an_adapter_are_those_that_bear_its_name(kind: str, se
         assert len(named) == 2 + len(settings)
 
 
-def test_the_parameters_of_an_embeddings_adapter():
+def test_embedding_adapter_has_its_factors_as_parameters():
     layer = LoraEmbedding(nn.Embedding(5, 4), r=2)
     shapes = [tuple(p.shape) for p in adapter_parameters(layer, "default")]
     assert shapes == [(2, 5), (4, 2)]

@@ -1,4 +1,4 @@
-"""The weight of a base layer as a matrix, whatever its kind."""
+"""The weight of a base layer as a matrix, for every kind of layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
 
 
 @every_kind
-def test_a_weight_is_a_matrix_of_out_by_in_features_and_comes_back(make):
+def test_weight_is_an_out_by_in_matrix_and_is_restored(make):
     base: BaseWeight = make()
     in_features, out_features = base.features
     matrix = base.matrix()
@@ -49,14 +49,14 @@ def test_writing_keeps_the_memory(make):
     assert base.weight.data_ptr() == memory and bool((base.weight == 3).all())
 
 
-def test_a_weight_that_is_computed_is_refused_where_it_would_be_written():
+def test_computed_weight_cannot_be_written():
     base = LinearWeight(parametrizations.weight_norm(nn.Linear(6, 4)))
     assert base.matrix().shape == (4, 6)
     with pytest.raises(ValueError, match=r"merge: base_layer.weight: expected a parameter or buf"):
         base.check_writable("merge")
 
 
-def test_a_layer_sees_the_base_layer_that_it_has_now():
+def test_layer_uses_its_current_base_layer():
     for layer, other in (
         (LoraLinear(nn.Linear(6, 4)), nn.Linear(6, 4)),
         (LoraConv(nn.Conv2d(3, 4, 2, 2)), nn.Conv2d(3, 4, 2, 2)),

@@ -22,25 +22,25 @@ def llama(layers: int = 2) -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, num_hidden_layers=layers))
 
 
-def test_a_causal_model_with_and_without_its_head():
+def test_causal_model_with_and_without_its_head():
     model = llama()
     assert decoder_layers(model) is model.model.layers
     assert decoder_layers(model.model) is model.model.layers
 
 
-def test_a_model_whose_layers_have_another_name():
+def test_model_with_another_name_of_its_layers():
     config = transformers.GPT2Config(vocab_size=9, n_embd=16, n_layer=3, n_head=4)
     model = transformers.GPT2LMHeadModel(config)
     assert decoder_layers(model) is model.transformer.h
 
 
-def test_the_layers_of_a_mixture_of_experts_are_not_its_experts():
+def test_layers_of_a_mixture_of_experts_are_not_its_experts():
     config = transformers.MixtralConfig(**TINY, num_hidden_layers=2, num_local_experts=2)
     model = transformers.MixtralForCausalLM(config)
     assert decoder_layers(model) is model.model.layers
 
 
-def test_an_encoder_has_its_own():
+def test_encoder_has_its_layers():
     config = transformers.BertConfig(
         vocab_size=9, hidden_size=16, intermediate_size=24, num_attention_heads=4
     )
@@ -49,7 +49,7 @@ def test_an_encoder_has_its_own():
     assert decoder_layers(model) is model.bert.encoder.layer
 
 
-def test_an_encoder_and_decoder_of_equal_depth_give_the_decoders():
+def test_encoder_and_decoder_of_equal_depth_give_the_decoder():
     config = transformers.WhisperConfig(
         vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, num_mel_bins=8,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
@@ -64,14 +64,14 @@ def test_an_encoder_and_decoder_of_equal_depth_give_the_decoders():
     assert decoder_layers(t5) is t5.decoder.block
 
 
-def test_a_model_that_peft_has_wrapped():
+def test_model_wrapped_by_peft_gives_its_layers():
     model = llama()
     layers = model.model.layers
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     assert decoder_layers(wrapped) is layers
 
 
-def test_a_model_of_somebody_else_is_refused_by_name():
+def test_model_of_another_package_raises():
     with pytest.raises(
         ValueError, match=r"decoder_layers: model: expected a model of transformers, found Linear"
     ):
@@ -80,7 +80,7 @@ def test_a_model_of_somebody_else_is_refused_by_name():
         decoder_layers(None)
 
 
-def test_a_model_without_such_a_list_is_refused_by_name():
+def test_model_without_a_layer_list_raises():
     model = llama()
     model.model.layers = nn.Sequential(*model.model.layers)  # pyright: ignore
     with pytest.raises(ValueError, match=r"expected a list of 2 layers, .* in LlamaForCausalLM"):
@@ -103,12 +103,12 @@ def test_a_model_without_such_a_list_is_refused_by_name():
         ("0.weight", None, None),
     ],
 )
-def test_the_block_of_a_name_is_its_first_number(name: str, block: str | None, index: int | None):
+def test_block_of_a_name_is_its_first_number(name: str, block: str | None, index: int | None):
     assert block_name(name) == block
     assert block_index(name) == index
 
 
-def test_a_pattern_of_ones_own():
+def test_given_pattern_selects_the_block():
     name = "visual.stages.2.layers.4.attn"
     assert block_index(name) == 2
     assert block_index(name, r"layers\.(\d+)\.") == 4
@@ -124,12 +124,12 @@ def test_a_pattern_of_ones_own():
         (r"(layers)\.\d+", r"block_index: pattern: expected a first group that matches a number"),
     ],
 )
-def test_a_pattern_that_gives_no_index_is_refused(pattern: str, message: str):
+def test_pattern_without_an_index_raises(pattern: str, message: str):
     with pytest.raises(ValueError, match=message):
         block_index("model.layers.7.mlp", pattern)
 
 
-def test_every_adapted_module_of_a_model_has_the_block_of_its_layer():
+def test_every_adapted_module_has_the_block_of_its_layer():
     model = llama(layers=3)
     for position, layer in enumerate(decoder_layers(model)):
         inside = {id(m) for m in layer.modules()}

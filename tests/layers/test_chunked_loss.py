@@ -1,4 +1,4 @@
-"""The training loss of a causal LM without its logits: transformers' own, in every family."""
+"""The training loss of a causal LM without its logits, against transformers, for every family."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ IDS = torch.randint(0, 61, (3, 7), generator=torch.manual_seed(0))
 LABELS = IDS.masked_fill(torch.rand(3, 7, generator=torch.manual_seed(1)) < 0.3, -100)
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
-    "Phi": {},  # its output layer has a bias
+    "Phi": {},  # The output layer has a bias.
     "Gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, "tie_word_embeddings": True},
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 3.0},
-    "Mixtral": {"num_local_experts": 2, "output_router_logits": True},  # adds a loss of its own
+    # The model adds another loss.
+    "Mixtral": {"num_local_experts": 2, "output_router_logits": True},
 }
 
 
@@ -61,12 +62,12 @@ def steps_of_transformers(model: Any, **given: Any) -> tuple[Any, Any]:
     """Return a step of a copy of ``model``, and one of a copy in float64."""
     wide = copy.deepcopy(model).double()
     if hasattr(wide, "set_experts_implementation"):
-        wide.set_experts_implementation("eager")  # torch's grouped products have no float64
+        wide.set_experts_implementation("eager")  # torch's grouped products do not support float64.
     return step(copy.deepcopy(model), **given), step(wide, **given)
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """Compare losses, and all gradients together: some are zero but for roundings."""
+    """Compare losses, and all gradients together: some are zero except for rounding."""
     assert found[0].logits is None
     steps = (found, *expected)
     assert error_over_bound(*(output.loss.detach() for output, _ in steps)) <= 1
@@ -77,14 +78,14 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_are_those_of_transformers(family: str) -> None:
+def test_loss_and_gradients_equal_transformers(family: str) -> None:
     model = model_of(family)
     expected = steps_of_transformers(model)
     assert lora_ext.chunked_loss(model, chunk=16) is model
     assert_same(step(model), expected)
 
 
-def test_what_a_trainer_passes_is_understood() -> None:
+def test_arguments_of_a_trainer_are_supported() -> None:
     model = model_of()
     shifted = nn.functional.pad(LABELS[:, 1:], (0, 1), value=-100)
     for given in (
@@ -102,7 +103,7 @@ def test_what_a_trainer_passes_is_understood() -> None:
     assert model(IDS, labels=torch.full_like(IDS, -100)).loss.item() == 0
 
 
-def test_other_forwards_are_as_they_were_and_so_is_the_model_after_it() -> None:
+def test_other_forwards_and_the_disabled_model_are_unchanged() -> None:
     model = model_of()
     before = set(model.lm_head.__dict__)
     logits = model(IDS).logits
@@ -112,7 +113,7 @@ def test_other_forwards_are_as_they_were_and_so_is_the_model_after_it() -> None:
         assert torch.equal(model(IDS, labels=LABELS).logits, logits)
     assert torch.equal(model.eval()(IDS, labels=LABELS).logits, logits)
     model.train()
-    lora_ext.chunked_loss(model, chunk=5)  # again: another chunk, not one upon the other
+    lora_ext.chunked_loss(model, chunk=5)  # A second call replaces the chunk size.
     lora_ext.chunked_loss(model, enabled=False)
     assert "forward" not in model.__dict__ and "_loss_function" not in model.__dict__
     assert set(model.lm_head.__dict__) == before
@@ -120,7 +121,7 @@ def test_other_forwards_are_as_they_were_and_so_is_the_model_after_it() -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_has_its_own(copied: Any) -> None:
+def test_copy_is_independent(copied: Any) -> None:
     model = lora_ext.chunked_loss(model_of(), chunk=16)
     expected = step(model)[0].loss.item()
     other = copied(model)
@@ -128,10 +129,11 @@ def test_a_copy_has_its_own(copied: Any) -> None:
         model.lm_head.weight.zero_()
     output, gradients = step(other)
     assert output.loss.item() == expected and "lm_head.weight" in gradients
-    assert model.lm_head.weight.grad is not None  # of the step before: the copy has not touched it
+    # The step above set this gradient, and the copy did not change it.
+    assert model.lm_head.weight.grad is not None
 
 
-def test_a_model_of_peft_trains_with_it() -> None:
+def test_peft_model_trains_with_it() -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     peft = get_peft_model(model_of(), config).train()
@@ -141,7 +143,7 @@ def test_a_model_of_peft_trains_with_it() -> None:
 
 
 @pytest.mark.slow
-def test_under_a_compiler_and_autocast() -> None:
+def test_compiler_and_autocast_are_supported() -> None:
     model = model_of()
     expected = steps_of_transformers(model)
     lora_ext.chunked_loss(model, chunk=16)
@@ -152,7 +154,7 @@ def test_under_a_compiler_and_autocast() -> None:
     assert loss == pytest.approx(expected[0][0].loss.item(), rel=2e-2)
 
 
-def test_no_tensor_of_the_vocabulary_is_made() -> None:
+def test_no_tensor_of_vocabulary_size_is_made() -> None:
     model = lora_ext.chunked_loss(model_of(), chunk=16)
     sizes: list[int] = []
 
@@ -168,7 +170,7 @@ def test_no_tensor_of_the_vocabulary_is_made() -> None:
     assert not sizes
 
 
-def test_what_cannot_do_without_its_logits_is_refused_and_stays_as_it_was() -> None:
+def test_models_that_need_their_logits_raise_and_stay_unchanged() -> None:
     with pytest.raises(ValueError, match="chunked_loss: chunk: expected an integer"):
         lora_ext.chunked_loss(model_of(), chunk=0)
     with pytest.raises(ValueError, match="chunked_loss: model: expected a causal LM"):
@@ -192,7 +194,7 @@ def test_what_cannot_do_without_its_logits_is_refused_and_stays_as_it_was() -> N
         wrapped(IDS, labels=LABELS)
 
 
-def test_a_model_whose_logits_are_no_numbers_is_refused_by_the_one_who_asked() -> None:
+def test_model_with_nan_logits_raises_in_the_call() -> None:
     model = model_of()
     nn.init.constant_(model.lm_head.weight, torch.nan)
     with pytest.raises(ValueError, match=r"^chunked_loss: model: expected logits that are numbers"):
@@ -200,7 +202,7 @@ def test_a_model_whose_logits_are_no_numbers_is_refused_by_the_one_who_asked() -
 
 
 @pytest.mark.slow
-def test_the_trainer_of_transformers_learns_the_same(tmp_path: Any) -> None:
+def test_transformers_trainer_learns_the_same(tmp_path: Any) -> None:
     losses = []
     for chunked in (False, True):
         model = model_of()
@@ -220,7 +222,7 @@ def test_the_trainer_of_transformers_learns_the_same(tmp_path: Any) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_loss_that_leaves_out_the_forward_of_the_model_is_warned_of_once() -> None:
+def test_loss_computed_without_the_forward_of_the_model_warns_once() -> None:
     model = lora_ext.chunked_loss(model_of())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -241,7 +243,7 @@ def test_a_loss_that_leaves_out_the_forward_of_the_model_is_warned_of_once() -> 
     assert not again.model._forward_pre_hooks
 
 
-def test_nothing_warns_after_disabling_although_the_inner_model_was_wrapped_before() -> None:
+def test_nothing_warns_after_disabling_a_model_with_a_wrapped_inner_model() -> None:
     model = lora_ext.chunked_loss(model_of())
     model, copied = copy.deepcopy(model), model
     for each in (model, pickle.loads(pickle.dumps(copied))):
@@ -270,7 +272,7 @@ def of_fsdp2(rank: int, case: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_a_model_that_fsdp2_has_divided_is_refused_and_learns_in_the_other_order(
+def test_model_sharded_by_fsdp2_raises_and_the_other_order_learns(
     two_processes: TwoProcesses,
 ) -> None:
     two_processes.run(of_fsdp2, "divided")

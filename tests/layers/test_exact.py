@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="exact models are tran
 
 VOCAB = 97
 DTYPES = [torch.float32, torch.bfloat16]
-# Heads of 10 features: their rotary embeddings do not fill whole vectors.
+# Rotary embeddings of heads with 10 features do not fill whole vectors.
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 40,
@@ -93,7 +93,7 @@ def test_decode_prefill_and_batch_have_the_same_bits(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_law_holds_in_every_family(family: str, threads: None) -> None:
+def test_law_holds_in_every_family(family: str, threads: None) -> None:
     for dtype in DTYPES:
         plain = build(family).to(dtype)
         with torch.no_grad():
@@ -109,10 +109,10 @@ def test_the_law_holds_in_every_family(family: str, threads: None) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [33, 172, 1000, 8192])
-def test_what_is_left_to_torch_has_a_rows_own_bits(
+def test_torch_ops_in_exact_models_are_independent_of_the_batch(
     hidden: int, dtype: torch.dtype, threads: None
 ) -> None:
-    """An exact model uses torch's norms, softmax over the vocabulary, and sums of numbers."""
+    """Check torch's norms, softmax and sums, which exact models use."""
     x = 3 * torch.randn(64, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
     norms: list[Any] = [nn.RMSNorm(hidden), nn.LayerNorm(hidden)]
     norms.append(transformers.models.llama.modeling_llama.LlamaRMSNorm(hidden))
@@ -132,7 +132,7 @@ def test_what_is_left_to_torch_has_a_rows_own_bits(
                 assert torch.equal(function(x[:7]), alone[:7])
 
 
-def test_gradients_are_those_of_the_plain_model() -> None:
+def test_gradients_equal_those_of_the_plain_model() -> None:
     wide, plain = build("Phi").double(), build("Phi")
     models = {"wide": wide, "plain": plain, "exact": lora_ext.exact(copy.deepcopy(plain))}
     found: dict[str, list[Tensor]] = {}
@@ -144,7 +144,7 @@ def test_gradients_are_those_of_the_plain_model() -> None:
         assert error <= 2 * (peer - expected).norm() + 1e-7 * expected.norm()
 
 
-def test_a_copy_is_exact_and_undoing_it_leaves_the_original() -> None:
+def test_copy_is_exact_and_undoing_it_keeps_the_original() -> None:
     model = lora_ext.exact(build())
     twin = copy.deepcopy(model)
     lora_ext.exact(twin, enabled=False)
@@ -157,7 +157,7 @@ def test_a_copy_is_exact_and_undoing_it_leaves_the_original() -> None:
         assert {type(m) for m in each.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 class Odd(nn.Module):
     """Activation with an op that ``ops.pointwise`` does not replace."""
 
@@ -173,7 +173,7 @@ class Mixing(nn.Module):
 
 
 class Writing(nn.Module):
-    """Activation that writes its result to a tensor of its own."""
+    """Activation that writes its result to a new tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(x, out=torch.empty_like(x))
@@ -183,7 +183,7 @@ class Writing(nn.Module):
     ("activation", "op"),
     [(Odd(), "aten.erf.default"), (Mixing(), "aten.mm.default"), (Writing(), "sigmoid with out=")],
 )
-def test_an_op_that_depends_on_the_batch_is_refused_with_its_module(
+def test_op_that_depends_on_the_batch_raises_and_names_its_module(
     activation: nn.Module, op: str
 ) -> None:
     model = build()
@@ -194,7 +194,7 @@ def test_an_op_that_depends_on_the_batch_is_refused_with_its_module(
     assert not [m for m in model.modules() if "forward" in m.__dict__ or m._forward_pre_hooks]
 
 
-def test_a_model_inside_another_module_is_searched_too() -> None:
+def test_model_inside_another_module_is_checked_too() -> None:
     model = build()
     model.model.layers[0].mlp.act_fn = Odd()
     outer = nn.Module()
@@ -203,8 +203,8 @@ def test_a_model_inside_another_module_is_searched_too() -> None:
         lora_ext.exact(outer)
 
 
-def test_peft_layers_are_refused_before_and_after_and_from_peft_makes_them_exact() -> None:
-    peft = pytest.importorskip("peft", reason="the layers that are refused are PEFT's")
+def test_peft_layers_raise_and_from_peft_makes_them_exact() -> None:
+    peft = pytest.importorskip("peft", reason="tests layers of PEFT")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = peft.get_peft_model(build(), config).eval()
     with pytest.raises(ValueError, match=r"q_proj': .*PEFT's Linear; call lora_ext\.from_peft"):
@@ -217,13 +217,13 @@ def test_peft_layers_are_refused_before_and_after_and_from_peft_makes_them_exact
     assert_law(lora_ext.from_peft(later), 20, tokens(3, 26))
     for layer in later.modules():
         if hasattr(layer, "lora_dropout"):
-            layer.lora_dropout["default"] = nn.Dropout(1.0)  # left to PEFT's forward
+            layer.lora_dropout["default"] = nn.Dropout(1.0)  # The layer uses PEFT's forward.
     with pytest.raises(ValueError, match=r"expected adapters that lora_ext computes, found .* 1"):
         later(tokens(1, 3))
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_wrapped_model_is_exact_in_either_order(dora: bool) -> None:
+def test_wrapped_model_is_exact_in_either_order(dora: bool) -> None:
     config = lora_ext.LoraConfig(r=4, use_dora=dora)
     models = [
         lora_ext.exact(lora_ext.nn.wrap(build(), config).eval()),
@@ -236,7 +236,7 @@ def test_a_wrapped_model_is_exact_in_either_order(dora: bool) -> None:
         assert_law(model, 20, tokens(3, 26))
 
 
-def test_an_attached_model_becomes_exact_and_comes_back() -> None:
+def test_attached_model_becomes_exact_and_is_restored() -> None:
     model = build()
     with torch.no_grad():
         before = model(tokens(3, 26)).logits
@@ -252,7 +252,7 @@ def test_an_attached_model_becomes_exact_and_comes_back() -> None:
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
 
 
-def test_an_exact_model_can_be_attached_and_undone_while_it_is() -> None:
+def test_exact_model_can_be_attached_and_undone_while_attached() -> None:
     model = lora_ext.exact(build())
     lora_ext.attach(model, lora_ext.AdapterPool(model))
     assert_law(model, 20, tokens(3, 26))
@@ -261,7 +261,7 @@ def test_an_exact_model_can_be_attached_and_undone_while_it_is() -> None:
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
 
 
-def test_another_attention_is_noticed() -> None:
+def test_another_attention_raises() -> None:
     model = lora_ext.exact(build())
     model.set_attn_implementation("eager")
     for call in (model, model.model):
@@ -271,7 +271,7 @@ def test_another_attention_is_noticed() -> None:
     assert_law(model, 20, tokens(3, 26))
 
 
-def test_attention_of_other_models_takes_its_dropout_by_position() -> None:
+def test_attention_of_other_models_accepts_dropout_by_position() -> None:
     lora_ext.exact(build())
     module: Any = nn.Module()
     module.num_key_value_groups, module.is_causal = 1, True
@@ -281,7 +281,7 @@ def test_attention_of_other_models_takes_its_dropout_by_position() -> None:
     assert torch.equal(found, sdpa(module, q, q, q, None, dropout=0.0)[0])
 
 
-def test_a_new_head_is_noticed_and_made_exact_again() -> None:
+def test_new_head_raises_and_can_be_made_exact() -> None:
     model = lora_ext.exact(build())
     model.resize_token_embeddings(VOCAB + 3)
     with pytest.raises(ValueError, match=r"'lm_head': .*call lora_ext\.exact\(model, enabled=Fals"):
@@ -290,7 +290,7 @@ def test_a_new_head_is_noticed_and_made_exact_again() -> None:
     assert_law(lora_ext.exact(model), 20, tokens(3, 26))
 
 
-def test_a_module_that_was_replaced_is_noticed() -> None:
+def test_replaced_module_raises() -> None:
     found = (
         r"expected a module that exact has checked, found a SiLU .*call lora_ext\.exact\(model, e"
     )
@@ -303,13 +303,13 @@ def test_a_module_that_was_replaced_is_noticed() -> None:
     assert_law(lora_ext.exact(lora_ext.exact(model, enabled=False)), 20, tokens(3, 26))
 
 
-def test_a_module_of_a_copy_is_exact_in_the_original() -> None:
+def test_module_of_a_copy_is_exact_in_the_original() -> None:
     model = lora_ext.exact(build())
     model.model.layers[0] = copy.deepcopy(model).model.layers[0]
     assert_law(model, 20, tokens(3, 26))
 
 
-def test_a_model_that_was_attached_when_it_became_exact_can_be_detached() -> None:
+def test_model_attached_before_exact_can_be_detached() -> None:
     model = build()
     lora_ext.attach(model, lora_ext.AdapterPool(model))
     lora_ext.exact(model)
@@ -320,7 +320,7 @@ def test_a_model_that_was_attached_when_it_became_exact_can_be_detached() -> Non
 
 
 @pytest.mark.parametrize("part", [False, True])
-def test_a_model_from_a_file_is_not_taken_for_an_exact_one(part: bool) -> None:
+def test_loaded_model_does_not_count_as_exact(part: bool) -> None:
     file, model = io.BytesIO(), lora_ext.exact(build())
     torch.save(model.model if part else model, file)
     file.seek(0)
@@ -337,7 +337,7 @@ def test_a_model_from_a_file_is_not_taken_for_an_exact_one(part: bool) -> None:
         )
 
 
-def test_undoing_a_part_of_an_exact_model_is_noticed() -> None:
+def test_undoing_a_part_of_an_exact_model_raises() -> None:
     model = build()
     lora_ext.exact(lora_ext.exact(model).model)
     for _ in range(2):
@@ -351,7 +351,7 @@ def test_undoing_a_part_of_an_exact_model_is_noticed() -> None:
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
 
 
-def test_a_model_with_an_exact_part_becomes_exact() -> None:
+def test_model_with_an_exact_part_becomes_exact() -> None:
     model = build()
     lora_ext.exact(model.model)
     assert_law(lora_ext.exact(model), 20, tokens(3, 26))
@@ -360,20 +360,20 @@ def test_a_model_with_an_exact_part_becomes_exact() -> None:
         model(tokens(1, 3))
 
 
-def test_another_dtype_is_noticed() -> None:
+def test_another_dtype_raises() -> None:
     model = lora_ext.exact(build()).double()
     with pytest.raises(RuntimeError, match=r"float32 or bfloat16, found .*float64; call lora_ext"):
         model(tokens(1, 3))
     assert_law(model.float(), 20, tokens(3, 26))
 
 
-def test_autocast_is_noticed() -> None:
+def test_autocast_raises() -> None:
     model = lora_ext.exact(build())
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast"):
         model(tokens(1, 3))
 
 
-def test_unpacking_an_exact_model_is_refused() -> None:
+def test_unpacking_an_exact_model_raises() -> None:
     model = lora_ext.exact(build())
     with pytest.raises(RuntimeError, match=r"unpack_linears: model: .*enabled=False\) first"):
         lora_ext.nn.unpack_linears(model)
@@ -381,7 +381,7 @@ def test_unpacking_an_exact_model_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_model_or_layer_is_noticed() -> None:
+def test_compiled_model_or_layer_raises() -> None:
     model = lora_ext.exact(build())
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.compile, autocast, or anoth"):

@@ -1,4 +1,4 @@
-"""The forward of routed experts against transformers' own, and known answers of the update."""
+"""The forward of routed experts against transformers, and known values of the update."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_ext.layers._experts import (
 )
 from lora_ext.layers._lora_forward import LoraFactors
 
-EXPERTS, HIDDEN, INNER = 3, 8, 4  # rows of 16 bytes, as torch's grouped product wants them
+EXPERTS, HIDDEN, INNER = 3, 8, 4  # Rows have 16 bytes, which torch's grouped product requires.
 FLAGS: list[dict[str, bool]] = [
     {},
     {"has_gate": False},
@@ -31,7 +31,7 @@ FLAGS: list[dict[str, bool]] = [
 
 
 def experts(how: str = "grouped_mm", **flags: bool) -> Any:
-    """A module as transformers' models have them, with these flags."""
+    """Return a module of experts like those of transformers' models, with these flags."""
 
     @use_experts_implementation(**flags)
     class Experts(nn.Module):
@@ -51,7 +51,7 @@ def experts(how: str = "grouped_mm", **flags: bool) -> Any:
             return x / x.norm(dim=-1, keepdim=True)
 
         def forward(self, *_: Any) -> None:
-            raise AssertionError("transformers' functions stand in for it")
+            raise AssertionError("transformers' functions replace it")
 
     torch.manual_seed(0)
     return Experts(SimpleNamespace(_experts_implementation=how)).requires_grad_(False)
@@ -62,7 +62,7 @@ def unchanged(_: str, y: Tensor, __: Tensor, ___: Routing) -> Tensor:
 
 
 def batch(rows: int = 7) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, experts and weights. No row is sent to expert 1."""
+    """Return rows, experts and weights. No row is sent to expert 1."""
     generator = torch.manual_seed(1)
     x = torch.randn(rows, HIDDEN, generator=generator)
     index = torch.tensor([[0, 2], [2, 0]])[torch.arange(rows) % 2]
@@ -71,7 +71,7 @@ def batch(rows: int = 7) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("how", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("flags", FLAGS)
-def test_without_adapters_it_is_the_modules_own_forward(flags: Any, how: str) -> None:
+def test_forward_without_adapters_equals_transformers(flags: Any, how: str) -> None:
     module = experts(how, **flags)
     x, index, weights = batch()
     expected = module(x, index, weights)
@@ -79,7 +79,7 @@ def test_without_adapters_it_is_the_modules_own_forward(flags: Any, how: str) ->
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_the_gradient_of_the_rows_is_right(flags: Any) -> None:
+def test_gradient_of_the_rows_is_correct(flags: Any) -> None:
     module = experts(**flags).double()
     x, index, weights = batch()
     args = x.double().requires_grad_(), index, weights.double().requires_grad_()
@@ -88,12 +88,12 @@ def test_the_gradient_of_the_rows_is_right(flags: Any) -> None:
     )
 
 
-def test_a_batch_without_rows() -> None:
+def test_batch_without_rows_is_empty() -> None:
     x, index, weights = batch(0)
     assert experts_forward(experts(), x, index, weights, unchanged).shape == (0, HIDDEN)
 
 
-def test_projections_have_sizes_whichever_way_they_are_stored() -> None:
+def test_projections_have_the_same_sizes_in_both_layouts() -> None:
     plain, turned = projections(experts()), projections(experts(is_transposed=True))
     assert plain == turned == {"gate_up_proj": (HIDDEN, 2 * INNER), "down_proj": (INNER, HIDDEN)}
     assert list(projections(experts(has_gate=False))) == ["up_proj", "down_proj"]
@@ -102,7 +102,7 @@ def test_projections_have_sizes_whichever_way_they_are_stored() -> None:
 
 
 @pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm"])
-def test_a_routing_names_every_pair_once(how: str) -> None:
+def test_routing_contains_every_pair_once(how: str) -> None:
     index = torch.tensor([[2, 0], [0, 1], [2, 1]])
     found = route(index, 4, how)
     assert sorted(found.order.tolist()) == list(range(6))
@@ -111,7 +111,7 @@ def test_a_routing_names_every_pair_once(how: str) -> None:
     if found.ends is not None:
         assert found.expert.tolist() == sorted(found.expert.tolist())
         assert found.ends.tolist() == [2, 4, 6, 6]
-    if how == "eager":  # first choices before second ones
+    if how == "eager":  # First choices precede second ones.
         assert found.order.tolist() == [2, 1, 3, 5, 0, 4]
 
 
@@ -122,8 +122,8 @@ def test_slots_count_the_experts_of_each_adapter() -> None:
     assert slots_of(routing, None, 1, 3).ids.tolist() == [2, 0, 0, 1, 2, 1]
 
 
-def test_the_update_has_the_factors_of_adapter_and_expert() -> None:
-    """Small integers: factors of rank 2 and 1 as PEFT stacks them, two experts."""
+def test_update_uses_the_factors_of_adapter_and_expert() -> None:
+    """Check small integers: factors of rank 2 and 1 as stacked by PEFT, two experts."""
     first = LoraFactors(
         a=torch.tensor([[1.0, 0], [0, 1], [2, 0], [0, 3]]),  # expert 0: e1, e2; expert 1: 2e1, 3e2
         b=torch.tensor([[1.0, 10, 100, 1000]]),  # rank by rank: (e0, e1), (e0, e1)

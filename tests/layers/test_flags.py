@@ -1,4 +1,4 @@
-"""Arguments that are True or False: another value would count as True, "no" too."""
+"""Boolean arguments: any other value raises, because "no" would count as True."""
 
 from __future__ import annotations
 
@@ -70,15 +70,13 @@ CALLS: list[tuple[str, Callable[[Any], object]]] = [
 
 
 @pytest.mark.parametrize(("argument", "call"), CALLS, ids=[argument for argument, _ in CALLS])
-def test_a_flag_that_is_no_bool_is_refused_by_name(
-    argument: str, call: Callable[[Any], object]
-) -> None:
+def test_flag_that_is_not_a_bool_raises(argument: str, call: Callable[[Any], object]) -> None:
     for value in ("no", 1, None, torch.tensor(1), torch.tensor([True]), np.array([True])):
         with pytest.raises(TypeError, match=rf"^{argument}: expected True or False, found "):
             call(value)
 
 
-def test_flags_out_of_arrays_are_taken() -> None:
+def test_flags_from_arrays_are_accepted() -> None:
     layer: Any = some_layer()
     for parameter in layer.parameters():
         nn.init.ones_(parameter)

@@ -1,4 +1,4 @@
-"""Labels: transformers' -100, and the shift from under the inputs to where they are predicted."""
+"""Labels: transformers' -100, and the shift of each label to the position that predicts it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch.nn import functional as F
 from lora_ext.nn import IGNORE, shift_labels
 
 
-def test_a_position_gets_the_label_of_the_next_one_and_the_last_none():
+def test_position_gets_the_label_of_the_next_and_the_last_gets_ignored():
     labels = torch.tensor([[1, 2, 3], [4, IGNORE, 6]])
     assert shift_labels(labels).tolist() == [[2, 3, IGNORE], [IGNORE, 6, IGNORE]]
 
 
-def test_any_leading_shape_and_another_mark():
+def test_any_leading_shape_and_ignore_value():
     assert shift_labels(torch.tensor([1, 2]), ignore=-1).tolist() == [2, -1]
     assert shift_labels(torch.arange(8).view(2, 2, 2))[1, 1].tolist() == [7, IGNORE]
 
 
-def test_the_loss_over_shifted_labels_is_the_one_transformers_takes():
+def test_loss_of_shifted_labels_equals_transformers():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 5, 7, generator=generator)
     labels = torch.randint(0, 7, (2, 5), generator=generator)

@@ -53,7 +53,7 @@ def test_layers_compute_the_formula(backend: Backend, names):
     x = torch.randn(5, 2, 40, device=backend.device, requires_grad=True)
     dy = torch.randn(5, 2, 24, device=backend.device)
     made.set_adapter("a")
-    made.requires_grad_()  # all of it, the adapters that are not active too
+    made.requires_grad_()  # all parameters, also those of inactive adapters
     y = made(x) if names == ["a"] * 5 else made(x, names)
     expected = formula(made, x, names, x)
     torch.testing.assert_close(y, expected, **CLOSE)
@@ -62,7 +62,7 @@ def test_layers_compute_the_formula(backend: Backend, names):
     )
 
 
-def test_dropout_is_the_mask_of_its_seed(backend: Backend, monkeypatch):
+def test_dropout_equals_the_mask_of_its_seed(backend: Backend, monkeypatch):
     made = layer(backend.device, lora_dropout=0.25)
     x = torch.randn(5, 40, device=backend.device, requires_grad=True)
     dy = torch.randn(5, 24, device=backend.device)
@@ -79,7 +79,7 @@ def test_dropout_is_the_mask_of_its_seed(backend: Backend, monkeypatch):
     )
 
 
-def test_a_checkpoint_repeats_its_rows_and_masks(backend: Backend):
+def test_checkpoint_repeats_its_rows_and_masks(backend: Backend):
     made = layer(backend.device, lora_dropout=0.25)
     x = torch.randn(5, 40, device=backend.device, requires_grad=True)
     dy = torch.randn(5, 24, device=backend.device)

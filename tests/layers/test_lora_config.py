@@ -1,4 +1,4 @@
-"""LoraConfig: PEFT's fields, checked where it is made, matched by PEFT's rules."""
+"""LoraConfig: PEFT's fields, checked at construction, matched by PEFT's rules."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def names() -> list[str]:
     ],
     ids=str,
 )
-def test_the_modules_are_those_that_peft_would_adapt(fields: dict):
+def test_targeted_modules_equal_those_of_peft(fields: dict):
     theirs = peft.LoraConfig(**fields)
     expected = {name for name in names() if check_target_module_exists(theirs, name)}
     assert LoraConfig(**fields).targeted(names(), []) == expected
@@ -59,7 +59,7 @@ def test_the_modules_are_those_that_peft_would_adapt(fields: dict):
     ],
     ids=str,
 )
-def test_ranks_and_alphas_are_those_that_peft_would_take(pattern: dict):
+def test_ranks_and_alphas_equal_those_of_peft(pattern: dict):
     config = LoraConfig(r=8, lora_alpha=16, rank_pattern=pattern, alpha_pattern=pattern)
     found, unused = config.ranks_and_alphas(names())
     for name in names():
@@ -96,24 +96,24 @@ def test_ranks_and_alphas_are_those_that_peft_would_take(pattern: dict):
     ],
     ids=str,
 )
-def test_a_field_that_is_wrong_is_refused_where_the_config_is_made(fields: dict, message: str):
+def test_invalid_field_raises_at_construction(fields: dict, message: str):
     with pytest.raises(ValueError, match=message):
         LoraConfig(**fields)
 
 
-def test_an_initialisation_that_only_peft_has_is_refused_by_name():
+def test_initialisation_that_only_peft_has_raises():
     with pytest.raises(NotImplementedError, match=r"init_lora_weights: 'eva' is not offered here"):
         LoraConfig(init_lora_weights="eva")
 
 
-def test_a_pattern_that_is_no_regular_expression_is_refused_where_it_is_matched():
+def test_invalid_pattern_raises_where_it_is_matched():
     with pytest.raises(ValueError, match=r"LoraConfig: target_modules: .*\(q"):
         LoraConfig(target_modules="(q").targeted(["q"], [])
     with pytest.raises(ValueError, match=r"LoraConfig: target_modules: expected names, .* None"):
         LoraConfig(target_modules=None).targeted(["q"], [])
 
 
-def test_a_config_is_a_value():
+def test_config_is_an_immutable_value():
     config = LoraConfig(r=4, target_modules={"v_proj", "q_proj"})
     assert config == LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     assert config != LoraConfig(r=5, target_modules=["q_proj", "v_proj"])
@@ -122,7 +122,7 @@ def test_a_config_is_a_value():
     assert dataclasses.replace(config, r=5).r == 5
 
 
-def test_peft_takes_the_fields_under_their_names():
+def test_peft_accepts_the_fields_under_their_names():
     config = LoraConfig(
         r=4,
         target_modules=["q_proj"],

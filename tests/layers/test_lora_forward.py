@@ -50,7 +50,7 @@ SETTINGS = {
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 3), (0, 3)], ids=str)
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_all_adapters_on_all_rows_as_peft(kind, lead, has_bias):
+def test_all_adapters_on_all_rows_equal_peft(kind, lead, has_bias):
     layer = peft_layer(nn.Linear(24, 17, bias=has_bias), *SETTINGS[kind])
     x = torch.randn(*lead, 24, requires_grad=True)
     assert_same(
@@ -59,7 +59,7 @@ def test_all_adapters_on_all_rows_as_peft(kind, lead, has_bias):
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_conv1d_as_peft(kind):
+def test_conv1d_equals_peft(kind):
     base = Conv1D(17, 24)
     layer = peft_layer(base, *({**s, "fan_in_fan_out": True} for s in SETTINGS[kind]))
     assert dense_parameters(base) is not None
@@ -68,11 +68,11 @@ def test_conv1d_as_peft(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_scaling_that_is_a_tensor_is_read_at_every_call(dtype):
+def test_tensor_scaling_is_read_at_every_call(dtype):
     layer = peft_layer(nn.Linear(24, 17), {}, {"r": 2}).to(dtype)
     x, ids = torch.randn(4, 24, dtype=dtype, requires_grad=True), torch.tensor([1, 0, -1, 1])
     both = ["0", "1"]
-    for value in (2.25, 1.0, 9.0):  # as PEFT's hot swap does it
+    for value in (2.25, 1.0, 9.0):  # as in PEFT's hot swap
         for name in both:
             scaling = layer.scaling[name]
             if isinstance(scaling, Tensor):
@@ -95,7 +95,7 @@ def test_a_scaling_that_is_a_tensor_is_read_at_every_call(dtype):
         )
 
 
-def test_a_base_that_is_no_plain_linear_is_called():
+def test_base_that_is_not_a_plain_linear_is_called():
     class Doubled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -108,7 +108,7 @@ def test_a_base_that_is_no_plain_linear_is_called():
     )
 
 
-def test_a_hook_on_the_base_sees_every_call():
+def test_hook_of_the_base_is_called_every_time():
     layer = peft_layer(nn.Linear(24, 17), {})
     calls = []
     handle = layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
@@ -125,7 +125,7 @@ def test_a_hook_on_the_base_sees_every_call():
 @pytest.mark.parametrize(
     "kind", ["equal ranks", "ranks and scalings", "biases", "one of them", "large"]
 )
-def test_each_row_its_adapter_as_peft(kind, names):
+def test_adapter_of_each_row_equals_peft(kind, names):
     settings = {
         "equal ranks": [{}, {}, {}],
         "ranks and scalings": [{"r": 8}, {"r": 2}, {"r": 5, "use_rslora": True}],
@@ -144,7 +144,7 @@ def test_each_row_its_adapter_as_peft(kind, names):
     )
 
 
-def test_rows_without_adapters_are_the_base_alone():
+def test_rows_without_adapters_equal_the_base():
     layer = peft_layer(nn.Linear(24, 17), {})
     x = torch.randn(4, 24)
     none = torch.full((4,), -1)
@@ -154,7 +154,7 @@ def test_rows_without_adapters_are_the_base_alone():
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes_as_peft(x_dtype, adapter_dtype):
+def test_dtypes_equal_those_of_peft(x_dtype, adapter_dtype):
     layer = peft_layer(nn.Linear(24, 17), {}, {"r": 2})
     layer.base_layer.to(x_dtype)
     layer.lora_A.to(adapter_dtype)
@@ -167,7 +167,7 @@ def test_dtypes_as_peft(x_dtype, adapter_dtype):
 
 
 @pytest.mark.parametrize("plain_base", [True, False])
-def test_autocast_as_peft(plain_base):
+def test_autocast_is_as_exact_as_peft(plain_base):
     layer = peft_layer(nn.Linear(24, 17), {}, {"r": 2})
     if not plain_base:
         layer.base_layer.register_forward_hook(lambda *_: None)
@@ -178,8 +178,8 @@ def test_autocast_as_peft(plain_base):
         assert_as_exact(run, layer, layer, x, unit)
 
 
-def test_float64_is_float64():
-    layer = peft_layer(nn.Linear(24, 17), {"r": 3}).double()  # a scaling that float32 rounds
+def test_float64_is_not_rounded_to_float32():
+    layer = peft_layer(nn.Linear(24, 17), {"r": 3}).double()  # float32 would round this scaling.
     layer.scaling["0"] = 1 / 3
     x = torch.randn(5, 24, dtype=torch.float64)
     y = lora_forward(x, layer.base_layer, factors(layer))
@@ -202,12 +202,12 @@ def test_dropout_follows_the_seed_of_torch_and_its_law():
     assert not torch.equal(first, second)
     kept = first.abs() > 0.5
     torch.testing.assert_close(first[kept], torch.full_like(first[kept], 1 / 0.75), **CLOSE)
-    # 12800 coins: five standard deviations are 0.019.
+    # 12800 coin flips: five standard deviations are 0.019.
     assert abs(kept.float().mean() - 0.75) < 0.019
 
 
 @pytest.mark.parametrize("plain_base", [True, False])
-def test_dropout_is_the_formula_with_the_mask_of_its_seed(plain_base, monkeypatch):
+def test_dropout_equals_the_formula_with_the_mask_of_its_seed(plain_base, monkeypatch):
     torch.manual_seed(0)
     base = nn.Linear(24, 17)
     if not plain_base:
@@ -215,7 +215,7 @@ def test_dropout_is_the_formula_with_the_mask_of_its_seed(plain_base, monkeypatc
     a, b = torch.randn(4, 24, requires_grad=True), torch.randn(17, 4, requires_grad=True)
     x = torch.randn(6, 24, requires_grad=True)
     seed = torch.tensor([2**40 + 5])
-    module = sys.modules[lora_forward.__module__]  # the function has the module's name
+    module = sys.modules[lora_forward.__module__]  # The function has the module's name.
     monkeypatch.setattr(module, "draw_seed", lambda device: seed)
     keep = dropout_keep(6, 24, 0.25, seed)
     assert 0 < keep.sum() < keep.numel()
@@ -227,7 +227,7 @@ def test_dropout_is_the_formula_with_the_mask_of_its_seed(plain_base, monkeypatc
     torch.testing.assert_close(found, true, **CLOSE)
 
 
-def test_adapters_with_dropout_on_the_same_rows_have_masks_of_their_own():
+def test_adapters_with_dropout_on_the_same_rows_have_separate_masks():
     base, eye = nn.Linear(64, 64, bias=False), torch.eye(64)
     nn.init.zeros_(base.weight)
     x = torch.ones(200, 64)
@@ -236,7 +236,7 @@ def test_adapters_with_dropout_on_the_same_rows_have_masks_of_their_own():
     assert share == pytest.approx([0.25, 0.5, 0.25], abs=0.025)  # five standard deviations
 
 
-def test_rows_of_adapters_with_different_dropout():
+def test_rows_may_have_adapters_with_different_dropout():
     base, eye = nn.Linear(8, 8, bias=False), torch.eye(8)
     nn.init.zeros_(base.weight)
     x = torch.ones(4, 8)
@@ -293,7 +293,7 @@ def test_rows_are_grouped_once_and_again_after_a_change():
     assert rows_of(ids, 4) is rows
     ids[0] = 0
     assert rows_of(ids, 4).used == (0, 1, 3)
-    ids.data[1] = 2  # of which torch counts no version
+    ids.data[1] = 2  # torch does not count this change as a version.
     assert rows_of(ids, 4).used == (0, 1, 2, 3)
     ids.numpy()[:] = 1
     assert rows_of(ids, 4).used == (1,)
@@ -322,13 +322,13 @@ def test_wrong_ids_raise(ids, error, text):
         lora_forward(torch.randn(4, 24), layer.base_layer, factors(layer), ids)
 
 
-def test_the_wrong_width_raises_even_where_the_sizes_divide():
+def test_wrong_width_raises_even_if_the_sizes_divide():
     layer = peft_layer(nn.Linear(24, 17), {})
     with pytest.raises((ValueError, RuntimeError)):
         lora_forward(torch.randn(4, 48), layer.base_layer, factors(layer))
 
 
-def test_what_was_cached_in_inference_mode_serves_training():
+def test_values_cached_in_inference_mode_work_in_training():
     layer = peft_layer(nn.Linear(24, 17), {})
     x = torch.randn(11, 24)
     with torch.inference_mode():
@@ -337,7 +337,7 @@ def test_what_was_cached_in_inference_mode_serves_training():
     assert layer.lora_A["0"].weight.grad is not None
 
 
-def test_the_backward_keeps_no_bytes_per_row_beside_those_of_plain_torch():
+def test_backward_saves_no_more_bytes_per_row_than_plain_torch():
     x, w = torch.randn(96, 24, requires_grad=True), nn.Linear(24, 17, bias=False)
     w.requires_grad_(False)
     a, b = torch.randn(4, 24, requires_grad=True), torch.randn(17, 4, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Initial values: the laws of each scheme, equality with PEFT and torch, and the way back."""
+"""Initial values: the laws of each scheme, equality with PEFT and torch, and undoing."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ ZERO_PRODUCT = [s for s in FREE if s not in ("init_ab", "orthogonal")]
 
 
 def factors(r: int, n: int, m: int, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Filled with what an initialisation must overwrite."""
+    """Return factors filled with values that an initialisation must overwrite."""
     return torch.full((r, n), 7.0, dtype=dtype), torch.full((m, r), 7.0, dtype=dtype)
 
 
@@ -34,7 +34,7 @@ def generator():
 
 
 @pytest.mark.parametrize("scheme", [True, "init_a", "INIT_A"])
-def test_init_a_is_torchs_kaiming_uniform(scheme):
+def test_init_a_equals_the_kaiming_uniform_of_torch(scheme):
     a, b = drawn(scheme)
     expected = nn.init.kaiming_uniform_(torch.empty(8, 64), a=math.sqrt(5), generator=generator())
     assert torch.equal(a, expected) and not b.any()
@@ -42,7 +42,7 @@ def test_init_a_is_torchs_kaiming_uniform(scheme):
 
 
 @pytest.mark.parametrize("scheme", ["init_ab", False])
-def test_both_factors_random_is_what_two_linear_layers_start_with(scheme):
+def test_random_factors_equal_two_initial_linear_layers(scheme):
     torch.manual_seed(3)
     first, second = nn.Linear(64, 8, bias=False), nn.Linear(8, 48, bias=False)
     torch.manual_seed(3)
@@ -67,7 +67,7 @@ def test_one_factor_has_the_variance_of_its_law_and_the_other_is_zero(scheme, fa
     assert not found[1 - factor].any()
 
 
-def test_orthogonal_factors_have_no_product():
+def test_orthogonal_factors_have_a_zero_product():
     a, b = drawn("orthogonal")
     assert a.any() and b.any()
     assert (b @ a).norm() <= 1e-5 * b.norm() * a.norm()
@@ -98,7 +98,7 @@ def test_training_starts_at_the_base_model_bit_for_bit(scheme, base):
 
 
 @pytest.mark.parametrize(("scheme", "still"), [("init_a", "lora_A"), ("init_b", "lora_B")])
-def test_the_factor_beside_the_zero_one_does_not_move_first(scheme, still):
+def test_factor_beside_the_zero_one_has_no_first_gradient(scheme, still):
     ours = adapter(nn.Linear(24, 17), scheme)
     x = torch.randn(5, 24, requires_grad=True)
     found = gradients(ours(x), ours, x)
@@ -117,11 +117,11 @@ SCHEMES_OF_PEFT = [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_
 
 @pytest.mark.parametrize("scheme", SCHEMES_OF_PEFT)
 @pytest.mark.parametrize("base", [nn.Linear(24, 17), nn.Linear(12, 40)], ids=["wide", "tall"])
-def test_values_are_those_of_peft(scheme, base):
+def test_values_equal_those_of_peft(scheme, base):
     config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=scheme)
     torch.manual_seed(1)
     theirs = PeftLinear(copy.deepcopy(base), "default", config, r=4, lora_alpha=6)
-    if scheme in (True, "gaussian"):  # PEFT draws two layers first and then resets them
+    if scheme in (True, "gaussian"):  # PEFT draws two layers first and then resets them.
         torch.manual_seed(1)
         theirs.reset_lora_parameters("default", scheme)
     torch.manual_seed(1)
@@ -138,7 +138,7 @@ DECOMPOSING = ["pissa", "pissa_niter_16", "olora"]
 
 @pytest.mark.parametrize("scheme", DECOMPOSING)
 @pytest.mark.parametrize("base", [nn.Linear(24, 17), Conv1D(17, 24)], ids=["Linear", "Conv1D"])
-def test_a_split_weight_computes_the_same_and_comes_back(scheme, base):
+def test_split_weight_computes_the_same_and_is_restored(scheme, base):
     base = copy.deepcopy(base)
     x = torch.randn(5, 24)
     expected, weight = base(x), base.weight.detach().clone()
@@ -154,14 +154,14 @@ def test_a_split_weight_computes_the_same_and_comes_back(scheme, base):
         ours.restore_base_weight()
 
 
-def test_the_leading_part_is_what_moves():
+def test_leading_part_of_the_weight_is_the_update():
     base = nn.Linear(24, 17)
     u, s, vh = torch.linalg.svd(base.weight.detach())
     ours = adapter(base, "pissa", lora_alpha=6)
     torch.testing.assert_close(ours.get_delta_weight("default"), u[:, :4] * s[:4] @ vh[:4], **CLOSE)
 
 
-def test_preserve_base_output_takes_the_first_update_off_the_weight():
+def test_preserve_base_output_subtracts_the_first_update_from_the_weight():
     base = nn.Linear(24, 17)
     x = torch.randn(5, 24)
     expected, weight = base(x), base.weight.detach().clone()
@@ -173,7 +173,7 @@ def test_preserve_base_output_takes_the_first_update_off_the_weight():
 
 @pytest.mark.parametrize("scheme", [True, False, *FREE, *DECOMPOSING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_merging_and_back_is_within_a_rounding(scheme, dtype):
+def test_merging_and_unmerging_is_within_a_rounding(scheme, dtype):
     ours = adapter(nn.Linear(24, 17, dtype=dtype), scheme, lora_alpha=6, use_rslora=True)
     with torch.no_grad():
         for factor in (ours.lora_A["default"].weight, ours.lora_B["default"].weight):
@@ -183,15 +183,15 @@ def test_merging_and_back_is_within_a_rounding(scheme, dtype):
     merged = ours.base_layer.weight.detach().clone()
     assert not torch.equal(merged, weight)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what subtracting may round away
+        warnings.simplefilter("ignore")  # warning about bits that the subtraction may lose
         ours.unmerge()
-    # One rounding of the merged weight, and one of what is left of it.
+    # One rounding of the merged weight, and one of the remaining weight.
     rounding = torch.finfo(dtype).eps * (merged.abs() + weight.abs())
     assert ((ours.base_layer.weight - weight).abs() <= rounding).all()
 
 
 @pytest.mark.parametrize("scheme", ["init_a", "init_b_normal", "gaussian", "orthogonal"])
-def test_adapters_of_one_seed_agree_beside_weights_of_any_dtype(scheme):
+def test_adapters_of_one_seed_agree_for_weights_of_any_dtype(scheme):
     wide, narrow = (
         adapter(nn.Linear(24, 17, dtype=d), scheme, generator=generator())
         for d in (torch.float32, torch.bfloat16)
@@ -201,7 +201,7 @@ def test_adapters_of_one_seed_agree_beside_weights_of_any_dtype(scheme):
         assert torch.equal(getattr(narrow, name)["default"].weight, expected)
 
 
-def test_reset_draws_anew_with_a_generator():
+def test_reset_draws_new_values_with_a_generator():
     ours = adapter(nn.Linear(24, 17), "init_b", lora_bias=True)
     nn.init.ones_(ours.lora_B["default"].bias)
     ours.reset_lora_parameters("default", "init_a_normal", generator=generator())
@@ -211,7 +211,7 @@ def test_reset_draws_anew_with_a_generator():
     assert not ours.lora_B["default"].weight.any() and not ours.lora_B["default"].bias.any()
 
 
-def test_a_layer_on_meta_waits_for_its_weights():
+def test_layer_on_meta_waits_for_its_weights():
     ours = LoraLinear(nn.Linear(24, 17, device="meta"), init_lora_weights="pissa")
     assert all(p.is_meta for p in ours.parameters())
     ours.add_adapter("b", use_dora=True)
@@ -243,7 +243,7 @@ def test_a_layer_on_meta_waits_for_its_weights():
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused(arguments, error, text):
+def test_invalid_arguments_raise(arguments, error, text):
     base = nn.Linear(24, 17)
     weight = base.weight.detach().clone()
     with pytest.raises(error, match=text):
@@ -269,14 +269,14 @@ def test_what_makes_no_sense_is_refused(arguments, error, text):
         (torch.empty(4, 8, dtype=torch.float8_e4m3fn), torch.empty(8, 4), TypeError),
     ],
 )
-def test_factors_that_do_not_fit_are_refused(a, b, error):
+def test_factors_that_do_not_fit_raise(a, b, error):
     with pytest.raises(error, match="init_lora_"):
         init_lora_(a, b)
     with pytest.raises(ValueError, match="splits the base weight"):
         init_lora_(torch.empty(4, 8), torch.empty(8, 4), "pissa")
 
 
-def test_a_base_that_cannot_be_read_refuses_what_needs_its_weight():
+def test_unreadable_base_raises_for_schemes_that_need_its_weight():
     class Quantised(nn.Module):
         in_features, out_features = 24, 17
 

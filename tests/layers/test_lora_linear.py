@@ -1,4 +1,4 @@
-"""LoraLinear against PEFT's layer with the same state dict, and the life of its adapters."""
+"""LoraLinear against PEFT's layer with the same state dict, and changes of its adapters."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.hosts
 
 
 def pair(*settings: dict, base: nn.Module | None = None):
-    """PEFT's layer, and ours with its state dict, on equal bases; all adapters active."""
+    """Return PEFT's layer and ours with its state dict on equal bases, all adapters active."""
     torch.manual_seed(0)
     base = nn.Linear(24, 17) if base is None else base
     conv1d = isinstance(base, Conv1D)
@@ -60,14 +60,14 @@ KINDS = {
     [nn.Linear(24, 17), nn.Linear(24, 17, bias=False), Conv1D(17, 24)],
     ids=["Linear", "no bias", "Conv1D"],
 )
-def test_forward_and_gradients_are_those_of_peft(kind, base):
+def test_forward_and_gradients_equal_peft(kind, base):
     ours, theirs = pair(*KINDS[kind], base=copy.deepcopy(base))
     assert ours.scaling == theirs.scaling
     assert_layers_agree(ours, theirs, batch(2, 3))
 
 
 @pytest.mark.parametrize("kind", ["dora", "plain, dora"])
-def test_dora_moves_away_from_its_start_as_peft_does(kind):
+def test_trained_dora_equals_peft(kind):
     ours, theirs = pair(*KINDS[kind])
     x = batch(2, 3)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_dora_starts_at_the_base_model_with_the_norm_as_magnitude():
     torch.testing.assert_close(ours(x), ours.base_layer(x), **CLOSE)
 
 
-def test_each_row_its_adapter():
+def test_each_row_uses_its_adapter():
     ours, theirs = pair({}, {"r": 2}, {"lora_bias": True, "r": 8})
     names = ["2", "__base__", "0"]
     assert_layers_agree(ours, theirs, batch(3, 4), adapter_names=names)
@@ -108,7 +108,7 @@ def test_rows_of_dora_adapters_beside_others():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_dora_with_dropout_is_the_formula_on_the_dropped_input(p, monkeypatch):
+def test_dora_with_dropout_equals_the_formula_on_the_dropped_input(p, monkeypatch):
     ours = layer({"use_dora": True, "lora_dropout": p})
     x = batch(6)
     keep = (torch.arange(6 * 24).view(6, 24) % 2).bool()
@@ -125,7 +125,7 @@ def test_dora_with_dropout_is_the_formula_on_the_dropped_input(p, monkeypatch):
     torch.testing.assert_close(y, other, **CLOSE)
 
 
-def test_names_that_only_some_layers_have():
+def test_names_may_exist_in_some_layers_only():
     one, two = LoraLinear(nn.Linear(24, 24), "a"), LoraLinear(nn.Linear(24, 24), "b")
     nn.init.normal_(one.lora_B["a"].weight)
     x = batch(2)
@@ -133,7 +133,8 @@ def test_names_that_only_some_layers_have():
         assert torch.equal(one(x)[1], one.base_layer(x)[1])
         assert not torch.equal(one(x)[0], one.base_layer(x)[0])
         two(x)
-    kept = LoraLinear(nn.Linear(2, 2), "zigzag")  # layers of other tests may live, but not so near
+    # Layers of other tests may exist, but without a name this close.
+    kept = LoraLinear(nn.Linear(2, 2), "zigzag")
     with pytest.raises(lora_ext.nn.UnknownAdapterError, match=r"'zigzig'; did you mean 'zigzag'\?"):
         lora_ext.adapters(["zigzig", None]).__enter__()
     del kept
@@ -141,7 +142,7 @@ def test_names_that_only_some_layers_have():
         one(x, ["a", "b"])
 
 
-def test_blocks_nest_and_end_with_an_exception():
+def test_blocks_nest_and_end_after_an_exception():
     ours = layer({}, {})
     ours.set_adapter("0")
     x = batch(2)
@@ -154,7 +155,7 @@ def test_blocks_nest_and_end_with_an_exception():
     assert torch.equal(ours(x), plain)
 
 
-def test_adapters_come_and_go():
+def test_adapters_are_added_and_deleted():
     ours = LoraLinear(nn.Linear(24, 17), "a", r=2)
     ours.add_adapter("b", r=4, lora_bias=True)
     ours.add_adapter("c", r=4, use_dora=True)
@@ -175,7 +176,7 @@ def test_adapters_come_and_go():
     assert set(ours.state_dict()) == base
 
 
-def test_set_scale_and_enable_adapters():
+def test_set_scale_and_enable_adapters_equal_peft():
     ours, theirs = pair({"use_rslora": True})
     for scaled in (ours, theirs):
         scaled.set_scale("0", 2.5)
@@ -220,7 +221,7 @@ def test_checkpointing_repeats_the_mask():
         assert torch.equal(grad, found[1][name]), name
 
 
-def test_dropout_is_for_training():
+def test_dropout_applies_only_in_training():
     ours = layer({"lora_dropout": 0.5}).eval()
     x = batch(6)
     assert torch.equal(ours(x), ours(x))
@@ -263,7 +264,7 @@ def test_one_graph_follows_the_blocks():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpointed_layer_sees_the_block_of_its_forward(reentrant):
+def test_checkpointed_layer_uses_the_block_of_its_forward(reentrant):
     ours = layer({}, {"r": 2})
     ours.set_adapter("0")
     x = batch(3)
@@ -276,7 +277,7 @@ def test_a_checkpointed_layer_sees_the_block_of_its_forward(reentrant):
         found = gradients(run(x), ours, x)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     y = run(x)
-    with lora_ext.adapters([None, "1", "1"]):  # not of the forward
+    with lora_ext.adapters([None, "1", "1"]):  # a different block than that of the forward
         torch.testing.assert_close(gradients(y, ours, x), gradients(ours(x, ["0"] * 3), ours, x))
     with lora_ext.adapters(["1", None, "1"]):
         late = run(x)
@@ -287,14 +288,14 @@ def test_a_checkpointed_layer_sees_the_block_of_its_forward(reentrant):
             second = run(x)
             third = run(x)
     other = gradients(ours(x, ["0", None, "1"]), ours, x)
-    # Neither in the order of the forwards nor in the opposite one.
+    # This is neither the order of the forwards nor its reverse.
     torch.testing.assert_close(gradients(second, ours, x), other, rtol=0, atol=0)
     torch.testing.assert_close(gradients(first, ours, x), expected, rtol=0, atol=0)
     torch.testing.assert_close(gradients(third, ours, x), other, rtol=0, atol=0)
     torch.testing.assert_close(gradients(run(x), ours, x), gradients(ours(x), ours, x))
 
 
-def test_a_name_that_a_module_dict_cannot_hold_leaves_the_layer_as_it_was() -> None:
+def test_name_that_a_module_dict_rejects_leaves_the_layer_unchanged() -> None:
     made = layer({})
     before = list(made.state_dict()), made.adapter_names
     for name in ("keys", "pop", "training"):
@@ -304,12 +305,12 @@ def test_a_name_that_a_module_dict_cannot_hold_leaves_the_layer_as_it_was() -> N
     made(torch.randn(4, 24), ["0", "0", None, "0"])
 
 
-def test_rows_of_an_lm_head_are_chosen_before_it():
+def test_rows_of_an_lm_head_may_be_selected_before_it():
     head = LoraLinear(nn.Linear(24, 301, bias=False), "a", r=4, init_lora_weights=False).double()
     head.add_adapter("b", r=2, init_lora_weights=False)
     head.set_adapter(["a", "b"])
     x, ids = torch.randn(4, 6, 24, dtype=torch.double), torch.tensor([0, 1, -1, 1])
-    rows = torch.tensor([3, 5, 11, 17, 23])  # those of 24 whose logits are wanted
+    rows = torch.tensor([3, 5, 11, 17, 23])  # rows of the 24 with requested logits
     results = []
     for chosen in (False, True):
         head.zero_grad()
@@ -323,5 +324,5 @@ def test_rows_of_an_lm_head_are_chosen_before_it():
         torch.testing.assert_close(mine, other)
     last = head(
         x[:, -1:], ["a", "b", None, "b"]
-    )  # as transformers' logits_to_keep: names fit still
+    )  # as in transformers' logits_to_keep: the names still fit
     torch.testing.assert_close(last, head(x, ids)[:, -1:])

@@ -1,4 +1,4 @@
-"""LoraLinear in 16 bit, under autocast and in float64: never further from the exact than PEFT."""
+"""LoraLinear in 16 bits, under autocast and in float64: errors are at most those of PEFT."""
 
 import copy
 
@@ -35,7 +35,7 @@ def pair(kind: str, dtype: torch.dtype, adapter_dtype: torch.dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, None], ids=["float32 adapter", "same"])
-def test_sixteen_bits(kind, dtype, adapter_dtype):
+def test_sixteen_bit_layers_are_as_exact_as_peft(kind, dtype, adapter_dtype):
     ours, theirs = pair(kind, dtype, dtype if adapter_dtype is None else adapter_dtype)
     x = torch.randn(2, 3, 24, dtype=dtype, requires_grad=True)
     assert_as_exact(ours, ours, theirs, x, torch.finfo(dtype).eps)
@@ -43,7 +43,7 @@ def test_sixteen_bits(kind, dtype, adapter_dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-def test_autocast(kind, base):
+def test_autocast_is_as_exact_as_peft(kind, base):
     ours, theirs = pair(kind, base, torch.float32)
     x = torch.randn(2, 3, 24, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -51,7 +51,7 @@ def test_autocast(kind, base):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_float64(kind):
+def test_float64_equals_peft(kind):
     ours, theirs = pair(kind, torch.float64, torch.float64)
     x = torch.randn(5, 24, dtype=torch.float64)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)

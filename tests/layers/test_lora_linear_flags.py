@@ -1,4 +1,4 @@
-"""A switched-off adapter costs nothing, and what merging does to the base weight."""
+"""The cost of a switched-off adapter, and the base weight before and after merging."""
 
 import copy
 import warnings
@@ -41,7 +41,7 @@ def disabled(ours: LoraLinear) -> None:
 
 @pytest.mark.parametrize("off", [switched_off, without_rows, disabled])
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
-def test_an_adapter_that_is_off_costs_nothing(off, settings):
+def test_adapter_that_is_off_costs_nothing(off, settings):
     ours = layer(**settings)
     off(ours)
     x = batch(6)
@@ -52,12 +52,12 @@ def test_an_adapter_that_is_off_costs_nothing(off, settings):
     assert all(p.grad is None for n, p in ours.named_parameters() if "lora" in n)
 
 
-def test_the_profile_of_an_adapter_that_is_on_is_another():
+def test_profile_of_an_active_adapter_differs():
     ours, x = layer(), batch(6)
     assert operations(lambda: ours(x)) != operations(lambda: ours.base_layer(x))
 
 
-def test_an_optimizer_leaves_a_switched_off_adapter_alone():
+def test_optimizer_does_not_change_a_switched_off_adapter():
     ours = layer()
     optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1, weight_decay=0.1)
     x = batch(6)
@@ -105,7 +105,7 @@ def test_adapters_without_rows_get_no_gradient():
     assert torch.equal(ours(x, [None] * 4), ours.base_layer(x))
 
 
-def test_an_exception_in_a_forward_leaves_everything_as_it_was():
+def test_exception_in_a_forward_leaves_everything_unchanged():
     ours = layer()
     ours.adapter_active["default"] = False
     before = dict(ours.adapter_active), ours.active_adapters, ours.merged_adapters
@@ -131,7 +131,7 @@ MERGES = {
 @pytest.mark.parametrize("settings", MERGES.values(), ids=MERGES)
 @pytest.mark.parametrize("base", [nn.Linear(24, 17), Conv1D(17, 24)], ids=["Linear", "Conv1D"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_then_running_equals_running(settings, base, dtype):
+def test_merged_output_equals_unmerged_output(settings, base, dtype):
     ours = layer(copy.deepcopy(base).to(dtype), **settings)
     x = torch.randn(6, 24, dtype=dtype)
     expected, weight = ours(x).float(), ours.weight.detach().clone()
@@ -144,15 +144,15 @@ def test_merging_then_running_equals_running(settings, base, dtype):
     merged = ours.weight.detach().clone()
     with pytest.warns(UserWarning, match="up to rounding only"):
         ours.unmerge()
-    # Half a unit of the merged weight was rounded away, and half a unit of the restored one; DoRA
-    # divides the first by its factor, near 1 at the start. Float32 adds some units of its own.
+    # Half a unit of the merged weight and half a unit of the restored one are rounded away. DoRA
+    # divides the first by its factor, which is near 1 at the start. float32 adds some units.
     largest = torch.maximum(merged.abs().max(), weight.abs().max())
     units = 1.2 * torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps
     assert (ours.weight - weight).abs().max() <= units * largest
     assert not ours.merged
 
 
-def test_merged_weights_are_those_of_peft():
+def test_merged_weights_equal_those_of_peft():
     torch.manual_seed(0)
     base = nn.Linear(24, 17)
     config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False)
@@ -166,7 +166,7 @@ def test_merged_weights_are_those_of_peft():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_kept_copy_restores_every_bit(dtype):
+def test_kept_copy_restores_every_bit(dtype):
     ours = layer(nn.Linear(24, 17, dtype=dtype), lora_bias=True)
     ours.add_adapter("b", use_dora=True, init_lora_weights=False)
     weight, bias = ours.weight.detach().clone(), ours.bias.detach().clone()
@@ -181,7 +181,7 @@ def test_a_kept_copy_restores_every_bit(dtype):
     assert ours.weight.data_ptr() == place
 
 
-def test_a_weight_that_is_loaded_while_merged_is_not_replaced_by_the_kept_copy():
+def test_weight_loaded_while_merged_is_not_replaced_by_the_kept_copy():
     ours, other, x = layer(), layer(), batch(3)
     with torch.no_grad():
         other.base_layer.weight.mul_(2)
@@ -191,7 +191,8 @@ def test_a_weight_that_is_loaded_while_merged_is_not_replaced_by_the_kept_copy()
     adapters = {k: v for k, v in ours.state_dict().items() if "lora_" in k}
     before = ours.weight.detach().clone()
     ours.load_state_dict(adapters, strict=False)
-    copy.deepcopy(ours).unmerge()  # no base weight came, the copy is there: no warning
+    # Without a newly loaded base weight the copy is used, so nothing warns.
+    copy.deepcopy(ours).unmerge()
     ours.load_state_dict(other.state_dict())
     assert not torch.equal(ours.weight, before)
     with pytest.warns(UserWarning, match="no copy of the base weight was kept"):
@@ -228,7 +229,7 @@ def test_unmerging_uses_the_scaling_of_the_merge():
 
 
 @pytest.mark.parametrize("where", ["lora_A", "bias"])
-def test_a_safe_merge_refuses_what_is_not_finite(where):
+def test_safe_merge_raises_for_non_finite_values(where):
     ours = layer(lora_bias=True)
     broken = ours.lora_A if where == "lora_A" else ours.lora_B
     parameter = getattr(broken["default"], "weight" if where == "lora_A" else "bias")
@@ -239,7 +240,7 @@ def test_a_safe_merge_refuses_what_is_not_finite(where):
     assert torch.equal(ours.weight, weight) and torch.equal(ours.bias, bias) and not ours.merged
 
 
-def test_merged_adapters_refuse_what_they_cannot_do():
+def test_unsupported_calls_of_merged_adapters_raise():
     ours = layer()
     x = batch(2)
     ours.merge(keep_copy=True)
@@ -253,7 +254,7 @@ def test_merged_adapters_refuse_what_they_cannot_do():
     with pytest.raises(ValueError, match="'default' is merged"):
         ours.delete_adapter("default")
     ours.adapter_active["default"] = True
-    ours.enable_adapters(False)  # PEFT: a disabled layer unmerges itself
+    ours.enable_adapters(False)  # PEFT: a disabled layer unmerges itself.
     ours(x)
     assert not ours.merged
     ours.merge()
@@ -276,7 +277,7 @@ def test_merged_adapters_refuse_what_they_cannot_do():
     ids=lambda f: f"{f.__module__.rpartition('.')[2]}.{f.__name__}",
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-def test_a_weight_that_is_computed_from_others_is_not_written(reparametrize):
+def test_weight_computed_from_others_is_not_written(reparametrize):
     ours, x = layer(reparametrize(nn.Linear(24, 17))).eval(), batch(3)
     before = {k: v.clone() for k, v in ours.state_dict().items()}
     y = ours(x)
@@ -292,7 +293,7 @@ def test_a_weight_that_is_computed_from_others_is_not_written(reparametrize):
     assert torch.equal(ours(x), y)
 
 
-def test_a_weight_parametrized_since_the_merge_is_not_written():
+def test_weight_parametrized_since_the_merge_is_not_written():
     ours = layer()
     ours.merge(keep_copy=True)
     parametrizations.weight_norm(ours.base_layer)
@@ -304,7 +305,7 @@ def test_a_weight_parametrized_since_the_merge_is_not_written():
     assert not ours.merged
 
 
-def test_adapters_of_a_layer_with_adapters_merge_into_the_one_weight():
+def test_adapters_of_a_layer_with_adapters_merge_into_one_weight():
     ours, x = LoraLinear(layer(), "outer", r=2, init_lora_weights=False), batch(3)
     y = ours(x)
     ours.merge()

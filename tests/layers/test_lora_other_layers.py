@@ -16,7 +16,7 @@ pytestmark = pytest.mark.hosts
 
 
 class Scaled(nn.Embedding):
-    """As Gemma's: what it looks up is scaled."""
+    """Embedding with scaled output, as in Gemma."""
 
     def __init__(self, *sizes: int):
         super().__init__(*sizes, padding_idx=1)
@@ -79,13 +79,13 @@ def assert_embeddings_agree(ours, theirs, x: Tensor, **names) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", [nn.Embedding(11, 24), Scaled(11, 24)], ids=["plain", "scaled"])
-def test_embeddings_compute_what_peft_computes(kind, base):
+def test_embeddings_equal_peft(kind, base):
     ours, theirs = pair(base, *KINDS[kind])
     x = torch.tensor([[0, 1, 10], [3, 3, 1]])
     assert_embeddings_agree(ours, theirs, x)
 
 
-def test_each_sequence_of_tokens_its_adapter():
+def test_each_sequence_of_tokens_uses_its_adapter():
     ours, theirs = pair(Scaled(11, 24), {}, {"r": 2})
     x = torch.tensor([[0, 1, 10], [3, 3, 1], [4, 5, 6]])
     names = ["1", "__base__", "0"]
@@ -98,10 +98,10 @@ def test_each_sequence_of_tokens_its_adapter():
     assert torch.equal(ours(x), ours.base_layer(x))
 
 
-def test_a_block_does_not_take_positions_for_sequences():
+def test_block_does_not_confuse_positions_with_sequences():
     layer = LoraEmbedding(nn.Embedding(9, 5), "red", r=2, init_lora_weights=False)
     positions, names = torch.arange(3)[None], ["red", None, "red"]
-    expected = layer(positions, names)  # names for this layer alone
+    expected = layer(positions, names)  # names for this layer only
     with lora_ext.adapters([names], pool=layer.pool):
         assert torch.equal(layer(positions), expected)
     with lora_ext.adapters(names, pool=layer.pool):
@@ -109,7 +109,7 @@ def test_a_block_does_not_take_positions_for_sequences():
             layer(positions)
 
 
-def test_embeddings_start_as_peft_starts_them():
+def test_embeddings_start_like_those_of_peft():
     torch.manual_seed(1)
     expected = nn.init.normal_(torch.empty(24, 8))
     base = nn.Embedding(11, 24)
@@ -146,13 +146,13 @@ CONVS = {
 
 @pytest.mark.parametrize("kind", [*KINDS, "bias"])
 @pytest.mark.parametrize("shape", CONVS)
-def test_patch_convolutions_compute_what_peft_computes(kind, shape):
+def test_patch_convolutions_equal_peft(kind, shape):
     base, size = CONVS[shape]
     has_bias = {"lora_bias": base.bias is not None}
     ours, theirs = pair(base, *KINDS.get(kind, [has_bias]))
     x = torch.randn(size, requires_grad=True)
     if shape == "one image":
-        # PEFT's DoRA keeps the bias in a shape for batches.
+        # PEFT's DoRA stores the bias in a shape for batches.
         y = ours(x[None])[0]
         torch.testing.assert_close(ours(x), y, **CLOSE)
         return
@@ -160,7 +160,7 @@ def test_patch_convolutions_compute_what_peft_computes(kind, shape):
     assert_layers_agree(ours, theirs, x)
 
 
-def test_each_image_its_adapter():
+def test_each_image_uses_its_adapter():
     ours, theirs = pair(nn.Conv2d(3, 12, 4, 4), {}, {"r": 2})
     x = torch.randn(3, 3, 8, 4, requires_grad=True)
     assert_layers_agree(ours, theirs, x, adapter_names=["1", "__base__", "0"])
@@ -168,7 +168,7 @@ def test_each_image_its_adapter():
     assert torch.equal(ours(x), ours.base_layer(x))
 
 
-def test_a_watched_convolution_is_called():
+def test_convolution_with_a_hook_is_called():
     ours, theirs = pair(nn.Conv2d(3, 12, 4, 4), {}, {"use_dora": True})
     seen = []
     ours.base_layer.register_forward_hook(lambda *_: seen.append(1))
@@ -188,7 +188,7 @@ def test_patch_convolutions_merge_as_they_run(kind):
 
 
 @pytest.mark.parametrize("scheme", ["pissa", "olora"])
-def test_split_weights_of_convolutions(scheme):
+def test_split_weights_of_convolutions_are_restored(scheme):
     base = nn.Conv2d(3, 12, 4, 4)
     x = torch.randn(2, 3, 8, 4)
     expected, weight = base(x), base.weight.detach().clone()
@@ -207,11 +207,11 @@ def test_split_weights_of_convolutions(scheme):
         (nn.Conv2d(4, 4, 2, 2, groups=2), "groups=2"),
     ],
 )
-def test_other_convolutions_are_named(conv, text):
+def test_unsupported_convolutions_raise(conv, text):
     with pytest.raises(NotImplementedError, match=text):
         LoraConv(conv)
 
 
-def test_what_is_no_convolution_is_named():
+def test_layer_that_is_not_a_convolution_raises():
     with pytest.raises(ValueError, match="found Linear"):
         LoraConv(nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""LoraProbe: its numbers against plain torch, and that it leaves no trace."""
+"""LoraProbe: its numbers against plain torch, and the removal of its hooks."""
 
 import copy
 import math
@@ -40,8 +40,8 @@ def rms(z):
     return z.square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("r", [1, 4, 64])  # the last above the width
-def test_values_are_those_of_plain_torch(r):
+@pytest.mark.parametrize("r", [1, 4, 64])  # The last rank is above the width.
+def test_values_equal_plain_torch(r):
     model = Model(r).eval()
     x = torch.randn(2, 5, 24)
     with LoraProbe(model) as probe:
@@ -64,7 +64,7 @@ def test_values_are_those_of_plain_torch(r):
         assert record.pop("module") and record == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_norm_of_a_product_that_vanishes():
+def test_norm_of_a_zero_product_is_small():
     layer = LoraLinear(nn.Linear(64, 48), r=8, init_lora_weights="orthogonal")
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     product = (gram(a) * gram(b.T)).sum().clamp(min=0).sqrt()
@@ -84,7 +84,7 @@ def test_masked_rows_do_not_count():
     assert probe.history[0]["module"] == "" and math.isfinite(probe.history[0]["rms_Z_B"])
 
 
-def test_the_parts_of_a_step_are_its_change():
+def test_parts_of_a_step_sum_to_its_change():
     torch.manual_seed(0)
     x, before, after = torch.randn(6, 24), [], []
     for factors in (before, after):
@@ -120,7 +120,7 @@ def test_training_is_the_same_with_a_probe_and_leaves_no_hooks(checkpointed):
     assert not any(module._forward_pre_hooks for module in probed.modules())
 
 
-def test_an_exception_leaves_no_hooks():
+def test_exception_leaves_no_hooks():
     model = Model()
     probe = LoraProbe(model)
     with pytest.raises(ZeroDivisionError), probe:
@@ -131,12 +131,12 @@ def test_an_exception_leaves_no_hooks():
     assert not any(module._forward_pre_hooks for module in model.modules())
     model(torch.randn(2, 24))
     assert len(probe.history) == 2
-    with probe:  # it may be entered again, and goes on counting
+    with probe:  # It may be entered again and continues counting.
         model(torch.randn(2, 24))
     assert probe.history[-1]["step"] == 1
 
 
-def test_the_report_names_what_grew():
+def test_report_names_the_grown_values():
     model = Model()
     x = torch.randn(6, 24)
     with LoraProbe(model) as probe:
@@ -151,7 +151,7 @@ def test_the_report_names_what_grew():
     assert probe.report()["second"] == math.inf
 
 
-def test_layers_of_peft_are_seen_too():
+def test_peft_layers_are_measured_too():
     model = get_peft_model(
         nn.Sequential(nn.Linear(24, 17), nn.ReLU(), nn.Linear(17, 3)),
         LoraConfig(target_modules=["0", "2"], r=4),
@@ -161,7 +161,7 @@ def test_layers_of_peft_are_seen_too():
     assert [record["fro_BA"] for record in probe.history] == [0.0, 0.0]
 
 
-def test_a_model_without_the_adapter_is_refused():
+def test_model_without_the_adapter_raises():
     with pytest.raises(ValueError, match="adapter 'default', found none"):
         LoraProbe(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="adapter 'b', found none"):

@@ -1,4 +1,4 @@
-"""Seeds of dropout for each adapter: a layer alone and its adapter among others drop alike."""
+"""Dropout seeds per adapter: an adapter has the same masks alone and among others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def grads(y: Tensor, f: LoraFactors, dy: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("plain_base", [True, False])
-def test_an_adapter_among_others_is_what_it_is_alone(plain_base: bool) -> None:
+def test_adapter_among_others_equals_the_adapter_alone(plain_base: bool) -> None:
     base = nn.Linear(20, 12)
     nn.init.zeros_(base.weight)
     if not plain_base:
@@ -53,7 +53,7 @@ def test_an_adapter_among_others_is_what_it_is_alone(plain_base: bool) -> None:
         assert torch.equal(among_base[own], y[own])
 
 
-def test_the_layer_takes_the_seed_of_its_adapter() -> None:
+def test_layer_uses_the_seed_of_its_adapter() -> None:
     torch.manual_seed(0)
     layer = LoraLinear(nn.Linear(20, 12), r=3, lora_dropout=0.5, init_lora_weights=False)
     x = torch.randn(6, 20)
@@ -74,7 +74,7 @@ def test_the_layer_takes_the_seed_of_its_adapter() -> None:
     assert list(layer.dropout_seed) == ["other"]
 
 
-def test_an_adapter_without_a_seed_draws_one_among_those_with() -> None:
+def test_adapter_without_a_seed_draws_one_beside_seeded_ones() -> None:
     base, x = nn.Linear(20, 12), torch.randn(10, 20)
     parts = adapters([torch.tensor(5), None, torch.tensor(7)])
     first, second = (lora_forward(x, base, parts, IDS) for _ in range(2))
@@ -96,7 +96,7 @@ def test_adapters_of_different_dropout_keep_their_seeds() -> None:
         torch.testing.assert_close(y[IDS == i], lora_forward(x[IDS == i], base, [f]))
 
 
-def test_dora_takes_the_seed_too() -> None:
+def test_dora_uses_the_seed() -> None:
     torch.manual_seed(0)
     options = {"lora_dropout": 0.5, "init_lora_weights": False, "use_dora": True}
     layer = LoraLinear(nn.Linear(20, 12), "a", 3, **options)
@@ -109,7 +109,7 @@ def test_dora_takes_the_seed_too() -> None:
         torch.testing.assert_close(y[rows], layer(x[rows]))
 
 
-def test_a_convolution_takes_the_seed_too() -> None:
+def test_convolution_uses_the_seed() -> None:
     layer = LoraConv(nn.Conv2d(3, 5, 2, 2), r=2, lora_dropout=0.5, init_lora_weights=False)
     x = torch.randn(2, 3, 8, 8)
     layer.dropout_seed["default"] = torch.tensor(5)
@@ -118,7 +118,7 @@ def test_a_convolution_takes_the_seed_too() -> None:
     assert not torch.equal(layer(x), layer(x))
 
 
-def test_a_seed_may_change_under_checkpoints_and_compiled_graphs() -> None:
+def test_seed_may_change_under_checkpoints_and_compiled_graphs() -> None:
     layer = LoraLinear(nn.Linear(20, 12), r=3, lora_dropout=0.5, init_lora_weights=False)
     layer.set_adapter("default")
     x = torch.randn(6, 20, requires_grad=True)
@@ -135,7 +135,7 @@ def test_a_seed_may_change_under_checkpoints_and_compiled_graphs() -> None:
     assert not torch.equal(found[0][0], found[1][0])
 
 
-def test_a_seed_that_does_not_fit_is_named() -> None:
+def test_invalid_seed_raises() -> None:
     base, x = nn.Linear(20, 12), torch.randn(10, 20)
     for seed, found in ((torch.tensor(5.0), "Float"), (torch.tensor(5, dtype=torch.int32), "Int")):
         with pytest.raises(ValueError, match=f"lora_linear: seed: expected .*Long.* {found}"):

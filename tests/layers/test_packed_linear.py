@@ -1,4 +1,4 @@
-"""Linear layers whose weights are kept packed for products of few rows."""
+"""Linear layers with a packed copy of their weight for products of few rows."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.hosts
 
 
 def small_integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Their products and sums are exact in float32 in any order."""
+    """Return small integers: their products and sums are exact in float32 in any order."""
     return torch.randint(-4, 5, shape).to(dtype)
 
 
@@ -33,7 +33,7 @@ def layer(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
 
 
 class Tied(nn.Module):
-    """An embedding, a layer, and two heads that have the embedding's weight."""
+    """An embedding, a layer, and two heads that share the embedding's weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Tied(nn.Module):
 
 
 def uses_copy(run: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch, x: Tensor) -> bool:
-    """Whether a call multiplies with a packed copy."""
+    """Return whether a call multiplies with a packed copy."""
     product, calls = ops.packed_linear, []
 
     def watched(*args: Any) -> Tensor:
@@ -73,7 +73,7 @@ def test_few_rows_give_the_exact_product(dtype: torch.dtype, bias: bool) -> None
         assert torch.equal(packed(x), expected.to(dtype))
 
 
-def test_the_copy_serves_few_rows_in_inference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_is_used_only_for_few_rows_in_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     module = pack_linears(layer())
     x = small_integers(2, 48)
     assert uses_copy(module, monkeypatch, x)
@@ -101,7 +101,7 @@ def change_parameter(module: nn.Linear) -> None:
 
 
 def change_unseen(module: nn.Linear) -> None:
-    module.weight.data *= 2  # as PEFT merges: torch does not count it
+    module.weight.data *= 2  # PEFT merges like this, and torch does not count it.
 
 
 def change_by_loading(module: nn.Linear) -> None:
@@ -111,7 +111,7 @@ def change_by_loading(module: nn.Linear) -> None:
 @pytest.mark.parametrize(
     "change", [change_in_place, change_address, change_parameter, change_unseen, change_by_loading]
 )
-def test_a_changed_weight_is_packed_anew(
+def test_changed_weight_is_packed_again(
     change: Callable[[nn.Linear], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, x = layer(bias=False), small_integers(3, 48)
@@ -124,7 +124,7 @@ def test_a_changed_weight_is_packed_anew(
     assert uses_copy(module, monkeypatch, x)
 
 
-# What is written where torch does not count it: parts of a weight (O, I).
+# Parts of a weight (O, I) that are written without a version count of torch.
 WRITES = {
     "odd rows": (slice(1, None, 2),),
     "even rows": (slice(0, None, 2),),
@@ -148,12 +148,12 @@ WRITES = {
 @pytest.mark.parametrize("shape", [(192, 576), (576, 192), (400, 400)])
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("name", WRITES)
-def test_parts_that_are_written_past_torch_are_seen(
+def test_partial_writes_past_torch_are_detected(
     name: str, turned: bool, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     module = nn.Linear(shape[1], shape[0], False, dtype=dtype).eval().requires_grad_(False)
     values = small_integers(*shape)
-    module.weight.copy_(torch.where(values == 0, 1.0, values))  # zeros over zeros are no change
+    module.weight.copy_(torch.where(values == 0, 1.0, values))  # Zeros over zeros are no change.
     if turned:
         module.weight.data = module.weight.t().contiguous().t()
     x = small_integers(2, shape[1], dtype=dtype)
@@ -165,7 +165,7 @@ def test_parts_that_are_written_past_torch_are_seen(
     assert torch.equal(module(x), expected)
 
 
-def test_single_values_of_small_weights_are_seen() -> None:
+def test_changes_of_single_values_of_small_weights_are_detected() -> None:
     module = pack_linears(layer(bias=False))
     x = small_integers(1, 48)
     for place in [(0, 0), (17, 29), (32, 47)]:
@@ -174,7 +174,7 @@ def test_single_values_of_small_weights_are_seen() -> None:
         module(x), module(x)
 
 
-def test_weights_whose_numbers_are_not_in_order_are_seen_whole() -> None:
+def test_changes_of_strided_weights_are_detected() -> None:
     module = layer(bias=False)
     module.weight.data = small_integers(200, 96)[:, ::2]
     pack_linears(module)
@@ -183,7 +183,7 @@ def test_weights_whose_numbers_are_not_in_order_are_seen_whole() -> None:
     assert torch.equal(module(x), nn.functional.linear(x, module.weight))
 
 
-def test_a_weight_that_changes_before_every_product_is_not_packed(
+def test_weight_that_changes_before_every_product_is_not_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = pack_linears(layer())
@@ -215,7 +215,7 @@ def test_moving_the_weight_drops_the_copy(where: Any) -> None:
         assert packed_bytes(module) > 0
 
 
-def test_unpacking_gives_the_very_modules_back() -> None:
+def test_unpacking_restores_the_same_modules() -> None:
     model = Tied().eval()
     modules, kinds = list(model.modules()), [type(m) for m in model.modules()]
     attributes = [set(m.__dict__) for m in modules]
@@ -239,7 +239,7 @@ def test_tied_weights_share_one_copy() -> None:
     assert torch.equal(first, second)
 
 
-def test_state_and_copies_are_those_of_the_plain_model() -> None:
+def test_state_and_copies_equal_those_of_the_plain_model() -> None:
     model = Tied().eval().requires_grad_(False)
     ids = torch.tensor([3, 4])
     expected, keys = model(ids)[0], list(model.state_dict())
@@ -247,7 +247,8 @@ def test_state_and_copies_are_those_of_the_plain_model() -> None:
     pack_linears(model)
     assert list(model.state_dict()) == keys and not list(model.buffers())
     assert [name for name, _ in model.named_parameters()] == names
-    assert b"lora_ext" not in pickle.dumps(model.inner)  # whoever opens it needs no packing
+    # A reader of the pickle does not need this package.
+    assert b"lora_ext" not in pickle.dumps(model.inner)
     loaded = pickle.loads(pickle.dumps(model))
     twin = copy.deepcopy(model)
     assert twin.head.weight is twin.tokens.weight is not model.head.weight
@@ -257,7 +258,7 @@ def test_state_and_copies_are_those_of_the_plain_model() -> None:
         torch.testing.assert_close(other(ids)[0], expected)
 
 
-def test_a_parametrized_layer_refuses_to_be_pickled_as_the_plain_one_does() -> None:
+def test_parametrized_layer_cannot_be_pickled_like_the_plain_one() -> None:
     module, x = pack_linears(layer()), small_integers(2, 48)
     expected = module(x)
     parametrize.register_parametrization(module, "weight", nn.Identity())
@@ -268,7 +269,7 @@ def test_a_parametrized_layer_refuses_to_be_pickled_as_the_plain_one_does() -> N
     assert torch.equal(unpack_linears(module)(x), expected) and type(module) is nn.Linear
 
 
-def test_a_parametrized_layer_is_not_unpacked_in_silence() -> None:
+def test_unpacking_a_parametrized_layer_raises() -> None:
     model = pack_linears(nn.Sequential(layer(), layer()))
     for packed in (model[0], model[1]):
         packed(small_integers(2, 48))
@@ -283,13 +284,13 @@ def test_a_parametrized_layer_is_not_unpacked_in_silence() -> None:
     assert [type(m) for m in model] == [nn.Linear] * 2
 
 
-def test_a_compiled_graph_takes_the_plain_product() -> None:
+def test_compiled_graph_uses_the_plain_product() -> None:
     module, x = pack_linears(layer()), small_integers(2, 48)
     run = torch.compile(module, backend="eager", fullgraph=True)
     assert torch.equal(run(x), module(x))
 
 
-def test_transforms_take_the_plain_product() -> None:
+def test_transforms_use_the_plain_product() -> None:
     module, x = pack_linears(layer()), small_integers(2, 48)
     expected, weight = module(x), module.weight
     stacked = {"weight": torch.stack([weight, 2 * weight]), "bias": torch.stack([module.bias] * 2)}
@@ -310,7 +311,7 @@ def test_factors_of_adapters_are_not_packed() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["0"], modules_to_save=["1"])
     theirs = peft.get_peft_model(nn.Sequential(layer(), layer()), config).eval()
-    for model, heads in ((ours, 0), (theirs, 2)):  # PEFT keeps a saved module's original
+    for model, heads in ((ours, 0), (theirs, 2)):  # PEFT keeps the original of a saved module.
         pack_linears(model.requires_grad_(False))
         packed = [name for name, m in model.named_modules() if isinstance(m, PackedLinear)]
         assert len(packed) == 1 + heads and not any("lora_" in name for name in packed)
@@ -334,7 +335,7 @@ def test_layers_with_adapters_use_the_copy(
     assert uses_copy(lambda x: lora(x, ids), monkeypatch, x)
     if dtype == torch.float32:
         assert torch.equal(lora(x, ids), expected)
-    else:  # base product and update may be rounded each by itself, and their sum once more
+    else:  # Base product and update may be rounded separately, and their sum once more.
         largest = max(lora.base_layer(x).abs().max(), expected.abs().max())
         assert (lora(x, ids) - expected).abs().max() <= 2.0**-7 * largest
     lora.requires_grad_(True)
@@ -343,7 +344,7 @@ def test_layers_with_adapters_use_the_copy(
     assert lora.base_layer.weight.grad is not None
 
 
-def test_merging_and_unmerging_reach_the_product() -> None:
+def test_merging_and_unmerging_change_the_product() -> None:
     lora = LoraLinear(layer(), "default", 4, init_lora_weights=False).eval().requires_grad_(False)
     x = torch.randn(3, 48)
     base, adapted = lora.base_layer(x), lora(x)
@@ -386,7 +387,7 @@ def offloaded() -> nn.Module:
         (lambda: pack_linears(layer()), RuntimeError, "'0'.*packed already.*unpack_linears"),
     ],
 )
-def test_what_cannot_be_packed_is_refused_by_name(
+def test_layers_that_cannot_be_packed_raise(
     make: Callable[[], nn.Module], error: type[Exception], message: str
 ) -> None:
     model = nn.Sequential(make())
@@ -396,7 +397,7 @@ def test_what_cannot_be_packed_is_refused_by_name(
     assert [type(m) for m in model.modules()] == kinds
 
 
-def test_names_choose_modules() -> None:
+def test_names_select_modules() -> None:
     model = Tied().eval()
     pack_linears(model, ["head"])
     assert type(model.head) is PackedLinear and type(model.inner) is nn.Linear
@@ -407,7 +408,7 @@ def test_names_choose_modules() -> None:
         unpack_linears(Tied())
 
 
-def test_packing_says_what_the_copy_takes_and_whether_it_fits(monkeypatch):
+def test_packing_reports_the_size_of_the_copy_and_if_it_fits(monkeypatch):
     model = nn.Sequential(nn.Linear(16, 33, bias=False), nn.ReLU(), nn.Linear(16, 32)).eval()
     taken = (64 * 16 + 32 * 16) * 4
     monkeypatch.setattr(_packed_linear, "free_bytes", lambda device: 4 * taken)

@@ -1,4 +1,4 @@
-"""Adapters per row where two processes train one model: each process has other rows."""
+"""Adapters per row if two processes train one model on different rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_ext.nn import LoraConv, LoraEmbedding, LoraLinear
 RANKS = {"red": 4, "green": 2, "blue": 3}
 ROWS = torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(1))
 
-#: Names of the rows of the first process, and of those of the second; None: no block at all.
+#: Names of the rows of the first and of the second process; None: no block.
 NAMES: dict[str, tuple[Any, Any]] = {
     "disjoint": (["red", "red"], ["green", "blue"]),
     "in another order": (["green", "red"], ["red", "green"]),
@@ -29,7 +29,7 @@ NAMES: dict[str, tuple[Any, Any]] = {
 
 
 class Model(nn.Module):
-    """A layer of each kind, each of them with three adapters of unequal ranks that train."""
+    """Model with one layer of each kind, each with three trainable adapters of different ranks."""
 
     def __init__(self, dora: tuple[str, ...] = (), checkpoints: bool = False):
         super().__init__()
@@ -60,7 +60,7 @@ class Model(nn.Module):
 
 
 def step(rank: int | None, way: str | None, case: str, **options: Any) -> dict[str, Tensor]:
-    """What the adapters become on a process, or on one that has all rows."""
+    """Return the adapters after training on one of two processes, or on one with all rows."""
     model = Model(**options)
     first, second = NAMES[case]
     names = (
@@ -83,7 +83,7 @@ def start(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", NAMES)
-def test_adapters_learn_on_two_processes_what_they_learn_on_one(
+def test_adapters_learn_on_two_processes_as_on_one(
     way: str, case: str, two_processes: TwoProcesses
 ):
     found, other = two_processes.run(step, way, case)
@@ -92,9 +92,9 @@ def test_adapters_learn_on_two_processes_what_they_learn_on_one(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_so_do_dora_adapters(way: str, two_processes: TwoProcesses):
+def test_dora_adapters_learn_on_two_processes_as_on_one(way: str, two_processes: TwoProcesses):
     options = {"dora": ("red", "blue")}
-    found, _ = two_processes.run(_step, way, "disjoint", options)
+    found, _ = two_processes.run(_process_step, way, "disjoint", options)
     assert_same(
         found,
         step(None, None, "disjoint", **options),
@@ -104,11 +104,13 @@ def test_so_do_dora_adapters(way: str, two_processes: TwoProcesses):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_so_do_checkpointed_layers(way: str, two_processes: TwoProcesses):
+def test_checkpointed_layers_learn_on_two_processes_as_on_one(
+    way: str, two_processes: TwoProcesses
+):
     options = {"checkpoints": True}
-    found, _ = two_processes.run(_step, way, "disjoint", options)
+    found, _ = two_processes.run(_process_step, way, "disjoint", options)
     assert_same(found, step(None, None, "disjoint"), start(Model()), BOUND.get(way, 1e-9))
 
 
-def _step(rank: int, way: str, case: str, options: dict[str, Any]) -> dict[str, Tensor]:
+def _process_step(rank: int, way: str, case: str, options: dict[str, Any]) -> dict[str, Tensor]:
     return step(rank, way, case, **options)

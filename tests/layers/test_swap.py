@@ -1,4 +1,4 @@
-"""Swap: modules replaced, and the very objects put back, all of them or none."""
+"""Swap: it replaces modules and restores the same objects, all or none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_ext.nn import Swap
 
 
 class Doubled(nn.Module):
-    """Twice what a module computes."""
+    """Module that doubles the output of another module."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -31,7 +31,7 @@ def swapped(m: nn.Module, *names: str) -> Swap:
     return Swap(m, {name: Doubled(m.get_submodule(name)) for name in names}, "double")
 
 
-def test_modules_are_replaced_and_the_very_objects_return_in_their_order():
+def test_modules_are_replaced_and_restored_in_their_order():
     m = model()
     before = dict(m.named_modules())
     swap = swapped(m, "1.a", "2")
@@ -43,7 +43,7 @@ def test_modules_are_replaced_and_the_very_objects_return_in_their_order():
     assert all(after[name] is module for name, module in before.items())
 
 
-def test_a_module_under_two_names_is_replaced_under_the_one_that_is_given():
+def test_module_with_two_names_is_replaced_under_the_given_name():
     m = model()
     m.register_module("tied", m[0])
     swap = swapped(m, "0")
@@ -52,7 +52,7 @@ def test_a_module_under_two_names_is_replaced_under_the_one_that_is_given():
     assert m.tied is m[0]
 
 
-def test_a_module_of_two_parents_is_replaced_for_both():
+def test_module_of_two_parents_is_replaced_for_both():
     shared = nn.Sequential(nn.Linear(3, 3))
     m = nn.ModuleDict({"left": shared, "right": shared})
     swap = swapped(m, "left.0")
@@ -61,7 +61,7 @@ def test_a_module_of_two_parents_is_replaced_for_both():
     assert m["right"][0] is swap.originals["left.0"]
 
 
-def test_a_name_that_the_model_lacks_leaves_it_as_it_was():
+def test_unknown_name_leaves_the_model_unchanged():
     m = model()
     before = dict(m.named_modules())
     for name in ("7", "1.b", "0.weight", ""):
@@ -70,7 +70,7 @@ def test_a_name_that_the_model_lacks_leaves_it_as_it_was():
         assert dict(m.named_modules()) == before
 
 
-def test_what_somebody_replaced_since_stops_the_whole_return():
+def test_module_replaced_by_another_caller_stops_the_restore():
     m = model()
     swap = swapped(m, "1.a", "2")
     theirs = m[2] = nn.Linear(3, 3)
@@ -87,7 +87,7 @@ def test_what_somebody_replaced_since_stops_the_whole_return():
         swap.restore(m, "single")
 
 
-def test_a_copy_of_the_model_restores_its_own_modules():
+def test_copy_of_the_model_restores_its_own_modules():
     m = model()
     m.__dict__["swap"] = swapped(m, "0")
     copied = copy.deepcopy(m)

@@ -1,4 +1,4 @@
-"""Adapted layers switched on and off: what it costs, what it changes, and that it comes back."""
+"""Switching adapted layers on and off: cost, effect and restoration."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def some_layer(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
 @pytest.mark.parametrize("training", [False, True])
-def test_a_layer_that_is_off_costs_the_base_layers_operators_and_no_more(
+def test_layer_that_is_off_runs_only_the_operators_of_its_base_layer(
     kind: str, settings: dict, training: bool
 ):
     layer = some_layer(adapted(kind, **settings)).train(training)
@@ -56,7 +56,7 @@ def test_a_layer_that_is_off_costs_the_base_layers_operators_and_no_more(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_layers_off_is_the_base_model_to_the_bit(kind: str):
+def test_model_with_all_layers_off_equals_the_base_bit_for_bit(kind: str):
     model = adapted(kind)
     with_adapters = logits(model)
     for layer in adapted_layers(model).values():
@@ -68,7 +68,7 @@ def test_all_layers_off_is_the_base_model_to_the_bit(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_layer_off_is_the_model_without_that_layers_update(kind: str):
+def test_layer_that_is_off_removes_only_its_update(kind: str):
     model = adapted(kind)
     layer = some_layer(model)
     set_active(layer, "default", False)
@@ -80,7 +80,7 @@ def test_one_layer_off_is_the_model_without_that_layers_update(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_flags_state_and_choice_are_left_alone_and_come_back(kind: str):
+def test_switching_keeps_flags_state_and_active_adapters(kind: str):
     model = adapted(kind, "first", "second")
     layer = some_layer(model)
     chosen, grads = layer.active_adapters, flags(model)
@@ -94,7 +94,7 @@ def test_flags_state_and_choice_are_left_alone_and_come_back(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_other_adapters_of_a_layer_go_on(kind: str):
+def test_other_adapters_of_a_layer_stay_active(kind: str):
     model = adapted(kind, "first", "second")
     layer = some_layer(model)
     x = torch.randn(6, 24)
@@ -113,7 +113,7 @@ def test_the_other_adapters_of_a_layer_go_on(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_name_an_adapter_that_is_off_are_base_rows(kind: str):
+def test_rows_of_an_adapter_that_is_off_are_base_rows(kind: str):
     model = adapted(kind, "first", "second")
     layer = some_layer(model)
     x, names = torch.randn(3, 2, 24), ["first", "second", "__base__"]
@@ -128,7 +128,7 @@ def test_rows_that_name_an_adapter_that_is_off_are_base_rows(kind: str):
     assert torch.equal(layer(x, **{key: names}), layer.base_layer(x))
 
 
-def test_whole_models_take_names_of_adapters_that_are_off():
+def test_models_accept_row_names_of_adapters_that_are_off():
     model = adapted("peft", "first", "second")
     names = ["first", "second", "__base__"]
     for layer in adapted_layers(model).values():
@@ -142,14 +142,15 @@ def test_whole_models_take_names_of_adapters_that_are_off():
     torch.testing.assert_close(fused, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_checkpoint_of_rows_with_names_recomputes_the_same_layers():
+def test_checkpoint_of_rows_with_names_recomputes_the_same_layers():
     gradients = []
     for checkpointing in (False, True):
         model = adapted("fused", "first", "second").train()
         model.requires_grad_(True)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        set_active(some_layer(model), "first", False)  # the active one, which no row has
+        # This is the active adapter, which no row uses.
+        set_active(some_layer(model), "first", False)
         logits(model, adapter_names=["second", "second", "__base__"]).square().sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert any("second" in name for name in gradients[0])
@@ -157,7 +158,7 @@ def test_a_checkpoint_of_rows_with_names_recomputes_the_same_layers():
 
 
 @pytest.mark.parametrize("kind", ["peft", "fused"])
-def test_what_peft_does_meanwhile_is_not_undone_and_undoes_nothing(kind: str):
+def test_switching_and_changes_by_peft_do_not_undo_each_other(kind: str):
     model = adapted(kind)
     layer = some_layer(model)
     x, grads = torch.randn(6, 24), flags(model)
@@ -176,7 +177,7 @@ def test_what_peft_does_meanwhile_is_not_undone_and_undoes_nothing(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_is_switched_by_itself(kind: str, copied):
+def test_copy_is_switched_separately(kind: str, copied):
     layer = some_layer(adapted(kind))
     set_active(layer, "default", False)
     twin, x = copied(layer), torch.randn(6, 24)
@@ -189,7 +190,7 @@ def test_a_copy_is_switched_by_itself(kind: str, copied):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:unmerge")
-def test_what_is_merged_cannot_be_switched_off(kind: str):
+def test_merged_adapter_cannot_be_switched_off(kind: str):
     layer = some_layer(adapted(kind))
     layer.merge()
     with pytest.raises(ValueError, match=r"set_active: 'default': expected an adapter apart"):
@@ -202,7 +203,7 @@ def test_what_is_merged_cannot_be_switched_off(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_that_a_layer_lacks_is_refused_by_name(kind: str):
+def test_adapter_that_a_layer_lacks_raises(kind: str):
     layer = some_layer(adapted(kind))
     with pytest.raises(
         ValueError, match=r"set_active: adapter_name: expected an adapter of \['default'\]"
@@ -210,7 +211,7 @@ def test_an_adapter_that_a_layer_lacks_is_refused_by_name(kind: str):
         set_active(layer, "other", False)
 
 
-def test_a_layer_whose_forward_was_replaced_is_refused():
+def test_layer_with_a_replaced_forward_raises():
     layer = some_layer(adapted("peft"))
     layer.forward = lambda x: x
     with pytest.raises(ValueError, match=r"set_active: layer: expected a Linear with the forward"):
@@ -218,7 +219,7 @@ def test_a_layer_whose_forward_was_replaced_is_refused():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_compiled_layer_follows_its_switch_without_a_graph_break(kind: str):
+def test_compiled_layer_follows_its_switch_without_a_graph_break(kind: str):
     layer = some_layer(adapted(kind))
     x = torch.randn(6, 24)
     on = layer(x)
@@ -238,7 +239,7 @@ def test_a_compiled_layer_follows_its_switch_without_a_graph_break(kind: str):
 @pytest.mark.parametrize(
     ("group_by", "sizes"), [("block", [2, 2, 2]), ("module", [1] * 6), (4, [4, 2])]
 )
-def test_layers_are_grouped_in_the_models_order(kind: str, group_by, sizes: list[int]):
+def test_layers_are_grouped_in_model_order(kind: str, group_by, sizes: list[int]):
     model = adapted(kind)
     groups = LayerGroups(model, group_by=group_by)
     assert [len(group) for group in groups.names] == sizes
@@ -247,14 +248,14 @@ def test_layers_are_grouped_in_the_models_order(kind: str, group_by, sizes: list
     assert [m for group in groups.layers for m in group] == list(adapted_layers(model).values())
 
 
-def test_layers_outside_every_block_are_groups_of_their_own():
+def test_layers_outside_every_block_are_single_groups():
     model = adapted("ours", targets=("embed_out", "q_proj", "lm_head"))
     names = LayerGroups(model).names
     assert [len(group) for group in names] == [1, 1, 1, 1] and names[-1] == ("lm_head",)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mask_switches_whole_groups_until_the_next_one(kind: str):
+def test_mask_switches_whole_groups_until_the_next_one(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     full = logits(model)
@@ -268,7 +269,7 @@ def test_a_mask_switches_whole_groups_until_the_next_one(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_block_restores_every_layer_also_after_an_exception(kind: str):
+def test_block_restores_every_layer_even_after_an_exception(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     half = groups.layers[0][0]
@@ -285,7 +286,7 @@ def test_a_block_restores_every_layer_also_after_an_exception(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_groups_adapter_is_switched(kind: str):
+def test_only_the_adapter_of_the_groups_is_switched(kind: str):
     model = adapted(kind, "first", "second")
     groups = LayerGroups(model, "second")
     groups.set_mask([False] * 3)
@@ -295,7 +296,7 @@ def test_only_the_groups_adapter_is_switched(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:unmerge")
-def test_a_mask_that_cannot_be_set_switches_nothing(kind: str):
+def test_invalid_mask_switches_nothing(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     groups.layers[2][1].merge()
@@ -320,23 +321,23 @@ def test_a_mask_that_cannot_be_set_switches_nothing(kind: str):
         (torch.tensor(True), r"LayerGroups: mask: expected bools"),
     ],
 )
-def test_a_mask_that_does_not_fit_is_refused(mask, message: str):
+def test_mask_that_does_not_fit_raises(mask, message: str):
     with pytest.raises(ValueError, match=message):
         LayerGroups(adapted("ours")).set_mask(mask)
 
 
 @pytest.mark.parametrize("group_by", ["layer", 0, -1, True, 1.5])
-def test_a_grouping_that_is_none_is_refused(group_by):
+def test_invalid_grouping_raises(group_by):
     with pytest.raises(ValueError, match=r"LayerGroups: group_by: expected 'block', 'module' or"):
         LayerGroups(adapted("ours"), group_by=group_by)
 
 
 # -------------------------------------------------------------------------------------------------
-# Off in training alone
+# Off only in training
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_off_in_training_is_on_in_evaluation(kind: str):
+def test_training_only_switch_is_on_in_evaluation(kind: str):
     layer = some_layer(adapted(kind, "first", "second"))
     x = torch.randn(6, 24)
     on = layer(x)
@@ -355,7 +356,7 @@ def test_what_is_off_in_training_is_on_in_evaluation(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_block_restores_what_is_off_in_training_alone(kind: str):
+def test_block_restores_training_only_switches(kind: str):
     model = adapted(kind)
     groups = LayerGroups(model)
     groups.set_mask([True, False, True], training_only=True)
@@ -370,7 +371,7 @@ def test_a_block_restores_what_is_off_in_training_alone(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:unmerge")
-def test_a_mask_names_the_layer_that_is_merged(kind: str):
+def test_mask_error_names_the_merged_layer(kind: str):
     groups = LayerGroups(adapted(kind))
     groups.layers[1][0].merge()
     message = f"LayerGroups: mask: {groups.names[1][0]}: 'default': expected an adapter apart"
@@ -379,7 +380,7 @@ def test_a_mask_names_the_layer_that_is_merged(kind: str):
             groups.set_mask([True, False, True], training_only)
 
 
-def test_a_deleted_adapters_name_starts_anew():
+def test_name_of_a_deleted_adapter_starts_with_default_switches():
     layer = some_layer(adapted("ours", "first", "second"))
     set_active(layer, "first", False, training_only=True)
     layer.delete_adapter("first")

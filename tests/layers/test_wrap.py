@@ -1,4 +1,4 @@
-"""wrap does what get_peft_model does, without PEFT, and unwrap undoes it to the bit."""
+"""wrap against get_peft_model, without PEFT, and unwrap, which restores every bit."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def vision() -> transformers.ViTForImageClassification:
 
 
 def pair(make, **fields) -> tuple[nn.Module, nn.Module]:
-    """Ours and PEFT's of one model and configuration, with PEFT's random values in both."""
+    """Return our and PEFT's version of a model, with PEFT's random values in both."""
     fields = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, **fields}
     ours = wrap(make(), LoraConfig(**fields))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(make(), peft.LoraConfig(**fields)).eval()
     state = {name.removeprefix(PREFIX): value for name, value in theirs.state_dict().items()}
-    ours.load_state_dict(state)  # strict: the keys are the same
+    ours.load_state_dict(state)  # strict: the keys are equal
     return ours, theirs
 
 
@@ -59,7 +59,7 @@ def run(model: nn.Module) -> Tensor:
 
 
 def assert_agree(ours: nn.Module, theirs: nn.Module) -> None:
-    """In output, in what trains, and in every gradient."""
+    """Check that outputs, trainable parameters and every gradient agree."""
     y, expected = run(ours), run(theirs)
     torch.testing.assert_close(y, expected, **CLOSE)
     weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
@@ -90,7 +90,7 @@ def assert_agree(ours: nn.Module, theirs: nn.Module) -> None:
     ],
     ids=str,
 )
-def test_a_llama_is_wrapped_as_by_peft(fields: dict):
+def test_wrapped_llama_equals_peft(fields: dict):
     assert_agree(*pair(llama, **fields))
 
 
@@ -103,19 +103,19 @@ def test_a_llama_is_wrapped_as_by_peft(fields: dict):
     ],
     ids=str,
 )
-def test_layers_that_store_their_weight_the_other_way_round(fields: dict):
+def test_layers_with_a_transposed_weight_equal_peft(fields: dict):
     ours, theirs = pair(gpt2, **fields)
     assert not any("lm_head" in name for name in adapted_layers(ours))
     assert_agree(ours, theirs)
 
 
-def test_a_vision_models_patches_are_wrapped_as_by_peft():
+def test_patches_of_a_vision_model_equal_peft():
     ours, theirs = pair(vision, target_modules=["projection", "query"])
     assert any(isinstance(m, LoraConv) for m in ours.modules())
     assert_agree(ours, theirs)
 
 
-def test_the_classifier_of_a_sequence_task_is_no_linear_layer_of_the_body():
+def test_classifier_of_a_sequence_task_is_not_targeted():
     fields = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
     ours = adapted_layers(wrap(vision(), LoraConfig(**fields)))
     theirs = adapted_layers(peft.get_peft_model(vision(), peft.LoraConfig(**fields)))
@@ -124,7 +124,7 @@ def test_the_classifier_of_a_sequence_task_is_no_linear_layer_of_the_body():
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_adapters_of_16_bit_layers_have_pefts_dtype(autocast: bool):
+def test_adapters_of_16_bit_layers_have_the_dtype_of_peft(autocast: bool):
     def make():
         return llama().to(torch.bfloat16)
 
@@ -136,7 +136,7 @@ def test_adapters_of_16_bit_layers_have_pefts_dtype(autocast: bool):
     assert run(ours).dtype == torch.bfloat16
 
 
-def test_a_fresh_adapter_changes_nothing_and_is_all_that_trains():
+def test_fresh_adapter_changes_nothing_and_alone_is_trainable():
     model = llama()
     before = run(model)
     assert wrap(model, LoraConfig()) is model
@@ -146,7 +146,7 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_trains():
     assert all(layer.active_adapters == ["default"] for layer in adapted_layers(model).values())
 
 
-def test_unwrapping_gives_back_every_object_flag_and_bit():
+def test_unwrapping_restores_every_object_flag_and_bit():
     model = llama()
     model.model.layers[0].requires_grad_(False)
     hook = model.lm_head.register_forward_hook(lambda *_: None)
@@ -165,7 +165,7 @@ def test_unwrapping_gives_back_every_object_flag_and_bit():
     assert set(model.__dict__) == attributes
     assert len(model.lm_head._forward_hooks) == 1
     hook.remove()
-    wrap(model, LoraConfig())  # and again
+    wrap(model, LoraConfig())  # a second time
     unwrap(model)
 
 
@@ -182,7 +182,7 @@ def test_two_random_factors_may_start_at_the_base_model():
         LoraConfig(preserve_base_output=1)
 
 
-def test_a_second_adapter_waits_until_it_is_chosen():
+def test_second_adapter_is_inactive_until_it_is_chosen():
     model = wrap(llama(), LoraConfig(target_modules=["q_proj"]), "french")
     wrap(model, LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False), "german")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -203,7 +203,7 @@ def test_a_second_adapter_waits_until_it_is_chosen():
     assert adapted_layers(model) == {}
 
 
-def test_a_copy_unwraps_to_its_own_modules():
+def test_copy_unwraps_to_its_own_modules():
     model = wrap(llama(), LoraConfig())
     twin = copy.deepcopy(model)
     inner = twin.model.layers[0].mlp.up_proj.base_layer
@@ -212,7 +212,7 @@ def test_a_copy_unwraps_to_its_own_modules():
     assert len(adapted_layers(model)) == 21
 
 
-def test_what_cannot_be_adapted_leaves_the_model_as_it_was():
+def test_unsupported_modules_leave_the_model_unchanged():
     model = llama()
     modules = dict(model.named_modules())
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -235,7 +235,7 @@ def test_what_cannot_be_adapted_leaves_the_model_as_it_was():
         unwrap(model)
 
 
-def test_a_further_adapter_that_fails_leaves_the_first_as_it_was():
+def test_failing_second_adapter_leaves_the_first_unchanged():
     model = wrap(llama(), LoraConfig(target_modules=["q_proj"]))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"embed_tokens: lora_bias"):
@@ -260,17 +260,17 @@ def test_a_further_adapter_that_fails_leaves_the_first_as_it_was():
         ),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(config, error: type[Exception], message: str):
+def test_config_that_does_not_fit_raises(config, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         wrap(llama(), config)
 
 
-def test_a_pattern_for_a_rank_that_nothing_uses_is_told():
+def test_unused_rank_pattern_warns():
     with pytest.warns(UserWarning, match=r"wrap: config: rank_pattern\['typo'\] matches no"):
         wrap(llama(), LoraConfig(rank_pattern={"typo": 4}))
 
 
-def test_models_with_adapters_of_somebody_else_are_refused():
+def test_models_with_other_adapters_raise():
     for model in (adapted("ours"), adapted("peft"), adapted("fused")):
         with pytest.raises(RuntimeError, match=r"wrap: model: expected a model without adapters"):
             wrap(model, LoraConfig())
@@ -280,21 +280,21 @@ def test_models_with_adapters_of_somebody_else_are_refused():
         wrap(model, LoraConfig())
 
 
-def test_layers_whose_weight_is_read_and_not_called():
+def test_layers_with_a_weight_that_is_read_without_a_call_raise():
     model = nn.ModuleDict({"body": nn.TransformerEncoderLayer(16, 2, 24), "head": nn.Linear(4, 4)})
     with pytest.raises(NotImplementedError, match=r"found 'body.linear1', whose weight"):
         wrap(model, LoraConfig(target_modules=["linear1"]))
     assert list(adapted_layers(wrap(model, LoraConfig()))) == ["head"]
 
 
-def test_convolutions_of_overlapping_windows_are_refused_by_name():
+def test_convolutions_of_overlapping_windows_raise():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     with pytest.raises(NotImplementedError, match=r"wrap: 0: LoraConv: base_layer: expected str"):
         wrap(model, LoraConfig(target_modules=["0"]))
 
 
 @pytest.mark.filterwarnings("ignore:unmerge")
-def test_merged_adapters_and_replaced_layers_stop_unwrapping():
+def test_merged_adapters_and_replaced_layers_prevent_unwrapping():
     model = wrap(llama(), LoraConfig(init_lora_weights=False))
     layer = model.model.layers[1].mlp.up_proj
     layer.merge(keep_copy=True)
@@ -309,7 +309,7 @@ def test_merged_adapters_and_replaced_layers_stop_unwrapping():
     unwrap(model)
 
 
-def test_a_trained_adapter_is_saved_and_peft_loads_it(tmp_path: Path):
+def test_trained_adapter_is_saved_and_peft_loads_it(tmp_path: Path):
     model = llama()
     config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
     wrap(model, config)
@@ -326,7 +326,7 @@ def test_a_trained_adapter_is_saved_and_peft_loads_it(tmp_path: Path):
     torch.testing.assert_close(run(theirs), run(model), **CLOSE)
 
 
-def test_layers_of_every_kind():
+def test_layers_of_every_kind_are_wrapped():
     model = wrap(gpt2(), LoraConfig(target_modules=r".*(c_attn|wte)"))
     assert {type(layer) for layer in adapted_layers(model).values()} == {LoraLinear, LoraEmbedding}
 

@@ -1,4 +1,4 @@
-"""What the decoding ops refuse, and in which words: op, argument, expected, found."""
+"""Errors of the decoding ops and their messages: op, argument, expected, found."""
 
 from __future__ import annotations
 
@@ -149,14 +149,16 @@ def inputs() -> Inputs:
 @pytest.mark.parametrize(
     ("op", "message", "change"), ALL, ids=[f"{NAMES[o]}-{m}" for o, m, _ in ALL]
 )
-def test_wrong_input_is_named(op: Callable[[Inputs], None], message: str, change: Change) -> None:
+def test_wrong_input_raises_and_names_the_argument(
+    op: Callable[[Inputs], None], message: str, change: Change
+) -> None:
     i = inputs()
     op(i)
     with pytest.raises(ValueError, match=f"{NAMES[op]}: {message}"):
         op({**i, **change(i)})
 
 
-def test_tensors_on_two_devices_are_refused() -> None:
+def test_tensors_on_two_devices_raise() -> None:
     i = inputs()
     for op, name in ((sample, "uniforms"), (argmax, "prior"), (conditional_dist, "k")):
         with pytest.raises(ValueError, match=f"{NAMES[op]}: expected all tensors on one device"):
@@ -173,7 +175,7 @@ SHAPES_AND_DTYPES = [
     SHAPES_AND_DTYPES,
     ids=[f"{NAMES[o]}-{m}" for o, m, _ in SHAPES_AND_DTYPES],
 )
-def test_meta_tensors_are_checked_as_real_ones_are(
+def test_meta_tensors_are_checked_like_real_ones(
     op: Callable[[Inputs], None], message: str, change: Change
 ) -> None:
     def on_meta(i: Inputs) -> Inputs:
@@ -187,7 +189,7 @@ def test_meta_tensors_are_checked_as_real_ones_are(
         op(on_meta({**i, **change(i)}))
 
 
-def test_nan_among_the_uniforms_is_refused_and_nan_logits_give_some_token() -> None:
+def test_nan_uniforms_raise_and_nan_logits_give_some_token() -> None:
     i = inputs()
     u = i["draft"][5].clone()
     u[1, 2] = torch.nan
@@ -200,13 +202,13 @@ def test_nan_among_the_uniforms_is_refused_and_nan_logits_give_some_token() -> N
     clean = ops.spec_verify(*i["draft"])
     accepted, token = ops.spec_verify(target, *i["draft"][1:])
     assert (0 <= token).all() and (token < 5).all() and 0 <= accepted[1] <= 4
-    for row in (0, 2):  # the other rows do not notice
+    for row in (0, 2):  # The other rows do not change.
         assert accepted[row] == clean[0][row] and token[row] == clean[1][row]
 
 
 @pytest.mark.slow  # `make test` does not build _emu_check
-def test_kernels_check_values_in_debug_mode_alone() -> None:
-    """Without it a token out of range is impossible, and touches no memory."""
+def test_kernels_check_values_only_in_debug_mode() -> None:
+    """Check a token out of range; without debug mode it has probability 0."""
     from lora_ext import _loader
 
     try:
@@ -233,7 +235,7 @@ def test_kernels_check_values_in_debug_mode_alone() -> None:
 
 
 @pytest.mark.slow  # `make test` does not build _emu_check
-def test_a_window_too_large_for_a_block_is_named() -> None:
+def test_window_too_large_for_a_block_raises() -> None:
     from lora_ext import _loader
 
     try:

@@ -1,4 +1,4 @@
-"""Draws whose weights are small beside the running sum, and drafts that cannot have been drawn."""
+"""Draws with weights that are small beside the running sum, and drafts of probability 0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TAIL = 0.0014
 
 
 def long_tail() -> torch.Tensor:
-    """Logits ``(V,)``: each token of the tail has a probability below 2^-25."""
+    """Return logits ``(V,)``; each token of the tail has a probability below 2^-25."""
     p = torch.full((V,), TAIL / (V - HEAD), dtype=torch.float64)
     p[:HEAD] = (1 - TAIL) / HEAD
     return p.log().float()
@@ -27,7 +27,7 @@ def tail_uniforms(rows: int) -> torch.Tensor:
 def assert_drawn_by_mass(tokens: torch.Tensor, uniforms: torch.Tensor) -> None:
     below = long_tail().double().softmax(-1).cumsum(-1)
     off = (below[tokens.cpu()] - uniforms.double()).abs()
-    assert off.max() < 1e-6, f"a token stands {off.max():.1e} from its uniform"
+    assert off.max() < 1e-6, f"a token is {off.max():.1e} from its uniform"
     assert len(tokens.unique()) == len(tokens)
 
 
@@ -68,16 +68,14 @@ def test_reference_draw_counts_weights_below_the_rounding_of_their_sum() -> None
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_a_draft_that_the_circuit_cannot_draw_is_rejected(
-    backend: Backend, temperature: float
-) -> None:
-    """Behind evidence that is impossible under the circuit q is 0, and p / q no probability:
-    every token is rejected, and what is emitted follows p."""
+def test_draft_of_probability_zero_is_rejected(backend: Backend, temperature: float) -> None:
+    """Check evidence that is impossible under the circuit: q is 0, and p / q is not a probability.
+    Every token must be rejected, and the emitted tokens follow p."""
     rows, v = 64, 4
     target = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(rows, 3, v)
     draft = torch.zeros(rows, 2, dtype=torch.long)
     leaf = torch.zeros(rows, 2, 1, v)
-    leaf[:, 0, :, 0] = -torch.inf  # the token given
+    leaf[:, 0, :, 0] = -torch.inf  # the token of the evidence
     uniforms = torch.stack([torch.zeros(rows), torch.zeros(rows), torch.arange(rows) / rows], -1)
     scan = reference.circuit_scan("ff", leaf, None, None, draft)
     assert (scan.conditional == -torch.inf).all()

@@ -1,4 +1,4 @@
-"""What the circuit ops refuse, and in which words: op, argument, expected, found."""
+"""Errors of the circuit ops and their messages: op, argument, expected, found."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ WRONG: list[tuple[str, Change]] = [
 
 @pytest.mark.parametrize(("message", "change"), WRONG, ids=[m for m, _ in WRONG])
 @pytest.mark.parametrize("grad", [False, True])
-def test_wrong_input_is_named(message: str, change: Change, grad: bool) -> None:
+def test_wrong_input_raises_and_names_the_argument(
+    message: str, change: Change, grad: bool
+) -> None:
     i = circuit_inputs(HMM, torch.float32, seed=1)
     changed = {**i, **change(i)}
     if grad and changed["leaf"].is_floating_point():
@@ -60,7 +62,7 @@ def test_wrong_input_is_named(message: str, change: Change, grad: bool) -> None:
         scan(changed)
 
 
-def test_wrong_gradients_are_named() -> None:
+def test_wrong_gradients_raise() -> None:
     i = circuit_inputs(HMM, torch.float32, seed=2)
     e, norm = torch.ops.lora_ext.circuit_leaf(i["leaf"], i["x"])
     leaf_backward = torch.ops.lora_ext.circuit_leaf_backward
@@ -83,7 +85,7 @@ def test_wrong_gradients_are_named() -> None:
             )
 
 
-def test_emission_gather_names_its_arguments() -> None:
+def test_emission_gather_errors_name_their_arguments() -> None:
     h, emit, x = torch.ones(2, 6), torch.ones(4, 3, 5, 6), torch.zeros(2, 4, dtype=torch.long)
     for args, message in [
         ((h[0], emit, x), r"h: expected shape \(B, D\), found \[6\]"),
@@ -98,7 +100,7 @@ def test_emission_gather_names_its_arguments() -> None:
             ops.emission_gather(*args)
 
 
-def test_tensors_on_two_devices_are_refused() -> None:
+def test_tensors_on_two_devices_raise() -> None:
     i = circuit_inputs(HMM, torch.float32, seed=3)
     with pytest.raises(ValueError, match="circuit_scan: expected all tensors on one device"):
         scan({**i, "prior": i["prior"].to("meta")})
@@ -121,7 +123,7 @@ def test_tensors_on_two_devices_are_refused() -> None:
         ("(e|leaf)", lambda i: {"kind": "ff"}),
     ],
 )
-def test_meta_tensors_are_checked_as_real_ones_are(argument: str, change: Change) -> None:
+def test_meta_tensors_are_checked_like_real_ones(argument: str, change: Change) -> None:
     i = circuit_inputs(HMM, torch.float32, seed=3)
     messages = []
     for device in ("cpu", "meta"):
@@ -133,7 +135,7 @@ def test_meta_tensors_are_checked_as_real_ones_are(argument: str, change: Change
     assert messages[0] == messages[1]
 
 
-def test_ff_needs_neither_prior_nor_transitions() -> None:
+def test_ff_needs_no_prior_or_transitions() -> None:
     i = circuit_inputs(FF, torch.float32, seed=4)
     given = scan({**i, "prior": torch.full((2, 1), 3.0), "trans": torch.ones(2, 0, 1, 1)})
     assert torch.equal(scan(i), given)

@@ -16,7 +16,7 @@ from lora_ext.circuits._program import matrices_of
 
 
 def run(backend: Backend, name: str, rows: int, norm: str, dtype: torch.dtype = torch.float32):
-    """Values, flows and gradient of the weights, on the CPU."""
+    """Return values, flows and the gradient of the weights, on the CPU."""
     program, leaf, w, roots = case(name, rows)
     program = program.to(torch.device(backend.device))
     leaf, w = (t.to(backend.device, dtype) for t in (leaf, w))
@@ -38,13 +38,13 @@ def formula(name: str, rows: int, norm: str) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("norm", ["logits", "none"])
 @pytest.mark.parametrize("name", [*GRAPHS, *STAGED])
-def test_values_and_gradients_are_the_formula(backend: Backend, name: str, norm: str) -> None:
+def test_values_and_gradients_equal_the_formula(backend: Backend, name: str, norm: str) -> None:
     rows = 5 if name.endswith("a stage a launch") else 19
     val, units, dw = run(backend, name, rows, norm)
     expected, dleaf, exact_dw = formula(name, rows, norm)
     assert torch.equal(val == -torch.inf, expected == -torch.inf)
     finite = expected > -torch.inf
-    # Sums have up to 1352 terms, added in runs, of a few roundings each, over at most six layers.
+    # Sums have up to 1352 terms, added in runs with a few roundings each, over at most six layers.
     torch.testing.assert_close(val[finite].double(), expected[finite], rtol=2e-6, atol=2e-5)
     got = units[:, 2 : 2 + dleaf.shape[1]].double()
     torch.testing.assert_close(got, dleaf, rtol=2e-4, atol=2e-5)
@@ -63,11 +63,11 @@ def test_float64_is_exact_to_its_own_rounding() -> None:
             torch.testing.assert_close(dw, exact_dw, rtol=1e-11, atol=1e-12)
 
 
-def test_certain_terms_are_added_exactly(backend: Backend) -> None:
+def test_sums_of_one_certain_term_are_exact(backend: Backend) -> None:
     program, leaf, w, _ = case("tree", 33)
     g = torch.Generator().manual_seed(3)
     leaf = torch.randint(-8, 9, leaf.shape, generator=g).float()
-    for first, sums, terms in matrices_of(program):  # each sum has one term, of weight 1
+    for first, sums, terms in matrices_of(program):  # Each sum has one term, of weight 1.
         rows = torch.full((sums, terms), -torch.inf)
         rows[torch.arange(sums), torch.randint(terms, (sums,), generator=g)] = 0
         w[first : first + sums * terms] = rows.flatten()
@@ -78,7 +78,7 @@ def test_certain_terms_are_added_exactly(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_max_product_is_the_formula(backend: Backend, name: str) -> None:
+def test_max_product_equals_the_formula(backend: Backend, name: str) -> None:
     if backend.small and name == "a stage a launch":
         pytest.skip("the emulator that checks every access is slow")
     program, leaf, w, _ = case(name, 5)
@@ -92,12 +92,12 @@ def test_max_product_is_the_formula(backend: Backend, name: str) -> None:
     expected = reference.circuit_layers(*whole, program.numbers, "none", "max")
     assert torch.equal(up(*whole, "none"), expected)
     exact = reference.circuit_layers(leaf.double(), w.double(), program.numbers, "logits", "max")
-    # A normaliser has one rounding per term, a path at most 11 of weights and leaves.
+    # A normaliser has one rounding per term, and a path has at most 11 of weights and leaves.
     torch.testing.assert_close(up(leaf, w, "logits").double(), exact, rtol=2e-6, atol=2e-5)
 
 
-def test_a_way_far_below_the_heavy_states_keeps_its_value(backend: Backend) -> None:
-    """The state that carries the mass has no way up; the other lies e^-900 below it."""
+def test_path_far_below_the_dominant_states_keeps_its_value(backend: Backend) -> None:
+    """Check a sum in which the likely state has weight 0; the other is e^-900 below it."""
     program = Circuit(RegionGraph.cp(1, 2, LEAF))._execution.program
     leaf = torch.tensor([[0.0, -900.0], [-900.0, 0.0], [-torch.inf, -900.0]])
     w = torch.tensor([-torch.inf, 1.5])
@@ -113,8 +113,8 @@ def test_a_way_far_below_the_heavy_states_keeps_its_value(backend: Backend) -> N
 
 @pytest.mark.slow
 def test_rescued_sums_of_a_stage_keep_their_values_and_flows(backend: Backend) -> None:
-    """A left-to-right chain whose mass lies where no way leads: each state is reached from itself
-    and the one before, 90 below which it lies."""
+    """Check a left-to-right chain with its mass on the last states, which most sums do not reach.
+    Each sum reaches a state and its predecessor, which is 90 below it."""
     states = 130
     program = Circuit(RegionGraph.hmm(2, states, LEAF))._execution.program
     g = torch.Generator().manual_seed(0)
@@ -148,7 +148,7 @@ def test_lower_precisions_keep_their_bound_above_256_terms(
     backend: Backend, precision: str, bound: float
 ) -> None:
     if backend.is_twin:
-        pytest.skip("the twins know one precision")
+        pytest.skip("twins have one precision")
     program, leaf, w, _ = case("pairs, a stage a launch", 3)
     expected = reference.circuit_layers(leaf.double(), w.double(), program.numbers)
     on_device = program.to(torch.device(backend.device))
@@ -156,15 +156,15 @@ def test_lower_precisions_keep_their_bound_above_256_terms(
     val = ops.circuit_layers(leaf, w, on_device, precision=precision).cpu().double()
     possible = expected > -torch.inf
     assert torch.equal(val > -torch.inf, possible)
-    # Two layers of sums, after one rounding of float32 in each value.
+    # Two layers of sums, after one float32 rounding of each value.
     error = (val - expected)[possible].abs()
     assert (error <= 3 * bound + 2.0**-21 * (20 + expected[possible].abs())).all()
-    assert precision == "high" or error.max() > 2.0**-17  # float16 has really been used
+    assert precision == "high" or error.max() > 2.0**-17  # float16 was really used.
 
 
 @pytest.mark.slow
-def test_a_tile_changes_no_bit_of_a_row(backend: Backend) -> None:
-    """Flows of 3072 rows go in tiles of 128 x 64, those of one row in a tile of 64 x 32."""
+def test_tile_size_changes_no_bit_of_a_row(backend: Backend) -> None:
+    """Check flows of 3072 rows in tiles of 128 x 64 against one row in a tile of 64 x 32."""
     if backend.is_twin or backend.small:
         pytest.skip("the tiles are those of kernels, and the emulator that checks them is slow")
     circuit = Circuit(RegionGraph.hmm(2, 130, LEAF))
@@ -182,8 +182,8 @@ def test_a_tile_changes_no_bit_of_a_row(backend: Backend) -> None:
 
 
 @pytest.mark.slow
-def test_a_chain_is_one_launch_and_more_rows_than_fit_are_more(backend: Backend) -> None:
-    """Of 130 states three blocks share 32 rows, so 132 multiprocessors take 1408 rows at once."""
+def test_chain_is_one_launch_and_more_rows_need_another(backend: Backend) -> None:
+    """Check 130 states: three blocks share 32 rows, so 132 multiprocessors run 1408 rows."""
     if backend.is_twin or backend.small or backend.device != "cpu":
         pytest.skip("the emulator counts launches, and the one that checks them is slow")
     circuit = Circuit(RegionGraph.hmm(3, 130, LEAF, homogeneous=True))
@@ -203,8 +203,8 @@ def test_a_chain_is_one_launch_and_more_rows_than_fit_are_more(backend: Backend)
 
 
 @pytest.mark.slow
-def test_flows_of_many_weights_are_the_formula(backend: Backend) -> None:
-    """900 x 900 weights go in tiles of 128 x 64."""
+def test_flows_of_many_weights_equal_the_formula(backend: Backend) -> None:
+    """Check 900 x 900 weights, which are processed in tiles of 128 x 64."""
     if backend.small:
         pytest.skip("the emulator that checks every access is slow")
     circuit = Circuit(RegionGraph.hmm(2, 900, LEAF))
@@ -223,7 +223,7 @@ def test_flows_of_many_weights_are_the_formula(backend: Backend) -> None:
     torch.testing.assert_close(dw.cpu().double(), flows, rtol=2e-4, atol=1e-7)
 
 
-def test_a_row_alone_has_the_bits_that_it_has_in_a_batch(backend: Backend) -> None:
+def test_row_has_the_same_bits_alone_and_in_a_batch(backend: Backend) -> None:
     program, leaf, w, _ = case("pairs", 37)
     program, leaf, w = program.to(torch.device(backend.device)), leaf.to(backend.device), w
     w = w.to(backend.device)
@@ -248,7 +248,7 @@ def test_threads_change_no_bit() -> None:
     )
 
 
-def test_values_of_another_layout_give_the_same_gradient(backend: Backend) -> None:
+def test_values_in_another_layout_give_the_same_gradient(backend: Backend) -> None:
     program, leaf, w, roots = case("chain", 6)
     program, leaf, w = program.to(torch.device(backend.device)), leaf.to(backend.device), w
     w = w.to(backend.device)
@@ -259,10 +259,10 @@ def test_values_of_another_layout_give_the_same_gradient(backend: Backend) -> No
     assert not ops.circuit_layers_backward(ones, val, w, program, need_dw=False)[1].numel()
 
 
-def test_heavy_weights_owe_nothing_to_the_padding_of_copied_values(backend: Backend) -> None:
+def test_large_weights_do_not_depend_on_the_padding_of_copied_values(backend: Backend) -> None:
     program, leaf, w, roots = case("chain", 6)
     program, leaf = program.to(torch.device(backend.device)), leaf.to(backend.device)
-    w = (w + 90).to(backend.device)  # e^90 is no float
+    w = (w + 90).to(backend.device)  # e^90 is not a float.
     val, ones = ops.circuit_layers(leaf, w, program, "none"), leaf.new_ones(6, roots)
     first = ops.circuit_layers_backward(ones, val, w, program, "none")
     second = ops.circuit_layers_backward(ones, val.contiguous(), w, program, "none")
@@ -290,7 +290,7 @@ def test_leaves_and_gradients_may_have_any_strides(backend: Backend) -> None:
     assert torch.equal(got, expected)
 
 
-def test_no_rows_are_no_values(backend: Backend) -> None:
+def test_no_rows_give_empty_values(backend: Backend) -> None:
     program, leaf, w, roots = case("chain", 0)
     program = program.to(torch.device(backend.device))
     leaf, w = leaf.to(backend.device), w.to(backend.device)
@@ -306,7 +306,7 @@ def test_tables_of_logits_are_softmaxed(backend: Backend, values: int) -> None:
     logits = 3 * torch.randn(40, values, generator=g)
     logits[1, 1:] = -torch.inf
     logits[2] = -torch.inf  # a distribution without possible values
-    logits[3] += 1e4  # 1 in 1e4 is lost if the maximum goes with the logarithm of the sum
+    logits[3] += 1e4  # 1 in 1e4 is lost if the maximum is added to the logarithm of the sum.
     table = logits.to(backend.device).requires_grad_()
     x = torch.randint(-1, values, (37, 4), generator=g).to(backend.device)
     row = torch.tensor([0, 20, 0, 0], device=backend.device)
@@ -322,7 +322,7 @@ def test_tables_of_logits_are_softmaxed(backend: Backend, values: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 21])
-def test_circuit_table_is_the_formula_bit_for_bit(backend: Backend, rows: int) -> None:
+def test_circuit_table_equals_the_formula_bit_for_bit(backend: Backend, rows: int) -> None:
     g = torch.Generator().manual_seed(rows)
     table = torch.randint(-8, 9, (9, 4), generator=g).float().to(backend.device).requires_grad_()
     x = torch.randint(-1, 4, (rows, 5), generator=g).to(backend.device)
@@ -361,7 +361,7 @@ def test_layers_pass_opcheck() -> None:
     )
 
 
-def test_sizes_whose_bytes_no_number_holds_are_refused() -> None:
+def test_sizes_with_too_many_bytes_for_an_int64_raise() -> None:
     units, rows = 1_073_788_162, 2_147_390_976
     assert 8 * units * rows % 2**64 == 8 * 732_160
     numbers = torch.tensor([units, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, -1], dtype=torch.int32)
@@ -371,7 +371,7 @@ def test_sizes_whose_bytes_no_number_holds_are_refused() -> None:
         ops.circuit_layers(leaf, leaf.new_zeros(0), program)
 
 
-def test_wrong_input_is_refused_by_name() -> None:
+def test_wrong_input_raises_and_names_the_argument() -> None:
     program, leaf, w, roots = case("chain", 2)
     first_part = 10 + 6 * program.plan[3]
     parts, children = program.numbers[4:6].tolist()

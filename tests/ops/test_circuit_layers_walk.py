@@ -27,7 +27,7 @@ def walk(
     root: Tensor,
     uniforms: Tensor | None = None,
 ) -> Tensor:
-    """The walk of a backend, on the CPU."""
+    """Return the walk of a backend, on the CPU."""
     on_device = program.to(torch.device(backend.device))
     val, w, root = (t.to(backend.device) for t in (val, w, root))
     u = None if uniforms is None else uniforms.to(backend.device)
@@ -43,38 +43,38 @@ def uniforms_of(program: ops.Program, walks: int, seed: int = 0) -> Tensor:
 
 
 def certain(like: Tensor, seed: int) -> Tensor:
-    """Logarithms of 0 and 1, a third of them possible: what comes of them is exact."""
+    """Return logarithms of 0 and 1, a third of them possible; results from them are exact."""
     chance = torch.rand(like.shape, generator=torch.Generator().manual_seed(seed))
     return torch.where(chance < 1 / 3, 0.0, -torch.inf)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_draws_are_the_formula_where_sums_are_exact(backend: Backend, name: str) -> None:
+def test_draws_equal_the_formula_if_sums_are_exact(backend: Backend, name: str) -> None:
     if backend.small and name == "a stage a launch":
         pytest.skip(SLOW)
     program, leaf, w, _ = case(name, 6)
     val, w = certain(leaf.new_empty(6, program.plan[0]), 1), certain(w, 2)
     u = uniforms_of(program, 18)
-    u[::2] = (u[::2] * 8).floor() / 8  # on the steps of many a running sum
+    u[::2] = (u[::2] * 8).floor() / 8  # on the steps of many running sums
     args = val, w, start(program, 6), u
     expected = reference.circuit_layers_walk(val, w, program.numbers, *args[2:])
     assert torch.equal(walk(backend, program, *args), expected)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_draws_and_best_trees_of_values_are_the_formula(backend: Backend, name: str) -> None:
+def test_draws_and_best_trees_equal_the_formula(backend: Backend, name: str) -> None:
     if backend.small and name == "a stage a launch":
         pytest.skip(SLOW)
     program, leaf, w, _ = case(name, 5)
     for semiring, u in (("sum", uniforms_of(program, 10)), ("max", None)):
         val = reference.circuit_layers(leaf.double(), w.double(), program.numbers, "none", semiring)
         root = start(program, 5)
-        # In double: no running sum of these weights lies within a rounding of its uniform.
+        # The reference is in float64: no running sum is within a rounding of its uniform.
         expected = reference.circuit_layers_walk(val, w.double(), program.numbers, root, u)
         assert torch.equal(walk(backend, program, val.float(), w, root, u), expected)
 
 
-def test_float64_is_the_formula() -> None:
+def test_float64_equals_the_formula() -> None:
     for name in GRAPHS:
         program, leaf, w, _ = case(name, 5)
         leaf, w, root = leaf.double(), w.double(), start(program, 5)
@@ -85,7 +85,7 @@ def test_float64_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("name", ["chain", "tree", "pairs", "shared parts"])
-def test_of_equal_terms_the_first_is_taken(backend: Backend, name: str) -> None:
+def test_first_of_equal_terms_is_chosen(backend: Backend, name: str) -> None:
     program, leaf, w, _ = case(name, 7)
     leaf, w = (leaf / 4).round(), (w / 4).round()
     val = reference.circuit_layers(leaf, w, program.numbers, "none", "max")
@@ -95,8 +95,8 @@ def test_of_equal_terms_the_first_is_taken(backend: Backend, name: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["logits", "none"])
-def test_the_best_tree_has_the_value_of_its_root(backend: Backend, norm: str) -> None:
-    """To the bit: what the walk compares are the terms that the way up compared."""
+def test_best_tree_has_the_value_of_its_root(backend: Backend, norm: str) -> None:
+    """Check equality to the bit: the walk compares the same terms as the upward pass."""
     program, leaf, w, _ = case("pairs", 19)
     on_device, w_on = program.to(torch.device(backend.device)), w.to(backend.device)
     root = start(program, 19)
@@ -113,7 +113,7 @@ def test_the_best_tree_has_the_value_of_its_root(backend: Backend, norm: str) ->
     assert torch.equal(values(alone)[1], top)
 
 
-def test_a_term_of_weight_zero_is_never_drawn(backend: Backend) -> None:
+def test_term_of_weight_zero_is_never_drawn(backend: Backend) -> None:
     program = Circuit(RegionGraph.cp(1, 4, Gaussian()))._execution.program
     w = torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf])
     u = torch.tensor([[0.0], [0.5], [0.4999], [1 - 2**-24]])
@@ -122,7 +122,7 @@ def test_a_term_of_weight_zero_is_never_drawn(backend: Backend) -> None:
 
 
 def test_weights_far_below_the_largest_count(backend: Backend) -> None:
-    """Sums are double: 2^-30 stands beside 1."""
+    """Check that sums are float64, which represents 1 + 2^-30."""
     program = Circuit(RegionGraph.cp(1, 3, Gaussian()))._execution.program
     w = torch.tensor([0.0, -30.0, -30.0]) * torch.tensor(2.0).log()
     near_one = [[2**-28], [2**-30 - 2**-32], [2**-30 + 2**-32]]
@@ -131,7 +131,7 @@ def test_weights_far_below_the_largest_count(backend: Backend) -> None:
     assert (found[:, 0] - 2).tolist() == [0, 2, 1]
 
 
-def test_what_lies_outside_a_root_stays_open(backend: Backend) -> None:
+def test_variables_outside_a_root_stay_unassigned(backend: Backend) -> None:
     inputs = {f"{v}{k}": Input([v], Gaussian()) for v in range(3) for k in "ab"}
     products = [("s", ["0a", "1a"]), ("s", ["0b", "1b"]), ("t", ["1a", "2a"]), ("t", ["1b", "2b"])]
     circuit = Circuit(RegionGraph.from_edges(inputs, products, multi_root=True))
@@ -144,7 +144,7 @@ def test_what_lies_outside_a_root_stays_open(backend: Backend) -> None:
     assert not torch.equal(open_[0], open_[1])
 
 
-def test_a_walk_alone_takes_the_way_that_it_takes_in_a_batch(backend: Backend) -> None:
+def test_walk_is_the_same_alone_and_in_a_batch(backend: Backend) -> None:
     program, leaf, w, _ = case("pairs", 37)
     val = reference.circuit_layers(leaf, w, program.numbers)
     root, u = start(program, 37), uniforms_of(program, 111)
@@ -173,7 +173,7 @@ def test_threads_change_no_walk() -> None:
     assert all(torch.equal(other, found[0]) for other in found[1:])
 
 
-def test_no_rows_and_no_walks(backend: Backend) -> None:
+def test_no_rows_and_no_walks_give_empty_results(backend: Backend) -> None:
     program, leaf, w, _ = case("chain", 2)
     val = reference.circuit_layers(leaf, w, program.numbers)
     none = torch.zeros(0, dtype=torch.long)
@@ -184,12 +184,12 @@ def test_no_rows_and_no_walks(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("fill", [torch.nan, -torch.inf, torch.inf])
-def test_no_value_leads_out_of_the_circuit(backend: Backend, fill: float) -> None:
+def test_any_values_keep_the_walk_inside_the_circuit(backend: Backend, fill: float) -> None:
     program, _, w, _ = case("pairs", 4)
     val = torch.full((4, program.plan[0]), fill)
     root, n = start(program, 4), program.plan[1]
     uniforms = [None, uniforms_of(program, 8)]
-    if not backend.is_twin:  # which look at their uniforms and refuse NaN
+    if not backend.is_twin:  # Twins check their uniforms and raise for NaN.
         uniforms.append(torch.full((8, program.plan[9]), torch.nan))
     for u in uniforms:
         for weights in (w, torch.full_like(w, fill)):
@@ -207,7 +207,7 @@ def test_walks_pass_opcheck() -> None:
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_one_graph_serves_any_number_of_rows(drawn: bool) -> None:
+def test_one_graph_works_for_any_number_of_rows(drawn: bool) -> None:
     program, _, w, _ = case("pairs", 2)
     compiled = CompileCounterWithBackend("aot_eager")
 
@@ -224,7 +224,7 @@ def test_one_graph_serves_any_number_of_rows(drawn: bool) -> None:
 
 
 @pytest.mark.cuda
-def test_a_captured_walk_replays_with_changed_contents(request: pytest.FixtureRequest) -> None:
+def test_captured_walk_replays_with_changed_contents(request: pytest.FixtureRequest) -> None:
     if not torch.cuda.is_available() or not lora_ext._C.has_kernels():
         if request.config.getoption("--require-gpu"):
             pytest.fail(f"--require-gpu: {NO_CAPTURE}")
@@ -243,7 +243,7 @@ def test_a_captured_walk_replays_with_changed_contents(request: pytest.FixtureRe
     assert torch.equal(captured, ops.circuit_layers_walk(val, w, program, root, u))
 
 
-def test_wrong_input_is_refused_by_name() -> None:
+def test_wrong_input_raises_and_names_the_argument() -> None:
     program, leaf, w, _ = case("pairs", 2)
     val, root, u = ops.circuit_layers(leaf, w, program), start(program, 2), uniforms_of(program, 4)
     at = offsets(program)
@@ -286,7 +286,7 @@ def test_wrong_input_is_refused_by_name() -> None:
             call()
 
 
-def test_no_forged_program_leads_out_of_the_circuit() -> None:
+def test_forged_programs_keep_the_walk_inside_the_circuit() -> None:
     program, leaf, w, _ = case("pairs", 2)
     val, root, u = ops.circuit_layers(leaf, w, program), start(program, 2), uniforms_of(program, 4)
     accepted = 0

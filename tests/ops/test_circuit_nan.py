@@ -1,4 +1,4 @@
-"""NaN among the logits of a leaf, which no maximum shows, on every backend."""
+"""NaN among the logits of a leaf, which a maximum does not propagate, on every backend."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lora_ext import ops
 @pytest.mark.parametrize("vocab", [5, 70, 20000])
 @pytest.mark.parametrize("other", [0.0, -torch.inf])
 @pytest.mark.parametrize("place", [0, -1])
-def test_a_leaf_with_nan_makes_its_row_nan_and_no_other(
+def test_leaf_with_nan_makes_only_its_row_nan(
     backend: Backend, vocab: int, other: float, place: int
 ) -> None:
     for dtype in backend.dtypes():
         leaf = torch.full((2, 1, 2, vocab), other, dtype=dtype)
-        leaf[:, :, :, 1] = 2  # the other row is possible
+        leaf[:, :, :, 1] = 2  # The other row is possible.
         leaf[0, :, :, 1] = other
         leaf[0, 0, 1, place] = torch.nan
         x = torch.ones(2, 1, dtype=torch.long)

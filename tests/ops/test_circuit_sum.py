@@ -32,7 +32,7 @@ SHAPES = [
 
 
 def inputs(regime: str, shape: tuple[int, ...], norm: str, dtype: torch.dtype, seed: int = 0):
-    """(w, values): a fifth of each is impossible."""
+    """Return (w, values); a fifth of each is impossible."""
     g = torch.Generator().manual_seed(seed)
     *lead, rows, sums, terms = shape
     matrices = {"shared": [], "grouped": lead, "per row": [rows]}[regime]
@@ -46,7 +46,7 @@ def inputs(regime: str, shape: tuple[int, ...], norm: str, dtype: torch.dtype, s
 
 
 def allowed(expected: Tensor, terms: int) -> Tensor:
-    """Each term has four roundings, their sum I more; the shifts round a number like the result."""
+    """Return the bound: four roundings per term, I of the sum, and shifts like the result."""
     bound = (terms + 16) * 2.0**-24 + 2.0**-22 * (20 + expected.abs())
     return torch.where(expected == -torch.inf, 0, bound)
 
@@ -66,7 +66,7 @@ def dtypes(backend: Backend, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("regime", "shape"), SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "norm"), KINDS, ids=str)
-def test_log_einsum_exp_and_its_gradient_are_the_formula(
+def test_log_einsum_exp_and_its_gradient_equal_the_formula(
     backend: Backend, dtype: torch.dtype, regime: str, shape: tuple[int, ...], norm: str
 ) -> None:
     dtypes(backend, dtype)
@@ -100,7 +100,7 @@ def test_float64_is_exact_to_its_own_rounding() -> None:
 
 @pytest.mark.parametrize(("regime", "shape"), SHAPES, ids=str)
 @pytest.mark.parametrize("norm", ["logits", "probs"])
-def test_max_is_the_formula_and_its_gradient_goes_to_one_term(
+def test_max_equals_the_formula_with_the_gradient_in_one_term(
     backend: Backend, regime: str, shape: tuple[int, ...], norm: str
 ) -> None:
     w, values = inputs(regime, shape, norm, torch.float32)
@@ -129,7 +129,7 @@ def test_ties_of_the_max_go_to_the_lowest_index(backend: Backend) -> None:
 
 @pytest.mark.parametrize("regime", ["shared", "grouped", "per row"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_impossible_stays_impossible_without_nan(
+def test_impossible_sums_stay_impossible_without_nan(
     backend: Backend, regime: str, norm: str
 ) -> None:
     w, values = inputs(
@@ -147,7 +147,7 @@ def test_the_impossible_stays_impossible_without_nan(
 
 
 def banded(states: int, rows: int, regime: str):
-    """Left-to-right transitions: all mass sits where the next state cannot come from."""
+    """Return left-to-right transitions, and values with their mass on later states."""
     w = torch.full((states, states), -torch.inf)
     for o in range(states):
         w[o, max(0, o - 1) : o + 1] = torch.tensor([-0.3, -1.35])[-(o + 1) :]
@@ -163,7 +163,7 @@ def banded(states: int, rows: int, regime: str):
 
 @pytest.mark.parametrize("regime", ["shared", "grouped", "per row"])
 @pytest.mark.parametrize("norm", ["logits", "logprobs", "probs"])
-def test_what_underflows_beside_a_closed_path_is_rescued(
+def test_terms_that_underflow_beside_a_closed_path_are_rescued(
     backend: Backend, regime: str, norm: str
 ) -> None:
     w, values = banded(6, 3, regime)
@@ -211,13 +211,13 @@ def test_first_and_second_derivatives(regime: str, norm: str) -> None:
 
 
 @pytest.mark.parametrize("regime", ["shared", "grouped", "per row"])
-def test_a_third_derivative_is_that_of_the_formula(regime: str) -> None:
+def test_third_derivative_equals_that_of_the_formula(regime: str) -> None:
     shape = (2, 3, 2, 4) if regime == "grouped" else (3, 2, 4)
     w, values = inputs(regime, shape, "logits", torch.float64, seed=3)
     leaves = [t.nan_to_num(neginf=-1).requires_grad_() for t in (w, values)]
 
     def third(f) -> tuple[Tensor, ...]:
-        # Each gradient is used in a way that makes the next depend on it and on its inputs.
+        # Each gradient is used so that the next one depends on it and on its inputs.
         value = f(*leaves).square().sum()
         for power in (3, 2):
             grads = torch.autograd.grad(value, leaves, create_graph=True)
@@ -228,7 +228,7 @@ def test_a_third_derivative_is_that_of_the_formula(regime: str) -> None:
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_tangents_are_refused() -> None:
+def test_tangents_raise() -> None:
     w, values = inputs("shared", (3, 2, 4), "logits", torch.float64)
     for f in (
         lambda v: ops.log_einsum_exp(w, v),
@@ -239,7 +239,7 @@ def test_tangents_are_refused() -> None:
             torch.func.jvp(f, (values,), (values,))
 
 
-def test_log_bmm_is_the_formula_with_two_derivatives(backend: Backend) -> None:
+def test_log_bmm_equals_the_formula_with_two_derivatives(backend: Backend) -> None:
     g = torch.Generator().manual_seed(0)
     a, b = 3 * torch.randn(3, 4, 5, generator=g), 3 * torch.randn(3, 5, 6, generator=g)
     a[0, 1] = -torch.inf
@@ -257,13 +257,13 @@ def test_log_bmm_is_the_formula_with_two_derivatives(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("regime", ["shared", "grouped", "per row"])
-def test_strides_and_empty_batches(backend: Backend, regime: str) -> None:
+def test_strided_inputs_and_empty_batches(backend: Backend, regime: str) -> None:
     shape = (2, 6, 5, 8) if regime == "grouped" else (6, 5, 8)
     w, values = inputs(regime, shape, "logits", torch.float32)
     w, values = w.to(backend.device), values.to(backend.device)
     out = ops.log_einsum_exp(w, values)
-    sliced_w = torch.stack([w, w], -1)[..., 0]  # last axis not contiguous
-    wide = torch.cat([values, values], -1)[..., :8]  # rows apart
+    sliced_w = torch.stack([w, w], -1)[..., 0]  # The last axis is not contiguous.
+    wide = torch.cat([values, values], -1)[..., :8]  # rows further apart
     assert torch.equal(ops.log_einsum_exp(sliced_w, wide), out)
     wide_w = torch.cat([w, w], -2)[..., :5, :]
     assert torch.equal(ops.log_einsum_exp(wide_w, values), out)
@@ -274,7 +274,7 @@ def test_strides_and_empty_batches(backend: Backend, regime: str) -> None:
         leaf[:0] if regime == "per row" else leaf, values[..., :0, :]
     ).sum().backward()
     assert leaf.grad is not None and not leaf.grad.any()
-    # The gradient of a sum comes with stride 0.
+    # The gradient of a sum has stride 0.
     a = torch.autograd.grad(ops.log_einsum_exp(leaf, values).clamp(min=-99).sum(), leaf)[0]
     b = torch.autograd.grad(
         ops.log_einsum_exp(leaf, values), leaf, (out >= -99).float().contiguous()
@@ -282,7 +282,7 @@ def test_strides_and_empty_batches(backend: Backend, regime: str) -> None:
     assert torch.equal(a, b)
 
 
-def test_an_expanded_matrix_counts_as_shared(backend: Backend) -> None:
+def test_expanded_matrix_counts_as_shared(backend: Backend) -> None:
     w, values = inputs("shared", (6, 5, 8), "logits", torch.float32)
     w, values = w.to(backend.device).requires_grad_(), values.to(backend.device)
     a, b = ops.log_einsum_exp(w, values), ops.log_einsum_exp(w.expand(6, 5, 8), values)
@@ -292,7 +292,7 @@ def test_an_expanded_matrix_counts_as_shared(backend: Backend) -> None:
     assert torch.equal(da, db)
 
 
-def test_each_row_of_an_expanded_leaf_has_its_own_gradient(backend: Backend) -> None:
+def test_rows_of_an_expanded_leaf_have_separate_gradients(backend: Backend) -> None:
     w, values = inputs("shared", (6, 5, 8), "logits", torch.float32)
     w, values = w.nan_to_num(neginf=-1).to(backend.device), values.to(backend.device)
     expanded = w.expand(6, 5, 8).requires_grad_()
@@ -304,7 +304,7 @@ def test_each_row_of_an_expanded_leaf_has_its_own_gradient(backend: Backend) -> 
     assert torch.equal(*grads)
 
 
-def test_a_row_with_its_own_matrix_does_not_depend_on_its_batch(backend: Backend) -> None:
+def test_row_with_its_own_matrix_does_not_depend_on_its_batch(backend: Backend) -> None:
     w, values = inputs("per row", (7, 20, 33), "logits", torch.float32)
     w, values = w.to(backend.device), values.to(backend.device)
     together = ops.log_einsum_exp(w, values)
@@ -315,7 +315,7 @@ def test_a_row_with_its_own_matrix_does_not_depend_on_its_batch(backend: Backend
         assert torch.equal(alone, together[b : b + 1])
 
 
-def test_a_row_with_shared_weights_does_not_depend_on_batch_or_threads() -> None:
+def test_row_with_shared_weights_does_not_depend_on_batch_or_threads() -> None:
     w, values = inputs("shared", (67, 70, 130), "logits", torch.float32)
     leaves = [w.requires_grad_(), values.requires_grad_()]
     results = []
@@ -353,7 +353,7 @@ def test_threads_change_no_bit_of_rows_with_their_own_matrix() -> None:
 
 @pytest.mark.parametrize("regime", ["shared", "grouped"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_scaled_weights_may_be_given(backend: Backend, regime: str, norm: str) -> None:
+def test_scaled_weights_may_be_passed(backend: Backend, regime: str, norm: str) -> None:
     shape = (2, 3, 5, 7) if regime == "grouped" else (3, 5, 7)
     w, values = inputs(regime, shape, norm, torch.float32)
     w, values = w.to(backend.device).requires_grad_(), values.to(backend.device)
@@ -398,7 +398,7 @@ def test_opcheck(regime: str) -> None:
         ({"precision": "fp8"}, "precision: expected 'fp32', 'high' or 'fp16s'"),
     ],
 )
-def test_wrong_input_is_refused(change: dict, message: str) -> None:
+def test_wrong_input_raises(change: dict, message: str) -> None:
     arguments = {"w": torch.zeros(4, 5), "values": torch.zeros(3, 5), **change}
     with pytest.raises(ValueError, match=message):
         ops.log_einsum_exp(**arguments)

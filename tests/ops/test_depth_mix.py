@@ -1,4 +1,4 @@
-"""Mixes of hidden states: what is not a number, autocast, tracing, and how they refuse."""
+"""Mixes of hidden states: non-finite values, autocast, tracing and errors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from lora_ext import ops, reference
 
 
-# --- nothing, and not a number --------------------------------------------------------------------
+# --- empty and non-finite inputs ------------------------------------------------------------------
 @pytest.mark.parametrize("routed", [False, True], ids=["weights", "router"])
-def test_no_rows(backend: Backend, routed: bool) -> None:
+def test_no_rows_give_empty_results(backend: Backend, routed: bool) -> None:
     mix = make(((2, 0), 24, 3), torch.float32, backend, routed=routed)
     live = mix.map(lambda t: t.detach().clone().requires_grad_())
     u = live.run()[0]
@@ -29,7 +29,7 @@ def test_no_rows(backend: Backend, routed: bool) -> None:
 
 
 @norms
-def test_a_row_of_zeros_gives_the_betas_and_finite_gradients(backend: Backend, norm: str) -> None:
+def test_row_of_zeros_gives_the_betas_and_finite_gradients(backend: Backend, norm: str) -> None:
     mix = make(((3,), 24, 2), torch.float32, backend, norm=norm)
     assert mix.betas is not None
     mix = replace(mix, hiddens=[torch.zeros_like(h) for h in mix.hiddens])
@@ -39,11 +39,11 @@ def test_a_row_of_zeros_gives_the_betas_and_finite_gradients(backend: Backend, n
     assert all(t.isfinite().all() for t in gradients(mix, upstream(mix)))
     plain = replace(mix, betas=None)
     assert (plain.run()[0] == 0).all()
-    assert replace(plain, eps=0.0).run()[0].isnan().all()  # 0 / 0, as the formula says
+    assert replace(plain, eps=0.0).run()[0].isnan().all()  # 0 / 0, as in the formula
 
 
-def test_what_is_not_finite_stays_in_its_row_whatever_its_weight(backend: Backend) -> None:
-    """A weight of zero is a factor: zero times NaN is NaN, as in the formula."""
+def test_non_finite_values_affect_only_their_row_whatever_their_weight(backend: Backend) -> None:
+    """Check a weight of zero, which is a factor: zero times NaN is NaN, as in the formula."""
     for wrong in (math.nan, math.inf):
         mix = make(((5,), 24, 2), torch.float32, backend)
         mix.hiddens[1][2, 7] = wrong
@@ -53,15 +53,15 @@ def test_what_is_not_finite_stays_in_its_row_whatever_its_weight(backend: Backen
         assert u[2].isnan().any() and u[[0, 1, 3, 4]].isfinite().all()
 
 
-def test_a_gamma_that_is_not_finite_stays_in_its_column(backend: Backend) -> None:
+def test_non_finite_gamma_affects_only_its_column(backend: Backend) -> None:
     mix = make(((5,), 24, 2), torch.float32, backend)
     mix.gammas[1][7] = math.nan
     (u,) = mix.run()
     assert u[:, 7].isnan().all() and u.isnan().sum() == 5
 
 
-# --- autocast, tracing, faults --------------------------------------------------------------------
-def test_autocast_leaves_them_alone(backend: Backend) -> None:
+# --- autocast, tracing, errors --------------------------------------------------------------------
+def test_autocast_changes_nothing(backend: Backend) -> None:
     for routed in (False, True):
         mix = make(((5,), 24, 3), torch.float32, backend, routed=routed)
         expected = mix.run()
@@ -102,7 +102,7 @@ def test_inference_mode_changes_no_bit(backend: Backend) -> None:
             assert_same_bits(got, one)
 
 
-def test_a_tangent_is_refused(backend: Backend) -> None:
+def test_tangent_raises(backend: Backend) -> None:
     mix = make(((5,), 24, 3), torch.float32, backend)
     with torch.autograd.forward_ad.dual_level():
         h = torch.autograd.forward_ad.make_dual(mix.hiddens[1], torch.ones_like(mix.hiddens[1]))
@@ -206,7 +206,7 @@ def routed_faults(mix: Mix) -> Iterator[tuple[Mix, str]]:
     )
 
 
-def test_wrong_input_is_named(backend: Backend) -> None:
+def test_wrong_input_raises_and_names_the_argument(backend: Backend) -> None:
     mix = make(((5,), 24, 3), torch.float32, backend)
     routed = make(((5,), 24, 3), torch.float32, backend, routed=True)
     away = replace(mix, hiddens=[mix.hiddens[0], mix.hiddens[1].to("meta"), mix.hiddens[2]])
@@ -221,7 +221,7 @@ def test_wrong_input_is_named(backend: Backend) -> None:
         away.run()
 
 
-def test_the_fake_kernels_refuse_what_the_ops_refuse() -> None:
+def test_fake_kernels_raise_like_the_ops() -> None:
     mix = make(((5,), 24, 3), torch.float32)
     routed = make(((5,), 24, 3), torch.float32, routed=True)
     meta = mix.map(lambda t: t.to("meta"))

@@ -1,4 +1,4 @@
-"""What every op refuses, and in which words: op, argument, expected, found."""
+"""Errors of the LoRA ops and their messages: op, argument, expected, found."""
 
 from __future__ import annotations
 
@@ -92,9 +92,7 @@ PAGED: list[tuple[str, Change]] = [
     [pytest.param(m, c, False, id=m) for m, c in BANK]
     + [pytest.param(m, c, True, id=m) for m, c in PAGED],
 )
-def test_wrong_input_is_named_and_nothing_is_touched(
-    message: str, change: Change, paged: bool
-) -> None:
+def test_wrong_input_raises_and_changes_nothing(message: str, change: Change, paged: bool) -> None:
     inputs = make_inputs(SHAPE, torch.float32, seed=1, paged=paged)
     inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0])
     changed = {**inputs, **change(inputs)}
@@ -104,7 +102,7 @@ def test_wrong_input_is_named_and_nothing_is_touched(
     assert torch.equal(changed["y"], before)
 
 
-def test_rows_of_the_output_must_not_overlap() -> None:
+def test_overlapping_output_rows_raise() -> None:
     inputs = make_inputs(SHAPE, torch.float32)
     for y in (inputs["y"][:1].expand(4, -1), torch.zeros(40).as_strided((4, 24), (4, 1))):
         with pytest.raises(ValueError, match="lora_apply_: y: expected rows that do not overlap"):
@@ -112,7 +110,7 @@ def test_rows_of_the_output_must_not_overlap() -> None:
 
 
 def square_inputs(paged: bool) -> Inputs:
-    """Inputs for which every float32 argument could lie where y lies, and every int32 one too."""
+    """Return inputs in which every float32 and every int32 argument could share the memory of y."""
     inputs = make_inputs(Shape(16, 16, 16, (8, 8)), torch.float32, seed=1, paged=paged)
     names = ("y", "x", "a", "b", "scale")
     inputs |= {name: inputs[name].nan_to_num() for name in names}
@@ -124,12 +122,12 @@ def square_inputs(paged: bool) -> Inputs:
 @pytest.mark.parametrize(
     "name", ["x", "a", "b", "scale", "adapter_ids", "ranks", "page_table", "plan"]
 )
-def test_an_output_in_the_memory_of_another_argument_is_refused(name: str, paged: bool) -> None:
+def test_output_in_the_memory_of_another_argument_raises(name: str, paged: bool) -> None:
     inputs = square_inputs(paged)
     if inputs[name] is None:
         pytest.skip("a bank has no page table")
     size = inputs[name].numel()
-    for start in (0, 7, 256 - size // 2 - 1, 255):  # from inside y to its last element alone
+    for start in (0, 7, 256 - size // 2 - 1, 255):  # from inside y to its last element only
         memory = torch.zeros(256 + size)
         memory[:256] = inputs["y"].flatten()
         within = memory[start:][:size].view(inputs[name].dtype).view(inputs[name].shape)
@@ -141,7 +139,7 @@ def test_an_output_in_the_memory_of_another_argument_is_refused(name: str, paged
         assert torch.equal(memory, before)
 
 
-def test_every_op_in_place_refuses_an_overlap() -> None:
+def test_every_in_place_op_raises_for_an_overlap() -> None:
     i = square_inputs(paged=False)
     y, x, ids = i["y"], i["x"], i["adapter_ids"]
     v = torch.zeros(16, 8)
@@ -160,17 +158,17 @@ def test_every_op_in_place_refuses_an_overlap() -> None:
 
 
 def digits(*shape: int) -> torch.Tensor:
-    """Small whole numbers, of which sums of products are exact."""
+    """Return small integers, for which sums of products are exact."""
     return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(1)).float()
 
 
 def packed(rows: int, *widths: int) -> list[torch.Tensor]:
-    """Columns of one buffer, side by side, as q, k and v of one projection are."""
+    """Return columns of one buffer, side by side, like q, k and v of one projection."""
     return list(digits(rows, sum(widths)).split(widths, 1))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_an_output_between_the_rows_of_others_is_written(rows: int) -> None:
+def test_output_between_the_rows_of_others_is_written(rows: int) -> None:
     a, b, ids = digits(1, 8, 16), digits(1, 24, 8), torch.zeros(rows, dtype=torch.long)
     columns, reverse = packed(rows, 24, 3, 16), packed(rows, 16, 24)
     pairs = [
@@ -186,7 +184,7 @@ def test_an_output_between_the_rows_of_others_is_written(rows: int) -> None:
         kept = x.clone()
         assert torch.equal(ops.lora_apply_(y, x, a, b, ids), want)
         assert torch.equal(x, kept)
-    # Adapters in the gaps of the rows of y, at the pitch of the rows.
+    # The adapters are in the gaps between the rows of y, at the row pitch.
     if rows > 1:
         buffer = digits(8 * rows, 24 + 16)
         y, held = buffer[::8, :24], buffer[:8, 24:]
@@ -195,7 +193,7 @@ def test_an_output_between_the_rows_of_others_is_written(rows: int) -> None:
 
 
 def test_overlaps_of_matrices_of_one_pitch_are_found_exactly() -> None:
-    """Every pair of small windows of one buffer: refused where they share an element, else not."""
+    """Check that pairs of small windows of one buffer raise exactly if they share an element."""
     a, b = torch.zeros(1, 8, 2), torch.zeros(1, 2, 8)
     buffer = torch.zeros(6, 5)
     where = torch.arange(30).view(6, 5)
@@ -243,7 +241,7 @@ def test_segments_are_checked() -> None:
             ops.lora_segment_ids(*args)
 
 
-def test_ops_without_a_backward_say_so() -> None:
+def test_ops_without_a_backward_raise() -> None:
     i = make_inputs(SHAPE, torch.float32)
     x = i["x"].requires_grad_()
     with pytest.raises(RuntimeError, match=r"lora_apply_ has no backward; .* use lora_apply"):
@@ -254,7 +252,7 @@ def test_ops_without_a_backward_say_so() -> None:
         ops.lora_apply_(i["y"], x, i["a"], i["b"], i["adapter_ids"])
 
 
-def test_pages_receive_no_gradient() -> None:
+def test_gradients_of_pages_raise() -> None:
     i = make_inputs(SHAPE, torch.float32, paged=True)
     a = i["a"].requires_grad_()
     y = ops.lora_apply(i["x"], a, i["b"], i["adapter_ids"], i["scale"], i["ranks"], i["page_table"])
@@ -262,7 +260,7 @@ def test_pages_receive_no_gradient() -> None:
         y.sum().backward()
 
 
-def test_nothing_to_do_is_done_at_once() -> None:
+def test_empty_inputs_return_at_once() -> None:
     x, y = torch.randn(4, 16), torch.randn(4, 24)
     ids = torch.full((4,), -1)
     before = y.clone()
@@ -270,7 +268,8 @@ def test_nothing_to_do_is_done_at_once() -> None:
     ops.lora_apply_(y, x, torch.zeros(2, 0, 16), torch.zeros(2, 24, 0), ids)  # no ranks
     ops.lora_apply_(y[:0], x[:0], torch.zeros(2, 8, 16), torch.zeros(2, 24, 8), ids[:0])  # no rows
     assert torch.equal(y, before)
-    many = torch.zeros(40, dtype=torch.long)  # no in-features: a delta of zero, not of old scratch
+    # Without in-features the delta is zero and not old scratch memory.
+    many = torch.zeros(40, dtype=torch.long)
     nothing = ops.lora_apply(torch.zeros(40, 0), torch.zeros(1, 8, 0), torch.ones(1, 16, 8), many)
     assert torch.equal(nothing, torch.zeros(40, 16))
     empty = ops.lora_apply(x[:0], torch.zeros(2, 8, 16), torch.zeros(2, 24, 8), ids[:0])
@@ -279,7 +278,7 @@ def test_nothing_to_do_is_done_at_once() -> None:
 
 @pytest.mark.parametrize("field", ["chunks", "slot", "start", "row"])
 @pytest.mark.parametrize("value", [-1, 10**8])
-def test_a_plan_that_points_outside_is_refused(field: str, value: int) -> None:
+def test_plan_with_an_index_out_of_range_raises(field: str, value: int) -> None:
     inputs = make_inputs(SHAPE, torch.float32)
     inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0])
     plan = ops.lora_plan(inputs["adapter_ids"], 2)
@@ -289,30 +288,30 @@ def test_a_plan_that_points_outside_is_refused(field: str, value: int) -> None:
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
-def test_a_plan_of_other_ids_is_refused(ids_dtype: torch.dtype) -> None:
+def test_plan_of_other_ids_raises(ids_dtype: torch.dtype) -> None:
     inputs = make_inputs(SHAPE, torch.float32)
     inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0], dtype=ids_dtype)
     plan = ops.lora_plan(inputs["adapter_ids"].flip(0), 2)
-    for other in (plan, torch.zeros_like(plan)):  # the second is no plan at all
+    for other in (plan, torch.zeros_like(plan)):  # The second one is not a plan.
         with pytest.raises(ValueError, match=r"plan: expected lora_plan\(\) of these adapter_ids"):
             apply_({**inputs, "plan": other})
 
 
 @pytest.mark.parametrize("adapters", [2**31, 2**32 + 1])
-def test_more_adapters_than_an_int32_counts_are_refused(adapters: int) -> None:
+def test_more_adapters_than_an_int32_counts_raise(adapters: int) -> None:
     a, b = torch.zeros(1, 8, 4).expand(adapters, 8, 4), torch.zeros(1, 5, 8).expand(adapters, 5, 8)
     with pytest.raises(ValueError, match=r"a: expected fewer than 2\^24 adapters"):
         ops.lora_apply(torch.zeros(1, 4), a, b, torch.zeros(1, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", ["y", "x", "a", "b", "adapter_ids", "scale"])
-def test_a_meta_tensor_among_others_is_refused(name: str) -> None:
+def test_meta_tensor_among_others_raises(name: str) -> None:
     inputs = make_inputs(SHAPE, torch.float32)
     with pytest.raises(ValueError, match="lora_apply_: expected all tensors on one device"):
         apply_({**inputs, name: inputs[name].to("meta")})
 
 
-def test_tangents_are_refused() -> None:
+def test_tangents_raise() -> None:
     i = make_inputs(SHAPE, torch.float32)
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(i["x"], torch.ones_like(i["x"]))
@@ -325,7 +324,7 @@ def test_tangents_are_refused() -> None:
                 op()
 
 
-def test_a_gradient_of_torch_func_is_refused() -> None:
+def test_gradient_of_torch_func_raises() -> None:
     i = make_inputs(SHAPE, torch.float32)
     with pytest.raises(RuntimeError, match="lora_shrink has no backward"):
         torch.func.grad(lambda x: ops.lora_shrink(x, i["a"], i["adapter_ids"]).sum())(i["x"])
@@ -337,7 +336,7 @@ def test_a_gradient_of_torch_func_is_refused() -> None:
         )
 
 
-def test_scale_that_wants_a_gradient_is_refused() -> None:
+def test_scale_that_requires_a_gradient_raises() -> None:
     i = make_inputs(SHAPE, torch.float32)
     scale = i["scale"].clone().requires_grad_()
     with pytest.raises(RuntimeError, match="lora_apply_ has no backward"):
@@ -347,9 +346,9 @@ def test_scale_that_wants_a_gradient_is_refused() -> None:
         y.sum().backward()
 
 
-def test_autograd_notices_a_saved_tensor_that_was_changed() -> None:
+def test_autograd_detects_a_saved_tensor_that_was_changed() -> None:
     i = make_inputs(SHAPE, torch.float32)
-    saved = torch.zeros_like(i["y"]).requires_grad_().exp()  # the backward of exp reads its result
+    saved = torch.zeros_like(i["y"]).requires_grad_().exp()  # The backward of exp reads its result.
     with torch.no_grad():
         apply_({**i, "y": saved})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

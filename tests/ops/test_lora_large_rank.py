@@ -1,4 +1,4 @@
-"""Ranks above one span of the twins: what the case tables do not ask of them."""
+"""Ranks above one span of the twins, which the case tables do not cover."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def apply(i: Inputs, rows: Tensor | slice = slice(None)) -> Tensor:
 
 
 def linear(i: Inputs, rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
-    """y and every gradient of the update, of some rows."""
+    """Return y and every gradient of the update, for some rows."""
     x, dy, ids = (i[k][rows] for k in ("x", "dy", "adapter_ids"))
     x, a, b = (t.detach().requires_grad_() for t in (x, i["a"], i["b"]))
     tail = i["scale"], i["ranks"], i["dropout_p"], i["seed"]
@@ -46,7 +46,7 @@ def linear(i: Inputs, rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
 # --- a row and its batch ------------------------------------------------------------------------
 @pytest.mark.parametrize("paged", [False, True], ids=["bank", "paged"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_row_has_the_same_bits_in_any_batch(paged: bool, dtype: torch.dtype) -> None:
+def test_row_has_the_same_bits_in_any_batch(paged: bool, dtype: torch.dtype) -> None:
     i = make_inputs(Shape(1000, 40, 24, RANKS), dtype, seed=1, paged=paged)
     together = apply(i)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(2))
@@ -55,14 +55,14 @@ def test_a_row_has_the_same_bits_in_any_batch(paged: bool, dtype: torch.dtype) -
         assert_same_bits(apply(i, some), together[some], f"{end - begin} rows: ")
     for rows in ROWS:
         assert_same_bits(apply(i, slice(rows)), together[:rows], f"the first {rows}: ")
-        for s in (0, 4):  # its adapter's rows alone
+        for s in (0, 4):  # only its adapter's rows
             own = (i["adapter_ids"] == s).nonzero()[:rows, 0]
             assert_same_bits(apply(i, own), together[own], f"{rows} rows of adapter {s}: ")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5], ids=["plain", "dropout"])
-def test_a_row_in_training_has_the_same_bits_in_any_batch(p: float) -> None:
-    """With dropout only the first rows: the mask of a row depends on its place."""
+def test_training_row_has_the_same_bits_in_any_batch(p: float) -> None:
+    """Check only the first rows with dropout, because the mask of a row depends on its index."""
     i = train_inputs(Shape(1000, 40, 24, RANKS), torch.float32, seed=3, dropout_p=p)
     together = linear(i)
     for rows in ROWS:
@@ -71,8 +71,8 @@ def test_a_row_in_training_has_the_same_bits_in_any_batch(p: float) -> None:
             assert_same_bits(some[name], together[name][:rows], f"{name}, {rows} rows: ")
 
 
-def test_an_adapters_gradient_does_not_depend_on_the_others_ranks() -> None:
-    """The bank's rank decides how work is cut, and whether dx is a pass of its own."""
+def test_gradient_of_an_adapter_does_not_depend_on_other_ranks() -> None:
+    """Check bank ranks, which decide how the work is split and if dx needs a separate pass."""
     small = train_inputs(Shape(90, 70, 33, (8, 40), "interleaved"), torch.float32, seed=4)
     a, b = (small["a"].new_full(size, torch.nan) for size in ((3, 600, 70), (3, 33, 600)))
     a[:2, :40], b[:2, :, :40] = small["a"], small["b"]
@@ -100,9 +100,9 @@ def test_threads_change_no_bit(tokens: int, threads: Callable[[int], None]) -> N
             assert_same_bits(value, results[0][name], f"{name}: ")
 
 
-# --- rows of no adapter -------------------------------------------------------------------------
+# --- rows without an adapter ----------------------------------------------------------------------
 @pytest.mark.parametrize("paged", [False, True], ids=["bank", "paged"])
-def test_nan_in_rows_of_no_adapter_is_not_read(backend: Backend, paged: bool) -> None:
+def test_nan_in_rows_without_an_adapter_is_not_read(backend: Backend, paged: bool) -> None:
     for dtype in backend.dtypes():
         i = make_inputs(Shape(40, 24, 17, (300, 0, 8)), dtype, seed=6, paged=paged)
         idle = (i["adapter_ids"] < 0) | (i["adapter_ids"] == 1)
@@ -116,8 +116,8 @@ def test_nan_in_rows_of_no_adapter_is_not_read(backend: Backend, paged: bool) ->
 
 
 # --- dropout ------------------------------------------------------------------------------------
-def test_dropout_drops_what_it_drops_at_small_ranks(backend: Backend) -> None:
-    """600 ranks of which 8 are not zero: the result of rank 8, in y and in every gradient."""
+def test_dropout_drops_the_same_elements_as_at_small_ranks(backend: Backend) -> None:
+    """Check 600 ranks with 8 that are not zero: y and every gradient equal those of rank 8."""
     common = {"seed": 7, "exact": True, "dropout_p": 0.5, "base": False}
     small = train_inputs(Shape(70, 65, 33, (8,)), torch.float32, **common)
     at = torch.tensor([0, 5, 255, 256, 300, 511, 512, 599])
@@ -164,7 +164,7 @@ def test_compiles_without_a_graph_break(backend: Backend) -> None:
         assert_same_bits(got, expected)
 
 
-def test_segments_and_single_rows_take_large_ranks(backend: Backend) -> None:
+def test_segments_and_single_rows_support_large_ranks(backend: Backend) -> None:
     i = make_inputs(Shape(12, 24, 17, (300, 512)), torch.float32, seed=10)
     i |= {"scale": torch.tensor([0.5, 2.0]), "ranks": None, "a": i["a"].nan_to_num()}
     i["b"] = i["b"].nan_to_num()
@@ -178,8 +178,8 @@ def test_segments_and_single_rows_take_large_ranks(backend: Backend) -> None:
     assert_same_bits(sgmv, expected, "sgmv_: ")
 
 
-def test_a_step_is_made_of_our_ops_alone() -> None:
-    """No index, no nonzero, no copy of rows: what gathers them is inside the op."""
+def test_training_step_uses_only_our_ops() -> None:
+    """Check that no index, nonzero or copy of rows runs outside the op that gathers them."""
     i = train_inputs(Shape(300, 40, 24, RANKS), torch.float32, seed=11)
     a, b = i["a"].requires_grad_(), i["b"].requires_grad_()
     with torch.profiler.profile() as profile:

@@ -18,7 +18,7 @@ SIZES = [
 
 
 def fields(plan: Tensor, tokens: int, adapters: int) -> dict[str, object]:
-    """The vector of `lora_ext/lora.h` taken apart."""
+    """Return the fields of the vector described in `lora_ext/lora.h`."""
     plan = plan.cpu()
     chunk_rows = 16 if tokens <= 256 else 64 if tokens < 4096 else 128
     most = tokens // chunk_rows + min(tokens, adapters)
@@ -70,7 +70,7 @@ def test_rows_past_num_valid_have_no_adapter(backend: Backend, tokens: int, vali
     assert_plan(ops.lora_plan(ids, 4, num_valid), ids, 4, num_valid)
 
 
-def test_a_kernel_counts_ids_out_of_range_and_the_twin_raises(backend: Backend) -> None:
+def test_kernels_count_ids_out_of_range_and_twins_raise(backend: Backend) -> None:
     ids = torch.tensor([0, 7, -2, 1, 2**31 - 1], device=backend.device)
     if backend.is_twin:
         with pytest.raises(
@@ -83,7 +83,7 @@ def test_a_kernel_counts_ids_out_of_range_and_the_twin_raises(backend: Backend) 
         assert_plan(plan, ids, 2)
 
 
-def test_debug_mode_raises_where_a_kernel_would_only_count(backend: Backend) -> None:
+def test_debug_mode_raises_for_ids_that_kernels_only_count(backend: Backend) -> None:
     x, y, a, b = (
         torch.zeros(s, device=backend.device) for s in ((3, 8), (3, 8), (2, 8, 8), (2, 8, 8))
     )
@@ -105,9 +105,7 @@ def test_debug_mode_raises_where_a_kernel_would_only_count(backend: Backend) -> 
     extra=st.integers(0, 5),
     valid=st.none() | st.integers(0, 500),
 )
-def test_any_ids_make_the_plan_of_the_formula(
-    ids: list[int], extra: int, valid: int | None
-) -> None:
+def test_plan_of_any_ids_equals_the_formula(ids: list[int], extra: int, valid: int | None) -> None:
     tensor = torch.tensor(ids, dtype=torch.long)
     num_valid = None if valid is None else torch.tensor(valid, dtype=torch.int32)
     adapters = 10 + extra
@@ -118,7 +116,7 @@ def test_any_ids_make_the_plan_of_the_formula(
     ("indptr", "adapters", "tokens"),
     [([0], [], 4), ([0, 3], [2], 3), ([1, 1, 4, 4, 9], [5, 0, -1, 3], 12), ([0, 0, 0], [1, 2], 0)],
 )
-def test_segment_ids_follow_the_formula(
+def test_segment_ids_equal_the_formula(
     backend: Backend, indptr: list[int], adapters: list[int], tokens: int
 ) -> None:
     on_device = [
@@ -128,7 +126,7 @@ def test_segment_ids_follow_the_formula(
     assert torch.equal(got.cpu(), reference.lora_segment_ids(*on_device, tokens).cpu())
 
 
-def test_sgmv_and_bgmv_are_lora_apply(backend: Backend) -> None:
+def test_sgmv_and_bgmv_equal_lora_apply(backend: Backend) -> None:
     g = torch.Generator().manual_seed(0)
     x, y = (torch.randint(-2, 3, s, generator=g).float() for s in ((9, 16), (9, 24)))
     a, b = (torch.randint(-2, 3, s, generator=g).float() for s in ((3, 8, 16), (3, 24, 8)))

@@ -1,4 +1,4 @@
-"""Properties of the op that hold for every batch, searched with hypothesis."""
+"""Properties of the LoRA op for every batch, searched with hypothesis."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_any_batch_equals_the_formula(
 
 @settings(max_examples=60)
 @given(shape=shapes, cut=st.integers(0, 90), seed=st.integers(0, 99))
-def test_a_batch_may_be_cut_anywhere(shape: Shape, cut: int, seed: int) -> None:
+def test_batch_may_be_split_anywhere(shape: Shape, cut: int, seed: int) -> None:
     i = make_inputs(shape, torch.float32, seed=seed)
     whole = ops.lora_apply(*(i[k] for k in KEYS))
     rows = ("x", "adapter_ids")
@@ -46,7 +46,7 @@ def test_a_batch_may_be_cut_anywhere(shape: Shape, cut: int, seed: int) -> None:
 
 @settings(max_examples=60)
 @given(shape=shapes, seed=st.integers(0, 99))
-def test_zero_scale_is_the_base_model(shape: Shape, seed: int) -> None:
+def test_zero_scale_equals_the_base_model(shape: Shape, seed: int) -> None:
     i = make_inputs(shape, torch.float32, seed=seed)
     i["scale"] = torch.zeros_like(i["scale"])
     y = ops.lora_apply_(i["y"].clone(), *(i[k] for k in KEYS))
@@ -55,7 +55,7 @@ def test_zero_scale_is_the_base_model(shape: Shape, seed: int) -> None:
 
 @settings(max_examples=60)
 @given(shape=shapes, seed=st.integers(0, 99))
-def test_shrink_then_expand_is_apply(shape: Shape, seed: int) -> None:
+def test_shrink_then_expand_equals_apply(shape: Shape, seed: int) -> None:
     i = make_inputs(shape, torch.float32, seed=seed)
     v = ops.lora_shrink(*(i[k] for k in KEYS if k != "b"))
     tail = (i["adapter_ids"], i["ranks"], i["page_table"])

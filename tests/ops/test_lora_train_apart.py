@@ -1,4 +1,4 @@
-"""``lora_linear_apart``: the results of ``lora_linear``, from factors that are no bank."""
+"""``lora_linear_apart``: the results of ``lora_linear`` for factors that are not in a bank."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_has_the_bits_of_a_bank(p: float, frozen: tuple[str, ...]) -> None:
             assert got is None or torch.equal(got, wanted[name][s][own])
 
 
-def test_no_bank_is_kept_for_the_backward() -> None:
+def test_no_bank_is_saved_for_the_backward() -> None:
     i, a, b = parts()
     x = i["x"].requires_grad_()
     kept: dict[int, int] = {}
@@ -71,7 +71,7 @@ def test_no_bank_is_kept_for_the_backward() -> None:
     assert sum(kept.values()) == v + sum(t.untyped_storage().nbytes() for t in known)
 
 
-def test_factors_are_cast_and_get_gradients_of_their_own_dtype() -> None:
+def test_factors_are_cast_and_get_gradients_of_their_dtype() -> None:
     i, a, b = parts(dtype=torch.bfloat16)
     wide = [[f.detach().float().requires_grad_() for f in factors] for factors in (a, b)]
     y, expected = apart(i, *wide), apart(i, a, b)
@@ -83,7 +83,7 @@ def test_factors_are_cast_and_get_gradients_of_their_own_dtype() -> None:
         assert torch.equal(mine.grad, other.grad.float())
 
 
-def test_a_factor_changed_after_the_forward_is_noticed() -> None:
+def test_factor_changed_after_the_forward_raises() -> None:
     i, a, b = parts()
     y = apart(i, a, b)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_a_factor_changed_after_the_forward_is_noticed() -> None:
         y.sum().backward()
 
 
-def test_double_backward_and_missing_ranks_are_refused() -> None:
+def test_double_backward_and_missing_ranks_raise() -> None:
     i, a, b = parts()
     with pytest.raises(RuntimeError, match="not itself differentiable"):
         torch.autograd.grad(apart(i, a, b).square().sum(), a[0], create_graph=True)
@@ -102,7 +102,7 @@ def test_double_backward_and_missing_ranks_are_refused() -> None:
         ops.lora_linear_apart(i["x"], None, None, a, b, i["adapter_ids"])
 
 
-def test_what_a_call_before_left_in_memory_does_not_count() -> None:
+def test_memory_of_an_earlier_call_does_not_count() -> None:
     i, a, b = parts()
     expected = apart(i, a, b)
     nan = [[torch.full((16, 33), torch.nan)] * 3, [torch.full((21, 16), torch.nan)] * 3]
@@ -112,7 +112,7 @@ def test_what_a_call_before_left_in_memory_does_not_count() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("frozen", [(), ("x", "a"), ("b",), LEAVES], ids=str)
-def test_one_adapter_may_be_given_as_its_matrices(p: float, frozen: tuple[str, ...]) -> None:
+def test_one_adapter_may_be_passed_as_matrices(p: float, frozen: tuple[str, ...]) -> None:
     i = train_inputs(Shape(70, 33, 21, (16,), "interleaved"), torch.float32, seed=1, dropout_p=p)
     tail = i["adapter_ids"], i["scale"], None, i["dropout_p"], i["seed"]
     found = []
@@ -133,7 +133,7 @@ def test_one_adapter_may_be_given_as_its_matrices(p: float, frozen: tuple[str, .
             assert torch.equal(of_bank[0] if name in ("a", "b") else of_bank, own)
 
 
-def test_matrices_of_one_adapter_are_compiled_and_cast_as_a_bank_is() -> None:
+def test_matrices_of_one_adapter_are_compiled_and_cast_like_a_bank() -> None:
     i = train_inputs(Shape(6, 8, 5, (16,)), torch.float32, seed=1)
     head, tail = [i[n] for n in ("x", "weight", "bias")], [i["adapter_ids"], i["scale"]]
     a, b = i["a"][0].requires_grad_(), i["b"][0].requires_grad_()

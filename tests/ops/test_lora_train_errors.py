@@ -1,4 +1,4 @@
-"""What the training ops refuse, and in which words: op, argument, expected, found."""
+"""Errors of the training ops and their messages: op, argument, expected, found."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ WRONG: list[tuple[str, Change]] = [
 
 @pytest.mark.parametrize(("message", "change"), WRONG, ids=[m for m, _ in WRONG])
 @pytest.mark.parametrize("grad", [False, True])
-def test_wrong_input_is_named(message: str, change: Change, grad: bool) -> None:
+def test_wrong_input_raises_and_names_the_argument(
+    message: str, change: Change, grad: bool
+) -> None:
     inputs = train_inputs(SHAPE, torch.float32, seed=1, dropout_p=0.5)
     inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0])
     changed = {**inputs, **change(inputs)}
@@ -75,7 +77,7 @@ def test_wrong_input_is_named(message: str, change: Change, grad: bool) -> None:
         linear(changed)
 
 
-def test_a_wrong_gradient_is_named() -> None:
+def test_wrong_gradient_raises() -> None:
     i = train_inputs(SHAPE, torch.float32, seed=2)
     backward = torch.ops.lora_ext.lora_linear_backward
     head = (i["x"], torch.ones(4, 8), i["weight"], i["a"], i["b"], i["adapter_ids"], i["scale"])
@@ -90,7 +92,7 @@ def test_a_wrong_gradient_is_named() -> None:
             backward(dy, i["x"], v, *head[2:], *tail)
 
 
-def test_dropout_names_its_arguments() -> None:
+def test_dropout_errors_name_their_arguments() -> None:
     x = torch.ones(2, 3)
     for args, message in [
         ((x[0], 0.5), r"x: expected shape \(T, I\), found \[3\]"),
@@ -103,7 +105,7 @@ def test_dropout_names_its_arguments() -> None:
             ops.lora_dropout(*args)
 
 
-def test_tensors_on_two_devices_are_refused() -> None:
+def test_tensors_on_two_devices_raise() -> None:
     i = train_inputs(SHAPE, torch.float32, seed=3)
     for name in ("a", "seed"):
         i = train_inputs(SHAPE, torch.float32, seed=3, dropout_p=0.5, own_seeds=True)
@@ -116,14 +118,14 @@ def test_tensors_on_two_devices_are_refused() -> None:
 
 
 @pytest.mark.parametrize("change", [c for _, c in SEEDS], ids=[m for m, _ in SEEDS])
-def test_a_wrong_seed_is_refused_where_a_model_is_traced(change: Change) -> None:
+def test_wrong_seed_raises_while_a_model_is_traced(change: Change) -> None:
     i = train_inputs(SHAPE, torch.float32, dropout_p=0.5)
     i = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in (i | change(i)).items()}
     with pytest.raises(ValueError, match="lora_linear: seed: expected"):
         linear(i)
 
 
-def test_a_rank_out_of_range_of_an_idle_adapter_touches_no_memory() -> None:
+def test_rank_out_of_range_of_an_idle_adapter_accesses_no_memory() -> None:
     for rank in (200, -200):
         i = train_inputs(SHAPE, torch.float32)
         i["adapter_ids"] = torch.zeros(4, dtype=torch.long)
@@ -135,19 +137,19 @@ def test_a_rank_out_of_range_of_an_idle_adapter_touches_no_memory() -> None:
         assert (i["a"].grad[0] != 0).any()
 
 
-def test_a_plan_whose_segments_were_changed_is_refused() -> None:
+def test_plan_with_changed_segments_raises() -> None:
     i = train_inputs(SHAPE, torch.float32)
     plan = ops.lora_plan(i["adapter_ids"], 2)
     for value in (10**8, -1, 0):
         i["plan"] = plan.clone()
-        i["plan"][-3] = value  # where the segment of the last adapter begins
+        i["plan"][-3] = value  # start of the last adapter's segment
         if torch.equal(i["plan"], plan):
             continue
         with pytest.raises(ValueError, match=r"plan: expected lora_plan\(\) of these adapter_ids"):
             linear(i)
 
 
-def test_forward_mode_is_refused_also_under_torch_func() -> None:
+def test_forward_mode_raises_also_under_torch_func() -> None:
     i = train_inputs(SHAPE, torch.float32)
     seed = torch.tensor([1])
     for run in (lambda x: linear({**i, "x": x}), lambda x: ops.lora_dropout(x, 0.5, seed)):

@@ -1,4 +1,4 @@
-"""Adapters as weights: products, merging, DoRA's norms, against their formulas."""
+"""Products, merging and DoRA norms of adapters against their formulas."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def factors(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_small_integers_come_out_exactly(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_small_integers_are_exact(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     weight, a, b = factors(shape, dtype, exact=True)
     wide = [t.double() for t in (weight, a, b)]
     assert torch.equal(ops.lora_delta(a, b, 0.5).double(), reference.lora_delta(*wide[1:], 0.5))
@@ -55,7 +55,7 @@ def test_random_values_are_rounded_once(shape: tuple[int, int, int], dtype: torc
         tiny = torch.finfo(dtype).smallest_normal
         allowed = 1.02 * ROUNDING[dtype] * (expected.abs() + tiny) + sums
         assert ((got.double() - expected).abs() <= allowed).all()
-    # The square's error: of its three sums, of up to I products each, all within (|w| + |b||a|)^2.
+    # The square errs by its three sums of up to I products, all within (|w| + |b||a|)^2.
     norm = (wide[0] + exact).norm(dim=1)
     square = (16 + 2 * shape[1] ** 0.5) * accumulator * magnitude.sum(1).square()
     got = ops.lora_dora_norm(weight, a, b, 3.0).double()
@@ -64,20 +64,20 @@ def test_random_values_are_rounded_once(shape: tuple[int, int, int], dtype: torc
     assert torch.allclose(got, norm, rtol=2e-6, atol=0)
 
 
-def test_the_norm_of_what_cancels_is_zero_not_nan() -> None:
+def test_norm_of_a_cancelled_weight_is_zero_and_not_nan() -> None:
     _, a, b = factors((33, 130, 8), torch.float32)
     norm = ops.lora_dora_norm(ops.lora_delta(a, b), a, b, -1.0)
     assert norm.isfinite().all() and (norm < 0.02).all()
 
 
-def test_taking_out_what_was_merged_restores_small_integers() -> None:
+def test_unmerging_restores_small_integers() -> None:
     weight, a, b = factors((5, 7, 3), torch.bfloat16, exact=True)
     merged = ops.lora_merge_(weight.clone(), a, b)
     assert not torch.equal(merged, weight)
     assert torch.equal(ops.lora_merge_(merged, a, b, sign=-1), weight)
 
 
-def test_autocast_leaves_them_alone_and_the_delta_alone_has_a_gradient() -> None:
+def test_autocast_changes_nothing_and_only_the_delta_has_a_gradient() -> None:
     weight, a, b = factors((5, 7, 3), torch.float32)
     expected = ops.lora_dora_norm(weight, a, b)
     a.requires_grad_()
@@ -90,7 +90,7 @@ def test_autocast_leaves_them_alone_and_the_delta_alone_has_a_gradient() -> None
     assert torch.allclose(gradient, b.sum(0)[:, None].expand_as(a))
 
 
-def test_wrong_input_is_named() -> None:
+def test_wrong_input_raises_and_names_the_argument() -> None:
     weight, a, b = factors((5, 7, 3), torch.float32)
     for call, message in [
         (lambda: ops.lora_delta(a, b[:, 1:]), r"lora_delta: a and b: expected shapes \(r, I\)"),

@@ -1,4 +1,4 @@
-"""What the losses over a vocabulary refuse, and in which words."""
+"""Errors of the losses over a vocabulary and their messages."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def _refusals() -> list[tuple[str, Callable[[], object]]]:
 @pytest.mark.parametrize(
     ("message", "call"), _refusals(), ids=lambda x: x if isinstance(x, str) else ""
 )
-def test_refusals_name_the_argument(message: str, call: Callable[[], object]) -> None:
+def test_errors_name_the_argument(message: str, call: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=rf"chunked_(cross_entropy|kl): {message}"):
         call()
 
 
-def test_two_devices_are_refused() -> None:
+def test_tensors_on_two_devices_raise() -> None:
     meta = torch.zeros(6, 4, device="meta")
     with pytest.raises(ValueError, match=r"weight|expected all tensors on one device"):
         ops.chunked_cross_entropy(torch.zeros(3, 4), meta, None, torch.zeros(3, dtype=torch.int64))
@@ -55,7 +55,7 @@ def test_two_devices_are_refused() -> None:
         ops.chunked_kl([torch.zeros(6, 4), meta], torch.zeros(5, 4), None)
 
 
-def test_forward_mode_is_refused() -> None:
+def test_forward_mode_raises() -> None:
     weight, labels = torch.randn(6, 4), torch.tensor([0, 5, 2])
 
     def loss(h: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Containerfile, read without a builder: its steps, its files, and the command it ends in."""
+"""The Containerfile, checked without a builder: its steps, its files, and its command."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def test_every_step_is_known_and_copies_what_a_build_needs() -> None:
     assert needed | {"LICENSE", "README.md", "tools"} <= copied
 
 
-def test_it_serves_as_no_superuser_with_arguments_that_the_command_has() -> None:
+def test_container_runs_without_root_and_with_valid_arguments() -> None:
     last = [rest for name, rest in steps() if name == "USER"]
     assert last and last[-1] != "root"
     whole = {name: json.loads(rest) for name, rest in steps() if name in ("ENTRYPOINT", "CMD")}

@@ -1,4 +1,4 @@
-"""What `import lora_ext` costs and says, and what the loader says when it cannot import."""
+"""The cost and output of `import lora_ext`, and the loader's message for a failed import."""
 
 import ast
 import importlib.util
@@ -20,7 +20,7 @@ PACKAGE = Path(lora_ext.__file__).parent
 
 
 def python(code: str) -> str:
-    """Run code in a new process beside this package; everything that it prints."""
+    """Run code in a new process beside this package and return its whole output."""
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -28,8 +28,8 @@ def python(code: str) -> str:
 
 
 @pytest.mark.slow
-def test_import_is_silent_and_starts_nothing_and_large_packages_wait():
-    """One process for all: to import torch takes seconds of the processor's time."""
+def test_import_is_silent_starts_nothing_and_defers_large_packages():
+    """Check all in one process, because the import of torch takes seconds of processor time."""
     code = (
         "import sys, lora_ext\n"
         "assert not {'transformers', 'peft', 'safetensors'} & set(sys.modules)\n"
@@ -51,10 +51,10 @@ def test_import_is_silent_and_starts_nothing_and_large_packages_wait():
 
 @pytest.mark.slow
 def test_import_takes_under_300_ms_beyond_torch():
-    # Of this process's own time: on a busy machine the clock on the wall measures the others. And
-    # without the collector: its pass over all of torch's objects falls due in some import. Beside
-    # other work the same instructions take up to twice as long, which torch's own import shows: it
-    # takes 1.5 s where nothing else runs.
+    # Measure the processor time of this process: on a busy machine, wall-clock time includes other
+    # processes. The garbage collector is off, since its pass over all objects of torch would fall
+    # into one of the imports. Beside other work the same instructions take up to twice as long, as
+    # does torch's own import, which takes 1.5 s on an idle machine.
     code = (
         "import gc, time; gc.disable(); t = time.process_time(); import torch; "
         "u = time.process_time(); import lora_ext; print(time.process_time() - u, u - t)"
@@ -68,7 +68,7 @@ def test_import_takes_under_300_ms_beyond_torch():
     pytest.fail(f"seconds of lora_ext and of torch: {found}")
 
 
-def test_a_build_that_cannot_be_imported_is_explained(monkeypatch):
+def test_build_that_cannot_be_imported_is_explained(monkeypatch):
     monkeypatch.setattr(_loader, "build_info", lambda: {"torch": "2.0.0"})
     words = _loader.explain(ImportError("undefined symbol"))
     assert f"built for torch 2.0.0, found {torch.__version__}" in words and "pip install" in words
@@ -80,14 +80,14 @@ def test_a_build_that_cannot_be_imported_is_explained(monkeypatch):
     assert "(undefined symbol: f)" in _loader.explain(ImportError("undefined symbol: f"))
 
 
-def test_the_stubs_name_what_the_module_has():
+def test_stubs_have_the_names_of_the_module():
     tree = ast.parse(runpy.run_path(str(PACKAGE.parent / "tools/stubs.py"))["stubs"]())
     stubs = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert stubs == {name for name in dir(lora_ext._C) if not name.startswith("_")}
 
 
 def doctor_in_a_checkout(folder: Path, *, built: bool) -> subprocess.CompletedProcess[str]:
-    """``python -m lora_ext.doctor`` in a copy of this package, which PYTHONPATH has installed."""
+    """Run ``python -m lora_ext.doctor`` in a copy of this package; PYTHONPATH has another."""
     outputs = ("_C*.so", "_emu*.so", "_build_info.py", "__pycache__")
     shutil.copytree(PACKAGE, folder / "lora_ext", ignore=shutil.ignore_patterns(*outputs))
     if built:
@@ -95,7 +95,7 @@ def doctor_in_a_checkout(folder: Path, *, built: bool) -> subprocess.CompletedPr
             (folder / "lora_ext" / path.name).symlink_to(path)
     run = (
         "import runpy, sys\n"
-        # An editable install would lend its compiled module to the checkout.
+        # An editable install would make its compiled module available to the checkout.
         "names = [getattr(finder, '__name__', '') for finder in sys.meta_path]\n"
         "sys.meta_path[:] = [f for f, n in zip(sys.meta_path, names) if 'Editable' not in n]\n"
         "runpy.run_module('lora_ext.doctor', run_name='__main__')"
@@ -110,7 +110,7 @@ def doctor_in_a_checkout(folder: Path, *, built: bool) -> subprocess.CompletedPr
 
 
 @pytest.mark.slow
-def test_a_checkout_that_hides_an_installed_package_is_named(tmp_path):
+def test_checkout_that_hides_an_installed_package_is_named(tmp_path):
     run = doctor_in_a_checkout(tmp_path, built=False)
     assert run.returncode == 1
     assert run.stderr.strip().splitlines()[-1] == (
@@ -121,7 +121,7 @@ def test_a_checkout_that_hides_an_installed_package_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_doctor_passes_and_says_where_it_looks(tmp_path):
+def test_doctor_passes_and_prints_the_paths_it_uses(tmp_path):
     run = doctor_in_a_checkout(tmp_path, built=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(rf"imported from\s+{tmp_path}/lora_ext\n", run.stdout)
@@ -133,8 +133,8 @@ def test_doctor_passes_and_says_where_it_looks(tmp_path):
     assert re.search(r"cpu\s+ok\s+lora_apply", run.stdout)
 
 
-def test_a_package_on_no_path_is_found_too(monkeypatch, tmp_path):
-    """As an editable install is, by a finder of its own."""
+def test_package_outside_the_path_is_found_too(monkeypatch, tmp_path):
+    """Check an editable install, which adds its own finder."""
 
     class Finder:
         @staticmethod
@@ -143,13 +143,13 @@ def test_a_package_on_no_path_is_found_too(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "meta_path", [Finder])
-    assert _loader.hidden() is None, "nothing is there"
+    assert _loader.hidden() is None, "expected None before the package exists"
     (tmp_path / "lora_ext").mkdir()
     (tmp_path / "lora_ext" / "__init__.py").touch()
     assert _loader.hidden() == tmp_path / "lora_ext"
 
 
-def test_doctor_fails_when_an_op_is_wrong(monkeypatch, capsys):
+def test_doctor_fails_if_an_op_is_wrong(monkeypatch, capsys):
     good = ops.lora_apply
     monkeypatch.setattr(ops, "lora_apply", lambda *a: good(*a) * 1.001)
     assert doctor.main() == 1

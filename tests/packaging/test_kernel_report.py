@@ -1,4 +1,4 @@
-"""The page of estimates: what it says is what the lock says, and what it hides is nothing."""
+"""Check that the page of estimates agrees with the lock and leaves nothing out."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from scripts import ROOT, tool
 
-loops, gate = tool("sass_loops"), tool("sass_gate")  # each imports the one before by its name
+loops, gate = tool("sass_loops"), tool("sass_gate")  # Each imports the previous one by its name.
 report = tool("kernel_report")
 RULES = gate.load_rules(gate.RULES)
 
@@ -16,11 +16,11 @@ def lock():
     return report.read_lock((ROOT / "kernels.lock").read_text(), RULES)
 
 
-def test_the_page_is_what_the_lock_says() -> None:
+def test_page_agrees_with_the_lock() -> None:
     assert report.main(["--check"]) == 0, "run `python tools/kernel_report.py`"
 
 
-def test_objects_have_the_promised_keys(capsys) -> None:
+def test_objects_have_the_documented_keys(capsys) -> None:
     assert report.main(["--json"]) == 0
     keys = {"name", "shape", "estimate_us", "floor_us", "ratio"}
     blanks = {"trips", "mma_share", "instructions_per_element"}
@@ -34,8 +34,8 @@ def test_objects_have_the_promised_keys(capsys) -> None:
         assert any(row[key] is not None for row in found)
 
 
-def test_trips_and_instructions_cost_what_the_model_says(lock) -> None:
-    """Ten trips more are 2 us more at a shape that waits for memory."""
+def test_trips_and_instructions_cost_what_the_model_predicts(lock) -> None:
+    """Check that ten more trips cost 2 us at a shape that waits for memory."""
     case = next(c for c in report.CASES if c.shape.startswith("D1") and "shrink" in c.kernel)
     code = lock[case.kernel]
     longer = replace(code, trips=(code.trips or 0) + 10)
@@ -47,14 +47,14 @@ def test_trips_and_instructions_cost_what_the_model_says(lock) -> None:
     assert report.launch_us(leaf, slow) >= cycles / report.CLOCK
 
 
-def test_a_chain_is_all_its_launches_or_waits_in_every_step(lock) -> None:
+def test_chain_costs_all_its_launches_or_a_wait_per_step(lock) -> None:
     chain = next(c for c in report.CASES if "2048 states" in c.shape and "forward, fp32" in c.shape)
     each = [report.launch_us(c, lock[c.kernel]) for c in (chain, *chain.beside)]
-    saved = 2 * (report.NULL - report.HANDOFF)  # both kernels overlap the end of the other
+    saved = 2 * (report.NULL - report.HANDOFF)  # Each kernel overlaps the end of the other.
     assert all(lock[c.kernel].dependent for c in (chain, *chain.beside))
     assert report.estimate_us(chain, lock) == pytest.approx(31 * (sum(each) - saved))
     assert report.floor_us(chain) == pytest.approx(31 * 2 * 2048**2 * 512 / report.TENSOR)
-    # Six products of 16 bits for each of float32: no faster than tensor cores are at that.
+    # Each float32 product is six 16-bit products, no faster than tensor cores compute them.
     assert each[0] > 6 * chain.flops / report.TENSOR
     chain = next(c for c in report.CASES if c.steps > 1)
     code = lock[chain.kernel]
@@ -65,7 +65,7 @@ def test_a_chain_is_all_its_launches_or_waits_in_every_step(lock) -> None:
     assert report.layers_run(3, 2048, 512, 31) is None  # 64 rows of weights are 768 KiB
 
 
-def test_what_is_above_twice_its_floor_is_red_and_nothing_else() -> None:
+def test_only_rows_above_twice_their_floor_are_red() -> None:
     row = {"name": "k", "shape": "s", "estimate_us": 1.0, "floor_us": 1.0, "trips": 3}
     row |= {"mma_share": None, "instructions_per_element": 1.5, "bytes": 2_500_000}
     row |= {"registers": 40, "blocks_per_sm": 6}
@@ -74,7 +74,7 @@ def test_what_is_above_twice_its_floor_is_red_and_nothing_else() -> None:
     assert fast.endswith("| 2.5 | 1.0 | 1.0 | 2.0 | 3 |  | 1.5 | 40 | 6 |")
 
 
-def test_a_red_row_needs_its_sentence_and_a_sentence_its_red_row(lock) -> None:
+def test_red_rows_and_reasons_match(lock) -> None:
     found = report.rows(lock)
     said = report.reasons(found)
     assert all(f"* {reason.said_of}: " in said for reason in report.WHY)
@@ -86,7 +86,7 @@ def test_a_red_row_needs_its_sentence_and_a_sentence_its_red_row(lock) -> None:
         report.reasons([row for row in found if not gone.speaks_of(row)])
 
 
-def test_threads_are_those_of_the_rules_and_blocks_what_they_leave_room_for(lock) -> None:
+def test_threads_equal_the_rules_and_blocks_fit_the_multiprocessor(lock) -> None:
     every = [one for case in report.CASES for one in (case, *case.beside)]
     for case in every:
         told = report.most_of(RULES, case.kernel, "threads")
@@ -95,11 +95,11 @@ def test_threads_are_those_of_the_rules_and_blocks_what_they_leave_room_for(lock
             RULES, case.kernel, "min_blocks"
         )
     code = report.Code(64, 1024 + 2048, (), None, None, None, dynamic=100_000)
-    assert code.per_multiprocessor(256) == 2  # shared memory; by registers 4
+    assert code.per_multiprocessor(256) == 2  # The limit is shared memory; registers allow 4.
     assert replace(code, dynamic=0).per_multiprocessor(256) == 4
 
 
-def test_a_loop_for_a_rescue_is_not_timed_and_a_kernel_that_is_gone_is_named(lock) -> None:
+def test_rescue_loop_is_not_timed_and_a_missing_kernel_is_named(lock) -> None:
     case = next(c for c in report.CASES if c.loop is not None)
     code = replace(lock[case.kernel], inflight=(64, 6))
     assert report.launch_us(case, code) < report.launch_us(replace(case, loop=None), code)

@@ -1,8 +1,8 @@
-"""A machine without a CUDA toolkit: the emulator, with headers from NVIDIA's wheels alone.
+"""A machine without a CUDA toolkit: the emulator, with only the headers from NVIDIA's wheels.
 
-The headers are those that setup.py finds there. What is compiled with them are the emulator and the
-micro-kernels of tests/emu: all kernels reach the headers through the one device header, and
-compiling each of them once more would take CI minutes.
+setup.py finds these headers. The emulator and the micro-kernels of tests/emu are compiled with
+them. All kernels include the headers through one device header, and compiling each of them again
+would take minutes of CI time.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ print(json.dumps(setup.cmake_options(torch, setup.find_cxx(), toolkit, emulator=
 
 
 def path_without_nvcc(folder: Path) -> str:
-    """PATH, where a folder that holds nvcc gives way to one with links to all else in it."""
+    """Return PATH, with links to all other files in place of each folder that contains nvcc."""
     folders = []
     for number, place in enumerate(filter(None, os.environ["PATH"].split(os.pathsep))):
         if Path(place, "nvcc").exists():
@@ -50,7 +50,7 @@ def run(*command: str, env: dict[str, str], cwd: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.emulated
-def test_the_emulator_builds_and_runs_without_nvcc(
+def test_emulator_builds_and_runs_without_nvcc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheels = importlib.util.find_spec("nvidia")
@@ -64,7 +64,7 @@ def test_the_emulator_builds_and_runs_without_nvcc(
     assert shutil.which("nvcc", path=env["PATH"]) is None
     options = json.loads(run(sys.executable, "-c", OPTIONS, env=env, cwd=ROOT))
 
-    # The build, and which headers it has read.
+    # Build, and read the list of included headers.
     cmake, build = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{env['PATH']}"), "b"
     assert cmake
     kept = ("CMAKE_MAKE_PROGRAM", "CMAKE_CXX_COMPILER", "LORA_EXT_CUDA_HEADERS")
@@ -77,7 +77,7 @@ def test_the_emulator_builds_and_runs_without_nvcc(
     assert len(cuda) == 2
     assert all(any(name.is_relative_to(base.resolve()) for base in bases) for name in cuda), cuda
 
-    # Tensor cores, asynchronous copies and barriers: a product of small integers, exact.
+    # Check tensor cores, asynchronous copies and barriers with an exact product of small integers.
     emulator = load_script(monkeypatch, "tests/emu", "conftest").load(tmp_path / build, "fast")
     m, n, k = 33, 31, 40
     numbers = np.random.default_rng(0)

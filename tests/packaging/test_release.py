@@ -1,4 +1,4 @@
-"""What a release says of itself, the wheel that names its torch, `make gpu` and `make hosts`."""
+"""Version and changelog of a release, the torch version of a wheel, `make gpu` and `make hosts`."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ import lora_ext
 from lora_ext.cli._arguments import make_parser
 
 
-def test_the_version_is_one_everywhere_and_its_changes_stand_in_order() -> None:
+def test_version_is_equal_everywhere_and_changes_are_in_order() -> None:
     for file, pattern in (
         ("pyproject.toml", r'^version = "(.+)"$'),
         ("CITATION.cff", r"^version: (.+)$"),
@@ -26,7 +26,7 @@ def test_the_version_is_one_everywhere_and_its_changes_stand_in_order() -> None:
     assert re.findall(r"^### (\w+)$", newest, re.M) == ["Added", "Changed", "Fixed"]
 
 
-def test_the_recipe_has_a_command_for_each_step_that_make_or_git_knows() -> None:
+def test_every_step_of_the_recipe_has_a_known_command() -> None:
     page = (ROOT / "docs/releasing.md").read_text().split("\n## A release\n")[1].split("\n## ")[0]
     steps = re.findall(r"^\d+\. .*?(?=^\d+\. |\Z)", page, re.M | re.S)
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
@@ -38,7 +38,9 @@ def test_the_recipe_has_a_command_for_each_step_that_make_or_git_knows() -> None
 
 
 @pytest.mark.parametrize(("cuda", "local"), [(None, "torch2.13.cpu"), ("13.0", "torch2.13.cu130")])
-def test_a_wheel_names_its_torch(tmp_path: Path, cuda: str | None, local: str) -> None:
+def test_wheel_name_contains_its_torch_version(
+    tmp_path: Path, cuda: str | None, local: str
+) -> None:
     wheel = tmp_path / "lora_ext-0.2.0-cp311-cp311-linux_x86_64.whl"
     with zipfile.ZipFile(wheel, "w") as out:
         out.writestr("lora_ext/_C.so", b"\0" * 9)
@@ -55,7 +57,7 @@ def test_a_wheel_names_its_torch(tmp_path: Path, cuda: str | None, local: str) -
     text = found.read(f"{info}/METADATA").decode()
     assert f"Version: 0.2.0+{local}\nRequires-Dist: torch==2.13.*\nRequires-Dist: numpy" in text
     record = found.read(f"{info}/RECORD").decode().splitlines()
-    # of nine zero bytes, by openssl
+    # of nine zero bytes, computed by openssl
     assert record[0] == "lora_ext/_C.so,sha256=PnB3_S9m1ongzuanz1s3vy3KfJea81bQoxy8XIVgXH0,9"
     assert record[2] == f"{info}/RECORD,,"
 
@@ -67,7 +69,7 @@ def leg(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize("compiler", ["/usr/bin/nvcc", None])
-def test_a_call_takes_nine_minutes_at_most(call, compiler, leg, tmp_path, monkeypatch):
+def test_call_takes_nine_minutes_at_most(call, compiler, leg, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: compiler)
     steps = leg.legs(call, "9.0a", tmp_path)
     assert sum(step.seconds for step in steps) <= 540
@@ -81,15 +83,15 @@ def test_a_call_takes_nine_minutes_at_most(call, compiler, leg, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_the_probe_compiles(leg, tmp_path):
+def test_probe_compiles(leg, tmp_path):
     if shutil.which("nvcc") is None:
-        pytest.skip("there is no nvcc")
+        pytest.skip("nvcc is not on PATH")
     command = ["nvcc", "-std=c++20", "-arch=sm_90a", "tools/gpu_probe.cu", "-o", tmp_path / "probe"]
     subprocess.run(command, cwd=leg.ROOT, check=True)
 
 
 @pytest.mark.parametrize("how", [[], ["--overlap"]], ids=["siblings", "overlap"])
-def test_the_captured_step_is_right_at_smallest_sizes(how, capsys, monkeypatch):
+def test_captured_step_is_correct_at_smallest_sizes(how, capsys, monkeypatch):
     step = load_script(monkeypatch, "benchmarks", "captured_step")
     assert step.main(["--tiny", "--rows", "6", *how]) == 0
     assert "6 rows, 6 adapters: right" in capsys.readouterr().out
@@ -100,7 +102,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_script(monkeypatch, "tools", "hosts")
 
 
-def test_two_settings_run_side_by_side_and_a_failed_one_fails_all(hosts, monkeypatch, capsys):
+def test_two_settings_run_in_parallel_and_one_failure_fails_all(hosts, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(hosts, "run", lambda legs, logs: ran.extend(legs) or 1)
     monkeypatch.setattr(hosts, "lacking", lambda env: None)
@@ -112,7 +114,7 @@ def test_two_settings_run_side_by_side_and_a_failed_one_fails_all(hosts, monkeyp
     assert {leg.env["OMP_NUM_THREADS"] for leg in ran} == {"1", "3"}
 
 
-def test_a_setting_that_the_processor_lacks_is_skipped_with_its_reason(hosts, monkeypatch, capsys):
+def test_setting_that_the_processor_lacks_is_skipped_with_its_reason(hosts, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(hosts, "SETTINGS", {"plain": {}, "strange": {"LX_ISA": "avx1024"}})
     monkeypatch.setattr(hosts, "run", lambda legs, logs: ran.extend(legs) or 0)

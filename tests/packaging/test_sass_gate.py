@@ -1,4 +1,4 @@
-"""The gate on machine code: a kernel that spills must fail, its good twin must not."""
+"""The gate on machine code: a kernel that spills must fail, and its good twin must pass."""
 
 import shutil
 import subprocess
@@ -9,7 +9,7 @@ from scripts import tool
 pytestmark = pytest.mark.slow
 
 
-loops = tool("sass_loops")  # first: the gate imports it by this name
+loops = tool("sass_loops")  # This must be first, because the gate imports it by this name.
 gate = tool("sass_gate")
 
 SOURCE = """
@@ -121,7 +121,7 @@ ARCHS = ("sm_80", "sm_90a")
 KINDS = ("spill", "together", "apart", "near", "far", "early", "late", "slow")
 
 
-def test_every_kernel_has_its_plain_name_and_the_rules_for_it(kernels):
+def test_every_kernel_has_its_plain_name_and_its_rules(kernels):
     names = ["good_kernel<float4, 1>", *(f"{k}_kernel" for k in KINDS)]
     assert set(kernels) == {(name, arch) for name in names for arch in ARCHS}
     assert all(len(kernel.code) > 10 and kernel.registers > 0 for kernel in kernels.values())
@@ -133,7 +133,7 @@ def test_every_kernel_has_its_plain_name_and_the_rules_for_it(kernels):
     assert gate.judge(kernel, other) == []
 
 
-def test_objects_are_judged_side_by_side_and_told_in_order(compiled, kernels, tmp_path):
+def test_objects_are_checked_in_parallel_and_reported_in_order(compiled, kernels, tmp_path):
     copy = tmp_path / "u.o"
     shutil.copy(compiled, copy)
     rules = [{"match": "good_kernel*", "max_registers": 1}]
@@ -145,7 +145,7 @@ def test_objects_are_judged_side_by_side_and_told_in_order(compiled, kernels, tm
         assert bool(one.wrong) == (one.name.startswith(("good_kernel", "spill_kernel")))
 
 
-def test_an_object_that_cannot_be_read_is_named(tmp_path):
+def test_object_that_cannot_be_read_is_named(tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     (tmp_path / "no.o").write_text("no object")
@@ -154,7 +154,7 @@ def test_an_object_that_cannot_be_read_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_good_kernel_passes_rules_that_hold_and_one_that_spills_fails(kernels, arch):
+def test_good_kernel_passes_and_spilling_kernel_fails(kernels, arch):
     rule = {
         "match": "good_kernel<float4, *>",
         "arch": [arch],
@@ -170,7 +170,7 @@ def test_a_good_kernel_passes_rules_that_hold_and_one_that_spills_fails(kernels,
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_loads_that_await_each_other_are_told_from_loads_that_fly_together(kernels, arch):
+def test_dependent_loads_are_distinguished_from_loads_in_flight_together(kernels, arch):
     rule = {"match": "*_kernel", "min_inflight": 60}
     assert [one.inflight for one in kernels["together_kernel", arch].flights] == [64]
     assert [one.inflight for one in kernels["apart_kernel", arch].flights] == [16]
@@ -197,7 +197,7 @@ def test_loads_that_await_each_other_are_told_from_loads_that_fly_together(kerne
         ),
     ],
 )
-def test_a_prologue_and_a_turn_that_grow_fail(kernels, good, bad, rule, reason):
+def test_prologue_or_iteration_that_grows_fails(kernels, good, bad, rule, reason):
     rule = {"match": "*_kernel", **rule}
     assert gate.judge(kernels[f"{good}_kernel", "sm_90a"], [rule]) == []
     (found,) = gate.judge(kernels[f"{bad}_kernel", "sm_90a"], [rule])
@@ -205,7 +205,7 @@ def test_a_prologue_and_a_turn_that_grow_fail(kernels, good, bad, rule, reason):
 
 
 @pytest.mark.parametrize("key", gate.COSTS)
-def test_a_cost_that_a_kernel_does_not_have_is_no_pass(kernels, key):
+def test_cost_that_a_kernel_does_not_have_fails(kernels, key):
     kernel = kernels["spill_kernel", "sm_80"]
     reasons = gate.judge(kernel, [{"match": "spill_kernel", key: 1}])
     assert f"nothing to measure {key} in" in reasons
@@ -224,15 +224,15 @@ LOAD = "LDG.E.128 R4, desc[UR4][R2.64]"
     [
         # one load, used at once
         ([(LOAD, 0, 0), ("FADD R0, R0, R4", 7, 1)], 16, 0),
-        # two loads on two barriers, both out before the first is used
+        # two loads on two barriers, both issued before the first is used
         ([(LOAD, 0, 0), (LOAD, 1, 0), ("FADD R0", 7, 1), ("FADD R0", 7, 2)], 32, 0),
-        # the second is asked for after the first has come
+        # the second load is issued after the first one has arrived
         ([(LOAD, 0, 0), ("FADD R0", 7, 1), (LOAD, 1, 0), ("FADD R0", 7, 2)], 16, 0),
         # a barrier shared with a load that is needed first makes both wait
         ([(LOAD, 0, 0), ("HMMA.16816.F32 R8", 7, 1)], 16, 0),
-        # what the last turn asked for is used in this one: on its way during the product
+        # the load of the last iteration is used in this one and is in flight during the product
         ([("MOV R8, R4", 7, 1), (LOAD, 0, 0), ("HMMA.16816.F32 R8", 7, 0)], 16, 16),
-        # a ring of three stages: two are on their way while one is used
+        # a ring of three stages: two loads are in flight while one is used
         (
             [
                 ("DEPBAR.LE SB0, 0x1", 7, 0),
@@ -250,7 +250,7 @@ def test_bytes_in_flight_follow_from_the_barriers(turn, inflight, overlap):
     assert (found.inflight, found.overlap) == (inflight, overlap)
 
 
-def test_the_way_through_a_loop_is_the_one_that_loads_most():
+def test_path_through_a_loop_is_the_one_with_most_loads():
     lines = [
         ("MOV R0, RZ", 7, 0),
         (LOAD, 0, 0),  # 0x10, the head
@@ -280,14 +280,14 @@ def test_the_way_through_a_loop_is_the_one_that_loads_most():
         ({"threads": 1024, "min_blocks": 3}, "2 blocks per multiprocessor, least 3"),
     ],
 )
-def test_a_broken_rule_is_named(kernels, rule, words):
+def test_invalid_rule_is_named(kernels, rule, words):
     reasons = gate.judge(kernels["good_kernel<float4, 1>", "sm_90a"], [{"match": "*", **rule}])
     assert len(reasons) == 1 and words in reasons[0]
 
 
 @pytest.mark.parametrize(
     ("registers", "threads", "shared", "blocks"),
-    # computed by cuda_occupancy.h (CUDA 13.0), fed with the constants of an H100
+    # computed by cuda_occupancy.h (CUDA 13.0) with the constants of an H100
     [
         (78, 128, 31232, 6),
         (32, 1024, 0, 2),
@@ -304,15 +304,15 @@ def test_occupancy_agrees_with_cuda_occupancy_h(registers, threads, shared, bloc
     assert gate.blocks_per_multiprocessor(registers, threads, shared) == blocks
 
 
-def test_an_unknown_key_is_refused_and_the_rules_of_the_repository_are_read(tmp_path):
+def test_unknown_key_raises_and_the_rules_of_the_repository_are_valid(tmp_path):
     (tmp_path / "kernels.toml").write_text('[[rule]]\nmatch = "*"\nmax_register = 3\n')
     with pytest.raises(SystemExit, match="unknown keys \\['max_register'\\]"):
         gate.load_rules(tmp_path / "kernels.toml")
     gate.load_rules(gate.RULES)
 
 
-def test_a_loop_that_multiplies_less_than_it_moves_fails():
-    """Two products among eight instructions are a quarter; among four they are a half."""
+def test_loop_with_too_few_products_fails():
+    """Check two products among eight instructions (a quarter) and among four (a half)."""
     product, move = "HMMA.16816.F32.BF16 R8, R4, R6, R8", "IMAD R9, R9, R9, RZ"
 
     def kernel(moves):

@@ -1,4 +1,4 @@
-"""setup.py: each way an install can fail says one sentence with the remedy."""
+"""setup.py: each failure of an install prints one sentence with the remedy."""
 
 import importlib
 import importlib.util
@@ -35,7 +35,7 @@ def script(path: Path, text: str) -> str:
 
 @pytest.fixture
 def toolkit(tmp_path, monkeypatch):
-    """A CUDA toolkit of a given version that accepts gcc up to a given one."""
+    """Return a function that makes a CUDA toolkit of a version that accepts gcc up to a version."""
 
     def make(release: str = "13.0", gcc: int = 15) -> Path:
         home = tmp_path / "cuda"
@@ -62,7 +62,7 @@ def sentence(function, *args) -> str:
     return text
 
 
-def test_torch_missing_or_too_old(monkeypatch):
+def test_missing_or_old_torch_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     text = sentence(build.find_torch)
     assert "`pip install torch`" in text and "--no-build-isolation" in text
@@ -70,9 +70,7 @@ def test_torch_missing_or_too_old(monkeypatch):
     assert "torch 2.9.1 is too old" in sentence(build.find_torch)
 
 
-def test_a_good_toolkit_is_taken_beside_a_cuda_torch_and_where_the_switch_asks(
-    toolkit, monkeypatch
-):
+def test_valid_toolkit_is_used_with_a_cuda_torch_or_the_switch(toolkit, monkeypatch):
     home = toolkit("13.0")
     assert build.find_toolkit(torch_for(None), "g++") is None
     assert build.find_toolkit(torch_for("13.0"), "g++").home == home
@@ -84,7 +82,7 @@ def test_a_good_toolkit_is_taken_beside_a_cuda_torch_and_where_the_switch_asks(
     assert build.find_toolkit(torch_for("13.0"), "g++") is None
 
 
-def test_nvcc_missing_is_an_error_beside_a_cuda_torch_and_where_cuda_is_asked_for(monkeypatch):
+def test_missing_nvcc_is_an_error_with_a_cuda_torch_or_the_switch(monkeypatch):
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     assert build.find_toolkit(torch_for(None), "g++") is None
     text = sentence(build.find_toolkit, torch_for("13.0"), "g++")
@@ -100,7 +98,7 @@ def test_nvcc_missing_is_an_error_beside_a_cuda_torch_and_where_cuda_is_asked_fo
     )
 
 
-def test_the_nvcc_of_nvidias_wheels_is_found(tmp_path, monkeypatch):
+def test_nvcc_of_the_nvidia_wheels_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     nvcc = tmp_path / "nvidia/cu13/bin/nvcc"
     (tmp_path / "nvidia/cu13/include").mkdir(parents=True)
@@ -113,7 +111,7 @@ def test_the_nvcc_of_nvidias_wheels_is_found(tmp_path, monkeypatch):
     assert build.find_nvcc() == (before or str(nvcc))
 
 
-def test_a_switch_that_is_neither_0_nor_1_and_a_home_without_nvcc(tmp_path, monkeypatch):
+def test_invalid_switch_and_a_home_without_nvcc_are_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert f"CUDA_HOME is {tmp_path}" in sentence(build.find_toolkit, torch_for("13.0"), "g++")
     monkeypatch.setenv("LORA_EXT_CUDA", "yes")
@@ -124,13 +122,13 @@ def test_a_switch_that_is_neither_0_nor_1_and_a_home_without_nvcc(tmp_path, monk
     ("release", "words"),
     [("13.0", "built for CUDA 12.8, but nvcc 13.0"), ("12.4", "nvcc 12.4 is too old")],
 )
-def test_an_nvcc_of_another_major_or_too_old(toolkit, release, words):
+def test_nvcc_of_another_major_version_or_too_old_is_reported(toolkit, release, words):
     toolkit(release)
     text = sentence(build.find_toolkit, torch_for("12.8"), "g++")
     assert words in text and ("LORA_EXT_CUDA=0" in text or release == "12.4")
 
 
-def test_gcc_too_new_for_nvcc(toolkit, tmp_path, monkeypatch):
+def test_gcc_too_new_for_nvcc_is_reported(toolkit, tmp_path, monkeypatch):
     toolkit("13.0", gcc=15)
     new = script(tmp_path / "g++-16", "echo 16")
     text = sentence(build.find_toolkit, torch_for("13.0"), new)
@@ -140,12 +138,12 @@ def test_gcc_too_new_for_nvcc(toolkit, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("header", ["cuda_runtime.h", "crt/host_config.h"])
-def test_a_cuda_header_is_missing(toolkit, header):
+def test_missing_cuda_header_is_reported(toolkit, header):
     (toolkit() / "include" / header).unlink()
     assert f"{header} is not in" in sentence(build.find_toolkit, torch_for("13.0"), "g++")
 
 
-def test_headers_of_python_and_of_half_precision_are_found_or_missing(tmp_path, monkeypatch):
+def test_headers_of_python_and_half_precision_are_found_or_reported(tmp_path, monkeypatch):
     folders = build.find_cuda_headers(None)
     assert any((Path(folder) / "cuda_bf16.h").exists() for folder in folders)
     assert any((Path(folder) / "nv/target").exists() for folder in folders)
@@ -155,7 +153,7 @@ def test_headers_of_python_and_of_half_precision_are_found_or_missing(tmp_path, 
     assert "Python.h is not in" in sentence(build.find_python_include)
 
 
-def test_compiler_or_cmake_missing(monkeypatch, tmp_path):
+def test_missing_compiler_or_cmake_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "no C++ compiler" in sentence(build.find_cxx)
     monkeypatch.setattr(build.sys, "executable", str(tmp_path / "python"))
@@ -172,16 +170,16 @@ def test_compiler_or_cmake_missing(monkeypatch, tmp_path):
         (" 10.0f,12.1 ", ["100f-real", "121-real"]),
     ],
 )
-def test_arch_list_is_read_like_torch_reads_it(text, names):
+def test_arch_list_is_parsed_like_in_torch(text, names):
     assert build.architectures(text) == names
 
 
-def test_an_arch_list_with_a_word_is_refused_and_the_default_ends_with_ptx():
+def test_arch_list_with_a_word_raises_and_the_default_ends_with_ptx():
     assert "TORCH_CUDA_ARCH_LIST has 'Hopper'" in sentence(build.architectures, "8.0;Hopper")
     assert build.default_architectures() == ["80-real", "90a-real", "90-virtual"]
 
 
-def test_a_build_says_what_it_does_and_for_how_long():
+def test_build_prints_its_steps_and_their_duration():
     times = iter([0.0, 61.0, 62.4, 75.0])
     out, screen = io.StringIO(), io.StringIO()
     progress = build.Progress(out, screen, lambda: next(times))

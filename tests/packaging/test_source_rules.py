@@ -1,4 +1,4 @@
-"""Rules of the tree that a compiler does not enforce: who may include what, who may import whom."""
+"""Rules of the tree that a compiler does not enforce: which files may include or import which."""
 
 import ast
 import re
@@ -35,7 +35,7 @@ def test_kernels_twins_and_emulator_include_no_torch_header(room):
     assert not bad
 
 
-def test_torch_extension_h_and_c10_cuda_are_included_in_one_place_each():
+def test_torch_extension_and_c10_cuda_headers_are_included_in_one_place_each():
     users = [p.relative_to(CSRC).as_posix() for p in SOURCES if "torch/extension.h" in includes(p)]
     assert users == ["bindings.cpp"]
     users = {
@@ -46,7 +46,7 @@ def test_torch_extension_h_and_c10_cuda_are_included_in_one_place_each():
     assert users <= {"ops/stream.h"}
 
 
-def test_kernel_files_reach_the_hardware_through_the_device_header_alone():
+def test_kernel_files_access_the_hardware_only_through_the_device_header():
     wrong = []
     for path in (p for p in SOURCES if p.is_relative_to(CSRC / "cuda")):
         code = re.sub(r"//[^\n]*", "", path.read_text())
@@ -55,8 +55,8 @@ def test_kernel_files_reach_the_hardware_through_the_device_header_alone():
     assert not wrong
 
 
-def test_no_comment_goes_beyond_a_hundred_columns():
-    """clang-format breaks code, but leaves comments, which hold tables, to whoever writes them."""
+def test_comments_have_at_most_a_hundred_columns():
+    """Check comments, which clang-format does not break because they contain tables."""
     long = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in SOURCES
@@ -72,8 +72,8 @@ def test_federated_needs_no_flower():
     assert not [path.name for path in files if flower.search(path.read_text())]
 
 
-def test_ops_are_called_by_ops_alone_through_the_name_that_tests_exchange():
-    """Another room may call an op that it defines itself, in Python (``torch.library``)."""
+def test_ops_are_called_only_by_ops_through_the_name_that_tests_replace():
+    """Check calls of ops; a room may call an op that it defines in Python (``torch.library``)."""
     callers = {
         path.relative_to(ROOT / "lora_ext").parts[0]
         for path in (ROOT / "lora_ext").rglob("*.py")
@@ -99,11 +99,11 @@ OPS = set(
 
 
 class Tellings(NamedTuple):
-    """The same op as a formula (a name of ``lora_ext.reference``), as a loop, as a kernel."""
+    """The same op as a formula (a name of ``lora_ext.reference``), as a loop and as a kernel."""
 
     reference: str
     twin: str
-    launcher: str  # launch_..., or - for tensors on the CPU alone
+    launcher: str  # launch_..., or - for tensors on the CPU only
 
 
 # An op, its formula, its twin and its launcher.
@@ -155,7 +155,7 @@ vocab_kl_backward chunked_kl VocabCpu.kl_gradient kl_gradient
 TELLINGS = {op: Tellings(*told) for op, *told in map(str.split, TABLE.splitlines())}
 
 
-def test_the_table_of_ops_is_what_both_doors_hold():
+def test_table_of_ops_equals_both_registrations():
     settings = {"cpu_isa", "set_cpu_isa", "has_kernels", "set_debug"}
     assert {n for n in dir(lora_ext._C) if not n.startswith("_")} - settings == OPS
     registered = {
@@ -163,10 +163,10 @@ def test_the_table_of_ops_is_what_both_doors_hold():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("lora_ext::")
     }
-    assert registered >= OPS  # Python defines others
+    assert registered >= OPS  # Python defines further ops.
 
 
-def test_every_op_is_told_as_formula_loop_kernel_and_stub():
+def test_every_op_has_a_formula_a_loop_a_kernel_and_a_stub():
     assert set(TELLINGS) == OPS
     headers = "\n".join(p.read_text() for p in (CSRC / "include").rglob("*.h"))
     kernels = "\n".join(p.read_text() for p in (CSRC / "cuda").rglob("*.cu"))
@@ -191,9 +191,9 @@ def test_every_op_is_told_as_formula_loop_kernel_and_stub():
     assert {op: stubs.get(op) for op in OPS} == schemas
 
 
-def test_every_op_is_driven_through_the_laws_and_has_a_fake_kernel():
+def test_every_op_is_in_the_laws_and_has_a_fake_kernel():
     laws = [*(ROOT / "tests").glob("cases*.py"), *(ROOT / "tests").glob("test_contract*.py")]
-    laws += (ROOT / "tests/ops").glob("test_*.py")  # plans, sums: laws of their own
+    laws += (ROOT / "tests/ops").glob("test_*.py")  # Plans and sums have separate laws.
     text = "\n".join(path.read_text() for path in laws)
     driven = set(re.findall(r"\b(?:ops|reference)\.(\w+)", text))
     assert {t.reference for t in TELLINGS.values()} <= driven

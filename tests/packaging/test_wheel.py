@@ -1,4 +1,4 @@
-"""sdist -> wheel -> import in a new environment, away from the checkout."""
+"""sdist -> wheel -> import in a new environment, outside the checkout."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from scripts import ROOT
 
-# A CPU build: the kernels take part in the ordinary build of the test run. No proxy leads anywhere.
+# A CPU build: the ordinary build of the test run includes the kernels. The proxies are invalid.
 NO_NETWORK = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https", "all")}
 ENV = {**os.environ, "LORA_EXT_CUDA": "0", "LORA_EXT_EMU": "1", "PIP_NO_INDEX": "1", **NO_NETWORK}
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory) -> tuple[Path, Path]:
-    """The sdist, and the wheel from it: built once, for all workers of pytest-xdist."""
+    """Return the sdist and the wheel from it, built once for all workers of pytest-xdist."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "dist"
     folder.mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ def archives(tmp_path_factory) -> tuple[Path, Path]:
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
-def test_sdist_and_wheel_hold_what_they_should_and_nothing_else(archives):
+def test_sdist_and_wheel_contain_exactly_the_expected_files(archives):
     names = [name.partition("/")[2] for name in tarfile.open(archives[0]).getnames()]
     listing = ["git", "ls-files", "csrc", "lora_ext", "examples"]
     tracked = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
@@ -54,7 +54,7 @@ def test_sdist_and_wheel_hold_what_they_should_and_nothing_else(archives):
 def test_wheel_imports_and_computes_outside_the_checkout(archives, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
-    # This environment's packages, torch among them, behind the new one's own; its links to the
+    # This environment's packages, which include torch, follow those of the new one. Links to the
     # checkout (.pth files) are not followed from there.
     (site / "zz_outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = tmp_path / "venv/bin/python"

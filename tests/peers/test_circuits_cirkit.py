@@ -1,4 +1,4 @@
-"""Circuits against libcirkit: the same graph and parameters, built from its own layers."""
+"""Circuits against libcirkit: the same graph and parameters, built from libcirkit's layers."""
 
 from collections.abc import Iterator
 
@@ -30,7 +30,7 @@ scope = pytest.importorskip("cirkit.utils.scope", reason=_REASON)
 
 @pytest.fixture(autouse=True)
 def double() -> Iterator[None]:
-    """libcirkit keeps parameters in torch's default precision."""
+    """Set torch's default precision to float64, which libcirkit uses for parameters."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
@@ -38,14 +38,14 @@ def double() -> Iterator[None]:
 
 
 def constant(values: torch.Tensor):
-    """A parameter of the peer with our values."""
+    """Return a parameter of the peer with our values."""
     initializer = initializers.ConstantTensorInitializer(values.detach().numpy().astype(np.float64))
     node = parameters.TensorParameter(*values.shape, initializer=initializer)
     return parameters.Parameter.from_input(node)
 
 
 class Translation:
-    """Our circuit in the layers of the peer: a layer per input and variable, product and sum."""
+    """Our circuit in the layers of the peer: one layer per input and variable, product and sum."""
 
     def __init__(self, circuit: Circuit):
         self.circuit, self.graph = circuit, circuit.graph
@@ -100,28 +100,29 @@ class Translation:
 
 
 def compiled(circuit: Circuit):
-    """The peer's circuit, and the context that made it."""
+    """Return the peer's circuit and the context that made it."""
     context = pipeline.PipelineContext("torch", semiring="lse-sum", fold=True, optimize=True)
     return context, context.compile(Translation(circuit).circuit)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", GRAPHS)
-def test_log_probabilities_and_marginals_are_those_of_libcirkit(name: str, seed: int) -> None:
+def test_log_probabilities_and_marginals_equal_libcirkit(name: str, seed: int) -> None:
     circuit = circuit_of(GRAPHS[name](), seed)
     context, peer = compiled(circuit)
     x = assignments(circuit)[::3]
     close(circuit.log_prob(x), peer(x)[:, 0, 0])
     keep = list(range(seed % 2, circuit.num_variables, 2))
     unseen = scope.Scope(set(range(circuit.num_variables)) - set(keep))
-    if isinstance(circuit.layered.families[0][0], Categorical):  # integrated as a circuit only,
+    # Categorical leaves are integrated as a circuit only,
+    if isinstance(circuit.layered.families[0][0], Categorical):
         expected = context.integrate(peer, unseen)(x)
-    else:  # and binomial leaves in a query only
+    else:  # and binomial leaves in a query only.
         expected = queries.IntegrateQuery(peer)(x, integrate_vars=unseen)
     close(circuit.marginal(x, keep), expected[:, 0, 0])
 
 
-def test_mixed_leaves_and_gradients_are_those_of_libcirkit() -> None:
+def test_mixed_leaves_and_gradients_equal_libcirkit() -> None:
     circuit = circuit_of(mixed(), seed=4)
     x = circuit.sample(50, generator=torch.Generator().manual_seed(0))[0]
     close(circuit.log_prob(x), compiled(circuit)[1](x)[:, 0, 0])
@@ -132,7 +133,7 @@ def test_mixed_leaves_and_gradients_are_those_of_libcirkit() -> None:
     peer(x).sum().backward()
     ours, logits = circuit.leaves[0]["logits"].grad, circuit.leaves[0]["logits"].detach()
     leaves = [p for p in peer.parameters() if p.numel() == ours.numel()]
-    assert len(leaves) == 1  # all leaves in one fold, in our order
+    assert len(leaves) == 1  # All leaves are in one fold, in our order.
     close(leaves[0].detach().view_as(ours), logits.log_softmax(1))
     theirs = leaves[0].grad.view_as(ours)
     close(ours, theirs - logits.softmax(1) * theirs.sum(1, keepdim=True))

@@ -16,7 +16,7 @@ STEPS, RANK, VALUES, ROWS = 7, 3, 4, 40
 
 
 def chain(leaf: Leaf, seed: int) -> Circuit:
-    """One transition matrix and one table of emissions for all steps, in float64."""
+    """Return a float64 chain with one transition matrix and one table of emissions."""
     circuit = circuit_of(RegionGraph.hmm(STEPS, RANK, leaf, homogeneous=True), seed)
     if isinstance(leaf, Gaussian):
         with torch.no_grad():
@@ -26,7 +26,7 @@ def chain(leaf: Leaf, seed: int) -> Circuit:
 
 
 def tables(circuit: Circuit) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Prior (C), transitions (C C) and emissions, all by state."""
+    """Return prior (C), transitions (C C) and emissions, all by state."""
     names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
     prior = circuit.region_weights(names["z0"])[0].softmax(0).detach()
     steps = circuit.region_weights(names["z1"]).softmax(1).detach()
@@ -34,7 +34,7 @@ def tables(circuit: Circuit) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 def peer_of(circuit: Circuit):
-    """hmmlearn's model with our parameters, which one iteration of ``fit`` moves without priors."""
+    """Return hmmlearn's model with our parameters; ``fit`` does one iteration without priors."""
     prior, steps, leaves = tables(circuit)
     options = {"n_components": RANK, "n_iter": 1, "init_params": ""}
     if "logits" in leaves:
@@ -51,7 +51,7 @@ def peer_of(circuit: Circuit):
 
 
 def columns(x: Tensor) -> tuple[np.ndarray, list[int]]:
-    """All rows below one another, and their lengths, as the peer takes them."""
+    """Return all rows concatenated, and their lengths, in the format of the peer."""
     return x.reshape(-1, 1).numpy(), [STEPS] * len(x)
 
 
@@ -61,7 +61,7 @@ def rows_of(circuit: Circuit, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("leaf", [Categorical(VALUES), Gaussian()], ids=["categorical", "gaussian"])
 @pytest.mark.parametrize("seed", range(3))
-def test_log_likelihoods_and_best_paths(leaf: Leaf, seed: int) -> None:
+def test_log_likelihoods_and_best_paths_equal_hmmlearn(leaf: Leaf, seed: int) -> None:
     circuit = chain(leaf, seed)
     x = rows_of(chain(leaf, seed + 10), seed)
     peer = peer_of(circuit)
@@ -73,7 +73,7 @@ def test_log_likelihoods_and_best_paths(leaf: Leaf, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_scans_of_rows_are_log_likelihoods(seed: int) -> None:
+def test_scans_of_rows_equal_log_likelihoods(seed: int) -> None:
     circuit = chain(Categorical(VALUES), seed)
     x = rows_of(circuit, seed)
     prior, steps, leaves = tables(circuit)
@@ -87,7 +87,7 @@ def test_scans_of_rows_are_log_likelihoods(seed: int) -> None:
 @pytest.mark.parametrize("ragged", [False, True], ids=["one length", "many lengths"])
 @pytest.mark.parametrize("leaf", [Categorical(VALUES), Gaussian()], ids=["categorical", "gaussian"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_step_of_em_is_a_step_of_baum_welch(leaf: Leaf, seed: int, ragged: bool) -> None:
+def test_em_step_equals_a_baum_welch_step(leaf: Leaf, seed: int, ragged: bool) -> None:
     circuit = chain(leaf, seed)
     x = rows_of(chain(leaf, seed + 20), seed)
     lengths = [1 + i % STEPS if ragged else STEPS for i in range(ROWS)]

@@ -1,7 +1,7 @@
-"""What PEFT promises of its LoRA layers holds after ``from_peft``, family by family.
+"""Properties of PEFT's LoRA layers after ``from_peft``, for each model family.
 
-The laws follow PEFT's own tests of its LoRA layers. PEFT computes what is expected, in float64,
-where it and we differ by a few roundings only; what PEFT does to the bit, we do to the bit.
+The laws follow PEFT's own tests of its LoRA layers. If results may differ by a few roundings, the
+expected values are PEFT's in float64. Results that PEFT keeps bit for bit are compared bit for bit.
 """
 
 import copy
@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-peft = pytest.importorskip("peft", reason="the oracle of these laws is PEFT itself")
+peft = pytest.importorskip("peft", reason="compares with PEFT")
 
-from peft.helpers import rescale_adapter_scale  # noqa: E402  # only where peft is
+from peft.helpers import rescale_adapter_scale  # noqa: E402  # only if peft is installed
 from peft.utils.hotswap import hotswap_adapter  # noqa: E402
 from tiny import MARKS, T5, TEXT, VOCAB, make_model, maker  # noqa: E402
 
@@ -27,7 +27,7 @@ from lora_ext.interop.peft._layers import FusedLinear  # noqa: E402
 
 pytestmark = pytest.mark.hosts
 
-CLOSE = 1e-11  # of the largest entry: some hundred roundings of float64
+CLOSE = 1e-11  # relative to the largest entry: some hundred float64 roundings
 IDS = torch.randint(2, VOCAB, (4, 6), generator=torch.Generator().manual_seed(5))
 NAMES = ["red", "__base__", "green", "red"]
 
@@ -42,11 +42,11 @@ TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
     "gpt2": ["c_attn", "c_fc"],
     "bert": ["query", "dense"],
-    "opt": ["q_proj", "out_proj"],  # fc1 sees rows without their sequences
+    "opt": ["q_proj", "out_proj"],  # fc1 gets rows without their sequences.
     "t5": ["q", "v", "wo"],
 }
 BY_NAME = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "adapter_names": NAMES}
-WRITERS = ["llama", "gpt2", "opt", "t5"]  # that generate
+WRITERS = ["llama", "gpt2", "opt", "t5"]  # models that can generate
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True, "lora_alpha": 5},
@@ -65,16 +65,16 @@ def base_model(family: str) -> Any:
 
 def config_of(family: str, rank: int = 4, **fields: Any) -> Any:
     settings = {"r": rank, "target_modules": TARGETS[family], "init_lora_weights": False, **fields}
-    for pattern in ("rank_pattern", "alpha_pattern"):  # the first and second target
+    for pattern in ("rank_pattern", "alpha_pattern"):  # for the first and second target
         found = settings.get(pattern, {})
         settings[pattern] = {TARGETS[family][int(i)]: value for i, value in found.items()}
     return peft.LoraConfig(**settings)
 
 
 def theirs_of(family: str, **fields: Any) -> Any:
-    """Two adapters in PEFT's own layers, as PEFT draws them."""
+    """Return two adapters in PEFT's layers, with PEFT's random values."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT speaks of the weights that Conv1D stores turned
+        warnings.simplefilter("ignore")  # PEFT warns about the transposed weights of Conv1D.
         model = peft.get_peft_model(base_model(family), config_of(family, **fields), "red")
         model.add_adapter("green", config_of(family, rank=6))
     return model.double().eval()
@@ -115,7 +115,7 @@ def assert_same_gradients(ours: Any, theirs: Any, **options: Any) -> None:
 
 @every_kind
 @every_family
-def test_output_and_gradients_of_each_adapter_and_of_both(family: str, kind: str) -> None:
+def test_output_and_gradients_of_one_and_both_adapters_equal_peft(family: str, kind: str) -> None:
     theirs, ours = pair(family, **KINDS[kind])
     for names in (["red"], ["green"], ["red", "green"]):
         for model in (theirs, ours):
@@ -126,7 +126,7 @@ def test_output_and_gradients_of_each_adapter_and_of_both(family: str, kind: str
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @every_family
-def test_a_fresh_adapter_gives_the_bits_that_pefts_gives(family: str, dora: bool) -> None:
+def test_fresh_adapter_has_the_bits_of_peft(family: str, dora: bool) -> None:
     config = config_of(family, use_dora=dora, init_lora_weights=True)
     theirs = peft.get_peft_model(base_model(family), config).eval()
     expected = run(theirs)
@@ -136,7 +136,7 @@ def test_a_fresh_adapter_gives_the_bits_that_pefts_gives(family: str, dora: bool
 
 
 @every_family
-def test_disabled_rescaled_and_named_adapters_are_those_of_peft(family: str) -> None:
+def test_disabled_rescaled_and_named_adapters_equal_peft(family: str) -> None:
     theirs, ours = pair(family)
     before = run(ours)
     with theirs.disable_adapter():
@@ -161,7 +161,7 @@ def test_disabled_rescaled_and_named_adapters_are_those_of_peft(family: str) -> 
 
 
 @every_family
-def test_bfloat16_autocast_is_as_exact_as_pefts(family: str) -> None:
+def test_bfloat16_autocast_is_as_exact_as_peft(family: str) -> None:
     theirs, ours = pair(family)
     exact = run(theirs)
     for model in (theirs, ours):
@@ -175,12 +175,12 @@ def test_bfloat16_autocast_is_as_exact_as_pefts(family: str) -> None:
 
 @every_kind
 @every_family
-def test_merged_is_what_it_was_apart_and_unmerged_again(family: str, kind: str) -> None:
+def test_merging_keeps_the_output_and_unmerging_restores_it(family: str, kind: str) -> None:
     theirs, ours = pair(family, **KINDS[kind])
     apart = run(ours)
     for model in (theirs, ours):
         model.merge_adapter()
-    assert torch.equal(run(ours), run(theirs))  # PEFT's own code on the same weights
+    assert torch.equal(run(ours), run(theirs))  # PEFT's code runs on the same weights.
     assert_close(run(ours), apart)
     for model in (theirs, ours):
         model.unmerge_adapter()
@@ -192,7 +192,9 @@ def test_merged_is_what_it_was_apart_and_unmerged_again(family: str, kind: str) 
 
 @every_kind
 @every_family
-def test_saved_and_loaded_it_computes_the_same_bits(family: str, kind: str, tmp_path: Path) -> None:
+def test_saved_and_loaded_adapters_compute_the_same_bits(
+    family: str, kind: str, tmp_path: Path
+) -> None:
     _, ours = pair(family, **KINDS[kind])
     ours.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(base_model(family), tmp_path / "red", "red")
@@ -205,7 +207,7 @@ def test_saved_and_loaded_it_computes_the_same_bits(family: str, kind: str, tmp_
 
 
 @every_family
-def test_adapters_come_and_go(family: str) -> None:
+def test_adapters_are_added_and_deleted_as_in_peft(family: str) -> None:
     theirs, ours = pair(family)
     for model in (theirs, ours):
         torch.manual_seed(3)
@@ -225,7 +227,7 @@ def test_adapters_come_and_go(family: str) -> None:
 
 
 @every_family
-def test_a_swapped_adapter_is_the_one_it_was_swapped_for(family: str, tmp_path: Path) -> None:
+def test_swapped_adapter_equals_its_replacement(family: str, tmp_path: Path) -> None:
     _, ours = pair(family)
     torch.manual_seed(7)
     other = peft.get_peft_model(base_model(family), config_of(family)).double().eval()
@@ -235,14 +237,14 @@ def test_a_swapped_adapter_is_the_one_it_was_swapped_for(family: str, tmp_path: 
     assert_close(run(ours), run(other))
 
 
-def test_of_excluded_and_of_other_layers_none_is_taken() -> None:
+def test_excluded_and_other_layers_are_not_replaced() -> None:
     config = config_of("llama", exclude_modules=r".*v_proj", layers_to_transform=[1])
     ours = lora_ext.from_peft(peft.get_peft_model(base_model("llama"), config))
     prefix = "base_model.model.model.layers.1"
     assert set(report(ours).taken) == {f"{prefix}.self_attn.q_proj", f"{prefix}.mlp.down_proj"}
 
 
-def test_replicated_and_injected_layers_have_adapters_of_their_own() -> None:
+def test_replicated_and_injected_layers_have_separate_adapters() -> None:
     config = config_of("llama", layer_replication=[[0, 2], [1, 2]])
     theirs = peft.get_peft_model(base_model("llama"), config).double().eval()
     ours = lora_ext.from_peft(copy.deepcopy(theirs))
@@ -264,7 +266,8 @@ def test_replicated_and_injected_layers_have_adapters_of_their_own() -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(family: str, reentrant: bool) -> None:
     theirs, ours = pair(family)
     for model in (theirs, ours):
-        for layer in model.modules():  # transformers checkpoints in training, which drops out
+        # transformers checkpoints only in training mode, which has dropout.
+        for layer in model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0
             for name in ("dropout_prob", "dropout"):
@@ -278,7 +281,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, reentrant:
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", WRITERS)
-def test_generates_by_name_what_peft_generates(family: str, beams: int) -> None:
+def test_generation_by_name_equals_peft(family: str, beams: int) -> None:
     theirs, ours = pair(family)
     options = {**BY_NAME, "max_new_tokens": 5, "num_beams": beams, "do_sample": False}
     found = ours.generate(**options)
@@ -291,7 +294,7 @@ def test_generates_by_name_what_peft_generates(family: str, beams: int) -> None:
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_several_samples_by_name_are_refused_where_peft_refuses(family: str) -> None:
+def test_several_samples_by_name_raise_as_in_peft(family: str) -> None:
     theirs, ours = pair(family)
     messages = []
     for model in (theirs, ours):

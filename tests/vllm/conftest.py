@@ -1,4 +1,4 @@
-"""Engines of vLLM, where it is installed: `make vllm` makes an environment and runs these tests."""
+"""Engines of vLLM, if it is installed: `make vllm` makes an environment and runs these tests."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # This folder, on the path for its helpers, would itself pass for a package named vllm.
+    # This folder is on the path for its helpers, so it would be found as a package named vllm.
     spec = importlib.util.find_spec("vllm")
     if spec is not None and spec.origin is not None:
         return
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the model `base`, a classifier, and adapters."""
+    """Return a folder with the model `base`, a classifier, and adapters."""
     import served_llama
 
     made = tmp_path_factory.mktemp("llama")
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def peft_model(folder: Path) -> Any:
-    """The same through transformers and PEFT."""
+    """Return the same model with the same adapters in transformers and PEFT."""
     import served_llama
 
     return served_llama.Reference(folder)
@@ -52,8 +52,8 @@ def _environment(processes: bool) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def make_engine(folder: Path) -> Iterator[Callable]:
-    """``make_engine(**options)``: a block with an engine in this process, with the kernels that
-    LORA_EXT_VLLM chooses by default."""
+    """Yield ``make_engine(**options)``: a block with an engine in this process and the kernels that
+    LORA_EXT_VLLM selects by default."""
     import served_llama
 
     with _environment(processes=False):
@@ -62,7 +62,7 @@ def make_engine(folder: Path) -> Iterator[Callable]:
 
 @pytest.fixture
 def make_processes(folder: Path) -> Iterator[Callable]:
-    """The same with the engine and its workers in processes of their own, as vLLM has it."""
+    """Yield a function for engines in separate processes, which is vLLM's default."""
     import served_llama
 
     with _environment(processes=True):
@@ -71,6 +71,6 @@ def make_processes(folder: Path) -> Iterator[Callable]:
 
 @pytest.fixture(scope="module")
 def engine(make_engine: Callable) -> Iterator[Any]:
-    """Four slots, more adapters than that, rank 16 at most."""
+    """Yield an engine with four slots, fewer than the adapters, and rank 16 at most."""
     with make_engine() as made:
         yield made

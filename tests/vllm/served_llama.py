@@ -19,7 +19,7 @@ from torch import Tensor
 
 VOCABULARY = 97
 RANKS = {"a": 4, "b": 8, "c": 3, "d": 16, "e": 8, "f": 5}
-# Another set of modules: the output head and the embedding among them.
+# Another set of modules, which includes the output head and the embedding.
 HEAD = {"r": 8, "target_modules": ["q_proj", "down_proj", "lm_head", "embed_tokens"]}
 ADAPTERS = {name: {"r": r, "target_modules": "all-linear"} for name, r in RANKS.items()} | {
     "head": HEAD,
@@ -46,7 +46,7 @@ def config(**changes: Any) -> transformers.LlamaConfig:
 
 
 def filled(model: torch.nn.Module, seed: int, only: str = "") -> Any:
-    """Give the matrices whose names contain ``only`` values that make answers differ."""
+    """Set the matrices with ``only`` in their name to values for which answers differ."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() > 1 and only in name:
@@ -57,7 +57,7 @@ def filled(model: torch.nn.Module, seed: int, only: str = "") -> Any:
 def save_adapter(base: Path, to: Path, options: dict[str, Any], seed: int) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     adapted = peft.get_peft_model(model, peft.LoraConfig(lora_alpha=16, **options))
-    # Not the base embedding, which vLLM does not read, and PEFT would add on its own.
+    # Leave out the base embedding, which vLLM does not read and PEFT would add.
     filled(adapted, seed, only="lora_").save_pretrained(to, save_embedding_layers=False)
 
 
@@ -83,7 +83,7 @@ def make(folder: Path) -> None:
     save_tokenizer(folder / "classifier")
     for seed, (name, options) in enumerate(ADAPTERS.items(), 1):
         save_adapter(base, folder / name, options, seed)
-    # An adapter that comes in place of another one.
+    # This adapter replaces another one.
     save_adapter(base, folder / "a2", ADAPTERS["b"], seed=50)
     shutil.copytree(folder / "a", folder / "changing")
     for name, source in ACTIVATED.items():
@@ -92,7 +92,7 @@ def make(folder: Path) -> None:
 
 
 def activate(folder: Path, invocation: list[int]) -> None:
-    """Let an adapter begin where these tokens stand for the last time in a prompt."""
+    """Make an adapter start at the last occurrence of these tokens in a prompt."""
     path = folder / "adapter_config.json"
     own = {"alora_invocation_tokens": invocation, "task_type": "CAUSAL_LM"}
     path.write_text(json.dumps(json.loads(path.read_text()) | own))
@@ -113,12 +113,12 @@ class Reference:
         return self._as(name, self._model, ids).logits[0]
 
     def logprobs(self, name: str | None, ids: Sequence[int]) -> Tensor:
-        """``(len(ids), V)``: of what follows each token."""
+        """Return the log-probabilities of the token after each token, ``(len(ids), V)``."""
         return self.logits(name, ids).log_softmax(-1)
 
     @torch.no_grad()
     def embedding(self, name: str | None, ids: Sequence[int]) -> Tensor:
-        """The last token's hidden state, of length one."""
+        """Return the last token's hidden state, normalized to length one."""
         found = self._as(name, self._model.base_model.model.model, ids).last_hidden_state[0, -1]
         return found / found.norm()
 
@@ -130,7 +130,7 @@ class Reference:
         return module(input_ids=torch.tensor([ids]))
 
     def check(self, answers: Sequence[Answer], names: Sequence[str | None], atol: float) -> None:
-        """Every row has the log-probabilities of its adapter, and the tokens that follow."""
+        """Check that every row has the log-probabilities and tokens of its adapter."""
         for answer, name in zip(answers, names, strict=True):
             whole = [*answer.prompt, *answer.tokens]
             wanted = self.logprobs(name, whole)[len(answer.prompt) - 1 : -1]
@@ -139,13 +139,14 @@ class Reference:
 
 
 class ActivatedReference(Reference):
-    """With the activated adapters, beside an ordinary one."""
+    """PEFT's answers with the activated adapters and an ordinary one."""
 
     def __init__(self, folder: Path):
-        super().__init__(folder, names=[*ACTIVATED, "b"])  # the first one's task makes the hooks
+        # The task of the first one makes the hooks.
+        super().__init__(folder, names=[*ACTIVATED, "b"])
 
     def check(self, answers: Sequence[Answer], names: Sequence[str | None], atol: float) -> None:
-        """PEFT looks for the invocation in what it is given, answers included: there are none."""
+        """Check the answers; they may not contain the invocation, since PEFT searches them too."""
         for answer in answers:
             written = [answer.prompt[-1], *answer.tokens]
             assert tuple(INVOCATION) not in itertools.pairwise(written)
@@ -153,7 +154,7 @@ class ActivatedReference(Reference):
 
 
 class Answer:
-    """One row's new tokens and the ``(tokens, V)`` log-probabilities that they were taken from."""
+    """New tokens of one row, and their ``(tokens, V)`` log-probabilities."""
 
     def __init__(self, output: Any):
         self.prompt = list(output.prompt_token_ids)
@@ -163,7 +164,7 @@ class Answer:
 
 
 def table(logprobs: Sequence[Any]) -> Tensor:
-    """vLLM's dictionaries as a matrix."""
+    """Return vLLM's dictionaries as a matrix."""
     out = torch.full((len(logprobs), VOCABULARY), torch.nan)
     for row, found in zip(out, logprobs, strict=True):
         for token, value in found.items():
@@ -188,7 +189,7 @@ class Engine:
     def run(
         self, names: Sequence[str | None], prompts: Any = None, new: int = 6, **sampling: Any
     ) -> list[Answer]:
-        """Greedy answers to one prompt per name."""
+        """Return greedy answers to one prompt per name."""
         from vllm import SamplingParams
 
         how = {"temperature": 0, "max_tokens": new, "ignore_eos": True, "logprobs": VOCABULARY}
@@ -199,14 +200,14 @@ class Engine:
     def ask(
         self, what: str, names: Sequence[str | None], *how: Any, prompts: Any = PROMPTS
     ) -> list[Any]:
-        """What the engine's method of this name gives for a prompt and an adapter per row."""
+        """Return the result of an engine method for one prompt and one adapter per row."""
         rows = [{"prompt_token_ids": list(p)} for p, _ in zip(prompts, names, strict=False)]
         requests = [self.request(name) for name in names]
         return getattr(self.llm, what)(rows, *how, lora_request=requests, use_tqdm=False)
 
     @property
     def runner(self) -> Any:
-        core = self.llm.llm_engine.engine_core.engine_core  # of this very process
+        core = self.llm.llm_engine.engine_core.engine_core  # in this process
         return core.model_executor.driver_worker.worker.model_runner
 
     @property
@@ -219,8 +220,10 @@ class Engine:
         return wrapper
 
     def forget(self) -> None:
-        """Empty all slots, and the memory of prompts. vLLM leaves removed adapters where they are,
-        and its own kernels give those of the last slot to rows of the base."""
+        """Clear all slots and the prefix cache.
+
+        vLLM keeps removed adapters in place, and its kernels apply the last slot's to base rows.
+        """
         self.manager.remove_all_adapters()
         for module in self.manager.modules.values():
             for slot in range(self.manager.lora_slots):
@@ -229,7 +232,7 @@ class Engine:
 
     @contextlib.contextmanager
     def theirs(self) -> Iterator[None]:
-        """vLLM's own kernels, in this very engine."""
+        """Use vLLM's kernels in this engine."""
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
         own = [name for name in vars(PunicaWrapperCPU) if name.startswith("add_")]
@@ -246,7 +249,7 @@ class Engine:
 
 @contextlib.contextmanager
 def started(folder: Path, model: str = "base", **options: Any) -> Iterator[Engine]:
-    """An engine in this process, small enough to start within seconds."""
+    """Yield an engine in this process, small enough to start within seconds."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 

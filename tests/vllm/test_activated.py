@@ -7,7 +7,7 @@ import torch
 from served_llama import ActivatedReference, activate
 
 ATOL = 3e-4  # as in test_against_peft.py
-SHARED = [2 + i % 30 for i in range(70)]  # a block of the cache has 32 tokens
+SHARED = [2 + i % 30 for i in range(70)]  # A block of the cache has 32 tokens.
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,11 @@ def test_blocks_before_the_start_are_shared_and_later_ones_are_not(engine, refer
     early = [*SHARED[:40], 40, 41, *SHARED[40:]]
     order = [
         (None, [*SHARED, 5], 0),
-        ("alora", late, 64),  # two blocks of the base model's
+        ("alora", late, 64),  # two blocks of the base model
         ("alora2", late, 64),
         ("alora", early, 32),
         ("alora", [*early, 6, 40, 41, 8], 32),  # the same tokens in its first block, another start
-        ("alora", early, 64),  # and its own again
+        ("alora", early, 64),  # the first prompt of this adapter again
         (None, late, 64),
         ("b", late, 0),
     ]
@@ -41,14 +41,14 @@ def test_blocks_before_the_start_are_shared_and_later_ones_are_not(engine, refer
         assert answers[0].cached == cached, (name, prompt)
 
 
-def test_a_prompt_in_chunks(engine, reference):
+def test_prompt_in_chunks_equals_peft(engine, reference):
     engine.forget()
     prompts = [[*SHARED, *SHARED[:20], 40, 41, 3], [*SHARED[:63], 40, 41, *SHARED[:9]]]
     names = ["alora", "alora2"]
     reference.check(engine.run(names, prompts), names, ATOL)
 
 
-def test_what_cannot_be_answered_is_refused_and_the_rest_goes_on(engine, reference):
+def test_invalid_prompts_raise_and_the_others_are_answered(engine, reference):
     with pytest.raises(ValueError, match=r"'alora'.*its invocation \[40, 41\], found none"):
         engine.run(["alora"], [[5, 6, 7]])
     with pytest.raises(ValueError, match="prompt_logprobs None"):
@@ -56,7 +56,7 @@ def test_what_cannot_be_answered_is_refused_and_the_rest_goes_on(engine, referen
     reference.check(engine.run(["alora"], [[5, 6, 40, 41, 7]]), ["alora"], ATOL)
 
 
-def test_a_folder_whose_invocation_changes_is_another_load(engine, folder, reference):
+def test_folder_with_a_changed_invocation_is_loaded_again(engine, folder, reference):
     from vllm.lora.request import LoRARequest
 
     moved = folder / "moved"

@@ -1,4 +1,4 @@
-"""Rows of many adapters through one engine, against PEFT row by row and vLLM's own kernels."""
+"""Rows of many adapters in one engine, against PEFT row by row and vLLM's kernels."""
 
 import shutil
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from served_llama import PROMPTS, VOCABULARY, Answer, table
 
-# float32, two layers: the largest difference seen against PEFT is 5e-5 where |logprob| reaches 30.
+# float32, two layers: the largest difference measured against PEFT is 5e-5, at |logprob| of 30.
 ATOL = 3e-4
 FULL = ["a", "b", "c", "d", "a", "b"]
 HALF = ["a", None, "c", None, "b", None]
@@ -17,7 +17,7 @@ def emptied(engine):
     engine.forget()
 
 
-def test_the_plug_in_is_in_use(engine):
+def test_plugin_is_in_use(engine):
     assert type(engine.wrapper).__name__ == "LoraExtWrapperCPU"
 
 
@@ -32,57 +32,58 @@ def test_rows_equal_peft_and_vllms_kernels(names, engine, peft_model):
         assert mine.tokens == other.tokens
 
 
-def test_true_ranks_are_in_use(engine):
+def test_true_ranks_are_used(engine):
     engine.run(["a", "b", "c", "d"])
     slots = {name: engine.manager.lora_index_to_id.index(i) for i, name in enumerate("abcd", 1)}
     met = list(engine.wrapper._stacks._met.values())
     assert len(met) >= 2 * 7
     for stack in met:
         found = [int(stack.ranks[slots[name]]) for name in "abcd"]
-        assert found in ([4, 8, 3, 16], [0] * 4)  # zeros: the output head, which none touches
+        assert found in ([4, 8, 3, 16], [0] * 4)  # Zeros: no adapter changes the output head.
 
 
-def test_rows_of_the_base_where_all_slots_are_full(engine, peft_model):
+def test_base_rows_are_correct_if_all_slots_are_full(engine, peft_model):
     names = [None, "a", "b", None, "c", "d"]
     peft_model.check(engine.run(names), names, ATOL)
 
 
-def test_rows_of_the_base_after_the_last_slots_adapter_was_removed(engine, peft_model):
+def test_base_rows_are_correct_after_the_last_slot_was_removed(engine, peft_model):
     engine.run(["a", "b", "c", "d"])
     engine.llm.llm_engine.remove_lora(4)
     peft_model.check(engine.run([None, "a"]), [None, "a"], ATOL)
 
 
-def test_heads_and_embeddings_of_some_rows(engine, peft_model):
+def test_heads_and_embeddings_of_some_rows_equal_peft(engine, peft_model):
     names = ["head", "a", None, "head2", "d", "head"]
     peft_model.check(engine.run(names), names, ATOL)
     peft_model.check(engine.run(names[::-1]), names[::-1], ATOL)
 
 
-def test_more_adapters_than_slots(engine, peft_model):
+def test_more_adapters_than_slots_equal_peft(engine, peft_model):
     for names in (["a", "b", "c", "d"], ["e", "f", "b", None], ["a", "e", None, "c"], ["d", "f"]):
         peft_model.check(engine.run(names), names, ATOL)
     everyone = ["a", "b", "c", "d", "e", "f", "head", None] * 2  # in turns, as slots become free
     peft_model.check(engine.run(everyone), everyone, ATOL)
 
 
-def test_an_adapter_is_replaced_in_place(engine, peft_model, folder):
+def test_adapter_is_replaced_in_place(engine, peft_model, folder):
     names = ["changing", None, "b"]
     peft_model.check(engine.run(names), ["a", None, "b"], ATOL)
     shutil.copytree(folder / "a2", folder / "changing", dirs_exist_ok=True)
     assert engine.llm.llm_engine.add_lora(engine.request("changing", load_inplace=True))
-    assert engine.llm.reset_prefix_cache()  # blocks are keyed by the adapter's name
-    peft_model.check(engine.run(names), ["a2", None, "b"], ATOL)  # another rank, too
+    assert engine.llm.reset_prefix_cache()  # Blocks have the adapter's name in their key.
+    # The new adapter has another rank.
+    peft_model.check(engine.run(names), ["a2", None, "b"], ATOL)
 
 
-def test_long_prompts_in_chunks(engine, peft_model):
-    names = ["a", None, "d", "head"]  # 64 tokens fit in a step
+def test_long_prompts_in_chunks_equal_peft(engine, peft_model):
+    names = ["a", None, "d", "head"]  # A step has room for 64 tokens.
     prompts = [[2 + (7 * i + k) % 90 for i in range(90)] for k in range(4)]
     peft_model.check(engine.run(names, prompts), names, ATOL)
 
 
 def test_cached_prefixes_are_those_of_the_adapter(engine, peft_model):
-    prompts = [[2 + i % 90 for i in range(100)]] * 3  # a block of the cache has 32 tokens
+    prompts = [[2 + i % 90 for i in range(100)]] * 3  # A block of the cache has 32 tokens.
     for names, cached in ((["a", "b", None], 0), (["b", None, "a"], 96)):
         answers = engine.run(names, prompts)
         peft_model.check(answers, names, ATOL)
@@ -90,7 +91,7 @@ def test_cached_prefixes_are_those_of_the_adapter(engine, peft_model):
 
 
 @pytest.mark.parametrize("names", [["a", "b", None], ["head", "head2", None, "a"], ["head"] * 2])
-def test_log_probabilities_of_prompts(names, engine, peft_model):
+def test_log_probabilities_of_prompts_equal_peft(names, engine, peft_model):
     from vllm import SamplingParams
 
     how = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=VOCABULARY)
@@ -100,7 +101,7 @@ def test_log_probabilities_of_prompts(names, engine, peft_model):
         torch.testing.assert_close(found, wanted, rtol=0, atol=ATOL)
 
 
-def test_beam_search_has_one_adapter_per_prompt(engine, peft_model):
+def test_beam_search_uses_one_adapter_per_prompt(engine, peft_model):
     from vllm.sampling_params import BeamSearchParams
 
     names = ["a", None, "d"]
@@ -116,7 +117,7 @@ def test_beam_search_has_one_adapter_per_prompt(engine, peft_model):
             assert abs(float(chosen.sum()) - beam.cum_logprob) < 10 * ATOL
 
 
-def test_several_samples_of_a_prompt_have_its_adapter(engine, peft_model):
+def test_several_samples_of_a_prompt_use_its_adapter(engine, peft_model):
     from vllm import SamplingParams
 
     names = ["c", None, "a"]
@@ -131,7 +132,7 @@ def test_several_samples_of_a_prompt_have_its_adapter(engine, peft_model):
             torch.testing.assert_close(torch.tensor(found), chosen, rtol=0, atol=ATOL)
 
 
-def test_chat_has_one_adapter_per_conversation(engine, peft_model):
+def test_chat_uses_one_adapter_per_conversation(engine, peft_model):
     from vllm import SamplingParams
 
     names = ["b", None, "c"]

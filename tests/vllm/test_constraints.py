@@ -1,4 +1,4 @@
-"""Constraints of requests in vLLM's own engine, beside adapters."""
+"""Constraints of requests in vLLM's engine, beside adapters."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 from lora_ext.interop.vllm._constraints import KEY, PROCESSOR
 
-# A token is its letters, so a text is its tokens' letters side by side; token 2 ends it.
+# A text is the concatenation of its tokens' letters; token 2 ends it.
 FORMS = {
     r"(w[3-9]){2}w1[0-9]": {"regex": "(w[3-9]){2}w1[0-9]"},
     r"(w7w8|w9)": {"choice": ["w7w8", "w9"]},
@@ -17,7 +17,7 @@ PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14], [17, 18]]
 
 
 def asked(engine, forms, **more):
-    """Texts, and tokens, of requests with a form or None each."""
+    """Return texts and tokens of requests with a form or None each."""
     from vllm import SamplingParams
 
     how = [
@@ -44,17 +44,17 @@ def engine(make_engine):
 
 
 @pytest.mark.parametrize("warm", [0.0, 1.0, 1.7])
-def test_every_row_holds_to_its_form_beside_its_adapter(engine, warm):
+def test_every_row_satisfies_its_form_beside_its_adapter(engine, warm):
     (plain,) = asked(engine, [None], temperature=warm)
     forms = [None, *FORMS]
     found = asked(engine, [None, *FORMS.values()], temperature=warm)
     check(found[1:], forms[1:])
     if warm == 0:
-        assert found[0] == plain  # who shares the batch has a form, this row has none
+        assert found[0] == plain  # This row has no form, unlike the others of its batch.
     assert len({tuple(t) for _, t in found}) == 4
 
 
-def test_a_form_that_does_not_fit_is_refused_and_the_engine_serves_on(engine):
+def test_form_that_does_not_fit_raises_and_the_engine_keeps_working(engine):
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
@@ -67,6 +67,6 @@ def test_a_form_that_does_not_fit_is_refused_and_the_engine_serves_on(engine):
     check(asked(engine, FORMS.values()), FORMS)
 
 
-def test_an_engine_without_the_processor_takes_no_form(make_engine):
+def test_engine_without_the_processor_rejects_forms(make_engine):
     with make_engine() as made, pytest.raises(ValueError, match=r"expected logits_processors=\["):
         asked(made, FORMS.values())

@@ -1,4 +1,4 @@
-"""Engines of other kinds, one for each test: another dtype, compilation, no generation at all."""
+"""Engines with other settings, one for each test: another dtype, compilation, no generation."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ import transformers
 from served_llama import PROMPTS, Reference
 
 ATOL = 3e-4  # as in test_against_peft.py
-NAMES = ["a", None, "b", "d", "c", None]  # all four slots are full
+NAMES = ["a", None, "b", "d", "c", None]  # All four slots are full.
 
 
-def test_bfloat16_is_as_close_to_peft_as_vllms_own_kernels(make_engine, peft_model):
-    """Rounding of a whole model in bfloat16 decides about tokens, so the first logits count."""
+def test_bfloat16_is_as_close_to_peft_as_the_vllm_kernels(make_engine, peft_model):
+    """Check the first logits, because bfloat16 rounding of a whole model changes later tokens."""
     with make_engine(dtype="bfloat16") as engine:
         names = ["a", "b", "c", "d"]
         ours = torch.stack([answer.logprobs[0] for answer in engine.run(names, new=1)])
@@ -22,19 +22,19 @@ def test_bfloat16_is_as_close_to_peft_as_vllms_own_kernels(make_engine, peft_mod
     )
     error, other = (ours - wanted).abs().mean(), (theirs - wanted).abs().mean()
     effect = (wanted - peft_model.logprobs(None, PROMPTS[0])[-1]).abs().mean()
-    print(f"mean error {error:.4f}, of vLLM's kernels {other:.4f}, of no adapter {effect:.4f}")
+    print(f"mean error {error:.4f}, of vLLM's kernels {other:.4f}, without adapter {effect:.4f}")
     assert error < 1.5 * other and error < 0.05 * effect
     assert (base[0] - peft_model.logprobs(None, PROMPTS[1])[-1]).abs().mean() < 1.5 * other
 
 
-def test_an_engine_that_may_compile_gives_the_same(make_engine, peft_model):
-    """With LoRA, vLLM compiles nothing on the CPU; graphs are tested beside the updates."""
+def test_engine_that_may_compile_gives_the_same_results(make_engine, peft_model):
+    """Check an engine only: with LoRA, vLLM compiles nothing on the CPU."""
     with make_engine(enforce_eager=False) as engine:
         assert int(engine.runner.compilation_config.mode) == 0
         peft_model.check(engine.run(NAMES), NAMES, ATOL)
 
 
-def test_embeddings_of_prompts_have_their_adapters(make_engine, peft_model):
+def test_embeddings_of_prompts_use_their_adapters(make_engine, peft_model):
     with make_engine(runner="pooling", convert="embed") as engine:
         found = engine.ask("embed", NAMES)
     for output, name, prompt in zip(found, NAMES, PROMPTS, strict=True):
@@ -50,7 +50,7 @@ def peft_classifier(folder):
     return Reference(folder, model, "abcd")
 
 
-def test_classes_of_prompts_have_their_adapters(make_engine, peft_classifier):
+def test_classes_of_prompts_use_their_adapters(make_engine, peft_classifier):
     with make_engine(model="classifier", runner="pooling") as engine:
         found = engine.ask("classify", NAMES)
     for output, name, prompt in zip(found, NAMES, PROMPTS, strict=True):

@@ -1,4 +1,4 @@
-"""The code of docs/vllm.md runs as it stands."""
+"""Run the code of docs/vllm.md."""
 
 import re
 from pathlib import Path

