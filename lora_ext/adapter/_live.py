@@ -106,7 +106,7 @@ def _describe(
         values = {name: getattr(layer, field)[adapter] for name, layer in layers.items()}
         others = [name for name, value in values.items() if not value]
         expected = "the same value in every layer, since PEFT's configuration has one for all"
-        found = f"it off in {others[:4]}"
+        found = f"it off in {', '.join(others[:4])}"
         require(len(others) in (0, len(values)), where, field, expected, found)
         return not others
 
