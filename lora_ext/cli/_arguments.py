@@ -114,7 +114,7 @@ def _add_gpu_report(commands: Any) -> None:
         _gpu_report.gpu_report,
     )
     _add(parser, "--out", "file of the report, e.g. card.json", "FILE", required=True)
-    _add(parser, "--minutes", "limit for the timing", "N", type=float, default=3.0)
+    _add(parser, "--minutes", "minutes for the timing", "N", type=float, default=3.0)
     text = "emu: check on the emulator, if it was built; without times"
     _add(parser, "--backend", text, choices=("cuda", "emu"), default="cuda")
     _add(parser, "--only", "prefixes of op names, separated by commas", "OPS")
@@ -191,7 +191,7 @@ _PRUNE_CHOICES = (  # option, choices with the default first, help
         "distance of the update from its projection, mostly a measure of its size; angle between "
         "them; or cosine with the change by alignment, negative if the update undoes it",
     ),
-    ("reference", ("population", "permutation", "released"), "distances to compare with"),
+    ("reference", ("population", "permutation", "released"), "what a distance is compared with"),
     ("granularity", ("module", "block"), "unit that is scored and pruned"),
     ("projection", ("frobenius", "orthogonal"), "map onto the aligned directions"),
     (
