@@ -34,7 +34,7 @@ from ._scopes import PCStructureError, variables
 class RegionGraph:
     """The regions of a circuit, children before parents.
 
-    The graph does not have to be smooth or decomposable, see :meth:`Circuit.check`.
+    The graph does not have to be smooth or decomposable, see ``Circuit.check``.
 
     Attributes:
         regions: All regions.

@@ -1,12 +1,12 @@
-"""Adapters that begin in mid-sequence: where each row's does, and which tokens have it.
+"""Adapters that begin in mid-sequence: the start in each row, and the tokens that have them.
 
 An activated adapter (aLoRA) serves a row from the last occurrence of its *invocation*, a sequence
 of tokens, in the row's prompt. The tokens before that position, the *start*, are the base model's,
 so their keys and values can be shared with the base model and with other activated adapters.
 
 A start is an absolute position in the tokens of the row, pads included. Token ``t`` of a forward
-with ``past`` tokens in its cache has the adapter iff ``past + t >= start``. So a prompt in chunks,
-a cache and no cache give the same result.
+with ``past`` tokens in its cache has the adapter iff ``past + t >= start``. A prompt in chunks, a
+cache and no cache therefore give the same result.
 
 Source: Greenewald et al. 2025, "Activated LoRA: Fine-tuned LLMs for Intrinsics"; PEFT 0.21.
 """
@@ -46,12 +46,13 @@ class Activated(Assignment):
     is in takes its activations for the whole rows.
 
     Args:
-        entries: an assignment without a tensor, of shape ``()`` or ``(n,)``.
-        invocations: of each name; empty for an adapter that serves all tokens.
-        starts: for each entry, None if the row does not invoke its adapter; None: not known yet.
+        entries: An assignment without a tensor, of shape ``()`` or ``(n,)``.
+        invocations: Invocation of each name; empty for an adapter that serves all tokens.
+        starts: Start of each entry, None if the row does not invoke its adapter. None: not known
+            yet.
         fixed: True if the starts hold for all forwards; False if each prompt sets them anew.
-        length: number of tokens of a row, if all of them were searched for starts.
-        first: the assignment before any start was known.
+        length: Number of tokens of a row, if all of them were searched for starts.
+        first: The assignment before any start was known.
     """
 
     def __init__(
@@ -73,16 +74,17 @@ class Activated(Assignment):
         self._whole_rows: dict[tuple[int, ...], Assignment] = {}
 
     # ---------------------------------------------------------------------------------------------
-    # Starts become known
+    # Starts of prompts and forwards
 
     def of_prompt(self, ids: Tensor | None, origin: int = 0) -> Activated:
         """Return the same assignment with the starts in a prompt, fixed; ``self`` if they are.
 
         Args:
-            ids: ``(B, T)``. origin: number of tokens before them.
+            ids: ``(B, T)``.
+            origin: Number of tokens before them.
 
         Raises:
-            ValueError: If there are no ids, or they have another number of rows.
+            ValueError: If there are no ids, or their number of rows is wrong.
         """
         pending = self.first
         if self.fixed or not pending._may_begin():
@@ -123,7 +125,7 @@ class Activated(Assignment):
         return Activated(entries, self.invocations, starts, fixed, first=self.first)
 
     def _found(self, ids: Tensor, origin: int) -> tuple[int | None, ...]:
-        """Return the start of each entry in its ids."""
+        """Return the start of each entry in the ids of its row."""
         require(ids.dim() == 2, "adapters", "input_ids", "(B, T)", tuple(ids.shape))
         rows = (len(self.entries) if self.shape else len(ids)) * self.repeat
         expected = f"{rows} rows, as there are names"
@@ -146,8 +148,8 @@ class Activated(Assignment):
     def _unknown(self, found: str) -> ValueError:
         names = [name for name, n in zip(self.names, self.invocations, strict=True) if n]
         return ValueError(
-            f"adapters: starts: expected the place where each of {names!r:.200} begins in its row, "
-            f"which its alora_invocation_tokens tell in the prompt, {found}; enter "
+            f"adapters: starts: expected the position at which each of {names!r:.200} begins in "
+            f"its row, found by its alora_invocation_tokens in the prompt, {found}; enter "
             "lora_ext.adapters(names, starts=[...]), or input_ids= with the whole prompts"
         )
 
@@ -179,7 +181,7 @@ class Activated(Assignment):
         tokens.
         """
         if self.starts is None:
-            raise self._unknown("found it where nobody has looked for it")
+            raise self._unknown("found a layer that runs before any prompt was searched")
         pairs = list(zip(self.entries, self.starts, strict=True))
         inside = any(p >= 0 and s is not None and past < s < past + length for p, s in pairs)
         if not inside:
@@ -197,16 +199,16 @@ class Activated(Assignment):
         return Assignment(self.names, table.flatten(), tuple(table.shape))
 
     def ids(self, table: Sequence[int], layout: Layout) -> Tensor:
-        """As of an ordinary assignment, for a layer whose activations are the whole rows."""
+        """Return the ids of :meth:`Assignment.ids` for a layer whose activations are whole rows."""
         leading = layout.leading
         across = leading[:2][::-1] if layout.tokens_first else leading[:2]
         rows = len(self.entries) * self.repeat if self.shape else across[:1].numel()
         length = self.length
-        if length is None:  # a cache may have more tokens: no start may be beyond these
+        if length is None:  # A cache may have more tokens, so no start may be beyond these.
             length = leading.numel() // max(rows, 1) if len(across) < 2 else across[1]
             late = [s for s in self.starts or () if s is not None and s >= max(length, 1)]
             if late:
-                raise self._unknown(f"found place {late[0]} beyond a layer's {length} tokens")
+                raise self._unknown(f"found {late[0]} beyond the {length} tokens of a layer")
         elif across != (rows, length) and leading != (rows * length,):
             if self.starts is not None and any(self.starts):
                 raise ValueError(
@@ -217,14 +219,16 @@ class Activated(Assignment):
         return self.at(0, length, rows).ids(table, layout)
 
     # ---------------------------------------------------------------------------------------------
-    # What generate does to rows
+    # Changes of rows by generate
 
     def times(self, count: int) -> Activated:
-        """Return the same assignment for batches with ``count`` consecutive rows per entry."""
+        """Return the assignment for batches with ``count`` consecutive rows per entry."""
         return self._like(super().times(count), self.starts)
 
     def select(self, rows: Sequence[int], batch: int) -> Assignment:
-        """Return the assignment of some rows of a batch; ``self`` if it names no such batch."""
+        """Return the assignment of some rows of a batch, or ``self`` if the entries are not its
+        rows.
+        """
         chosen, starts = super().select(rows, batch), self.starts
         if chosen is self:
             return self
@@ -236,7 +240,7 @@ class Activated(Assignment):
         return Activated(entries, self.invocations, starts, self.fixed, self.length)
 
     def same_as(self, other: Assignment) -> bool:
-        """Return whether both give every row the same adapter from the same position on."""
+        """Return whether both assign each row the same adapter from the same position on."""
         alike = isinstance(other, Activated) and self.starts == other.starts
         return alike and super().same_as(other)
 
@@ -248,29 +252,31 @@ def begun(
     input_ids: Tensor | None = None,
     starts: Starts = None,
 ) -> Assignment:
-    """Return an assignment of :func:`lora_ext.adapters` with the starts that its call gives.
+    """Return an assignment of :func:`lora_ext.adapters` with the starts from its arguments.
 
-    ``invocations`` are those of the names, empty for ordinary adapters. Names of tokens have no
-    starts and stay as they are.
+    ``invocations`` are those of the names, empty for ordinary adapters. An assignment of tokens has
+    no starts and is returned unchanged.
 
     Raises:
-        ValueError: If more than one of the last three is given, or one does not fit the names.
+        ValueError: If more than one of the last three arguments is given, or one does not fit the
+            names.
     """
     given = {"token_ids": token_ids, "input_ids": input_ids, "starts": starts}
     found = [name for name, value in given.items() if value is not None]
     expected = "at most one of token_ids, input_ids and starts"
-    require(len(found) < 2, "adapters", " and ".join(found), expected, "both")
+    require(len(found) < 2, "adapters", " and ".join(found), expected, len(found))
     if token_ids is not None:
         return assignment
     if len(assignment.shape) > 1:
         if found:
-            expected = "None beside names of tokens, which say it themselves"
-            raise ValueError(f"adapters: {found[0]}: expected {expected}, found some")
+            expected = "None beside names of tokens, which determine the starts"
+            value = given[found[0]]
+            raise ValueError(f"adapters: {found[0]}: expected {expected}, found {value!r:.100}")
         return assignment
     if input_ids is not None:
         check_integers("input_ids", input_ids)
     if not any(invocations) and starts is None:
-        if input_ids is not None:  # raises if the ids do not fit the names
+        if input_ids is not None:  # This raises ValueError if the ids do not fit the names.
             Activated(assignment, invocations)._found(input_ids, 0)
         return assignment
     activated = Activated(assignment, invocations)
@@ -287,14 +293,14 @@ def begun(
 def _checked_starts(
     starts: int | Sequence[int | None], activated: Activated
 ) -> tuple[int | None, ...]:
-    """Return the start of each entry; None of an ordinary adapter becomes its first token."""
+    """Return the start of each entry; for an ordinary adapter None becomes 0."""
     each = [starts] if isinstance(starts, int) else list(starts)
     count = len(activated.entries)
-    expected = f"a place or None for each of {count} names"
+    expected = f"a position or None for each of {count} names"
     require(len(each) == count, "adapters", "starts", expected, len(each))
     for start in each:
         if start is not None:
-            expected = "places (integers from 0 on) or None"
+            expected = "positions (integers of at least 0) or None"
             integer("adapters", "starts", start, 0, expected=expected)
     ordinary = [p < 0 or not activated.invocations[p] for p in activated.entries]
     return tuple(

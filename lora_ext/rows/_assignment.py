@@ -1,4 +1,4 @@
-"""An assignment says which adapter has each row: names or token ids in, adapter ids per row out."""
+"""Assignments of adapters to rows: from names or token ids to adapter ids per row."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ._rows import Kept, Rows, capturing, planned, renumbered, repeated
 Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]]
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-BASE = "__base__"  # PEFT's name for the base model, beside None
+BASE = "__base__"  # PEFT's name of the base model; None is equivalent
 
 # A decode step has one or two shapes; without a KV cache every step brings a new one.
 MAX_SHAPES = 32
 
 
 class Batch(NamedTuple):
-    """Shape of the batch that a model's forward was given."""
+    """Shape of the batch of a model's forward."""
 
     sequences: int
     lengths: frozenset[int]  # in tokens; of encoder and decoder, for example
@@ -40,19 +40,19 @@ class Layout(NamedTuple):
 
 
 class TokensFirstError(ValueError):
-    """The activations have their tokens in the first dimension and the sequences in the second."""
+    """An error: the first dimension of the activations is tokens and the second one sequences."""
 
 
 class Assignment:
     """The adapter of each entry of a block, a call or PEFT's hooks, by name.
 
     Args:
-        names: distinct names of adapters.
-        places: for each entry, the index of its name in ``names``, -1 for the base model; or an
+        names: Distinct names of adapters.
+        places: For each entry, the index of its name in ``names``, -1 for the base model; or an
             int64 tensor of these.
-        shape: what the entries stand for. ``()``: one entry for every row; ``(n,)``: n sequences or
-            rows; ``(B, L)``: each token; for a tensor, the activations' shape without features.
-        repeat: number of consecutive rows of a batch for each entry: beams or returned sequences.
+        shape: Meaning of the entries. ``()``: one entry for all rows; ``(n,)``: n sequences or
+            rows; ``(B, L)``: all tokens; for a tensor, the shape of activations without features.
+        repeat: Number of consecutive rows of a batch per entry: beams or returned sequences.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Assignment:
     ):
         self.names, self.places, self.shape, self.repeat = names, places, shape, repeat
         entries = places.unique().tolist() if isinstance(places, Tensor) else places
-        #: Places that occur.
+        #: Places that occur, without -1.
         self.occurring = frozenset(entries) - {-1}
-        #: What the layers of a step share.
+        #: Tensors that the layers of a step share.
         self.kept = Kept(MAX_SHAPES)
-        # Whether entries were read as one per "sequence" or "row", by activations of which shape.
+        # "sequence" or "row", by which layers have read the entries, and the activations' shape.
         self._readings: dict[str, torch.Size] = {}
 
     @classmethod
@@ -79,50 +79,52 @@ class Assignment:
         if token_ids is None:
             return assignment
         expected = "one list of names beside token_ids"
-        require(len(shape) <= 1, "adapters", "names", expected, "a list of lists")
+        require(len(shape) <= 1, "adapters", "names", expected, f"lists of shape {shape}")
         check_integers("token_ids", token_ids)
         expected = "the activations' shape without features, (B, T) or (rows,)"
-        require(token_ids.dim() != 0, "adapters", "token_ids", expected, "a single number")
+        require(token_ids.dim() != 0, "adapters", "token_ids", expected, tuple(token_ids.shape))
         if token_ids.numel():
             low, high = (int(v) for v in token_ids.aminmax())
             expected, fits = f"ids in [-1, {len(flat)})", -1 <= low and high < len(flat)
             require(fits, "adapters", "token_ids", expected, f"{low} to {high}")
         with torch.inference_mode(False), torch.no_grad():
-            # A copy: the caller may write the next batch into it before the backward of this one.
+            # This copies: the caller may write the next batch into it before this one's backward.
             own = torch.tensor([*assignment.places, -1], device=token_ids.device)
-            places = own[token_ids.long()].flatten()  # -1 reads the last
+            places = own[token_ids.long()].flatten()  # -1 reads the last entry
             return cls(assignment.names, places, tuple(token_ids.shape))
 
     @classmethod
     def of_entries(cls, entries: Sequence[str | None], shape: tuple[int, ...]) -> Assignment:
-        """Return the assignment of a name for each entry; ``shape`` is that of the class."""
+        """Return the assignment of one name per entry; ``shape`` is that of the class."""
         names = tuple(dict.fromkeys(n for n in entries if n is not None and n != BASE))
         place: dict[str | None, int] = {name: i for i, name in enumerate(names)}
         return cls(names, tuple(place.get(name, -1) for name in entries), shape)
 
     def spelled(self) -> list[str]:
-        """Return the name of each entry; the base model's is PEFT's."""
-        names = [*self.names, BASE]  # -1 reads the last
+        """Return the name of each entry; the base model is :data:`BASE`."""
+        names = [*self.names, BASE]  # -1 reads the last name
         return [names[place] for place in self.places]  # pyright: ignore[reportCallIssue]
 
     def each(self) -> list[str]:
-        """Return the names that occur, with the base model's."""
+        """Return the names that occur; the base model is :data:`BASE`."""
         places = set(self.places.tolist() if isinstance(self.places, Tensor) else self.places)
         return [[*self.names, BASE][place] for place in sorted(places)]
 
     def same_as(self, other: Assignment) -> bool:
-        """Return whether both give every row the same adapter; two tensors count as different."""
+        """Return whether both assign each row the same adapter; two tensors count as different."""
         mine, others = self.places, other.places
         if isinstance(mine, Tensor) or isinstance(others, Tensor):
             return self is other
         return (self.names, mine, self.shape) == (other.names, others, other.shape)
 
     def times(self, count: int) -> Assignment:
-        """Return the same assignment for batches with ``count`` consecutive rows per entry."""
+        """Return the assignment for batches with ``count`` consecutive rows per entry."""
         return Assignment(self.names, self.places, self.shape, count)
 
     def select(self, rows: Sequence[int], batch: int) -> Assignment:
-        """Return the assignment of some rows of a batch; ``self`` if it names no such batch."""
+        """Return the assignment of some rows of a batch, or ``self`` if the entries are not its
+        rows.
+        """
         places = self.places
         of_rows = self.shape == (len(places),) and len(places) * self.repeat == batch
         if isinstance(places, Tensor) or not of_rows:
@@ -134,10 +136,10 @@ class Assignment:
     # Rows
 
     def rows_among(self, names: tuple[str, ...], layout: Layout) -> Rows:
-        """Return the rows of a layer whose adapters have these names, made once per layout.
+        """Return the rows of a layer with adapters of these names, computed once per layout.
 
-        A row whose adapter the layer lacks is the base model's: adapters need not reach every
-        layer.
+        The base model serves rows whose adapter the layer lacks: not every layer needs all
+        adapters.
         """
         if compiles():
             return self._rows_among(names, layout)
@@ -159,7 +161,7 @@ class Assignment:
         """
         device = layout.device
         if layout.tokens_first and len(self.shape) == 2:
-            # Entries are (B, L) in every layout: the rows of this one are theirs, transposed.
+            # Entries are (B, L) in every layout; the rows of this one are transposed.
             if layout.leading != self.shape[::-1]:
                 raise self._misfit(layout.leading)
             upright = self.ids(table, Layout(torch.Size(self.shape), device))
@@ -180,7 +182,7 @@ class Assignment:
         return ids if turns == 1 else ids.repeat(turns)
 
     def spread(self, layout: Layout) -> tuple[int, int]:
-        """Return how many consecutive rows each entry has, and how often all of them repeat."""
+        """Return the number of consecutive rows per entry, and how often all of them repeat."""
         leading, batch = layout.leading, layout.batch
         rows, sequences = math.prod(leading), len(self.places) * self.repeat
         if self.shape == ():
@@ -224,9 +226,10 @@ class Assignment:
         return ValueError(f"adapters: names: expected {expected}, {found}")
 
     def _read_as(self, unit: str, leading: torch.Size) -> None:
-        """Note that entries are one per sequence or one per row; raise if they have been both.
+        """Record a reading of the entries as one per sequence or row; raise ValueError after both.
 
-        Rows that all sequences share, such as positions, can be as many as the names by chance.
+        The number of rows that all sequences share, such as positions, can be that of the names by
+        chance.
         """
         readings = {**self._readings, unit: leading}
         if len(self.places) > 1 and len(readings) == 2:
@@ -239,10 +242,10 @@ class Assignment:
         self._readings[unit] = leading
 
     def check_tokens(self, layout: Layout) -> None:
-        """Raise for one list of names beside one row of tokens or positions.
+        """Raise ValueError if the number of names is that of the tokens in a single row.
 
-        All sequences of the names share such positions. If tokens come first, the row has one token
-        of each sequence.
+        This row may be positions that all sequences share. With tokens first, the row is one token
+        of each sequence, which is correct.
         """
         named = len(self.places)
         one_row = self.shape == (named,) != (1,) and layout.leading == (1, named)
@@ -255,7 +258,7 @@ class Assignment:
 
 
 class NamedRows(list[str]):
-    """The names of an assignment as PEFT's ``adapter_names`` has them, with the assignment."""
+    """The names of an assignment in the format of PEFT's ``adapter_names``."""
 
     def __init__(self, assignment: Assignment):
         super().__init__(assignment.spelled())
@@ -270,7 +273,7 @@ def check_integers(argument: str, t: object) -> None:
 
 
 def refuse_singular(where: str, given: Mapping[str, Any]) -> None:
-    """Raise for ``adapter_name``, which a model would ignore like every unknown argument."""
+    """Raise TypeError for ``adapter_name``, which a model would ignore as an unknown argument."""
     if "adapter_name" in given:
         raise TypeError(
             f"{where}: expected adapter_names=, a name or one for each row, found "

@@ -1,6 +1,6 @@
-"""Pools, models that are attached to them, and layers with adapters of their own.
+"""Pools, models that are attached to them, and layers with their own adapters.
 
-``adapters`` blocks find their pool here if the caller gives none.
+An ``adapters`` block without ``pool`` finds its pool here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Pool(Protocol):
         """
 
 
-# No number is given twice: a graph that was compiled for a pool that is gone cannot use another.
+# No number is used twice: a graph compiled for a deleted pool cannot use another pool.
 _handles: weakref.WeakKeyDictionary[Pool, int] = weakref.WeakKeyDictionary()
 _counter = itertools.count()
 
@@ -46,7 +46,7 @@ def pool_handle(pool: Pool) -> int:
     return _handles.setdefault(pool, next(_counter))
 
 
-#: Objects with a ``pool``: what ``attach`` put on models, and layers with adapters of their own.
+#: Objects with a ``pool``: attachments of models, and layers with their own adapters.
 attachments: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -59,7 +59,7 @@ def only_pool() -> Pool:
     """
     pools = {id(a.pool): a.pool for a in attachments}
     if len(pools) > 1:
-        gc.collect()  # unreachable models may wait for the collector
+        gc.collect()  # unreachable models may not be collected yet
         pools = {id(a.pool): a.pool for a in attachments}
     if not pools:
         raise RuntimeError(
@@ -69,20 +69,21 @@ def only_pool() -> Pool:
     if len(pools) > 1:
         raise ValueError(
             f"adapters: pool: expected one of the {len(pools)} pools that have models attached, "
-            "found None (lora_ext.nn.layer_names stands for layers with adapters of their own)"
+            "found None (lora_ext.nn.layer_names is the pool of layers with their own adapters)"
         )
     return next(iter(pools.values()))
 
 
 # -------------------------------------------------------------------------------------------------
-# Layers with adapters of their own
+# Layers with their own adapters
 
 
 class Places(list[int]):
     """Lease of layers with their own adapters: it pins nothing.
 
     Args:
-        places: of the names. invocations: of each name, empty for an adapter of all tokens.
+        places: Indices of the names.
+        invocations: Invocation of each name, empty for an adapter that serves all tokens.
     """
 
     released = False
@@ -98,7 +99,7 @@ class Places(list[int]):
         self.released = True
 
     def renew(self) -> None:
-        """Prepare a backward after the block was left."""
+        """Make the lease valid for a backward after the block was left."""
         self.released = False
 
 
@@ -113,7 +114,7 @@ class LayerNames:
         self.handle = pool_handle(self)
 
     def add(self, layer: Any) -> None:
-        """Register a layer: an object with ``adapter_names`` whose ``pool`` is this."""
+        """Register a layer: an object with ``adapter_names`` and this object as ``pool``."""
         self._layers.add(layer)
         attachments.add(layer)
 

@@ -39,7 +39,7 @@ class Entry:
 
     @property
     def here(self) -> bool:
-        """True if this thread and this very task entered it, not a parent of the task."""
+        """Whether this thread and this task, not a parent of the task, entered the block."""
         same = self._task if self._task is None else self._task()
         return self.thread == threading.get_ident() and same is _current_task()
 
@@ -52,17 +52,17 @@ def _current_task() -> Any:
 
 
 class SlotRows(NamedTuple):
-    """Rows that some of a pool's slots serve, sorted by slot."""
+    """Rows that some slots of a pool serve, sorted by slot."""
 
-    slots: tuple[int, ...]  # those that serve a row, in ascending order
+    slots: tuple[int, ...]  # slots that serve a row, in ascending order
     rows: Tensor  # (D,) int64
-    which: Tensor  # (D,) int64: the index in slots of each of these rows' slot
-    by_slot: tuple[Tensor, ...]  # the rows of each of the slots
+    which: Tensor  # (D,) int64, for each of `rows` the index of its slot in `slots`
+    by_slot: tuple[Tensor, ...]  # the rows of each slot
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One entered ``adapters`` block. Frozen, so that any thread may read it."""
+    """An entered ``adapters`` block. It is frozen, so any thread may read it."""
 
     handle: int  # of the pool
     lease: Any
@@ -88,14 +88,14 @@ class Block:
         """Return the rows of a layer of the pool: ids are slots.
 
         Args:
-            leading: dimensions of the activations before the features, or of token ids.
-            device: of the activations.
+            leading: Dimensions of the activations before the features, or of token ids.
+            device: Device of the activations.
             tokens_first: True if ``leading`` is ``(tokens, sequences, ...)``.
             of_tokens: True for token ids, which may be positions that all sequences share.
 
         Raises:
             ValueError: If the names do not fit ``leading``.
-            RuntimeError: If the block was left and a task or thread still runs inside it.
+            RuntimeError: If the block was left while a task or thread that started in it runs.
         """
         if self.lease.released:
             raise _outlived()
@@ -106,7 +106,7 @@ class Block:
             if rows is not None:
                 return rows
         key = (leading, tokens_first)
-        # A hit makes no layout, which would take a third of its time.
+        # A cache hit makes no layout, which would take a third of its time.
         return self.assignment.kept.get(key, device, self._slot_ids, leading, device, tokens_first)
 
     def rows_among(
@@ -117,7 +117,7 @@ class Block:
         tokens_first: bool = False,
         of_tokens: bool = False,
     ) -> Rows:
-        """Return the rows of a layer with its own adapters: ids count ``names``.
+        """Return the rows of a layer with its own adapters: ids are indices into ``names``.
 
         Other arguments and errors are those of :meth:`rows`.
         """
@@ -129,7 +129,9 @@ class Block:
         return self.assignment.rows_among(names, layout)
 
     def step_rows(self, layout: Layout) -> Rows | None:
-        """Return rows that a captured graph follows; None outside :func:`lora_ext.capturable`."""
+        """Return the rows in the buffers that a captured graph reads; None outside
+        :func:`lora_ext.capturable`.
+        """
         return None if self.step is None else self.step.rows(self.assignment, layout)
 
     def slot_rows(self, slots: Set[int], layout: Layout) -> SlotRows | None:
@@ -196,14 +198,14 @@ def innermost() -> Block | None:
 
 
 def outwards(block: Block | None) -> Iterator[Block]:
-    """Yield a block and those around it."""
+    """Yield a block and its outer blocks, innermost first."""
     while block is not None:
         yield block
         block = block.outer
 
 
 def innermost_of(block: Block | None, handle: int) -> Block | None:
-    """Return the innermost block of a pool: ``block``, or one around it."""
+    """Return the innermost block of a pool among ``block`` and its outer blocks."""
     return next((each for each in outwards(block) if each.handle == handle), None)
 
 
@@ -224,12 +226,13 @@ def current(handle: int, in_graph: bool = False) -> Block | None:
     In a backward that computes a layer again, it is the block of the layer's forward.
 
     Args:
-        handle: of the pool.
+        handle: Number of the pool.
         in_graph: True inside a compiled graph, whose backward has no grad mode.
     """
     block = _block.get()
     task = torch._C._current_graph_task_id()
-    if task >= 0:  # inside a backward, whose thread may be autograd's, without our contextvars
+    # A thread of autograd, which may run a backward, lacks our context variables.
+    if task >= 0:
         return _of_forward(handle, task, block, in_graph)
     # A switch between tasks changes the context without entering or leaving a block.
     if block is not _past.here.last:
@@ -248,7 +251,7 @@ def current(handle: int, in_graph: bool = False) -> Block | None:
 
 
 def untouched(pool: Pool, device: torch.device) -> None:
-    """Tell the capturable step that a layer without adapters ran on ``device``."""
+    """Record in the capturable step that a layer without adapters ran on ``device``."""
     step = _step.get()
     if step is not None and step.pool is pool:
         step.note_capture(device)
@@ -264,8 +267,10 @@ def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> 
             "adapters: expected no reentrant checkpoint inside another, found one: the inner one "
             "has no node in the forward's graph; give use_reentrant=False"
         )
-    if block.lease.released:  # the block was left: pin its adapters until the backward ends, when
-        block.lease.renew()  # autograd calls what is queued
+    if block.lease.released:
+        # The block was left. Its adapters are pinned until autograd calls the queued callback, at
+        # the end of the backward.
+        block.lease.renew()
         torch.autograd.Variable._execution_engine.queue_callback(block.lease.__exit__)
     return block
 
@@ -296,7 +301,8 @@ def forward_of(batch: Batch | None) -> contextlib.AbstractContextManager[None]:
 #: True while a block is open in any thread. Compiled graphs are guarded by it: one graph without
 #: blocks, one with.
 any_block = False
-#: True while one of them has adapters that begin in mid-sequence, which no compiled graph supports.
+#: True while an open block has adapters that begin in mid-sequence, which compiled graphs do not
+#: support.
 any_activated = False
 _open: dict[int, Block] = {}  # by id
 _open_lock = threading.Lock()
@@ -313,32 +319,33 @@ def adapters(
 ) -> Iterator[None]:
     """Serve the rows of every forward inside the block with these adapters.
 
-    The adapters are pinned in the pool until the block is left. Blocks nest: the innermost one of
-    a pool counts. Each thread and each asyncio task has its own; a new thread starts without any.
-    A backward that computes layers again (activation checkpointing) uses the block of their
-    forward, even if it was left since.
+    The adapters are pinned in the pool until the block is left. Blocks can be nested; the innermost
+    one of a pool is used. Each thread and each asyncio task has its own blocks; a new thread starts
+    without a block. A backward that computes layers again (activation checkpointing) uses the block
+    of their forward, even if it was left.
 
     Args:
-        names: one name per sequence of the batch; or one per token, as a list of all rows or a
-            list of lists; or a single one for every row. None and ``"__base__"`` are the base
-            model.
-        token_ids: for each token the index of its name in ``names``, -1 for the base model:
+        names: One name per sequence of the batch; or one per token, as a list of all rows or a list
+            of lists; or a single one for all rows. None and ``"__base__"`` are the base model.
+        token_ids: For each token the index of its name in ``names``, -1 for the base model:
             integers of the shape of the activations without features, ``(B, T)`` or ``(rows,)``.
             They are copied and checked here, which waits for the device.
-        input_ids: the prompts, ``(B, T)`` integers. An activated adapter serves its row from the
-            last position of its invocation there; without it the base model serves the row, with a
-            warning. Default: those of the forwards, if a model of transformers is attached.
-        starts: these positions, if they are known: one per name, in the row's tokens with pads.
-            With None an activated adapter serves none of the row, an ordinary one all of it.
-        pool: default is the pool of the attached models, or the adapters of the layers of
+        input_ids: The prompts, ``(B, T)`` integers. An activated adapter serves its row from the
+            last position of its invocation on. Without an invocation the base model serves the row,
+            with a warning. Default: the ids of the forwards, if a model of transformers is
+            attached.
+        starts: These positions, if they are known: one per name, in the tokens of the row with
+            pads. With None an activated adapter serves no token of the row, an ordinary one all.
+        pool: The pool. Default: the pool of the attached models, or the adapters of the layers of
             :mod:`lora_ext.nn`, if there is only one of these.
 
     Raises:
         UnknownAdapterError: If the pool, or every layer, lacks a name.
         ValueError: If there are no names, lists have unequal lengths, ``token_ids`` are not
-            integers in ``[-1, len(names))``, more than one of the three is given, or there are
-            several pools. The model's forward raises it if the batch has another size than
-            ``names`` or another shape than ``token_ids``, or a start is not known.
+            integers in ``[-1, len(names))``, more than one of ``token_ids``, ``input_ids`` and
+            ``starts`` is given, or there are several pools. The model's forward raises it if the
+            batch has another size than ``names`` or another shape than ``token_ids``, or a start is
+            not known.
     """
     with of_call(names, token_ids, pool=pool, input_ids=input_ids, starts=starts) as block:
         if block.outer is not None:
@@ -350,7 +357,7 @@ def adapters(
 def of_call(
     names: Names, token_ids: Tensor | None = None, *, pool: Pool | None = None, **prompt: Any
 ) -> Iterator[Block]:
-    """Enter :func:`adapters` around one call; nothing else runs until it returns."""
+    """Enter :func:`adapters` around one call, without the warning about nested blocks."""
     assignment = Assignment.of(names, token_ids)
     pool = only_pool() if pool is None else pool
     step = _step.get()
@@ -372,7 +379,7 @@ def of_call(
         )
         _count(block)
         try:
-            # Without a token: it would restore the outer block, which may have been left before.
+            # No token is kept: it would restore the outer block, which may have been left before.
             put(block)
             yield block
         finally:
@@ -398,7 +405,7 @@ def _note(block: Block | None) -> None:
 
 
 def _count(block: Block) -> None:
-    """Add a block to the open ones, or remove one that was left."""
+    """Add a block to the open blocks, or remove it if it was left."""
     global any_block, any_activated, _changes
     with _open_lock:
         if block.entry.left:
@@ -429,9 +436,10 @@ _warned_nested: set[int] = set()  # pools
 
 # Contextvars belong to threads and tasks. If a generator yields inside a block, the block stays
 # open for its caller. If two such generators alternate, the block that was entered last serves
-# both. A block can only know the order in which blocks are entered and left. Alternating generators
-# enter a block inside another one that has served already, which is rare otherwise: a warning says
-# so once per pool, before a row is served. Leaving blocks in another order raises, in `_leave`.
+# both. Only the order in which blocks are entered and left can be observed. Alternating generators
+# enter a block inside another one that has already served, which is rare otherwise. This gives a
+# warning once per pool, before a row is served. Leaving blocks in another order is an error in
+# `_leave`.
 
 
 def _warn_of_nested_block(block: Block) -> None:
@@ -440,7 +448,7 @@ def _warn_of_nested_block(block: Block) -> None:
         outer is None
         or block.handle in _warned_nested
         or not (outer.entry.served and outer.entry.here)
-        or not block.assignment.names  # a block of the base model is meant
+        or not block.assignment.names  # a block of the base model is intended
         or outer.assignment.same_as(block.assignment)
     ):
         return
@@ -478,6 +486,6 @@ def _warn_of_block_elsewhere(handle: int) -> None:
             f"{other!r} is inside "
             f"adapters({list(elsewhere[-1].assignment.names)!r:.200}): a block does not reach "
             "other threads. Enter adapters(...) in the thread, or give adapter_names= to the "
-            "call; adapters(None) says that the base model is meant",
+            "call; adapters(None) selects the base model without a warning",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Changes of the blocks around a call, as ``generate`` and servers change the rows of a batch."""
+"""Changes of the current blocks when ``generate`` or a server changes the rows of a batch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ._context import Block, Entry, innermost, innermost_of, outwards
 
 
 def generation_scope() -> contextlib.AbstractContextManager[None]:
-    """Return a context that ends what :func:`repeat_rows` and :func:`select_rows` do inside."""
+    """Return a context that restores the blocks that are changed inside it."""
     return _context.entered(innermost())
 
 
 def repeat_rows(handle: int, count: int) -> None:
-    """Repeat each sequence of a pool's blocks ``count`` times in a row from now on.
+    """Repeat each sequence of a pool's blocks ``count`` times consecutively in all later forwards.
 
     ``generate`` expands a batch like this for beams and returned sequences.
     """
@@ -36,17 +36,17 @@ def repeat_rows(handle: int, count: int) -> None:
 
 
 def select_rows(rows: Tensor | Sequence[int], batch: int) -> None:
-    """Let the coming forwards see only these rows of ``batch``, in this order.
+    """Restrict the blocks to these rows of ``batch``, in this order, for all later forwards.
 
-    Every block around with a name for each row of the batch follows. A name for all rows stays, and
-    so do blocks with another number of names.
+    This changes all current blocks with a name for each row of the batch. Blocks with one name for
+    all rows, or with another number of names, are not changed.
     """
     chosen = [int(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
     change_blocks(lambda block: block.assignment.select(chosen, batch))
 
 
 def change_blocks(assign: Callable[[Block], Assignment]) -> None:
-    """Give the blocks around other assignments, until a :func:`generation_scope` is left."""
+    """Replace the assignments of the current blocks until a :func:`generation_scope` is left."""
 
     def change(block: Block) -> Block:
         assignment = assign(block)
@@ -57,7 +57,9 @@ def change_blocks(assign: Callable[[Block], Assignment]) -> None:
 
 
 def _mapped(block: Block | None, change: Callable[[Block], Block]) -> Block | None:
-    """Return a block and those around it, each changed; the same objects if nothing changes."""
+    """Return a block with ``change`` applied to it and its outer blocks; the same objects without a
+    change.
+    """
     if block is None:
         return None
     outer, changed = _mapped(block.outer, change), change(block)
@@ -65,28 +67,29 @@ def _mapped(block: Block | None, change: Callable[[Block], Block]) -> Block | No
 
 
 def has_activated() -> bool:
-    """Return whether a block around has adapters that begin in mid-sequence."""
+    """Return whether a current block has adapters that begin in mid-sequence."""
     blocks = outwards(innermost()) if _context.any_activated else ()
     return any(isinstance(block.assignment, Activated) for block in blocks)
 
 
 def activated_in(handle: int) -> Activated | None:
-    """Return the starts in the innermost block of a pool; None if all adapters serve all tokens."""
+    """Return the activated assignment of the innermost block of a pool; None for another one."""
     block = innermost_of(innermost(), handle) if _context.any_activated else None
     found = None if block is None else block.assignment
     return found if isinstance(found, Activated) else None
 
 
 def prompt_known(input_ids: Tensor | None, origin: int = 0) -> None:
-    """Set the starts of the blocks around to those in a prompt, until a generation_scope is left.
+    """Set the starts of the current blocks from a prompt, until a generation_scope is left.
 
-    Starts that the callers of the blocks gave stay.
+    Starts that were given to a block are kept.
 
     Args:
-        input_ids: ``(B, T)``. origin: number of tokens before them.
+        input_ids: ``(B, T)``.
+        origin: Number of tokens before them.
 
     Raises:
-        ValueError: If a block needs ids and there are none, or they have another number of rows.
+        ValueError: If a block needs ids and there are none, or their number of rows is wrong.
     """
     _change_activated(lambda activated: activated.of_prompt(input_ids, origin))
 
@@ -103,13 +106,15 @@ def _change_activated(change: Callable[[Activated], Assignment]) -> None:
 def activated_forward(
     input_ids: Tensor | None, rows: int, length: int, past: int, kept: int | Tensor = 0
 ) -> Iterator[None]:
-    """Give the layers of a model's forward the adapter of each token.
+    """Set the adapter of each token for the layers of a model's forward.
 
     Args:
-        input_ids: ``(B, T)`` of the forward, or None. rows, length: B and T.
-        past: number of tokens in its cache.
-        kept: ``logits_to_keep`` of the forward: number of last tokens that its output head sees,
-            or their indices; 0 is all.
+        input_ids: ``(B, T)`` of the forward, or None.
+        rows: Number of sequences B.
+        length: Number of tokens T.
+        past: Number of tokens in the cache.
+        kept: ``logits_to_keep`` of the forward: number of last tokens that its output head sees, or
+            their indices; 0 is all.
 
     Raises:
         ValueError: As :meth:`Activated.of_forward`.
@@ -130,7 +135,7 @@ def activated_forward(
 
 
 def _head(block: Block, found: Assignment, kept: int | Tensor) -> Block | None:
-    """Return the output head's block in a forward whose tokens differ in their adapters."""
+    """Return the block of the output head, which sees the tokens ``kept``."""
     if not isinstance(found.places, Tensor):
         return block.head
     places = found.places.view(found.shape)
@@ -155,11 +160,13 @@ def packed_block(
     The caller keeps the adapters pinned for the step.
 
     Args:
-        handle: of the pool. num_slots: its number of slots.
-        names, slots: of each request's adapter; slot -1 is the base model.
-        lengths: number of tokens of each request in the row.
-        kept: indices of the requests of which the output head sees one token each, in this order:
-            it gets ``(1, len(kept), features)``. None: it sees all tokens.
+        handle: Number of the pool.
+        num_slots: Number of slots of the pool.
+        names: Name of each request's adapter.
+        slots: Slot of each request's adapter; -1 is the base model.
+        lengths: Number of tokens of each request in the row.
+        kept: Indices of the requests of which the output head sees one token each, in this order;
+            its input is ``(1, len(kept), features)``. None: it sees all tokens.
     """
     distinct = {slot: name for name, slot in zip(names, slots, strict=True) if slot >= 0}
     place = {slot: i for i, slot in enumerate(distinct)}

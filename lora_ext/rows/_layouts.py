@@ -1,8 +1,8 @@
-"""What the layers of a model see of a batch, where that is not ``(sequences, tokens, features)``.
+"""Layouts of activations other than ``(sequences, tokens, features)``.
 
-A layer sees activations alone: four by four of them may be four sequences of four tokens, or the
-same turned. Whoever gives rows adapters of their own asks here: the layers of a pool, names and ids
-of layers with adapters of their own, PEFT's layers, masks for each row, clients of one batch.
+A layer sees only activations: ``(4, 4, features)`` may be four sequences of four tokens, or the
+transpose. All layers with an adapter per row use this module: those of a pool, those with their own
+adapters, PEFT's layers, and layers with masks per row or with several clients in a batch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-#: Modules whose input has its tokens in the first dimension and the sequences in the second, by
-#: model type. Of others nothing is known, and sequences are taken to come first; a pool's layer
-#: still learns it from a batch with another number of tokens than sequences.
+#: Patterns of modules whose input is (tokens, sequences, ...), by model type. Other modules are
+#: assumed to have sequences first; a pool's layer corrects this at a batch whose number of tokens
+#: is not its number of sequences.
 TOKENS_FIRST = {
     "xlnet": r"(^|\.)(layer\.\d+\.|word_embedding$)",
     "fsmt": r"(^|\.)layers\.\d+\.",
@@ -24,9 +24,9 @@ TOKENS_FIRST = {
 
 
 def tokens_first(model: nn.Module) -> frozenset[str]:
-    """The names of a model's modules that see tokens first.
+    """Return the names of a model's modules whose input has tokens in the first dimension.
 
-    A model inside another one, of encoder and decoder or PEFT's, counts by its own type.
+    A model inside another one, such as an encoder or a PEFT model's base, has its own type.
     """
     found: set[str] = set()
     for root, module in model.named_modules():
@@ -39,7 +39,7 @@ def tokens_first(model: nn.Module) -> frozenset[str]:
 
 
 def tell(model: nn.Module) -> None:
-    """Let those layers of a model know that have rows of their own: ``layer.tokens_first``."""
+    """Set ``layer.tokens_first`` in a model's layers that have this attribute and this layout."""
     for name in tokens_first(model):
         layer: Any = model.get_submodule(name)
         if hasattr(type(layer), "tokens_first"):

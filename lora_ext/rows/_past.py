@@ -1,10 +1,11 @@
 """The block of each autograd node, for layers that a backward computes again.
 
-Activation checkpointing runs a layer a second time, in the backward: perhaps after its block was
+Activation checkpointing runs a layer a second time, in the backward, possibly after its block was
 left, and on a GPU in another thread. The layer needs the block of its forward. Autograd numbers the
-nodes of a thread, so a thread notes the number at which it enters and leaves a block; the node that
-the backward evaluates then has the block of its number. Reentrant checkpoints make their node
-before their forward, others save tensors in nodes made during it: the node is the region's own.
+nodes of a thread. A thread records the numbers at which it enters and leaves blocks, which gives
+the block of any node that the backward evaluates. Reentrant checkpoints make their node before
+their forward, others save tensors in nodes made during it; both nodes belong to the block of the
+checkpointed region.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class _Timeline:
         found = bisect.bisect_right(self.starts, number) - 1
         if found < 0:
             raise RuntimeError(
-                "adapters: a layer is computed again in the backward, and its block was left so "
-                f"long ago, {_MOST_CHANGES} changes of the block, that it is forgotten; call "
-                "backward() earlier"
+                "adapters: expected the backward of a layer that is computed again within "
+                f"{_MOST_CHANGES} changes of the block since its forward, found autograd node "
+                f"{number} before node {self.starts[0]}, the oldest known; call backward() earlier"
             )
         return self.blocks[found]
 
@@ -53,17 +54,18 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.timeline: _Timeline | None = None
-        self.last: Any = ...  # the block that was noted last; at first not a block
+        self.last: Any = ...  # the block that was noted last; `...` before the first one
         self.resolved: tuple[tuple[int, int], Any] = ((-1, -1), None)  # last block_of_forward
-        self.looked: dict[int, int] = {}  # by pool, when it last looked for other threads' blocks
+        # By pool, `_changes` of `_context` at the last search for blocks of other threads.
+        self.looked: dict[int, int] = {}
 
 
 here = _Thread()
-_timelines: deque[_Timeline] = deque(maxlen=64)  # of all threads, also of finished ones
+_timelines: deque[_Timeline] = deque(maxlen=64)  # of all threads, including finished ones
 
 
 def note(block: Any) -> None:
-    """Set the block of this thread's coming nodes; not for use inside a backward."""
+    """Set the block of the next autograd nodes of this thread; not for use inside a backward."""
     if here.timeline is None:
         here.timeline = _Timeline()
         _timelines.append(here.timeline)
@@ -75,7 +77,7 @@ def block_of_forward(task: int) -> Any:
     """Return the block of the node that this thread's backward evaluates.
 
     Args:
-        task: autograd's number of the backward.
+        task: Number of the backward in autograd.
 
     Raises:
         RuntimeError: If the node is too old, or threads have different blocks for its number.
@@ -94,8 +96,9 @@ def block_of_forward(task: int) -> Any:
         block = found[0] if found else None
         if any(other is not block for other in found):
             raise RuntimeError(
-                "adapters: a layer is computed again in the backward, and several threads had "
-                "blocks that may be its forward's; give adapter_ids, or train in one thread"
+                "adapters: expected one block for the forward of a layer that the backward "
+                f"computes again, found different blocks in {len(found)} threads; give "
+                "adapter_ids, or train in one thread"
             )
     here.resolved = (key, block)
     return block

@@ -1,4 +1,4 @@
-"""The base class of the layers that serve a pool's adapters in the place of a base module."""
+"""The base class of layers that replace a base module and serve a pool's adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SIZES = (("in_features", "out_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim"))
 
 
-#: The default that refuses a forward outside every block.
+#: The value of ``default`` that makes a forward outside every block an error.
 ERROR = "error"
 
 
@@ -41,7 +41,7 @@ _warned: set[int] = set()  # handles of pools
 
 
 def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:
-    """Warn, once per pool, that gradients reach the base model and not the adapters."""
+    """Warn, once per pool, that the base model gets gradients and the adapters do not."""
     if handle not in _warned:
         _warned.add(handle)
         warnings.warn(
@@ -55,11 +55,11 @@ def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:
 
 
 class PoolLayer(nn.Module):
-    """A base module with a pool's adapters beside it.
+    """A base module with the adapters of a pool.
 
-    The layer shares the dicts of ``base``'s parameters, buffers and children and adds no state. So
-    checkpoints keep their keys, ``.to()`` and ``load_state_dict`` reach ``base``, and
-    ``layer.weight`` is the base's.
+    The layer shares the dicts of the parameters, buffers and children of ``base`` and adds no
+    state. Checkpoints therefore keep their keys, ``.to()`` and ``load_state_dict`` act on ``base``,
+    and ``layer.weight`` is ``base.weight``.
     """
 
     base: nn.Module
@@ -71,7 +71,7 @@ class PoolLayer(nn.Module):
     #: True if all sequences share this layer's rows, which may be as many as the names by chance.
     shared = False
 
-    #: Adapter of a forward outside every block; None is the base model, "error" raises.
+    #: Adapter of a forward outside every block; None: the base model; "error": RuntimeError.
     default: str | None = None
 
     #: True if a model may pass this layer only the last token of each sequence.
@@ -95,7 +95,8 @@ class PoolLayer(nn.Module):
         """Share the state of ``base``, and keep the pool."""
         for state in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[state] = base.__dict__[state]
-        self.__dict__["base"] = base  # not as a child, which would prefix every key with "base."
+        # A registered child would prefix every key with "base.".
+        self.__dict__["base"] = base
         self.training = base.training
         self.pool = pool
         self.name = name
@@ -160,7 +161,7 @@ class PoolLayer(nn.Module):
             setattr(layer, setting, getattr(self, setting))
         return layer
 
-    # Subclasses of nn.Linear with a format of their own (quantised ones) override these.
+    # Subclasses of nn.Linear with another format (quantised ones) override these.
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.base._save_to_state_dict(*args, **kwargs)
 

@@ -1,7 +1,7 @@
-"""What the layers of one step share: adapter ids per row, their plans, and small constants.
+"""Tensors that the layers of a step share: adapter ids per row, their plans, and small constants.
 
 All layers of a step need the same tensors. They are made once and kept, because a fill, a copy to
-the device or a plan takes long beside the forward of one layer.
+the device or a plan takes long compared with the forward of one layer.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ class Rows(NamedTuple):
     """The adapter of each row, and the rows grouped by adapter.
 
     A layer with its own adapters leaves out adapters without rows, unless several processes train
-    (:func:`together`). A layer of a pool counts slots, and all slots are used as soon as one row
-    has an adapter.
+    (:func:`together`). For a layer of a pool ids are slots, and all slots are in use if a row has
+    an adapter.
     """
 
-    used: tuple[int, ...]  # positions of the adapters that ids count, in ascending order
+    used: tuple[int, ...]  # positions of the adapters in use, in ascending order
     ids: Tensor  # (T,) int32, each an index into used; -1 is the base model
     plan: Tensor  # ops.lora_plan of ids
 
 
 def planned(used: tuple[int, ...], ids: Tensor) -> Rows:
-    """Return the rows of these ids. Every :class:`Rows` is made here."""
+    """Return the rows of these ids. All :class:`Rows` are made by this function."""
     return Rows(used, ids, ops.lora_plan(ids, len(used)))
 
 
 def renumbered(ids: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Return int32 ids with ``numbers[i]`` in the place of id ``i``; -1 stays."""
-    return constant([*numbers, -1], torch.int32, ids.device)[ids.long()]  # -1 reads the last
+    """Return int32 ids in which ``numbers[i]`` replaces id ``i``; -1 is kept."""
+    return constant([*numbers, -1], torch.int32, ids.device)[ids.long()]  # -1 reads the last entry
 
 
 def subset(rows: Rows, slots: Sequence[int]) -> Rows:
-    """Return the rows of the used adapters at these indices; all other rows become the base's."""
+    """Return the rows of the used adapters at these indices; others become the base model's."""
     place = [slots.index(i) if i in slots else -1 for i in range(len(rows.used))]
     return planned(tuple(rows.used[i] for i in slots), renumbered(rows.ids, place))
 
@@ -79,9 +79,9 @@ def together(rows: Rows, also: Sequence[int]) -> Rows:
     """Return the same rows with the adapters at positions ``also`` in use, even without rows.
 
     Processes that train one model have different rows. FSDP2 and ZeRO concatenate the gradients of
-    each process and sum them over the processes: an adapter without a gradient on one process would
-    get that of another adapter. So every process uses all adapters that train, in the order of the
-    layer; those without rows get zeros.
+    each process and sum them over the processes: an adapter without a gradient in one process would
+    get that of another adapter. Therefore every process uses all adapters in training, in the order
+    of the layer; adapters without rows get zeros.
     """
     used = tuple(sorted({*rows.used, *also}))
     if used == rows.used:
@@ -100,11 +100,11 @@ def _with_used(rows: Rows, used: tuple[int, ...]) -> Rows:
 
 
 # -------------------------------------------------------------------------------------------------
-# What layers share
+# Shared tensors
 
 
 class _Unknown:
-    """A captured graph that this version of torch does not show; no two are equal."""
+    """A key in place of a captured graph that torch cannot return; no two are equal."""
 
 
 def capture(device: torch.device) -> Any:
@@ -136,8 +136,8 @@ class Kept:
     def __init__(self, most: int):
         self._most = most
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
-        # Tensors by graph that is being captured. A finished graph may be captured again, which
-        # does not fill its old tensors: the first call outside of a capture drops them.
+        # Tensors by the graph in capture. A finished graph may be captured again, which does not
+        # fill its old tensors, so the first call outside of a capture drops them.
         self._captured: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] | None = None
 
     def __len__(self) -> int:
@@ -145,7 +145,7 @@ class Kept:
         return len(self._found)
 
     def get(self, key: Hashable, device: torch.device, make: Callable[..., Any], *args: Any) -> Any:
-        """Return ``make(*args)``, or what it returned before for this key."""
+        """Return ``make(*args)``, or its earlier result for this key."""
         if traced_by_python():
             return make(*args)
         graph = capture(device)
@@ -188,7 +188,8 @@ def keep(key: Hashable, device: torch.device, make: Callable[..., Any], *args: A
 def all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return ids and plan of rows that all have adapter 0.
 
-    On the CPU the ids are one expanded number, of which a backward keeps 4 bytes, without a plan.
+    On the CPU the ids are one expanded number, of which a backward keeps 4 bytes, and the plan is
+    None.
     """
     return keep(("all_rows", num_rows), device, _all_rows, num_rows, device)
 
@@ -248,10 +249,10 @@ def rows_of(
     Args:
         adapter_ids: int64 or int32, each in ``[-1, num_adapters)``: one per row, or one per
             sequence if ``leading`` is ``(sequences, ...)``.
-        num_adapters: number of adapters that the ids index.
-        leading: the dimensions of ``x`` before the features; default is one row per id.
+        num_adapters: Number of adapters that the ids index.
+        leading: Dimensions of ``x`` before the features; default: one row per id.
         enabled: False for adapters whose rows become rows of the base model.
-        tokens_first: ``leading`` is ``(tokens, sequences, ...)``.
+        tokens_first: Whether ``leading`` is ``(tokens, sequences, ...)``.
 
     Raises:
         TypeError: If the ids are not integers.
@@ -271,9 +272,9 @@ def rows_of(
     device = adapter_ids.device
     on_host = device.type == "cpu"
     if compiles() or (adapter_ids.is_inference() and not on_host):
-        return make()  # an inference tensor has no version: a change in place would go unseen
+        return make()  # an inference tensor has no version that shows a change in place
     seen, known = _by_ids.get(adapter_ids, (None, None))
-    # On the host the ids themselves are compared: numpy and `.data` change them and no version.
+    # On the host the ids are compared: numpy and `.data` change them but not their version.
     if known is None or not (
         torch.equal(seen, adapter_ids) if on_host else seen == adapter_ids._version
     ):

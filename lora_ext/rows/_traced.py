@@ -1,7 +1,7 @@
 """Rows for compiled graphs.
 
 torch.compile cannot trace a ContextVar. A graph gets its ids from an op that reads the block while
-the graph runs, so one graph serves every assignment of rows to adapters.
+the graph runs. One graph therefore serves every assignment of rows to adapters.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ._rows import Rows, planned, renumbered, rows_of
 
 
 class _Noted:
-    """Batch of the model's forward that is being traced.
+    """Batch of the model's forward in tracing.
 
-    Dynamo traces neither contextvars nor thread-locals, so this is an attribute. If two threads
-    trace at once, one may read the other's batch, which its names fit as well or do not fit.
+    Dynamo traces neither context variables nor thread-locals, so this is an attribute. If two
+    threads trace at once, one may read the batch of the other, which may not fit its names.
     """
 
     batch: tuple[int, ...] = ()  # number of sequences, then their lengths; empty outside a forward
@@ -55,7 +55,7 @@ def pool_rows(
     of_tokens: bool = False,
     default: str | None = None,
 ) -> Rows:
-    """Return the rows of a pool's layer in the block that the graph will run in; ids are slots."""
+    """Return the rows of a pool's layer in the block in which the graph runs; ids are slots."""
     ids = _active_adapter_ids(
         handle, leading, device, tokens_first, of_tokens, noted.batch, default
     )
@@ -72,14 +72,15 @@ def layer_rows(
 ) -> Rows:
     """Return the rows of a layer with these adapters, all of which are in use.
 
-    Outside a block every row has the adapter at position ``default``; :data:`NOBODY` raises there.
+    Outside a block every row has the adapter at position ``default``; with :data:`NOBODY` this is a
+    ValueError.
     """
     ids = _layer_adapter_ids(list(names), default, leading, device, tokens_first, of_tokens)
     return rows_of(ids, len(names))
 
 
 def block_of_graph(handle: int, default: str | None) -> _context.Block | None:
-    """Return the block that a compiled graph runs in.
+    """Return the block in which a compiled graph runs.
 
     Raises:
         RuntimeError: If there is no block and ``default`` is not the base model.
@@ -88,7 +89,7 @@ def block_of_graph(handle: int, default: str | None) -> _context.Block | None:
     if block is None and default is not None:
         raise RuntimeError(
             f"attach: default={default!r}: expected a block around a compiled forward, found none: "
-            "torch.compile does not trace the one that default enters; enter "
+            "torch.compile does not trace the block of the default adapter; enter "
             "lora_ext.adapters(...) around the call"
         )
     return block
@@ -117,7 +118,7 @@ def _active_adapter_ids(
             rows = block.rows(torch.Size(leading), device, tokens_first, of_tokens)
         except TokensFirstError:
             rows = block.rows(torch.Size(leading), device, True, of_tokens)
-    return rows.ids.clone()  # a graph may reuse the memory of what an op returns
+    return rows.ids.clone()  # a graph may reuse the memory of the results of an op
 
 
 def batch_of(batch: Sequence[int]) -> Batch | None:

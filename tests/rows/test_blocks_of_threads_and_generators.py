@@ -18,7 +18,7 @@ from two_layers import inputs, make, pins
 import lora_ext
 
 Forward = Callable[[], torch.Tensor]
-TOLD = r"runs a model without a block, and serves the base.*\(\['red'\]\).*\(None\) says"
+TOLD = r"runs a model without a block, and serves the base.*\(\['red'\]\).*\(None\) selects"
 
 
 def forwards(model: Any) -> tuple[Forward, dict[str | None, torch.Tensor]]:
