@@ -193,7 +193,7 @@ class Plan:
 
 
 class MatchedPlan:
-    """Plan of a matcher's constraint, whose mask does not depend on the budget.
+    """Plan of a matcher's constraint. Its mask does not depend on the budget.
 
     Args:
         constraint: the constraint of the text.

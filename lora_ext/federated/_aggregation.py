@@ -297,7 +297,7 @@ def _scales(scaling: float | Mapping[str, float], pairs: Sequence[Pair]) -> dict
 
 
 class Part(NamedTuple):
-    """One client's value of a tensor, and its weight."""
+    """Value of a tensor from one client, and its weight."""
 
     weight: float
     value: Tensor
@@ -305,7 +305,7 @@ class Part(NamedTuple):
 
 
 class PairPart(NamedTuple):
-    """One client's factors of a module, and their weight."""
+    """Factors of a module from one client, and their weight."""
 
     weight: float
     a: Tensor  # (r, I)

@@ -97,7 +97,7 @@ def _integers(name: str, values: Any, least: int) -> tuple[int, ...]:
 
 
 class LayerNotFound(ValueError):
-    """A pattern that matches no layer, or layers whose indices have gaps."""
+    """A pattern matches no layer, or the indices of the layers have gaps."""
 
 
 class Pair(NamedTuple):

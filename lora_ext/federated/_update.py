@@ -27,7 +27,7 @@ _MAX_EXAMPLES = 2**53
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """One decoded reply, untrusted until :func:`aggregate` has checked it.
+    """Decoded reply of a client, untrusted until :func:`aggregate` has checked it.
 
     Attributes:
         client: unique number or name of the client.

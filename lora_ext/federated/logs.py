@@ -38,7 +38,7 @@ class CommLog:
 
     @property
     def rows(self) -> list[CommRow]:
-        """One row per round and client, in the order of their first record."""
+        """Rows of the log, one per round and client, in the order of their first record."""
         return list(self._rows.values())
 
     def record(

@@ -50,7 +50,7 @@ def circuit_conditional_dist(
 def _check(
     op: str, kind: str, leaf: Tensor, prior: Any, trans: Any, **tokens: Tensor | None
 ) -> None:
-    """What the ops over logits have in common; ``tokens`` are ``(B, K)`` int64."""
+    """Check the arguments shared by the ops over logits; ``tokens`` are ``(B, K)`` int64."""
     require_dim(op, "leaf", leaf, "(B, K, C, V)")
     check_circuit(op, kind, leaf, "leaf", prior, trans)
     for name, t in tokens.items():

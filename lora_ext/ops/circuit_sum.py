@@ -159,7 +159,7 @@ def _fake_max(w: Tensor, values: Tensor, norm: str) -> tuple[Tensor, Tensor]:
 
 
 def _attained(w: Tensor, values: Tensor, norm: str, best: Tensor, indices: Tensor) -> Tensor:
-    """Return the term at ``indices``, differentiable; ``best`` where there is none."""
+    """Return the term at ``indices``, differentiable, and ``best`` if there is no term."""
     log_w = log_weights(w, norm)
     if w.dim() == 2 or values.dim() == 3:
         log_w = log_w[..., None, :, :].expand(*indices.shape, w.shape[-1])

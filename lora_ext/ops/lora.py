@@ -92,7 +92,7 @@ def lora_shrink(
     page_table: Tensor | None = None,
     plan: Tensor | None = None,
 ) -> Tensor:
-    """Project every row onto the rank space of its own adapter.
+    """Project every row onto the rank space of its adapter.
 
     ``v[t] = scale[s] * a[s] @ x[t]`` with ``s = adapter_ids[t]``; ids of -1 give zero rows. The
     first half of :func:`lora_apply`, for callers that reduce ``v`` across devices.

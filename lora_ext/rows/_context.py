@@ -39,7 +39,7 @@ class Entry:
 
     @property
     def here(self) -> bool:
-        """Whether this thread and this task, not a parent of the task, entered the block."""
+        """True if this thread and this task, not a parent of the task, entered the block."""
         same = self._task if self._task is None else self._task()
         return self.thread == threading.get_ident() and same is _current_task()
 

@@ -23,7 +23,7 @@ _CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class Bank:
-    """One module's factors: the global ones, if a client needs them, then those of each client.
+    """Factors of one module: the global ones, if a client needs them, then those of each client.
 
     Args:
         clients: in the order of their places; the first ones have the most steps.

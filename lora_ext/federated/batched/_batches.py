@@ -20,7 +20,7 @@ _MASK, _IDS = "attention_mask", "input_ids"
 
 
 class Segment(NamedTuple):
-    """One client's rows of the batch; segments follow each other."""
+    """Consecutive rows of the batch that belong to one client."""
 
     rows: int
     length: int | None  # length of its sequences, if those of other clients are longer

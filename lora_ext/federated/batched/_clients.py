@@ -60,7 +60,7 @@ class ClientSpec:
 
 
 class ClientRound:
-    """One client in one round: its plan, the shapes of its trained factors by name, and its
+    """State of a client in one round: its plan, the shapes of its trained factors by name, and its
     progress."""
 
     def __init__(

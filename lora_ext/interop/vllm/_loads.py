@@ -46,7 +46,7 @@ class Loads:
         self._lock = threading.Lock()  # requests arrive in a separate thread
 
     def of_request(self, request: Any) -> Any:
-        """Return the last load of a request's adapter; load it first if there is none.
+        """Return the last load of a request's adapter, and load the adapter if there was no load.
 
         With ``load_inplace`` it is loaded again if the files have changed.
         """

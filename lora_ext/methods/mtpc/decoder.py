@@ -46,7 +46,7 @@ WindowRule = Literal["condition", "restart"]
 
 @dataclass(frozen=True)
 class Generation:
-    """What :meth:`SpeculativeDecoder.generate` returns. Lists have one entry per row.
+    """Result of :meth:`SpeculativeDecoder.generate`. Lists have one entry per row.
 
     Attributes:
         sequences: ``(B, S + L)`` int64: prompts and new tokens, padded on the right.
