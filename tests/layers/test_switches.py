@@ -192,7 +192,7 @@ def test_a_copy_is_switched_by_itself(kind: str, copied):
 def test_what_is_merged_cannot_be_switched_off(kind: str):
     layer = some_layer(adapted(kind))
     layer.merge()
-    with pytest.raises(ValueError, match=r"set_active: 'default': expected an adapter apart"):
+    with pytest.raises(ValueError, match=r"set_active: 'default': expected an adapter that is"):
         set_active(layer, "default", False)
     layer.unmerge()
     set_active(layer, "default", False)
@@ -373,7 +373,7 @@ def test_a_block_restores_what_is_off_in_training_alone(kind: str):
 def test_a_mask_names_the_layer_that_is_merged(kind: str):
     groups = LayerGroups(adapted(kind))
     groups.layers[1][0].merge()
-    message = f"LayerGroups: mask: {groups.names[1][0]}: 'default': expected an adapter apart"
+    message = f"LayerGroups: mask: {groups.names[1][0]}: 'default': expected an adapter that is"
     for training_only in (False, True):
         with pytest.raises(ValueError, match=re.escape(message)):
             groups.set_mask([True, False, True], training_only)
