@@ -9,13 +9,16 @@ again.
 :class:`Layered` is the layout. A program is the computation, one list of int32 that
 ``ops.circuit_layers`` executes in one call:
 
-    header    units, leaf units, rows of all matrices, then the length of each list below nodes
-    first column of the results, sums, terms, matrix or -1, range of parts parts     first term, 1
-    if of pairs, range of children children  first column, units matrices  first weight, sums,
-    terms, number of the first row, range of users users     the nodes of each matrix roots columns
-    stages    first node of each, and the number of nodes: a stage reads the stages before it owners
-    of each child, then of each root: its node, or -1 - the variable of a leaf draws of each node
-    with a matrix: the place of its region among the inner regions
+    header    units, leaf units, rows of all matrices, then the length of each list below
+    nodes     first column of the results, sums, terms, matrix or -1, range of parts
+    parts     first term, 1 if of pairs, range of children
+    children  first column, units
+    matrices  first weight, sums, terms, number of the first row, range of users
+    users     the nodes of each matrix
+    roots     columns
+    stages    first node of each, and the number of nodes: a stage reads the stages before it
+    owners    of each child, then of each root: its node, or -1 - the variable of a leaf
+    draws     of each node with a matrix: the place of its region among the inner regions
 
 A node without a matrix is an input over several variables: its results are its products. Regions
 with tied parameters share a matrix.

@@ -385,7 +385,7 @@ class Circuit(Parameters):
         The file is not trusted.
 
         Raises:
-            ValueError: If the file has any unexpected content; no memory is allocated for it.
+            ValueError: If the file has unexpected content, before memory is allocated for it.
         """
         graph, norm, tensors = read_file(path)
         circuit = Circuit(graph, norm).to(tensors["weights"].dtype)

@@ -3,7 +3,8 @@
 A :class:`Plan` is a constraint with its budget of ``n`` tokens, including the end token, of which
 at least ``lo`` precede the end. Its tables are shared by all rows with this plan.
 
-    C_k(END) = 1, else C_0(s) = 0 C_k(s, z) = sum_z' T(z, z') sum_s' w(s->s', z') C_{k-1}(s', z')
+    C_k(END) = 1, else C_0(s) = 0
+    C_k(s, z) = sum_z' T(z, z') sum_s' w(s->s', z') C_{k-1}(s', z')
     w(s->s', z) = sum of beta(z, x) over the tokens x of the edge
 
 ``k`` tokens are left; edges into END are closed until ``lo`` tokens have been written.

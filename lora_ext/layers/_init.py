@@ -34,13 +34,17 @@ def init_lora_(
 ) -> None:
     """Fill the factors of one adapter, in place.
 
-    ==================== ============================== ========================= scheme A B
-    ==================== ============================== ========================= True, "init_a"
-    U(-1/sqrt(n), 1/sqrt(n))       0 "init_a_normal" N(0, 1/n)                      0 "gaussian"
-    N(0, 1/r^2), whatever n        0 "init_b" 0                              U(-1/sqrt(r),
-    1/sqrt(r)) "init_b_normal"      0 N(0, 1/r) "init_b_unit"        0 N(0, 1), PEFT's for
-    embeddings "init_ab", False     as "init_a"                    as "init_b": B A is not 0
-    "orthogonal" randn(n, r/2) by odd rows of   even rows likewise:
+    ==================== ============================== =========================
+    scheme               A                              B
+    ==================== ============================== =========================
+    True, "init_a"       U(-1/sqrt(n), 1/sqrt(n))       0
+    "init_a_normal"      N(0, 1/n)                      0
+    "gaussian"           N(0, 1/r^2), whatever n        0
+    "init_b"             0                              U(-1/sqrt(r), 1/sqrt(r))
+    "init_b_normal"      0                              N(0, 1/r)
+    "init_b_unit"        0                              N(0, 1), PEFT's for embeddings
+    "init_ab", False     as "init_a"                    as "init_b": B A is not 0
+    "orthogonal"         randn(n, r/2) by odd rows of   even rows likewise:
                          an orthogonal matrix, over 10  B A = 0, neither is 0
     ==================== ============================== =========================
 

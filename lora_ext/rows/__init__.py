@@ -8,16 +8,19 @@ structures. The table lists all state of the room with its owner and lifetime:
                                             manager that set them is left (``adapters``,
                                             ``forward_of``, ``in_step``)
 ``_context.any_block``, ``any_activated``,  process: the open blocks of all threads, written by
-``_open``, ``_changes``                     ``_count`` under ``_open_lock`` ``_past.here`` thread:
-blocks by number of autograd node ``_past._timelines``                        process: these blocks,
-of the last 64 threads ``_traced.noted``                           process: batch of the forward
-that is being traced ``Assignment.kept``, ``_readings``,         the assignment, which lives as long
-as its block ``Activated._whole_rows`` ``_rows._constants``                        process: the last
-64 tensors ``_rows._by_ids``, ``_widened``             the tensor of ids ``_attachment._handles``,
-``attachments``,  process, by weak references: pools, attached models, ``layer_names`` layers with
-their own adapters ``_warned...`` of two files                 process: pools that a warning was
-given for ``PoolLayer.tokens_first`` the layer, set by its first batch that shows it
-========================================== =====================================================
+``_open``, ``_changes``                     ``_count`` under ``_open_lock``
+``_past.here``                              thread: blocks by number of autograd node
+``_past._timelines``                        process: these blocks, of the last 64 threads
+``_traced.noted``                           process: batch of the forward in tracing
+``Assignment.kept``, ``_readings``,         the assignment, which lives as long as its block
+``Activated._whole_rows``
+``_rows._constants``                        process: the last 64 tensors
+``_rows._by_ids``, ``_widened``             the tensor of ids
+``_attachment._handles``, ``attachments``,  process, by weak references: pools, attached models,
+``layer_names``                             layers with their own adapters
+``_warned...`` of two files                 process: pools that a warning was given for
+``PoolLayer.tokens_first``                  the layer, set by its first batch that shows it
+==========================================  =====================================================
 """
 
 from . import _attachment, _context, _layouts

@@ -164,8 +164,8 @@ def test_row_without_its_invocation_equals_the_base_model(pair: Any) -> None:
         ({"input_ids": prompts().float()}, "input_ids: expected integers, found torch.float32"),
         ({"input_ids": prompts()[0]}, r"input_ids: expected \(B, T\), found \(20,\)"),
         ({"starts": [1, 2]}, "starts: expected a position or None for each of 4 names, found 2"),
-        ({"starts": [1, 2, 3, -1]}, "starts: expected places"),
-        ({"starts": [1, 2, 3, 0.5]}, "starts: expected places"),
+        ({"starts": [1, 2, 3, -1]}, "starts: expected positions"),
+        ({"starts": [1, 2, 3, 0.5]}, "starts: expected positions"),
     ],
 )
 def test_wrong_starts_raise_and_name_the_argument(

@@ -150,7 +150,7 @@ def test_cancelled_or_failed_stream_releases_everything() -> None:
         with pytest.raises(RuntimeError, match="RequestStream: the request failed: "):
             async for _ in broken:
                 pass
-        with pytest.raises(RuntimeError, match="RequestStream: the manager takes no requests"):
+        with pytest.raises(RuntimeError, match="RequestStream: manager: expected a running one"):
             RequestStream(manager, [5, 6, 7])
         assert manager.output_router.result_handlers == {}
 
@@ -179,7 +179,7 @@ def test_streams_of_a_stopped_manager_end_with_an_error() -> None:
             assert stream.finished
         assert manager.output_router.result_handlers == {}
         assert pool.stats()["pins"] == unfinished(manager) == 0
-        with pytest.raises(RuntimeError, match="the manager takes no requests"):
+        with pytest.raises(RuntimeError, match="manager: expected a running one"):
             stream = RequestStream(manager, [5, 6, 7], adapter_name="a0")
             await anext(stream)
 

@@ -106,7 +106,7 @@ def test_completions_support_forms(server: Any) -> None:
         (
             {"structured_outputs": {"regex": "a$b"}},
             400,
-            "expected ^ and $ at the beginning and end",
+            "expected ^ and $ only at the beginning and end",
         ),
         (
             {"structured_outputs": {"json": {"type": 1}}},

@@ -193,7 +193,7 @@ def test_copy_is_switched_separately(kind: str, copied):
 def test_merged_adapter_cannot_be_switched_off(kind: str):
     layer = some_layer(adapted(kind))
     layer.merge()
-    with pytest.raises(ValueError, match=r"set_active: 'default': expected an adapter apart"):
+    with pytest.raises(ValueError, match=r"set_active: 'default': expected an adapter that is"):
         set_active(layer, "default", False)
     layer.unmerge()
     set_active(layer, "default", False)
@@ -374,7 +374,7 @@ def test_block_restores_training_only_switches(kind: str):
 def test_mask_error_names_the_merged_layer(kind: str):
     groups = LayerGroups(adapted(kind))
     groups.layers[1][0].merge()
-    message = f"LayerGroups: mask: {groups.names[1][0]}: 'default': expected an adapter apart"
+    message = f"LayerGroups: mask: {groups.names[1][0]}: 'default': expected an adapter that is"
     for training_only in (False, True):
         with pytest.raises(ValueError, match=re.escape(message)):
             groups.set_mask([True, False, True], training_only)

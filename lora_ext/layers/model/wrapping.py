@@ -189,7 +189,7 @@ def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Mo
         peft = any(base.__module__.startswith("peft.") for base in type(module).__mro__)
         foreign = peft or isinstance(module, PoolLayer)
         foreign |= isinstance(module, LoraLayer) and not ours
-        expected, kind = "a model without other packages' adapters", type(module).__name__
+        expected, kind = "a model without adapters that wrap did not add", type(module).__name__
         require(not foreign, "wrap", "model", expected, f"{kind} at {name!r}", RuntimeError)
         if ours:
             inside.update(module.modules())
