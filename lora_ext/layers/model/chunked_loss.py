@@ -153,7 +153,7 @@ class _Loss:
         layer: Any = self.layer
         weight, bias, scale = layer.weight, layer.bias, self.head.scale
         if hidden is None or hasattr(weight, "full_tensor"):
-            expected = "the output layer of the time of enabling, not sharded"
+            expected = "the output layer that the model had when enabled, not sharded"
             found = f"a {type(weight).__name__} or another output layer"
             raise NotImplementedError(f"{_WHERE}: model: expected {expected}, found {found}")
         targets: Any = shifted(labels, ignore_index) if shift_labels is None else shift_labels
