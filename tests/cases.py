@@ -99,8 +99,7 @@ def assign(shape: Shape, g: torch.Generator) -> Tensor:
 def _values(
     g: torch.Generator, exact: bool, size: tuple[int, ...], dtype: torch.dtype, spread: float = 1.0
 ) -> Tensor:
-    # Every partial sum is a small integer, therefore any order of summation gives the same bits.
-    if exact:
+    if exact:  # Partial sums are small integers, so any order gives the same bits.
         return torch.randint(-1, 2, size, generator=g).to(dtype)
     return (torch.randn(size, generator=g, dtype=torch.float64) * spread).to(dtype)
 
@@ -174,9 +173,8 @@ SPLIT = {torch.float16: 2.0**-21, torch.bfloat16: 2.0**-16}
 def bound(inputs: Inputs, result: Tensor, start: Tensor | None) -> Tensor:
     """Return the largest |error| allowed for y, entry by entry.
 
-    It is the sum of one final rounding of ``result``, the split of v, and the accumulation of I and
-    then R products in the accumulator's precision. The constant of the accumulation covers float32
-    fused multiply-adds and tensor cores.
+    It sums one final rounding of ``result``, the split of v, and the accumulation of I and then R
+    products, with a constant that covers float32 fused multiply-adds and tensor cores.
     """
     dtype = inputs["x"].dtype
     exactly = wider(inputs)

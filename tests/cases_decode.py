@@ -47,8 +47,7 @@ MEDIUM = [
     Shape("hmm", 5, 8, 32, 320),
     Shape("hmm", 2, 4, 130, 40),
     Shape("btree", 2, 9, 40, 321),
-    # A separate kernel computes the norms of this shape and the next.
-    Shape("btree", 1, 4, 16, 3008),
+    Shape("btree", 1, 4, 16, 3008),  # norms by a separate kernel, here and below
     Shape("hmm", 1, 2, 2, 49152),
 ]
 
@@ -121,9 +120,8 @@ def draft(i: Inputs, sample: CircuitSample) -> tuple[Tensor, ...]:
 def log_bound(exact: Tensor, dtype: torch.dtype, shape: Shape) -> Tensor:
     """Return the largest |error| of a log-probability.
 
-    Each position adds a shift (|logit - max| below 20), two transitions and a logarithm. Each is
-    off by a few units of 2^-24 of a number of size 20 at most. Sums have C or V terms and are
-    computed in vectors or warps.
+    Each position adds a shift (|logit - max| below 20), two transitions and a logarithm, each off
+    by a few units of 2^-24 of at most 20. Sums have C or V terms, in vectors or warps.
     """
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     sums = (shape.vocabulary**0.5 + shape.components**0.5) / 4

@@ -22,8 +22,7 @@ LARGE: list[Shape] = [
     (576, 1536, 16), (192, 576, 16), (1100, 300, 32), (300, 640, 100), (130, 90, 256),
     (64, 40, 300),
 ]  # fmt: skip
-# The kernels take float64 too.
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]  # also for kernels
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 

@@ -69,11 +69,8 @@ def seen_of(case: Case, g: torch.Generator) -> dict[str, Any]:
 def inputs(
     case: Case, dtype: torch.dtype, *, seed: int = 0, exact: bool = False, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Return the arguments of a case.
-
-    If ``exact``, scores are multiples of 1024, therefore weights are 1 or 0, and a row's result is
-    the mean of a few small integers.
-    """
+    """Return the arguments of a case. If ``exact``, scores are multiples of 1024, so weights are 1
+    or 0, and a row's result is the mean of a few small integers."""
     g = torch.Generator().manual_seed(seed)
 
     def numbers(*size: int) -> Tensor:
@@ -93,12 +90,9 @@ def inputs(
 
 
 def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
-    """Bound the error of the output.
-
-    Scores are sums of D products, and their error is the relative error of the weights. The
-    exponential adds its last place and half a place of its argument, and the two sums over L add
-    their error. The result is rounded once.
-    """
+    """Bound the error. Scores are sums of D products; their error is the relative error of the
+    weights, plus the exponential's (its last place, and half a place of its argument) and that of
+    two sums over L. The result is rounded once."""
     w = wide(i)
     eps = torch.finfo(torch.float64 if i["q"].dtype == torch.float64 else torch.float32).eps
     heads, width = w["q"].shape[1], w["q"].shape[3]

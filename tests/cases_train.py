@@ -53,8 +53,7 @@ def train_inputs(
     inputs = make_inputs(shape, dtype, seed=seed, exact=exact)
     g = torch.Generator().manual_seed(seed + 1000)
     weight = _values(g, exact, (shape.out, shape.wide), dtype, shape.wide**-0.5)
-    # One entry in eight is not zero, so the base product is a small integer even in bfloat16.
-    if exact:
+    if exact:  # With one nonzero in eight, bfloat16 base products are exact.
         weight = weight * (torch.rand(weight.shape, generator=g) < 0.125)
     inputs |= {
         "weight": weight if base else None,

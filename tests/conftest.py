@@ -70,8 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = _quick(items, quick or rest)
         config.hook.pytest_deselected(items=[it for it in items if (it in chosen) != bool(quick)])
         items[:] = [it for it in items if (it in chosen) == bool(quick)]
-    # Slow tests run first, so no worker ends with one.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # Slow tests are first.
     if not config.getoption("--sanitizers"):
         skip = pytest.mark.skip(reason="run by `make asan` (--sanitizers)")
         for item in items:
@@ -100,8 +99,7 @@ def _quick(items: list[pytest.Item], cases: int) -> set[pytest.Item]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    # for tests that choose no instruction set
-    lora_ext._C.set_cpu_isa(os.environ.get("LX_ISA", ""))
+    lora_ext._C.set_cpu_isa(os.environ.get("LX_ISA", ""))  # for tests without one
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -46,10 +46,8 @@ class Op:
     on_gpu: bool = True
     exact: bool = True  # the op has the formula's bits on exact inputs
     steady: bool = True  # every run gives the same bits
-    # overrides the variants in tests of bounds
-    random: dict[str, Any] = field(default_factory=dict)
-    # likewise for threads; None: bits may differ
-    threads: dict[str, Any] | None = field(default_factory=dict)
+    random: dict[str, Any] = field(default_factory=dict)  # overrides variants for bounds
+    threads: dict[str, Any] | None = field(default_factory=dict)  # likewise; None: bits may differ
     replays: Sequence[Any] | None = None  # shapes for CUDA graphs; None: small and medium
     captured: Callable[[Any], Outputs] | None = None  # outputs of a captured graph; None: run
     checks: Callable[[], Iterator[Check]] | None = None  # for torch.library.opcheck

@@ -75,8 +75,7 @@ def _by_deepspeed(
         "gradient_clipping": 0.0,  # The default is 1.
         "zero_optimization": {
             "stage": stage,
-            # Otherwise small parameters are not partitioned.
-            "stage3_param_persistence_threshold": 0,
+            "stage3_param_persistence_threshold": 0,  # partitions small parameters too
         },
     }
     optimizer = torch.optim.SGD(own.values(), lr=RATE)

@@ -96,9 +96,7 @@ def read_slot(pool, slot):
         elif bias is not None:
             assert not bias.any(), f"{name}: slot {slot} has rank 0 and a bias"
         if slot not in slab.dora and slab.magnitude is not None:
-            assert not slab.magnitude[slot].any(), (
-                f"{name}: slot {slot} has a magnitude without DoRA"
-            )
+            assert not slab.magnitude[slot].any(), f"{name}: magnitude without DoRA"
         assert rank or slot not in slab.dora
     return found
 

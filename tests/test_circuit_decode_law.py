@@ -115,12 +115,9 @@ class Game:
         return law
 
     def step_law(self) -> dict[Prefix, tuple[Tensor, Tensor]]:
-        """Return for every prefix of a draft the law of its next step.
-
-        It contains the probability that each next token is kept, ``(V,)``, and the law of the token
-        that ``spec_verify`` emits instead, ``(V, V)`` by the rejected token. After a full window,
-        row 0 is the law of the next token.
-        """
+        """Return for every prefix of a draft the probability that each next token is kept,
+        ``(V,)``, and the law of the token that ``spec_verify`` emits instead, ``(V, V)`` by the
+        rejected token. After a full window, row 0 is the law of the next token."""
         n, rows = self.n_token, len(self.drafts)
         zeros = torch.zeros(rows, n, 2, dtype=self.uniform())
         sample = self.sample(self.drafts, zeros)
@@ -158,11 +155,9 @@ class Game:
         return steps
 
     def output_law(self, *, keep_residual: bool = True) -> Tensor:
-        """Return the law of the first two tokens that a step emits, ``(V, V)``.
-
-        If a step emits one token, the verifier draws the second. With ``keep_residual=False``, the
-        verifier also draws the position of a rejection after an acceptance, as a common rule does.
-        """
+        """Return the law of the first two tokens that a step emits, ``(V, V)``. If it emits one,
+        the verifier draws the second. With ``keep_residual=False`` the verifier also draws the
+        position of a rejection after an acceptance, as a common rule does."""
         q, steps = self.draft_law(), self.step_law()
         law = torch.zeros(V, V, dtype=torch.float64)
 

@@ -63,9 +63,7 @@ def test_conditional_dist_equals_the_formula(backend: Backend, shape: Shape) -> 
 
 @shapes(OP, SMALL, MEDIUM)
 @pytest.mark.parametrize("given", [False, True])
-def test_sample_draws_the_tokens_of_the_uniforms(
-    backend: Backend, shape: Shape, given: bool
-) -> None:
+def test_sample_follows_the_uniforms(backend: Backend, shape: Shape, given: bool) -> None:
     for dtype, weights in dtype_pairs(backend, shape):
         i = make_inputs(shape, dtype, weights=weights, seed=2, device=backend.device)
         evidence = i["evidence"] if given else None
@@ -233,9 +231,7 @@ def test_large_logits_lose_no_digits(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1e-3, 1e-40, 1e30])
-def test_tokens_that_the_verifier_forbids_are_never_emitted(
-    backend: Backend, temperature: float
-) -> None:
+def test_forbidden_tokens_are_never_emitted(backend: Backend, temperature: float) -> None:
     shape = Shape("hmm", 64, 3, 2, 37)
     i = make_inputs(shape, torch.float32, seed=12, device=backend.device)
     g = torch.Generator().manual_seed(1)

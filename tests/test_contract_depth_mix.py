@@ -255,8 +255,7 @@ def test_gradients_agree_with_the_formula(backend: Backend, norm: str) -> None:
     for dtype, scales in each(backend):
         for shape in SMALL if backend.small else [*SMALL, *LARGE[:-1]]:
             if shape[1] <= (3 if norm == "layer" else 1):
-                # The norm of few numbers is almost constant: its gradient is only cancellation.
-                continue
+                continue  # The norm of few numbers is almost constant, which cancels.
             near_formula(make(shape, dtype, backend, norm=norm, scales=scales), (dtype, shape))
 
 

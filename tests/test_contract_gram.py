@@ -42,8 +42,7 @@ def test_pair_stats_agree_with_dense_products(backend: Backend) -> None:
     for dtype in DTYPES:
         lists = adapters(shapes_of(backend), dtype, backend)
         for b, projected in zip(lists[1], lists[2], strict=True):
-            # They are almost equal, so the expanded form would cancel.
-            projected.mul_(1e-3).add_(b)
+            projected.mul_(1e-3).add_(b)  # almost equal: the expanded form cancels
         scaling = [1.0 + i for i in range(len(lists[0]))]
         got = ops.lora_pair_stats(*lists, scaling).cpu()
         dense = reference.lora_pair_stats(*([t.cpu() for t in kept] for kept in lists), scaling)

@@ -211,9 +211,7 @@ def test_siblings_need_the_launches_of_one_module(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_two_successive_calls_may_add_to_the_same_outputs(
-    backend: Backend, dtype: torch.dtype
-) -> None:
+def test_two_calls_may_add_to_the_same_outputs(backend: Backend, dtype: torch.dtype) -> None:
     """Check that the expand of a second call does not race with that of the first, which the
     emulator would report. Expand reads y before it waits for the preceding shrink."""
     modules = family(Shape(5, 64, 32, (8, 8)), dtype, seed=7, paged=True, exact=True)

@@ -33,9 +33,7 @@ def alone(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_row_has_the_bits_of_a_call_with_that_row_only(
-    backend: Backend, dtype: torch.dtype
-) -> None:
+def test_row_has_the_bits_of_the_row_alone(backend: Backend, dtype: torch.dtype) -> None:
     rows, keys = (9, 21) if backend.small else (23, 150)
     q, k, v = draw(rows, keys, dtype, backend.device)
     at, t = torch.arange(keys), torch.arange(rows)[:, None]

@@ -50,8 +50,7 @@ def test_texts_are_of_the_largest_sections_and_unique(monkeypatch: pytest.Monkey
     material.sections.cache_clear()
     texts, names, found = material.sections(2, 8)
     assert names == ["games", "net"] and len(found) == 12
-    # Two sources have 16 net texts each, of which 8 are used.
-    assert len(texts) == len(set(texts)) == 16
+    assert len(texts) == len(set(texts)) == 16  # 8 of 16 net texts of two sources
     assert all(text.startswith(f"text {names[place]} ") for text, place in texts)
     with pytest.raises(RuntimeError, match="run `apt-get update`"):
         material.sections(2, 9)

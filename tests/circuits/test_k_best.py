@@ -122,8 +122,7 @@ def test_markov_chains_of_indicators_have_a_value_per_state():
     circuit = circuit_of(RegionGraph.from_edges(inputs, products, {"z1": 2, "z2": 2}), seed=8)
     got = circuit.k_best(8)
     assert torch.equal(got.x, got.states)
-    # The circuit is deterministic, with one path per value.
-    close(got.value[0], circuit.log_prob(got.x[0]).detach())
+    close(got.value[0], circuit.log_prob(got.x[0]).detach())  # deterministic: one path per value
     close(got.value.logsumexp(1), torch.zeros(1, dtype=torch.float64))
 
 

@@ -39,8 +39,7 @@ def test_tensor_is_one_batch_with_full_steps():
     for epoch in history:
         assert epoch.log_prob == other.em_step(data()).item()
     assert torch.equal(one.weights, other.weights)
-    # A loader with a single batch is equivalent.
-    train_em(one, loader(data(), batch_size=60), epochs=1)
+    train_em(one, loader(data(), batch_size=60), epochs=1)  # also for a single batch
     other.em_step(data())
     close(one.weights, other.weights)
 

@@ -124,9 +124,7 @@ def test_resize_writes_the_adapter_and_prints_the_loss(run, run_json, folders, t
         assert row["relative"] == pytest.approx(row["error"] / row["norm"])
         assert (row["r_before"], row["r"]) == (4, 2)
     status, text, _ = run("resize", folders[0], "--rank", 9, "--out", folders[0])
-    assert status == 0 and LoraAdapter.load(folders[0]) != wanted, (
-        "expected a changed adapter after resizing in place"
-    )
+    assert status == 0 and LoraAdapter.load(folders[0]) != wanted, "resizing in place"
     assert re.search(rf"{re.escape(Q)} +4 +9 +\S+ +0 +0$", text, re.M)
 
 
@@ -201,8 +199,7 @@ def test_warning_is_one_line(run, models, tmp_path):
     out = ("--num", 1, "--projection", "orthogonal", "--out", tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        # All directions are removed, so no distance remains.
-        status, text, err = run("prune", *of(models), *out)
+        status, text, err = run("prune", *of(models), *out)  # No distance remains.
     assert status == 2 and text == ""
     assert [line.startswith("lora-ext prune: ") for line in err.splitlines()] == [True, True]
     assert "warning: " in err.splitlines()[0] and "spread" in err.splitlines()[1]

@@ -199,9 +199,7 @@ def test_rank_that_no_module_can_use_is_rejected_early(run, folders, tmp_path):
     assert_refused(run("resize", folders[0], "--rank", 21, "--out", out), "expected at most 20")
     assert not out.exists()
     status, _, _ = run("resize", folders[0], "--rank", 20, "--out", out)
-    assert status == 0, (
-        "expected one rank for all modules, although the smaller one can use only 12"
-    )
+    assert status == 0, "expected one rank for all modules, above the 12 of the smaller"
     assert {f.a.shape[0] for f in LoraAdapter.load(out).modules.values()} == {20}
 
 
@@ -221,9 +219,7 @@ def test_pickle_with_code_is_rejected_with_our_message(run, folders):
     found = run("inspect", folders[0])
     assert_refused(found, "adapter_model.bin", "mkdir", "adapter_model.safetensors")
     for advice in ("weights_only", "torch.load", "add_safe_globals", "trust", "Re-running"):
-        assert advice not in found[2], (
-            f"the message contains {advice!r}, which leads to loading the pickle"
-        )
+        assert advice not in found[2], f"{advice} leads to loading the pickle"
 
 
 class _Runs:

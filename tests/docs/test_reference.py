@@ -33,9 +33,7 @@ def test_navigation_has_every_page_of_the_reference_the_tutorials_and_the_notes(
 
 
 def test_every_public_name_has_an_example_that_runs() -> None:
-    assert not examples.without(), (
-        "write examples like those of docs/ops.md and docs/reference/pool.md"
-    )
+    assert not examples.without(), "write one like those of docs/ops.md and docs/reference/pool.md"
 
 
 def test_examples_are_found_however_the_code_imports_a_name() -> None:

@@ -59,11 +59,8 @@ SEQ2SEQ: dict[str, Maker] = {
 
 
 def make(build: Maker) -> Any:
-    """Return the same weights at every call, in float64 if possible.
-
-    In float64 two computations of a logit differ by 1e-12. The masks of eager attention overflow in
-    it, so left padding would give NaN.
-    """
+    """Return the same weights at every call, in float64 (logits differ by 1e-12) except for eager
+    attention: its masks overflow there, and left padding would give NaN."""
     torch.manual_seed(0)
     model = build().eval()
     if model.config._attn_implementation != "eager" or model.config.model_type == "mamba":
@@ -89,10 +86,8 @@ def merged(model: nn.Module, deltas: dict[str, Tensor]) -> Any:
 
 
 def served(build: Maker, only: str = "") -> tuple[Any, dict[str | None, Any]]:
-    """Return an attached model with random adapters, and the merged model of each by name.
-
-    The adapters are on all linear layers with ``only`` in their name.
-    """
+    """Return an attached model with random adapters on the linear layers with ``only`` in their
+    name, and the merged model of each adapter by name."""
     model = make(build)
     pool = lora_ext.AdapterPool(model, max_slots=3, max_rank=4)
     judges: dict[str | None, Any] = {None: copy.deepcopy(model)}

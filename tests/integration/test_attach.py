@@ -92,15 +92,12 @@ def test_failed_packing_or_unpacking_changes_nothing() -> None:
     parametrize.remove_parametrizations(base, "weight")
     lora_ext.detach(model)
     assert snapshot(model) == plain
-    # A detach may find this already done.
-    unpack_linears(lora_ext.attach(model, pool, pack_base=True))
+    unpack_linears(lora_ext.attach(model, pool, pack_base=True))  # A detach may follow this.
     assert snapshot(lora_ext.detach(model)) == plain
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_checkpoints_of_an_attached_model_equal_those_of_the_base(
-    family: str, tmp_path: Path
-) -> None:
+def test_checkpoints_of_an_attached_model_equal_the_base(family: str, tmp_path: Path) -> None:
     plain, model = make_model(family), make_model(family)
     lora_ext.attach(model, lora_ext.AdapterPool(model, max_slots=2, max_rank=8))
     plain.save_pretrained(tmp_path / "plain")

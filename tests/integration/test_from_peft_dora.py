@@ -40,8 +40,7 @@ def test_fresh_adapter_is_the_identity_to_the_bit(
     assert report(model).taken and not report(model).left
     if training:
         for module in model.modules():
-            # The model has other dropouts, which stay in evaluation.
-            if isinstance(module, FusedLinear):
+            if isinstance(module, FusedLinear):  # not the model with its dropouts
                 module.train()
     assert torch.equal(theirs, expected)
     assert torch.equal(logits(model), expected)
@@ -80,8 +79,7 @@ def test_norms_are_cached_only_while_dora_caching_is_on() -> None:
         assert kept == [{k: id(v) for k, v in c.items()} for c in caches(model)]
     assert torch.equal(first, plain) and torch.equal(second, plain)
     assert torch.equal(logits(model), plain)
-    # As in PEFT's layer, the next forward without it clears the cache.
-    assert not any(caches(model))
+    assert not any(caches(model))  # As in PEFT, the next forward clears it.
 
 
 @caching

@@ -211,8 +211,7 @@ def test_names_raise_while_a_trainer_calls_its_reference() -> None:
         assert torch.equal(logits(ours, adapter_names=["ref"] * 5), alone)
         with ours.disable_adapter():
             base = logits(ours)
-        # This is not a policy.
-        assert torch.equal(logits(ours, adapter_names=["__base__"] * 5), base)
+        assert torch.equal(logits(ours, adapter_names=["__base__"] * 5), base)  # not a policy
         ours.set_adapter("red")
         trained = logits(ours, adapter_names=NAMES)
         ours.eval().set_adapter("ref")

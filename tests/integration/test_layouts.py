@@ -42,9 +42,7 @@ def assert_rows_are_their_own(model: Any, ids: Tensor, names: list[str | None]) 
 
 @pytest.mark.parametrize("family", TOKENS_FIRST)
 @pytest.mark.parametrize("known", [True, False])
-def test_models_with_tokens_first_keep_rows(
-    family: str, known: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_first(family: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check also as many tokens as sequences, from the first batch on if the model is known."""
     if not known:
         monkeypatch.setattr(_layouts, "TOKENS_FIRST", {})

@@ -1,7 +1,5 @@
-"""Layers with tokens first, with adapters per row from every interface except the pool.
-
-The batches have as many sequences as tokens, for which the shape is ambiguous, and fewer.
-"""
+"""Layers with tokens first, and adapters per row by every interface except the pool; also for as
+many sequences as tokens, for which the shape is ambiguous."""
 
 from typing import Any
 
@@ -143,9 +141,7 @@ def test_masks_reach_their_rows(family: str, kind: str, length: int) -> None:
 @pytest.mark.parametrize("lengths", [(4, 4), (4, 3), (6, 6)])
 def test_clients_train_their_own_rows(family: str, lengths: tuple[int, int]) -> None:
     """Check two clients of two sequences: four by four, padded, and fewer sequences than tokens.
-
-    One client trains only the last layer, for which rows might not be part of the graph.
-    """
+    One trains only the last layer, where rows might not be in the graph."""
     torch.manual_seed(0)
     model: Any = TOKENS_FIRST[family]().eval()
     if family == "xlnet":  # FSMT's masks do not support float64.

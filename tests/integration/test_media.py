@@ -1,7 +1,5 @@
-"""Models with patches, frames or sounds as input.
-
-Each of them uses the adapter of the sequence that contains its tokens. An ambiguous batch raises.
-"""
+"""Models with patches, frames or sounds: each uses the adapter of the sequence that contains its
+tokens, and an ambiguous batch raises."""
 
 from typing import Any
 
@@ -134,9 +132,7 @@ def assert_rows_are_the_judges(
         [(1, 4, 4), (1, 2, 2), None, (1, 4, 2)],
     ],
 )
-def test_patches_of_images_in_one_row_use_their_adapters(
-    grids: list[tuple[int, int, int] | None],
-) -> None:
+def test_patches_of_images_in_one_row(grids: list[tuple[int, int, int] | None]) -> None:
     counts = [h * w // 4 if grid else 0 for grid in grids for _, h, w in [grid or (0, 0, 0)]]
     ids = torch.cat([torch.full((4, 1), 93), rows(IMAGE, counts)], 1)
     patches = noise(4 * sum(counts), 3 * 2 * 16).split([4 * n for n in counts])
@@ -154,7 +150,7 @@ def test_patches_of_images_in_one_row_use_their_adapters(
 
 
 @pytest.mark.parametrize("counts", [[2, 0, 0, 0], [1, 0, 2, 1]])
-def test_videos_of_two_frames_use_their_adapters(counts: list[int]) -> None:
+def test_videos_of_two_frames(counts: list[int]) -> None:
     """Check two videos with four frames, as many as sequences."""
     given = noise(sum(counts), 2, 3, 8, 8)
     alone = [{"pixel_values_videos": v["pixel_values"]} if v else {} for v in split(given, counts)]
@@ -162,7 +158,7 @@ def test_videos_of_two_frames_use_their_adapters(counts: list[int]) -> None:
     assert_rows_are_the_judges(onevision, ids, {"pixel_values_videos": given}, alone)
 
 
-def test_sounds_and_images_beside_blank_ones_use_their_adapters() -> None:
+def test_sounds_and_images_beside_blank_ones() -> None:
     counts = [2, 0, 1, 1]
     given = noise(4, 8, 32)
     alone = [{"input_features": v["pixel_values"]} if v else {} for v in split(given, counts)]
@@ -181,7 +177,7 @@ def test_sounds_and_images_beside_blank_ones_use_their_adapters() -> None:
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1], [2, 0, 2, 0], [0, 3, 0, 1]])
-def test_images_with_beams_use_their_adapters(counts: list[int]) -> None:
+def test_images_with_beams(counts: list[int]) -> None:
     """Check four images, as many as sequences, though some sequences have no image."""
     given = noise(4, 3, 8, 8)
     ids = rows(IMAGE, [4 * n for n in counts])

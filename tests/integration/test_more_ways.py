@@ -1,7 +1,5 @@
-"""Rarer ways to generate: each gives the answer of the row alone, or raises.
-
-Some do not pass names on, and some give the model other rows than the caller's.
-"""
+"""Rarer ways to generate, some of which drop the names or give the model other rows: each gives the
+answer of the row alone, or raises."""
 
 import asyncio
 import copy
@@ -115,8 +113,7 @@ def test_iterator_of_a_pipeline_must_be_read_inside_the_block(tmp_path: Path) ->
     pipe = transformers.pipeline("text-classification", model=twin, tokenizer=TOKENIZER)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # The call is outside every block too.
-        assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)
+        assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)  # also called outside
         with lora_ext.adapters(None, pool=other):
             assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)
             lazy = pipe(texts())

@@ -46,8 +46,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ),
 }
-# green has no head, except for a classifier
-NAMES = ["red", None, "blue", "green", "red", "__base__"]
+NAMES = ["red", None, "blue", "green", "red", "__base__"]  # green has only a classifier head
 
 
 def make_trained(case: str) -> tuple[nn.Module, Any]:

@@ -29,8 +29,7 @@ def drawn(sampling: Sampling, scores: torch.Tensor, count: int = 300) -> Counter
 
 def test_tokens_follow_temperature_and_top_p() -> None:
     scores = logits(0.5, 0.3, 0.2)
-    # the first of equal scores
-    assert drawn(Sampling(0.0), torch.tensor([1.0, 2.0, 2.0])) == {1: 300}
+    assert drawn(Sampling(0.0), torch.tensor([1.0, 2.0, 2.0])) == {1: 300}  # first of equals
     assert drawn(Sampling(1e-40), scores) == {0: 300}
     for temperature in (1.0, 2.0):
         found = drawn(Sampling(temperature), scores, 4000)

@@ -192,8 +192,7 @@ def test_metrics_for_routers_contain_running_adapters_and_cache_usage(server: An
     body = chat("a3", stream=True, max_tokens=1900)
     with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
         events = (line for line in response.iter_lines() if line)
-        # The first token shows that the request runs.
-        assert "assistant" in next(events) and next(events)
+        assert "assistant" in next(events) and next(events)  # A token was sent.
         lines = server.client.get("/metrics").text.splitlines()
     (info,) = [line for line in lines if line.startswith("vllm:lora_requests_info{")]
     assert 'running_lora_adapters="a3",waiting_lora_adapters=""' in info
@@ -203,9 +202,7 @@ def test_metrics_for_routers_contain_running_adapters_and_cache_usage(server: An
     text_of(ask(server, "a3", " ".join(f"w{5 + i % 90}" for i in range(200))))  # several pages
     settle(server)
     allocators = server.engine.manager.batch_processor.cache.cache_allocators.values()
-    assert any(each.ledger.cached_blocks for each in allocators), (
-        "expected pages that are kept for reuse"
-    )
+    assert any(each.ledger.cached_blocks for each in allocators), "expected cached pages"
     assert cache_usage(server.client.get("/metrics").text.splitlines()) == 0
     found = server.client.options("/v1/chat/completions")
     assert (found.status_code, found.headers["Allow"], found.content) == (204, "POST, OPTIONS", b"")

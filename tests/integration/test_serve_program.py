@@ -96,8 +96,7 @@ def test_ctrl_c_ends_streams_with_an_error_and_no_traceback(folder: Path, reads:
     reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
     reader.start()
     try:
-        # the lines on packing and on the address
-        told = process.stdout.readline() + process.stdout.readline()
+        told = process.stdout.readline() + process.stdout.readline()  # packing and address
         place = re.search(r"answers at http://127\.0\.0\.1:(\d+)/v1", told)
         assert place, told + "".join(errors)
         body = json.dumps(chat("a1", stream=True, max_tokens=1900)).encode()

@@ -136,6 +136,4 @@ def test_smollm2_gives_the_same_text(tmp_path: Path, fused: list[int]) -> None:
         answers.append(base.generate(**batch, adapter_names=NAMES, **how))
         lora_ext.detach(base)
     assert torch.equal(*answers)
-    assert fused == [3, 2] * 30 * 11, (
-        f"expected calls of all forwards but the first, found {len(fused)}"
-    )
+    assert fused == [3, 2] * 30 * 11, f"found {len(fused)} calls, not 660"

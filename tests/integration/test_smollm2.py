@@ -120,9 +120,8 @@ def test_twenty_steps_have_the_losses_of_peft(base: tuple[Any, Any]) -> None:
 
 
 def test_eight_adapters_at_once_have_the_losses_of_eight_runs(base: tuple[Any, Any]) -> None:
-    # oneDNN computes 128 rows at once, and torch's library 16 rows alone. The two roundings of each
-    # product are amplified by the first steps of AdamW, which have equal size. Measured on AVX-512:
-    # 2.0e-4.
+    # oneDNN computes 128 rows at once, torch's library 16 rows alone. AdamW's first steps, all of
+    # one size, amplify the two roundings of each product. Measured on AVX-512: 2.0e-4.
     bound = 4 * LOSS_BOUND
     model, tokenizer = base
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
@@ -144,8 +143,7 @@ def test_eight_adapters_at_once_have_the_losses_of_eight_runs(base: tuple[Any, A
         alone = train_one(with_adapters(model, [name], 5), name, texts[name])
         worst = max(abs(losses[row] - loss) for losses, loss in zip(found, alone, strict=True))
         assert worst <= bound, (name, worst)
-        # for one text: its adapter determines the loss
-        assert abs(alone[-1] - alone[0]) > 10 * bound
+        assert abs(alone[-1] - alone[0]) > 10 * bound  # The adapter determines the loss.
 
 
 def test_adapter_head_learns_and_decodes_like_the_model(base: tuple[Any, Any], tmp_path: Path):

@@ -37,8 +37,7 @@ def trained(request: Any, tmp_path_factory: Any) -> Iterator[tuple[Any, Any, Pat
         name: {"r": 2 + i, "target_modules": ["q_proj"], "trainable_token_indices": rows}
         for i, (name, rows) in enumerate(ROWS.items())
     }
-    # PEFT cannot save it beside the others.
-    plain = make_peft(model, {"green": configs.pop("green")})
+    plain = make_peft(model, {"green": configs.pop("green")})  # PEFT cannot save it beside others.
     theirs = make_peft(model, configs)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -109,8 +108,7 @@ def test_token_rows_are_loaded_and_evicted_with_their_adapters(trained: Any) -> 
     ids = torch.tensor([[3, 5, 7, 9]])
     for name in ("red", "blue", "green", "red", "blue"):
         if name not in pool:
-            # The previous adapter moves to the host and is restored.
-            pool.load(name, folder / name)
+            pool.load(name, folder / name)  # The previous adapter is evicted and restored.
         with torch.no_grad():
             found = model(ids, adapter_names=name).logits
             assert (found - theirs(name)(input_ids=ids).logits).abs().max() < BOUND

@@ -191,9 +191,7 @@ def test_each_step_has_one_mask_for_all_its_micro_batches(kind: str, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["peft", "fused"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_resumed_run_of_copra_equals_the_uninterrupted_one(
-    kind: str, checkpointing: bool, tmp_path: Path
-):
+def test_resumed_run_of_copra_is_unchanged(kind: str, checkpointing: bool, tmp_path: Path):
     settings: dict[str, Any] = {"gradient_checkpointing": checkpointing}
     unbroken, broken, resumed = (adapted(kind).train() for _ in range(3))
     expected = run_copra(unbroken, tmp_path / "a", **settings)

@@ -70,10 +70,8 @@ def train(
     given: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """Return the trainer after four steps on the CPU without autocast.
-
-    Other settings are TRL's defaults. ``given`` are arguments of the trainer.
-    """
+    """Return the trainer after four steps on the CPU without autocast, with TRL's defaults for the
+    rest. ``given`` are arguments of the trainer."""
     arguments = getattr(trl, f"{kind}Config")(
         output_dir=str(folder),
         **{

@@ -138,8 +138,7 @@ def make_pair(
     reference = make_peft(model, configs).to(dtype)
     with torch.no_grad():
         for key, parameter in reference.named_parameters():
-            # Magnitudes have both signs and are far from PEFT's initial norms.
-            if "magnitude" in key:
+            if "magnitude" in key:  # both signs, and far from PEFT's initial norms
                 parameter.copy_(torch.randn_like(parameter))
     reference.save_pretrained(directory)
     model = attach_saved(model, directory, configs)

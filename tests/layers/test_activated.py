@@ -46,8 +46,7 @@ def test_wrapped_layers_train_like_those_of_peft(checkpointing: bool) -> None:
         torch.randn(3, 20, 97, generator=torch.Generator().manual_seed(0)).double(),
     )
     warned = pytest.warns(UserWarning, match="lacks the invocation of adapter 'default'")
-    # The last row invokes no adapter: gradients are zeros, as in PEFT.
-    for rows in ([0, 1, 2], [2]):
+    for rows in ([0, 1, 2], [2]):  # The last row has zero gradients, as in PEFT.
         theirs = gradients(reference, reference(input_ids=ids[rows]).logits, weights[rows])
         with warned, lora_ext.adapters("default", input_ids=ids[rows], pool=layer_names):
             logits = model(ids[rows]).logits
@@ -78,8 +77,7 @@ def test_deleted_model_does_not_define_an_adapter_of_its_name() -> None:
 def test_labels_only_before_the_start_warn() -> None:
     model, ids = wrap(make_model("llama"), LoraConfig(**INVOKED)), texts()[:2]
     labels = ids.clone()
-    # Labels under 12 and 3 remain: the preceding tokens predict them.
-    labels[0, 13:] = labels[1, 4:] = -100
+    labels[0, 13:] = labels[1, 4:] = -100  # Earlier tokens predict the labels at 12 and 3.
     with lora_ext.adapters("default", input_ids=ids, pool=layer_names):
         with pytest.warns(UserWarning, match="labels: expected some after the start"):
             model(input_ids=ids, labels=labels)

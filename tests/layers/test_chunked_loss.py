@@ -37,8 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, "tie_word_embeddings": True},
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 3.0},
-    # The model adds another loss.
-    "Mixtral": {"num_local_experts": 2, "output_router_logits": True},
+    "Mixtral": {"num_local_experts": 2, "output_router_logits": True},  # has another loss
 }
 
 
@@ -129,8 +128,7 @@ def test_copy_is_independent(copied: Any) -> None:
         model.lm_head.weight.zero_()
     output, gradients = step(other)
     assert output.loss.item() == expected and "lm_head.weight" in gradients
-    # The step above set this gradient, and the copy did not change it.
-    assert model.lm_head.weight.grad is not None
+    assert model.lm_head.weight.grad is not None  # The copy did not change this gradient.
 
 
 def test_peft_model_trains_with_it() -> None:

@@ -133,8 +133,7 @@ def test_names_may_exist_in_some_layers_only():
         assert torch.equal(one(x)[1], one.base_layer(x)[1])
         assert not torch.equal(one(x)[0], one.base_layer(x)[0])
         two(x)
-    # Layers of other tests may exist, but without a name this close.
-    kept = LoraLinear(nn.Linear(2, 2), "zigzag")
+    kept = LoraLinear(nn.Linear(2, 2), "zigzag")  # Other tests have no name this close.
     with pytest.raises(lora_ext.nn.UnknownAdapterError, match=r"'zigzig'; did you mean 'zigzag'\?"):
         lora_ext.adapters(["zigzig", None]).__enter__()
     del kept

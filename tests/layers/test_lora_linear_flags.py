@@ -191,8 +191,7 @@ def test_weight_loaded_while_merged_is_not_replaced_by_the_kept_copy():
     adapters = {k: v for k, v in ours.state_dict().items() if "lora_" in k}
     before = ours.weight.detach().clone()
     ours.load_state_dict(adapters, strict=False)
-    # Without a newly loaded base weight the copy is used, so nothing warns.
-    copy.deepcopy(ours).unmerge()
+    copy.deepcopy(ours).unmerge()  # No base weight was loaded, so nothing warns.
     ours.load_state_dict(other.state_dict())
     assert not torch.equal(ours.weight, before)
     with pytest.warns(UserWarning, match="no copy of the base weight was kept"):

@@ -247,8 +247,7 @@ def test_state_and_copies_equal_those_of_the_plain_model() -> None:
     pack_linears(model)
     assert list(model.state_dict()) == keys and not list(model.buffers())
     assert [name for name, _ in model.named_parameters()] == names
-    # A reader of the pickle does not need this package.
-    assert b"lora_ext" not in pickle.dumps(model.inner)
+    assert b"lora_ext" not in pickle.dumps(model.inner)  # Unpickling needs no lora_ext.
     loaded = pickle.loads(pickle.dumps(model))
     twin = copy.deepcopy(model)
     assert twin.head.weight is twin.tokens.weight is not model.head.weight

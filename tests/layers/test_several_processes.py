@@ -104,7 +104,7 @@ def test_dora_adapters_learn_on_two_processes_as_on_one(way: str, two_processes:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_checkpointed_layers_learn_on_two_processes_as_on_one(
+def test_checkpointed_layers_on_two_processes_learn_as_on_one(
     way: str, two_processes: TwoProcesses
 ):
     options = {"checkpoints": True}

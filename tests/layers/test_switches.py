@@ -149,8 +149,7 @@ def test_checkpoint_of_rows_with_names_recomputes_the_same_layers():
         model.requires_grad_(True)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        # This is the active adapter, which no row uses.
-        set_active(some_layer(model), "first", False)
+        set_active(some_layer(model), "first", False)  # active adapter, without rows
         logits(model, adapter_names=["second", "second", "__base__"]).square().sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert any("second" in name for name in gradients[0])

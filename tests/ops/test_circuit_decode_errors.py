@@ -149,9 +149,7 @@ def inputs() -> Inputs:
 @pytest.mark.parametrize(
     ("op", "message", "change"), ALL, ids=[f"{NAMES[o]}-{m}" for o, m, _ in ALL]
 )
-def test_wrong_input_raises_and_names_the_argument(
-    op: Callable[[Inputs], None], message: str, change: Change
-) -> None:
+def test_wrong_input_raises(op: Callable[[Inputs], None], message: str, change: Change) -> None:
     i = inputs()
     op(i)
     with pytest.raises(ValueError, match=f"{NAMES[op]}: {message}"):

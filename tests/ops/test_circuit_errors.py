@@ -51,9 +51,7 @@ WRONG: list[tuple[str, Change]] = [
 
 @pytest.mark.parametrize(("message", "change"), WRONG, ids=[m for m, _ in WRONG])
 @pytest.mark.parametrize("grad", [False, True])
-def test_wrong_input_raises_and_names_the_argument(
-    message: str, change: Change, grad: bool
-) -> None:
+def test_wrong_input_raises(message: str, change: Change, grad: bool) -> None:
     i = circuit_inputs(HMM, torch.float32, seed=1)
     changed = {**i, **change(i)}
     if grad and changed["leaf"].is_floating_point():

@@ -371,7 +371,7 @@ def test_sizes_with_too_many_bytes_for_an_int64_raise() -> None:
         ops.circuit_layers(leaf, leaf.new_zeros(0), program)
 
 
-def test_wrong_input_raises_and_names_the_argument() -> None:
+def test_wrong_input_raises() -> None:
     program, leaf, w, roots = case("chain", 2)
     first_part = 10 + 6 * program.plan[3]
     parts, children = program.numbers[4:6].tolist()

@@ -243,7 +243,7 @@ def test_captured_walk_replays_with_changed_contents(request: pytest.FixtureRequ
     assert torch.equal(captured, ops.circuit_layers_walk(val, w, program, root, u))
 
 
-def test_wrong_input_raises_and_names_the_argument() -> None:
+def test_wrong_input_raises() -> None:
     program, leaf, w, _ = case("pairs", 2)
     val, root, u = ops.circuit_layers(leaf, w, program), start(program, 2), uniforms_of(program, 4)
     at = offsets(program)

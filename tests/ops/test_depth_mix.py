@@ -206,7 +206,7 @@ def routed_faults(mix: Mix) -> Iterator[tuple[Mix, str]]:
     )
 
 
-def test_wrong_input_raises_and_names_the_argument(backend: Backend) -> None:
+def test_wrong_input_raises(backend: Backend) -> None:
     mix = make(((5,), 24, 3), torch.float32, backend)
     routed = make(((5,), 24, 3), torch.float32, backend, routed=True)
     away = replace(mix, hiddens=[mix.hiddens[0], mix.hiddens[1].to("meta"), mix.hiddens[2]])

@@ -268,8 +268,7 @@ def test_empty_inputs_return_at_once() -> None:
     ops.lora_apply_(y, x, torch.zeros(2, 0, 16), torch.zeros(2, 24, 0), ids)  # no ranks
     ops.lora_apply_(y[:0], x[:0], torch.zeros(2, 8, 16), torch.zeros(2, 24, 8), ids[:0])  # no rows
     assert torch.equal(y, before)
-    # Without in-features the delta is zero and not old scratch memory.
-    many = torch.zeros(40, dtype=torch.long)
+    many = torch.zeros(40, dtype=torch.long)  # no in-features: zero, not old scratch memory
     nothing = ops.lora_apply(torch.zeros(40, 0), torch.zeros(1, 8, 0), torch.ones(1, 16, 8), many)
     assert torch.equal(nothing, torch.zeros(40, 16))
     empty = ops.lora_apply(x[:0], torch.zeros(2, 8, 16), torch.zeros(2, 24, 8), ids[:0])

@@ -65,9 +65,7 @@ WRONG: list[tuple[str, Change]] = [
 
 @pytest.mark.parametrize(("message", "change"), WRONG, ids=[m for m, _ in WRONG])
 @pytest.mark.parametrize("grad", [False, True])
-def test_wrong_input_raises_and_names_the_argument(
-    message: str, change: Change, grad: bool
-) -> None:
+def test_wrong_input_raises(message: str, change: Change, grad: bool) -> None:
     inputs = train_inputs(SHAPE, torch.float32, seed=1, dropout_p=0.5)
     inputs["adapter_ids"] = torch.tensor([0, 1, -1, 0])
     changed = {**inputs, **change(inputs)}

@@ -90,7 +90,7 @@ def test_autocast_changes_nothing_and_only_the_delta_has_a_gradient() -> None:
     assert torch.allclose(gradient, b.sum(0)[:, None].expand_as(a))
 
 
-def test_wrong_input_raises_and_names_the_argument() -> None:
+def test_wrong_input_raises() -> None:
     weight, a, b = factors((5, 7, 3), torch.float32)
     for call, message in [
         (lambda: ops.lora_delta(a, b[:, 1:]), r"lora_delta: a and b: expected shapes \(r, I\)"),

@@ -38,7 +38,7 @@ def test_every_step_of_the_recipe_has_a_known_command() -> None:
 
 
 @pytest.mark.parametrize(("cuda", "local"), [(None, "torch2.13.cpu"), ("13.0", "torch2.13.cu130")])
-def test_wheel_name_contains_its_torch_version(
+def test_wheel_name_contains_the_torch_version(
     tmp_path: Path, cuda: str | None, local: str
 ) -> None:
     wheel = tmp_path / "lora_ext-0.2.0-cp311-cp311-linux_x86_64.whl"

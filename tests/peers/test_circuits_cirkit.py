@@ -114,10 +114,9 @@ def test_log_probabilities_and_marginals_equal_libcirkit(name: str, seed: int) -
     close(circuit.log_prob(x), peer(x)[:, 0, 0])
     keep = list(range(seed % 2, circuit.num_variables, 2))
     unseen = scope.Scope(set(range(circuit.num_variables)) - set(keep))
-    # Categorical leaves are integrated as a circuit only,
-    if isinstance(circuit.layered.families[0][0], Categorical):
+    if isinstance(circuit.layered.families[0][0], Categorical):  # integrated as a circuit only
         expected = context.integrate(peer, unseen)(x)
-    else:  # and binomial leaves in a query only.
+    else:  # Binomial leaves are integrated in a query only.
         expected = queries.IntegrateQuery(peer)(x, integrate_vars=unseen)
     close(circuit.marginal(x, keep), expected[:, 0, 0])
 

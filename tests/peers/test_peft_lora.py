@@ -192,9 +192,7 @@ def test_merging_keeps_the_output_and_unmerging_restores_it(family: str, kind: s
 
 @every_kind
 @every_family
-def test_saved_and_loaded_adapters_compute_the_same_bits(
-    family: str, kind: str, tmp_path: Path
-) -> None:
+def test_loaded_adapters_compute_the_same_bits(family: str, kind: str, tmp_path: Path) -> None:
     _, ours = pair(family, **KINDS[kind])
     ours.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(base_model(family), tmp_path / "red", "red")
@@ -266,8 +264,7 @@ def test_replicated_and_injected_layers_have_separate_adapters() -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(family: str, reentrant: bool) -> None:
     theirs, ours = pair(family)
     for model in (theirs, ours):
-        # transformers checkpoints only in training mode, which has dropout.
-        for layer in model.modules():
+        for layer in model.modules():  # Checkpoints need training mode, with dropout.
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0
             for name in ("dropout_prob", "dropout"):

@@ -142,8 +142,7 @@ class ActivatedReference(Reference):
     """PEFT's answers with the activated adapters and an ordinary one."""
 
     def __init__(self, folder: Path):
-        # The task of the first one makes the hooks.
-        super().__init__(folder, names=[*ACTIVATED, "b"])
+        super().__init__(folder, names=[*ACTIVATED, "b"])  # The first task makes the hooks.
 
     def check(self, answers: Sequence[Answer], names: Sequence[str | None], atol: float) -> None:
         """Check the answers; they may not contain the invocation, since PEFT searches them too."""
@@ -220,10 +219,8 @@ class Engine:
         return wrapper
 
     def forget(self) -> None:
-        """Clear all slots and the prefix cache.
-
-        vLLM keeps removed adapters in place, and its kernels apply the last slot's to base rows.
-        """
+        """Clear all slots and the prefix cache. vLLM keeps removed adapters in place, and its
+        kernels apply those of the last slot to base rows."""
         self.manager.remove_all_adapters()
         for module in self.manager.modules.values():
             for slot in range(self.manager.lora_slots):

@@ -28,8 +28,7 @@ NAMES = ["a", None, "b", "d", "head", None]
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "fully sharded"])
 def test_two_workers_share_every_layer(sharded, make_processes, peft_model, monkeypatch):
-    # Otherwise each worker needs a NUMA node.
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # Workers need no NUMA nodes.
     with make_processes(tensor_parallel_size=2, fully_sharded_loras=sharded) as engine:
         peft_model.check(engine.run(NAMES), NAMES, ATOL)
         peft_model.check(engine.run(["e", "f", None]), ["e", "f", None], ATOL)

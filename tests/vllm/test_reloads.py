@@ -88,8 +88,7 @@ def test_changed_files_are_loaded_in_place_without_a_cache_reset(engine, number,
     peft_model.check([found], ["a2"], ATOL)
     assert found.cached == 0 and answer(engine, in_place).cached == 96
     put("a")
-    # The flag alone triggers another load.
-    peft_model.check([answer(engine, in_place)], ["a"], ATOL)
+    peft_model.check([answer(engine, in_place)], ["a"], ATOL)  # The flag triggers a load.
     assert engine.llm.llm_engine.list_loras() == {number}
     assert engine.llm.llm_engine.remove_lora(number)
     assert engine.llm.llm_engine.list_loras() == set()
