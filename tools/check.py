@@ -19,6 +19,7 @@ def main() -> int:
     share_compilations()
     tests = [PY, "-m", "pytest", "-q", "--durations=15", "--require-emu", "tests"]
     tests += ["-n", "2", "--dist", "worksteal"]  # adjacent tests share fixtures
+    tests += ["--deselect", "tests/docs/test_pages.py::test_code_of_the_page_runs"]  # leg "pages"
     tests.append("--hypothesis-profile=ci")  # fixed examples; `make test` draws new ones
     if os.environ.get("CHECK_REST") == "1":
         tests += ["--rest", "1"]  # `make test` has run the other tests in this build
