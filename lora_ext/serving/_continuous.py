@@ -456,7 +456,7 @@ class AdapterRequests:
     def _mark_finished_blocks(
         self, original: Callable[..., None], state: Any, complete_blocks: dict[str, int]
     ) -> None:
-        """Also share the pages of the step in which a request ends.
+        """Share the pages of a request's last step too.
 
         The manager does not share them because its steps may overlap, but these do not.
         """
