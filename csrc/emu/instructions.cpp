@@ -1,5 +1,5 @@
-// Host bodies of the special instructions: warp collectives, atomics, what is left. matrix.cpp has
-// ldmatrix, mma and cp.async.
+// Host implementation of the special instructions: warp collectives, atomics and others. matrix.cpp
+// contains ldmatrix, mma and cp.async.
 #include <algorithm>
 #include <cstring>
 
@@ -237,7 +237,7 @@ void grid_dependency_wait() {
     emu::machine.any_dependency_wait = true;
 }
 void grid_dependency_launch() {
-}  // the emulator starts nothing early; the dependent kernel is checked
+}  // no early start in the emulator; accesses of dependent kernels are checked
 
 uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emu::machine.arena);
