@@ -69,7 +69,7 @@ struct LeafRows {
         return with_row(z, [&](const auto* row) { return lx::to_float(lx::load_nc(row + v)); });
     }
 };
-// Every position's rows lie behind each other.
+// The leaves of a batch; the rows of all positions are contiguous.
 struct Leaves {
     const void* leaf;
     int64_t stride;  // between rows of the batch, in elements

@@ -102,7 +102,7 @@ LaunchStatus apply_one(const LoraArgs& args, void* stream) {
     Partials& v = module.v;
     if (const LaunchStatus status = run_shrink(module, stream)) return status;
     if (sums_splits_first(args, v)) {
-        LoraArgs sum = args;  // in place: a warp writes only what it has read
+        LoraArgs sum = args;  // in place: only the same warp has read what it writes
         sum.v = v.data;
         sum.v_row_stride = v.row_stride;
         if (const LaunchStatus status = run_reduce(sum, v, stream)) return status;

@@ -92,7 +92,7 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
         const int id = adapter_of_row(args.ids, lane, valid_rows(args.ids), bad);
         const unsigned group = lx::match_any_sync(lx::kFullMask, id);
         const int order = lx::popc(group & ((1u << lane) - 1));
-        // A tile starts at every sixteenth member of a group.
+        // A tile starts at every kRows-th member of a group.
         unsigned starts = lx::ballot_sync(lx::kFullMask, id >= 0 && order % kRows == 0);
         for (int i = 0; i < index; ++i) starts &= starts - 1;
         if (starts == 0) return tile;
@@ -153,7 +153,7 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
         const int id = is_none ? -1 : static_cast<int>(asked);
         const unsigned group = lx::match_any_sync(lx::kFullMask, id);
         const int order = lx::popc(group & ((1u << lane) - 1));
-        // A tile starts at every sixteenth member of a group.
+        // A tile starts at every kRows-th member of a group.
         unsigned starts = lx::ballot_sync(lx::kFullMask, id >= 0 && order % kRows == 0);
         for (int i = 0; i < index; ++i) starts &= starts - 1;
         if (starts == 0) return tile;

@@ -1,4 +1,4 @@
-// Attention in which each query row has its own range of keys; row_attention.h has the formula.
+// Attention in which each query row has a separate range of keys; row_attention.h has the formula.
 //
 // A block has 16 rows of the heads that share keys, ordered (t, head), and up to 128 features of
 // their values. A warp has four of the rows and 32 keys at a time, one key per lane. Keys and

@@ -96,7 +96,7 @@ void shadow(Cell* cells, size_t first, size_t last, Touch how, bool shared, bool
         }
         if (must_be_written && how != Touch::kWrite && !exists(c.writer)) {
             report("initialisation", place,
-                   describe(t) + " " + verb(how) + " " + name + " where nobody has written");
+                   describe(t) + " " + verb(how) + " " + name + " before a thread has written it");
         }
         conflict(c.writer, "written");
         if (writes) {
@@ -153,7 +153,7 @@ std::string nearest(uintptr_t p) {
             best_gap = gap;
         }
     }
-    if (!best) return "an address near no declared buffer";
+    if (!best) return "an address that is not near a declared buffer";
     const auto offset = static_cast<intptr_t>(p - best->begin);
     return std::string(best->name) + (offset < 0 ? " - " : " + ") +
            std::to_string(std::abs(offset)) + " of " + bytes_text(best->end - best->begin) +
@@ -264,7 +264,7 @@ void touch(const void* pointer, size_t bytes, Touch how, bool must_align, const 
     if (must_align && p % bytes != 0) {
         report("alignment", place,
                describe(t) + " " + verb(how) + " " + bytes_text(bytes) + " of " + name +
-                   " at an address that is not a multiple of that");
+                   " at an address that is not a multiple of their number");
     }
     if (cells) {
         shadow(cells, (p - base) / kCellBytes, (p + bytes - 1 - base) / kCellBytes, how, shared,

@@ -54,7 +54,7 @@ void fiber_entered() {
 
 namespace {
 
-void unpoison(const Stack& stack) {  // clears what frames of the previous thread left
+void unpoison(const Stack& stack) {  // clears the poison of the previous thread's frames
     if (__asan_unpoison_memory_region) {
         __asan_unpoison_memory_region(stack.low, static_cast<size_t>(stack.high - stack.low));
     }

@@ -137,7 +137,7 @@ void require_whole_warp(const char* name, Site site) {
     Thread& t = *machine.current;
     if (t.warp->live != kFullMask) {
         fatal("divergence", Place(site),
-              describe(t) + " executes " + name + " in a warp that misses lanes");
+              describe(t) + " executes " + name + " in a warp with fewer than 32 live lanes");
     }
 }
 

@@ -243,7 +243,7 @@ int configuration_error(const Launch& l) {
     }
     if (machine.resident && blocks > static_cast<uint64_t>(resident_blocks(l.dynamic_bytes))) {
         report("resources", Place(),
-               std::to_string(blocks) + " blocks at once, of which the machine runs " +
+               std::to_string(blocks) + " blocks at once, the limit is " +
                    std::to_string(resident_blocks(l.dynamic_bytes)));
         return kTooManyBlocks;
     }
@@ -304,8 +304,8 @@ void check_chain(const Launch& launch) {
             if (!covers(b, w.begin, w.end)) continue;
             report("dependency", Place(),
                    std::string("a dependent launch may read ") + b.name +
-                       " before grid_dependency_wait(), and " + w.by +
-                       ", beside which it may run, writes there");
+                       " before grid_dependency_wait(), while " + w.by +
+                       " may still be running and writes there");
             break;
         }
     }
@@ -486,7 +486,7 @@ void named_barrier(int id, int threads, bool wait, Site site) {
     if (id < 1 || id > 15 || threads <= 0 || threads % kWarpSize != 0) {
         fatal("divergence", Place(site),
               "barrier " + std::to_string(id) + " for " + std::to_string(threads) +
-                  " threads; ids are 1 to 15, and threads come in whole warps");
+                  " threads; expected an id of 1 to 15 and a multiple of 32 threads");
     }
     NamedBarrier& b = m.named[id];
     if (b.arrived == 0) {
@@ -546,7 +546,7 @@ void collective(const char* name, unsigned mask, void* operand, void (*compute)(
     Warp& w = *t.warp;
     const unsigned bit = 1u << t.lane;
     if (!(mask & bit)) {
-        fatal("divergence", Place(site), describe(t) + " is not in its own mask of " + name);
+        fatal("divergence", Place(site), describe(t) + " is not in its mask of " + name);
     }
     Slot* slot = nullptr;
     Slot* empty = nullptr;
