@@ -118,8 +118,7 @@ inline void declare_circuit(const CircuitLogits& logits, const Leaves& leaves) {
         LX_BUF(logits.workspace, circuit_workspace_bytes(logits), lx::Access::kRead);
 }
 
-// log p = logit - top - log_sum, so that large logits lose no digits. log_sum -inf: no possible
-// token.
+// log p = logit - top - log_sum keeps the digits of large logits. log_sum -inf: no possible token.
 struct Norm {
     float top, log_sum;
     LX_DEVICE float log_p(float logit) const {
@@ -215,8 +214,7 @@ struct Place {
     double before = 0;  // the running sum before it
     double limit = 0;   // uniform * total
 };
-// Finds the place among n numbers. at(i) returns this lane's number of i to i + 31, zero beyond the
-// end.
+// Finds the place among n numbers. at(i) returns this lane's number of i to i + 31, 0 beyond n.
 template <class At>
 LX_DEVICE Place find_among(int n, double uniform, At&& at) {
     Place place;

@@ -104,8 +104,7 @@ constexpr int kBatch = 4;  // terms per thread in flight
 struct QuadTile : LayerTile {
     using LayerTile::LayerTile;
 
-    // Calls f(term, values on lanes quad .. + 3) for the terms first, first + step, ... below
-    // `end`.
+    // Calls f(term, values on lanes quad .. + 3) for terms first, first + step, ... below `end`.
     template <class F>
     LX_DEVICE void for_quads(const LayersNode& node, int quad, int first, int end, int step,
                              F&& f) const {

@@ -35,8 +35,7 @@ LX_DEVICE void part_pair(float a, float b, uint32_t (&words)[kParts]) {
         a -= rounded.x, b -= rounded.y;
     }
 }
-// Returns the index of the first part of number `at` of a row; its other parts are kPartPiece
-// apart.
+// Returns the index of the first part of number `at` of a row; the others are kPartPiece apart.
 template <int kParts>
 LX_DEVICE int64_t part_at(int64_t at) {
     return at / kPartPiece * (kPartPiece * kParts) + at % kPartPiece;
@@ -90,8 +89,7 @@ struct ProductSide {
     int64_t row_step, step;             // bytes between its rows and between steps
     int to;                             // destination offset
     int left;                           // remaining k from the next step on
-    int others;                         // remaining rows or columns; transposed: in the thread's
-                                        // piece
+    int others;                         // remaining rows or columns; transposed: of the piece
 
     LX_DEVICE explicit ProductSide(const PartRows& in)
         : origin(static_cast<const unsigned char*>(in.first)) {
@@ -233,8 +231,7 @@ struct ProductShape {
             }
         }
     }
-    // sums += left right, over `depth` of k. Only `right` may come from a kernel that is still
-    // running.
+    // sums += left right, over `depth` of k. The kernel that writes `right` may still be running.
     LX_DEVICE static void add_product(Sums& sums, unsigned char* ring, const PartRows& left_rows,
                                       const PartRows& right_rows, int depth) {
         Left left(left_rows);
@@ -263,8 +260,7 @@ struct ProductShape {
             const int end = kParts == 3 ? lx::min(steps, step + kRun) : steps;
             for (; step < end; ++step) {
                 lx::cp_async_wait_group<kStages - 2>();
-                lx::syncthreads();  // this stage is complete, the previous one has been read by all
-                                    // threads
+                lx::syncthreads();  // stage complete, previous stage read by all threads
                 fill();
                 multiply(run, ring + stage, ring + stage + Left::kBytes);
                 stage = stage == kRingBytes - kStageBytes ? 0 : stage + kStageBytes;

@@ -49,9 +49,8 @@ struct Run {
     int64_t tops_apart;  // numbers between the maxima of consecutive stages
 };
 
-// Returns whether a block can compute its terms of a node without waiting: from values of earlier
-// stages and from sums of the preceding node with the same numbers, which the same block has
-// computed.
+// Returns whether a block can compute its terms of a node without waiting: they use values of
+// earlier stages and, of the preceding node, only the block's sums with the same numbers.
 LX_DEVICE bool of_own_sums(const LayersProgram& program, const LayersNode& node,
                            const LayersNode& before) {
     if (before.matrix < 0 || node.part_end - node.part_begin != 1) return false;
@@ -222,8 +221,7 @@ struct RunBlock : QuadTile {
             typename G::Sums part = {};
             for (const int end = lx::min(steps, step + G::kSteps); step < end; ++step) {
                 lx::cp_async_wait_group<G::kStages - 2>();
-                lx::syncthreads();  // this step is complete, the previous one has been read by all
-                                    // threads
+                lx::syncthreads();  // step complete, previous step read by all threads
                 if (step + G::kStages - 1 < steps) right.fill(shared + next);
                 lx::cp_async_commit();
                 next = next == G::kRingBytes - kBytes ? 0 : next + kBytes;

@@ -16,8 +16,7 @@ constexpr bool kByWarp = Team::kScratch == 0;
 template <class Team>
 constexpr int kRowThreads = kByWarp<Team> ? 512 : 256;
 
-// Returns the number of floats before the walk's vectors: the sums of a draw, which are double,
-// norms, state and e.
+// Returns the floats before the walk's vectors: sums of a draw (double), norms, state and e.
 template <class Team>
 LX_HOST_DEVICE constexpr int64_t own_floats(const CircuitParams& c) {
     const int64_t norms = kByWarp<Team> ? c.n_token * c.components : c.components;

@@ -8,8 +8,7 @@
 
 namespace lora_ext {
 
-// Sums above kSumTrusted are trusted, although terms below 2^-126 are lost. kTrustLog is the log of
-// its inverse.
+// Sums above kSumTrusted are trusted: terms below 2^-126 are lost. kTrustLog = -log(kSumTrusted).
 constexpr float kSumTrusted = 0x1p-80f;
 constexpr float kTrustLog = 55.451774f;
 
@@ -19,8 +18,7 @@ struct WarpWeights {
     const T* w;
     int n;
     bool aligned, probs, logits;
-    float base = 0;     // the largest entry, or a value that keeps a row without possible terms at
-                        // zero
+    float base = 0;     // the largest entry; neutral for a row without possible terms
     float inverse = 1;  // 1 / base
     float lifted = 0;   // log(base) of probabilities, else base
 
@@ -88,8 +86,7 @@ struct WarpWeights {
     }
 };
 
-// Returns the factor that changes sums relative to `top` to sums relative to `base`; 1 without
-// terms.
+// Returns the factor from sums relative to `top` to sums relative to `base`; 1 without terms.
 LX_DEVICE float fade(float top, float base) {
     return top == kImpossible ? 1.0f : lx::exp_approx(top - base);
 }
@@ -106,8 +103,7 @@ LX_DEVICE const float* values_of(const LogSumArgs& args, int64_t g, int64_t b) {
     return static_cast<const float*>(args.values) + g * args.values_group + b * args.values_row;
 }
 
-// Stores the gradient of one row of weights from its flow; the softmax of logits is scaled *
-// factor.
+// Stores the gradient of one weight from its flow; the softmax of logits is scaled * factor.
 template <class T>
 LX_DEVICE void store_dw(T* dw, float flow, float w, float scaled, float factor, WeightNorm norm) {
     float d = flow;

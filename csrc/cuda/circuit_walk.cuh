@@ -219,8 +219,7 @@ struct CircuitWalk {
         team.sync();
     }
 
-    // Computes the maximum of row z of matrix m, and the logarithm of the denominator of exp(a -
-    // top).
+    // Computes the maximum of row z of matrix m, and the log of the sum of exp(a - top).
     LX_DEVICE void take_norms(int64_t m, int z) const {
         OnlineSum row;
         for_pieces(matrix_row(m, z), n, aligned, 0, 1, [&](int, const auto& v) { row.add(v); });

@@ -145,8 +145,7 @@ LaunchStatus with_mix_types(const DepthMixArgs& args, F&& f) {
     });
 }
 
-// Returns whether a block can hold its row in registers: aligned rows of whole pieces, not too
-// wide.
+// Returns whether a block can hold its row in registers: aligned whole pieces, not too many.
 inline bool row_is_held(const DepthMixArgs& args) {
     const int64_t size = element_size(args.dtype), piece = 16 / size;
     bool held = args.width % piece == 0 && args.width <= kMixThreads * kHeld * piece &&

@@ -54,8 +54,7 @@ LX_DEVICE void turn_to_logits(const DepthMixArgs& args, int64_t row, float* dl) 
     if (own < args.depths) number_of(args, args.dweights, row, own) = mine;
 }
 
-// The numbers of a row, and the factors they give: dh = factor t - slope (h - mean) - level with t
-// = G gamma.
+// The numbers of a row, and dh = factor t - slope (h - mean) - level with t = G gamma.
 struct RowNumbers {
     float weight, rinv, mean;
 

@@ -16,8 +16,7 @@
 namespace lora_ext {
 namespace {
 
-// Ranks per block: what four lanes load. The 16 bytes of a lane are a page row, or half of one
-// (float32).
+// Ranks per block: what four lanes load. A lane loads a page row, or half of one (float32).
 template <class T>
 constexpr int kBlockRanks = 4 * kVec<T>;
 template <class T>
@@ -39,8 +38,7 @@ LX_DEVICE uint4* fragment(unsigned char* fragments, int blocks, int tile, int bl
            (((tile * blocks + block) * kParts<T> + part) * 2 + half) * 32;
 }
 
-// Sums the splits of v, scales, and stores the fragments. `unscale` is the inverse of a row's power
-// of two.
+// Sums the splits of v, scales, and stores the fragments. `unscale` inverts a row's power of two.
 template <class T, int kRows>
 LX_DEVICE void build_fragments(const Partials& v, const RowTile& tile, float scale,
                                const int32_t (&row_of)[kRows], unsigned char* fragments,
@@ -234,8 +232,8 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
         return;
     }
     const T* const stand_in = page_of[lx::ffs(pages) - 1];
-    // As many warps along the rows as there are row tiles, rounded up to a power of two; the others
-    // divide the outputs.
+    // Power of two of warps along the rows that covers the row tiles; the others divide the
+    // outputs.
     int log_m = 0;
     while ((1 << log_m) < kWarpsM && (kTileRows << log_m) < tile.rows) ++log_m;
     const int warp_m = lx::warp_id() & ((1 << log_m) - 1), warp_n = lx::warp_id() >> log_m;
@@ -265,8 +263,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
                 b[j] = load_words<T, false>(row, n);
         }
     };
-    // Returns the address of eight outputs of row g + 8 h starting at o + 8 t; n: how many of them
-    // exist.
+    // Returns the address of outputs o + 8 t .. + 7 of row g + 8 h; n: how many of them exist.
     const auto y_at = [&](int h, int o, int& n) {
         const int row = warp_m * kTileRows + g + 8 * h;
         n = row < tile.rows ? end - o - 8 * t : 0;
@@ -338,9 +335,8 @@ LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool de
                     static_cast<unsigned>(modules.size()));
     const int fragments = fragment_bytes<T, kRows>(
         static_cast<int>(largest(modules, [](const LoraBank& bank) { return bank.max_rank; })));
-    // Five blocks of decode then use as much shared memory as four blocks of shrink, which take 37
-    // KiB. A multiprocessor that is configured for one kernel can thus run the other without
-    // draining first.
+    // Five blocks of decode then use as much shared memory as four blocks of shrink, 37 KiB in
+    // total. A multiprocessor configured for one kernel can run the other without draining first.
     const int bytes = lx::max(fragments, kWarpsM == 1 ? kDecodeShared : 0);
     constexpr int kThreads = kWarpsM * kWarpsN * 32;
     const Modules<kModules> all(modules);
@@ -383,8 +379,7 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
     }
     if (large_rank(bank)) return run_gemm_expand(args, modules[0].v, dependent, stream);
     return with_dtype(args.dtype, [&]<class T>() {
-        // Decode: enough blocks to fill the machine. Prefill: enough outputs to amortise the
-        // fragments.
+        // Decode: enough blocks to fill the machine. Prefill: enough outputs per fragment.
         const int chunk_rows = lora_chunk_rows(args.num_tokens);
         const int few = chunk_rows == 16 ? decode_outputs(modules) : 256;
         if (modules.size() > 1)

@@ -52,8 +52,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     using Left = typename G::Left;
     if constexpr (kProduct == Product::kShrink) lx::grid_dependency_launch();
     LX_SHARED(int32_t, row_of, kRows);
-    LX_SHARED(const Left*, left_of, kRows);      // rows of left; the first row in place of missing
-                                                 // ones
+    LX_SHARED(const Left*, left_of, kRows);      // rows of left; missing ones: the first row
     LX_SHARED(const T*, rank_of, kGemmColumns);  // kShrink: rows of a, nullptr if missing
     LX_DYN_SHARED(ring);
     const LoraBank& bank = args.lora.bank;
@@ -94,8 +93,8 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     const bool active = warp_row < tile.rows && warp_column < columns;
 
     // A thread copies the same piece of every kLeftRowStep-th row. The rows' addresses are computed
-    // once; a stage only adds k. A missing row of left reads the tile's first row; its results are
-    // not stored.
+    // once; a stage only adds k. A missing row reads the tile's first row; its results are not
+    // stored.
     const int left_piece = thread % G::kLeftPieces, left_row = thread / G::kLeftPieces;
     constexpr int kLeftRowStep = kGemmThreads / G::kLeftPieces;
     static_assert(kLeftRowStep % 8 == 0);  // same permutation for all rows of a thread
@@ -189,8 +188,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
         for (; step < slice_end; ++step) {
             lx::cp_async_wait_group<G::kStages - 2>();
             drop(step);
-            lx::syncthreads();  // this stage is complete, the previous one has been read by all
-                                // threads
+            lx::syncthreads();  // stage complete, previous stage read by all threads
             if (const int next = step + G::kStages - 1; next < steps) {
                 fill_right(next);
                 fill_left(next);

@@ -1,5 +1,4 @@
-// The projections to large ranks, x -> v and dy -> dv (lora_gemm.cuh), and the sum over their
-// splits.
+// The projections to large ranks, x -> v and dy -> dv (lora_gemm.cuh), and the sum of their splits.
 #include "lora_gemm.cuh"
 
 namespace lora_ext {

@@ -27,8 +27,7 @@ struct GemmShape {
     static constexpr int kStageBytes = kRows * kLeftRow + kRightRows * kRightRow;
     static constexpr int kStages = lx::min(4, 98304 / kStageBytes);
     static constexpr int kRingBytes = kStages * kStageBytes;
-    // An update passes through the ring's memory as floats; the stores of a warp have no bank
-    // conflict.
+    // An update passes through the ring as floats; the stores of a warp have no bank conflict.
     static constexpr int kDeltaRow = kGemmColumns + 8;
     static_assert(!kUpdate || kRows * kDeltaRow * 4 <= kRingBytes);
 

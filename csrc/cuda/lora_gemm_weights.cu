@@ -52,8 +52,7 @@ struct Shape {
 };
 
 struct Grid {
-    int bands, groups;  // block: (adapter, band, group); groups vary fastest, since they share rows
-                        // of x
+    int bands, groups;  // block: (adapter, band, group), groups fastest: they share rows of x
     bool x_aligned, v_aligned;
     int64_t perm, slot_begin;  // in the plan
 };
@@ -229,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int32_t next_row = row_index(step + kStages);
         lx::cp_async_wait_group<kStages - 2>();
         drop(step);
-        lx::syncthreads();  // this stage is complete, the previous one has been read by all threads
+        lx::syncthreads();  // stage complete, previous stage read by all threads
         if (step + kStages - 1 < steps) fill(step + kStages - 1);
         lx::cp_async_commit();
         if (active)

@@ -31,12 +31,10 @@ LaunchStatus run_shrink_decode(std::span<const Module> modules, void* stream);
 LaunchStatus run_reduce(const LoraArgs& args, const Partials& v, void* stream);
 LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* stream);
 
-// The same for banks of a large rank: grouped matrix products, lora_gemm.cuh. The caller has
-// declared the buffers.
+// The same for large ranks: grouped products of lora_gemm.cuh. The caller has declared the buffers.
 constexpr int kGemmColumns = 128;  // per block
 LaunchStatus run_gemm_shrink(const LoraArgs& args, const Partials& v, void* stream);
-// inverse_keep: 1 / (1 - p) of training. The rows of v are aligned to 16 bytes and have whole
-// pages.
+// inverse_keep: 1 / (1 - p) of training. The rows of v are 16-byte aligned and have whole pages.
 LaunchStatus run_gemm_reduce(const LoraArgs& args, const Partials& v, float inverse_keep,
                              bool dependent, void* stream);
 LaunchStatus run_gemm_expand(const LoraArgs& args, const Partials& v, bool dependent, void* stream);
@@ -64,8 +62,8 @@ inline bool shrink_aligned(const LoraArgs& args) {
            aligned_16(bank.a, {bank.a_slot_stride, bank.a_page_stride, bank.a_row_stride}, size);
 }
 
-// Returns whether expand may access y in pieces of eight outputs, and b in whole page rows, which
-// must exist.
+// Returns whether expand may access y in pieces of eight outputs, and b in whole, existing page
+// rows.
 inline bool expand_aligned(const LoraArgs& args) {
     const LoraBank& bank = args.bank;
     const int64_t size = element_size(args.dtype);

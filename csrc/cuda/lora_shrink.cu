@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int step = 0; step < steps; ++step) {
         lx::cp_async_wait_group<kStages - 2>();
         drop(step);
-        lx::syncthreads();  // this stage is complete, the previous one has been read by all threads
+        lx::syncthreads();  // stage complete, previous stage read by all threads
         if (step + kStages - 1 < steps) fill(step + kStages - 1);
         lx::cp_async_commit();
         if (!has_rows) continue;

@@ -75,8 +75,8 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     if (args.plan) {
         const int chunk = index / tiling.per_chunk;
         const int skip = index % tiling.per_chunk * kRows;
-        // Every block has an entry, used or not, so that it is loaded together with the number of
-        // used ones.
+        // Every block has an entry, used or not: it is loaded together with the number of used
+        // ones.
         const int32_t* entry = args.plan + kPlanHeader + int64_t{4} * chunk;
         const int num_chunks = args.plan[kPlanNumChunks];
         const int slot = entry[0], start = entry[1], len = entry[2];
@@ -170,8 +170,7 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     return tile;
 }
 
-// Stores two adjacent ranks of v, of which n exist; in one store if they are aligned to eight
-// bytes.
+// Stores two adjacent ranks of v, of which n exist; in one store if aligned to eight bytes.
 LX_DEVICE void store_ranks(float* p, int n, bool paired, float first, float second) {
     if (paired && n >= 2) {
         *reinterpret_cast<float2*>(p) = {first, second};

@@ -1,5 +1,4 @@
-// The training launchers. The kernels depend only on sizes known to the host. Nothing here
-// allocates or waits.
+// The training launchers. The kernels depend only on host-known sizes. Nothing allocates or waits.
 //
 //   shrink     x -> v            projection of side A, with the mask
 //   backward   dy -> dv          projection of side B              if da or dx is needed

@@ -81,8 +81,8 @@ int64_t gradient_workspace(const Gradient& args);
 // beside: the projection of side B, in the same pass over dy.
 LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream,
                           const Projection* beside = nullptr);
-constexpr int64_t kMostParts = 256 << 20;  // bytes of partial sums; above, two passes are used,
-                                           // without partial sums of dv
+constexpr int64_t kMostParts = 256 << 20;  // bytes of partial sums; above: two passes, no parts of
+                                           // dv
 int64_t one_pass_workspace(const Gradient& args, const LoraArgs& side_b);
 bool takes_one_pass(const Gradient& args, const LoraArgs& side_b);
 
@@ -209,9 +209,8 @@ LX_DEVICE void drop_piece(void* piece, const Mask& mask, uint32_t row, int colum
 // ------------------------------------------------------------------------------------------------
 // Pieces
 
-// Copies n elements, n clamped to [0, kVec], then zeros to shared memory. `aligned` is the same for
-// all pieces of a tensor: by cp.async if set, otherwise synchronously. If n <= 0, `from` is not
-// read.
+// Copies n elements, n clamped to [0, kVec], then zeros to shared memory: by cp.async if `aligned`,
+// which is the same for all pieces of a tensor. If n <= 0, `from` is not read.
 template <class T>
 LX_DEVICE void copy_piece(void* to, const T* from, int n, bool aligned) {
     n = lx::min(lx::max(n, 0), kVec<T>);
@@ -222,7 +221,7 @@ LX_DEVICE void copy_piece(void* to, const T* from, int n, bool aligned) {
     }
 }
 
-// Load and store the first n elements of 16 bytes in memory that this launch also writes.
+// Loads and stores of the first n elements of 16 bytes, in memory that this launch also writes.
 template <class T>
 LX_DEVICE uint4 load_piece(const T* p, int n, bool aligned) {
     if (n >= kVec<T> && aligned) return *reinterpret_cast<const uint4*>(p);

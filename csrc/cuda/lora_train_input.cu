@@ -21,8 +21,7 @@ constexpr int kRangeBands = 4;  // bands per block
 template <class T>
 constexpr int kWarpColumns = kBandColumns<T> / kWarpsN;
 template <class T>
-constexpr int kDeltaRow = kBandColumns<T> + 8;  // floats; the float2 stores of a warp have no bank
-                                                // conflict
+constexpr int kDeltaRow = kBandColumns<T> + 8;  // floats; no bank conflict of float2 stores
 
 struct Width {
     int range;  // columns per block
@@ -133,8 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
             lx::cp_async_wait_all();
             if constexpr (kStaged) split_dv(stage);
-            lx::syncthreads();  // dv and this band of A are complete; delta has been read by all
-                                // threads
+            lx::syncthreads();  // dv and this band of A are complete, delta has been read
             const int pages = has_rows ? pages_of(stage) : 0;
             for (int page = 0; page < pages; page += std::is_same_v<T, lx::bf16> ? 2 : 1) {
                 if constexpr (std::is_same_v<T, lx::bf16>) {
@@ -145,8 +143,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                     lx::ldmatrix_x4(low, p + kPieceBytes);
 #pragma unroll
                     for (int j = 0; j < kTiles; j += 2) {
-                        // Matrices: both pages of eight columns, then of the next eight;
-                        // transposed.
+                        // Matrices: both pages of eight columns, then of eight more; transposed.
                         uint32_t af[4];
                         lx::ldmatrix_x4_trans(af, a_band +
                                                       (page * kPageRanks + lane % 16) * kBandRow +

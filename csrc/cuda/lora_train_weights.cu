@@ -122,8 +122,7 @@ __host__ __device__ constexpr int store_row(int pages) {
     return pages * kPageRanks + 1;
 }
 
-// Stores a band of results through shared memory, so that neighbouring threads write neighbouring
-// elements.
+// Stores a band of results through shared memory: neighbouring threads write neighbouring elements.
 template <class T, int kPages>
 LX_DEVICE void store(const Gradient& args, const Block& block, int band,
                      const BandSums<kPages>& total, float* columns) {
@@ -259,8 +258,7 @@ struct Projecting {
 #pragma unroll
         for (int k0 = 0; k0 < kWidth; k0 += kStep) {
             const int k = share * kWidth + k0;
-            // Matrices: 32 columns of the one page; or 16 of one page, then of the next;
-            // transposed.
+            // Matrices: 32 columns of one page; or 16 of one page, then of the next; transposed.
             uint32_t bf[4];
             lx::ldmatrix_x4_trans(bf, b + (k + lane % kStep) * kFactorRow<kPages> +
                                           (page + lane / kStep) * kPieceBytes);
@@ -411,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kPages>)
         const int32_t next_row = row_index(step + kStages);
         lx::cp_async_wait_group<0>();
         prepare(step);
-        lx::syncthreads();  // this stage is complete, the other one has been read by all threads
+        lx::syncthreads();  // stage complete, the other stage read by all threads
         if (step + 1 < steps) fill(step + 1);
         lx::cp_async_commit();
         const int rows = rows_of_step(step);

@@ -22,8 +22,7 @@ constexpr int kKeys = lx::kWarpSize;
 constexpr int kDepth = 64;
 constexpr int kKeyStride = kDepth + 1;  // the lanes of a warp read different banks
 
-// A row of a block: the offsets of its data, and its range of keys. The range is empty for rows
-// beyond the end.
+// A row of a block: the offsets of its data, and its range of keys, empty beyond the last row.
 struct alignas(16) Row {
     int64_t q = 0, out = 0, mask = 0;  // offsets in elements
     int first = 0, end = 0;
@@ -149,8 +148,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
         for (int i = 0; i < kOwn; ++i)  // from scores to weights; -1: not a key of this row
             s[i] = sees(own_rows[i], args.mask, j + lane) ? expf(s[i] * scale - top[i]) : -1.0f;
-        if (args.width == 0) lx::syncthreads();  // otherwise score() has synchronised after the
-                                                 // last use of values
+        if (args.width == 0) lx::syncthreads();  // otherwise score() has synchronised since
 #pragma unroll 4
         for (int k = lx::warp_id(); k < kKeys; k += kWarps)
 #pragma unroll

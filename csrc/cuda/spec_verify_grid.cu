@@ -174,8 +174,7 @@ struct Tested {
     bool stands;
 };
 
-// Returns the first index of the largest logit of a row of target, from its spans; the whole warp
-// calls it.
+// Returns the first index of the largest logit of a row of target; the whole warp calls it.
 LX_DEVICE int argmax_of_spans(const Space& space, int64_t first, int vocabulary) {
     float top = kImpossible;
     int index = 0x7fffffff;

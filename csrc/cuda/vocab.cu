@@ -126,8 +126,7 @@ struct Row {
     LX_DEVICE void store(int i, const float (&v)[kPiece<T>], Whole) const {
         store_values(logits + i, columns - i, Whole::value, v);
     }
-    // Adds the chunk's sum to the previous ones. All threads have read the values that are
-    // overwritten.
+    // Adds the chunk's sum to the previous ones. All threads have read the overwritten values.
     LX_DEVICE void keep(bool start, float sum) const {
         sum = team.reduce(sum, add);
         if (lx::thread_rank() == 0) {

@@ -71,8 +71,8 @@ Record record_of(const Thread& t, bool atomic) {
             static_cast<uint16_t>(t.rank), atomic,           false};
 }
 
-// Checks and records one access to the cells [first, last]. `shared`: records of earlier blocks are
-// ignored.
+// Checks and records an access to cells [first, last]; records of earlier blocks do not count if
+// `shared`.
 void shadow(Cell* cells, size_t first, size_t last, Touch how, bool shared, bool must_be_written,
             const char* name, const Place& place) {
     const Thread& t = *machine.current;
@@ -162,8 +162,7 @@ std::string nearest(uintptr_t p) {
                            : "");
 }
 
-// Returns whether p is read-only data (tables, string literals) of the object that contains the
-// kernel.
+// Returns whether p is read-only data (tables, string literals) of the kernel's object file.
 bool in_program(uintptr_t p, const void* code) {
     struct Query {
         uintptr_t code, p;
@@ -292,8 +291,7 @@ void touch_async(const void* pointer, size_t bytes, AsyncStep step, const Place&
     Machine& m = machine;
     if (!m.checked()) return;
     const size_t offset = static_cast<size_t>(static_cast<const unsigned char*>(pointer) - m.arena);
-    if (step == AsyncStep::kLand) {  // accesses of other threads since the issue are separate
-                                     // conflicts
+    if (step == AsyncStep::kLand) {  // conflicts since the issue are reported separately
         for (size_t i = offset / kCellBytes; i <= (offset + bytes - 1) / kCellBytes; ++i) {
             m.arena_cells[i].writer.in_flight = false;
         }

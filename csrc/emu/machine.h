@@ -80,8 +80,7 @@ struct Warp {
     unsigned live;
     int num_slots;
     std::array<Slot, kWarpSize> slots;
-    // Vector clocks. clock[w]: accesses of warp w up to it are ordered before this warp's next
-    // access.
+    // Vector clocks. clock[w]: accesses of warp w up to it precede this warp's next access.
     std::array<uint32_t, kMaxWarps> clock;
     // The same between the lanes of this warp, advanced by syncwarp.
     std::array<std::array<uint32_t, kWarpSize>, kWarpSize> lane_clock;
@@ -152,8 +151,7 @@ struct Block {
 struct Machine : Block {  // base: the running block
     Options options;
     std::vector<std::string> reports;  // since take_reports()
-    // Reports of this launch. Their places are resolved after it ends, since a fiber's stack may be
-    // too small.
+    // Reports of this launch. Places are resolved after it ends: a fiber's stack may be too small.
     std::vector<std::pair<std::string, Place>> pending_reports;
     std::string last_error;  // of the last launch
     Counters counters;
@@ -202,8 +200,7 @@ void yield();
 void wait_for_blocks(const unsigned* counter, unsigned least, Site site);
 [[noreturn]] void stop_launch();  // returns to run(); no fiber continues
 
-// Joins the lanes of `mask`. The last lane computes for all of them, with every lane's operand in
-// its slot.
+// Joins the lanes of `mask`. The last lane computes for all, with every lane's operand in its slot.
 void collective(const char* name, unsigned mask, void* operand, void (*compute)(Warp&, const Slot&),
                 Site site);
 

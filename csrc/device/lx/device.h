@@ -127,8 +127,7 @@ LX_DEVICE T from_float(float x) {
     }
 }
 
-// Two 16-bit values in one register, `low` in bits 0-15. This is the element order of memory,
-// ldmatrix and mma.
+// Two 16-bit values in one register, `low` in bits 0-15: the order of memory, ldmatrix and mma.
 template <class T>
 struct PackedOf;
 template <>

@@ -20,8 +20,7 @@
 #define blockDim (::lx::emu::self().block_dim)
 #define gridDim (::lx::emu::self().grid_dim)
 
-// The key distinguishes the arrays of one block. As a static local it exists once per kernel
-// instantiation.
+// The key distinguishes the arrays of a block. A static local exists once per kernel instantiation.
 #define LX_SHARED(type, name, count)             \
     static const char name##_lx_key = 0;         \
     auto& name = *static_cast<type(*)[(count)]>( \

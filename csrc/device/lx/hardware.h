@@ -113,8 +113,7 @@ int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, di
         config.numAttrs = dependent && facts.can_wait ? 1 : 0;
         error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
     }
-    // The caller receives the code. If it were not cleared, the next unrelated check would report
-    // it.
+    // The caller receives the code; otherwise the next unrelated check would report it too.
     if (error != cudaSuccess) cudaGetLastError();
     return error;
 }
@@ -123,8 +122,7 @@ int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, di
 // Bits
 
 template <class To, class From>
-LX_INLINE To bit_cast(const From& from) {  // std::bit_cast rejects bf16x2 and f16x2: not trivially
-                                           // copyable
+LX_INLINE To bit_cast(const From& from) {  // std::bit_cast rejects bf16x2 and f16x2
     static_assert(sizeof(To) == sizeof(From));
     To to;
     __builtin_memcpy(static_cast<void*>(&to), &from, sizeof(To));
@@ -168,8 +166,7 @@ LX_INLINE void syncwarp(unsigned mask = kFullMask) {
     __syncwarp(mask);
 }
 
-// Named barriers 1 to 15 (0 is syncthreads). `threads` counts the threads of both calls, a multiple
-// of 32.
+// Named barriers 1 to 15 (0 is syncthreads); `threads` of both calls, a multiple of 32.
 LX_INLINE void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -349,8 +346,7 @@ LX_INLINE T load_stream(const T* p) {
         return bit_cast<T>(x);
     }
 }
-// Load from L2, never from a stale line of L1: for data that another block of this launch has
-// written.
+// Load from L2, not from a stale line of L1: for data of another block of this launch.
 template <class T>
 LX_INLINE T load_l2(const T* p) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);

@@ -13,8 +13,8 @@ LX_INLINE uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Load n 8x8 matrices of 16-bit elements. Lane 8i+r passes the address of row r of matrix i
-// (16-byte aligned).
+// Loads n 8x8 matrices of 16 bits. Lane 8i+r passes the address of row r of matrix i, aligned to 16
+// bytes.
 LX_INLINE void ldmatrix_x1(uint32_t (&r)[1], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
                  : "=r"(r[0])
@@ -102,8 +102,8 @@ LX_INLINE void cp_async(void* shared, const void* global, int source_bytes = kBy
 LX_INLINE void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits until at most kPending groups of this thread are pending. Other threads see the data after
-// a barrier.
+// Waits until at most kPending groups of this thread are pending. Others see the data after a
+// barrier.
 template <int kPending>
 LX_INLINE void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
