@@ -1,8 +1,8 @@
 // Code shared by the decoding kernels: reading rows of logits of any dtype, and the draw.
 //
-// A group of lanes reads a row of V logits in 16-byte loads. The number of lanes depends only on V,
-// and so does the order of every sum. Leaves may differ in dtype from the other arguments of an op;
-// all threads take the same branch on it.
+// A group of lanes reads a row of V logits in 16-byte loads. The number of lanes and the order of
+// every sum depend only on V and the dtype. Leaves may differ in dtype from the other arguments of
+// an op; all threads take the same branch on it.
 #pragma once
 
 #include "circuit_kernels.cuh"
